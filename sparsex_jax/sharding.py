@@ -1,0 +1,76 @@
+"""Logical axes, and the one table that maps them to mesh axes.
+
+Weights and the KV store are described by logical axes alone; where they live is decided here. The mesh has
+one axis today, `tensor`, over which heads, the MLP and the vocabulary are split.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sparsex_jax.config import ModelConfig
+from sparsex_jax.errors import InvalidRequestError
+
+TENSOR_AXIS = "tensor"
+
+# Logical axis -> mesh axis. An axis not listed is an error; None is replicated.
+RULES: dict[str, str | None] = {
+    "layers": None,
+    "embed": None,
+    "q_heads": TENSOR_AXIS,
+    "kv_heads": TENSOR_AXIS,
+    "head_dim": None,
+    "mlp": TENSOR_AXIS,
+    "vocab": TENSOR_AXIS,
+    "pages": None,
+    "kv": None,
+    "slots": None,
+}
+
+Axes = tuple[str, ...]
+
+
+def make_mesh(tensor_parallel: int = 1) -> Mesh:
+    """A mesh of the first `tensor_parallel` devices along the `tensor` axis."""
+    devices = jax.devices()
+    if not 1 <= tensor_parallel <= len(devices):
+        raise InvalidRequestError(
+            f"tensor_parallel={tensor_parallel} must be from 1 to {len(devices)}, the devices there are"
+        )
+    return Mesh(np.array(devices[:tensor_parallel]), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
+    """The same devices with automatic axes, once the model is known to divide over them.
+
+    Raises:
+      InvalidRequestError: no `tensor` axis, or one that does not divide the heads or the MLP.
+    """
+    if TENSOR_AXIS not in mesh.axis_names:
+        raise InvalidRequestError(f"mesh has axes {mesh.axis_names}; it needs one named {TENSOR_AXIS!r}")
+    size = mesh.shape[TENSOR_AXIS]
+    for field in ("num_kv_heads", "num_q_heads", "intermediate_size"):
+        if getattr(config, field) % size:
+            raise InvalidRequestError(
+                f"{field}={getattr(config, field)} does not divide over the mesh's {TENSOR_AXIS}={size}"
+            )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def spec(axes: Axes) -> PartitionSpec:
+    """The partition of an array with these logical axes."""
+    return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array with these logical axes lives. A dimension that does not divide is replicated.
+
+    Only the vocabulary can fail to divide here: `check_mesh` refuses the rest.
+    """
+    parts = [
+        mesh_axis if mesh_axis is not None and size % mesh.shape[mesh_axis] == 0 else None
+        for mesh_axis, size in zip(spec(axes), shape, strict=True)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*parts))

@@ -1,0 +1,51 @@
+"""Addresses in the paged store: from rows and slots to pages and offsets."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Store = Float[Array, "layers pages 2 kv_heads page_size head_dim"]
+PageTables = Int[Array, "requests max_pages"]
+RowInts = Int[Array, "rows"]  # positions or request indices
+Queries = Float[Array, "rows q_heads head_dim"]
+
+
+def row_addresses(
+    store: Store, positions: RowInts, requests: RowInts, page_tables: PageTables
+) -> tuple[RowInts, RowInts]:
+    """The page and offset of each row; padding gets a page behind the last, which a scatter drops."""
+    page_size = store.shape[4]
+    page = page_tables.at[requests, positions // page_size].get(mode="clip")
+    return jnp.where(positions >= 0, page, store.shape[1]), positions % page_size
+
+
+def slot_addresses(store: Store, slots: Int[Array, "n"]) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
+    """The page and offset of each slot; padding (-1) gets a page behind the last."""
+    page_size = store.shape[4]
+    return jnp.where(slots >= 0, slots // page_size, store.shape[1]), slots % page_size
+
+
+def context(
+    store: Store, layer: Int[Array, ""], pages: Int[Array, "n"]
+) -> tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"]]:
+    """K and V of consecutive pages of one layer, token by token."""
+    tiles = store[layer, pages]  # [n, 2, kv_heads, page_size, head_dim]
+    flat = tiles.transpose(1, 0, 3, 2, 4).reshape(2, -1, store.shape[3], store.shape[5])
+    return flat[0], flat[1]
+
+
+def num_tiles(positions: RowInts, tile: int) -> Int[Array, ""]:
+    """How many tiles of rows hold anything but the padding at the end."""
+    used = jnp.max(jnp.where(positions >= 0, jnp.arange(1, positions.size + 1), 0), initial=0)
+    return -(-used // tile)
+
+
+def pad_rows(x: jax.Array, tile: int, fill: int = 0) -> jax.Array:
+    """Pad the leading axis to a multiple of `tile`."""
+    missing = -x.shape[0] % tile
+    return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+
+
+def take_tile(i: jax.Array, tile: int, *arrays: jax.Array) -> list[jax.Array]:
+    """The i-th `tile` entries along the leading axis of each array."""
+    return [jax.lax.dynamic_slice_in_dim(x, i * tile, tile) for x in arrays]

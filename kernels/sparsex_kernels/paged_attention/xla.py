@@ -1,0 +1,139 @@
+"""Blocked attention with an online softmax (FlashAttention-2, algorithm 1) in plain XLA loops.
+
+Loop bounds are data: a tile of rows reads no key behind its last position, and padding costs nothing.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, context, num_tiles, pad_rows, take_tile
+
+ROW_TILE = 128  # rows that share one pass over the keys
+KEY_BLOCK = 512  # keys a step, rounded to whole pages
+
+Grouped = Float[Array, "tile kv_heads group head_dim"]
+
+
+class KeyBlock(NamedTuple):
+    """Some consecutive keys of one request, and the tile's rows that may see them."""
+
+    request: Int[Array, ""]
+    first_key: Int[Array, ""]
+    pages: Int[Array, "pages"]
+    positions: Int[Array, "tile"]  # -1 for the rows of other requests
+
+
+def paged_attention(
+    q: Queries,
+    store: Store,
+    layer: Int[Array, ""],
+    positions: RowInts,
+    requests: RowInts,
+    page_tables: PageTables,
+    scale: float,
+) -> Queries:
+    """See `sparsex_kernels.paged_attention`."""
+
+    def attend_tile(i: Array, out: Array) -> Array:
+        q, own, owner = take_tile(i, tile, grouped, positions, requests)
+        attended = _attend_tile(q, own, owner, store, layer, page_tables, scale)
+        return lax.dynamic_update_slice_in_dim(out, attended, i * tile, 0)
+
+    tile = min(ROW_TILE, q.shape[0])
+    grouped = pad_rows(group_heads(q, store), tile)
+    positions, requests = pad_rows(positions, tile, -1), pad_rows(requests, tile)
+    out = lax.fori_loop(0, num_tiles(positions, tile), attend_tile, jnp.zeros_like(grouped))
+    return out[: q.shape[0]].reshape(q.shape)
+
+
+def group_heads(q: Queries, store: Store) -> Float[Array, "rows kv_heads group head_dim"]:
+    """Query heads beside the others that read the same KV head."""
+    rows, q_heads, head_dim = q.shape
+    return q.reshape(rows, store.shape[3], q_heads // store.shape[3], head_dim)
+
+
+def _attend_tile(
+    q: Grouped,
+    positions: Int[Array, "tile"],
+    requests: Int[Array, "tile"],
+    store: Store,
+    layer: Int[Array, ""],
+    page_tables: PageTables,
+    scale: float,
+) -> Grouped:
+    def step(block: KeyBlock, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        keys, values = context(store, layer, block.pages)
+        # A slot that nobody sees may hold anything, and 0 * NaN would be NaN.
+        seen = block.first_key + jnp.arange(len(values)) <= block.positions.max()
+        values = jnp.where(seen[:, None, None], values, 0)
+        return _online_softmax(state, block_scores(q, keys, block, scale), values)
+
+    tile, kv_heads, group, head_dim = q.shape
+    start = (
+        jnp.zeros((kv_heads, group, tile, head_dim), jnp.float32),
+        jnp.full((kv_heads, group, tile), -jnp.inf),
+        jnp.zeros((kv_heads, group, tile)),
+    )
+    acc, _, total = fold_key_blocks(positions, requests, store, page_tables, step, start)
+    out = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # padding sees nothing and gets 0
+    return out.transpose(2, 0, 1, 3).astype(q.dtype)
+
+
+def block_pages(store: Store, page_tables: PageTables) -> int:
+    """Pages a key block takes."""
+    return min(max(KEY_BLOCK // store.shape[4], 1), page_tables.shape[1])
+
+
+def fold_key_blocks[State](
+    positions: Int[Array, "tile"],
+    requests: Int[Array, "tile"],
+    store: Store,
+    page_tables: PageTables,
+    step: Callable[[KeyBlock, State], State],
+    state: State,
+) -> State:
+    """Fold `step` over the key blocks, up to the last one any row sees, of every request in the tile."""
+    pages_each = block_pages(store, page_tables)
+    keys_each = pages_each * store.shape[4]
+    tables = jnp.pad(page_tables, ((0, 0), (0, -page_tables.shape[1] % pages_each)))
+
+    def over_request(request: Array, state: State) -> State:
+        own = jnp.where(requests == request, positions, -1)
+
+        def over_block(i: Array, state: State) -> State:
+            pages = lax.dynamic_slice_in_dim(tables[request], i * pages_each, pages_each)
+            return step(KeyBlock(request, i * keys_each, pages, own), state)
+
+        return lax.fori_loop(0, -(-(own.max() + 1) // keys_each), over_block, state)
+
+    live = positions >= 0
+    first = jnp.min(jnp.where(live, requests, page_tables.shape[0]))
+    last = jnp.max(jnp.where(live, requests, -1))
+    return lax.fori_loop(first, last + 1, over_request, state)
+
+
+def block_scores(
+    q: Grouped, keys: Float[Array, "keys kv_heads head_dim"], block: KeyBlock, scale: float
+) -> Float[Array, "kv_heads group tile keys"]:
+    """Scaled scores in float32; -inf where a row may not see a key."""
+    scores = jnp.einsum("thgd,khd->hgtk", q, keys, preferred_element_type=jnp.float32) * scale
+    return jnp.where(causal(block, len(keys)), scores, -jnp.inf)
+
+
+def causal(block: KeyBlock, keys: int) -> Bool[Array, "tile keys"]:
+    """Which of the block's keys each row sees, by true position."""
+    return block.first_key + jnp.arange(keys) <= block.positions[:, None]
+
+
+def _online_softmax(state: tuple[Array, Array, Array], scores: Array, values: Array) -> tuple[Array, Array, Array]:
+    acc, top, total = state
+    new_top = jnp.maximum(top, scores.max(-1))
+    finite_top = jnp.where(jnp.isfinite(new_top), new_top, 0)  # rows that have seen no key yet
+    weights = jnp.exp(scores - finite_top[..., None])
+    decay = jnp.exp(top - finite_top)
+    update = jnp.einsum("hgtk,khd->hgtd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return acc * decay[..., None] + update, new_top, total * decay + weights.sum(-1)

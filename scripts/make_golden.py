@@ -1,0 +1,101 @@
+"""Make the small random models of `tests/golden`, and the logits that transformers computes with them.
+
+The tests compare this package's decoder with these files, so they need neither torch nor a network. Run again
+only when a model is added; neither torch nor transformers' models are dependencies of the project:
+
+    uv run --no-project --with torch --with transformers --with numpy python scripts/make_golden.py
+
+Every `tests/golden/<name>/` is a Hugging Face directory plus `expected.npz`, which holds `tokens` int32 `[48]`
+and `logits` float32 `[48, 128]`, at all positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+ROOT = Path(__file__).parents[1] / "tests" / "golden"
+NUM_TOKENS = 48
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # large, so that attention is sharp and a wrong weight shows
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+# The wavelengths of 16-wide heads lie on both sides of this rule's limits, and between them.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """One model: how it is configured and how its weights are stored."""
+
+    config: PreTrainedConfig
+    dtype: torch.dtype = torch.float32
+    shard_size: str = "5GB"
+
+
+def models() -> dict[str, Golden]:
+    return {
+        "llama": Golden(LlamaConfig(**SMALL, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
+        "qwen2": Golden(Qwen2Config(**SMALL, tie_word_embeddings=False), shard_size="200KB"),
+        "qwen3": Golden(Qwen3Config(**SMALL, head_dim=24, tie_word_embeddings=False), dtype=torch.bfloat16),
+        "mistral": Golden(MistralConfig(**SMALL, sliding_window=None, tie_word_embeddings=False), dtype=torch.bfloat16),
+    }
+
+
+@torch.no_grad()
+def randomise(model: Any) -> None:
+    """Norms start at one and biases at zero, where mixing them up would not show."""
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            weight.normal_(std=0.5)
+
+
+@torch.no_grad()
+def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """Float32 `[tokens, vocab]` of the weights as they are stored.
+
+    Reloaded rather than cast back: casting a model to bfloat16 rounds its rotary frequencies for good.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model(torch.from_numpy(tokens).long()[None], use_cache=False).logits[0].numpy()
+
+
+def write(name: str, golden: Golden, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(golden.config)
+    randomise(model)
+    model.to(golden.dtype)
+    folder = ROOT / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, max_shard_size=golden.shard_size)
+    tokens = np.random.default_rng(seed).integers(3, golden.config.vocab_size, NUM_TOKENS, dtype=np.int32)
+    np.savez_compressed(folder / "expected.npz", tokens=tokens, logits=logits(folder, tokens))
+
+
+if __name__ == "__main__":
+    for seed, (name, golden) in enumerate(models().items()):
+        write(name, golden, seed)

@@ -1,0 +1,244 @@
+"""GGUF files: llama.cpp's format, with the tokenizer in the metadata and weights that may be quantised.
+
+The header is read here and not by the `gguf` package: its reader makes an array of every token and merge and
+takes seconds, where this takes a tenth of one. The package dequantises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sparsex_jax.checkpoints.base import Checkpoint, place_rows
+from sparsex_jax.config import ModelConfig, rope_factors
+from sparsex_jax.errors import UnsupportedModelError
+from sparsex_jax.tokenizer import tokenizer_from_gguf
+from sparsex_jax.weights import Params
+
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
+
+# Our leaf -> the tensor's name, with the layer's number to be filled in.
+_TENSORS = {
+    "embed": "token_embd.weight",
+    "final_norm": "output_norm.weight",
+    "lm_head": "output.weight",
+    "attn_norm": "blk.{}.attn_norm.weight",
+    "wq": "blk.{}.attn_q.weight",
+    "wk": "blk.{}.attn_k.weight",
+    "wv": "blk.{}.attn_v.weight",
+    "wo": "blk.{}.attn_output.weight",
+    "bq": "blk.{}.attn_q.bias",
+    "bk": "blk.{}.attn_k.bias",
+    "bv": "blk.{}.attn_v.bias",
+    "q_norm": "blk.{}.attn_q_norm.weight",
+    "k_norm": "blk.{}.attn_k_norm.weight",
+    "mlp_norm": "blk.{}.ffn_norm.weight",
+    "w_gate": "blk.{}.ffn_gate.weight",
+    "w_up": "blk.{}.ffn_up.weight",
+    "w_down": "blk.{}.ffn_down.weight",
+}
+
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A `.gguf` file of a Llama, Mistral, Qwen2 or Qwen3 model.
+
+    Raises:
+      UnsupportedModelError: another architecture, experts, a rotary scaling that is not implemented, or a
+        damaged file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = _File(path)
+        self.config = _model_config(self._file)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any | None:
+        return tokenizer_from_gguf(self._file.metadata)
+
+    def load_params(self, dtype: str, mesh: Mesh) -> Params:
+        config = self.config
+        # llama.cpp interleaves the two halves of every rotated head in its own architecture, not in Qwen's.
+        permuted = self._file.metadata["general.architecture"] == "llama"
+        heads = {
+            "wq": config.num_q_heads,
+            "bq": config.num_q_heads,
+            "wk": config.num_kv_heads,
+            "bk": config.num_kv_heads,
+        }
+
+        def read(leaf: str, layer: int | None) -> np.ndarray:
+            stored = self._file.read(_TENSORS[leaf].format(layer))
+            return unpermute(stored, heads[leaf]) if permuted and leaf in heads else stored
+
+        return place_rows(config, dtype, mesh, read)
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Q or K rows from llama.cpp's order, pairs side by side, to the order with pairs half a head apart.
+
+    Args:
+      rows: a weight `[heads * head_dim, in]` or a bias `[heads * head_dim]`.
+    """
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _model_config(file: _File) -> ModelConfig:
+    architecture = file.metadata.get("general.architecture")
+    if architecture not in _ARCHITECTURES:
+        raise UnsupportedModelError(
+            f"general.architecture={architecture!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
+        )
+    prefix = f"{architecture}."
+    fields = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    if fields.get("expert_count"):
+        raise UnsupportedModelError(
+            f"{prefix}expert_count={fields['expert_count']}: mixtures of experts are not supported"
+        )
+    try:
+        return _dense_config(architecture, fields, file)
+    except KeyError as error:
+        raise UnsupportedModelError(f"{file.path} lacks {error.args[0]!r}, which {architecture} needs") from error
+
+
+def _dense_config(architecture: str, fields: Mapping[str, Any], file: _File) -> ModelConfig:
+    hidden, heads = fields["embedding_length"], fields["attention.head_count"]
+    head_dim = fields.get("attention.key_length", hidden // heads)
+    window = fields.get("attention.sliding_window") or fields["context_length"]
+    return ModelConfig(
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        hidden_size=hidden,
+        intermediate_size=fields["feed_forward_length"],
+        num_layers=fields["block_count"],
+        num_q_heads=heads,
+        num_kv_heads=fields.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        # Within its window a sliding-window model attends to everything; beyond, ours would differ.
+        max_position=min(fields["context_length"], window),
+        rope_theta=fields.get("rope.freq_base", 10000.0),
+        rope_factors=_rope_factors(fields, head_dim, file),
+        rms_norm_eps=fields["attention.layer_norm_rms_epsilon"],
+        qkv_bias="blk.0.attn_q.bias" in file.tensors,
+        qk_norm=architecture == "qwen3",
+        tied_embeddings="output.weight" not in file.tensors,
+        eos_token_ids=_eos_token_ids(file.metadata),
+    )
+
+
+def _rope_factors(fields: Mapping[str, Any], head_dim: int, file: _File) -> tuple[float, ...] | None:
+    """The stored divisors of each frequency (Llama 3), or those of the scaling that the metadata names."""
+    if fields.get("rope.dimension_count", head_dim) != head_dim:
+        raise UnsupportedModelError(
+            f"rope.dimension_count={fields['rope.dimension_count']} must be head_dim={head_dim}: partial rotation"
+        )
+    if "rope_freqs.weight" in file.tensors:
+        return tuple(file.read("rope_freqs.weight").astype(float).tolist())
+    kind = fields.get("rope.scaling.type", "none")
+    return rope_factors(
+        {"rope_type": "default" if kind == "none" else kind, "factor": fields.get("rope.scaling.factor")}, head_dim
+    )
+
+
+def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies: `shape` rows first, `kind` ggml's number of its encoding, `start` in the data."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+
+
+class _File:
+    """A mapped GGUF file: its metadata, and its tensors by name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as handle:
+                self._bytes = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            self._read_header(_Cursor(self._bytes))
+        except (ValueError, KeyError, struct.error) as error:
+            raise UnsupportedModelError(f"{path} is not a readable GGUF file: {error}") from error
+
+    def _read_header(self, cursor: _Cursor) -> None:
+        magic, version = cursor.scalar("4s"), cursor.scalar("I")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"it begins with {magic!r}, version {version}, and not with b'GGUF', version 2 or 3")
+        num_tensors, num_fields = cursor.scalar("Q"), cursor.scalar("Q")
+        self.metadata = {cursor.string(): cursor.value(cursor.scalar("I")) for _ in range(num_fields)}
+        self.tensors = {cursor.string(): cursor.tensor() for _ in range(num_tensors)}
+        alignment = self.metadata.get("general.alignment", 32)
+        self._data_start = -(-cursor.offset // alignment) * alignment
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor, dequantised to float32 where it is not stored as floats.
+
+        Raises:
+          UnsupportedModelError: no such tensor, an encoding that cannot be read, or a truncated file.
+        """
+        import gguf
+
+        if name not in self.tensors:
+            raise UnsupportedModelError(f"{self.path} has no tensor {name!r}")
+        tensor = self.tensors[name]
+        try:
+            kind = gguf.GGMLQuantizationType(tensor.kind)
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+            start = self._data_start + tensor.start
+            stored = np.frombuffer(self._bytes, np.uint8, math.prod(shape), start)
+            return gguf.dequantize(stored.reshape(shape), kind)
+        except (ValueError, NotImplementedError) as error:
+            raise UnsupportedModelError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
+
+
+class _Cursor:
+    """Reads the header's values one after another."""
+
+    def __init__(self, buffer: mmap.mmap) -> None:
+        self.buffer = buffer
+        self.offset = 0
+
+    def scalar(self, code: str) -> Any:
+        (value,) = self._unpack(code)
+        return value
+
+    def string(self) -> str:
+        size = self.scalar("Q")
+        self.offset += size
+        return self.buffer[self.offset - size : self.offset].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        return self._array() if kind == _ARRAY else self.scalar(_SCALARS[kind])
+
+    def tensor(self) -> _Tensor:
+        dims = self._unpack(f"{self.scalar('I')}Q")  # fastest first, the other way round than NumPy
+        return _Tensor(shape=dims[::-1], kind=self.scalar("I"), start=self.scalar("Q"))
+
+    def _array(self) -> list[Any]:
+        kind, size = self.scalar("I"), self.scalar("Q")
+        if kind in _SCALARS:
+            return list(self._unpack(f"{size}{_SCALARS[kind]}"))
+        return [self.value(kind) for _ in range(size)]
+
+    def _unpack(self, code: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{code}", self.buffer, self.offset)
+        self.offset += struct.calcsize(f"<{code}")
+        return values

@@ -1,0 +1,106 @@
+"""Hugging Face directories: `config.json` and `*.safetensors`, in one file or in shards with an index."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sparsex_jax.checkpoints.base import Checkpoint, place_rows, read_json
+from sparsex_jax.config import ModelConfig
+from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
+from sparsex_jax.tokenizer import read_tokenizer
+from sparsex_jax.weights import Params
+
+_INDEX = "model.safetensors.index.json"
+
+# Our leaf -> the tensor's name, with the layer's number to be filled in.
+_TENSORS = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "lm_head": "lm_head.weight",
+    "attn_norm": "model.layers.{}.input_layernorm.weight",
+    "wq": "model.layers.{}.self_attn.q_proj.weight",
+    "wk": "model.layers.{}.self_attn.k_proj.weight",
+    "wv": "model.layers.{}.self_attn.v_proj.weight",
+    "wo": "model.layers.{}.self_attn.o_proj.weight",
+    "bq": "model.layers.{}.self_attn.q_proj.bias",
+    "bk": "model.layers.{}.self_attn.k_proj.bias",
+    "bv": "model.layers.{}.self_attn.v_proj.bias",
+    "q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "k_norm": "model.layers.{}.self_attn.k_norm.weight",
+    "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "w_gate": "model.layers.{}.mlp.gate_proj.weight",
+    "w_up": "model.layers.{}.mlp.up_proj.weight",
+    "w_down": "model.layers.{}.mlp.down_proj.weight",
+}
+
+
+class HuggingFaceCheckpoint(Checkpoint):
+    """A directory as transformers saves it.
+
+    Raises:
+      UnknownModelError: a file is missing, a shard that the index names included.
+      UnsupportedModelError: another model family, quantised weights, or an unreadable file.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        raw = read_json(directory / "config.json")
+        if raw.get("quantization_config"):
+            raise UnsupportedModelError(f"{directory} holds quantised weights (quantization_config); they are not read")
+        config = ModelConfig.from_hf(raw)
+        self.config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(config, directory))
+        self._files = _weight_files(directory)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any | None:
+        return read_tokenizer(self.directory)
+
+    def load_params(self, dtype: str, mesh: Mesh) -> Params:
+        opened = functools.cache(_open_safetensors)  # a shard's header is parsed once, not for every tensor
+
+        def read(leaf: str, layer: int | None) -> np.ndarray:
+            name = _TENSORS[leaf].format(layer)
+            if name not in self._files:
+                raise UnsupportedModelError(f"{self.directory} has no tensor {name!r}")
+            return opened(self._files[name]).get_tensor(name)
+
+        return place_rows(self.config, dtype, mesh, read)
+
+
+def _eos_token_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:
+    """Chat models often list the token that ends a turn in `generation_config.json` alone."""
+    path = directory / "generation_config.json"
+    listed = read_json(path).get("eos_token_id") if path.is_file() else None
+    more = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    return tuple(dict.fromkeys((*config.eos_token_ids, *more)))
+
+
+def _weight_files(directory: Path) -> dict[str, Path]:
+    """The file of each tensor, by the index where there is one."""
+    files: dict[str, Path] = {}
+    if (directory / _INDEX).is_file():
+        files = {name: directory / file for name, file in read_json(directory / _INDEX)["weight_map"].items()}
+    else:
+        for file in directory.glob("*.safetensors"):
+            files |= dict.fromkeys(_open_safetensors(file).keys(), file)
+    missing = sorted({file.name for file in files.values() if not file.is_file()})
+    if missing:
+        raise UnknownModelError(f"{directory} has no {', '.join(missing)}, which {_INDEX} names")
+    if not files:
+        raise UnknownModelError(f"{directory} has no model.safetensors and no {_INDEX}")
+    return files
+
+
+def _open_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise UnsupportedModelError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,111 @@
+"""Converted checkpoints: our own configuration, and weights that are restored straight into their shards.
+
+config.json   {"format": "sparsex-jax", "config": {the fields of ModelConfig}}
+params/       the parameter pytree, written by orbax
+tokenizer/    as transformers saves it; absent where the source had none
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from sparsex_jax.checkpoints.base import Checkpoint, read_json
+from sparsex_jax.config import ModelConfig
+from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
+from sparsex_jax.tokenizer import read_tokenizer
+from sparsex_jax.weights import Params, abstract_params
+
+_FORMAT = "sparsex-jax"
+
+
+class OrbaxCheckpoint(Checkpoint):
+    """A directory written by `save_checkpoint`.
+
+    Raises:
+      UnknownModelError: `config.json` or `params` is missing.
+      UnsupportedModelError: the configuration has fields that this version does not know.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()  # orbax takes no relative path
+        self.config = _config_from_json(read_json(directory / "config.json"))
+        if not (directory / "params").is_dir():
+            raise UnknownModelError(f"{directory} has no params: the conversion was interrupted or it is damaged")
+
+    @functools.cached_property
+    def tokenizer(self) -> Any | None:
+        return read_tokenizer(self.directory / "tokenizer")
+
+    def load_params(self, dtype: str, mesh: Mesh) -> Params:
+        import orbax.checkpoint as ocp
+
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(self.directory / "params", abstract_params(self.config, dtype, mesh))
+
+
+def is_converted(raw: Mapping[str, Any]) -> bool:
+    """Whether a directory's `config.json` was written here and not by transformers."""
+    return raw.get("format") == _FORMAT
+
+
+def check_target(path: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises:
+      InvalidRequestError: the path is a file or a directory that is not empty.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InvalidRequestError(f"target={str(path)!r} exists and is not an empty directory; nothing is overwritten")
+
+
+def save_checkpoint(path: str | Path, config: ModelConfig, params: Params, tokenizer: Any | None = None) -> None:
+    """Write a checkpoint that `OrbaxCheckpoint` opens, whole or not at all.
+
+    Everything goes to a directory beside the target, which is renamed at the end; `config.json`, without which
+    no directory is opened, comes last.
+
+    Args:
+      params: the pytree of `weights.describe(config)`; sharded arrays are written shard by shard.
+
+    Raises:
+      InvalidRequestError: the target exists and is not an empty directory.
+    """
+    target = Path(path).absolute()
+    check_target(target)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        _write(partial, config, params, tokenizer)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(directory: Path, config: ModelConfig, params: Params, tokenizer: Any | None) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:  # writes in the background; leaving waits for it
+        checkpointer.save(directory / "params", params)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory / "tokenizer")
+    record = {"format": _FORMAT, "config": dataclasses.asdict(config)}
+    (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
+    fields: dict[str, Any] = dict(raw["config"])
+    fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}  # JSON has no tuples
+    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(ModelConfig)})
+    if unknown:
+        raise UnsupportedModelError(f"config.json has fields that this version does not know: {', '.join(unknown)}")
+    return ModelConfig(**fields)

@@ -1,0 +1,111 @@
+"""Tokenizers: from a directory as transformers saves them, or built from a GGUF file's metadata.
+
+transformers and tokenizers are imported where they are used, since that takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsex_jax.errors import UnsupportedModelError
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types of tokens that text is cut at
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+# `tokenizer.ggml.pre` -> how text is cut into words. None is GPT-2's rule, which `ByteLevel` applies itself.
+_SPLITS = {
+    "default": None,
+    "gpt-2": None,
+    "smollm": r"\p{N}",  # every digit alone, then GPT-2's rule
+    "llama-bpe": _LLAMA3_SPLIT,
+    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
+
+
+def read_tokenizer(directory: Path) -> Any | None:
+    """The tokenizer saved in a directory, or None if there is none. Nothing is downloaded."""
+    if not any((directory / file).is_file() for file in _FILES):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
+    """A transformers `PreTrainedTokenizerFast` of the vocabulary in a GGUF file, or None if it holds none.
+
+    Raises:
+      UnsupportedModelError: another kind of vocabulary than byte-level BPE, or an unknown pre-tokenizer.
+    """
+    fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
+    if "tokens" not in fields:
+        return None
+    if fields.get("model") != "gpt2":
+        raise UnsupportedModelError(
+            f"tokenizer.ggml.model={fields.get('model')!r} is not supported in GGUF files; supported: gpt2 "
+            "(byte-level BPE). The Hugging Face directory of the same model can be used"
+        )
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_byte_level_bpe(fields),
+        # Llama 3's files may leave this out; its prompts begin with the token all the same.
+        add_bos_token=fields.get("add_bos_token", fields.get("pre") == "llama-bpe"),
+        chat_template=metadata.get("tokenizer.chat_template"),
+        clean_up_tokenization_spaces=False,  # it would drop spaces before punctuation
+        **_named_tokens(fields),
+    )
+
+
+def _byte_level_bpe(fields: Mapping[str, Any]) -> Any:
+    """The `tokenizers.Tokenizer` of stored tokens and merges."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+
+    tokens = fields["tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
+    vocab = {token: id_ for id_, token in enumerate(tokens)}
+    pre = fields.get("pre", "default")
+    # Llama 3's vocabulary has words that its merges do not lead to.
+    tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(_added_tokens(tokens, fields.get("token_type", ())))
+    return tokenizer
+
+
+def _pre_tokenizer(name: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    if name not in _SPLITS:
+        raise UnsupportedModelError(f"tokenizer.ggml.pre={name!r} is not supported; supported: {', '.join(_SPLITS)}")
+    pattern = _SPLITS[name]
+    gpt2_rule = name in ("default", "gpt-2", "smollm")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2_rule)
+    if pattern is None:
+        return byte_level
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
+
+
+def _added_tokens(tokens: list[str], kinds: Any) -> list[Any]:
+    """Control tokens are left out of decoded text on request, user-defined ones never."""
+    from tokenizers import AddedToken
+
+    return [
+        AddedToken(token, normalized=False, special=kind == _CONTROL)
+        for token, kind in zip(tokens, kinds, strict=False)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+
+
+def _named_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token="<s>"` and the like, for those that the file names."""
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    ids = {ours: fields.get(f"{theirs}_token_id") for theirs, ours in names.items()}
+    return {name: fields["tokens"][id_] for name, id_ in ids.items() if id_ is not None}

@@ -1,0 +1,71 @@
+"""Handles of what the user asked to remember: which pages belong to it, and how often it was of use."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator
+
+from sparsex_jax.errors import UnknownHandleError
+
+
+@dataclasses.dataclass
+class Entry:
+    """Something remembered.
+
+    Attributes:
+      handle: its number; never given out twice.
+      namespace: who may see it.
+      num_tokens: how many tokens it has.
+      pages: where it is, in order; pages of a common beginning belong to several entries.
+      frozen: eviction leaves it alone, save under pressure.
+      uses: in how many lookups a page of it served.
+    """
+
+    handle: int
+    namespace: str
+    num_tokens: int
+    pages: tuple[int, ...]
+    frozen: bool
+    uses: int = 0
+
+
+class EntryBook:
+    """All entries by handle, and the handles that hold each page."""
+
+    def __init__(self) -> None:
+        self._entries: dict[int, Entry] = {}
+        self._holders: dict[int, set[int]] = {}
+        self._handles = itertools.count(1)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def add(self, namespace: str, num_tokens: int, pages: tuple[int, ...], frozen: bool) -> Entry:
+        entry = Entry(next(self._handles), namespace, num_tokens, pages, frozen)
+        self._entries[entry.handle] = entry
+        for page in pages:
+            self._holders.setdefault(page, set()).add(entry.handle)
+        return entry
+
+    def remove(self, handle: int) -> Entry:
+        """Raises UnknownHandleError if there is no such entry."""
+        entry = self._entries.pop(handle, None)
+        if entry is None:
+            raise UnknownHandleError(f"handle {handle!r} is not known: never given out, forgotten, or evicted since")
+        for page in entry.pages:
+            self._holders[page].discard(handle)
+            if not self._holders[page]:
+                del self._holders[page]
+        return entry
+
+    def holds(self, page: int) -> bool:
+        return page in self._holders
+
+    def holding(self, pages: Iterable[int]) -> set[int]:
+        """The handles of all entries that hold any of these pages."""
+        return set().union(*(self._holders[page] for page in pages if page in self._holders))
+
+    def count_use(self, pages: Iterable[int]) -> None:
+        for handle in self.holding(pages):
+            self._entries[handle].uses += 1

@@ -375,3 +375,19 @@ class PageCache:
             evictions=self._evictions,
             frozen_evictions=self._frozen_evictions,
         )
+
+    def check(self) -> None:
+        """Raise AssertionError unless all parts agree with each other. For tests: it walks the whole store."""
+        table = self._table
+        table.check()
+        self._tree.check()
+        self._windows.check(self._tree.live_nodes())
+        assert np.array_equal(table.committed, [node is not None for node in self._tree.node_of])
+        pins, frozen = np.zeros_like(table.refs), np.zeros_like(table.frozen)
+        for match in self._pins:
+            pins[list(match.pages)] += 1
+        for entry in self._entries:
+            frozen[list(entry.pages)] += entry.frozen
+            assert table.committed[list(entry.pages)].all()
+        assert (pins <= table.refs).all()
+        assert np.array_equal(frozen, table.frozen)

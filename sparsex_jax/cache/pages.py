@@ -92,3 +92,14 @@ class PageTable:
         self.touch(pages)
         self.refs[index] -= 1
         self.give_back([page for page in index if self.refs[page] == 0 and not self.committed[page]])
+
+    def check(self) -> None:
+        """Raise AssertionError unless every page is in one state."""
+        counts = self.counts()
+        assert counts.free + counts.active + counts.frozen + counts.cached == len(self)
+        assert len(set(self.free)) == len(self.free)
+        assert not (self.refs[self.free].any())
+        assert not (self.frozen[self.free].any())
+        assert not (self.committed[self.free].any())
+        assert (self.refs >= 0).all()
+        assert self.committed[self.frozen > 0].all()

@@ -20,11 +20,13 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from sparsex_jax.cache.tree import TOKEN_BYTES, Node, common_prefix, common_suffix
-from sparsex_jax.cache.windows import WindowIndex
+from sparsex_jax.cache.windows import WINDOW, WindowIndex
 
-# Page comparisons per lookup after which one donor an anchor has to do. Ordinary prompts need a few thousand;
-# only text that repeats itself, in the prompt and in the store, comes here.
+# Page comparisons per lookup after which it only looks for long runs: one donor an anchor, every ninth anchor.
+# Ordinary prompts need a few thousand; only text that repeats itself, here and in the store, comes that far.
 COMPARISON_BUDGET = 1 << 16
+# Stored windows are 8 apart, so 9 tries each of their phases in turn: no run of 80 tokens slips through.
+HURRIED_STRIDE = WINDOW + 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,12 +108,11 @@ class SegmentSearch:
         i = 0
         while i < len(anchors):
             run = self._best(values[i], anchors[i], begin, min_segment)
-            if run is None:
-                i += 1
-                continue
-            runs.append(run)
-            begin = run.start + run.length
-            i = bisect_left(anchors, begin, i)
+            if run is not None:
+                runs.append(run)
+                begin = run.start + run.length
+            after = anchors[i] + (1 if self._budget > 0 else HURRIED_STRIDE)
+            i = bisect_left(anchors, begin if run else after, i)
         return runs
 
     def _best(self, value: int, at: int, floor: int, least: int) -> Run | None:

@@ -100,6 +100,10 @@ class PageTree:
             raise ValueError(f"page {page} was never committed, or was dropped since")
         return node
 
+    def live_nodes(self) -> list[Node]:
+        """Every node with a page, once."""
+        return list(dict.fromkeys(node for node in self.node_of if node is not None))
+
     def attach(self, page: int, parent: Node | None, namespace: str, key: bytes, start: int, exact: int) -> Node:
         """Put a page's content below `parent` (None: the root), as a new node or as a twin of one that is there."""
         parent = parent or self.roots.setdefault(namespace, Node(namespace, sharable=True))
@@ -157,3 +161,34 @@ class PageTree:
             if shared > most:
                 best, most = child, shared
         return best, most
+
+    def check(self) -> None:
+        """Raise AssertionError unless pages, nodes and links agree."""
+        for page, node in enumerate(self.node_of):
+            assert node is None or page in node.pages
+        for node in self.live_nodes():
+            assert all(self.node_of[page] is node for page in node.pages)
+            assert len(set(node.pages)) == len(node.pages)
+            assert 0 < node.length <= self.page_size
+            assert 0 <= node.exact <= node.length
+            assert node.sharable or len(node.pages) == 1
+            self._check_links(node)
+        assert all(root.children and not root.pages for root in self.roots.values())
+
+    def _check_links(self, node: Node) -> None:
+        for key, same_key in node.children.items():
+            assert same_key
+            assert all(child.parent is node and child.key == key for child in same_key)
+            assert not any(child.sharable for child in same_key[1:])
+        parent = node.parent
+        if parent is None:
+            return
+        assert node in parent.children[node.key]
+        assert parent.namespace == node.namespace
+        if parent.pages:
+            assert node.start == parent.start + self.page_size
+            assert parent.length == self.page_size
+            assert node.exact == 0 or parent.exact == self.page_size
+        else:
+            assert parent is self.roots[node.namespace]
+        assert not node.sharable or (parent.sharable and node.exact == self.page_size)

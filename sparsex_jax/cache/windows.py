@@ -67,6 +67,10 @@ class WindowIndex:
     def _salt(self, namespace: str) -> int:
         return int.from_bytes(hashlib.blake2b(namespace.encode(), key=self._secret, digest_size=8).digest(), "little")
 
+    def _windows_of(self, node: Node) -> list[tuple[int, int]]:
+        """Offset and hash of each window of an indexed node."""
+        return [(i * WINDOW, value) for i, value in enumerate(node.hashes)]
+
     def _places(self, node: Node, offset: int) -> dict[int, dict[tuple[Node, int], None]]:
         return self._exact if offset + WINDOW <= node.exact else self._approximate
 
@@ -81,15 +85,17 @@ class WindowIndex:
         hashes = window_hashes(rows, self._salt(nodes[0].namespace))[:, ::WINDOW].tolist()
         for node, row in zip(nodes, hashes, strict=True):
             node.hashes = row[: node.length // WINDOW]
-            for i, value in enumerate(node.hashes):
-                self._places(node, i * WINDOW).setdefault(value, {})[node, i * WINDOW] = None
+        # Backwards, so that the latest place of a repeated text is its first one there: most can follow on it.
+        for node in reversed(nodes):
+            for offset, value in reversed(self._windows_of(node)):
+                self._places(node, offset).setdefault(value, {})[node, offset] = None
         self._count([value for node in nodes for value in node.hashes], 1)
 
     def remove(self, nodes: Sequence[Node]) -> None:
         for node in nodes:
-            for i, value in enumerate(node.hashes):
-                places = self._places(node, i * WINDOW)
-                del places[value][node, i * WINDOW]
+            for offset, value in self._windows_of(node):
+                places = self._places(node, offset)
+                del places[value][node, offset]
                 if not places[value]:
                     del places[value]
         self._count([value for node in nodes for value in node.hashes], -1)
@@ -106,3 +112,19 @@ class WindowIndex:
         """Where a window of this hash is stored: exact places first, the latest first, at most 16."""
         exact, approximate = self._exact.get(value, {}), self._approximate.get(value, {})
         return itertools.islice(itertools.chain(reversed(exact), reversed(approximate)), MAX_CANDIDATES)
+
+    def check(self, nodes: Sequence[Node]) -> None:
+        """Raise AssertionError unless exactly the windows of these nodes are indexed."""
+        indexed = [
+            (value, node, offset)
+            for places in (self._exact, self._approximate)
+            for value, found in places.items()
+            for node, offset in found
+        ]
+        expected = {(value, node, offset) for node in nodes for offset, value in self._windows_of(node)}
+        assert len(indexed) == len(expected) == self.num_windows
+        assert set(indexed) == expected
+        assert all(len(node.hashes) == node.length // WINDOW for node in nodes)
+        counts = np.zeros_like(self._counts)
+        np.add.at(counts, np.array([value for value, _, _ in indexed], np.uint64) >> self._shift, 1)
+        assert np.array_equal(counts, self._counts)

@@ -5,6 +5,7 @@ transformers and tokenizers are imported where they are used, since that takes s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from sparsex_jax.errors import UnsupportedModelError
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types of tokens that text is cut at
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types; text is cut at the last two
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -32,31 +33,36 @@ def read_tokenizer(directory: Path) -> Any | None:
     """The tokenizer saved in a directory, or None if there is none. Nothing is downloaded."""
     if not any((directory / file).is_file() for file in _FILES):
         return None
-    from transformers import AutoTokenizer
+    return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+def _transformers() -> Any:
+    """The package, without the advice it prints that models need torch: tokenizers do not."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
     """A transformers `PreTrainedTokenizerFast` of the vocabulary in a GGUF file, or None if it holds none.
 
     Raises:
-      UnsupportedModelError: another kind of vocabulary than byte-level BPE, or an unknown pre-tokenizer.
+      UnsupportedModelError: another kind of vocabulary than BPE, or an unknown pre-tokenizer.
     """
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     if "tokens" not in fields:
         return None
-    if fields.get("model") != "gpt2":
-        raise UnsupportedModelError(
-            f"tokenizer.ggml.model={fields.get('model')!r} is not supported in GGUF files; supported: gpt2 "
-            "(byte-level BPE). The Hugging Face directory of the same model can be used"
-        )
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_byte_level_bpe(fields),
-        # Llama 3's files may leave this out; its prompts begin with the token all the same.
-        add_bos_token=fields.get("add_bos_token", fields.get("pre") == "llama-bpe"),
+    builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
+    kind = fields.get("model")
+    if kind not in builders:
+        raise UnsupportedModelError(f"tokenizer.ggml.model={kind!r} is not supported; supported: {', '.join(builders)}")
+    tokenizer = builders[kind](fields)
+    tokenizer.add_tokens(_added_tokens(fields["tokens"], fields.get("token_type", ())))
+    return _transformers().PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        # Files of Llama models may leave this out; their prompts begin with the token all the same.
+        add_bos_token=fields.get("add_bos_token", kind == "llama" or fields.get("pre") == "llama-bpe"),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,  # it would drop spaces before punctuation
         **_named_tokens(fields),
@@ -64,20 +70,52 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
 
 
 def _byte_level_bpe(fields: Mapping[str, Any]) -> Any:
-    """The `tokenizers.Tokenizer` of stored tokens and merges."""
+    """GPT-2's kind: text as UTF-8 bytes, a visible character for each, and stored merges."""
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
 
-    tokens = fields["tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
-    vocab = {token: id_ for id_, token in enumerate(tokens)}
     pre = fields.get("pre", "default")
     # Llama 3's vocabulary has words that its merges do not lead to.
-    tokenizer = Tokenizer(BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(BPE(_ids(fields["tokens"]), merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(_added_tokens(tokens, fields.get("token_type", ())))
     return tokenizer
+
+
+def _sentencepiece_bpe(fields: Mapping[str, Any]) -> Any:
+    """SentencePiece's kind (Llama 2, Mistral): characters, `▁` for spaces, bytes for what is in no piece."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    tokens = fields["tokens"]
+    unknown = tokens[fields.get("unknown_token_id", 0)]
+    model = BPE(_ids(tokens), _merges_by_score(fields), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    prefixed = fields.get("add_space_prefix", True)
+    prepend = [normalizers.Prepend("▁")] if prefixed else []
+    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _merges_by_score(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """SentencePiece stores no merges: two pieces join if their union is one, those of the best score first."""
+    tokens, kinds = fields["tokens"], fields["token_type"]
+    scores = {t: score for t, score, kind in zip(tokens, fields["scores"], kinds, strict=True) if kind == _NORMAL}
+    merges = [
+        (token[:cut], token[cut:])
+        for token in sorted(scores, key=lambda token: -scores[token])
+        for cut in range(1, len(token))
+    ]
+    return [(left, right) for left, right in merges if left in scores and right in scores]
+
+
+def _ids(tokens: list[str]) -> dict[str, int]:
+    return {token: id_ for id_, token in enumerate(tokens)}
 
 
 def _pre_tokenizer(name: str) -> Any:

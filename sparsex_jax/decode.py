@@ -1,0 +1,88 @@
+"""Decode: several tokens per dispatch for a batch of requests, stopping early where all are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from sparsex_jax import model
+from sparsex_jax.model import Decoder
+from sparsex_jax.plan import PADDING_REQUEST, Rows
+from sparsex_jax.sampling import Sampling, sample
+from sparsex_jax.weights import Params
+from sparsex_kernels.layout import PageTables, Store
+
+
+@struct.dataclass
+class DecodeState:
+    """Requests being decoded.
+
+    Attributes:
+      token: the last token of each, whose KV is not in the store yet.
+      position: its position; -1 where the request is done or the line unused.
+      remaining: how many tokens it may still generate.
+      stops: tokens that end it, padded with -1.
+    """
+
+    token: Int[Array, "requests"]
+    position: Int[Array, "requests"]
+    remaining: Int[Array, "requests"]
+    stops: Int[Array, "requests stops"]
+    page_tables: PageTables
+    sampling: Sampling
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "steps"), donate_argnames="store")
+def decode(
+    params: Params, store: Store, state: DecodeState, *, decoder: Decoder, steps: int
+) -> tuple[Store, DecodeState, Int[Array, "requests steps"]]:
+    """Generate up to `steps` tokens for each request.
+
+    Returns:
+      The store, the state after, and the tokens `[requests, steps]`, -1 where a request was done already.
+    """
+
+    def body(carry: tuple[Array, Array, DecodeState, Array]) -> tuple[Array, Array, DecodeState, Array]:
+        step, store, state, out = carry
+        store, scores = _forward(decoder, params, store, state)
+        token = sample(scores, state.sampling, state.position + 1)
+        out = out.at[:, step].set(jnp.where(state.position >= 0, token, -1))
+        return step + 1, store, advance(state, token), out
+
+    def running(carry: tuple[Array, Array, DecodeState, Array]) -> Array:
+        return (carry[0] < steps) & jnp.any(carry[2].position >= 0)
+
+    out = jnp.full((len(state.token), steps), -1, jnp.int32)
+    _, store, state, out = lax.while_loop(running, body, (jnp.int32(0), store, state, out))
+    return store, state, out
+
+
+def advance(state: DecodeState, token: Int[Array, "requests"]) -> DecodeState:
+    """The state after each running request has got `token`."""
+    remaining = state.remaining - 1
+    ended = (remaining <= 0) | jnp.any(token[:, None] == state.stops, axis=1)
+    position = jnp.where((state.position >= 0) & ~ended, state.position + 1, -1)
+    return dataclasses.replace(state, token=token, position=position, remaining=remaining)
+
+
+def _forward(
+    decoder: Decoder, params: Params, store: Store, state: DecodeState
+) -> tuple[Store, Float[Array, "requests vocab"]]:
+    """One token of each request through all layers."""
+    lines = jnp.arange(len(state.token))
+    request = jnp.where(state.position >= 0, lines, PADDING_REQUEST)
+    rows = Rows(token=state.token, position=state.position, request=request, index=lines)
+
+    def run_layer(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        weights = model.layer_weights(params, layer)
+        return model.decoder_layer(decoder, weights, layer, *carry, rows, state.page_tables)
+
+    carry = (store, model.embed(params, rows.token))
+    store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry)
+    return store, model.logits(params, decoder.config, hidden)

@@ -1,0 +1,333 @@
+"""The engine: one prompt's path from text to text.
+
+    text -> tokens -> lookup -> plan -> align -> prefill -> sample -> decode -> text
+
+The cache (host) knows which tokens are where; the runner (device) computes. The engine admits requests, has
+them computed, and commits what was computed so that later prompts find it. It serves one call at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Int32
+
+from sparsex_jax.cache import Entry, Match, PageCache
+from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, named_config
+from sparsex_jax.errors import InvalidRequestError, StoreFullError
+from sparsex_jax.generation import Generation, Output, Prefill, decode_state, sampling_arrays, stop_finished
+from sparsex_jax.inputs import Prompt, encode
+from sparsex_jax.methods import find_method
+from sparsex_jax.planner import RequestPlan
+from sparsex_jax.prompt import PromptMap
+from sparsex_jax.report import Report, make_report
+from sparsex_jax.runner import Runner
+from sparsex_jax.sharding import check_mesh, make_mesh
+from sparsex_jax.weights import Params, random_params
+
+DEFAULT_NAMESPACE = "default"
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """An admitted request: it holds its pages, and pins its donors until the copies are made."""
+
+    tokens: Int32[np.ndarray, "tokens"]
+    namespace: str
+    plan: RequestPlan
+    match: Match | None
+
+
+class Engine:
+    """A model, a KV store and an index of what is in it."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Params,
+        tokenizer: Any | None = None,
+        *,
+        config: EngineConfig | None = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        """
+        Args:
+          params: as `weights.describe(model)`, placed on the mesh.
+          tokenizer: a transformers tokenizer, or None for an engine that takes and gives token ids only.
+          mesh: with an axis `tensor`; one device by default.
+        """
+        self.config = config or EngineConfig()
+        self.model, self.tokenizer = model, tokenizer
+        self.mesh = check_mesh(mesh or make_mesh(), model)
+        self._runner = Runner(model, self.config, params, self.mesh)
+        self._cache = self._empty_cache()
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Self:
+        """Load a model: `smollm2-135m-instruct`, a GGUF file, a Hugging Face directory or a converted one.
+
+        Args:
+          options: fields of `EngineConfig`, such as dtype and store_tokens.
+
+        Raises:
+          UnknownModelError, UnsupportedModelError: there is no such model, or not of a family that runs here.
+          InvalidRequestError: an option is wrong, or the model does not divide over the mesh.
+        """
+        config = EngineConfig(**options)
+        checkpoint = open_checkpoint(source)
+        mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
+        params = checkpoint.load_params(config.dtype, mesh)
+        return cls(checkpoint.config, params, checkpoint.tokenizer, config=config, mesh=mesh)
+
+    @classmethod
+    def from_config(cls, model: str | ModelConfig, *, seed: int = 0, mesh: Mesh | None = None, **options: Any) -> Self:
+        """Random weights of a named configuration (`configs/models`) or of one given: for performance work."""
+        config = EngineConfig(**options)
+        model = named_config(model) if isinstance(model, str) else model
+        mesh = check_mesh(mesh or make_mesh(), model)
+        return cls(model, random_params(model, config.dtype, mesh, seed), config=config, mesh=mesh)
+
+    # What callers do ----------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        reuse: ReuseConfig | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
+    ) -> Generation:
+        """Generate from text, token ids or chat messages, reusing what the namespace has stored.
+
+        Prompt and answer are stored in turn, so that later prompts of the namespace can reuse them.
+
+        Raises:
+          InvalidRequestError: an argument is wrong; the message names it and its limit.
+          StoreFullError: the store cannot hold prompt and answer.
+        """
+        return self.generate_batch([prompt], sampling, reuse=reuse, namespace=namespace)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        reuse: ReuseConfig | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
+    ) -> list[Generation]:
+        """Generate for several prompts, prefilled and decoded together as far as they fit. As `generate`."""
+        started = time.perf_counter()
+        each = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else sampling
+        if len(each) != len(prompts):
+            raise InvalidRequestError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
+        outputs = [Output(params, self.model.eos_token_ids, self.tokenizer) for params in each]
+        encoded = [self._encode(p, o.sampling.max_new_tokens) for p, o in zip(prompts, outputs, strict=True)]
+        reports: list[Report] = []
+        while len(reports) < len(prompts):
+            rest = slice(len(reports), None)
+            reports += self._generate_some(encoded[rest], outputs[rest], reuse or ReuseConfig(), namespace, started)
+        return [
+            Generation(output.text, output.token_ids, str(output.finish_reason), report)
+            for output, report in zip(outputs, reports, strict=True)
+        ]
+
+    def prefill(
+        self, prompt: Prompt, *, reuse: ReuseConfig | None = None, namespace: str = DEFAULT_NAMESPACE
+    ) -> Prefill:
+        """The logits of the token that would follow. The prompt is stored as by `generate`, which see."""
+        started = time.perf_counter()
+        tokens = self._encode(prompt)
+        with self._admitted([tokens], [0], reuse or ReuseConfig(), namespace) as requests:
+            scores, active = self._prefill(requests)
+            logits = np.asarray(scores[0])
+            report = self._report(requests[0], active[0], started)
+            self._commit(requests[0], tokens)
+        return Prefill(logits, report)
+
+    def remember(self, prompt: Prompt, *, namespace: str = DEFAULT_NAMESPACE, frozen: bool = False) -> int:
+        """Prefill a text alone and keep it as a donor.
+
+        Args:
+          frozen: eviction leaves it alone until `forget`, or until more than 90 % of the store is taken by
+            frozen and running content.
+
+        Returns:
+          A handle for `forget`.
+        """
+        tokens = self._encode(prompt, add_special_tokens=False)
+        with self._admitted([tokens], [0], ReuseConfig(method="prefix"), namespace) as requests:
+            self._prefill(requests)
+            self._commit(requests[0], tokens)
+            return self._cache.register(requests[0].plan.pages, len(tokens), namespace, frozen=frozen)
+
+    def forget(self, handle: int) -> None:
+        """Stop serving what `remember` stored. Raises UnknownHandleError if it is not there (any more)."""
+        self._cache.forget(handle)
+
+    def entries(self, namespace: str | None = None) -> list[Entry]:
+        """What was remembered and is still there, of one namespace or all."""
+        return self._cache.entries(namespace)
+
+    def stats(self) -> dict[str, int]:
+        """Pages by state, hits and evictions: the fields of `CacheStats`."""
+        return dataclasses.asdict(self._cache.stats())
+
+    # How it is done -----------------------------------------------------------------------------------------
+
+    def _encode(
+        self, prompt: Prompt, new_tokens: int = 0, *, add_special_tokens: bool = True
+    ) -> Int32[np.ndarray, "tokens"]:
+        tokens = encode(prompt, self.tokenizer, self.model, add_special_tokens=add_special_tokens)
+        limit, length = self.model.max_position, len(tokens) + new_tokens
+        if length > limit:
+            raise InvalidRequestError(
+                f"prompt has {len(tokens)} tokens and max_new_tokens={new_tokens}: together {length}, "
+                f"and the model's limit is {limit}"
+            )
+        return tokens
+
+    @contextlib.contextmanager
+    def _admitted(
+        self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int], reuse: ReuseConfig, namespace: str
+    ) -> Iterator[list[Request]]:
+        """As many of the prompts as fit now, at least one; whatever happens, they give back what they hold."""
+        requests = self._admit_some(prompts, new_tokens, reuse, namespace)
+        try:
+            yield requests
+        except BaseException:
+            if self._runner.recover():  # the KV is gone, and with it all that the cache says of it
+                requests.clear()
+                self._cache = self._empty_cache()
+            raise
+        finally:
+            for request in requests:
+                self._leave(request)
+
+    def _admit_some(
+        self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int], reuse: ReuseConfig, namespace: str
+    ) -> list[Request]:
+        requests: list[Request] = []
+        rows = 0
+        for tokens, extra in zip(prompts[: self.config.max_batch], new_tokens, strict=False):
+            try:
+                request = self._admit(tokens, extra, reuse, namespace)
+            except StoreFullError:
+                if requests:
+                    break  # the others go first
+                raise
+            rows += request.plan.num_rows
+            if requests and (rows > self._runner.shapes.max_rows or request.plan.starts != requests[0].plan.starts):
+                self._leave(request)
+                break
+            requests.append(request)
+        return requests
+
+    def _admit(self, tokens: np.ndarray, new_tokens: int, reuse: ReuseConfig, namespace: str) -> Request:
+        """Look a prompt up, take the pages it needs and lay out its prefill."""
+        if not isinstance(namespace, str) or not namespace:
+            raise InvalidRequestError(f"namespace={namespace!r} must be a non-empty string")
+        method = find_method(reuse.method)
+        match = self._cache.lookup(
+            tokens,
+            namespace,
+            prefix=method.uses_prefix,
+            segments=method.uses_segments,
+            min_segment=reuse.min_segment_tokens,
+        )
+        try:
+            prompt = PromptMap.of(tokens, match)
+            phases = method.phases(prompt, reuse, self.model.num_layers)
+            pages = self._take_pages(match, len(tokens) + max(new_tokens - 1, 0))
+        except BaseException:
+            self._cache.unpin(match)
+            raise
+        copies = (*([match.prefix_tail] if match.prefix_tail else []), *match.segments)
+        return Request(tokens, namespace, RequestPlan(prompt, phases, pages, copies), match)
+
+    def _take_pages(self, match: Match, num_tokens: int) -> list[int]:
+        """The shared prefix pages and new ones behind them. The last generated token needs no slot."""
+        needed = -(-num_tokens // self.config.page_size)
+        if needed > self.config.num_pages:
+            raise StoreFullError(
+                f"the request needs KV for {num_tokens} tokens, {needed} pages of {self.config.page_size}; "
+                f"store_tokens={self.config.store_tokens} gives {self.config.num_pages}"
+            )
+        own = self._cache.allocate(needed - len(match.prefix_pages))
+        self._cache.share(match.prefix_pages)
+        return [*match.prefix_pages, *own]
+
+    def _leave(self, request: Request) -> None:
+        self._unpin(request)
+        self._cache.release(request.plan.pages)
+
+    def _generate_some(
+        self,
+        prompts: Sequence[np.ndarray],
+        outputs: Sequence[Output],
+        reuse: ReuseConfig,
+        namespace: str,
+        started: float,
+    ) -> list[Report]:
+        """Admit what fits of the prompts and generate for those, from the first on."""
+        new_tokens = [output.sampling.max_new_tokens for output in outputs]
+        with self._admitted(prompts, new_tokens, reuse, namespace) as requests:
+            outputs = outputs[: len(requests)]
+            logits, active = self._prefill(requests)
+            self._first_tokens(logits, requests, outputs)
+            reports = [self._report(request, mask, started) for request, mask in zip(requests, active, strict=True)]
+            self._decode(requests, outputs)
+            for request, output in zip(requests, outputs, strict=True):
+                self._commit(request, np.append(request.tokens, output.token_ids[:-1]).astype(np.int32))
+        return reports
+
+    def _prefill(self, requests: Sequence[Request]) -> tuple[Array, list[np.ndarray]]:
+        """Logits, a line each, and active tokens. The donors may go once their copies are on their way."""
+        logits, active = self._runner.prefill([request.plan for request in requests])
+        for request in requests:
+            self._unpin(request)
+        return logits, active
+
+    def _first_tokens(self, logits: Array, requests: Sequence[Request], outputs: Sequence[Output]) -> None:
+        sampling = sampling_arrays([output.sampling for output in outputs], len(logits))
+        lengths = np.zeros(len(logits), np.int32)
+        lengths[: len(requests)] = [len(request.tokens) for request in requests]
+        tokens = self._runner.first_tokens(logits, sampling, lengths)
+        for output, token in zip(outputs, tokens, strict=False):
+            output.extend([token])
+
+    def _decode(self, requests: Sequence[Request], outputs: Sequence[Output]) -> None:
+        lengths = [len(request.tokens) for request in requests]
+        pages = [request.plan.pages for request in requests]
+        state = decode_state(outputs, lengths, pages, self._runner.shapes.max_pages)
+        while not all(output.finish_reason for output in outputs):
+            state, tokens = self._runner.decode(state, self.config.decode_steps)
+            for output, line in zip(outputs, tokens, strict=False):
+                output.extend(line)
+            state = stop_finished(state, outputs)
+
+    def _report(self, request: Request, active: np.ndarray, started: float) -> Report:
+        plan = request.plan
+        return make_report(plan.prompt, plan.phases, self.model.num_layers, active, time.perf_counter() - started)
+
+    def _commit(self, request: Request, tokens: Int32[np.ndarray, "tokens"]) -> None:
+        """Make prompt and answer findable. Exactness of the answer's KV is that of the whole prompt's."""
+        exact = request.plan.exact_tokens(self.model.num_layers)
+        exact = len(tokens) if exact == len(request.tokens) else exact
+        self._cache.commit(request.plan.pages, tokens, request.namespace, exact_tokens=exact)
+
+    def _unpin(self, request: Request) -> None:
+        if request.match is not None:
+            self._cache.unpin(request.match)
+            request.match = None
+
+    def _empty_cache(self) -> PageCache:
+        return PageCache(self.config.num_pages, self.config.page_size, self.config.frozen_limit)

@@ -1,0 +1,66 @@
+"""From what a caller may pass as a prompt to checked token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from sparsex_jax.config import ModelConfig
+from sparsex_jax.errors import InvalidRequestError
+
+# Text, token ids, or chat messages ({"role": ..., "content": ...}).
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
+
+
+def encode(
+    prompt: Prompt, tokenizer: Any | None, config: ModelConfig, *, add_special_tokens: bool
+) -> Int32[np.ndarray, "tokens"]:
+    """Token ids of a prompt.
+
+    Args:
+      add_special_tokens: whether text gets the tokenizer's own (such as a begin token). Messages get those
+        of their template and ids are taken as they are.
+
+    Raises:
+      InvalidRequestError: empty, of another type, ids outside the vocabulary, or text without a tokenizer.
+    """
+    if isinstance(prompt, str):
+        return _checked(_tokenizer(tokenizer)(prompt, add_special_tokens=add_special_tokens)["input_ids"], config)
+    if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, (Sequence, np.ndarray)):
+        raise InvalidRequestError(
+            f"prompt has type {type(prompt).__name__}; it must be text, token ids or a list of chat messages"
+        )
+    if len(prompt) and all(isinstance(message, Mapping) for message in prompt):
+        return _checked(_chat(prompt, _tokenizer(tokenizer)), config)
+    return _checked(prompt, config)
+
+
+def _tokenizer(tokenizer: Any | None) -> Any:
+    if tokenizer is None:
+        raise InvalidRequestError("prompt is text, but this model has no tokenizer; pass token ids")
+    return tokenizer
+
+
+def _chat(messages: Any, tokenizer: Any) -> list[int]:
+    for number, message in enumerate(messages):
+        if not isinstance(message.get("role"), str):
+            raise InvalidRequestError(f"prompt[{number}] is a chat message without a role")
+    if not tokenizer.chat_template:
+        raise InvalidRequestError("prompt is a list of chat messages, but this model's tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _checked(ids: Any, config: ModelConfig) -> Int32[np.ndarray, "tokens"]:
+    if len(ids) == 0:
+        raise InvalidRequestError("prompt is empty; it must have at least 1 token")
+    array = np.asarray(ids)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InvalidRequestError("prompt must be text, a flat list of integer token ids or a list of chat messages")
+    if array.min() < 0 or array.max() >= config.vocab_size:
+        worst = array.min() if array.min() < 0 else array.max()
+        raise InvalidRequestError(f"prompt has token id {worst}; ids must be from 0 to {config.vocab_size - 1}")
+    return array.astype(np.int32)

@@ -1,0 +1,73 @@
+"""The kernels as the model calls them: bound to a mesh, each device working on the KV heads it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int
+
+import sparsex_kernels as kernels
+from sparsex_jax.plan import Copies, Rows
+from sparsex_jax.sharding import TENSOR_AXIS
+from sparsex_jax.sharding import spec as spec_of
+from sparsex_jax.store import STORE_AXES
+from sparsex_kernels.layout import PageTables, Queries, Store
+
+_STORE = spec_of(STORE_AXES)
+_HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
+_ALL = PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """Operations on the sharded store. Hashable, so that it can be a static argument of a jitted step.
+
+    Heads meet in none of them but the key mass, which is summed over the mesh, so each runs under `shard_map`
+    on the local heads and no kernel ever sees a sharded array.
+    """
+
+    mesh: Mesh
+
+    def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:
+        specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
+        attend = self._over_heads(kernels.paged_attention, specs, _HEADS)
+        return attend(q, store, layer, rows.position, rows.request, tables)
+
+    def key_mass(
+        self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables
+    ) -> Float[Array, "requests context"]:
+        def summed(*args: Array) -> Array:
+            mass = kernels.key_mass(*args)
+            return jax.lax.psum(mass, TENSOR_AXIS) if self.mesh.size > 1 else mass
+
+        specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
+        return self._over_heads(summed, specs, _ALL)(q, store, layer, rows.position, rows.request, tables)
+
+    def write_kv(
+        self,
+        store: Store,
+        layer: Int[Array, ""],
+        keys: Float[Array, "rows kv_heads head_dim"],
+        values: Float[Array, "rows kv_heads head_dim"],
+        rows: Rows,
+        tables: PageTables,
+    ) -> Store:
+        specs = (_STORE, _ALL, _HEADS, _HEADS, _ALL, _ALL, _ALL)
+        write = self._over_heads(kernels.write_kv, specs, _STORE)
+        return write(store, layer, keys, values, rows.position, rows.request, tables)
+
+    def align_and_copy(self, store: Store, copies: Copies, inv_freq: Float[Array, "half"]) -> Store:
+        move = self._over_heads(kernels.align_and_copy, (_STORE, _ALL, _ALL, _ALL, _ALL), _STORE)
+        return move(store, copies.source, copies.target, copies.shift, inv_freq)
+
+    def _over_heads(
+        self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+    ) -> Callable[..., Any]:
+        if self.mesh.size == 1:
+            return op
+        return jax.shard_map(op, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

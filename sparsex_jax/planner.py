@@ -1,0 +1,160 @@
+"""From prompts and their schedules to the plan that the jitted prefill consumes. Host side, NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Int32
+
+from sparsex_jax.cache import Segment
+from sparsex_jax.methods import Phase
+from sparsex_jax.plan import PADDING_REQUEST, Copies, PrefillPlan, Rows
+from sparsex_jax.prompt import PromptMap
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RequestPlan:
+    """What one request asks of a prefill.
+
+    Attributes:
+      prompt: the classified prompt.
+      phases: its schedule.
+      pages: physical pages of its tokens in order, the shared prefix first.
+      copies: runs to copy into those pages first: the prefix tail and the segments.
+    """
+
+    prompt: PromptMap
+    phases: tuple[Phase, ...]
+    pages: Sequence[int]
+    copies: tuple[Segment, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens of the first phase."""
+        return self.phases[0].size
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First layer of each phase: requests share a plan only if these agree."""
+        return tuple(phase.start for phase in self.phases)
+
+    def exact_tokens(self, num_layers: int) -> int:
+        """How many prompt tokens have exact KV once prefilled (DESIGN.md, rule 1)."""
+        everyone = self.prompt.computed.sum()
+        if all(phase.size == everyone for phase in self.phases if phase.start < num_layers):
+            return len(self.prompt)
+        return self.prompt.exact_frontier
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The few static shapes that plans are padded to: (rows, chunk) buckets, requests and pages a request."""
+
+    buckets: tuple[tuple[int, int], ...]
+    max_requests: int
+    max_pages: int
+
+    @classmethod
+    def of(cls, max_context: int, max_requests: int, page_size: int, chunk: int) -> Shapes:
+        """A small bucket for short work, then factors of 4 up to the longest context.
+
+        Rows go through the layers a chunk at a time and chunks of padding are skipped, so a large bucket costs
+        memory, not time, and few are enough: 3 for a context of 8192 and chunks of 128.
+        """
+        sizes = [4 * chunk]
+        while sizes[-1] < max_context:
+            sizes.append(4 * sizes[-1])
+        buckets = ((chunk // 2, chunk // 2), *((size, chunk) for size in sizes))
+        return cls(buckets, max_requests, -(-max_context // page_size))
+
+    @property
+    def max_rows(self) -> int:
+        return self.buckets[-1][0]
+
+    def bucket(self, rows: int) -> tuple[int, int]:
+        """The smallest (rows, chunk) that holds so many rows."""
+        return next(bucket for bucket in self.buckets if bucket[0] >= rows)
+
+
+def needed_phases(requests: Sequence[RequestPlan], num_layers: int) -> list[int]:
+    """The phases that have layers and leave out somebody's token: all plain prefills then share one program."""
+    needed = [0]
+    for i, phase in enumerate(requests[0].phases[1:], start=1):
+        narrows = any(request.phases[i].size < request.phases[needed[-1]].size for request in requests)
+        if phase.start < num_layers and narrows:
+            needed.append(i)
+    return needed
+
+
+def plan_prefill(
+    requests: Sequence[RequestPlan], shapes: Shapes, num_layers: int
+) -> tuple[PrefillPlan, tuple[str | None, ...]]:
+    """Lay the rows of requests with the same schedule out behind each other.
+
+    Returns:
+      The plan, and the signals of its phases after the first, which are static.
+    """
+    phases = [[request.phases[i] for request in requests] for i in needed_phases(requests, num_layers)]
+    computed = [np.flatnonzero(phase.forced) for phase in phases[0]]
+    size, _ = shapes.bucket(sum(map(len, computed)))
+
+    def laid_out(masks: Iterable[np.ndarray]) -> Array:
+        return _padded([mask[at] for mask, at in zip(masks, computed, strict=True)], size, False)
+
+    later = len(phases) - 1
+    forced = [laid_out(phase.forced for phase in same) for same in phases[1:]]
+    budget = [_padded([np.array([phase.budget for phase in same])], shapes.max_requests, 0) for same in phases[1:]]
+    plan = PrefillPlan(
+        rows=_rows(requests, computed, size),
+        page_tables=page_tables([request.pages for request in requests], shapes.max_requests, shapes.max_pages),
+        fresh=laid_out(request.prompt.fresh for request in requests),
+        first_layer=jnp.array([*(same[0].start for same in phases), num_layers], jnp.int32),
+        forced=jnp.array(forced, bool).reshape(later, size),
+        budget=jnp.array(budget, jnp.int32).reshape(later, shapes.max_requests),
+    )
+    return plan, tuple(same[0].signal for same in phases[1:])
+
+
+def _rows(requests: Sequence[RequestPlan], computed: Sequence[np.ndarray], size: int) -> Rows:
+    lines = [np.full(len(at), line) for line, at in enumerate(computed)]
+    return Rows(
+        token=_padded([request.prompt.tokens[at] for request, at in zip(requests, computed, strict=True)], size, 0),
+        position=_padded(computed, size, -1),
+        request=_padded(lines, size, PADDING_REQUEST),
+        index=jnp.arange(size, dtype=np.int32),
+    )
+
+
+def plan_copies(requests: Sequence[RequestPlan], shapes: Shapes, page_size: int) -> Copies | None:
+    """The copies of all requests, or None if there are none."""
+    runs = [(segment, np.asarray(request.pages)) for request in requests for segment in request.copies]
+    if not runs:
+        return None
+    places = [np.arange(segment.start, segment.end) for segment, _ in runs]
+    targets = [pages[at // page_size] * page_size + at % page_size for at, (_, pages) in zip(places, runs, strict=True)]
+    size, _ = shapes.bucket(sum(map(len, places)))
+    return Copies(
+        source=_padded([segment.slots for segment, _ in runs], size, 0),
+        target=_padded(targets, size, -1),
+        shift=_padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0),
+    )
+
+
+def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: int) -> Int32[Array, "requests pages"]:
+    """A line of page numbers for each request, padded with page 0, which nobody reads."""
+    tables = np.zeros((max_requests, max_pages), np.int32)
+    for line, own in enumerate(pages):
+        tables[line, : len(own)] = own
+    return jnp.asarray(tables)
+
+
+def _padded(parts: Sequence[np.ndarray], size: int, fill: int | bool) -> Array:
+    """The parts behind each other, filled up to `size`; booleans stay, the rest becomes int32."""
+    out = np.full(size, fill, bool if isinstance(fill, bool) else np.int32)
+    joined = np.concatenate(parts)
+    out[: len(joined)] = joined
+    return jnp.asarray(out)

@@ -1,0 +1,91 @@
+"""The device side of an engine: it owns the parameters and the store, and runs the jitted steps on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.decode import DecodeState, decode
+from sparsex_jax.model import Decoder
+from sparsex_jax.ops import Ops
+from sparsex_jax.planner import RequestPlan, Shapes, plan_copies, plan_prefill
+from sparsex_jax.prefill import align, prefill
+from sparsex_jax.sampling import Sampling, sample
+from sparsex_jax.store import make_store
+from sparsex_jax.weights import Params
+
+_CPU_CHUNK = 128  # larger chunks gain 15 % in the matrix products and lose more to padding
+_ACCELERATOR_CHUNK = 2048
+
+_sample = jax.jit(sample)
+
+
+class Runner:
+    """Runs plans. Each call donates the store to a jitted step and keeps what comes back."""
+
+    def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
+        self.model, self.engine, self.mesh, self.params = model, engine, mesh, params
+        self.decoder = Decoder(model, Ops(mesh))
+        max_context = min(model.max_position, engine.num_pages * engine.page_size)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        chunk = engine.chunk_rows or (_CPU_CHUNK if on_cpu else _ACCELERATOR_CHUNK)
+        self.shapes = Shapes.of(max_context, engine.max_batch, engine.page_size, chunk)
+        self.store = make_store(model, engine, mesh)
+
+    def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[np.ndarray]]:
+        """Align and prefill requests with the same schedule.
+
+        Returns:
+          Float32 logits of each line's last token, and for each request which of its tokens the phase after
+          the boundary computed.
+        """
+        copies = plan_copies(requests, self.shapes, self.engine.page_size)
+        plan, signals = plan_prefill(requests, self.shapes, self.model.num_layers)
+        _, chunk = self.shapes.bucket(plan.fresh.size)
+        with self._precision():
+            if copies is not None:
+                self.store = align(self.store, copies, decoder=self.decoder)
+            self.store, logits, active = prefill(
+                self.params, self.store, plan, decoder=self.decoder, signals=signals, chunk=chunk
+            )
+        return logits, _split_active(requests, active)
+
+    def first_tokens(
+        self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]
+    ) -> Int[np.ndarray, "requests"]:
+        """Sample from prefill logits the tokens that will stand at these positions."""
+        return np.asarray(_sample(logits, sampling, position))
+
+    def decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Int[np.ndarray, "requests steps"]]:
+        """Up to `steps` tokens for each request of the state; -1 behind a request's end."""
+        with self._precision():
+            self.store, state, tokens = decode(self.params, self.store, state, decoder=self.decoder, steps=steps)
+        return state, np.asarray(tokens)
+
+    def recover(self) -> bool:
+        """Make a new store if a failed step took the old one with it. True if the KV is lost."""
+        if not self.store.is_deleted():
+            return False
+        self.store = make_store(self.model, self.engine, self.mesh)
+        return True
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """Float32 means float32: accelerators would otherwise round the operands of a product."""
+        return jax.default_matmul_precision("float32" if self.engine.dtype == "float32" else "default")
+
+
+def _split_active(requests: Sequence[RequestPlan], active: Array) -> list[np.ndarray]:
+    """From rows of the plan to tokens of each prompt. Waits for the device if there is a later phase."""
+    masks = [request.phases[0].forced.copy() for request in requests]
+    if len(active):
+        ends = np.cumsum([request.num_rows for request in requests])[:-1]
+        for mask, part in zip(masks, np.split(np.asarray(active[0][: sum(map(np.sum, masks))]), ends), strict=True):
+            mask[mask] = part
+    return masks

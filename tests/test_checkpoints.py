@@ -1,0 +1,524 @@
+"""Checkpoints: what every format gives for the same model, and what is said when something is missing."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from sparsex_jax.checkpoints import EMBEDDED_MODELS, convert, open_checkpoint, save_checkpoint
+from sparsex_jax.config import config_dir, named_config
+from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
+from sparsex_jax.sharding import TENSOR_AXIS, make_mesh
+from sparsex_jax.tokenizer import tokenizer_from_gguf
+from sparsex_jax.weights import abstract_params, describe, num_parameters
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = ("llama", "qwen2", "qwen3", "mistral")
+EMBEDDED = "smollm2-135m-instruct"
+
+# Millions of parameters, as published or as the published weights' shapes add up to.
+PUBLISHED = {
+    "llama-2-7b": 6738.4,
+    "llama-3.1-8b": 8030.3,
+    "llama-3.2-1b": 1235.8,
+    "mistral-7b-v0.3": 7248.0,
+    "qwen2.5-0.5b": 494.0,
+    "qwen2.5-7b": 7615.6,
+    "qwen3-0.6b": 596.0,
+    "qwen3-8b": 8190.7,
+    "qwen3-32b": 32762.1,
+    "smollm2-135m": 134.5,
+    "smollm2-360m": 361.8,
+    "smollm2-1.7b": 1711.4,
+}
+
+TEXTS = [
+    "",
+    " ",
+    "Hello, world!",
+    "  two  spaces, a\ttab, and an end \n\n",
+    "\r\n mixed \n\r\t\t ends\u00a0\u2003",
+    "Zahlen 1234567890, 3.14159 und 1e-5; ½ Ⅷ ٣",
+    "naïve café, décomposé: e\u0301, Straße, İstanbul",
+    "日本語のテキスト、中文。한국어 ไทย العربية עברית हिन्दी",
+    "🙂🏽 👩‍👩‍👧‍👦 🇫🇷 \u200d\ufeff\x00\x7f",
+    "def f(x):\n    return {**x, 'a': [1, 2]}  # it's\n\n\n\tfor(;;){i++;}",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
+    "it's they're I'LL don't ''s",
+]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return open_checkpoint(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh()
+
+
+def assert_equal(got, expected):
+    """Same tree, shapes, dtypes and values."""
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, expected)
+
+
+# Published configurations
+
+
+def test_every_named_configuration_is_checked():
+    assert {path.stem for path in (config_dir() / "models").glob("*.json")} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_named_configuration_has_the_published_size(name):
+    assert num_parameters(named_config(name)) / 1e6 == pytest.approx(PUBLISHED[name], abs=0.05)
+
+
+def test_named_configurations_keep_what_shapes_do_not_show():
+    llama, mistral, qwen2, qwen3 = map(named_config, ("llama-3.1-8b", "mistral-7b-v0.3", "qwen2.5-0.5b", "qwen3-0.6b"))
+    assert (llama.rope_factors[0], llama.rope_factors[-1], llama.rope_theta) == (1.0, 8.0, 500000.0)
+    assert (mistral.max_position, mistral.rope_factors) == (32768, None)
+    assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.max_position) == (True, False, 32768)
+    assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+
+
+# The embedded model
+
+
+def test_embedded_configuration_is_the_published_one(embedded):
+    published = dataclasses.replace(named_config("smollm2-135m"), eos_token_ids=(2,))
+    stored_eps = embedded.config.rms_norm_eps  # float32 in the file
+    assert stored_eps == pytest.approx(published.rms_norm_eps)
+    assert embedded.config == dataclasses.replace(published, rms_norm_eps=stored_eps)
+
+
+def test_embedded_weights_fill_the_description(embedded, mesh):
+    params = embedded.load_params("bfloat16", mesh)
+    assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda w: w.shape, describe(embedded.config))
+    for leaf in jax.tree.leaves(params):
+        assert leaf.dtype == jnp.bfloat16
+        assert 0 < float(jnp.abs(leaf).max()) < np.inf
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_embedded_tokenizer_round_trips(embedded, text):
+    tokens = embedded.tokenizer.encode(text)
+    assert embedded.tokenizer.decode(tokens) == text
+    assert max(tokens, default=0) < embedded.config.vocab_size
+
+
+# The published vocabulary lacks the bytes of these control characters and of the unassigned planes 4 to 11.
+IN_VOCABULARY = st.characters(
+    exclude_categories=["Cs"], exclude_characters="\x04\x06\x13\x14\x16\x1d", max_codepoint=0x3FFFF
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(IN_VOCABULARY))
+def test_embedded_tokenizer_round_trips_any_text(embedded, text):
+    assert embedded.tokenizer.decode(embedded.tokenizer.encode(text)) == text
+
+
+def test_embedded_tokenizer_cuts_as_the_model_was_trained(embedded):
+    tokenizer = embedded.tokenizer
+    assert tokenizer.tokenize("the 2024 report") == ["the", "Ġ", "2", "0", "2", "4", "Ġreport"]
+    assert tokenizer.encode("<|im_start|>a<|im_end|>")[::2] == [1, 2]
+    assert tokenizer.decode([1, *tokenizer.encode("hi"), 2], skip_special_tokens=True) == "hi"
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+
+
+def test_embedded_chat_template(embedded):
+    messages = [{"role": "user", "content": "Hi"}]
+    prompt = embedded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    assert prompt == (
+        f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+# Tokenizers of GGUF files
+
+
+def byte_tokenizer(**fields):
+    """A vocabulary of the 256 bytes, one merge, and two tokens that are no text."""
+    from tokenizers import pre_tokenizers
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "<think>"]
+    kinds = [1] * (len(tokens) - 2) + [3, 4]
+    stored = {"model": "gpt2", "tokens": tokens, "merges": ["a b"], "token_type": kinds, "bos_token_id": 257} | fields
+    return tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in stored.items()})
+
+
+@pytest.mark.parametrize("pre", ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_every_pre_tokenizer_round_trips(pre):
+    tokenizer = byte_tokenizer(pre=pre)
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["it", "'s", "Ġ12345"]),
+        ("smollm", ["it", "'s", "Ġ", "1", "2", "3", "4", "5"]),
+        ("llama-bpe", ["it", "'s", "Ġ", "123", "45"]),
+        ("qwen2", ["it", "'s", "Ġ", "1", "2", "3", "4", "5"]),
+    ],
+)
+def test_pre_tokenizers_cut_numbers_differently(pre, words):
+    cut = byte_tokenizer(pre=pre).backend_tokenizer.pre_tokenizer.pre_tokenize_str("it's 12345")
+    assert [word for word, _ in cut] == words
+
+
+def test_control_and_user_defined_tokens():
+    tokenizer = byte_tokenizer(pre="qwen2")
+    assert tokenizer.encode("ab<s><think>") == [256, 257, 258]
+    assert tokenizer.decode([256, 257, 258], skip_special_tokens=True) == "ab<think>"
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"pre": "llama-bpe"}, [257, 256]),
+        ({"pre": "llama-bpe", "add_bos_token": False}, [256]),
+        ({"pre": "qwen2"}, [256]),
+        ({"pre": "qwen2", "add_bos_token": True}, [257, 256]),
+    ],
+)
+def test_first_token_of_a_prompt(fields, expected):
+    assert byte_tokenizer(**fields).encode("ab") == expected
+
+
+def sentencepiece_tokenizer(**fields):
+    """Bytes for whatever is not made of `a`, `b` and spaces; `▁ab` is better joined from `▁a` than from `ab`."""
+    pieces = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}
+    words = ["▁a", "ab", "▁ab", "▁", "a", "b"]
+    stored = {
+        "model": "llama",
+        "tokens": [*pieces, *words],
+        "token_type": [*pieces.values(), *[1] * len(words)],
+        "scores": [0.0] * len(pieces) + [-float(rank) for rank in range(len(words))],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in (stored | fields).items()})
+
+
+def test_sentencepiece_vocabulary_joins_by_score():
+    tokenizer = sentencepiece_tokenizer()
+    assert tokenizer.tokenize("ab abb") == ["▁ab", "▁ab", "b"]
+    assert tokenizer.tokenize("bab é") == ["▁", "b", "ab", "▁", "<0xC3>", "<0xA9>"]
+    assert tokenizer.encode("a")[0] == 1  # its prompts begin with <s> where the file says nothing else
+    assert sentencepiece_tokenizer(add_bos_token=False, add_space_prefix=False).tokenize("ab") == ["ab"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_sentencepiece_vocabulary_round_trips(text):
+    tokenizer = sentencepiece_tokenizer()
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@pytest.mark.parametrize("fields", [{"model": "bert"}, {"pre": "deepseek-coder"}])
+def test_other_vocabularies_are_refused(fields):
+    with pytest.raises(UnsupportedModelError, match="is not supported"):
+        byte_tokenizer(**fields)
+
+
+def test_no_vocabulary_is_no_tokenizer():
+    assert tokenizer_from_gguf({"general.architecture": "llama"}) is None
+
+
+# Hugging Face directories
+
+
+def stored_tensors(name):
+    return {key: value for file in (GOLDEN / name).glob("*.safetensors") for key, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_directory_loads_in_our_shapes(name, mesh):
+    checkpoint = open_checkpoint(GOLDEN / name)
+    params, stored, dim = checkpoint.load_params("float32", mesh), stored_tensors(name), checkpoint.config.head_dim
+    layers, prefix = params["layers"], "model.layers.2."
+    q, k, o = (stored[f"{prefix}self_attn.{which}_proj.weight"] for which in "qko")
+    np.testing.assert_array_equal(layers["wq"][2, :, 3, 5], q[3 * dim + 5])
+    np.testing.assert_array_equal(layers["wk"][2, :, 1, 4], k[1 * dim + 4])
+    np.testing.assert_array_equal(layers["wo"][2, 3, 5], o[:, 3 * dim + 5])
+    np.testing.assert_array_equal(layers["w_down"][2], stored[f"{prefix}mlp.down_proj.weight"].T)
+    np.testing.assert_array_equal(layers["mlp_norm"][2], stored[f"{prefix}post_attention_layernorm.weight"])
+    np.testing.assert_array_equal(params["embed"], stored["model.embed_tokens.weight"])
+
+
+def test_directory_loads_what_only_some_models_have(mesh):
+    llama, qwen2, qwen3 = (open_checkpoint(GOLDEN / name).load_params("float32", mesh) for name in MODELS[:3])
+    bias, norm = "model.layers.1.self_attn.k_proj.bias", "model.layers.1.self_attn.q_norm.weight"
+    assert "lm_head" not in llama
+    np.testing.assert_array_equal(qwen2["lm_head"], stored_tensors("qwen2")["lm_head.weight"].T)
+    np.testing.assert_array_equal(qwen2["layers"]["bk"][1].reshape(-1), stored_tensors("qwen2")[bias])
+    np.testing.assert_array_equal(qwen3["layers"]["q_norm"][1], stored_tensors("qwen3")[norm].astype(np.float32))
+
+
+def test_bfloat16_weights_stay_as_they_are(mesh):
+    stored = stored_tensors("mistral")["model.embed_tokens.weight"]
+    assert stored.dtype == ml_dtypes.bfloat16
+    loaded = open_checkpoint(GOLDEN / "mistral").load_params("bfloat16", mesh)["embed"]
+    assert loaded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(loaded, stored)
+
+
+def test_directory_without_tokenizer_has_none():
+    assert open_checkpoint(str(GOLDEN / "llama")).tokenizer is None
+
+
+def test_end_tokens_of_the_generation_config_count(tmp_path):
+    folder = copy_of("llama", tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 2, 7]}))
+    assert open_checkpoint(folder).config.eos_token_ids == (2, 9, 7)
+
+
+# GGUF files, written from the same models
+
+
+def permute(rows, heads):
+    """How llama.cpp stores the Q and K rows of its `llama` architecture."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def write_gguf(path, name, architecture, **fields):
+    """The model of `tests/golden/{name}` as llama.cpp's converter would write it, tensor names included."""
+    config = open_checkpoint(GOLDEN / name).config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_q_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_eos_token_id(2)
+    for key, value in fields.items():
+        writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
+    for tensor, array in gguf_tensors(name, architecture, config):
+        writer.add_tensor(tensor, np.ascontiguousarray(array, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_tensors(name, architecture, config):
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_layers)
+    heads = {"q_proj": config.num_q_heads, "k_proj": config.num_kv_heads}
+    for key, array in stored_tensors(name).items():
+        projection = key.split(".")[-2]
+        if architecture == "llama" and projection in heads:
+            array = permute(array, heads[projection])
+        yield names.get_name(key, try_suffixes=(".weight", ".bias")), array
+    if config.rope_factors:
+        yield "rope_freqs.weight", np.array(config.rope_factors)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"), [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("mistral", "llama")]
+)
+def test_gguf_equals_the_directory_it_was_made_of(name, architecture, tmp_path, mesh):
+    ours, expected = (
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", name, architecture)),
+        open_checkpoint(GOLDEN / name),
+    )
+    same = dataclasses.replace(ours.config, rms_norm_eps=expected.config.rms_norm_eps, rope_factors=None)
+    assert same == dataclasses.replace(expected.config, rope_factors=None)
+    assert ours.config.rms_norm_eps == pytest.approx(expected.config.rms_norm_eps)
+    assert_equal(ours.load_params("float32", mesh), expected.load_params("float32", mesh))
+
+
+def test_gguf_rotary_divisors(tmp_path):
+    stored = open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", "llama")).config.rope_factors
+    assert stored == pytest.approx(open_checkpoint(GOLDEN / "llama").config.rope_factors)
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    path = write_gguf(tmp_path / "linear.gguf", "qwen2", "qwen2", **linear)
+    assert open_checkpoint(path).config.rope_factors == (4.0,) * 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
+        ({"rope.dimension_count": 8}, "partial rotation"),
+        ({"expert_count": 8}, "experts"),
+    ],
+)
+def test_gguf_of_what_is_not_implemented_is_refused(fields, message, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", "qwen2", "qwen2", **fields)
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_checkpoint(path)
+
+
+def test_gguf_of_another_architecture_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma3")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match=r"'gemma3' is not supported; supported: llama, qwen2, qwen3"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("size", [0, 3, 100, 1000, -1000])
+def test_damaged_gguf_is_refused(size, tmp_path, mesh):
+    whole = write_gguf(tmp_path / "whole.gguf", "qwen2", "qwen2")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(whole.read_bytes()[:size])
+    with pytest.raises(UnsupportedModelError, match=r"broken\.gguf"):
+        open_checkpoint(broken).load_params("float32", mesh)
+
+
+# Converted checkpoints
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_converted_checkpoint_equals_its_source(name, tmp_path, mesh):
+    convert(GOLDEN / name, tmp_path / "out", "float32", mesh)
+    source, converted = open_checkpoint(GOLDEN / name), open_checkpoint(tmp_path / "out")
+    assert converted.config == source.config
+    assert converted.tokenizer is None
+    assert_equal(converted.load_params("float32", mesh), source.load_params("float32", mesh))
+
+
+def test_converted_checkpoint_is_restored_into_another_dtype_and_mesh(tmp_path, mesh):
+    source = open_checkpoint(GOLDEN / "qwen3")
+    convert(GOLDEN / "qwen3", tmp_path / "out", "float32", mesh)
+    wide = make_mesh(min(2, jax.device_count()))
+    params = open_checkpoint(tmp_path / "out").load_params("bfloat16", wide)
+    assert_equal(params, source.load_params("bfloat16", mesh))
+    wanted = abstract_params(source.config, "bfloat16", wide)
+    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
+    assert params["layers"]["wq"].sharding.mesh.shape[TENSOR_AXIS] == wide.size
+
+
+def test_tokenizer_survives_conversion(embedded, tmp_path, mesh):
+    small = open_checkpoint(GOLDEN / "llama")
+    save_checkpoint(tmp_path / "out", small.config, small.load_params("float32", mesh), embedded.tokenizer)
+    tokenizer = open_checkpoint(tmp_path / "out").tokenizer
+    assert [tokenizer.encode(text) for text in TEXTS] == [embedded.tokenizer.encode(text) for text in TEXTS]
+    assert [tokenizer.decode(tokenizer.encode(text)) for text in TEXTS] == TEXTS
+    assert tokenizer.chat_template == embedded.tokenizer.chat_template
+    assert tokenizer.eos_token_id == 2
+
+
+def test_nothing_is_overwritten(tmp_path, mesh):
+    (tmp_path / "note").write_text("mine")
+    for target in (tmp_path, tmp_path / "note"):
+        with pytest.raises(InvalidRequestError, match="nothing is overwritten"):
+            convert(GOLDEN / "llama", target, "float32", mesh)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_failed_conversion_leaves_nothing(tmp_path, mesh):
+    class Broken:
+        def save_pretrained(self, path):
+            raise OSError("disk full")
+
+    source = open_checkpoint(GOLDEN / "llama")
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path / "out", source.config, source.load_params("float32", mesh), Broken())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lost", ["config.json", "params"])
+def test_half_written_conversion_is_refused(lost, tmp_path, mesh):
+    out = tmp_path / "out"
+    convert(GOLDEN / "llama", out, "float32", mesh)
+    shutil.rmtree(out / lost) if (out / lost).is_dir() else (out / lost).unlink()
+    with pytest.raises(UnknownModelError, match=f"has no {lost}.*conversion"):
+        open_checkpoint(out)
+
+
+def test_conversion_of_a_newer_version_is_refused(tmp_path, mesh):
+    convert(GOLDEN / "llama", tmp_path / "out", "float32", mesh)
+    path = tmp_path / "out" / "config.json"
+    record = json.loads(path.read_text())
+    record["config"]["num_experts"] = 8
+    path.write_text(json.dumps(record))
+    with pytest.raises(UnsupportedModelError, match="num_experts"):
+        open_checkpoint(tmp_path / "out")
+
+
+# What is said when something is missing
+
+
+def copy_of(name, tmp_path):
+    return Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+
+@pytest.mark.parametrize("source", ["no-such-model", "/no/such/dir", "missing.gguf"])
+def test_unknown_source_lists_what_was_looked_for(source):
+    with pytest.raises(UnknownModelError) as caught:
+        open_checkpoint(source)
+    for part in (source, *EMBEDDED_MODELS, ".gguf", "directory"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model-00002-of-00003.safetensors"])
+def test_directory_with_a_missing_file_names_it(lost, tmp_path):
+    folder = copy_of("qwen2", tmp_path)
+    (folder / lost).unlink()
+    with pytest.raises(UnknownModelError, match=lost):
+        open_checkpoint(folder)
+
+
+def test_directory_without_weights_says_so(tmp_path):
+    folder = copy_of("llama", tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UnknownModelError, match=r"no model\.safetensors"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gemma3"}, "gemma3"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+    ],
+)
+def test_unsupported_directory_is_refused(changes, message, tmp_path):
+    folder = copy_of("llama", tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"tie_word_embeddings": False}, r"lm_head\.weight"), ({"hidden_size": 32}, "embed is stored")],
+)
+def test_weights_that_do_not_fit_the_configuration_are_refused(changes, message, tmp_path, mesh):
+    folder = copy_of("llama", tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_checkpoint(folder).load_params("float32", mesh)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_damaged_file_is_named(file, tmp_path):
+    folder = copy_of("llama", tmp_path)
+    (folder / file).write_bytes(b"{broken")
+    with pytest.raises(UnsupportedModelError, match=file):
+        open_checkpoint(folder)

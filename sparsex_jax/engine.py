@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -105,16 +106,18 @@ class Engine:
         *,
         reuse: ReuseConfig | None = None,
         namespace: str = DEFAULT_NAMESPACE,
+        keep: bool = True,
     ) -> Generation:
         """Generate from text, token ids or chat messages, reusing what the namespace has stored.
 
-        Prompt and answer are stored in turn, so that later prompts of the namespace can reuse them.
+        Args:
+          keep: prompt and answer become donors, so that later prompts of the namespace can reuse them.
 
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
           StoreFullError: the store cannot hold prompt and answer.
         """
-        return self.generate_batch([prompt], sampling, reuse=reuse, namespace=namespace)[0]
+        return self.generate_batch([prompt], sampling, reuse=reuse, namespace=namespace, keep=keep)[0]
 
     def generate_batch(
         self,
@@ -123,6 +126,7 @@ class Engine:
         *,
         reuse: ReuseConfig | None = None,
         namespace: str = DEFAULT_NAMESPACE,
+        keep: bool = True,
     ) -> list[Generation]:
         """Generate for several prompts, prefilled and decoded together as far as they fit. As `generate`."""
         started = time.perf_counter()
@@ -134,23 +138,30 @@ class Engine:
         reports: list[Report] = []
         while len(reports) < len(prompts):
             rest = slice(len(reports), None)
-            reports += self._generate_some(encoded[rest], outputs[rest], reuse or ReuseConfig(), namespace, started)
+            with self._admitted(encoded[rest], outputs[rest], reuse or ReuseConfig(), namespace) as requests:
+                reports += self._generate(requests, outputs[rest], keep, started)
         return [
             Generation(output.text, output.token_ids, str(output.finish_reason), report)
             for output, report in zip(outputs, reports, strict=True)
         ]
 
     def prefill(
-        self, prompt: Prompt, *, reuse: ReuseConfig | None = None, namespace: str = DEFAULT_NAMESPACE
+        self,
+        prompt: Prompt,
+        *,
+        reuse: ReuseConfig | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
+        keep: bool = True,
     ) -> Prefill:
-        """The logits of the token that would follow. The prompt is stored as by `generate`, which see."""
+        """The logits of the token that would follow. Arguments and errors as `generate`."""
         started = time.perf_counter()
         tokens = self._encode(prompt)
-        with self._admitted([tokens], [0], reuse or ReuseConfig(), namespace) as requests:
+        with self._admitted([tokens], [], reuse or ReuseConfig(), namespace) as requests:
             scores, active = self._prefill(requests)
             logits = np.asarray(scores[0])
             report = self._report(requests[0], active[0], started)
-            self._commit(requests[0], tokens)
+            if keep:
+                self._commit(requests[0], tokens)
         return Prefill(logits, report)
 
     def remember(self, prompt: Prompt, *, namespace: str = DEFAULT_NAMESPACE, frozen: bool = False) -> int:
@@ -164,7 +175,7 @@ class Engine:
           A handle for `forget`.
         """
         tokens = self._encode(prompt, add_special_tokens=False)
-        with self._admitted([tokens], [0], ReuseConfig(method="prefix"), namespace) as requests:
+        with self._admitted([tokens], [], ReuseConfig(method="prefix"), namespace) as requests:
             self._prefill(requests)
             self._commit(requests[0], tokens)
             return self._cache.register(requests[0].plan.pages, len(tokens), namespace, frozen=frozen)
@@ -197,10 +208,14 @@ class Engine:
 
     @contextlib.contextmanager
     def _admitted(
-        self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int], reuse: ReuseConfig, namespace: str
+        self, prompts: Sequence[np.ndarray], outputs: Sequence[Output], reuse: ReuseConfig, namespace: str
     ) -> Iterator[list[Request]]:
-        """As many of the prompts as fit now, at least one; whatever happens, they give back what they hold."""
-        requests = self._admit_some(prompts, new_tokens, reuse, namespace)
+        """As many of the prompts as fit now, at least one; whatever happens, they give back what they hold.
+
+        Args:
+          outputs: what each prompt will generate; none for those that generate nothing.
+        """
+        requests = self._admit_some(prompts, outputs, reuse, namespace)
         try:
             yield requests
         except BaseException:
@@ -213,13 +228,13 @@ class Engine:
                 self._leave(request)
 
     def _admit_some(
-        self, prompts: Sequence[np.ndarray], new_tokens: Sequence[int], reuse: ReuseConfig, namespace: str
+        self, prompts: Sequence[np.ndarray], outputs: Sequence[Output], reuse: ReuseConfig, namespace: str
     ) -> list[Request]:
         requests: list[Request] = []
         rows = 0
-        for tokens, extra in zip(prompts[: self.config.max_batch], new_tokens, strict=False):
+        for tokens, output in itertools.zip_longest(prompts[: self.config.max_batch], outputs[: self.config.max_batch]):
             try:
-                request = self._admit(tokens, extra, reuse, namespace)
+                request = self._admit(tokens, output.sampling.max_new_tokens if output else 0, reuse, namespace)
             except StoreFullError:
                 if requests:
                     break  # the others go first
@@ -269,22 +284,16 @@ class Engine:
         self._unpin(request)
         self._cache.release(request.plan.pages)
 
-    def _generate_some(
-        self,
-        prompts: Sequence[np.ndarray],
-        outputs: Sequence[Output],
-        reuse: ReuseConfig,
-        namespace: str,
-        started: float,
+    def _generate(
+        self, requests: Sequence[Request], outputs: Sequence[Output], keep: bool, started: float
     ) -> list[Report]:
-        """Admit what fits of the prompts and generate for those, from the first on."""
-        new_tokens = [output.sampling.max_new_tokens for output in outputs]
-        with self._admitted(prompts, new_tokens, reuse, namespace) as requests:
-            outputs = outputs[: len(requests)]
-            logits, active = self._prefill(requests)
-            self._first_tokens(logits, requests, outputs)
-            reports = [self._report(request, mask, started) for request, mask in zip(requests, active, strict=True)]
-            self._decode(requests, outputs)
+        """Generate for the admitted requests, which are the first of the outputs."""
+        outputs = outputs[: len(requests)]
+        logits, active = self._prefill(requests)
+        self._first_tokens(logits, requests, outputs)
+        reports = [self._report(request, mask, started) for request, mask in zip(requests, active, strict=True)]
+        self._decode(requests, outputs)
+        if keep:  # the last token's KV is not in the store: it was never an input
             for request, output in zip(requests, outputs, strict=True):
                 self._commit(request, np.append(request.tokens, output.token_ids[:-1]).astype(np.int32))
         return reports

@@ -75,7 +75,7 @@ class CacheStats:
     frozen_evictions: int
 
 
-def _require(ok: bool, message: str) -> None:
+def _require(ok: bool | np.bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
 
@@ -188,7 +188,7 @@ class PageCache:
         """Hold pages once more. They must be in use: held already, or committed."""
         self._require_distinct(pages)
         for page in pages:
-            _require(bool(self._table.refs[page] or self._table.committed[page]), f"page {page} is free")
+            _require(self._table.refs[page] > 0 or self._table.committed[page], f"page {page} is free")
         self._table.hold(pages)
 
     def release(self, pages: Sequence[int]) -> None:

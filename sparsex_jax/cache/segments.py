@@ -24,7 +24,7 @@ from sparsex_jax.cache.windows import WINDOW, WindowIndex
 
 # Page comparisons per lookup after which it only looks for long runs: one donor an anchor, every ninth anchor.
 # Ordinary prompts need a few thousand; only text that repeats itself, here and in the store, comes that far.
-COMPARISON_BUDGET = 1 << 16
+COMPARISON_BUDGET = 1 << 15
 # Stored windows are 8 apart, so 9 tries each of their phases in turn: no run of 80 tokens slips through.
 HURRIED_STRIDE = WINDOW + 1
 
@@ -102,30 +102,47 @@ class SegmentSearch:
 
     def run(self, begin: int, min_segment: int) -> list[Run]:
         """The disjoint runs of at least `min_segment` tokens at `begin` or behind it, in order."""
-        offsets, hashes = self._windows.probe(self._prompt[begin:], self._namespace)
-        anchors, values = (offsets + begin).tolist(), hashes.tolist()
+        stored = self._windows.probe(self._prompt[begin:], self._namespace)
+        anchors = [begin + offset for offset, _ in stored]
+        values = [value for _, value in stored]
         runs: list[Run] = []
         i = 0
         while i < len(anchors):
             run = self._best(values[i], anchors[i], begin, min_segment)
             if run is not None:
+                run = self._best_of_other_phases(run, anchors, values, i, begin)
                 runs.append(run)
                 begin = run.start + run.length
             after = anchors[i] + (1 if self._budget > 0 else HURRIED_STRIDE)
             i = bisect_left(anchors, begin if run else after, i)
         return runs
 
+    def _rank(self, run: Run) -> tuple[bool, int, int]:
+        return run.exact, run.length, self._recency(run.nodes[-1])
+
     def _best(self, value: int, at: int, floor: int, least: int) -> Run | None:
         """The best run around the window at `at` that does not reach below `floor`."""
-        best, best_rank = None, (False, 0, 0)
+        best = None
         for node, offset in self._windows.candidates(value):
             run = self._run_around(node, offset, at, floor)
-            if run is not None and run.length >= least:
-                rank = (run.exact, run.length, self._recency(run.nodes[-1]))
-                if rank > best_rank:
-                    best, best_rank = run, rank
+            if run is not None and run.length >= least and (best is None or self._rank(run) > self._rank(best)):
+                best = run
             if self._budget < 0:
                 break
+        return best
+
+    def _best_of_other_phases(self, best: Run, anchors: list[int], values: list[int], i: int, floor: int) -> Run:
+        """A better run than `best`, found at anchor `i`, that covers its beginning too.
+
+        Another donor's windows may lie up to 7 tokens further on. A repeated hash is repeated text: nothing new.
+        """
+        seen = {values[i]}
+        for j in range(i + 1, bisect_left(anchors, anchors[i] + WINDOW, i)):
+            if values[j] not in seen and self._budget > 0:
+                seen.add(values[j])
+                run = self._best(values[j], anchors[j], floor, best.length if best.exact else 1)
+                if run is not None and run.start <= best.start and self._rank(run) > self._rank(best):
+                    best = run
         return best
 
     def _run_around(self, node: Node, offset: int, at: int, floor: int) -> Run | None:

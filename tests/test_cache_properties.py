@@ -1,0 +1,240 @@
+"""The page cache against a model that knows what each slot holds, under whatever order of calls hypothesis finds."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
+
+from sparsex_jax.cache import Match, PageCache
+from sparsex_jax.errors import StoreFullError, UnknownHandleError
+
+PAGE = 8
+QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def filled(texts: list[list[int]], page_size: int) -> PageCache:
+    """A cache with room for all of these sequences, each committed as exact and released."""
+    cache = PageCache(sum(-(-len(text) // page_size) for text in texts) + 1, page_size)
+    for text in texts:
+        pages = cache.allocate(-(-len(text) // page_size))
+        cache.commit(pages, np.array(text, np.int32), "a", exact_tokens=len(text))
+        cache.release(pages)
+    return cache
+
+
+def longest_from(prompt: list[int], at: int, texts: list[list[int]]) -> int:
+    """Brute force: the longest run of `prompt` from `at` on that stands anywhere in one of the texts."""
+    best = 0
+    for text in texts:
+        for offset in range(len(text)):
+            length = 0
+            while at + length < len(prompt) and offset + length < len(text):
+                if prompt[at + length] != text[offset + length]:
+                    break
+                length += 1
+            best = max(best, length)
+    return best
+
+
+@QUICK
+@given(
+    texts=st.lists(st.lists(st.integers(0, 1000), min_size=1, max_size=70, unique=True), min_size=1, max_size=3),
+    cuts=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60), st.integers(1, 40)), max_size=5),
+    page_size=st.sampled_from([8, 16, 32]),
+)
+def test_everything_long_enough_is_covered(texts, cuts, page_size):
+    """Texts without a token in common, cut up and put together anew: where runs do not overlap, all are found."""
+    texts = [[3000 * i + token for token in text] for i, text in enumerate(texts)]
+    prompt: list[int] = []
+    for i, (which, offset, length) in enumerate(cuts):
+        prompt += [100_000 + i, *texts[which % len(texts)][offset : offset + length]]
+    match = filled(texts, page_size).lookup(np.array(prompt, np.int32), "a", prefix=False, min_segment=15)
+    covered = {i for segment in match.segments for i in range(segment.start, segment.end)}
+    for at in range(len(prompt)):
+        length = longest_from(prompt, at, texts)
+        if length >= 15:
+            assert covered >= set(range(at, at + length))
+
+
+@QUICK
+@given(
+    texts=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=60), min_size=1, max_size=2),
+    prompt=st.lists(st.integers(0, 1), max_size=60),
+)
+def test_no_gap_has_room_for_a_run(texts, prompt):
+    """With two tokens everything overlaps; still what is left between segments holds no run worth taking."""
+    match = filled(texts, 16).lookup(np.array(prompt, np.int32), "a", prefix=False, min_segment=15)
+    ends = [0, *(segment.end for segment in match.segments)]
+    starts = [*(segment.start for segment in match.segments), len(prompt)]
+    for begin, end in zip(ends, starts, strict=True):
+        for at in range(begin, end):
+            assert longest_from(prompt[:end], at, texts) < 15
+
+
+@dataclasses.dataclass
+class Held:
+    """A sequence some request holds: its pages, what it wrote there, and how much of it is exact."""
+
+    pages: list[int]
+    tokens: list[int]
+    namespace: str
+    exact: int
+
+
+texts = st.lists(st.lists(st.integers(0, 2), min_size=8, max_size=8), min_size=1, max_size=6).map(
+    lambda parts: [token for part in parts for token in part]
+) | st.lists(st.sampled_from([[0] * 8, [1] * 8, [0, 1] * 4, list(range(8))]), min_size=1, max_size=7).map(
+    lambda parts: [token for part in parts for token in part]
+)
+namespaces = st.sampled_from(["a", "b"])
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Requests, pins, entries, failures in every order, on a store that is nearly always too small."""
+
+    sequences = Bundle("sequences")
+    pins = Bundle("pins")
+    handles = Bundle("handles")
+
+    @initialize(num_pages=st.integers(3, 24), limit=st.sampled_from([0.5, 0.9, 1.0]))
+    def start(self, num_pages: int, limit: float) -> None:
+        self.cache = PageCache(num_pages, PAGE, limit)
+        size = num_pages * PAGE
+        self.tokens, self.positions = np.full(size, -1), np.full(size, -1)
+        self.history: list[tuple[int, ...]] = [()] * size  # all tokens before and in the slot, if the KV is exact
+        self.owner = [""] * size
+        self.alive: set[int] = set()
+        self.held: list[Held] = []
+        self.pinned: list[Match] = []
+
+    def write(self, held: Held, begin: int) -> None:
+        for i in range(begin, len(held.tokens)):
+            slot = held.pages[i // PAGE] * PAGE + i % PAGE
+            self.tokens[slot], self.positions[slot], self.owner[slot] = held.tokens[i], i, held.namespace
+            self.history[slot] = tuple(held.tokens[: i + 1]) if i < held.exact else ()
+
+    def verify(self, match: Match, prompt: np.ndarray, namespace: str) -> None:
+        slots = [page * PAGE + i for page in match.prefix_pages for i in range(PAGE)]
+        slots += match.prefix_tail.slots.tolist() if match.prefix_tail else []
+        assert len(slots) == match.num_prefix_tokens < max(len(prompt), 1)
+        for i, slot in enumerate(slots):
+            assert self.history[slot] == tuple(prompt[: i + 1])  # exact, and behind exactly this past
+            assert self.owner[slot] == namespace
+        end = len(slots)
+        for segment in match.segments:
+            assert segment.start >= end
+            end = segment.end
+            assert np.array_equal(self.tokens[segment.slots], prompt[segment.start : end])
+            assert np.array_equal(self.positions[segment.slots], segment.donor_start + np.arange(segment.length))
+            assert {self.owner[slot] for slot in segment.slots} == {namespace}
+            assert segment.exact == all(self.history[slot] for slot in segment.slots)
+        assert end <= len(prompt)
+
+    def find(self, tokens: list[int], namespace: str) -> Match:
+        prompt = np.array(tokens, np.int32)
+        match = self.cache.lookup(prompt, namespace)
+        self.verify(match, prompt, namespace)
+        return match
+
+    @rule(target=sequences, text=texts, extra=texts, namespace=namespaces, outcome=st.sampled_from(["exact", "reuse"]))
+    def serve(self, text: list[int], extra: list[int], namespace: str, outcome: str):
+        """Lookup, allocate, compute, commit; the request goes on holding its pages."""
+        tokens = (text + extra)[:-3]
+        match = self.find(tokens, namespace)
+        try:
+            fresh = self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))
+        except StoreFullError:
+            self.cache.unpin(match)
+            return multiple()
+        self.cache.share(match.prefix_pages)
+        self.cache.unpin(match)
+        reused = outcome == "reuse" and match.segments
+        exact = match.segments[0].start if reused else len(tokens)
+        held = Held(match.prefix_pages + fresh, tokens, namespace, exact)
+        self.write(held, len(match.prefix_pages) * PAGE)
+        self.cache.commit(held.pages, np.array(tokens, np.int32), namespace, exact_tokens=exact)
+        self.held.append(held)
+        return held
+
+    @rule(count=st.integers(0, 6), tokens=texts, namespace=namespaces)
+    def fail_midway(self, count: int, tokens: list[int], namespace: str) -> None:
+        """A request that found something and got pages, and then was cancelled."""
+        match = self.find(tokens, namespace)
+        before = self.cache.stats()
+        try:
+            pages = self.cache.allocate(count)
+        except StoreFullError:
+            assert self.cache.stats() == before
+        else:
+            self.cache.release(pages)
+        self.cache.unpin(match)
+        with pytest.raises(ValueError, match="not pinned"):
+            self.cache.unpin(match)
+
+    @rule(held=consumes(sequences))
+    def release(self, held: Held) -> None:
+        self.cache.release(held.pages)
+        self.held.remove(held)
+
+    @rule(target=pins, tokens=texts, namespace=namespaces)
+    def pin(self, tokens: list[int], namespace: str):
+        match = self.find(tokens, namespace)
+        self.pinned.append(match)
+        return match, np.array(tokens, np.int32), namespace
+
+    @rule(pin=consumes(pins))
+    def unpin(self, pin) -> None:
+        """What was pinned is still what it was, whatever happened since."""
+        self.verify(*pin)
+        self.cache.unpin(pin[0])
+        self.pinned.remove(pin[0])
+
+    @rule(target=handles, held=sequences, frozen=st.booleans())
+    def register(self, held: Held, frozen: bool):
+        try:
+            handle = self.cache.register(held.pages, len(held.tokens), held.namespace, frozen)
+        except ValueError:  # a page of it was forgotten
+            return multiple()
+        assert handle not in self.alive
+        self.alive.add(handle)
+        return handle
+
+    @rule(handle=consumes(handles))
+    def forget(self, handle: int) -> None:
+        known = handle in {entry.handle for entry in self.cache.entries()}
+        if known:
+            self.cache.forget(handle)
+        with pytest.raises(UnknownHandleError):
+            self.cache.forget(handle)
+
+    @rule()
+    def clear(self) -> None:
+        self.cache.clear()
+        assert self.cache.stats().cached == self.cache.stats().frozen == 0
+        assert self.cache.entries() == []
+
+    @invariant()
+    def nothing_leaks(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check()
+        active = {page for held in self.held for page in held.pages} | {p for m in self.pinned for p in m.pages}
+        assert self.cache.stats().active == len(active)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        for match in self.pinned:
+            self.cache.unpin(match)
+        for held in self.held:
+            self.cache.release(held.pages)
+        self.cache.clear()
+        self.cache.check()
+        assert self.cache.stats().free == self.cache.stats().pages
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(QUICK, max_examples=60, stateful_step_count=30)

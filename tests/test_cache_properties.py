@@ -97,7 +97,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     sequences = Bundle("sequences")
     pins = Bundle("pins")
-    handles = Bundle("handles")
 
     @initialize(num_pages=st.integers(3, 24), limit=st.sampled_from([0.5, 0.9, 1.0]))
     def start(self, num_pages: int, limit: float) -> None:
@@ -106,7 +105,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.tokens, self.positions = np.full(size, -1), np.full(size, -1)
         self.history: list[tuple[int, ...]] = [()] * size  # all tokens before and in the slot, if the KV is exact
         self.owner = [""] * size
-        self.alive: set[int] = set()
+        self.given: set[int] = set()
         self.held: list[Held] = []
         self.pinned: list[Match] = []
 
@@ -148,7 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
             fresh = self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))
         except StoreFullError:
             self.cache.unpin(match)
-            return multiple()
+            return multiple()  # nothing to hold
         self.cache.share(match.prefix_pages)
         self.cache.unpin(match)
         reused = outcome == "reuse" and match.segments
@@ -179,6 +178,12 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.release(held.pages)
         self.held.remove(held)
 
+    @rule(held=sequences, more=texts, cut=st.integers(0, 30), namespace=namespaces)
+    def ask_again(self, held: Held, more: list[int], cut: int, namespace: str) -> None:
+        """What some sequence holds, whole or in part, at its place or behind other tokens, under either name."""
+        for tokens in (held.tokens[:cut] or held.tokens, held.tokens, more[:-3] + held.tokens[cut:]):
+            self.cache.unpin(self.find(tokens, namespace))
+
     @rule(target=pins, tokens=texts, namespace=namespaces)
     def pin(self, tokens: list[int], namespace: str):
         match = self.find(tokens, namespace)
@@ -192,20 +197,23 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.unpin(pin[0])
         self.pinned.remove(pin[0])
 
-    @rule(target=handles, held=sequences, frozen=st.booleans())
-    def register(self, held: Held, frozen: bool):
+    @rule(held=consumes(sequences), frozen=st.booleans())
+    def remember(self, held: Held, frozen: bool) -> None:
         try:
             handle = self.cache.register(held.pages, len(held.tokens), held.namespace, frozen)
         except ValueError:  # a page of it was forgotten
-            return multiple()
-        assert handle not in self.alive
-        self.alive.add(handle)
-        return handle
+            pass
+        else:
+            assert handle not in self.given
+            self.given.add(handle)
+        self.release(held)
 
-    @rule(handle=consumes(handles))
-    def forget(self, handle: int) -> None:
-        known = handle in {entry.handle for entry in self.cache.entries()}
-        if known:
+    @rule(data=st.data())
+    def forget(self, data) -> None:
+        handles = [entry.handle for entry in self.cache.entries()]
+        assert set(handles) <= self.given
+        handle = data.draw(st.sampled_from([0, *handles]))
+        if handle:
             self.cache.forget(handle)
         with pytest.raises(UnknownHandleError):
             self.cache.forget(handle)

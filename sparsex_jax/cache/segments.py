@@ -25,7 +25,7 @@ from sparsex_jax.cache.windows import WINDOW, WindowIndex
 # Page comparisons per lookup after which it only looks for long runs: one donor an anchor, every ninth anchor.
 # Ordinary prompts need a few thousand; only text that repeats itself, here and in the store, comes that far.
 COMPARISON_BUDGET = 1 << 15
-# Stored windows are 8 apart, so 9 tries each of their phases in turn: no run of 80 tokens slips through.
+# Stored windows are 8 apart, so steps of 9 try each of their phases in turn.
 HURRIED_STRIDE = WINDOW + 1
 
 
@@ -102,19 +102,20 @@ class SegmentSearch:
 
     def run(self, begin: int, min_segment: int) -> list[Run]:
         """The disjoint runs of at least `min_segment` tokens at `begin` or behind it, in order."""
-        stored = self._windows.probe(self._prompt[begin:], self._namespace)
-        anchors = [begin + offset for offset, _ in stored]
-        values = [value for _, value in stored]
+        offsets, hashes = self._windows.probe(self._prompt[begin:], self._namespace)
+        anchors, values = (offsets + begin).tolist(), hashes.tolist()
         runs: list[Run] = []
         i = 0
         while i < len(anchors):
-            run = self._best(values[i], anchors[i], begin, min_segment)
+            run = self._best(values[i], anchors[i], begin, min_segment) if values[i] in self._windows else None
             if run is not None:
-                run = self._best_of_other_phases(run, anchors, values, i, begin)
-                runs.append(run)
-                begin = run.start + run.length
-            after = anchors[i] + (1 if self._budget > 0 else HURRIED_STRIDE)
-            i = bisect_left(anchors, begin if run else after, i)
+                runs.append(self._best_of_other_phases(run, anchors, values, i, begin))
+                begin = runs[-1].start + runs[-1].length
+                i = bisect_left(anchors, begin, i)
+            elif self._budget > 0:
+                i += 1
+            else:
+                i = bisect_left(anchors, anchors[i] + HURRIED_STRIDE, i)
         return runs
 
     def _rank(self, run: Run) -> tuple[bool, int, int]:

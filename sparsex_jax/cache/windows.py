@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int32, UInt64
+from jaxtyping import Int32, Int64, UInt64
 
 from sparsex_jax.cache.tree import Node
 
@@ -100,12 +100,17 @@ class WindowIndex:
                     del places[value]
         self._count([value for node in nodes for value in node.hashes], -1)
 
-    def probe(self, tokens: Int32[np.ndarray, "tokens"], namespace: str) -> list[tuple[int, int]]:
-        """Offset and hash, ascending, of every window of the tokens whose hash is stored."""
+    def probe(
+        self, tokens: Int32[np.ndarray, "tokens"], namespace: str
+    ) -> tuple[Int64[np.ndarray, "hits"], UInt64[np.ndarray, "hits"]]:
+        """The offsets whose window may be stored, ascending, and the hashes there."""
         hashes = window_hashes(tokens, self._salt(namespace))
         offsets = np.flatnonzero(self._counts[hashes >> self._shift])
-        maybe = zip(offsets.tolist(), hashes[offsets].tolist(), strict=True)
-        return [found for found in maybe if found[1] in self._exact or found[1] in self._approximate]
+        return offsets, hashes[offsets]
+
+    def __contains__(self, value: int) -> bool:
+        """Whether a window of this hash is stored: the filter's word checked, one dictionary lookup."""
+        return value in self._exact or value in self._approximate
 
     def candidates(self, value: int) -> Iterator[tuple[Node, int]]:
         """Where a window of this hash is stored: exact places first, the latest first, at most 16."""

@@ -14,7 +14,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jax import Array
@@ -73,7 +73,7 @@ class Engine:
         self._cache = self._empty_cache()
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Self:
+    def from_pretrained(cls, source: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Engine:
         """Load a model: `smollm2-135m-instruct`, a GGUF file, a Hugging Face directory or a converted one.
 
         Args:
@@ -90,7 +90,9 @@ class Engine:
         return cls(checkpoint.config, params, checkpoint.tokenizer, config=config, mesh=mesh)
 
     @classmethod
-    def from_config(cls, model: str | ModelConfig, *, seed: int = 0, mesh: Mesh | None = None, **options: Any) -> Self:
+    def from_config(
+        cls, model: str | ModelConfig, *, seed: int = 0, mesh: Mesh | None = None, **options: Any
+    ) -> Engine:
         """Random weights of a named configuration (`configs/models`) or of one given: for performance work."""
         config = EngineConfig(**options)
         model = named_config(model) if isinstance(model, str) else model
@@ -311,7 +313,7 @@ class Engine:
         lengths[: len(requests)] = [len(request.tokens) for request in requests]
         tokens = self._runner.first_tokens(logits, sampling, lengths)
         for output, token in zip(outputs, tokens, strict=False):
-            output.extend([token])
+            output.extend([int(token)])
 
     def _decode(self, requests: Sequence[Request], outputs: Sequence[Output]) -> None:
         lengths = [len(request.tokens) for request in requests]
@@ -320,7 +322,7 @@ class Engine:
         while not all(output.finish_reason for output in outputs):
             state, tokens = self._runner.decode(state, self.config.decode_steps)
             for output, line in zip(outputs, tokens, strict=False):
-                output.extend(line)
+                output.extend(line.tolist())
             state = stop_finished(state, outputs)
 
     def _report(self, request: Request, active: np.ndarray, started: float) -> Report:

@@ -60,8 +60,8 @@ class Output:
         for token in tokens:
             if self.finish_reason is not None or token < 0:
                 return
-            self.token_ids.append(int(token))
-            self._check_finished(int(token))
+            self.token_ids.append(token)
+            self._check_finished(token)
 
     def _check_finished(self, token: int) -> None:
         if token in self.end_tokens:

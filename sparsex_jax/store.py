@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -16,5 +15,4 @@ STORE_AXES = ("layers", "pages", "kv", "kv_heads", "slots", "head_dim")
 def make_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Store:
     """A store `[layers, pages, 2, kv_heads, page_size, head_dim]` of zeros, each device holding its heads only."""
     shape = (model.num_layers, engine.num_pages, 2, model.num_kv_heads, engine.page_size, model.head_dim)
-    placed = sharding(mesh, STORE_AXES, shape)
-    return jax.jit(lambda: jnp.zeros(shape, engine.dtype), out_shardings=placed)()
+    return jnp.zeros(shape, engine.dtype, device=sharding(mesh, STORE_AXES, shape))

@@ -6,6 +6,7 @@ Parameters are a pytree of plain dictionaries. The leaves under `layers` are sta
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.sharding import Axes, sharding
@@ -75,18 +76,24 @@ def random_params(config: ModelConfig, dtype: str, mesh: Mesh, seed: int = 0) ->
     """Random weights of the right scale, made on the devices that will hold them."""
     leaves, treedef = jax.tree.flatten(describe(config))
     keys = jax.random.split(jax.random.key(seed), len(leaves))
+    arrays = [
+        _random(key, weight, dtype, sharding(mesh, weight.axes, weight.shape))
+        for key, weight in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, arrays)
 
-    def init(key: jax.Array, weight: Weight) -> jax.Array:
-        if not weight.fan_in:
-            return jnp.ones(weight.shape, dtype)
-        noise = jax.random.normal(key, weight.shape, jnp.dtype(dtype))
-        return noise * jnp.asarray(1 / math.sqrt(weight.fan_in), dtype)
 
-    def make(key: jax.Array, weight: Weight) -> jax.Array:
-        placed = sharding(mesh, weight.axes, weight.shape)
-        return jax.jit(init, static_argnums=1, out_shardings=placed)(key, weight)
+def _random(key: jax.Array, weight: Weight, dtype: str, placed: NamedSharding) -> jax.Array:
+    """Ones for a norm, else noise that keeps the scale of what goes through."""
+    if not weight.fan_in:
+        return jnp.ones(weight.shape, dtype, device=placed)
+    return _noise(key, weight.shape, dtype, 1 / math.sqrt(weight.fan_in), placed)
 
-    return jax.tree.unflatten(treedef, [make(key, weight) for key, weight in zip(keys, leaves, strict=True)])
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale", "placed"))
+def _noise(key: jax.Array, shape: tuple[int, ...], dtype: str, scale: float, placed: NamedSharding) -> jax.Array:
+    noise = scale * jax.random.normal(key, shape, jnp.dtype(dtype))
+    return jax.lax.with_sharding_constraint(noise, placed)
 
 
 def place_params(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str], np.ndarray]) -> Params:
@@ -102,7 +109,7 @@ def place_params(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[st
         array = read(name)
         if array.shape != weight.shape:
             raise ValueError(f"{name} has shape {array.shape}; the configuration needs {weight.shape}")
-        return jax.device_put(array.astype(jnp.dtype(dtype)), sharding(mesh, weight.axes, weight.shape))
+        return jax.device_put(array.astype(jnp.dtype(dtype), copy=False), sharding(mesh, weight.axes, weight.shape))
 
     return jax.tree_util.tree_map_with_path(put, describe(config))
 

@@ -1,0 +1,32 @@
+"""Shared fixtures. Eight virtual CPU devices, so that sharded engines are tested on any machine."""
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+from sparsex_jax import Engine, ModelConfig  # noqa: E402  (devices are fixed at the first use of jax)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Engine:
+    """SmolLM2-135M-Instruct in float32. Shared by all tests: use a namespace of your own."""
+    return Engine.from_pretrained("smollm2-135m-instruct", dtype="float32", store_tokens=16384)
+
+
+TINY = ModelConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=4,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position=1024,
+)
+
+
+@pytest.fixture
+def tiny() -> Engine:
+    """A small random model with pages of 16 tokens and an empty store."""
+    return Engine.from_config(TINY, store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)

@@ -1,0 +1,143 @@
+"""The model and the SparseX algorithm once more, dense and slow: no pages, no plan, no chunks, no loops on the device.
+
+Written from DESIGN.md section 3 with one array of keys and one of values a layer, independently of the package,
+which it only takes the parameter layout from.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def _norm(x, scale, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
+
+
+def _rotate(x, positions, config):
+    """Rotate pairs (i, i + d/2) as complex numbers."""
+    freq = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    if config.rope_factors is not None:
+        freq = freq / np.array(config.rope_factors)
+    half = config.head_dim // 2
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * positions[:, None, None] * freq)
+    return np.concatenate([turned.real, turned.imag], -1)
+
+
+@dataclasses.dataclass
+class Dense:
+    """Float64 forward passes of one model."""
+
+    config: object
+    params: dict
+
+    def __post_init__(self):
+        self.embed = np.asarray(self.params["embed"], np.float64)
+        self.layers = [
+            {name: np.asarray(w[layer], np.float64) for name, w in self.params["layers"].items()}
+            for layer in range(self.config.num_layers)
+        ]
+
+    def qkv(self, layer, hidden, positions):
+        w, eps = self.layers[layer], self.config.rms_norm_eps
+        x = _norm(hidden, w["attn_norm"], eps)
+        q, k, v = (np.einsum("th,hnd->tnd", x, w[f"w{n}"]) + w.get(f"b{n}", 0) for n in "qkv")
+        if self.config.qk_norm:
+            q, k = _norm(q, w["q_norm"], eps), _norm(k, w["k_norm"], eps)
+        return _rotate(q, positions, self.config), _rotate(k, positions, self.config), v
+
+    def weights(self, q, keys, rows):
+        """Causal attention [heads, rows, keys] of rows at these places among the keys."""
+        repeat = q.shape[1] // keys.shape[1]
+        scores = np.einsum("rnd,tnd->nrt", q, np.repeat(keys, repeat, 1)) / np.sqrt(self.config.head_dim)
+        scores = np.where(np.arange(len(keys)) <= np.asarray(rows)[:, None], scores, -np.inf)
+        scores = np.exp(scores - scores.max(-1, keepdims=True))
+        return scores / scores.sum(-1, keepdims=True)
+
+    def finish_layer(self, layer, hidden, q, keys, values, rows):
+        w = self.layers[layer]
+        values = np.repeat(values, q.shape[1] // values.shape[1], 1)
+        attended = np.einsum("nrt,tnd->rnd", self.weights(q, keys, rows), values)
+        hidden = hidden + np.einsum("rnd,ndh->rh", attended, w["wo"])
+        x = _norm(hidden, w["mlp_norm"], self.config.rms_norm_eps)
+        gate = x @ w["w_gate"]
+        return hidden + (gate / (1 + np.exp(-gate)) * (x @ w["w_up"])) @ w["w_down"]
+
+    def logits(self, hidden):
+        x = _norm(hidden, np.asarray(self.params["final_norm"], np.float64), self.config.rms_norm_eps)
+        return x @ (self.embed.T if self.config.tied_embeddings else np.asarray(self.params["lm_head"], np.float64))
+
+    def full(self, tokens, first_position=0):
+        """Logits of every token, and K and V of every layer, of a text alone at any position."""
+        rows = np.arange(len(tokens))
+        hidden, kv = self.embed[tokens], []
+        for layer in range(self.config.num_layers):
+            q, keys, values = self.qkv(layer, hidden, rows + first_position)
+            hidden = self.finish_layer(layer, hidden, q, keys, values, rows)
+            kv.append((keys, values))
+        return self.logits(hidden), kv
+
+    def pasted(self, prompt):
+        """KV of a prompt whose segments are pasted and aligned: `{layer: (keys, values)}`, zero where fresh.
+
+        `prompt` is a list of (tokens, donor): donor None, or the text it is cut from and the offset in it.
+        """
+        total = sum(len(tokens) for tokens, _ in prompt)
+        shape = (total, self.config.num_kv_heads, self.config.head_dim)
+        out = [(np.zeros(shape), np.zeros(shape)) for _ in range(self.config.num_layers)]
+        at = 0
+        for tokens, donor in prompt:
+            if donor is not None:
+                text, offset = donor
+                for (keys, values), (old_keys, old_values) in zip(out, self.full(text)[1], strict=True):
+                    cut = slice(offset, offset + len(tokens))
+                    shift = np.full(len(tokens), at - offset)
+                    keys[at : at + len(tokens)] = _rotate(old_keys[cut], shift, self.config)
+                    values[at : at + len(tokens)] = old_values[cut]
+            at += len(tokens)
+        return out
+
+    def sparsex(self, prompt, boundary, ratio, overflow, tail, second=None):
+        """Logits of the last token, and the active tokens, by the letter of DESIGN.md section 3."""
+        tokens = np.concatenate([tokens for tokens, _ in prompt])
+        reused = np.concatenate([np.full(len(tokens), donor is not None) for tokens, donor in prompt])
+        ends_in_reuse = bool(reused[-1])
+        reused[-1] = False
+        total, kv = len(tokens), self.pasted(prompt)
+        rows, hidden = np.arange(total), self.embed[tokens]
+        for layer in range(self.config.num_layers):
+            keys, values = kv[layer]
+            if layer == boundary:
+                q, new_keys, new_values = self.qkv(layer, hidden, rows)
+                keys[rows], values[rows] = new_keys, new_values
+                mass = self.weights(q[~reused], keys, rows[~reused]).sum((0, 1))
+                active = self.active(reused, mass, ratio, overflow, tail if ends_in_reuse else 0, len(prompt[-1][0]))
+                hidden, rows = hidden[active], rows[active]
+            if layer == second:
+                hidden, rows = hidden[~reused[rows]], rows[~reused[rows]]
+            q, keys[rows], values[rows] = self.qkv(layer, hidden, rows)
+            hidden = self.finish_layer(layer, hidden, q, keys, values, rows)
+        return self.logits(hidden[-1:])[0], active
+
+    @staticmethod
+    def active(reused, mass, ratio, overflow, tail, last_segment):
+        total = len(reused)
+        forced = ~reused
+        for place in np.flatnonzero(~reused):
+            forced[max(place - overflow, 0) : place + overflow + 1] = True
+        forced[total - min(tail, last_segment) :] = True
+        others = np.flatnonzero(~forced)
+        best = others[np.argsort(-mass[others], kind="stable")[: round(ratio * reused.sum())]]
+        forced[best] = True
+        return forced
+
+
+def engine_logits(engine, tokens, **kwargs):
+    return np.asarray(engine.prefill(np.asarray(tokens), **kwargs).logits)
+
+
+def stored_kv(engine, slots):
+    """K and V [layers, slots, heads, head_dim] that the engine's store holds in these slots."""
+    page, offset = np.divmod(np.asarray(slots), engine.config.page_size)
+    rows = engine._runner.store[:, jnp.asarray(page), :, :, jnp.asarray(offset)]
+    return np.moveaxis(np.asarray(rows), 0, 1)[:, :, 0], np.moveaxis(np.asarray(rows), 0, 1)[:, :, 1]

@@ -1,0 +1,154 @@
+"""`sparsex cache`: a dry run of the lookup. It needs a tokenizer and no weights, so it answers in a second."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sparsex_jax.cache import Match, PageCache, Segment
+from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.cli.generate import prefill_line
+from sparsex_jax.cli.prompts import as_prompt, read_prompt, read_text
+from sparsex_jax.cli.terminal import output, print_json, waiting
+from sparsex_jax.cli.tokenmap import legend, token_map
+from sparsex_jax.config import EngineConfig, ReuseConfig
+from sparsex_jax.inputs import encode
+from sparsex_jax.methods import find_method
+from sparsex_jax.prompt import PromptMap
+from sparsex_jax.report import Report, make_report
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DryRun:
+    """What a prefill would do.
+
+    Attributes:
+      names: the file of each handle.
+      chosen_later: tokens that the model's own signal will choose, so that nobody knows them yet.
+    """
+
+    cache: PageCache
+    names: dict[int, str]
+    match: Match
+    tokens: np.ndarray
+    report: Report
+    chosen_later: int
+
+
+def run(
+    prompt: str,
+    model: str,
+    files: Sequence[Path],
+    reuse: ReuseConfig,
+    *,
+    store_tokens: int,
+    namespace: str,
+    chat: bool | None,
+    as_json: bool,
+) -> None:
+    config = EngineConfig(store_tokens=store_tokens)
+    text, donors = read_prompt(prompt), [read_text(path) for path in files]
+    with waiting(f"Reading the tokenizer of {model}"):
+        checkpoint = open_checkpoint(model)
+        tokenizer = checkpoint.tokenizer
+    cache = PageCache(config.num_pages, config.page_size, config.frozen_limit)
+    names = {}
+    for path, donor in zip(files, donors, strict=True):
+        tokens = encode(donor, tokenizer, checkpoint.config, add_special_tokens=False)
+        names[remember(cache, tokens, namespace)] = path.name
+    tokens = encode(as_prompt(text, tokenizer, chat), tokenizer, checkpoint.config, add_special_tokens=True)
+    dry = look_up(cache, names, tokens, namespace, reuse, checkpoint.config.num_layers)
+    if as_json:
+        print_json(as_dict(dry))
+    else:
+        show(dry, tokenizer, output())
+
+
+def remember(cache: PageCache, tokens: np.ndarray, namespace: str) -> int:
+    """What `Engine.remember` does, but for the KV."""
+    match = cache.lookup(tokens, namespace, segments=False)
+    own = cache.allocate(-(-len(tokens) // cache.page_size) - len(match.prefix_pages))
+    cache.share(match.prefix_pages)
+    cache.unpin(match)
+    pages = [*match.prefix_pages, *own]
+    cache.commit(pages, tokens, namespace, exact_tokens=len(tokens))
+    handle = cache.register(pages, len(tokens), namespace, frozen=False)
+    cache.release(pages)
+    return handle
+
+
+def look_up(
+    cache: PageCache, names: dict[int, str], tokens: np.ndarray, namespace: str, reuse: ReuseConfig, num_layers: int
+) -> DryRun:
+    """Find what the prompt can reuse, and lay out the prefill that the method makes of it."""
+    method = find_method(reuse.method)
+    match = cache.lookup(
+        tokens,
+        namespace,
+        prefix=method.uses_prefix,
+        segments=method.uses_segments,
+        min_segment=reuse.min_segment_tokens,
+    )
+    prompt = PromptMap.of(tokens, match)
+    phases = method.phases(prompt, reuse, num_layers)
+    behind = phases[min(1, len(phases) - 1)]
+    report = make_report(prompt, phases, num_layers, behind.forced, 0.0)
+    cache.unpin(match)
+    return DryRun(cache, names, match, tokens, report, behind.budget)
+
+
+def as_dict(dry: DryRun) -> dict[str, Any]:
+    """The report's fields, the entries and the state of the cache. Nothing ran, so there is no time to tell."""
+    return dry.report.to_dict() | {
+        "ttft_s": None,
+        "entries": [dataclasses.asdict(entry) | {"name": dry.names[entry.handle]} for entry in dry.cache.entries()],
+        "stats": dataclasses.asdict(dry.cache.stats()),
+    }
+
+
+def show(dry: DryRun, tokenizer: Any, console: Console) -> None:
+    console.print(_entry_table(dry))
+    console.print(_segment_table(dry))
+    console.print(token_map(tokenizer, dry.tokens.tolist(), dry.report))
+    console.print()
+    console.print(legend(dry.report))
+    console.print(Text(prefill_line(dry.report), style="dim"))
+    if dry.chosen_later:
+        note = f"{dry.chosen_later} of the active tokens are chosen by the model itself; they are not in the colours."
+        console.print(Text(note, style="dim"))
+
+
+def _entry_table(dry: DryRun) -> Table:
+    table = Table("handle", "file", "tokens", "pages", title="Remembered", title_justify="left")
+    for entry in dry.cache.entries():
+        pages = ", ".join(map(str, entry.pages))
+        table.add_row(str(entry.handle), dry.names[entry.handle], str(entry.num_tokens), pages)
+    return table
+
+
+def _segment_table(dry: DryRun) -> Table:
+    table = Table("part", "start", "length", "donor", "donor positions", title="Found", title_justify="left")
+    prefix = dry.match.num_prefix_tokens
+    if prefix:
+        table.add_row("prefix", "0", str(prefix), _donor(dry, dry.match.pages[0]), f"0-{prefix - 1}")
+    for segment in dry.match.segments:
+        page = int(segment.slots[0]) // dry.cache.page_size
+        table.add_row("segment", str(segment.start), str(segment.length), _donor(dry, page), _positions(segment))
+    return table
+
+
+def _positions(segment: Segment) -> str:
+    return f"{segment.donor_start}-{segment.donor_start + segment.length - 1}"
+
+
+def _donor(dry: DryRun, page: int) -> str:
+    """The first entry that holds the page: files with a common beginning share pages. None if others evicted it."""
+    handles = [entry.handle for entry in dry.cache.entries() if page in entry.pages]
+    return f"{handles[0]} ({dry.names[handles[0]]})" if handles else "evicted in part"

@@ -1,0 +1,158 @@
+"""What can be typed. Each command imports what it needs when it runs, so that help comes at once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsex_jax.cli import options
+from sparsex_jax.cli.terminal import clear_errors
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+app = typer.Typer(
+    help="Segment-level KV-cache reuse for LLM serving.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"sparsex {importlib.metadata.version('sparsex-jax')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Segment-level KV-cache reuse for LLM serving."""
+
+
+@app.command()
+def generate(
+    prompt: options.PromptArgument = "-",
+    model: options.Model = DEFAULT_MODEL,
+    dtype: options.DType = "float32",
+    store_tokens: options.StoreTokens = 16384,
+    remember: options.Remember = None,
+    namespace: options.Namespace = "default",
+    chat: options.Chat = None,
+    as_json: options.Json = False,
+    method: options.Method = "sparsex",
+    boundary_layer: options.BoundaryLayer = None,
+    recompute_ratio: options.RecomputeRatio = 0.15,
+    overflow_tokens: options.OverflowTokens = 16,
+    tail_tokens: options.TailTokens = 64,
+    second_boundary: options.SecondBoundary = None,
+    min_segment_tokens: options.MinSegmentTokens = 16,
+    max_new_tokens: options.MaxNewTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = 0,
+    stop: options.Stop = None,
+) -> None:
+    """Generate text from a prompt, reusing the KV of the files remembered before it."""
+    from sparsex_jax.cli.generate import EngineChoice, run
+    from sparsex_jax.config import ReuseConfig, SamplingParams
+
+    with clear_errors():
+        run(
+            prompt,
+            EngineChoice(model, dtype, store_tokens),
+            remember or [],
+            SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop or ())),
+            ReuseConfig(
+                method,
+                boundary_layer,
+                recompute_ratio,
+                overflow_tokens,
+                tail_tokens,
+                second_boundary,
+                min_segment_tokens,
+            ),
+            namespace=namespace,
+            chat=chat,
+            as_json=as_json,
+        )
+
+
+@app.command()
+def demo(
+    model: options.Model = DEFAULT_MODEL,
+    dtype: options.DType = "float32",
+    max_new_tokens: options.MaxNewTokens = 24,
+    as_json: options.Json = False,
+) -> None:
+    """Remember a few documents, then ask about them in another order: the methods side by side."""
+    from sparsex_jax.cli.demo import run
+    from sparsex_jax.cli.generate import EngineChoice
+
+    with clear_errors():
+        run(EngineChoice(model, dtype, store_tokens=4096), max_new_tokens, as_json=as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="An embedded model's name, a GGUF file or a Hugging Face directory.")],
+    target: Annotated[Path, typer.Argument(help="A new directory.")],
+    dtype: options.DType = "bfloat16",
+    tensor_parallel: Annotated[int, typer.Option(help="Devices to split the weights over.")] = 1,
+) -> None:
+    """Convert a model to a checkpoint that is loaded straight into its shards."""
+    from sparsex_jax.cli.convert import run
+
+    with clear_errors():
+        run(source, target, dtype, tensor_parallel)
+
+
+@app.command()
+def cache(
+    prompt: options.PromptArgument = "-",
+    model: options.Model = DEFAULT_MODEL,
+    store_tokens: options.StoreTokens = 16384,
+    remember: options.Remember = None,
+    namespace: options.Namespace = "default",
+    chat: options.Chat = None,
+    as_json: options.Json = False,
+    method: options.Method = "sparsex",
+    boundary_layer: options.BoundaryLayer = None,
+    recompute_ratio: options.RecomputeRatio = 0.15,
+    overflow_tokens: options.OverflowTokens = 16,
+    tail_tokens: options.TailTokens = 64,
+    second_boundary: options.SecondBoundary = None,
+    min_segment_tokens: options.MinSegmentTokens = 16,
+) -> None:
+    """Show what a prompt would reuse of the files, and why not more: a dry run that needs no weights."""
+    from sparsex_jax.cli.cache import run
+    from sparsex_jax.config import ReuseConfig
+
+    with clear_errors():
+        reuse = ReuseConfig(
+            method,
+            boundary_layer,
+            recompute_ratio,
+            overflow_tokens,
+            tail_tokens,
+            second_boundary,
+            min_segment_tokens,
+        )
+        run(
+            prompt,
+            model,
+            remember or [],
+            reuse,
+            store_tokens=store_tokens,
+            namespace=namespace,
+            chat=chat,
+            as_json=as_json,
+        )

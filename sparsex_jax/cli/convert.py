@@ -1,0 +1,15 @@
+"""`sparsex convert`: rewrite a checkpoint so that it loads fast, straight into its shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sparsex_jax.checkpoints import convert
+from sparsex_jax.cli.terminal import output, waiting
+from sparsex_jax.sharding import make_mesh
+
+
+def run(source: str, target: Path, dtype: str, tensor_parallel: int) -> None:
+    with waiting(f"Converting {source} to {dtype}"):
+        convert(source, target, dtype, make_mesh(tensor_parallel))
+    output().print(f"Wrote {target} ({dtype}); load it with --model {target}", soft_wrap=True)

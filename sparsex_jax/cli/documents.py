@@ -1,0 +1,47 @@
+"""What the demo remembers and asks.
+
+All of it is invented. The question was picked, among ten about these notes, because the small default model
+answers it right with full attention and gives another note's code when KV is pasted in as it is. One question
+proves nothing about how often that happens; the benches count it.
+"""
+
+from __future__ import annotations
+
+INSTRUCTION = "You are a helpful assistant. Answer in one short sentence from the notes."
+QUESTION = "What is the access code of the dome?"
+
+DOCUMENTS = {
+    "harbour": (
+        "Harbour office of Velmora. The harbour opens at dawn and closes when the bells ring. Boats longer than ten "
+        "metres need a pilot. The harbour master is Jonas Pell. The access code of the lighthouse is 4173. Fuel is "
+        "sold at the north pier, and fresh water is free for everyone who pays the mooring fee."
+    ),
+    "library": (
+        "Library of Brenholt. Books may be kept for three weeks, maps for one day only. The reading room is heated in "
+        "winter and has forty seats. The librarian is Adela Finch. The access code of the map room is 9268. Visitors "
+        "leave their bags at the door and speak softly, since the ceiling carries every word."
+    ),
+    "bakery": (
+        "Bakery of Tarnow. The ovens are lit at two in the morning and the first bread is sold at six. On feast days "
+        "there is plum cake with caraway. The baker is Paul Okoro. The access code of the flour store is 7540. "
+        "Apprentices sweep the yard, feed the cat and carry the loaves to the market square."
+    ),
+    "observatory": (
+        "Observatory of Kestrel Hill. The dome opens on clear nights, and schools may visit on Fridays. The great "
+        "telescope has a brass tube and a walnut stand. The astronomer is Lucia Marenko. The access code of the dome "
+        "is 3615. Nobody may touch the lens, and lamps must be red after sunset."
+    ),
+    "garden": (
+        "Botanical garden of Dolm. The glass house is warm all year and keeps orchids, ferns and one old lemon tree. "
+        "Dogs wait outside. The gardener is Hana Weiss. The access code of the seed vault is 8092. Seeds are swapped "
+        "on the first Sunday of the month, and tea is served beside the pond."
+    ),
+}
+# The prompt has them in another order than they are remembered in.
+PROMPT_ORDER = ("library", "garden", "harbour", "observatory", "bakery")
+
+
+def user_message() -> str:
+    """All documents, each behind a line of its own, and the question."""
+    notes = [f"Note {i}, from the {name}:\n{DOCUMENTS[name]}" for i, name in enumerate(PROMPT_ORDER, start=1)]
+    return "\n\n".join(["Five notes came in today, in no particular order.", *notes, QUESTION])

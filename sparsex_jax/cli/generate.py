@@ -1,0 +1,77 @@
+"""`sparsex generate`: remember files, then generate from one prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.text import Text
+
+from sparsex_jax.cli.prompts import as_prompt, read_prompt, read_text
+from sparsex_jax.cli.terminal import output, print_json, progress, waiting
+from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.engine import Engine
+from sparsex_jax.generation import Generation
+from sparsex_jax.report import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineChoice:
+    """Which model to run, and how."""
+
+    model: str
+    dtype: str
+    store_tokens: int
+
+    def load(self) -> Engine:
+        with waiting(f"Loading {self.model}"):
+            return Engine.from_pretrained(self.model, dtype=self.dtype, store_tokens=self.store_tokens)
+
+
+def run(
+    prompt: str,
+    choice: EngineChoice,
+    files: Sequence[Path],
+    sampling: SamplingParams,
+    reuse: ReuseConfig,
+    *,
+    namespace: str,
+    chat: bool | None,
+    as_json: bool,
+) -> None:
+    text, donors = read_prompt(prompt), [read_text(path) for path in files]
+    engine = choice.load()
+    remember_all(engine, donors, namespace)
+    with waiting("Generating"):
+        given = as_prompt(text, engine.tokenizer, chat)
+        result = engine.generate(given, sampling, reuse=reuse, namespace=namespace)
+    _print(result, as_json)
+
+
+def remember_all(engine: Engine, texts: Sequence[str], namespace: str) -> None:
+    with progress() as bar:
+        for text in bar.track(texts, description="Remembering"):
+            engine.remember(text, namespace=namespace)
+
+
+def _print(result: Generation, as_json: bool) -> None:
+    if as_json:
+        answer = {"text": result.text, "token_ids": result.token_ids, "finish_reason": result.finish_reason}
+        print_json(answer | result.report.to_dict())
+    else:
+        output().print(result.text, soft_wrap=True)
+        output().print(Text(report_line(result.report), style="dim"), soft_wrap=True)
+
+
+def report_line(report: Report) -> str:
+    return f"{prefill_line(report)}; first token after {report.ttft_s:.2f} s"
+
+
+def prefill_line(report: Report) -> str:
+    """What was found of a prompt and what is computed of it."""
+    return (
+        f"{report.prompt_tokens} tokens: {report.prefix_tokens} prefix, {report.reused_tokens} reused in "
+        f"{len(report.segments)} segments, {report.fresh_tokens} fresh; {report.active_tokens} active from layer "
+        f"{report.boundary_layer} on, {report.computed_fraction:.0%} computed"
+    )

@@ -1,0 +1,242 @@
+"""The command line: what it prints, what it prints as JSON, and what it says when something is wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from sparsex_jax import ModelConfig
+from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
+from sparsex_jax.cli import app
+from sparsex_jax.cli.demo import kl_divergence
+from sparsex_jax.cli.documents import DOCUMENTS, PROMPT_ORDER
+from sparsex_jax.cli.tokenmap import token_labels, token_map, token_pieces
+from sparsex_jax.prompt import Kind
+from sparsex_jax.report import Report
+from sparsex_jax.sharding import make_mesh
+from sparsex_jax.weights import random_params
+
+EMBEDDED = "smollm2-135m-instruct"
+GOLDEN = Path(__file__).parent / "golden"
+REPORT_FIELDS = {
+    "prompt_tokens",
+    "prefix_tokens",
+    "reused_tokens",
+    "fresh_tokens",
+    "active_tokens",
+    "boundary_layer",
+    "segments",
+    "computed_fraction",
+    "ttft_s",
+}
+NOTE = "The harbour opens at dawn and closes when the bells ring. Boats longer than ten metres need a pilot. "
+
+
+def invoke(*arguments, stdin=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+def one_object(result):
+    """The JSON object that is all of standard output."""
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return open_checkpoint(EMBEDDED).tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tokenizer):
+    """A model of random weights with the embedded model's tokenizer: it talks nonsense, fast."""
+    config = ModelConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=6,
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        max_position=2048,
+        tied_embeddings=True,
+    )
+    target = tmp_path_factory.mktemp("cli") / "tiny"
+    save_checkpoint(target, config, random_params(config, "float32", make_mesh(), seed=0), tokenizer)
+    return target
+
+
+@pytest.fixture
+def note(tmp_path):
+    path = tmp_path / "note.txt"
+    path.write_text(NOTE)
+    return path
+
+
+# Help and errors --------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert all(command in result.stdout for command in ("generate", "demo", "convert", "cache"))
+
+
+def test_version():
+    assert invoke("--version").stdout.startswith("sparsex 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "hi", "--model", "no-such-model"], "no-such-model"),
+        (["generate", "hi", "--recompute-ratio", "1.5"], "recompute_ratio=1.5"),
+        (["generate", "hi", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "", "--json"], "prompt is empty"),
+        (["cache", "hi", "--method", "guess"], "method='guess'"),
+        (["cache", "hi", "--boundary-layer", "31"], "at most 30"),
+        (["cache", "hi", "--store-tokens", "0", "--json"], "store_tokens=0"),
+        (["demo", "--model", "no-such-model", "--json"], "no-such-model"),
+        (["convert", "no-such-model", "unused-target"], "no-such-model"),
+        (["convert", EMBEDDED, "unused-target", "--tensor-parallel", "0"], "tensor_parallel=0"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(arguments, said):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    path = tmp_path / "image.bin"
+    path.write_bytes(b"\xff\xfe\x00")
+    result = invoke("cache", "hi", "--remember", path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "is not UTF-8" in result.stderr
+
+
+# cache ------------------------------------------------------------------------------------------------------
+
+
+def test_cache_shows_what_would_be_reused(note, tokenizer):
+    found = one_object(invoke("cache", f"First this:\n{NOTE}When?", "--remember", note, "--json"))
+    assert set(found) == REPORT_FIELDS | {"entries", "stats"}
+    stored = len(tokenizer(NOTE)["input_ids"])
+    (segment,) = found["segments"]
+    assert segment["donor_start"] == 0
+    assert stored - 1 <= segment["length"] <= stored  # the note's last space joins the word behind it
+    assert found["reused_tokens"] == segment["length"]
+    assert found["prefix_tokens"] + found["reused_tokens"] + found["fresh_tokens"] == found["prompt_tokens"]
+    (entry,) = found["entries"]
+    assert (entry["name"], entry["num_tokens"], entry["uses"]) == ("note.txt", stored, 1)
+    assert found["stats"]["lookups"] == 2
+    assert found["ttft_s"] is None
+
+
+def test_cache_without_a_chat_template_finds_a_prefix(note):
+    arguments = ["cache", "-", "--remember", note, "--no-chat", "--json"]
+    found = one_object(invoke(*arguments, stdin=f"{NOTE}And when?"))
+    assert found["prefix_tokens"] > 16
+    assert found["segments"] == []
+    full = one_object(invoke(*arguments, "--method", "full", stdin=f"{NOTE}And when?"))
+    assert (full["prefix_tokens"], full["computed_fraction"]) == (0, 1.0)
+
+
+def test_cache_prints_tables_and_the_prompt(note):
+    result = invoke("cache", f"Question: {NOTE} [bold]When?[/bold]", "--remember", note)
+    assert result.exit_code == 0, result.output
+    for part in ("note.txt", "segment", "recomputed", "[bold]When?[/bold]", "computed"):
+        assert part in result.stdout
+
+
+# generate, demo, convert ------------------------------------------------------------------------------------
+
+
+def test_generate_prints_one_object():
+    found = one_object(invoke("generate", "What is the capital of France?", "--max-new-tokens", "12", "--json"))
+    assert set(found) == REPORT_FIELDS | {"text", "token_ids", "finish_reason"}
+    assert found["text"] == "The capital of France is Paris."
+    assert found["finish_reason"] == "stop"
+    assert found["fresh_tokens"] == found["prompt_tokens"]
+
+
+def test_generate_reuses_a_file(tiny, note):
+    prompt = f"Read:\n{NOTE}When?"
+    arguments = ["generate", prompt, "--model", tiny, "--remember", note, "--max-new-tokens", "2", "--method", "naive"]
+    result = invoke(*arguments, "--store-tokens", "512")
+    assert result.exit_code == 0, result.output
+    assert "reused in 1 segments" in result.stdout
+
+
+def check_demo(found):
+    assert {"model", "documents", "methods"} <= set(found)
+    assert {document["name"] for document in found["documents"]} >= set(DOCUMENTS)
+    assert {"full", "prefix", "naive", "sparsex"} <= set(found["methods"])
+    for method in found["methods"].values():
+        assert set(method) == REPORT_FIELDS | {"text", "kl"}
+    full, prefix, naive, sparsex = (found["methods"][name] for name in ("full", "prefix", "naive", "sparsex"))
+    assert full["kl"] == 0
+    assert abs(prefix["kl"]) < 1e-3
+    assert prefix["prefix_tokens"] > 0
+    assert len(naive["segments"]) == len(DOCUMENTS)
+    assert naive["active_tokens"] < sparsex["active_tokens"] < full["active_tokens"]
+    return naive, sparsex
+
+
+def test_demo_prints_one_object(tiny):
+    check_demo(one_object(invoke("demo", "--model", tiny, "--max-new-tokens", "2", "--json")))
+
+
+@pytest.mark.slow
+def test_demo_shows_that_naive_reuse_errs():
+    naive, sparsex = check_demo(one_object(invoke("demo", "--json")))
+    assert sparsex["kl"] < naive["kl"]
+    assert "3615" in sparsex["text"]
+    assert "3615" not in naive["text"]
+
+
+def test_demo_has_every_document_in_another_order():
+    assert sorted(PROMPT_ORDER) == sorted(DOCUMENTS)
+    assert list(PROMPT_ORDER) != list(DOCUMENTS)
+
+
+def test_convert(tmp_path):
+    result = invoke("convert", GOLDEN / "llama", tmp_path / "out", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert open_checkpoint(tmp_path / "out").config == open_checkpoint(GOLDEN / "llama").config
+    again = invoke("convert", GOLDEN / "llama", tmp_path / "out")
+    assert again.exit_code == 2
+
+
+# The parts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["a naïve café", "日本語 and 🦜🦜!", "  two  spaces\n\n", "broken \ufffd end"])
+def test_pieces_of_tokens_make_up_the_text(tokenizer, text):
+    tokens = tokenizer(text)["input_ids"]
+    pieces = list(token_pieces(tokenizer, tokens))
+    assert len(pieces) == len(tokens)
+    assert "".join(pieces) == text
+
+
+def make_report(kind, active):
+    return Report(4, 1, 2, 1, 2, 5, (), 0.5, 0.1, np.array(kind, np.uint8), np.array(active))
+
+
+def test_colours_follow_kind_and_active(tokenizer):
+    report = make_report([Kind.PREFIX, Kind.REUSED, Kind.REUSED, Kind.FRESH], [False, False, True, True])
+    assert token_labels(report) == ["prefix", "reused", "recomputed", "fresh"]
+    text = token_map(tokenizer, tokenizer("one two three four")["input_ids"], report)
+    assert text.plain == "one two three four"
+    assert len({str(span.style) for span in text.spans}) == 4
+
+
+def test_kl_divergence():
+    reference, other = np.array([0.0, np.log(3)], np.float32), np.zeros(2, np.float32)
+    expected = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)
+    assert kl_divergence(reference, other) == pytest.approx(expected)
+    assert kl_divergence(reference, reference + 50) == pytest.approx(0, abs=1e-6)

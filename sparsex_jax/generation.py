@@ -13,6 +13,7 @@ from jaxtyping import Float32
 
 from sparsex_jax.config import SamplingParams
 from sparsex_jax.decode import DecodeState
+from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.planner import page_tables
 from sparsex_jax.report import Report
 from sparsex_jax.sampling import Sampling
@@ -47,7 +48,7 @@ class Output:
 
     def __init__(self, sampling: SamplingParams, end_tokens: Sequence[int], tokenizer: Any | None) -> None:
         if sampling.stop and tokenizer is None:
-            raise ValueError("stop strings need a tokenizer")
+            raise InvalidRequestError(f"stop={sampling.stop!r} is text, but this model has no tokenizer")
         self.sampling = sampling
         self.end_tokens = () if sampling.ignore_eos else tuple(end_tokens)
         self.token_ids: list[int] = []

@@ -28,7 +28,7 @@ def encode(
       InvalidRequestError: empty, of another type, ids outside the vocabulary, or text without a tokenizer.
     """
     if isinstance(prompt, str):
-        return _checked(_tokenizer(tokenizer)(prompt, add_special_tokens=add_special_tokens)["input_ids"], config)
+        return _checked(_tokenize(prompt, tokenizer, add_special_tokens), config)
     if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, (Sequence, np.ndarray)):
         raise InvalidRequestError(
             f"prompt has type {type(prompt).__name__}; it must be text, token ids or a list of chat messages"
@@ -44,6 +44,12 @@ def _tokenizer(tokenizer: Any | None) -> Any:
     return tokenizer
 
 
+def _tokenize(text: str, tokenizer: Any | None, add_special_tokens: bool) -> list[int]:
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidRequestError("prompt has a lone surrogate, which is no valid Unicode text")
+    return _tokenizer(tokenizer)(text, add_special_tokens=add_special_tokens)["input_ids"]
+
+
 def _chat(messages: Any, tokenizer: Any) -> list[int]:
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
@@ -51,13 +57,16 @@ def _chat(messages: Any, tokenizer: Any) -> list[int]:
     if not tokenizer.chat_template:
         raise InvalidRequestError("prompt is a list of chat messages, but this model's tokenizer has no chat template")
     text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _tokenize(text, tokenizer, False)
 
 
 def _checked(ids: Any, config: ModelConfig) -> Int32[np.ndarray, "tokens"]:
     if len(ids) == 0:
         raise InvalidRequestError("prompt is empty; it must have at least 1 token")
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # ragged
+        array = np.empty(0)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidRequestError("prompt must be text, a flat list of integer token ids or a list of chat messages")
     if array.min() < 0 or array.max() >= config.vocab_size:

@@ -95,8 +95,6 @@ def test_version():
         (["generate", "hi", "--recompute-ratio", "1.5"], "recompute_ratio=1.5"),
         (["generate", "hi", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "", "--json"], "prompt is empty"),
-        (["cache", "hi", "--method", "guess"], "method='guess'"),
-        (["cache", "hi", "--boundary-layer", "31"], "at most 30"),
         (["cache", "hi", "--store-tokens", "0", "--json"], "store_tokens=0"),
         (["demo", "--model", "no-such-model", "--json"], "no-such-model"),
         (["convert", "no-such-model", "unused-target"], "no-such-model"),
@@ -111,6 +109,17 @@ def test_errors_are_one_line_on_stderr(arguments, said):
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--method", "guess", "method='guess'"), ("--boundary-layer", "7", "at most 6"), ("--namespace", "", "namespace")],
+)
+def test_errors_that_need_a_model(tiny, option, value, said):
+    for command in (["generate", "hi", "--store-tokens", "512"], ["cache", "hi", "--json"]):
+        result = invoke(*command, "--model", tiny, option, value)
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        assert said in result.stderr
+
+
 def test_a_file_that_is_no_text(tmp_path):
     path = tmp_path / "image.bin"
     path.write_bytes(b"\xff\xfe\x00")
@@ -122,8 +131,8 @@ def test_a_file_that_is_no_text(tmp_path):
 # cache ------------------------------------------------------------------------------------------------------
 
 
-def test_cache_shows_what_would_be_reused(note, tokenizer):
-    found = one_object(invoke("cache", f"First this:\n{NOTE}When?", "--remember", note, "--json"))
+def test_cache_shows_what_would_be_reused(tiny, note, tokenizer):
+    found = one_object(invoke("cache", f"First this:\n{NOTE}When?", "--remember", note, "--model", tiny, "--json"))
     assert set(found) == REPORT_FIELDS | {"entries", "stats"}
     stored = len(tokenizer(NOTE)["input_ids"])
     (segment,) = found["segments"]
@@ -137,8 +146,8 @@ def test_cache_shows_what_would_be_reused(note, tokenizer):
     assert found["ttft_s"] is None
 
 
-def test_cache_without_a_chat_template_finds_a_prefix(note):
-    arguments = ["cache", "-", "--remember", note, "--no-chat", "--json"]
+def test_cache_without_a_chat_template_finds_a_prefix(tiny, note):
+    arguments = ["cache", "-", "--model", tiny, "--remember", note, "--no-chat", "--json"]
     found = one_object(invoke(*arguments, stdin=f"{NOTE}And when?"))
     assert found["prefix_tokens"] > 16
     assert found["segments"] == []
@@ -146,8 +155,8 @@ def test_cache_without_a_chat_template_finds_a_prefix(note):
     assert (full["prefix_tokens"], full["computed_fraction"]) == (0, 1.0)
 
 
-def test_cache_prints_tables_and_the_prompt(note):
-    result = invoke("cache", f"Question: {NOTE} [bold]When?[/bold]", "--remember", note)
+def test_cache_prints_tables_and_the_prompt(tiny, note):
+    result = invoke("cache", f"Question: {NOTE} [bold]When?[/bold]", "--model", tiny, "--remember", note)
     assert result.exit_code == 0, result.output
     for part in ("note.txt", "segment", "recomputed", "[bold]When?[/bold]", "computed"):
         assert part in result.stdout

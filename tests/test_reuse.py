@@ -127,7 +127,6 @@ def test_interleavings_give_the_expected_plan(tiny, pieces):
     found = [(s.start, s.length, s.donor_start) for s in report.segments]
     np.testing.assert_array_equal(report.kind, expected)
     assert found == segments
-    assert report.donor_positions_are_contiguous if hasattr(report, "donor_positions_are_contiguous") else True
 
 
 @pytest.mark.parametrize("boundary", [0, 2])
@@ -204,14 +203,14 @@ def test_what_recomputes_everything_is_exact(tiny):
 
 
 def test_a_generated_answer_is_found_in_a_later_prompt(tiny):
-    out = tiny.generate(NEW[:30], SamplingParams(max_new_tokens=40), namespace="n")
-    report = tiny.prefill([*NEW[60:75], *out.token_ids, 5, 6], namespace="n").report
+    out = tiny.generate(NEW[:30], SamplingParams(max_new_tokens=40, temperature=1.0), namespace="n")
+    report = tiny.prefill([*NEW[60:75].tolist(), *out.token_ids, 5, 6], namespace="n").report
     assert [(s.start, s.length, s.donor_start) for s in report.segments] == [(15, 39, 30)]  # the last was no input
 
 
 def test_the_next_turn_of_a_chat_is_an_exact_prefix(tiny):
     first = tiny.generate(NEW[:30], SamplingParams(max_new_tokens=10), namespace="n")
-    prompt = [*NEW[:30], *first.token_ids, *NEW[50:60]]
+    prompt = [*NEW[:30].tolist(), *first.token_ids, *NEW[50:60].tolist()]
     turn = tiny.generate(prompt, SamplingParams(max_new_tokens=10), namespace="n")
     assert turn.report.prefix_tokens == 39
     fresh = tiny.generate(prompt, SamplingParams(max_new_tokens=10), reuse=FULL, namespace="n")

@@ -1,0 +1,173 @@
+"""Bad input: one clear error that names the field and the limit, and an engine that goes on."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sparsex_jax import (
+    Engine,
+    EngineConfig,
+    InvalidRequestError,
+    ReuseConfig,
+    SamplingParams,
+    SparsexError,
+    StoreFullError,
+    UnknownHandleError,
+    UnknownModelError,
+)
+
+BAD_PROMPTS = {
+    "empty text": ([], "prompt is empty"),
+    "text without a tokenizer": ("hello", "no tokenizer"),
+    "a number": (5, "prompt has type int"),
+    "bytes": (b"hello", "prompt has type bytes"),
+    "none": (None, "prompt has type NoneType"),
+    "floats": ([1.5, 2.5], "flat list of integer token ids"),
+    "nested": ([[1, 2], [3, 4]], "flat list of integer token ids"),
+    "ragged": ([[1, 2], [3]], "flat list of integer token ids"),
+    "mixed": ([1, "two"], "flat list of integer token ids"),
+    "negative id": ([1, -1], "token id -1; ids must be from 0 to 96"),
+    "id too large": ([1, 97], "token id 97; ids must be from 0 to 96"),
+    "too long": ([1] * 1025, "prompt has 1025 tokens .* the model's limit is 1024"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "message"), BAD_PROMPTS.values(), ids=BAD_PROMPTS)
+@pytest.mark.parametrize("call", ["prefill", "remember", "generate"])
+def test_bad_prompts(tiny, call, prompt, message):
+    pages = tiny.stats()["free"]
+    with pytest.raises(InvalidRequestError, match=message):
+        getattr(tiny, call)(prompt)
+    assert tiny.stats()["free"] == pages
+    assert tiny.generate([1, 2, 3], SamplingParams(max_new_tokens=2)).finish_reason == "length"
+
+
+BAD_SETTINGS = {
+    "unknown method": (lambda: {"reuse": ReuseConfig(method="magic")}, "method='magic' is unknown; there are: full"),
+    "boundary": (lambda: {"reuse": ReuseConfig(boundary_layer=5)}, "boundary_layer=5 must be at most 4"),
+    "second boundary": (
+        lambda: {"reuse": ReuseConfig(boundary_layer=3, second_boundary=1)},
+        r"phases at layers \[0, 3, 1\]",
+    ),
+    "negative boundary": (lambda: {"reuse": ReuseConfig(boundary_layer=-1)}, "boundary_layer=-1 must be"),
+    "ratio": (lambda: {"reuse": ReuseConfig(recompute_ratio=1.5)}, "recompute_ratio=1.5 must be a number from 0 to 1"),
+    "ratio not a number": (lambda: {"reuse": ReuseConfig(recompute_ratio=float("nan"))}, "recompute_ratio=nan"),
+    "segment": (lambda: {"reuse": ReuseConfig(min_segment_tokens=4)}, "min_segment_tokens=4 must be an integer >= 16"),
+    "namespace": (lambda: {"namespace": ""}, "namespace='' must be a non-empty string"),
+    "namespace type": (lambda: {"namespace": 3}, "namespace=3 must be a non-empty string"),
+    "no tokens": (lambda: {"sampling": SamplingParams(max_new_tokens=0)}, "max_new_tokens=0 must be an integer >= 1"),
+    "temperature": (lambda: {"sampling": SamplingParams(temperature=-1)}, "temperature=-1 must be"),
+    "top_p": (lambda: {"sampling": SamplingParams(top_p=0)}, r"top_p=0 must be in \(0, 1\]"),
+    "top_k": (lambda: {"sampling": SamplingParams(top_k=-2)}, "top_k=-2 must be an integer >= 0"),
+    "seed": (lambda: {"sampling": SamplingParams(seed=2**32)}, "seed=4294967296 must be"),
+    "stop": (lambda: {"sampling": SamplingParams(stop=("",))}, "must be non-empty strings"),
+    "stop without tokenizer": (lambda: {"sampling": SamplingParams(stop=("x",))}, "stop=.* no tokenizer"),
+    "answer too long": (
+        lambda: {"sampling": SamplingParams(max_new_tokens=2000)},
+        "max_new_tokens=2000: together 2003",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS.values(), ids=BAD_SETTINGS)
+def test_bad_settings(tiny, settings, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        tiny.generate([1, 2, 3], **settings())
+    assert tiny.stats()["active"] == 0
+    assert tiny.generate([1, 2, 3], SamplingParams(max_new_tokens=2)).finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("store_tokens", 0),
+        ("page_size", 12),
+        ("dtype", "int8"),
+        ("max_batch", 0),
+        ("frozen_limit", 2),
+        ("chunk_rows", 1),
+    ],
+)
+def test_bad_engine_options_are_named(field, value):
+    with pytest.raises(InvalidRequestError, match=f"{field}="):
+        EngineConfig(**{field: value})
+
+
+def test_unknown_models_are_named():
+    with pytest.raises(UnknownModelError, match="'gpt-9' is no embedded model"):
+        Engine.from_pretrained("gpt-9")
+    with pytest.raises(UnknownModelError, match=r"no configuration is named 'gpt-9'; there are: .*llama-3\.1-8b"):
+        Engine.from_config("gpt-9")
+
+
+def test_a_store_that_is_too_small_says_so(tiny):
+    small = dataclasses.replace(tiny.config, store_tokens=64)
+    engine = Engine(tiny.model, tiny._runner.params, config=small)
+    with pytest.raises(StoreFullError, match="KV for 100 tokens, 7 pages of 16; store_tokens=64 gives 4"):
+        engine.prefill(list(range(90)) + [1] * 10)
+    with pytest.raises(StoreFullError, match="KV for 79 tokens"):
+        engine.generate(list(range(60)), SamplingParams(max_new_tokens=20))
+    assert engine.generate(list(range(60)), SamplingParams(max_new_tokens=5)).finish_reason == "length"
+    assert engine.stats()["active"] == 0
+
+
+def test_frozen_content_gives_way_to_a_request_that_needs_the_store(tiny):
+    engine = Engine(tiny.model, tiny._runner.params, config=dataclasses.replace(tiny.config, store_tokens=160))
+    handles = [engine.remember(np.arange(at, at + 40), frozen=True) for at in (0, 40)]
+    engine.generate(list(range(80, 90)) * 9, SamplingParams(max_new_tokens=20))
+    assert len(engine.entries()) < 2
+    assert engine.stats()["frozen_evictions"] >= 1
+    evicted = next(handle for handle in handles if handle not in [entry.handle for entry in engine.entries()])
+    with pytest.raises(UnknownHandleError, match=str(evicted)):
+        engine.forget(evicted)
+
+
+def test_unknown_handles_are_named(tiny):
+    handle = tiny.remember([1, 2, 3])
+    tiny.forget(handle)
+    for gone in (handle, 999):
+        with pytest.raises(UnknownHandleError, match=str(gone)):
+            tiny.forget(gone)
+
+
+def test_a_failing_step_loses_no_page(tiny, monkeypatch):
+    tiny.remember(list(range(50)), frozen=True)
+    before = tiny.stats()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    for step in ("prefill", "decode"):
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny._runner, step, fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                tiny.generate([3, *range(50), 4], SamplingParams(max_new_tokens=5))
+        after = tiny.stats()
+        assert [after[k] for k in ("free", "active", "frozen")] == [before[k] for k in ("free", "active", "frozen")]
+    assert tiny.prefill([3, *range(50), 4], keep=False).report.reused_tokens == 50
+
+
+def test_an_engine_whose_store_was_lost_starts_afresh(tiny, monkeypatch):
+    """A step that fails on the device takes the donated store with it."""
+    tiny.remember(list(range(50)))
+    prompt, expected = [3, *range(50), 4], None
+    expected = tiny.prefill(prompt, reuse=ReuseConfig(method="full"), keep=False).logits
+
+    def fail_on_the_device(*args, **kwargs):
+        tiny._runner.store.delete()
+        raise RuntimeError("device lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsex_jax.runner.prefill", fail_on_the_device)
+        with pytest.raises(RuntimeError, match="device lost"):
+            tiny.prefill(prompt)
+    assert tiny.stats()["free"] == tiny.stats()["pages"]
+    out = tiny.prefill(prompt)
+    assert out.report.reused_tokens == 0  # what was stored is gone, and nothing of it is served
+    np.testing.assert_allclose(out.logits, expected, atol=1e-5)
+
+
+def test_every_error_is_a_sparsex_error():
+    for error in (InvalidRequestError, StoreFullError, UnknownHandleError, UnknownModelError):
+        assert issubclass(error, SparsexError)

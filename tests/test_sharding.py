@@ -1,0 +1,90 @@
+"""Tensor parallelism on virtual devices: the results of one device, and the share of the store on each."""
+
+import jax
+import numpy as np
+import pytest
+
+from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.sharding import make_mesh
+
+MODEL = ModelConfig(
+    vocab_size=120,  # divides by 2 and 8; the table's fallback to replication is tested below
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=3,
+    num_q_heads=16,
+    num_kv_heads=8,
+    head_dim=8,
+    max_position=512,
+)
+METHODS = {
+    "full": ReuseConfig(method="full"),
+    "prefix": ReuseConfig(method="prefix"),
+    "naive": ReuseConfig(method="naive"),
+    "sparsex": ReuseConfig(boundary_layer=1, recompute_ratio=0.2, overflow_tokens=2),
+    "sparsex, l*=0": ReuseConfig(boundary_layer=0, recompute_ratio=0.2, overflow_tokens=2),
+}
+
+
+def engine(tensor_parallel: int, model: ModelConfig = MODEL) -> Engine:
+    return Engine.from_config(
+        model, mesh=make_mesh(tensor_parallel), store_tokens=1024, page_size=16, max_batch=2, chunk_rows=32
+    )
+
+
+def run_all(one: Engine) -> dict[str, tuple[np.ndarray, list[int], float]]:
+    rng = np.random.default_rng(5)
+    documents = [rng.integers(0, 120, 50).tolist() for _ in range(2)]
+    prompt = [*rng.integers(0, 120, 11).tolist(), *documents[1], 3, *documents[0], *rng.integers(0, 120, 9).tolist()]
+    for document in documents:
+        one.remember(document, frozen=True)
+    out = {}
+    for name, reuse in METHODS.items():
+        generation = one.generate(prompt, SamplingParams(max_new_tokens=8), reuse=reuse, keep=False)
+        logits = one.prefill(prompt, reuse=reuse, keep=False).logits
+        out[name] = logits, generation.token_ids, generation.report.computed_fraction
+    return out
+
+
+@pytest.fixture(scope="module")
+def single() -> dict[str, tuple[np.ndarray, list[int], float]]:
+    return run_all(engine(1))
+
+
+@pytest.mark.parametrize("tensor_parallel", [2, 8])
+def test_every_method_gives_the_logits_and_tokens_of_one_device(single, tensor_parallel):
+    for name, (logits, tokens, fraction) in run_all(engine(tensor_parallel)).items():
+        np.testing.assert_allclose(logits, single[name][0], atol=2e-5, err_msg=name)
+        assert (tokens, fraction) == (single[name][1], single[name][2]), name
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2, 8])
+def test_each_device_holds_its_share_of_the_store_only(tensor_parallel):
+    one = engine(tensor_parallel)
+    one.generate(list(range(40)), SamplingParams(max_new_tokens=4))  # the steps must keep it so
+    shards = one._runner.store.addressable_shards
+    assert {shard.device for shard in shards} == set(jax.devices()[:tensor_parallel])
+    assert all(shard.data.nbytes * tensor_parallel == one._runner.store.nbytes for shard in shards)
+    weights = one._runner.params["layers"]["w_gate"].addressable_shards
+    assert all(
+        shard.data.nbytes * tensor_parallel == one._runner.params["layers"]["w_gate"].nbytes for shard in weights
+    )
+
+
+def test_a_vocabulary_that_does_not_divide_is_replicated(single):
+    model = ModelConfig(**{**MODEL.__dict__, "vocab_size": 121})
+    one = engine(2, model)
+    assert one._runner.params["embed"].sharding.is_fully_replicated
+    logits = one.prefill(list(range(100))).logits
+    np.testing.assert_allclose(logits, engine(1, model).prefill(list(range(100))).logits, atol=2e-5)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(InvalidRequestError, match="num_kv_heads=2 does not divide over the mesh's tensor=8"):
+        engine(8, ModelConfig(**{**MODEL.__dict__, "num_kv_heads": 2}))
+
+
+def test_a_mesh_without_a_tensor_axis_is_refused():
+    mesh = jax.make_mesh((2,), ("data",))
+    with pytest.raises(InvalidRequestError, match="it needs one named 'tensor'"):
+        Engine.from_config(MODEL, mesh=mesh)

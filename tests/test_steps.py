@@ -1,0 +1,103 @@
+"""The compiled steps: the store is never copied, and few programs serve any mix of lengths."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY
+
+from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax.decode import decode
+from sparsex_jax.generation import Output, decode_state
+from sparsex_jax.methods import METHODS
+from sparsex_jax.plan import Copies
+from sparsex_jax.planner import RequestPlan, Shapes, plan_prefill
+from sparsex_jax.prefill import align, prefill, top_rows
+from sparsex_jax.prompt import Kind, PromptMap
+from sparsex_jax.sharding import make_mesh
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def big_store(request) -> Engine:
+    """A store far larger than everything else: 64 MB against a model of 50,000 parameters."""
+    return Engine.from_config(TINY, mesh=make_mesh(request.param), store_tokens=1 << 17, page_size=64)
+
+
+def hybrid_plan(engine):
+    kind = np.full(300, Kind.FRESH, np.uint8)
+    kind[50:250] = Kind.REUSED
+    prompt = PromptMap(np.zeros(300, np.int32), kind)
+    phases = METHODS["sparsex"].phases(prompt, ReuseConfig(boundary_layer=1), TINY.num_layers)
+    return plan_prefill([RequestPlan(prompt, phases, range(5))], engine._runner.shapes, TINY.num_layers)
+
+
+def memory_of(step, store, *args, **static):
+    """Memory analysis of a step compiled with the store donated, and the store's share on one device."""
+    leaves, tree = jax.tree.flatten(args)
+
+    def flat(store, *leaves):
+        params, *rest = jax.tree.unflatten(tree, leaves)
+        return step(*([] if params is None else [params]), store, *rest, **static)
+
+    compiled = jax.jit(flat, donate_argnums=0).lower(store, *leaves).compile()
+    return compiled.memory_analysis(), store.addressable_shards[0].data.nbytes
+
+
+def assert_no_copy(memory, share):
+    assert memory.alias_size_in_bytes >= share  # the store given is the store that comes back
+    assert memory.temp_size_in_bytes < share / 10
+
+
+def test_prefill_does_not_copy_the_store(big_store):
+    runner = big_store._runner
+    plan, signals = hybrid_plan(big_store)
+    assert signals == ("key_mass",)
+    static = {"decoder": runner.decoder, "signals": signals, "chunk": 128}
+    assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
+
+
+def test_decode_does_not_copy_the_store(big_store):
+    runner = big_store._runner
+    output = Output(SamplingParams(), (), None)
+    output.extend([1])
+    state = decode_state([output], [300], [range(5)], runner.shapes.max_pages)
+    assert_no_copy(*memory_of(decode, runner.store, runner.params, state, decoder=runner.decoder, steps=16))
+
+
+def test_alignment_does_not_copy_the_store(big_store):
+    runner = big_store._runner
+    copies = Copies(*[jnp.zeros(512, jnp.int32)] * 3)
+    assert_no_copy(*memory_of(align, runner.store, None, copies, decoder=runner.decoder))
+
+
+def test_few_programs_serve_any_mix_of_lengths(tiny):
+    rng = np.random.default_rng(0)
+    document = rng.integers(0, 97, 300)
+    tiny.remember(document)
+    before = prefill._cache_size(), align._cache_size(), decode._cache_size()
+    for _ in range(40):
+        cut = np.sort(rng.integers(0, 300, 2))
+        prompt = [*rng.integers(0, 97, rng.integers(1, 300)), *document[slice(*cut)], 1]
+        boundary = int(rng.integers(0, 5))
+        reuse = ReuseConfig(boundary_layer=boundary, recompute_ratio=rng.random())
+        tiny.generate(np.array(prompt), SamplingParams(max_new_tokens=2), reuse=reuse, keep=False)
+    after = prefill._cache_size(), align._cache_size(), decode._cache_size()
+    buckets = len(tiny._runner.shapes.buckets)
+    # Plain and hybrid prefill for each bucket, alignment for each, and one decode for one request.
+    assert np.subtract(after, before).tolist() <= [2 * buckets, buckets, 1]
+
+
+def test_buckets_are_few():
+    assert Shapes.of(8192, 8, 64, 128).buckets == ((64, 64), (512, 128), (2048, 128), (8192, 128))
+
+
+def test_top_rows_takes_the_best_candidates_of_each_request():
+    rng = np.random.default_rng(1)
+    request = np.sort(rng.integers(0, 3, 50))
+    scores, candidates = rng.integers(0, 6, 50).astype(np.float32), rng.random(50) < 0.7
+    budget = np.array([4, 0, 100, 7])
+    chosen = np.asarray(top_rows(*map(jnp.asarray, (scores, candidates, request, budget))))
+    for r in range(3):
+        own = np.flatnonzero(candidates & (request == r))
+        expected = own[np.argsort(-scores[own], kind="stable")[: budget[r]]]
+        np.testing.assert_array_equal(np.flatnonzero(chosen & (request == r)), np.sort(expected))

@@ -19,6 +19,7 @@ from sparsex_jax.cli.prompts import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, waiting
 from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import EngineConfig, ReuseConfig
+from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.inputs import encode
 from sparsex_jax.methods import find_method
 from sparsex_jax.prompt import PromptMap
@@ -54,6 +55,8 @@ def run(
     as_json: bool,
 ) -> None:
     config = EngineConfig(store_tokens=store_tokens)
+    if not namespace:
+        raise InvalidRequestError("namespace='' must be a non-empty string")
     text, donors = read_prompt(prompt), [read_text(path) for path in files]
     with waiting(f"Reading the tokenizer of {model}"):
         checkpoint = open_checkpoint(model)

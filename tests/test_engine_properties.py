@@ -1,0 +1,130 @@
+"""Random lives of an engine with a tiny store: no page is ever lost, and what is stored is what is claimed.
+
+At layer 0 K and V depend on the token and its position alone, so every slot that the cache says holds a token
+can be checked, whatever method computed it. Exact pages are checked at all layers, against the dense reference.
+"""
+
+import numpy as np
+import pytest
+from conftest import TINY
+from dense import Dense, stored_kv
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams, StoreFullError, UnknownHandleError
+from sparsex_jax.sharding import make_mesh
+from sparsex_jax.weights import random_params
+
+CONFIG = EngineConfig(store_tokens=20 * 16, page_size=16, max_batch=4, chunk_rows=32, decode_steps=4)
+PARAMS = random_params(TINY, "float32", make_mesh())
+DENSE = Dense(TINY, PARAMS)
+DOCUMENTS = [np.random.default_rng(seed).integers(1, 97, length) for seed, length in enumerate((20, 33, 48, 70))]
+
+namespaces = st.sampled_from(["a", "b"])
+methods = st.sampled_from(["full", "prefix", "naive", "sparsex"])
+cuts = st.tuples(st.sampled_from(range(4)), st.integers(0, 30), st.integers(31, 70))
+prompts = st.lists(st.one_of(cuts, st.lists(st.integers(0, 96), min_size=1, max_size=5)), min_size=1, max_size=4)
+
+
+def build(pieces):
+    parts = [np.array(p) if isinstance(p, list) else DOCUMENTS[p[0]][p[1] : p[2]] for p in pieces]
+    return np.concatenate([np.array([1]), *parts]).astype(np.int32)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    handles = Bundle("handles")
+
+    def __init__(self):
+        super().__init__()
+        self.engine = Engine(TINY, PARAMS, config=CONFIG)
+
+    @rule(target=handles, pieces=prompts, namespace=namespaces, frozen=st.booleans())
+    def remember(self, pieces, namespace, frozen):
+        try:
+            return self.engine.remember(build(pieces), namespace=namespace, frozen=frozen)
+        except StoreFullError:
+            return multiple()
+
+    @rule(handle=consumes(handles))
+    def forget(self, handle):
+        try:
+            self.engine.forget(handle)
+        except UnknownHandleError:
+            assert handle not in [entry.handle for entry in self.engine.entries()]
+
+    @rule(
+        pieces=st.lists(prompts, min_size=1, max_size=3), namespace=namespaces, method=methods, new=st.integers(1, 20)
+    )
+    def generate(self, pieces, namespace, method, new):
+        try:
+            outs = self.engine.generate_batch(
+                [build(p) for p in pieces],
+                SamplingParams(max_new_tokens=new, temperature=1.0, seed=new),
+                reuse=ReuseConfig(method=method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2),
+                namespace=namespace,
+            )
+        except StoreFullError:
+            return
+        assert [len(out.token_ids) for out in outs] == [new] * len(pieces)
+
+    @rule(pieces=prompts, namespace=namespaces, step=st.sampled_from(["prefill", "decode", "first_tokens"]))
+    def fail(self, pieces, namespace, step):
+        def broken(*args, **kwargs):
+            raise RuntimeError("broken")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.engine._runner, step, broken)
+            with pytest.raises((RuntimeError, StoreFullError)):
+                self.engine.generate(build(pieces), SamplingParams(max_new_tokens=5), namespace=namespace)
+
+    @rule()
+    def lose_the_store(self):
+        def broken(*args, **kwargs):
+            self.engine._runner.store.delete()
+            raise RuntimeError("device lost")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparsex_jax.runner.prefill", broken)
+            with pytest.raises(RuntimeError, match="device lost"):
+                self.engine.prefill([1, 2, 3])
+
+    @invariant()
+    def no_page_is_lost(self):
+        self.engine._cache.check()
+        stats = self.engine.stats()
+        assert stats["active"] == 0
+        assert stats["free"] + stats["cached"] + stats["frozen"] == stats["pages"]
+
+    @invariant()
+    def stored_kv_is_that_of_the_tokens_claimed(self):
+        for node in self.engine._cache._tree.live_nodes():
+            tokens = np.frombuffer(node.key, np.int32)
+            positions = node.start + np.arange(len(tokens))
+            _, keys, values = DENSE.qkv(0, DENSE.embed[tokens], positions)
+            for page in node.pages:
+                stored = stored_kv(self.engine, page * CONFIG.page_size + np.arange(len(tokens)))
+                np.testing.assert_allclose(stored[0][0], keys, atol=1e-4)
+                np.testing.assert_allclose(stored[1][0], values, atol=1e-4)
+
+    def teardown(self):
+        """Exact pages, all layers: a root's chain of sharable pages is a prefix that was prefilled in full."""
+        for root in self.engine._cache._tree.roots.values():
+            self.check_chain(root, np.empty(0, np.int32))
+
+    def check_chain(self, node, past):
+        for child in node.all_children():
+            tokens = np.append(past, np.frombuffer(child.key, np.int32)[: child.exact])
+            if child.start != len(past) or child.exact == 0:
+                continue
+            expected = DENSE.full(tokens)[1]
+            stored = stored_kv(self.engine, child.pages[0] * CONFIG.page_size + np.arange(child.exact))
+            np.testing.assert_allclose(stored[0], np.array([k[len(past) :] for k, _ in expected]), atol=1e-4)
+            if child.sharable:
+                self.check_chain(child, tokens)
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=12, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+)
+test_engine_machine = EngineMachine.TestCase

@@ -1,7 +1,11 @@
 """SparseX in JAX: segment-level KV-cache reuse for LLM serving."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
-from sparsex_jax.engine import Engine
 from sparsex_jax.errors import (
     InvalidRequestError,
     SparsexError,
@@ -10,8 +14,11 @@ from sparsex_jax.errors import (
     UnknownModelError,
     UnsupportedModelError,
 )
-from sparsex_jax.generation import Generation, Prefill
-from sparsex_jax.report import Report
+
+if TYPE_CHECKING:
+    from sparsex_jax.engine import Engine
+    from sparsex_jax.generation import Generation, Prefill
+    from sparsex_jax.report import Report
 
 __all__ = [
     "Engine",
@@ -29,3 +36,12 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedModelError",
 ]
+
+# What needs jax is imported when it is first asked for: configuration and the command line's help come at once.
+_LAZY = {"Engine": "engine", "Generation": "generation", "Prefill": "generation", "Report": "report"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

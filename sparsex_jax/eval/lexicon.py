@@ -1,0 +1,252 @@
+"""The closed vocabulary of the generated tasks: word lists, templates, and a word-level tokenizer for them.
+
+Every text that `tasks.make_sample` makes is built of what stands here, so that a tiny model can learn all of it.
+A token is a word, a digit, a capital letter or a punctuation mark, together with the space before it if there is
+one: "VAR XQZPD = 12." is `VAR| X|Q|Z|P|D| =| 1|2|.`. Joining tokens therefore restores the text exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import re
+import string
+from typing import Any
+
+import numpy as np
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
+# Variable names are capitals, each a token; VAR is the one word in capitals.
+_PIECE = r" ?(?:VAR(?![A-Za-z])|[A-Z]?[a-z]+|[A-Z]|[0-9]|[^\sA-Za-z0-9])|\n| "
+_pieces = re.compile(_PIECE).findall
+
+# Words of the noise ----------------------------------------------------------------------------------------
+
+ADJECTIVES = tuple(
+    """old new small large quiet loud bright dark warm cold narrow wide heavy light empty full early late dry wet soft
+    hard clean dusty broken fresh plain strange gentle steep hollow round rough smooth faded golden wooden careful
+    patient hungry""".split()
+)
+NOUNS = tuple(
+    """man woman child farmer sailor teacher friend neighbour stranger traveller crowd family guest keeper driver
+    singer boy girl king queen river road bridge field garden forest hill lake market station tower wall gate window
+    door roof kitchen table chair lamp letter book map coat hat boat train wagon wheel stone branch leaf flower tree
+    horse dog cat bird fish bread soup apple cheese salt sugar water fire smoke rain snow wind storm cloud moon star
+    morning evening summer winter journey story song dream promise secret answer plan""".split()
+)
+PLACES = tuple(
+    """harbour village valley castle island meadow church school library mill bakery square corner shore cellar attic
+    stable orchard inn theatre museum office workshop camp""".split()
+)
+VERBS = tuple(
+    """watched followed carried found lost painted repaired opened closed crossed remembered forgot described visited
+    noticed admired borrowed sold bought hid cleaned measured guarded praised feared counted drew moved touched
+    wanted""".split()
+)
+ADVERBS = tuple("slowly quickly quietly often never always again soon twice gladly rarely suddenly".split())
+NOISE = (
+    "The {adjective} {noun} {verb} the {noun} near the {place}.",
+    "A {noun} {adverb} {verb} the {adjective} {noun}.",
+    "In the {place} there was a {adjective} {noun} and a {noun}.",
+    "Every {noun} in the {place} {verb} one {adjective} {noun}.",
+    "Nobody knew why the {noun} {verb} the {noun} so {adverb}.",
+    "After the {noun} came, the {adjective} {noun} was gone.",
+    "They {adverb} {verb} a {noun} behind the {place}.",
+    "When the {noun} was {adjective}, she {verb} the {noun}.",
+    "He said that the {noun} and the {noun} were {adjective}.",
+    "It was a {adjective} {noun}, and the {place} was {adjective}.",
+    "Before the {noun} they {verb} the {place} and the {noun}.",
+    "One {noun} {verb} another {noun}, but the {noun} was {adjective}.",
+)
+
+# Things: keys of needles, and the words that are counted; none is in the noise -----------------------------
+
+THINGS = tuple(
+    """acorn almond amber anchor ankle apron arrow ash badge bagel bamboo banana banner barrel basil basket beacon
+    bead bean beaver bell belt bench berry bicycle biscuit blanket blossom bonnet boot bottle bowl bracelet brass
+    brick broom brush bubble bucket buckle bundle butter button cabbage cabin cactus cage camel candle canoe canvas
+    carpet carrot cartoon cedar cello chain chalk cherry chess chestnut chimney cider cinnamon circle clarinet clay
+    clock clover coal cobalt cocoa coconut coffee comet compass copper coral cork cotton crab cradle crane crayon
+    cricket crown crystal cube cucumber cup curtain cushion daisy dagger desert diamond dolphin donkey dragon drum
+    eagle easel ebony elbow emerald engine envelope falcon feather fennel fern fiddle fig finger flag flask flute
+    fossil fountain fox frost funnel galaxy garlic ginger giraffe glacier glass globe glove goat goose granite grape
+    grass gravel guitar hammer hammock harp harvest hazel hedge helmet herring honey hook horn hornet hotel iceberg
+    ink iris iron ivory ivy jacket jar jasmine jewel jigsaw juniper kettle key kite kitten knee knife ladder ladle
+    lantern lavender lemon lens lettuce lily lime linen lion lizard lobster locket lotus lynx magnet mango mantle
+    maple marble mask mast melon meteor mint mirror mitten mosaic moss motor mountain mouse mushroom mustard napkin
+    needle nest nettle nickel noodle nutmeg oak oar oasis ocean olive onion opal orange orbit orchid organ otter oven
+    owl oyster paddle paint palace palm panda panther paper parrot parsley peach peacock pearl pebble pelican pen
+    pencil penguin pepper piano pickle pigeon pillow pine pipe planet plate plum pocket pond poppy portrait potato
+    pottery prism puddle pumpkin puppet purse puzzle pyramid quartz quill quilt rabbit radio radish raft rainbow raven
+    razor ribbon rice ring robin rocket root rope rose ruby rug saddle saffron sail salmon sand sandal sapphire satchel
+    saucer scarf scissors shell shield shoe shovel silk silver skate sketch sled slipper snail soap sock sofa spade
+    sparrow spear spider spinach sponge spoon spring squirrel stamp statue steam steel stove straw swan sword syrup
+    tablet tangerine teapot temple tent thimble thistle thread throne thunder ticket tiger tile tin tomato torch tortoise
+    towel trumpet tulip tunnel turnip turtle umbrella vase velvet vest vinegar violet violin walnut walrus wasp whale
+    wheat whistle willow wolf wool wreath yarn zebra""".split()
+)
+# Invented words, such as "zorkax".
+CODED_WORDS = tuple(
+    "".join(syllables)
+    for syllables in itertools.product(
+        ("zo", "ba", "qui", "tre", "vu"), ("rk", "lm", "nd"), ("ax", "et", "iv", "os", "ul", "ep", "ig", "onk")
+    )
+)
+
+# People and their facts ------------------------------------------------------------------------------------
+
+FIRST_NAMES = tuple(
+    """Ada Boris Clara Dario Edith Felix Greta Hugo Irene Jonas Karla Leon Marta Nils Olga Paul Rosa Simon Tessa
+    Victor Wanda Yusuf Zelda Anton Bella Conrad Doris Emil Flora Gustav Hilda Ivan""".split()
+)
+LAST_NAMES = tuple(
+    """Abbott Becker Castro Dalton Everett Fischer Garner Holm Ibsen Jansen Keller Lindgren Moreau Novak Okoro Pell
+    Quist Rossi Santos Tanner Ulrich Vance Weiss Yates Zimmer Marenko Finch Hale Draper Stone""".split()
+)
+TOWNS = tuple(
+    """Velmora Brenholt Tarnow Dolm Kestrel Ostra Lindau Marwick Fenby Corvale Aldersea Norrin Pellow Quent Rusk
+    Selby Thorne Ulmar Wexley Zandor""".split()
+)
+JOBS = tuple(
+    """baker carpenter doctor gardener painter pilot tailor librarian blacksmith dentist lawyer plumber potter jeweller
+    surgeon weaver chemist editor butcher musician""".split()
+)
+COLORS = tuple("red blue green yellow purple pink black white grey brown scarlet turquoise".split())
+ANIMALS = tuple("hamster pony canary duck hedgehog ferret spaniel terrier poodle cow llama pig".split())
+FOODS = tuple("pizza pasta curry stew salad pancakes dumplings sausages porridge omelette lasagne pudding".split())
+LANGUAGES = tuple("Spanish German Italian Swedish Turkish Polish Greek Danish Korean Arabic Finnish Hindi".split())
+MONTHS = tuple("January February March April June July August September October November December".split())
+SPORTS = tuple("tennis football hockey chess golf rowing boxing judo archery sailing skiing rugby".split())
+
+# What is said of a person, how it is asked, and what the answer may be.
+PERSON_FACTS = (
+    ("{name} lives in {value}.", "In which town does {name} live?", TOWNS),
+    ("{name} works as a {value}.", "What is the job of {name}?", JOBS),
+    ("{name} speaks {value} at home.", "Which language does {name} speak?", LANGUAGES),
+    ("{name} was born in {value}.", "In which month was {name} born?", MONTHS),
+    ("{name} keeps a {value}.", "Which animal does {name} keep?", ANIMALS),
+    ("{name} drives a {value} car.", "What is the color of the car that {name} drives?", COLORS),
+)
+CHAT_FACTS = (
+    ("My favourite color is {value}.", "What is my favourite color?", COLORS),
+    ("I live in {value}.", "In which town do I live?", TOWNS),
+    ("I work as a {value}.", "What is my job?", JOBS),
+    ("My sister is called {value}.", "What is the name of my sister?", FIRST_NAMES),
+    ("I was born in {value}.", "In which month was I born?", MONTHS),
+    ("My best friend has a {value}.", "Which animal does my best friend have?", ANIMALS),
+    ("I like to eat {value}.", "What do I like to eat?", FOODS),
+    ("I am learning {value}.", "Which language am I learning?", LANGUAGES),
+    ("On Sundays I play {value}.", "What do I play on Sundays?", SPORTS),
+    ("My brother moved to {value}.", "Where did my brother move to?", TOWNS),
+    ("My boss is called {value}.", "What is the name of my boss?", FIRST_NAMES),
+    ("My mother was a {value}.", "What was the job of my mother?", JOBS),
+)
+CHAT_REPLIES = (
+    "Thank you, I will remember that.",
+    "That is good to know.",
+    "I see. Tell me more about it.",
+    "Thank you for telling me.",
+)
+AGENT_FACTS = (
+    ("I propose to build it in {value}.", "Which town do {names} propose, in this order?", TOWNS),
+    ("My estimate of the cost is {value}.", "Which cost do {names} estimate, in this order?", None),
+    ("We should begin in {value}.", "Which month do {names} want to begin in, in this order?", MONTHS),
+    ("The walls should be {value}.", "Which color do {names} want for the walls, in this order?", COLORS),
+    ("A {value} should lead the work.", "Whom do {names} want to lead the work, in this order?", JOBS),
+)
+AGENT_PROBLEM = "Problem: The council wants to build a new {place}. Say where, when, how and at what cost.\n"
+AGENT_OPENING = "Agent {name}:"
+
+# Templates of the other tasks ------------------------------------------------------------------------------
+
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+NEEDLE_QUESTION = "What is the special magic number for {key} mentioned in the text? Answer:"
+NEEDLES_QUESTION = "What are the special magic numbers for {keys} mentioned in the text, in this order? Answer:"
+ASSIGN_VALUE = "VAR {name} = {value}."
+ASSIGN_NAME = "VAR {name} = VAR {value}."
+CHAIN_QUESTION = "Find all variables that are assigned the value {value} in the text. Answer:"
+WORD_LIST, CODED_LIST = "Words: ", "Coded text: "
+COMMON_QUESTION = "What are the {number} most common words in the lists? Answer:"
+FREQUENT_QUESTION = "What are the three most frequent coded words? Answer:"
+PERSON_QUESTION = "Question: {question} Answer:"
+AGENT_QUESTION = "{question} Answer:"
+CHAT_TURN = "User: {user}\nAssistant: {assistant}\n"
+CHAT_QUESTION = "User: {question}\nAssistant:"
+
+INSTRUCTIONS = {
+    "niah": "A special magic number is hidden in the following text. Memorize it.\n",
+    "mq_niah": "Some special magic numbers are hidden in the following text. Memorize them.\n",
+    "vt": "Memorize and track the chains of variable assignments hidden in the following text.\n",
+    "cwe": "Below are lists of words. In them some words appear more often than others. Memorize the ones that do.\n",
+    "fwe": "Read the following coded text and track how often each coded word appears.\n",
+    "qa": "Answer the question based on the given documents. Only give the answer.\n",
+    "chat": "This is the history of a chat. Go on with it, and give short answers.\n",
+    "agents": "You are an agent that sums up what the other agents said. Read the problem and their answers.\n",
+}
+# What stood before the same text when it was first seen (the joint regime).
+EARLIER_INSTRUCTION = "Here is something that you may need later on. Read it with care.\n"
+
+
+# The tokenizer ---------------------------------------------------------------------------------------------
+
+
+def split(text: str) -> list[str]:
+    """The pieces that become tokens; joined, they are the text.
+
+    >>> split("VAR XQ = 12.\\n")
+    ['VAR', ' X', 'Q', ' =', ' 1', '2', '.', '\\n']
+    """
+    return _pieces(text)
+
+
+@functools.cache
+def vocabulary() -> dict[str, int]:
+    """Token to id: the special tokens, characters, then words, each with and where needed without a space before it."""
+    characters = (*string.digits, *string.ascii_uppercase, *".,:?=")
+    words = sorted({piece.strip() for text in _texts() for piece in split(re.sub(r"\{\w+\}", " ", text))})
+    words = [word for word in words if word and word not in characters]
+    alone = [word for word in words if word[0].isupper()]  # only these stand at the beginning of a line
+    tokens = (*SPECIAL_TOKENS, "\n", *characters, *alone, *(" " + piece for piece in (*characters, *words)))
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def _texts() -> list[str]:
+    """Every text and word of this module: the constants in capitals."""
+
+    def strings(value: Any) -> list[str]:
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, dict):
+            value = tuple(value.values())
+        return [text for item in value for text in strings(item)] if isinstance(value, tuple) else []
+
+    return [text for name, value in globals().items() if name.isupper() and name[0] != "_" for text in strings(value)]
+
+
+def encode(text: str) -> np.ndarray:
+    """Int32 token ids `[tokens]`: what `ruler_tokenizer` gives, several times as fast.
+
+    Raises:
+      KeyError: a word that is not in the vocabulary.
+    """
+    ids = vocabulary()
+    return np.fromiter(map(ids.__getitem__, split(text)), np.int32)
+
+
+def build_tokenizer() -> Any:
+    """A `tokenizers.Tokenizer` of the vocabulary."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
+
+
+def ruler_tokenizer() -> Any:
+    """The tokenizer as a transformers `PreTrainedTokenizerFast`. It adds no special tokens by itself."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = {f"{token.strip('<>')}_token": token for token in SPECIAL_TOKENS}
+    return PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(), clean_up_tokenization_spaces=False, **names)

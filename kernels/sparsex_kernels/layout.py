@@ -27,11 +27,11 @@ def slot_addresses(store: Store, slots: Int[Array, "n"]) -> tuple[Int[Array, "n"
 
 def context(
     store: Store, layer: Int[Array, ""], pages: Int[Array, "n"]
-) -> tuple[Float[Array, "keys kv_heads head_dim"], Float[Array, "keys kv_heads head_dim"]]:
-    """K and V of consecutive pages of one layer, token by token."""
+) -> tuple[Float[Array, "kv_heads keys head_dim"], Float[Array, "kv_heads keys head_dim"]]:
+    """K and V of consecutive pages of one layer."""
     tiles = store[layer, pages]  # [n, 2, kv_heads, page_size, head_dim]
-    flat = tiles.transpose(1, 0, 3, 2, 4).reshape(2, -1, store.shape[3], store.shape[5])
-    return flat[0], flat[1]
+    keys, values = tiles.transpose(1, 2, 0, 3, 4).reshape(2, store.shape[3], -1, store.shape[5])
+    return keys, values
 
 
 def num_tiles(positions: RowInts, tile: int) -> Int[Array, ""]:

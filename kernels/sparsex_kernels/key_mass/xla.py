@@ -14,6 +14,7 @@ from sparsex_kernels.paged_attention.xla import (
     block_scores,
     fold_key_blocks,
     group_heads,
+    pack,
 )
 
 
@@ -53,7 +54,7 @@ def _add_tile(
     scale: float,
 ) -> Float[Array, "requests context"]:
     def scores(block: KeyBlock) -> Array:
-        return block_scores(q, context(store, layer, block.pages)[0], block, scale)
+        return block_scores(packed, context(store, layer, block.pages)[0], block, scale)
 
     def log_sum_exp(block: KeyBlock, lse: Array) -> Array:
         block_lse = logsumexp(scores(block), axis=-1)
@@ -63,9 +64,10 @@ def _add_tile(
         visible = scores(block)
         weights = jnp.where(jnp.isfinite(visible), jnp.exp(visible - lse[..., None]), 0)
         at = (block.request, block.first_key)
-        sums = weights.sum((0, 1, 2))[None]
+        sums = weights.sum((0, 1))[None]
         return lax.dynamic_update_slice(mass, lax.dynamic_slice(mass, at, sums.shape) + sums, at)
 
-    none_yet = jnp.full((*q.shape[1:3], q.shape[0]), -jnp.inf)
+    packed = pack(q)
+    none_yet = jnp.full(packed.shape[:2], -jnp.inf)
     lse = fold_key_blocks(positions, requests, store, page_tables, log_sum_exp, none_yet)
     return fold_key_blocks(positions, requests, store, page_tables, column_sums, mass)

@@ -19,11 +19,11 @@ def paged_attention(
 ) -> Queries:
     """See `sparsex_kernels.paged_attention`. Materialises every row's scores over every slot of its request."""
     keys, values = jax.vmap(lambda pages: context(store, layer, pages))(page_tables)
-    repeat = q.shape[1] // keys.shape[2]
-    keys, values = (jnp.repeat(x.astype(jnp.float32), repeat, axis=2)[requests] for x in (keys, values))
-    visible = jnp.arange(keys.shape[1]) <= positions[:, None]
-    scores = jnp.einsum("rhd,rthd->rht", q.astype(jnp.float32), keys, precision="highest") * scale
+    repeat = q.shape[1] // keys.shape[1]
+    keys, values = (jnp.repeat(x.astype(jnp.float32), repeat, axis=1)[requests] for x in (keys, values))
+    visible = jnp.arange(keys.shape[2]) <= positions[:, None]
+    scores = jnp.einsum("rhd,rhtd->rht", q.astype(jnp.float32), keys, precision="highest") * scale
     weights = jax.nn.softmax(scores, axis=-1, where=visible[:, None])
-    values = jnp.where(visible[:, :, None, None], values, 0)
-    out = jnp.einsum("rht,rthd->rhd", weights, values, precision="highest")
+    values = jnp.where(visible[:, None, :, None], values, 0)
+    out = jnp.einsum("rht,rhtd->rhd", weights, values, precision="highest")
     return jnp.where(positions[:, None, None] >= 0, out, 0).astype(q.dtype)

@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, context, num_tiles, pad_rows, take_tile
 
 ROW_TILE = 128  # rows that share one pass over the keys
-KEY_BLOCK = 512  # keys a step, rounded to whole pages
+KEY_BLOCK = 256  # keys a step, rounded to whole pages
 
 Grouped = Float[Array, "tile kv_heads group head_dim"]
+Packed = Float[Array, "kv_heads packed head_dim"]  # the tile's rows of each query head behind each other
 
 
 class KeyBlock(NamedTuple):
@@ -68,19 +69,26 @@ def _attend_tile(
     def step(block: KeyBlock, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         keys, values = context(store, layer, block.pages)
         # A slot that nobody sees may hold anything, and 0 * NaN would be NaN.
-        seen = block.first_key + jnp.arange(len(values)) <= block.positions.max()
-        values = jnp.where(seen[:, None, None], values, 0)
-        return _online_softmax(state, block_scores(q, keys, block, scale), values)
+        seen = block.first_key + jnp.arange(values.shape[1]) <= block.positions.max()
+        values = jnp.where(seen[:, None], values, 0)
+        return _online_softmax(state, block_scores(packed, keys, block, scale), values)
 
     tile, kv_heads, group, head_dim = q.shape
+    packed = pack(q)
     start = (
-        jnp.zeros((kv_heads, group, tile, head_dim), jnp.float32),
-        jnp.full((kv_heads, group, tile), -jnp.inf),
-        jnp.zeros((kv_heads, group, tile)),
+        jnp.zeros(packed.shape, jnp.float32),
+        jnp.full(packed.shape[:2], -jnp.inf),
+        jnp.zeros(packed.shape[:2]),
     )
     acc, _, total = fold_key_blocks(positions, requests, store, page_tables, step, start)
     out = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # padding sees nothing and gets 0
-    return out.transpose(2, 0, 1, 3).astype(q.dtype)
+    return out.reshape(kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3).astype(q.dtype)
+
+
+def pack(q: Grouped) -> Packed:
+    """One matrix a KV head, so that a block's K is read once for all query heads that share it."""
+    tile, kv_heads, group, head_dim = q.shape
+    return q.transpose(1, 2, 0, 3).reshape(kv_heads, group * tile, head_dim)
 
 
 def block_pages(store: Store, page_tables: PageTables) -> int:
@@ -117,16 +125,12 @@ def fold_key_blocks[State](
 
 
 def block_scores(
-    q: Grouped, keys: Float[Array, "keys kv_heads head_dim"], block: KeyBlock, scale: float
-) -> Float[Array, "kv_heads group tile keys"]:
-    """Scaled scores in float32; -inf where a row may not see a key."""
-    scores = jnp.einsum("thgd,khd->hgtk", q, keys, preferred_element_type=jnp.float32) * scale
-    return jnp.where(causal(block, len(keys)), scores, -jnp.inf)
-
-
-def causal(block: KeyBlock, keys: int) -> Bool[Array, "tile keys"]:
-    """Which of the block's keys each row sees, by true position."""
-    return block.first_key + jnp.arange(keys) <= block.positions[:, None]
+    q: Packed, keys: Float[Array, "kv_heads keys head_dim"], block: KeyBlock, scale: float
+) -> Float[Array, "kv_heads packed keys"]:
+    """Scaled scores in float32; -inf where a row, by its true position, may not see a key."""
+    scores = jnp.einsum("hrd,hkd->hrk", q, keys, preferred_element_type=jnp.float32) * scale
+    visible = block.first_key + jnp.arange(keys.shape[1]) <= block.positions[:, None]
+    return jnp.where(jnp.tile(visible, (q.shape[1] // len(visible), 1)), scores, -jnp.inf)
 
 
 def _online_softmax(state: tuple[Array, Array, Array], scores: Array, values: Array) -> tuple[Array, Array, Array]:
@@ -135,5 +139,5 @@ def _online_softmax(state: tuple[Array, Array, Array], scores: Array, values: Ar
     finite_top = jnp.where(jnp.isfinite(new_top), new_top, 0)  # rows that have seen no key yet
     weights = jnp.exp(scores - finite_top[..., None])
     decay = jnp.exp(top - finite_top)
-    update = jnp.einsum("hgtk,khd->hgtd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    update = jnp.einsum("hrk,hkd->hrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     return acc * decay[..., None] + update, new_top, total * decay + weights.sum(-1)

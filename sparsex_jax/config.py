@@ -175,15 +175,26 @@ class ReuseConfig:
     """How a request uses the KV that is in the store (DESIGN.md, section 3).
 
     Attributes:
-      method: a name in `sparsex_jax.methods.METHODS`: full, prefix, naive, sparsex.
-      boundary_layer: `l*`; layers before it compute every non-prefix token. None takes 1/6 of the layers.
-        0 scores with layer 0 and runs all layers sparse; the number of layers is full recompute.
-      recompute_ratio: key tokens chosen by key mass, as a share of the reused tokens. 0 to 1.
+      method: a name in `sparsex_jax.methods.METHODS`: full, prefix, naive, epic, cacheblend, sparsex, random,
+        prophetkv.
+      boundary_layer: `l*`; layers before it compute every non-prefix token. None takes 1/6 of the layers
+        (cacheblend: layer 1). 0 scores with layer 0 and runs all layers sparse; the number of layers is full
+        recompute.
+      recompute_ratio: key tokens that the method's signal chooses, as a share of the reused tokens. 0 to 1.
       overflow_tokens: reused tokens recomputed on both sides of every fresh interval.
       tail_tokens: length of the tail fallback, where the prompt ends in reused tokens.
       second_boundary: from this layer on only fresh tokens run. None: the active ones run to the end.
       min_segment_tokens: shorter runs are not worth pasting and are computed. At least 16: the index
         finds every run of 15 tokens, and not every shorter one.
+
+    Options beyond the paper. They combine; a method refuses those that mean nothing to it.
+
+      coverage: choose key tokens, best first, until the tokens computed hold this share of the fresh queries'
+        attention on reused tokens, in (0, 1]. `recompute_ratio` is the upper bound then. None: always all of it.
+      head_tokens: the first so many tokens of each segment are recomputed too. None: 8 for epic, otherwise 0.
+      per_segment: each segment gets its share of the key tokens, instead of the best of all.
+      pool_tokens: key tokens are chosen by the mean score of blocks of so many positions; 1 scores each alone.
+      sum_layers: sparsex scores by the key mass of all layers up to the boundary, instead of the boundary's.
     """
 
     method: str = "sparsex"
@@ -193,19 +204,33 @@ class ReuseConfig:
     tail_tokens: int = 64
     second_boundary: int | None = None
     min_segment_tokens: int = 16
+    coverage: float | None = None
+    head_tokens: int | None = None
+    per_segment: bool = False
+    pool_tokens: int = 1
+    sum_layers: bool = False
 
     def __post_init__(self) -> None:
         _require(isinstance(self.method, str), f"method={self.method!r} must be a string")
-        for name in ("boundary_layer", "second_boundary"):
+        for name in ("boundary_layer", "second_boundary", "head_tokens"):
             value = getattr(self, name)
             _require(
                 value is None or (_is_int(value) and value >= 0), f"{name}={value!r} must be an integer >= 0 or None"
             )
         ratio = self.recompute_ratio
         _require(_is_number(ratio) and 0.0 <= ratio <= 1.0, f"recompute_ratio={ratio!r} must be a number from 0 to 1")
-        for name, least in (("overflow_tokens", 0), ("tail_tokens", 0), ("min_segment_tokens", 16)):
+        part = self.coverage
+        _require(
+            part is None or (_is_number(part) and 0.0 < part <= 1.0),
+            f"coverage={part!r} must be a number in (0, 1] or None",
+        )
+        limits = {"overflow_tokens": 0, "tail_tokens": 0, "min_segment_tokens": 16, "pool_tokens": 1}
+        for name, least in limits.items():
             value = getattr(self, name)
             _require(_is_int(value) and value >= least, f"{name}={value!r} must be an integer >= {least}")
+        for name in ("per_segment", "sum_layers"):
+            value = getattr(self, name)
+            _require(isinstance(value, bool), f"{name}={value!r} must be True or False")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -325,9 +325,11 @@ class Engine:
                 output.extend(line.tolist())
             state = stop_finished(state, outputs)
 
-    def _report(self, request: Request, active: np.ndarray, started: float) -> Report:
-        plan = request.plan
-        return make_report(plan.prompt, plan.phases, self.model.num_layers, active, time.perf_counter() - started)
+    def _report(self, request: Request, computed: np.ndarray, started: float) -> Report:
+        """`computed`: which tokens each phase computed, `[phases, tokens]`."""
+        plan, elapsed = request.plan, time.perf_counter() - started
+        active = computed[min(1, len(computed) - 1)]
+        return make_report(plan.prompt, plan.phases, self.model.num_layers, active, elapsed, computed.sum(1).tolist())
 
     def _commit(self, request: Request, tokens: Int32[np.ndarray, "tokens"]) -> None:
         """Make prompt and answer findable. Exactness of the answer's KV is that of the whole prompt's."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 PADDING_REQUEST = np.iinfo(np.int32).max
 
@@ -83,6 +83,27 @@ class Copies:
 
 
 @struct.dataclass
+class Choice:
+    """How the rows of a phase are chosen among those of the phase before. Rows are the plan's own.
+
+    Attributes:
+      forced: rows that are in it whatever their score.
+      scores: what the host knows better than the model (the signal `given`); not negative.
+      pool: width of the blocks of positions whose candidates share their mean score; 1 leaves scores alone.
+      group: number of the row's group, which has a budget of its own: a request, or a segment of one. Rising.
+      budget: for each group, at most how many more rows the signal adds.
+      coverage: for each group, the share of its reused rows' score at which adding stops; infinity is never.
+    """
+
+    forced: Bool[Array, "rows"]
+    scores: Float[Array, "rows"]
+    pool: Int[Array, "rows"]
+    group: Int[Array, "rows"]
+    budget: Int[Array, "groups"]
+    coverage: Float[Array, "groups"]
+
+
+@struct.dataclass
 class PrefillPlan:
     """One prefill of up to `requests` requests.
 
@@ -91,13 +112,11 @@ class PrefillPlan:
       page_tables: pages of each request in order.
       fresh: rows whose queries are the Sparse-Q.
       first_layer: layer at which each phase begins, and the number of layers at the end.
-      forced: for each phase after the first, rows that are in it whatever their score.
-      budget: for each phase after the first and each request, how many of the other rows the signal adds.
+      choices: for each phase after the first, how its rows are chosen.
     """
 
     rows: Rows
     page_tables: Int[Array, "requests max_pages"]
     fresh: Bool[Array, "rows"]
     first_layer: Int[Array, "bounds"]
-    forced: Bool[Array, "later_phases rows"]
-    budget: Int[Array, "later_phases requests"]
+    choices: tuple[Choice, ...]

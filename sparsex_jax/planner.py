@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.methods import Phase
-from sparsex_jax.plan import PADDING_REQUEST, Copies, PrefillPlan, Rows
+from sparsex_jax.plan import PADDING_REQUEST, Choice, Copies, PrefillPlan, Rows
 from sparsex_jax.prompt import PromptMap
 
 
@@ -44,8 +45,8 @@ class RequestPlan:
 
     def exact_tokens(self, num_layers: int) -> int:
         """How many prompt tokens have exact KV once prefilled (DESIGN.md, rule 1)."""
-        everyone = self.prompt.computed.sum()
-        if all(phase.size == everyone for phase in self.phases if phase.start < num_layers):
+        everyone = int(self.prompt.computed.sum())
+        if not any(phase.can_leave_out(everyone) for phase in self.phases if phase.start < num_layers):
             return len(self.prompt)
         return self.prompt.exact_frontier
 
@@ -84,7 +85,7 @@ def needed_phases(requests: Sequence[RequestPlan], num_layers: int) -> list[int]
     """The phases that have layers and leave out somebody's token: all plain prefills then share one program."""
     needed = [0]
     for i, phase in enumerate(requests[0].phases[1:], start=1):
-        narrows = any(request.phases[i].size < request.phases[needed[-1]].size for request in requests)
+        narrows = any(request.phases[i].can_leave_out(request.phases[needed[-1]].size) for request in requests)
         if phase.start < num_layers and narrows:
             needed.append(i)
     return needed
@@ -101,22 +102,61 @@ def plan_prefill(
     phases = [[request.phases[i] for request in requests] for i in needed_phases(requests, num_layers)]
     computed = [np.flatnonzero(phase.forced) for phase in phases[0]]
     size, _ = shapes.bucket(sum(map(len, computed)))
-
-    def laid_out(masks: Iterable[np.ndarray]) -> Array:
-        return _padded([mask[at] for mask, at in zip(masks, computed, strict=True)], size, False)
-
-    later = len(phases) - 1
-    forced = [laid_out(phase.forced for phase in same) for same in phases[1:]]
-    budget = [_padded([np.array([phase.budget for phase in same])], shapes.max_requests, 0) for same in phases[1:]]
     plan = PrefillPlan(
         rows=_rows(requests, computed, size),
         page_tables=page_tables([request.pages for request in requests], shapes.max_requests, shapes.max_pages),
-        fresh=laid_out(request.prompt.fresh for request in requests),
+        fresh=_padded([request.prompt.fresh[at] for request, at in zip(requests, computed, strict=True)], size, False),
         first_layer=jnp.array([*(same[0].start for same in phases), num_layers], jnp.int32),
-        forced=jnp.array(forced, bool).reshape(later, size),
-        budget=jnp.array(budget, jnp.int32).reshape(later, shapes.max_requests),
+        choices=tuple(_choice(requests, same, computed, size) for same in phases[1:]),
     )
     return plan, tuple(same[0].signal for same in phases[1:])
+
+
+def _choice(
+    requests: Sequence[RequestPlan], phases: Sequence[Phase], computed: Sequence[np.ndarray], size: int
+) -> Choice:
+    """One later phase of all requests, theirs behind each other. There are at most as many groups as rows."""
+
+    def rows(masks: Iterable[np.ndarray], fill: int | float | bool) -> Array:
+        return _padded([mask[at] for mask, at in zip(masks, computed, strict=True)], size, fill)
+
+    zeros = [np.zeros(len(request.prompt), np.float32) for request in requests]
+    groups = [_groups(request.prompt, phase) for request, phase in zip(requests, phases, strict=True)]
+    before = np.cumsum([0, *(len(budgets) for _, budgets in groups)])
+    coverage = [math.inf if phase.coverage is None else phase.coverage for phase in phases]
+    return Choice(
+        forced=rows([phase.forced for phase in phases], False),
+        scores=rows([zero if p.scores is None else p.scores for p, zero in zip(phases, zeros, strict=True)], 0.0),
+        pool=rows([np.full(len(zero), p.pool_tokens) for p, zero in zip(phases, zeros, strict=True)], 1),
+        group=rows([number + first for (number, _), first in zip(groups, before[:-1], strict=True)], PADDING_REQUEST),
+        budget=_padded([budgets for _, budgets in groups], size, 0),
+        coverage=_padded([np.full(len(b), c) for c, (_, b) in zip(coverage, groups, strict=True)], size, math.inf),
+    )
+
+
+def _groups(prompt: PromptMap, phase: Phase) -> tuple[Int[np.ndarray, "tokens"], Int[np.ndarray, "groups"]]:
+    """Each token's group, and each group's budget: one for all, or one a segment, by its share of the candidates.
+
+    Fresh tokens count with the segment before them; they are never candidates.
+    """
+    if not (phase.per_segment and prompt.segments):
+        return np.zeros(len(prompt), int), np.array([phase.budget])
+    starts = [segment.start for segment in prompt.segments]
+    number = np.maximum(np.searchsorted(starts, np.arange(len(prompt)), side="right") - 1, 0)
+    return number, shares(phase.budget, np.bincount(number[prompt.reused & ~phase.forced], minlength=len(starts)))
+
+
+def shares(total: int, weights: Int[np.ndarray, "parts"]) -> Int[np.ndarray, "parts"]:
+    """Divide a whole number by weights, the largest remainders rounded up; none gets more than its weight.
+
+    >>> shares(5, np.array([10, 20, 0]))
+    array([2, 3, 0])
+    """
+    exact = total * weights / max(weights.sum(), 1)
+    out = np.floor(exact).astype(int)
+    largest = np.argsort(out - exact, kind="stable")
+    out[largest[: min(total, weights.sum()) - out.sum()]] += 1
+    return out
 
 
 def _rows(requests: Sequence[RequestPlan], computed: Sequence[np.ndarray], size: int) -> Rows:
@@ -152,9 +192,9 @@ def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: in
     return jnp.asarray(tables)
 
 
-def _padded(parts: Sequence[np.ndarray], size: int, fill: int | bool) -> Array:
-    """The parts behind each other, filled up to `size`; booleans stay, the rest becomes int32."""
-    out = np.full(size, fill, bool if isinstance(fill, bool) else np.int32)
+def _padded(parts: Sequence[np.ndarray], size: int, fill: int | float | bool) -> Array:
+    """The parts behind each other, filled up to `size`, of the fill's type: bool, int32 or float32."""
+    out = np.full(size, fill, {bool: bool, int: np.int32, float: np.float32}[type(fill)])
     joined = np.concatenate(parts)
     out[: len(joined)] = joined
     return jnp.asarray(out)

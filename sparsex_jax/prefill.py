@@ -2,8 +2,7 @@
 
 One jitted program runs any schedule with the same signals: where the phases begin, which rows are forced and
 how many the signal may choose are data. Within a phase, layers are a loop, and rows go through a layer
-`chunk` at a time, so padding to the capacity costs nothing. Rows are sorted by position and a chunk's K and V
-are written before it attends, so a row finds every earlier row's K and V of the same layer in the store.
+`chunk` at a time, so padding to the capacity costs nothing.
 """
 
 from __future__ import annotations
@@ -12,15 +11,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from sparsex_jax import model
+from sparsex_jax.layers import Model, run_layers
 from sparsex_jax.model import Decoder, Hidden
-from sparsex_jax.plan import Copies, PrefillPlan, Rows, fold_chunks
-from sparsex_jax.signals import SIGNALS, Boundary
+from sparsex_jax.plan import PADDING_REQUEST, Copies, PrefillPlan, Rows
+from sparsex_jax.signals import Boundary, find_signal, fresh_among
 from sparsex_jax.weights import Params
-from sparsex_kernels.layout import PageTables, Store
+from sparsex_kernels.layout import Store
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
@@ -45,78 +45,90 @@ def prefill(
       The store; float32 logits `[requests, vocab]`, meaningless for unused requests; and which of the plan's
       rows each later phase computed.
     """
-    rows, hidden = plan.rows, model.embed(params, plan.rows.token)
+    run = Model(decoder, params, plan.page_tables, chunk)
+    rows, hidden, mass = plan.rows, model.embed(params, plan.rows.token), None
     active = []
-    for phase, signal in enumerate((None, *signals)):
+    for phase, (signal, upcoming) in enumerate(zip((None, *signals), (*signals, None), strict=True)):
         if phase > 0:
-            boundary = Boundary(decoder, params, plan, plan.first_layer[phase], rows, hidden, chunk)
-            store, keep = _choose(boundary, store, signal, plan.forced[phase - 1], plan.budget[phase - 1])
+            choice = plan.choices[phase - 1]
+            boundary = Boundary(run, plan.first_layer[phase], rows, hidden, plan.fresh, choice, mass)
+            store, keep = _choose(boundary, store, signal)
             rows, hidden = _narrow(rows, hidden, keep)
             active.append(jnp.zeros_like(plan.fresh).at[rows.index].max(rows.valid))
         layers = plan.first_layer[phase], plan.first_layer[phase + 1]
-        store, hidden = _run_layers(decoder, params, store, rows, hidden, plan.page_tables, layers, chunk)
+        watch = fresh_among(rows, plan.fresh) if upcoming and find_signal(upcoming).watches else None
+        store, hidden, mass = run_layers(run, store, rows, hidden, layers, watch)
     last = jnp.searchsorted(rows.request, jnp.arange(len(plan.page_tables)), side="right") - 1
     out = model.logits(params, decoder.config, hidden[last])
     return store, out, jnp.array(active, bool).reshape(len(signals), plan.fresh.size)
 
 
-def _run_layers(
-    decoder: Decoder,
-    params: Params,
-    store: Store,
-    rows: Rows,
-    hidden: Hidden,
-    tables: PageTables,
-    layers: tuple[Int[Array, ""], Int[Array, ""]],
-    chunk: int,
-) -> tuple[Store, Hidden]:
-    """One phase: the layers from `layers[0]` up to `layers[1]`, a loop whose bounds are data."""
-
-    def run_layer(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        weights = model.layer_weights(params, layer)
-
-        def run_chunk(start: Array, part: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            store, hidden = carry
-            x = lax.dynamic_slice_in_dim(hidden, start, chunk)
-            store, x = model.decoder_layer(decoder, weights, layer, store, x, part, tables)
-            return store, lax.dynamic_update_slice_in_dim(hidden, x, start, 0)
-
-        return fold_chunks(rows, chunk, run_chunk, carry)
-
-    return lax.fori_loop(*layers, run_layer, (store, hidden))
-
-
-def _choose(
-    boundary: Boundary,
-    store: Store,
-    signal: str | None,
-    forced: Bool[Array, "rows"],
-    budget: Int[Array, "requests"],
-) -> tuple[Store, Bool[Array, "rows"]]:
+def _choose(boundary: Boundary, store: Store, signal: str | None) -> tuple[Store, Bool[Array, "rows"]]:
     """Which of the boundary's rows go on: the forced ones, and of the others those the signal scores highest."""
-    rows = boundary.rows
-    forced = forced[rows.index] & rows.valid
+    rows, choice = boundary.rows, boundary.choice
+    forced = choice.forced[rows.index] & rows.valid
     if signal is None:
         return store, forced
     with jax.named_scope(signal):
-        store, scores = SIGNALS[signal](boundary, store)
-    return store, forced | top_rows(scores, rows.valid & ~forced, rows.request, budget)
+        store, scores = find_signal(signal).score(boundary, store)
+    candidates = rows.valid & ~forced
+    group = jnp.where(rows.valid, choice.group[rows.index], PADDING_REQUEST)
+    scores = pool_scores(scores, candidates, group, rows.position // choice.pool[rows.index])
+    reused = rows.valid & ~boundary.fresh[rows.index]
+    need = lacking_score(scores, reused, forced, group, choice.coverage)
+    return store, forced | top_rows(scores, candidates, group, choice.budget, need)
+
+
+def pool_scores(
+    scores: Float[Array, "rows"],
+    candidates: Bool[Array, "rows"],
+    group: Int[Array, "rows"],
+    block: Int[Array, "rows"],
+) -> Float[Array, "rows"]:
+    """Candidates of the same group and block get their mean score, which leaves each group's sum as it was."""
+    starts = jnp.diff(group, prepend=-1).astype(bool) | jnp.diff(block, prepend=-1).astype(bool)
+    number = jnp.cumsum(starts) - 1
+    total = jax.ops.segment_sum(jnp.where(candidates, scores, 0), number, len(scores), indices_are_sorted=True)
+    count = jax.ops.segment_sum(candidates.astype(jnp.float32), number, len(scores), indices_are_sorted=True)
+    return jnp.where(candidates, total[number] / jnp.maximum(count[number], 1), scores)
+
+
+def lacking_score(
+    scores: Float[Array, "rows"],
+    reused: Bool[Array, "rows"],
+    forced: Bool[Array, "rows"],
+    group: Int[Array, "rows"],
+    coverage: Float[Array, "groups"],
+) -> Float[Array, "groups"]:
+    """How much score the candidates must add for the computed rows to hold `coverage` of all reused rows' score."""
+    number = jnp.minimum(group, len(coverage) - 1)  # padding is not reused
+    total, held = (
+        jax.ops.segment_sum(jnp.where(mask, scores, 0), number, len(coverage), indices_are_sorted=True)
+        for mask in (reused, reused & forced)
+    )
+    return jnp.where(jnp.isinf(coverage), jnp.inf, coverage * total - held)
 
 
 def top_rows(
     scores: Float[Array, "rows"],
     candidates: Bool[Array, "rows"],
-    request: Int[Array, "rows"],
-    budget: Int[Array, "requests"],
+    group: Int[Array, "rows"],
+    budget: Int[Array, "groups"],
+    need: Float[Array, "groups"] | None = None,
 ) -> Bool[Array, "rows"]:
-    """The `budget[r]` candidates of highest score of each request r; the earlier row wins a tie.
+    """The candidates of highest score of each group, as few as its need allows; the earlier row wins a tie.
 
     Args:
-      request: sorted. A sort by (request, score) stands in for a top-k whose k is data.
+      group: sorted. A sort by (group, score) stands in for a top-k whose k is data.
+      budget: at most so many of group g.
+      need: none is added once those added have this score together. None: no such limit.
     """
-    order = jnp.lexsort((jnp.where(candidates, -scores, jnp.inf), request))
-    rank = jnp.arange(len(order)) - jnp.searchsorted(request, request, side="left")
-    allowed = rank < budget.at[request].get(mode="fill", fill_value=0)
+    order = jnp.lexsort((jnp.where(candidates, -scores, jnp.inf), group))
+    first = jnp.searchsorted(group, group, side="left")
+    allowed = jnp.arange(len(order)) - first < budget.at[group].get(mode="fill", fill_value=0)
+    if need is not None:
+        before = jnp.cumsum(jnp.where(candidates, scores, 0)[order]) - jnp.where(candidates, scores, 0)[order]
+        allowed &= before - before[first] < need.at[group].get(mode="fill", fill_value=0)
     return jnp.zeros_like(candidates).at[order].set(allowed) & candidates
 
 

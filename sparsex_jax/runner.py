@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.decode import DecodeState, decode
 from sparsex_jax.model import Decoder
 from sparsex_jax.ops import Ops
-from sparsex_jax.planner import RequestPlan, Shapes, plan_copies, plan_prefill
+from sparsex_jax.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_prefill
 from sparsex_jax.prefill import align, prefill
 from sparsex_jax.sampling import Sampling, sample
 from sparsex_jax.store import make_store
@@ -43,8 +43,8 @@ class Runner:
         """Align and prefill requests with the same schedule.
 
         Returns:
-          Float32 logits of each line's last token, and for each request which of its tokens the phase after
-          the boundary computed.
+          Float32 logits of each line's last token, and for each request which of its tokens each phase computed,
+          `[phases, tokens]`.
         """
         copies = plan_copies(requests, self.shapes, self.engine.page_size)
         plan, signals = plan_prefill(requests, self.shapes, self.model.num_layers)
@@ -55,7 +55,7 @@ class Runner:
             self.store, logits, active = prefill(
                 self.params, self.store, plan, decoder=self.decoder, signals=signals, chunk=chunk
             )
-        return logits, _split_active(requests, active)
+        return logits, _computed(requests, active, self.model.num_layers)
 
     def first_tokens(
         self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]
@@ -81,11 +81,19 @@ class Runner:
         return jax.default_matmul_precision("float32" if self.engine.dtype == "float32" else "default")
 
 
-def _split_active(requests: Sequence[RequestPlan], active: Array) -> list[np.ndarray]:
-    """From rows of the plan to tokens of each prompt. Waits for the device if there is a later phase."""
-    masks = [request.phases[0].forced.copy() for request in requests]
-    if len(active):
-        ends = np.cumsum([request.num_rows for request in requests])[:-1]
-        for mask, part in zip(masks, np.split(np.asarray(active[0][: sum(map(np.sum, masks))]), ends), strict=True):
-            mask[mask] = part
+def _computed(
+    requests: Sequence[RequestPlan], active: Bool[Array, "later_phases rows"], num_layers: int
+) -> list[np.ndarray]:
+    """From rows of the plan to tokens of each prompt. Waits for the device if there is a later phase.
+
+    A phase that the plan left out computes what the one before it does.
+    """
+    needed = needed_phases(requests, num_layers)
+    ran = np.searchsorted(needed, np.arange(len(requests[0].phases)), side="right") - 1
+    sizes = [request.num_rows for request in requests]
+    rows = np.ones((len(needed), sum(sizes)), bool)
+    rows[1:] = np.asarray(active)[:, : sum(sizes)]
+    masks = [np.zeros((len(ran), len(request.prompt)), bool) for request in requests]
+    for request, mask, part in zip(requests, masks, np.split(rows, np.cumsum(sizes)[:-1], axis=1), strict=True):
+        mask[:, request.phases[0].forced] = part[ran]
     return masks

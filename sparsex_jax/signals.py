@@ -1,7 +1,8 @@
-"""What can score rows at a phase boundary. A new signal is one function and one entry in `SIGNALS`.
+"""What can score rows at a phase boundary. A new signal is one function: see `scripts/new_method.py`.
 
 A signal is called with the boundary and the store, before the boundary's layer runs, and gives back the store
-and a score for each row; the rows with the highest scores go on to the next phase.
+and a score for each row; the rows with the highest scores go on to the next phase. Scores of rows that the host
+forces are never looked at.
 """
 
 from __future__ import annotations
@@ -11,69 +12,174 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sparsex_jax import model
-from sparsex_jax.model import Decoder, Hidden
-from sparsex_jax.plan import PrefillPlan, Rows, fold_chunks
+from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.layers import Mass, Model, Watch, add_key_mass, run_layers
+from sparsex_jax.model import Heads, Hidden
+from sparsex_jax.plan import Choice, Rows, fold_chunks
 from sparsex_jax.weights import Params
-from sparsex_kernels.layout import Store
+from sparsex_kernels.layout import Store, row_addresses
+
+Scores = Float[Array, "rows"]
 
 
 class Boundary(NamedTuple):
-    """All that is known where a phase ends: the rows, and their hidden states at the input of `layer`."""
+    """All that is known where a phase ends.
 
-    decoder: Decoder
-    params: Params
-    plan: PrefillPlan
+    Attributes:
+      rows, hidden: the rows of the phase, and their hidden states at the input of `layer`.
+      fresh: which of the plan's own rows are fresh.
+      choice: what the host says of the choice, for the plan's own rows.
+      mass: key mass of the fresh rows over the phase's layers, if the signal asked for it (`watches=True`).
+    """
+
+    run: Model
     layer: Int[Array, ""]
     rows: Rows
     hidden: Hidden
-    chunk: int
+    fresh: Bool[Array, "plan_rows"]
+    choice: Choice
+    mass: Mass | None
 
     @property
     def weights(self) -> Params:
         """Of the boundary's layer. The number of layers itself is a boundary too (nothing is left to run)."""
-        return model.layer_weights(self.params, self.layer)
+        return model.layer_weights(self.run.params, self.layer)
+
+    def fresh_rows(self) -> Watch:
+        return fresh_among(self.rows, self.fresh)
+
+    def chunk_of(self, start: Int[Array, ""], part: Rows) -> tuple[Heads, Heads]:
+        """K and V of one chunk of the rows at the boundary's layer."""
+        x = lax.dynamic_slice_in_dim(self.hidden, start, self.run.chunk)
+        return model.keys_values(self.weights, self.run.decoder.config, x, part)
+
+    def at_rows(self, mass: Mass) -> Scores:
+        return mass.at[self.rows.request, self.rows.position].get(mode="clip")
 
 
-Signal = Callable[[Boundary, Store], tuple[Store, Float[Array, "rows"]]]
+class Signal(NamedTuple):
+    """A scoring function, and whether the layers before the boundary sum the fresh rows' key mass for it."""
+
+    score: Callable[[Boundary, Store], tuple[Store, Scores]]
+    watches: bool = False
 
 
-def key_mass(boundary: Boundary, store: Store) -> tuple[Store, Float[Array, "rows"]]:
+SIGNALS: dict[str, Signal] = {}
+
+
+def signal(name: str, *, watches: bool = False) -> Callable[..., Callable[[Boundary, Store], tuple[Store, Scores]]]:
+    """Register a scoring function under a name that `Phase.signal` can take."""
+
+    def register(
+        score: Callable[[Boundary, Store], tuple[Store, Scores]],
+    ) -> Callable[[Boundary, Store], tuple[Store, Scores]]:
+        SIGNALS[name] = Signal(score, watches)
+        return score
+
+    return register
+
+
+def find_signal(name: str) -> Signal:
+    """Raises InvalidRequestError for a name that no signal has; the message lists those there are."""
+    if name not in SIGNALS:
+        raise InvalidRequestError(f"signal={name!r} is unknown; there are: {', '.join(SIGNALS)}")
+    return SIGNALS[name]
+
+
+def fresh_among(rows: Rows, fresh: Bool[Array, "plan_rows"]) -> Watch:
+    """The fresh ones of some rows of the plan."""
+    return Watch(*rows.select(fresh[rows.index] & rows.valid))
+
+
+@signal("key_mass")
+def key_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     """Attention that each row receives from all fresh rows, summed over heads: Sparse-Q (DESIGN.md, step 4).
 
     The hidden states at the boundary are as exact as the layers before it, so the keys and values of *every*
     row at this layer are computed from them first: the score then rests on true keys, and one more layer of
     KV is right, for the price of two small projections.
     """
-    config, ops = boundary.decoder
+    return _key_mass(boundary, store, boundary.run.no_mass(store))
+
+
+@signal("key_mass_sum", watches=True)
+def key_mass_sum(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """Key mass summed over the layers of the phase before and the boundary's own."""
+    assert boundary.mass is not None
+    return _key_mass(boundary, store, boundary.mass)
+
+
+def _key_mass(boundary: Boundary, store: Store, mass: Mass) -> tuple[Store, Scores]:
     store = _refresh_kv(boundary, store)
-    weights, tables = boundary.weights, boundary.plan.page_tables
-    fresh, origin = boundary.rows.select(boundary.plan.fresh[boundary.rows.index] & boundary.rows.valid)
-    hidden = boundary.hidden.at[origin].get(mode="fill", fill_value=0)
+    fresh = boundary.fresh_rows()
+    hidden = fresh.hidden(boundary.hidden)
+    mass = add_key_mass(boundary.run, boundary.layer, store, fresh.rows, hidden, mass)
+    return store, boundary.at_rows(mass)
 
-    def add(start: Array, part: Rows, mass: Array) -> Array:
-        x = lax.dynamic_slice_in_dim(hidden, start, boundary.chunk)
-        q = model.queries(weights, config, x, part)
-        return mass + ops.key_mass(q, store, boundary.layer, part, tables)
 
-    nothing = jnp.zeros((len(tables), tables.shape[1] * store.shape[4]))
-    mass = fold_chunks(fresh, boundary.chunk, add, nothing)
-    return store, mass.at[boundary.rows.request, boundary.rows.position].get(mode="clip")
+@signal("probe_mass")
+def probe_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """Key mass summed over all layers from the boundary on, from a first pass of the fresh rows alone.
+
+    ProphetKV's first stage. The pass attends over the pasted KV, and writes the fresh rows' K and V; they are
+    written again when the phase runs, before anything else reads them.
+    """
+    fresh = boundary.fresh_rows()
+    hidden = fresh.hidden(boundary.hidden)
+    everything = Watch(fresh.rows, jnp.arange(len(hidden)))
+    layers = boundary.layer, boundary.run.decoder.config.num_layers
+    store, _, mass = run_layers(boundary.run, store, fresh.rows, hidden, layers, everything)
+    assert mass is not None
+    return store, boundary.at_rows(mass)
+
+
+@signal("kv_deviation")
+def kv_deviation(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """Squared distance of each row's K and V at this layer from what the store has for it, summed over heads.
+
+    CacheBlend's signal (section 4.2). Reused rows hold their aligned copies until now; the new K and V replace
+    them. What a fresh row holds means nothing, and neither does its score.
+    """
+
+    def measure(start: Array, part: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        store, deviation = carry
+        new = boundary.chunk_of(start, part)
+        moved = _squared_distance(jnp.stack(new, 1), _stored_kv(boundary, store, part))
+        store = _write(boundary, store, new, part)
+        return store, lax.dynamic_update_slice_in_dim(deviation, moved, start, 0)
+
+    nothing = jnp.zeros(len(boundary.hidden))
+    return fold_chunks(boundary.rows, boundary.run.chunk, measure, (store, nothing))
+
+
+@signal("given")
+def given(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """The scores that the host gave (`Phase.scores`): random tokens, and the oracle's."""
+    return store, boundary.choice.scores[boundary.rows.index]
 
 
 def _refresh_kv(boundary: Boundary, store: Store) -> Store:
     """Write the K and V of all rows at the boundary's layer."""
-    config, ops = boundary.decoder
-    weights = boundary.weights
 
     def write(start: Array, part: Rows, store: Array) -> Array:
-        x = lax.dynamic_slice_in_dim(boundary.hidden, start, boundary.chunk)
-        keys, values = model.keys_values(weights, config, x, part)
-        return ops.write_kv(store, boundary.layer, keys, values, part, boundary.plan.page_tables)
+        return _write(boundary, store, boundary.chunk_of(start, part), part)
 
-    return fold_chunks(boundary.rows, boundary.chunk, write, store)
+    return fold_chunks(boundary.rows, boundary.run.chunk, write, store)
 
 
-SIGNALS: dict[str, Signal] = {"key_mass": key_mass}
+def _write(boundary: Boundary, store: Store, kv: tuple[Heads, Heads], part: Rows) -> Store:
+    run = boundary.run
+    return run.decoder.ops.write_kv(store, boundary.layer, *kv, part, run.tables)
+
+
+def _stored_kv(boundary: Boundary, store: Store, part: Rows) -> Float[Array, "rows 2 kv_heads head_dim"]:
+    """What the store holds for some rows at the boundary's layer. Anything for padding."""
+    page, offset = row_addresses(store, part.position, part.request, boundary.run.tables)
+    return store.at[boundary.layer, page, :, :, offset].get(mode="clip")
+
+
+def _squared_distance(a: Float[Array, "rows *rest"], b: Float[Array, "rows *rest"]) -> Scores:
+    return jnp.square(a.astype(jnp.float32) - b.astype(jnp.float32)).sum(axis=tuple(range(1, a.ndim)))

@@ -1,0 +1,96 @@
+"""A run of rows through consecutive layers: what a phase of the prefill does, and a signal that looks ahead."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from sparsex_jax import model
+from sparsex_jax.model import Decoder, Hidden
+from sparsex_jax.plan import Rows, fold_chunks
+from sparsex_jax.weights import Params
+from sparsex_kernels.layout import PageTables, Store
+
+Mass = Float[Array, "requests context"]
+
+
+class Model(NamedTuple):
+    """What every layer of one prefill needs. `chunk`: rows that go through a layer at a time."""
+
+    decoder: Decoder
+    params: Params
+    tables: PageTables
+    chunk: int
+
+    def no_mass(self, store: Store) -> Mass:
+        return jnp.zeros((len(self.tables), self.tables.shape[1] * store.shape[4]))
+
+
+class Watch(NamedTuple):
+    """Rows whose attention is summed on the way, and where each stands among the rows that run."""
+
+    rows: Rows
+    origin: Int[Array, "rows"]
+
+    def hidden(self, hidden: Hidden) -> Hidden:
+        return hidden.at[self.origin].get(mode="fill", fill_value=0)
+
+
+def run_layers(
+    run: Model,
+    store: Store,
+    rows: Rows,
+    hidden: Hidden,
+    layers: tuple[Int[Array, ""] | int, Int[Array, ""] | int],
+    watch: Watch | None = None,
+) -> tuple[Store, Hidden, Mass | None]:
+    """The layers from `layers[0]` up to `layers[1]`, a loop whose bounds are data.
+
+    Rows go through a layer `chunk` at a time, and a chunk's K and V are written before it attends: sorted by
+    position, each row finds every earlier row's K and V of the same layer in the store.
+
+    Returns:
+      The store, the hidden states, and the key mass of the watched rows' queries, summed over the layers.
+    """
+
+    def run_layer(layer: Array, carry: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
+        store, before, mass = carry
+        store, hidden = _run_layer(run, layer, store, rows, before)
+        if watch is not None and mass is not None:
+            mass = add_key_mass(run, layer, store, watch.rows, watch.hidden(before), mass)
+        return store, hidden, mass
+
+    mass = None if watch is None else run.no_mass(store)
+    return lax.fori_loop(*layers, run_layer, (store, hidden, mass))
+
+
+def _run_layer(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden) -> tuple[Store, Hidden]:
+    weights = model.layer_weights(run.params, layer)
+
+    def run_chunk(start: Array, part: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        store, hidden = carry
+        x = lax.dynamic_slice_in_dim(hidden, start, run.chunk)
+        store, x = model.decoder_layer(run.decoder, weights, layer, store, x, part, run.tables)
+        return store, lax.dynamic_update_slice_in_dim(hidden, x, start, 0)
+
+    return fold_chunks(rows, run.chunk, run_chunk, (store, hidden))
+
+
+def add_key_mass(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden, mass: Mass) -> Mass:
+    """Add the attention that each key of a layer receives from these rows, summed over heads (DESIGN.md, step 4).
+
+    Args:
+      hidden: of the rows, at the layer's input.
+    """
+    config, ops = run.decoder
+    weights = model.layer_weights(run.params, layer)
+
+    def add(start: Array, part: Rows, mass: Array) -> Array:
+        x = lax.dynamic_slice_in_dim(hidden, start, run.chunk)
+        q = model.queries(weights, config, x, part)
+        return mass + ops.key_mass(q, store, layer, part, run.tables)
+
+    return fold_chunks(rows, run.chunk, add, mass)

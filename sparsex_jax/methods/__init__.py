@@ -1,0 +1,17 @@
+"""Reuse methods: a method is a schedule of phases over the layers, in a small file of its own.
+
+Each phase begins at a layer with a set of tokens that the host forces, and optionally a signal, computed by the
+model at that layer, that adds the highest-scored of the others. A phase's tokens are among the former phase's.
+The jitted prefill runs any such schedule, so a new method is a function and nothing else:
+
+    @method("first_half_only", uses_segments=True)
+    def first_half_only(prompt, reuse, num_layers):
+        return [Phase(0, prompt.computed), Phase(num_layers // 2, prompt.fresh)]
+
+`scripts/new_method.py` is a complete example, with a signal of its own.
+"""
+
+from sparsex_jax.methods import cacheblend, epic, plain, prophetkv, sparsex  # noqa: F401  (they register themselves)
+from sparsex_jax.methods.base import METHODS, Method, Phase, boundary_layer, find_method, method
+
+__all__ = ["METHODS", "Method", "Phase", "boundary_layer", "find_method", "method"]

@@ -1,4 +1,4 @@
-"""The command line, `sparsex`: generate, demo, convert, cache.
+"""The command line, `sparsex`: generate, demo, convert, cache, bench.
 
 `commands` declares what can be typed; each command's work is in a module of its own, imported when it runs.
 """

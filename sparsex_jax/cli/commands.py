@@ -20,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+bench = typer.Typer(help="Measure what reuse costs and saves.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
@@ -156,3 +159,36 @@ def cache(
             chat=chat,
             as_json=as_json,
         )
+
+
+@bench.command()
+def quality(
+    model: options.Model = DEFAULT_MODEL,
+    dtype: options.DType = "float32",
+    tasks: Annotated[str, typer.Option(help="niah, mq_niah, vt, cwe, fwe, qa, chat, agents; several by commas.")] = (
+        "vt,mq_niah"
+    ),
+    regimes: Annotated[str, typer.Option(help="How segments were stored: joint, independent or both.")] = (
+        "joint,independent"
+    ),
+    methods: Annotated[
+        str, typer.Option(help="Names, each with settings if wanted: sparsex:boundary_layer=0:recompute_ratio=0.3.")
+    ] = "full,naive,sparsex:boundary_layer=0,sparsex",
+    length: Annotated[int, typer.Option(help="Tokens of the reused body in each prompt, about.")] = 2048,
+    segments: Annotated[int, typer.Option(help="Parts of the body.")] = 4,
+    samples: Annotated[int, typer.Option(help="Prompts for each task and regime.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the results as JSON, Markdown table and plots.", file_okay=False)
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Ask generated tasks with every method: task scores, and how far each is from full recompute."""
+    from sparsex_jax.cli.bench import Workload, run
+
+    def split(names: str) -> list[str]:
+        return [name.strip() for name in names.split(",") if name.strip()]
+
+    with clear_errors():
+        workload = Workload(split(methods), split(tasks), split(regimes), length, segments, samples, seed)
+        run(model, dtype, workload, out=out, as_json=as_json)

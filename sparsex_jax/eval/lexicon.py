@@ -20,30 +20,35 @@ SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 _PIECE = r" ?(?:VAR(?![A-Za-z])|[A-Z]?[a-z]+|[A-Z]|[0-9]|[^\sA-Za-z0-9])|\n| "
 _pieces = re.compile(_PIECE).findall
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 # Words of the noise ----------------------------------------------------------------------------------------
 
-ADJECTIVES = tuple(
+ADJECTIVES = _words(
     """old new small large quiet loud bright dark warm cold narrow wide heavy light empty full early late dry wet soft
     hard clean dusty broken fresh plain strange gentle steep hollow round rough smooth faded golden wooden careful
-    patient hungry""".split()
+    patient hungry"""
 )
-NOUNS = tuple(
+NOUNS = _words(
     """man woman child farmer sailor teacher friend neighbour stranger traveller crowd family guest keeper driver
     singer boy girl king queen river road bridge field garden forest hill lake market station tower wall gate window
     door roof kitchen table chair lamp letter book map coat hat boat train wagon wheel stone branch leaf flower tree
     horse dog cat bird fish bread soup apple cheese salt sugar water fire smoke rain snow wind storm cloud moon star
-    morning evening summer winter journey story song dream promise secret answer plan""".split()
+    morning evening summer winter journey story song dream promise secret answer plan"""
 )
-PLACES = tuple(
+PLACES = _words(
     """harbour village valley castle island meadow church school library mill bakery square corner shore cellar attic
-    stable orchard inn theatre museum office workshop camp""".split()
+    stable orchard inn theatre museum office workshop camp"""
 )
-VERBS = tuple(
+VERBS = _words(
     """watched followed carried found lost painted repaired opened closed crossed remembered forgot described visited
     noticed admired borrowed sold bought hid cleaned measured guarded praised feared counted drew moved touched
-    wanted""".split()
+    wanted"""
 )
-ADVERBS = tuple("slowly quickly quietly often never always again soon twice gladly rarely suddenly".split())
+ADVERBS = _words("slowly quickly quietly often never always again soon twice gladly rarely suddenly")
 NOISE = (
     "The {adjective} {noun} {verb} the {noun} near the {place}.",
     "A {noun} {adverb} {verb} the {adjective} {noun}.",
@@ -61,29 +66,29 @@ NOISE = (
 
 # Things: keys of needles, and the words that are counted; none is in the noise -----------------------------
 
-THINGS = tuple(
-    """acorn almond amber anchor ankle apron arrow ash badge bagel bamboo banana banner barrel basil basket beacon
-    bead bean beaver bell belt bench berry bicycle biscuit blanket blossom bonnet boot bottle bowl bracelet brass
-    brick broom brush bubble bucket buckle bundle butter button cabbage cabin cactus cage camel candle canoe canvas
-    carpet carrot cartoon cedar cello chain chalk cherry chess chestnut chimney cider cinnamon circle clarinet clay
-    clock clover coal cobalt cocoa coconut coffee comet compass copper coral cork cotton crab cradle crane crayon
-    cricket crown crystal cube cucumber cup curtain cushion daisy dagger desert diamond dolphin donkey dragon drum
-    eagle easel ebony elbow emerald engine envelope falcon feather fennel fern fiddle fig finger flag flask flute
-    fossil fountain fox frost funnel galaxy garlic ginger giraffe glacier glass globe glove goat goose granite grape
-    grass gravel guitar hammer hammock harp harvest hazel hedge helmet herring honey hook horn hornet hotel iceberg
-    ink iris iron ivory ivy jacket jar jasmine jewel jigsaw juniper kettle key kite kitten knee knife ladder ladle
+THINGS = _words(
+    """acorn almond amber anchor ankle apron arrow ash badge bagel bamboo banana banner barrel basil basket beacon bead
+    bean beaver bell belt bench berry bicycle biscuit blanket blossom bonnet boot bottle bowl bracelet brass brick
+    broom brush bubble bucket buckle bundle butter button cabbage cabin cactus cage camel candle canoe canvas carpet
+    carrot cartoon cedar cello chain chalk cherry chess chestnut chimney cider cinnamon circle clarinet clay clock
+    clover coal cobalt cocoa coconut coffee comet compass copper coral cork cotton crab cradle crane crayon cricket
+    crown crystal cube cucumber cup curtain cushion daisy dagger desert diamond dolphin donkey dragon drum eagle
+    easel ebony elbow emerald engine envelope falcon feather fennel fern fiddle fig finger flag flask flute fossil
+    fountain fox frost funnel galaxy garlic ginger giraffe glacier glass globe glove goat goose granite grape grass
+    gravel guitar hammer hammock harp harvest hazel hedge helmet herring honey hook horn hornet hotel iceberg ink
+    iris iron ivory ivy jacket jar jasmine jewel jigsaw juniper kettle key kite kitten knee knife ladder ladle
     lantern lavender lemon lens lettuce lily lime linen lion lizard lobster locket lotus lynx magnet mango mantle
     maple marble mask mast melon meteor mint mirror mitten mosaic moss motor mountain mouse mushroom mustard napkin
-    needle nest nettle nickel noodle nutmeg oak oar oasis ocean olive onion opal orange orbit orchid organ otter oven
-    owl oyster paddle paint palace palm panda panther paper parrot parsley peach peacock pearl pebble pelican pen
-    pencil penguin pepper piano pickle pigeon pillow pine pipe planet plate plum pocket pond poppy portrait potato
-    pottery prism puddle pumpkin puppet purse puzzle pyramid quartz quill quilt rabbit radio radish raft rainbow raven
-    razor ribbon rice ring robin rocket root rope rose ruby rug saddle saffron sail salmon sand sandal sapphire satchel
-    saucer scarf scissors shell shield shoe shovel silk silver skate sketch sled slipper snail soap sock sofa spade
-    sparrow spear spider spinach sponge spoon spring squirrel stamp statue steam steel stove straw swan sword syrup
-    tablet tangerine teapot temple tent thimble thistle thread throne thunder ticket tiger tile tin tomato torch tortoise
-    towel trumpet tulip tunnel turnip turtle umbrella vase velvet vest vinegar violet violin walnut walrus wasp whale
-    wheat whistle willow wolf wool wreath yarn zebra""".split()
+    needle nest nettle nickel noodle nutmeg oak oar oasis ocean olive onion opal orange orbit orchid organ otter
+    oven owl oyster paddle paint palace palm panda panther paper parrot parsley peach peacock pearl pebble pelican
+    pen pencil penguin pepper piano pickle pigeon pillow pine pipe planet plate plum pocket pond poppy portrait
+    potato pottery prism puddle pumpkin puppet purse puzzle pyramid quartz quill quilt rabbit radio radish raft
+    rainbow raven razor ribbon rice ring robin rocket root rope rose ruby rug saddle saffron sail salmon sand sandal
+    sapphire satchel saucer scarf scissors shell shield shoe shovel silk silver skate sketch sled slipper snail soap
+    sock sofa spade sparrow spear spider spinach sponge spoon spring squirrel stamp statue steam steel stove straw
+    swan sword syrup tablet tangerine teapot temple tent thimble thistle thread throne thunder ticket tiger tile tin
+    tomato torch tortoise towel trumpet tulip tunnel turnip turtle umbrella vase velvet vest vinegar violet violin
+    walnut walrus wasp whale wheat whistle willow wolf wool wreath yarn zebra"""
 )
 # Invented words, such as "zorkax".
 CODED_WORDS = tuple(
@@ -95,28 +100,28 @@ CODED_WORDS = tuple(
 
 # People and their facts ------------------------------------------------------------------------------------
 
-FIRST_NAMES = tuple(
+FIRST_NAMES = _words(
     """Ada Boris Clara Dario Edith Felix Greta Hugo Irene Jonas Karla Leon Marta Nils Olga Paul Rosa Simon Tessa
-    Victor Wanda Yusuf Zelda Anton Bella Conrad Doris Emil Flora Gustav Hilda Ivan""".split()
+    Victor Wanda Yusuf Zelda Anton Bella Conrad Doris Emil Flora Gustav Hilda Ivan"""
 )
-LAST_NAMES = tuple(
+LAST_NAMES = _words(
     """Abbott Becker Castro Dalton Everett Fischer Garner Holm Ibsen Jansen Keller Lindgren Moreau Novak Okoro Pell
-    Quist Rossi Santos Tanner Ulrich Vance Weiss Yates Zimmer Marenko Finch Hale Draper Stone""".split()
+    Quist Rossi Santos Tanner Ulrich Vance Weiss Yates Zimmer Marenko Finch Hale Draper Stone"""
 )
-TOWNS = tuple(
+TOWNS = _words(
     """Velmora Brenholt Tarnow Dolm Kestrel Ostra Lindau Marwick Fenby Corvale Aldersea Norrin Pellow Quent Rusk
-    Selby Thorne Ulmar Wexley Zandor""".split()
+    Selby Thorne Ulmar Wexley Zandor"""
 )
-JOBS = tuple(
+JOBS = _words(
     """baker carpenter doctor gardener painter pilot tailor librarian blacksmith dentist lawyer plumber potter jeweller
-    surgeon weaver chemist editor butcher musician""".split()
+    surgeon weaver chemist editor butcher musician"""
 )
-COLORS = tuple("red blue green yellow purple pink black white grey brown scarlet turquoise".split())
-ANIMALS = tuple("hamster pony canary duck hedgehog ferret spaniel terrier poodle cow llama pig".split())
-FOODS = tuple("pizza pasta curry stew salad pancakes dumplings sausages porridge omelette lasagne pudding".split())
-LANGUAGES = tuple("Spanish German Italian Swedish Turkish Polish Greek Danish Korean Arabic Finnish Hindi".split())
-MONTHS = tuple("January February March April June July August September October November December".split())
-SPORTS = tuple("tennis football hockey chess golf rowing boxing judo archery sailing skiing rugby".split())
+COLORS = _words("red blue green yellow purple pink black white grey brown scarlet turquoise")
+ANIMALS = _words("hamster pony canary duck hedgehog ferret spaniel terrier poodle cow llama pig")
+FOODS = _words("pizza pasta curry stew salad pancakes dumplings sausages porridge omelette lasagne pudding")
+LANGUAGES = _words("Spanish German Italian Swedish Turkish Polish Greek Danish Korean Arabic Finnish Hindi")
+MONTHS = _words("January February March April June July August September October November December")
+SPORTS = _words("tennis football hockey chess golf rowing boxing judo archery sailing skiing rugby")
 
 # What is said of a person, how it is asked, and what the answer may be.
 PERSON_FACTS = (

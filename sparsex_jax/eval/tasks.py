@@ -7,6 +7,7 @@ fresh question. No answer depends on the order of the segments, so that they can
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import string
 from collections.abc import Callable, Sequence
 
@@ -237,7 +238,7 @@ def agents(rng: np.random.Generator, size: Size) -> Body:
 def _about_two(
     rng: np.random.Generator, names: Sequence[str], facts: Sequence[Sequence[tuple[str, str, str]]]
 ) -> Question:
-    two, kind = rng.permutation(len(names))[:2], rng.integers(len(facts[0]))
+    two, kind = rng.permutation(len(names))[:2].tolist(), int(rng.integers(len(facts[0])))
     asked = _listing([f"Agent {names[i]}" for i in two])
     text = lexicon.AGENT_QUESTION.format(question=facts[0][kind][1].format(names=asked))
     return Question(text, tuple(facts[i][kind][2] for i in two))
@@ -314,7 +315,7 @@ def _scatter(rng: np.random.Generator, facts: Sequence[str], noise: Sequence[str
 
 def _cut(items: Sequence[str], parts: int) -> list[Sequence[str]]:
     edges = np.linspace(0, len(items), parts + 1).astype(int)
-    return [items[begin:end] for begin, end in zip(edges, edges[1:], strict=False)]
+    return [items[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
 def _pick(rng: np.random.Generator, words: Sequence[str], number: int) -> list[str]:

@@ -1,0 +1,100 @@
+"""What reuse does inside the model: key mass and KV deviation by layer and position (the paper's Figures 5 and 6)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int, UInt8
+
+from sparsex_jax import model
+from sparsex_jax.config import ReuseConfig
+from sparsex_jax.engine import Engine
+from sparsex_jax.model import Decoder, Hidden
+from sparsex_jax.plan import Rows
+from sparsex_jax.planner import page_tables
+from sparsex_jax.prompt import Kind
+from sparsex_jax.weights import Params
+from sparsex_kernels.layout import PageTables, Store
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Maps:
+    """One prompt, layer by layer.
+
+    Attributes:
+      kind: a `Kind` for each token.
+      key_mass: attention that each token receives from all fresh queries under full recompute, a share of it all.
+      key_deviation, value_deviation: distance of the pasted K (V) from the true one, relative to the true one's norm.
+    """
+
+    kind: UInt8[np.ndarray, "tokens"]
+    key_mass: Float[np.ndarray, "layers tokens"]
+    key_deviation: Float[np.ndarray, "layers tokens"]
+    value_deviation: Float[np.ndarray, "layers tokens"]
+
+
+def make_maps(engine: Engine, prompt: Int[np.ndarray, "tokens"], namespace: str) -> Maps:
+    """The maps of a prompt whose segments the namespace holds. Nothing computed here is kept."""
+    pasted, kind = stored_kv(engine, prompt, ReuseConfig("naive"), namespace)
+    true, _ = stored_kv(engine, prompt, ReuseConfig("full"), namespace)
+    distance = np.linalg.norm(pasted - true, axis=-1) / np.linalg.norm(true, axis=-1)
+    return Maps(kind, key_mass(engine, prompt, kind == Kind.FRESH, namespace), distance[:, 0], distance[:, 1])
+
+
+def stored_kv(
+    engine: Engine, prompt: Int[np.ndarray, "tokens"], reuse: ReuseConfig, namespace: str
+) -> tuple[Float[np.ndarray, "layers 2 tokens features"], UInt8[np.ndarray, "tokens"]]:
+    """K and V (axis 1) of all heads that a prefill leaves in the store, as float32, and each token's kind."""
+    with engine._admitted([prompt], [], reuse, namespace) as (request,):
+        engine._prefill([request])
+        pages = engine._runner.store[:, np.asarray(request.plan.pages)]  # [layers, pages, 2, heads, slots, head_dim]
+        kv = np.asarray(pages, np.float32).transpose(0, 2, 1, 4, 3, 5)
+        return kv.reshape(*kv.shape[:2], -1, kv.shape[-2] * kv.shape[-1])[:, :, : len(prompt)], request.plan.prompt.kind
+
+
+def key_mass(
+    engine: Engine, prompt: Int[np.ndarray, "tokens"], fresh: Bool[np.ndarray, "tokens"], namespace: str
+) -> Float[np.ndarray, "layers tokens"]:
+    """Each layer's key mass under full recompute: the share of the fresh queries' attention that each token gets."""
+    runner, fresh_at = engine._runner, jnp.asarray(np.flatnonzero(fresh))
+    rows = _rows(jnp.asarray(prompt), jnp.arange(len(prompt)))
+    masses = []
+    with engine._admitted([prompt], [], ReuseConfig("full"), namespace) as (request,):
+        tables = page_tables([request.plan.pages], 1, len(request.plan.pages))
+        hidden = model.embed(runner.params, rows.token)
+        for layer in range(engine.model.num_layers):
+            runner.store, hidden, mass = _layer(
+                runner.params, runner.store, hidden, jnp.int32(layer), rows, fresh_at, tables, decoder=runner.decoder
+            )
+            masses.append(np.asarray(mass)[: len(prompt)])
+    total = len(fresh_at) * engine.model.num_q_heads
+    return np.stack(masses) / total
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
+def _layer(
+    params: Params,
+    store: Store,
+    hidden: Hidden,
+    layer: Int[Array, ""],
+    rows: Rows,
+    fresh_at: Int[Array, "fresh"],
+    tables: PageTables,
+    *,
+    decoder: Decoder,
+) -> tuple[Store, Hidden, Float[Array, "context"]]:
+    """Run one layer on all tokens and measure its key mass."""
+    weights = model.layer_weights(params, layer)
+    fresh = _rows(rows.token[fresh_at], fresh_at)
+    q = model.queries(weights, decoder.config, hidden[fresh_at], fresh)
+    store, hidden = model.decoder_layer(decoder, weights, layer, store, hidden, rows, tables)
+    return store, hidden, decoder.ops.key_mass(q, store, layer, fresh, tables)[0]
+
+
+def _rows(tokens: Int[Array, "rows"], positions: Int[Array, "rows"]) -> Rows:
+    return Rows(tokens, positions, jnp.zeros_like(positions), jnp.arange(len(positions)))

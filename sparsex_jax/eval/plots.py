@@ -1,0 +1,81 @@
+"""Figures of a quality bench. matplotlib is in the extra `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from sparsex_jax.eval.maps import Maps
+from sparsex_jax.prompt import Kind
+
+matplotlib.use("agg")  # files only, on machines without a screen
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+Row = Mapping[str, Any]
+
+
+def frontier(summaries: Sequence[Row], path: Path, title: str = "") -> None:
+    """Score against computed fraction, a panel for each task and regime, a point with its interval for each method.
+
+    Settings of one method (`sparsex:recompute_ratio=0.3`) are joined by a line.
+    """
+    tasks, regimes = (list(dict.fromkeys(s[key] for s in summaries)) for key in ("task", "regime"))
+    size = (3.6 * len(tasks), 3.2 * len(regimes))
+    figure, axes = plt.subplots(
+        len(regimes), len(tasks), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    for line, regime in zip(axes, regimes, strict=True):
+        for panel, task in zip(line, tasks, strict=True):
+            _frontier_panel(panel, [s for s in summaries if (s["task"], s["regime"]) == (task, regime)])
+            panel.set_title(f"{task}, {regime}", fontsize=10)
+    figure.supxlabel("computed fraction of token-layers", fontsize=10)
+    figure.supylabel("score", fontsize=10)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    _save(figure, path, title)
+
+
+def _frontier_panel(panel: Axes, summaries: Sequence[Row]) -> None:
+    work = {s["method"]: s["mean"] for s in summaries if s["metric"] == "computed_fraction"}
+    families: dict[str, list[Row]] = {}
+    for summary in (s for s in summaries if s["metric"] == "score"):
+        families.setdefault(summary["method"].split(":")[0], []).append(summary)
+    for name, scores in families.items():
+        scores.sort(key=lambda s: work[s["method"]])
+        mean, low, high = (np.array([s[key] for s in scores]) for key in ("mean", "low", "high"))
+        x = [work[s["method"]] for s in scores]
+        panel.errorbar(x, mean, [mean - low, high - mean], marker="o", ms=4, lw=1, capsize=2, label=name)
+    panel.set(xlim=(0, 1.05), ylim=(-0.02, 1.05))
+    panel.grid(alpha=0.3)
+
+
+def heatmaps(maps: Maps, path: Path, title: str = "") -> None:
+    """Layer by position: key mass, K deviation and V deviation. Bars on top show which tokens are fresh."""
+    panels = {
+        "key mass, log10 of its share": np.log10(np.maximum(maps.key_mass, 1e-7)),
+        "K deviation": maps.key_deviation,
+        "V deviation": maps.value_deviation,
+    }
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 7), sharex=True, layout="constrained")
+    for panel, (name, values) in zip(axes, panels.items(), strict=True):
+        image = panel.imshow(values, aspect="auto", origin="lower", interpolation="nearest", cmap="magma")
+        figure.colorbar(image, ax=panel, pad=0.01)
+        fresh = np.flatnonzero(maps.kind == Kind.FRESH)
+        panel.plot(fresh, np.full(len(fresh), len(values) - 0.5), "|", color="tab:cyan", clip_on=False)
+        panel.set_title(name, fontsize=10)
+        panel.set_ylabel("layer")
+    axes[-1].set_xlabel("position (fresh tokens marked)")
+    _save(figure, path, title)
+
+
+def _save(figure: Any, path: Path, title: str) -> None:
+    figure.suptitle(title, fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,112 @@
+"""Caching regimes: how a sample's segments came into the store before the prompt that reuses them.
+
+`joint`: all of them were prefilled together in one earlier prompt, behind another instruction. `independent`: each
+was prefilled alone, and the prompt has them in another order. Parts are tokenised one by one and their ids joined,
+so that a segment has the same tokens wherever it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from sparsex_jax.config import ReuseConfig
+from sparsex_jax.engine import Engine
+from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.eval import lexicon
+from sparsex_jax.eval.tasks import Sample
+
+Tokens = Int32[np.ndarray, "tokens"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A sample with one of its questions, as token ids.
+
+    Attributes:
+      earlier: what stood before the segments when they were prefilled together.
+      opening: what stands before them now: the instruction, in the model's chat template if it has one.
+      closing: the question, and what makes the model answer.
+    """
+
+    earlier: Tokens
+    opening: Tokens
+    segments: tuple[Tokens, ...]
+    closing: Tokens
+
+    @property
+    def prompt(self) -> Tokens:
+        return np.concatenate([self.opening, *self.segments, self.closing])
+
+
+def tokenize(sample: Sample, tokenizer: Any, question: int = 0) -> Case:
+    """The parts of the prompt that asks one of the sample's questions."""
+    text = sample.questions[question].text
+    opening, closing = _around(tokenizer, sample.instruction, text)
+    earlier, _ = _around(tokenizer, lexicon.EARLIER_INSTRUCTION, text)
+    return Case(earlier, opening, tuple(encode(tokenizer, segment) for segment in sample.segments), closing)
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = False) -> Tokens:
+    """Token ids of a part; `special` adds what the tokenizer begins a text with."""
+    return np.asarray(tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
+
+
+def _around(tokenizer: Any, instruction: str, question: str) -> tuple[Tokens, Tokens]:
+    """What stands before and after the body: in one user message if there is a chat template."""
+    if not tokenizer.chat_template:
+        return encode(tokenizer, instruction, special=True), encode(tokenizer, question)
+    body = "(body)"
+    message = {"role": "user", "content": f"{instruction}{body}{question}"}
+    text = tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    before, _, after = text.partition(body)
+    return encode(tokenizer, before), encode(tokenizer, after)
+
+
+def _joint(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
+    prompt = np.concatenate([case.earlier, *case.segments])
+    engine.prefill(prompt, reuse=ReuseConfig("full"), namespace=namespace)
+    return case
+
+
+def _independent(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
+    for segment in case.segments:
+        engine.remember(segment, namespace=namespace)
+    order = rng.permutation(len(case.segments))
+    return dataclasses.replace(case, segments=tuple(case.segments[i] for i in order))
+
+
+REGIMES: dict[str, Callable[[Engine, Case, str, np.random.Generator], Case]] = {
+    "joint": _joint,
+    "independent": _independent,
+}
+
+
+def prepare(engine: Engine, case: Case, regime: str, namespace: str, rng: np.random.Generator, new_tokens: int) -> Case:
+    """Put the segments into a namespace of the store that nobody else uses.
+
+    Args:
+      new_tokens: at most so many will be generated.
+
+    Returns:
+      The case in the order in which its prompt is to be asked.
+
+    Raises:
+      InvalidRequestError: the store cannot hold donors and prompt at the same time: a method that recomputes
+        everything would then evict what the next one is to reuse.
+    """
+    needed = _pages(engine, [len(case.earlier), *map(len, case.segments), len(case.prompt) + new_tokens])
+    if needed > engine.config.num_pages:
+        tokens = needed * engine.config.page_size
+        raise InvalidRequestError(
+            f"store_tokens={engine.config.store_tokens} must be at least {tokens} for this prompt"
+        )
+    return REGIMES[regime](engine, case, namespace, rng)
+
+
+def _pages(engine: Engine, lengths: Sequence[int]) -> int:
+    return sum(-(-length // engine.config.page_size) for length in lengths)

@@ -1,0 +1,109 @@
+"""Results that are kept: a JSON file a bench, model and device, and the same as Markdown tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Row = Mapping[str, Any]
+_COLUMNS = ("computed_fraction", "kl", "top1", "agreement", "ttft_s")
+
+
+def document(bench: str, model: str, settings: Mapping[str, Any], summaries: Sequence[Row]) -> dict[str, Any]:
+    """All that is written of a run: how it was made, and its rows (work, implementation, figure, unit)."""
+    return {
+        "bench": bench,
+        "model": model,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": jax.devices()[0].device_kind,
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "sparsex": version("sparsex-jax")},
+        "commit": commit(),
+        "settings": dict(settings),
+        "rows": [_row(summary) for summary in summaries],
+    }
+
+
+def _row(summary: Row) -> dict[str, Any]:
+    mean, low, high = (float(f"{summary[key]:.5g}") for key in ("mean", "low", "high"))
+    return {
+        "work": f"{summary['task']}, {summary['regime']}: {summary['metric']}",
+        "implementation": summary["method"],
+        "figure": mean,
+        "unit": summary["unit"],
+        "low": low,
+        "high": high,
+        "samples": summary["samples"],
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout that runs, marked if it was changed; empty outside one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    return done.stdout.strip()
+
+
+def write(content: Mapping[str, Any], summaries: Sequence[Row], folder: Path) -> Path:
+    """Write `<bench>-<model>-<device>.json` and `.md` to the folder. Returns the JSON file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{file_stem(content)}.json"
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.with_suffix(".md").write_text(markdown(content, summaries))
+    return path
+
+
+def file_stem(content: Mapping[str, Any]) -> str:
+    """
+    >>> file_stem({"bench": "quality", "model": "models/Tiny", "device": "NVIDIA H100"})
+    'quality-tiny-nvidia-h100'
+    """
+    names = (content["bench"], Path(content["model"]).stem, content["device"])
+    return "-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") for name in names)
+
+
+def markdown(content: Mapping[str, Any], summaries: Sequence[Row]) -> str:
+    """A table for each regime: methods, their score in each task, and what else was measured over all of them."""
+    settings = ", ".join(f"{key} {value}" for key, value in content["settings"].items())
+    head = f"# {content['bench'].capitalize()} of {content['model']} on {content['device']}\n\n{settings}. "
+    notes = (
+        "Task scores with 95 % intervals: Wilson's, an upper bound of the width for shares. work: token-layers "
+        "computed, of all. KL in nats, top-1 and agreement of the greedy continuation: against full recompute.\n"
+    )
+    found = dict.fromkeys(summary["regime"] for summary in summaries)
+    tables = [f"\n## {regime}\n\n{table([s for s in summaries if s['regime'] == regime])}" for regime in found]
+    return head + notes + "".join(tables)
+
+
+def table(summaries: Sequence[Row]) -> str:
+    """The Markdown table of one regime."""
+    cells = {(s["method"], s["task"], s["metric"]): s for s in summaries}
+    methods, tasks = (list(dict.fromkeys(s[key] for s in summaries)) for key in ("method", "task"))
+    heading = ["method", *tasks, "work", "KL", "top-1", "agreement", "TTFT, s"]
+    lines = [heading, ["---", *["--:"] * (len(heading) - 1)]]
+    for method in methods:
+        scores = [score(cells[method, task, "score"]) for task in tasks]
+        others = [f"{cells[method, tasks[-1], metric]['mean']:.3f}" for metric in _COLUMNS]
+        lines.append([method, *scores, *others])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def score(summary: Row) -> str:
+    """
+    >>> score({"mean": 0.5, "low": 0.25, "high": 0.75})
+    '0.50 [0.25, 0.75]'
+    """
+    return f"{summary['mean']:.2f} [{summary['low']:.2f}, {summary['high']:.2f}]"

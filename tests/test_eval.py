@@ -1,0 +1,308 @@
+"""The quality bench: generated tasks and their tokenizer, caching regimes, metrics, and a run from end to end."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY
+from typer.testing import CliRunner
+
+from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
+from sparsex_jax.cli import app
+from sparsex_jax.cli.bench import Workload, example_maps, parse_method
+from sparsex_jax.eval import lexicon, maps, metrics, plots, quality, regimes, results
+from sparsex_jax.eval.tasks import TASKS, make_sample, word_count
+from sparsex_jax.prompt import Kind
+
+SIZES = ((40, 1), (300, 4), (2000, 3))  # tokens of body, segments
+METHODS = {"full": ReuseConfig("full"), "naive": ReuseConfig("naive"), "sparsex": ReuseConfig("sparsex")}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return lexicon.ruler_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    """Random weights over the closed vocabulary."""
+    model = dataclasses.replace(TINY, vocab_size=len(lexicon.vocabulary()), max_position=2048)
+    engine = Engine.from_config(model, store_tokens=2048, page_size=16, max_batch=2, chunk_rows=128)
+    engine.tokenizer = tokenizer
+    return engine
+
+
+def sample_of(task, seed=0, tokens=300, segments=4, questions=1):
+    return make_sample(task, np.random.default_rng(seed), tokens, segments, questions)
+
+
+def texts_of(sample):
+    asked = [text for question in sample.questions for text in (question.text, question.reference)]
+    return [sample.instruction, lexicon.EARLIER_INSTRUCTION, *sample.segments, *asked]
+
+
+# Tasks and tokenizer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tokens_restore_every_text(task, tokenizer):
+    for seed in range(12):
+        for tokens, segments in SIZES:
+            for text in texts_of(sample_of(task, seed, tokens, segments, questions=3)):
+                ids = tokenizer(text)["input_ids"]
+                assert tokenizer.decode(ids) == text
+                assert tokenizer.unk_token_id not in ids
+                np.testing.assert_array_equal(lexicon.encode(text), ids)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("tokens", "segments"), SIZES)
+def test_the_body_holds_every_answer_and_is_as_long_as_wanted(task, tokens, segments):
+    sample = sample_of(task, 1, tokens, segments, questions=5)
+    body = "".join(sample.segments)
+    assert len(sample.segments) == segments
+    assert all(segment.endswith("\n") and not segment[0].isspace() for segment in sample.segments)
+    assert all(answer in body for question in sample.questions for answer in question.answers)
+    assert 1 <= len(sample.questions) <= 5
+    if tokens >= 1000:  # shorter ones may be filled by what must be in them
+        assert abs(word_count(body) - tokens) < 0.03 * tokens
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_come_from_their_seed(task):
+    assert sample_of(task, 5) == sample_of(task, 5) != sample_of(task, 6)
+
+
+def test_lengths_follow_the_given_count():
+    sample = make_sample("vt", np.random.default_rng(0), 6000, count=len)
+    assert abs(len("".join(sample.segments)) - 6000) < 200
+
+
+def test_variable_chains_name_all_that_hold_the_value():
+    sample = sample_of("vt", tokens=1500, questions=3)
+    values = {}
+    for name, source in (
+        part.split(" = ") for part in "".join(sample.segments).replace("\n", " ").split(". ") if "=" in part
+    ):
+        source = source.removeprefix("VAR ")
+        values[name.removeprefix("VAR ")] = values.get(source, source)
+    for question in sample.questions:
+        value = question.text.split("value ")[1][:5]
+        assert list(question.answers) == [name for name, held in values.items() if held == value]
+
+
+def test_needles_are_asked_in_the_order_of_the_answers():
+    sample = sample_of("mq_niah", tokens=1500)
+    keys = sample.questions[0].text.split("for ")[1].split(" mentioned")[0].replace(" and ", ", ").split(", ")
+    body = "".join(sample.segments)
+    needles = [
+        lexicon.NEEDLE.format(key=key, value=value)
+        for key, value in zip(keys, sample.questions[0].answers, strict=True)
+    ]
+    assert len(needles) == 4
+    assert all(needle in body for needle in needles)
+
+
+@pytest.mark.parametrize("task", ["cwe", "fwe"])
+def test_counted_words_are_the_most_frequent(task):
+    sample = sample_of(task, tokens=2000)
+    words = "".join(sample.segments).split()
+    times = {word: words.count(word) for word in set(words) - {"Words:", "Coded", "text:"}}
+    answers = sample.questions[0].answers
+    assert min(times[word] for word in answers) > max(times[word] for word in times.keys() - set(answers))
+
+
+def test_noise_never_names_a_thing_that_is_asked():
+    noise = {*lexicon.NOUNS, *lexicon.PLACES, *lexicon.ADJECTIVES, *lexicon.VERBS, *lexicon.ADVERBS}
+    assert not noise & {*lexicon.THINGS, *lexicon.CODED_WORDS}
+
+
+def test_unknown_tasks_and_sizes_are_refused():
+    with pytest.raises(ValueError, match="unknown"):
+        sample_of("nothing")
+    with pytest.raises(ValueError, match="at least 1"):
+        sample_of("vt", tokens=0)
+
+
+# Regimes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regime", regimes.REGIMES)
+@pytest.mark.parametrize("task", ["vt", "chat"])
+def test_the_body_is_reused(engine, regime, task):
+    rng, namespace = np.random.default_rng(0), f"reused/{regime}/{task}"
+    case = regimes.tokenize(sample_of(task), engine.tokenizer)
+    asked = regimes.prepare(engine, case, regime, namespace, rng, new_tokens=8)
+    report = engine.prefill(asked.prompt, reuse=ReuseConfig("naive"), namespace=namespace, keep=False).report
+    assert 0 <= report.reused_tokens - sum(map(len, case.segments)) <= 4  # instructions end alike
+    assert len(report.segments) == (1 if regime == "joint" else 4)
+    assert sorted(map(tuple, asked.segments)) == sorted(map(tuple, case.segments))
+
+
+def test_full_recompute_between_two_methods_evicts_nothing(engine):
+    rng, sample = np.random.default_rng(0), sample_of("niah", tokens=430)
+    answers = quality.answer_all(engine, METHODS | {"again": METHODS["naive"]}, sample, "independent", "evict", rng)
+    assert answers["naive"].report.reused_tokens == answers["again"].report.reused_tokens > 400
+    np.testing.assert_array_equal(answers["naive"].logits, answers["again"].logits)
+
+
+def test_a_store_that_cannot_hold_donors_and_prompt_is_refused(engine):
+    case = regimes.tokenize(sample_of("niah", tokens=1100), engine.tokenizer)
+    with pytest.raises(InvalidRequestError, match="store_tokens=2048 must be at least"):
+        regimes.prepare(engine, case, "joint", "full-up", np.random.default_rng(0), new_tokens=8)
+
+
+def test_chat_models_get_one_user_message(tokenizer):
+    tokenizer = lexicon.ruler_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}User: {{ m['content'] }}\n{% endfor %}Assistant:"
+    sample = sample_of("qa")
+    case = regimes.tokenize(sample, tokenizer)
+    body = "".join(sample.segments)
+    assert tokenizer.decode(case.prompt) == f"User: {sample.instruction}{body}{sample.questions[0].text}\nAssistant:"
+    assert tokenizer.decode(case.earlier) == f"User: {lexicon.EARLIER_INSTRUCTION}"
+
+
+# Metrics ----------------------------------------------------------------------------------------------------
+
+
+def test_task_score_is_the_share_of_answers_found():
+    assert metrics.task_score("It is 123, or RED.", ("123", "red", "blue", "4")) == 0.5
+
+
+def test_kl_divergence_of_known_distributions():
+    p, q = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.25, 0.5])
+    assert metrics.kl_divergence(p + 7, q - 3) == pytest.approx(0.25 * np.log(2))
+    assert metrics.kl_divergence(p.astype(np.float32), p.astype(np.float32)) == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "share"), [([1, 2, 3, 4], 1), ([1, 2, 3, 4, 5], 1), ([1, 2], 0.5), ([9, 2, 3, 4], 0), ([], 0)]
+)
+def test_agreement_counts_leading_tokens(tokens, share):
+    assert metrics.agreement([1, 2, 3, 4], tokens) == share
+
+
+def test_intervals_of_known_samples():
+    low, high = quality.wilson_interval(np.array([1.0] * 8 + [0.0] * 2))
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert quality.wilson_interval(np.ones(10)) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert quality.t_interval(np.array([1.0, 2, 3])) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert quality.t_interval(np.array([3.0])) == (3, 3)
+
+
+def test_summaries_pair_the_methods_and_pool_the_tasks():
+    figures = dict.fromkeys(metrics.UNITS, 0.5)
+    rows = [
+        figures | {"task": task, "regime": "joint", "sample": i, "method": method, "score": score}
+        for task in ("vt", "qa")
+        for i in range(2)
+        for method, score in (("full", 1.0), ("naive", 0.25 if task == "vt" else 0.75))
+    ]
+    found = {(s["task"], s["method"], s["metric"]): s for s in quality.summarize(rows)}
+    assert found["all", "naive", "score"]["mean"] == 0.5
+    assert found["all", "naive", "score"]["samples"] == 4
+    assert found["vt", "naive", "loss"] | {"mean": 0.75, "low": 0.75, "high": 0.75} == found["vt", "naive", "loss"]
+    assert found["qa", "full", "loss"]["mean"] == 0
+
+
+# The bench --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows(engine):
+    return quality.run(engine, METHODS, ["vt", "qa"], ["joint", "independent"], num_tokens=300, samples=2)
+
+
+def test_a_run_has_a_row_for_every_cell_and_method(rows):
+    assert len(rows) == 2 * 2 * 2 * 3
+    for row in rows:
+        assert {*metrics.UNITS, "text", "expected"} <= row.keys()
+    full = [row for row in rows if row["method"] == "full"]
+    assert all((row["kl"], row["top1"], row["agreement"], row["computed_fraction"]) == (0, 1, 1, 1) for row in full)
+    work = {name: [r["computed_fraction"] for r in rows if r["method"] == name] for name in METHODS}
+    assert all(n < s < f for n, s, f in zip(work["naive"], work["sparsex"], work["full"], strict=True))
+
+
+def test_a_run_is_the_same_again(engine, rows):
+    again = quality.run(engine, METHODS, ["qa"], ["independent"], num_tokens=300, samples=1)
+    before = [r for r in rows if (r["task"], r["regime"], r["sample"]) == ("qa", "independent", 0)]
+    assert [r | {"ttft_s": 0} for r in again] == [r | {"ttft_s": 0} for r in before]
+
+
+def test_results_are_written_with_tables_and_plots(rows, tmp_path):
+    summaries = quality.summarize(rows)
+    content = results.document("quality", "a/tiny", {"seed": 0}, summaries)
+    path = results.write(content, summaries, tmp_path)
+    assert path.name == f"quality-tiny-{content['device'].lower()}.json"
+    read = json.loads(path.read_text())
+    assert read == content
+    assert {"command", "device", "versions", "commit", "settings"} <= read.keys()
+    assert all({"work", "implementation", "figure", "unit"} <= row.keys() for row in read["rows"])
+    table = path.with_suffix(".md").read_text()
+    assert table.count("\n| sparsex |") == 2  # a table for each regime
+    plots.frontier(summaries, tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+
+
+def test_maps_show_where_reuse_goes_wrong(engine, tmp_path):
+    workload = Workload(["full"], ["vt"], ["independent"], length=300, segments=3, samples=1, seed=0)
+    found = example_maps(engine, workload, "vt", "independent")
+    fresh = found.kind == Kind.FRESH
+    assert found.key_mass.shape == found.key_deviation.shape == (engine.model.num_layers, len(fresh))
+    np.testing.assert_allclose(found.key_mass.sum(1), 1, rtol=1e-4)
+    np.testing.assert_allclose(found.key_deviation[0], 0, atol=1e-5)  # alignment is exact in layer 0
+    np.testing.assert_allclose(found.value_deviation[0], 0, atol=1e-5)
+    assert found.key_deviation[1:, ~fresh].mean() > 1e-3
+    plots.heatmaps(found, tmp_path / "maps.png")
+    assert (tmp_path / "maps.png").stat().st_size > 10_000
+
+
+def test_key_mass_is_causal(engine):
+    prompt, fresh = np.arange(5, 45, dtype=np.int32), np.arange(40) >= 36
+    mass = maps.key_mass(engine, prompt, fresh, "mass")
+    assert (mass >= 0).all()
+    assert (mass[:, 39] <= 1 / 4).all()  # one of the four queries sees it
+    np.testing.assert_allclose(maps.key_mass(engine, prompt, fresh, "mass"), mass)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("sparsex:depth=3", "sets 'depth'"), ("sparsex:boundary_layer=x", "boundary_layer='x'")],
+)
+def test_bad_settings_of_a_method_are_refused(text, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        parse_method(text)
+
+
+def test_settings_of_a_method():
+    expected = ReuseConfig("sparsex", boundary_layer=0, recompute_ratio=0.3, second_boundary=None)
+    assert parse_method("sparsex:boundary_layer=0:recompute_ratio=0.3:second_boundary=null") == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "vt,nothing"], "task='nothing' is unknown"),
+        (["--regimes", "some"], "regime='some' is unknown"),
+        (["--methods", "magic"], "method='magic' is unknown"),
+        (["--samples", "0"], "samples=0 must be at least 1"),
+        (["--methods", ","], "methods is empty"),
+    ],
+)
+def test_the_command_refuses_before_it_measures(monkeypatch, engine, options, message):
+    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: engine)
+    result = CliRunner().invoke(app, ["bench", "quality", *options])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_the_command_prints_one_object_and_writes_a_folder(monkeypatch, engine, tmp_path):
+    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: engine)
+    options = ["--tasks", "niah", "--regimes", "joint", "--methods", "full,sparsex:boundary_layer=1"]
+    options += ["--length", "200", "--samples", "1", "--json", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["bench", "quality", *options])
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert {row["implementation"] for row in content["rows"]} == {"full", "sparsex:boundary_layer=1"}
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".png", ".png"]

@@ -230,6 +230,15 @@ def test_a_run_is_the_same_again(engine, rows):
     assert [r | {"ttft_s": 0} for r in again] == [r | {"ttft_s": 0} for r in before]
 
 
+def test_the_oracle_is_a_method_of_the_bench(engine):
+    methods = METHODS | {"oracle": ReuseConfig("oracle", recompute_ratio=0.2)}
+    rows = quality.run(engine, methods, ["qa"], ["independent"], num_tokens=300, samples=1)
+    oracle = next(row for row in rows if row["method"] == "oracle")
+    assert 0 < oracle["computed_fraction"] < 1
+    with pytest.raises(InvalidRequestError, match="unknown"):
+        engine.generate([1, 2, 3], reuse=ReuseConfig("oracle"))
+
+
 def test_results_are_written_with_tables_and_plots(rows, tmp_path):
     summaries = quality.summarize(rows)
     content = results.document("quality", "a/tiny", {"seed": 0}, summaries)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from sparsex_jax import model
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.engine import Engine
+from sparsex_jax.methods.oracle import prompt_kv
 from sparsex_jax.model import Decoder, Hidden
 from sparsex_jax.plan import Rows
 from sparsex_jax.planner import page_tables
@@ -40,21 +41,11 @@ class Maps:
 
 def make_maps(engine: Engine, prompt: Int[np.ndarray, "tokens"], namespace: str) -> Maps:
     """The maps of a prompt whose segments the namespace holds. Nothing computed here is kept."""
-    pasted, kind = stored_kv(engine, prompt, ReuseConfig("naive"), namespace)
-    true, _ = stored_kv(engine, prompt, ReuseConfig("full"), namespace)
-    distance = np.linalg.norm(pasted - true, axis=-1) / np.linalg.norm(true, axis=-1)
-    return Maps(kind, key_mass(engine, prompt, kind == Kind.FRESH, namespace), distance[:, 0], distance[:, 1])
-
-
-def stored_kv(
-    engine: Engine, prompt: Int[np.ndarray, "tokens"], reuse: ReuseConfig, namespace: str
-) -> tuple[Float[np.ndarray, "layers 2 tokens features"], UInt8[np.ndarray, "tokens"]]:
-    """K and V (axis 1) of all heads that a prefill leaves in the store, as float32, and each token's kind."""
-    with engine._admitted([prompt], [], reuse, namespace) as (request,):
-        engine._prefill([request])
-        pages = engine._runner.store[:, np.asarray(request.plan.pages)]  # [layers, pages, 2, heads, slots, head_dim]
-        kv = np.asarray(pages, np.float32).transpose(0, 2, 1, 4, 3, 5)
-        return kv.reshape(*kv.shape[:2], -1, kv.shape[-2] * kv.shape[-1])[:, :, : len(prompt)], request.plan.prompt.kind
+    true, pasted = (prompt_kv(engine, prompt, method, namespace) for method in ("full", "naive"))
+    norms, distances = (np.linalg.norm(kv, axis=(3, 4)) for kv in (true, pasted - true))  # [layers, K or V, tokens]
+    deviation = distances / norms
+    kind = engine.prefill(prompt, reuse=ReuseConfig("naive"), namespace=namespace, keep=False).report.kind
+    return Maps(kind, key_mass(engine, prompt, kind == Kind.FRESH, namespace), deviation[:, 0], deviation[:, 1])
 
 
 def key_mass(

@@ -26,7 +26,7 @@ def frontier(summaries: Sequence[Row], path: Path, title: str = "") -> None:
     Settings of one method (`sparsex:recompute_ratio=0.3`) are joined by a line.
     """
     tasks, regimes = (list(dict.fromkeys(s[key] for s in summaries)) for key in ("task", "regime"))
-    size = (3.6 * len(tasks), 3.2 * len(regimes))
+    size = (max(3.4 * len(tasks), 6), 3.0 * len(regimes) + 1)
     figure, axes = plt.subplots(
         len(regimes), len(tasks), figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
@@ -37,7 +37,7 @@ def frontier(summaries: Sequence[Row], path: Path, title: str = "") -> None:
     figure.supxlabel("computed fraction of token-layers", fontsize=10)
     figure.supylabel("score", fontsize=10)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     _save(figure, path, title)
 
 
@@ -75,7 +75,7 @@ def heatmaps(maps: Maps, path: Path, title: str = "") -> None:
 
 
 def _save(figure: Any, path: Path, title: str) -> None:
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

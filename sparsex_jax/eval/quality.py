@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,13 @@ from sparsex_jax.eval import metrics, regimes
 from sparsex_jax.eval.metrics import UNITS, Answer
 from sparsex_jax.eval.tasks import TASKS, Sample, make_sample
 from sparsex_jax.methods import find_method
+from sparsex_jax.methods.oracle import oracle, true_deviation
 
 Row = dict[str, Any]
 Cell = tuple[str, str, int]  # task, regime, sample
 ALL_TASKS = "all"  # the task of a summary over several
+ORACLE = "oracle"  # knows each prompt's true deviation, so it exists for one prompt at a time
+_COIN_LIKE = ("score", "top1", "agreement")
 
 
 def run(
@@ -61,7 +65,8 @@ def check(engine: Engine, methods: Mapping[str, ReuseConfig], tasks: Sequence[st
             if name not in known:
                 raise InvalidRequestError(f"{kind}={name!r} is unknown; there are: {', '.join(known)}")
     for reuse in methods.values():
-        find_method(reuse.method)
+        if reuse.method != ORACLE:
+            find_method(reuse.method)
     if engine.tokenizer is None:
         raise InvalidRequestError("the tasks are text, but this model has no tokenizer")
 
@@ -101,10 +106,20 @@ def answer_all(
     case = regimes.prepare(engine, case, regime, namespace, rng, new_tokens)
     full = ReuseConfig("full")
     reference = ask(engine, case.prompt, full, namespace, new_tokens)
-    return {"": reference} | {
-        name: reference if reuse == full else ask(engine, case.prompt, reuse, namespace, new_tokens)
-        for name, reuse in methods.items()
-    }
+    with _oracle(engine, methods, case.prompt, namespace):
+        return {"": reference} | {
+            name: reference if reuse == full else ask(engine, case.prompt, reuse, namespace, new_tokens)
+            for name, reuse in methods.items()
+        }
+
+
+def _oracle(
+    engine: Engine, methods: Mapping[str, ReuseConfig], prompt: np.ndarray, namespace: str
+) -> AbstractContextManager[Any]:
+    """While it is open, the oracle is a method, if it is wanted."""
+    if all(reuse.method != ORACLE for reuse in methods.values()):
+        return nullcontext()
+    return oracle(true_deviation(engine, prompt, namespace), ORACLE)
 
 
 def ask(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str, new_tokens: int) -> Answer:
@@ -152,8 +167,7 @@ def _summaries(key: tuple[str, str, str], group: Sequence[Row]) -> Iterable[Row]
         if metric not in group[0]:
             continue
         values = np.array([row[metric] for row in group], np.float64)
-        bounded = unit == "share" and metric != "loss"
-        low, high = wilson_interval(values) if bounded else t_interval(values)
+        low, high = wilson_interval(values) if metric in _COIN_LIKE else t_interval(values)
         summary = {"task": task, "regime": regime, "method": method, "metric": metric, "mean": float(values.mean())}
         yield summary | {"low": low, "high": high, "samples": len(values), "unit": unit}
 

@@ -77,8 +77,8 @@ def file_stem(content: Mapping[str, Any]) -> str:
 
 def markdown(content: Mapping[str, Any], summaries: Sequence[Row]) -> str:
     """A table for each regime: methods, their score in each task, and what else was measured over all of them."""
-    settings = ", ".join(f"{key} {value}" for key, value in content["settings"].items())
-    head = f"# {content['bench'].capitalize()} of {content['model']} on {content['device']}\n\n{settings}. "
+    numbers = ", ".join(f"{key} {value}" for key, value in content["settings"].items() if not isinstance(value, list))
+    head = f"# {content['bench'].capitalize()} of {content['model']} on {content['device']}\n\n{numbers}.\n\n"
     notes = (
         "Task scores with 95 % intervals: Wilson's, an upper bound of the width for shares. work: token-layers "
         "computed, of all. KL in nats, top-1 and agreement of the greedy continuation: against full recompute.\n"

@@ -1,0 +1,585 @@
+"""Train `ruler-tiny`, a small decoder that can do the generated tasks of `sparsex_jax.eval.tasks`.
+
+    python scripts/train_ruler.py --out runs/ruler --minutes 9 --total-minutes 20 --export configs/ruler-tiny
+
+Stops after `--minutes` and saves; the same command goes on from there until `--total-minutes` are used up, over
+which the learning rate decays and the contexts grow. About 20 minutes on one H100. `--export` writes a Hugging Face
+directory.
+
+A training row is one context and several questions about it, each with its answer; the loss is that of the answers and,
+lightly weighted, of everything else. The forward pass is made of the engine's own functions: what is trained is what
+the engine runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import functools
+import json
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+
+from sparsex_jax import ModelConfig, model
+from sparsex_jax.checkpoints.huggingface import _TENSORS
+from sparsex_jax.eval import lexicon
+from sparsex_jax.eval.tasks import TASKS, make_sample
+from sparsex_jax.plan import Rows
+from sparsex_jax.sharding import make_mesh
+from sparsex_jax.weights import Params, describe, num_parameters, random_params
+
+BOS, EOS = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>"))
+PAD, CONTEXT, ANSWER = 0, 1, 2  # what a token is; the answer of question i is ANSWER + i
+TRAINING, HELD_OUT = 0, 1  # streams of random numbers
+RULER_TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": -(-len(lexicon.vocabulary()) // 64) * 64,  # a multiple that matrix units like
+    "hidden_size": 384,
+    "intermediate_size": 704,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "max_position_embeddings": 16384,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+    "dtype": "bfloat16",
+}
+# Share of the training done -> how often each row length, and each task, is drawn until the next entry. Short contexts
+# first: attention that looks things up is found there much sooner. No task is ever left out. 5120 is 4K and questions.
+LENGTHS = {
+    0.0: {512: 1.0},
+    0.15: {512: 0.4, 1024: 0.6},
+    0.28: {512: 0.2, 1024: 0.3, 2048: 0.5},
+    0.45: {512: 0.1, 1024: 0.15, 2048: 0.25, 5120: 0.5},
+    0.85: {1024: 0.1, 2048: 0.2, 5120: 0.5, 8192: 0.2},
+}
+TASK_MIX = {
+    0.0: {"niah": 2, "mq_niah": 3, "vt": 3, "cwe": 0.5, "fwe": 0.5, "qa": 2, "chat": 1, "agents": 1},
+    0.15: {"niah": 1, "mq_niah": 2, "vt": 3, "cwe": 1, "fwe": 1, "qa": 1, "chat": 1, "agents": 1},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What decides the outcome, beside the model."""
+
+    seed: int = 0
+    batch_tokens: int = 65536
+    learning_rate: float = 1.5e-3
+    warmup: float = 0.01  # share of the training
+    weight_decay: float = 0.1
+    text_weight: float = 0.1  # of the loss on what is no answer
+    max_length: int = 8192  # longer rows of the schedule are cut to this
+    patience: float = 1.0  # above 1 contexts grow later
+    tasks: tuple[str, ...] = TASKS
+
+    def rate(self, progress: float) -> float:
+        """Linear warm-up, then a cosine to zero."""
+        decay = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.learning_rate * min(1.0, progress / self.warmup + 1e-3) * decay
+
+    def lengths(self, progress: float) -> dict[int, float]:
+        mix: dict[int, float] = collections.defaultdict(float)
+        for length, weight in _current(LENGTHS, progress**self.patience).items():
+            mix[min(length, self.max_length)] += weight
+        return dict(mix)
+
+    def length(self, progress: float, step: int) -> int:
+        """The row length of a step."""
+        mix = self.lengths(progress)
+        weights = np.array(list(mix.values()))
+        rng = np.random.default_rng([self.seed, TRAINING, step])
+        return int(rng.choice(list(mix), p=weights / weights.sum()))
+
+    def task_weights(self, progress: float) -> dict[str, float]:
+        return {
+            task: weight for task, weight in _current(TASK_MIX, progress**self.patience).items() if task in self.tasks
+        }
+
+
+def _current(schedule: dict[float, Any], progress: float) -> Any:
+    return schedule[max(start for start in schedule if start <= progress)]
+
+
+# Data: made by worker processes with NumPy -------------------------------------------------------------------
+
+
+def make_row(
+    task: str, rng: np.random.Generator, length: int, num_questions: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and what each token is, `[length]`: <bos>, instruction, segments, and question, answer, <eos> in turn.
+
+    As many questions as fit; the segments stand in random order half of the time.
+    """
+    wanted = num_questions or int(rng.integers(4, 13) if length > 512 else rng.integers(3, 7))
+    num_segments = int(rng.integers(1, min(8, max(length // 128, 1)) + 1))
+    room = length * rng.uniform(0.75, 1.0)
+    while room > 1:
+        sample = make_sample(task, rng, max(int(room) - 24 * wanted, 32), num_segments, wanted)
+        segments = list(sample.segments)
+        if rng.random() < 0.5:
+            rng.shuffle(segments)
+        pieces = [np.array([BOS]), lexicon.encode(sample.instruction + "".join(segments))]
+        kinds = [CONTEXT, CONTEXT]
+        free = length - 1 - len(pieces[1])
+        for number, question in enumerate(sample.questions):
+            asked, answer = lexicon.encode(question.text), np.append(lexicon.encode(question.reference), EOS)
+            free -= len(asked) + len(answer)
+            if free < 0:
+                break
+            pieces += [asked, answer]
+            kinds += [CONTEXT, ANSWER + number]
+        if len(pieces) > 2:
+            return _padded(pieces, kinds, length)
+        room *= 0.8  # not even one question fitted
+    raise ValueError(f"a sample of {task} does not fit into {length} tokens")
+
+
+def _padded(pieces: list[np.ndarray], kinds: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+    tokens, kind = np.full(length, PAD, np.uint16), np.full(length, PAD, np.uint8)
+    flat = np.concatenate(pieces)
+    tokens[: len(flat)] = flat
+    kind[: len(flat)] = np.repeat(kinds, [len(piece) for piece in pieces])
+    return tokens, kind
+
+
+def make_batch(
+    key: tuple[int, ...], rows: int, length: int, weights: dict[str, float], num_questions: int | None = None
+) -> tuple[np.ndarray, ...]:
+    """Tokens, kinds `[rows, length]` and the number of the task of each row; the same key gives the same batch.
+
+    Tasks are dealt out in their shares rather than drawn, so that every batch has all of them.
+    """
+    rng = np.random.default_rng(key)
+    edges = np.cumsum(list(weights.values()))
+    tasks = np.searchsorted(edges, (np.arange(rows) + rng.random()) / rows * edges[-1], side="right")
+    names = list(weights)
+    drawn = [make_row(names[task], rng, length, num_questions) for task in tasks]
+    numbers = np.array([TASKS.index(names[task]) for task in tasks])
+    return np.stack([tokens for tokens, _ in drawn]), np.stack([kind for _, kind in drawn]), numbers
+
+
+class Feed:
+    """Batches in order, made ahead by worker processes. Without workers they are made when asked for."""
+
+    def __init__(self, recipe: Recipe, workers: int, step: int, progress: Callable[[int], float]) -> None:
+        """
+        Args:
+          step: of the first batch.
+          progress: how far the training is at a step, as far as one can say when the batch is ordered.
+        """
+        self._recipe, self._next, self._progress = recipe, step, progress
+        # Spawned, since the parent has threads and a device that a fork would not survive.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, context) if workers else None
+        self._ahead = 3 * workers
+        self._queue: collections.deque[Any] = collections.deque()
+
+    def batch(self) -> tuple[np.ndarray, ...]:
+        if self._pool is None:
+            return make_batch(*self._order())
+        while len(self._queue) <= self._ahead:
+            self._queue.append(self._pool.submit(make_batch, *self._order()))
+        return self._queue.popleft().result()
+
+    def _order(self) -> tuple[Any, ...]:
+        step, self._next = self._next, self._next + 1
+        recipe, progress = self._recipe, self._progress(step)
+        length = recipe.length(progress, step)
+        rows = recipe.batch_tokens // length
+        return (recipe.seed, TRAINING, step), rows, length, recipe.task_weights(progress)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+# Model and optimiser -----------------------------------------------------------------------------------------
+
+
+def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """Logits `[batch, length, vocab]` of rows that each stand alone."""
+    batch, length = tokens.shape
+    flat = jnp.asarray(tokens, jnp.int32).reshape(-1)
+    position = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
+    rows = Rows(flat, position, jnp.repeat(jnp.arange(batch), length), jnp.arange(flat.size))
+    fused = "cudnn" if jax.default_backend() == "gpu" else None
+
+    def layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+        heads = (model.queries(weights, config, hidden, rows), *model.keys_values(weights, config, hidden, rows))
+        q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in heads)
+        attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=fused)
+        hidden = hidden + jnp.einsum("rnd,ndh->rh", attended.reshape(heads[0].shape), weights["wo"])
+        return hidden + model.mlp(weights, config, hidden), None
+
+    # A product in place of `model.embed`'s look-up: its gradient is a product too and no slow scatter.
+    hidden = jax.nn.one_hot(flat, config.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
+    hidden, _ = jax.lax.scan(layer, hidden, params["layers"])
+    return model.logits(params, config, hidden).reshape(batch, length, -1)
+
+
+def losses(
+    params: Params, config: ModelConfig, dtype: str, tokens: jax.Array, kind: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean cross-entropy of answers, and of other text; `[batch, length]` 1 and 0 where the next token is of an answer
+    and foretold or not, -1 elsewhere."""
+    kind = following(kind)
+    scores = forward(jax.tree.map(lambda w: w.astype(dtype), params), config, tokens)
+    targets = following(tokens).astype(jnp.int32)
+    # Picked by a product, which fuses and whose gradient is no scatter.
+    picked = jnp.sum(scores * jax.nn.one_hot(targets, config.vocab_size), axis=-1)
+    cross_entropy = jax.nn.logsumexp(scores, axis=-1) - picked
+    answer, text = (
+        jnp.sum(cross_entropy * mask) / jnp.maximum(mask.sum(), 1) for mask in (kind >= ANSWER, kind == CONTEXT)
+    )
+    return answer, text, jnp.where(kind >= ANSWER, scores.argmax(-1) == targets, -1)
+
+
+def following(x: jax.Array) -> jax.Array:
+    """What stands at the next place of `[batch, length]`; zero, which is padding, behind the end."""
+    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+
+
+def make_optimizer(config: ModelConfig, recipe: Recipe) -> optax.GradientTransformation:
+    """AdamW for a learning rate of 1: `train_step` scales its updates. Norms and embeddings do not decay."""
+    decays = jax.tree.map(lambda weight: weight.axes[0] == "layers" and weight.fan_in > 0, describe(config))
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.add_decayed_weights(recipe.weight_decay, decays),
+    )
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Float32; what is added to the residual stream starts small, so that depth does not drown the embeddings."""
+    params = random_params(config, "float32", make_mesh(), seed)
+    scale = (2 * config.num_layers) ** -0.5
+    layers = params["layers"] | {name: params["layers"][name] * scale for name in ("wo", "w_down")}
+    return params | {"layers": layers}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "recipe", "dtype"), donate_argnames="state")
+def train_step(
+    state: Params, tokens: jax.Array, kind: jax.Array, rate: jax.Array, config: ModelConfig, recipe: Recipe, dtype: str
+) -> tuple[Params, dict[str, jax.Array]]:
+    """One update of `{"params", "optimizer"}`, and what to log of it."""
+
+    def loss(params: Params) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        answer, text, right = losses(params, config, dtype, tokens, kind)
+        return answer + recipe.text_weight * text, (answer, text, right)
+
+    grads, (answer, text, right) = jax.grad(loss, has_aux=True)(state["params"])
+    updates, optimizer = make_optimizer(config, recipe).update(grads, state["optimizer"], state["params"])
+    params = optax.apply_updates(state["params"], jax.tree.map(lambda u: -rate * u, updates))
+    metrics = {
+        "answer_loss": answer,
+        "text_loss": text,
+        "right": jnp.sum(right == 1) / jnp.maximum(jnp.sum(right >= 0), 1),
+        "gradient": optax.tree.norm(grads),
+    }
+    return {"params": params, "optimizer": optimizer}, metrics
+
+
+# Evaluation --------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+def foretold(params: Params, tokens: jax.Array, kind: jax.Array, config: ModelConfig, dtype: str) -> jax.Array:
+    return losses(params, config, dtype, tokens, kind)[2]
+
+
+@functools.cache
+def held_out(recipe: Recipe, length: int) -> list[tuple[np.ndarray, ...]]:
+    """Batches with one question a context, of all tasks alike; more of them where there are few rows in each."""
+    weights = dict.fromkeys(recipe.tasks, 1.0)
+    rows = max(recipe.batch_tokens // length, 1)
+    keys = [(recipe.seed, HELD_OUT, length, i) for i in range(max(4, length // 256))]
+    return [make_batch(key, rows, length, weights, num_questions=1) for key in keys]
+
+
+def evaluate(params: Params, config: ModelConfig, recipe: Recipe, dtype: str, length: int) -> dict[str, Any]:
+    """Task -> share of whole answers, and of answer tokens, right where the tokens before them are given."""
+    whole: dict[int, list[bool]] = collections.defaultdict(list)
+    single: dict[int, list[bool]] = collections.defaultdict(list)
+    for tokens, kind, tasks in held_out(recipe, length):
+        right = np.asarray(foretold(params, tokens, kind, config, dtype))
+        for row, task in zip(right, tasks.tolist(), strict=True):
+            whole[task].append(row[row >= 0].all())
+            single[task].extend(row[row >= 0])
+    shares = {task: {"answers": float(np.mean(whole[task])), "tokens": float(np.mean(single[task]))} for task in whole}
+    return {TASKS[task]: shares[task] for task in sorted(shares)}
+
+
+# Checkpoints, log and export ---------------------------------------------------------------------------------
+
+
+class Storage:
+    """`checkpoints/` (orbax: parameters, optimiser state, time spent), `log.json` and `loss.png` in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        self.directory = directory.absolute()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._args = ocp.args
+        self._manager = ocp.CheckpointManager(
+            self.directory / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
+        )
+        self.log: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
+
+    def restore(self, state: Params) -> tuple[Params, int, float]:
+        """State, step and seconds of the last checkpoint; what was passed in, and zeros, where there is none."""
+        step = self._manager.latest_step()
+        if step is None:
+            return state, 0, 0.0
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        args = self._args.Composite(state=self._args.StandardRestore(target), meta=self._args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+        if (self.directory / "log.json").is_file():
+            log = json.loads((self.directory / "log.json").read_text())
+            self.log = {kind: [line for line in lines if line["step"] <= step] for kind, lines in log.items()}
+        return restored["state"], step, restored["meta"]["seconds"]
+
+    def save(self, state: Params, step: int, seconds: float) -> None:
+        if self._manager.latest_step() != step:
+            args = self._args.Composite(
+                state=self._args.StandardSave(state), meta=self._args.JsonSave({"seconds": seconds})
+            )
+            self._manager.save(step, args=args)
+        (self.directory / "log.json").write_text(json.dumps(self.log, indent=1) + "\n")
+
+    def close(self) -> None:
+        self._manager.close()  # waits until all is written
+        _plot(self.log, self.directory / "loss.png")
+
+
+def _plot(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Losses, and whole answers right by task and length, over the steps. Nothing where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    lengths = sorted({line["length"] for line in log["eval"]})
+    figure, axes = plt.subplots(1, 1 + len(lengths), figsize=(5 * (1 + len(lengths)), 4))
+    axes = np.atleast_1d(axes)
+    for name in ("answer_loss", "text_loss"):
+        axes[0].plot([line["step"] for line in log["train"]], [line[name] for line in log["train"]], label=name)
+    axes[0].set(xlabel="step", title="cross-entropy", yscale="log")
+    axes[0].legend()
+    for axis, length in zip(axes[1:], lengths, strict=True):
+        lines = [line for line in log["eval"] if line["length"] == length]
+        for task in lines[-1]["tasks"]:
+            axis.plot([x["step"] for x in lines], [x["tasks"][task]["answers"] for x in lines], label=task)
+        axis.set(xlabel="step", title=f"answers right, {length} tokens", ylim=(0, 1.02))
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def export(directory: Path, raw: dict[str, Any], params: Params, command: str, max_shard: int = 15_500_000) -> None:
+    """Write the model as transformers does: configuration, tokenizer, and bfloat16 weights in shards."""
+    from safetensors.numpy import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for old in directory.glob("model*.safetensors*"):
+        old.unlink()
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, tensor in hf_tensors(ModelConfig.from_hf(raw), params):
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > max_shard:
+            shards.append({})
+        shards[-1][name] = tensor
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, directory / file, metadata={"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.values())},
+        "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+    }
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    lexicon.ruler_tokenizer().save_pretrained(directory)
+    size = f"{num_parameters(ModelConfig.from_hf(raw)) / 1e6:.1f} M parameters"
+    (directory / "README.md").write_text(
+        f"ruler-tiny: {size}, trained on the tasks of `sparsex_jax.eval.tasks` by\n\n    {command}\n"
+    )
+
+
+def hf_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Name and bfloat16 array of each tensor as transformers stores it: one a layer, linear ones as `[out, in]`."""
+
+    def stored(array: np.ndarray, fan_in: int) -> np.ndarray:
+        matrix = array.reshape(fan_in, -1).T if fan_in else array
+        return np.ascontiguousarray(matrix.astype(ml_dtypes.bfloat16))
+
+    weights, shapes = jax.tree.map(np.asarray, params), describe(config)
+    yield _TENSORS["embed"], weights["embed"].astype(ml_dtypes.bfloat16)
+    for layer in range(config.num_layers):
+        for name, weight in shapes["layers"].items():
+            yield _TENSORS[name].format(layer), stored(weights["layers"][name][layer], weight.fan_in)
+    yield _TENSORS["final_norm"], stored(weights["final_norm"], 0)
+
+
+# The training loop -------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """The state of a training and what drives it."""
+
+    def __init__(self, config: ModelConfig, recipe: Recipe, args: argparse.Namespace) -> None:
+        self._started = time.monotonic()
+        self.config, self.recipe, self._args = config, recipe, args
+        self.storage = Storage(args.out)
+        params = init_params(config, recipe.seed)
+        state = {"params": params, "optimizer": make_optimizer(config, recipe).init(params)}
+        self.state, self.step, self._seconds_before = self.storage.restore(state)
+        self._feed = Feed(recipe, args.workers, self.step, self.progress)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of this run."""
+        return time.monotonic() - self._started
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all runs together."""
+        return self._seconds_before + self.spent
+
+    def progress(self, step: int) -> float:
+        """Share of the training done: by steps, else by time."""
+        if self._args.total_steps:
+            return min(step / self._args.total_steps, 1.0)
+        return min(self.seconds / (60 * self._args.total_minutes), 1.0)
+
+    def run(self) -> None:
+        """Train until the time of this run or the whole training is over."""
+        evaluated = saved = self.spent
+        while self.progress(self.step) < 1 and self.spent < 60 * self._args.minutes:
+            self._log(*self._train_for(10.0))
+            if self.spent - evaluated > self._args.eval_seconds:
+                self._evaluate()
+                evaluated = self.spent
+            if self.spent - saved > 60 * self._args.save_minutes:
+                self.save()
+                saved = self.spent
+        self.save()
+        self._evaluate()
+
+    def _train_for(self, seconds: float) -> tuple[list[dict[str, jax.Array]], int, float]:
+        """Metrics of some steps, their tokens, and the time they took."""
+        begin, history, tokens = self.spent, [], 0
+        while self.spent - begin < seconds and self.progress(self.step) < 1:
+            size, metrics = self.train()
+            tokens += size
+            history.append(metrics)
+            jax.block_until_ready(history[-3:][0])  # the device is at most two steps behind
+        return jax.device_get(history), tokens, self.spent - begin
+
+    def train(self) -> tuple[int, dict[str, jax.Array]]:
+        """One step: its tokens, and what it gave."""
+        tokens, kind, _ = self._feed.batch()
+        rate = self.recipe.rate(self.progress(self.step))
+        self.state, metrics = train_step(self.state, tokens, kind, rate, self.config, self.recipe, self._args.dtype)
+        self.step += 1
+        return tokens.size, metrics
+
+    def _log(self, history: list[dict[str, jax.Array]], tokens: int, seconds: float) -> None:
+        line = {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]}
+        line |= {
+            "step": self.step,
+            "minutes": self.seconds / 60,
+            "progress": self.progress(self.step),
+            "rate": self.recipe.rate(self.progress(self.step)),
+            "tokens_per_second": tokens / seconds,
+        }
+        self.storage.log["train"].append(line)
+        print(
+            f"{line['minutes']:5.1f} min {line['progress']:4.0%} step {self.step:6} | "
+            f"answers {line['answer_loss']:.3f} text {line['text_loss']:.3f} right {line['right']:.3f} | "
+            f"gradient {line['gradient']:.2f} "
+            f"rate {line['rate']:.1e} | {line['tokens_per_second'] / 1e3:.0f}K tokens/s",
+            flush=True,
+        )
+
+    def _evaluate(self) -> None:
+        for length in sorted(self.recipe.lengths(self.progress(self.step))):
+            tasks = evaluate(self.state["params"], self.config, self.recipe, self._args.dtype, length)
+            self.storage.log["eval"].append({"step": self.step, "length": length, "tasks": tasks})
+            shares = "  ".join(f"{task} {s['answers']:.2f} ({s['tokens']:.2f})" for task, s in tasks.items())
+            print(f"  held out, {length:4} tokens, answers (tokens) right: {shares}", flush=True)
+
+    def save(self) -> None:
+        self.storage.save(self.state, self.step, self.seconds)
+
+    def close(self) -> None:
+        self._feed.close()
+        self.storage.close()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="checkpoints, log.json and loss.png; a run goes on from what is there")
+    add("--minutes", type=float, default=9, help="wall time of this run")
+    add("--total-minutes", type=float, default=20, help="wall time of all runs, which the schedule spans")
+    add("--total-steps", type=int, help="span the schedule over steps instead, so that it can be repeated exactly")
+    add("--eval-seconds", type=float, default=60)
+    add("--save-minutes", type=float, default=4)
+    add("--export", type=Path, help="write the model here, as a Hugging Face directory, when the run ends")
+    cores = os.cpu_count() or 2
+    add("--workers", type=int, default=max(min(cores - 2, 8), 1), help="processes that make batches; 0: none")
+    add("--dtype", default="bfloat16" if jax.default_backend() == "gpu" else "float32", help="to compute in")
+    add("--model", type=json.loads, default={}, help="JSON object of config.json fields that differ from ruler-tiny's")
+    add("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    for field in dataclasses.fields(Recipe):
+        if isinstance(field.default, (int, float)):
+            add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
+    return parser.parse_args(argv)
+
+
+def make_trainer(args: argparse.Namespace) -> Trainer:
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Recipe)}
+    recipe = Recipe(**fields | {"tasks": tuple(args.tasks)})
+    return Trainer(ModelConfig.from_hf(RULER_TINY | args.model), recipe, args)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
+    trainer = make_trainer(args)
+    size = num_parameters(trainer.config) / 1e6
+    print(f"{size:.1f} M parameters, from step {trainer.step}, {jax.devices()[0].device_kind}", flush=True)
+    try:
+        trainer.run()
+        if args.export:
+            command = "python scripts/train_ruler.py " + " ".join(sys.argv[1:] if argv is None else argv)
+            export(args.export, RULER_TINY | args.model, trainer.state["params"], command)
+    finally:
+        trainer.close()
+
+
+if __name__ == "__main__":
+    main()

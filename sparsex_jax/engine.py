@@ -21,14 +21,14 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sparsex_jax.cache import Entry, Match, PageCache
+from sparsex_jax.cache import Entry, Match, PageCache, Segment
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, named_config
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
 from sparsex_jax.generation import Generation, Output, Prefill, decode_state, sampling_arrays, stop_finished
 from sparsex_jax.inputs import Prompt, encode
 from sparsex_jax.methods import find_method
-from sparsex_jax.planner import RequestPlan
+from sparsex_jax.planner import RequestPlan, slots_of
 from sparsex_jax.prompt import PromptMap
 from sparsex_jax.report import Report, make_report
 from sparsex_jax.runner import Runner
@@ -166,17 +166,33 @@ class Engine:
                 self._commit(requests[0], tokens)
         return Prefill(logits, report)
 
-    def remember(self, prompt: Prompt, *, namespace: str = DEFAULT_NAMESPACE, frozen: bool = False) -> int:
+    def remember(
+        self,
+        prompt: Prompt,
+        *,
+        namespace: str = DEFAULT_NAMESPACE,
+        frozen: bool = False,
+        preamble: Prompt | None = None,
+    ) -> int:
         """Prefill a text alone and keep it as a donor.
 
         Args:
           frozen: eviction leaves it alone until `forget`, or until more than 90 % of the store is taken by
             frozen and running content.
+          preamble: prefill the text behind this one, and keep the text only. Its first tokens then saw something
+            before them and are no attention sinks, which makes a better segment (DESIGN.md, section 5). But its
+            positions do not begin at 0, so a prompt that starts with the text finds a segment, not an exact prefix.
 
         Returns:
           A handle for `forget`.
+
+        Raises:
+          InvalidRequestError: an argument is wrong, or preamble and text together exceed the model's limit.
+          StoreFullError: the store cannot hold the text; with a preamble it has to hold it twice for a moment.
         """
         tokens = self._encode(prompt, add_special_tokens=False)
+        if preamble is not None:
+            return self._remember_behind(self._encode(preamble), tokens, namespace, frozen)
         with self._admitted([tokens], [], ReuseConfig(method="prefix"), namespace) as requests:
             self._prefill(requests)
             self._commit(requests[0], tokens)
@@ -336,6 +352,26 @@ class Engine:
         exact = request.plan.exact_tokens(self.model.num_layers)
         exact = len(tokens) if exact == len(request.tokens) else exact
         self._cache.commit(request.plan.pages, tokens, request.namespace, exact_tokens=exact)
+
+    def _remember_behind(self, preamble: np.ndarray, tokens: np.ndarray, namespace: str, frozen: bool) -> int:
+        """Prefill both, move the text's KV to pages of its own as it is, and keep those."""
+        start, page_size = len(preamble), self.config.page_size
+        together = np.concatenate([preamble, tokens])
+        if len(together) > self.model.max_position:
+            raise InvalidRequestError(
+                f"preamble has {start} tokens and prompt {len(tokens)}: together {len(together)}, "
+                f"and the model's limit is {self.model.max_position}"
+            )
+        with self._admitted([together], [], ReuseConfig(method="prefix"), namespace) as [request]:
+            self._prefill([request])
+            slots = slots_of(request.plan.pages, np.arange(start, len(together)), page_size)
+            pages = self._cache.allocate(-(-len(tokens) // page_size))
+            try:
+                self._runner.copy([(Segment(0, len(tokens), 0, slots, exact=True), pages)])
+                self._cache.commit(pages, tokens, namespace, exact_tokens=len(tokens), start=start)
+                return self._cache.register(pages, len(tokens), namespace, frozen=frozen)
+            finally:
+                self._cache.release(pages)
 
     def _unpin(self, request: Request) -> None:
         if request.match is not None:

@@ -169,19 +169,23 @@ def _rows(requests: Sequence[RequestPlan], computed: Sequence[np.ndarray], size:
     )
 
 
-def plan_copies(requests: Sequence[RequestPlan], shapes: Shapes, page_size: int) -> Copies | None:
-    """The copies of all requests, or None if there are none."""
-    runs = [(segment, np.asarray(request.pages)) for request in requests for segment in request.copies]
+def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Copies | None:
+    """The copies of these runs, each into the pages of the sequence it belongs to, or None if there are none."""
     if not runs:
         return None
     places = [np.arange(segment.start, segment.end) for segment, _ in runs]
-    targets = [pages[at // page_size] * page_size + at % page_size for at, (_, pages) in zip(places, runs, strict=True)]
+    targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
     size, _ = shapes.bucket(sum(map(len, places)))
     return Copies(
         source=_padded([segment.slots for segment, _ in runs], size, 0),
         target=_padded(targets, size, -1),
         shift=_padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0),
     )
+
+
+def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int) -> Int[np.ndarray, "n"]:
+    """Where the tokens at these places of a sequence are, whose pages follow each other."""
+    return np.asarray(pages)[places // page_size] * page_size + places % page_size
 
 
 def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: int) -> Int32[Array, "requests pages"]:

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
+from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.decode import DecodeState, decode
 from sparsex_jax.model import Decoder
@@ -46,16 +47,21 @@ class Runner:
           Float32 logits of each line's last token, and for each request which of its tokens each phase computed,
           `[phases, tokens]`.
         """
-        copies = plan_copies(requests, self.shapes, self.engine.page_size)
+        self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         plan, signals = plan_prefill(requests, self.shapes, self.model.num_layers)
         _, chunk = self.shapes.bucket(plan.fresh.size)
         with self._precision():
-            if copies is not None:
-                self.store = align(self.store, copies, decoder=self.decoder)
             self.store, logits, active = prefill(
                 self.params, self.store, plan, decoder=self.decoder, signals=signals, chunk=chunk
             )
         return logits, _computed(requests, active, self.model.num_layers)
+
+    def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]]) -> None:
+        """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
+        copies = plan_copies(runs, self.shapes, self.engine.page_size)
+        if copies is not None:
+            with self._precision():
+                self.store = align(self.store, copies, decoder=self.decoder)
 
     def first_tokens(
         self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]

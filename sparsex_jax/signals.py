@@ -147,7 +147,9 @@ def kv_deviation(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     def measure(start: Array, part: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         store, deviation = carry
         new = boundary.chunk_of(start, part)
-        moved = _squared_distance(jnp.stack(new, 1), _stored_kv(boundary, store, part))
+        # Read before written: without the barrier XLA reads late, from a copy of the whole store.
+        old, store = lax.optimization_barrier((_stored_kv(boundary, store, part), store))
+        moved = _squared_distance(jnp.stack(new, 1), old)
         store = _write(boundary, store, new, part)
         return store, lax.dynamic_update_slice_in_dim(deviation, moved, start, 0)
 

@@ -119,6 +119,41 @@ class Dense:
             hidden = self.finish_layer(layer, hidden, q, keys, values, rows)
         return self.logits(hidden[-1:])[0], active
 
+    def narrowed(self, prompt, steps):
+        """Logits of the last token, K and V of each layer, and the places that each step keeps.
+
+        `steps` is a list of (layer, choose), in order; `choose(layer, hidden, rows, kv)` gives the places that go on.
+        """
+        tokens = np.concatenate([tokens for tokens, _ in prompt])
+        rows, hidden, kv, kept = np.arange(len(tokens)), self.embed[tokens], self.pasted(prompt), []
+        for layer in range(self.config.num_layers):
+            for _, choose in [step for step in steps if step[0] == layer]:
+                keep = np.isin(rows, choose(layer, hidden, rows, kv))
+                rows, hidden = rows[keep], hidden[keep]
+                kept.append(rows)
+            keys, values = kv[layer]
+            q, keys[rows], values[rows] = self.qkv(layer, hidden, rows)
+            hidden = self.finish_layer(layer, hidden, q, keys, values, rows)
+        return self.logits(hidden[-1:])[0], kv, kept
+
+    def deviation(self, layer, hidden, rows, kv):
+        """Squared change of K and V of some rows at a layer. The new ones replace the old."""
+        _, keys, values = self.qkv(layer, hidden, rows)
+        changes = [((new - old[rows]) ** 2).sum((1, 2)) for new, old in zip((keys, values), kv[layer], strict=True)]
+        kv[layer][0][rows], kv[layer][1][rows] = keys, values
+        return sum(changes)
+
+    def masses(self, hidden, rows, kv, seen_by, layers):
+        """Key mass [layers, keys] from the queries of some of the rows, which run through these layers over the KV."""
+        out = []
+        for layer in layers:
+            keys, values = (x.copy() for x in kv[layer])
+            q, keys[rows], values[rows] = self.qkv(layer, hidden, rows)
+            watched = np.isin(rows, seen_by)
+            out.append(self.weights(q[watched], keys, rows[watched]).sum((0, 1)))
+            hidden = self.finish_layer(layer, hidden, q, keys, values, rows)
+        return np.array(out)
+
     @staticmethod
     def active(reused, mass, ratio, overflow, tail, last_segment):
         total = len(reused)

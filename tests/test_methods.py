@@ -1,0 +1,380 @@
+"""Every reuse method against an independent dense implementation, and what all methods have in common."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import TINY
+from dense import Dense, engine_logits, stored_kv
+from test_reuse import INTERLEAVINGS, NEW, A, remember_both
+from test_steps import assert_no_copy, memory_of
+
+from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax.methods import METHODS, Phase, find_method, method
+from sparsex_jax.methods.oracle import oracle, prompt_kv, true_deviation
+from sparsex_jax.planner import RequestPlan, plan_prefill, shares
+from sparsex_jax.prefill import prefill
+from sparsex_jax.prompt import Kind, PromptMap
+from sparsex_jax.sharding import make_mesh
+
+PLAIN = {"overflow_tokens": 0, "tail_tokens": 0}
+CONFIGS = {
+    "epic": ReuseConfig("epic", head_tokens=5),
+    "cacheblend": ReuseConfig("cacheblend", recompute_ratio=0.2),
+    "prophetkv": ReuseConfig("prophetkv", recompute_ratio=0.2),
+    "random": ReuseConfig("random", boundary_layer=1, recompute_ratio=0.2, **PLAIN),
+    "sum_layers": ReuseConfig(boundary_layer=2, recompute_ratio=0.2, sum_layers=True, **PLAIN),
+    "coverage": ReuseConfig(boundary_layer=1, recompute_ratio=1.0, coverage=0.6, overflow_tokens=2, tail_tokens=4),
+    "everything": ReuseConfig(
+        boundary_layer=1, second_boundary=3, coverage=0.7, head_tokens=3, per_segment=True, pool_tokens=4, **PLAIN
+    ),
+}
+PROMPTS = ["odd offsets", "many"]
+
+
+@dataclasses.dataclass
+class Case:
+    """A prompt of `INTERLEAVINGS`, and the places of its tokens by kind."""
+
+    name: str
+
+    def __post_init__(self):
+        self.pieces = INTERLEAVINGS[self.name]
+        self.tokens = np.concatenate([tokens for tokens, _ in self.pieces])
+        self.is_reused = np.concatenate([np.full(len(t), donor is not None) for t, donor in self.pieces])
+        self.is_reused[-1] = False
+        self.reused, self.fresh = np.flatnonzero(self.is_reused), np.flatnonzero(~self.is_reused)
+        ends = np.cumsum([len(tokens) for tokens, _ in self.pieces])
+        self.segments = [
+            np.arange(end - len(tokens), end) for (tokens, donor), end in zip(self.pieces, ends, strict=True) if donor
+        ]
+
+    def with_best(self, scores, count, forced=None):
+        """The forced places and the best of the other reused ones."""
+        forced = self.fresh if forced is None else forced
+        others = np.setdiff1d(self.reused, forced)
+        return np.union1d(forced, others[np.argsort(-scores[others], kind="stable")[:count]])
+
+
+@pytest.fixture(params=PROMPTS)
+def case(request):
+    return Case(request.param)
+
+
+@pytest.fixture
+def dense(tiny):
+    remember_both(tiny)
+    return Dense(tiny.model, tiny._runner.params)
+
+
+def run(engine, case, reuse):
+    return engine.prefill(case.tokens, reuse=reuse, namespace="n", keep=False)
+
+
+def assert_is(out, logits, active):
+    np.testing.assert_array_equal(np.flatnonzero(out.report.active), active)
+    assert out.report.active_tokens == len(active)
+    np.testing.assert_allclose(out.logits, logits, atol=2e-4)
+
+
+# Each method ------------------------------------------------------------------------------------------------
+
+
+def test_epic_computes_the_heads_of_segments(tiny, dense, case):
+    heads = np.concatenate([places[:5] for places in case.segments])
+    logits, _, [active] = dense.narrowed(case.pieces, [(0, lambda *_: np.union1d(case.fresh, heads))])
+    assert_is(run(tiny, case, CONFIGS["epic"]), logits, active)
+
+
+def test_cacheblend_follows_the_deviation_down_the_layers(tiny, dense, case):
+    def choose(factor):
+        def best(layer, hidden, rows, kv):
+            scores = np.zeros(len(case.tokens))
+            scores[rows] = dense.deviation(layer, hidden, rows, kv)
+            scores[np.setdiff1d(case.reused, rows)] = -1  # gone already
+            return case.with_best(scores, round(factor * 0.2 * len(case.reused)))
+
+        return best
+
+    logits, _, kept = dense.narrowed(case.pieces, [(1, choose(1.2)), (2, choose(1.1)), (3, choose(1.0))])
+    out = run(tiny, case, CONFIGS["cacheblend"])
+    assert_is(out, logits, kept[0])
+    computed = len(case.tokens) + sum(map(len, kept))
+    assert out.report.computed_fraction == pytest.approx(computed / (4 * len(case.tokens)))
+    assert [len(k) for k in kept] == [len(case.fresh) + round(f * 0.2 * len(case.reused)) for f in (1.2, 1.1, 1.0)]
+
+
+def test_prophetkv_probes_every_layer_and_leaves_nothing_behind(tiny, dense, case):
+    def best(layer, hidden, rows, kv):
+        mass = dense.masses(hidden[case.fresh], case.fresh, kv, case.fresh, range(4)).sum(0)
+        return case.with_best(mass, round(0.2 * len(case.reused)))
+
+    logits, kv, [active] = dense.narrowed(case.pieces, [(0, best)])
+    out = run(tiny, case, CONFIGS["prophetkv"])
+    assert_is(out, logits, active)
+    assert out.report.computed_fraction == pytest.approx((len(case.fresh) + len(active)) / len(case.tokens))
+    stored = _stored(tiny, case, CONFIGS["prophetkv"])
+    np.testing.assert_allclose(stored, np.array(kv), atol=1e-4)  # of the probe, nothing is left
+
+
+def _stored(engine, case, reuse):
+    with engine._admitted([case.tokens], [], reuse, "n") as [request]:
+        engine._prefill([request])
+        page, offset = np.divmod(np.arange(len(case.tokens)), engine.config.page_size)
+        slots = np.asarray(request.plan.pages)[page] * engine.config.page_size + offset
+        return np.stack(stored_kv(engine, slots), 1)
+
+
+def test_mass_summed_over_the_layers_before_the_boundary(tiny, dense, case):
+    def best(layer, hidden, rows, kv):
+        mass = dense.masses(dense.embed[case.tokens], rows, kv, case.fresh, range(layer + 1)).sum(0)
+        dense.deviation(layer, hidden, rows, kv)  # the new K and V of the boundary's layer stay
+        return case.with_best(mass, round(0.2 * len(case.reused)))
+
+    logits, _, [active] = dense.narrowed(case.pieces, [(2, best)])
+    assert_is(run(tiny, case, CONFIGS["sum_layers"]), logits, active)
+
+
+def test_random_tokens_are_as_many_and_the_same_each_time(tiny, dense, case):
+    out = run(tiny, case, CONFIGS["random"])
+    np.testing.assert_array_equal(out.report.active, run(tiny, case, CONFIGS["random"]).report.active)
+    key = run(tiny, case, dataclasses.replace(CONFIGS["random"], method="sparsex")).report
+    assert (out.report.active_tokens, out.report.computed_fraction) == (key.active_tokens, key.computed_fraction)
+    assert (out.report.active != key.active).any()
+    logits, _, _ = dense.narrowed(case.pieces, [(1, lambda *_: np.flatnonzero(out.report.active))])
+    np.testing.assert_allclose(out.logits, logits, atol=2e-4)
+
+
+def test_the_oracle_knows_the_true_deviation(tiny, dense, case):
+    true, pasted = np.array(dense.full(case.tokens)[1]), np.array(dense.pasted(case.pieces))
+    np.testing.assert_allclose(prompt_kv(tiny, case.tokens, "full", "n"), true, atol=1e-4)
+    scale = (true**2).sum((3, 4)).mean(2)[:, :, None]
+    expected = (((true - pasted) ** 2).sum((3, 4)) / scale).sum((0, 1))
+    scores = true_deviation(tiny, case.tokens, "n")
+    np.testing.assert_allclose(scores[case.reused], expected[case.reused], rtol=1e-3, atol=1e-5)
+    with oracle(scores) as name:
+        reuse = ReuseConfig(name, boundary_layer=0, recompute_ratio=0.3, **PLAIN)
+        out = run(tiny, case, reuse)
+        with pytest.raises(InvalidRequestError, match=r"scores for a prompt of 50 tokens"):
+            tiny.prefill(NEW[:50], reuse=reuse, namespace="n")
+    assert "oracle" not in METHODS
+    active = case.with_best(scores, round(0.3 * len(case.reused)))
+    logits, _, _ = dense.narrowed(case.pieces, [(0, lambda *_: active)])
+    assert_is(out, logits, active)
+
+
+# Options ----------------------------------------------------------------------------------------------------
+
+
+def boundary_mass(dense, case, layer):
+    """Key mass at a boundary before which everything was computed."""
+    everyone = np.arange(len(case.tokens))
+    return dense.masses(dense.embed[case.tokens], everyone, dense.full(case.tokens)[1], case.fresh, range(layer + 1))[
+        -1
+    ]
+
+
+@pytest.mark.parametrize(("coverage", "cap"), [(0.3, 1.0), (0.6, 1.0), (0.95, 1.0), (0.95, 0.1)])
+def test_coverage_adds_no_more_than_it_takes(tiny, dense, case, coverage, cap):
+    mass = boundary_mass(dense, case, 1)
+    reuse = dataclasses.replace(CONFIGS["coverage"], coverage=coverage, recompute_ratio=cap)
+    report = run(tiny, case, reuse).report
+    near = [p for p in case.reused if np.abs(case.fresh - p).min() <= 2]
+    tail = np.arange(len(case.tokens) - 4, len(case.tokens)) if case.pieces[-1][1] else []
+    forced = np.union1d(np.union1d(case.fresh, near), tail).astype(int)
+    active = forced
+    limit = len(forced) + round(cap * len(case.reused))
+    while mass[np.intersect1d(active, case.reused)].sum() < coverage * mass[case.reused].sum() and len(active) < limit:
+        active = case.with_best(mass, 1, active)
+    np.testing.assert_array_equal(np.flatnonzero(report.active), active)
+    total = len(case.tokens)
+    assert report.computed_fraction == pytest.approx((total + 3 * len(active)) / (4 * total))
+
+
+def test_pooling_chooses_blocks(tiny, dense, case):
+    reuse = ReuseConfig(boundary_layer=1, recompute_ratio=0.25, pool_tokens=8, **PLAIN)
+    mass = boundary_mass(dense, case, 1)
+    blocks = np.arange(len(mass)) // 8
+    pooled = np.array([mass[case.is_reused & (blocks == block)].sum() for block in blocks])
+    pooled /= np.maximum([(case.is_reused & (blocks == block)).sum() for block in blocks], 1)
+    np.testing.assert_array_equal(
+        np.flatnonzero(run(tiny, case, reuse).report.active), case.with_best(pooled, round(0.25 * len(case.reused)))
+    )
+
+
+def test_each_segment_gets_its_share(tiny, dense, case):
+    reuse = ReuseConfig(boundary_layer=1, recompute_ratio=0.2, per_segment=True, head_tokens=2, **PLAIN)
+    mass = boundary_mass(dense, case, 1)
+    active = np.concatenate([case.fresh, *(places[:2] for places in case.segments)])
+    others = [np.setdiff1d(np.intersect1d(places, case.reused), active) for places in case.segments]
+    parts = shares(round(0.2 * len(case.reused)), np.array([len(places) for places in others]))
+    best = [places[np.argsort(-mass[places])[:k]] for places, k in zip(others, parts, strict=True)]
+    report = run(tiny, case, reuse).report
+    np.testing.assert_array_equal(np.flatnonzero(report.active), np.sort(np.concatenate([active, *best])))
+
+
+def test_shares_add_up():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        weights = rng.integers(0, 20, rng.integers(1, 6))
+        total = int(rng.integers(0, weights.sum() + 1))
+        parts = shares(total, weights)
+        assert parts.sum() == total
+        assert (parts <= weights).all()
+        assert (np.abs(parts - total * weights / max(weights.sum(), 1)) < 1).all()
+
+
+# What all have in common ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_gives_what_each_request_gives_alone(tiny, name):
+    remember_both(tiny)
+    prompts = [*(Case(name).tokens for name in ("many", "end", "odd offsets")), NEW[:50]]
+    sampling = SamplingParams(max_new_tokens=3)
+    together = tiny.generate_batch(prompts, sampling, reuse=CONFIGS[name], namespace="n", keep=False)
+    for prompt, out in zip(prompts, together, strict=True):
+        alone = tiny.generate(prompt, sampling, reuse=CONFIGS[name], namespace="n", keep=False)
+        assert out.token_ids == alone.token_ids
+        assert out.report.to_dict() | {"ttft_s": 0} == alone.report.to_dict() | {"ttft_s": 0}
+        np.testing.assert_array_equal(out.report.active, alone.report.active)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_approximate_kv_is_never_an_exact_prefix(tiny, name):
+    remember_both(tiny)
+    prompt = np.concatenate([NEW[:20], A, NEW[20:60]])
+    out = tiny.prefill(prompt, reuse=CONFIGS[name], namespace="n")
+    assert out.report.reused_tokens == 70
+    assert out.report.active_tokens < len(prompt)
+    again = tiny.prefill(prompt, reuse=ReuseConfig("prefix"), namespace="n", keep=False)
+    assert again.report.prefix_tokens == 20
+    np.testing.assert_allclose(again.logits, engine_logits(tiny, prompt, reuse=ReuseConfig("full")), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nan_in_unused_slots_changes_nothing(tiny, name):
+    poisoned = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
+    poisoned._runner.store = poisoned._runner.store + np.nan
+    outs = []
+    for engine in (tiny, poisoned):
+        remember_both(engine)
+        outs.append(run(engine, Case("many"), CONFIGS[name]))
+    np.testing.assert_array_equal(outs[0].logits, outs[1].logits)
+    np.testing.assert_array_equal(outs[0].report.active, outs[1].report.active)
+
+
+@pytest.mark.parametrize(
+    ("reuse", "token_layers"),
+    [
+        (CONFIGS["epic"], 4 * (30 + 5)),
+        (CONFIGS["cacheblend"], 100 + (30 + 17) + (30 + 15) + (30 + 14)),
+        (CONFIGS["prophetkv"], 4 * 30 + 4 * (30 + 14)),
+        (CONFIGS["random"], 100 + 3 * (30 + 14)),
+        (CONFIGS["sum_layers"], 2 * 100 + 2 * (30 + 14)),
+        (ReuseConfig(boundary_layer=1, second_boundary=3, head_tokens=4, **PLAIN), 100 + 2 * (30 + 4 + 10) + 30),
+    ],
+)
+def test_computed_fraction_by_hand(tiny, reuse, token_layers):
+    """100 tokens, 70 of them reused, 4 layers."""
+    remember_both(tiny)
+    report = tiny.prefill(np.concatenate([NEW[:10], A, NEW[10:30]]), reuse=reuse, namespace="n").report
+    assert (report.reused_tokens, report.fresh_tokens) == (70, 30)
+    assert report.computed_fraction == pytest.approx(token_layers / 400)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_a_hit_every_method_is_a_plain_prefill(tiny, name):
+    out = tiny.prefill(NEW[:50], reuse=CONFIGS[name], namespace="n", keep=False)
+    assert (out.report.reused_tokens, out.report.computed_fraction) == (0, 1.0)
+    np.testing.assert_allclose(out.logits, engine_logits(tiny, NEW[:50], reuse=ReuseConfig("full")), atol=1e-5)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("name", ["cacheblend", "prophetkv", "sum_layers", "everything"])
+def test_no_signal_copies_the_store(name, tensor_parallel):
+    engine = Engine.from_config(TINY, mesh=make_mesh(tensor_parallel), store_tokens=1 << 17, page_size=64)
+    kind = np.full(300, Kind.FRESH, np.uint8)
+    kind[50:250] = Kind.REUSED
+    prompt = PromptMap(np.zeros(300, np.int32), kind)
+    phases = find_method(CONFIGS[name].method).phases(prompt, CONFIGS[name], TINY.num_layers)
+    runner = engine._runner
+    plan, signals = plan_prefill([RequestPlan(prompt, phases, range(5))], runner.shapes, TINY.num_layers)
+    static = {"decoder": runner.decoder, "signals": signals, "chunk": 128}
+    assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
+
+
+# Errors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("coverage", 0, r"\(0, 1\]"),
+        ("coverage", 1.5, r"\(0, 1\]"),
+        ("head_tokens", -1, ">= 0"),
+        ("pool_tokens", 0, ">= 1"),
+        ("per_segment", 1, "True or False"),
+        ("sum_layers", "yes", "True or False"),
+    ],
+)
+def test_a_wrong_option_names_field_and_limit(field, value, limit):
+    with pytest.raises(InvalidRequestError, match=rf"{field}={value!r} must be .*{limit}"):
+        ReuseConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("naive", "head_tokens", 4),
+        ("epic", "coverage", 0.5),
+        ("cacheblend", "pool_tokens", 8),
+        ("random", "sum_layers", True),
+        ("prophetkv", "sum_layers", True),
+        ("full", "per_segment", True),
+    ],
+)
+def test_an_option_that_means_nothing_to_the_method_is_refused(tiny, name, field, value):
+    with pytest.raises(InvalidRequestError, match=f"{field}={value!r} has no meaning for method '{name}'"):
+        tiny.prefill(NEW[:50], reuse=ReuseConfig(name, **{field: value}))
+    assert tiny.stats()["active"] == 0
+
+
+def test_an_unknown_signal_is_named(tiny):
+    @method("misspelt", uses_segments=True)
+    def misspelt(prompt, reuse, num_layers):
+        return [Phase(0, prompt.computed), Phase(1, prompt.fresh, "key_mas", 3)]
+
+    remember_both(tiny)
+    try:
+        with pytest.raises(InvalidRequestError, match="signal='key_mas' is unknown; there are: key_mass, "):
+            run(tiny, Case("many"), ReuseConfig("misspelt"))
+    finally:
+        del METHODS["misspelt"]
+    assert run(tiny, Case("many"), ReuseConfig()).report.reused_tokens > 0  # nothing was lost
+
+
+# Preambles --------------------------------------------------------------------------------------------------
+
+
+def test_a_preamble_is_seen_and_dropped(tiny):
+    preamble, text = NEW[:7], A[:50]
+    handle = tiny.remember(text, namespace="n", frozen=True, preamble=preamble.tolist())
+    assert tiny.stats()["tokens"] == 50
+    with tiny._admitted([np.concatenate([NEW[50:61], text, NEW[70:80]])], [], ReuseConfig("naive"), "n") as [request]:
+        [segment] = request.plan.prompt.segments
+        stored = stored_kv(tiny, segment.slots)
+    assert (segment.start, segment.length, segment.donor_start) == (11, 50, 7)
+    together = Dense(tiny.model, tiny._runner.params).full(np.concatenate([preamble, text]))[1]
+    for ours, expected in zip(stored, zip(*together, strict=True), strict=True):
+        np.testing.assert_allclose(ours, np.array(expected)[:, 7:], atol=1e-4)
+    report = tiny.prefill(text, reuse=ReuseConfig("sparsex"), namespace="n", keep=False).report
+    assert (report.prefix_tokens, report.reused_tokens) == (0, 49)
+    tiny.forget(handle)
+    assert (tiny.stats()["free"], tiny.stats()["active"]) == (tiny.stats()["pages"], 0)
+
+
+def test_a_preamble_must_fit(tiny):
+    with pytest.raises(InvalidRequestError, match=r"preamble has 1000 tokens and prompt 70: together 1070, .* 1024"):
+        tiny.remember(A, preamble=[1] * 1000)
+    assert tiny.stats()["active"] == 0

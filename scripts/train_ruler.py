@@ -44,7 +44,7 @@ from sparsex_jax.weights import Params, describe, num_parameters, random_params
 
 BOS, EOS = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>"))
 PAD, CONTEXT, ANSWER = 0, 1, 2  # what a token is; the answer of question i is ANSWER + i
-TRAINING, HELD_OUT = 0, 1  # streams of random numbers
+TRAINING, HELD_OUT, LENGTH = 0, 1, 2  # streams of random numbers
 RULER_TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -68,8 +68,9 @@ RULER_TINY = {
 # Share of the training done -> how often each row length, and each task, is drawn until the next entry. Short contexts
 # first: attention that looks things up is found there much sooner. No task is ever left out. 5120 is 4K and questions.
 LENGTHS = {
-    0.0: {512: 1.0},
-    0.15: {512: 0.4, 1024: 0.6},
+    0.0: {256: 1.0},
+    0.06: {256: 0.4, 512: 0.6},
+    0.18: {256: 0.1, 512: 0.3, 1024: 0.6},
     0.28: {512: 0.2, 1024: 0.3, 2048: 0.5},
     0.45: {512: 0.1, 1024: 0.15, 2048: 0.25, 5120: 0.5},
     0.85: {1024: 0.1, 2048: 0.2, 5120: 0.5, 8192: 0.2},
@@ -87,17 +88,17 @@ class Recipe:
     seed: int = 0
     batch_tokens: int = 65536
     learning_rate: float = 1.5e-3
-    warmup: float = 0.01  # share of the training
+    warmup: int = 200  # steps
     weight_decay: float = 0.1
     text_weight: float = 0.1  # of the loss on what is no answer
     max_length: int = 8192  # longer rows of the schedule are cut to this
     patience: float = 1.0  # above 1 contexts grow later
     tasks: tuple[str, ...] = TASKS
 
-    def rate(self, progress: float) -> float:
-        """Linear warm-up, then a cosine to zero."""
+    def rate(self, progress: float, step: int) -> float:
+        """Linear warm-up over steps, then a cosine to zero."""
         decay = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return self.learning_rate * min(1.0, progress / self.warmup + 1e-3) * decay
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * decay
 
     def lengths(self, progress: float) -> dict[int, float]:
         mix: dict[int, float] = collections.defaultdict(float)
@@ -109,13 +110,12 @@ class Recipe:
         """The row length of a step."""
         mix = self.lengths(progress)
         weights = np.array(list(mix.values()))
-        rng = np.random.default_rng([self.seed, TRAINING, step])
+        rng = np.random.default_rng([self.seed, LENGTH, step])
         return int(rng.choice(list(mix), p=weights / weights.sum()))
 
     def task_weights(self, progress: float) -> dict[str, float]:
-        return {
-            task: weight for task, weight in _current(TASK_MIX, progress**self.patience).items() if task in self.tasks
-        }
+        mix = _current(TASK_MIX, progress**self.patience)
+        return {task: mix[task] for task in self.tasks}
 
 
 def _current(schedule: dict[float, Any], progress: float) -> Any:
@@ -343,9 +343,9 @@ class Storage:
         self.directory = directory.absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         self._args = ocp.args
-        self._manager = ocp.CheckpointManager(
-            self.directory / "checkpoints", options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        )
+        # Written before the next step is made: that one's buffers are this one's.
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.directory / "checkpoints", options=options)
         self.log: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
 
     def restore(self, state: Params) -> tuple[Params, int, float]:
@@ -362,16 +362,18 @@ class Storage:
         return restored["state"], step, restored["meta"]["seconds"]
 
     def save(self, state: Params, step: int, seconds: float) -> None:
+        self._write_log()
         if self._manager.latest_step() != step:
-            args = self._args.Composite(
-                state=self._args.StandardSave(state), meta=self._args.JsonSave({"seconds": seconds})
-            )
-            self._manager.save(step, args=args)
-        (self.directory / "log.json").write_text(json.dumps(self.log, indent=1) + "\n")
+            state, meta = self._args.StandardSave(state), self._args.JsonSave({"seconds": seconds})
+            self._manager.save(step, args=self._args.Composite(state=state, meta=meta))
 
     def close(self) -> None:
-        self._manager.close()  # waits until all is written
+        self._manager.close()
+        self._write_log()
         _plot(self.log, self.directory / "loss.png")
+
+    def _write_log(self) -> None:
+        (self.directory / "log.json").write_text(json.dumps(self.log, indent=1) + "\n")
 
 
 def _plot(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -501,7 +503,7 @@ class Trainer:
     def train(self) -> tuple[int, dict[str, jax.Array]]:
         """One step: its tokens, and what it gave."""
         tokens, kind, _ = self._feed.batch()
-        rate = self.recipe.rate(self.progress(self.step))
+        rate = self.recipe.rate(self.progress(self.step), self.step)
         self.state, metrics = train_step(self.state, tokens, kind, rate, self.config, self.recipe, self._args.dtype)
         self.step += 1
         return tokens.size, metrics
@@ -512,7 +514,7 @@ class Trainer:
             "step": self.step,
             "minutes": self.seconds / 60,
             "progress": self.progress(self.step),
-            "rate": self.recipe.rate(self.progress(self.step)),
+            "rate": self.recipe.rate(self.progress(self.step), self.step),
             "tokens_per_second": tokens / seconds,
         }
         self.storage.log["train"].append(line)

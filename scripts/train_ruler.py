@@ -570,7 +570,8 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
+    if not jax.config.jax_compilation_cache_dir:  # a run that goes on compiles nothing again
+        jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
     trainer = make_trainer(args)
     size = num_parameters(trainer.config) / 1e6
     print(f"{size:.1f} M parameters, from step {trainer.step}, {jax.devices()[0].device_kind}", flush=True)

@@ -27,7 +27,7 @@ MICRO = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-OPTIONS = ("--workers", "0", "--warmup", "1", "--batch-tokens", "1024", "--max-length", "256", "--dtype", "float32")
+OPTIONS = ("--workers", "0", "--warmup", "1", "--batch-tokens", "512", "--max-length", "256", "--dtype", "float32")
 
 
 @pytest.fixture
@@ -123,10 +123,10 @@ def test_the_schedule():
 
 
 def test_training_lowers_the_loss_and_resumes_exactly(tmp_path):
-    whole, losses = _run(tmp_path / "whole", 12)
-    assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.5
-    _, first = _run(tmp_path / "parts", 12, stop_at=5)
-    parts, second = _run(tmp_path / "parts", 12)
+    whole, losses = _run(tmp_path / "whole", 8)
+    assert np.mean(losses[-2:]) < np.mean(losses[:2]) - 0.3
+    _, first = _run(tmp_path / "parts", 8, stop_at=3)
+    parts, second = _run(tmp_path / "parts", 8)
     assert first + second == losses
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
 

@@ -39,9 +39,9 @@ class RequestPlan:
         return self.phases[0].size
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """First layer of each phase: requests share a plan only if these agree."""
-        return tuple(phase.start for phase in self.phases)
+    def starts(self) -> tuple[tuple[int, str | None], ...]:
+        """Where each phase starts, and by what signal: requests share a plan only if these agree."""
+        return tuple((phase.start, phase.signal) for phase in self.phases)
 
     def exact_tokens(self, num_layers: int) -> int:
         """How many prompt tokens have exact KV once prefilled (DESIGN.md, rule 1)."""

@@ -12,6 +12,6 @@ The jitted prefill runs any such schedule, so a new method is a function and not
 """
 
 from sparsex_jax.methods import cacheblend, epic, plain, prophetkv, sparsex  # noqa: F401  (they register themselves)
-from sparsex_jax.methods.base import METHODS, Method, Phase, boundary_layer, find_method, method
+from sparsex_jax.methods.base import METHODS, Method, Phase, boundary_layer, budget, find_method, method
 
-__all__ = ["METHODS", "Method", "Phase", "boundary_layer", "find_method", "method"]
+__all__ = ["METHODS", "Method", "Phase", "boundary_layer", "budget", "find_method", "method"]

@@ -457,6 +457,7 @@ class Trainer:
         self.storage = Storage(args.out)
         params = init_params(config, recipe.seed)
         state = {"params": params, "optimizer": make_optimizer(config, recipe).init(params)}
+        state = jax.device_put(state, jax.devices()[0])  # as steps return it, else the second one compiles again
         self.state, self.step, self._seconds_before = self.storage.restore(state)
         self._feed = Feed(recipe, args.workers, self.step, self.progress)
 

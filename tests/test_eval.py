@@ -113,6 +113,11 @@ def test_counted_words_are_the_most_frequent(task):
     assert min(times[word] for word in answers) > max(times[word] for word in times.keys() - set(answers))
 
 
+def test_agents_do_not_agree():
+    sample = sample_of("agents", tokens=1000, questions=8)
+    assert all(len(set(question.answers)) == 2 for question in sample.questions)
+
+
 def test_noise_never_names_a_thing_that_is_asked():
     noise = {*lexicon.NOUNS, *lexicon.PLACES, *lexicon.ADJECTIVES, *lexicon.VERBS, *lexicon.ADVERBS}
     assert not noise & {*lexicon.THINGS, *lexicon.CODED_WORDS}

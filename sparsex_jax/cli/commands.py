@@ -168,7 +168,7 @@ def quality(
     tasks: Annotated[str, typer.Option(help="niah, mq_niah, vt, cwe, fwe, qa, chat, agents; several by commas.")] = (
         "vt,mq_niah"
     ),
-    regimes: Annotated[str, typer.Option(help="How segments were stored: joint, independent or both.")] = (
+    regimes: Annotated[str, typer.Option(help="How segments were stored: joint, independent, preamble.")] = (
         "joint,independent"
     ),
     methods: Annotated[

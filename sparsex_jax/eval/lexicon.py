@@ -176,7 +176,7 @@ FREQUENT_QUESTION = "What are the three most frequent coded words? Answer:"
 PERSON_QUESTION = "Question: {question} Answer:"
 AGENT_QUESTION = "{question} Answer:"
 CHAT_TURN = "User: {user}\nAssistant: {assistant}\n"
-CHAT_QUESTION = "User: {question}\nAssistant:"
+CHAT_QUESTION = "Question about the chat: {question} Answer:"
 
 INSTRUCTIONS = {
     "niah": "A special magic number is hidden in the following text. Memorize it.\n",
@@ -206,7 +206,10 @@ def split(text: str) -> list[str]:
 
 @functools.cache
 def vocabulary() -> dict[str, int]:
-    """Token to id: the special tokens, characters, then words, each with and where needed without a space before it."""
+    """Token to id: the special tokens, characters, then words, each with and where needed without a space before it.
+
+    Words are sorted, so a new one shifts ids: a trained model needs the tokenizer it was trained with.
+    """
     characters = (*string.digits, *string.ascii_uppercase, *".,:?=")
     words = sorted({piece.strip() for text in _texts() for piece in split(re.sub(r"\{\w+\}", " ", text))})
     words = [word for word in words if word and word not in characters]

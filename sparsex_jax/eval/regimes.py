@@ -1,8 +1,9 @@
 """Caching regimes: how a sample's segments came into the store before the prompt that reuses them.
 
 `joint`: all of them were prefilled together in one earlier prompt, behind another instruction. `independent`: each
-was prefilled alone, and the prompt has them in another order. Parts are tokenised one by one and their ids joined,
-so that a segment has the same tokens wherever it stands.
+was prefilled alone, and the prompt has them in another order. `preamble`: as independent, but each was prefilled
+behind a short text that was dropped. Parts are tokenised one by one and their ids joined, so that a segment has the
+same tokens wherever it stands.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Case:
     """A sample with one of its questions, as token ids.
 
     Attributes:
-      earlier: what stood before the segments when they were prefilled together.
+      earlier: what stood before the segments when they were prefilled together, or before each.
       opening: what stands before them now: the instruction, in the model's chat template if it has one.
       closing: the question, and what makes the model answer.
     """
@@ -76,6 +77,16 @@ def _joint(engine: Engine, case: Case, namespace: str, rng: np.random.Generator)
 def _independent(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
     for segment in case.segments:
         engine.remember(segment, namespace=namespace)
+    return _shuffled(case, rng)
+
+
+def _preamble(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
+    for segment in case.segments:
+        engine.remember(segment, namespace=namespace, preamble=case.earlier)
+    return _shuffled(case, rng)
+
+
+def _shuffled(case: Case, rng: np.random.Generator) -> Case:
     order = rng.permutation(len(case.segments))
     return dataclasses.replace(case, segments=tuple(case.segments[i] for i in order))
 
@@ -83,6 +94,7 @@ def _independent(engine: Engine, case: Case, namespace: str, rng: np.random.Gene
 REGIMES: dict[str, Callable[[Engine, Case, str, np.random.Generator], Case]] = {
     "joint": _joint,
     "independent": _independent,
+    "preamble": _preamble,
 }
 
 

@@ -224,7 +224,8 @@ def _turn(rng: np.random.Generator, said: str) -> str:
 def agents(rng: np.random.Generator, size: Size) -> Body:
     """A problem and what agents answered to it; asked is the same thing of two of them."""
     names = _pick(rng, lexicon.FIRST_NAMES, max(size.num_segments - 1, 2))
-    facts = [[_fact(rng, kind) for kind in lexicon.AGENT_FACTS] for _ in names]
+    by_kind = [_different_facts(rng, kind, len(names)) for kind in lexicon.AGENT_FACTS]
+    facts = [list(some) for some in zip(*by_kind, strict=True)]
     share = dataclasses.replace(size, num_tokens=size.num_tokens // len(names), num_segments=1)
     outputs = [
         f"{lexicon.AGENT_OPENING.format(name=name)} {_hidden(rng, [said for said, _, _ in some], share)[0]}"
@@ -249,6 +250,18 @@ def _fact(rng: np.random.Generator, kind: tuple[str, str, tuple[str, ...] | None
     said, question, values = kind
     value = values[rng.integers(len(values))] if values else _numbers(rng, 1, 4)[0]
     return said.replace("{value}", value), question, value
+
+
+def _different_facts(
+    rng: np.random.Generator, kind: tuple[str, str, tuple[str, ...] | None], number: int
+) -> list[tuple[str, str, str]]:
+    """Facts of one kind with different values, as far as there are so many."""
+    facts: dict[str, tuple[str, str, str]] = {}
+    most = min(number, len(kind[2])) if kind[2] else number
+    while len(facts) < most:
+        fact = _fact(rng, kind)
+        facts[fact[2]] = fact
+    return [*facts.values(), *(_fact(rng, kind) for _ in range(number - most))]
 
 
 def _name(rng: np.random.Generator) -> str:

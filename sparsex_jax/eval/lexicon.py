@@ -1,8 +1,8 @@
 """The closed vocabulary of the generated tasks: word lists, templates, and a word-level tokenizer for them.
 
 Every text that `tasks.make_sample` makes is built of what stands here, so that a tiny model can learn all of it.
-A token is a word, a digit, a capital letter or a punctuation mark, together with the space before it if there is
-one: "VAR XQZPD = 12." is `VAR| X|Q|Z|P|D| =| 1|2|.`. Joining tokens therefore restores the text exactly.
+A token is a word, a variable's name, a digit or a punctuation mark, together with the space before it if there is
+one: "VAR XQZPD = 12." is `VAR| XQZPD| =| 1|2|.`. Joining tokens therefore restores the text exactly.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
-# Variable names are capitals, each a token; VAR is the one word in capitals.
-_PIECE = r" ?(?:VAR(?![A-Za-z])|[A-Z]?[a-z]+|[A-Z]|[0-9]|[^\sA-Za-z0-9])|\n| "
+# Variable names are five capitals; VAR is the one word in capitals.
+_PIECE = r" ?(?:VAR(?![A-Za-z])|[A-Z]{5}|[A-Z]?[a-z]+|[A-Z]|[0-9]|[^\sA-Za-z0-9])|\n| "
 _pieces = re.compile(_PIECE).findall
 
 
@@ -170,6 +170,8 @@ NEEDLES_QUESTION = "What are the special magic numbers for {keys} mentioned in t
 ASSIGN_VALUE = "VAR {name} = {value}."
 ASSIGN_NAME = "VAR {name} = VAR {value}."
 CHAIN_QUESTION = "Find all variables that are assigned the value {value} in the text. Answer:"
+# A word each to the tiny model: names spelt out would make the task one of spelling.
+VARIABLES = tuple("".join(letters) for letters in np.random.default_rng(5).choice([*string.ascii_uppercase], (500, 5)))
 WORD_LIST, CODED_LIST = "Words: ", "Coded text: "
 COMMON_QUESTION = "What are the {number} most common words in the lists? Answer:"
 FREQUENT_QUESTION = "What are the three most frequent coded words? Answer:"
@@ -198,8 +200,8 @@ EARLIER_INSTRUCTION = "Here is something that you may need later on. Read it wit
 def split(text: str) -> list[str]:
     """The pieces that become tokens; joined, they are the text.
 
-    >>> split("VAR XQ = 12.\\n")
-    ['VAR', ' X', 'Q', ' =', ' 1', '2', '.', '\\n']
+    >>> split("VAR XQZPD = 12.\\n")
+    ['VAR', ' XQZPD', ' =', ' 1', '2', '.', '\\n']
     """
     return _pieces(text)
 
@@ -210,10 +212,11 @@ def vocabulary() -> dict[str, int]:
 
     Words are sorted, so a new one shifts ids: a trained model needs the tokenizer it was trained with.
     """
-    characters = (*string.digits, *string.ascii_uppercase, *".,:?=")
+    characters = (*string.digits, *".,:?=")
     words = sorted({piece.strip() for text in _texts() for piece in split(re.sub(r"\{\w+\}", " ", text))})
     words = [word for word in words if word and word not in characters]
-    alone = [word for word in words if word[0].isupper()]  # only these stand at the beginning of a line
+    # Only these stand at the beginning of a line.
+    alone = [word for word in words if word[0].isupper() and word not in VARIABLES]
     tokens = (*SPECIAL_TOKENS, "\n", *characters, *alone, *(" " + piece for piece in (*characters, *words)))
     return {token: number for number, token in enumerate(tokens)}
 

@@ -34,8 +34,9 @@ def frontier(summaries: Sequence[Row], path: Path, title: str = "") -> None:
         for panel, task in zip(line, tasks, strict=True):
             _frontier_panel(panel, [s for s in summaries if (s["task"], s["regime"]) == (task, regime)])
             panel.set_title(f"{task}, {regime}", fontsize=10)
-    figure.supxlabel("computed fraction of token-layers", fontsize=10)
-    figure.supylabel("score", fontsize=10)
+        line[0].set_ylabel("score")
+    for panel in axes[-1]:
+        panel.set_xlabel("computed fraction of token-layers")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     _save(figure, path, title)

@@ -22,15 +22,17 @@ class Question:
 
     Attributes:
       answers: strings that the answer must contain.
+      written: how the reference writes each of them; by default as it is.
     """
 
     text: str
     answers: tuple[str, ...]
+    written: tuple[str, ...] = ()
 
     @property
     def reference(self) -> str:
         """What a perfect model goes on with."""
-        return " " + ", ".join(self.answers) + "."
+        return " " + ", ".join(self.written or self.answers) + "."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +111,13 @@ def mq_niah(rng: np.random.Generator, size: Size) -> Body:
     """Many needles, four asked at a time, in any order."""
     needles = _needles(rng, size.fits(64, 4, 32))
     asked = [[needles[i] for i in rng.permutation(len(needles))[:4]] for _ in range(size.num_questions)]
-    questions = [
-        Question(
-            lexicon.NEEDLES_QUESTION.format(keys=_listing([key for key, _ in some])), tuple(value for _, value in some)
-        )
-        for some in asked
-    ]
+    questions = [_about_needles(some) for some in asked]
     return _hidden_needles(rng, needles, size), questions
+
+
+def _about_needles(needles: Sequence[tuple[str, str]]) -> Question:
+    text = lexicon.NEEDLES_QUESTION.format(keys=_listing([key for key, _ in needles]))
+    return Question(text, tuple(value for _, value in needles), tuple(f"{key} is: {value}" for key, value in needles))
 
 
 def _needles(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:
@@ -345,11 +347,7 @@ def _numbers(rng: np.random.Generator, number: int, digits: int) -> list[str]:
 
 def _variables(rng: np.random.Generator, number: int) -> list[str]:
     """Different names of five capitals."""
-    names: dict[str, None] = {}
-    while len(names) < number:
-        letters = rng.integers(0, 26, (number - len(names), 5)).tolist()
-        names |= dict.fromkeys("".join(string.ascii_uppercase[i] for i in line) for line in letters)
-    return list(names)
+    return _pick(rng, lexicon.VARIABLES, number)
 
 
 def _listing(words: Sequence[str]) -> str:

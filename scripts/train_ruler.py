@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -224,7 +224,7 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array
     flat = jnp.asarray(tokens, jnp.int32).reshape(-1)
     position = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     rows = Rows(flat, position, jnp.repeat(jnp.arange(batch), length), jnp.arange(flat.size))
-    fused = "cudnn" if jax.default_backend() == "gpu" else None
+    fused: Literal["cudnn"] | None = "cudnn" if jax.default_backend() == "gpu" else None
 
     def layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         heads = (model.queries(weights, config, hidden, rows), *model.keys_values(weights, config, hidden, rows))

@@ -117,7 +117,7 @@ def test_the_schedule():
     assert recipe.rate(0.0, step=0) < 0.01 * recipe.learning_rate  # however long the first compilation took
     assert recipe.rate(0.02, step=1000) == pytest.approx(recipe.learning_rate, rel=0.01)
     assert recipe.rate(1.0, step=1000) == pytest.approx(0, abs=1e-9)
-    assert set(recipe.lengths(0.0)) == {512}
+    assert max(recipe.lengths(0.0)) <= 512
     assert max(recipe.lengths(1.0)) == 8192
     assert max(train_ruler.Recipe(max_length=1024).lengths(1.0)) == 1024
 

@@ -11,7 +11,11 @@ The jitted prefill runs any such schedule, so a new method is a function and not
 `scripts/new_method.py` is a complete example, with a signal of its own.
 """
 
-from sparsex_jax.methods import cacheblend, epic, plain, prophetkv, sparsex  # noqa: F401  (they register themselves)
+# They register themselves, in the order of DESIGN.md's table.
+# isort: off
+from sparsex_jax.methods import plain, epic, cacheblend, sparsex, prophetkv  # noqa: F401
+
+# isort: on
 from sparsex_jax.methods.base import METHODS, Method, Phase, boundary_layer, budget, find_method, method
 
 __all__ = ["METHODS", "Method", "Phase", "boundary_layer", "budget", "find_method", "method"]

@@ -11,8 +11,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float32, Float64
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -24,6 +22,7 @@ from sparsex_jax.cli.terminal import output, print_json, progress
 from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
+from sparsex_jax.eval.metrics import kl_divergence
 from sparsex_jax.generation import Prefill
 from sparsex_jax.report import Report
 
@@ -118,17 +117,6 @@ def _outcome(text: str, full: Prefill, prefills: Sequence[Prefill]) -> Outcome:
     ttft_s = statistics.median(prefill.report.ttft_s for prefill in prefills)
     last = prefills[-1]
     return Outcome(text, kl_divergence(full.logits, last.logits), dataclasses.replace(last.report, ttft_s=ttft_s))
-
-
-def kl_divergence(reference: Float32[np.ndarray, "vocab"], logits: Float32[np.ndarray, "vocab"]) -> float:
-    """KL(reference || other) of two next-token distributions, in nats."""
-    p, q = log_softmax(reference), log_softmax(logits)
-    return float(np.sum(np.exp(p) * (p - q)))
-
-
-def log_softmax(logits: Float32[np.ndarray, "vocab"]) -> Float64[np.ndarray, "vocab"]:
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
 
 
 # Showing ----------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ import numpy as np
 import optax
 
 from sparsex_jax import ModelConfig, model
-from sparsex_jax.checkpoints.huggingface import _TENSORS
+from sparsex_jax.checkpoints.huggingface import TENSORS
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.tasks import TASKS, make_sample
 from sparsex_jax.plan import Rows
@@ -438,11 +438,11 @@ def hf_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.nd
         return np.ascontiguousarray(matrix.astype(ml_dtypes.bfloat16))
 
     weights, shapes = jax.tree.map(np.asarray, params), describe(config)
-    yield _TENSORS["embed"], weights["embed"].astype(ml_dtypes.bfloat16)
+    yield TENSORS["embed"], weights["embed"].astype(ml_dtypes.bfloat16)
     for layer in range(config.num_layers):
         for name, weight in shapes["layers"].items():
-            yield _TENSORS[name].format(layer), stored(weights["layers"][name][layer], weight.fan_in)
-    yield _TENSORS["final_norm"], stored(weights["final_norm"], 0)
+            yield TENSORS[name].format(layer), stored(weights["layers"][name][layer], weight.fan_in)
+    yield TENSORS["final_norm"], stored(weights["final_norm"], 0)
 
 
 # The training loop -------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from sparsex_jax.weights import Params
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
 
 # Our leaf -> the tensor's name, with the layer's number to be filled in.
-_TENSORS = {
+TENSORS = {
     "embed": "token_embd.weight",
     "final_norm": "output_norm.weight",
     "lm_head": "output.weight",
@@ -79,7 +79,7 @@ class GGUFCheckpoint(Checkpoint):
         }
 
         def read(leaf: str, layer: int | None) -> np.ndarray:
-            stored = self._file.read(_TENSORS[leaf].format(layer))
+            stored = self._file.read(TENSORS[leaf].format(layer))
             return unpermute(stored, heads[leaf]) if permuted and leaf in heads else stored
 
         return place_rows(config, dtype, mesh, read)

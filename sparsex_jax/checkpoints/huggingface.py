@@ -19,7 +19,7 @@ from sparsex_jax.weights import Params
 _INDEX = "model.safetensors.index.json"
 
 # Our leaf -> the tensor's name, with the layer's number to be filled in.
-_TENSORS = {
+TENSORS = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
     "lm_head": "lm_head.weight",
@@ -65,7 +65,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         opened = functools.cache(_open_safetensors)  # a shard's header is parsed once, not for every tensor
 
         def read(leaf: str, layer: int | None) -> np.ndarray:
-            name = _TENSORS[leaf].format(layer)
+            name = TENSORS[leaf].format(layer)
             if name not in self._files:
                 raise UnsupportedModelError(f"{self.directory} has no tensor {name!r}")
             return opened(self._files[name]).get_tensor(name)

@@ -132,9 +132,7 @@ class Engine:
     ) -> list[Generation]:
         """Generate for several prompts, prefilled and decoded together as far as they fit. As `generate`."""
         started = time.perf_counter()
-        each = [sampling or SamplingParams()] * len(prompts) if not isinstance(sampling, Sequence) else sampling
-        if len(each) != len(prompts):
-            raise InvalidRequestError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
+        each = _sampling_of_each(sampling, len(prompts))
         outputs = [Output(params, self.model.eos_token_ids, self.tokenizer) for params in each]
         encoded = [self._encode(p, o.sampling.max_new_tokens) for p, o in zip(prompts, outputs, strict=True)]
         reports: list[Report] = []
@@ -268,6 +266,8 @@ class Engine:
         """Look a prompt up, take the pages it needs and lay out its prefill."""
         if not isinstance(namespace, str) or not namespace:
             raise InvalidRequestError(f"namespace={namespace!r} must be a non-empty string")
+        if not isinstance(reuse, ReuseConfig):
+            raise InvalidRequestError(f"reuse={reuse!r} must be a ReuseConfig")
         method = find_method(reuse.method)
         match = self._cache.lookup(
             tokens,
@@ -380,3 +380,15 @@ class Engine:
 
     def _empty_cache(self) -> PageCache:
         return PageCache(self.config.num_pages, self.config.page_size, self.config.frozen_limit)
+
+
+def _sampling_of_each(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> Sequence[SamplingParams]:
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [sampling or SamplingParams()] * num_prompts
+    if not isinstance(sampling, Sequence) or not all(isinstance(params, SamplingParams) for params in sampling):
+        raise InvalidRequestError(f"sampling={sampling!r} must be SamplingParams, or a list of them")
+    if len(sampling) != num_prompts:
+        raise InvalidRequestError(f"sampling has {len(sampling)} entries for {num_prompts} prompts")
+    return sampling

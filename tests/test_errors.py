@@ -54,6 +54,8 @@ BAD_SETTINGS = {
     "ratio": (lambda: {"reuse": ReuseConfig(recompute_ratio=1.5)}, "recompute_ratio=1.5 must be a number from 0 to 1"),
     "ratio not a number": (lambda: {"reuse": ReuseConfig(recompute_ratio=float("nan"))}, "recompute_ratio=nan"),
     "segment": (lambda: {"reuse": ReuseConfig(min_segment_tokens=4)}, "min_segment_tokens=4 must be an integer >= 16"),
+    "reuse": (lambda: {"reuse": "sparsex"}, "reuse='sparsex' must be a ReuseConfig"),
+    "sampling": (lambda: {"sampling": 5}, "sampling=5 must be SamplingParams"),
     "namespace": (lambda: {"namespace": ""}, "namespace='' must be a non-empty string"),
     "namespace type": (lambda: {"namespace": 3}, "namespace=3 must be a non-empty string"),
     "no tokens": (lambda: {"sampling": SamplingParams(max_new_tokens=0)}, "max_new_tokens=0 must be an integer >= 1"),

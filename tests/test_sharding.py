@@ -88,3 +88,11 @@ def test_a_mesh_without_a_tensor_axis_is_refused():
     mesh = jax.make_mesh((2,), ("data",))
     with pytest.raises(InvalidRequestError, match="it needs one named 'tensor'"):
         Engine.from_config(MODEL, mesh=mesh)
+
+
+def test_other_axes_of_a_mesh_hold_copies():
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"))  # with explicit axis types, as jax makes it by default
+    one = Engine.from_config(MODEL, mesh=mesh, store_tokens=1024, page_size=16, max_batch=2, chunk_rows=32)
+    logits = one.prefill(list(range(60))).logits
+    np.testing.assert_allclose(logits, engine(2).prefill(list(range(60))).logits, atol=2e-5)
+    assert {shard.data.nbytes * 2 for shard in one._runner.store.addressable_shards} == {one._runner.store.nbytes}

@@ -231,8 +231,9 @@ class Engine:
         Args:
           outputs: what each prompt will generate; none for those that generate nothing.
         """
-        requests = self._admit_some(prompts, outputs, reuse, namespace)
+        requests: list[Request] = []
         try:
+            self._admit_some(requests, prompts, outputs, reuse, namespace)
             yield requests
         except BaseException:
             if self._runner.recover():  # the KV is gone, and with it all that the cache says of it
@@ -244,9 +245,14 @@ class Engine:
                 self._leave(request)
 
     def _admit_some(
-        self, prompts: Sequence[np.ndarray], outputs: Sequence[Output], reuse: ReuseConfig, namespace: str
-    ) -> list[Request]:
-        requests: list[Request] = []
+        self,
+        requests: list[Request],
+        prompts: Sequence[np.ndarray],
+        outputs: Sequence[Output],
+        reuse: ReuseConfig,
+        namespace: str,
+    ) -> None:
+        """Add to the requests as they are admitted, so that the caller can let go of them whatever fails here."""
         rows = 0
         for tokens, output in itertools.zip_longest(prompts[: self.config.max_batch], outputs[: self.config.max_batch]):
             try:
@@ -260,7 +266,6 @@ class Engine:
                 self._leave(request)
                 break
             requests.append(request)
-        return requests
 
     def _admit(self, tokens: np.ndarray, new_tokens: int, reuse: ReuseConfig, namespace: str) -> Request:
         """Look a prompt up, take the pages it needs and lay out its prefill."""

@@ -150,6 +150,21 @@ def test_a_failing_step_loses_no_page(tiny, monkeypatch):
     assert tiny.prefill([3, *range(50), 4], keep=False).report.reused_tokens == 50
 
 
+def test_a_batch_that_fails_while_it_is_admitted_loses_no_page(tiny, monkeypatch):
+    admit, calls = tiny._admit, []
+
+    def fail_at_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("no plan")
+        return admit(*args)
+
+    monkeypatch.setattr(tiny, "_admit", fail_at_the_second)
+    with pytest.raises(RuntimeError, match="no plan"):
+        tiny.generate_batch([[1, 2, 3], [4, 5, 6]])
+    assert (tiny.stats()["active"], tiny.stats()["free"]) == (0, tiny.stats()["pages"])
+
+
 def test_an_engine_whose_store_was_lost_starts_afresh(tiny, monkeypatch):
     """A step that fails on the device takes the donated store with it."""
     tiny.remember(list(range(50)))

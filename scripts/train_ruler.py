@@ -7,8 +7,9 @@ which the learning rate decays and the contexts grow. About 20 minutes on one H1
 directory.
 
 A training row is one context and several questions about it, each with its answer; the loss is that of the answers and,
-lightly weighted, of everything else. The forward pass is made of the engine's own functions: what is trained is what
-the engine runs.
+lightly weighted, of everything else. At the end of each variable's assignment the model is asked for the value as well
+(a hint: it learns to track in the context what the question will be about), from the hidden states of `HINT_LAYER`. The
+forward pass is made of the engine's own functions: what is trained is what the engine runs.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from sparsex_jax.weights import Params, describe, num_parameters, random_params
 BOS, EOS = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>"))
 PAD, CONTEXT, ANSWER = 0, 1, 2  # what a token is; the answer of question i is ANSWER + i
 TRAINING, HELD_OUT, LENGTH = 0, 1, 2  # streams of random numbers
+HINT_LAYER = 8  # of 12; the layers behind it can use what is known by then
 RULER_TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -56,7 +58,7 @@ RULER_TINY = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "hidden_act": "silu",
-    "max_position_embeddings": 16384,
+    "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
     "tie_word_embeddings": True,
@@ -76,8 +78,8 @@ LENGTHS = {
     0.85: {1024: 0.1, 2048: 0.2, 5120: 0.5, 8192: 0.2},
 }
 TASK_MIX = {
-    0.0: {"niah": 2, "mq_niah": 3, "vt": 3, "cwe": 0.5, "fwe": 0.5, "qa": 2, "chat": 1, "agents": 1},
-    0.15: {"niah": 1, "mq_niah": 2, "vt": 3, "cwe": 1, "fwe": 1, "qa": 1, "chat": 1, "agents": 1},
+    0.0: {"niah": 1, "mq_niah": 3, "vt": 3, "cwe": 1, "fwe": 0.5, "qa": 2, "chat": 0.5, "agents": 0.5},
+    0.3: {"niah": 0.3, "mq_niah": 2, "vt": 3, "cwe": 2, "fwe": 1, "qa": 2, "chat": 0.3, "agents": 0.7},
 }
 
 
@@ -91,6 +93,8 @@ class Recipe:
     warmup: int = 200  # steps
     weight_decay: float = 0.1
     text_weight: float = 0.1  # of the loss on what is no answer
+    hint_weight: float = 0.5  # of the loss on the hints
+    digit_weight: float = 0.25  # of a digit in an answer: they are many, and soon easy
     max_length: int = 8192  # longer rows of the schedule are cut to this
     patience: float = 1.0  # above 1 contexts grow later
     tasks: tuple[str, ...] = TASKS
@@ -127,8 +131,9 @@ def _current(schedule: dict[float, Any], progress: float) -> Any:
 
 def make_row(
     task: str, rng: np.random.Generator, length: int, num_questions: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and what each token is, `[length]`: <bos>, instruction, segments, and question, answer, <eos> in turn.
+) -> tuple[np.ndarray, ...]:
+    """Token ids, what each token is, and hints, `[length]`: <bos>, instruction, segments, and question, answer, <eos>
+    in turn.
 
     As many questions as fit; the segments stand in random order half of the time.
     """
@@ -156,20 +161,33 @@ def make_row(
     raise ValueError(f"a sample of {task} does not fit into {length} tokens")
 
 
-def _padded(pieces: list[np.ndarray], kinds: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
+def _padded(pieces: list[np.ndarray], kinds: list[int], length: int) -> tuple[np.ndarray, ...]:
     tokens, kind = np.full(length, PAD, np.uint16), np.full(length, PAD, np.uint8)
     flat = np.concatenate(pieces)
     tokens[: len(flat)] = flat
     kind[: len(flat)] = np.repeat(kinds, [len(piece) for piece in pieces])
-    return tokens, kind
+    return tokens, kind, make_hints(tokens)
+
+
+def make_hints(tokens: np.ndarray) -> np.ndarray:
+    """`[length]`: at the full stop behind an assignment the token of the variable's value, elsewhere PAD."""
+    ids = lexicon.vocabulary()
+    hints, values = np.full(len(tokens), PAD, np.uint16), {}
+    for equals in np.flatnonzero(tokens == ids[" ="]):
+        source = tokens[equals + 1]
+        named = source == ids[" VAR"]  # the value of another variable, else the value itself
+        value = values.get(int(tokens[equals + 2]), PAD) if named else source
+        values[int(tokens[equals - 1])] = value
+        hints[equals + (3 if named else 2)] = value
+    return hints
 
 
 def make_batch(
     key: tuple[int, ...], rows: int, length: int, weights: dict[str, float], num_questions: int | None = None
 ) -> tuple[np.ndarray, ...]:
-    """Tokens, kinds `[rows, length]` and the number of the task of each row; the same key gives the same batch.
+    """Tokens, kinds, hints `[rows, length]` and the number of the task of each row; the same key, the same batch.
 
-    Tasks are dealt out in their shares rather than drawn, so that every batch has all of them.
+    Tasks are dealt out in their shares rather than drawn, so that batches are alike.
     """
     rng = np.random.default_rng(key)
     edges = np.cumsum(list(weights.values()))
@@ -177,7 +195,7 @@ def make_batch(
     names = list(weights)
     drawn = [make_row(names[task], rng, length, num_questions) for task in tasks]
     numbers = np.array([TASKS.index(names[task]) for task in tasks])
-    return np.stack([tokens for tokens, _ in drawn]), np.stack([kind for _, kind in drawn]), numbers
+    return *(np.stack(part) for part in zip(*drawn, strict=True)), numbers
 
 
 class Feed:
@@ -218,8 +236,8 @@ class Feed:
 # Model and optimiser -----------------------------------------------------------------------------------------
 
 
-def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """Logits `[batch, length, vocab]` of rows that each stand alone."""
+def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits `[batch, length, vocab]` of rows that each stand alone: as after `HINT_LAYER` layers, and after all."""
     batch, length = tokens.shape
     flat = jnp.asarray(tokens, jnp.int32).reshape(-1)
     position = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
@@ -235,25 +253,50 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array
 
     # A product in place of `model.embed`'s look-up: its gradient is a product too and no slow scatter.
     hidden = jax.nn.one_hot(flat, config.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
-    hidden, _ = jax.lax.scan(layer, hidden, params["layers"])
-    return model.logits(params, config, hidden).reshape(batch, length, -1)
+    layers = (
+        jax.tree.map(lambda w: w[:HINT_LAYER], params["layers"]),
+        jax.tree.map(lambda w: w[HINT_LAYER:], params["layers"]),
+    )
+    hidden, _ = jax.lax.scan(layer, hidden, layers[0])
+    halfway = hidden
+    hidden, _ = jax.lax.scan(layer, hidden, layers[1])
+    return tuple(model.logits(params, config, x).reshape(batch, length, -1) for x in (halfway, hidden))
 
 
 def losses(
-    params: Params, config: ModelConfig, dtype: str, tokens: jax.Array, kind: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean cross-entropy of answers, and of other text; `[batch, length]` 1 and 0 where the next token is of an answer
-    and foretold or not, -1 elsewhere."""
-    kind = following(kind)
-    scores = forward(jax.tree.map(lambda w: w.astype(dtype), params), config, tokens)
-    targets = following(tokens).astype(jnp.int32)
-    # Picked by a product, which fuses and whose gradient is no scatter.
-    picked = jnp.sum(scores * jax.nn.one_hot(targets, config.vocab_size), axis=-1)
-    cross_entropy = jax.nn.logsumexp(scores, axis=-1) - picked
-    answer, text = (
-        jnp.sum(cross_entropy * mask) / jnp.maximum(mask.sum(), 1) for mask in (kind >= ANSWER, kind == CONTEXT)
-    )
-    return answer, text, jnp.where(kind >= ANSWER, scores.argmax(-1) == targets, -1)
+    params: Params, config: ModelConfig, recipe: Recipe, dtype: str, rows: tuple[jax.Array, ...]
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    """What tokens, kinds and hints `[batch, length]` give.
+
+    Returns:
+      Mean cross-entropy of answers, of other text and of hints; the share of hints that is right; and `[batch, length]`
+      1 and 0 where the next token is of an answer and foretold or not, -1 elsewhere.
+    """
+    tokens, kind, hints = rows
+    kind, targets, hints = following(kind), following(tokens).astype(jnp.int32), hints.astype(jnp.int32)
+    halfway, final = forward(jax.tree.map(lambda w: w.astype(dtype), params), config, tokens)
+    surprise, answer = cross_entropy(final, targets), kind >= ANSWER
+    means = {
+        "answer": mean(surprise, jnp.where(is_digit()[targets], recipe.digit_weight, 1.0) * answer),
+        "text": mean(surprise, kind == CONTEXT),
+        "hint": mean(cross_entropy(halfway, hints), hints > PAD),
+    }
+    hinted = mean(halfway.argmax(-1) == hints, hints > PAD)
+    return means, hinted, jnp.where(answer, final.argmax(-1) == targets, -1)
+
+
+def cross_entropy(scores: jax.Array, targets: jax.Array) -> jax.Array:
+    """Picked by a product, which fuses and whose gradient is no scatter."""
+    return jax.nn.logsumexp(scores, axis=-1) - jnp.sum(scores * jax.nn.one_hot(targets, scores.shape[-1]), axis=-1)
+
+
+def mean(x: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.sum(x * weights) / jnp.maximum(jnp.sum(weights), 1)
+
+
+def is_digit() -> jax.Array:
+    """Which tokens of the vocabulary are digits."""
+    return jnp.array([token.strip().isdigit() for token in lexicon.vocabulary()])
 
 
 def following(x: jax.Array) -> jax.Array:
@@ -281,20 +324,20 @@ def init_params(config: ModelConfig, seed: int) -> Params:
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe", "dtype"), donate_argnames="state")
 def train_step(
-    state: Params, tokens: jax.Array, kind: jax.Array, rate: jax.Array, config: ModelConfig, recipe: Recipe, dtype: str
+    state: Params, rows: tuple[jax.Array, ...], rate: jax.Array, config: ModelConfig, recipe: Recipe, dtype: str
 ) -> tuple[Params, dict[str, jax.Array]]:
     """One update of `{"params", "optimizer"}`, and what to log of it."""
 
-    def loss(params: Params) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        answer, text, right = losses(params, config, dtype, tokens, kind)
-        return answer + recipe.text_weight * text, (answer, text, right)
+    def loss(params: Params) -> tuple[jax.Array, tuple[Any, ...]]:
+        means, hinted, right = losses(params, config, recipe, dtype, rows)
+        weighted = means["answer"] + recipe.text_weight * means["text"] + recipe.hint_weight * means["hint"]
+        return weighted, (means, hinted, right)
 
-    grads, (answer, text, right) = jax.grad(loss, has_aux=True)(state["params"])
+    grads, (means, hinted, right) = jax.grad(loss, has_aux=True)(state["params"])
     updates, optimizer = make_optimizer(config, recipe).update(grads, state["optimizer"], state["params"])
     params = optax.apply_updates(state["params"], jax.tree.map(lambda u: -rate * u, updates))
-    metrics = {
-        "answer_loss": answer,
-        "text_loss": text,
+    metrics = {f"{name}_loss": value for name, value in means.items()} | {
+        "hinted": hinted,
         "right": jnp.sum(right == 1) / jnp.maximum(jnp.sum(right >= 0), 1),
         "gradient": optax.tree.norm(grads),
     }
@@ -304,9 +347,9 @@ def train_step(
 # Evaluation --------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def foretold(params: Params, tokens: jax.Array, kind: jax.Array, config: ModelConfig, dtype: str) -> jax.Array:
-    return losses(params, config, dtype, tokens, kind)[2]
+@functools.partial(jax.jit, static_argnames=("config", "recipe", "dtype"))
+def foretold(params: Params, rows: tuple[jax.Array, ...], config: ModelConfig, recipe: Recipe, dtype: str) -> jax.Array:
+    return losses(params, config, recipe, dtype, rows)[2]
 
 
 @functools.cache
@@ -322,8 +365,8 @@ def evaluate(params: Params, config: ModelConfig, recipe: Recipe, dtype: str, le
     """Task -> share of whole answers, and of answer tokens, right where the tokens before them are given."""
     whole: dict[int, list[bool]] = collections.defaultdict(list)
     single: dict[int, list[bool]] = collections.defaultdict(list)
-    for tokens, kind, tasks in held_out(recipe, length):
-        right = np.asarray(foretold(params, tokens, kind, config, dtype))
+    for *rows, tasks in held_out(recipe, length):
+        right = np.asarray(foretold(params, tuple(rows), config, recipe, dtype))
         for row, task in zip(right, tasks.tolist(), strict=True):
             whole[task].append(row[row >= 0].all())
             single[task].extend(row[row >= 0])
@@ -388,7 +431,7 @@ def _plot(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
     lengths = sorted({line["length"] for line in log["eval"]})
     figure, axes = plt.subplots(1, 1 + len(lengths), figsize=(5 * (1 + len(lengths)), 4))
     axes = np.atleast_1d(axes)
-    for name in ("answer_loss", "text_loss"):
+    for name in ("answer_loss", "text_loss", "hint_loss"):
         axes[0].plot([line["step"] for line in log["train"]], [line[name] for line in log["train"]], label=name)
     axes[0].set(xlabel="step", title="cross-entropy", yscale="log")
     axes[0].legend()
@@ -503,11 +546,11 @@ class Trainer:
 
     def train(self) -> tuple[int, dict[str, jax.Array]]:
         """One step: its tokens, and what it gave."""
-        tokens, kind, _ = self._feed.batch()
+        *rows, _ = self._feed.batch()
         rate = self.recipe.rate(self.progress(self.step), self.step)
-        self.state, metrics = train_step(self.state, tokens, kind, rate, self.config, self.recipe, self._args.dtype)
+        self.state, metrics = train_step(self.state, tuple(rows), rate, self.config, self.recipe, self._args.dtype)
         self.step += 1
-        return tokens.size, metrics
+        return rows[0].size, metrics
 
     def _log(self, history: list[dict[str, jax.Array]], tokens: int, seconds: float) -> None:
         line = {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]}
@@ -521,7 +564,8 @@ class Trainer:
         self.storage.log["train"].append(line)
         print(
             f"{line['minutes']:5.1f} min {line['progress']:4.0%} step {self.step:6} | "
-            f"answers {line['answer_loss']:.3f} text {line['text_loss']:.3f} right {line['right']:.3f} | "
+            f"answers {line['answer_loss']:.3f} text {line['text_loss']:.3f} right {line['right']:.3f} "
+            f"hints {line['hint_loss']:.3f} right {line['hinted']:.3f} | "
             f"gradient {line['gradient']:.2f} "
             f"rate {line['rate']:.1e} | {line['tokens_per_second'] / 1e3:.0f}K tokens/s",
             flush=True,

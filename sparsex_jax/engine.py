@@ -127,23 +127,27 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         reuse: ReuseConfig | None = None,
-        namespace: str = DEFAULT_NAMESPACE,
+        namespace: str | Sequence[str] = DEFAULT_NAMESPACE,
         keep: bool = True,
+        return_logits: bool = False,
     ) -> list[Generation]:
-        """Generate for several prompts, prefilled and decoded together as far as they fit. As `generate`."""
+        """Generate for several prompts, prefilled and decoded together as far as they fit. As `generate`.
+
+        Args:
+          sampling, namespace: one for all prompts, or one for each.
+          return_logits: give the logits of each first token too.
+        """
         started = time.perf_counter()
-        each = _sampling_of_each(sampling, len(prompts))
+        each = _of_each("sampling", SamplingParams, sampling or SamplingParams(), len(prompts))
+        namespaces = _of_each("namespace", str, namespace, len(prompts))
         outputs = [Output(params, self.model.eos_token_ids, self.tokenizer) for params in each]
         encoded = [self._encode(p, o.sampling.max_new_tokens) for p, o in zip(prompts, outputs, strict=True)]
-        reports: list[Report] = []
-        while len(reports) < len(prompts):
-            rest = slice(len(reports), None)
-            with self._admitted(encoded[rest], outputs[rest], reuse or ReuseConfig(), namespace) as requests:
-                reports += self._generate(requests, outputs[rest], keep, started)
-        return [
-            Generation(output.text, output.token_ids, str(output.finish_reason), report)
-            for output, report in zip(outputs, reports, strict=True)
-        ]
+        done: list[Generation] = []
+        while len(done) < len(prompts):
+            rest = slice(len(done), None)
+            with self._admitted(encoded[rest], outputs[rest], reuse or ReuseConfig(), namespaces[rest]) as requests:
+                done += self._generate(requests, outputs[rest], keep, return_logits, started)
+        return done
 
     def prefill(
         self,
@@ -156,7 +160,7 @@ class Engine:
         """The logits of the token that would follow. Arguments and errors as `generate`."""
         started = time.perf_counter()
         tokens = self._encode(prompt)
-        with self._admitted([tokens], [], reuse or ReuseConfig(), namespace) as requests:
+        with self._admitted([tokens], [], reuse or ReuseConfig(), [namespace]) as requests:
             scores, active = self._prefill(requests)
             logits = np.asarray(scores[0])
             report = self._report(requests[0], active[0], started)
@@ -191,7 +195,7 @@ class Engine:
         tokens = self._encode(prompt, add_special_tokens=False)
         if preamble is not None:
             return self._remember_behind(self._encode(preamble), tokens, namespace, frozen)
-        with self._admitted([tokens], [], ReuseConfig(method="prefix"), namespace) as requests:
+        with self._admitted([tokens], [], ReuseConfig(method="prefix"), [namespace]) as requests:
             self._prefill(requests)
             self._commit(requests[0], tokens)
             return self._cache.register(requests[0].plan.pages, len(tokens), namespace, frozen=frozen)
@@ -224,7 +228,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _admitted(
-        self, prompts: Sequence[np.ndarray], outputs: Sequence[Output], reuse: ReuseConfig, namespace: str
+        self, prompts: Sequence[np.ndarray], outputs: Sequence[Output], reuse: ReuseConfig, namespaces: Sequence[str]
     ) -> Iterator[list[Request]]:
         """As many of the prompts as fit now, at least one; whatever happens, they give back what they hold.
 
@@ -233,7 +237,7 @@ class Engine:
         """
         requests: list[Request] = []
         try:
-            self._admit_some(requests, prompts, outputs, reuse, namespace)
+            self._admit_some(requests, prompts, outputs, reuse, namespaces)
             yield requests
         except BaseException:
             if self._runner.recover():  # the KV is gone, and with it all that the cache says of it
@@ -250,11 +254,11 @@ class Engine:
         prompts: Sequence[np.ndarray],
         outputs: Sequence[Output],
         reuse: ReuseConfig,
-        namespace: str,
+        namespaces: Sequence[str],
     ) -> None:
         """Add to the requests as they are admitted, so that the caller can let go of them whatever fails here."""
-        rows = 0
-        for tokens, output in itertools.zip_longest(prompts[: self.config.max_batch], outputs[: self.config.max_batch]):
+        rows, first = 0, slice(self.config.max_batch)
+        for tokens, output, namespace in itertools.zip_longest(prompts[first], outputs[first], namespaces[first]):
             try:
                 request = self._admit(tokens, output.sampling.max_new_tokens if output else 0, reuse, namespace)
             except StoreFullError:
@@ -308,8 +312,8 @@ class Engine:
         self._cache.release(request.plan.pages)
 
     def _generate(
-        self, requests: Sequence[Request], outputs: Sequence[Output], keep: bool, started: float
-    ) -> list[Report]:
+        self, requests: Sequence[Request], outputs: Sequence[Output], keep: bool, return_logits: bool, started: float
+    ) -> list[Generation]:
         """Generate for the admitted requests, which are the first of the outputs."""
         outputs = outputs[: len(requests)]
         logits, active = self._prefill(requests)
@@ -319,7 +323,11 @@ class Engine:
         if keep:  # the last token's KV is not in the store: it was never an input
             for request, output in zip(requests, outputs, strict=True):
                 self._commit(request, np.append(request.tokens, output.token_ids[:-1]).astype(np.int32))
-        return reports
+        scores = np.asarray(logits) if return_logits else [None] * len(requests)
+        return [
+            Generation(output.text, output.token_ids, str(output.finish_reason), report, line)
+            for output, report, line in zip(outputs, reports, scores, strict=False)
+        ]
 
     def _prefill(self, requests: Sequence[Request]) -> tuple[Array, list[np.ndarray]]:
         """Logits, a line each, and active tokens. The donors may go once their copies are on their way."""
@@ -367,7 +375,7 @@ class Engine:
                 f"preamble has {start} tokens and prompt {len(tokens)}: together {len(together)}, "
                 f"and the model's limit is {self.model.max_position}"
             )
-        with self._admitted([together], [], ReuseConfig(method="prefix"), namespace) as [request]:
+        with self._admitted([together], [], ReuseConfig(method="prefix"), [namespace]) as [request]:
             self._prefill([request])
             slots = slots_of(request.plan.pages, np.arange(start, len(together)), page_size)
             pages = self._cache.allocate(-(-len(tokens) // page_size))
@@ -387,13 +395,12 @@ class Engine:
         return PageCache(self.config.num_pages, self.config.page_size, self.config.frozen_limit)
 
 
-def _sampling_of_each(
-    sampling: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> Sequence[SamplingParams]:
-    if sampling is None or isinstance(sampling, SamplingParams):
-        return [sampling or SamplingParams()] * num_prompts
-    if not isinstance(sampling, Sequence) or not all(isinstance(params, SamplingParams) for params in sampling):
-        raise InvalidRequestError(f"sampling={sampling!r} must be SamplingParams, or a list of them")
-    if len(sampling) != num_prompts:
-        raise InvalidRequestError(f"sampling has {len(sampling)} entries for {num_prompts} prompts")
-    return sampling
+def _of_each[T](name: str, kind: type[T], value: T | Sequence[T], number: int) -> Sequence[T]:
+    """An argument that is one for all prompts or one for each, as the latter."""
+    if isinstance(value, kind):
+        return [value] * number
+    if not isinstance(value, Sequence) or not all(isinstance(each, kind) for each in value):
+        raise InvalidRequestError(f"{name}={value!r} must be {kind.__name__}, or a list of them")
+    if len(value) != number:
+        raise InvalidRequestError(f"{name} has {len(value)} entries for {number} prompts")
+    return value

@@ -27,12 +27,14 @@ class Generation:
       text: the new text, without special tokens and without the stop string that ended it.
       token_ids: the new tokens, the end token included if one came.
       finish_reason: `stop` (an end token or a stop string) or `length` (max_new_tokens).
+      logits: float32 `[vocab]` of the first token, if they were asked for.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     report: Report
+    logits: Float32[np.ndarray, "vocab"] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -118,7 +118,7 @@ def test_prophetkv_probes_every_layer_and_leaves_nothing_behind(tiny, dense, cas
 
 
 def _stored(engine, case, reuse):
-    with engine._admitted([case.tokens], [], reuse, "n") as [request]:
+    with engine._admitted([case.tokens], [], reuse, ["n"]) as [request]:
         engine._prefill([request])
         page, offset = np.divmod(np.arange(len(case.tokens)), engine.config.page_size)
         slots = np.asarray(request.plan.pages)[page] * engine.config.page_size + offset
@@ -371,7 +371,7 @@ def test_a_preamble_is_seen_and_dropped(tiny):
     preamble, text = NEW[:7], A[:50]
     handle = tiny.remember(text, namespace="n", frozen=True, preamble=preamble.tolist())
     assert tiny.stats()["tokens"] == 50
-    with tiny._admitted([np.concatenate([NEW[50:61], text, NEW[70:80]])], [], ReuseConfig("naive"), "n") as [request]:
+    with tiny._admitted([np.concatenate([NEW[50:61], text, NEW[70:80]])], [], ReuseConfig("naive"), ["n"]) as [request]:
         [segment] = request.plan.prompt.segments
         stored = stored_kv(tiny, segment.slots)
     assert (segment.start, segment.length, segment.donor_start) == (11, 50, 7)

@@ -71,7 +71,7 @@ def test_aligned_keys_are_those_of_the_segment_alone_at_its_new_position(smollm)
     document = text_ids(smollm, 11, 90)
     smollm.remember(document, namespace="align")
     prompt = np.concatenate([text_ids(smollm, 12, 37), document])
-    with smollm._admitted([prompt], [], ReuseConfig(method="naive"), "align") as [request]:
+    with smollm._admitted([prompt], [], ReuseConfig(method="naive"), ["align"]) as [request]:
         smollm._prefill([request])
         (segment,) = request.plan.prompt.segments
         pages = np.asarray(request.plan.pages)

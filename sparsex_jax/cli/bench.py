@@ -32,10 +32,11 @@ class Workload:
     length: int
     segments: int
     samples: int
+    batch: int
     seed: int
 
     def __post_init__(self) -> None:
-        for name in ("length", "segments", "samples"):
+        for name in ("length", "segments", "samples", "batch"):
             if getattr(self, name) < 1:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("methods", "tasks", "regimes"):
@@ -44,13 +45,13 @@ class Workload:
 
     @property
     def store_tokens(self) -> int:
-        """Enough for donors and prompt at the same time."""
-        return 2 * (self.length + self.length // 8 + _AROUND) + 64 * self.segments
+        """Enough for the donors and prompts of a batch at the same time."""
+        return self.batch * (2 * (self.length + self.length // 8 + _AROUND) + 64 * self.segments)
 
 
 def run(model: str, dtype: str, workload: Workload, *, out: Path | None, as_json: bool) -> None:
     methods = {name: parse_method(name) for name in workload.methods}
-    engine = EngineChoice(model, dtype, workload.store_tokens).load()
+    engine = EngineChoice(model, dtype, workload.store_tokens, workload.batch).load()
     with progress() as bar:
         rows = quality.run(
             engine,
@@ -127,5 +128,5 @@ def example_maps(engine: Engine, workload: Workload, task: str, regime: str) -> 
         return len(regimes.encode(engine.tokenizer, text))
 
     sample = make_sample(task, rng, workload.length, workload.segments, count=count)
-    case = regimes.prepare(engine, regimes.tokenize(sample, engine.tokenizer), regime, namespace, rng, 0)
-    return maps.make_maps(engine, case.prompt, namespace)
+    asked = quality.prepare(engine, sample, regime, namespace, rng)
+    return maps.make_maps(engine, asked.prompt, namespace)

@@ -177,6 +177,7 @@ def quality(
     length: Annotated[int, typer.Option(help="Tokens of the reused body in each prompt, about.")] = 2048,
     segments: Annotated[int, typer.Option(help="Parts of the body.")] = 4,
     samples: Annotated[int, typer.Option(help="Prompts for each task and regime.")] = 8,
+    batch: Annotated[int, typer.Option(help="Prompts asked together; an accelerator wants 32 or more.")] = 4,
     seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="A folder for the results as JSON, Markdown table and plots.", file_okay=False)
@@ -190,5 +191,5 @@ def quality(
         return [name.strip() for name in names.split(",") if name.strip()]
 
     with clear_errors():
-        workload = Workload(split(methods), split(tasks), split(regimes), length, segments, samples, seed)
+        workload = Workload(split(methods), split(tasks), split(regimes), length, segments, samples, batch, seed)
         run(model, dtype, workload, out=out, as_json=as_json)

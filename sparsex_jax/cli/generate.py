@@ -10,7 +10,7 @@ from rich.text import Text
 
 from sparsex_jax.cli.prompts import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, progress, waiting
-from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.config import EngineConfig, ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.generation import Generation
 from sparsex_jax.report import Report
@@ -23,10 +23,13 @@ class EngineChoice:
     model: str
     dtype: str
     store_tokens: int
+    max_batch: int = EngineConfig.max_batch
 
     def load(self) -> Engine:
         with waiting(f"Loading {self.model}"):
-            return Engine.from_pretrained(self.model, dtype=self.dtype, store_tokens=self.store_tokens)
+            return Engine.from_pretrained(
+                self.model, dtype=self.dtype, store_tokens=self.store_tokens, max_batch=self.max_batch
+            )
 
 
 def run(

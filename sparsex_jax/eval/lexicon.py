@@ -166,12 +166,12 @@ AGENT_OPENING = "Agent {name}:"
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 NEEDLE_QUESTION = "What is the special magic number for {key} mentioned in the text? Answer:"
-NEEDLES_QUESTION = "What are the special magic numbers for {keys} mentioned in the text, in this order? Answer:"
+NEEDLES_QUESTION = "What special magic numbers does the text mention for {keys}? Answer:"
 ASSIGN_VALUE = "VAR {name} = {value}."
 ASSIGN_NAME = "VAR {name} = VAR {value}."
 CHAIN_QUESTION = "Find all variables that are assigned the value {value} in the text. Answer:"
 # A word each to the tiny model: names spelt out would make the task one of spelling.
-VARIABLES = tuple("".join(letters) for letters in np.random.default_rng(5).choice([*string.ascii_uppercase], (500, 5)))
+VARIABLES = tuple("".join(letters) for letters in np.random.default_rng(5).choice([*string.ascii_uppercase], (240, 5)))
 WORD_LIST, CODED_LIST = "Words: ", "Coded text: "
 COMMON_QUESTION = "What are the {number} most common words in the lists? Answer:"
 FREQUENT_QUESTION = "What are the three most frequent coded words? Answer:"
@@ -183,7 +183,7 @@ CHAT_QUESTION = "Question about the chat: {question} Answer:"
 INSTRUCTIONS = {
     "niah": "A special magic number is hidden in the following text. Memorize it.\n",
     "mq_niah": "Some special magic numbers are hidden in the following text. Memorize them.\n",
-    "vt": "Memorize and track the chains of variable assignments hidden in the following text.\n",
+    "vt": "Memorize and track the variable assignments hidden in the following text. ",
     "cwe": "Below are lists of words. In them some words appear more often than others. Memorize the ones that do.\n",
     "fwe": "Read the following coded text and track how often each coded word appears.\n",
     "qa": "Answer the question based on the given documents. Only give the answer.\n",
@@ -245,18 +245,20 @@ def encode(text: str) -> np.ndarray:
 
 
 def build_tokenizer() -> Any:
-    """A `tokenizers.Tokenizer` of the vocabulary."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """A `tokenizers.Tokenizer` of the vocabulary. It begins a text with `<bos>`, as training rows begin."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    bos = ("<bos>", vocabulary()["<bos>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[bos])
     return tokenizer
 
 
 def ruler_tokenizer() -> Any:
-    """The tokenizer as a transformers `PreTrainedTokenizerFast`. It adds no special tokens by itself."""
+    """The tokenizer as a transformers `PreTrainedTokenizerFast`."""
     from transformers import PreTrainedTokenizerFast
 
     names = {f"{token.strip('<>')}_token": token for token in SPECIAL_TOKENS}

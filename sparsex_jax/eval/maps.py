@@ -55,7 +55,7 @@ def key_mass(
     runner, fresh_at = engine._runner, jnp.asarray(np.flatnonzero(fresh))
     rows = _rows(jnp.asarray(prompt), jnp.arange(len(prompt)))
     masses = []
-    with engine._admitted([prompt], [], ReuseConfig("full"), namespace) as (request,):
+    with engine._admitted([prompt], [], ReuseConfig("full"), [namespace]) as (request,):
         tables = page_tables([request.plan.pages], 1, len(request.plan.pages))
         hidden = model.embed(runner.params, rows.token)
         for layer in range(engine.model.num_layers):

@@ -43,12 +43,17 @@ def agreement(reference: Sequence[int], tokens: Sequence[int]) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
-    """What a method made of a prompt: greedy continuation, float32 logits `[vocab]` of its first token, report."""
+    """What a method made of a prompt: greedy continuation, float32 logits `[vocab]` of its first token, report.
+
+    Attributes:
+      ttft_s: where the prompt was timed alone; the report's time is that of a whole batch.
+    """
 
     text: str
     token_ids: Sequence[int]
     logits: Float[np.ndarray, "vocab"]
     report: Report
+    ttft_s: float | None = None
 
 
 # What `compare` gives, and in which unit.
@@ -66,7 +71,7 @@ UNITS = {
 
 
 def compare(answer: Answer, full: Answer, expected: Sequence[str]) -> dict[str, float]:
-    """The figures of `UNITS` for an answer, where `full` is what full recompute answers."""
+    """The figures of `UNITS` for an answer, where `full` is what full recompute answers. No time if none was taken."""
     report = answer.report
     return {
         "score": task_score(answer.text, expected),
@@ -77,5 +82,4 @@ def compare(answer: Answer, full: Answer, expected: Sequence[str]) -> dict[str, 
         "active_tokens": report.active_tokens,
         "reused_tokens": report.reused_tokens,
         "prompt_tokens": report.prompt_tokens,
-        "ttft_s": report.ttft_s,
-    }
+    } | ({} if answer.ttft_s is None else {"ttft_s": answer.ttft_s})

@@ -6,10 +6,10 @@ regimes: differences are paired.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from sparsex_jax.methods.oracle import oracle, true_deviation
 
 Row = dict[str, Any]
 Cell = tuple[str, str, int]  # task, regime, sample
+Batch = Sequence[Cell]
 ALL_TASKS = "all"  # the task of a summary over several
 ORACLE = "oracle"  # knows each prompt's true deviation, so it exists for one prompt at a time
 _COIN_LIKE = ("score", "top1", "agreement")
@@ -41,21 +42,25 @@ def run(
     seed: int = 0,
     *,
     num_segments: int = 4,
-    track: Callable[[Sequence[Cell]], Iterable[Cell]] = iter,
+    track: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
 ) -> list[Row]:
     """Measure all methods: one row for each task, regime, sample and method, as `measure` gives it.
 
     Args:
-      engine: with a tokenizer, and a store that holds each prompt at least twice.
+      engine: with a tokenizer, and a store that holds `max_batch` prompts at least twice.
       num_tokens: about so many tokens of body in each prompt.
-      track: passes the cells (task, regime, sample) on, and may show how far it is.
+      track: passes the batches of cells (task, regime, sample) on, and may show how far it is.
 
     Raises:
-      InvalidRequestError: no such method, task or regime, no tokenizer, or a prompt does not fit.
+      InvalidRequestError: no such method, task or regime, no tokenizer, or the prompts do not fit.
     """
     check(engine, methods, tasks, in_regimes)
-    cells = list(itertools.product(tasks, in_regimes, range(samples)))
-    return [row for cell in track(cells) for row in measure(engine, methods, cell, num_tokens, seed, num_segments)]
+    batches = [
+        [(task, regime, index) for index in indices]
+        for task, regime in itertools.product(tasks, in_regimes)
+        for indices in itertools.batched(range(samples), engine.config.max_batch)
+    ]
+    return [row for batch in track(batches) for row in measure(engine, methods, batch, num_tokens, seed, num_segments)]
 
 
 def check(engine: Engine, methods: Mapping[str, ReuseConfig], tasks: Sequence[str], in_regimes: Sequence[str]) -> None:
@@ -71,63 +76,97 @@ def check(engine: Engine, methods: Mapping[str, ReuseConfig], tasks: Sequence[st
         raise InvalidRequestError("the tasks are text, but this model has no tokenizer")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """A prompt whose segments a namespace of its own holds, and what is expected of it."""
+
+    prompt: np.ndarray
+    namespace: str
+    sampling: SamplingParams
+    expected: tuple[str, ...]
+
+
 def measure(
     engine: Engine,
     methods: Mapping[str, ReuseConfig],
-    cell: Cell,
+    batch: Batch,
     num_tokens: int,
     seed: int,
     num_segments: int = 4,
 ) -> list[Row]:
-    """One sample: a row for each method, with the figures of `metrics.UNITS`, its text and what was expected."""
-    task, regime, index = cell
-    rng = np.random.default_rng([seed, TASKS.index(task), index])
-    sample = make_sample(task, rng, num_tokens, num_segments, count=lambda text: len(_encode(engine, text)))
-    answers = answer_all(engine, methods, sample, regime, f"quality/{task}/{regime}/{seed}/{index}", rng)
-    expected = sample.questions[0].answers
-    same = {"task": task, "regime": regime, "sample": index, "expected": list(expected)}
+    """Some samples: a row for each and each method, with the figures of `metrics.UNITS`, text and what was expected."""
+    asked = []
+    for task, regime, index in batch:
+        rng = np.random.default_rng([seed, TASKS.index(task), index])
+        sample = make_sample(task, rng, num_tokens, num_segments, count=lambda text: len(_encode(engine, text)))
+        namespace = f"quality/{task}/{regime}/{seed}/{index}"
+        asked.append(prepare(engine, sample, regime, namespace, rng, share=len(batch)))
+    reference, *answers = answer_all(engine, [ReuseConfig("full"), *methods.values()], asked)
     return [
-        same | {"method": name, "text": answers[name].text} | metrics.compare(answers[name], answers[""], expected)
-        for name in methods
+        {"task": task, "regime": regime, "sample": index, "expected": list(asked[i].expected)}
+        | {"method": name, "text": found[i].text}
+        | metrics.compare(found[i], reference[i], asked[i].expected)
+        for i, (task, regime, index) in enumerate(batch)
+        for name, found in zip(methods, answers, strict=True)
     ]
 
 
-def answer_all(
-    engine: Engine,
-    methods: Mapping[str, ReuseConfig],
-    sample: Sample,
-    regime: str,
-    namespace: str,
-    rng: np.random.Generator,
-) -> dict[str, Answer]:
-    """What each method answers to the sample's first question; full recompute, the reference, is under ''."""
-    new_tokens = 2 * len(_encode(engine, sample.questions[0].reference)) + 16  # chat models say more than asked
+def prepare(
+    engine: Engine, sample: Sample, regime: str, namespace: str, rng: np.random.Generator, share: int = 1
+) -> Asked:
+    """Ask the sample's first question of segments that came into the store as the regime says.
+
+    Args:
+      share: so many samples share the store; each must find room for its donors and its prompt.
+    """
+    question = sample.questions[0]
+    new_tokens = 2 * len(_encode(engine, question.reference)) + 16  # chat models say more than asked
     case = regimes.tokenize(sample, engine.tokenizer)
-    case = regimes.prepare(engine, case, regime, namespace, rng, new_tokens)
-    full = ReuseConfig("full")
-    reference = ask(engine, case.prompt, full, namespace, new_tokens)
-    with _oracle(engine, methods, case.prompt, namespace):
-        return {"": reference} | {
-            name: reference if reuse == full else ask(engine, case.prompt, reuse, namespace, new_tokens)
-            for name, reuse in methods.items()
-        }
+    regimes.check_room(engine, case, new_tokens, share)
+    case = regimes.REGIMES[regime](engine, case, namespace, rng)
+    return Asked(case.prompt, namespace, SamplingParams(max_new_tokens=new_tokens), question.answers)
 
 
-def _oracle(
-    engine: Engine, methods: Mapping[str, ReuseConfig], prompt: np.ndarray, namespace: str
-) -> AbstractContextManager[Any]:
-    """While it is open, the oracle is a method, if it is wanted."""
-    if all(reuse.method != ORACLE for reuse in methods.values()):
-        return nullcontext()
-    return oracle(true_deviation(engine, prompt, namespace), ORACLE)
+def answer_all(engine: Engine, methods: Sequence[ReuseConfig], asked: Sequence[Asked]) -> list[list[Answer]]:
+    """What each method answers to each prompt. Equal methods are asked once."""
+    found: dict[ReuseConfig, list[Answer]] = {}
+    for reuse in methods:
+        if reuse not in found:
+            found[reuse] = ask_oracle(engine, asked, reuse) if reuse.method == ORACLE else ask(engine, asked, reuse)
+    return [found[reuse] for reuse in methods]
 
 
-def ask(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str, new_tokens: int) -> Answer:
-    """Greedy continuation and logits. The logits' own prefill comes second: it is the one timed, compiled by then."""
-    sampling = SamplingParams(max_new_tokens=new_tokens)
-    generated = engine.generate(prompt, sampling, reuse=reuse, namespace=namespace, keep=False)
-    prefill = engine.prefill(prompt, reuse=reuse, namespace=namespace, keep=False)
-    return Answer(generated.text, generated.token_ids, prefill.logits, prefill.report)
+def ask_oracle(engine: Engine, asked: Sequence[Asked], reuse: ReuseConfig) -> list[Answer]:
+    """The oracle exists for one prompt at a time."""
+    answers = []
+    for one in asked:
+        with oracle(true_deviation(engine, one.prompt, one.namespace), ORACLE):
+            answers += ask(engine, [one], reuse)
+    return answers
+
+
+def ask(engine: Engine, asked: Sequence[Asked], reuse: ReuseConfig) -> list[Answer]:
+    """Greedy continuations with the logits of their first tokens, all together; the first prompt is timed as well."""
+    generated = engine.generate_batch(
+        [one.prompt for one in asked],
+        [one.sampling for one in asked],
+        namespace=[one.namespace for one in asked],
+        reuse=reuse,
+        keep=False,
+        return_logits=True,
+    )
+    times = [time_prefill(engine, asked[0], reuse), *[None] * (len(asked) - 1)]
+    return [
+        Answer(each.text, each.token_ids, np.asarray(each.logits), each.report, ttft)
+        for each, ttft in zip(generated, times, strict=True)
+    ]
+
+
+def time_prefill(engine: Engine, asked: Asked, reuse: ReuseConfig) -> float:
+    """TTFT of a prompt alone, in seconds. Twice, as the first may have to be compiled."""
+    for _ in range(2):
+        prefill = engine.prefill(asked.prompt, reuse=reuse, namespace=asked.namespace, keep=False)
+    return prefill.report.ttft_s
 
 
 def _encode(engine: Engine, text: str) -> np.ndarray:
@@ -164,9 +203,9 @@ def _cell(row: Row) -> Cell:
 def _summaries(key: tuple[str, str, str], group: Sequence[Row]) -> Iterable[Row]:
     task, regime, method = key
     for metric, unit in {**UNITS, "loss": "share"}.items():
-        if metric not in group[0]:
+        values = np.array([row[metric] for row in group if metric in row], np.float64)
+        if not len(values):
             continue
-        values = np.array([row[metric] for row in group], np.float64)
         low, high = wilson_interval(values) if metric in _COIN_LIKE else t_interval(values)
         summary = {"task": task, "regime": regime, "method": method, "metric": metric, "mean": float(values.mean())}
         yield summary | {"low": low, "high": high, "samples": len(values), "unit": unit}

@@ -9,7 +9,7 @@ same tokens wherever it stands.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -98,27 +98,17 @@ REGIMES: dict[str, Callable[[Engine, Case, str, np.random.Generator], Case]] = {
 }
 
 
-def prepare(engine: Engine, case: Case, regime: str, namespace: str, rng: np.random.Generator, new_tokens: int) -> Case:
-    """Put the segments into a namespace of the store that nobody else uses.
-
-    Args:
-      new_tokens: at most so many will be generated.
-
-    Returns:
-      The case in the order in which its prompt is to be asked.
+def check_room(engine: Engine, case: Case, new_tokens: int, share: int = 1) -> None:
+    """Whether a share of the store holds a case's donors and its prompt with new tokens at the same time.
 
     Raises:
-      InvalidRequestError: the store cannot hold donors and prompt at the same time: a method that recomputes
-        everything would then evict what the next one is to reuse.
+      InvalidRequestError: it does not: a method that recomputes everything would then evict what the next one is to
+        reuse.
     """
-    needed = _pages(engine, [len(case.earlier), *map(len, case.segments), len(case.prompt) + new_tokens])
+    page_size = engine.config.page_size
+    lengths = [len(case.earlier), *map(len, case.segments), len(case.prompt) + new_tokens]
+    needed = share * sum(-(-length // page_size) for length in lengths)
     if needed > engine.config.num_pages:
-        tokens = needed * engine.config.page_size
         raise InvalidRequestError(
-            f"store_tokens={engine.config.store_tokens} must be at least {tokens} for this prompt"
+            f"store_tokens={engine.config.store_tokens} must be at least {needed * page_size} for {share} such prompts"
         )
-    return REGIMES[regime](engine, case, namespace, rng)
-
-
-def _pages(engine: Engine, lengths: Sequence[int]) -> int:
-    return sum(-(-length // engine.config.page_size) for length in lengths)

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import string
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,7 +65,12 @@ class Size:
         return min(max(self.num_tokens // (2 * tokens_each), least), most)
 
 
-Body = tuple[list[str], list[Question]]  # segments and what can be asked about them
+class Body(NamedTuple):
+    """Segments, what can be asked about them, and what the instruction says beside its usual text."""
+
+    segments: list[str]
+    questions: list[Question]
+    opening: str = ""
 
 
 def word_count(text: str) -> int:
@@ -93,8 +99,8 @@ def make_sample(
         raise ValueError(f"task={task!r} is unknown; there are: {', '.join(TASKS)}")
     if min(num_tokens, num_segments, num_questions) < 1:
         raise ValueError("num_tokens, num_segments and num_questions must be at least 1")
-    segments, questions = _TASKS[task](rng, Size(num_tokens, num_segments, num_questions, count))
-    return Sample(task, lexicon.INSTRUCTIONS[task], tuple(segments), tuple(questions))
+    body = _TASKS[task](rng, Size(num_tokens, num_segments, num_questions, count))
+    return Sample(task, lexicon.INSTRUCTIONS[task] + body.opening, tuple(body.segments), tuple(body.questions))
 
 
 # Retrieval --------------------------------------------------------------------------------------------------
@@ -104,15 +110,15 @@ def niah(rng: np.random.Generator, size: Size) -> Body:
     """One needle, one asked; for more questions more needles."""
     needles = _needles(rng, size.fits(20, 1, size.num_questions))
     questions = [Question(lexicon.NEEDLE_QUESTION.format(key=key), (value,)) for key, value in needles]
-    return _hidden_needles(rng, needles, size), questions
+    return Body(_hidden_needles(rng, needles, size), questions)
 
 
 def mq_niah(rng: np.random.Generator, size: Size) -> Body:
-    """Many needles, four asked at a time, in any order."""
+    """Many needles, four asked at a time, in alphabetical order."""
     needles = _needles(rng, size.fits(64, 4, 32))
     asked = [[needles[i] for i in rng.permutation(len(needles))[:4]] for _ in range(size.num_questions)]
-    questions = [_about_needles(some) for some in asked]
-    return _hidden_needles(rng, needles, size), questions
+    questions = [_about_needles(sorted(some)) for some in asked]
+    return Body(_hidden_needles(rng, needles, size), questions)
 
 
 def _about_needles(needles: Sequence[tuple[str, str]]) -> Question:
@@ -129,24 +135,37 @@ def _hidden_needles(rng: np.random.Generator, needles: Sequence[tuple[str, str]]
 
 
 def vt(rng: np.random.Generator, size: Size) -> Body:
-    """Chains of variables, each assigned the one before; asked are all that hold a value, in order of the chain."""
-    number = size.fits(160, 2, max(8, size.num_questions))
-    lengths = rng.integers(4, 6, number)
-    names = iter(_variables(rng, int(lengths.sum())))
-    chains = [[next(names) for _ in range(length)] for length in lengths]
-    values = _numbers(rng, number, 5)
-    assignments = [_assignments(chain, value) for chain, value in zip(chains, values, strict=True)]
+    """Variables assigned from each other; asked are all that hold a value, answered alphabetically.
+
+    Two thirds of the values are first assigned in the instruction, and from there passed on in up to two segments;
+    the others stay in one segment. So no assignment needs another segment before it, but what most of them mean
+    depends on text that is new in every prompt. RULER's chains all begin in the body.
+    """
+    values = _pick(rng, lexicon.THINGS, size.fits(160, 2, max(8, size.num_questions)))
+    names = iter(_pick(rng, lexicon.VARIABLES, 5 * len(values)))
+    groups = [[next(names) for _ in range(rng.integers(4, 6))] for _ in values]
+    opening: list[str] = []
+    chains: list[list[list[str]]] = [[] for _ in range(size.num_segments)]  # those of each segment
+    for number, (value, (first, *others)) in enumerate(zip(values, groups, strict=True)):
+        start = lexicon.ASSIGN_VALUE.format(name=first, value=value)
+        if number % 3 == 2:
+            chains[rng.integers(len(chains))].append([start, *_assignments([first, *others])])
+            continue
+        opening.append(start)
+        for part in np.split(np.array(others), [rng.integers(len(others))]):
+            chains[rng.integers(len(chains))].append(_assignments([first, *part.tolist()]))
     questions = [
-        Question(lexicon.CHAIN_QUESTION.format(value=value), tuple(chain))
-        for chain, value in zip(chains, values, strict=True)
+        Question(lexicon.CHAIN_QUESTION.format(value=values[i]), tuple(sorted(groups[i])))
+        for i in rng.permutation(len(values))[: size.num_questions]
     ]
-    return _hidden(rng, _interleave(rng, assignments), size), questions[: size.num_questions]
+    share = dataclasses.replace(size, num_tokens=size.num_tokens // len(chains), num_segments=1)
+    segments = [_hidden(rng, _interleave(rng, own), share)[0] for own in chains]
+    return Body(segments, questions, " ".join(rng.permutation(opening)) + "\n")
 
 
-def _assignments(chain: Sequence[str], value: str) -> list[str]:
-    first = lexicon.ASSIGN_VALUE.format(name=chain[0], value=value)
-    pairs = zip(chain[1:], chain, strict=False)
-    return [first, *(lexicon.ASSIGN_NAME.format(name=name, value=source) for name, source in pairs)]
+def _assignments(names: Sequence[str]) -> list[str]:
+    """Each name assigned from the one before."""
+    return [lexicon.ASSIGN_NAME.format(name=name, value=source) for source, name in itertools.pairwise(names)]
 
 
 def _interleave(rng: np.random.Generator, chains: Sequence[Sequence[str]]) -> list[str]:
@@ -169,7 +188,7 @@ def cwe(rng: np.random.Generator, size: Size) -> Body:
     filling = np.resize(words[common:], max(total - each * 10 * common, each * rare))
     text = rng.permutation(np.concatenate([np.repeat(words[:common], 10 * each), filling])).tolist()
     question = lexicon.COMMON_QUESTION.format(number=common)
-    return _word_segments(lexicon.WORD_LIST, text, size), [Question(question, tuple(sorted(words[:common])))]
+    return Body(_word_segments(lexicon.WORD_LIST, text, size), [Question(question, tuple(sorted(words[:common])))])
 
 
 def fwe(rng: np.random.Generator, size: Size) -> Body:
@@ -179,7 +198,7 @@ def fwe(rng: np.random.Generator, size: Size) -> Body:
     weights = np.arange(1, len(words) + 1) ** -2.0
     times = np.maximum(np.round(total * weights / weights.sum()).astype(int), [4, 3, 2] + [1] * (len(words) - 3))
     text = rng.permutation(np.repeat(words, times)).tolist()
-    return _word_segments(lexicon.CODED_LIST, text, size), [Question(lexicon.FREQUENT_QUESTION, tuple(words[:3]))]
+    return Body(_word_segments(lexicon.CODED_LIST, text, size), [Question(lexicon.FREQUENT_QUESTION, tuple(words[:3]))])
 
 
 def _number_of_words(words: Sequence[str], size: Size) -> int:
@@ -205,7 +224,7 @@ def qa(rng: np.random.Generator, size: Size) -> Body:
         Question(lexicon.PERSON_QUESTION.format(question=question.format(name=name)), (value,))
         for name, _, question, value in (asked[i] for i in rng.permutation(len(asked))[: size.num_questions])
     ]
-    return _hidden(rng, [" ".join(document) for document in told], size), questions
+    return Body(_hidden(rng, [" ".join(document) for document in told], size), questions)
 
 
 def chat(rng: np.random.Generator, size: Size) -> Body:
@@ -216,7 +235,7 @@ def chat(rng: np.random.Generator, size: Size) -> Body:
     noise = _noise(rng, size.num_tokens - size.count("".join(facts_told)), size.num_segments, size.count, _turn)
     questions = [Question(lexicon.CHAT_QUESTION.format(question=question), (value,)) for _, question, value in kept]
     parts = _cut(_scatter(rng, facts_told, noise), size.num_segments)
-    return ["".join(part) for part in parts], questions[: size.num_questions]
+    return Body(["".join(part) for part in parts], questions[: size.num_questions])
 
 
 def _turn(rng: np.random.Generator, said: str) -> str:
@@ -235,13 +254,13 @@ def agents(rng: np.random.Generator, size: Size) -> Body:
     ]
     problem = lexicon.AGENT_PROBLEM.format(place=lexicon.PLACES[rng.integers(len(lexicon.PLACES))])
     questions = [_about_two(rng, names, facts) for _ in range(size.num_questions)]
-    return ["".join(part) for part in _cut([problem, *outputs], size.num_segments)], questions
+    return Body(["".join(part) for part in _cut([problem, *outputs], size.num_segments)], questions)
 
 
 def _about_two(
     rng: np.random.Generator, names: Sequence[str], facts: Sequence[Sequence[tuple[str, str, str]]]
 ) -> Question:
-    two, kind = rng.permutation(len(names))[:2].tolist(), int(rng.integers(len(facts[0])))
+    two, kind = sorted(rng.permutation(len(names))[:2].tolist()), int(rng.integers(len(facts[0])))
     asked = _listing([f"Agent {names[i]}" for i in two])
     text = lexicon.AGENT_QUESTION.format(question=facts[0][kind][1].format(names=asked))
     return Question(text, tuple(facts[i][kind][2] for i in two))
@@ -318,7 +337,7 @@ def _scatter(rng: np.random.Generator, facts: Sequence[str], noise: Sequence[str
     """The facts between the noise, in their order: each falls somewhere in a stretch of its own."""
     places = (np.arange(len(facts)) + rng.random(len(facts))) / len(facts) * len(noise)
     following = iter([*zip(places.tolist(), facts, strict=True)])
-    place, fact = next(following)
+    place, fact = next(following, (np.inf, ""))
     mixed: list[str] = []
     for number, sentence in enumerate(noise, start=1):
         while place < number:
@@ -343,11 +362,6 @@ def _numbers(rng: np.random.Generator, number: int, digits: int) -> list[str]:
     while len(drawn) < number:
         drawn |= dict.fromkeys(rng.integers(10 ** (digits - 1), 10**digits, number - len(drawn)).tolist())
     return [str(value) for value in drawn]
-
-
-def _variables(rng: np.random.Generator, number: int) -> list[str]:
-    """Different names of five capitals."""
-    return _pick(rng, lexicon.VARIABLES, number)
 
 
 def _listing(words: Sequence[str]) -> str:

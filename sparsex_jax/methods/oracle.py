@@ -65,7 +65,7 @@ def prompt_kv(
     engine: Engine, tokens: Int32[np.ndarray, "tokens"], method: str, namespace: str = "default"
 ) -> Float[np.ndarray, "layers 2 tokens kv_heads head_dim"]:
     """K and V of every layer and token once a method has prefilled the prompt, in float32."""
-    with engine._admitted([tokens], [], ReuseConfig(method=method), namespace) as [request]:
+    with engine._admitted([tokens], [], ReuseConfig(method=method), [namespace]) as [request]:
         engine._prefill([request])
         page, offset = np.divmod(np.arange(len(tokens)), engine.config.page_size)
         pages = jnp.asarray(np.asarray(request.plan.pages)[page])

@@ -25,6 +25,12 @@ def slot_addresses(store: Store, slots: Int[Array, "n"]) -> tuple[Int[Array, "n"
     return jnp.where(slots >= 0, slots // page_size, store.shape[1]), slots % page_size
 
 
+def group_heads(q: Queries, store: Store) -> Float[Array, "rows kv_heads group head_dim"]:
+    """Query heads beside the others that read the same KV head."""
+    rows, q_heads, head_dim = q.shape
+    return q.reshape(rows, store.shape[3], q_heads // store.shape[3], head_dim)
+
+
 def context(
     store: Store, layer: Int[Array, ""], pages: Int[Array, "n"]
 ) -> tuple[Float[Array, "kv_heads keys head_dim"], Float[Array, "kv_heads keys head_dim"]]:

@@ -5,16 +5,25 @@ from jax import Array, lax
 from jax.scipy.special import logsumexp
 from jaxtyping import Float, Int
 
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, context, num_tiles, pad_rows, take_tile
+from sparsex_kernels.layout import (
+    PageTables,
+    Queries,
+    RowInts,
+    Store,
+    context,
+    group_heads,
+    num_tiles,
+    pad_rows,
+    take_tile,
+)
 from sparsex_kernels.paged_attention.xla import (
-    ROW_TILE,
     Grouped,
     KeyBlock,
     block_pages,
     block_scores,
     fold_key_blocks,
-    group_heads,
     pack,
+    row_tile,
 )
 
 
@@ -33,7 +42,7 @@ def key_mass(
         q, own, owner = take_tile(i, tile, grouped, positions, requests)
         return _add_tile(mass, q, own, owner, store, layer, page_tables, scale)
 
-    tile = min(ROW_TILE, q.shape[0])
+    tile = min(row_tile(), q.shape[0])
     grouped = pad_rows(group_heads(q, store), tile)
     positions, requests = pad_rows(positions, tile, -1), pad_rows(requests, tile)
     num_requests, max_pages = page_tables.shape

@@ -6,14 +6,29 @@ Loop bounds are data: a tile of rows reads no key behind its last position, and 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, context, num_tiles, pad_rows, take_tile
+from sparsex_kernels.layout import (
+    PageTables,
+    Queries,
+    RowInts,
+    Store,
+    context,
+    group_heads,
+    num_tiles,
+    pad_rows,
+    take_tile,
+)
+from sparsex_kernels.paged_attention import gather
 
-ROW_TILE = 128  # rows that share one pass over the keys
-KEY_BLOCK = 256  # keys a step, rounded to whole pages
+# Rows that share one pass over the keys, and keys a step, rounded to whole pages: what a cache holds on a CPU, and
+# few steps, each of which launches kernels, on an accelerator.
+CPU_TILE = (128, 256)
+ACCELERATOR_TILE = (512, 1024)
+FEW_ROWS = 64  # a decode step's, for which an accelerator rather gathers every row's keys at once
 
 Grouped = Float[Array, "tile kv_heads group head_dim"]
 Packed = Float[Array, "kv_heads packed head_dim"]  # the tile's rows of each query head behind each other
@@ -44,17 +59,21 @@ def paged_attention(
         attended = _attend_tile(q, own, owner, store, layer, page_tables, scale)
         return lax.dynamic_update_slice_in_dim(out, attended, i * tile, 0)
 
-    tile = min(ROW_TILE, q.shape[0])
+    if q.shape[0] <= FEW_ROWS and jax.default_backend() != "cpu":
+        return gather.paged_attention(q, store, layer, positions, requests, page_tables, scale)
+    tile = min(row_tile(), q.shape[0])
     grouped = pad_rows(group_heads(q, store), tile)
     positions, requests = pad_rows(positions, tile, -1), pad_rows(requests, tile)
     out = lax.fori_loop(0, num_tiles(positions, tile), attend_tile, jnp.zeros_like(grouped))
     return out[: q.shape[0]].reshape(q.shape)
 
 
-def group_heads(q: Queries, store: Store) -> Float[Array, "rows kv_heads group head_dim"]:
-    """Query heads beside the others that read the same KV head."""
-    rows, q_heads, head_dim = q.shape
-    return q.reshape(rows, store.shape[3], q_heads // store.shape[3], head_dim)
+def row_tile() -> int:
+    return _tile()[0]
+
+
+def _tile() -> tuple[int, int]:
+    return CPU_TILE if jax.default_backend() == "cpu" else ACCELERATOR_TILE
 
 
 def _attend_tile(
@@ -93,7 +112,7 @@ def pack(q: Grouped) -> Packed:
 
 def block_pages(store: Store, page_tables: PageTables) -> int:
     """Pages a key block takes."""
-    return min(max(KEY_BLOCK // store.shape[4], 1), page_tables.shape[1])
+    return min(max(_tile()[1] // store.shape[4], 1), page_tables.shape[1])
 
 
 def fold_key_blocks[State](

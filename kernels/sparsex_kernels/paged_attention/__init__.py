@@ -5,9 +5,9 @@ from jaxtyping import Int
 
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
-from sparsex_kernels.paged_attention import reference, xla
+from sparsex_kernels.paged_attention import reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.paged_attention, "xla": xla.paged_attention}
+IMPLEMENTATIONS = {"reference": reference.paged_attention, "xla": xla.paged_attention, "tpu": tpu.paged_attention}
 
 
 def paged_attention(
@@ -33,7 +33,7 @@ def paged_attention(
         (request, position), padding last.
       requests: line of `page_tables` for each row.
       scale: of the scores; 1 / sqrt(head_dim) by default.
-      implementation: `reference` (dense, float32) or `xla` (blocked); None chooses.
+      implementation: `reference` (dense, float32), `xla` (blocked) or `tpu` (Pallas); None chooses.
     """
     attend = choose("paged_attention", IMPLEMENTATIONS, implementation)
     return attend(q, store, layer, positions, requests, page_tables, scale or q.shape[-1] ** -0.5)

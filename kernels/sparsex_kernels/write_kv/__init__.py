@@ -5,9 +5,9 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.layout import PageTables, RowInts, Store
-from sparsex_kernels.write_kv import reference, xla
+from sparsex_kernels.write_kv import reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.write_kv, "xla": xla.write_kv}
+IMPLEMENTATIONS = {"reference": reference.write_kv, "xla": xla.write_kv, "tpu": tpu.write_kv}
 
 
 def write_kv(

@@ -1,0 +1,172 @@
+"""Alignment on TPU: runs of slots are rotated, shifted and merged into the tiles of slots that they end in.
+
+A *piece* is a run of consecutive tokens within one tile of slots on either side, with one shift: its keys take one
+rotation, and its slots one roll. A segment whose offset in its pages changes gives two pieces a tile, tokens in no
+order a piece each.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Bool, Float, Int
+
+from sparsex_kernels.layout import Store, pad_rows
+from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, next_start
+
+TOKENS_A_STEP = 1024  # tokens whose slots are in SMEM at a time
+HEADS_A_STEP = 64  # KV heads of as many layers as that gives, moved together: 0.5 MiB of bfloat16 a tile
+
+
+def align_and_copy(
+    store: Store,
+    source: Int[Array, "tokens"],
+    target: Int[Array, "tokens"],
+    shift: Int[Array, "tokens"],
+    inv_freq: Float[Array, "half"],
+) -> Store:
+    """See `sparsex_kernels.align_and_copy`."""
+    check_page_size(store)
+    num_layers, _, _, kv_heads, _, head_dim = store.shape
+    block = min(TOKENS_A_STEP, len(source) + -len(source) % TILE)
+    source, target, shift = (
+        pad_rows(x.astype(jnp.int32), block, fill) for x, fill in ((source, 0), (target, -1), (shift, 0))
+    )
+    breaks = piece_breaks(source, target, shift, block)
+    scalars = source, target, shift, next_start(breaks & (target >= 0), block), next_start(breaks, block)
+    layers = layers_a_step(num_layers, kv_heads)
+    frequencies = jnp.concatenate([inv_freq, inv_freq]).astype(jnp.float32)[None]
+
+    tile_shape = (2, layers, 2, kv_heads, TILE, head_dim)
+    in_smem = pl.BlockSpec((None, 1, block), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM)
+    return pl.pallas_call(
+        _align_kernel,
+        grid=(len(source) // block, num_layers // layers),
+        in_specs=[in_smem] * 5 + [pl.BlockSpec((1, head_dim), lambda i, _: (0, 0)), HBM],
+        out_specs=HBM,
+        scratch_shapes=[
+            pltpu.VMEM(tile_shape, store.dtype),
+            pltpu.VMEM(tile_shape, store.dtype),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+            pltpu.SemaphoreType.DMA((2,)),
+        ],
+        out_shape=jax.ShapeDtypeStruct(store.shape, store.dtype),
+        input_output_aliases={6: 0},
+        compiler_params=compiler_params("arbitrary", "arbitrary"),
+        name="align_and_copy",
+    )(*(x.reshape(-1, 1, block) for x in scalars), frequencies, store)
+
+
+def layers_a_step(num_layers: int, kv_heads: int) -> int:
+    """The most layers, of a number that divides all, that keep to `HEADS_A_STEP`."""
+    return max(n for n in range(1, num_layers + 1) if num_layers % n == 0 and (n == 1 or n * kv_heads <= HEADS_A_STEP))
+
+
+def piece_breaks(
+    source: Int[Array, "tokens"], target: Int[Array, "tokens"], shift: Int[Array, "tokens"], block: int
+) -> Bool[Array, "tokens"]:
+    """Which tokens begin a piece, or are padding."""
+
+    def goes_on(x: Array, step: int) -> Array:
+        return x == jnp.roll(x, 1) + step
+
+    same = goes_on(source, 1) & goes_on(target, 1) & goes_on(shift, 0)
+    at_edge = (source % TILE == 0) | (target % TILE == 0) | (jnp.arange(len(source)) % block == 0)
+    return ~same | at_edge | (target < 0)
+
+
+def _align_kernel(
+    source_ref: Ref,  # [1, tokens] slots
+    target_ref: Ref,  # [1, tokens]
+    shift_ref: Ref,  # [1, tokens]
+    next_ref: Ref,  # [1, tokens], where the next piece begins, from each token on
+    end_ref: Ref,  # [1, tokens], the same, or where padding does
+    frequencies_ref: Ref,  # [1, head_dim] float32, twice the half
+    donated_ref: Ref,  # the store; it is the output's memory
+    store_ref: Ref,  # [layers, pages, 2, kv_heads, page_size, head_dim], in HBM
+    old_ref: Ref,  # [2 buffers, layers, 2, kv_heads, TILE, head_dim]
+    new_ref: Ref,  # the same, of target tiles
+    old_sems: Ref,
+    new_sems: Ref,
+    write_sems: Ref,
+) -> None:
+    tokens = source_ref.shape[1]
+    layers, _, kv_heads, _, head_dim = old_ref.shape[1:]
+    first_layer = pl.program_id(1) * layers
+    page_size = store_ref.shape[4]
+
+    def tile_of(slot: Index) -> Ref:
+        page, offset = lax.div(slot, page_size), lax.rem(slot, page_size)
+        aligned = pl.multiple_of(lax.div(offset, TILE) * TILE, TILE)
+        return store_ref.at[pl.ds(first_layer, layers), page, :, :, pl.ds(aligned, TILE)]
+
+    def read_old(token: Index, slot: Index) -> Copy:
+        return pltpu.make_async_copy(tile_of(source_ref[0, token]), old_ref.at[slot], old_sems.at[slot])
+
+    def read_new(token: Index, slot: Index) -> Copy:
+        return pltpu.make_async_copy(tile_of(target_ref[0, token]), new_ref.at[slot], new_sems.at[slot])
+
+    def write_new(token: Index, slot: Index) -> Copy:
+        return pltpu.make_async_copy(new_ref.at[slot], tile_of(target_ref[0, token]), write_sems.at[slot])
+
+    def after(ref: Ref, token: Index) -> Index:
+        return jnp.where(token + 1 < tokens, ref[0, jnp.minimum(token + 1, tokens - 1)], tokens)
+
+    def merge(token: Index, old_slot: Index, new_slot: Index) -> None:
+        """Move one piece from its source tile into its target tile, all layers and heads."""
+        first = lax.rem(target_ref[0, token], TILE)
+        past = first + after(end_ref, token) - token
+        by = lax.rem(first - lax.rem(source_ref[0, token], TILE) + kv_heads * TILE, kv_heads * TILE)
+        slots = lax.rem(lax.broadcasted_iota(jnp.int32, (kv_heads * TILE, head_dim), 0), TILE)
+        moved = (slots >= first) & (slots < past)
+        angles = shift_ref[0, token].astype(jnp.float32) * frequencies_ref[...]
+        upper = lax.broadcasted_iota(jnp.int32, (1, head_dim), 1) >= head_dim // 2
+        cos, sin = jnp.cos(angles), jnp.where(upper, jnp.sin(angles), -jnp.sin(angles))
+
+        def move(layer: Index, kv: int, rotated: Array) -> None:
+            current = new_ref[new_slot, layer, kv].reshape(rotated.shape).astype(jnp.float32)
+            merged = jnp.where(moved, pltpu.roll(rotated, by, 0), current)
+            new_ref[new_slot, layer, kv] = merged.astype(new_ref.dtype).reshape(kv_heads, TILE, head_dim)
+
+        def move_layer(layer: Index, _: None) -> None:
+            keys, values = (
+                old_ref[old_slot, layer, kv].reshape(kv_heads * TILE, head_dim).astype(jnp.float32) for kv in (0, 1)
+            )
+            halves = jnp.concatenate([keys[:, head_dim // 2 :], keys[:, : head_dim // 2]], axis=1)
+            move(layer, 0, keys * cos + halves * sin)
+            move(layer, 1, values)
+
+        lax.fori_loop(0, layers, move_layer, None)
+
+    def step(state: tuple[Index, Index, Index, Index]) -> tuple[Index, Index, Index, Index]:
+        """One piece. `count` counts pieces, `tiles` the target tiles before its own, which it may be first to use."""
+        token, count, tiles, opens = state
+        old_slot, new_slot, then = lax.rem(count, 2), lax.rem(tiles, 2), after(next_ref, token)
+        upcoming = target_ref[0, jnp.minimum(then, tokens - 1)]
+        closes = (then >= tokens) | (lax.div(upcoming, TILE) != lax.div(target_ref[0, token], TILE))
+
+        # The tile that is read next may be the one that was written last.
+        pl.when(opens & (tiles >= 1))(lambda: write_new(token, 1 - new_slot).wait())
+
+        @pl.when(then < tokens)
+        def prefetch() -> None:
+            read_old(then, 1 - old_slot).start()
+            pl.when(closes)(lambda: read_new(then, 1 - new_slot).start())
+
+        read_old(token, old_slot).wait()
+        pl.when(opens)(lambda: read_new(token, new_slot).wait())
+        merge(token, old_slot, new_slot)
+        pl.when(closes)(lambda: write_new(token, new_slot).start())
+        return then, count + 1, tiles + closes.astype(jnp.int32), closes
+
+    first = next_ref[0, 0]
+
+    @pl.when(first < tokens)
+    def run() -> None:
+        read_old(first, 0).start()
+        read_new(first, 0).start()
+        start = first, jnp.int32(0), jnp.int32(0), jnp.bool_(True)
+        _, _, tiles, _ = lax.while_loop(lambda state: state[0] < tokens, step, start)
+        write_new(first, lax.rem(tiles - 1, 2)).wait()

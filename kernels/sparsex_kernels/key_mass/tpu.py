@@ -1,0 +1,158 @@
+"""Key mass on TPU: two passes over the keys, for the log-sum-exp and for the column sums; K alone is read."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
+from sparsex_kernels.paged_attention.tpu import LANES, head_scores, pack_rows, row_tile, spans
+from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, each_page, pages_a_block
+
+
+def key_mass(
+    q: Queries,
+    store: Store,
+    layer: Int[Array, ""],
+    positions: RowInts,
+    requests: RowInts,
+    page_tables: PageTables,
+    scale: float,
+) -> Float[Array, "requests context"]:
+    """See `sparsex_kernels.key_mass`. Sums in a fixed order, so the result is deterministic.
+
+    A grid of requests and row tiles: one request's sums stay in VMEM while its tiles add to them. Tiles that have
+    none of the request's rows are not fetched.
+    """
+    check_page_size(store)
+    num_requests, max_pages = page_tables.shape
+    tile = row_tile(len(q))
+    packed, own, owner = pack_rows(q, store, positions, requests, tile)
+    last, _ = spans(positions, requests, num_requests, tile)
+    kv_heads, all_rows, head_dim = packed.shape
+    tile_rows = tile * (q.shape[1] // kv_heads)
+    num_tiles = all_rows // tile_rows
+    keys = pages_a_block(store, max_pages) * store.shape[4]
+    num_blocks = -(-max_pages * store.shape[4] // keys)
+
+    live = (last >= 0).reshape(num_tiles, num_requests)
+    first_tile = jnp.argmax(live, axis=0).astype(jnp.int32)
+    last_tile = (num_tiles - 1 - jnp.argmax(live[::-1], axis=0)).astype(jnp.int32)
+
+    def tile_of(r: Index, i: Index, *refs: Ref) -> Index:
+        return jnp.clip(i, refs[3][r], refs[4][r])
+
+    column = pl.BlockSpec((tile_rows, 1), lambda *at: (tile_of(*at), 0))
+    out = pl.pallas_call(
+        functools.partial(_key_mass_kernel, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=5,
+            grid=(num_requests, num_tiles),
+            in_specs=[
+                pl.BlockSpec((kv_heads, tile_rows, head_dim), lambda *at: (0, tile_of(*at), 0)),
+                column,
+                column,
+                HBM,
+            ],
+            out_specs=pl.BlockSpec((None, num_blocks, 1, keys), lambda r, i, *_: (r, 0, 0, 0)),
+            scratch_shapes=[
+                pltpu.VMEM((2, kv_heads, keys, head_dim), store.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.VMEM((kv_heads, tile_rows, LANES), jnp.float32),
+                pltpu.VMEM((kv_heads, tile_rows, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct((num_requests, num_blocks, 1, keys), jnp.float32),
+        compiler_params=compiler_params("parallel", "arbitrary"),
+        name="key_mass",
+    )(layer.reshape(1), page_tables.reshape(-1), last, first_tile, last_tile, packed, own, owner, store)
+    return out.reshape(num_requests, -1)[:, : max_pages * store.shape[4]]
+
+
+def _key_mass_kernel(
+    layer_ref: Ref,  # [1]
+    tables_ref: Ref,  # [requests * max_pages]
+    last_ref: Ref,  # [tiles * requests]
+    first_tile_ref: Ref,  # [requests]
+    last_tile_ref: Ref,  # [requests]
+    q_ref: Ref,  # [kv_heads, tile_rows, head_dim]
+    own_ref: Ref,  # [tile_rows, 1]
+    owner_ref: Ref,  # [tile_rows, 1]
+    store_ref: Ref,  # [layers, pages, 2, kv_heads, page_size, head_dim], in HBM
+    out_ref: Ref,  # [blocks, 1, keys] float32
+    keys_ref: Ref,  # [2 buffers, kv_heads, keys, head_dim]
+    sems: Ref,
+    top_ref: Ref,  # [kv_heads, tile_rows, LANES] float32, running maximum, then the log-sum-exp
+    total_ref: Ref,  # the same of the running sum
+    *,
+    scale: float,
+) -> None:
+    request, tile = pl.program_id(0), pl.program_id(1)
+    num_requests = pl.num_programs(0)
+    kv_heads, tile_rows, _ = q_ref.shape
+    page_size, keys = store_ref.shape[4], keys_ref.shape[2]
+    last = last_ref[tile * num_requests + request]
+    blocks = (last + keys) // keys
+
+    def transfer(step: Index, slot: Index, act: str) -> None:
+        first = lax.rem(step, blocks) * (keys // page_size)
+
+        def copy_of(page: Index) -> Copy:
+            number = tables_ref[request * (tables_ref.shape[0] // num_requests) + first + page]
+            target = keys_ref.at[slot, :, pl.ds(pl.multiple_of(page * page_size, TILE), page_size)]
+            return pltpu.make_async_copy(store_ref.at[layer_ref[0], number, 0], target, sems.at[slot])
+
+        each_page(jnp.minimum(last // page_size + 1 - first, keys // page_size), copy_of, act)
+
+    def masked_scores(head: Index, block: Index, slot: Index) -> Array:
+        own = jnp.where(owner_ref[...] == request, own_ref[...], -1)
+        visible = block * keys + lax.broadcasted_iota(jnp.int32, (tile_rows, keys), 1) <= own
+        return jnp.where(visible, head_scores(q_ref[head], keys_ref[slot, head], scale), -jnp.inf)
+
+    def add_to_lse(block: Index, slot: Index) -> None:
+        def add(head: Index, _: None) -> None:
+            scores = masked_scores(head, block, slot)
+            top = top_ref[head, :, :1]
+            new_top = jnp.maximum(top, scores.max(1, keepdims=True))
+            finite_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+            added = jnp.exp(scores - finite_top).sum(1, keepdims=True)
+            total = total_ref[head, :, :1] * jnp.exp(top - finite_top) + added
+            top_ref[head] = jnp.broadcast_to(new_top, (tile_rows, LANES))
+            total_ref[head] = jnp.broadcast_to(total, (tile_rows, LANES))
+
+        lax.fori_loop(0, kv_heads, add, None)
+
+    def finish_lse() -> None:
+        """Rows of other requests see nothing; any finite number gives them weights of 0."""
+        lse = top_ref[...] + jnp.log(total_ref[...])
+        top_ref[...] = jnp.where(total_ref[...] > 0, lse, 0.0)
+
+    def add_column_sums(block: Index, slot: Index) -> None:
+        def add(head: Index, sums: Array) -> Array:
+            weights = jnp.exp(masked_scores(head, block, slot) - top_ref[head, :, :1])
+            return sums + weights.sum(0, keepdims=True)
+
+        out_ref[block] += lax.fori_loop(0, kv_heads, add, jnp.zeros((1, keys), jnp.float32))
+
+    def step(i: Index, _: None) -> None:
+        block, slot = lax.rem(i, blocks), lax.rem(i, 2)
+        pl.when(i + 1 < 2 * blocks)(lambda: transfer(i + 1, 1 - slot, "start"))
+        transfer(i, slot, "wait")
+        pl.when(i < blocks)(lambda: add_to_lse(block, slot))
+        pl.when(i == blocks)(finish_lse)
+        pl.when(i >= blocks)(lambda: add_column_sums(block, slot))
+
+    @pl.when(tile == 0)
+    def clear() -> None:
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    @pl.when(last >= 0)
+    def run() -> None:
+        top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        transfer(jnp.int32(0), jnp.int32(0), "start")
+        lax.fori_loop(0, 2 * blocks, step, None)

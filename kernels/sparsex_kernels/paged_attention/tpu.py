@@ -1,0 +1,233 @@
+"""Attention on TPU: FlashAttention-2 (algorithm 1) over pages that DMA brings from HBM, double-buffered.
+
+A tile of rows takes one pass over the keys of each request it has rows of. The rows of all query heads that share a
+KV head stand behind each other in one matrix, so K and V are read once for all of them.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, pad_rows
+from sparsex_kernels.tpu import (
+    HBM,
+    TILE,
+    Copy,
+    Index,
+    Ref,
+    check_page_size,
+    compiler_params,
+    each_page,
+    pages_a_block,
+    precision,
+)
+
+ROW_TILE = 128  # rows that share one pass over the keys: 512 operations a byte of K and V with 4 heads a KV head
+LANES = 128
+
+
+def paged_attention(
+    q: Queries,
+    store: Store,
+    layer: Int[Array, ""],
+    positions: RowInts,
+    requests: RowInts,
+    page_tables: PageTables,
+    scale: float,
+    return_lse: bool = False,
+) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
+    """See `sparsex_kernels.paged_attention`. Head sizes that are no multiple of 128 waste lanes of HBM and VMEM."""
+    check_page_size(store)
+    rows, q_heads, head_dim = q.shape
+    tile = row_tile(rows)
+    packed, own, owner = pack_rows(q, store, positions, requests, tile)
+    last, following = spans(positions, requests, len(page_tables), tile)
+    kv_heads, all_rows, _ = packed.shape
+    tile_rows = tile * (q_heads // kv_heads)
+    keys = pages_a_block(store, page_tables.shape[1]) * store.shape[4]
+
+    by_tile = pl.BlockSpec((kv_heads, tile_rows, head_dim), lambda i, *_: (0, i, 0))
+    column = pl.BlockSpec((tile_rows, 1), lambda i, *_: (i, 0))
+    lse_by_tile = pl.BlockSpec((kv_heads, tile_rows, 1), lambda i, *_: (0, i, 0))
+    kernel = functools.partial(_attention_kernel, scale=scale, num_requests=len(page_tables), return_lse=return_lse)
+    out, *lse = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(all_rows // tile_rows,),
+            in_specs=[by_tile, column, column, HBM],
+            out_specs=[by_tile, *[lse_by_tile] * return_lse],
+            scratch_shapes=[
+                pltpu.VMEM((2, 2, kv_heads, keys, head_dim), store.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.VMEM((kv_heads, tile_rows, head_dim), jnp.float32),
+                pltpu.VMEM((kv_heads, tile_rows, LANES), jnp.float32),
+                pltpu.VMEM((kv_heads, tile_rows, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(packed.shape, q.dtype),
+            *[jax.ShapeDtypeStruct((kv_heads, all_rows, 1), jnp.float32)] * return_lse,
+        ],
+        compiler_params=compiler_params("parallel"),
+        name="paged_attention",
+    )(layer.reshape(1), page_tables.reshape(-1), last, following, packed, own, owner, store)
+    attended = unpack_rows(out, rows, q_heads)
+    return (attended, unpack_rows(lse[0], rows, q_heads)[..., 0]) if return_lse else attended
+
+
+def row_tile(rows: int) -> int:
+    return min(ROW_TILE, rows + -rows % TILE)
+
+
+def pack_rows(
+    q: Queries, store: Store, positions: RowInts, requests: RowInts, tile: int
+) -> tuple[Float[Array, "kv_heads packed head_dim"], Int[Array, "packed 1"], Int[Array, "packed 1"]]:
+    """One matrix a KV head, a row's query heads behind each other, and each line's position and request."""
+    kv_heads = store.shape[3]
+    group = q.shape[1] // kv_heads
+    q = pad_rows(q, tile)
+    packed = q.reshape(len(q), kv_heads, group, -1).transpose(1, 0, 2, 3).reshape(kv_heads, len(q) * group, -1)
+    padded = pad_rows(positions, tile, -1), pad_rows(requests, tile)
+    own, owner = (jnp.repeat(x.astype(jnp.int32), group)[:, None] for x in padded)
+    return packed.astype(store.dtype), own, owner
+
+
+def unpack_rows(
+    packed: Float[Array, "kv_heads packed head_dim"], rows: int, q_heads: int
+) -> Float[Array, "rows q_heads head_dim"]:
+    kv_heads, _, head_dim = packed.shape
+    unpacked = packed.reshape(kv_heads, -1, q_heads // kv_heads, head_dim).transpose(1, 0, 2, 3)
+    return unpacked.reshape(-1, q_heads, head_dim)[:rows]
+
+
+def spans(
+    positions: RowInts, requests: RowInts, num_requests: int, tile: int
+) -> tuple[Int[Array, "tiles_requests"], Int[Array, "tiles_followers"]]:
+    """For each tile and request, the last position that any of the tile's rows sees, -1 for none; and for each
+    tile and request, the first request from it on that has a row there, `num_requests` if there is none."""
+    own = pad_rows(positions, tile, -1).reshape(-1, tile, 1)
+    owner = pad_rows(requests, tile).reshape(-1, tile, 1)
+    number = jnp.arange(num_requests, dtype=jnp.int32)
+    last = jnp.where(owner == number, own, -1).max(1).astype(jnp.int32)
+    following = lax.cummin(jnp.where(last >= 0, number, num_requests), axis=1, reverse=True)
+    following = jnp.pad(following, ((0, 0), (0, 1)), constant_values=num_requests)
+    return last.reshape(-1), following.reshape(-1)
+
+
+def _attention_kernel(
+    layer_ref: Ref,  # [1]
+    tables_ref: Ref,  # [requests * max_pages]
+    last_ref: Ref,  # [tiles * requests]
+    following_ref: Ref,  # [tiles * (requests + 1)]
+    q_ref: Ref,  # [kv_heads, tile_rows, head_dim]
+    own_ref: Ref,  # [tile_rows, 1]
+    owner_ref: Ref,  # [tile_rows, 1]
+    store_ref: Ref,  # [layers, pages, 2, kv_heads, page_size, head_dim], in HBM
+    out_ref: Ref,  # [kv_heads, tile_rows, head_dim]
+    *refs: Ref,
+    scale: float,
+    num_requests: int,
+    return_lse: bool,
+) -> None:
+    """The other `refs`, in this order:
+
+    lse_ref: [kv_heads, tile_rows, 1] float32, if it is to be returned.
+    kv_ref: [2 buffers, 2, kv_heads, keys, head_dim], and `sems`, its two semaphores.
+    acc_ref: [kv_heads, tile_rows, head_dim] float32.
+    top_ref: [kv_heads, tile_rows, LANES] float32, the running maximum, the same in all lanes.
+    total_ref: the same of the running sum.
+    """
+    *lse_refs, kv_ref, sems, acc_ref, top_ref, total_ref = refs
+    tile = pl.program_id(0)
+    kv_heads, tile_rows, _ = q_ref.shape
+    page_size, keys = store_ref.shape[4], kv_ref.shape[3]
+    max_pages = tables_ref.shape[0] // num_requests
+
+    def last_of(request: Index) -> Index:
+        return last_ref[tile * num_requests + request]
+
+    def next_request(request: Index) -> Index:
+        return following_ref[tile * (num_requests + 1) + request]
+
+    def transfer(request: Index, block: Index, slot: Index, act: str) -> None:
+        first = block * (keys // page_size)
+
+        def copy_of(page: Index) -> Copy:
+            number = tables_ref[request * max_pages + first + page]
+            target = kv_ref.at[slot, :, :, pl.ds(pl.multiple_of(page * page_size, TILE), page_size)]
+            return pltpu.make_async_copy(store_ref.at[layer_ref[0], number], target, sems.at[slot])
+
+        each_page(jnp.minimum(last_of(request) // page_size + 1 - first, keys // page_size), copy_of, act)
+
+    def attend(request: Index, block: Index, slot: Index) -> None:
+        first_key = block * keys
+
+        @pl.when(first_key + keys > last_of(request) + 1)
+        def clear_unseen() -> None:  # slots that nobody sees may hold anything, and 0 * NaN would be NaN
+            seen = first_key + lax.broadcasted_iota(jnp.int32, kv_ref.shape[3:], 0) <= last_of(request)
+
+            def clear(head: Index, _: None) -> None:
+                values = kv_ref[slot, 1, head].astype(jnp.float32)
+                kv_ref[slot, 1, head] = jnp.where(seen, values, 0).astype(kv_ref.dtype)
+
+            lax.fori_loop(0, kv_heads, clear, None)
+
+        own = jnp.where(owner_ref[...] == request, own_ref[...], -1)
+        visible = first_key + lax.broadcasted_iota(jnp.int32, (tile_rows, keys), 1) <= own
+
+        def attend_head(head: Index, _: None) -> None:
+            scores = jnp.where(visible, head_scores(q_ref[head], kv_ref[slot, 0, head], scale), -jnp.inf)
+            top = top_ref[head, :, :1]
+            new_top = jnp.maximum(top, scores.max(1, keepdims=True))
+            finite_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # rows that have seen no key yet
+            weights, decay = jnp.exp(scores - finite_top), jnp.exp(top - finite_top)
+            values = kv_ref[slot, 1, head]
+            update = lax.dot_general(
+                weights.astype(values.dtype),
+                values,
+                (((1,), (0,)), ((), ())),
+                precision=precision(values.dtype),
+                preferred_element_type=jnp.float32,
+            )
+            total = total_ref[head, :, :1] * decay + weights.sum(1, keepdims=True)
+            acc_ref[head] = acc_ref[head] * decay + update
+            top_ref[head] = jnp.broadcast_to(new_top, (tile_rows, LANES))
+            total_ref[head] = jnp.broadcast_to(total, (tile_rows, LANES))
+
+        lax.fori_loop(0, kv_heads, attend_head, None)
+
+    def step(state: tuple[Index, Index, Index]) -> tuple[Index, Index, Index]:
+        request, block, slot = state
+        more = (block + 1) * keys <= last_of(request)
+        then = jnp.where(more, request, next_request(request + 1)), jnp.where(more, block + 1, 0), 1 - slot
+
+        pl.when(then[0] < num_requests)(lambda: transfer(*then, "start"))
+        transfer(*state, "wait")
+        attend(*state)
+        return then
+
+    acc_ref[...] = jnp.zeros_like(acc_ref)
+    top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
+    total_ref[...] = jnp.zeros_like(total_ref)
+    start = next_request(0), jnp.int32(0), jnp.int32(0)
+    pl.when(start[0] < num_requests)(lambda: transfer(*start, "start"))
+    lax.while_loop(lambda state: state[0] < num_requests, step, start)
+    for head in range(kv_heads):  # padding sees nothing and gets 0
+        total = jnp.maximum(total_ref[head, :, :1], jnp.finfo(jnp.float32).tiny)
+        out_ref[head] = (acc_ref[head] / total).astype(out_ref.dtype)
+        if return_lse:
+            lse_refs[0][head] = top_ref[head, :, :1] + jnp.log(total)
+
+
+def head_scores(q: Array, keys: Array, scale: float) -> Float[Array, "packed keys"]:
+    """Scaled products of one head's queries and keys, in float32."""
+    products = lax.dot_general(
+        q, keys, (((1,), (1,)), ((), ())), precision=precision(keys.dtype), preferred_element_type=jnp.float32
+    )
+    return products * scale

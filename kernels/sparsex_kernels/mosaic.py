@@ -1,0 +1,72 @@
+"""What the kernels for Hopper GPUs (Pallas, Mosaic GPU) share.
+
+On a CPU they run in Mosaic GPU's interpret mode, which knows TMA copies, barriers, warpgroups and `wgmma` on
+operands in shared memory, but not `wgmma` on registers: kernels take `INTERPRET` as a static flag and use a plain
+product there.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Int
+
+from sparsex_kernels.layout import PageTables, Queries, Store
+
+LOG2_E = 1.4426950408889634  # scores are kept in base 2, so that exponentials are one instruction
+WGMMA_ROWS = 64  # rows of one warpgroup's product
+MASKED = -1e30  # finite, so that a row which has seen no key yet does not make NaN of inf - inf
+SWIZZLE = 128  # bytes; tiles of 8 rows x 128 bytes
+
+
+def interpreted() -> bool:
+    """Whether kernels are interpreted rather than compiled: wherever there is no GPU."""
+    return jax.default_backend() == "cpu"
+
+
+def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel`, interpreted on a CPU. One warpgroup is one thread named `wg`."""
+    interpret = plgpu.InterpretGPUParams() if interpreted() else None
+    params = plgpu.CompilerParams(approx_math=True)
+    options = {"compiler_params": params, "thread_name": "wg", "interpret": interpret} | options
+    return plgpu.kernel(body, **options)
+
+
+def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory whose last two axes are laid out as TMA and `wgmma` like it: 8-row tiles, swizzled."""
+    columns = SWIZZLE // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE)))
+
+
+def flat_store(store: Store) -> Array:
+    """The store as `[layers * pages, 2 * kv_heads, page_size, head_dim]`: TMA takes five axes at most. No copy."""
+    layers, pages, kv, heads, page_size, head_dim = store.shape
+    return store.reshape(layers * pages, kv * heads, page_size, head_dim)
+
+
+def flat_pages(store: Store, layer: Int[Array, ""], page_tables: PageTables, multiple: int) -> Int[Array, "requests n"]:
+    """Page tables as lines of the flat store, padded to a multiple of pages; the padding is some valid page."""
+    tables = jnp.pad(page_tables, ((0, 0), (0, -page_tables.shape[1] % multiple)))
+    return (jnp.clip(tables, 0, store.shape[1] - 1) + layer * store.shape[1]).astype(jnp.int32)
+
+
+def check_attention(q: Queries, store: Store, block: int) -> None:
+    """Raise `NotImplementedError` where the attention kernels cannot do this shape or type."""
+    page_size, head_dim = store.shape[4:]
+    if q.dtype != store.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"queries of {q.dtype} on a store of {store.dtype}; both bfloat16 or float16 can be")
+    if head_dim not in (64, 128):
+        raise NotImplementedError(f"head_dim {head_dim}; 64 and 128 can be")
+    if page_size % 64 or max(page_size, block) % min(page_size, block):
+        raise NotImplementedError(f"page_size {page_size}; multiples of 64 that fit blocks of {block} can be")
+
+
+@functools.cache
+def heads_a_tile(q_heads: int, kv_heads: int) -> int:
+    """Query heads of one KV head that share a tile: the largest divisor of the group up to 8."""
+    group = q_heads // kv_heads
+    return max(n for n in range(1, 9) if group % n == 0)

@@ -70,3 +70,9 @@ def heads_a_tile(q_heads: int, kv_heads: int) -> int:
     """Query heads of one KV head that share a tile: the largest divisor of the group up to 8."""
     group = q_heads // kv_heads
     return max(n for n in range(1, 9) if group % n == 0)
+
+
+def check_copies(store: Store) -> None:
+    """Raise `NotImplementedError` where TMA cannot copy single tokens of this store."""
+    if store.shape[5] * store.dtype.itemsize % 16 or store.shape[5] > 256 or store.shape[3] > 256:
+        raise NotImplementedError(f"copies of {store.shape[3]} heads of {store.shape[5]} {store.dtype}")

@@ -1,0 +1,67 @@
+"""KV write for Hopper GPUs: TMA copies only, by Pallas' Mosaic GPU."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from sparsex_kernels.layout import PageTables, RowInts, Store, pad_rows, row_addresses
+from sparsex_kernels.mosaic import check_copies, flat_store, kernel
+
+ROWS = 16  # a program's
+
+
+def write_kv(
+    store: Store,
+    layer: Int[Array, ""],
+    keys: Float[Array, "rows kv_heads head_dim"],
+    values: Float[Array, "rows kv_heads head_dim"],
+    positions: RowInts,
+    requests: RowInts,
+    page_tables: PageTables,
+) -> Store:
+    """See `sparsex_kernels.write_kv`. Each row's K and V travel through shared memory, all heads in one copy."""
+    check_copies(store)
+    page, offset = row_addresses(store, positions, requests, page_tables)
+    page = jnp.where(page < store.shape[1], page + layer * store.shape[1], -1)
+    page, offset = (pad_rows(x.astype(jnp.int32), ROWS, -1) for x in (page, offset))
+    keys, values = (pad_rows(x.astype(store.dtype), ROWS) for x in (keys, values))
+    ref = jax.new_ref(flat_store(store))
+    heads, head_dim = keys.shape[1:]
+    kernel(
+        functools.partial(_kernel, heads),
+        grid=(len(keys) // ROWS,),
+        grid_names=("tile",),
+        num_threads=1,
+        scratch_types={
+            "smem": plgpu.SMEM((2, ROWS, heads, head_dim), store.dtype),
+            "ready": plgpu.Barrier(num_arrivals=2),
+        },
+    )(keys, values, page, offset, ref)
+    return jax.freeze(ref).reshape(store.shape)
+
+
+def _kernel(
+    heads: int, keys: Any, values: Any, page_ref: Any, offset_ref: Any, store: Any, *, smem: Any, ready: Any
+) -> None:
+    first = lax.axis_index("tile") * ROWS
+    for kind, rows in enumerate((keys, values)):
+        plgpu.copy_gmem_to_smem(rows.at[pl.ds(first, ROWS)], smem.at[kind], ready)
+    # All addresses are read at once: one by one, each would wait for memory.
+    pages = [page_ref[first + n] for n in range(ROWS)]
+    offsets = [offset_ref[first + n] for n in range(ROWS)]
+    plgpu.barrier_wait(ready)
+    for n, (page, offset) in enumerate(zip(pages, offsets, strict=True)):
+
+        @pl.when(page >= 0)
+        def _(n: int = n, page: Array = page, offset: Array = offset) -> None:
+            for kind in range(2):
+                target = store.at[page, pl.ds(kind * heads, heads), offset]
+                plgpu.copy_smem_to_gmem(smem.at[kind, n], target)
+
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,196 @@
+"""Alignment for Hopper GPUs, all layers in one call, by Pallas' Mosaic GPU.
+
+A program has a tile of tokens and goes through the layers, some layers in flight by TMA; the rotation stays in its
+registers. Tiles whose tokens lie behind each other in one page, at the source and at the target, move head by head;
+others token by token. K is `[head, token]` in shared memory then, and `[token, head]` otherwise, and the rotations
+are laid out the same way, so that the arithmetic need not know.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from sparsex_kernels.layout import Store, pad_rows
+from sparsex_kernels.mosaic import check_copies, flat_store, kernel
+
+STAGES = 3  # layers in flight
+
+
+class Shape(NamedTuple):
+    """Static sizes of one call."""
+
+    layers: int
+    pages: int
+    heads: int
+    page_size: int
+    head_dim: int
+    tile: int  # tokens
+    dtype: Any
+
+    @property
+    def rows(self) -> int:
+        return self.tile * self.heads
+
+
+def align_and_copy(
+    store: Store,
+    source: Int[Array, "tokens"],
+    target: Int[Array, "tokens"],
+    shift: Int[Array, "tokens"],
+    inv_freq: Float[Array, "half"],
+) -> Store:
+    """See `sparsex_kernels.align_and_copy`."""
+    check_copies(store)
+    layers, pages, _, heads, page_size, head_dim = store.shape
+    # The rows [token, head] of a tile fill whole warps.
+    shape = Shape(layers, pages, heads, page_size, head_dim, max(8, 32 // math.gcd(heads, 32)), store.dtype)
+    if shape.tile > page_size or head_dim not in (64, 128):
+        raise NotImplementedError(f"tiles of {shape.tile} tokens on pages of {page_size}, head_dim {head_dim}")
+    source, target, shift = pad_rows(source, shape.tile), pad_rows(target, shape.tile, -1), pad_rows(shift, shape.tile)
+    run = one_run(source, target, shape)
+    ref = jax.new_ref(flat_store(store))
+    block = (STAGES, shape.rows, head_dim)
+    kernel(
+        functools.partial(_kernel, shape),
+        grid=(len(run),),
+        grid_names=("tile",),
+        num_threads=1,
+        scratch_types={
+            "k_smem": plgpu.SMEM(block, store.dtype),
+            "v_smem": plgpu.SMEM(block, store.dtype),
+            "run_ready": plgpu.Barrier(num_arrivals=2 * heads, num_barriers=STAGES),
+            "tokens_ready": plgpu.Barrier(num_arrivals=2 * shape.tile, num_barriers=STAGES),
+        },
+    )(source, target, run.astype(jnp.int32), *rotations(shift, inv_freq, run, shape), ref)
+    return jax.freeze(ref).reshape(store.shape)
+
+
+def one_run(source: Int[Array, "tokens"], target: Int[Array, "tokens"], shape: Shape) -> Bool[Array, "tiles"]:
+    """Whether a tile's tokens are behind each other in one page, at both ends."""
+
+    def consecutive(slots: Array) -> Array:
+        slots = slots.reshape(-1, shape.tile)
+        follow = slots == slots[:, :1] + jnp.arange(shape.tile)
+        return follow.all(1) & (slots[:, 0] % shape.page_size <= shape.page_size - shape.tile) & (slots[:, 0] >= 0)
+
+    return consecutive(source) & consecutive(target)
+
+
+def rotations(
+    shift: Int[Array, "tokens"], inv_freq: Float[Array, "half"], run: Bool[Array, "tiles"], shape: Shape
+) -> tuple[Float[Array, "tiles rows half"], Float[Array, "tiles rows half"]]:
+    """Cosines and sines for the rows of every tile, in float32 and in the order that its K has in shared memory."""
+    row = jnp.arange(shape.rows)
+    token = jnp.where(run[:, None], row % shape.tile, row // shape.heads)
+    angles = jnp.take_along_axis(shift.reshape(-1, shape.tile), token, 1)[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _row_layout(shape: Shape) -> Any:
+    """Registers for `[rows, head_dim / 2]`: 16 bytes a thread, so that 8 threads read 128 bytes at once."""
+    half, vector = shape.head_dim // 2, 16 // jnp.dtype(shape.dtype).itemsize
+    warp_rows = 32 * vector // half
+    tiling = plgpu.Tiling(((4 * warp_rows, half), (warp_rows, half), (vector,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def _kernel(
+    shape: Shape,
+    source_ref: Any,
+    target_ref: Any,
+    run_ref: Any,
+    cos_ref: Any,
+    sin_ref: Any,
+    store: Any,
+    *,
+    k_smem: Any,
+    v_smem: Any,
+    run_ready: Any,
+    tokens_ready: Any,
+) -> None:
+    tile = lax.axis_index("tile")
+    layout, half = _row_layout(shape), shape.head_dim // 2
+    run = run_ref[tile] > 0
+    # All addresses are read at once: one by one, each would wait for memory.
+    sources = [source_ref[tile * shape.tile + n] for n in range(shape.tile)]
+    targets = [target_ref[tile * shape.tile + n] for n in range(shape.tile)]
+    cos, sin = (plgpu.load(ref.at[tile], layout=layout, optimized=False) for ref in (cos_ref, sin_ref))
+
+    def pieces(layer: Array, kind: int, slots: list[Array]) -> Iterator[tuple[Any, Any]]:
+        """What is copied of one layer: parts of the store, and their rows in shared memory."""
+        smem = (k_smem, v_smem)[kind].at[lax.rem(layer, STAGES)]
+
+        def at(slot: Array) -> tuple[Array, Array]:
+            return layer * shape.pages + lax.div(slot, shape.page_size), lax.rem(slot, shape.page_size)
+
+        if len(slots) == 1:  # a run
+            page, offset = at(slots[0])
+            for head in range(shape.heads):
+                part = store.at[page, kind * shape.heads + head, pl.ds(offset, shape.tile)]
+                yield part, smem.at[pl.ds(head * shape.tile, shape.tile)]
+        else:
+            for n, slot in enumerate(slots):
+                page, offset = at(slot)
+                part = store.at[page, pl.ds(kind * shape.heads, shape.heads), offset]
+                yield part, smem.at[pl.ds(n * shape.heads, shape.heads)]
+
+    def load(layer: Array) -> None:
+        def copy(slots: list[Array], ready: Any) -> None:
+            for kind in range(2):
+                for part, smem in pieces(layer, kind, slots):
+                    plgpu.copy_gmem_to_smem(part, smem, ready.at[lax.rem(layer, STAGES)])
+
+        pl.when(run)(lambda: copy(sources[:1], run_ready))
+        pl.when(~run)(lambda: copy(sources, tokens_ready))
+
+    def save(layer: Array) -> None:
+        def copy_run() -> None:
+            for kind in range(2):
+                for part, smem in pieces(layer, kind, targets[:1]):
+                    plgpu.copy_smem_to_gmem(smem, part, commit_group=False)
+
+        def copy_tokens() -> None:
+            for kind in range(2):
+                for (part, smem), target in zip(pieces(layer, kind, targets), targets, strict=True):
+
+                    @pl.when(target >= 0)
+                    def _(part: Any = part, smem: Any = smem) -> None:
+                        plgpu.copy_smem_to_gmem(smem, part, commit_group=False)
+
+        pl.when(run)(copy_run)
+        pl.when(~run)(copy_tokens)
+        plgpu.commit_smem_to_gmem_group()
+
+    def rotate(stage: Array) -> None:
+        ends = [k_smem.at[stage, :, pl.ds(begin, half)] for begin in (0, half)]
+        first, second = (plgpu.load(end, layout=layout, optimized=False).astype(jnp.float32) for end in ends)
+        ends[0][...] = (first * cos - second * sin).astype(shape.dtype)
+        ends[1][...] = (second * cos + first * sin).astype(shape.dtype)
+        plgpu.commit_smem()
+
+    def step(layer: Array, _: None) -> None:
+        stage = lax.rem(layer, STAGES)
+
+        pl.when(run)(lambda: plgpu.barrier_wait(run_ready.at[stage]))
+        pl.when(~run)(lambda: plgpu.barrier_wait(tokens_ready.at[stage]))
+        rotate(stage)
+        save(layer)
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the layer before has left shared memory
+        following = layer - 1 + STAGES
+
+        @pl.when((layer > 0) & (following < shape.layers))
+        def _() -> None:
+            load(following)
+
+    for layer in range(min(STAGES, shape.layers)):
+        load(jnp.int32(layer))
+    lax.fori_loop(0, shape.layers, step, None)
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,105 @@
+"""Compiled for real TPUs by their own compiler, on a machine that has none. Nothing runs here."""
+
+import importlib.util
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import sparsex_kernels as kernels
+from sparsex_jax import aot
+from sparsex_jax.config import EngineConfig, named_config
+from sparsex_jax.sharding import check_mesh
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu is not installed; `uv run --group tpu-aot pytest` compiles for TPUs",
+    ),
+]
+
+LLAMA = named_config("llama-3.1-8b")
+CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v7": "tpu7x:2x2x1"}
+KERNEL_SHAPES = [  # dtype, query heads, KV heads, head_dim, rows, page_size
+    ("bfloat16", 32, 8, 128, 2048, 64),  # a chunk of llama-3.1-8b
+    ("bfloat16", 4, 1, 128, 8, 64),  # its decode on one of eight devices
+    ("float32", 8, 2, 128, 256, 16),
+    ("bfloat16", 9, 3, 64, 256, 64),  # smollm2-135m
+]
+
+
+def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size):
+    """Each operation with the shapes of its arguments; the store comes first and is donated where it is written."""
+    store = jax.ShapeDtypeStruct((4, 256, 2, kv_heads, page_size, head_dim), dtype)
+    layer, ints = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    q, kv = (jax.ShapeDtypeStruct((rows, heads, head_dim), dtype) for heads in (q_heads, kv_heads))
+    of_rows = ints, ints, jax.ShapeDtypeStruct((8, 64), jnp.int32)
+    inv_freq = jax.ShapeDtypeStruct((head_dim // 2,), jnp.float32)
+    return {
+        "paged_attention": (lambda store, q, *rest: kernels.paged_attention(q, store, *rest), (q, layer, *of_rows)),
+        "key_mass": (lambda store, q, *rest: kernels.key_mass(q, store, *rest), (q, layer, *of_rows)),
+        "write_kv": (kernels.write_kv, (layer, kv, kv, *of_rows)),
+        "align_and_copy": (kernels.align_and_copy, (ints, ints, ints, inv_freq)),
+    }, store
+
+
+def compiled_kernel(chip, operation, shape):
+    mesh = aot.described_mesh(CHIPS[chip], 1)
+    calls, store = kernel_calls(*shape)
+    call, args = calls[operation]
+    donated = (0,) if operation in ("write_kv", "align_and_copy") else ()
+    with aot.lowering_for(mesh):
+        return jax.jit(call, donate_argnums=donated).lower(*aot.replicated((store, *args), mesh)).compile(), store
+
+
+@pytest.mark.parametrize("operation", ["paged_attention", "key_mass", "write_kv", "align_and_copy"])
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_compile(chip, operation):
+    for shape in KERNEL_SHAPES if chip == "v6e" else KERNEL_SHAPES[:1]:
+        compiled, store = compiled_kernel(chip, operation, shape)
+        assert operation in compiled.as_text()
+        memory, size = compiled.memory_analysis(), math.prod(store.shape) * store.dtype.itemsize
+        if operation in ("write_kv", "align_and_copy"):
+            assert memory.alias_size_in_bytes >= size
+        if shape[3] == 128:  # XLA keeps narrower heads in another order at a program's edge
+            assert memory.temp_size_in_bytes < size / 4
+
+
+ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16", max_batch=8)
+STEPS = {
+    "align": lambda mesh: aot.lower_align(LLAMA, ENGINE, mesh, 8192),
+    "prefill": lambda mesh: aot.lower_prefill(LLAMA, ENGINE, mesh, 1024),
+    "long prefill": lambda mesh: aot.lower_prefill(LLAMA, ENGINE, mesh, 32768),
+    "decode": lambda mesh: aot.lower_decode(LLAMA, ENGINE, mesh, 8),
+}
+PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8)]  # 8 billion weights do not fit one v5e
+QUICK = {("v5e", 8, "align"), ("v5e", 8, "prefill"), ("v5e", 8, "decode"), ("v6e", 1, "align")}
+
+
+@pytest.mark.parametrize(
+    ("chip", "num_devices", "step"),
+    [
+        pytest.param(*place, step, marks=[] if (*place, step) in QUICK else pytest.mark.slow)
+        for place in PLACES
+        for step in STEPS
+    ],
+)
+def test_the_engine_compiles_without_a_copy_of_the_store(chip, num_devices, step):
+    mesh = check_mesh(aot.described_mesh(CHIPS[chip], num_devices), LLAMA)
+    compiled = STEPS[step](mesh).compile()
+    store = aot.abstract_store(LLAMA, ENGINE, mesh)
+    share = math.prod(store.shape) * store.dtype.itemsize // num_devices
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= share
+    assert memory.temp_size_in_bytes < share
+    local = (*store.shape[:3], LLAMA.num_kv_heads // num_devices, *store.shape[4:])
+    assert not re.search(rf"= bf16\[{','.join(map(str, local))}\]\S* copy", compiled.as_text())
+
+
+def test_one_v5e_is_too_small_and_says_so():
+    mesh = aot.described_mesh(CHIPS["v5e"], 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        aot.lower_prefill(LLAMA, ENGINE, mesh, 1024).compile()

@@ -32,14 +32,15 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     """`plgpu.kernel`, interpreted on a CPU. One warpgroup is one thread named `wg`."""
     interpret = plgpu.InterpretGPUParams() if interpreted() else None
     params = plgpu.CompilerParams(approx_math=True)
-    options = {"compiler_params": params, "thread_name": "wg", "interpret": interpret} | options
-    return plgpu.kernel(body, **options)
+    return plgpu.kernel(body, compiler_params=params, thread_name="wg", interpret=interpret, **options)
 
 
 def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory whose last two axes are laid out as TMA and `wgmma` like it: 8-row tiles, swizzled."""
     columns = SWIZZLE // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE)))
+    tiling: Any = plgpu.TilingTransform  # its stub declares it abstract
+    swizzle: Any = plgpu.SwizzleTransform
+    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, columns)), swizzle(SWIZZLE)))
 
 
 def flat_store(store: Store) -> Array:

@@ -3,11 +3,16 @@
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.align_and_copy import reference, tpu, xla
+from sparsex_kernels.align_and_copy import hopper, reference, tpu, xla
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.layout import Store
 
-IMPLEMENTATIONS = {"reference": reference.align_and_copy, "xla": xla.align_and_copy, "tpu": tpu.align_and_copy}
+IMPLEMENTATIONS = {
+    "reference": reference.align_and_copy,
+    "xla": xla.align_and_copy,
+    "hopper": hopper.align_and_copy,
+    "tpu": tpu.align_and_copy,
+}
 
 
 def align_and_copy(

@@ -186,9 +186,7 @@ def _kernel(
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the layer before has left shared memory
         following = layer - 1 + STAGES
 
-        @pl.when((layer > 0) & (following < shape.layers))
-        def _() -> None:
-            load(following)
+        pl.when((layer > 0) & (following < shape.layers))(lambda: load(following))
 
     for layer in range(min(STAGES, shape.layers)):
         load(jnp.int32(layer))

@@ -52,8 +52,7 @@ def key_mass(
 ) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
     args = (q, store, layer, positions, requests, page_tables, scale)
-    _, lse = attend(*args, values=False, lse=True)
-    return column_sums(*args, lse)
+    return column_sums(*args, attend(*args, values=False, lse=True)["lse"])
 
 
 def column_sums(
@@ -148,12 +147,12 @@ def _kernel(shape: Shape, *refs: Any, **scratch: Any) -> None:
     wg = lax.axis_index("wg")
 
     @pl.when(wg < WARPGROUPS)
-    def _() -> None:
+    def compute() -> None:
         plgpu.set_max_registers(232, action="increase")
         _sum(shape, (block, request, head, wg), ranges, mass_ref, scratch)
 
     @pl.when(wg == WARPGROUPS)
-    def _() -> None:
+    def fetch() -> None:
         plgpu.set_max_registers(40, action="decrease")
         pl.when(ranges[0] < ranges[3])(
             lambda: _fetch(
@@ -224,10 +223,7 @@ def _fetch(
     def step(tile: Array, _: None) -> None:
         stage = lax.rem(tile - ranges[0], STAGES)
 
-        @pl.when(tile - ranges[0] >= STAGES)
-        def _() -> None:
-            plgpu.barrier_wait(scratch["q_used"].at[stage])
-
+        pl.when(tile - ranges[0] >= STAGES)(lambda: plgpu.barrier_wait(scratch["q_used"].at[stage]))
         ready = scratch["q_ready"].at[stage]
         for h in range(shape.share):
             source = q_ref.at[pl.ds(tile * shape.rows, shape.rows), head * shape.share + h]

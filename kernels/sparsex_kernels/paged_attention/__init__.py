@@ -1,13 +1,18 @@
 """Attention of rows at arbitrary positions over the paged store: full, chunked and sparse prefill, and decode."""
 
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
-from sparsex_kernels.paged_attention import reference, tpu, xla
+from sparsex_kernels.paged_attention import hopper, reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.paged_attention, "xla": xla.paged_attention, "tpu": tpu.paged_attention}
+IMPLEMENTATIONS = {
+    "reference": reference.paged_attention,
+    "xla": xla.paged_attention,
+    "hopper": hopper.paged_attention,
+    "tpu": tpu.paged_attention,
+}
 
 
 def paged_attention(
@@ -19,8 +24,9 @@ def paged_attention(
     page_tables: PageTables,
     *,
     scale: float | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
-) -> Queries:
+) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """Softmax attention of each row over its request's keys at positions up to its own.
 
     The rows' own K and V must be in the store already (`write_kv`). Every slot from 0 to a row's position must
@@ -33,7 +39,10 @@ def paged_attention(
         (request, position), padding last.
       requests: line of `page_tables` for each row.
       scale: of the scores; 1 / sqrt(head_dim) by default.
-      implementation: `reference` (dense, float32), `xla` (blocked) or `tpu` (Pallas); None chooses.
+      return_lse: also return the logarithm of the softmax's denominator in float32, `[rows, q_heads]`, by which
+        results over parts of the keys can be merged; -inf for padding.
+      implementation: `reference` (dense, float32), `xla` (blocked), `hopper` or `tpu` (Pallas); None chooses.
     """
     attend = choose("paged_attention", IMPLEMENTATIONS, implementation)
-    return attend(q, store, layer, positions, requests, page_tables, scale or q.shape[-1] ** -0.5)
+    scale = scale or q.shape[-1] ** -0.5
+    return attend(q, store, layer, positions, requests, page_tables, scale, return_lse=return_lse)

@@ -83,8 +83,8 @@ def paged_attention(
     config: Config = Config(),
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`."""
-    out, lse = attend(q, store, layer, positions, requests, page_tables, scale, lse=return_lse, config=config)
-    return (out, lse) if return_lse else out
+    results = attend(q, store, layer, positions, requests, page_tables, scale, lse=return_lse, config=config)
+    return (results["out"], results["lse"]) if return_lse else results["out"]
 
 
 def attend(
@@ -99,8 +99,8 @@ def attend(
     values: bool = True,
     lse: bool = False,
     config: Config = Config(),
-) -> tuple[Queries | None, Float[Array, "rows q_heads"] | None]:
-    """The output, unless `values` is off, and the log-sum-exp if asked."""
+) -> dict[str, Array]:
+    """`out` as the queries, unless `values` is off, and `lse` in float32, `[rows, q_heads]`, if asked."""
     check_attention(q, store, config.block)
     shape = _shape(q, store, scale, values, lse, config)
     tile = shape.rows * config.warpgroups
@@ -123,8 +123,9 @@ def attend(
         scratch_types=_scratch(shape, config),
     )
     results = dict(zip(types, run(padded, flat_store(store), tables, spans, ranges, packed), strict=True))
-    out = results["out"][:count] if values else None
-    return out, _unpack_lse(results["lse"], shape)[:count] if lse else None
+    if lse:
+        results["lse"] = _unpack_lse(results["lse"], shape)
+    return {name: x[:count] for name, x in results.items()}
 
 
 def tile_spans(
@@ -136,7 +137,7 @@ def tile_spans(
     live = positions >= 0
     own = live[..., None] & (requests[..., None] == jnp.arange(num_requests))
     last = jnp.max(jnp.where(own, positions[..., None], -1), axis=1)
-    first = jnp.min(jnp.where(own, positions[..., None], -1 if tile == 0 else 2**30), axis=1)
+    first = jnp.min(jnp.where(own, positions[..., None], 2**30), axis=1)
     full = jnp.where(own.all(axis=1), (first + 1) // block, 0)
     begin = jnp.min(jnp.where(live, requests, num_requests), axis=1)
     end = jnp.max(jnp.where(live, requests, -1), axis=1) + 1
@@ -197,12 +198,12 @@ def _kernel(shape: Shape, config: Config, interpret: bool, *refs: Any, **scratch
     begin, end = ranges_ref[tile, 0], ranges_ref[tile, 1]
 
     @pl.when(wg < config.warpgroups)
-    def _() -> None:
+    def compute() -> None:
         plgpu.set_max_registers(config.registers[0], action="increase")
         _compute(shape, config, interpret, (tile, head, wg), (begin, end), q_ref, spans_ref, packed_ref, outs, scratch)
 
     @pl.when(wg == config.warpgroups)
-    def _() -> None:
+    def fetch() -> None:
         plgpu.set_max_registers(config.registers[1], action="decrease")
         _fetch(shape, config, tile, head // shape.repeat, (begin, end), kv_ref, tables_ref, spans_ref, scratch)
 
@@ -349,29 +350,25 @@ def _fetch(
             at = first_step + i
             slot = lax.rem(at, config.stages)
 
-            @pl.when(at >= config.stages)
-            def _() -> None:
-                plgpu.barrier_wait(scratch["k_used"].at[slot])
+            def refill(used: Any) -> None:
+                pl.when(at >= config.stages)(lambda: plgpu.barrier_wait(used.at[slot]))
 
-            copy_block(request, i, k_smem.at[slot], kv_head, scratch["k_ready"].at[slot])
-            if not shape.values:
-                return
+            def copy_values(ready: Any) -> None:
+                copy_block(request, i, v_smem.at[slot], shape.kv_heads + kv_head, ready)
 
-            @pl.when(at >= config.stages)
-            def _() -> None:
-                plgpu.barrier_wait(scratch["v_used"].at[slot])
-
-            @pl.when(i < blocks - 1)
-            def _() -> None:
-                copy_block(request, i, v_smem.at[slot], shape.kv_heads + kv_head, scratch["v_ready"].at[slot])
-
-            @pl.when(i == blocks - 1)
-            def _() -> None:
-                copy_block(request, i, v_smem.at[slot], shape.kv_heads + kv_head, scratch["tail_ready"])
+            def copy_last_values() -> None:
+                copy_values(scratch["tail_ready"])
                 plgpu.barrier_wait(scratch["tail_ready"])
                 clear_rows(v_smem.at[slot], last + 1 - i * config.block)
                 for _ in range(config.block // piece):
                     plgpu.barrier_arrive(scratch["v_ready"].at[slot])
+
+            refill(scratch["k_used"])
+            copy_block(request, i, k_smem.at[slot], kv_head, scratch["k_ready"].at[slot])
+            if shape.values:
+                refill(scratch["v_used"])
+                pl.when(i < blocks - 1)(lambda: copy_values(scratch["v_ready"].at[slot]))
+                pl.when(i == blocks - 1)(copy_last_values)
 
         lax.fori_loop(0, blocks, step, None)
         return first_step + blocks

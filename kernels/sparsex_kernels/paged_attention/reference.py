@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, context
 
@@ -16,7 +16,8 @@ def paged_attention(
     requests: RowInts,
     page_tables: PageTables,
     scale: float,
-) -> Queries:
+    return_lse: bool = False,
+) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`. Materialises every row's scores over every slot of its request."""
     keys, values = jax.vmap(lambda pages: context(store, layer, pages))(page_tables)
     repeat = q.shape[1] // keys.shape[1]
@@ -26,4 +27,6 @@ def paged_attention(
     weights = jax.nn.softmax(scores, axis=-1, where=visible[:, None])
     values = jnp.where(visible[:, None, :, None], values, 0)
     out = jnp.einsum("rht,rhtd->rhd", weights, values, precision="highest")
-    return jnp.where(positions[:, None, None] >= 0, out, 0).astype(q.dtype)
+    out = jnp.where(positions[:, None, None] >= 0, out, 0).astype(q.dtype)
+    lse = jnp.where(positions[:, None] >= 0, jax.nn.logsumexp(scores, axis=-1, where=visible[:, None]), -jnp.inf)
+    return (out, lse) if return_lse else out

@@ -51,21 +51,27 @@ def paged_attention(
     requests: RowInts,
     page_tables: PageTables,
     scale: float,
-) -> Queries:
+    return_lse: bool = False,
+) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`."""
 
-    def attend_tile(i: Array, out: Array) -> Array:
+    def attend_tile(i: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         q, own, owner = take_tile(i, tile, grouped, positions, requests)
         attended = _attend_tile(q, own, owner, store, layer, page_tables, scale)
-        return lax.dynamic_update_slice_in_dim(out, attended, i * tile, 0)
+        out, lse = (
+            lax.dynamic_update_slice_in_dim(x, new, i * tile, 0) for x, new in zip(results, attended, strict=True)
+        )
+        return out, lse
 
     if q.shape[0] <= FEW_ROWS and jax.default_backend() != "cpu":
-        return gather.paged_attention(q, store, layer, positions, requests, page_tables, scale)
+        return gather.paged_attention(q, store, layer, positions, requests, page_tables, scale, return_lse)
     tile = min(row_tile(), q.shape[0])
     grouped = pad_rows(group_heads(q, store), tile)
     positions, requests = pad_rows(positions, tile, -1), pad_rows(requests, tile)
-    out = lax.fori_loop(0, num_tiles(positions, tile), attend_tile, jnp.zeros_like(grouped))
-    return out[: q.shape[0]].reshape(q.shape)
+    nothing = jnp.zeros_like(grouped), jnp.full(grouped.shape[:3], -jnp.inf)
+    out, lse = lax.fori_loop(0, num_tiles(positions, tile), attend_tile, nothing)
+    out, lse = out[: q.shape[0]].reshape(q.shape), lse[: q.shape[0]].reshape(q.shape[:2])
+    return (out, lse) if return_lse else out
 
 
 def row_tile() -> int:
@@ -84,7 +90,7 @@ def _attend_tile(
     layer: Int[Array, ""],
     page_tables: PageTables,
     scale: float,
-) -> Grouped:
+) -> tuple[Grouped, Float[Array, "tile kv_heads group"]]:
     def step(block: KeyBlock, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         keys, values = context(store, layer, block.pages)
         # A slot that nobody sees may hold anything, and 0 * NaN would be NaN.
@@ -99,9 +105,10 @@ def _attend_tile(
         jnp.full(packed.shape[:2], -jnp.inf),
         jnp.zeros(packed.shape[:2]),
     )
-    acc, _, total = fold_key_blocks(positions, requests, store, page_tables, step, start)
+    acc, top, total = fold_key_blocks(positions, requests, store, page_tables, step, start)
     out = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # padding sees nothing and gets 0
-    return out.reshape(kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3).astype(q.dtype)
+    lse = (top + jnp.log(total)).reshape(kv_heads, group, tile).transpose(2, 0, 1)
+    return out.reshape(kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3).astype(q.dtype), lse
 
 
 def pack(q: Grouped) -> Packed:

@@ -5,9 +5,14 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.layout import PageTables, RowInts, Store
-from sparsex_kernels.write_kv import reference, tpu, xla
+from sparsex_kernels.write_kv import hopper, reference, tpu, xla
 
-IMPLEMENTATIONS = {"reference": reference.write_kv, "xla": xla.write_kv, "tpu": tpu.write_kv}
+IMPLEMENTATIONS = {
+    "reference": reference.write_kv,
+    "xla": xla.write_kv,
+    "hopper": hopper.write_kv,
+    "tpu": tpu.write_kv,
+}
 
 
 def write_kv(

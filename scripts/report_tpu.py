@@ -1,0 +1,290 @@
+"""What the TPU compilers say of the engine's steps, and what a roofline on paper then predicts. Nothing runs.
+
+    uv run --group tpu-aot python scripts/report_tpu.py
+
+Writes `results/tpu-aot.json` and `results/tpu-aot.md`. Compiles for minutes, on any machine with `libtpu`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import re
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from sparsex_jax import aot
+from sparsex_jax.config import EngineConfig, ModelConfig, named_config
+from sparsex_jax.sharding import check_mesh
+from sparsex_jax.weights import num_parameters
+
+MODEL = "llama-3.1-8b"
+ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16", max_batch=8)
+TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}
+PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8)]
+STEPS: dict[str, Callable] = {
+    "align 8192": lambda model, mesh: aot.lower_align(model, ENGINE, mesh, 8192),
+    "prefill 8192, sparsex": lambda model, mesh: aot.lower_prefill(model, ENGINE, mesh, 8192),
+    "decode 8 x 16": lambda model, mesh: aot.lower_decode(model, ENGINE, mesh, 8),
+}
+WIDTHS = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "pred": 1}
+COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peaks of one chip: bfloat16 operations and HBM bytes a second, HBM bytes, ICI bytes a second, both ways."""
+
+    flops: float
+    hbm_rate: float
+    hbm: float
+    ici: float
+
+
+# Google Cloud's pages: docs.cloud.google.com/tpu/docs/v5e, .../v6e and .../tpu7x, "System architecture".
+CHIPS = {
+    "v5e": Chip(197e12, 819e9, 16 * 2**30, 400e9),
+    "v6e": Chip(918e12, 1640e9, 32 * 2**30, 800e9),
+    "v7": Chip(2307e12, 7380e9, 192 * 2**30, 1200e9),  # a chip is two devices to JAX
+}
+ROOFLINE_PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8), ("v7", 1), ("v7", 4)]
+LENGTHS = [8192, 16384, 32768, 65536, 131072]
+FRESH, RATIO, BOUNDARY = 0.05, 0.15, 1 / 6  # of the prompt; of the reused tokens; of the layers
+CHUNK, ROW_TILE = aot.CHUNK, 128
+
+
+# What the compiler says ---------------------------------------------------------------------------------------
+
+
+def compiled_step(chip: str, devices: int, step: str) -> dict:
+    model = named_config(MODEL)
+    mesh = check_mesh(aot.described_mesh(TOPOLOGIES[chip], devices), model)
+    begin = time.perf_counter()
+    compiled = STEPS[step](model, mesh).compile()
+    seconds = time.perf_counter() - begin
+    memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis(), compiled.as_text()
+    store = math.prod(aot.abstract_store(model, ENGINE, mesh).shape) * 2 // devices
+    return {
+        "chip": chip,
+        "devices": devices,
+        "step": step,
+        "compile_s": round(seconds, 1),
+        "store_bytes": store,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": getattr(memory, "peak_memory_in_bytes", None),
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "flops_loops_once": cost.get("flops"),
+        "bytes_loops_once": cost.get("bytes accessed"),
+        "kernel_vmem_bytes": kernel_vmem(text),
+        "collectives": collectives(text),
+    }
+
+
+def kernel_vmem(text: str) -> dict[str, int]:
+    """The most VMEM that any call of each Pallas kernel uses, double buffers included."""
+    used: dict[str, int] = defaultdict(int)
+    for line in text.splitlines():
+        name = re.match(r"\s*(?:ROOT )?%([a-z_]+)[.\d\w]* = .*tpu_custom_call", line)
+        sizes = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"\d+","size":"(\d+)"', line)
+        if name and sizes:
+            used[name[1]] = max(used[name[1]], int(sizes[1]))
+    return dict(used)
+
+
+def collectives(text: str) -> list[dict]:
+    """Collective operations in the program text, with the bytes of their results. A loop's body counts once."""
+    found: dict[tuple[str, str], int] = defaultdict(int)
+    for line in text.splitlines():
+        call = re.search(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", line)
+        if call:
+            shapes = re.findall(r"(\w+)\[([\d,]*)\]", call[1])
+            found[call[2], " ".join(f"{kind}[{dims}]" for kind, dims in shapes)] += 1
+    return [
+        {"kind": kind, "result": shapes, "count": count, "bytes": count * sum(map(_bytes, shapes.split()))}
+        for (kind, shapes), count in sorted(found.items())
+    ]
+
+
+def _bytes(shape: str) -> int:
+    kind, dims = shape.removesuffix("]").split("[")
+    return WIDTHS.get(kind, 4) * math.prod(int(d) for d in dims.split(",") if d)
+
+
+# The roofline -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Times at a chip's peaks of a model split over some chips: the larger of compute and memory, plus the network."""
+
+    model: ModelConfig
+    chip: Chip
+    chips: int
+
+    @property
+    def layer_weights(self) -> float:
+        m = self.model
+        heads = 2 * m.num_q_heads + 2 * m.num_kv_heads
+        return m.hidden_size * (heads * m.head_dim + 3 * m.intermediate_size)
+
+    @property
+    def kv_bytes(self) -> float:
+        """Of one token in one layer."""
+        return 2 * 2 * self.model.num_kv_heads * self.model.head_dim
+
+    def seconds(self, flops: float, hbm_bytes: float) -> float:
+        return max(flops / self.chip.flops, hbm_bytes / self.chip.hbm_rate) / self.chips
+
+    def layer(self, rows: float, context: float, pairs: float) -> float:
+        """One layer for some rows, a chunk at a time; `pairs` of a row and a key that it sees."""
+        m, chunks = self.model, math.ceil(rows / CHUNK)
+        linear = self.seconds(2 * rows * self.layer_weights, 2 * chunks * self.layer_weights)
+        attention = self.seconds(
+            4 * pairs * m.num_q_heads * m.head_dim, pairs / min(ROW_TILE, max(rows, 1)) * self.kv_bytes
+        )
+        # Two all-reduces of the hidden states; a ring sends 2 (n - 1) / n of them, at the rate of one direction.
+        sent = 2 * 2 * (self.chips - 1) / self.chips * rows * m.hidden_size * 2
+        return linear + attention + sent / (self.chip.ici / 2)
+
+    def full(self, tokens: int) -> float:
+        return self.model.num_layers * self.layer(tokens, tokens, tokens**2 / 2)
+
+    def sparsex(self, tokens: int) -> float:
+        """Fresh tokens spread evenly, like the chosen ones, so that an active row sees half the context on average."""
+        m, active = self.model, tokens * (FRESH + RATIO * (1 - FRESH))
+        before = round(m.num_layers * BOUNDARY)
+        dense = before * self.layer(tokens, tokens, tokens**2 / 2)
+        kv_weights = 2 * m.hidden_size * m.num_kv_heads * m.head_dim
+        fresh_pairs = FRESH * tokens**2 / 2
+        scores = self.seconds(2 * 2 * fresh_pairs * m.num_q_heads * m.head_dim, fresh_pairs / ROW_TILE * self.kv_bytes)
+        boundary = self.seconds(2 * tokens * kv_weights, 2 * kv_weights) + scores
+        sparse = (m.num_layers - before) * self.layer(active, tokens, active * tokens / 2)
+        return self.align(tokens * (1 - FRESH)) + dense + boundary + sparse
+
+    def align(self, tokens: float) -> float:
+        """Each tile is read twice as a source, at another offset, once as a target, and written."""
+        return self.seconds(0, 4 * tokens * self.kv_bytes * self.model.num_layers)
+
+    def fits(self, tokens: int) -> bool:
+        weights = 2 * num_parameters(self.model)
+        kv = tokens * self.kv_bytes * self.model.num_layers
+        return (weights + kv) / self.chips < 0.95 * self.chip.hbm
+
+
+def predictions() -> list[dict]:
+    rows = []
+    for name, chips in ROOFLINE_PLACES:
+        roofline = Roofline(named_config(MODEL), CHIPS[name], chips)
+        for tokens in LENGTHS:
+            full, sparse = roofline.full(tokens), roofline.sparsex(tokens)
+            rows.append(
+                {
+                    "chip": name,
+                    "chips": chips,
+                    "tokens": tokens,
+                    "full_s": full,
+                    "sparsex_s": sparse,
+                    "ratio": full / sparse,
+                    "donors_fit": roofline.fits(2 * tokens),
+                }
+            )
+    return rows
+
+
+# The report ---------------------------------------------------------------------------------------------------
+
+
+def markdown(report: dict) -> str:
+    gib = 2**30
+    lines = [
+        f"# {MODEL} on TPU: compiled and predicted, never run",
+        "",
+        f"libtpu {report['versions']['libtpu']}, JAX {report['versions']['jax']}, commit {report['commit'][:12]}.",
+        "",
+        "## Compiled",
+        "",
+        f"bfloat16, a store of {ENGINE.store_tokens} tokens, bytes per device in GiB. `alias` is donated memory that",
+        "comes back as output; it holds the store, so the step does not copy it. Operations and bytes are XLA's own",
+        "count (in 10^9), in which the body of a loop counts once and a Pallas kernel's operations not at all.",
+        "",
+        "| chip | devices | step | arguments | store | alias | temporary | peak | operations | bytes | compiled in s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for s in report["steps"]:
+        sizes = [s[f"{key}_bytes"] for key in ("argument", "store", "alias", "temp", "peak")]
+        cells = [s["chip"], s["devices"], s["step"], *[f"{x / gib:.2f}" if x is not None else "" for x in sizes]]
+        cells += [f"{(s[key] or 0) / 1e9:.1f}" for key in ("flops_loops_once", "bytes_loops_once")]
+        lines.append("| " + " | ".join(map(str, [*cells, s["compile_s"]])) + " |")
+    lines += ["", "VMEM of the kernels, the most of any step, MiB (double buffers included):", ""]
+    for (chip, devices), kernels in vmem_by_place(report["steps"]).items():
+        each = ", ".join(f"`{name}` {size / 2**20:.1f}" for name, size in sorted(kernels.items()))
+        lines.append(f"* {chip} x {devices}: {each}")
+    lines += [
+        "",
+        "Collectives in the program text (those in a loop's body run once a layer and chunk):",
+        "",
+        "| chip | devices | step | collectives |",
+        "| --- | --- | --- | --- |",
+    ]
+    for s in report["steps"]:
+        each = ", ".join(f"{c['count']} {c['kind']} {c['result']}" for c in s["collectives"]) or "none"
+        lines.append(f"| {s['chip']} | {s['devices']} | {s['step']} | {each} |")
+    lines += [
+        "",
+        "## Predicted time to first token",
+        "",
+        "A roofline on paper from the chips' published peaks: per layer the larger of compute and memory for the",
+        "linear part and for attention, plus the all-reduces. **Nothing here was measured, and real chips stay below",
+        "their peaks**; the ratio is worth more than the times. SparseX: boundary at a sixth of the layers, 15 % of",
+        f"the reused tokens recomputed, {FRESH:.0%} of the prompt fresh, alignment included, lookup not. `fits`:",
+        "weights and KV of the prompt and of its donors fit the memory.",
+        "",
+        "| chip | chips | tokens | full, s | SparseX, s | ratio | fits |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for p in report["predictions"]:
+        times = f"{p['full_s']:.3f} | {p['sparsex_s']:.3f} | {p['ratio']:.1f}"
+        fits = "yes" if p["donors_fit"] else "no"
+        lines.append(f"| {p['chip']} | {p['chips']} | {p['tokens']} | {times} | {fits} |")
+    return "\n".join(lines) + "\n"
+
+
+def vmem_by_place(steps: list[dict]) -> dict[tuple[str, int], dict[str, int]]:
+    most: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+    for step in steps:
+        kernels = most[step["chip"], step["devices"]]
+        for name, size in step["kernel_vmem_bytes"].items():
+            kernels[name] = max(kernels.get(name, 0), size)
+    return most
+
+
+def surroundings() -> dict:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {"versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}, "commit": commit}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--places", default=",".join(f"{chip}x{n}" for chip, n in PLACES), help="of those compiled")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tpu-aot.json")
+    args = parser.parse_args()
+    report = {**surroundings(), "model": MODEL, "predictions": predictions(), "steps": []}
+    for place in args.places.split(","):
+        chip, devices = place.split("x")
+        for step in STEPS:
+            report["steps"].append(compiled_step(chip, int(devices), step))
+            print(json.dumps({k: v for k, v in report["steps"][-1].items() if k != "collectives"}), flush=True)
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
+            args.out.with_suffix(".md").write_text(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

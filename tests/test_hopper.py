@@ -84,8 +84,8 @@ def test_write_kv(dtype):
     assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="reference"))
 
 
-def copies(shape, runs, page_size):
-    """Runs of `(source, target, length, shift)`, then a few scattered tokens, then padding."""
+def copies(runs):
+    """Addresses of runs of `(source, target, length, shift)`; the last two tokens are padding."""
     source, target, shift = (
         np.concatenate([first + step * np.arange(length) for first, step, length in column])
         for column in (
@@ -102,7 +102,7 @@ def copies(shape, runs, page_size):
 def test_align_and_copy(kv_heads, dim, dtype):
     store = jax.random.normal(jax.random.key(0), (4, 8, 2, kv_heads, 64, dim)).astype(dtype)
     runs = [(10, 259, 40, 77), (60, 380, 10, -500), (90, 400, 1, 3), (93, 470, 1, 900), (120, 480, 5, 1)]
-    args = (*copies(store.shape, runs, 64), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
+    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
     moved = hopper(kernels.align_and_copy)(store, *args)
     expected = kernels.align_and_copy(store, *args, implementation="reference")
     np.testing.assert_allclose(
@@ -120,3 +120,73 @@ def test_what_cannot_be_done_falls_back_or_raises():
     with prefer("hopper", "xla"):
         out = kernels.paged_attention(*case)
     assert same(out, kernels.paged_attention(*case, implementation="xla"))
+
+
+# The rest runs on a real device, at sizes of real models.
+
+REAL = [
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500}, id="dim 64"),
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500, "dim": 128}, id="dim 128"),
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500, "dim": 128, "dtype": "float16"}, id="float16"),
+    pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "kv_heads": 4, "group": 7}, id="7 heads share"),
+    pytest.param({"lengths": (3000, 900), "rows": 700, "kv_heads": 3, "group": 3}, id="3 heads share"),
+    pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "page_size": 128}, id="pages of 128"),
+    pytest.param({"lengths": (4096,), "rows": 4369, "dim": 128, "kv_heads": 8}, id="every row of a prompt"),
+]
+
+
+def dense(case, scale):
+    """Outputs, log-sum-exps and key mass in float32, head by head."""
+    q, store, layer, positions, requests, tables = (np.asarray(x) for x in in_float32(case))
+    outs, lses = np.zeros(q.shape, np.float32), np.full(q.shape[:2], -np.inf, np.float32)
+    mass = np.zeros((len(tables), tables.shape[1] * store.shape[4]))
+    for request, pages in enumerate(tables):
+        rows = np.flatnonzero((requests == request) & (positions >= 0))
+        seen = jnp.arange(mass.shape[1]) <= positions[rows][:, None]
+        for head in range(q.shape[1]):
+            kv = store[layer, pages, :, head // (q.shape[1] // store.shape[3])].swapaxes(0, 1)
+            keys, values = jnp.nan_to_num(kv.reshape(2, -1, kv.shape[-1]))
+            scores = jnp.where(seen, jnp.dot(q[rows, head], keys.T, precision="highest") * scale, -jnp.inf)
+            weights = jax.nn.softmax(scores, axis=-1)
+            outs[rows, head] = jnp.dot(weights, values, precision="highest")
+            lses[rows, head] = jax.nn.logsumexp(scores, axis=-1)
+            mass[request] += weights.sum(0)
+    return outs, lses, mass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", REAL)
+def test_attention_and_key_mass_on_the_device(shape):
+    case = scattered(**{"kv_heads": 8} | shape)
+    attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="hopper"))
+    expected, expected_lse, expected_mass = dense(case, case[0].shape[-1] ** -0.5)
+    out, lse = attend(*case)
+    assert relative_error(out, expected) < 1e-2
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
+    mass = hopper(kernels.key_mass)(*case)
+    assert relative_error(mass, expected_mass) < 1e-3
+    for _ in range(5):  # a result that moves is a race
+        assert same(attend(*case)[0], out)
+        assert same(hopper(kernels.key_mass)(*case), mass)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [8, 3, 1])
+def test_write_kv_on_the_device(kv_heads):
+    _, store, layer, *rows = scattered((5000, 37, 2500), 1500, kv_heads=kv_heads, dim=128)
+    keys, values = jax.random.normal(jax.random.key(0), (2, 1500, kv_heads, 128))
+    written = hopper(kernels.write_kv)(store, layer, keys, values, *rows)
+    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="xla"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (8, 64), (3, 64), (1, 128)])
+def test_align_and_copy_on_the_device(kv_heads, dim):
+    store = jax.random.normal(jax.random.key(0), (32, 128, 2, kv_heads, 64, dim)).astype("bfloat16")
+    runs = [(10, 4099, 1500, 77), (1700, 5700, 1000, -500), (2800, 6800, 1, 3), (2850, 7000, 33, 900)]
+    runs += [(3000 + 3 * n, 7100 + 5 * n, 1, n) for n in range(100)]
+    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
+    moved = hopper(kernels.align_and_copy)(store, *args)
+    expected = kernels.align_and_copy(store, *args, implementation="xla")
+    assert relative_error(moved, expected) < 1e-3
+    assert same(moved[:, :, 1], expected[:, :, 1])

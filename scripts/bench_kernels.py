@@ -1,0 +1,316 @@
+"""How long the kernels take on this device, beside XLA's versions, cuDNN, PyTorch and the device's own floor.
+
+    python scripts/bench_kernels.py [--quick] [--only SUBSTRING]
+
+32 query and 8 KV heads of 128 in bfloat16. Prints a table as it goes; writes `scripts/results/kernels-<device>.json`
+and, where matplotlib is there, a roofline plot beside it. A figure is the median of five dispatches, each of which
+repeats the work many times on the device, every repetition waiting for the one before.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import sparsex_kernels as kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+Q_HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 64
+DISPATCHES, SECONDS = 5, 0.1  # of device time a dispatch
+
+
+class Row(NamedTuple):
+    """One figure: seconds a repetition, and what was done in them."""
+
+    work: str
+    implementation: str
+    seconds: float
+    flops: float = 0.0
+    bytes: float = 0.0
+    error: float | None = None
+
+
+class Rows(NamedTuple):
+    """What the operations take: rows over one layer of a store."""
+
+    q: jax.Array
+    store: jax.Array
+    layer: jax.Array
+    positions: jax.Array
+    requests: jax.Array
+    tables: jax.Array
+
+    @property
+    def pairs(self) -> float:
+        return float(np.asarray(self.positions, np.float64).sum() + len(self.positions))
+
+
+def median_seconds(step: Callable[[Any, Any], Any], state: Any, data: Any) -> float:
+    """Seconds of one `state = step(state, data)`; `state` is donated."""
+
+    def repeated(state: Any, data: Any, times: jax.Array) -> Any:
+        return lax.fori_loop(0, times, lambda _, state: step(state, data), state)
+
+    run = jax.jit(repeated, donate_argnums=0)
+    state = jax.block_until_ready(run(state, data, jnp.int32(2)))
+    begin = time.perf_counter()
+    state = jax.block_until_ready(run(state, data, jnp.int32(3)))
+    times = max(3, min(1000, int(SECONDS / max(time.perf_counter() - begin, 1e-6) * 3)))
+    taken = []
+    for _ in range(DISPATCHES):
+        begin = time.perf_counter()
+        state = jax.block_until_ready(run(state, data, jnp.int32(times)))
+        taken.append((time.perf_counter() - begin) / times)
+    return statistics.median(taken)
+
+
+def after(q: jax.Array, result: jax.Array) -> jax.Array:
+    """`q` with one element of `result` in it, so that a loop can neither drop the work nor move it out.
+
+    (An optimisation barrier does not do: the compiler drops what leaves it unused.)
+    """
+    return q.at[(0,) * q.ndim].set(result[(0,) * result.ndim].astype(q.dtype))
+
+
+def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = False) -> Rows:
+    """A share of the tokens of each request, or its last one."""
+    rng = np.random.default_rng(seed)
+    pages = -(-max(lengths) // PAGE)
+    tables = rng.permutation(len(lengths) * pages).reshape(len(lengths), pages).astype(np.int32)
+    chosen = [
+        np.array([n - 1]) if last_only else np.sort(rng.permutation(n)[: max(1, int(n * share))]) for n in lengths
+    ]
+    positions = np.concatenate(chosen).astype(np.int32)
+    requests = np.repeat(np.arange(len(lengths)), [len(c) for c in chosen]).astype(np.int32)
+    keys = jax.random.split(jax.random.key(seed))
+    q = jax.random.normal(keys[0], (len(positions), Q_HEADS, DIM), jnp.bfloat16)
+    store = jax.random.normal(keys[1], (1, tables.size, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16)
+    return Rows(q, store, jnp.int32(0), *map(jnp.asarray, (positions, requests, tables)))
+
+
+def attention(work: str, rows: Rows, implementation: str) -> Row:
+    def step(q: jax.Array, rest: Any) -> jax.Array:
+        return after(q, kernels.paged_attention(q, *rest, implementation=implementation))
+
+    flops = 4 * DIM * Q_HEADS * rows.pairs
+    read = 2 * 2 * KV_HEADS * DIM * float(np.asarray(last_positions(rows), np.float64).sum())
+    return Row(work, implementation, median_seconds(step, jnp.array(rows.q), rows[1:]), flops, read)
+
+
+def last_positions(rows: Rows) -> np.ndarray:
+    positions, requests = np.asarray(rows.positions), np.asarray(rows.requests)
+    return np.array([positions[requests == r].max() + 1 for r in np.unique(requests)])
+
+
+def key_mass(work: str, rows: Rows, implementation: str) -> Row:
+    def step(q: jax.Array, rest: Any) -> jax.Array:
+        return after(q, kernels.key_mass(q, *rest, implementation=implementation))
+
+    flops = 2 * 2 * DIM * Q_HEADS * rows.pairs  # scores twice: for the log-sum-exp, and for the sums
+    return Row(work, implementation, median_seconds(step, jnp.array(rows.q), rows[1:]), flops)
+
+
+def cudnn(work: str, tokens: int) -> Row:
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (1, tokens, heads, DIM), jnp.bfloat16)
+        for key, heads in zip(keys, (Q_HEADS, KV_HEADS, KV_HEADS), strict=True)
+    )
+
+    def step(q: jax.Array, kv: Any) -> jax.Array:
+        return after(q, jax.nn.dot_product_attention(q, *kv, is_causal=True, implementation="cudnn"))
+
+    return Row(work, "cudnn", median_seconds(step, q, (k, v)), 4 * DIM * Q_HEADS * tokens * (tokens + 1) / 2)
+
+
+def torch_seconds(run: Callable[[], Any]) -> float:
+    import torch
+
+    for _ in range(3):
+        run()
+    taken = []
+    for _ in range(DISPATCHES):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(10):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        taken.append(begin.elapsed_time(end) / 1e4)
+    return statistics.median(taken)
+
+
+def torch_inputs(rows: int, tokens: int) -> Any:
+    import torch
+
+    shapes = ((Q_HEADS, rows), (KV_HEADS, tokens), (KV_HEADS, tokens))
+    return [torch.randn(1, heads, n, DIM, device="cuda", dtype=torch.bfloat16) for heads, n in shapes]
+
+
+def sdpa(work: str, tokens: int) -> Row:
+    from torch.nn import functional
+
+    q, k, v = torch_inputs(tokens, tokens)
+    seconds = torch_seconds(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    return Row(work, "torch sdpa", seconds, 4 * DIM * Q_HEADS * tokens * (tokens + 1) / 2)
+
+
+def flex(work: str, rows: Rows) -> Row:
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    positions = torch.tensor(np.asarray(rows.positions), device="cuda")
+    tokens = rows.tables.size * PAGE
+    q, k, v = torch_inputs(len(positions), tokens)
+    mask = create_block_mask(lambda b, h, i, j: positions[i] >= j, None, None, len(positions), tokens, device="cuda")
+    compiled = torch.compile(flex_attention)
+    seconds = torch_seconds(lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True))
+    return Row(work, "torch flex", seconds, 4 * DIM * Q_HEADS * rows.pairs)
+
+
+def align(work: str, tokens: int, layers: int, implementation: str) -> Row:
+    """Segments of 1000 tokens from anywhere to anywhere, so that neither end is on a page's edge."""
+    page = jax.random.normal(jax.random.key(0), (1, 64, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16)
+    pages = 2 * tokens // PAGE + 128
+    store = jnp.tile(page, (layers, -(-pages // 64), 1, 1, 1, 1))
+    source, target = np.arange(tokens) + 11, np.arange(tokens) + tokens + 64 + 30
+    source = source.reshape(-1, 1024)[np.random.default_rng(0).permutation(tokens // 1024)].reshape(-1)
+    shift = (target - source - tokens).astype(np.int32)
+    data = tuple(jnp.asarray(x, jnp.int32) for x in (source, target, shift))
+    inv_freq = 500000.0 ** -jnp.linspace(0, 1, DIM // 2, endpoint=False)
+
+    def step(store: jax.Array, data: Any) -> jax.Array:
+        return kernels.align_and_copy(store, *data, implementation=implementation)
+
+    moved = 2 * 2 * 2 * layers * tokens * KV_HEADS * DIM  # K and V, read and written, two bytes
+    return Row(work, implementation, median_seconds(step, store, (*data, inv_freq)), 0, moved)
+
+
+def write(work: str, rows: Rows, implementation: str) -> Row:
+    keys, values = jax.random.normal(jax.random.key(0), (2, len(rows.q), KV_HEADS, DIM), jnp.bfloat16)
+
+    def step(store: jax.Array, data: Any) -> jax.Array:
+        keys, values, rest = data
+        return kernels.write_kv(store, jnp.int32(0), keys, values, *rest, implementation=implementation)
+
+    seconds = median_seconds(step, jnp.array(rows.store), (keys, values, rows[3:]))
+    return Row(work, implementation, seconds, 0, 2 * 2 * 2 * len(rows.q) * KV_HEADS * DIM)
+
+
+def floor_copy(work: str) -> Row:
+    x = jax.random.normal(jax.random.key(0), (1 << 29,), jnp.bfloat16)
+    return Row(work, "xla", median_seconds(lambda x, scale: x * scale, x, jnp.bfloat16(1.01)), 0, 4 * x.size)
+
+
+def floor_matmul(work: str) -> Row:
+    a, b = jax.random.normal(jax.random.key(0), (2, 8192, 8192), jnp.bfloat16)
+    return Row(work, "xla", median_seconds(lambda a, b: (a @ b) * jnp.bfloat16(0.01), a, b), 2 * 8192**3)
+
+
+def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, ...]]]:
+    """Name, function and arguments of every row; arguments may be functions that make them."""
+    ours = ["hopper"] if quick else ["hopper", "xla"]
+    yield "copy 1 GB", floor_copy, ()
+    yield "matmul 8192", floor_matmul, ()
+    for tokens in (8192, 32768):
+        name = f"T={tokens // 1024}K"
+        yield f"full prefill {name}", cudnn, (tokens,)
+        for implementation in ours:
+            yield f"full prefill {name}", attention, (lambda n=tokens: rows_of([n], 1.0), implementation)
+            yield f"15% of rows {name}", attention, (lambda n=tokens: rows_of([n], 0.15), implementation)
+        if not quick:
+            yield f"full prefill {name}", sdpa, (tokens,)
+            yield f"15% of rows {name}", flex, (lambda n=tokens: rows_of([n], 0.15),)
+    for implementation in ours:
+        yield "attention, 5% of rows T=32K", attention, (lambda: rows_of([32768], 0.05), implementation)
+        yield "key mass, 5% of rows T=32K", key_mass, (lambda: rows_of([32768], 0.05), implementation)
+        yield "decode 64 x 8K", attention, (lambda: rows_of([8192] * 64, 0, last_only=True), implementation)
+        yield "decode 1 x 128K", attention, (lambda: rows_of([131072], 0, last_only=True), implementation)
+        yield "write 8192 rows", write, (lambda: rows_of([8192], 1.0), implementation)
+        yield "align 32768 tokens x 32 layers", align, (32768, 32, implementation)
+
+
+def show(row: Row) -> str:
+    rate = f"{row.flops / row.seconds / 1e12:8.0f} TFLOP/s" if row.flops else " " * 16
+    moved = f"{row.bytes / row.seconds / 1e12:8.2f} TB/s" if row.bytes else ""
+    return f"{row.work:34}{row.implementation:12}{row.seconds * 1e3:10.3f} ms {rate} {moved}"
+
+
+def commit() -> str:
+    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return answer.stdout.strip()
+
+
+def save(rows: list[Row]) -> Path:
+    device = jax.devices()[0].device_kind
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": device,
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "commit": commit(),
+        "rows": [row._asdict() for row in rows],
+    }
+    path = ROOT / "scripts/results" / f"kernels-{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Each row that has both on the device's roofline: operations a byte, and operations a second."""
+    from matplotlib import pyplot
+
+    floors = {row.work: row for row in rows}
+    bandwidth = floors["copy 1 GB"].bytes / floors["copy 1 GB"].seconds
+    peak = floors["matmul 8192"].flops / floors["matmul 8192"].seconds
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    intensity = np.geomspace(1, 1e5)
+    axes.loglog(intensity, np.minimum(peak, intensity * bandwidth) / 1e12, "k-", lw=1)
+    for row in rows:
+        if row.flops and row.bytes:
+            label = f"{row.work}, {row.implementation}"
+            axes.loglog(row.flops / row.bytes, row.flops / row.seconds / 1e12, "o", label=label)
+    axes.set(xlabel="operations a byte of K and V", ylabel="TFLOP/s")
+    axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="without XLA's versions and PyTorch")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    options = parser.parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory too
+    rows: list[Row] = []
+    for work, bench, args in benches(options.quick):
+        if options.only in work:
+            try:
+                row = bench(work, *(arg() if callable(arg) else arg for arg in args))
+                rows.append(row)
+                print(show(row), flush=True)
+            except Exception:  # one that fails must not cost the others
+                print(f"{work} {args[-1:]} failed\n{traceback.format_exc(limit=-3)}", flush=True)
+    path = save(rows)
+    try:
+        plot(rows, path.with_suffix(".svg"))
+    except (ImportError, KeyError) as error:
+        print(f"no plot: {error!r}")
+    print(path.read_text() if options.quick else path)
+
+
+if __name__ == "__main__":
+    main()

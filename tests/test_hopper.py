@@ -10,6 +10,7 @@ import pytest
 
 import sparsex_kernels as kernels
 from sparsex_kernels.dispatch import prefer
+from sparsex_kernels.paged_attention import hopper_decode
 
 
 def scattered(lengths, rows, *, kv_heads=2, group=4, dim=64, page_size=64, layers=2, dtype="bfloat16", seed=0):
@@ -57,6 +58,24 @@ SMALL = [
 @pytest.mark.parametrize("shape", SMALL)
 def test_attention(shape):
     case = scattered(**shape)
+    attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="hopper"))
+    out, lse = attend(*case)
+    expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
+    assert relative_error(out, expected) < 4e-3
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
+def last_rows(lengths, **options):
+    """One row a request, at its last token; the second request has none."""
+    q, store, layer, _, _, tables = scattered(lengths, len(lengths), **options)
+    positions = jnp.asarray(lengths, jnp.int32).at[1].set(0) - 1
+    return q, store, layer, positions, jnp.arange(len(lengths)), tables
+
+
+@pytest.mark.parametrize(("dim", "group"), [(64, 3), (128, 8)])
+def test_decode(dim, group, monkeypatch):
+    monkeypatch.setattr(hopper_decode, "PROGRAMS", 4)  # few, as each is slow to interpret
+    case = last_rows((300, 5, 64), dim=dim, group=group, kv_heads=1)
     attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="hopper"))
     out, lse = attend(*case)
     expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
@@ -168,6 +187,19 @@ def test_attention_and_key_mass_on_the_device(shape):
     for _ in range(5):  # a result that moves is a race
         assert same(attend(*case)[0], out)
         assert same(hopper(kernels.key_mass)(*case), mass)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(5000, 37, 2500, 64, 1, 129) * 4, (16000, 1)], ids=["many", "one long"])
+@pytest.mark.parametrize(("dim", "group"), [(128, 4), (64, 3)])
+def test_decode_on_the_device(lengths, dim, group):
+    case = last_rows(lengths, dim=dim, group=group, kv_heads=8)
+    attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="hopper"))
+    expected, expected_lse, _ = dense(case, dim**-0.5)
+    out, lse = attend(*case)
+    assert relative_error(out, expected) < 1e-2
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
+    assert same(attend(*case)[0], out)
 
 
 @pytest.mark.gpu

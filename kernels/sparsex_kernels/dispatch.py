@@ -16,7 +16,6 @@ import jax
 # until then it runs only by name. Order does not matter here.
 SEEN_RIGHT: Mapping[str, frozenset[str]] = {
     "paged_attention": frozenset(),
-    "decode_attention": frozenset(),
     "key_mass": frozenset(),
     "align_and_copy": frozenset(),
     "write_kv": frozenset(),

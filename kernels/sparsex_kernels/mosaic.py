@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Int
 
 from sparsex_kernels.layout import PageTables, Queries, Store
@@ -77,3 +78,19 @@ def check_copies(store: Store) -> None:
     """Raise `NotImplementedError` where TMA cannot copy single tokens of this store."""
     if store.shape[5] * store.dtype.itemsize % 16 or store.shape[5] > 256 or store.shape[3] > 256:
         raise NotImplementedError(f"copies of {store.shape[3]} heads of {store.shape[5]} {store.dtype}")
+
+
+def clear_rows(smem: Any, first: Array) -> None:
+    """Zero the rows of a V block from `first` on: slots behind the last position may hold NaN, and 0 * NaN is NaN."""
+    piece = (64, 64)  # few registers; the layout is that of a product's operand
+    rows, columns = smem.shape
+
+    def clear(i: Array, _: None) -> None:
+        row = plgpu.broadcasted_iota(jnp.int32, piece, 0, layout=plgpu.Layout.WGMMA) + i * piece[0]
+        for column in range(0, columns, piece[1]):
+            part = smem.at[pl.ds(i * piece[0], piece[0]), pl.ds(column, piece[1])]
+            old = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            part[...] = jnp.where(row < first, old, jnp.zeros_like(old))
+
+    lax.fori_loop(lax.div(first, piece[0]), rows // piece[0], clear, None)
+    plgpu.commit_smem()

@@ -24,6 +24,7 @@ from sparsex_kernels.mosaic import (
     MASKED,
     WGMMA_ROWS,
     check_attention,
+    clear_rows,
     flat_pages,
     flat_store,
     heads_a_tile,
@@ -31,6 +32,7 @@ from sparsex_kernels.mosaic import (
     kernel,
     tiled_smem,
 )
+from sparsex_kernels.paged_attention.hopper_decode import decode
 
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row of a product
 
@@ -83,6 +85,9 @@ def paged_attention(
     config: Config = Config(),
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`."""
+    if q.shape[0] <= page_tables.shape[0]:  # a row a request: tiles of rows would read every key for one of them
+        out, out_lse = decode(q, store, layer, positions, requests, page_tables, scale)
+        return (out, out_lse) if return_lse else out
     results = attend(q, store, layer, positions, requests, page_tables, scale, lse=return_lse, config=config)
     return (results["out"], results["lse"]) if return_lse else results["out"]
 
@@ -382,19 +387,3 @@ def _fetch(
             plgpu.barrier_wait(scratch["v_used"].at[slot])
 
     lax.fori_loop(jnp.maximum(steps - config.stages, 0), steps, drain, None)
-
-
-def clear_rows(smem: Any, first: Array) -> None:
-    """Zero the rows of a V block from `first` on: slots behind the last position may hold NaN, and 0 * NaN is NaN."""
-    piece = (64, 64)  # few registers; the layout is that of a product's operand
-    rows, columns = smem.shape
-
-    def clear(i: Array, _: None) -> None:
-        row = plgpu.broadcasted_iota(jnp.int32, piece, 0, layout=plgpu.Layout.WGMMA) + i * piece[0]
-        for column in range(0, columns, piece[1]):
-            part = smem.at[pl.ds(i * piece[0], piece[0]), pl.ds(column, piece[1])]
-            old = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-            part[...] = jnp.where(row < first, old, jnp.zeros_like(old))
-
-    lax.fori_loop(lax.div(first, piece[0]), rows // piece[0], clear, None)
-    plgpu.commit_smem()

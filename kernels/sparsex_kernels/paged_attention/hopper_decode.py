@@ -1,0 +1,258 @@
+"""Paged attention of few rows over many keys for Hopper GPUs, by Pallas' Mosaic GPU: a decode step's.
+
+Reading the keys is all the work, so a row's keys are split into parts (FlashDecoding) of about equal size over all
+rows, and a program attends to one part with the query heads of one KV head. XLA merges the parts by their
+log-sum-exps; how many each row has is data.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
+from sparsex_kernels.mosaic import (
+    LOG2_E,
+    MASKED,
+    WGMMA_ROWS,
+    check_attention,
+    clear_rows,
+    flat_pages,
+    flat_store,
+    heads_a_tile,
+    interpreted,
+    kernel,
+    tiled_smem,
+)
+
+BLOCK = 64  # keys a step
+STAGES = 5  # blocks in flight
+PROGRAMS = 4 * 132  # parts to aim at: some for each multiprocessor
+SHARE = 8  # rows of a product that are stored; at most so many query heads share a tile
+ROWS = plgpu.Layout.WGMMA.reduce(1)
+
+
+class Shape(NamedTuple):
+    """Static sizes of one call."""
+
+    parts: int
+    heads: int  # programs over the heads
+    repeat: int  # programs that read the same KV head
+    kv_heads: int
+    page_size: int
+    head_dim: int
+    dtype: Any
+    scale: float
+
+
+def decode(
+    q: Queries,
+    store: Store,
+    layer: Int[Array, ""],
+    positions: RowInts,
+    requests: RowInts,
+    page_tables: PageTables,
+    scale: float,
+) -> tuple[Queries, Float[Array, "rows q_heads"]]:
+    """Output and log-sum-exp, as `sparsex_kernels.paged_attention` has them; rows may be in any order."""
+    check_attention(q, store, BLOCK)
+    kv_heads, page_size, head_dim = store.shape[3:]
+    rows, q_heads, _ = q.shape
+    share = heads_a_tile(q_heads, kv_heads)
+    heads = q_heads // share
+    parts = rows + -(-PROGRAMS // heads)
+    shape = Shape(parts, heads, heads // kv_heads, kv_heads, page_size, head_dim, q.dtype, float(scale))
+    table, live = split(positions, requests, shape)
+    packed = jnp.pad(q.reshape(rows, heads, share, head_dim), ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))
+    run = kernel(
+        functools.partial(_kernel, shape, interpreted()),
+        out_type=(
+            jax.ShapeDtypeStruct((parts, heads, SHARE, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((parts, heads, SHARE), jnp.float32),
+        ),
+        grid=(heads, parts),
+        grid_names=("heads", "part"),
+        num_threads=2,
+        scratch_types=_scratch(shape),
+    )
+    partial, lse = run(packed, flat_store(store), flat_pages(store, layer, page_tables, 1), table)
+    out, lse = merge(partial, lse, table[:, 0], live, rows)
+    out = out[:, :, :share].reshape(q.shape)
+    return out.astype(q.dtype), lse[:, :, :share].reshape(rows, q_heads) / LOG2_E
+
+
+def split(positions: RowInts, requests: RowInts, shape: Shape) -> tuple[Int[Array, "parts 5"], Array]:
+    """For each part its row, request, position, and the range of its key blocks; and which parts there are.
+
+    No more than `shape.parts` come out: a part is at least a `PROGRAMS / heads`-th of all blocks, but for one a row.
+    """
+    blocks = (positions + BLOCK) // BLOCK  # 0 for padding
+    largest = jnp.maximum(-(-blocks.sum() * shape.heads // PROGRAMS), 1)
+    count = -(-blocks // largest)
+    size = -(-blocks // jnp.maximum(count, 1))  # of each row's parts
+    ends = jnp.cumsum(count)
+    part = jnp.arange(shape.parts)
+    row = jnp.minimum((ends <= part[:, None]).sum(1), len(positions) - 1)
+    begin = (part - (ends - count)[row]) * size[row]
+    end = jnp.minimum(begin + size[row], blocks[row])
+    live = (part < ends[-1]) & (begin < end)
+    begin, end = jnp.where(live, begin, 0), jnp.where(live, end, 0)
+    return jnp.stack([row, requests[row], positions[row], begin, end], axis=-1).astype(jnp.int32), live
+
+
+def merge(
+    partial: Float[Array, "parts heads share head_dim"],
+    lse: Float[Array, "parts heads share"],
+    row: Int[Array, "parts"],
+    live: Array,
+    rows: int,
+) -> tuple[Float[Array, "rows heads share head_dim"], Float[Array, "rows heads share"]]:
+    """Each row's parts weighted by their share of the softmax's denominator, in base 2; in a fixed order."""
+    member = live & (row == jnp.arange(rows)[:, None])  # [rows, parts]
+    own = jnp.where(member[..., None, None], lse, -jnp.inf)  # what dead parts hold was never written
+    top = jnp.maximum(own.max(axis=1), MASKED)
+    weights = jnp.exp2(own - top[:, None])
+    total = weights.sum(axis=1)
+    partial = jnp.where(live[:, None, None, None], partial, 0)
+    out = jnp.einsum("rphs,phsd->rhsd", weights, partial, precision="highest")
+    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None], top + jnp.log2(total)
+
+
+def _scratch(shape: Shape) -> dict[str, Any]:
+    block = (STAGES, BLOCK, shape.head_dim)
+    return {
+        "q_smem": tiled_smem((WGMMA_ROWS, shape.head_dim), shape.dtype),
+        "k_smem": tiled_smem(block, shape.dtype),
+        "v_smem": tiled_smem(block, shape.dtype),
+        "out_smem": tiled_smem((WGMMA_ROWS, shape.head_dim), jnp.float32),
+        "lse_smem": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
+        "q_ready": plgpu.Barrier(),
+        "k_ready": plgpu.Barrier(num_barriers=STAGES),
+        "v_ready": plgpu.Barrier(num_barriers=STAGES),
+        "tail_ready": plgpu.Barrier(),
+        "k_used": plgpu.Barrier(num_barriers=STAGES),
+        "v_used": plgpu.Barrier(num_barriers=STAGES),
+    }
+
+
+def _kernel(shape: Shape, interpret: bool, *refs: Any, **scratch: Any) -> None:
+    q_ref, kv_ref, tables_ref, parts_ref, out_ref, lse_ref = refs
+    part, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
+    table = tuple(parts_ref[part, n] for n in range(5))
+    live = table[3] < table[4]
+
+    @pl.when((wg == 0) & live)
+    def compute() -> None:
+        _compute(shape, interpret, (part, head), table, (q_ref, out_ref, lse_ref), scratch)
+
+    @pl.when((wg == 1) & live)
+    def fetch() -> None:
+        _fetch(shape, head, table, kv_ref, tables_ref, scratch)
+
+
+def _compute(
+    shape: Shape,
+    interpret: bool,
+    program: tuple[Array, Array],
+    table: tuple[Array, ...],
+    refs: tuple[Any, ...],
+    scratch: dict[str, Any],
+) -> None:
+    (part, head), (row, _, position, begin, end), (q_ref, out_ref, lse_ref) = program, table, refs
+    q_smem, k_smem, v_smem, stored = scratch["q_smem"], scratch["k_smem"], scratch["v_smem"], pl.ds(0, SHARE)
+    # Only the first rows are filled: what the others hold stays in them, and is not stored.
+    plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[stored], scratch["q_ready"])
+    plgpu.barrier_wait(scratch["q_ready"])
+    square = (WGMMA_ROWS, BLOCK)
+
+    def scores(slot: Array) -> Array:
+        def product(acc: Any) -> Array:
+            plgpu.wgmma(acc, q_smem, k_smem.at[slot].transpose((1, 0)))
+            return acc[...]
+
+        return pl.run_scoped(product, plgpu.ACC(square, jnp.float32))
+
+    def add_values(acc: Array, weights: Array, slot: Array) -> Array:
+        if interpret:
+            return acc + jnp.dot(weights.astype(jnp.float32), v_smem[slot].astype(jnp.float32))
+
+        def product(acc: Any) -> None:
+            plgpu.wgmma(acc, weights, v_smem.at[slot])
+
+        return pl.run_state(product)(plgpu.ACC.init(acc))
+
+    def step(masked: bool, i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        acc, top, total = state
+        slot = lax.rem(i - begin, STAGES)
+        plgpu.barrier_wait(scratch["k_ready"].at[slot])
+        s = scores(slot)
+        plgpu.barrier_arrive(scratch["k_used"].at[slot])
+        if masked:
+            keys = plgpu.broadcasted_iota(jnp.int32, square, 1, layout=plgpu.Layout.WGMMA) + i * BLOCK
+            s = jnp.where(keys <= position, s, -jnp.inf)
+        new_top = jnp.maximum(top, s.max(axis=1) * (shape.scale * LOG2_E))
+        p = jnp.exp2(s * (shape.scale * LOG2_E) - lax.broadcast_in_dim(new_top, square, [0]))
+        decay = jnp.exp2(top - new_top)
+        acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+        plgpu.barrier_wait(scratch["v_ready"].at[slot])
+        acc = add_values(acc, p.astype(shape.dtype), slot)
+        plgpu.barrier_arrive(scratch["v_used"].at[slot])
+        return acc, new_top, total * decay + p.sum(axis=1)
+
+    state = (
+        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((WGMMA_ROWS,), MASKED, jnp.float32), ROWS),
+        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), ROWS),
+    )
+    full = jnp.clip(lax.div(position + 1, BLOCK), begin, end)
+    state = lax.fori_loop(begin, full, functools.partial(step, False), state)
+    acc, top, total = lax.fori_loop(full, end, functools.partial(step, True), state)
+    scratch["out_smem"][...] = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+    scratch["lse_smem"][...] = top + jnp.log2(total)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(scratch["out_smem"].at[stored], out_ref.at[part, head])
+    plgpu.copy_smem_to_gmem(scratch["lse_smem"].at[stored], lse_ref.at[part, head])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _fetch(
+    shape: Shape, head: Array, table: tuple[Array, ...], kv_ref: Any, tables_ref: Any, scratch: dict[str, Any]
+) -> None:
+    _, request, position, begin, end = table
+    kv_head = lax.div(head, shape.repeat)
+    last = lax.div(position, BLOCK)
+
+    def step(i: Array, _: None) -> None:
+        slot = lax.rem(i - begin, STAGES)
+        page = tables_ref[request, lax.div(i * BLOCK, shape.page_size)]
+        keys = pl.ds(lax.rem(i * BLOCK, shape.page_size), BLOCK)
+
+        def refill(used: Any) -> None:
+            pl.when(i - begin >= STAGES)(lambda: plgpu.barrier_wait(used.at[slot]))
+
+        def copy_values(ready: Any) -> None:
+            plgpu.copy_gmem_to_smem(kv_ref.at[page, shape.kv_heads + kv_head, keys], scratch["v_smem"].at[slot], ready)
+
+        def copy_last_values() -> None:
+            copy_values(scratch["tail_ready"])
+            plgpu.barrier_wait(scratch["tail_ready"])
+            clear_rows(scratch["v_smem"].at[slot], position + 1 - i * BLOCK)
+            plgpu.barrier_arrive(scratch["v_ready"].at[slot])
+
+        refill(scratch["k_used"])
+        plgpu.copy_gmem_to_smem(kv_ref.at[page, kv_head, keys], scratch["k_smem"].at[slot], scratch["k_ready"].at[slot])
+        refill(scratch["v_used"])
+        pl.when(i < last)(lambda: copy_values(scratch["v_ready"].at[slot]))
+        pl.when(i == last)(copy_last_values)
+
+    def drain(i: Array, _: None) -> None:  # so that every phase of a barrier is seen by who waits on it
+        for used in ("k_used", "v_used"):
+            plgpu.barrier_wait(scratch[used].at[lax.rem(i - begin, STAGES)])
+
+    lax.fori_loop(begin, end, step, None)
+    lax.fori_loop(jnp.maximum(end - STAGES, begin), end, drain, None)

@@ -7,9 +7,10 @@ which the learning rate decays and the contexts grow. About 20 minutes on one H1
 directory.
 
 A training row is one context and several questions about it, each with its answer; the loss is that of the answers and,
-lightly weighted, of everything else. At the end of each variable's assignment the model is asked for the value as well
-(a hint: it learns to track in the context what the question will be about), from the hidden states of `HINT_LAYER`. The
-forward pass is made of the engine's own functions: what is trained is what the engine runs.
+lightly weighted, of everything else. Two things speed it up. Drills, exercises that no bench asks: a list to repeat,
+and words to look up; what is learned there is used in the tasks. Hints: where a variable is assigned another, the model
+is asked for the value, from the hidden states of `HINT_LAYER`; it learns to track in the context what the question will
+be about. The forward pass is made of the engine's own functions: what is trained is what the engine runs.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ import numpy as np
 import optax
 
 from sparsex_jax import ModelConfig, model
-from sparsex_jax.checkpoints.huggingface import TENSORS
+from sparsex_jax.checkpoints.huggingface import TENSORS, HuggingFaceCheckpoint
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.tasks import TASKS, make_sample
+from sparsex_jax.eval.tasks import TASKS, Question, Sample, make_sample, numbered
 from sparsex_jax.plan import Rows
 from sparsex_jax.sharding import make_mesh
 from sparsex_jax.weights import Params, describe, num_parameters, random_params
@@ -77,9 +78,44 @@ LENGTHS = {
     0.45: {512: 0.1, 1024: 0.15, 2048: 0.25, 5120: 0.5},
     0.85: {1024: 0.1, 2048: 0.2, 5120: 0.5, 8192: 0.2},
 }
+DRILLS = ("repeat", "recall")
 TASK_MIX = {
-    0.0: {"niah": 1, "mq_niah": 3, "vt": 3, "cwe": 1, "fwe": 0.5, "qa": 2, "chat": 0.5, "agents": 0.5},
-    0.3: {"niah": 0.3, "mq_niah": 2, "vt": 3, "cwe": 2, "fwe": 1, "qa": 2, "chat": 0.3, "agents": 0.7},
+    0.0: {
+        "repeat": 3,
+        "recall": 4,
+        "niah": 1,
+        "mq_niah": 3,
+        "vt": 3,
+        "cwe": 1,
+        "fwe": 0.5,
+        "qa": 2,
+        "chat": 0.5,
+        "agents": 0.5,
+    },
+    0.12: {
+        "repeat": 1,
+        "recall": 2,
+        "niah": 0.5,
+        "mq_niah": 3,
+        "vt": 4,
+        "cwe": 1.5,
+        "fwe": 0.7,
+        "qa": 2,
+        "chat": 0.5,
+        "agents": 0.5,
+    },
+    0.4: {
+        "repeat": 0.2,
+        "recall": 0.5,
+        "niah": 0.3,
+        "mq_niah": 2,
+        "vt": 4,
+        "cwe": 2,
+        "fwe": 1,
+        "qa": 2,
+        "chat": 0.3,
+        "agents": 0.7,
+    },
 }
 
 
@@ -94,10 +130,10 @@ class Recipe:
     weight_decay: float = 0.1
     text_weight: float = 0.1  # of the loss on what is no answer
     hint_weight: float = 0.5  # of the loss on the hints
-    digit_weight: float = 0.25  # of a digit in an answer: they are many, and soon easy
+    digit_weight: float = 0.25  # of a digit behind another in an answer: they are many, and soon easy
     max_length: int = 8192  # longer rows of the schedule are cut to this
     patience: float = 1.0  # above 1 contexts grow later
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = (*DRILLS, *TASKS)
 
     def rate(self, progress: float, step: int) -> float:
         """Linear warm-up over steps, then a cosine to zero."""
@@ -141,7 +177,7 @@ def make_row(
     num_segments = int(rng.integers(1, min(8, max(length // 128, 1)) + 1))
     room = length * rng.uniform(0.75, 1.0)
     while room > 1:
-        sample = make_sample(task, rng, max(int(room) - 24 * wanted, 32), num_segments, wanted)
+        sample = draw_sample(task, rng, max(int(room) - 24 * wanted, 32), num_segments, wanted)
         segments = list(sample.segments)
         if rng.random() < 0.5:
             rng.shuffle(segments)
@@ -161,6 +197,21 @@ def make_row(
     raise ValueError(f"a sample of {task} does not fit into {length} tokens")
 
 
+def draw_sample(task: str, rng: np.random.Generator, num_tokens: int, num_segments: int, num_questions: int) -> Sample:
+    """A sample of a task or a drill."""
+    if task not in DRILLS:
+        return make_sample(task, rng, num_tokens, num_segments, num_questions)
+    words = rng.permutation([*lexicon.THINGS, *lexicon.VARIABLES, *lexicon.TOWNS, *lexicon.JOBS]).tolist()
+    if task == "repeat":
+        some = " ".join(words[: max(num_tokens // (1 + num_questions), 4)])
+        return Sample(task, "", (f"{lexicon.WORD_LIST}{some}.\n",), (Question("Words:", (some,)),) * num_questions)
+    pairs = list(zip(words[::2], words[1::2], strict=False))[: max(num_tokens // 5, 4)]
+    body = " ".join(f"{key} is: {value}." for key, value in pairs)
+    asked = [[pairs[i] for i in rng.permutation(len(pairs))[: rng.integers(1, 5)]] for _ in range(num_questions)]
+    questions = tuple(Question(*numbered("Words: {keys}? Answer:", some)) for some in asked)
+    return Sample(task, "", (f"{lexicon.WORD_LIST}{body}\n",), questions)
+
+
 def _padded(pieces: list[np.ndarray], kinds: list[int], length: int) -> tuple[np.ndarray, ...]:
     tokens, kind = np.full(length, PAD, np.uint16), np.full(length, PAD, np.uint8)
     flat = np.concatenate(pieces)
@@ -170,15 +221,14 @@ def _padded(pieces: list[np.ndarray], kinds: list[int], length: int) -> tuple[np
 
 
 def make_hints(tokens: np.ndarray) -> np.ndarray:
-    """`[length]`: at the full stop behind an assignment the token of the variable's value, elsewhere PAD."""
+    """`[length]`: where a variable is assigned another, at that one's name, the token of its value; elsewhere PAD."""
     ids = lexicon.vocabulary()
     hints, values = np.full(len(tokens), PAD, np.uint16), {}
     for equals in np.flatnonzero(tokens == ids[" ="]):
         source = tokens[equals + 1]
-        named = source == ids[" VAR"]  # the value of another variable, else the value itself
-        value = values.get(int(tokens[equals + 2]), PAD) if named else source
-        values[int(tokens[equals - 1])] = value
-        hints[equals + (3 if named else 2)] = value
+        if source == ids[" VAR"]:
+            hints[equals + 2] = source = values[int(tokens[equals + 2])]
+        values[int(tokens[equals - 1])] = source
     return hints
 
 
@@ -194,7 +244,7 @@ def make_batch(
     tasks = np.searchsorted(edges, (np.arange(rows) + rng.random()) / rows * edges[-1], side="right")
     names = list(weights)
     drawn = [make_row(names[task], rng, length, num_questions) for task in tasks]
-    numbers = np.array([TASKS.index(names[task]) for task in tasks])
+    numbers = np.array([(*DRILLS, *TASKS).index(names[task]) for task in tasks])
     return *(np.stack(part) for part in zip(*drawn, strict=True)), numbers
 
 
@@ -276,8 +326,9 @@ def losses(
     kind, targets, hints = following(kind), following(tokens).astype(jnp.int32), hints.astype(jnp.int32)
     halfway, final = forward(jax.tree.map(lambda w: w.astype(dtype), params), config, tokens)
     surprise, answer = cross_entropy(final, targets), kind >= ANSWER
+    in_number = is_digit()[tokens] & is_digit()[targets]
     means = {
-        "answer": mean(surprise, jnp.where(is_digit()[targets], recipe.digit_weight, 1.0) * answer),
+        "answer": mean(surprise, jnp.where(in_number, recipe.digit_weight, 1.0) * answer),
         "text": mean(surprise, kind == CONTEXT),
         "hint": mean(cross_entropy(halfway, hints), hints > PAD),
     }
@@ -371,7 +422,7 @@ def evaluate(params: Params, config: ModelConfig, recipe: Recipe, dtype: str, le
             whole[task].append(row[row >= 0].all())
             single[task].extend(row[row >= 0])
     shares = {task: {"answers": float(np.mean(whole[task])), "tokens": float(np.mean(single[task]))} for task in whole}
-    return {TASKS[task]: shares[task] for task in sorted(shares)}
+    return {(*DRILLS, *TASKS)[task]: shares[task] for task in sorted(shares)}
 
 
 # Checkpoints, log and export ---------------------------------------------------------------------------------
@@ -498,7 +549,10 @@ class Trainer:
         self._started = time.monotonic()
         self.config, self.recipe, self._args = config, recipe, args
         self.storage = Storage(args.out)
-        params = init_params(config, recipe.seed)
+        if args.init:
+            params = HuggingFaceCheckpoint(args.init).load_params("float32", make_mesh())
+        else:
+            params = init_params(config, recipe.seed)
         state = {"params": params, "optimizer": make_optimizer(config, recipe).init(params)}
         state = jax.device_put(state, jax.devices()[0])  # as steps return it, else the second one compiles again
         self.state, self.step, self._seconds_before = self.storage.restore(state)
@@ -595,12 +649,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--total-steps", type=int, help="span the schedule over steps instead, so that it can be repeated exactly")
     add("--eval-seconds", type=float, default=60)
     add("--save-minutes", type=float, default=4)
+    add("--init", type=Path, help="begin with the weights of a Hugging Face directory, such as an earlier export")
     add("--export", type=Path, help="write the model here, as a Hugging Face directory, when the run ends")
     cores = os.cpu_count() or 2
     add("--workers", type=int, default=max(min(cores - 2, 8), 1), help="processes that make batches; 0: none")
     add("--dtype", default="bfloat16" if jax.default_backend() == "gpu" else "float32", help="to compute in")
     add("--model", type=json.loads, default={}, help="JSON object of config.json fields that differ from ruler-tiny's")
-    add("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    add("--tasks", nargs="+", choices=(*DRILLS, *TASKS), default=(*DRILLS, *TASKS))
     for field in dataclasses.fields(Recipe):
         if isinstance(field.default, (int, float)):
             add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from sparsex_jax.checkpoints import EMBEDDED_MODELS, convert, open_checkpoint, save_checkpoint
 from sparsex_jax.config import config_dir, named_config
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
+from sparsex_jax.eval import lexicon
 from sparsex_jax.sharding import TENSOR_AXIS, make_mesh
 from sparsex_jax.tokenizer import tokenizer_from_gguf
 from sparsex_jax.weights import abstract_params, describe, num_parameters
@@ -522,3 +523,12 @@ def test_damaged_file_is_named(file, tmp_path):
     (folder / file).write_bytes(b"{broken")
     with pytest.raises(UnsupportedModelError, match=file):
         open_checkpoint(folder)
+
+
+def test_ruler_tiny_comes_with_the_vocabulary_of_the_tasks():
+    checkpoint = open_checkpoint("ruler-tiny")
+    vocabulary = lexicon.vocabulary()
+    assert checkpoint.tokenizer.get_vocab() == vocabulary
+    assert checkpoint.config.vocab_size >= len(vocabulary)
+    assert checkpoint.config.eos_token_ids == (vocabulary["<eos>"],)
+    assert sum(file.stat().st_size for file in (config_dir() / "ruler-tiny").iterdir()) < 32e6

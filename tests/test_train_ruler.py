@@ -68,14 +68,14 @@ def test_the_engine_computes_what_is_trained(config):
             np.testing.assert_allclose(found, scores[length - 1], rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [*train_ruler.DRILLS, *TASKS])
 def test_the_loss_covers_exactly_the_answers(task):
     tokens, kind, _ = train_ruler.make_row(task, np.random.default_rng(3), 512)
     names = {number: token for token, number in lexicon.vocabulary().items()}
     text = ["".join(names[token] for token in tokens[kind == number].tolist()) for number in np.unique(kind)]
     padding, context, *answers = text if kind[-1] == 0 else ["", *text]
     assert set(padding.split("<pad>")) <= {""}
-    assert context.startswith("<bos>" + lexicon.INSTRUCTIONS[task])
+    assert context.startswith("<bos>" + lexicon.INSTRUCTIONS.get(task, lexicon.WORD_LIST))
     assert answers
     assert all(answer.startswith(" ") and answer.endswith(".<eos>") for answer in answers)
     # An answer stands right behind its question, whose text ends where the model is to go on.
@@ -107,13 +107,20 @@ def _surprise(scores, targets):
 
 
 def test_hints_follow_assignments_through_the_row():
-    text = "VAR QOGJM = acorn. The old man. VAR XKZYU = VAR QOGJM. VAR BFFNA = VAR XKZYU.\n"
     first, second, third = lexicon.VARIABLES[:3]
-    text = text.replace("QOGJM", first).replace("XKZYU", second).replace("BFFNA", third)
+    text = f"VAR {first} = acorn. The old man. VAR {second} = VAR {first}. VAR {third} = VAR {second}.\n"
     hints = train_ruler.make_hints(lexicon.encode(text))
-    stops = [i for i, piece in enumerate(lexicon.split(text)) if piece == "."]
-    acorn = lexicon.vocabulary()[" acorn"]
-    assert {i: int(hints[i]) for i in np.flatnonzero(hints)} == dict.fromkeys((stops[0], *stops[2:]), acorn)
+    pieces, acorn = lexicon.split(text), lexicon.vocabulary()[" acorn"]
+    assert [(pieces[i], int(hints[i])) for i in np.flatnonzero(hints)] == [(f" {first}", acorn), (f" {second}", acorn)]
+
+
+@pytest.mark.parametrize("drill", train_ruler.DRILLS)
+def test_drills_have_their_answers_in_the_text(drill):
+    sample = train_ruler.draw_sample(drill, np.random.default_rng(0), 200, 1, 3)
+    assert len(sample.questions) == 3
+    for question in sample.questions:
+        assert all(answer in sample.segments[0] for answer in question.answers)
+        assert question.reference.startswith(" ")
 
 
 def test_batches_repeat_and_have_every_task():
@@ -122,7 +129,7 @@ def test_batches_repeat_and_have_every_task():
     other = train_ruler.make_batch((0, 0, 6), 64, 256, weights)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first[0], other[0])
-    assert set(first[3].tolist()) == set(range(len(TASKS)))
+    assert set(first[3].tolist()) == set(range(len(weights)))
 
 
 def test_what_does_not_fit_is_an_error():

@@ -167,9 +167,13 @@ AGENT_OPENING = "Agent {name}:"
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 NEEDLE_QUESTION = "What is the special magic number for {key} mentioned in the text? Answer:"
 NEEDLES_QUESTION = "What special magic numbers does the text mention for {keys}? Answer:"
+# Several things asked at once are numbered, and so are the answers: which comes next is then no task of its own.
+ORDINALS = _words("first second third fourth")
+NUMBERED = "{ordinal} {key}"
+NUMBERED_ANSWER = "{ordinal} {key} {value}"
 ASSIGN_VALUE = "VAR {name} = {value}."
 ASSIGN_NAME = "VAR {name} = VAR {value}."
-CHAIN_QUESTION = "Find all variables that are assigned the value {value} in the text. Answer:"
+VARIABLES_QUESTION = "Which values do these variables have in the text: {keys}? Answer:"
 # A word each to the tiny model: names spelt out would make the task one of spelling.
 VARIABLES = tuple("".join(letters) for letters in np.random.default_rng(5).choice([*string.ascii_uppercase], (240, 5)))
 WORD_LIST, CODED_LIST = "Words: ", "Coded text: "

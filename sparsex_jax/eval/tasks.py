@@ -114,16 +114,26 @@ def niah(rng: np.random.Generator, size: Size) -> Body:
 
 
 def mq_niah(rng: np.random.Generator, size: Size) -> Body:
-    """Many needles, four asked at a time, in alphabetical order."""
+    """Many needles, four asked at a time."""
     needles = _needles(rng, size.fits(64, 4, 32))
     asked = [[needles[i] for i in rng.permutation(len(needles))[:4]] for _ in range(size.num_questions)]
-    questions = [_about_needles(sorted(some)) for some in asked]
+    questions = [Question(*numbered(lexicon.NEEDLES_QUESTION, some)) for some in asked]
     return Body(_hidden_needles(rng, needles, size), questions)
 
 
-def _about_needles(needles: Sequence[tuple[str, str]]) -> Question:
-    text = lexicon.NEEDLES_QUESTION.format(keys=_listing([key for key, _ in needles]))
-    return Question(text, tuple(value for _, value in needles), tuple(f"{key} is: {value}" for key, value in needles))
+def numbered(text: str, pairs: Sequence[tuple[str, str]]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The fields of a question for several keys at once: its text, the values, and how the reference writes them.
+
+    >>> numbered("Which? {keys}", [("a", "1"), ("b", "2")])
+    ('Which? first a, second b', ('1', '2'), ('first a 1', 'second b 2'))
+    """
+    each = [
+        {"ordinal": ordinal, "key": key, "value": value}
+        for ordinal, (key, value) in zip(lexicon.ORDINALS, pairs, strict=False)
+    ]
+    keys = ", ".join(lexicon.NUMBERED.format(**fields) for fields in each)
+    written = tuple(lexicon.NUMBERED_ANSWER.format(**fields) for fields in each)
+    return text.format(keys=keys), tuple(value for _, value in pairs), written
 
 
 def _needles(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:
@@ -135,32 +145,39 @@ def _hidden_needles(rng: np.random.Generator, needles: Sequence[tuple[str, str]]
 
 
 def vt(rng: np.random.Generator, size: Size) -> Body:
-    """Variables assigned from each other; asked are all that hold a value, answered alphabetically.
+    """Chains of variables, each assigned the one before; asked are the values of four.
 
-    Two thirds of the values are first assigned in the instruction, and from there passed on in up to two segments;
-    the others stay in one segment. So no assignment needs another segment before it, but what most of them mean
-    depends on text that is new in every prompt. RULER's chains all begin in the body.
+    Two chains of three begin in the instruction and go on in up to two segments; the others stay in one segment. So no
+    assignment needs another segment before it, but what most of them mean depends on text that is new in every prompt.
+    RULER's chains all begin in the body, and it asks for all variables of a value.
     """
-    values = _pick(rng, lexicon.THINGS, size.fits(160, 2, max(8, size.num_questions)))
+    values = _pick(rng, lexicon.THINGS, size.fits(160, 4, max(8, size.num_questions)))
     names = iter(_pick(rng, lexicon.VARIABLES, 5 * len(values)))
-    groups = [[next(names) for _ in range(rng.integers(4, 6))] for _ in values]
     opening: list[str] = []
-    chains: list[list[list[str]]] = [[] for _ in range(size.num_segments)]  # those of each segment
-    for number, (value, (first, *others)) in enumerate(zip(values, groups, strict=True)):
+    parts: list[list[list[str]]] = [[] for _ in range(size.num_segments)]  # chains, or ends of them, by segment
+    held: list[list[tuple[str, str]]] = []  # the variables of each value that can be asked
+    for number, value in enumerate(values):
+        first, *others = itertools.islice(names, int(rng.integers(4, 6)))
+        held.append([(name, value) for name in others])
         start = lexicon.ASSIGN_VALUE.format(name=first, value=value)
         if number % 3 == 2:
-            chains[rng.integers(len(chains))].append([start, *_assignments([first, *others])])
+            parts[rng.integers(len(parts))].append([start, *_assignments([first, *others])])
             continue
         opening.append(start)
-        for part in np.split(np.array(others), [rng.integers(len(others))]):
-            chains[rng.integers(len(chains))].append(_assignments([first, *part.tolist()]))
-    questions = [
-        Question(lexicon.CHAIN_QUESTION.format(value=values[i]), tuple(sorted(groups[i])))
-        for i in rng.permutation(len(values))[: size.num_questions]
-    ]
-    share = dataclasses.replace(size, num_tokens=size.num_tokens // len(chains), num_segments=1)
-    segments = [_hidden(rng, _interleave(rng, own), share)[0] for own in chains]
+        cut = int(rng.integers(len(others)))
+        for part in (others[:cut], others[cut:]):
+            parts[rng.integers(len(parts))].append(_assignments([first, *part]))
+    questions = [_about_variables(rng, held) for _ in range(size.num_questions)]
+    share = dataclasses.replace(size, num_tokens=size.num_tokens // len(parts), num_segments=1)
+    segments = [_hidden(rng, _interleave(rng, own), share)[0] for own in parts]
     return Body(segments, questions, " ".join(rng.permutation(opening)) + "\n")
+
+
+def _about_variables(rng: np.random.Generator, held: Sequence[Sequence[tuple[str, str]]]) -> Question:
+    """Four variables of different values. An answer counts only beside the name of its variable."""
+    asked = [held[i][rng.integers(len(held[i]))] for i in rng.permutation(len(held))[:4]]
+    text, _, written = numbered(lexicon.VARIABLES_QUESTION, asked)
+    return Question(text, tuple(answer.split(maxsplit=1)[1] for answer in written), written)
 
 
 def _assignments(names: Sequence[str]) -> list[str]:
@@ -260,10 +277,10 @@ def agents(rng: np.random.Generator, size: Size) -> Body:
 def _about_two(
     rng: np.random.Generator, names: Sequence[str], facts: Sequence[Sequence[tuple[str, str, str]]]
 ) -> Question:
-    two, kind = sorted(rng.permutation(len(names))[:2].tolist()), int(rng.integers(len(facts[0])))
-    asked = _listing([f"Agent {names[i]}" for i in two])
-    text = lexicon.AGENT_QUESTION.format(question=facts[0][kind][1].format(names=asked))
-    return Question(text, tuple(facts[i][kind][2] for i in two))
+    two, kind = rng.permutation(len(names))[:2].tolist(), int(rng.integers(len(facts[0])))
+    asked = facts[0][kind][1].replace("{names}", "{keys}")
+    pairs = [(f"Agent {names[i]}", facts[i][kind][2]) for i in two]
+    return Question(*numbered(lexicon.AGENT_QUESTION.format(question=asked), pairs))
 
 
 def _fact(rng: np.random.Generator, kind: tuple[str, str, tuple[str, ...] | None]) -> tuple[str, str, str]:
@@ -362,14 +379,6 @@ def _numbers(rng: np.random.Generator, number: int, digits: int) -> list[str]:
     while len(drawn) < number:
         drawn |= dict.fromkeys(rng.integers(10 ** (digits - 1), 10**digits, number - len(drawn)).tolist())
     return [str(value) for value in drawn]
-
-
-def _listing(words: Sequence[str]) -> str:
-    """
-    >>> _listing(["a", "b", "c"])
-    'a, b and c'
-    """
-    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 _TASKS: dict[str, Callable[[np.random.Generator, Size], Body]] = {

@@ -5,11 +5,12 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
-from sparsex_kernels.paged_attention import hopper, reference, tpu, xla
+from sparsex_kernels.paged_attention import gather, hopper, reference, tpu, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.paged_attention,
     "xla": xla.paged_attention,
+    "gather": gather.paged_attention,
     "hopper": hopper.paged_attention,
     "tpu": tpu.paged_attention,
 }

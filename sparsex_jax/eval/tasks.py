@@ -175,7 +175,7 @@ def vt(rng: np.random.Generator, size: Size) -> Body:
 
 def _about_variables(rng: np.random.Generator, held: Sequence[Sequence[tuple[str, str]]]) -> Question:
     """Four variables of different values. An answer counts only beside the name of its variable."""
-    asked = [held[i][rng.integers(len(held[i]))] for i in rng.permutation(len(held))[:4]]
+    asked = [held[i][int(rng.integers(len(held[i])))] for i in rng.permutation(len(held))[:4]]
     text, _, written = numbered(lexicon.VARIABLES_QUESTION, asked)
     return Question(text, tuple(answer.split(maxsplit=1)[1] for answer in written), written)
 

@@ -18,6 +18,7 @@ import numpy as np
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
 
 _DTYPES = ("float32", "bfloat16", "float16")
+CALIBRATED = "sparsex.json"  # the file beside a model's own that says how to reuse its KV
 
 
 def _require(ok: bool, message: str) -> None:
@@ -231,6 +232,76 @@ class ReuseConfig:
         for name in ("per_segment", "sum_layers"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name}={value!r} must be True or False")
+
+    def updated(self, **given: Any) -> ReuseConfig:
+        """These fields instead. Under another method the others mean something else, so they start from defaults."""
+        base = ReuseConfig() if given.get("method", self.method) != self.method else self
+        return dataclasses.replace(base, **given)
+
+    @classmethod
+    def load(cls, path: str | Path, model: ModelConfig | None = None) -> ReuseConfig:
+        """Read a JSON object of these fields, as `sparsex calibrate` writes it or by hand; the rest are defaults.
+
+        Args:
+          model: what it is to be used with. Checked against the file's `architecture`, if it has one: layers and
+            budgets mean nothing in another model.
+
+        Raises:
+          InvalidRequestError: no such file or no JSON object; a field is unknown, wrong or of another model.
+        """
+        raw = _read_object(Path(path))
+        names = {field.name for field in dataclasses.fields(cls)}
+        for name in raw:
+            _require(name in names or name in _ABOUT, f"{path}: {name!r} is unknown; there are: {', '.join(names)}")
+        if model is not None and "architecture" in raw:
+            _check_architecture(path, raw, model)
+        try:
+            return cls(**{name: value for name, value in raw.items() if name in names})
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"{path}: {error}") from error
+
+
+# What a calibrated file has beside the fields of `ReuseConfig`.
+_ABOUT = ("model", "architecture", "measured", "command", "device", "machine", "versions", "commit")
+_SHAPE = ("num_layers", "hidden_size", "num_q_heads", "num_kv_heads", "head_dim", "vocab_size")
+
+
+def architecture(model: ModelConfig) -> dict[str, int]:
+    """What tells a calibrated file's model from others, wherever it lies and whatever it is called."""
+    return {name: getattr(model, name) for name in _SHAPE}
+
+
+def _check_architecture(path: str | Path, raw: Mapping[str, Any], model: ModelConfig) -> None:
+    known, has = raw["architecture"], architecture(model)
+    _require(isinstance(known, dict), f"{path}: architecture={known!r} must be an object")
+    for name, value in known.items():
+        _require(
+            has.get(name) == value,
+            f"{path} was calibrated for {raw.get('model', 'another model')!r} with {name}={value!r}; "
+            f"this model has {name}={has.get(name)!r}",
+        )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequestError(f"{path} cannot be read as JSON: {error}") from error
+    _require(isinstance(raw, dict), f"{path} must be a JSON object")
+    return raw
+
+
+def default_reuse(source: str | Path, model: ModelConfig, reuse: ReuseConfig | str | Path | None = None) -> ReuseConfig:
+    """How a model's KV is reused where a request does not say: as given, or as a file says that is given.
+
+    None takes `sparsex.json` in the model's directory, and the defaults where there is none. Errors as
+    `ReuseConfig.load`.
+    """
+    if isinstance(reuse, ReuseConfig):
+        return reuse
+    beside = Path(source).expanduser() / CALIBRATED
+    path = reuse or (beside if beside.is_file() else None)
+    return ReuseConfig.load(path, model) if path else ReuseConfig()
 
 
 @dataclasses.dataclass(frozen=True)

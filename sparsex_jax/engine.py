@@ -23,7 +23,7 @@ from jaxtyping import Int32
 
 from sparsex_jax.cache import Entry, Match, PageCache, Segment
 from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, named_config
+from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
 from sparsex_jax.generation import Generation, Output, Prefill, decode_state, sampling_arrays, stop_finished
 from sparsex_jax.inputs import Prompt, encode
@@ -59,35 +59,47 @@ class Engine:
         *,
         config: EngineConfig | None = None,
         mesh: Mesh | None = None,
+        reuse: ReuseConfig | None = None,
     ) -> None:
         """
         Args:
           params: as `weights.describe(model)`, placed on the mesh.
           tokenizer: a transformers tokenizer, or None for an engine that takes and gives token ids only.
           mesh: with an axis `tensor`; one device by default.
+          reuse: what a call does that names no `reuse` of its own.
         """
         self.config = config or EngineConfig()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.reuse = model, tokenizer, reuse or ReuseConfig()
         self.mesh = check_mesh(mesh or make_mesh(), model)
         self._runner = Runner(model, self.config, params, self.mesh)
         self._cache = self._empty_cache()
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, mesh: Mesh | None = None, **options: Any) -> Engine:
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        mesh: Mesh | None = None,
+        reuse: ReuseConfig | str | Path | None = None,
+        **options: Any,
+    ) -> Engine:
         """Load a model: `smollm2-135m-instruct`, a GGUF file, a Hugging Face directory or a converted one.
 
         Args:
+          reuse: what a call does that names no `reuse` of its own; a path is that of a file which `sparsex calibrate`
+            wrote. None: `sparsex.json` in the model's directory, if it is there.
           options: fields of `EngineConfig`, such as dtype and store_tokens.
 
         Raises:
           UnknownModelError, UnsupportedModelError: there is no such model, or not of a family that runs here.
-          InvalidRequestError: an option is wrong, or the model does not divide over the mesh.
+          InvalidRequestError: an option or the file is wrong, or the model does not divide over the mesh.
         """
         config = EngineConfig(**options)
         checkpoint = open_checkpoint(source)
+        reuse = default_reuse(source, checkpoint.config, reuse)
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
         params = checkpoint.load_params(config.dtype, mesh)
-        return cls(checkpoint.config, params, checkpoint.tokenizer, config=config, mesh=mesh)
+        return cls(checkpoint.config, params, checkpoint.tokenizer, config=config, mesh=mesh, reuse=reuse)
 
     @classmethod
     def from_config(
@@ -113,6 +125,7 @@ class Engine:
         """Generate from text, token ids or chat messages, reusing what the namespace has stored.
 
         Args:
+          reuse: how; None: as the engine was told when it was made.
           keep: prompt and answer become donors, so that later prompts of the namespace can reuse them.
 
         Raises:
@@ -145,7 +158,7 @@ class Engine:
         done: list[Generation] = []
         while len(done) < len(prompts):
             rest = slice(len(done), None)
-            with self._admitted(encoded[rest], outputs[rest], reuse or ReuseConfig(), namespaces[rest]) as requests:
+            with self._admitted(encoded[rest], outputs[rest], reuse or self.reuse, namespaces[rest]) as requests:
                 done += self._generate(requests, outputs[rest], keep, return_logits, started)
         return done
 
@@ -160,7 +173,7 @@ class Engine:
         """The logits of the token that would follow. Arguments and errors as `generate`."""
         started = time.perf_counter()
         tokens = self._encode(prompt)
-        with self._admitted([tokens], [], reuse or ReuseConfig(), [namespace]) as requests:
+        with self._admitted([tokens], [], reuse or self.reuse, [namespace]) as requests:
             scores, active = self._prefill(requests)
             logits = np.asarray(scores[0])
             report = self._report(requests[0], active[0], started)

@@ -1,4 +1,4 @@
-"""The command line, `sparsex`: generate, demo, convert, cache, bench.
+"""The command line, `sparsex`: generate, demo, convert, cache, calibrate, bench.
 
 `commands` declares what can be typed; each command's work is in a module of its own, imported when it runs.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from sparsex_jax.cli.generate import prefill_line
 from sparsex_jax.cli.prompts import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, waiting
 from sparsex_jax.cli.tokenmap import legend, token_map
-from sparsex_jax.config import EngineConfig, ReuseConfig
+from sparsex_jax.config import EngineConfig, ReuseConfig, default_reuse
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.inputs import encode
 from sparsex_jax.methods import find_method
@@ -47,13 +47,15 @@ def run(
     prompt: str,
     model: str,
     files: Sequence[Path],
-    reuse: ReuseConfig,
+    reuse: Mapping[str, Any],
+    reuse_config: Path | None,
     *,
     store_tokens: int,
     namespace: str,
     chat: bool | None,
     as_json: bool,
 ) -> None:
+    """`reuse`: fields that win over those of the file, or of the one in the model's directory."""
     config = EngineConfig(store_tokens=store_tokens)
     if not namespace:
         raise InvalidRequestError("namespace='' must be a non-empty string")
@@ -61,13 +63,14 @@ def run(
     with waiting(f"Reading the tokenizer of {model}"):
         checkpoint = open_checkpoint(model)
         tokenizer = checkpoint.tokenizer
+        settings = default_reuse(model, checkpoint.config, reuse_config).updated(**reuse)
     cache = PageCache(config.num_pages, config.page_size, config.frozen_limit)
     names = {}
     for path, donor in zip(files, donors, strict=True):
         tokens = encode(donor, tokenizer, checkpoint.config, add_special_tokens=False)
         names[remember(cache, tokens, namespace)] = path.name
     tokens = encode(as_prompt(text, tokenizer, chat), tokenizer, checkpoint.config, add_special_tokens=True)
-    dry = look_up(cache, names, tokens, namespace, reuse, checkpoint.config.num_layers)
+    dry = look_up(cache, names, tokens, namespace, settings, checkpoint.config.num_layers)
     if as_json:
         print_json(as_dict(dry))
     else:

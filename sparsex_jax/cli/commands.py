@@ -50,13 +50,14 @@ def generate(
     namespace: options.Namespace = "default",
     chat: options.Chat = None,
     as_json: options.Json = False,
-    method: options.Method = "sparsex",
+    reuse_config: options.ReuseFile = None,
+    method: options.Method = None,
     boundary_layer: options.BoundaryLayer = None,
-    recompute_ratio: options.RecomputeRatio = 0.15,
-    overflow_tokens: options.OverflowTokens = 16,
-    tail_tokens: options.TailTokens = 64,
+    recompute_ratio: options.RecomputeRatio = None,
+    overflow_tokens: options.OverflowTokens = None,
+    tail_tokens: options.TailTokens = None,
     second_boundary: options.SecondBoundary = None,
-    min_segment_tokens: options.MinSegmentTokens = 16,
+    min_segment_tokens: options.MinSegmentTokens = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -66,23 +67,24 @@ def generate(
 ) -> None:
     """Generate text from a prompt, reusing the KV of the files remembered before it."""
     from sparsex_jax.cli.generate import EngineChoice, run
-    from sparsex_jax.config import ReuseConfig, SamplingParams
+    from sparsex_jax.config import SamplingParams
 
     with clear_errors():
+        reuse = options.given(
+            method=method,
+            boundary_layer=boundary_layer,
+            recompute_ratio=recompute_ratio,
+            overflow_tokens=overflow_tokens,
+            tail_tokens=tail_tokens,
+            second_boundary=second_boundary,
+            min_segment_tokens=min_segment_tokens,
+        )
         run(
             prompt,
-            EngineChoice(model, dtype, store_tokens),
+            EngineChoice(model, dtype, store_tokens, reuse=reuse_config),
             remember or [],
             SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop or ())),
-            ReuseConfig(
-                method,
-                boundary_layer,
-                recompute_ratio,
-                overflow_tokens,
-                tail_tokens,
-                second_boundary,
-                min_segment_tokens,
-            ),
+            reuse,
             namespace=namespace,
             chat=chat,
             as_json=as_json,
@@ -127,38 +129,88 @@ def cache(
     namespace: options.Namespace = "default",
     chat: options.Chat = None,
     as_json: options.Json = False,
-    method: options.Method = "sparsex",
+    reuse_config: options.ReuseFile = None,
+    method: options.Method = None,
     boundary_layer: options.BoundaryLayer = None,
-    recompute_ratio: options.RecomputeRatio = 0.15,
-    overflow_tokens: options.OverflowTokens = 16,
-    tail_tokens: options.TailTokens = 64,
+    recompute_ratio: options.RecomputeRatio = None,
+    overflow_tokens: options.OverflowTokens = None,
+    tail_tokens: options.TailTokens = None,
     second_boundary: options.SecondBoundary = None,
-    min_segment_tokens: options.MinSegmentTokens = 16,
+    min_segment_tokens: options.MinSegmentTokens = None,
 ) -> None:
     """Show what a prompt would reuse of the files, and why not more: a dry run that needs no weights."""
     from sparsex_jax.cli.cache import run
-    from sparsex_jax.config import ReuseConfig
 
     with clear_errors():
-        reuse = ReuseConfig(
-            method,
-            boundary_layer,
-            recompute_ratio,
-            overflow_tokens,
-            tail_tokens,
-            second_boundary,
-            min_segment_tokens,
+        reuse = options.given(
+            method=method,
+            boundary_layer=boundary_layer,
+            recompute_ratio=recompute_ratio,
+            overflow_tokens=overflow_tokens,
+            tail_tokens=tail_tokens,
+            second_boundary=second_boundary,
+            min_segment_tokens=min_segment_tokens,
         )
         run(
             prompt,
             model,
             remember or [],
             reuse,
+            reuse_config,
             store_tokens=store_tokens,
             namespace=namespace,
             chat=chat,
             as_json=as_json,
         )
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="As `--model` of the other commands.")] = DEFAULT_MODEL,
+    dtype: options.DType = "float32",
+    max_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Task score that may be lost, on average, of what full recompute scores.", show_default="0.02"
+        ),
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(help="Instead: share of full recompute's greedy continuation that must be the same."),
+    ] = None,
+    confident: Annotated[
+        bool, typer.Option("--confident", help="The whole 95 % interval must meet it. Needs many samples.")
+    ] = False,
+    tasks: Annotated[str, typer.Option(help="As in `bench quality`; some that the model can do.")] = "niah,qa",
+    regimes: Annotated[str, typer.Option(help="How segments will be stored: joint, independent, preamble.")] = (
+        "independent"
+    ),
+    length: Annotated[int, typer.Option(help="Tokens of the reused body in each prompt, about.")] = 1024,
+    segments: Annotated[int, typer.Option(help="Parts of the body.")] = 4,
+    samples: Annotated[int, typer.Option(help="Prompts for each task and regime.")] = 16,
+    batch: Annotated[int, typer.Option(help="Prompts asked together; an accelerator wants 32 or more.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file to write.",
+            dir_okay=False,
+            show_default="sparsex.json, in the model's directory if the model is one",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Find the cheapest reuse that keeps a stated quality on this model, and write it as a file the engine reads."""
+    from sparsex_jax.cli.bench import Workload
+    from sparsex_jax.cli.calibrate import run, target_of
+
+    with clear_errors():
+        workload = Workload(["sparsex"], _split(tasks), _split(regimes), length, segments, samples, batch, seed)
+        run(model, dtype, workload, target_of(max_loss, min_agreement, confident), out=out, as_json=as_json)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 @bench.command()
@@ -187,9 +239,6 @@ def quality(
     """Ask generated tasks with every method: task scores, and how far each is from full recompute."""
     from sparsex_jax.cli.bench import Workload, run
 
-    def split(names: str) -> list[str]:
-        return [name.strip() for name in names.split(",") if name.strip()]
-
     with clear_errors():
-        workload = Workload(split(methods), split(tasks), split(regimes), length, segments, samples, batch, seed)
+        workload = Workload(_split(methods), _split(tasks), _split(regimes), length, segments, samples, batch, seed)
         run(model, dtype, workload, out=out, as_json=as_json)

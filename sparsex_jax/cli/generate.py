@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -24,11 +25,16 @@ class EngineChoice:
     dtype: str
     store_tokens: int
     max_batch: int = EngineConfig.max_batch
+    reuse: ReuseConfig | Path | None = None  # as `Engine.from_pretrained`
 
     def load(self) -> Engine:
         with waiting(f"Loading {self.model}"):
             return Engine.from_pretrained(
-                self.model, dtype=self.dtype, store_tokens=self.store_tokens, max_batch=self.max_batch
+                self.model,
+                reuse=self.reuse,
+                dtype=self.dtype,
+                store_tokens=self.store_tokens,
+                max_batch=self.max_batch,
             )
 
 
@@ -37,18 +43,19 @@ def run(
     choice: EngineChoice,
     files: Sequence[Path],
     sampling: SamplingParams,
-    reuse: ReuseConfig,
+    reuse: Mapping[str, Any],
     *,
     namespace: str,
     chat: bool | None,
     as_json: bool,
 ) -> None:
+    """`reuse`: fields that win over what the engine was told."""
     text, donors = read_prompt(prompt), [read_text(path) for path in files]
     engine = choice.load()
     remember_all(engine, donors, namespace)
     with waiting("Generating"):
         given = as_prompt(text, engine.tokenizer, chat)
-        result = engine.generate(given, sampling, reuse=reuse, namespace=namespace)
+        result = engine.generate(given, sampling, reuse=engine.reuse.updated(**reuse), namespace=namespace)
     _print(result, as_json)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from sparsex_jax.config import CALIBRATED, ReuseConfig
 
 _REUSE = "Reuse"
 _SAMPLING = "Sampling"
@@ -32,26 +34,45 @@ Chat = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 MaxNewTokens = Annotated[int, typer.Option(help="At most so many tokens are generated.", rich_help_panel=_SAMPLING)]
 
-Method = Annotated[str, typer.Option(help="full, prefix, naive, sparsex or another method.", rich_help_panel=_REUSE)]
+
+def _reuse(field: str, text: str) -> Any:
+    """An option that wins over the file of `--reuse-config`, which wins over the field's default."""
+    default = getattr(ReuseConfig, field)
+    return typer.Option(help=text, rich_help_panel=_REUSE, show_default=False if default is None else str(default))
+
+
+ReuseFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--reuse-config",
+        help="A file that `sparsex calibrate` wrote; the options below win over it.",
+        rich_help_panel=_REUSE,
+        show_default=f"{CALIBRATED} in the model's directory",
+    ),
+]
+Method = Annotated[str | None, _reuse("method", "full, prefix, naive, sparsex or another method.")]
 BoundaryLayer = Annotated[
-    int | None,
-    typer.Option(help="Layers before it compute every token. Default: a sixth of them.", rich_help_panel=_REUSE),
+    int | None, _reuse("boundary_layer", "Layers before it compute every token. Default: a sixth of them.")
 ]
 RecomputeRatio = Annotated[
-    float, typer.Option(help="Share of the reused tokens recomputed for their key mass.", rich_help_panel=_REUSE)
+    float | None, _reuse("recompute_ratio", "Share of the reused tokens recomputed for their key mass.")
 ]
 OverflowTokens = Annotated[
-    int, typer.Option(help="Reused tokens recomputed on both sides of fresh ones.", rich_help_panel=_REUSE)
+    int | None, _reuse("overflow_tokens", "Reused tokens recomputed on both sides of fresh ones.")
 ]
-TailTokens = Annotated[
-    int, typer.Option(help="Last tokens recomputed where the prompt ends in reuse.", rich_help_panel=_REUSE)
-]
-SecondBoundary = Annotated[
-    int | None, typer.Option(help="From this layer on only fresh tokens are computed.", rich_help_panel=_REUSE)
-]
+TailTokens = Annotated[int | None, _reuse("tail_tokens", "Last tokens recomputed where the prompt ends in reuse.")]
+SecondBoundary = Annotated[int | None, _reuse("second_boundary", "From this layer on only fresh tokens are computed.")]
 MinSegmentTokens = Annotated[
-    int, typer.Option(help="Shorter runs are computed, not reused; at least 16.", rich_help_panel=_REUSE)
+    int | None, _reuse("min_segment_tokens", "Shorter runs are computed, not reused; at least 16.")
 ]
+
+
+def given(**fields: Any) -> dict[str, Any]:
+    """The fields of `ReuseConfig` that were typed. A wrong one is refused here, before a model is read."""
+    typed = {name: value for name, value in fields.items() if value is not None}
+    ReuseConfig(**typed)
+    return typed
+
 
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
 TopP = Annotated[float, typer.Option(help="Nucleus, in (0, 1].", rich_help_panel=_SAMPLING)]

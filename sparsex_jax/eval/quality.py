@@ -29,6 +29,7 @@ Cell = tuple[str, str, int]  # task, regime, sample
 Batch = Sequence[Cell]
 ALL_TASKS = "all"  # the task of a summary over several
 ORACLE = "oracle"  # knows each prompt's true deviation, so it exists for one prompt at a time
+Z95 = 1.959964  # a normal variable is within so many standard deviations with 95 %
 _COIN_LIKE = ("score", "top1", "agreement")
 
 
@@ -55,12 +56,17 @@ def run(
       InvalidRequestError: no such method, task or regime, no tokenizer, or the prompts do not fit.
     """
     check(engine, methods, tasks, in_regimes)
-    batches = [
+    batches = batches_of(tasks, in_regimes, samples, engine.config.max_batch)
+    return [row for batch in track(batches) for row in measure(engine, methods, batch, num_tokens, seed, num_segments)]
+
+
+def batches_of(tasks: Sequence[str], in_regimes: Sequence[str], samples: int, max_batch: int) -> list[Batch]:
+    """All cells, in batches of one task and regime."""
+    return [
         [(task, regime, index) for index in indices]
         for task, regime in itertools.product(tasks, in_regimes)
-        for indices in itertools.batched(range(samples), engine.config.max_batch)
+        for indices in itertools.batched(range(samples), max_batch)
     ]
-    return [row for batch in track(batches) for row in measure(engine, methods, batch, num_tokens, seed, num_segments)]
 
 
 def check(engine: Engine, methods: Mapping[str, ReuseConfig], tasks: Sequence[str], in_regimes: Sequence[str]) -> None:
@@ -95,12 +101,7 @@ def measure(
     num_segments: int = 4,
 ) -> list[Row]:
     """Some samples: a row for each and each method, with the figures of `metrics.UNITS`, text and what was expected."""
-    asked = []
-    for task, regime, index in batch:
-        rng = np.random.default_rng([seed, TASKS.index(task), index])
-        sample = make_sample(task, rng, num_tokens, num_segments, count=lambda text: len(_encode(engine, text)))
-        namespace = f"quality/{task}/{regime}/{seed}/{index}"
-        asked.append(prepare(engine, sample, regime, namespace, rng, share=len(batch)))
+    asked = prepare_batch(engine, batch, num_tokens, seed, num_segments)
     reference, *answers = answer_all(engine, [ReuseConfig("full"), *methods.values()], asked)
     return [
         {"task": task, "regime": regime, "sample": index, "expected": list(asked[i].expected)}
@@ -109,6 +110,17 @@ def measure(
         for i, (task, regime, index) in enumerate(batch)
         for name, found in zip(methods, answers, strict=True)
     ]
+
+
+def prepare_batch(engine: Engine, batch: Batch, num_tokens: int, seed: int, num_segments: int) -> list[Asked]:
+    """A batch's prompts, with their segments in the store. The same again, however often it is called."""
+    asked = []
+    for task, regime, index in batch:
+        rng = np.random.default_rng([seed, TASKS.index(task), index])
+        sample = make_sample(task, rng, num_tokens, num_segments, count=lambda text: len(_encode(engine, text)))
+        namespace = f"quality/{task}/{regime}/{seed}/{index}"
+        asked.append(prepare(engine, sample, regime, namespace, rng, share=len(batch)))
+    return asked
 
 
 def prepare(
@@ -145,8 +157,8 @@ def ask_oracle(engine: Engine, asked: Sequence[Asked], reuse: ReuseConfig) -> li
     return answers
 
 
-def ask(engine: Engine, asked: Sequence[Asked], reuse: ReuseConfig) -> list[Answer]:
-    """Greedy continuations with the logits of their first tokens, all together; the first prompt is timed as well."""
+def ask(engine: Engine, asked: Sequence[Asked], reuse: ReuseConfig, *, timed: bool = True) -> list[Answer]:
+    """Greedy continuations with the logits of their first tokens, all together; the first prompt may be timed too."""
     generated = engine.generate_batch(
         [one.prompt for one in asked],
         [one.sampling for one in asked],
@@ -155,7 +167,7 @@ def ask(engine: Engine, asked: Sequence[Asked], reuse: ReuseConfig) -> list[Answ
         keep=False,
         return_logits=True,
     )
-    times = [time_prefill(engine, asked[0], reuse), *[None] * (len(asked) - 1)]
+    times = [time_prefill(engine, asked[0], reuse) if timed else None, *[None] * (len(asked) - 1)]
     return [
         Answer(each.text, each.token_ids, np.asarray(each.logits), each.report, ttft)
         for each, ttft in zip(generated, times, strict=True)
@@ -217,7 +229,7 @@ def wilson_interval(values: np.ndarray) -> tuple[float, float]:
     No distribution on [0, 1] varies more than a coin of the same mean, so for shares it is a wide interval rather
     than a narrow one, and it does not shrink to nothing where all values agree.
     """
-    n, mean, z = len(values), float(values.mean()), 1.959964
+    n, mean, z = len(values), float(values.mean()), Z95
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(max(mean * (1 - mean), 0.0) / n + z * z / (4 * n * n))
     return max(centre - half, 0.0), min(centre + half, 1.0)

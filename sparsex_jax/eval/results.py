@@ -21,16 +21,18 @@ _COLUMNS = ("computed_fraction", "kl", "top1", "agreement", "ttft_s")
 
 def document(bench: str, model: str, settings: Mapping[str, Any], summaries: Sequence[Row]) -> dict[str, Any]:
     """All that is written of a run: how it was made, and its rows (work, implementation, figure, unit)."""
+    rows = [_row(summary) for summary in summaries]
+    return {"bench": bench, "model": model} | provenance() | {"settings": dict(settings), "rows": rows}
+
+
+def provenance() -> dict[str, Any]:
+    """How figures were made: command, device, machine, versions and commit."""
     return {
-        "bench": bench,
-        "model": model,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": jax.devices()[0].device_kind,
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "sparsex": version("sparsex-jax")},
         "commit": commit(),
-        "settings": dict(settings),
-        "rows": [_row(summary) for summary in summaries],
     }
 
 

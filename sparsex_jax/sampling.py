@@ -38,10 +38,14 @@ def sample(
 
 
 def _kept(logits: Float[Array, "requests vocab"], sampling: Sampling) -> Bool[Array, "requests vocab"]:
-    """Tokens within the request's top k, and within the nucleus of mass top_p (the most probable always)."""
-    order = jnp.argsort(-logits, axis=-1)
-    rank = jnp.argsort(order, axis=-1)
-    probs = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-    before = jnp.take_along_axis(jnp.cumsum(probs, axis=-1) - probs, rank, axis=-1)
+    """Tokens within the request's top k, and within the nucleus of mass top_p (the most probable always).
+
+    Tokens as probable as the last one kept are kept too: one sort of the values then is enough.
+    """
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    probs = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    rank = jnp.arange(logits.shape[-1])
     top_k = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])
-    return (rank < top_k[:, None]) & ((before < sampling.top_p[:, None]) | (rank == 0))
+    within = (rank < top_k[:, None]) & ((before < sampling.top_p[:, None]) | (rank == 0))
+    return logits >= jnp.min(ranked, axis=-1, where=within, initial=jnp.inf, keepdims=True)

@@ -57,7 +57,7 @@ BAD_SETTINGS = {
     "reuse": (lambda: {"reuse": "sparsex"}, "reuse='sparsex' must be a ReuseConfig"),
     "sampling": (lambda: {"sampling": 5}, "sampling=5 must be SamplingParams"),
     "namespace": (lambda: {"namespace": ""}, "namespace='' must be a non-empty string"),
-    "namespace type": (lambda: {"namespace": 3}, "namespace=3 must be a non-empty string"),
+    "namespace type": (lambda: {"namespace": 3}, "namespace=3 must be str, or a list of them"),
     "no tokens": (lambda: {"sampling": SamplingParams(max_new_tokens=0)}, "max_new_tokens=0 must be an integer >= 1"),
     "temperature": (lambda: {"sampling": SamplingParams(temperature=-1)}, "temperature=-1 must be"),
     "top_p": (lambda: {"sampling": SamplingParams(top_p=0)}, r"top_p=0 must be in \(0, 1\]"),

@@ -51,7 +51,11 @@ def hopper(operation):
 SMALL = [
     pytest.param({"lengths": (150, 3, 70), "rows": 48}, id="tiles straddle requests"),
     pytest.param({"lengths": (130,), "rows": 20, "dim": 128, "group": 8, "kv_heads": 1}, id="eight heads of 128"),
-    pytest.param({"lengths": (256,), "rows": 17, "group": 3, "page_size": 128}, id="three heads, a page a block"),
+    pytest.param(
+        {"lengths": (256,), "rows": 17, "group": 3, "page_size": 128},
+        id="three heads, a page a block",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -117,7 +121,9 @@ def copies(runs):
     return tuple(jnp.asarray(x, jnp.int32) for x in (source, target, shift))
 
 
-@pytest.mark.parametrize(("kv_heads", "dim", "dtype"), [(4, 64, "bfloat16"), (2, 128, "float32")])
+@pytest.mark.parametrize(
+    ("kv_heads", "dim", "dtype"), [(4, 64, "bfloat16"), pytest.param(2, 128, "float32", marks=pytest.mark.slow)]
+)
 def test_align_and_copy(kv_heads, dim, dtype):
     store = jax.random.normal(jax.random.key(0), (4, 8, 2, kv_heads, 64, dim)).astype(dtype)
     runs = [(10, 259, 40, 77), (60, 380, 10, -500), (90, 400, 1, 3), (93, 470, 1, 900), (120, 480, 5, 1)]

@@ -34,8 +34,6 @@ from sparsex_jax.weights import abstract_params
 from sparsex_kernels.dispatch import prefer
 from sparsex_kernels.layout import Store
 
-CHUNK = 2048  # rows that go through a layer at a time on an accelerator
-
 
 def described_mesh(topology: str, num_devices: int) -> Mesh:
     """A mesh of the first devices of a topology, such as `v5e:2x4`.
@@ -68,12 +66,6 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(shape, tree)
 
 
-def step_shapes(model: ModelConfig, engine: EngineConfig) -> Shapes:
-    """The buckets that a runner on an accelerator has."""
-    max_context = min(model.max_position, engine.num_pages * engine.page_size)
-    return Shapes.of(max_context, engine.max_batch, engine.page_size, engine.chunk_rows or CHUNK)
-
-
 def half_reused(num_tokens: int, reuse: ReuseConfig, model: ModelConfig, shapes: Shapes) -> tuple[PrefillPlan, Any]:
     """The plan of a prompt whose first half is reused, and its signals. Only its shapes matter here."""
     kind = np.full(num_tokens, Kind.FRESH, np.uint8)
@@ -87,7 +79,7 @@ def lower_prefill(
     model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int, reuse: ReuseConfig | None = None
 ) -> Lowered:
     """The hybrid prefill of the bucket that holds so many tokens."""
-    shapes = step_shapes(model, engine)
+    shapes = Shapes.of_engine(model, engine, on_cpu=False)
     plan, signals = half_reused(num_tokens, reuse or ReuseConfig(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
     static = {"decoder": Decoder(model, Ops(mesh)), "signals": signals, "chunk": chunk}
@@ -99,7 +91,7 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
     """One dispatch of `engine.decode_steps` tokens for a power of two of requests."""
     output = Output(SamplingParams(), (), None)
     output.extend([0])
-    shapes = step_shapes(model, engine)
+    shapes = Shapes.of_engine(model, engine, on_cpu=False)
     state = decode_state([output] * num_requests, [1] * num_requests, [[0]] * num_requests, shapes.max_pages)
     static = {"decoder": Decoder(model, Ops(mesh)), "steps": engine.decode_steps}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
@@ -108,7 +100,7 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
 
 def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
     """The copies of the bucket that holds so many tokens."""
-    size, _ = step_shapes(model, engine).bucket(num_tokens)
+    size, _ = Shapes.of_engine(model, engine, on_cpu=False).bucket(num_tokens)
     copies = Copies(*[jnp.zeros(size, jnp.int32)] * 3)
     decoder = Decoder(model, Ops(mesh))
     store = abstract_store(model, engine, mesh)

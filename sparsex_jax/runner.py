@@ -22,9 +22,6 @@ from sparsex_jax.sampling import Sampling, sample
 from sparsex_jax.store import make_store
 from sparsex_jax.weights import Params
 
-_CPU_CHUNK = 128  # larger chunks gain 15 % in the matrix products and lose more to padding
-_ACCELERATOR_CHUNK = 2048
-
 _sample = jax.jit(sample)
 
 
@@ -34,10 +31,7 @@ class Runner:
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
         self.model, self.engine, self.mesh, self.params = model, engine, mesh, params
         self.decoder = Decoder(model, Ops(mesh))
-        max_context = min(model.max_position, engine.num_pages * engine.page_size)
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        chunk = engine.chunk_rows or (_CPU_CHUNK if on_cpu else _ACCELERATOR_CHUNK)
-        self.shapes = Shapes.of(max_context, engine.max_batch, engine.page_size, chunk)
+        self.shapes = Shapes.of_engine(model, engine, on_cpu=mesh.devices.flat[0].platform == "cpu")
         self.store = make_store(model, engine, mesh)
 
     def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[np.ndarray]]:

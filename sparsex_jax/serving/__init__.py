@@ -1,0 +1,1 @@
+"""Serving many requests at once: `loop` is the scheduler, and `detokenize` turns tokens into text as they come."""

@@ -1,0 +1,152 @@
+"""Text as it streams: whole characters, no beginnings of stop strings, and in the end what a full decode gives."""
+
+import functools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.serving.detokenize import Detokenizer
+
+TEXTS = [
+    "Plain words, and  two spaces.\n\ttab",
+    "naïve café — “quotes” … 5 µm",
+    "漢字かな交じり文、한국어, العربية, हिन्दी",
+    "👩‍👩‍👧‍👦 family, 🏳️‍🌈 flag, 👍🏽 thumb, 🦜 letter",
+    "e\u0301 combining, \u200b zero width, \ufffd itself",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def byte_level():
+    """GPT-2's kind, with special tokens: SmolLM2's own."""
+    return open_checkpoint("smollm2-135m-instruct").tokenizer
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """Llama 2's kind: `▁` for spaces, the leading one dropped, bytes for what is in no piece."""
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "é", "▁a", "漢"]
+    tokenizer = Tokenizer(
+        BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.fixture(params=["byte_level", "sentencepiece"])
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+def stream(tokenizer, tokens, stop=()):
+    """What came with each token, and at the end."""
+    detokenizer = Detokenizer(tokenizer, stop)
+    return [*(detokenizer.push(token) for token in tokens), detokenizer.finish()]
+
+
+@functools.cache
+def partial_characters(tokenizer):
+    return [token for token in range(300) if "\ufffd" in tokenizer.decode([token])]
+
+
+def whole(tokenizer, tokens):
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_comes_in_whole_characters(tokenizer, text):
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    pieces = stream(tokenizer, tokens)
+    assert "".join(pieces) == whole(tokenizer, tokens) == text
+    assert "".join(pieces).count("\ufffd") == text.count("\ufffd")
+
+
+def test_a_character_of_several_tokens_waits_for_the_last_one(byte_level):
+    tokens = byte_level.encode("🦜!", add_special_tokens=False)
+    assert len(tokens) > 2
+    assert stream(byte_level, tokens) == [*[""] * (len(tokens) - 2), "🦜", "!", ""]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_any_tokens_stream_as_the_full_decode(byte_level, sentencepiece, data):
+    """Tokens in no order that a model would give: broken characters, special tokens in between."""
+    tokenizer = data.draw(st.sampled_from([byte_level, sentencepiece]))
+    token = st.integers(0, len(tokenizer) - 1) | st.sampled_from(partial_characters(tokenizer)) | st.integers(0, 20)
+    tokens = data.draw(st.lists(token, max_size=60))
+    assert "".join(stream(tokenizer, tokens)) == whole(tokenizer, tokens)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_broken_bytes_without_end_stream_too(tokenizer, seed):
+    rng = random.Random(seed)
+    tokens = rng.choices(partial_characters(tokenizer), k=500)
+    assert "".join(stream(tokenizer, tokens)) == whole(tokenizer, tokens)
+
+
+def test_what_a_token_decodes_does_not_grow(byte_level, monkeypatch):
+    """Ordinary text and bytes that never become any: the window that is decoded stays short."""
+    longest, decode = [], type(byte_level).decode
+    monkeypatch.setattr(
+        type(byte_level), "decode", lambda self, ids, **kwargs: longest.append(len(ids)) or decode(self, ids, **kwargs)
+    )
+    broken = byte_level.encode("🦜", add_special_tokens=False)[:1] * 400
+    stream(byte_level, byte_level.encode("word " * 400, add_special_tokens=False) + broken)
+    assert max(longest) < 24
+
+
+STOPS = {
+    "never": ("one two three", ["four"], "one two three", False),
+    "within a token": ("one two three", ["wo"], "one t", True),
+    "over several tokens": ("one two three", ["e two th"], "on", True),
+    "at the beginning": ("one two three", ["one"], "", True),
+    "at the end": ("one two three", ["three"], "one two ", True),
+    "the earlier of two": ("one two three", ["three", "two"], "one ", True),
+    "one within the other": ("one two three", ["wo", "two t"], "one t", True),
+    "begins and does not come": ("one two three", ["three!", "two t!"], "one two three", False),
+    "overlaps itself": ("aabaabaaab", ["aabaaa"], "aab", True),
+    "of broken characters": ("ab漢cd", ["漢c"], "ab", True),
+}
+
+
+@pytest.mark.parametrize(("text", "stop", "expected", "stopped"), STOPS.values(), ids=STOPS)
+def test_stop_strings(byte_level, text, stop, expected, stopped):
+    detokenizer = Detokenizer(byte_level, stop)
+    pieces = []
+    for token in byte_level.encode(text, add_special_tokens=False):
+        pieces.append(detokenizer.push(token))
+        assert expected.startswith("".join(pieces))  # nothing that has to be taken back
+        if detokenizer.stopped:
+            break
+    assert detokenizer.stopped == stopped
+    assert "".join([*pieces, detokenizer.finish()]) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("ab", max_size=40), stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3))
+def test_stop_strings_are_found_where_a_search_of_the_whole_text_finds_them(sentencepiece, text, stops):
+    """After each token, as `str.find` would: letters are tokens here."""
+    tokens = sentencepiece.convert_tokens_to_ids(list(text))
+    detokenizer = Detokenizer(sentencepiece, stops)
+    pieces, expected = [], text
+    for end, token in enumerate(tokens, start=1):
+        pieces.append(detokenizer.push(token))
+        starts = [at for stop in stops if (at := text[:end].find(stop)) >= 0]
+        assert detokenizer.stopped == bool(starts)
+        if starts:
+            expected = text[: min(starts)]
+            break
+        held = end - len("".join(pieces))
+        assert held == max(n for n in range(end + 1) if not n or any(s.startswith(text[end - n : end]) for s in stops))
+    assert "".join([*pieces, detokenizer.finish()]) == expected

@@ -8,9 +8,10 @@ directory.
 
 A training row is one context and several questions about it, each with its answer; the loss is that of the answers and,
 lightly weighted, of everything else. Two things speed it up. Drills, exercises that no bench asks: a list to repeat,
-and words to look up; what is learned there is used in the tasks. Hints: where a variable is assigned another, the model
-is asked for the value, from the hidden states of `HINT_LAYER`; it learns to track in the context what the question will
-be about. The forward pass is made of the engine's own functions: what is trained is what the engine runs.
+words to look up, and assignments without text between them; what is learned there is used in the tasks. Hints: where
+a variable is assigned another, the model is asked for the value, from the hidden states of several layers; it learns
+to track in the context what the question will be about, and a hop at an early layer leaves the later ones to hop on
+from it. The forward pass is made of the engine's own functions: what is trained is what the engine runs.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import optax
 from sparsex_jax import ModelConfig, model
 from sparsex_jax.checkpoints.huggingface import TENSORS, HuggingFaceCheckpoint
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.tasks import TASKS, Question, Sample, make_sample, numbered
+from sparsex_jax.eval.tasks import TASKS, Question, Sample, make_sample, numbered, tracked
 from sparsex_jax.plan import Rows
 from sparsex_jax.sharding import make_mesh
 from sparsex_jax.weights import Params, describe, num_parameters, random_params
@@ -47,7 +48,7 @@ from sparsex_jax.weights import Params, describe, num_parameters, random_params
 BOS, EOS = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>"))
 PAD, CONTEXT, ANSWER = 0, 1, 2  # what a token is; the answer of question i is ANSWER + i
 TRAINING, HELD_OUT, LENGTH = 0, 1, 2  # streams of random numbers
-HINT_LAYER = 8  # of 12; the layers behind it can use what is known by then
+HINT_LAYERS = (3, 4, 5, 6, 7, 8)  # of 12; the layers behind them can use what is known by then
 RULER_TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -78,11 +79,12 @@ LENGTHS = {
     0.45: {512: 0.1, 1024: 0.15, 2048: 0.25, 5120: 0.5},
     0.85: {1024: 0.1, 2048: 0.2, 5120: 0.5, 8192: 0.2},
 }
-DRILLS = ("repeat", "recall")
+DRILLS = ("repeat", "recall", "track")
 TASK_MIX = {
     0.0: {
         "repeat": 3,
-        "recall": 4,
+        "recall": 3,
+        "track": 4,
         "niah": 1,
         "mq_niah": 3,
         "vt": 3,
@@ -94,7 +96,8 @@ TASK_MIX = {
     },
     0.12: {
         "repeat": 1,
-        "recall": 2,
+        "recall": 1,
+        "track": 4,
         "niah": 0.5,
         "mq_niah": 3,
         "vt": 4,
@@ -106,7 +109,8 @@ TASK_MIX = {
     },
     0.4: {
         "repeat": 0.2,
-        "recall": 0.5,
+        "recall": 0.3,
+        "track": 1,
         "niah": 0.3,
         "mq_niah": 2,
         "vt": 4,
@@ -205,6 +209,9 @@ def draw_sample(task: str, rng: np.random.Generator, num_tokens: int, num_segmen
     if task == "repeat":
         some = " ".join(words[: max(num_tokens // (1 + num_questions), 4)])
         return Sample(task, "", (f"{lexicon.WORD_LIST}{some}.\n",), (Question("Words:", (some,)),) * num_questions)
+    if task == "track":
+        told, questions = tracked(rng, max(num_tokens // 28, 4), num_questions)
+        return Sample(task, "", (f"{lexicon.WORD_LIST}{' '.join(told)}\n",), tuple(questions))
     pairs = list(zip(words[::2], words[1::2], strict=False))[: max(num_tokens // 5, 4)]
     body = " ".join(f"{key} is: {value}." for key, value in pairs)
     asked = [[pairs[i] for i in rng.permutation(len(pairs))[: rng.integers(1, 5)]] for _ in range(num_questions)]
@@ -286,8 +293,8 @@ class Feed:
 # Model and optimiser -----------------------------------------------------------------------------------------
 
 
-def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits `[batch, length, vocab]` of rows that each stand alone: as after `HINT_LAYER` layers, and after all."""
+def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
+    """Hidden states `[layers, batch * length, hidden]` behind each layer, of rows that each stand alone."""
     batch, length = tokens.shape
     flat = jnp.asarray(tokens, jnp.int32).reshape(-1)
     position = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
@@ -299,18 +306,12 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> tuple[jax
         q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in heads)
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=fused)
         hidden = hidden + jnp.einsum("rnd,ndh->rh", attended.reshape(heads[0].shape), weights["wo"])
-        return hidden + model.mlp(weights, config, hidden), None
+        hidden = hidden + model.mlp(weights, config, hidden)
+        return hidden, hidden
 
     # A product in place of `model.embed`'s look-up: its gradient is a product too and no slow scatter.
     hidden = jax.nn.one_hot(flat, config.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
-    layers = (
-        jax.tree.map(lambda w: w[:HINT_LAYER], params["layers"]),
-        jax.tree.map(lambda w: w[HINT_LAYER:], params["layers"]),
-    )
-    hidden, _ = jax.lax.scan(layer, hidden, layers[0])
-    halfway = hidden
-    hidden, _ = jax.lax.scan(layer, hidden, layers[1])
-    return tuple(model.logits(params, config, x).reshape(batch, length, -1) for x in (halfway, hidden))
+    return jax.lax.scan(layer, hidden, params["layers"])[1]
 
 
 def losses(
@@ -319,21 +320,36 @@ def losses(
     """What tokens, kinds and hints `[batch, length]` give.
 
     Returns:
-      Mean cross-entropy of answers, of other text and of hints; the share of hints that is right; and `[batch, length]`
-      1 and 0 where the next token is of an answer and foretold or not, -1 elsewhere.
+      Mean cross-entropy of answers, of other text and of hints; the share of hints that is right at each layer of
+      `HINT_LAYERS`; and `[batch, length]` 1 and 0 where the next token is of an answer and foretold or not, -1
+      elsewhere.
     """
     tokens, kind, hints = rows
-    kind, targets, hints = following(kind), following(tokens).astype(jnp.int32), hints.astype(jnp.int32)
-    halfway, final = forward(jax.tree.map(lambda w: w.astype(dtype), params), config, tokens)
+    kind, targets = following(kind), following(tokens).astype(jnp.int32)
+    params = jax.tree.map(lambda w: w.astype(dtype), params)
+    hidden = forward(params, config, tokens)
+    final = model.logits(params, config, hidden[-1]).reshape(*tokens.shape, -1)
     surprise, answer = cross_entropy(final, targets), kind >= ANSWER
     in_number = is_digit()[tokens] & is_digit()[targets]
+    hint, hinted = hint_losses(params, config, hidden, hints.reshape(-1).astype(jnp.int32))
     means = {
         "answer": mean(surprise, jnp.where(in_number, recipe.digit_weight, 1.0) * answer),
         "text": mean(surprise, kind == CONTEXT),
-        "hint": mean(cross_entropy(halfway, hints), hints > PAD),
+        "hint": hint,
     }
-    hinted = mean(halfway.argmax(-1) == hints, hints > PAD)
     return means, hinted, jnp.where(answer, final.argmax(-1) == targets, -1)
+
+
+def hint_losses(
+    params: Params, config: ModelConfig, hidden: jax.Array, hints: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Mean cross-entropy of the hints over `HINT_LAYERS`, and the share that is right at each of them."""
+    (places,) = jnp.nonzero(hints > PAD, size=-(-hints.size // 8), fill_value=0)  # an assignment has 7 tokens
+    there = hints[places] > PAD
+    at_layers = [hidden[min(layer, config.num_layers) - 1, places] for layer in HINT_LAYERS]
+    scores = jnp.stack([model.logits(params, config, at) for at in at_layers])
+    right = [mean(line.argmax(-1) == hints[places], there) for line in scores]
+    return mean(cross_entropy(scores, hints[places]).mean(0), there), jnp.stack(right)
 
 
 def cross_entropy(scores: jax.Array, targets: jax.Array) -> jax.Array:
@@ -607,7 +623,9 @@ class Trainer:
         return rows[0].size, metrics
 
     def _log(self, history: list[dict[str, jax.Array]], tokens: int, seconds: float) -> None:
-        line = {name: float(np.mean([metrics[name] for metrics in history])) for name in history[0]}
+        line: dict[str, Any] = {
+            name: np.mean([metrics[name] for metrics in history], axis=0).tolist() for name in history[0]
+        }
         line |= {
             "step": self.step,
             "minutes": self.seconds / 60,
@@ -619,7 +637,7 @@ class Trainer:
         print(
             f"{line['minutes']:5.1f} min {line['progress']:4.0%} step {self.step:6} | "
             f"answers {line['answer_loss']:.3f} text {line['text_loss']:.3f} right {line['right']:.3f} "
-            f"hints {line['hint_loss']:.3f} right {line['hinted']:.3f} | "
+            f"hints {line['hint_loss']:.3f} right {' '.join(f'{share:.2f}' for share in line['hinted'])} | "
             f"gradient {line['gradient']:.2f} "
             f"rate {line['rate']:.1e} | {line['tokens_per_second'] / 1e3:.0f}K tokens/s",
             flush=True,

@@ -185,6 +185,17 @@ def _assignments(names: Sequence[str]) -> list[str]:
     return [lexicon.ASSIGN_NAME.format(name=name, value=source) for source, name in itertools.pairwise(names)]
 
 
+def tracked(rng: np.random.Generator, number: int, num_questions: int) -> tuple[list[str], list[Question]]:
+    """The drill of `vt`: so many chains of assignments and nothing else, mixed, and questions about them."""
+    names = iter(_pick(rng, lexicon.VARIABLES, len(lexicon.VARIABLES)))
+    chains, held = [], []
+    for value in _pick(rng, lexicon.THINGS, min(number, len(lexicon.VARIABLES) // 5)):
+        own = list(itertools.islice(names, int(rng.integers(2, 6))))
+        chains.append([lexicon.ASSIGN_VALUE.format(name=own[0], value=value), *_assignments(own)])
+        held.append([(name, value) for name in own[1:]])
+    return _interleave(rng, chains), [_about_variables(rng, held) for _ in range(num_questions)]
+
+
 def _interleave(rng: np.random.Generator, chains: Sequence[Sequence[str]]) -> list[str]:
     """One list of all, in which each chain keeps its order."""
     turns = rng.permutation(np.repeat(np.arange(len(chains)), [len(chain) for chain in chains]))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.errors import (
     InvalidRequestError,
+    NonFiniteLogitsError,
     SparsexError,
     StoreFullError,
     UnknownHandleError,
@@ -17,7 +18,7 @@ from sparsex_jax.errors import (
 
 if TYPE_CHECKING:
     from sparsex_jax.engine import Engine
-    from sparsex_jax.generation import Generation, Prefill
+    from sparsex_jax.generation import Generation, Prefill, TokenLogprobs
     from sparsex_jax.report import Report
 
 __all__ = [
@@ -26,19 +27,27 @@ __all__ = [
     "Generation",
     "InvalidRequestError",
     "ModelConfig",
+    "NonFiniteLogitsError",
     "Prefill",
     "Report",
     "ReuseConfig",
     "SamplingParams",
     "SparsexError",
     "StoreFullError",
+    "TokenLogprobs",
     "UnknownHandleError",
     "UnknownModelError",
     "UnsupportedModelError",
 ]
 
 # What needs jax is imported when it is first asked for: configuration and the command line's help come at once.
-_LAZY = {"Engine": "engine", "Generation": "generation", "Prefill": "generation", "Report": "report"}
+_LAZY = {
+    "Engine": "engine",
+    "Generation": "generation",
+    "Prefill": "generation",
+    "Report": "report",
+    "TokenLogprobs": "generation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -92,7 +92,8 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
     output = Output(SamplingParams(), (), None)
     output.extend([0])
     shapes = Shapes.of_engine(model, engine, on_cpu=False)
-    state = decode_state([output] * num_requests, [1] * num_requests, [[0]] * num_requests, shapes.max_pages)
+    prompts = pages = [[0]] * num_requests
+    state = decode_state([output] * num_requests, prompts, pages, shapes.max_pages, model.vocab_size)
     static = {"decoder": Decoder(model, Ops(mesh)), "steps": engine.decode_steps}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
     return _lower(lambda store, params, state: decode(params, store, state, **static), mesh, store, params, state)

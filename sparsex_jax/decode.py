@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from sparsex_jax import model
 from sparsex_jax.model import Decoder
 from sparsex_jax.plan import PADDING_REQUEST, Rows
-from sparsex_jax.sampling import Sampling, sample
+from sparsex_jax.sampling import Sampled, Sampling, nothing_sampled, sample_step
 from sparsex_jax.weights import Params
 from sparsex_kernels.layout import PageTables, Store
 
@@ -28,6 +28,7 @@ class DecodeState:
       position: its position; -1 where the request is done or the line unused.
       remaining: how many tokens it may still generate.
       stops: tokens that end it, padded with -1.
+      sampling: how its tokens are chosen, and what the answer holds so far where that matters.
     """
 
     token: Int[Array, "requests"]
@@ -41,34 +42,42 @@ class DecodeState:
 @functools.partial(jax.jit, static_argnames=("decoder", "steps"), donate_argnames="store")
 def decode(
     params: Params, store: Store, state: DecodeState, *, decoder: Decoder, steps: int
-) -> tuple[Store, DecodeState, Int[Array, "requests steps"]]:
+) -> tuple[Store, DecodeState, Sampled]:
     """Generate up to `steps` tokens for each request.
 
     Returns:
-      The store, the state after, and the tokens `[requests, steps]`, -1 where a request was done already.
+      The store, the state after, and what was sampled, `[requests, steps]`: -1 where a request was done already,
+      `sampling.NON_FINITE` where it failed, which ends it.
     """
 
-    def body(carry: tuple[Array, Array, DecodeState, Array]) -> tuple[Array, Array, DecodeState, Array]:
+    def body(carry: tuple[Array, Array, DecodeState, Sampled]) -> tuple[Array, Array, DecodeState, Sampled]:
         step, store, state, out = carry
         store, scores = _forward(decoder, params, store, state)
-        token = sample(scores, state.sampling, state.position + 1)
-        out = out.at[:, step].set(jnp.where(state.position >= 0, token, -1))
+        new = sample_step(scores, state.sampling, state.position + 1)
+        token = jnp.where(state.position >= 0, new.token[:, 0], -1)
+        new = dataclasses.replace(new, token=token[:, None])
+        out = jax.tree.map(lambda all_steps, one: lax.dynamic_update_slice_in_dim(all_steps, one, step, 1), out, new)
         return step + 1, store, advance(state, token), out
 
-    def running(carry: tuple[Array, Array, DecodeState, Array]) -> Array:
+    def running(carry: tuple[Array, Array, DecodeState, Sampled]) -> Array:
         return (carry[0] < steps) & jnp.any(carry[2].position >= 0)
 
-    out = jnp.full((len(state.token), steps), -1, jnp.int32)
+    out = nothing_sampled(state.sampling, steps, decoder.config.vocab_size)
     _, store, state, out = lax.while_loop(running, body, (jnp.int32(0), store, state, out))
     return store, state, out
 
 
 def advance(state: DecodeState, token: Int[Array, "requests"]) -> DecodeState:
     """The state after each running request has got `token`."""
-    remaining = state.remaining - 1
-    ended = (remaining <= 0) | jnp.any(token[:, None] == state.stops, axis=1)
-    position = jnp.where((state.position >= 0) & ~ended, state.position + 1, -1)
-    return dataclasses.replace(state, token=token, position=position, remaining=remaining)
+    running, remaining = state.position >= 0, state.remaining - 1
+    ended = (remaining <= 0) | (token < 0) | jnp.any(token[:, None] == state.stops, axis=1)
+    return dataclasses.replace(
+        state,
+        token=token,
+        position=jnp.where(running & ~ended, state.position + 1, -1),
+        remaining=remaining,
+        sampling=state.sampling.count(token, running),
+    )
 
 
 def _forward(

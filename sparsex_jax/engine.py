@@ -131,6 +131,7 @@ class Engine:
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
           StoreFullError: the store cannot hold prompt and answer.
+          NonFiniteLogitsError: the logits have NaN or infinities; prompts of the same batch are not kept either.
         """
         return self.generate_batch([prompt], sampling, reuse=reuse, namespace=namespace, keep=keep)[0]
 
@@ -152,6 +153,8 @@ class Engine:
         """
         started = time.perf_counter()
         each = _of_each("sampling", SamplingParams, sampling or SamplingParams(), len(prompts))
+        for params in each:
+            params.check_vocabulary(self.model.vocab_size)
         namespaces = _of_each("namespace", str, namespace, len(prompts))
         outputs = [Output(params, self.model.eos_token_ids, self.tokenizer) for params in each]
         encoded = [self._encode(p, o.sampling.max_new_tokens) for p, o in zip(prompts, outputs, strict=True)]
@@ -338,7 +341,7 @@ class Engine:
                 self._commit(request, np.append(request.tokens, output.token_ids[:-1]).astype(np.int32))
         scores = np.asarray(logits) if return_logits else [None] * len(requests)
         return [
-            Generation(output.text, output.token_ids, str(output.finish_reason), report, line)
+            Generation(output.text, output.token_ids, str(output.finish_reason), report, line, tuple(output.logprobs))
             for output, report, line in zip(outputs, reports, scores, strict=False)
         ]
 
@@ -350,21 +353,21 @@ class Engine:
         return logits, active
 
     def _first_tokens(self, logits: Array, requests: Sequence[Request], outputs: Sequence[Output]) -> None:
-        sampling = sampling_arrays([output.sampling for output in outputs], len(logits))
+        prompts = [request.tokens for request in requests]
+        sampling = sampling_arrays(outputs, prompts, len(logits), self.model.vocab_size)
         lengths = np.zeros(len(logits), np.int32)
-        lengths[: len(requests)] = [len(request.tokens) for request in requests]
-        tokens = self._runner.first_tokens(logits, sampling, lengths)
-        for output, token in zip(outputs, tokens, strict=False):
-            output.extend([int(token)])
+        lengths[: len(requests)] = [len(prompt) for prompt in prompts]
+        sampled = self._runner.first_tokens(logits, sampling, lengths)
+        for line, output in enumerate(outputs):
+            output.take(sampled, line)
 
     def _decode(self, requests: Sequence[Request], outputs: Sequence[Output]) -> None:
-        lengths = [len(request.tokens) for request in requests]
-        pages = [request.plan.pages for request in requests]
-        state = decode_state(outputs, lengths, pages, self._runner.shapes.max_pages)
+        prompts, pages = [request.tokens for request in requests], [request.plan.pages for request in requests]
+        state = decode_state(outputs, prompts, pages, self._runner.shapes.max_pages, self.model.vocab_size)
         while not all(output.finish_reason for output in outputs):
-            state, tokens = self._runner.decode(state, self.config.decode_steps)
-            for output, line in zip(outputs, tokens, strict=False):
-                output.extend(line.tolist())
+            state, sampled = self._runner.decode(state, self.config.decode_steps)
+            for line, output in enumerate(outputs):
+                output.take(sampled, line)
             state = stop_finished(state, outputs)
 
     def _report(self, request: Request, computed: np.ndarray, started: float) -> Report:

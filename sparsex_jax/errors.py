@@ -13,6 +13,10 @@ class StoreFullError(SparsexError):
     """The KV store cannot hold the request, even after evicting all it may evict."""
 
 
+class NonFiniteLogitsError(SparsexError):
+    """A request's logits have NaN or infinities: broken weights, an overflow, or a fault of the device."""
+
+
 class UnknownModelError(SparsexError, ValueError):
     """No embedded model, directory, GGUF file or configuration goes by that name."""
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -13,10 +14,23 @@ from jaxtyping import Float32
 
 from sparsex_jax.config import SamplingParams
 from sparsex_jax.decode import DecodeState
-from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError
 from sparsex_jax.planner import page_tables
 from sparsex_jax.report import Report
-from sparsex_jax.sampling import Sampling
+from sparsex_jax.sampling import NON_FINITE, Adjustment, Logprobs, Sampled, Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """A new token's log-probability under the model, before temperature, filters and penalties.
+
+    Attributes:
+      top: the most probable tokens with theirs, best first: as many as `SamplingParams.logprobs` says.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +42,7 @@ class Generation:
       token_ids: the new tokens, the end token included if one came.
       finish_reason: `stop` (an end token or a stop string) or `length` (max_new_tokens).
       logits: float32 `[vocab]` of the first token, if they were asked for.
+      logprobs: one for each new token if `SamplingParams.logprobs` asked for them; otherwise empty.
     """
 
     text: str
@@ -35,6 +50,7 @@ class Generation:
     finish_reason: str
     report: Report
     logits: Float32[np.ndarray, "vocab"] | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,17 +70,34 @@ class Output:
         self.sampling = sampling
         self.end_tokens = () if sampling.ignore_eos else tuple(end_tokens)
         self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
         self._tokenizer = tokenizer
         self._text: str | None = None
 
-    def extend(self, tokens: Iterable[int]) -> None:
-        """Take new tokens up to the one that ends the request; those behind it are dropped."""
-        for token in tokens:
+    def extend(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> None:
+        """Take new tokens up to the one that ends the request; those behind it are dropped.
+
+        Args:
+          logprobs: theirs, of lines `[tokens]`; needed if the request asks for them.
+
+        Raises:
+          NonFiniteLogitsError: one of them is `NON_FINITE`. Those before it were taken.
+        """
+        for step, token in enumerate(tokens):
+            if self.finish_reason is None and token == NON_FINITE:
+                raise NonFiniteLogitsError(f"the logits of new token {len(self.token_ids)} are not all finite")
             if self.finish_reason is not None or token < 0:
                 return
             self.token_ids.append(token)
+            if self.sampling.logprobs is not None and logprobs is not None:
+                self.logprobs.append(_token_logprobs(token, logprobs, step, self.sampling.logprobs))
             self._check_finished(token)
+
+    def take(self, sampled: Sampled, line: int) -> None:
+        """Extend by one line of what was sampled, as NumPy arrays. Raises as `extend`."""
+        logprobs = None if sampled.logprobs is None else jax.tree.map(lambda array: array[line], sampled.logprobs)
+        self.extend(sampled.token[line].tolist(), logprobs)
 
     def _check_finished(self, token: int) -> None:
         if token in self.end_tokens:
@@ -87,34 +120,83 @@ class Output:
         return self._tokenizer.decode(self.token_ids, skip_special_tokens=True) if self._tokenizer else ""
 
 
-def sampling_arrays(params: Sequence[SamplingParams], lines: int) -> Sampling:
-    """One line for each request, greedy ones to fill up."""
+def _token_logprobs(token: int, logprobs: Logprobs, step: int, number: int) -> TokenLogprobs:
+    top_ids, top = logprobs.top_ids[step, :number].tolist(), logprobs.top[step, :number].tolist()
+    return TokenLogprobs(token, float(logprobs.chosen[step]), tuple(zip(top_ids, top, strict=True)))
+
+
+def sampling_arrays(
+    outputs: Sequence[Output], prompts: Sequence[Sequence[int] | np.ndarray], lines: int, vocab_size: int
+) -> Sampling:
+    """How the next token of each output is chosen, one line each, greedy ones to fill up.
+
+    Depends on the prompts and on the tokens that the outputs hold now, so it can be made anew between any two
+    dispatches, for any batch.
+    """
+    params = [output.sampling for output in outputs]
     filled = [*params, *[SamplingParams()] * (lines - len(params))]
     return Sampling(
         temperature=jnp.array([p.temperature for p in filled], jnp.float32),
         top_p=jnp.array([p.top_p for p in filled], jnp.float32),
         top_k=jnp.array([p.top_k for p in filled], jnp.int32),
+        min_p=jnp.array([p.min_p for p in filled], jnp.float32),
         seed=jnp.array([p.seed for p in filled], jnp.uint32),
+        adjustment=_adjustment(filled, outputs, prompts, vocab_size) if any(p.adjusts_logits for p in params) else None,
+        logprobs=any(p.logprobs is not None for p in params),
+    )
+
+
+def _adjustment(
+    filled: Sequence[SamplingParams],
+    outputs: Sequence[Output],
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    vocab_size: int,
+) -> Adjustment:
+    """The arrays of the vocabulary. `filled` has a line more for each one without an output."""
+    shape = (len(filled), vocab_size)
+    bias, in_prompt, counts = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, np.int32)
+    for line, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
+        for token, value in output.sampling.logit_bias.items():
+            bias[line, token] = value
+        in_prompt[line, np.asarray(prompt)] = True
+        counts[line] = np.bincount(np.array(output.token_ids, np.int64), minlength=vocab_size)
+    return Adjustment(
+        repetition=jnp.array([p.repetition_penalty for p in filled], jnp.float32),
+        presence=jnp.array([p.presence_penalty for p in filled], jnp.float32),
+        frequency=jnp.array([p.frequency_penalty for p in filled], jnp.float32),
+        bias=jnp.asarray(bias),
+        in_prompt=jnp.asarray(in_prompt),
+        counts=jnp.asarray(counts),
     )
 
 
 def decode_state(
-    outputs: Sequence[Output], prompt_lengths: Sequence[int], pages: Sequence[Sequence[int]], max_pages: int
+    outputs: Sequence[Output],
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    pages: Sequence[Sequence[int]],
+    max_pages: int,
+    vocab_size: int,
 ) -> DecodeState:
-    """The state behind the first token of each request, for a number of lines that is a power of two."""
+    """The state behind the last token of each output, for a number of lines that is a power of two.
+
+    Made of what the host knows: between dispatches, requests may come and go. Every output has a token at least.
+    """
     lines = 1 << (len(outputs) - 1).bit_length()
     width = max(1, *(len(output.end_tokens) for output in outputs))
     stops = np.full((lines, width), -1)
     for line, output in enumerate(outputs):
         stops[line, : len(output.end_tokens)] = output.end_tokens
-    running = [-1 if output.finish_reason else length for output, length in zip(outputs, prompt_lengths, strict=True)]
+    running = [
+        -1 if output.finish_reason else len(prompt) + len(output.token_ids) - 1
+        for output, prompt in zip(outputs, prompts, strict=True)
+    ]
     return DecodeState(
         token=_line_array([output.token_ids[-1] for output in outputs], lines, 0),
         position=_line_array(running, lines, -1),
-        remaining=_line_array([output.sampling.max_new_tokens - 1 for output in outputs], lines, 0),
+        remaining=_line_array([o.sampling.max_new_tokens - len(o.token_ids) for o in outputs], lines, 0),
         stops=jnp.asarray(stops, jnp.int32),
         page_tables=page_tables(pages, lines, max_pages),
-        sampling=sampling_arrays([output.sampling for output in outputs], lines),
+        sampling=sampling_arrays(outputs, prompts, lines, vocab_size),
     )
 
 

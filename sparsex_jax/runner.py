@@ -18,11 +18,11 @@ from sparsex_jax.model import Decoder
 from sparsex_jax.ops import Ops
 from sparsex_jax.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_prefill
 from sparsex_jax.prefill import align, prefill
-from sparsex_jax.sampling import Sampling, sample
+from sparsex_jax.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.store import make_store
 from sparsex_jax.weights import Params
 
-_sample = jax.jit(sample)
+_sample_step = jax.jit(sample_step)
 
 
 class Runner:
@@ -59,15 +59,15 @@ class Runner:
 
     def first_tokens(
         self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]
-    ) -> Int[np.ndarray, "requests"]:
-        """Sample from prefill logits the tokens that will stand at these positions."""
-        return np.asarray(_sample(logits, sampling, position))
+    ) -> Sampled:
+        """Sample from prefill logits the tokens that will stand at these positions: one step, on the host."""
+        return jax.device_get(_sample_step(logits, sampling, position))
 
-    def decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Int[np.ndarray, "requests steps"]]:
-        """Up to `steps` tokens for each request of the state; -1 behind a request's end."""
+    def decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
+        """Up to `steps` tokens for each request of the state, on the host; -1 behind a request's end."""
         with self._precision():
-            self.store, state, tokens = decode(self.params, self.store, state, decoder=self.decoder, steps=steps)
-        return state, np.asarray(tokens)
+            self.store, state, sampled = decode(self.params, self.store, state, decoder=self.decoder, steps=steps)
+        return state, jax.device_get(sampled)
 
     def recover(self) -> bool:
         """Make a new store if a failed step took the old one with it. True if the KV is lost."""

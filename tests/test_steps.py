@@ -60,7 +60,7 @@ def test_decode_does_not_copy_the_store(big_store):
     runner = big_store._runner
     output = Output(SamplingParams(), (), None)
     output.extend([1])
-    state = decode_state([output], [300], [range(5)], runner.shapes.max_pages)
+    state = decode_state([output], [range(300)], [range(5)], runner.shapes.max_pages, TINY.vocab_size)
     assert_no_copy(*memory_of(decode, runner.store, runner.params, state, decoder=runner.decoder, steps=16))
 
 

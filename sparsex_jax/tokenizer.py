@@ -6,7 +6,7 @@ transformers and tokenizers are imported where they are used, since that takes s
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,23 @@ def _transformers() -> Any:
     import transformers
 
     return transformers
+
+
+def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
+    """The text of each token. A character spread over several tokens belongs to the last of them.
+
+    Each is decoded behind its predecessor: some tokenizers drop a space at the beginning of a text.
+    """
+    before: list[int] = []
+    pending: list[int] = []
+    for number, token in enumerate(tokens, start=1):
+        pending.append(token)
+        text = tokenizer.decode(before + pending)[len(tokenizer.decode(before)) :]
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and number < len(tokens):
+            yield ""
+        else:
+            yield text
+            before, pending = pending, []
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:

@@ -107,6 +107,51 @@ def demo(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="As `--model` of the other commands.")] = DEFAULT_MODEL,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="A TOML file of API keys; without it everybody may ask.", dir_okay=False)
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The name that requests call the model.", show_default="MODEL")
+    ] = None,
+    dtype: options.DType = "float32",
+    store_tokens: options.StoreTokens = 16384,
+    max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 8,
+    reuse_config: options.ReuseFile = None,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused (503).", min=1)] = 256,
+    max_concurrent: Annotated[int, typer.Option(help="Requests under way for a key; more are refused (429).")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="New tokens that a request may ask for.")] = 4096,
+    max_body_bytes: Annotated[int, typer.Option(help="Size of a request; larger ones are refused (413).")] = 4 << 20,
+    request_timeout: Annotated[float, typer.Option(help="Seconds until a request is given up (504).")] = 300.0,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at SIGTERM.")] = 30.0,
+) -> None:
+    """Serve a model: OpenAI's endpoints, a knowledge base, metrics, and a page that shows what is reused."""
+    from sparsex_jax.cli.generate import EngineChoice
+    from sparsex_jax.cli.serve import run
+    from sparsex_jax.serving.access import Limits
+
+    with clear_errors():
+        run(
+            EngineChoice(model, dtype, store_tokens, max_batch, reuse_config),
+            Limits(
+                max_body_bytes=max_body_bytes,
+                max_tokens=max_tokens,
+                max_concurrent=max_concurrent,
+                request_s=request_timeout,
+                drain_s=drain_timeout,
+            ),
+            host=host,
+            port=port,
+            api_keys=api_keys,
+            name=name,
+            max_waiting=max_waiting,
+        )
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="An embedded model's name, a GGUF file or a Hugging Face directory.")],
     target: Annotated[Path, typer.Argument(help="A new directory.")],

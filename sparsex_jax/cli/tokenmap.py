@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from rich.text import Text
 
 from sparsex_jax.prompt import Kind
 from sparsex_jax.report import Report
+from sparsex_jax.tokenizer import token_pieces
 
 STYLES = {
     "prefix": "black on bright_blue",
@@ -23,23 +24,6 @@ def token_labels(report: Report) -> list[str]:
     """A key of `STYLES` for each token. A reused token that is computed again is `recomputed`."""
     names = np.array(["prefix", "reused", "fresh"])[report.kind]
     return np.where((report.kind == Kind.REUSED) & report.active, "recomputed", names).tolist()
-
-
-def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
-    """The text of each token. A character spread over several tokens belongs to the last of them.
-
-    Each is decoded behind its predecessor: some tokenizers drop a space at the beginning of a text.
-    """
-    before: list[int] = []
-    pending: list[int] = []
-    for number, token in enumerate(tokens, start=1):
-        pending.append(token)
-        text = tokenizer.decode(before + pending)[len(tokenizer.decode(before)) :]
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and number < len(tokens):
-            yield ""
-        else:
-            yield text
-            before, pending = pending, []
 
 
 def token_map(tokenizer: Any, tokens: Sequence[int], report: Report) -> Text:

@@ -1,0 +1,264 @@
+"""The HTTP application: OpenAI's endpoints, the knowledge base, health, metrics and the page.
+
+A request's way: body within its limit -> key -> checked fields -> token ids -> loop -> events -> OpenAI's objects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
+from fastapi.security import HTTPBearer
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from sparsex_jax.cache import Entry
+from sparsex_jax.engine import Engine
+from sparsex_jax.errors import UnknownHandleError
+from sparsex_jax.serving import faults, schemas
+from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
+from sparsex_jax.serving.faults import RequestError, json_response
+from sparsex_jax.serving.metrics import Metrics
+from sparsex_jax.serving.openai import ChatShape, CompletionShape, Reply, Shape
+from sparsex_jax.serving.prompts import Intake
+from sparsex_jax.serving.text import TokenText
+from sparsex_jax.serving.transport import BodyLimit, EventStream, StatusCount, unless_disconnected
+from sparsex_jax.serving.worker import Job, TimeLimitError, Worker
+
+PAGE = Path(__file__).parent / "page"
+# The page needs nothing from elsewhere, and texts of models and documents must not become programs.
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": schemas.ErrorResponse, "description": "The request is refused; the message says why."},
+    "5XX": {"model": schemas.ErrorResponse, "description": "Overload, shutdown, a time limit or a fault."},
+}
+
+
+class Service:
+    """What the endpoints work with."""
+
+    def __init__(self, worker: Worker, model: str, access: Access, limits: Limits) -> None:
+        self.worker, self.model, self.access, self.limits = worker, model, access, limits
+        self.metrics, self.texts = Metrics(), TokenText(worker.engine.tokenizer)
+        self.intake = Intake(worker.engine, limits)
+        self.created = int(time.time())
+        # One thread: a tokenizer does not like several.
+        self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sparsex-tokenizer")
+
+    async def generate[B: schemas.Generate](
+        self, request: Request, body: B, tenant: Tenant, intake: Callable[[B, Tenant], list[Job]], shape: Shape
+    ) -> Response:
+        """Answer a request, whole or as a stream; a client that goes away takes its request with it."""
+        return await unless_disconnected(request, self._generate(body, tenant, intake, shape))
+
+    async def _generate[B: schemas.Generate](
+        self, body: B, tenant: Tenant, intake: Callable[[B, Tenant], list[Job]], shape: Shape
+    ) -> Response:
+        async with contextlib.AsyncExitStack() as held:
+            held.enter_context(tenant.slot())
+            self._check_model(body.model)
+            jobs = await self.in_background(intake, body, tenant)
+            pieces = await self.in_background(self.intake.pieces, jobs) if body.return_token_map else None
+            stream = await held.enter_async_context(self.worker.stream(jobs, limit_s=self.limits.request_s))
+            usage = bool(body.stream_options and body.stream_options.include_usage)
+            reply = Reply(shape, self.model, jobs, pieces, usage=usage)
+            events = self.metrics.observed(stream)
+            if not body.stream:
+                return json_response(await reply.whole(events))
+            chunks = reply.chunks(events)
+            first = await anext(chunks)  # what fails before it still gets a status
+            return EventStream(first, chunks, held.pop_all())
+
+    async def in_background[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run what tokenizes, off the event loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, lambda: function(*args, **kwargs))
+
+    async def call[T](self, function: Callable[..., T], *args: Any) -> T:
+        """As `Worker.call`, within the time limit."""
+        try:
+            async with asyncio.timeout(self.limits.request_s):
+                return await self.worker.call(function, *args)
+        except TimeoutError as error:
+            raise TimeLimitError(f"the request took longer than the limit of {self.limits.request_s:g} s") from error
+
+    def _check_model(self, model: str | None) -> None:
+        if model not in (None, self.model):
+            raise unknown_model(model, self.model)
+
+    def card(self) -> schemas.ModelCard:
+        return schemas.ModelCard(
+            id=self.model, created=self.created, max_model_len=self.worker.engine.model.max_position
+        )
+
+
+def unknown_model(model: str | None, served: str) -> RequestError:
+    return RequestError(
+        f"model {model!r} is not served here; {served!r} is", param="model", code="model_not_found", status=404
+    )
+
+
+def create_app(worker: Worker, *, model: str, access: Access | None = None, limits: Limits | None = None) -> FastAPI:
+    """The application. It starts the worker when it starts, and stops it when it stops.
+
+    Args:
+      model: the name that the model goes by.
+      access: who may ask; by default everybody.
+    """
+    limits = limits or Limits()
+    service = Service(worker, model, access or Access.open(limits.max_concurrent), limits)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        yield
+        await asyncio.to_thread(worker.stop)
+
+    app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.include_router(router)
+    app.mount("/page", StaticFiles(directory=PAGE))
+    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
+    app.add_middleware(StatusCount, tell=service.metrics.answered)
+    faults.install(app)
+    return app
+
+
+# Endpoints --------------------------------------------------------------------------------------------------
+
+
+async def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+Served = Annotated[Service, Depends(_service)]
+
+
+async def _tenant(
+    request: Request, service: Served, _: Annotated[Any, Security(HTTPBearer(auto_error=False))]
+) -> Tenant:
+    return service.access.tenant(request.headers.get("authorization"))
+
+
+Caller = Annotated[Tenant, Depends(_tenant)]
+Salt = Annotated[str | None, Query(min_length=1, description="As `cache_salt` of the request that stored it.")]
+router = APIRouter(responses=_ERRORS)
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: schemas.ChatRequest, request: Request, service: Served, tenant: Caller) -> Response:
+    """Answer a chat, as OpenAI's endpoint does."""
+    shape = ChatShape(service.texts, bool(body.logprobs))
+    return await service.generate(request, body, tenant, service.intake.chat, shape)
+
+
+@router.post("/v1/completions")
+async def completions(body: schemas.CompletionRequest, request: Request, service: Served, tenant: Caller) -> Response:
+    """Continue one or several texts, as OpenAI's endpoint does."""
+    shape = CompletionShape(service.texts, body.logprobs is not None)
+    return await service.generate(request, body, tenant, service.intake.completion, shape)
+
+
+@router.get("/v1/models")
+async def models(service: Served, tenant: Caller) -> schemas.ModelList:
+    return schemas.ModelList(data=[service.card()])
+
+
+@router.get("/v1/models/{model:path}")
+async def model(model: str, service: Served, tenant: Caller) -> schemas.ModelCard:
+    if model != service.model:
+        raise unknown_model(model, service.model)
+    return service.card()
+
+
+@router.post("/v1/knowledge")
+async def insert_knowledge(body: schemas.KnowledgeRequest, service: Served, tenant: Caller) -> schemas.KnowledgeEntry:
+    """Prefill a text alone and keep it frozen, for the prompts of the same key and salt to reuse."""
+    with tenant.slot():
+        service.worker.require_open()
+        text, preamble = await service.in_background(service.intake.knowledge, body)
+        namespace = tenant.store_namespace(body.cache_salt)
+        entry = await service.call(_remember, service.worker.engine, text, preamble, namespace)
+    return _described(entry)
+
+
+@router.get("/v1/knowledge")
+async def list_knowledge(service: Served, tenant: Caller, cache_salt: Salt = None) -> schemas.KnowledgeList:
+    """What is kept under this key and salt, oldest first."""
+    entries = await service.call(service.worker.engine.entries, tenant.store_namespace(cache_salt))
+    return schemas.KnowledgeList(data=[_described(entry) for entry in entries])
+
+
+@router.delete("/v1/knowledge/{handle}")
+async def delete_knowledge(
+    handle: int, service: Served, tenant: Caller, cache_salt: Salt = None
+) -> schemas.KnowledgeDeleted:
+    """Stop serving it. A handle of another key or salt is as unknown as one that never was."""
+    await service.call(_forget, service.worker.engine, handle, tenant.store_namespace(cache_salt))
+    return schemas.KnowledgeDeleted(handle=handle)
+
+
+@router.get("/v1/store")
+async def store(service: Served, tenant: Caller) -> schemas.Store:
+    """How full the store is, by all namespaces together."""
+    engine = service.worker.engine
+    stats = await service.call(engine.stats)
+    return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size})
+
+
+@router.get("/health", response_model=schemas.Health)
+async def health(service: Served) -> Response:
+    """200 while requests are taken, 503 otherwise."""
+    worker = service.worker
+    status = "failed" if worker.failure else "draining" if worker.draining else "ok"
+    return json_response({"status": status}, 200 if status == "ok" else 503)
+
+
+@router.get("/metrics")
+async def metrics(service: Served, tenant: Caller) -> Response:
+    """Figures of the whole server, for Prometheus."""
+    if not tenant.metrics:
+        raise ForbiddenError("this key may not read the figures of the whole server")
+    worker = service.worker
+    store, loop = await service.call(lambda: (worker.engine.stats(), worker.loop.stats))
+    return Response(service.metrics.render(store, loop), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
+
+
+# On the loop's thread ---------------------------------------------------------------------------------------
+
+
+def _remember(engine: Engine, text: np.ndarray, preamble: np.ndarray | None, namespace: str) -> Entry:
+    handle = engine.remember(text, namespace=namespace, frozen=True, preamble=preamble)
+    return _entry(engine, handle, namespace)
+
+
+def _forget(engine: Engine, handle: int, namespace: str) -> None:
+    engine.forget(_entry(engine, handle, namespace).handle)
+
+
+def _entry(engine: Engine, handle: int, namespace: str) -> Entry:
+    for entry in engine.entries(namespace):
+        if entry.handle == handle:
+            return entry
+    raise UnknownHandleError(f"handle {handle} is not known: never given out, deleted, or evicted since")
+
+
+def _described(entry: Entry) -> schemas.KnowledgeEntry:
+    return schemas.KnowledgeEntry(handle=entry.handle, num_tokens=entry.num_tokens, uses=entry.uses)

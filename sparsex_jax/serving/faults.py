@@ -1,0 +1,156 @@
+"""From what went wrong to an answer in OpenAI's shape: a status, and {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from sparsex_jax.config import ReuseConfig
+from sparsex_jax.errors import InvalidRequestError, OverloadedError, SparsexError, StoreFullError, UnknownHandleError
+from sparsex_jax.serving.access import ConcurrencyError, ForbiddenError, UnauthorizedError
+from sparsex_jax.serving.worker import DrainingError, TimeLimitError
+
+_REUSE = {field.name for field in dataclasses.fields(ReuseConfig)}
+_SHORT = reprlib.Repr(maxstring=60, maxother=60, maxlist=3, maxdict=3)
+_CLIENT_CLOSED = 499  # nobody reads it; it is what metrics show
+
+log = logging.getLogger(__name__)
+
+
+class RequestError(SparsexError):
+    """A request that is wrong in a named field."""
+
+    def __init__(self, message: str, *, param: str | None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+class DisconnectedError(SparsexError):
+    """The client went away before its answer began."""
+
+
+class OutOfServiceError(SparsexError):
+    """A request that ran was given up because the server stops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What a client is told."""
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    retry_after_s: float | None = None
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return json_response(self.body(), self.status, headers)
+
+
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """In ASCII: messages quote what they refuse, which may be half of a surrogate pair."""
+    return Response(json.dumps(body), status, headers, "application/json")
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What a client is told of an error. What nobody expected is logged, and told as an internal fault only."""
+    for kind, describe in _KINDS:
+        if isinstance(error, kind):
+            return describe(error)
+    log.error("a request failed", exc_info=error)
+    return Fault(500, "internal error; the server's log says more", "server_error", code="internal_error")
+
+
+def _invalid(error: Any) -> Fault:
+    """Messages of the package begin with the field and its value."""
+    message = str(error)
+    field = re.match(r"(\w+)=", message)
+    param = field.group(1) if field else None
+    return Fault(400, message, "invalid_request_error", f"reuse.{param}" if param in _REUSE else param, "invalid_value")
+
+
+def _request(error: Any) -> Fault:
+    return Fault(error.status, str(error), "invalid_request_error", error.param, error.code)
+
+
+def _later(status: int, code: str) -> Any:
+    kind = "rate_limit_error" if status == 429 else "server_error"
+    return lambda error: Fault(status, str(error), kind, code=code, retry_after_s=getattr(error, "retry_after_s", 1.0))
+
+
+def _as(status: int, kind: str, code: str) -> Any:
+    return lambda error: Fault(status, str(error), kind, code=code)
+
+
+def _http(error: Any) -> Fault:
+    kinds = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+    return Fault(error.status_code, str(error.detail), "invalid_request_error", code=kinds.get(error.status_code))
+
+
+def _validation(error: Any) -> Fault:
+    """The deepest error: where a field may be one of several things, it is the one that was nearly right."""
+    worst = max(error.errors(), key=lambda each: len(each["loc"]))
+    param = _field(worst["loc"])
+    if param is None:
+        message = "the body must be a JSON object, sent as application/json"
+    else:
+        message = f"{param}: {worst['msg']}"
+        message += "" if worst["type"] == "missing" else f", not {_SHORT.repr(worst.get('input'))}"
+    return Fault(400, message, "invalid_request_error", param, worst["type"])
+
+
+def _field(location: Sequence[str | int]) -> str | None:
+    """`("body", "messages", 0, "role")` as `messages[0].role`; a union's alternatives are no fields."""
+    path = ""
+    for part in location[1:]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part.isidentifier() and part not in ("str", "int"):
+            path += f".{part}" if path else part
+    return path or None
+
+
+_KINDS: tuple[tuple[type[BaseException], Any], ...] = (
+    (RequestError, _request),
+    (RequestValidationError, _validation),
+    (HTTPException, _http),
+    (UnauthorizedError, _as(401, "authentication_error", "invalid_api_key")),
+    (ForbiddenError, _as(403, "permission_error", "forbidden")),
+    (UnknownHandleError, _as(404, "invalid_request_error", "unknown_handle")),
+    (ConcurrencyError, _later(429, "too_many_requests")),
+    (DisconnectedError, _as(_CLIENT_CLOSED, "invalid_request_error", "disconnected")),
+    (OverloadedError, _later(503, "overloaded")),
+    (DrainingError, _later(503, "draining")),
+    (OutOfServiceError, _later(503, "draining")),
+    (StoreFullError, _later(503, "store_full")),
+    (TimeLimitError, _as(504, "timeout_error", "time_limit")),
+    (InvalidRequestError, _invalid),
+)
+
+
+def install(app: FastAPI) -> None:
+    """Every error of the app becomes an answer in this shape."""
+
+    async def answer(_: Request, error: Exception) -> Response:
+        return fault_of(error).response()
+
+    for kind in (SparsexError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)

@@ -1,0 +1,138 @@
+"""What the server measures, as Prometheus reads it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from sparsex_jax.prompt import Kind
+from sparsex_jax.report import Report
+
+if TYPE_CHECKING:
+    from sparsex_jax.serving.loop import Event
+    from sparsex_jax.serving.worker import Stream
+
+_TTFT_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+_TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_STATES = ("free", "active", "frozen", "cached")
+
+
+class Metrics:
+    """Of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._snapshot = _Snapshot()
+        self._registry.register(self._snapshot)
+        self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.", _TTFT_S)
+        self._per_token = self._histogram(
+            "time_per_output_token_seconds", "Of an answer, behind its first tokens.", _TOKEN_S
+        )
+        self._fraction = self._histogram("computed_fraction", "Share of a prompt's token-layers computed.", _SHARES)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens by what became of them.", "kind")
+        self._new_tokens = self._counter("generated_tokens", "Tokens generated.")
+        self._requests = self._counter("requests", "Requests by endpoint and status.", "endpoint", "status")
+        self._finished = self._counter("answers", "Answers by how they ended.", "finish_reason")
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"sparsex_{name}", text, buckets=buckets, registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"sparsex_{name}", text, labels, registry=self._registry)
+
+    def answered(self, endpoint: str, status: int) -> None:
+        self._requests.labels(endpoint, str(status)).inc()
+
+    async def observed(self, stream: Stream) -> AsyncIterator[tuple[int, Event]]:
+        """The events of a stream, counted and timed as they pass."""
+        clocks = [_Clock() for _ in stream.tickets]
+        async for number, event in stream:
+            self._observe(event, clocks[number])
+            yield number, event
+
+    def _observe(self, event: Event, clock: _Clock) -> None:
+        if event.report is not None:
+            self._ttft.observe(time.perf_counter() - clock.started)
+            self._fraction.observe(event.report.computed_fraction)
+            for kind, count in tokens_by_kind(event.report).items():
+                self._prompt_tokens.labels(kind).inc(count)
+        self._new_tokens.inc(len(event.token_ids))
+        clock.hear(len(event.token_ids))
+        if event.finish_reason is not None:
+            self._finished.labels(event.finish_reason).inc()
+            if (pace := clock.pace()) is not None:
+                self._per_token.observe(pace)
+
+    def render(self, store: Mapping[str, int], loop: Any) -> bytes:
+        """The text of all of it.
+
+        Args:
+          store: as `Engine.stats`.
+          loop: as `Loop.stats`.
+        """
+        self._snapshot.store, self._snapshot.loop = store, loop
+        return generate_latest(self._registry)
+
+
+class _Clock:
+    """Times the tokens of one answer. Several come at once, so the pace counts those behind the first event."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self._first_s: float | None = None
+        self._last_s = self.started
+        self._later = 0
+
+    def hear(self, tokens: int) -> None:
+        if not tokens:
+            return
+        self._last_s = time.perf_counter()
+        if self._first_s is None:
+            self._first_s = self._last_s
+        else:
+            self._later += tokens
+
+    def pace(self) -> float | None:
+        """Seconds a token, or None if all came at once."""
+        return (self._last_s - self._first_s) / self._later if self._first_s is not None and self._later else None
+
+
+class _Snapshot(Collector):
+    """What the engine and the loop count themselves, as last read."""
+
+    store: Mapping[str, int] = {}
+    loop: Any = None
+
+    def collect(self) -> Iterator[Metric]:
+        if not self.store:
+            return
+        pages = GaugeMetricFamily("sparsex_pages", "Pages of the store by state.", labels=["state"])
+        for state in _STATES:
+            pages.add_metric([state], self.store[state])
+        hits = CounterMetricFamily("sparsex_hit_tokens", "Prompt tokens that lookups found.", labels=["kind"])
+        hits.add_metric(["prefix"], self.store["prefix_tokens"])
+        hits.add_metric(["segment"], self.store["segment_tokens"])
+        evictions = CounterMetricFamily("sparsex_evictions", "Evicted: pages, and frozen entries.", labels=["what"])
+        evictions.add_metric(["page"], self.store["evictions"])
+        evictions.add_metric(["frozen_entry"], self.store["frozen_evictions"])
+        yield from (pages, hits, evictions)
+        yield CounterMetricFamily("sparsex_lookups", "Lookups in the store.", value=self.store["lookups"])
+        yield GaugeMetricFamily("sparsex_queue_requests", "Requests that wait for pages.", value=self.loop.waiting)
+        yield GaugeMetricFamily("sparsex_running_requests", "Requests that run.", value=self.loop.running)
+
+
+def tokens_by_kind(report: Report) -> dict[str, int]:
+    """How many tokens of a prompt were prefix, reused, recomputed (reused, and computed all the same) and fresh."""
+    recomputed = int(((report.kind == Kind.REUSED) & report.active).sum())
+    return {
+        "prefix": report.prefix_tokens,
+        "reused": report.reused_tokens - recomputed,
+        "recomputed": recomputed,
+        "fresh": report.fresh_tokens,
+    }

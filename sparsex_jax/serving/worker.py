@@ -1,0 +1,273 @@
+"""The thread that steps the loop, and the way to it from asyncio.
+
+    event loop's thread                        worker's thread
+    -------------------                        ---------------
+    stream(jobs) -> loop.submit                while True:
+                                                   calls between steps: remember, forget, stats
+    async for number, event in stream  <------     loop.step() -> listener -> call_soon_threadsafe
+
+Engine and cache serve one thread at a time, and that is the worker's. Whoever needs them says so by `call`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.engine import DEFAULT_NAMESPACE, Engine
+from sparsex_jax.errors import SparsexError
+from sparsex_jax.inputs import Prompt
+
+if TYPE_CHECKING:
+    from sparsex_jax.serving.loop import Event, Loop, Ticket
+
+_IDLE_S = 1.0  # everything that gives the thread work also wakes it
+_FAREWELL_S = 5.0  # for cancelled requests to hear of it
+
+log = logging.getLogger(__name__)
+
+
+class DrainingError(SparsexError):
+    """The server takes no new requests, since it is about to stop."""
+
+
+class WorkerError(SparsexError):
+    """The serving loop itself broke, which no request can do: it is a fault of the program or the device."""
+
+
+class TimeLimitError(SparsexError):
+    """A request took longer than the server allows."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """The arguments of `Loop.submit`."""
+
+    prompt: Prompt
+    sampling: SamplingParams
+    reuse: ReuseConfig | None = None
+    namespace: str = DEFAULT_NAMESPACE
+    keep: bool = True
+
+
+class Worker:
+    """Steps a loop on a thread of its own. All methods but `start` and `stop` are for one event loop's thread."""
+
+    def __init__(self, engine: Engine, loop: Loop) -> None:
+        self.engine, self.loop = engine, loop
+        self.draining = False
+        self.failure: BaseException | None = None
+        self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._streams: set[Stream] = set()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="sparsex-loop", daemon=True)
+
+    def start(self) -> Worker:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread after the step it is in. Idempotent; calls still waiting fail with WorkerError."""
+        self._stopping = True
+        self.wake()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def wake(self) -> None:
+        self._wake.set()
+
+    # From asyncio -------------------------------------------------------------------------------------------
+
+    def stream(self, jobs: Sequence[Job], *, limit_s: float | None = None) -> Stream:
+        """Submit jobs, all or none. Use as `async with worker.stream(jobs) as stream: async for ... in stream`.
+
+        Args:
+          limit_s: seconds from now after which reading raises TimeLimitError.
+
+        Raises:
+          InvalidRequestError, StoreFullError, OverloadedError: as `Loop.submit`.
+          DrainingError, WorkerError: nothing new is taken (any more).
+        """
+        stream = Stream(self, limit_s)
+        try:
+            self.require_open()  # behind its registration, so that a loop that breaks now finds it
+            for job in jobs:
+                stream.submit(job)
+        except BaseException:
+            stream.close()
+            raise
+        return stream
+
+    async def call[T](self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run a function on the loop's thread, between two steps. Cancelled before it began, it never runs.
+
+        Raises WorkerError if the loop broke, and whatever the function raises.
+        """
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._calls.put((future, functools.partial(function, *args, **kwargs)))
+        if self.failure is not None:
+            self._refuse_calls()
+        self.wake()
+        return await asyncio.wrap_future(future)
+
+    def require_open(self) -> None:
+        """Raises DrainingError or WorkerError if nothing new is taken (any more)."""
+        if self.failure is not None:
+            raise WorkerError("the serving loop has failed") from self.failure
+        if self.draining:
+            raise DrainingError("the server is shutting down and takes no new requests")
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take nothing new, let what runs finish for so many seconds, and cancel the rest."""
+        self.draining = True
+        if not await self._empty(deadline_s):
+            for stream in list(self._streams):
+                stream.cancel()
+            await self._empty(_FAREWELL_S)
+
+    async def _empty(self, deadline_s: float) -> bool:
+        """Wait until no stream is open, at most so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self._streams:
+                    await asyncio.sleep(0.02)
+        return not self._streams
+
+    def opened(self, stream: Stream) -> None:
+        self._streams.add(stream)
+
+    def closed(self, stream: Stream) -> None:
+        self._streams.discard(stream)
+
+    # On the thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        error: BaseException = WorkerError("the worker was stopped")
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                self._run_calls()
+                if not self.loop.step():
+                    self._wake.wait(_IDLE_S)
+        except BaseException as broken:  # the loop answers for its requests; this is something else
+            log.exception("the serving loop failed")
+            error = broken
+        self._fail(error)
+
+    def _run_calls(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                future, function = self._calls.get_nowait()
+                if future.set_running_or_notify_cancel():
+                    _complete(future, function)
+
+    def _fail(self, error: BaseException) -> None:
+        """Everybody who waits hears that there will be no answer."""
+        self.failure = error
+        for stream in list(self._streams):
+            stream.broke(error)
+        self._refuse_calls()
+
+    def _refuse_calls(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                future, _ = self._calls.get_nowait()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(WorkerError("the serving loop has failed"))
+
+
+class Stream:
+    """What becomes of a few jobs: (number of the job, event) as they come, until each had its last event.
+
+    Leaving it, for whatever reason, cancels what is not done.
+    """
+
+    def __init__(self, worker: Worker, limit_s: float | None = None) -> None:
+        self.tickets: list[Ticket] = []
+        self._worker = worker
+        self._asyncio = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Event] | BaseException] = asyncio.Queue()
+        self._unfinished: set[int] = set()
+        self._limit_s = limit_s
+        self._deadline = None if limit_s is None else self._asyncio.time() + limit_s
+        worker.opened(self)
+
+    def submit(self, job: Job) -> None:
+        number = len(self.tickets)
+        ticket = self._worker.loop.submit(
+            job.prompt,
+            job.sampling,
+            reuse=job.reuse,
+            namespace=job.namespace,
+            keep=job.keep,
+            listener=lambda event: self._hear((number, event)),
+        )
+        self.tickets.append(ticket)
+        self._unfinished.add(number)
+        self._worker.wake()
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> tuple[int, Event]:
+        """Raises TimeLimitError, or WorkerError if the loop broke."""
+        if not self._unfinished:
+            raise StopAsyncIteration
+        item = await self._next()
+        if isinstance(item, BaseException):
+            raise WorkerError("the serving loop has failed") from item
+        number, event = item
+        if event.finish_reason is not None:
+            self._unfinished.discard(number)
+        return number, event
+
+    async def _next(self) -> tuple[int, Event] | BaseException:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._queue.get()
+        except TimeoutError as error:
+            raise TimeLimitError(f"the request took longer than the limit of {self._limit_s:g} s") from error
+
+    def cancel(self) -> None:
+        """Cancel what is not done; its last events still come."""
+        for number in self._unfinished:
+            self.tickets[number].cancel()
+        self._worker.wake()
+
+    def close(self) -> None:
+        self.cancel()
+        self._unfinished.clear()
+        self._worker.closed(self)
+
+    def broke(self, error: BaseException) -> None:
+        self._hear(error)
+
+    def _hear(self, item: tuple[int, Event] | BaseException) -> None:
+        """From any thread. An event loop that is gone has nobody left to tell."""
+        with contextlib.suppress(RuntimeError):
+            self._asyncio.call_soon_threadsafe(self._queue.put_nowait, item)
+
+
+def _complete(future: concurrent.futures.Future[Any], function: Callable[[], Any]) -> None:
+    try:
+        result = function()
+    except Exception as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

@@ -9,6 +9,7 @@ from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingP
 from sparsex_jax.errors import (
     InvalidRequestError,
     NonFiniteLogitsError,
+    OverloadedError,
     SparsexError,
     StoreFullError,
     UnknownHandleError,
@@ -28,6 +29,7 @@ __all__ = [
     "InvalidRequestError",
     "ModelConfig",
     "NonFiniteLogitsError",
+    "OverloadedError",
     "Prefill",
     "Report",
     "ReuseConfig",

@@ -41,9 +41,18 @@ class DecodeState:
 
 @functools.partial(jax.jit, static_argnames=("decoder", "steps"), donate_argnames="store")
 def decode(
-    params: Params, store: Store, state: DecodeState, *, decoder: Decoder, steps: int
+    params: Params,
+    store: Store,
+    state: DecodeState,
+    limit: Int[Array, ""] | int | None = None,
+    *,
+    decoder: Decoder,
+    steps: int,
 ) -> tuple[Store, DecodeState, Sampled]:
     """Generate up to `steps` tokens for each request.
+
+    Args:
+      limit: how many this time, if fewer. It is data: any number runs the same program.
 
     Returns:
       The store, the state after, and what was sampled, `[requests, steps]`: -1 where a request was done already,
@@ -60,8 +69,9 @@ def decode(
         return step + 1, store, advance(state, token), out
 
     def running(carry: tuple[Array, Array, DecodeState, Sampled]) -> Array:
-        return (carry[0] < steps) & jnp.any(carry[2].position >= 0)
+        return (carry[0] < last) & jnp.any(carry[2].position >= 0)
 
+    last = steps if limit is None else jnp.minimum(limit, steps)
     out = nothing_sampled(state.sampling, steps, decoder.config.vocab_size)
     _, store, state, out = lax.while_loop(running, body, (jnp.int32(0), store, state, out))
     return store, state, out

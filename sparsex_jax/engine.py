@@ -27,7 +27,7 @@ from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingP
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
 from sparsex_jax.generation import Generation, Output, Prefill, decode_state, sampling_arrays, stop_finished
 from sparsex_jax.inputs import Prompt, encode
-from sparsex_jax.methods import find_method
+from sparsex_jax.methods import Method, find_method
 from sparsex_jax.planner import RequestPlan, slots_of
 from sparsex_jax.prompt import PromptMap
 from sparsex_jax.report import Report, make_report
@@ -256,9 +256,8 @@ class Engine:
             self._admit_some(requests, prompts, outputs, reuse, namespaces)
             yield requests
         except BaseException:
-            if self._runner.recover():  # the KV is gone, and with it all that the cache says of it
+            if self._recover():
                 requests.clear()
-                self._cache = self._empty_cache()
             raise
         finally:
             for request in requests:
@@ -289,11 +288,7 @@ class Engine:
 
     def _admit(self, tokens: np.ndarray, new_tokens: int, reuse: ReuseConfig, namespace: str) -> Request:
         """Look a prompt up, take the pages it needs and lay out its prefill."""
-        if not isinstance(namespace, str) or not namespace:
-            raise InvalidRequestError(f"namespace={namespace!r} must be a non-empty string")
-        if not isinstance(reuse, ReuseConfig):
-            raise InvalidRequestError(f"reuse={reuse!r} must be a ReuseConfig")
-        method = find_method(reuse.method)
+        method = self._method(reuse, namespace)
         match = self._cache.lookup(
             tokens,
             namespace,
@@ -311,15 +306,39 @@ class Engine:
         copies = (*([match.prefix_tail] if match.prefix_tail else []), *match.segments)
         return Request(tokens, namespace, RequestPlan(prompt, phases, pages, copies), match)
 
-    def _take_pages(self, match: Match, num_tokens: int) -> list[int]:
-        """The shared prefix pages and new ones behind them. The last generated token needs no slot."""
+    def _method(self, reuse: ReuseConfig, namespace: str) -> Method:
+        """Raises InvalidRequestError if one of them is of no use."""
+        if not isinstance(namespace, str) or not namespace:
+            raise InvalidRequestError(f"namespace={namespace!r} must be a non-empty string")
+        if not isinstance(reuse, ReuseConfig):
+            raise InvalidRequestError(f"reuse={reuse!r} must be a ReuseConfig")
+        return find_method(reuse.method)
+
+    def _check(self, tokens: np.ndarray, sampling: SamplingParams, reuse: ReuseConfig, namespace: str) -> None:
+        """Whatever can be said against a request before it is its turn.
+
+        Raises:
+          InvalidRequestError: an argument is wrong.
+          StoreFullError: the store could not hold it even if nothing else were there.
+        """
+        sampling.check_vocabulary(self.model.vocab_size)
+        nothing = Match([], None, [], 0, ())
+        self._method(reuse, namespace).phases(PromptMap.of(tokens, nothing), reuse, self.model.num_layers)
+        self._pages_for(len(tokens) + sampling.max_new_tokens - 1)
+
+    def _pages_for(self, num_tokens: int) -> int:
+        """How many pages hold so many tokens. Raises StoreFullError if the store has not got them."""
         needed = -(-num_tokens // self.config.page_size)
         if needed > self.config.num_pages:
             raise StoreFullError(
                 f"the request needs KV for {num_tokens} tokens, {needed} pages of {self.config.page_size}; "
                 f"store_tokens={self.config.store_tokens} gives {self.config.num_pages}"
             )
-        own = self._cache.allocate(needed - len(match.prefix_pages))
+        return needed
+
+    def _take_pages(self, match: Match, num_tokens: int) -> list[int]:
+        """The shared prefix pages and new ones behind them. The last generated token needs no slot."""
+        own = self._cache.allocate(self._pages_for(num_tokens) - len(match.prefix_pages))
         self._cache.share(match.prefix_pages)
         return [*match.prefix_pages, *own]
 
@@ -406,6 +425,13 @@ class Engine:
         if request.match is not None:
             self._cache.unpin(request.match)
             request.match = None
+
+    def _recover(self) -> bool:
+        """After a failure: whether the KV is gone, and with it all that the cache says of it. Then both are new."""
+        lost = self._runner.recover()
+        if lost:
+            self._cache = self._empty_cache()
+        return lost
 
     def _empty_cache(self) -> PageCache:
         return PageCache(self.config.num_pages, self.config.page_size, self.config.frozen_limit)

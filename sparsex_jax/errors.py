@@ -13,6 +13,18 @@ class StoreFullError(SparsexError):
     """The KV store cannot hold the request, even after evicting all it may evict."""
 
 
+class OverloadedError(SparsexError):
+    """Too many requests wait already.
+
+    Attributes:
+      retry_after_s: when there may be room again, in seconds.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class NonFiniteLogitsError(SparsexError):
     """A request's logits have NaN or infinities: broken weights, an overflow, or a fault of the device."""
 

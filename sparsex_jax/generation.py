@@ -18,6 +18,7 @@ from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError
 from sparsex_jax.planner import page_tables
 from sparsex_jax.report import Report
 from sparsex_jax.sampling import NON_FINITE, Adjustment, Logprobs, Sampled, Sampling
+from sparsex_jax.serving.detokenize import Detokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Prefill:
 
 
 class Output:
-    """The tokens generated for one request so far, and whether it is done."""
+    """The tokens generated for one request so far, their text, and whether it is done."""
 
     def __init__(self, sampling: SamplingParams, end_tokens: Sequence[int], tokenizer: Any | None) -> None:
         if sampling.stop and tokenizer is None:
@@ -72,8 +73,9 @@ class Output:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
-        self._tokenizer = tokenizer
-        self._text: str | None = None
+        self._detokenizer = Detokenizer(tokenizer, sampling.stop) if tokenizer is not None else None
+        self._text: list[str] = []  # in the pieces that became certain together
+        self._told = 0  # so many of them were asked for
 
     def extend(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> None:
         """Take new tokens up to the one that ends the request; those behind it are dropped.
@@ -92,32 +94,35 @@ class Output:
             self.token_ids.append(token)
             if self.sampling.logprobs is not None and logprobs is not None:
                 self.logprobs.append(_token_logprobs(token, logprobs, step, self.sampling.logprobs))
-            self._check_finished(token)
+            self._take_text(token)
 
     def take(self, sampled: Sampled, line: int) -> None:
         """Extend by one line of what was sampled, as NumPy arrays. Raises as `extend`."""
         logprobs = None if sampled.logprobs is None else jax.tree.map(lambda array: array[line], sampled.logprobs)
         self.extend(sampled.token[line].tolist(), logprobs)
 
-    def _check_finished(self, token: int) -> None:
-        if token in self.end_tokens:
+    def _take_text(self, token: int) -> None:
+        """The text that the token makes certain, and whether the request is done with it."""
+        stopped = False
+        if self._detokenizer is not None:
+            self._text.append(self._detokenizer.push(token))
+            stopped = self._detokenizer.stopped
+        if stopped or token in self.end_tokens:
             self.finish_reason = "stop"
-        elif self.sampling.stop and (found := self._find_stop()) is not None:
-            self._text, self.finish_reason = found, "stop"
         elif len(self.token_ids) >= self.sampling.max_new_tokens:
             self.finish_reason = "length"
-
-    def _find_stop(self) -> str | None:
-        """The text before the earliest stop string, if there is one."""
-        text = self.text
-        ends = [at for stop in self.sampling.stop if (at := text.find(stop)) >= 0]
-        return text[: min(ends)] if ends else None
+        if self.finish_reason is not None and self._detokenizer is not None:
+            self._text.append(self._detokenizer.finish())
 
     @property
     def text(self) -> str:
-        if self._text is not None:
-            return self._text
-        return self._tokenizer.decode(self.token_ids, skip_special_tokens=True) if self._tokenizer else ""
+        """All of it that is certain: no half character, and nothing that may begin a stop string."""
+        return "".join(self._text)
+
+    def new_text(self) -> str:
+        """What came since this was called last."""
+        told, self._told = self._told, len(self._text)
+        return "".join(self._text[told:])
 
 
 def _token_logprobs(token: int, logprobs: Logprobs, step: int, number: int) -> TokenLogprobs:

@@ -65,16 +65,26 @@ class Runner:
 
     def decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
         """Up to `steps` tokens for each request of the state, on the host; -1 behind a request's end."""
-        with self._precision():
-            self.store, state, sampled = decode(self.params, self.store, state, decoder=self.decoder, steps=steps)
+        state, sampled = self.start_decode(state, steps)
         return state, jax.device_get(sampled)
+
+    def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
+        """The same without waiting for the device. At most the engine's `decode_steps`."""
+        most = self.engine.decode_steps
+        with self._precision():
+            self.store, state, sampled = decode(
+                self.params, self.store, state, np.int32(steps), decoder=self.decoder, steps=most
+            )
+        return state, sampled
 
     def recover(self) -> bool:
         """Make a new store if a failed step took the old one with it. True if the KV is lost."""
-        if not self.store.is_deleted():
-            return False
-        self.store = make_store(self.model, self.engine, self.mesh)
-        return True
+        try:
+            jax.block_until_ready(self.store)
+        except Exception:  # deleted, or what a step that failed on the device left behind
+            self.store = make_store(self.model, self.engine, self.mesh)
+            return True
+        return False
 
     def _precision(self) -> AbstractContextManager[None]:
         """Float32 means float32: accelerators would otherwise round the operands of a product."""
@@ -84,7 +94,7 @@ class Runner:
 def _computed(
     requests: Sequence[RequestPlan], active: Bool[Array, "later_phases rows"], num_layers: int
 ) -> list[np.ndarray]:
-    """From rows of the plan to tokens of each prompt. Waits for the device if there is a later phase.
+    """From rows of the plan to tokens of each prompt. Waits for the device only if there is a later phase.
 
     A phase that the plan left out computes what the one before it does.
     """
@@ -92,7 +102,8 @@ def _computed(
     ran = np.searchsorted(needed, np.arange(len(requests[0].phases)), side="right") - 1
     sizes = [request.num_rows for request in requests]
     rows = np.ones((len(needed), sum(sizes)), bool)
-    rows[1:] = np.asarray(active)[:, : sum(sizes)]
+    if len(needed) > 1:
+        rows[1:] = np.asarray(active)[:, : sum(sizes)]
     masks = [np.zeros((len(ran), len(request.prompt)), bool) for request in requests]
     for request, mask, part in zip(requests, masks, np.split(rows, np.cumsum(sizes)[:-1], axis=1), strict=True):
         mask[:, request.phases[0].forced] = part[ran]

@@ -314,6 +314,14 @@ class PageCache:
         """What is remembered, oldest first, of one namespace or of all."""
         return [dataclasses.replace(entry) for entry in self._entries if namespace in (None, entry.namespace)]
 
+    def withdraw(self, pages: Sequence[int]) -> None:
+        """Stop serving what is in these pages, if they were committed, and entries with them.
+
+        Those still held become free when they are let go.
+        """
+        self._require_distinct(pages)
+        self._drop([page for page in pages if self._table.committed[page]])
+
     def clear(self) -> None:
         """Forget every entry, and drop every page that no request or match holds."""
         for entry in self.entries():

@@ -1,0 +1,561 @@
+"""The serving loop: requests come and go between dispatches, and nobody waits for the longest of them.
+
+One round, `Loop.step`:
+
+    take in      new requests, cancellations
+    decode       everybody who has a first token, several tokens a dispatch; fewer where somebody waits
+    admit        lookup, schedule and pages for those who wait, while the device decodes
+    prefill      one plan: the next stage of whoever's turn it is, and of others that fit in with it
+
+Pages. A request is admitted with pages for its prompt and a few tokens, and takes more as it grows. If there are none,
+the youngest is put off: its pages go back, and later it is computed again (mostly it is found again: what was exact
+is committed). The oldest is never put off for another, so it always gets on.
+
+Order. The oldest waits first. Others overtake it only where it waits for pages and they find theirs, and only so many
+times. Among those being prefilled, turns go round: a prompt of many chunks comes last after each.
+
+Faults. What fails for several fails for each alone, and then only for the one whose fault it is. If a step takes the
+store with it, everybody is computed again from an empty cache, those who were in that step one by one.
+
+Everything but `submit`, `wait`, `stats` and `Ticket.cancel` belongs to one thread, and so does the engine meanwhile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.decode import DecodeState
+from sparsex_jax.engine import DEFAULT_NAMESPACE, Engine
+from sparsex_jax.errors import InvalidRequestError, OverloadedError, StoreFullError
+from sparsex_jax.generation import Output, decode_state, sampling_arrays
+from sparsex_jax.inputs import Prompt
+from sparsex_jax.report import Report
+from sparsex_jax.sampling import Sampled
+from sparsex_jax.serving.task import Event, Listener, Task
+
+__all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
+
+FEW_STEPS = 4  # tokens a dispatch while somebody waits for a prefill
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopStats:
+    """Where requests are now, and what became of them since the loop was made.
+
+    Attributes:
+      waiting, running: not yet admitted; prefilled or decoded.
+      finished, cancelled, failed: what they ended with.
+      preempted: how often one was put off.
+      prompt_tokens: prefix + reused + fresh tokens of the prompts that had a first token.
+      generated_tokens: new tokens.
+      computed_fraction: token-layers that those prompts' prefills computed, as a share of all of theirs.
+    """
+
+    waiting: int
+    running: int
+    finished: int
+    cancelled: int
+    failed: int
+    preempted: int
+    prompt_tokens: int
+    prefix_tokens: int
+    reused_tokens: int
+    fresh_tokens: int
+    generated_tokens: int
+    computed_fraction: float
+
+
+class Ticket:
+    """A submitted request.
+
+    Attributes:
+      id: rises with every request.
+      prompt_tokens: of its prompt.
+    """
+
+    def __init__(self, task: Task, wake: Callable[[], None]) -> None:
+        self.id, self.prompt_tokens = task.id, len(task.tokens)
+        self._task, self._wake = task, wake
+
+    def cancel(self) -> None:
+        """From any thread. Its pages are free at the next step; its last event says `cancelled`, if it was not done."""
+        self._task.cancelled = True
+        self._wake()
+
+
+class Loop:
+    """Continuous batching on one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 256,
+        prefill_tokens: int | None = None,
+        max_overtakes: int = 16,
+    ) -> None:
+        """
+        Args:
+          max_waiting: more waiting requests are refused.
+          prefill_tokens: rows of a chunk of a long prompt, and of plans with several requests. None: what the
+            engine's second smallest plan holds, 4 times the rows that go through a layer at a time.
+          max_overtakes: how many younger requests may pass one that waits for pages.
+        """
+        self._engine = engine
+        self._max_waiting, self._max_overtakes = max_waiting, max_overtakes
+        self._prefill_tokens = prefill_tokens or engine._runner.shapes.buckets[1][0]
+        if not 1 <= self._prefill_tokens <= engine._runner.shapes.max_rows:
+            limit = engine._runner.shapes.max_rows
+            raise InvalidRequestError(f"prefill_tokens={prefill_tokens} must be from 1 to {limit}")
+        self._ids = itertools.count(1)
+        self._inbox: list[Task] = []
+        self._news = threading.Condition()
+        self._tokenizing = threading.Lock()
+        self._waiting: list[Task] = []  # by age
+        self._prefilling: deque[Task] = deque()  # whose turn it is first
+        self._decoding: list[Task] = []
+        self._cache = engine._cache  # what the pages of the admitted are pages of
+        self._changes = 0  # how often pages were given back
+        self._state: tuple[DecodeState, list[tuple[int, int, int]]] | None = None
+        self._counts = dict.fromkeys(_COUNTED, 0)
+        self._token_layers = 0.0
+        self._ends: deque[float] = deque(maxlen=32)
+
+    # From any thread ----------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        reuse: ReuseConfig | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
+        keep: bool = True,
+        listener: Listener,
+    ) -> Ticket:
+        """Check a request and put it in line. Arguments as `Engine.generate`.
+
+        Args:
+          listener: is called with each `Event`, on the thread that steps. One that raises is heard no more, and its
+            request is cancelled.
+
+        Raises:
+          InvalidRequestError: an argument is wrong; the message names it and its limit.
+          StoreFullError: the store could not hold prompt and answer even if nothing else were in it.
+          OverloadedError: too many wait already; says when to try again.
+        """
+        task = self._task(prompt, sampling or SamplingParams(), reuse or self._engine.reuse, namespace, keep, listener)
+        with self._news:
+            waiting = len(self._inbox) + len(self._waiting)
+            if waiting >= self._max_waiting:
+                raise OverloadedError(
+                    f"{waiting} requests wait already, and max_waiting is {self._max_waiting}", self._retry()
+                )
+            task.id = next(self._ids)
+            self._inbox.append(task)
+            self._news.notify_all()
+        return Ticket(task, self._wake)
+
+    def wait(self, timeout: float) -> None:
+        """Block until there may be work, or for so many seconds."""
+        with self._news:
+            if not (self._inbox or self._waiting or self._prefilling or self._decoding):
+                self._news.wait(timeout)
+
+    @property
+    def stats(self) -> LoopStats:
+        prompt_tokens = self._counts["prompt_tokens"]
+        return LoopStats(
+            waiting=len(self._inbox) + len(self._waiting),
+            running=len(self._prefilling) + len(self._decoding),
+            computed_fraction=self._token_layers / prompt_tokens if prompt_tokens else 0.0,
+            **self._counts,
+        )
+
+    def _wake(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    def _task(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        reuse: ReuseConfig,
+        namespace: str,
+        keep: bool,
+        listener: Listener,
+    ) -> Task:
+        output = Output(sampling, self._engine.model.eos_token_ids, self._engine.tokenizer)
+        with self._tokenizing:  # fast tokenizers are not made for several threads
+            tokens = self._engine._encode(prompt, sampling.max_new_tokens)
+        self._engine._check(tokens, sampling, reuse, namespace)
+        return Task(0, tokens, output, reuse, namespace, keep, listener, time.perf_counter())
+
+    def _retry(self) -> float:
+        """Seconds until a quarter of the line has moved on, if requests end as fast as the last ones did."""
+        if len(self._ends) < 2:
+            return 1.0
+        interval = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return min(max(interval * self._max_waiting / 4, 1.0), 60.0)
+
+    # One round ----------------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """One round of work; False when nothing is running or waiting."""
+        self._take_in()
+        decoding = self._start_decode()
+        self._admit()
+        self._finish_decode(decoding)
+        self._prefill()
+        return bool(self._inbox or self._waiting or self._running)
+
+    @property
+    def _running(self) -> list[Task]:
+        """The admitted, the oldest first."""
+        return sorted([*self._prefilling, *self._decoding], key=lambda task: task.id)
+
+    def _take_in(self) -> None:
+        with self._news:
+            new, self._inbox = self._inbox, []
+            self._waiting += new
+        if self._engine._cache is not self._cache:
+            self._start_over()  # a call to the engine between two steps lost the store
+        for task in [*self._waiting, *self._running]:
+            if task.cancelled:
+                self._end(task, "cancelled")
+
+    # Decoding -----------------------------------------------------------------------------------------------
+
+    def _start_decode(self) -> _Dispatch | None:
+        """Send a dispatch on its way for all but the suspects, who decode one by one."""
+        steps = self._steps()
+        self._grow(steps)
+        for task in [task for task in self._decoding if task.suspect]:
+            self._decode_alone(task, steps)
+        tasks = [task for task in self._decoding if not task.suspect]
+        if not tasks:
+            return None
+        try:
+            return _Dispatch(tasks, steps, self._dispatch(tasks, steps))
+        except Exception as error:
+            self._survive(tasks, error, functools.partial(self._decode_alone, steps=steps))
+            return None
+
+    def _finish_decode(self, dispatch: _Dispatch | None) -> None:
+        if dispatch is None:
+            return
+        try:
+            sampled = jax.device_get(dispatch.sampled)
+        except Exception as error:
+            self._survive(dispatch.tasks, error, functools.partial(self._decode_alone, steps=dispatch.steps))
+            return
+        for line, task in enumerate(dispatch.tasks):
+            self._take(task, sampled, line)
+
+    def _decode_alone(self, task: Task, steps: int) -> None:
+        if task.request is None:
+            return  # the store was lost meanwhile, and it waits
+        try:
+            sampled = jax.device_get(self._dispatch([task], steps))
+        except Exception as error:
+            self._survive([task], error)
+        else:
+            self._take(task, sampled, 0)
+
+    def _steps(self) -> int:
+        """All that a dispatch may have, or few where somebody's first token is near."""
+        free = len(self._prefilling) + len(self._decoding) < self._engine.config.max_batch
+        near = self._prefilling or (free and any(task.blocked_at != self._changes for task in self._waiting))
+        most = self._engine.config.decode_steps
+        return min(FEW_STEPS, most) if near else most
+
+    def _dispatch(self, tasks: list[Task], steps: int) -> Sampled:
+        """The state is made of what the host knows, or is the last one if nobody came, went or grew since."""
+        known, key = self._state or (None, None)
+        self._state = None
+        if known is None or key != _key(tasks, 0):
+            outputs, prompts, pages = zip(*[(task.output, task.tokens, task.pages) for task in tasks], strict=True)
+            shapes, vocab = self._engine._runner.shapes, self._engine.model.vocab_size
+            known = decode_state(outputs, prompts, pages, shapes.max_pages, vocab)
+        state, sampled = self._engine._runner.start_decode(known, steps)
+        self._state = state, _key(tasks, steps)
+        return sampled
+
+    def _take(self, task: Task, sampled: Sampled, line: int, *, first: bool = False) -> None:
+        """Give a task its line of what came, as NumPy arrays.
+
+        Args:
+          first: the tokens are those behind a prefill. What it wrote can be found from now on.
+        """
+        before = len(task.output.token_ids)
+        try:
+            task.output.take(sampled, line)
+            task.done = len(task.sequence) - 1  # the last token's KV is not in the store: it was no input yet
+            if first or task.output.finish_reason:
+                self._commit(task)
+        except Exception as error:
+            self._fail(task, error)
+            return
+        self._counts["generated_tokens"] += len(task.output.token_ids) - before
+        if task.output.finish_reason:
+            self._end(task, task.output.finish_reason)
+        else:
+            self._tell(task, task.news())
+
+    def _grow(self, steps: int) -> None:
+        """Pages for the tokens to come, the oldest first. Where there are none, the youngest makes room."""
+        for task in sorted(self._decoding, key=lambda task: task.id):
+            while task.request is not None and not self._has_pages(task, steps):
+                self._preempt(self._running[-1])
+
+    def _has_pages(self, task: Task, steps: int) -> bool:
+        lacking = self._engine._pages_for(task.slots(steps)) - len(task.pages)
+        try:
+            task.pages.extend(self._cache.allocate(max(lacking, 0)))
+        except StoreFullError:
+            return False
+        return True
+
+    def _preempt(self, task: Task) -> None:
+        """Take a task's pages; it waits again, at its place by age.
+
+        What is exact is committed, so that it finds itself again. What is approximate would find its own copies, and
+        be another request than it was: those are dropped.
+        """
+        self._counts["preempted"] += 1
+        if task.approximate:
+            self._withdraw(task)
+        else:
+            self._commit(task)
+        self._leave(task)
+        self._put_back(task)
+        task.blocked_at = self._changes
+
+    def _put_back(self, task: Task) -> None:
+        self._waiting.append(task)
+        self._waiting.sort(key=lambda task: task.id)
+
+    # Admitting ----------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """The oldest first. A younger one passes those that wait for pages, or for what another computes."""
+        blocked: list[Task] = []
+        for task in list(self._waiting):
+            full = len(self._prefilling) + len(self._decoding) >= self._engine.config.max_batch
+            if full or any(older.overtaken >= self._max_overtakes for older in blocked):
+                return
+            if self._is_being_computed(task):
+                continue
+            if self._try_to_admit(task):
+                for older in blocked:
+                    older.overtaken += 1
+            elif task in self._waiting:
+                blocked.append(task)
+
+    def _is_being_computed(self, task: Task) -> bool:
+        """Whether an older request computes a long run of its tokens now. There are ever fewer of those."""
+        return any(
+            other.id < task.id and other.keep and other.namespace == task.namespace and task.wanted.shares(other.offer)
+            for other in self._prefilling
+            if other.offer is not None
+        )
+
+    def _try_to_admit(self, task: Task) -> bool:
+        """False if there are no pages for it, or it failed and waits no more."""
+        if task.blocked_at == self._changes and self._running:
+            return False
+        tokens, reuse = task.to_prefill()
+        try:
+            self._admit_with(task, tokens, reuse)
+        except StoreFullError as error:
+            task.blocked_at = self._changes
+            return not self._running and self._admit_without_reuse(task, error)
+        except Exception as error:
+            self._fail(task, error)
+            return False
+        return True
+
+    def _admit_without_reuse(self, task: Task, error: Exception) -> bool:
+        """With the store to itself it can lack pages only because of what it shares: of a frozen entry, one page in use
+        keeps all others."""
+        try:
+            self._admit_with(task, task.sequence, ReuseConfig(method="full"))
+        except Exception:
+            self._fail(task, error)
+            return False
+        return True
+
+    def _admit_with(self, task: Task, tokens: np.ndarray, reuse: ReuseConfig) -> None:
+        slots = task.slots(1 + self._engine.config.decode_steps)
+        request = self._engine._admit(tokens, slots - len(tokens) + 1, reuse, task.namespace)
+        task.admit(request, self._prefill_tokens, self._engine.model.num_layers)
+        self._waiting.remove(task)
+        self._prefilling.append(task)
+
+    # Prefilling ---------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> None:
+        tasks = self._next_plan()
+        if tasks:
+            self._prefill_together(tasks)
+
+    def _next_plan(self) -> list[Task]:
+        """Whose turn it is, and those behind whose stages have the same schedule and fit into the plan too."""
+        chosen: list[Task] = []
+        rows = 0
+        for task in self._prefilling:
+            stage = task.stages[0]
+            fits = (
+                rows + stage.num_rows <= self._prefill_tokens and stage.starts == chosen[0].stages[0].starts
+                if chosen
+                else True
+            )
+            if fits and not (chosen and (task.suspect or chosen[0].suspect)):
+                chosen.append(task)
+                rows += stage.num_rows
+        return chosen
+
+    def _prefill_together(self, tasks: list[Task]) -> None:
+        try:
+            logits, computed = self._engine._runner.prefill([task.stages[0] for task in tasks])
+            ready = any(len(task.stages) == 1 for task in tasks)
+            sampled = self._first_tokens(logits, tasks) if ready else None
+        except Exception as error:
+            self._survive(tasks, error, self._prefill_alone)
+            return
+        for line, (task, mask) in enumerate(zip(tasks, computed, strict=True)):
+            self._engine._unpin(task.admitted)  # the copies are on their way
+            task.advance(mask)
+            self._prefilling.remove(task)
+            if task.stages:
+                self._prefilling.append(task)
+            elif sampled is not None:
+                self._start_decoding(task, sampled, line)
+        self._changes += 1
+
+    def _prefill_alone(self, task: Task) -> None:
+        if task.request is not None:
+            self._prefill_together([task])
+
+    def _start_decoding(self, task: Task, sampled: Sampled, line: int) -> None:
+        self._decoding.append(task)
+        if task.report is None:
+            assert task.computed is not None
+            task.report = self._engine._report(task.admitted, task.computed, task.submitted)
+            self._count(task.report)
+        self._take(task, sampled, line, first=True)
+
+    def _count(self, report: Report) -> None:
+        for name in ("prompt_tokens", "prefix_tokens", "reused_tokens", "fresh_tokens"):
+            self._counts[name] += getattr(report, name)
+        self._token_layers += report.computed_fraction * report.prompt_tokens
+
+    def _first_tokens(self, logits: jax.Array, tasks: Sequence[Task]) -> Sampled:
+        outputs, prompts = [task.output for task in tasks], [task.tokens for task in tasks]
+        sampling = sampling_arrays(outputs, prompts, len(logits), self._engine.model.vocab_size)
+        position = np.zeros(len(logits), np.int32)
+        position[: len(tasks)] = [len(task.sequence) for task in tasks]
+        return self._engine._runner.first_tokens(logits, sampling, position)
+
+    # How it ends --------------------------------------------------------------------------------------------
+
+    def _survive(self, tasks: Sequence[Task], error: Exception, alone: Callable[[Task], None] | None = None) -> None:
+        """A step of these tasks failed. One is at fault; several are tried `alone`, or are suspects from now on."""
+        lost = self._engine._recover()
+        if lost:
+            self._start_over()
+        if alone is None or len(tasks) == 1:
+            self._fail(tasks[0], error)
+            return
+        log.warning("a step of %d requests failed, they go on one by one", len(tasks), exc_info=error)
+        for task in tasks:
+            if lost:
+                task.suspect = True
+            else:
+                alone(task)
+
+    def _start_over(self) -> None:
+        """The store was lost and the cache is a new, empty one: what ran waits, and is computed again."""
+        self._cache, self._state = self._engine._cache, None
+        for task in self._running:
+            task.leave()
+            self._put_back(task)
+        self._prefilling.clear()
+        self._decoding.clear()
+        self._changes += 1
+
+    def _commit(self, task: Task) -> None:
+        """Make what is computed findable, if it is to be kept. Again as it grows."""
+        if task.keep and task.done:
+            self._engine._commit(task.admitted, task.sequence[: task.done])
+
+    def _withdraw(self, task: Task) -> None:
+        """Nobody is to find what it wrote. The pages of its prefix are others'."""
+        self._cache.withdraw(task.pages[task.shared_pages :])
+
+    def _fail(self, task: Task, error: Exception) -> None:
+        if task.request is not None:
+            self._withdraw(task)
+        self._end(task, "error", error)
+
+    def _end(self, task: Task, reason: str, error: Exception | None = None) -> None:
+        if task.request is not None:
+            self._leave(task)
+        if task in self._waiting:
+            self._waiting.remove(task)
+        self._counts[_OUTCOMES.get(reason, "finished")] += 1
+        self._ends.append(time.perf_counter())
+        self._tell(task, task.news(reason, error))
+
+    def _leave(self, task: Task) -> None:
+        self._engine._leave(task.admitted)
+        for place in (self._prefilling, self._decoding):
+            if task in place:
+                place.remove(task)
+        task.leave()
+        self._changes += 1
+
+    def _tell(self, task: Task, event: Event) -> None:
+        try:
+            task.listener(event)
+        except Exception:
+            log.exception("the listener of request %d failed; the request is cancelled", task.id)
+            task.listener, task.cancelled = _nobody, True
+
+
+class _Dispatch(NamedTuple):
+    """Tokens on their way: whose, at most how many each, and where they will be."""
+
+    tasks: list[Task]
+    steps: int
+    sampled: Sampled
+
+
+_OUTCOMES = {"cancelled": "cancelled", "error": "failed"}
+_COUNTED = (
+    *("finished", "cancelled", "failed", "preempted"),
+    *("prompt_tokens", "prefix_tokens", "reused_tokens", "fresh_tokens", "generated_tokens"),
+)
+
+
+def _key(tasks: Sequence[Task], ahead: int) -> list[tuple[int, int, int]]:
+    """What a decode state was made of, once each task has so many more tokens."""
+    return [(task.id, len(task.pages), len(task.output.token_ids) + ahead) for task in tasks]
+
+
+def _nobody(event: Event) -> None:
+    """Hears nothing."""

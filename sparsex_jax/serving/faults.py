@@ -82,7 +82,7 @@ def fault_of(error: BaseException) -> Fault:
 def _invalid(error: Any) -> Fault:
     """Messages of the package begin with the field and its value."""
     message = str(error)
-    field = re.match(r"(\w+)=", message)
+    field = re.match(r"(\w+)(?:=| has | of )", message)
     param = field.group(1) if field else None
     return Fault(400, message, "invalid_request_error", f"reuse.{param}" if param in _REUSE else param, "invalid_value")
 

@@ -19,6 +19,7 @@ from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Generate
 from sparsex_jax.serving.worker import Job
 from sparsex_jax.tokenizer import token_pieces
 
+_GREEDY = 1e-4
 _COMPLETION_TOKENS = 16  # OpenAI's default
 
 
@@ -109,7 +110,7 @@ class Intake:
         }
         sampling = SamplingParams(
             max_new_tokens=self._new_tokens(len(tokens), named, default),
-            temperature=1.0 if request.temperature is None else request.temperature,
+            temperature=_temperature(request.temperature),
             top_k=max(request.top_k or 0, 0),
             seed=secrets.randbelow(2**32) if request.seed is None else request.seed % 2**32,
             stop=_stop(request.stop),
@@ -183,6 +184,12 @@ def _first_given(**values: int | None) -> tuple[str, int] | None:
 
 def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
     return (stop,) if isinstance(stop, str) else tuple(stop or ())
+
+
+def _temperature(temperature: float | None) -> float:
+    """OpenAI's default is 1. Next to nothing is greedy: logits divided by it would not be finite."""
+    temperature = 1.0 if temperature is None else temperature
+    return 0.0 if temperature < _GREEDY else temperature
 
 
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:

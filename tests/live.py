@@ -1,0 +1,119 @@
+"""A server on a free port of this machine, and a loop that does what a test says."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import openai
+
+from sparsex_jax import Engine
+from sparsex_jax.serving.access import Access, Limits
+from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.loop import Event, Loop
+from sparsex_jax.serving.server import Server
+from sparsex_jax.serving.worker import Worker
+
+MODEL = "tiny"
+
+
+@dataclasses.dataclass
+class Live:
+    """A running server, and clients of it."""
+
+    url: str
+    worker: Worker
+    server: Server
+
+    def client(self, key: str = "none", **options) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
+
+    def http(self, key: str = "none") -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
+
+
+@contextlib.contextmanager
+def live_server(
+    engine: Engine,
+    *,
+    loop: Loop | ScriptedLoop | None = None,
+    access: Access | None = None,
+    limits: Limits | None = None,
+    model: str = MODEL,
+) -> Iterator[Live]:
+    worker = Worker(engine, loop or Loop(engine))
+    app = create_app(worker, model=model, access=access, limits=limits)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(app, "127.0.0.1", port)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    try:
+        yield Live(f"http://127.0.0.1:{port}", worker, server)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+class ScriptedLoop:
+    """Has the loop's interface and no model: each request gets the events that a function gives for it, one a step.
+
+    An event of None is a pause for good: the request runs until it is cancelled.
+    """
+
+    def __init__(self, script: Callable[[list[int]], list[Event | None]]) -> None:
+        self.tickets: list[ScriptedTicket] = []
+        self.broken: Exception | None = None
+        self._script = script
+
+    def submit(self, prompt, sampling=None, *, reuse=None, namespace="default", keep=True, listener):
+        ticket = ScriptedTicket(len(self.tickets), len(prompt), iter(self._script(list(prompt))), listener)
+        self.tickets.append(ticket)
+        return ticket
+
+    def step(self) -> bool:
+        if self.broken is not None:
+            raise self.broken
+        moved = [ticket.step() for ticket in self.tickets if not ticket.done]
+        return any(moved)
+
+    @property
+    def stats(self):
+        return dataclasses.make_dataclass("Stats", ["waiting", "running"])(0, sum(not t.done for t in self.tickets))
+
+
+@dataclasses.dataclass
+class ScriptedTicket:
+    id: int
+    prompt_tokens: int
+    events: Iterator[Event | None]
+    listener: Callable[[Event], None]
+    done: bool = False
+    cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def step(self) -> bool:
+        event = Event("", (), finish_reason="cancelled") if self.cancelled else next(self.events)
+        if event is None:
+            self.events = iter([None])
+            return False
+        self.done = event.finish_reason is not None
+        self.listener(event)
+        return True

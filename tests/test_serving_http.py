@@ -1,0 +1,830 @@
+"""The HTTP server: the official client, isolation, limits, faults, and clients that go away."""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.parse
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from live import MODEL, ScriptedLoop, live_server, wait_for
+from schemathesis import GenerationMode
+
+from sparsex_jax import (
+    Engine,
+    EngineConfig,
+    InvalidRequestError,
+    ModelConfig,
+    NonFiniteLogitsError,
+    ReuseConfig,
+    SamplingParams,
+    StoreFullError,
+)
+from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.errors import OverloadedError
+from sparsex_jax.generation import TokenLogprobs
+from sparsex_jax.prompt import Kind
+from sparsex_jax.report import Report
+from sparsex_jax.serving.access import Access, Limits, Tenant
+from sparsex_jax.serving.loop import Event
+from sparsex_jax.serving.openai import cached_tokens, run_lengths
+from sparsex_jax.serving.prompts import plain_message
+from sparsex_jax.serving.schemas import Message
+from sparsex_jax.serving.text import TokenText
+from sparsex_jax.sharding import make_mesh
+from sparsex_jax.weights import random_params
+
+CHAT = [{"role": "user", "content": "Which harbour opens at dawn?"}]
+NOTE = (
+    "The harbour opens at dawn and closes when the bells ring. Boats longer than ten metres need a pilot, and the "
+    "harbour master keeps a list of them in a green book beside the door of the office on the north pier."
+)
+FOREVER = [Event("...", (1,)), None]
+TINY = ModelConfig(
+    vocab_size=49152,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=6,
+    num_q_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    max_position=2048,
+    tied_embeddings=True,
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return open_checkpoint("smollm2-135m-instruct").tokenizer
+
+
+def make_engine(tokenizer) -> Engine:
+    """Random weights and a real tokenizer: it talks nonsense, fast, and always the same."""
+    params = random_params(TINY, "float32", make_mesh(), seed=0)
+    config = EngineConfig(store_tokens=8192, page_size=16, max_batch=4)
+    return Engine(TINY, params, tokenizer, config=config)
+
+
+@pytest.fixture(scope="session")
+def reference(tokenizer):
+    """An engine of the same weights as the server's, to compare with."""
+    return make_engine(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def live(tokenizer):
+    """A server that many tests ask, with salts of their own."""
+    with live_server(make_engine(tokenizer)) as live:
+        yield live
+
+
+@pytest.fixture
+def client(live):
+    return live.client()
+
+
+@pytest.fixture
+def http(live):
+    with live.http() as http:
+        yield http
+
+
+def scripted(reference, script, **options):
+    """A server whose model says what a test wants. The engine is there for its tokenizer."""
+    return live_server(reference, loop=ScriptedLoop(script), **options)
+
+
+# Answers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_chat_is_answered_as_the_engine_would(client, reference):
+    answer = client.chat.completions.create(model=MODEL, messages=CHAT, temperature=0, max_tokens=12)
+    expected = reference.generate(CHAT, SamplingParams(12), keep=False)
+    choice = answer.choices[0]
+    assert (choice.message.content, choice.finish_reason) == (expected.text, expected.finish_reason)
+    assert choice.message.role == "assistant"
+    assert answer.usage.prompt_tokens == expected.report.prompt_tokens
+    assert answer.usage.completion_tokens == 12
+    assert answer.usage.total_tokens == expected.report.prompt_tokens + 12
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(client, reference):
+    stream = client.chat.completions.create(
+        model=MODEL, messages=CHAT, temperature=0, max_tokens=12, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = list(stream)
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert deltas[0].role == "assistant"
+    assert (
+        "".join(delta.content or "" for delta in deltas)
+        == reference.generate(CHAT, SamplingParams(12), keep=False).text
+    )
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    assert (last.choices, last.usage.completion_tokens) == ([], 12)
+    assert chunks[0].sparsex["prompt_tokens"] == last.usage.prompt_tokens
+    assert len({chunk.id for chunk in [*chunks, last]}) == 1
+
+
+def test_sampling_follows_its_seed(client, reference):
+    options = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    more = {"top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1}
+    answer = client.chat.completions.create(
+        model=MODEL, messages=CHAT, max_completion_tokens=12, logit_bias={"5": -100}, extra_body=more, **options
+    )
+    params = SamplingParams(12, logit_bias={5: -100.0}, **options, **more)
+    assert answer.choices[0].message.content == reference.generate(CHAT, params, keep=False).text
+
+
+def test_without_a_seed_answers_differ(client):
+    answers = [client.chat.completions.create(model=MODEL, messages=CHAT, max_tokens=16) for _ in range(2)]
+    assert answers[0].choices[0].message.content != answers[1].choices[0].message.content
+
+
+@pytest.mark.parametrize("prompt", ["The harbour", [100, 200, 300]])
+def test_a_completion_takes_text_and_token_ids(client, reference, prompt):
+    answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=6)
+    assert answer.choices[0].text == reference.generate(prompt, SamplingParams(6), keep=False).text
+
+
+@pytest.mark.parametrize("prompts", [["The harbour", "A green book"], [[100, 200, 300], [7, 8]]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_prompts_in_one_completion(client, reference, prompts, stream):
+    answer = client.completions.create(model=MODEL, prompt=prompts, temperature=0, max_tokens=6, stream=stream)
+    texts = ["", ""]
+    for part in answer if stream else [answer]:
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+    assert texts == [reference.generate(prompt, SamplingParams(6), keep=False).text for prompt in prompts]
+
+
+def test_a_stop_string_ends_the_text(client, reference):
+    text = reference.generate(CHAT, SamplingParams(12), keep=False).text
+    stop = text[8:12]
+    answer = client.chat.completions.create(model=MODEL, messages=CHAT, temperature=0, max_tokens=12, stop=[stop])
+    assert answer.choices[0].message.content == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_log_probabilities_of_a_chat(client, reference, tokenizer):
+    answer = client.chat.completions.create(
+        model=MODEL, messages=CHAT, temperature=0, max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    expected = reference.generate(CHAT, SamplingParams(5, logprobs=3), keep=False)
+    content = answer.choices[0].logprobs.content
+    assert b"".join(bytes(token.bytes) for token in content).decode() == expected.text
+    np.testing.assert_allclose([t.logprob for t in content], [t.logprob for t in expected.logprobs], atol=1e-5)
+    assert [[top.token for top in token.top_logprobs] for token in content] == [
+        [tokenizer.decode([id_]) for id_, _ in token.top] for token in expected.logprobs
+    ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_a_completion(client, reference, stream):
+    answer = client.completions.create(
+        model=MODEL, prompt="The harbour", temperature=0, max_tokens=6, logprobs=2, stream=stream
+    )
+    parts = list(answer) if stream else [answer]
+    logprobs = [part.choices[0].logprobs for part in parts]
+    expected = reference.generate("The harbour", SamplingParams(6, logprobs=2), keep=False)
+    values = [value for part in logprobs for value in part.token_logprobs]
+    np.testing.assert_allclose(values, [token.logprob for token in expected.logprobs], atol=1e-5)
+    tokens = [token for part in logprobs for token in part.tokens]
+    offsets = [offset for part in logprobs for offset in part.text_offset]
+    assert [expected.text[at : at + len(token)] for at, token in zip(offsets, tokens, strict=True)] == tokens
+    assert all(len(top) == 2 for part in logprobs for top in part.top_logprobs)
+
+
+def test_tool_calls_and_their_results_reach_the_template(reference):
+    """SmolLM2's template writes the content of any role."""
+    call = {"id": "a", "type": "function", "function": {"name": "tide", "arguments": '{"port": "north"}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "When is "}, {"type": "text", "text": "high tide?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": "at four"},
+    ]
+    tools = [{"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}]
+    prompts = []
+    with scripted(
+        reference, lambda prompt: prompts.append(prompt) or [Event("At four.", (1,), finish_reason="stop")]
+    ) as live:
+        answer = live.client().chat.completions.create(model=MODEL, messages=messages, tools=tools)
+    assert answer.choices[0].message.content == "At four."
+    text = reference.tokenizer.decode(prompts[0])
+    assert "user\nWhen is high tide?<|im_end|>" in text
+    assert "assistant\n<|im_end|>" in text
+    assert "tool\nat four<|im_end|>" in text
+
+
+def test_messages_become_what_templates_expect():
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    message = Message(role="assistant", content=None, tool_calls=[call], reasoning="because")
+    assert plain_message(message) == {
+        "role": "assistant",
+        "content": "",
+        "reasoning": "because",
+        "tool_calls": [call | {"function": {"name": "f", "arguments": {"x": 1}}}],
+    }
+    broken = {"function": {"name": "f", "arguments": "{oops"}}
+    assert plain_message(Message(role="assistant", tool_calls=[broken]))["tool_calls"] == [broken]
+
+
+def test_many_at_once_get_the_answers_they_would_get_alone(client, reference):
+    prompts = [f"Note {i} of the harbour office, with {i * 3} lines:" + " and so on" * i for i in range(12)]
+
+    def ask(prompt):
+        return client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=10).choices[0].text
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, prompts))
+    full = ReuseConfig("prefix")
+    assert answers == [reference.generate(p, SamplingParams(10), reuse=full, keep=False).text for p in prompts]
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).max_model_len == TINY.max_position
+    with pytest.raises(openai.NotFoundError, match="'other' is not served"):
+        client.models.retrieve("other")
+
+
+# Reuse and isolation ----------------------------------------------------------------------------------------
+
+
+def ask(client, salt, text=NOTE, **extra):
+    body = {"cache_salt": salt, **extra}
+    return client.completions.create(model=MODEL, prompt=text, temperature=0, max_tokens=2, extra_body=body)
+
+
+def cached(answer):
+    return answer.usage.prompt_tokens_details.cached_tokens
+
+
+def test_the_same_salt_shares_and_another_does_not(client):
+    text = "Only this test says so. " + NOTE
+    assert cached(ask(client, "mine", text)) == 0
+    again = ask(client, "mine", text)
+    assert cached(again) == again.usage.prompt_tokens - 1
+    assert cached(ask(client, "yours", text)) == 0
+    assert cached(ask(client, None, text)) < 16  # others ask without a salt too
+
+
+def test_what_is_not_kept_is_not_found(client):
+    ask(client, "brief", keep=False)
+    assert cached(ask(client, "brief")) == 0
+
+
+def test_reuse_options_of_a_request(client):
+    ask(client, "options")
+    behind = "Something new comes first. " + NOTE
+    naive = ask(client, "options", behind, keep=False, reuse={"method": "naive"})
+    full = ask(client, "options", behind, keep=False, reuse={"method": "full"})
+    assert cached(naive) == naive.sparsex["reused_tokens"] > 30
+    assert naive.sparsex["computed_fraction"] < 0.5
+    assert (cached(full), full.sparsex["computed_fraction"]) == (0, 1.0)
+
+
+def test_the_token_map_agrees_with_the_report(client, tokenizer):
+    ask(client, "map")
+    answer = ask(
+        client, "map", "Something new comes first. " + NOTE, return_token_map=True, reuse={"boundary_layer": 2}
+    )
+    report, tokens = answer.sparsex, answer.sparsex["token_map"]
+    assert "".join(tokens["text"]) == "Something new comes first. " + NOTE
+    counts = {kind: sum(n for k, n in tokens["kind"] if k == kind) for kind in ("prefix", "reused", "fresh")}
+    assert counts == {kind: report[f"{kind}_tokens"] for kind in counts}
+    assert sum(n for active, n in tokens["active"] if active) == report["active_tokens"]
+    kinds = [kind for kind, n in tokens["kind"] for _ in range(n)]
+    segment = report["segments"][0]
+    assert set(kinds[segment["start"] : segment["start"] + segment["length"] - 1]) == {"reused"}
+
+
+def test_cached_tokens_are_those_not_recomputed():
+    kind = np.array([Kind.PREFIX] * 4 + [Kind.REUSED] * 5 + [Kind.FRESH], np.uint8)
+    active = np.array([False] * 4 + [True, True, False, False, False, True])
+    report = Report(10, 4, 5, 1, 3, 1, (), 0.5, 0.1, kind, active)
+    assert cached_tokens(report) == 4 + 3
+
+
+def test_run_lengths():
+    assert run_lengths([True, True, False]) == [[True, 2], [False, 1]]
+    assert run_lengths([]) == []
+
+
+def test_knowledge_is_inserted_listed_reused_and_deleted(http, client):
+    entry = http.post("/v1/knowledge", json={"text": NOTE, "cache_salt": "kb"}).json()
+    assert entry["num_tokens"] > 30
+    found = ask(client, "kb", "Something new comes first. " + NOTE, keep=False, reuse={"method": "naive"})
+    assert found.sparsex["reused_tokens"] > 30
+    listed = http.get("/v1/knowledge", params={"cache_salt": "kb"}).json()["data"]
+    assert [(e["handle"], e["uses"] > 0) for e in listed] == [(entry["handle"], True)]
+    assert http.get("/v1/knowledge").json()["data"] == []
+    assert http.delete(f"/v1/knowledge/{entry['handle']}").status_code == 404  # another namespace's
+    assert http.delete(f"/v1/knowledge/{entry['handle']}?cache_salt=kb").json()["deleted"]
+    assert http.delete(f"/v1/knowledge/{entry['handle']}?cache_salt=kb").status_code == 404
+    assert cached(ask(client, "kb", "Another thing comes first. " + NOTE, keep=False)) == 0
+
+
+def test_knowledge_behind_a_preamble(http, client):
+    body = {"text": list(range(100, 160)), "preamble": "Notes of the day.", "cache_salt": "preamble"}
+    handle = http.post("/v1/knowledge", json=body).json()["handle"]
+    answer = ask(client, "preamble", [9, 9, 9, *range(100, 160), 9], reuse={"method": "naive"})
+    assert answer.sparsex["reused_tokens"] == 60
+    http.delete(f"/v1/knowledge/{handle}?cache_salt=preamble")
+
+
+def test_knowledge_that_cannot_fit(http):
+    answer = http.post("/v1/knowledge", json={"text": [5] * 3000})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "text")
+    assert "3000 tokens" in answer.json()["error"]["message"]
+
+
+def test_no_salt_leads_into_another_namespace():
+    def name(namespace, salt):
+        return Tenant("x", namespace, 1, False).store_namespace(salt)
+
+    choices = [
+        ("a", "b"),
+        ("ab", ""),
+        ("a", None),
+        ("", "ab"),
+        ('a", "b', None),
+        ("a", 'b", "'),
+        ("null", None),
+        ("", None),
+    ]
+    assert len({name(*choice) for choice in choices}) == len(choices)
+    assert name("a", "b") == name("a", "b")
+
+
+KEYS = """
+[alice]
+key = "sk-alice"
+max_concurrent = 1
+[bob]
+sha256 = "{bob}"
+[carol]
+key = "sk-carol"
+namespace = "alice"
+metrics = true
+"""
+
+
+@pytest.fixture
+def keys(tmp_path):
+    path = tmp_path / "keys.toml"
+    path.write_text(KEYS.format(bob=hashlib.sha256(b"sk-bob").hexdigest()))
+    return Access.load(path, 8)
+
+
+def test_keys_are_bound_to_namespaces(tokenizer, keys):
+    with live_server(make_engine(tokenizer), access=keys) as live:
+        alice, bob, carol = (live.client(f"sk-{name}") for name in ("alice", "bob", "carol"))
+        ask(alice, "same")
+        assert cached(ask(bob, "same")) == 0
+        assert cached(ask(carol, "same")) > 0  # of the same namespace
+        with live.http("sk-alice") as a, live.http("sk-bob") as b:
+            handle = a.post("/v1/knowledge", json={"text": NOTE}).json()["handle"]
+            assert b.get("/v1/knowledge").json()["data"] == []
+            assert b.delete(f"/v1/knowledge/{handle}").status_code == 404
+            assert a.delete(f"/v1/knowledge/{handle}").status_code == 200
+            assert a.get("/metrics").status_code == 403
+        with live.http("sk-carol") as c:
+            assert c.get("/metrics").status_code == 200
+
+
+def test_without_a_key_that_is_known_nothing_is_answered(reference, keys):
+    with scripted(reference, lambda prompt: FOREVER, access=keys) as live:
+        with pytest.raises(openai.AuthenticationError):
+            live.client("sk-mallory").models.list()
+        refused = httpx.post(f"{live.url}/v1/completions", json={"prompt": ""})  # 401 comes before 400
+        assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
+        assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{live.url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "has no keys"),
+        ("alice = 1", r"\[alice\] must be a table"),
+        ("[alice", "cannot be read as TOML"),
+        ("[alice]\nkeys = 'x'", "'keys' is unknown"),
+        ("[alice]\nkey = 5", "key=5 must be a str"),
+        ("[alice]\nkey = ''", "must be a str, not empty"),
+        ("[alice]\nnamespace = 'x'", "either key or sha256"),
+        ("[alice]\nkey = 'x'\nmax_concurrent = 0", "max_concurrent=0 must be at least 1"),
+        ("[alice]\nkey = 'x'\n[bob]\nkey = 'x'", r"\[bob\] has the same key as \[alice\]"),
+    ],
+)
+def test_a_wrong_file_of_keys_is_refused(tmp_path, text, said):
+    path = tmp_path / "keys.toml"
+    path.write_text(text)
+    with pytest.raises(InvalidRequestError, match=said):
+        Access.load(path, 8)
+
+
+# Limits and faults ------------------------------------------------------------------------------------------
+
+BAD_CHATS = {
+    "no messages": ({}, "messages", "required"),
+    "empty messages": ({"messages": []}, "messages", "at least 1"),
+    "no role": ({"messages": [{"content": "x"}]}, "messages[0].role", "required"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages[0].content[0].type",
+        "text",
+    ),
+    "two answers": ({"n": 2}, "n", "should be 1"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, not 0"),
+    "more tokens than the server gives": ({"max_tokens": 5000}, "max_tokens", "limit of 4096"),
+    "more tokens than the context": ({"max_completion_tokens": 2048}, "max_completion_tokens", "limit is 2048"),
+    "long prompt": ({"messages": [{"role": "user", "content": "word " * 3000}]}, "prompt", "limit is 2048"),
+    "temperature": ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+    "not a number": ({"temperature": float("nan")}, "temperature", "finite"),
+    "top_p": ({"top_p": 0}, "top_p", "greater than 0"),
+    "bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+    "bias outside the vocabulary": ({"logit_bias": {"99999": 1}}, "logit_bias", "49151"),
+    "too much bias": ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
+    "empty stop": ({"stop": [""]}, "stop[0]", "at least 1"),
+    "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
+    "many logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+    "empty salt": ({"cache_salt": ""}, "cache_salt", "at least 1"),
+    "grammar": ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
+    "forced tool": ({"tools": [{}], "tool_choice": "required"}, "tool_choice", "auto"),
+    "method": ({"reuse": {"method": "magic"}}, "reuse.method", "magic"),
+    "reuse field": ({"reuse": {"boundry": 3}}, "reuse.boundry", "not permitted"),
+    "boundary": ({"reuse": {"boundary_layer": 7}}, "reuse.boundary_layer", "at most 6"),
+    "ratio": ({"reuse": {"recompute_ratio": 2}}, "reuse.recompute_ratio", "0 to 1"),
+    "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
+}
+
+
+@pytest.mark.parametrize(("fields", "param", "said"), BAD_CHATS.values(), ids=BAD_CHATS)
+def test_bad_chats(http, fields, param, said):
+    body = {"messages": CHAT, "max_tokens": 2} | fields if fields else {}
+    if fields.get("max_completion_tokens"):
+        del body["max_tokens"]
+    answer = http.post("/v1/chat/completions", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "invalid_request_error"), error
+    assert error["param"] is not None
+    assert error["param"].startswith(param.partition("[")[0])
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", [1]]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [99999]}, "prompt"),
+        ({"prompt": ["x"] * 33}, "prompt"),
+        ({"prompt": "x", "echo": True}, "echo"),
+        ({"prompt": "x", "suffix": "y"}, "suffix"),
+        ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "logprobs": 6}, "logprobs"),
+    ],
+)
+def test_bad_completions(http, fields, param):
+    answer = http.post("/v1/completions", json=fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].partition("[")[0].partition(".")[0] == param
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{nope", b"[1]", b"5", b"\xff", b"[" * 100_000, b'{"prompt": ' + b"1" * 5000 + b"}"]
+)
+def test_bodies_that_are_no_object(http, content):
+    answer = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+
+
+def test_another_model_is_not_served(client):
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.chat.completions.create(model="gpt-4o", messages=CHAT)
+    assert refused.value.code == "model_not_found"
+
+
+def test_paths_and_methods_that_are_not_there(http):
+    assert (http.get("/v1/nothing").status_code, http.get("/v1/completions").status_code) == (404, 405)
+    assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_that_is_too_large_is_not_read(reference, announced):
+    body = json.dumps({"prompt": "x" * 5000}).encode()
+    with scripted(reference, lambda prompt: FOREVER, limits=Limits(max_body_bytes=1000)) as live, live.http() as http:
+        content = body if announced else iter([body[:900], body[900:]])
+        answer = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+    assert "limit of 1000 bytes" in answer.json()["error"]["message"]
+
+
+def test_a_key_may_have_so_many_requests_under_way(reference, keys):
+    with scripted(reference, lambda prompt: FOREVER, access=keys) as live:
+        alice, bob = live.client("sk-alice"), live.client("sk-bob")
+        with alice.completions.create(model=MODEL, prompt="x", stream=True):
+            with pytest.raises(openai.RateLimitError, match="max_concurrent=1") as refused:
+                alice.completions.create(model=MODEL, prompt="x")
+            assert int(refused.value.response.headers["Retry-After"]) >= 1
+            with bob.completions.create(model=MODEL, prompt="x", stream=True) as others:
+                assert next(others).choices[0].text == "..."
+        wait_for(lambda: live.worker.loop.tickets[0].done)
+        with alice.completions.create(model=MODEL, prompt="x", stream=True) as again:
+            assert next(again).choices[0].text == "..."
+
+
+class Refusing(ScriptedLoop):
+    """A loop that takes nothing."""
+
+    def __init__(self, error):
+        super().__init__(lambda prompt: FOREVER)
+        self._error = error
+
+    def submit(self, *args, **kwargs):
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry"),
+    [
+        (OverloadedError("256 requests wait already", 2.5), 503, "3"),
+        (StoreFullError("no room"), 503, "1"),
+        (InvalidRequestError("min_segment_tokens=3 must be an integer >= 16"), 400, None),
+        (RuntimeError("a secret"), 500, None),
+    ],
+)
+def test_what_the_loop_refuses(reference, error, status, retry):
+    with live_server(reference, loop=Refusing(error)) as live, live.http() as http:
+        answer = http.post("/v1/completions", json={"prompt": "x"})
+    assert (answer.status_code, answer.headers.get("Retry-After")) == (status, retry)
+    assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(NonFiniteLogitsError("not finite"), 500), (StoreFullError("no room"), 503), (InvalidRequestError("pool=1"), 400)],
+)
+def test_a_request_that_fails_before_its_first_token_has_a_status(reference, error, status, stream):
+    failed = [Event("", (), finish_reason="error", error=error)]
+    with scripted(reference, lambda prompt: failed) as live, live.http() as http:
+        answer = http.post("/v1/completions", json={"prompt": "x", "stream": stream})
+        assert answer.status_code == status
+        assert http.get("/health").status_code == 200
+
+
+def test_a_request_that_fails_later_says_so_in_its_stream(reference):
+    script = [Event("well", (1,)), Event("", (), finish_reason="error", error=NonFiniteLogitsError("NaN"))]
+    with scripted(reference, lambda prompt: script) as live:
+        stream = live.client().completions.create(model=MODEL, prompt="x", stream=True)
+        assert next(stream).choices[0].text == "well"
+        with pytest.raises(openai.APIError, match="internal error"):
+            next(stream)
+
+
+def test_a_request_that_takes_too_long_is_given_up(reference):
+    with scripted(reference, lambda prompt: FOREVER, limits=Limits(request_s=0.2)) as live, live.http() as http:
+        answer = http.post("/v1/completions", json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "time_limit")
+        assert live.worker.loop.tickets[0].cancelled
+
+
+def test_if_the_loop_breaks_the_server_says_so(reference):
+    with scripted(reference, lambda prompt: FOREVER) as live, live.http() as http:
+        live.worker.loop.broken = RuntimeError("broken")
+        live.worker.wake()
+        wait_for(lambda: live.worker.failure is not None)
+        assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 500
+        assert (http.get("/health").status_code, http.get("/health").json()["status"]) == (503, "failed")
+
+
+# Clients that go away ---------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_is_closed_gives_its_pages_back(live, client):
+    stream = client.completions.create(
+        model=MODEL, prompt=NOTE, max_tokens=1500, stream=True, extra_body={"ignore_eos": True, "keep": False}
+    )
+    next(iter(stream))
+    with live.http() as http:
+        assert http.get("/v1/store").json()["active"] > 0
+        stream.close()
+        wait_for(lambda: http.get("/v1/store").json()["active"] == 0)
+    assert live.worker.loop.stats.running == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_hangs_up_before_its_answer_is_noticed(reference, stream):
+    with scripted(reference, lambda prompt: [None]) as live:
+        tickets = live.worker.loop.tickets
+        hang_up_when(live, {"prompt": "x", "stream": stream}, lambda: tickets)
+        wait_for(lambda: tickets[0].cancelled)
+
+
+def hang_up_when(live, body, condition):
+    """Send a request, and close the connection as soon as something is so."""
+    address = urllib.parse.urlsplit(live.url)
+    content = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(head.encode() + content)
+        wait_for(condition)
+
+
+# The end ----------------------------------------------------------------------------------------------------
+
+
+def test_draining_finishes_what_runs_and_refuses_what_is_new(reference):
+    release = threading.Event()
+
+    def script(prompt):
+        yield Event("a", (1,))
+        release.wait(30)
+        yield Event("b", (2,), finish_reason="stop")
+
+    with scripted(reference, script) as live:
+        stream = live.client().completions.create(model=MODEL, prompt="x", stream=True)
+        assert next(stream).choices[0].text == "a"
+        live.server.handle_exit(signal.SIGTERM, None)
+        with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
+            live.client().completions.create(model=MODEL, prompt="x")
+        assert refused.value.status_code == 503
+        with live.http() as http:
+            assert (http.get("/health").status_code, http.get("/health").json()["status"]) == (503, "draining")
+            assert http.post("/v1/knowledge", json={"text": "x"}).status_code == 503
+        release.set()
+        assert [chunk.choices[0].text for chunk in stream] == ["b"]
+        wait_for(lambda: live.server.should_exit)
+
+
+SERVE = """
+import sys
+sys.path.insert(0, {tests!r})
+from live import ScriptedLoop
+from test_serving_http import make_engine, FOREVER
+from sparsex_jax.serving.access import Limits
+from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.server import Server
+from sparsex_jax.serving.worker import Worker
+from sparsex_jax.checkpoints import open_checkpoint
+
+engine = make_engine(open_checkpoint("smollm2-135m-instruct").tokenizer)
+app = create_app(Worker(engine, ScriptedLoop(lambda prompt: FOREVER)), model="tiny", limits=Limits(drain_s=1))
+Server(app, "127.0.0.1", {port}).run()
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_drains_and_the_process_ends_well():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    source = SERVE.format(tests=os.path.dirname(__file__), port=port)
+    process = subprocess.Popen([sys.executable, "-c", source])
+    try:
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 120)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(model=MODEL, prompt="x", stream=True)
+        next(stream)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: httpx.get(f"http://127.0.0.1:{port}/health").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            client.completions.create(model=MODEL, prompt="x")
+        with pytest.raises(openai.APIError, match="gave this request up"):  # the deadline
+            list(stream)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+
+
+# Metrics, and everything at once ----------------------------------------------------------------------------
+
+
+def test_metrics_count_what_happened(tokenizer):
+    with live_server(make_engine(tokenizer)) as live, live.http() as http:
+        for _ in range(2):
+            ask(live.client(), "metrics", max_tokens=12)
+        http.post("/v1/completions", json={})
+        text = http.get("/metrics").text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(lines['sparsex_requests_total{endpoint="/v1/completions",status="200"}']) == 2
+    assert float(lines['sparsex_requests_total{endpoint="/v1/completions",status="400"}']) == 1
+    assert float(lines["sparsex_time_to_first_token_seconds_count"]) == 2
+    assert float(lines["sparsex_time_per_output_token_seconds_count"]) <= 2
+    assert float(lines["sparsex_computed_fraction_count"]) == 2
+    assert float(lines["sparsex_generated_tokens_total"]) == 24
+    prefix = float(lines['sparsex_hit_tokens_total{kind="prefix"}'])
+    assert prefix == float(lines['sparsex_prompt_tokens_total{kind="prefix"}']) > 30
+    assert sum(float(lines[f'sparsex_pages{{state="{s}"}}']) for s in ("free", "active", "frozen", "cached")) == 512
+    assert {"sparsex_queue_requests", "sparsex_running_requests", "sparsex_lookups_total"} <= set(lines)
+    assert 'sparsex_evictions_total{what="page"}' in lines
+
+
+OPERATIONS = [
+    ("/v1/chat/completions", "POST"),
+    ("/v1/completions", "POST"),
+    ("/v1/models", "GET"),
+    ("/v1/models/{model}", "GET"),
+    ("/v1/knowledge", "POST"),
+    ("/v1/knowledge", "GET"),
+    ("/v1/knowledge/{handle}", "DELETE"),
+    ("/v1/store", "GET"),
+    ("/health", "GET"),
+    ("/metrics", "GET"),
+]
+
+
+@pytest.fixture(scope="session")
+def api(tokenizer):
+    """The description of a server whose answers are short, however long they may be asked for."""
+    with live_server(make_engine(tokenizer), limits=Limits(max_tokens=3, default_tokens=3)) as live:
+        yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+
+
+def test_every_operation_is_checked(api):
+    found = {(result.ok().path, result.ok().method.upper()) for result in api.get_all_operations()}
+    assert found == set(OPERATIONS)
+
+
+def check_operation(operation, examples):
+    """Ask what the description allows and what it does not: no internal error, and every error has OpenAI's shape."""
+    cases = operation.as_strategy(GenerationMode.POSITIVE) | operation.as_strategy(GenerationMode.NEGATIVE)
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],
+        derandomize=True,
+        database=None,
+    )
+    @given(case=cases)
+    def check(case):
+        response = case.call()
+        assert response.status_code < 500, response.content
+        if response.status_code >= 400:
+            assert set(json.loads(response.content)["error"]) == {"message", "type", "param", "code"}
+
+    check()
+
+
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_no_request_breaks_the_server(api, path, method):
+    check_operation(api[path][method], 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("path", "method"), OPERATIONS)
+def test_no_request_of_many_breaks_the_server(api, path, method):
+    check_operation(api[path][method], 300)
+
+
+# Texts of tokens --------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_tokens_make_the_text(tokenizer):
+    texts, text = TokenText(tokenizer), "Ein Café, 東京 und 🙂: naïve"
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert b"".join(map(texts.bytes_of, tokens)).decode() == text
+    assert len({texts.name_of(token) for token in set(tokens)}) == len(set(tokens))
+
+
+class Pieces:
+    """A SentencePiece tokenizer's view of its tokens."""
+
+    def convert_ids_to_tokens(self, token):
+        return ["▁harbour", "<0xE2>", "s", None][token]
+
+    def decode(self, tokens):
+        return "s"
+
+
+def test_bytes_of_sentencepiece_tokens():
+    texts = TokenText(Pieces())
+    assert [texts.bytes_of(token) for token in range(4)] == [b" harbour", b"\xe2", b"s", b""]
+    assert texts.name_of(1) == "bytes:\\xe2"
+
+
+def test_a_log_probability_of_minus_infinity_is_still_json(reference):
+    token = TokenLogprobs(5, float("-inf"), ((5, float("-inf")),))
+    script = [Event("a", (5,), finish_reason="stop", logprobs=(token,))]
+    with scripted(reference, lambda prompt: script) as live:
+        answer = live.client().completions.create(model=MODEL, prompt="x", logprobs=1)
+    assert answer.choices[0].logprobs.token_logprobs == [-9999.0]

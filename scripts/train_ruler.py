@@ -9,9 +9,10 @@ directory.
 A training row is one context and several questions about it, each with its answer; the loss is that of the answers and,
 lightly weighted, of everything else. Two things speed it up. Drills, exercises that no bench asks: a list to repeat,
 words to look up, and assignments without text between them; what is learned there is used in the tasks. Hints: where
-a variable is assigned another, the model is asked for the value, from the hidden states of several layers; it learns
-to track in the context what the question will be about, and a hop at an early layer leaves the later ones to hop on
-from it. The forward pass is made of the engine's own functions: what is trained is what the engine runs.
+a variable is mentioned, the model is asked for its value, from the hidden states of several layers, and the first head
+of those layers is told where to look: where that variable was assigned. So it learns to track in the context what the
+question will be about, a hop a layer. Without the heads it never learned a second hop. The forward pass is made of the
+engine's own functions: what is trained is what the engine runs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +47,10 @@ from sparsex_jax.sharding import make_mesh
 from sparsex_jax.weights import Params, describe, num_parameters, random_params
 
 BOS, EOS = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>"))
+_EQUALS, _VAR = (lexicon.vocabulary()[token] for token in (" =", " VAR"))
 PAD, CONTEXT, ANSWER = 0, 1, 2  # what a token is; the answer of question i is ANSWER + i
 TRAINING, HELD_OUT, LENGTH = 0, 1, 2  # streams of random numbers
-HINT_LAYERS = (3, 4, 5, 6, 7, 8)  # of 12; the layers behind them can use what is known by then
+HINT_LAYERS = (4, 5, 6, 7, 8)  # of 12, counted from 1; those behind them can use what is known by then
 RULER_TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -133,7 +135,8 @@ class Recipe:
     warmup: int = 200  # steps
     weight_decay: float = 0.1
     text_weight: float = 0.1  # of the loss on what is no answer
-    hint_weight: float = 0.5  # of the loss on the hints
+    hint_weight: float = 0.5  # of the loss on the hints: the values
+    look_weight: float = 0.2  # and the places to look at
     digit_weight: float = 0.25  # of a digit behind another in an answer: they are many, and soon easy
     max_length: int = 8192  # longer rows of the schedule are cut to this
     patience: float = 1.0  # above 1 contexts grow later
@@ -172,8 +175,8 @@ def _current(schedule: dict[float, Any], progress: float) -> Any:
 def make_row(
     task: str, rng: np.random.Generator, length: int, num_questions: int | None = None
 ) -> tuple[np.ndarray, ...]:
-    """Token ids, what each token is, and hints, `[length]`: <bos>, instruction, segments, and question, answer, <eos>
-    in turn.
+    """Token ids, what each token is, and its hints (`make_hints`), `[length]` each: <bos>, instruction, segments, and
+    question, answer, <eos> in turn.
 
     As many questions as fit; the segments stand in random order half of the time.
     """
@@ -224,25 +227,39 @@ def _padded(pieces: list[np.ndarray], kinds: list[int], length: int) -> tuple[np
     flat = np.concatenate(pieces)
     tokens[: len(flat)] = flat
     kind[: len(flat)] = np.repeat(kinds, [len(piece) for piece in pieces])
-    return tokens, kind, make_hints(tokens)
+    return tokens, kind, *make_hints(tokens)
 
 
-def make_hints(tokens: np.ndarray) -> np.ndarray:
-    """`[length]`: where a variable is assigned another, at that one's name, the token of its value; elsewhere PAD."""
-    ids = lexicon.vocabulary()
-    hints, values = np.full(len(tokens), PAD, np.uint16), {}
-    for equals in np.flatnonzero(tokens == ids[" ="]):
-        source = tokens[equals + 1]
-        if source == ids[" VAR"]:
-            hints[equals + 2] = source = values[int(tokens[equals + 2])]
-        values[int(tokens[equals - 1])] = source
-    return hints
+def make_hints(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`[length]` each: where a variable that has a value is mentioned, the token of that, elsewhere PAD; and the place
+    to look it up, which is the right side of the variable's assignment."""
+    hints, places = np.full(len(tokens), PAD, np.uint16), np.zeros(len(tokens), np.uint16)
+    values: dict[int, tuple[int, int]] = {}  # of a variable: value and place
+    assigned = 0
+    row = tokens.tolist()
+    for place in np.flatnonzero(_variables()[tokens]).tolist():
+        name = row[place]
+        if row[place + 1 : place + 2] == [_EQUALS]:
+            assigned = name
+            if row[place + 2] != _VAR:
+                values[name] = row[place + 2], place + 2
+        elif name in values:
+            hints[place], places[place] = values[name]
+            if row[place - 2 : place] == [_EQUALS, _VAR]:
+                values[assigned] = values[name][0], place
+    return hints, places
+
+
+@functools.cache
+def _variables() -> np.ndarray:
+    """Which tokens of the vocabulary are names of variables."""
+    return np.array([token.strip() in lexicon.VARIABLES for token in lexicon.vocabulary()])
 
 
 def make_batch(
     key: tuple[int, ...], rows: int, length: int, weights: dict[str, float], num_questions: int | None = None
 ) -> tuple[np.ndarray, ...]:
-    """Tokens, kinds, hints `[rows, length]` and the number of the task of each row; the same key, the same batch.
+    """`make_row`'s arrays for many rows and the number of the task of each; the same key, the same batch.
 
     Tasks are dealt out in their shares rather than drawn, so that batches are alike.
     """
@@ -293,21 +310,29 @@ class Feed:
 # Model and optimiser -----------------------------------------------------------------------------------------
 
 
-def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """Hidden states `[layers, batch * length, hidden]` behind each layer, of rows that each stand alone."""
+class Trace(NamedTuple):
+    """What each layer of a forward pass leaves."""
+
+    hidden: jax.Array  # [layers, batch, length, hidden]
+    query: jax.Array  # [layers, batch, length, head_dim], of the first head
+    key: jax.Array
+
+
+def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> Trace:
+    """Run rows `[batch, length]` that each stand alone."""
     batch, length = tokens.shape
     flat = jnp.asarray(tokens, jnp.int32).reshape(-1)
     position = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     rows = Rows(flat, position, jnp.repeat(jnp.arange(batch), length), jnp.arange(flat.size))
     fused: Literal["cudnn"] | None = "cudnn" if jax.default_backend() == "gpu" else None
 
-    def layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, None]:
+    def layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, Trace]:
         heads = (model.queries(weights, config, hidden, rows), *model.keys_values(weights, config, hidden, rows))
         q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in heads)
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=fused)
         hidden = hidden + jnp.einsum("rnd,ndh->rh", attended.reshape(heads[0].shape), weights["wo"])
         hidden = hidden + model.mlp(weights, config, hidden)
-        return hidden, hidden
+        return hidden, Trace(hidden.reshape(batch, length, -1), q[:, :, 0], k[:, :, 0])
 
     # A product in place of `model.embed`'s look-up: its gradient is a product too and no slow scatter.
     hidden = jax.nn.one_hot(flat, config.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
@@ -320,36 +345,52 @@ def losses(
     """What tokens, kinds and hints `[batch, length]` give.
 
     Returns:
-      Mean cross-entropy of answers, of other text and of hints; the share of hints that is right at each layer of
+      Mean cross-entropy of answers, other text, hints and places; the share of hints that is right at each layer of
       `HINT_LAYERS`; and `[batch, length]` 1 and 0 where the next token is of an answer and foretold or not, -1
       elsewhere.
     """
-    tokens, kind, hints = rows
+    tokens, kind, hints, places = rows
     kind, targets = following(kind), following(tokens).astype(jnp.int32)
     params = jax.tree.map(lambda w: w.astype(dtype), params)
-    hidden = forward(params, config, tokens)
-    final = model.logits(params, config, hidden[-1]).reshape(*tokens.shape, -1)
+    trace = forward(params, config, tokens)
+    final = logits(params, config, trace.hidden[-1])
     surprise, answer = cross_entropy(final, targets), kind >= ANSWER
     in_number = is_digit()[tokens] & is_digit()[targets]
-    hint, hinted = hint_losses(params, config, hidden, hints.reshape(-1).astype(jnp.int32))
+    hint, look, hinted = hint_losses(params, config, trace, hints.astype(jnp.int32), places.astype(jnp.int32))
     means = {
         "answer": mean(surprise, jnp.where(in_number, recipe.digit_weight, 1.0) * answer),
         "text": mean(surprise, kind == CONTEXT),
         "hint": hint,
+        "look": look,
     }
     return means, hinted, jnp.where(answer, final.argmax(-1) == targets, -1)
 
 
 def hint_losses(
-    params: Params, config: ModelConfig, hidden: jax.Array, hints: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Mean cross-entropy of the hints over `HINT_LAYERS`, and the share that is right at each of them."""
-    (places,) = jnp.nonzero(hints > PAD, size=-(-hints.size // 8), fill_value=0)  # an assignment has 7 tokens
-    there = hints[places] > PAD
-    at_layers = [hidden[min(layer, config.num_layers) - 1, places] for layer in HINT_LAYERS]
-    scores = jnp.stack([model.logits(params, config, at) for at in at_layers])
-    right = [mean(line.argmax(-1) == hints[places], there) for line in scores]
-    return mean(cross_entropy(scores, hints[places]).mean(0), there), jnp.stack(right)
+    params: Params, config: ModelConfig, trace: Trace, hints: jax.Array, places: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean cross-entropy of the values over `HINT_LAYERS`, and of the first head's attention there to their places; the
+    share of values that is right at each of the layers."""
+    length = hints.shape[1]
+    some = functools.partial(jnp.nonzero, size=-(-length // 5), fill_value=length - 1)  # a mention in 6 tokens at most
+    (at,) = jax.vmap(some)(hints > PAD)
+    hints, places = (jnp.take_along_axis(x, at, axis=1) for x in (hints, places))
+    there, causal = hints > PAD, jnp.arange(length) <= at[..., None]
+    values, looks, right = [], [], []
+    for layer in (min(layer, config.num_layers) - 1 for layer in HINT_LAYERS):
+        scores = logits(params, config, jnp.take_along_axis(trace.hidden[layer], at[..., None], axis=1))
+        query = jnp.take_along_axis(trace.query[layer], at[..., None], axis=1)
+        attention = jnp.einsum("bmd,bld->bml", query, trace.key[layer], preferred_element_type=jnp.float32)
+        attention = jnp.where(causal, attention * config.head_dim**-0.5, -1e9)
+        values.append(mean(cross_entropy(scores, hints), there))
+        looks.append(mean(cross_entropy(attention, places), there))
+        right.append(mean(scores.argmax(-1) == hints, there))
+    return sum(values) / len(values), sum(looks) / len(looks), jnp.stack(right)
+
+
+def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
+    """Of hidden states `[..., hidden]`."""
+    return model.logits(params, config, hidden.reshape(-1, hidden.shape[-1])).reshape(*hidden.shape[:-1], -1)
 
 
 def cross_entropy(scores: jax.Array, targets: jax.Array) -> jax.Array:
@@ -397,7 +438,8 @@ def train_step(
 
     def loss(params: Params) -> tuple[jax.Array, tuple[Any, ...]]:
         means, hinted, right = losses(params, config, recipe, dtype, rows)
-        weighted = means["answer"] + recipe.text_weight * means["text"] + recipe.hint_weight * means["hint"]
+        weights = {"text": recipe.text_weight, "hint": recipe.hint_weight, "look": recipe.look_weight}
+        weighted = means["answer"] + sum(weight * means[name] for name, weight in weights.items())
         return weighted, (means, hinted, right)
 
     grads, (means, hinted, right) = jax.grad(loss, has_aux=True)(state["params"])
@@ -498,7 +540,7 @@ def _plot(log: dict[str, list[dict[str, Any]]], path: Path) -> None:
     lengths = sorted({line["length"] for line in log["eval"]})
     figure, axes = plt.subplots(1, 1 + len(lengths), figsize=(5 * (1 + len(lengths)), 4))
     axes = np.atleast_1d(axes)
-    for name in ("answer_loss", "text_loss", "hint_loss"):
+    for name in ("answer_loss", "text_loss", "hint_loss", "look_loss"):
         axes[0].plot([line["step"] for line in log["train"]], [line[name] for line in log["train"]], label=name)
     axes[0].set(xlabel="step", title="cross-entropy", yscale="log")
     axes[0].legend()
@@ -638,6 +680,7 @@ class Trainer:
             f"{line['minutes']:5.1f} min {line['progress']:4.0%} step {self.step:6} | "
             f"answers {line['answer_loss']:.3f} text {line['text_loss']:.3f} right {line['right']:.3f} "
             f"hints {line['hint_loss']:.3f} right {' '.join(f'{share:.2f}' for share in line['hinted'])} | "
+            f"look {line['look_loss']:.3f} | "
             f"gradient {line['gradient']:.2f} "
             f"rate {line['rate']:.1e} | {line['tokens_per_second'] / 1e3:.0f}K tokens/s",
             flush=True,

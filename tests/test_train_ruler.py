@@ -60,8 +60,8 @@ def test_the_size_fits_the_repository():
 def test_the_engine_computes_what_is_trained(config):
     params = train_ruler.init_params(config, seed=1)
     rows, *_ = train_ruler.make_batch((0, 0, 0), 2, 128, {"niah": 1.0})
-    hidden = train_ruler.forward(params, config, rows)[-1]
-    trained = np.asarray(train_ruler.model.logits(params, config, hidden)).reshape(*rows.shape, -1)
+    hidden = train_ruler.forward(params, config, rows).hidden[-1]
+    trained = np.asarray(train_ruler.logits(params, config, hidden))
     engine = Engine(config, params)
     for row, scores in zip(rows, trained, strict=True):
         for length in (17, 128):
@@ -71,7 +71,7 @@ def test_the_engine_computes_what_is_trained(config):
 
 @pytest.mark.parametrize("task", [*train_ruler.DRILLS, *TASKS])
 def test_the_loss_covers_exactly_the_answers(task):
-    tokens, kind, _ = train_ruler.make_row(task, np.random.default_rng(3), 512)
+    tokens, kind, *_ = train_ruler.make_row(task, np.random.default_rng(3), 512)
     names = {number: token for token, number in lexicon.vocabulary().items()}
     text = ["".join(names[token] for token in tokens[kind == number].tolist()) for number in np.unique(kind)]
     padding, context, *answers = text if kind[-1] == 0 else ["", *text]
@@ -89,11 +89,11 @@ def test_the_loss_covers_exactly_the_answers(task):
 def test_losses_count_what_the_kinds_say(config):
     params = train_ruler.init_params(config, seed=0)
     *rows, _ = train_ruler.make_batch((0, 0, 1), 2, 256, {"mq_niah": 1.0, "vt": 1.0})
-    tokens, kind, hints = rows
+    tokens, kind, hints, _ = rows
     recipe = train_ruler.Recipe(digit_weight=1.0)
     means, hinted, right = train_ruler.losses(params, config, recipe, "float32", tuple(rows))
-    hidden = train_ruler.forward(params, config, tokens)
-    final = np.asarray(train_ruler.model.logits(params, config, hidden[-1]), np.float64).reshape(*tokens.shape, -1)
+    hidden = train_ruler.forward(params, config, tokens).hidden[-1]
+    final = np.asarray(train_ruler.logits(params, config, hidden), np.float64)
     halfway = final  # this model ends before the layers of the hints
     surprise = _surprise(final[:, :-1], tokens[:, 1:])
     is_answer = kind[:, 1:] >= train_ruler.ANSWER
@@ -110,11 +110,14 @@ def _surprise(scores, targets):
 
 
 def test_hints_follow_assignments_through_the_row():
-    first, second, third = lexicon.VARIABLES[:3]
-    text = f"VAR {first} = acorn. The old man. VAR {second} = VAR {first}. VAR {third} = VAR {second}.\n"
-    hints = train_ruler.make_hints(lexicon.encode(text))
+    first, second, third, unknown = lexicon.VARIABLES[:4]
+    text = f"VAR {first} = acorn. The VAR {second} = VAR {first}. VAR {third} = VAR {second}. {third} {unknown}\n"
+    hints, places = train_ruler.make_hints(lexicon.encode(text))
     pieces, acorn = lexicon.split(text), lexicon.vocabulary()[" acorn"]
-    assert [(pieces[i], int(hints[i])) for i in np.flatnonzero(hints)] == [(f" {first}", acorn), (f" {second}", acorn)]
+    at = np.flatnonzero(hints)
+    assert [pieces[i] for i in at] == [f" {first}", f" {second}", f" {third}"]
+    assert set(hints[at].tolist()) == {acorn}
+    assert places[at].tolist() == [pieces.index(" acorn"), at[0], at[1]]
 
 
 @pytest.mark.parametrize("drill", train_ruler.DRILLS)
@@ -132,7 +135,7 @@ def test_batches_repeat_and_have_every_task():
     other = train_ruler.make_batch((0, 0, 6), 96, 256, weights)
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first[0], other[0])
-    assert set(first[3].tolist()) == set(range(len(weights)))
+    assert set(first[-1].tolist()) == set(range(len(weights)))
 
 
 def test_what_does_not_fit_is_an_error():

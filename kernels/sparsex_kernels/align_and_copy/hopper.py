@@ -3,7 +3,8 @@
 A program has a tile of tokens and goes through the layers, some layers in flight by TMA; the rotation stays in its
 registers. Tiles whose tokens lie behind each other in one page, at the source and at the target, move head by head;
 others token by token. K is `[head, token]` in shared memory then, and `[token, head]` otherwise, and the rotations
-are laid out the same way, so that the arithmetic need not know.
+are laid out the same way, so that the arithmetic need not know. The halves of K that rotate into each other lie apart:
+Mosaic mixes up columns when it loads the second 64 of 128 (seen with JAX 0.11.2 on an H100).
 """
 
 import functools
@@ -57,17 +58,16 @@ def align_and_copy(
     source, target, shift = pad_rows(source, shape.tile), pad_rows(target, shape.tile, -1), pad_rows(shift, shape.tile)
     run = one_run(source, target, shape)
     ref = jax.new_ref(flat_store(store))
-    block = (STAGES, shape.rows, head_dim)
     kernel(
         functools.partial(_kernel, shape),
         grid=(len(run),),
         grid_names=("tile",),
         num_threads=1,
         scratch_types={
-            "k_smem": plgpu.SMEM(block, store.dtype),
-            "v_smem": plgpu.SMEM(block, store.dtype),
-            "run_ready": plgpu.Barrier(num_arrivals=2 * heads, num_barriers=STAGES),
-            "tokens_ready": plgpu.Barrier(num_arrivals=2 * shape.tile, num_barriers=STAGES),
+            "k_smem": plgpu.SMEM((STAGES, 2, shape.rows, head_dim // 2), store.dtype),
+            "v_smem": plgpu.SMEM((STAGES, shape.rows, head_dim), store.dtype),
+            "run_ready": plgpu.Barrier(num_arrivals=3 * heads, num_barriers=STAGES),
+            "tokens_ready": plgpu.Barrier(num_arrivals=3 * shape.tile, num_barriers=STAGES),
         },
     )(source, target, run.astype(jnp.int32), *rotations(shift, inv_freq, run, shape), ref)
     return jax.freeze(ref).reshape(store.shape)
@@ -124,53 +124,48 @@ def _kernel(
     targets = [target_ref[tile * shape.tile + n] for n in range(shape.tile)]
     cos, sin = (plgpu.load(ref.at[tile], layout=layout, optimized=False) for ref in (cos_ref, sin_ref))
 
-    def pieces(layer: Array, kind: int, slots: list[Array]) -> Iterator[tuple[Any, Any]]:
-        """What is copied of one layer: parts of the store, and their rows in shared memory."""
-        smem = (k_smem, v_smem)[kind].at[lax.rem(layer, STAGES)]
-
-        def at(slot: Array) -> tuple[Array, Array]:
-            return layer * shape.pages + lax.div(slot, shape.page_size), lax.rem(slot, shape.page_size)
-
-        if len(slots) == 1:  # a run
-            page, offset = at(slots[0])
-            for head in range(shape.heads):
-                part = store.at[page, kind * shape.heads + head, pl.ds(offset, shape.tile)]
-                yield part, smem.at[pl.ds(head * shape.tile, shape.tile)]
-        else:
+    def pieces(layer: Array, slots: list[Array]) -> Iterator[tuple[Any, Any, Array]]:
+        """What is copied of one layer: parts of the store, their place in shared memory, and the slot of each."""
+        stage = lax.rem(layer, STAGES)
+        k, v = k_smem.at[stage], v_smem.at[stage]
+        blocks = [(0, pl.ds(0, half), k.at[0]), (0, pl.ds(half, half), k.at[1]), (1, slice(None), v)]
+        for kind, columns, smem in blocks:
             for n, slot in enumerate(slots):
-                page, offset = at(slot)
-                part = store.at[page, pl.ds(kind * shape.heads, shape.heads), offset]
-                yield part, smem.at[pl.ds(n * shape.heads, shape.heads)]
+                page, offset = layer * shape.pages + lax.div(slot, shape.page_size), lax.rem(slot, shape.page_size)
+                if len(slots) > 1:
+                    heads = pl.ds(kind * shape.heads, shape.heads)
+                    yield store.at[page, heads, offset, columns], smem.at[pl.ds(n * shape.heads, shape.heads)], slot
+                    continue
+                for head in range(shape.heads):  # a run
+                    part = store.at[page, kind * shape.heads + head, pl.ds(offset, shape.tile), columns]
+                    yield part, smem.at[pl.ds(head * shape.tile, shape.tile)], slot
 
     def load(layer: Array) -> None:
         def copy(slots: list[Array], ready: Any) -> None:
-            for kind in range(2):
-                for part, smem in pieces(layer, kind, slots):
-                    plgpu.copy_gmem_to_smem(part, smem, ready.at[lax.rem(layer, STAGES)])
+            for part, smem, _ in pieces(layer, slots):
+                plgpu.copy_gmem_to_smem(part, smem, ready.at[lax.rem(layer, STAGES)])
 
         pl.when(run)(lambda: copy(sources[:1], run_ready))
         pl.when(~run)(lambda: copy(sources, tokens_ready))
 
     def save(layer: Array) -> None:
         def copy_run() -> None:
-            for kind in range(2):
-                for part, smem in pieces(layer, kind, targets[:1]):
-                    plgpu.copy_smem_to_gmem(smem, part, commit_group=False)
+            for part, smem, _ in pieces(layer, targets[:1]):
+                plgpu.copy_smem_to_gmem(smem, part, commit_group=False)
 
         def copy_tokens() -> None:
-            for kind in range(2):
-                for (part, smem), target in zip(pieces(layer, kind, targets), targets, strict=True):
+            for part, smem, target in pieces(layer, targets):
 
-                    @pl.when(target >= 0)
-                    def _(part: Any = part, smem: Any = smem) -> None:
-                        plgpu.copy_smem_to_gmem(smem, part, commit_group=False)
+                @pl.when(target >= 0)
+                def _(part: Any = part, smem: Any = smem) -> None:
+                    plgpu.copy_smem_to_gmem(smem, part, commit_group=False)
 
         pl.when(run)(copy_run)
         pl.when(~run)(copy_tokens)
         plgpu.commit_smem_to_gmem_group()
 
     def rotate(stage: Array) -> None:
-        ends = [k_smem.at[stage, :, pl.ds(begin, half)] for begin in (0, half)]
+        ends = [k_smem.at[stage, 0], k_smem.at[stage, 1]]
         first, second = (plgpu.load(end, layout=layout, optimized=False).astype(jnp.float32) for end in ends)
         ends[0][...] = (first * cos - second * sin).astype(shape.dtype)
         ends[1][...] = (second * cos + first * sin).astype(shape.dtype)

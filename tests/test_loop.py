@@ -1,0 +1,578 @@
+"""The serving loop: whatever comes together, is cut, put off or fails, a request gets what it would get alone."""
+
+import threading
+
+import numpy as np
+import pytest
+from conftest import TINY
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
+
+from sparsex_jax import (
+    Engine,
+    EngineConfig,
+    InvalidRequestError,
+    NonFiniteLogitsError,
+    OverloadedError,
+    ReuseConfig,
+    SamplingParams,
+    StoreFullError,
+)
+from sparsex_jax.methods import METHODS
+from sparsex_jax.serving.loop import Loop
+from sparsex_jax.sharding import make_mesh
+from sparsex_jax.weights import random_params
+
+CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32, decode_steps=8)
+PARAMS = random_params(TINY, "float32", make_mesh())
+RNG = np.random.default_rng(7)
+A, B = (RNG.integers(1, 96, 70).astype(np.int32) for _ in range(2))
+TEXT = RNG.integers(1, 96, 4000).astype(np.int32)
+GREEDY = SamplingParams(max_new_tokens=21)
+FULL = ReuseConfig(method="full")
+
+
+def make_engine(**changes):
+    options = {field: getattr(CONFIG, field) for field in CONFIG.__dataclass_fields__} | changes
+    return Engine(TINY, PARAMS, config=EngineConfig(**options))
+
+
+class Heard(list):
+    """A listener: the events of one request."""
+
+    def __call__(self, event):
+        assert self.finish_reason is None, "an event after the last one"
+        assert (event.report is not None) == (bool(event.token_ids) and not self.tokens)
+        self.append(event)
+
+    @property
+    def tokens(self):
+        return [token for event in self for token in event.token_ids]
+
+    @property
+    def text(self):
+        return "".join(event.text for event in self)
+
+    @property
+    def report(self):
+        return next(event.report for event in self if event.report is not None)
+
+    @property
+    def finish_reason(self):
+        return self[-1].finish_reason if self else None
+
+
+def submit(loop, prompt, sampling=GREEDY, **options):
+    heard = Heard()
+    heard.ticket = loop.submit(prompt, sampling, listener=heard, **options)
+    return heard
+
+
+def run(loop, rounds=3000):
+    for _ in range(rounds):
+        if not loop.step():
+            return
+    raise AssertionError(f"not done after {rounds} rounds: {loop.stats}")
+
+
+def idle(engine):
+    """Nobody holds a page, and the cache's books are right."""
+    engine._cache.check()
+    return engine.stats()["active"] == 0
+
+
+def facts(report):
+    return report.to_dict() | {"ttft_s": 0}
+
+
+def mixed_prompts():
+    """Fresh text, reused text, long beginnings that are cut, all different from each other."""
+    at = iter(range(0, 4000, 200))
+
+    def new(length):
+        start = next(at)
+        return TEXT[start : start + length]
+
+    return [
+        np.concatenate([new(100), A, new(20), B, new(15)]),
+        np.concatenate([new(11), A[5:], new(40), B[:50]]),
+        new(150),
+        np.concatenate([A, new(33)]),
+        new(3),
+        np.concatenate([new(60), B, A, new(1)]),
+    ]
+
+
+def remember(engine):
+    for document in (A, B):
+        engine.remember(document, frozen=True)
+
+
+# The same as alone ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batched_and_chunked_is_as_one_at_a_time(method):
+    engine = make_engine()
+    remember(engine)
+    reuse = ReuseConfig(method=method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
+    prompts = mixed_prompts()
+    alone = [engine.generate(prompt, GREEDY, reuse=reuse, keep=False) for prompt in prompts]
+    loop = Loop(engine, prefill_tokens=24)
+    together = [submit(loop, prompt, reuse=reuse, keep=False) for prompt in prompts]
+    run(loop)
+    for heard, expected in zip(together, alone, strict=True):
+        assert (heard.tokens, heard.finish_reason) == (expected.token_ids, expected.finish_reason)
+        assert facts(heard.report) == facts(expected.report)
+        np.testing.assert_array_equal(heard.report.active, expected.report.active)
+    assert idle(engine)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_put_off_goes_on_as_if_nothing_had_been(method):
+    reuse = ReuseConfig(method=method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
+    sampling = SamplingParams(max_new_tokens=60, temperature=0.7, seed=3, repetition_penalty=1.2)
+    prompts = mixed_prompts()[:4]
+    reference = make_engine()
+    remember(reference)
+    alone = [reference.generate(prompt, sampling, reuse=reuse, keep=False) for prompt in prompts]
+    engine = make_engine(store_tokens=33 * 16)
+    remember(engine)
+    donors = [engine._cache.lookup(document, "default") for document in (A, B)]  # pins them: 10 of the pages
+    loop = Loop(engine, prefill_tokens=64)
+    together = [submit(loop, prompt, sampling, reuse=reuse) for prompt in prompts]
+    run(loop)
+    assert loop.stats.preempted > 0
+    for heard, expected in zip(together, alone, strict=True):
+        assert (heard.tokens, heard.finish_reason) == (expected.token_ids, expected.finish_reason)
+        assert facts(heard.report) == facts(expected.report)
+    for match in donors:
+        engine._cache.unpin(match)
+    assert idle(engine)
+
+
+def test_an_exact_request_that_was_put_off_finds_itself_again():
+    engine = make_engine(store_tokens=30 * 16, max_batch=2)
+    prompts = [TEXT[:200], TEXT[300:450]]  # 13 and 10 pages; 60 new tokens are 4 more each
+    prefixes, admit = [], engine._admit
+
+    def watched(*args):
+        request = admit(*args)
+        prefixes.append((len(request.tokens), request.match.num_prefix_tokens))
+        return request
+
+    engine._admit = watched
+    loop = Loop(engine)
+    heard = [submit(loop, prompt, SamplingParams(max_new_tokens=60)) for prompt in prompts]
+    run(loop)
+    assert [len(one.tokens) for one in heard] == [60, 60]
+    assert loop.stats.preempted >= 1
+    again = prefixes[2:]
+    assert again
+    assert all(length > 150 and prefix >= 100 for length, prefix in again)
+
+
+def test_random_streams_are_the_requests_own():
+    engine = make_engine()
+    samplings = [
+        SamplingParams(max_new_tokens=15, temperature=1.0, seed=seed, top_k=20, presence_penalty=0.5, logprobs=2)
+        for seed in range(6)
+    ]
+    prompts = [TEXT[at : at + 40] for at in range(0, 240, 40)]
+    alone = [engine.generate(p, s, reuse=FULL, keep=False) for p, s in zip(prompts, samplings, strict=True)]
+    loop = Loop(engine, prefill_tokens=32)
+    together = [submit(loop, p, s, reuse=FULL, keep=False) for p, s in zip(prompts, samplings, strict=True)]
+    run(loop)
+    assert [heard.tokens for heard in together] == [out.token_ids for out in alone]
+    for heard, out in zip(together, alone, strict=True):
+        got = [entry for event in heard for entry in event.logprobs]
+        assert [entry.token_id for entry in got] == out.token_ids
+        np.testing.assert_allclose([e.logprob for e in got], [e.logprob for e in out.logprobs], atol=1e-4)
+
+
+def test_text_streams_and_ends_at_stop_strings(smollm):
+    prompt = [{"role": "user", "content": "Name three colours, and write 🦜 after each."}]
+    sampling = SamplingParams(max_new_tokens=24)
+    whole = smollm.generate(prompt, sampling, namespace="loop")
+    stop = whole.text[len(whole.text) // 2 :][:5]
+    loop = Loop(smollm)
+    heard = submit(loop, prompt, sampling, namespace="loop")
+    stopped = submit(loop, prompt, SamplingParams(max_new_tokens=24, stop=(stop,)), namespace="loop")
+    run(loop)
+    assert (heard.text, heard.tokens) == (whole.text, whole.token_ids)
+    assert (stopped.text, stopped.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert len([event for event in heard if event.text]) > 1
+
+
+# In what order ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["prefix", "naive", "sparsex"])
+def test_what_two_share_is_computed_once(method):
+    """In front for the prefix, elsewhere for segments."""
+    engine = make_engine()
+    shared, reuse = TEXT[:160], ReuseConfig(method=method)
+    before = [[], []] if method == "prefix" else [TEXT[500:520], TEXT[600:607]]
+    behind = [TEXT[700:725], TEXT[800:825]]
+    prompts = [np.concatenate([b, shared, e]).astype(np.int32) for b, e in zip(before, behind, strict=True)]
+    loop = Loop(engine)
+    first, second, other = [submit(loop, prompt, reuse=reuse) for prompt in (*prompts, TEXT[1000:1100])]
+    run(loop)
+    assert first.report.prefix_tokens + first.report.reused_tokens == 0
+    assert second.report.prefix_tokens + second.report.reused_tokens >= 159
+    assert other.report.fresh_tokens == 100
+
+
+def test_who_waits_for_another_goes_on_when_that_one_is_gone():
+    loop = Loop(make_engine(), prefill_tokens=16)
+    first, second = [submit(loop, TEXT[:160]) for _ in range(2)]
+    loop.step()
+    assert (loop.stats.running, loop.stats.waiting) == (1, 1)
+    first.ticket.cancel()
+    run(loop)
+    assert (first.finish_reason, second.finish_reason) == ("cancelled", "length")
+    assert second.report.fresh_tokens == 160
+
+
+@pytest.mark.parametrize("difference", ["namespace", "keep", "full"])
+def test_nobody_waits_for_what_it_cannot_use(difference):
+    loop = Loop(make_engine())
+    options = {
+        "namespace": [{"namespace": "a"}, {"namespace": "b"}],
+        "keep": [{"keep": False}, {}],
+        "full": [{}, {"reuse": FULL}],
+    }[difference]
+    for each in options:
+        submit(loop, TEXT[:160], **each)
+    loop.step()
+    assert (loop.stats.running, loop.stats.waiting) == (2, 0)
+    run(loop)
+
+
+def test_a_huge_prompt_stalls_nobody():
+    engine = make_engine()
+    loop = Loop(engine, prefill_tokens=32)
+    running = submit(loop, TEXT[:10], SamplingParams(max_new_tokens=200))
+    loop.step()
+    huge = submit(loop, TEXT[100:900])
+    loop.step()
+    small = submit(loop, TEXT[1000:1020])
+    before = len(running.tokens)
+    for _ in range(3):
+        loop.step()
+    assert small.tokens
+    assert not huge.tokens
+    assert len(running.tokens) > before
+    run(loop)
+    expected = engine.generate(TEXT[100:900], GREEDY, reuse=FULL, keep=False)
+    assert (huge.tokens, huge.report.fresh_tokens) == (expected.token_ids, 800)
+
+
+def test_chunks_have_at_most_so_many_rows_and_small_prompts_share_them():
+    engine = make_engine()
+    plans, prefill = [], engine._runner.prefill
+    engine._runner.prefill = lambda requests: plans.append([r.num_rows for r in requests]) or prefill(requests)
+    loop = Loop(engine, prefill_tokens=64)
+    for start, length in ((0, 200), (300, 10), (400, 20), (500, 30)):
+        submit(loop, TEXT[start : start + length])
+    run(loop)
+    assert plans == [[64], [10, 20, 30], [64], [64], [8]]
+
+
+def test_small_prompts_pass_one_that_waits_for_pages_but_not_for_ever():
+    loop = Loop(make_engine(store_tokens=40 * 16, max_batch=4), max_overtakes=3)
+    first = submit(loop, TEXT[:200], SamplingParams(max_new_tokens=100))
+    loop.step()
+    huge = submit(loop, TEXT[300:800])  # 33 pages
+    small = [submit(loop, TEXT[at : at + 20], SamplingParams(max_new_tokens=5)) for at in range(1000, 1400, 40)]
+    while first.finish_reason is None:
+        assert loop.step()
+    assert [bool(one.tokens) for one in small] == [True] * 3 + [False] * 7
+    while huge.ticket._task.request is None:
+        assert loop.step()
+    assert not small[3].tokens
+    run(loop)
+    assert all(one.finish_reason == "length" for one in (huge, *small))
+
+
+def test_a_pinned_part_of_a_frozen_entry_does_not_lock_a_request_out():
+    """It shares one page of an entry, and as long as it does none of the entry's other pages may go."""
+    engine = make_engine(store_tokens=20 * 16)
+    engine.remember(TEXT[:240], frozen=True)
+    loop = Loop(engine)
+    prompt = np.concatenate([TEXT[:20], TEXT[500:600]])
+    heard = submit(loop, prompt, SamplingParams(max_new_tokens=60))
+    run(loop)
+    assert heard.tokens == engine.generate(prompt, SamplingParams(max_new_tokens=60), reuse=FULL).token_ids
+    assert idle(engine)
+
+
+# How it ends otherwise --------------------------------------------------------------------------------------
+
+
+def test_cancelling_frees_the_pages_at_the_next_step():
+    engine = make_engine(max_batch=2)
+    loop = Loop(engine, prefill_tokens=16)
+    decoding = submit(loop, TEXT[:10], SamplingParams(max_new_tokens=300), keep=False)
+    loop.step()
+    prefilling = submit(loop, TEXT[100:300], keep=False)
+    waiting = submit(loop, TEXT[400:450], keep=False)
+    loop.step()
+    assert (loop.stats.running, loop.stats.waiting) == (2, 1)
+    inbox = submit(loop, TEXT[400:450], keep=False)
+    for heard in (decoding, prefilling, waiting, inbox):
+        threading.Thread(target=heard.ticket.cancel).start()
+    run(loop, rounds=1)
+    assert [heard.finish_reason for heard in (decoding, prefilling, waiting, inbox)] == ["cancelled"] * 4
+    assert decoding.tokens
+    assert loop.stats.cancelled == 4
+    assert engine.stats()["free"] == engine.stats()["pages"]
+    decoding.ticket.cancel()  # no harm
+
+
+def test_a_poisoned_request_fails_alone_and_leaves_nothing():
+    """Token 96 has an embedding of NaN."""
+    params = PARAMS | {"embed": PARAMS["embed"].at[96].set(np.nan)}
+    engine = Engine(TINY, params, config=CONFIG)
+    expected = engine.generate(TEXT[:50], GREEDY, keep=False).token_ids
+    loop = Loop(engine)
+    good = submit(loop, TEXT[:50])
+    bad = submit(loop, [*TEXT[100:200].tolist(), 96])
+    late = submit(loop, TEXT[200:240], SamplingParams(max_new_tokens=30, logit_bias={96: 100}))
+    run(loop)
+    assert (good.tokens, good.finish_reason) == (expected, "length")
+    for heard in (bad, late):
+        assert heard.finish_reason == "error"
+        assert isinstance(heard[-1].error, NonFiniteLogitsError)
+    assert (bad.tokens, late.tokens) == ([], [96])
+    assert (loop.stats.failed, loop.stats.finished) == (2, 1)
+    assert idle(engine)
+    for tokens in (TEXT[100:200], TEXT[200:240]):
+        assert engine.prefill(tokens, reuse=ReuseConfig(method="prefix"), keep=False).report.prefix_tokens == 0
+
+
+@pytest.mark.parametrize("step", ["_admit", "prefill", "start_decode"])
+def test_what_fails_for_one_request_fails_for_it_alone(step, monkeypatch):
+    engine = make_engine()
+    expected = engine.generate(TEXT[:50], GREEDY, keep=False).token_ids
+    owner = engine if step == "_admit" else engine._runner
+    works = getattr(owner, step)
+
+    def fails(first, *args):
+        """With the request whose prompt has 77 tokens, alone or with others."""
+        lengths = {
+            "_admit": lambda: [len(first)],
+            "prefill": lambda: [len(plan.prompt) for plan in first],
+            "start_decode": lambda: [position for position in np.asarray(first.position) if 77 <= position < 100],
+        }[step]()
+        if 77 in lengths or (step == "start_decode" and lengths):
+            raise RuntimeError("broken")
+        return works(first, *args)
+
+    monkeypatch.setattr(owner, step, fails)
+    loop = Loop(engine)
+    heard = [submit(loop, TEXT[start : start + length]) for start, length in ((0, 50), (100, 77), (200, 30))]
+    run(loop)
+    assert [one.finish_reason for one in heard] == ["length", "error", "length"]
+    assert heard[0].tokens == expected
+    assert str(heard[1][-1].error) == "broken"
+    assert idle(engine)
+
+
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_a_lost_store_costs_time_and_at_most_the_request_that_lost_it(step, monkeypatch):
+    engine = make_engine()
+    prompts = [TEXT[start : start + length] for start, length in ((0, 50), (100, 77), (200, 30))]
+    expected = [engine.generate(prompt, GREEDY, keep=False).token_ids for prompt in prompts]
+    works = getattr(__import__("sparsex_jax.runner").runner, step)
+
+    def fails(params, store, plan, *args, **static):
+        positions = plan.rows.position if step == "prefill" else plan.position
+        if any(77 <= position < 100 for position in np.asarray(positions)) or (np.asarray(positions) == 76).any():
+            store.delete()
+            raise RuntimeError("device lost")
+        return works(params, store, plan, *args, **static)
+
+    monkeypatch.setattr(f"sparsex_jax.runner.{step}", fails)
+    loop = Loop(engine)
+    heard = [submit(loop, prompt) for prompt in prompts]
+    run(loop)
+    assert [one.finish_reason for one in heard] == ["length", "error", "length"]
+    assert [heard[0].tokens, heard[2].tokens] == [expected[0], expected[2]]
+    assert idle(engine)
+
+
+def test_a_store_lost_by_a_call_between_two_steps_is_noticed():
+    engine = make_engine()
+    expected = engine.generate(TEXT[:50], GREEDY, keep=False).token_ids
+    loop = Loop(engine)
+    heard = submit(loop, TEXT[:50])
+    loop.step()
+    engine._runner.store.delete()
+    with pytest.raises(RuntimeError):
+        engine.remember(A)
+    run(loop)
+    assert heard.tokens == expected
+    assert idle(engine)
+
+
+def test_a_listener_that_raises_hurts_nobody(caplog):
+    engine = make_engine()
+    loop = Loop(engine)
+    calls = []
+
+    def broken(event):
+        calls.append(event)
+        raise ValueError("gone")
+
+    loop.submit(TEXT[:50], GREEDY, listener=broken)
+    heard = submit(loop, TEXT[100:150])
+    run(loop)
+    assert heard.finish_reason == "length"
+    assert len(calls) == 1
+    assert loop.stats.cancelled == 1
+    assert "listener of request 1" in caplog.text
+    assert idle(engine)
+
+
+def test_too_many_are_refused_and_told_when_to_come_again():
+    loop = Loop(make_engine(max_batch=2), max_waiting=3)
+    for _ in range(3):
+        submit(loop, TEXT[:10])
+    with pytest.raises(OverloadedError, match="3 requests wait already, and max_waiting is 3") as refused:
+        submit(loop, TEXT[:10])
+    assert refused.value.retry_after_s >= 1
+    loop.step()
+    submit(loop, TEXT[:10])
+    run(loop)
+    assert (loop.stats.finished, loop.stats.waiting) == (4, 0)
+
+
+BAD = {
+    "prompt": ([], {}, InvalidRequestError, "prompt is empty"),
+    "text": ("hello", {}, InvalidRequestError, "no tokenizer"),
+    "namespace": ([1], {"namespace": ""}, InvalidRequestError, "namespace=''"),
+    "method": ([1], {"reuse": ReuseConfig(method="magic")}, InvalidRequestError, "method='magic'"),
+    "boundary": ([1], {"reuse": ReuseConfig(boundary_layer=9)}, InvalidRequestError, "boundary_layer=9"),
+    "stop": ([1], {"sampling": SamplingParams(stop="x")}, InvalidRequestError, "stop="),
+    "bias": ([1], {"sampling": SamplingParams(logit_bias={97: 1})}, InvalidRequestError, "token id 97"),
+    "too long": ([1], {"sampling": SamplingParams(max_new_tokens=2000)}, InvalidRequestError, "together 2001"),
+    "too large": ([1] * 600, {}, StoreFullError, "KV for 620 tokens, 39 pages of 16; store_tokens=320 gives 20"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "options", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_requests_are_refused_at_once(prompt, options, error, message):
+    loop = Loop(make_engine(store_tokens=320))
+    with pytest.raises(error, match=message):
+        submit(loop, prompt, **options)
+    assert not loop.step()
+
+
+def test_who_waits_for_work_is_woken():
+    loop = Loop(make_engine())
+    woken = threading.Event()
+
+    def wait():
+        loop.wait(60)
+        woken.set()
+
+    threading.Thread(target=wait, daemon=True).start()
+    heard = submit(loop, TEXT[:10])
+    assert woken.wait(30)
+    run(loop)
+    assert heard.finish_reason == "length"
+
+
+# Random lives -----------------------------------------------------------------------------------------------
+
+REFERENCE = make_engine(max_batch=1)
+CUTS = st.tuples(st.integers(0, 5), st.integers(1, 130)).map(lambda cut: TEXT[40 * cut[0] :][: cut[1]])
+
+
+class LoopMachine(RuleBasedStateMachine):
+    """A store that holds few requests at a time, and some not at all."""
+
+    requests = Bundle("requests")
+
+    def __init__(self):
+        super().__init__()
+        self.engine = make_engine(store_tokens=20 * 16, decode_steps=4)
+        self.loop = Loop(self.engine, prefill_tokens=32, max_waiting=8, max_overtakes=2)
+        self.accepted = []
+
+    @rule(
+        target=requests,
+        parts=st.lists(CUTS, min_size=1, max_size=3),
+        new=st.integers(1, 60),
+        method=st.sampled_from(["full", "prefix", "naive", "sparsex"]),
+        keep=st.booleans(),
+    )
+    def submit(self, parts, new, method, keep):
+        prompt = np.concatenate(parts)
+        reuse = ReuseConfig(method=method, boundary_layer=1)
+        try:
+            heard = submit(self.loop, prompt, SamplingParams(max_new_tokens=new), reuse=reuse, keep=keep)
+        except StoreFullError:
+            assert len(prompt) + new - 1 > 20 * 16
+            return multiple()
+        except OverloadedError:
+            assert self.loop.stats.waiting == 8
+            return multiple()
+        self.accepted.append((heard, prompt, new, method))
+        return heard
+
+    @rule(heard=requests)
+    def cancel(self, heard):
+        heard.ticket.cancel()
+
+    @rule(rounds=st.integers(1, 6))
+    def step(self, rounds):
+        for _ in range(rounds):
+            self.loop.step()
+
+    @rule(part=CUTS, frozen=st.booleans())
+    def remember(self, part, frozen):
+        """Between two steps, engine calls are as good as ever."""
+        try:
+            self.engine.remember(part, frozen=frozen)
+        except StoreFullError:
+            assert self.loop.stats.running
+
+    @precondition(lambda self: self.loop.stats.running)
+    @rule(step=st.sampled_from(["prefill", "decode"]))
+    def lose_the_store(self, step):
+        def broken(params, store, *args, **static):
+            store.delete()
+            raise RuntimeError("device lost")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"sparsex_jax.runner.{step}", broken)
+            self.loop.step()
+
+    @invariant()
+    def the_books_are_right(self):
+        self.engine._cache.check()
+        held = {page for task in self.loop._running for page in task.pages}
+        pinned = {page for match in self.engine._cache._pins for page in match.pages}
+        assert {int(page) for page in np.flatnonzero(self.engine._cache._table.refs)} == held | pinned
+
+    def teardown(self):
+        run(self.loop)
+        assert idle(self.engine)
+        stats = self.loop.stats
+        assert stats.finished + stats.cancelled + stats.failed == len(self.accepted)
+        for heard, prompt, new, method in self.accepted:
+            assert heard.finish_reason in ("length", "cancelled", "error")
+            if heard.finish_reason == "length":
+                assert len(heard.tokens) == new
+            if method in ("full", "prefix"):
+                expected = REFERENCE.generate(prompt, SamplingParams(max_new_tokens=new), reuse=FULL, keep=False)
+                assert heard.tokens == expected.token_ids[: len(heard.tokens)]
+
+
+LoopMachine.TestCase.settings = settings(
+    max_examples=12, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)
+test_loop_machine = LoopMachine.TestCase

@@ -1,0 +1,94 @@
+"""Take the README's picture of the page: SmolLM2 answers the page's own example. Needs Chromium on the PATH.
+
+uv run python scripts/screenshot_page.py
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+from playwright.sync_api import Page, expect, sync_playwright
+
+from sparsex_jax import Engine
+from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.loop import Loop
+from sparsex_jax.serving.server import Server
+from sparsex_jax.serving.worker import Worker
+
+MODEL = "smollm2-135m-instruct"
+PICTURE = Path(__file__).parent / "results" / "page.png"
+SECONDS = 300
+
+
+def main() -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        sys.exit("there is no Chromium on the PATH")
+    server, url = start_server()
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 1200, "height": 860})
+        try:
+            take(page, url)
+        finally:
+            chromium.close()
+            server.should_exit = True
+    print(f"{PICTURE}: {PICTURE.stat().st_size // 1024} KiB")
+
+
+def start_server() -> tuple[Server, str]:
+    engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=4096)
+    app = create_app(Worker(engine, Loop(engine)), model=MODEL)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = Server(app, "127.0.0.1", port)
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.05)
+    return server, f"http://127.0.0.1:{port}"
+
+
+def take(page: Page, url: str) -> None:
+    """Ask once, which compiles, forget that, and ask again; then compare, twice for the same reason."""
+    expect.set_options(timeout=SECONDS * 1000)
+    page.set_default_timeout(SECONDS * 1000)
+    page.goto(url)
+    ask_example(page)
+    forget_everything(page, url)
+    ask_example(page)
+    for _ in range(2):
+        page.get_by_role("button", name="Compare with full").click()
+        expect(page.locator("#compare-text")).to_contain_text("Full recompute: first token after")
+        expect(page.get_by_role("button", name="Compare with full")).to_be_enabled()
+    page.evaluate("scrollTo(0, 0)")
+    page.screenshot(path=PICTURE)
+
+
+def ask_example(page: Page) -> None:
+    page.get_by_role("button", name="Try an example").click()
+    expect(page.locator(".turn.assistant .facts")).to_have_count(1)
+    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+
+
+def forget_everything(page: Page, url: str) -> None:
+    """A new chat under a salt of its own, so that the first answer's prompt is no prefix of the second's."""
+    page.get_by_text("Settings").click()
+    page.get_by_label("Cache salt").fill("picture")
+    page.get_by_label("Cache salt").blur()
+    with httpx.Client(base_url=url) as http:
+        for entry in http.get("/v1/knowledge").json()["data"]:
+            http.delete(f"/v1/knowledge/{entry['handle']}")
+    page.get_by_role("button", name="New chat").click()
+    page.reload()
+    expect(page.locator(".notes li")).to_have_count(0)
+
+
+if __name__ == "__main__":
+    main()

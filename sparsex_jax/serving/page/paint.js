@@ -1,0 +1,97 @@
+// A report as pictures and numbers. Texts are always text nodes: nothing in them is markup.
+
+export const KINDS = ["prefix", "reused", "recomputed", "fresh"];
+const MEANING = {
+  prefix: "at the beginning, stored exactly so",
+  reused: "found in the store and moved here",
+  recomputed: "found, and computed again",
+  fresh: "new",
+};
+
+export function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+// One of KINDS for each token of the prompt.
+export function kindsOf(map) {
+  const active = expand(map.active);
+  return expand(map.kind).map((kind, at) => (kind === "reused" && active[at] ? "recomputed" : kind));
+}
+
+function expand(runs) {
+  return runs.flatMap(([value, length]) => Array(length).fill(value));
+}
+
+export function countKinds(kinds) {
+  return Object.fromEntries(KINDS.map((kind) => [kind, kinds.filter((each) => each === kind).length]));
+}
+
+// parts: {name: size}
+export function paintBar(bar, parts) {
+  bar.replaceChildren(
+    ...Object.entries(parts).filter(([, size]) => size > 0).map(([name, size]) => {
+      const part = element("span", name);
+      part.style.flexGrow = size;
+      part.title = `${name}: ${size}`;
+      return part;
+    }),
+  );
+}
+
+export function paintLegend(list, counts) {
+  list.replaceChildren(
+    ...KINDS.map((kind) => {
+      const item = element("li");
+      item.title = MEANING[kind];
+      item.append(element("span", `key ${kind}`), `${kind} ${counts[kind]}`);
+      return item;
+    }),
+  );
+}
+
+export function paintPrompt(place, map, kinds) {
+  place.replaceChildren(
+    ...map.text.map((text, at) => {
+      const token = element("span", `token ${kinds[at]}`, text);
+      token.title = `token ${at}: ${kinds[at]}, ${MEANING[kinds[at]]}`;
+      return token;
+    }),
+  );
+}
+
+// sourceOf: text of a segment => where it is known from
+export function paintSegments(body, report, sourceOf) {
+  body.replaceChildren(
+    ...report.segments.map((segment) => {
+      const text = report.token_map.text.slice(segment.start, segment.start + segment.length).join("");
+      const row = element("tr");
+      row.append(
+        element("td", "", range(segment.start, segment.length)),
+        element("td", "", range(segment.donor_start, segment.length)),
+        element("td", "", sourceOf(text)),
+        element("td", "", shorten(text, 90)),
+      );
+      return row;
+    }),
+  );
+}
+
+function range(start, length) {
+  return `${start}–${start + length - 1}`;
+}
+
+export function shorten(text, length) {
+  const line = text.replace(/\s+/g, " ").trim();
+  return line.length > length ? `${line.slice(0, length - 1)}…` : line;
+}
+
+export function seconds(value) {
+  return value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`;
+}
+
+export function percent(share) {
+  return `${Math.round(share * 100)} %`;
+}

@@ -1,5 +1,6 @@
 """The serving loop: whatever comes together, is cut, put off or fails, a request gets what it would get alone."""
 
+import dataclasses
 import threading
 
 import numpy as np
@@ -26,6 +27,7 @@ from sparsex_jax.weights import random_params
 
 CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32, decode_steps=8)
 PARAMS = random_params(TINY, "float32", make_mesh())
+POISONED = PARAMS | {"embed": PARAMS["embed"].at[96].set(np.nan)}  # whoever takes token 96 has NaN logits
 RNG = np.random.default_rng(7)
 A, B = (RNG.integers(1, 96, 70).astype(np.int32) for _ in range(2))
 TEXT = RNG.integers(1, 96, 4000).astype(np.int32)
@@ -34,8 +36,7 @@ FULL = ReuseConfig(method="full")
 
 
 def make_engine(**changes):
-    options = {field: getattr(CONFIG, field) for field in CONFIG.__dataclass_fields__} | changes
-    return Engine(TINY, PARAMS, config=EngineConfig(**options))
+    return Engine(TINY, PARAMS, config=dataclasses.replace(CONFIG, **changes))
 
 
 class Heard(list):
@@ -332,9 +333,7 @@ def test_cancelling_frees_the_pages_at_the_next_step():
 
 
 def test_a_poisoned_request_fails_alone_and_leaves_nothing():
-    """Token 96 has an embedding of NaN."""
-    params = PARAMS | {"embed": PARAMS["embed"].at[96].set(np.nan)}
-    engine = Engine(TINY, params, config=CONFIG)
+    engine = Engine(TINY, POISONED, config=CONFIG)
     expected = engine.generate(TEXT[:50], GREEDY, keep=False).token_ids
     loop = Loop(engine)
     good = submit(loop, TEXT[:50])
@@ -498,7 +497,8 @@ class LoopMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.engine = make_engine(store_tokens=20 * 16, decode_steps=4)
+        config = dataclasses.replace(CONFIG, store_tokens=20 * 16, decode_steps=4)
+        self.engine = Engine(TINY, POISONED, config=config)
         self.loop = Loop(self.engine, prefill_tokens=32, max_waiting=8, max_overtakes=2)
         self.accepted = []
 
@@ -508,9 +508,10 @@ class LoopMachine(RuleBasedStateMachine):
         new=st.integers(1, 60),
         method=st.sampled_from(["full", "prefix", "naive", "sparsex"]),
         keep=st.booleans(),
+        poison=st.sampled_from([[], [], [], [96]]),
     )
-    def submit(self, parts, new, method, keep):
-        prompt = np.concatenate(parts)
+    def submit(self, parts, new, method, keep, poison):
+        prompt = np.concatenate([*parts, poison]).astype(np.int32)
         reuse = ReuseConfig(method=method, boundary_layer=1)
         try:
             heard = submit(self.loop, prompt, SamplingParams(max_new_tokens=new), reuse=reuse, keep=keep)
@@ -567,7 +568,9 @@ class LoopMachine(RuleBasedStateMachine):
             assert heard.finish_reason in ("length", "cancelled", "error")
             if heard.finish_reason == "length":
                 assert len(heard.tokens) == new
-            if method in ("full", "prefix"):
+            if 96 in prompt:
+                assert heard.tokens == []
+            elif method in ("full", "prefix"):
                 expected = REFERENCE.generate(prompt, SamplingParams(max_new_tokens=new), reuse=FULL, keep=False)
                 assert heard.tokens == expected.token_ids[: len(heard.tokens)]
 

@@ -14,8 +14,8 @@ is committed). The oldest is never put off for another, so it always gets on.
 Order. The oldest waits first. Others overtake it only where it waits for pages and they find theirs, and only so many
 times. Among those being prefilled, turns go round: a prompt of many chunks comes last after each.
 
-Faults. What fails for several fails for each alone, and then only for the one whose fault it is. If a step takes the
-store with it, everybody is computed again from an empty cache, those who were in that step one by one.
+Faults. What fails for several is tried with each alone, and then fails only for the one whose fault it is. If a step
+takes the store with it, everybody is computed again from an empty cache, those who were in that step one by one.
 
 Everything but `submit`, `wait`, `stats` and `Ticket.cancel` belongs to one thread, and so does the engine meanwhile.
 """
@@ -38,7 +38,7 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.decode import DecodeState
 from sparsex_jax.engine import DEFAULT_NAMESPACE, Engine
-from sparsex_jax.errors import InvalidRequestError, OverloadedError, StoreFullError
+from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError, OverloadedError, StoreFullError
 from sparsex_jax.generation import Output, decode_state, sampling_arrays
 from sparsex_jax.inputs import Prompt
 from sparsex_jax.report import Report
@@ -301,16 +301,17 @@ class Loop:
         Args:
           first: the tokens are those behind a prefill. What it wrote can be found from now on.
         """
-        before = len(task.output.token_ids)
         try:
             task.output.take(sampled, line)
             task.done = len(task.sequence) - 1  # the last token's KV is not in the store: it was no input yet
             if first or task.output.finish_reason:
                 self._commit(task)
         except Exception as error:
-            self._fail(task, error)
+            if isinstance(error, NonFiniteLogitsError) and not task.suspect:
+                self._suspect(task)
+            else:
+                self._fail(task, error)
             return
-        self._counts["generated_tokens"] += len(task.output.token_ids) - before
         if task.output.finish_reason:
             self._end(task, task.output.finish_reason)
         else:
@@ -344,6 +345,16 @@ class Loop:
         self._leave(task)
         self._put_back(task)
         task.blocked_at = self._changes
+
+    def _suspect(self, task: Task) -> None:
+        """Its logits are not finite, maybe because of another's: in attention, 0 times that one's NaN is NaN.
+
+        So it is computed again, alone, and fails if they are not then either.
+        """
+        task.suspect = True
+        self._withdraw(task)
+        self._leave(task)
+        self._put_back(task)
 
     def _put_back(self, task: Task) -> None:
         self._waiting.append(task)
@@ -530,6 +541,7 @@ class Loop:
         self._changes += 1
 
     def _tell(self, task: Task, event: Event) -> None:
+        self._counts["generated_tokens"] += len(event.token_ids)
         try:
             task.listener(event)
         except Exception:

@@ -56,7 +56,7 @@ class Task:
       done: how many tokens of the sequence have their KV in the pages.
       approximate: the KV is not what a full prefill would give.
       cancelled: nobody wants the rest.
-      suspect: it was in a plan that took the store with it, so it runs alone.
+      suspect: it was in a step that took the store with it, or got logits that are not finite. It runs alone.
       overtaken: how often a younger one was admitted while it waited for pages.
       shared_pages: so many of its pages are those of a prefix that it found.
       blocked_at: the loop's count of changes when there were no pages for it. Until the next one there are none.

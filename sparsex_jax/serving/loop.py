@@ -303,7 +303,7 @@ class Loop:
         """
         try:
             task.output.take(sampled, line)
-            task.done = len(task.sequence) - 1  # the last token's KV is not in the store: it was no input yet
+            task.done = task.length - 1  # the last token's KV is not in the store: it was no input yet
             if first or task.output.finish_reason:
                 self._commit(task)
         except Exception as error:
@@ -479,7 +479,7 @@ class Loop:
         outputs, prompts = [task.output for task in tasks], [task.tokens for task in tasks]
         sampling = sampling_arrays(outputs, prompts, len(logits), self._engine.model.vocab_size)
         position = np.zeros(len(logits), np.int32)
-        position[: len(tasks)] = [len(task.sequence) for task in tasks]
+        position[: len(tasks)] = [task.length for task in tasks]
         return self._engine._runner.first_tokens(logits, sampling, position)
 
     # How it ends --------------------------------------------------------------------------------------------

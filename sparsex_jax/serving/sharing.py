@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
+import weakref
 
 import numpy as np
 from jaxtyping import Int32, UInt64
@@ -23,12 +24,18 @@ class Wanted:
 
     def __init__(self, tokens: Int32[np.ndarray, "tokens"], method: Method) -> None:
         self._tokens, self._method = tokens, method
+        self._known: weakref.WeakKeyDictionary[Offer, bool] = weakref.WeakKeyDictionary()
 
     def shares(self, offer: Offer) -> bool:
-        """Whether so much of the offer is of use that waiting pays."""
+        """Whether so much of the offer is of use that waiting pays. Asked each round, found out once."""
+        if offer not in self._known:
+            self._known[offer] = self._shared_tokens(offer) >= LEAST_SHARED
+        return self._known[offer]
+
+    def _shared_tokens(self, offer: Offer) -> int:
         if self._method.uses_segments:
-            return WINDOW * int(np.isin(offer.windows, self._windows).sum()) >= LEAST_SHARED
-        return self._method.uses_prefix and self._common_prefix(offer) - offer.num_prefix >= LEAST_SHARED
+            return WINDOW * int(np.isin(offer.windows, self._windows).sum())
+        return self._common_prefix(offer) - offer.num_prefix if self._method.uses_prefix else 0
 
     def _common_prefix(self, offer: Offer) -> int:
         size = min(len(self._tokens), len(offer.exact))

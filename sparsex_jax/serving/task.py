@@ -104,6 +104,11 @@ class Task:
         assert isinstance(pages, list)
         return pages
 
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence."""
+        return len(self.tokens) + len(self.output.token_ids)
+
     def slots(self, ahead: int) -> int:
         """KV slots needed until there are so many more tokens. The last one of all is no input and needs none."""
         answer = min(len(self.output.token_ids) + ahead, self.output.sampling.max_new_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -181,10 +181,22 @@ def _rows(requests: Sequence[RequestPlan], computed: Sequence[np.ndarray], size:
     )
 
 
-def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Copies | None:
-    """The copies of these runs, each into the pages of the sequence it belongs to, or None if there are none."""
-    if not runs:
-        return None
+def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Iterator[Copies]:
+    """The copies of these runs, each into the pages of the sequence it belongs to, in as many parts as shapes demand.
+
+    A batch that reuses nearly everything has few rows to compute and more to copy than the largest bucket holds.
+    """
+    group: list[tuple[Segment, Sequence[int]]] = []
+    for run in runs:
+        if sum(segment.length for segment, _ in [*group, run]) > shapes.max_rows:
+            yield _copies(group, shapes, page_size)
+            group = []
+        group.append(run)
+    if group:
+        yield _copies(group, shapes, page_size)
+
+
+def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Copies:
     places = [np.arange(segment.start, segment.end) for segment, _ in runs]
     targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
     size, _ = shapes.bucket(sum(map(len, places)))

@@ -52,8 +52,7 @@ class Runner:
 
     def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]]) -> None:
         """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
-        copies = plan_copies(runs, self.shapes, self.engine.page_size)
-        if copies is not None:
+        for copies in plan_copies(runs, self.shapes, self.engine.page_size):
             with self._precision():
                 self.store = align(self.store, copies, decoder=self.decoder)
 

@@ -1,5 +1,7 @@
 """Reuse against full recompute and against the dense reference, through the engine's public calls."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import TINY
@@ -174,6 +176,22 @@ def test_a_batch_gives_what_each_request_gives_alone(tiny):
             assert (out.token_ids, out.finish_reason) == (alone.token_ids, alone.finish_reason)
             assert out.report.to_dict() | {"ttft_s": 0} == alone.report.to_dict() | {"ttft_s": 0}
             np.testing.assert_array_equal(out.report.active, alone.report.active)
+
+
+def test_a_batch_copies_more_tokens_than_a_plan_has_rows():
+    engine = Engine.from_config(
+        dataclasses.replace(TINY, max_position=512), chunk_rows=8, store_tokens=2048, page_size=16
+    )
+    documents = [np.arange(i, i + 400) % 97 for i in (1, 4)]
+    for document in documents:
+        engine.remember(document)
+    prompts = [np.concatenate([[3, 5, 7], document, [9]]) for document in documents]
+    assert engine._runner.shapes.max_rows < 800
+    together = engine.generate_batch(prompts, SamplingParams(4), reuse=ReuseConfig("naive"), keep=False)
+    for prompt, found in zip(prompts, together, strict=True):
+        assert found.report.reused_tokens == 400
+        alone = engine.generate(prompt, SamplingParams(4), reuse=ReuseConfig("naive"), keep=False)
+        assert found.token_ids == alone.token_ids
 
 
 @pytest.mark.parametrize("method", ["naive", "sparsex"])

@@ -3,8 +3,9 @@
 A program has a tile of tokens and goes through the layers, some layers in flight by TMA; the rotation stays in its
 registers. Tiles whose tokens lie behind each other in one page, at the source and at the target, move head by head;
 others token by token. K is `[head, token]` in shared memory then, and `[token, head]` otherwise, and the rotations
-are laid out the same way, so that the arithmetic need not know. The halves of K that rotate into each other lie apart:
-Mosaic mixes up columns when it loads the second 64 of 128 (seen with JAX 0.11.2 on an H100).
+are laid out the same way, so that the arithmetic need not know. With heads of 128 the halves of K that rotate into each
+other lie apart: Mosaic mixes up columns when it loads the second 64 of 128 (seen with JAX 0.11.2 on an H100). Halves of
+64 would start at addresses that TMA does not take.
 """
 
 import functools
@@ -40,6 +41,11 @@ class Shape(NamedTuple):
     def rows(self) -> int:
         return self.tile * self.heads
 
+    @property
+    def k_parts(self) -> int:
+        """Columns of 64 that lie apart in shared memory."""
+        return self.head_dim // 64
+
 
 def align_and_copy(
     store: Store,
@@ -64,10 +70,10 @@ def align_and_copy(
         grid_names=("tile",),
         num_threads=1,
         scratch_types={
-            "k_smem": plgpu.SMEM((STAGES, 2, shape.rows, head_dim // 2), store.dtype),
+            "k_smem": plgpu.SMEM((STAGES, shape.k_parts, shape.rows, 64), store.dtype),
             "v_smem": plgpu.SMEM((STAGES, shape.rows, head_dim), store.dtype),
-            "run_ready": plgpu.Barrier(num_arrivals=3 * heads, num_barriers=STAGES),
-            "tokens_ready": plgpu.Barrier(num_arrivals=3 * shape.tile, num_barriers=STAGES),
+            "run_ready": plgpu.Barrier(num_arrivals=(shape.k_parts + 1) * heads, num_barriers=STAGES),
+            "tokens_ready": plgpu.Barrier(num_arrivals=(shape.k_parts + 1) * shape.tile, num_barriers=STAGES),
         },
     )(source, target, run.astype(jnp.int32), *rotations(shift, inv_freq, run, shape), ref)
     return jax.freeze(ref).reshape(store.shape)
@@ -127,8 +133,8 @@ def _kernel(
     def pieces(layer: Array, slots: list[Array]) -> Iterator[tuple[Any, Any, Array]]:
         """What is copied of one layer: parts of the store, their place in shared memory, and the slot of each."""
         stage = lax.rem(layer, STAGES)
-        k, v = k_smem.at[stage], v_smem.at[stage]
-        blocks = [(0, pl.ds(0, half), k.at[0]), (0, pl.ds(half, half), k.at[1]), (1, slice(None), v)]
+        blocks = [(0, pl.ds(64 * part, 64), k_smem.at[stage, part]) for part in range(shape.k_parts)]
+        blocks.append((1, pl.ds(0, shape.head_dim), v_smem.at[stage]))
         for kind, columns, smem in blocks:
             for n, slot in enumerate(slots):
                 page, offset = layer * shape.pages + lax.div(slot, shape.page_size), lax.rem(slot, shape.page_size)
@@ -165,7 +171,10 @@ def _kernel(
         plgpu.commit_smem_to_gmem_group()
 
     def rotate(stage: Array) -> None:
-        ends = [k_smem.at[stage, 0], k_smem.at[stage, 1]]
+        if shape.k_parts > 1:
+            ends = [k_smem.at[stage, 0], k_smem.at[stage, 1]]
+        else:
+            ends = [k_smem.at[stage, 0, :, pl.ds(begin, half)] for begin in (0, half)]
         first, second = (plgpu.load(end, layout=layout, optimized=False).astype(jnp.float32) for end in ends)
         ends[0][...] = (first * cos - second * sin).astype(shape.dtype)
         ends[1][...] = (second * cos + first * sin).astype(shape.dtype)

@@ -469,6 +469,12 @@ def test_bad_requests_are_refused_at_once(prompt, options, error, message):
     assert not loop.step()
 
 
+@pytest.mark.parametrize("rows", [0, 4000])
+def test_bad_chunks_are_refused(rows):
+    with pytest.raises(InvalidRequestError, match=f"prefill_tokens={rows} must be from 1 to 2048"):
+        Loop(make_engine(), prefill_tokens=rows)
+
+
 def test_who_waits_for_work_is_woken():
     loop = Loop(make_engine())
     woken = threading.Event()

@@ -117,10 +117,10 @@ class Loop:
         """
         self._engine = engine
         self._max_waiting, self._max_overtakes = max_waiting, max_overtakes
-        self._prefill_tokens = prefill_tokens or engine._runner.shapes.buckets[1][0]
-        if not 1 <= self._prefill_tokens <= engine._runner.shapes.max_rows:
-            limit = engine._runner.shapes.max_rows
-            raise InvalidRequestError(f"prefill_tokens={prefill_tokens} must be from 1 to {limit}")
+        shapes = engine._runner.shapes
+        self._prefill_tokens = shapes.buckets[1][0] if prefill_tokens is None else prefill_tokens
+        if not 1 <= self._prefill_tokens <= shapes.max_rows:
+            raise InvalidRequestError(f"prefill_tokens={prefill_tokens} must be from 1 to {shapes.max_rows}")
         self._ids = itertools.count(1)
         self._inbox: list[Task] = []
         self._news = threading.Condition()
@@ -392,20 +392,22 @@ class Loop:
         tokens, reuse = task.to_prefill()
         try:
             self._admit_with(task, tokens, reuse)
-        except StoreFullError as error:
+        except StoreFullError:
             task.blocked_at = self._changes
-            return not self._running and self._admit_without_reuse(task, error)
+            return not self._running and self._admit_without_reuse(task)
         except Exception as error:
             self._fail(task, error)
             return False
         return True
 
-    def _admit_without_reuse(self, task: Task, error: Exception) -> bool:
-        """With the store to itself it can lack pages only because of what it shares: of a frozen entry, one page in use
-        keeps all others."""
+    def _admit_without_reuse(self, task: Task) -> bool:
+        """The task has the store to itself, and still there are not enough pages.
+
+        It can only be for what it shares: one page of a frozen entry in use keeps all others of it. So it shares none.
+        """
         try:
             self._admit_with(task, task.sequence, ReuseConfig(method="full"))
-        except Exception:
+        except Exception as error:
             self._fail(task, error)
             return False
         return True
@@ -425,26 +427,25 @@ class Loop:
             self._prefill_together(tasks)
 
     def _next_plan(self) -> list[Task]:
-        """Whose turn it is, and those behind whose stages have the same schedule and fit into the plan too."""
+        """Whose turn it is, and those behind whose stages fit in with it."""
         chosen: list[Task] = []
-        rows = 0
         for task in self._prefilling:
-            stage = task.stages[0]
-            fits = (
-                rows + stage.num_rows <= self._prefill_tokens and stage.starts == chosen[0].stages[0].starts
-                if chosen
-                else True
-            )
-            if fits and not (chosen and (task.suspect or chosen[0].suspect)):
+            if not chosen or self._fits(task, chosen):
                 chosen.append(task)
-                rows += stage.num_rows
         return chosen
+
+    def _fits(self, task: Task, chosen: Sequence[Task]) -> bool:
+        """Whether the task's next stage has the schedule of these, and their plan room for its rows."""
+        if task.suspect or chosen[0].suspect:
+            return False
+        together = [one.stages[0] for one in (*chosen, task)]
+        same = together[-1].starts == together[0].starts
+        return same and sum(stage.num_rows for stage in together) <= self._prefill_tokens
 
     def _prefill_together(self, tasks: list[Task]) -> None:
         try:
             logits, computed = self._engine._runner.prefill([task.stages[0] for task in tasks])
-            ready = any(len(task.stages) == 1 for task in tasks)
-            sampled = self._first_tokens(logits, tasks) if ready else None
+            sampled = self._first_tokens(logits, tasks)  # of chunks too: what fails is to fail here
         except Exception as error:
             self._survive(tasks, error, self._prefill_alone)
             return
@@ -454,7 +455,7 @@ class Loop:
             self._prefilling.remove(task)
             if task.stages:
                 self._prefilling.append(task)
-            elif sampled is not None:
+            else:
                 self._start_decoding(task, sampled, line)
         self._changes += 1
 
@@ -464,10 +465,9 @@ class Loop:
 
     def _start_decoding(self, task: Task, sampled: Sampled, line: int) -> None:
         self._decoding.append(task)
-        if task.report is None:
+        if not task.output.token_ids:
             assert task.computed is not None
             task.report = self._engine._report(task.admitted, task.computed, task.submitted)
-            self._count(task.report)
         self._take(task, sampled, line, first=True)
 
     def _count(self, report: Report) -> None:
@@ -542,6 +542,8 @@ class Loop:
 
     def _tell(self, task: Task, event: Event) -> None:
         self._counts["generated_tokens"] += len(event.token_ids)
+        if event.report is not None:
+            self._count(event.report)
         try:
             task.listener(event)
         except Exception:

@@ -45,7 +45,8 @@ Listener = Callable[[Event], None]
 
 @dataclasses.dataclass(eq=False)
 class Task:
-    """
+    """A submitted request, wherever it is: waiting, being prefilled, decoding.
+
     Attributes:
       tokens: the prompt.
       output: the answer so far.

@@ -19,6 +19,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from live import MODEL, ScriptedLoop, live_server, wait_for
 from schemathesis import GenerationMode
+from typer.testing import CliRunner
 
 from sparsex_jax import (
     Engine,
@@ -31,6 +32,7 @@ from sparsex_jax import (
     StoreFullError,
 )
 from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.cli import app
 from sparsex_jax.errors import OverloadedError
 from sparsex_jax.generation import TokenLogprobs
 from sparsex_jax.prompt import Kind
@@ -599,7 +601,7 @@ def test_a_request_that_fails_later_says_so_in_its_stream(reference):
 
 
 def test_a_request_that_takes_too_long_is_given_up(reference):
-    with scripted(reference, lambda prompt: FOREVER, limits=Limits(request_s=0.2)) as live, live.http() as http:
+    with scripted(reference, lambda prompt: FOREVER, limits=Limits(request_timeout=0.2)) as live, live.http() as http:
         answer = http.post("/v1/completions", json={"prompt": "x"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "time_limit")
         assert live.worker.loop.tickets[0].cancelled
@@ -684,9 +686,10 @@ from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
 from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.cli import app
 
 engine = make_engine(open_checkpoint("smollm2-135m-instruct").tokenizer)
-app = create_app(Worker(engine, ScriptedLoop(lambda prompt: FOREVER)), model="tiny", limits=Limits(drain_s=1))
+app = create_app(Worker(engine, ScriptedLoop(lambda prompt: FOREVER)), model="tiny", limits=Limits(drain_timeout=1))
 Server(app, "127.0.0.1", {port}).run()
 """
 
@@ -828,3 +831,21 @@ def test_a_log_probability_of_minus_infinity_is_still_json(reference):
     with scripted(reference, lambda prompt: script) as live:
         answer = live.client().completions.create(model=MODEL, prompt="x", logprobs=1)
     assert answer.choices[0].logprobs.token_logprobs == [-9999.0]
+
+
+# The command ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--api-keys", "no-such-file.toml"], "no-such-file.toml cannot be read as TOML"),
+        (["--max-tokens", "0"], "max_tokens=0 must be more than 0"),
+        (["--request-timeout", "-1"], "request_timeout=-1.0 must be more than 0"),
+        (["no-such-model"], "no-such-model"),
+    ],
+)
+def test_the_command_refuses_what_is_wrong(arguments, said):
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr

@@ -146,8 +146,8 @@ class Limits:
       default_tokens: new tokens of a chat's answer that names no number, if the context has room for them.
       max_prompts: prompts of one completion request.
       max_concurrent: requests that a key may have under way, where its entry says nothing else.
-      request_s: seconds until a request is given up.
-      drain_s: seconds that running requests get when the server is told to stop.
+      request_timeout: seconds until a request is given up.
+      drain_timeout: seconds that running requests get when the server is told to stop.
     """
 
     max_body_bytes: int = 4 << 20
@@ -155,8 +155,8 @@ class Limits:
     default_tokens: int = 1024
     max_prompts: int = 32
     max_concurrent: int = 64
-    request_s: float = 300.0
-    drain_s: float = 30.0
+    request_timeout: float = 300.0
+    drain_timeout: float = 30.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

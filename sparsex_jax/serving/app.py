@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
 from fastapi.security import HTTPBearer
@@ -71,7 +72,7 @@ class Service:
             self._check_model(body.model)
             jobs = await self.in_background(intake, body, tenant)
             pieces = await self.in_background(self.intake.pieces, jobs) if body.return_token_map else None
-            stream = await held.enter_async_context(self.worker.stream(jobs, limit_s=self.limits.request_s))
+            stream = await held.enter_async_context(self.worker.stream(jobs, limit_s=self.limits.request_timeout))
             usage = bool(body.stream_options and body.stream_options.include_usage)
             reply = Reply(shape, self.model, jobs, pieces, usage=usage)
             events = self.metrics.observed(stream)
@@ -89,10 +90,12 @@ class Service:
     async def call[T](self, function: Callable[..., T], *args: Any) -> T:
         """As `Worker.call`, within the time limit."""
         try:
-            async with asyncio.timeout(self.limits.request_s):
+            async with asyncio.timeout(self.limits.request_timeout):
                 return await self.worker.call(function, *args)
         except TimeoutError as error:
-            raise TimeLimitError(f"the request took longer than the limit of {self.limits.request_s:g} s") from error
+            raise TimeLimitError(
+                f"the request took longer than the limit of {self.limits.request_timeout:g} s"
+            ) from error
 
     def _check_model(self, model: str | None) -> None:
         if model not in (None, self.model):
@@ -246,6 +249,7 @@ async def page() -> Response:
 
 def _remember(engine: Engine, text: np.ndarray, preamble: np.ndarray | None, namespace: str) -> Entry:
     handle = engine.remember(text, namespace=namespace, frozen=True, preamble=preamble)
+    jax.block_until_ready(engine._runner.store)  # who inserts waits for it, not whoever asks next
     return _entry(engine, handle, namespace)
 
 

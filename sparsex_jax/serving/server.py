@@ -41,5 +41,5 @@ class Server(uvicorn.Server):
         self._drained = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
-        await self._service.worker.drain(self._service.limits.drain_s)
+        await self._service.worker.drain(self._service.limits.drain_timeout)
         self.should_exit = True

@@ -202,7 +202,8 @@ function paintReport() {
   const counts = countKinds(kinds);
   $("ttft").textContent = seconds(report.ttft_s);
   $("computed").textContent = percent(report.computed_fraction);
-  $("cached").textContent = `${turn.cached ?? counts.prefix + counts.reused} of ${report.prompt_tokens}`;
+  $("cached").textContent = turn.cached ?? counts.prefix + counts.reused;
+  $("cached-text").textContent = `of ${report.prompt_tokens} tokens not recomputed`;
   paintComparison(turn);
   paintBar($("kinds"), counts);
   paintLegend($("legend"), counts);
@@ -213,8 +214,10 @@ function paintReport() {
 }
 
 function paintComparison({ report, full }) {
-  $("saving").textContent = full ? `${(full.ttft_s / report.ttft_s).toFixed(1)}×` : percent(1 - report.computed_fraction);
-  $("saving-text").textContent = full ? "faster to the first token than full recompute" : "of full recompute's work saved";
+  const ratio = full ? full.ttft_s / report.ttft_s : 1;
+  $("saving").textContent = full ? `${Math.max(ratio, 1 / ratio).toFixed(1)}×` : percent(1 - report.computed_fraction);
+  $("saving-text").textContent = !full ? "of full recompute's work saved"
+    : `${ratio >= 1 ? "faster" : "slower"} than full recompute to the first token`;
   $("compare-text").textContent = full
     ? `Full recompute: first token after ${seconds(full.ttft_s)}.`
     : "Asks again, computes everything, and keeps nothing.";

@@ -145,7 +145,7 @@ class Engine:
         keep: bool = True,
         return_logits: bool = False,
     ) -> list[Generation]:
-        """Generate for several prompts, prefilled and decoded together as far as they fit. As `generate`.
+        """Generate for several prompts, decoded together as far as they fit, and prefilled in few plans. As `generate`.
 
         Args:
           sampling, namespace: one for all prompts, or one for each.
@@ -272,7 +272,7 @@ class Engine:
         namespaces: Sequence[str],
     ) -> None:
         """Add to the requests as they are admitted, so that the caller can let go of them whatever fails here."""
-        rows, first = 0, slice(self.config.max_batch)
+        first = slice(self.config.max_batch)
         for tokens, output, namespace in itertools.zip_longest(prompts[first], outputs[first], namespaces[first]):
             try:
                 request = self._admit(tokens, output.sampling.max_new_tokens if output else 0, reuse, namespace)
@@ -280,10 +280,6 @@ class Engine:
                 if requests:
                     break  # the others go first
                 raise
-            rows += request.plan.num_rows
-            if requests and (rows > self._runner.shapes.max_rows or request.plan.starts != requests[0].plan.starts):
-                self._leave(request)
-                break
             requests.append(request)
 
     def _admit(self, tokens: np.ndarray, new_tokens: int, reuse: ReuseConfig, namespace: str) -> Request:
@@ -350,18 +346,20 @@ class Engine:
         self, requests: Sequence[Request], outputs: Sequence[Output], keep: bool, return_logits: bool, started: float
     ) -> list[Generation]:
         """Generate for the admitted requests, which are the first of the outputs."""
-        outputs = outputs[: len(requests)]
-        logits, active = self._prefill(requests)
-        self._first_tokens(logits, requests, outputs)
-        reports = [self._report(request, mask, started) for request, mask in zip(requests, active, strict=True)]
+        outputs, reports, scores = outputs[: len(requests)], [], []
+        for group in self._runner.shapes.plans([request.plan for request in requests]):
+            logits, active = self._prefill(requests[group])
+            self._first_tokens(logits, requests[group], outputs[group])
+            each = zip(requests[group], active, strict=True)
+            reports += [self._report(request, mask, started) for request, mask in each]
+            scores += [*np.asarray(logits)[: len(active)]] if return_logits else [None] * len(active)
         self._decode(requests, outputs)
         if keep:  # the last token's KV is not in the store: it was never an input
             for request, output in zip(requests, outputs, strict=True):
                 self._commit(request, np.append(request.tokens, output.token_ids[:-1]).astype(np.int32))
-        scores = np.asarray(logits) if return_logits else [None] * len(requests)
         return [
             Generation(output.text, output.token_ids, str(output.finish_reason), report, line, tuple(output.logprobs))
-            for output, report, line in zip(outputs, reports, scores, strict=False)
+            for output, report, line in zip(outputs, reports, scores, strict=True)
         ]
 
     def _prefill(self, requests: Sequence[Request]) -> tuple[Array, list[np.ndarray]]:

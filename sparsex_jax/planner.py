@@ -92,6 +92,19 @@ class Shapes:
         """The smallest (rows, chunk) that holds so many rows."""
         return next(bucket for bucket in self.buckets if bucket[0] >= rows)
 
+    def plans(self, requests: Sequence[RequestPlan]) -> Iterator[slice]:
+        """Which requests, in their order, go into one plan: of the same schedule, and no more rows than the largest
+        bucket has."""
+        begin = rows = 0
+        for at, request in enumerate(requests):
+            rows += request.num_rows
+            full = rows > self.max_rows or at - begin >= self.max_requests
+            if at > begin and (full or request.starts != requests[begin].starts):
+                yield slice(begin, at)
+                begin, rows = at, request.num_rows
+        if begin < len(requests):
+            yield slice(begin, len(requests))
+
 
 def needed_phases(requests: Sequence[RequestPlan], num_layers: int) -> list[int]:
     """The phases that have layers and leave out somebody's token: all plain prefills then share one program."""

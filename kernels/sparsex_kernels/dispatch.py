@@ -15,10 +15,10 @@ import jax
 # The switch: what is chosen unasked, by operation. A kernel enters once its `-m gpu` tests passed on a real device;
 # until then it runs only by name. Order does not matter here.
 SEEN_RIGHT: Mapping[str, frozenset[str]] = {
-    "paged_attention": frozenset(),
-    "key_mass": frozenset(),
+    "paged_attention": frozenset({"hopper"}),
+    "key_mass": frozenset({"hopper"}),
     "align_and_copy": frozenset(),
-    "write_kv": frozenset(),
+    "write_kv": frozenset({"hopper"}),
 }
 
 _preferred: ContextVar[tuple[str, ...] | None] = ContextVar("preferred", default=None)

@@ -25,7 +25,9 @@ from sparsex_jax.serving.loop import Loop
 from sparsex_jax.sharding import make_mesh
 from sparsex_jax.weights import random_params
 
-CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32, decode_steps=8)
+CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)  # as the fixture `tiny` has it
+# One size where pages are to be few, since programs are compiled for it.
+SMALL = {"store_tokens": 33 * 16}
 PARAMS = random_params(TINY, "float32", make_mesh())
 POISONED = PARAMS | {"embed": PARAMS["embed"].at[96].set(np.nan)}  # whoever takes token 96 has NaN logits
 RNG = np.random.default_rng(7)
@@ -135,12 +137,10 @@ def test_what_is_put_off_goes_on_as_if_nothing_had_been(method):
     reuse = ReuseConfig(method=method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
     sampling = SamplingParams(max_new_tokens=60, temperature=0.7, seed=3, repetition_penalty=1.2)
     prompts = mixed_prompts()[:4]
-    reference = make_engine()
-    remember(reference)
-    alone = [reference.generate(prompt, sampling, reuse=reuse, keep=False) for prompt in prompts]
-    engine = make_engine(store_tokens=33 * 16)
+    engine = make_engine(**SMALL)
     remember(engine)
     donors = [engine._cache.lookup(document, "default") for document in (A, B)]  # pins them: 10 of the pages
+    alone = [engine.generate(prompt, sampling, reuse=reuse, keep=False) for prompt in prompts]
     loop = Loop(engine, prefill_tokens=64)
     together = [submit(loop, prompt, sampling, reuse=reuse) for prompt in prompts]
     run(loop)
@@ -154,8 +154,8 @@ def test_what_is_put_off_goes_on_as_if_nothing_had_been(method):
 
 
 def test_an_exact_request_that_was_put_off_finds_itself_again():
-    engine = make_engine(store_tokens=30 * 16, max_batch=2)
-    prompts = [TEXT[:200], TEXT[300:450]]  # 13 and 10 pages; 60 new tokens are 4 more each
+    engine = make_engine(**SMALL)
+    prompts = [TEXT[:200], TEXT[300:450]]  # 13 and 10 pages; 90 new tokens are 6 more each
     prefixes, admit = [], engine._admit
 
     def watched(*args):
@@ -165,9 +165,9 @@ def test_an_exact_request_that_was_put_off_finds_itself_again():
 
     engine._admit = watched
     loop = Loop(engine)
-    heard = [submit(loop, prompt, SamplingParams(max_new_tokens=60)) for prompt in prompts]
+    heard = [submit(loop, prompt, SamplingParams(max_new_tokens=90)) for prompt in prompts]
     run(loop)
-    assert [len(one.tokens) for one in heard] == [60, 60]
+    assert [len(one.tokens) for one in heard] == [90, 90]
     assert loop.stats.preempted >= 1
     again = prefixes[2:]
     assert again
@@ -282,10 +282,10 @@ def test_chunks_have_at_most_so_many_rows_and_small_prompts_share_them():
 
 
 def test_small_prompts_pass_one_that_waits_for_pages_but_not_for_ever():
-    loop = Loop(make_engine(store_tokens=40 * 16, max_batch=4), max_overtakes=3)
+    loop = Loop(make_engine(**SMALL), max_overtakes=3)
     first = submit(loop, TEXT[:200], SamplingParams(max_new_tokens=100))
     loop.step()
-    huge = submit(loop, TEXT[300:800])  # 33 pages
+    huge = submit(loop, TEXT[300:700])  # 27 pages
     small = [submit(loop, TEXT[at : at + 20], SamplingParams(max_new_tokens=5)) for at in range(1000, 1400, 40)]
     while first.finish_reason is None:
         assert loop.step()
@@ -299,8 +299,8 @@ def test_small_prompts_pass_one_that_waits_for_pages_but_not_for_ever():
 
 def test_a_pinned_part_of_a_frozen_entry_does_not_lock_a_request_out():
     """It shares one page of an entry, and as long as it does none of the entry's other pages may go."""
-    engine = make_engine(store_tokens=20 * 16)
-    engine.remember(TEXT[:240], frozen=True)
+    engine = make_engine(**SMALL)
+    engine.remember(TEXT[:400], frozen=True)  # 25 pages, and the request needs 12
     loop = Loop(engine)
     prompt = np.concatenate([TEXT[:20], TEXT[500:600]])
     heard = submit(loop, prompt, SamplingParams(max_new_tokens=60))
@@ -313,12 +313,11 @@ def test_a_pinned_part_of_a_frozen_entry_does_not_lock_a_request_out():
 
 
 def test_cancelling_frees_the_pages_at_the_next_step():
-    engine = make_engine(max_batch=2)
+    engine = make_engine()
     loop = Loop(engine, prefill_tokens=16)
     decoding = submit(loop, TEXT[:10], SamplingParams(max_new_tokens=300), keep=False)
     loop.step()
-    prefilling = submit(loop, TEXT[100:300], keep=False)
-    waiting = submit(loop, TEXT[400:450], keep=False)
+    prefilling, waiting = [submit(loop, TEXT[100:300]) for _ in range(2)]
     loop.step()
     assert (loop.stats.running, loop.stats.waiting) == (2, 1)
     inbox = submit(loop, TEXT[400:450], keep=False)
@@ -436,7 +435,7 @@ def test_a_listener_that_raises_hurts_nobody(caplog):
 
 
 def test_too_many_are_refused_and_told_when_to_come_again():
-    loop = Loop(make_engine(max_batch=2), max_waiting=3)
+    loop = Loop(make_engine(), max_waiting=3)
     for _ in range(3):
         submit(loop, TEXT[:10])
     with pytest.raises(OverloadedError, match="3 requests wait already, and max_waiting is 3") as refused:
@@ -457,13 +456,13 @@ BAD = {
     "stop": ([1], {"sampling": SamplingParams(stop="x")}, InvalidRequestError, "stop="),
     "bias": ([1], {"sampling": SamplingParams(logit_bias={97: 1})}, InvalidRequestError, "token id 97"),
     "too long": ([1], {"sampling": SamplingParams(max_new_tokens=2000)}, InvalidRequestError, "together 2001"),
-    "too large": ([1] * 600, {}, StoreFullError, "KV for 620 tokens, 39 pages of 16; store_tokens=320 gives 20"),
+    "too large": ([1] * 600, {}, StoreFullError, "KV for 620 tokens, 39 pages of 16; store_tokens=528 gives 33"),
 }
 
 
 @pytest.mark.parametrize(("prompt", "options", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_requests_are_refused_at_once(prompt, options, error, message):
-    loop = Loop(make_engine(store_tokens=320))
+    loop = Loop(make_engine(**SMALL))
     with pytest.raises(error, match=message):
         submit(loop, prompt, **options)
     assert not loop.step()
@@ -492,8 +491,8 @@ def test_who_waits_for_work_is_woken():
 
 # Random lives -----------------------------------------------------------------------------------------------
 
-REFERENCE = make_engine(max_batch=1)
-CUTS = st.tuples(st.integers(0, 5), st.integers(1, 90)).map(lambda cut: TEXT[40 * cut[0] :][: cut[1]])
+REFERENCE = make_engine()
+CUTS = st.tuples(st.integers(0, 5), st.integers(1, 130)).map(lambda cut: TEXT[40 * cut[0] :][: cut[1]])
 
 
 class LoopMachine(RuleBasedStateMachine):
@@ -503,14 +502,13 @@ class LoopMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        config = dataclasses.replace(CONFIG, store_tokens=16 * 16, decode_steps=4)
-        self.engine = Engine(TINY, POISONED, config=config)
+        self.engine = Engine(TINY, POISONED, config=dataclasses.replace(CONFIG, **SMALL))
         self.loop = Loop(self.engine, prefill_tokens=32, max_waiting=8, max_overtakes=2)
         self.accepted = []
 
     @rule(
         target=requests,
-        parts=st.lists(CUTS, min_size=1, max_size=3),
+        parts=st.lists(CUTS, min_size=1, max_size=4),
         new=st.integers(1, 12) | st.integers(60, 110),
         method=st.sampled_from(["full", "prefix", "naive", "sparsex"]),
         keep=st.booleans(),
@@ -522,7 +520,7 @@ class LoopMachine(RuleBasedStateMachine):
         try:
             heard = submit(self.loop, prompt, SamplingParams(max_new_tokens=new), reuse=reuse, keep=keep)
         except StoreFullError:
-            assert len(prompt) + new - 1 > 16 * 16
+            assert len(prompt) + new - 1 > 33 * 16
             return multiple()
         except OverloadedError:
             assert self.loop.stats.waiting == 8

@@ -17,34 +17,28 @@ import openai
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from live import MODEL, ScriptedLoop, live_server, wait_for
+from live import MODEL, TINY, ScriptedLoop, live_server, make_engine, wait_for
 from schemathesis import GenerationMode
 from typer.testing import CliRunner
 
 from sparsex_jax import (
-    Engine,
-    EngineConfig,
     InvalidRequestError,
-    ModelConfig,
     NonFiniteLogitsError,
     ReuseConfig,
     SamplingParams,
     StoreFullError,
 )
-from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.cli import app
 from sparsex_jax.errors import OverloadedError
 from sparsex_jax.generation import TokenLogprobs
 from sparsex_jax.prompt import Kind
 from sparsex_jax.report import Report
 from sparsex_jax.serving.access import Access, Limits, Tenant
-from sparsex_jax.serving.loop import Event
+from sparsex_jax.serving.loop import Event, Loop
 from sparsex_jax.serving.openai import cached_tokens, run_lengths
 from sparsex_jax.serving.prompts import plain_message
 from sparsex_jax.serving.schemas import Message
 from sparsex_jax.serving.text import TokenText
-from sparsex_jax.sharding import make_mesh
-from sparsex_jax.weights import random_params
 
 CHAT = [{"role": "user", "content": "Which harbour opens at dawn?"}]
 NOTE = (
@@ -52,41 +46,23 @@ NOTE = (
     "harbour master keeps a list of them in a green book beside the door of the office on the north pier."
 )
 FOREVER = [Event("...", (1,)), None]
-TINY = ModelConfig(
-    vocab_size=49152,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=6,
-    num_q_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    max_position=2048,
-    tied_embeddings=True,
-)
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
-    return open_checkpoint("smollm2-135m-instruct").tokenizer
-
-
-def make_engine(tokenizer) -> Engine:
-    """Random weights and a real tokenizer: it talks nonsense, fast, and always the same."""
-    params = random_params(TINY, "float32", make_mesh(), seed=0)
-    config = EngineConfig(store_tokens=8192, page_size=16, max_batch=4)
-    return Engine(TINY, params, tokenizer, config=config)
+def tokenizer(reference):
+    return reference.tokenizer
 
 
 @pytest.fixture(scope="session")
-def reference(tokenizer):
+def reference():
     """An engine of the same weights as the server's, to compare with."""
-    return make_engine(tokenizer)
+    return make_engine()
 
 
 @pytest.fixture(scope="session")
-def live(tokenizer):
+def live():
     """A server that many tests ask, with salts of their own."""
-    with live_server(make_engine(tokenizer)) as live:
+    with live_server(make_engine()) as live:
         yield live
 
 
@@ -295,7 +271,7 @@ def test_reuse_options_of_a_request(client):
     assert (cached(full), full.sparsex["computed_fraction"]) == (0, 1.0)
 
 
-def test_the_token_map_agrees_with_the_report(client, tokenizer):
+def test_the_token_map_agrees_with_the_report(client):
     ask(client, "map")
     answer = ask(
         client, "map", "Something new comes first. " + NOTE, return_token_map=True, reuse={"boundary_layer": 2}
@@ -388,8 +364,8 @@ def keys(tmp_path):
     return Access.load(path, 8)
 
 
-def test_keys_are_bound_to_namespaces(tokenizer, keys):
-    with live_server(make_engine(tokenizer), access=keys) as live:
+def test_keys_are_bound_to_namespaces(keys):
+    with live_server(make_engine(), access=keys) as live:
         alice, bob, carol = (live.client(f"sk-{name}") for name in ("alice", "bob", "carol"))
         ask(alice, "same")
         assert cached(ask(bob, "same")) == 0
@@ -679,17 +655,15 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new(reference):
 SERVE = """
 import sys
 sys.path.insert(0, {tests!r})
-from live import ScriptedLoop
-from test_serving_http import make_engine, FOREVER
+from live import ScriptedLoop, make_engine
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.loop import Event
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
-from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.cli import app
 
-engine = make_engine(open_checkpoint("smollm2-135m-instruct").tokenizer)
-app = create_app(Worker(engine, ScriptedLoop(lambda prompt: FOREVER)), model="tiny", limits=Limits(drain_timeout=1))
+loop = ScriptedLoop(lambda prompt: [Event("...", (1,)), None])
+app = create_app(Worker(make_engine(), loop), model="tiny", limits=Limits(drain_timeout=1))
 Server(app, "127.0.0.1", {port}).run()
 """
 
@@ -720,8 +694,8 @@ def test_sigterm_drains_and_the_process_ends_well():
 # Metrics, and everything at once ----------------------------------------------------------------------------
 
 
-def test_metrics_count_what_happened(tokenizer):
-    with live_server(make_engine(tokenizer)) as live, live.http() as http:
+def test_metrics_count_what_happened():
+    with live_server(make_engine()) as live, live.http() as http:
         for _ in range(2):
             ask(live.client(), "metrics", max_tokens=12)
         http.post("/v1/completions", json={})
@@ -755,9 +729,9 @@ OPERATIONS = [
 
 
 @pytest.fixture(scope="session")
-def api(tokenizer):
+def api():
     """The description of a server whose answers are short, however long they may be asked for."""
-    with live_server(make_engine(tokenizer), limits=Limits(max_tokens=3, default_tokens=3)) as live:
+    with live_server(make_engine(), limits=Limits(max_tokens=3, default_tokens=3)) as live:
         yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
 
 
@@ -780,7 +754,7 @@ def check_operation(operation, examples):
     )
     @given(case=cases)
     def check(case):
-        response = case.call()
+        response = case.call(timeout=120)
         assert response.status_code < 500, response.content
         if response.status_code >= 400:
             assert set(json.loads(response.content)["error"]) == {"message", "type", "param", "code"}
@@ -831,6 +805,69 @@ def test_a_log_probability_of_minus_infinity_is_still_json(reference):
     with scripted(reference, lambda prompt: script) as live:
         answer = live.client().completions.create(model=MODEL, prompt="x", logprobs=1)
     assert answer.choices[0].logprobs.token_logprobs == [-9999.0]
+
+
+# Everything at once -----------------------------------------------------------------------------------------
+
+
+NONSENSE = ("", 5, None, [])
+
+
+class Crowd:
+    """Clients of all manners: patient ones, those that hang up, and those that ask nonsense."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        self._url, self._seed = url, seed
+
+    def statuses(self, number: int) -> list[int]:
+        """What a number of requests, many at once, were answered with; 0 where nobody waited for it."""
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            return list(pool.map(self._one, range(number)))
+
+    def _one(self, number: int) -> int:
+        rng = np.random.default_rng([self._seed, number])
+        body = self._body(rng)
+        manner = rng.choice(["patient", "stream", "leaves", "nonsense"], p=[0.4, 0.2, 0.25, 0.15])
+        with httpx.Client(base_url=self._url, timeout=120) as http:
+            if manner == "nonsense":
+                return http.post("/v1/completions", json={"prompt": NONSENSE[rng.integers(4)]}).status_code
+            if manner == "patient":
+                return http.post("/v1/completions", json=body).status_code
+            with http.stream("POST", "/v1/completions", json=body | {"stream": True, "ignore_eos": True}) as answer:
+                if manner == "leaves" and answer.status_code == 200:
+                    next(answer.iter_lines())
+                    return 0
+                text = "".join(answer.iter_text())
+                assert answer.status_code != 200 or text.endswith("data: [DONE]\n\n")
+                return answer.status_code
+
+    def _body(self, rng: np.random.Generator) -> dict:
+        """Prompts of mixed sizes, made of a few passages in any order behind something new."""
+        prompt = [rng.integers(10, 40_000, 1)]
+        for passage in rng.permutation(6)[: rng.integers(1, 6)]:
+            prompt.append(np.random.default_rng(passage).integers(10, 40_000, 90))
+        method = str(rng.choice(["full", "prefix", "naive", "sparsex"]))
+        return {
+            "prompt": np.concatenate(prompt).tolist(),
+            "max_tokens": int(rng.integers(1, 40)),
+            "reuse": {"method": method},
+        }
+
+
+@pytest.mark.slow
+def test_a_crowd_is_answered_or_refused_and_leaves_nothing_behind():
+    engine = make_engine()
+    with live_server(engine, loop=Loop(engine, max_waiting=6)) as live:
+        statuses = Crowd(live.url, seed=0).statuses(500)
+        with live.http() as http:
+            wait_for(lambda: http.get("/v1/store").json()["active"] == 0)
+            assert http.get("/health").json() == {"status": "ok"}
+            assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
+        stats = live.worker.loop.stats
+    assert set(statuses) == {0, 200, 400, 503}
+    assert (stats.waiting, stats.running, stats.failed) == (0, 0, 0)
+    pages = engine.stats()
+    assert pages["free"] + pages["cached"] == pages["pages"]
 
 
 # The command ------------------------------------------------------------------------------------------------

@@ -5,38 +5,21 @@ import shutil
 
 import httpx
 import pytest
-from live import MODEL, ScriptedLoop, live_server
+from live import MODEL, ScriptedLoop, live_server, make_engine
 from playwright.sync_api import expect, sync_playwright
 
-from sparsex_jax import Engine, EngineConfig, ModelConfig
-from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.serving.access import Access
 from sparsex_jax.serving.loop import Event
-from sparsex_jax.sharding import make_mesh
-from sparsex_jax.weights import random_params
 
 expect.set_options(timeout=60_000)  # the first request of a size compiles
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_a_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium; there is none on the PATH")
-TINY = ModelConfig(
-    vocab_size=49152,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=6,
-    num_q_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    max_position=2048,
-    tied_embeddings=True,
-)
 NOTE = "The harbour opens at dawn and closes when the bells ring. Boats longer than ten metres need a pilot."
 
 
 @pytest.fixture(scope="module")
 def engine():
-    tokenizer = open_checkpoint("smollm2-135m-instruct").tokenizer
-    config = EngineConfig(store_tokens=8192, page_size=16, max_batch=4)
-    return Engine(TINY, random_params(TINY, "float32", make_mesh(), seed=0), tokenizer, config=config)
+    return make_engine()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 from sparsex_jax import Engine, ModelConfig  # noqa: E402  (devices are fixed at the first use of jax)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs under pytest's cache: what one worker or run has compiled, no other compiles again."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_compilation_cache_max_size", 1 << 28)  # bytes; with a limit, files are locked
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 @pytest.fixture(scope="session")
 def smollm() -> Engine:
     """SmolLM2-135M-Instruct in float32. Shared by all tests: use a namespace of your own."""

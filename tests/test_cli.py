@@ -165,8 +165,10 @@ def test_cache_prints_tables_and_the_prompt(tiny, note):
 # generate, demo, convert ------------------------------------------------------------------------------------
 
 
-def test_generate_prints_one_object():
-    found = one_object(invoke("generate", "What is the capital of France?", "--max-new-tokens", "12", "--json"))
+def test_generate_prints_one_object(smollm, monkeypatch):
+    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: smollm)
+    alone = ("--namespace", "cli")
+    found = one_object(invoke("generate", "What is the capital of France?", "--max-new-tokens", "12", *alone, "--json"))
     assert set(found) == REPORT_FIELDS | {"text", "token_ids", "finish_reason"}
     assert found["text"] == "The capital of France is Paris."
     assert found["finish_reason"] == "stop"

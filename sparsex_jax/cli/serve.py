@@ -29,7 +29,8 @@ def run(
     worker = Worker(engine, Loop(engine, max_waiting=max_waiting))
     name = name or Path(choice.model).name
     app = create_app(worker, model=name, access=access, limits=limits)
-    messages().print(f"Serving {name} at http://{host}:{port}/ (the page) and http://{host}:{port}/v1")
+    messages().print(f"Serving {name} at http://{host}:{port}/ (the page) and http://{host}:{port}/v1", soft_wrap=True)
     if api_keys is None:
-        messages().print("No --api-keys: everybody who reaches this port may ask, and shares what is stored.")
+        warning = "No --api-keys: everybody who reaches this port may ask, and shares what is stored."
+        messages().print(warning, soft_wrap=True)
     Server(app, host, port).run()

@@ -29,6 +29,7 @@ CONFIGS = {
         boundary_layer=1, second_boundary=3, coverage=0.7, head_tokens=3, per_segment=True, pool_tokens=4, **PLAIN
     ),
 }
+SIMPLER = ["epic", "random", "sum_layers", "coverage"]  # one boundary, one signal: in a batch they run as the others do
 PROMPTS = ["odd offsets", "many"]
 
 
@@ -227,7 +228,9 @@ def test_shares_add_up():
 # What all have in common ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["cacheblend", "prophetkv", "everything", *(pytest.param(n, marks=pytest.mark.slow) for n in SIMPLER)]
+)
 def test_a_batch_gives_what_each_request_gives_alone(tiny, name):
     remember_both(tiny)
     prompts = [*(Case(name).tokens for name in ("many", "end", "odd offsets")), NEW[:50]]
@@ -291,7 +294,8 @@ def test_without_a_hit_every_method_is_a_plain_prefill(tiny, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "tensor_parallel"), [("cacheblend", 1), ("cacheblend", 2), ("prophetkv", 1), ("sum_layers", 1)]
+    ("name", "tensor_parallel"),
+    [("cacheblend", 1), pytest.param("cacheblend", 2, marks=pytest.mark.slow), ("prophetkv", 1), ("sum_layers", 1)],
 )
 def test_no_signal_copies_the_store(name, tensor_parallel):
     engine = Engine.from_config(TINY, mesh=make_mesh(tensor_parallel), store_tokens=1 << 17, page_size=64)

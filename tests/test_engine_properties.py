@@ -124,7 +124,12 @@ class EngineMachine(RuleBasedStateMachine):
                 self.check_chain(child, tokens)
 
 
-EngineMachine.TestCase.settings = settings(
-    max_examples=12, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
-)
+class ManyLives(EngineMachine):
+    """The same, for longer."""
+
+
+QUICK = settings(max_examples=6, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
+EngineMachine.TestCase.settings = QUICK
+ManyLives.TestCase.settings = settings(QUICK, max_examples=60)
 test_engine_machine = EngineMachine.TestCase
+test_many_lives = pytest.mark.slow(ManyLives.TestCase)

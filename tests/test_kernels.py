@@ -158,3 +158,15 @@ def test_rotations_compose():
 def test_unknown_implementation_is_named():
     with pytest.raises(ValueError, match="no implementation 'cudnn'; it has: reference, xla"):
         kernels.paged_attention(*Case(0).rows(), implementation="cudnn")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "gather"])
+def test_nan_of_a_request_stays_with_it(implementation):
+    case = Case(seed=5)
+    q, store, *rest = case.rows()
+    expected = kernels.paged_attention(q, store, *rest, implementation=implementation)
+    poisoned = store.at[:, case.tables[1, 0]].set(jnp.nan)
+    out = np.asarray(kernels.paged_attention(q, poisoned, *rest, implementation=implementation))
+    others = (case.requests != 1) | (case.positions < 0)
+    np.testing.assert_array_equal(out[others], np.asarray(expected)[others])
+    assert np.isnan(out[~others]).any(axis=(1, 2)).all()

@@ -161,9 +161,12 @@ def block_scores(
 
 def _online_softmax(state: tuple[Array, Array, Array], scores: Array, values: Array) -> tuple[Array, Array, Array]:
     acc, top, total = state
-    new_top = jnp.maximum(top, scores.max(-1))
+    most = scores.max(-1)
+    new_top = jnp.maximum(top, most)
     finite_top = jnp.where(jnp.isfinite(new_top), new_top, 0)  # rows that have seen no key yet
     weights = jnp.exp(scores - finite_top[..., None])
     decay = jnp.exp(top - finite_top)
     update = jnp.einsum("hrk,hkd->hrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    # Rows that see nothing of the block take nothing of it: what another request made NaN stays its own.
+    update = jnp.where((most == -jnp.inf)[..., None], 0, update)
     return acc * decay[..., None] + update, new_top, total * decay + weights.sum(-1)

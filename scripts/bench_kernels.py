@@ -41,7 +41,12 @@ class Row(NamedTuple):
     seconds: float
     flops: float = 0.0
     bytes: float = 0.0
-    error: float | None = None
+
+    def kept(self) -> dict[str, Any]:
+        """What the results' file says of it."""
+        figures = {"figure": 1e3 * self.seconds, "unit": "ms"}
+        rates = {"tflops": self.flops / self.seconds / 1e12, "terabytes_per_second": self.bytes / self.seconds / 1e12}
+        return {"work": self.work, "implementation": self.implementation} | figures | rates
 
 
 class Rows(NamedTuple):
@@ -257,11 +262,12 @@ def commit() -> str:
 def save(rows: list[Row]) -> Path:
     device = jax.devices()[0].device_kind
     record = {
+        "bench": "kernels",
         "command": " ".join(["python", *sys.argv]),
         "device": device,
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "commit": commit(),
-        "rows": [row._asdict() for row in rows],
+        "rows": [row.kept() for row in rows],
     }
     path = ROOT / "scripts/results" / f"kernels-{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
     path.parent.mkdir(exist_ok=True)

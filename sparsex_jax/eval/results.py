@@ -72,8 +72,10 @@ def file_stem(content: Mapping[str, Any]) -> str:
     """
     >>> file_stem({"bench": "quality", "model": "models/Tiny", "device": "NVIDIA H100"})
     'quality-tiny-nvidia-h100'
+    >>> file_stem({"bench": "e2e", "model": "llama-3.1-8b", "device": "cpu"})
+    'e2e-llama-3.1-8b-cpu'
     """
-    names = (content["bench"], Path(content["model"]).stem, content["device"])
+    names = (content["bench"], Path(content["model"]).name.removesuffix(".gguf"), content["device"])
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") for name in names)
 
 
@@ -87,7 +89,7 @@ def markdown(content: Mapping[str, Any], summaries: Sequence[Row]) -> str:
     )
     found = dict.fromkeys(summary["regime"] for summary in summaries)
     tables = [f"\n## {regime}\n\n{table([s for s in summaries if s['regime'] == regime])}" for regime in found]
-    return head + notes + "".join(tables)
+    return head + notes + f"{content.get('note', '')}\n" * ("note" in content) + "".join(tables)
 
 
 def table(summaries: Sequence[Row]) -> str:

@@ -1,0 +1,138 @@
+"""Whether reuse stays good when it lives on what it made itself: many new prompts over the same documents.
+
+    python scripts/bench_drift.py [--model ruler-tiny] [--queries 200] [--method sparsex:boundary_layer=0]
+
+The task is tracking variables. The documents never change; each session of 10 questions begins with other values of the
+first variables, so what the documents mean changes while their text does not, and has them in another order for each
+question.
+question. The last two questions and the model's own answers stand before each question. Everything is kept, and found
+again by the next prompts: approximate KV becomes the donor of approximate KV. Full recompute answers the same prompts
+and leaves nothing behind. Prints a line for each part of the queries and writes `drift-<model>-<device>.json`.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax.cli.bench import parse_method
+from sparsex_jax.eval import metrics, regimes, results
+from sparsex_jax.eval.metrics import Answer
+from sparsex_jax.eval.tasks import Question, Sample, make_sample
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SESSION, HISTORY = 10, 2  # questions with the same values; earlier ones that stand in the prompt
+ASSIGNED = re.compile(r"VAR (\w+) = (\w+)\.")
+SHOWN = {
+    "hit rate": "share",
+    "computed_fraction": "share",
+    "score": "share",
+    "full": "share",
+    "agreement": "share",
+    "kl": "nats",
+}
+
+
+def other_values(sample: Sample, rng: np.random.Generator) -> Sample:
+    """The values that the instruction gives, dealt out anew, and the answers that follow from it."""
+    given = [value for _, value in ASSIGNED.findall(sample.instruction)]
+    dealt = dict(zip(given, rng.permutation(given).tolist(), strict=True))
+
+    def now(text: str) -> str:
+        return re.sub(r"\w+$", lambda match: dealt.get(match[0], match[0]), text)
+
+    instruction = ASSIGNED.sub(lambda match: f"VAR {match[1]} = {dealt[match[2]]}.", sample.instruction)
+    questions = [
+        Question(question.text, tuple(map(now, question.answers)), tuple(map(now, question.written)))
+        for question in sample.questions
+    ]
+    return dataclasses.replace(sample, instruction=instruction, questions=tuple(questions))
+
+
+def prompt_of(engine: Engine, sample: Sample, number: int, history: list[str], rng: np.random.Generator) -> np.ndarray:
+    """Instruction, the documents in some order, what was asked and answered before, the question."""
+    case = regimes.tokenize(sample, engine.tokenizer, number)
+    segments = [case.segments[i] for i in rng.permutation(len(case.segments))]
+    before = regimes.encode(engine.tokenizer, "".join(history[-HISTORY:]))
+    return np.concatenate([case.opening, *segments, before, case.closing]).astype(np.int32)
+
+
+def ask(engine: Engine, prompt: np.ndarray, new_tokens: int, reuse: ReuseConfig, keep: bool) -> Answer:
+    sampling = SamplingParams(new_tokens)
+    (out,) = engine.generate_batch([prompt], sampling, reuse=reuse, namespace="drift", keep=keep, return_logits=True)
+    return Answer(out.text, out.token_ids, np.asarray(out.logits), out.report)
+
+
+def run(engine: Engine, reuse: ReuseConfig, options: argparse.Namespace) -> list[dict[str, float]]:
+    """A row of figures for each query."""
+    rng = np.random.default_rng(options.seed)
+    first = make_sample("vt", rng, options.length, options.segments, options.queries)
+    for segment in first.segments:
+        engine.remember(segment, namespace="drift")
+    rows = []
+    for number in range(options.queries):
+        if number % SESSION == 0:
+            sample, history = other_values(first, rng), []
+        question = sample.questions[number]
+        prompt = prompt_of(engine, sample, number, history, rng)
+        new_tokens = 2 * len(regimes.encode(engine.tokenizer, question.reference))
+        full = ask(engine, prompt, new_tokens, ReuseConfig("full"), keep=False)
+        answer = ask(engine, prompt, new_tokens, reuse, keep=True)
+        history.append(question.text + answer.text)
+        found = answer.report.prefix_tokens + answer.report.reused_tokens
+        rows.append(
+            metrics.compare(answer, full, question.answers)
+            | {"hit rate": found / len(prompt), "full": metrics.task_score(full.text, question.answers)}
+        )
+        if (number + 1) % options.part == 0:
+            print(line(number + 1, rows[-options.part :]), flush=True)
+    return rows
+
+
+def line(number: int, rows: list[dict[str, float]]) -> str:
+    means = [f"{name} {np.mean([row[name] for row in rows]):.3f}" for name in SHOWN]
+    return f"{number - len(rows) + 1:4} to {number:4}: {', '.join(means)}"
+
+
+def document(rows: list[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
+    about = {"bench": "drift", "model": options.model} | results.provenance()
+    figures = [
+        {"work": f"queries {begin + 1} to {begin + options.part}: {name}", "implementation": options.method}
+        | {"figure": round(float(np.mean([row[name] for row in rows[begin : begin + options.part]])), 5), "unit": unit}
+        for begin in range(0, len(rows), options.part)
+        for name, unit in SHOWN.items()
+    ]
+    return about | {"rows": figures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="ruler-tiny", help="one that can do vt")
+    add(
+        "--method",
+        default="sparsex:boundary_layer=0",
+        help="NAME or NAME:FIELD=VALUE:..., as in `sparsex bench quality`",
+    )
+    add("--queries", type=int, default=200)
+    add("--part", type=int, default=25, help="queries of a line")
+    add("--length", type=int, default=1024, help="tokens of the documents together")
+    add("--segments", type=int, default=4)
+    add("--store-tokens", type=int, default=16384, help="few enough that old donors are evicted on the way")
+    add("--dtype", default="float32")
+    add("--seed", type=int, default=0)
+    options = parser.parse_args()
+    engine = Engine.from_pretrained(options.model, dtype=options.dtype, store_tokens=options.store_tokens, max_batch=1)
+    rows = run(engine, parse_method(options.method), options)
+    written = document(rows, options)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{results.file_stem(written)}.json").write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

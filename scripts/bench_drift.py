@@ -4,7 +4,6 @@
 
 The task is tracking variables. The documents never change; each session of 10 questions begins with other values of the
 first variables, so what the documents mean changes while their text does not, and has them in another order for each
-question.
 question. The last two questions and the model's own answers stand before each question. Everything is kept, and found
 again by the next prompts: approximate KV becomes the donor of approximate KV. Full recompute answers the same prompts
 and leaves nothing behind. Prints a line for each part of the queries and writes `drift-<model>-<device>.json`.

@@ -1,0 +1,107 @@
+"""How far the kernels are from float64 on the same bfloat16 inputs, beside cuDNN and XLA.
+
+    python scripts/kernel_errors.py [--implementations hopper xla] [--tokens 2048]
+
+Prints the relative error in the Euclidean norm of each operation and writes `kernel-errors-<device>.json`. Queries are
+scaled up fourfold, so that the softmax is peaked as in a model and rounding shows.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_kernels import DIM, KV_HEADS, Rows, rows_of
+
+import sparsex_kernels as kernels
+from sparsex_jax.eval.results import provenance
+
+RESULTS = Path(__file__).resolve().parent / "results"
+Error = tuple[str, str, float]  # work, implementation, figure
+
+
+def relative(out: Any, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(out, np.float64) - exact) / np.linalg.norm(exact))
+
+
+def keys_values(rows: Rows) -> np.ndarray:
+    """`[2, kv_heads, tokens, dim]` of the first request, in float64."""
+    pages = np.asarray(rows.store, np.float64)[0, np.asarray(rows.tables[0])]
+    return pages.transpose(1, 2, 0, 3, 4).reshape(2, KV_HEADS, -1, DIM)
+
+
+def exact_attention(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Output `[rows, q_heads, dim]` and key mass `[tokens]` in float64, one KV head after another."""
+    q = np.asarray(rows.q, np.float64).reshape(len(rows.q), KV_HEADS, -1, DIM)
+    keys, values = keys_values(rows)
+    hidden = np.arange(keys.shape[1]) > np.asarray(rows.positions)[:, None, None]
+    out, mass = np.empty_like(q), np.zeros(keys.shape[1])
+    for head in range(KV_HEADS):
+        scores = np.where(hidden, -np.inf, q[:, head] @ keys[head].T * DIM**-0.5)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out[:, head] = weights @ values[head]
+        mass += weights.sum((0, 1))
+    return out.reshape(rows.q.shape), mass
+
+
+def errors(tokens: int, implementations: list[str]) -> Iterator[Error]:
+    cases = {
+        "full prefill": rows_of([tokens], 1.0),
+        "15% of rows": rows_of([tokens], 0.15),
+        "decode": rows_of([tokens], 0, last_only=True),
+    }
+    for work, rows in cases.items():
+        rows = rows._replace(q=4 * rows.q)
+        exact, exact_mass = exact_attention(rows)
+        for name in implementations:
+            yield work, name, relative(kernels.paged_attention(*rows, implementation=name), exact)
+            if work == "15% of rows":
+                mass = kernels.key_mass(*rows, implementation=name)[0, :tokens]
+                yield "key mass", name, relative(mass, exact_mass[:tokens])
+        if work == "full prefill" and jax.default_backend() == "gpu":
+            keys, values = jnp.asarray(keys_values(rows), jnp.bfloat16)[:, None].swapaxes(2, 3)
+            attended = jax.nn.dot_product_attention(rows.q[None], keys, values, is_causal=True, implementation="cudnn")
+            yield work, "cudnn", relative(attended[0], exact)
+    yield from alignment_errors(tokens, implementations)
+
+
+def alignment_errors(tokens: int, implementations: list[str]) -> Iterator[Error]:
+    """Keys moved by 12345 positions."""
+    rows = rows_of([2 * tokens], 0, last_only=True)
+    slots = (np.asarray(rows.tables[0])[:, None] * rows.store.shape[4] + np.arange(rows.store.shape[4])).reshape(-1)
+    source, target = jnp.asarray(slots[:tokens], jnp.int32), jnp.asarray(slots[tokens : 2 * tokens], jnp.int32)
+    inv_freq = 500000.0 ** -np.linspace(0, 1, DIM // 2, endpoint=False)
+    first, second = np.split(keys_values(rows)[0, :, :tokens], 2, axis=-1)
+    cos, sin = np.cos(12345 * inv_freq), np.sin(12345 * inv_freq)
+    exact = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    for name in implementations:
+        shift = jnp.full(tokens, 12345, jnp.int32)
+        frequencies = jnp.asarray(inv_freq, jnp.float32)
+        moved = kernels.align_and_copy(rows.store, source, target, shift, frequencies, implementation=name)
+        yield "aligned keys", name, relative(keys_values(rows._replace(store=moved))[0, :, tokens : 2 * tokens], exact)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--implementations", nargs="+", default=["hopper", "xla"])
+    parser.add_argument("--tokens", type=int, default=2048, help="a multiple of the page size, 64")
+    options = parser.parse_args()
+    found = []
+    for work, name, figure in errors(options.tokens, options.implementations):
+        print(f"{work:20}{name:10}{figure:10.2e}", flush=True)
+        found.append({"work": f"{work}, {options.tokens} tokens", "implementation": name} | {"figure": figure})
+    about = {"bench": "kernel-errors"} | provenance()
+    device = re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    rows = [row | {"unit": "relative to float64"} for row in found]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"kernel-errors-{device}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

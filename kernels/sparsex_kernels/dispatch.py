@@ -17,7 +17,7 @@ import jax
 SEEN_RIGHT: Mapping[str, frozenset[str]] = {
     "paged_attention": frozenset({"hopper"}),
     "key_mass": frozenset({"hopper"}),
-    "align_and_copy": frozenset(),
+    "align_and_copy": frozenset({"hopper"}),
     "write_kv": frozenset({"hopper"}),
 }
 

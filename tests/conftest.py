@@ -1,7 +1,15 @@
 """Shared fixtures. Eight virtual CPU devices, so that sharded engines are tested on any machine."""
 
+import importlib.util
+import os
+
 import jax
 import pytest
+
+# The suite compiles far more than it computes, and large matrix products are calls of a library anyway, so LLVM need
+# not optimise. XLA reads this at its first use. Not where JAX has CUDA, since it would reach kernels for GPUs too.
+if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 jax.config.update("jax_num_cpu_devices", 8)
 

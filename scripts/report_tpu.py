@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sparsex_jax import aot
 from sparsex_jax.config import EngineConfig, ModelConfig, named_config
-from sparsex_jax.planner import ACCELERATOR_CHUNK
+from sparsex_jax.planner import CHUNKS
 from sparsex_jax.sharding import check_mesh
 from sparsex_jax.weights import num_parameters
 
@@ -57,7 +57,7 @@ CHIPS = {
 ROOFLINE_PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8), ("v7", 1), ("v7", 4)]
 LENGTHS = [8192, 16384, 32768, 65536, 131072]
 FRESH, RATIO, BOUNDARY = 0.05, 0.15, 1 / 6  # of the prompt; of the reused tokens; of the layers
-CHUNK, ROW_TILE = ACCELERATOR_CHUNK, 128
+CHUNK, ROW_TILE = CHUNKS["tpu"].size, 128
 
 
 # What the compiler says ---------------------------------------------------------------------------------------

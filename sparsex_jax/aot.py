@@ -79,10 +79,10 @@ def lower_prefill(
     model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int, reuse: ReuseConfig | None = None
 ) -> Lowered:
     """The hybrid prefill of the bucket that holds so many tokens."""
-    shapes = Shapes.of_engine(model, engine, on_cpu=False)
+    shapes = Shapes.of_engine(model, engine, platform="tpu")
     plan, signals = half_reused(num_tokens, reuse or ReuseConfig(), model, shapes)
-    _, chunk = shapes.bucket(plan.fresh.size)
-    static = {"decoder": Decoder(model, Ops(mesh)), "signals": signals, "chunk": chunk}
+    _, chunks = shapes.bucket(plan.fresh.size)
+    static = {"decoder": Decoder(model, Ops(mesh)), "signals": signals, "chunks": chunks}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
     return _lower(lambda store, params, plan: prefill(params, store, plan, **static), mesh, store, params, plan)
 
@@ -91,7 +91,7 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
     """One dispatch of `engine.decode_steps` tokens for a power of two of requests."""
     output = Output(SamplingParams(), (), None)
     output.extend([0])
-    shapes = Shapes.of_engine(model, engine, on_cpu=False)
+    shapes = Shapes.of_engine(model, engine, platform="tpu")
     prompts = pages = [[0]] * num_requests
     state = decode_state([output] * num_requests, prompts, pages, shapes.max_pages, model.vocab_size)
     static = {"decoder": Decoder(model, Ops(mesh)), "steps": engine.decode_steps}
@@ -101,7 +101,7 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
 
 def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
     """The copies of the bucket that holds so many tokens."""
-    size, _ = Shapes.of_engine(model, engine, on_cpu=False).bucket(num_tokens)
+    size, _ = Shapes.of_engine(model, engine, platform="tpu").bucket(num_tokens)
     copies = Copies(*[jnp.zeros(size, jnp.int32)] * 3)
     decoder = Decoder(model, Ops(mesh))
     store = abstract_store(model, engine, mesh)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from sparsex_jax import model
 from sparsex_jax.model import Decoder, Hidden
-from sparsex_jax.plan import Rows, fold_chunks
+from sparsex_jax.plan import Chunks, Rows, fold_chunks
 from sparsex_jax.weights import Params
 from sparsex_kernels.layout import PageTables, Store
 
@@ -18,12 +18,12 @@ Mass = Float[Array, "requests context"]
 
 
 class Model(NamedTuple):
-    """What every layer of one prefill needs. `chunk`: rows that go through a layer at a time."""
+    """What every layer of one prefill needs. `chunks`: rows that go through a layer at a time."""
 
     decoder: Decoder
     params: Params
     tables: PageTables
-    chunk: int
+    chunks: Chunks
 
     def no_mass(self, store: Store) -> Mass:
         return jnp.zeros((len(self.tables), self.tables.shape[1] * store.shape[4]))
@@ -49,7 +49,7 @@ def run_layers(
 ) -> tuple[Store, Hidden, Mass | None]:
     """The layers from `layers[0]` up to `layers[1]`, a loop whose bounds are data.
 
-    Rows go through a layer `chunk` at a time, and a chunk's K and V are written before it attends: sorted by
+    Rows go through a layer a chunk at a time, and a chunk's K and V are written before it attends: sorted by
     position, each row finds every earlier row's K and V of the same layer in the store.
 
     Returns:
@@ -72,11 +72,11 @@ def _run_layer(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hidd
 
     def run_chunk(start: Array, part: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         store, hidden = carry
-        x = lax.dynamic_slice_in_dim(hidden, start, run.chunk)
+        x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
         store, x = model.decoder_layer(run.decoder, weights, layer, store, x, part, run.tables)
         return store, lax.dynamic_update_slice_in_dim(hidden, x, start, 0)
 
-    return fold_chunks(rows, run.chunk, run_chunk, (store, hidden))
+    return fold_chunks(rows, run.chunks, run_chunk, (store, hidden))
 
 
 def add_key_mass(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden, mass: Mass) -> Mass:
@@ -89,8 +89,8 @@ def add_key_mass(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hi
     weights = model.layer_weights(run.params, layer)
 
     def add(start: Array, part: Rows, mass: Array) -> Array:
-        x = lax.dynamic_slice_in_dim(hidden, start, run.chunk)
+        x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
         q = model.queries(weights, config, x, part)
         return mass + ops.key_mass(q, store, layer, part, run.tables)
 
-    return fold_chunks(rows, run.chunk, add, mass)
+    return fold_chunks(rows, run.chunks, add, mass)

@@ -8,6 +8,7 @@ alone, never on the lengths, so a few compilations serve any mix of requests.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,17 +61,33 @@ class Rows:
         return rows, origin
 
 
-def fold_chunks[Carry](rows: Rows, size: int, body: Callable[[Array, Rows, Carry], Carry], carry: Carry) -> Carry:
-    """Fold `body(start, chunk, carry)` over the rows, `size` at a time, as far as there are valid ones.
+class Chunks(NamedTuple):
+    """How many rows go through a layer at a time, and how many where fewer than that are left: divides the former."""
+
+    size: int
+    rest: int
+
+
+def fold_chunks[Carry](rows: Rows, chunks: Chunks, body: Callable[[Array, Rows, Carry], Carry], carry: Carry) -> Carry:
+    """Fold `body(start, chunk, carry)` over the rows, some at a time, as far as there are valid ones.
 
     Args:
-      size: divides the number of rows.
+      chunks: their size divides the number of rows.
     """
 
-    def step(i: Array, carry: Carry) -> Carry:
-        return body(i * size, rows.chunk(i * size, size), carry)
+    def fold(begin: Array | int, number: Array, size: int, carry: Carry) -> Carry:
+        def step(i: Array, carry: Carry) -> Carry:
+            start = begin + i * size
+            return body(start, rows.chunk(start, size), carry)
 
-    return jax.lax.fori_loop(0, -(-rows.count // size), step, carry)
+        return jax.lax.fori_loop(0, number, step, carry)
+
+    size, rest = chunks
+    if rest == size:
+        return fold(0, -(-rows.count // size), size, carry)
+    whole = rows.count // size
+    carry = fold(0, whole, size, carry)
+    return fold(whole * size, -(-(rows.count % size) // rest), rest, carry)
 
 
 @struct.dataclass

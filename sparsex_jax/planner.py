@@ -14,12 +14,15 @@ from jaxtyping import Int, Int32
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.methods import Phase
-from sparsex_jax.plan import PADDING_REQUEST, Choice, Copies, PrefillPlan, Rows
+from sparsex_jax.plan import PADDING_REQUEST, Choice, Chunks, Copies, PrefillPlan, Rows
 from sparsex_jax.prompt import PromptMap
 
-# Rows that go through a layer at a time.
-CPU_CHUNK = 128  # larger chunks gain 15 % in the matrix products and lose more to padding
-ACCELERATOR_CHUNK = 2048
+# Rows that go through a layer at a time, by platform.
+CHUNKS = {
+    "cpu": Chunks(128, 128),  # larger chunks gain 15 % in the matrix products and lose more to padding
+    "gpu": Chunks(2048, 256),  # 256 rows read the weights about as long as they multiply with them
+    "tpu": Chunks(2048, 2048),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,38 +61,40 @@ class RequestPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The few static shapes that plans are padded to: (rows, chunk) buckets, requests and pages a request."""
+    """The few static shapes that plans are padded to: (rows, chunks) buckets, requests and pages a request."""
 
-    buckets: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, Chunks], ...]
     max_requests: int
     max_pages: int
 
     @classmethod
-    def of(cls, max_context: int, max_requests: int, page_size: int, chunk: int) -> Shapes:
+    def of(cls, max_context: int, max_requests: int, page_size: int, chunks: Chunks) -> Shapes:
         """A small bucket for short work, then factors of 4 up to the longest context.
 
         Rows go through the layers a chunk at a time and chunks of padding are skipped, so a large bucket costs
         memory, not time, and few are enough: 3 for a context of 8192 and chunks of 128.
         """
-        sizes = [4 * chunk]
+        sizes = [4 * chunks.size]
         while sizes[-1] < max_context:
             sizes.append(4 * sizes[-1])
-        buckets = ((chunk // 2, chunk // 2), *((size, chunk) for size in sizes))
+        few = chunks.size // 2
+        small = Chunks(min(few, chunks.rest), min(few, chunks.rest))
+        buckets = ((few, small), *((size, chunks) for size in sizes))
         return cls(buckets, max_requests, -(-max_context // page_size))
 
     @classmethod
-    def of_engine(cls, model: ModelConfig, engine: EngineConfig, *, on_cpu: bool) -> Shapes:
-        """The shapes of an engine's plans on a CPU or an accelerator."""
+    def of_engine(cls, model: ModelConfig, engine: EngineConfig, *, platform: str) -> Shapes:
+        """The shapes of an engine's plans on a platform: cpu, gpu or tpu."""
         max_context = min(model.max_position, engine.num_pages * engine.page_size)
-        chunk = engine.chunk_rows or (CPU_CHUNK if on_cpu else ACCELERATOR_CHUNK)
-        return cls.of(max_context, engine.max_batch, engine.page_size, chunk)
+        chunks = Chunks(engine.chunk_rows, engine.chunk_rows) if engine.chunk_rows else CHUNKS[platform]
+        return cls.of(max_context, engine.max_batch, engine.page_size, chunks)
 
     @property
     def max_rows(self) -> int:
         return self.buckets[-1][0]
 
-    def bucket(self, rows: int) -> tuple[int, int]:
-        """The smallest (rows, chunk) that holds so many rows."""
+    def bucket(self, rows: int) -> tuple[int, Chunks]:
+        """The smallest (rows, chunks) that holds so many rows."""
         return next(bucket for bucket in self.buckets if bucket[0] >= rows)
 
     def plans(self, requests: Sequence[RequestPlan]) -> Iterator[slice]:

@@ -31,7 +31,7 @@ class Runner:
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
         self.model, self.engine, self.mesh, self.params = model, engine, mesh, params
         self.decoder = Decoder(model, Ops(mesh))
-        self.shapes = Shapes.of_engine(model, engine, on_cpu=mesh.devices.flat[0].platform == "cpu")
+        self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store = make_store(model, engine, mesh)
 
     def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[np.ndarray]]:
@@ -43,10 +43,10 @@ class Runner:
         """
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         plan, signals = plan_prefill(requests, self.shapes, self.model.num_layers)
-        _, chunk = self.shapes.bucket(plan.fresh.size)
+        _, chunks = self.shapes.bucket(plan.fresh.size)
         with self._precision():
             self.store, logits, active = prefill(
-                self.params, self.store, plan, decoder=self.decoder, signals=signals, chunk=chunk
+                self.params, self.store, plan, decoder=self.decoder, signals=signals, chunks=chunks
             )
         return logits, _computed(requests, active, self.model.num_layers)
 

@@ -53,7 +53,7 @@ class Boundary(NamedTuple):
 
     def chunk_of(self, start: Int[Array, ""], part: Rows) -> tuple[Heads, Heads]:
         """K and V of one chunk of the rows at the boundary's layer."""
-        x = lax.dynamic_slice_in_dim(self.hidden, start, self.run.chunk)
+        x = lax.dynamic_slice_in_dim(self.hidden, start, len(part.token))
         return model.keys_values(self.weights, self.run.decoder.config, x, part)
 
     def at_rows(self, mass: Mass) -> Scores:
@@ -154,7 +154,7 @@ def kv_deviation(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
         return store, lax.dynamic_update_slice_in_dim(deviation, moved, start, 0)
 
     nothing = jnp.zeros(len(boundary.hidden))
-    return fold_chunks(boundary.rows, boundary.run.chunk, measure, (store, nothing))
+    return fold_chunks(boundary.rows, boundary.run.chunks, measure, (store, nothing))
 
 
 @signal("given")
@@ -169,7 +169,7 @@ def _refresh_kv(boundary: Boundary, store: Store) -> Store:
     def write(start: Array, part: Rows, store: Array) -> Array:
         return _write(boundary, store, boundary.chunk_of(start, part), part)
 
-    return fold_chunks(boundary.rows, boundary.run.chunk, write, store)
+    return fold_chunks(boundary.rows, boundary.run.chunks, write, store)
 
 
 def _write(boundary: Boundary, store: Store, kv: tuple[Heads, Heads], part: Rows) -> Store:

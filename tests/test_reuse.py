@@ -8,6 +8,7 @@ from conftest import TINY
 from dense import Dense, engine_logits, stored_kv
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax.plan import Chunks
 from sparsex_jax.prompt import Kind
 
 FULL = ReuseConfig(method="full")
@@ -176,6 +177,20 @@ def test_a_batch_gives_what_each_request_gives_alone(tiny):
             assert (out.token_ids, out.finish_reason) == (alone.token_ids, alone.finish_reason)
             assert out.report.to_dict() | {"ttft_s": 0} == alone.report.to_dict() | {"ttft_s": 0}
             np.testing.assert_array_equal(out.report.active, alone.report.active)
+
+
+def test_what_is_left_behind_the_large_chunks_goes_in_small_ones(tiny):
+    remember_both(tiny)
+    prompt = np.concatenate([piece for piece, _ in INTERLEAVINGS["many"]])
+    for reuse in (ReuseConfig("full"), ReuseConfig(boundary_layer=1)):
+        expected = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
+        shapes = tiny._runner.shapes
+        fine = [(rows, Chunks(min(rows, 128), 8)) for rows, _ in shapes.buckets]
+        assert len(prompt) % 128 > 8
+        tiny._runner.shapes = dataclasses.replace(shapes, buckets=tuple(fine))
+        found = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
+        tiny._runner.shapes = shapes
+        np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def test_a_batch_copies_more_tokens_than_a_plan_has_rows():

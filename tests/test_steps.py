@@ -10,7 +10,7 @@ from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.decode import decode
 from sparsex_jax.generation import Output, decode_state
 from sparsex_jax.methods import METHODS
-from sparsex_jax.plan import Copies
+from sparsex_jax.plan import Chunks, Copies
 from sparsex_jax.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.prefill import align, prefill, top_rows
 from sparsex_jax.prompt import Kind, PromptMap
@@ -52,7 +52,7 @@ def test_prefill_does_not_copy_the_store(big_store):
     runner = big_store._runner
     plan, signals = hybrid_plan(big_store)
     assert signals == ("key_mass",)
-    static = {"decoder": runner.decoder, "signals": signals, "chunk": 128}
+    static = {"decoder": runner.decoder, "signals": signals, "chunks": Chunks(128, 128)}
     assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
 
 
@@ -88,7 +88,12 @@ def test_few_programs_serve_any_mix_of_lengths(tiny):
 
 
 def test_buckets_are_few():
-    assert Shapes.of(8192, 8, 64, 128).buckets == ((64, 64), (512, 128), (2048, 128), (8192, 128))
+    assert Shapes.of(8192, 8, 64, Chunks(128, 128)).buckets == (
+        (64, Chunks(64, 64)),
+        (512, Chunks(128, 128)),
+        (2048, Chunks(128, 128)),
+        (8192, Chunks(128, 128)),
+    )
 
 
 def test_top_rows_takes_the_best_candidates_of_each_request():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import socket
 import threading
 import time
@@ -36,11 +37,16 @@ TINY = ModelConfig(
 )
 
 
+@functools.cache
+def _parts():
+    """Weights and tokenizer, which engines can share since neither changes."""
+    return random_params(TINY, "float32", make_mesh(), seed=0), open_checkpoint("smollm2-135m-instruct").tokenizer
+
+
 def make_engine() -> Engine:
-    """Random weights, always the same, and SmolLM2's tokenizer: it talks nonsense, fast."""
-    tokenizer = open_checkpoint("smollm2-135m-instruct").tokenizer
+    """Random weights, always the same, and SmolLM2's tokenizer: it talks nonsense, fast. The store is its own."""
     config = EngineConfig(store_tokens=8192, page_size=16, max_batch=4)
-    return Engine(TINY, random_params(TINY, "float32", make_mesh(), seed=0), tokenizer, config=config)
+    return Engine(TINY, *_parts(), config=config)
 
 
 @dataclasses.dataclass

@@ -50,7 +50,11 @@ def hopper(operation):
 
 SMALL = [
     pytest.param({"lengths": (150, 3, 70), "rows": 48}, id="tiles straddle requests"),
-    pytest.param({"lengths": (130,), "rows": 20, "dim": 128, "group": 8, "kv_heads": 1}, id="eight heads of 128"),
+    pytest.param(
+        {"lengths": (130,), "rows": 20, "dim": 128, "group": 8, "kv_heads": 1},
+        id="eight heads of 128",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         {"lengths": (256,), "rows": 17, "group": 3, "page_size": 128},
         id="three heads, a page a block",
@@ -76,7 +80,7 @@ def last_rows(lengths, **options):
     return q, store, layer, positions, jnp.arange(len(lengths)), tables
 
 
-@pytest.mark.parametrize(("dim", "group"), [(64, 3), (128, 8)])
+@pytest.mark.parametrize(("dim", "group"), [pytest.param(64, 3, marks=pytest.mark.slow), (128, 8)])
 def test_decode(dim, group, monkeypatch):
     monkeypatch.setattr(hopper_decode, "PROGRAMS", 4)  # few, as each is slow to interpret
     case = last_rows((300, 5, 64), dim=dim, group=group, kv_heads=1)
@@ -99,7 +103,7 @@ def same(a, b):
     return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32), equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_write_kv(dtype):
     _, store, layer, *rows = scattered((150, 3, 70), 40, kv_heads=3, dtype=dtype)
     keys, values = jax.random.normal(jax.random.key(0), (2, 40, 3, 64))

@@ -115,7 +115,14 @@ def remember(engine):
 # The same as alone ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+def some_by_default(*names):
+    """A parameter `method` of all methods. Those not named are slow, as each may have programs of its own."""
+    return pytest.mark.parametrize(
+        "method", [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
+    )
+
+
+@some_by_default("full", "sparsex", "prophetkv")  # without a choice, with one, and with a pass of its own before it
 def test_batched_and_chunked_is_as_one_at_a_time(method):
     engine = make_engine()
     remember(engine)
@@ -132,7 +139,7 @@ def test_batched_and_chunked_is_as_one_at_a_time(method):
     assert idle(engine)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@some_by_default("prefix", "sparsex")
 def test_what_is_put_off_goes_on_as_if_nothing_had_been(method):
     reuse = ReuseConfig(method=method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
     sampling = SamplingParams(max_new_tokens=60, temperature=0.7, seed=3, repetition_penalty=1.2)

@@ -48,6 +48,8 @@ from sparsex_jax.serving.task import Event, Listener, Task
 __all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
 
 FEW_STEPS = 4  # tokens a dispatch while somebody waits for a prefill
+# A dispatch of more tokens should not take longer: who comes meanwhile waits for its end. It matters on slow devices.
+MOST_SECONDS = 0.2
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +133,7 @@ class Loop:
         self._cache = engine._cache  # what the pages of the admitted are pages of
         self._changes = 0  # how often pages were given back
         self._state: tuple[DecodeState, list[tuple[int, int, int]]] | None = None
+        self._step_seconds = 0.0  # what a token of the last dispatch took
         self._counts = dict.fromkeys(_COUNTED, 0)
         self._token_layers = 0.0
         self._ends: deque[float] = deque(maxlen=32)
@@ -249,8 +252,9 @@ class Loop:
         tasks = [task for task in self._decoding if not task.suspect]
         if not tasks:
             return None
+        started = time.perf_counter()
         try:
-            return _Dispatch(tasks, steps, self._dispatch(tasks, steps))
+            return _Dispatch(tasks, steps, self._dispatch(tasks, steps), started)
         except Exception as error:
             self._survive(tasks, error, functools.partial(self._decode_alone, steps=steps))
             return None
@@ -263,6 +267,7 @@ class Loop:
         except Exception as error:
             self._survive(dispatch.tasks, error, functools.partial(self._decode_alone, steps=dispatch.steps))
             return
+        self._step_seconds = (time.perf_counter() - dispatch.started) / dispatch.steps
         for line, task in enumerate(dispatch.tasks):
             self._take(task, sampled, line)
 
@@ -277,11 +282,13 @@ class Loop:
             self._take(task, sampled, 0)
 
     def _steps(self) -> int:
-        """All that a dispatch may have, or few where somebody's first token is near."""
+        """As many as a dispatch may have and soon gets done, or few where somebody's first token is near."""
         free = len(self._prefilling) + len(self._decoding) < self._engine.config.max_batch
         near = self._prefilling or (free and any(task.blocked_at != self._changes for task in self._waiting))
         most = self._engine.config.decode_steps
-        return min(FEW_STEPS, most) if near else most
+        if not near and self._step_seconds * most <= MOST_SECONDS:
+            return most
+        return min(FEW_STEPS, most)
 
     def _dispatch(self, tasks: list[Task], steps: int) -> Sampled:
         """The state is made of what the host knows, or is the last one if nobody came, went or grew since."""
@@ -552,11 +559,12 @@ class Loop:
 
 
 class _Dispatch(NamedTuple):
-    """Tokens on their way: whose, at most how many each, and where they will be."""
+    """Tokens on their way: whose, at most how many each, where they will be, and since when."""
 
     tasks: list[Task]
     steps: int
     sampled: Sampled
+    started: float
 
 
 _OUTCOMES = {"cancelled": "cancelled", "error": "failed"}

@@ -1,0 +1,289 @@
+"""How a server feels with and without reuse: requests come at random to the serving loop, method after method.
+
+    uv run python scripts/bench_serving.py [--workloads rag] [--load 0.7 | --rate 2.5] [--methods full prefix naive]
+
+The workloads, chat, rag and agents, are those of `sparsex_jax.eval.workloads`, and the same for each method.
+Requests are sent when they are due, whatever became of those before (an open loop, Poisson). The rate is given, or is
+a share of what full recompute gets through when all requests are there at once. A method's figures are those of a
+pass in a namespace of its own in which nothing was compiled. Writes `serving-<model>-<device>.json`, the tables as
+Markdown and, with matplotlib, a plot to `scripts/results`.
+
+TTFT counts from when a request was due. Tokens of one dispatch arrive together, and each is given its part of the time
+since those before. Goodput counts requests whose TTFT and mean time between tokens are both within their limits.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsex_jax import Engine, ReuseConfig, SamplingParams, UnknownModelError
+from sparsex_jax.cli.bench import parse_method
+from sparsex_jax.config import named_config
+from sparsex_jax.eval import lexicon
+from sparsex_jax.eval.results import file_stem, provenance
+from sparsex_jax.eval.workloads import WORKLOADS, Size, Workload, make_workload
+from sparsex_jax.report import Report
+from sparsex_jax.serving.loop import Event, Loop
+
+RESULTS = Path(__file__).resolve().parent / "results"
+METHODS = ("full", "prefix", "sparsex:boundary_layer=0:recompute_ratio=0.05", "sparsex")
+PERCENTILES = (50, 95, 99)
+MOST_PASSES = 4  # until one compiles nothing
+
+
+# How it went ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Timeline:
+    """One request, as a listener of the loop: when it was due and when its tokens came, in seconds of the clock."""
+
+    due: float
+    clock: Callable[[], float] = time.perf_counter
+    came: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # when, and how many
+    report: Report | None = None
+    error: Exception | None = None
+
+    def __call__(self, event: Event) -> None:
+        if event.token_ids:
+            self.came.append((self.clock(), len(event.token_ids)))
+        self.report, self.error = event.report or self.report, event.error
+
+    @property
+    def ttft(self) -> float:
+        return self.came[0][0] - self.due
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between tokens."""
+        pairs = itertools.pairwise(self.came)
+        return [gap for (before, _), (now, new) in pairs for gap in [(now - before) / new] * new]
+
+    def is_within(self, ttft: float, gap: float) -> bool:
+        return self.ttft <= ttft and sum(self.gaps) <= gap * len(self.gaps)
+
+
+def seconds_of(timelines: Sequence[Timeline]) -> float:
+    """From the first that was due to the last token."""
+    return max(timeline.came[-1][0] for timeline in timelines) - min(timeline.due for timeline in timelines)
+
+
+def figures(timelines: Sequence[Timeline], ttft_limit: float, gap_limit: float) -> dict[str, tuple[float, str]]:
+    """What was measured, and its unit, by name. The limits are in seconds."""
+    reports = [timeline.report for timeline in timelines if timeline.report is not None]
+    prompt_tokens = sum(report.prompt_tokens for report in reports)
+    seconds = seconds_of(timelines)
+    ttft = np.percentile([timeline.ttft for timeline in timelines], PERCENTILES)
+    gaps = np.percentile([gap for timeline in timelines for gap in timeline.gaps], PERCENTILES)
+    generated = sum(new for timeline in timelines for _, new in timeline.came)
+    good = sum(timeline.is_within(ttft_limit, gap_limit) for timeline in timelines)
+
+    def share(field: str) -> tuple[float, str]:
+        return sum(getattr(report, field) for report in reports) / prompt_tokens, "of prompt tokens"
+
+    work = sum(report.computed_fraction * report.prompt_tokens for report in reports) / prompt_tokens
+    return {
+        **{f"TTFT p{p}": (float(value), "s") for p, value in zip(PERCENTILES, ttft, strict=True)},
+        **{f"ITL p{p}": (1e3 * float(value), "ms") for p, value in zip(PERCENTILES, gaps, strict=True)},
+        "generated": (generated / seconds, "tokens/s"),
+        "prompt": (prompt_tokens / seconds, "tokens/s"),
+        "goodput": (good / seconds, "requests/s"),
+        **{kind: share(f"{kind}_tokens") for kind in ("prefix", "reused", "fresh")},
+        "computed": (work, "of token-layers"),
+    }
+
+
+# How it is run ----------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Passes of workloads over one engine, each in a namespace of its own."""
+
+    def __init__(self, engine: Engine, new_tokens: int) -> None:
+        self._engine = engine
+        self._sampling = SamplingParams(new_tokens, temperature=0.0, ignore_eos=True)
+        self._passes = itertools.count()
+        self._compiled = 0
+        jax.monitoring.register_event_duration_secs_listener(self._count)
+
+    def _count(self, event: str, duration_secs: float, **_: Any) -> None:
+        self._compiled += event.endswith("backend_compile_duration")
+
+    def settled(self, workload: Workload, reuse: ReuseConfig, due: np.ndarray) -> list[Timeline]:
+        """A pass that compiled nothing."""
+        for _ in range(MOST_PASSES):
+            before = self._compiled
+            timelines = self.once(workload, reuse, due)
+            if self._compiled == before:
+                return timelines
+        raise RuntimeError(f"{MOST_PASSES} passes of {reuse.method} all compiled something")
+
+    def once(self, workload: Workload, reuse: ReuseConfig, due: np.ndarray) -> list[Timeline]:
+        """Store what is to be stored, then send each prompt when it is due (seconds), and see all through.
+
+        Raises:
+          RuntimeError: a request failed.
+        """
+        namespace = f"pass {next(self._passes)}"
+        handles = [self._engine.remember(tokens, namespace=namespace, frozen=True) for tokens in workload.stored]
+        timelines = self._serve(workload.prompts, reuse, namespace, due)
+        for handle in handles:
+            self._engine.forget(handle)
+        for timeline in timelines:
+            if timeline.error is not None:
+                raise RuntimeError("a request failed") from timeline.error
+        return timelines
+
+    def _serve(
+        self, prompts: Sequence[np.ndarray], reuse: ReuseConfig, namespace: str, due: np.ndarray
+    ) -> list[Timeline]:
+        loop = Loop(self._engine, max_waiting=len(prompts))
+        timelines = [Timeline(at) for at in (time.perf_counter() + due).tolist()]
+        coming = deque(zip(timelines, prompts, strict=True))
+        busy = False
+        while coming or busy:
+            if coming and not busy:
+                time.sleep(max(coming[0][0].due - time.perf_counter(), 0))
+            while coming and coming[0][0].due <= time.perf_counter():
+                timeline, prompt = coming.popleft()
+                loop.submit(prompt, self._sampling, reuse=reuse, namespace=namespace, listener=timeline)
+            busy = loop.step()
+        return timelines
+
+
+def compare(
+    bench: Bench, workload: Workload, methods: dict[str, ReuseConfig], options: argparse.Namespace
+) -> tuple[float, dict[str, list[Timeline]]]:
+    """The rate, and a pass of each method with the same prompts at the same times."""
+    number = len(workload.prompts)
+    at_once = np.zeros(number)
+    for reuse in methods.values():
+        bench.once(workload, reuse, at_once)  # compiles most of what they need
+    rate = options.rate
+    if rate is None:
+        timelines = bench.settled(workload, ReuseConfig("full"), at_once)
+        rate = options.load * number / seconds_of(timelines)
+    due = np.random.default_rng(options.seed).exponential(1 / rate, number).cumsum()
+    runs = {}
+    for name, reuse in methods.items():
+        runs[name] = bench.settled(workload, reuse, due)
+        print(f"{rate:.3f}/s, {name}: TTFT p50 {np.median([t.ttft for t in runs[name]]):.2f} s", flush=True)
+    return rate, runs
+
+
+# What is written --------------------------------------------------------------------------------------------
+
+
+def table(measured: dict[str, dict[str, tuple[float, str]]]) -> str:
+    """Markdown, a line for each method."""
+    heading = ["method", "TTFT p50 / p95 / p99, s", "ITL p50 / p95 / p99, ms", "generated, tokens/s"]
+    heading += ["prompt, tokens/s", "goodput, 1/s", "prefix", "reused", "fresh", "computed"]
+    lines = [heading, ["---", *["--:"] * (len(heading) - 1)]]
+    for method, found in measured.items():
+        ttft = " / ".join(f"{found[f'TTFT p{p}'][0]:.2f}" for p in PERCENTILES)
+        gaps = " / ".join(f"{found[f'ITL p{p}'][0]:.0f}" for p in PERCENTILES)
+        rates = [f"{found[name][0]:.1f}" for name in ("generated", "prompt")]
+        shares = [f"{found[name][0]:.0%}" for name in ("prefix", "reused", "fresh", "computed")]
+        lines.append([method, ttft, gaps, *rates, f"{found['goodput'][0]:.2f}", *shares])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(runs: dict[str, dict[str, list[Timeline]]], path: Path, title: str) -> None:
+    """For each workload the share of requests whose first token, and of tokens that, came within a time."""
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("agg")  # files only
+    size = (4 * len(runs), 6)
+    figure, axes = plt.subplots(2, len(runs), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for (name, by_method), (above, below) in zip(runs.items(), axes.T, strict=True):
+        for method, timelines in by_method.items():
+            above.ecdf([timeline.ttft for timeline in timelines], label=method)
+            below.ecdf([1e3 * gap for timeline in timelines for gap in timeline.gaps], label=method)
+        above.set(title=name, xlabel="TTFT, s", ylabel="requests")
+        below.set(xlabel="time between tokens, ms", ylabel="tokens")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, dict[str, list[Timeline]]]) -> None:
+    """The rows, the tables and the plot."""
+    limits = options.ttft_limit, options.itl_limit
+    about = {"bench": "serving", "model": options.model} | provenance()
+    rows, tables = [], []
+    for name, by_method in runs.items():
+        measured = {method: figures(timelines, *limits) for method, timelines in by_method.items()}
+        tables.append(f"\n## {name}, {rates[name]:.2f} requests a second\n\n{table(measured)}")
+        rows += [
+            {"work": f"{name}: {what}", "implementation": method, "figure": float(f"{figure:.5g}"), "unit": unit}
+            for method, found in measured.items()
+            for what, (figure, unit) in found.items()
+        ]
+    settings = {key: value for key, value in vars(options).items() if key not in ("model", "note", "rate")}
+    content = about | {"note": options.note, "settings": settings, "rates": rates, "rows": rows}
+    head = f"# Serving {options.model} on {about['device']}\n\n`{about['command']}`\n"
+    note = f"\n{options.note}\n" if options.note else ""
+    title = f"{options.model}, {about['device']}: {options.requests} requests of {options.length} tokens"
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{file_stem(about)}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.with_suffix(".md").write_text(head + note + "".join(tables))
+    print("".join(tables))
+    if importlib.util.find_spec("matplotlib"):
+        plot(runs, path.with_suffix(".png"), title)
+
+
+def load(model: str, **options: Any) -> tuple[Engine, Any]:
+    """An engine and what tokenises its prompts. A named configuration has random weights and the tasks' tokenizer."""
+    try:
+        named_config(model)
+    except UnknownModelError:
+        engine = Engine.from_pretrained(model, **options)
+        return engine, engine.tokenizer
+    return Engine.from_config(model, **options), lexicon.ruler_tokenizer()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="smollm2-135m-instruct", help="a checkpoint, or a named configuration for random weights")
+    add("--dtype", default="float32")
+    add("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    add("--methods", nargs="+", default=list(METHODS), help="NAME or NAME:FIELD=VALUE:...")
+    add("--requests", type=int, default=16)
+    add("--length", type=int, default=800, help="tokens of a prompt's body")
+    add("--pieces", type=int, default=4, help="documents of a question, agents of a group, turns of a chat; 2 or more")
+    add("--new-tokens", type=int, default=16)
+    add("--rate", type=float, help="requests a second")
+    add("--load", type=float, default=0.7, help="without --rate: share of what full recompute sustains")
+    add("--ttft-limit", type=float, default=2.0, help="seconds, for goodput")
+    add("--itl-limit", type=float, default=0.1, help="seconds, for goodput")
+    add("--store-tokens", type=int, default=32768)
+    add("--max-batch", type=int, default=8)
+    add("--seed", type=int, default=0)
+    add("--note", help="what a reader of the tables must know")
+    options = parser.parse_args()
+    methods = {name: parse_method(name) for name in options.methods}
+    sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_batch": options.max_batch}
+    engine, tokenizer = load(options.model, **sizes)
+    bench = Bench(engine, options.new_tokens)
+    rates: dict[str, float] = {}
+    runs: dict[str, dict[str, list[Timeline]]] = {}
+    for name in options.workloads:
+        workload = make_workload(name, tokenizer, Size(options.requests, options.length, options.pieces), options.seed)
+        rates[name], runs[name] = compare(bench, workload, methods, options)
+    save(options, rates, runs)
+
+
+if __name__ == "__main__":
+    main()

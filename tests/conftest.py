@@ -6,8 +6,8 @@ import os
 import jax
 import pytest
 
-# The suite compiles far more than it computes, so LLVM optimises little: a third of the time to compile, and SmolLM2 runs
-# as fast. XLA reads this at its first use. Not where JAX has CUDA, since it would reach the kernels for GPUs too.
+# The suite compiles far more than it computes, so LLVM optimises little: programs compile in a third of the time, and
+# SmolLM2 runs as fast. XLA reads this at its first use. Not where JAX has CUDA: it would reach the kernels for GPUs.
 if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 

@@ -273,6 +273,8 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--note", help="what a reader of the tables must know")
     options = parser.parse_args()
+    if options.new_tokens < 2:
+        parser.error("--new-tokens must be at least 2: one token has no time to the next")
     methods = {name: parse_method(name) for name in options.methods}
     sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_batch": options.max_batch}
     engine, tokenizer = load(options.model, **sizes)
@@ -282,7 +284,7 @@ def main() -> None:
     for name in options.workloads:
         workload = make_workload(name, tokenizer, Size(options.requests, options.length, options.pieces), options.seed)
         rates[name], runs[name] = compare(bench, workload, methods, options)
-    save(options, rates, runs)
+        save(options, rates, runs)  # what is there, should a later one fail
 
 
 if __name__ == "__main__":

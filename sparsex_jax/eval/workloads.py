@@ -1,9 +1,9 @@
 """Workloads of a server: prompts in the order in which they come, and what is stored before. From seeds.
 
 `chat`: several users, whose histories grow by a turn each time. `rag`: documents are stored one by one, and each
-question comes with some of them in an order of its own. `agents`: each of a group of agents reads what the others said,
-shuffled; it was stored where they said it. What a model answers changes nothing: a history goes on with the turns of the
-workload.
+question comes with some of them in an order of its own. `agents`: each of a group of agents reads what the others
+said, shuffled; it was stored where they said it. What a model answers changes nothing: a history goes on with the
+turns of the workload.
 """
 
 from __future__ import annotations

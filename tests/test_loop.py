@@ -21,6 +21,7 @@ from sparsex_jax import (
     StoreFullError,
 )
 from sparsex_jax.methods import METHODS
+from sparsex_jax.serving import loop as loop_module
 from sparsex_jax.serving.loop import Loop
 from sparsex_jax.sharding import make_mesh
 from sparsex_jax.weights import random_params
@@ -256,6 +257,16 @@ def test_nobody_waits_for_what_it_cannot_use(difference):
     loop.step()
     assert (loop.stats.running, loop.stats.waiting) == (2, 0)
     run(loop)
+
+
+@pytest.mark.parametrize(("most_seconds", "expected"), [(float("inf"), [1, 16, 16]), (0.0, [1, 16, 4, 4, 4, 4])])
+def test_a_dispatch_on_a_slow_device_is_short(monkeypatch, most_seconds, expected):
+    """So that who comes meanwhile waits for few tokens. How slow it is shows from the second dispatch on."""
+    monkeypatch.setattr(loop_module, "MOST_SECONDS", most_seconds)
+    loop = Loop(make_engine())
+    heard = submit(loop, A, SamplingParams(max_new_tokens=33))
+    run(loop)
+    assert [len(event.token_ids) for event in heard] == expected
 
 
 def test_a_huge_prompt_stalls_nobody():

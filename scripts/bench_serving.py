@@ -203,7 +203,7 @@ def plot(runs: dict[str, dict[str, list[Timeline]]], path: Path, title: str) -> 
     from matplotlib import pyplot as plt
 
     plt.switch_backend("agg")  # files only
-    size = (4 * len(runs), 6)
+    size = (max(4 * len(runs), 7), 6)
     figure, axes = plt.subplots(2, len(runs), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for (name, by_method), (above, below) in zip(runs.items(), axes.T, strict=True):
         for method, timelines in by_method.items():
@@ -230,6 +230,7 @@ def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, d
             for what, (figure, unit) in found.items()
         ]
     settings = {key: value for key, value in vars(options).items() if key not in ("model", "note", "rate")}
+    settings["workloads"] = list(runs)
     content = about | {"note": options.note, "settings": settings, "rates": rates, "rows": rows}
     head = f"# Serving {options.model} on {about['device']}\n\n`{about['command']}`\n"
     note = f"\n{options.note}\n" if options.note else ""

@@ -140,7 +140,7 @@ def test_batched_and_chunked_is_as_one_at_a_time(method):
     assert idle(engine)
 
 
-@some_by_default("prefix", "sparsex")
+@some_by_default("sparsex")
 def test_what_is_put_off_goes_on_as_if_nothing_had_been(method):
     reuse = ReuseConfig(method=method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
     sampling = SamplingParams(max_new_tokens=60, temperature=0.7, seed=3, repetition_penalty=1.2)

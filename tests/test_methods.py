@@ -30,7 +30,9 @@ CONFIGS = {
         boundary_layer=1, second_boundary=3, coverage=0.7, head_tokens=3, per_segment=True, pool_tokens=4, **PLAIN
     ),
 }
-SIMPLER = ["epic", "random", "sum_layers", "coverage"]  # one boundary, one signal: in a batch they run as the others do
+# The first four have one boundary and one signal: in a batch they run as the others do. `test_loop.py` has batches of
+# the last.
+IN_BATCHES_ELSEWHERE = ["epic", "random", "sum_layers", "coverage", "prophetkv"]
 PROMPTS = ["odd offsets", "many"]
 
 
@@ -230,7 +232,7 @@ def test_shares_add_up():
 
 
 @pytest.mark.parametrize(
-    "name", ["cacheblend", "prophetkv", "everything", *(pytest.param(n, marks=pytest.mark.slow) for n in SIMPLER)]
+    "name", ["cacheblend", "everything", *(pytest.param(n, marks=pytest.mark.slow) for n in IN_BATCHES_ELSEWHERE)]
 )
 def test_a_batch_gives_what_each_request_gives_alone(tiny, name):
     remember_both(tiny)

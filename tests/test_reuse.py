@@ -60,7 +60,7 @@ def test_a_prefix_hit_changes_nothing(smollm, shared):
 
 
 @pytest.mark.parametrize("length", [64, 65, 127, 128])
-@pytest.mark.parametrize("method", ["prefix", "naive", "sparsex"])
+@pytest.mark.parametrize("method", ["prefix", pytest.param("naive", marks=pytest.mark.slow), "sparsex"])
 def test_a_full_hit_still_computes_its_last_token(smollm, method, length):
     namespace = f"hit-{length}"
     prompt = text_ids(smollm, length, length)

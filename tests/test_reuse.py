@@ -193,6 +193,7 @@ def test_what_is_left_behind_the_large_chunks_goes_in_small_ones(tiny):
         np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_batch_copies_more_tokens_than_a_plan_has_rows():
     engine = Engine.from_config(
         dataclasses.replace(TINY, max_position=512), chunk_rows=8, store_tokens=2048, page_size=16

@@ -7,11 +7,12 @@ import pytest
 from conftest import TINY
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax.cache import Segment
 from sparsex_jax.decode import decode
 from sparsex_jax.generation import Output, decode_state
 from sparsex_jax.methods import METHODS
 from sparsex_jax.plan import Chunks, Copies
-from sparsex_jax.planner import RequestPlan, Shapes, plan_prefill
+from sparsex_jax.planner import RequestPlan, Shapes, plan_copies, plan_prefill
 from sparsex_jax.prefill import align, prefill, top_rows
 from sparsex_jax.prompt import Kind, PromptMap
 from sparsex_jax.sharding import make_mesh
@@ -106,3 +107,12 @@ def test_top_rows_takes_the_best_candidates_of_each_request():
         own = np.flatnonzero(candidates & (request == r))
         expected = own[np.argsort(-scores[own], kind="stable")[: budget[r]]]
         np.testing.assert_array_equal(np.flatnonzero(chosen & (request == r)), np.sort(expected))
+
+
+def test_more_copies_than_a_plan_has_rows_go_in_parts():
+    shapes = Shapes.of(max_context=128, max_requests=4, page_size=16, chunks=Chunks(8, 8))
+    runs = [(Segment(0, n, 5, np.arange(n), exact=False), range(8)) for n in (100, 28, 100)]
+    parts = list(plan_copies(runs, shapes, page_size=16))
+    assert [int((part.target >= 0).sum()) for part in parts] == [128, 100]
+    assert all(len(part.source) == 128 for part in parts)
+    assert list(plan_copies([], shapes, page_size=16)) == []

@@ -165,6 +165,7 @@ def test_the_body_is_reused(engine, regime, task):
     assert all(segment in text for segment in sample.segments)
 
 
+@pytest.mark.slow
 def test_full_recompute_between_two_methods_evicts_nothing(engine):
     asked = quality.prepare(engine, sample_of("niah", tokens=430), "independent", "evict", np.random.default_rng(0))
     naive, full = ReuseConfig("naive"), ReuseConfig("full")

@@ -200,6 +200,7 @@ def test_random_streams_are_the_requests_own():
         np.testing.assert_allclose([e.logprob for e in got], [e.logprob for e in out.logprobs], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_streams_and_ends_at_stop_strings(smollm):
     prompt = [{"role": "user", "content": "Name three colours, and write 🦜 after each."}]
     sampling = SamplingParams(max_new_tokens=24)

@@ -182,15 +182,13 @@ def test_a_batch_gives_what_each_request_gives_alone(tiny):
 def test_what_is_left_behind_the_large_chunks_goes_in_small_ones(tiny):
     remember_both(tiny)
     prompt = np.concatenate([piece for piece, _ in INTERLEAVINGS["many"]])
-    for reuse in (ReuseConfig("full"), ReuseConfig(boundary_layer=1)):
-        expected = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
-        shapes = tiny._runner.shapes
-        fine = [(rows, Chunks(min(rows, 128), 8)) for rows, _ in shapes.buckets]
-        assert len(prompt) % 128 > 8
-        tiny._runner.shapes = dataclasses.replace(shapes, buckets=tuple(fine))
-        found = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
-        tiny._runner.shapes = shapes
-        np.testing.assert_allclose(found, expected, atol=2e-5)
+    reuse, shapes = ReuseConfig(boundary_layer=1), tiny._runner.shapes
+    expected = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
+    fine = [(rows, Chunks(min(rows, 128), 8)) for rows, _ in shapes.buckets]
+    assert len(prompt) % 128 > 8
+    tiny._runner.shapes = dataclasses.replace(shapes, buckets=tuple(fine))
+    found = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 @pytest.mark.slow

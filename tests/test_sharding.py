@@ -71,6 +71,7 @@ def test_each_device_holds_its_share_of_the_store_only(tensor_parallel):
     )
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_does_not_divide_is_replicated():
     model = ModelConfig(**{**MODEL.__dict__, "vocab_size": 121})
     one = engine(2, model)

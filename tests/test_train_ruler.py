@@ -91,7 +91,8 @@ def test_losses_count_what_the_kinds_say(config):
     *rows, _ = train_ruler.make_batch((0, 0, 1), 2, 256, {"mq_niah": 1.0, "vt": 1.0})
     tokens, kind, hints, _ = rows
     recipe = train_ruler.Recipe(digit_weight=1.0)
-    means, hinted, right = train_ruler.losses(params, config, recipe, "float32", tuple(rows))
+    losses = jax.jit(train_ruler.losses, static_argnums=(1, 2, 3))
+    means, hinted, right = losses(params, config, recipe, "float32", tuple(rows))
     hidden = train_ruler.forward(params, config, tokens).hidden[-1]
     final = np.asarray(train_ruler.logits(params, config, hidden), np.float64)
     halfway = final  # this model ends before the layers of the hints

@@ -11,7 +11,6 @@ and leaves nothing behind. Prints a line for each part of the queries and writes
 
 import argparse
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -128,9 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     engine = Engine.from_pretrained(options.model, dtype=options.dtype, store_tokens=options.store_tokens, max_batch=1)
     rows = run(engine, parse_method(options.method), options)
-    written = document(rows, options)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{results.file_stem(written)}.json").write_text(json.dumps(written, indent=1) + "\n")
+    results.write_json(document(rows, options), RESULTS)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ predicts: the share of token-layers computed, of full recompute's time. Writes `
 
 import argparse
 import dataclasses
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
-from sparsex_jax.eval.results import file_stem, provenance
+from sparsex_jax.eval.results import provenance, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FULL = "full"
@@ -123,9 +122,7 @@ def main() -> None:
         rows.append(decode(engine, options.context, requests, options))
         print(rows[-1], flush=True)
     about = {"bench": "e2e", "model": options.model} | provenance()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{file_stem(about)}.json"
-    path.write_text(json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n")
+    write_json(about | {"rows": [dataclasses.asdict(row) for row in rows]}, RESULTS)
 
 
 if __name__ == "__main__":

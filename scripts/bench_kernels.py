@@ -8,13 +8,8 @@ repeats the work many times on the device, every repetition waiting for the one 
 """
 
 import argparse
-import json
 import os
-import platform
-import re
 import statistics
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,8 +22,9 @@ import numpy as np
 from jax import lax
 
 import sparsex_kernels as kernels
+from sparsex_jax.eval.results import provenance, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
 Q_HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 64
 DISPATCHES, SECONDS = 5, 0.1  # of device time a dispatch
 
@@ -254,25 +250,8 @@ def show(row: Row) -> str:
     return f"{row.work:34}{row.implementation:12}{row.seconds * 1e3:10.3f} ms {rate} {moved}"
 
 
-def commit() -> str:
-    answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return answer.stdout.strip()
-
-
 def save(rows: list[Row]) -> Path:
-    device = jax.devices()[0].device_kind
-    record = {
-        "bench": "kernels",
-        "command": " ".join(["python", *sys.argv]),
-        "device": device,
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "commit": commit(),
-        "rows": [row.kept() for row in rows],
-    }
-    path = ROOT / "scripts/results" / f"kernels-{re.sub('[^a-z0-9]+', '-', device.lower())}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    return path
+    return write_json({"bench": "kernels"} | provenance() | {"rows": [row.kept() for row in rows]}, RESULTS)
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import importlib.util
 import itertools
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ from sparsex_jax import Engine, ReuseConfig, SamplingParams, UnknownModelError
 from sparsex_jax.cli.bench import parse_method
 from sparsex_jax.config import named_config
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.results import file_stem, provenance
+from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WORKLOADS, Size, Workload, make_workload
 from sparsex_jax.report import Report
 from sparsex_jax.serving.loop import Event, Loop
@@ -235,9 +234,7 @@ def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, d
     head = f"# Serving {options.model} on {about['device']}\n\n`{about['command']}`\n"
     note = f"\n{options.note}\n" if options.note else ""
     title = f"{options.model}, {about['device']}: {options.requests} requests of {options.length} tokens"
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{file_stem(about)}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path = write_json(content, RESULTS)
     path.with_suffix(".md").write_text(head + note + "".join(tables))
     print("".join(tables))
     if importlib.util.find_spec("matplotlib"):

@@ -7,8 +7,6 @@ scaled up fourfold, so that the softmax is peaked as in a model and rounding sho
 """
 
 import argparse
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import numpy as np
 from bench_kernels import DIM, KV_HEADS, Rows, rows_of
 
 import sparsex_kernels as kernels
-from sparsex_jax.eval.results import provenance
+from sparsex_jax.eval.results import provenance, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Error = tuple[str, str, float]  # work, implementation, figure
@@ -97,10 +95,7 @@ def main() -> None:
         print(f"{work:20}{name:10}{figure:10.2e}", flush=True)
         found.append({"work": f"{work}, {options.tokens} tokens", "implementation": name} | {"figure": figure})
     about = {"bench": "kernel-errors"} | provenance()
-    device = re.sub("[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    rows = [row | {"unit": "relative to float64"} for row in found]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"kernel-errors-{device}.json").write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+    write_json(about | {"rows": [row | {"unit": "relative to float64"} for row in found]}, RESULTS)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from sparsex_jax.planner import RequestPlan, slots_of
 from sparsex_jax.prompt import PromptMap
 from sparsex_jax.report import Report, make_report
 from sparsex_jax.runner import Runner
+from sparsex_jax.sampling import Sampled
 from sparsex_jax.sharding import check_mesh, make_mesh
 from sparsex_jax.weights import Params, random_params
 
@@ -349,7 +350,9 @@ class Engine:
         outputs, reports, scores = outputs[: len(requests)], [], []
         for group in self._runner.shapes.plans([request.plan for request in requests]):
             logits, active = self._prefill(requests[group])
-            self._first_tokens(logits, requests[group], outputs[group])
+            sampled = self._first_tokens(logits, [request.tokens for request in requests[group]], outputs[group])
+            for line, output in enumerate(outputs[group]):
+                output.take(sampled, line)
             each = zip(requests[group], active, strict=True)
             reports += [self._report(request, mask, started) for request, mask in each]
             scores += [*np.asarray(logits)[: len(active)]] if return_logits else [None] * len(active)
@@ -369,14 +372,13 @@ class Engine:
             self._unpin(request)
         return logits, active
 
-    def _first_tokens(self, logits: Array, requests: Sequence[Request], outputs: Sequence[Output]) -> None:
-        prompts = [request.tokens for request in requests]
+    def _first_tokens(self, logits: Array, prompts: Sequence[np.ndarray], outputs: Sequence[Output]) -> Sampled:
+        """Sample from the logits behind each prompt and what its answer has so far: one step, a line each."""
         sampling = sampling_arrays(outputs, prompts, len(logits), self.model.vocab_size)
-        lengths = np.zeros(len(logits), np.int32)
-        lengths[: len(requests)] = [len(prompt) for prompt in prompts]
-        sampled = self._runner.first_tokens(logits, sampling, lengths)
-        for line, output in enumerate(outputs):
-            output.take(sampled, line)
+        position = np.zeros(len(logits), np.int32)
+        lengths = [len(prompt) + len(output.token_ids) for prompt, output in zip(prompts, outputs, strict=True)]
+        position[: len(lengths)] = lengths
+        return self._runner.first_tokens(logits, sampling, position)
 
     def _decode(self, requests: Sequence[Request], outputs: Sequence[Output]) -> None:
         prompts, pages = [request.tokens for request in requests], [request.plan.pages for request in requests]

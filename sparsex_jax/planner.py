@@ -17,7 +17,7 @@ from sparsex_jax.methods import Phase
 from sparsex_jax.plan import PADDING_REQUEST, Choice, Chunks, Copies, PrefillPlan, Rows
 from sparsex_jax.prompt import PromptMap
 
-# Rows that go through a layer at a time, by platform.
+# Rows that go through a layer at a time, by platform; on one that is not here, as on a TPU.
 CHUNKS = {
     "cpu": Chunks(128, 128),  # larger chunks gain 15 % in the matrix products and lose more to padding
     "gpu": Chunks(2048, 256),  # 256 rows read the weights about as long as they multiply with them
@@ -86,7 +86,9 @@ class Shapes:
     def of_engine(cls, model: ModelConfig, engine: EngineConfig, *, platform: str) -> Shapes:
         """The shapes of an engine's plans on a platform: cpu, gpu or tpu."""
         max_context = min(model.max_position, engine.num_pages * engine.page_size)
-        chunks = Chunks(engine.chunk_rows, engine.chunk_rows) if engine.chunk_rows else CHUNKS[platform]
+        chunks = (
+            Chunks(engine.chunk_rows, engine.chunk_rows) if engine.chunk_rows else CHUNKS.get(platform, CHUNKS["tpu"])
+        )
         return cls.of(max_context, engine.max_batch, engine.page_size, chunks)
 
     @property
@@ -205,10 +207,12 @@ def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, p
     A batch that reuses nearly everything has few rows to compute and more to copy than the largest bucket holds.
     """
     group: list[tuple[Segment, Sequence[int]]] = []
+    tokens = 0
     for run in runs:
-        if sum(segment.length for segment, _ in [*group, run]) > shapes.max_rows:
+        tokens += run[0].length
+        if tokens > shapes.max_rows:
             yield _copies(group, shapes, page_size)
-            group = []
+            group, tokens = [], run[0].length
         group.append(run)
     if group:
         yield _copies(group, shapes, page_size)

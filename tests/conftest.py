@@ -40,6 +40,19 @@ TINY = ModelConfig(
     max_position=1024,
 )
 
+# With the vocabulary of SmolLM2, whose tokenizer it can use.
+TALKING = ModelConfig(
+    vocab_size=49152,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=6,
+    num_q_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    max_position=2048,
+    tied_embeddings=True,
+)
+
 
 @pytest.fixture
 def tiny() -> Engine:

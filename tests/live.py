@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import openai
+from conftest import TALKING
 
-from sparsex_jax import Engine, EngineConfig, ModelConfig
+from sparsex_jax import Engine, EngineConfig
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
@@ -24,29 +25,18 @@ from sparsex_jax.sharding import make_mesh
 from sparsex_jax.weights import random_params
 
 MODEL = "tiny"
-TINY = ModelConfig(
-    vocab_size=49152,
-    hidden_size=32,
-    intermediate_size=64,
-    num_layers=6,
-    num_q_heads=2,
-    num_kv_heads=1,
-    head_dim=16,
-    max_position=2048,
-    tied_embeddings=True,
-)
 
 
 @functools.cache
 def _parts():
     """Weights and tokenizer, which engines can share since neither changes."""
-    return random_params(TINY, "float32", make_mesh(), seed=0), open_checkpoint("smollm2-135m-instruct").tokenizer
+    return random_params(TALKING, "float32", make_mesh(), seed=0), open_checkpoint("smollm2-135m-instruct").tokenizer
 
 
 def make_engine() -> Engine:
     """Random weights, always the same, and SmolLM2's tokenizer: it talks nonsense, fast. The store is its own."""
     config = EngineConfig(store_tokens=8192, page_size=16, max_batch=4)
-    return Engine(TINY, *_parts(), config=config)
+    return Engine(TALKING, *_parts(), config=config)
 
 
 @dataclasses.dataclass

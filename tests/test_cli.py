@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import TALKING
 from typer.testing import CliRunner
 
-from sparsex_jax import ModelConfig
 from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
 from sparsex_jax.cli import app
 from sparsex_jax.cli.demo import kl_divergence
@@ -52,19 +52,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, tokenizer):
     """A model of random weights with the embedded model's tokenizer: it talks nonsense, fast."""
-    config = ModelConfig(
-        vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=64,
-        num_layers=6,
-        num_q_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        max_position=2048,
-        tied_embeddings=True,
-    )
     target = tmp_path_factory.mktemp("cli") / "tiny"
-    save_checkpoint(target, config, random_params(config, "float32", make_mesh(), seed=0), tokenizer)
+    save_checkpoint(target, TALKING, random_params(TALKING, "float32", make_mesh(), seed=0), tokenizer)
     return target
 
 

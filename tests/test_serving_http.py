@@ -16,8 +16,9 @@ import numpy as np
 import openai
 import pytest
 import schemathesis
+from conftest import TALKING
 from hypothesis import HealthCheck, Phase, given, settings
-from live import MODEL, TINY, ScriptedLoop, live_server, make_engine, wait_for
+from live import MODEL, ScriptedLoop, live_server, make_engine, wait_for
 from schemathesis import GenerationMode
 from typer.testing import CliRunner
 
@@ -230,7 +231,7 @@ def test_many_at_once_get_the_answers_they_would_get_alone(client, reference):
 
 def test_models(client):
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert client.models.retrieve(MODEL).max_model_len == TINY.max_position
+    assert client.models.retrieve(MODEL).max_model_len == TALKING.max_position
     with pytest.raises(openai.NotFoundError, match="'other' is not served"):
         client.models.retrieve("other")
 

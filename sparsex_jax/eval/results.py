@@ -61,21 +61,29 @@ def commit() -> str:
 
 def write(content: Mapping[str, Any], summaries: Sequence[Row], folder: Path) -> Path:
     """Write `<bench>-<model>-<device>.json` and `.md` to the folder. Returns the JSON file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{file_stem(content)}.json"
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path = write_json(content, folder)
     path.with_suffix(".md").write_text(markdown(content, summaries))
     return path
 
 
+def write_json(content: Mapping[str, Any], folder: Path) -> Path:
+    """Write the JSON file alone: of a bench whose tables are its own affair, or that has none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{file_stem(content)}.json"
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
 def file_stem(content: Mapping[str, Any]) -> str:
-    """
+    """Bench, model if it has one, and device.
+
     >>> file_stem({"bench": "quality", "model": "models/Tiny", "device": "NVIDIA H100"})
     'quality-tiny-nvidia-h100'
     >>> file_stem({"bench": "e2e", "model": "llama-3.1-8b", "device": "cpu"})
     'e2e-llama-3.1-8b-cpu'
     """
-    names = (content["bench"], Path(content["model"]).name.removesuffix(".gguf"), content["device"])
+    model = [Path(content["model"]).name.removesuffix(".gguf")] if "model" in content else []
+    names = (content["bench"], *model, content["device"])
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") for name in names)
 
 

@@ -39,7 +39,7 @@ from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.decode import DecodeState
 from sparsex_jax.engine import DEFAULT_NAMESPACE, Engine
 from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError, OverloadedError, StoreFullError
-from sparsex_jax.generation import Output, decode_state, sampling_arrays
+from sparsex_jax.generation import Output, decode_state
 from sparsex_jax.inputs import Prompt
 from sparsex_jax.report import Report
 from sparsex_jax.sampling import Sampled
@@ -452,7 +452,8 @@ class Loop:
     def _prefill_together(self, tasks: list[Task]) -> None:
         try:
             logits, computed = self._engine._runner.prefill([task.stages[0] for task in tasks])
-            sampled = self._first_tokens(logits, tasks)  # of chunks too: what fails is to fail here
+            outputs, prompts = [task.output for task in tasks], [task.tokens for task in tasks]
+            sampled = self._engine._first_tokens(logits, prompts, outputs)  # of chunks too: what fails is to fail here
         except Exception as error:
             self._survive(tasks, error, self._prefill_alone)
             return
@@ -481,13 +482,6 @@ class Loop:
         for name in ("prompt_tokens", "prefix_tokens", "reused_tokens", "fresh_tokens"):
             self._counts[name] += getattr(report, name)
         self._token_layers += report.computed_fraction * report.prompt_tokens
-
-    def _first_tokens(self, logits: jax.Array, tasks: Sequence[Task]) -> Sampled:
-        outputs, prompts = [task.output for task in tasks], [task.tokens for task in tasks]
-        sampling = sampling_arrays(outputs, prompts, len(logits), self._engine.model.vocab_size)
-        position = np.zeros(len(logits), np.int32)
-        position[: len(tasks)] = [task.length for task in tasks]
-        return self._engine._runner.first_tokens(logits, sampling, position)
 
     # How it ends --------------------------------------------------------------------------------------------
 

@@ -2,8 +2,9 @@
 
     text -> tokens -> lookup -> plan -> align -> prefill -> sample -> decode -> text
 
-The cache (host) knows which tokens are where; the runner (device) computes. The engine admits requests, has
-them computed, and commits what was computed so that later prompts find it. It serves one call at a time.
+`Admission` (host) knows which tokens are where and who holds them; the runner (device) computes. The engine admits
+requests, has them computed, and commits what was computed so that later prompts find it. It serves one call at a time;
+`serving.loop` takes many requests through the same steps.
 """
 
 from __future__ import annotations
@@ -21,16 +22,14 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sparsex_jax.cache import Entry, Match, PageCache, Segment
+from sparsex_jax.admission import Admission, Request
+from sparsex_jax.cache import Entry, PageCache, Segment
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
 from sparsex_jax.generation import Generation, Output, Prefill, decode_state, sampling_arrays, stop_finished
 from sparsex_jax.inputs import Prompt, encode
-from sparsex_jax.methods import Method, find_method
-from sparsex_jax.planner import RequestPlan, slots_of
-from sparsex_jax.prompt import PromptMap
-from sparsex_jax.report import Report, make_report
+from sparsex_jax.planner import slots_of
 from sparsex_jax.runner import Runner
 from sparsex_jax.sampling import Sampled
 from sparsex_jax.sharding import check_mesh, make_mesh
@@ -39,18 +38,15 @@ from sparsex_jax.weights import Params, random_params
 DEFAULT_NAMESPACE = "default"
 
 
-@dataclasses.dataclass(eq=False)
-class Request:
-    """An admitted request: it holds its pages, and pins its donors until the copies are made."""
-
-    tokens: Int32[np.ndarray, "tokens"]
-    namespace: str
-    plan: RequestPlan
-    match: Match | None
-
-
 class Engine:
-    """A model, a KV store and an index of what is in it."""
+    """A model, a KV store and an index of what is in it.
+
+    Attributes:
+      model, config, tokenizer, mesh: as given.
+      reuse: what a call does that names no `reuse` of its own.
+      admission: what requests hold, and what can be found (host).
+      runner: parameters and store (device).
+    """
 
     def __init__(
         self,
@@ -72,8 +68,8 @@ class Engine:
         self.config = config or EngineConfig()
         self.model, self.tokenizer, self.reuse = model, tokenizer, reuse or ReuseConfig()
         self.mesh = check_mesh(mesh or make_mesh(), model)
-        self._runner = Runner(model, self.config, params, self.mesh)
-        self._cache = self._empty_cache()
+        self.runner = Runner(model, self.config, params, self.mesh)
+        self.admission = Admission(model, self.config)
 
     @classmethod
     def from_pretrained(
@@ -158,11 +154,11 @@ class Engine:
             params.check_vocabulary(self.model.vocab_size)
         namespaces = _of_each("namespace", str, namespace, len(prompts))
         outputs = [Output(params, self.model.eos_token_ids, self.tokenizer) for params in each]
-        encoded = [self._encode(p, o.sampling.max_new_tokens) for p, o in zip(prompts, outputs, strict=True)]
+        encoded = [self.encode(p, o.sampling.max_new_tokens) for p, o in zip(prompts, outputs, strict=True)]
         done: list[Generation] = []
         while len(done) < len(prompts):
             rest = slice(len(done), None)
-            with self._admitted(encoded[rest], outputs[rest], reuse or self.reuse, namespaces[rest]) as requests:
+            with self.admitted(encoded[rest], outputs[rest], reuse or self.reuse, namespaces[rest]) as requests:
                 done += self._generate(requests, outputs[rest], keep, return_logits, started)
         return done
 
@@ -176,13 +172,13 @@ class Engine:
     ) -> Prefill:
         """The logits of the token that would follow. Arguments and errors as `generate`."""
         started = time.perf_counter()
-        tokens = self._encode(prompt)
-        with self._admitted([tokens], [], reuse or self.reuse, [namespace]) as requests:
-            scores, active = self._prefill(requests)
+        tokens = self.encode(prompt)
+        with self.admitted([tokens], [], reuse or self.reuse, [namespace]) as requests:
+            scores, active = self.prefill_admitted(requests)
             logits = np.asarray(scores[0])
-            report = self._report(requests[0], active[0], started)
+            report = requests[0].report(self.model.num_layers, active[0], started)
             if keep:
-                self._commit(requests[0], tokens)
+                self.admission.commit(requests[0], tokens)
         return Prefill(logits, report)
 
     def remember(
@@ -209,31 +205,37 @@ class Engine:
           InvalidRequestError: an argument is wrong, or preamble and text together exceed the model's limit.
           StoreFullError: the store cannot hold the text; with a preamble it has to hold it twice for a moment.
         """
-        tokens = self._encode(prompt, add_special_tokens=False)
+        tokens = self.encode(prompt, add_special_tokens=False)
         if preamble is not None:
-            return self._remember_behind(self._encode(preamble), tokens, namespace, frozen)
-        with self._admitted([tokens], [], ReuseConfig(method="prefix"), [namespace]) as requests:
-            self._prefill(requests)
-            self._commit(requests[0], tokens)
-            return self._cache.register(requests[0].plan.pages, len(tokens), namespace, frozen=frozen)
+            return self._remember_behind(self.encode(preamble), tokens, namespace, frozen)
+        with self.admitted([tokens], [], ReuseConfig(method="prefix"), [namespace]) as requests:
+            self.prefill_admitted(requests)
+            self.admission.commit(requests[0], tokens)
+            return self.cache.register(requests[0].plan.pages, len(tokens), namespace, frozen=frozen)
 
     def forget(self, handle: int) -> None:
         """Stop serving what `remember` stored. Raises UnknownHandleError if it is not there (any more)."""
-        self._cache.forget(handle)
+        self.cache.forget(handle)
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """What was remembered and is still there, of one namespace or all."""
-        return self._cache.entries(namespace)
+        return self.cache.entries(namespace)
 
     def stats(self) -> dict[str, int]:
         """Pages by state, hits and evictions: the fields of `CacheStats`."""
-        return dataclasses.asdict(self._cache.stats())
+        return dataclasses.asdict(self.cache.stats())
 
-    # How it is done -----------------------------------------------------------------------------------------
+    # For those who take requests through their steps themselves -------------------------------------------------
 
-    def _encode(
+    @property
+    def cache(self) -> PageCache:
+        """What is in the store."""
+        return self.admission.cache
+
+    def encode(
         self, prompt: Prompt, new_tokens: int = 0, *, add_special_tokens: bool = True
     ) -> Int32[np.ndarray, "tokens"]:
+        """A prompt as token ids. Raises InvalidRequestError if it is none, or too long with so many new tokens."""
         tokens = encode(prompt, self.tokenizer, self.model, add_special_tokens=add_special_tokens)
         limit, length = self.model.max_position, len(tokens) + new_tokens
         if length > limit:
@@ -244,7 +246,7 @@ class Engine:
         return tokens
 
     @contextlib.contextmanager
-    def _admitted(
+    def admitted(
         self, prompts: Sequence[np.ndarray], outputs: Sequence[Output], reuse: ReuseConfig, namespaces: Sequence[str]
     ) -> Iterator[list[Request]]:
         """As many of the prompts as fit now, at least one; whatever happens, they give back what they hold.
@@ -257,12 +259,36 @@ class Engine:
             self._admit_some(requests, prompts, outputs, reuse, namespaces)
             yield requests
         except BaseException:
-            if self._recover():
+            if self.recover():
                 requests.clear()
             raise
         finally:
             for request in requests:
-                self._leave(request)
+                self.admission.leave(request)
+
+    def prefill_admitted(self, requests: Sequence[Request]) -> tuple[Array, list[np.ndarray]]:
+        """Prefill requests of one schedule in one plan, as `Runner.prefill`. What they copy from may go then."""
+        logits, active = self.runner.prefill([request.plan for request in requests])
+        for request in requests:
+            self.admission.unpin(request)
+        return logits, active
+
+    def first_tokens(self, logits: Array, prompts: Sequence[np.ndarray], outputs: Sequence[Output]) -> Sampled:
+        """Sample from the logits behind each prompt and what its answer has so far: one step, a line each."""
+        sampling = sampling_arrays(outputs, prompts, len(logits), self.model.vocab_size)
+        position = np.zeros(len(logits), np.int32)
+        lengths = [len(prompt) + len(output.token_ids) for prompt, output in zip(prompts, outputs, strict=True)]
+        position[: len(lengths)] = lengths
+        return self.runner.first_tokens(logits, sampling, position)
+
+    def recover(self) -> bool:
+        """After a failure: whether the KV is gone, and with it all that the cache says of it. Then both are new."""
+        lost = self.runner.recover()
+        if lost:
+            self.admission.start_over()
+        return lost
+
+    # How it is done -----------------------------------------------------------------------------------------
 
     def _admit_some(
         self,
@@ -276,130 +302,45 @@ class Engine:
         first = slice(self.config.max_batch)
         for tokens, output, namespace in itertools.zip_longest(prompts[first], outputs[first], namespaces[first]):
             try:
-                request = self._admit(tokens, output.sampling.max_new_tokens if output else 0, reuse, namespace)
+                request = self.admission.admit(
+                    tokens, output.sampling.max_new_tokens if output else 0, reuse, namespace
+                )
             except StoreFullError:
                 if requests:
                     break  # the others go first
                 raise
             requests.append(request)
 
-    def _admit(self, tokens: np.ndarray, new_tokens: int, reuse: ReuseConfig, namespace: str) -> Request:
-        """Look a prompt up, take the pages it needs and lay out its prefill."""
-        method = self._method(reuse, namespace)
-        match = self._cache.lookup(
-            tokens,
-            namespace,
-            prefix=method.uses_prefix,
-            segments=method.uses_segments,
-            min_segment=reuse.min_segment_tokens,
-        )
-        try:
-            prompt = PromptMap.of(tokens, match)
-            phases = method.phases(prompt, reuse, self.model.num_layers)
-            pages = self._take_pages(match, len(tokens) + max(new_tokens - 1, 0))
-        except BaseException:
-            self._cache.unpin(match)
-            raise
-        copies = (*([match.prefix_tail] if match.prefix_tail else []), *match.segments)
-        return Request(tokens, namespace, RequestPlan(prompt, phases, pages, copies), match)
-
-    def _method(self, reuse: ReuseConfig, namespace: str) -> Method:
-        """Raises InvalidRequestError if one of them is of no use."""
-        if not isinstance(namespace, str) or not namespace:
-            raise InvalidRequestError(f"namespace={namespace!r} must be a non-empty string")
-        if not isinstance(reuse, ReuseConfig):
-            raise InvalidRequestError(f"reuse={reuse!r} must be a ReuseConfig")
-        return find_method(reuse.method)
-
-    def _check(self, tokens: np.ndarray, sampling: SamplingParams, reuse: ReuseConfig, namespace: str) -> None:
-        """Whatever can be said against a request before it is its turn.
-
-        Raises:
-          InvalidRequestError: an argument is wrong.
-          StoreFullError: the store could not hold it even if nothing else were there.
-        """
-        sampling.check_vocabulary(self.model.vocab_size)
-        nothing = Match([], None, [], 0, ())
-        self._method(reuse, namespace).phases(PromptMap.of(tokens, nothing), reuse, self.model.num_layers)
-        self._pages_for(len(tokens) + sampling.max_new_tokens - 1)
-
-    def _pages_for(self, num_tokens: int) -> int:
-        """How many pages hold so many tokens. Raises StoreFullError if the store has not got them."""
-        needed = -(-num_tokens // self.config.page_size)
-        if needed > self.config.num_pages:
-            raise StoreFullError(
-                f"the request needs KV for {num_tokens} tokens, {needed} pages of {self.config.page_size}; "
-                f"store_tokens={self.config.store_tokens} gives {self.config.num_pages}"
-            )
-        return needed
-
-    def _take_pages(self, match: Match, num_tokens: int) -> list[int]:
-        """The shared prefix pages and new ones behind them. The last generated token needs no slot."""
-        own = self._cache.allocate(self._pages_for(num_tokens) - len(match.prefix_pages))
-        self._cache.share(match.prefix_pages)
-        return [*match.prefix_pages, *own]
-
-    def _leave(self, request: Request) -> None:
-        self._unpin(request)
-        self._cache.release(request.plan.pages)
-
     def _generate(
         self, requests: Sequence[Request], outputs: Sequence[Output], keep: bool, return_logits: bool, started: float
     ) -> list[Generation]:
         """Generate for the admitted requests, which are the first of the outputs."""
         outputs, reports, scores = outputs[: len(requests)], [], []
-        for group in self._runner.shapes.plans([request.plan for request in requests]):
-            logits, active = self._prefill(requests[group])
-            sampled = self._first_tokens(logits, [request.tokens for request in requests[group]], outputs[group])
+        for group in self.runner.shapes.plans([request.plan for request in requests]):
+            logits, active = self.prefill_admitted(requests[group])
+            sampled = self.first_tokens(logits, [request.tokens for request in requests[group]], outputs[group])
             for line, output in enumerate(outputs[group]):
                 output.take(sampled, line)
             each = zip(requests[group], active, strict=True)
-            reports += [self._report(request, mask, started) for request, mask in each]
+            reports += [request.report(self.model.num_layers, mask, started) for request, mask in each]
             scores += [*np.asarray(logits)[: len(active)]] if return_logits else [None] * len(active)
         self._decode(requests, outputs)
         if keep:  # the last token's KV is not in the store: it was never an input
             for request, output in zip(requests, outputs, strict=True):
-                self._commit(request, np.append(request.tokens, output.token_ids[:-1]).astype(np.int32))
+                self.admission.commit(request, np.append(request.tokens, output.token_ids[:-1]).astype(np.int32))
         return [
             Generation(output.text, output.token_ids, str(output.finish_reason), report, line, tuple(output.logprobs))
             for output, report, line in zip(outputs, reports, scores, strict=True)
         ]
 
-    def _prefill(self, requests: Sequence[Request]) -> tuple[Array, list[np.ndarray]]:
-        """Logits, a line each, and active tokens. The donors may go once their copies are on their way."""
-        logits, active = self._runner.prefill([request.plan for request in requests])
-        for request in requests:
-            self._unpin(request)
-        return logits, active
-
-    def _first_tokens(self, logits: Array, prompts: Sequence[np.ndarray], outputs: Sequence[Output]) -> Sampled:
-        """Sample from the logits behind each prompt and what its answer has so far: one step, a line each."""
-        sampling = sampling_arrays(outputs, prompts, len(logits), self.model.vocab_size)
-        position = np.zeros(len(logits), np.int32)
-        lengths = [len(prompt) + len(output.token_ids) for prompt, output in zip(prompts, outputs, strict=True)]
-        position[: len(lengths)] = lengths
-        return self._runner.first_tokens(logits, sampling, position)
-
     def _decode(self, requests: Sequence[Request], outputs: Sequence[Output]) -> None:
         prompts, pages = [request.tokens for request in requests], [request.plan.pages for request in requests]
-        state = decode_state(outputs, prompts, pages, self._runner.shapes.max_pages, self.model.vocab_size)
+        state = decode_state(outputs, prompts, pages, self.runner.shapes.max_pages, self.model.vocab_size)
         while not all(output.finish_reason for output in outputs):
-            state, sampled = self._runner.decode(state, self.config.decode_steps)
+            state, sampled = self.runner.decode(state, self.config.decode_steps)
             for line, output in enumerate(outputs):
                 output.take(sampled, line)
             state = stop_finished(state, outputs)
-
-    def _report(self, request: Request, computed: np.ndarray, started: float) -> Report:
-        """`computed`: which tokens each phase computed, `[phases, tokens]`."""
-        plan, elapsed = request.plan, time.perf_counter() - started
-        active = computed[min(1, len(computed) - 1)]
-        return make_report(plan.prompt, plan.phases, self.model.num_layers, active, elapsed, computed.sum(1).tolist())
-
-    def _commit(self, request: Request, tokens: Int32[np.ndarray, "tokens"]) -> None:
-        """Make prompt and answer findable. Exactness of the answer's KV is that of the whole prompt's."""
-        exact = request.plan.exact_tokens(self.model.num_layers)
-        exact = len(tokens) if exact == len(request.tokens) else exact
-        self._cache.commit(request.plan.pages, tokens, request.namespace, exact_tokens=exact)
 
     def _remember_behind(self, preamble: np.ndarray, tokens: np.ndarray, namespace: str, frozen: bool) -> int:
         """Prefill both, move the text's KV to pages of its own as it is, and keep those."""
@@ -410,31 +351,16 @@ class Engine:
                 f"preamble has {start} tokens and prompt {len(tokens)}: together {len(together)}, "
                 f"and the model's limit is {self.model.max_position}"
             )
-        with self._admitted([together], [], ReuseConfig(method="prefix"), [namespace]) as [request]:
-            self._prefill([request])
+        with self.admitted([together], [], ReuseConfig(method="prefix"), [namespace]) as [request]:
+            self.prefill_admitted([request])
             slots = slots_of(request.plan.pages, np.arange(start, len(together)), page_size)
-            pages = self._cache.allocate(-(-len(tokens) // page_size))
+            pages = self.cache.allocate(-(-len(tokens) // page_size))
             try:
-                self._runner.copy([(Segment(0, len(tokens), 0, slots, exact=True), pages)])
-                self._cache.commit(pages, tokens, namespace, exact_tokens=len(tokens), start=start)
-                return self._cache.register(pages, len(tokens), namespace, frozen=frozen)
+                self.runner.copy([(Segment(0, len(tokens), 0, slots, exact=True), pages)])
+                self.cache.commit(pages, tokens, namespace, exact_tokens=len(tokens), start=start)
+                return self.cache.register(pages, len(tokens), namespace, frozen=frozen)
             finally:
-                self._cache.release(pages)
-
-    def _unpin(self, request: Request) -> None:
-        if request.match is not None:
-            self._cache.unpin(request.match)
-            request.match = None
-
-    def _recover(self) -> bool:
-        """After a failure: whether the KV is gone, and with it all that the cache says of it. Then both are new."""
-        lost = self._runner.recover()
-        if lost:
-            self._cache = self._empty_cache()
-        return lost
-
-    def _empty_cache(self) -> PageCache:
-        return PageCache(self.config.num_pages, self.config.page_size, self.config.frozen_limit)
+                self.cache.release(pages)
 
 
 def _of_each[T](name: str, kind: type[T], value: T | Sequence[T], number: int) -> Sequence[T]:

@@ -69,7 +69,8 @@ class Output:
         if sampling.stop and tokenizer is None:
             raise InvalidRequestError(f"stop={sampling.stop!r} is text, but this model has no tokenizer")
         self.sampling = sampling
-        self.end_tokens = () if sampling.ignore_eos else tuple(end_tokens)
+        # None of them is -1. There are as many either way, so that a batch of any requests runs the same program.
+        self.end_tokens = tuple(-1 if sampling.ignore_eos else token for token in end_tokens)
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None

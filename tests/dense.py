@@ -174,5 +174,5 @@ def engine_logits(engine, tokens, **kwargs):
 def stored_kv(engine, slots):
     """K and V [layers, slots, heads, head_dim] that the engine's store holds in these slots."""
     page, offset = np.divmod(np.asarray(slots), engine.config.page_size)
-    rows = engine._runner.store[:, jnp.asarray(page), :, :, jnp.asarray(offset)]
+    rows = engine.runner.store[:, jnp.asarray(page), :, :, jnp.asarray(offset)]
     return np.moveaxis(np.asarray(rows), 0, 1)[:, :, 0], np.moveaxis(np.asarray(rows), 0, 1)[:, :, 1]

@@ -256,7 +256,7 @@ def test_calls_that_say_nothing_reuse_as_the_engine_was_told(engine, monkeypatch
         used.append(reuse)
         raise StoreFullError("that is enough")
 
-    monkeypatch.setattr(engine, "_admit", admit)
+    monkeypatch.setattr(engine.admission, "admit", admit)
     monkeypatch.setattr(engine, "reuse", ReuseConfig("naive"))
     for call in (engine.prefill, engine.generate):
         for reuse in (None, ReuseConfig("full")):

@@ -74,14 +74,14 @@ class EngineMachine(RuleBasedStateMachine):
             raise RuntimeError("broken")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(self.engine._runner, step, broken)
+            patch.setattr(self.engine.runner, step, broken)
             with pytest.raises((RuntimeError, StoreFullError)):
                 self.engine.generate(build(pieces), SamplingParams(max_new_tokens=5), namespace=namespace)
 
     @rule()
     def lose_the_store(self):
         def broken(*args, **kwargs):
-            self.engine._runner.store.delete()
+            self.engine.runner.store.delete()
             raise RuntimeError("device lost")
 
         with pytest.MonkeyPatch.context() as patch:
@@ -91,14 +91,14 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_page_is_lost(self):
-        self.engine._cache.check()
+        self.engine.cache.check()
         stats = self.engine.stats()
         assert stats["active"] == 0
         assert stats["free"] + stats["cached"] + stats["frozen"] == stats["pages"]
 
     @invariant()
     def stored_kv_is_that_of_the_tokens_claimed(self):
-        for node in self.engine._cache._tree.live_nodes():
+        for node in self.engine.cache.tree.live_nodes():
             tokens = np.frombuffer(node.key, np.int32)
             positions = node.start + np.arange(len(tokens))
             _, keys, values = DENSE.qkv(0, DENSE.embed[tokens], positions)
@@ -109,7 +109,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def teardown(self):
         """Exact pages, all layers: a root's chain of sharable pages is a prefix that was prefilled in full."""
-        for root in self.engine._cache._tree.roots.values():
+        for root in self.engine.cache.tree.roots.values():
             self.check_chain(root, np.empty(0, np.int32))
 
     def check_chain(self, node, past):

@@ -105,7 +105,7 @@ def test_unknown_models_are_named():
 
 def test_a_store_that_is_too_small_says_so(tiny):
     small = dataclasses.replace(tiny.config, store_tokens=64)
-    engine = Engine(tiny.model, tiny._runner.params, config=small)
+    engine = Engine(tiny.model, tiny.runner.params, config=small)
     with pytest.raises(StoreFullError, match="KV for 100 tokens, 7 pages of 16; store_tokens=64 gives 4"):
         engine.prefill(list(range(90)) + [1] * 10)
     with pytest.raises(StoreFullError, match="KV for 79 tokens"):
@@ -115,7 +115,7 @@ def test_a_store_that_is_too_small_says_so(tiny):
 
 
 def test_frozen_content_gives_way_to_a_request_that_needs_the_store(tiny):
-    engine = Engine(tiny.model, tiny._runner.params, config=dataclasses.replace(tiny.config, store_tokens=160))
+    engine = Engine(tiny.model, tiny.runner.params, config=dataclasses.replace(tiny.config, store_tokens=160))
     handles = [engine.remember(np.arange(at, at + 40), frozen=True) for at in (0, 40)]
     engine.generate(list(range(80, 90)) * 9, SamplingParams(max_new_tokens=20))
     assert len(engine.entries()) < 2
@@ -142,7 +142,7 @@ def test_a_failing_step_loses_no_page(tiny, monkeypatch):
 
     for step in ("prefill", "decode"):
         with monkeypatch.context() as patch:
-            patch.setattr(tiny._runner, step, fail)
+            patch.setattr(tiny.runner, step, fail)
             with pytest.raises(RuntimeError, match="out of memory"):
                 tiny.generate([3, *range(50), 4], SamplingParams(max_new_tokens=5))
         after = tiny.stats()
@@ -151,7 +151,7 @@ def test_a_failing_step_loses_no_page(tiny, monkeypatch):
 
 
 def test_a_batch_that_fails_while_it_is_admitted_loses_no_page(tiny, monkeypatch):
-    admit, calls = tiny._admit, []
+    admit, calls = tiny.admission.admit, []
 
     def fail_at_the_second(*args):
         calls.append(args)
@@ -159,7 +159,7 @@ def test_a_batch_that_fails_while_it_is_admitted_loses_no_page(tiny, monkeypatch
             raise RuntimeError("no plan")
         return admit(*args)
 
-    monkeypatch.setattr(tiny, "_admit", fail_at_the_second)
+    monkeypatch.setattr(tiny.admission, "admit", fail_at_the_second)
     with pytest.raises(RuntimeError, match="no plan"):
         tiny.generate_batch([[1, 2, 3], [4, 5, 6]])
     assert (tiny.stats()["active"], tiny.stats()["free"]) == (0, tiny.stats()["pages"])
@@ -172,7 +172,7 @@ def test_an_engine_whose_store_was_lost_starts_afresh(tiny, monkeypatch):
     expected = tiny.prefill(prompt, reuse=ReuseConfig(method="full"), keep=False).logits
 
     def fail_on_the_device(*args, **kwargs):
-        tiny._runner.store.delete()
+        tiny.runner.store.delete()
         raise RuntimeError("device lost")
 
     with monkeypatch.context() as patch:

@@ -82,12 +82,25 @@ def run(loop, rounds=3000):
 
 def idle(engine):
     """Nobody holds a page, and the cache's books are right."""
-    engine._cache.check()
+    engine.cache.check(held=[])
     return engine.stats()["active"] == 0
 
 
 def facts(report):
     return report.to_dict() | {"ttft_s": 0}
+
+
+def watch_admissions(engine):
+    """A list that grows: the tokens of each request that is admitted, and of the prefix that it found."""
+    admitted, admit = [], engine.admission.admit
+
+    def watched(*args):
+        request = admit(*args)
+        admitted.append((len(request.tokens), request.match.num_prefix_tokens))
+        return request
+
+    engine.admission.admit = watched
+    return admitted
 
 
 def mixed_prompts():
@@ -147,7 +160,7 @@ def test_what_is_put_off_goes_on_as_if_nothing_had_been(method):
     prompts = mixed_prompts()[:4]
     engine = make_engine(**SMALL)
     remember(engine)
-    donors = [engine._cache.lookup(document, "default") for document in (A, B)]  # pins them: 10 of the pages
+    donors = [engine.cache.lookup(document, "default") for document in (A, B)]  # pins them: 10 of the pages
     alone = [engine.generate(prompt, sampling, reuse=reuse, keep=False) for prompt in prompts]
     loop = Loop(engine, prefill_tokens=64)
     together = [submit(loop, prompt, sampling, reuse=reuse) for prompt in prompts]
@@ -157,21 +170,14 @@ def test_what_is_put_off_goes_on_as_if_nothing_had_been(method):
         assert (heard.tokens, heard.finish_reason) == (expected.token_ids, expected.finish_reason)
         assert facts(heard.report) == facts(expected.report)
     for match in donors:
-        engine._cache.unpin(match)
+        engine.cache.unpin(match)
     assert idle(engine)
 
 
 def test_an_exact_request_that_was_put_off_finds_itself_again():
     engine = make_engine(**SMALL)
     prompts = [TEXT[:200], TEXT[300:450]]  # 13 and 10 pages; 90 new tokens are 6 more each
-    prefixes, admit = [], engine._admit
-
-    def watched(*args):
-        request = admit(*args)
-        prefixes.append((len(request.tokens), request.match.num_prefix_tokens))
-        return request
-
-    engine._admit = watched
+    prefixes = watch_admissions(engine)
     loop = Loop(engine)
     heard = [submit(loop, prompt, SamplingParams(max_new_tokens=90)) for prompt in prompts]
     run(loop)
@@ -291,8 +297,8 @@ def test_a_huge_prompt_stalls_nobody():
 
 def test_chunks_have_at_most_so_many_rows_and_small_prompts_share_them():
     engine = make_engine()
-    plans, prefill = [], engine._runner.prefill
-    engine._runner.prefill = lambda requests: plans.append([r.num_rows for r in requests]) or prefill(requests)
+    plans, prefill = [], engine.runner.prefill
+    engine.runner.prefill = lambda requests: plans.append([r.num_rows for r in requests]) or prefill(requests)
     loop = Loop(engine, prefill_tokens=64)
     for start, length in ((0, 200), (300, 10), (400, 20), (500, 30)):
         submit(loop, TEXT[start : start + length])
@@ -301,7 +307,9 @@ def test_chunks_have_at_most_so_many_rows_and_small_prompts_share_them():
 
 
 def test_small_prompts_pass_one_that_waits_for_pages_but_not_for_ever():
-    loop = Loop(make_engine(**SMALL), max_overtakes=3)
+    engine = make_engine(**SMALL)
+    admitted = watch_admissions(engine)
+    loop = Loop(engine, max_overtakes=3)
     first = submit(loop, TEXT[:200], SamplingParams(max_new_tokens=100))
     loop.step()
     huge = submit(loop, TEXT[300:700])  # 27 pages
@@ -309,7 +317,7 @@ def test_small_prompts_pass_one_that_waits_for_pages_but_not_for_ever():
     while first.finish_reason is None:
         assert loop.step()
     assert [bool(one.tokens) for one in small] == [True] * 3 + [False] * 7
-    while huge.ticket._task.request is None:
+    while (400, 0) not in admitted:
         assert loop.step()
     assert not small[3].tokens
     run(loop)
@@ -369,17 +377,17 @@ def test_a_poisoned_request_fails_alone_and_leaves_nothing():
         assert engine.prefill(tokens, reuse=ReuseConfig(method="prefix"), keep=False).report.prefix_tokens == 0
 
 
-@pytest.mark.parametrize("step", ["_admit", "prefill", "start_decode"])
+@pytest.mark.parametrize("step", ["admit", "prefill", "start_decode"])
 def test_what_fails_for_one_request_fails_for_it_alone(step, monkeypatch):
     engine = make_engine()
     expected = engine.generate(TEXT[:50], GREEDY, keep=False).token_ids
-    owner = engine if step == "_admit" else engine._runner
+    owner = engine.admission if step == "admit" else engine.runner
     works = getattr(owner, step)
 
     def fails(first, *args):
         """With the request whose prompt has 77 tokens, alone or with others."""
         lengths = {
-            "_admit": lambda: [len(first)],
+            "admit": lambda: [len(first)],
             "prefill": lambda: [len(plan.prompt) for plan in first],
             "start_decode": lambda: [position for position in np.asarray(first.position) if 77 <= position < 100],
         }[step]()
@@ -426,7 +434,7 @@ def test_a_store_lost_by_a_call_between_two_steps_is_noticed():
     loop = Loop(engine)
     heard = submit(loop, TEXT[:50])
     loop.step()
-    engine._runner.store.delete()
+    engine.runner.store.delete()
     with pytest.raises(RuntimeError):
         engine.remember(A)
     run(loop)
@@ -577,10 +585,7 @@ class LoopMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_books_are_right(self):
-        self.engine._cache.check()
-        held = {page for task in self.loop._running for page in task.pages}
-        pinned = {page for match in self.engine._cache._pins for page in match.pages}
-        assert {int(page) for page in np.flatnonzero(self.engine._cache._table.refs)} == held | pinned
+        self.loop.check()
 
     def teardown(self):
         run(self.loop)

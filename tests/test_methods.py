@@ -68,7 +68,7 @@ def case(request):
 @pytest.fixture
 def dense(tiny):
     remember_both(tiny)
-    return Dense(tiny.model, tiny._runner.params)
+    return Dense(tiny.model, tiny.runner.params)
 
 
 def run(engine, case, reuse):
@@ -122,8 +122,8 @@ def test_prophetkv_probes_every_layer_and_leaves_nothing_behind(tiny, dense, cas
 
 
 def _stored(engine, case, reuse):
-    with engine._admitted([case.tokens], [], reuse, ["n"]) as [request]:
-        engine._prefill([request])
+    with engine.admitted([case.tokens], [], reuse, ["n"]) as [request]:
+        engine.prefill_admitted([request])
         page, offset = np.divmod(np.arange(len(case.tokens)), engine.config.page_size)
         slots = np.asarray(request.plan.pages)[page] * engine.config.page_size + offset
         return np.stack(stored_kv(engine, slots), 1)
@@ -261,7 +261,7 @@ def test_approximate_kv_is_never_an_exact_prefix(tiny, name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nan_in_unused_slots_changes_nothing(tiny, name):
     poisoned = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
-    poisoned._runner.store = poisoned._runner.store + np.nan
+    poisoned.runner.store = poisoned.runner.store + np.nan
     outs = []
     for engine in (tiny, poisoned):
         remember_both(engine)
@@ -306,7 +306,7 @@ def test_no_signal_copies_the_store(name, tensor_parallel):
     kind[50:250] = Kind.REUSED
     prompt = PromptMap(np.zeros(300, np.int32), kind)
     phases = find_method(CONFIGS[name].method).phases(prompt, CONFIGS[name], TINY.num_layers)
-    runner = engine._runner
+    runner = engine.runner
     plan, signals = plan_prefill([RequestPlan(prompt, phases, range(5))], runner.shapes, TINY.num_layers)
     static = {"decoder": runner.decoder, "signals": signals, "chunks": Chunks(128, 128)}
     assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
@@ -378,11 +378,11 @@ def test_a_preamble_is_seen_and_dropped(tiny):
     preamble, text = NEW[:7], A[:50]
     handle = tiny.remember(text, namespace="n", frozen=True, preamble=preamble.tolist())
     assert tiny.stats()["tokens"] == 50
-    with tiny._admitted([np.concatenate([NEW[50:61], text, NEW[70:80]])], [], ReuseConfig("naive"), ["n"]) as [request]:
+    with tiny.admitted([np.concatenate([NEW[50:61], text, NEW[70:80]])], [], ReuseConfig("naive"), ["n"]) as [request]:
         [segment] = request.plan.prompt.segments
         stored = stored_kv(tiny, segment.slots)
     assert (segment.start, segment.length, segment.donor_start) == (11, 50, 7)
-    together = Dense(tiny.model, tiny._runner.params).full(np.concatenate([preamble, text]))[1]
+    together = Dense(tiny.model, tiny.runner.params).full(np.concatenate([preamble, text]))[1]
     for ours, expected in zip(stored, zip(*together, strict=True), strict=True):
         np.testing.assert_allclose(ours, np.array(expected)[:, 7:], atol=1e-4)
     report = tiny.prefill(text, reuse=ReuseConfig("sparsex"), namespace="n", keep=False).report

@@ -25,7 +25,7 @@ def test_logits_are_those_of_transformers(name):
 def test_the_dense_reference_is_right_too(name):
     expected = np.load(GOLDEN / name / "expected.npz")
     engine = Engine.from_pretrained(GOLDEN / name, dtype="float32", store_tokens=256, page_size=16)
-    logits, _ = Dense(engine.model, engine._runner.params).full(expected["tokens"])
+    logits, _ = Dense(engine.model, engine.runner.params).full(expected["tokens"])
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-4)
 
 
@@ -39,6 +39,6 @@ def test_smollm_knows_the_capital_of_france(smollm):
 
 def test_smollm_matches_the_dense_reference(smollm):
     tokens = np.asarray(smollm.tokenizer("In 1492, Columbus sailed the ocean blue. " * 12)["input_ids"])
-    dense = Dense(smollm.model, smollm._runner.params)
+    dense = Dense(smollm.model, smollm.runner.params)
     logits, _ = dense.full(tokens)
     np.testing.assert_allclose(engine_logits(smollm, tokens, reuse=FULL, namespace="dense"), logits[-1], atol=1e-3)

@@ -74,15 +74,15 @@ def test_aligned_keys_are_those_of_the_segment_alone_at_its_new_position(smollm)
     document = text_ids(smollm, 11, 90)
     smollm.remember(document, namespace="align")
     prompt = np.concatenate([text_ids(smollm, 12, 37), document])
-    with smollm._admitted([prompt], [], ReuseConfig(method="naive"), ["align"]) as [request]:
-        smollm._prefill([request])
+    with smollm.admitted([prompt], [], ReuseConfig(method="naive"), ["align"]) as [request]:
+        smollm.prefill_admitted([request])
         (segment,) = request.plan.prompt.segments
         pages = np.asarray(request.plan.pages)
         places = np.arange(37, 37 + 89)  # the last token is computed
         page_size = smollm.config.page_size
         keys, values = stored_kv(smollm, pages[places // page_size] * page_size + places % page_size)
     assert (segment.start, segment.length, segment.donor_start) == (37, 90, 0)
-    alone = Dense(smollm.model, smollm._runner.params).full(document, first_position=37)[1]
+    alone = Dense(smollm.model, smollm.runner.params).full(document, first_position=37)[1]
     np.testing.assert_allclose(keys, np.array([k for k, _ in alone])[:, :89], atol=2e-3)
     np.testing.assert_array_equal(values, stored_kv(smollm, segment.slots[:89])[1])
 
@@ -139,7 +139,7 @@ def test_sparsex_is_the_algorithm_of_the_design_page(tiny, pieces, boundary):
     tokens = np.concatenate([piece for piece, _ in pieces])
     reuse = ReuseConfig(boundary_layer=boundary, recompute_ratio=0.2, overflow_tokens=3, tail_tokens=8)
     out = tiny.prefill(tokens, reuse=reuse, namespace="n")
-    logits, active = Dense(tiny.model, tiny._runner.params).sparsex(pieces, boundary, 0.2, 3, 8)
+    logits, active = Dense(tiny.model, tiny.runner.params).sparsex(pieces, boundary, 0.2, 3, 8)
     np.testing.assert_array_equal(out.report.active, active)
     assert out.report.active_tokens == active.sum()
     np.testing.assert_allclose(out.logits, logits, atol=2e-4)
@@ -150,7 +150,7 @@ def test_a_second_boundary_leaves_the_fresh_tokens_only(tiny):
     pieces = INTERLEAVINGS["many"]
     reuse = ReuseConfig(boundary_layer=1, second_boundary=3, recompute_ratio=0.3, overflow_tokens=2, tail_tokens=8)
     out = tiny.prefill(np.concatenate([p for p, _ in pieces]), reuse=reuse, namespace="n")
-    logits, active = Dense(tiny.model, tiny._runner.params).sparsex(pieces, 1, 0.3, 2, 8, second=3)
+    logits, active = Dense(tiny.model, tiny.runner.params).sparsex(pieces, 1, 0.3, 2, 8, second=3)
     np.testing.assert_allclose(out.logits, logits, atol=2e-4)
     total, fresh = len(active), out.report.fresh_tokens
     assert out.report.computed_fraction == pytest.approx((total + 2 * active.sum() + fresh) / (4 * total))
@@ -160,7 +160,7 @@ def test_naive_is_paste_and_align(tiny):
     remember_both(tiny)
     pieces = INTERLEAVINGS["many"]
     out = tiny.prefill(np.concatenate([p for p, _ in pieces]), reuse=ReuseConfig(method="naive"), namespace="n")
-    logits, _ = Dense(tiny.model, tiny._runner.params).sparsex(pieces, 0, 0.0, 0, 0)
+    logits, _ = Dense(tiny.model, tiny.runner.params).sparsex(pieces, 0, 0.0, 0, 0)
     np.testing.assert_allclose(out.logits, logits, atol=2e-4)
 
 
@@ -182,11 +182,11 @@ def test_a_batch_gives_what_each_request_gives_alone(tiny):
 def test_what_is_left_behind_the_large_chunks_goes_in_small_ones(tiny):
     remember_both(tiny)
     prompt = np.concatenate([piece for piece, _ in INTERLEAVINGS["many"]])
-    reuse, shapes = ReuseConfig(boundary_layer=1), tiny._runner.shapes
+    reuse, shapes = ReuseConfig(boundary_layer=1), tiny.runner.shapes
     expected = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
     fine = [(rows, Chunks(min(rows, 128), 8)) for rows, _ in shapes.buckets]
     assert len(prompt) % 128 > 8
-    tiny._runner.shapes = dataclasses.replace(shapes, buckets=tuple(fine))
+    tiny.runner.shapes = dataclasses.replace(shapes, buckets=tuple(fine))
     found = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
@@ -200,7 +200,7 @@ def test_a_batch_copies_more_tokens_than_a_plan_has_rows():
     for document in documents:
         engine.remember(document)
     prompts = [np.concatenate([[3, 5, 7], document, [9]]) for document in documents]
-    assert engine._runner.shapes.max_rows < 800
+    assert engine.runner.shapes.max_rows < 800
     together = engine.generate_batch(prompts, SamplingParams(4), reuse=ReuseConfig("naive"), keep=False)
     for prompt, found in zip(prompts, together, strict=True):
         assert found.report.reused_tokens == 400
@@ -268,7 +268,7 @@ def test_a_forgotten_text_is_no_longer_served(tiny):
 def test_nan_in_every_unused_slot_changes_nothing():
     engine = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
     clean = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
-    engine._runner.store = engine._runner.store + np.nan
+    engine.runner.store = engine.runner.store + np.nan
     for one in (engine, clean):
         remember_both(one)
     prompt = np.concatenate([p for p, _ in INTERLEAVINGS["many"]])

@@ -62,12 +62,12 @@ def test_every_method_gives_the_logits_and_tokens_of_one_device(single, tensor_p
 def test_each_device_holds_its_share_of_the_store_only(tensor_parallel):
     one = engine(tensor_parallel)
     one.generate(list(range(40)), SamplingParams(max_new_tokens=4))  # the steps must keep it so
-    shards = one._runner.store.addressable_shards
+    shards = one.runner.store.addressable_shards
     assert {shard.device for shard in shards} == set(jax.devices()[:tensor_parallel])
-    assert all(shard.data.nbytes * tensor_parallel == one._runner.store.nbytes for shard in shards)
-    weights = one._runner.params["layers"]["w_gate"].addressable_shards
+    assert all(shard.data.nbytes * tensor_parallel == one.runner.store.nbytes for shard in shards)
+    weights = one.runner.params["layers"]["w_gate"].addressable_shards
     assert all(
-        shard.data.nbytes * tensor_parallel == one._runner.params["layers"]["w_gate"].nbytes for shard in weights
+        shard.data.nbytes * tensor_parallel == one.runner.params["layers"]["w_gate"].nbytes for shard in weights
     )
 
 
@@ -75,7 +75,7 @@ def test_each_device_holds_its_share_of_the_store_only(tensor_parallel):
 def test_a_vocabulary_that_does_not_divide_is_replicated():
     model = ModelConfig(**{**MODEL.__dict__, "vocab_size": 121})
     one = engine(2, model)
-    assert one._runner.params["embed"].sharding.is_fully_replicated
+    assert one.runner.params["embed"].sharding.is_fully_replicated
     logits = one.prefill(list(range(100))).logits
     np.testing.assert_allclose(logits, engine(1, model).prefill(list(range(100))).logits, atol=2e-5)
 
@@ -96,4 +96,4 @@ def test_other_axes_of_a_mesh_hold_copies():
     one = Engine.from_config(MODEL, mesh=mesh, store_tokens=1024, page_size=16, max_batch=2, chunk_rows=32)
     logits = one.prefill(list(range(60))).logits
     np.testing.assert_allclose(logits, engine(1).prefill(list(range(60))).logits, atol=2e-5)
-    assert {shard.data.nbytes * 2 for shard in one._runner.store.addressable_shards} == {one._runner.store.nbytes}
+    assert {shard.data.nbytes * 2 for shard in one.runner.store.addressable_shards} == {one.runner.store.nbytes}

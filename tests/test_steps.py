@@ -29,7 +29,7 @@ def hybrid_plan(engine):
     kind[50:250] = Kind.REUSED
     prompt = PromptMap(np.zeros(300, np.int32), kind)
     phases = METHODS["sparsex"].phases(prompt, ReuseConfig(boundary_layer=1), TINY.num_layers)
-    return plan_prefill([RequestPlan(prompt, phases, range(5))], engine._runner.shapes, TINY.num_layers)
+    return plan_prefill([RequestPlan(prompt, phases, range(5))], engine.runner.shapes, TINY.num_layers)
 
 
 def memory_of(step, store, *args, **static):
@@ -50,7 +50,7 @@ def assert_no_copy(memory, share):
 
 
 def test_prefill_does_not_copy_the_store(big_store):
-    runner = big_store._runner
+    runner = big_store.runner
     plan, signals = hybrid_plan(big_store)
     assert signals == ("key_mass",)
     static = {"decoder": runner.decoder, "signals": signals, "chunks": Chunks(128, 128)}
@@ -58,7 +58,7 @@ def test_prefill_does_not_copy_the_store(big_store):
 
 
 def test_decode_does_not_copy_the_store(big_store):
-    runner = big_store._runner
+    runner = big_store.runner
     output = Output(SamplingParams(), (), None)
     output.extend([1])
     state = decode_state([output], [range(300)], [range(5)], runner.shapes.max_pages, TINY.vocab_size)
@@ -66,7 +66,7 @@ def test_decode_does_not_copy_the_store(big_store):
 
 
 def test_alignment_does_not_copy_the_store(big_store):
-    runner = big_store._runner
+    runner = big_store.runner
     copies = Copies(*[jnp.zeros(512, jnp.int32)] * 3)
     assert_no_copy(*memory_of(align, runner.store, None, copies, decoder=runner.decoder))
 
@@ -83,7 +83,7 @@ def test_few_programs_serve_any_mix_of_lengths(tiny):
         reuse = ReuseConfig(boundary_layer=boundary, recompute_ratio=rng.random())
         tiny.generate(np.array(prompt), SamplingParams(max_new_tokens=2), reuse=reuse, keep=False)
     after = prefill._cache_size(), align._cache_size(), decode._cache_size()
-    buckets = len(tiny._runner.shapes.buckets)
+    buckets = len(tiny.runner.shapes.buckets)
     # Plain and hybrid prefill for each bucket, alignment for each, and one decode for one request.
     assert np.subtract(after, before).tolist() <= [2 * buckets, buckets, 1]
 

@@ -81,7 +81,12 @@ def _require(ok: bool | np.bool, message: str) -> None:
 
 
 class PageCache:
-    """Pages of a KV store, by content."""
+    """Pages of a KV store, by content.
+
+    Attributes:
+      page_size: token slots a page.
+      tree: what is stored.
+    """
 
     def __init__(self, num_pages: int, page_size: int, frozen_limit: float = 0.9) -> None:
         """
@@ -95,7 +100,7 @@ class PageCache:
         self.page_size = page_size
         self._limit = int(num_pages * frozen_limit)
         self._table = PageTable(num_pages)
-        self._tree = PageTree(num_pages, page_size)
+        self.tree = PageTree(num_pages, page_size)
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
         self._entries = EntryBook()
         self._pins: set[Match] = set()
@@ -127,9 +132,9 @@ class PageCache:
 
     def _find_prefix(self, tokens: Int32[np.ndarray, "tokens"], namespace: str) -> tuple[list[Node], Run | None]:
         prompt = tokens[:-1].tobytes()  # the last token is always computed
-        chain = self._tree.prefix(prompt, namespace)
+        chain = self.tree.prefix(prompt, namespace)
         start = (len(chain) - 1) * self.page_size
-        node, shared = self._tree.prefix_tail(chain[-1], prompt[start * TOKEN_BYTES :])
+        node, shared = self.tree.prefix_tail(chain[-1], prompt[start * TOKEN_BYTES :])
         return chain[1:], Run(start, shared, [node], 0) if node else None
 
     def _find_runs(
@@ -155,7 +160,7 @@ class PageCache:
     def _pin(self, match: Match) -> None:
         self._pins.add(match)
         self._table.hold(match.pages)
-        self._entries.count_use(twin for page in match.pages for twin in self._tree[page].pages)
+        self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
         self._lookups += 1
         self._prefix_tokens += match.num_prefix_tokens
         self._segment_tokens += sum(segment.length for segment in match.segments)
@@ -240,12 +245,12 @@ class PageCache:
         parent: Node | None = None
         new, exact_end = [], exact_tokens
         for i, (page, key) in enumerate(zip(pages, keys, strict=True)):
-            if self._table.committed[page] and self._tree[page].length >= len(key) // TOKEN_BYTES:
-                parent = self._tree[page]
+            if self._table.committed[page] and self.tree[page].length >= len(key) // TOKEN_BYTES:
+                parent = self.tree[page]
             else:
                 self._unindex([page] if self._table.committed[page] else [])
                 exact = min(max(exact_end - i * self.page_size, 0), len(key) // TOKEN_BYTES)
-                parent = self._tree.attach(page, parent, namespace, key, start + i * self.page_size, exact)
+                parent = self.tree.attach(page, parent, namespace, key, start + i * self.page_size, exact)
                 self._table.committed[page] = True
                 new.append((i, parent))
             if parent.exact < self.page_size:
@@ -275,7 +280,7 @@ class PageCache:
         self._require_held(pages)
         for i, (page, key) in enumerate(zip(pages, keys, strict=True)):
             if self._table.committed[page]:
-                node = self._tree[page]
+                node = self.tree[page]
                 shared = min(len(key), len(node.key))
                 same = node.key[:shared] == key[:shared] and node.start == start + i * self.page_size
                 _require(same and node.namespace == namespace, f"page {page} was committed with other content")
@@ -289,8 +294,8 @@ class PageCache:
         """
         self._require_distinct(pages)
         for page in pages:
-            _require(self._tree[page].namespace == namespace, f"page {page} is not in namespace {namespace!r}")
-        stored = sum(self._tree[page].length for page in pages)
+            _require(self.tree[page].namespace == namespace, f"page {page} is not in namespace {namespace!r}")
+        stored = sum(self.tree[page].length for page in pages)
         _require(0 < num_tokens <= stored, f"num_tokens={num_tokens} must be in 1..{stored}")
         entry = self._entries.add(namespace, num_tokens, tuple(pages), frozen)
         if frozen:
@@ -364,7 +369,7 @@ class PageCache:
         self._table.give_back([page for page in pages if self._table.refs[page] == 0])
 
     def _unindex(self, pages: Sequence[int]) -> None:
-        dead = [node for node in map(self._tree.detach, pages) if node is not None]
+        dead = [node for node in map(self.tree.detach, pages) if node is not None]
         self._windows.remove(dead)
         self._table.committed[list(pages)] = False
 
@@ -375,7 +380,7 @@ class PageCache:
         return CacheStats(
             pages=len(self._table),
             **dataclasses.asdict(counts),
-            tokens=sum(node.length for node in self._tree.node_of if node is not None),
+            tokens=sum(node.length for node in self.tree.node_of if node is not None),
             windows=self._windows.num_windows,
             lookups=self._lookups,
             prefix_tokens=self._prefix_tokens,
@@ -384,18 +389,25 @@ class PageCache:
             frozen_evictions=self._frozen_evictions,
         )
 
-    def check(self) -> None:
-        """Raise AssertionError unless all parts agree with each other. For tests: it walks the whole store."""
+    def check(self, held: Sequence[int] | None = None) -> None:
+        """Raise AssertionError unless all parts agree with each other. For tests: it walks the whole store.
+
+        Args:
+          held: the pages that requests hold, each as often as it is held; None: that is not checked.
+        """
         table = self._table
         table.check()
-        self._tree.check()
-        self._windows.check(self._tree.live_nodes())
-        assert np.array_equal(table.committed, [node is not None for node in self._tree.node_of])
+        self.tree.check()
+        self._windows.check(self.tree.live_nodes())
+        assert np.array_equal(table.committed, [node is not None for node in self.tree.node_of])
         pins, frozen = np.zeros_like(table.refs), np.zeros_like(table.frozen)
         for match in self._pins:
             pins[list(match.pages)] += 1
         for entry in self._entries:
             frozen[list(entry.pages)] += entry.frozen
             assert table.committed[list(entry.pages)].all()
-        assert (pins <= table.refs).all()
+        if held is None:
+            assert (pins <= table.refs).all()
+        else:
+            assert np.array_equal(pins + np.bincount(np.array(held, int), minlength=len(table)), table.refs)
         assert np.array_equal(frozen, table.frozen)

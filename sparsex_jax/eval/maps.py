@@ -52,10 +52,10 @@ def key_mass(
     engine: Engine, prompt: Int[np.ndarray, "tokens"], fresh: Bool[np.ndarray, "tokens"], namespace: str
 ) -> Float[np.ndarray, "layers tokens"]:
     """Each layer's key mass under full recompute: the share of the fresh queries' attention that each token gets."""
-    runner, fresh_at = engine._runner, jnp.asarray(np.flatnonzero(fresh))
+    runner, fresh_at = engine.runner, jnp.asarray(np.flatnonzero(fresh))
     rows = _rows(jnp.asarray(prompt), jnp.arange(len(prompt)))
     masses = []
-    with engine._admitted([prompt], [], ReuseConfig("full"), [namespace]) as (request,):
+    with engine.admitted([prompt], [], ReuseConfig("full"), [namespace]) as (request,):
         tables = page_tables([request.plan.pages], 1, len(request.plan.pages))
         hidden = model.embed(runner.params, rows.token)
         for layer in range(engine.model.num_layers):

@@ -65,9 +65,9 @@ def prompt_kv(
     engine: Engine, tokens: Int32[np.ndarray, "tokens"], method: str, namespace: str = "default"
 ) -> Float[np.ndarray, "layers 2 tokens kv_heads head_dim"]:
     """K and V of every layer and token once a method has prefilled the prompt, in float32."""
-    with engine._admitted([tokens], [], ReuseConfig(method=method), [namespace]) as [request]:
-        engine._prefill([request])
+    with engine.admitted([tokens], [], ReuseConfig(method=method), [namespace]) as [request]:
+        engine.prefill_admitted([request])
         page, offset = np.divmod(np.arange(len(tokens)), engine.config.page_size)
         pages = jnp.asarray(np.asarray(request.plan.pages)[page])
-        kv = engine._runner.store[:, pages, :, :, jnp.asarray(offset)]  # [tokens, layers, 2, kv_heads, head_dim]
+        kv = engine.runner.store[:, pages, :, :, jnp.asarray(offset)]  # [tokens, layers, 2, kv_heads, head_dim]
         return np.moveaxis(np.asarray(kv, np.float32), 0, 2)

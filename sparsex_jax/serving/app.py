@@ -249,7 +249,7 @@ async def page() -> Response:
 
 def _remember(engine: Engine, text: np.ndarray, preamble: np.ndarray | None, namespace: str) -> Entry:
     handle = engine.remember(text, namespace=namespace, frozen=True, preamble=preamble)
-    jax.block_until_ready(engine._runner.store)  # who inserts waits for it, not whoever asks next
+    jax.block_until_ready(engine.runner.store)  # who inserts waits for it, not whoever asks next
     return _entry(engine, handle, namespace)
 
 

@@ -22,7 +22,6 @@ Everything but `submit`, `wait`, `stats` and `Ticket.cancel` belongs to one thre
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import logging
@@ -30,19 +29,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from sparsex_jax.config import ReuseConfig, SamplingParams
-from sparsex_jax.decode import DecodeState
 from sparsex_jax.engine import DEFAULT_NAMESPACE, Engine
 from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError, OverloadedError, StoreFullError
-from sparsex_jax.generation import Output, decode_state
+from sparsex_jax.generation import Output
 from sparsex_jax.inputs import Prompt
-from sparsex_jax.report import Report
 from sparsex_jax.sampling import Sampled
+from sparsex_jax.serving.counts import Counts, LoopStats
+from sparsex_jax.serving.dispatch import Dispatch, Dispatcher
 from sparsex_jax.serving.task import Event, Listener, Task
 
 __all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
@@ -52,33 +49,6 @@ FEW_STEPS = 4  # tokens a dispatch while somebody waits for a prefill
 MOST_SECONDS = 0.2
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopStats:
-    """Where requests are now, and what became of them since the loop was made.
-
-    Attributes:
-      waiting, running: not yet admitted; prefilled or decoded.
-      finished, cancelled, failed: what they ended with.
-      preempted: how often one was put off.
-      prompt_tokens: prefix + reused + fresh tokens of the prompts that had a first token.
-      generated_tokens: new tokens.
-      computed_fraction: token-layers that those prompts' prefills computed, as a share of all of theirs.
-    """
-
-    waiting: int
-    running: int
-    finished: int
-    cancelled: int
-    failed: int
-    preempted: int
-    prompt_tokens: int
-    prefix_tokens: int
-    reused_tokens: int
-    fresh_tokens: int
-    generated_tokens: int
-    computed_fraction: float
 
 
 class Ticket:
@@ -119,7 +89,7 @@ class Loop:
         """
         self._engine = engine
         self._max_waiting, self._max_overtakes = max_waiting, max_overtakes
-        shapes = engine._runner.shapes
+        shapes = engine.runner.shapes
         self._prefill_tokens = shapes.buckets[1][0] if prefill_tokens is None else prefill_tokens
         if not 1 <= self._prefill_tokens <= shapes.max_rows:
             raise InvalidRequestError(f"prefill_tokens={prefill_tokens} must be from 1 to {shapes.max_rows}")
@@ -130,13 +100,10 @@ class Loop:
         self._waiting: list[Task] = []  # by age
         self._prefilling: deque[Task] = deque()  # whose turn it is first
         self._decoding: list[Task] = []
-        self._cache = engine._cache  # what the pages of the admitted are pages of
+        self._cache = engine.cache  # what the pages of the admitted are pages of
         self._changes = 0  # how often pages were given back
-        self._state: tuple[DecodeState, list[tuple[int, int, int]]] | None = None
-        self._step_seconds = 0.0  # what a token of the last dispatch took
-        self._counts = dict.fromkeys(_COUNTED, 0)
-        self._token_layers = 0.0
-        self._ends: deque[float] = deque(maxlen=32)
+        self._dispatcher = Dispatcher(engine)
+        self._counts = Counts()
 
     # From any thread ----------------------------------------------------------------------------------------
 
@@ -181,12 +148,8 @@ class Loop:
 
     @property
     def stats(self) -> LoopStats:
-        prompt_tokens = self._counts["prompt_tokens"]
-        return LoopStats(
-            waiting=len(self._inbox) + len(self._waiting),
-            running=len(self._prefilling) + len(self._decoding),
-            computed_fraction=self._token_layers / prompt_tokens if prompt_tokens else 0.0,
-            **self._counts,
+        return self._counts.stats(
+            waiting=len(self._inbox) + len(self._waiting), running=len(self._prefilling) + len(self._decoding)
         )
 
     def _wake(self) -> None:
@@ -204,16 +167,14 @@ class Loop:
     ) -> Task:
         output = Output(sampling, self._engine.model.eos_token_ids, self._engine.tokenizer)
         with self._tokenizing:  # fast tokenizers are not made for several threads
-            tokens = self._engine._encode(prompt, sampling.max_new_tokens)
-        self._engine._check(tokens, sampling, reuse, namespace)
+            tokens = self._engine.encode(prompt, sampling.max_new_tokens)
+        self._engine.admission.check(tokens, sampling, reuse, namespace)
         return Task(0, tokens, output, reuse, namespace, keep, listener, time.perf_counter())
 
     def _retry(self) -> float:
         """Seconds until a quarter of the line has moved on, if requests end as fast as the last ones did."""
-        if len(self._ends) < 2:
-            return 1.0
-        interval = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        return min(max(interval * self._max_waiting / 4, 1.0), 60.0)
+        interval = self._counts.seconds_between_ends()
+        return 1.0 if interval is None else min(max(interval * self._max_waiting / 4, 1.0), 60.0)
 
     # One round ----------------------------------------------------------------------------------------------
 
@@ -226,6 +187,10 @@ class Loop:
         self._prefill()
         return bool(self._inbox or self._waiting or self._running)
 
+    def check(self) -> None:
+        """Raise AssertionError unless requests hold what the cache says. For tests: it walks the whole store."""
+        self._cache.check([page for task in self._running for page in task.pages])
+
     @property
     def _running(self) -> list[Task]:
         """The admitted, the oldest first."""
@@ -235,7 +200,7 @@ class Loop:
         with self._news:
             new, self._inbox = self._inbox, []
             self._waiting += new
-        if self._engine._cache is not self._cache:
+        if self._engine.cache is not self._cache:
             self._start_over()  # a call to the engine between two steps lost the store
         for task in [*self._waiting, *self._running]:
             if task.cancelled:
@@ -243,7 +208,7 @@ class Loop:
 
     # Decoding -----------------------------------------------------------------------------------------------
 
-    def _start_decode(self) -> _Dispatch | None:
+    def _start_decode(self) -> Dispatch | None:
         """Send a dispatch on its way for all but the suspects, who decode one by one."""
         steps = self._steps()
         self._grow(steps)
@@ -252,22 +217,20 @@ class Loop:
         tasks = [task for task in self._decoding if not task.suspect]
         if not tasks:
             return None
-        started = time.perf_counter()
         try:
-            return _Dispatch(tasks, steps, self._dispatch(tasks, steps), started)
+            return self._dispatcher.start(tasks, steps)
         except Exception as error:
             self._survive(tasks, error, functools.partial(self._decode_alone, steps=steps))
             return None
 
-    def _finish_decode(self, dispatch: _Dispatch | None) -> None:
+    def _finish_decode(self, dispatch: Dispatch | None) -> None:
         if dispatch is None:
             return
         try:
-            sampled = jax.device_get(dispatch.sampled)
+            sampled = self._dispatcher.finish(dispatch)
         except Exception as error:
             self._survive(dispatch.tasks, error, functools.partial(self._decode_alone, steps=dispatch.steps))
             return
-        self._step_seconds = (time.perf_counter() - dispatch.started) / dispatch.steps
         for line, task in enumerate(dispatch.tasks):
             self._take(task, sampled, line)
 
@@ -275,7 +238,7 @@ class Loop:
         if task.request is None:
             return  # the store was lost meanwhile, and it waits
         try:
-            sampled = jax.device_get(self._dispatch([task], steps))
+            sampled = self._dispatcher.finish(self._dispatcher.start([task], steps))
         except Exception as error:
             self._survive([task], error)
         else:
@@ -286,21 +249,9 @@ class Loop:
         free = len(self._prefilling) + len(self._decoding) < self._engine.config.max_batch
         near = self._prefilling or (free and any(task.blocked_at != self._changes for task in self._waiting))
         most = self._engine.config.decode_steps
-        if not near and self._step_seconds * most <= MOST_SECONDS:
+        if not near and self._dispatcher.step_seconds * most <= MOST_SECONDS:
             return most
         return min(FEW_STEPS, most)
-
-    def _dispatch(self, tasks: list[Task], steps: int) -> Sampled:
-        """The state is made of what the host knows, or is the last one if nobody came, went or grew since."""
-        known, key = self._state or (None, None)
-        self._state = None
-        if known is None or key != _key(tasks, 0):
-            outputs, prompts, pages = zip(*[(task.output, task.tokens, task.pages) for task in tasks], strict=True)
-            shapes, vocab = self._engine._runner.shapes, self._engine.model.vocab_size
-            known = decode_state(outputs, prompts, pages, shapes.max_pages, vocab)
-        state, sampled = self._engine._runner.start_decode(known, steps)
-        self._state = state, _key(tasks, steps)
-        return sampled
 
     def _take(self, task: Task, sampled: Sampled, line: int, *, first: bool = False) -> None:
         """Give a task its line of what came, as NumPy arrays.
@@ -331,7 +282,7 @@ class Loop:
                 self._preempt(self._running[-1])
 
     def _has_pages(self, task: Task, steps: int) -> bool:
-        lacking = self._engine._pages_for(task.slots(steps)) - len(task.pages)
+        lacking = self._engine.admission.pages_for(task.slots(steps)) - len(task.pages)
         try:
             task.pages.extend(self._cache.allocate(max(lacking, 0)))
         except StoreFullError:
@@ -344,7 +295,7 @@ class Loop:
         What is exact is committed, so that it finds itself again. What is approximate would find its own copies, and
         be another request than it was: those are dropped.
         """
-        self._counts["preempted"] += 1
+        self._counts.put_off()
         if task.approximate:
             self._withdraw(task)
         else:
@@ -421,7 +372,7 @@ class Loop:
 
     def _admit_with(self, task: Task, tokens: np.ndarray, reuse: ReuseConfig) -> None:
         slots = task.slots(1 + self._engine.config.decode_steps)
-        request = self._engine._admit(tokens, slots - len(tokens) + 1, reuse, task.namespace)
+        request = self._engine.admission.admit(tokens, slots - len(tokens) + 1, reuse, task.namespace)
         task.admit(request, self._prefill_tokens, self._engine.model.num_layers)
         self._waiting.remove(task)
         self._prefilling.append(task)
@@ -451,14 +402,14 @@ class Loop:
 
     def _prefill_together(self, tasks: list[Task]) -> None:
         try:
-            logits, computed = self._engine._runner.prefill([task.stages[0] for task in tasks])
+            logits, computed = self._engine.runner.prefill([task.stages[0] for task in tasks])
             outputs, prompts = [task.output for task in tasks], [task.tokens for task in tasks]
-            sampled = self._engine._first_tokens(logits, prompts, outputs)  # of chunks too: what fails is to fail here
+            sampled = self._engine.first_tokens(logits, prompts, outputs)  # of chunks too: what fails is to fail here
         except Exception as error:
             self._survive(tasks, error, self._prefill_alone)
             return
         for line, (task, mask) in enumerate(zip(tasks, computed, strict=True)):
-            self._engine._unpin(task.admitted)  # the copies are on their way
+            self._engine.admission.unpin(task.admitted)  # the copies are on their way
             task.advance(mask)
             self._prefilling.remove(task)
             if task.stages:
@@ -475,19 +426,14 @@ class Loop:
         self._decoding.append(task)
         if not task.output.token_ids:
             assert task.computed is not None
-            task.report = self._engine._report(task.admitted, task.computed, task.submitted)
+            task.report = task.admitted.report(self._engine.model.num_layers, task.computed, task.submitted)
         self._take(task, sampled, line, first=True)
-
-    def _count(self, report: Report) -> None:
-        for name in ("prompt_tokens", "prefix_tokens", "reused_tokens", "fresh_tokens"):
-            self._counts[name] += getattr(report, name)
-        self._token_layers += report.computed_fraction * report.prompt_tokens
 
     # How it ends --------------------------------------------------------------------------------------------
 
     def _survive(self, tasks: Sequence[Task], error: Exception, alone: Callable[[Task], None] | None = None) -> None:
         """A step of these tasks failed. One is at fault; several are tried `alone`, or are suspects from now on."""
-        lost = self._engine._recover()
+        lost = self._engine.recover()
         if lost:
             self._start_over()
         if alone is None or len(tasks) == 1:
@@ -502,7 +448,8 @@ class Loop:
 
     def _start_over(self) -> None:
         """The store was lost and the cache is a new, empty one: what ran waits, and is computed again."""
-        self._cache, self._state = self._engine._cache, None
+        self._cache = self._engine.cache
+        self._dispatcher.forget()
         for task in self._running:
             task.leave()
             self._put_back(task)
@@ -513,7 +460,7 @@ class Loop:
     def _commit(self, task: Task) -> None:
         """Make what is computed findable, if it is to be kept. Again as it grows."""
         if task.keep and task.done:
-            self._engine._commit(task.admitted, task.sequence[: task.done])
+            self._engine.admission.commit(task.admitted, task.sequence[: task.done])
 
     def _withdraw(self, task: Task) -> None:
         """Nobody is to find what it wrote. The pages of its prefix are others'."""
@@ -529,12 +476,11 @@ class Loop:
             self._leave(task)
         if task in self._waiting:
             self._waiting.remove(task)
-        self._counts[_OUTCOMES.get(reason, "finished")] += 1
-        self._ends.append(time.perf_counter())
+        self._counts.ended(reason)
         self._tell(task, task.news(reason, error))
 
     def _leave(self, task: Task) -> None:
-        self._engine._leave(task.admitted)
+        self._engine.admission.leave(task.admitted)
         for place in (self._prefilling, self._decoding):
             if task in place:
                 place.remove(task)
@@ -542,35 +488,12 @@ class Loop:
         self._changes += 1
 
     def _tell(self, task: Task, event: Event) -> None:
-        self._counts["generated_tokens"] += len(event.token_ids)
-        if event.report is not None:
-            self._count(event.report)
+        self._counts.told(event)
         try:
             task.listener(event)
         except Exception:
             log.exception("the listener of request %d failed; the request is cancelled", task.id)
             task.listener, task.cancelled = _nobody, True
-
-
-class _Dispatch(NamedTuple):
-    """Tokens on their way: whose, at most how many each, where they will be, and since when."""
-
-    tasks: list[Task]
-    steps: int
-    sampled: Sampled
-    started: float
-
-
-_OUTCOMES = {"cancelled": "cancelled", "error": "failed"}
-_COUNTED = (
-    *("finished", "cancelled", "failed", "preempted"),
-    *("prompt_tokens", "prefix_tokens", "reused_tokens", "fresh_tokens", "generated_tokens"),
-)
-
-
-def _key(tasks: Sequence[Task], ahead: int) -> list[tuple[int, int, int]]:
-    """What a decode state was made of, once each task has so many more tokens."""
-    return [(task.id, len(task.pages), len(task.output.token_ids) + ahead) for task in tasks]
 
 
 def _nobody(event: Event) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from sparsex_jax.admission import Request
 from sparsex_jax.config import ReuseConfig
-from sparsex_jax.engine import Request
 from sparsex_jax.generation import Output, TokenLogprobs
 from sparsex_jax.methods import find_method
 from sparsex_jax.planner import RequestPlan

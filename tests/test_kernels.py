@@ -18,8 +18,10 @@ LAYERS, PAGES, KV_HEADS, Q_HEADS, PAGE_SIZE, DIM = 2, 40, 2, 6, 16, 8
 
 
 def parametrized(implementations):
-    """Those for Hopper GPUs want larger pages and heads, and have `test_hopper.py`."""
-    return pytest.mark.parametrize("implementation", [name for name in implementations if name != "hopper"])
+    """Those for GPUs want larger pages and heads, and have `test_hopper.py` and `test_triton.py`."""
+    return pytest.mark.parametrize(
+        "implementation", [name for name in implementations if name not in ("hopper", "triton")]
+    )
 
 
 def fast(implementations):

@@ -3,7 +3,7 @@
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.align_and_copy import hopper, reference, tpu, xla
+from sparsex_kernels.align_and_copy import hopper, reference, tpu, triton, xla
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.layout import Store
 
@@ -11,6 +11,7 @@ IMPLEMENTATIONS = {
     "reference": reference.align_and_copy,
     "xla": xla.align_and_copy,
     "hopper": hopper.align_and_copy,
+    "triton": triton.align_and_copy,
     "tpu": tpu.align_and_copy,
 }
 

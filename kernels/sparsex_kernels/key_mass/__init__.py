@@ -4,13 +4,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_kernels.dispatch import choose
-from sparsex_kernels.key_mass import hopper, reference, tpu, xla
+from sparsex_kernels.key_mass import hopper, reference, tpu, triton, xla
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
 
 IMPLEMENTATIONS = {
     "reference": reference.key_mass,
     "xla": xla.key_mass,
     "hopper": hopper.key_mass,
+    "triton": triton.key_mass,
     "tpu": tpu.key_mass,
 }
 

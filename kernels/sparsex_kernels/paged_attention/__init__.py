@@ -5,13 +5,14 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
-from sparsex_kernels.paged_attention import gather, hopper, reference, tpu, xla
+from sparsex_kernels.paged_attention import gather, hopper, reference, tpu, triton, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.paged_attention,
     "xla": xla.paged_attention,
     "gather": gather.paged_attention,
     "hopper": hopper.paged_attention,
+    "triton": triton.paged_attention,
     "tpu": tpu.paged_attention,
 }
 
@@ -42,7 +43,7 @@ def paged_attention(
       scale: of the scores; 1 / sqrt(head_dim) by default.
       return_lse: also return the logarithm of the softmax's denominator in float32, `[rows, q_heads]`, by which
         results over parts of the keys can be merged; -inf for padding.
-      implementation: `reference` (dense, float32), `xla` (blocked), `hopper` or `tpu` (Pallas); None chooses.
+      implementation: `reference` (dense, float32), `xla` (blocked), `hopper` or `tpu` (Pallas), `triton`; None chooses.
     """
     attend = choose("paged_attention", IMPLEMENTATIONS, implementation)
     scale = scale or q.shape[-1] ** -0.5

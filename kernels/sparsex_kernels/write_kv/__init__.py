@@ -5,12 +5,13 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.layout import PageTables, RowInts, Store
-from sparsex_kernels.write_kv import hopper, reference, tpu, xla
+from sparsex_kernels.write_kv import hopper, reference, tpu, triton, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.write_kv,
     "xla": xla.write_kv,
     "hopper": hopper.write_kv,
+    "triton": triton.write_kv,
     "tpu": tpu.write_kv,
 }
 

@@ -1,0 +1,90 @@
+"""The Triton kernel of key mass; imported when it is launched, as it needs Triton."""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+from sparsex_kernels.paged_attention.triton_kernels import pages_of, slot_offsets
+
+
+@triton.jit
+@no_type_check
+def _add(
+    sums: tl.tensor,
+    begin: tl.tensor,
+    stop: tl.tensor,
+    end: tl.tensor,
+    k: tl.tensor,
+    keys: tl.tensor,
+    q: tl.tensor,
+    lse: tl.tensor,
+    positions: tl.tensor,
+    head: tl.tensor,
+    MASK: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
+    PADDED_SHARE: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+) -> tl.tensor:
+    """Add the weights of rows `begin .. stop`, some at a time; those from `end` on are another request's."""
+    packed, dims = tl.arange(0, ROWS * PADDED_SHARE), tl.arange(0, DIM)
+    member = packed % PADDED_SHARE
+    for first in tl.range(begin, stop, ROWS):
+        row = first + packed // PADDED_SHARE
+        live = (row < end) & (member < SHARE)
+        at = row * (HEADS * SHARE) + head * SHARE + member
+        queries = tl.load(q + at.to(tl.int64)[:, None] * DIM + dims[None, :], mask=live[:, None], other=0.0)
+        total = tl.load(lse + at, mask=live, other=float("inf"))  # a weight of 0
+        p = tl.exp2(tl.dot(queries, tl.trans(k)) * SCALE - total[:, None])
+        if MASK:
+            bound = tl.load(positions + row, mask=row < end, other=-1)
+            p = tl.where(keys[None, :] <= bound[:, None], p, 0.0)
+        sums += p
+    return sums
+
+
+@triton.jit
+@no_type_check
+def column_sums(
+    q: tl.tensor,
+    store: tl.tensor,
+    tables: tl.tensor,
+    ranges: tl.tensor,
+    positions: tl.tensor,
+    lse: tl.tensor,
+    max_pages: tl.tensor,
+    mass: tl.tensor,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
+    PADDED_SHARE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+) -> None:
+    """What one block of keys gets from all rows of its request, with the query heads of one KV head."""
+    block, request, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place = request * tl.num_programs(0) + block
+    first, clear, end = (tl.load(ranges + place * 3), tl.load(ranges + place * 3 + 1), tl.load(ranges + place * 3 + 2))
+    keys = block * BLOCK + tl.arange(0, BLOCK)
+    out = mass + (head * tl.num_programs(1) * tl.num_programs(0) + place).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if first >= end:
+        tl.store(out, tl.zeros([BLOCK], tl.float32))
+        return
+    pages = pages_of(tables + request * max_pages, block * BLOCK, BLOCK, PAGE)
+    offsets = slot_offsets(pages, block * BLOCK, head // (HEADS // KV_HEADS), 2 * KV_HEADS, BLOCK, PAGE, DIM)
+    k = tl.load(store + offsets[:, None] + tl.arange(0, DIM)[None, :])
+    clear = tl.minimum(first + (clear - first + ROWS - 1) // ROWS * ROWS, end)
+    sums = tl.zeros([ROWS * PADDED_SHARE, BLOCK], tl.float32)
+    sums = _add(
+        sums, first, clear, end, k, keys, q, lse, positions, head, True, SCALE, ROWS, SHARE, PADDED_SHARE, HEADS, DIM
+    )
+    sums = _add(
+        sums, clear, end, end, k, keys, q, lse, positions, head, False, SCALE, ROWS, SHARE, PADDED_SHARE, HEADS, DIM
+    )
+    tl.store(out, tl.sum(sums, 0))

@@ -1,0 +1,243 @@
+"""Triton kernels of paged attention; imported when one is launched, as they need Triton."""
+
+from typing import no_type_check
+
+import triton
+import triton.language as tl
+
+MASKED = tl.constexpr(-1e30)  # finite, so that a row which has seen no key yet does not make NaN of inf - inf
+
+
+@triton.jit
+@no_type_check
+def pages_of(table: tl.tensor, key: tl.tensor, BLOCK: tl.constexpr, PAGE: tl.constexpr) -> tl.tensor:
+    """The page of `BLOCK` keys from `key` on, a multiple of it; or, where that is more than one page, of each key."""
+    keys = key if BLOCK <= PAGE else key + tl.arange(0, BLOCK)
+    return tl.load(table + keys // PAGE)
+
+
+@triton.jit
+@no_type_check
+def slot_offsets(
+    pages: tl.tensor,
+    key: tl.tensor,
+    line: tl.tensor,
+    LINES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+) -> tl.tensor:
+    """Offsets into the store of `BLOCK` keys from `key` on; `line` is a head's K or V among the `LINES` of a page."""
+    offsets = ((pages.to(tl.int64) * LINES + line) * PAGE + key % PAGE) * DIM
+    return offsets + tl.arange(0, BLOCK) % PAGE * DIM
+
+
+@triton.jit
+@no_type_check
+def _attend(
+    state: tl.tuple,
+    begin: tl.tensor,
+    end: tl.tensor,
+    q: tl.tensor,
+    store: tl.tensor,
+    table: tl.tensor,
+    bound: tl.tensor,
+    last: tl.tensor,
+    kv_head: tl.tensor,
+    MASK: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+) -> tl.tensor:
+    """Fold key blocks `begin .. end` into the online softmax: accumulator, maximum (in base 2) and denominator.
+
+    With MASK a row sees keys up to its `bound`, and none behind `last` is read for its value: such slots may hold
+    NaN, and 0 * NaN is NaN.
+    """
+    acc, top, total = state
+    dims = tl.arange(0, DIM)
+    # A step ahead: else the loads of keys, which wait for their page, would be in flight a step less.
+    pages = pages_of(table, begin * BLOCK, BLOCK, PAGE)
+    for block in tl.range(begin, end):
+        key = block * BLOCK
+        keys = key + tl.arange(0, BLOCK)
+        offsets = slot_offsets(pages, key, kv_head, 2 * KV_HEADS, BLOCK, PAGE, DIM)
+        pages = pages_of(table, key + BLOCK, BLOCK, PAGE)
+        k = tl.load(store + offsets[:, None] + dims[None, :])
+        s = tl.dot(q, tl.trans(k))
+        if MASK:
+            s = tl.where(keys[None, :] <= bound[:, None], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1) * SCALE)
+        p = tl.exp2(s * SCALE - new_top[:, None])
+        decay = tl.exp2(top - new_top)
+        total = total * decay + tl.sum(p, 1)
+        if VALUES:
+            v_pointers = store + (offsets + KV_HEADS * PAGE * DIM)[:, None] + dims[None, :]
+            v = tl.load(v_pointers, mask=(keys <= last)[:, None], other=0.0) if MASK else tl.load(v_pointers)
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+@no_type_check
+def attention(
+    q: tl.tensor,
+    store: tl.tensor,
+    tables: tl.tensor,
+    tiles: tl.tensor,
+    positions: tl.tensor,
+    max_pages: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    VALUES: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
+    PADDED_SHARE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+) -> None:
+    """One tile of rows of one request, and `SHARE` query heads of one KV head; `lse` is in base 2."""
+    # Late tiles have the most keys: they go first, so that the short ones fill the gaps at the end.
+    tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 5
+    head = tl.program_id(1)
+    first, end, request = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    last, full = tl.load(tile + 3), tl.load(tile + 4)
+    if first >= end:
+        return
+    packed, dims = tl.arange(0, ROWS * PADDED_SHARE), tl.arange(0, DIM)
+    row, member = first + packed // PADDED_SHARE, packed % PADDED_SHARE
+    live = (row < end) & (member < SHARE)
+    at = row * (HEADS * SHARE) + head * SHARE + member
+    places = at.to(tl.int64)[:, None] * DIM + dims[None, :]
+    queries = tl.load(q + places, mask=live[:, None], other=0.0)
+    bound = tl.load(positions + row, mask=row < end, other=-1)
+    state = (
+        tl.zeros([ROWS * PADDED_SHARE, DIM], tl.float32),
+        tl.full([ROWS * PADDED_SHARE], MASKED, tl.float32),
+        tl.zeros([ROWS * PADDED_SHARE], tl.float32),
+    )
+    table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
+    blocks = (last + BLOCK) // BLOCK  # last is -1 for padding, which sees nothing
+    state = _attend(
+        state, 0, full, queries, store, table, bound, last, kv_head, False, VALUES, SCALE, KV_HEADS, BLOCK, PAGE, DIM
+    )
+    acc, top, total = _attend(
+        state,
+        full,
+        blocks,
+        queries,
+        store,
+        table,
+        bound,
+        last,
+        kv_head,
+        True,
+        VALUES,
+        SCALE,
+        KV_HEADS,
+        BLOCK,
+        PAGE,
+        DIM,
+    )
+    tl.store(lse + at, top + tl.log2(total), mask=live)
+    if VALUES:
+        acc = acc / tl.maximum(total, 1e-37)[:, None]  # padding gets 0
+        tl.store(out + places, acc.to(out.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+@no_type_check
+def decode(
+    q: tl.tensor,
+    store: tl.tensor,
+    tables: tl.tensor,
+    parts: tl.tensor,
+    max_pages: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    SCALE: tl.constexpr,
+    SHARE: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+) -> None:
+    """One part of a row's keys, and `SHARE` query heads of one KV head; `lse` is in base 2."""
+    head, number = tl.program_id(0), tl.program_id(1)
+    part = parts + number * 5
+    row, request, position = tl.load(part), tl.load(part + 1), tl.load(part + 2)
+    begin, end = tl.load(part + 3), tl.load(part + 4)
+    if begin >= end:
+        return
+    member, dims = tl.arange(0, 16), tl.arange(0, DIM)  # no product has fewer rows
+    live = member < SHARE
+    at = (row * HEADS + head) * SHARE + member
+    queries = tl.load(q + at[:, None] * DIM + dims[None, :], mask=live[:, None], other=0.0)
+    bound = tl.zeros([16], tl.int32) + position
+    state = tl.zeros([16, DIM], tl.float32), tl.full([16], MASKED, tl.float32), tl.zeros([16], tl.float32)
+    table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
+    full = tl.maximum(tl.minimum((position + 1) // BLOCK, end), begin)
+    state = _attend(
+        state,
+        begin,
+        full,
+        queries,
+        store,
+        table,
+        bound,
+        position,
+        kv_head,
+        False,
+        True,
+        SCALE,
+        KV_HEADS,
+        BLOCK,
+        PAGE,
+        DIM,
+    )
+    acc, top, total = _attend(
+        state, full, end, queries, store, table, bound, position, kv_head, True, True, SCALE, KV_HEADS, BLOCK, PAGE, DIM
+    )
+    to = (number * HEADS + head) * SHARE + member
+    tl.store(lse + to, top + tl.log2(total), mask=live)
+    tl.store(out + to[:, None] * DIM + dims[None, :], acc / total[:, None], mask=live[:, None])
+
+
+@triton.jit
+@no_type_check
+def merge(
+    partial: tl.tensor,
+    partial_lse: tl.tensor,
+    spans: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    STEP: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+) -> None:
+    """Weigh the parts of one row and query head by their share of the softmax's denominator, in a fixed order."""
+    row, head, dims = tl.program_id(0), tl.program_id(1), tl.arange(0, DIM)
+    acc, top, total = tl.zeros([DIM], tl.float32), tl.full([], MASKED, tl.float32), tl.zeros([], tl.float32)
+    end = tl.load(spans + row * 2 + 1)
+    for first in tl.range(tl.load(spans + row * 2), end, STEP):
+        part = first + tl.arange(0, STEP)
+        at = part * HEADS + head
+        own = tl.load(partial_lse + at, mask=part < end, other=float("-inf"))
+        tile = tl.load(partial + at[:, None] * DIM + dims[None, :], mask=(part < end)[:, None], other=0.0)
+        new_top = tl.maximum(top, tl.max(own, 0))
+        decay, weights = tl.exp2(top - new_top), tl.exp2(own - new_top)
+        acc = acc * decay + tl.sum(weights[:, None] * tile, 0)
+        total = total * decay + tl.sum(weights, 0)
+        top = new_top
+    at = row * HEADS + head
+    tl.store(lse + at, top + tl.log2(total))
+    tl.store(out + at * DIM + dims, (acc / tl.maximum(total, 1e-37)).to(out.dtype.element_ty))  # padding gets 0

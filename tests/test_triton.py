@@ -1,0 +1,289 @@
+"""The Triton kernels against the references: small in Triton's interpreter, and with `-m gpu` at real sizes.
+
+The interpreter needs Triton but no GPU; without Triton, which only the extra `cuda` has, these tests are skipped. In
+it, and nowhere else, `jax_triton.triton_call` is replaced: outputs begin as NaN then. Every slot that no row may see
+holds NaN. References are computed in float32 from the same rounded inputs.
+"""
+
+import importlib.util
+import os
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_hopper import REAL, copies, dense, in_float32, last_rows, relative_error, same, scattered
+
+import sparsex_kernels as kernels
+from sparsex_kernels import triton as launcher
+from sparsex_kernels.dispatch import prefer
+from sparsex_kernels.key_mass.triton import seen_by
+from sparsex_kernels.paged_attention import triton as attention
+from sparsex_kernels.paged_attention.triton import row_tiles
+
+ON_GPU = jax.default_backend() == "gpu"
+if not ON_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported first
+
+interpreted = pytest.mark.skipif(ON_GPU or not importlib.util.find_spec("triton"), reason="needs Triton, and no GPU")
+compiled = pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="needs jax_triton")
+TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
+
+
+class Pointer:
+    """What Triton's interpreter wants of a tensor, for an array in place."""
+
+    def __init__(self, array):
+        self.array, self.dtype = array, TRITON_TYPES[array.dtype.name]
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    def new_empty(self, *_, **__):
+        return self
+
+    cpu = untyped_storage
+
+    def set_(self, *_):
+        pass
+
+    storage_offset = size = stride = copy_ = set_
+
+
+def interpret(*inputs, kernel, grid, out_type, backend_options, num_warps=4, num_stages=1, **parameters):
+    """`jax_triton.triton_call` without a GPU; the last input is a reference where there is no output."""
+    outputs, tree = jax.tree.flatten(out_type)
+    ref = None if outputs else inputs[-1]
+    inputs = inputs if outputs else (*inputs[:-1], ref[...])
+    is_array = [not isinstance(x, int) for x in inputs]
+
+    def run(*arrays):
+        arrays = [np.array(x) for x in arrays]
+        results = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
+        pointers = map(Pointer, arrays)
+        operands = [next(pointers) if array else x for x, array in zip(inputs, is_array, strict=True)]
+        kernel[grid](*operands, *map(Pointer, results), **parameters)
+        return results or arrays[-1:]
+
+    arrays = [x for x, array in zip(inputs, is_array, strict=True) if array]
+    results = jax.pure_callback(run, outputs or [jax.typeof(inputs[-1])], *arrays)
+    if ref is not None:
+        ref[...] = results.pop()
+    return jax.tree.unflatten(tree, results)
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    fake = types.ModuleType("jax_triton")
+    fake.triton_call = interpret
+    monkeypatch.setitem(sys.modules, "jax_triton", fake)
+    monkeypatch.setattr(launcher, "check_available", lambda: None)
+    monkeypatch.setattr(attention, "DECODE_PROGRAMS", 16)  # few, as each is slow to interpret
+
+
+def triton(operation):
+    return jax.jit(lambda *args, **options: operation(*args, implementation="triton", **options))
+
+
+def check_attention(case, tolerance):
+    expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
+    out, lse = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="triton"))(*case)
+    assert relative_error(out, expected) < tolerance
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
+SMALL = [  # in float16: the interpreter's products know no bfloat16
+    pytest.param({"lengths": (150, 3, 70), "rows": 48}, id="several requests"),
+    pytest.param({"lengths": (400, 1), "rows": 150, "dim": 128, "group": 8, "kv_heads": 1}, id="eight heads of 128"),
+    pytest.param({"lengths": (256,), "rows": 100, "group": 3, "page_size": 128}, id="three heads, large pages"),
+    pytest.param({"lengths": (90, 200), "rows": 70, "page_size": 16, "group": 1}, id="one head, small pages"),
+    pytest.param({"lengths": (70, 5, 64, 1, 33), "rows": 8}, id="hardly a row each"),
+]
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("shape", SMALL)
+def test_attention(shape):
+    check_attention(scattered(**shape, dtype="float16"), 1e-3)
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("dim", "group", "page_size"), [(64, 3, 64), (128, 8, 16), (128, 4, 128)])
+def test_decode(dim, group, page_size):
+    check_attention(
+        last_rows((300, 5, 64, 1), dim=dim, group=group, kv_heads=2, page_size=page_size, dtype="float16"), 1e-3
+    )
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("shape", SMALL)
+def test_key_mass(shape):
+    case = scattered(**shape, dtype="float16")
+    mass = triton(kernels.key_mass)(*case)
+    expected = kernels.key_mass(*in_float32(case), implementation="reference")
+    np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("rows", [48, 4])  # tiles of rows, and a row's keys split
+def test_nan_of_a_request_stays_with_it(rows):
+    check_nan_stays(scattered((150, 3, 70, 2), rows, dtype="float16"))
+
+
+def check_nan_stays(case):
+    q, store, _, positions, requests, tables = case
+    attend = triton(kernels.paged_attention)
+    out = attend(*case)
+    poisoned = np.asarray(attend(q, store.at[:, tables[2, 0]].set(jnp.nan), *case[2:]))
+    others = np.asarray((requests != 2) | (positions < 0))
+    np.testing.assert_array_equal(poisoned[others], np.asarray(out)[others])
+    assert np.isnan(poisoned[~others]).any(axis=(1, 2)).all()
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_write_kv(dtype):
+    _, store, layer, *rows = scattered((150, 3, 70), 40, kv_heads=3, dtype=dtype)
+    keys, values = jax.random.normal(jax.random.key(0), (2, 40, 3, 64))
+    written = triton(kernels.write_kv)(store, layer, keys, values, *rows)
+    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="reference"))
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize(("kv_heads", "dim", "dtype"), [(4, 64, "float16"), (3, 128, "float32")])
+def test_align_and_copy(kv_heads, dim, dtype):
+    store = jax.random.normal(jax.random.key(0), (3, 8, 2, kv_heads, 64, dim)).astype(dtype)
+    runs = [(10, 259, 40, 77), (60, 380, 10, -500), (90, 400, 1, 3), (93, 470, 1, 900), (120, 480, 5, 1)]
+    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
+    moved = triton(kernels.align_and_copy)(store, *args)
+    expected = kernels.align_and_copy(store, *args, implementation="reference")
+    error = 4e-3 if dtype == "float16" else 1e-4
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (moved, expected)), atol=error)
+    assert same(moved[:, :, 1], expected[:, :, 1])
+
+
+def test_tiles_cover_each_row_once_and_hold_one_request_each():
+    requests = np.array([0] * 5 + [2] * 9 + [3] + [0] * 4)
+    positions = np.array([*range(0, 50, 10), *range(7, 16), 63, *[-1] * 4])
+    tiles = np.asarray(row_tiles(jnp.asarray(positions), jnp.asarray(requests), 4, 5, 8))
+    kept = [tile for tile in tiles.tolist() if tile[0] < tile[1]]
+    # The first row and one behind the last, the request, the last position, blocks of 8 keys that all rows see.
+    assert kept == [
+        [0, 4, 0, 30, 0],
+        [4, 5, 0, 40, 5],
+        [5, 9, 2, 10, 1],
+        [9, 13, 2, 14, 1],
+        [13, 14, 2, 15, 2],
+        [14, 15, 3, 63, 8],
+        [15, 19, 0, -1, 0],
+    ]
+
+
+def test_rows_that_see_a_block_of_keys():
+    requests, positions = np.array([0, 0, 0, 2, 2, 0, 0]), np.array([2, 7, 9, 0, 15, -1, -1])
+    seen = seen_by(jnp.asarray(positions), jnp.asarray(requests), 3, 2, 8)
+    # The first row that sees anything, the first that sees all of the block, one behind the request's last.
+    np.testing.assert_array_equal(seen, [[[0, 1, 3], [2, 3, 3]], [[3, 3, 3], [3, 3, 3]], [[3, 4, 5], [4, 4, 5]]])
+
+
+@pytest.mark.skipif(ON_GPU, reason="would run there")
+def test_what_cannot_be_done_falls_back_or_raises(monkeypatch):
+    case = scattered((20,), 4)
+    with pytest.raises(NotImplementedError, match=r"jax_triton is not installed|Triton kernels on a cpu"):
+        kernels.paged_attention(*case, implementation="triton")
+    with prefer("triton", "xla"):
+        out = kernels.paged_attention(*case)
+    assert same(out, kernels.paged_attention(*case, implementation="xla"))
+    monkeypatch.setattr(launcher, "check_available", lambda: None)
+    for options, reason in [
+        ({"dim": 32}, "head_dim 32"),
+        ({"page_size": 24}, "page_size 24"),
+        ({"dtype": "float32"}, "queries of float32"),
+    ]:
+        with pytest.raises(NotImplementedError, match=reason):
+            kernels.key_mass(*scattered((20,), 4, **options), implementation="triton")
+    store = jnp.zeros((1, 2, 2, 1, 16, 80))
+    with pytest.raises(NotImplementedError, match="head_dim 80"):
+        kernels.align_and_copy(store, *[jnp.zeros(3, int)] * 3, jnp.ones(40), implementation="triton")
+
+
+# The rest runs on a real device, at sizes of real models.
+
+SMALL_PAGES = [
+    pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "page_size": 16}, id="pages of 16"),
+    pytest.param({"lengths": (3000, 900), "rows": 700, "page_size": 32}, id="pages of 32"),
+]
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", REAL + SMALL_PAGES)
+def test_attention_and_key_mass_on_the_device(shape):
+    case = scattered(**{"kv_heads": 8} | shape)
+    attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="triton"))
+    expected, expected_lse, expected_mass = dense(case, case[0].shape[-1] ** -0.5)
+    out, lse = attend(*case)
+    assert relative_error(out, expected) < 1e-2
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
+    key_mass = triton(kernels.key_mass)
+    mass = key_mass(*case)
+    assert relative_error(mass, expected_mass) < 1e-3
+    for _ in range(5):  # a result that moves is a race
+        assert same(attend(*case)[0], out)
+        assert same(key_mass(*case), mass)
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(5000, 37, 2500, 64, 1, 129) * 4, (16000, 1)], ids=["many", "one long"])
+@pytest.mark.parametrize(("dim", "group"), [(128, 4), (64, 3)])
+def test_decode_on_the_device(lengths, dim, group):
+    case = last_rows(lengths, dim=dim, group=group, kv_heads=8)
+    attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="triton"))
+    expected, expected_lse, _ = dense(case, dim**-0.5)
+    out, lse = attend(*case)
+    assert relative_error(out, expected) < 1e-2
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
+    assert same(attend(*case)[0], out)
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [400, 4])
+def test_nan_of_a_request_stays_with_it_on_the_device(rows):
+    check_nan_stays(scattered((700, 30, 250, 2), rows, dim=128))
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_heads", [8, 3, 1])
+def test_write_kv_on_the_device(kv_heads):
+    _, store, layer, *rows = scattered((5000, 37, 2500), 1500, kv_heads=kv_heads, dim=128)
+    keys, values = jax.random.normal(jax.random.key(0), (2, 1500, kv_heads, 128))
+    written = triton(kernels.write_kv)(store, layer, keys, values, *rows)
+    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="xla"))
+
+
+@compiled
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (8, 64), (3, 64), (1, 128)])
+def test_align_and_copy_on_the_device(kv_heads, dim):
+    store = jax.random.normal(jax.random.key(0), (32, 128, 2, kv_heads, 64, dim)).astype("bfloat16")
+    runs = [(10, 4099, 1500, 77), (1700, 5700, 1000, -500), (2800, 6800, 1, 3), (2850, 7000, 33, 900)]
+    runs += [(3000 + 3 * n, 7100 + 5 * n, 1, n) for n in range(100)]
+    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
+    moved = triton(kernels.align_and_copy)(store, *args)
+    expected = kernels.align_and_copy(store, *args, implementation="xla")
+    assert relative_error(moved, expected) < 1e-3
+    assert same(moved[:, :, 1], expected[:, :, 1])

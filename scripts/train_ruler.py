@@ -42,9 +42,12 @@ from sparsex_jax import ModelConfig, model
 from sparsex_jax.checkpoints.huggingface import TENSORS, HuggingFaceCheckpoint
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.tasks import TASKS, Question, Sample, make_sample, numbered, tracked
+from sparsex_jax.model import Decoder, Layer
+from sparsex_jax.ops import Ops
 from sparsex_jax.plan import Rows
 from sparsex_jax.sharding import make_mesh
 from sparsex_jax.weights import Params, describe, num_parameters, random_params
+from sparsex_kernels.dispatch import prefer
 
 BOS, EOS = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>"))
 _EQUALS, _VAR = (lexicon.vocabulary()[token] for token in (" =", " VAR"))
@@ -326,17 +329,20 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> Trace:
     rows = Rows(flat, position, jnp.repeat(jnp.arange(batch), length), jnp.arange(flat.size))
     fused: Literal["cudnn"] | None = "cudnn" if jax.default_backend() == "gpu" else None
 
-    def layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, Trace]:
-        heads = (model.queries(weights, config, hidden, rows), *model.keys_values(weights, config, hidden, rows))
+    decoder = Decoder(config, Ops(make_mesh(1)))
+
+    def run_layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, Trace]:
+        layer = Layer(decoder, jax.tree.map(lambda weight: weight[None], weights), jnp.int32(0))
+        heads = (model.queries(layer, hidden, rows), *model.keys_values(layer, hidden, rows))
         q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in heads)
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=fused)
         hidden = hidden + jnp.einsum("rnd,ndh->rh", attended.reshape(heads[0].shape), weights["wo"])
-        hidden = hidden + model.mlp(weights, config, hidden)
+        hidden = hidden + model.mlp(layer, hidden, rows)
         return hidden, Trace(hidden.reshape(batch, length, -1), q[:, :, 0], k[:, :, 0])
 
     # A product in place of `model.embed`'s look-up: its gradient is a product too and no slow scatter.
     hidden = jax.nn.one_hot(flat, config.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
-    return jax.lax.scan(layer, hidden, params["layers"])[1]
+    return jax.lax.scan(run_layer, hidden, params["layers"])[1]
 
 
 def losses(
@@ -733,6 +739,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not jax.config.jax_compilation_cache_dir:  # a run that goes on compiles nothing again
         jax.config.update("jax_compilation_cache_dir", str(args.out.absolute() / "compiled"))
+    with prefer("xla"):  # which has gradients
+        train(args, argv)
+
+
+def train(args: argparse.Namespace, argv: list[str] | None) -> None:
     trainer = make_trainer(args)
     size = num_parameters(trainer.config) / 1e6
     print(f"{size:.1f} M parameters, from step {trainer.step}, {jax.devices()[0].device_kind}", flush=True)

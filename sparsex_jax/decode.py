@@ -99,8 +99,7 @@ def _forward(
     rows = Rows(token=state.token, position=state.position, request=request, index=lines)
 
     def run_layer(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        weights = model.layer_weights(params, layer)
-        return model.decoder_layer(decoder, weights, layer, *carry, rows, state.page_tables)
+        return model.decoder_layer(model.layer_of(decoder, params, layer), *carry, rows, state.page_tables)
 
     carry = (store, model.embed(params, rows.token))
     store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry)

@@ -25,6 +25,9 @@ class Model(NamedTuple):
     tables: PageTables
     chunks: Chunks
 
+    def layer(self, number: Int[Array, ""]) -> model.Layer:
+        return model.layer_of(self.decoder, self.params, number)
+
     def no_mass(self, store: Store) -> Mass:
         return jnp.zeros((len(self.tables), self.tables.shape[1] * store.shape[4]))
 
@@ -68,12 +71,12 @@ def run_layers(
 
 
 def _run_layer(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden) -> tuple[Store, Hidden]:
-    weights = model.layer_weights(run.params, layer)
+    weights = run.layer(layer)
 
     def run_chunk(start: Array, part: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         store, hidden = carry
         x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
-        store, x = model.decoder_layer(run.decoder, weights, layer, store, x, part, run.tables)
+        store, x = model.decoder_layer(weights, store, x, part, run.tables)
         return store, lax.dynamic_update_slice_in_dim(hidden, x, start, 0)
 
     return fold_chunks(rows, run.chunks, run_chunk, (store, hidden))
@@ -85,12 +88,10 @@ def add_key_mass(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hi
     Args:
       hidden: of the rows, at the layer's input.
     """
-    config, ops = run.decoder
-    weights = model.layer_weights(run.params, layer)
 
     def add(start: Array, part: Rows, mass: Array) -> Array:
         x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
-        q = model.queries(weights, config, x, part)
-        return mass + ops.key_mass(q, store, layer, part, run.tables)
+        q = model.queries(run.layer(layer), x, part)
+        return mass + run.decoder.ops.key_mass(q, store, layer, part, run.tables)
 
     return fold_chunks(rows, run.chunks, add, mass)

@@ -1,7 +1,7 @@
 """The decoder as pure functions over the parameter pytree. Llama, Mistral, Qwen2 and Qwen3 by configuration.
 
 `decoder_layer` is what prefill and decode share: it takes any rows, writes their K and V into the store and
-attends over the store. Weights of one layer are the `layers` leaves without their first axis.
+attends over the store. Weights are the `layers` leaves, stacked over the layers, and stay so.
 """
 
 from __future__ import annotations
@@ -56,58 +56,81 @@ def logits(params: Params, config: ModelConfig, hidden: Hidden) -> Float[Array, 
     return jnp.einsum("rh,hv->rv", normed, head, preferred_element_type=jnp.float32)
 
 
-def layer_weights(params: Params, layer: Int[Array, ""]) -> Params:
-    return jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, layer, keepdims=False), params["layers"])
+class Layer(NamedTuple):
+    """One layer of the decoder. Its matrices stay in the stack of all layers: `Ops.linear` reads them from there."""
+
+    decoder: Decoder
+    stacks: Params
+    number: Int[Array, ""]
+
+    def vector(self, name: str) -> Array | None:
+        """A weight that is no matrix, if the model has it."""
+        stack = self.stacks.get(name)
+        return None if stack is None else jax.lax.dynamic_index_in_dim(stack, self.number, keepdims=False)
+
+    def norm(self, name: str, x: Hidden) -> Hidden:
+        scale = self.vector(name)
+        assert scale is not None
+        return rms_norm(x, scale, self.decoder.config.rms_norm_eps)
+
+    def linear(self, x: Float[Array, "rows inputs"], *names: str, rows: Rows) -> tuple[Float[Array, "rows _"], ...]:
+        """Products with matrices that have the same inputs, heads side by side. Those of padding are undefined."""
+        matrices = [self.stacks[name].reshape(len(self.stacks[name]), x.shape[1], -1) for name in names]
+        over_inputs = names[0] in ("wo", "w_down")  # divided over a mesh by their inputs: heads, and the MLP
+        return self.decoder.ops.linear(x, matrices, self.number, rows, over_inputs=over_inputs)
 
 
-def queries(weights: Params, config: ModelConfig, hidden: Hidden, rows: Rows) -> Heads:
+def layer_of(decoder: Decoder, params: Params, number: Int[Array, ""]) -> Layer:
+    return Layer(decoder, params["layers"], number)
+
+
+def queries(layer: Layer, hidden: Hidden, rows: Rows) -> Heads:
     """Rotated queries of rows from the layer's input."""
     with jax.named_scope("queries"):
-        normed = rms_norm(hidden, weights["attn_norm"], config.rms_norm_eps)
-        q = _project(normed, weights["wq"], weights.get("bq"))
-        return _position(q, weights.get("q_norm"), config, rows)
+        (q,) = _heads(layer, hidden, rows, "q")
+    return q
 
 
-def keys_values(weights: Params, config: ModelConfig, hidden: Hidden, rows: Rows) -> tuple[Heads, Heads]:
+def keys_values(layer: Layer, hidden: Hidden, rows: Rows) -> tuple[Heads, Heads]:
     """Rotated keys, and values, of rows from the layer's input."""
     with jax.named_scope("keys_values"):
-        normed = rms_norm(hidden, weights["attn_norm"], config.rms_norm_eps)
-        k = _project(normed, weights["wk"], weights.get("bk"))
-        return _position(k, weights.get("k_norm"), config, rows), _project(normed, weights["wv"], weights.get("bv"))
+        keys, values = _heads(layer, hidden, rows, "kv")
+    return keys, values
 
 
-def _project(x: Hidden, weight: Float[Array, "hidden heads head_dim"], bias: Array | None) -> Heads:
-    projected = jnp.einsum("rh,hnd->rnd", x, weight)
-    return projected if bias is None else projected + bias
+def _heads(layer: Layer, hidden: Hidden, rows: Rows, kinds: str) -> list[Heads]:
+    """Of `q`, `k` and `v` those asked for, together: they read the same rows."""
+    normed = layer.norm("attn_norm", hidden)
+    projected = layer.linear(normed, *(f"w{kind}" for kind in kinds), rows=rows)
+    return [_finish(layer, kind, x, rows) for kind, x in zip(kinds, projected, strict=True)]
 
 
-def _position(heads: Heads, norm: Array | None, config: ModelConfig, rows: Rows) -> Heads:
-    if norm is not None:
+def _finish(layer: Layer, kind: str, projected: Float[Array, "rows width"], rows: Rows) -> Heads:
+    """From a product to heads: bias and norm where the model has them, and the rotation of queries and keys."""
+    config = layer.decoder.config
+    heads = projected.reshape(len(projected), -1, config.head_dim)
+    if (bias := layer.vector(f"b{kind}")) is not None:
+        heads += bias
+    if (norm := layer.vector(f"{kind}_norm")) is not None:
         heads = rms_norm(heads, norm, config.rms_norm_eps)
-    return apply_rope(heads, rows.position, inv_freq(config))
+    return heads if kind == "v" else apply_rope(heads, rows.position, inv_freq(config))
 
 
-def mlp(weights: Params, config: ModelConfig, hidden: Hidden) -> Hidden:
+def mlp(layer: Layer, hidden: Hidden, rows: Rows) -> Hidden:
     """SwiGLU, without the residual."""
     with jax.named_scope("mlp"):
-        normed = rms_norm(hidden, weights["mlp_norm"], config.rms_norm_eps)
-        return (jax.nn.silu(normed @ weights["w_gate"]) * (normed @ weights["w_up"])) @ weights["w_down"]
+        gate, up = layer.linear(layer.norm("mlp_norm", hidden), "w_gate", "w_up", rows=rows)
+        (out,) = layer.linear(jax.nn.silu(gate) * up, "w_down", rows=rows)
+    return out
 
 
-def decoder_layer(
-    decoder: Decoder,
-    weights: Params,
-    layer: Int[Array, ""],
-    store: Store,
-    hidden: Hidden,
-    rows: Rows,
-    tables: PageTables,
-) -> tuple[Store, Hidden]:
+def decoder_layer(layer: Layer, store: Store, hidden: Hidden, rows: Rows, tables: PageTables) -> tuple[Store, Hidden]:
     """One layer for some rows: their K and V go into the store, then they attend to all that is in it."""
-    config, ops = decoder
-    keys, values = keys_values(weights, config, hidden, rows)
-    store = ops.write_kv(store, layer, keys, values, rows, tables)
+    ops = layer.decoder.ops
     with jax.named_scope("attention"):
-        attended = ops.attention(queries(weights, config, hidden, rows), store, layer, rows, tables)
-        hidden = hidden + jnp.einsum("rnd,ndh->rh", attended, weights["wo"])
-    return store, hidden + mlp(weights, config, hidden)
+        q, keys, values = _heads(layer, hidden, rows, "qkv")
+        store = ops.write_kv(store, layer.number, keys, values, rows, tables)
+        attended = ops.attention(q, store, layer.number, rows, tables)
+        (out,) = layer.linear(attended.reshape(len(attended), -1), "wo", rows=rows)
+    hidden = hidden + out
+    return store, hidden + mlp(layer, hidden, rows)

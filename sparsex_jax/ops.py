@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
@@ -27,11 +28,32 @@ _ALL = PartitionSpec()
 class Ops:
     """Operations on the sharded store. Hashable, so that it can be a static argument of a jitted step.
 
-    Heads meet in none of them but the key mass, which is summed over the mesh, so each runs under `shard_map`
-    on the local heads and no kernel ever sees a sharded array.
+    Heads meet in none of them but the key mass, which is summed over the mesh as some products are, so each runs
+    under `shard_map` on what is local and no kernel ever sees a sharded array.
     """
 
     mesh: Mesh
+
+    def linear(
+        self,
+        x: Float[Array, "rows inputs"],
+        weights: Sequence[Float[Array, "layers inputs _"]],
+        layer: Int[Array, ""] | int,
+        rows: Rows,
+        *,
+        over_inputs: bool,
+    ) -> tuple[Float[Array, "rows _"], ...]:
+        """Rows times matrices that a mesh divides by columns, or by inputs, over which products are summed then."""
+
+        def run(x: Array, weights: tuple[Array, ...], layer: Array, count: Array) -> tuple[Array, ...]:
+            products = kernels.linear(x, weights, layer, count)
+            return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
+
+        columns, inputs = PartitionSpec(None, TENSOR_AXIS), PartitionSpec(None, TENSOR_AXIS, None)
+        by_columns = (_ALL, PartitionSpec(None, None, TENSOR_AXIS), _ALL, _ALL), columns
+        by_inputs = (columns, inputs, _ALL, _ALL), _ALL
+        specs = by_inputs if over_inputs else by_columns
+        return self._over_heads(run, *specs)(x, tuple(weights), jnp.asarray(layer), rows.count)
 
     def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:
         specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)

@@ -19,7 +19,6 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.layers import Mass, Model, Watch, add_key_mass, run_layers
 from sparsex_jax.model import Heads, Hidden
 from sparsex_jax.plan import Choice, Rows, fold_chunks
-from sparsex_jax.weights import Params
 from sparsex_kernels.layout import Store, row_addresses
 
 Scores = Float[Array, "rows"]
@@ -43,18 +42,13 @@ class Boundary(NamedTuple):
     choice: Choice
     mass: Mass | None
 
-    @property
-    def weights(self) -> Params:
-        """Of the boundary's layer. The number of layers itself is a boundary too (nothing is left to run)."""
-        return model.layer_weights(self.run.params, self.layer)
-
     def fresh_rows(self) -> Watch:
         return fresh_among(self.rows, self.fresh)
 
     def chunk_of(self, start: Int[Array, ""], part: Rows) -> tuple[Heads, Heads]:
         """K and V of one chunk of the rows at the boundary's layer."""
         x = lax.dynamic_slice_in_dim(self.hidden, start, len(part.token))
-        return model.keys_values(self.weights, self.run.decoder.config, x, part)
+        return model.keys_values(self.run.layer(self.layer), x, part)
 
     def at_rows(self, mass: Mass) -> Scores:
         return mass.at[self.rows.request, self.rows.position].get(mode="clip")

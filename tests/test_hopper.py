@@ -10,6 +10,7 @@ import pytest
 
 import sparsex_kernels as kernels
 from sparsex_kernels.dispatch import prefer
+from sparsex_kernels.linear import hopper as linear_hopper
 from sparsex_kernels.paged_attention import hopper_decode
 
 
@@ -97,6 +98,46 @@ def test_key_mass(shape):
     mass = hopper(kernels.key_mass)(*case)
     expected = kernels.key_mass(*in_float32(case), implementation="reference")
     np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
+
+
+def stacks(rows, inputs, widths, dtype="bfloat16"):
+    """Rows, and weights of three layers."""
+    rng = np.random.default_rng(rows)
+    x, *weights = (
+        jnp.asarray(rng.normal(size=shape), dtype) for shape in [(rows, inputs), *((3, inputs, w) for w in widths)]
+    )
+    return x, tuple(weights)
+
+
+def exact(x, weights, layer):
+    return [np.asarray(x, np.float64) @ np.asarray(weight[layer], np.float64) for weight in weights]
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "inputs", "widths", "config"),
+    [
+        pytest.param(
+            5, 5, 256, (128, 64), linear_hopper.Config(1, 64, 2, 3, 100), id="few rows, two weights, split sums"
+        ),
+        pytest.param(200, 70, 128, (128,), linear_hopper.Config(2, 128, 1, 2, 2), id="one of two tiles is wanted"),
+        pytest.param(70, 70, 192, (128,), linear_hopper.Config(2, 64, 2, 2, 3), id="several tiles a program"),
+    ],
+)
+def test_linear(rows, count, inputs, widths, config):
+    x, weights = stacks(rows, inputs, widths)
+    outs = linear_hopper.linear(x, weights, jnp.int32(1), count, config)
+    for out, expected in zip(outs, exact(x, weights, 1), strict=True):
+        assert out.shape == (rows, expected.shape[1])
+        assert relative_error(out[:count], expected[:count]) < 4e-3
+
+
+def test_linear_refuses_or_falls_back():
+    x, weights = stacks(4, 64, (96,))
+    with pytest.raises(NotImplementedError, match="multiples of 64"):
+        kernels.linear(x, weights, 0, implementation="hopper")
+    with prefer("hopper", "xla"):
+        (out,) = kernels.linear(x, weights, 2)
+    assert relative_error(out, exact(x, weights, 2)[0]) < 4e-3
 
 
 def same(a, b):
@@ -215,6 +256,21 @@ def test_decode_on_the_device(lengths, dim, group):
     assert relative_error(out, expected) < 1e-2
     np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
     assert same(attend(*case)[0], out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (48, 48), (64, 64), (300, 300), (2048, 1300), (2048, 0)])
+def test_linear_on_the_device(rows, count, dtype):
+    for inputs, widths in ((1024, (1024, 256, 256)), (3584, (1024,)), (576, (1536, 1536))):
+        x, weights = stacks(rows, inputs, widths, dtype)
+        poisoned = x.at[count:].set(jnp.nan)
+        run = jax.jit(lambda *args: kernels.linear(*args, implementation="hopper"))
+        outs = run(poisoned, weights, jnp.int32(2), jnp.int32(count))
+        for out, expected in zip(outs, exact(x, weights, 2), strict=True):
+            assert count == 0 or relative_error(out[:count], expected[:count]) < 4e-3
+        for again, out in zip(run(poisoned, weights, jnp.int32(2), jnp.int32(count)), outs, strict=True):
+            assert same(again[:count], out[:count])  # a result that moves is a race
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ SEEN_RIGHT: Mapping[str, frozenset[str]] = {
     "key_mass": frozenset({"hopper"}),
     "align_and_copy": frozenset({"hopper"}),
     "write_kv": frozenset({"hopper"}),
+    "linear": frozenset({"hopper"}),
 }
 
 _preferred: ContextVar[tuple[str, ...] | None] = ContextVar("preferred", default=None)

@@ -22,6 +22,7 @@ LOG2_E = 1.4426950408889634  # scores are kept in base 2, so that exponentials a
 WGMMA_ROWS = 64  # rows of one warpgroup's product
 MASKED = -1e30  # finite, so that a row which has seen no key yet does not make NaN of inf - inf
 SWIZZLE = 128  # bytes; tiles of 8 rows x 128 bytes
+MULTIPROCESSORS = 132  # of an H100 or H200: what work is cut for; others run the same programs
 
 
 def interpreted() -> bool:

@@ -72,7 +72,7 @@ def _layer(
     params: Params,
     store: Store,
     hidden: Hidden,
-    layer: Int[Array, ""],
+    number: Int[Array, ""],
     rows: Rows,
     fresh_at: Int[Array, "fresh"],
     tables: PageTables,
@@ -80,11 +80,11 @@ def _layer(
     decoder: Decoder,
 ) -> tuple[Store, Hidden, Float[Array, "context"]]:
     """Run one layer on all tokens and measure its key mass."""
-    weights = model.layer_weights(params, layer)
+    layer = model.layer_of(decoder, params, number)
     fresh = _rows(rows.token[fresh_at], fresh_at)
-    q = model.queries(weights, decoder.config, hidden[fresh_at], fresh)
-    store, hidden = model.decoder_layer(decoder, weights, layer, store, hidden, rows, tables)
-    return store, hidden, decoder.ops.key_mass(q, store, layer, fresh, tables)[0]
+    q = model.queries(layer, hidden[fresh_at], fresh)
+    store, hidden = model.decoder_layer(layer, store, hidden, rows, tables)
+    return store, hidden, decoder.ops.key_mass(q, store, number, fresh, tables)[0]
 
 
 def _rows(tokens: Int[Array, "rows"], positions: Int[Array, "rows"]) -> Rows:

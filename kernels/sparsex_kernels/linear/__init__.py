@@ -1,0 +1,32 @@
+"""Linear layers on stacked weights: rows times one layer's matrices, without copying that layer out of the stack."""
+
+from collections.abc import Sequence
+
+from jax import Array
+from jaxtyping import Float, Int
+
+from sparsex_kernels.dispatch import choose
+from sparsex_kernels.linear import hopper, xla
+
+IMPLEMENTATIONS = {"xla": xla.linear, "hopper": hopper.linear}
+
+
+def linear(
+    x: Float[Array, "rows inputs"],
+    weights: Sequence[Float[Array, "layers inputs _"]],
+    layer: Int[Array, ""] | int,
+    count: Int[Array, ""] | int | None = None,
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "rows _"], ...]:
+    """`x @ w[layer]` for each of several stacked weights, in the dtype of `x`, summed in float32.
+
+    In a loop over the layers, a product of XLA's has to wait until the layer's weights were copied out of the stack:
+    little beside the work of thousands of rows, but three times the bytes of a decode step.
+
+    Args:
+      weights: stacks that share their number of inputs, such as those of the queries, keys and values; read together.
+      count: how many of the rows are wanted; results of those behind are undefined, and may be NaN. None: all.
+      implementation: `xla`, which is also what others are compared with, or `hopper` (Pallas); None chooses.
+    """
+    return choose("linear", IMPLEMENTATIONS, implementation)(x, tuple(weights), layer, count)

@@ -1,0 +1,15 @@
+"""Linear layers as a slice and a product for each weight."""
+
+import jax
+from jax import Array
+from jaxtyping import Float, Int
+
+
+def linear(
+    x: Float[Array, "rows inputs"],
+    weights: tuple[Float[Array, "layers inputs _"], ...],
+    layer: Int[Array, ""] | int,
+    count: Int[Array, ""] | int | None = None,
+) -> tuple[Float[Array, "rows _"], ...]:
+    """See `sparsex_kernels.linear`."""
+    return tuple(x @ jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False) for weight in weights)

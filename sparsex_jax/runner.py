@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.cache import Segment
@@ -70,6 +70,8 @@ class Runner:
     def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
         """The same without waiting for the device. At most the engine's `decode_steps`."""
         most = self.engine.decode_steps
+        # From the host, or from the dispatch before: placed alike, both run the same program.
+        state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
         with self._precision():
             self.store, state, sampled = decode(
                 self.params, self.store, state, np.int32(steps), decoder=self.decoder, steps=most

@@ -22,11 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams, UnknownModelError
 from sparsex_jax.cli.bench import parse_method
+from sparsex_jax.compilation import num_compilations
 from sparsex_jax.config import named_config
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.results import provenance, write_json
@@ -112,18 +112,13 @@ class Bench:
         self._engine = engine
         self._sampling = SamplingParams(new_tokens, temperature=0.0, ignore_eos=True)
         self._passes = itertools.count()
-        self._compiled = 0
-        jax.monitoring.register_event_duration_secs_listener(self._count)
-
-    def _count(self, event: str, duration_secs: float, **_: Any) -> None:
-        self._compiled += event.endswith("backend_compile_duration")
 
     def settled(self, workload: Workload, reuse: ReuseConfig, due: np.ndarray) -> list[Timeline]:
         """A pass that compiled nothing."""
         for _ in range(MOST_PASSES):
-            before = self._compiled
+            before = num_compilations()
             timelines = self.once(workload, reuse, due)
-            if self._compiled == before:
+            if num_compilations() == before:
                 return timelines
         raise RuntimeError(f"{MOST_PASSES} passes of {reuse.method} all compiled something")
 

@@ -30,6 +30,7 @@ from sparsex_jax import (
     StoreFullError,
 )
 from sparsex_jax.cli import app
+from sparsex_jax.compilation import num_compilations
 from sparsex_jax.errors import OverloadedError
 from sparsex_jax.generation import TokenLogprobs
 from sparsex_jax.prompt import Kind
@@ -713,6 +714,10 @@ def test_metrics_count_what_happened():
     assert sum(float(lines[f'sparsex_pages{{state="{s}"}}']) for s in ("free", "active", "frozen", "cached")) == 512
     assert {"sparsex_queue_requests", "sparsex_running_requests", "sparsex_lookups_total"} <= set(lines)
     assert 'sparsex_evictions_total{what="page"}' in lines
+    compiled = [
+        float(lines[f'sparsex_compilations_total{{when="{when}"}}']) for when in ("before_listening", "listening")
+    ]
+    assert sum(compiled) == num_compilations()
 
 
 OPERATIONS = [
@@ -872,6 +877,16 @@ def test_a_crowd_is_answered_or_refused_and_leaves_nothing_behind():
 
 
 # The command ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "compiled"), [([], 3), (["--no-warm-up"], 0)])
+def test_the_command_compiles_before_it_listens(reference, monkeypatch, arguments, compiled):
+    happened = []
+    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda _: reference)
+    monkeypatch.setattr("sparsex_jax.serving.warmup.steps", lambda engine: [lambda: happened.append("compiled")] * 3)
+    monkeypatch.setattr("sparsex_jax.serving.server.Server.run", lambda _: happened.append("listened"))
+    assert CliRunner().invoke(app, ["serve", *arguments]).exit_code == 0
+    assert happened == ["compiled"] * compiled + ["listened"]
 
 
 @pytest.mark.parametrize(

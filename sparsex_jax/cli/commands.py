@@ -127,6 +127,9 @@ def serve(
     max_body_bytes: Annotated[int, typer.Option(help="Size of a request; larger ones are refused (413).")] = 4 << 20,
     request_timeout: Annotated[float, typer.Option(help="Seconds until a request is given up (504).")] = 300.0,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at SIGTERM.")] = 30.0,
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up/--no-warm-up", help="Compile what requests need before listening.")
+    ] = True,
 ) -> None:
     """Serve a model: OpenAI's endpoints, a knowledge base, metrics, and a page that shows what is reused."""
     from sparsex_jax.cli.generate import EngineChoice
@@ -148,6 +151,7 @@ def serve(
             api_keys=api_keys,
             name=name,
             max_waiting=max_waiting,
+            warm_up=warm_up,
         )
 
 

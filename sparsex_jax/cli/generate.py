@@ -11,6 +11,7 @@ from rich.text import Text
 
 from sparsex_jax.cli.prompts import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, progress, waiting
+from sparsex_jax.compilation import keep_on_disk
 from sparsex_jax.config import EngineConfig, ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.generation import Generation
@@ -28,6 +29,7 @@ class EngineChoice:
     reuse: ReuseConfig | Path | None = None  # as `Engine.from_pretrained`
 
     def load(self) -> Engine:
+        keep_on_disk()
         with waiting(f"Loading {self.model}"):
             return Engine.from_pretrained(
                 self.model,

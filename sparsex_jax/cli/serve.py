@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from sparsex_jax.cli.generate import EngineChoice
-from sparsex_jax.cli.terminal import messages
+from sparsex_jax.cli.terminal import messages, progress
+from sparsex_jax.compilation import num_compilations
+from sparsex_jax.engine import Engine
+from sparsex_jax.serving import warmup
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.loop import Loop
@@ -22,10 +26,13 @@ def run(
     api_keys: Path | None,
     name: str | None,
     max_waiting: int,
+    warm_up: bool,
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
     access = Access.load(api_keys, limits.max_concurrent) if api_keys else Access.open(limits.max_concurrent)
     engine = choice.load()
+    if warm_up:
+        compile_all(engine)
     worker = Worker(engine, Loop(engine, max_waiting=max_waiting))
     name = name or Path(choice.model).name
     app = create_app(worker, model=name, access=access, limits=limits)
@@ -34,3 +41,13 @@ def run(
         warning = "No --api-keys: everybody who reaches this port may ask, and shares what is stored."
         messages().print(warning, soft_wrap=True)
     Server(app, host, port).run()
+
+
+def compile_all(engine: Engine) -> None:
+    """What requests will need, so that the first ones do not wait for compilers."""
+    before, started = num_compilations(), time.perf_counter()
+    with progress() as bar:
+        for step in bar.track(warmup.steps(engine), description="Compiling"):
+            step()
+    number, seconds = num_compilations() - before, time.perf_counter() - started
+    messages().print(f"Compiled {number} programs in {seconds:.0f} s, or loaded them; --no-warm-up leaves it for later")

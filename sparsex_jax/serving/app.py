@@ -126,6 +126,7 @@ def create_app(worker: Worker, *, model: str, access: Access | None = None, limi
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         worker.start()
+        service.metrics.listening()
         yield
         await asyncio.to_thread(worker.stop)
 

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from sparsex_jax.compilation import num_compilations
 from sparsex_jax.prompt import Kind
 from sparsex_jax.report import Report
 
@@ -45,6 +46,10 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"sparsex_{name}", text, labels, registry=self._registry)
+
+    def listening(self) -> None:
+        """What is compiled from now on, somebody waits for."""
+        self._snapshot.compiled_before = num_compilations()
 
     def answered(self, endpoint: str, status: int) -> None:
         self._requests.labels(endpoint, str(status)).inc()
@@ -108,6 +113,7 @@ class _Snapshot(Collector):
 
     store: Mapping[str, int] = {}
     loop: Any = None
+    compiled_before = 0
 
     def collect(self) -> Iterator[Metric]:
         if not self.store:
@@ -121,7 +127,10 @@ class _Snapshot(Collector):
         evictions = CounterMetricFamily("sparsex_evictions", "Evicted: pages, and frozen entries.", labels=["what"])
         evictions.add_metric(["page"], self.store["evictions"])
         evictions.add_metric(["frozen_entry"], self.store["frozen_evictions"])
-        yield from (pages, hits, evictions)
+        compiled = CounterMetricFamily("sparsex_compilations", "Programs compiled, or loaded.", labels=["when"])
+        compiled.add_metric(["before_listening"], self.compiled_before)
+        compiled.add_metric(["listening"], num_compilations() - self.compiled_before)
+        yield from (pages, hits, evictions, compiled)
         yield CounterMetricFamily("sparsex_lookups", "Lookups in the store.", value=self.store["lookups"])
         yield GaugeMetricFamily("sparsex_queue_requests", "Requests that wait for pages.", value=self.loop.waiting)
         yield GaugeMetricFamily("sparsex_running_requests", "Requests that run.", value=self.loop.running)

@@ -1,13 +1,15 @@
-"""How long the kernels take on this device, beside XLA's versions, cuDNN, PyTorch and the device's own floor.
+"""How long the kernels take on this device, beside XLA's versions, cuDNN, PyTorch, FlashInfer and the device's floor.
 
     python scripts/bench_kernels.py [--quick] [--only SUBSTRING]
 
 32 query and 8 KV heads of 128 in bfloat16. Prints a table as it goes; writes `scripts/results/kernels-<device>.json`
 and, where matplotlib is there, a roofline plot beside it. A figure is the median of five dispatches, each of which
-repeats the work many times on the device, every repetition waiting for the one before.
+repeats the work many times on the device, every repetition waiting for the one before. Triton and FlashInfer have rows
+where `jax_triton` and `flashinfer` are installed.
 """
 
 import argparse
+import importlib.util
 import os
 import statistics
 import time
@@ -183,6 +185,25 @@ def flex(work: str, rows: Rows) -> Row:
     return Row(work, "torch flex", seconds, 4 * DIM * Q_HEADS * rows.pairs)
 
 
+def flashinfer(work: str, lengths: list[int], last_only: bool) -> Row:
+    """All tokens of each request, or its last one, over pages of the same layout as ours."""
+    import torch
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper as Wrapper
+
+    pages, rows = [n // PAGE for n in lengths], [1 if last_only else n for n in lengths]
+    row_ends, page_ends = (torch.tensor([0, *np.cumsum(n)], dtype=torch.int32, device="cuda") for n in (rows, pages))
+    indices = torch.randperm(sum(pages), device="cuda").int()
+    last_page = torch.full((len(lengths),), PAGE, dtype=torch.int32, device="cuda")
+    wrapper = Wrapper(torch.empty(256 << 20, dtype=torch.uint8, device="cuda"), "HND")
+    sizes = (Q_HEADS, KV_HEADS, DIM, PAGE)
+    wrapper.plan(row_ends, page_ends, indices, last_page, *sizes, causal=True, q_data_type=torch.bfloat16)
+    shapes = ((sum(rows), Q_HEADS, DIM), (sum(pages), 2, KV_HEADS, PAGE, DIM))
+    q, store = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    pairs = sum(n if last_only else n * (n + 1) / 2 for n in lengths)
+    seconds = torch_seconds(lambda: wrapper.run(q, store))
+    return Row(work, "flashinfer", seconds, 4 * DIM * Q_HEADS * pairs, 4 * KV_HEADS * DIM * sum(lengths))
+
+
 def align(work: str, tokens: int, layers: int, implementation: str) -> Row:
     """Segments of 1000 tokens from anywhere to anywhere, so that neither end is on a page's edge."""
     page = jax.random.normal(jax.random.key(0), (1, 64, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16)
@@ -222,9 +243,14 @@ def floor_matmul(work: str) -> Row:
     return Row(work, "xla", median_seconds(lambda a, b: (a @ b) * jnp.bfloat16(0.01), a, b), 2 * 8192**3)
 
 
+def installed_kernels() -> list[str]:
+    return ["hopper", "triton"] if importlib.util.find_spec("jax_triton") else ["hopper"]
+
+
 def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, ...]]]:
     """Name, function and arguments of every row; arguments may be functions that make them."""
-    ours = ["hopper"] if quick else ["hopper", "xla"]
+    ours = [*installed_kernels(), *([] if quick else ["xla"])]
+    beside = [flashinfer] if importlib.util.find_spec("flashinfer") else []
     yield "copy 1 GB", floor_copy, ()
     yield "matmul 8192", floor_matmul, ()
     for tokens in (8192, 32768):
@@ -234,6 +260,8 @@ def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, .
             yield f"full prefill {name}", attention, (lambda n=tokens: rows_of([n], 1.0), implementation)
             yield f"15% of rows {name}", attention, (lambda n=tokens: rows_of([n], 0.15), implementation)
         yield f"full prefill {name}", sdpa, (tokens,)
+        for bench in beside:
+            yield f"full prefill {name}", bench, ([tokens], False)
         yield f"15% of rows {name}", flex, (lambda n=tokens: rows_of([n], 0.15),)
     for implementation in ours:
         yield "attention, 5% of rows T=32K", attention, (lambda: rows_of([32768], 0.05), implementation)
@@ -242,6 +270,9 @@ def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, .
         yield "decode 1 x 128K", attention, (lambda: rows_of([131072], 0, last_only=True), implementation)
         yield "write 8192 rows", write, (lambda: rows_of([8192], 1.0), implementation)
         yield "align 32768 tokens x 32 layers", align, (32768, 32, implementation)
+    for bench in beside:
+        yield "decode 64 x 8K", bench, ([8192] * 64, True)
+        yield "decode 1 x 128K", bench, ([131072], True)
 
 
 def show(row: Row) -> str:

@@ -1,6 +1,6 @@
 """How far the kernels are from float64 on the same bfloat16 inputs, beside cuDNN and XLA.
 
-    python scripts/kernel_errors.py [--implementations hopper xla] [--tokens 2048]
+    python scripts/kernel_errors.py [--implementations hopper triton xla] [--tokens 2048]
 
 Prints the relative error in the Euclidean norm of each operation and writes `kernel-errors-<device>.json`. Queries are
 scaled up fourfold, so that the softmax is peaked as in a model and rounding shows.
@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_kernels import DIM, KV_HEADS, Rows, rows_of
+from bench_kernels import DIM, KV_HEADS, Rows, installed_kernels, rows_of
 
 import sparsex_kernels as kernels
 from sparsex_jax.eval.results import provenance, write_json
@@ -87,7 +87,7 @@ def alignment_errors(tokens: int, implementations: list[str]) -> Iterator[Error]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--implementations", nargs="+", default=["hopper", "xla"])
+    parser.add_argument("--implementations", nargs="+", default=[*installed_kernels(), "xla"])
     parser.add_argument("--tokens", type=int, default=2048, help="a multiple of the page size, 64")
     options = parser.parse_args()
     found = []

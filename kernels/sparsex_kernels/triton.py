@@ -14,6 +14,10 @@ from jaxtyping import Int
 from sparsex_kernels.layout import PageTables, Queries, Store
 from sparsex_kernels.mosaic import flat_pages
 
+BACKEND_OPTIONS = {
+    "enable_fp_fusion": True,  # a product and a sum may be one instruction: Triton is about to change its default
+    "ptx_version": 87,  # CUDA 12.8's: Triton would write for the assembler that it brings, but XLA's assembles it
+}
 SMALL_SHARED_MEMORY = ("8.6", "8.7", "8.9", "12.")  # compute capabilities with less than 160 KiB a multiprocessor
 
 
@@ -51,9 +55,8 @@ def call(kernel: Any, *inputs: Any, grid: tuple[int, ...], out_type: Any = (), *
     """
     import jax_triton
 
-    contract = {"enable_fp_fusion": True}  # products and sums to one instruction; newer Tritons ask to say so
     return jax_triton.triton_call(
-        *inputs, kernel=kernel, grid=grid, out_type=out_type, backend_options=contract, **options
+        *inputs, kernel=kernel, grid=grid, out_type=out_type, backend_options=BACKEND_OPTIONS, **options
     )
 
 

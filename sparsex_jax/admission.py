@@ -24,12 +24,20 @@ from sparsex_jax.report import Report, make_report
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """An admitted request: it holds its pages, and pins its donors until the copies are made."""
+    """An admitted request: it holds its pages, and pins its donors until the copies are made.
+
+    Attributes:
+      match: what it found, while that is pinned.
+      donors: the pages of what it found.
+      forgotten: something that it found was forgotten since. Nothing of it is to be found later.
+    """
 
     tokens: Int32[np.ndarray, "tokens"]
     namespace: str
     plan: RequestPlan
     match: Match | None
+    donors: frozenset[int]
+    forgotten: bool = False
 
     def report(self, num_layers: int, computed: Bool[np.ndarray, "phases tokens"], started: float) -> Report:
         """How it was prefilled.
@@ -57,6 +65,7 @@ class Admission:
     def start_over(self) -> None:
         """The KV is gone, and with it all that the cache says of it and all that requests hold."""
         config = self._config
+        self._requests: set[Request] = set()
         self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit)
 
     def check(self, tokens: np.ndarray, sampling: SamplingParams, reuse: ReuseConfig, namespace: str) -> None:
@@ -96,7 +105,9 @@ class Admission:
             self.cache.unpin(match)
             raise
         copies = (*([match.prefix_tail] if match.prefix_tail else []), *match.segments)
-        return Request(tokens, namespace, RequestPlan(prompt, phases, pages, copies), match)
+        request = Request(tokens, namespace, RequestPlan(prompt, phases, pages, copies), match, frozenset(match.pages))
+        self._requests.add(request)
+        return request
 
     def _take_pages(self, match: Match, num_tokens: int) -> list[int]:
         """The shared prefix pages and new ones behind them."""
@@ -121,7 +132,12 @@ class Admission:
             request.match = None
 
     def commit(self, request: Request, tokens: Int32[np.ndarray, "tokens"]) -> None:
-        """Make the prompt and what follows it findable. Exactness of an answer's KV is that of the whole prompt's."""
+        """Make the prompt and what follows it findable, unless something that it found was forgotten meanwhile.
+
+        Exactness of an answer's KV is that of the whole prompt's.
+        """
+        if request.forgotten:
+            return
         exact = request.plan.exact_tokens(self._model.num_layers)
         exact = len(tokens) if exact == len(request.tokens) else exact
         self.cache.commit(request.plan.pages, tokens, request.namespace, exact_tokens=exact)
@@ -130,6 +146,17 @@ class Admission:
         """Give back what it holds."""
         self.unpin(request)
         self.cache.release(request.plan.pages)
+        self._requests.discard(request)
+
+    def forget(self, handle: int) -> None:
+        """Stop serving what a handle stands for.
+
+        Requests that found some of it go on, but what they have not committed yet is not kept: it would bring the text
+        back, in the pages that they share with it or in copies of them. Raises UnknownHandleError.
+        """
+        gone = self.cache.forget(handle)
+        for request in self._requests:
+            request.forgotten |= not request.donors.isdisjoint(gone)
 
 
 def _method(reuse: ReuseConfig, namespace: str) -> Method:

@@ -214,8 +214,11 @@ class Engine:
             return self.cache.register(requests[0].plan.pages, len(tokens), namespace, frozen=frozen)
 
     def forget(self, handle: int) -> None:
-        """Stop serving what `remember` stored. Raises UnknownHandleError if it is not there (any more)."""
-        self.cache.forget(handle)
+        """Stop serving what `remember` stored. Raises UnknownHandleError if it is not there (any more).
+
+        Requests of a loop that use it at that moment finish, and are not kept.
+        """
+        self.admission.forget(handle)
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """What was remembered and is still there, of one namespace or all."""

@@ -1,5 +1,6 @@
 """The serving loop: whatever comes together, is cut, put off or fails, a request gets what it would get alone."""
 
+import contextlib
 import dataclasses
 import threading
 
@@ -19,6 +20,7 @@ from sparsex_jax import (
     ReuseConfig,
     SamplingParams,
     StoreFullError,
+    UnknownHandleError,
 )
 from sparsex_jax.methods import METHODS
 from sparsex_jax.serving import loop as loop_module
@@ -461,6 +463,55 @@ def test_a_listener_that_raises_hurts_nobody(caplog):
     assert idle(engine)
 
 
+FORGOTTEN = TEXT[:160]  # 10 pages
+
+
+def found(engine, tokens):
+    """How many of the tokens a prompt that begins with them finds, and one that has them elsewhere."""
+    total = 0
+    for prompt in ([*tokens, 1], [1, *tokens, 1]):
+        match = engine.cache.lookup(np.array(prompt, np.int32), "default")
+        engine.cache.unpin(match)
+        total += match.num_prefix_tokens + sum(segment.length for segment in match.segments)
+    return total
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 6])
+@pytest.mark.parametrize("place", ["in front", "elsewhere"])
+def test_what_is_forgotten_is_not_brought_back_by_requests_that_use_it(place, rounds):
+    engine = make_engine()
+    handle = engine.remember(FORGOTTEN, frozen=True)
+    before = TEXT[:0] if place == "in front" else TEXT[1000:1200]  # prefilled in 7 chunks
+    loop = Loop(engine, prefill_tokens=32)
+    prompt = np.concatenate([before, FORGOTTEN, TEXT[500:540]])
+    heard = submit(loop, prompt, SamplingParams(max_new_tokens=60), reuse=ReuseConfig("sparsex", boundary_layer=1))
+    other = submit(loop, TEXT[2000:2060])
+    for _ in range(rounds):
+        loop.step()
+    assert heard.finish_reason is None
+    engine.forget(handle)
+    run(loop)
+    assert (heard.finish_reason, other.finish_reason) == ("length", "length")
+    assert heard.report.prefix_tokens + heard.report.reused_tokens >= 160
+    assert found(engine, FORGOTTEN) == 0
+    assert found(engine, TEXT[2000:2060]) == 120
+    assert idle(engine)
+
+
+def test_what_is_forgotten_is_not_brought_back_by_who_is_computed_again():
+    engine = make_engine()
+    handle = engine.remember(FORGOTTEN, frozen=True)
+    loop = Loop(engine)
+    heard = submit(loop, np.concatenate([FORGOTTEN, TEXT[500:540]]))
+    loop.step()
+    engine.forget(handle)
+    engine.runner.store.delete()
+    assert engine.recover()
+    run(loop)
+    assert heard.finish_reason == "length"
+    assert found(engine, FORGOTTEN) == 0
+
+
 def test_too_many_are_refused_and_told_when_to_come_again():
     loop = Loop(make_engine(), max_waiting=3)
     for _ in range(3):
@@ -526,6 +577,7 @@ class LoopMachine(RuleBasedStateMachine):
     """A store that holds few requests at a time, and some not at all."""
 
     requests = Bundle("requests")
+    handles = Bundle("handles")
 
     def __init__(self):
         super().__init__()
@@ -564,13 +616,19 @@ class LoopMachine(RuleBasedStateMachine):
         for _ in range(rounds):
             self.loop.step()
 
-    @rule(part=CUTS, frozen=st.booleans())
+    @rule(target=handles, part=CUTS, frozen=st.booleans())
     def remember(self, part, frozen):
         """Between two steps, engine calls are as good as ever."""
         try:
-            self.engine.remember(part, frozen=frozen)
+            return self.engine.remember(part, frozen=frozen)
         except StoreFullError:
             assert self.loop.stats.running
+            return multiple()
+
+    @rule(handle=handles)
+    def forget(self, handle):
+        with contextlib.suppress(UnknownHandleError):  # evicted, lost or forgotten
+            self.engine.forget(handle)
 
     @precondition(lambda self: self.loop.stats.running)
     @rule(step=st.sampled_from(["prefill", "decode"]))

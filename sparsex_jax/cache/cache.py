@@ -303,17 +303,22 @@ class PageCache:
             self._relieve(0, spare=entry.handle)
         return entry.handle
 
-    def forget(self, handle: int) -> None:
+    def forget(self, handle: int) -> list[int]:
         """Stop serving what a handle stands for, except what other entries hold too.
 
         Its pages leave the index at once; those still held become free when they are let go.
+
+        Returns:
+          The pages that left the index. Whoever still holds one must not commit it again.
 
         Raises UnknownHandleError if there is no such entry.
         """
         entry = self._entries.remove(handle)
         if entry.frozen:
             self._table.frozen[list(entry.pages)] -= 1
-        self._drop([page for page in entry.pages if not self._entries.holds(page)])
+        pages = [page for page in entry.pages if not self._entries.holds(page)]
+        self._drop(pages)
+        return pages
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """What is remembered, oldest first, of one namespace or of all."""

@@ -51,6 +51,7 @@ class Task:
       tokens: the prompt.
       output: the answer so far.
       submitted: `time.perf_counter()` then.
+      keep: whether it is to be found later. Not any more once something that it uses was forgotten.
       request: while it is admitted: its plan and the pages it holds.
       stages: the plans still to run before it decodes.
       computed: which prompt tokens each phase of the plan computed, `[phases, tokens]`.
@@ -145,6 +146,7 @@ class Task:
 
     def leave(self) -> None:
         """It has no pages any more, and waits or is done."""
+        self.keep &= not self.admitted.forgotten
         self.request = self.offer = self.computed = None
         self.stages.clear()
         self.done = 0

@@ -8,6 +8,7 @@ All of it is on the host. It says which pages a request's KV is in, and never se
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 
 import numpy as np
@@ -60,13 +61,14 @@ class Admission:
 
     def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
         self._model, self._config = model, config
+        self._handles = itertools.count(1)  # an old handle must not be somebody else's after the store was lost
         self.start_over()
 
     def start_over(self) -> None:
         """The KV is gone, and with it all that the cache says of it and all that requests hold."""
         config = self._config
         self._requests: set[Request] = set()
-        self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit)
+        self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles)
 
     def check(self, tokens: np.ndarray, sampling: SamplingParams, reuse: ReuseConfig, namespace: str) -> None:
         """Whatever can be said against a request before it is its turn.

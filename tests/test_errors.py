@@ -167,8 +167,8 @@ def test_a_batch_that_fails_while_it_is_admitted_loses_no_page(tiny, monkeypatch
 
 def test_an_engine_whose_store_was_lost_starts_afresh(tiny, monkeypatch):
     """A step that fails on the device takes the donated store with it."""
-    tiny.remember(list(range(50)))
-    prompt, expected = [3, *range(50), 4], None
+    handle = tiny.remember(list(range(50)))
+    prompt = [3, *range(50), 4]
     expected = tiny.prefill(prompt, reuse=ReuseConfig(method="full"), keep=False).logits
 
     def fail_on_the_device(*args, **kwargs):
@@ -183,6 +183,7 @@ def test_an_engine_whose_store_was_lost_starts_afresh(tiny, monkeypatch):
     out = tiny.prefill(prompt)
     assert out.report.reused_tokens == 0  # what was stored is gone, and nothing of it is served
     np.testing.assert_allclose(out.logits, expected, atol=1e-5)
+    assert tiny.remember([1, 2, 3]) > handle  # whoever still has the old handle has no other's
 
 
 def test_every_error_is_a_sparsex_error():

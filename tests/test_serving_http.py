@@ -330,7 +330,7 @@ def test_knowledge_that_cannot_fit(http):
 
 def test_no_salt_leads_into_another_namespace():
     def name(namespace, salt):
-        return Tenant("x", namespace, 1, False).store_namespace(salt)
+        return Tenant("x", namespace, 1, False, None).store_namespace(salt)
 
     choices = [
         ("a", "b"),
@@ -350,36 +350,65 @@ KEYS = """
 [alice]
 key = "sk-alice"
 max_concurrent = 1
+max_knowledge_tokens = 100
 [bob]
 sha256 = "{bob}"
 [carol]
 key = "sk-carol"
 namespace = "alice"
 metrics = true
+max_knowledge_tokens = 0
 """
 
 
-@pytest.fixture
-def keys(tmp_path):
-    path = tmp_path / "keys.toml"
+@pytest.fixture(scope="session")
+def keys(tmp_path_factory):
+    path = tmp_path_factory.mktemp("access") / "keys.toml"
     path.write_text(KEYS.format(bob=hashlib.sha256(b"sk-bob").hexdigest()))
-    return Access.load(path, 8)
+    return Access.load(path, Limits(max_knowledge_tokens=80))
 
 
-def test_keys_are_bound_to_namespaces(keys):
+@pytest.fixture(scope="session")
+def keyed(keys):
     with live_server(make_engine(), access=keys) as live:
-        alice, bob, carol = (live.client(f"sk-{name}") for name in ("alice", "bob", "carol"))
-        ask(alice, "same")
-        assert cached(ask(bob, "same")) == 0
-        assert cached(ask(carol, "same")) > 0  # of the same namespace
-        with live.http("sk-alice") as a, live.http("sk-bob") as b:
-            handle = a.post("/v1/knowledge", json={"text": NOTE}).json()["handle"]
-            assert b.get("/v1/knowledge").json()["data"] == []
-            assert b.delete(f"/v1/knowledge/{handle}").status_code == 404
-            assert a.delete(f"/v1/knowledge/{handle}").status_code == 200
-            assert a.get("/metrics").status_code == 403
-        with live.http("sk-carol") as c:
-            assert c.get("/metrics").status_code == 200
+        yield live
+
+
+def test_keys_are_bound_to_namespaces(keyed):
+    alice, bob, carol = (keyed.client(f"sk-{name}") for name in ("alice", "bob", "carol"))
+    ask(alice, "same")
+    assert cached(ask(bob, "same")) == 0
+    assert cached(ask(carol, "same")) > 0  # of the same namespace
+    with keyed.http("sk-alice") as a, keyed.http("sk-bob") as b:
+        handle = a.post("/v1/knowledge", json={"text": NOTE}).json()["handle"]
+        assert b.get("/v1/knowledge").json()["data"] == []
+        assert b.delete(f"/v1/knowledge/{handle}").status_code == 404
+        assert a.delete(f"/v1/knowledge/{handle}").status_code == 200
+        assert a.get("/metrics").status_code == 403
+    with keyed.http("sk-carol") as c:
+        assert c.get("/metrics").status_code == 200
+
+
+def test_a_key_keeps_so_much_knowledge(keyed):
+    def keep(http, start, length, **fields):
+        return http.post("/v1/knowledge", json={"text": list(range(start, start + length)), **fields})
+
+    with keyed.http("sk-alice") as alice, keyed.http("sk-bob") as bob, keyed.http("sk-carol") as carol:
+        first = keep(alice, 100, 60, preamble="Not kept, so it does not count.").json()
+        assert keep(alice, 200, 40, cache_salt="another").status_code == 200
+        refused = keep(alice, 300, 1)
+        assert refused.status_code == 403
+        assert refused.json()["error"] == {
+            "message": "text has 1 tokens, and this key keeps 100 already: together 101, "
+            "and max_knowledge_tokens=100 is its limit",
+            "type": "permission_error",
+            "param": "text",
+            "code": "knowledge_quota",
+        }
+        assert keep(carol, 400, 1).status_code == 403  # of the same namespace, with a limit of its own
+        assert carol.delete(f"/v1/knowledge/{first['handle']}").status_code == 200
+        assert keep(alice, 300, 60).status_code == 200
+        assert [keep(bob, 500, length).status_code for length in (81, 80)] == [403, 200]  # the server's default
 
 
 def test_without_a_key_that_is_known_nothing_is_answered(reference, keys):
@@ -403,6 +432,7 @@ def test_without_a_key_that_is_known_nothing_is_answered(reference, keys):
         ("[alice]\nkey = ''", "must be a str, not empty"),
         ("[alice]\nnamespace = 'x'", "either key or sha256"),
         ("[alice]\nkey = 'x'\nmax_concurrent = 0", "max_concurrent=0 must be at least 1"),
+        ("[alice]\nkey = 'x'\nmax_knowledge_tokens = -1", "max_knowledge_tokens=-1 must be at least 0"),
         ("[alice]\nkey = 'x'\n[bob]\nkey = 'x'", r"\[bob\] has the same key as \[alice\]"),
     ],
 )
@@ -410,7 +440,7 @@ def test_a_wrong_file_of_keys_is_refused(tmp_path, text, said):
     path = tmp_path / "keys.toml"
     path.write_text(text)
     with pytest.raises(InvalidRequestError, match=said):
-        Access.load(path, 8)
+        Access.load(path, Limits())
 
 
 # Limits and faults ------------------------------------------------------------------------------------------

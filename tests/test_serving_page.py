@@ -8,7 +8,7 @@ import pytest
 from live import MODEL, ScriptedLoop, live_server, make_engine
 from playwright.sync_api import expect, sync_playwright
 
-from sparsex_jax.serving.access import Access
+from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.loop import Event
 
 expect.set_options(timeout=60_000)  # the first request of a size compiles
@@ -145,7 +145,7 @@ def test_what_the_server_refuses_is_said(page, live):
 def test_a_key_opens_the_server(browser, engine, tmp_path):
     keys = tmp_path / "keys.toml"
     keys.write_text('[alice]\nkey = "sk-alice"\n')
-    with live_server(engine, access=Access.load(keys, 8)) as live:
+    with live_server(engine, access=Access.load(keys, Limits())) as live:
         page = browser.new_page()
         page.goto(live.url)
         expect(page.get_by_role("alert")).to_contain_text("an API key is needed")

@@ -16,7 +16,8 @@ Nothing here is thread-safe: one engine, one cache.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int32
@@ -88,12 +89,15 @@ class PageCache:
       tree: what is stored.
     """
 
-    def __init__(self, num_pages: int, page_size: int, frozen_limit: float = 0.9) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, frozen_limit: float = 0.9, handles: Iterator[int] | None = None
+    ) -> None:
         """
         Args:
           num_pages: pages of the store.
           page_size: token slots a page; a multiple of 8.
           frozen_limit: share of the store that active and frozen pages may fill before frozen entries go.
+          handles: numbers for what is remembered, where a cache before this one had some. None: 1, 2, 3 ...
         """
         _require(page_size > 0 and page_size % WINDOW == 0, f"page_size={page_size} must be a multiple of {WINDOW}")
         _require(num_pages >= 1, f"num_pages={num_pages} must be at least 1")
@@ -102,7 +106,7 @@ class PageCache:
         self._table = PageTable(num_pages)
         self.tree = PageTree(num_pages, page_size)
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
-        self._entries = EntryBook()
+        self._entries = EntryBook(handles or itertools.count(1))
         self._pins: set[Match] = set()
         self._lookups = self._prefix_tokens = self._segment_tokens = 0
         self._evictions = self._frozen_evictions = 0

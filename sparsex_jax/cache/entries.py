@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator
 
 from sparsex_jax.errors import UnknownHandleError
@@ -33,10 +32,14 @@ class Entry:
 class EntryBook:
     """All entries by handle, and the handles that hold each page."""
 
-    def __init__(self) -> None:
+    def __init__(self, handles: Iterator[int]) -> None:
+        """
+        Args:
+          handles: numbers that were never given out before.
+        """
         self._entries: dict[int, Entry] = {}
         self._holders: dict[int, set[int]] = {}
-        self._handles = itertools.count(1)
+        self._handles = handles
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())

@@ -123,6 +123,13 @@ def serve(
     reuse_config: options.ReuseFile = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused (503).", min=1)] = 256,
     max_concurrent: Annotated[int, typer.Option(help="Requests under way for a key; more are refused (429).")] = 64,
+    max_knowledge_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Frozen knowledge that a key may keep; more is refused (403).",
+            show_default="as much as the store holds",
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens that a request may ask for.")] = 4096,
     max_body_bytes: Annotated[int, typer.Option(help="Size of a request; larger ones are refused (413).")] = 4 << 20,
     request_timeout: Annotated[float, typer.Option(help="Seconds until a request is given up (504).")] = 300.0,
@@ -143,6 +150,7 @@ def serve(
                 max_body_bytes=max_body_bytes,
                 max_tokens=max_tokens,
                 max_concurrent=max_concurrent,
+                max_knowledge_tokens=max_knowledge_tokens,
                 request_timeout=request_timeout,
                 drain_timeout=drain_timeout,
             ),

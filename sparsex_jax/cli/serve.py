@@ -29,7 +29,7 @@ def run(
     warm_up: bool,
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
-    access = Access.load(api_keys, limits.max_concurrent) if api_keys else Access.open(limits.max_concurrent)
+    access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
     engine = choice.load()
     if warm_up:
         compile_all(engine)

@@ -11,13 +11,15 @@ import dataclasses
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsex_jax.cache import Entry
 from sparsex_jax.errors import InvalidRequestError, SparsexError
 
-_FIELDS = {"key": str, "sha256": str, "namespace": str, "max_concurrent": int, "metrics": bool}
+_NUMBERS = {"max_concurrent": 1, "max_knowledge_tokens": 0}  # and the least each may be
+_FIELDS = {"key": str, "sha256": str, "namespace": str, **dict.fromkeys(_NUMBERS, int), "metrics": bool}
 
 
 class UnauthorizedError(SparsexError):
@@ -32,6 +34,40 @@ class ConcurrencyError(SparsexError):
     """The key has as many requests under way as it may."""
 
 
+class QuotaError(SparsexError):
+    """The key keeps as much knowledge as it may."""
+
+
+class Quota:
+    """How much frozen knowledge a key keeps. For the loop's thread, where it comes and goes."""
+
+    def __init__(self, most: int | None) -> None:
+        """
+        Args:
+          most: tokens; None: as much as the store holds.
+        """
+        self._most = most
+        self._handles: set[int] = set()
+
+    def require(self, num_tokens: int, entries: Iterable[Entry]) -> None:
+        """Raises QuotaError if the key may not keep so many tokens more.
+
+        Args:
+          entries: all that are in the store. What was deleted or evicted counts no more.
+        """
+        own = {entry.handle: entry.num_tokens for entry in entries if entry.handle in self._handles}
+        self._handles = set(own)
+        kept = sum(own.values())
+        if self._most is not None and kept + num_tokens > self._most:
+            raise QuotaError(
+                f"text has {num_tokens} tokens, and this key keeps {kept} already: together {kept + num_tokens}, and "
+                f"max_knowledge_tokens={self._most} is its limit"
+            )
+
+    def add(self, handle: int) -> None:
+        self._handles.add(handle)
+
+
 class Tenant:
     """The holder of a key, or everybody where the server has no keys.
 
@@ -40,10 +76,14 @@ class Tenant:
       namespace: what it is bound to; keys of the same namespace share what is stored.
       max_concurrent: requests it may have under way at once.
       metrics: whether it may see the figures of the whole server.
+      knowledge: how much it keeps.
     """
 
-    def __init__(self, name: str, namespace: str, max_concurrent: int, metrics: bool) -> None:
+    def __init__(
+        self, name: str, namespace: str, max_concurrent: int, metrics: bool, max_knowledge_tokens: int | None
+    ) -> None:
         self.name, self.namespace, self.max_concurrent, self.metrics = name, namespace, max_concurrent, metrics
+        self.knowledge = Quota(max_knowledge_tokens)
         self._running = 0
 
     @contextlib.contextmanager
@@ -71,19 +111,24 @@ class Access:
         self._tenants, self._everybody = dict(tenants), everybody
 
     @classmethod
-    def open(cls, max_concurrent: int) -> Access:
+    def open(cls, limits: Limits) -> Access:
         """No keys: everybody is one tenant."""
-        return cls({}, Tenant("everybody", "", max_concurrent, metrics=True))
+        everybody = Tenant("everybody", "", limits.max_concurrent, True, limits.max_knowledge_tokens)
+        return cls({}, everybody)
 
     @classmethod
-    def load(cls, path: Path, max_concurrent: int) -> Access:
+    def load(cls, path: Path, limits: Limits) -> Access:
         """Read a TOML file with a table for each key:
 
             [alice]
             key = "sk-..."          # or sha256 = "...", the hex digest of the key
             namespace = "research"  # optional; by default the table's name
             max_concurrent = 4      # optional
+            max_knowledge_tokens = 100_000  # optional; 0: it may keep none
             metrics = true          # optional: may read /metrics
+
+        Args:
+          limits: for entries that say nothing else.
 
         Raises InvalidRequestError: no such file, no TOML, or an entry is wrong.
         """
@@ -96,8 +141,9 @@ class Access:
             digest = _checked_digest(f"{path}: [{name}]", entry)
             if digest in tenants:
                 raise InvalidRequestError(f"{path}: [{name}] has the same key as [{tenants[digest].name}]")
-            limit = entry.get("max_concurrent", max_concurrent)
-            tenants[digest] = Tenant(name, entry.get("namespace", name), limit, entry.get("metrics", False))
+            concurrent, knowledge = (entry.get(field, getattr(limits, field)) for field in _NUMBERS)
+            namespace, metrics = entry.get("namespace", name), entry.get("metrics", False)
+            tenants[digest] = Tenant(name, namespace, concurrent, metrics, knowledge)
         if not tenants:
             raise InvalidRequestError(f"{path} has no keys; it must have a table for each")
         return cls(tenants, None)
@@ -129,8 +175,9 @@ def _checked_digest(where: str, entry: Any) -> str:
             raise InvalidRequestError(f"{where}: {name!r} is unknown; there are: {', '.join(_FIELDS)}")
         if type(value) is not _FIELDS[name] or value == "":
             raise InvalidRequestError(f"{where}: {name}={value!r} must be a {_FIELDS[name].__name__}, not empty")
-    if entry.get("max_concurrent", 1) < 1:
-        raise InvalidRequestError(f"{where}: max_concurrent={entry['max_concurrent']} must be at least 1")
+    for name, least in _NUMBERS.items():
+        if entry.get(name, least) < least:
+            raise InvalidRequestError(f"{where}: {name}={entry[name]} must be at least {least}")
     if ("key" in entry) == ("sha256" in entry):
         raise InvalidRequestError(f"{where} must have either key or sha256")
     return entry["sha256"].lower() if "sha256" in entry else _digest(entry["key"])
@@ -146,6 +193,8 @@ class Limits:
       default_tokens: new tokens of a chat's answer that names no number, if the context has room for them.
       max_prompts: prompts of one completion request.
       max_concurrent: requests that a key may have under way, where its entry says nothing else.
+      max_knowledge_tokens: of frozen knowledge that a key may keep, where its entry says nothing else. None: as much as
+        the store holds.
       request_timeout: seconds until a request is given up.
       drain_timeout: seconds that running requests get when the server is told to stop.
     """
@@ -155,11 +204,12 @@ class Limits:
     default_tokens: int = 1024
     max_prompts: int = 32
     max_concurrent: int = 64
+    max_knowledge_tokens: int | None = None
     request_timeout: float = 300.0
     drain_timeout: float = 30.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value <= 0:
+            if value is not None and value <= 0:
                 raise InvalidRequestError(f"{field.name}={value!r} must be more than 0")

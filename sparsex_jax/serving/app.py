@@ -121,7 +121,7 @@ def create_app(worker: Worker, *, model: str, access: Access | None = None, limi
       access: who may ask; by default everybody.
     """
     limits = limits or Limits()
-    service = Service(worker, model, access or Access.open(limits.max_concurrent), limits)
+    service = Service(worker, model, access or Access.open(limits), limits)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -194,7 +194,7 @@ async def insert_knowledge(body: schemas.KnowledgeRequest, service: Served, tena
         service.worker.require_open()
         text, preamble = await service.in_background(service.intake.knowledge, body)
         namespace = tenant.store_namespace(body.cache_salt)
-        entry = await service.call(_remember, service.worker.engine, text, preamble, namespace)
+        entry = await service.call(_remember, service.worker.engine, tenant, text, preamble, namespace)
     return _described(entry)
 
 
@@ -248,8 +248,10 @@ async def page() -> Response:
 # On the loop's thread ---------------------------------------------------------------------------------------
 
 
-def _remember(engine: Engine, text: np.ndarray, preamble: np.ndarray | None, namespace: str) -> Entry:
+def _remember(engine: Engine, tenant: Tenant, text: np.ndarray, preamble: np.ndarray | None, namespace: str) -> Entry:
+    tenant.knowledge.require(len(text), engine.entries())
     handle = engine.remember(text, namespace=namespace, frozen=True, preamble=preamble)
+    tenant.knowledge.add(handle)
     jax.block_until_ready(engine.runner.store)  # who inserts waits for it, not whoever asks next
     return _entry(engine, handle, namespace)
 

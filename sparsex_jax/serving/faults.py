@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.errors import InvalidRequestError, OverloadedError, SparsexError, StoreFullError, UnknownHandleError
-from sparsex_jax.serving.access import ConcurrencyError, ForbiddenError, UnauthorizedError
+from sparsex_jax.serving.access import ConcurrencyError, ForbiddenError, QuotaError, UnauthorizedError
 from sparsex_jax.serving.worker import DrainingError, TimeLimitError
 
 _REUSE = {field.name for field in dataclasses.fields(ReuseConfig)}
@@ -96,8 +96,8 @@ def _later(status: int, code: str) -> Any:
     return lambda error: Fault(status, str(error), kind, code=code, retry_after_s=getattr(error, "retry_after_s", 1.0))
 
 
-def _as(status: int, kind: str, code: str) -> Any:
-    return lambda error: Fault(status, str(error), kind, code=code)
+def _as(status: int, kind: str, code: str, param: str | None = None) -> Any:
+    return lambda error: Fault(status, str(error), kind, param, code)
 
 
 def _http(error: Any) -> Fault:
@@ -134,6 +134,7 @@ _KINDS: tuple[tuple[type[BaseException], Any], ...] = (
     (HTTPException, _http),
     (UnauthorizedError, _as(401, "authentication_error", "invalid_api_key")),
     (ForbiddenError, _as(403, "permission_error", "forbidden")),
+    (QuotaError, _as(403, "permission_error", "knowledge_quota", "text")),
     (UnknownHandleError, _as(404, "invalid_request_error", "unknown_handle")),
     (ConcurrencyError, _later(429, "too_many_requests")),
     (DisconnectedError, _as(_CLIENT_CLOSED, "invalid_request_error", "disconnected")),

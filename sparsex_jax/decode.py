@@ -94,13 +94,17 @@ def _forward(
     decoder: Decoder, params: Params, store: Store, state: DecodeState
 ) -> tuple[Store, Float[Array, "requests vocab"]]:
     """One token of each request through all layers."""
-    lines = jnp.arange(len(state.token))
-    request = jnp.where(state.position >= 0, lines, PADDING_REQUEST)
-    rows = Rows(token=state.token, position=state.position, request=request, index=lines)
+    lines, more = len(state.token), -len(state.token) % decoder.ops.row_multiple
+    token, position, tables = (
+        jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+        for x, fill in ((state.token, 0), (state.position, -1), (state.page_tables, 0))
+    )
+    index = jnp.arange(lines + more)
+    rows = Rows(token=token, position=position, request=jnp.where(position >= 0, index, PADDING_REQUEST), index=index)
 
     def run_layer(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        return model.decoder_layer(model.layer_of(decoder, params, layer), *carry, rows, state.page_tables)
+        return model.decoder_layer(model.layer_of(decoder, params, layer), *carry, rows, tables)
 
     carry = (store, model.embed(params, rows.token))
     store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry)
-    return store, model.logits(params, decoder.config, hidden)
+    return store, model.logits(params, decoder.config, hidden[:lines])

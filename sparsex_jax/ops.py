@@ -34,6 +34,11 @@ class Ops:
 
     mesh: Mesh
 
+    @property
+    def row_multiple(self) -> int:
+        """Kernels for GPUs take rows by eights; more often than once a step, filling up costs more than it looks."""
+        return 8 if self.mesh.devices.flat[0].platform == "gpu" else 1
+
     def linear(
         self,
         x: Float[Array, "rows inputs"],

@@ -44,7 +44,7 @@ class Rows:
     def count(self) -> Int[Array, ""]:
         return self.valid.sum()
 
-    def chunk(self, start: Int[Array, ""], size: int) -> Rows:
+    def chunk(self, start: Int[Array, ""] | int, size: int) -> Rows:
         """`size` rows from `start` on."""
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), self)
 
@@ -62,32 +62,31 @@ class Rows:
 
 
 class Chunks(NamedTuple):
-    """How many rows go through a layer at a time, and how many where fewer than that are left: divides the former."""
+    """How rows go through a layer.
 
-    size: int
-    rest: int
-
-
-def fold_chunks[Carry](rows: Rows, chunks: Chunks, body: Callable[[Array, Rows, Carry], Carry], carry: Carry) -> Carry:
-    """Fold `body(start, chunk, carry)` over the rows, some at a time, as far as there are valid ones.
-
-    Args:
-      chunks: their size divides the number of rows.
+    Attributes:
+      size: rows at a time.
+      few_apart: rows that fit in one chunk go through layers that do not loop over chunks. A GPU waits for the host at
+        every turn of a loop whose end is data. The price is a program that has each phase's layer twice.
     """
 
-    def fold(begin: Array | int, number: Array, size: int, carry: Carry) -> Carry:
-        def step(i: Array, carry: Carry) -> Carry:
-            start = begin + i * size
-            return body(start, rows.chunk(start, size), carry)
+    size: int
+    few_apart: bool = False
 
-        return jax.lax.fori_loop(0, number, step, carry)
 
-    size, rest = chunks
-    if rest == size:
-        return fold(0, -(-rows.count // size), size, carry)
-    whole = rows.count // size
-    carry = fold(0, whole, size, carry)
-    return fold(whole * size, -(-(rows.count % size) // rest), rest, carry)
+def fold_chunks[Carry](rows: Rows, size: int, body: Callable[[Array, Rows, Carry], Carry], carry: Carry) -> Carry:
+    """Fold `body(start, chunk, carry)` over the rows, `size` at a time, as far as there are valid ones.
+
+    Args:
+      size: divides the number of rows.
+    """
+    if len(rows.token) == size:
+        return body(jnp.int32(0), rows, carry)
+
+    def step(i: Array, carry: Carry) -> Carry:
+        return body(i * size, rows.chunk(i * size, size), carry)
+
+    return jax.lax.fori_loop(0, -(-rows.count // size), step, carry)
 
 
 @struct.dataclass

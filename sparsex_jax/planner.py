@@ -17,11 +17,11 @@ from sparsex_jax.methods import Phase
 from sparsex_jax.plan import PADDING_REQUEST, Choice, Chunks, Copies, PrefillPlan, Rows
 from sparsex_jax.prompt import PromptMap
 
-# Rows that go through a layer at a time, by platform; on one that is not here, as on a TPU.
+# By platform; on one that is not here, as on a TPU.
 CHUNKS = {
-    "cpu": Chunks(128, 128),  # larger chunks gain 15 % in the matrix products and lose more to padding
-    "gpu": Chunks(2048, 2048),  # the products skip padding by themselves
-    "tpu": Chunks(2048, 2048),
+    "cpu": Chunks(128),  # larger chunks gain 15 % in the matrix products and lose more to padding
+    "gpu": Chunks(2048, few_apart=True),  # kernels skip padding by themselves
+    "tpu": Chunks(2048),
 }
 
 
@@ -78,17 +78,16 @@ class Shapes:
         while sizes[-1] < max_context:
             sizes.append(4 * sizes[-1])
         few = chunks.size // 2
-        small = Chunks(min(few, chunks.rest), min(few, chunks.rest))
-        buckets = ((few, small), *((size, chunks) for size in sizes))
+        buckets = ((few, Chunks(few)), *((size, chunks) for size in sizes))
         return cls(buckets, max_requests, -(-max_context // page_size))
 
     @classmethod
     def of_engine(cls, model: ModelConfig, engine: EngineConfig, *, platform: str) -> Shapes:
         """The shapes of an engine's plans on a platform: cpu, gpu or tpu."""
         max_context = min(model.max_position, engine.num_pages * engine.page_size)
-        chunks = (
-            Chunks(engine.chunk_rows, engine.chunk_rows) if engine.chunk_rows else CHUNKS.get(platform, CHUNKS["tpu"])
-        )
+        chunks = CHUNKS.get(platform, CHUNKS["tpu"])
+        if engine.chunk_rows:
+            chunks = chunks._replace(size=engine.chunk_rows)
         return cls.of(max_context, engine.max_batch, engine.page_size, chunks)
 
     @property

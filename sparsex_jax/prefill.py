@@ -45,7 +45,7 @@ def prefill(
       store: donated and updated in place; the plan's copies must have been made (`align`).
       signals: for each phase after the first, the name of what scores the rows (`sparsex_jax.signals`), or
         None where the forced rows are the phase.
-      chunks: rows that go through a layer at a time; their size divides the number of rows.
+      chunks: how rows go through a layer; their size divides the number of rows.
 
     Returns:
       The store; float32 logits `[requests, vocab]`, meaningless for unused requests; and which of the plan's

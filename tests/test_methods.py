@@ -308,7 +308,7 @@ def test_no_signal_copies_the_store(name, tensor_parallel):
     phases = find_method(CONFIGS[name].method).phases(prompt, CONFIGS[name], TINY.num_layers)
     runner = engine.runner
     plan, signals = plan_prefill([RequestPlan(prompt, phases, range(5))], runner.shapes, TINY.num_layers)
-    static = {"decoder": runner.decoder, "signals": signals, "chunks": Chunks(128, 128)}
+    static = {"decoder": runner.decoder, "signals": signals, "chunks": Chunks(128)}
     assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
 
 

@@ -8,7 +8,6 @@ from conftest import TINY
 from dense import Dense, engine_logits, stored_kv
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
-from sparsex_jax.plan import Chunks
 from sparsex_jax.prompt import Kind
 
 FULL = ReuseConfig(method="full")
@@ -179,16 +178,17 @@ def test_a_batch_gives_what_each_request_gives_alone(tiny):
             np.testing.assert_array_equal(out.report.active, alone.report.active)
 
 
-def test_what_is_left_behind_the_large_chunks_goes_in_small_ones(tiny):
+def test_few_rows_may_go_through_layers_of_their_own(tiny):
     remember_both(tiny)
     prompt = np.concatenate([piece for piece, _ in INTERLEAVINGS["many"]])
-    reuse, shapes = ReuseConfig(boundary_layer=1), tiny.runner.shapes
+    reuse, shapes = ReuseConfig(boundary_layer=1, recompute_ratio=0.05, overflow_tokens=4), tiny.runner.shapes
     expected = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
-    fine = [(rows, Chunks(min(rows, 128), 8)) for rows, _ in shapes.buckets]
-    assert len(prompt) % 128 > 8
-    tiny.runner.shapes = dataclasses.replace(shapes, buckets=tuple(fine))
-    found = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
-    np.testing.assert_allclose(found, expected, atol=2e-5)
+    apart = [(rows, chunks._replace(few_apart=True)) for rows, chunks in shapes.buckets]
+    tiny.runner.shapes = dataclasses.replace(shapes, buckets=tuple(apart))
+    found = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False)
+    before, behind = found.report.active.sum(), len(prompt)
+    assert before <= 128 < behind  # of the phases' rows, the later ones fit in a chunk
+    np.testing.assert_allclose(found.logits, expected, atol=2e-5)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Linear layers on stacked weights for Hopper GPUs, by Pallas' Mosaic GPU.
 
 A tile of outputs belongs to one of the weights. One warpgroup fetches blocks of rows and of weights by TMA, which takes
-the layer as a coordinate; the others multiply. Tiles of rows that nobody wants cost nothing. Where rows are few the time
+A tile of outputs belongs to one of the weights. One warpgroup fetches blocks of rows and weights by TMA, which takes
 is that of reading the weights, and the sum over the inputs is split so that every multiprocessor reads its share; XLA
 adds the parts. Where they are many, a program goes from tile to tile, and fetches for the next one while the results of
 the last are on their way.
@@ -15,6 +15,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
@@ -65,7 +66,8 @@ def linear(
 ) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
     rows, inputs = x.shape
-    config = config or choose_config(rows, inputs, tuple(weight.shape[2] for weight in weights))
+    widths = tuple(weight.shape[2] for weight in weights)
+    config = config or choose_config(rows, inputs, widths)
     _check(x, weights, config)
     tile = WGMMA_ROWS * config.warpgroups
     padded = pad_rows(x, tile)
@@ -75,14 +77,15 @@ def linear(
     wanted = jnp.clip(-(-jnp.asarray(rows if count is None else count, jnp.int32) // tile), 0, row_tiles)
     run = kernel(
         functools.partial(_kernel, shape, config),
-        out_type=tuple(jax.ShapeDtypeStruct((config.splits, stored, w.shape[2]), shape.out_dtype) for w in weights),
+        out_type=jax.ShapeDtypeStruct((config.splits, stored, sum(widths)), shape.out_dtype),
         grid=(shape.programs,),
         grid_names=("program",),
         num_threads=config.warpgroups + 1,
         scratch_types=_scratch(shape, config),
     )
     parts = run(padded, *weights, jnp.stack([jnp.asarray(layer, jnp.int32), wanted]))
-    return tuple(_sum(part, x.dtype)[:rows] for part in parts)
+    out = parts[0] if config.splits == 1 else parts.sum(0).astype(x.dtype)
+    return tuple(jnp.split(out[:rows], np.cumsum(widths)[:-1], axis=1))
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:
@@ -119,10 +122,6 @@ def _shape(padded: Array, rows: int, weights: tuple[Array, ...], config: Config)
     return Shape(min(config.programs, items), stored, padded.shape[1] // DEPTH, tuple(starts), padded.dtype, out_dtype)
 
 
-def _sum(parts: Float[Array, "splits rows columns"], dtype: Any) -> Float[Array, "rows columns"]:
-    return parts[0] if len(parts) == 1 else parts.sum(0).astype(dtype)
-
-
 def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
     pieces = 2 if shape.out_dtype != jnp.float32 else 1
     return {
@@ -135,8 +134,7 @@ def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
 
 
 def _kernel(shape: Shape, config: Config, x_ref: Any, *refs: Any, **scratch: Any) -> None:
-    number = len(shape.starts) - 1
-    weights, numbers, outs = refs[:number], refs[number], refs[number + 1 :]
+    *weights, numbers, out_ref = refs
     layer, row_tiles, wg = numbers[0], numbers[1], lax.axis_index("wg")
     persistent = config.warpgroups == 2  # one program a multiprocessor, which has its registers for itself
 
@@ -144,7 +142,7 @@ def _kernel(shape: Shape, config: Config, x_ref: Any, *refs: Any, **scratch: Any
     def compute() -> None:
         if persistent:
             plgpu.set_max_registers(232, action="increase")
-        _compute(shape, config, row_tiles, wg, outs, **scratch)
+        _compute(shape, config, row_tiles, wg, out_ref, **scratch)
 
     @pl.when(wg == config.warpgroups)
     def fetch() -> None:
@@ -189,7 +187,7 @@ def _compute(
     config: Config,
     row_tiles: Array,
     wg: Array,
-    outs: Any,
+    out_ref: Any,
     *,
     x_smem: Any,
     w_smem: Any,
@@ -214,29 +212,22 @@ def _compute(
             return acc[...]
 
         acc = pl.run_scoped(product, plgpu.ACC((WGMMA_ROWS, config.columns), jnp.float32))
-        _store(shape, config, item, wg, acc, outs, out_smem)
+        _store(shape, config, item, wg, acc, out_ref, out_smem)
 
     _over_items(shape, config, row_tiles, over_item)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store(shape: Shape, config: Config, item: Item, wg: Array, acc: Array, outs: Any, out_smem: Any) -> None:
+def _store(shape: Shape, config: Config, item: Item, wg: Array, acc: Array, out_ref: Any, out_smem: Any) -> None:
     pieces, stored = out_smem.shape[1], pl.ds(0, shape.stored)
-    row = (item.row * config.warpgroups + wg) * shape.stored
+    row = pl.ds((item.row * config.warpgroups + wg) * shape.stored, shape.stored)
     for n in range(config.columns // PIECE):
         smem = out_smem.at[wg, n % pieces]
         plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
         smem[...] = acc[:, n * PIECE : (n + 1) * PIECE].astype(shape.out_dtype)
         plgpu.commit_smem()
-        for begin, end, out in zip(shape.starts[:-1], shape.starts[1:], outs, strict=True):
-
-            @pl.when((item.column >= begin) & (item.column < end))
-            def _(begin: int = begin, out: Any = out, smem: Any = smem, n: int = n) -> None:
-                columns = pl.ds((item.column - begin) * config.columns + n * PIECE, PIECE)
-                target = out.at[item.split, pl.ds(row, shape.stored), columns]
-                plgpu.copy_smem_to_gmem(smem.at[stored], target, commit_group=False)
-
-        plgpu.commit_smem_to_gmem_group()
+        columns = pl.ds(item.column * config.columns + n * PIECE, PIECE)
+        plgpu.copy_smem_to_gmem(smem.at[stored], out_ref.at[item.split, row, columns])
 
 
 def _fetch(

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from sparsex_kernels.layout import PageTables, RowInts, Store, pad_rows, row_addresses
 from sparsex_kernels.mosaic import check_copies, flat_store, kernel
 
-ROWS = 16  # a program's
+ROWS = (16, 8)  # a program's: the first that divides them all, so that nothing need be padded
 
 
 def write_kv(
@@ -29,17 +29,18 @@ def write_kv(
     check_copies(store)
     page, offset = row_addresses(store, positions, requests, page_tables)
     page = jnp.where(page < store.shape[1], page + layer * store.shape[1], -1)
-    page, offset = (pad_rows(x.astype(jnp.int32), ROWS, -1) for x in (page, offset))
-    keys, values = (pad_rows(x.astype(store.dtype), ROWS) for x in (keys, values))
+    tile = next((rows for rows in ROWS if len(keys) % rows == 0), ROWS[-1])
+    page, offset = (pad_rows(x.astype(jnp.int32), tile, -1) for x in (page, offset))
+    keys, values = (pad_rows(x.astype(store.dtype), tile) for x in (keys, values))
     ref = jax.new_ref(flat_store(store))
     heads, head_dim = keys.shape[1:]
     kernel(
-        functools.partial(_kernel, heads),
-        grid=(len(keys) // ROWS,),
+        functools.partial(_kernel, tile, heads),
+        grid=(len(keys) // tile,),
         grid_names=("tile",),
         num_threads=1,
         scratch_types={
-            "smem": plgpu.SMEM((2, ROWS, heads, head_dim), store.dtype),
+            "smem": plgpu.SMEM((2, tile, heads, head_dim), store.dtype),
             "ready": plgpu.Barrier(num_arrivals=2),
         },
     )(keys, values, page, offset, ref)
@@ -47,14 +48,14 @@ def write_kv(
 
 
 def _kernel(
-    heads: int, keys: Any, values: Any, page_ref: Any, offset_ref: Any, store: Any, *, smem: Any, ready: Any
+    tile: int, heads: int, keys: Any, values: Any, page_ref: Any, offset_ref: Any, store: Any, *, smem: Any, ready: Any
 ) -> None:
-    first = lax.axis_index("tile") * ROWS
+    first = lax.axis_index("tile") * tile
     for kind, rows in enumerate((keys, values)):
-        plgpu.copy_gmem_to_smem(rows.at[pl.ds(first, ROWS)], smem.at[kind], ready)
+        plgpu.copy_gmem_to_smem(rows.at[pl.ds(first, tile)], smem.at[kind], ready)
     # All addresses are read at once: one by one, each would wait for memory.
-    pages = [page_ref[first + n] for n in range(ROWS)]
-    offsets = [offset_ref[first + n] for n in range(ROWS)]
+    pages = [page_ref[first + n] for n in range(tile)]
+    offsets = [offset_ref[first + n] for n in range(tile)]
     plgpu.barrier_wait(ready)
     for n, (page, offset) in enumerate(zip(pages, offsets, strict=True)):
 

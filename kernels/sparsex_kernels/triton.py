@@ -18,7 +18,7 @@ BACKEND_OPTIONS = {
     "enable_fp_fusion": True,  # a product and a sum may be one instruction: Triton is about to change its default
     "ptx_version": 87,  # CUDA 12.8's: Triton would write for the assembler that it brings, but XLA's assembles it
 }
-SMALL_SHARED_MEMORY = ("8.6", "8.7", "8.9", "12.")  # compute capabilities with less than 160 KiB a multiprocessor
+SMALL_SHARED_MEMORY = ("8.6", "8.9", "12.")  # compute capabilities with less than 160 KiB a multiprocessor
 
 
 class Config(NamedTuple):

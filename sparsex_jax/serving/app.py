@@ -30,6 +30,7 @@ from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.openai import ChatShape, CompletionShape, Reply, Shape
 from sparsex_jax.serving.prompts import Intake
 from sparsex_jax.serving.text import TokenText
+from sparsex_jax.serving.tools import reader_for
 from sparsex_jax.serving.transport import BodyLimit, EventStream, StatusCount, unless_disconnected
 from sparsex_jax.serving.worker import Job, TimeLimitError, Worker
 
@@ -164,7 +165,9 @@ router = APIRouter(responses=_ERRORS)
 @router.post("/v1/chat/completions")
 async def chat_completions(body: schemas.ChatRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Answer a chat, as OpenAI's endpoint does."""
-    shape = ChatShape(service.texts, bool(body.logprobs))
+    tokenizer = service.worker.engine.tokenizer
+    reader = reader_for(tokenizer and tokenizer.chat_template, body.offered_tools or ())
+    shape = ChatShape(service.texts, bool(body.logprobs), reader)
     return await service.generate(request, body, tenant, service.intake.chat, shape)
 
 

@@ -17,6 +17,7 @@ from sparsex_jax.report import Report
 from sparsex_jax.serving.faults import OutOfServiceError, fault_of
 from sparsex_jax.serving.metrics import tokens_by_kind
 from sparsex_jax.serving.text import TokenText
+from sparsex_jax.serving.tools import Call, Reader
 from sparsex_jax.serving.worker import Job, WorkerError
 
 if TYPE_CHECKING:
@@ -75,18 +76,44 @@ class Shape(Protocol):
 class ChatShape:
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, texts: TokenText, logprobs: bool) -> None:
-        self._texts, self._logprobs = texts, logprobs
+    def __init__(self, texts: TokenText, logprobs: bool, reader: Reader | None = None) -> None:
+        """
+        Args:
+          reader: of the one answer, where the model may call tools.
+        """
+        self._texts, self._logprobs, self._reader = texts, logprobs, reader
+        self._num_calls = 0
 
     def choice(self, answer: Answer) -> dict[str, Any]:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        return {"message": message, "logprobs": self._entries(answer.logprobs)}
+        content, calls = self._read(answer.text, answer.finish_reason)
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message |= {"content": content or None, "tool_calls": calls}
+        return {"message": message, "logprobs": self._entries(answer.logprobs)} | self._end(answer.finish_reason)
 
     def opening(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
     def delta(self, event: Event, before: Answer) -> dict[str, Any]:
-        return {"delta": {"content": event.text} if event.text else {}, "logprobs": self._entries(event.logprobs)}
+        first = self._num_calls
+        content, calls = self._read(event.text, event.finish_reason)
+        delta: dict[str, Any] = {"content": content} if content else {}
+        if calls:
+            delta["tool_calls"] = [{"index": index} | call for index, call in enumerate(calls, start=first)]
+        return {"delta": delta, "logprobs": self._entries(event.logprobs)} | self._end(event.finish_reason)
+
+    def _read(self, text: str, finish_reason: str | None) -> tuple[str, list[dict[str, Any]]]:
+        """What is text and what are calls in the next bit of the answer, which ends where there is a finish reason."""
+        if self._reader is None:
+            return text, []
+        parts = self._reader.push(text) + (self._reader.finish() if finish_reason else [])
+        calls = [part.to_dict() for part in parts if isinstance(part, Call)]
+        self._num_calls += len(calls)
+        return "".join(part for part in parts if isinstance(part, str)), calls
+
+    def _end(self, finish_reason: str | None) -> dict[str, Any]:
+        """The finish reason, where calls make it another than the loop's."""
+        return {"finish_reason": "tool_calls"} if self._num_calls and finish_reason == "stop" else {}
 
     def _entries(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if not self._logprobs:

@@ -31,8 +31,7 @@ class Intake:
 
     def chat(self, request: ChatRequest, tenant: Tenant) -> list[Job]:
         """One job. Raises RequestError or InvalidRequestError if a field is wrong."""
-        tools = None if request.tool_choice == "none" else request.tools
-        text = self._render(request.messages, tools)
+        text = self._render(request.messages, request.offered_tools)
         tokens = self._encode(text, "messages", special=False)
         named = _first_given(
             max_completion_tokens=request.max_completion_tokens,

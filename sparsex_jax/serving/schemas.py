@@ -81,9 +81,15 @@ class ChatRequest(Generate):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[dict[str, Any]] | None = Field(None, description="For the chat template to show to the model.")
+    tools: list[dict[str, Any]] | None = Field(
+        None, description="For the chat template to show to the model, which may call them."
+    )
     tool_choice: Literal["auto", "none"] | None = Field(None, description="No call can be forced.")
     response_format: ResponseFormat | None = None
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]] | None:
+        return None if self.tool_choice == "none" else self.tools
 
 
 class CompletionRequest(Generate):

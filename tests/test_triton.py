@@ -208,7 +208,7 @@ def test_what_cannot_be_done_falls_back_or_raises(monkeypatch):
     monkeypatch.setattr(launcher, "check_available", lambda: None)
     for options, reason in [
         ({"dim": 32}, "head_dim 32"),
-        ({"page_size": 24}, "page_size 24"),
+        ({"page_size": 192}, "page_size 192"),
         ({"dtype": "float32"}, "queries of float32"),
     ]:
         with pytest.raises(NotImplementedError, match=reason):

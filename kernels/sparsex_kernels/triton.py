@@ -72,7 +72,7 @@ def little_shared_memory() -> bool:
     return str(getattr(jax.devices()[0], "compute_capability", "")).startswith(SMALL_SHARED_MEMORY)
 
 
-def check_attention(q: Queries, store: Store) -> None:
+def check_attention(q: Queries, store: Store, block: int) -> None:
     """Raise `NotImplementedError` where the attention kernels cannot do this shape or type."""
     check_available()
     page_size, head_dim = store.shape[4:]
@@ -80,8 +80,8 @@ def check_attention(q: Queries, store: Store) -> None:
         raise NotImplementedError(f"queries of {q.dtype} on a store of {store.dtype}; both bfloat16 or float16 can be")
     if head_dim not in (64, 128):
         raise NotImplementedError(f"head_dim {head_dim}; 64 and 128 can be")
-    if page_size % 64 and 64 % page_size:
-        raise NotImplementedError(f"page_size {page_size}; multiples and divisors of 64 can be")
+    if max(page_size, block) % min(page_size, block):
+        raise NotImplementedError(f"page_size {page_size}; multiples and divisors of {block} can be")
 
 
 def power_of_two(n: int) -> int:

@@ -33,12 +33,12 @@ def key_mass(
     config: Config | None = None,
 ) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
-    check_attention(q, store)
+    kv_heads, page_size, head_dim = store.shape[3:]
+    config = config or config_for(head_dim)
+    check_attention(q, store, config.block)
     from sparsex_kernels.key_mass.triton_kernels import column_sums
 
     _, lse = attend(q, store, layer, positions, requests, page_tables, scale, values=False)
-    kv_heads, page_size, head_dim = store.shape[3:]
-    config = config or config_for(head_dim)
     share = heads_a_tile(q.shape[1], kv_heads)
     heads, context = q.shape[1] // share, page_tables.shape[1] * page_size
     ranges = seen_by(positions, requests, len(page_tables), -(-context // config.block), config.block)

@@ -63,11 +63,11 @@ def attend(
     config: Config | None = None,
 ) -> tuple[Array, Float[Array, "rows q_heads"]]:
     """Output, which is nothing of use where `values` is off, and log-sum-exp in base 2."""
-    check_attention(q, store)
-    from sparsex_kernels.paged_attention.triton_kernels import attention
-
     kv_heads, page_size, head_dim = store.shape[3:]
     config = config or config_for(head_dim)
+    check_attention(q, store, config.block)
+    from sparsex_kernels.paged_attention.triton_kernels import attention
+
     share = heads_a_tile(q.shape[1], kv_heads)
     rows = config.packed // power_of_two(share)
     tiles = row_tiles(positions, requests, rows, page_tables.shape[0], config.block)
@@ -125,7 +125,7 @@ def decode(
     scale: float,
 ) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     """Output and log-sum-exp in base 2 of few rows in any order; a row's keys are split among programs."""
-    check_attention(q, store)
+    check_attention(q, store, DECODE_BLOCK)
     from sparsex_kernels.paged_attention import triton_kernels
 
     kv_heads, page_size, head_dim = store.shape[3:]

@@ -36,7 +36,7 @@ from sparsex_jax.generation import TokenLogprobs
 from sparsex_jax.prompt import Kind
 from sparsex_jax.report import Report
 from sparsex_jax.serving.access import Access, Limits, Tenant
-from sparsex_jax.serving.loop import Event, Loop
+from sparsex_jax.serving.loop import Event
 from sparsex_jax.serving.openai import cached_tokens, run_lengths
 from sparsex_jax.serving.prompts import plain_message
 from sparsex_jax.serving.schemas import Message
@@ -723,7 +723,7 @@ def test_sigterm_drains_and_the_process_ends_well():
         process.kill()
 
 
-# Metrics, and everything at once ----------------------------------------------------------------------------
+# Metrics, and whatever may be asked -----------------------------------------------------------------------------
 
 
 def test_metrics_count_what_happened():
@@ -841,69 +841,6 @@ def test_a_log_probability_of_minus_infinity_is_still_json(reference):
     with scripted(reference, lambda prompt: script) as live:
         answer = live.client().completions.create(model=MODEL, prompt="x", logprobs=1)
     assert answer.choices[0].logprobs.token_logprobs == [-9999.0]
-
-
-# Everything at once -----------------------------------------------------------------------------------------
-
-
-NONSENSE = ("", 5, None, [])
-
-
-class Crowd:
-    """Clients of all manners: patient ones, those that hang up, and those that ask nonsense."""
-
-    def __init__(self, url: str, seed: int) -> None:
-        self._url, self._seed = url, seed
-
-    def statuses(self, number: int) -> list[int]:
-        """What a number of requests, many at once, were answered with; 0 where nobody waited for it."""
-        with concurrent.futures.ThreadPoolExecutor(32) as pool:
-            return list(pool.map(self._one, range(number)))
-
-    def _one(self, number: int) -> int:
-        rng = np.random.default_rng([self._seed, number])
-        body = self._body(rng)
-        manner = rng.choice(["patient", "stream", "leaves", "nonsense"], p=[0.4, 0.2, 0.25, 0.15])
-        with httpx.Client(base_url=self._url, timeout=120) as http:
-            if manner == "nonsense":
-                return http.post("/v1/completions", json={"prompt": NONSENSE[rng.integers(4)]}).status_code
-            if manner == "patient":
-                return http.post("/v1/completions", json=body).status_code
-            with http.stream("POST", "/v1/completions", json=body | {"stream": True, "ignore_eos": True}) as answer:
-                if manner == "leaves" and answer.status_code == 200:
-                    next(answer.iter_lines())
-                    return 0
-                text = "".join(answer.iter_text())
-                assert answer.status_code != 200 or text.endswith("data: [DONE]\n\n")
-                return answer.status_code
-
-    def _body(self, rng: np.random.Generator) -> dict:
-        """Prompts of mixed sizes, made of a few passages in any order behind something new."""
-        prompt = [rng.integers(10, 40_000, 1)]
-        for passage in rng.permutation(6)[: rng.integers(1, 6)]:
-            prompt.append(np.random.default_rng(passage).integers(10, 40_000, 90))
-        method = str(rng.choice(["full", "prefix", "naive", "sparsex"]))
-        return {
-            "prompt": np.concatenate(prompt).tolist(),
-            "max_tokens": int(rng.integers(1, 40)),
-            "reuse": {"method": method},
-        }
-
-
-@pytest.mark.slow
-def test_a_crowd_is_answered_or_refused_and_leaves_nothing_behind():
-    engine = make_engine()
-    with live_server(engine, loop=Loop(engine, max_waiting=6)) as live:
-        statuses = Crowd(live.url, seed=0).statuses(500)
-        with live.http() as http:
-            wait_for(lambda: http.get("/v1/store").json()["active"] == 0)
-            assert http.get("/health").json() == {"status": "ok"}
-            assert http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2}).status_code == 200
-        stats = live.worker.loop.stats
-    assert set(statuses) == {0, 200, 400, 503}
-    assert (stats.waiting, stats.running, stats.failed) == (0, 0, 0)
-    pages = engine.stats()
-    assert pages["free"] + pages["cached"] == pages["pages"]
 
 
 # The command ------------------------------------------------------------------------------------------------

@@ -584,10 +584,10 @@ def test_forgetting_leaves_what_another_entry_shares():
     shared = store.look([*DOC[:32], 1]).prefix_pages
     pages = store.put(DOC[:32] + OTHER, shared=shared)
     second = store.cache.register(pages, 92, "a", True)
-    store.cache.forget(first)
+    assert store.cache.forget(first) == []
     store.cache.check()
     assert store.look(DOC[:32] + OTHER).num_prefix_tokens == 91
-    store.cache.forget(second)
+    assert store.cache.forget(second) == pages
     assert store.cache.stats().free == 32
 
 

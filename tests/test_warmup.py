@@ -17,10 +17,9 @@ TEXT = np.random.default_rng(5).integers(1, 90, 4000).astype(np.int32)
 MODEL = dataclasses.replace(TINY, eos_token_ids=(94, 95, 96))
 
 
-def make_engine(reuse=None, **options):
-    engine = Engine.from_config(
-        MODEL, store_tokens=2048, page_size=16, max_batch=options.get("max_batch", 3), chunk_rows=256
-    )
+def make_engine(reuse=None, max_batch=2):
+    """With two row buckets only, since each has programs of its own."""
+    engine = Engine.from_config(MODEL, store_tokens=2048, page_size=16, max_batch=max_batch, chunk_rows=256)
     engine.reuse = reuse or engine.reuse
     return engine
 

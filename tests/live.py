@@ -91,15 +91,18 @@ class ScriptedLoop:
     """Has the loop's interface and no model: each request gets the events that a function gives for it, one a step.
 
     An event of None is a pause for good: the request runs until it is cancelled.
+
+    Attributes:
+      script: the function, of the prompt; one that raises refuses the request.
     """
 
     def __init__(self, script: Callable[[list[int]], list[Event | None]]) -> None:
         self.tickets: list[ScriptedTicket] = []
         self.broken: Exception | None = None
-        self._script = script
+        self.script = script
 
     def submit(self, prompt, sampling=None, *, reuse=None, namespace="default", keep=True, listener):
-        ticket = ScriptedTicket(len(self.tickets), len(prompt), iter(self._script(list(prompt))), listener)
+        ticket = ScriptedTicket(len(self.tickets), len(prompt), iter(self.script(list(prompt))), listener)
         self.tickets.append(ticket)
         return ticket
 

@@ -84,6 +84,13 @@ def scripted(reference, script, **options):
     return live_server(reference, loop=ScriptedLoop(script), **options)
 
 
+@pytest.fixture(scope="module")
+def stage(reference):
+    """A server whose model says what each test wants: it sets `stage.worker.loop.script`."""
+    with scripted(reference, lambda prompt: FOREVER) as live:
+        yield live
+
+
 # Answers ----------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +191,7 @@ def test_log_probabilities_of_a_completion(client, reference, stream):
     assert all(len(top) == 2 for part in logprobs for top in part.top_logprobs)
 
 
-def test_tool_calls_and_their_results_reach_the_template(reference):
+def test_tool_calls_and_their_results_reach_the_template(stage, reference):
     """SmolLM2's template writes the content of any role."""
     call = {"id": "a", "type": "function", "function": {"name": "tide", "arguments": '{"port": "north"}'}}
     messages = [
@@ -194,10 +201,8 @@ def test_tool_calls_and_their_results_reach_the_template(reference):
     ]
     tools = [{"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {}}}}]
     prompts = []
-    with scripted(
-        reference, lambda prompt: prompts.append(prompt) or [Event("At four.", (1,), finish_reason="stop")]
-    ) as live:
-        answer = live.client().chat.completions.create(model=MODEL, messages=messages, tools=tools)
+    stage.worker.loop.script = lambda prompt: prompts.append(prompt) or [Event("At four.", (1,), finish_reason="stop")]
+    answer = stage.client().chat.completions.create(model=MODEL, messages=messages, tools=tools)
     assert answer.choices[0].message.content == "At four."
     text = reference.tokenizer.decode(prompts[0])
     assert "user\nWhen is high tide?<|im_end|>" in text
@@ -559,17 +564,6 @@ def test_a_key_may_have_so_many_requests_under_way(reference, keys):
             assert next(again).choices[0].text == "..."
 
 
-class Refusing(ScriptedLoop):
-    """A loop that takes nothing."""
-
-    def __init__(self, error):
-        super().__init__(lambda prompt: FOREVER)
-        self._error = error
-
-    def submit(self, *args, **kwargs):
-        raise self._error
-
-
 @pytest.mark.parametrize(
     ("error", "status", "retry"),
     [
@@ -579,8 +573,12 @@ class Refusing(ScriptedLoop):
         (RuntimeError("a secret"), 500, None),
     ],
 )
-def test_what_the_loop_refuses(reference, error, status, retry):
-    with live_server(reference, loop=Refusing(error)) as live, live.http() as http:
+def test_what_the_loop_refuses(stage, error, status, retry):
+    def refuse(prompt):
+        raise error
+
+    stage.worker.loop.script = refuse
+    with stage.http() as http:
         answer = http.post("/v1/completions", json={"prompt": "x"})
     assert (answer.status_code, answer.headers.get("Retry-After")) == (status, retry)
     assert "secret" not in answer.text
@@ -591,21 +589,21 @@ def test_what_the_loop_refuses(reference, error, status, retry):
     ("error", "status"),
     [(NonFiniteLogitsError("not finite"), 500), (StoreFullError("no room"), 503), (InvalidRequestError("pool=1"), 400)],
 )
-def test_a_request_that_fails_before_its_first_token_has_a_status(reference, error, status, stream):
-    failed = [Event("", (), finish_reason="error", error=error)]
-    with scripted(reference, lambda prompt: failed) as live, live.http() as http:
+def test_a_request_that_fails_before_its_first_token_has_a_status(stage, error, status, stream):
+    stage.worker.loop.script = lambda prompt: [Event("", (), finish_reason="error", error=error)]
+    with stage.http() as http:
         answer = http.post("/v1/completions", json={"prompt": "x", "stream": stream})
         assert answer.status_code == status
         assert http.get("/health").status_code == 200
 
 
-def test_a_request_that_fails_later_says_so_in_its_stream(reference):
+def test_a_request_that_fails_later_says_so_in_its_stream(stage):
     script = [Event("well", (1,)), Event("", (), finish_reason="error", error=NonFiniteLogitsError("NaN"))]
-    with scripted(reference, lambda prompt: script) as live:
-        stream = live.client().completions.create(model=MODEL, prompt="x", stream=True)
-        assert next(stream).choices[0].text == "well"
-        with pytest.raises(openai.APIError, match="internal error"):
-            next(stream)
+    stage.worker.loop.script = lambda prompt: script
+    stream = stage.client().completions.create(model=MODEL, prompt="x", stream=True)
+    assert next(stream).choices[0].text == "well"
+    with pytest.raises(openai.APIError, match="internal error"):
+        next(stream)
 
 
 def test_a_request_that_takes_too_long_is_given_up(reference):
@@ -835,11 +833,10 @@ def test_bytes_of_sentencepiece_tokens():
     assert texts.name_of(1) == "bytes:\\xe2"
 
 
-def test_a_log_probability_of_minus_infinity_is_still_json(reference):
+def test_a_log_probability_of_minus_infinity_is_still_json(stage):
     token = TokenLogprobs(5, float("-inf"), ((5, float("-inf")),))
-    script = [Event("a", (5,), finish_reason="stop", logprobs=(token,))]
-    with scripted(reference, lambda prompt: script) as live:
-        answer = live.client().completions.create(model=MODEL, prompt="x", logprobs=1)
+    stage.worker.loop.script = lambda prompt: [Event("a", (5,), finish_reason="stop", logprobs=(token,))]
+    answer = stage.client().completions.create(model=MODEL, prompt="x", logprobs=1)
     assert answer.choices[0].logprobs.token_logprobs == [-9999.0]
 
 

@@ -1,43 +1,62 @@
 """How long the first token takes with and without reuse, and how fast decode is, at the size of a real model.
 
-    python scripts/bench_e2e.py [--model llama-3.1-8b] [--lengths 8192 32768] [--segments 16] [--reused 0.95]
+    python scripts/bench_e2e.py [--model llama-3.1-8b] [--lengths 8192 32768] [--segments 16 1 64] [--reused 0.95 0.5]
 
 Random weights in bfloat16: the figures depend on shapes alone. A prompt is so many stored segments with fresh text
-between and behind them. A figure is the median of some runs after one that compiles. Beside each stands what the work
-predicts: the share of token-layers computed, of full recompute's time. Writes `e2e-<model>-<device>.json` to
-`scripts/results`.
+between and behind them; the first number of segments and share of reused tokens go with every length, the others with
+the last. Times are medians after one that compiles, to the first token on the host. Beside each stands what the work
+bound (the share of token-layers computed, of full recompute's time) and the cost model predict. In the same run: a
+plain program (a scan over stacked weights, cuDNN's attention, no pages), transformers with SDPA where torch is
+installed, decode beside the time that its bytes take at the bandwidth of a copy, and a round of agents that read each
+other's outputs. Writes `e2e-<model>-<device>.json` to `scripts/results`.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
+import functools
+import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax import Engine, ReuseConfig, SamplingParams, model
+from sparsex_jax.config import ModelConfig, named_config
+from sparsex_jax.cost import prefill_seconds, speeds_of
 from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.weights import Params
+from sparsex_kernels import apply_rope
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FULL = "full"
+AGENTS, SHARED, ANSWER = 8, 24 * 1024, 32  # of the round: who asks, tokens that all of them read, new tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One figure, and what the work alone predicts."""
+    """One figure, and what was predicted."""
 
     work: str
     implementation: str
     figure: float
     unit: str
-    predicted: float | None = None
+    bound: float | None = None  # by the work, or the bytes
+    predicted: float | None = None  # by the cost model
     computed: float | None = None  # token-layers, of all
 
     def __str__(self) -> str:
-        beside = f"predicted {self.predicted:9.1f}, work {self.computed:.3f}" if self.predicted else ""
-        return f"{self.work:42}{self.implementation:28}{self.figure:10.1f} {self.unit:10}{beside}"
+        beside = "".join(
+            f"  {name} {value:.3g}"
+            for name, value in (("bound", self.bound), ("predicted", self.predicted), ("work", self.computed))
+            if value is not None
+        )
+        return f"{self.work:44}{self.implementation:26}{self.figure:10.1f} {self.unit}{beside}"
 
 
 def methods(num_layers: int) -> dict[str, ReuseConfig]:
@@ -52,7 +71,11 @@ def methods(num_layers: int) -> dict[str, ReuseConfig]:
         f"sparsex l*={tenth}, then {num_layers // 2}": ReuseConfig(
             boundary_layer=tenth, second_boundary=num_layers // 2
         ),
+        "cacheblend, 15 %": ReuseConfig("cacheblend"),
     }
+
+
+# The engine -------------------------------------------------------------------------------------------------
 
 
 def make_prompt(engine: Engine, length: int, segments: int, reused: float, rng: np.random.Generator) -> np.ndarray:
@@ -67,22 +90,51 @@ def make_prompt(engine: Engine, length: int, segments: int, reused: float, rng: 
     return np.concatenate([*pieces, fresh[-1]]).astype(np.int32)
 
 
-def first_tokens(engine: Engine, length: int, options: argparse.Namespace) -> Iterator[Row]:
-    prompt = make_prompt(engine, length, options.segments, options.reused, np.random.default_rng(length))
-    work = f"{length} tokens, {options.reused:.0%} reused in {options.segments}"
+def first_tokens(
+    engine: Engine, length: int, segments: int, reused: float, runs: int, asked: dict[str, ReuseConfig]
+) -> Iterator[Row]:
+    prompt = make_prompt(engine, length, segments, reused, np.random.default_rng(length))
+    work = f"TTFT, {length} tokens, {reused:.0%} reused in {segments}"
     full = None
-    for name, reuse in methods(engine.model.num_layers).items():
+    for name, reuse in asked.items():
         reports = [
-            engine.prefill(prompt, reuse=reuse, namespace=str(length), keep=False).report
-            for _ in range(options.runs + 1)
+            engine.prefill(prompt, reuse=reuse, namespace=str(length), keep=False).report for _ in range(runs + 1)
         ][1:]
         milliseconds = 1e3 * statistics.median(report.ttft_s for report in reports)
         full = full or milliseconds
         computed = reports[0].computed_fraction
-        yield Row(f"TTFT, {work}", name, milliseconds, "ms", full * computed, computed)
+        predicted = predict(engine, prompt, reuse, str(length))
+        yield Row(work, name, milliseconds, "ms", full * computed, predicted, computed)
+        if name == FULL:
+            yield Row(work, "plain scan", plain_milliseconds(engine, prompt, runs), "ms")
+    yield Row(work, "host, before the device", host_milliseconds(engine, prompt, reuse, str(length)), "ms")
 
 
-def decode(engine: Engine, context: int, requests: int, options: argparse.Namespace) -> Row:
+def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float | None:
+    """Milliseconds by the cost model, on a device that it knows."""
+    speeds = speeds_of(jax.devices()[0])
+    with engine.admitted([prompt], [], reuse, [namespace]) as [request]:
+        return None if speeds is None else 1e3 * prefill_seconds(engine.model, request.plan, speeds)
+
+
+def host_milliseconds(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float:
+    """From the call to the first device work, which is the alignment: lookup and plan."""
+    copy, reached = engine.runner.copy, []
+
+    def note(runs: Any) -> None:
+        reached.append(time.perf_counter())
+        copy(runs)
+
+    begin = time.perf_counter()
+    engine.runner.copy = note  # type: ignore[method-assign]
+    try:
+        engine.prefill(prompt, reuse=reuse, namespace=namespace, keep=False)
+    finally:
+        engine.runner.copy = copy  # type: ignore[method-assign]
+    return 1e3 * (reached[0] - begin)
+
+
+def decode(engine: Engine, context: int, requests: int, rate: float) -> Row:
     """Milliseconds of a step, from how much longer 128 more tokens take; no reuse, the prompts are prefixes."""
     rng = np.random.default_rng(context)
     prompts = [rng.integers(1, engine.model.vocab_size, context) for _ in range(requests)]
@@ -94,7 +146,144 @@ def decode(engine: Engine, context: int, requests: int, options: argparse.Namesp
         sampling = SamplingParams(new, ignore_eos=True)
         engine.generate_batch(prompts, sampling, reuse=ReuseConfig("prefix"), namespace="decode", keep=False)
         taken[new] = time.perf_counter() - begin
-    return Row(f"decode, {requests} x {context}", "prefix", 1e3 * (taken[144] - taken[16]) / 128, "ms a step")
+    step = 1e3 * (taken[144] - taken[16]) / 128
+    bound = 1e3 * decode_bytes(engine, requests * (context + 80)) / rate
+    return Row(f"decode, {requests} x {context}", "prefix", step, "ms a step", bound)
+
+
+def decode_bytes(engine: Engine, tokens: int) -> int:
+    """What a step must read: all weights but the embedding's table, and the K and V of so many tokens."""
+    params = engine.runner.params
+    head = 0 if engine.model.tied_embeddings else params["embed"].nbytes
+    config = engine.model
+    size = 2 * config.num_layers * config.num_kv_heads * config.head_dim * engine.runner.store.dtype.itemsize
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - head + tokens * size
+
+
+def agents(engine: Engine, reuse: ReuseConfig, name: str) -> Row:
+    """Each of some agents reads what all of them said, in an order of its own behind its own text, and answers."""
+    rng, vocabulary = np.random.default_rng(0), engine.model.vocab_size
+    said = [rng.integers(1, vocabulary, SHARED // AGENTS) for _ in range(AGENTS)]
+    for output in said:
+        engine.remember(output, namespace=name)
+    taken = []
+    for _ in range(2):
+        prompts = [
+            np.concatenate([rng.integers(1, vocabulary, 64), *(said[i] for i in rng.permutation(AGENTS)), [7] * 64])
+            for _ in range(AGENTS)
+        ]
+        begin = time.perf_counter()
+        engine.generate_batch(prompts, SamplingParams(ANSWER, ignore_eos=True), reuse=reuse, namespace=name, keep=False)
+        taken.append(time.perf_counter() - begin)
+    return Row(f"round of {AGENTS} agents, {SHARED} tokens shared", name, AGENTS / taken[-1], "prompts a second")
+
+
+# What it is compared with -----------------------------------------------------------------------------------
+
+
+def copy_rate() -> float:
+    """Bytes a second that a copy of 1 GB reads and writes."""
+    x = jnp.ones((1 << 29,), jnp.bfloat16)
+    return 2 * x.nbytes / (median_milliseconds(jax.jit(lambda x: x + 1), x, runs=10) / 1e3)
+
+
+def median_milliseconds(run: Callable[..., Any], *args: Any, runs: int) -> float:
+    jax.block_until_ready(run(*args))
+    taken = []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        taken.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(taken)
+
+
+def plain_milliseconds(engine: Engine, prompt: np.ndarray, runs: int) -> float:
+    tokens = jnp.asarray(prompt)
+    return median_milliseconds(functools.partial(plain, config=engine.model), engine.runner.params, tokens, runs=runs)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def plain(params: Params, tokens: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """The last token's logits, and K and V of all layers: no pages, no plan, one prompt."""
+    position = jnp.arange(len(tokens))
+    frequencies, eps = model.inv_freq(config), config.rms_norm_eps
+    fused = "cudnn" if jax.default_backend() == "gpu" else None
+
+    def layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, jax.Array]:
+        normed = model.rms_norm(hidden, weights["attn_norm"], eps)
+        q, k, v = (jnp.einsum("rh,hnd->rnd", normed, weights[name]) for name in ("wq", "wk", "wv"))
+        q, k = (apply_rope(x, position, frequencies) for x in (q, k))
+        attended = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True, implementation=fused)
+        hidden = hidden + jnp.einsum("rnd,ndh->rh", attended[0], weights["wo"])
+        normed = model.rms_norm(hidden, weights["mlp_norm"], eps)
+        hidden = hidden + (jax.nn.silu(normed @ weights["w_gate"]) * (normed @ weights["w_up"])) @ weights["w_down"]
+        return hidden, jnp.stack([k, v])
+
+    hidden, kv = jax.lax.scan(layer, params["embed"][tokens], params["layers"])
+    return model.logits(params, config, hidden[-1:]), kv
+
+
+def transformers_rows(name: str, lengths: list[int], runs: int) -> list[Row]:
+    """TTFT of transformers with SDPA on the same shapes; nothing where torch or a GPU for it is missing."""
+    try:
+        import torch
+        from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    except ImportError:
+        return []
+    if not torch.cuda.is_available():
+        return []
+    config = named_config(name)
+    kinds = (Qwen3Config, Qwen3ForCausalLM) if config.qk_norm else (LlamaConfig, LlamaForCausalLM)
+    shapes = kinds[0](
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_q_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position,
+        attn_implementation="sdpa",
+    )
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        network = kinds[1](shapes).eval()
+    rows = []
+    for length in lengths:
+        tokens, taken = torch.randint(1, config.vocab_size, (1, length), device="cuda"), []
+        for _ in range(runs + 1):
+            begin = time.perf_counter()
+            with torch.no_grad():
+                network(tokens, use_cache=True, logits_to_keep=1).logits.argmax().item()
+            taken.append(1e3 * (time.perf_counter() - begin))
+        rows.append(Row(f"TTFT, {length} tokens", "transformers, SDPA", statistics.median(taken[1:]), "ms"))
+    return rows
+
+
+# All of it --------------------------------------------------------------------------------------------------
+
+
+def all_rows(options: argparse.Namespace) -> Iterator[Row]:
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # its memory goes
+        yield from apart.submit(transformers_rows, options.model, options.lengths, options.runs).result()
+    most = max(options.decode, default=1)
+    needed = max(4 * max(options.lengths), (options.context + 256) * most + 8192)
+    needed = max(needed, (AGENTS + 1) * (SHARED + 512)) if options.agents else needed
+    engine = Engine.from_config(options.model, dtype=options.dtype, store_tokens=needed, max_batch=max(most, AGENTS))
+    asked = methods(engine.model.num_layers)
+    asked = {name: reuse for name, reuse in asked.items() if not options.only or any(o in name for o in options.only)}
+    segments, reused = options.segments[0], options.reused[0]
+    cases = [(length, segments, reused) for length in options.lengths]
+    cases += [(options.lengths[-1], other, reused) for other in options.segments[1:]]
+    cases += [(options.lengths[-1], segments, other) for other in options.reused[1:]]
+    for length, number, share in cases:
+        yield from first_tokens(engine, length, number, share, options.runs, asked)
+    rate = copy_rate()
+    for requests in options.decode:
+        yield decode(engine, options.context, requests, rate)
+    if options.agents:
+        for name, reuse in asked.items():
+            yield agents(engine, ReuseConfig("prefix") if name == FULL else reuse, "prefix" if name == FULL else name)
 
 
 def main() -> None:
@@ -102,25 +291,19 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="llama-3.1-8b", help="a named configuration")
     add("--dtype", default="bfloat16")
-    add("--lengths", type=int, nargs="+", default=[8192, 32768])
-    add("--segments", type=int, default=16)
-    add("--reused", type=float, default=0.95, help="share of the prompt that is stored")
+    add("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
+    add("--segments", type=int, nargs="+", default=[16, 1, 64])
+    add("--reused", type=float, nargs="+", default=[0.95, 0.5, 0.8, 0.98], help="shares of the prompt that are stored")
+    add("--only", nargs="*", default=[], help="methods whose names hold one of these; all by default")
     add("--runs", type=int, default=3)
     add("--decode", type=int, nargs="*", default=[1, 8], help="requests decoded together")
     add("--context", type=int, default=8192, help="tokens before each decoded request")
+    add("--agents", action=argparse.BooleanOptionalAction, default=True, help="the round of agents")
     options = parser.parse_args()
-    needed = max(3 * max(options.lengths), 2 * (options.context + 256) * max(options.decode, default=0))
-    engine = Engine.from_config(
-        options.model, dtype=options.dtype, store_tokens=needed, max_batch=max(options.decode, default=1)
-    )
     rows = []
-    for length in options.lengths:
-        for row in first_tokens(engine, length, options):
-            print(row, flush=True)
-            rows.append(row)
-    for requests in options.decode:
-        rows.append(decode(engine, options.context, requests, options))
-        print(rows[-1], flush=True)
+    for row in all_rows(options):
+        print(row, flush=True)
+        rows.append(row)
     about = {"bench": "e2e", "model": options.model} | provenance()
     write_json(about | {"rows": [dataclasses.asdict(row) for row in rows]}, RESULTS)
 

@@ -66,9 +66,7 @@ def test_each_device_holds_its_share_of_the_store_only(tensor_parallel):
     assert {shard.device for shard in shards} == set(jax.devices()[:tensor_parallel])
     assert all(shard.data.nbytes * tensor_parallel == one.runner.store.nbytes for shard in shards)
     weights = one.runner.params["layers"]["w_gate"].addressable_shards
-    assert all(
-        shard.data.nbytes * tensor_parallel == one.runner.params["layers"]["w_gate"].nbytes for shard in weights
-    )
+    assert all(shard.data.nbytes * tensor_parallel == one.runner.params["layers"]["w_gate"].nbytes for shard in weights)
 
 
 @pytest.mark.slow

@@ -51,10 +51,21 @@ def flat_store(store: Store) -> Array:
     return store.reshape(layers * pages, kv * heads, page_size, head_dim)
 
 
-def flat_pages(store: Store, layer: Int[Array, ""], page_tables: PageTables, multiple: int) -> Int[Array, "requests n"]:
-    """Page tables as lines of the flat store, padded to a multiple of pages; the padding is some valid page."""
+def padded_pages(store: Store, page_tables: PageTables, multiple: int) -> Int[Array, "requests n"]:
+    """Page tables padded to a multiple of pages; the padding is some valid page. Kernels add the layer by themselves:
+    what does not depend on it is then made once for all layers."""
     tables = jnp.pad(page_tables, ((0, 0), (0, -page_tables.shape[1] % multiple)))
-    return (jnp.clip(tables, 0, store.shape[1] - 1) + layer * store.shape[1]).astype(jnp.int32)
+    return jnp.clip(tables, 0, store.shape[1] - 1).astype(jnp.int32)
+
+
+def flat_pages(store: Store, layer: Int[Array, ""], page_tables: PageTables, multiple: int) -> Int[Array, "requests n"]:
+    """The same as lines of the flat store."""
+    return (padded_pages(store, page_tables, multiple) + layer * store.shape[1]).astype(jnp.int32)
+
+
+def as_scalar(layer: Int[Array, ""]) -> Int[Array, "1"]:
+    """The layer as a kernel's operand."""
+    return jnp.asarray(layer, jnp.int32).reshape(1)
 
 
 def check_attention(q: Queries, store: Store, block: int) -> None:

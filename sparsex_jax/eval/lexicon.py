@@ -186,6 +186,7 @@ CHAT_QUESTION = "Question about the chat: {question} Answer:"
 
 INSTRUCTIONS = {
     "niah": "A special magic number is hidden in the following text. Memorize it.\n",
+    "mk_niah": "Some special magic numbers are hidden in the following text. Memorize them.\n",
     "mq_niah": "Some special magic numbers are hidden in the following text. Memorize them.\n",
     "vt": "Memorize and track the variable assignments hidden in the following text. ",
     "cwe": "Below are lists of words. In them some words appear more often than others. Memorize the ones that do.\n",

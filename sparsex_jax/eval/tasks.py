@@ -121,6 +121,15 @@ def mq_niah(rng: np.random.Generator, size: Size) -> Body:
     return Body(_hidden_needles(rng, needles, size), questions)
 
 
+def mk_niah(rng: np.random.Generator, size: Size) -> Body:
+    """A needle in every segment, one asked: the others distract."""
+    needles = _needles(rng, size.num_segments)
+    share = dataclasses.replace(size, num_tokens=size.num_tokens // size.num_segments, num_segments=1)
+    segments = [_hidden_needles(rng, [needle], share)[0] for needle in needles]
+    asked = [needles[i] for i in rng.permutation(len(needles))[: size.num_questions]]
+    return Body(segments, [Question(lexicon.NEEDLE_QUESTION.format(key=key), (value,)) for key, value in asked])
+
+
 def numbered(text: str, pairs: Sequence[tuple[str, str]]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """The fields of a question for several keys at once: its text, the values, and how the reference writes them.
 
@@ -401,5 +410,6 @@ _TASKS: dict[str, Callable[[np.random.Generator, Size], Body]] = {
     "qa": qa,
     "chat": chat,
     "agents": agents,
+    "mk_niah": mk_niah,
 }
 TASKS = tuple(_TASKS)

@@ -17,7 +17,16 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, pad_rows
-from sparsex_kernels.mosaic import LOG2_E, WGMMA_ROWS, flat_pages, flat_store, heads_a_tile, kernel, tiled_smem
+from sparsex_kernels.mosaic import (
+    LOG2_E,
+    WGMMA_ROWS,
+    as_scalar,
+    flat_store,
+    heads_a_tile,
+    kernel,
+    padded_pages,
+    tiled_smem,
+)
 from sparsex_kernels.paged_attention.hopper import attend, tile_spans
 
 WARPGROUPS = 2  # that compute, each with 64 keys
@@ -35,6 +44,7 @@ class Shape(NamedTuple):
     share: int  # query heads in a tile
     heads: int  # programs over the heads
     repeat: int  # programs that read the same KV head
+    pages: int  # of a layer
     page_size: int
     head_dim: int
     dtype: Any
@@ -79,12 +89,12 @@ def column_sums(
         num_threads=WARPGROUPS + 1,
         scratch_types=_scratch(shape),
     )
-    tables = flat_pages(store, layer, page_tables, max(BLOCK // shape.page_size, 1))
+    tables = padded_pages(store, page_tables, max(BLOCK // shape.page_size, 1))
     ranges = seen_by(positions, requests, shape, num_requests, blocks)
     columns = _pack(jnp.stack([positions, requests])[:, :, None], shape)[0]
     columns = jnp.where(jnp.arange(COLUMNS) < shape.share * shape.rows, columns, -1).astype(jnp.int32)
     by_head = _pack((lse * LOG2_E)[None], shape)[:, :, 0]
-    mass = run(q, flat_store(store), tables, ranges, columns, by_head)
+    mass = run(q, flat_store(store), as_scalar(layer), tables, ranges, columns, by_head)
     return mass.sum(axis=0)[:, :context]
 
 
@@ -108,11 +118,11 @@ def seen_by(
 
 
 def _shape(q: Queries, store: Store, scale: float) -> Shape:
-    kv_heads, page_size, head_dim = store.shape[3:]
+    _, pages, _, kv_heads, page_size, head_dim = store.shape
     share = heads_a_tile(q.shape[1], kv_heads)
     rows = COLUMNS // (1 << (share - 1).bit_length())
     heads = q.shape[1] // share
-    return Shape(rows, share, heads, heads // kv_heads, page_size, head_dim, q.dtype, float(scale))
+    return Shape(rows, share, heads, heads // kv_heads, pages, page_size, head_dim, q.dtype, float(scale))
 
 
 def _pack(x: Array, shape: Shape) -> Array:
@@ -141,7 +151,7 @@ def _scratch(shape: Shape) -> dict[str, Any]:
 
 
 def _kernel(shape: Shape, *refs: Any, **scratch: Any) -> None:
-    q_ref, kv_ref, tables_ref, ranges_ref, columns_ref, lse_ref, mass_ref = refs
+    q_ref, kv_ref, layer_ref, tables_ref, ranges_ref, columns_ref, lse_ref, mass_ref = refs
     block, request, head = lax.axis_index("block"), lax.axis_index("request"), lax.axis_index("heads")
     ranges = tuple(ranges_ref[request, block, n] for n in range(4))
     wg = lax.axis_index("wg")
@@ -156,7 +166,11 @@ def _kernel(shape: Shape, *refs: Any, **scratch: Any) -> None:
         plgpu.set_max_registers(40, action="decrease")
         pl.when(ranges[0] < ranges[3])(
             lambda: _fetch(
-                shape, (block, request, head), ranges, (q_ref, kv_ref, tables_ref, columns_ref, lse_ref), scratch
+                shape,
+                (block, request, head),
+                ranges,
+                (q_ref, kv_ref, layer_ref, tables_ref, columns_ref, lse_ref),
+                scratch,
             )
         )
 
@@ -212,11 +226,11 @@ def _fetch(
     refs: tuple[Any, ...],
     scratch: dict[str, Any],
 ) -> None:
-    q_ref, kv_ref, tables_ref, columns_ref, lse_ref = refs
+    q_ref, kv_ref, layer_ref, tables_ref, columns_ref, lse_ref = refs
     block, request, head = program
     for wg in range(WARPGROUPS):
         key = block * BLOCK + wg * WGMMA_ROWS
-        page = tables_ref[request, lax.div(key, shape.page_size)]
+        page = layer_ref[0] * shape.pages + tables_ref[request, lax.div(key, shape.page_size)]
         source = kv_ref.at[page, lax.div(head, shape.repeat), pl.ds(lax.rem(key, shape.page_size), WGMMA_ROWS)]
         plgpu.copy_gmem_to_smem(source, scratch["k_smem"].at[wg], scratch["k_ready"])
 

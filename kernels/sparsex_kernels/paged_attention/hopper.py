@@ -23,13 +23,14 @@ from sparsex_kernels.mosaic import (
     LOG2_E,
     MASKED,
     WGMMA_ROWS,
+    as_scalar,
     check_attention,
     clear_rows,
-    flat_pages,
     flat_store,
     heads_a_tile,
     interpreted,
     kernel,
+    padded_pages,
     tiled_smem,
 )
 from sparsex_kernels.paged_attention.hopper_decode import decode
@@ -65,6 +66,7 @@ class Shape(NamedTuple):
     heads: int  # programs over the heads
     repeat: int  # programs that read the same KV head
     kv_heads: int
+    pages: int  # of a layer
     page_size: int
     head_dim: int
     dtype: Any
@@ -112,7 +114,7 @@ def attend(
     padded, count = pad_rows(q, tile), q.shape[0]
     positions, requests = pad_rows(positions, tile, -1), pad_rows(requests, tile)
     spans, ranges = tile_spans(positions, requests, tile, page_tables.shape[0], config.block)
-    tables = flat_pages(store, layer, page_tables, max(config.block // shape.page_size, 1))
+    tables = padded_pages(store, page_tables, max(config.block // shape.page_size, 1))
     packed = _pack_rows(jnp.stack([positions, requests]), shape, config)
     types = {}
     if values:
@@ -127,7 +129,9 @@ def attend(
         num_threads=config.warpgroups + 1,
         scratch_types=_scratch(shape, config),
     )
-    results = dict(zip(types, run(padded, flat_store(store), tables, spans, ranges, packed), strict=True))
+    results = dict(
+        zip(types, run(padded, flat_store(store), as_scalar(layer), tables, spans, ranges, packed), strict=True)
+    )
     if lse:
         results["lse"] = _unpack_lse(results["lse"], shape)
     return {name: x[:count] for name, x in results.items()}
@@ -151,13 +155,14 @@ def tile_spans(
 
 
 def _shape(q: Queries, store: Store, scale: float, values: bool, lse: bool, config: Config) -> Shape:
-    kv_heads, page_size, head_dim = store.shape[3:]
+    _, pages, _, kv_heads, page_size, head_dim = store.shape
     share = heads_a_tile(q.shape[1], kv_heads)
     rows = WGMMA_ROWS // (1 << (share - 1).bit_length())
     tiles = -(-q.shape[0] // (rows * config.warpgroups))
     heads = q.shape[1] // share
     repeat = heads // kv_heads
-    return Shape(tiles, rows, share, heads, repeat, kv_heads, page_size, head_dim, q.dtype, float(scale), values, lse)
+    sizes = (kv_heads, pages, page_size, head_dim)
+    return Shape(tiles, rows, share, heads, repeat, *sizes, q.dtype, float(scale), values, lse)
 
 
 def _pack_rows(
@@ -196,7 +201,7 @@ def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
 
 
 def _kernel(shape: Shape, config: Config, interpret: bool, *refs: Any, **scratch: Any) -> None:
-    q_ref, kv_ref, tables_ref, spans_ref, ranges_ref, packed_ref, *outs = refs
+    q_ref, kv_ref, layer_ref, tables_ref, spans_ref, ranges_ref, packed_ref, *outs = refs
     # Late tiles have the most keys: they go first, so that the short ones fill the gaps at the end.
     tile = shape.tiles - 1 - lax.axis_index("tile")
     head, wg = lax.axis_index("heads"), lax.axis_index("wg")
@@ -210,7 +215,8 @@ def _kernel(shape: Shape, config: Config, interpret: bool, *refs: Any, **scratch
     @pl.when(wg == config.warpgroups)
     def fetch() -> None:
         plgpu.set_max_registers(config.registers[1], action="decrease")
-        _fetch(shape, config, tile, head // shape.repeat, (begin, end), kv_ref, tables_ref, spans_ref, scratch)
+        place = (tile, head // shape.repeat, layer_ref[0] * shape.pages)
+        _fetch(shape, config, place, (begin, end), kv_ref, tables_ref, spans_ref, scratch)
 
 
 def _compute(
@@ -329,21 +335,21 @@ def _compute(
 def _fetch(
     shape: Shape,
     config: Config,
-    tile: Array,
-    kv_head: Array,
+    place: tuple[Array, Array, Array],
     requests: tuple[Array, Array],
     kv_ref: Any,
     tables_ref: Any,
     spans_ref: Any,
     scratch: dict[str, Any],
 ) -> None:
+    tile, kv_head, first_page = place
     k_smem, v_smem = scratch["k_smem"], scratch["v_smem"]
     piece = min(config.block, shape.page_size)  # keys a copy
 
     def copy_block(request: Array, i: Array, smem: Any, line: Array, barrier: Any) -> None:
         for n in range(config.block // piece):
             key = i * config.block + n * piece
-            page = tables_ref[request, lax.div(key, shape.page_size)]
+            page = first_page + tables_ref[request, lax.div(key, shape.page_size)]
             source = kv_ref.at[page, line, pl.ds(lax.rem(key, shape.page_size), piece)]
             plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(n * piece, piece)], barrier)
 

@@ -20,13 +20,14 @@ from sparsex_kernels.mosaic import (
     LOG2_E,
     MASKED,
     WGMMA_ROWS,
+    as_scalar,
     check_attention,
     clear_rows,
-    flat_pages,
     flat_store,
     heads_a_tile,
     interpreted,
     kernel,
+    padded_pages,
     tiled_smem,
 )
 
@@ -44,6 +45,7 @@ class Shape(NamedTuple):
     heads: int  # programs over the heads
     repeat: int  # programs that read the same KV head
     kv_heads: int
+    pages: int  # of a layer
     page_size: int
     head_dim: int
     dtype: Any
@@ -61,12 +63,12 @@ def decode(
 ) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     """Output and log-sum-exp, as `sparsex_kernels.paged_attention` has them; rows may be in any order."""
     check_attention(q, store, BLOCK)
-    kv_heads, page_size, head_dim = store.shape[3:]
+    _, pages, _, kv_heads, page_size, head_dim = store.shape
     rows, q_heads, _ = q.shape
     share = heads_a_tile(q_heads, kv_heads)
     heads = q_heads // share
     parts = rows + -(-PROGRAMS // heads)
-    shape = Shape(parts, heads, heads // kv_heads, kv_heads, page_size, head_dim, q.dtype, float(scale))
+    shape = Shape(parts, heads, heads // kv_heads, kv_heads, pages, page_size, head_dim, q.dtype, float(scale))
     table, live = split(positions, requests, shape)
     packed = jnp.pad(q.reshape(rows, heads, share, head_dim), ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))
     run = kernel(
@@ -80,7 +82,7 @@ def decode(
         num_threads=2,
         scratch_types=_scratch(shape),
     )
-    partial, lse = run(packed, flat_store(store), flat_pages(store, layer, page_tables, 1), table)
+    partial, lse = run(packed, flat_store(store), as_scalar(layer), padded_pages(store, page_tables, 1), table)
     out, lse = merge(partial, lse, table[:, 0], live, rows)
     out = out[:, :, :share].reshape(q.shape)
     return out.astype(q.dtype), lse[:, :, :share].reshape(rows, q_heads) / LOG2_E
@@ -141,7 +143,7 @@ def _scratch(shape: Shape) -> dict[str, Any]:
 
 
 def _kernel(shape: Shape, interpret: bool, *refs: Any, **scratch: Any) -> None:
-    q_ref, kv_ref, tables_ref, parts_ref, out_ref, lse_ref = refs
+    q_ref, kv_ref, layer_ref, tables_ref, parts_ref, out_ref, lse_ref = refs
     part, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
     table = tuple(parts_ref[part, n] for n in range(5))
     live = table[3] < table[4]
@@ -152,7 +154,7 @@ def _kernel(shape: Shape, interpret: bool, *refs: Any, **scratch: Any) -> None:
 
     @pl.when((wg == 1) & live)
     def fetch() -> None:
-        _fetch(shape, head, table, kv_ref, tables_ref, scratch)
+        _fetch(shape, head, table, kv_ref, layer_ref[0] * shape.pages, tables_ref, scratch)
 
 
 def _compute(
@@ -221,7 +223,13 @@ def _compute(
 
 
 def _fetch(
-    shape: Shape, head: Array, table: tuple[Array, ...], kv_ref: Any, tables_ref: Any, scratch: dict[str, Any]
+    shape: Shape,
+    head: Array,
+    table: tuple[Array, ...],
+    kv_ref: Any,
+    first_page: Array,
+    tables_ref: Any,
+    scratch: dict[str, Any],
 ) -> None:
     _, request, position, begin, end = table
     kv_head = lax.div(head, shape.repeat)
@@ -229,7 +237,7 @@ def _fetch(
 
     def step(i: Array, _: None) -> None:
         slot = lax.rem(i - begin, STAGES)
-        page = tables_ref[request, lax.div(i * BLOCK, shape.page_size)]
+        page = first_page + tables_ref[request, lax.div(i * BLOCK, shape.page_size)]
         keys = pl.ds(lax.rem(i * BLOCK, shape.page_size), BLOCK)
 
         def refill(used: Any) -> None:

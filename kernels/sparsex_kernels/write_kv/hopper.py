@@ -11,7 +11,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from sparsex_kernels.layout import PageTables, RowInts, Store, pad_rows, row_addresses
-from sparsex_kernels.mosaic import check_copies, flat_store, kernel
+from sparsex_kernels.mosaic import as_scalar, check_copies, flat_store, kernel
 
 ROWS = (16, 8)  # a program's: the first that divides them all, so that nothing need be padded
 
@@ -28,14 +28,14 @@ def write_kv(
     """See `sparsex_kernels.write_kv`. Each row's K and V travel through shared memory, all heads in one copy."""
     check_copies(store)
     page, offset = row_addresses(store, positions, requests, page_tables)
-    page = jnp.where(page < store.shape[1], page + layer * store.shape[1], -1)
+    page = jnp.where(page < store.shape[1], page, -1)
     tile = next((rows for rows in ROWS if len(keys) % rows == 0), ROWS[-1])
     page, offset = (pad_rows(x.astype(jnp.int32), tile, -1) for x in (page, offset))
     keys, values = (pad_rows(x.astype(store.dtype), tile) for x in (keys, values))
     ref = jax.new_ref(flat_store(store))
     heads, head_dim = keys.shape[1:]
     kernel(
-        functools.partial(_kernel, tile, heads),
+        functools.partial(_kernel, tile, heads, store.shape[1]),
         grid=(len(keys) // tile,),
         grid_names=("tile",),
         num_threads=1,
@@ -43,14 +43,25 @@ def write_kv(
             "smem": plgpu.SMEM((2, tile, heads, head_dim), store.dtype),
             "ready": plgpu.Barrier(num_arrivals=2),
         },
-    )(keys, values, page, offset, ref)
+    )(keys, values, as_scalar(layer), page, offset, ref)
     return jax.freeze(ref).reshape(store.shape)
 
 
 def _kernel(
-    tile: int, heads: int, keys: Any, values: Any, page_ref: Any, offset_ref: Any, store: Any, *, smem: Any, ready: Any
+    tile: int,
+    heads: int,
+    layer_pages: int,
+    keys: Any,
+    values: Any,
+    layer_ref: Any,
+    page_ref: Any,
+    offset_ref: Any,
+    store: Any,
+    *,
+    smem: Any,
+    ready: Any,
 ) -> None:
-    first = lax.axis_index("tile") * tile
+    first, first_page = lax.axis_index("tile") * tile, layer_ref[0] * layer_pages
     for kind, rows in enumerate((keys, values)):
         plgpu.copy_gmem_to_smem(rows.at[pl.ds(first, tile)], smem.at[kind], ready)
     # All addresses are read at once: one by one, each would wait for memory.
@@ -62,7 +73,7 @@ def _kernel(
         @pl.when(page >= 0)
         def _(n: int = n, page: Array = page, offset: Array = offset) -> None:
             for kind in range(2):
-                target = store.at[page, pl.ds(kind * heads, heads), offset]
+                target = store.at[first_page + page, pl.ds(kind * heads, heads), offset]
                 plgpu.copy_smem_to_gmem(smem.at[kind, n], target)
 
     plgpu.wait_smem_to_gmem(0)

@@ -269,7 +269,11 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
     most = max(options.decode, default=1)
     needed = max(4 * max(options.lengths), (options.context + 256) * most + 8192)
     needed = max(needed, (AGENTS + 1) * (SHARED + 512)) if options.agents else needed
-    engine = Engine.from_config(options.model, dtype=options.dtype, store_tokens=needed, max_batch=max(most, AGENTS))
+    longest = max(*options.lengths, options.context + 256, SHARED + 512 if options.agents else 0)
+    shapes = dataclasses.replace(
+        named_config(options.model), max_position=longest
+    )  # programs for no more than is asked
+    engine = Engine.from_config(shapes, dtype=options.dtype, store_tokens=needed, max_batch=max(most, AGENTS))
     asked = methods(engine.model.num_layers)
     asked = {name: reuse for name, reuse in asked.items() if not options.only or any(o in name for o in options.only)}
     segments, reused = options.segments[0], options.reused[0]
@@ -300,12 +304,12 @@ def main() -> None:
     add("--context", type=int, default=8192, help="tokens before each decoded request")
     add("--agents", action=argparse.BooleanOptionalAction, default=True, help="the round of agents")
     options = parser.parse_args()
-    rows = []
+    about = {"bench": "e2e", "model": options.model}
+    rows: list[Row] = []
     for row in all_rows(options):
         print(row, flush=True)
-        rows.append(row)
-    about = {"bench": "e2e", "model": options.model} | provenance()
-    write_json(about | {"rows": [dataclasses.asdict(row) for row in rows]}, RESULTS)
+        rows.append(row)  # what is measured stays if the rest fails
+        write_json(about | provenance() | {"rows": [dataclasses.asdict(row) for row in rows]}, RESULTS)
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def lower_prefill(
     """The hybrid prefill of the bucket that holds so many tokens."""
     shapes = Shapes.of_engine(model, engine, platform="tpu")
     plan, signals = half_reused(num_tokens, reuse or ReuseConfig(), model, shapes)
-    _, chunks = shapes.bucket(plan.fresh.size)
-    static = {"decoder": Decoder(model, Ops(mesh)), "signals": signals, "chunks": chunks}
+    _, chunk = shapes.bucket(plan.fresh.size)
+    static = {"decoder": Decoder(model, Ops(mesh)), "signals": signals, "chunk": chunk}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
     return _lower(lambda store, params, plan: prefill(params, store, plan, **static), mesh, store, params, plan)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from sparsex_jax import model
 from sparsex_jax.model import Decoder, Hidden
-from sparsex_jax.plan import Chunks, Rows, fold_chunks
+from sparsex_jax.plan import Rows, fold_chunks
 from sparsex_jax.weights import Params
 from sparsex_kernels.layout import PageTables, Store
 
@@ -18,12 +18,12 @@ Mass = Float[Array, "requests context"]
 
 
 class Model(NamedTuple):
-    """What every layer of one prefill needs."""
+    """What every layer of one prefill needs. `chunk`: rows that go through a layer at a time."""
 
     decoder: Decoder
     params: Params
     tables: PageTables
-    chunks: Chunks
+    chunk: int
 
     def layer(self, number: Int[Array, ""]) -> model.Layer:
         return model.layer_of(self.decoder, self.params, number)
@@ -58,26 +58,7 @@ def run_layers(
     Returns:
       The store, the hidden states, and the key mass of the watched rows' queries, summed over the layers.
     """
-    (first, last), mass = layers, None if watch is None else run.no_mass(store)
-    size = run.chunks.size
-    if len(hidden) == size or not run.chunks.few_apart:
-        return _loop(run, store, rows, hidden, (first, last), watch, mass)
-    few = rows.count <= size  # one of the two loops has no turn; a conditional would copy the store
-    between = jnp.where(few, last, first)
-    store, part, mass = _loop(run, store, rows.chunk(0, size), hidden[:size], (first, between), watch, mass)
-    hidden = lax.dynamic_update_slice_in_dim(hidden, part, 0, 0)
-    return _loop(run, store, rows, hidden, (between, last), watch, mass)
 
-
-def _loop(
-    run: Model,
-    store: Store,
-    rows: Rows,
-    hidden: Hidden,
-    layers: tuple[Int[Array, ""] | int, Int[Array, ""] | int],
-    watch: Watch | None,
-    mass: Mass | None,
-) -> tuple[Store, Hidden, Mass | None]:
     def run_layer(layer: Array, carry: tuple[Array, Array, Array | None]) -> tuple[Array, Array, Array | None]:
         store, before, mass = carry
         store, hidden = _run_layer(run, layer, store, rows, before)
@@ -85,6 +66,7 @@ def _loop(
             mass = add_key_mass(run, layer, store, watch.rows, watch.hidden(before), mass)
         return store, hidden, mass
 
+    mass = None if watch is None else run.no_mass(store)
     return lax.fori_loop(*layers, run_layer, (store, hidden, mass))
 
 
@@ -97,7 +79,7 @@ def _run_layer(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hidd
         store, x = model.decoder_layer(weights, store, x, part, run.tables)
         return store, lax.dynamic_update_slice_in_dim(hidden, x, start, 0)
 
-    return fold_chunks(rows, run.chunks.size, run_chunk, (store, hidden))
+    return fold_chunks(rows, run.chunk, run_chunk, (store, hidden))
 
 
 def add_key_mass(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden, mass: Mass) -> Mass:
@@ -112,4 +94,4 @@ def add_key_mass(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hi
         q = model.queries(run.layer(layer), x, part)
         return mass + run.decoder.ops.key_mass(q, store, layer, part, run.tables)
 
-    return fold_chunks(rows, run.chunks.size, add, mass)
+    return fold_chunks(rows, run.chunk, add, mass)

@@ -8,7 +8,6 @@ alone, never on the lengths, so a few compilations serve any mix of requests.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,19 +58,6 @@ class Rows:
             take(self.token, 0), take(self.position, -1), take(self.request, PADDING_REQUEST), take(self.index, 0)
         )
         return rows, origin
-
-
-class Chunks(NamedTuple):
-    """How rows go through a layer.
-
-    Attributes:
-      size: rows at a time.
-      few_apart: rows that fit in one chunk go through layers that do not loop over chunks. A GPU waits for the host at
-        every turn of a loop whose end is data. The price is a program that has each phase's layer twice.
-    """
-
-    size: int
-    few_apart: bool = False
 
 
 def fold_chunks[Carry](rows: Rows, size: int, body: Callable[[Array, Rows, Carry], Carry], carry: Carry) -> Carry:

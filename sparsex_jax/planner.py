@@ -14,14 +14,14 @@ from jaxtyping import Int, Int32
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.methods import Phase
-from sparsex_jax.plan import PADDING_REQUEST, Choice, Chunks, Copies, PrefillPlan, Rows
+from sparsex_jax.plan import PADDING_REQUEST, Choice, Copies, PrefillPlan, Rows
 from sparsex_jax.prompt import PromptMap
 
-# By platform; on one that is not here, as on a TPU.
+# Rows that go through a layer at a time, by platform; on one that is not here, as on a TPU.
 CHUNKS = {
-    "cpu": Chunks(128),  # larger chunks gain 15 % in the matrix products and lose more to padding
-    "gpu": Chunks(2048, few_apart=True),  # kernels skip padding by themselves
-    "tpu": Chunks(2048),
+    "cpu": 128,  # larger chunks gain 15 % in the matrix products and lose more to padding
+    "gpu": 2048,  # kernels skip padding by themselves
+    "tpu": 2048,
 }
 
 
@@ -61,41 +61,39 @@ class RequestPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The few static shapes that plans are padded to: (rows, chunks) buckets, requests and pages a request."""
+    """The few static shapes that plans are padded to: (rows, chunk) buckets, requests and pages a request."""
 
-    buckets: tuple[tuple[int, Chunks], ...]
+    buckets: tuple[tuple[int, int], ...]
     max_requests: int
     max_pages: int
 
     @classmethod
-    def of(cls, max_context: int, max_requests: int, page_size: int, chunks: Chunks) -> Shapes:
+    def of(cls, max_context: int, max_requests: int, page_size: int, chunk: int) -> Shapes:
         """A small bucket for short work, then factors of 4 up to the longest context.
 
         Rows go through the layers a chunk at a time and chunks of padding are skipped, so a large bucket costs
-        memory, not time, and few are enough: 3 for a context of 8192 and chunks of 128.
+        memory, not time, and few are enough: 4 for a context of 8192 and chunks of 128.
         """
-        sizes = [4 * chunks.size]
+        sizes = [4 * chunk]
         while sizes[-1] < max_context:
             sizes.append(4 * sizes[-1])
-        few = chunks.size // 2
-        buckets = ((few, Chunks(few)), *((size, chunks) for size in sizes))
+        few = chunk // 2
+        buckets = ((few, few), *((size, chunk) for size in sizes))
         return cls(buckets, max_requests, -(-max_context // page_size))
 
     @classmethod
     def of_engine(cls, model: ModelConfig, engine: EngineConfig, *, platform: str) -> Shapes:
         """The shapes of an engine's plans on a platform: cpu, gpu or tpu."""
         max_context = min(model.max_position, engine.num_pages * engine.page_size)
-        chunks = CHUNKS.get(platform, CHUNKS["tpu"])
-        if engine.chunk_rows:
-            chunks = chunks._replace(size=engine.chunk_rows)
-        return cls.of(max_context, engine.max_batch, engine.page_size, chunks)
+        chunk = engine.chunk_rows or CHUNKS.get(platform, CHUNKS["tpu"])
+        return cls.of(max_context, engine.max_batch, engine.page_size, chunk)
 
     @property
     def max_rows(self) -> int:
         return self.buckets[-1][0]
 
-    def bucket(self, rows: int) -> tuple[int, Chunks]:
-        """The smallest (rows, chunks) that holds so many rows."""
+    def bucket(self, rows: int) -> tuple[int, int]:
+        """The smallest (rows, chunk) that holds so many rows."""
         return next(bucket for bucket in self.buckets if bucket[0] >= rows)
 
     def plans(self, requests: Sequence[RequestPlan]) -> Iterator[slice]:

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from sparsex_jax import model
 from sparsex_jax.layers import Model, run_layers
 from sparsex_jax.model import Decoder, Hidden
-from sparsex_jax.plan import PADDING_REQUEST, Chunks, Copies, PrefillPlan, Rows
+from sparsex_jax.plan import PADDING_REQUEST, Copies, PrefillPlan, Rows
 from sparsex_jax.signals import Boundary, find_signal, fresh_among
 from sparsex_jax.weights import Params
 from sparsex_kernels.layout import Store
@@ -29,7 +29,7 @@ def align(store: Store, copies: Copies, *, decoder: Decoder) -> Store:
     return decoder.ops.align_and_copy(store, copies, model.inv_freq(decoder.config))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "signals", "chunks"), donate_argnames="store")
+@functools.partial(jax.jit, static_argnames=("decoder", "signals", "chunk"), donate_argnames="store")
 def prefill(
     params: Params,
     store: Store,
@@ -37,7 +37,7 @@ def prefill(
     *,
     decoder: Decoder,
     signals: tuple[str | None, ...],
-    chunks: Chunks,
+    chunk: int,
 ) -> tuple[Store, Float[Array, "requests vocab"], Bool[Array, "later_phases rows"]]:
     """Run the plan's phases and give the logits of each request's last token.
 
@@ -45,13 +45,13 @@ def prefill(
       store: donated and updated in place; the plan's copies must have been made (`align`).
       signals: for each phase after the first, the name of what scores the rows (`sparsex_jax.signals`), or
         None where the forced rows are the phase.
-      chunks: how rows go through a layer; their size divides the number of rows.
+      chunk: rows that go through a layer at a time; divides the number of rows.
 
     Returns:
       The store; float32 logits `[requests, vocab]`, meaningless for unused requests; and which of the plan's
       rows each later phase computed.
     """
-    run = Model(decoder, params, plan.page_tables, chunks)
+    run = Model(decoder, params, plan.page_tables, chunk)
     rows, hidden, mass = plan.rows, model.embed(params, plan.rows.token), None
     active = []
     for phase, (signal, upcoming) in enumerate(zip((None, *signals), (*signals, None), strict=True)):

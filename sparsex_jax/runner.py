@@ -43,10 +43,10 @@ class Runner:
         """
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         plan, signals = plan_prefill(requests, self.shapes, self.model.num_layers)
-        _, chunks = self.shapes.bucket(plan.fresh.size)
+        _, chunk = self.shapes.bucket(plan.fresh.size)
         with self._precision():
             self.store, logits, active = prefill(
-                self.params, self.store, plan, decoder=self.decoder, signals=signals, chunks=chunks
+                self.params, self.store, plan, decoder=self.decoder, signals=signals, chunk=chunk
             )
         return logits, _computed(requests, active, self.model.num_layers)
 

@@ -148,7 +148,7 @@ def kv_deviation(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
         return store, lax.dynamic_update_slice_in_dim(deviation, moved, start, 0)
 
     nothing = jnp.zeros(len(boundary.hidden))
-    return fold_chunks(boundary.rows, boundary.run.chunks.size, measure, (store, nothing))
+    return fold_chunks(boundary.rows, boundary.run.chunk, measure, (store, nothing))
 
 
 @signal("given")
@@ -163,7 +163,7 @@ def _refresh_kv(boundary: Boundary, store: Store) -> Store:
     def write(start: Array, part: Rows, store: Array) -> Array:
         return _write(boundary, store, boundary.chunk_of(start, part), part)
 
-    return fold_chunks(boundary.rows, boundary.run.chunks.size, write, store)
+    return fold_chunks(boundary.rows, boundary.run.chunk, write, store)
 
 
 def _write(boundary: Boundary, store: Store, kv: tuple[Heads, Heads], part: Rows) -> Store:

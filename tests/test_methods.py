@@ -12,7 +12,6 @@ from test_steps import assert_no_copy, memory_of
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
 from sparsex_jax.methods import METHODS, Phase, find_method, method
 from sparsex_jax.methods.oracle import oracle, prompt_kv, true_deviation
-from sparsex_jax.plan import Chunks
 from sparsex_jax.planner import RequestPlan, plan_prefill, shares
 from sparsex_jax.prefill import prefill
 from sparsex_jax.prompt import Kind, PromptMap
@@ -308,7 +307,7 @@ def test_no_signal_copies_the_store(name, tensor_parallel):
     phases = find_method(CONFIGS[name].method).phases(prompt, CONFIGS[name], TINY.num_layers)
     runner = engine.runner
     plan, signals = plan_prefill([RequestPlan(prompt, phases, range(5))], runner.shapes, TINY.num_layers)
-    static = {"decoder": runner.decoder, "signals": signals, "chunks": Chunks(128)}
+    static = {"decoder": runner.decoder, "signals": signals, "chunk": 128}
     assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
 
 

@@ -178,19 +178,6 @@ def test_a_batch_gives_what_each_request_gives_alone(tiny):
             np.testing.assert_array_equal(out.report.active, alone.report.active)
 
 
-def test_few_rows_may_go_through_layers_of_their_own(tiny):
-    remember_both(tiny)
-    prompt = np.concatenate([piece for piece, _ in INTERLEAVINGS["many"]])
-    reuse, shapes = ReuseConfig(boundary_layer=1, recompute_ratio=0.05, overflow_tokens=4), tiny.runner.shapes
-    expected = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False).logits
-    apart = [(rows, chunks._replace(few_apart=True)) for rows, chunks in shapes.buckets]
-    tiny.runner.shapes = dataclasses.replace(shapes, buckets=tuple(apart))
-    found = tiny.prefill(prompt, reuse=reuse, namespace="n", keep=False)
-    before, behind = found.report.active.sum(), len(prompt)
-    assert before <= 128 < behind  # of the phases' rows, the later ones fit in a chunk
-    np.testing.assert_allclose(found.logits, expected, atol=2e-5)
-
-
 @pytest.mark.slow
 def test_a_batch_copies_more_tokens_than_a_plan_has_rows():
     engine = Engine.from_config(

@@ -11,7 +11,7 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.decode import decode
 from sparsex_jax.generation import Output, decode_state
 from sparsex_jax.methods import METHODS
-from sparsex_jax.plan import Chunks, Copies
+from sparsex_jax.plan import Copies
 from sparsex_jax.planner import RequestPlan, Shapes, plan_copies, plan_prefill
 from sparsex_jax.prefill import align, prefill, top_rows
 from sparsex_jax.prompt import Kind, PromptMap
@@ -53,7 +53,7 @@ def test_prefill_does_not_copy_the_store(big_store):
     runner = big_store.runner
     plan, signals = hybrid_plan(big_store)
     assert signals == ("key_mass",)
-    static = {"decoder": runner.decoder, "signals": signals, "chunks": Chunks(128, few_apart=True)}
+    static = {"decoder": runner.decoder, "signals": signals, "chunk": 128}
     assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
 
 
@@ -89,11 +89,11 @@ def test_few_programs_serve_any_mix_of_lengths(tiny):
 
 
 def test_buckets_are_few():
-    assert Shapes.of(8192, 8, 64, Chunks(128)).buckets == (
-        (64, Chunks(64)),
-        (512, Chunks(128)),
-        (2048, Chunks(128)),
-        (8192, Chunks(128)),
+    assert Shapes.of(8192, 8, 64, 128).buckets == (
+        (64, 64),
+        (512, 128),
+        (2048, 128),
+        (8192, 128),
     )
 
 
@@ -110,7 +110,7 @@ def test_top_rows_takes_the_best_candidates_of_each_request():
 
 
 def test_more_copies_than_a_plan_has_rows_go_in_parts():
-    shapes = Shapes.of(max_context=128, max_requests=4, page_size=16, chunks=Chunks(8))
+    shapes = Shapes.of(max_context=128, max_requests=4, page_size=16, chunk=8)
     runs = [(Segment(0, n, 5, np.arange(n), exact=False), range(8)) for n in (100, 28, 100)]
     parts = list(plan_copies(runs, shapes, page_size=16))
     assert [int((part.target >= 0).sum()) for part in parts] == [128, 100]

@@ -24,7 +24,6 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.methods import Phase, find_method
-from sparsex_jax.plan import Chunks
 from sparsex_jax.planner import RequestPlan, slots_of
 from sparsex_jax.prompt import Kind, PromptMap
 from sparsex_jax.serving.loop import Loop
@@ -65,7 +64,7 @@ def _prompt(length: int) -> PromptMap:
     return PromptMap(np.zeros(length, np.int32), kind)
 
 
-def _prefill(engine: Engine, bucket: tuple[int, Chunks], later: Sequence[Phase]) -> None:
+def _prefill(engine: Engine, bucket: tuple[int, int], later: Sequence[Phase]) -> None:
     """A plan of one request in this bucket: each phase computes a token less than the one before it."""
     length = len(later) + 1
     prompt = _prompt(length)
@@ -80,7 +79,7 @@ def _prefill(engine: Engine, bucket: tuple[int, Chunks], later: Sequence[Phase])
 
 
 @contextlib.contextmanager
-def _only(engine: Engine, bucket: tuple[int, Chunks]) -> Iterator[None]:
+def _only(engine: Engine, bucket: tuple[int, int]) -> Iterator[None]:
     """Plans are padded to this bucket, however few rows they have."""
     shapes = engine.runner.shapes
     engine.runner.shapes = dataclasses.replace(shapes, buckets=(bucket,))

@@ -265,7 +265,8 @@ def transformers_rows(name: str, lengths: list[int], runs: int) -> list[Row]:
 
 def all_rows(options: argparse.Namespace) -> Iterator[Row]:
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # its memory goes
-        yield from apart.submit(transformers_rows, options.model, options.lengths, options.runs).result()
+        others = apart.submit(transformers_rows, options.model, options.lengths, options.runs).result()
+    yield from others
     most = max(options.decode, default=1)
     needed = max(4 * max(options.lengths), (options.context + 256) * most + 8192)
     needed = max(needed, (AGENTS + 1) * (SHARED + 512)) if options.agents else needed

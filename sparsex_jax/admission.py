@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int32
 
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.cost import Speeds, prefill_seconds
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
 from sparsex_jax.methods import Method, find_method
 from sparsex_jax.planner import RequestPlan
@@ -57,10 +58,11 @@ class Admission:
 
     Attributes:
       cache: what is in the store. A new one after `start_over`.
+      speeds: of the device, if they are known: by them it sees when reuse does not pay.
     """
 
-    def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
-        self._model, self._config = model, config
+    def __init__(self, model: ModelConfig, config: EngineConfig, speeds: Speeds | None = None) -> None:
+        self._model, self._config, self.speeds = model, config, speeds
         self._handles = itertools.count(1)  # an old handle must not be somebody else's after the store was lost
         self.start_over()
 
@@ -100,16 +102,30 @@ class Admission:
             min_segment=reuse.min_segment_tokens,
         )
         try:
-            prompt = PromptMap.of(tokens, match)
-            phases = method.phases(prompt, reuse, self._model.num_layers)
+            plan = self._lay_out(tokens, match, method, reuse)
             pages = self._take_pages(match, len(tokens) + max(new_tokens - 1, 0))
         except BaseException:
             self.cache.unpin(match)
             raise
-        copies = (*([match.prefix_tail] if match.prefix_tail else []), *match.segments)
-        request = Request(tokens, namespace, RequestPlan(prompt, phases, pages, copies), match, frozenset(match.pages))
+        plan = dataclasses.replace(plan, pages=pages)
+        request = Request(tokens, namespace, plan, match, frozenset(match.pages))
         self._requests.add(request)
         return request
+
+    def _lay_out(self, tokens: np.ndarray, match: Match, method: Method, reuse: ReuseConfig) -> RequestPlan:
+        """The plan without pages: with what was found, or with the prefix alone where that is asked for and faster."""
+
+        def plan(match: Match) -> RequestPlan:
+            prompt = PromptMap.of(tokens, match)
+            copies = (*([match.prefix_tail] if match.prefix_tail else []), *match.segments)
+            return RequestPlan(prompt, method.phases(prompt, reuse, self._model.num_layers), (), copies)
+
+        found = plan(match)
+        if not (reuse.only_if_faster and self.speeds and match.segments):
+            return found
+        plain = plan(dataclasses.replace(match, segments=[]))
+        each = (prefill_seconds(self._model, one, self.speeds) for one in (plain, found))
+        return min(zip(each, (plain, found), strict=True), key=lambda pair: pair[0])[1]
 
     def _take_pages(self, match: Match, num_tokens: int) -> list[int]:
         """The shared prefix pages and new ones behind them."""

@@ -189,6 +189,8 @@ class ReuseConfig:
       second_boundary: from this layer on only fresh tokens run. None: the active ones run to the end.
       min_segment_tokens: shorter runs are not worth pasting and are computed. At least 16: the index
         finds every run of 15 tokens, and not every shorter one.
+      only_if_faster: recompute what was found where that takes less time, by `sparsex_jax.cost`, on devices that it
+        knows. The answer is full recompute's then.
 
     Options beyond the paper. They combine; a method refuses those that mean nothing to it.
 
@@ -212,6 +214,7 @@ class ReuseConfig:
     per_segment: bool = False
     pool_tokens: int = 1
     sum_layers: bool = False
+    only_if_faster: bool = False
 
     def __post_init__(self) -> None:
         _require(isinstance(self.method, str), f"method={self.method!r} must be a string")
@@ -231,7 +234,7 @@ class ReuseConfig:
         for name, least in limits.items():
             value = getattr(self, name)
             _require(_is_int(value) and value >= least, f"{name}={value!r} must be an integer >= {least}")
-        for name in ("per_segment", "sum_layers"):
+        for name in ("per_segment", "sum_layers", "only_if_faster"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name}={value!r} must be True or False")
 

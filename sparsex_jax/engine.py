@@ -26,6 +26,7 @@ from sparsex_jax.admission import Admission, Request
 from sparsex_jax.cache import Entry, PageCache, Segment
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
+from sparsex_jax.cost import speeds_of
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
 from sparsex_jax.generation import Generation, Output, Prefill, decode_state, sampling_arrays, stop_finished
 from sparsex_jax.inputs import Prompt, encode
@@ -69,7 +70,7 @@ class Engine:
         self.model, self.tokenizer, self.reuse = model, tokenizer, reuse or ReuseConfig()
         self.mesh = check_mesh(mesh or make_mesh(), model)
         self.runner = Runner(model, self.config, params, self.mesh)
-        self.admission = Admission(model, self.config)
+        self.admission = Admission(model, self.config, speeds_of(self.mesh.devices.flat[0]))
 
     @classmethod
     def from_pretrained(

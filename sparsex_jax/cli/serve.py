@@ -31,6 +31,7 @@ def run(
     """Serve until SIGTERM or SIGINT."""
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
     engine = choice.load()
+    engine.reuse = engine.reuse.updated(only_if_faster=True)
     if warm_up:
         compile_all(engine)
     worker = Worker(engine, Loop(engine, max_waiting=max_waiting))

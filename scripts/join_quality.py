@@ -79,10 +79,11 @@ def join(documents: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Summary]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", nargs="+", type=Path)
+    parser.add_argument("--bench", help="what the files are called by; by default as the runs call it: quality")
     parser.add_argument("--note", help="what a reader of the tables must know")
     options = parser.parse_args()
     joined, summaries = join([json.loads(path.read_text()) for path in options.documents])
-    joined |= {"note": options.note} if options.note else {}
+    joined |= {name: text for name in ("bench", "note") if (text := getattr(options, name))}
     path = results.write(joined, summaries, RESULTS)
     from sparsex_jax.eval import plots
 

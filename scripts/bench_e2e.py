@@ -217,6 +217,8 @@ def plain(params: Params, tokens: jax.Array, *, config: ModelConfig) -> tuple[ja
     def layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, jax.Array]:
         normed = model.rms_norm(hidden, weights["attn_norm"], eps)
         q, k, v = (jnp.einsum("rh,hnd->rnd", normed, weights[name]) for name in ("wq", "wk", "wv"))
+        if config.qk_norm:
+            q, k = (model.rms_norm(x, weights[name], eps) for x, name in ((q, "q_norm"), (k, "k_norm")))
         q, k = (apply_rope(x, position, frequencies) for x in (q, k))
         attended = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True, implementation=fused)
         hidden = hidden + jnp.einsum("rnd,ndh->rh", attended[0], weights["wo"])

@@ -58,11 +58,6 @@ def padded_pages(store: Store, page_tables: PageTables, multiple: int) -> Int[Ar
     return jnp.clip(tables, 0, store.shape[1] - 1).astype(jnp.int32)
 
 
-def flat_pages(store: Store, layer: Int[Array, ""], page_tables: PageTables, multiple: int) -> Int[Array, "requests n"]:
-    """The same as lines of the flat store."""
-    return (padded_pages(store, page_tables, multiple) + layer * store.shape[1]).astype(jnp.int32)
-
-
 def as_scalar(layer: Int[Array, ""]) -> Int[Array, "1"]:
     """The layer as a kernel's operand."""
     return jnp.asarray(layer, jnp.int32).reshape(1)

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Int
 
 from sparsex_kernels.layout import PageTables, Queries, Store
-from sparsex_kernels.mosaic import flat_pages
+from sparsex_kernels.mosaic import padded_pages
 
 BACKEND_OPTIONS = {
     "enable_fp_fusion": True,  # a product and a sum may be one instruction: Triton is about to change its default
@@ -99,4 +99,5 @@ def check_copies(store: Store) -> None:
 def tables_ahead(store: Store, layer: Int[Array, ""], page_tables: PageTables, block: int) -> Int[Array, "requests n"]:
     """Page tables as lines of the flat store, with one more block of pages: kernels look a block ahead."""
     pages = max(block // store.shape[4], 1)
-    return flat_pages(store, layer, jnp.pad(page_tables, ((0, 0), (0, pages))), pages)
+    ahead = padded_pages(store, jnp.pad(page_tables, ((0, 0), (0, pages))), pages)
+    return (ahead + layer * store.shape[1]).astype(jnp.int32)

@@ -1,0 +1,50 @@
+"""The end-to-end bench: what it compares with computes the same thing, and what it counts is what there is."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+
+from sparsex_jax import Engine, ReuseConfig
+
+_SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_e2e.py"
+_spec = importlib.util.spec_from_file_location("bench_e2e", _SCRIPT)
+bench = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(bench)
+
+
+@pytest.mark.parametrize("qk_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_plain_program_is_full_recompute(qk_norm):
+    engine = Engine.from_config(dataclasses.replace(TINY, qk_norm=qk_norm), store_tokens=512, page_size=16)
+    prompt = np.random.default_rng(0).integers(1, TINY.vocab_size, 60).astype(np.int32)
+    logits, kv = bench.plain(engine.runner.params, prompt, config=engine.model)
+    expected = engine.prefill(prompt, reuse=ReuseConfig("full"), keep=False).logits
+    np.testing.assert_allclose(logits[0], expected, atol=2e-5)
+    assert kv.shape == (TINY.num_layers, 2, 60, TINY.num_kv_heads, TINY.head_dim)
+
+
+def test_first_tokens_of_a_prompt_of_stored_segments(tiny):
+    asked = {"full": ReuseConfig("full"), "naive": ReuseConfig("naive")}
+    rows = list(bench.first_tokens(tiny, 120, segments=3, reused=0.8, runs=1, asked=asked))
+    assert [row.implementation for row in rows] == ["full", "plain scan", "naive", "host, before the device"]
+    full, _, naive, host = rows
+    assert full.computed == 1
+    assert full.bound == full.figure
+    assert naive.computed == pytest.approx((120 - 3 * 32) / 120, abs=0.02)  # a segment's neighbour may match by chance
+    assert naive.bound == pytest.approx(full.figure * naive.computed)
+    assert 0 < host.figure < naive.figure
+    assert naive.predicted is None  # nobody measured this device
+    json.dumps([dataclasses.asdict(row) for row in rows])
+
+
+def test_a_step_reads_all_weights_but_the_table_and_the_keys_and_values(tiny):
+    params = jax.tree.leaves(tiny.runner.params)
+    table = 0 if TINY.tied_embeddings else tiny.runner.params["embed"].nbytes
+    weights = sum(leaf.nbytes for leaf in params) - table
+    one = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
+    assert bench.decode_bytes(tiny, 10) == weights + 10 * one

@@ -1,8 +1,7 @@
-"""The Triton kernels against the references: small in Triton's interpreter, and with `-m gpu` at real sizes.
+"""The Triton kernels against the references, small, in Triton's interpreter. On a GPU: `test_gpu.py`.
 
 The interpreter needs Triton but no GPU; without Triton, which only the extra `cuda` has, these tests are skipped. In
-it, and nowhere else, `jax_triton.triton_call` is replaced: outputs begin as NaN then. Every slot that no row may see
-holds NaN. References are computed in float32 from the same rounded inputs.
+it, and nowhere else, `jax_triton.triton_call` is replaced: outputs begin as NaN then.
 """
 
 import importlib.util
@@ -14,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_hopper import REAL, copies, dense, in_float32, last_rows, relative_error, same, scattered
+from kernel_cases import check_nan_stays, copies, in_float32, last_rows, relative_error, same, scattered
 
 import sparsex_kernels as kernels
 from sparsex_kernels import triton as launcher
@@ -28,7 +27,6 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported first
 
 interpreted = pytest.mark.skipif(ON_GPU or not importlib.util.find_spec("triton"), reason="needs Triton, and no GPU")
-compiled = pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="needs jax_triton")
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
 
 
@@ -136,17 +134,7 @@ def test_key_mass(shape):
 @pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("rows", [48, 4])  # tiles of rows, and a row's keys split
 def test_nan_of_a_request_stays_with_it(rows):
-    check_nan_stays(scattered((150, 3, 70, 2), rows, dtype="float16"))
-
-
-def check_nan_stays(case):
-    q, store, _, positions, requests, tables = case
-    attend = triton(kernels.paged_attention)
-    out = attend(*case)
-    poisoned = np.asarray(attend(q, store.at[:, tables[2, 0]].set(jnp.nan), *case[2:]))
-    others = np.asarray((requests != 2) | (positions < 0))
-    np.testing.assert_array_equal(poisoned[others], np.asarray(out)[others])
-    assert np.isnan(poisoned[~others]).any(axis=(1, 2)).all()
+    check_nan_stays(scattered((150, 3, 70, 2), rows, dtype="float16"), "triton")
 
 
 @interpreted
@@ -216,74 +204,3 @@ def test_what_cannot_be_done_falls_back_or_raises(monkeypatch):
     store = jnp.zeros((1, 2, 2, 1, 16, 80))
     with pytest.raises(NotImplementedError, match="head_dim 80"):
         kernels.align_and_copy(store, *[jnp.zeros(3, int)] * 3, jnp.ones(40), implementation="triton")
-
-
-# The rest runs on a real device, at sizes of real models.
-
-SMALL_PAGES = [
-    pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "page_size": 16}, id="pages of 16"),
-    pytest.param({"lengths": (3000, 900), "rows": 700, "page_size": 32}, id="pages of 32"),
-]
-
-
-@compiled
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", REAL + SMALL_PAGES)
-def test_attention_and_key_mass_on_the_device(shape):
-    case = scattered(**{"kv_heads": 8} | shape)
-    attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="triton"))
-    expected, expected_lse, expected_mass = dense(case, case[0].shape[-1] ** -0.5)
-    out, lse = attend(*case)
-    assert relative_error(out, expected) < 1e-2
-    np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
-    key_mass = triton(kernels.key_mass)
-    mass = key_mass(*case)
-    assert relative_error(mass, expected_mass) < 1e-3
-    for _ in range(5):  # a result that moves is a race
-        assert same(attend(*case)[0], out)
-        assert same(key_mass(*case), mass)
-
-
-@compiled
-@pytest.mark.gpu
-@pytest.mark.parametrize("lengths", [(5000, 37, 2500, 64, 1, 129) * 4, (16000, 1)], ids=["many", "one long"])
-@pytest.mark.parametrize(("dim", "group"), [(128, 4), (64, 3)])
-def test_decode_on_the_device(lengths, dim, group):
-    case = last_rows(lengths, dim=dim, group=group, kv_heads=8)
-    attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="triton"))
-    expected, expected_lse, _ = dense(case, dim**-0.5)
-    out, lse = attend(*case)
-    assert relative_error(out, expected) < 1e-2
-    np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
-    assert same(attend(*case)[0], out)
-
-
-@compiled
-@pytest.mark.gpu
-@pytest.mark.parametrize("rows", [400, 4])
-def test_nan_of_a_request_stays_with_it_on_the_device(rows):
-    check_nan_stays(scattered((700, 30, 250, 2), rows, dim=128))
-
-
-@compiled
-@pytest.mark.gpu
-@pytest.mark.parametrize("kv_heads", [8, 3, 1])
-def test_write_kv_on_the_device(kv_heads):
-    _, store, layer, *rows = scattered((5000, 37, 2500), 1500, kv_heads=kv_heads, dim=128)
-    keys, values = jax.random.normal(jax.random.key(0), (2, 1500, kv_heads, 128))
-    written = triton(kernels.write_kv)(store, layer, keys, values, *rows)
-    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="xla"))
-
-
-@compiled
-@pytest.mark.gpu
-@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (8, 64), (3, 64), (1, 128)])
-def test_align_and_copy_on_the_device(kv_heads, dim):
-    store = jax.random.normal(jax.random.key(0), (32, 128, 2, kv_heads, 64, dim)).astype("bfloat16")
-    runs = [(10, 4099, 1500, 77), (1700, 5700, 1000, -500), (2800, 6800, 1, 3), (2850, 7000, 33, 900)]
-    runs += [(3000 + 3 * n, 7100 + 5 * n, 1, n) for n in range(100)]
-    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
-    moved = triton(kernels.align_and_copy)(store, *args)
-    expected = kernels.align_and_copy(store, *args, implementation="xla")
-    assert relative_error(moved, expected) < 1e-3
-    assert same(moved[:, :, 1], expected[:, :, 1])

@@ -1,0 +1,113 @@
+"""Cases for the kernels, and dense references: what their tests share, in the interpreters and on a GPU.
+
+Every slot that no row may see holds NaN. References are computed in float32 from the same rounded inputs.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sparsex_kernels as kernels
+
+
+def scattered(lengths, rows, *, kv_heads=2, group=4, dim=64, page_size=64, layers=2, dtype="bfloat16", seed=0):
+    """Queries, store and addresses of `rows` rows, spread over requests of these lengths, padding behind."""
+    rng = np.random.default_rng(seed)
+    max_pages = -(-max(lengths) // page_size)
+    pages = len(lengths) * max_pages + 3
+    tables = rng.permutation(pages)[: len(lengths) * max_pages].reshape(len(lengths), max_pages).astype(np.int32)
+    store = np.full((layers, pages, 2, kv_heads, page_size, dim), np.nan, np.float32)
+    for request, length in enumerate(lengths):
+        for begin in range(0, length, page_size):
+            used = min(page_size, length - begin)
+            shape = (layers, 2, kv_heads, used, dim)
+            store[:, tables[request, begin // page_size], :, :, :used] = rng.normal(size=shape)
+    tokens = [(request, position) for request, length in enumerate(lengths) for position in range(length)]
+    used = min(rows - rows // 16, len(tokens))
+    chosen = np.array(tokens)[np.sort(rng.permutation(len(tokens))[:used])]
+    requests, positions = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
+    requests[:used], positions[:used] = chosen.T
+    q = jnp.asarray(rng.normal(size=(rows, kv_heads * group, dim)), dtype)
+    arrays = (jnp.asarray(x) for x in (positions, requests, tables))
+    return q, jnp.asarray(store, dtype), jnp.int32(layers - 1), *arrays
+
+
+def in_float32(case):
+    return *(x.astype(jnp.float32) for x in case[:2]), *case[2:]
+
+
+def relative_error(got, expected):
+    got, expected = (np.asarray(x, np.float64) for x in (got, expected))
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def last_rows(lengths, **options):
+    """One row a request, at its last token; the second request has none."""
+    q, store, layer, _, _, tables = scattered(lengths, len(lengths), **options)
+    positions = jnp.asarray(lengths, jnp.int32).at[1].set(0) - 1
+    return q, store, layer, positions, jnp.arange(len(lengths)), tables
+
+
+def stacks(rows, inputs, widths, dtype="bfloat16"):
+    """Rows, and weights of three layers."""
+    rng = np.random.default_rng(rows)
+    x, *weights = (
+        jnp.asarray(rng.normal(size=shape), dtype) for shape in [(rows, inputs), *((3, inputs, w) for w in widths)]
+    )
+    return x, tuple(weights)
+
+
+def exact(x, weights, layer):
+    return [np.asarray(x, np.float64) @ np.asarray(weight[layer], np.float64) for weight in weights]
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32), equal_nan=True)
+
+
+def copies(runs):
+    """Addresses of runs of `(source, target, length, shift)`; the last two tokens are padding."""
+    source, target, shift = (
+        np.concatenate([first + step * np.arange(length) for first, step, length in column])
+        for column in (
+            [(source, 1, length) for source, _, length, _ in runs],
+            [(target, 1, length) for _, target, length, _ in runs],
+            [(by, 0, length) for _, _, length, by in runs],
+        )
+    )
+    target[-2:] = -1
+    return tuple(jnp.asarray(x, jnp.int32) for x in (source, target, shift))
+
+
+@jax.jit
+def dense_head(q, keys, values, positions, scale):
+    seen = jnp.arange(len(keys)) <= positions[:, None]
+    scores = jnp.where(seen, jnp.dot(q, keys.T, precision="highest") * scale, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return jnp.dot(weights, values, precision="highest"), jax.nn.logsumexp(scores, axis=-1), weights.sum(0)
+
+
+def dense(case, scale):
+    """Outputs, log-sum-exps and key mass in float32, head by head."""
+    q, store, layer, positions, requests, tables = (np.asarray(x) for x in in_float32(case))
+    outs, lses = np.zeros(q.shape, np.float32), np.full(q.shape[:2], -np.inf, np.float32)
+    mass = np.zeros((len(tables), tables.shape[1] * store.shape[4]))
+    for request, pages in enumerate(tables):
+        rows = np.flatnonzero((requests == request) & (positions >= 0))
+        for head in range(q.shape[1] if len(rows) else 0):
+            kv = store[layer, pages, :, head // (q.shape[1] // store.shape[3])].swapaxes(0, 1)
+            keys, values = np.nan_to_num(kv.reshape(2, -1, kv.shape[-1]))
+            outs[rows, head], lses[rows, head], sums = dense_head(q[rows, head], keys, values, positions[rows], scale)
+            mass[request] += sums
+    return outs, lses, mass
+
+
+def check_nan_stays(case, implementation):
+    """NaN in a page of the third request reaches its rows and no others."""
+    q, store, _, positions, requests, tables = case
+    attend = jax.jit(lambda *args: kernels.paged_attention(*args, implementation=implementation))
+    out = attend(*case)
+    poisoned = np.asarray(attend(q, store.at[:, tables[2, 0]].set(jnp.nan), *case[2:]))
+    others = np.asarray((requests != 2) | (positions < 0))
+    np.testing.assert_array_equal(poisoned[others], np.asarray(out)[others])
+    assert np.isnan(poisoned[~others]).any(axis=(1, 2)).all()

@@ -1,0 +1,113 @@
+"""The kernels on a real GPU, at sizes of real models: `pytest -m gpu tests/test_gpu.py`."""
+
+import importlib.util
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import check_nan_stays, copies, dense, exact, last_rows, relative_error, same, scattered, stacks
+
+import sparsex_kernels as kernels
+
+pytestmark = pytest.mark.gpu
+
+REAL = [
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500}, id="dim 64"),
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500, "dim": 128}, id="dim 128"),
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500, "dim": 128, "dtype": "float16"}, id="float16"),
+    pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "kv_heads": 4, "group": 7}, id="7 heads share"),
+    pytest.param({"lengths": (3000, 900), "rows": 700, "kv_heads": 3, "group": 3}, id="3 heads share"),
+    pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "page_size": 128}, id="pages of 128"),
+    pytest.param({"lengths": (4096,), "rows": 4369, "dim": 128, "kv_heads": 8}, id="every row of a prompt"),
+]
+
+
+SMALL_PAGES = [
+    pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "page_size": 16}, id="pages of 16"),
+    pytest.param({"lengths": (3000, 900), "rows": 700, "page_size": 32}, id="pages of 32"),
+]
+
+
+@pytest.fixture(params=["hopper", "triton"])
+def implementation(request):
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    if request.param == "hopper" and not capability.startswith("9."):
+        pytest.skip("needs a Hopper GPU")
+    if request.param == "triton" and not importlib.util.find_spec("jax_triton"):
+        pytest.skip("needs jax_triton")
+    return request.param
+
+
+@pytest.mark.parametrize("shape", REAL + SMALL_PAGES)
+def test_attention_and_key_mass(shape, implementation):
+    if implementation == "hopper" and shape.get("page_size", 64) % 64:
+        pytest.skip("pages are multiples of 64 there")
+    case = scattered(**{"kv_heads": 8} | shape)
+    attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation=implementation))
+    expected, expected_lse, expected_mass = dense(case, case[0].shape[-1] ** -0.5)
+    out, lse = attend(*case)
+    assert relative_error(out, expected) < 1e-2
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
+    key_mass = jax.jit(partial(kernels.key_mass, implementation=implementation))
+    mass = key_mass(*case)
+    assert relative_error(mass, expected_mass) < 1e-3
+    for _ in range(5):  # a result that moves is a race
+        assert same(attend(*case)[0], out)
+        assert same(key_mass(*case), mass)
+
+
+@pytest.mark.parametrize("lengths", [(5000, 37, 2500, 64, 1, 129) * 4, (16000, 1)], ids=["many", "one long"])
+@pytest.mark.parametrize(("dim", "group"), [(128, 4), (64, 3)])
+def test_decode(lengths, dim, group, implementation):
+    case = last_rows(lengths, dim=dim, group=group, kv_heads=8)
+    attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation=implementation))
+    expected, expected_lse, _ = dense(case, dim**-0.5)
+    out, lse = attend(*case)
+    assert relative_error(out, expected) < 1e-2
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
+    assert same(attend(*case)[0], out)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (48, 48), (64, 64), (300, 300), (2048, 1300), (2048, 0)])
+def test_linear(rows, count, dtype):
+    if not str(jax.devices()[0].compute_capability).startswith("9."):
+        pytest.skip("needs a Hopper GPU")
+    for inputs, widths in ((1024, (1024, 256, 256)), (3584, (1024,)), (576, (1536, 1536))):
+        x, weights = stacks(rows, inputs, widths, dtype)
+        poisoned = x.at[count:].set(jnp.nan)
+        run = jax.jit(lambda *args: kernels.linear(*args, implementation=implementation))
+        outs = run(poisoned, weights, jnp.int32(2), jnp.int32(count))
+        for out, expected in zip(outs, exact(x, weights, 2), strict=True):
+            assert count == 0 or relative_error(out[:count], expected[:count]) < 4e-3
+        for again, out in zip(run(poisoned, weights, jnp.int32(2), jnp.int32(count)), outs, strict=True):
+            assert same(again[:count], out[:count])  # a result that moves is a race
+
+
+@pytest.mark.parametrize("kv_heads", [8, 3, 1])
+def test_write_kv(kv_heads, implementation):
+    _, store, layer, *rows = scattered((5000, 37, 2500), 1500, kv_heads=kv_heads, dim=128)
+    keys, values = jax.random.normal(jax.random.key(0), (2, 1500, kv_heads, 128))
+    written = jax.jit(partial(kernels.write_kv, implementation=implementation))(store, layer, keys, values, *rows)
+    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="xla"))
+
+
+@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (8, 64), (3, 64), (1, 128)])
+def test_align_and_copy(kv_heads, dim, implementation):
+    store = jax.random.normal(jax.random.key(0), (32, 128, 2, kv_heads, 64, dim)).astype("bfloat16")
+    runs = [(10, 4099, 1500, 77), (1700, 5700, 1000, -500), (2800, 6800, 1, 3), (2850, 7000, 33, 900)]
+    runs += [(3000 + 3 * n, 7100 + 5 * n, 1, n) for n in range(100)]
+    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
+    moved = jax.jit(partial(kernels.align_and_copy, implementation=implementation))(store, *args)
+    expected = kernels.align_and_copy(store, *args, implementation="xla")
+    assert relative_error(moved, expected) < 1e-3
+    assert same(moved[:, :, 1], expected[:, :, 1])
+
+
+@pytest.mark.parametrize("rows", [400, 4])
+@pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="needs jax_triton")
+def test_nan_of_a_request_stays_with_it(rows):
+    """In the Triton kernels: the others' tiles may hold rows of several requests."""
+    check_nan_stays(scattered((700, 30, 250, 2), rows, dim=128), "triton")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY
@@ -12,6 +13,7 @@ from test_steps import assert_no_copy, memory_of
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
 from sparsex_jax.methods import METHODS, Phase, find_method, method
 from sparsex_jax.methods.oracle import oracle, prompt_kv, true_deviation
+from sparsex_jax.ops import Ops
 from sparsex_jax.planner import RequestPlan, plan_prefill, shares
 from sparsex_jax.prefill import prefill
 from sparsex_jax.prompt import Kind, PromptMap
@@ -267,6 +269,27 @@ def test_nan_in_unused_slots_changes_nothing(tiny, name):
         outs.append(run(engine, Case("many"), CONFIGS[name]))
     np.testing.assert_array_equal(outs[0].logits, outs[1].logits)
     np.testing.assert_array_equal(outs[0].report.active, outs[1].report.active)
+
+
+class Undefined(Ops):
+    """Products of padding rows are NaN, which the contract of `sparsex_kernels.linear` allows."""
+
+    def linear(self, x, weights, layer, rows, **options):
+        outs = super().linear(x, weights, layer, rows, **options)
+        wanted = jnp.arange(len(x))[:, None] < rows.count
+        return tuple(jnp.where(wanted, out, jnp.nan) for out in outs)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "sum_layers" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
+def test_what_padding_computes_reaches_nobody(tiny, name):
+    remember_both(tiny)
+    expected = run(tiny, Case("many"), CONFIGS[name])
+    tiny.runner.decoder = tiny.runner.decoder._replace(ops=Undefined(tiny.mesh))
+    found = run(tiny, Case("many"), CONFIGS[name])
+    np.testing.assert_array_equal(found.logits, expected.logits)
+    np.testing.assert_array_equal(found.report.active, expected.report.active)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Linear layers on stacked weights for Hopper GPUs, by Pallas' Mosaic GPU.
 
 A tile of outputs belongs to one of the weights. One warpgroup fetches blocks of rows and weights by TMA, which takes
-the layer as a coordinate; the others multiply. Tiles of rows that nobody wants cost nothing. Where rows are few the time
-is that of reading the weights, and the sum over the inputs is split so that every multiprocessor reads its share; XLA
-adds the parts. Where they are many, a program goes from tile to tile, and fetches for the next one while the results of
-the last are on their way.
+the layer as a coordinate; the others multiply. Tiles of rows that nobody wants cost nothing. Where rows are few the
+time is that of reading the weights, and the sum over the inputs is split so that every multiprocessor reads its share;
+XLA adds the parts. Where they are many, a program goes from tile to tile, and fetches for the next one while the
+results of the last are on their way.
 """
 
 import dataclasses

@@ -126,6 +126,7 @@ TASK_MIX = {
         "agents": 0.7,
     },
 }
+TRAINED = tuple(task for task in (*DRILLS, *TASKS) if task in TASK_MIX[0.0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Recipe:
     digit_weight: float = 0.25  # of a digit behind another in an answer: they are many, and soon easy
     max_length: int = 8192  # longer rows of the schedule are cut to this
     patience: float = 1.0  # above 1 contexts grow later
-    tasks: tuple[str, ...] = (*DRILLS, *TASKS)
+    tasks: tuple[str, ...] = TRAINED
 
     def rate(self, progress: float, step: int) -> float:
         """Linear warm-up over steps, then a cosine to zero."""
@@ -722,7 +723,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=max(min(cores - 2, 8), 1), help="processes that make batches; 0: none")
     add("--dtype", default="bfloat16" if jax.default_backend() == "gpu" else "float32", help="to compute in")
     add("--model", type=json.loads, default={}, help="JSON object of config.json fields that differ from ruler-tiny's")
-    add("--tasks", nargs="+", choices=(*DRILLS, *TASKS), default=(*DRILLS, *TASKS))
+    add("--tasks", nargs="+", choices=TRAINED, default=TRAINED)
     for field in dataclasses.fields(Recipe):
         if isinstance(field.default, (int, float)):
             add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)

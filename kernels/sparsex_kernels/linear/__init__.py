@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from sparsex_kernels.dispatch import choose
 from sparsex_kernels.linear import hopper, xla
 
-IMPLEMENTATIONS = {"xla": xla.linear, "hopper": hopper.linear}
+# On a TPU, XLA's products take a layer's slice as it is.
+IMPLEMENTATIONS = {"xla": xla.linear, "hopper": hopper.linear, "tpu": xla.linear}
 
 
 def linear(

@@ -124,8 +124,8 @@ class Admission:
         if not (reuse.only_if_faster and self.speeds and match.segments):
             return found
         plain = plan(dataclasses.replace(match, segments=[]))
-        each = (prefill_seconds(self._model, one, self.speeds) for one in (plain, found))
-        return min(zip(each, (plain, found), strict=True), key=lambda pair: pair[0])[1]
+        plain_seconds, found_seconds = (prefill_seconds(self._model, one, self.speeds) for one in (plain, found))
+        return plain if plain_seconds <= found_seconds else found
 
     def _take_pages(self, match: Match, num_tokens: int) -> list[int]:
         """The shared prefix pages and new ones behind them."""

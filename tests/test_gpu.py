@@ -30,11 +30,15 @@ SMALL_PAGES = [
 ]
 
 
+def skip_unless_hopper():
+    if not str(getattr(jax.devices()[0], "compute_capability", "")).startswith("9."):
+        pytest.skip("needs a Hopper GPU")
+
+
 @pytest.fixture(params=["hopper", "triton"])
 def implementation(request):
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    if request.param == "hopper" and not capability.startswith("9."):
-        pytest.skip("needs a Hopper GPU")
+    if request.param == "hopper":
+        skip_unless_hopper()
     if request.param == "triton" and not importlib.util.find_spec("jax_triton"):
         pytest.skip("needs jax_triton")
     return request.param
@@ -73,8 +77,7 @@ def test_decode(lengths, dim, group, implementation):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (48, 48), (64, 64), (300, 300), (2048, 1300), (2048, 0)])
 def test_linear(rows, count, dtype):
-    if not str(jax.devices()[0].compute_capability).startswith("9."):
-        pytest.skip("needs a Hopper GPU")
+    skip_unless_hopper()
     for inputs, widths in ((1024, (1024, 256, 256)), (3584, (1024,)), (576, (1536, 1536))):
         x, weights = stacks(rows, inputs, widths, dtype)
         poisoned = x.at[count:].set(jnp.nan)

@@ -15,7 +15,7 @@ from sparsex_kernels.paged_attention.triton import attend
 from sparsex_kernels.triton import Config, call, check_attention, little_shared_memory, power_of_two, tables_ahead
 
 
-def config_for(head_dim: int) -> Config:
+def default_config() -> Config:
     """What suits this device, for 16-bit types."""
     if little_shared_memory():
         return Config(packed=64, block=128, warps=4, stages=2)
@@ -34,7 +34,7 @@ def key_mass(
 ) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
     kv_heads, page_size, head_dim = store.shape[3:]
-    config = config or config_for(head_dim)
+    config = config or default_config()
     check_attention(q, store, config.block)
     from sparsex_kernels.key_mass.triton_kernels import column_sums
 

@@ -71,8 +71,8 @@ def linear(
     _check(x, weights, config)
     tile = WGMMA_ROWS * config.warpgroups
     padded = pad_rows(x, tile)
-    shape = _shape(padded, rows, weights, config)
     row_tiles = len(padded) // tile
+    shape = _shape(x, widths, row_tiles, config)
     stored = row_tiles * config.warpgroups * shape.stored
     wanted = jnp.clip(-(-jnp.asarray(rows if count is None else count, jnp.int32) // tile), 0, row_tiles)
     run = kernel(
@@ -112,14 +112,12 @@ def _check(x: Array, weights: tuple[Array, ...], config: Config) -> None:
         raise NotImplementedError(f"{x.shape[1]} inputs, {[weight.shape[2] for weight in weights]} outputs")
 
 
-def _shape(padded: Array, rows: int, weights: tuple[Array, ...], config: Config) -> Shape:
-    starts = [0]
-    for weight in weights:
-        starts.append(starts[-1] + weight.shape[2] // config.columns)
-    stored = min(rows + -rows % SMALLEST, WGMMA_ROWS)
-    items = len(padded) // (WGMMA_ROWS * config.warpgroups) * starts[-1] * config.splits
-    out_dtype = padded.dtype if config.splits == 1 else jnp.float32
-    return Shape(min(config.programs, items), stored, padded.shape[1] // DEPTH, tuple(starts), padded.dtype, out_dtype)
+def _shape(x: Array, widths: tuple[int, ...], row_tiles: int, config: Config) -> Shape:
+    starts = tuple(int(end) // config.columns for end in np.cumsum([0, *widths]))
+    stored = min(len(x) + -len(x) % SMALLEST, WGMMA_ROWS)
+    programs = min(config.programs, row_tiles * starts[-1] * config.splits)
+    out_dtype = x.dtype if config.splits == 1 else jnp.float32
+    return Shape(programs, stored, x.shape[1] // DEPTH, starts, x.dtype, out_dtype)
 
 
 def _scratch(shape: Shape, config: Config) -> dict[str, Any]:

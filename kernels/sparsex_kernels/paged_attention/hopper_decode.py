@@ -19,6 +19,7 @@ from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
 from sparsex_kernels.mosaic import (
     LOG2_E,
     MASKED,
+    MULTIPROCESSORS,
     WGMMA_ROWS,
     as_scalar,
     check_attention,
@@ -30,10 +31,11 @@ from sparsex_kernels.mosaic import (
     padded_pages,
     tiled_smem,
 )
+from sparsex_kernels.paged_attention.parts import key_parts
 
 BLOCK = 64  # keys a step
 STAGES = 5  # blocks in flight
-PROGRAMS = 4 * 132  # parts to aim at: some for each multiprocessor
+PROGRAMS = 4 * MULTIPROCESSORS  # parts to aim at: some for each multiprocessor
 SHARE = 8  # rows of a product that are stored; at most so many query heads share a tile
 ROWS = plgpu.Layout.WGMMA.reduce(1)
 
@@ -67,9 +69,9 @@ def decode(
     rows, q_heads, _ = q.shape
     share = heads_a_tile(q_heads, kv_heads)
     heads = q_heads // share
-    parts = rows + -(-PROGRAMS // heads)
+    table, _ = key_parts(positions, requests, heads, programs=PROGRAMS, block=BLOCK)
+    live, parts = table[:, 3] < table[:, 4], len(table)
     shape = Shape(parts, heads, heads // kv_heads, kv_heads, pages, page_size, head_dim, q.dtype, float(scale))
-    table, live = split(positions, requests, shape)
     packed = jnp.pad(q.reshape(rows, heads, share, head_dim), ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))
     run = kernel(
         functools.partial(_kernel, shape, interpreted()),
@@ -86,25 +88,6 @@ def decode(
     out, lse = merge(partial, lse, table[:, 0], live, rows)
     out = out[:, :, :share].reshape(q.shape)
     return out.astype(q.dtype), lse[:, :, :share].reshape(rows, q_heads) / LOG2_E
-
-
-def split(positions: RowInts, requests: RowInts, shape: Shape) -> tuple[Int[Array, "parts 5"], Array]:
-    """For each part its row, request, position, and the range of its key blocks; and which parts there are.
-
-    No more than `shape.parts` come out: a part is at least a `PROGRAMS / heads`-th of all blocks, but for one a row.
-    """
-    blocks = (positions + BLOCK) // BLOCK  # 0 for padding
-    largest = jnp.maximum(-(-blocks.sum() * shape.heads // PROGRAMS), 1)
-    count = -(-blocks // largest)
-    size = -(-blocks // jnp.maximum(count, 1))  # of each row's parts
-    ends = jnp.cumsum(count)
-    part = jnp.arange(shape.parts)
-    row = jnp.minimum((ends <= part[:, None]).sum(1), len(positions) - 1)
-    begin = (part - (ends - count)[row]) * size[row]
-    end = jnp.minimum(begin + size[row], blocks[row])
-    live = (part < ends[-1]) & (begin < end)
-    begin, end = jnp.where(live, begin, 0), jnp.where(live, end, 0)
-    return jnp.stack([row, requests[row], positions[row], begin, end], axis=-1).astype(jnp.int32), live
 
 
 def merge(

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
 from sparsex_kernels.mosaic import LOG2_E, heads_a_tile
+from sparsex_kernels.paged_attention.parts import key_parts
 from sparsex_kernels.triton import (
     Config,
     call,
@@ -26,9 +27,7 @@ DECODE_PROGRAMS = 512  # to aim at: some for each multiprocessor
 
 def config_for(head_dim: int) -> Config:
     """What suits this device, for 16-bit types."""
-    if little_shared_memory():
-        return Config(packed=128, block=64, warps=8 if head_dim > 64 else 4, stages=2)
-    return Config(packed=128, block=64, warps=8 if head_dim > 64 else 4, stages=3)
+    return Config(packed=128, block=64, warps=8 if head_dim > 64 else 4, stages=2 if little_shared_memory() else 3)
 
 
 def paged_attention(
@@ -132,7 +131,7 @@ def decode(
     rows, q_heads, _ = q.shape
     share = heads_a_tile(q_heads, kv_heads)
     heads = q_heads // share
-    parts, spans = key_parts(positions, requests, heads)
+    parts, spans = key_parts(positions, requests, heads, programs=DECODE_PROGRAMS, block=DECODE_BLOCK)
     tables = tables_ahead(store, layer, page_tables, DECODE_BLOCK)
     partial, partial_lse = call(
         triton_kernels.decode,
@@ -162,25 +161,3 @@ def decode(
         HEADS=q_heads,
         DIM=head_dim,
     )
-
-
-def key_parts(positions: RowInts, requests: RowInts, heads: int) -> tuple[Int[Array, "parts 5"], Int[Array, "rows 2"]]:
-    """Cut each row's keys into parts of about one size over all rows: row, request, position and range of key blocks
-    of each part; and the first part and one behind the last of each row. What is left over at the end has no blocks.
-
-    No more parts come out than there are: a part is at least a `DECODE_PROGRAMS / heads`-th of all blocks, but for one
-    a row.
-    """
-    blocks = (positions + DECODE_BLOCK) // DECODE_BLOCK  # 0 for padding
-    largest = jnp.maximum(-(-blocks.sum() * heads // DECODE_PROGRAMS), 1)
-    count = -(-blocks // largest)
-    size = -(-blocks // jnp.maximum(count, 1))  # of each row's parts
-    ends = jnp.cumsum(count)
-    part = jnp.arange(len(positions) + -(-DECODE_PROGRAMS // heads))
-    row = jnp.minimum((ends <= part[:, None]).sum(1), len(positions) - 1)
-    begin = (part - (ends - count)[row]) * size[row]
-    end = jnp.where(part < ends[-1], jnp.minimum(begin + size[row], blocks[row]), begin)
-    parts = jnp.stack([row, requests[row], positions[row], begin, end], axis=-1)
-    filled = -(-blocks // jnp.maximum(size, 1))  # rounding up the size may leave a row's last parts without blocks
-    spans = jnp.stack([ends - count, ends - count + filled], axis=-1)
-    return parts.astype(jnp.int32), spans.astype(jnp.int32)

@@ -57,8 +57,19 @@ def stacks(rows, inputs, widths, dtype="bfloat16"):
     return x, tuple(weights)
 
 
+def gated_stacks(rows, inputs, width, dtype="bfloat16"):
+    """Rows, gate and up; products are about 1, where SiLU is neither 0 nor the identity."""
+    x, weights = stacks(rows, inputs, (width, width), dtype)
+    return x, *(weight * inputs**-0.5 for weight in weights)
+
+
 def exact(x, weights, layer):
     return [np.asarray(x, np.float64) @ np.asarray(weight[layer], np.float64) for weight in weights]
+
+
+def exact_gated(x, gate, up, layer):
+    gates, ups = exact(x, (gate, up), layer)
+    return gates / (1 + np.exp(-gates)) * ups
 
 
 def same(a, b):

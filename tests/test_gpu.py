@@ -7,7 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import check_nan_stays, copies, dense, exact, last_rows, relative_error, same, scattered, stacks
+from kernel_cases import (
+    check_nan_stays,
+    copies,
+    dense,
+    exact,
+    exact_gated,
+    last_rows,
+    relative_error,
+    same,
+    scattered,
+    stacks,
+)
 
 import sparsex_kernels as kernels
 
@@ -75,7 +86,7 @@ def test_decode(lengths, dim, group, implementation):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(("rows", "count"), [(1, 1), (48, 48), (64, 64), (300, 300), (2048, 1300), (2048, 0)])
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (48, 48), (64, 64), (300, 300), (2048, 1300), (2048, 0)])
 def test_linear(rows, count, dtype):
     skip_unless_hopper()
     for inputs, widths in ((1024, (1024, 256, 256)), (3584, (1024,)), (576, (1536, 1536))):
@@ -87,6 +98,21 @@ def test_linear(rows, count, dtype):
             assert count == 0 or relative_error(out[:count], expected[:count]) < 4e-3
         for again, out in zip(run(poisoned, weights, jnp.int32(2), jnp.int32(count)), outs, strict=True):
             assert same(again[:count], out[:count])  # a result that moves is a race
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (24, 24), (64, 64), (300, 300), (2048, 1300), (2048, 0)])
+def test_gated_linear(rows, count, dtype):
+    skip_unless_hopper()
+    for inputs, width in ((1024, 12288), (3584, 192), (576, 1536)):  # of few rows, the kernel gates the first alone
+        x, *weights = gated_stacks(rows, inputs, width, dtype)
+        poisoned = x.at[count:].set(jnp.nan)
+        run = jax.jit(lambda *args: kernels.gated_linear(*args, implementation="hopper"))
+        out = run(poisoned, *weights, jnp.int32(2), jnp.int32(count))
+        expected = exact_gated(x, *weights, 2)
+        assert count == 0 or relative_error(out[:count], expected[:count]) < 8e-3
+        for _ in range(5):  # a result that moves is a race
+            assert same(run(poisoned, *weights, jnp.int32(2), jnp.int32(count))[:count], out[:count])
 
 
 @pytest.mark.parametrize("kv_heads", [8, 3, 1])

@@ -4,7 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import copies, exact, in_float32, last_rows, relative_error, same, scattered, stacks
+from kernel_cases import (
+    copies,
+    exact,
+    exact_gated,
+    gated_stacks,
+    in_float32,
+    last_rows,
+    relative_error,
+    same,
+    scattered,
+    stacks,
+)
 
 import sparsex_kernels as kernels
 from sparsex_kernels.dispatch import prefer
@@ -76,6 +87,50 @@ def test_linear(rows, count, inputs, widths, config):
     for out, expected in zip(outs, exact(x, weights, 1), strict=True):
         assert out.shape == (rows, expected.shape[1])
         assert relative_error(out[:count], expected[:count]) < 4e-3
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (5, 3), (8, 8), (24, 9), (64, 50)])
+def test_linear_of_few_rows_copies_no_others(rows, count):
+    """The rest of a block holds what it held, NaN at first in the interpreter, and reaches nobody."""
+    x, weights = stacks(rows, 192, (64,))
+    x = x.at[count:].set(jnp.nan)
+    (out,) = linear_hopper.linear(x, weights, jnp.int32(2), count, linear_hopper.Config(1, 64, 1, 2, 1))
+    assert out.shape == (rows, 64)
+    assert relative_error(out[:count], exact(x, weights, 2)[0][:count]) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "inputs", "width", "config"),
+    [
+        pytest.param(5, 3, 192, 128, linear_hopper.Config(1, 128, 1, 2, 1), id="few rows, two tiles a program"),
+        pytest.param(64, 64, 64, 64, linear_hopper.Config(1, 128, 1, 3, 9), id="as many as are few"),
+        pytest.param(200, 70, 128, 128, linear_hopper.Config(2, 256, 1, 2, 2), id="one of two tiles is wanted"),
+        pytest.param(70, 70, 128, 192, linear_hopper.Config(2, 128, 1, 2, 2), id="several tiles a program"),
+    ],
+)
+def test_gated_linear(rows, count, inputs, width, config):
+    x, *weights = gated_stacks(rows, inputs, width)
+    x = x.at[count:].set(jnp.nan)
+    out = linear_hopper.gated_linear(x, *weights, jnp.int32(1), count, config)
+    assert out.shape == (rows, width)
+    assert relative_error(out[:count], exact_gated(x, *weights, 1)[:count]) < 4e-3
+
+
+def test_gated_linear_sums_before_it_gates():
+    x, *weights = gated_stacks(3, 512, 64)
+    assert linear_hopper.choose_config(3, 512, (128,)).splits == 2
+    out = hopper(kernels.gated_linear)(x, *weights, jnp.int32(1))
+    assert relative_error(out, exact_gated(x, *weights, 1)) < 8e-3  # rounded before it is gated
+
+
+def test_gated_linear_refuses_or_falls_back():
+    x, *weights = gated_stacks(4, 64, 96)
+    with pytest.raises(NotImplementedError, match="outputs in tiles of 32"):
+        kernels.gated_linear(x, *weights, 0, implementation="hopper")
+    with prefer("hopper", "xla"):
+        out = kernels.gated_linear(x, *weights, 2)
+    assert same(out, kernels.gated_linear(x, *weights, 2, implementation="xla"))
+    assert relative_error(out, exact_gated(x, *weights, 2)) < 1e-2
 
 
 def test_linear_refuses_or_falls_back():

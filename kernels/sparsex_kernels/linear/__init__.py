@@ -10,6 +10,7 @@ from sparsex_kernels.linear import hopper, xla
 
 # On a TPU, XLA's products take a layer's slice as it is.
 IMPLEMENTATIONS = {"xla": xla.linear, "hopper": hopper.linear, "tpu": xla.linear}
+GATED = {"xla": xla.gated_linear, "hopper": hopper.gated_linear, "tpu": xla.gated_linear}
 
 
 def linear(
@@ -31,3 +32,24 @@ def linear(
       implementation: `xla`, which is also what others are compared with, or `hopper` (Pallas); None chooses.
     """
     return choose("linear", IMPLEMENTATIONS, implementation)(x, tuple(weights), layer, count)
+
+
+def gated_linear(
+    x: Float[Array, "rows inputs"],
+    gate: Float[Array, "layers inputs width"],
+    up: Float[Array, "layers inputs width"],
+    layer: Int[Array, ""] | int,
+    count: Int[Array, ""] | int | None = None,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "rows width"]:
+    """`silu(x @ gate[layer]) * (x @ up[layer])`, in the dtype of `x`, each product summed in float32.
+
+    As `linear`, but what leaves is the half of it that the next product reads.
+
+    Args:
+      count: how many of the rows are wanted; results of those behind are undefined, and may be NaN. None: all.
+      implementation: `xla`, which is also what others are compared with, or `hopper` (Pallas), which rounds once,
+        after gating, unless it splits the sum; None chooses.
+    """
+    return choose("gated_linear", GATED, implementation)(x, gate, up, layer, count)

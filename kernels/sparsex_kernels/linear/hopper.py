@@ -5,6 +5,9 @@ the layer as a coordinate; the others multiply. Tiles of rows that nobody wants 
 time is that of reading the weights, and the sum over the inputs is split so that every multiprocessor reads its share;
 XLA adds the parts. Where they are many, a program goes from tile to tile, and fetches for the next one while the
 results of the last are on their way.
+
+A gated product's tile has columns of the gate and the same columns of what it gates. TMA fills contiguous blocks of
+shared memory, so each of the two has its own, and its own product, into one half of the accumulator.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from sparsex_kernels.layout import pad_rows
-from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS, kernel, tiled_smem
+from sparsex_kernels.mosaic import LOG2_E, MULTIPROCESSORS, WGMMA_ROWS, kernel, tiled_smem
 
 DEPTH = 64  # inputs a step: a swizzled line of 128 bytes
 PIECE = 64  # columns that leave at a time
@@ -33,7 +36,7 @@ class Config:
 
     Attributes:
       warpgroups: that multiply, each with 64 rows.
-      columns: of a tile; divides every weight's.
+      columns: multiplied in a tile; divides every weight's. Half of them are the gate's in a gated product.
       splits: parts of the sum over the inputs.
       stages: blocks in flight.
       programs: at most so many; each goes from tile to tile.
@@ -50,9 +53,12 @@ class Shape(NamedTuple):
     """Static sizes of one call."""
 
     programs: int
+    fetched: int  # rows of a tile that are copied to shared memory
     stored: int  # rows of a warpgroup's that are stored
     steps: int  # over the inputs
-    starts: tuple[int, ...]  # first tile of columns of each weight, and their number
+    matrices: int  # in a tile: one, or a gate's and what it gates
+    columns: int  # of each matrix in a tile, and of results
+    starts: tuple[int, ...]  # first tile of columns of each result, and their number
     dtype: Any
     out_dtype: Any
 
@@ -65,27 +71,55 @@ def linear(
     config: Config | None = None,
 ) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
-    rows, inputs = x.shape
     widths = tuple(weight.shape[2] for weight in weights)
-    config = config or choose_config(rows, inputs, widths)
-    _check(x, weights, config)
-    tile = WGMMA_ROWS * config.warpgroups
-    padded = pad_rows(x, tile)
-    row_tiles = len(padded) // tile
-    shape = _shape(x, widths, row_tiles, config)
-    stored = row_tiles * config.warpgroups * shape.stored
+    config = config or choose_config(len(x), x.shape[1], widths)
+    out = _products(x, weights, layer, count, config, widths)
+    return tuple(jnp.split(out, np.cumsum(widths)[:-1], axis=1))
+
+
+def gated_linear(
+    x: Float[Array, "rows inputs"],
+    gate: Float[Array, "layers inputs width"],
+    up: Float[Array, "layers inputs width"],
+    layer: Int[Array, ""] | int,
+    count: Int[Array, ""] | int | None = None,
+    config: Config | None = None,
+) -> Float[Array, "rows width"]:
+    """See `sparsex_kernels.gated_linear`."""
+    width = gate.shape[2]
+    config = config or choose_config(len(x), x.shape[1], (2 * width,))
+    if config.splits > 1:  # parts of a sum cannot be gated
+        gates, ups = linear(x, (gate, up), layer, count)
+        return jax.nn.silu(gates) * ups
+    return _products(x, (gate, up), layer, count, config, (width,))
+
+
+def _products(
+    x: Float[Array, "rows inputs"],
+    weights: tuple[Float[Array, "layers inputs _"], ...],
+    layer: Int[Array, ""] | int,
+    count: Int[Array, ""] | int | None,
+    config: Config,
+    widths: tuple[int, ...],
+) -> Float[Array, "rows widths"]:
+    """Results of these widths, side by side. One of two weights is their gated product."""
+    rows, tile = len(x), WGMMA_ROWS * config.warpgroups
+    row_tiles = -(-rows // tile)
+    shape = _shape(x, len(weights) // len(widths), widths, row_tiles, config)
+    _check(x, weights, shape)
     wanted = jnp.clip(-(-jnp.asarray(rows if count is None else count, jnp.int32) // tile), 0, row_tiles)
+    out_shape = (config.splits, row_tiles * config.warpgroups * shape.stored, sum(widths))
     run = kernel(
         functools.partial(_kernel, shape, config),
-        out_type=jax.ShapeDtypeStruct((config.splits, stored, sum(widths)), shape.out_dtype),
+        out_type=jax.ShapeDtypeStruct(out_shape, shape.out_dtype),
         grid=(shape.programs,),
         grid_names=("program",),
         num_threads=config.warpgroups + 1,
         scratch_types=_scratch(shape, config),
     )
-    parts = run(padded, *weights, jnp.stack([jnp.asarray(layer, jnp.int32), wanted]))
+    parts = run(pad_rows(x, shape.fetched), *weights, jnp.stack([jnp.asarray(layer, jnp.int32), wanted]))
     out = parts[0] if config.splits == 1 else parts.sum(0).astype(x.dtype)
-    return tuple(jnp.split(out[:rows], np.cumsum(widths)[:-1], axis=1))
+    return out[:rows]
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:
@@ -102,37 +136,41 @@ def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:
     return Config(2, columns, splits, 4, MULTIPROCESSORS)
 
 
-def _check(x: Array, weights: tuple[Array, ...], config: Config) -> None:
+def _check(x: Array, weights: tuple[Array, ...], shape: Shape) -> None:
     """Raise `NotImplementedError` where this shape or type cannot be done."""
     if x.dtype not in (jnp.bfloat16, jnp.float16) or any(weight.dtype != x.dtype for weight in weights):
         raise NotImplementedError(
             f"rows of {x.dtype} on weights of {weights[0].dtype}; both bfloat16 or float16 can be"
         )
-    if x.shape[1] % DEPTH or any(weight.shape[2] % config.columns for weight in weights):
-        raise NotImplementedError(f"{x.shape[1]} inputs, {[weight.shape[2] for weight in weights]} outputs")
+    widths = [weight.shape[2] for weight in weights]
+    if x.shape[1] % DEPTH or shape.columns % PIECE or any(width % shape.columns for width in widths):
+        raise NotImplementedError(f"{x.shape[1]} inputs, {widths} outputs in tiles of {shape.columns}")
 
 
-def _shape(x: Array, widths: tuple[int, ...], row_tiles: int, config: Config) -> Shape:
-    starts = tuple(int(end) // config.columns for end in np.cumsum([0, *widths]))
+def _shape(x: Array, matrices: int, widths: tuple[int, ...], row_tiles: int, config: Config) -> Shape:
+    columns = config.columns // matrices
+    starts = tuple(int(end) // columns for end in np.cumsum([0, *widths]))
     stored = min(len(x) + -len(x) % SMALLEST, WGMMA_ROWS)
+    fetched = stored if config.warpgroups == 1 else config.warpgroups * WGMMA_ROWS
     programs = min(config.programs, row_tiles * starts[-1] * config.splits)
     out_dtype = x.dtype if config.splits == 1 else jnp.float32
-    return Shape(programs, stored, x.shape[1] // DEPTH, starts, x.dtype, out_dtype)
+    return Shape(programs, fetched, stored, x.shape[1] // DEPTH, matrices, columns, starts, x.dtype, out_dtype)
 
 
 def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
     pieces = 2 if shape.out_dtype != jnp.float32 else 1
     return {
         "x_smem": tiled_smem((config.stages, config.warpgroups * WGMMA_ROWS, DEPTH), shape.dtype),
-        "w_smem": tiled_smem((config.stages, DEPTH, config.columns), shape.dtype),
+        "w_smem": tiled_smem((config.stages, shape.matrices, DEPTH, shape.columns), shape.dtype),
         "out_smem": tiled_smem((config.warpgroups, pieces, WGMMA_ROWS, PIECE), shape.out_dtype),
-        "ready": plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+        "ready": plgpu.Barrier(num_arrivals=1 + shape.matrices, num_barriers=config.stages),
         "used": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
     }
 
 
 def _kernel(shape: Shape, config: Config, x_ref: Any, *refs: Any, **scratch: Any) -> None:
     *weights, numbers, out_ref = refs
+    tiled = [weights[n : n + shape.matrices] for n in range(0, len(weights), shape.matrices)]
     layer, row_tiles, wg = numbers[0], numbers[1], lax.axis_index("wg")
     persistent = config.warpgroups == 2  # one program a multiprocessor, which has its registers for itself
 
@@ -146,14 +184,14 @@ def _kernel(shape: Shape, config: Config, x_ref: Any, *refs: Any, **scratch: Any
     def fetch() -> None:
         if persistent:
             plgpu.set_max_registers(40, action="decrease")
-        _fetch(shape, config, row_tiles, x_ref, weights, layer, **scratch)
+        _fetch(shape, config, row_tiles, x_ref, tiled, layer, **scratch)
 
 
 class Item(NamedTuple):
     """A tile of outputs, and the part of the sum: what is done at a time."""
 
     row: Array  # tile of rows
-    column: Array  # tile of columns, over all weights
+    column: Array  # tile of columns, over all results
     split: Array
     begin: Array  # first step over the inputs
     end: Array
@@ -200,8 +238,10 @@ def _compute(
             def step(k: Array, _: None) -> None:
                 slot = lax.rem(done + k, config.stages)
                 plgpu.barrier_wait(ready.at[slot])
-                plgpu.wgmma(acc, x_smem.at[slot, rows], w_smem.at[slot])
-                plgpu.wgmma_wait(1)  # the product before this one has read its blocks
+                for n in range(shape.matrices):
+                    columns = pl.ds(n * shape.columns, shape.columns)
+                    plgpu.wgmma(acc.at[:, columns], x_smem.at[slot, rows], w_smem.at[slot, n])
+                plgpu.wgmma_wait(shape.matrices)  # the products before these have read their blocks
                 pl.when(k > 0)(lambda: plgpu.barrier_arrive(used.at[lax.rem(done + k - 1, config.stages)]))
 
             lax.fori_loop(0, item.end - item.begin, step, None)
@@ -219,13 +259,22 @@ def _compute(
 def _store(shape: Shape, config: Config, item: Item, wg: Array, acc: Array, out_ref: Any, out_smem: Any) -> None:
     pieces, stored = out_smem.shape[1], pl.ds(0, shape.stored)
     row = pl.ds((item.row * config.warpgroups + wg) * shape.stored, shape.stored)
-    for n in range(config.columns // PIECE):
+    for n in range(shape.columns // PIECE):
         smem = out_smem.at[wg, n % pieces]
         plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
-        smem[...] = acc[:, n * PIECE : (n + 1) * PIECE].astype(shape.out_dtype)
+        smem[...] = _results(shape, acc, n * PIECE).astype(shape.out_dtype)
         plgpu.commit_smem()
-        columns = pl.ds(item.column * config.columns + n * PIECE, PIECE)
+        columns = pl.ds(item.column * shape.columns + n * PIECE, PIECE)
         plgpu.copy_smem_to_gmem(smem.at[stored], out_ref.at[item.split, row, columns])
+
+
+def _results(shape: Shape, acc: Array, begin: int) -> Array:
+    """A piece of a tile's results, from the column `begin` on, in float32."""
+    first = acc[:, begin : begin + PIECE]
+    if shape.matrices == 1:
+        return first
+    second = acc[:, shape.columns + begin : shape.columns + begin + PIECE]
+    return first / (1 + jnp.exp2(first * -LOG2_E)) * second  # SiLU in operations that Mosaic lowers
 
 
 def _fetch(
@@ -233,7 +282,7 @@ def _fetch(
     config: Config,
     row_tiles: Array,
     x_ref: Any,
-    weights: Any,
+    weights: list[list[Any]],
     layer: Array,
     *,
     x_smem: Any,
@@ -242,23 +291,26 @@ def _fetch(
     ready: Any,
     used: Any,
 ) -> None:
-    tile = config.warpgroups * WGMMA_ROWS
+    # Few rows fill the first ones of a block only: what the others hold stays in them, and is not stored.
+    filled = pl.ds(0, shape.fetched)
 
     def over_item(item: Item, done: Array) -> None:
-        def copy_from(weight: Any, first: int) -> None:
+        def copy_from(matrices: list[Any], first: int) -> None:
             def step(k: Array, _: None) -> None:
                 slot = lax.rem(done + k, config.stages)
                 pl.when(done + k >= config.stages)(lambda: plgpu.barrier_wait(used.at[slot]))
+                rows = pl.ds(item.row * shape.fetched, shape.fetched)
                 inputs = pl.ds((item.begin + k) * DEPTH, DEPTH)
-                columns = pl.ds((item.column - first) * config.columns, config.columns)
-                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(item.row * tile, tile), inputs], x_smem.at[slot], ready.at[slot])
-                plgpu.copy_gmem_to_smem(weight.at[layer, inputs, columns], w_smem.at[slot], ready.at[slot])
+                columns = pl.ds((item.column - first) * shape.columns, shape.columns)
+                plgpu.copy_gmem_to_smem(x_ref.at[rows, inputs], x_smem.at[slot, filled], ready.at[slot])
+                for n, matrix in enumerate(matrices):
+                    plgpu.copy_gmem_to_smem(matrix.at[layer, inputs, columns], w_smem.at[slot, n], ready.at[slot])
 
             lax.fori_loop(0, item.end - item.begin, step, None)
 
-        for begin, end, weight in zip(shape.starts[:-1], shape.starts[1:], weights, strict=True):
+        for begin, end, matrices in zip(shape.starts[:-1], shape.starts[1:], weights, strict=True):
             mine = (item.column >= begin) & (item.column < end)
-            pl.when(mine)(functools.partial(copy_from, weight, begin))
+            pl.when(mine)(functools.partial(copy_from, matrices, begin))
 
     steps = _over_items(shape, config, row_tiles, over_item)
 

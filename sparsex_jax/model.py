@@ -119,8 +119,9 @@ def _finish(layer: Layer, kind: str, projected: Float[Array, "rows width"], rows
 def mlp(layer: Layer, hidden: Hidden, rows: Rows) -> Hidden:
     """SwiGLU, without the residual."""
     with jax.named_scope("mlp"):
-        gate, up = layer.linear(layer.norm("mlp_norm", hidden), "w_gate", "w_up", rows=rows)
-        (out,) = layer.linear(jax.nn.silu(gate) * up, "w_down", rows=rows)
+        normed, stacks = layer.norm("mlp_norm", hidden), layer.stacks
+        gated = layer.decoder.ops.gated_linear(normed, stacks["w_gate"], stacks["w_up"], layer.number, rows)
+        (out,) = layer.linear(gated, "w_down", rows=rows)
     return out
 
 

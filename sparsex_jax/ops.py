@@ -60,6 +60,20 @@ class Ops:
         specs = by_inputs if over_inputs else by_columns
         return self._over_heads(run, *specs)(x, tuple(weights), jnp.asarray(layer), rows.count)
 
+    def gated_linear(
+        self,
+        x: Float[Array, "rows inputs"],
+        gate: Float[Array, "layers inputs width"],
+        up: Float[Array, "layers inputs width"],
+        layer: Int[Array, ""] | int,
+        rows: Rows,
+    ) -> Float[Array, "rows width"]:
+        """`silu(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
+        weights = PartitionSpec(None, None, TENSOR_AXIS)
+        specs = (_ALL, weights, weights, _ALL, _ALL)
+        run = self._over_heads(kernels.gated_linear, specs, PartitionSpec(None, TENSOR_AXIS))
+        return run(x, gate, up, jnp.asarray(layer), rows.count)
+
     def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:
         specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
         attend = self._over_heads(kernels.paged_attention, specs, _HEADS)

@@ -276,8 +276,13 @@ class Undefined(Ops):
 
     def linear(self, x, weights, layer, rows, **options):
         outs = super().linear(x, weights, layer, rows, **options)
-        wanted = jnp.arange(len(x))[:, None] < rows.count
-        return tuple(jnp.where(wanted, out, jnp.nan) for out in outs)
+        return tuple(self.only_wanted(out, rows) for out in outs)
+
+    def gated_linear(self, x, gate, up, layer, rows):
+        return self.only_wanted(super().gated_linear(x, gate, up, layer, rows), rows)
+
+    def only_wanted(self, out, rows):
+        return jnp.where(jnp.arange(len(out))[:, None] < rows.count, out, jnp.nan)
 
 
 @pytest.mark.parametrize(

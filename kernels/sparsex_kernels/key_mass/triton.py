@@ -17,9 +17,7 @@ from sparsex_kernels.triton import Config, call, check_attention, little_shared_
 
 def default_config() -> Config:
     """What suits this device, for 16-bit types."""
-    if little_shared_memory():
-        return Config(packed=64, block=128, warps=4, stages=2)
-    return Config(packed=128, block=128, warps=8, stages=3)
+    return Config(packed=64, block=128, warps=4, stages=2 if little_shared_memory() else 3)
 
 
 def key_mass(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import (
+    check_nan_stays,
     copies,
     exact,
     exact_gated,
@@ -52,15 +53,53 @@ def test_attention(shape):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dim", "group"), [pytest.param(64, 3, marks=pytest.mark.slow), (128, 8)])
-def test_decode(dim, group, monkeypatch):
-    monkeypatch.setattr(hopper_decode, "PROGRAMS", 4)  # few, as each is slow to interpret
-    case = last_rows((300, 5, 64), dim=dim, group=group, kv_heads=1)
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Decode in few and large programs, as each is slow to interpret."""
+    monkeypatch.setattr(hopper_decode, "PROGRAMS", 4)
+    monkeypatch.setattr(hopper_decode, "MULTIPROCESSORS", 1)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [
+        pytest.param((300, 5, 64), {"dim": 128, "group": 8, "kv_heads": 1}, id="eight heads of 128"),
+        pytest.param(
+            (700, 5, 3), {"group": 3, "kv_heads": 3}, id="three heads, lengths differ", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_decode(lengths, heads, few_programs):
+    case = last_rows(lengths, **heads)
     attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="hopper"))
     out, lse = attend(*case)
     expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
     assert relative_error(out, expected) < 4e-3
+    assert not np.asarray(out[1]).any()  # padding
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
+def test_merge_reads_a_rows_own_parts_only():
+    """Two tiles of query heads; a row of many parts, one of none, one of one. All that is nobody's holds NaN."""
+    rng = np.random.default_rng(0)
+    partial, lse = np.full((40, 128, 16), np.nan, np.float32), np.full((40, 128), np.nan, np.float32)
+    partial[:37, :72], lse[:37, :72] = rng.normal(size=(37, 72, 16)), 20 * rng.normal(size=(37, 72))
+    spans = np.array([[0, 36], [36, 36], [36, 37]], np.int32)
+    merge = jax.jit(lambda *args: hopper_decode.merge(*args, q_heads=27, share=3, dtype=jnp.bfloat16))
+    out, out_lse = merge(partial, lse, spans)
+    heads = np.arange(72).reshape(9, 8)[:, :3].ravel()
+    partial, lse = partial[:, heads].astype(np.float64), lse[:, heads].astype(np.float64)
+    weights = np.exp2(lse[:36] - lse[:36].max(0))
+    expected = (partial[:36] * weights[..., None]).sum(0) / weights.sum(0)[:, None]
+    assert relative_error(out[0], expected) < 4e-3
+    assert not np.asarray(out[1]).any()
+    assert relative_error(out[2], partial[36]) < 4e-3
+    sums = [lse[:36].max(0) + np.log2(weights.sum(0)), np.full(27, -np.inf), lse[36]]
+    np.testing.assert_allclose(out_lse[:, heads], np.log(2) * np.stack(sums), rtol=1e-5)
+
+
+def test_nan_of_a_request_stays_with_it_in_decode(few_programs):
+    check_nan_stays(last_rows((130, 5, 70, 20), kv_heads=1), "hopper")
 
 
 @pytest.mark.parametrize("shape", SMALL[::2])

@@ -13,7 +13,7 @@ from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
 from sparsex_jax.cli import app
 from sparsex_jax.cli.bench import Workload, example_maps, parse_method
 from sparsex_jax.eval import lexicon, maps, metrics, plots, quality, regimes, results
-from sparsex_jax.eval.tasks import TASKS, make_sample, word_count
+from sparsex_jax.eval.tasks import CLOSED_TASKS, TASKS, make_sample, word_count
 from sparsex_jax.prompt import Kind
 
 SIZES = ((40, 1), (300, 4), (2000, 3))  # tokens of body, segments
@@ -46,7 +46,7 @@ def texts_of(sample):
 # Tasks and tokenizer ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", CLOSED_TASKS)
 def test_tokens_restore_every_text(task, tokenizer):
     for seed in range(12):
         for tokens, segments in SIZES:
@@ -58,7 +58,7 @@ def test_tokens_restore_every_text(task, tokenizer):
                 np.testing.assert_array_equal(lexicon.encode(text), ids)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", CLOSED_TASKS)
 @pytest.mark.parametrize(("tokens", "segments"), SIZES)
 def test_the_body_holds_every_answer_and_is_as_long_as_wanted(task, tokens, segments):
     sample = sample_of(task, 1, tokens, segments, questions=5)
@@ -75,6 +75,27 @@ def test_the_body_holds_every_answer_and_is_as_long_as_wanted(task, tokens, segm
 @pytest.mark.parametrize("task", TASKS)
 def test_samples_come_from_their_seed(task):
     assert sample_of(task, 5) == sample_of(task, 5) != sample_of(task, 6)
+
+
+@pytest.mark.parametrize("task", ["notes_codes", "notes_people", "notes_years"])
+def test_every_note_tells_another_answer(task):
+    for seed in range(20):
+        sample = make_sample(task, np.random.default_rng(seed), 400, num_segments=5, num_questions=5)
+        assert len({segment.split(" of ")[0] for segment in sample.segments}) == len(sample.questions) == 5
+        for segment in sample.segments:
+            assert not re.search(r"[{}]|\.\.", segment)
+            assert segment.endswith(".\n")
+        for question in sample.questions:
+            (answer,) = question.answers
+            asked = re.search(r"(?:code of the|Who is the|was the) ([\w ]+?)(?: built)?\?", question.text).group(1)
+            telling = [segment for segment in sample.segments if answer in segment]
+            assert len(telling) == 1 or task == "notes_people"
+            assert any(f" {asked} " in segment or f"the {asked}:" in segment for segment in telling)
+
+
+def test_what_the_tokenizer_cannot_spell_is_refused(tokenizer):
+    with pytest.raises(InvalidRequestError, match="'notes_codes' has words"):
+        regimes.tokenize(make_sample("notes_codes", np.random.default_rng(0), 400), tokenizer)
 
 
 def test_lengths_follow_the_given_count():

@@ -13,6 +13,7 @@ from kernel_cases import (
     dense,
     exact,
     exact_gated,
+    gated_stacks,
     last_rows,
     relative_error,
     same,

@@ -45,11 +45,18 @@ class Case:
 
 
 def tokenize(sample: Sample, tokenizer: Any, question: int = 0) -> Case:
-    """The parts of the prompt that asks one of the sample's questions."""
+    """The parts of the prompt that asks one of the sample's questions.
+
+    Raises:
+      InvalidRequestError: the tokenizer has no token for some of the words.
+    """
     text = sample.questions[question].text
     opening, closing = _around(tokenizer, sample.instruction, text)
     earlier, _ = _around(tokenizer, lexicon.EARLIER_INSTRUCTION, text)
-    return Case(earlier, opening, tuple(encode(tokenizer, segment) for segment in sample.segments), closing)
+    case = Case(earlier, opening, tuple(encode(tokenizer, segment) for segment in sample.segments), closing)
+    if tokenizer.unk_token_id in case.prompt:
+        raise InvalidRequestError(f"task={sample.task!r} has words that this model's tokenizer does not know")
+    return case
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = False) -> Tokens:

@@ -1,5 +1,7 @@
 """Tasks like RULER's, and two kinds of real use, generated from seeds at any length.
 
+Most are made of a closed vocabulary, for a model trained on them; the notes are for models that read English.
+
 A sample is what reuse sees in practice: a fresh instruction, a body of segments that are in the store, and a
 fresh question. No answer depends on the order of the segments, so that they can come back in another order.
 """
@@ -10,11 +12,11 @@ import dataclasses
 import itertools
 import string
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsex_jax.eval import lexicon
+from sparsex_jax.eval import lexicon, notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ def make_sample(
     if min(num_tokens, num_segments, num_questions) < 1:
         raise ValueError("num_tokens, num_segments and num_questions must be at least 1")
     body = _TASKS[task](rng, Size(num_tokens, num_segments, num_questions, count))
-    return Sample(task, lexicon.INSTRUCTIONS[task] + body.opening, tuple(body.segments), tuple(body.questions))
+    instruction = lexicon.INSTRUCTIONS.get(task, notes.INSTRUCTION)
+    return Sample(task, instruction + body.opening, tuple(body.segments), tuple(body.questions))
 
 
 # Retrieval --------------------------------------------------------------------------------------------------
@@ -279,6 +282,47 @@ def _turn(rng: np.random.Generator, said: str) -> str:
     return lexicon.CHAT_TURN.format(user=said, assistant=lexicon.CHAT_REPLIES[rng.integers(len(lexicon.CHAT_REPLIES))])
 
 
+def notes_codes(rng: np.random.Generator, size: Size) -> Body:
+    """A note a segment, about a place of another kind; asked is the access code that one of them tells."""
+    return _notes(rng, size, notes.CODE_QUESTION, "code")
+
+
+def notes_people(rng: np.random.Generator, size: Size) -> Body:
+    """The same notes; asked is who runs one of the places."""
+    return _notes(rng, size, notes.KEEPER_QUESTION, "name")
+
+
+def notes_years(rng: np.random.Generator, size: Size) -> Body:
+    """The same notes; asked is when one of the places was built."""
+    return _notes(rng, size, notes.YEAR_QUESTION, "year")
+
+
+def _notes(rng: np.random.Generator, size: Size, question: str, answer: str) -> Body:
+    """As many notes as segments, while there are kinds of places; a note has the length that it has."""
+    number = min(size.num_segments, len(notes.KINDS))
+    kinds = [notes.KINDS[i] for i in rng.permutation(len(notes.KINDS))[:number]]
+    fields = [
+        kind._asdict() | {"lower": kind.place.lower(), "town": town, "code": code, "year": year, "name": _name(rng)}
+        for kind, town, code, year in zip(
+            kinds,
+            _pick(rng, lexicon.TOWNS, number),
+            _numbers(rng, number, 4),
+            (rng.permutation(300)[:number] + 1650).tolist(),
+            strict=True,
+        )
+    ]
+    segments = [_note(rng, at, each) for at, each in enumerate(fields, start=1)]
+    asked = [fields[i] for i in rng.permutation(number)[: size.num_questions]]
+    return Body(segments, [Question(question.format(**each), (str(each[answer]),)) for each in asked])
+
+
+def _note(rng: np.random.Generator, number: int, fields: dict[str, Any]) -> str:
+    """Four of the kind's sentences, with the facts between them."""
+    one, two, three, four = (fields["sentences"][i] for i in rng.permutation(len(fields["sentences"]))[:4])
+    said = [notes.TITLE, one, notes.KEEPER, two, notes.CODE, three, notes.YEAR, four]
+    return notes.NOTE.format(text=" ".join(said), number=number, **fields).format(**fields)
+
+
 def agents(rng: np.random.Generator, size: Size) -> Body:
     """A problem and what agents answered to it; asked is the same thing of two of them."""
     names = _pick(rng, lexicon.FIRST_NAMES, max(size.num_segments - 1, 2))
@@ -411,5 +455,10 @@ _TASKS: dict[str, Callable[[np.random.Generator, Size], Body]] = {
     "chat": chat,
     "agents": agents,
     "mk_niah": mk_niah,
+    "notes_codes": notes_codes,
+    "notes_people": notes_people,
+    "notes_years": notes_years,
 }
 TASKS = tuple(_TASKS)
+# Those made of the closed vocabulary alone, which a tiny model can learn.
+CLOSED_TASKS = tuple(task for task in TASKS if task in lexicon.INSTRUCTIONS)

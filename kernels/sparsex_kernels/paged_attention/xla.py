@@ -65,7 +65,8 @@ def paged_attention(
 
     if q.shape[0] <= FEW_ROWS and jax.default_backend() != "cpu":
         return gather.paged_attention(q, store, layer, positions, requests, page_tables, scale, return_lse)
-    tile = min(row_tile(), q.shape[0])
+    alone = q.shape[0] <= page_tables.shape[0]  # a row a request: together they would see each other's keys for nothing
+    tile = 1 if alone else min(row_tile(), q.shape[0])
     grouped = pad_rows(group_heads(q, store), tile)
     positions, requests = pad_rows(positions, tile, -1), pad_rows(requests, tile)
     nothing = jnp.zeros_like(grouped), jnp.full(grouped.shape[:3], -jnp.inf)

@@ -78,13 +78,13 @@ def methods(num_layers: int) -> dict[str, ReuseConfig]:
 # The engine -------------------------------------------------------------------------------------------------
 
 
-def make_prompt(engine: Engine, length: int, segments: int, reused: float, rng: np.random.Generator) -> np.ndarray:
-    """Stored segments with fresh tokens before and behind each; the namespace is the length's."""
-    vocabulary = engine.model.vocab_size
+def make_prompt(engine: Engine, length: int, segments: int, reused: float, namespace: str) -> np.ndarray:
+    """Segments stored in the namespace, with fresh tokens before and behind each."""
+    vocabulary, rng = engine.model.vocab_size, np.random.default_rng([*namespace.encode()])  # no other case's tokens
     each = int(length * reused) // segments
     stored = [rng.integers(1, vocabulary, each) for _ in range(segments)]
     for segment in stored:
-        engine.remember(segment, namespace=str(length))
+        engine.remember(segment, namespace=namespace)
     fresh = np.array_split(rng.integers(1, vocabulary, length - each * segments), segments + 1)
     pieces = [piece for pair in zip(fresh, stored, strict=False) for piece in pair]
     return np.concatenate([*pieces, fresh[-1]]).astype(np.int32)
@@ -93,21 +93,19 @@ def make_prompt(engine: Engine, length: int, segments: int, reused: float, rng: 
 def first_tokens(
     engine: Engine, length: int, segments: int, reused: float, runs: int, asked: dict[str, ReuseConfig]
 ) -> Iterator[Row]:
-    prompt = make_prompt(engine, length, segments, reused, np.random.default_rng(length))
     work = f"TTFT, {length} tokens, {reused:.0%} reused in {segments}"
+    prompt = make_prompt(engine, length, segments, reused, work)
     full = None
     for name, reuse in asked.items():
-        reports = [
-            engine.prefill(prompt, reuse=reuse, namespace=str(length), keep=False).report for _ in range(runs + 1)
-        ][1:]
+        reports = [engine.prefill(prompt, reuse=reuse, namespace=work, keep=False).report for _ in range(runs + 1)][1:]
         milliseconds = 1e3 * statistics.median(report.ttft_s for report in reports)
         full = full or milliseconds
         computed = reports[0].computed_fraction
-        predicted = predict(engine, prompt, reuse, str(length))
+        predicted = predict(engine, prompt, reuse, work)
         yield Row(work, name, milliseconds, "ms", full * computed, predicted, computed)
         if name == FULL:
             yield Row(work, "plain scan", plain_milliseconds(engine, prompt, runs), "ms")
-    yield Row(work, "host, before the device", host_milliseconds(engine, prompt, reuse, str(length)), "ms")
+    yield Row(work, "host, before the device", host_milliseconds(engine, prompt, reuse, work), "ms")
 
 
 def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float | None:

@@ -42,6 +42,13 @@ def test_first_tokens_of_a_prompt_of_stored_segments(tiny):
     json.dumps([dataclasses.asdict(row) for row in rows])
 
 
+def test_cases_share_no_tokens(tiny):
+    for segments, reused in ((3, 0.8), (3, 0.4), (1, 0.4)):
+        rows = list(bench.first_tokens(tiny, 120, segments, reused, runs=1, asked={"naive": ReuseConfig("naive")}))
+        stored = int(120 * reused) // segments * segments
+        assert rows[0].computed == pytest.approx((120 - stored) / 120, abs=0.02)
+
+
 def test_a_step_reads_all_weights_but_the_table_and_the_keys_and_values(tiny):
     params = jax.tree.leaves(tiny.runner.params)
     table = 0 if TINY.tied_embeddings else tiny.runner.params["embed"].nbytes

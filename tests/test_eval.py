@@ -173,6 +173,20 @@ def test_unknown_tasks_and_sizes_are_refused():
 # Regimes ----------------------------------------------------------------------------------------------------
 
 
+def test_donors_of_context_stood_behind_the_opening_and_segments_of_no_prompt(engine):
+    cells = [("niah", "context", index) for index in (0, 1)]
+    asked = quality.prepare_batch(engine, cells, 200, seed=0, num_segments=4)
+    samples = [make_sample("niah", np.random.default_rng([0, TASKS.index("niah"), index]), 200) for index in (0, 1)]
+    opening = regimes.tokenize(samples[0], engine.tokenizer).opening
+    for one, sample in zip(asked, samples, strict=True):
+        report = quality.ask(engine, [one], ReuseConfig("naive"), timed=False)[0].report
+        assert report.prefix_tokens == len(opening)  # it stays stored, where it is exact
+        segments = regimes.tokenize(sample, engine.tokenizer).segments
+        assert report.reused_tokens == sum(map(len, segments))
+    before = [engine.entries(one.namespace)[0].num_tokens for one in asked]
+    assert before[0] == before[1] > len(opening)
+
+
 @pytest.mark.parametrize("regime", regimes.REGIMES)
 @pytest.mark.parametrize("task", ["vt", "chat"])
 def test_the_body_is_reused(engine, regime, task):

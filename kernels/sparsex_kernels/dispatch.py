@@ -20,6 +20,7 @@ SEEN_RIGHT: Mapping[str, frozenset[str]] = {
     "align_and_copy": frozenset({"hopper", "triton"}),
     "write_kv": frozenset({"hopper", "triton"}),
     "linear": frozenset({"hopper"}),
+    "gated_linear": frozenset({"hopper"}),
 }
 
 _preferred: ContextVar[tuple[str, ...] | None] = ContextVar("preferred", default=None)

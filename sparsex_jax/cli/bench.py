@@ -45,8 +45,9 @@ class Workload:
 
     @property
     def store_tokens(self) -> int:
-        """Enough for the donors and prompts of a batch at the same time."""
-        return self.batch * (2 * (self.length + self.length // 8 + _AROUND) + 64 * self.segments)
+        """Enough for the donors and prompts of a batch at the same time, and for what stood before donors."""
+        bodies = 3 if "context" in self.regimes else 2
+        return self.batch * (bodies * (self.length + self.length // 8 + _AROUND) + 64 * self.segments)
 
 
 def run(model: str, dtype: str, workload: Workload, *, out: Path | None, as_json: bool) -> None:

@@ -117,23 +117,40 @@ def prepare_batch(engine: Engine, batch: Batch, num_tokens: int, seed: int, num_
     asked = []
     for task, regime, index in batch:
         rng = np.random.default_rng([seed, TASKS.index(task), index])
-        sample = make_sample(task, rng, num_tokens, num_segments, count=lambda text: len(_encode(engine, text)))
+        sample = _sample(engine, task, rng, num_tokens, num_segments)
         namespace = f"quality/{task}/{regime}/{seed}/{index}"
-        asked.append(prepare(engine, sample, regime, namespace, rng, share=len(batch)))
+        examples = _examples(engine, task, num_tokens, num_segments) if regime == "context" else ()
+        asked.append(prepare(engine, sample, regime, namespace, rng, share=len(batch), examples=examples))
     return asked
 
 
+def _examples(engine: Engine, task: str, num_tokens: int, num_segments: int) -> tuple[str, ...]:
+    """Segments for the regime `context`: the same for all samples of a task, whatever their seed."""
+    return _sample(engine, task, np.random.default_rng(TASKS.index(task)), num_tokens, num_segments).segments
+
+
+def _sample(engine: Engine, task: str, rng: np.random.Generator, num_tokens: int, num_segments: int) -> Sample:
+    return make_sample(task, rng, num_tokens, num_segments, count=lambda text: len(_encode(engine, text)))
+
+
 def prepare(
-    engine: Engine, sample: Sample, regime: str, namespace: str, rng: np.random.Generator, share: int = 1
+    engine: Engine,
+    sample: Sample,
+    regime: str,
+    namespace: str,
+    rng: np.random.Generator,
+    share: int = 1,
+    examples: Sequence[str] = (),
 ) -> Asked:
     """Ask the sample's first question of segments that came into the store as the regime says.
 
     Args:
       share: so many samples share the store; each must find room for its donors and its prompt.
+      examples: segments of the same kind, which the regime `context` wants.
     """
     question = sample.questions[0]
     new_tokens = 2 * len(_encode(engine, question.reference)) + 16  # chat models say more than asked
-    case = regimes.tokenize(sample, engine.tokenizer)
+    case = regimes.tokenize(sample, engine.tokenizer, examples=examples)
     regimes.check_room(engine, case, new_tokens, share)
     case = regimes.REGIMES[regime](engine, case, namespace, rng)
     return Asked(case.prompt, namespace, SamplingParams(max_new_tokens=new_tokens), question.answers)

@@ -2,14 +2,15 @@
 
 `joint`: all of them were prefilled together in one earlier prompt, behind another instruction. `independent`: each
 was prefilled alone, and the prompt has them in another order. `preamble`: as independent, but each was prefilled
-behind a short text that was dropped. Parts are tokenised one by one and their ids joined, so that a segment has the
-same tokens wherever it stands.
+behind a short text that was dropped. `context`: that text is what a server can know beforehand, the instruction that
+prompts begin with and some segments of the same kind that are in none of them; it stays stored. Parts are tokenised one
+by one and their ids joined, so that a segment has the same tokens wherever it stands.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,20 +33,29 @@ class Case:
       earlier: what stood before the segments when they were prefilled together, or before each.
       opening: what stands before them now: the instruction, in the model's chat template if it has one.
       closing: the question, and what makes the model answer.
+      examples: segments of the same kind that the prompt does not have.
     """
 
     earlier: Tokens
     opening: Tokens
     segments: tuple[Tokens, ...]
     closing: Tokens
+    examples: tuple[Tokens, ...] = ()
 
     @property
     def prompt(self) -> Tokens:
         return np.concatenate([self.opening, *self.segments, self.closing])
 
+    @property
+    def context(self) -> Tokens:
+        return np.concatenate([self.opening, *self.examples])
 
-def tokenize(sample: Sample, tokenizer: Any, question: int = 0) -> Case:
+
+def tokenize(sample: Sample, tokenizer: Any, question: int = 0, examples: Sequence[str] = ()) -> Case:
     """The parts of the prompt that asks one of the sample's questions.
+
+    Args:
+      examples: segments of the same kind that are not in it.
 
     Raises:
       InvalidRequestError: the tokenizer has no token for some of the words.
@@ -53,7 +63,8 @@ def tokenize(sample: Sample, tokenizer: Any, question: int = 0) -> Case:
     text = sample.questions[question].text
     opening, closing = _around(tokenizer, sample.instruction, text)
     earlier, _ = _around(tokenizer, lexicon.EARLIER_INSTRUCTION, text)
-    case = Case(earlier, opening, tuple(encode(tokenizer, segment) for segment in sample.segments), closing)
+    segments, others = (tuple(encode(tokenizer, text) for text in texts) for texts in (sample.segments, examples))
+    case = Case(earlier, opening, segments, closing, others)
     if tokenizer.unk_token_id in case.prompt:
         raise InvalidRequestError(f"task={sample.task!r} has words that this model's tokenizer does not know")
     return case
@@ -93,6 +104,13 @@ def _preamble(engine: Engine, case: Case, namespace: str, rng: np.random.Generat
     return _shuffled(case, rng)
 
 
+def _context(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
+    engine.remember(case.context, namespace=namespace)
+    for segment in case.segments:
+        engine.remember(segment, namespace=namespace, preamble=case.context)
+    return _shuffled(case, rng)
+
+
 def _shuffled(case: Case, rng: np.random.Generator) -> Case:
     order = rng.permutation(len(case.segments))
     return dataclasses.replace(case, segments=tuple(case.segments[i] for i in order))
@@ -102,6 +120,7 @@ REGIMES: dict[str, Callable[[Engine, Case, str, np.random.Generator], Case]] = {
     "joint": _joint,
     "independent": _independent,
     "preamble": _preamble,
+    "context": _context,
 }
 
 
@@ -113,7 +132,8 @@ def check_room(engine: Engine, case: Case, new_tokens: int, share: int = 1) -> N
         reuse.
     """
     page_size = engine.config.page_size
-    lengths = [len(case.earlier), *map(len, case.segments), len(case.prompt) + new_tokens]
+    before = max(len(case.earlier), len(case.context))
+    lengths = [before, *map(len, case.segments), len(case.prompt) + new_tokens]
     needed = share * sum(-(-length // page_size) for length in lengths)
     if needed > engine.config.num_pages:
         raise InvalidRequestError(

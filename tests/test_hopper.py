@@ -21,7 +21,7 @@ from kernel_cases import (
 import sparsex_kernels as kernels
 from sparsex_kernels.dispatch import prefer
 from sparsex_kernels.linear import hopper as linear_hopper
-from sparsex_kernels.paged_attention import hopper_decode
+from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
 
 
 def hopper(operation):
@@ -57,7 +57,7 @@ def test_attention(shape):
 def few_programs(monkeypatch):
     """Decode in few and large programs, as each is slow to interpret."""
     monkeypatch.setattr(hopper_decode, "PROGRAMS", 4)
-    monkeypatch.setattr(hopper_decode, "MULTIPROCESSORS", 1)
+    monkeypatch.setattr(hopper_merge, "MULTIPROCESSORS", 1)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_merge_reads_a_rows_own_parts_only():
     partial, lse = np.full((40, 128, 16), np.nan, np.float32), np.full((40, 128), np.nan, np.float32)
     partial[:37, :72], lse[:37, :72] = rng.normal(size=(37, 72, 16)), 20 * rng.normal(size=(37, 72))
     spans = np.array([[0, 36], [36, 36], [36, 37]], np.int32)
-    merge = jax.jit(lambda *args: hopper_decode.merge(*args, q_heads=27, share=3, dtype=jnp.bfloat16))
+    merge = jax.jit(lambda *args: hopper_merge.merge(*args, q_heads=27, share=3, dtype=jnp.bfloat16))
     out, out_lse = merge(partial, lse, spans)
     heads = np.arange(72).reshape(9, 8)[:, :3].ravel()
     partial, lse = partial[:, heads].astype(np.float64), lse[:, heads].astype(np.float64)

@@ -28,10 +28,10 @@ NOTE = "Note {number}, from the {lower}:\n{text}\n"
 CODE_QUESTION = "What is the access code of the {locked}?"
 KEEPER_QUESTION = "Who is the {keeper}?"
 YEAR_QUESTION = "In which year was the {lower} built?"
-INSTRUCTION = (
-    "You are a helpful assistant. Answer in one short sentence from the notes.\n"
-    "Five notes came in today, in no particular order.\n"
-)
+INSTRUCTION = "You are a helpful assistant. Answer in one short sentence from the notes.\n"
+OPENING = "{count} came in today, in no particular order.\n"
+_WORDS = "Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve Thirteen Fourteen"
+COUNTS = ("One note", *(f"{word} notes" for word in _WORDS.split()))
 
 KINDS = (
     Kind(

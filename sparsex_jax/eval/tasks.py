@@ -313,7 +313,8 @@ def _notes(rng: np.random.Generator, size: Size, question: str, answer: str) -> 
     ]
     segments = [_note(rng, at, each) for at, each in enumerate(fields, start=1)]
     asked = [fields[i] for i in rng.permutation(number)[: size.num_questions]]
-    return Body(segments, [Question(question.format(**each), (str(each[answer]),)) for each in asked])
+    questions = [Question(question.format(**each), (str(each[answer]),)) for each in asked]
+    return Body(segments, questions, notes.OPENING.format(count=notes.COUNTS[number - 1]))
 
 
 def _note(rng: np.random.Generator, number: int, fields: dict[str, Any]) -> str:

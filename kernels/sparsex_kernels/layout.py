@@ -55,3 +55,8 @@ def pad_rows(x: jax.Array, tile: int, fill: int = 0) -> jax.Array:
 def take_tile(i: jax.Array, tile: int, *arrays: jax.Array) -> list[jax.Array]:
     """The i-th `tile` entries along the leading axis of each array."""
     return [jax.lax.dynamic_slice_in_dim(x, i * tile, tile) for x in arrays]
+
+
+def row_a_request(q: Queries, page_tables: PageTables) -> bool:
+    """No more rows than requests, as in decode: a tile of rows would read every key for one of them."""
+    return q.shape[0] <= page_tables.shape[0]

@@ -20,6 +20,7 @@ from sparsex_kernels.layout import PageTables, Queries, Store
 
 LOG2_E = 1.4426950408889634  # scores are kept in base 2, so that exponentials are one instruction
 WGMMA_ROWS = 64  # rows of one warpgroup's product
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row of it
 MASKED = -1e30  # finite, so that a row which has seen no key yet does not make NaN of inf - inf
 SWIZZLE = 128  # bytes; tiles of 8 rows x 128 bytes
 MULTIPROCESSORS = 132  # of an H100 or H200: what work is cut for; others run the same programs

@@ -1,7 +1,7 @@
 """Short notes about places, as coherent as a real one: for models that read English but were not trained on the tasks.
 
-The other tasks' sentences follow from nothing, which confuses a small chat model more than any reuse does. None of
-these words is in the closed vocabulary of `lexicon`.
+The other tasks' sentences follow from nothing, which confuses a small chat model more than any reuse does. Most of
+these words are not in the closed vocabulary of `lexicon`.
 """
 
 from __future__ import annotations

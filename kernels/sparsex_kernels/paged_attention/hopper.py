@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, pad_rows
+from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, pad_rows, row_a_request
 from sparsex_kernels.mosaic import (
     LOG2_E,
     MASKED,
+    ROWS,
     WGMMA_ROWS,
     as_scalar,
     check_attention,
@@ -34,8 +35,6 @@ from sparsex_kernels.mosaic import (
     tiled_smem,
 )
 from sparsex_kernels.paged_attention.hopper_decode import decode
-
-ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row of a product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +86,7 @@ def paged_attention(
     config: Config = Config(),
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`."""
-    if q.shape[0] <= page_tables.shape[0]:  # a row a request: tiles of rows would read every key for one of them
+    if row_a_request(q, page_tables):
         out, out_lse = decode(q, store, layer, positions, requests, page_tables, scale)
         return (out, out_lse) if return_lse else out
     results = attend(q, store, layer, positions, requests, page_tables, scale, lse=return_lse, config=config)

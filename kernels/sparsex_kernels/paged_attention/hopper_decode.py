@@ -21,6 +21,7 @@ from sparsex_kernels.mosaic import (
     LOG2_E,
     MASKED,
     MULTIPROCESSORS,
+    ROWS,
     WGMMA_ROWS,
     as_scalar,
     check_attention,
@@ -38,7 +39,6 @@ from sparsex_kernels.paged_attention.parts import key_parts
 BLOCK = 64  # keys a step
 STAGES = 5  # blocks in flight
 PROGRAMS = 4 * MULTIPROCESSORS  # parts to aim at: some for each multiprocessor
-ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
 class Shape(NamedTuple):

@@ -16,12 +16,11 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from sparsex_kernels.layout import Queries
-from sparsex_kernels.mosaic import LOG2_E, MASKED, MULTIPROCESSORS, WGMMA_ROWS, kernel
+from sparsex_kernels.mosaic import LOG2_E, MASKED, MULTIPROCESSORS, ROWS, WGMMA_ROWS, kernel
 
 SHARE = 8  # rows of a product that are stored; at most so many query heads share a tile
 MERGERS = 4  # warpgroups that share a row's parts
 IN_FLIGHT = 64  # columns that each of them loads at a time, over several parts
-ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
 class MergeShape(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
+from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, row_a_request
 from sparsex_kernels.mosaic import LOG2_E, heads_a_tile
 from sparsex_kernels.paged_attention.parts import key_parts
 from sparsex_kernels.triton import (
@@ -42,7 +42,7 @@ def paged_attention(
     config: Config | None = None,
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`."""
-    if q.shape[0] <= page_tables.shape[0]:  # a row a request: tiles of rows would read every key for one of them
+    if row_a_request(q, page_tables):
         out, lse = decode(q, store, layer, positions, requests, page_tables, scale)
     else:
         out, lse = attend(q, store, layer, positions, requests, page_tables, scale, config=config)

@@ -20,6 +20,7 @@ from sparsex_kernels.layout import (
     group_heads,
     num_tiles,
     pad_rows,
+    row_a_request,
     take_tile,
 )
 from sparsex_kernels.paged_attention import gather
@@ -65,8 +66,7 @@ def paged_attention(
 
     if q.shape[0] <= FEW_ROWS and jax.default_backend() != "cpu":
         return gather.paged_attention(q, store, layer, positions, requests, page_tables, scale, return_lse)
-    alone = q.shape[0] <= page_tables.shape[0]  # a row a request: together they would see each other's keys for nothing
-    tile = 1 if alone else min(row_tile(), q.shape[0])
+    tile = 1 if row_a_request(q, page_tables) else min(row_tile(), q.shape[0])
     grouped = pad_rows(group_heads(q, store), tile)
     positions, requests = pad_rows(positions, tile, -1), pad_rows(requests, tile)
     nothing = jnp.zeros_like(grouped), jnp.full(grouped.shape[:3], -jnp.inf)

@@ -136,10 +136,10 @@ def test_align_and_copy(kv_heads, dim, implementation):
     assert same(moved[:, :, 1], expected[:, :, 1])
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("jax_triton"), reason="needs jax_triton")
-def test_nan_of_a_request_stays_with_it():
-    """In the Triton kernels: the others' tiles may hold rows of several requests."""
-    check_nan_stays(scattered((700, 30, 250, 2), 400, dim=128), "triton")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_nan_of_a_request_stays_with_it(dim, implementation):
+    """The others' tiles may hold rows of several requests."""
+    check_nan_stays(scattered((700, 30, 250, 2), 400, dim=dim, kv_heads=8), implementation)
 
 
 @pytest.mark.parametrize("lengths", [(5000, 37, 2500, 64), (70, 1, 16000, 129, 2500) * 2], ids=["few", "more"])

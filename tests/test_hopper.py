@@ -102,6 +102,10 @@ def test_nan_of_a_request_stays_with_it_in_decode(few_programs):
     check_nan_stays(last_rows((130, 5, 70, 20), kv_heads=1), "hopper")
 
 
+def test_nan_of_a_request_stays_with_it_where_tiles_are_shared():
+    check_nan_stays(scattered((150, 3, 70, 2), 60, kv_heads=1), "hopper")
+
+
 @pytest.mark.parametrize("shape", SMALL[::2])
 def test_key_mass(shape):
     case = scattered(**shape)

@@ -3,8 +3,9 @@
 A program owns a tile of consecutive rows and the query heads of one KV head: each compute warpgroup has the rows
 `[head, row]` packed into the 64 rows of its matrix products, so that a K or V block is read once for all of them.
 One more warpgroup fetches K and V blocks by TMA through the page tables. A tile may hold rows of several requests:
-the program folds the keys of one after the other, and a row sees only its own. Tiles need no cutting so, and every
-output tile is stored once.
+the program folds the keys of one after the other, from the start each time, and keeps each row's result of its own
+request; what is not finite in another's keys or values never reaches it. Tiles need no cutting so, and every output
+tile is stored once.
 """
 
 import dataclasses
@@ -140,15 +141,15 @@ def tile_spans(
     positions: RowInts, requests: RowInts, tile: int, num_requests: int, block: int
 ) -> tuple[Int[Array, "tiles requests 2"], Int[Array, "tiles 2"]]:
     """Which keys a tile of rows reads: per request the last position and the blocks that every row of the tile
-    sees in full; and the first and one behind the last request of the tile."""
+    sees in full; and the first and one behind the last request of the tile, of which a tile of padding has one too."""
     positions, requests = positions.reshape(-1, tile), requests.reshape(-1, tile)
     live = positions >= 0
     own = live[..., None] & (requests[..., None] == jnp.arange(num_requests))
     last = jnp.max(jnp.where(own, positions[..., None], -1), axis=1)
     first = jnp.min(jnp.where(own, positions[..., None], 2**30), axis=1)
     full = jnp.where(own.all(axis=1), (first + 1) // block, 0)
-    begin = jnp.min(jnp.where(live, requests, num_requests), axis=1)
-    end = jnp.max(jnp.where(live, requests, -1), axis=1) + 1
+    begin = jnp.min(jnp.where(live, requests, num_requests - 1), axis=1)
+    end = jnp.max(jnp.where(live, requests, begin[:, None]), axis=1) + 1
     ranges = jnp.stack([begin, end], axis=-1)
     return jnp.stack([last, full], axis=-1).astype(jnp.int32), ranges.astype(jnp.int32)
 
@@ -233,6 +234,7 @@ def _compute(
     tile, head, wg = program
     packed = (WGMMA_ROWS, config.block)
     q_smem, k_smem, v_smem = scratch["q_smem"].at[wg], scratch["k_smem"], scratch["v_smem"]
+    lse_smem = scratch["lse_smem"].at[wg]
     row = (tile * config.warpgroups + wg) * shape.rows
     q_ready = scratch["q_ready"].at[wg]
     for h in range(shape.share):
@@ -265,10 +267,9 @@ def _compute(
 
         return pl.run_state(product)(plgpu.ACC.init(acc))
 
-    def over_request(request: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def over_request(request: Array, first_step: Array) -> Array:
         last, full = spans_ref[tile, request, 0], spans_ref[tile, request, 1]
         bound = jnp.where(owners == request, positions, -1)
-        first_step = state[0]
 
         def step(masked: bool, i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             acc, top, total = state
@@ -299,36 +300,46 @@ def _compute(
             return acc, new_top, total
 
         blocks = lax.div(last + config.block, config.block)  # last is -1 where the tile has no row of the request
-        inner = lax.fori_loop(0, full, functools.partial(step, False), state[1:])
-        inner = lax.fori_loop(full, blocks, functools.partial(step, True), inner)
-        return first_step + blocks, *inner
+        state = lax.fori_loop(0, full, functools.partial(step, False), _nothing(shape))
+        state = lax.fori_loop(full, blocks, functools.partial(step, True), state)
+        keep_result(bound < 0, *state)
+        return first_step + blocks
 
-    width = shape.head_dim if shape.values else 8
-    state = (
-        jnp.int32(0),
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((WGMMA_ROWS,), MASKED, jnp.float32), ROWS),
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), ROWS),
-    )
+    def keep_result(others: Array, acc: Array, top: Array, total: Array) -> None:
+        """Queries make room for the output of their rows: they are not needed any more. Padding gets 0."""
+        others &= positions >= 0
+        if shape.values:
+            square = functools.partial(lax.broadcast_in_dim, shape=acc.shape, broadcast_dimensions=[0])
+            out = jnp.where(square(total) == 0, 0.0, acc / square(total)).astype(shape.dtype)
+            held = plgpu.load(q_smem, layout=plgpu.Layout.WGMMA)
+            q_smem[...] = jnp.where(square(others), held, out)
+        if shape.lse:
+            lse_smem[...] = jnp.where(others, plgpu.load(lse_smem, layout=ROWS), (top + jnp.log2(total)) / LOG2_E)
+        plgpu.commit_smem()
+
     if alternate:
         pl.when(wg == 1)(take_turn)
-    _, acc, top, total = lax.fori_loop(*requests, over_request, state)
+    lax.fori_loop(*requests, over_request, jnp.int32(0))
     if alternate:
         pl.when(wg == 0)(take_turn)
 
-    if shape.values:
-        seen = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # padding sees nothing and gets 0
-        q_smem[...] = (acc / lax.broadcast_in_dim(seen, acc.shape, [0])).astype(shape.dtype)
-    if shape.lse:
-        scratch["lse_smem"].at[wg][...] = (top + jnp.log2(total)) / LOG2_E
-    plgpu.commit_smem()
     if shape.values:
         for h in range(shape.share):
             target = outs[0].at[pl.ds(row, shape.rows), head * shape.share + h]
             plgpu.copy_smem_to_gmem(q_smem.at[pl.ds(h * shape.rows, shape.rows)], target)
     if shape.lse:
-        plgpu.copy_smem_to_gmem(scratch["lse_smem"].at[wg], outs[-1].at[head, tile, wg])
+        plgpu.copy_smem_to_gmem(lse_smem, outs[-1].at[head, tile, wg])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _nothing(shape: Shape) -> tuple[Array, Array, Array]:
+    """The softmax of rows that have seen no key: weighted values, largest score in base 2, and sum of weights."""
+    width = shape.head_dim if shape.values else 8
+    return (
+        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((WGMMA_ROWS,), MASKED, jnp.float32), ROWS),
+        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), ROWS),
+    )
 
 
 def _fetch(

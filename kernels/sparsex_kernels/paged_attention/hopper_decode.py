@@ -38,7 +38,7 @@ from sparsex_kernels.paged_attention.parts import key_parts
 
 BLOCK = 64  # keys a step
 STAGES = 5  # blocks in flight
-PROGRAMS = 4 * MULTIPROCESSORS  # parts to aim at: some for each multiprocessor
+PROGRAMS = 2 * MULTIPROCESSORS  # parts to aim at; more have more to merge, fewer leave a long request short of loads
 
 
 class Shape(NamedTuple):

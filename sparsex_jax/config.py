@@ -179,7 +179,7 @@ class ReuseConfig:
 
     Attributes:
       method: a name in `sparsex_jax.methods.METHODS`: full, prefix, naive, epic, cacheblend, sparsex, random,
-        prophetkv.
+        prophetkv, focus.
       boundary_layer: `l*`; layers before it compute every non-prefix token. None takes 1/6 of the layers
         (cacheblend: layer 1). 0 scores with layer 0 and runs all layers sparse; the number of layers is full
         recompute.
@@ -196,9 +196,12 @@ class ReuseConfig:
 
       coverage: choose key tokens, best first, until the tokens computed hold this share of the fresh queries'
         attention on reused tokens, in (0, 1]. `recompute_ratio` is the upper bound then. None: always all of it.
+      focus: sparsex and prophetkv score by the fourth powers of the attention instead of the attention itself: by the
+        heads that look firmly at something. The method focus always does.
       head_tokens: the first so many tokens of each segment are recomputed too. None: 8 for epic, otherwise 0.
       per_segment: each segment gets its share of the key tokens, instead of the best of all.
-      pool_tokens: key tokens are chosen by the mean score of blocks of so many positions; 1 scores each alone.
+      pool_tokens: key tokens are chosen in blocks of so many, counted from each segment's first, by their mean score; a
+        block that is begun is finished, also where that exceeds the budget. None: 128 for focus, otherwise 1.
       sum_layers: sparsex scores by the key mass of all layers up to the boundary, instead of the boundary's.
     """
 
@@ -210,9 +213,10 @@ class ReuseConfig:
     second_boundary: int | None = None
     min_segment_tokens: int = 16
     coverage: float | None = None
+    focus: bool = False
     head_tokens: int | None = None
     per_segment: bool = False
-    pool_tokens: int = 1
+    pool_tokens: int | None = None
     sum_layers: bool = False
     only_if_faster: bool = False
 
@@ -223,6 +227,8 @@ class ReuseConfig:
             _require(
                 value is None or (_is_int(value) and value >= 0), f"{name}={value!r} must be an integer >= 0 or None"
             )
+        pool = self.pool_tokens
+        _require(pool is None or (_is_int(pool) and pool >= 1), f"pool_tokens={pool!r} must be an integer >= 1 or None")
         ratio = self.recompute_ratio
         _require(_is_number(ratio) and 0.0 <= ratio <= 1.0, f"recompute_ratio={ratio!r} must be a number from 0 to 1")
         part = self.coverage
@@ -230,11 +236,11 @@ class ReuseConfig:
             part is None or (_is_number(part) and 0.0 < part <= 1.0),
             f"coverage={part!r} must be a number in (0, 1] or None",
         )
-        limits = {"overflow_tokens": 0, "tail_tokens": 0, "min_segment_tokens": 16, "pool_tokens": 1}
+        limits = {"overflow_tokens": 0, "tail_tokens": 0, "min_segment_tokens": 16}
         for name, least in limits.items():
             value = getattr(self, name)
             _require(_is_int(value) and value >= least, f"{name}={value!r} must be an integer >= {least}")
-        for name in ("per_segment", "sum_layers", "only_if_faster"):
+        for name in ("focus", "per_segment", "sum_layers", "only_if_faster"):
             value = getattr(self, name)
             _require(isinstance(value, bool), f"{name}={value!r} must be True or False")
 

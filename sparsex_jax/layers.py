@@ -33,10 +33,11 @@ class Model(NamedTuple):
 
 
 class Watch(NamedTuple):
-    """Rows whose attention is summed on the way, and where each stands among the rows that run."""
+    """Rows whose attention, raised to a power, is summed on the way; and where each stands among those that run."""
 
     rows: Rows
     origin: Int[Array, "rows"]
+    power: int = 1
 
     def hidden(self, hidden: Hidden) -> Hidden:
         return hidden.at[self.origin].get(mode="fill", fill_value=0)
@@ -63,7 +64,7 @@ def run_layers(
         store, before, mass = carry
         store, hidden = _run_layer(run, layer, store, rows, before)
         if watch is not None and mass is not None:
-            mass = add_key_mass(run, layer, store, watch.rows, watch.hidden(before), mass)
+            mass = add_key_mass(run, layer, store, watch, watch.hidden(before), mass)
         return store, hidden, mass
 
     mass = None if watch is None else run.no_mass(store)
@@ -82,16 +83,16 @@ def _run_layer(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hidd
     return fold_chunks(rows, run.chunk, run_chunk, (store, hidden))
 
 
-def add_key_mass(run: Model, layer: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden, mass: Mass) -> Mass:
+def add_key_mass(run: Model, layer: Int[Array, ""], store: Store, watch: Watch, hidden: Hidden, mass: Mass) -> Mass:
     """Add the attention that each key of a layer receives from these rows, summed over heads (DESIGN.md, step 4).
 
     Args:
-      hidden: of the rows, at the layer's input.
+      hidden: of the watched rows, at the layer's input.
     """
 
     def add(start: Array, part: Rows, mass: Array) -> Array:
         x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
         q = model.queries(run.layer(layer), x, part)
-        return mass + run.decoder.ops.key_mass(q, store, layer, part, run.tables)
+        return mass + run.decoder.ops.key_mass(q, store, layer, part, run.tables, watch.power)
 
-    return fold_chunks(rows, run.chunk, add, mass)
+    return fold_chunks(watch.rows, run.chunk, add, mass)

@@ -80,10 +80,10 @@ class Ops:
         return attend(q, store, layer, rows.position, rows.request, tables)
 
     def key_mass(
-        self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables
+        self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables, power: int = 1
     ) -> Float[Array, "requests context"]:
         def summed(*args: Array) -> Array:
-            mass = kernels.key_mass(*args)
+            mass = kernels.key_mass(*args, power=power)
             return jax.lax.psum(mass, TENSOR_AXIS) if self.mesh.size > 1 else mass
 
         specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)

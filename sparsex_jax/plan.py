@@ -91,7 +91,7 @@ class Choice:
     Attributes:
       forced: rows that are in it whatever their score.
       scores: what the host knows better than the model (the signal `given`); not negative.
-      pool: width of the blocks of positions whose candidates share their mean score; 1 leaves scores alone.
+      block: number of the row's block, whose candidates share their mean score. Rising.
       group: number of the row's group, which has a budget of its own: a request, or a segment of one. Rising.
       budget: for each group, at most how many more rows the signal adds.
       coverage: for each group, the share of its reused rows' score at which adding stops; infinity is never.
@@ -99,7 +99,7 @@ class Choice:
 
     forced: Bool[Array, "rows"]
     scores: Float[Array, "rows"]
-    pool: Int[Array, "rows"]
+    block: Int[Array, "rows"]
     group: Int[Array, "rows"]
     budget: Int[Array, "groups"]
     coverage: Float[Array, "groups"]

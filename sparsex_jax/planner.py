@@ -156,7 +156,7 @@ def _choice(
     return Choice(
         forced=rows([phase.forced for phase in phases], False),
         scores=rows([zero if p.scores is None else p.scores for p, zero in zip(phases, zeros, strict=True)], 0.0),
-        pool=rows([np.full(len(zero), p.pool_tokens) for p, zero in zip(phases, zeros, strict=True)], 1),
+        block=rows([r.prompt.blocks(p.pool_tokens) for r, p in zip(requests, phases, strict=True)], 0),
         group=rows([number + first for (number, _), first in zip(groups, before[:-1], strict=True)], PADDING_REQUEST),
         budget=_padded([budgets for _, budgets in groups], size, 0),
         coverage=_padded([np.full(len(b), c) for c, (_, b) in zip(coverage, groups, strict=True)], size, math.inf),

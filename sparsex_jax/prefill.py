@@ -11,7 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from sparsex_jax import model
@@ -62,7 +62,8 @@ def prefill(
             rows, hidden = _narrow(rows, hidden, keep)
             active.append(jnp.zeros_like(plan.fresh).at[rows.index].max(rows.valid))
         layers = plan.first_layer[phase], plan.first_layer[phase + 1]
-        watch = fresh_among(rows, plan.fresh) if upcoming and find_signal(upcoming).watches else None
+        power = find_signal(upcoming).watches if upcoming else 0
+        watch = fresh_among(rows, plan.fresh, power) if power else None
         store, hidden, mass = run_layers(run, store, rows, hidden, layers, watch)
     last = jnp.searchsorted(rows.request, jnp.arange(len(plan.page_tables)), side="right") - 1
     out = model.logits(params, decoder.config, hidden[last])
@@ -77,12 +78,12 @@ def _choose(boundary: Boundary, store: Store, signal: str | None) -> tuple[Store
         return store, forced
     with jax.named_scope(signal):
         store, scores = find_signal(signal).score(boundary, store)
-    candidates = rows.valid & ~forced
-    group = jnp.where(rows.valid, choice.group[rows.index], PADDING_REQUEST)
-    scores = pool_scores(scores, candidates, group, rows.position // choice.pool[rows.index])
     reused = rows.valid & ~boundary.fresh[rows.index]
+    candidates = reused & ~forced
+    group = jnp.where(rows.valid, choice.group[rows.index], PADDING_REQUEST)
+    scores = pool_scores(scores, candidates, group, choice.block[rows.index])
     need = lacking_score(scores, reused, forced, group, choice.coverage)
-    return store, forced | top_rows(scores, candidates, group, choice.budget, need)
+    return store, forced | top_rows(scores, candidates, group, choice.block[rows.index], choice.budget, need)
 
 
 def pool_scores(
@@ -119,22 +120,27 @@ def top_rows(
     scores: Float[Array, "rows"],
     candidates: Bool[Array, "rows"],
     group: Int[Array, "rows"],
+    block: Int[Array, "rows"],
     budget: Int[Array, "groups"],
     need: Float[Array, "groups"] | None = None,
 ) -> Bool[Array, "rows"]:
-    """The candidates of highest score of each group, as few as its need allows; the earlier row wins a tie.
+    """The blocks of candidates of highest score of each group, as few as its need allows; the earlier one wins a tie.
 
     Args:
-      group: sorted. A sort by (group, score) stands in for a top-k whose k is data.
-      budget: at most so many of group g.
-      need: none is added once those added have this score together. None: no such limit.
+      group, block: sorted; candidates of one block have one score. A sort by (group, score) stands in for a top-k
+        whose k is data.
+      budget: no block of group g is begun once so many rows are chosen.
+      need: nor once those chosen have this score together. None: no such limit.
     """
     order = jnp.lexsort((jnp.where(candidates, -scores, jnp.inf), group))
+    place = jnp.arange(len(order))
+    begins = jnp.diff(group, prepend=-1).astype(bool) | jnp.diff(block[order], prepend=-1).astype(bool)
+    begin = lax.cummax(jnp.where(begins, place, 0))  # of each row's block, in the order of scores
     first = jnp.searchsorted(group, group, side="left")
-    allowed = jnp.arange(len(order)) - first < budget.at[group].get(mode="fill", fill_value=0)
+    allowed = begin - first < budget.at[group].get(mode="fill", fill_value=0)
     if need is not None:
         before = jnp.cumsum(jnp.where(candidates, scores, 0)[order]) - jnp.where(candidates, scores, 0)[order]
-        allowed &= before - before[first] < need.at[group].get(mode="fill", fill_value=0)
+        allowed &= before[begin] - before[first] < need.at[group].get(mode="fill", fill_value=0)
     return jnp.zeros_like(candidates).at[order].set(allowed) & candidates
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 
 import numpy as np
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Int32, Int64, UInt8
 
 from sparsex_jax.cache import Match, Segment
 
@@ -64,6 +64,11 @@ class PromptMap:
         """How many tokens from the start have exact KV if no reused token is recomputed in every layer."""
         return int(self.reused.argmax()) if self.reused.any() else len(self)
 
+    @property
+    def unsettled(self) -> Bool[np.ndarray, "tokens"]:
+        """Fresh tokens behind a reused one, which a second pass may change; those before see exact KV alone."""
+        return self.fresh & (np.arange(len(self)) >= self.exact_frontier)
+
     def overflow(self, width: int) -> Bool[np.ndarray, "tokens"]:
         """Reused tokens within `width` of a fresh one, on either side."""
         near = np.zeros(len(self), bool)
@@ -77,6 +82,23 @@ class PromptMap:
         if self.segments and self.segments[-1].end == len(self):
             last[max(len(self) - length, self.segments[-1].start) :] = True
         return last & self.reused
+
+    def blocks(self, length: int) -> Int64[np.ndarray, "tokens"]:
+        """Number of each token's block: blocks of `length` tokens, and each segment begins with one."""
+        starts = np.zeros(len(self), bool)
+        starts[::length] = True
+        for segment in self.segments:
+            starts[segment.start : segment.end] = False
+            starts[segment.start : segment.end : length] = True
+        return np.cumsum(starts)
+
+    def sinks(self, length: int) -> Bool[np.ndarray, "tokens"]:
+        """Reused tokens that were among the first `length` of their donor's prompt, where attention goes that has
+        nothing to look for (StreamingLLM, arXiv 2309.17453). In the middle of another prompt they draw it too."""
+        first = np.zeros(len(self), bool)
+        for segment in self.segments:
+            first[segment.start : segment.start + max(length - segment.donor_start, 0)] = True
+        return first & self.reused
 
     def segment_heads(self, length: int) -> Bool[np.ndarray, "tokens"]:
         """The first `length` tokens of each segment."""

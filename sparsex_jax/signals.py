@@ -22,6 +22,7 @@ from sparsex_jax.plan import Choice, Rows, fold_chunks
 from sparsex_kernels.layout import Store, row_addresses
 
 Scores = Float[Array, "rows"]
+FOCUS = 4  # the power of `key_focus` and `probe_focus`
 
 
 class Boundary(NamedTuple):
@@ -31,7 +32,7 @@ class Boundary(NamedTuple):
       rows, hidden: the rows of the phase, and their hidden states at the input of `layer`.
       fresh: which of the plan's own rows are fresh.
       choice: what the host says of the choice, for the plan's own rows.
-      mass: key mass of the fresh rows over the phase's layers, if the signal asked for it (`watches=True`).
+      mass: key mass of the fresh rows over the phase's layers, if the signal asked for it (`watches`).
     """
 
     run: Model
@@ -42,8 +43,8 @@ class Boundary(NamedTuple):
     choice: Choice
     mass: Mass | None
 
-    def fresh_rows(self) -> Watch:
-        return fresh_among(self.rows, self.fresh)
+    def fresh_rows(self, power: int = 1) -> Watch:
+        return fresh_among(self.rows, self.fresh, power)
 
     def chunk_of(self, start: Int[Array, ""], part: Rows) -> tuple[Heads, Heads]:
         """K and V of one chunk of the rows at the boundary's layer."""
@@ -55,16 +56,16 @@ class Boundary(NamedTuple):
 
 
 class Signal(NamedTuple):
-    """A scoring function, and whether the layers before the boundary sum the fresh rows' key mass for it."""
+    """A scoring function, and the power of the attention that the layers before the boundary sum for it, if any."""
 
     score: Callable[[Boundary, Store], tuple[Store, Scores]]
-    watches: bool = False
+    watches: int = 0
 
 
 SIGNALS: dict[str, Signal] = {}
 
 
-def signal(name: str, *, watches: bool = False) -> Callable[..., Callable[[Boundary, Store], tuple[Store, Scores]]]:
+def signal(name: str, *, watches: int = 0) -> Callable[..., Callable[[Boundary, Store], tuple[Store, Scores]]]:
     """Register a scoring function under a name that `Phase.signal` can take."""
 
     def register(
@@ -83,9 +84,9 @@ def find_signal(name: str) -> Signal:
     return SIGNALS[name]
 
 
-def fresh_among(rows: Rows, fresh: Bool[Array, "plan_rows"]) -> Watch:
+def fresh_among(rows: Rows, fresh: Bool[Array, "plan_rows"], power: int = 1) -> Watch:
     """The fresh ones of some rows of the plan."""
-    return Watch(*rows.select(fresh[rows.index] & rows.valid))
+    return Watch(*rows.select(fresh[rows.index] & rows.valid), power)
 
 
 @signal("key_mass")
@@ -99,18 +100,34 @@ def key_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return _key_mass(boundary, store, boundary.run.no_mass(store))
 
 
-@signal("key_mass_sum", watches=True)
+@signal("key_focus")
+def key_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """The fourth powers of that attention, summed: who looks firmly at what.
+
+    Key mass adds up many heads' glances, of which what stands near and what opens a segment get most. A head that
+    looks something up has nearly all of its attention on it.
+    """
+    return _key_mass(boundary, store, boundary.run.no_mass(store), FOCUS)
+
+
+@signal("key_mass_sum", watches=1)
 def key_mass_sum(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     """Key mass summed over the layers of the phase before and the boundary's own."""
     assert boundary.mass is not None
     return _key_mass(boundary, store, boundary.mass)
 
 
-def _key_mass(boundary: Boundary, store: Store, mass: Mass) -> tuple[Store, Scores]:
+@signal("key_focus_sum", watches=FOCUS)
+def key_focus_sum(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """The same of the fourth powers."""
+    assert boundary.mass is not None
+    return _key_mass(boundary, store, boundary.mass, FOCUS)
+
+
+def _key_mass(boundary: Boundary, store: Store, mass: Mass, power: int = 1) -> tuple[Store, Scores]:
     store = _refresh_kv(boundary, store)
-    fresh = boundary.fresh_rows()
-    hidden = fresh.hidden(boundary.hidden)
-    mass = add_key_mass(boundary.run, boundary.layer, store, fresh.rows, hidden, mass)
+    fresh = boundary.fresh_rows(power)
+    mass = add_key_mass(boundary.run, boundary.layer, store, fresh, fresh.hidden(boundary.hidden), mass)
     return store, boundary.at_rows(mass)
 
 
@@ -121,9 +138,19 @@ def probe_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     ProphetKV's first stage. The pass attends over the pasted KV, and writes the fresh rows' K and V; they are
     written again when the phase runs, before anything else reads them.
     """
+    return _probe(boundary, store, power=1)
+
+
+@signal("probe_focus")
+def probe_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """The same pass; the fourth powers of the attention are summed."""
+    return _probe(boundary, store, power=FOCUS)
+
+
+def _probe(boundary: Boundary, store: Store, power: int) -> tuple[Store, Scores]:
     fresh = boundary.fresh_rows()
     hidden = fresh.hidden(boundary.hidden)
-    everything = Watch(fresh.rows, jnp.arange(len(hidden)))
+    everything = Watch(fresh.rows, jnp.arange(len(hidden)), power)
     layers = boundary.layer, boundary.run.decoder.config.num_layers
     store, _, mass = run_layers(boundary.run, store, fresh.rows, hidden, layers, everything)
     assert mass is not None

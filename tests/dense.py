@@ -143,14 +143,14 @@ class Dense:
         kv[layer][0][rows], kv[layer][1][rows] = keys, values
         return sum(changes)
 
-    def masses(self, hidden, rows, kv, seen_by, layers):
-        """Key mass [layers, keys] from the queries of some of the rows, which run through these layers over the KV."""
+    def masses(self, hidden, rows, kv, seen_by, layers, power=1):
+        """Key mass [layers, keys], of powers of the attention: some of the rows look, all run through these layers."""
         out = []
         for layer in layers:
             keys, values = (x.copy() for x in kv[layer])
             q, keys[rows], values[rows] = self.qkv(layer, hidden, rows)
             watched = np.isin(rows, seen_by)
-            out.append(self.weights(q[watched], keys, rows[watched]).sum((0, 1)))
+            out.append((self.weights(q[watched], keys, rows[watched]) ** power).sum((0, 1)))
             hidden = self.finish_layer(layer, hidden, q, keys, values, rows)
         return np.array(out)
 

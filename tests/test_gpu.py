@@ -72,6 +72,8 @@ def test_attention_and_key_mass(shape, implementation):
     for _ in range(5):  # a result that moves is a race
         assert same(attend(*case)[0], out)
         assert same(key_mass(*case), mass)
+    focus = jax.jit(partial(kernels.key_mass, power=4, implementation=implementation))(*case)
+    assert relative_error(focus, kernels.key_mass(*case, power=4, implementation="xla")) < 2e-3
 
 
 @pytest.mark.parametrize("lengths", [(5000, 37, 2500, 64, 1, 129) * 4, (16000, 1)], ids=["many", "one long"])

@@ -114,6 +114,13 @@ def test_key_mass(shape):
     np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_key_mass_of_powers():
+    case = scattered((150, 70), 60, kv_heads=1)
+    mass = jax.jit(lambda *args: kernels.key_mass(*args, power=4, implementation="hopper"))(*case)
+    expected = kernels.key_mass(*in_float32(case), power=4, implementation="reference")
+    np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("rows", "count", "inputs", "widths", "config"),
     [

@@ -1,6 +1,7 @@
 """Every implementation of every operation against its reference, on random rows, with NaN in all unused slots."""
 
 import contextlib
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,8 @@ def fast(implementations):
 
 
 def jitted(operation):
-    return jax.jit(operation, static_argnames="implementation")
+    known = {"implementation", "power"} & inspect.signature(operation).parameters.keys()
+    return jax.jit(operation, static_argnames=known)
 
 
 @contextlib.contextmanager
@@ -114,6 +116,16 @@ def test_key_mass_matches_the_reference_and_sums_to_the_rows(seed, implementatio
     mass = jitted(kernels.key_mass)(*case.rows(), implementation=implementation)
     np.testing.assert_allclose(mass, kernels.key_mass(*case.rows(), implementation="reference"), rtol=1e-5)
     np.testing.assert_allclose(mass.sum(), case.used * Q_HEADS, rtol=1e-5)
+
+
+@fast(KEY_MASS)
+@pytest.mark.parametrize("power", [2, 4])
+def test_key_mass_of_powers_matches_the_reference(power, implementation):
+    case = Case(0)
+    mass = jitted(kernels.key_mass)(*case.rows(), power=power, implementation=implementation)
+    expected = kernels.key_mass(*case.rows(), power=power, implementation="reference")
+    np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-7)
+    assert 0 < mass.sum() < case.used * Q_HEADS
 
 
 def clean(store):

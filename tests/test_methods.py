@@ -24,6 +24,7 @@ CONFIGS = {
     "epic": ReuseConfig("epic", head_tokens=5),
     "cacheblend": ReuseConfig("cacheblend", recompute_ratio=0.2),
     "prophetkv": ReuseConfig("prophetkv", recompute_ratio=0.2),
+    "focus": ReuseConfig("focus", recompute_ratio=0.2, pool_tokens=16, **PLAIN),
     "random": ReuseConfig("random", boundary_layer=1, recompute_ratio=0.2, **PLAIN),
     "sum_layers": ReuseConfig(boundary_layer=2, recompute_ratio=0.2, sum_layers=True, **PLAIN),
     "coverage": ReuseConfig(boundary_layer=1, recompute_ratio=1.0, coverage=0.6, overflow_tokens=2, tail_tokens=4),
@@ -49,6 +50,7 @@ class Case:
         self.is_reused = np.concatenate([np.full(len(t), donor is not None) for t, donor in self.pieces])
         self.is_reused[-1] = False
         self.reused, self.fresh = np.flatnonzero(self.is_reused), np.flatnonzero(~self.is_reused)
+        self.settled = self.fresh[self.fresh < self.reused.min()]  # nothing pasted stands before them
         ends = np.cumsum([len(tokens) for tokens, _ in self.pieces])
         self.segments = [
             np.arange(end - len(tokens), end) for (tokens, donor), end in zip(self.pieces, ends, strict=True) if donor
@@ -59,6 +61,22 @@ class Case:
         forced = self.fresh if forced is None else forced
         others = np.setdiff1d(self.reused, forced)
         return np.union1d(forced, others[np.argsort(-scores[others], kind="stable")[:count]])
+
+    def with_blocks(self, scores, length, count, forced=None):
+        """The forced places and the best blocks of segments, whole, until so many others are chosen."""
+        forced = self.fresh if forced is None else forced
+        cut = [places[at : at + length] for places in self.segments for at in range(0, len(places), length)]
+        blocks = [block for block in (np.setdiff1d(block, forced) for block in cut) if len(block)]
+        chosen = []
+        for block in sorted(blocks, key=lambda block: -scores[block].mean()):
+            if len(chosen) < count:
+                chosen += block.tolist()
+        return np.union1d(forced, chosen).astype(int)
+
+    def sinks(self, length):
+        """Reused places that were among the first of their donor's prompt."""
+        offsets = [donor[1] for _, donor in self.pieces if donor]
+        return np.concatenate([s[: max(length - at, 0)] for s, at in zip(self.segments, offsets, strict=True)])
 
 
 @pytest.fixture(params=PROMPTS)
@@ -115,11 +133,31 @@ def test_prophetkv_probes_every_layer_and_leaves_nothing_behind(tiny, dense, cas
         return case.with_best(mass, round(0.2 * len(case.reused)))
 
     logits, kv, [active] = dense.narrowed(case.pieces, [(0, best)])
+    active = np.setdiff1d(active, case.settled)
     out = run(tiny, case, CONFIGS["prophetkv"])
     assert_is(out, logits, active)
     assert out.report.computed_fraction == pytest.approx((len(case.fresh) + len(active)) / len(case.tokens))
     stored = _stored(tiny, case, CONFIGS["prophetkv"])
     np.testing.assert_allclose(stored, np.array(kv), atol=1e-4)  # of the probe, nothing is left
+
+
+def test_focus_recomputes_the_pieces_that_some_head_looks_at(tiny, dense, case):
+    def best(layer, hidden, rows, kv):
+        mass = dense.masses(hidden[case.fresh], case.fresh, kv, case.fresh, range(4), power=4).sum(0)
+        return case.with_blocks(mass, 16, round(0.2 * len(case.reused)), np.union1d(case.fresh, case.sinks(4)))
+
+    logits, _, [active] = dense.narrowed(case.pieces, [(0, best)])
+    active = np.setdiff1d(active, case.settled)
+    out = run(tiny, case, CONFIGS["focus"])
+    assert_is(out, logits, active)
+    assert out.report.computed_fraction == pytest.approx((len(case.fresh) + len(active)) / len(case.tokens))
+
+
+@pytest.mark.parametrize("sum_layers", [False, True])
+def test_focus_of_the_boundary_chooses_key_tokens(tiny, dense, case, sum_layers):
+    reuse = ReuseConfig(boundary_layer=2, recompute_ratio=0.2, focus=True, sum_layers=sum_layers, **PLAIN)
+    active = case.with_best(boundary_mass(dense, case, 2, sum_layers, power=4), round(0.2 * len(case.reused)))
+    np.testing.assert_array_equal(np.flatnonzero(run(tiny, case, reuse).report.active), active)
 
 
 def _stored(engine, case, reuse):
@@ -171,12 +209,11 @@ def test_the_oracle_knows_the_true_deviation(tiny, dense, case):
 # Options ----------------------------------------------------------------------------------------------------
 
 
-def boundary_mass(dense, case, layer):
-    """Key mass at a boundary before which everything was computed."""
-    everyone = np.arange(len(case.tokens))
-    return dense.masses(dense.embed[case.tokens], everyone, dense.full(case.tokens)[1], case.fresh, range(layer + 1))[
-        -1
-    ]
+def boundary_mass(dense, case, layer, sum_layers=False, power=1):
+    """Key mass at a boundary before which everything was computed, or of all layers up to it."""
+    hidden, everyone = dense.embed[case.tokens], np.arange(len(case.tokens))
+    masses = dense.masses(hidden, everyone, dense.full(case.tokens)[1], case.fresh, range(layer + 1), power)
+    return masses.sum(0) if sum_layers else masses[-1]
 
 
 @pytest.mark.parametrize(("coverage", "cap"), [(0.3, 1.0), (0.6, 1.0), (0.95, 1.0), (0.95, 0.1)])
@@ -196,15 +233,10 @@ def test_coverage_adds_no_more_than_it_takes(tiny, dense, case, coverage, cap):
     assert report.computed_fraction == pytest.approx((total + 3 * len(active)) / (4 * total))
 
 
-def test_pooling_chooses_blocks(tiny, dense, case):
+def test_pooling_chooses_whole_blocks_of_segments(tiny, dense, case):
     reuse = ReuseConfig(boundary_layer=1, recompute_ratio=0.25, pool_tokens=8, **PLAIN)
-    mass = boundary_mass(dense, case, 1)
-    blocks = np.arange(len(mass)) // 8
-    pooled = np.array([mass[case.is_reused & (blocks == block)].sum() for block in blocks])
-    pooled /= np.maximum([(case.is_reused & (blocks == block)).sum() for block in blocks], 1)
-    np.testing.assert_array_equal(
-        np.flatnonzero(run(tiny, case, reuse).report.active), case.with_best(pooled, round(0.25 * len(case.reused)))
-    )
+    active = case.with_blocks(boundary_mass(dense, case, 1), 8, round(0.25 * len(case.reused)))
+    np.testing.assert_array_equal(np.flatnonzero(run(tiny, case, reuse).report.active), active)
 
 
 def test_each_segment_gets_its_share(tiny, dense, case):
@@ -302,7 +334,8 @@ def test_what_padding_computes_reaches_nobody(tiny, name):
     [
         (CONFIGS["epic"], 4 * (30 + 5)),
         (CONFIGS["cacheblend"], 100 + (30 + 17) + (30 + 15) + (30 + 14)),
-        (CONFIGS["prophetkv"], 4 * 30 + 4 * (30 + 14)),
+        (CONFIGS["prophetkv"], 4 * 30 + 4 * (20 + 14)),
+        (ReuseConfig("focus", recompute_ratio=0.01, pool_tokens=40, **PLAIN), 4 * 30 + 4 * (20 + 4 + 36)),
         (CONFIGS["random"], 100 + 3 * (30 + 14)),
         (CONFIGS["sum_layers"], 2 * 100 + 2 * (30 + 14)),
         (ReuseConfig(boundary_layer=1, second_boundary=3, head_tokens=4, **PLAIN), 100 + 2 * (30 + 4 + 10) + 30),
@@ -376,6 +409,8 @@ def test_a_wrong_option_names_field_and_limit(field, value, limit):
         ("random", "sum_layers", True),
         ("prophetkv", "sum_layers", True),
         ("full", "per_segment", True),
+        ("focus", "sum_layers", True),
+        ("epic", "focus", True),
     ],
 )
 def test_an_option_that_means_nothing_to_the_method_is_refused(tiny, name, field, value):

@@ -102,11 +102,28 @@ def test_top_rows_takes_the_best_candidates_of_each_request():
     request = np.sort(rng.integers(0, 3, 50))
     scores, candidates = rng.integers(0, 6, 50).astype(np.float32), rng.random(50) < 0.7
     budget = np.array([4, 0, 100, 7])
-    chosen = np.asarray(top_rows(*map(jnp.asarray, (scores, candidates, request, budget))))
+    chosen = np.asarray(top_rows(*map(jnp.asarray, (scores, candidates, request, np.arange(50), budget))))
     for r in range(3):
         own = np.flatnonzero(candidates & (request == r))
         expected = own[np.argsort(-scores[own], kind="stable")[: budget[r]]]
         np.testing.assert_array_equal(np.flatnonzero(chosen & (request == r)), np.sort(expected))
+
+
+def test_top_rows_finishes_the_blocks_that_it_begins():
+    scores = np.array([2, 2, 2, 5, 5, 1, 1, 1, 1, 9], np.float32)
+    block = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
+    candidates, group = np.arange(10) != 1, np.array([0] * 9 + [1])
+
+    def chosen(budget, need=None):
+        args = scores, candidates, group, block, np.array([budget, 0]), need and np.array([need, 1], np.float32)
+        return np.flatnonzero(top_rows(*(None if x is None else jnp.asarray(x) for x in args))).tolist()
+
+    assert chosen(0) == []
+    assert chosen(1) == chosen(2) == [3, 4]
+    assert chosen(3) == chosen(4) == [0, 2, 3, 4]
+    assert chosen(5) == [0, 2, 3, 4, 5, 6, 7, 8]
+    assert chosen(9, need=1) == chosen(9, need=10) == [3, 4]
+    assert chosen(9, need=11) == [0, 2, 3, 4]
 
 
 def test_more_copies_than_a_plan_has_rows_go_in_parts():

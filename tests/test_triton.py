@@ -132,6 +132,15 @@ def test_key_mass(shape):
 
 @interpreted
 @pytest.mark.usefixtures("interpreter")
+def test_key_mass_of_powers():
+    case = scattered((150, 70), 60, kv_heads=1, dtype="float16")
+    mass = jax.jit(lambda *args: kernels.key_mass(*args, power=4, implementation="triton"))(*case)
+    expected = kernels.key_mass(*in_float32(case), power=4, implementation="reference")
+    np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("rows", [48, 4])  # tiles of rows, and a row's keys split
 def test_nan_of_a_request_stays_with_it(rows):
     check_nan_stays(scattered((150, 3, 70, 2), rows, dtype="float16"), "triton")

@@ -13,7 +13,7 @@ The jitted prefill runs any such schedule, so a new method is a function and not
 
 # They register themselves, in the order of DESIGN.md's table.
 # isort: off
-from sparsex_jax.methods import plain, epic, cacheblend, sparsex, prophetkv  # noqa: F401
+from sparsex_jax.methods import plain, epic, cacheblend, sparsex, prophetkv, focus  # noqa: F401
 
 # isort: on
 from sparsex_jax.methods.base import METHODS, Method, Phase, boundary_layer, budget, find_method, method

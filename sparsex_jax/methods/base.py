@@ -13,7 +13,7 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.prompt import PromptMap
 
 # Fields of ReuseConfig that only some methods read. A method names its own; setting another one is an error.
-OPTIONS = ("coverage", "head_tokens", "per_segment", "pool_tokens", "sum_layers")
+OPTIONS = ("coverage", "focus", "head_tokens", "per_segment", "pool_tokens", "sum_layers")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,11 +22,11 @@ class Phase:
 
     Attributes:
       start: first layer.
-      forced: tokens computed whatever the signal says; all fresh ones are among them.
+      forced: tokens computed whatever the signal says; all fresh ones are among them that are not done yet.
       signal: a name in `sparsex_jax.signals.SIGNALS`, or None.
-      budget: at most how many more tokens of the former phase the signal chooses.
+      budget: how many more tokens of the former phase the signal chooses at most, but for finishing a block.
       coverage: stop choosing once the tokens computed have this share of the reused tokens' score. None: never.
-      pool_tokens: each candidate's score becomes the mean over the candidates in its block of so many positions.
+      pool_tokens: candidates are chosen in blocks of so many tokens of a segment, by their mean score, and whole.
       per_segment: each segment has a share of the budget, by its candidates, and is covered by itself.
       scores: what the signal `given` reads, one for each prompt token, not negative.
       probe_layers: how many layers the signal itself runs the fresh tokens through.
@@ -44,7 +44,7 @@ class Phase:
 
     @property
     def size(self) -> int:
-        """At most how many tokens the phase computes."""
+        """How many tokens the phase computes at most, but for finishing a block."""
         return int(self.forced.sum()) + self.budget
 
     def can_leave_out(self, size: int) -> bool:

@@ -7,11 +7,11 @@ import dataclasses
 import numpy as np
 
 from sparsex_jax.config import ReuseConfig
-from sparsex_jax.methods.base import Phase, boundary_layer, budget, method
+from sparsex_jax.methods.base import OPTIONS, Phase, boundary_layer, budget, method
 from sparsex_jax.prompt import PromptMap
 
 
-@method("sparsex", uses_segments=True, options=["coverage", "head_tokens", "per_segment", "pool_tokens", "sum_layers"])
+@method("sparsex", uses_segments=True, options=OPTIONS)
 def sparsex(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phase]:
     """Everything up to the boundary layer, then the active tokens; from a second boundary on the fresh ones.
 
@@ -22,10 +22,10 @@ def sparsex(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phas
     choice = Phase(
         boundary_layer(reuse, num_layers),
         forced,
-        "key_mass_sum" if reuse.sum_layers else "key_mass",
+        ("key_focus" if reuse.focus else "key_mass") + ("_sum" if reuse.sum_layers else ""),
         budget(prompt, forced, reuse.recompute_ratio),
         coverage=reuse.coverage,
-        pool_tokens=reuse.pool_tokens,
+        pool_tokens=reuse.pool_tokens or 1,
         per_segment=reuse.per_segment,
     )
     phases = [Phase(0, prompt.computed), choice]

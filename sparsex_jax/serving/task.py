@@ -138,11 +138,12 @@ class Task:
         self.offer = Offer(plan.prompt)
 
     def advance(self, computed: Bool[np.ndarray, "phases tokens"]) -> None:
-        """A stage is done. A chunk has one phase: it computed its tokens for all of the plan's."""
+        """A stage is done. A chunk has one phase: it computed its tokens for all of the plan's that compute them."""
         assert self.computed is not None
         self.done = len(self.stages.popleft().prompt)
-        upto = min(self.done, self.computed.shape[1])
-        self.computed[:, :upto] |= computed[:, :upto]
+        plan, upto = self.admitted.plan, min(self.done, self.computed.shape[1])
+        may = np.array([phase.forced | plan.prompt.reused for phase in plan.phases])
+        self.computed[:, :upto] |= computed[:, :upto] & may[:, :upto]
 
     def leave(self) -> None:
         """It has no pages any more, and waits or is done."""

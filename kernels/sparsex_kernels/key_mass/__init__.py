@@ -25,12 +25,17 @@ def key_mass(
     page_tables: PageTables,
     *,
     scale: float | None = None,
+    power: int = 1,
     implementation: str | None = None,
 ) -> Float[Array, "requests context"]:
     """Column sums of the causal softmax over rows and heads, `s_j` of DESIGN.md section 3, step 4.
 
     Arguments are those of `paged_attention`. The result is float32, `[requests, max_pages * page_size]`, and
     sums to rows * q_heads over each request's keys.
+
+    Args:
+      power: weights of the softmax are raised to it before they are summed. Above 1, a key that some head looks at
+        firmly outdoes one that all of them glance at.
     """
     mass = choose("key_mass", IMPLEMENTATIONS, implementation)
-    return mass(q, store, layer, positions, requests, page_tables, scale or q.shape[-1] ** -0.5)
+    return mass(q, store, layer, positions, requests, page_tables, scale or q.shape[-1] ** -0.5, power)

@@ -59,10 +59,11 @@ def key_mass(
     requests: RowInts,
     page_tables: PageTables,
     scale: float,
+    power: int = 1,
 ) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
     args = (q, store, layer, positions, requests, page_tables, scale)
-    return column_sums(*args, attend(*args, values=False, lse=True)["lse"])
+    return column_sums(*args, attend(*args, values=False, lse=True)["lse"], power)
 
 
 def column_sums(
@@ -74,9 +75,10 @@ def column_sums(
     page_tables: PageTables,
     scale: float,
     lse: Float[Array, "rows q_heads"],
+    power: int,
 ) -> Float[Array, "requests context"]:
     """The key mass, given the log-sum-exp of each row and head."""
-    shape = _shape(q, store, scale)
+    shape = _shape(q, store, power * scale)
     q, lse = pad_rows(q, shape.rows), pad_rows(lse, shape.rows)
     positions, requests = pad_rows(positions, shape.rows, -1), pad_rows(requests, shape.rows)
     num_requests, context = page_tables.shape[0], page_tables.shape[1] * shape.page_size
@@ -93,7 +95,7 @@ def column_sums(
     ranges = seen_by(positions, requests, shape, num_requests, blocks)
     columns = _pack(jnp.stack([positions, requests])[:, :, None], shape)[0]
     columns = jnp.where(jnp.arange(COLUMNS) < shape.share * shape.rows, columns, -1).astype(jnp.int32)
-    by_head = _pack((lse * LOG2_E)[None], shape)[:, :, 0]
+    by_head = _pack((power * LOG2_E * lse)[None], shape)[:, :, 0]
     mass = run(q, flat_store(store), as_scalar(layer), tables, ranges, columns, by_head)
     return mass.sum(axis=0)[:, :context]
 

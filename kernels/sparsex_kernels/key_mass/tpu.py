@@ -22,6 +22,7 @@ def key_mass(
     requests: RowInts,
     page_tables: PageTables,
     scale: float,
+    power: int = 1,
 ) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`. Sums in a fixed order, so the result is deterministic.
 
@@ -48,7 +49,7 @@ def key_mass(
 
     column = pl.BlockSpec((tile_rows, 1), lambda *at: (tile_of(*at), 0))
     out = pl.pallas_call(
-        functools.partial(_key_mass_kernel, scale=scale),
+        functools.partial(_key_mass_kernel, scale=scale, power=power),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(num_requests, num_tiles),
@@ -90,6 +91,7 @@ def _key_mass_kernel(
     total_ref: Ref,  # the same of the running sum
     *,
     scale: float,
+    power: int,
 ) -> None:
     request, tile = pl.program_id(0), pl.program_id(1)
     num_requests = pl.num_programs(0)
@@ -133,7 +135,7 @@ def _key_mass_kernel(
 
     def add_column_sums(block: Index, slot: Index) -> None:
         def add(head: Index, sums: Array) -> Array:
-            weights = jnp.exp(masked_scores(head, block, slot) - top_ref[head, :, :1])
+            weights = jnp.exp(power * (masked_scores(head, block, slot) - top_ref[head, :, :1]))
             return sums + weights.sum(0, keepdims=True)
 
         out_ref[block] += lax.fori_loop(0, kv_heads, add, jnp.zeros((1, keys), jnp.float32))

@@ -28,6 +28,7 @@ def key_mass(
     requests: RowInts,
     page_tables: PageTables,
     scale: float,
+    power: int = 1,
     config: Config | None = None,
 ) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
@@ -43,12 +44,12 @@ def key_mass(
     tables = tables_ahead(store, layer, page_tables, config.block)
     mass = call(
         column_sums,
-        *(q, store, tables, ranges, positions.astype(jnp.int32), lse, tables.shape[1]),
+        *(q, store, tables, ranges, positions.astype(jnp.int32), power * lse, tables.shape[1]),
         grid=(ranges.shape[1], len(page_tables), heads),
         out_type=jax.ShapeDtypeStruct((heads, *ranges.shape[:2], config.block), jnp.float32),
         num_warps=config.warps,
         num_stages=config.stages,
-        SCALE=float(scale) * LOG2_E,
+        SCALE=power * float(scale) * LOG2_E,
         ROWS=config.packed // power_of_two(share),
         SHARE=share,
         PADDED_SHARE=power_of_two(share),

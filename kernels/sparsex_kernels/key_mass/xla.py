@@ -35,12 +35,13 @@ def key_mass(
     requests: RowInts,
     page_tables: PageTables,
     scale: float,
+    power: int = 1,
 ) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`. Sums in a fixed order, so the result is deterministic."""
 
     def add_tile(i: Array, mass: Array) -> Array:
         q, own, owner = take_tile(i, tile, grouped, positions, requests)
-        return _add_tile(mass, q, own, owner, store, layer, page_tables, scale)
+        return _add_tile(mass, q, own, owner, store, layer, page_tables, scale, power)
 
     tile = min(row_tile(), q.shape[0])
     grouped = pad_rows(group_heads(q, store), tile)
@@ -61,6 +62,7 @@ def _add_tile(
     layer: Int[Array, ""],
     page_tables: PageTables,
     scale: float,
+    power: int,
 ) -> Float[Array, "requests context"]:
     def scores(block: KeyBlock) -> Array:
         return block_scores(packed, context(store, layer, block.pages)[0], block, scale)
@@ -71,7 +73,7 @@ def _add_tile(
 
     def column_sums(block: KeyBlock, mass: Array) -> Array:
         visible = scores(block)
-        weights = jnp.where(jnp.isfinite(visible), jnp.exp(visible - lse[..., None]), 0)
+        weights = jnp.where(jnp.isfinite(visible), jnp.exp(power * (visible - lse[..., None])), 0)
         at = (block.request, block.first_key)
         sums = weights.sum((0, 1))[None]
         return lax.dynamic_update_slice(mass, lax.dynamic_slice(mass, at, sums.shape) + sums, at)

@@ -71,6 +71,7 @@ def methods(num_layers: int) -> dict[str, ReuseConfig]:
         f"sparsex l*={tenth}, then {num_layers // 2}": ReuseConfig(
             boundary_layer=tenth, second_boundary=num_layers // 2
         ),
+        "focus, 5 %": ReuseConfig("focus", recompute_ratio=0.05),
         "cacheblend, 15 %": ReuseConfig("cacheblend"),
     }
 

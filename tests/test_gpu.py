@@ -1,4 +1,9 @@
-"""The kernels on a real GPU, at sizes of real models: `pytest -m gpu tests/test_gpu.py`."""
+"""The kernels on a real GPU, at sizes of real models: `pytest -m gpu tests/test_gpu.py`.
+
+Sanitizers are slow, so they have shapes of their own:
+
+    compute-sanitizer --tool memcheck python -m pytest -p no:xdist -n 0 -m gpu tests/test_gpu.py -k small
+"""
 
 import importlib.util
 from functools import partial
@@ -22,6 +27,8 @@ from kernel_cases import (
 )
 
 import sparsex_kernels as kernels
+from sparsex_jax import Engine, ModelConfig, ReuseConfig
+from sparsex_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.gpu
 
@@ -147,3 +154,55 @@ def test_nan_of_a_request_stays_with_it(dim, implementation):
 @pytest.mark.parametrize("lengths", [(5000, 37, 2500, 64), (70, 1, 16000, 129, 2500) * 2], ids=["few", "more"])
 def test_nan_of_a_request_stays_with_it_in_decode(lengths, implementation):
     check_nan_stays(last_rows(lengths, dim=128, kv_heads=8), implementation)
+
+
+def test_small_shapes(implementation):
+    """Every operation once: prefill with several requests a tile, decode in parts, key mass, write, align."""
+    run = partial(jax.jit, static_argnames=("implementation", "return_lse", "power"))
+    for case in (scattered((150, 3, 70), 90, dim=128), last_rows((300, 5, 130), kv_heads=1)):
+        out, _ = run(kernels.paged_attention)(*case, return_lse=True, implementation=implementation)
+        assert relative_error(out, dense(case, case[0].shape[-1] ** -0.5)[0]) < 1e-2
+    q, store, layer, *rows = case = scattered((150, 3, 70), 90)
+    for power in (1, 4):
+        mass = run(kernels.key_mass)(*case, power=power, implementation=implementation)
+        assert relative_error(mass, kernels.key_mass(*case, power=power, implementation="xla")) < 2e-3
+    new = jax.random.normal(jax.random.key(0), (2, len(q), *store.shape[3:6:2]))
+    written = run(kernels.write_kv)(store, layer, *new, *rows, implementation=implementation)
+    assert same(written, kernels.write_kv(store, layer, *new, *rows, implementation="xla"))
+    moves = (*copies([(10, 400, 70, 77)]), 10000.0 ** -jnp.linspace(0, 1, store.shape[-1] // 2))
+    store = jnp.nan_to_num(store)
+    moved = run(kernels.align_and_copy)(store, *moves, implementation=implementation)
+    assert relative_error(moved, kernels.align_and_copy(store, *moves, implementation="xla")) < 1e-3
+
+
+def test_small_linear_shapes():
+    skip_unless_hopper()
+    x, weights = stacks(40, 256, (384, 128))
+    for out, expected in zip(
+        kernels.linear(x, weights, jnp.int32(2), jnp.int32(33)), exact(x, weights, 2), strict=True
+    ):
+        assert relative_error(out[:33], expected[:33]) < 4e-3
+
+
+def test_two_gpus_give_the_logits_of_one():
+    """Kernels under `shard_map`: every phase of a sparse prefill, with key mass summed over the mesh."""
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+    sizes = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_layers": 4, "max_position": 4096}
+    model = ModelConfig(**sizes, num_q_heads=8, num_kv_heads=4, head_dim=64)
+    single, double = (_answers(model, devices) for devices in (1, 2))
+    for name, logits in single.items():
+        assert relative_error(double[name], logits) < 2e-2, name
+
+
+def _answers(model, devices):
+    engine = Engine.from_config(model, dtype="bfloat16", mesh=make_mesh(devices), store_tokens=8192)
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 512, (2, 700))
+    for document in (first, second):
+        engine.remember(document)
+    prompt = np.concatenate(
+        [rng.integers(0, 512, 60), second, rng.integers(0, 512, 9), first, rng.integers(0, 512, 40)]
+    )
+    methods = [ReuseConfig("full"), ReuseConfig("naive"), ReuseConfig(boundary_layer=1), ReuseConfig("focus")]
+    return {reuse.method: engine.prefill(prompt, reuse=reuse, keep=False).logits for reuse in methods}

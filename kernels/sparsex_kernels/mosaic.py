@@ -1,8 +1,7 @@
 """What the kernels for Hopper GPUs (Pallas, Mosaic GPU) share.
 
 On a CPU they run in Mosaic GPU's interpret mode, which knows TMA copies, barriers, warpgroups and `wgmma` on
-operands in shared memory, but not `wgmma` on registers: kernels take `INTERPRET` as a static flag and use a plain
-product there.
+operands in shared memory, but not `wgmma` on registers: there `add_weighted` uses a plain product.
 """
 
 import functools
@@ -57,6 +56,26 @@ def padded_pages(store: Store, page_tables: PageTables, multiple: int) -> Int[Ar
     what does not depend on it is then made once for all layers."""
     tables = jnp.pad(page_tables, ((0, 0), (0, -page_tables.shape[1] % multiple)))
     return jnp.clip(tables, 0, store.shape[1] - 1).astype(jnp.int32)
+
+
+def empty_softmax(width: int) -> tuple[Array, Array, Array]:
+    """The softmax of rows that have seen no key: weighted values, largest score in base 2, and sum of weights."""
+    return (
+        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), plgpu.Layout.WGMMA),
+        plgpu.layout_cast(jnp.full((WGMMA_ROWS,), MASKED, jnp.float32), ROWS),
+        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), ROWS),
+    )
+
+
+def add_weighted(acc: Array, weights: Array, values: Any) -> Array:
+    """`acc + weights @ values`, of weights in registers and values in shared memory."""
+    if interpreted():
+        return acc + jnp.dot(weights.astype(jnp.float32), values[...].astype(jnp.float32))
+
+    def product(acc: Any) -> None:
+        plgpu.wgmma(acc, weights, values)
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
 
 
 def as_scalar(layer: Int[Array, ""]) -> Int[Array, "1"]:

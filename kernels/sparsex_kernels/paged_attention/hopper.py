@@ -22,15 +22,15 @@ from jaxtyping import Float, Int
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, pad_rows, row_a_request
 from sparsex_kernels.mosaic import (
     LOG2_E,
-    MASKED,
     ROWS,
     WGMMA_ROWS,
+    add_weighted,
     as_scalar,
     check_attention,
     clear_rows,
+    empty_softmax,
     flat_store,
     heads_a_tile,
-    interpreted,
     kernel,
     padded_pages,
     tiled_smem,
@@ -122,7 +122,7 @@ def attend(
     if lse:
         types["lse"] = jax.ShapeDtypeStruct((shape.heads, shape.tiles, config.warpgroups, WGMMA_ROWS), jnp.float32)
     run = kernel(
-        functools.partial(_kernel, shape, config, interpreted()),
+        functools.partial(_kernel, shape, config),
         out_type=tuple(types.values()),
         grid=(shape.tiles, shape.heads),
         grid_names=("tile", "heads"),
@@ -200,7 +200,7 @@ def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
     return scratch
 
 
-def _kernel(shape: Shape, config: Config, interpret: bool, *refs: Any, **scratch: Any) -> None:
+def _kernel(shape: Shape, config: Config, *refs: Any, **scratch: Any) -> None:
     q_ref, kv_ref, layer_ref, tables_ref, spans_ref, ranges_ref, packed_ref, *outs = refs
     # Late tiles have the most keys: they go first, so that the short ones fill the gaps at the end.
     tile = shape.tiles - 1 - lax.axis_index("tile")
@@ -210,7 +210,7 @@ def _kernel(shape: Shape, config: Config, interpret: bool, *refs: Any, **scratch
     @pl.when(wg < config.warpgroups)
     def compute() -> None:
         plgpu.set_max_registers(config.registers[0], action="increase")
-        _compute(shape, config, interpret, (tile, head, wg), (begin, end), q_ref, spans_ref, packed_ref, outs, scratch)
+        _compute(shape, config, (tile, head, wg), (begin, end), q_ref, spans_ref, packed_ref, outs, scratch)
 
     @pl.when(wg == config.warpgroups)
     def fetch() -> None:
@@ -222,7 +222,6 @@ def _kernel(shape: Shape, config: Config, interpret: bool, *refs: Any, **scratch
 def _compute(
     shape: Shape,
     config: Config,
-    interpret: bool,
     program: tuple[Array, Array, Array],
     requests: tuple[Array, Array],
     q_ref: Any,
@@ -258,15 +257,6 @@ def _compute(
 
         return pl.run_scoped(product, plgpu.ACC(packed, jnp.float32))
 
-    def add_values(acc: Array, weights: Array, slot: Array) -> Array:
-        if interpret:
-            return acc + jnp.dot(weights.astype(jnp.float32), v_smem[slot].astype(jnp.float32))
-
-        def product(acc: Any) -> None:
-            plgpu.wgmma(acc, weights, v_smem.at[slot])
-
-        return pl.run_state(product)(plgpu.ACC.init(acc))
-
     def over_request(request: Array, first_step: Array) -> Array:
         last, full = spans_ref[tile, request, 0], spans_ref[tile, request, 1]
         bound = jnp.where(owners == request, positions, -1)
@@ -295,12 +285,14 @@ def _compute(
             plgpu.barrier_wait(scratch["v_ready"].at[slot])
             if alternate:
                 plgpu.barrier_wait(scratch["turn"])
-            acc = add_values(acc, weights, slot)
+            acc = add_weighted(acc, weights, v_smem.at[slot])
             plgpu.barrier_arrive(scratch["v_used"].at[slot])
             return acc, new_top, total
 
         blocks = lax.div(last + config.block, config.block)  # last is -1 where the tile has no row of the request
-        state = lax.fori_loop(0, full, functools.partial(step, False), _nothing(shape))
+        state = lax.fori_loop(
+            0, full, functools.partial(step, False), empty_softmax(shape.head_dim if shape.values else 8)
+        )
         state = lax.fori_loop(full, blocks, functools.partial(step, True), state)
         keep_result(bound < 0, *state)
         return first_step + blocks
@@ -330,16 +322,6 @@ def _compute(
     if shape.lse:
         plgpu.copy_smem_to_gmem(lse_smem, outs[-1].at[head, tile, wg])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _nothing(shape: Shape) -> tuple[Array, Array, Array]:
-    """The softmax of rows that have seen no key: weighted values, largest score in base 2, and sum of weights."""
-    width = shape.head_dim if shape.values else 8
-    return (
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((WGMMA_ROWS,), MASKED, jnp.float32), ROWS),
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), ROWS),
-    )
 
 
 def _fetch(

@@ -19,16 +19,15 @@ from jaxtyping import Float, Int
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
 from sparsex_kernels.mosaic import (
     LOG2_E,
-    MASKED,
     MULTIPROCESSORS,
-    ROWS,
     WGMMA_ROWS,
+    add_weighted,
     as_scalar,
     check_attention,
     clear_rows,
+    empty_softmax,
     flat_store,
     heads_a_tile,
-    interpreted,
     kernel,
     padded_pages,
     tiled_smem,
@@ -75,7 +74,7 @@ def decode(
     shape = Shape(parts, heads, heads // kv_heads, kv_heads, pages, page_size, head_dim, q.dtype, float(scale))
     packed = jnp.pad(q.reshape(rows, heads, share, head_dim), ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))
     run = kernel(
-        functools.partial(_kernel, shape, interpreted()),
+        functools.partial(_kernel, shape),
         out_type=(
             jax.ShapeDtypeStruct((parts, merged, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((parts, merged), jnp.float32),
@@ -107,7 +106,7 @@ def _scratch(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _kernel(shape: Shape, interpret: bool, *refs: Any, **scratch: Any) -> None:
+def _kernel(shape: Shape, *refs: Any, **scratch: Any) -> None:
     q_ref, kv_ref, layer_ref, tables_ref, parts_ref, out_ref, lse_ref = refs
     part, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
     table = tuple(parts_ref[part, n] for n in range(5))
@@ -115,7 +114,7 @@ def _kernel(shape: Shape, interpret: bool, *refs: Any, **scratch: Any) -> None:
 
     @pl.when((wg == 0) & live)
     def compute() -> None:
-        _compute(shape, interpret, (part, head), table, (q_ref, out_ref, lse_ref), scratch)
+        _compute(shape, (part, head), table, (q_ref, out_ref, lse_ref), scratch)
 
     @pl.when((wg == 1) & live)
     def fetch() -> None:
@@ -124,7 +123,6 @@ def _kernel(shape: Shape, interpret: bool, *refs: Any, **scratch: Any) -> None:
 
 def _compute(
     shape: Shape,
-    interpret: bool,
     program: tuple[Array, Array],
     table: tuple[Array, ...],
     refs: tuple[Any, ...],
@@ -144,15 +142,6 @@ def _compute(
 
         return pl.run_scoped(product, plgpu.ACC(square, jnp.float32))
 
-    def add_values(acc: Array, weights: Array, slot: Array) -> Array:
-        if interpret:
-            return acc + jnp.dot(weights.astype(jnp.float32), v_smem[slot].astype(jnp.float32))
-
-        def product(acc: Any) -> None:
-            plgpu.wgmma(acc, weights, v_smem.at[slot])
-
-        return pl.run_state(product)(plgpu.ACC.init(acc))
-
     def step(masked: bool, i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         acc, top, total = state
         slot = lax.rem(i - begin, STAGES)
@@ -167,17 +156,12 @@ def _compute(
         decay = jnp.exp2(top - new_top)
         acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
         plgpu.barrier_wait(scratch["v_ready"].at[slot])
-        acc = add_values(acc, p.astype(shape.dtype), slot)
+        acc = add_weighted(acc, p.astype(shape.dtype), v_smem.at[slot])
         plgpu.barrier_arrive(scratch["v_used"].at[slot])
         return acc, new_top, total * decay + p.sum(axis=1)
 
-    state = (
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, shape.head_dim), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((WGMMA_ROWS,), MASKED, jnp.float32), ROWS),
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), ROWS),
-    )
     full = jnp.clip(lax.div(position + 1, BLOCK), begin, end)
-    state = lax.fori_loop(begin, full, functools.partial(step, False), state)
+    state = lax.fori_loop(begin, full, functools.partial(step, False), empty_softmax(shape.head_dim))
     acc, top, total = lax.fori_loop(full, end, functools.partial(step, True), state)
     scratch["out_smem"][...] = acc / lax.broadcast_in_dim(total, acc.shape, [0])
     scratch["lse_smem"][...] = top + jnp.log2(total)

@@ -158,20 +158,23 @@ def test_nan_of_a_request_stays_with_it_in_decode(lengths, implementation):
 
 def test_small_shapes(implementation):
     """Every operation once: prefill with several requests a tile, decode in parts, key mass, write, align."""
-    run = partial(jax.jit, static_argnames=("implementation", "return_lse", "power"))
+
+    def run(operation, **options):
+        return jax.jit(partial(operation, implementation=implementation, **options))
+
     for case in (scattered((150, 3, 70), 90, dim=128), last_rows((300, 5, 130), kv_heads=1)):
-        out, _ = run(kernels.paged_attention)(*case, return_lse=True, implementation=implementation)
+        out, _ = run(kernels.paged_attention, return_lse=True)(*case)
         assert relative_error(out, dense(case, case[0].shape[-1] ** -0.5)[0]) < 1e-2
     q, store, layer, *rows = case = scattered((150, 3, 70), 90)
     for power in (1, 4):
-        mass = run(kernels.key_mass)(*case, power=power, implementation=implementation)
+        mass = run(kernels.key_mass, power=power)(*case)
         assert relative_error(mass, kernels.key_mass(*case, power=power, implementation="xla")) < 2e-3
     new = jax.random.normal(jax.random.key(0), (2, len(q), *store.shape[3:6:2]))
-    written = run(kernels.write_kv)(store, layer, *new, *rows, implementation=implementation)
+    written = run(kernels.write_kv)(store, layer, *new, *rows)
     assert same(written, kernels.write_kv(store, layer, *new, *rows, implementation="xla"))
     moves = (*copies([(10, 400, 70, 77)]), 10000.0 ** -jnp.linspace(0, 1, store.shape[-1] // 2))
     store = jnp.nan_to_num(store)
-    moved = run(kernels.align_and_copy)(store, *moves, implementation=implementation)
+    moved = run(kernels.align_and_copy)(store, *moves)
     assert relative_error(moved, kernels.align_and_copy(store, *moves, implementation="xla")) < 1e-3
 
 

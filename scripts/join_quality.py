@@ -1,4 +1,4 @@
-"""Join runs of the quality bench that differ in their tasks, such as those of one GPU shared by a process a task.
+"""Join runs of the quality bench that differ in tasks or regimes, such as those of one GPU shared by a process a task.
 
     sparsex bench quality --tasks vt ... --json > vt.json & sparsex bench quality --tasks cwe ... --json > cwe.json
     python scripts/join_quality.py vt.json cwe.json [--note "what a reader must know"]
@@ -56,23 +56,23 @@ def join(documents: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Summary]
     """One document and its summaries.
 
     Raises:
-      ValueError: they differ in more than their tasks.
+      ValueError: they differ in more than tasks and regimes.
     """
     first, *others = documents
-    same = ("bench", "model", "device", "versions", "commit")
+    same, varied = ("bench", "model", "device", "versions", "commit"), ("tasks", "regimes")
     for other in others:
         differing = [key for key in same if other[key] != first[key]]
         differing += [
-            key for key, value in first["settings"].items() if key != "tasks" and other["settings"][key] != value
+            key for key, value in first["settings"].items() if key not in varied and other["settings"][key] != value
         ]
         if differing:
             raise ValueError(f"{other['settings']['tasks']} differs from the first in {', '.join(differing)}")
-    tasks = [task for document in documents for task in document["settings"]["tasks"]]
+    asked = {key: list(dict.fromkeys(name for d in documents for name in d["settings"][key])) for key in varied}
     summaries = [
         summary for document in documents for summary in summaries_of(document) if summary["task"] != ALL_TASKS
     ]
     summaries += pooled(summaries)
-    joined = results.document(first["bench"], first["model"], first["settings"] | {"tasks": tasks}, summaries)
+    joined = results.document(first["bench"], first["model"], first["settings"] | asked, summaries)
     return joined | {key: first[key] for key in (*same, "machine")} | {"command": first["command"]}, summaries
 
 

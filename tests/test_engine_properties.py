@@ -128,7 +128,7 @@ class ManyLives(EngineMachine):
     """The same, for longer."""
 
 
-QUICK = settings(max_examples=6, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=4, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
 EngineMachine.TestCase.settings = QUICK
 ManyLives.TestCase.settings = settings(QUICK, max_examples=60)
 test_engine_machine = EngineMachine.TestCase

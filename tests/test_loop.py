@@ -138,7 +138,7 @@ def some_by_default(*names):
     )
 
 
-@some_by_default("full", "sparsex", "prophetkv")  # without a choice, with one, and with a pass of its own before it
+@some_by_default("sparsex", "prophetkv")  # with a choice, and with a pass of its own before it
 def test_batched_and_chunked_is_as_one_at_a_time(method):
     engine = make_engine()
     remember(engine)

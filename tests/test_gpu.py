@@ -2,7 +2,7 @@
 
 Sanitizers are slow, so they have shapes of their own:
 
-    compute-sanitizer --tool memcheck python -m pytest -p no:xdist -n 0 -m gpu tests/test_gpu.py -k small
+    compute-sanitizer --tool memcheck python -m pytest -n 0 -m gpu tests/test_gpu.py -k small
 """
 
 import importlib.util

@@ -28,9 +28,9 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams, model
 from sparsex_jax.config import ModelConfig, named_config
-from sparsex_jax.cost import prefill_seconds, speeds_of
 from sparsex_jax.eval.results import provenance, write_json
-from sparsex_jax.weights import Params
+from sparsex_jax.model.weights import Params
+from sparsex_jax.reuse.cost import prefill_seconds, speeds_of
 from sparsex_kernels import apply_rope
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -26,13 +26,13 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams, UnknownModelError
 from sparsex_jax.cli.bench import parse_method
-from sparsex_jax.compilation import num_compilations
 from sparsex_jax.config import named_config
+from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WORKLOADS, Size, Workload, make_workload
-from sparsex_jax.report import Report
-from sparsex_jax.serving.loop import Event, Loop
+from sparsex_jax.reuse.report import Report
+from sparsex_jax.scheduler.loop import Event, Loop
 
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("full", "prefix", "sparsex:boundary_layer=0:recompute_ratio=0.05", "sparsex")

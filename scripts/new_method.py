@@ -9,15 +9,16 @@ input embedding. The method recomputes the highest-scored 15 % of the reused tok
 import jax.numpy as jnp
 import numpy as np
 
-from sparsex_jax import Engine, ReuseConfig, model
-from sparsex_jax.methods import Phase, boundary_layer, budget, method
-from sparsex_jax.signals import signal
+from sparsex_jax import Engine, ReuseConfig
+from sparsex_jax.device.signals import signal
+from sparsex_jax.model import decoder
+from sparsex_jax.reuse.methods import Phase, boundary_layer, budget, method
 
 
 @signal("turned")  # runs on the device, inside the jitted prefill: jax.numpy only, shapes fixed
 def turned(boundary, store):
     """1 - cosine between each row's hidden state at the boundary and its embedding."""
-    start = model.embed(boundary.run.params, boundary.rows.token)
+    start = decoder.embed(boundary.run.params, boundary.rows.token)
     size = jnp.linalg.norm(start, axis=-1) * jnp.linalg.norm(boundary.hidden, axis=-1)
     return store, 1 - (start * boundary.hidden).sum(-1) / size  # one score a row; the store is as it was
 

@@ -19,11 +19,11 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsex_jax import aot
 from sparsex_jax.config import EngineConfig, ModelConfig, named_config
-from sparsex_jax.planner import CHUNKS
-from sparsex_jax.sharding import check_mesh
-from sparsex_jax.weights import num_parameters
+from sparsex_jax.device import aot
+from sparsex_jax.model.sharding import check_mesh
+from sparsex_jax.model.weights import num_parameters
+from sparsex_jax.reuse.planner import CHUNKS
 
 MODEL = "llama-3.1-8b"
 ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16", max_batch=8)

@@ -17,8 +17,8 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from sparsex_jax import Engine, ReuseConfig
+from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.serving.app import create_app
-from sparsex_jax.serving.loop import Loop
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
 

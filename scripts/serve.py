@@ -13,8 +13,8 @@ import sys
 import time
 
 from sparsex_jax import Engine, InvalidRequestError, OverloadedError, SamplingParams, StoreFullError
-from sparsex_jax.report import Report
-from sparsex_jax.serving.loop import Event, Loop
+from sparsex_jax.reuse.report import Report
+from sparsex_jax.scheduler.loop import Event, Loop
 
 DOCUMENTS = (
     "The observatory on the hill was built in 1894. Its dome opens with the code 3615, which the keeper writes on a "

@@ -42,11 +42,11 @@ from sparsex_jax import ModelConfig, model
 from sparsex_jax.checkpoints.huggingface import TENSORS, HuggingFaceCheckpoint
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.tasks import TASKS, Question, Sample, make_sample, numbered, tracked
-from sparsex_jax.model import Decoder, Layer
-from sparsex_jax.ops import Ops
-from sparsex_jax.plan import Rows
-from sparsex_jax.sharding import make_mesh
-from sparsex_jax.weights import Params, describe, num_parameters, random_params
+from sparsex_jax.model.decoder import Decoder, Layer
+from sparsex_jax.model.ops import Ops
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import Params, describe, num_parameters, random_params
+from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.dispatch import prefer
 
 BOS, EOS = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>"))

@@ -18,9 +18,9 @@ from sparsex_jax.errors import (
 )
 
 if TYPE_CHECKING:
+    from sparsex_jax.device.generation import Generation, Prefill, TokenLogprobs
     from sparsex_jax.engine import Engine
-    from sparsex_jax.generation import Generation, Prefill, TokenLogprobs
-    from sparsex_jax.report import Report
+    from sparsex_jax.reuse.report import Report
 
 __all__ = [
     "Engine",

@@ -22,19 +22,19 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sparsex_jax.admission import Admission, Request
 from sparsex_jax.cache import Entry, PageCache, Segment
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
-from sparsex_jax.cost import speeds_of
+from sparsex_jax.device.generation import Generation, Output, Prefill, decode_state, sampling_arrays, stop_finished
+from sparsex_jax.device.runner import Runner
+from sparsex_jax.device.sampling import Sampled
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
-from sparsex_jax.generation import Generation, Output, Prefill, decode_state, sampling_arrays, stop_finished
-from sparsex_jax.inputs import Prompt, encode
-from sparsex_jax.planner import slots_of
-from sparsex_jax.runner import Runner
-from sparsex_jax.sampling import Sampled
-from sparsex_jax.sharding import check_mesh, make_mesh
-from sparsex_jax.weights import Params, random_params
+from sparsex_jax.model.sharding import check_mesh, make_mesh
+from sparsex_jax.model.weights import Params, random_params
+from sparsex_jax.reuse.cost import speeds_of
+from sparsex_jax.reuse.planner import slots_of
+from sparsex_jax.scheduler.admission import Admission, Request
+from sparsex_jax.text.encoding import Prompt, encode
 
 DEFAULT_NAMESPACE = "default"
 

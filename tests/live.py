@@ -16,13 +16,13 @@ from conftest import TALKING
 
 from sparsex_jax import Engine, EngineConfig
 from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import random_params
+from sparsex_jax.scheduler.loop import Event, Loop
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
-from sparsex_jax.serving.loop import Event, Loop
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
-from sparsex_jax.sharding import make_mesh
-from sparsex_jax.weights import random_params
 
 MODEL = "tiny"
 

@@ -13,9 +13,9 @@ from conftest import TINY
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.workloads import WORKLOADS, Size, make_workload
-from sparsex_jax.prompt import Kind
-from sparsex_jax.report import Report
-from sparsex_jax.serving.loop import Loop
+from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.report import Report
+from sparsex_jax.scheduler.loop import Loop
 
 _SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_serving.py"
 _spec = importlib.util.spec_from_file_location("bench_serving", _SCRIPT)

@@ -19,9 +19,9 @@ from sparsex_jax.checkpoints import EMBEDDED_MODELS, convert, open_checkpoint, s
 from sparsex_jax.config import config_dir, named_config
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
 from sparsex_jax.eval import lexicon
-from sparsex_jax.sharding import TENSOR_AXIS, make_mesh
-from sparsex_jax.tokenizer import tokenizer_from_gguf
-from sparsex_jax.weights import abstract_params, describe, num_parameters
+from sparsex_jax.model.sharding import TENSOR_AXIS, make_mesh
+from sparsex_jax.model.weights import abstract_params, describe, num_parameters
+from sparsex_jax.text.tokenizer import tokenizer_from_gguf
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llama", "qwen2", "qwen3", "mistral")

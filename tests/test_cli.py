@@ -13,10 +13,10 @@ from sparsex_jax.cli import app
 from sparsex_jax.cli.demo import kl_divergence
 from sparsex_jax.cli.documents import DOCUMENTS, PROMPT_ORDER
 from sparsex_jax.cli.tokenmap import token_labels, token_map, token_pieces
-from sparsex_jax.prompt import Kind
-from sparsex_jax.report import Report
-from sparsex_jax.sharding import make_mesh
-from sparsex_jax.weights import random_params
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import random_params
+from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.report import Report
 
 EMBEDDED = "smollm2-135m-instruct"
 GOLDEN = Path(__file__).parent / "golden"

@@ -7,7 +7,7 @@ import pytest
 
 from sparsex_jax import Engine, ReuseConfig
 from sparsex_jax.config import named_config
-from sparsex_jax.cost import SPEEDS, Speeds, prefill_seconds
+from sparsex_jax.reuse.cost import SPEEDS, Speeds, prefill_seconds
 
 H100 = SPEEDS["NVIDIA H100 80GB HBM3"]
 LLAMA = named_config("llama-3.1-8b")

@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.serving.detokenize import Detokenizer
+from sparsex_jax.text.detokenizer import Detokenizer
 
 TEXTS = [
     "Plain words, and  two spaces.\n\ttab",

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams, StoreFullError, UnknownHandleError
-from sparsex_jax.sharding import make_mesh
-from sparsex_jax.weights import random_params
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import random_params
 
 CONFIG = EngineConfig(store_tokens=20 * 16, page_size=16, max_batch=4, chunk_rows=32, decode_steps=4)
 PARAMS = random_params(TINY, "float32", make_mesh())
@@ -85,7 +85,7 @@ class EngineMachine(RuleBasedStateMachine):
             raise RuntimeError("device lost")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sparsex_jax.runner.prefill", broken)
+            patch.setattr("sparsex_jax.device.runner.prefill", broken)
             with pytest.raises(RuntimeError, match="device lost"):
                 self.engine.prefill([1, 2, 3])
 

@@ -176,7 +176,7 @@ def test_an_engine_whose_store_was_lost_starts_afresh(tiny, monkeypatch):
         raise RuntimeError("device lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sparsex_jax.runner.prefill", fail_on_the_device)
+        patch.setattr("sparsex_jax.device.runner.prefill", fail_on_the_device)
         with pytest.raises(RuntimeError, match="device lost"):
             tiny.prefill(prompt)
     assert tiny.stats()["free"] == tiny.stats()["pages"]

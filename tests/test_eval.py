@@ -14,7 +14,7 @@ from sparsex_jax.cli import app
 from sparsex_jax.cli.bench import Workload, example_maps, parse_method
 from sparsex_jax.eval import lexicon, maps, metrics, plots, quality, regimes, results
 from sparsex_jax.eval.tasks import CLOSED_TASKS, TASKS, make_sample, word_count
-from sparsex_jax.prompt import Kind
+from sparsex_jax.reuse.prompt import Kind
 
 SIZES = ((40, 1), (300, 4), (2000, 3))  # tokens of body, segments
 METHODS = {"full": ReuseConfig("full"), "naive": ReuseConfig("naive"), "sparsex": ReuseConfig("sparsex")}

@@ -28,7 +28,7 @@ from kernel_cases import (
 
 import sparsex_kernels as kernels
 from sparsex_jax import Engine, ModelConfig, ReuseConfig
-from sparsex_jax.sharding import make_mesh
+from sparsex_jax.model.sharding import make_mesh
 
 pytestmark = pytest.mark.gpu
 

@@ -22,11 +22,11 @@ from sparsex_jax import (
     StoreFullError,
     UnknownHandleError,
 )
-from sparsex_jax.methods import METHODS
-from sparsex_jax.serving import loop as loop_module
-from sparsex_jax.serving.loop import Loop
-from sparsex_jax.sharding import make_mesh
-from sparsex_jax.weights import random_params
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import random_params
+from sparsex_jax.reuse.methods import METHODS
+from sparsex_jax.scheduler import loop as loop_module
+from sparsex_jax.scheduler.loop import Loop
 
 CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)  # as the fixture `tiny` has it
 # One size where pages are to be few, since programs are compiled for it.
@@ -412,7 +412,7 @@ def test_a_lost_store_costs_time_and_at_most_the_request_that_lost_it(step, monk
     engine = make_engine()
     prompts = [TEXT[start : start + length] for start, length in ((0, 50), (100, 77), (200, 30))]
     expected = [engine.generate(prompt, GREEDY, keep=False).token_ids for prompt in prompts]
-    works = getattr(__import__("sparsex_jax.runner").runner, step)
+    works = getattr(__import__("sparsex_jax.device.runner").runner, step)
 
     def fails(params, store, plan, *args, **static):
         positions = plan.rows.position if step == "prefill" else plan.position
@@ -421,7 +421,7 @@ def test_a_lost_store_costs_time_and_at_most_the_request_that_lost_it(step, monk
             raise RuntimeError("device lost")
         return works(params, store, plan, *args, **static)
 
-    monkeypatch.setattr(f"sparsex_jax.runner.{step}", fails)
+    monkeypatch.setattr(f"sparsex_jax.device.runner.{step}", fails)
     loop = Loop(engine)
     heard = [submit(loop, prompt) for prompt in prompts]
     run(loop)
@@ -638,7 +638,7 @@ class LoopMachine(RuleBasedStateMachine):
             raise RuntimeError("device lost")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(f"sparsex_jax.runner.{step}", broken)
+            patch.setattr(f"sparsex_jax.device.runner.{step}", broken)
             self.loop.step()
 
     @invariant()

@@ -11,13 +11,13 @@ from test_reuse import INTERLEAVINGS, NEW, A, remember_both
 from test_steps import assert_no_copy, memory_of
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
-from sparsex_jax.methods import METHODS, Phase, find_method, method
-from sparsex_jax.methods.oracle import oracle, prompt_kv, true_deviation
-from sparsex_jax.ops import Ops
-from sparsex_jax.planner import RequestPlan, plan_prefill, shares
-from sparsex_jax.prefill import prefill
-from sparsex_jax.prompt import Kind, PromptMap
-from sparsex_jax.sharding import make_mesh
+from sparsex_jax.device.prefill import prefill
+from sparsex_jax.model.ops import Ops
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.reuse.methods import METHODS, Phase, find_method, method
+from sparsex_jax.reuse.methods.oracle import oracle, prompt_kv, true_deviation
+from sparsex_jax.reuse.planner import RequestPlan, plan_prefill, shares
+from sparsex_jax.reuse.prompt import Kind, PromptMap
 
 PLAIN = {"overflow_tokens": 0, "tail_tokens": 0}
 CONFIGS = {

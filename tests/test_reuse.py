@@ -8,7 +8,7 @@ from conftest import TINY
 from dense import Dense, engine_logits, stored_kv
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
-from sparsex_jax.prompt import Kind
+from sparsex_jax.reuse.prompt import Kind
 
 FULL = ReuseConfig(method="full")
 EXACT = 1e-3  # float32 on a 135M model

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsex_jax import InvalidRequestError, NonFiniteLogitsError, ReuseConfig, SamplingParams
-from sparsex_jax.decode import advance, decode
-from sparsex_jax.generation import Output, decode_state, sampling_arrays
-from sparsex_jax.sampling import NON_FINITE, sample, sample_step
+from sparsex_jax.device.decode import advance, decode
+from sparsex_jax.device.generation import Output, decode_state, sampling_arrays
+from sparsex_jax.device.sampling import NON_FINITE, sample, sample_step
 
 sample, sample_step = jax.jit(sample), jax.jit(sample_step)
 

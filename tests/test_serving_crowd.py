@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from live import live_server, make_engine, wait_for
 
-from sparsex_jax.serving import warmup
-from sparsex_jax.serving.loop import Loop
+from sparsex_jax.scheduler import warmup
+from sparsex_jax.scheduler.loop import Loop
 
 OVERLOAD = 4
 NUMBER = 500

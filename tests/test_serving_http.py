@@ -30,17 +30,17 @@ from sparsex_jax import (
     StoreFullError,
 )
 from sparsex_jax.cli import app
-from sparsex_jax.compilation import num_compilations
+from sparsex_jax.device.compilation import num_compilations
+from sparsex_jax.device.generation import TokenLogprobs
 from sparsex_jax.errors import OverloadedError
-from sparsex_jax.generation import TokenLogprobs
-from sparsex_jax.prompt import Kind
-from sparsex_jax.report import Report
+from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.report import Report
+from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Access, Limits, Tenant
-from sparsex_jax.serving.loop import Event
+from sparsex_jax.serving.intake import plain_message
 from sparsex_jax.serving.openai import cached_tokens, run_lengths
-from sparsex_jax.serving.prompts import plain_message
 from sparsex_jax.serving.schemas import Message
-from sparsex_jax.serving.text import TokenText
+from sparsex_jax.text.token_text import TokenText
 
 CHAT = [{"role": "user", "content": "Which harbour opens at dawn?"}]
 NOTE = (
@@ -688,7 +688,7 @@ sys.path.insert(0, {tests!r})
 from live import ScriptedLoop, make_engine
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.app import create_app
-from sparsex_jax.serving.loop import Event
+from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
 
@@ -847,7 +847,7 @@ def test_a_log_probability_of_minus_infinity_is_still_json(stage):
 def test_the_command_compiles_before_it_listens(reference, monkeypatch, arguments, compiled):
     happened = []
     monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda _: reference)
-    monkeypatch.setattr("sparsex_jax.serving.warmup.steps", lambda engine: [lambda: happened.append("compiled")] * 3)
+    monkeypatch.setattr("sparsex_jax.scheduler.warmup.steps", lambda engine: [lambda: happened.append("compiled")] * 3)
     monkeypatch.setattr("sparsex_jax.serving.server.Server.run", lambda _: happened.append("listened"))
     assert CliRunner().invoke(app, ["serve", *arguments]).exit_code == 0
     assert happened == ["compiled"] * compiled + ["listened"]

@@ -8,8 +8,8 @@ import pytest
 from live import MODEL, ScriptedLoop, live_server, make_engine
 from playwright.sync_api import expect, sync_playwright
 
+from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Access, Limits
-from sparsex_jax.serving.loop import Event
 
 expect.set_options(timeout=60_000)  # the first request of a size compiles
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live import MODEL, ScriptedLoop, live_server, make_engine
 
-from sparsex_jax.serving.loop import Event
+from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.tools import Call, reader_for
 
 TOOLS = [

@@ -7,7 +7,7 @@ import pytest
 from live import ScriptedLoop
 
 from sparsex_jax import SamplingParams
-from sparsex_jax.serving.loop import Event
+from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.worker import DrainingError, Job, TimeLimitError, Worker, WorkerError
 
 HELLO = [Event("Hel", (1,)), Event("lo", (2, 3), finish_reason="stop")]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, SamplingParams
-from sparsex_jax.sharding import make_mesh
+from sparsex_jax.model.sharding import make_mesh
 
 MODEL = ModelConfig(
     vocab_size=120,  # divides by 2 and 8; the table's fallback to replication is tested below

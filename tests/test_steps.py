@@ -8,14 +8,14 @@ from conftest import TINY
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cache import Segment
-from sparsex_jax.decode import decode
-from sparsex_jax.generation import Output, decode_state
-from sparsex_jax.methods import METHODS
-from sparsex_jax.plan import Copies
-from sparsex_jax.planner import RequestPlan, Shapes, plan_copies, plan_prefill
-from sparsex_jax.prefill import align, prefill, top_rows
-from sparsex_jax.prompt import Kind, PromptMap
-from sparsex_jax.sharding import make_mesh
+from sparsex_jax.device.decode import decode
+from sparsex_jax.device.generation import Output, decode_state
+from sparsex_jax.device.prefill import align, prefill, top_rows
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.reuse.methods import METHODS
+from sparsex_jax.reuse.plan import Copies
+from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_copies, plan_prefill
+from sparsex_jax.reuse.prompt import Kind, PromptMap
 
 
 @pytest.fixture(scope="module", params=[1, 2])

@@ -9,7 +9,7 @@ import pytest
 from test_kernels import clean, jitted, simulated, simulated_tpu  # noqa: F401  (a fixture)
 
 import sparsex_kernels as kernels
-from sparsex_jax.plan import PADDING_REQUEST
+from sparsex_jax.reuse.plan import PADDING_REQUEST
 from sparsex_kernels.align_and_copy import tpu as align_tpu
 from sparsex_kernels.key_mass import tpu as key_mass_tpu
 from sparsex_kernels.paged_attention import tpu as attention_tpu

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 import sparsex_kernels as kernels
-from sparsex_jax import aot
 from sparsex_jax.config import EngineConfig, named_config
-from sparsex_jax.sharding import check_mesh
+from sparsex_jax.device import aot
+from sparsex_jax.model.sharding import check_mesh
 
 pytestmark = [
     pytest.mark.tpu_aot,

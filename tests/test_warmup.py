@@ -8,9 +8,9 @@ import pytest
 from conftest import TINY
 
 from sparsex_jax import Engine, NonFiniteLogitsError, ReuseConfig, SamplingParams
-from sparsex_jax.compilation import keep_on_disk, num_compilations
-from sparsex_jax.serving import warmup
-from sparsex_jax.serving.loop import Loop
+from sparsex_jax.device.compilation import keep_on_disk, num_compilations
+from sparsex_jax.scheduler import warmup
+from sparsex_jax.scheduler.loop import Loop
 
 TEXT = np.random.default_rng(5).integers(1, 90, 4000).astype(np.int32)
 # Another model than that of other tests, so that nothing of it is compiled yet.

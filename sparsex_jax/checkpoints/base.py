@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
-from sparsex_jax.weights import Params, describe, place_params
+from sparsex_jax.model.weights import Params, describe, place_params
 
 
 class Checkpoint(abc.ABC):

@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from sparsex_jax.checkpoints.base import Checkpoint, place_rows
 from sparsex_jax.config import ModelConfig, rope_factors
 from sparsex_jax.errors import UnsupportedModelError
-from sparsex_jax.tokenizer import tokenizer_from_gguf
-from sparsex_jax.weights import Params
+from sparsex_jax.model.weights import Params
+from sparsex_jax.text.tokenizer import tokenizer_from_gguf
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
 

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from sparsex_jax.checkpoints.base import Checkpoint, place_rows, read_json
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
-from sparsex_jax.tokenizer import read_tokenizer
-from sparsex_jax.weights import Params
+from sparsex_jax.model.weights import Params
+from sparsex_jax.text.tokenizer import read_tokenizer
 
 _INDEX = "model.safetensors.index.json"
 

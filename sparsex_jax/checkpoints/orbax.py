@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from sparsex_jax.checkpoints.base import Checkpoint, read_json
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
-from sparsex_jax.tokenizer import read_tokenizer
-from sparsex_jax.weights import Params, abstract_params
+from sparsex_jax.model.weights import Params, abstract_params
+from sparsex_jax.text.tokenizer import read_tokenizer
 
 _FORMAT = "sparsex-jax"
 

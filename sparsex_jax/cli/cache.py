@@ -20,10 +20,10 @@ from sparsex_jax.cli.terminal import output, print_json, waiting
 from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import EngineConfig, ReuseConfig, default_reuse
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.inputs import encode
-from sparsex_jax.methods import find_method
-from sparsex_jax.prompt import PromptMap
-from sparsex_jax.report import Report, make_report
+from sparsex_jax.reuse.methods import find_method
+from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.report import Report, make_report
+from sparsex_jax.text.encoding import encode
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

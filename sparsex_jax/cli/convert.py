@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparsex_jax.checkpoints import convert
 from sparsex_jax.cli.terminal import output, waiting
-from sparsex_jax.sharding import make_mesh
+from sparsex_jax.model.sharding import make_mesh
 
 
 def run(source: str, target: Path, dtype: str, tensor_parallel: int) -> None:

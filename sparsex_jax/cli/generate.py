@@ -11,11 +11,11 @@ from rich.text import Text
 
 from sparsex_jax.cli.prompts import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, progress, waiting
-from sparsex_jax.compilation import keep_on_disk
 from sparsex_jax.config import EngineConfig, ReuseConfig, SamplingParams
+from sparsex_jax.device.compilation import keep_on_disk
+from sparsex_jax.device.generation import Generation
 from sparsex_jax.engine import Engine
-from sparsex_jax.generation import Generation
-from sparsex_jax.report import Report
+from sparsex_jax.reuse.report import Report
 
 
 @dataclasses.dataclass(frozen=True)

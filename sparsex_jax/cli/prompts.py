@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.inputs import Prompt
+from sparsex_jax.text.encoding import Prompt
 
 
 def read_prompt(prompt: str) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import messages, progress
-from sparsex_jax.compilation import num_compilations
+from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.engine import Engine
-from sparsex_jax.serving import warmup
+from sparsex_jax.scheduler import warmup
+from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
-from sparsex_jax.serving.loop import Loop
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from sparsex_jax.prompt import Kind
-from sparsex_jax.report import Report
-from sparsex_jax.tokenizer import token_pieces
+from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.report import Report
+from sparsex_jax.text.tokenizer import token_pieces
 
 STYLES = {
     "prefix": "black on bright_blue",

@@ -31,9 +31,9 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import metrics, quality, results
 from sparsex_jax.eval.metrics import Answer
 from sparsex_jax.eval.quality import Batch, Row
-from sparsex_jax.methods import find_method
-from sparsex_jax.prompt import Kind, PromptMap
-from sparsex_jax.report import make_report
+from sparsex_jax.reuse.methods import find_method
+from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.report import make_report
 
 LOSS, DISAGREEMENT = "loss", "disagreement"
 MAX_LOSS = 0.02

@@ -11,15 +11,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt8
 
-from sparsex_jax import model
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.engine import Engine
-from sparsex_jax.methods.oracle import prompt_kv
-from sparsex_jax.model import Decoder, Hidden
-from sparsex_jax.plan import Rows
-from sparsex_jax.planner import page_tables
-from sparsex_jax.prompt import Kind
-from sparsex_jax.weights import Params
+from sparsex_jax.model import decoder as model
+from sparsex_jax.model.decoder import Decoder, Hidden
+from sparsex_jax.model.weights import Params
+from sparsex_jax.reuse.methods.oracle import prompt_kv
+from sparsex_jax.reuse.plan import Rows
+from sparsex_jax.reuse.planner import page_tables
+from sparsex_jax.reuse.prompt import Kind
 from sparsex_kernels.layout import PageTables, Store
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Float64
 
-from sparsex_jax.report import Report
+from sparsex_jax.reuse.report import Report
 
 
 def task_score(text: str, answers: Sequence[str]) -> float:

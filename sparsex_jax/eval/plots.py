@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 
 from sparsex_jax.eval.maps import Maps
-from sparsex_jax.prompt import Kind
+from sparsex_jax.reuse.prompt import Kind
 
 matplotlib.use("agg")  # files only, on machines without a screen
 

@@ -21,8 +21,8 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import metrics, regimes
 from sparsex_jax.eval.metrics import UNITS, Answer
 from sparsex_jax.eval.tasks import TASKS, Sample, make_sample
-from sparsex_jax.methods import find_method
-from sparsex_jax.methods.oracle import oracle, true_deviation
+from sparsex_jax.reuse.methods import find_method
+from sparsex_jax.reuse.methods.oracle import oracle, true_deviation
 
 Row = dict[str, Any]
 Cell = tuple[str, str, int]  # task, regime, sample

@@ -26,13 +26,13 @@ from sparsex_jax.errors import UnknownHandleError
 from sparsex_jax.serving import faults, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
 from sparsex_jax.serving.faults import RequestError, json_response
+from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.openai import ChatShape, CompletionShape, Reply, Shape
-from sparsex_jax.serving.prompts import Intake
-from sparsex_jax.serving.text import TokenText
 from sparsex_jax.serving.tools import reader_for
 from sparsex_jax.serving.transport import BodyLimit, EventStream, StatusCount, unless_disconnected
 from sparsex_jax.serving.worker import Job, TimeLimitError, Worker
+from sparsex_jax.text.token_text import TokenText
 
 PAGE = Path(__file__).parent / "page"
 # The page needs nothing from elsewhere, and texts of models and documents must not become programs.

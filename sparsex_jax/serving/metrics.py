@@ -10,12 +10,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sparsex_jax.compilation import num_compilations
-from sparsex_jax.prompt import Kind
-from sparsex_jax.report import Report
+from sparsex_jax.device.compilation import num_compilations
+from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.report import Report
 
 if TYPE_CHECKING:
-    from sparsex_jax.serving.loop import Event
+    from sparsex_jax.scheduler.loop import Event
     from sparsex_jax.serving.worker import Stream
 
 _TTFT_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)

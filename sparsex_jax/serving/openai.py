@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sparsex_jax.generation import TokenLogprobs
-from sparsex_jax.report import Report
+from sparsex_jax.device.generation import TokenLogprobs
+from sparsex_jax.reuse.report import Report
 from sparsex_jax.serving.faults import OutOfServiceError, fault_of
 from sparsex_jax.serving.metrics import tokens_by_kind
-from sparsex_jax.serving.text import TokenText
 from sparsex_jax.serving.tools import Call, Reader
 from sparsex_jax.serving.worker import Job, WorkerError
+from sparsex_jax.text.token_text import TokenText
 
 if TYPE_CHECKING:
-    from sparsex_jax.serving.loop import Event
+    from sparsex_jax.scheduler.loop import Event
 
 DONE = b"data: [DONE]\n\n"
 _KIND_NAMES = np.array(["prefix", "reused", "fresh"])

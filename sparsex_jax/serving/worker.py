@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import DEFAULT_NAMESPACE, Engine
 from sparsex_jax.errors import SparsexError
-from sparsex_jax.inputs import Prompt
+from sparsex_jax.text.encoding import Prompt
 
 if TYPE_CHECKING:
-    from sparsex_jax.serving.loop import Event, Loop, Ticket
+    from sparsex_jax.scheduler.loop import Event, Loop, Ticket
 
 _IDLE_S = 1.0  # everything that gives the thread work also wakes it
 _FAREWELL_S = 5.0  # for cancelled requests to hear of it

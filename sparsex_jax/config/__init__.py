@@ -1,0 +1,21 @@
+"""Configuration as frozen dataclasses, checked where it is made."""
+
+from sparsex_jax.config.engine import EngineConfig
+from sparsex_jax.config.model import ModelConfig, config_dir, named_config, rope_factors
+from sparsex_jax.config.reuse import CALIBRATED, ReuseConfig, architecture, default_reuse
+from sparsex_jax.config.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
+
+__all__ = [
+    "CALIBRATED",
+    "MAX_LOGIT_BIAS",
+    "MAX_LOGPROBS",
+    "EngineConfig",
+    "ModelConfig",
+    "ReuseConfig",
+    "SamplingParams",
+    "architecture",
+    "config_dir",
+    "default_reuse",
+    "named_config",
+    "rope_factors",
+]

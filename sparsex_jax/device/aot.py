@@ -1,0 +1,119 @@
+"""The engine's steps lowered for TPUs that are described, not present: what compiles, and what it would take.
+
+`lower_prefill(...).compile()` runs the chip's own compiler, which the `libtpu` wheel brings, on any machine.
+Weights and store are shapes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.stages import Lowered
+
+from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.device.decode import decode
+from sparsex_jax.device.generation import Output, decode_state
+from sparsex_jax.device.prefill import align, prefill
+from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.ops import Ops
+from sparsex_jax.model.sharding import TENSOR_AXIS
+from sparsex_jax.model.store import abstract_store
+from sparsex_jax.model.weights import abstract_params
+from sparsex_jax.reuse.methods import METHODS
+from sparsex_jax.reuse.plan import Copies, PrefillPlan
+from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
+from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_kernels.dispatch import prefer
+from sparsex_kernels.layout import Store
+
+
+def described_mesh(topology: str, num_devices: int) -> Mesh:
+    """A mesh of the first devices of a topology, such as `v5e:2x4`.
+
+    Raises:
+      RuntimeError: `libtpu` is not installed.
+    """
+    # No metadata server to ask, no lock on a device to take.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(np.array(devices[:num_devices]), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
+
+
+@contextmanager
+def lowering_for(mesh: Mesh) -> Iterator[None]:
+    """Within this context, Pallas looks up the mesh's chip, and operations are traced with the TPU kernels only."""
+    with use_abstract_mesh(mesh.abstract_mesh), prefer("tpu"):
+        yield
+
+
+def replicated(tree: Any, mesh: Mesh) -> Any:
+    """The shapes of a pytree's arrays, each whole on every device unless it is placed there already."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        placed = isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None
+        return x if placed else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+
+    return jax.tree.map(shape, tree)
+
+
+def half_reused(num_tokens: int, reuse: ReuseConfig, model: ModelConfig, shapes: Shapes) -> tuple[PrefillPlan, Any]:
+    """The plan of a prompt whose first half is reused, and its signals. Only its shapes matter here."""
+    kind = np.full(num_tokens, Kind.FRESH, np.uint8)
+    kind[: num_tokens // 2] = Kind.REUSED
+    prompt = PromptMap(np.zeros(num_tokens, np.int32), kind)
+    phases = tuple(METHODS[reuse.method].phases(prompt, reuse, model.num_layers))
+    return plan_prefill([RequestPlan(prompt, phases, range(shapes.max_pages))], shapes, model.num_layers)
+
+
+def lower_prefill(
+    model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int, reuse: ReuseConfig | None = None
+) -> Lowered:
+    """The hybrid prefill of the bucket that holds so many tokens."""
+    shapes = Shapes.of_engine(model, engine, platform="tpu")
+    plan, signals = half_reused(num_tokens, reuse or ReuseConfig(), model, shapes)
+    _, chunk = shapes.bucket(plan.fresh.size)
+    static = {"decoder": Decoder(model, Ops(mesh)), "signals": signals, "chunk": chunk}
+    params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
+    return _lower(lambda store, params, plan: prefill(params, store, plan, **static), mesh, store, params, plan)
+
+
+def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_requests: int) -> Lowered:
+    """One dispatch of `engine.decode_steps` tokens for a power of two of requests."""
+    output = Output(SamplingParams(), (), None)
+    output.extend([0])
+    shapes = Shapes.of_engine(model, engine, platform="tpu")
+    prompts = pages = [[0]] * num_requests
+    state = decode_state([output] * num_requests, prompts, pages, shapes.max_pages, model.vocab_size)
+    static = {"decoder": Decoder(model, Ops(mesh)), "steps": engine.decode_steps}
+    params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
+    return _lower(lambda store, params, state: decode(params, store, state, **static), mesh, store, params, state)
+
+
+def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
+    """The copies of the bucket that holds so many tokens."""
+    size, _ = Shapes.of_engine(model, engine, platform="tpu").bucket(num_tokens)
+    copies = Copies(*[jnp.zeros(size, jnp.int32)] * 3)
+    decoder = Decoder(model, Ops(mesh))
+    store = abstract_store(model, engine, mesh)
+    return _lower(lambda store, copies: align(store, copies, decoder=decoder), mesh, store, copies)
+
+
+def _lower(step: Callable[..., Any], mesh: Mesh, store: jax.ShapeDtypeStruct, *args: Any) -> Lowered:
+    """A step with the store donated. It is lowered on leaves, because checked dataclasses take nothing but arrays."""
+    leaves, tree = jax.tree.flatten(args)
+
+    def flat(store: Store, *leaves: jax.Array) -> Any:
+        return step(store, *jax.tree.unflatten(tree, leaves))
+
+    with lowering_for(mesh):
+        return jax.jit(flat, donate_argnums=0).lower(store, *replicated(leaves, mesh))

@@ -1,0 +1,110 @@
+"""Decode: several tokens per dispatch for a batch of requests, stopping early where all are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from sparsex_jax.device.sampling import Sampled, Sampling, nothing_sampled, sample_step
+from sparsex_jax.model import decoder as model
+from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.weights import Params
+from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
+from sparsex_kernels.layout import PageTables, Store
+
+
+@struct.dataclass
+class DecodeState:
+    """Requests being decoded.
+
+    Attributes:
+      token: the last token of each, whose KV is not in the store yet.
+      position: its position; -1 where the request is done or the line unused.
+      remaining: how many tokens it may still generate.
+      stops: tokens that end it, padded with -1.
+      sampling: how its tokens are chosen, and what the answer holds so far where that matters.
+    """
+
+    token: Int[Array, "requests"]
+    position: Int[Array, "requests"]
+    remaining: Int[Array, "requests"]
+    stops: Int[Array, "requests stops"]
+    page_tables: PageTables
+    sampling: Sampling
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "steps"), donate_argnames="store")
+def decode(
+    params: Params,
+    store: Store,
+    state: DecodeState,
+    limit: Int[Array, ""] | int | None = None,
+    *,
+    decoder: Decoder,
+    steps: int,
+) -> tuple[Store, DecodeState, Sampled]:
+    """Generate up to `steps` tokens for each request.
+
+    Args:
+      limit: how many this time, if fewer. It is data: any number runs the same program.
+
+    Returns:
+      The store, the state after, and what was sampled, `[requests, steps]`: -1 where a request was done already,
+      `sampling.NON_FINITE` where it failed, which ends it.
+    """
+
+    def body(carry: tuple[Array, Array, DecodeState, Sampled]) -> tuple[Array, Array, DecodeState, Sampled]:
+        step, store, state, out = carry
+        store, scores = _forward(decoder, params, store, state)
+        new = sample_step(scores, state.sampling, state.position + 1)
+        token = jnp.where(state.position >= 0, new.token[:, 0], -1)
+        new = dataclasses.replace(new, token=token[:, None])
+        out = jax.tree.map(lambda all_steps, one: lax.dynamic_update_slice_in_dim(all_steps, one, step, 1), out, new)
+        return step + 1, store, advance(state, token), out
+
+    def running(carry: tuple[Array, Array, DecodeState, Sampled]) -> Array:
+        return (carry[0] < last) & jnp.any(carry[2].position >= 0)
+
+    last = steps if limit is None else jnp.minimum(limit, steps)
+    out = nothing_sampled(state.sampling, steps, decoder.config.vocab_size)
+    _, store, state, out = lax.while_loop(running, body, (jnp.int32(0), store, state, out))
+    return store, state, out
+
+
+def advance(state: DecodeState, token: Int[Array, "requests"]) -> DecodeState:
+    """The state after each running request has got `token`."""
+    running, remaining = state.position >= 0, state.remaining - 1
+    ended = (remaining <= 0) | (token < 0) | jnp.any(token[:, None] == state.stops, axis=1)
+    return dataclasses.replace(
+        state,
+        token=token,
+        position=jnp.where(running & ~ended, state.position + 1, -1),
+        remaining=remaining,
+        sampling=state.sampling.count(token, running),
+    )
+
+
+def _forward(
+    decoder: Decoder, params: Params, store: Store, state: DecodeState
+) -> tuple[Store, Float[Array, "requests vocab"]]:
+    """One token of each request through all layers."""
+    lines, more = len(state.token), -len(state.token) % decoder.ops.row_multiple
+    token, position, tables = (
+        jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+        for x, fill in ((state.token, 0), (state.position, -1), (state.page_tables, 0))
+    )
+    index = jnp.arange(lines + more)
+    rows = Rows(token=token, position=position, request=jnp.where(position >= 0, index, PADDING_REQUEST), index=index)
+
+    def run_layer(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        return model.decoder_layer(model.layer_of(decoder, params, layer), *carry, rows, tables)
+
+    carry = (store, model.embed(params, rows.token))
+    store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry)
+    return store, model.logits(params, decoder.config, hidden[:lines])

@@ -1,0 +1,1 @@
+"""The decoder: weights, layers, the kernels as it calls them, and where arrays live."""

@@ -1,0 +1,114 @@
+"""The kernels as the model calls them: bound to a mesh, each device working on the KV heads it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Float, Int
+
+import sparsex_kernels as kernels
+from sparsex_jax.model.sharding import TENSOR_AXIS
+from sparsex_jax.model.sharding import spec as spec_of
+from sparsex_jax.model.store import STORE_AXES
+from sparsex_jax.reuse.plan import Copies, Rows
+from sparsex_kernels.layout import PageTables, Queries, Store
+
+_STORE = spec_of(STORE_AXES)
+_HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
+_ALL = PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """Operations on the sharded store. Hashable, so that it can be a static argument of a jitted step.
+
+    Heads meet in none of them but the key mass, which is summed over the mesh as some products are, so each runs
+    under `shard_map` on what is local and no kernel ever sees a sharded array.
+    """
+
+    mesh: Mesh
+
+    @property
+    def row_multiple(self) -> int:
+        """Kernels for GPUs take rows by eights; more often than once a step, filling up costs more than it looks."""
+        return 8 if self.mesh.devices.flat[0].platform == "gpu" else 1
+
+    def linear(
+        self,
+        x: Float[Array, "rows inputs"],
+        weights: Sequence[Float[Array, "layers inputs _"]],
+        layer: Int[Array, ""] | int,
+        rows: Rows,
+        *,
+        over_inputs: bool,
+    ) -> tuple[Float[Array, "rows _"], ...]:
+        """Rows times matrices that a mesh divides by columns, or by inputs, over which products are summed then."""
+
+        def run(x: Array, weights: tuple[Array, ...], layer: Array, count: Array) -> tuple[Array, ...]:
+            products = kernels.linear(x, weights, layer, count)
+            return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
+
+        columns, inputs = PartitionSpec(None, TENSOR_AXIS), PartitionSpec(None, TENSOR_AXIS, None)
+        by_columns = (_ALL, PartitionSpec(None, None, TENSOR_AXIS), _ALL, _ALL), columns
+        by_inputs = (columns, inputs, _ALL, _ALL), _ALL
+        specs = by_inputs if over_inputs else by_columns
+        return self._over_heads(run, *specs)(x, tuple(weights), jnp.asarray(layer), rows.count)
+
+    def gated_linear(
+        self,
+        x: Float[Array, "rows inputs"],
+        gate: Float[Array, "layers inputs width"],
+        up: Float[Array, "layers inputs width"],
+        layer: Int[Array, ""] | int,
+        rows: Rows,
+    ) -> Float[Array, "rows width"]:
+        """`silu(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
+        weights = PartitionSpec(None, None, TENSOR_AXIS)
+        specs = (_ALL, weights, weights, _ALL, _ALL)
+        run = self._over_heads(kernels.gated_linear, specs, PartitionSpec(None, TENSOR_AXIS))
+        return run(x, gate, up, jnp.asarray(layer), rows.count)
+
+    def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:
+        specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
+        attend = self._over_heads(kernels.paged_attention, specs, _HEADS)
+        return attend(q, store, layer, rows.position, rows.request, tables)
+
+    def key_mass(
+        self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables, power: int = 1
+    ) -> Float[Array, "requests context"]:
+        def summed(*args: Array) -> Array:
+            mass = kernels.key_mass(*args, power=power)
+            return jax.lax.psum(mass, TENSOR_AXIS) if self.mesh.size > 1 else mass
+
+        specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
+        return self._over_heads(summed, specs, _ALL)(q, store, layer, rows.position, rows.request, tables)
+
+    def write_kv(
+        self,
+        store: Store,
+        layer: Int[Array, ""],
+        keys: Float[Array, "rows kv_heads head_dim"],
+        values: Float[Array, "rows kv_heads head_dim"],
+        rows: Rows,
+        tables: PageTables,
+    ) -> Store:
+        specs = (_STORE, _ALL, _HEADS, _HEADS, _ALL, _ALL, _ALL)
+        write = self._over_heads(kernels.write_kv, specs, _STORE)
+        return write(store, layer, keys, values, rows.position, rows.request, tables)
+
+    def align_and_copy(self, store: Store, copies: Copies, inv_freq: Float[Array, "half"]) -> Store:
+        move = self._over_heads(kernels.align_and_copy, (_STORE, _ALL, _ALL, _ALL, _ALL), _STORE)
+        return move(store, copies.source, copies.target, copies.shift, inv_freq)
+
+    def _over_heads(
+        self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+    ) -> Callable[..., Any]:
+        if self.mesh.size == 1:
+            return op
+        return jax.shard_map(op, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,0 +1,25 @@
+"""The paged KV store on the devices: one array of all layers, split over KV heads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.model.sharding import sharding
+from sparsex_kernels.layout import Store
+
+STORE_AXES = ("layers", "pages", "kv", "kv_heads", "slots", "head_dim")
+
+
+def abstract_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The shape `[layers, pages, 2, kv_heads, page_size, head_dim]`, each device holding its heads only."""
+    shape = (model.num_layers, engine.num_pages, 2, model.num_kv_heads, engine.page_size, model.head_dim)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(engine.dtype), sharding=sharding(mesh, STORE_AXES, shape))
+
+
+def make_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Store:
+    """A store of zeros."""
+    like = abstract_store(model, engine, mesh)
+    return jnp.zeros(like.shape, like.dtype, device=like.sharding)

@@ -1,0 +1,247 @@
+"""From prompts and their schedules to the plan that the jitted prefill consumes. Host side, NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Int, Int32
+
+from sparsex_jax.cache import Segment
+from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.reuse.methods import Phase
+from sparsex_jax.reuse.plan import PADDING_REQUEST, Choice, Copies, PrefillPlan, Rows
+from sparsex_jax.reuse.prompt import PromptMap
+
+# Rows that go through a layer at a time, by platform; on one that is not here, as on a TPU.
+CHUNKS = {
+    "cpu": 128,  # larger chunks gain 15 % in the matrix products and lose more to padding
+    "gpu": 2048,  # kernels skip padding by themselves
+    "tpu": 2048,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RequestPlan:
+    """What one request asks of a prefill.
+
+    Attributes:
+      prompt: the classified prompt.
+      phases: its schedule.
+      pages: physical pages of its tokens in order, the shared prefix first.
+      copies: runs to copy into those pages first: the prefix tail and the segments.
+    """
+
+    prompt: PromptMap
+    phases: tuple[Phase, ...]
+    pages: Sequence[int]
+    copies: tuple[Segment, ...] = ()
+
+    @property
+    def num_rows(self) -> int:
+        """Tokens of the first phase."""
+        return self.phases[0].size
+
+    @property
+    def starts(self) -> tuple[tuple[int, str | None], ...]:
+        """Where each phase starts, and by what signal: requests share a plan only if these agree."""
+        return tuple((phase.start, phase.signal) for phase in self.phases)
+
+    def exact_tokens(self, num_layers: int) -> int:
+        """How many prompt tokens have exact KV once prefilled (DESIGN.md, rule 1)."""
+        everyone = int(self.prompt.computed.sum())
+        if not any(phase.can_leave_out(everyone) for phase in self.phases if phase.start < num_layers):
+            return len(self.prompt)
+        return self.prompt.exact_frontier
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The few static shapes that plans are padded to: (rows, chunk) buckets, requests and pages a request."""
+
+    buckets: tuple[tuple[int, int], ...]
+    max_requests: int
+    max_pages: int
+
+    @classmethod
+    def of(cls, max_context: int, max_requests: int, page_size: int, chunk: int) -> Shapes:
+        """A small bucket for short work, then factors of 4 up to the longest context.
+
+        Rows go through the layers a chunk at a time and chunks of padding are skipped, so a large bucket costs
+        memory, not time, and few are enough: 4 for a context of 8192 and chunks of 128.
+        """
+        sizes = [4 * chunk]
+        while sizes[-1] < max_context:
+            sizes.append(4 * sizes[-1])
+        few = chunk // 2
+        buckets = ((few, few), *((size, chunk) for size in sizes))
+        return cls(buckets, max_requests, -(-max_context // page_size))
+
+    @classmethod
+    def of_engine(cls, model: ModelConfig, engine: EngineConfig, *, platform: str) -> Shapes:
+        """The shapes of an engine's plans on a platform: cpu, gpu or tpu."""
+        max_context = min(model.max_position, engine.num_pages * engine.page_size)
+        chunk = engine.chunk_rows or CHUNKS.get(platform, CHUNKS["tpu"])
+        return cls.of(max_context, engine.max_batch, engine.page_size, chunk)
+
+    @property
+    def max_rows(self) -> int:
+        return self.buckets[-1][0]
+
+    def bucket(self, rows: int) -> tuple[int, int]:
+        """The smallest (rows, chunk) that holds so many rows."""
+        return next(bucket for bucket in self.buckets if bucket[0] >= rows)
+
+    def plans(self, requests: Sequence[RequestPlan]) -> Iterator[slice]:
+        """Which requests, in their order, go into one plan: of the same schedule, and no more rows than the largest
+        bucket has."""
+        begin = rows = 0
+        for at, request in enumerate(requests):
+            rows += request.num_rows
+            full = rows > self.max_rows or at - begin >= self.max_requests
+            if at > begin and (full or request.starts != requests[begin].starts):
+                yield slice(begin, at)
+                begin, rows = at, request.num_rows
+        if begin < len(requests):
+            yield slice(begin, len(requests))
+
+
+def needed_phases(requests: Sequence[RequestPlan], num_layers: int) -> list[int]:
+    """The phases that have layers and leave out somebody's token: all plain prefills then share one program."""
+    needed = [0]
+    for i, phase in enumerate(requests[0].phases[1:], start=1):
+        narrows = any(request.phases[i].can_leave_out(request.phases[needed[-1]].size) for request in requests)
+        if phase.start < num_layers and narrows:
+            needed.append(i)
+    return needed
+
+
+def plan_prefill(
+    requests: Sequence[RequestPlan], shapes: Shapes, num_layers: int
+) -> tuple[PrefillPlan, tuple[str | None, ...]]:
+    """Lay the rows of requests with the same schedule out behind each other.
+
+    Returns:
+      The plan, and the signals of its phases after the first, which are static.
+    """
+    phases = [[request.phases[i] for request in requests] for i in needed_phases(requests, num_layers)]
+    computed = [np.flatnonzero(phase.forced) for phase in phases[0]]
+    size, _ = shapes.bucket(sum(map(len, computed)))
+    plan = PrefillPlan(
+        rows=_rows(requests, computed, size),
+        page_tables=page_tables([request.pages for request in requests], shapes.max_requests, shapes.max_pages),
+        fresh=_padded([request.prompt.fresh[at] for request, at in zip(requests, computed, strict=True)], size, False),
+        first_layer=jnp.array([*(same[0].start for same in phases), num_layers], jnp.int32),
+        choices=tuple(_choice(requests, same, computed, size) for same in phases[1:]),
+    )
+    return plan, tuple(same[0].signal for same in phases[1:])
+
+
+def _choice(
+    requests: Sequence[RequestPlan], phases: Sequence[Phase], computed: Sequence[np.ndarray], size: int
+) -> Choice:
+    """One later phase of all requests, theirs behind each other. There are at most as many groups as rows."""
+
+    def rows(masks: Iterable[np.ndarray], fill: int | float | bool) -> Array:
+        return _padded([mask[at] for mask, at in zip(masks, computed, strict=True)], size, fill)
+
+    zeros = [np.zeros(len(request.prompt), np.float32) for request in requests]
+    groups = [_groups(request.prompt, phase) for request, phase in zip(requests, phases, strict=True)]
+    before = np.cumsum([0, *(len(budgets) for _, budgets in groups)])
+    coverage = [math.inf if phase.coverage is None else phase.coverage for phase in phases]
+    return Choice(
+        forced=rows([phase.forced for phase in phases], False),
+        scores=rows([zero if p.scores is None else p.scores for p, zero in zip(phases, zeros, strict=True)], 0.0),
+        block=rows([r.prompt.blocks(p.pool_tokens) for r, p in zip(requests, phases, strict=True)], 0),
+        group=rows([number + first for (number, _), first in zip(groups, before[:-1], strict=True)], PADDING_REQUEST),
+        budget=_padded([budgets for _, budgets in groups], size, 0),
+        coverage=_padded([np.full(len(b), c) for c, (_, b) in zip(coverage, groups, strict=True)], size, math.inf),
+    )
+
+
+def _groups(prompt: PromptMap, phase: Phase) -> tuple[Int[np.ndarray, "tokens"], Int[np.ndarray, "groups"]]:
+    """Each token's group, and each group's budget: one for all, or one a segment, by its share of the candidates.
+
+    Fresh tokens count with the segment before them; they are never candidates.
+    """
+    if not (phase.per_segment and prompt.segments):
+        return np.zeros(len(prompt), int), np.array([phase.budget])
+    starts = [segment.start for segment in prompt.segments]
+    number = np.maximum(np.searchsorted(starts, np.arange(len(prompt)), side="right") - 1, 0)
+    return number, shares(phase.budget, np.bincount(number[prompt.reused & ~phase.forced], minlength=len(starts)))
+
+
+def shares(total: int, weights: Int[np.ndarray, "parts"]) -> Int[np.ndarray, "parts"]:
+    """Divide a whole number by weights, the largest remainders rounded up; none gets more than its weight.
+
+    >>> shares(5, np.array([10, 20, 0]))
+    array([2, 3, 0])
+    """
+    exact = total * weights / max(weights.sum(), 1)
+    out = np.floor(exact).astype(int)
+    largest = np.argsort(out - exact, kind="stable")
+    out[largest[: min(total, weights.sum()) - out.sum()]] += 1
+    return out
+
+
+def _rows(requests: Sequence[RequestPlan], computed: Sequence[np.ndarray], size: int) -> Rows:
+    lines = [np.full(len(at), line) for line, at in enumerate(computed)]
+    return Rows(
+        token=_padded([request.prompt.tokens[at] for request, at in zip(requests, computed, strict=True)], size, 0),
+        position=_padded(computed, size, -1),
+        request=_padded(lines, size, PADDING_REQUEST),
+        index=jnp.arange(size, dtype=np.int32),
+    )
+
+
+def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Iterator[Copies]:
+    """The copies of these runs, each into the pages of the sequence it belongs to, in as many parts as shapes demand.
+
+    A batch that reuses nearly everything has few rows to compute and more to copy than the largest bucket holds.
+    """
+    group: list[tuple[Segment, Sequence[int]]] = []
+    tokens = 0
+    for run in runs:
+        tokens += run[0].length
+        if tokens > shapes.max_rows:
+            yield _copies(group, shapes, page_size)
+            group, tokens = [], run[0].length
+        group.append(run)
+    if group:
+        yield _copies(group, shapes, page_size)
+
+
+def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Copies:
+    places = [np.arange(segment.start, segment.end) for segment, _ in runs]
+    targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
+    size, _ = shapes.bucket(sum(map(len, places)))
+    return Copies(
+        source=_padded([segment.slots for segment, _ in runs], size, 0),
+        target=_padded(targets, size, -1),
+        shift=_padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0),
+    )
+
+
+def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int) -> Int[np.ndarray, "n"]:
+    """Where the tokens at these places of a sequence are, whose pages follow each other."""
+    return np.asarray(pages)[places // page_size] * page_size + places % page_size
+
+
+def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: int) -> Int32[Array, "requests pages"]:
+    """A line of page numbers for each request, padded with page 0, which nobody reads."""
+    tables = np.zeros((max_requests, max_pages), np.int32)
+    for line, own in enumerate(pages):
+        tables[line, : len(own)] = own
+    return jnp.asarray(tables)
+
+
+def _padded(parts: Sequence[np.ndarray], size: int, fill: int | float | bool) -> Array:
+    """The parts behind each other, filled up to `size`, of the fill's type: bool, int32 or float32."""
+    out = np.full(size, fill, {bool: bool, int: np.int32, float: np.float32}[type(fill)])
+    joined = np.concatenate(parts)
+    out[: len(joined)] = joined
+    return jnp.asarray(out)

@@ -1,0 +1,1 @@
+"""Which sequence is next: admission, chunks, the serving loop."""

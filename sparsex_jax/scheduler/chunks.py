@@ -1,0 +1,69 @@
+"""One request's prefill in several plans, so that a long prompt stalls nobody.
+
+    prompt   | prefix | fresh, fresh, fresh ... | reused  fresh  reused  fresh | answer so far |
+    stages            | chunk | chunk |  chunk  |           the rest           |     chunk     |
+
+What stands before the first reused token is computed exactly, whatever comes behind it, since attention is causal.
+So it can be cut anywhere: each chunk is a plain plan whose prefix is what the chunks before it computed.
+
+The rest is one plan. Which of its reused tokens are recomputed depends on the attention of *all* its fresh tokens at
+the boundary layer; cut in two, the first part would choose without the second part's queries, and most often the
+question stands at the end. The schedule is made for the whole prompt before anything is cut, so what is forced next
+to the seam stays forced, and the logits are those of a single plan.
+
+A request that was put off while it decoded has an answer behind its prompt. Its tokens were decoded one by one, each
+through all layers over the KV that was there: plain chunks again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int32
+
+from sparsex_jax.reuse.methods import Phase
+from sparsex_jax.reuse.planner import RequestPlan
+from sparsex_jax.reuse.prompt import Kind, PromptMap
+
+
+def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) -> list[RequestPlan]:
+    """The plans that prefill `tokens`, one after the other. The first makes all copies.
+
+    Args:
+      plan: of the prompt, as its method made it.
+      tokens: the prompt, or the prompt and the answer so far.
+      most: rows of a chunk.
+    """
+    prompt, pages = plan.prompt, plan.pages
+    first = int((prompt.kind == Kind.PREFIX).sum())
+    if not prompt.reused.any():
+        parts = list(_chunks(tokens, first, len(tokens), pages, most))
+    elif plan.num_rows <= most:
+        parts = [plan]
+    else:
+        lead = prompt.exact_frontier
+        parts = [*_chunks(tokens, first, lead, pages, most), _behind(plan, lead)]
+    if prompt.reused.any():
+        parts += _chunks(tokens, len(prompt), len(tokens), pages, most)
+    return [dataclasses.replace(part, copies=() if i else plan.copies) for i, part in enumerate(parts)]
+
+
+def _chunks(tokens: np.ndarray, start: int, end: int, pages: Sequence[int], most: int) -> Iterator[RequestPlan]:
+    """Plain plans of `start` to `end`, each behind the one before it."""
+    for at in range(start, end, most):
+        upto = min(at + most, end)
+        kind = np.full(upto, Kind.PREFIX, np.uint8)
+        kind[at:] = Kind.FRESH
+        prompt = PromptMap(tokens[:upto], kind)
+        yield RequestPlan(prompt, (Phase(0, prompt.computed),), pages)
+
+
+def _behind(plan: RequestPlan, lead: int) -> RequestPlan:
+    """The same plan where the first `lead` tokens are in the store by now."""
+    kind = plan.prompt.kind.copy()
+    kind[:lead] = Kind.PREFIX
+    prompt = dataclasses.replace(plan.prompt, kind=kind)
+    phases = tuple(dataclasses.replace(phase, forced=phase.forced & prompt.computed) for phase in plan.phases)
+    return dataclasses.replace(plan, prompt=prompt, phases=phases)

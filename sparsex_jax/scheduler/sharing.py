@@ -1,0 +1,64 @@
+"""Whether a request should wait for what another one computes right now, instead of computing it too."""
+
+from __future__ import annotations
+
+import functools
+import secrets
+import weakref
+
+import numpy as np
+from jaxtyping import Int32, UInt64
+
+from sparsex_jax.cache.windows import WINDOW, window_hashes
+from sparsex_jax.reuse.methods import Method
+from sparsex_jax.reuse.prompt import Kind, PromptMap
+
+# Shorter runs are computed faster than waited for.
+LEAST_SHARED = 64
+# A hash decides who waits, and only that. It is secret, so that nobody outside can make others wait.
+_SALT = secrets.randbits(64)
+
+
+class Wanted:
+    """A prompt, and how its method can use what is stored."""
+
+    def __init__(self, tokens: Int32[np.ndarray, "tokens"], method: Method) -> None:
+        self._tokens, self._method = tokens, method
+        self._known: weakref.WeakKeyDictionary[Offer, bool] = weakref.WeakKeyDictionary()
+
+    def shares(self, offer: Offer) -> bool:
+        """Whether so much of the offer is of use that waiting pays. Asked each round, found out once."""
+        if offer not in self._known:
+            self._known[offer] = self._shared_tokens(offer) >= LEAST_SHARED
+        return self._known[offer]
+
+    def _shared_tokens(self, offer: Offer) -> int:
+        if self._method.uses_segments:
+            return WINDOW * int(np.isin(offer.windows, self._windows).sum())
+        return self._common_prefix(offer) - offer.num_prefix if self._method.uses_prefix else 0
+
+    def _common_prefix(self, offer: Offer) -> int:
+        size = min(len(self._tokens), len(offer.exact))
+        return int((self._tokens[:size] == offer.exact[:size]).cumprod().sum())
+
+    @functools.cached_property
+    def _windows(self) -> UInt64[np.ndarray, "offsets"]:
+        """The hash of the window at every offset."""
+        return window_hashes(self._tokens, _SALT)
+
+
+class Offer:
+    """What a request computes that others will find once it is committed.
+
+    Attributes:
+      num_prefix: so many tokens of the prompt are found already.
+      exact: the tokens whose KV will be exact.
+      windows: hashes of windows on the grid on which they will be stored, those with fresh tokens only.
+    """
+
+    def __init__(self, prompt: PromptMap) -> None:
+        self.num_prefix = int((prompt.kind == Kind.PREFIX).sum())
+        self.exact = prompt.tokens[: prompt.exact_frontier]
+        whole = len(prompt) // WINDOW
+        fresh = prompt.fresh[: whole * WINDOW].reshape(whole, WINDOW).all(axis=1)
+        self.windows = window_hashes(prompt.tokens, _SALT)[::WINDOW][fresh]

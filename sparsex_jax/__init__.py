@@ -45,10 +45,10 @@ __all__ = [
 # What needs jax is imported when it is first asked for: configuration and the command line's help come at once.
 _LAZY = {
     "Engine": "engine",
-    "Generation": "generation",
-    "Prefill": "generation",
-    "Report": "report",
-    "TokenLogprobs": "generation",
+    "Generation": "device.generation",
+    "Prefill": "device.generation",
+    "Report": "reuse.report",
+    "TokenLogprobs": "device.generation",
 }
 
 

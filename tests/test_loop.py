@@ -22,6 +22,7 @@ from sparsex_jax import (
     StoreFullError,
     UnknownHandleError,
 )
+from sparsex_jax.device import runner
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.methods import METHODS
@@ -412,7 +413,7 @@ def test_a_lost_store_costs_time_and_at_most_the_request_that_lost_it(step, monk
     engine = make_engine()
     prompts = [TEXT[start : start + length] for start, length in ((0, 50), (100, 77), (200, 30))]
     expected = [engine.generate(prompt, GREEDY, keep=False).token_ids for prompt in prompts]
-    works = getattr(__import__("sparsex_jax.device.runner").runner, step)
+    works = getattr(runner, step)
 
     def fails(params, store, plan, *args, **static):
         positions = plan.rows.position if step == "prefill" else plan.position

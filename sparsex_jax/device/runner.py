@@ -25,6 +25,30 @@ from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_c
 _sample_step = jax.jit(sample_step)
 
 
+class PrefillRun:
+    """A prefill under way, which can rest between two layers.
+
+    Attributes:
+      requests: what it prefills: requests of one schedule.
+      next_layer: layers before it have run.
+      logits: float32 `[requests, vocab]` of each line's last token, on the device, once all layers have run.
+    """
+
+    def __init__(self, requests: Sequence[RequestPlan], num_layers: int) -> None:
+        self.requests, self.num_layers, self.next_layer = requests, num_layers, 0
+        self.logits: Float[Array, "requests vocab"] | None = None
+        self._computed: list[np.ndarray] = []
+
+    @property
+    def done(self) -> bool:
+        return self.next_layer == self.num_layers
+
+    def computed(self) -> list[np.ndarray]:
+        """For each request which of its tokens each phase computed, `[phases, tokens]`, once all layers have run. May
+        wait for the device."""
+        return self._computed
+
+
 class Runner:
     """Runs plans. Each call donates the store to a jitted step and keeps what comes back."""
 
@@ -33,6 +57,16 @@ class Runner:
         self.decoder = Decoder(model, Ops(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store = make_store(model, engine, mesh)
+
+    def begin(self, requests: Sequence[RequestPlan]) -> PrefillRun:
+        """Align the copies of requests with the same schedule; no layer has run yet."""
+        return PrefillRun(requests, self.model.num_layers)
+
+    def advance(self, run: PrefillRun, layers: int | None = None) -> None:
+        """Run the next so many layers, or all that are left."""
+        run.next_layer = self.model.num_layers if layers is None else min(run.next_layer + layers, run.num_layers)
+        if run.done:
+            run.logits, run._computed = self.prefill(run.requests)
 
     def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[np.ndarray]]:
         """Align and prefill requests with the same schedule.

@@ -1,4 +1,4 @@
-"""The page cache, case by case: what a prompt finds, what stays, and what goes first."""
+"""The page cache, case by case: what a prompt finds, which pages stay, and which are evicted first."""
 
 import numpy as np
 import pytest
@@ -123,7 +123,7 @@ def test_shared_pages_become_the_parents(store):
     assert match.prefix_pages[:2] == shared
 
 
-def test_approximate_is_never_a_prefix():
+def test_approximate_kv_is_never_a_prefix():
     store = Store()
     store.put(DOC, exact=40)
     match = store.look([*DOC, 1])
@@ -142,7 +142,7 @@ def test_what_follows_an_approximate_page_is_not_exact():
     assert not match.segments[0].exact
 
 
-def test_text_computed_elsewhere_is_no_prefix():
+def test_text_computed_at_another_position_is_no_prefix():
     store = Store()
     store.put(DOC, start=50)
     match = store.look([*DOC, 1])
@@ -151,14 +151,14 @@ def test_text_computed_elsewhere_is_no_prefix():
     assert match.segments[0].shift == -50
 
 
-def test_switches(store):
+def test_lookup_without_prefix_or_without_segments(store):
     assert spans(store.look(DOC, prefix=False)) == [(0, 100, 0)]
     match = store.look(DOC[:40] + words(0, 9) + DOC[50:], segments=False)
     assert (match.num_prefix_tokens, match.segments) == (40, [])
 
 
 def test_twins_serve_when_the_first_is_gone():
-    """Two requests prefilled the same text at once; evicting one copy loses nothing of either's continuation."""
+    """Two sequences prefilled the same text at once. When one copy is forgotten, the other's pages still serve."""
     store = Store()
     first = store.put(DOC[:48], keep=True)
     second = store.put(DOC[:32] + words(0, 16), keep=True)
@@ -230,7 +230,7 @@ def test_segment_behind_a_prefix(store):
     assert spans(match) == [(23, 40, 50)]
 
 
-def test_short_runs_are_left_alone(store):
+def test_runs_shorter_than_min_segment_are_not_found(store):
     prompt = [1, *DOC[8:32], 2]
     assert spans(store.look(prompt, min_segment=24)) == [(1, 24, 8)]
     assert spans(store.look(prompt, min_segment=25)) == []
@@ -325,7 +325,7 @@ def test_colliding_hashes_change_nothing_but_speed(monkeypatch, mask):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_repetitive_text_is_bounded(exact):
+def test_repetitive_text_is_found_in_bounded_time(exact):
     store = Store(num_pages=3000, page_size=64)
     text = [7] * 20000
     for i in range(6):
@@ -393,7 +393,7 @@ def test_unpin_twice_raises(store):
         store.cache.unpin(match)
 
 
-def test_full_store_says_so_and_changes_nothing():
+def test_full_store_raises_and_changes_nothing():
     store = Store(num_pages=8)
     store.put(DOC[:64])
     held = store.cache.allocate(3)
@@ -455,7 +455,7 @@ def test_wrong_sizes_are_refused(num_pages, page_size):
 # Evicting -----------------------------------------------------------------------------------------------------
 
 
-def test_least_recently_used_goes_first():
+def test_least_recently_used_page_is_evicted_first():
     store = Store(num_pages=6)
     store.put(DOC[:32])
     store.put(OTHER[:32])
@@ -486,7 +486,7 @@ def handles(store: Store) -> list[int]:
     return [entry.handle for entry in store.cache.entries()]
 
 
-def test_ordinary_pages_go_before_frozen_ones_below_the_limit():
+def test_cached_pages_are_evicted_before_frozen_ones_below_the_limit():
     store = Store(num_pages=10)
     kept = frozen(store, DOC[:64])
     store.put(OTHER)
@@ -495,7 +495,7 @@ def test_ordinary_pages_go_before_frozen_ones_below_the_limit():
     assert store.look([*DOC[:64], 1]).num_prefix_tokens == 64
 
 
-def test_above_the_limit_the_least_used_frozen_entry_goes_first():
+def test_least_used_frozen_entry_is_evicted_first_above_the_limit():
     store = Store(num_pages=10)
     first, second = frozen(store, DOC[:32]), frozen(store, OTHER[:32])
     store.look([1, *DOC[:32]])
@@ -508,7 +508,7 @@ def test_above_the_limit_the_least_used_frozen_entry_goes_first():
     store.cache.check()
 
 
-def test_of_equally_used_frozen_entries_the_older_goes():
+def test_older_of_equally_used_frozen_entries_is_evicted():
     store = Store(num_pages=10)
     frozen(store, DOC[:32])
     second = frozen(store, OTHER[:32])
@@ -554,7 +554,7 @@ def test_entries_are_listed_by_namespace():
     assert [e.uses for e in store.cache.entries()] == [0, 1]
 
 
-def test_forgotten_is_no_longer_served():
+def test_forgotten_entry_is_no_longer_found():
     store = Store()
     handle = frozen(store, DOC)
     store.cache.forget(handle)
@@ -565,7 +565,7 @@ def test_forgotten_is_no_longer_served():
         store.cache.forget(handle)
 
 
-def test_forgetting_what_is_in_use_hides_it_now_and_frees_it_later():
+def test_forgetting_a_pinned_entry_hides_it_at_once_and_frees_its_pages_when_unpinned():
     store = Store()
     handle = frozen(store, DOC[:32])
     match = store.cache.lookup(np.array([1, *DOC[:32]], np.int32), "a")
@@ -578,7 +578,7 @@ def test_forgetting_what_is_in_use_hides_it_now_and_frees_it_later():
     assert store.cache.stats().free == 32
 
 
-def test_forgetting_leaves_what_another_entry_shares():
+def test_forgetting_keeps_the_pages_that_another_entry_has():
     store = Store()
     first = frozen(store, DOC[:32])
     shared = store.look([*DOC[:32], 1]).prefix_pages
@@ -591,7 +591,7 @@ def test_forgetting_leaves_what_another_entry_shares():
     assert store.cache.stats().free == 32
 
 
-def test_handle_of_an_ordinary_entry_dies_with_its_first_evicted_page():
+def test_entry_that_is_not_frozen_ends_with_its_first_evicted_page():
     store = Store(num_pages=8)
     pages = store.put(DOC[:64])
     handle = store.cache.register(pages, 64, "a", False)

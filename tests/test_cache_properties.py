@@ -1,4 +1,4 @@
-"""The page cache against a model that knows what each slot holds, under whatever order of calls hypothesis finds."""
+"""The page cache against a model that records what each slot holds, in any order of calls that hypothesis finds."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ def filled(texts: list[list[int]], page_size: int) -> PageCache:
 
 
 def longest_from(prompt: list[int], at: int, texts: list[list[int]]) -> int:
-    """Brute force: the longest run of `prompt` from `at` on that stands anywhere in one of the texts."""
+    """By brute force, the length of the longest run of `prompt` from `at` on that is anywhere in one of the texts."""
     best = 0
     for text in texts:
         for offset in range(len(text)):
@@ -46,7 +46,7 @@ def longest_from(prompt: list[int], at: int, texts: list[list[int]]) -> int:
     page_size=st.sampled_from([8, 16, 32]),
 )
 def test_everything_long_enough_is_covered(texts, cuts, page_size):
-    """Texts without a token in common, cut up and put together anew: where runs do not overlap, all are found."""
+    """Pieces of texts without a common token: their runs do not overlap, so the lookup finds all of them."""
     texts = [[3000 * i + token for token in text] for i, text in enumerate(texts)]
     prompt: list[int] = []
     for i, (which, offset, length) in enumerate(cuts):
@@ -65,7 +65,7 @@ def test_everything_long_enough_is_covered(texts, cuts, page_size):
     prompt=st.lists(st.integers(0, 1), max_size=60),
 )
 def test_no_gap_has_room_for_a_run(texts, prompt):
-    """With two tokens everything overlaps; still what is left between segments holds no run worth taking."""
+    """With only two different tokens, runs overlap. No run of 15 tokens is left between the segments all the same."""
     match = filled(texts, 16).lookup(np.array(prompt, np.int32), "a", prefix=False, min_segment=15)
     ends = [0, *(segment.end for segment in match.segments)]
     starts = [*(segment.start for segment in match.segments), len(prompt)]
@@ -76,7 +76,7 @@ def test_no_gap_has_room_for_a_run(texts, prompt):
 
 @dataclasses.dataclass
 class Held:
-    """A sequence some request holds: its pages, what it wrote there, and how much of it is exact."""
+    """A sequence that holds pages: what it wrote there, and how many leading tokens of it are exact."""
 
     pages: list[int]
     tokens: list[int]
@@ -93,7 +93,7 @@ namespaces = st.sampled_from(["a", "b"])
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Requests, pins, entries, failures in every order, on a store that is nearly always too small."""
+    """Sequences, pins, entries and failures in any order, on a store that is nearly always too small."""
 
     sequences = Bundle("sequences")
     pins = Bundle("pins")

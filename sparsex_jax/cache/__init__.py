@@ -1,10 +1,10 @@
-"""The host side of the KV store: which page holds which tokens, who holds which page, and what a prompt can reuse.
+"""The host side of the KV store: which tokens are in each page, which sequences hold it, and what a prompt can reuse.
 
-Pure Python and NumPy: it hands out page and slot numbers and never sees a key or a value.
+It is pure Python and NumPy. It hands out page and slot numbers and never sees a key or a value.
 
-Read in this order: `tree` (what is stored), `windows` (where a run of tokens may be), `segments` (what a
-prompt can copy), `pages` (who holds a page, which one goes next), `entries` (handles of what is remembered),
-and `cache`, which ties them together.
+Read in this order: `tree` (the tokens in every page), `windows` (an index from 8 tokens to the places that store
+them), `segments` (the search for what a prompt can copy), `pages` (references and eviction order), `entries` (handles
+of remembered texts), and `cache`, which ties them together.
 """
 
 from sparsex_jax.cache.cache import CacheStats, Match, PageCache

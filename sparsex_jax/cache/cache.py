@@ -1,16 +1,16 @@
 """The page cache: look up what a prompt can reuse, allocate pages for the rest, commit what was computed.
 
-One request's life, seen from here (a page is 64 tokens, the prompt 300):
+What one sequence calls, with pages of 64 tokens and a prompt of 300 (5 pages):
 
-    match = cache.lookup(prompt, "docs")              # pins what it found
+    match = cache.lookup(prompt, "docs")              # pins the pages it found, so that none is evicted
     fresh = cache.allocate(5 - len(match.prefix_pages))
-    cache.share(match.prefix_pages)                   # the request holds its prefix itself
-    ...                                               # copy from match.segments, compute the rest
-    cache.unpin(match)                                # the copies are made
+    cache.share(match.prefix_pages)                   # the sequence holds the pages of its prefix itself
+    ...                                               # copy the KV of match.segments, compute the rest
+    cache.unpin(match)                                # the copies are made, so the donors may be evicted
     cache.commit(match.prefix_pages + fresh, prompt, "docs", exact_tokens=match.num_prefix_tokens)
-    cache.release(match.prefix_pages + fresh)         # still found by later lookups, until evicted
+    cache.release(match.prefix_pages + fresh)         # later lookups find the pages until they are evicted
 
-Nothing here is thread-safe: one engine, one cache.
+Nothing here is thread-safe. Each engine has one cache and calls it from one thread.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.cache.entries import Entry, EntryBook
-from sparsex_jax.cache.pages import PageTable
+from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
 from sparsex_jax.cache.tree import TOKEN_BYTES, Node, PageTree
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
@@ -32,15 +32,16 @@ from sparsex_jax.errors import StoreFullError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Match:
-    """What a prompt can reuse. Its pages stay where they are until `PageCache.unpin(match)`.
+    """What a prompt can reuse. None of its pages is evicted before `PageCache.unpin(match)`.
 
     Attributes:
-      prefix_pages: full pages of the exact prefix, to be shared.
-      prefix_tail: exact tokens right behind them, to be copied (a page filled in part cannot be shared).
-      segments: runs outside the prefix, to be copied and aligned; disjoint, in order.
-      num_prefix_tokens: tokens of the pages and the tail together; less than the prompt's, whose last token is
-        always computed.
-      pages: every page involved, each once.
+      prefix_pages: full pages of the exact prefix. The sequence shares them.
+      prefix_tail: exact tokens right behind those pages. They are copied, since the sequence needs the rest of their
+        page for tokens of its own.
+      segments: runs outside the prefix, disjoint and in order. They are copied and their keys rotated.
+      num_prefix_tokens: tokens of the pages and the tail together. At most the prompt's length less one, because the
+        last prompt token is always computed.
+      pages: every page that any of these is in, each once.
     """
 
     prefix_pages: list[int]
@@ -52,14 +53,17 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class CacheStats:
-    """Pages by state, what is stored, and what happened so far.
+    """Pages by state, what is stored, and what happened since the cache was made.
 
     Attributes:
-      pages, free, active, frozen, cached: pages in all and in each state.
-      tokens: token slots with content that lookups can find.
-      windows: windows in the index.
-      lookups: calls so far; prefix_tokens and segment_tokens are what they found.
-      evictions: pages dropped to make room; frozen_evictions: frozen entries dropped under pressure.
+      pages: all pages of the store.
+      free, active, frozen, cached: pages in each state (see `sparsex_jax.cache.pages`). They add up to `pages`.
+      tokens: tokens in committed pages, which lookups can find.
+      windows: windows of 8 tokens in the index.
+      lookups: calls of `lookup`.
+      prefix_tokens, segment_tokens: tokens that those calls found as prefixes and as segments.
+      evictions: cached pages that were evicted.
+      frozen_evictions: frozen entries that were evicted because the store was too full.
     """
 
     pages: int
@@ -82,11 +86,11 @@ def _require(ok: bool | np.bool, message: str) -> None:
 
 
 class PageCache:
-    """Pages of a KV store, by content.
+    """Finds the pages of a KV store by the tokens in them, hands pages out and evicts them.
 
     Attributes:
-      page_size: token slots a page.
-      tree: what is stored.
+      page_size: token slots in a page.
+      tree: the tokens in every committed page.
     """
 
     def __init__(
@@ -94,16 +98,21 @@ class PageCache:
     ) -> None:
         """
         Args:
-          num_pages: pages of the store.
-          page_size: token slots a page; a multiple of 8.
-          frozen_limit: share of the store that active and frozen pages may fill before frozen entries go.
-          handles: numbers for what is remembered, where a cache before this one had some. None: 1, 2, 3 ...
+          num_pages: pages of the store, at least 1.
+          page_size: token slots in a page, a multiple of 8.
+          frozen_limit: share of the store, from 0 to 1. When active and frozen pages would fill more than this,
+            frozen entries are evicted.
+          handles: the numbers to give to entries. Pass the previous cache's iterator to a cache that replaces it, so
+            that no handle stands for two entries. None: 1, 2, 3 ...
+
+        Raises:
+          ValueError: one of the sizes is out of range.
         """
         _require(page_size > 0 and page_size % WINDOW == 0, f"page_size={page_size} must be a multiple of {WINDOW}")
         _require(num_pages >= 1, f"num_pages={num_pages} must be at least 1")
         self.page_size = page_size
-        self._limit = int(num_pages * frozen_limit)
-        self._table = PageTable(num_pages)
+        self._max_occupied = int(num_pages * frozen_limit)
+        self._pool = PagePool(num_pages)
         self.tree = PageTree(num_pages, page_size)
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
         self._entries = EntryBook(handles or itertools.count(1))
@@ -122,9 +131,19 @@ class PageCache:
         segments: bool = True,
         min_segment: int = 16,
     ) -> Match:
-        """Find what is stored of a prompt, and pin it.
+        """Find the stored parts of a prompt and pin their pages.
 
-        Any run of at least max(15, min_segment) tokens stored in a row is found. Token ids are not negative.
+        Every run of at least max(15, min_segment) tokens that the namespace stores in a row is found.
+
+        Args:
+          tokens: the prompt's ids, none negative.
+          namespace: only content that was committed under it is found.
+          prefix: look for an exact prefix.
+          segments: look for segments behind the prefix.
+          min_segment: the least length of a segment, in tokens.
+
+        Raises:
+          ValueError: a token id is negative.
         """
         _require(not (tokens < 0).any(), "token ids must not be negative")
         chain, tail = self._find_prefix(tokens, namespace) if prefix else ([], None)
@@ -148,7 +167,7 @@ class PageCache:
         return search.run(begin, min_segment)
 
     def _recency(self, node: Node) -> int:
-        return int(self._table.last_used[node.pages[0]])
+        return int(self._pool.last_used[node.pages[0]])
 
     def _match(self, chain: list[Node], tail: Run | None, runs: list[Run], covered: int) -> Match:
         copied = [tail, *runs] if tail else runs
@@ -163,59 +182,64 @@ class PageCache:
 
     def _pin(self, match: Match) -> None:
         self._pins.add(match)
-        self._table.hold(match.pages)
+        self._pool.hold(match.pages)
         self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
         self._lookups += 1
         self._prefix_tokens += match.num_prefix_tokens
         self._segment_tokens += sum(segment.length for segment in match.segments)
 
     def unpin(self, match: Match) -> None:
-        """Let go of what a lookup pinned, once. Raises ValueError if it was let go before."""
+        """Release the pages that a lookup pinned. Raises ValueError if they were released before."""
         _require(match in self._pins, "this match is not pinned: it was unpinned before, or is another cache's")
         self._pins.remove(match)
-        self._table.let_go(match.pages)
+        self._pool.release(match.pages)
 
     # Holding ------------------------------------------------------------------------------------------------
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages, held once each; evicts as needed.
+        """Hand out `count` pages with one reference each. Evicts cached pages if too few are free.
 
         Raises:
-          StoreFullError: they cannot be had. Nothing was evicted.
+          StoreFullError: even evicting everything evictable would not free enough pages. Nothing was evicted.
         """
         _require(count >= 0, f"count={count} must not be negative")
-        if count > (available := self._available()):
-            raise StoreFullError(f"{count} pages asked, but only {available} of {len(self._table)} can be had now")
-        self._relieve(count)
-        lacking = count - len(self._table.free)
+        if count > (available := self._num_available()):
+            raise StoreFullError(f"{count} pages asked, but only {available} of {len(self._pool)} can be had now")
+        self._evict_frozen(count)
+        lacking = count - len(self._pool.free)
         if lacking > 0:
             self._evictions += lacking
-            self._drop(self._table.oldest_cached(lacking))
-        return self._table.take(count)
+            self._drop(self._pool.oldest_cached(lacking))
+        return self._pool.take(count)
 
     def share(self, pages: Sequence[int]) -> None:
-        """Hold pages once more. They must be in use: held already, or committed."""
+        """Add one reference to each page.
+
+        Raises:
+          ValueError: one of them is free. Only pages that are held or committed can be shared.
+        """
         self._require_distinct(pages)
         for page in pages:
-            _require(self._table.refs[page] > 0 or self._table.committed[page], f"page {page} is free")
-        self._table.hold(pages)
+            _require(self._pool.refs[page] > 0 or self._pool.committed[page], f"page {page} is free")
+        self._pool.hold(pages)
 
     def release(self, pages: Sequence[int]) -> None:
-        """Let go of pages once. Committed ones stay until evicted, the others are free at once.
+        """Drop one reference to each page. Committed pages then stay until evicted; the others become free at once.
 
-        Raises ValueError, and changes nothing, if one of them is not held.
+        Raises:
+          ValueError: one of them is not held. No reference was dropped.
         """
         self._require_distinct(pages)
         self._require_held(pages)
-        self._table.let_go(pages)
+        self._pool.release(pages)
 
     def _require_distinct(self, pages: Sequence[int]) -> None:
         _require(len(set(pages)) == len(pages), "a page is named twice")
-        _require(all(0 <= page < len(self._table) for page in pages), "a page is outside the store")
+        _require(all(0 <= page < len(self._pool) for page in pages), "a page is outside the store")
 
     def _require_held(self, pages: Sequence[int]) -> None:
         for page in pages:
-            _require(self._table.refs[page] > 0, f"page {page} is not held: released before, or never allocated")
+            _require(self._pool.refs[page] > 0, f"page {page} is not held: released before, or never allocated")
 
     # Storing ------------------------------------------------------------------------------------------------
 
@@ -228,19 +252,29 @@ class PageCache:
         exact_tokens: int,
         start: int = 0,
     ) -> None:
-        """Make a sequence findable: `tokens[i]` is in slot `i` of the pages laid end to end.
+        """Let later lookups find a sequence whose token `i` is in slot `i` of its pages laid end to end.
 
-        Pages at the beginning that are committed already (the shared prefix) stay as they are. A page that was
-        committed in part and has more tokens now is taken in anew, so a sequence may be committed as it grows.
+        Committed pages at the beginning, the shared prefix, stay as they are. A page that was committed with fewer
+        tokens is indexed again with all it has now, so a sequence may be committed several times as it grows.
+
+            pages of 8, 20 tokens, exact_tokens=13, start=0:
+              tokens     0..7   8..15   16..19
+              Node.start    0       8       16
+              Node.exact    8       5        0      only the first page can be shared as a prefix
+
+            the same with exact_tokens=20, where the first page was committed with exact=0 before:
+              Node.exact    0       0        0      KV computed from approximate KV is approximate too
 
         Args:
-          pages: held by the caller; those behind the last token are ignored.
-          tokens: not negative.
-          namespace: who may see it.
-          exact_tokens: the first so many have exact KV. What follows an approximate page is never exact.
-          start: position that tokens[0] was computed at. Only at 0 can it become a prefix.
+          pages: pages that the caller holds, in order. Pages behind the last token are ignored.
+          tokens: ids, none negative, at least one.
+          namespace: lookups under it find the sequence.
+          exact_tokens: how many leading tokens have the KV that full recompute gives.
+          start: the position that tokens[0] was computed at. Only a sequence from 0 can become a prefix.
 
-        Raises ValueError, and changes nothing, if a committed page holds other tokens than these.
+        Raises:
+          ValueError: a page is not held, or was committed with other tokens, another position or another namespace.
+            Nothing was committed.
         """
         rows = self._rows(tokens)
         pages = list(pages)[: len(rows)]
@@ -249,21 +283,21 @@ class PageCache:
         parent: Node | None = None
         new, exact_end = [], exact_tokens
         for i, (page, key) in enumerate(zip(pages, keys, strict=True)):
-            if self._table.committed[page] and self.tree[page].length >= len(key) // TOKEN_BYTES:
+            if self._pool.committed[page] and self.tree[page].length >= len(key) // TOKEN_BYTES:
                 parent = self.tree[page]
             else:
-                self._unindex([page] if self._table.committed[page] else [])
+                self._unindex([page] if self._pool.committed[page] else [])
                 exact = min(max(exact_end - i * self.page_size, 0), len(key) // TOKEN_BYTES)
                 parent = self.tree.attach(page, parent, namespace, key, start + i * self.page_size, exact)
-                self._table.committed[page] = True
+                self._pool.committed[page] = True
                 new.append((i, parent))
             if parent.exact < self.page_size:
                 exact_end = 0
-        fresh = [(i, node) for i, node in new if node.pages[0] == pages[i]]  # twins are indexed already
-        self._windows.add([node for _, node in fresh], rows[[i for i, _ in fresh]])
+        first_pages = [(i, node) for i, node in new if node.pages[0] == pages[i]]  # a twin's node is indexed already
+        self._windows.add([node for _, node in first_pages], rows[[i for i, _ in first_pages]])
 
     def _rows(self, tokens: Int32[np.ndarray, "tokens"]) -> Int32[np.ndarray, "pages page_size"]:
-        """The tokens page by page, -1 behind the end."""
+        """The tokens page by page, with -1 in the slots behind the last token."""
         rows = np.full((-(-len(tokens) // self.page_size), self.page_size), -1, np.int32)
         rows.ravel()[: len(tokens)] = tokens
         return rows
@@ -283,7 +317,7 @@ class PageCache:
         self._require_distinct(pages)
         self._require_held(pages)
         for i, (page, key) in enumerate(zip(pages, keys, strict=True)):
-            if self._table.committed[page]:
+            if self._pool.committed[page]:
                 node = self.tree[page]
                 shared = min(len(key), len(node.key))
                 same = node.key[:shared] == key[:shared] and node.start == start + i * self.page_size
@@ -292,9 +326,17 @@ class PageCache:
     # Remembering --------------------------------------------------------------------------------------------
 
     def register(self, pages: Sequence[int], num_tokens: int, namespace: str, frozen: bool) -> int:
-        """Give committed pages a handle. Frozen ones stay until forgotten or, least used first, under pressure.
+        """Make an entry of committed pages and return its handle.
 
-        The handle of an entry that is not frozen dies with the first of its pages that is evicted.
+        The pages of a frozen entry stay until `forget`, or until too many pages are active and frozen: then the entry
+        with the fewest uses is evicted first. An entry that is not frozen ends when the first of its pages is evicted.
+
+        Args:
+          pages: where the tokens are, in order. All are committed in the namespace.
+          num_tokens: how many of the pages' tokens belong to the entry.
+
+        Raises:
+          ValueError: a page is not committed in the namespace, or num_tokens is out of range.
         """
         self._require_distinct(pages)
         for page in pages:
@@ -303,91 +345,95 @@ class PageCache:
         _require(0 < num_tokens <= stored, f"num_tokens={num_tokens} must be in 1..{stored}")
         entry = self._entries.add(namespace, num_tokens, tuple(pages), frozen)
         if frozen:
-            self._table.frozen[list(pages)] += 1
-            self._relieve(0, spare=entry.handle)
+            self._pool.frozen[list(pages)] += 1
+            self._evict_frozen(0, spare=entry.handle)
         return entry.handle
 
     def forget(self, handle: int) -> list[int]:
-        """Stop serving what a handle stands for, except what other entries hold too.
+        """Remove an entry. Lookups no longer find its pages, except those that other entries have too.
 
-        Its pages leave the index at once; those still held become free when they are let go.
+        A page that a sequence still holds becomes free when its last reference is dropped.
 
         Returns:
-          The pages that left the index. Whoever still holds one must not commit it again.
+          The pages that lookups no longer find. A sequence that holds one of them must not commit it again.
 
-        Raises UnknownHandleError if there is no such entry.
+        Raises:
+          UnknownHandleError: there is no such entry.
         """
         entry = self._entries.remove(handle)
         if entry.frozen:
-            self._table.frozen[list(entry.pages)] -= 1
+            self._pool.frozen[list(entry.pages)] -= 1
         pages = [page for page in entry.pages if not self._entries.holds(page)]
         self._drop(pages)
         return pages
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
-        """What is remembered, oldest first, of one namespace or of all."""
+        """Copies of the entries of one namespace, or of all, oldest first."""
         return [dataclasses.replace(entry) for entry in self._entries if namespace in (None, entry.namespace)]
 
     def withdraw(self, pages: Sequence[int]) -> None:
-        """Stop serving what is in these pages, if they were committed, and entries with them.
+        """Remove committed pages from the index, with every entry that has one of them. Other pages stay as they are.
 
-        Those still held become free when they are let go.
+        A page that a sequence still holds becomes free when its last reference is dropped.
         """
         self._require_distinct(pages)
-        self._drop([page for page in pages if self._table.committed[page]])
+        self._drop([page for page in pages if self._pool.committed[page]])
 
     def clear(self) -> None:
-        """Forget every entry, and drop every page that no request or match holds."""
+        """Remove every entry, and evict every page that no sequence and no match holds."""
         for entry in self.entries():
             self._entries.remove(entry.handle)
-        self._table.frozen[:] = 0
-        self._drop(np.flatnonzero(self._table.cached()).tolist())
+        self._pool.frozen[:] = 0
+        self._drop(np.flatnonzero(self._pool.cached()).tolist())
 
     # Evicting -----------------------------------------------------------------------------------------------
 
-    def _available(self) -> int:
-        """Pages that could be had by evicting everything that may go."""
-        stuck = self._table.refs > 0
+    def _num_available(self) -> int:
+        """How many pages `allocate` could hand out by evicting everything evictable."""
+        stuck = self._pool.refs > 0
         for entry in self._entries:
-            if entry.frozen and not self._may_go(entry):
+            if entry.frozen and not self._is_idle(entry):
                 stuck[list(entry.pages)] = True
-        return len(self._table) - int(stuck.sum())
+        return len(self._pool) - int(stuck.sum())
 
-    def _may_go(self, entry: Entry) -> bool:
-        return not self._table.refs[list(entry.pages)].any()
+    def _is_idle(self, entry: Entry) -> bool:
+        """Whether no sequence and no match holds a page of the entry. Only then may a frozen entry be evicted."""
+        return not self._pool.refs[list(entry.pages)].any()
 
-    def _relieve(self, asked: int, spare: int | None = None) -> None:
-        """Evict frozen entries until active, frozen and asked pages are within the limit, or none may go."""
-        if self._table.occupied() + asked <= self._limit:
+    def _evict_frozen(self, asked: int, spare: int | None = None) -> None:
+        """Evict idle frozen entries until active, frozen and `asked` pages are within the limit, or none is left."""
+        if self._pool.num_occupied() + asked <= self._max_occupied:
             return
-        victims = [e for e in self._entries if e.frozen and e.handle != spare and self._may_go(e)]
-        for victim in sorted(victims, key=self._worth):
+        victims = [e for e in self._entries if e.frozen and e.handle != spare and self._is_idle(e)]
+        for victim in sorted(victims, key=self._use):
             self.forget(victim.handle)
             self._frozen_evictions += 1
-            if self._table.occupied() + asked <= self._limit:
+            if self._pool.num_occupied() + asked <= self._max_occupied:
                 return
 
-    def _worth(self, entry: Entry) -> tuple[int, int]:
-        return entry.uses, int(self._table.last_used[list(entry.pages)].max())
+    def _use(self, entry: Entry) -> tuple[int, int]:
+        """How often and how recently an entry was of use. The smallest is evicted first."""
+        return entry.uses, int(self._pool.last_used[list(entry.pages)].max())
 
     def _drop(self, pages: Sequence[int]) -> None:
-        """Take pages out of everything; those that nobody holds are free."""
+        """Remove committed pages from the index and the entries. Those without a reference become free."""
         for handle in self._entries.holding(pages):
             self._entries.remove(handle)
         self._unindex(pages)
-        self._table.give_back([page for page in pages if self._table.refs[page] == 0])
+        self._pool.give_back([page for page in pages if self._pool.refs[page] == 0])
 
     def _unindex(self, pages: Sequence[int]) -> None:
         dead = [node for node in map(self.tree.detach, pages) if node is not None]
         self._windows.remove(dead)
-        self._table.committed[list(pages)] = False
+        self._pool.committed[list(pages)] = False
 
-    # Looking at it ------------------------------------------------------------------------------------------
+    # Inspecting ---------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
-        counts = self._table.counts()
+        """Counts of pages, tokens and events."""
+        counts = self._pool.counts()
         return CacheStats(
-            pages=len(self._table),
+            pages=len(self._pool),
             **dataclasses.asdict(counts),
             tokens=sum(node.length for node in self.tree.node_of if node is not None),
             windows=self._windows.num_windows,
@@ -399,24 +445,24 @@ class PageCache:
         )
 
     def check(self, held: Sequence[int] | None = None) -> None:
-        """Raise AssertionError unless all parts agree with each other. For tests: it walks the whole store.
+        """Raise AssertionError unless all parts agree with each other. For tests, since it walks the whole store.
 
         Args:
-          held: the pages that requests hold, each as often as it is held; None: that is not checked.
+          held: the pages that sequences hold, each as often as it is held. None: references are only bounded.
         """
-        table = self._table
-        table.check()
+        pool = self._pool
+        pool.check()
         self.tree.check()
         self._windows.check(self.tree.live_nodes())
-        assert np.array_equal(table.committed, [node is not None for node in self.tree.node_of])
-        pins, frozen = np.zeros_like(table.refs), np.zeros_like(table.frozen)
+        assert np.array_equal(pool.committed, [node is not None for node in self.tree.node_of])
+        pins, frozen = np.zeros_like(pool.refs), np.zeros_like(pool.frozen)
         for match in self._pins:
             pins[list(match.pages)] += 1
         for entry in self._entries:
             frozen[list(entry.pages)] += entry.frozen
-            assert table.committed[list(entry.pages)].all()
+            assert pool.committed[list(entry.pages)].all()
         if held is None:
-            assert (pins <= table.refs).all()
+            assert (pins <= pool.refs).all()
         else:
-            assert np.array_equal(pins + np.bincount(np.array(held, int), minlength=len(table)), table.refs)
-        assert np.array_equal(frozen, table.frozen)
+            assert np.array_equal(pins + np.bincount(np.array(held, int), minlength=len(pool)), pool.refs)
+        assert np.array_equal(frozen, pool.frozen)

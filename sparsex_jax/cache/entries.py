@@ -1,4 +1,4 @@
-"""Handles of what the user asked to remember: which pages belong to it, and how often it was of use."""
+"""Entries: what the user asked to remember. Each has a handle, its pages, and a count of the lookups it served."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from sparsex_jax.errors import UnknownHandleError
 
 @dataclasses.dataclass
 class Entry:
-    """Something remembered.
+    """A remembered text.
 
     Attributes:
-      handle: its number; never given out twice.
-      namespace: who may see it.
+      handle: its number. No other entry ever gets the same one.
+      namespace: lookups under this name find it.
       num_tokens: how many tokens it has.
-      pages: where it is, in order; pages of a common beginning belong to several entries.
-      frozen: eviction leaves it alone, save under pressure.
-      uses: in how many lookups a page of it served.
+      pages: the pages of its tokens, in order. Entries that begin alike share pages.
+      frozen: its pages are evicted only if active and frozen pages fill too much of the store.
+      uses: how many lookups found one of its pages.
     """
 
     handle: int
@@ -35,7 +35,7 @@ class EntryBook:
     def __init__(self, handles: Iterator[int]) -> None:
         """
         Args:
-          handles: numbers that were never given out before.
+          handles: yields numbers that no entry had before.
         """
         self._entries: dict[int, Entry] = {}
         self._holders: dict[int, set[int]] = {}

@@ -1,11 +1,11 @@
-"""Who holds a page, and which one goes next.
+"""The pool of pages: how many references each page has, and which page is evicted next.
 
 Every page is in exactly one state:
 
-    free      nobody holds it and nothing of use is in it
-    active    requests or matches hold it (refs > 0)
-    frozen    no request holds it, but a frozen entry does: it stays until told, or until pressure
-    cached    nobody holds it, its content may be of use: it goes when its memory is needed
+    free      it has no reference and no committed content
+    active    sequences or matches hold references to it (refs > 0)
+    frozen    it has no reference, but a frozen entry has it: it stays until the entry is forgotten or evicted
+    cached    it has no reference, but committed content: it is evicted when a sequence needs the page
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ class PageCounts:
     cached: int
 
 
-class PageTable:
-    """The facts about every page, as arrays over pages.
+class PagePool:
+    """The state of every page, as arrays over the pages.
 
     Attributes:
-      refs: requests and matches that hold the page.
-      frozen: frozen entries that hold it.
-      committed: it has content that lookups can find.
-      last_used: a logical clock; of two cached pages the one with the smaller value goes first.
-      free: the free pages, the next one to hand out last.
+      refs: how many sequences and matches hold the page.
+      frozen: how many frozen entries have it.
+      committed: whether lookups can find its content.
+      last_used: when it was last used, by a clock that counts uses. The cached page with the smallest value is
+        evicted first.
+      free: the free pages. `take` hands out the last one first.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -52,8 +53,8 @@ class PageTable:
     def cached(self) -> Bool[np.ndarray, "pages"]:
         return (self.refs == 0) & (self.frozen == 0) & self.committed
 
-    def occupied(self) -> int:
-        """Pages that ordinary eviction cannot free: active and frozen ones."""
+    def num_occupied(self) -> int:
+        """How many pages are active or frozen, so that evicting cached pages does not free them."""
         return int(((self.refs > 0) | (self.frozen > 0)).sum())
 
     def counts(self) -> PageCounts:
@@ -62,19 +63,22 @@ class PageTable:
         return PageCounts(len(self.free), int(active.sum()), int(frozen.sum()), int(self.cached().sum()))
 
     def oldest_cached(self, count: int) -> list[int]:
-        """The `count` cached pages that were used longest ago, in no order; all if there are no more."""
+        """The `count` cached pages that were used longest ago, unsorted. All cached pages if there are fewer."""
         cached = np.flatnonzero(self.cached())
         if count < len(cached):
             cached = cached[np.argpartition(self.last_used[cached], count)[:count]]
         return cached.tolist()
 
     def touch(self, pages: Sequence[int]) -> None:
-        """Mark as used now. Later pages of the list count as older, so that a sequence is evicted from its end."""
+        """Mark pages as used now. Later pages of the list count as older, so that a sequence is evicted from its end.
+
+        With the clock at 10, `touch([4, 7, 2])` sets last_used[4, 7, 2] = 13, 12, 11 and the clock to 13.
+        """
         self.last_used[list(pages)] = self._clock + np.arange(len(pages), 0, -1)
         self._clock += len(pages)
 
     def take(self, count: int) -> list[int]:
-        """Hand out free pages, held once."""
+        """Hand out free pages with one reference each."""
         pages = [self.free.pop() for _ in range(count)]
         self.refs[pages] = 1
         return pages
@@ -86,15 +90,15 @@ class PageTable:
         self.refs[list(pages)] += 1
         self.touch(pages)
 
-    def let_go(self, pages: Sequence[int]) -> None:
-        """Drop one reference of each; what nobody holds and nobody committed is free again."""
+    def release(self, pages: Sequence[int]) -> None:
+        """Drop one reference to each page. A page without references and committed content becomes free."""
         index = list(pages)
         self.touch(pages)
         self.refs[index] -= 1
         self.give_back([page for page in index if self.refs[page] == 0 and not self.committed[page]])
 
     def check(self) -> None:
-        """Raise AssertionError unless every page is in one state."""
+        """Raise AssertionError unless every page is in exactly one state."""
         counts = self.counts()
         assert counts.free + counts.active + counts.frozen + counts.cached == len(self)
         assert len(set(self.free)) == len(self.free)

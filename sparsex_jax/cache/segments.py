@@ -1,13 +1,17 @@
-"""What a prompt can copy: the runs of its tokens that are stored, at whatever offset, here and there.
+"""The search for segments: runs of a prompt's tokens that are stored, at any offset in the prompt and in the store.
 
-From left to right: at the first offset whose window is stored, every place it is stored at is compared token by
-token, to the left through the parents of its page and to the right through the children. The best run becomes a
-segment, and the search goes on behind it.
+The search goes through the prompt from left to right. An offset whose window of 8 tokens is stored is an *anchor*. At
+the first anchor, the prompt is compared with every place that stores its window: to the left through the parents of
+the place's node, to the right through the children. The best run becomes a segment, and the search goes on behind it.
 
-    prompt     ...... x x a b c d e f g h i j k l y ......
-                          |<--- anchor --->|
-                      <-- |                | -->
-    stored      [. . . . a b][c d e f g h i j][k l . . .]    three pages, one run of 12 tokens
+    prompt      3 tokens that are new    s5 s6 s7 s8 . . . . . . s15 s16 s17 s18    others
+    index       0 1 2                     3  4  5  6             13  14  15  16     17 ...
+                                                   |<-- anchor -->|
+                                           <----- |                | ----->
+    stored                 [s0 . . . . s5 s6 s7]  [s8 . . . . . s15]  [s16 s17 s18 . . .]    pages 4, 9 and 1
+
+    Run(start=3, length=14, nodes=[of page 4, of page 9, of page 1], offset=5)
+    with pages of 8 slots, the segment's slots are 37 38 39, 72 .. 79, 8 9 10
 """
 
 from __future__ import annotations
@@ -22,26 +26,27 @@ from jaxtyping import Int32, Int64
 from sparsex_jax.cache.tree import TOKEN_BYTES, Node, common_prefix, common_suffix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
 
-# Page comparisons per lookup after which it only looks for long runs: one donor an anchor, every ninth anchor.
-# Ordinary prompts need a few thousand; only text that repeats itself, here and in the store, comes that far.
+# After this many comparisons of pages, a search tries only one place for each anchor, and only every ninth offset, so
+# that it still finds long runs. An ordinary prompt needs a few thousand comparisons. Only text that repeats itself, in
+# the prompt and in the store, uses up the budget.
 COMPARISON_BUDGET = 1 << 15
-# Stored windows are 8 apart, so steps of 9 try each of their phases in turn.
+# Stored windows begin 8 tokens apart, so steps of 9 meet each alignment to their grid in turn.
 HURRIED_STRIDE = WINDOW + 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Segment:
-    """A run of prompt tokens whose KV is in the store.
+    """A run of prompt tokens whose KV is in the store: the donor's.
 
-    Example: prompt tokens 100..149 were computed as tokens 20..69 of another prompt. `start` is 100, `length`
-    50, `donor_start` 20, and the keys have to be rotated by `shift` = 80 positions.
+    Example: prompt tokens 100..149 were computed as tokens 20..69 of another prompt. `start` is 100, `length` is 50,
+    `donor_start` is 20, and the keys have to be rotated by `shift` = 80 positions.
 
     Attributes:
-      start: where it begins in the prompt.
-      length: tokens.
-      donor_start: the position its first token was computed at; the rest follow one by one.
-      slots: the slot of each token, page * page_size + offset.
-      exact: the KV of all of it is exact (for the donor's own prompt).
+      start: index of its first token in the prompt.
+      length: how many tokens it has.
+      donor_start: the position that its first token was computed at. The others follow one by one.
+      slots: the slot mapping, page * page_size + offset for each token.
+      exact: whether all its KV is what full recompute of the donor's prompt gives.
     """
 
     start: int
@@ -52,16 +57,25 @@ class Segment:
 
     @property
     def end(self) -> int:
+        """Index of the first prompt token behind it."""
         return self.start + self.length
 
     @property
     def shift(self) -> int:
+        """How many positions its keys have to be rotated by."""
         return self.start - self.donor_start
 
 
 @dataclasses.dataclass(slots=True)
 class Run:
-    """A run while it is being looked for: `length` tokens of `nodes`, from `offset` in the first one on."""
+    """A run before its slots are known.
+
+    Attributes:
+      start: index of its first token in the prompt.
+      length: how many tokens it has.
+      nodes: the nodes it is stored in, in order.
+      offset: index of its first token in the first node.
+    """
 
     start: int
     length: int
@@ -70,11 +84,16 @@ class Run:
 
     @property
     def exact(self) -> bool:
-        """Exact tokens lead in every sequence, so the last one tells."""
+        """Whether all its KV is exact. No exact token follows an approximate one, so the last token decides.
+
+        The run of the module's docstring ends at offset 5 + 14 - (8 + 8) = 3 of its last node, so it is exact if the
+        first 3 tokens of that node are.
+        """
         last = self.nodes[-1]
         return self.offset + self.length - sum(node.length for node in self.nodes[:-1]) <= last.exact
 
     def segment(self, page_size: int) -> Segment:
+        """The run with its slots, in the oldest page of each node."""
         pages = np.array([node.pages[0] for node in self.nodes], np.int64)
         slots = (pages[:, None] * page_size + np.arange(page_size)).ravel()
         slots = slots[self.offset : self.offset + self.length]
@@ -82,7 +101,7 @@ class Run:
 
 
 class SegmentSearch:
-    """One search over one prompt. `recency` says how recently a node was used, larger is later."""
+    """One search in one prompt, for one call of `run`."""
 
     def __init__(
         self,
@@ -92,6 +111,12 @@ class SegmentSearch:
         page_size: int,
         recency: Callable[[Node], int],
     ) -> None:
+        """
+        Args:
+          prompt: the ids of all tokens.
+          namespace: only its nodes are searched.
+          recency: when a node was last used; a larger number is later.
+        """
         self._prompt = prompt
         self._bytes = prompt.tobytes()
         self._namespace = namespace
@@ -101,7 +126,7 @@ class SegmentSearch:
         self._budget = COMPARISON_BUDGET
 
     def run(self, begin: int, min_segment: int) -> list[Run]:
-        """The disjoint runs of at least `min_segment` tokens at `begin` or behind it, in order."""
+        """Disjoint runs of at least `min_segment` tokens, in order. None starts before prompt token `begin`."""
         offsets, hashes = self._windows.probe(self._prompt[begin:], self._namespace)
         anchors, values = (offsets + begin).tolist(), hashes.tolist()
         runs: list[Run] = []
@@ -109,7 +134,7 @@ class SegmentSearch:
         while i < len(anchors):
             run = self._best(values[i], anchors[i], begin, min_segment) if values[i] in self._windows else None
             if run is not None:
-                runs.append(self._best_of_other_phases(run, anchors, values, i, begin))
+                runs.append(self._best_of_next_anchors(run, anchors, values, i, begin))
                 begin = runs[-1].start + runs[-1].length
                 i = bisect_left(anchors, begin, i)
             elif self._budget > 0:
@@ -119,10 +144,14 @@ class SegmentSearch:
         return runs
 
     def _rank(self, run: Run) -> tuple[bool, int, int]:
+        """An exact run is better than an approximate one, then a longer one, then one that was used more recently."""
         return run.exact, run.length, self._recency(run.nodes[-1])
 
     def _best(self, value: int, at: int, floor: int, least: int) -> Run | None:
-        """The best run around the window at `at` that does not reach below `floor`."""
+        """The best run of at least `least` tokens through prompt tokens `at` .. `at` + 7, whose hash is `value`.
+
+        It does not start before prompt token `floor`. None if there is no such run.
+        """
         best = None
         for node, offset in self._windows.candidates(value):
             run = self._run_around(node, offset, at, floor)
@@ -132,10 +161,11 @@ class SegmentSearch:
                 break
         return best
 
-    def _best_of_other_phases(self, best: Run, anchors: list[int], values: list[int], i: int, floor: int) -> Run:
-        """A better run than `best`, found at anchor `i`, that covers its beginning too.
+    def _best_of_next_anchors(self, best: Run, anchors: list[int], values: list[int], i: int, floor: int) -> Run:
+        """The best run that covers the beginning of `best`, which was found at anchor `i`.
 
-        Another donor's windows may lie up to 7 tokens further on. A repeated hash is repeated text: nothing new.
+        Another donor's windows may begin up to 7 tokens later in the prompt, so the anchors there are tried too. An
+        anchor with a hash that was tried already has the same text, and leads to the same places.
         """
         seen = {values[i]}
         for j in range(i + 1, bisect_left(anchors, anchors[i] + WINDOW, i)):
@@ -147,21 +177,25 @@ class SegmentSearch:
         return best
 
     def _run_around(self, node: Node, offset: int, at: int, floor: int) -> Run | None:
-        """The longest run through `node`'s token `offset` laid on the prompt's token `at`."""
+        """The longest run that has the token at `offset` of `node` as prompt token `at`. None if they differ.
+
+        In the module's docstring: offset 0 of page 9's node is prompt token 6. `_right` gives the nodes of pages 9 and
+        1 and end = 17, `_left` gives the node of page 4 and start = 3, so the offset in it is 0 - (6 - 3) + 8 = 5.
+        """
         if node.namespace != self._namespace:
             return None
         nodes, end = self._right(node, offset, at)
         before, start = self._left(node, offset, at, floor)
         if end == at:
             return None
-        skipped = offset - (at - start) + sum(other.length for other in before)
-        return Run(start, end - start, before + nodes, skipped)
+        first_offset = offset - (at - start) + sum(other.length for other in before)
+        return Run(start, end - start, before + nodes, first_offset)
 
     def _slice(self, start: int, end: int) -> bytes:
         return self._bytes[start * TOKEN_BYTES : end * TOKEN_BYTES]
 
     def _right(self, node: Node, offset: int, at: int) -> tuple[list[Node], int]:
-        """Compare from `at` on. Returns the nodes compared and the end of what is equal."""
+        """Compare to the right from `at`. Returns the nodes from `node` on, and the end of the equal prompt tokens."""
         self._budget -= 1
         rest = node.key[offset * TOKEN_BYTES :]
         shared = common_prefix(rest, self._slice(at, at + self._page_size - offset))
@@ -175,7 +209,10 @@ class SegmentSearch:
         return nodes, end
 
     def _next(self, node: Node, at: int) -> tuple[Node | None, int]:
-        """The child of `node` that agrees longest with the prompt from `at` on, and how long."""
+        """The child of `node` that shares the most tokens with the prompt from `at` on, and how many. Else (None, 0).
+
+        Of two that share equally many, the sharable one.
+        """
         row = self._slice(at, at + self._page_size)
         child = node.child(row)
         if child is not None:
@@ -192,7 +229,11 @@ class SegmentSearch:
         return best, most[0]
 
     def _left(self, node: Node, offset: int, at: int, floor: int) -> tuple[list[Node], int]:
-        """Compare backwards from `at`. Returns the nodes before `node` that are touched, and where equality begins."""
+        """Compare to the left from `at`. Returns the nodes before `node`, and the start of the equal prompt tokens.
+
+        `whole` is where the run would start if it covered its first node from the node's first token on. Only a run
+        that does can go on in the parent.
+        """
         before: list[Node] = []
         start = at - common_suffix(node.key[: offset * TOKEN_BYTES], self._slice(max(floor, at - offset), at))
         whole = at - offset

@@ -1,16 +1,17 @@
-"""What is stored: a forest of pages, each below the page that came before it in its sequence.
+"""The tokens in every page: a forest in which each page is the child of the page before it in its sequence.
 
-A page is written by one sequence, so what precedes it is unique, and sequences with a common prefix share its
-pages. A `Node` is one page's worth of content behind one particular past:
+One sequence writes a page, so the tokens that precede it are unique, and sequences with a common prefix share the
+pages of that prefix. A `Node` is the content of one page behind one particular past:
 
     root("docs") --- [the system prompt] --+-- [question one]
                                            +-- [question two] --- [its answer]
 
-Two requests that prefill the same text at the same time write the same content into two pages. Both pages then
-realise one node (they are twins), and the node lives until the last of them is gone. Nodes are objects, never
-numbers, so nothing that points to a dead one can be mistaken for its page's next tenant.
+Two sequences that prefill the same text at the same time write the same content into two pages. These pages are
+twins: both belong to one node, which lives until the last of them is evicted. Nodes are objects and not numbers, so
+that a reference to a removed node is never mistaken for the content that its page gets next.
 
-Tokens are kept as bytes, four each: a dictionary finds them at C speed, and equality *is* verification.
+A node's tokens are kept as bytes, four for each token. A dictionary then finds a child at C speed, and finding one
+proves that all its tokens are equal.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TOKEN_BYTES = 4
 def common_prefix(a: bytes, b: bytes) -> int:
     """How many leading tokens `a` and `b` share.
 
-    As little-endian integers their first difference is the lowest bit of the exclusive or:
+    Read as little-endian integers, they first differ at the lowest bit of their exclusive or:
 
     >>> common_prefix(np.int32([7, 8, 9]).tobytes(), np.int32([7, 8, 5]).tobytes())
     2
@@ -35,7 +36,7 @@ def common_prefix(a: bytes, b: bytes) -> int:
 
 
 def common_suffix(a: bytes, b: bytes) -> int:
-    """How many trailing tokens `a` and `b` share."""
+    """How many trailing tokens `a` and `b` share. The highest bit of the exclusive or is the last difference."""
     size = min(len(a), len(b))
     differ = int.from_bytes(a[len(a) - size :], "little") ^ int.from_bytes(b[len(b) - size :], "little")
     return (8 * size - differ.bit_length()) // 32
@@ -43,18 +44,20 @@ def common_suffix(a: bytes, b: bytes) -> int:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Node:
-    """One page of content.
+    """The content of one page.
 
     Attributes:
-      namespace: who may see it.
+      namespace: lookups under this name find it.
       key: its tokens, int32 as bytes; `page_size` of them, or fewer in the last page of a sequence.
-      start: the position of its first token when its KV was computed.
-      exact: how many of its leading tokens have exact KV (full prefill, everything before them exact too).
-      sharable: full, exact and at its own position: it can be a page of another prompt's prefix.
-      parent: None for a root, and for an orphan, whose parent was evicted.
-      children: by key; a sharable child comes first under its key, then the others, oldest first.
-      pages: the pages that hold it, oldest first; none for a root.
-      hashes: of its windows, as the window index knows them.
+      start: the position that its first token was computed at.
+      exact: how many of its leading tokens have the KV that full recompute gives.
+      sharable: the page is full and exact, and so is everything before it from position 0 on, so that another
+        sequence can have it in its prefix.
+      parent: the node before it in its sequence. None for a root, and for an orphan, whose parent was evicted.
+      children: the nodes that may follow it, by key. Under one key a sharable child comes first, then the others,
+        oldest first.
+      pages: the pages with this content, oldest first; none for a root.
+      hashes: the hash of each of its windows in the window index.
     """
 
     namespace: str
@@ -75,18 +78,23 @@ class Node:
         return (child for same_key in self.children.values() for child in same_key)
 
     def sharable_child(self, key: bytes) -> Node | None:
-        """The child that is an exact full page of exactly these tokens."""
+        """The sharable child with exactly these tokens, or None."""
         found = self.children.get(key)
         return found[0] if found and found[0].sharable else None
 
     def child(self, key: bytes) -> Node | None:
-        """The child that holds exactly these tokens: the sharable one, else the latest."""
+        """The child with exactly these tokens, or None. If there are several: the sharable one, else the newest."""
         found = self.children.get(key)
         return None if not found else found[0] if found[0].sharable else found[-1]
 
 
 class PageTree:
-    """The forest, and the node of every page."""
+    """The forest: a root for each namespace, and the node of each page.
+
+    Attributes:
+      roots: namespace to root.
+      node_of: page number to node; None for pages that are not committed.
+    """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
@@ -94,7 +102,7 @@ class PageTree:
         self.node_of: list[Node | None] = [None] * num_pages
 
     def __getitem__(self, page: int) -> Node:
-        """The node of a committed page."""
+        """The node of a committed page. Raises ValueError if the page is not committed."""
         node = self.node_of[page]
         if node is None:
             raise ValueError(f"page {page} was never committed, or was dropped since")
@@ -105,7 +113,10 @@ class PageTree:
         return list(dict.fromkeys(node for node in self.node_of if node is not None))
 
     def attach(self, page: int, parent: Node | None, namespace: str, key: bytes, start: int, exact: int) -> Node:
-        """Put a page's content below `parent` (None: the root), as a new node or as a twin of one that is there."""
+        """Add a page's content as a child of `parent` (None: the root), and return its node.
+
+        If `parent` has a sharable child with the same tokens already, the page becomes its twin.
+        """
         parent = parent or self.roots.setdefault(namespace, Node(namespace, sharable=True))
         in_place = start == (parent.start + self.page_size if parent.pages else 0)
         sharable = parent.sharable and in_place and exact == self.page_size
@@ -119,7 +130,10 @@ class PageTree:
         return node
 
     def detach(self, page: int) -> Node | None:
-        """Take a page out. Returns its node if that was the last page of it; its children are orphans then."""
+        """Remove a page.
+
+        If it was the last page of its node, the node's children become orphans and the node is returned; else None.
+        """
         node = self[page]
         self.node_of[page] = None
         node.pages.remove(page)
@@ -142,7 +156,7 @@ class PageTree:
             del self.roots[parent.namespace]
 
     def prefix(self, prompt: bytes, namespace: str) -> list[Node]:
-        """The longest chain of sharable pages that `prompt` begins with: the root, then its pages."""
+        """The root, then the longest chain of sharable nodes whose tokens `prompt` begins with."""
         chain = [self.roots.get(namespace, Node(namespace))]
         width = self.page_size * TOKEN_BYTES
         for at in range(0, len(prompt) - width + 1, width):
@@ -153,7 +167,7 @@ class PageTree:
         return chain
 
     def prefix_tail(self, last: Node, rest: bytes) -> tuple[Node | None, int]:
-        """The page behind `last` that shares most leading exact tokens with `rest`, and how many."""
+        """The child of `last` that shares the most leading exact tokens with `rest`, and how many. Else (None, 0)."""
         position = last.start + self.page_size if last.pages else 0
         best, most = None, 0
         for child in last.all_children():
@@ -163,7 +177,7 @@ class PageTree:
         return best, most
 
     def check(self) -> None:
-        """Raise AssertionError unless pages, nodes and links agree."""
+        """Raise AssertionError unless pages, nodes and links agree with each other."""
         for page, node in enumerate(self.node_of):
             assert node is None or page in node.pages
         for node in self.live_nodes():

@@ -1,12 +1,13 @@
-"""Where a run of tokens may be stored: a hash of every window of 8 tokens in the store, looked up at every offset.
+"""The window index: it tells which places of the store may hold the 8 tokens from any offset of a prompt on.
 
-This is rsync's idea. Stored pages are cut into windows on a fixed grid; a prompt is hashed at *every* offset, so
-stored text is found wherever it comes back. Any 15 tokens in a row contain one whole window of the grid:
+This is rsync's idea. Stored pages are cut into windows of 8 tokens on a fixed grid, and every window is indexed by
+its hash. A prompt is hashed at *every* offset, so stored text is found wherever it comes back. Any 15 tokens in a row
+contain one whole window of the grid:
 
     stored   |0 1 2 3 4 5 6 7|8 9 . . . . . 15|16 ...
     run            3 . . . . . . . . . . . . . 17        15 tokens, with window 8..15 inside
 
-A hash only finds; whoever asks compares the tokens.
+Equal hashes do not prove equal tokens. `segments` compares the tokens of every place that this index gives.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxtyping import Int32, Int64, UInt64
 from sparsex_jax.cache.tree import Node
 
 WINDOW = 8
-MAX_CANDIDATES = 16  # donors looked at per window, however often its text is stored
+MAX_CANDIDATES = 16  # places tried for each window, however often its text is stored
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
@@ -34,10 +35,15 @@ def _mix(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
 
 
 def window_hashes(tokens: Int32[np.ndarray, "*rows tokens"], salt: int) -> UInt64[np.ndarray, "*rows windows"]:
-    """The polynomial hash of the 8 tokens from every offset on, `tokens - 7` of them (none if too few).
+    """The polynomial hash of the 8 tokens from every offset on: `tokens - 7` hashes, or none for fewer than 8 tokens.
 
     h[i] = sum over j < 8 of mix(tokens[i + j] + salt) * B ** (7 - j), modulo 2 ** 64. Two neighbouring hashes of
-    n tokens make one of 2n, so three steps do what Horner's rule does in seven.
+    n tokens make one of 2n, so three steps do what Horner's rule does in seven. With m[i] = mix(tokens[i] + salt):
+
+        10 tokens   width 1: m[0] .. m[9]
+        9 pairs     width 2: m[0] B + m[1]                    .. m[8] B + m[9]
+        7 fours     width 4: m[0] B^3 + .. + m[3]             .. m[6] B^3 + .. + m[9]
+        3 eights    width 8: m[0] B^7 + .. + m[7]             .. m[2] B^7 + .. + m[9]
     """
     hashes = _mix(tokens.astype(np.uint64) + np.uint64(salt))
     power, width = _MULTIPLIER, 1
@@ -48,20 +54,28 @@ def window_hashes(tokens: Int32[np.ndarray, "*rows tokens"], salt: int) -> UInt6
 
 
 class WindowIndex:
-    """From a window's hash to the nodes and offsets where it is stored.
+    """Maps a window's hash to its places: the nodes and offsets where it is stored.
 
-    A counting filter over the hashes' leading bits answers for all offsets of a prompt at once which ones are
-    worth a dictionary lookup. Everything is bounded by what is stored: one entry a window.
+    A table of counts, indexed by the hashes' leading bits, tells for all offsets of a prompt at once which ones are
+    worth a dictionary lookup. The memory is bounded by the store, with one dictionary entry for each window.
+
+    Attributes:
+      num_windows: windows that are indexed now.
     """
 
     def __init__(self, max_windows: int) -> None:
-        bits = max(10, (8 * max_windows - 1).bit_length())  # 8 counters a window: few false alarms
+        """
+        Args:
+          max_windows: windows in a full store.
+        """
+        bits = max(10, (8 * max_windows - 1).bit_length())  # 8 counts for each window, so few collide
         self._shift = np.uint64(64 - bits)
         self._counts = np.zeros(1 << bits, np.int32)
-        # Exact places apart from approximate ones, so that many copies of a document never crowd out the original.
+        # `candidates` gives 16 places at most. Exact places are kept apart from approximate ones and given first, so
+        # that many approximate copies of a document do not hide the original.
         self._exact: dict[int, dict[tuple[Node, int], None]] = {}
         self._approximate: dict[int, dict[tuple[Node, int], None]] = {}
-        self._secret = secrets.token_bytes(16)  # nobody outside can construct collisions
+        self._secret = secrets.token_bytes(16)  # so that clients cannot construct texts whose hashes collide
         self.num_windows = 0
 
     def _salt(self, namespace: str) -> int:
@@ -79,19 +93,28 @@ class WindowIndex:
         self.num_windows += step * len(hashes)
 
     def add(self, nodes: Sequence[Node], rows: Int32[np.ndarray, "nodes page"]) -> None:
-        """Index new nodes of one namespace. `rows`: their tokens; what lies behind a short page's end is ignored."""
+        """Index new nodes of one namespace.
+
+            page_size 16, a node of 13 tokens: hashes at offsets 0..8 of its row, of which the grid keeps 0 and 8;
+            13 // 8 = 1 window is whole, so node.hashes = [hash of tokens 0..7]
+
+        Args:
+          rows: the tokens of each node. Those behind the end of a short page are ignored.
+        """
         if not nodes:
             return
         hashes = window_hashes(rows, self._salt(nodes[0].namespace))[:, ::WINDOW].tolist()
         for node, row in zip(nodes, hashes, strict=True):
             node.hashes = row[: node.length // WINDOW]
-        # Backwards, so that the latest place of a repeated text is its first one there: most can follow on it.
+        # From the end, because `candidates` gives the place added last first: where a text is repeated, this is its
+        # earliest place in the sequence, which has the most stored tokens behind it.
         for node in reversed(nodes):
             for offset, value in reversed(self._windows_of(node)):
                 self._places(node, offset).setdefault(value, {})[node, offset] = None
         self._count([value for node in nodes for value in node.hashes], 1)
 
     def remove(self, nodes: Sequence[Node]) -> None:
+        """Remove indexed nodes from the index."""
         for node in nodes:
             for offset, value in self._windows_of(node):
                 places = self._places(node, offset)
@@ -103,22 +126,22 @@ class WindowIndex:
     def probe(
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str
     ) -> tuple[Int64[np.ndarray, "hits"], UInt64[np.ndarray, "hits"]]:
-        """The offsets whose window may be stored, ascending, and the hashes there."""
+        """The offsets whose window may be stored, ascending, and their hashes. Some are false alarms of the counts."""
         hashes = window_hashes(tokens, self._salt(namespace))
         offsets = np.flatnonzero(self._counts[hashes >> self._shift])
         return offsets, hashes[offsets]
 
     def __contains__(self, value: int) -> bool:
-        """Whether a window of this hash is stored: the filter's word checked, one dictionary lookup."""
+        """Whether a window with this hash is stored, which costs a dictionary lookup."""
         return value in self._exact or value in self._approximate
 
     def candidates(self, value: int) -> Iterator[tuple[Node, int]]:
-        """Where a window of this hash is stored: exact places first, the latest first, at most 16."""
+        """At most 16 places with this hash: exact ones before approximate ones, and in each the newest first."""
         exact, approximate = self._exact.get(value, {}), self._approximate.get(value, {})
         return itertools.islice(itertools.chain(reversed(exact), reversed(approximate)), MAX_CANDIDATES)
 
     def check(self, nodes: Sequence[Node]) -> None:
-        """Raise AssertionError unless exactly the windows of these nodes are indexed."""
+        """Raise AssertionError unless the windows of these nodes are indexed, and no others."""
         indexed = [
             (value, node, offset)
             for places in (self._exact, self._approximate)

@@ -1,4 +1,4 @@
-"""Text as it streams: whole characters, no beginnings of stop strings, and in the end what a full decode gives."""
+"""The detokenizer streams whole characters, holds stop strings back, and gives in the end what a full decode gives."""
 
 import functools
 import random
@@ -25,13 +25,13 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def byte_level():
-    """GPT-2's kind, with special tokens: SmolLM2's own."""
+    """SmolLM2's tokenizer: GPT-2's kind of BPE, with special tokens."""
     return open_checkpoint("smollm2-135m-instruct").tokenizer
 
 
 @pytest.fixture(scope="module")
 def sentencepiece():
-    """Llama 2's kind: `▁` for spaces, the leading one dropped, bytes for what is in no piece."""
+    """Llama 2's kind of BPE: `▁` for spaces, the first of which is dropped, and bytes for unknown characters."""
     pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "é", "▁a", "漢"]
     tokenizer = Tokenizer(
         BPE({piece: i for i, piece in enumerate(pieces)}, [("▁", "a")], unk_token="<unk>", byte_fallback=True)
@@ -50,7 +50,7 @@ def tokenizer(request):
 
 
 def stream(tokenizer, tokens, stop=()):
-    """What came with each token, and at the end."""
+    """The text that each token returns, and then the text that `finish` returns."""
     detokenizer = Detokenizer(tokenizer, stop)
     return [*(detokenizer.push(token) for token in tokens), detokenizer.finish()]
 
@@ -81,7 +81,7 @@ def test_a_character_of_several_tokens_waits_for_the_last_one(byte_level):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_tokens_stream_as_the_full_decode(byte_level, sentencepiece, data):
-    """Tokens in no order that a model would give: broken characters, special tokens in between."""
+    """Random tokens, as no model would give them, with broken characters and special tokens among them."""
     tokenizer = data.draw(st.sampled_from([byte_level, sentencepiece]))
     token = st.integers(0, len(tokenizer) - 1) | st.sampled_from(partial_characters(tokenizer)) | st.integers(0, 20)
     tokens = data.draw(st.lists(token, max_size=60))
@@ -89,14 +89,14 @@ def test_any_tokens_stream_as_the_full_decode(byte_level, sentencepiece, data):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_broken_bytes_without_end_stream_too(tokenizer, seed):
+def test_500_broken_bytes_stream_as_the_full_decode(tokenizer, seed):
     rng = random.Random(seed)
     tokens = rng.choices(partial_characters(tokenizer), k=500)
     assert "".join(stream(tokenizer, tokens)) == whole(tokenizer, tokens)
 
 
-def test_what_a_token_decodes_does_not_grow(byte_level, monkeypatch):
-    """Ordinary text and bytes that never become any: the window that is decoded stays short."""
+def test_decoded_window_stays_short(byte_level, monkeypatch):
+    """For ordinary text, and for bytes that never become text."""
     longest, decode = [], type(byte_level).decode
     monkeypatch.setattr(
         type(byte_level), "decode", lambda self, ids, **kwargs: longest.append(len(ids)) or decode(self, ids, **kwargs)
@@ -126,7 +126,7 @@ def test_stop_strings(byte_level, text, stop, expected, stopped):
     pieces = []
     for token in byte_level.encode(text, add_special_tokens=False):
         pieces.append(detokenizer.push(token))
-        assert expected.startswith("".join(pieces))  # nothing that has to be taken back
+        assert expected.startswith("".join(pieces))  # no text is returned that a stop string would take back
         if detokenizer.stopped:
             break
     assert detokenizer.stopped == stopped
@@ -136,7 +136,7 @@ def test_stop_strings(byte_level, text, stop, expected, stopped):
 @settings(max_examples=300, deadline=None)
 @given(text=st.text("ab", max_size=40), stops=st.lists(st.text("ab", min_size=1, max_size=6), min_size=1, max_size=3))
 def test_stop_strings_are_found_where_a_search_of_the_whole_text_finds_them(sentencepiece, text, stops):
-    """After each token, as `str.find` would: letters are tokens here."""
+    """After each token, compared with `str.find`. Each letter is a token."""
     tokens = sentencepiece.convert_tokens_to_ids(list(text))
     detokenizer = Detokenizer(sentencepiece, stops)
     pieces, expected = [], text

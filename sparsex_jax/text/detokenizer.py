@@ -1,10 +1,17 @@
-"""From tokens to text as they come: never half a character, and never the beginning of a stop string.
+"""The detokenizer: turns generated tokens into text while they come, without half characters or stop strings.
 
-A token's text depends on its neighbours (a character may be spread over several, a leading space may be dropped),
-so it is not decoded alone, and all tokens are not decoded again each time either, but a window of the last few:
+A token's text depends on the tokens before it: a character may be spread over several tokens, and a tokenizer may drop
+the space that a text begins with. Decoding a token alone would be wrong, and decoding the whole answer for each token
+would be slow. So a window of the last few tokens is decoded, and the characters that were returned before are cut off.
+For "a 🦜 b" in GPT-2's kind of tokens, where t1, t2 and t3 together are a space and the parrot:
 
-    tokens   ... t5 t6 t7 | t8 t9 | t10
-                            given   new       text of t10 = decode(t8 t9 t10) without its first `given` characters
+    push            t0     t1         t2          t3            t4
+    decoded         t0     t0 t1      t0 t1 t2    t0 .. t3      t1 .. t4
+    text            "a"    "a \ufffd" "a \ufffd"  "a 🦜"        " 🦜 b"
+    returned        "a"    " "        ""          "🦜"          " b"
+    window after    t0     t0 t1      t0 t1 t2    t1 t2 t3      t4
+    num_decoded     1      1          1           3             1
+    num_returned    1      2          2           2             2
 """
 
 from __future__ import annotations
@@ -13,90 +20,98 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-_INCOMPLETE = "\ufffd"  # what bytes become that are no whole character (yet)
+_INCOMPLETE = "\ufffd"  # the decoder's replacement for bytes that are not (yet) a whole character
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-_LONGEST_PENDING = 8  # tokens without a whole character at their end, before the window is cut
-_SYNCHRONISED = 4  # bytes after which UTF-8 reads the same wherever one began, and no token has fewer than one
+_LONGEST_PENDING = 8  # after this many tokens that do not end in a whole character, the window is cut
+# Tokens that a cut keeps: 4 bytes or more, behind which UTF-8 decodes the same wherever decoding began.
+_SYNCHRONISED = 4
 
 
 class Detokenizer:
-    """The text of one answer. What `push` and `finish` return, joined, is the full decode up to a stop string."""
+    """The text of one sequence's new tokens.
+
+    The texts that `push` and `finish` return, joined, are what decoding all tokens at once gives, up to the first stop
+    string.
+    """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         """
         Args:
-          tokenizer: a fast tokenizer of transformers. Its special tokens are left out, and spaces stay as they are
-            (no `clean_up_tokenization_spaces`).
-          stop: strings that end the text; not part of it.
+          tokenizer: a fast tokenizer of transformers. Special tokens are skipped, and spaces stay as they are (no
+            `clean_up_tokenization_spaces`).
+          stop: strings that end the text. The text does not contain the one that ended it.
         """
         self._characters = _Characters(tokenizer)
         self._stops = _StopSearch(stop)
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come. There is no more text then."""
+        """Whether a stop string was found. `push` and `finish` return no more text then."""
         return self._stops.found
 
     def push(self, token: int) -> str:
-        """Take a token; returns the text that is certain now."""
+        """Add a token and return the new text that later tokens cannot change."""
         return self._stops.push(self._characters.push(token))
 
     def finish(self) -> str:
-        """No more tokens: the text held back."""
+        """Return the text that was held back. No token may be pushed afterwards."""
         return self._stops.push(self._characters.finish()) + self._stops.finish()
 
 
 class _Characters:
-    """Whole characters from tokens. The cost of a token does not depend on how many came before it."""
+    """Turns tokens into whole characters. A token costs as much at the end of a long answer as at its beginning."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._bytes_fall_back = _bytes_fall_back(tokenizer)
         self._window: list[int] = []
-        self._complete = 0  # so many tokens of the window had a whole character at their end when they were decoded
-        self._given = 0  # so many characters of the window's text were given out
+        self._num_decoded = 0  # leading tokens of the window that are there as context: all their text was returned
+        self._num_returned = 0  # leading characters of the window's text that were returned
 
     def push(self, token: int) -> str:
         if token in self._special:
             return ""
         self._window.append(token)
         if self._is_byte(token):
-            return ""  # a run of them is decoded as one: if it is no valid text as a whole, none of it is
+            return ""  # a decoder reads a run of byte tokens as one: if its bytes are not valid UTF-8, all are replaced
         text = self._decode(self._window)
         if text.endswith(_INCOMPLETE):
-            return self._give_all_but_last(text)
-        return self._give(text)
+            return self._return_all_but_last(text)
+        return self._return_all(text)
 
     def finish(self) -> str:
-        return self._give(self._decode(self._window))
+        return self._return_all(self._decode(self._window))
 
-    def _give(self, text: str) -> str:
-        """All of it. What was new now is what the next tokens are decoded behind."""
-        new = text[self._given :]
-        self._window = self._window[self._complete :]
-        self._complete = len(self._window)
-        self._given = len(self._decode(self._window))
+    def _return_all(self, text: str) -> str:
+        """Return the new text, and keep only its tokens in the window, as the context of the next token."""
+        new = text[self._num_returned :]
+        self._window = self._window[self._num_decoded :]
+        self._num_decoded = len(self._window)
+        self._num_returned = len(self._decode(self._window))
         return new
 
-    def _give_all_but_last(self, text: str) -> str:
-        """Only the last replacement character can become another one: it stands for the longest possible beginning."""
-        new = text[self._given : -1]
-        self._given = max(self._given, len(text) - 1)
-        if len(self._window) - self._complete > _LONGEST_PENDING:
+    def _return_all_but_last(self, text: str) -> str:
+        """Return the new text without its last character, a replacement that the next tokens may complete.
+
+        A decoder replaces the longest possible beginning of a character by one replacement, so no other can change.
+        """
+        new = text[self._num_returned : -1]
+        self._num_returned = max(self._num_returned, len(text) - 1)
+        if len(self._window) - self._num_decoded > _LONGEST_PENDING:
             self._cut(text)
         return new
 
     def _cut(self, text: str) -> None:
-        """Forget the window's beginning, where that leaves the text of the rest as it is, now and later.
+        """Drop the window's beginning, so that bytes which never become text do not make it longer and longer.
 
-        Bytes that never become text would otherwise make it longer and longer. Of several places to cut at, one is
-        not within a character.
+        A cut between two characters leaves the text of the rest as it is, now and after further tokens. A character
+        has at most 4 bytes, so of 4 cuts in a row at least one is between two characters.
         """
         for keep in range(_SYNCHRONISED, 2 * _SYNCHRONISED):
             before, rest = self._decode(self._window[:-keep]), self._window[-keep:]
             if before + self._decode(rest) == text:
-                self._window, self._complete, self._given = rest, 0, self._given - len(before)
+                self._window, self._num_decoded, self._num_returned = rest, 0, self._num_returned - len(before)
                 return
 
     def _is_byte(self, token: int) -> bool:
@@ -107,14 +122,18 @@ class _Characters:
 
 
 def _bytes_fall_back(tokenizer: Any) -> bool:
-    """Whether tokens such as `<0xE2>` stand for bytes, as in SentencePiece vocabularies, and not for themselves."""
-    token = tokenizer.convert_tokens_to_ids("<0xE2>")  # the unknown token's, or None, if there is no such token
+    """Whether tokens such as `<0xE2>` stand for bytes, as in SentencePiece vocabularies, and not for their own name."""
+    token = tokenizer.convert_tokens_to_ids("<0xE2>")  # the unknown token's id, or None, if there is no such token
     known = token is not None and tokenizer.convert_ids_to_tokens(token) == "<0xE2>"
     return known and tokenizer.decode([token]) == _INCOMPLETE
 
 
 class _StopSearch:
-    """Text that cannot be part of a stop string any more, and whether one was found."""
+    """Holds text back while it may be part of a stop string, and drops it if it is.
+
+    Attributes:
+      found: whether a stop string was found.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.found = False
@@ -122,7 +141,11 @@ class _StopSearch:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """The text up to the earliest stop string that has come, or all but what may begin one."""
+        """Return the text up to the earliest stop string; if there is none, all but an end that may begin one.
+
+        With the stop string "abab": `push("xaba")` returns "x" and holds "aba"; `push("b")` finds the string, which
+        begins 3 characters before the new text, and returns "".
+        """
         if self.found:
             return ""
         before, self._held = len(self._held), self._held + text
@@ -143,18 +166,20 @@ class _Matcher:
     """Knuth, Morris and Pratt's search for one string in text that comes in pieces.
 
     Attributes:
-      matched: the longest beginning of the string that the text so far ends in.
+      matched: the length of the longest beginning of the string that the text so far ends in.
     """
 
     def __init__(self, string: str) -> None:
         self.matched = 0
         self._string = string
-        self._fallback = [0, 0]  # the longest beginning that [:i] ends in, shorter than itself
+        # fallback[i]: the length of the longest beginning, shorter than i, that string[:i] ends in.
+        # For "abab" it is 0, 0, 0, 1, 2, since "aba" ends in "a" and "abab" in "ab".
+        self._fallback = [0, 0]
         for character in string[1:]:
             self._fallback.append(self._next(self._fallback[-1], character))
 
     def push(self, text: str) -> int | None:
-        """Where in the text the string begins (negative: in text before it) if it is complete now."""
+        """The index in `text` where the string begins, if `text` completes it. Negative: it begins in earlier text."""
         for at, character in enumerate(text):
             self.matched = self._next(self.matched, character)
             if self.matched == len(self._string):

@@ -1,4 +1,4 @@
-"""From what a caller may pass as a prompt to checked token ids."""
+"""Encodes a prompt: turns text, token ids or chat messages into checked token ids."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
 def encode(
     prompt: Prompt, tokenizer: Any | None, config: ModelConfig, *, add_special_tokens: bool
 ) -> Int32[np.ndarray, "tokens"]:
-    """Token ids of a prompt.
+    """The token ids of a prompt, int32.
 
     Args:
-      add_special_tokens: whether text gets the tokenizer's own (such as a begin token). Messages get those
-        of their template and ids are taken as they are.
+      prompt: text, token ids, or chat messages, which the tokenizer's chat template turns into text.
+      tokenizer: a tokenizer of transformers. None: only ids can be encoded.
+      config: gives the vocabulary's size.
+      add_special_tokens: whether the tokenizer adds its special tokens (such as a begin token) to text. Messages get
+        those of their template, and ids are taken as they are.
 
     Raises:
-      InvalidRequestError: empty, of another type, ids outside the vocabulary, or text without a tokenizer.
+      InvalidRequestError: the prompt is empty or of another type, an id is outside the vocabulary, or text came
+        without a tokenizer.
     """
     if isinstance(prompt, str):
         return _checked(_tokenize(prompt, tokenizer, add_special_tokens), config)
@@ -46,7 +50,7 @@ def _tokenizer(tokenizer: Any | None) -> Any:
 
 def _tokenize(text: str, tokenizer: Any | None, add_special_tokens: bool) -> list[int]:
     if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise InvalidRequestError("prompt has a lone surrogate, which is no valid Unicode text")
+        raise InvalidRequestError("prompt has a lone surrogate, which is not valid Unicode text")
     return _tokenizer(tokenizer)(text, add_special_tokens=add_special_tokens)["input_ids"]
 
 
@@ -65,7 +69,7 @@ def _checked(ids: Any, config: ModelConfig) -> Int32[np.ndarray, "tokens"]:
         raise InvalidRequestError("prompt is empty; it must have at least 1 token")
     try:
         array = np.asarray(ids)
-    except ValueError:  # ragged
+    except ValueError:  # lists of different lengths
         array = np.empty(0)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InvalidRequestError("prompt must be text, a flat list of integer token ids or a list of chat messages")

@@ -1,4 +1,4 @@
-"""The text of single tokens, which a decoder of whole texts does not give."""
+"""The text of single tokens, for log-probabilities. A tokenizer decodes a token as if a text began with it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ _LOST = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenText:
-    """Texts and bytes of tokens by id, kept once found."""
+    """The texts and bytes of tokens by id. The last 65,536 that were asked for are cached."""
 
     def __init__(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
         self.bytes_of = functools.lru_cache(maxsize=1 << 16)(self._bytes_of)
 
     def text_of(self, token: int) -> str:
-        """Part of a character shows as U+FFFD."""
+        """The token's text, with U+FFFD for a part of a character."""
         return self.bytes_of(token).decode(errors="replace")
 
     def name_of(self, token: int) -> str:
-        """As `text_of`, but different for different tokens: OpenAI writes parts of characters as `bytes:\\xe2`."""
+        """As `text_of`, but parts of characters are written as OpenAI does, `bytes:\\xe2`, so that they differ."""
         raw = self.bytes_of(token)
         try:
             return raw.decode()
@@ -28,15 +28,15 @@ class TokenText:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def _bytes_of(self, token: int) -> bytes:
-        """The UTF-8 that a token stands for in the middle of a text."""
+        """The UTF-8 bytes that a token stands for in the middle of a text. Empty without a tokenizer."""
         if self._tokenizer is None:
             return b""
         name = self._tokenizer.convert_ids_to_tokens(token)
-        if name is None:  # ids of a padded vocabulary that stand for nothing
+        if name is None:  # the vocabulary is padded, and no token has this id
             return b""
-        if name.startswith("<0x") and len(name) == 6:  # SentencePiece's bytes
+        if name.startswith("<0x") and len(name) == 6:  # one of SentencePiece's byte tokens
             return bytes([int(name[3:5], 16)])
-        if name.startswith("▁"):  # its space, which a decoder drops where a text begins
+        if name.startswith("▁"):  # SentencePiece's space, which a decoder drops at the beginning of a text
             return name.replace("▁", " ").encode()
         text = self._tokenizer.decode([token])
         if _LOST in text and all(character in _byte_of() for character in name):
@@ -46,7 +46,7 @@ class TokenText:
 
 @functools.cache
 def _byte_of() -> dict[str, int]:
-    """GPT-2's visible characters for bytes: those that can be seen stand for themselves, the others follow at 256."""
+    """GPT-2's visible character for each byte: a printable byte stands for itself, the others are chr(256) and on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + number): byte for number, byte in enumerate(hidden)}

@@ -1,6 +1,6 @@
-"""Tokenizers: from a directory as transformers saves them, or built from a GGUF file's metadata.
+"""Tokenizers, read from a directory as transformers saves them, or built from a GGUF file's metadata.
 
-transformers and tokenizers are imported where they are used, since that takes seconds.
+The functions import transformers and tokenizers when they run, because these imports take seconds.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from sparsex_jax.errors import UnsupportedModelError
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types; text is cut at the last two
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types; text is split at tokens of the last two
 
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# `tokenizer.ggml.pre` -> how text is cut into words. None is GPT-2's rule, which `ByteLevel` applies itself.
+# `tokenizer.ggml.pre` -> the rule that splits text into words. None is GPT-2's rule, which `ByteLevel` applies itself.
 _SPLITS = {
     "default": None,
     "gpt-2": None,
-    "smollm": r"\p{N}",  # every digit alone, then GPT-2's rule
+    "smollm": r"\p{N}",  # splits off every digit, then GPT-2's rule splits the rest
     "llama-bpe": _LLAMA3_SPLIT,
     "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
@@ -37,7 +37,7 @@ def read_tokenizer(directory: Path) -> Any | None:
 
 
 def _transformers() -> Any:
-    """The package, without the advice it prints that models need torch: tokenizers do not."""
+    """Import transformers without its warning that models need torch, since tokenizers do not."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
@@ -45,9 +45,9 @@ def _transformers() -> Any:
 
 
 def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
-    """The text of each token. A character spread over several tokens belongs to the last of them.
+    """Yield the text of each token. A character that is spread over several tokens belongs to the last of them.
 
-    Each is decoded behind its predecessor: some tokenizers drop a space at the beginning of a text.
+    Each token is decoded behind the one before it, because some tokenizers drop a space at the beginning of a text.
     """
     before: list[int] = []
     pending: list[int] = []
@@ -62,10 +62,10 @@ def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
-    """A transformers `PreTrainedTokenizerFast` of the vocabulary in a GGUF file, or None if it holds none.
+    """A transformers `PreTrainedTokenizerFast` of the vocabulary in a GGUF file, or None if the file has none.
 
     Raises:
-      UnsupportedModelError: another kind of vocabulary than BPE, or an unknown pre-tokenizer.
+      UnsupportedModelError: the vocabulary is not a BPE, or its pre-tokenizer is unknown.
     """
     fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
     if "tokens" not in fields:
@@ -78,7 +78,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
     tokenizer.add_tokens(_added_tokens(fields["tokens"], fields.get("token_type", ())))
     return _transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        # Files of Llama models may leave this out; their prompts begin with the token all the same.
+        # Files of Llama models may lack this field, but their prompts begin with the token all the same.
         add_bos_token=fields.get("add_bos_token", kind == "llama" or fields.get("pre") == "llama-bpe"),
         chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,  # it would drop spaces before punctuation
@@ -87,13 +87,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
 
 
 def _byte_level_bpe(fields: Mapping[str, Any]) -> Any:
-    """GPT-2's kind: text as UTF-8 bytes, a visible character for each, and stored merges."""
+    """GPT-2's kind of BPE: text becomes UTF-8 bytes, each a visible character, and the file stores the merges."""
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import BPE
 
     merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
     pre = fields.get("pre", "default")
-    # Llama 3's vocabulary has words that its merges do not lead to.
+    # Llama 3's vocabulary has words that no sequence of its merges produces.
     tokenizer = Tokenizer(BPE(_ids(fields["tokens"]), merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
@@ -101,7 +101,7 @@ def _byte_level_bpe(fields: Mapping[str, Any]) -> Any:
 
 
 def _sentencepiece_bpe(fields: Mapping[str, Any]) -> Any:
-    """SentencePiece's kind (Llama 2, Mistral): characters, `▁` for spaces, bytes for what is in no piece."""
+    """SentencePiece's kind of BPE (Llama 2, Mistral): `▁` stands for a space, and unknown characters become bytes."""
     from tokenizers import Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
 
@@ -120,7 +120,10 @@ def _sentencepiece_bpe(fields: Mapping[str, Any]) -> Any:
 
 
 def _merges_by_score(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """SentencePiece stores no merges: two pieces join if their union is one, those of the best score first."""
+    """The merges, which SentencePiece does not store: two pieces join if the vocabulary has both together as a piece.
+
+    Merges into the piece with the best score come first.
+    """
     tokens, kinds = fields["tokens"], fields["token_type"]
     scores = {t: score for t, score, kind in zip(tokens, fields["scores"], kinds, strict=True) if kind == _NORMAL}
     merges = [
@@ -149,7 +152,7 @@ def _pre_tokenizer(name: str) -> Any:
 
 
 def _added_tokens(tokens: list[str], kinds: Any) -> list[Any]:
-    """Control tokens are left out of decoded text on request, user-defined ones never."""
+    """The control and user-defined tokens. Only control tokens are special, so that decoding can skip them."""
     from tokenizers import AddedToken
 
     return [
@@ -160,7 +163,7 @@ def _added_tokens(tokens: list[str], kinds: Any) -> list[Any]:
 
 
 def _named_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token="<s>"` and the like, for those that the file names."""
+    """Arguments such as `bos_token="<s>"`, for the special tokens that the file names."""
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     ids = {ours: fields.get(f"{theirs}_token_id") for theirs, ours in names.items()}
     return {name: fields["tokens"][id_] for name, id_ in ids.items() if id_ is not None}

@@ -1,23 +1,23 @@
-"""Every error the package raises on purpose. Each message names the field and the limit."""
+"""Every error that the package raises on purpose. Each message names the field and its limit."""
 
 
 class SparsexError(Exception):
-    """Base class: catching it catches whatever this package raises on purpose."""
+    """Base class of all errors that the package raises on purpose."""
 
 
 class InvalidRequestError(SparsexError, ValueError):
-    """A request's argument is wrong: empty prompt, wrong type, too long, a value out of range."""
+    """An argument of a request is wrong: an empty prompt, a wrong type, too many tokens, a value out of range."""
 
 
 class StoreFullError(SparsexError):
-    """The KV store cannot hold the request, even after evicting all it may evict."""
+    """The KV store cannot hold the request, even after evicting everything evictable."""
 
 
 class OverloadedError(SparsexError):
-    """Too many requests wait already.
+    """The queue of waiting requests is full.
 
     Attributes:
-      retry_after_s: when there may be room again, in seconds.
+      retry_after_s: an estimate of the seconds until the queue has room again.
     """
 
     def __init__(self, message: str, retry_after_s: float) -> None:
@@ -26,19 +26,19 @@ class OverloadedError(SparsexError):
 
 
 class NonFiniteLogitsError(SparsexError):
-    """A request's logits have NaN or infinities: broken weights, an overflow, or a fault of the device."""
+    """A request's logits have NaN or infinities, because of broken weights, an overflow, or a fault of the device."""
 
 
 class UnknownModelError(SparsexError, ValueError):
-    """No embedded model, directory, GGUF file or configuration goes by that name."""
+    """No embedded model, directory, GGUF file or configuration has that name."""
 
 
 class UnsupportedModelError(SparsexError, ValueError):
-    """The checkpoint was found but asks for something this decoder does not implement."""
+    """The checkpoint was found, but needs something that this decoder does not implement."""
 
 
 class UnknownHandleError(SparsexError, KeyError):
-    """A handle that `remember` never returned, or that was forgotten or evicted since."""
+    """`remember` never returned that handle, or its entry was forgotten or evicted since."""
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""  # KeyError would show the repr
+        return str(self.args[0]) if self.args else ""  # KeyError's own `__str__` would quote the message

@@ -1,4 +1,4 @@
-"""Bad input: one clear error that names the field and the limit, and an engine that goes on."""
+"""Bad input raises one error that names the field and its limit, and the engine goes on."""
 
 import dataclasses
 
@@ -91,19 +91,19 @@ def test_bad_settings(tiny, settings, message):
         ("chunk_rows", 1),
     ],
 )
-def test_bad_engine_options_are_named(field, value):
+def test_errors_name_bad_engine_options(field, value):
     with pytest.raises(InvalidRequestError, match=f"{field}="):
         EngineConfig(**{field: value})
 
 
-def test_unknown_models_are_named():
+def test_errors_name_unknown_models():
     with pytest.raises(UnknownModelError, match="'gpt-9' is no embedded model"):
         Engine.from_pretrained("gpt-9")
     with pytest.raises(UnknownModelError, match=r"no configuration is named 'gpt-9'; there are: .*llama-3\.1-8b"):
         Engine.from_config("gpt-9")
 
 
-def test_a_store_that_is_too_small_says_so(tiny):
+def test_a_store_that_is_too_small_raises(tiny):
     small = dataclasses.replace(tiny.config, store_tokens=64)
     engine = Engine(tiny.model, tiny.runner.params, config=small)
     with pytest.raises(StoreFullError, match="KV for 100 tokens, 7 pages of 16; store_tokens=64 gives 4"):
@@ -114,7 +114,7 @@ def test_a_store_that_is_too_small_says_so(tiny):
     assert engine.stats()["active"] == 0
 
 
-def test_frozen_content_gives_way_to_a_request_that_needs_the_store(tiny):
+def test_frozen_content_is_evicted_for_a_request_that_needs_the_store(tiny):
     engine = Engine(tiny.model, tiny.runner.params, config=dataclasses.replace(tiny.config, store_tokens=160))
     handles = [engine.remember(np.arange(at, at + 40), frozen=True) for at in (0, 40)]
     engine.generate(list(range(80, 90)) * 9, SamplingParams(max_new_tokens=20))
@@ -125,7 +125,7 @@ def test_frozen_content_gives_way_to_a_request_that_needs_the_store(tiny):
         engine.forget(evicted)
 
 
-def test_unknown_handles_are_named(tiny):
+def test_errors_name_unknown_handles(tiny):
     handle = tiny.remember([1, 2, 3])
     tiny.forget(handle)
     for gone in (handle, 999):
@@ -165,8 +165,8 @@ def test_a_batch_that_fails_while_it_is_admitted_loses_no_page(tiny, monkeypatch
     assert (tiny.stats()["active"], tiny.stats()["free"]) == (0, tiny.stats()["pages"])
 
 
-def test_an_engine_whose_store_was_lost_starts_afresh(tiny, monkeypatch):
-    """A step that fails on the device takes the donated store with it."""
+def test_an_engine_that_lost_its_store_makes_an_empty_one(tiny, monkeypatch):
+    """A step that fails on the device deletes the store that was donated to it."""
     handle = tiny.remember(list(range(50)))
     prompt = [3, *range(50), 4]
     expected = tiny.prefill(prompt, reuse=ReuseConfig(method="full"), keep=False).logits

@@ -38,7 +38,7 @@ def draws(**options):
 
 
 def expected_probs(logits, params, prompt=(), answer=()):
-    """NumPy: bias, penalties, temperature, then min_p, top_k and top_p, as vLLM orders them. No ties."""
+    """A NumPy reference: bias, penalties, temperature, then min_p, top_k and top_p, as vLLM orders them. No ties."""
     scores = np.array(logits, np.float64)
     for token, bias in params.logit_bias.items():
         scores[token] += bias
@@ -75,7 +75,7 @@ def expected_probs(logits, params, prompt=(), answer=()):
         ({"min_p": 0.3, "top_p": 0.8}, {1, 3}),
     ],
 )
-def test_what_is_kept_is_drawn_in_its_shares(options, kept):
+def test_kept_tokens_are_drawn_in_proportion_to_their_probabilities(options, kept):
     found = np.bincount(draws(temperature=1.0, **options), minlength=VOCAB) / DRAWS
     expected = np.where([i in kept for i in range(VOCAB)], PROBS, 0)
     assert set(np.flatnonzero(found)) == kept
@@ -87,7 +87,7 @@ def test_temperature_zero_takes_the_most_probable():
     assert set(draws(temperature=0.0, min_p=0.9, top_k=2).tolist()) == {1}
 
 
-def test_a_low_temperature_sharpens():
+def test_a_low_temperature_sharpens_the_distribution():
     found = np.bincount(draws(temperature=0.5), minlength=VOCAB) / DRAWS
     np.testing.assert_allclose(found, PROBS**2 / (PROBS**2).sum(), atol=0.05)
 
@@ -112,8 +112,8 @@ requests = st.lists(st.tuples(params, tokens.filter(bool), tokens), min_size=4, 
 
 @given(requests, st.integers(0, 2**32 - 1))
 @settings(max_examples=50, deadline=None)
-def test_penalties_and_bias_are_the_formulas(requests, seed):
-    """Each line against NumPy, batch-mates of other settings beside it."""
+def test_penalties_and_bias_follow_the_formulas(requests, seed):
+    """Each request is compared with NumPy, in a batch of requests with other settings."""
     each, prompts, answers = zip(*requests, strict=True)
     logits = np.random.default_rng(seed).normal(0, 3, (len(each), VOCAB)).astype(np.float32)
     sampling = arrays(each, prompts, answers)
@@ -145,7 +145,7 @@ def test_draws_have_the_shares_of_the_reference(options):
     np.testing.assert_allclose(shares, expected, atol=0.05)
 
 
-def test_the_arrays_of_the_vocabulary_are_there_only_if_a_request_needs_them():
+def test_arrays_of_the_vocabulary_exist_only_if_a_request_needs_them():
     plain = SamplingParams(temperature=1.0, top_k=3, min_p=0.1)
     assert arrays([plain, SamplingParams()]).adjustment is None
     assert arrays([plain, SamplingParams(presence_penalty=0.1)]).adjustment is not None
@@ -164,7 +164,7 @@ MIXED = [
 ]
 
 
-def test_batch_mates_change_nothing():
+def test_other_requests_of_the_batch_change_nothing():
     logits = jax.random.normal(jax.random.key(0), (len(MIXED), VOCAB))
     answers = [[1, 1, 3]] * len(MIXED)
     for position in range(10):
@@ -196,7 +196,7 @@ def test_logprobs_are_those_of_the_raw_distribution():
     np.testing.assert_allclose(np.exp(sampled.logprobs.top[0, 0]), sorted(PROBS, reverse=True), rtol=1e-5)
 
 
-def test_no_logprobs_are_computed_unasked():
+def test_logprobs_are_computed_only_if_asked_for():
     assert sample_step(jnp.log(PROBS)[None], arrays([SamplingParams()]), jnp.array([0])).logprobs is None
 
 
@@ -223,7 +223,7 @@ def test_decode_goes_on_without_a_poisoned_request():
     assert after.sampling.adjustment.counts.tolist() == [[0, 1, 0, 1, 0], [0, 1, 0, 2, 0]]
 
 
-def test_an_output_takes_what_came_before_the_failure():
+def test_an_output_keeps_the_tokens_before_the_failure():
     output = Output(SamplingParams(), (), None)
     with pytest.raises(NonFiniteLogitsError, match="new token 2 "):
         output.extend([5, 6, NON_FINITE, 7])
@@ -237,7 +237,7 @@ def test_an_output_takes_what_came_before_the_failure():
 
 
 def reference_answer(engine, prompt, params):
-    """Greedy, one full prefill a token, penalties by NumPy."""
+    """A greedy reference: one full prefill for each token, with penalties by NumPy."""
     answer, reports = [], []
     for _ in range(params.max_new_tokens):
         logits = engine.prefill([*prompt, *answer], reuse=ReuseConfig(method="full"), keep=False).logits
@@ -249,7 +249,7 @@ def reference_answer(engine, prompt, params):
 
 
 def test_the_engine_penalises_and_reports_what_the_reference_does(tiny):
-    """Counts that begin with the prefill's token and grow in the decode loop, over several dispatches."""
+    """The counts begin with the token of the prefill and grow in the decode loop, over several decode calls."""
     prompt = [5, 9, 9, 40]
     params = SamplingParams(
         max_new_tokens=20,
@@ -287,7 +287,7 @@ def test_two_decode_programs_for_penalties_and_two_for_logprobs(tiny):
     assert decode._cache_size() - before <= 4
 
 
-def test_broken_weights_are_an_error_that_leaves_nothing_behind(tiny):
+def test_broken_weights_raise_and_leave_nothing_in_the_store(tiny):
     params = tiny.runner.params
     tiny.runner.params = params | {"final_norm": params["final_norm"] * jnp.nan}
     with pytest.raises(NonFiniteLogitsError, match="new token 0 "):
@@ -314,11 +314,11 @@ def test_broken_weights_are_an_error_that_leaves_nothing_behind(tiny):
         ({"logprobs": True}, "logprobs=True"),
     ],
 )
-def test_bad_values_are_named(options, message):
+def test_error_names_the_bad_value(options, message):
     with pytest.raises(InvalidRequestError, match=message):
         SamplingParams(**options)
 
 
-def test_a_bias_beyond_the_vocabulary_is_named(tiny):
+def test_error_names_a_bias_beyond_the_vocabulary(tiny):
     with pytest.raises(InvalidRequestError, match="logit_bias has token id 97; ids must be from 0 to 96"):
         tiny.generate([1, 2, 3], SamplingParams(logit_bias={97: 1.0}))

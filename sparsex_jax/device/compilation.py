@@ -1,4 +1,4 @@
-"""What JAX compiles: how often, and where it is kept for the next process."""
+"""Counts the programs that JAX compiles, and has JAX keep them on disk for the next process."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from jax import monitoring
 
-_MOST_BYTES = 4 << 30  # what was used longest ago goes; with a limit, JAX locks the files too
-_LEAST_SECONDS = 0.3  # what compiles faster is not worth a file
+_MAX_BYTES = 4 << 30  # JAX evicts the programs used longest ago; it locks the files only if there is such a limit
+_MIN_SECONDS = 0.3  # programs that compile faster are not worth a file
 
 
 class _Counter:
-    """Hears of every program that JAX compiles in this process, or loads from its cache on disk."""
+    """A listener that JAX calls for every program it compiles in this process, or loads from its cache on disk."""
 
     number = 0
 
@@ -29,27 +29,30 @@ monitoring.register_event_duration_secs_listener(_counter)
 
 
 def num_compilations() -> int:
-    """How many programs this process compiled, or loaded from JAX's cache on disk, since this module was imported."""
+    """The programs that this process compiled, or loaded from JAX's cache on disk, since it imported this module."""
     return _counter.number
 
 
 def keep_on_disk() -> None:
-    """Have JAX keep what it compiles in the user's cache directory, for the next process to load.
+    """Have JAX keep compiled programs in the user's cache directory, so that the next process can load them.
 
-    JAX's own settings win: JAX_COMPILATION_CACHE_DIR names another directory, and JAX_ENABLE_COMPILATION_CACHE=false
-    keeps and loads nothing.
+    JAX's own settings have precedence: JAX_COMPILATION_CACHE_DIR names another directory, and with
+    JAX_ENABLE_COMPILATION_CACHE=false JAX keeps and loads nothing.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(base / "sparsex-jax" / _processor()))
-    jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
 
 
 def _processor() -> str:
-    """A name for this kind of processor. A home may be shared by several, and JAX would load what another one compiled,
-    whose instructions this one may not have."""
+    """A name for this kind of processor.
+
+    Several machines may share a home directory, and JAX would load programs that another machine compiled, with
+    instructions that this one may not have.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next(line for line in lines if line.lower().startswith(("flags", "features")))

@@ -1,4 +1,4 @@
-"""Choosing the next token on the device. Every request has its own random stream."""
+"""Samples the next token of each request on the device. Every request has a random stream of its own."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from jaxtyping import Bool, Float, Int, UInt32
 
 from sparsex_jax.config import MAX_LOGPROBS
 
-NON_FINITE = -2  # instead of a token: the request's logits have NaN or infinities
+NON_FINITE = -2  # sampled in place of a token where the request's logits have NaN or infinities
 
 
 @struct.dataclass
 class Adjustment:
-    """What changes the logits themselves. Carried through decode only where some request asks for it.
+    """Penalties and biases, which change the logits. Decode carries them only if some request asks for them.
 
     Attributes:
-      repetition, presence, frequency: the penalties; 1, 0 and 0 change nothing.
-      bias: what is added to the logits first.
-      in_prompt: whether a token is in the prompt.
-      counts: how often it is in the answer so far.
+      repetition: the logit of each token in the prompt or the answer is divided by it if positive, else multiplied
+        (Keskar et al., CTRL, section 4.1). 1 changes nothing.
+      presence: subtracted from the logit of each token in the answer. 0 changes nothing.
+      frequency: subtracted from a token's logit for each time it is in the answer. 0 changes nothing.
+      bias: added to the logits before the penalties.
+      in_prompt: whether each token of the vocabulary is in the prompt.
+      counts: how often each token of the vocabulary is in the answer so far.
     """
 
     repetition: Float[Array, "requests"]
@@ -35,31 +38,45 @@ class Adjustment:
     counts: Int[Array, "requests vocab"]
 
     def apply(self, logits: Float[Array, "requests vocab"]) -> Float[Array, "requests vocab"]:
+        """The logits with bias and penalties."""
         logits = logits + self.bias
         factor = jnp.where(self.in_prompt | (self.counts > 0), self.repetition[:, None], 1.0)
         logits = jnp.where(logits > 0, logits / factor, logits * factor)
         return logits - self.frequency[:, None] * self.counts - self.presence[:, None] * (self.counts > 0)
 
     def count(self, token: Int[Array, "requests"], running: Bool[Array, "requests"]) -> Adjustment:
-        """With one more token in the answer of each running request."""
+        """The adjustment of the next step, after each running request got `token`. Negative tokens are not counted."""
         lines = jnp.arange(len(token))
         return dataclasses.replace(self, counts=self.counts.at[lines, token].add(running & (token >= 0)))
 
 
 @struct.dataclass
 class Sampling:
-    """`SamplingParams` of each request, as arrays. A step is compiled for each structure of it: four at most."""
+    """The `SamplingParams` of each request, as arrays.
+
+    A step is compiled once for each combination of `adjustment` being there and `logprobs` being asked for: at most
+    four times.
+
+    Attributes:
+      temperature: 0 takes the most probable token.
+      top_p: the mass of the nucleus, in (0, 1]; 1 keeps all tokens.
+      top_k: how many tokens are kept; 0 keeps all.
+      min_p: the least probability of a token, as a share of the most probable one's.
+      seed: of the request's random stream.
+      adjustment: None if no request has a penalty or a bias.
+      logprobs: whether some request asks for log-probabilities.
+    """
 
     temperature: Float[Array, "requests"]
     top_p: Float[Array, "requests"]
-    top_k: Int[Array, "requests"]  # 0 keeps all
+    top_k: Int[Array, "requests"]
     min_p: Float[Array, "requests"]
     seed: UInt32[Array, "requests"]
-    adjustment: Adjustment | None = None  # None: no request asks for any
-    logprobs: bool = struct.field(pytree_node=False, default=False)  # whether some request asks for them
+    adjustment: Adjustment | None = None
+    logprobs: bool = struct.field(pytree_node=False, default=False)
 
     def count(self, token: Int[Array, "requests"], running: Bool[Array, "requests"]) -> Sampling:
-        """For the token after this one."""
+        """The sampling of the next step, after each running request got `token`."""
         if self.adjustment is None:
             return self
         return dataclasses.replace(self, adjustment=self.adjustment.count(token, running))
@@ -67,7 +84,13 @@ class Sampling:
 
 @struct.dataclass
 class Logprobs:
-    """Log-probabilities of the chosen tokens and of the most probable ones, best first."""
+    """Natural log-probabilities of the sampled tokens and of the most probable ones.
+
+    Attributes:
+      chosen: of the sampled token.
+      top: of the most probable tokens, in descending order; at most MAX_LOGPROBS of them.
+      top_ids: the ids of those tokens.
+    """
 
     chosen: Float[Array | np.ndarray, "*lines"]
     top: Float[Array | np.ndarray, "*lines number"]
@@ -76,11 +99,11 @@ class Logprobs:
 
 @struct.dataclass
 class Sampled:
-    """Tokens of one or several steps; on the device, or as NumPy arrays.
+    """The tokens of one or several steps, on the device or as NumPy arrays.
 
     Attributes:
-      token: -1 where a request was done already, `NON_FINITE` where it failed.
-      logprobs: lines are `[requests, steps]`; None where no request asks for them.
+      token: -1 where the request had finished before the step, `NON_FINITE` where its logits were not finite.
+      logprobs: the lines of its arrays are `[requests, steps]`. None if no request asks for log-probabilities.
     """
 
     token: Int[Array | np.ndarray, "requests steps"]
@@ -88,7 +111,7 @@ class Sampled:
 
 
 def nothing_sampled(sampling: Sampling, steps: int, vocab_size: int) -> Sampled:
-    """Room for so many steps."""
+    """Arrays to write the tokens of `steps` steps into. Every token is -1."""
     shape = (len(sampling.seed), steps)
     token = jnp.full(shape, -1, jnp.int32)
     if not sampling.logprobs:
@@ -100,7 +123,7 @@ def nothing_sampled(sampling: Sampling, steps: int, vocab_size: int) -> Sampled:
 def sample_step(
     logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[Array, "requests"]
 ) -> Sampled:
-    """`sample` as one step, with log-probabilities of the logits as they came if some request asks for them."""
+    """Sample one step. Log-probabilities are those of the logits before penalties, bias and temperature."""
     token = sample(logits, sampling, position)[:, None]
     if not sampling.logprobs:
         return Sampled(token, None)
@@ -112,10 +135,13 @@ def sample_step(
 def sample(
     logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[Array, "requests"]
 ) -> Int[Array, "requests"]:
-    """The next token of each request; the most probable one where its temperature is 0.
+    """The next token of each request, int32. Where its temperature is 0, this is the most probable one.
 
-    The random number depends on the request's seed and the position alone, so a batch-mate changes nothing. A request
-    whose logits are not all finite gets `NON_FINITE`, and the others their tokens.
+    The random number depends on the request's seed and the position alone, so other requests of the batch do not
+    change it. A request whose logits are not all finite gets `NON_FINITE`; the other requests get tokens all the same.
+
+    Args:
+      position: of the new token in its sequence.
     """
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     if sampling.adjustment is not None:
@@ -132,7 +158,7 @@ def sample(
 
 
 def _filtered(logits: Float[Array, "requests vocab"], sampling: Sampling) -> Float[Array, "requests vocab"]:
-    """The logits of the tokens that may be drawn, -inf elsewhere. Sorts where some request needs it."""
+    """The logits of the tokens that may be drawn, and -inf for the others. Sorts only if some request needs it."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]
     logits = jnp.where(logits >= least, logits, -jnp.inf)
     ranks = (sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1))
@@ -144,9 +170,17 @@ def _filtered(logits: Float[Array, "requests vocab"], sampling: Sampling) -> Flo
 
 
 def _within_rank(logits: Float[Array, "requests vocab"], sampling: Sampling) -> Bool[Array, "requests vocab"]:
-    """Tokens within the request's top k, and within the nucleus of mass top_p of those (the most probable always).
+    """Whether each token is among the request's top k, and of these in the nucleus of mass top_p.
 
-    Tokens as probable as the last one kept are kept too: one sort of the values then is enough.
+    The most probable token always is. Tokens as probable as the last one kept are kept too, so that sorting the
+    values is enough and no permutation of ids is needed.
+
+        logits of probabilities  0.1  0.4  0.2  0.3     top_k=3, top_p=0.7
+        ranked                   0.4  0.3  0.2  0.1
+        probs of the top 3       4/9  3/9  2/9  0
+        before                   0    4/9  7/9  1
+        within                   yes  yes  no   no      7/9 is more than 0.7, and rank 3 is not among the top 3
+        the result               no   yes  no   yes     at least 0.3, the least one within
     """
     ranked = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])

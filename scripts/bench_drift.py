@@ -19,8 +19,8 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cli.bench import parse_method
-from sparsex_jax.eval import metrics, regimes, results
-from sparsex_jax.eval.metrics import Answer
+from sparsex_jax.eval import regimes, results, scores
+from sparsex_jax.eval.scores import Answer
 from sparsex_jax.eval.tasks import Question, Sample, make_sample
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -84,8 +84,8 @@ def run(engine: Engine, reuse: ReuseConfig, options: argparse.Namespace) -> list
         history.append(question.text + answer.text)
         found = answer.report.prefix_tokens + answer.report.reused_tokens
         rows.append(
-            metrics.compare(answer, full, question.answers)
-            | {"hit rate": found / len(prompt), "full": metrics.task_score(full.text, question.answers)}
+            scores.compare(answer, full, question.answers)
+            | {"hit rate": found / len(prompt), "full": scores.task_score(full.text, question.answers)}
         )
         if (number + 1) % options.part == 0:
             print(line(number + 1, rows[-options.part :]), flush=True)
@@ -97,7 +97,7 @@ def line(number: int, rows: list[dict[str, float]]) -> str:
     return f"{number - len(rows) + 1:4} to {number:4}: {', '.join(means)}"
 
 
-def document(rows: list[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
+def file_content(rows: list[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
     about = {"bench": "drift", "model": options.model} | results.provenance()
     figures = [
         {"work": f"queries {begin + 1} to {begin + options.part}: {name}", "implementation": options.method}
@@ -127,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     engine = Engine.from_pretrained(options.model, dtype=options.dtype, store_tokens=options.store_tokens, max_batch=1)
     rows = run(engine, parse_method(options.method), options)
-    results.write_json(document(rows, options), RESULTS)
+    results.write_json(file_content(rows, options), RESULTS)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.results import provenance, write_json
-from sparsex_jax.eval.workloads import WORKLOADS, Size, Workload, make_workload
+from sparsex_jax.eval.workloads import WORKLOADS, Workload, WorkloadSize, make_workload
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Event, Loop
 
@@ -275,7 +275,9 @@ def main() -> None:
     rates: dict[str, float] = {}
     runs: dict[str, dict[str, list[Timeline]]] = {}
     for name in options.workloads:
-        workload = make_workload(name, tokenizer, Size(options.requests, options.length, options.pieces), options.seed)
+        workload = make_workload(
+            name, tokenizer, WorkloadSize(options.requests, options.length, options.pieces), options.seed
+        )
         rates[name], runs[name] = compare(bench, workload, methods, options)
         save(options, rates, runs)  # what is there, should a later one fail
 

@@ -72,7 +72,7 @@ def join(documents: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Summary]
         summary for document in documents for summary in summaries_of(document) if summary["task"] != ALL_TASKS
     ]
     summaries += pooled(summaries)
-    joined = results.document(first["bench"], first["model"], first["settings"] | asked, summaries)
+    joined = results.file_content(first["bench"], first["model"], first["settings"] | asked, summaries)
     return joined | {key: first[key] for key in (*same, "machine")} | {"command": first["command"]}, summaries
 
 

@@ -1,4 +1,4 @@
-"""The end-to-end bench: what it compares with computes the same thing, and what it counts is what there is."""
+"""The end-to-end bench: its reference computes the same as the engine, and its counts of bytes and tokens are right."""
 
 import dataclasses
 import importlib.util
@@ -19,7 +19,7 @@ _spec.loader.exec_module(bench)
 
 
 @pytest.mark.parametrize("qk_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_plain_program_is_full_recompute(qk_norm):
+def test_the_plain_program_computes_full_recompute(qk_norm):
     engine = Engine.from_config(dataclasses.replace(TINY, qk_norm=qk_norm), store_tokens=512, page_size=16)
     prompt = np.random.default_rng(0).integers(1, TINY.vocab_size, 60).astype(np.int32)
     logits, kv = bench.plain(engine.runner.params, prompt, config=engine.model)
@@ -38,7 +38,7 @@ def test_first_tokens_of_a_prompt_of_stored_segments(tiny):
     assert naive.computed == pytest.approx((120 - 3 * 32) / 120, abs=0.02)  # a segment's neighbour may match by chance
     assert naive.bound == pytest.approx(full.figure * naive.computed)
     assert 0 < host.figure < naive.figure
-    assert naive.predicted is None  # nobody measured this device
+    assert naive.predicted is None  # there is no cost model of this device
     json.dumps([dataclasses.asdict(row) for row in rows])
 
 
@@ -49,7 +49,7 @@ def test_cases_share_no_tokens(tiny):
         assert rows[0].computed == pytest.approx((120 - stored) / 120, abs=0.02)
 
 
-def test_a_step_reads_all_weights_but_the_table_and_the_keys_and_values(tiny):
+def test_a_decode_step_reads_the_kv_and_all_weights_but_the_embedding_table(tiny):
     params = jax.tree.leaves(tiny.runner.params)
     table = 0 if TINY.tied_embeddings else tiny.runner.params["embed"].nbytes
     weights = sum(leaf.nbytes for leaf in params) - table

@@ -1,4 +1,4 @@
-"""The bench of serving: its workloads, that methods are asked the same, and its figures."""
+"""The serving bench: its workloads, its figures, and that all methods get the same requests."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ from conftest import TINY
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.workloads import WORKLOADS, Size, make_workload
+from sparsex_jax.eval.workloads import WORKLOADS, WorkloadSize, make_workload
 from sparsex_jax.reuse.prompt import Kind
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Loop
@@ -22,7 +22,7 @@ _spec = importlib.util.spec_from_file_location("bench_serving", _SCRIPT)
 bench_serving = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(bench_serving)
 
-SIZE = Size(requests=4, length=80, pieces=2)
+SIZE = WorkloadSize(requests=4, length=80, pieces=2)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def ids(workload):
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_workload_is_its_seeds(tokenizer, name):
+def test_the_same_seed_gives_the_same_workload(tokenizer, name):
     once, again, other = (make_workload(name, tokenizer, SIZE, seed) for seed in (1, 1, 2))
     assert ids(once) == ids(again) != ids(other)
     assert len(once.prompts) == SIZE.requests
@@ -64,12 +64,12 @@ def _holds(prompt, part):
     return (windows == part).all(axis=1).any()
 
 
-def test_sizes_that_make_no_workload():
+def test_bad_sizes_are_refused():
     with pytest.raises(InvalidRequestError, match="pieces=1 must be at least 2"):
-        Size(requests=4, length=80, pieces=1)
+        WorkloadSize(requests=4, length=80, pieces=1)
 
 
-def test_every_method_is_asked_the_same_at_the_same_times(tokenizer, monkeypatch):
+def test_every_method_gets_the_same_requests_at_the_same_times(tokenizer, monkeypatch):
     asked = []
 
     class Watched(Loop):
@@ -132,11 +132,11 @@ def test_figures_of_scripted_times():
 
 
 @pytest.mark.parametrize(("ttft", "gap", "good"), [(2.0, 0.5, 2), (2.0, 0.4, 1), (0.4, 9.0, 0)])
-def test_goodput_wants_both_limits_kept(ttft, gap, good):
+def test_goodput_counts_requests_within_both_limits(ttft, gap, good):
     assert bench_serving.figures(SCRIPTED, ttft, gap)["goodput"][0] == good / 4
 
 
-def test_a_listener_notes_when_its_tokens_came():
+def test_a_listener_records_the_times_of_its_tokens():
     timeline = bench_serving.Timeline(1.0, clock=iter([2.0, 2.5]).__next__)
     timeline(bench_serving.Event("a", (1,), report=SCRIPTED[0].report))
     timeline(bench_serving.Event("held back", ()))

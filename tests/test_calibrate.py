@@ -1,4 +1,4 @@
-"""Calibration: the choice among measured candidates, a run on a tiny model, the file, and who reads it."""
+"""Calibration: the selection among measured candidates, a run on a tiny model, and the file and its readers."""
 
 import dataclasses
 import json
@@ -18,9 +18,9 @@ from sparsex_jax.cli import app
 from sparsex_jax.cli.calibrate import target_of
 from sparsex_jax.config import architecture
 from sparsex_jax.eval import calibrate, lexicon, quality
-from sparsex_jax.eval.calibrate import Interval, Measured, Prompts, Target, choose
+from sparsex_jax.eval.calibrate import Interval, Measured, PromptSet, Target, select
 
-PROMPTS = Prompts(["qa"], ["independent"], num_tokens=200, num_segments=2, samples=2)
+PROMPTS = PromptSet(["qa"], ["independent"], num_tokens=200, num_segments=2, samples=2)
 ANYTHING = Target("disagreement", 0.999)
 shares = st.floats(0, 1)
 
@@ -49,47 +49,47 @@ def directory(tmp_path):
     return shutil.copytree(GOLDEN / "llama", tmp_path / "llama")
 
 
-# The choice -------------------------------------------------------------------------------------------------
+# The selection ----------------------------------------------------------------------------------------------
 
 
-def test_the_cheapest_that_meets_the_target_is_chosen():
+def test_the_cheapest_candidate_that_meets_the_target_is_selected():
     measured = [candidate(0, 0.2, [0, 1]), candidate(1, 0.4, [0, 0]), candidate(2, 0.3, [0, 0.02])]
-    choice = choose(measured, Target("loss", 0.02))
-    assert (choice.met, choice.reuse, choice.basis) == (True, measured[2].reuse, measured[2])
+    selection = select(measured, Target("loss", 0.02))
+    assert (selection.met, selection.reuse, selection.basis) == (True, measured[2].reuse, measured[2])
 
 
-def test_of_two_as_cheap_the_better_is_chosen():
+def test_the_better_of_two_equally_cheap_candidates_is_selected():
     measured = [candidate(0, 0.3, [0.02, 0]), candidate(1, 0.3, [0, 0])]
-    assert choose(measured, Target()).basis is measured[1]
+    assert select(measured, Target()).basis is measured[1]
 
 
-def test_full_recompute_is_chosen_where_none_meets_the_target():
+def test_full_recompute_is_selected_if_no_candidate_meets_the_target():
     measured = [candidate(0, 0.2, [1, 1]), candidate(1, 0.4, [0, 0.5])]
-    choice = choose(measured, Target())
-    assert (choice.met, choice.reuse, choice.basis) == (False, ReuseConfig("full"), measured[1])
+    selection = select(measured, Target())
+    assert (selection.met, selection.reuse, selection.basis) == (False, ReuseConfig("full"), measured[1])
 
 
 @given(st.lists(st.tuples(shares, st.lists(shares, min_size=1, max_size=5)), min_size=1, max_size=6), shares)
-def test_a_choice_meets_the_target_and_nothing_cheaper_does(figures, most):
+def test_the_selected_candidate_meets_the_target_and_no_cheaper_one_does(figures, most):
     target = Target(most=min(most, 0.99))
     measured = [candidate(i, fraction, values) for i, (fraction, values) in enumerate(figures)]
-    choice = choose(measured, target)
+    selection = select(measured, target)
     good = [each for each in measured if np.mean(each.shortfalls) <= target.most]
-    assert choice.met or not good
-    if choice.met:
-        assert target.met_by(choice.basis.shortfalls)
-        assert all(choice.basis.computed_fraction <= each.computed_fraction for each in good)
+    assert selection.met or not good
+    if selection.met:
+        assert target.met_by(selection.basis.shortfalls)
+        assert all(selection.basis.computed_fraction <= each.computed_fraction for each in good)
 
 
 @given(st.lists(shares, min_size=1, max_size=12), st.integers(0, 11), shares, st.booleans())
-def test_what_is_given_up_could_not_have_met_the_target(shortfalls, seen, most, confident):
+def test_an_abandoned_candidate_could_not_have_met_the_target(shortfalls, seen, most, confident):
     target = Target(most=min(most, 0.99), confident=confident)
     if target.met_by(shortfalls):
         assert target.in_reach(shortfalls[: seen + 1], len(shortfalls))
 
 
 @pytest.mark.parametrize("most", [0.02, 0.1, 0.5])
-def test_confidence_needs_so_many_prompts(most):
+def test_confidence_needs_enough_prompts(most):
     target, needed = Target(most=most, confident=True), calibrate.samples_needed(most)
     calibrate.check_samples(target, needed)
     with pytest.raises(InvalidRequestError, match=f"at least {needed} prompts"):
@@ -97,12 +97,12 @@ def test_confidence_needs_so_many_prompts(most):
     calibrate.check_samples(Target(most=most), 1)
 
 
-def test_few_perfect_answers_leave_much_open():
+def test_16_perfect_answers_leave_a_wide_interval():
     assert Interval.of([0.0] * 16).high == pytest.approx(0.19, abs=0.005)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 4, 30, 32])
-def test_candidates_go_from_cheap_to_dear(num_layers):
+def test_candidates_go_from_cheap_to_expensive(num_layers):
     found = calibrate.candidates(num_layers, 1000, ReuseConfig(tail_tokens=8))
     work = [calibrate.predicted_fraction(each, num_layers, 1000) for each in found]
     assert work == sorted(work)
@@ -119,15 +119,15 @@ def loose(engine):
     return calibrate.calibrate(engine, PROMPTS, ANYTHING)
 
 
-def test_a_run_stops_at_the_first_that_meets_the_target(engine, loose):
-    assert loose.choice.met
+def test_a_calibration_stops_at_the_first_candidate_that_meets_the_target(engine, loose):
+    assert loose.selection.met
     assert [each.reuse for each in loose.measured] == calibrate.candidates(4, 200)[: len(loose.measured)]
-    assert loose.choice.basis is loose.measured[-1]
-    assert len(loose.choice.basis.shortfalls) == PROMPTS.total
+    assert loose.selection.basis is loose.measured[-1]
+    assert len(loose.selection.basis.shortfalls) == PROMPTS.total
 
 
-def test_a_run_measures_what_the_bench_measures(engine, loose):
-    basis = loose.choice.basis
+def test_a_calibration_measures_what_the_bench_measures(engine, loose):
+    basis = loose.selection.basis
     rows = quality.run(engine, {"it": basis.reuse}, ["qa"], ["independent"], 200, samples=2, num_segments=2)
     np.testing.assert_allclose([1 - row["agreement"] for row in rows], basis.shortfalls)
     assert np.mean([row["computed_fraction"] for row in rows]) == pytest.approx(basis.computed_fraction)
@@ -137,29 +137,29 @@ def test_a_run_measures_what_the_bench_measures(engine, loose):
 
 @pytest.fixture
 def third_is_spoiled(monkeypatch):
-    """No model: every answer is like full recompute's, but for the third of three prompts. Gives what was asked."""
+    """Replaces the model: every answer equals full recompute's, except to the third prompt. Gives the batches asked."""
     asked = []
     row = {"computed_fraction": 0.3, "score": 1.0, "agreement": 1.0, "kl": 0.0, "disagreement": 0.0}
-    monkeypatch.setattr(calibrate, "ask", lambda *call: asked.append(call[2]) or [(None, None)])
+    monkeypatch.setattr(calibrate, "answer_batch", lambda *call: asked.append(call[2]) or [(None, None)])
     monkeypatch.setattr(calibrate, "mean_score", lambda _: 1.0)
     monkeypatch.setattr(calibrate, "compare", lambda *_: [row | {"loss": float(asked[-1][0][2] == 2)}])
     monkeypatch.setattr(quality, "time_prefill", lambda *_: 0.1)
     return asked
 
 
-def test_what_cannot_meet_the_target_is_given_up_at_the_worst_prompt(engine, third_is_spoiled):
+def test_a_candidate_that_cannot_meet_the_target_is_abandoned_at_the_worst_prompt(engine, third_is_spoiled):
     found = calibrate.calibrate(engine, dataclasses.replace(PROMPTS, samples=3))
-    assert (found.choice.met, found.choice.reuse) == (False, ReuseConfig("full"))
+    assert (found.selection.met, found.selection.reuse) == (False, ReuseConfig("full"))
     assert [len(each.shortfalls) for each in found.measured] == [3, *[1] * (len(found.measured) - 1)]
     assert len(found.measured) == len(calibrate.candidates(engine.model.num_layers, 200))
     assert "method=full" in calibrate.verdict(found)
     assert calibrate.table(found).count("\n") == 2 + len(found.measured)
 
 
-def test_a_target_within_reach_is_measured_to_the_end(engine, third_is_spoiled):
+def test_a_candidate_that_can_meet_the_target_answers_all_prompts(engine, third_is_spoiled):
     found = calibrate.calibrate(engine, dataclasses.replace(PROMPTS, samples=3), Target("loss", 0.4))
     assert [len(each.shortfalls) for each in found.measured] == [3]
-    assert found.choice.met
+    assert found.selection.met
 
 
 def test_a_loss_needs_a_model_that_answers(engine):
@@ -167,12 +167,12 @@ def test_a_loss_needs_a_model_that_answers(engine):
         calibrate.calibrate(engine, PROMPTS, Target())
 
 
-def test_a_lucky_answer_does_not_pay_for_a_spoiled_one(monkeypatch):
-    scores = iter([1.0, 0.0])  # of full recompute; the candidate's are the other way round
-    monkeypatch.setattr(calibrate.metrics, "task_score", lambda *_: next(scores))
+def test_a_lucky_answer_does_not_make_up_for_a_spoiled_one(monkeypatch):
+    scores = iter([1.0, 0.0])  # full recompute's scores; the candidate's are 0 and 1
+    monkeypatch.setattr(calibrate.scores, "task_score", lambda *_: next(scores))
     rows = iter([{"score": 0.0, "agreement": 1.0}, {"score": 1.0, "agreement": 0.5}])
-    monkeypatch.setattr(calibrate.metrics, "compare", lambda *_: next(rows))
-    pair = (quality.Asked(np.zeros(1, np.int32), "n", None, ()), None)
+    monkeypatch.setattr(calibrate.scores, "compare", lambda *_: next(rows))
+    pair = (quality.PreparedPrompt(np.zeros(1, np.int32), "n", None, ()), None)
     assert [
         row["loss"] for row in calibrate.compare([pair] * 2, [(pair[0], quality.Answer("", (), None, None))] * 2)
     ] == [1, 0]
@@ -186,15 +186,15 @@ def write(path, content):
     return path
 
 
-def test_the_file_that_is_written_is_read(engine, loose, tmp_path):
-    content = calibrate.document(engine, "tiny", PROMPTS, loose)
+def test_the_written_file_can_be_read(engine, loose, tmp_path):
+    content = calibrate.file_content(engine, "tiny", PROMPTS, loose)
     path = write(tmp_path / "some.json", content)
-    assert ReuseConfig.load(path, engine.model) == loose.choice.reuse
+    assert ReuseConfig.load(path, engine.model) == loose.selection.reuse
     assert {"model", "measured", "command", "versions", "commit"} <= content.keys()
     assert content["measured"]["disagreement"]["samples"] == PROMPTS.total
 
 
-def test_a_file_by_hand_needs_nothing_but_fields(tmp_path, model):
+def test_a_file_written_by_hand_needs_only_fields(tmp_path, model):
     path = write(tmp_path / "some.json", {"recompute_ratio": 0.3})
     assert ReuseConfig.load(path, model) == ReuseConfig(recompute_ratio=0.3)
 
@@ -216,7 +216,7 @@ def test_a_file_by_hand_needs_nothing_but_fields(tmp_path, model):
         ("{", "cannot be read as JSON"),
     ],
 )
-def test_a_wrong_file_is_refused_by_name(tmp_path, model, content, said):
+def test_the_error_for_a_wrong_file_names_it(tmp_path, model, content, said):
     path = write(tmp_path / "some.json", content)
     with pytest.raises(InvalidRequestError, match=f"some.json.*{said}"):
         ReuseConfig.load(path, model)
@@ -233,7 +233,7 @@ def test_another_method_starts_from_the_defaults():
     assert calibrated.updated(method="naive") == ReuseConfig("naive")
 
 
-# Who reads it -----------------------------------------------------------------------------------------------
+# Readers of the file -----------------------------------------------------------------------------------------------
 
 
 def test_the_engine_reads_the_file_beside_the_model(directory):
@@ -249,7 +249,7 @@ def test_the_engine_reads_the_file_beside_the_model(directory):
         Engine.from_pretrained(directory, **options)
 
 
-def test_calls_that_say_nothing_reuse_as_the_engine_was_told(engine, monkeypatch):
+def test_calls_without_reuse_use_the_engines(engine, monkeypatch):
     used = []
 
     def admit(tokens, new_tokens, reuse, namespace):
@@ -265,7 +265,7 @@ def test_calls_that_say_nothing_reuse_as_the_engine_was_told(engine, monkeypatch
     assert used == [ReuseConfig("naive"), ReuseConfig("full")] * 2
 
 
-def test_cache_reads_the_file_and_options_win(tmp_path):
+def test_cache_reads_the_file_and_options_override_it(tmp_path):
     text = "The red door opens with the code 3615 and it closes again when nobody is there to see it at night.\n" * 3
     donor, file = write(tmp_path / "donor.txt", text), write(tmp_path / "full.json", {"method": "full"})
 
@@ -277,7 +277,7 @@ def test_cache_reads_the_file_and_options_win(tmp_path):
     assert work("--reuse-config", file, "--method", "naive") < 1
 
 
-def test_generate_takes_the_engines_reuse_and_options_win(monkeypatch):
+def test_generate_takes_the_engines_reuse_and_options_override_it(monkeypatch):
     class Told:
         reuse, tokenizer = ReuseConfig(boundary_layer=3, recompute_ratio=0.4), None
 
@@ -289,7 +289,7 @@ def test_generate_takes_the_engines_reuse_and_options_win(monkeypatch):
     assert "error: 3, 0.1" in result.stderr
 
 
-def test_a_wrong_file_is_one_line_on_stderr(tmp_path):
+def test_a_wrong_file_gives_one_line_on_stderr(tmp_path):
     file = write(tmp_path / "wrong.json", {"depth": 3})
     result = invoke("generate", "hi", "--model", GOLDEN / "llama", "--reuse-config", file)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -336,6 +336,6 @@ def test_the_command_refuses_before_it_measures(monkeypatch, engine, options, sa
     assert said in result.stderr
 
 
-def test_targets():
+def test_target_of_the_options():
     assert target_of(None, None, False) == Target("loss", 0.02)
     assert target_of(None, 0.9, True) == Target("disagreement", 0.1, True)

@@ -1,4 +1,4 @@
-"""The quality bench: generated tasks and their tokenizer, caching regimes, metrics, and a run from end to end."""
+"""The quality bench: generated tasks and their tokenizer, caching regimes, scores, and a run from end to end."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
 from sparsex_jax.cli import app
 from sparsex_jax.cli.bench import Workload, example_maps, parse_method
-from sparsex_jax.eval import lexicon, maps, metrics, plots, quality, regimes, results
+from sparsex_jax.eval import lexicon, maps, plots, quality, regimes, results, scores
 from sparsex_jax.eval.tasks import CLOSED_TASKS, TASKS, make_sample, word_count
 from sparsex_jax.reuse.prompt import Kind
 
@@ -47,7 +47,7 @@ def texts_of(sample):
 
 
 @pytest.mark.parametrize("task", CLOSED_TASKS)
-def test_tokens_restore_every_text(task, tokenizer):
+def test_joined_tokens_restore_every_text(task, tokenizer):
     for seed in range(12):
         for tokens, segments in SIZES:
             for text in texts_of(sample_of(task, seed, tokens, segments, questions=3)):
@@ -60,7 +60,7 @@ def test_tokens_restore_every_text(task, tokenizer):
 
 @pytest.mark.parametrize("task", CLOSED_TASKS)
 @pytest.mark.parametrize(("tokens", "segments"), SIZES)
-def test_the_body_holds_every_answer_and_is_as_long_as_wanted(task, tokens, segments):
+def test_the_body_has_every_answer_and_the_length_asked_for(task, tokens, segments):
     sample = sample_of(task, 1, tokens, segments, questions=5)
     body = "".join(sample.segments)
     assert len(sample.segments) == segments
@@ -68,17 +68,17 @@ def test_the_body_holds_every_answer_and_is_as_long_as_wanted(task, tokens, segm
     words = [word for question in sample.questions for answer in question.answers for word in answer.split()]
     assert all(word in sample.instruction + body for word in words)
     assert 1 <= len(sample.questions) <= 5
-    if tokens >= 1000:  # shorter ones may be filled by what must be in them
+    if tokens >= 1000:  # the facts that must be in a shorter one may fill it
         assert abs(word_count(body) - tokens) < 0.03 * tokens
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_samples_come_from_their_seed(task):
+def test_the_same_seed_gives_the_same_sample(task):
     assert sample_of(task, 5) == sample_of(task, 5) != sample_of(task, 6)
 
 
 @pytest.mark.parametrize("task", ["notes_codes", "notes_people", "notes_years"])
-def test_every_note_tells_another_answer(task):
+def test_every_note_has_another_answer(task):
     for seed in range(20):
         sample = make_sample(task, np.random.default_rng(seed), 400, num_segments=5, num_questions=5)
         assert len({segment.split(" of ")[0] for segment in sample.segments}) == len(sample.questions) == 5
@@ -93,7 +93,7 @@ def test_every_note_tells_another_answer(task):
             assert any(f" {asked} " in segment or f"the {asked}:" in segment for segment in telling)
 
 
-def test_what_the_tokenizer_cannot_spell_is_refused(tokenizer):
+def test_words_without_tokens_are_refused(tokenizer):
     with pytest.raises(InvalidRequestError, match="'notes_codes' has words"):
         regimes.tokenize(make_sample("notes_codes", np.random.default_rng(0), 400), tokenizer)
 
@@ -128,7 +128,7 @@ def test_values_of_variables_do_not_depend_on_the_order_of_the_segments():
                 assert question.answers == tuple(f"{name} {values[name]}" for name in names)
 
 
-def test_most_variables_hold_nothing_without_the_instruction():
+def test_most_variables_have_no_value_without_the_instruction():
     sample = sample_of("vt", tokens=4000, questions=9)
     alone, whole = _values(sample.segments), _values([sample.instruction, *sample.segments])
     lost = [name for name in alone if alone[name] != whole[name]]
@@ -153,12 +153,12 @@ def test_counted_words_are_the_most_frequent(task):
     assert min(times[word] for word in answers) > max(times[word] for word in times.keys() - set(answers))
 
 
-def test_agents_do_not_agree():
+def test_agents_give_different_answers():
     sample = sample_of("agents", tokens=1000, questions=8)
     assert all(len(set(question.answers)) == 2 for question in sample.questions)
 
 
-def test_noise_never_names_a_thing_that_is_asked():
+def test_noise_has_no_word_that_is_asked_for():
     noise = {*lexicon.NOUNS, *lexicon.PLACES, *lexicon.ADJECTIVES, *lexicon.VERBS, *lexicon.ADVERBS}
     assert not noise & {*lexicon.THINGS, *lexicon.CODED_WORDS}
 
@@ -173,14 +173,14 @@ def test_unknown_tasks_and_sizes_are_refused():
 # Regimes ----------------------------------------------------------------------------------------------------
 
 
-def test_donors_of_context_stood_behind_the_opening_and_segments_of_no_prompt(engine):
+def test_the_regime_context_stores_segments_behind_the_opening_and_examples(engine):
     cells = [("niah", "context", index) for index in (0, 1)]
     asked = quality.prepare_batch(engine, cells, 200, seed=0, num_segments=4)
     samples = [make_sample("niah", np.random.default_rng([0, TASKS.index("niah"), index]), 200) for index in (0, 1)]
     opening = regimes.tokenize(samples[0], engine.tokenizer).opening
     for one, sample in zip(asked, samples, strict=True):
-        report = quality.ask(engine, [one], ReuseConfig("naive"), timed=False)[0].report
-        assert report.prefix_tokens == len(opening)  # it stays stored, where it is exact
+        report = quality.answer(engine, [one], ReuseConfig("naive"), timed=False)[0].report
+        assert report.prefix_tokens == len(opening)  # the opening is stored as an exact prefix
         segments = regimes.tokenize(sample, engine.tokenizer).segments
         assert report.reused_tokens == sum(map(len, segments))
     before = [engine.entries(one.namespace)[0].num_tokens for one in asked]
@@ -194,7 +194,7 @@ def test_the_body_is_reused(engine, regime, task):
     asked = quality.prepare(engine, sample, regime, namespace, np.random.default_rng(0))
     report = engine.prefill(asked.prompt, reuse=ReuseConfig("naive"), namespace=namespace, keep=False).report
     segments = regimes.tokenize(sample, engine.tokenizer).segments
-    assert 0 <= report.reused_tokens - sum(map(len, segments)) <= 4  # instructions end alike
+    assert 0 <= report.reused_tokens - sum(map(len, segments)) <= 4  # the ends of the two instructions are equal
     assert len(report.segments) == (1 if regime == "joint" else 4)
     text = engine.tokenizer.decode(asked.prompt)
     assert all(segment in text for segment in sample.segments)
@@ -204,7 +204,7 @@ def test_the_body_is_reused(engine, regime, task):
 def test_full_recompute_between_two_methods_evicts_nothing(engine):
     asked = quality.prepare(engine, sample_of("niah", tokens=430), "independent", "evict", np.random.default_rng(0))
     naive, full = ReuseConfig("naive"), ReuseConfig("full")
-    (before,), _, (after,) = (quality.ask(engine, [asked], reuse) for reuse in (naive, full, naive))
+    (before,), _, (after,) = (quality.answer(engine, [asked], reuse) for reuse in (naive, full, naive))
     assert before.report.reused_tokens == after.report.reused_tokens > 400
     np.testing.assert_array_equal(before.logits, after.logits)
 
@@ -226,24 +226,24 @@ def test_chat_models_get_one_user_message(tokenizer):
     assert tokenizer.decode(case.earlier) == f"User: {lexicon.EARLIER_INSTRUCTION}"
 
 
-# Metrics ----------------------------------------------------------------------------------------------------
+# Scores -----------------------------------------------------------------------------------------------------
 
 
 def test_task_score_is_the_share_of_answers_found():
-    assert metrics.task_score("It is 123, or RED.", ("123", "red", "blue", "4")) == 0.5
+    assert scores.task_score("It is 123, or RED.", ("123", "red", "blue", "4")) == 0.5
 
 
 def test_kl_divergence_of_known_distributions():
     p, q = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.25, 0.5])
-    assert metrics.kl_divergence(p + 7, q - 3) == pytest.approx(0.25 * np.log(2))
-    assert metrics.kl_divergence(p.astype(np.float32), p.astype(np.float32)) == 0
+    assert scores.kl_divergence(p + 7, q - 3) == pytest.approx(0.25 * np.log(2))
+    assert scores.kl_divergence(p.astype(np.float32), p.astype(np.float32)) == 0
 
 
 @pytest.mark.parametrize(
     ("tokens", "share"), [([1, 2, 3, 4], 1), ([1, 2, 3, 4, 5], 1), ([1, 2], 0.5), ([9, 2, 3, 4], 0), ([], 0)]
 )
 def test_agreement_counts_leading_tokens(tokens, share):
-    assert metrics.agreement([1, 2, 3, 4], tokens) == share
+    assert scores.agreement([1, 2, 3, 4], tokens) == share
 
 
 def test_intervals_of_known_samples():
@@ -255,7 +255,7 @@ def test_intervals_of_known_samples():
 
 
 def test_summaries_pair_the_methods_and_pool_the_tasks():
-    figures = dict.fromkeys(metrics.UNITS, 0.5)
+    figures = dict.fromkeys(scores.UNITS, 0.5)
     rows = [
         figures | {"task": task, "regime": "joint", "sample": i, "method": method, "score": score}
         for task in ("vt", "qa")
@@ -280,7 +280,7 @@ def rows(engine):
 def test_a_run_has_a_row_for_every_cell_and_method(rows):
     assert len(rows) == 2 * 2 * 2 * 3
     for row in rows:
-        assert {*metrics.UNITS, "text", "expected"} - {"ttft_s"} <= row.keys()
+        assert {*scores.UNITS, "text", "expected"} - {"ttft_s"} <= row.keys()
     assert [("ttft_s" in row) for row in rows[:6]] == [True] * 3 + [False] * 3  # the first of each batch is timed
     full = [row for row in rows if row["method"] == "full"]
     assert all((row["kl"], row["top1"], row["agreement"], row["computed_fraction"]) == (0, 1, 1, 1) for row in full)
@@ -288,7 +288,7 @@ def test_a_run_has_a_row_for_every_cell_and_method(rows):
     assert all(n < s < f for n, s, f in zip(work["naive"], work["sparsex"], work["full"], strict=True))
 
 
-def test_a_run_is_the_same_again(engine, rows):
+def test_a_run_can_be_repeated(engine, rows):
     again = quality.run(engine, METHODS, ["qa"], ["independent"], num_tokens=300, samples=1)
     before = [r for r in rows if (r["task"], r["regime"], r["sample"]) == ("qa", "independent", 0)]
     assert [r | {"ttft_s": 0} for r in again] == [r | {"ttft_s": 0} for r in before]
@@ -305,7 +305,7 @@ def test_the_oracle_is_a_method_of_the_bench(engine):
 
 def test_results_are_written_with_tables_and_plots(rows, tmp_path):
     summaries = quality.summarize(rows)
-    content = results.document("quality", "a/tiny", {"seed": 0}, summaries)
+    content = results.file_content("quality", "a/tiny", {"seed": 0}, summaries)
     path = results.write(content, summaries, tmp_path)
     assert path.name == f"quality-tiny-{content['device'].lower()}.json"
     read = json.loads(path.read_text())
@@ -335,7 +335,7 @@ def test_key_mass_is_causal(engine):
     prompt, fresh = np.arange(5, 45, dtype=np.int32), np.arange(40) >= 36
     mass = maps.key_mass(engine, prompt, fresh, "mass")
     assert (mass >= 0).all()
-    assert (mass[:, 39] <= 1 / 4).all()  # one of the four queries sees it
+    assert (mass[:, 39] <= 1 / 4).all()  # only one of the four queries can attend to it
     np.testing.assert_allclose(maps.key_mass(engine, prompt, fresh, "mass"), mass)
 
 
@@ -343,12 +343,12 @@ def test_key_mass_is_causal(engine):
     ("text", "message"),
     [("sparsex:depth=3", "sets 'depth'"), ("sparsex:boundary_layer=x", "boundary_layer='x'")],
 )
-def test_bad_settings_of_a_method_are_refused(text, message):
+def test_bad_options_of_a_method_are_refused(text, message):
     with pytest.raises(InvalidRequestError, match=message):
         parse_method(text)
 
 
-def test_settings_of_a_method():
+def test_options_of_a_method():
     expected = ReuseConfig("sparsex", boundary_layer=0, recompute_ratio=0.3, second_boundary=None)
     assert parse_method("sparsex:boundary_layer=0:recompute_ratio=0.3:second_boundary=null") == expected
 
@@ -363,7 +363,7 @@ def test_settings_of_a_method():
         (["--methods", ","], "methods is empty"),
     ],
 )
-def test_the_command_refuses_before_it_measures(monkeypatch, engine, options, message):
+def test_the_command_refuses_bad_options_before_it_measures(monkeypatch, engine, options, message):
     monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: engine)
     result = CliRunner().invoke(app, ["bench", "quality", *options])
     assert result.exit_code == 2

@@ -66,7 +66,7 @@ def run(model: str, dtype: str, workload: Workload, *, out: Path | None, as_json
             track=functools.partial(bar.track, description="Asking"),
         )
     summaries = quality.summarize(rows)
-    content = results.document("quality", model, dataclasses.asdict(workload) | {"dtype": dtype}, summaries)
+    content = results.file_content("quality", model, dataclasses.asdict(workload) | {"dtype": dtype}, summaries)
     if out:
         with waiting("Writing"):
             write(engine, workload, content, summaries, out)
@@ -102,7 +102,7 @@ def _value(text: str) -> Any:
 
 
 def write(
-    engine: Engine, workload: Workload, content: Mapping[str, Any], summaries: Sequence[quality.Row], folder: Path
+    engine: Engine, workload: Workload, content: Mapping[str, Any], summaries: Sequence[results.Summary], folder: Path
 ) -> None:
     """The results, and plots of them: the frontier, and a heatmap of each task and regime's first sample."""
     path = results.write(content, summaries, folder)

@@ -15,7 +15,7 @@ from rich.text import Text
 from sparsex_jax.cache import Match, PageCache, Segment
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.cli.generate import prefill_line
-from sparsex_jax.cli.prompts import as_prompt, read_prompt, read_text
+from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, waiting
 from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import EngineConfig, ReuseConfig, default_reuse

@@ -17,7 +17,7 @@ from sparsex_jax.cli.terminal import output, print_json, progress
 from sparsex_jax.config import CALIBRATED, ReuseConfig
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import calibrate
-from sparsex_jax.eval.calibrate import DISAGREEMENT, LOSS, MAX_LOSS, Calibration, Prompts, Target
+from sparsex_jax.eval.calibrate import DISAGREEMENT, LOSS, MAX_LOSS, Calibration, PromptSet, Target
 
 
 def target_of(max_loss: float | None, min_agreement: float | None, confident: bool) -> Target:
@@ -36,7 +36,7 @@ def target_of(max_loss: float | None, min_agreement: float | None, confident: bo
 
 
 def run(model: str, dtype: str, workload: Workload, target: Target, *, out: Path | None, as_json: bool) -> None:
-    prompts = Prompts(
+    prompts = PromptSet(
         workload.tasks, workload.regimes, workload.length, workload.segments, workload.samples, workload.seed
     )
     calibrate.check_samples(target, prompts.total)
@@ -45,7 +45,7 @@ def run(model: str, dtype: str, workload: Workload, target: Target, *, out: Path
     engine = EngineChoice(model, dtype, workload.store_tokens, workload.batch, reuse=ReuseConfig()).load()
     with progress() as bar:
         found = calibrate.calibrate(engine, prompts, target, track=functools.partial(_track, bar))
-    content = calibrate.document(engine, model, prompts, found)
+    content = calibrate.file_content(engine, model, prompts, found)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if as_json:
         print_json(content | {"file": str(path), "candidates": candidates_of(found)})

@@ -23,7 +23,7 @@ from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.device.generation import Prefill
 from sparsex_jax.engine import Engine
-from sparsex_jax.eval.metrics import kl_divergence
+from sparsex_jax.eval.scores import kl_divergence
 from sparsex_jax.reuse.report import Report
 
 NAMESPACE = "demo"

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from sparsex_jax.cli.prompts import as_prompt, read_prompt, read_text
+from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, progress, waiting
 from sparsex_jax.config import EngineConfig, ReuseConfig, SamplingParams
 from sparsex_jax.device.compilation import keep_on_disk

@@ -1,1 +1,1 @@
-"""Quality: generated tasks, caching regimes, metrics, and the bench that puts reuse methods side by side."""
+"""Measures quality: generated tasks, caching regimes, scores, and the bench that compares reuse methods."""

@@ -1,18 +1,19 @@
-"""Calibration: the cheapest reuse that keeps a stated quality, on the user's own model and a few prompts.
+"""Calibration: finds the cheapest reuse that keeps a stated quality, on the user's own model and a few prompts.
 
-Candidates are SparseX with other boundary layers, budgets and second boundaries. They are measured from cheap to
-dear until one meets the target, and each is given up as soon as it no longer can: only the cheapest is wanted. So
-the figures of those that were given up come from few prompts, and from hard ones.
+The candidates are SparseX with different boundary layers, recompute ratios and second boundaries. They are measured
+from the cheapest to the most expensive, until one meets the target. A candidate is abandoned as soon as it can no
+longer meet the target, since only the cheapest one is wanted. So the figures of abandoned candidates come from few
+prompts, and from hard ones.
 
-What quality is. By default the *loss*: what an answer scores less than full recompute's answer to the same prompt,
-nothing where it scores as much or more, so that a lucky answer does not pay for a spoiled one; on average at most
-0.02. It is what users feel, and harmless rewording costs nothing, while a greedy continuation that differs in one
-word counts as different from there on. The other measure, the *disagreement* (1 less `metrics.agreement`), needs
-no tasks that the model can do, and serves where it can do none.
+How quality is measured. The default is the *loss*: how much less an answer scores than full recompute's answer to the
+same prompt, and 0 where it scores as much or more, so that a lucky answer does not make up for a spoiled one. Its mean
+may be at most 0.02. A loss is what users notice, and harmless rewording costs nothing. The alternative is the
+*disagreement*, 1 - `scores.agreement`, for which a greedy continuation that differs in one word counts as different
+from there on. It needs no tasks that the model can do.
 
-What few prompts can tell. A target is met by the mean, and the 95 % interval stands beside it: none of 16 answers
-spoiled still allows a loss of 0.19. `confident` asks for the whole interval, for which 0.02 takes 189 prompts.
-As the first of several candidates that looks good is taken, its mean is a little flattered.
+What few prompts can show. The mean has to meet the target, and the 95 % interval is reported with it: with 16 answers
+of which none is spoiled, the loss may still be 0.19. With `confident`, the whole interval has to meet the target, and
+0.02 takes 189 prompts. The first good candidate of several is selected, so its mean looks slightly better than it is.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, architecture
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.eval import metrics, quality, results
-from sparsex_jax.eval.metrics import Answer
+from sparsex_jax.eval import quality, results, scores
 from sparsex_jax.eval.quality import Batch, Row
+from sparsex_jax.eval.scores import Answer
 from sparsex_jax.reuse.methods import find_method
 from sparsex_jax.reuse.prompt import Kind, PromptMap
 from sparsex_jax.reuse.report import make_report
@@ -39,18 +40,18 @@ LOSS, DISAGREEMENT = "loss", "disagreement"
 MAX_LOSS = 0.02
 FULL = ReuseConfig("full")
 _MEANS = ("computed_fraction", "score", "agreement", "kl")
-_LEAST_SCORE = 0.25  # of full recompute: below it there is hardly an answer that reuse could spoil
+_MIN_SCORE = 0.25  # if full recompute scores less, there are hardly any right answers that reuse could spoil
 _BOUNDARIES, _RATIOS, _SECOND = (0, 1 / 12, 1 / 6, 1 / 4, 1 / 3), (0.05, 0.15, 0.3), (None, 2 / 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The quality wanted: a shortfall, by its name, that may be at most so large.
+    """The quality that a candidate must have.
 
     Attributes:
       metric: `loss` or `disagreement`, each a share from 0 to 1 for every prompt.
-      most: its mean over the prompts may be at most this.
-      confident: the upper end of its interval as well.
+      most: what its mean over the prompts may be at most.
+      confident: whether the upper end of its 95 % interval may be at most that too.
     """
 
     metric: str = LOSS
@@ -62,18 +63,18 @@ class Target:
             raise InvalidRequestError(f"{self.metric}={self.most} must be at least 0 and less than 1")
 
     def met_by(self, shortfalls: Sequence[float]) -> bool:
-        """Whether prompts with these shortfalls meet it."""
+        """Whether a candidate with these losses or disagreements meets the target."""
         interval = Interval.of(shortfalls)
         return (interval.high if self.confident else interval.mean) <= self.most + 1e-9
 
     def in_reach(self, shortfalls: Sequence[float], total: int) -> bool:
-        """Whether so many prompts can still meet it, if those missing are perfect."""
+        """Whether `total` prompts meet the target, if those that were not measured yet have no shortfall."""
         return self.met_by([*shortfalls, *[0.0] * (total - len(shortfalls))])
 
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean of shares over prompts with its 95 % interval (`quality.wilson_interval`)."""
+    """The mean of a share over prompts, with its 95 % interval (`quality.wilson_interval`)."""
 
     mean: float
     low: float
@@ -82,18 +83,20 @@ class Interval:
 
     @classmethod
     def of(cls, shares: Sequence[float]) -> Interval:
+        """The interval of the mean of these shares."""
         values = np.asarray(shares, np.float64)
         return cls(float(values.mean()), *quality.wilson_interval(values), len(values))
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A candidate and what it did, over the prompts it was asked: fewer than all if it was given up.
+    """A candidate and its figures over the prompts it answered: all of them, or fewer if it was abandoned.
 
     Attributes:
+      reuse: the candidate.
       shortfalls: the target's metric for each prompt.
-      computed_fraction, score, agreement, kl: means, in the units of `metrics.UNITS`.
-      ttft_s: of one prompt alone; None if the candidate was given up.
+      computed_fraction, score, agreement, kl: means, in the units of `scores.UNITS`.
+      ttft_s: time to the first token of one prompt alone, in seconds. None if the candidate was abandoned.
     """
 
     reuse: ReuseConfig
@@ -112,11 +115,13 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """What to use: a candidate that meets the target, or full recompute, which always does.
+class Selection:
+    """What to use: the cheapest candidate that meets the target, or else full recompute, which always does.
 
     Attributes:
-      basis: the measured candidate; where none meets the target, the one that comes nearest.
+      reuse: the reuse to use.
+      met: whether a candidate meets the target.
+      basis: the measured candidate. If none meets the target, the one that comes nearest.
     """
 
     reuse: ReuseConfig
@@ -124,24 +129,25 @@ class Choice:
     basis: Measured
 
 
-def choose(measured: Sequence[Measured], target: Target) -> Choice:
-    """The cheapest candidate that meets the target; of two as cheap the better. If none does, full recompute."""
+def select(measured: Sequence[Measured], target: Target) -> Selection:
+    """Select the cheapest candidate that meets the target, and of two as cheap the better one; or full recompute."""
     good = [each for each in measured if target.met_by(each.shortfalls)]
     if good:
         best = min(good, key=lambda each: (each.computed_fraction, Interval.of(each.shortfalls).mean))
-        return Choice(best.reuse, True, best)
+        return Selection(best.reuse, True, best)
     nearest = min(measured, key=lambda each: (Interval.of(each.shortfalls).mean, each.computed_fraction))
-    return Choice(FULL, False, nearest)
+    return Selection(FULL, False, nearest)
 
 
 # Candidates -------------------------------------------------------------------------------------------------
 
 
 def candidates(num_layers: int, num_tokens: int, base: ReuseConfig = ReuseConfig()) -> list[ReuseConfig]:  # noqa: B008
-    """All combinations of boundary, budget and second boundary, those that compute least first.
+    """All combinations of boundary layer, recompute ratio and second boundary. Those that compute least come first.
 
     Args:
-      num_tokens: reused ones in a prompt.
+      num_layers: of the model.
+      num_tokens: reused tokens in a prompt.
       base: gives the other fields.
     """
     boundaries = sorted({round(part * num_layers) for part in _BOUNDARIES})
@@ -155,7 +161,7 @@ def candidates(num_layers: int, num_tokens: int, base: ReuseConfig = ReuseConfig
 
 
 def predicted_fraction(reuse: ReuseConfig, num_layers: int, num_tokens: int, around: int = 64) -> float:
-    """Share of the token-layers that is computed of so many reused tokens with fresh ones before and behind."""
+    """The share of token-layers computed of `num_tokens` reused tokens with `around` fresh ones on each side."""
     kind = np.full(num_tokens + 2 * around, Kind.REUSED, np.uint8)
     kind[:around] = kind[-around:] = Kind.FRESH
     prompt = PromptMap(np.zeros(len(kind), np.int32), kind)
@@ -167,8 +173,14 @@ def predicted_fraction(reuse: ReuseConfig, num_layers: int, num_tokens: int, aro
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompts:
-    """What is asked: `samples` prompts for each task and regime, each with about `num_tokens` of reusable body."""
+class PromptSet:
+    """Which prompts are asked: `samples` for each task and regime.
+
+    Attributes:
+      tasks, regimes: names in `tasks.TASKS` and `regimes.REGIMES`.
+      num_tokens: tokens of reusable body in each prompt, about.
+      num_segments: segments of that body.
+    """
 
     tasks: Sequence[str]
     regimes: Sequence[str]
@@ -184,10 +196,10 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """A run: the choice, all that were measured in order, and the mean score of full recompute."""
+    """A calibration's result: the selection, every measured candidate in order, and full recompute's mean score."""
 
     target: Target
-    choice: Choice
+    selection: Selection
     measured: tuple[Measured, ...]
     full_score: float
 
@@ -197,27 +209,28 @@ Track = Callable[[Sequence[Any], str], Iterable[Any]]
 
 def calibrate(
     engine: Engine,
-    prompts: Prompts,
+    prompts: PromptSet,
     target: Target = Target(),
     *,
     base: ReuseConfig = ReuseConfig(),  # noqa: B008
     track: Track = lambda items, what: items,
 ) -> Calibration:
-    """Measure candidates from cheap to dear until one meets the target.
+    """Measure candidates from the cheapest to the most expensive, until one meets the target.
 
     Args:
       engine: as for `quality.run`.
       base: gives the fields that are not varied.
-      track: passes batches and then candidates on, and may show how far it is and with what.
+      track: gets the batches and then the candidates, each with a description, and yields them again. It may show the
+        progress.
 
     Raises:
-      InvalidRequestError: as `quality.run`; too few prompts to be confident; or the model hardly answers the tasks,
-        so that there is no loss to see.
+      InvalidRequestError: as for `quality.run`; or the prompts are too few to be confident; or full recompute scores so
+        little that no loss would show.
     """
     quality.check(engine, {base.method: base}, prompts.tasks, prompts.regimes)
     check_samples(target, prompts.total)
     batches = quality.batches_of(prompts.tasks, prompts.regimes, prompts.samples, engine.config.max_batch)
-    full = [ask(engine, prompts, batch, FULL) for batch in track(batches, "Full recompute")]
+    full = [answer_batch(engine, prompts, batch, FULL) for batch in track(batches, "Full recompute")]
     full_score = mean_score(full)
     check_score(target, full_score)
     found: list[Measured] = []
@@ -226,11 +239,11 @@ def calibrate(
         found.append(measure(engine, prompts, batches, full, reuse, target, spoiled))
         if target.met_by(found[-1].shortfalls):
             break
-    return Calibration(target, choose(found, target), tuple(found), full_score)
+    return Calibration(target, select(found, target), tuple(found), full_score)
 
 
 def check_samples(target: Target, total: int) -> None:
-    """Raise InvalidRequestError if not even perfect answers to so many prompts could meet the target."""
+    """Raise InvalidRequestError if not even perfect answers to `total` prompts would meet the target."""
     if not target.in_reach([], total):
         needed = f"at least {samples_needed(target.most)}" if target.most else "more than any number of"
         raise InvalidRequestError(
@@ -240,7 +253,9 @@ def check_samples(target: Target, total: int) -> None:
 
 
 def samples_needed(most: float) -> int:
-    """Prompts from which a mean can be at most this with confidence: 0 of n has an interval up to z^2 / (n + z^2).
+    """How many perfect answers show with confidence that a mean is at most `most`.
+
+    The Wilson interval of 0 of n ends at z^2 / (n + z^2).
 
     >>> samples_needed(0.02)
     189
@@ -249,45 +264,48 @@ def samples_needed(most: float) -> int:
 
 
 def check_score(target: Target, full_score: float) -> None:
-    if target.metric == LOSS and full_score < _LEAST_SCORE:
+    """Raise InvalidRequestError if full recompute scores so little that no loss would show."""
+    if target.metric == LOSS and full_score < _MIN_SCORE:
         raise InvalidRequestError(
             f"tasks: full recompute itself scores only {full_score:.2f}, so a loss would not show; take tasks that the "
             "model can do, shorter prompts, or an agreement as the target"
         )
 
 
-Asked = Sequence[tuple[quality.Asked, Answer]]
+AnsweredBatch = Sequence[tuple[quality.PreparedPrompt, Answer]]
 
 
-def ask(engine: Engine, prompts: Prompts, batch: Batch, reuse: ReuseConfig) -> Asked:
-    """A batch's prompts and what a method answers. Donors are stored again if they were evicted meanwhile."""
-    asked = quality.prepare_batch(engine, batch, prompts.num_tokens, prompts.seed, prompts.num_segments)
-    return list(zip(asked, quality.ask(engine, asked, reuse, timed=False), strict=True))
+def answer_batch(engine: Engine, prompts: PromptSet, batch: Batch, reuse: ReuseConfig) -> AnsweredBatch:
+    """A batch's prompts with a method's answers. Preparing them stores donors again that were evicted meanwhile."""
+    prepared = quality.prepare_batch(engine, batch, prompts.num_tokens, prompts.seed, prompts.num_segments)
+    return list(zip(prepared, quality.answer(engine, prepared, reuse, timed=False), strict=True))
 
 
-def mean_score(answered: Sequence[Asked]) -> float:
+def mean_score(answered: Sequence[AnsweredBatch]) -> float:
+    """The mean task score of all answers."""
     pairs = itertools.chain.from_iterable(answered)
-    return float(np.mean([metrics.task_score(answer.text, asked.expected) for asked, answer in pairs]))
+    return float(np.mean([scores.task_score(answer.text, prepared.expected) for prepared, answer in pairs]))
 
 
 def measure(
     engine: Engine,
-    prompts: Prompts,
+    prompts: PromptSet,
     batches: Sequence[Batch],
-    full: Sequence[Asked],
+    full: Sequence[AnsweredBatch],
     reuse: ReuseConfig,
     target: Target,
     spoiled: list[float],
 ) -> Measured:
-    """Ask a candidate batch after batch, as long as it can still meet the target.
+    """Let a candidate answer one batch after the other, as long as it can still meet the target.
 
     Args:
-      spoiled: the shortfall of all candidates so far in each batch, which is added to. The worst batch comes first:
-        what fails mostly fails there, and is given up at once.
+      full: full recompute's answers to the batches.
+      spoiled: the summed shortfall of all earlier candidates in each batch; this candidate's is added. The batch with
+        the largest sum is asked first, because a candidate that fails mostly fails there and is abandoned early.
     """
     rows: list[Row] = []
     for i in sorted(range(len(batches)), key=lambda i: -spoiled[i]):
-        answered = ask(engine, prompts, batches[i], reuse)
+        answered = answer_batch(engine, prompts, batches[i], reuse)
         new = compare(answered, full[i])
         rows, spoiled[i] = [*rows, *new], spoiled[i] + sum(row[target.metric] for row in new)
         if not target.in_reach([row[target.metric] for row in rows], prompts.total):
@@ -297,12 +315,12 @@ def measure(
     return Measured(reuse, tuple(row[target.metric] for row in rows), ttft_s=ttft, **means)
 
 
-def compare(answered: Asked, reference: Asked) -> list[Row]:
-    """The figures of `metrics.UNITS` for each prompt, and both shortfalls."""
+def compare(answered: AnsweredBatch, reference: AnsweredBatch) -> list[Row]:
+    """The figures of `scores.UNITS` for each prompt, with its loss and disagreement."""
     rows = []
-    for (asked, answer), (_, full) in zip(answered, reference, strict=True):
-        row = metrics.compare(answer, full, asked.expected)
-        loss = max(metrics.task_score(full.text, asked.expected) - row["score"], 0.0)
+    for (prepared, answer), (_, full) in zip(answered, reference, strict=True):
+        row = scores.compare(answer, full, prepared.expected)
+        loss = max(scores.task_score(full.text, prepared.expected) - row["score"], 0.0)
         rows.append(row | {LOSS: loss, DISAGREEMENT: 1 - row["agreement"]})
     return rows
 
@@ -310,23 +328,23 @@ def compare(answered: Asked, reference: Asked) -> list[Row]:
 # The file ---------------------------------------------------------------------------------------------------
 
 
-def document(engine: Engine, model: str, prompts: Prompts, found: Calibration) -> dict[str, Any]:
-    """What is written: the fields of `ReuseConfig` to use, of which model, and how they were found."""
-    target, choice = found.target, found.choice
+def file_content(engine: Engine, model: str, prompts: PromptSet, found: Calibration) -> dict[str, Any]:
+    """The content of the file: the fields of `ReuseConfig` to use, the model, and how they were found."""
+    target, selection = found.target, found.selection
     measured = {
         "target": dataclasses.asdict(target),
-        "met": choice.met,
+        "met": selection.met,
         "full_score": found.full_score,
-        "basis": dataclasses.asdict(choice.basis.reuse) if not choice.met else None,
-        **choice.basis.to_dict(target.metric),
+        "basis": dataclasses.asdict(selection.basis.reuse) if not selection.met else None,
+        **selection.basis.to_dict(target.metric),
         "prompts": dataclasses.asdict(prompts) | {"dtype": engine.config.dtype},
     }
     about = {"model": model, "architecture": architecture(engine.model)}
-    return about | dataclasses.asdict(choice.reuse) | {"measured": measured} | results.provenance()
+    return about | dataclasses.asdict(selection.reuse) | {"measured": measured} | results.provenance()
 
 
 def table(found: Calibration) -> str:
-    """All that were measured, as a Markdown table."""
+    """Every measured candidate, as a Markdown table."""
     metric = found.target.metric
     heading = ["boundary", "ratio", "second", "work", f"{metric} [95 %]", "prompts", "KL", "agreement", "TTFT, s"]
     lines = [heading, ["--:"] * len(heading), *(_line(each) for each in found.measured)]
@@ -343,21 +361,22 @@ def _line(measured: Measured) -> list[str]:
 
 
 def verdict(found: Calibration) -> str:
-    """What was found, in a sentence or two."""
-    target, choice = found.target, found.choice
-    shortfall = Interval.of(choice.basis.shortfalls)
+    """The result in one or two sentences."""
+    target, selection = found.target, found.selection
+    shortfall = Interval.of(selection.basis.shortfalls)
     figures = f"{target.metric} {shortfall.mean:.3f} (95 %: {shortfall.low:.3f} to {shortfall.high:.3f}, "
-    figures += f"{shortfall.samples} prompts) at {choice.basis.computed_fraction:.0%} of the work"
-    if choice.met:
-        return f"The cheapest that meets {target.metric} <= {target.most}: {named(choice.reuse)}, {figures}."
+    figures += f"{shortfall.samples} prompts) at {selection.basis.computed_fraction:.0%} of the work"
+    if selection.met:
+        return f"The cheapest that meets {target.metric} <= {target.most}: {named(selection.reuse)}, {figures}."
     return (
         f"No candidate meets {target.metric} <= {target.most}, so the file says method=full: everything is recomputed. "
-        f"The nearest: {named(choice.basis.reuse)}, {figures}."
+        f"The nearest: {named(selection.basis.reuse)}, {figures}."
     )
 
 
 def named(reuse: ReuseConfig) -> str:
-    """
+    """The method and the options that differ from the defaults.
+
     >>> named(ReuseConfig(boundary_layer=5))
     'sparsex, boundary_layer=5'
     """

@@ -1,8 +1,8 @@
 """The closed vocabulary of the generated tasks: word lists, templates, and a word-level tokenizer for them.
 
-Every text that `tasks.make_sample` makes is built of what stands here, so that a tiny model can learn all of it.
-A token is a word, a variable's name, a digit or a punctuation mark, together with the space before it if there is
-one: "VAR XQZPD = 12." is `VAR| XQZPD| =| 1|2|.`. Joining tokens therefore restores the text exactly.
+`tasks.make_sample` builds the texts of all closed tasks from these words, so that a tiny model can learn all of them.
+A token is a word, a variable's name, a digit or a punctuation mark, with the space before it if there is one:
+"VAR XQZPD = 12." is `VAR| XQZPD| =| 1|2|.`. So joining the tokens restores the text exactly.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ NOISE = (
     "One {noun} {verb} another {noun}, but the {noun} was {adjective}.",
 )
 
-# Things: keys of needles, and the words that are counted; none is in the noise -----------------------------
+# Things: the keys of needles, and the words that are counted -----------------------------------------------
 
+# None of them is in the noise.
 THINGS = _words(
     """acorn almond amber anchor ankle apron arrow ash badge bagel bamboo banana banner barrel basil basket beacon bead
     bean beaver bell belt bench berry bicycle biscuit blanket blossom bonnet boot bottle bowl bracelet brass brick
@@ -123,7 +124,7 @@ LANGUAGES = _words("Spanish German Italian Swedish Turkish Polish Greek Danish K
 MONTHS = _words("January February March April June July August September October November December")
 SPORTS = _words("tennis football hockey chess golf rowing boxing judo archery sailing skiing rugby")
 
-# What is said of a person, how it is asked, and what the answer may be.
+# The sentence with a fact, the question for it, and its possible values. None: the value is a number.
 PERSON_FACTS = (
     ("{name} lives in {value}.", "In which town does {name} live?", TOWNS),
     ("{name} works as a {value}.", "What is the job of {name}?", JOBS),
@@ -167,14 +168,14 @@ AGENT_OPENING = "Agent {name}:"
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 NEEDLE_QUESTION = "What is the special magic number for {key} mentioned in the text? Answer:"
 NEEDLES_QUESTION = "What special magic numbers does the text mention for {keys}? Answer:"
-# Several things asked at once are numbered, and so are the answers: which comes next is then no task of its own.
+# Where a question asks for several things, it numbers them, and so does the answer, so that their order is given.
 ORDINALS = _words("first second third fourth")
 NUMBERED = "{ordinal} {key}"
 NUMBERED_ANSWER = "{ordinal} {key} {value}"
 ASSIGN_VALUE = "VAR {name} = {value}."
 ASSIGN_NAME = "VAR {name} = VAR {value}."
 VARIABLES_QUESTION = "Which values do these variables have in the text: {keys}? Answer:"
-# A word each to the tiny model: names spelt out would make the task one of spelling.
+# Each is one token to the tiny model, so that it does not have to learn to spell names.
 VARIABLES = tuple("".join(letters) for letters in np.random.default_rng(5).choice([*string.ascii_uppercase], (240, 5)))
 WORD_LIST, CODED_LIST = "Words: ", "Coded text: "
 COMMON_QUESTION = "What are the {number} most common words in the lists? Answer:"
@@ -195,7 +196,7 @@ INSTRUCTIONS = {
     "chat": "This is the history of a chat. Go on with it, and give short answers.\n",
     "agents": "You are an agent that sums up what the other agents said. Read the problem and their answers.\n",
 }
-# What stood before the same text when it was first seen (the joint regime).
+# The instruction of the earlier prompts, in which the regimes `joint` and `preamble` store the segments.
 EARLIER_INSTRUCTION = "Here is something that you may need later on. Read it with care.\n"
 
 
@@ -203,7 +204,7 @@ EARLIER_INSTRUCTION = "Here is something that you may need later on. Read it wit
 
 
 def split(text: str) -> list[str]:
-    """The pieces that become tokens; joined, they are the text.
+    """Split a text into its tokens. Joined, they are the text.
 
     >>> split("VAR XQZPD = 12.\\n")
     ['VAR', ' XQZPD', ' =', ' 1', '2', '.', '\\n']
@@ -213,21 +214,21 @@ def split(text: str) -> list[str]:
 
 @functools.cache
 def vocabulary() -> dict[str, int]:
-    """Token to id: the special tokens, characters, then words, each with and where needed without a space before it.
+    """Token to id: the special tokens, then characters, then words. Most are there only with a space before them.
 
-    Words are sorted, so a new one shifts ids: a trained model needs the tokenizer it was trained with.
+    Words are sorted, so a new word shifts the ids of others, and a trained model needs the tokenizer of its training.
     """
     characters = (*string.digits, *".,:?=")
     words = sorted({piece.strip() for text in _texts() for piece in split(re.sub(r"\{\w+\}", " ", text))})
     words = [word for word in words if word and word not in characters]
-    # Only these stand at the beginning of a line.
+    # Only words with a capital begin a line, so only these are also there without a space.
     alone = [word for word in words if word[0].isupper() and word not in VARIABLES]
     tokens = (*SPECIAL_TOKENS, "\n", *characters, *alone, *(" " + piece for piece in (*characters, *words)))
     return {token: number for number, token in enumerate(tokens)}
 
 
 def _texts() -> list[str]:
-    """Every text and word of this module: the constants in capitals."""
+    """All strings in this module's constants."""
 
     def strings(value: Any) -> list[str]:
         if isinstance(value, str):
@@ -240,17 +241,17 @@ def _texts() -> list[str]:
 
 
 def encode(text: str) -> np.ndarray:
-    """Int32 token ids `[tokens]`: what `ruler_tokenizer` gives, several times as fast.
+    """Int32 token ids `[tokens]`, the same as `ruler_tokenizer` gives without `<bos>`, but several times as fast.
 
     Raises:
-      KeyError: a word that is not in the vocabulary.
+      KeyError: a word is not in the vocabulary.
     """
     ids = vocabulary()
     return np.fromiter(map(ids.__getitem__, split(text)), np.int32)
 
 
 def build_tokenizer() -> Any:
-    """A `tokenizers.Tokenizer` of the vocabulary. It begins a text with `<bos>`, as training rows begin."""
+    """A `tokenizers.Tokenizer` of the vocabulary. It puts `<bos>` before a text, as in training."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel(vocabulary(), unk_token="<unk>"))

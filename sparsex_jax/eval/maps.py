@@ -1,4 +1,4 @@
-"""What reuse does inside the model: key mass and KV deviation by layer and position (the paper's Figures 5 and 6)."""
+"""Maps of one prompt, by layer and position: key mass and KV deviation (the SparseX paper's Figures 5 and 6)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from sparsex_kernels.layout import PageTables, Store
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Maps:
-    """One prompt, layer by layer.
+    """The maps of one prompt.
 
     Attributes:
       kind: a `Kind` for each token.
-      key_mass: attention that each token receives from all fresh queries under full recompute, a share of it all.
-      key_deviation, value_deviation: distance of the pasted K (V) from the true one, relative to the true one's norm.
+      key_mass: the share of the fresh queries' attention that each token gets under full recompute. It sums to 1 in
+        each layer.
+      key_deviation, value_deviation: the distance of the K (V) that method `naive` copies from that of full recompute,
+        divided by the norm of the latter.
     """
 
     kind: UInt8[np.ndarray, "tokens"]
@@ -40,7 +42,7 @@ class Maps:
 
 
 def make_maps(engine: Engine, prompt: Int[np.ndarray, "tokens"], namespace: str) -> Maps:
-    """The maps of a prompt whose segments the namespace holds. Nothing computed here is kept."""
+    """Measure the maps of a prompt whose segments are stored in the namespace. No KV computed here is kept."""
     true, pasted = (prompt_kv(engine, prompt, method, namespace) for method in ("full", "naive"))
     norms, distances = (np.linalg.norm(kv, axis=(3, 4)) for kv in (true, pasted - true))  # [layers, K or V, tokens]
     deviation = distances / norms
@@ -51,7 +53,7 @@ def make_maps(engine: Engine, prompt: Int[np.ndarray, "tokens"], namespace: str)
 def key_mass(
     engine: Engine, prompt: Int[np.ndarray, "tokens"], fresh: Bool[np.ndarray, "tokens"], namespace: str
 ) -> Float[np.ndarray, "layers tokens"]:
-    """Each layer's key mass under full recompute: the share of the fresh queries' attention that each token gets."""
+    """`Maps.key_mass`: each layer's key mass under full recompute. `fresh` marks the tokens whose queries count."""
     runner, fresh_at = engine.runner, jnp.asarray(np.flatnonzero(fresh))
     rows = _rows(jnp.asarray(prompt), jnp.arange(len(prompt)))
     masses = []
@@ -79,7 +81,7 @@ def _layer(
     *,
     decoder: Decoder,
 ) -> tuple[Store, Hidden, Float[Array, "context"]]:
-    """Run one layer on all tokens and measure its key mass."""
+    """Run one layer on all tokens, and sum the attention of all fresh queries and heads to each token."""
     layer = model.layer_of(decoder, params, number)
     fresh = _rows(rows.token[fresh_at], fresh_at)
     q = model.queries(layer, hidden[fresh_at], fresh)

@@ -1,7 +1,7 @@
-"""Short notes about places, as coherent as a real one: for models that read English but were not trained on the tasks.
+"""Short notes about places that read like real ones, for models that read English and were not trained on the tasks.
 
-The other tasks' sentences follow from nothing, which confuses a small chat model more than any reuse does. Most of
-these words are not in the closed vocabulary of `lexicon`.
+The sentences of the other tasks do not follow from each other, which confuses a small chat model more than any reuse
+does. Most words of these notes are not in the closed vocabulary of `lexicon`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,15 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Kind(NamedTuple):
-    """A kind of place: what it is called, who runs it, what is locked in it, and what else can be said."""
+class PlaceKind(NamedTuple):
+    """A kind of place.
+
+    Attributes:
+      place: what it is called.
+      keeper: who runs it.
+      locked: which part of it is locked with a code.
+      sentences: other facts about it.
+    """
 
     place: str
     keeper: str
@@ -18,7 +25,7 @@ class Kind(NamedTuple):
     sentences: tuple[str, ...]
 
 
-# What every note tells beside its sentences, in this order among them.
+# The facts that every note tells, between its sentences.
 KEEPER = "The {keeper} is {name}."
 CODE = "The access code of the {locked} is {code}."
 YEAR = "It was built in {year}."
@@ -33,8 +40,8 @@ OPENING = "{count} came in today, in no particular order.\n"
 _WORDS = "Two Three Four Five Six Seven Eight Nine Ten Eleven Twelve Thirteen Fourteen"
 COUNTS = ("One note", *(f"{word} notes" for word in _WORDS.split()))
 
-KINDS = (
-    Kind(
+PLACE_KINDS = (
+    PlaceKind(
         "Harbour",
         "harbour master",
         "lighthouse",
@@ -46,7 +53,7 @@ KINDS = (
             "Nets may be dried on the sea wall.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Library",
         "librarian",
         "map room",
@@ -58,7 +65,7 @@ KINDS = (
             "Newspapers are kept for a month.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Bakery",
         "baker",
         "flour store",
@@ -70,7 +77,7 @@ KINDS = (
             "Rye bread is baked on Tuesdays only.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Observatory",
         "astronomer",
         "dome",
@@ -82,7 +89,7 @@ KINDS = (
             "Comets are drawn by hand in a large book.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Botanical garden",
         "gardener",
         "seed vault",
@@ -94,7 +101,7 @@ KINDS = (
             "One old lemon tree still bears fruit.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Theatre",
         "director",
         "costume room",
@@ -106,7 +113,7 @@ KINDS = (
             "Children sit in the front rows.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Swimming pool",
         "lifeguard",
         "boiler room",
@@ -118,7 +125,7 @@ KINDS = (
             "Towels can be rented at the desk.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Railway station",
         "station master",
         "signal box",
@@ -130,7 +137,7 @@ KINDS = (
             "Parcels are handed out until noon.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Hospital",
         "head nurse",
         "medicine cabinet",
@@ -142,7 +149,7 @@ KINDS = (
             "A doctor is on call every night.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "School",
         "headmistress",
         "science cupboard",
@@ -154,7 +161,7 @@ KINDS = (
             "There is no homework in the harvest weeks.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Brewery",
         "master brewer",
         "hop loft",
@@ -166,7 +173,7 @@ KINDS = (
             "The copper kettle is polished once a month.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Museum",
         "curator",
         "coin cabinet",
@@ -178,7 +185,7 @@ KINDS = (
             "Postcards are sold at the exit.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Mill",
         "miller",
         "grain cellar",
@@ -190,7 +197,7 @@ KINDS = (
             "Owls nest under the roof.",
         ),
     ),
-    Kind(
+    PlaceKind(
         "Post office",
         "postmaster",
         "letter vault",

@@ -1,8 +1,8 @@
-"""Figures of a quality bench. matplotlib is in the extra `bench`."""
+"""Plots of a quality bench. They need matplotlib, which comes with the extra `bench`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +10,19 @@ import matplotlib
 import numpy as np
 
 from sparsex_jax.eval.maps import Maps
+from sparsex_jax.eval.results import Summary
 from sparsex_jax.reuse.prompt import Kind
 
-matplotlib.use("agg")  # files only, on machines without a screen
+matplotlib.use("agg")  # draws to files, so it needs no screen
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-Row = Mapping[str, Any]
 
+def frontier(summaries: Sequence[Summary], path: Path, title: str = "") -> None:
+    """Plot scores over computed fractions: a panel for each task and regime, a point with its interval for each method.
 
-def frontier(summaries: Sequence[Row], path: Path, title: str = "") -> None:
-    """Score against computed fraction, a panel for each task and regime, a point with its interval for each method.
-
-    Settings of one method (`sparsex:recompute_ratio=0.3`) are joined by a line.
+    A line joins the points of one method with different options (`sparsex:recompute_ratio=0.3`).
     """
     tasks, regimes = (list(dict.fromkeys(s[key] for s in summaries)) for key in ("task", "regime"))
     size = (max(3.4 * len(tasks), 6), 3.0 * len(regimes) + 1)
@@ -42,9 +41,9 @@ def frontier(summaries: Sequence[Row], path: Path, title: str = "") -> None:
     _save(figure, path, title)
 
 
-def _frontier_panel(panel: Axes, summaries: Sequence[Row]) -> None:
+def _frontier_panel(panel: Axes, summaries: Sequence[Summary]) -> None:
     work = {s["method"]: s["mean"] for s in summaries if s["metric"] == "computed_fraction"}
-    families: dict[str, list[Row]] = {}
+    families: dict[str, list[Summary]] = {}
     for summary in (s for s in summaries if s["metric"] == "score"):
         families.setdefault(summary["method"].split(":")[0], []).append(summary)
     for name, scores in families.items():
@@ -57,7 +56,7 @@ def _frontier_panel(panel: Axes, summaries: Sequence[Row]) -> None:
 
 
 def heatmaps(maps: Maps, path: Path, title: str = "") -> None:
-    """Layer by position: key mass, K deviation and V deviation. Bars on top show which tokens are fresh."""
+    """Plot key mass, K deviation and V deviation by layer and position. Bars on top mark the fresh tokens."""
     panels = {
         "key mass, log10 of its share": np.log10(np.maximum(maps.key_mass, 1e-7)),
         "K deviation": maps.key_deviation,

@@ -1,7 +1,7 @@
-"""The quality bench: reuse methods side by side on the same prompts and the same stored KV.
+"""The quality bench: compares reuse methods on the same prompts and the same stored KV.
 
-Every method is asked with `keep=False`, so that none sees what another computed. Methods share samples, and so do
-regimes: differences are paired.
+Every method answers with `keep=False`, so that none finds KV which another computed. All methods and regimes get the
+same samples, so their differences are paired.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from scipy.special import stdtrit
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.eval import metrics, regimes
-from sparsex_jax.eval.metrics import UNITS, Answer
+from sparsex_jax.eval import regimes, scores
+from sparsex_jax.eval.results import Summary
+from sparsex_jax.eval.scores import UNITS, Answer
 from sparsex_jax.eval.tasks import TASKS, Sample, make_sample
 from sparsex_jax.reuse.methods import find_method
 from sparsex_jax.reuse.methods.oracle import oracle, true_deviation
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # the figures of one method on one sample
 Cell = tuple[str, str, int]  # task, regime, sample
 Batch = Sequence[Cell]
-ALL_TASKS = "all"  # the task of a summary over several
-ORACLE = "oracle"  # knows each prompt's true deviation, so it exists for one prompt at a time
-Z95 = 1.959964  # a normal variable is within so many standard deviations with 95 %
-_COIN_LIKE = ("score", "top1", "agreement")
+ALL_TASKS = "all"  # the name of a summary over several tasks
+ORACLE = "oracle"  # the method that knows a prompt's true KV deviation; it is made for each prompt
+Z95 = 1.959964  # 95 % of a normal distribution are within this many standard deviations of its mean
+_SHARES = ("score", "top1", "agreement")
 
 
 def run(
@@ -45,15 +46,19 @@ def run(
     num_segments: int = 4,
     track: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
 ) -> list[Row]:
-    """Measure all methods: one row for each task, regime, sample and method, as `measure` gives it.
+    """Measure all methods: a row, as `measure` gives it, for each task, regime, sample and method.
 
     Args:
-      engine: with a tokenizer, and a store that holds `max_batch` prompts at least twice.
-      num_tokens: about so many tokens of body in each prompt.
-      track: passes the batches of cells (task, regime, sample) on, and may show how far it is.
+      engine: has a tokenizer, and a store that holds `max_batch` prompts at least twice.
+      methods: by the names they have in the rows.
+      num_tokens: tokens of body in each prompt, about.
+      samples: prompts for each task and regime.
+      num_segments: segments of each body.
+      track: gets the batches and yields them again. It may show the progress.
 
     Raises:
-      InvalidRequestError: no such method, task or regime, no tokenizer, or the prompts do not fit.
+      InvalidRequestError: a method, task or regime is unknown, the model has no tokenizer, or the prompts do not fit
+        into the store.
     """
     check(engine, methods, tasks, in_regimes)
     batches = batches_of(tasks, in_regimes, samples, engine.config.max_batch)
@@ -61,7 +66,7 @@ def run(
 
 
 def batches_of(tasks: Sequence[str], in_regimes: Sequence[str], samples: int, max_batch: int) -> list[Batch]:
-    """All cells, in batches of one task and regime."""
+    """All cells, in batches of at most `max_batch` cells of one task and regime."""
     return [
         [(task, regime, index) for index in indices]
         for task, regime in itertools.product(tasks, in_regimes)
@@ -70,11 +75,11 @@ def batches_of(tasks: Sequence[str], in_regimes: Sequence[str], samples: int, ma
 
 
 def check(engine: Engine, methods: Mapping[str, ReuseConfig], tasks: Sequence[str], in_regimes: Sequence[str]) -> None:
-    """Raise InvalidRequestError for whatever would fail later, maybe after hours."""
-    for kind, names, known in (("task", tasks, TASKS), ("regime", in_regimes, regimes.REGIMES)):
+    """Raise InvalidRequestError now for names that are unknown, and not hours later in the run."""
+    for field, names, known in (("task", tasks, TASKS), ("regime", in_regimes, regimes.REGIMES)):
         for name in names:
             if name not in known:
-                raise InvalidRequestError(f"{kind}={name!r} is unknown; there are: {', '.join(known)}")
+                raise InvalidRequestError(f"{field}={name!r} is unknown; there are: {', '.join(known)}")
     for reuse in methods.values():
         if reuse.method != ORACLE:
             find_method(reuse.method)
@@ -83,8 +88,15 @@ def check(engine: Engine, methods: Mapping[str, ReuseConfig], tasks: Sequence[st
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
-    """A prompt whose segments a namespace of its own holds, and what is expected of it."""
+class PreparedPrompt:
+    """A prompt whose segments are in the store.
+
+    Attributes:
+      prompt: token ids, int32.
+      namespace: the prompt's own; it has the prompt's segments and nothing else.
+      sampling: greedy, with room for the expected answer.
+      expected: the strings that a right answer contains.
+    """
 
     prompt: np.ndarray
     namespace: str
@@ -100,32 +112,36 @@ def measure(
     seed: int,
     num_segments: int = 4,
 ) -> list[Row]:
-    """Some samples: a row for each and each method, with the figures of `metrics.UNITS`, text and what was expected."""
-    asked = prepare_batch(engine, batch, num_tokens, seed, num_segments)
-    reference, *answers = answer_all(engine, [ReuseConfig("full"), *methods.values()], asked)
+    """Measure a batch of samples.
+
+    Returns:
+      A row for each sample and method, with the figures of `scores.UNITS`, the answer's text and the expected strings.
+    """
+    prepared = prepare_batch(engine, batch, num_tokens, seed, num_segments)
+    reference, *answers = answer_all(engine, [ReuseConfig("full"), *methods.values()], prepared)
     return [
-        {"task": task, "regime": regime, "sample": index, "expected": list(asked[i].expected)}
+        {"task": task, "regime": regime, "sample": index, "expected": list(prepared[i].expected)}
         | {"method": name, "text": found[i].text}
-        | metrics.compare(found[i], reference[i], asked[i].expected)
+        | scores.compare(found[i], reference[i], prepared[i].expected)
         for i, (task, regime, index) in enumerate(batch)
         for name, found in zip(methods, answers, strict=True)
     ]
 
 
-def prepare_batch(engine: Engine, batch: Batch, num_tokens: int, seed: int, num_segments: int) -> list[Asked]:
-    """A batch's prompts, with their segments in the store. The same again, however often it is called."""
-    asked = []
+def prepare_batch(engine: Engine, batch: Batch, num_tokens: int, seed: int, num_segments: int) -> list[PreparedPrompt]:
+    """Make a batch's prompts and store their segments. Every call with the same seed makes the same prompts."""
+    prepared = []
     for task, regime, index in batch:
         rng = np.random.default_rng([seed, TASKS.index(task), index])
         sample = _sample(engine, task, rng, num_tokens, num_segments)
         namespace = f"quality/{task}/{regime}/{seed}/{index}"
         examples = _examples(engine, task, num_tokens, num_segments) if regime == "context" else ()
-        asked.append(prepare(engine, sample, regime, namespace, rng, share=len(batch), examples=examples))
-    return asked
+        prepared.append(prepare(engine, sample, regime, namespace, rng, share=len(batch), examples=examples))
+    return prepared
 
 
 def _examples(engine: Engine, task: str, num_tokens: int, num_segments: int) -> tuple[str, ...]:
-    """Segments for the regime `context`: the same for all samples of a task, whatever their seed."""
+    """The segments that the regime `context` stores first: the same for all samples of a task and all seeds."""
     return _sample(engine, task, np.random.default_rng(TASKS.index(task)), num_tokens, num_segments).segments
 
 
@@ -141,60 +157,69 @@ def prepare(
     rng: np.random.Generator,
     share: int = 1,
     examples: Sequence[str] = (),
-) -> Asked:
-    """Ask the sample's first question of segments that came into the store as the regime says.
+) -> PreparedPrompt:
+    """Store a sample's segments as the regime says, and make the prompt that asks its first question.
 
     Args:
-      share: so many samples share the store; each must find room for its donors and its prompt.
-      examples: segments of the same kind, which the regime `context` wants.
+      share: how many samples share the store. Each must have room for its donors and its prompt.
+      examples: segments of other samples of the task, for the regime `context`.
     """
     question = sample.questions[0]
-    new_tokens = 2 * len(_encode(engine, question.reference)) + 16  # chat models say more than asked
+    new_tokens = 2 * len(_encode(engine, question.reference)) + 16  # chat models answer at more length
     case = regimes.tokenize(sample, engine.tokenizer, examples=examples)
     regimes.check_room(engine, case, new_tokens, share)
     case = regimes.REGIMES[regime](engine, case, namespace, rng)
-    return Asked(case.prompt, namespace, SamplingParams(max_new_tokens=new_tokens), question.answers)
+    return PreparedPrompt(case.prompt, namespace, SamplingParams(max_new_tokens=new_tokens), question.answers)
 
 
-def answer_all(engine: Engine, methods: Sequence[ReuseConfig], asked: Sequence[Asked]) -> list[list[Answer]]:
-    """What each method answers to each prompt. Equal methods are asked once."""
+def answer_all(
+    engine: Engine, methods: Sequence[ReuseConfig], prepared: Sequence[PreparedPrompt]
+) -> list[list[Answer]]:
+    """For each method, its answers to all prompts. Equal methods run once."""
     found: dict[ReuseConfig, list[Answer]] = {}
     for reuse in methods:
         if reuse not in found:
-            found[reuse] = ask_oracle(engine, asked, reuse) if reuse.method == ORACLE else ask(engine, asked, reuse)
+            run = answer_with_oracle if reuse.method == ORACLE else answer
+            found[reuse] = run(engine, prepared, reuse)
     return [found[reuse] for reuse in methods]
 
 
-def ask_oracle(engine: Engine, asked: Sequence[Asked], reuse: ReuseConfig) -> list[Answer]:
-    """The oracle exists for one prompt at a time."""
+def answer_with_oracle(engine: Engine, prepared: Sequence[PreparedPrompt], reuse: ReuseConfig) -> list[Answer]:
+    """As `answer`, one prompt at a time, each with an oracle that knows this prompt's true deviation."""
     answers = []
-    for one in asked:
+    for one in prepared:
         with oracle(true_deviation(engine, one.prompt, one.namespace), ORACLE):
-            answers += ask(engine, [one], reuse)
+            answers += answer(engine, [one], reuse)
     return answers
 
 
-def ask(engine: Engine, asked: Sequence[Asked], reuse: ReuseConfig, *, timed: bool = True) -> list[Answer]:
-    """Greedy continuations with the logits of their first tokens, all together; the first prompt may be timed too."""
+def answer(
+    engine: Engine, prepared: Sequence[PreparedPrompt], reuse: ReuseConfig, *, timed: bool = True
+) -> list[Answer]:
+    """Greedy answers to all prompts in one batch, with the logits of their first tokens.
+
+    Args:
+      timed: prefill the first prompt alone as well, to measure its TTFT.
+    """
     generated = engine.generate_batch(
-        [one.prompt for one in asked],
-        [one.sampling for one in asked],
-        namespace=[one.namespace for one in asked],
+        [one.prompt for one in prepared],
+        [one.sampling for one in prepared],
+        namespace=[one.namespace for one in prepared],
         reuse=reuse,
         keep=False,
         return_logits=True,
     )
-    times = [time_prefill(engine, asked[0], reuse) if timed else None, *[None] * (len(asked) - 1)]
+    times = [time_prefill(engine, prepared[0], reuse) if timed else None, *[None] * (len(prepared) - 1)]
     return [
         Answer(each.text, each.token_ids, np.asarray(each.logits), each.report, ttft)
         for each, ttft in zip(generated, times, strict=True)
     ]
 
 
-def time_prefill(engine: Engine, asked: Asked, reuse: ReuseConfig) -> float:
-    """TTFT of a prompt alone, in seconds. Twice, as the first may have to be compiled."""
+def time_prefill(engine: Engine, prepared: PreparedPrompt, reuse: ReuseConfig) -> float:
+    """The TTFT of a prompt alone, in seconds. It is prefilled twice, because the first time may include compiling."""
     for _ in range(2):
-        prefill = engine.prefill(asked.prompt, reuse=reuse, namespace=asked.namespace, keep=False)
+        prefill = engine.prefill(prepared.prompt, reuse=reuse, namespace=prepared.namespace, keep=False)
     return prefill.report.ttft_s
 
 
@@ -205,10 +230,11 @@ def _encode(engine: Engine, text: str) -> np.ndarray:
 # Summaries --------------------------------------------------------------------------------------------------
 
 
-def summarize(rows: Sequence[Row]) -> list[Row]:
-    """Means with 95 % intervals, a row for each task, regime, method and metric; over all tasks, if several, as well.
+def summarize(rows: Sequence[Row]) -> list[Summary]:
+    """Means with 95 % intervals: a summary for each task, regime, method and metric.
 
-    `loss` is what a method scores less than full recompute on the same samples, where that was among the methods.
+    If there are several tasks, the task `all` summarises the rows of all of them. The metric `loss` is how much less a
+    method scores than full recompute on the same samples; it is there only if full recompute was measured.
     """
     rows = with_loss(rows)
     several = len({row["task"] for row in rows}) > 1
@@ -220,7 +246,7 @@ def summarize(rows: Sequence[Row]) -> list[Row]:
 
 
 def with_loss(rows: Sequence[Row], reference: str = "full") -> list[Row]:
-    """The rows, each with the `loss` against the reference method on the same sample, if that was asked."""
+    """The rows, each with its `loss` against the reference method on the same sample, if that was measured."""
     best = {_cell(row): row["score"] for row in rows if row["method"] == reference}
     return [row | {"loss": best[_cell(row)] - row["score"]} if best else row for row in rows]
 
@@ -229,22 +255,22 @@ def _cell(row: Row) -> Cell:
     return row["task"], row["regime"], row["sample"]
 
 
-def _summaries(key: tuple[str, str, str], group: Sequence[Row]) -> Iterable[Row]:
+def _summaries(key: tuple[str, str, str], group: Sequence[Row]) -> Iterable[Summary]:
     task, regime, method = key
     for metric, unit in {**UNITS, "loss": "share"}.items():
         values = np.array([row[metric] for row in group if metric in row], np.float64)
         if not len(values):
             continue
-        low, high = wilson_interval(values) if metric in _COIN_LIKE else t_interval(values)
+        low, high = wilson_interval(values) if metric in _SHARES else t_interval(values)
         summary = {"task": task, "regime": regime, "method": method, "metric": metric, "mean": float(values.mean())}
         yield summary | {"low": low, "high": high, "samples": len(values), "unit": unit}
 
 
 def wilson_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of values from 0 to 1, as if each were a coin.
+    """Wilson's 95 % interval of the mean of values from 0 to 1, which treats each value as a coin toss.
 
-    No distribution on [0, 1] varies more than a coin of the same mean, so for shares it is a wide interval rather
-    than a narrow one, and it does not shrink to nothing where all values agree.
+    No distribution on [0, 1] has a larger variance than a coin toss of the same mean. So for shares the interval is
+    too wide rather than too narrow, and it does not shrink to a point where all values are equal.
     """
     n, mean, z = len(values), float(values.mean()), Z95
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
@@ -253,7 +279,7 @@ def wilson_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean by Student's t; the mean itself for a single value."""
+    """The 95 % interval of the mean by Student's t. For a single value, both ends are that value."""
     n, mean = len(values), float(values.mean())
     half = float(stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n)) if n > 1 else 0.0
     return mean - half, mean + half

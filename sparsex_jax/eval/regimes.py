@@ -1,10 +1,12 @@
-"""Caching regimes: how a sample's segments came into the store before the prompt that reuses them.
+"""Caching regimes: the ways in which a sample's segments come into the store before the prompt that reuses them.
 
-`joint`: all of them were prefilled together in one earlier prompt, behind another instruction. `independent`: each
-was prefilled alone, and the prompt has them in another order. `preamble`: as independent, but each was prefilled
-behind a short text that was dropped. `context`: that text is what a server can know beforehand, the instruction that
-prompts begin with and some segments of the same kind that are in none of them; it stays stored. Parts are tokenised one
-by one and their ids joined, so that a segment has the same tokens wherever it stands.
+    joint         one earlier prompt, with another instruction, had all of them
+    independent   each is prefilled alone, and the prompt has them in another order
+    preamble      as independent, but each is prefilled behind a short text whose KV is not kept
+    context       as preamble, but the text is what a server knows beforehand: the instruction that prompts begin with,
+                  and segments of other samples of the task. Its KV is kept.
+
+Parts are tokenised one by one and their ids joined, so that a segment has the same tokens in every prompt.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ Tokens = Int32[np.ndarray, "tokens"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A sample with one of its questions, as token ids.
+    """The parts of a prompt that asks one of a sample's questions, as token ids.
 
     Attributes:
-      earlier: what stood before the segments when they were prefilled together, or before each.
-      opening: what stands before them now: the instruction, in the model's chat template if it has one.
-      closing: the question, and what makes the model answer.
-      examples: segments of the same kind that the prompt does not have.
+      earlier: the text that was before the segments when they were stored: before all of them, or before each.
+      opening: the text before them in the prompt: the instruction, in the model's chat template if it has one.
+      segments: the reusable body.
+      closing: the text behind them: the question, and the template's end, at which the model answers.
+      examples: segments of other samples of the task, which the prompt does not have.
     """
 
     earlier: Tokens
@@ -44,21 +47,24 @@ class Case:
 
     @property
     def prompt(self) -> Tokens:
+        """The whole prompt."""
         return np.concatenate([self.opening, *self.segments, self.closing])
 
     @property
     def context(self) -> Tokens:
+        """The text that the regime `context` prefills first."""
         return np.concatenate([self.opening, *self.examples])
 
 
 def tokenize(sample: Sample, tokenizer: Any, question: int = 0, examples: Sequence[str] = ()) -> Case:
-    """The parts of the prompt that asks one of the sample's questions.
+    """Tokenise the parts of the prompt that asks one of the sample's questions.
 
     Args:
-      examples: segments of the same kind that are not in it.
+      question: index of the question.
+      examples: segments of other samples of the task.
 
     Raises:
-      InvalidRequestError: the tokenizer has no token for some of the words.
+      InvalidRequestError: the prompt has words for which the tokenizer has no token.
     """
     text = sample.questions[question].text
     opening, closing = _around(tokenizer, sample.instruction, text)
@@ -71,12 +77,12 @@ def tokenize(sample: Sample, tokenizer: Any, question: int = 0, examples: Sequen
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = False) -> Tokens:
-    """Token ids of a part; `special` adds what the tokenizer begins a text with."""
+    """The token ids of one part. With `special`, the tokenizer adds the tokens that it begins a text with."""
     return np.asarray(tokenizer(text, add_special_tokens=special)["input_ids"], np.int32)
 
 
 def _around(tokenizer: Any, instruction: str, question: str) -> tuple[Tokens, Tokens]:
-    """What stands before and after the body: in one user message if there is a chat template."""
+    """The tokens before and behind the body. If there is a chat template, they and the body are one user message."""
     if not tokenizer.chat_template:
         return encode(tokenizer, instruction, special=True), encode(tokenizer, question)
     body = "(body)"
@@ -125,11 +131,11 @@ REGIMES: dict[str, Callable[[Engine, Case, str, np.random.Generator], Case]] = {
 
 
 def check_room(engine: Engine, case: Case, new_tokens: int, share: int = 1) -> None:
-    """Whether a share of the store holds a case's donors and its prompt with new tokens at the same time.
+    """Check that the store holds a case's donors, its prompt and its new tokens at the same time, `share` times.
 
     Raises:
-      InvalidRequestError: it does not: a method that recomputes everything would then evict what the next one is to
-        reuse.
+      InvalidRequestError: it does not. A method that recomputes everything would then evict the donors that the next
+        method should reuse.
     """
     page_size = engine.config.page_size
     before = max(len(case.earlier), len(case.context))

@@ -1,4 +1,4 @@
-"""Results that are kept: a JSON file a bench, model and device, and the same as Markdown tables."""
+"""Result files: a JSON file for each bench, model and device, and the same figures as Markdown tables."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from typing import Any
 
 import jax
 
-Row = Mapping[str, Any]
+# A mean with its 95 % interval: task, regime, method, metric, mean, low, high, samples, unit.
+Summary = Mapping[str, Any]
 _COLUMNS = ("computed_fraction", "kl", "top1", "agreement", "ttft_s")
 
 
-def document(bench: str, model: str, settings: Mapping[str, Any], summaries: Sequence[Row]) -> dict[str, Any]:
-    """All that is written of a run: how it was made, and its rows (work, implementation, figure, unit)."""
+def file_content(bench: str, model: str, settings: Mapping[str, Any], summaries: Sequence[Summary]) -> dict[str, Any]:
+    """The content of a JSON file: how the figures were made, and rows of (work, implementation, figure, unit)."""
     rows = [_row(summary) for summary in summaries]
     return {"bench": bench, "model": model} | provenance() | {"settings": dict(settings), "rows": rows}
 
 
 def provenance() -> dict[str, Any]:
-    """How figures were made: command, device, machine, versions and commit."""
+    """How figures were made: the command, device, machine, versions and commit."""
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": jax.devices()[0].device_kind,
@@ -36,7 +37,7 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _row(summary: Row) -> dict[str, Any]:
+def _row(summary: Summary) -> dict[str, Any]:
     mean, low, high = (float(f"{summary[key]:.5g}") for key in ("mean", "low", "high"))
     return {
         "work": f"{summary['task']}, {summary['regime']}: {summary['metric']}",
@@ -50,7 +51,7 @@ def _row(summary: Row) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of the checkout that runs, marked if it was changed; empty outside one."""
+    """The commit of the checkout that runs, with `-dirty` if files were changed. Empty outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
@@ -59,15 +60,15 @@ def commit() -> str:
     return done.stdout.strip()
 
 
-def write(content: Mapping[str, Any], summaries: Sequence[Row], folder: Path) -> Path:
-    """Write `<bench>-<model>-<device>.json` and `.md` to the folder. Returns the JSON file."""
+def write(content: Mapping[str, Any], summaries: Sequence[Summary], folder: Path) -> Path:
+    """Write `<bench>-<model>-<device>.json` and `.md` to the folder. Returns the path of the JSON file."""
     path = write_json(content, folder)
     path.with_suffix(".md").write_text(markdown(content, summaries))
     return path
 
 
 def write_json(content: Mapping[str, Any], folder: Path) -> Path:
-    """Write the JSON file alone: of a bench whose tables are its own affair, or that has none."""
+    """Write the JSON file alone, for benches that make other tables or none. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{file_stem(content)}.json"
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
@@ -75,7 +76,7 @@ def write_json(content: Mapping[str, Any], folder: Path) -> Path:
 
 
 def file_stem(content: Mapping[str, Any]) -> str:
-    """Bench, model if it has one, and device.
+    """The name of a result file without its suffix: the bench, the model if there is one, and the device.
 
     >>> file_stem({"bench": "quality", "model": "models/Tiny", "device": "NVIDIA H100"})
     'quality-tiny-nvidia-h100'
@@ -87,20 +88,20 @@ def file_stem(content: Mapping[str, Any]) -> str:
     return "-".join(re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") for name in names)
 
 
-def markdown(content: Mapping[str, Any], summaries: Sequence[Row]) -> str:
-    """A table for each regime: methods, their score in each task, and what else was measured over all of them."""
+def markdown(content: Mapping[str, Any], summaries: Sequence[Summary]) -> str:
+    """A Markdown page with a table for each regime: each method's score in each task, and its other means."""
     numbers = ", ".join(f"{key} {value}" for key, value in content["settings"].items() if not isinstance(value, list))
     head = f"# {content['bench'].capitalize()} of {content['model']} on {content['device']}\n\n{numbers}.\n\n"
     notes = (
-        "Task scores with 95 % intervals: Wilson's, an upper bound of the width for shares. work: token-layers "
-        "computed, of all. KL in nats, top-1 and agreement of the greedy continuation: against full recompute.\n"
+        "Task scores have Wilson's 95 % intervals, for shares too wide rather than too narrow. work: share of "
+        "token-layers computed. KL (nats), top-1 and agreement of the greedy continuation: against full recompute.\n"
     )
     found = dict.fromkeys(summary["regime"] for summary in summaries)
     tables = [f"\n## {regime}\n\n{table([s for s in summaries if s['regime'] == regime])}" for regime in found]
     return head + notes + f"{content.get('note', '')}\n" * ("note" in content) + "".join(tables)
 
 
-def table(summaries: Sequence[Row]) -> str:
+def table(summaries: Sequence[Summary]) -> str:
     """The Markdown table of one regime."""
     cells = {(s["method"], s["task"], s["metric"]): s for s in summaries}
     methods, tasks = (list(dict.fromkeys(s[key] for s in summaries)) for key in ("method", "task"))
@@ -113,8 +114,9 @@ def table(summaries: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def score(summary: Row) -> str:
-    """
+def score(summary: Summary) -> str:
+    """A mean with its interval, as text.
+
     >>> score({"mean": 0.5, "low": 0.25, "high": 0.75})
     '0.50 [0.25, 0.75]'
     """

@@ -1,9 +1,9 @@
-"""Tasks like RULER's, and two kinds of real use, generated from seeds at any length.
+"""Tasks, generated from seeds at any length: RULER's kinds (Hsieh et al., 2024), and chats, agents and notes.
 
-Most are made of a closed vocabulary, for a model trained on them; the notes are for models that read English.
+Most use a closed vocabulary, for a small model that is trained on them. The notes are for models that read English.
 
-A sample is what reuse sees in practice: a fresh instruction, a body of segments that are in the store, and a
-fresh question. No answer depends on the order of the segments, so that they can come back in another order.
+A sample is what reuse meets in practice: a fresh instruction, a body of segments that are in the store, and a fresh
+question. No answer depends on the order of the segments, so that a prompt can have them in any order.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sparsex_jax.eval import lexicon, notes
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question whose text ends so that the model goes on with the answer.
+    """A question. Its text ends so that the model continues with the answer.
 
     Attributes:
-      answers: strings that the answer must contain.
-      written: how the reference writes each of them; by default as it is.
+      answers: strings that a right answer contains.
+      written: how the reference answer writes each of them. Empty: as they are.
     """
 
     text: str
@@ -34,17 +34,17 @@ class Question:
 
     @property
     def reference(self) -> str:
-        """What a perfect model goes on with."""
+        """The continuation that a perfect model writes."""
         return " " + ", ".join(self.written or self.answers) + "."
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A prompt in parts: instruction, segments, one of the questions.
+    """The parts of a prompt: the instruction, the segments, and one of the questions.
 
     Attributes:
-      segments: the reusable body; each ends with a newline.
-      questions: as many as were wanted, or as the body has room for; at least one.
+      segments: the reusable body. Each ends with a newline.
+      questions: as many as were asked for, or as the body has answers to; at least one.
     """
 
     task: str
@@ -54,8 +54,15 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
-    """How much is wanted; `count` gives the tokens of a text."""
+class BodySize:
+    """The size of a body.
+
+    Attributes:
+      num_tokens: tokens in all segments together, about.
+      num_segments: segments.
+      num_questions: questions, at most.
+      count: gives the number of tokens in a text.
+    """
 
     num_tokens: int
     num_segments: int
@@ -63,12 +70,18 @@ class Size:
     count: Callable[[str], int]
 
     def fits(self, tokens_each: int, least: int, most: int) -> int:
-        """How many items fill at most half of the body, within these bounds."""
+        """How many items of `tokens_each` tokens fill half of the body, but from `least` to `most`."""
         return min(max(self.num_tokens // (2 * tokens_each), least), most)
 
 
 class Body(NamedTuple):
-    """Segments, what can be asked about them, and what the instruction says beside its usual text."""
+    """The generated part of a sample.
+
+    Attributes:
+      segments: the reusable body.
+      questions: about the segments.
+      opening: text that is added to the task's instruction.
+    """
 
     segments: list[str]
     questions: list[Question]
@@ -76,7 +89,7 @@ class Body(NamedTuple):
 
 
 def word_count(text: str) -> int:
-    """The number of tokens under `lexicon.ruler_tokenizer`: words, digits, capital letters, punctuation."""
+    """The number of tokens that `lexicon.ruler_tokenizer` makes of a text: words, digits, capitals and punctuation."""
     return len(lexicon.split(text))
 
 
@@ -91,17 +104,21 @@ def make_sample(
     """Generate a sample of a task.
 
     Args:
-      num_tokens: about so many tokens of body, by `count`. What must be in it (the needles, say) is in it all the same.
-      num_questions: at most so many; a body has one question for `cwe` and `fwe`.
+      task: one of `TASKS`.
+      rng: all random choices come from it.
+      num_tokens: tokens of the body by `count`, about. More, if facts that must be in it (needles, say) need more.
+      num_segments: segments of the body.
+      num_questions: questions, at most. `cwe` and `fwe` have one.
+      count: gives the number of tokens in a text.
 
     Raises:
-      ValueError: no such task, or a size below 1.
+      ValueError: the task is unknown, or a size is below 1.
     """
     if task not in _TASKS:
         raise ValueError(f"task={task!r} is unknown; there are: {', '.join(TASKS)}")
     if min(num_tokens, num_segments, num_questions) < 1:
         raise ValueError("num_tokens, num_segments and num_questions must be at least 1")
-    body = _TASKS[task](rng, Size(num_tokens, num_segments, num_questions, count))
+    body = _TASKS[task](rng, BodySize(num_tokens, num_segments, num_questions, count))
     instruction = lexicon.INSTRUCTIONS.get(task, notes.INSTRUCTION)
     return Sample(task, instruction + body.opening, tuple(body.segments), tuple(body.questions))
 
@@ -109,23 +126,23 @@ def make_sample(
 # Retrieval --------------------------------------------------------------------------------------------------
 
 
-def niah(rng: np.random.Generator, size: Size) -> Body:
-    """One needle, one asked; for more questions more needles."""
+def niah(rng: np.random.Generator, size: BodySize) -> Body:
+    """As many needles as questions; each question asks for one."""
     needles = _needles(rng, size.fits(20, 1, size.num_questions))
     questions = [Question(lexicon.NEEDLE_QUESTION.format(key=key), (value,)) for key, value in needles]
     return Body(_hidden_needles(rng, needles, size), questions)
 
 
-def mq_niah(rng: np.random.Generator, size: Size) -> Body:
-    """Many needles, four asked at a time."""
+def mq_niah(rng: np.random.Generator, size: BodySize) -> Body:
+    """Many needles; each question asks for four."""
     needles = _needles(rng, size.fits(64, 4, 32))
     asked = [[needles[i] for i in rng.permutation(len(needles))[:4]] for _ in range(size.num_questions)]
     questions = [Question(*numbered(lexicon.NEEDLES_QUESTION, some)) for some in asked]
     return Body(_hidden_needles(rng, needles, size), questions)
 
 
-def mk_niah(rng: np.random.Generator, size: Size) -> Body:
-    """A needle in every segment, one asked: the others distract."""
+def mk_niah(rng: np.random.Generator, size: BodySize) -> Body:
+    """A needle in every segment; each question asks for one, and the others distract."""
     needles = _needles(rng, size.num_segments)
     share = dataclasses.replace(size, num_tokens=size.num_tokens // size.num_segments, num_segments=1)
     segments = [_hidden_needles(rng, [needle], share)[0] for needle in needles]
@@ -134,7 +151,7 @@ def mk_niah(rng: np.random.Generator, size: Size) -> Body:
 
 
 def numbered(text: str, pairs: Sequence[tuple[str, str]]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The fields of a question for several keys at once: its text, the values, and how the reference writes them.
+    """The fields of a question for several keys: its text, the values, and how the reference answer writes them.
 
     >>> numbered("Which? {keys}", [("a", "1"), ("b", "2")])
     ('Which? first a, second b', ('1', '2'), ('first a 1', 'second b 2'))
@@ -152,22 +169,24 @@ def _needles(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:
     return list(zip(_pick(rng, lexicon.THINGS, number), _numbers(rng, number, 7), strict=True))
 
 
-def _hidden_needles(rng: np.random.Generator, needles: Sequence[tuple[str, str]], size: Size) -> list[str]:
+def _hidden_needles(rng: np.random.Generator, needles: Sequence[tuple[str, str]], size: BodySize) -> list[str]:
     return _hidden(rng, [lexicon.NEEDLE.format(key=key, value=value) for key, value in needles], size)
 
 
-def vt(rng: np.random.Generator, size: Size) -> Body:
-    """Chains of variables, each assigned the one before; asked are the values of four.
+def vt(rng: np.random.Generator, size: BodySize) -> Body:
+    """Chains of variables, each assigned from the one before; each question asks for the values of four.
 
-    Two chains of three begin in the instruction and go on in up to two segments; the others stay in one segment. So no
-    assignment needs another segment before it, but what most of them mean depends on text that is new in every prompt.
-    RULER's chains all begin in the body, and it asks for all variables of a value.
+    Two chains of three begin in the instruction and continue in up to two segments. The others stay in one segment. So
+    no assignment depends on another segment, but most depend on the instruction, which is fresh in every prompt.
+    RULER's chains all begin in the body, and it asks for all variables of one value.
     """
     values = _pick(rng, lexicon.THINGS, size.fits(160, 4, max(8, size.num_questions)))
     names = iter(_pick(rng, lexicon.VARIABLES, 5 * len(values)))
     opening: list[str] = []
-    parts: list[list[list[str]]] = [[] for _ in range(size.num_segments)]  # chains, or ends of them, by segment
-    held: list[list[tuple[str, str]]] = []  # the variables of each value that can be asked
+    parts: list[list[list[str]]] = [
+        [] for _ in range(size.num_segments)
+    ]  # the chains, or ends of chains, in each segment
+    held: list[list[tuple[str, str]]] = []  # (name, value) of the variables that can be asked for, by value
     for number, value in enumerate(values):
         first, *others = itertools.islice(names, int(rng.integers(4, 6)))
         held.append([(name, value) for name in others])
@@ -186,19 +205,19 @@ def vt(rng: np.random.Generator, size: Size) -> Body:
 
 
 def _about_variables(rng: np.random.Generator, held: Sequence[Sequence[tuple[str, str]]]) -> Question:
-    """Four variables of different values. An answer counts only beside the name of its variable."""
+    """A question for four variables of different values. A value counts only behind the name of its variable."""
     asked = [held[i][int(rng.integers(len(held[i])))] for i in rng.permutation(len(held))[:4]]
     text, _, written = numbered(lexicon.VARIABLES_QUESTION, asked)
     return Question(text, tuple(answer.split(maxsplit=1)[1] for answer in written), written)
 
 
 def _assignments(names: Sequence[str]) -> list[str]:
-    """Each name assigned from the one before."""
+    """An assignment to each name from the name before it."""
     return [lexicon.ASSIGN_NAME.format(name=name, value=source) for source, name in itertools.pairwise(names)]
 
 
 def tracked(rng: np.random.Generator, number: int, num_questions: int) -> tuple[list[str], list[Question]]:
-    """The drill of `vt`: so many chains of assignments and nothing else, mixed, and questions about them."""
+    """A drill for `vt`: `number` interleaved chains of assignments without noise, and questions about them."""
     names = iter(_pick(rng, lexicon.VARIABLES, len(lexicon.VARIABLES)))
     chains, held = [], []
     for value in _pick(rng, lexicon.THINGS, min(number, len(lexicon.VARIABLES) // 5)):
@@ -209,7 +228,7 @@ def tracked(rng: np.random.Generator, number: int, num_questions: int) -> tuple[
 
 
 def _interleave(rng: np.random.Generator, chains: Sequence[Sequence[str]]) -> list[str]:
-    """One list of all, in which each chain keeps its order."""
+    """All items in one list, at random, in which the items of each chain keep their order."""
     turns = rng.permutation(np.repeat(np.arange(len(chains)), [len(chain) for chain in chains]))
     following = [iter(chain) for chain in chains]
     return [next(following[turn]) for turn in turns]
@@ -218,8 +237,8 @@ def _interleave(rng: np.random.Generator, chains: Sequence[Sequence[str]]) -> li
 # Counting ---------------------------------------------------------------------------------------------------
 
 
-def cwe(rng: np.random.Generator, size: Size) -> Body:
-    """Common words stand ten times as often as the others; asked are the common ones, answered alphabetically."""
+def cwe(rng: np.random.Generator, size: BodySize) -> Body:
+    """Common words occur ten times as often as the others. The question asks for them, in alphabetical order."""
     total = _number_of_words(lexicon.THINGS, size)
     common = min(max(total // 100, 1), 10)
     rare = min(max(total // 3 - 10 * common, common), len(lexicon.THINGS) - common)
@@ -231,8 +250,8 @@ def cwe(rng: np.random.Generator, size: Size) -> Body:
     return Body(_word_segments(lexicon.WORD_LIST, text, size), [Question(question, tuple(sorted(words[:common])))])
 
 
-def fwe(rng: np.random.Generator, size: Size) -> Body:
-    """Invented words whose frequencies fall with the square of their rank; asked are the three most frequent."""
+def fwe(rng: np.random.Generator, size: BodySize) -> Body:
+    """Invented words whose frequencies fall with the square of their rank. The question asks for the first three."""
     total = max(_number_of_words(lexicon.CODED_WORDS, size), 30)
     words = _pick(rng, lexicon.CODED_WORDS, 60)
     weights = np.arange(1, len(words) + 1) ** -2.0
@@ -241,20 +260,20 @@ def fwe(rng: np.random.Generator, size: Size) -> Body:
     return Body(_word_segments(lexicon.CODED_LIST, text, size), [Question(lexicon.FREQUENT_QUESTION, tuple(words[:3]))])
 
 
-def _number_of_words(words: Sequence[str], size: Size) -> int:
-    """How many of such words fill the body."""
+def _number_of_words(words: Sequence[str], size: BodySize) -> int:
+    """How many of these words fill the body."""
     return max(size.num_tokens * 64 // size.count(" ".join(words[:64])), size.num_segments)
 
 
-def _word_segments(opening: str, words: Sequence[str], size: Size) -> list[str]:
+def _word_segments(opening: str, words: Sequence[str], size: BodySize) -> list[str]:
     return [opening + " ".join(part) + "\n" for part in _cut(words, size.num_segments)]
 
 
-# Use --------------------------------------------------------------------------------------------------------
+# Chats, agents and notes ------------------------------------------------------------------------------------
 
 
-def qa(rng: np.random.Generator, size: Size) -> Body:
-    """Documents about invented people; asked is one fact about one of them."""
+def qa(rng: np.random.Generator, size: BodySize) -> Body:
+    """Documents about invented people; each question asks for one fact about one of them."""
     number = size.fits(60, 3, 24)
     people = dict.fromkeys(_name(rng) for _ in range(number))
     facts = [[(name, *_fact(rng, kind)) for kind in lexicon.PERSON_FACTS] for name in people]
@@ -267,8 +286,8 @@ def qa(rng: np.random.Generator, size: Size) -> Body:
     return Body(_hidden(rng, [" ".join(document) for document in told], size), questions)
 
 
-def chat(rng: np.random.Generator, size: Size) -> Body:
-    """A long history of turns in some of which the user tells a fact; asked is one of them."""
+def chat(rng: np.random.Generator, size: BodySize) -> Body:
+    """A long chat; in some turns the user tells a fact, and each question asks for one of these."""
     facts = [_fact(rng, kind) for kind in lexicon.CHAT_FACTS]
     kept = [facts[i] for i in rng.permutation(len(facts))[: size.fits(30, 2, len(facts))]]
     facts_told = [_turn(rng, said) for said, _, _ in kept]
@@ -282,25 +301,25 @@ def _turn(rng: np.random.Generator, said: str) -> str:
     return lexicon.CHAT_TURN.format(user=said, assistant=lexicon.CHAT_REPLIES[rng.integers(len(lexicon.CHAT_REPLIES))])
 
 
-def notes_codes(rng: np.random.Generator, size: Size) -> Body:
-    """A note a segment, about a place of another kind; asked is the access code that one of them tells."""
+def notes_codes(rng: np.random.Generator, size: BodySize) -> Body:
+    """A note in each segment, each about another kind of place; a question asks for the access code in one of them."""
     return _notes(rng, size, notes.CODE_QUESTION, "code")
 
 
-def notes_people(rng: np.random.Generator, size: Size) -> Body:
-    """The same notes; asked is who runs one of the places."""
+def notes_people(rng: np.random.Generator, size: BodySize) -> Body:
+    """The same notes; a question asks who runs one of the places."""
     return _notes(rng, size, notes.KEEPER_QUESTION, "name")
 
 
-def notes_years(rng: np.random.Generator, size: Size) -> Body:
-    """The same notes; asked is when one of the places was built."""
+def notes_years(rng: np.random.Generator, size: BodySize) -> Body:
+    """The same notes; a question asks when one of the places was built."""
     return _notes(rng, size, notes.YEAR_QUESTION, "year")
 
 
-def _notes(rng: np.random.Generator, size: Size, question: str, answer: str) -> Body:
-    """As many notes as segments, while there are kinds of places; a note has the length that it has."""
-    number = min(size.num_segments, len(notes.KINDS))
-    kinds = [notes.KINDS[i] for i in rng.permutation(len(notes.KINDS))[:number]]
+def _notes(rng: np.random.Generator, size: BodySize, question: str, answer: str) -> Body:
+    """A note for each segment, as far as there are kinds of places. The size does not change the length of a note."""
+    number = min(size.num_segments, len(notes.PLACE_KINDS))
+    kinds = [notes.PLACE_KINDS[i] for i in rng.permutation(len(notes.PLACE_KINDS))[:number]]
     fields = [
         kind._asdict() | {"lower": kind.place.lower(), "town": town, "code": code, "year": year, "name": _name(rng)}
         for kind, town, code, year in zip(
@@ -318,14 +337,14 @@ def _notes(rng: np.random.Generator, size: Size, question: str, answer: str) -> 
 
 
 def _note(rng: np.random.Generator, number: int, fields: dict[str, Any]) -> str:
-    """Four of the kind's sentences, with the facts between them."""
+    """A note with four sentences about its kind of place, and the facts between them."""
     one, two, three, four = (fields["sentences"][i] for i in rng.permutation(len(fields["sentences"]))[:4])
     said = [notes.TITLE, one, notes.KEEPER, two, notes.CODE, three, notes.YEAR, four]
     return notes.NOTE.format(text=" ".join(said), number=number, **fields).format(**fields)
 
 
-def agents(rng: np.random.Generator, size: Size) -> Body:
-    """A problem and what agents answered to it; asked is the same thing of two of them."""
+def agents(rng: np.random.Generator, size: BodySize) -> Body:
+    """A problem and the answers of several agents; each question asks what two of them said about one thing."""
     names = _pick(rng, lexicon.FIRST_NAMES, max(size.num_segments - 1, 2))
     by_kind = [_different_facts(rng, kind, len(names)) for kind in lexicon.AGENT_FACTS]
     facts = [list(some) for some in zip(*by_kind, strict=True)]
@@ -349,7 +368,7 @@ def _about_two(
 
 
 def _fact(rng: np.random.Generator, kind: tuple[str, str, tuple[str, ...] | None]) -> tuple[str, str, str]:
-    """What is said, how it is asked and the answer; facts without a list of values are numbers."""
+    """A fact of a kind: its sentence, the question for it and the answer. A kind without values gets a number."""
     said, question, values = kind
     value = values[rng.integers(len(values))] if values else _numbers(rng, 1, 4)[0]
     return said.replace("{value}", value), question, value
@@ -358,7 +377,7 @@ def _fact(rng: np.random.Generator, kind: tuple[str, str, tuple[str, ...] | None
 def _different_facts(
     rng: np.random.Generator, kind: tuple[str, str, tuple[str, ...] | None], number: int
 ) -> list[tuple[str, str, str]]:
-    """Facts of one kind with different values, as far as there are so many."""
+    """`number` facts of one kind, with different values as far as the kind has enough."""
     facts: dict[str, tuple[str, str, str]] = {}
     most = min(number, len(kind[2])) if kind[2] else number
     while len(facts) < most:
@@ -372,11 +391,11 @@ def _name(rng: np.random.Generator) -> str:
     return f"{first[rng.integers(len(first))]} {last[rng.integers(len(last))]}"
 
 
-# What tasks are made of -------------------------------------------------------------------------------------
+# Parts of all tasks -----------------------------------------------------------------------------------------
 
 
-def _hidden(rng: np.random.Generator, facts: Sequence[str], size: Size) -> list[str]:
-    """Segments of noise with the facts in it, in their order, all over."""
+def _hidden(rng: np.random.Generator, facts: Sequence[str], size: BodySize) -> list[str]:
+    """Segments of noise, over which the facts are spread in their order."""
     noise = _noise(rng, size.num_tokens - size.count(" ".join(facts)), size.num_segments, size.count)
     return [" ".join(part) + "\n" for part in _cut(_scatter(rng, facts, noise), size.num_segments)]
 
@@ -388,7 +407,7 @@ def _noise(
     count: Callable[[str], int],
     finish: Callable[[np.random.Generator, str], str] = lambda rng, sentence: sentence,
 ) -> list[str]:
-    """Sentences of about so many tokens, at least `least` of them; `finish` makes of a sentence what is wanted."""
+    """At least `least` sentences, of about `num_tokens` tokens together. `finish` turns each into its final text."""
     probe = [finish(rng, sentence) for sentence in _sentences(rng, 32)]
     wanted = max(int(1.1 * 32 * num_tokens / count(" ".join(probe))), least)
     sentences = [finish(rng, sentence) for sentence in _sentences(rng, wanted)]
@@ -405,7 +424,7 @@ def _sentences(rng: np.random.Generator, number: int) -> list[str]:
 
 
 def _pattern(template: str) -> tuple[str, tuple[tuple[str, ...], ...]]:
-    """For `%`, which is fast: the template with `%s` for each slot, and the words that may stand there."""
+    """The template with `%s` in each slot, for the fast operator `%`, and the words for each slot."""
     fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
     words = {field: getattr(lexicon, f"{field.upper()}S") for field in fields}
     return template.format(**dict.fromkeys(fields, "%s")), tuple(words[field] for field in fields)
@@ -416,7 +435,7 @@ _MOST_SLOTS = max(len(lists) for _, lists in _PATTERNS)
 
 
 def _scatter(rng: np.random.Generator, facts: Sequence[str], noise: Sequence[str]) -> list[str]:
-    """The facts between the noise, in their order: each falls somewhere in a stretch of its own."""
+    """Put the facts among the noise in their order: each at a random place in its own equal stretch of the noise."""
     places = (np.arange(len(facts)) + rng.random(len(facts))) / len(facts) * len(noise)
     following = iter([*zip(places.tolist(), facts, strict=True)])
     place, fact = next(following, (np.inf, ""))
@@ -439,14 +458,14 @@ def _pick(rng: np.random.Generator, words: Sequence[str], number: int) -> list[s
 
 
 def _numbers(rng: np.random.Generator, number: int, digits: int) -> list[str]:
-    """Different numbers of so many digits."""
+    """`number` different numbers of `digits` digits."""
     drawn: dict[int, None] = {}
     while len(drawn) < number:
         drawn |= dict.fromkeys(rng.integers(10 ** (digits - 1), 10**digits, number - len(drawn)).tolist())
     return [str(value) for value in drawn]
 
 
-_TASKS: dict[str, Callable[[np.random.Generator, Size], Body]] = {
+_TASKS: dict[str, Callable[[np.random.Generator, BodySize], Body]] = {
     "niah": niah,
     "mq_niah": mq_niah,
     "vt": vt,
@@ -461,5 +480,5 @@ _TASKS: dict[str, Callable[[np.random.Generator, Size], Body]] = {
     "notes_years": notes_years,
 }
 TASKS = tuple(_TASKS)
-# Those made of the closed vocabulary alone, which a tiny model can learn.
+# The tasks of the closed vocabulary, which a tiny model can learn.
 CLOSED_TASKS = tuple(task for task in TASKS if task in lexicon.INSTRUCTIONS)

@@ -1,9 +1,11 @@
-"""Workloads of a server: prompts in the order in which they come, and what is stored before. From seeds.
+"""Workloads of a server, generated from seeds: texts that are stored first, then prompts in the order they arrive.
 
-`chat`: several users, whose histories grow by a turn each time. `rag`: documents are stored one by one, and each
-question comes with some of them in an order of its own. `agents`: each of a group of agents reads what the others
-said, shuffled; it was stored where they said it. What a model answers changes nothing: a history goes on with the
-turns of the workload.
+    chat      several users take turns, and a user's history grows by a turn each time
+    rag       documents are stored one by one; each question comes with some of them, in an order of its own
+    agents    each of a group of agents reads the outputs of the others, shuffled; each output was stored behind the
+              problem, where the agent wrote it
+
+The prompts do not depend on what a model answers: histories go on with the workload's own turns.
 """
 
 from __future__ import annotations
@@ -22,15 +24,26 @@ from sparsex_jax.eval.tasks import make_sample
 
 
 class Workload(NamedTuple):
-    """Token ids: what is stored before, each text alone, and the prompts in the order in which they come."""
+    """Token ids, int32.
+
+    Attributes:
+      stored: texts that are stored first, each alone.
+      prompts: in the order they arrive.
+    """
 
     stored: list[np.ndarray]
     prompts: list[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Size:
-    """So many prompts, whose bodies have about so many tokens in so many pieces: turns, documents or outputs."""
+class WorkloadSize:
+    """The size of a workload.
+
+    Attributes:
+      requests: how many prompts arrive, at least 1.
+      length: tokens of each prompt's body, about.
+      pieces: turns, documents or outputs in each body, at least 2.
+    """
 
     requests: int
     length: int
@@ -42,8 +55,8 @@ class Size:
                 raise InvalidRequestError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
-def chat(rng: np.random.Generator, tokenizer: Any, size: Size) -> Workload:
-    """Users take turns at random. Their last prompts have the full length."""
+def chat(rng: np.random.Generator, tokenizer: Any, size: WorkloadSize) -> Workload:
+    """Users take turns in random order. Only a user's last prompt has the full length."""
     users = -(-size.requests // size.pieces)
     histories = [_cases("chat", rng, tokenizer, size.length, size.pieces, size.pieces) for _ in range(users)]
     prompts, turns = [], Counter[int]()
@@ -54,8 +67,8 @@ def chat(rng: np.random.Generator, tokenizer: Any, size: Size) -> Workload:
     return Workload([], prompts)
 
 
-def rag(rng: np.random.Generator, tokenizer: Any, size: Size) -> Workload:
-    """Half of the documents come with each question, a line with a new score before each."""
+def rag(rng: np.random.Generator, tokenizer: Any, size: WorkloadSize) -> Workload:
+    """Each question comes with half of the documents, each behind a line with its rank and a random relevance."""
     number = 2 * size.pieces
     cases = _cases("qa", rng, tokenizer, 2 * size.length, number, size.requests)
     prompts = []
@@ -68,8 +81,8 @@ def rag(rng: np.random.Generator, tokenizer: Any, size: Size) -> Workload:
     return Workload(list(cases[0].segments), prompts)
 
 
-def agents(rng: np.random.Generator, tokenizer: Any, size: Size) -> Workload:
-    """Each agent said its piece behind the problem; now each reads the problem and all others."""
+def agents(rng: np.random.Generator, tokenizer: Any, size: WorkloadSize) -> Workload:
+    """Each agent's output was stored behind the problem. Each prompt has the problem and the outputs of all others."""
     stored, prompts = [], []
     length = size.length * size.pieces // (size.pieces - 1)
     for _ in range(-(-size.requests // size.pieces)):
@@ -82,18 +95,19 @@ def agents(rng: np.random.Generator, tokenizer: Any, size: Size) -> Workload:
     return Workload(stored, prompts[: size.requests])
 
 
-WORKLOADS: dict[str, Callable[[np.random.Generator, Any, Size], Workload]] = {
+WORKLOADS: dict[str, Callable[[np.random.Generator, Any, WorkloadSize], Workload]] = {
     "chat": chat,
     "rag": rag,
     "agents": agents,
 }
 
 
-def make_workload(name: str, tokenizer: Any, size: Size, seed: int) -> Workload:
-    """One of `WORKLOADS`; the same for the same seed.
+def make_workload(name: str, tokenizer: Any, size: WorkloadSize, seed: int) -> Workload:
+    """Make one of `WORKLOADS`. The same seed makes the same workload.
 
     Args:
-      tokenizer: a transformers tokenizer. Parts are tokenised one by one, so that a text has the same tokens anywhere.
+      tokenizer: a tokenizer of transformers. Parts are tokenised one by one, so that a text has the same tokens in
+        every prompt.
     """
     return WORKLOADS[name](np.random.default_rng([seed, *name.encode()]), tokenizer, size)
 
@@ -101,7 +115,7 @@ def make_workload(name: str, tokenizer: Any, size: Size, seed: int) -> Workload:
 def _cases(
     task: str, rng: np.random.Generator, tokenizer: Any, length: int, pieces: int, questions: int
 ) -> list[regimes.Case]:
-    """The same body with one question after the other, as many as it has."""
+    """The same body with one question after the other: `questions` cases, or as many as the body has questions for."""
 
     def count(text: str) -> int:
         return len(regimes.encode(tokenizer, text))

@@ -1,4 +1,4 @@
-"""What reuse costs: scores of an answer, and how far it is from what full recompute gives."""
+"""Scores of an answer: how right it is, and how far it is from full recompute's answer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsex_jax.reuse.report import Report
 
 
 def task_score(text: str, answers: Sequence[str]) -> float:
-    """RULER's score: the share of the expected strings that are in the text, whatever their case.
+    """The share of the expected strings that are in the text, ignoring case (RULER's string match).
 
     >>> task_score("They are Red and green.", ("red", "blue"))
     0.5
@@ -21,18 +21,19 @@ def task_score(text: str, answers: Sequence[str]) -> float:
 
 
 def log_softmax(logits: Float[np.ndarray, "vocab"]) -> Float64[np.ndarray, "vocab"]:
+    """Natural log-probabilities, in float64."""
     shifted = logits.astype(np.float64) - logits.max()
     return shifted - np.log(np.exp(shifted).sum())
 
 
 def kl_divergence(reference: Float[np.ndarray, "vocab"], logits: Float[np.ndarray, "vocab"]) -> float:
-    """KL(reference || other) of two next-token distributions, in nats."""
+    """KL(reference || other) of the next-token distributions of two logits, in nats."""
     p, q = log_softmax(reference), log_softmax(logits)
     return float(np.sum(np.exp(p) * (p - q)))
 
 
 def agreement(reference: Sequence[int], tokens: Sequence[int]) -> float:
-    """The share of the reference's tokens up to the first that is different or missing.
+    """The share of the reference's tokens before the first one that is different or missing.
 
     >>> agreement([5, 6, 7, 8], [5, 6, 9, 8])
     0.5
@@ -43,10 +44,13 @@ def agreement(reference: Sequence[int], tokens: Sequence[int]) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
-    """What a method made of a prompt: greedy continuation, float32 logits `[vocab]` of its first token, report.
+    """A method's answer to a prompt.
 
     Attributes:
-      ttft_s: where the prompt was timed alone; the report's time is that of a whole batch.
+      text, token_ids: the greedy continuation.
+      logits: float32, those of its first token.
+      report: of the prefill. Its `ttft_s` is the time of the whole batch.
+      ttft_s: the time to the first token of the prompt alone, in seconds. None if it was not measured.
     """
 
     text: str
@@ -56,7 +60,7 @@ class Answer:
     ttft_s: float | None = None
 
 
-# What `compare` gives, and in which unit.
+# The figures that `compare` gives, with their units.
 UNITS = {
     "score": "share",
     "kl": "nats",
@@ -71,7 +75,7 @@ UNITS = {
 
 
 def compare(answer: Answer, full: Answer, expected: Sequence[str]) -> dict[str, float]:
-    """The figures of `UNITS` for an answer, where `full` is what full recompute answers. No time if none was taken."""
+    """The figures of `UNITS` for an answer, compared with full recompute's. Without `ttft_s` if it was not measured."""
     report = answer.report
     return {
         "score": task_score(answer.text, expected),

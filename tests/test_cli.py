@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it prints as JSON, and what it says when something is wrong."""
+"""The command line: its output, its JSON output, and its errors."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def invoke(*arguments, stdin=None):
 
 
 def one_object(result):
-    """The JSON object that is all of standard output."""
+    """The JSON object, which must be all of standard output."""
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
 
@@ -51,7 +51,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory, tokenizer):
-    """A model of random weights with the embedded model's tokenizer: it talks nonsense, fast."""
+    """A small model with random weights and the embedded model's tokenizer."""
     target = tmp_path_factory.mktemp("cli") / "tiny"
     save_checkpoint(target, TALKING, random_params(TALKING, "float32", make_mesh(), seed=0), tokenizer)
     return target
@@ -109,7 +109,7 @@ def test_errors_that_need_a_model(tiny, option, value, said):
         assert said in result.stderr
 
 
-def test_a_file_that_is_no_text(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "image.bin"
     path.write_bytes(b"\xff\xfe\x00")
     result = invoke("cache", "hi", "--remember", path)

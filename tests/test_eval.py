@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
 from sparsex_jax.cli import app
-from sparsex_jax.cli.bench import Workload, example_maps, parse_method
+from sparsex_jax.cli.bench import BenchSettings, example_maps, parse_method
 from sparsex_jax.eval import lexicon, maps, plots, quality, regimes, results, scores
 from sparsex_jax.eval.tasks import CLOSED_TASKS, TASKS, make_sample, word_count
 from sparsex_jax.reuse.prompt import Kind
@@ -319,8 +319,8 @@ def test_results_are_written_with_tables_and_plots(rows, tmp_path):
 
 
 def test_maps_show_where_reuse_goes_wrong(engine, tmp_path):
-    workload = Workload(["full"], ["vt"], ["independent"], length=300, segments=3, samples=1, batch=1, seed=0)
-    found = example_maps(engine, workload, "vt", "independent")
+    settings = BenchSettings(["full"], ["vt"], ["independent"], length=300, segments=3, samples=1, batch=1, seed=0)
+    found = example_maps(engine, settings, "vt", "independent")
     fresh = found.kind == Kind.FRESH
     assert found.key_mass.shape == found.key_deviation.shape == (engine.model.num_layers, len(fresh))
     np.testing.assert_allclose(found.key_mass.sum(1), 1, rtol=1e-4)

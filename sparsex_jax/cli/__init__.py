@@ -1,6 +1,7 @@
-"""The command line, `sparsex`: generate, demo, convert, cache, calibrate, bench.
+"""The command line, `sparsex`: generate, demo, serve, convert, cache, calibrate, bench.
 
-`commands` declares what can be typed; each command's work is in a module of its own, imported when it runs.
+`commands` declares the commands and their options. Each command's work is in a module of its own, which is imported
+when the command runs.
 """
 
 from sparsex_jax.cli.commands import app

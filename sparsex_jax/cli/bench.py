@@ -1,4 +1,4 @@
-"""`sparsex bench`: what reuse costs and saves on the user's own model."""
+"""`sparsex bench`: measures what reuse costs and saves on the user's own model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,21 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import maps, quality, regimes, results
 from sparsex_jax.eval.tasks import make_sample
 
-_AROUND = 512  # tokens of a prompt and its answer beside the body, generously
+_AROUND = 512  # more than the tokens of a prompt and its answer beside the body
 
 
 @dataclasses.dataclass(frozen=True)
-class Workload:
-    """What the methods are asked: tasks, regimes and methods by name, each in the order of the tables."""
+class BenchSettings:
+    """What a bench measures.
+
+    Attributes:
+      methods, tasks, regimes: by name, in the order of the result tables.
+      length: tokens of each prompt's reused body, about.
+      segments: segments of each body.
+      samples: prompts for each task and regime.
+      batch: prompts that run together.
+      seed: of the prompts.
+    """
 
     methods: Sequence[str]
     tasks: Sequence[str]
@@ -45,31 +54,32 @@ class Workload:
 
     @property
     def store_tokens(self) -> int:
-        """Enough for the donors and prompts of a batch at the same time, and for what stood before donors."""
+        """A store of this size holds the donors and prompts of a batch at the same time, and the text before donors."""
         bodies = 3 if "context" in self.regimes else 2
         return self.batch * (bodies * (self.length + self.length // 8 + _AROUND) + 64 * self.segments)
 
 
-def run(model: str, dtype: str, workload: Workload, *, out: Path | None, as_json: bool) -> None:
-    methods = {name: parse_method(name) for name in workload.methods}
-    engine = EngineChoice(model, dtype, workload.store_tokens, workload.batch).load()
+def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, as_json: bool) -> None:
+    """Measure, then print the results and write them to the folder `out`, if there is one."""
+    methods = {name: parse_method(name) for name in settings.methods}
+    engine = EngineChoice(model, dtype, settings.store_tokens, settings.batch).load()
     with progress() as bar:
         rows = quality.run(
             engine,
             methods,
-            workload.tasks,
-            workload.regimes,
-            workload.length,
-            workload.samples,
-            workload.seed,
-            num_segments=workload.segments,
+            settings.tasks,
+            settings.regimes,
+            settings.length,
+            settings.samples,
+            settings.seed,
+            num_segments=settings.segments,
             track=functools.partial(bar.track, description="Asking"),
         )
     summaries = quality.summarize(rows)
-    content = results.file_content("quality", model, dataclasses.asdict(workload) | {"dtype": dtype}, summaries)
+    content = results.file_content("quality", model, dataclasses.asdict(settings) | {"dtype": dtype}, summaries)
     if out:
         with waiting("Writing"):
-            write(engine, workload, content, summaries, out)
+            write(engine, settings, content, summaries, out)
     if as_json:
         print_json(content)
     else:
@@ -102,32 +112,36 @@ def _value(text: str) -> Any:
 
 
 def write(
-    engine: Engine, workload: Workload, content: Mapping[str, Any], summaries: Sequence[results.Summary], folder: Path
+    engine: Engine,
+    settings: BenchSettings,
+    content: Mapping[str, Any],
+    summaries: Sequence[results.Summary],
+    folder: Path,
 ) -> None:
-    """The results, and plots of them: the frontier, and a heatmap of each task and regime's first sample."""
+    """Write the results and plots of them: the frontier, and heatmaps of one sample of each task and regime."""
     path = results.write(content, summaries, folder)
     try:
         from sparsex_jax.eval import plots
     except ImportError:
-        messages().print("no plots: matplotlib is not installed; it comes with the extra `bench`")
+        messages().print("no plots were written: matplotlib is not installed; it comes with the extra `bench`")
         return
-    title = f"{content['model']}, {workload.length} tokens, {workload.samples} samples a point"
+    title = f"{content['model']}, {settings.length} tokens, {settings.samples} samples a point"
     plots.frontier(summaries, path.with_suffix(".png"), title)
-    for task in workload.tasks:
-        for regime in workload.regimes:
+    for task in settings.tasks:
+        for regime in settings.regimes:
             figure = path.with_name(f"{path.stem}-{task}-{regime}.png")
             plots.heatmaps(
-                example_maps(engine, workload, task, regime), figure, f"{content['model']}: {task}, {regime}"
+                example_maps(engine, settings, task, regime), figure, f"{content['model']}: {task}, {regime}"
             )
 
 
-def example_maps(engine: Engine, workload: Workload, task: str, regime: str) -> maps.Maps:
-    """What reuse does inside the model on one sample of the task."""
-    rng, namespace = np.random.default_rng(workload.seed), f"maps/{task}/{regime}"
+def example_maps(engine: Engine, settings: BenchSettings, task: str, regime: str) -> maps.Maps:
+    """The key mass and KV deviation of one sample of the task."""
+    rng, namespace = np.random.default_rng(settings.seed), f"maps/{task}/{regime}"
 
     def count(text: str) -> int:
         return len(regimes.encode(engine.tokenizer, text))
 
-    sample = make_sample(task, rng, workload.length, workload.segments, count=count)
-    asked = quality.prepare(engine, sample, regime, namespace, rng)
-    return maps.make_maps(engine, asked.prompt, namespace)
+    sample = make_sample(task, rng, settings.length, settings.segments, count=count)
+    prepared = quality.prepare(engine, sample, regime, namespace, rng)
+    return maps.make_maps(engine, prepared.prompt, namespace)

@@ -1,4 +1,4 @@
-"""`sparsex cache`: a dry run of the lookup. It needs a tokenizer and no weights, so it answers in a second."""
+"""`sparsex cache`: shows what a prompt would reuse. It needs a tokenizer but no weights, so it takes a second."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ from sparsex_jax.text.encoding import encode
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DryRun:
-    """What a prefill would do.
+    """What a prefill would reuse and compute.
 
     Attributes:
+      cache: holds the files as donors.
       names: the file of each handle.
-      chosen_later: tokens that the model's own signal will choose, so that nobody knows them yet.
+      match: what the lookup found.
+      tokens: the prompt's ids.
+      report: as of a prefill, without the tokens of `num_scored` and without times.
+      num_scored: reused tokens that the method will recompute by their scores. Which ones, only the model can tell.
     """
 
     cache: PageCache
@@ -40,7 +44,7 @@ class DryRun:
     match: Match
     tokens: np.ndarray
     report: Report
-    chosen_later: int
+    num_scored: int
 
 
 def run(
@@ -55,7 +59,13 @@ def run(
     chat: bool | None,
     as_json: bool,
 ) -> None:
-    """`reuse`: fields that win over those of the file, or of the one in the model's directory."""
+    """Look the prompt up, and print what was found.
+
+    Args:
+      files: texts to remember first, each alone.
+      reuse: options that override those of the file.
+      reuse_config: a file of options. None: the one in the model's directory, if there is one.
+    """
     config = EngineConfig(store_tokens=store_tokens)
     if not namespace:
         raise InvalidRequestError("namespace='' must be a non-empty string")
@@ -78,7 +88,7 @@ def run(
 
 
 def remember(cache: PageCache, tokens: np.ndarray, namespace: str) -> int:
-    """What `Engine.remember` does, but for the KV."""
+    """Remember a text as `Engine.remember` does, but without computing its KV. Returns the handle."""
     match = cache.lookup(tokens, namespace, segments=False)
     own = cache.allocate(-(-len(tokens) // cache.page_size) - len(match.prefix_pages))
     cache.share(match.prefix_pages)
@@ -93,7 +103,7 @@ def remember(cache: PageCache, tokens: np.ndarray, namespace: str) -> int:
 def look_up(
     cache: PageCache, names: dict[int, str], tokens: np.ndarray, namespace: str, reuse: ReuseConfig, num_layers: int
 ) -> DryRun:
-    """Find what the prompt can reuse, and lay out the prefill that the method makes of it."""
+    """Find what the prompt can reuse, and plan the prefill as the method does."""
     method = find_method(reuse.method)
     match = cache.lookup(
         tokens,
@@ -104,14 +114,14 @@ def look_up(
     )
     prompt = PromptMap.of(tokens, match)
     phases = method.phases(prompt, reuse, num_layers)
-    behind = phases[min(1, len(phases) - 1)]
-    report = make_report(prompt, phases, num_layers, behind.forced, 0.0)
+    after_boundary = phases[min(1, len(phases) - 1)]
+    report = make_report(prompt, phases, num_layers, after_boundary.forced, 0.0)
     cache.unpin(match)
-    return DryRun(cache, names, match, tokens, report, behind.budget)
+    return DryRun(cache, names, match, tokens, report, after_boundary.budget)
 
 
 def as_dict(dry: DryRun) -> dict[str, Any]:
-    """The report's fields, the entries and the state of the cache. Nothing ran, so there is no time to tell."""
+    """The report's fields, the entries and the cache's stats. No prefill ran, so `ttft_s` is None."""
     return dry.report.to_dict() | {
         "ttft_s": None,
         "entries": [dataclasses.asdict(entry) | {"name": dry.names[entry.handle]} for entry in dry.cache.entries()],
@@ -120,14 +130,15 @@ def as_dict(dry: DryRun) -> dict[str, Any]:
 
 
 def show(dry: DryRun, tokenizer: Any, console: Console) -> None:
+    """Print tables of the donors and segments, and the prompt in colours."""
     console.print(_entry_table(dry))
     console.print(_segment_table(dry))
     console.print(token_map(tokenizer, dry.tokens.tolist(), dry.report))
     console.print()
     console.print(legend(dry.report))
     console.print(Text(prefill_line(dry.report), style="dim"))
-    if dry.chosen_later:
-        note = f"{dry.chosen_later} of the active tokens are chosen by the model itself; they are not in the colours."
+    if dry.num_scored:
+        note = f"The model's scores will choose {dry.num_scored} of the active tokens; the colours do not show which."
         console.print(Text(note, style="dim"))
 
 
@@ -155,6 +166,6 @@ def _positions(segment: Segment) -> str:
 
 
 def _donor(dry: DryRun, page: int) -> str:
-    """The first entry that holds the page: files with a common beginning share pages. None if others evicted it."""
+    """The first entry that has the page (files that begin alike share pages), if no later file evicted it."""
     handles = [entry.handle for entry in dry.cache.entries() if page in entry.pages]
     return f"{handles[0]} ({dry.names[handles[0]]})" if handles else "evicted in part"

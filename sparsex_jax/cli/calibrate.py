@@ -1,4 +1,4 @@
-"""`sparsex calibrate`: the cheapest reuse that keeps a stated quality on the user's own model, as a file."""
+"""`sparsex calibrate`: finds the cheapest reuse that keeps a stated quality on the user's model, and writes a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from sparsex_jax.cli.bench import Workload
+from sparsex_jax.cli.bench import BenchSettings
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import output, print_json, progress
 from sparsex_jax.config import CALIBRATED, ReuseConfig
@@ -21,10 +21,15 @@ from sparsex_jax.eval.calibrate import DISAGREEMENT, LOSS, MAX_LOSS, Calibration
 
 
 def target_of(max_loss: float | None, min_agreement: float | None, confident: bool) -> Target:
-    """What was typed: one of the two, or neither for the default.
+    """The target that the options state. If neither limit is given, the mean loss is at most 0.02.
+
+    Args:
+      max_loss: the largest mean loss, a share from 0 to 1.
+      min_agreement: the smallest mean agreement, a share from 0 to 1.
+      confident: the whole 95 % interval must meet the limit.
 
     Raises:
-      InvalidRequestError: both, or one that is out of range.
+      InvalidRequestError: both limits are given, or one is out of range.
     """
     if max_loss is not None and min_agreement is not None:
         raise InvalidRequestError("max_loss and min_agreement are both given; a calibration has one target")
@@ -35,14 +40,19 @@ def target_of(max_loss: float | None, min_agreement: float | None, confident: bo
     return Target(LOSS, MAX_LOSS if max_loss is None else max_loss, confident)
 
 
-def run(model: str, dtype: str, workload: Workload, target: Target, *, out: Path | None, as_json: bool) -> None:
+def run(model: str, dtype: str, settings: BenchSettings, target: Target, *, out: Path | None, as_json: bool) -> None:
+    """Calibrate, write the file, and print the result.
+
+    Args:
+      out: the file to write. None: `default_path`.
+    """
     prompts = PromptSet(
-        workload.tasks, workload.regimes, workload.length, workload.segments, workload.samples, workload.seed
+        settings.tasks, settings.regimes, settings.length, settings.segments, settings.samples, settings.seed
     )
     calibrate.check_samples(target, prompts.total)
     path = check_writable(out or default_path(model))
-    # A file of an earlier calibration says nothing here, and may be the very one to be replaced.
-    engine = EngineChoice(model, dtype, workload.store_tokens, workload.batch, reuse=ReuseConfig()).load()
+    # With the default reuse, so that the engine does not read the file of an earlier calibration.
+    engine = EngineChoice(model, dtype, settings.store_tokens, settings.batch, reuse=ReuseConfig()).load()
     with progress() as bar:
         found = calibrate.calibrate(engine, prompts, target, track=functools.partial(_track, bar))
     content = calibrate.file_content(engine, model, prompts, found)
@@ -54,13 +64,13 @@ def run(model: str, dtype: str, workload: Workload, target: Target, *, out: Path
 
 
 def default_path(model: str) -> Path:
-    """`sparsex.json` in the model's directory, where the engine looks for it, or else in the current one."""
+    """`sparsex.json` in the model's directory, where the engine reads it. In the current one if the model has none."""
     folder = Path(model).expanduser()
     return folder / CALIBRATED if folder.is_dir() else Path(CALIBRATED)
 
 
 def check_writable(path: Path) -> Path:
-    """The path; raises InvalidRequestError if its folder is missing, before minutes of measuring."""
+    """The path. Raises InvalidRequestError if its folder is missing, so that this shows before minutes of measuring."""
     if not path.parent.is_dir():
         raise InvalidRequestError(f"out={str(path)!r}: there is no directory {str(path.parent)!r}")
     return path
@@ -71,10 +81,12 @@ def _track(bar: Progress, items: Sequence[Any], what: str) -> Iterable[Any]:
 
 
 def candidates_of(found: Calibration) -> list[dict[str, Any]]:
+    """The options and figures of every measured candidate, ready for JSON."""
     return [dataclasses.asdict(each.reuse) | each.to_dict(found.target.metric) for each in found.measured]
 
 
 def show(found: Calibration, path: Path) -> None:
+    """Print the table of candidates and the result."""
     print_line = functools.partial(output().print, soft_wrap=True)
     print_line(calibrate.table(found))
     print_line(f"Full recompute scores {found.full_score:.2f}. {calibrate.verdict(found)}")

@@ -1,4 +1,4 @@
-"""What can be typed. Each command imports what it needs when it runs, so that help comes at once."""
+"""The commands and their options. Each command imports what it needs when it runs, so that `--help` is fast."""
 
 from __future__ import annotations
 
@@ -109,33 +109,36 @@ def demo(
 @app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="As `--model` of the other commands.")] = DEFAULT_MODEL,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
     api_keys: Annotated[
-        Path | None, typer.Option(help="A TOML file of API keys; without it everybody may ask.", dir_okay=False)
+        Path | None, typer.Option(help="A TOML file of API keys. Without it, requests need no key.", dir_okay=False)
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="The name that requests call the model.", show_default="MODEL")
-    ] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name in requests.", show_default="MODEL")] = None,
     dtype: options.DType = "float32",
     store_tokens: options.StoreTokens = 16384,
     max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 8,
     reuse_config: options.ReuseFile = None,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more are refused (503).", min=1)] = 256,
-    max_concurrent: Annotated[int, typer.Option(help="Requests under way for a key; more are refused (429).")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait. More are refused (503).", min=1)] = 256,
+    max_concurrent: Annotated[
+        int, typer.Option(help="Concurrent requests of an API key. More are refused (429).")
+    ] = 64,
     max_knowledge_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Frozen knowledge that a key may keep; more is refused (403).",
-            show_default="as much as the store holds",
+            help="Tokens of frozen knowledge that an API key may keep. More are refused (403).",
+            show_default="as many as the store holds",
         ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="New tokens that a request may ask for.")] = 4096,
-    max_body_bytes: Annotated[int, typer.Option(help="Size of a request; larger ones are refused (413).")] = 4 << 20,
-    request_timeout: Annotated[float, typer.Option(help="Seconds until a request is given up (504).")] = 300.0,
-    drain_timeout: Annotated[float, typer.Option(help="Seconds that running requests get at SIGTERM.")] = 30.0,
+    max_body_bytes: Annotated[int, typer.Option(help="Bytes in a request's body. Larger ones are refused (413).")] = 4
+    << 20,
+    request_timeout: Annotated[float, typer.Option(help="Seconds after which a request is cancelled (504).")] = 300.0,
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running requests may still take after SIGTERM.")
+    ] = 30.0,
     warm_up: Annotated[
-        bool, typer.Option("--warm-up/--no-warm-up", help="Compile what requests need before listening.")
+        bool, typer.Option("--warm-up/--no-warm-up", help="Compile the programs before listening.")
     ] = True,
 ) -> None:
     """Serve a model: OpenAI's endpoints, a knowledge base, metrics, and a page that shows what is reused."""
@@ -170,7 +173,7 @@ def convert(
     dtype: options.DType = "bfloat16",
     tensor_parallel: Annotated[int, typer.Option(help="Devices to split the weights over.")] = 1,
 ) -> None:
-    """Convert a model to a checkpoint that is loaded straight into its shards."""
+    """Convert a model to a checkpoint from which each device loads its shards directly."""
     from sparsex_jax.cli.convert import run
 
     with clear_errors():
@@ -195,7 +198,7 @@ def cache(
     second_boundary: options.SecondBoundary = None,
     min_segment_tokens: options.MinSegmentTokens = None,
 ) -> None:
-    """Show what a prompt would reuse of the files, and why not more: a dry run that needs no weights."""
+    """Show what a prompt would reuse of the files. This reads no weights and computes nothing."""
     from sparsex_jax.cli.cache import run
 
     with clear_errors():
@@ -227,26 +230,25 @@ def calibrate(
     dtype: options.DType = "float32",
     max_loss: Annotated[
         float | None,
-        typer.Option(
-            help="Task score that may be lost, on average, of what full recompute scores.", show_default="0.02"
-        ),
+        typer.Option(help="How much less than full recompute the answers may score, on average.", show_default="0.02"),
     ] = None,
     min_agreement: Annotated[
         float | None,
-        typer.Option(help="Instead: share of full recompute's greedy continuation that must be the same."),
+        typer.Option(help="Instead: the share of full recompute's greedy continuation that must be equal, on average."),
     ] = None,
     confident: Annotated[
-        bool, typer.Option("--confident", help="The whole 95 % interval must meet it. Needs many samples.")
+        bool,
+        typer.Option("--confident", help="Require that the whole 95 % interval meets the target. Needs many samples."),
     ] = False,
-    tasks: Annotated[str, typer.Option(help="As in `bench quality`; some that the model can do.")] = "niah,qa",
-    regimes: Annotated[str, typer.Option(help="How segments will be stored: joint, independent, preamble.")] = (
+    tasks: Annotated[str, typer.Option(help="As in `bench quality`. Choose tasks that the model can do.")] = "niah,qa",
+    regimes: Annotated[str, typer.Option(help="How segments are stored: joint, independent, preamble, context.")] = (
         "independent"
     ),
-    length: Annotated[int, typer.Option(help="Tokens of the reused body in each prompt, about.")] = 1024,
-    segments: Annotated[int, typer.Option(help="Parts of the body.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of reused body in each prompt, about.")] = 1024,
+    segments: Annotated[int, typer.Option(help="Segments of the body.")] = 4,
     samples: Annotated[int, typer.Option(help="Prompts for each task and regime.")] = 16,
-    batch: Annotated[int, typer.Option(help="Prompts asked together; an accelerator wants 32 or more.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Prompts that run together. An accelerator needs 32 or more.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -258,12 +260,12 @@ def calibrate(
     as_json: options.Json = False,
 ) -> None:
     """Find the cheapest reuse that keeps a stated quality on this model, and write it as a file the engine reads."""
-    from sparsex_jax.cli.bench import Workload
+    from sparsex_jax.cli.bench import BenchSettings
     from sparsex_jax.cli.calibrate import run, target_of
 
     with clear_errors():
-        workload = Workload(["sparsex"], _split(tasks), _split(regimes), length, segments, samples, batch, seed)
-        run(model, dtype, workload, target_of(max_loss, min_agreement, confident), out=out, as_json=as_json)
+        settings = BenchSettings(["sparsex"], _split(tasks), _split(regimes), length, segments, samples, batch, seed)
+        run(model, dtype, settings, target_of(max_loss, min_agreement, confident), out=out, as_json=as_json)
 
 
 def _split(names: str) -> list[str]:
@@ -274,28 +276,33 @@ def _split(names: str) -> list[str]:
 def quality(
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "float32",
-    tasks: Annotated[str, typer.Option(help="niah, mq_niah, vt, cwe, fwe, qa, chat, agents; several by commas.")] = (
+    tasks: Annotated[str, typer.Option(help="niah, mq_niah, vt, cwe, fwe, qa, chat, agents; separated by commas.")] = (
         "vt,mq_niah"
     ),
-    regimes: Annotated[str, typer.Option(help="How segments were stored: joint, independent, preamble.")] = (
+    regimes: Annotated[str, typer.Option(help="How segments are stored: joint, independent, preamble, context.")] = (
         "joint,independent"
     ),
     methods: Annotated[
-        str, typer.Option(help="Names, each with settings if wanted: sparsex:boundary_layer=0:recompute_ratio=0.3.")
+        str,
+        typer.Option(
+            help="Methods, separated by commas, with options if wanted: sparsex:boundary_layer=0:recompute_ratio=0.3."
+        ),
     ] = "full,naive,sparsex:boundary_layer=0,sparsex",
-    length: Annotated[int, typer.Option(help="Tokens of the reused body in each prompt, about.")] = 2048,
-    segments: Annotated[int, typer.Option(help="Parts of the body.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens of reused body in each prompt, about.")] = 2048,
+    segments: Annotated[int, typer.Option(help="Segments of the body.")] = 4,
     samples: Annotated[int, typer.Option(help="Prompts for each task and regime.")] = 8,
-    batch: Annotated[int, typer.Option(help="Prompts asked together; an accelerator wants 32 or more.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
+    batch: Annotated[int, typer.Option(help="Prompts that run together. An accelerator needs 32 or more.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="A folder for the results as JSON, Markdown table and plots.", file_okay=False)
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Ask generated tasks with every method: task scores, and how far each is from full recompute."""
-    from sparsex_jax.cli.bench import Workload, run
+    """Compare methods on generated tasks: their scores, and how far their answers are from full recompute's."""
+    from sparsex_jax.cli.bench import BenchSettings, run
 
     with clear_errors():
-        workload = Workload(_split(methods), _split(tasks), _split(regimes), length, segments, samples, batch, seed)
-        run(model, dtype, workload, out=out, as_json=as_json)
+        settings = BenchSettings(
+            _split(methods), _split(tasks), _split(regimes), length, segments, samples, batch, seed
+        )
+        run(model, dtype, settings, out=out, as_json=as_json)

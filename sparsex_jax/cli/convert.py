@@ -1,4 +1,4 @@
-"""`sparsex convert`: rewrite a checkpoint so that it loads fast, straight into its shards."""
+"""`sparsex convert`: rewrites a checkpoint so that each device loads its shards directly."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sparsex_jax.model.sharding import make_mesh
 
 
 def run(source: str, target: Path, dtype: str, tensor_parallel: int) -> None:
+    """Read the model `source`, and write it to the new directory `target`."""
     with waiting(f"Converting {source} to {dtype}"):
         convert(source, target, dtype, make_mesh(tensor_parallel))
     output().print(f"Wrote {target} ({dtype}); load it with --model {target}", soft_wrap=True)

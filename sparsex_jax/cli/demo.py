@@ -1,7 +1,6 @@
-"""`sparsex demo`: documents remembered one by one, then asked about in one prompt, in another order.
+"""`sparsex demo`: remembers documents one by one, then asks about them in one prompt that has them in another order.
 
-Every method answers the same prompt from the same store; nothing they compute is kept, so that none sees
-what another left behind.
+Every method answers the same prompt from the same store. No method's KV is kept, so none finds another's.
 """
 
 from __future__ import annotations
@@ -32,11 +31,12 @@ REPEATS = 3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a method did with the prompt.
+    """One method's answer and figures.
 
     Attributes:
-      kl: KL divergence of its next-token distribution from that of full prefill, in nats.
-      report: of its last prefill, with the median `ttft_s` of all.
+      text: the greedy answer.
+      kl: KL divergence of its next-token distribution from that of full recompute, in nats.
+      report: of its last prefill, with the median `ttft_s` of all its prefills.
     """
 
     text: str
@@ -58,7 +58,7 @@ def run(choice: EngineChoice, max_new_tokens: int, *, as_json: bool) -> None:
 
 
 def reuse_methods(num_layers: int) -> dict[str, ReuseConfig]:
-    """What stands side by side, `full` among it: the others are compared with that."""
+    """The methods to compare, by name. `full` must be among them, because the others are compared with it."""
     return {
         "full": ReuseConfig("full"),
         "prefix": ReuseConfig("prefix"),
@@ -68,16 +68,16 @@ def reuse_methods(num_layers: int) -> dict[str, ReuseConfig]:
     }
 
 
-# Asking -----------------------------------------------------------------------------------------------------
+# Answering -----------------------------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer: Any) -> list[int]:
-    """The documents and the question, as the model's chat template wants them."""
+    """The token ids of the documents and the question, in the model's chat template."""
     return _encode(tokenizer, render(tokenizer, f"{INSTRUCTION}\n\n{user_message()}"))
 
 
 def render(tokenizer: Any, message: str) -> str:
-    """A user's message as text. Models without a template get it as it is."""
+    """A user's message in the chat template. Without a template, the message itself."""
     if not tokenizer.chat_template:
         return message
     messages = [{"role": "user", "content": message}]
@@ -89,7 +89,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def remember_documents(engine: Engine, bar: Progress) -> dict[str, int]:
-    """Remember how the prompt begins and then the documents, each alone. Returns the tokens of each."""
+    """Remember the beginning of the prompt and the documents, each alone. Returns the number of tokens of each."""
     opening = render(engine.tokenizer, INSTRUCTION).partition(INSTRUCTION)[0] + INSTRUCTION
     texts = {"instruction": opening} | DOCUMENTS
     for text in bar.track(texts.values(), description="Remembering documents"):
@@ -100,7 +100,7 @@ def remember_documents(engine: Engine, bar: Progress) -> dict[str, int]:
 def run_methods(
     engine: Engine, prompt: Sequence[int], methods: dict[str, ReuseConfig], max_new_tokens: int, bar: Progress
 ) -> dict[str, Outcome]:
-    """Let every method answer, which compiles it; then time them by turns: a busy machine is busy for all of them."""
+    """Let every method answer, which also compiles. Then time the methods in turns, so that load slows all alike."""
     sampling = SamplingParams(max_new_tokens=max_new_tokens)
     texts = {
         name: engine.generate(prompt, sampling, reuse=reuse, namespace=NAMESPACE, keep=False).text

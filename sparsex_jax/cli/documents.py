@@ -1,8 +1,8 @@
-"""What the demo remembers and asks.
+"""The documents that the demo remembers, and its question.
 
-All of it is invented. The question was picked, among ten about these notes, because the small default model
-answers it right with full attention and gives another note's code when KV is pasted in as it is. One question
-proves nothing about how often that happens; the benches count it.
+All of them are invented. Of ten questions about these notes, this one was picked because the small default model
+answers it right with full recompute and gives another note's code with method `naive`. One question does not show how
+often this happens; `sparsex bench quality` measures that.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ DOCUMENTS = {
         "on the first Sunday of the month, and tea is served beside the pond."
     ),
 }
-# The prompt has them in another order than they are remembered in.
+# The order of the documents in the prompt, which is not the order in which they are remembered.
 PROMPT_ORDER = ("library", "garden", "harbour", "observatory", "bakery")
 
 
 def user_message() -> str:
-    """All documents, each behind a line of its own, and the question."""
+    """All documents, each behind a heading, and the question."""
     notes = [f"Note {i}, from the {name}:\n{DOCUMENTS[name]}" for i, name in enumerate(PROMPT_ORDER, start=1)]
     return "\n\n".join(["Five notes came in today, in no particular order.", *notes, QUESTION])

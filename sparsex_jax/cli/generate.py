@@ -1,4 +1,4 @@
-"""`sparsex generate`: remember files, then generate from one prompt."""
+"""`sparsex generate`: remembers files, then generates text from one prompt."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ def run(
     chat: bool | None,
     as_json: bool,
 ) -> None:
-    """`reuse`: fields that win over what the engine was told."""
+    """Remember the files, generate, and print the answer.
+
+    Args:
+      reuse: options that override the engine's.
+    """
     text, donors = read_prompt(prompt), [read_text(path) for path in files]
     engine = choice.load()
     remember_all(engine, donors, namespace)
@@ -77,11 +81,12 @@ def _print(result: Generation, as_json: bool) -> None:
 
 
 def report_line(report: Report) -> str:
+    """What was found and computed of a prompt, and the time to the first token."""
     return f"{prefill_line(report)}; first token after {report.ttft_s:.2f} s"
 
 
 def prefill_line(report: Report) -> str:
-    """What was found of a prompt and what is computed of it."""
+    """How many tokens of a prompt were found, and how many are computed."""
     return (
         f"{report.prompt_tokens} tokens: {report.prefix_tokens} prefix, {report.reused_tokens} reused in "
         f"{len(report.segments)} segments, {report.fresh_tokens} fresh; {report.active_tokens} active from layer "

@@ -1,4 +1,4 @@
-"""From what was typed to a prompt."""
+"""Reads the prompt and the files that a command names."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from sparsex_jax.text.encoding import Prompt
 
 
 def read_prompt(prompt: str) -> str:
-    """The prompt as given, or standard input for `-`."""
+    """The prompt as given, or the text on standard input for `-`. Raises InvalidRequestError if it is empty."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    if not text:  # a chat template would make something of nothing
+    if not text:  # checked here because a chat template would make a valid prompt of it
         raise InvalidRequestError("prompt is empty; it must have at least 1 token")
     return text
 
 
 def read_text(path: Path) -> str:
+    """The text in a file. Raises InvalidRequestError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -26,7 +27,11 @@ def read_text(path: Path) -> str:
 
 
 def as_prompt(text: str, tokenizer: Any, chat: bool | None) -> Prompt:
-    """The text as it is, or as a user's message, which is what instruction-tuned models want."""
+    """The text itself, or a user's message with it.
+
+    Args:
+      chat: whether to make it a message. None: if the tokenizer has a chat template.
+    """
     if chat is None:
         chat = bool(tokenizer and tokenizer.chat_template)
     return [{"role": "user", "content": text}] if chat else text

@@ -45,10 +45,12 @@ def run(
 
 
 def compile_all(engine: Engine) -> None:
-    """What requests will need, so that the first ones do not wait for compilers."""
+    """Compile the programs that requests need, so that the first requests do not wait for the compiler."""
     before, started = num_compilations(), time.perf_counter()
     with progress() as bar:
         for step in bar.track(warmup.steps(engine), description="Compiling"):
             step()
     number, seconds = num_compilations() - before, time.perf_counter() - started
-    messages().print(f"Compiled {number} programs in {seconds:.0f} s, or loaded them; --no-warm-up leaves it for later")
+    messages().print(
+        f"Compiled or loaded {number} programs in {seconds:.0f} s; --no-warm-up compiles them at the first requests"
+    )

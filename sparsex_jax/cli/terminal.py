@@ -1,7 +1,7 @@
-"""What every command does with a terminal: print, wait and fail.
+"""Printing, progress and errors, the same for every command.
 
-Results go to standard output. Whatever is said meanwhile, and errors, go to standard error, so that `--json`
-leaves one object on standard output and nothing else.
+Results go to standard output. Progress, notes and errors go to standard error, so that with `--json` standard output
+has one JSON object and nothing else.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from sparsex_jax.errors import SparsexError
 
 
 def output() -> Console:
-    """The console for results. Texts come from files and models, so nothing in them is markup."""
+    """The console for results. It prints square brackets in texts of files and models as they are."""
     return Console(markup=False, highlight=False)
 
 
 def messages() -> Console:
-    """The console for progress and errors."""
+    """The console for progress, notes and errors."""
     return Console(stderr=True, markup=False, highlight=False)
 
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """An error that the package raises on purpose becomes one red line and exit code 2."""
+    """Turn an error that the package raises on purpose into one red line and exit code 2."""
     try:
         yield
     except SparsexError as error:
@@ -41,11 +41,12 @@ def clear_errors() -> Iterator[None]:
 
 
 def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object on one line of standard output."""
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def progress() -> Progress:
-    """A progress bar that disappears when done, and never shows up in a pipe or a log."""
+    """A progress bar. It disappears at the end, and is shown only if standard error is a terminal."""
     console = messages()
     return Progress(
         SpinnerColumn(),
@@ -61,7 +62,7 @@ def progress() -> Progress:
 
 @contextlib.contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """A spinner beside what takes long."""
+    """Show a spinner with the text `what` while the block runs, if standard error is a terminal."""
     console = messages()
     with console.status(f"{what} ...") if console.is_terminal else contextlib.nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""A prompt in colours, token by token: what was known of each token, and what was done about it."""
+"""Prints a prompt in colours that show for each token whether it was found in the store and whether it was computed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ STYLES = {
 
 
 def token_labels(report: Report) -> list[str]:
-    """A key of `STYLES` for each token. A reused token that is computed again is `recomputed`."""
+    """The label of each token, a key of `STYLES`. A reused token that is computed again is `recomputed`."""
     names = np.array(["prefix", "reused", "fresh"])[report.kind]
     return np.where((report.kind == Kind.REUSED) & report.active, "recomputed", names).tolist()
 
 
 def token_map(tokenizer: Any, tokens: Sequence[int], report: Report) -> Text:
-    """The prompt, each token on the colour of its label."""
+    """The prompt's text, with each token in the colour of its label."""
     text = Text()
     for piece, label in zip(token_pieces(tokenizer, tokens), token_labels(report), strict=True):
         text.append(piece, STYLES[label])
@@ -35,7 +35,7 @@ def token_map(tokenizer: Any, tokens: Sequence[int], report: Report) -> Text:
 
 
 def legend(report: Report) -> Text:
-    """What the colours mean, with the number of tokens of each."""
+    """The label of each colour, with the number of its tokens."""
     labels = token_labels(report)
     entries = [Text.assemble((f" {label} ", style), f" {labels.count(label)}") for label, style in STYLES.items()]
     return Text("   ").join(entries)

@@ -1,7 +1,7 @@
-"""Who may ask: API keys, the namespaces they are bound to, and how much each may ask at once.
+"""API keys: the namespace that each is bound to, and the limits of its requests.
 
-A namespace of the store is derived from the key's namespace and the request's `cache_salt` by a hash over both,
-so no choice of a salt leads into another key's namespace.
+The namespace in the store is a hash of the key's namespace and the request's `cache_salt`, so no client can reach
+another key's namespace by choosing a salt.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from typing import Any
 from sparsex_jax.cache import Entry
 from sparsex_jax.errors import InvalidRequestError, SparsexError
 
-_NUMBERS = {"max_concurrent": 1, "max_knowledge_tokens": 0}  # and the least each may be
+_NUMBERS = {"max_concurrent": 1, "max_knowledge_tokens": 0}  # fields of an entry, and the least value of each
 _FIELDS = {"key": str, "sha256": str, "namespace": str, **dict.fromkeys(_NUMBERS, int), "metrics": bool}
 
 
 class UnauthorizedError(SparsexError):
-    """No API key, or one that nobody has."""
+    """The request has no API key, or an unknown one."""
 
 
 class ForbiddenError(SparsexError):
-    """The API key is known, but not for this."""
+    """The API key is known, but does not permit this request."""
 
 
 class ConcurrencyError(SparsexError):
-    """The key has as many requests under way as it may."""
+    """The API key has as many concurrent requests as it may have."""
 
 
 class QuotaError(SparsexError):
-    """The key keeps as much knowledge as it may."""
+    """The API key keeps as much knowledge as it may keep."""
 
 
 class Quota:
@@ -69,14 +69,14 @@ class Quota:
 
 
 class Tenant:
-    """The holder of a key, or everybody where the server has no keys.
+    """The holder of an API key. If the server has no keys, all clients are one tenant.
 
     Attributes:
-      name: of the key, for people to read.
-      namespace: what it is bound to; keys of the same namespace share what is stored.
-      max_concurrent: requests it may have under way at once.
-      metrics: whether it may see the figures of the whole server.
-      knowledge: how much it keeps.
+      name: the key's name in the file.
+      namespace: keys of the same namespace share what is stored.
+      max_concurrent: how many requests it may have at once.
+      metrics: whether it may read `/metrics`.
+      knowledge: the frozen knowledge that it keeps.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Tenant:
 
     @contextlib.contextmanager
     def slot(self) -> Iterator[None]:
-        """Hold one of the places for running requests. Raises ConcurrencyError if all are taken."""
+        """Count a request of this tenant while the block runs. Raises ConcurrencyError if it has too many already."""
         if self._running >= self.max_concurrent:
             raise ConcurrencyError(
                 f"{self._running} requests of this key are under way; max_concurrent={self.max_concurrent} is its limit"
@@ -100,19 +100,19 @@ class Tenant:
             self._running -= 1
 
     def store_namespace(self, salt: str | None) -> str:
-        """The namespace in the store. JSON keeps the two parts apart, whatever characters they have."""
+        """The namespace in the store. As JSON, no two pairs of namespace and salt are the same text."""
         return hashlib.sha256(json.dumps([self.namespace, salt]).encode()).hexdigest()
 
 
 class Access:
-    """The tenants by the digests of their keys. Keys themselves are not kept."""
+    """The tenants, by the SHA-256 digests of their keys. The keys themselves are not kept in memory."""
 
     def __init__(self, tenants: Mapping[str, Tenant], everybody: Tenant | None) -> None:
         self._tenants, self._everybody = dict(tenants), everybody
 
     @classmethod
     def open(cls, limits: Limits) -> Access:
-        """No keys: everybody is one tenant."""
+        """Access without keys: all clients are one tenant."""
         everybody = Tenant("everybody", "", limits.max_concurrent, True, limits.max_knowledge_tokens)
         return cls({}, everybody)
 
@@ -124,13 +124,14 @@ class Access:
             key = "sk-..."          # or sha256 = "...", the hex digest of the key
             namespace = "research"  # optional; by default the table's name
             max_concurrent = 4      # optional
-            max_knowledge_tokens = 100_000  # optional; 0: it may keep none
-            metrics = true          # optional: may read /metrics
+            max_knowledge_tokens = 100_000  # optional; with 0 it may keep none
+            metrics = true          # optional; it may read /metrics
 
         Args:
-          limits: for entries that say nothing else.
+          limits: the limits of entries that do not set their own.
 
-        Raises InvalidRequestError: no such file, no TOML, or an entry is wrong.
+        Raises:
+          InvalidRequestError: the file cannot be read as TOML, or an entry is wrong.
         """
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -149,13 +150,13 @@ class Access:
         return cls(tenants, None)
 
     def tenant(self, authorization: str | None) -> Tenant:
-        """Whose request it is, from its `Authorization` header. Raises UnauthorizedError."""
+        """The tenant of a request, by its `Authorization` header. Raises UnauthorizedError if there is none."""
         if self._everybody is not None:
             return self._everybody
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise UnauthorizedError("an API key is needed: Authorization: Bearer KEY")
-        # Looked up by digest, so the time it takes says nothing about the keys there are.
+        # A lookup by digest takes the same time for every wrong key, so its time does not help to guess one.
         tenant = self._tenants.get(_digest(key.strip()))
         if tenant is None:
             raise UnauthorizedError("the API key is not known")
@@ -167,7 +168,7 @@ def _digest(key: str) -> str:
 
 
 def _checked_digest(where: str, entry: Any) -> str:
-    """The digest of an entry's key, if the entry is right."""
+    """The digest of an entry's key. Raises InvalidRequestError if a field of the entry is wrong."""
     if not isinstance(entry, dict):
         raise InvalidRequestError(f"{where} must be a table")
     for name, value in entry.items():
@@ -185,18 +186,18 @@ def _checked_digest(where: str, entry: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may ask.
+    """The limits of requests. Each is more than 0.
 
     Attributes:
-      max_body_bytes: of a request's body.
-      max_tokens: new tokens of an answer.
-      default_tokens: new tokens of a chat's answer that names no number, if the context has room for them.
-      max_prompts: prompts of one completion request.
-      max_concurrent: requests that a key may have under way, where its entry says nothing else.
-      max_knowledge_tokens: of frozen knowledge that a key may keep, where its entry says nothing else. None: as much as
-        the store holds.
-      request_timeout: seconds until a request is given up.
-      drain_timeout: seconds that running requests get when the server is told to stop.
+      max_body_bytes: bytes in a request's body.
+      max_tokens: new tokens that a request may ask for.
+      default_tokens: new tokens of a chat that asks for no number, if the context has room for them.
+      max_prompts: prompts in one completion request.
+      max_concurrent: concurrent requests of a key, if its entry does not set another limit.
+      max_knowledge_tokens: tokens of frozen knowledge that a key may keep, if its entry does not set another limit.
+        None: as many as the store holds.
+      request_timeout: seconds after which a request is cancelled.
+      drain_timeout: seconds that running requests may still take after SIGTERM.
     """
 
     max_body_bytes: int = 4 << 20

@@ -1,6 +1,7 @@
 """The HTTP application: OpenAI's endpoints, the knowledge base, health, metrics and the page.
 
-A request's way: body within its limit -> key -> checked fields -> token ids -> loop -> events -> OpenAI's objects.
+A request passes these steps: limit of the body -> API key -> checked fields -> token ids -> scheduler -> events ->
+OpenAI's objects.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
 from sparsex_jax.serving.faults import RequestError, json_response
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.metrics import Metrics
-from sparsex_jax.serving.openai import ChatShape, CompletionShape, Reply, Shape
+from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, Reply, ReplyFormat
 from sparsex_jax.serving.tools import reader_for
 from sparsex_jax.serving.transport import BodyLimit, EventStream, StatusCount, unless_disconnected
 from sparsex_jax.serving.worker import Job, TimeLimitError, Worker
 from sparsex_jax.text.token_text import TokenText
 
 PAGE = Path(__file__).parent / "page"
-# The page needs nothing from elsewhere, and texts of models and documents must not become programs.
+# The page loads nothing from other hosts, and no text of a model or a document may run as a script.
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -49,24 +50,29 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 class Service:
-    """What the endpoints work with."""
+    """The objects that all endpoints share."""
 
     def __init__(self, worker: Worker, model: str, access: Access, limits: Limits) -> None:
         self.worker, self.model, self.access, self.limits = worker, model, access, limits
         self.metrics, self.texts = Metrics(), TokenText(worker.engine.tokenizer)
         self.intake = Intake(worker.engine, limits)
         self.created = int(time.time())
-        # One thread: a tokenizer does not like several.
+        # One thread, because a tokenizer is not safe to call from several.
         self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sparsex-tokenizer")
 
     async def generate[B: schemas.Generate](
-        self, request: Request, body: B, tenant: Tenant, intake: Callable[[B, Tenant], list[Job]], shape: Shape
+        self,
+        request: Request,
+        body: B,
+        tenant: Tenant,
+        intake: Callable[[B, Tenant], list[Job]],
+        reply_format: ReplyFormat,
     ) -> Response:
-        """Answer a request, whole or as a stream; a client that goes away takes its request with it."""
-        return await unless_disconnected(request, self._generate(body, tenant, intake, shape))
+        """Answer a request, as a whole or as a stream. If the client disconnects, its request is cancelled."""
+        return await unless_disconnected(request, self._generate(body, tenant, intake, reply_format))
 
     async def _generate[B: schemas.Generate](
-        self, body: B, tenant: Tenant, intake: Callable[[B, Tenant], list[Job]], shape: Shape
+        self, body: B, tenant: Tenant, intake: Callable[[B, Tenant], list[Job]], reply_format: ReplyFormat
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
             held.enter_context(tenant.slot())
@@ -75,21 +81,21 @@ class Service:
             pieces = await self.in_background(self.intake.pieces, jobs) if body.return_token_map else None
             stream = await held.enter_async_context(self.worker.stream(jobs, limit_s=self.limits.request_timeout))
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            reply = Reply(shape, self.model, jobs, pieces, usage=usage)
+            reply = Reply(reply_format, self.model, jobs, pieces, usage=usage)
             events = self.metrics.observed(stream)
             if not body.stream:
                 return json_response(await reply.whole(events))
             chunks = reply.chunks(events)
-            first = await anext(chunks)  # what fails before it still gets a status
+            first = await anext(chunks)  # if this fails, the response still gets the error's status
             return EventStream(first, chunks, held.pop_all())
 
     async def in_background[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run what tokenizes, off the event loop."""
+        """Run a function that tokenizes on the tokenizer's thread, so that it does not block the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._tokenizing, lambda: function(*args, **kwargs))
 
     async def call[T](self, function: Callable[..., T], *args: Any) -> T:
-        """As `Worker.call`, within the time limit."""
+        """As `Worker.call`. Raises TimeLimitError if it takes too long."""
         try:
             async with asyncio.timeout(self.limits.request_timeout):
                 return await self.worker.call(function, *args)
@@ -115,11 +121,12 @@ def unknown_model(model: str | None, served: str) -> RequestError:
 
 
 def create_app(worker: Worker, *, model: str, access: Access | None = None, limits: Limits | None = None) -> FastAPI:
-    """The application. It starts the worker when it starts, and stops it when it stops.
+    """The application. It starts the worker when it starts, and stops the worker when it stops.
 
     Args:
-      model: the name that the model goes by.
-      access: who may ask; by default everybody.
+      model: the model's name in requests.
+      access: the API keys. None: requests need no key.
+      limits: of requests. None: the defaults.
     """
     limits = limits or Limits()
     service = Service(worker, model, access or Access.open(limits), limits)
@@ -167,15 +174,15 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
     """Answer a chat, as OpenAI's endpoint does."""
     tokenizer = service.worker.engine.tokenizer
     reader = reader_for(tokenizer and tokenizer.chat_template, body.offered_tools or ())
-    shape = ChatShape(service.texts, bool(body.logprobs), reader)
-    return await service.generate(request, body, tenant, service.intake.chat, shape)
+    reply_format = ChatFormat(service.texts, bool(body.logprobs), reader)
+    return await service.generate(request, body, tenant, service.intake.chat, reply_format)
 
 
 @router.post("/v1/completions")
 async def completions(body: schemas.CompletionRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Continue one or several texts, as OpenAI's endpoint does."""
-    shape = CompletionShape(service.texts, body.logprobs is not None)
-    return await service.generate(request, body, tenant, service.intake.completion, shape)
+    reply_format = CompletionFormat(service.texts, body.logprobs is not None)
+    return await service.generate(request, body, tenant, service.intake.completion, reply_format)
 
 
 @router.get("/v1/models")
@@ -203,7 +210,7 @@ async def insert_knowledge(body: schemas.KnowledgeRequest, service: Served, tena
 
 @router.get("/v1/knowledge")
 async def list_knowledge(service: Served, tenant: Caller, cache_salt: Salt = None) -> schemas.KnowledgeList:
-    """What is kept under this key and salt, oldest first."""
+    """The knowledge that is kept under this key and salt, oldest first."""
     entries = await service.call(service.worker.engine.entries, tenant.store_namespace(cache_salt))
     return schemas.KnowledgeList(data=[_described(entry) for entry in entries])
 
@@ -212,14 +219,14 @@ async def list_knowledge(service: Served, tenant: Caller, cache_salt: Salt = Non
 async def delete_knowledge(
     handle: int, service: Served, tenant: Caller, cache_salt: Salt = None
 ) -> schemas.KnowledgeDeleted:
-    """Stop serving it. A handle of another key or salt is as unknown as one that never was."""
+    """Forget knowledge. A handle of another key or salt gives the same error as one that never existed."""
     await service.call(_forget, service.worker.engine, handle, tenant.store_namespace(cache_salt))
     return schemas.KnowledgeDeleted(handle=handle)
 
 
 @router.get("/v1/store")
 async def store(service: Served, tenant: Caller) -> schemas.Store:
-    """How full the store is, by all namespaces together."""
+    """The store's pages by state, over all namespaces."""
     engine = service.worker.engine
     stats = await service.call(engine.stats)
     return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size})
@@ -227,7 +234,7 @@ async def store(service: Served, tenant: Caller) -> schemas.Store:
 
 @router.get("/health", response_model=schemas.Health)
 async def health(service: Served) -> Response:
-    """200 while requests are taken, 503 otherwise."""
+    """200 while the server takes requests, 503 otherwise."""
     worker = service.worker
     status = "failed" if worker.failure else "draining" if worker.draining else "ok"
     return json_response({"status": status}, 200 if status == "ok" else 503)
@@ -235,7 +242,7 @@ async def health(service: Served) -> Response:
 
 @router.get("/metrics")
 async def metrics(service: Served, tenant: Caller) -> Response:
-    """Figures of the whole server, for Prometheus."""
+    """The metrics of the whole server, for Prometheus."""
     if not tenant.metrics:
         raise ForbiddenError("this key may not read the figures of the whole server")
     worker = service.worker

@@ -1,4 +1,4 @@
-"""From what went wrong to an answer in OpenAI's shape: a status, and {"error": {message, type, param, code}}."""
+"""Turns errors into responses as OpenAI's: a status, and {"error": {message, type, param, code}}."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ from sparsex_jax.serving.worker import DrainingError, TimeLimitError
 
 _REUSE = {field.name for field in dataclasses.fields(ReuseConfig)}
 _SHORT = reprlib.Repr(maxstring=60, maxother=60, maxlist=3, maxdict=3)
-_CLIENT_CLOSED = 499  # nobody reads it; it is what metrics show
+_CLIENT_CLOSED = 499  # nginx's status for a client that disconnected; only metrics show it
 
 log = logging.getLogger(__name__)
 
 
 class RequestError(SparsexError):
-    """A request that is wrong in a named field."""
+    """A request is wrong in one field.
+
+    Attributes:
+      param: the field's name. None if no single field is wrong.
+      code: a word for programs to act on.
+      status: the HTTP status.
+    """
 
     def __init__(self, message: str, *, param: str | None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -37,16 +43,16 @@ class RequestError(SparsexError):
 
 
 class DisconnectedError(SparsexError):
-    """The client went away before its answer began."""
+    """The client disconnected before its answer began."""
 
 
 class OutOfServiceError(SparsexError):
-    """A request that ran was given up because the server stops."""
+    """The server cancelled a running request because it is stopping."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What a client is told."""
+    """An error as the client sees it: the fields of OpenAI's error object, the HTTP status, and when to try again."""
 
     status: int
     message: str
@@ -66,21 +72,21 @@ class Fault:
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """In ASCII: messages quote what they refuse, which may be half of a surrogate pair."""
+    """A JSON response in ASCII, because messages quote values of requests, and a lone surrogate has no UTF-8."""
     return Response(json.dumps(body), status, headers, "application/json")
 
 
 def fault_of(error: BaseException) -> Fault:
-    """What a client is told of an error. What nobody expected is logged, and told as an internal fault only."""
-    for kind, describe in _KINDS:
-        if isinstance(error, kind):
+    """The fault that describes an error. An unexpected error is logged, and the client sees only an internal error."""
+    for error_class, describe in _DESCRIPTIONS:
+        if isinstance(error, error_class):
             return describe(error)
     log.error("a request failed", exc_info=error)
     return Fault(500, "internal error; the server's log says more", "server_error", code="internal_error")
 
 
 def _invalid(error: Any) -> Fault:
-    """Messages of the package begin with the field and its value."""
+    """The package's messages begin with the field: "field=value must be ...", "field has ..." or "field of ..."."""
     message = str(error)
     field = re.match(r"(\w+)(?:=| has | of )", message)
     param = field.group(1) if field else None
@@ -106,7 +112,7 @@ def _http(error: Any) -> Fault:
 
 
 def _validation(error: Any) -> Fault:
-    """The deepest error: where a field may be one of several things, it is the one that was nearly right."""
+    """Describe the deepest validation error. If a field may have one of several types, this is of the closest one."""
     worst = max(error.errors(), key=lambda each: len(each["loc"]))
     param = _field(worst["loc"])
     if param is None:
@@ -118,7 +124,7 @@ def _validation(error: Any) -> Fault:
 
 
 def _field(location: Sequence[str | int]) -> str | None:
-    """`("body", "messages", 0, "role")` as `messages[0].role`; a union's alternatives are no fields."""
+    """The field at a location: `("body", "messages", 0, "role")` is `messages[0].role`. Names of types are skipped."""
     path = ""
     for part in location[1:]:
         if isinstance(part, int):
@@ -128,7 +134,8 @@ def _field(location: Sequence[str | int]) -> str | None:
     return path or None
 
 
-_KINDS: tuple[tuple[type[BaseException], Any], ...] = (
+# The first class that an error is an instance of describes it.
+_DESCRIPTIONS: tuple[tuple[type[BaseException], Any], ...] = (
     (RequestError, _request),
     (RequestValidationError, _validation),
     (HTTPException, _http),
@@ -148,7 +155,7 @@ _KINDS: tuple[tuple[type[BaseException], Any], ...] = (
 
 
 def install(app: FastAPI) -> None:
-    """Every error of the app becomes an answer in this shape."""
+    """Make every error that the app raises a response of this form."""
 
     async def answer(_: Request, error: Exception) -> Response:
         return fault_of(error).response()

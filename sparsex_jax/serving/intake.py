@@ -1,4 +1,4 @@
-"""From a request's body to jobs for the loop: token ids, sampling, reuse and namespace, checked."""
+"""Turns a request's body into jobs for the loop, with checked token ids, sampling, reuse and namespace."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sparsex_jax.serving.worker import Job
 from sparsex_jax.text.encoding import Prompt, encode
 from sparsex_jax.text.tokenizer import token_pieces
 
-_GREEDY = 1e-4
+_GREEDY = 1e-4  # temperatures below this are 0
 _COMPLETION_TOKENS = 16  # OpenAI's default
 
 
 class Intake:
-    """Makes jobs of requests. It tokenizes, which takes a while for long prompts, so not on the event loop."""
+    """Makes jobs of requests. Tokenizing a long prompt takes long, so this must not run on the event loop."""
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
         self._engine, self._limits = engine, limits
@@ -56,13 +56,13 @@ class Intake:
         return jobs
 
     def pieces(self, jobs: Sequence[Job]) -> list[list[str]]:
-        """The texts of the prompts' tokens; their ids where there is no tokenizer."""
+        """The texts of each prompt's tokens. Without a tokenizer, their ids."""
         tokenizer = self._engine.tokenizer
         prompts = [np.asarray(job.prompt).tolist() for job in jobs]
         return [list(token_pieces(tokenizer, ids)) if tokenizer else [f"{id_} " for id_ in ids] for ids in prompts]
 
     def knowledge(self, request: KnowledgeRequest) -> tuple[np.ndarray, np.ndarray | None]:
-        """Text and preamble. Raises RequestError if one is wrong, or both together are more than fits."""
+        """The ids of text and preamble. Raises RequestError if one is wrong, or both together do not fit."""
         text = self._encode(request.text, "text", special=False)
         preamble = None if request.preamble is None else self._encode(request.preamble, "preamble", special=True)
         length, limit = len(text) + (0 if preamble is None else len(preamble)), self._engine.model.max_position
@@ -76,14 +76,14 @@ class Intake:
         return text, preamble
 
     def _render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> str:
-        """The messages as the model's chat template wants them."""
+        """The messages in the model's chat template, as text."""
         tokenizer = self._engine.tokenizer
         if tokenizer is None or not tokenizer.chat_template:
             raise RequestError("messages: this model has no chat template; use /v1/completions", param="messages")
         plain = [plain_message(message) for message in messages]
         try:
             return tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program that the client's messages run
+        except Exception as error:  # a template is a program, which the client's messages can make fail
             raise RequestError(
                 f"messages: the model's chat template refuses them: {error}", param="messages"
             ) from error
@@ -122,7 +122,13 @@ class Intake:
         return sampling
 
     def _new_tokens(self, length: int, named: tuple[str, int] | None, default: int) -> int:
-        """How many tokens the answer may have: as many as named, or else what is usual and fits."""
+        """The most tokens that the answer may have.
+
+        Args:
+          length: tokens of the prompt.
+          named: the request's field and its value. None: the request has no such field.
+          default: used if the request names no number, as far as it fits.
+        """
         context, room = self._engine.model.max_position, self._engine.model.max_position - length
         param, wanted = named or ("max_tokens", min(default, max(room, 1), self._limits.max_tokens))
         if wanted > self._limits.max_tokens:
@@ -161,7 +167,7 @@ def plain_message(message: Message) -> dict[str, Any]:
 
 
 def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's clients send arguments as JSON in a string. One that a model wrote and that is none stays as it is."""
+    """Parse a call's arguments, which OpenAI's clients send as a string of JSON. Other strings stay as they are."""
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
         return call
@@ -173,7 +179,7 @@ def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompts(prompt: Any) -> list[Any]:
-    """A list of prompts, of a text, token ids, or a list of either."""
+    """The prompts of a request, which may have a text, token ids, or a list of either."""
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
@@ -186,7 +192,7 @@ def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _temperature(temperature: float | None) -> float:
-    """OpenAI's default is 1. Next to nothing is greedy: logits divided by it would not be finite."""
+    """OpenAI's default is 1. A tiny temperature becomes 0 (greedy), since dividing logits by it would overflow."""
     temperature = 1.0 if temperature is None else temperature
     return 0.0 if temperature < _GREEDY else temperature
 

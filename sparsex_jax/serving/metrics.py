@@ -1,4 +1,4 @@
-"""What the server measures, as Prometheus reads it."""
+"""The server's metrics, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STATES = ("free", "active", "frozen", "cached")
 
 
 class Metrics:
-    """Of one server, in a registry of its own."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -33,13 +33,15 @@ class Metrics:
         self._registry.register(self._snapshot)
         self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.", _TTFT_S)
         self._per_token = self._histogram(
-            "time_per_output_token_seconds", "Of an answer, behind its first tokens.", _TOKEN_S
+            "time_per_output_token_seconds", "Seconds for each token of an answer after its first tokens.", _TOKEN_S
         )
-        self._fraction = self._histogram("computed_fraction", "Share of a prompt's token-layers computed.", _SHARES)
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens by what became of them.", "kind")
+        self._fraction = self._histogram("computed_fraction", "Computed share of a prompt's token-layers.", _SHARES)
+        self._prompt_tokens = self._counter(
+            "prompt_tokens", "Prompt tokens: prefix, reused, recomputed or fresh.", "kind"
+        )
         self._new_tokens = self._counter("generated_tokens", "Tokens generated.")
         self._requests = self._counter("requests", "Requests by endpoint and status.", "endpoint", "status")
-        self._finished = self._counter("answers", "Answers by how they ended.", "finish_reason")
+        self._finished = self._counter("answers", "Answers by finish reason.", "finish_reason")
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"sparsex_{name}", text, buckets=buckets, registry=self._registry)
@@ -48,14 +50,15 @@ class Metrics:
         return Counter(f"sparsex_{name}", text, labels, registry=self._registry)
 
     def listening(self) -> None:
-        """What is compiled from now on, somebody waits for."""
+        """Count compilations from now on as `listening`, because requests wait for them."""
         self._snapshot.compiled_before = num_compilations()
 
     def answered(self, endpoint: str, status: int) -> None:
+        """Count a response."""
         self._requests.labels(endpoint, str(status)).inc()
 
     async def observed(self, stream: Stream) -> AsyncIterator[tuple[int, Event]]:
-        """The events of a stream, counted and timed as they pass."""
+        """Yield the events of a stream, and count and time them."""
         clocks = [_Clock() for _ in stream.tickets]
         async for number, event in stream:
             self._observe(event, clocks[number])
@@ -68,25 +71,25 @@ class Metrics:
             for kind, count in tokens_by_kind(event.report).items():
                 self._prompt_tokens.labels(kind).inc(count)
         self._new_tokens.inc(len(event.token_ids))
-        clock.hear(len(event.token_ids))
+        clock.record(len(event.token_ids))
         if event.finish_reason is not None:
             self._finished.labels(event.finish_reason).inc()
             if (pace := clock.pace()) is not None:
                 self._per_token.observe(pace)
 
     def render(self, store: Mapping[str, int], loop: Any) -> bytes:
-        """The text of all of it.
+        """All metrics in Prometheus' text format.
 
         Args:
-          store: as `Engine.stats`.
-          loop: as `Loop.stats`.
+          store: what `Engine.stats` gives.
+          loop: what `Loop.stats` gives.
         """
         self._snapshot.store, self._snapshot.loop = store, loop
         return generate_latest(self._registry)
 
 
 class _Clock:
-    """Times the tokens of one answer. Several come at once, so the pace counts those behind the first event."""
+    """Times the tokens of one answer. An event has several tokens, so the pace counts those after the first event."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -94,7 +97,8 @@ class _Clock:
         self._last_s = self.started
         self._later = 0
 
-    def hear(self, tokens: int) -> None:
+    def record(self, tokens: int) -> None:
+        """Record the arrival of tokens."""
         if not tokens:
             return
         self._last_s = time.perf_counter()
@@ -104,12 +108,12 @@ class _Clock:
             self._later += tokens
 
     def pace(self) -> float | None:
-        """Seconds a token, or None if all came at once."""
+        """Seconds for each token after the first event, or None if there was only one event."""
         return (self._last_s - self._first_s) / self._later if self._first_s is not None and self._later else None
 
 
 class _Snapshot(Collector):
-    """What the engine and the loop count themselves, as last read."""
+    """The counts of the engine and the loop when `render` was called last."""
 
     store: Mapping[str, int] = {}
     loop: Any = None
@@ -124,20 +128,22 @@ class _Snapshot(Collector):
         hits = CounterMetricFamily("sparsex_hit_tokens", "Prompt tokens that lookups found.", labels=["kind"])
         hits.add_metric(["prefix"], self.store["prefix_tokens"])
         hits.add_metric(["segment"], self.store["segment_tokens"])
-        evictions = CounterMetricFamily("sparsex_evictions", "Evicted: pages, and frozen entries.", labels=["what"])
+        evictions = CounterMetricFamily("sparsex_evictions", "Evicted pages and frozen entries.", labels=["what"])
         evictions.add_metric(["page"], self.store["evictions"])
         evictions.add_metric(["frozen_entry"], self.store["frozen_evictions"])
-        compiled = CounterMetricFamily("sparsex_compilations", "Programs compiled, or loaded.", labels=["when"])
+        compiled = CounterMetricFamily(
+            "sparsex_compilations", "Programs compiled, or loaded from disk.", labels=["when"]
+        )
         compiled.add_metric(["before_listening"], self.compiled_before)
         compiled.add_metric(["listening"], num_compilations() - self.compiled_before)
         yield from (pages, hits, evictions, compiled)
         yield CounterMetricFamily("sparsex_lookups", "Lookups in the store.", value=self.store["lookups"])
-        yield GaugeMetricFamily("sparsex_queue_requests", "Requests that wait for pages.", value=self.loop.waiting)
-        yield GaugeMetricFamily("sparsex_running_requests", "Requests that run.", value=self.loop.running)
+        yield GaugeMetricFamily("sparsex_queue_requests", "Waiting requests.", value=self.loop.waiting)
+        yield GaugeMetricFamily("sparsex_running_requests", "Running requests.", value=self.loop.running)
 
 
 def tokens_by_kind(report: Report) -> dict[str, int]:
-    """How many tokens of a prompt were prefix, reused, recomputed (reused, and computed all the same) and fresh."""
+    """The number of prompt tokens that were prefix, reused, recomputed (found in the store, but computed) and fresh."""
     recomputed = int(((report.kind == Kind.REUSED) & report.active).sum())
     return {
         "prefix": report.prefix_tokens,

@@ -1,4 +1,4 @@
-"""From the loop's events to OpenAI's objects: one answer, or chunks of it."""
+"""Turns the loop's events into OpenAI's objects: a whole reply, or the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ _KIND_NAMES = np.array(["prefix", "reused", "fresh"])
 
 
 def sse(data: dict[str, Any]) -> bytes:
+    """A server-sent event with a JSON object."""
     return f"data: {json.dumps(data)}\n\n".encode()
 
 
 @dataclasses.dataclass
-class Answer:
-    """What has come for one prompt so far."""
+class PartialAnswer:
+    """The answer to one prompt, as far as it has come.
+
+    Attributes:
+      tokens: the number of new tokens.
+      report: of the prefill, which comes with the first event.
+    """
 
     text: str = ""
     tokens: int = 0
@@ -42,12 +48,12 @@ class Answer:
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
 
     def add(self, event: Event) -> None:
-        """Raises what the loop says went wrong."""
+        """Append an event. Raises the error if the request failed or was cancelled."""
         if event.error is not None:
             raise event.error
         if event.finish_reason == "error":
             raise WorkerError("the request failed")
-        if event.finish_reason == "cancelled":  # and not by the client, who would not be there to hear
+        if event.finish_reason == "cancelled":  # by the server: after a client disconnects, nothing reads its events
             raise OutOfServiceError("the server is shutting down and gave this request up")
         self.text += event.text
         self.tokens += len(event.token_ids)
@@ -56,35 +62,43 @@ class Answer:
         self.logprobs += event.logprobs
 
 
-class Shape(Protocol):
-    """How an endpoint's objects differ from another's."""
+class ReplyFormat(Protocol):
+    """The parts of a reply that differ between the endpoints.
+
+    Attributes:
+      prefix: of the reply's id.
+      object, chunk_object: the type of a whole reply and of a chunk.
+    """
 
     prefix: str
     object: str
     chunk_object: str
 
-    def choice(self, answer: Answer) -> dict[str, Any]:
-        """The whole answer."""
+    def choice(self, answer: PartialAnswer) -> dict[str, Any]:
+        """The fields of a whole answer."""
 
     def opening(self) -> dict[str, Any] | None:
-        """What a stream says of a choice before its first text."""
+        """The fields of a chunk that comes before the first text, or None if there is no such chunk."""
 
-    def delta(self, event: Event, before: Answer) -> dict[str, Any]:
-        """The next bit of it, behind what was said before."""
+    def delta(self, event: Event, before: PartialAnswer) -> dict[str, Any]:
+        """The fields of the next chunk. `before` is the answer up to it."""
 
 
-class ChatShape:
+class ChatFormat:
+    """The format of `/v1/chat/completions`."""
+
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, texts: TokenText, logprobs: bool, reader: Reader | None = None) -> None:
         """
         Args:
-          reader: of the one answer, where the model may call tools.
+          logprobs: whether the request asks for log-probabilities.
+          reader: finds tool calls in the answer. None: the answer has none.
         """
         self._texts, self._logprobs, self._reader = texts, logprobs, reader
         self._num_calls = 0
 
-    def choice(self, answer: Answer) -> dict[str, Any]:
+    def choice(self, answer: PartialAnswer) -> dict[str, Any]:
         content, calls = self._read(answer.text, answer.finish_reason)
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if calls:
@@ -94,7 +108,7 @@ class ChatShape:
     def opening(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def delta(self, event: Event, before: Answer) -> dict[str, Any]:
+    def delta(self, event: Event, before: PartialAnswer) -> dict[str, Any]:
         first = self._num_calls
         content, calls = self._read(event.text, event.finish_reason)
         delta: dict[str, Any] = {"content": content} if content else {}
@@ -103,7 +117,7 @@ class ChatShape:
         return {"delta": delta, "logprobs": self._entries(event.logprobs)} | self._end(event.finish_reason)
 
     def _read(self, text: str, finish_reason: str | None) -> tuple[str, list[dict[str, Any]]]:
-        """What is text and what are calls in the next bit of the answer, which ends where there is a finish reason."""
+        """Separate text from tool calls in the next piece of the answer. With a finish reason, it is the last piece."""
         if self._reader is None:
             return text, []
         parts = self._reader.push(text) + (self._reader.finish() if finish_reason else [])
@@ -112,7 +126,7 @@ class ChatShape:
         return "".join(part for part in parts if isinstance(part, str)), calls
 
     def _end(self, finish_reason: str | None) -> dict[str, Any]:
-        """The finish reason, where calls make it another than the loop's."""
+        """The finish reason, if tool calls change it."""
         return {"finish_reason": "tool_calls"} if self._num_calls and finish_reason == "stop" else {}
 
     def _entries(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
@@ -133,23 +147,25 @@ class ChatShape:
         }
 
 
-class CompletionShape:
+class CompletionFormat:
+    """The format of `/v1/completions`."""
+
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, texts: TokenText, logprobs: bool) -> None:
         self._texts, self._logprobs = texts, logprobs
 
-    def choice(self, answer: Answer) -> dict[str, Any]:
+    def choice(self, answer: PartialAnswer) -> dict[str, Any]:
         return {"text": answer.text, "logprobs": self._arrays(answer.logprobs, ())}
 
     def opening(self) -> None:
         return None
 
-    def delta(self, event: Event, before: Answer) -> dict[str, Any]:
+    def delta(self, event: Event, before: PartialAnswer) -> dict[str, Any]:
         return {"text": event.text, "logprobs": self._arrays(event.logprobs, before.logprobs)}
 
     def _arrays(self, logprobs: Sequence[TokenLogprobs], before: Iterable[TokenLogprobs]) -> dict[str, Any] | None:
-        """Arrays over tokens; `before` are those that an earlier chunk had, whose text the offsets count."""
+        """OpenAI's arrays over tokens. `before` has the tokens of earlier chunks, whose text the offsets count."""
         if not self._logprobs:
             return None
         name, start = self._texts.name_of, sum(len(self._texts.text_of(token.token_id)) for token in before)
@@ -163,30 +179,40 @@ class CompletionShape:
 
 
 class Reply:
-    """A request's answer, in the shape of its endpoint."""
+    """The reply to one request, in the format of its endpoint."""
 
     def __init__(
-        self, shape: Shape, model: str, jobs: Sequence[Job], pieces: Sequence[list[str]] | None, *, usage: bool
+        self,
+        reply_format: ReplyFormat,
+        model: str,
+        jobs: Sequence[Job],
+        pieces: Sequence[list[str]] | None,
+        *,
+        usage: bool,
     ) -> None:
         """
         Args:
-          pieces: the texts of the prompts' tokens, for `sparsex` to say what each of them was; None: it does not.
-          usage: end a stream with a chunk of it.
+          pieces: the texts of each prompt's tokens, for the token map in `sparsex`. None: without a token map.
+          usage: whether a stream ends with a chunk of token counts.
         """
-        self.answers = [Answer() for _ in jobs]
-        self._shape, self._jobs, self._pieces, self._usage = shape, jobs, pieces, usage
-        self._head = {"id": f"{shape.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self.answers = [PartialAnswer() for _ in jobs]
+        self._format, self._jobs, self._pieces, self._usage = reply_format, jobs, pieces, usage
+        self._head = {
+            "id": f"{reply_format.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
 
     async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> dict[str, Any]:
-        """The answer once it is complete. Raises what went wrong."""
+        """The reply, once every answer is complete. Raises the error of a request that failed."""
         async for number, event in events:
             self.answers[number].add(event)
         reports = [self._sparsex(number) for number in range(len(self._jobs))]
         choices = [
-            {"index": number, "finish_reason": answer.finish_reason} | self._shape.choice(answer)
+            {"index": number, "finish_reason": answer.finish_reason} | self._format.choice(answer)
             for number, answer in enumerate(self.answers)
         ]
-        body = self._head | {"object": self._shape.object, "choices": choices, "usage": self.usage()}
+        body = self._head | {"object": self._format.object, "choices": choices, "usage": self.usage()}
         if len(choices) == 1:
             return body | {"sparsex": reports[0]}
         for choice, report in zip(choices, reports, strict=True):
@@ -194,7 +220,7 @@ class Reply:
         return body
 
     async def chunks(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncGenerator[bytes]:
-        """The answer as server-sent events. Raises what goes wrong before the first; later errors are events."""
+        """The reply as server-sent events. An error before the first event is raised; a later one becomes an event."""
         begun = False
         try:
             async for number, event in events:
@@ -214,12 +240,12 @@ class Reply:
         """The chunks of an event; the first one of a prompt carries its report."""
         answer = self.answers[number]
         first = answer.report is None and event.report is not None
-        delta = self._shape.delta(event, answer)
+        delta = self._format.delta(event, answer)
         answer.add(event)
         if not (first or event.text or event.logprobs or event.finish_reason):
-            return []  # half a character, or special tokens
+            return []  # the new tokens are half a character, or special tokens
         chunks = [{"index": number, "finish_reason": event.finish_reason} | delta]
-        if first and (opening := self._shape.opening()):
+        if first and (opening := self._format.opening()):
             chunks.insert(0, {"index": number, "finish_reason": None} | opening)
         bodies = [self._chunk([choice]) for choice in chunks]
         if first:
@@ -227,12 +253,11 @@ class Reply:
         return bodies
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        body = self._head | {"object": self._shape.chunk_object, "choices": choices}
+        body = self._head | {"object": self._format.chunk_object, "choices": choices}
         return body | {"usage": usage} if self._usage else body
 
     def usage(self) -> dict[str, Any]:
-        """`cached_tokens` are those whose stored KV was used to the last layer: the prefix, and what was reused and
-        not recomputed."""
+        """The token counts. `cached_tokens` are those whose stored KV served in every layer: prefix and reused ones."""
         prompt = sum(len(job.prompt) for job in self._jobs)
         completion = sum(answer.tokens for answer in self.answers)
         cached = sum(cached_tokens(answer.report) for answer in self.answers if answer.report)
@@ -259,7 +284,7 @@ def cached_tokens(report: Report) -> int:
 
 
 def token_map(pieces: list[str], report: Report) -> dict[str, Any]:
-    """What each token of a prompt was: its text, and runs of kinds and of whether they were computed."""
+    """The texts of a prompt's tokens, with the runs of their kinds and of whether they were computed."""
     return {
         "text": pieces,
         "kind": run_lengths(_KIND_NAMES[report.kind].tolist()),
@@ -268,7 +293,7 @@ def token_map(pieces: list[str], report: Report) -> dict[str, Any]:
 
 
 def run_lengths(values: Sequence[Any]) -> list[list[Any]]:
-    """Maximal runs of equal values.
+    """The maximal runs of equal values, with their lengths.
 
     >>> run_lengths("aab")
     [['a', 2], ['b', 1]]
@@ -277,5 +302,5 @@ def run_lengths(values: Sequence[Any]) -> list[list[Any]]:
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI writes -9999 for what is next to impossible."""
+    """A log-probability that JSON can hold: like OpenAI, -9999 in place of minus infinity."""
     return max(float(logprob), -9999.0)

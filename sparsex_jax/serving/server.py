@@ -1,4 +1,4 @@
-"""The process: a socket, signals, and an end in good order."""
+"""The server process: its socket, its signals, and how it stops."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from sparsex_jax.serving.app import Service
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that drains before it closes its socket, so that clients are told to go elsewhere.
+    """A uvicorn server that drains before it closes its socket, so that new requests get a 503 with Retry-After.
 
-    The first SIGTERM or SIGINT begins that, and the process ends with exit code 0. The second ends it at once.
+    The first SIGTERM or SIGINT starts draining, after which the process ends with exit code 0. The second one ends the
+    process at once.
     """
 
     def __init__(self, app: FastAPI, host: str, port: int) -> None:
-        # Keep-alive connections that are idle when the socket closes are closed too, so nothing waits for them.
+        # uvicorn closes idle keep-alive connections together with the socket, so it does not wait for them.
         super().__init__(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=10))
         self._service: Service = app.state.service
         self._drained: asyncio.Future[None] | None = None
@@ -29,7 +30,7 @@ class Server(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Called as a signal's handler, between any two instructions of the event loop's thread."""
+        """Handle a signal. Python may call this between any two instructions of the event loop's thread."""
         if self._service.worker.draining or self._asyncio is None:
             self.should_exit = self.force_exit = True
         else:
@@ -37,7 +38,7 @@ class Server(uvicorn.Server):
             self._asyncio.call_soon_threadsafe(self.drain)
 
     def drain(self) -> None:
-        """Refuse what is new, finish what runs, then stop."""
+        """Refuse new requests, let running ones finish, then stop."""
         self._drained = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:

@@ -1,9 +1,9 @@
-"""Tool calls in a model's text, where its chat template tells in which form it was taught to write them.
+"""Finds tool calls in a model's text. Its chat template tells in which form the model was trained to write them.
 
     Hermes, Qwen   <tool_call>{"name": "tide", "arguments": {"port": "north"}}</tool_call>, among text
     Llama 3        {"name": "tide", "parameters": {"port": "north"}}, and nothing else; several with ; between them
 
-What only looks like a call, or calls what was not offered, stays text.
+Text that only looks like a call, or calls a tool that was not offered, stays text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BEGIN, _END = "<tool_call>", "</tool_call>"
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")
 
 
 _JSON = json.JSONDecoder(parse_constant=_refuse)
@@ -26,40 +26,45 @@ _JSON = json.JSONDecoder(parse_constant=_refuse)
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A tool that the model wants called, and the object of its arguments as JSON."""
+    """A call of a tool by the model.
+
+    Attributes:
+      name: of the tool.
+      arguments: an object, as JSON.
+    """
 
     name: str
     arguments: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As OpenAI writes it, under a new id."""
+        """OpenAI's object of the call, with a new id."""
         function = {"name": self.name, "arguments": self.arguments}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 class Reader(Protocol):
-    """Reads an answer as it comes. What `push` and `finish` return is all of it, in order."""
+    """Separates text from calls while an answer comes. `push` and `finish` together return all parts, in order."""
 
     def push(self, text: str) -> list[str | Call]:
-        """Take new text; returns what is certain now. A call comes whole."""
+        """Add new text, and return the parts that later text cannot change. A call is returned as a whole."""
 
     def finish(self) -> list[str | Call]:
-        """No more text: what was held back."""
+        """Return the text that was held back. The answer has ended."""
 
 
 def reader_for(template: str | None, tools: Iterable[Any]) -> Reader | None:
-    """A reader of one answer, or None where no tools are offered or the template's form of calls is not known.
+    """A reader for one answer. None if no tools are offered, or the template's form of calls is unknown.
 
     Args:
       template: the model's chat template.
-      tools: those offered, as OpenAI describes them.
+      tools: the offered tools, as OpenAI describes them.
     """
     names = {name for tool in tools if (name := _name_of(tool)) is not None}
     if not names or not isinstance(template, str):
         return None
     if _BEGIN in template:
-        return _Tagged(names)
-    return _Whole(names) if "<|start_header_id|>" in template and '"parameters"' in template else None
+        return _TaggedReader(names)
+    return _WholeReader(names) if "<|start_header_id|>" in template and '"parameters"' in template else None
 
 
 def _name_of(tool: Any) -> str | None:
@@ -69,15 +74,15 @@ def _name_of(tool: Any) -> str | None:
 
 
 def _call(value: Any, field: str, names: set[str]) -> Call | None:
-    """The call that a JSON value is, if it is one of a tool with one of these names."""
+    """The call that a JSON value describes, or None if it is not a call of a tool with one of these names."""
     name, arguments = (value.get("name"), value.get(field)) if isinstance(value, dict) else (None, None)
     if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
         return None
     return Call(name, json.dumps(arguments, ensure_ascii=False))
 
 
-class _Tagged:
-    """Calls between tags. Space before and behind a call is dropped with it."""
+class _TaggedReader:
+    """Reads calls between tags, among text. White space before and behind a call is dropped."""
 
     def __init__(self, names: set[str]) -> None:
         self._names, self._held = names, ""
@@ -107,7 +112,7 @@ class _Tagged:
         return [held] if held else []
 
     def _certain(self) -> int:
-        """How much of the text cannot be the beginning of a call, or space before one."""
+        """How many characters can be returned: all but an end that may begin a call, and white space before that."""
         lengths = range(min(len(_BEGIN) - 1, len(self._held)), 0, -1)
         begun = next((length for length in lengths if self._held.endswith(_BEGIN[:length])), 0)
         return len(self._held[: len(self._held) - begun].rstrip())
@@ -119,8 +124,8 @@ class _Tagged:
             return None
 
 
-class _Whole:
-    """An answer that is calls and nothing else. One that begins like that is held back to its end."""
+class _WholeReader:
+    """Reads answers that are calls and nothing else. An answer that begins with a brace is held back to its end."""
 
     def __init__(self, names: set[str]) -> None:
         self._names, self._held = names, ""
@@ -141,7 +146,7 @@ class _Whole:
         return [held] if held else []
 
     def _parse(self, text: str) -> list[Call] | None:
-        """The calls, or None if anything else is there too."""
+        """The calls in the text, or None if it has anything else."""
         calls: list[Call] = []
         text = text.strip()
         while text:

@@ -1,4 +1,4 @@
-"""What lies between requests and sockets: bodies that are too large, clients that go away, streams that end."""
+"""The layer between requests and sockets: limits of bodies, disconnected clients, and event streams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsex_jax.serving.faults import DisconnectedError, fault_of
 
 
 class BodyLimit:
-    """Refuses a body that is too large: by its announced length at once, otherwise when it has become so."""
+    """ASGI middleware that refuses large bodies: at once by Content-Length, or when too many bytes have arrived."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app, self._max_bytes = app, max_bytes
@@ -51,9 +51,13 @@ class BodyLimit:
 
 
 class StatusCount:
-    """Tells how each request was answered: a function of the route's path and the status."""
+    """ASGI middleware that counts responses."""
 
     def __init__(self, app: ASGIApp, tell: Callable[[str, int], None]) -> None:
+        """
+        Args:
+          tell: is called with the route's path and the status of each response.
+        """
         self._app, self._tell = app, tell
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -70,13 +74,17 @@ class StatusCount:
 
 
 async def unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result. Raises DisconnectedError, the work cancelled and ended, if the client goes away first."""
+    """Run `work` and return its result.
+
+    Raises:
+      DisconnectedError: the client disconnected first. The work was cancelled and has ended.
+    """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise DisconnectedError("the client went away")
+        raise DisconnectedError("the client disconnected")
     finally:
         await _end(task, gone)
 
@@ -93,9 +101,15 @@ async def _end(*tasks: asyncio.Future[Any]) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. What they hold is let go however the stream ends."""
+    """A response of server-sent events."""
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes], held: contextlib.AsyncExitStack) -> None:
+        """
+        Args:
+          first: the first event, which was awaited before the response began, so that its errors get a status.
+          rest: the later events.
+          held: is closed when the stream ends, in whatever way it ends.
+        """
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(_behind(first, rest), media_type="text/event-stream", headers=headers)
         self._held = held

@@ -1,7 +1,7 @@
-// What the page asks of the server.
+// The server's endpoints, as the page calls them.
 
 export class Api {
-  // settings: () => ({ key, salt })
+  // settings: a function that returns { key, salt }
   constructor(settings) {
     this.settings = settings;
   }
@@ -50,7 +50,7 @@ export class Api {
     return salt ? { cache_salt: salt } : {};
   }
 
-  // Chunks of an answer as they come.
+  // Yields the chunks of an answer while they come.
   async *chat(request, signal) {
     const body = {
       ...request, ...this.saltField(), stream: true, stream_options: { include_usage: true }, return_token_map: true,

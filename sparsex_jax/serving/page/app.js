@@ -1,6 +1,6 @@
-// The page: a chat, and beside it what the server reused for the answer that is chosen.
+// The page: a chat, and beside it a report of what the server reused for the selected answer.
 //
-// All that is to survive a reload is in `state`; the API key stays with the tab.
+// `state` holds everything that survives a reload. The API key is kept in the tab's session storage only.
 
 import { Api } from "./api.js";
 import { INSTRUCTION, NOTES, QUESTION } from "./example.js";
@@ -15,10 +15,10 @@ const state = {
   // {role: "user", content, shown} or {role: "assistant", content, report, cached, full: {ttft_s, text}}
   turns: [],
   notes: [], // {handle, text, ticked}
-  chosen: null, // index of the turn whose report is shown
+  chosen: null, // index of the selected turn, whose report is shown
   settings: { method: "", tokens: 128, temperature: 0, salt: "" },
 };
-let running = null; // AbortController of the request under way
+let running = null; // AbortController of the running request
 const api = new Api(() => ({ key: sessionStorage.getItem(STORED) || "", salt: state.settings.salt }));
 
 // Keeping ------------------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@ function save() {
   try {
     localStorage.setItem(STORED, JSON.stringify(state));
   } catch (error) {
-    say(`This chat is too long to be kept over a reload: ${error.message}`);
+    say(`This chat is too long to survive a reload: ${error.message}`);
   }
 }
 
@@ -35,7 +35,7 @@ function restore() {
   try {
     Object.assign(state, JSON.parse(localStorage.getItem(STORED) || "{}"));
   } catch {
-    localStorage.removeItem(STORED); // written by another version
+    localStorage.removeItem(STORED); // another version of the page wrote it
   }
 }
 
@@ -63,7 +63,7 @@ function request(turns, extra = {}) {
   return { messages, max_tokens: Number(tokens), temperature: Number(temperature), seed: 0, ...reuse, ...extra };
 }
 
-// Fill an answer as it comes. Stopped on purpose, what has come stays.
+// Fill an answer while its chunks come. If the user stops it, the text so far stays.
 async function stream(answer, body, changed) {
   running = new AbortController();
   busy(true);
@@ -108,7 +108,7 @@ async function forget(note) {
   state.notes = state.notes.filter((each) => each !== note);
   save();
   paint();
-  await api.forget(note.handle).catch(() => {}); // gone already is as good
+  await api.forget(note.handle).catch(() => {}); // if the server does not have it any more, nothing is left to do
   showStore();
 }
 
@@ -120,13 +120,13 @@ async function example() {
     busy(false);
   }
   for (const note of state.notes) note.ticked = false;
-  // Asked about in another order than they were stored in.
+  // The prompt has the notes in another order than the one they were stored in.
   state.notes.sort((a, b) => a.text.length - b.text.length);
   for (const note of state.notes) note.ticked = NOTES.includes(note.text);
   await ask(`${INSTRUCTION} ${QUESTION}`);
 }
 
-// Notes that the server has no more (evicted, or started anew) are dropped from the list.
+// Drops the notes that the server evicted, or lost in a restart, from the list.
 async function checkNotes() {
   if (!state.notes.length) return;
   const handles = new Set((await api.notes()).map((entry) => entry.handle));
@@ -301,7 +301,7 @@ function listenToSettings() {
 function greet() {
   say("");
   api.model().then((model) => ($("model").textContent = model.id), (error) => say(error.message));
-  checkNotes().catch(() => {}); // said already
+  checkNotes().catch(() => {}); // api.model() has shown the error already
   showStore();
 }
 

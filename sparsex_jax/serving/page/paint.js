@@ -1,11 +1,11 @@
-// A report as pictures and numbers. Texts are always text nodes: nothing in them is markup.
+// Shows a report as bars, colours and numbers. Texts become text nodes, so that nothing in them is markup.
 
 export const KINDS = ["prefix", "reused", "recomputed", "fresh"];
 const MEANING = {
-  prefix: "at the beginning, stored exactly so",
-  reused: "found in the store and moved here",
-  recomputed: "found, and computed again",
-  fresh: "new",
+  prefix: "stored as the beginning of a prompt, used as it is",
+  reused: "found in the store and copied to this position",
+  recomputed: "found in the store, but computed again",
+  fresh: "not found, so computed",
 };
 
 export function element(tag, className, text) {
@@ -15,7 +15,7 @@ export function element(tag, className, text) {
   return made;
 }
 
-// One of KINDS for each token of the prompt.
+// The kind of each token of the prompt, one of KINDS.
 export function kindsOf(map) {
   const active = expand(map.active);
   return expand(map.kind).map((kind, at) => (kind === "reused" && active[at] ? "recomputed" : kind));
@@ -29,7 +29,7 @@ export function countKinds(kinds) {
   return Object.fromEntries(KINDS.map((kind) => [kind, kinds.filter((each) => each === kind).length]));
 }
 
-// parts: {name: size}
+// parts: { name: size }
 export function paintBar(bar, parts) {
   bar.replaceChildren(
     ...Object.entries(parts).filter(([, size]) => size > 0).map(([name, size]) => {
@@ -62,7 +62,7 @@ export function paintPrompt(place, map, kinds) {
   );
 }
 
-// sourceOf: text of a segment => where it is known from
+// sourceOf: a function from a segment's text to a description of its donor
 export function paintSegments(body, report, sourceOf) {
   body.replaceChildren(
     ...report.segments.map((segment) => {

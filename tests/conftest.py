@@ -17,7 +17,7 @@ from sparsex_jax import Engine, ModelConfig  # noqa: E402  (devices are fixed at
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled programs under pytest's cache: what one worker or run has compiled, no other compiles again."""
+    """Keep compiled programs under pytest's cache, so that no worker or later run compiles a program again."""
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_compilation_cache_max_size", 1 << 28)  # bytes; with a limit, files are locked
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def smollm() -> Engine:
-    """SmolLM2-135M-Instruct in float32. Shared by all tests: use a namespace of your own."""
+    """SmolLM2-135M-Instruct in float32. All tests share it, so each uses namespaces of its own."""
     return Engine.from_pretrained("smollm2-135m-instruct", dtype="float32", store_tokens=16384)
 
 

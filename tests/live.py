@@ -1,4 +1,4 @@
-"""A server on a free port of this machine, and a loop that does what a test says."""
+"""A server on a free port of this machine, and a scripted loop in place of a model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ MODEL = "tiny"
 
 @functools.cache
 def _parts():
-    """Weights and tokenizer, which engines can share since neither changes."""
+    """Weights and tokenizer. Engines share them, since neither changes."""
     return random_params(TALKING, "float32", make_mesh(), seed=0), open_checkpoint("smollm2-135m-instruct").tokenizer
 
 
 def make_engine() -> Engine:
-    """Random weights, always the same, and SmolLM2's tokenizer: it talks nonsense, fast. The store is its own."""
+    """A small engine with fixed random weights, SmolLM2's tokenizer and a store of its own."""
     config = EngineConfig(store_tokens=8192, page_size=16, max_batch=4)
     return Engine(TALKING, *_parts(), config=config)
 
@@ -88,12 +88,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 class ScriptedLoop:
-    """Has the loop's interface and no model: each request gets the events that a function gives for it, one a step.
+    """A loop without a model. A function gives the events of each request, and each step sends one of them.
 
-    An event of None is a pause for good: the request runs until it is cancelled.
+    After an event of None, no more events come until the request is cancelled.
 
     Attributes:
-      script: the function, of the prompt; one that raises refuses the request.
+      script: the function from a prompt to its events. If it raises, the request is refused.
     """
 
     def __init__(self, script: Callable[[list[int]], list[Event | None]]) -> None:

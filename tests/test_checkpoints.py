@@ -1,4 +1,4 @@
-"""Checkpoints: what every format gives for the same model, and what is said when something is missing."""
+"""Checkpoints: every format gives the same model, and errors name what is missing."""
 
 import dataclasses
 import json
@@ -70,7 +70,7 @@ def mesh():
 
 
 def assert_equal(got, expected):
-    """Same tree, shapes, dtypes and values."""
+    """Check that two trees have the same structure, shapes, dtypes and values."""
     jax.tree.map(np.testing.assert_array_equal, got, expected)
     assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, expected)
 
@@ -132,7 +132,7 @@ def test_embedded_tokenizer_round_trips_any_text(embedded, text):
     assert embedded.tokenizer.decode(embedded.tokenizer.encode(text)) == text
 
 
-def test_embedded_tokenizer_cuts_as_the_model_was_trained(embedded):
+def test_embedded_tokenizer_splits_text_as_in_the_models_training(embedded):
     tokenizer = embedded.tokenizer
     assert tokenizer.tokenize("the 2024 report") == ["the", "Ġ", "2", "0", "2", "4", "Ġreport"]
     assert tokenizer.encode("<|im_start|>a<|im_end|>")[::2] == [1, 2]
@@ -153,7 +153,7 @@ def test_embedded_chat_template(embedded):
 
 
 def byte_tokenizer(**fields):
-    """A vocabulary of the 256 bytes, one merge, and two tokens that are no text."""
+    """A vocabulary of the 256 bytes, one merge, a control token and a user-defined token."""
     from tokenizers import pre_tokenizers
 
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "<think>"]
@@ -203,7 +203,7 @@ def test_first_token_of_a_prompt(fields, expected):
 
 
 def sentencepiece_tokenizer(**fields):
-    """Bytes for whatever is not made of `a`, `b` and spaces; `▁ab` is better joined from `▁a` than from `ab`."""
+    """A vocabulary of `a`, `b`, spaces and bytes, in which `▁a` has a better score than `ab`."""
     pieces = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}
     words = ["▁a", "ab", "▁ab", "▁", "a", "b"]
     stored = {
@@ -237,7 +237,7 @@ def test_other_vocabularies_are_refused(fields):
         byte_tokenizer(**fields)
 
 
-def test_no_vocabulary_is_no_tokenizer():
+def test_without_a_vocabulary_there_is_no_tokenizer():
     assert tokenizer_from_gguf({"general.architecture": "llama"}) is None
 
 
@@ -249,7 +249,7 @@ def stored_tensors(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_directory_loads_in_our_shapes(name, mesh):
+def test_directory_loads_in_the_decoders_shapes(name, mesh):
     checkpoint = open_checkpoint(GOLDEN / name)
     params, stored, dim = checkpoint.load_params("float32", mesh), stored_tensors(name), checkpoint.config.head_dim
     layers, prefix = params["layers"], "model.layers.2."
@@ -364,7 +364,7 @@ def test_gguf_rotary_divisors(tmp_path):
         ({"expert_count": 8}, "experts"),
     ],
 )
-def test_gguf_of_what_is_not_implemented_is_refused(fields, message, tmp_path):
+def test_gguf_with_unsupported_features_is_refused(fields, message, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "qwen2", "qwen2", **fields)
     with pytest.raises(UnsupportedModelError, match=message):
         open_checkpoint(path)
@@ -467,7 +467,7 @@ def copy_of(name, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["no-such-model", "/no/such/dir", "missing.gguf"])
-def test_unknown_source_lists_what_was_looked_for(source):
+def test_error_for_an_unknown_source_lists_what_was_looked_for(source):
     with pytest.raises(UnknownModelError) as caught:
         open_checkpoint(source)
     for part in (source, *EMBEDDED_MODELS, ".gguf", "directory"):
@@ -475,14 +475,14 @@ def test_unknown_source_lists_what_was_looked_for(source):
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model-00002-of-00003.safetensors"])
-def test_directory_with_a_missing_file_names_it(lost, tmp_path):
+def test_error_names_a_missing_file(lost, tmp_path):
     folder = copy_of("qwen2", tmp_path)
     (folder / lost).unlink()
     with pytest.raises(UnknownModelError, match=lost):
         open_checkpoint(folder)
 
 
-def test_directory_without_weights_says_so(tmp_path):
+def test_directory_without_weights_is_refused(tmp_path):
     folder = copy_of("llama", tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UnknownModelError, match=r"no model\.safetensors"):
@@ -518,7 +518,7 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(changes, message,
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-def test_damaged_file_is_named(file, tmp_path):
+def test_error_names_a_damaged_file(file, tmp_path):
     folder = copy_of("llama", tmp_path)
     (folder / file).write_bytes(b"{broken")
     with pytest.raises(UnsupportedModelError, match=file):

@@ -1,4 +1,4 @@
-"""What a prefill will take, and admission that listens to it."""
+"""The cost model of a prefill, and admission that uses it."""
 
 import dataclasses
 
@@ -40,8 +40,8 @@ def test_less_work_is_predicted_to_take_less_time(engine):
     assert full > late > early > none > fine.start
 
 
-def test_a_full_prefill_takes_what_its_operations_take(engine):
-    """By hand: 380 tokens of an 8B model, nothing but products and their weights."""
+def test_a_full_prefill_takes_the_sum_of_its_operations(engine):
+    """Computed by hand: 380 tokens of an 8B model, only matrix products and the reading of their weights."""
     speeds = Speeds(linear=1e12, attention=1e30, bandwidth=1e30, layer=0, start=0, tile=1)
     per_token = 2 * 32 * (4096 * (2 * 32 + 2 * 8) * 128 + 3 * 4096 * 14336)
     assert seconds(engine, speeds, method="full") == pytest.approx(380 * per_token / 1e12)
@@ -56,7 +56,7 @@ def test_each_layer_a_probe_runs_is_counted(engine):
 
 
 @pytest.mark.parametrize(("tile", "reused"), [(1, 300), (4096, 0)], ids=["pays", "does not pay"])
-def test_what_does_not_pay_is_recomputed(engine, tile, reused):
+def test_segments_that_do_not_save_time_are_recomputed(engine, tile, reused):
     engine.admission.speeds = Speeds(linear=1e12, attention=1e30, bandwidth=1e30, layer=0, start=0, tile=tile)
     asked = ReuseConfig("naive", only_if_faster=True)
     out = engine.prefill(PROMPT, reuse=asked, namespace="n", keep=False)
@@ -71,7 +71,7 @@ def test_what_does_not_pay_is_recomputed(engine, tile, reused):
     engine.cache.check(held=[])
 
 
-def test_without_known_speeds_everything_found_is_reused(engine):
+def test_without_known_speeds_every_segment_found_is_reused(engine):
     assert engine.admission.speeds is None  # a CPU
     report = engine.prefill(PROMPT, reuse=ReuseConfig("naive", only_if_faster=True), namespace="n", keep=False).report
     assert report.reused_tokens == 300

@@ -22,7 +22,7 @@ def test_logits_are_those_of_transformers(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-def test_the_dense_reference_is_right_too(name):
+def test_logits_of_the_dense_reference_are_those_of_transformers(name):
     expected = np.load(GOLDEN / name / "expected.npz")
     engine = Engine.from_pretrained(GOLDEN / name, dtype="float32", store_tokens=256, page_size=16)
     logits, _ = Dense(engine.model, engine.runner.params).full(expected["tokens"])

@@ -1,4 +1,4 @@
-"""Reuse against full recompute and against the dense reference, through the engine's public calls."""
+"""Reuse, compared with full recompute and with the dense reference, through the engine's public calls."""
 
 import dataclasses
 
@@ -15,12 +15,12 @@ EXACT = 1e-3  # float32 on a 135M model
 
 
 def text_ids(engine, seed, length):
-    """Real-looking tokens: words drawn from the vocabulary."""
+    """Tokens that look like text: words drawn at random from the vocabulary."""
     return np.random.default_rng(seed).integers(1000, engine.model.vocab_size, length).astype(np.int32)
 
 
 def mixed_prompt(engine, namespace, length):
-    """Two remembered documents, swapped, with new text before, between and behind."""
+    """A prompt with two remembered documents in swapped order, and new text before, between and behind them."""
     part = length // 5
     documents = [text_ids(engine, seed, 2 * part) for seed in (1, 2)]
     for document in documents:
@@ -133,7 +133,7 @@ def test_interleavings_give_the_expected_plan(tiny, pieces):
 
 @pytest.mark.parametrize("boundary", [0, 2])
 @pytest.mark.parametrize("pieces", INTERLEAVINGS.values(), ids=INTERLEAVINGS)
-def test_sparsex_is_the_algorithm_of_the_design_page(tiny, pieces, boundary):
+def test_sparsex_is_the_algorithm_of_the_dense_reference(tiny, pieces, boundary):
     remember_both(tiny)
     tokens = np.concatenate([piece for piece, _ in pieces])
     reuse = ReuseConfig(boundary_layer=boundary, recompute_ratio=0.2, overflow_tokens=3, tail_tokens=8)
@@ -155,7 +155,7 @@ def test_a_second_boundary_leaves_the_fresh_tokens_only(tiny):
     assert out.report.computed_fraction == pytest.approx((total + 2 * active.sum() + fresh) / (4 * total))
 
 
-def test_naive_is_paste_and_align(tiny):
+def test_naive_copies_and_aligns(tiny):
     remember_both(tiny)
     pieces = INTERLEAVINGS["many"]
     out = tiny.prefill(np.concatenate([p for p, _ in pieces]), reuse=ReuseConfig(method="naive"), namespace="n")
@@ -213,7 +213,7 @@ def test_approximate_kv_can_be_a_donor(tiny):
     assert [(s.start, s.length, s.donor_start) for s in report.segments] == [(9, 40, 90)]
 
 
-def test_what_recomputes_everything_is_exact(tiny):
+def test_kv_of_methods_that_recompute_everything_is_exact(tiny):
     remember_both(tiny)
     prompt = np.concatenate([NEW[:20], A, NEW[20:60]])
     tiny.prefill(prompt, reuse=ReuseConfig(recompute_ratio=1.0), namespace="n")
@@ -244,7 +244,7 @@ def test_namespaces_never_see_each_other(tiny):
     assert tiny.prefill(prompt, namespace="one", keep=False).report.reused_tokens == 70
 
 
-def test_a_forgotten_text_is_no_longer_served(tiny):
+def test_a_forgotten_text_is_no_longer_found(tiny):
     handle = tiny.remember(A, namespace="n", frozen=True)
     assert [entry.handle for entry in tiny.entries("n")] == [handle]
     tiny.forget(handle)

@@ -1,6 +1,6 @@
-"""Four times as many clients as the server can serve, of all manners: each is answered or refused, and nothing is left.
+"""Four times as many clients as the server can serve, of several kinds. Each is answered or refused; no page leaks.
 
-What the server sustains is measured first, so that the crowd is as bad on any machine.
+The rate that the server sustains is measured first, so that the overload is the same on any machine.
 """
 
 import asyncio
@@ -24,13 +24,13 @@ LEFT = 0  # the client did not wait for a status
 
 
 class Crowd:
-    """Clients by number; each does the same whenever it comes."""
+    """Clients by number. A client with the same number always does the same."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
 
     async def sustained(self, number: int, at_once: int) -> float:
-        """Answers a second where everybody is patient and only so many ask at once."""
+        """Answers a second if all clients are patient and `at_once` of them ask at the same time."""
         gate = asyncio.Semaphore(at_once)
 
         async def ask(client: int) -> None:
@@ -42,7 +42,7 @@ class Crowd:
         return number / (time.perf_counter() - started)
 
     async def come(self, number: int, rate: float) -> list[int]:
-        """The statuses of so many clients that come at random, whatever became of those before."""
+        """The statuses of `number` clients that arrive at random times, whether or not earlier ones have finished."""
         tasks = []
         for gap in self._rng(-1).exponential(1 / rate, number):
             await asyncio.sleep(gap)
@@ -69,7 +69,7 @@ class Crowd:
         return self._checked(answer)
 
     async def leaves(self, rng: np.random.Generator) -> int:
-        """After its first tokens, or while it waits for them."""
+        """A client that disconnects after its first tokens, or while it waits for them."""
         body = self._body(rng) | {"stream": True, "max_tokens": 400, "ignore_eos": True}
         try:
             async with asyncio.timeout(None if rng.random() < 0.5 else rng.random()):
@@ -88,7 +88,7 @@ class Crowd:
         return self._checked(await self._http.post("/v1/completions", content=content, headers=headers))
 
     async def keeps(self, rng: np.random.Generator) -> int:
-        """A text, and deletes it again. That it was evicted meanwhile is as good."""
+        """A client that inserts knowledge and deletes it, which fails with 404 if it was evicted meanwhile."""
         answer = await self._http.post("/v1/knowledge", json={"text": self._body(rng)["prompt"]})
         if answer.status_code == 200:
             deleted = await self._http.delete(f"/v1/knowledge/{answer.json()['handle']}")
@@ -102,7 +102,7 @@ class Crowd:
         return answer.status_code
 
     def _body(self, rng: np.random.Generator) -> dict:
-        """Prompts of mixed sizes, made of a few passages in any order behind something new."""
+        """A request whose prompt is a new token and then a few of six passages, in any order."""
         prompt = [rng.integers(10, 40_000, 1)]
         for passage in rng.permutation(6)[: rng.integers(1, 6)]:
             prompt.append(np.random.default_rng(passage).integers(10, 40_000, 90))
@@ -115,7 +115,7 @@ class Crowd:
 
 
 async def overload(url: str) -> collections.Counter[int]:
-    """How often the crowd was answered with what."""
+    """How many clients of the crowd got each status."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
         crowd = Crowd(http)
@@ -127,7 +127,7 @@ async def overload(url: str) -> collections.Counter[int]:
 
 
 @pytest.mark.slow
-def test_a_crowd_is_answered_or_refused_and_leaves_nothing_behind():
+def test_an_overload_is_answered_or_refused_and_leaks_no_page():
     engine = make_engine()
     for step in warmup.steps(engine):
         step()

@@ -1,4 +1,4 @@
-"""The HTTP server: the official client, isolation, limits, faults, and clients that go away."""
+"""The HTTP server: the official client, isolation, limits, faults, and clients that disconnect."""
 
 import concurrent.futures
 import hashlib
@@ -57,13 +57,13 @@ def tokenizer(reference):
 
 @pytest.fixture(scope="session")
 def reference():
-    """An engine of the same weights as the server's, to compare with."""
+    """An engine with the same weights as the server's, to compare with."""
     return make_engine()
 
 
 @pytest.fixture(scope="session")
 def live():
-    """A server that many tests ask, with salts of their own."""
+    """A server that many tests share. Each uses salts of its own."""
     with live_server(make_engine()) as live:
         yield live
 
@@ -80,13 +80,13 @@ def http(live):
 
 
 def scripted(reference, script, **options):
-    """A server whose model says what a test wants. The engine is there for its tokenizer."""
+    """A server with a scripted loop in place of a model. It uses the engine only for its tokenizer."""
     return live_server(reference, loop=ScriptedLoop(script), **options)
 
 
 @pytest.fixture(scope="module")
 def stage(reference):
-    """A server whose model says what each test wants: it sets `stage.worker.loop.script`."""
+    """A server with a scripted loop. A test sets `stage.worker.loop.script`."""
     with scripted(reference, lambda prompt: FOREVER) as live:
         yield live
 
@@ -94,7 +94,7 @@ def stage(reference):
 # Answers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_is_answered_as_the_engine_would(client, reference):
+def test_a_chat_gets_the_engines_answer(client, reference):
     answer = client.chat.completions.create(model=MODEL, messages=CHAT, temperature=0, max_tokens=12)
     expected = reference.generate(CHAT, SamplingParams(12), keep=False)
     choice = answer.choices[0]
@@ -105,7 +105,7 @@ def test_a_chat_is_answered_as_the_engine_would(client, reference):
     assert answer.usage.total_tokens == expected.report.prompt_tokens + 12
 
 
-def test_a_stream_says_the_same_as_a_whole_answer(client, reference):
+def test_a_stream_has_the_same_content_as_a_whole_answer(client, reference):
     stream = client.chat.completions.create(
         model=MODEL, messages=CHAT, temperature=0, max_tokens=12, stream=True, stream_options={"include_usage": True}
     )
@@ -138,7 +138,7 @@ def test_without_a_seed_answers_differ(client):
 
 
 @pytest.mark.parametrize("prompt", ["The harbour", [100, 200, 300]])
-def test_a_completion_takes_text_and_token_ids(client, reference, prompt):
+def test_a_completion_accepts_text_and_token_ids(client, reference, prompt):
     answer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=6)
     assert answer.choices[0].text == reference.generate(prompt, SamplingParams(6), keep=False).text
 
@@ -192,7 +192,7 @@ def test_log_probabilities_of_a_completion(client, reference, stream):
 
 
 def test_tool_calls_and_their_results_reach_the_template(stage, reference):
-    """SmolLM2's template writes the content of any role."""
+    """SmolLM2's template writes the content of messages of any role."""
     call = {"id": "a", "type": "function", "function": {"name": "tide", "arguments": '{"port": "north"}'}}
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "When is "}, {"type": "text", "text": "high tide?"}]},
@@ -210,7 +210,7 @@ def test_tool_calls_and_their_results_reach_the_template(stage, reference):
     assert "tool\nat four<|im_end|>" in text
 
 
-def test_messages_become_what_templates_expect():
+def test_messages_are_converted_for_templates():
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     message = Message(role="assistant", content=None, tool_calls=[call], reasoning="because")
     assert plain_message(message) == {
@@ -223,7 +223,7 @@ def test_messages_become_what_templates_expect():
     assert plain_message(Message(role="assistant", tool_calls=[broken]))["tool_calls"] == [broken]
 
 
-def test_many_at_once_get_the_answers_they_would_get_alone(client, reference):
+def test_concurrent_requests_get_the_answers_they_would_get_alone(client, reference):
     prompts = [f"Note {i} of the harbour office, with {i * 3} lines:" + " and so on" * i for i in range(12)]
 
     def ask(prompt):
@@ -254,7 +254,7 @@ def cached(answer):
     return answer.usage.prompt_tokens_details.cached_tokens
 
 
-def test_the_same_salt_shares_and_another_does_not(client):
+def test_requests_share_kv_only_under_the_same_salt(client):
     text = "Only this test says so. " + NOTE
     assert cached(ask(client, "mine", text)) == 0
     again = ask(client, "mine", text)
@@ -263,7 +263,7 @@ def test_the_same_salt_shares_and_another_does_not(client):
     assert cached(ask(client, None, text)) < 16  # others ask without a salt too
 
 
-def test_what_is_not_kept_is_not_found(client):
+def test_a_prompt_that_is_not_kept_is_not_found(client):
     ask(client, "brief", keep=False)
     assert cached(ask(client, "brief")) == 0
 
@@ -327,13 +327,13 @@ def test_knowledge_behind_a_preamble(http, client):
     http.delete(f"/v1/knowledge/{handle}?cache_salt=preamble")
 
 
-def test_knowledge_that_cannot_fit(http):
+def test_knowledge_that_does_not_fit_is_refused(http):
     answer = http.post("/v1/knowledge", json={"text": [5] * 3000})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "text")
     assert "3000 tokens" in answer.json()["error"]["message"]
 
 
-def test_no_salt_leads_into_another_namespace():
+def test_no_salt_gives_another_keys_namespace():
     def name(namespace, salt):
         return Tenant("x", namespace, 1, False, None).store_namespace(salt)
 
@@ -394,7 +394,7 @@ def test_keys_are_bound_to_namespaces(keyed):
         assert c.get("/metrics").status_code == 200
 
 
-def test_a_key_keeps_so_much_knowledge(keyed):
+def test_a_key_keeps_no_more_knowledge_than_its_limit(keyed):
     def keep(http, start, length, **fields):
         return http.post("/v1/knowledge", json={"text": list(range(start, start + length)), **fields})
 
@@ -416,7 +416,7 @@ def test_a_key_keeps_so_much_knowledge(keyed):
         assert [keep(bob, 500, length).status_code for length in (81, 80)] == [403, 200]  # the server's default
 
 
-def test_without_a_key_that_is_known_nothing_is_answered(reference, keys):
+def test_requests_without_a_known_key_are_refused(reference, keys):
     with scripted(reference, lambda prompt: FOREVER, access=keys) as live:
         with pytest.raises(openai.AuthenticationError):
             live.client("sk-mallory").models.list()
@@ -523,7 +523,7 @@ def test_bad_completions(http, fields, param):
 @pytest.mark.parametrize(
     "content", [b"", b"{nope", b"[1]", b"5", b"\xff", b"[" * 100_000, b'{"prompt": ' + b"1" * 5000 + b"}"]
 )
-def test_bodies_that_are_no_object(http, content):
+def test_bodies_that_are_not_objects_are_refused(http, content):
     answer = http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
@@ -535,7 +535,7 @@ def test_another_model_is_not_served(client):
     assert refused.value.code == "model_not_found"
 
 
-def test_paths_and_methods_that_are_not_there(http):
+def test_unknown_paths_and_methods(http):
     assert (http.get("/v1/nothing").status_code, http.get("/v1/completions").status_code) == (404, 405)
     assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
 
@@ -550,7 +550,7 @@ def test_a_body_that_is_too_large_is_not_read(reference, announced):
     assert "limit of 1000 bytes" in answer.json()["error"]["message"]
 
 
-def test_a_key_may_have_so_many_requests_under_way(reference, keys):
+def test_a_key_may_have_no_more_concurrent_requests_than_its_limit(reference, keys):
     with scripted(reference, lambda prompt: FOREVER, access=keys) as live:
         alice, bob = live.client("sk-alice"), live.client("sk-bob")
         with alice.completions.create(model=MODEL, prompt="x", stream=True):
@@ -573,7 +573,7 @@ def test_a_key_may_have_so_many_requests_under_way(reference, keys):
         (RuntimeError("a secret"), 500, None),
     ],
 )
-def test_what_the_loop_refuses(stage, error, status, retry):
+def test_requests_that_the_loop_refuses(stage, error, status, retry):
     def refuse(prompt):
         raise error
 
@@ -589,7 +589,7 @@ def test_what_the_loop_refuses(stage, error, status, retry):
     ("error", "status"),
     [(NonFiniteLogitsError("not finite"), 500), (StoreFullError("no room"), 503), (InvalidRequestError("pool=1"), 400)],
 )
-def test_a_request_that_fails_before_its_first_token_has_a_status(stage, error, status, stream):
+def test_a_failure_before_the_first_token_gives_a_status(stage, error, status, stream):
     stage.worker.loop.script = lambda prompt: [Event("", (), finish_reason="error", error=error)]
     with stage.http() as http:
         answer = http.post("/v1/completions", json={"prompt": "x", "stream": stream})
@@ -597,7 +597,7 @@ def test_a_request_that_fails_before_its_first_token_has_a_status(stage, error, 
         assert http.get("/health").status_code == 200
 
 
-def test_a_request_that_fails_later_says_so_in_its_stream(stage):
+def test_a_later_failure_gives_an_error_event_in_the_stream(stage):
     script = [Event("well", (1,)), Event("", (), finish_reason="error", error=NonFiniteLogitsError("NaN"))]
     stage.worker.loop.script = lambda prompt: script
     stream = stage.client().completions.create(model=MODEL, prompt="x", stream=True)
@@ -606,14 +606,14 @@ def test_a_request_that_fails_later_says_so_in_its_stream(stage):
         next(stream)
 
 
-def test_a_request_that_takes_too_long_is_given_up(reference):
+def test_a_request_that_takes_too_long_is_cancelled(reference):
     with scripted(reference, lambda prompt: FOREVER, limits=Limits(request_timeout=0.2)) as live, live.http() as http:
         answer = http.post("/v1/completions", json={"prompt": "x"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "time_limit")
         assert live.worker.loop.tickets[0].cancelled
 
 
-def test_if_the_loop_breaks_the_server_says_so(reference):
+def test_a_broken_loop_shows_in_the_servers_health(reference):
     with scripted(reference, lambda prompt: FOREVER) as live, live.http() as http:
         live.worker.loop.broken = RuntimeError("broken")
         live.worker.wake()
@@ -622,10 +622,10 @@ def test_if_the_loop_breaks_the_server_says_so(reference):
         assert (http.get("/health").status_code, http.get("/health").json()["status"]) == (503, "failed")
 
 
-# Clients that go away ---------------------------------------------------------------------------------------
+# Clients that disconnect -----------------------------------------------------------------------------------
 
 
-def test_a_stream_that_is_closed_gives_its_pages_back(live, client):
+def test_closing_a_stream_frees_its_pages(live, client):
     stream = client.completions.create(
         model=MODEL, prompt=NOTE, max_tokens=1500, stream=True, extra_body={"ignore_eos": True, "keep": False}
     )
@@ -638,7 +638,7 @@ def test_a_stream_that_is_closed_gives_its_pages_back(live, client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_hangs_up_before_its_answer_is_noticed(reference, stream):
+def test_a_client_that_disconnects_before_its_answer_cancels_its_request(reference, stream):
     with scripted(reference, lambda prompt: [None]) as live:
         tickets = live.worker.loop.tickets
         hang_up_when(live, {"prompt": "x", "stream": stream}, lambda: tickets)
@@ -646,7 +646,7 @@ def test_a_client_that_hangs_up_before_its_answer_is_noticed(reference, stream):
 
 
 def hang_up_when(live, body, condition):
-    """Send a request, and close the connection as soon as something is so."""
+    """Send a request, and close the connection as soon as `condition()` is true."""
     address = urllib.parse.urlsplit(live.url)
     content = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -656,10 +656,10 @@ def hang_up_when(live, body, condition):
         wait_for(condition)
 
 
-# The end ----------------------------------------------------------------------------------------------------
+# Shutdown ---------------------------------------------------------------------------------------------------
 
 
-def test_draining_finishes_what_runs_and_refuses_what_is_new(reference):
+def test_draining_finishes_running_requests_and_refuses_new_ones(reference):
     release = threading.Event()
 
     def script(prompt):
@@ -699,7 +699,7 @@ Server(app, "127.0.0.1", {port}).run()
 
 
 @pytest.mark.slow
-def test_sigterm_drains_and_the_process_ends_well():
+def test_sigterm_drains_and_ends_the_process_with_code_0():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -721,10 +721,10 @@ def test_sigterm_drains_and_the_process_ends_well():
         process.kill()
 
 
-# Metrics, and whatever may be asked -----------------------------------------------------------------------------
+# Metrics, and random requests -------------------------------------------------------------------------------
 
 
-def test_metrics_count_what_happened():
+def test_metrics_count_requests_and_tokens():
     with live_server(make_engine()) as live, live.http() as http:
         for _ in range(2):
             ask(live.client(), "metrics", max_tokens=12)
@@ -764,7 +764,7 @@ OPERATIONS = [
 
 @pytest.fixture(scope="session")
 def api():
-    """The description of a server whose answers are short, however long they may be asked for."""
+    """The OpenAPI description of a server whose answers have at most 3 tokens."""
     with live_server(make_engine(), limits=Limits(max_tokens=3, default_tokens=3)) as live:
         yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
 
@@ -775,7 +775,7 @@ def test_every_operation_is_checked(api):
 
 
 def check_operation(operation, examples):
-    """Ask what the description allows and what it does not: no internal error, and every error has OpenAI's shape."""
+    """Send valid and invalid requests. None gives an internal error, and every error has OpenAI's fields."""
     cases = operation.as_strategy(GenerationMode.POSITIVE) | operation.as_strategy(GenerationMode.NEGATIVE)
 
     @settings(
@@ -803,7 +803,7 @@ def test_no_request_breaks_the_server(api, path, method):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
-def test_no_request_of_many_breaks_the_server(api, path, method):
+def test_no_request_breaks_the_server_with_more_examples(api, path, method):
     check_operation(api[path][method], 300)
 
 
@@ -818,7 +818,7 @@ def test_bytes_of_tokens_make_the_text(tokenizer):
 
 
 class Pieces:
-    """A SentencePiece tokenizer's view of its tokens."""
+    """The part of a SentencePiece tokenizer that `TokenText` calls."""
 
     def convert_ids_to_tokens(self, token):
         return ["▁harbour", "<0xE2>", "s", None][token]
@@ -862,7 +862,7 @@ def test_the_command_compiles_before_it_listens(reference, monkeypatch, argument
         (["no-such-model"], "no-such-model"),
     ],
 )
-def test_the_command_refuses_what_is_wrong(arguments, said):
+def test_the_command_refuses_bad_options(arguments, said):
     result = CliRunner().invoke(app, ["serve", *arguments])
     assert (result.exit_code, result.stdout) == (2, "")
     assert said in result.stderr

@@ -1,4 +1,4 @@
-"""The page at / in a real Chromium: it chats, paints what the report says, survives a reload, and escapes texts."""
+"""The page at / in a real Chromium: it chats, shows the report in colours, survives a reload, and escapes texts."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ def live(engine):
 
 @pytest.fixture
 def page(browser):
-    """A tab without history. What its console complains of fails the test, save answers that are refusals."""
+    """A new tab. An error on its console fails the test, except refused requests."""
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     page, complaints = context.new_page(), []
     page.set_default_timeout(60_000)
@@ -50,7 +50,7 @@ def page(browser):
 
 
 def send(page, text, number=1):
-    """Ask, and wait for the answer."""
+    """Send a message, and wait for the answer."""
     page.get_by_label("Message", exact=True).fill(text)
     page.get_by_role("button", name="Send").click()
     expect(page.locator(".turn.assistant .facts")).to_have_count(number)
@@ -58,19 +58,19 @@ def send(page, text, number=1):
 
 
 def painted(page):
-    """How many tokens are shown in each colour."""
+    """The number of tokens that are shown in each colour."""
     kinds = ("prefix", "reused", "recomputed", "fresh")
     return {kind: page.locator(f"#prompt .token.{kind}").count() for kind in kinds}
 
 
 def reports(page):
-    """The reports that the page keeps, the newest last."""
+    """The reports that the page keeps, newest last."""
     kept = json.loads(page.evaluate("localStorage.getItem('sparsex.page')"))
     return [turn["report"] for turn in kept["turns"] if turn.get("report")]
 
 
 @in_a_browser
-def test_a_chat_is_painted_as_its_report_says(page, live):
+def test_a_chat_has_the_colours_of_its_report(page, live):
     page.goto(live.url)
     expect(page.locator("#model")).to_have_text(MODEL)
     page.get_by_text("Knowledge").click()
@@ -132,7 +132,7 @@ def test_texts_are_never_markup(page, engine):
 
 
 @in_a_browser
-def test_what_the_server_refuses_is_said(page, live):
+def test_the_page_shows_why_the_server_refuses_a_request(page, live):
     page.goto(live.url)
     page.get_by_text("Settings").click()
     page.get_by_label("New tokens").fill("4000")
@@ -158,7 +158,7 @@ def test_a_key_opens_the_server(browser, engine, tmp_path):
 
 
 @in_a_browser
-def test_a_phone_in_the_dark(browser, live):
+def test_the_page_fits_a_phone_in_dark_mode(browser, live):
     context = browser.new_context(viewport={"width": 375, "height": 700}, color_scheme="dark", has_touch=True)
     page = context.new_page()
     page.goto(live.url)
@@ -169,7 +169,7 @@ def test_a_phone_in_the_dark(browser, live):
     context.close()
 
 
-def test_the_page_needs_nothing_from_elsewhere(live):
+def test_the_page_loads_nothing_from_other_hosts(live):
     answer = httpx.get(live.url)
     policy = answer.headers["Content-Security-Policy"]
     assert answer.headers["Content-Type"].startswith("text/html")

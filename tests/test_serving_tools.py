@@ -1,4 +1,4 @@
-"""Tool calls: what a model writes as one becomes one, for the official client too, and all else stays text."""
+"""Tool calls: text in the form of the model's template becomes a call, and all other text stays text."""
 
 import copy
 import json
@@ -67,13 +67,13 @@ TEXT = [
 
 @pytest.mark.parametrize(("template", "answer", "text", "calls"), READ, ids=range(len(READ)))
 @pytest.mark.parametrize("size", [1, 5, 1000])
-def test_calls_are_read_however_they_come(template, answer, text, calls, size):
+def test_calls_are_read_from_pieces_of_any_size(template, answer, text, calls, size):
     pieces = [answer[at : at + size] for at in range(0, len(answer), size)]
     assert read(template, pieces) == (text, [as_call(call) for call in calls])
 
 
 @pytest.mark.parametrize(("template", "answer"), TEXT, ids=range(len(TEXT)))
-def test_what_is_no_call_stays_text(template, answer):
+def test_other_text_stays_text(template, answer):
     assert read(template, [answer[:20], answer[20:]]) == (answer, [])
 
 
@@ -88,7 +88,7 @@ def test_text_is_neither_lost_nor_changed(pieces):
     ("template", "tools"),
     [(HERMES, []), (HERMES, [{}, {"function": {"name": 5}}]), ("{{ messages }}", TOOLS), (None, TOOLS)],
 )
-def test_without_tools_or_a_known_form_nothing_is_read(template, tools):
+def test_there_is_no_reader_without_tools_or_a_known_form(template, tools):
     assert reader_for(template, tools) is None
 
 
@@ -99,7 +99,7 @@ ANSWER = f"I ask.\n{tagged(TIDE)}\n{tagged(WIND)}"
 
 @pytest.fixture(scope="module")
 def client():
-    """A model with a Hermes template that always says the same, a few characters at a time."""
+    """A server with a Hermes template whose model always answers the same, a few characters at a time."""
     engine = make_engine()
     engine.tokenizer = copy.copy(engine.tokenizer)
     engine.tokenizer.chat_template = HERMES
@@ -117,7 +117,7 @@ def functions(calls):
     return [{"name": call.function.name, "arguments": json.loads(call.function.arguments)} for call in calls]
 
 
-def test_the_answer_has_the_calls(client):
+def test_a_whole_answer_has_the_calls(client):
     choice = ask(client, tools=TOOLS).choices[0]
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "I ask.")
     assert functions(choice.message.tool_calls) == [TIDE, WIND]
@@ -135,7 +135,7 @@ def test_a_stream_has_the_calls(client):
 
 @pytest.mark.parametrize("options", [{}, {"tools": TOOLS, "tool_choice": "none"}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_offers_no_tools_gets_text(client, options, stream):
+def test_a_request_without_tools_gets_text(client, options, stream):
     answer = ask(client, stream=stream, **options)
     if stream:
         choices = [chunk.choices[0] for chunk in answer]

@@ -1,4 +1,4 @@
-"""The compiled steps: the store is never copied, and few programs serve any mix of lengths."""
+"""The compiled steps never copy the store, and few programs serve any mix of lengths."""
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ def test_top_rows_finishes_the_blocks_that_it_begins():
     assert chosen(5) == [0, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_more_copies_than_a_plan_has_rows_go_in_parts():
+def test_more_copies_than_a_plan_has_rows_run_in_several_calls():
     shapes = Shapes.of(max_context=128, max_requests=4, page_size=16, chunk=8)
     runs = [(Segment(0, n, 5, np.arange(n), exact=False), range(8)) for n in (100, 28, 100)]
     parts = list(plan_copies(runs, shapes, page_size=16))

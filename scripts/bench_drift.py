@@ -1,12 +1,12 @@
-"""Whether reuse stays good when it lives on what it made itself: many new prompts over the same documents.
+"""Measures whether quality drifts when reuse builds on KV that earlier reuse computed.
 
     python scripts/bench_drift.py [--model ruler-tiny] [--queries 200] [--method sparsex:boundary_layer=0]
 
-The task is tracking variables. The documents never change; each session of 10 questions begins with other values of the
-first variables, so what the documents mean changes while their text does not, and has them in another order for each
-question. The last two questions and the model's own answers stand before each question. Everything is kept, and found
-again by the next prompts: approximate KV becomes the donor of approximate KV. Full recompute answers the same prompts
-and leaves nothing behind. Prints a line for each part of the queries and writes `drift-<model>-<device>.json`.
+The task is tracking variables over the same documents. Each session of 10 questions begins with other values of the
+first variables, so the documents mean something else although their text is the same. Each question has the documents
+in another order, and behind them the last two questions with the model's own answers. The KV of every prompt is kept,
+and the next prompts find it, so approximate KV is the donor of approximate KV. Full recompute answers the same prompts,
+and its KV is not kept. Prints a line for each part of the queries, and writes `drift-<model>-<device>.json`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from sparsex_jax.eval.scores import Answer
 from sparsex_jax.eval.tasks import Question, Sample, make_sample
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SESSION, HISTORY = 10, 2  # questions with the same values; earlier ones that stand in the prompt
+SESSION, HISTORY = 10, 2  # questions with the same values; earlier questions in each prompt
 ASSIGNED = re.compile(r"VAR (\w+) = (\w+)\.")
 SHOWN = {
     "hit rate": "share",
@@ -37,7 +37,7 @@ SHOWN = {
 
 
 def other_values(sample: Sample, rng: np.random.Generator) -> Sample:
-    """The values that the instruction gives, dealt out anew, and the answers that follow from it."""
+    """The sample with the instruction's values permuted, and the answers that follow from them."""
     given = [value for _, value in ASSIGNED.findall(sample.instruction)]
     dealt = dict(zip(given, rng.permutation(given).tolist(), strict=True))
 
@@ -53,14 +53,15 @@ def other_values(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def prompt_of(engine: Engine, sample: Sample, number: int, history: list[str], rng: np.random.Generator) -> np.ndarray:
-    """Instruction, the documents in some order, what was asked and answered before, the question."""
+    """The instruction, the documents in random order, the last questions with their answers, and the question."""
     case = regimes.tokenize(sample, engine.tokenizer, number)
     segments = [case.segments[i] for i in rng.permutation(len(case.segments))]
     before = regimes.encode(engine.tokenizer, "".join(history[-HISTORY:]))
     return np.concatenate([case.opening, *segments, before, case.closing]).astype(np.int32)
 
 
-def ask(engine: Engine, prompt: np.ndarray, new_tokens: int, reuse: ReuseConfig, keep: bool) -> Answer:
+def answer(engine: Engine, prompt: np.ndarray, new_tokens: int, reuse: ReuseConfig, keep: bool) -> Answer:
+    """The greedy answer of a method."""
     sampling = SamplingParams(new_tokens)
     (out,) = engine.generate_batch([prompt], sampling, reuse=reuse, namespace="drift", keep=keep, return_logits=True)
     return Answer(out.text, out.token_ids, np.asarray(out.logits), out.report)
@@ -79,12 +80,12 @@ def run(engine: Engine, reuse: ReuseConfig, options: argparse.Namespace) -> list
         question = sample.questions[number]
         prompt = prompt_of(engine, sample, number, history, rng)
         new_tokens = 2 * len(regimes.encode(engine.tokenizer, question.reference))
-        full = ask(engine, prompt, new_tokens, ReuseConfig("full"), keep=False)
-        answer = ask(engine, prompt, new_tokens, reuse, keep=True)
-        history.append(question.text + answer.text)
-        found = answer.report.prefix_tokens + answer.report.reused_tokens
+        full = answer(engine, prompt, new_tokens, ReuseConfig("full"), keep=False)
+        reused = answer(engine, prompt, new_tokens, reuse, keep=True)
+        history.append(question.text + reused.text)
+        found = reused.report.prefix_tokens + reused.report.reused_tokens
         rows.append(
-            scores.compare(answer, full, question.answers)
+            scores.compare(reused, full, question.answers)
             | {"hit rate": found / len(prompt), "full": scores.task_score(full.text, question.answers)}
         )
         if (number + 1) % options.part == 0:
@@ -93,11 +94,13 @@ def run(engine: Engine, reuse: ReuseConfig, options: argparse.Namespace) -> list
 
 
 def line(number: int, rows: list[dict[str, float]]) -> str:
+    """The means of the last queries up to `number`, as text."""
     means = [f"{name} {np.mean([row[name] for row in rows]):.3f}" for name in SHOWN]
     return f"{number - len(rows) + 1:4} to {number:4}: {', '.join(means)}"
 
 
 def file_content(rows: list[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
+    """The content of the JSON file."""
     about = {"bench": "drift", "model": options.model} | results.provenance()
     figures = [
         {"work": f"queries {begin + 1} to {begin + options.part}: {name}", "implementation": options.method}
@@ -111,17 +114,17 @@ def file_content(rows: list[dict[str, float]], options: argparse.Namespace) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="ruler-tiny", help="one that can do vt")
+    add("--model", default="ruler-tiny", help="a model that can do the task vt")
     add(
         "--method",
         default="sparsex:boundary_layer=0",
         help="NAME or NAME:FIELD=VALUE:..., as in `sparsex bench quality`",
     )
     add("--queries", type=int, default=200)
-    add("--part", type=int, default=25, help="queries of a line")
+    add("--part", type=int, default=25, help="queries in a line of figures")
     add("--length", type=int, default=1024, help="tokens of the documents together")
     add("--segments", type=int, default=4)
-    add("--store-tokens", type=int, default=16384, help="few enough that old donors are evicted on the way")
+    add("--store-tokens", type=int, default=16384, help="so few that old donors are evicted during the run")
     add("--dtype", default="float32")
     add("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -1,14 +1,14 @@
-"""How long the first token takes with and without reuse, and how fast decode is, at the size of a real model.
+"""Measures the time to the first token with and without reuse, and the speed of decode, at a real model's size.
 
     python scripts/bench_e2e.py [--model llama-3.1-8b] [--lengths 8192 32768] [--segments 16 1 64] [--reused 0.95 0.5]
 
-Random weights in bfloat16: the figures depend on shapes alone. A prompt is so many stored segments with fresh text
-between and behind them; the first number of segments and share of reused tokens go with every length, the others with
-the last. Times are medians after one that compiles, to the first token on the host. Beside each stands what the work
-bound (the share of token-layers computed, of full recompute's time) and the cost model predict. In the same run: a
-plain program (a scan over stacked weights, cuDNN's attention, no pages), transformers with SDPA where torch is
-installed, decode beside the time that its bytes take at the bandwidth of a copy, and a round of agents that read each
-other's outputs. Writes `e2e-<model>-<device>.json` to `scripts/results`.
+The weights are random and in bfloat16, since the figures depend on shapes alone. A prompt has stored segments with
+fresh text before, between and behind them. The first value of --segments and --reused runs with every length, the
+others only with the last. Times are medians, without the run that compiles, until the first token is on the host. Each
+comes with two predictions: a bound, full recompute's time multiplied by the share of token-layers computed, and the
+cost model's. The same run measures a plain program (a scan over stacked weights, cuDNN's attention, no pages),
+transformers with SDPA if torch is installed, decode and the time that its bytes take at the bandwidth of a copy, and a
+round of agents that read each other's outputs. Writes `e2e-<model>-<device>.json` to `scripts/results`.
 """
 
 import argparse
@@ -36,20 +36,30 @@ from sparsex_kernels import apply_rope
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FULL = "full"
-AGENTS, SHARED, ANSWER = 8, 24 * 1024, 32  # of the round: who asks, tokens that all of them read, new tokens
+AGENTS, SHARED, ANSWER = (
+    8,
+    24 * 1024,
+    32,
+)  # of the round of agents: agents, tokens that all of them read, new tokens of each
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One figure, and what was predicted."""
+    """One figure and its predictions.
+
+    Attributes:
+      bound: by the share of work, or by the bytes.
+      predicted: by the cost model.
+      computed: the share of token-layers computed.
+    """
 
     work: str
     implementation: str
     figure: float
     unit: str
-    bound: float | None = None  # by the work, or the bytes
-    predicted: float | None = None  # by the cost model
-    computed: float | None = None  # token-layers, of all
+    bound: float | None = None
+    predicted: float | None = None
+    computed: float | None = None
 
     def __str__(self) -> str:
         beside = "".join(
@@ -61,7 +71,7 @@ class Row:
 
 
 def methods(num_layers: int) -> dict[str, ReuseConfig]:
-    """Full recompute first. Boundaries at 0, 10 % and 20 % of the layers, and a second one in the middle."""
+    """The methods, full recompute first. Boundaries are at 0, 10 % and 20 % of the layers; a second one at 50 %."""
     tenth = round(num_layers / 10)
     return {
         FULL: ReuseConfig(FULL),
@@ -81,8 +91,8 @@ def methods(num_layers: int) -> dict[str, ReuseConfig]:
 
 
 def make_prompt(engine: Engine, length: int, segments: int, reused: float, namespace: str) -> np.ndarray:
-    """Segments stored in the namespace, with fresh tokens before and behind each."""
-    vocabulary, rng = engine.model.vocab_size, np.random.default_rng([*namespace.encode()])  # no other case's tokens
+    """Store segments in the namespace, and make a prompt of them with fresh tokens before and behind each."""
+    vocabulary, rng = engine.model.vocab_size, np.random.default_rng([*namespace.encode()])  # other tokens in each case
     each = int(length * reused) // segments
     stored = [rng.integers(1, vocabulary, each) for _ in range(segments)]
     for segment in stored:
@@ -95,6 +105,7 @@ def make_prompt(engine: Engine, length: int, segments: int, reused: float, names
 def first_tokens(
     engine: Engine, length: int, segments: int, reused: float, runs: int, asked: dict[str, ReuseConfig]
 ) -> Iterator[Row]:
+    """The TTFT of each method for one prompt, in milliseconds."""
     work = f"TTFT, {length} tokens, {reused:.0%} reused in {segments}"
     prompt = make_prompt(engine, length, segments, reused, work)
     full = None
@@ -111,14 +122,14 @@ def first_tokens(
 
 
 def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float | None:
-    """Milliseconds by the cost model, on a device that it knows."""
+    """The milliseconds that the cost model predicts. None if it does not know the device."""
     speeds = speeds_of(jax.devices()[0])
     with engine.admitted([prompt], [], reuse, [namespace]) as [request]:
         return None if speeds is None else 1e3 * prefill_seconds(engine.model, request.plan, speeds)
 
 
 def host_milliseconds(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float:
-    """From the call to the first device work, which is the alignment: lookup and plan."""
+    """Milliseconds from the call to the first device work, the alignment: the time of lookup and planning."""
     copy, reached = engine.runner.copy, []
 
     def note(runs: Any) -> None:
@@ -135,7 +146,7 @@ def host_milliseconds(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, na
 
 
 def decode(engine: Engine, context: int, requests: int, rate: float) -> Row:
-    """Milliseconds of a step, from how much longer 128 more tokens take; no reuse, the prompts are prefixes."""
+    """Milliseconds of a decode step, from the additional time of 128 tokens. The prompts are stored prefixes."""
     rng = np.random.default_rng(context)
     prompts = [rng.integers(1, engine.model.vocab_size, context) for _ in range(requests)]
     for prompt in prompts:
@@ -152,7 +163,7 @@ def decode(engine: Engine, context: int, requests: int, rate: float) -> Row:
 
 
 def decode_bytes(engine: Engine, tokens: int) -> int:
-    """What a step must read: all weights but the embedding's table, and the K and V of so many tokens."""
+    """The bytes that a decode step reads: all weights but the embedding table, and K and V of `tokens` tokens."""
     params = engine.runner.params
     head = 0 if engine.model.tied_embeddings else params["embed"].nbytes
     config = engine.model
@@ -161,7 +172,7 @@ def decode_bytes(engine: Engine, tokens: int) -> int:
 
 
 def agents(engine: Engine, reuse: ReuseConfig, name: str) -> Row:
-    """Each of some agents reads what all of them said, in an order of its own behind its own text, and answers."""
+    """Prompts a second in a round of agents. Each reads the outputs of all, in an order of its own, and answers."""
     rng, vocabulary = np.random.default_rng(0), engine.model.vocab_size
     said = [rng.integers(1, vocabulary, SHARED // AGENTS) for _ in range(AGENTS)]
     for output in said:
@@ -178,11 +189,11 @@ def agents(engine: Engine, reuse: ReuseConfig, name: str) -> Row:
     return Row(f"round of {AGENTS} agents, {SHARED} tokens shared", name, AGENTS / taken[-1], "prompts a second")
 
 
-# What it is compared with -----------------------------------------------------------------------------------
+# References -------------------------------------------------------------------------------------------------
 
 
 def copy_rate() -> float:
-    """Bytes a second that a copy of 1 GB reads and writes, over many in one program."""
+    """The bytes a second that copies of 1 GB read and write, 20 of them in one program."""
 
     @jax.jit
     def copies(x: jax.Array) -> jax.Array:
@@ -209,7 +220,7 @@ def plain_milliseconds(engine: Engine, prompt: np.ndarray, runs: int) -> float:
 
 @functools.partial(jax.jit, static_argnames="config")
 def plain(params: Params, tokens: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """The last token's logits, and K and V of all layers: no pages, no plan, one prompt."""
+    """The last token's logits, and K and V of all layers, of one prompt without pages and plans."""
     position = jnp.arange(len(tokens))
     frequencies, eps = inv_freq(config), config.rms_norm_eps
     fused = "cudnn" if jax.default_backend() == "gpu" else None
@@ -231,7 +242,7 @@ def plain(params: Params, tokens: jax.Array, *, config: ModelConfig) -> tuple[ja
 
 
 def transformers_rows(name: str, lengths: list[int], runs: int) -> list[Row]:
-    """TTFT of transformers with SDPA on the same shapes; nothing where torch or a GPU for it is missing."""
+    """The TTFT of transformers with SDPA on the same shapes. Empty if torch or a GPU for it is missing."""
     try:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -240,8 +251,8 @@ def transformers_rows(name: str, lengths: list[int], runs: int) -> list[Row]:
     if not torch.cuda.is_available():
         return []
     config = named_config(name)
-    kinds = (Qwen3Config, Qwen3ForCausalLM) if config.qk_norm else (LlamaConfig, LlamaForCausalLM)
-    shapes = kinds[0](
+    classes = (Qwen3Config, Qwen3ForCausalLM) if config.qk_norm else (LlamaConfig, LlamaForCausalLM)
+    shapes = classes[0](
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -254,7 +265,7 @@ def transformers_rows(name: str, lengths: list[int], runs: int) -> list[Row]:
     )
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
-        network = kinds[1](shapes).eval()
+        network = classes[1](shapes).eval()
     rows = []
     for length in lengths:
         tokens, taken = torch.randint(1, config.vocab_size, (1, length), device="cuda"), []
@@ -267,11 +278,13 @@ def transformers_rows(name: str, lengths: list[int], runs: int) -> list[Row]:
     return rows
 
 
-# All of it --------------------------------------------------------------------------------------------------
+# The run ----------------------------------------------------------------------------------------------------
 
 
 def all_rows(options: argparse.Namespace) -> Iterator[Row]:
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # its memory goes
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn")
+    ) as apart:  # frees its GPU memory
         others = apart.submit(transformers_rows, options.model, options.lengths, options.runs).result()
     yield from others
     most = max(options.decode, default=1)
@@ -280,7 +293,7 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
     longest = max(*options.lengths, options.context + 256, SHARED + 512 if options.agents else 0)
     shapes = dataclasses.replace(
         named_config(options.model), max_position=longest
-    )  # programs for no more than is asked
+    )  # so that page tables are no longer than needed
     engine = Engine.from_config(shapes, dtype=options.dtype, store_tokens=needed, max_batch=max(most, AGENTS))
     asked = methods(engine.model.num_layers)
     asked = {name: reuse for name, reuse in asked.items() if not options.only or any(o in name for o in options.only)}
@@ -306,7 +319,7 @@ def main() -> None:
     add("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     add("--segments", type=int, nargs="+", default=[16, 1, 64])
     add("--reused", type=float, nargs="+", default=[0.95, 0.5, 0.8, 0.98], help="shares of the prompt that are stored")
-    add("--only", nargs="*", default=[], help="methods whose names hold one of these; all by default")
+    add("--only", nargs="*", default=[], help="methods whose names contain one of these; all by default")
     add("--runs", type=int, default=3)
     add("--decode", type=int, nargs="*", default=[1, 8], help="requests decoded together")
     add("--context", type=int, default=8192, help="tokens before each decoded request")
@@ -316,7 +329,7 @@ def main() -> None:
     rows: list[Row] = []
     for row in all_rows(options):
         print(row, flush=True)
-        rows.append(row)  # what is measured stays if the rest fails
+        rows.append(row)  # written after each row, so that they stay if a later one fails
         write_json(about | provenance() | {"rows": [dataclasses.asdict(row) for row in rows]}, RESULTS)
 
 

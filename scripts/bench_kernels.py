@@ -1,11 +1,11 @@
-"""How long the kernels take on this device, beside XLA's versions, cuDNN, PyTorch, FlashInfer and the device's floor.
+"""Measures the kernels on this device, compared with XLA's versions, cuDNN, PyTorch, FlashInfer, a copy and a matmul.
 
     python scripts/bench_kernels.py [--quick] [--only SUBSTRING]
 
-32 query and 8 KV heads of 128 in bfloat16. Prints a table as it goes; writes `scripts/results/kernels-<device>.json`
-and, where matplotlib is there, a roofline plot beside it. A figure is the median of five dispatches, each of which
-repeats the work many times on the device, every repetition waiting for the one before. Triton and FlashInfer have rows
-where `jax_triton` and `flashinfer` are installed.
+With 32 query heads and 8 KV heads of 128, in bfloat16. Prints a table while it runs, and writes
+`scripts/results/kernels-<device>.json` and, if matplotlib is installed, a roofline plot. A figure is the median of five
+calls, each of which repeats the work many times on the device, one repetition after the other. Triton and FlashInfer
+are measured if `jax_triton` and `flashinfer` are installed.
 """
 
 import argparse
@@ -28,11 +28,11 @@ from sparsex_jax.eval.results import provenance, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Q_HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 64
-DISPATCHES, SECONDS = 5, 0.1  # of device time a dispatch
+CALLS, SECONDS = 5, 0.1  # timed calls, and device time of each
 
 
 class Row(NamedTuple):
-    """One figure: seconds a repetition, and what was done in them."""
+    """One figure: the seconds of a repetition, and its operations and bytes."""
 
     work: str
     implementation: str
@@ -40,15 +40,15 @@ class Row(NamedTuple):
     flops: float = 0.0
     bytes: float = 0.0
 
-    def kept(self) -> dict[str, Any]:
-        """What the results' file says of it."""
+    def to_dict(self) -> dict[str, Any]:
+        """The row in the result file."""
         figures = {"figure": 1e3 * self.seconds, "unit": "ms"}
         rates = {"tflops": self.flops / self.seconds / 1e12, "terabytes_per_second": self.bytes / self.seconds / 1e12}
         return {"work": self.work, "implementation": self.implementation} | figures | rates
 
 
 class Rows(NamedTuple):
-    """What the operations take: rows over one layer of a store."""
+    """The arguments of the operations: rows that attend to one layer of a store."""
 
     q: jax.Array
     store: jax.Array
@@ -74,7 +74,7 @@ def median_seconds(step: Callable[[Any, Any], Any], state: Any, data: Any) -> fl
     state = jax.block_until_ready(run(state, data, jnp.int32(3)))
     times = max(3, min(1000, int(SECONDS / max(time.perf_counter() - begin, 1e-6) * 3)))
     taken = []
-    for _ in range(DISPATCHES):
+    for _ in range(CALLS):
         begin = time.perf_counter()
         state = jax.block_until_ready(run(state, data, jnp.int32(times)))
         taken.append((time.perf_counter() - begin) / times)
@@ -84,13 +84,13 @@ def median_seconds(step: Callable[[Any, Any], Any], state: Any, data: Any) -> fl
 def after(q: jax.Array, result: jax.Array) -> jax.Array:
     """`q` with one element of `result` in it, so that a loop can neither drop the work nor move it out.
 
-    (An optimisation barrier does not do: the compiler drops what leaves it unused.)
+    An optimisation barrier is not enough, because the compiler drops results behind it that are unused.
     """
     return q.at[(0,) * q.ndim].set(result[(0,) * result.ndim].astype(q.dtype))
 
 
 def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = False) -> Rows:
-    """A share of the tokens of each request, or its last one."""
+    """Rows for a random share of the tokens of each request, or for its last token."""
     rng = np.random.default_rng(seed)
     pages = -(-max(lengths) // PAGE)
     tables = rng.permutation(len(lengths) * pages).reshape(len(lengths), pages).astype(np.int32)
@@ -123,7 +123,7 @@ def key_mass(work: str, rows: Rows, implementation: str) -> Row:
     def step(q: jax.Array, rest: Any) -> jax.Array:
         return after(q, kernels.key_mass(q, *rest, implementation=implementation))
 
-    flops = 2 * 2 * DIM * Q_HEADS * rows.pairs  # scores twice: for the log-sum-exp, and for the sums
+    flops = 2 * 2 * DIM * Q_HEADS * rows.pairs  # scores are computed twice: for the log-sum-exp, and for the sums
     return Row(work, implementation, median_seconds(step, jnp.array(rows.q), rows[1:]), flops)
 
 
@@ -146,7 +146,7 @@ def torch_seconds(run: Callable[[], Any]) -> float:
     for _ in range(3):
         run()
     taken = []
-    for _ in range(DISPATCHES):
+    for _ in range(CALLS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(10):
@@ -186,7 +186,7 @@ def flex(work: str, rows: Rows) -> Row:
 
 
 def flashinfer(work: str, lengths: list[int], last_only: bool) -> Row:
-    """All tokens of each request, or its last one, over pages of the same layout as ours."""
+    """FlashInfer for all tokens of each request, or its last one, over pages of the same layout."""
     import torch
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper as Wrapper
 
@@ -206,7 +206,7 @@ def flashinfer(work: str, lengths: list[int], last_only: bool) -> Row:
 
 
 def align(work: str, tokens: int, layers: int, implementation: str) -> Row:
-    """Segments of 1000 tokens from anywhere to anywhere, so that neither end is on a page's edge."""
+    """Copy segments of 1024 tokens, whose sources and targets do not begin at a page."""
     page = jax.random.normal(jax.random.key(0), (1, 64, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16)
     pages = 2 * tokens // PAGE + 128
     store = jnp.tile(page, (layers, -(-pages // 64), 1, 1, 1, 1))
@@ -249,7 +249,7 @@ def installed_kernels() -> list[str]:
 
 
 def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, ...]]]:
-    """Name, function and arguments of every row; arguments may be functions that make them."""
+    """The name, function and arguments of every row. An argument may be a function that makes it."""
     ours = [*installed_kernels(), *([] if quick else ["xla"])]
     beside = [flashinfer] if importlib.util.find_spec("flashinfer") else []
     yield "copy 1 GB", floor_copy, ()
@@ -283,11 +283,11 @@ def show(row: Row) -> str:
 
 
 def save(rows: list[Row]) -> Path:
-    return write_json({"bench": "kernels"} | provenance() | {"rows": [row.kept() for row in rows]}, RESULTS)
+    return write_json({"bench": "kernels"} | provenance() | {"rows": [row.to_dict() for row in rows]}, RESULTS)
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Each row that has both on the device's roofline: operations a byte, and operations a second."""
+    """Plot the rows with operations and bytes under the device's roofline."""
     from matplotlib import pyplot
 
     floors = {row.work: row for row in rows}
@@ -307,10 +307,10 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="without XLA's versions of the kernels")
+    parser.add_argument("--quick", action="store_true", help="skip XLA's versions of the kernels")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     options = parser.parse_args()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants memory too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # so that PyTorch finds memory
     rows: list[Row] = []
     for work, bench, args in benches(options.quick):
         if options.only in work:
@@ -318,7 +318,7 @@ def main() -> None:
                 row = bench(work, *(arg() if callable(arg) else arg for arg in args))
                 rows.append(row)
                 print(show(row), flush=True)
-            except Exception:  # one that fails must not cost the others
+            except Exception:  # if one fails, the others run all the same
                 print(f"{work} {args[-1:]} failed\n{traceback.format_exc(limit=-3)}", flush=True)
     path = save(rows)
     try:

@@ -1,4 +1,4 @@
-"""How long one prompt's lookup takes, beside simpler indexes. Host only: no accelerator is used.
+"""Measures how long the lookup of one prompt takes, compared with simpler indexes. It runs on the host only.
 
     uv run python scripts/bench_lookup.py
 
@@ -23,7 +23,7 @@ VOCABULARY = 32_000
 
 
 class PrefixHashes:
-    """The usual prefix cache: a dictionary of chained hashes on a fixed grid. Finds nothing behind a new token."""
+    """The usual prefix cache, a dictionary of chained page hashes. It finds nothing behind the first new token."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size, self.pages = page_size, {}
@@ -47,7 +47,7 @@ class PrefixHashes:
 
 
 class WindowDictionary:
-    """The obvious segment index in plain Python: a dictionary of 8-token tuples, probed at every offset."""
+    """The simplest segment index: a dictionary of 8-token tuples, which a lookup probes at every offset."""
 
     def __init__(self) -> None:
         self.tokens, self.windows = [], {}
@@ -89,7 +89,7 @@ def fresh_tokens(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def mixed_prompt(rng: np.random.Generator, documents: list[np.ndarray], length: int, share: float, segments: int):
-    """`share` of the prompt in that many segments, each from inside another document, new tokens before each."""
+    """A prompt with `share` of its tokens in `segments` segments of different documents, and new tokens before each."""
     reused, new = int(length * share / segments), int(length * (1 - share) / segments)
     parts = []
     for document in documents[:segments]:
@@ -98,7 +98,7 @@ def mixed_prompt(rng: np.random.Generator, documents: list[np.ndarray], length: 
 
 
 def timed(call: Callable[[], int], repeats: int) -> tuple[float, int]:
-    """The best of the repeats in milliseconds, so that other work on the machine counts least, and the result."""
+    """The shortest time of the repeats in milliseconds, since other work on the machine adds time; and the result."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 
 def repetitive(args: argparse.Namespace) -> list[dict]:
-    """One token over and over, in the prompt and in the store: every window is stored at every place."""
+    """A prompt and a store of the same token everywhere, so that every window is stored at every place."""
     same = np.full(args.prompt, 7, np.int32)
     cache = PageCache(6 * (args.prompt // args.page_size + 1), args.page_size)
     fill(cache, [np.concatenate([np.int32([i]), same[1:]]) for i in range(5)])
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=100_000, help="tokens of the prompt")
     parser.add_argument("--stored", type=int, default=1_000_000, help="tokens in the store")
     parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15, help="the best of so many is reported")
+    parser.add_argument("--repeats", type=int, default=15, help="the shortest time of this many lookups is reported")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lookup.json")
     args = parser.parse_args()
     rows = measure(args)

@@ -1,4 +1,4 @@
-"""How a server feels with and without reuse: requests come at random to the serving loop, method after method.
+"""Measures a server's latency and throughput by method: requests arrive at random at the serving loop.
 
     uv run python scripts/bench_serving.py [--workloads rag] [--load 0.7 | --rate 2.5] [--methods full prefix naive]
 
@@ -8,8 +8,8 @@ a share of what full recompute gets through when all requests are there at once.
 pass in a namespace of its own in which nothing was compiled. Writes `serving-<model>-<device>.json`, the tables as
 Markdown and, with matplotlib, a plot to `scripts/results`.
 
-TTFT counts from when a request was due. Tokens of one dispatch arrive together, and each is given its part of the time
-since those before. Goodput counts requests whose TTFT and mean time between tokens are both within their limits.
+TTFT counts from the time a request was due. The tokens of one decode call arrive together, and the time since the last
+tokens is divided among them. Goodput counts requests whose TTFT and mean time between tokens are within their limits.
 """
 
 import argparse
@@ -37,19 +37,24 @@ from sparsex_jax.scheduler.loop import Event, Loop
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("full", "prefix", "sparsex:boundary_layer=0:recompute_ratio=0.05", "sparsex")
 PERCENTILES = (50, 95, 99)
-MOST_PASSES = 4  # until one compiles nothing
+MAX_PASSES = 4  # one of these must compile nothing
 
 
-# How it went ------------------------------------------------------------------------------------------------
+# One request -------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Timeline:
-    """One request, as a listener of the loop: when it was due and when its tokens came, in seconds of the clock."""
+    """The times of one request, in seconds of the clock. It is a listener of the loop.
+
+    Attributes:
+      due: when the request had to be sent.
+      came: for each event, when it came and with how many tokens.
+    """
 
     due: float
     clock: Callable[[], float] = time.perf_counter
-    came: list[tuple[float, int]] = dataclasses.field(default_factory=list)  # when, and how many
+    came: list[tuple[float, int]] = dataclasses.field(default_factory=list)
     report: Report | None = None
     error: Exception | None = None
 
@@ -64,7 +69,7 @@ class Timeline:
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between tokens."""
+        """The seconds between tokens."""
         pairs = itertools.pairwise(self.came)
         return [gap for (before, _), (now, new) in pairs for gap in [(now - before) / new] * new]
 
@@ -73,12 +78,12 @@ class Timeline:
 
 
 def seconds_of(timelines: Sequence[Timeline]) -> float:
-    """From the first that was due to the last token."""
+    """The seconds from the first due request to the last token."""
     return max(timeline.came[-1][0] for timeline in timelines) - min(timeline.due for timeline in timelines)
 
 
 def figures(timelines: Sequence[Timeline], ttft_limit: float, gap_limit: float) -> dict[str, tuple[float, str]]:
-    """What was measured, and its unit, by name. The limits are in seconds."""
+    """The figures and their units, by name. The limits are in seconds."""
     reports = [timeline.report for timeline in timelines if timeline.report is not None]
     prompt_tokens = sum(report.prompt_tokens for report in reports)
     seconds = seconds_of(timelines)
@@ -102,7 +107,7 @@ def figures(timelines: Sequence[Timeline], ttft_limit: float, gap_limit: float) 
     }
 
 
-# How it is run ----------------------------------------------------------------------------------------------
+# The run ----------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -114,16 +119,16 @@ class Bench:
         self._passes = itertools.count()
 
     def settled(self, workload: Workload, reuse: ReuseConfig, due: np.ndarray) -> list[Timeline]:
-        """A pass that compiled nothing."""
-        for _ in range(MOST_PASSES):
+        """The first pass that compiles nothing. Raises RuntimeError if none of `MAX_PASSES` does."""
+        for _ in range(MAX_PASSES):
             before = num_compilations()
             timelines = self.once(workload, reuse, due)
             if num_compilations() == before:
                 return timelines
-        raise RuntimeError(f"{MOST_PASSES} passes of {reuse.method} all compiled something")
+        raise RuntimeError(f"{MAX_PASSES} passes of {reuse.method} all compiled something")
 
     def once(self, workload: Workload, reuse: ReuseConfig, due: np.ndarray) -> list[Timeline]:
-        """Store what is to be stored, then send each prompt when it is due (seconds), and see all through.
+        """Store the workload's texts, send each prompt when it is due (in seconds), and wait for all answers.
 
         Raises:
           RuntimeError: a request failed.
@@ -162,7 +167,7 @@ def compare(
     number = len(workload.prompts)
     at_once = np.zeros(number)
     for reuse in methods.values():
-        bench.once(workload, reuse, at_once)  # compiles most of what they need
+        bench.once(workload, reuse, at_once)  # compiles most of the programs
     rate = options.rate
     if rate is None:
         timelines = bench.settled(workload, ReuseConfig("full"), at_once)
@@ -175,11 +180,11 @@ def compare(
     return rate, runs
 
 
-# What is written --------------------------------------------------------------------------------------------
+# The results -----------------------------------------------------------------------------------------------
 
 
 def table(measured: dict[str, dict[str, tuple[float, str]]]) -> str:
-    """Markdown, a line for each method."""
+    """A Markdown table with a line for each method."""
     heading = ["method", "TTFT p50 / p95 / p99, s", "ITL p50 / p95 / p99, ms", "generated, tokens/s"]
     heading += ["prompt, tokens/s", "goodput, 1/s", "prefix", "reused", "fresh", "computed"]
     lines = [heading, ["---", *["--:"] * (len(heading) - 1)]]
@@ -193,10 +198,10 @@ def table(measured: dict[str, dict[str, tuple[float, str]]]) -> str:
 
 
 def plot(runs: dict[str, dict[str, list[Timeline]]], path: Path, title: str) -> None:
-    """For each workload the share of requests whose first token, and of tokens that, came within a time."""
+    """Plot the cumulative distributions of TTFT and of the time between tokens, for each workload."""
     from matplotlib import pyplot as plt
 
-    plt.switch_backend("agg")  # files only
+    plt.switch_backend("agg")  # draws to files, so it needs no screen
     size = (max(4 * len(runs), 7), 6)
     figure, axes = plt.subplots(2, len(runs), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for (name, by_method), (above, below) in zip(runs.items(), axes.T, strict=True):
@@ -237,7 +242,7 @@ def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, d
 
 
 def load(model: str, **options: Any) -> tuple[Engine, Any]:
-    """An engine and what tokenises its prompts. A named configuration has random weights and the tasks' tokenizer."""
+    """An engine and a tokenizer. A named configuration gets random weights and the tasks' tokenizer."""
     try:
         named_config(model)
     except UnknownModelError:
@@ -279,7 +284,7 @@ def main() -> None:
             name, tokenizer, WorkloadSize(options.requests, options.length, options.pieces), options.seed
         )
         rates[name], runs[name] = compare(bench, workload, methods, options)
-        save(options, rates, runs)  # what is there, should a later one fail
+        save(options, rates, runs)  # so that it is there if a later workload fails
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Join runs of the quality bench that differ in tasks or regimes, such as those of one GPU shared by a process a task.
+"""Join runs of the quality bench that differ in tasks or regimes, such as processes for single tasks that share a GPU.
 
     sparsex bench quality --tasks vt ... --json > vt.json & sparsex bench quality --tasks cwe ... --json > cwe.json
     python scripts/join_quality.py vt.json cwe.json [--note "what a reader must know"]
 
 Writes the JSON, the tables and the frontier's plot that one run over all tasks would have written to `scripts/results`.
-Over all tasks the mean is that of their means, and its interval follows from theirs.
+The mean over all tasks is the mean of the tasks' means, and its interval follows from their intervals.
 """
 
 import argparse
@@ -21,7 +21,7 @@ Summary = dict[str, Any]
 
 
 def summaries_of(document: dict[str, Any]) -> list[Summary]:
-    """The rows of a document as `quality.summarize` gave them."""
+    """The summaries in a result file, as `quality.summarize` made them."""
     found = []
     for row in document["rows"]:
         cell, metric = row["work"].rsplit(": ", 1)
@@ -35,7 +35,7 @@ def summaries_of(document: dict[str, Any]) -> list[Summary]:
 
 
 def pooled(summaries: list[Summary]) -> list[Summary]:
-    """One summary for each regime, method and metric over its tasks, which have as many samples each."""
+    """A summary over all tasks for each regime, method and metric. All tasks have the same number of samples."""
     groups: dict[tuple[str, str, str], list[Summary]] = {}
     for summary in summaries:
         groups.setdefault((summary["regime"], summary["method"], summary["metric"]), []).append(summary)
@@ -53,10 +53,10 @@ def _mean(group: list[Summary]) -> Summary:
 
 
 def join(documents: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Summary]]:
-    """One document and its summaries.
+    """The content of one result file for all runs, and its summaries.
 
     Raises:
-      ValueError: they differ in more than tasks and regimes.
+      ValueError: the runs differ in more than tasks and regimes.
     """
     first, *others = documents
     same, varied = ("bench", "model", "device", "versions", "commit"), ("tasks", "regimes")
@@ -79,7 +79,7 @@ def join(documents: list[dict[str, Any]]) -> tuple[dict[str, Any], list[Summary]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", nargs="+", type=Path)
-    parser.add_argument("--bench", help="what the files are called by; by default as the runs call it: quality")
+    parser.add_argument("--bench", help="the first part of the file names; by default the runs' own, quality")
     parser.add_argument("--note", help="what a reader of the tables must know")
     options = parser.parse_args()
     joined, summaries = join([json.loads(path.read_text()) for path in options.documents])

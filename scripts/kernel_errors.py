@@ -1,9 +1,9 @@
-"""How far the kernels are from float64 on the same bfloat16 inputs, beside cuDNN and XLA.
+"""Measures the kernels' errors against float64 on the same bfloat16 inputs, and those of cuDNN and XLA.
 
     python scripts/kernel_errors.py [--implementations hopper triton xla] [--tokens 2048]
 
-Prints the relative error in the Euclidean norm of each operation and writes `kernel-errors-<device>.json`. Queries are
-scaled up fourfold, so that the softmax is peaked as in a model and rounding shows.
+Prints the relative error of each operation in the Euclidean norm, and writes `kernel-errors-<device>.json`. Queries are
+multiplied by 4, so that the softmax is as peaked as in a model and rounding errors show.
 """
 
 import argparse
@@ -28,13 +28,13 @@ def relative(out: Any, exact: np.ndarray) -> float:
 
 
 def keys_values(rows: Rows) -> np.ndarray:
-    """`[2, kv_heads, tokens, dim]` of the first request, in float64."""
+    """Keys and values `[2, kv_heads, tokens, dim]` of the first request, in float64."""
     pages = np.asarray(rows.store, np.float64)[0, np.asarray(rows.tables[0])]
     return pages.transpose(1, 2, 0, 3, 4).reshape(2, KV_HEADS, -1, DIM)
 
 
 def exact_attention(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Output `[rows, q_heads, dim]` and key mass `[tokens]` in float64, one KV head after another."""
+    """Attention output `[rows, q_heads, dim]` and key mass `[tokens]`, in float64."""
     q = np.asarray(rows.q, np.float64).reshape(len(rows.q), KV_HEADS, -1, DIM)
     keys, values = keys_values(rows)
     hidden = np.arange(keys.shape[1]) > np.asarray(rows.positions)[:, None, None]
@@ -68,7 +68,7 @@ def errors(tokens: int, implementations: list[str]) -> Iterator[Error]:
 
 
 def cudnn_attention(rows: Rows) -> jax.Array:
-    """The same rows among all of their prompt, on contiguous keys and values."""
+    """cuDNN's output for these rows. It computes all rows of the prompt, on contiguous keys and values."""
     keys, values = jnp.asarray(keys_values(rows), jnp.bfloat16)[:, None].swapaxes(2, 3)
     q = jnp.zeros((1, keys.shape[1], *rows.q.shape[1:]), rows.q.dtype).at[0, rows.positions].set(rows.q)
     attended = jax.nn.dot_product_attention(q, keys, values, is_causal=True, implementation="cudnn")
@@ -76,7 +76,7 @@ def cudnn_attention(rows: Rows) -> jax.Array:
 
 
 def alignment_errors(tokens: int, implementations: list[str]) -> Iterator[Error]:
-    """Keys moved by 12345 positions."""
+    """The errors of keys that are rotated by 12345 positions."""
     rows = rows_of([2 * tokens], 0, last_only=True)
     slots = (np.asarray(rows.tables[0])[:, None] * rows.store.shape[4] + np.arange(rows.store.shape[4])).reshape(-1)
     source, target = jnp.asarray(slots[:tokens], jnp.int32), jnp.asarray(slots[tokens : 2 * tokens], jnp.int32)

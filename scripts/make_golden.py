@@ -1,7 +1,7 @@
 """Make the small random models of `tests/golden`, and the logits that transformers computes with them.
 
-The tests compare this package's decoder with these files, so they need neither torch nor a network. Run again
-only when a model is added; neither torch nor transformers' models are dependencies of the project:
+The tests compare this package's decoder with these files, so they need neither torch nor a network. Run this script
+only to add a model. The project does not depend on torch:
 
     uv run --no-project --with torch --with transformers --with numpy python scripts/make_golden.py
 
@@ -30,12 +30,12 @@ SMALL = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    "initializer_range": 0.2,  # large, so that attention is sharp and a wrong weight shows
+    "initializer_range": 0.2,  # large, so that attention is peaked and a wrong weight changes the logits
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-# The wavelengths of 16-wide heads lie on both sides of this rule's limits, and between them.
+# With heads of 16, some wavelengths are below both limits of this rule, some above, and some between.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -48,7 +48,7 @@ LLAMA3_ROPE = {
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """One model: how it is configured and how its weights are stored."""
+    """One model: its configuration, and how its weights are stored."""
 
     config: PreTrainedConfig
     dtype: torch.dtype = torch.float32
@@ -66,7 +66,7 @@ def models() -> dict[str, Golden]:
 
 @torch.no_grad()
 def randomise(model: Any) -> None:
-    """Norms start at one and biases at zero, where mixing them up would not show."""
+    """Randomise norms and biases. They start at 1 and 0, where a test would not notice that they are mixed up."""
     for name, weight in model.named_parameters():
         if "norm" in name:
             weight.uniform_(0.5, 1.5)
@@ -76,9 +76,9 @@ def randomise(model: Any) -> None:
 
 @torch.no_grad()
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """Float32 `[tokens, vocab]` of the weights as they are stored.
+    """Float32 logits `[tokens, vocab]` of the weights as they are stored.
 
-    Reloaded rather than cast back: casting a model to bfloat16 rounds its rotary frequencies for good.
+    The model is loaded again, because the one in memory was cast to bfloat16, which rounded its rotary frequencies.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     return model(torch.from_numpy(tokens).long()[None], use_cache=False).logits[0].numpy()

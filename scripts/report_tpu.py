@@ -1,4 +1,4 @@
-"""What the TPU compilers say of the engine's steps, and what a roofline on paper then predicts. Nothing runs.
+"""Compiles the engine's steps for TPUs and predicts times by a roofline. Nothing runs.
 
     uv run --group tpu-aot python scripts/report_tpu.py
 
@@ -40,7 +40,7 @@ COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permut
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Peaks of one chip: bfloat16 operations and HBM bytes a second, HBM bytes, ICI bytes a second, both ways."""
+    """A chip's peaks: bfloat16 operations and HBM bytes a second, HBM bytes, ICI bytes a second in both directions."""
 
     flops: float
     hbm_rate: float
@@ -60,7 +60,7 @@ FRESH, RATIO, BOUNDARY = 0.05, 0.15, 1 / 6  # of the prompt; of the reused token
 CHUNK, ROW_TILE = CHUNKS["tpu"].size, 128
 
 
-# What the compiler says ---------------------------------------------------------------------------------------
+# Compiling ----------------------------------------------------------------------------------------------------
 
 
 def compiled_step(chip: str, devices: int, step: str) -> dict:
@@ -90,7 +90,7 @@ def compiled_step(chip: str, devices: int, step: str) -> dict:
 
 
 def kernel_vmem(text: str) -> dict[str, int]:
-    """The most VMEM that any call of each Pallas kernel uses, double buffers included."""
+    """The largest VMEM that a call of each Pallas kernel uses, with its double buffers."""
     used: dict[str, int] = defaultdict(int)
     for line in text.splitlines():
         name = re.match(r"\s*(?:ROOT )?%([a-z_]+)[.\d\w]* = .*tpu_custom_call", line)
@@ -101,7 +101,7 @@ def kernel_vmem(text: str) -> dict[str, int]:
 
 
 def collectives(text: str) -> list[dict]:
-    """Collective operations in the program text, with the bytes of their results. A loop's body counts once."""
+    """The collective operations in the program, with the bytes of their results. A loop's body counts once."""
     found: dict[tuple[str, str], int] = defaultdict(int)
     for line in text.splitlines():
         call = re.search(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", line)
@@ -124,7 +124,7 @@ def _bytes(shape: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Times at a chip's peaks of a model split over some chips: the larger of compute and memory, plus the network."""
+    """Times of a model on several chips at their peaks: the larger of compute and memory, plus the network."""
 
     model: ModelConfig
     chip: Chip
@@ -138,14 +138,14 @@ class Roofline:
 
     @property
     def kv_bytes(self) -> float:
-        """Of one token in one layer."""
+        """KV bytes of one token in one layer."""
         return 2 * 2 * self.model.num_kv_heads * self.model.head_dim
 
     def seconds(self, flops: float, hbm_bytes: float) -> float:
         return max(flops / self.chip.flops, hbm_bytes / self.chip.hbm_rate) / self.chips
 
     def layer(self, rows: float, context: float, pairs: float) -> float:
-        """One layer for some rows, a chunk at a time; `pairs` of a row and a key that it sees."""
+        """The time of one layer for some rows, chunk by chunk. `pairs` counts pairs of a row and a key."""
         m, chunks = self.model, math.ceil(rows / CHUNK)
         linear = self.seconds(2 * rows * self.layer_weights, 2 * chunks * self.layer_weights)
         attention = self.seconds(
@@ -159,7 +159,7 @@ class Roofline:
         return self.model.num_layers * self.layer(tokens, tokens, tokens**2 / 2)
 
     def sparsex(self, tokens: int) -> float:
-        """Fresh tokens spread evenly, like the chosen ones, so that an active row sees half the context on average."""
+        """Fresh and chosen tokens are spread evenly, so that an active row attends to half the context on average."""
         m, active = self.model, tokens * (FRESH + RATIO * (1 - FRESH))
         before = round(m.num_layers * BOUNDARY)
         dense = before * self.layer(tokens, tokens, tokens**2 / 2)
@@ -171,7 +171,7 @@ class Roofline:
         return self.align(tokens * (1 - FRESH)) + dense + boundary + sparse
 
     def align(self, tokens: float) -> float:
-        """Each tile is read twice as a source, at another offset, once as a target, and written."""
+        """Each tile is read twice as a source (it overlaps two targets), once as a target, and written once."""
         return self.seconds(0, 4 * tokens * self.kv_bytes * self.model.num_layers)
 
     def fits(self, tokens: int) -> bool:

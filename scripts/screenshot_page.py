@@ -58,7 +58,7 @@ def start_server() -> tuple[Server, str]:
 
 
 def take(page: Page, url: str) -> None:
-    """Ask once, which compiles, forget that, and ask again; then compare, twice for the same reason."""
+    """Run the example and the comparison twice, because the first time includes compiling, and take the picture."""
     expect.set_options(timeout=SECONDS * 1000)
     page.set_default_timeout(SECONDS * 1000)
     page.goto(url)
@@ -81,7 +81,7 @@ def ask_example(page: Page) -> None:
 
 
 def forget_everything(page: Page, url: str) -> None:
-    """A new chat under a salt of its own, so that the first answer's prompt is no prefix of the second's."""
+    """Start a new chat under another salt, so that it does not find the first chat's prompt as its prefix."""
     page.get_by_text("Settings").click()
     page.get_by_label("Cache salt").fill("picture")
     page.get_by_label("Cache salt").blur()

@@ -163,7 +163,7 @@ class Bench:
 def compare(
     bench: Bench, workload: Workload, methods: dict[str, ReuseConfig], options: argparse.Namespace
 ) -> tuple[float, dict[str, list[Timeline]]]:
-    """The rate, and a pass of each method with the same prompts at the same times."""
+    """Choose the rate, and run a pass of each method with the same prompts at the same times."""
     number = len(workload.prompts)
     at_once = np.zeros(number)
     for reuse in methods.values():

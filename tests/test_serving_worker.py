@@ -165,7 +165,7 @@ def test_at_the_deadline_of_draining_the_rest_is_cancelled():
     assert run(scenario, lambda prompt: FOREVER)[-1][1].finish_reason == "cancelled"
 
 
-def test_if_the_loop_breaks_everybody_hears_of_it():
+def test_if_the_loop_breaks_all_requests_get_the_error():
     async def scenario(worker, loop):
         async with worker.stream([job()]) as stream:
             await anext(stream)

@@ -52,7 +52,7 @@ class EntryBook:
         return entry
 
     def remove(self, handle: int) -> Entry:
-        """Raises UnknownHandleError if there is no such entry."""
+        """Remove and return an entry. Raises UnknownHandleError if there is no such entry."""
         entry = self._entries.pop(handle, None)
         if entry is None:
             raise UnknownHandleError(f"handle {handle!r} is not known: never given out, forgotten, or evicted since")

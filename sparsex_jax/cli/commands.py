@@ -98,7 +98,7 @@ def demo(
     max_new_tokens: options.MaxNewTokens = 24,
     as_json: options.Json = False,
 ) -> None:
-    """Remember a few documents, then ask about them in another order: the methods side by side."""
+    """Remember a few documents, then compare the methods on a prompt that has them in another order."""
     from sparsex_jax.cli.demo import run
     from sparsex_jax.cli.generate import EngineChoice
 
@@ -259,7 +259,7 @@ def calibrate(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Find the cheapest reuse that keeps a stated quality on this model, and write it as a file the engine reads."""
+    """Find the cheapest reuse that keeps a stated quality on this model, and write it to a file that engines read."""
     from sparsex_jax.cli.bench import BenchSettings
     from sparsex_jax.cli.calibrate import run, target_of
 

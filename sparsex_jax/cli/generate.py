@@ -20,13 +20,13 @@ from sparsex_jax.reuse.report import Report
 
 @dataclasses.dataclass(frozen=True)
 class EngineChoice:
-    """Which model to run, and how."""
+    """The model to load, and the engine's options."""
 
     model: str
     dtype: str
     store_tokens: int
     max_batch: int = EngineConfig.max_batch
-    reuse: ReuseConfig | Path | None = None  # as `Engine.from_pretrained`
+    reuse: ReuseConfig | Path | None = None  # as for `Engine.from_pretrained`
 
     def load(self) -> Engine:
         keep_on_disk()

@@ -24,7 +24,7 @@ Remember = Annotated[
         exists=True, dir_okay=False, readable=True, help="A text file to remember alone, as a donor. Repeatable."
     ),
 ]
-Namespace = Annotated[str, typer.Option(help="Whose KV may be reused.")]
+Namespace = Annotated[str, typer.Option(help="Only KV that was stored under this name is reused.")]
 Chat = Annotated[
     bool | None,
     typer.Option(
@@ -32,7 +32,7 @@ Chat = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-MaxNewTokens = Annotated[int, typer.Option(help="At most so many tokens are generated.", rich_help_panel=_SAMPLING)]
+MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate.", rich_help_panel=_SAMPLING)]
 
 
 def _reuse(field: str, text: str) -> Any:
@@ -77,7 +77,7 @@ def given(**fields: Any) -> dict[str, Any]:
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
 TopP = Annotated[float, typer.Option(help="Nucleus, in (0, 1].", rich_help_panel=_SAMPLING)]
 TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.", rich_help_panel=_SAMPLING)]
-Seed = Annotated[int, typer.Option(help="Of the random stream.", rich_help_panel=_SAMPLING)]
+Seed = Annotated[int, typer.Option(help="Seed of the random stream.", rich_help_panel=_SAMPLING)]
 Stop = Annotated[
     list[str] | None,
     typer.Option(help="A string that ends the text and is not part of it. Repeatable.", rich_help_panel=_SAMPLING),

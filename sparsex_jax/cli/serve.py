@@ -39,7 +39,7 @@ def run(
     app = create_app(worker, model=name, access=access, limits=limits)
     messages().print(f"Serving {name} at http://{host}:{port}/ (the page) and http://{host}:{port}/v1", soft_wrap=True)
     if api_keys is None:
-        warning = "No --api-keys: everybody who reaches this port may ask, and shares what is stored."
+        warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."
         messages().print(warning, soft_wrap=True)
     Server(app, host, port).run()
 

@@ -187,6 +187,8 @@ def _within_rank(logits: Float[Array, "requests vocab"], sampling: Sampling) -> 
     top_k = jnp.where(sampling.top_k > 0, sampling.top_k, logits.shape[-1])[:, None]
     probs = jax.nn.softmax(jnp.where(rank < top_k, ranked, -jnp.inf), axis=-1)
     before = jnp.cumsum(probs, axis=-1) - probs
-    top_p = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)[:, None]  # rounded sums may reach 1 early
+    top_p = jnp.where(sampling.top_p < 1, sampling.top_p, jnp.inf)[
+        :, None
+    ]  # because rounded sums may reach 1 before the last token
     within = (rank < top_k) & ((before < top_p) | (rank == 0))
     return logits >= jnp.min(ranked, axis=-1, where=within, initial=jnp.inf, keepdims=True)

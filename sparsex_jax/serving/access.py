@@ -107,14 +107,14 @@ class Tenant:
 class Access:
     """The tenants, by the SHA-256 digests of their keys. The keys themselves are not kept in memory."""
 
-    def __init__(self, tenants: Mapping[str, Tenant], everybody: Tenant | None) -> None:
-        self._tenants, self._everybody = dict(tenants), everybody
+    def __init__(self, tenants: Mapping[str, Tenant], anonymous: Tenant | None) -> None:
+        self._tenants, self._anonymous = dict(tenants), anonymous
 
     @classmethod
     def open(cls, limits: Limits) -> Access:
         """Access without keys: all clients are one tenant."""
-        everybody = Tenant("everybody", "", limits.max_concurrent, True, limits.max_knowledge_tokens)
-        return cls({}, everybody)
+        anonymous = Tenant("anonymous", "", limits.max_concurrent, True, limits.max_knowledge_tokens)
+        return cls({}, anonymous)
 
     @classmethod
     def load(cls, path: Path, limits: Limits) -> Access:
@@ -151,8 +151,8 @@ class Access:
 
     def tenant(self, authorization: str | None) -> Tenant:
         """The tenant of a request, by its `Authorization` header. Raises UnauthorizedError if there is none."""
-        if self._everybody is not None:
-            return self._everybody
+        if self._anonymous is not None:
+            return self._anonymous
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             raise UnauthorizedError("an API key is needed: Authorization: Bearer KEY")

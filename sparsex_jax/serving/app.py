@@ -199,7 +199,7 @@ async def model(model: str, service: Served, tenant: Caller) -> schemas.ModelCar
 
 @router.post("/v1/knowledge")
 async def insert_knowledge(body: schemas.KnowledgeRequest, service: Served, tenant: Caller) -> schemas.KnowledgeEntry:
-    """Prefill a text alone and keep it frozen, for the prompts of the same key and salt to reuse."""
+    """Prefill a text alone and keep its KV frozen. Prompts of the same key and salt reuse it."""
     with tenant.slot():
         service.worker.require_open()
         text, preamble = await service.in_background(service.intake.knowledge, body)

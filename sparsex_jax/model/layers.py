@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
+import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from sparsex_jax.model.decoder import Decoder, Hidden, Layer, decoder_layer, layer_of, queries
 from sparsex_jax.model.weights import Params
@@ -16,7 +18,8 @@ from sparsex_kernels.layout import PageTables, Store
 Mass = Float[Array, "requests context"]
 
 
-class ForwardPass(NamedTuple):
+@struct.dataclass
+class ForwardPass:
     """What every layer of one prefill needs.
 
     Attributes:
@@ -24,10 +27,10 @@ class ForwardPass(NamedTuple):
       chunk: rows that go through a layer at a time; divides the number of rows.
     """
 
-    decoder: Decoder
     params: Params
     page_tables: PageTables
-    chunk: int
+    decoder: Decoder = struct.field(pytree_node=False)
+    chunk: int = struct.field(pytree_node=False)
 
     def layer(self, number: Int[Array, ""]) -> Layer:
         return layer_of(self.decoder, self.params, number)
@@ -36,15 +39,27 @@ class ForwardPass(NamedTuple):
         return jnp.zeros((len(self.page_tables), self.page_tables.shape[1] * store.shape[4]))
 
 
-def run_layer(
+def run_layers(
     forward: ForwardPass,
-    number: Int[Array, ""],
+    first: Int[Array, ""],
+    end: Int[Array, ""],
     store: Store,
     rows: Rows,
     hidden: Hidden,
-    enabled: Bool[Array, ""] | None = None,
 ) -> tuple[Store, Hidden]:
-    """One layer for these rows; where `enabled` is False, nothing at all.
+    """The layers from `first` up to `end` for these rows: a loop whose bounds are data."""
+
+    def layer_step(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        return run_layer(forward, layer, carry[0], rows, carry[1])
+
+    return lax.fori_loop(first, end, layer_step, (store, hidden))
+
+
+@jax.jit
+def run_layer(
+    forward: ForwardPass, number: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden
+) -> tuple[Store, Hidden]:
+    """One layer for these rows.
 
     A chunk's K and V are written before it attends: sorted by position, each row finds every earlier row's K and V of
     the same layer in the store.
@@ -57,9 +72,10 @@ def run_layer(
         store, x = decoder_layer(layer, store, x, part, forward.page_tables)
         return store, lax.dynamic_update_slice_in_dim(hidden, x, start, 0)
 
-    return fold_chunks(rows, forward.chunk, run_chunk, (store, hidden), enabled)
+    return fold_chunks(rows, forward.chunk, run_chunk, (store, hidden))
 
 
+@functools.partial(jax.jit, static_argnames="power")
 def add_key_mass(
     forward: ForwardPass,
     number: Int[Array, ""],

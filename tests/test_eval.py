@@ -14,7 +14,7 @@ from sparsex_jax.cli import app
 from sparsex_jax.cli.bench import Workload, example_maps, parse_method
 from sparsex_jax.eval import lexicon, maps, metrics, plots, quality, regimes, results
 from sparsex_jax.eval.tasks import CLOSED_TASKS, TASKS, make_sample, word_count
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 
 SIZES = ((40, 1), (300, 4), (2000, 3))  # tokens of body, segments
 METHODS = {"full": ReuseConfig("full"), "naive": ReuseConfig("naive"), "sparsex": ReuseConfig("sparsex")}
@@ -321,7 +321,7 @@ def test_results_are_written_with_tables_and_plots(rows, tmp_path):
 def test_maps_show_where_reuse_goes_wrong(engine, tmp_path):
     workload = Workload(["full"], ["vt"], ["independent"], length=300, segments=3, samples=1, batch=1, seed=0)
     found = example_maps(engine, workload, "vt", "independent")
-    fresh = found.kind == Kind.FRESH
+    fresh = found.kind == TokenKind.FRESH
     assert found.key_mass.shape == found.key_deviation.shape == (engine.model.num_layers, len(fresh))
     np.testing.assert_allclose(found.key_mass.sum(1), 1, rtol=1e-4)
     np.testing.assert_allclose(found.key_deviation[0], 0, atol=1e-5)  # alignment is exact in layer 0

@@ -17,7 +17,7 @@ from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS, Phase, find_method, method
 from sparsex_jax.reuse.methods.oracle import oracle, prompt_kv, true_deviation
 from sparsex_jax.reuse.planner import RequestPlan, plan_prefill, shares
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
 PLAIN = {"overflow_tokens": 0, "tail_tokens": 0}
 CONFIGS = {
@@ -362,8 +362,8 @@ def test_without_a_hit_every_method_is_a_plain_prefill(tiny, name):
 )
 def test_no_signal_copies_the_store(name, tensor_parallel):
     engine = Engine.from_config(TINY, mesh=make_mesh(tensor_parallel), store_tokens=1 << 17, page_size=64)
-    kind = np.full(300, Kind.FRESH, np.uint8)
-    kind[50:250] = Kind.REUSED
+    kind = np.full(300, TokenKind.FRESH, np.uint8)
+    kind[50:250] = TokenKind.REUSED
     prompt = PromptMap(np.zeros(300, np.int32), kind)
     phases = find_method(CONFIGS[name].method).phases(prompt, CONFIGS[name], TINY.num_layers)
     runner = engine.runner

@@ -8,7 +8,7 @@ from conftest import TINY
 from dense import Dense, engine_logits, stored_kv
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 
 FULL = ReuseConfig(method="full")
 EXACT = 1e-3  # float32 on a 135M model
@@ -122,8 +122,10 @@ def test_interleavings_give_the_expected_plan(tiny, pieces):
     remember_both(tiny)
     tokens = np.concatenate([piece for piece, _ in pieces])
     report = tiny.prefill(tokens, reuse=ReuseConfig(method="naive"), namespace="n").report
-    expected = np.concatenate([np.full(len(p), Kind.FRESH if donor is None else Kind.REUSED) for p, donor in pieces])
-    expected[-1] = Kind.FRESH
+    expected = np.concatenate(
+        [np.full(len(p), TokenKind.FRESH if donor is None else TokenKind.REUSED) for p, donor in pieces]
+    )
+    expected[-1] = TokenKind.FRESH
     starts = np.cumsum([0, *[len(piece) for piece, _ in pieces]])[:-1]
     segments = [(s, len(p), donor[1]) for s, (p, donor) in zip(starts, pieces, strict=True) if donor]
     found = [(s.start, s.length, s.donor_start) for s in report.segments]

@@ -15,7 +15,7 @@ from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS
 from sparsex_jax.reuse.plan import Copies
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_copies, plan_prefill
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -25,8 +25,8 @@ def big_store(request) -> Engine:
 
 
 def hybrid_plan(engine):
-    kind = np.full(300, Kind.FRESH, np.uint8)
-    kind[50:250] = Kind.REUSED
+    kind = np.full(300, TokenKind.FRESH, np.uint8)
+    kind[50:250] = TokenKind.REUSED
     prompt = PromptMap(np.zeros(300, np.int32), kind)
     phases = METHODS["sparsex"].phases(prompt, ReuseConfig(boundary_layer=1), TINY.num_layers)
     return plan_prefill([RequestPlan(prompt, phases, range(5))], engine.runner.shapes, TINY.num_layers)

@@ -27,10 +27,10 @@ from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.store import abstract_store
 from sparsex_jax.model.weights import abstract_params
-from sparsex_jax.reuse.methods import METHODS
+from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.plan import Copies, PrefillPlan
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_kernels.dispatch import prefer
 from sparsex_kernels.layout import Store
 
@@ -68,10 +68,10 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
 
 def half_reused(num_tokens: int, reuse: ReuseConfig, model: ModelConfig, shapes: Shapes) -> tuple[PrefillPlan, Any]:
     """The plan of a prompt whose first half is reused, and its signals. Only its shapes matter here."""
-    kind = np.full(num_tokens, Kind.FRESH, np.uint8)
-    kind[: num_tokens // 2] = Kind.REUSED
+    kind = np.full(num_tokens, TokenKind.FRESH, np.uint8)
+    kind[: num_tokens // 2] = TokenKind.REUSED
     prompt = PromptMap(np.zeros(num_tokens, np.int32), kind)
-    phases = tuple(METHODS[reuse.method].phases(prompt, reuse, model.num_layers))
+    phases = method_of(reuse).phases(prompt, model.num_layers)
     return plan_prefill([RequestPlan(prompt, phases, range(shapes.max_pages))], shapes, model.num_layers)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax.numpy as jnp
@@ -13,9 +12,9 @@ from jaxtyping import Int, Int32
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
-from sparsex_jax.reuse.methods import Phase
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Choice, Copies, PrefillPlan, Rows
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.schedule import Phase
 
 # Rows that go through a layer at a time, by platform; on one that is not here, as on a TPU.
 CHUNKS = {
@@ -144,48 +143,20 @@ def plan_prefill(
 def _choice(
     requests: Sequence[RequestPlan], phases: Sequence[Phase], computed: Sequence[np.ndarray], size: int
 ) -> Choice:
-    """One later phase of all requests, theirs behind each other. There are at most as many groups as rows."""
+    """One later phase of all requests, theirs behind each other. Each request is a group."""
 
     def rows(masks: Iterable[np.ndarray], fill: int | float | bool) -> Array:
         return _padded([mask[at] for mask, at in zip(masks, computed, strict=True)], size, fill)
 
     zeros = [np.zeros(len(request.prompt), np.float32) for request in requests]
-    groups = [_groups(request.prompt, phase) for request, phase in zip(requests, phases, strict=True)]
-    before = np.cumsum([0, *(len(budgets) for _, budgets in groups)])
-    coverage = [math.inf if phase.coverage is None else phase.coverage for phase in phases]
     return Choice(
         forced=rows([phase.forced for phase in phases], False),
         scores=rows([zero if p.scores is None else p.scores for p, zero in zip(phases, zeros, strict=True)], 0.0),
         block=rows([r.prompt.blocks(p.pool_tokens) for r, p in zip(requests, phases, strict=True)], 0),
-        group=rows([number + first for (number, _), first in zip(groups, before[:-1], strict=True)], PADDING_REQUEST),
-        budget=_padded([budgets for _, budgets in groups], size, 0),
-        coverage=_padded([np.full(len(b), c) for c, (_, b) in zip(coverage, groups, strict=True)], size, math.inf),
+        group=rows([np.full(len(r.prompt), line) for line, r in enumerate(requests)], PADDING_REQUEST),
+        budget=_padded([np.array([phase.budget]) for phase in phases], size, 0),
+        coverage=jnp.full(size, jnp.inf),
     )
-
-
-def _groups(prompt: PromptMap, phase: Phase) -> tuple[Int[np.ndarray, "tokens"], Int[np.ndarray, "groups"]]:
-    """Each token's group, and each group's budget: one for all, or one a segment, by its share of the candidates.
-
-    Fresh tokens count with the segment before them; they are never candidates.
-    """
-    if not (phase.per_segment and prompt.segments):
-        return np.zeros(len(prompt), int), np.array([phase.budget])
-    starts = [segment.start for segment in prompt.segments]
-    number = np.maximum(np.searchsorted(starts, np.arange(len(prompt)), side="right") - 1, 0)
-    return number, shares(phase.budget, np.bincount(number[prompt.reused & ~phase.forced], minlength=len(starts)))
-
-
-def shares(total: int, weights: Int[np.ndarray, "parts"]) -> Int[np.ndarray, "parts"]:
-    """Divide a whole number by weights, the largest remainders rounded up; none gets more than its weight.
-
-    >>> shares(5, np.array([10, 20, 0]))
-    array([2, 3, 0])
-    """
-    exact = total * weights / max(weights.sum(), 1)
-    out = np.floor(exact).astype(int)
-    largest = np.argsort(out - exact, kind="stable")
-    out[largest[: min(total, weights.sum()) - out.sum()]] += 1
-    return out
 
 
 def _rows(requests: Sequence[RequestPlan], computed: Sequence[np.ndarray], size: int) -> Rows:

@@ -9,9 +9,10 @@ import pytest
 from conftest import TINY
 from typer.testing import CliRunner
 
-from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
+from sparsex_jax import Engine, InvalidRequestError, Oracle, ReuseConfig
 from sparsex_jax.cli import app
-from sparsex_jax.cli.bench import Workload, example_maps, parse_method
+from sparsex_jax.cli.bench import Workload, example_maps
+from sparsex_jax.cli.options import parse_method
 from sparsex_jax.eval import lexicon, maps, metrics, plots, quality, regimes, results
 from sparsex_jax.eval.tasks import CLOSED_TASKS, TASKS, make_sample, word_count
 from sparsex_jax.reuse.prompt import TokenKind
@@ -295,7 +296,7 @@ def test_a_run_is_the_same_again(engine, rows):
 
 
 def test_the_oracle_is_a_method_of_the_bench(engine):
-    methods = METHODS | {"oracle": ReuseConfig("oracle", recompute_ratio=0.2)}
+    methods = METHODS | {"oracle": Oracle(recompute_ratio=0.2)}
     rows = quality.run(engine, methods, ["qa"], ["independent"], num_tokens=300, samples=1)
     oracle = next(row for row in rows if row["method"] == "oracle")
     assert 0 < oracle["computed_fraction"] < 1
@@ -341,7 +342,10 @@ def test_key_mass_is_causal(engine):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("sparsex:depth=3", "sets 'depth'"), ("sparsex:boundary_layer=x", "boundary_layer='x'")],
+    [
+        ("sparsex:depth=3", "depth=3 has no meaning for method 'sparsex'; its options: .*boundary_layer"),
+        ("sparsex:boundary_layer=x", "boundary_layer='x'"),
+    ],
 )
 def test_bad_settings_of_a_method_are_refused(text, message):
     with pytest.raises(InvalidRequestError, match=message):

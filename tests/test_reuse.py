@@ -171,7 +171,7 @@ def test_a_batch_gives_what_each_request_gives_alone(tiny):
     prompts.append(NEW[:50])
     sampling = SamplingParams(max_new_tokens=12)
     for method in ("full", "prefix", "naive", "sparsex"):
-        reuse = ReuseConfig(method=method, boundary_layer=1)
+        reuse = ReuseConfig.fitting(method, boundary_layer=1)
         together = tiny.generate_batch(prompts, sampling, reuse=reuse, namespace="n", keep=False)
         for prompt, out in zip(prompts, together, strict=True):
             alone = tiny.generate(prompt, sampling, reuse=reuse, namespace="n", keep=False)
@@ -201,7 +201,7 @@ def test_a_batch_copies_more_tokens_than_a_plan_has_rows():
 def test_approximate_kv_is_never_an_exact_prefix(tiny, method):
     remember_both(tiny)
     prompt = np.concatenate([NEW[:20], A, NEW[20:60]])
-    reuse = ReuseConfig(method=method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=1)
+    reuse = ReuseConfig.fitting(method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=1)
     assert tiny.prefill(prompt, reuse=reuse, namespace="n").report.reused_tokens == 70
     again = tiny.prefill(prompt, reuse=ReuseConfig(method="prefix"), namespace="n", keep=False)
     assert again.report.prefix_tokens == 20  # the fresh tokens before the first reused one are exact

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
@@ -48,25 +48,28 @@ Share = Annotated[float, Limit(lambda value: is_number(value) and 0 <= value <= 
 Flag = Annotated[bool, Limit(lambda value: isinstance(value, bool), "True or False")]
 
 
-def check_fields(config: Any) -> None:
-    """Check the fields of a frozen dataclass that have a `Limit`, and store NumPy's numbers as plain ones.
+def checked(config: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for a dataclass, with plain numbers instead of NumPy's, since `json` can write only plain ones.
 
-    `json` can write plain numbers only. Fields annotated `Count | None` may be None.
+    Fields without a `Limit` are not checked. Those annotated `Count | None` may be None.
 
     Raises:
       InvalidRequestError: a value is outside its limit; the message begins with `field=value`.
     """
-    for name, (kind, limit, optional) in _limits(config.__class__).items():
-        value = getattr(config, name)
-        if optional and value is None:
-            continue
-        require(limit.accepts(value), f"{name}={value!r} must be {limit.says}{' or None' if optional else ''}")
-        object.__setattr__(config, name, kind(value))
+    limits = _limits(config)
+    return {name: _checked(name, value, *limits[name]) if name in limits else value for name, value in options.items()}
+
+
+def _checked(name: str, value: Any, kind: type, limit: Limit, optional: bool) -> Any:
+    if optional and value is None:
+        return None
+    require(limit.accepts(value), f"{name}={value!r} must be {limit.says}{' or None' if optional else ''}")
+    return kind(value)
 
 
 @functools.cache
 def _limits(config: type) -> dict[str, tuple[type, Limit, bool]]:
-    """Of a class, for each field that has a limit: the plain type, the limit, and whether it may be None."""
+    """For each field that has a limit: the plain type, the limit, and whether it may be None."""
     hints = typing.get_type_hints(config, include_extras=True)
     found = {field.name: _limit_of(hints[field.name]) for field in dataclasses.fields(config)}
     return {name: limit for name, limit in found.items() if limit}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, cast
 
 from sparsex_jax.config.calibration import CALIBRATED, read_calibration
-from sparsex_jax.config.checks import Flag, at_least, check_fields, require
+from sparsex_jax.config.checks import Flag, at_least, checked, require
 from sparsex_jax.config.model import ModelConfig
 from sparsex_jax.errors import InvalidRequestError
 
@@ -45,15 +45,17 @@ def _options_of(method: type[ReuseConfig]) -> list[str]:
 class _Called(abc.ABCMeta):
     """What calling `ReuseConfig` and the methods' classes does.
 
-    `ReuseConfig(...)` returns what its `__new__` returns: the instance of a method's class, which has been initialised
-    already. Calling a method's class refuses options that it does not have, where Python would raise a TypeError.
+    `ReuseConfig(...)` returns what its `__new__` returns, an instance of a method's class that is initialised already.
+    A method's class takes its options by name, and checks names and values before its `__init__` sees them.
     """
 
     def __call__(cls, /, *values: Any, **options: Any) -> Any:
         if cls is ReuseConfig:
             return cls.__new__(cls, *values, **options)
+        if values:
+            raise TypeError(f"{cls.__name__}() takes its options by name")
         _check_names(cast(type[ReuseConfig], cls), options)
-        return super().__call__(*values, **options)
+        return super().__call__(**checked(cls, options))
 
 
 def _check_names(method: type[ReuseConfig], options: dict[str, Any]) -> None:
@@ -101,9 +103,6 @@ class ReuseConfig(metaclass=_Called):
         if name is not None:
             cls.method = name
             METHODS[name] = cls
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def updated(self, **given: Any) -> ReuseConfig:
         """A copy with these options. If they name another `method`, its other options have their defaults."""

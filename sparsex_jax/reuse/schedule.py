@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -82,7 +83,7 @@ def _complaints(phases: Sequence[Phase], prompt: PromptMap, num_layers: int) -> 
     yield from _about_fresh_tokens(phases, prompt, num_layers)
 
 
-def _about_layers(starts: list[int], num_layers: int) -> Iterator[str]:
+def _about_layers(starts: list[Any], num_layers: int) -> Iterator[str]:
     if not starts or starts[0] != 0 or not all(map(is_int, starts)):
         yield f"the phases start at layers {starts}; the first must start at 0"
     if len(starts) > 1 + MAX_LATER_PHASES:

@@ -4,7 +4,7 @@ Each phase starts at a layer with tokens that the method forces, and optionally 
 layer, that adds the highest-scored of the reused ones. The jitted prefill runs any such schedule, so a new method is a
 class and nothing else:
 
-    @dataclasses.dataclass(frozen=True)
+    @dataclasses.dataclass(frozen=True, kw_only=True)
     class FirstHalfOnly(Method, name="first_half_only"):
         part: Share = 0.5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase, check_schedule
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Method(ReuseConfig):
     """A way to reuse KV. Subclasses are frozen dataclasses whose fields are their options.
 

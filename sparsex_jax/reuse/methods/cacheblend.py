@@ -14,7 +14,7 @@ from sparsex_jax.reuse.schedule import Phase
 NARROWING = (1.2, 1.1, 1.0)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheBlend(Method, name="cacheblend"):
     """Compute everything up to the boundary layer, then the fresh tokens and the reused ones of largest KV deviation.
 

@@ -10,7 +10,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Epic(Method, name="epic"):
     """Compute the fresh tokens and the first few of each segment.
 

@@ -15,7 +15,7 @@ from sparsex_jax.reuse.schedule import Phase
 SINKS = 4  # tokens
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Focus(Method, name="focus"):
     """Compute the fresh tokens, those next to them and the pieces of segments that the fresh tokens focus on.
 

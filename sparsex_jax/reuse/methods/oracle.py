@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +15,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Oracle(SparseX):
     """SparseX with key tokens of the highest given scores, for one prompt.
 
@@ -28,10 +29,9 @@ class Oracle(SparseX):
 
     method: ClassVar[str] = "oracle"
 
-    scores: tuple[float, ...] | Float32[np.ndarray, "tokens"] | None = None
+    scores: Sequence[float] | Float32[np.ndarray, "tokens"] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.scores is not None:  # a tuple, so that equal ones are equal and have the same hash
             object.__setattr__(self, "scores", tuple(np.asarray(self.scores, np.float32).tolist()))
 

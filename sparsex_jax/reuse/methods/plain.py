@@ -10,7 +10,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(Method, name="full"):
     """Look nothing up; compute every token."""
 
@@ -21,7 +21,7 @@ class Full(Method, name="full"):
         return [Phase(0, prompt.computed)]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix(Method, name="prefix"):
     """Compute all but the exact prefix."""
 
@@ -31,7 +31,7 @@ class Prefix(Method, name="prefix"):
         return [Phase(0, prompt.computed)]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Naive(Method, name="naive"):
     """Paste and align all segments; compute the fresh tokens and nothing else."""
 

@@ -10,7 +10,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ProphetKV(Method, name="prophetkv"):
     """Compute the fresh tokens and the reused ones that these attend to most on average over all layers.
 

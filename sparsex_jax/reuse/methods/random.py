@@ -11,7 +11,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Random(SparseX, name="random"):
     """SparseX with random key tokens: what its budget and its forced tokens are worth without the signal.
 

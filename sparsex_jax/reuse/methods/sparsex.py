@@ -13,7 +13,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseX(Method, name="sparsex"):
     """Compute everything up to the boundary layer, from there on the active tokens.
 

@@ -66,7 +66,7 @@ def prefill_seconds(config: ModelConfig, plan: RequestPlan, speeds: Speeds) -> f
     return seconds
 
 
-def _layer_seconds(config: ModelConfig, rows: float, pairs: float, speeds: Speeds) -> float:
+def _layer_seconds(config: ModelConfig, rows: int, pairs: float, speeds: Speeds) -> float:
     weights = config.hidden_size * (2 * config.num_q_heads + 2 * config.num_kv_heads) * config.head_dim
     weights += 3 * config.hidden_size * config.intermediate_size
     computed = -(-rows // speeds.tile) * speeds.tile
@@ -90,16 +90,16 @@ def _signal_seconds(config: ModelConfig, prompt: PromptMap, before: Phase, phase
     """Seconds of a signal: K and V of all rows at the boundary, the fresh rows' attention again, and its own pass."""
     rows, _ = _rows_and_pairs(prompt, before)
     projections = 4 * config.hidden_size * config.num_kv_heads * config.head_dim * rows / speeds.linear
-    fresh, pairs = prompt.fresh.sum(), _pairs(prompt.fresh)
+    fresh, pairs = int(prompt.fresh.sum()), _pairs(prompt.fresh)
     mass = 1.25 * _attention_seconds(config, pairs, speeds)
     probe = phase.probe_layers * (_layer_seconds(config, fresh, pairs, speeds) + mass)
     return projections + mass + probe
 
 
-def _rows_and_pairs(prompt: PromptMap, phase: Phase) -> tuple[float, float]:
+def _rows_and_pairs(prompt: PromptMap, phase: Phase) -> tuple[int, float]:
     """How many rows a phase has at most, and how many keys they see together if the chosen ones are spread evenly."""
     candidates = prompt.reused & ~phase.forced
-    chosen = phase.budget * _pairs(candidates) / max(candidates.sum(), 1)
+    chosen = phase.budget * _pairs(candidates) / max(int(candidates.sum()), 1)
     return phase.size, _pairs(phase.forced) + chosen
 
 

@@ -13,6 +13,7 @@ import sparsex_jax
 from sparsex_jax import CacheBlend, Epic, Focus, Full, InvalidRequestError, Naive, Prefix, ReuseConfig, SparseX
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.reuse.methods import METHODS, Method, Oracle, Phase, Share
+from sparsex_jax.serving.schemas import ReuseOptions
 
 OF_ALL = {"min_segment_tokens", "only_if_faster"}
 OPTIONS = {
@@ -145,6 +146,13 @@ def test_a_method_of_ones_own_is_known_by_its_name():
 def test_options_are_given_by_name():
     with pytest.raises(TypeError, match=r"SparseX\(\) takes its options by name"):
         SparseX(5)
+
+
+def test_the_schema_of_requests_lists_all_options():
+    properties = ReuseOptions.model_json_schema()["properties"]
+    assert properties.keys() == {"method", *OF_ALL}.union(*OPTIONS.values())
+    assert properties["head_tokens"]["type"] == "integer"
+    assert properties["head_tokens"]["description"] == "Of epic, sparsex, random, prophetkv, focus."
 
 
 def test_methods_are_known_without_jax():

@@ -479,7 +479,15 @@ BAD_CHATS = {
     "method": ({"reuse": {"method": "magic"}}, "reuse.method", "magic"),
     "reuse field": ({"reuse": {"boundry": 3}}, "reuse.boundry", "not permitted"),
     "boundary": ({"reuse": {"boundary_layer": 7}}, "reuse.boundary_layer", "at most 6"),
+    "boundaries": (
+        {"reuse": {"boundary_layer": 3, "second_boundary": 2}},
+        "reuse.second_boundary",
+        "larger than boundary_layer=3",
+    ),
     "ratio": ({"reuse": {"recompute_ratio": 2}}, "reuse.recompute_ratio", "0 to 1"),
+    "option of others": ({"reuse": {"method": "naive", "head_tokens": 2}}, "reuse.head_tokens", "for method 'naive'"),
+    "no ratio": ({"reuse": {"recompute_ratio": None}}, "reuse.recompute_ratio", "valid number"),
+    "oracle": ({"reuse": {"method": "oracle"}}, "reuse.method", "unknown"),
     "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
 }
 

@@ -21,10 +21,10 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _option(name: str, methods: list[str]) -> tuple[Any, Any]:
-    """The type and the schema of an option, from the methods' classes; it may be left out."""
+    """The type of an option in the methods' classes, and its schema. It may be left out."""
     types = [typing.get_type_hints(METHODS[method])[name] for method in methods]
     described = "Of all methods." if len(methods) == len(METHODS) else f"Of {', '.join(methods)}."
-    return functools.reduce(operator.or_, types, None), Field(None, description=described)
+    return functools.reduce(operator.or_, types), Field(None, description=described)
 
 
 # The method and all methods' options. Those given win over what the server was started with. Which options a method has
@@ -32,7 +32,7 @@ def _option(name: str, methods: list[str]) -> tuple[Any, Any]:
 ReuseOptions: type[BaseModel] = create_model(
     "ReuseOptions",
     __config__=ConfigDict(extra="forbid", strict=True),
-    method=(str | None, Field(None, description=f"One of {', '.join(METHODS)}.")),
+    method=(str, Field(None, description=f"One of {', '.join(METHODS)}.")),
     **{name: _option(name, methods) for name, methods in methods_by_option().items()},  # type: ignore[call-overload]
 )
 

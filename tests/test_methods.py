@@ -8,16 +8,12 @@ import pytest
 from conftest import TINY
 from dense import Dense, engine_logits, stored_kv
 from test_reuse import INTERLEAVINGS, NEW, A, remember_both
-from test_steps import assert_no_copy, memory_of
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
-from sparsex_jax.device.prefill import prefill
 from sparsex_jax.eval.oracle import prompt_kv, true_deviation
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS, Full, Method, Oracle, Phase
-from sparsex_jax.reuse.planner import RequestPlan, plan_prefill
-from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
 PLAIN = {"overflow_tokens": 0, "tail_tokens": 0}
 CONFIGS = {
@@ -295,22 +291,6 @@ def test_without_a_hit_every_method_is_a_plain_prefill(tiny, name):
     out = tiny.prefill(NEW[:50], reuse=CONFIGS[name], namespace="n", keep=False)
     assert (out.report.reused_tokens, out.report.computed_fraction) == (0, 1.0)
     np.testing.assert_allclose(out.logits, engine_logits(tiny, NEW[:50], reuse=ReuseConfig("full")), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "tensor_parallel"),
-    [("cacheblend", 1), pytest.param("cacheblend", 2, marks=pytest.mark.slow), ("prophetkv", 1), ("sparsex", 1)],
-)
-def test_no_signal_copies_the_store(name, tensor_parallel):
-    engine = Engine.from_config(TINY, mesh=make_mesh(tensor_parallel), store_tokens=1 << 17, page_size=64)
-    kind = np.full(300, TokenKind.FRESH, np.uint8)
-    kind[50:250] = TokenKind.REUSED
-    prompt = PromptMap(np.zeros(300, np.int32), kind)
-    phases = CONFIGS[name].phases(prompt, TINY.num_layers)
-    runner = engine.runner
-    plan, signals = plan_prefill([RequestPlan(prompt, phases, range(5))], runner.shapes, TINY.num_layers)
-    static = {"decoder": runner.decoder, "signals": signals, "chunk": 128}
-    assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
 
 
 def test_kv_deviation_sums_over_the_heads_of_all_devices(tiny, dense):

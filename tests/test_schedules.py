@@ -134,6 +134,17 @@ def test_given_scores_are_one_for_each_token(scores, complaint):
     assert f"phase 1 {complaint}" in refused(FIRST, phase_with(signal="given", scores=scores))
 
 
+def test_all_boundaries_share_blocks_and_scores():
+    ones, twos = np.ones(16, np.float32), np.full(16, 2, np.float32)
+    assert "phases with a signal have different pool_tokens" in refused(
+        FIRST, Phase(1, FRESH, "key_mass", 4, pool_tokens=4), Phase(2, FRESH, "key_mass", 2)
+    )
+    assert "phases have different scores" in refused(
+        FIRST, Phase(1, FRESH, "given", 4, scores=ones), Phase(2, FRESH, "given", 2, scores=twos)
+    )
+    check(FIRST, Phase(1, FRESH, "given", 4, scores=ones), Phase(2, FRESH, "given", 2, scores=ones.copy()))
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [

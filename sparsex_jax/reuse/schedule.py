@@ -14,7 +14,7 @@ from sparsex_jax.config.checks import is_int
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.prompt import PromptMap
 
-MAX_LATER_PHASES = 4  # after the first
+MAX_BOUNDARIES = 4  # phases after the first; a shape of the compiled prefill, which is the same for all schedules
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,14 +80,15 @@ def _complaints(phases: Sequence[Phase], prompt: PromptMap, num_layers: int) -> 
     for number, (before, phase) in enumerate(itertools.pairwise(phases), start=1):
         if (phase.forced & ~before.forced).any():
             yield f"phase {number} forces tokens that the phase before it does not force"
+    yield from _about_shared_fields([phase for phase in phases if phase.signal is not None])
     yield from _about_fresh_tokens(phases, prompt, num_layers)
 
 
 def _about_layers(starts: list[Any], num_layers: int) -> Iterator[str]:
     if not starts or starts[0] != 0 or not all(map(is_int, starts)):
         yield f"the phases start at layers {starts}; the first must start at 0"
-    if len(starts) > 1 + MAX_LATER_PHASES:
-        yield f"there are {len(starts)} phases; at most {MAX_LATER_PHASES} may follow the first"
+    if len(starts) > 1 + MAX_BOUNDARIES:
+        yield f"there are {len(starts)} phases; at most {MAX_BOUNDARIES} may follow the first"
     later = itertools.pairwise(starts[1:])
     rise = all(0 <= a < b or a == b == num_layers for a, b in later)
     if not rise or not 0 <= starts[-1] <= num_layers:
@@ -125,6 +126,15 @@ def _about_scores(scores: np.ndarray | None, length: int) -> Iterator[str]:
         yield f"has scores of shape {np.shape(scores)} for a prompt of {length} tokens"
     elif not (np.isfinite(scores) & (scores >= 0)).all():
         yield "has scores that are negative or not finite"
+
+
+def _about_shared_fields(scored: Sequence[Phase]) -> Iterator[str]:
+    """The plan has one row of blocks and one of scores for all boundaries of a request."""
+    if len({phase.pool_tokens for phase in scored}) > 1:
+        yield "phases with a signal have different pool_tokens"
+    given = [phase.scores for phase in scored if phase.scores is not None]
+    if not all(np.array_equal(scores, given[0]) for scores in given):
+        yield "phases have different scores"
 
 
 def _about_fresh_tokens(phases: Sequence[Phase], prompt: PromptMap, num_layers: int) -> Iterator[str]:

@@ -508,7 +508,7 @@ def refreshed(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         begin, view, name, end = match.groups()
-        return begin + VIEWS[view](json.loads((RESULTS / name).read_text())) + end
+        return f"{begin}\n{VIEWS[view](json.loads((RESULTS / name).read_text()))}\n{end}"
 
     return BLOCK.sub(block, text)
 

@@ -1,4 +1,6 @@
-"""Take the picture of the page in `sparsex_jax/serving/README.md`: SmolLM2 answers the page's own example. Needs Chromium on the PATH.
+"""Take the picture of the page in `sparsex_jax/serving/README.md`: SmolLM2 answers the page's own example.
+
+Needs Chromium on the PATH.
 
 uv run python scripts/screenshot_page.py
 """

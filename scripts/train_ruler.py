@@ -37,15 +37,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
+from flax.training import train_state
 
-from sparsex_jax import ModelConfig, model
+from sparsex_jax import ModelConfig
 from sparsex_jax.checkpoints.huggingface import TENSORS, HuggingFaceCheckpoint
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.tasks import TASKS, Question, Sample, make_sample, numbered, tracked
-from sparsex_jax.model.decoder import Decoder, Layer
+from sparsex_jax.model import decoder as model
+from sparsex_jax.model.decoder import Decoder, OneLayer
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.model.weights import Params, describe, num_parameters, random_params
+from sparsex_jax.model.weights import Layers, Params, describe, num_parameters, random_params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.dispatch import prefer
 
@@ -332,18 +334,18 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> Trace:
 
     decoder = Decoder(config, Ops(make_mesh(1)))
 
-    def run_layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, Trace]:
-        layer = Layer(decoder, jax.tree.map(lambda weight: weight[None], weights), jnp.int32(0))
+    def run_layer(hidden: jax.Array, weights: Layers) -> tuple[jax.Array, Trace]:
+        layer = OneLayer(decoder, jax.tree.map(lambda weight: weight[None], weights), jnp.int32(0))
         heads = (model.queries(layer, hidden, rows), *model.keys_values(layer, hidden, rows))
         q, k, v = (x.reshape(batch, length, *x.shape[1:]) for x in heads)
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=fused)
-        hidden = hidden + jnp.einsum("rnd,ndh->rh", attended.reshape(heads[0].shape), weights["wo"])
+        hidden = hidden + jnp.einsum("rnd,ndh->rh", attended.reshape(heads[0].shape), weights.wo)
         hidden = hidden + model.mlp(layer, hidden, rows)
         return hidden, Trace(hidden.reshape(batch, length, -1), q[:, :, 0], k[:, :, 0])
 
     # A product in place of `model.embed`'s look-up: its gradient is a product too and no slow scatter.
-    hidden = jax.nn.one_hot(flat, config.vocab_size, dtype=params["embed"].dtype) @ params["embed"]
-    return jax.lax.scan(run_layer, hidden, params["layers"])[1]
+    hidden = jax.nn.one_hot(flat, config.vocab_size, dtype=params.embed.dtype) @ params.embed
+    return jax.lax.scan(run_layer, hidden, params.layers)[1]
 
 
 def losses(
@@ -419,9 +421,32 @@ def following(x: jax.Array) -> jax.Array:
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
 
+class TrainState(train_state.TrainState):
+    """flax's state of a training: parameters, optimiser, and the state of the optimiser.
+
+    Its step takes a learning rate, which follows the clock and not the number of steps.
+    """
+
+    def apply_gradients(self, *, grads: Params, rate: jax.Array) -> TrainState:
+        directions, opt_state = self.tx.update(grads, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, jax.tree.map(lambda direction: -rate * direction, directions))
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state)
+
+
+def make_state(params: Params, config: ModelConfig, recipe: Recipe) -> TrainState:
+    """The state before the first step, on the device that trains."""
+    # Not by `TrainState.create`, which takes parameters in dictionaries only.
+    optimizer = make_optimizer(config, recipe)
+    state = TrainState(
+        step=jnp.int32(0), apply_fn=losses, params=params, tx=optimizer, opt_state=optimizer.init(params)
+    )
+    return jax.device_put(state, jax.devices()[0])  # as steps return it, else the second one compiles again
+
+
+@functools.cache  # it is a part of the key of the compiled step
 def make_optimizer(config: ModelConfig, recipe: Recipe) -> optax.GradientTransformation:
-    """AdamW for a learning rate of 1: `train_step` scales its updates. Norms and embeddings do not decay."""
-    decays = jax.tree.map(lambda weight: weight.axes[0] == "layers" and weight.fan_in > 0, describe(config))
+    """AdamW for a learning rate of 1: `TrainState` scales its updates. Norms and embeddings do not decay."""
+    decays = jax.tree.map(lambda weight: weight.stacked and weight.fan_in > 0, describe(config))
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(b1=0.9, b2=0.95),
@@ -433,31 +458,30 @@ def init_params(config: ModelConfig, seed: int) -> Params:
     """Float32; what is added to the residual stream starts small, so that depth does not drown the embeddings."""
     params = random_params(config, "float32", make_mesh(), seed)
     scale = (2 * config.num_layers) ** -0.5
-    layers = params["layers"] | {name: params["layers"][name] * scale for name in ("wo", "w_down")}
-    return params | {"layers": layers}
+    layers = params.layers
+    layers = dataclasses.replace(layers, wo=layers.wo * scale, w_down=layers.w_down * scale)
+    return dataclasses.replace(params, layers=layers)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "recipe", "dtype"), donate_argnames="state")
 def train_step(
-    state: Params, rows: tuple[jax.Array, ...], rate: jax.Array, config: ModelConfig, recipe: Recipe, dtype: str
-) -> tuple[Params, dict[str, jax.Array]]:
-    """One update of `{"params", "optimizer"}`, and what to log of it."""
+    state: TrainState, rows: tuple[jax.Array, ...], rate: jax.Array, config: ModelConfig, recipe: Recipe, dtype: str
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of the state, and what to log of it."""
 
     def loss(params: Params) -> tuple[jax.Array, tuple[Any, ...]]:
-        means, hinted, right = losses(params, config, recipe, dtype, rows)
+        means, hinted, right = state.apply_fn(params, config, recipe, dtype, rows)
         weights = {"text": recipe.text_weight, "hint": recipe.hint_weight, "look": recipe.look_weight}
         weighted = means["answer"] + sum(weight * means[name] for name, weight in weights.items())
         return weighted, (means, hinted, right)
 
-    grads, (means, hinted, right) = jax.grad(loss, has_aux=True)(state["params"])
-    updates, optimizer = make_optimizer(config, recipe).update(grads, state["optimizer"], state["params"])
-    params = optax.apply_updates(state["params"], jax.tree.map(lambda u: -rate * u, updates))
+    grads, (means, hinted, right) = jax.grad(loss, has_aux=True)(state.params)
     metrics = {f"{name}_loss": value for name, value in means.items()} | {
         "hinted": hinted,
         "right": jnp.sum(right == 1) / jnp.maximum(jnp.sum(right >= 0), 1),
         "gradient": optax.tree.norm(grads),
     }
-    return {"params": params, "optimizer": optimizer}, metrics
+    return state.apply_gradients(grads=grads, rate=rate), metrics
 
 
 # Evaluation --------------------------------------------------------------------------------------------------
@@ -494,7 +518,7 @@ def evaluate(params: Params, config: ModelConfig, recipe: Recipe, dtype: str, le
 
 
 class Storage:
-    """`checkpoints/` (orbax: parameters, optimiser state, time spent), `log.json` and `loss.png` in one directory."""
+    """`checkpoints/` (orbax: the state and the time spent), `log.json` and `loss.png` in one directory."""
 
     def __init__(self, directory: Path) -> None:
         import orbax.checkpoint as ocp
@@ -507,7 +531,7 @@ class Storage:
         self._manager = ocp.CheckpointManager(self.directory / "checkpoints", options=options)
         self.log: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
 
-    def restore(self, state: Params) -> tuple[Params, int, float]:
+    def restore(self, state: TrainState) -> tuple[TrainState, int, float]:
         """State, step and seconds of the last checkpoint; what was passed in, and zeros, where there is none."""
         step = self._manager.latest_step()
         if step is None:
@@ -520,7 +544,7 @@ class Storage:
             self.log = {kind: [line for line in lines if line["step"] <= step] for kind, lines in log.items()}
         return restored["state"], step, restored["meta"]["seconds"]
 
-    def save(self, state: Params, step: int, seconds: float) -> None:
+    def save(self, state: TrainState, step: int, seconds: float) -> None:
         self._write_log()
         if self._manager.latest_step() != step:
             state, meta = self._args.StandardSave(state), self._args.JsonSave({"seconds": seconds})
@@ -596,12 +620,13 @@ def hf_tensors(config: ModelConfig, params: Params) -> Iterator[tuple[str, np.nd
         matrix = array.reshape(fan_in, -1).T if fan_in else array
         return np.ascontiguousarray(matrix.astype(ml_dtypes.bfloat16))
 
-    weights, shapes = jax.tree.map(np.asarray, params), describe(config)
-    yield TENSORS["embed"], weights["embed"].astype(ml_dtypes.bfloat16)
+    weights = jax.tree.map(np.asarray, params)
+    yield TENSORS["embed"], weights.embed.astype(ml_dtypes.bfloat16)
     for layer in range(config.num_layers):
-        for name, weight in shapes["layers"].items():
-            yield TENSORS[name].format(layer), stored(weights["layers"][name][layer], weight.fan_in)
-    yield TENSORS["final_norm"], stored(weights["final_norm"], 0)
+        for name, weight in vars(describe(config).layers).items():
+            if weight is not None:
+                yield TENSORS[name].format(layer), stored(getattr(weights.layers, name)[layer], weight.fan_in)
+    yield TENSORS["final_norm"], stored(weights.final_norm, 0)
 
 
 # The training loop -------------------------------------------------------------------------------------------
@@ -618,9 +643,8 @@ class Trainer:
             params = HuggingFaceCheckpoint(args.init).load_params("float32", make_mesh())
         else:
             params = init_params(config, recipe.seed)
-        state = {"params": params, "optimizer": make_optimizer(config, recipe).init(params)}
-        state = jax.device_put(state, jax.devices()[0])  # as steps return it, else the second one compiles again
-        self.state, self.step, self._seconds_before = self.storage.restore(state)
+        # `step` counts on the host what `state.step` counts on the device: to read that would wait for the step.
+        self.state, self.step, self._seconds_before = self.storage.restore(make_state(params, config, recipe))
         self._feed = Feed(recipe, args.workers, self.step, self.progress)
 
     @property
@@ -695,7 +719,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         for length in sorted(self.recipe.lengths(self.progress(self.step))):
-            tasks = evaluate(self.state["params"], self.config, self.recipe, self._args.dtype, length)
+            tasks = evaluate(self.state.params, self.config, self.recipe, self._args.dtype, length)
             self.storage.log["eval"].append({"step": self.step, "length": length, "tasks": tasks})
             shares = "  ".join(f"{task} {s['answers']:.2f} ({s['tokens']:.2f})" for task, s in tasks.items())
             print(f"  held out, {length:4} tokens, answers (tokens) right: {shares}", flush=True)
@@ -752,7 +776,7 @@ def train(args: argparse.Namespace, argv: list[str] | None) -> None:
         trainer.run()
         if args.export:
             command = "python scripts/train_ruler.py " + " ".join(sys.argv[1:] if argv is None else argv)
-            export(args.export, RULER_TINY | args.model, trainer.state["params"], command)
+            export(args.export, RULER_TINY | args.model, trainer.state.params, command)
     finally:
         trainer.close()
 

@@ -25,7 +25,7 @@ class Model(NamedTuple):
     tables: PageTables
     chunk: int
 
-    def layer(self, number: Int[Array, ""]) -> model.Layer:
+    def layer(self, number: Int[Array, ""]) -> model.OneLayer:
         return model.layer_of(self.decoder, self.params, number)
 
     def no_mass(self, store: Store) -> Mass:

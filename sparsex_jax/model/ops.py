@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 import sparsex_kernels as kernels
@@ -105,6 +105,12 @@ class Ops:
     def align_and_copy(self, store: Store, copies: Copies, inv_freq: Float[Array, "half"]) -> Store:
         move = self._over_heads(kernels.align_and_copy, (_STORE, _ALL, _ALL, _ALL, _ALL), _STORE)
         return move(store, copies.source, copies.target, copies.shift, inv_freq)
+
+    def replicated[T](self, tree: T) -> T:
+        """A pytree of arrays, whole on every device of the mesh."""
+        if self.mesh.size == 1:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _ALL))
 
     def _over_heads(
         self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec

@@ -19,7 +19,7 @@ from sparsex_jax.model.weights import Params, Weight, place_params
 
 
 class Checkpoint(abc.ABC):
-    """An opened checkpoint. Opening reads the configuration; tokenizer and weights are read when asked for."""
+    """An opened checkpoint. Opening reads the configuration; `tokenizer` and `load_params` read the rest."""
 
     config: ModelConfig
 
@@ -65,7 +65,12 @@ def _oriented(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a checkpoint cannot be without."""
+    """The JSON object in a file that a checkpoint must have.
+
+    Raises:
+      UnknownModelError: there is no such file.
+      UnsupportedModelError: the file holds no JSON object.
+    """
     if not path.is_file():
         raise UnknownModelError(f"{path.parent} has no {path.name}")
     try:

@@ -1,4 +1,4 @@
-"""Converted checkpoints: our own configuration, and weights that are restored straight into their shards.
+"""Converted checkpoints: a configuration, and weights of which each device reads only its own shards.
 
 config.json   {"format": "sparsex-jax", "config": {the fields of ModelConfig}}
 params/       the weights, written by orbax as nested dictionaries with the names of `Params` and `Layers`
@@ -67,12 +67,12 @@ def _from_dicts(tree: dict[str, Any], like: Params) -> Params:
 
 
 def is_converted(raw: Mapping[str, Any]) -> bool:
-    """Whether a directory's `config.json` was written here and not by transformers."""
+    """Whether `save_checkpoint` wrote this `config.json`, and not transformers."""
     return raw.get("format") == _FORMAT
 
 
 def check_target(path: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse a target that would be overwritten.
 
     Raises:
       InvalidRequestError: the path is a file or a directory that is not empty.
@@ -82,10 +82,10 @@ def check_target(path: Path) -> None:
 
 
 def save_checkpoint(path: str | Path, config: ModelConfig, params: Params, tokenizer: Any | None = None) -> None:
-    """Write a checkpoint that `OrbaxCheckpoint` opens, whole or not at all.
+    """Write a checkpoint that `OrbaxCheckpoint` opens.
 
-    Everything goes to a directory beside the target, which is renamed at the end; `config.json`, without which
-    no directory is opened, comes last.
+    An interrupted write leaves nothing that can be opened: everything goes to a directory beside the target, which is
+    renamed at the end, and `config.json`, which every checkpoint needs, is written last.
 
     Args:
       params: the weights; sharded arrays are written shard by shard.
@@ -108,7 +108,7 @@ def save_checkpoint(path: str | Path, config: ModelConfig, params: Params, token
 def _write(directory: Path, config: ModelConfig, params: Params, tokenizer: Any | None) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:  # writes in the background; leaving waits for it
+    with ocp.StandardCheckpointer() as checkpointer:  # it writes in the background; the end of the block waits for it
         checkpointer.save(directory / "params", _as_dicts(params))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory / "tokenizer")

@@ -86,10 +86,6 @@ class OneLayer(NamedTuple):
         return self.decoder.ops.linear(x, matrices, self.number, rows, over_inputs=over_inputs)
 
 
-def layer_of(decoder: Decoder, params: Params, number: Int[Array, ""]) -> OneLayer:
-    return OneLayer(decoder, params.layers, number)
-
-
 class Projection(NamedTuple):
     """Stacked weights that make queries, keys or values. The rotation applies to queries and keys."""
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from sparsex_jax.model.decoder import Decoder, Hidden, OneLayer, decoder_layer, layer_of, queries
+from sparsex_jax.model.decoder import Decoder, Hidden, OneLayer, decoder_layer, queries
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows, fold_chunks
 from sparsex_kernels.layout import PageTables, Store
@@ -30,7 +30,7 @@ class ForwardPass(NamedTuple):
     chunk: int
 
     def layer(self, number: Int[Array, ""]) -> OneLayer:
-        return layer_of(self.decoder, self.params, number)
+        return OneLayer(self.decoder, self.params.layers, number)
 
     def no_mass(self, store: Store) -> Mass:
         return jnp.zeros((len(self.page_tables), self.page_tables.shape[1] * store.shape[4]))

@@ -1,4 +1,4 @@
-"""The hybrid prefill: one scan over the layers, in which rows stop being computed at boundaries.
+"""The hybrid prefill: one loop over the layers, in which rows stop being computed at boundaries.
 
     layer        0  ...  l*-1 |  l*  ...           L-1
     rows         all of them  |  fresh + key + overflow + tail
@@ -7,6 +7,12 @@
 Where the boundaries are, which signal scores there, which rows are forced and how many the signal may add are data.
 Rows keep their bucket's shape when they narrow: those that go on move to the front, and chunks of padding are
 skipped. So one compiled program a row bucket serves every method.
+
+Between two boundaries the rows stay the same, and the loop says so: an outer loop crosses a boundary, an inner one
+runs the layers up to the next. What layers derive from the rows alone (addresses, rotations, tiles of the kernels) is
+then computed once a phase. A single scan whose every layer asks whether a boundary stands before it computes that
+again for every layer and copies the hidden states through the question: 3 to 39 % slower on an H100, most where few
+rows run (`scripts/results/scan-*.json`).
 """
 
 from __future__ import annotations
@@ -21,7 +27,7 @@ from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
-from sparsex_jax.model.layers import ForwardPass, run_layer
+from sparsex_jax.model.layers import ForwardPass, run_layers
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_kernels.layout import Store
@@ -65,34 +71,37 @@ def prefill(
       which mean something once all layers have run, in the lines of requests that the plan has.
     """
     forward = ForwardPass(decoder, params, plan.page_tables, chunk)
-    first, num_layers = state.layer, decoder.config.num_layers
 
-    def layer_step(carry: tuple[Array, PrefillState], layer: Array) -> tuple[tuple[Array, PrefillState], None]:
-        enabled = (first <= layer) & (layer < until)
-        narrows = enabled & jnp.any(plan.boundaries.layer == layer)
-        enter = functools.partial(_enter, forward, plan, signals, layer)
-        store, state = lax.cond(narrows, enter, lambda store, state: (store, state), *carry)
-        store, hidden = run_layer(forward, layer, store, state.rows, state.hidden, enabled)
-        return (store, dataclasses.replace(state, layer=layer + 1, hidden=hidden)), None
+    def run_phase(carry: tuple[Array, PrefillState]) -> tuple[Array, PrefillState]:
+        at_boundary = jnp.any(plan.boundaries.layer == carry[1].layer)
+        enter = functools.partial(_enter, forward, plan, signals)
+        store, state = lax.cond(at_boundary, enter, lambda store, state: (store, state), *carry)
+        end = jnp.minimum(until, _next_boundary(plan, state.layer, decoder.config.num_layers))
+        store, hidden = run_layers(forward, state.layer, end, store, state.rows, state.hidden)
+        return store, dataclasses.replace(state, layer=end, hidden=hidden)
 
-    hidden = lax.cond(first == 0, lambda: embed(params, state.rows.token), lambda: state.hidden)
+    hidden = lax.cond(state.layer == 0, lambda: embed(params, state.rows.token), lambda: state.hidden)
     carry = store, dataclasses.replace(state, hidden=hidden)
-    (store, state), _ = lax.scan(layer_step, carry, jnp.arange(num_layers))
-    state = decoder.ops.replicated(dataclasses.replace(state, layer=until))
-    return store, state, _last_logits(forward, state)
+    store, state = lax.while_loop(lambda carry: carry[1].layer < until, run_phase, carry)
+    return store, decoder.ops.replicated(state), _last_logits(forward, state)
+
+
+def _next_boundary(plan: PrefillPlan, layer: Int[Array, ""], num_layers: int) -> Int[Array, ""]:
+    """The first boundary behind this layer's own, or the number of layers."""
+    boundaries = plan.boundaries.layer
+    return jnp.min(jnp.where(boundaries > layer, boundaries, num_layers))
 
 
 def _enter(
     forward: ForwardPass,
     plan: PrefillPlan,
     signals: tuple[Signal, ...],
-    layer: Int[Array, ""],
     store: Store,
     state: PrefillState,
 ) -> tuple[Store, PrefillState]:
-    """Cross the boundary before a layer: score the rows, choose those that go on, and drop the others."""
-    at = jnp.argmax(plan.boundaries.layer == layer)
-    boundary = Boundary(forward, layer, state.rows, state.hidden, plan.fresh, plan.scores)
+    """Cross the boundary that stands here: score the rows, choose those that go on, and drop the others."""
+    at = jnp.argmax(plan.boundaries.layer == state.layer)
+    boundary = Boundary(forward, state.layer, state.rows, state.hidden, plan.fresh, plan.scores)
     store, scores = _score(boundary, store, signals, plan.boundaries.signal[at])
     keep = _choose(boundary, plan, plan.boundaries.forced[at], plan.boundaries.budget[at], scores)
     rows, hidden = _narrow(state.rows, state.hidden, keep)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from sparsex_jax.model.decoder import Decoder, Hidden, OneLayer, decoder_layer, queries
 from sparsex_jax.model.weights import Params
@@ -36,15 +36,26 @@ class ForwardPass(NamedTuple):
         return jnp.zeros((len(self.page_tables), self.page_tables.shape[1] * store.shape[4]))
 
 
-def run_layer(
+def run_layers(
     forward: ForwardPass,
-    number: Int[Array, ""],
+    first: Int[Array, ""],
+    end: Int[Array, ""],
     store: Store,
     rows: Rows,
     hidden: Hidden,
-    enabled: Bool[Array, ""] | None = None,
 ) -> tuple[Store, Hidden]:
-    """One layer for these rows; where `enabled` is False, nothing at all.
+    """The layers from `first` up to `end` for these rows: a loop whose bounds are data."""
+
+    def layer_step(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        return run_layer(forward, layer, carry[0], rows, carry[1])
+
+    return lax.fori_loop(first, end, layer_step, (store, hidden))
+
+
+def run_layer(
+    forward: ForwardPass, number: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden
+) -> tuple[Store, Hidden]:
+    """One layer for these rows.
 
     A chunk's K and V are written before it attends: sorted by position, each row finds every earlier row's K and V of
     the same layer in the store.
@@ -57,7 +68,7 @@ def run_layer(
         store, x = decoder_layer(layer, store, x, part, forward.page_tables)
         return store, lax.dynamic_update_slice_in_dim(hidden, x, start, 0)
 
-    return fold_chunks(rows, forward.chunk, run_chunk, (store, hidden), enabled)
+    return fold_chunks(rows, forward.chunk, run_chunk, (store, hidden))
 
 
 def add_key_mass(

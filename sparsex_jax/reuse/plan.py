@@ -61,27 +61,19 @@ class Rows:
         return rows, origin
 
 
-def fold_chunks[Carry](
-    rows: Rows,
-    size: int,
-    body: Callable[[Array, Rows, Carry], Carry],
-    carry: Carry,
-    enabled: Bool[Array, ""] | None = None,
-) -> Carry:
+def fold_chunks[Carry](rows: Rows, size: int, body: Callable[[Array, Rows, Carry], Carry], carry: Carry) -> Carry:
     """Fold `body(start, chunk, carry)` over the rows, `size` at a time, up to the last chunk that has a valid row.
 
     Args:
       size: divides the number of rows.
-      enabled: False folds nothing and returns the carry. None is True, known while tracing.
     """
-    if enabled is None and len(rows.token) == size:
+    if len(rows.token) == size:
         return body(jnp.int32(0), rows, carry)
 
     def step(i: Array, carry: Carry) -> Carry:
         return body(i * size, rows.chunk(i * size, size), carry)
 
-    count = -(-rows.count // size)
-    return jax.lax.fori_loop(0, count if enabled is None else jnp.where(enabled, count, 0), step, carry)
+    return jax.lax.fori_loop(0, -(-rows.count // size), step, carry)
 
 
 @struct.dataclass

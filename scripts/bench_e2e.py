@@ -31,7 +31,7 @@ from sparsex_jax.config import ModelConfig, named_config
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.cost import prefill_seconds, speeds_of
-from sparsex_kernels import apply_rope
+from sparsex_kernels.rope import apply_rope
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FULL = "full"

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import sparsex_kernels as kernels
+import sparsex_kernels.api as kernels
 from sparsex_jax.eval.results import provenance, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -47,7 +47,7 @@ from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import Params, describe, num_parameters, random_params
 from sparsex_jax.reuse.plan import Rows
-from sparsex_kernels.dispatch import prefer
+from sparsex_kernels.backend import prefer
 
 BOS, EOS = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>"))
 _EQUALS, _VAR = (lexicon.vocabulary()[token] for token in (" =", " VAR"))
@@ -330,7 +330,7 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> Trace:
     rows = Rows(flat, position, jnp.repeat(jnp.arange(batch), length), jnp.arange(flat.size))
     fused: Literal["cudnn"] | None = "cudnn" if jax.default_backend() == "gpu" else None
 
-    decoder = Decoder(config, Ops(make_mesh(1)))
+    decoder = Decoder(config, Ops.on(make_mesh(1)))
 
     def run_layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, Trace]:
         layer = Layer(decoder, jax.tree.map(lambda weight: weight[None], weights), jnp.int32(0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Float, Int
 
-import sparsex_kernels as kernels
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES
 from sparsex_jax.reuse.plan import Copies, Rows
+from sparsex_kernels import api as kernels
+from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import PageTables, Queries, Store
 
 _STORE = spec_of(STORE_AXES)
@@ -28,16 +30,28 @@ _ALL = PartitionSpec()
 class Ops:
     """Operations on the sharded store. Hashable, so that it can be a static argument of a jitted step.
 
-    Heads meet in none of them but the key mass, which is summed over the mesh as some products are, so each runs
-    under `shard_map` on what is local and no kernel ever sees a sharded array.
+    No operation but the key mass combines heads, and some linear layers sum over inputs that the mesh divides: those
+    are summed over the mesh. So each operation runs under `shard_map` on what is local, and no kernel ever sees a
+    sharded array.
+
+    Attributes:
+      mesh: the devices; its first one stands for all.
+      backend: which implementations are tried on these devices. It is fixed here: `prefer` and `SPARSEX_KERNELS` have
+        no effect on operations that exist already.
     """
 
     mesh: Mesh
+    backend: Backend
+
+    @classmethod
+    def on(cls, mesh: Mesh) -> Ops:
+        """Operations on a mesh, by the implementations that its devices, `prefer` or `SPARSEX_KERNELS` call for now."""
+        return cls(mesh, Backend.of(mesh.devices.flat[0]))
 
     @property
     def row_multiple(self) -> int:
-        """Kernels for GPUs take rows by eights; more often than once a step, filling up costs more than it looks."""
-        return 8 if self.mesh.devices.flat[0].platform == "gpu" else 1
+        """Rows should be padded to a multiple of it once a step: kernels for GPUs pad to 8, each of them otherwise."""
+        return 8 if self.backend.platform == "gpu" else 1
 
     def linear(
         self,
@@ -48,10 +62,10 @@ class Ops:
         *,
         over_inputs: bool,
     ) -> tuple[Float[Array, "rows _"], ...]:
-        """Rows times matrices that a mesh divides by columns, or by inputs, over which products are summed then."""
+        """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`."""
 
         def run(x: Array, weights: tuple[Array, ...], layer: Array, count: Array) -> tuple[Array, ...]:
-            products = kernels.linear(x, weights, layer, count)
+            products = kernels.linear(x, weights, layer, count, backend=self.backend)
             return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
 
         columns, inputs = PartitionSpec(None, TENSOR_AXIS), PartitionSpec(None, TENSOR_AXIS, None)
@@ -71,19 +85,19 @@ class Ops:
         """`silu(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
         weights = PartitionSpec(None, None, TENSOR_AXIS)
         specs = (_ALL, weights, weights, _ALL, _ALL)
-        run = self._over_heads(kernels.gated_linear, specs, PartitionSpec(None, TENSOR_AXIS))
+        run = self._over_heads(self._bound(kernels.gated_linear), specs, PartitionSpec(None, TENSOR_AXIS))
         return run(x, gate, up, jnp.asarray(layer), rows.count)
 
     def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:
         specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
-        attend = self._over_heads(kernels.paged_attention, specs, _HEADS)
+        attend = self._over_heads(self._bound(kernels.paged_attention), specs, _HEADS)
         return attend(q, store, layer, rows.position, rows.request, tables)
 
     def key_mass(
         self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables, power: int = 1
     ) -> Float[Array, "requests context"]:
         def summed(*args: Array) -> Array:
-            mass = kernels.key_mass(*args, power=power)
+            mass = kernels.key_mass(*args, power=power, backend=self.backend)
             return jax.lax.psum(mass, TENSOR_AXIS) if self.mesh.size > 1 else mass
 
         specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
@@ -99,12 +113,16 @@ class Ops:
         tables: PageTables,
     ) -> Store:
         specs = (_STORE, _ALL, _HEADS, _HEADS, _ALL, _ALL, _ALL)
-        write = self._over_heads(kernels.write_kv, specs, _STORE)
+        write = self._over_heads(self._bound(kernels.write_kv), specs, _STORE)
         return write(store, layer, keys, values, rows.position, rows.request, tables)
 
     def align_and_copy(self, store: Store, copies: Copies, inv_freq: Float[Array, "half"]) -> Store:
-        move = self._over_heads(kernels.align_and_copy, (_STORE, _ALL, _ALL, _ALL, _ALL), _STORE)
+        specs = (_STORE, _ALL, _ALL, _ALL, _ALL)
+        move = self._over_heads(self._bound(kernels.align_and_copy), specs, _STORE)
         return move(store, copies.source, copies.target, copies.shift, inv_freq)
+
+    def _bound(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(operation, backend=self.backend)
 
     def _over_heads(
         self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec

@@ -111,7 +111,7 @@ def first_tokens(
 
 def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float | None:
     """Milliseconds by the cost model, on a device that it knows."""
-    speeds = speeds_of(jax.devices()[0])
+    speeds = speeds_of(engine.mesh.devices.flat[0])
     with engine.admitted([prompt], [], reuse, [namespace]) as [request]:
         return None if speeds is None else 1e3 * prefill_seconds(engine.model, request.plan, speeds)
 

@@ -66,7 +66,9 @@ def run(model: str, dtype: str, workload: Workload, *, out: Path | None, as_json
             track=functools.partial(bar.track, description="Asking"),
         )
     summaries = quality.summarize(rows)
-    content = results.document("quality", model, dataclasses.asdict(workload) | {"dtype": dtype}, summaries)
+    content = results.document(
+        "quality", model, dataclasses.asdict(workload) | {"dtype": engine.config.dtype}, summaries
+    )
     if out:
         with waiting("Writing"):
             write(engine, workload, content, summaries, out)

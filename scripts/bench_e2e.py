@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsex_jax import Engine, ReuseConfig, SamplingParams, model
+from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.config import ModelConfig, named_config
 from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.model.decoder import inv_freq, logits, rms_norm
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.cost import prefill_seconds, speeds_of
 from sparsex_kernels.rope import apply_rope
@@ -210,23 +211,23 @@ def plain_milliseconds(engine: Engine, prompt: np.ndarray, runs: int) -> float:
 def plain(params: Params, tokens: jax.Array, *, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """The last token's logits, and K and V of all layers: no pages, no plan, one prompt."""
     position = jnp.arange(len(tokens))
-    frequencies, eps = model.inv_freq(config), config.rms_norm_eps
+    frequencies, eps = inv_freq(config), config.rms_norm_eps
     fused = "cudnn" if jax.default_backend() == "gpu" else None
 
     def layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, jax.Array]:
-        normed = model.rms_norm(hidden, weights["attn_norm"], eps)
+        normed = rms_norm(hidden, weights["attn_norm"], eps)
         q, k, v = (jnp.einsum("rh,hnd->rnd", normed, weights[name]) for name in ("wq", "wk", "wv"))
         if config.qk_norm:
-            q, k = (model.rms_norm(x, weights[name], eps) for x, name in ((q, "q_norm"), (k, "k_norm")))
+            q, k = (rms_norm(x, weights[name], eps) for x, name in ((q, "q_norm"), (k, "k_norm")))
         q, k = (apply_rope(x, position, frequencies) for x in (q, k))
         attended = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True, implementation=fused)
         hidden = hidden + jnp.einsum("rnd,ndh->rh", attended[0], weights["wo"])
-        normed = model.rms_norm(hidden, weights["mlp_norm"], eps)
+        normed = rms_norm(hidden, weights["mlp_norm"], eps)
         hidden = hidden + (jax.nn.silu(normed @ weights["w_gate"]) * (normed @ weights["w_up"])) @ weights["w_down"]
         return hidden, jnp.stack([k, v])
 
     hidden, kv = jax.lax.scan(layer, params["embed"][tokens], params["layers"])
-    return model.logits(params, config, hidden[-1:]), kv
+    return logits(params, config, hidden[-1:]), kv
 
 
 def transformers_rows(name: str, lengths: list[int], runs: int) -> list[Row]:

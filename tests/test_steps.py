@@ -10,7 +10,8 @@ from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.generation import Output, decode_state
-from sparsex_jax.device.prefill import align, prefill, top_rows
+from sparsex_jax.device.prefill import align, first_state, prefill, top_rows
+from sparsex_jax.device.signals import SIGNALS
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS
 from sparsex_jax.reuse.plan import Copies
@@ -29,7 +30,8 @@ def hybrid_plan(engine):
     kind[50:250] = Kind.REUSED
     prompt = PromptMap(np.zeros(300, np.int32), kind)
     phases = METHODS["sparsex"].phases(prompt, ReuseConfig(boundary_layer=1), TINY.num_layers)
-    return plan_prefill([RequestPlan(prompt, phases, range(5))], engine.runner.shapes, TINY.num_layers)
+    request = RequestPlan(prompt, phases, range(5))
+    return plan_prefill([request], engine.runner.shapes, TINY.num_layers, tuple(SIGNALS))
 
 
 def memory_of(step, store, *args, **static):
@@ -51,10 +53,11 @@ def assert_no_copy(memory, share):
 
 def test_prefill_does_not_copy_the_store(big_store):
     runner = big_store.runner
-    plan, signals = hybrid_plan(big_store)
-    assert signals == ("key_mass",)
-    static = {"decoder": runner.decoder, "signals": signals, "chunk": 128}
-    assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
+    plan, rows = hybrid_plan(big_store)
+    state = first_state(plan, rows, TINY.hidden_size, "float32")
+    static = {"decoder": runner.decoder, "signals": tuple(SIGNALS.values()), "chunk": 128}
+    until = jnp.int32(TINY.num_layers)
+    assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, state, until, **static))
 
 
 def test_decode_does_not_copy_the_store(big_store):
@@ -84,8 +87,8 @@ def test_few_programs_serve_any_mix_of_lengths(tiny):
         tiny.generate(np.array(prompt), SamplingParams(max_new_tokens=2), reuse=reuse, keep=False)
     after = prefill._cache_size(), align._cache_size(), decode._cache_size()
     buckets = len(tiny.runner.shapes.buckets)
-    # Plain and hybrid prefill for each bucket, alignment for each, and one decode for one request.
-    assert np.subtract(after, before).tolist() <= [2 * buckets, buckets, 1]
+    # A prefill and an alignment for each bucket, and one decode for one request.
+    assert all(np.subtract(after, before) <= [buckets, buckets, 1])
 
 
 def test_buckets_are_few():
@@ -114,16 +117,14 @@ def test_top_rows_finishes_the_blocks_that_it_begins():
     block = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])
     candidates, group = np.arange(10) != 1, np.array([0] * 9 + [1])
 
-    def chosen(budget, need=None):
-        args = scores, candidates, group, block, np.array([budget, 0]), need and np.array([need, 1], np.float32)
-        return np.flatnonzero(top_rows(*(None if x is None else jnp.asarray(x) for x in args))).tolist()
+    def chosen(budget):
+        args = scores, candidates, group, block, np.array([budget, 0])
+        return np.flatnonzero(top_rows(*map(jnp.asarray, args))).tolist()
 
     assert chosen(0) == []
     assert chosen(1) == chosen(2) == [3, 4]
     assert chosen(3) == chosen(4) == [0, 2, 3, 4]
     assert chosen(5) == [0, 2, 3, 4, 5, 6, 7, 8]
-    assert chosen(9, need=1) == chosen(9, need=10) == [3, 4]
-    assert chosen(9, need=11) == [0, 2, 3, 4]
 
 
 def test_more_copies_than_a_plan_has_rows_go_in_parts():

@@ -21,14 +21,15 @@ from jax.stages import Lowered
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.generation import Output, decode_state
-from sparsex_jax.device.prefill import align, prefill
+from sparsex_jax.device.prefill import align, first_state, prefill
+from sparsex_jax.device.signals import SIGNALS
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.store import abstract_store
-from sparsex_jax.model.weights import abstract_params
+from sparsex_jax.model.weights import Params, abstract_params
 from sparsex_jax.reuse.methods import METHODS
-from sparsex_jax.reuse.plan import Copies, PrefillPlan
+from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.reuse.prompt import Kind, PromptMap
 from sparsex_kernels.backend import Backend
@@ -69,25 +70,29 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(shape, tree)
 
 
-def half_reused(num_tokens: int, reuse: ReuseConfig, model: ModelConfig, shapes: Shapes) -> tuple[PrefillPlan, Any]:
-    """The plan of a prompt whose first half is reused, and its signals. Only its shapes matter here."""
+def half_reused(num_tokens: int, reuse: ReuseConfig, model: ModelConfig, shapes: Shapes) -> tuple[PrefillPlan, Rows]:
+    """The plan of a prompt whose first half is reused, and its rows. Only their shapes matter here."""
     kind = np.full(num_tokens, Kind.FRESH, np.uint8)
     kind[: num_tokens // 2] = Kind.REUSED
     prompt = PromptMap(np.zeros(num_tokens, np.int32), kind)
     phases = tuple(METHODS[reuse.method].phases(prompt, reuse, model.num_layers))
-    return plan_prefill([RequestPlan(prompt, phases, range(shapes.max_pages))], shapes, model.num_layers)
+    request = RequestPlan(prompt, phases, range(shapes.max_pages))
+    return plan_prefill([request], shapes, model.num_layers, tuple(SIGNALS))
 
 
-def lower_prefill(
-    model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int, reuse: ReuseConfig | None = None
-) -> Lowered:
-    """The hybrid prefill of the bucket that holds so many tokens."""
+def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
+    """The prefill of the bucket that holds so many tokens, which serves every method."""
     shapes = Shapes.of_engine(model, engine, platform="tpu")
-    plan, signals = half_reused(num_tokens, reuse or ReuseConfig(), model, shapes)
+    plan, rows = half_reused(num_tokens, ReuseConfig(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
-    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": signals, "chunk": chunk}
+    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(SIGNALS.values()), "chunk": chunk}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
-    return _lower(lambda store, params, plan: prefill(params, store, plan, **static), mesh, store, params, plan)
+    state = first_state(plan, rows, model.hidden_size, engine.dtype)
+
+    def step(store: Store, params: Params, plan: PrefillPlan, state: PrefillState, until: jax.Array) -> Any:
+        return prefill(params, store, plan, state, until, **static)
+
+    return _lower(step, mesh, store, params, plan, state, jnp.int32(model.num_layers))
 
 
 def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_requests: int) -> Lowered:

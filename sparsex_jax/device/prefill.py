@@ -1,12 +1,23 @@
-"""The hybrid prefill: phases over the layers, each on fewer tokens than the one before (DESIGN.md, section 3).
+"""The hybrid prefill: one loop over the layers, in which rows stop being computed at boundaries.
 
-One jitted program runs any schedule with the same signals: where the phases begin, which rows are forced and
-how many the signal may choose are data. Within a phase, layers are a loop, and rows go through a layer
-a chunk at a time, so padding to the capacity costs nothing.
+    layer        0  ...  l*-1 |  l*  ...           L-1
+    rows         all of them  |  fresh + key + overflow + tail
+                              score, choose, narrow
+
+Where the boundaries are, which signal scores there, which rows are forced and how many the signal may add are data.
+Rows keep their bucket's shape when they narrow: those that go on move to the front, and chunks of padding are
+skipped. So one compiled program a row bucket serves every method.
+
+Between two boundaries the rows stay the same, and the loop says so: an outer loop crosses a boundary, an inner one
+runs the layers up to the next. What layers derive from the rows alone (addresses, rotations, tiles of the kernels) is
+then computed once a phase. A single scan whose every layer asks whether a boundary stands before it computes that
+again for every layer and copies the hidden states through the question: 3 to 39 % slower on an H100, most where few
+rows run (`scripts/results/scan-*.json`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -14,136 +25,189 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from sparsex_jax.device.signals import Boundary, find_signal, fresh_among
-from sparsex_jax.model import decoder as model
-from sparsex_jax.model.decoder import Decoder, Hidden
-from sparsex_jax.model.layers import Model, run_layers
+from sparsex_jax.device.signals import Boundary, Scores, Signal
+from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
+from sparsex_jax.model.layers import ForwardPass, run_layers
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.plan import PADDING_REQUEST, Copies, PrefillPlan, Rows
+from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_kernels.layout import Store
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
 def align(store: Store, copies: Copies, *, decoder: Decoder) -> Store:
     """Make the plan's copies: cached KV into the requests' own pages, keys rotated to their new positions."""
-    return decoder.ops.align_and_copy(store, copies, model.inv_freq(decoder.config))
+    return decoder.ops.align_and_copy(store, copies, inv_freq(decoder.config))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "signals", "chunk"), donate_argnames="store")
+def first_state(plan: PrefillPlan, rows: Rows, hidden_size: int, dtype: str) -> PrefillState:
+    """A prefill of these rows before layer 0."""
+    hidden = jnp.zeros((len(rows.token), hidden_size), dtype)
+    return PrefillState(jnp.int32(0), rows, hidden, jnp.zeros(plan.boundaries.forced.shape, bool))
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "signals", "chunk"), donate_argnames=("store", "state"))
 def prefill(
     params: Params,
     store: Store,
     plan: PrefillPlan,
+    state: PrefillState,
+    until: Int[Array, ""],
     *,
     decoder: Decoder,
-    signals: tuple[str | None, ...],
+    signals: tuple[Signal, ...],
     chunk: int,
-) -> tuple[Store, Float[Array, "requests vocab"], Bool[Array, "later_phases rows"]]:
-    """Run the plan's phases and give the logits of each request's last token.
+) -> tuple[Store, PrefillState, Float[Array, "requests vocab"]]:
+    """Run the layers from `state.layer` up to `until`.
 
     Args:
       store: donated and updated in place; the plan's copies must have been made (`align`).
-      signals: for each phase after the first, the name of what scores the rows (`sparsex_jax.device.signals`), or
-        None where the forced rows are the phase.
+      state: donated.
+      until: at most the number of layers.
+      signals: what `plan.boundaries.signal` counts.
       chunk: rows that go through a layer at a time; divides the number of rows.
 
     Returns:
-      The store; float32 logits `[requests, vocab]`, meaningless for unused requests; and which of the plan's
-      rows each later phase computed.
+      The store; the state before layer `until`; and float32 logits `[requests, vocab]` of each request's last token,
+      which mean something once all layers have run, in the lines of requests that the plan has.
     """
-    run = Model(decoder, params, plan.page_tables, chunk)
-    rows, hidden, mass = plan.rows, model.embed(params, plan.rows.token), None
-    active = []
-    for phase, (signal, upcoming) in enumerate(zip((None, *signals), (*signals, None), strict=True)):
-        if phase > 0:
-            choice = plan.choices[phase - 1]
-            boundary = Boundary(run, plan.first_layer[phase], rows, hidden, plan.fresh, choice, mass)
-            store, keep = _choose(boundary, store, signal)
-            rows, hidden = _narrow(rows, hidden, keep)
-            active.append(jnp.zeros_like(plan.fresh).at[rows.index].max(rows.valid))
-        layers = plan.first_layer[phase], plan.first_layer[phase + 1]
-        power = find_signal(upcoming).watches if upcoming else 0
-        watch = fresh_among(rows, plan.fresh, power) if power else None
-        store, hidden, mass = run_layers(run, store, rows, hidden, layers, watch)
-    last = jnp.searchsorted(rows.request, jnp.arange(len(plan.page_tables)), side="right") - 1
-    out = model.logits(params, decoder.config, hidden[last])
-    return store, out, jnp.array(active, bool).reshape(len(signals), plan.fresh.size)
+    forward = ForwardPass(decoder, params, plan.page_tables, chunk)
+
+    def run_phase(carry: tuple[Array, PrefillState]) -> tuple[Array, PrefillState]:
+        at_boundary = jnp.any(plan.boundaries.layer == carry[1].layer)
+        enter = functools.partial(_enter, forward, plan, signals)
+        store, state = lax.cond(at_boundary, enter, lambda store, state: (store, state), *carry)
+        end = jnp.minimum(until, _next_boundary(plan, state.layer, decoder.config.num_layers))
+        store, hidden = run_layers(forward, state.layer, end, store, state.rows, state.hidden)
+        return store, dataclasses.replace(state, layer=end, hidden=hidden)
+
+    hidden = lax.cond(state.layer == 0, lambda: embed(params, state.rows.token), lambda: state.hidden)
+    carry = store, dataclasses.replace(state, hidden=hidden)
+    store, state = lax.while_loop(lambda carry: carry[1].layer < until, run_phase, carry)
+    return store, decoder.ops.replicated(state), _last_logits(forward, state)
 
 
-def _choose(boundary: Boundary, store: Store, signal: str | None) -> tuple[Store, Bool[Array, "rows"]]:
-    """Which of the boundary's rows go on: the forced ones, and of the others those the signal scores highest."""
-    rows, choice = boundary.rows, boundary.choice
-    forced = choice.forced[rows.index] & rows.valid
-    if signal is None:
-        return store, forced
-    with jax.named_scope(signal):
-        store, scores = find_signal(signal).score(boundary, store)
-    reused = rows.valid & ~boundary.fresh[rows.index]
-    candidates = reused & ~forced
-    group = jnp.where(rows.valid, choice.group[rows.index], PADDING_REQUEST)
-    scores = pool_scores(scores, candidates, group, choice.block[rows.index])
-    need = lacking_score(scores, reused, forced, group, choice.coverage)
-    return store, forced | top_rows(scores, candidates, group, choice.block[rows.index], choice.budget, need)
+def _next_boundary(plan: PrefillPlan, layer: Int[Array, ""], num_layers: int) -> Int[Array, ""]:
+    """The first boundary behind this layer's own, or the number of layers."""
+    boundaries = plan.boundaries.layer
+    return jnp.min(jnp.where(boundaries > layer, boundaries, num_layers))
+
+
+def _enter(
+    forward: ForwardPass,
+    plan: PrefillPlan,
+    signals: tuple[Signal, ...],
+    store: Store,
+    state: PrefillState,
+) -> tuple[Store, PrefillState]:
+    """Cross the boundary that stands here: score the rows, choose those that go on, and drop the others."""
+    at = jnp.argmax(plan.boundaries.layer == state.layer)
+    boundary = Boundary(forward, state.layer, state.rows, state.hidden, plan.fresh, plan.scores)
+    store, scores = _score(boundary, store, signals, plan.boundaries.signal[at])
+    keep = _choose(boundary, plan, plan.boundaries.forced[at], plan.boundaries.budget[at], scores)
+    rows, hidden = _narrow(state.rows, state.hidden, keep)
+    went_on = jnp.zeros_like(plan.fresh).at[rows.index].max(rows.valid)
+    return store, dataclasses.replace(state, rows=rows, hidden=hidden, active=state.active.at[at].set(went_on))
+
+
+def _score(
+    boundary: Boundary, store: Store, signals: tuple[Signal, ...], number: Int[Array, ""]
+) -> tuple[Store, Scores]:
+    """What the signal of this number says of the rows; zeros for -1."""
+
+    def no_signal(store: Array) -> tuple[Array, Array]:
+        return store, jnp.zeros(len(boundary.hidden))
+
+    return lax.switch(number + 1, [no_signal, *(functools.partial(signal, boundary) for signal in signals)], store)
+
+
+def _choose(
+    boundary: Boundary,
+    plan: PrefillPlan,
+    forced: Bool[Array, "plan_rows"],
+    budget: Int[Array, "requests"],
+    scores: Scores,
+) -> Bool[Array, "rows"]:
+    """Which of the boundary's rows go on: the forced ones, and of the other reused ones those of highest score."""
+    rows = boundary.rows
+    stays = forced[rows.index] & rows.valid
+    candidates = rows.valid & ~plan.fresh[rows.index] & ~stays
+    block = plan.block[rows.index]
+    scores = pool_scores(scores, candidates, rows.request, block)
+    return stays | top_rows(scores, candidates, rows.request, block, budget)
 
 
 def pool_scores(
-    scores: Float[Array, "rows"],
+    scores: Scores,
     candidates: Bool[Array, "rows"],
-    group: Int[Array, "rows"],
+    request: Int[Array, "rows"],
     block: Int[Array, "rows"],
-) -> Float[Array, "rows"]:
-    """Candidates of the same group and block get their mean score, which leaves each group's sum as it was."""
-    starts = jnp.diff(group, prepend=-1).astype(bool) | jnp.diff(block, prepend=-1).astype(bool)
+) -> Scores:
+    """Candidates of the same request and block get their mean score.
+
+    request      0  0  0  0  1  1
+    block        0  0  1  1  1  1      rises within a request; a block never spans two requests
+    candidate    x  x  x        x
+    scores       2  4  1  9  5  7
+    returns      3  3  1  9  5  7      what is no candidate keeps its score and is in nobody's mean
+    """
+    starts = jnp.diff(request, prepend=-1).astype(bool) | jnp.diff(block, prepend=-1).astype(bool)
     number = jnp.cumsum(starts) - 1
     total = jax.ops.segment_sum(jnp.where(candidates, scores, 0), number, len(scores), indices_are_sorted=True)
     count = jax.ops.segment_sum(candidates.astype(jnp.float32), number, len(scores), indices_are_sorted=True)
     return jnp.where(candidates, total[number] / jnp.maximum(count[number], 1), scores)
 
 
-def lacking_score(
-    scores: Float[Array, "rows"],
-    reused: Bool[Array, "rows"],
-    forced: Bool[Array, "rows"],
-    group: Int[Array, "rows"],
-    coverage: Float[Array, "groups"],
-) -> Float[Array, "groups"]:
-    """How much score the candidates must add for the computed rows to hold `coverage` of all reused rows' score."""
-    number = jnp.minimum(group, len(coverage) - 1)  # padding is not reused
-    total, held = (
-        jax.ops.segment_sum(jnp.where(mask, scores, 0), number, len(coverage), indices_are_sorted=True)
-        for mask in (reused, reused & forced)
-    )
-    return jnp.where(jnp.isinf(coverage), jnp.inf, coverage * total - held)
-
-
 def top_rows(
-    scores: Float[Array, "rows"],
+    scores: Scores,
     candidates: Bool[Array, "rows"],
-    group: Int[Array, "rows"],
+    request: Int[Array, "rows"],
     block: Int[Array, "rows"],
-    budget: Int[Array, "groups"],
-    need: Float[Array, "groups"] | None = None,
+    budget: Int[Array, "requests"],
 ) -> Bool[Array, "rows"]:
-    """The blocks of candidates of highest score of each group, as few as its need allows; the earlier one wins a tie.
+    """The blocks of candidates of highest score of each request, as many as its budget begins; the earlier wins a tie.
+
+    A sort by (request, falling score) stands in for a top-k whose k is data. With a budget of 3 for request 0 and of 1
+    for request 1:
+
+        row          0  1  2  3  4  5 | 6  7
+        request      0  0  0  0  0  0 | 1  1
+        block        0  0  1  1  2  2 | 3  4
+        scores       1  1  5  5  3  3 | 2  8
+        candidate    x  x  x  x  x  x | x  x
+
+        order        2  3  4  5  0  1 | 7  6    rows by (request, falling score)
+        begin        0  0  2  2  4  4 | 6  7    place in `order` at which the row's block begins
+        first        0  0  0  0  0  0 | 6  6    place at which its request begins
+        begin-first  0  0  2  2  4  4 | 0  1    rows of its request that were chosen before its block
+        < budget     x  x  x  x       | x       a block that is begun is finished: 4 rows for a budget of 3
 
     Args:
-      group, block: sorted; candidates of one block have one score. A sort by (group, score) stands in for a top-k
-        whose k is data.
-      budget: no block of group g is begun once so many rows are chosen.
-      need: nor once those chosen have this score together. None: no such limit.
+      request, block: rising; the candidates of one block have one score.
+      budget: no block of a request is begun once so many of its rows are chosen.
     """
-    order = jnp.lexsort((jnp.where(candidates, -scores, jnp.inf), group))
+    order = jnp.lexsort((jnp.where(candidates, -scores, jnp.inf), request))
     place = jnp.arange(len(order))
-    begins = jnp.diff(group, prepend=-1).astype(bool) | jnp.diff(block[order], prepend=-1).astype(bool)
-    begin = lax.cummax(jnp.where(begins, place, 0))  # of each row's block, in the order of scores
-    first = jnp.searchsorted(group, group, side="left")
-    allowed = begin - first < budget.at[group].get(mode="fill", fill_value=0)
-    if need is not None:
-        before = jnp.cumsum(jnp.where(candidates, scores, 0)[order]) - jnp.where(candidates, scores, 0)[order]
-        allowed &= before[begin] - before[first] < need.at[group].get(mode="fill", fill_value=0)
+    begins = jnp.diff(request, prepend=-1).astype(bool) | jnp.diff(block[order], prepend=-1).astype(bool)
+    begin = lax.cummax(jnp.where(begins, place, 0))
+    first = jnp.searchsorted(request, request, side="left")
+    allowed = begin - first < budget.at[request].get(mode="fill", fill_value=0)
     return jnp.zeros_like(candidates).at[order].set(allowed) & candidates
 
 
 def _narrow(rows: Rows, hidden: Hidden, keep: Bool[Array, "rows"]) -> tuple[Rows, Hidden]:
     rows, origin = rows.select(keep)
     return rows, hidden.at[origin].get(mode="fill", fill_value=0)
+
+
+def _last_logits(forward: ForwardPass, state: PrefillState) -> Float[Array, "requests vocab"]:
+    """Logits of each request's last row once the last layer has run, and zeros before."""
+    config, num_requests = forward.decoder.config, len(forward.page_tables)
+
+    def compute() -> Array:
+        last = jnp.searchsorted(state.rows.request, jnp.arange(num_requests), side="right") - 1
+        return logits(forward.params, config, state.hidden[last])
+
+    def nothing() -> Array:
+        return jnp.zeros((num_requests, config.vocab_size), jnp.float32)
+
+    return lax.cond(state.layer == config.num_layers, compute, nothing)

@@ -9,44 +9,60 @@ import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.device.decode import DecodeState, decode
-from sparsex_jax.device.prefill import align, prefill
+from sparsex_jax.device.prefill import align, first_state, prefill
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
+from sparsex_jax.device.signals import SIGNALS, Signal
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.store import make_store
 from sparsex_jax.model.weights import Params
+from sparsex_jax.reuse.plan import PrefillPlan, PrefillState
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_prefill
 
 _sample_step = jax.jit(sample_step)
 
 
 class PrefillRun:
-    """A prefill under way, which can rest between two layers.
+    """A prefill under way, which can rest between two layers while the device does something else.
 
     Attributes:
       requests: what it prefills: requests of one schedule.
-      next_layer: layers before it have run.
+      next_layer: layers before it have run, or are on their way.
       logits: float32 `[requests, vocab]` of each line's last token, on the device, once all layers have run.
     """
 
-    def __init__(self, requests: Sequence[RequestPlan], num_layers: int) -> None:
-        self.requests, self.num_layers, self.next_layer = requests, num_layers, 0
+    def __init__(
+        self, requests: Sequence[RequestPlan], plan: PrefillPlan, state: PrefillState, signals: tuple[Signal, ...]
+    ) -> None:
+        self.requests, self.plan, self.state, self.signals = requests, plan, state, signals
+        self.next_layer = 0
         self.logits: Float[Array, "requests vocab"] | None = None
-        self._computed: list[np.ndarray] = []
 
     @property
     def done(self) -> bool:
-        return self.next_layer == self.num_layers
+        return self.logits is not None
 
     def computed(self) -> list[np.ndarray]:
-        """For each request which of its tokens each phase computed, `[phases, tokens]`, once all layers have run. May
-        wait for the device."""
-        return self._computed
+        """For each request which of its tokens each phase computed, `[phases, tokens]`, once all layers have run.
+
+        Waits for the device only if some phase after the first leaves tokens out. A phase that the plan left out,
+        because it narrows nothing, computes what the one before it does.
+        """
+        requests, sizes = self.requests, [request.num_rows for request in self.requests]
+        needed = needed_phases(requests, self.next_layer)
+        ran = np.searchsorted(needed, np.arange(len(requests[0].phases)), side="right") - 1
+        rows = np.ones((len(needed), sum(sizes)), bool)
+        if len(needed) > 1:
+            rows[1:] = np.asarray(self.state.active)[: len(needed) - 1, : sum(sizes)]
+        masks = [np.zeros((len(ran), len(request.prompt)), bool) for request in requests]
+        for request, mask, part in zip(requests, masks, np.split(rows, np.cumsum(sizes)[:-1], axis=1), strict=True):
+            mask[:, request.phases[0].forced] = part[ran]
+        return masks
 
 
 class Runner:
@@ -57,32 +73,48 @@ class Runner:
         self.decoder = Decoder(model, Ops.on(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store = make_store(model, engine, mesh)
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
 
     def begin(self, requests: Sequence[RequestPlan]) -> PrefillRun:
-        """Align the copies of requests with the same schedule; no layer has run yet."""
-        return PrefillRun(requests, self.model.num_layers)
+        """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet."""
+        self.copy([(segment, request.pages) for request in requests for segment in request.copies])
+        plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(SIGNALS))
+        state = first_state(plan, rows, self.model.hidden_size, self.engine.dtype)
+        return PrefillRun(requests, plan, state, tuple(SIGNALS.values()))
 
     def advance(self, run: PrefillRun, layers: int | None = None) -> None:
-        """Run the next so many layers, or all that are left."""
-        run.next_layer = self.model.num_layers if layers is None else min(run.next_layer + layers, run.num_layers)
-        if run.done:
-            run.logits, run._computed = self.prefill(run.requests)
+        """Send the next `layers` layers on their way, or all that are left. Does not wait for the device."""
+        num_layers = self.model.num_layers
+        until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
+        _, chunk = self.shapes.bucket(run.plan.fresh.size)
+        # From the host, or from the layers before: placed alike, both run the same program.
+        state = jax.device_put(run.state, self._everywhere)
+        with self._precision():
+            self.store, run.state, logits = prefill(
+                self.params,
+                self.store,
+                run.plan,
+                state,
+                np.int32(until),
+                decoder=self.decoder,
+                signals=run.signals,
+                chunk=chunk,
+            )
+        run.next_layer = until
+        if until == num_layers:
+            run.logits = logits
 
     def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[np.ndarray]]:
-        """Align and prefill requests with the same schedule.
+        """Align and prefill requests with the same schedule, all layers at once.
 
         Returns:
           Float32 logits of each line's last token, and for each request which of its tokens each phase computed,
           `[phases, tokens]`.
         """
-        self.copy([(segment, request.pages) for request in requests for segment in request.copies])
-        plan, signals = plan_prefill(requests, self.shapes, self.model.num_layers)
-        _, chunk = self.shapes.bucket(plan.fresh.size)
-        with self._precision():
-            self.store, logits, active = prefill(
-                self.params, self.store, plan, decoder=self.decoder, signals=signals, chunk=chunk
-            )
-        return logits, _computed(requests, active, self.model.num_layers)
+        run = self.begin(requests)
+        self.advance(run)
+        assert run.logits is not None
+        return run.logits, run.computed()
 
     def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]]) -> None:
         """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
@@ -105,7 +137,7 @@ class Runner:
         """The same without waiting for the device. At most the engine's `decode_steps`."""
         most = self.engine.decode_steps
         # From the host, or from the dispatch before: placed alike, both run the same program.
-        state = jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        state = jax.device_put(state, self._everywhere)
         with self._precision():
             self.store, state, sampled = decode(
                 self.params, self.store, state, np.int32(steps), decoder=self.decoder, steps=most
@@ -124,22 +156,3 @@ class Runner:
     def _precision(self) -> AbstractContextManager[None]:
         """Float32 means float32: accelerators would otherwise round the operands of a product."""
         return jax.default_matmul_precision("float32" if self.engine.dtype == "float32" else "default")
-
-
-def _computed(
-    requests: Sequence[RequestPlan], active: Bool[Array, "later_phases rows"], num_layers: int
-) -> list[np.ndarray]:
-    """From rows of the plan to tokens of each prompt. Waits for the device only if there is a later phase.
-
-    A phase that the plan left out computes what the one before it does.
-    """
-    needed = needed_phases(requests, num_layers)
-    ran = np.searchsorted(needed, np.arange(len(requests[0].phases)), side="right") - 1
-    sizes = [request.num_rows for request in requests]
-    rows = np.ones((len(needed), sum(sizes)), bool)
-    if len(needed) > 1:
-        rows[1:] = np.asarray(active)[:, : sum(sizes)]
-    masks = [np.zeros((len(ran), len(request.prompt)), bool) for request in requests]
-    for request, mask, part in zip(requests, masks, np.split(rows, np.cumsum(sizes)[:-1], axis=1), strict=True):
-        mask[:, request.phases[0].forced] = part[ran]
-    return masks

@@ -1,8 +1,11 @@
-"""What can score rows at a phase boundary. A new signal is one function: see `scripts/new_method.py`.
+"""What can score rows at a boundary. A new signal is one function: see `scripts/new_method.py`.
 
-A signal is called with the boundary and the store, before the boundary's layer runs, and gives back the store
-and a score for each row; the rows with the highest scores go on to the next phase. Scores of rows that the host
-forces are never looked at.
+A signal is called with the boundary and the store, before the boundary's layer runs, and returns the store and a
+score for each row, float32. The rows of highest score go on. Scores of rows that the host forces are never looked at,
+and neither are those of fresh rows and padding.
+
+A signal may write K and V into the store: at the boundary's layer for any of its rows, at later layers for fresh rows
+only. What it writes for rows that do not go on stays, so it must be at least as near to the truth as what it replaces.
 """
 
 from __future__ import annotations
@@ -14,155 +17,97 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.model import decoder as model
-from sparsex_jax.model.decoder import Heads, Hidden
-from sparsex_jax.model.layers import Mass, Model, Watch, add_key_mass, run_layers
-from sparsex_jax.reuse.plan import Choice, Rows, fold_chunks
+from sparsex_jax.model.decoder import Heads, Hidden, keys_values
+from sparsex_jax.model.layers import ForwardPass, Mass, add_key_mass, run_layer
+from sparsex_jax.reuse.plan import Rows, fold_chunks
 from sparsex_kernels.layout import Store, row_addresses
 
 Scores = Float[Array, "rows"]
-FOCUS = 4  # the power of `key_focus` and `probe_focus`
 
 
 class Boundary(NamedTuple):
-    """All that is known where a phase ends.
+    """All that is known where rows are chosen.
 
     Attributes:
-      rows, hidden: the rows of the phase, and their hidden states at the input of `layer`.
-      fresh: which of the plan's own rows are fresh.
-      choice: what the host says of the choice, for the plan's own rows.
-      mass: key mass of the fresh rows over the phase's layers, if the signal asked for it (`watches`).
+      layer: the boundary stands before it.
+      rows, hidden: the rows that came so far, and their hidden states at the input of `layer`.
+      fresh: which of the plan's own rows are fresh; `rows.index` says which of those each row is.
+      given: scores that the host gave for the plan's own rows (`Phase.scores`).
     """
 
-    run: Model
+    forward: ForwardPass
     layer: Int[Array, ""]
     rows: Rows
     hidden: Hidden
     fresh: Bool[Array, "plan_rows"]
-    choice: Choice
-    mass: Mass | None
+    given: Float[Array, "plan_rows"]
 
-    def fresh_rows(self, power: int = 1) -> Watch:
-        return fresh_among(self.rows, self.fresh, power)
+    def fresh_rows(self) -> tuple[Rows, Hidden]:
+        """The fresh ones among the rows, in the same shape with padding at the end, and their hidden states."""
+        rows, origin = self.rows.select(self.fresh[self.rows.index] & self.rows.valid)
+        return rows, self.hidden.at[origin].get(mode="fill", fill_value=0)
 
     def chunk_of(self, start: Int[Array, ""], part: Rows) -> tuple[Heads, Heads]:
         """K and V of one chunk of the rows at the boundary's layer."""
         x = lax.dynamic_slice_in_dim(self.hidden, start, len(part.token))
-        return model.keys_values(self.run.layer(self.layer), x, part)
+        return keys_values(self.forward.layer(self.layer), x, part)
 
     def at_rows(self, mass: Mass) -> Scores:
         return mass.at[self.rows.request, self.rows.position].get(mode="clip")
 
 
-class Signal(NamedTuple):
-    """A scoring function, and the power of the attention that the layers before the boundary sum for it, if any."""
-
-    score: Callable[[Boundary, Store], tuple[Store, Scores]]
-    watches: int = 0
+Signal = Callable[[Boundary, Store], tuple[Store, Scores]]
 
 
-SIGNALS: dict[str, Signal] = {}
-
-
-def signal(name: str, *, watches: int = 0) -> Callable[..., Callable[[Boundary, Store], tuple[Store, Scores]]]:
-    """Register a scoring function under a name that `Phase.signal` can take."""
-
-    def register(
-        score: Callable[[Boundary, Store], tuple[Store, Scores]],
-    ) -> Callable[[Boundary, Store], tuple[Store, Scores]]:
-        SIGNALS[name] = Signal(score, watches)
-        return score
-
-    return register
-
-
-def find_signal(name: str) -> Signal:
-    """Raises InvalidRequestError for a name that no signal has; the message lists those there are."""
-    if name not in SIGNALS:
-        raise InvalidRequestError(f"signal={name!r} is unknown; there are: {', '.join(SIGNALS)}")
-    return SIGNALS[name]
-
-
-def fresh_among(rows: Rows, fresh: Bool[Array, "plan_rows"], power: int = 1) -> Watch:
-    """The fresh ones of some rows of the plan."""
-    return Watch(*rows.select(fresh[rows.index] & rows.valid), power)
-
-
-@signal("key_mass")
 def key_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
-    """Attention that each row receives from all fresh rows, summed over heads: Sparse-Q (DESIGN.md, step 4).
+    """Attention that each row receives from all fresh rows, summed over heads: Sparse-Q (SparseX, arXiv 2606.01751).
 
     The hidden states at the boundary are as exact as the layers before it, so the keys and values of *every*
     row at this layer are computed from them first: the score then rests on true keys, and one more layer of
     KV is right, for the price of two small projections.
     """
-    return _key_mass(boundary, store, boundary.run.no_mass(store))
-
-
-@signal("key_focus")
-def key_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
-    """The fourth powers of that attention, summed: who looks firmly at what.
-
-    Key mass adds up many heads' glances, of which what stands near and what opens a segment get most. A head that
-    looks something up has nearly all of its attention on it.
-    """
-    return _key_mass(boundary, store, boundary.run.no_mass(store), FOCUS)
-
-
-@signal("key_mass_sum", watches=1)
-def key_mass_sum(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
-    """Key mass summed over the layers of the phase before and the boundary's own."""
-    assert boundary.mass is not None
-    return _key_mass(boundary, store, boundary.mass)
-
-
-@signal("key_focus_sum", watches=FOCUS)
-def key_focus_sum(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
-    """The same of the fourth powers."""
-    assert boundary.mass is not None
-    return _key_mass(boundary, store, boundary.mass, FOCUS)
-
-
-def _key_mass(boundary: Boundary, store: Store, mass: Mass, power: int = 1) -> tuple[Store, Scores]:
     store = _refresh_kv(boundary, store)
-    fresh = boundary.fresh_rows(power)
-    mass = add_key_mass(boundary.run, boundary.layer, store, fresh, fresh.hidden(boundary.hidden), mass)
-    return store, boundary.at_rows(mass)
+    rows, hidden = boundary.fresh_rows()
+    mass = boundary.forward.no_mass(store)
+    return store, boundary.at_rows(add_key_mass(boundary.forward, boundary.layer, store, rows, hidden, mass))
 
 
-@signal("probe_mass")
 def probe_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     """Key mass summed over all layers from the boundary on, from a first pass of the fresh rows alone.
 
-    ProphetKV's first stage. The pass attends over the pasted KV, and writes the fresh rows' K and V; they are
-    written again when the phase runs, before anything else reads them.
+    ProphetKV's first stage (arXiv 2602.02579). The pass attends over the pasted KV and writes the fresh rows' K and V.
+    Those that go on are written again before anything else reads them.
     """
     return _probe(boundary, store, power=1)
 
 
-@signal("probe_focus")
 def probe_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
-    """The same pass; the fourth powers of the attention are summed."""
-    return _probe(boundary, store, power=FOCUS)
+    """The same pass; the fourth powers of the attention are summed.
+
+    Key mass adds up many heads' glances, of which what stands near and what opens a segment get most. A head that
+    looks something up has nearly all of its attention on it.
+    """
+    return _probe(boundary, store, power=4)
 
 
 def _probe(boundary: Boundary, store: Store, power: int) -> tuple[Store, Scores]:
-    fresh = boundary.fresh_rows()
-    hidden = fresh.hidden(boundary.hidden)
-    everything = Watch(fresh.rows, jnp.arange(len(hidden)), power)
-    layers = boundary.layer, boundary.run.decoder.config.num_layers
-    store, _, mass = run_layers(boundary.run, store, fresh.rows, hidden, layers, everything)
-    assert mass is not None
+    forward, (rows, hidden) = boundary.forward, boundary.fresh_rows()
+
+    def layer_step(layer: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        store, before, mass = carry
+        store, hidden = run_layer(forward, layer, store, rows, before)
+        return store, hidden, add_key_mass(forward, layer, store, rows, before, mass, power)
+
+    carry = store, hidden, forward.no_mass(store)
+    store, _, mass = lax.fori_loop(boundary.layer, forward.decoder.config.num_layers, layer_step, carry)
     return store, boundary.at_rows(mass)
 
 
-@signal("kv_deviation")
 def kv_deviation(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     """Squared distance of each row's K and V at this layer from what the store has for it, summed over heads.
 
-    CacheBlend's signal (section 4.2). Reused rows hold their aligned copies until now; the new K and V replace
-    them. What a fresh row holds means nothing, and neither does its score.
+    CacheBlend's signal (arXiv 2405.16444, section 4.2). Reused rows hold their aligned copies until now; the new K and
+    V replace them. What a fresh row holds means nothing, and neither does its score.
     """
 
     def measure(start: Array, part: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -175,13 +120,32 @@ def kv_deviation(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
         return store, lax.dynamic_update_slice_in_dim(deviation, moved, start, 0)
 
     nothing = jnp.zeros(len(boundary.hidden))
-    return fold_chunks(boundary.rows, boundary.run.chunk, measure, (store, nothing))
+    return fold_chunks(boundary.rows, boundary.forward.chunk, measure, (store, nothing))
 
 
-@signal("given")
 def given(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     """The scores that the host gave (`Phase.scores`): random tokens, and the oracle's."""
-    return store, boundary.choice.scores[boundary.rows.index]
+    return store, boundary.given[boundary.rows.index]
+
+
+# By the name that a method's `Phase.signal` uses. All of them are part of every compiled prefill.
+SIGNALS: dict[str, Signal] = {
+    "key_mass": key_mass,
+    "probe_mass": probe_mass,
+    "probe_focus": probe_focus,
+    "kv_deviation": kv_deviation,
+    "given": given,
+}
+
+
+def signal(name: str) -> Callable[[Signal], Signal]:
+    """Register a signal of one's own under a name. Prefills that start from then on are compiled with it."""
+
+    def register(score: Signal) -> Signal:
+        SIGNALS[name] = score
+        return score
+
+    return register
 
 
 def _refresh_kv(boundary: Boundary, store: Store) -> Store:
@@ -190,17 +154,17 @@ def _refresh_kv(boundary: Boundary, store: Store) -> Store:
     def write(start: Array, part: Rows, store: Array) -> Array:
         return _write(boundary, store, boundary.chunk_of(start, part), part)
 
-    return fold_chunks(boundary.rows, boundary.run.chunk, write, store)
+    return fold_chunks(boundary.rows, boundary.forward.chunk, write, store)
 
 
 def _write(boundary: Boundary, store: Store, kv: tuple[Heads, Heads], part: Rows) -> Store:
-    run = boundary.run
-    return run.decoder.ops.write_kv(store, boundary.layer, *kv, part, run.tables)
+    forward = boundary.forward
+    return forward.decoder.ops.write_kv(store, boundary.layer, *kv, part, forward.page_tables)
 
 
 def _stored_kv(boundary: Boundary, store: Store, part: Rows) -> Float[Array, "rows 2 kv_heads head_dim"]:
     """What the store holds for some rows at the boundary's layer. Anything for padding."""
-    page, offset = row_addresses(store, part.position, part.request, boundary.run.tables)
+    page, offset = row_addresses(store, part.position, part.request, boundary.forward.page_tables)
     return store.at[boundary.layer, page, :, :, offset].get(mode="clip")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from sparsex_jax.model.sharding import TENSOR_AXIS
@@ -123,6 +123,12 @@ class Ops:
 
     def _bound(self, operation: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(operation, backend=self.backend)
+
+    def replicated[T](self, tree: T) -> T:
+        """A pytree of arrays, whole on every device of the mesh."""
+        if self.mesh.size == 1:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _ALL))
 
     def _over_heads(
         self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec

@@ -1,8 +1,8 @@
 """The plan: what the host tells the jitted steps, as a small pytree of integer arrays.
 
-It is the seam between host and device. Full, sparse and prefix-hit prefills are the same thing to the device:
-rows, the phases they take part in, copies to make first, page tables. Shapes depend on the capacity bucket
-alone, never on the lengths, so a few compilations serve any mix of requests.
+It is the seam between host and device. Full, sparse and prefix-hit prefills are the same thing to the device: rows, the
+layers at which some of them stop, copies to make first, page tables. Shapes depend on the row bucket alone, never on
+the lengths or the method, so one compiled program a bucket serves any mix of requests.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 PADDING_REQUEST = np.iinfo(np.int32).max
+MAX_BOUNDARIES = 4  # a shape of the compiled prefill, so that schedules with fewer run the same program
 
 
 @struct.dataclass
@@ -61,7 +62,7 @@ class Rows:
 
 
 def fold_chunks[Carry](rows: Rows, size: int, body: Callable[[Array, Rows, Carry], Carry], carry: Carry) -> Carry:
-    """Fold `body(start, chunk, carry)` over the rows, `size` at a time, as far as there are valid ones.
+    """Fold `body(start, chunk, carry)` over the rows, `size` at a time, up to the last chunk that has a valid row.
 
     Args:
       size: divides the number of rows.
@@ -85,40 +86,55 @@ class Copies:
 
 
 @struct.dataclass
-class Choice:
-    """How the rows of a phase are chosen among those of the phase before. Rows are the plan's own.
+class Boundaries:
+    """Where a prefill goes on with fewer rows, and which ones: a line for each of `MAX_BOUNDARIES`.
 
     Attributes:
-      forced: rows that are in it whatever their score.
-      scores: what the host knows better than the model (the signal `given`); not negative.
-      block: number of the row's block, whose candidates share their mean score. Rising.
-      group: number of the row's group, which has a budget of its own: a request, or a segment of one. Rising.
-      budget: for each group, at most how many more rows the signal adds.
-      coverage: for each group, the share of its reused rows' score at which adding stops; infinity is never.
+      layer: the boundary stands before this layer; -1 in a line that is not used.
+      signal: number of the signal that scores the rows, in the order of the signals that the program was compiled
+        with; -1 where the forced rows are all that go on.
+      forced: rows that go on whatever their score. Rows are the plan's own.
+      budget: for each request, how many more rows go on: those of highest score.
     """
 
-    forced: Bool[Array, "rows"]
-    scores: Float[Array, "rows"]
-    block: Int[Array, "rows"]
-    group: Int[Array, "rows"]
-    budget: Int[Array, "groups"]
-    coverage: Float[Array, "groups"]
+    layer: Int[Array, "boundaries"]
+    signal: Int[Array, "boundaries"]
+    forced: Bool[Array, "boundaries rows"]
+    budget: Int[Array, "boundaries requests"]
 
 
 @struct.dataclass
 class PrefillPlan:
-    """One prefill of up to `requests` requests.
+    """One prefill of up to `requests` requests: all that stays the same while it runs.
 
     Attributes:
-      rows: the tokens of the first phase.
       page_tables: pages of each request in order.
       fresh: rows whose queries are the Sparse-Q.
-      first_layer: layer at which each phase begins, and the number of layers at the end.
-      choices: for each phase after the first, how its rows are chosen.
+      scores: what the host knows better than the model (the signal `given`); not negative.
+      block: number of the row's block, rising. Rows of a block that are candidates share their mean score, and go on
+        or stay behind together.
+      boundaries: where rows narrow.
     """
 
-    rows: Rows
     page_tables: Int[Array, "requests max_pages"]
     fresh: Bool[Array, "rows"]
-    first_layer: Int[Array, "bounds"]
-    choices: tuple[Choice, ...]
+    scores: Float[Array, "rows"]
+    block: Int[Array, "rows"]
+    boundaries: Boundaries
+
+
+@struct.dataclass
+class PrefillState:
+    """A prefill between two layers: all that changes while it runs, but for the store.
+
+    Attributes:
+      layer: the next one to run.
+      rows: the tokens that are computed now; at layer 0 the plan's own rows.
+      hidden: their hidden states at the input of `layer`; anything at layer 0, where the prefill embeds the tokens.
+      active: which of the plan's rows went on at each boundary that was passed.
+    """
+
+    layer: Int[Array, ""]
+    rows: Rows
+    hidden: Float[Array, "rows hidden"]
+    active: Bool[Array, "boundaries rows"]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Int, Int32
+from jaxtyping import Float32, Int, Int32
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.methods import Phase
-from sparsex_jax.reuse.plan import PADDING_REQUEST, Choice, Copies, PrefillPlan, Rows
+from sparsex_jax.reuse.plan import MAX_BOUNDARIES, PADDING_REQUEST, Boundaries, Copies, PrefillPlan, Rows
 from sparsex_jax.reuse.prompt import PromptMap
 
 # Rows that go through a layer at a time, by platform; on one that is not here, as on a TPU.
@@ -121,81 +122,90 @@ def needed_phases(requests: Sequence[RequestPlan], num_layers: int) -> list[int]
 
 
 def plan_prefill(
-    requests: Sequence[RequestPlan], shapes: Shapes, num_layers: int
-) -> tuple[PrefillPlan, tuple[str | None, ...]]:
+    requests: Sequence[RequestPlan], shapes: Shapes, num_layers: int, signals: Sequence[str]
+) -> tuple[PrefillPlan, Rows]:
     """Lay the rows of requests with the same schedule out behind each other.
 
+    Args:
+      signals: names of those that the prefill is compiled with, in their order.
+
     Returns:
-      The plan, and the signals of its phases after the first, which are static.
+      The plan, and its rows: the tokens of the first phase.
+
+    Raises:
+      InvalidRequestError: a phase's signal is none of these.
     """
-    phases = [[request.phases[i] for request in requests] for i in needed_phases(requests, num_layers)]
-    computed = [np.flatnonzero(phase.forced) for phase in phases[0]]
+    first, *later = [[request.phases[i] for request in requests] for i in needed_phases(requests, num_layers)]
+    computed = [np.flatnonzero(phase.forced) for phase in first]
     size, _ = shapes.bucket(sum(map(len, computed)))
+    layout = _Layout(requests, computed, size)
     plan = PrefillPlan(
-        rows=_rows(requests, computed, size),
         page_tables=page_tables([request.pages for request in requests], shapes.max_requests, shapes.max_pages),
-        fresh=_padded([request.prompt.fresh[at] for request, at in zip(requests, computed, strict=True)], size, False),
-        first_layer=jnp.array([*(same[0].start for same in phases), num_layers], jnp.int32),
-        choices=tuple(_choice(requests, same, computed, size) for same in phases[1:]),
+        fresh=jnp.asarray(layout.rows([request.prompt.fresh for request in requests], False)),
+        scores=jnp.asarray(layout.rows([_given_scores(request) for request in requests], 0.0)),
+        block=jnp.asarray(layout.rows([_blocks(request) for request in requests], 0)),
+        boundaries=_boundaries(layout, later, shapes.max_requests, signals),
     )
-    return plan, tuple(same[0].signal for same in phases[1:])
+    return plan, layout.first_rows()
 
 
-def _choice(
-    requests: Sequence[RequestPlan], phases: Sequence[Phase], computed: Sequence[np.ndarray], size: int
-) -> Choice:
-    """One later phase of all requests, theirs behind each other. There are at most as many groups as rows."""
+class _Layout(NamedTuple):
+    """Which tokens of each request are rows of the plan, one request behind the other, padded to `size`."""
 
-    def rows(masks: Iterable[np.ndarray], fill: int | float | bool) -> Array:
-        return _padded([mask[at] for mask, at in zip(masks, computed, strict=True)], size, fill)
+    requests: Sequence[RequestPlan]
+    computed: Sequence[Int[np.ndarray, "_"]]
+    size: int
 
-    zeros = [np.zeros(len(request.prompt), np.float32) for request in requests]
-    groups = [_groups(request.prompt, phase) for request, phase in zip(requests, phases, strict=True)]
-    before = np.cumsum([0, *(len(budgets) for _, budgets in groups)])
-    coverage = [math.inf if phase.coverage is None else phase.coverage for phase in phases]
-    return Choice(
-        forced=rows([phase.forced for phase in phases], False),
-        scores=rows([zero if p.scores is None else p.scores for p, zero in zip(phases, zeros, strict=True)], 0.0),
-        block=rows([r.prompt.blocks(p.pool_tokens) for r, p in zip(requests, phases, strict=True)], 0),
-        group=rows([number + first for (number, _), first in zip(groups, before[:-1], strict=True)], PADDING_REQUEST),
-        budget=_padded([budgets for _, budgets in groups], size, 0),
-        coverage=_padded([np.full(len(b), c) for c, (_, b) in zip(coverage, groups, strict=True)], size, math.inf),
-    )
+    def rows(self, values: Iterable[np.ndarray], fill: int | float | bool) -> np.ndarray:
+        """From a value for each token of each prompt to one for each row."""
+        return _padded([each[at] for each, at in zip(values, self.computed, strict=True)], self.size, fill)
+
+    def first_rows(self) -> Rows:
+        lines = [np.full(len(at), line) for line, at in enumerate(self.computed)]
+        return Rows(
+            token=jnp.asarray(self.rows([request.prompt.tokens for request in self.requests], 0)),
+            position=jnp.asarray(_padded(self.computed, self.size, -1)),
+            request=jnp.asarray(_padded(lines, self.size, PADDING_REQUEST)),
+            index=jnp.arange(self.size, dtype=np.int32),
+        )
 
 
-def _groups(prompt: PromptMap, phase: Phase) -> tuple[Int[np.ndarray, "tokens"], Int[np.ndarray, "groups"]]:
-    """Each token's group, and each group's budget: one for all, or one a segment, by its share of the candidates.
+def _boundaries(
+    layout: _Layout, later: Sequence[Sequence[Phase]], max_requests: int, signals: Sequence[str]
+) -> Boundaries:
+    """The phases after the first, one boundary each, and unused boundaries behind them.
 
-    Fresh tokens count with the segment before them; they are never candidates.
+    Args:
+      later: each of these phases, for every request.
     """
-    if not (phase.per_segment and prompt.segments):
-        return np.zeros(len(prompt), int), np.array([phase.budget])
-    starts = [segment.start for segment in prompt.segments]
-    number = np.maximum(np.searchsorted(starts, np.arange(len(prompt)), side="right") - 1, 0)
-    return number, shares(phase.budget, np.bincount(number[prompt.reused & ~phase.forced], minlength=len(starts)))
+    lines = MAX_BOUNDARIES
+    layer, signal = np.full(lines, -1, np.int32), np.full(lines, -1, np.int32)
+    forced, budget = np.zeros((lines, layout.size), bool), np.zeros((lines, max_requests), np.int32)
+    for line, same in enumerate(later):
+        layer[line], signal[line] = same[0].start, _number_of(same[0].signal, signals)
+        forced[line] = layout.rows([phase.forced for phase in same], False)
+        budget[line, : len(same)] = [phase.budget for phase in same]
+    return Boundaries(*(jnp.asarray(x) for x in (layer, signal, forced, budget)))
 
 
-def shares(total: int, weights: Int[np.ndarray, "parts"]) -> Int[np.ndarray, "parts"]:
-    """Divide a whole number by weights, the largest remainders rounded up; none gets more than its weight.
-
-    >>> shares(5, np.array([10, 20, 0]))
-    array([2, 3, 0])
-    """
-    exact = total * weights / max(weights.sum(), 1)
-    out = np.floor(exact).astype(int)
-    largest = np.argsort(out - exact, kind="stable")
-    out[largest[: min(total, weights.sum()) - out.sum()]] += 1
-    return out
+def _number_of(signal: str | None, signals: Sequence[str]) -> int:
+    """A signal's place among those that the prefill is compiled with; -1 for none."""
+    if signal is None:
+        return -1
+    if signal not in signals:
+        raise InvalidRequestError(f"signal={signal!r} is unknown; there are: {', '.join(signals)}")
+    return list(signals).index(signal)
 
 
-def _rows(requests: Sequence[RequestPlan], computed: Sequence[np.ndarray], size: int) -> Rows:
-    lines = [np.full(len(at), line) for line, at in enumerate(computed)]
-    return Rows(
-        token=_padded([request.prompt.tokens[at] for request, at in zip(requests, computed, strict=True)], size, 0),
-        position=_padded(computed, size, -1),
-        request=_padded(lines, size, PADDING_REQUEST),
-        index=jnp.arange(size, dtype=np.int32),
-    )
+def _given_scores(request: RequestPlan) -> Float32[np.ndarray, "tokens"]:
+    """What the signal `given` reads, the same at every boundary of a request."""
+    given = [phase.scores for phase in request.phases if phase.scores is not None]
+    return given[0] if given else np.zeros(len(request.prompt), np.float32)
+
+
+def _blocks(request: RequestPlan) -> Int[np.ndarray, "tokens"]:
+    """The blocks in which tokens are chosen, the same at every boundary of a request."""
+    return request.prompt.blocks(max(phase.pool_tokens for phase in request.phases))
 
 
 def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Iterator[Copies]:
@@ -220,9 +230,9 @@ def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_
     targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
     size, _ = shapes.bucket(sum(map(len, places)))
     return Copies(
-        source=_padded([segment.slots for segment, _ in runs], size, 0),
-        target=_padded(targets, size, -1),
-        shift=_padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0),
+        source=jnp.asarray(_padded([segment.slots for segment, _ in runs], size, 0)),
+        target=jnp.asarray(_padded(targets, size, -1)),
+        shift=jnp.asarray(_padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0)),
     )
 
 
@@ -239,9 +249,9 @@ def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: in
     return jnp.asarray(tables)
 
 
-def _padded(parts: Sequence[np.ndarray], size: int, fill: int | float | bool) -> Array:
+def _padded(parts: Sequence[np.ndarray], size: int, fill: int | float | bool) -> np.ndarray:
     """The parts behind each other, filled up to `size`, of the fill's type: bool, int32 or float32."""
     out = np.full(size, fill, {bool: bool, int: np.int32, float: np.float32}[type(fill)])
     joined = np.concatenate(parts)
     out[: len(joined)] = joined
-    return jnp.asarray(out)
+    return out

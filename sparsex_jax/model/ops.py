@@ -64,8 +64,8 @@ class Ops:
     ) -> tuple[Float[Array, "rows _"], ...]:
         """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`."""
 
-        def run(x: Array, weights: tuple[Array, ...], layer: Array, count: Array) -> tuple[Array, ...]:
-            products = kernels.linear(x, weights, layer, count, backend=self.backend)
+        def run(x: Array, weights: tuple[Array, ...], layer: Array, count: Array, **on: Any) -> tuple[Array, ...]:
+            products = kernels.linear(x, weights, layer, count, **on)
             return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
 
         columns, inputs = PartitionSpec(None, TENSOR_AXIS), PartitionSpec(None, TENSOR_AXIS, None)
@@ -85,19 +85,19 @@ class Ops:
         """`silu(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
         weights = PartitionSpec(None, None, TENSOR_AXIS)
         specs = (_ALL, weights, weights, _ALL, _ALL)
-        run = self._over_heads(self._bound(kernels.gated_linear), specs, PartitionSpec(None, TENSOR_AXIS))
+        run = self._over_heads(kernels.gated_linear, specs, PartitionSpec(None, TENSOR_AXIS))
         return run(x, gate, up, jnp.asarray(layer), rows.count)
 
     def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:
         specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
-        attend = self._over_heads(self._bound(kernels.paged_attention), specs, _HEADS)
+        attend = self._over_heads(kernels.paged_attention, specs, _HEADS)
         return attend(q, store, layer, rows.position, rows.request, tables)
 
     def key_mass(
         self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables, power: int = 1
     ) -> Float[Array, "requests context"]:
-        def summed(*args: Array) -> Array:
-            mass = kernels.key_mass(*args, power=power, backend=self.backend)
+        def summed(*args: Array, **on: Any) -> Array:
+            mass = kernels.key_mass(*args, power=power, **on)
             return jax.lax.psum(mass, TENSOR_AXIS) if self.mesh.size > 1 else mass
 
         specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
@@ -113,16 +113,13 @@ class Ops:
         tables: PageTables,
     ) -> Store:
         specs = (_STORE, _ALL, _HEADS, _HEADS, _ALL, _ALL, _ALL)
-        write = self._over_heads(self._bound(kernels.write_kv), specs, _STORE)
+        write = self._over_heads(kernels.write_kv, specs, _STORE)
         return write(store, layer, keys, values, rows.position, rows.request, tables)
 
     def align_and_copy(self, store: Store, copies: Copies, inv_freq: Float[Array, "half"]) -> Store:
         specs = (_STORE, _ALL, _ALL, _ALL, _ALL)
-        move = self._over_heads(self._bound(kernels.align_and_copy), specs, _STORE)
+        move = self._over_heads(kernels.align_and_copy, specs, _STORE)
         return move(store, copies.source, copies.target, copies.shift, inv_freq)
-
-    def _bound(self, operation: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(operation, backend=self.backend)
 
     def replicated[T](self, tree: T) -> T:
         """A pytree of arrays, whole on every device of the mesh."""
@@ -133,6 +130,8 @@ class Ops:
     def _over_heads(
         self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
     ) -> Callable[..., Any]:
+        """The operation on the mesh's backend, each device running it on what it holds of the sharded arguments."""
+        local = functools.partial(op, backend=self.backend)
         if self.mesh.size == 1:
-            return op
-        return jax.shard_map(op, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            return local
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

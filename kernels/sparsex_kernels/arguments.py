@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Rows, Slots, Store
+from sparsex_kernels.layout import KVRows, PageTables, Queries, RowInts, Slots, Store
 
 _STATIC: Any = {"static": True}
 
@@ -70,8 +70,8 @@ class WriteArgs:
 
     store: Store
     layer: Int[Array, ""]
-    keys: Rows
-    values: Rows
+    keys: KVRows
+    values: KVRows
     positions: RowInts
     requests: RowInts
     page_tables: PageTables

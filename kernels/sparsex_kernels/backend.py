@@ -133,7 +133,7 @@ def run(operation: str, implementations: Implementations, name: str | None, args
 
     Raises:
       ValueError: the operation has no implementation of that name; the message lists those it has.
-      NotImplementedError: what was asked for cannot be done; the message says why.
+      NotImplementedError: no implementation that may run can do this shape or dtype; the message says why.
     """
     if name is None:
         return _run_first_able(operation, implementations, args, **options)
@@ -153,7 +153,9 @@ def _run_first_able(operation: str, implementations: Implementations, args: Any,
         else:
             report_choice(operation, name, backend, tuple(reasons))
             return result
-    raise NotImplementedError(f"{operation} cannot be done: {'; '.join(reasons) or 'nothing preferred is there'}")
+    raise NotImplementedError(
+        f"{operation} cannot be done: {'; '.join(reasons) or 'it has no implementation that is preferred'}"
+    )
 
 
 @functools.cache  # so that each choice is told once

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 Store = Float[Array, "layers pages 2 kv_heads page_size head_dim"]  # index 0 of the third axis is K, 1 is V
 PageTables = Int[Array, "requests max_pages"]
 Queries = Float[Array, "rows q_heads head_dim"]
-Rows = Float[Array, "rows kv_heads head_dim"]  # K or V of new rows
+KVRows = Float[Array, "rows kv_heads head_dim"]  # K or V of new rows
 RowInts = Int[Array, "rows"]  # positions or request indices
 Slots = Int[Array, "tokens"]  # page * page_size + offset, or a shift of positions for each
 

@@ -21,7 +21,7 @@ WGMMA_ROWS = 64  # rows of one warpgroup's product
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row of it
 MASKED = -1e30  # finite, so that a row which has seen no key yet does not make NaN of inf - inf
 SWIZZLE = 128  # bytes; tiles of 8 rows x 128 bytes
-MULTIPROCESSORS = 132  # of an H100 or H200: work is cut for so many; devices with another number run the same programs
+MULTIPROCESSORS = 132  # of an H100 or H200, for which work is cut; devices with another number run the same programs
 
 Ref = Any  # a reference to global or shared memory inside a kernel
 

@@ -40,7 +40,8 @@ def key_mass(
 
     Args:
       query, store, layer, positions, requests, page_tables: as in `AttentionArgs`. Only keys are read.
-      power: above 1, a key that some head looks at firmly outdoes one that all of them glance at.
+      power: above 1, a key to which some head gives much of its attention counts more than one to which all heads
+        give a little.
       scale, backend, implementation: as in `paged_attention`.
 
     Returns:

@@ -44,9 +44,9 @@ def ring_scratch(block: tuple[int, int, int], dtype: Any, *, pieces: int, reader
 
     Args:
       block: stages, keys and head_dim.
-      pieces: copies that fill a buffer, as one that spans several pages has one a page.
+      pieces: copies that fill a buffer: one for each page where a block spans several.
       readers: warpgroups that read each buffer.
-      values: whether V is read; else its buffers are as small as may be.
+      values: whether V is read; else its buffers are as small as they can be.
     """
     stages = block[0]
     return {

@@ -5,7 +5,7 @@ from jaxtyping import Int
 
 from sparsex_kernels.arguments import WriteArgs
 from sparsex_kernels.backend import Backend, default_backend, run
-from sparsex_kernels.layout import PageTables, RowInts, Rows, Store
+from sparsex_kernels.layout import KVRows, PageTables, RowInts, Store
 from sparsex_kernels.write_kv import hopper, reference, tpu, triton, xla
 
 IMPLEMENTATIONS = {
@@ -20,8 +20,8 @@ IMPLEMENTATIONS = {
 def write_kv(
     store: Store,
     layer: Int[Array, ""],
-    keys: Rows,
-    values: Rows,
+    keys: KVRows,
+    values: KVRows,
     positions: RowInts,
     requests: RowInts,
     page_tables: PageTables,

@@ -1,7 +1,8 @@
 """The Triton kernels against the references, small, in Triton's interpreter. On a GPU: `test_gpu.py`.
 
-The interpreter needs Triton but no GPU; without Triton, which only the extra `cuda` has, these tests are skipped. In
-it, and nowhere else, `jax_triton.triton_call` is replaced: outputs begin as NaN then.
+The interpreter needs Triton but neither a GPU nor jax-triton, whose `triton_call` is replaced here; outputs begin as
+NaN. Only the extra `cuda` has Triton. Without it these tests are skipped; `uv run --with triton pytest
+tests/test_triton.py` runs them on any machine.
 """
 
 import importlib.util

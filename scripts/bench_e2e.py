@@ -32,7 +32,7 @@ from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.decoder import inv_freq, logits, rms_norm
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.cost import prefill_seconds, speeds_of
-from sparsex_kernels import apply_rope
+from sparsex_kernels.rope import apply_rope
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FULL = "full"
@@ -123,7 +123,7 @@ def first_tokens(
 
 def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float | None:
     """The milliseconds that the cost model predicts. None if it does not know the device."""
-    speeds = speeds_of(jax.devices()[0])
+    speeds = speeds_of(engine.mesh.devices.flat[0])
     with engine.admitted([prompt], [], reuse, [namespace]) as [request]:
         return None if speeds is None else 1e3 * prefill_seconds(engine.model, request.plan, speeds)
 

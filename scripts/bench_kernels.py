@@ -9,6 +9,7 @@ are measured if `jax_triton` and `flashinfer` are installed.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import os
 import statistics
@@ -23,8 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-import sparsex_kernels as kernels
+import sparsex_kernels.api as kernels
 from sparsex_jax.eval.results import provenance, write_json
+from sparsex_kernels import key_mass as mass_versions
+from sparsex_kernels import paged_attention as attention_versions
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.backend import default_backend
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Q_HEADS, KV_HEADS, DIM, PAGE = 32, 8, 128, 64
@@ -45,21 +50,6 @@ class Row(NamedTuple):
         figures = {"figure": 1e3 * self.seconds, "unit": "ms"}
         rates = {"tflops": self.flops / self.seconds / 1e12, "terabytes_per_second": self.bytes / self.seconds / 1e12}
         return {"work": self.work, "implementation": self.implementation} | figures | rates
-
-
-class Rows(NamedTuple):
-    """The arguments of the operations: rows that attend to one layer of a store."""
-
-    q: jax.Array
-    store: jax.Array
-    layer: jax.Array
-    positions: jax.Array
-    requests: jax.Array
-    tables: jax.Array
-
-    @property
-    def pairs(self) -> float:
-        return float(np.asarray(self.positions, np.float64).sum() + len(self.positions))
 
 
 def median_seconds(step: Callable[[Any, Any], Any], state: Any, data: Any) -> float:
@@ -89,8 +79,8 @@ def after(q: jax.Array, result: jax.Array) -> jax.Array:
     return q.at[(0,) * q.ndim].set(result[(0,) * result.ndim].astype(q.dtype))
 
 
-def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = False) -> Rows:
-    """Rows for a random share of the tokens of each request, or for its last token."""
+def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = False) -> AttentionArgs:
+    """Rows for a random share of the tokens of each request, or for its last token, and one layer of a store."""
     rng = np.random.default_rng(seed)
     pages = -(-max(lengths) // PAGE)
     tables = rng.permutation(len(lengths) * pages).reshape(len(lengths), pages).astype(np.int32)
@@ -102,29 +92,39 @@ def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = F
     keys = jax.random.split(jax.random.key(seed))
     q = jax.random.normal(keys[0], (len(positions), Q_HEADS, DIM), jnp.bfloat16)
     store = jax.random.normal(keys[1], (1, tables.size, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16)
-    return Rows(q, store, jnp.int32(0), *map(jnp.asarray, (positions, requests, tables)))
+    addresses = map(jnp.asarray, (positions, requests, tables))
+    return AttentionArgs(q, store, jnp.int32(0), *addresses, scale=DIM**-0.5, backend=default_backend())
 
 
-def attention(work: str, rows: Rows, implementation: str) -> Row:
-    def step(q: jax.Array, rest: Any) -> jax.Array:
-        return after(q, kernels.paged_attention(q, *rest, implementation=implementation))
+def pairs_of(rows: AttentionArgs) -> float:
+    """Pairs of a row and a key that it sees."""
+    return float(np.asarray(rows.positions, np.float64).sum() + len(rows.positions))
 
-    flops = 4 * DIM * Q_HEADS * rows.pairs
+
+def seconds_of(operation: Callable[[AttentionArgs], Any], rows: AttentionArgs) -> float:
+    """Seconds of an operation on these rows, each repetition's queries waiting for the result before."""
+
+    def step(q: jax.Array, rows: AttentionArgs) -> jax.Array:
+        return after(q, operation(dataclasses.replace(rows, query=q)))
+
+    return median_seconds(step, jnp.array(rows.query), rows)
+
+
+def attention(work: str, rows: AttentionArgs, implementation: str) -> Row:
+    flops = 4 * DIM * Q_HEADS * pairs_of(rows)
     read = 2 * 2 * KV_HEADS * DIM * float(np.asarray(last_positions(rows), np.float64).sum())
-    return Row(work, implementation, median_seconds(step, jnp.array(rows.q), rows[1:]), flops, read)
+    seconds = seconds_of(attention_versions.IMPLEMENTATIONS[implementation], rows)
+    return Row(work, implementation, seconds, flops, read)
 
 
-def last_positions(rows: Rows) -> np.ndarray:
+def last_positions(rows: AttentionArgs) -> np.ndarray:
     positions, requests = np.asarray(rows.positions), np.asarray(rows.requests)
     return np.array([positions[requests == r].max() + 1 for r in np.unique(requests)])
 
 
-def key_mass(work: str, rows: Rows, implementation: str) -> Row:
-    def step(q: jax.Array, rest: Any) -> jax.Array:
-        return after(q, kernels.key_mass(q, *rest, implementation=implementation))
-
-    flops = 2 * 2 * DIM * Q_HEADS * rows.pairs  # scores are computed twice: for the log-sum-exp, and for the sums
-    return Row(work, implementation, median_seconds(step, jnp.array(rows.q), rows[1:]), flops)
+def key_mass(work: str, rows: AttentionArgs, implementation: str) -> Row:
+    flops = 2 * 2 * DIM * Q_HEADS * pairs_of(rows)  # scores are computed twice
+    return Row(work, implementation, seconds_of(mass_versions.IMPLEMENTATIONS[implementation], rows), flops)
 
 
 def cudnn(work: str, tokens: int) -> Row:
@@ -172,17 +172,17 @@ def sdpa(work: str, tokens: int) -> Row:
     return Row(work, "torch sdpa", seconds, 4 * DIM * Q_HEADS * tokens * (tokens + 1) / 2)
 
 
-def flex(work: str, rows: Rows) -> Row:
+def flex(work: str, rows: AttentionArgs) -> Row:
     import torch
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     positions = torch.tensor(np.asarray(rows.positions), device="cuda")
-    tokens = rows.tables.size * PAGE
+    tokens = rows.page_tables.size * PAGE
     q, k, v = torch_inputs(len(positions), tokens)
     mask = create_block_mask(lambda b, h, i, j: positions[i] >= j, None, None, len(positions), tokens, device="cuda")
     compiled = torch.compile(flex_attention)
     seconds = torch_seconds(lambda: compiled(q, k, v, block_mask=mask, enable_gqa=True))
-    return Row(work, "torch flex", seconds, 4 * DIM * Q_HEADS * rows.pairs)
+    return Row(work, "torch flex", seconds, 4 * DIM * Q_HEADS * pairs_of(rows))
 
 
 def flashinfer(work: str, lengths: list[int], last_only: bool) -> Row:
@@ -223,15 +223,15 @@ def align(work: str, tokens: int, layers: int, implementation: str) -> Row:
     return Row(work, implementation, median_seconds(step, store, (*data, inv_freq)), 0, moved)
 
 
-def write(work: str, rows: Rows, implementation: str) -> Row:
-    keys, values = jax.random.normal(jax.random.key(0), (2, len(rows.q), KV_HEADS, DIM), jnp.bfloat16)
+def write(work: str, rows: AttentionArgs, implementation: str) -> Row:
+    keys, values = jax.random.normal(jax.random.key(0), (2, len(rows.query), KV_HEADS, DIM), jnp.bfloat16)
 
     def step(store: jax.Array, data: Any) -> jax.Array:
-        keys, values, rest = data
-        return kernels.write_kv(store, jnp.int32(0), keys, values, *rest, implementation=implementation)
+        return kernels.write_kv(store, jnp.int32(0), *data, implementation=implementation)
 
-    seconds = median_seconds(step, jnp.array(rows.store), (keys, values, rows[3:]))
-    return Row(work, implementation, seconds, 0, 2 * 2 * 2 * len(rows.q) * KV_HEADS * DIM)
+    addresses = rows.positions, rows.requests, rows.page_tables
+    seconds = median_seconds(step, jnp.array(rows.store), (keys, values, *addresses))
+    return Row(work, implementation, seconds, 0, 2 * 2 * 2 * len(rows.query) * KV_HEADS * DIM)
 
 
 def floor_copy(work: str) -> Row:

@@ -52,7 +52,7 @@ from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import Layers, Params, describe, num_parameters, random_params
 from sparsex_jax.reuse.plan import Rows
-from sparsex_kernels.dispatch import prefer
+from sparsex_kernels.backend import prefer
 
 BOS, EOS = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>"))
 _EQUALS, _VAR = (lexicon.vocabulary()[token] for token in (" =", " VAR"))
@@ -348,7 +348,7 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> Trace:
     flat = jnp.asarray(tokens, jnp.int32).reshape(-1)
     position = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     rows = Rows(flat, position, jnp.repeat(jnp.arange(batch), length), jnp.arange(flat.size))
-    decoder = Decoder(config, Ops(make_mesh(1)))
+    decoder = Decoder(config, Ops.on(make_mesh(1)))
 
     def run_layer(hidden: jax.Array, weights: Layers) -> tuple[jax.Array, Trace]:
         only = jax.tree.map(lambda weight: weight[None], weights)  # a stack of one layer

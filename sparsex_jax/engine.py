@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -66,9 +67,9 @@ class Engine:
           mesh: with an axis `tensor`; one device by default.
           reuse: what a call does that names no `reuse` of its own.
         """
-        self.config = config or EngineConfig()
         self.model, self.tokenizer, self.reuse = model, tokenizer, reuse or ReuseConfig()
         self.mesh = check_mesh(mesh or make_mesh(), model)
+        self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
         self.runner = Runner(model, self.config, params, self.mesh)
         self.admission = Admission(model, self.config, speeds_of(self.mesh.devices.flat[0]))
 
@@ -96,6 +97,7 @@ class Engine:
         checkpoint = open_checkpoint(source)
         reuse = default_reuse(source, checkpoint.config, reuse)
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
+        config = config.resolved(_platform(mesh), checkpoint.dtype)
         params = checkpoint.load_params(config.dtype, mesh)
         return cls(checkpoint.config, params, checkpoint.tokenizer, config=config, mesh=mesh, reuse=reuse)
 
@@ -107,6 +109,7 @@ class Engine:
         config = EngineConfig(**options)
         model = named_config(model) if isinstance(model, str) else model
         mesh = check_mesh(mesh or make_mesh(), model)
+        config = config.resolved(_platform(mesh))
         return cls(model, random_params(model, config.dtype, mesh, seed), config=config, mesh=mesh)
 
     # What callers do ----------------------------------------------------------------------------------------
@@ -376,3 +379,14 @@ def _of_each[T](name: str, kind: type[T], value: T | Sequence[T], number: int) -
     if len(value) != number:
         raise InvalidRequestError(f"{name} has {len(value)} entries for {number} prompts")
     return value
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
+def _with_dtype_of(params: Params, config: EngineConfig, mesh: Mesh) -> EngineConfig:
+    """With a concrete dtype in place of `auto`: on an accelerator that of the given parameters, whichever it is."""
+    if config.dtype != "auto" or _platform(mesh) == "cpu":
+        return config.resolved(_platform(mesh))
+    return dataclasses.replace(config, dtype=jax.tree.leaves(params)[0].dtype.name)

@@ -26,7 +26,7 @@ from kernel_cases import (
     stacks,
 )
 
-import sparsex_kernels as kernels
+import sparsex_kernels.api as kernels
 from sparsex_jax import Engine, ModelConfig, ReuseConfig
 from sparsex_jax.model.sharding import make_mesh
 

@@ -18,10 +18,13 @@ from kernel_cases import (
     stacks,
 )
 
-import sparsex_kernels as kernels
-from sparsex_kernels.dispatch import prefer
+import sparsex_kernels.api as kernels
+from sparsex_kernels.arguments import LinearArgs
+from sparsex_kernels.backend import Backend, prefer
 from sparsex_kernels.linear import hopper as linear_hopper
 from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
+
+CPU = Backend("cpu")
 
 
 def hopper(operation):
@@ -85,7 +88,7 @@ def test_merge_reads_a_rows_own_parts_only():
     partial, lse = np.full((40, 128, 16), np.nan, np.float32), np.full((40, 128), np.nan, np.float32)
     partial[:37, :72], lse[:37, :72] = rng.normal(size=(37, 72, 16)), 20 * rng.normal(size=(37, 72))
     spans = np.array([[0, 36], [36, 36], [36, 37]], np.int32)
-    merge = jax.jit(lambda *args: hopper_merge.merge(*args, q_heads=27, share=3, dtype=jnp.bfloat16))
+    merge = jax.jit(lambda *args: hopper_merge.merge(*args, q_heads=27, share=3, dtype=jnp.bfloat16, backend=CPU))
     out, out_lse = merge(partial, lse, spans)
     heads = np.arange(72).reshape(9, 8)[:, :3].ravel()
     partial, lse = partial[:, heads].astype(np.float64), lse[:, heads].astype(np.float64)
@@ -133,7 +136,7 @@ def test_key_mass_of_powers():
 )
 def test_linear(rows, count, inputs, widths, config):
     x, weights = stacks(rows, inputs, widths)
-    outs = linear_hopper.linear(x, weights, jnp.int32(1), count, config)
+    outs = linear_hopper.linear(LinearArgs(x, weights, jnp.int32(1), count, CPU), config)
     for out, expected in zip(outs, exact(x, weights, 1), strict=True):
         assert out.shape == (rows, expected.shape[1])
         assert relative_error(out[:count], expected[:count]) < 4e-3
@@ -144,7 +147,8 @@ def test_linear_of_few_rows_copies_no_others(rows, count):
     """The rest of a block holds what it held, NaN at first in the interpreter, and reaches nobody."""
     x, weights = stacks(rows, 192, (64,))
     x = x.at[count:].set(jnp.nan)
-    (out,) = linear_hopper.linear(x, weights, jnp.int32(2), count, linear_hopper.Config(1, 64, 1, 2, 1))
+    args = LinearArgs(x, weights, jnp.int32(2), count, CPU)
+    (out,) = linear_hopper.linear(args, linear_hopper.Config(1, 64, 1, 2, 1))
     assert out.shape == (rows, 64)
     assert relative_error(out[:count], exact(x, weights, 2)[0][:count]) < 4e-3
 
@@ -161,7 +165,7 @@ def test_linear_of_few_rows_copies_no_others(rows, count):
 def test_gated_linear(rows, count, inputs, width, config):
     x, *weights = gated_stacks(rows, inputs, width)
     x = x.at[count:].set(jnp.nan)
-    out = linear_hopper.gated_linear(x, *weights, jnp.int32(1), count, config)
+    out = linear_hopper.gated_linear(LinearArgs(x, tuple(weights), jnp.int32(1), count, CPU), config)
     assert out.shape == (rows, width)
     assert relative_error(out[:count], exact_gated(x, *weights, 1)[:count]) < 4e-3
 

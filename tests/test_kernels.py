@@ -10,7 +10,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 
-import sparsex_kernels as kernels
+import sparsex_kernels.api as kernels
 from sparsex_kernels.key_mass import IMPLEMENTATIONS as KEY_MASS
 from sparsex_kernels.paged_attention import IMPLEMENTATIONS as ATTENTION
 from sparsex_kernels.write_kv import IMPLEMENTATIONS as WRITE_KV

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from test_kernels import clean, jitted, simulated, simulated_tpu  # noqa: F401  (a fixture)
 
-import sparsex_kernels as kernels
+import sparsex_kernels.api as kernels
 from sparsex_jax.reuse.plan import PADDING_REQUEST
 from sparsex_kernels.align_and_copy import tpu as align_tpu
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.backend import Backend
 from sparsex_kernels.key_mass import tpu as key_mass_tpu
 from sparsex_kernels.paged_attention import tpu as attention_tpu
 from sparsex_kernels.write_kv import tpu as write_tpu
@@ -149,9 +151,9 @@ def test_log_sum_exp():
     rng = np.random.default_rng(4)
     store, tables = paged_store(rng, "float32", 64)
     q = jnp.asarray(rng.normal(size=(3, 4, 64)), jnp.float32)
-    args = q, store, jnp.int32(1), *decode_rows(), tables, 0.125
+    args = AttentionArgs(q, store, jnp.int32(1), *decode_rows(), tables, scale=0.125, backend=Backend("tpu"))
     with simulated_tpu():
-        _, lse = attention_tpu.paged_attention(*args, return_lse=True)
+        _, lse = attention_tpu.paged_attention(args, return_lse=True)
     assert np.isneginf(lse[1]).all()
     keys = np.asarray(store)[1, tables[0], 0].transpose(1, 0, 2, 3).reshape(KV_HEADS, -1, 64)[:, : LENGTHS[0]]
     scores = np.einsum("hd,htd->ht", np.asarray(q[0]), np.repeat(keys, 2, axis=0)) / 8

@@ -4,12 +4,13 @@ import dataclasses
 import importlib.util
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-import sparsex_kernels as kernels
+import sparsex_kernels.api as kernels
 from sparsex_jax.config import EngineConfig, named_config
 from sparsex_jax.device import aot
 from sparsex_jax.model.sharding import check_mesh
@@ -40,12 +41,16 @@ def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size):
     q, kv = (jax.ShapeDtypeStruct((rows, heads, head_dim), dtype) for heads in (q_heads, kv_heads))
     of_rows = ints, ints, jax.ShapeDtypeStruct((8, 64), jnp.int32)
     inv_freq = jax.ShapeDtypeStruct((head_dim // 2,), jnp.float32)
-    return {
-        "paged_attention": (lambda store, q, *rest: kernels.paged_attention(q, store, *rest), (q, layer, *of_rows)),
-        "key_mass": (lambda store, q, *rest: kernels.key_mass(q, store, *rest), (q, layer, *of_rows)),
+    operations = {
+        "paged_attention": (
+            lambda store, q, *rest, **on: kernels.paged_attention(q, store, *rest, **on),
+            (q, layer, *of_rows),
+        ),
+        "key_mass": (lambda store, q, *rest, **on: kernels.key_mass(q, store, *rest, **on), (q, layer, *of_rows)),
         "write_kv": (kernels.write_kv, (layer, kv, kv, *of_rows)),
         "align_and_copy": (kernels.align_and_copy, (ints, ints, ints, inv_freq)),
-    }, store
+    }
+    return {name: (partial(call, backend=aot.TPU), args) for name, (call, args) in operations.items()}, store
 
 
 def compiled_kernel(chip, operation, shape):

@@ -1,7 +1,8 @@
 """The Triton kernels against the references, small, in Triton's interpreter. On a GPU: `test_gpu.py`.
 
-The interpreter needs Triton but no GPU; without Triton, which only the extra `cuda` has, these tests are skipped. In
-it, and nowhere else, `jax_triton.triton_call` is replaced: outputs begin as NaN then.
+The interpreter needs Triton but neither a GPU nor jax-triton, whose `triton_call` is replaced here; outputs begin as
+NaN. Only the extra `cuda` has Triton. Without it these tests are skipped; `uv run --with triton pytest
+tests/test_triton.py` runs them on any machine.
 """
 
 import importlib.util
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 from kernel_cases import check_nan_stays, copies, in_float32, last_rows, relative_error, same, scattered
 
-import sparsex_kernels as kernels
+import sparsex_kernels.api as kernels
 from sparsex_kernels import triton as launcher
-from sparsex_kernels.dispatch import prefer
+from sparsex_kernels.backend import prefer
 from sparsex_kernels.key_mass.triton import seen_by
 from sparsex_kernels.paged_attention import triton as attention
 from sparsex_kernels.paged_attention.triton import row_tiles
@@ -80,7 +81,7 @@ def interpreter(monkeypatch):
     fake = types.ModuleType("jax_triton")
     fake.triton_call = interpret
     monkeypatch.setitem(sys.modules, "jax_triton", fake)
-    monkeypatch.setattr(launcher, "check_available", lambda: None)
+    monkeypatch.setattr(launcher, "check_available", lambda backend: None)
     monkeypatch.setattr(attention, "DECODE_PROGRAMS", 16)  # few, as each is slow to interpret
 
 
@@ -202,7 +203,7 @@ def test_what_cannot_be_done_falls_back_or_raises(monkeypatch):
     with prefer("triton", "xla"):
         out = kernels.paged_attention(*case)
     assert same(out, kernels.paged_attention(*case, implementation="xla"))
-    monkeypatch.setattr(launcher, "check_available", lambda: None)
+    monkeypatch.setattr(launcher, "check_available", lambda backend: None)
     for options, reason in [
         ({"dim": 32}, "head_dim 32"),
         ({"page_size": 192}, "page_size 192"),

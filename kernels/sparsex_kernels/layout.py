@@ -1,47 +1,52 @@
-"""Addresses in the paged store: from rows and slots to pages and offsets."""
+"""Shapes of the paged store and of rows, and addresses in the store: from rows and slots to pages and offsets."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Store = Float[Array, "layers pages 2 kv_heads page_size head_dim"]
+Store = Float[Array, "layers pages 2 kv_heads page_size head_dim"]  # index 0 of the third axis is K, 1 is V
 PageTables = Int[Array, "requests max_pages"]
-RowInts = Int[Array, "rows"]  # positions or request indices
 Queries = Float[Array, "rows q_heads head_dim"]
+KVRows = Float[Array, "rows kv_heads head_dim"]  # K or V of new rows
+RowInts = Int[Array, "rows"]  # positions or request indices
+Slots = Int[Array, "tokens"]  # page * page_size + offset, or a shift of positions for each
 
 
 def row_addresses(
     store: Store, positions: RowInts, requests: RowInts, page_tables: PageTables
 ) -> tuple[RowInts, RowInts]:
-    """The page and offset of each row; padding gets a page behind the last, which a scatter drops."""
+    """The page and offset of each row; padding gets the page behind the last, which a scatter drops.
+
+    With pages of 4 slots and the page table [[7, 2]], position 5 is at page 2, offset 1.
+    """
     page_size = store.shape[4]
     page = page_tables.at[requests, positions // page_size].get(mode="clip")
     return jnp.where(positions >= 0, page, store.shape[1]), positions % page_size
 
 
 def slot_addresses(store: Store, slots: Int[Array, "n"]) -> tuple[Int[Array, "n"], Int[Array, "n"]]:
-    """The page and offset of each slot; padding (-1) gets a page behind the last."""
+    """The page and offset of each slot; padding (-1) gets the page behind the last."""
     page_size = store.shape[4]
     return jnp.where(slots >= 0, slots // page_size, store.shape[1]), slots % page_size
 
 
-def group_heads(q: Queries, store: Store) -> Float[Array, "rows kv_heads group head_dim"]:
-    """Query heads beside the others that read the same KV head."""
-    rows, q_heads, head_dim = q.shape
-    return q.reshape(rows, store.shape[3], q_heads // store.shape[3], head_dim)
+def group_heads(query: Queries, store: Store) -> Float[Array, "rows kv_heads group head_dim"]:
+    """Each query head beside the others that read the same KV head."""
+    rows, q_heads, head_dim = query.shape
+    return query.reshape(rows, store.shape[3], q_heads // store.shape[3], head_dim)
 
 
 def context(
     store: Store, layer: Int[Array, ""], pages: Int[Array, "n"]
 ) -> tuple[Float[Array, "kv_heads keys head_dim"], Float[Array, "kv_heads keys head_dim"]]:
-    """K and V of consecutive pages of one layer."""
+    """K and V of these pages of one layer, their slots one after the other."""
     tiles = store[layer, pages]  # [n, 2, kv_heads, page_size, head_dim]
     keys, values = tiles.transpose(1, 2, 0, 3, 4).reshape(2, store.shape[3], -1, store.shape[5])
     return keys, values
 
 
 def num_tiles(positions: RowInts, tile: int) -> Int[Array, ""]:
-    """How many tiles of rows hold anything but the padding at the end."""
+    """How many tiles of `tile` rows hold anything but the padding at the end."""
     used = jnp.max(jnp.where(positions >= 0, jnp.arange(1, positions.size + 1), 0), initial=0)
     return -(-used // tile)
 
@@ -52,11 +57,11 @@ def pad_rows(x: jax.Array, tile: int, fill: int = 0) -> jax.Array:
     return jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
 
 
+def pad_positions(positions: RowInts, requests: RowInts, tile: int) -> tuple[jax.Array, jax.Array]:
+    """Positions and requests of rows that are padded to a multiple of `tile`."""
+    return pad_rows(positions, tile, -1), pad_rows(requests, tile)
+
+
 def take_tile(i: jax.Array, tile: int, *arrays: jax.Array) -> list[jax.Array]:
     """The i-th `tile` entries along the leading axis of each array."""
     return [jax.lax.dynamic_slice_in_dim(x, i * tile, tile) for x in arrays]
-
-
-def row_a_request(q: Queries, page_tables: PageTables) -> bool:
-    """No more rows than requests, as in decode: a tile of rows would read every key for one of them."""
-    return q.shape[0] <= page_tables.shape[0]

@@ -1,8 +1,8 @@
 """What the TPU kernels share: pages streamed from HBM, and tiles of slots that are changed in place.
 
 On a TPU the last two axes of an array are stored in tiles of 8 by 128 (two rows of bfloat16 share a word), and a
-DMA moves whole tiles. So attention reads a page at a time, and what writes single slots takes the tile of `TILE`
-slots around them into VMEM, changes it there in float32, whose rows can be addressed one by one, and puts it back.
+DMA moves whole tiles. So attention reads a page at a time. A kernel that writes single slots copies the tile of `TILE`
+slots around them into VMEM, changes it there in float32, whose rows can be addressed one by one, and copies it back.
 """
 
 from typing import Any
@@ -27,23 +27,23 @@ HBM = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def compiler_params(*dimensions: str) -> Any:
-    """Grid dimensions are `arbitrary` (in order) or `parallel`."""
+    """Each grid dimension is `arbitrary` (run in order) or `parallel`."""
     return pltpu.CompilerParams(dimension_semantics=dimensions, vmem_limit_bytes=VMEM_BYTES)  # type: ignore[arg-type]
 
 
 def precision(dtype: Any) -> lax.Precision:
-    """Of matrix products: the MXU would round float32 operands to bfloat16."""
+    """The precision of matrix products of this dtype: the MXU would round float32 operands to bfloat16."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def check_page_size(store: Store) -> None:
-    """Raises NotImplementedError for pages that are not whole tiles."""
+    """Raise `NotImplementedError` for pages that are not whole tiles."""
     if store.shape[4] % TILE:
         raise NotImplementedError(f"page_size={store.shape[4]} must be a multiple of {TILE} on TPU")
 
 
 def pages_a_block(store: Store, max_pages: int) -> int:
-    """How many pages one step of a loop over keys takes: 256 to 1024 keys, by their size."""
+    """Pages that one step of a loop over keys takes: 256 to 1024 keys, by their size."""
     _, _, _, kv_heads, page_size, head_dim = store.shape
     key_bytes = 2 * kv_heads * max(head_dim, 128) * store.dtype.itemsize
     keys = min(max(KEY_BLOCK_BYTES // key_bytes, 256), 1024)
@@ -56,9 +56,10 @@ def each_page(count: Index, copy_of: Any, act: str) -> None:
 
 
 def next_start(starts: Bool[Array, "n"], block: int) -> Int[Array, "n"]:
-    """For each entry, the first start from it on, within its block of entries; the block's size if there is none.
+    """For each entry, the first start at or behind it within its block of entries; the block's size if there is none.
 
-    Entries are counted from the beginning of their block.
+    Entries are counted from the beginning of their block. In blocks of 4, starts at the entries 1, 2 and 7 give
+    1 1 2 4 | 3 3 3 3.
     """
     at = jnp.where(starts.reshape(-1, block), jnp.arange(block, dtype=jnp.int32), block)
     return lax.cummin(at, axis=1, reverse=True).reshape(-1)

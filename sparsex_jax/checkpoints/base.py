@@ -28,6 +28,11 @@ class Checkpoint(abc.ABC):
     def tokenizer(self) -> Any | None:
         """A transformers `PreTrainedTokenizerFast`, built on first use, or None where the checkpoint has none."""
 
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> str | None:
+        """The dtype of the stored matrices, such as `bfloat16`; None where they are quantised or not of one dtype."""
+
     @abc.abstractmethod
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         """The parameters in `dtype`, placed on the mesh."""

@@ -49,6 +49,7 @@ TENSORS = {
 
 # Types of metadata values in the header, and how `struct` unpacks the scalar ones.
 _STRING, _ARRAY = 8, 9
+_FLOATS = {0: "float32", 1: "float16", 30: "bfloat16"}  # ggml's numbers of the encodings that are not quantised
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -67,6 +68,11 @@ class GGUFCheckpoint(Checkpoint):
     @functools.cached_property
     def tokenizer(self) -> Any | None:
         return tokenizer_from_gguf(self._file.metadata)
+
+    @property
+    def dtype(self) -> str | None:
+        encodings = {tensor.encoding for tensor in self._file.tensors.values() if len(tensor.shape) == 2}
+        return _FLOATS.get(encodings.pop()) if len(encodings) == 1 else None
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         config = self.config

@@ -40,6 +40,10 @@ TENSORS = {
 }
 
 
+# The names that safetensors gives to floats.
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
 class HuggingFaceCheckpoint(Checkpoint):
     """A directory as transformers saves it.
 
@@ -60,6 +64,14 @@ class HuggingFaceCheckpoint(Checkpoint):
     @functools.cached_property
     def tokenizer(self) -> Any | None:
         return read_tokenizer(self.directory)
+
+    @property
+    def dtype(self) -> str | None:
+        """That of the embedding, as transformers stores all tensors alike; None where there is no such tensor."""
+        name = TENSORS["embed"]
+        if name not in self._files:
+            return None
+        return _DTYPES.get(_open_safetensors(self._files[name]).get_slice(name).get_dtype())
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         opened = functools.cache(_open_safetensors)  # so each shard's header is parsed once, not for every tensor

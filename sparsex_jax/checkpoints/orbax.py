@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
@@ -46,6 +47,15 @@ class OrbaxCheckpoint(Checkpoint):
     @functools.cached_property
     def tokenizer(self) -> Any | None:
         return read_tokenizer(self.directory / "tokenizer")
+
+    @property
+    def dtype(self) -> str | None:
+        import orbax.checkpoint as ocp
+
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(self.directory / "params").item_metadata
+        dtypes = {str(jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(stored.tree)}
+        return dtypes.pop() if len(dtypes) == 1 else None
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         import orbax.checkpoint as ocp

@@ -75,7 +75,9 @@ def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, as
             track=functools.partial(bar.track, description="Asking"),
         )
     summaries = quality.summarize(rows)
-    content = results.file_content("quality", model, dataclasses.asdict(settings) | {"dtype": dtype}, summaries)
+    content = results.file_content(
+        "quality", model, dataclasses.asdict(settings) | {"dtype": engine.config.dtype}, summaries
+    )
     if out:
         with waiting("Writing"):
             write(engine, settings, content, summaries, out)

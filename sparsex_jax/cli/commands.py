@@ -44,7 +44,7 @@ def main(
 def generate(
     prompt: options.PromptArgument = "-",
     model: options.Model = DEFAULT_MODEL,
-    dtype: options.DType = "float32",
+    dtype: options.DType = "auto",
     store_tokens: options.StoreTokens = 16384,
     remember: options.Remember = None,
     namespace: options.Namespace = "default",
@@ -94,7 +94,7 @@ def generate(
 @app.command()
 def demo(
     model: options.Model = DEFAULT_MODEL,
-    dtype: options.DType = "float32",
+    dtype: options.DType = "auto",
     max_new_tokens: options.MaxNewTokens = 24,
     as_json: options.Json = False,
 ) -> None:
@@ -115,7 +115,7 @@ def serve(
         Path | None, typer.Option(help="A TOML file of API keys. Without it, requests need no key.", dir_okay=False)
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in requests.", show_default="MODEL")] = None,
-    dtype: options.DType = "float32",
+    dtype: options.DType = "auto",
     store_tokens: options.StoreTokens = 16384,
     max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 8,
     reuse_config: options.ReuseFile = None,
@@ -170,7 +170,7 @@ def serve(
 def convert(
     source: Annotated[str, typer.Argument(help="An embedded model's name, a GGUF file or a Hugging Face directory.")],
     target: Annotated[Path, typer.Argument(help="A new directory.")],
-    dtype: options.DType = "bfloat16",
+    dtype: options.StoredDType = "bfloat16",
     tensor_parallel: Annotated[int, typer.Option(help="Devices to split the weights over.")] = 1,
 ) -> None:
     """Convert a model to a checkpoint from which each device loads its shards directly."""
@@ -227,7 +227,7 @@ def cache(
 @app.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="As `--model` of the other commands.")] = DEFAULT_MODEL,
-    dtype: options.DType = "float32",
+    dtype: options.DType = "auto",
     max_loss: Annotated[
         float | None,
         typer.Option(help="How much less than full recompute the answers may score, on average.", show_default="0.02"),
@@ -275,7 +275,7 @@ def _split(names: str) -> list[str]:
 @bench.command()
 def quality(
     model: options.Model = DEFAULT_MODEL,
-    dtype: options.DType = "float32",
+    dtype: options.DType = "auto",
     tasks: Annotated[str, typer.Option(help="niah, mq_niah, vt, cwe, fwe, qa, chat, agents; separated by commas.")] = (
         "vt,mq_niah"
     ),

@@ -18,7 +18,14 @@ PromptArgument = Annotated[str, typer.Argument(help="The prompt; `-` reads it fr
 Model = Annotated[
     str, typer.Option(help="An embedded model's name, a GGUF file, a Hugging Face directory or a converted one.")
 ]
-DType = Annotated[str, typer.Option(help="Of weights, activations and KV: float32, bfloat16 or float16.")]
+DType = Annotated[
+    str,
+    typer.Option(
+        help="Of weights, activations and KV: float32, bfloat16 or float16; "
+        "auto: float32 on a CPU, elsewhere the checkpoint's own, or bfloat16."
+    ),
+]
+StoredDType = Annotated[str, typer.Option("--dtype", help="Of the stored weights: float32, bfloat16 or float16.")]
 StoreTokens = Annotated[int, typer.Option(help="Token slots of the KV store.")]
 Remember = Annotated[
     list[Path] | None,

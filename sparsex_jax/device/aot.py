@@ -32,8 +32,11 @@ from sparsex_jax.reuse.methods import Method, SparseX
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
-from sparsex_kernels.dispatch import prefer
+from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Store
+
+# The TPU kernels and nothing else, whether they have been validated on a device or not.
+TPU = Backend("tpu", preferred=("tpu",))
 
 
 def described_mesh(topology: str, num_devices: int) -> Mesh:
@@ -51,8 +54,8 @@ def described_mesh(topology: str, num_devices: int) -> Mesh:
 
 @contextmanager
 def lowering_for(mesh: Mesh) -> Iterator[None]:
-    """Within this context, Pallas looks up the mesh's chip, and operations are traced with the TPU kernels only."""
-    with use_abstract_mesh(mesh.abstract_mesh), prefer("tpu"):
+    """Within this context, Pallas looks up the mesh's chip."""
+    with use_abstract_mesh(mesh.abstract_mesh):
         yield
 
 
@@ -81,7 +84,7 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
     shapes = Shapes.of_engine(model, engine, platform="tpu")
     plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
-    static = {"decoder": Decoder(model, Ops(mesh)), "signals": tuple(SIGNALS.values()), "chunk": chunk}
+    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(SIGNALS.values()), "chunk": chunk}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
     state = first_state(plan, rows, model.hidden_size, engine.dtype)
 
@@ -98,7 +101,7 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
     shapes = Shapes.of_engine(model, engine, platform="tpu")
     prompts = pages = [[0]] * num_requests
     state = decode_state([output] * num_requests, prompts, pages, shapes.max_pages, model.vocab_size)
-    static = {"decoder": Decoder(model, Ops(mesh)), "steps": engine.decode_steps}
+    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "steps": engine.decode_steps}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
     return _lower(lambda store, params, state: decode(params, store, state, **static), mesh, store, params, state)
 
@@ -107,7 +110,7 @@ def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
     """The copies of the bucket that holds so many tokens."""
     size, _ = Shapes.of_engine(model, engine, platform="tpu").bucket(num_tokens)
     copies = Copies(*[jnp.zeros(size, jnp.int32)] * 3)
-    decoder = Decoder(model, Ops(mesh))
+    decoder = Decoder(model, Ops(mesh, TPU))
     store = abstract_store(model, engine, mesh)
     return _lower(lambda store, copies: align(store, copies, decoder=decoder), mesh, store, copies)
 

@@ -70,7 +70,7 @@ class Runner:
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
         self.model, self.engine, self.mesh, self.params = model, engine, mesh, params
-        self.decoder = Decoder(model, Ops(mesh))
+        self.decoder = Decoder(model, Ops.on(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store = make_store(model, engine, mesh)
         self._everywhere = NamedSharding(mesh, PartitionSpec())

@@ -18,8 +18,8 @@ from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
-from sparsex_kernels import apply_rope
 from sparsex_kernels.layout import PageTables, Store
+from sparsex_kernels.rope import apply_rope
 
 Hidden = Float[Array, "rows hidden"]
 Heads = Float[Array, "rows heads head_dim"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
-import sparsex_kernels as kernels
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES
 from sparsex_jax.reuse.plan import Copies, Rows
+from sparsex_kernels import api as kernels
+from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import PageTables, Queries, Store
 
 _STORE = spec_of(STORE_AXES)
@@ -28,16 +30,28 @@ _ALL = PartitionSpec()
 class Ops:
     """Operations on the sharded store. Hashable, so that it can be a static argument of a jitted step.
 
-    Heads meet in none of them but the key mass, which is summed over the mesh as some products are, so each runs
-    under `shard_map` on what is local and no kernel ever sees a sharded array.
+    No operation but the key mass combines heads, and some linear layers sum over inputs that the mesh divides: those
+    are summed over the mesh. So each operation runs under `shard_map` on what is local, and no kernel ever sees a
+    sharded array.
+
+    Attributes:
+      mesh: the devices; its first one stands for all.
+      backend: which implementations are tried on these devices. It is fixed here: `prefer` and `SPARSEX_KERNELS` have
+        no effect on operations that exist already.
     """
 
     mesh: Mesh
+    backend: Backend
+
+    @classmethod
+    def on(cls, mesh: Mesh) -> Ops:
+        """Operations on a mesh, by the implementations that its devices, `prefer` or `SPARSEX_KERNELS` call for now."""
+        return cls(mesh, Backend.of(mesh.devices.flat[0]))
 
     @property
     def row_multiple(self) -> int:
-        """Kernels for GPUs take rows by eights; more often than once a step, filling up costs more than it looks."""
-        return 8 if self.mesh.devices.flat[0].platform == "gpu" else 1
+        """Rows should be padded to a multiple of it once a step: kernels for GPUs pad to 8, each of them otherwise."""
+        return 8 if self.backend.platform == "gpu" else 1
 
     def linear(
         self,
@@ -48,10 +62,10 @@ class Ops:
         *,
         over_inputs: bool,
     ) -> tuple[Float[Array, "rows _"], ...]:
-        """Rows times matrices that a mesh divides by columns, or by inputs, over which products are summed then."""
+        """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`."""
 
-        def run(x: Array, weights: tuple[Array, ...], layer: Array, count: Array) -> tuple[Array, ...]:
-            products = kernels.linear(x, weights, layer, count)
+        def run(x: Array, weights: tuple[Array, ...], layer: Array, count: Array, **on: Any) -> tuple[Array, ...]:
+            products = kernels.linear(x, weights, layer, count, **on)
             return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
 
         columns, inputs = PartitionSpec(None, TENSOR_AXIS), PartitionSpec(None, TENSOR_AXIS, None)
@@ -82,8 +96,8 @@ class Ops:
     def key_mass(
         self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables, power: int = 1
     ) -> Float[Array, "requests context"]:
-        def summed(*args: Array) -> Array:
-            mass = kernels.key_mass(*args, power=power)
+        def summed(*args: Array, **on: Any) -> Array:
+            mass = kernels.key_mass(*args, power=power, **on)
             return jax.lax.psum(mass, TENSOR_AXIS) if self.mesh.size > 1 else mass
 
         specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
@@ -103,7 +117,8 @@ class Ops:
         return write(store, layer, keys, values, rows.position, rows.request, tables)
 
     def align_and_copy(self, store: Store, copies: Copies, inv_freq: Float[Array, "half"]) -> Store:
-        move = self._over_heads(kernels.align_and_copy, (_STORE, _ALL, _ALL, _ALL, _ALL), _STORE)
+        specs = (_STORE, _ALL, _ALL, _ALL, _ALL)
+        move = self._over_heads(kernels.align_and_copy, specs, _STORE)
         return move(store, copies.source, copies.target, copies.shift, inv_freq)
 
     def replicated[T](self, tree: T) -> T:
@@ -115,6 +130,8 @@ class Ops:
     def _over_heads(
         self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
     ) -> Callable[..., Any]:
+        """The operation on the mesh's backend, each device running it on what it holds of the sharded arguments."""
+        local = functools.partial(op, backend=self.backend)
         if self.mesh.size == 1:
-            return op
-        return jax.shard_map(op, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            return local
+        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

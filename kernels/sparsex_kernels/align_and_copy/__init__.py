@@ -1,11 +1,12 @@
 """Alignment: copy cached KV to other slots of the same store, its keys rotated to their new positions."""
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from sparsex_kernels.align_and_copy import hopper, reference, tpu, triton, xla
-from sparsex_kernels.dispatch import choose
-from sparsex_kernels.layout import Store
+from sparsex_kernels.arguments import CopyArgs
+from sparsex_kernels.backend import Backend, default_backend, run
+from sparsex_kernels.layout import Slots, Store
 
 IMPLEMENTATIONS = {
     "reference": reference.align_and_copy,
@@ -18,20 +19,25 @@ IMPLEMENTATIONS = {
 
 def align_and_copy(
     store: Store,
-    source: Int[Array, "tokens"],
-    target: Int[Array, "tokens"],
-    shift: Int[Array, "tokens"],
+    source: Slots,
+    target: Slots,
+    shift: Slots,
     inv_freq: Float[Array, "half"],
     *,
+    backend: Backend | None = None,
     implementation: str | None = None,
 ) -> Store:
-    """`K[target] = R(shift) K[source]` and `V[target] = V[source]` in all layers (DESIGN.md section 3, step 2).
+    """`K[target] = R(shift) K[source]` and `V[target] = V[source]` in all layers, where R(s) rotates by s positions.
+
+    A key was rotated by its old position when it was computed (rotary embedding, RoFormer section 3.4). Rotations
+    compose, `R(new - old) R(old) = R(new)`, so the copy is what the new position would have given.
 
     Args:
-      store: donated by the caller's jit, so that it is updated in place.
-      source, target: slots. No slot is both a source and a target, and no target comes twice. Padding, at
-        the end, has target -1.
-      shift: new position minus the position that the key was computed at.
-      inv_freq: rotary frequencies; the rotation is done in float32.
+      store, source, target, shift, inv_freq: as in `CopyArgs`.
+      backend, implementation: as in `paged_attention`.
+
+    Raises:
+      NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    return choose("align_and_copy", IMPLEMENTATIONS, implementation)(store, source, target, shift, inv_freq)
+    args = CopyArgs(store, source, target, shift, inv_freq, backend or default_backend())
+    return run("align_and_copy", IMPLEMENTATIONS, implementation, args)

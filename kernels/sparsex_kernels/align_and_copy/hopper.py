@@ -1,11 +1,13 @@
 """Alignment for Hopper GPUs, all layers in one call, by Pallas' Mosaic GPU.
 
 A program has a tile of tokens and goes through the layers, some layers in flight by TMA; the rotation stays in its
-registers. Tiles whose tokens lie behind each other in one page, at the source and at the target, move head by head;
-others token by token. K is `[head, token]` in shared memory then, and `[token, head]` otherwise, and the rotations
-are laid out the same way, so that the arithmetic need not know. With heads of 128 the halves of K that rotate into each
-other lie apart: Mosaic mixes up columns when it loads the second 64 of 128 (seen with JAX 0.11.2 on an H100). Halves of
-64 would start at addresses that TMA does not take.
+registers. A tile whose tokens are consecutive in one page, at the source and at the target, is a *run* and moves head
+by head; any other moves token by token. K is `[head, token]` in shared memory for a run and `[token, head]` otherwise.
+The rotations are laid out the same way, so the arithmetic is the same for both.
+
+With heads of 128, the halves of K that rotate into each other are in separate buffers: Mosaic mixes up columns when it
+loads the second 64 of 128 (seen with JAX 0.11.2 on an H100). With heads of 64 they share one, because TMA does not take
+the address at which the second half would start.
 """
 
 import functools
@@ -18,10 +20,11 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from sparsex_kernels.layout import Store, pad_rows
-from sparsex_kernels.mosaic import check_copies, flat_store, kernel
+from sparsex_kernels.arguments import CopyArgs
+from sparsex_kernels.layout import Slots, Store, pad_rows
+from sparsex_kernels.mosaic import Ref, check_copies, flat_store, kernel
 
 STAGES = 3  # layers in flight
 
@@ -47,25 +50,22 @@ class Shape(NamedTuple):
         return self.head_dim // 64
 
 
-def align_and_copy(
-    store: Store,
-    source: Int[Array, "tokens"],
-    target: Int[Array, "tokens"],
-    shift: Int[Array, "tokens"],
-    inv_freq: Float[Array, "half"],
-) -> Store:
+def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
+    store = args.store
     check_copies(store)
     layers, pages, _, heads, page_size, head_dim = store.shape
     # The rows [token, head] of a tile fill whole warps.
     shape = Shape(layers, pages, heads, page_size, head_dim, max(8, 32 // math.gcd(heads, 32)), store.dtype)
     if shape.tile > page_size or head_dim not in (64, 128):
         raise NotImplementedError(f"tiles of {shape.tile} tokens on pages of {page_size}, head_dim {head_dim}")
-    source, target, shift = pad_rows(source, shape.tile), pad_rows(target, shape.tile, -1), pad_rows(shift, shape.tile)
+    source, shift = (pad_rows(x, shape.tile) for x in (args.source, args.shift))
+    target = pad_rows(args.target, shape.tile, -1)
     run = one_run(source, target, shape)
     ref = jax.new_ref(flat_store(store))
     kernel(
         functools.partial(_kernel, shape),
+        args.backend,
         grid=(len(run),),
         grid_names=("tile",),
         num_threads=1,
@@ -75,12 +75,15 @@ def align_and_copy(
             "run_ready": plgpu.Barrier(num_arrivals=(shape.k_parts + 1) * heads, num_barriers=STAGES),
             "tokens_ready": plgpu.Barrier(num_arrivals=(shape.k_parts + 1) * shape.tile, num_barriers=STAGES),
         },
-    )(source, target, run.astype(jnp.int32), *rotations(shift, inv_freq, run, shape), ref)
+    )(source, target, run.astype(jnp.int32), *rotations(shift, args.inv_freq, run, shape), ref)
     return jax.freeze(ref).reshape(store.shape)
 
 
-def one_run(source: Int[Array, "tokens"], target: Int[Array, "tokens"], shape: Shape) -> Bool[Array, "tiles"]:
-    """Whether a tile's tokens are behind each other in one page, at both ends."""
+def one_run(source: Slots, target: Slots, shape: Shape) -> Bool[Array, "tiles"]:
+    """Whether a tile's tokens are consecutive in one page, at both ends.
+
+    With pages of 8 slots and tiles of 4 tokens, 2 3 4 5 is a run; 6 7 8 9, of two pages, is none.
+    """
 
     def consecutive(slots: Array) -> Array:
         slots = slots.reshape(-1, shape.tile)
@@ -91,9 +94,13 @@ def one_run(source: Int[Array, "tokens"], target: Int[Array, "tokens"], shape: S
 
 
 def rotations(
-    shift: Int[Array, "tokens"], inv_freq: Float[Array, "half"], run: Bool[Array, "tiles"], shape: Shape
+    shift: Slots, inv_freq: Float[Array, "half"], run: Bool[Array, "tiles"], shape: Shape
 ) -> tuple[Float[Array, "tiles rows half"], Float[Array, "tiles rows half"]]:
-    """Cosines and sines for the rows of every tile, in float32 and in the order that its K has in shared memory."""
+    """Cosines and sines for the rows of every tile, in float32 and in the order that its K has in shared memory.
+
+    With 2 heads and tiles of 3 tokens, the rows of a run are those of tokens 0 1 2 0 1 2 (head by head), and those of
+    other tiles 0 0 1 1 2 2.
+    """
     row = jnp.arange(shape.rows)
     token = jnp.where(run[:, None], row % shape.tile, row // shape.heads)
     angles = jnp.take_along_axis(shift.reshape(-1, shape.tile), token, 1)[..., None].astype(jnp.float32) * inv_freq
@@ -108,20 +115,8 @@ def _row_layout(shape: Shape) -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
-def _kernel(
-    shape: Shape,
-    source_ref: Any,
-    target_ref: Any,
-    run_ref: Any,
-    cos_ref: Any,
-    sin_ref: Any,
-    store: Any,
-    *,
-    k_smem: Any,
-    v_smem: Any,
-    run_ready: Any,
-    tokens_ready: Any,
-) -> None:
+def _kernel(shape: Shape, *refs: Ref, k_smem: Ref, v_smem: Ref, run_ready: Ref, tokens_ready: Ref) -> None:
+    source_ref, target_ref, run_ref, cos_ref, sin_ref, store = refs
     tile = lax.axis_index("tile")
     layout, half = _row_layout(shape), shape.head_dim // 2
     run = run_ref[tile] > 0
@@ -130,8 +125,8 @@ def _kernel(
     targets = [target_ref[tile * shape.tile + n] for n in range(shape.tile)]
     cos, sin = (plgpu.load(ref.at[tile], layout=layout, optimized=False) for ref in (cos_ref, sin_ref))
 
-    def pieces(layer: Array, slots: list[Array]) -> Iterator[tuple[Any, Any, Array]]:
-        """What is copied of one layer: parts of the store, their place in shared memory, and the slot of each."""
+    def pieces(layer: Array, slots: list[Array]) -> Iterator[tuple[Ref, Ref, Array]]:
+        """The copies of one layer: a part of the store, its place in shared memory, and the slot it begins at."""
         stage = lax.rem(layer, STAGES)
         blocks = [(0, pl.ds(64 * part, 64), k_smem.at[stage, part]) for part in range(shape.k_parts)]
         blocks.append((1, pl.ds(0, shape.head_dim), v_smem.at[stage]))
@@ -147,7 +142,7 @@ def _kernel(
                     yield part, smem.at[pl.ds(head * shape.tile, shape.tile)], slot
 
     def load(layer: Array) -> None:
-        def copy(slots: list[Array], ready: Any) -> None:
+        def copy(slots: list[Array], ready: Ref) -> None:
             for part, smem, _ in pieces(layer, slots):
                 plgpu.copy_gmem_to_smem(part, smem, ready.at[lax.rem(layer, STAGES)])
 
@@ -163,7 +158,7 @@ def _kernel(
             for part, smem, target in pieces(layer, targets):
 
                 @pl.when(target >= 0)
-                def _(part: Any = part, smem: Any = smem) -> None:
+                def _(part: Ref = part, smem: Ref = smem) -> None:
                     plgpu.copy_smem_to_gmem(smem, part, commit_group=False)
 
         pl.when(run)(copy_run)

@@ -2,28 +2,22 @@
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
 
+from sparsex_kernels.arguments import CopyArgs
 from sparsex_kernels.layout import Store
 
 
-def align_and_copy(
-    store: Store,
-    source: Int[Array, "tokens"],
-    target: Int[Array, "tokens"],
-    shift: Int[Array, "tokens"],
-    inv_freq: Float[Array, "half"],
-) -> Store:
+def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`. Rotates pairs as complex numbers."""
-    page_size = store.shape[4]
+    source, target, page_size = args.source, args.target, args.store.shape[4]
 
     def move(i: Array, store: Array) -> Array:
         old = store[:, source[i] // page_size, :, :, source[i] % page_size]  # [layers, 2, kv_heads, head_dim]
         real, imag = jnp.split(old[:, 0].astype(jnp.float32), 2, axis=-1)
-        turned = lax.complex(real, imag) * jnp.exp(1j * shift[i] * inv_freq)
+        turned = lax.complex(real, imag) * jnp.exp(1j * args.shift[i] * args.inv_freq)
         keys = jnp.concatenate([turned.real, turned.imag], axis=-1).astype(store.dtype)
         new = jnp.stack([keys, old[:, 1]], axis=1)
         moved = store.at[:, target[i] // page_size, :, :, target[i] % page_size].set(new)
         return jnp.where(target[i] >= 0, moved, store)
 
-    return lax.fori_loop(0, len(source), move, store)
+    return lax.fori_loop(0, len(source), move, args.store)

@@ -1,8 +1,9 @@
 """Alignment on TPU: runs of slots are rotated, shifted and merged into the tiles of slots that they end in.
 
-A *piece* is a run of consecutive tokens within one tile of slots on either side, with one shift: its keys take one
-rotation, and its slots one roll. A segment whose offset in its pages changes gives two pieces a tile, tokens in no
-order a piece each.
+A *piece* is a run of consecutive tokens with one shift, within one tile of slots at its source and one at its target:
+its keys take one rotation, and its slots one roll. A segment whose offset in its pages changes gives two pieces a tile;
+tokens in no order give a piece each. With tiles of 16, moving slots 10..25 to 32..47 takes two pieces into one tile:
+10..15 go to 32..37, and 16..25 to 38..47.
 """
 
 import jax
@@ -10,33 +11,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 
-from sparsex_kernels.layout import Store, pad_rows
+from sparsex_kernels.arguments import CopyArgs
+from sparsex_kernels.layout import Slots, Store, pad_rows
 from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, next_start
 
 TOKENS_A_STEP = 1024  # tokens whose slots are in SMEM at a time
 HEADS_A_STEP = 64  # KV heads of as many layers as that gives, moved together: 0.5 MiB of bfloat16 a tile
 
 
-def align_and_copy(
-    store: Store,
-    source: Int[Array, "tokens"],
-    target: Int[Array, "tokens"],
-    shift: Int[Array, "tokens"],
-    inv_freq: Float[Array, "half"],
-) -> Store:
+def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
+    store = args.store
     check_page_size(store)
     num_layers, _, _, kv_heads, _, head_dim = store.shape
-    block = min(TOKENS_A_STEP, len(source) + -len(source) % TILE)
+    block = min(TOKENS_A_STEP, len(args.source) + -len(args.source) % TILE)
     source, target, shift = (
-        pad_rows(x.astype(jnp.int32), block, fill) for x, fill in ((source, 0), (target, -1), (shift, 0))
+        pad_rows(x.astype(jnp.int32), block, fill) for x, fill in ((args.source, 0), (args.target, -1), (args.shift, 0))
     )
     breaks = piece_breaks(source, target, shift, block)
     scalars = source, target, shift, next_start(breaks & (target >= 0), block), next_start(breaks, block)
     layers = layers_a_step(num_layers, kv_heads)
-    frequencies = jnp.concatenate([inv_freq, inv_freq]).astype(jnp.float32)[None]
+    frequencies = jnp.concatenate([args.inv_freq, args.inv_freq]).astype(jnp.float32)[None]
 
     tile_shape = (2, layers, 2, kv_heads, TILE, head_dim)
     in_smem = pl.BlockSpec((None, 1, block), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM)
@@ -60,13 +57,11 @@ def align_and_copy(
 
 
 def layers_a_step(num_layers: int, kv_heads: int) -> int:
-    """The most layers, of a number that divides all, that keep to `HEADS_A_STEP`."""
+    """Layers that are moved together: the largest divisor of their number that keeps to `HEADS_A_STEP`."""
     return max(n for n in range(1, num_layers + 1) if num_layers % n == 0 and (n == 1 or n * kv_heads <= HEADS_A_STEP))
 
 
-def piece_breaks(
-    source: Int[Array, "tokens"], target: Int[Array, "tokens"], shift: Int[Array, "tokens"], block: int
-) -> Bool[Array, "tokens"]:
+def piece_breaks(source: Slots, target: Slots, shift: Slots, block: int) -> Bool[Array, "tokens"]:
     """Which tokens begin a piece, or are padding."""
 
     def goes_on(x: Array, step: int) -> Array:
@@ -81,8 +76,8 @@ def _align_kernel(
     source_ref: Ref,  # [1, tokens] slots
     target_ref: Ref,  # [1, tokens]
     shift_ref: Ref,  # [1, tokens]
-    next_ref: Ref,  # [1, tokens], where the next piece begins, from each token on
-    end_ref: Ref,  # [1, tokens], the same, or where padding does
+    next_ref: Ref,  # [1, tokens], the first token at or behind each that begins a piece
+    end_ref: Ref,  # [1, tokens], the same, or that is padding
     frequencies_ref: Ref,  # [1, head_dim] float32, twice the half
     donated_ref: Ref,  # the store; it is the output's memory
     store_ref: Ref,  # [layers, pages, 2, kv_heads, page_size, head_dim], in HBM
@@ -141,7 +136,7 @@ def _align_kernel(
         lax.fori_loop(0, layers, move_layer, None)
 
     def step(state: tuple[Index, Index, Index, Index]) -> tuple[Index, Index, Index, Index]:
-        """One piece. `count` counts pieces, `tiles` the target tiles before its own, which it may be first to use."""
+        """Move a piece, the first of its tile if it `opens`. Before it were `count` pieces and `tiles` target tiles."""
         token, count, tiles, opens = state
         old_slot, new_slot, then = lax.rem(count, 2), lax.rem(tiles, 2), after(next_ref, token)
         upcoming = target_ref[0, jnp.minimum(then, tokens - 1)]

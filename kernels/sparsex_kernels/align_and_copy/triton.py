@@ -1,35 +1,28 @@
 """Alignment in Triton, all layers in one launch: a program has a tile of tokens in one layer."""
 
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, Int
 
+from sparsex_kernels.arguments import CopyArgs
 from sparsex_kernels.layout import Store
 from sparsex_kernels.triton import check_copies, in_place
 
 TILE = 32  # tokens
 
 
-def align_and_copy(
-    store: Store,
-    source: Int[Array, "tokens"],
-    target: Int[Array, "tokens"],
-    shift: Int[Array, "tokens"],
-    inv_freq: Float[Array, "half"],
-) -> Store:
+def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
-    check_copies(store)
+    check_copies(args)
     from sparsex_kernels.align_and_copy.triton_kernels import align
 
-    layers, pages, _, kv_heads, page_size, head_dim = store.shape
-    angles = shift[:, None].astype(jnp.float32) * inv_freq
+    layers, pages, _, kv_heads, page_size, head_dim = args.store.shape
+    angles = args.shift[:, None].astype(jnp.float32) * args.inv_freq
     return in_place(
         align,
-        *(source.astype(jnp.int32), target.astype(jnp.int32), jnp.cos(angles), jnp.sin(angles)),
-        store=store,
-        grid=(-(-len(source) // TILE), layers),
+        *(args.source.astype(jnp.int32), args.target.astype(jnp.int32), jnp.cos(angles), jnp.sin(angles)),
+        store=args.store,
+        grid=(-(-len(args.source) // TILE), layers),
         num_warps=4,
-        tokens=len(source),
+        tokens=len(args.source),
         pages=pages,
         TILE=TILE,
         KV_HEADS=kv_heads,

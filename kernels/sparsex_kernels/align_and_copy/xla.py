@@ -4,31 +4,33 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from sparsex_kernels.arguments import CopyArgs
 from sparsex_kernels.layout import Store, num_tiles, pad_rows, slot_addresses, take_tile
 from sparsex_kernels.rope import apply_rope
 
 TOKENS_A_STEP = 256  # bounds the temporary memory
 
 
-def align_and_copy(
-    store: Store,
-    source: Int[Array, "tokens"],
-    target: Int[Array, "tokens"],
-    shift: Int[Array, "tokens"],
-    inv_freq: Float[Array, "half"],
-) -> Store:
+def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
-    step = min(TOKENS_A_STEP, len(source))
-    source, target, shift = pad_rows(source, step, -1), pad_rows(target, step, -1), pad_rows(shift, step)
+    step = min(TOKENS_A_STEP, len(args.source))
+    source, target = (pad_rows(slots, step, -1) for slots in (args.source, args.target))
+    shift = pad_rows(args.shift, step)
 
     def move(i: Array, store: Array) -> Array:
         old, new, by = take_tile(i, step, source, target, shift)
-        return _move(store, old, new, by, inv_freq)
+        return _move(store, old, new, by, args.inv_freq)
 
-    return lax.fori_loop(0, num_tiles(target, step), move, store)
+    return lax.fori_loop(0, num_tiles(target, step), move, args.store)
 
 
-def _move(store: Store, source: Array, target: Array, shift: Array, inv_freq: Array) -> Store:
+def _move(
+    store: Store,
+    source: Int[Array, "step"],
+    target: Int[Array, "step"],
+    shift: Int[Array, "step"],
+    inv_freq: Float[Array, "half"],
+) -> Store:
     page, offset = slot_addresses(store, source)
     old = store.at[:, page, :, :, offset].get(mode="clip")  # [tokens, layers, 2, kv_heads, head_dim]
     keys = apply_rope(old[:, :, 0], jnp.broadcast_to(shift[:, None], old.shape[:2]), inv_freq)

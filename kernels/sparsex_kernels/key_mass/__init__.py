@@ -3,7 +3,8 @@
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.dispatch import choose
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.key_mass import hopper, reference, tpu, triton, xla
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
 
@@ -17,25 +18,46 @@ IMPLEMENTATIONS = {
 
 
 def key_mass(
-    q: Queries,
+    query: Queries,
     store: Store,
     layer: Int[Array, ""],
     positions: RowInts,
     requests: RowInts,
     page_tables: PageTables,
     *,
-    scale: float | None = None,
     power: int = 1,
+    scale: float | None = None,
+    backend: Backend | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "requests context"]:
-    """Column sums of the causal softmax over rows and heads, `s_j` of DESIGN.md section 3, step 4.
+    """Column sums of the causal softmax over rows and heads.
 
-    Arguments are those of `paged_attention`. The result is float32, `[requests, max_pages * page_size]`, and
-    sums to rows * q_heads over each request's keys.
+    With `a[i, h, j]` the attention weight of row i and query head h on key j of the row's request r,
+
+        mass[r, j] = sum over rows i of r and heads h of a[i, h, j] ** power
+
+    which for the power 1 is the score by which SparseX chooses the tokens to recompute.
 
     Args:
-      power: weights of the softmax are raised to it before they are summed. Above 1, a key that some head looks at
-        firmly outdoes one that all of them glance at.
+      query, store, layer, positions, requests, page_tables: as in `AttentionArgs`. Only keys are read.
+      power: above 1, a key to which some head gives much of its attention counts more than one to which all heads
+        give a little.
+      scale, backend, implementation: as in `paged_attention`.
+
+    Returns:
+      Float32 `[requests, max_pages * page_size]`. For the power 1, all of it sums to rows * q_heads, padding apart.
+
+    Raises:
+      NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    mass = choose("key_mass", IMPLEMENTATIONS, implementation)
-    return mass(q, store, layer, positions, requests, page_tables, scale or q.shape[-1] ** -0.5, power)
+    args = AttentionArgs(
+        query=query,
+        store=store,
+        layer=layer,
+        positions=positions,
+        requests=requests,
+        page_tables=page_tables,
+        scale=scale or query.shape[-1] ** -0.5,
+        backend=backend or default_backend(),
+    )
+    return run("key_mass", IMPLEMENTATIONS, implementation, args, power=power)

@@ -1,9 +1,9 @@
 """Key mass for Hopper GPUs, by Pallas' Mosaic GPU: a pass for the log-sum-exp, and one for the column sums.
 
-In the second pass a program owns a block of keys and the query heads of one KV head. It keeps its keys in shared
-memory and goes through the tiles of rows that see them, whose queries one more warpgroup fetches. Scores are
-transposed, `[key, row]`, so that a column sum is a sum within a few threads; no sum is shared between programs,
-which makes the result deterministic.
+In the second pass a program owns a block of keys and the query heads of one KV head. It keeps its keys in shared memory
+and goes through the tiles of rows that see them, whose queries one more warpgroup fetches. Scores are transposed,
+`[key, row]`, so that a column sum is a sum within a few threads. No sum is shared between programs, which makes the
+result deterministic.
 """
 
 import functools
@@ -16,17 +16,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, pad_rows
-from sparsex_kernels.mosaic import (
-    LOG2_E,
-    WGMMA_ROWS,
-    as_scalar,
-    flat_store,
-    heads_a_tile,
-    kernel,
-    padded_pages,
-    tiled_smem,
-)
+from sparsex_kernels import mosaic
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.gpu import LOG2_E, heads_a_tile, padded_pages, power_of_two
+from sparsex_kernels.layout import RowInts, pad_positions, pad_rows
+from sparsex_kernels.mosaic import WGMMA_ROWS, Ref
 from sparsex_kernels.paged_attention.hopper import attend, tile_spans
 
 WARPGROUPS = 2  # that compute, each with 64 keys
@@ -51,60 +45,45 @@ class Shape(NamedTuple):
     scale: float
 
 
-def key_mass(
-    q: Queries,
-    store: Store,
-    layer: Int[Array, ""],
-    positions: RowInts,
-    requests: RowInts,
-    page_tables: PageTables,
-    scale: float,
-    power: int = 1,
-) -> Float[Array, "requests context"]:
+def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
-    args = (q, store, layer, positions, requests, page_tables, scale)
-    return column_sums(*args, attend(*args, values=False, lse=True)["lse"], power)
+    (lse,) = attend(args, values=False, lse=True)
+    return column_sums(args, lse, power)
 
 
-def column_sums(
-    q: Queries,
-    store: Store,
-    layer: Int[Array, ""],
-    positions: RowInts,
-    requests: RowInts,
-    page_tables: PageTables,
-    scale: float,
-    lse: Float[Array, "rows q_heads"],
-    power: int,
-) -> Float[Array, "requests context"]:
+def column_sums(args: AttentionArgs, lse: Float[Array, "rows q_heads"], power: int) -> Float[Array, "requests context"]:
     """The key mass, given the log-sum-exp of each row and head."""
-    shape = _shape(q, store, power * scale)
-    q, lse = pad_rows(q, shape.rows), pad_rows(lse, shape.rows)
-    positions, requests = pad_rows(positions, shape.rows, -1), pad_rows(requests, shape.rows)
-    num_requests, context = page_tables.shape[0], page_tables.shape[1] * shape.page_size
-    blocks = -(-context // BLOCK)
-    run = kernel(
+    shape, num_requests = _shape(args, power), len(args.page_tables)
+    query, lse = pad_rows(args.query, shape.rows), pad_rows(lse, shape.rows)
+    positions, requests = pad_positions(args.positions, args.requests, shape.rows)
+    blocks = -(-args.context // BLOCK)
+    run = mosaic.kernel(
         functools.partial(_kernel, shape),
+        args.backend,
         out_type=jax.ShapeDtypeStruct((shape.heads, num_requests, blocks * BLOCK), jnp.float32),
         grid=(blocks, num_requests, shape.heads),
         grid_names=("block", "request", "heads"),
         num_threads=WARPGROUPS + 1,
         scratch_types=_scratch(shape),
     )
-    tables = padded_pages(store, page_tables, max(BLOCK // shape.page_size, 1))
+    tables = padded_pages(args.store, args.page_tables, max(BLOCK // shape.page_size, 1))
     ranges = seen_by(positions, requests, shape, num_requests, blocks)
     columns = _pack(jnp.stack([positions, requests])[:, :, None], shape)[0]
     columns = jnp.where(jnp.arange(COLUMNS) < shape.share * shape.rows, columns, -1).astype(jnp.int32)
     by_head = _pack((power * LOG2_E * lse)[None], shape)[:, :, 0]
-    mass = run(q, flat_store(store), as_scalar(layer), tables, ranges, columns, by_head)
-    return mass.sum(axis=0)[:, :context]
+    mass = run(query, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables, ranges, columns, by_head)
+    return mass.sum(axis=0)[:, : args.context]
 
 
 def seen_by(
     positions: RowInts, requests: RowInts, shape: Shape, num_requests: int, blocks: int
 ) -> Int[Array, "requests blocks 4"]:
-    """Tiles of rows that see anything of a key block: the first; the first and one behind the last of those that
-    see all of it with every row; one behind the last."""
+    """Which tiles of rows see each request's blocks of keys.
+
+    Returns four tile numbers for each block, the ranges of three loops: tiles `[0] .. [1]` see it with some rows or in
+    part, `[1] .. [2]` see all of it with every row and need no mask, `[2] .. [3]` again see it with some rows. The
+    last come about where a tile straddles two requests, or holds padding.
+    """
     spans, _ = tile_spans(positions, requests, shape.rows, num_requests, 1)
     last, full = spans[..., 0, None], spans[..., 1, None]  # with blocks of one key, `full` counts keys all rows see
     tile, begin = jnp.arange(len(spans))[:, None, None], jnp.arange(blocks) * BLOCK
@@ -119,16 +98,19 @@ def seen_by(
     return jnp.stack([first, clear, clear_end, jnp.broadcast_to(end, first.shape)], axis=-1).astype(jnp.int32)
 
 
-def _shape(q: Queries, store: Store, scale: float) -> Shape:
-    _, pages, _, kv_heads, page_size, head_dim = store.shape
-    share = heads_a_tile(q.shape[1], kv_heads)
-    rows = COLUMNS // (1 << (share - 1).bit_length())
-    heads = q.shape[1] // share
-    return Shape(rows, share, heads, heads // kv_heads, pages, page_size, head_dim, q.dtype, float(scale))
+def _shape(args: AttentionArgs, power: int) -> Shape:
+    _, pages, _, kv_heads, page_size, head_dim = args.store.shape
+    q_heads, dtype = args.query.shape[1], args.query.dtype
+    share = heads_a_tile(q_heads, kv_heads)
+    heads, rows = q_heads // share, COLUMNS // power_of_two(share)
+    return Shape(rows, share, heads, heads // kv_heads, pages, page_size, head_dim, dtype, float(power * args.scale))
 
 
 def _pack(x: Array, shape: Shape) -> Array:
-    """From `[kinds, rows, heads]`, of one or all heads, to `[head programs, tiles, kinds, columns]`."""
+    """From `[kinds, rows, heads]`, of one or all heads, to `[head programs, tiles, kinds, columns]`.
+
+    A tile's columns are `[head, row]`: with 4 heads, columns 0..31 are the tile's 32 rows with its first head.
+    """
     kinds, rows, heads = x.shape
     if heads == 1:
         x = jnp.broadcast_to(x, (kinds, rows, COLUMNS // shape.rows))
@@ -141,8 +123,8 @@ def _pack(x: Array, shape: Shape) -> Array:
 
 def _scratch(shape: Shape) -> dict[str, Any]:
     return {
-        "k_smem": tiled_smem((WARPGROUPS, WGMMA_ROWS, shape.head_dim), shape.dtype),
-        "q_smem": tiled_smem((STAGES, COLUMNS, shape.head_dim), shape.dtype),
+        "k_smem": mosaic.tiled_smem((WARPGROUPS, WGMMA_ROWS, shape.head_dim), shape.dtype),
+        "q_smem": mosaic.tiled_smem((STAGES, COLUMNS, shape.head_dim), shape.dtype),
         "columns_smem": plgpu.SMEM((STAGES, 2, COLUMNS), jnp.int32),
         "lse_smem": plgpu.SMEM((STAGES, COLUMNS), jnp.float32),
         "mass_smem": plgpu.SMEM((WARPGROUPS, WGMMA_ROWS), jnp.float32),
@@ -152,40 +134,49 @@ def _scratch(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _kernel(shape: Shape, *refs: Any, **scratch: Any) -> None:
-    q_ref, kv_ref, layer_ref, tables_ref, ranges_ref, columns_ref, lse_ref, mass_ref = refs
+class Operands(NamedTuple):
+    """What the kernel reads in global memory."""
+
+    query: Ref  # [padded_rows, q_heads, head_dim]
+    store: Ref  # [layers * pages, 2 * kv_heads, page_size, head_dim]
+    layer: Ref  # [1]
+    tables: Ref  # [requests, pages]
+    ranges: Ref  # [requests, blocks, 4]
+    columns: Ref  # [tiles, 2, COLUMNS], positions and requests
+    lse: Ref  # [heads, tiles, COLUMNS] float32, in base 2
+
+
+class Program(NamedTuple):
+    """What one program works on: a block of keys, and the tiles of rows that see it (see `seen_by`)."""
+
+    block: Array
+    request: Array
+    head: Array
+    first: Array
+    clear: Array
+    clear_end: Array
+    end: Array
+
+
+def _kernel(shape: Shape, *refs: Ref, **scratch: Ref) -> None:
+    operands, mass_ref = Operands(*refs[:-1]), refs[-1]
     block, request, head = lax.axis_index("block"), lax.axis_index("request"), lax.axis_index("heads")
-    ranges = tuple(ranges_ref[request, block, n] for n in range(4))
+    program = Program(block, request, head, *(operands.ranges[request, block, n] for n in range(4)))
     wg = lax.axis_index("wg")
 
     @pl.when(wg < WARPGROUPS)
     def compute() -> None:
         plgpu.set_max_registers(232, action="increase")
-        _sum(shape, (block, request, head, wg), ranges, mass_ref, scratch)
+        _sum(shape, program, wg, mass_ref, scratch)
 
     @pl.when(wg == WARPGROUPS)
     def fetch() -> None:
         plgpu.set_max_registers(40, action="decrease")
-        pl.when(ranges[0] < ranges[3])(
-            lambda: _fetch(
-                shape,
-                (block, request, head),
-                ranges,
-                (q_ref, kv_ref, layer_ref, tables_ref, columns_ref, lse_ref),
-                scratch,
-            )
-        )
+        pl.when(program.first < program.end)(lambda: _fetch(shape, program, operands, scratch))
 
 
-def _sum(
-    shape: Shape,
-    program: tuple[Array, Array, Array, Array],
-    ranges: tuple[Array, ...],
-    mass_ref: Any,
-    scratch: dict[str, Any],
-) -> None:
-    block, request, head, wg = program
-    first, clear, clear_end, end = ranges
+def _sum(shape: Shape, program: Program, wg: Array, mass_ref: Ref, scratch: dict[str, Ref]) -> None:
+    block, request, head, first, clear, clear_end, end = program
     scores = (WGMMA_ROWS, COLUMNS)
     key = block * BLOCK + wg * WGMMA_ROWS
     pl.when(first < end)(lambda: plgpu.barrier_wait(scratch["k_ready"]))
@@ -193,12 +184,7 @@ def _sum(
     def step(masked: bool, tile: Array, total: Array) -> Array:
         stage = lax.rem(tile - first, STAGES)
         plgpu.barrier_wait(scratch["q_ready"].at[stage])
-
-        def product(acc: Any) -> Array:
-            plgpu.wgmma(acc, scratch["k_smem"].at[wg], scratch["q_smem"].at[stage].transpose((1, 0)))
-            return acc[...]
-
-        s = pl.run_scoped(product, plgpu.ACC(scores, jnp.float32))
+        s = mosaic.products(scratch["k_smem"].at[wg], scratch["q_smem"].at[stage])
         lse = plgpu.load(scratch["lse_smem"].at[stage], layout=BY_ROW, optimized=False)
         p = jnp.exp2(s * (shape.scale * LOG2_E) - lax.broadcast_in_dim(lse, scores, [1]))
         if masked:
@@ -212,6 +198,7 @@ def _sum(
         return total + p.sum(axis=1)
 
     total = plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), BY_KEY)
+    # 1. Tiles before those that see the whole block. 2. Tiles that see it with every row. 3. Tiles behind them.
     total = lax.fori_loop(first, clear, functools.partial(step, True), total)
     total = lax.fori_loop(clear, clear_end, functools.partial(step, False), total)
     total = lax.fori_loop(clear_end, end, functools.partial(step, True), total)
@@ -221,35 +208,25 @@ def _sum(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch(
-    shape: Shape,
-    program: tuple[Array, Array, Array],
-    ranges: tuple[Array, ...],
-    refs: tuple[Any, ...],
-    scratch: dict[str, Any],
-) -> None:
-    q_ref, kv_ref, layer_ref, tables_ref, columns_ref, lse_ref = refs
-    block, request, head = program
+def _fetch(shape: Shape, program: Program, operands: Operands, scratch: dict[str, Ref]) -> None:
+    head, first, end = program.head, program.first, program.end
     for wg in range(WARPGROUPS):
-        key = block * BLOCK + wg * WGMMA_ROWS
-        page = layer_ref[0] * shape.pages + tables_ref[request, lax.div(key, shape.page_size)]
-        source = kv_ref.at[page, lax.div(head, shape.repeat), pl.ds(lax.rem(key, shape.page_size), WGMMA_ROWS)]
+        key = program.block * BLOCK + wg * WGMMA_ROWS
+        page = operands.layer[0] * shape.pages + operands.tables[program.request, lax.div(key, shape.page_size)]
+        keys = pl.ds(lax.rem(key, shape.page_size), WGMMA_ROWS)
+        source = operands.store.at[page, lax.div(head, shape.repeat), keys]
         plgpu.copy_gmem_to_smem(source, scratch["k_smem"].at[wg], scratch["k_ready"])
 
     def step(tile: Array, _: None) -> None:
-        stage = lax.rem(tile - ranges[0], STAGES)
+        stage = lax.rem(tile - first, STAGES)
 
-        pl.when(tile - ranges[0] >= STAGES)(lambda: plgpu.barrier_wait(scratch["q_used"].at[stage]))
+        pl.when(tile - first >= STAGES)(lambda: plgpu.barrier_wait(scratch["q_used"].at[stage]))
         ready = scratch["q_ready"].at[stage]
         for h in range(shape.share):
-            source = q_ref.at[pl.ds(tile * shape.rows, shape.rows), head * shape.share + h]
+            source = operands.query.at[pl.ds(tile * shape.rows, shape.rows), head * shape.share + h]
             plgpu.copy_gmem_to_smem(source, scratch["q_smem"].at[stage, pl.ds(h * shape.rows, shape.rows)], ready)
-        plgpu.copy_gmem_to_smem(columns_ref.at[tile], scratch["columns_smem"].at[stage], ready)
-        plgpu.copy_gmem_to_smem(lse_ref.at[head, tile], scratch["lse_smem"].at[stage], ready)
+        plgpu.copy_gmem_to_smem(operands.columns.at[tile], scratch["columns_smem"].at[stage], ready)
+        plgpu.copy_gmem_to_smem(operands.lse.at[head, tile], scratch["lse_smem"].at[stage], ready)
 
-    lax.fori_loop(ranges[0], ranges[3], step, None)
-
-    def drain(tile: Array, _: None) -> None:  # so that every phase of a barrier is seen by who waits on it
-        plgpu.barrier_wait(scratch["q_used"].at[lax.rem(tile - ranges[0], STAGES)])
-
-    lax.fori_loop(jnp.maximum(ranges[3] - STAGES, ranges[0]), ranges[3], drain, None)
+    lax.fori_loop(first, end, step, None)
+    mosaic.drain((scratch["q_used"],), first, end, STAGES)

@@ -7,38 +7,30 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
+from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.paged_attention.tpu import LANES, head_scores, pack_rows, row_tile, spans
 from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, each_page, pages_a_block
 
 
-def key_mass(
-    q: Queries,
-    store: Store,
-    layer: Int[Array, ""],
-    positions: RowInts,
-    requests: RowInts,
-    page_tables: PageTables,
-    scale: float,
-    power: int = 1,
-) -> Float[Array, "requests context"]:
+def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`. Sums in a fixed order, so the result is deterministic.
 
-    A grid of requests and row tiles: one request's sums stay in VMEM while its tiles add to them. Tiles that have
-    none of the request's rows are not fetched.
+    The grid goes over requests and tiles of rows: one request's sums stay in VMEM while its tiles add to them. Tiles
+    that have none of the request's rows are not fetched.
     """
+    store = args.store
     check_page_size(store)
-    num_requests, max_pages = page_tables.shape
-    tile = row_tile(len(q))
-    packed, own, owner = pack_rows(q, store, positions, requests, tile)
-    last, _ = spans(positions, requests, num_requests, tile)
+    num_requests, max_pages = args.page_tables.shape
+    tile = row_tile(len(args.query))
+    packed, own, owner = pack_rows(args, tile)
+    last, _ = spans(args, tile)
     kv_heads, all_rows, head_dim = packed.shape
-    tile_rows = tile * (q.shape[1] // kv_heads)
+    tile_rows = tile * (args.query.shape[1] // kv_heads)
     num_tiles = all_rows // tile_rows
     keys = pages_a_block(store, max_pages) * store.shape[4]
-    num_blocks = -(-max_pages * store.shape[4] // keys)
+    num_blocks = -(-args.context // keys)
 
     live = (last >= 0).reshape(num_tiles, num_requests)
     first_tile = jnp.argmax(live, axis=0).astype(jnp.int32)
@@ -49,7 +41,7 @@ def key_mass(
 
     column = pl.BlockSpec((tile_rows, 1), lambda *at: (tile_of(*at), 0))
     out = pl.pallas_call(
-        functools.partial(_key_mass_kernel, scale=scale, power=power),
+        functools.partial(_key_mass_kernel, scale=args.scale, power=power),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(num_requests, num_tiles),
@@ -70,8 +62,8 @@ def key_mass(
         out_shape=jax.ShapeDtypeStruct((num_requests, num_blocks, 1, keys), jnp.float32),
         compiler_params=compiler_params("parallel", "arbitrary"),
         name="key_mass",
-    )(layer.reshape(1), page_tables.reshape(-1), last, first_tile, last_tile, packed, own, owner, store)
-    return out.reshape(num_requests, -1)[:, : max_pages * store.shape[4]]
+    )(args.layer.reshape(1), args.page_tables.reshape(-1), last, first_tile, last_tile, packed, own, owner, store)
+    return out.reshape(num_requests, -1)[:, : args.context]
 
 
 def _key_mass_kernel(
@@ -129,7 +121,7 @@ def _key_mass_kernel(
         lax.fori_loop(0, kv_heads, add, None)
 
     def finish_lse() -> None:
-        """Rows of other requests see nothing; any finite number gives them weights of 0."""
+        """Rows of other requests see no key. Any finite number gives them weights of 0."""
         lse = top_ref[...] + jnp.log(total_ref[...])
         top_ref[...] = jnp.where(total_ref[...] > 0, lse, 0.0)
 

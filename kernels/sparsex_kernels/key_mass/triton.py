@@ -9,68 +9,68 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
-from sparsex_kernels.mosaic import LOG2_E, heads_a_tile
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.backend import Backend
+from sparsex_kernels.gpu import power_of_two
+from sparsex_kernels.layout import RowInts
 from sparsex_kernels.paged_attention.triton import attend
-from sparsex_kernels.triton import Config, call, check_attention, little_shared_memory, power_of_two, tables_ahead
+from sparsex_kernels.triton import (
+    Config,
+    attention_constants,
+    call,
+    check_attention,
+    little_shared_memory,
+    tables_ahead,
+)
 
 
-def default_config() -> Config:
-    """What suits this device, for 16-bit types."""
-    return Config(packed=64, block=128, warps=4, stages=2 if little_shared_memory() else 3)
+def config_for(backend: Backend) -> Config:
+    """What suits the device, for 16-bit types."""
+    return Config(packed=64, block=128, warps=4, stages=2 if little_shared_memory(backend) else 3)
 
 
-def key_mass(
-    q: Queries,
-    store: Store,
-    layer: Int[Array, ""],
-    positions: RowInts,
-    requests: RowInts,
-    page_tables: PageTables,
-    scale: float,
-    power: int = 1,
-    config: Config | None = None,
-) -> Float[Array, "requests context"]:
+def key_mass(args: AttentionArgs, power: int = 1, config: Config | None = None) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
-    kv_heads, page_size, head_dim = store.shape[3:]
-    config = config or default_config()
-    check_attention(q, store, config.block)
+    config = config or config_for(args.backend)
+    check_attention(args, config.block)
     from sparsex_kernels.key_mass.triton_kernels import column_sums
 
-    _, lse = attend(q, store, layer, positions, requests, page_tables, scale, values=False)
-    share = heads_a_tile(q.shape[1], kv_heads)
-    heads, context = q.shape[1] // share, page_tables.shape[1] * page_size
-    ranges = seen_by(positions, requests, len(page_tables), -(-context // config.block), config.block)
-    tables = tables_ahead(store, layer, page_tables, config.block)
+    _, lse = attend(args, values=False)
+    num_requests, constants = len(args.page_tables), attention_constants(args, config.block)
+    heads, padded_share = constants["HEADS"], power_of_two(constants["SHARE"])
+    ranges = seen_by(args.positions, args.requests, num_requests, -(-args.context // config.block), config.block)
+    tables = tables_ahead(args, config.block)
     mass = call(
         column_sums,
-        *(q, store, tables, ranges, positions.astype(jnp.int32), power * lse, tables.shape[1]),
-        grid=(ranges.shape[1], len(page_tables), heads),
+        *(args.query, args.store, tables, ranges, args.positions.astype(jnp.int32), power * lse, tables.shape[1]),
+        grid=(ranges.shape[1], num_requests, heads),
         out_type=jax.ShapeDtypeStruct((heads, *ranges.shape[:2], config.block), jnp.float32),
         num_warps=config.warps,
         num_stages=config.stages,
-        SCALE=power * float(scale) * LOG2_E,
-        ROWS=config.packed // power_of_two(share),
-        SHARE=share,
-        PADDED_SHARE=power_of_two(share),
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        BLOCK=config.block,
-        PAGE=page_size,
-        DIM=head_dim,
+        ROWS=config.packed // padded_share,
+        PADDED_SHARE=padded_share,
+        **constants | {"SCALE": power * constants["SCALE"]},
     )
-    return mass.sum(axis=0).reshape(len(page_tables), -1)[:, :context]
+    return mass.sum(axis=0).reshape(num_requests, -1)[:, : args.context]
 
 
 def seen_by(
     positions: RowInts, requests: RowInts, num_requests: int, blocks: int, block: int
 ) -> Int[Array, "requests blocks 3"]:
-    """Rows that see anything of a block of keys, which are consecutive: the first, the first that sees all of the
-    block, and one behind the last."""
+    """Which rows see each request's blocks of keys; they are consecutive.
+
+    Returns:
+      For each block the first row that sees anything of it, the first that sees all of it, and the one behind the
+      request's last.
+    """
+    # Blocks of 8 keys, 2 a request: rows 0 1 2 of request 0 at positions 2 7 9, rows 3 4 of request 2 at 0 and 15, and
+    # padding give [[0, 1, 3], [2, 3, 3]] for request 0 and [[3, 4, 5], [4, 4, 5]] for request 2.
     context = blocks * block
     if (num_requests + 1) * context >= 2**31:
-        raise NotImplementedError(f"{num_requests} requests of {context} tokens; fewer than 2^31 slots can be")
-    # Rows in the order that they have: by request, then by position.
+        raise NotImplementedError(
+            f"{num_requests} requests of {context} tokens; the kernel takes fewer than 2^31 slots"
+        )
+    # A number for each row, in the order of the rows: by request, then by position.
     place = jnp.where(positions >= 0, requests * context + positions, num_requests * context)
     begin = jnp.arange(num_requests)[:, None] * context + jnp.arange(blocks) * block
     end = jnp.broadcast_to(jnp.arange(1, num_requests + 1)[:, None] * context, begin.shape)

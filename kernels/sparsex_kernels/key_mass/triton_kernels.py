@@ -67,7 +67,7 @@ def column_sums(
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
 ) -> None:
-    """What one block of keys gets from all rows of its request, with the query heads of one KV head."""
+    """The mass of one block of keys: the sum over all rows of its request and the query heads of one KV head."""
     block, request, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place = request * tl.num_programs(0) + block
     first, clear, end = (tl.load(ranges + place * 3), tl.load(ranges + place * 3 + 1), tl.load(ranges + place * 3 + 2))

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.dispatch import choose
+from sparsex_kernels.arguments import LinearArgs
+from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.linear import hopper, xla
 
 # On a TPU, XLA's products take a layer's slice as it is.
@@ -14,42 +15,53 @@ GATED = {"xla": xla.gated_linear, "hopper": hopper.gated_linear, "tpu": xla.gate
 
 
 def linear(
-    x: Float[Array, "rows inputs"],
+    inputs: Float[Array, "rows inputs"],
     weights: Sequence[Float[Array, "layers inputs _"]],
     layer: Int[Array, ""] | int,
     count: Int[Array, ""] | int | None = None,
     *,
+    backend: Backend | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "rows _"], ...]:
-    """`x @ w[layer]` for each of several stacked weights, in the dtype of `x`, summed in float32.
+    """`inputs @ w[layer]` for each stack w of weights, in the dtype of the inputs, summed in float32.
 
     In a loop over the layers, a product of XLA's has to wait until the layer's weights were copied out of the stack:
     little beside the work of thousands of rows, but three times the bytes of a decode step.
 
     Args:
-      weights: stacks that share their number of inputs, such as those of the queries, keys and values; read together.
-      count: how many of the rows are wanted; results of those behind are undefined, and may be NaN. None: all.
-      implementation: `xla`, which is also what others are compared with, or `hopper` (Pallas); None chooses.
+      inputs, weights, layer, count: as in `LinearArgs`. Weights such as those of queries, keys and values are read
+        in one kernel.
+      backend: where it runs; None: on JAX's first device.
+      implementation: `xla`, which is also what others are compared with, or `hopper` (Pallas); None: the first of the
+        backend's order that can do it.
+
+    Raises:
+      NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    return choose("linear", IMPLEMENTATIONS, implementation)(x, tuple(weights), layer, count)
+    args = LinearArgs(inputs, tuple(weights), layer, count, backend or default_backend())
+    return run("linear", IMPLEMENTATIONS, implementation, args)
 
 
 def gated_linear(
-    x: Float[Array, "rows inputs"],
+    inputs: Float[Array, "rows inputs"],
     gate: Float[Array, "layers inputs width"],
     up: Float[Array, "layers inputs width"],
     layer: Int[Array, ""] | int,
     count: Int[Array, ""] | int | None = None,
     *,
+    backend: Backend | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "rows width"]:
-    """`silu(x @ gate[layer]) * (x @ up[layer])`, in the dtype of `x`, each product summed in float32.
+    """`silu(inputs @ gate[layer]) * (inputs @ up[layer])`, in the dtype of the inputs, each product summed in float32.
 
-    As `linear`, but what leaves is the half of it that the next product reads.
+    The kernel writes the gated product only, which is half of what two products would write and read again.
 
     Args:
-      count: how many of the rows are wanted; results of those behind are undefined, and may be NaN. None: all.
-      implementation: `xla`, which is also what others are compared with, or `hopper` (Pallas), which rounds once,
-        after gating, unless it splits the sum; None chooses.
+      inputs, layer, count, backend, implementation: as in `linear`. `hopper` rounds once, after gating, unless it
+        splits the sum over the inputs.
+
+    Raises:
+      NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    return choose("gated_linear", GATED, implementation)(x, gate, up, layer, count)
+    args = LinearArgs(inputs, (gate, up), layer, count, backend or default_backend())
+    return run("gated_linear", GATED, implementation, args)

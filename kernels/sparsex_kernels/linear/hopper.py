@@ -1,13 +1,13 @@
 """Linear layers on stacked weights for Hopper GPUs, by Pallas' Mosaic GPU.
 
 A tile of outputs belongs to one of the weights. One warpgroup fetches blocks of rows and weights by TMA, which takes
-the layer as a coordinate; the others multiply. Tiles of rows that nobody wants cost nothing. Where rows are few the
-time is that of reading the weights, and the sum over the inputs is split so that every multiprocessor reads its share;
-XLA adds the parts. Where they are many, a program goes from tile to tile, and fetches for the next one while the
-results of the last are on their way.
+the layer as a coordinate; the others multiply. Tiles that have none of the rows that are wanted are skipped. Where rows
+are few, reading the weights takes all the time: the sum over the inputs is split so that every multiprocessor reads its
+share, and XLA adds the parts. Where they are many, a program goes from tile to tile, and fetches for the next one while
+the results of the last are being stored.
 
-A gated product's tile has columns of the gate and the same columns of what it gates. TMA fills contiguous blocks of
-shared memory, so each of the two has its own, and its own product, into one half of the accumulator.
+A gated product's tile has columns of the gate and the same columns of the matrix that it gates. TMA fills contiguous
+blocks of shared memory, so each of the two has its own block, and its own product into one half of the accumulator.
 """
 
 import dataclasses
@@ -20,13 +20,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from sparsex_kernels.arguments import LinearArgs
+from sparsex_kernels.gpu import LOG2_E
 from sparsex_kernels.layout import pad_rows
-from sparsex_kernels.mosaic import LOG2_E, MULTIPROCESSORS, WGMMA_ROWS, kernel, tiled_smem
+from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS, Ref, drain, kernel, tiled_smem
 
 DEPTH = 64  # inputs a step: a swizzled line of 128 bytes
-PIECE = 64  # columns that leave at a time
+PIECE = 64  # columns that are stored at a time
 SMALLEST = 8  # rows that are stored, at least
 
 
@@ -39,7 +41,7 @@ class Config:
       columns: multiplied in a tile; divides every weight's. Half of them are the gate's in a gated product.
       splits: parts of the sum over the inputs.
       stages: blocks in flight.
-      programs: at most so many; each goes from tile to tile.
+      programs: the most programs; each goes from tile to tile.
     """
 
     warpgroups: int
@@ -63,71 +65,53 @@ class Shape(NamedTuple):
     out_dtype: Any
 
 
-def linear(
-    x: Float[Array, "rows inputs"],
-    weights: tuple[Float[Array, "layers inputs _"], ...],
-    layer: Int[Array, ""] | int,
-    count: Int[Array, ""] | int | None = None,
-    config: Config | None = None,
-) -> tuple[Float[Array, "rows _"], ...]:
+def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
-    widths = tuple(weight.shape[2] for weight in weights)
-    config = config or choose_config(len(x), x.shape[1], widths)
-    out = _products(x, weights, layer, count, config, widths)
-    return tuple(jnp.split(out, np.cumsum(widths)[:-1], axis=1))
+    rows, inputs = args.inputs.shape
+    out = _products(args, args.widths, config or choose_config(rows, inputs, args.widths))
+    return tuple(jnp.split(out, np.cumsum(args.widths)[:-1], axis=1))
 
 
-def gated_linear(
-    x: Float[Array, "rows inputs"],
-    gate: Float[Array, "layers inputs width"],
-    up: Float[Array, "layers inputs width"],
-    layer: Int[Array, ""] | int,
-    count: Int[Array, ""] | int | None = None,
-    config: Config | None = None,
-) -> Float[Array, "rows width"]:
+def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array, "rows width"]:
     """See `sparsex_kernels.gated_linear`."""
-    width = gate.shape[2]
-    config = config or choose_config(len(x), x.shape[1], (2 * width,))
-    if config.splits > 1:  # parts of a sum cannot be gated
-        gates, ups = linear(x, (gate, up), layer, count)
-        return jax.nn.silu(gates) * ups
-    return _products(x, (gate, up), layer, count, config, (width,))
+    (rows, inputs), (width, _) = args.inputs.shape, args.widths
+    config = config or choose_config(rows, inputs, (2 * width,))
+    if config.splits > 1:  # the sum must be complete before it is gated
+        gate, up = linear(args)
+        return jax.nn.silu(gate) * up
+    return _products(args, (width,), config)
 
 
-def _products(
-    x: Float[Array, "rows inputs"],
-    weights: tuple[Float[Array, "layers inputs _"], ...],
-    layer: Int[Array, ""] | int,
-    count: Int[Array, ""] | int | None,
-    config: Config,
-    widths: tuple[int, ...],
-) -> Float[Array, "rows widths"]:
-    """Results of these widths, side by side. One of two weights is their gated product."""
-    rows, tile = len(x), WGMMA_ROWS * config.warpgroups
+def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Float[Array, "rows widths"]:
+    """Results of these widths, side by side. With one width for two weights, the result is their gated product."""
+    rows, tile = len(args.inputs), WGMMA_ROWS * config.warpgroups
     row_tiles = -(-rows // tile)
-    shape = _shape(x, len(weights) // len(widths), widths, row_tiles, config)
-    _check(x, weights, shape)
-    wanted = jnp.clip(-(-jnp.asarray(rows if count is None else count, jnp.int32) // tile), 0, row_tiles)
+    shape = _shape(args, widths, row_tiles, config)
+    _check(args, shape)
+    count = jnp.asarray(rows if args.count is None else args.count, jnp.int32)
+    wanted = jnp.clip(-(-count // tile), 0, row_tiles)
     out_shape = (config.splits, row_tiles * config.warpgroups * shape.stored, sum(widths))
     run = kernel(
         functools.partial(_kernel, shape, config),
+        args.backend,
         out_type=jax.ShapeDtypeStruct(out_shape, shape.out_dtype),
         grid=(shape.programs,),
         grid_names=("program",),
         num_threads=config.warpgroups + 1,
         scratch_types=_scratch(shape, config),
     )
-    parts = run(pad_rows(x, shape.fetched), *weights, jnp.stack([jnp.asarray(layer, jnp.int32), wanted]))
-    out = parts[0] if config.splits == 1 else parts.sum(0).astype(x.dtype)
+    numbers = jnp.stack([jnp.asarray(args.layer, jnp.int32), wanted])
+    parts = run(pad_rows(args.inputs, shape.fetched), *args.weights, numbers)
+    out = parts[0] if config.splits == 1 else parts.sum(0).astype(args.inputs.dtype)
     return out[:rows]
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:
-    """Sizes for so many rows; a split has four steps or more."""
+    """Sizes that suit this number of rows and inputs, and weights of these widths; a split has four steps or more."""
     few = rows <= WGMMA_ROWS
     columns = next((n for n in ((128, 64) if few else (256, 128, 64)) if not any(w % n for w in widths)), 0)
     if not columns:
-        raise NotImplementedError(f"weights of {widths} columns; multiples of 64 can be")
+        raise NotImplementedError(f"weights of {widths} columns; the kernel takes multiples of 64")
     tiles = sum(widths) // columns * -(-rows // (WGMMA_ROWS if few else 2 * WGMMA_ROWS))
     wanted = 2 * MULTIPROCESSORS if few else MULTIPROCESSORS
     splits = max(min(round(wanted / tiles), inputs // (4 * DEPTH)), 1)
@@ -136,25 +120,35 @@ def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:
     return Config(2, columns, splits, 4, MULTIPROCESSORS)
 
 
-def _check(x: Array, weights: tuple[Array, ...], shape: Shape) -> None:
-    """Raise `NotImplementedError` where this shape or type cannot be done."""
+def _check(args: LinearArgs, shape: Shape) -> None:
+    """Raise `NotImplementedError` where this shape or dtype cannot be done."""
+    x, weights = args.inputs, args.weights
     if x.dtype not in (jnp.bfloat16, jnp.float16) or any(weight.dtype != x.dtype for weight in weights):
         raise NotImplementedError(
-            f"rows of {x.dtype} on weights of {weights[0].dtype}; both bfloat16 or float16 can be"
+            f"rows of {x.dtype} on weights of {weights[0].dtype}; the kernel takes bfloat16 or float16 for both"
         )
-    widths = [weight.shape[2] for weight in weights]
-    if x.shape[1] % DEPTH or shape.columns % PIECE or any(width % shape.columns for width in widths):
-        raise NotImplementedError(f"{x.shape[1]} inputs, {widths} outputs in tiles of {shape.columns}")
+    if x.shape[1] % DEPTH or shape.columns % PIECE or any(width % shape.columns for width in args.widths):
+        raise NotImplementedError(f"{x.shape[1]} inputs, {list(args.widths)} outputs in tiles of {shape.columns}")
 
 
-def _shape(x: Array, matrices: int, widths: tuple[int, ...], row_tiles: int, config: Config) -> Shape:
+def _shape(args: LinearArgs, widths: tuple[int, ...], row_tiles: int, config: Config) -> Shape:
+    (rows, inputs), dtype = args.inputs.shape, args.inputs.dtype
+    matrices = len(args.weights) // len(widths)
     columns = config.columns // matrices
+    # Weights of 128 and 64 columns in tiles of 64: the first has tiles 0 and 1, the second tile 2; starts are 0, 2, 3.
     starts = tuple(int(end) // columns for end in np.cumsum([0, *widths]))
-    stored = min(len(x) + -len(x) % SMALLEST, WGMMA_ROWS)
-    fetched = stored if config.warpgroups == 1 else config.warpgroups * WGMMA_ROWS
-    programs = min(config.programs, row_tiles * starts[-1] * config.splits)
-    out_dtype = x.dtype if config.splits == 1 else jnp.float32
-    return Shape(programs, fetched, stored, x.shape[1] // DEPTH, matrices, columns, starts, x.dtype, out_dtype)
+    stored = min(rows + -rows % SMALLEST, WGMMA_ROWS)
+    return Shape(
+        programs=min(config.programs, row_tiles * starts[-1] * config.splits),
+        fetched=stored if config.warpgroups == 1 else config.warpgroups * WGMMA_ROWS,
+        stored=stored,
+        steps=inputs // DEPTH,
+        matrices=matrices,
+        columns=columns,
+        starts=starts,
+        dtype=dtype,
+        out_dtype=dtype if config.splits == 1 else jnp.float32,
+    )
 
 
 def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
@@ -168,7 +162,17 @@ def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
     }
 
 
-def _kernel(shape: Shape, config: Config, x_ref: Any, *refs: Any, **scratch: Any) -> None:
+class Scratch(NamedTuple):
+    """Shared memory and barriers of a program."""
+
+    x_smem: Ref  # [stages, rows, DEPTH]
+    w_smem: Ref  # [stages, matrices, DEPTH, columns]
+    out_smem: Ref  # [warpgroups, pieces, WGMMA_ROWS, PIECE]
+    ready: Ref  # of each stage: its rows and weights have arrived
+    used: Ref  # of each stage: all warpgroups have multiplied them
+
+
+def _kernel(shape: Shape, config: Config, x_ref: Ref, *refs: Ref, **scratch: Ref) -> None:
     *weights, numbers, out_ref = refs
     tiled = [weights[n : n + shape.matrices] for n in range(0, len(weights), shape.matrices)]
     layer, row_tiles, wg = numbers[0], numbers[1], lax.axis_index("wg")
@@ -178,17 +182,17 @@ def _kernel(shape: Shape, config: Config, x_ref: Any, *refs: Any, **scratch: Any
     def compute() -> None:
         if persistent:
             plgpu.set_max_registers(232, action="increase")
-        _compute(shape, config, row_tiles, wg, out_ref, **scratch)
+        _compute(shape, config, row_tiles, wg, out_ref, Scratch(**scratch))
 
     @pl.when(wg == config.warpgroups)
     def fetch() -> None:
         if persistent:
             plgpu.set_max_registers(40, action="decrease")
-        _fetch(shape, config, row_tiles, x_ref, tiled, layer, **scratch)
+        _fetch(shape, config, row_tiles, x_ref, tiled, layer, Scratch(**scratch))
 
 
 class Item(NamedTuple):
-    """A tile of outputs, and the part of the sum: what is done at a time."""
+    """What a program does at a time: a tile of outputs, and a part of the sum over the inputs."""
 
     row: Array  # tile of rows
     column: Array  # tile of columns, over all results
@@ -198,7 +202,8 @@ class Item(NamedTuple):
 
 
 def _item(shape: Shape, config: Config, row_tiles: Array, number: Array) -> Item:
-    """Tiles of the same columns are behind each other: their weights are read once, and found in the cache then."""
+    """The item of this number. Tiles of the same columns follow each other, so that their weights, once read, are found
+    in the cache. With 2 tiles of rows, 3 of columns and 1 split, items 0..5 are (row, column) 00 10 01 11 02 12."""
     column = lax.rem(lax.div(number, row_tiles), shape.starts[-1])
     split = lax.div(number, row_tiles * shape.starts[-1])
     begin, end = (lax.div(at * shape.steps, config.splits) for at in (split, split + 1))
@@ -206,7 +211,7 @@ def _item(shape: Shape, config: Config, row_tiles: Array, number: Array) -> Item
 
 
 def _over_items(shape: Shape, config: Config, row_tiles: Array, body: Any) -> Array:
-    """Fold `body(item, steps so far)` over the program's items; the number of steps in all."""
+    """Call `body(item, steps before it)` for each of the program's items; returns the number of steps in all."""
     items = row_tiles * shape.starts[-1] * config.splits
     program, programs = lax.axis_index("program"), shape.programs
 
@@ -218,19 +223,8 @@ def _over_items(shape: Shape, config: Config, row_tiles: Array, body: Any) -> Ar
     return lax.fori_loop(0, lax.div(items - program + programs - 1, programs), step, jnp.int32(0))
 
 
-def _compute(
-    shape: Shape,
-    config: Config,
-    row_tiles: Array,
-    wg: Array,
-    out_ref: Any,
-    *,
-    x_smem: Any,
-    w_smem: Any,
-    out_smem: Any,
-    ready: Any,
-    used: Any,
-) -> None:
+def _compute(shape: Shape, config: Config, row_tiles: Array, wg: Array, out_ref: Ref, scratch: Scratch) -> None:
+    x_smem, w_smem, out_smem, ready, used = scratch
     rows = pl.ds(wg * WGMMA_ROWS, WGMMA_ROWS)
 
     def over_item(item: Item, done: Array) -> None:
@@ -256,7 +250,7 @@ def _compute(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store(shape: Shape, config: Config, item: Item, wg: Array, acc: Array, out_ref: Any, out_smem: Any) -> None:
+def _store(shape: Shape, config: Config, item: Item, wg: Array, acc: Array, out_ref: Ref, out_smem: Ref) -> None:
     pieces, stored = out_smem.shape[1], pl.ds(0, shape.stored)
     row = pl.ds((item.row * config.warpgroups + wg) * shape.stored, shape.stored)
     for n in range(shape.columns // PIECE):
@@ -281,21 +275,17 @@ def _fetch(
     shape: Shape,
     config: Config,
     row_tiles: Array,
-    x_ref: Any,
-    weights: list[list[Any]],
+    x_ref: Ref,
+    weights: list[list[Ref]],
     layer: Array,
-    *,
-    x_smem: Any,
-    w_smem: Any,
-    out_smem: Any,
-    ready: Any,
-    used: Any,
+    scratch: Scratch,
 ) -> None:
-    # Few rows fill the first ones of a block only: what the others hold stays in them, and is not stored.
+    x_smem, w_smem, _, ready, used = scratch
+    # Of few rows, only the first rows of a block are filled. The others keep what they held; nothing of them is stored.
     filled = pl.ds(0, shape.fetched)
 
     def over_item(item: Item, done: Array) -> None:
-        def copy_from(matrices: list[Any], first: int) -> None:
+        def copy_from(matrices: list[Ref], first: int) -> None:
             def step(k: Array, _: None) -> None:
                 slot = lax.rem(done + k, config.stages)
                 pl.when(done + k >= config.stages)(lambda: plgpu.barrier_wait(used.at[slot]))
@@ -313,8 +303,4 @@ def _fetch(
             pl.when(mine)(functools.partial(copy_from, matrices, begin))
 
     steps = _over_items(shape, config, row_tiles, over_item)
-
-    def drain(at: Array, _: None) -> None:  # so that every phase of a barrier is seen by who waits on it
-        plgpu.barrier_wait(used.at[lax.rem(at, config.stages)])
-
-    lax.fori_loop(jnp.maximum(steps - config.stages, 0), steps, drain, None)
+    drain((used,), 0, steps, config.stages)

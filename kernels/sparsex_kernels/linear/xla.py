@@ -2,26 +2,18 @@
 
 import jax
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float
+
+from sparsex_kernels.arguments import LinearArgs
 
 
-def linear(
-    x: Float[Array, "rows inputs"],
-    weights: tuple[Float[Array, "layers inputs _"], ...],
-    layer: Int[Array, ""] | int,
-    count: Int[Array, ""] | int | None = None,
-) -> tuple[Float[Array, "rows _"], ...]:
+def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
-    return tuple(x @ jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False) for weight in weights)
+    layers = (jax.lax.dynamic_index_in_dim(weight, args.layer, keepdims=False) for weight in args.weights)
+    return tuple(args.inputs @ weight for weight in layers)
 
 
-def gated_linear(
-    x: Float[Array, "rows inputs"],
-    gate: Float[Array, "layers inputs width"],
-    up: Float[Array, "layers inputs width"],
-    layer: Int[Array, ""] | int,
-    count: Int[Array, ""] | int | None = None,
-) -> Float[Array, "rows width"]:
+def gated_linear(args: LinearArgs) -> Float[Array, "rows width"]:
     """See `sparsex_kernels.gated_linear`."""
-    gates, ups = linear(x, (gate, up), layer, count)
-    return jax.nn.silu(gates) * ups
+    gate, up = linear(args)
+    return jax.nn.silu(gate) * up

@@ -3,7 +3,8 @@
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.dispatch import choose
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
 from sparsex_kernels.paged_attention import gather, hopper, reference, tpu, triton, xla
 
@@ -18,7 +19,7 @@ IMPLEMENTATIONS = {
 
 
 def paged_attention(
-    q: Queries,
+    query: Queries,
     store: Store,
     layer: Int[Array, ""],
     positions: RowInts,
@@ -27,24 +28,27 @@ def paged_attention(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    backend: Backend | None = None,
     implementation: str | None = None,
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """Softmax attention of each row over its request's keys at positions up to its own.
 
-    The rows' own K and V must be in the store already (`write_kv`). Every slot from 0 to a row's position must
-    have been written; slots behind it may hold anything, NaN included.
-
     Args:
-      q: queries, rotated; any float dtype. Query head h reads KV head `h // (q_heads / kv_heads)`.
-      layer: which layer of the store.
-      positions: position of each row in its request; -1 is padding, whose output is 0. Rows are sorted by
-        (request, position), padding last.
-      requests: line of `page_tables` for each row.
+      query, store, layer, positions, requests, page_tables: as in `AttentionArgs`. The output of padding is 0.
       scale: of the scores; 1 / sqrt(head_dim) by default.
       return_lse: also return the logarithm of the softmax's denominator in float32, `[rows, q_heads]`, by which
         results over parts of the keys can be merged; -inf for padding.
-      implementation: `reference` (dense, float32), `xla` (blocked), `hopper` or `tpu` (Pallas), `triton`; None chooses.
+      backend: where it runs; None: on JAX's first device.
+      implementation: `reference` (dense, float32), `xla` (blocked), `gather`, `hopper` or `tpu` (Pallas), or `triton`;
+        None: the first of the backend's order that can do it.
+
+    Returns:
+      `[rows, q_heads, head_dim]` in the dtype of the queries.
+
+    Raises:
+      NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    attend = choose("paged_attention", IMPLEMENTATIONS, implementation)
-    scale = scale or q.shape[-1] ** -0.5
-    return attend(q, store, layer, positions, requests, page_tables, scale, return_lse=return_lse)
+    scale = scale or query.shape[-1] ** -0.5
+    backend = backend or default_backend()
+    args = AttentionArgs(query, store, layer, positions, requests, page_tables, scale, backend)
+    return run("paged_attention", IMPLEMENTATIONS, implementation, args, return_lse=return_lse)

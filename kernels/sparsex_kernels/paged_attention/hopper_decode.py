@@ -1,9 +1,9 @@
 """Paged attention of few rows over many keys for Hopper GPUs, by Pallas' Mosaic GPU: a decode step's.
 
-Reading the keys is all the work, so a row's keys are split into parts (FlashDecoding) of about equal size over all
-rows, and a program attends to one part with the query heads of one KV head. A second kernel merges each row's parts by
-their log-sum-exps; how many a row has is data. It reads no parts but the row's own, so what is not finite in one
-request's keys or values reaches no other, and what was never written reaches nobody.
+Reading the keys is all the work, so each row's keys are split into parts (FlashDecoding) of about equal size over all
+rows, and a program attends to one part with the query heads of one KV head. A second kernel (`hopper_merge.py`) merges
+each row's parts by their log-sum-exps; how many parts a row has is data. Only the row's own parts are read, so what is
+not finite in one request's keys or values reaches no other row, and parts that were never written reach none.
 """
 
 import functools
@@ -14,26 +14,16 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
-from sparsex_kernels.mosaic import (
-    LOG2_E,
-    MULTIPROCESSORS,
-    WGMMA_ROWS,
-    add_weighted,
-    as_scalar,
-    check_attention,
-    clear_rows,
-    empty_softmax,
-    flat_store,
-    heads_a_tile,
-    kernel,
-    padded_pages,
-    tiled_smem,
-)
+from sparsex_kernels import mosaic
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.gpu import check_attention, heads_a_tile, padded_pages
+from sparsex_kernels.layout import Queries
+from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS, Ref, Softmax
+from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_block, ring_scratch
 from sparsex_kernels.paged_attention.hopper_merge import SHARE, merge
-from sparsex_kernels.paged_attention.parts import key_parts
+from sparsex_kernels.paged_attention.parts import Part, key_parts
 
 BLOCK = 64  # keys a step
 STAGES = 5  # blocks in flight
@@ -52,165 +42,144 @@ class Shape(NamedTuple):
     head_dim: int
     dtype: Any
     scale: float
+    interpreted: bool
 
 
-def decode(
-    q: Queries,
-    store: Store,
-    layer: Int[Array, ""],
-    positions: RowInts,
-    requests: RowInts,
-    page_tables: PageTables,
-    scale: float,
-) -> tuple[Queries, Float[Array, "rows q_heads"]]:
-    """Output and log-sum-exp, as `sparsex_kernels.paged_attention` has them; rows may be in any order."""
-    check_attention(q, store, BLOCK)
-    _, pages, _, kv_heads, page_size, head_dim = store.shape
-    rows, q_heads, _ = q.shape
+def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
+    """Output and log-sum-exp, as `sparsex_kernels.paged_attention` returns them; rows may be in any order."""
+    check_attention(args, BLOCK, smallest_page=BLOCK)
+    _, pages, _, kv_heads, page_size, head_dim = args.store.shape
+    rows, q_heads, _ = args.query.shape
     share = heads_a_tile(q_heads, kv_heads)
     heads = q_heads // share
-    table, spans = key_parts(positions, requests, heads, programs=PROGRAMS, block=BLOCK)
-    parts, merged = len(table), -(-heads * SHARE // WGMMA_ROWS) * WGMMA_ROWS
-    shape = Shape(parts, heads, heads // kv_heads, kv_heads, pages, page_size, head_dim, q.dtype, float(scale))
-    packed = jnp.pad(q.reshape(rows, heads, share, head_dim), ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))
-    run = kernel(
+    parts, spans = key_parts(args.positions, args.requests, heads, programs=PROGRAMS, block=BLOCK)
+    shape = Shape(
+        parts=len(parts),
+        heads=heads,
+        repeat=heads // kv_heads,
+        kv_heads=kv_heads,
+        pages=pages,
+        page_size=page_size,
+        head_dim=head_dim,
+        dtype=args.query.dtype,
+        scale=float(args.scale),
+        interpreted=args.backend.interpreted,
+    )
+    merged = -(-heads * SHARE // WGMMA_ROWS) * WGMMA_ROWS
+    query = args.query.reshape(rows, heads, share, head_dim)
+    packed = jnp.pad(query, ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))
+    run = mosaic.kernel(
         functools.partial(_kernel, shape),
+        args.backend,
         out_type=(
-            jax.ShapeDtypeStruct((parts, merged, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((parts, merged), jnp.float32),
+            jax.ShapeDtypeStruct((len(parts), merged, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((len(parts), merged), jnp.float32),
         ),
-        grid=(heads, parts),
+        grid=(heads, len(parts)),
         grid_names=("heads", "part"),
         num_threads=2,
         scratch_types=_scratch(shape),
     )
-    partial, lse = run(packed, flat_store(store), as_scalar(layer), padded_pages(store, page_tables, 1), table)
-    out, lse = merge(partial, lse, spans, q_heads, share, q.dtype)
+    tables = padded_pages(args.store, args.page_tables, 1)
+    partial, lse = run(packed, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables, parts)
+    out, lse = merge(partial, lse, spans, q_heads, share, query.dtype, args.backend)
     return out, lse.reshape(rows, -1, SHARE)[:, :heads, :share].reshape(rows, q_heads)
 
 
 def _scratch(shape: Shape) -> dict[str, Any]:
-    block = (STAGES, BLOCK, shape.head_dim)
-    return {
-        "q_smem": tiled_smem((WGMMA_ROWS, shape.head_dim), shape.dtype),
-        "k_smem": tiled_smem(block, shape.dtype),
-        "v_smem": tiled_smem(block, shape.dtype),
-        "out_smem": tiled_smem((WGMMA_ROWS, shape.head_dim), jnp.float32),
+    ring = ring_scratch((STAGES, BLOCK, shape.head_dim), shape.dtype, pieces=1, readers=1, values=True)
+    return ring | {
+        "q_smem": mosaic.tiled_smem((WGMMA_ROWS, shape.head_dim), shape.dtype),
+        "out_smem": mosaic.tiled_smem((WGMMA_ROWS, shape.head_dim), jnp.float32),
         "lse_smem": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
         "q_ready": plgpu.Barrier(),
-        "k_ready": plgpu.Barrier(num_barriers=STAGES),
-        "v_ready": plgpu.Barrier(num_barriers=STAGES),
-        "tail_ready": plgpu.Barrier(),
-        "k_used": plgpu.Barrier(num_barriers=STAGES),
-        "v_used": plgpu.Barrier(num_barriers=STAGES),
     }
 
 
-def _kernel(shape: Shape, *refs: Any, **scratch: Any) -> None:
-    q_ref, kv_ref, layer_ref, tables_ref, parts_ref, out_ref, lse_ref = refs
-    part, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
-    table = tuple(parts_ref[part, n] for n in range(5))
-    live = table[3] < table[4]
+class Operands(NamedTuple):
+    """What the kernel reads and writes in global memory."""
+
+    query: Ref  # [rows, heads, SHARE, head_dim]
+    store: Ref  # [layers * pages, 2 * kv_heads, page_size, head_dim]
+    layer: Ref  # [1]
+    tables: Ref  # [requests, max_pages]
+    parts: Ref  # [parts, 5]
+    out: Ref  # [parts, merged, head_dim] float32
+    lse: Ref  # [parts, merged] float32, in base 2
+
+
+def _kernel(shape: Shape, *refs: Ref, **scratch: Ref) -> None:
+    operands = Operands(*refs)
+    number, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
+    part = Part(*(operands.parts[number, n] for n in range(5)))
+    live = part.begin < part.end
 
     @pl.when((wg == 0) & live)
     def compute() -> None:
-        _compute(shape, (part, head), table, (q_ref, out_ref, lse_ref), scratch)
+        _compute(shape, (number, head), part, operands, scratch)
 
     @pl.when((wg == 1) & live)
     def fetch() -> None:
-        _fetch(shape, head, table, kv_ref, layer_ref[0] * shape.pages, tables_ref, scratch)
+        _fetch(shape, head, part, operands, BlockRing.of(scratch))
 
 
 def _compute(
-    shape: Shape,
-    program: tuple[Array, Array],
-    table: tuple[Array, ...],
-    refs: tuple[Any, ...],
-    scratch: dict[str, Any],
+    shape: Shape, program: tuple[Array, Array], part: Part, operands: Operands, scratch: dict[str, Ref]
 ) -> None:
-    (part, head), (row, _, position, begin, end), (q_ref, out_ref, lse_ref) = program, table, refs
-    q_smem, k_smem, v_smem, stored = scratch["q_smem"], scratch["k_smem"], scratch["v_smem"], pl.ds(0, SHARE)
-    # Only the first rows are filled: what the others hold stays in them, and is not stored.
-    plgpu.copy_gmem_to_smem(q_ref.at[row, head], q_smem.at[stored], scratch["q_ready"])
+    (number, head), ring, stored = program, BlockRing.of(scratch), pl.ds(0, SHARE)
+    q_smem, square = scratch["q_smem"], (WGMMA_ROWS, BLOCK)
+    # Only the first rows are filled. The others keep what they held; nothing of them is stored.
+    plgpu.copy_gmem_to_smem(operands.query.at[part.row, head], q_smem.at[stored], scratch["q_ready"])
     plgpu.barrier_wait(scratch["q_ready"])
-    square = (WGMMA_ROWS, BLOCK)
 
-    def scores(slot: Array) -> Array:
-        def product(acc: Any) -> Array:
-            plgpu.wgmma(acc, q_smem, k_smem.at[slot].transpose((1, 0)))
-            return acc[...]
-
-        return pl.run_scoped(product, plgpu.ACC(square, jnp.float32))
-
-    def step(masked: bool, i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(masked: bool, i: Array, state: Softmax) -> Softmax:
         acc, top, total = state
-        slot = lax.rem(i - begin, STAGES)
-        plgpu.barrier_wait(scratch["k_ready"].at[slot])
-        s = scores(slot)
-        plgpu.barrier_arrive(scratch["k_used"].at[slot])
+        slot = lax.rem(i - part.begin, STAGES)
+        plgpu.barrier_wait(ring.k_ready.at[slot])
+        s = mosaic.products(q_smem, ring.k_smem.at[slot])
+        plgpu.barrier_arrive(ring.k_used.at[slot])
         if masked:
             keys = plgpu.broadcasted_iota(jnp.int32, square, 1, layout=plgpu.Layout.WGMMA) + i * BLOCK
-            s = jnp.where(keys <= position, s, -jnp.inf)
-        new_top = jnp.maximum(top, s.max(axis=1) * (shape.scale * LOG2_E))
-        p = jnp.exp2(s * (shape.scale * LOG2_E) - lax.broadcast_in_dim(new_top, square, [0]))
-        decay = jnp.exp2(top - new_top)
+            s = jnp.where(keys <= part.position, s, -jnp.inf)
+        new_top, p, decay = mosaic.softmax_weights(s, top, shape.scale)
         acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
-        plgpu.barrier_wait(scratch["v_ready"].at[slot])
-        acc = add_weighted(acc, p.astype(shape.dtype), v_smem.at[slot])
-        plgpu.barrier_arrive(scratch["v_used"].at[slot])
-        return acc, new_top, total * decay + p.sum(axis=1)
+        plgpu.barrier_wait(ring.v_ready.at[slot])
+        acc = mosaic.add_weighted(acc, p.astype(shape.dtype), ring.v_smem.at[slot], shape.interpreted)
+        plgpu.barrier_arrive(ring.v_used.at[slot])
+        return Softmax(acc, new_top, total * decay + p.sum(axis=1))
 
-    full = jnp.clip(lax.div(position + 1, BLOCK), begin, end)
-    state = lax.fori_loop(begin, full, functools.partial(step, False), empty_softmax(shape.head_dim))
-    acc, top, total = lax.fori_loop(full, end, functools.partial(step, True), state)
+    full = jnp.clip(lax.div(part.position + 1, BLOCK), part.begin, part.end)
+    # 1. Blocks that the row sees in full. 2. The one that its position lies in, if that is in this part.
+    state = lax.fori_loop(part.begin, full, functools.partial(step, False), mosaic.empty_softmax(shape.head_dim))
+    acc, top, total = lax.fori_loop(full, part.end, functools.partial(step, True), state)
     scratch["out_smem"][...] = acc / lax.broadcast_in_dim(total, acc.shape, [0])
     scratch["lse_smem"][...] = top + jnp.log2(total)
     plgpu.commit_smem()
     rows = pl.ds(head * SHARE, SHARE)
-    plgpu.copy_smem_to_gmem(scratch["out_smem"].at[stored], out_ref.at[part, rows])
-    plgpu.copy_smem_to_gmem(scratch["lse_smem"].at[stored], lse_ref.at[part, rows])
+    plgpu.copy_smem_to_gmem(scratch["out_smem"].at[stored], operands.out.at[number, rows])
+    plgpu.copy_smem_to_gmem(scratch["lse_smem"].at[stored], operands.lse.at[number, rows])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch(
-    shape: Shape,
-    head: Array,
-    table: tuple[Array, ...],
-    kv_ref: Any,
-    first_page: Array,
-    tables_ref: Any,
-    scratch: dict[str, Any],
-) -> None:
-    _, request, position, begin, end = table
-    kv_head = lax.div(head, shape.repeat)
-    last = lax.div(position, BLOCK)
+def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: BlockRing) -> None:
+    kv_head, first_page = lax.div(head, shape.repeat), operands.layer[0] * shape.pages
+    last = lax.div(part.position, BLOCK)
 
     def step(i: Array, _: None) -> None:
-        slot = lax.rem(i - begin, STAGES)
-        page = first_page + tables_ref[request, lax.div(i * BLOCK, shape.page_size)]
+        page = first_page + operands.tables[part.request, lax.div(i * BLOCK, shape.page_size)]
         keys = pl.ds(lax.rem(i * BLOCK, shape.page_size), BLOCK)
 
-        def refill(used: Any) -> None:
-            pl.when(i - begin >= STAGES)(lambda: plgpu.barrier_wait(used.at[slot]))
+        def copy(line: Array, smem: Ref, barrier: Ref) -> None:
+            plgpu.copy_gmem_to_smem(operands.store.at[page, line, keys], smem, barrier)
 
-        def copy_values(ready: Any) -> None:
-            plgpu.copy_gmem_to_smem(kv_ref.at[page, shape.kv_heads + kv_head, keys], scratch["v_smem"].at[slot], ready)
+        block = Block(
+            step=i - part.begin,
+            copy_keys=functools.partial(copy, kv_head),
+            copy_values=functools.partial(copy, shape.kv_heads + kv_head),
+            is_last=i == last,
+            seen=part.position + 1 - i * BLOCK,
+        )
+        fetch_block(ring, block, pieces=1, values=True)
 
-        def copy_last_values() -> None:
-            copy_values(scratch["tail_ready"])
-            plgpu.barrier_wait(scratch["tail_ready"])
-            clear_rows(scratch["v_smem"].at[slot], position + 1 - i * BLOCK)
-            plgpu.barrier_arrive(scratch["v_ready"].at[slot])
-
-        refill(scratch["k_used"])
-        plgpu.copy_gmem_to_smem(kv_ref.at[page, kv_head, keys], scratch["k_smem"].at[slot], scratch["k_ready"].at[slot])
-        refill(scratch["v_used"])
-        pl.when(i < last)(lambda: copy_values(scratch["v_ready"].at[slot]))
-        pl.when(i == last)(copy_last_values)
-
-    def drain(i: Array, _: None) -> None:  # so that every phase of a barrier is seen by who waits on it
-        for used in ("k_used", "v_used"):
-            plgpu.barrier_wait(scratch[used].at[lax.rem(i - begin, STAGES)])
-
-    lax.fori_loop(begin, end, step, None)
-    lax.fori_loop(jnp.maximum(end - STAGES, begin), end, drain, None)
+    lax.fori_loop(part.begin, part.end, step, None)
+    mosaic.drain((ring.k_used, ring.v_used), part.begin, part.end, STAGES)

@@ -1,7 +1,7 @@
-"""Merging what decode's programs found in parts of the keys, for Hopper GPUs, by Pallas' Mosaic GPU.
+"""The second kernel of decode for Hopper GPUs, by Pallas' Mosaic GPU: it merges the results over parts of the keys.
 
-A program merges one row: 64 query heads, which are the rows of a tile in registers, and some columns. Its warpgroups
-share the row's parts.
+A program merges one row, for 64 query heads, which are the rows of a tile in registers, and some columns. Its
+warpgroups share the row's parts.
 """
 
 import functools
@@ -15,10 +15,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from sparsex_kernels import mosaic
+from sparsex_kernels.backend import Backend
+from sparsex_kernels.gpu import LOG2_E
 from sparsex_kernels.layout import Queries
-from sparsex_kernels.mosaic import LOG2_E, MASKED, MULTIPROCESSORS, ROWS, WGMMA_ROWS, kernel
+from sparsex_kernels.mosaic import MULTIPROCESSORS, ROWS, WGMMA_ROWS, Ref
 
-SHARE = 8  # rows of a product that are stored; at most so many query heads share a tile
+SHARE = 8  # rows of a product that are stored; no more query heads share a tile
 MERGERS = 4  # warpgroups that share a row's parts
 IN_FLIGHT = 64  # columns that each of them loads at a time, over several parts
 
@@ -40,20 +43,26 @@ def merge(
     q_heads: int,
     share: int,
     dtype: Any,
+    backend: Backend,
 ) -> tuple[Queries, Float[Array, "rows merged"]]:
-    """Each row's parts, weighted by what they have of the softmax's denominator, in an order that is always the same.
+    """Sum each row's parts, weighted by their share of the softmax's denominator, in an order that is always the same.
 
     Query heads lie in `merged` as the programs of `decode` store them: `share` in each group of `SHARE`, then padding.
+    With `share` 3, heads 0 1 2 are at 0 1 2, heads 3 4 5 at 8 9 10.
 
     Args:
-      lse: in base 2; the result's is in base e, and -inf for rows without parts, whose output is 0.
+      partial: float32, the output of each part.
+      lse: float32, the log-sum-exp of each part, in base 2. The result's is in base e, and -inf for rows without
+        parts, whose output is 0.
       spans: a row's first part and the one behind its last.
+      dtype: of the output.
     """
     rows, (_, merged, head_dim) = len(spans), partial.shape
     shape = MergeShape(merged // WGMMA_ROWS, q_heads // share, share, merge_columns(rows * merged, head_dim), dtype)
     states = (MERGERS, WGMMA_ROWS)
-    run = kernel(
+    run = mosaic.kernel(
         functools.partial(_merge_kernel, shape),
+        backend,
         out_type=(
             jax.ShapeDtypeStruct((rows, q_heads, head_dim), dtype),
             jax.ShapeDtypeStruct((rows, merged), jnp.float32),
@@ -74,20 +83,20 @@ def merge(
 
 
 def merge_columns(rows: int, head_dim: int) -> int:
-    """Columns that a program of the merge has: few where rows are few, so that there are programs for the device."""
+    """Columns of a program. It has few where rows are few, so that there are programs for all multiprocessors."""
     programs = 2 * MULTIPROCESSORS * WGMMA_ROWS
     return next((n for n in (8, 16) if rows * head_dim <= programs * n), 32)
 
 
 class Fold(NamedTuple):
-    """Parts of one row, summed for each query head: what weighs `exp2(lse - top)`."""
+    """The sum over some parts of a row, for each query head; a part has the weight `exp2(lse - top)`."""
 
-    acc: Array  # weighted sum of the parts' values
+    acc: Array  # weighted sum of the parts' outputs
     top: Array  # largest log-sum-exp
-    total: Array | float  # of the weights
+    total: Array | float  # sum of the weights
 
 
-def _merge_kernel(shape: MergeShape, *refs: Any, **scratch: Any) -> None:
+def _merge_kernel(shape: MergeShape, *refs: Ref, **scratch: Ref) -> None:
     partial_ref, lse_ref, spans_ref, out_ref, out_lse_ref = refs
     row, tile, part_of_dim, wg = (lax.axis_index(name) for name in ("row", "tile", "slice", "wg"))
     columns = pl.ds(part_of_dim * shape.columns, shape.columns)
@@ -112,15 +121,15 @@ def _merge_kernel(shape: MergeShape, *refs: Any, **scratch: Any) -> None:
         plgpu.wait_smem_to_gmem(0)
 
 
-def _fold_parts(shape: MergeShape, partial_ref: Any, lse_ref: Any, span_ref: Any, wg: Array) -> Fold:
-    """One warpgroup's of the row's parts: every `MERGERS`-th, several loaded at a time to wait for memory once."""
+def _fold_parts(shape: MergeShape, partial_ref: Ref, lse_ref: Ref, span_ref: Ref, wg: Array) -> Fold:
+    """Sum every `MERGERS`-th part of the row, one warpgroup's. Several are loaded at a time to wait for memory once."""
     begin, end = span_ref[0], span_ref[1]
     unroll = IN_FLIGHT // shape.columns
     stride = MERGERS * unroll
 
     def step(i: Array, state: Fold) -> Fold:
         first = begin + wg + i * stride
-        # Behind the last part that one is loaded again and counts nothing: it is the row's own.
+        # A number behind the last part loads that part again, with no weight: another row's part could hold NaN.
         numbers = [first + n * MERGERS for n in range(unroll)]
         own = [jnp.minimum(number, end - 1) for number in numbers]
         loaded = [(_load(partial_ref.at[part]), _load(lse_ref.at[part])) for part in own]
@@ -128,21 +137,17 @@ def _fold_parts(shape: MergeShape, partial_ref: Any, lse_ref: Any, span_ref: Any
         parts = [Fold(x, jnp.where(c, lse, -jnp.inf), 1.0) for c, (x, lse) in zip(counts, loaded, strict=True)]
         return _join([state, *parts])
 
-    start = Fold(
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, shape.columns), jnp.float32), plgpu.Layout.WGMMA),
-        plgpu.layout_cast(jnp.full((WGMMA_ROWS,), MASKED, jnp.float32), ROWS),
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), ROWS),
-    )
+    start = Fold(*mosaic.empty_softmax(shape.columns))
     return lax.fori_loop(0, lax.div(end - begin - wg + stride - 1, stride), step, start)
 
 
-def _load(ref: Any) -> Array:
+def _load(ref: Ref) -> Array:
     layout = plgpu.Layout.WGMMA if len(ref.shape) == 2 else ROWS
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _join(folds: list[Fold]) -> Fold:
-    """The fold of all that these are folds of. Rows are kept apart: what is in one reaches no other."""
+    """Add sums over different parts. Each row of the tile, a query head, is added by itself."""
     top = functools.reduce(jnp.maximum, (fold.top for fold in folds))
     decays = [jnp.exp2(fold.top - top) for fold in folds]
     weighted = zip(folds, decays, strict=True)
@@ -151,8 +156,8 @@ def _join(folds: list[Fold]) -> Fold:
     return Fold(functools.reduce(operator.add, accs), top, functools.reduce(operator.add, totals))
 
 
-def _store_heads(shape: MergeShape, tile: Array, smem: Any, out_ref: Any) -> None:
-    """Store the query heads of a tile without the rows between them."""
+def _store_heads(shape: MergeShape, tile: Array, smem: Ref, out_ref: Ref) -> None:
+    """Store the query heads of a tile without the padding between their groups."""
     groups = WGMMA_ROWS // SHARE
     for group in range(groups):
         head = tile * groups + group

@@ -1,5 +1,7 @@
 """How decode kernels cut the keys of few rows among programs (FlashDecoding)."""
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
@@ -7,19 +9,36 @@ from jaxtyping import Int
 from sparsex_kernels.layout import RowInts
 
 
+class Part(NamedTuple):
+    """One row's keys in blocks `begin .. end`, as a line of the table that `key_parts` makes."""
+
+    row: Any
+    request: Any
+    position: Any
+    begin: Any
+    end: Any
+
+
 def key_parts(
     positions: RowInts, requests: RowInts, heads: int, *, programs: int, block: int
 ) -> tuple[Int[Array, "parts 5"], Int[Array, "rows 2"]]:
-    """Cut each row's keys into parts of about one size over all rows: row, request, position and range of key blocks
-    of each part; and the first part and one behind the last of each row. What is left over at the end has no blocks.
+    """Cut each row's keys into parts of about one size over all rows.
 
-    No more parts come out than there are: a part is at least a `programs / heads`-th of all blocks, but for one a row.
+    The table has room for a part a row and `programs / heads` more. A part is at least a `programs / heads`-th of all
+    blocks, except where a row has fewer, so there are never more parts. Lines that are left over have no blocks.
 
     Args:
       heads: programs over the heads that each part has.
-      programs: to aim at.
+      programs: how many programs to aim at.
       block: keys of a block.
+
+    Returns:
+      A line for each part (`Part`); and for each row its first part and the one behind its last.
     """
+    # Positions 9, -1 and 3, blocks of 2 keys, 1 head, 4 programs:
+    #   blocks 5 0 2, 7 in all, so a part has at most ceil(7 / 4) = 2
+    #   parts  3 0 1 of the rows, of 2, -, 2 blocks: row 0's are blocks [0, 2), [2, 4), [4, 5), row 2's [0, 2)
+    #   spans  [0, 3] [3, 3] [3, 4]
     blocks = (positions + block) // block  # 0 for padding
     largest = jnp.maximum(-(-blocks.sum() * heads // programs), 1)
     count = -(-blocks // largest)
@@ -29,7 +48,7 @@ def key_parts(
     row = jnp.minimum((ends <= part[:, None]).sum(1), len(positions) - 1)
     begin = (part - (ends - count)[row]) * size[row]
     end = jnp.where(part < ends[-1], jnp.minimum(begin + size[row], blocks[row]), begin)
-    parts = jnp.stack([row, requests[row], positions[row], begin, end], axis=-1)
+    parts = jnp.stack(Part(row, requests[row], positions[row], begin, end), axis=-1)
     filled = -(-blocks // jnp.maximum(size, 1))  # rounding up the size may leave a row's last parts without blocks
     spans = jnp.stack([ends - count, ends - count + filled], axis=-1)
     return parts.astype(jnp.int32), spans.astype(jnp.int32)

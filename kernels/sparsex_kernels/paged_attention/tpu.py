@@ -1,7 +1,7 @@
 """Attention on TPU: FlashAttention-2 (algorithm 1) over pages that DMA brings from HBM, double-buffered.
 
-A tile of rows takes one pass over the keys of each request it has rows of. The rows of all query heads that share a
-KV head stand behind each other in one matrix, so K and V are read once for all of them.
+A tile of rows takes one pass over the keys of each request that it has rows of. The query heads that share a KV head
+are packed into one matrix, so K and V are read once for all of them.
 """
 
 import functools
@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, pad_rows
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.layout import Queries, pad_positions, pad_rows
 from sparsex_kernels.tpu import (
     HBM,
     TILE,
@@ -32,21 +33,15 @@ LANES = 128
 
 
 def paged_attention(
-    q: Queries,
-    store: Store,
-    layer: Int[Array, ""],
-    positions: RowInts,
-    requests: RowInts,
-    page_tables: PageTables,
-    scale: float,
-    return_lse: bool = False,
+    args: AttentionArgs, return_lse: bool = False
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`. Head sizes that are no multiple of 128 waste lanes of HBM and VMEM."""
+    store, page_tables = args.store, args.page_tables
     check_page_size(store)
-    rows, q_heads, head_dim = q.shape
+    rows, q_heads, head_dim = args.query.shape
     tile = row_tile(rows)
-    packed, own, owner = pack_rows(q, store, positions, requests, tile)
-    last, following = spans(positions, requests, len(page_tables), tile)
+    packed, own, owner = pack_rows(args, tile)
+    last, following = spans(args, tile)
     kv_heads, all_rows, _ = packed.shape
     tile_rows = tile * (q_heads // kv_heads)
     keys = pages_a_block(store, page_tables.shape[1]) * store.shape[4]
@@ -54,9 +49,8 @@ def paged_attention(
     by_tile = pl.BlockSpec((kv_heads, tile_rows, head_dim), lambda i, *_: (0, i, 0))
     column = pl.BlockSpec((tile_rows, 1), lambda i, *_: (i, 0))
     lse_by_tile = pl.BlockSpec((kv_heads, tile_rows, 1), lambda i, *_: (0, i, 0))
-    kernel = functools.partial(_attention_kernel, scale=scale, num_requests=len(page_tables), return_lse=return_lse)
     out, *lse = pl.pallas_call(
-        kernel,
+        functools.partial(_attention_kernel, scale=args.scale, num_requests=len(page_tables), return_lse=return_lse),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(all_rows // tile_rows,),
@@ -71,48 +65,58 @@ def paged_attention(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(packed.shape, q.dtype),
+            jax.ShapeDtypeStruct(packed.shape, args.query.dtype),
             *[jax.ShapeDtypeStruct((kv_heads, all_rows, 1), jnp.float32)] * return_lse,
         ],
         compiler_params=compiler_params("parallel"),
         name="paged_attention",
-    )(layer.reshape(1), page_tables.reshape(-1), last, following, packed, own, owner, store)
+    )(args.layer.reshape(1), page_tables.reshape(-1), last, following, packed, own, owner, store)
     attended = unpack_rows(out, rows, q_heads)
     return (attended, unpack_rows(lse[0], rows, q_heads)[..., 0]) if return_lse else attended
 
 
 def row_tile(rows: int) -> int:
+    """Rows that share one pass over the keys."""
     return min(ROW_TILE, rows + -rows % TILE)
 
 
 def pack_rows(
-    q: Queries, store: Store, positions: RowInts, requests: RowInts, tile: int
+    args: AttentionArgs, tile: int
 ) -> tuple[Float[Array, "kv_heads packed head_dim"], Int[Array, "packed 1"], Int[Array, "packed 1"]]:
-    """One matrix a KV head, a row's query heads behind each other, and each line's position and request."""
-    kv_heads = store.shape[3]
-    group = q.shape[1] // kv_heads
-    q = pad_rows(q, tile)
-    packed = q.reshape(len(q), kv_heads, group, -1).transpose(1, 0, 2, 3).reshape(kv_heads, len(q) * group, -1)
-    padded = pad_rows(positions, tile, -1), pad_rows(requests, tile)
+    """One matrix a KV head, and the position and request of each of its lines.
+
+    The lines are `[row, head]`: with 2 query heads a KV head, r0h0 r0h1 r1h0 r1h1 and so on.
+    """
+    kv_heads = args.store.shape[3]
+    group = args.query.shape[1] // kv_heads
+    query = pad_rows(args.query, tile)
+    packed = query.reshape(len(query), kv_heads, group, -1).transpose(1, 0, 2, 3)
+    padded = pad_positions(args.positions, args.requests, tile)
     own, owner = (jnp.repeat(x.astype(jnp.int32), group)[:, None] for x in padded)
-    return packed.astype(store.dtype), own, owner
+    return packed.reshape(kv_heads, len(query) * group, -1).astype(args.store.dtype), own, owner
 
 
 def unpack_rows(
     packed: Float[Array, "kv_heads packed head_dim"], rows: int, q_heads: int
 ) -> Float[Array, "rows q_heads head_dim"]:
+    """What `pack_rows` packed, without the padding."""
     kv_heads, _, head_dim = packed.shape
     unpacked = packed.reshape(kv_heads, -1, q_heads // kv_heads, head_dim).transpose(1, 0, 2, 3)
     return unpacked.reshape(-1, q_heads, head_dim)[:rows]
 
 
-def spans(
-    positions: RowInts, requests: RowInts, num_requests: int, tile: int
-) -> tuple[Int[Array, "tiles_requests"], Int[Array, "tiles_followers"]]:
-    """For each tile and request, the last position that any of the tile's rows sees, -1 for none; and for each
-    tile and request, the first request from it on that has a row there, `num_requests` if there is none."""
-    own = pad_rows(positions, tile, -1).reshape(-1, tile, 1)
-    owner = pad_rows(requests, tile).reshape(-1, tile, 1)
+def spans(args: AttentionArgs, tile: int) -> tuple[Int[Array, "tiles_requests"], Int[Array, "tiles_followers"]]:
+    """Which keys each tile of rows reads, flattened for SMEM.
+
+    Returns:
+      For each tile and request, the last position of the tile's rows of the request, -1 if it has none; and for each
+      tile and request, the first request at or behind it that has a row there, `num_requests` if there is none.
+    """
+    # Of 4 requests, a tile with the positions 3 and 9 of request 1 and 0 of request 3 gives
+    #   last       -1  9 -1  0
+    #   following   1  1  3  3  4
+    num_requests = len(args.page_tables)
+    own, owner = (x.reshape(-1, tile, 1) for x in pad_positions(args.positions, args.requests, tile))
     number = jnp.arange(num_requests, dtype=jnp.int32)
     last = jnp.where(owner == number, own, -1).max(1).astype(jnp.int32)
     following = lax.cummin(jnp.where(last >= 0, number, num_requests), axis=1, reverse=True)
@@ -169,7 +173,7 @@ def _attention_kernel(
         first_key = block * keys
 
         @pl.when(first_key + keys > last_of(request) + 1)
-        def clear_unseen() -> None:  # slots that nobody sees may hold anything, and 0 * NaN would be NaN
+        def clear_unseen() -> None:  # slots that no row sees may hold anything, and 0 * NaN would be NaN
             seen = first_key + lax.broadcasted_iota(jnp.int32, kv_ref.shape[3:], 0) <= last_of(request)
 
             def clear(head: Index, _: None) -> None:
@@ -218,7 +222,7 @@ def _attention_kernel(
     start = next_request(0), jnp.int32(0), jnp.int32(0)
     pl.when(start[0] < num_requests)(lambda: transfer(*start, "start"))
     lax.while_loop(lambda state: state[0] < num_requests, step, start)
-    for head in range(kv_heads):  # padding sees nothing and gets 0
+    for head in range(kv_heads):  # padding sees no key; its output is 0
         total = jnp.maximum(total_ref[head, :, :1], jnp.finfo(jnp.float32).tiny)
         out_ref[head] = (acc_ref[head] / total).astype(out_ref.dtype)
         if return_lse:

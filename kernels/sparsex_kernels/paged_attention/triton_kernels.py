@@ -59,7 +59,7 @@ def _attend(
     """
     acc, top, total = state
     dims = tl.arange(0, DIM)
-    # A step ahead: else the loads of keys, which wait for their page, would be in flight a step less.
+    # Page numbers are loaded a step ahead: keys cannot be loaded before their page is known.
     pages = pages_of(table, begin * BLOCK, BLOCK, PAGE)
     for block in tl.range(begin, end):
         key = block * BLOCK
@@ -80,6 +80,35 @@ def _attend(
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
         top = new_top
     return acc, top, total
+
+
+@triton.jit
+@no_type_check
+def _attend_all(
+    state: tl.tuple,
+    begin: tl.tensor,
+    full: tl.tensor,
+    end: tl.tensor,
+    q: tl.tensor,
+    store: tl.tensor,
+    table: tl.tensor,
+    bound: tl.tensor,
+    last: tl.tensor,
+    kv_head: tl.tensor,
+    VALUES: tl.constexpr,
+    SCALE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    DIM: tl.constexpr,
+) -> tl.tensor:
+    """Fold key blocks `begin .. full`, which every row sees in full, and then `full .. end`, which need a mask."""
+    state = _attend(
+        state, begin, full, q, store, table, bound, last, kv_head, False, VALUES, SCALE, KV_HEADS, BLOCK, PAGE, DIM
+    )
+    return _attend(
+        state, full, end, q, store, table, bound, last, kv_head, True, VALUES, SCALE, KV_HEADS, BLOCK, PAGE, DIM
+    )
 
 
 @triton.jit
@@ -126,26 +155,8 @@ def attention(
     )
     table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
     blocks = (last + BLOCK) // BLOCK  # last is -1 for padding, which sees nothing
-    state = _attend(
-        state, 0, full, queries, store, table, bound, last, kv_head, False, VALUES, SCALE, KV_HEADS, BLOCK, PAGE, DIM
-    )
-    acc, top, total = _attend(
-        state,
-        full,
-        blocks,
-        queries,
-        store,
-        table,
-        bound,
-        last,
-        kv_head,
-        True,
-        VALUES,
-        SCALE,
-        KV_HEADS,
-        BLOCK,
-        PAGE,
-        DIM,
+    acc, top, total = _attend_all(
+        state, 0, full, blocks, queries, store, table, bound, last, kv_head, VALUES, SCALE, KV_HEADS, BLOCK, PAGE, DIM
     )
     tl.store(lse + at, top + tl.log2(total), mask=live)
     if VALUES:
@@ -178,7 +189,7 @@ def decode(
     begin, end = tl.load(part + 3), tl.load(part + 4)
     if begin >= end:
         return
-    member, dims = tl.arange(0, 16), tl.arange(0, DIM)  # no product has fewer rows
+    member, dims = tl.arange(0, 16), tl.arange(0, DIM)  # the fewest rows that a product can have
     live = member < SHARE
     at = (row * HEADS + head) * SHARE + member
     queries = tl.load(q + at[:, None] * DIM + dims[None, :], mask=live[:, None], other=0.0)
@@ -186,26 +197,23 @@ def decode(
     state = tl.zeros([16, DIM], tl.float32), tl.full([16], MASKED, tl.float32), tl.zeros([16], tl.float32)
     table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
     full = tl.maximum(tl.minimum((position + 1) // BLOCK, end), begin)
-    state = _attend(
+    acc, top, total = _attend_all(
         state,
         begin,
         full,
+        end,
         queries,
         store,
         table,
         bound,
         position,
         kv_head,
-        False,
         True,
         SCALE,
         KV_HEADS,
         BLOCK,
         PAGE,
         DIM,
-    )
-    acc, top, total = _attend(
-        state, full, end, queries, store, table, bound, position, kv_head, True, True, SCALE, KV_HEADS, BLOCK, PAGE, DIM
     )
     to = (number * HEADS + head) * SHARE + member
     tl.store(lse + to, top + tl.log2(total), mask=live)
@@ -224,7 +232,7 @@ def merge(
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
 ) -> None:
-    """Weigh the parts of one row and query head by their share of the softmax's denominator, in a fixed order."""
+    """Sum the parts of one row and query head in a fixed order, weighted by their share of the denominator."""
     row, head, dims = tl.program_id(0), tl.program_id(1), tl.arange(0, DIM)
     acc, top, total = tl.zeros([DIM], tl.float32), tl.full([], MASKED, tl.float32), tl.zeros([], tl.float32)
     end = tl.load(spans + row * 2 + 1)

@@ -1,10 +1,11 @@
 """KV write: put the K and V of new rows into one layer of the store, in place."""
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from sparsex_kernels.dispatch import choose
-from sparsex_kernels.layout import PageTables, RowInts, Store
+from sparsex_kernels.arguments import WriteArgs
+from sparsex_kernels.backend import Backend, default_backend, run
+from sparsex_kernels.layout import KVRows, PageTables, RowInts, Store
 from sparsex_kernels.write_kv import hopper, reference, tpu, triton, xla
 
 IMPLEMENTATIONS = {
@@ -19,19 +20,23 @@ IMPLEMENTATIONS = {
 def write_kv(
     store: Store,
     layer: Int[Array, ""],
-    keys: Float[Array, "rows kv_heads head_dim"],
-    values: Float[Array, "rows kv_heads head_dim"],
+    keys: KVRows,
+    values: KVRows,
     positions: RowInts,
     requests: RowInts,
     page_tables: PageTables,
     *,
+    backend: Backend | None = None,
     implementation: str | None = None,
 ) -> Store:
-    """The store with each row's K (rotated) and V at the row's slot; padding rows write nothing.
+    """The store with each row's K and V at the row's slot; padding rows write nothing.
 
     Args:
-      store: donated by the caller's jit, so that it is updated in place.
-      positions, requests: of the rows, as in `paged_attention`; no two rows share a slot.
+      store, layer, keys, values, positions, requests, page_tables: as in `WriteArgs`.
+      backend, implementation: as in `paged_attention`.
+
+    Raises:
+      NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    write = choose("write_kv", IMPLEMENTATIONS, implementation)
-    return write(store, layer, keys, values, positions, requests, page_tables)
+    args = WriteArgs(store, layer, keys, values, positions, requests, page_tables, backend or default_backend())
+    return run("write_kv", IMPLEMENTATIONS, implementation, args)

@@ -2,37 +2,32 @@
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int
 
-from sparsex_kernels.layout import PageTables, RowInts, Store, pad_rows, row_addresses
+from sparsex_kernels.arguments import WriteArgs
+from sparsex_kernels.layout import Store, pad_rows, row_addresses
 from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, next_start
 
 ROWS_A_STEP = 256  # rows in VMEM at a time
 
 
-def write_kv(
-    store: Store,
-    layer: Int[Array, ""],
-    keys: Float[Array, "rows kv_heads head_dim"],
-    values: Float[Array, "rows kv_heads head_dim"],
-    positions: RowInts,
-    requests: RowInts,
-    page_tables: PageTables,
-) -> Store:
+def write_kv(args: WriteArgs) -> Store:
     """See `sparsex_kernels.write_kv`. Rows of the same tile must follow each other, as sorted rows do."""
+    store = args.store
     check_page_size(store)
-    rows, kv_heads, head_dim = keys.shape
+    rows, kv_heads, head_dim = args.keys.shape
     block = min(ROWS_A_STEP, rows + -rows % TILE)
-    page, offset = row_addresses(store, positions, requests, page_tables)
-    number = jnp.where(positions >= 0, page * (store.shape[4] // TILE) + offset // TILE, -1)
+    page, offset = row_addresses(store, args.positions, args.requests, args.page_tables)
+    # Rows at slots 14 15 of a page's first tile of 16 and 16 18 of its second are of the tiles 0 0 1 1; the tiles' rows
+    # begin at 0 and 2.
+    number = jnp.where(args.positions >= 0, page * (store.shape[4] // TILE) + offset // TILE, -1)
     number = pad_rows(number.astype(jnp.int32), block, -1)
     at_block = jnp.arange(len(number)) % block == 0
     starts = (number >= 0) & (at_block | (number != jnp.roll(number, 1)))
     scalars = number, next_start(starts, block), pad_rows((offset % TILE).astype(jnp.int32), block)
-    rows_of_heads = pad_rows(jnp.concatenate([keys, values], axis=1), block).transpose(1, 0, 2).astype(store.dtype)
+    rows_of_heads = pad_rows(jnp.concatenate([args.keys, args.values], axis=1), block).transpose(1, 0, 2)
 
     tile_shape = (2, 2, kv_heads, TILE, head_dim)
     in_smem = pl.BlockSpec((None, 1, block), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM)
@@ -62,13 +57,13 @@ def write_kv(
         input_output_aliases={5: 0},
         compiler_params=compiler_params("arbitrary"),
         name="write_kv",
-    )(layer.reshape(1), *(x.reshape(-1, 1, block) for x in scalars), rows_of_heads, store)
+    )(args.layer.reshape(1), *(x.reshape(-1, 1, block) for x in scalars), rows_of_heads.astype(store.dtype), store)
 
 
 def _write_kernel(
     layer_ref: Ref,  # [1]
-    number_ref: Ref,  # [1, rows], the tile of each row among all of a layer's, -1 for padding
-    next_ref: Ref,  # [1, rows], where the next tile's rows begin, from each row on
+    number_ref: Ref,  # [1, rows], each row's tile, counted over all pages of a layer; -1 for padding
+    next_ref: Ref,  # [1, rows], the first row at or behind each that begins a tile
     offset_ref: Ref,  # [1, rows], slot in the tile
     rows_ref: Ref,  # [2 * kv_heads, rows, head_dim]
     donated_ref: Ref,  # the store; it is the output's memory

@@ -1,22 +1,13 @@
 """KV write as one scatter."""
 
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, Int
 
-from sparsex_kernels.layout import PageTables, RowInts, Store, row_addresses
+from sparsex_kernels.arguments import WriteArgs
+from sparsex_kernels.layout import Store, row_addresses
 
 
-def write_kv(
-    store: Store,
-    layer: Int[Array, ""],
-    keys: Float[Array, "rows kv_heads head_dim"],
-    values: Float[Array, "rows kv_heads head_dim"],
-    positions: RowInts,
-    requests: RowInts,
-    page_tables: PageTables,
-) -> Store:
+def write_kv(args: WriteArgs) -> Store:
     """See `sparsex_kernels.write_kv`."""
-    page, offset = row_addresses(store, positions, requests, page_tables)
-    rows = jnp.stack([keys, values], axis=1).astype(store.dtype)
-    return store.at[layer, page, :, :, offset].set(rows, mode="drop")
+    page, offset = row_addresses(args.store, args.positions, args.requests, args.page_tables)
+    rows = jnp.stack([args.keys, args.values], axis=1).astype(args.store.dtype)
+    return args.store.at[args.layer, page, :, :, offset].set(rows, mode="drop")

@@ -1,0 +1,125 @@
+"""The arguments of each operation as one record, which its public function builds and every implementation takes.
+
+Records are pytrees. Their arrays may be traced; `scale`, `power` and `backend` are static.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax import Array
+from jaxtyping import Float, Int
+
+from sparsex_kernels.backend import Backend
+from sparsex_kernels.layout import KVRows, PageTables, Queries, RowInts, Slots, Store
+
+_STATIC: Any = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionArgs:
+    """Rows that attend to the keys of their requests.
+
+    Attributes:
+      query: one vector a row and query head, rotated; any float dtype. Query head h reads KV head
+        `h // (q_heads / kv_heads)`.
+      store: all layers' K and V. Every slot of a request from position 0 to that of its last row must have been
+        written, the rows' own included (`write_kv`); slots behind it may hold anything, NaN too.
+      layer: which layer of the store.
+      positions: each row's position in its request; -1 is padding. Rows are sorted by (request, position), with the
+        padding last.
+      requests: each row's line of `page_tables`.
+      page_tables: the pages of each request in order; entries behind its last page are not read.
+      scale: of the scores before the softmax.
+      backend: where the operation runs; tile sizes follow it.
+    """
+
+    query: Queries
+    store: Store
+    layer: Int[Array, ""]
+    positions: RowInts
+    requests: RowInts
+    page_tables: PageTables
+    scale: float = dataclasses.field(metadata=_STATIC)
+    backend: Backend = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether there are no more rows than requests. A tile of rows would then read every key for one of them."""
+        return len(self.query) <= len(self.page_tables)
+
+    @property
+    def context(self) -> int:
+        """Slots of a line of the page tables: the most keys that a request can have."""
+        return self.page_tables.shape[1] * self.store.shape[4]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WriteArgs:
+    """New K and V of one layer, and the rows whose they are.
+
+    Attributes:
+      store: all layers' K and V; donated by the caller's jit, so that it is updated in place.
+      layer: which layer of the store.
+      keys, values: one vector a row and KV head; keys are rotated. They are stored in the store's dtype.
+      positions, requests, page_tables: as in `AttentionArgs`; no two rows share a slot, and padding writes nothing.
+      backend: where the operation runs.
+    """
+
+    store: Store
+    layer: Int[Array, ""]
+    keys: KVRows
+    values: KVRows
+    positions: RowInts
+    requests: RowInts
+    page_tables: PageTables
+    backend: Backend = dataclasses.field(metadata=_STATIC)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CopyArgs:
+    """Cached tokens to copy to other slots of the same store.
+
+    Attributes:
+      store: all layers' K and V; donated by the caller's jit, so that it is updated in place.
+      source, target: slots. No slot is both a source and a target, and no target occurs twice. Padding, which
+        stands at the end, has the target -1.
+      shift: a token's new position minus the position that its key was computed at.
+      inv_freq: rotary frequencies in radians a position; the rotation is done in float32.
+      backend: where the operation runs.
+    """
+
+    store: Store
+    source: Slots
+    target: Slots
+    shift: Slots
+    inv_freq: Float[Array, "half"]
+    backend: Backend = dataclasses.field(metadata=_STATIC)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearArgs:
+    """Rows, and weights of all layers to multiply them with.
+
+    Attributes:
+      inputs: the rows.
+      weights: stacks of matrices with the same number of inputs.
+      layer: which matrix of each stack.
+      count: how many rows are wanted. Results of those behind are undefined and may be NaN. None: all.
+      backend: where the operation runs.
+    """
+
+    inputs: Float[Array, "rows inputs"]
+    weights: tuple[Float[Array, "layers inputs _"], ...]
+    layer: Int[Array, ""] | int
+    count: Int[Array, ""] | int | None
+    backend: Backend = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each weight."""
+        return tuple(weight.shape[2] for weight in self.weights)

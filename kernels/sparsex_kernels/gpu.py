@@ -1,0 +1,55 @@
+"""What the kernels for GPUs share, those in Pallas (`mosaic.py`) and those in Triton (`triton.py`)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.layout import PageTables, Store
+
+LOG2_E = 1.4426950408889634  # scores are kept in base 2, so that exponentials are one instruction
+
+
+def heads_a_tile(q_heads: int, kv_heads: int) -> int:
+    """Query heads of one KV head that share a tile: the largest divisor of their number up to 8.
+
+    >>> heads_a_tile(28, 4), heads_a_tile(24, 2)
+    (7, 6)
+    """
+    group = q_heads // kv_heads
+    return max(n for n in range(1, 9) if group % n == 0)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is no smaller than n."""
+    return 1 << (n - 1).bit_length()
+
+
+def padded_pages(store: Store, page_tables: PageTables, multiple: int) -> Int[Array, "requests n"]:
+    """Page tables padded to a multiple of pages; the padding is some valid page.
+
+    Kernels add the layer's first page themselves. The tables then do not depend on the layer, and XLA makes them once
+    for all layers.
+    """
+    tables = jnp.pad(page_tables, ((0, 0), (0, -page_tables.shape[1] % multiple)))
+    return jnp.clip(tables, 0, store.shape[1] - 1).astype(jnp.int32)
+
+
+def check_attention(args: AttentionArgs, block: int, smallest_page: int = 1) -> None:
+    """Raise `NotImplementedError` where the attention kernels cannot do this shape or dtype.
+
+    Args:
+      block: keys a step; one of page size and block must be a multiple of the other.
+      smallest_page: the page size must be a multiple of it.
+    """
+    query, store = args.query, args.store
+    page_size, head_dim = store.shape[4:]
+    if query.dtype != store.dtype or query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(
+            f"queries of {query.dtype} on a store of {store.dtype}; kernels take bfloat16 or float16 for both"
+        )
+    if head_dim not in (64, 128):
+        raise NotImplementedError(f"head_dim {head_dim}; kernels take 64 and 128")
+    if page_size % smallest_page or max(page_size, block) % min(page_size, block):
+        raise NotImplementedError(
+            f"page_size {page_size}; kernels take multiples of {smallest_page} that divide {block} or are its multiples"
+        )

@@ -70,7 +70,7 @@ def prefill(
       The store; the state before layer `until`; and float32 logits `[requests, vocab]` of each request's last token,
       which mean something once all layers have run, in the lines of requests that the plan has.
     """
-    forward = ForwardPass(decoder, params, plan.page_tables, chunk)
+    forward = ForwardPass(params, plan.page_tables, decoder, chunk)
 
     def run_phase(carry: tuple[Array, PrefillState]) -> tuple[Array, PrefillState]:
         at_boundary = jnp.any(plan.boundaries.layer == carry[1].layer)

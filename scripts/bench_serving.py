@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams, UnknownModelError
-from sparsex_jax.cli.bench import parse_method
+from sparsex_jax.cli.options import parse_method
 from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.eval import lexicon

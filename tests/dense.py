@@ -1,7 +1,7 @@
 """The model and the SparseX algorithm once more, dense and slow: no pages, no plan, no chunks, no loops on the device.
 
-Written from DESIGN.md section 3 with one array of keys and one of values a layer, independently of the package,
-which it only takes the parameter layout from.
+Written from the description in `sparsex_jax/reuse/README.md`, with one array of keys and one of values a layer. It
+shares nothing with the package but the layout of the parameters.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ class Dense:
         return out
 
     def sparsex(self, prompt, boundary, ratio, overflow, tail, second=None):
-        """Logits of the last token, and the active tokens, by the letter of DESIGN.md section 3."""
+        """Logits of the last token, and the active tokens, as `sparsex_jax/reuse/README.md` describes them."""
         tokens = np.concatenate([tokens for tokens, _ in prompt])
         reused = np.concatenate([np.full(len(tokens), donor is not None) for tokens, donor in prompt])
         ends_in_reuse = bool(reused[-1])

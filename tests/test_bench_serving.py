@@ -13,7 +13,7 @@ from conftest import TINY
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.workloads import WORKLOADS, Size, make_workload
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Loop
 
@@ -100,8 +100,8 @@ def test_every_method_is_asked_the_same_at_the_same_times(tokenizer, monkeypatch
 
 
 def report(prefix, reused, fresh, computed):
-    kind = np.repeat([Kind.PREFIX, Kind.REUSED, Kind.FRESH], [prefix, reused, fresh])
-    return Report(len(kind), prefix, reused, fresh, fresh, 0, (), computed, 0.0, kind, kind == Kind.FRESH)
+    kind = np.repeat([TokenKind.PREFIX, TokenKind.REUSED, TokenKind.FRESH], [prefix, reused, fresh])
+    return Report(len(kind), prefix, reused, fresh, fresh, 0, (), computed, 0.0, kind, kind == TokenKind.FRESH)
 
 
 SCRIPTED = [

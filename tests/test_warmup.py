@@ -58,7 +58,7 @@ def crowd(engine, number, rng):
             for fields in ({"second_boundary": 3}, {"method": "cacheblend"}, {"method": "prophetkv"})
         ),
     ],
-    ids=lambda reuse: f"{reuse.method}-{reuse.second_boundary}",
+    ids=["sparsex", "sparsex-3", "cacheblend", "prophetkv"],
 )
 def test_a_crowd_compiles_nothing_after_the_warm_up(reuse):
     engine = make_engine(reuse)

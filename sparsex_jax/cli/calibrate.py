@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -14,10 +13,11 @@ from rich.progress import Progress
 from sparsex_jax.cli.bench import Workload
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import output, print_json, progress
-from sparsex_jax.config import CALIBRATED, ReuseConfig
+from sparsex_jax.config import CALIBRATED
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import calibrate
 from sparsex_jax.eval.calibrate import DISAGREEMENT, LOSS, MAX_LOSS, Calibration, Prompts, Target
+from sparsex_jax.reuse.methods import SparseX
 
 
 def target_of(max_loss: float | None, min_agreement: float | None, confident: bool) -> Target:
@@ -42,7 +42,7 @@ def run(model: str, dtype: str, workload: Workload, target: Target, *, out: Path
     calibrate.check_samples(target, prompts.total)
     path = check_writable(out or default_path(model))
     # A file of an earlier calibration says nothing here, and may be the very one to be replaced.
-    engine = EngineChoice(model, dtype, workload.store_tokens, workload.batch, reuse=ReuseConfig()).load()
+    engine = EngineChoice(model, dtype, workload.store_tokens, workload.batch, reuse=SparseX()).load()
     with progress() as bar:
         found = calibrate.calibrate(engine, prompts, target, track=functools.partial(_track, bar))
     content = calibrate.document(engine, model, prompts, found)
@@ -71,7 +71,7 @@ def _track(bar: Progress, items: Sequence[Any], what: str) -> Iterable[Any]:
 
 
 def candidates_of(found: Calibration) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(each.reuse) | each.to_dict(found.target.metric) for each in found.measured]
+    return [each.reuse.to_dict() | each.to_dict(found.target.metric) for each in found.measured]
 
 
 def show(found: Calibration, path: Path) -> None:

@@ -31,13 +31,13 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import metrics, quality, results
 from sparsex_jax.eval.metrics import Answer
 from sparsex_jax.eval.quality import Batch, Row
-from sparsex_jax.reuse.methods import find_method
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.methods import Full, SparseX
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.report import make_report
 
 LOSS, DISAGREEMENT = "loss", "disagreement"
 MAX_LOSS = 0.02
-FULL = ReuseConfig("full")
+FULL = Full()
 _MEANS = ("computed_fraction", "score", "agreement", "kl")
 _LEAST_SCORE = 0.25  # of full recompute: below it there is hardly an answer that reuse could spoil
 _BOUNDARIES, _RATIOS, _SECOND = (0, 1 / 12, 1 / 6, 1 / 4, 1 / 3), (0.05, 0.15, 0.3), (None, 2 / 3)
@@ -96,7 +96,7 @@ class Measured:
       ttft_s: of one prompt alone; None if the candidate was given up.
     """
 
-    reuse: ReuseConfig
+    reuse: SparseX
     shortfalls: tuple[float, ...]
     computed_fraction: float
     score: float
@@ -137,7 +137,7 @@ def choose(measured: Sequence[Measured], target: Target) -> Choice:
 # Candidates -------------------------------------------------------------------------------------------------
 
 
-def candidates(num_layers: int, num_tokens: int, base: ReuseConfig = ReuseConfig()) -> list[ReuseConfig]:  # noqa: B008
+def candidates(num_layers: int, num_tokens: int, base: SparseX = SparseX()) -> list[SparseX]:  # noqa: B008
     """All combinations of boundary, budget and second boundary, those that compute least first.
 
     Args:
@@ -154,12 +154,12 @@ def candidates(num_layers: int, num_tokens: int, base: ReuseConfig = ReuseConfig
     return sorted(found, key=lambda reuse: predicted_fraction(reuse, num_layers, num_tokens))
 
 
-def predicted_fraction(reuse: ReuseConfig, num_layers: int, num_tokens: int, around: int = 64) -> float:
+def predicted_fraction(reuse: SparseX, num_layers: int, num_tokens: int, around: int = 64) -> float:
     """Share of the token-layers that is computed of so many reused tokens with fresh ones before and behind."""
-    kind = np.full(num_tokens + 2 * around, Kind.REUSED, np.uint8)
-    kind[:around] = kind[-around:] = Kind.FRESH
+    kind = np.full(num_tokens + 2 * around, TokenKind.REUSED, np.uint8)
+    kind[:around] = kind[-around:] = TokenKind.FRESH
     prompt = PromptMap(np.zeros(len(kind), np.int32), kind)
-    phases = find_method(reuse.method).phases(prompt, reuse, num_layers)
+    phases = reuse.phases(prompt, num_layers)
     return make_report(prompt, phases, num_layers, prompt.computed, 0.0).computed_fraction
 
 
@@ -200,7 +200,7 @@ def calibrate(
     prompts: Prompts,
     target: Target = Target(),
     *,
-    base: ReuseConfig = ReuseConfig(),  # noqa: B008
+    base: SparseX = SparseX(),  # noqa: B008
     track: Track = lambda items, what: items,
 ) -> Calibration:
     """Measure candidates from cheap to dear until one meets the target.
@@ -214,7 +214,7 @@ def calibrate(
       InvalidRequestError: as `quality.run`; too few prompts to be confident; or the model hardly answers the tasks,
         so that there is no loss to see.
     """
-    quality.check(engine, {base.method: base}, prompts.tasks, prompts.regimes)
+    quality.check(engine, prompts.tasks, prompts.regimes)
     check_samples(target, prompts.total)
     batches = quality.batches_of(prompts.tasks, prompts.regimes, prompts.samples, engine.config.max_batch)
     full = [ask(engine, prompts, batch, FULL) for batch in track(batches, "Full recompute")]
@@ -275,7 +275,7 @@ def measure(
     prompts: Prompts,
     batches: Sequence[Batch],
     full: Sequence[Asked],
-    reuse: ReuseConfig,
+    reuse: SparseX,
     target: Target,
     spoiled: list[float],
 ) -> Measured:
@@ -311,18 +311,18 @@ def compare(answered: Asked, reference: Asked) -> list[Row]:
 
 
 def document(engine: Engine, model: str, prompts: Prompts, found: Calibration) -> dict[str, Any]:
-    """What is written: the fields of `ReuseConfig` to use, of which model, and how they were found."""
+    """What is written: the method and its options to use, for which model, and how they were found."""
     target, choice = found.target, found.choice
     measured = {
         "target": dataclasses.asdict(target),
         "met": choice.met,
         "full_score": found.full_score,
-        "basis": dataclasses.asdict(choice.basis.reuse) if not choice.met else None,
+        "basis": choice.basis.reuse.to_dict() if not choice.met else None,
         **choice.basis.to_dict(target.metric),
         "prompts": dataclasses.asdict(prompts) | {"dtype": engine.config.dtype},
     }
     about = {"model": model, "architecture": architecture(engine.model)}
-    return about | dataclasses.asdict(choice.reuse) | {"measured": measured} | results.provenance()
+    return about | choice.reuse.to_dict() | {"measured": measured} | results.provenance()
 
 
 def table(found: Calibration) -> str:
@@ -358,9 +358,9 @@ def verdict(found: Calibration) -> str:
 
 def named(reuse: ReuseConfig) -> str:
     """
-    >>> named(ReuseConfig(boundary_layer=5))
+    >>> named(SparseX(boundary_layer=5))
     'sparsex, boundary_layer=5'
     """
-    changed = {f.name: getattr(reuse, f.name) for f in dataclasses.fields(reuse)[1:]}
-    defaults = dataclasses.asdict(ReuseConfig())
-    return ", ".join([reuse.method, *(f"{k}={v}" for k, v in changed.items() if v != defaults[k])])
+    values = [(field.name, getattr(reuse, field.name), field.default) for field in dataclasses.fields(reuse)]
+    changed = [f"{name}={value}" for name, value, default in values if value != default]
+    return ", ".join([reuse.method, *changed])

@@ -20,15 +20,14 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import metrics, regimes
 from sparsex_jax.eval.metrics import UNITS, Answer
+from sparsex_jax.eval.oracle import true_deviation
 from sparsex_jax.eval.tasks import TASKS, Sample, make_sample
-from sparsex_jax.reuse.methods import find_method
-from sparsex_jax.reuse.methods.oracle import oracle, true_deviation
+from sparsex_jax.reuse.methods import Full, Oracle
 
 Row = dict[str, Any]
 Cell = tuple[str, str, int]  # task, regime, sample
 Batch = Sequence[Cell]
 ALL_TASKS = "all"  # the task of a summary over several
-ORACLE = "oracle"  # knows each prompt's true deviation, so it exists for one prompt at a time
 Z95 = 1.959964  # a normal variable is within so many standard deviations with 95 %
 _COIN_LIKE = ("score", "top1", "agreement")
 
@@ -53,9 +52,9 @@ def run(
       track: passes the batches of cells (task, regime, sample) on, and may show how far it is.
 
     Raises:
-      InvalidRequestError: no such method, task or regime, no tokenizer, or the prompts do not fit.
+      InvalidRequestError: no such task or regime, no tokenizer, or the prompts do not fit.
     """
-    check(engine, methods, tasks, in_regimes)
+    check(engine, tasks, in_regimes)
     batches = batches_of(tasks, in_regimes, samples, engine.config.max_batch)
     return [row for batch in track(batches) for row in measure(engine, methods, batch, num_tokens, seed, num_segments)]
 
@@ -69,15 +68,12 @@ def batches_of(tasks: Sequence[str], in_regimes: Sequence[str], samples: int, ma
     ]
 
 
-def check(engine: Engine, methods: Mapping[str, ReuseConfig], tasks: Sequence[str], in_regimes: Sequence[str]) -> None:
+def check(engine: Engine, tasks: Sequence[str], in_regimes: Sequence[str]) -> None:
     """Raise InvalidRequestError for whatever would fail later, maybe after hours."""
     for kind, names, known in (("task", tasks, TASKS), ("regime", in_regimes, regimes.REGIMES)):
         for name in names:
             if name not in known:
                 raise InvalidRequestError(f"{kind}={name!r} is unknown; there are: {', '.join(known)}")
-    for reuse in methods.values():
-        if reuse.method != ORACLE:
-            find_method(reuse.method)
     if engine.tokenizer is None:
         raise InvalidRequestError("the tasks are text, but this model has no tokenizer")
 
@@ -102,7 +98,7 @@ def measure(
 ) -> list[Row]:
     """Some samples: a row for each and each method, with the figures of `metrics.UNITS`, text and what was expected."""
     asked = prepare_batch(engine, batch, num_tokens, seed, num_segments)
-    reference, *answers = answer_all(engine, [ReuseConfig("full"), *methods.values()], asked)
+    reference, *answers = answer_all(engine, [Full(), *methods.values()], asked)
     return [
         {"task": task, "regime": regime, "sample": index, "expected": list(asked[i].expected)}
         | {"method": name, "text": found[i].text}
@@ -161,16 +157,16 @@ def answer_all(engine: Engine, methods: Sequence[ReuseConfig], asked: Sequence[A
     found: dict[ReuseConfig, list[Answer]] = {}
     for reuse in methods:
         if reuse not in found:
-            found[reuse] = ask_oracle(engine, asked, reuse) if reuse.method == ORACLE else ask(engine, asked, reuse)
+            found[reuse] = ask_oracle(engine, asked, reuse) if isinstance(reuse, Oracle) else ask(engine, asked, reuse)
     return [found[reuse] for reuse in methods]
 
 
-def ask_oracle(engine: Engine, asked: Sequence[Asked], reuse: ReuseConfig) -> list[Answer]:
-    """The oracle exists for one prompt at a time."""
+def ask_oracle(engine: Engine, asked: Sequence[Asked], reuse: Oracle) -> list[Answer]:
+    """The oracle's answers, one prompt after the other: its scores are of one prompt."""
     answers = []
     for one in asked:
-        with oracle(true_deviation(engine, one.prompt, one.namespace), ORACLE):
-            answers += ask(engine, [one], reuse)
+        scores = true_deviation(engine, one.prompt, one.namespace)
+        answers += ask(engine, [one], dataclasses.replace(reuse, scores=scores))
     return answers
 
 

@@ -29,12 +29,12 @@ class Dense:
     """Float64 forward passes of one model."""
 
     config: object
-    params: dict
+    params: object
 
     def __post_init__(self):
-        self.embed = np.asarray(self.params["embed"], np.float64)
+        self.embed = np.asarray(self.params.embed, np.float64)
         self.layers = [
-            {name: np.asarray(w[layer], np.float64) for name, w in self.params["layers"].items()}
+            {name: np.asarray(w[layer], np.float64) for name, w in vars(self.params.layers).items() if w is not None}
             for layer in range(self.config.num_layers)
         ]
 
@@ -64,8 +64,8 @@ class Dense:
         return hidden + (gate / (1 + np.exp(-gate)) * (x @ w["w_up"])) @ w["w_down"]
 
     def logits(self, hidden):
-        x = _norm(hidden, np.asarray(self.params["final_norm"], np.float64), self.config.rms_norm_eps)
-        return x @ (self.embed.T if self.config.tied_embeddings else np.asarray(self.params["lm_head"], np.float64))
+        x = _norm(hidden, np.asarray(self.params.final_norm, np.float64), self.config.rms_norm_eps)
+        return x @ (self.embed.T if self.config.tied_embeddings else np.asarray(self.params.lm_head, np.float64))
 
     def full(self, tokens, first_position=0):
         """Logits of every token, and K and V of every layer, of a text alone at any position."""

@@ -80,7 +80,7 @@ def _layer(
     decoder: Decoder,
 ) -> tuple[Store, Hidden, Float[Array, "context"]]:
     """Run one layer on all tokens and measure its key mass."""
-    layer = model.layer_of(decoder, params, number)
+    layer = model.OneLayer(decoder, params.layers, number)
     fresh = _rows(rows.token[fresh_at], fresh_at)
     q = model.queries(layer, hidden[fresh_at], fresh)
     store, hidden = model.decoder_layer(layer, store, hidden, rows, tables)

@@ -5,8 +5,8 @@
 The workloads, chat, rag and agents, are those of `sparsex_jax.eval.workloads`, and the same for each method.
 Requests are sent when they are due, whatever became of those before (an open loop, Poisson). The rate is given, or is
 a share of what full recompute gets through when all requests are there at once. A method's figures are those of a
-pass in a namespace of its own in which nothing was compiled. Writes `serving-<model>-<device>.json`, the tables as
-Markdown and, with matplotlib, a plot to `scripts/results`.
+pass in a namespace of its own in which nothing was compiled. Prints a table for each workload, and writes
+`serving-<model>-<device>.json` and, with matplotlib, a plot to `scripts/results`.
 
 TTFT counts from when a request was due. Tokens of one dispatch arrive together, and each is given its part of the time
 since those before. Goodput counts requests whose TTFT and mean time between tokens are both within their limits.
@@ -211,7 +211,7 @@ def plot(runs: dict[str, dict[str, list[Timeline]]], path: Path, title: str) -> 
 
 
 def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, dict[str, list[Timeline]]]) -> None:
-    """The rows, the tables and the plot."""
+    """Print the tables; write the rows and the plot."""
     limits = options.ttft_limit, options.itl_limit
     about = {"bench": "serving", "model": options.model} | provenance()
     rows, tables = [], []
@@ -226,11 +226,8 @@ def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, d
     settings = {key: value for key, value in vars(options).items() if key not in ("model", "note", "rate")}
     settings["workloads"] = list(runs)
     content = about | {"note": options.note, "settings": settings, "rates": rates, "rows": rows}
-    head = f"# Serving {options.model} on {about['device']}\n\n`{about['command']}`\n"
-    note = f"\n{options.note}\n" if options.note else ""
     title = f"{options.model}, {about['device']}: {options.requests} requests of {options.length} tokens"
     path = write_json(content, RESULTS)
-    path.with_suffix(".md").write_text(head + note + "".join(tables))
     print("".join(tables))
     if importlib.util.find_spec("matplotlib"):
         plot(runs, path.with_suffix(".png"), title)

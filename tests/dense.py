@@ -1,7 +1,7 @@
 """The model and the SparseX algorithm once more, dense and slow: no pages, no plan, no chunks, no loops on the device.
 
-Written from the description in `sparsex_jax/reuse/README.md`, with one array of keys and one of values a layer. It
-shares nothing with the package but the layout of the parameters.
+It follows section 3 of `sparsex_jax/reuse/README.md`, with one array of keys and one of values for each layer. It is
+independent of the package, of which it takes only the parameter layout.
 """
 
 import dataclasses
@@ -98,7 +98,7 @@ class Dense:
         return out
 
     def sparsex(self, prompt, boundary, ratio, overflow, tail, second=None):
-        """Logits of the last token, and the active tokens, as `sparsex_jax/reuse/README.md` describes them."""
+        """Logits of the last token, and the active tokens, step by step as in section 3.4."""
         tokens = np.concatenate([tokens for tokens, _ in prompt])
         reused = np.concatenate([np.full(len(tokens), donor is not None) for tokens, donor in prompt])
         ends_in_reuse = bool(reused[-1])

@@ -147,7 +147,7 @@ def test_a_listener_notes_when_its_tokens_came():
     assert timeline.report is SCRIPTED[0].report
 
 
-def test_results_are_rows_and_tables(tmp_path, monkeypatch):
+def test_results_are_rows_and_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_serving, "RESULTS", tmp_path)
     options = argparse.Namespace(
         model="tiny", note="Scripted.", ttft_limit=1.0, itl_limit=0.2, requests=2, length=40, rate=None
@@ -159,4 +159,4 @@ def test_results_are_rows_and_tables(tmp_path, monkeypatch):
     assert content["rates"] == {"rag": 0.5}
     expected = {"work": "rag: TTFT p50", "implementation": "full", "figure": 1.25, "unit": "s"}
     assert expected in content["rows"]
-    assert "| full | 1.25 / 1.92 / 1.98 | 100 / 500 / 500 | 2.2 | 10.0 | 0.25 |" in path.with_suffix(".md").read_text()
+    assert "| full | 1.25 / 1.92 / 1.98 | 100 / 500 / 500 | 2.2 | 10.0 | 0.25 |" in capsys.readouterr().out

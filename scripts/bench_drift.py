@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
-from sparsex_jax.cli.bench import parse_method
+from sparsex_jax.cli.options import parse_method
 from sparsex_jax.eval import regimes, results, scores
 from sparsex_jax.eval.scores import Answer
 from sparsex_jax.eval.tasks import Question, Sample, make_sample

@@ -30,7 +30,7 @@ from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.config import ModelConfig, named_config
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.decoder import inv_freq, logits, rms_norm
-from sparsex_jax.model.weights import Params
+from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.cost import prefill_seconds, speeds_of
 from sparsex_kernels import apply_rope
 
@@ -165,7 +165,7 @@ def decode(engine: Engine, context: int, requests: int, rate: float) -> Row:
 def decode_bytes(engine: Engine, tokens: int) -> int:
     """The bytes that a decode step reads: all weights but the embedding table, and K and V of `tokens` tokens."""
     params = engine.runner.params
-    head = 0 if engine.model.tied_embeddings else params["embed"].nbytes
+    head = 0 if engine.model.tied_embeddings else params.embed.nbytes
     config = engine.model
     size = 2 * config.num_layers * config.num_kv_heads * config.head_dim * engine.runner.store.dtype.itemsize
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - head + tokens * size
@@ -225,19 +225,19 @@ def plain(params: Params, tokens: jax.Array, *, config: ModelConfig) -> tuple[ja
     frequencies, eps = inv_freq(config), config.rms_norm_eps
     fused = "cudnn" if jax.default_backend() == "gpu" else None
 
-    def layer(hidden: jax.Array, weights: Params) -> tuple[jax.Array, jax.Array]:
-        normed = rms_norm(hidden, weights["attn_norm"], eps)
-        q, k, v = (jnp.einsum("rh,hnd->rnd", normed, weights[name]) for name in ("wq", "wk", "wv"))
+    def layer(hidden: jax.Array, weights: Layers) -> tuple[jax.Array, jax.Array]:
+        normed = rms_norm(hidden, weights.attn_norm, eps)
+        q, k, v = (jnp.einsum("rh,hnd->rnd", normed, weight) for weight in (weights.wq, weights.wk, weights.wv))
         if config.qk_norm:
-            q, k = (rms_norm(x, weights[name], eps) for x, name in ((q, "q_norm"), (k, "k_norm")))
+            q, k = rms_norm(q, weights.q_norm, eps), rms_norm(k, weights.k_norm, eps)
         q, k = (apply_rope(x, position, frequencies) for x in (q, k))
         attended = jax.nn.dot_product_attention(q[None], k[None], v[None], is_causal=True, implementation=fused)
-        hidden = hidden + jnp.einsum("rnd,ndh->rh", attended[0], weights["wo"])
-        normed = rms_norm(hidden, weights["mlp_norm"], eps)
-        hidden = hidden + (jax.nn.silu(normed @ weights["w_gate"]) * (normed @ weights["w_up"])) @ weights["w_down"]
+        hidden = hidden + jnp.einsum("rnd,ndh->rh", attended[0], weights.wo)
+        normed = rms_norm(hidden, weights.mlp_norm, eps)
+        hidden = hidden + (jax.nn.silu(normed @ weights.w_gate) * (normed @ weights.w_up)) @ weights.w_down
         return hidden, jnp.stack([k, v])
 
-    hidden, kv = jax.lax.scan(layer, params["embed"][tokens], params["layers"])
+    hidden, kv = jax.lax.scan(layer, params.embed[tokens], params.layers)
     return logits(params, config, hidden[-1:]), kv
 
 

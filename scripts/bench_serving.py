@@ -5,8 +5,8 @@
 The workloads, chat, rag and agents, are those of `sparsex_jax.eval.workloads`, and the same for each method.
 Requests are sent when they are due, whatever became of those before (an open loop, Poisson). The rate is given, or is
 a share of what full recompute gets through when all requests are there at once. A method's figures are those of a
-pass in a namespace of its own in which nothing was compiled. Writes `serving-<model>-<device>.json`, the tables as
-Markdown and, with matplotlib, a plot to `scripts/results`.
+pass in a namespace of its own in which nothing was compiled. Prints a table for each workload, and writes
+`serving-<model>-<device>.json` and, with matplotlib, a plot to `scripts/results`.
 
 TTFT counts from the time a request was due. The tokens of one decode call arrive together, and the time since the last
 tokens is divided among them. Goodput counts requests whose TTFT and mean time between tokens are within their limits.
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams, UnknownModelError
-from sparsex_jax.cli.bench import parse_method
+from sparsex_jax.cli.options import parse_method
 from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.eval import lexicon
@@ -216,7 +216,7 @@ def plot(runs: dict[str, dict[str, list[Timeline]]], path: Path, title: str) -> 
 
 
 def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, dict[str, list[Timeline]]]) -> None:
-    """The rows, the tables and the plot."""
+    """Print the tables; write the rows and the plot."""
     limits = options.ttft_limit, options.itl_limit
     about = {"bench": "serving", "model": options.model} | provenance()
     rows, tables = [], []
@@ -231,11 +231,8 @@ def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, d
     settings = {key: value for key, value in vars(options).items() if key not in ("model", "note", "rate")}
     settings["workloads"] = list(runs)
     content = about | {"note": options.note, "settings": settings, "rates": rates, "rows": rows}
-    head = f"# Serving {options.model} on {about['device']}\n\n`{about['command']}`\n"
-    note = f"\n{options.note}\n" if options.note else ""
     title = f"{options.model}, {about['device']}: {options.requests} requests of {options.length} tokens"
     path = write_json(content, RESULTS)
-    path.with_suffix(".md").write_text(head + note + "".join(tables))
     print("".join(tables))
     if importlib.util.find_spec("matplotlib"):
         plot(runs, path.with_suffix(".png"), title)

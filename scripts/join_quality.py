@@ -3,7 +3,7 @@
     sparsex bench quality --tasks vt ... --json > vt.json & sparsex bench quality --tasks cwe ... --json > cwe.json
     python scripts/join_quality.py vt.json cwe.json [--note "what a reader must know"]
 
-Writes the JSON, the tables and the frontier's plot that one run over all tasks would have written to `scripts/results`.
+Writes the JSON and the frontier's plot that one run over all tasks would have written to `scripts/results`.
 The mean over all tasks is the mean of the tasks' means, and its interval follows from their intervals.
 """
 
@@ -84,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     joined, summaries = join([json.loads(path.read_text()) for path in options.documents])
     joined |= {name: text for name in ("bench", "note") if (text := getattr(options, name))}
-    path = results.write(joined, summaries, RESULTS)
+    path = results.write_json(joined, RESULTS)
     from sparsex_jax.eval import plots
 
     settings = joined["settings"]

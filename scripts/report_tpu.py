@@ -2,7 +2,8 @@
 
     uv run --group tpu-aot python scripts/report_tpu.py
 
-Writes `results/tpu-aot.json` and `results/tpu-aot.md`. Compiles for minutes, on any machine with `libtpu`.
+Writes `results/tpu-aot.json`, which `report_results.py` makes tables of. Compiles for minutes, on any machine with
+`libtpu`.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ CHIPS = {
 ROOFLINE_PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8), ("v7", 1), ("v7", 4)]
 LENGTHS = [8192, 16384, 32768, 65536, 131072]
 FRESH, RATIO, BOUNDARY = 0.05, 0.15, 1 / 6  # of the prompt; of the reused tokens; of the layers
-CHUNK, ROW_TILE = CHUNKS["tpu"].size, 128
+CHUNK, ROW_TILE = CHUNKS["tpu"], 128
 
 
 # Compiling ----------------------------------------------------------------------------------------------------
@@ -203,70 +204,6 @@ def predictions() -> list[dict]:
 # The report ---------------------------------------------------------------------------------------------------
 
 
-def markdown(report: dict) -> str:
-    gib = 2**30
-    lines = [
-        f"# {MODEL} on TPU: compiled and predicted, never run",
-        "",
-        f"libtpu {report['versions']['libtpu']}, JAX {report['versions']['jax']}, commit {report['commit'][:12]}.",
-        "",
-        "## Compiled",
-        "",
-        f"bfloat16, a store of {ENGINE.store_tokens} tokens, bytes per device in GiB. `alias` is donated memory that",
-        "comes back as output; it holds the store, so the step does not copy it. Operations and bytes are XLA's own",
-        "count (in 10^9), in which the body of a loop counts once and a Pallas kernel's operations not at all.",
-        "",
-        "| chip | devices | step | arguments | store | alias | temporary | peak | operations | bytes | compiled in s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for s in report["steps"]:
-        sizes = [s[f"{key}_bytes"] for key in ("argument", "store", "alias", "temp", "peak")]
-        cells = [s["chip"], s["devices"], s["step"], *[f"{x / gib:.2f}" if x is not None else "" for x in sizes]]
-        cells += [f"{(s[key] or 0) / 1e9:.1f}" for key in ("flops_loops_once", "bytes_loops_once")]
-        lines.append("| " + " | ".join(map(str, [*cells, s["compile_s"]])) + " |")
-    lines += ["", "VMEM of the kernels, the most of any step, MiB (double buffers included):", ""]
-    for (chip, devices), kernels in vmem_by_place(report["steps"]).items():
-        each = ", ".join(f"`{name}` {size / 2**20:.1f}" for name, size in sorted(kernels.items()))
-        lines.append(f"* {chip} x {devices}: {each}")
-    lines += [
-        "",
-        "Collectives in the program text (those in a loop's body run once a layer and chunk):",
-        "",
-        "| chip | devices | step | collectives |",
-        "| --- | --- | --- | --- |",
-    ]
-    for s in report["steps"]:
-        each = ", ".join(f"{c['count']} {c['kind']} {c['result']}" for c in s["collectives"]) or "none"
-        lines.append(f"| {s['chip']} | {s['devices']} | {s['step']} | {each} |")
-    lines += [
-        "",
-        "## Predicted time to first token",
-        "",
-        "A roofline on paper from the chips' published peaks: per layer the larger of compute and memory for the",
-        "linear part and for attention, plus the all-reduces. **Nothing here was measured, and real chips stay below",
-        "their peaks**; the ratio is worth more than the times. SparseX: boundary at a sixth of the layers, 15 % of",
-        f"the reused tokens recomputed, {FRESH:.0%} of the prompt fresh, alignment included, lookup not. `fits`:",
-        "weights and KV of the prompt and of its donors fit the memory.",
-        "",
-        "| chip | chips | tokens | full, s | SparseX, s | ratio | fits |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for p in report["predictions"]:
-        times = f"{p['full_s']:.3f} | {p['sparsex_s']:.3f} | {p['ratio']:.1f}"
-        fits = "yes" if p["donors_fit"] else "no"
-        lines.append(f"| {p['chip']} | {p['chips']} | {p['tokens']} | {times} | {fits} |")
-    return "\n".join(lines) + "\n"
-
-
-def vmem_by_place(steps: list[dict]) -> dict[tuple[str, int], dict[str, int]]:
-    most: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
-    for step in steps:
-        kernels = most[step["chip"], step["devices"]]
-        for name, size in step["kernel_vmem_bytes"].items():
-            kernels[name] = max(kernels.get(name, 0), size)
-    return most
-
-
 def surroundings() -> dict:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {"versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}, "commit": commit}
@@ -284,7 +221,6 @@ def main() -> None:
             report["steps"].append(compiled_step(chip, int(devices), step))
             print(json.dumps({k: v for k, v in report["steps"][-1].items() if k != "collectives"}), flush=True)
             args.out.write_text(json.dumps(report, indent=2) + "\n")
-            args.out.with_suffix(".md").write_text(markdown(report))
 
 
 if __name__ == "__main__":

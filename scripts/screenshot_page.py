@@ -1,4 +1,6 @@
-"""Take the README's picture of the page: SmolLM2 answers the page's own example. Needs Chromium on the PATH.
+"""Take the picture of the page in `sparsex_jax/serving/README.md`: SmolLM2 answers the page's own example.
+
+Needs Chromium on the PATH.
 
 uv run python scripts/screenshot_page.py
 """
@@ -25,7 +27,7 @@ from sparsex_jax.serving.worker import Worker
 MODEL = "smollm2-135m-instruct"
 PICTURE = Path(__file__).parent / "results" / "page.png"
 SECONDS = 120
-CALIBRATED = ReuseConfig(boundary_layer=0, recompute_ratio=0.05)  # what the README's calibration found
+CALIBRATED = ReuseConfig(boundary_layer=0, recompute_ratio=0.05)  # as in scripts/results/calibrate-smollm2-cpu.json
 
 
 def main() -> None:

@@ -17,23 +17,36 @@ from sparsex_jax.errors import (
     UnsupportedModelError,
 )
 
+# This also registers the methods under their names. None of it imports jax.
+from sparsex_jax.reuse.methods import CacheBlend, Epic, Focus, Full, Naive, Oracle, Prefix, ProphetKV, Random, SparseX
+
 if TYPE_CHECKING:
     from sparsex_jax.device.generation import Generation, Prefill, TokenLogprobs
     from sparsex_jax.engine import Engine
     from sparsex_jax.reuse.report import Report
 
 __all__ = [
+    "CacheBlend",
     "Engine",
     "EngineConfig",
+    "Epic",
+    "Focus",
+    "Full",
     "Generation",
     "InvalidRequestError",
     "ModelConfig",
+    "Naive",
     "NonFiniteLogitsError",
+    "Oracle",
     "OverloadedError",
     "Prefill",
+    "Prefix",
+    "ProphetKV",
+    "Random",
     "Report",
     "ReuseConfig",
     "SamplingParams",
+    "SparseX",
     "SparsexError",
     "StoreFullError",
     "TokenLogprobs",
@@ -42,7 +55,7 @@ __all__ = [
     "UnsupportedModelError",
 ]
 
-# What needs jax is imported when it is first asked for: configuration and the command line's help come at once.
+# What needs jax is imported when it is first used, so that configuration and the command line's help come at once.
 _LAZY = {
     "Engine": "engine",
     "Generation": "device.generation",

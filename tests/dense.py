@@ -1,7 +1,7 @@
 """The model and the SparseX algorithm once more, dense and slow: no pages, no plan, no chunks, no loops on the device.
 
-Written from DESIGN.md section 3 with one array of keys and one of values a layer, independently of the package,
-which it only takes the parameter layout from.
+It follows section 3 of `sparsex_jax/reuse/README.md`, with one array of keys and one of values for each layer. It is
+independent of the package, of which it takes only the parameter layout.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ class Dense:
     """Float64 forward passes of one model."""
 
     config: object
-    params: dict
+    params: object
 
     def __post_init__(self):
-        self.embed = np.asarray(self.params["embed"], np.float64)
+        self.embed = np.asarray(self.params.embed, np.float64)
         self.layers = [
-            {name: np.asarray(w[layer], np.float64) for name, w in self.params["layers"].items()}
+            {name: np.asarray(w[layer], np.float64) for name, w in vars(self.params.layers).items() if w is not None}
             for layer in range(self.config.num_layers)
         ]
 
@@ -64,8 +64,8 @@ class Dense:
         return hidden + (gate / (1 + np.exp(-gate)) * (x @ w["w_up"])) @ w["w_down"]
 
     def logits(self, hidden):
-        x = _norm(hidden, np.asarray(self.params["final_norm"], np.float64), self.config.rms_norm_eps)
-        return x @ (self.embed.T if self.config.tied_embeddings else np.asarray(self.params["lm_head"], np.float64))
+        x = _norm(hidden, np.asarray(self.params.final_norm, np.float64), self.config.rms_norm_eps)
+        return x @ (self.embed.T if self.config.tied_embeddings else np.asarray(self.params.lm_head, np.float64))
 
     def full(self, tokens, first_position=0):
         """Logits of every token, and K and V of every layer, of a text alone at any position."""
@@ -98,7 +98,7 @@ class Dense:
         return out
 
     def sparsex(self, prompt, boundary, ratio, overflow, tail, second=None):
-        """Logits of the last token, and the active tokens, by the letter of DESIGN.md section 3."""
+        """Logits of the last token, and the active tokens, step by step as in section 3.4."""
         tokens = np.concatenate([tokens for tokens, _ in prompt])
         reused = np.concatenate([np.full(len(tokens), donor is not None) for tokens, donor in prompt])
         ends_in_reuse = bool(reused[-1])

@@ -51,7 +51,7 @@ def test_cases_share_no_tokens(tiny):
 
 def test_a_decode_step_reads_the_kv_and_all_weights_but_the_embedding_table(tiny):
     params = jax.tree.leaves(tiny.runner.params)
-    table = 0 if TINY.tied_embeddings else tiny.runner.params["embed"].nbytes
+    table = 0 if TINY.tied_embeddings else tiny.runner.params.embed.nbytes
     weights = sum(leaf.nbytes for leaf in params) - table
     one = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_dim * 4
     assert bench.decode_bytes(tiny, 10) == weights + 10 * one

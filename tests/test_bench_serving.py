@@ -13,7 +13,7 @@ from conftest import TINY
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.workloads import WORKLOADS, WorkloadSize, make_workload
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Loop
 
@@ -100,8 +100,8 @@ def test_every_method_gets_the_same_requests_at_the_same_times(tokenizer, monkey
 
 
 def report(prefix, reused, fresh, computed):
-    kind = np.repeat([Kind.PREFIX, Kind.REUSED, Kind.FRESH], [prefix, reused, fresh])
-    return Report(len(kind), prefix, reused, fresh, fresh, 0, (), computed, 0.0, kind, kind == Kind.FRESH)
+    kind = np.repeat([TokenKind.PREFIX, TokenKind.REUSED, TokenKind.FRESH], [prefix, reused, fresh])
+    return Report(len(kind), prefix, reused, fresh, fresh, 0, (), computed, 0.0, kind, kind == TokenKind.FRESH)
 
 
 SCRIPTED = [
@@ -147,7 +147,7 @@ def test_a_listener_records_the_times_of_its_tokens():
     assert timeline.report is SCRIPTED[0].report
 
 
-def test_results_are_rows_and_tables(tmp_path, monkeypatch):
+def test_results_are_rows_and_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_serving, "RESULTS", tmp_path)
     options = argparse.Namespace(
         model="tiny", note="Scripted.", ttft_limit=1.0, itl_limit=0.2, requests=2, length=40, rate=None
@@ -159,4 +159,4 @@ def test_results_are_rows_and_tables(tmp_path, monkeypatch):
     assert content["rates"] == {"rag": 0.5}
     expected = {"work": "rag: TTFT p50", "implementation": "full", "figure": 1.25, "unit": "s"}
     assert expected in content["rows"]
-    assert "| full | 1.25 / 1.92 / 1.98 | 100 / 500 / 500 | 2.2 | 10.0 | 0.25 |" in path.with_suffix(".md").read_text()
+    assert "| full | 1.25 / 1.92 / 1.98 | 100 / 500 / 500 | 2.2 | 10.0 | 0.25 |" in capsys.readouterr().out

@@ -202,7 +202,7 @@ def test_a_file_written_by_hand_needs_only_fields(tmp_path, model):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"depth": 3}, "'depth' is unknown"),
+        ({"depth": 3}, "depth=3 has no meaning for method 'sparsex'; its options: .*boundary_layer"),
         ({"boundary_layer": "5"}, "boundary_layer='5'"),
         ({"boundary_layer": True}, "boundary_layer=True"),
         ({"recompute_ratio": [0.1]}, r"recompute_ratio=\[0.1\]"),
@@ -293,7 +293,7 @@ def test_a_wrong_file_gives_one_line_on_stderr(tmp_path):
     file = write(tmp_path / "wrong.json", {"depth": 3})
     result = invoke("generate", "hi", "--model", GOLDEN / "llama", "--reuse-config", file)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "'depth' is unknown" in result.stderr
+    assert "depth=3 has no meaning for method 'sparsex'" in result.stderr
 
 
 # The command ------------------------------------------------------------------------------------------------

@@ -252,29 +252,29 @@ def stored_tensors(name):
 def test_directory_loads_in_the_decoders_shapes(name, mesh):
     checkpoint = open_checkpoint(GOLDEN / name)
     params, stored, dim = checkpoint.load_params("float32", mesh), stored_tensors(name), checkpoint.config.head_dim
-    layers, prefix = params["layers"], "model.layers.2."
+    layers, prefix = params.layers, "model.layers.2."
     q, k, o = (stored[f"{prefix}self_attn.{which}_proj.weight"] for which in "qko")
-    np.testing.assert_array_equal(layers["wq"][2, :, 3, 5], q[3 * dim + 5])
-    np.testing.assert_array_equal(layers["wk"][2, :, 1, 4], k[1 * dim + 4])
-    np.testing.assert_array_equal(layers["wo"][2, 3, 5], o[:, 3 * dim + 5])
-    np.testing.assert_array_equal(layers["w_down"][2], stored[f"{prefix}mlp.down_proj.weight"].T)
-    np.testing.assert_array_equal(layers["mlp_norm"][2], stored[f"{prefix}post_attention_layernorm.weight"])
-    np.testing.assert_array_equal(params["embed"], stored["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(layers.wq[2, :, 3, 5], q[3 * dim + 5])
+    np.testing.assert_array_equal(layers.wk[2, :, 1, 4], k[1 * dim + 4])
+    np.testing.assert_array_equal(layers.wo[2, 3, 5], o[:, 3 * dim + 5])
+    np.testing.assert_array_equal(layers.w_down[2], stored[f"{prefix}mlp.down_proj.weight"].T)
+    np.testing.assert_array_equal(layers.mlp_norm[2], stored[f"{prefix}post_attention_layernorm.weight"])
+    np.testing.assert_array_equal(params.embed, stored["model.embed_tokens.weight"])
 
 
 def test_directory_loads_what_only_some_models_have(mesh):
     llama, qwen2, qwen3 = (open_checkpoint(GOLDEN / name).load_params("float32", mesh) for name in MODELS[:3])
     bias, norm = "model.layers.1.self_attn.k_proj.bias", "model.layers.1.self_attn.q_norm.weight"
-    assert "lm_head" not in llama
-    np.testing.assert_array_equal(qwen2["lm_head"], stored_tensors("qwen2")["lm_head.weight"].T)
-    np.testing.assert_array_equal(qwen2["layers"]["bk"][1].reshape(-1), stored_tensors("qwen2")[bias])
-    np.testing.assert_array_equal(qwen3["layers"]["q_norm"][1], stored_tensors("qwen3")[norm].astype(np.float32))
+    assert llama.lm_head is None
+    np.testing.assert_array_equal(qwen2.lm_head, stored_tensors("qwen2")["lm_head.weight"].T)
+    np.testing.assert_array_equal(qwen2.layers.bk[1].reshape(-1), stored_tensors("qwen2")[bias])
+    np.testing.assert_array_equal(qwen3.layers.q_norm[1], stored_tensors("qwen3")[norm].astype(np.float32))
 
 
 def test_bfloat16_weights_stay_as_they_are(mesh):
     stored = stored_tensors("mistral")["model.embed_tokens.weight"]
     assert stored.dtype == ml_dtypes.bfloat16
-    loaded = open_checkpoint(GOLDEN / "mistral").load_params("bfloat16", mesh)["embed"]
+    loaded = open_checkpoint(GOLDEN / "mistral").load_params("bfloat16", mesh).embed
     assert loaded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(loaded, stored)
 
@@ -408,7 +408,23 @@ def test_converted_checkpoint_is_restored_into_another_dtype_and_mesh(tmp_path, 
     assert_equal(params, source.load_params("bfloat16", mesh))
     wanted = abstract_params(source.config, "bfloat16", wide)
     assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, wanted)
-    assert params["layers"]["wq"].sharding.mesh.shape[TENSOR_AXIS] == wide.size
+    assert params.layers.wq.sharding.mesh.shape[TENSOR_AXIS] == wide.size
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_were_written_as_dictionaries_load(name, tmp_path, mesh):
+    import orbax.checkpoint as ocp
+
+    convert(GOLDEN / name, tmp_path / "out", "float32", mesh)
+    params = open_checkpoint(GOLDEN / name).load_params("float32", mesh)
+    layers = {field: array for field, array in vars(params.layers).items() if array is not None}
+    named = {"embed": params.embed, "layers": layers, "final_norm": params.final_norm}
+    if params.lm_head is not None:
+        named["lm_head"] = params.lm_head
+    shutil.rmtree(tmp_path / "out" / "params")
+    with ocp.StandardCheckpointer() as checkpointer:  # as every earlier version wrote them
+        checkpointer.save(tmp_path / "out" / "params", named)
+    assert_equal(open_checkpoint(tmp_path / "out").load_params("float32", mesh), params)
 
 
 def test_tokenizer_survives_conversion(embedded, tmp_path, mesh):

@@ -15,7 +15,7 @@ from sparsex_jax.cli.documents import DOCUMENTS, PROMPT_ORDER
 from sparsex_jax.cli.tokenmap import token_labels, token_map, token_pieces
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.report import Report
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -228,7 +228,9 @@ def make_report(kind, active):
 
 
 def test_colours_follow_kind_and_active(tokenizer):
-    report = make_report([Kind.PREFIX, Kind.REUSED, Kind.REUSED, Kind.FRESH], [False, False, True, True])
+    report = make_report(
+        [TokenKind.PREFIX, TokenKind.REUSED, TokenKind.REUSED, TokenKind.FRESH], [False, False, True, True]
+    )
     assert token_labels(report) == ["prefix", "reused", "recomputed", "fresh"]
     text = token_map(tokenizer, tokenizer("one two three four")["input_ids"], report)
     assert text.plain == "one two three four"

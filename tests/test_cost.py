@@ -42,7 +42,7 @@ def test_less_work_is_predicted_to_take_less_time(engine):
 
 def test_a_full_prefill_takes_the_sum_of_its_operations(engine):
     """Computed by hand: 380 tokens of an 8B model, only matrix products and the reading of their weights."""
-    speeds = Speeds(linear=1e12, attention=1e30, bandwidth=1e30, layer=0, start=0, tile=1)
+    speeds = Speeds(linear=1e12, attention=1e30, bandwidth=1e30, layer=0.0, start=0.0, tile=1)
     per_token = 2 * 32 * (4096 * (2 * 32 + 2 * 8) * 128 + 3 * 4096 * 14336)
     assert seconds(engine, speeds, method="full") == pytest.approx(380 * per_token / 1e12)
     wide = dataclasses.replace(speeds, tile=256)
@@ -57,7 +57,7 @@ def test_each_layer_a_probe_runs_is_counted(engine):
 
 @pytest.mark.parametrize(("tile", "reused"), [(1, 300), (4096, 0)], ids=["pays", "does not pay"])
 def test_segments_that_do_not_save_time_are_recomputed(engine, tile, reused):
-    engine.admission.speeds = Speeds(linear=1e12, attention=1e30, bandwidth=1e30, layer=0, start=0, tile=tile)
+    engine.admission.speeds = Speeds(linear=1e12, attention=1e30, bandwidth=1e30, layer=0.0, start=0.0, tile=tile)
     asked = ReuseConfig("naive", only_if_faster=True)
     out = engine.prefill(PROMPT, reuse=asked, namespace="n", keep=False)
     assert out.report.reused_tokens == reused

@@ -61,7 +61,7 @@ class EngineMachine(RuleBasedStateMachine):
             outs = self.engine.generate_batch(
                 [build(p) for p in pieces],
                 SamplingParams(max_new_tokens=new, temperature=1.0, seed=new),
-                reuse=ReuseConfig(method=method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2),
+                reuse=ReuseConfig.fitting(method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2),
                 namespace=namespace,
             )
         except StoreFullError:

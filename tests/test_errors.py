@@ -48,7 +48,7 @@ BAD_SETTINGS = {
     "boundary": (lambda: {"reuse": ReuseConfig(boundary_layer=5)}, "boundary_layer=5 must be at most 4"),
     "second boundary": (
         lambda: {"reuse": ReuseConfig(boundary_layer=3, second_boundary=1)},
-        r"phases at layers \[0, 3, 1\]",
+        "second_boundary=1 must be larger than boundary_layer=3",
     ),
     "negative boundary": (lambda: {"reuse": ReuseConfig(boundary_layer=-1)}, "boundary_layer=-1 must be"),
     "ratio": (lambda: {"reuse": ReuseConfig(recompute_ratio=1.5)}, "recompute_ratio=1.5 must be a number from 0 to 1"),

@@ -9,12 +9,13 @@ import pytest
 from conftest import TINY
 from typer.testing import CliRunner
 
-from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
+from sparsex_jax import Engine, InvalidRequestError, Oracle, ReuseConfig
 from sparsex_jax.cli import app
-from sparsex_jax.cli.bench import BenchSettings, example_maps, parse_method
+from sparsex_jax.cli.bench import BenchSettings, example_maps
+from sparsex_jax.cli.options import parse_method
 from sparsex_jax.eval import lexicon, maps, plots, quality, regimes, results, scores
 from sparsex_jax.eval.tasks import CLOSED_TASKS, TASKS, make_sample, word_count
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 
 SIZES = ((40, 1), (300, 4), (2000, 3))  # tokens of body, segments
 METHODS = {"full": ReuseConfig("full"), "naive": ReuseConfig("naive"), "sparsex": ReuseConfig("sparsex")}
@@ -295,7 +296,7 @@ def test_a_run_can_be_repeated(engine, rows):
 
 
 def test_the_oracle_is_a_method_of_the_bench(engine):
-    methods = METHODS | {"oracle": ReuseConfig("oracle", recompute_ratio=0.2)}
+    methods = METHODS | {"oracle": Oracle(recompute_ratio=0.2)}
     rows = quality.run(engine, methods, ["qa"], ["independent"], num_tokens=300, samples=1)
     oracle = next(row for row in rows if row["method"] == "oracle")
     assert 0 < oracle["computed_fraction"] < 1
@@ -321,7 +322,7 @@ def test_results_are_written_with_tables_and_plots(rows, tmp_path):
 def test_maps_show_where_reuse_goes_wrong(engine, tmp_path):
     settings = BenchSettings(["full"], ["vt"], ["independent"], length=300, segments=3, samples=1, batch=1, seed=0)
     found = example_maps(engine, settings, "vt", "independent")
-    fresh = found.kind == Kind.FRESH
+    fresh = found.kind == TokenKind.FRESH
     assert found.key_mass.shape == found.key_deviation.shape == (engine.model.num_layers, len(fresh))
     np.testing.assert_allclose(found.key_mass.sum(1), 1, rtol=1e-4)
     np.testing.assert_allclose(found.key_deviation[0], 0, atol=1e-5)  # alignment is exact in layer 0
@@ -341,7 +342,10 @@ def test_key_mass_is_causal(engine):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("sparsex:depth=3", "sets 'depth'"), ("sparsex:boundary_layer=x", "boundary_layer='x'")],
+    [
+        ("sparsex:depth=3", "depth=3 has no meaning for method 'sparsex'; its options: .*boundary_layer"),
+        ("sparsex:boundary_layer=x", "boundary_layer='x'"),
+    ],
 )
 def test_bad_options_of_a_method_are_refused(text, message):
     with pytest.raises(InvalidRequestError, match=message):

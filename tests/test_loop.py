@@ -143,7 +143,7 @@ def some_by_default(*names):
 def test_batched_and_chunked_is_as_one_at_a_time(method):
     engine = make_engine()
     remember(engine)
-    reuse = ReuseConfig(method=method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
+    reuse = ReuseConfig.fitting(method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
     prompts = mixed_prompts()
     alone = [engine.generate(prompt, GREEDY, reuse=reuse, keep=False) for prompt in prompts]
     loop = Loop(engine, prefill_tokens=24)
@@ -158,7 +158,7 @@ def test_batched_and_chunked_is_as_one_at_a_time(method):
 
 @some_by_default("sparsex")
 def test_what_is_put_off_goes_on_as_if_nothing_had_been(method):
-    reuse = ReuseConfig(method=method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
+    reuse = ReuseConfig.fitting(method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
     sampling = SamplingParams(max_new_tokens=60, temperature=0.7, seed=3, repetition_penalty=1.2)
     prompts = mixed_prompts()[:4]
     engine = make_engine(**SMALL)
@@ -530,7 +530,7 @@ BAD = {
     "prompt": ([], {}, InvalidRequestError, "prompt is empty"),
     "text": ("hello", {}, InvalidRequestError, "no tokenizer"),
     "namespace": ([1], {"namespace": ""}, InvalidRequestError, "namespace=''"),
-    "method": ([1], {"reuse": ReuseConfig(method="magic")}, InvalidRequestError, "method='magic'"),
+    "method": ([1], {"reuse": "magic"}, InvalidRequestError, "reuse='magic' must be a ReuseConfig"),
     "boundary": ([1], {"reuse": ReuseConfig(boundary_layer=9)}, InvalidRequestError, "boundary_layer=9"),
     "stop": ([1], {"sampling": SamplingParams(stop="x")}, InvalidRequestError, "stop="),
     "bias": ([1], {"sampling": SamplingParams(logit_bias={97: 1})}, InvalidRequestError, "token id 97"),
@@ -596,7 +596,7 @@ class LoopMachine(RuleBasedStateMachine):
     )
     def submit(self, parts, new, method, keep, poison):
         prompt = np.concatenate([*parts, poison]).astype(np.int32)
-        reuse = ReuseConfig(method=method, boundary_layer=1)
+        reuse = ReuseConfig.fitting(method, boundary_layer=1)
         try:
             heard = submit(self.loop, prompt, SamplingParams(max_new_tokens=new), reuse=reuse, keep=keep)
         except StoreFullError:

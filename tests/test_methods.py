@@ -8,16 +8,12 @@ import pytest
 from conftest import TINY
 from dense import Dense, engine_logits, stored_kv
 from test_reuse import INTERLEAVINGS, NEW, A, remember_both
-from test_steps import assert_no_copy, memory_of
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
-from sparsex_jax.device.prefill import prefill
+from sparsex_jax.eval.oracle import prompt_kv, true_deviation
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.reuse.methods import METHODS, Phase, find_method, method
-from sparsex_jax.reuse.methods.oracle import oracle, prompt_kv, true_deviation
-from sparsex_jax.reuse.planner import RequestPlan, plan_prefill, shares
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.methods import METHODS, Full, Method, Oracle, Phase
 
 PLAIN = {"overflow_tokens": 0, "tail_tokens": 0}
 CONFIGS = {
@@ -26,15 +22,12 @@ CONFIGS = {
     "prophetkv": ReuseConfig("prophetkv", recompute_ratio=0.2),
     "focus": ReuseConfig("focus", recompute_ratio=0.2, pool_tokens=16, **PLAIN),
     "random": ReuseConfig("random", boundary_layer=1, recompute_ratio=0.2, **PLAIN),
-    "sum_layers": ReuseConfig(boundary_layer=2, recompute_ratio=0.2, sum_layers=True, **PLAIN),
-    "coverage": ReuseConfig(boundary_layer=1, recompute_ratio=1.0, coverage=0.6, overflow_tokens=2, tail_tokens=4),
-    "everything": ReuseConfig(
-        boundary_layer=1, second_boundary=3, coverage=0.7, head_tokens=3, per_segment=True, pool_tokens=4, **PLAIN
-    ),
+    "sparsex": ReuseConfig(boundary_layer=2, recompute_ratio=0.2, **PLAIN),
+    "everything": ReuseConfig(boundary_layer=1, second_boundary=3, head_tokens=3, pool_tokens=4, **PLAIN),
 }
-# The first four have one boundary and one signal: in a batch they run as the others do. `test_loop.py` has batches of
+# The first three have one boundary and one signal: in a batch they run as the others do. `test_loop.py` has batches of
 # the last.
-IN_BATCHES_ELSEWHERE = ["epic", "random", "sum_layers", "coverage", "prophetkv"]
+IN_BATCHES_ELSEWHERE = ["epic", "random", "sparsex", "prophetkv"]
 PROMPTS = ["odd offsets", "many"]
 
 
@@ -153,13 +146,6 @@ def test_focus_recomputes_the_pieces_that_some_head_looks_at(tiny, dense, case):
     assert out.report.computed_fraction == pytest.approx((len(case.fresh) + len(active)) / len(case.tokens))
 
 
-@pytest.mark.parametrize("sum_layers", [False, True])
-def test_focus_of_the_boundary_chooses_key_tokens(tiny, dense, case, sum_layers):
-    reuse = ReuseConfig(boundary_layer=2, recompute_ratio=0.2, focus=True, sum_layers=sum_layers, **PLAIN)
-    active = case.with_best(boundary_mass(dense, case, 2, sum_layers, power=4), round(0.2 * len(case.reused)))
-    np.testing.assert_array_equal(np.flatnonzero(run(tiny, case, reuse).report.active), active)
-
-
 def _stored(engine, case, reuse):
     with engine.admitted([case.tokens], [], reuse, ["n"]) as [request]:
         engine.prefill_admitted([request])
@@ -168,20 +154,10 @@ def _stored(engine, case, reuse):
         return np.stack(stored_kv(engine, slots), 1)
 
 
-def test_mass_summed_over_the_layers_before_the_boundary(tiny, dense, case):
-    def best(layer, hidden, rows, kv):
-        mass = dense.masses(dense.embed[case.tokens], rows, kv, case.fresh, range(layer + 1)).sum(0)
-        dense.deviation(layer, hidden, rows, kv)  # the new K and V of the boundary's layer stay
-        return case.with_best(mass, round(0.2 * len(case.reused)))
-
-    logits, _, [active] = dense.narrowed(case.pieces, [(2, best)])
-    assert_is(run(tiny, case, CONFIGS["sum_layers"]), logits, active)
-
-
 def test_random_tokens_are_as_many_and_the_same_each_time(tiny, dense, case):
     out = run(tiny, case, CONFIGS["random"])
     np.testing.assert_array_equal(out.report.active, run(tiny, case, CONFIGS["random"]).report.active)
-    key = run(tiny, case, dataclasses.replace(CONFIGS["random"], method="sparsex")).report
+    key = run(tiny, case, ReuseConfig(**CONFIGS["random"].to_dict() | {"method": "sparsex"})).report
     assert (out.report.active_tokens, out.report.computed_fraction) == (key.active_tokens, key.computed_fraction)
     assert (out.report.active != key.active).any()
     logits, _, _ = dense.narrowed(case.pieces, [(1, lambda *_: np.flatnonzero(out.report.active))])
@@ -190,17 +166,18 @@ def test_random_tokens_are_as_many_and_the_same_each_time(tiny, dense, case):
 
 def test_the_oracle_knows_the_true_deviation(tiny, dense, case):
     true, pasted = np.array(dense.full(case.tokens)[1]), np.array(dense.pasted(case.pieces))
-    np.testing.assert_allclose(prompt_kv(tiny, case.tokens, "full", "n"), true, atol=1e-4)
+    np.testing.assert_allclose(prompt_kv(tiny, case.tokens, Full(), "n"), true, atol=1e-4)
     scale = (true**2).sum((3, 4)).mean(2)[:, :, None]
     expected = (((true - pasted) ** 2).sum((3, 4)) / scale).sum((0, 1))
     scores = true_deviation(tiny, case.tokens, "n")
     np.testing.assert_allclose(scores[case.reused], expected[case.reused], rtol=1e-3, atol=1e-5)
-    with oracle(scores) as name:
-        reuse = ReuseConfig(name, boundary_layer=0, recompute_ratio=0.3, **PLAIN)
-        out = run(tiny, case, reuse)
+    reuse = Oracle(scores=scores, boundary_layer=0, recompute_ratio=0.3, **PLAIN)
+    out = run(tiny, case, reuse)
+    for without in (reuse, dataclasses.replace(reuse, scores=None)):
         with pytest.raises(InvalidRequestError, match=r"scores for a prompt of 50 tokens"):
-            tiny.prefill(NEW[:50], reuse=reuse, namespace="n")
+            tiny.prefill(NEW[:50], reuse=without, namespace="n")
     assert "oracle" not in METHODS
+    assert reuse == dataclasses.replace(reuse, scores=scores.tolist())
     active = case.with_best(scores, round(0.3 * len(case.reused)))
     logits, _, _ = dense.narrowed(case.pieces, [(0, lambda *_: active)])
     assert_is(out, logits, active)
@@ -209,56 +186,16 @@ def test_the_oracle_knows_the_true_deviation(tiny, dense, case):
 # Options ----------------------------------------------------------------------------------------------------
 
 
-def boundary_mass(dense, case, layer, sum_layers=False, power=1):
-    """Key mass at a boundary before which everything was computed, or of all layers up to it."""
+def boundary_mass(dense, case, layer):
+    """Key mass at a boundary before which everything was computed."""
     hidden, everyone = dense.embed[case.tokens], np.arange(len(case.tokens))
-    masses = dense.masses(hidden, everyone, dense.full(case.tokens)[1], case.fresh, range(layer + 1), power)
-    return masses.sum(0) if sum_layers else masses[-1]
-
-
-@pytest.mark.parametrize(("coverage", "cap"), [(0.3, 1.0), (0.6, 1.0), (0.95, 1.0), (0.95, 0.1)])
-def test_coverage_adds_no_more_than_it_takes(tiny, dense, case, coverage, cap):
-    mass = boundary_mass(dense, case, 1)
-    reuse = dataclasses.replace(CONFIGS["coverage"], coverage=coverage, recompute_ratio=cap)
-    report = run(tiny, case, reuse).report
-    near = [p for p in case.reused if np.abs(case.fresh - p).min() <= 2]
-    tail = np.arange(len(case.tokens) - 4, len(case.tokens)) if case.pieces[-1][1] else []
-    forced = np.union1d(np.union1d(case.fresh, near), tail).astype(int)
-    active = forced
-    limit = len(forced) + round(cap * len(case.reused))
-    while mass[np.intersect1d(active, case.reused)].sum() < coverage * mass[case.reused].sum() and len(active) < limit:
-        active = case.with_best(mass, 1, active)
-    np.testing.assert_array_equal(np.flatnonzero(report.active), active)
-    total = len(case.tokens)
-    assert report.computed_fraction == pytest.approx((total + 3 * len(active)) / (4 * total))
+    return dense.masses(hidden, everyone, dense.full(case.tokens)[1], case.fresh, range(layer + 1))[-1]
 
 
 def test_pooling_chooses_whole_blocks_of_segments(tiny, dense, case):
     reuse = ReuseConfig(boundary_layer=1, recompute_ratio=0.25, pool_tokens=8, **PLAIN)
     active = case.with_blocks(boundary_mass(dense, case, 1), 8, round(0.25 * len(case.reused)))
     np.testing.assert_array_equal(np.flatnonzero(run(tiny, case, reuse).report.active), active)
-
-
-def test_each_segment_gets_its_share(tiny, dense, case):
-    reuse = ReuseConfig(boundary_layer=1, recompute_ratio=0.2, per_segment=True, head_tokens=2, **PLAIN)
-    mass = boundary_mass(dense, case, 1)
-    active = np.concatenate([case.fresh, *(places[:2] for places in case.segments)])
-    others = [np.setdiff1d(np.intersect1d(places, case.reused), active) for places in case.segments]
-    parts = shares(round(0.2 * len(case.reused)), np.array([len(places) for places in others]))
-    best = [places[np.argsort(-mass[places])[:k]] for places, k in zip(others, parts, strict=True)]
-    report = run(tiny, case, reuse).report
-    np.testing.assert_array_equal(np.flatnonzero(report.active), np.sort(np.concatenate([active, *best])))
-
-
-def test_shares_add_up():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        weights = rng.integers(0, 20, rng.integers(1, 6))
-        total = int(rng.integers(0, weights.sum() + 1))
-        parts = shares(total, weights)
-        assert parts.sum() == total
-        assert (parts <= weights).all()
-        assert (np.abs(parts - total * weights / max(weights.sum(), 1)) < 1).all()
 
 
 # What all have in common ------------------------------------------------------------------------------------
@@ -318,7 +255,7 @@ class Undefined(Ops):
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "sum_layers" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+    "name", [name if name == "sparsex" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )
 def test_what_padding_computes_reaches_nobody(tiny, name):
     remember_both(tiny)
@@ -337,7 +274,7 @@ def test_what_padding_computes_reaches_nobody(tiny, name):
         (CONFIGS["prophetkv"], 4 * 30 + 4 * (20 + 14)),
         (ReuseConfig("focus", recompute_ratio=0.01, pool_tokens=40, **PLAIN), 4 * 30 + 4 * (20 + 4 + 36)),
         (CONFIGS["random"], 100 + 3 * (30 + 14)),
-        (CONFIGS["sum_layers"], 2 * 100 + 2 * (30 + 14)),
+        (CONFIGS["sparsex"], 2 * 100 + 2 * (30 + 14)),
         (ReuseConfig(boundary_layer=1, second_boundary=3, head_tokens=4, **PLAIN), 100 + 2 * (30 + 4 + 10) + 30),
     ],
 )
@@ -356,22 +293,6 @@ def test_without_a_hit_every_method_is_a_plain_prefill(tiny, name):
     np.testing.assert_allclose(out.logits, engine_logits(tiny, NEW[:50], reuse=ReuseConfig("full")), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor_parallel"),
-    [("cacheblend", 1), pytest.param("cacheblend", 2, marks=pytest.mark.slow), ("prophetkv", 1), ("sum_layers", 1)],
-)
-def test_no_signal_copies_the_store(name, tensor_parallel):
-    engine = Engine.from_config(TINY, mesh=make_mesh(tensor_parallel), store_tokens=1 << 17, page_size=64)
-    kind = np.full(300, Kind.FRESH, np.uint8)
-    kind[50:250] = Kind.REUSED
-    prompt = PromptMap(np.zeros(300, np.int32), kind)
-    phases = find_method(CONFIGS[name].method).phases(prompt, CONFIGS[name], TINY.num_layers)
-    runner = engine.runner
-    plan, signals = plan_prefill([RequestPlan(prompt, phases, range(5))], runner.shapes, TINY.num_layers)
-    static = {"decoder": runner.decoder, "signals": signals, "chunk": 128}
-    assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, **static))
-
-
 def test_kv_deviation_sums_over_the_heads_of_all_devices(tiny, dense):
     case = Case("many")
     sharded = Engine.from_config(TINY, mesh=make_mesh(2), store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
@@ -384,45 +305,10 @@ def test_kv_deviation_sums_over_the_heads_of_all_devices(tiny, dense):
 # Errors -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "limit"),
-    [
-        ("coverage", 0, r"\(0, 1\]"),
-        ("coverage", 1.5, r"\(0, 1\]"),
-        ("head_tokens", -1, ">= 0"),
-        ("pool_tokens", 0, ">= 1"),
-        ("per_segment", 1, "True or False"),
-        ("sum_layers", "yes", "True or False"),
-    ],
-)
-def test_a_wrong_option_names_field_and_limit(field, value, limit):
-    with pytest.raises(InvalidRequestError, match=rf"{field}={value!r} must be .*{limit}"):
-        ReuseConfig(**{field: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "field", "value"),
-    [
-        ("naive", "head_tokens", 4),
-        ("epic", "coverage", 0.5),
-        ("cacheblend", "pool_tokens", 8),
-        ("random", "sum_layers", True),
-        ("prophetkv", "sum_layers", True),
-        ("full", "per_segment", True),
-        ("focus", "sum_layers", True),
-        ("epic", "focus", True),
-    ],
-)
-def test_an_option_that_means_nothing_to_the_method_is_refused(tiny, name, field, value):
-    with pytest.raises(InvalidRequestError, match=f"{field}={value!r} has no meaning for method '{name}'"):
-        tiny.prefill(NEW[:50], reuse=ReuseConfig(name, **{field: value}))
-    assert tiny.stats()["active"] == 0
-
-
 def test_an_unknown_signal_is_named(tiny):
-    @method("misspelt", uses_segments=True)
-    def misspelt(prompt, reuse, num_layers):
-        return [Phase(0, prompt.computed), Phase(1, prompt.fresh, "key_mas", 3)]
+    class Misspelt(Method, name="misspelt"):
+        def schedule(self, prompt, num_layers):
+            return [Phase(0, prompt.computed), Phase(1, prompt.fresh, "key_mas", 3)]
 
     remember_both(tiny)
     try:

@@ -8,7 +8,7 @@ from conftest import TINY
 from dense import Dense, engine_logits, stored_kv
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 
 FULL = ReuseConfig(method="full")
 EXACT = 1e-3  # float32 on a 135M model
@@ -122,8 +122,10 @@ def test_interleavings_give_the_expected_plan(tiny, pieces):
     remember_both(tiny)
     tokens = np.concatenate([piece for piece, _ in pieces])
     report = tiny.prefill(tokens, reuse=ReuseConfig(method="naive"), namespace="n").report
-    expected = np.concatenate([np.full(len(p), Kind.FRESH if donor is None else Kind.REUSED) for p, donor in pieces])
-    expected[-1] = Kind.FRESH
+    expected = np.concatenate(
+        [np.full(len(p), TokenKind.FRESH if donor is None else TokenKind.REUSED) for p, donor in pieces]
+    )
+    expected[-1] = TokenKind.FRESH
     starts = np.cumsum([0, *[len(piece) for piece, _ in pieces]])[:-1]
     segments = [(s, len(p), donor[1]) for s, (p, donor) in zip(starts, pieces, strict=True) if donor]
     found = [(s.start, s.length, s.donor_start) for s in report.segments]
@@ -169,7 +171,7 @@ def test_a_batch_gives_what_each_request_gives_alone(tiny):
     prompts.append(NEW[:50])
     sampling = SamplingParams(max_new_tokens=12)
     for method in ("full", "prefix", "naive", "sparsex"):
-        reuse = ReuseConfig(method=method, boundary_layer=1)
+        reuse = ReuseConfig.fitting(method, boundary_layer=1)
         together = tiny.generate_batch(prompts, sampling, reuse=reuse, namespace="n", keep=False)
         for prompt, out in zip(prompts, together, strict=True):
             alone = tiny.generate(prompt, sampling, reuse=reuse, namespace="n", keep=False)
@@ -199,7 +201,7 @@ def test_a_batch_copies_more_tokens_than_a_plan_has_rows():
 def test_approximate_kv_is_never_an_exact_prefix(tiny, method):
     remember_both(tiny)
     prompt = np.concatenate([NEW[:20], A, NEW[20:60]])
-    reuse = ReuseConfig(method=method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=1)
+    reuse = ReuseConfig.fitting(method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=1)
     assert tiny.prefill(prompt, reuse=reuse, namespace="n").report.reused_tokens == 70
     again = tiny.prefill(prompt, reuse=ReuseConfig(method="prefix"), namespace="n", keep=False)
     assert again.report.prefix_tokens == 20  # the fresh tokens before the first reused one are exact

@@ -33,7 +33,7 @@ from sparsex_jax.cli import app
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.device.generation import TokenLogprobs
 from sparsex_jax.errors import OverloadedError
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Access, Limits, Tenant
@@ -294,7 +294,7 @@ def test_the_token_map_agrees_with_the_report(client):
 
 
 def test_cached_tokens_are_those_not_recomputed():
-    kind = np.array([Kind.PREFIX] * 4 + [Kind.REUSED] * 5 + [Kind.FRESH], np.uint8)
+    kind = np.array([TokenKind.PREFIX] * 4 + [TokenKind.REUSED] * 5 + [TokenKind.FRESH], np.uint8)
     active = np.array([False] * 4 + [True, True, False, False, False, True])
     report = Report(10, 4, 5, 1, 3, 1, (), 0.5, 0.1, kind, active)
     assert cached_tokens(report) == 4 + 3
@@ -479,7 +479,15 @@ BAD_CHATS = {
     "method": ({"reuse": {"method": "magic"}}, "reuse.method", "magic"),
     "reuse field": ({"reuse": {"boundry": 3}}, "reuse.boundry", "not permitted"),
     "boundary": ({"reuse": {"boundary_layer": 7}}, "reuse.boundary_layer", "at most 6"),
+    "boundaries": (
+        {"reuse": {"boundary_layer": 3, "second_boundary": 2}},
+        "reuse.second_boundary",
+        "larger than boundary_layer=3",
+    ),
     "ratio": ({"reuse": {"recompute_ratio": 2}}, "reuse.recompute_ratio", "0 to 1"),
+    "option of others": ({"reuse": {"method": "naive", "head_tokens": 2}}, "reuse.head_tokens", "for method 'naive'"),
+    "no ratio": ({"reuse": {"recompute_ratio": None}}, "reuse.recompute_ratio", "valid number"),
+    "oracle": ({"reuse": {"method": "oracle"}}, "reuse.method", "unknown"),
     "half a character": ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
 }
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, SamplingParams
-from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.sharding import make_mesh, spec
 
 MODEL = ModelConfig(
     vocab_size=120,  # divides by 2 and 8; the table's fallback to replication is tested below
@@ -65,17 +65,22 @@ def test_each_device_holds_its_share_of_the_store_only(tensor_parallel):
     shards = one.runner.store.addressable_shards
     assert {shard.device for shard in shards} == set(jax.devices()[:tensor_parallel])
     assert all(shard.data.nbytes * tensor_parallel == one.runner.store.nbytes for shard in shards)
-    weights = one.runner.params["layers"]["w_gate"].addressable_shards
-    assert all(shard.data.nbytes * tensor_parallel == one.runner.params["layers"]["w_gate"].nbytes for shard in weights)
+    weights = one.runner.params.layers.w_gate.addressable_shards
+    assert all(shard.data.nbytes * tensor_parallel == one.runner.params.layers.w_gate.nbytes for shard in weights)
 
 
 @pytest.mark.slow
 def test_a_vocabulary_that_does_not_divide_is_replicated():
     model = ModelConfig(**{**MODEL.__dict__, "vocab_size": 121})
     one = engine(2, model)
-    assert one.runner.params["embed"].sharding.is_fully_replicated
+    assert one.runner.params.embed.sharding.is_fully_replicated
     logits = one.prefill(list(range(100))).logits
     np.testing.assert_allclose(logits, engine(1, model).prefill(list(range(100))).logits, atol=2e-5)
+
+
+def test_an_axis_that_the_rules_do_not_list_is_an_error():
+    with pytest.raises(ValueError, match="experts, which the sharding rules do not list"):
+        spec(("layers", "experts", "embed"))
 
 
 def test_heads_that_do_not_divide_are_refused():

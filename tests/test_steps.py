@@ -8,17 +8,16 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax import Engine, ReuseConfig, SamplingParams, SparseX
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.generation import Output, decode_state
 from sparsex_jax.device.prefill import align, embed_rows, prefill, top_rows
 from sparsex_jax.device.signals import SIGNALS
 from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.reuse.methods import METHODS
 from sparsex_jax.reuse.plan import Copies
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_copies, plan_prefill
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -28,10 +27,10 @@ def big_store(request) -> Engine:
 
 
 def hybrid_plan(engine):
-    kind = np.full(300, Kind.FRESH, np.uint8)
-    kind[50:250] = Kind.REUSED
+    kind = np.full(300, TokenKind.FRESH, np.uint8)
+    kind[50:250] = TokenKind.REUSED
     prompt = PromptMap(np.zeros(300, np.int32), kind)
-    phases = METHODS["sparsex"].phases(prompt, ReuseConfig(boundary_layer=1), TINY.num_layers)
+    phases = SparseX(boundary_layer=1).phases(prompt, TINY.num_layers)
     request = RequestPlan(prompt, phases, range(5))
     return plan_prefill([request], engine.runner.shapes, TINY.num_layers, tuple(SIGNALS))
 

@@ -48,7 +48,7 @@ def _run(out, steps, stop_at=None):
         found.append(float(trainer.train()[1]["answer_loss"]))
     trainer.save()
     trainer.close()
-    return jax.device_get(trainer.state["params"]), found
+    return jax.device_get(trainer.state.params), found
 
 
 def test_the_size_fits_the_repository():

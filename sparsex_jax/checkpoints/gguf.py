@@ -1,7 +1,7 @@
 """GGUF files: llama.cpp's format, with the tokenizer in the metadata and weights that may be quantised.
 
-The header is read here and not by the `gguf` package: its reader makes an array of every token and merge and
-takes seconds, where this takes a tenth of one. The package dequantises.
+This module reads the header itself in a tenth of a second. The reader of the `gguf` package takes seconds, because it
+makes an array of every token and merge. That package dequantises the tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sparsex_jax.text.tokenizer import tokenizer_from_gguf
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
 
-# Our leaf -> the tensor's name, with the layer's number to be filled in.
+# Field of `Params` or `Layers` -> the tensor's name, with the layer's number to be filled in.
 TENSORS = {
     "embed": "token_embd.weight",
     "final_norm": "output_norm.weight",
@@ -47,6 +47,7 @@ TENSORS = {
     "w_down": "blk.{}.ffn_down.weight",
 }
 
+# Types of metadata values in the header, and how `struct` unpacks the scalar ones.
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
@@ -69,7 +70,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         config = self.config
-        # llama.cpp interleaves the two halves of every rotated head in its own architecture, not in Qwen's.
+        # For the architecture llama, llama.cpp interleaves the two halves of every rotated head; for Qwen it does not.
         permuted = self._file.metadata["general.architecture"] == "llama"
         heads = {
             "wq": config.num_q_heads,
@@ -78,15 +79,20 @@ class GGUFCheckpoint(Checkpoint):
             "bk": config.num_kv_heads,
         }
 
-        def read(leaf: str, layer: int | None) -> np.ndarray:
-            stored = self._file.read(TENSORS[leaf].format(layer))
-            return unpermute(stored, heads[leaf]) if permuted and leaf in heads else stored
+        def read(name: str, layer: int | None) -> np.ndarray:
+            stored = self._file.read(TENSORS[name].format(layer))
+            return unpermute(stored, heads[name]) if permuted and name in heads else stored
 
         return place_rows(config, dtype, mesh, read)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Q or K rows from llama.cpp's order, pairs side by side, to the order with pairs half a head apart.
+    """Q or K rows from llama.cpp's order to ours.
+
+    Its rotation turns neighbours, ours turns elements half a head apart. One head of 6 rows, by the place in our order:
+
+    stored     0 3 1 4 2 5
+    returned   0 1 2 3 4 5
 
     Args:
       rows: a weight `[heads * head_dim, in]` or a bias `[heads * head_dim]`.
@@ -124,7 +130,7 @@ def _dense_config(architecture: str, fields: Mapping[str, Any], file: _File) -> 
         num_q_heads=heads,
         num_kv_heads=fields.get("attention.head_count_kv", heads),
         head_dim=head_dim,
-        # Within its window a sliding-window model attends to everything; beyond, ours would differ.
+        # Up to its window, a sliding-window model attends to every token, as this decoder does; beyond, it does not.
         max_position=min(fields["context_length"], window),
         rope_theta=fields.get("rope.freq_base", 10000.0),
         rope_factors=_rope_factors(fields, head_dim, file),
@@ -137,17 +143,16 @@ def _dense_config(architecture: str, fields: Mapping[str, Any], file: _File) -> 
 
 
 def _rope_factors(fields: Mapping[str, Any], head_dim: int, file: _File) -> tuple[float, ...] | None:
-    """The stored divisors of each frequency (Llama 3), or those of the scaling that the metadata names."""
+    """The divisor of each rotary frequency: stored in the file (Llama 3), or of the scaling that the metadata names."""
     if fields.get("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedModelError(
             f"rope.dimension_count={fields['rope.dimension_count']} must be head_dim={head_dim}: partial rotation"
         )
     if "rope_freqs.weight" in file.tensors:
         return tuple(file.read("rope_freqs.weight").astype(float).tolist())
-    kind = fields.get("rope.scaling.type", "none")
-    return rope_factors(
-        {"rope_type": "default" if kind == "none" else kind, "factor": fields.get("rope.scaling.factor")}, head_dim
-    )
+    scaling = fields.get("rope.scaling.type", "none")
+    rope_type = "default" if scaling == "none" else scaling
+    return rope_factors({"rope_type": rope_type, "factor": fields.get("rope.scaling.factor")}, head_dim)
 
 
 def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
@@ -157,10 +162,16 @@ def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Tensor:
-    """Where a tensor lies: `shape` rows first, `kind` ggml's number of its encoding, `start` in the data."""
+    """Where a tensor lies in the file.
+
+    Attributes:
+      shape: rows first.
+      encoding: ggml's number for the type of its elements.
+      start: bytes from the beginning of the data.
+    """
 
     shape: tuple[int, ...]
-    kind: int
+    encoding: int
     start: int
 
 
@@ -190,7 +201,7 @@ class _File:
         """A tensor, dequantised to float32 where it is not stored as floats.
 
         Raises:
-          UnsupportedModelError: no such tensor, an encoding that cannot be read, or a truncated file.
+          UnsupportedModelError: there is no such tensor, its encoding cannot be read, or the file is truncated.
         """
         import gguf
 
@@ -198,17 +209,17 @@ class _File:
             raise UnsupportedModelError(f"{self.path} has no tensor {name!r}")
         tensor = self.tensors[name]
         try:
-            kind = gguf.GGMLQuantizationType(tensor.kind)
-            shape = gguf.quant_shape_to_byte_shape(tensor.shape, kind)
+            encoding = gguf.GGMLQuantizationType(tensor.encoding)
+            shape = gguf.quant_shape_to_byte_shape(tensor.shape, encoding)
             start = self._data_start + tensor.start
             stored = np.frombuffer(self._bytes, np.uint8, math.prod(shape), start)
-            return gguf.dequantize(stored.reshape(shape), kind)
+            return gguf.dequantize(stored.reshape(shape), encoding)
         except (ValueError, NotImplementedError) as error:
             raise UnsupportedModelError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
 
 
 class _Cursor:
-    """Reads the header's values one after another."""
+    """Reads the values of the header one after another. Each has a type, which the file gives as a number."""
 
     def __init__(self, buffer: mmap.mmap) -> None:
         self.buffer = buffer
@@ -223,20 +234,20 @@ class _Cursor:
         self.offset += size
         return self.buffer[self.offset - size : self.offset].decode()
 
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
+    def value(self, type_: int) -> Any:
+        if type_ == _STRING:
             return self.string()
-        return self._array() if kind == _ARRAY else self.scalar(_SCALARS[kind])
+        return self._array() if type_ == _ARRAY else self.scalar(_SCALARS[type_])
 
     def tensor(self) -> _Tensor:
-        dims = self._unpack(f"{self.scalar('I')}Q")  # fastest first, the other way round than NumPy
-        return _Tensor(shape=dims[::-1], kind=self.scalar("I"), start=self.scalar("Q"))
+        dims = self._unpack(f"{self.scalar('I')}Q")  # the axis with stride 1 comes first; in NumPy it comes last
+        return _Tensor(shape=dims[::-1], encoding=self.scalar("I"), start=self.scalar("Q"))
 
     def _array(self) -> list[Any]:
-        kind, size = self.scalar("I"), self.scalar("Q")
-        if kind in _SCALARS:
-            return list(self._unpack(f"{size}{_SCALARS[kind]}"))
-        return [self.value(kind) for _ in range(size)]
+        type_, size = self.scalar("I"), self.scalar("Q")
+        if type_ in _SCALARS:
+            return list(self._unpack(f"{size}{_SCALARS[type_]}"))
+        return [self.value(type_) for _ in range(size)]
 
     def _unpack(self, code: str) -> tuple[Any, ...]:
         values = struct.unpack_from(f"<{code}", self.buffer, self.offset)

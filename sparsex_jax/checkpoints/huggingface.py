@@ -18,7 +18,7 @@ from sparsex_jax.text.tokenizer import read_tokenizer
 
 _INDEX = "model.safetensors.index.json"
 
-# Our leaf -> the tensor's name, with the layer's number to be filled in.
+# Field of `Params` or `Layers` -> the tensor's name, with the layer's number to be filled in.
 TENSORS = {
     "embed": "model.embed_tokens.weight",
     "final_norm": "model.norm.weight",
@@ -44,8 +44,8 @@ class HuggingFaceCheckpoint(Checkpoint):
     """A directory as transformers saves it.
 
     Raises:
-      UnknownModelError: a file is missing, a shard that the index names included.
-      UnsupportedModelError: another model family, quantised weights, or an unreadable file.
+      UnknownModelError: a file is missing, such as a shard that the index names.
+      UnsupportedModelError: the model is of another family, its weights are quantised, or a file is unreadable.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -62,19 +62,19 @@ class HuggingFaceCheckpoint(Checkpoint):
         return read_tokenizer(self.directory)
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
-        opened = functools.cache(_open_safetensors)  # a shard's header is parsed once, not for every tensor
+        opened = functools.cache(_open_safetensors)  # so each shard's header is parsed once, not for every tensor
 
-        def read(leaf: str, layer: int | None) -> np.ndarray:
-            name = TENSORS[leaf].format(layer)
-            if name not in self._files:
-                raise UnsupportedModelError(f"{self.directory} has no tensor {name!r}")
-            return opened(self._files[name]).get_tensor(name)
+        def read(name: str, layer: int | None) -> np.ndarray:
+            tensor = TENSORS[name].format(layer)
+            if tensor not in self._files:
+                raise UnsupportedModelError(f"{self.directory} has no tensor {tensor!r}")
+            return opened(self._files[tensor]).get_tensor(tensor)
 
         return place_rows(self.config, dtype, mesh, read)
 
 
 def _eos_token_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:
-    """Chat models often list the token that ends a turn in `generation_config.json` alone."""
+    """The end tokens of both configurations: often only `generation_config.json` lists the token that ends a turn."""
     path = directory / "generation_config.json"
     listed = read_json(path).get("eos_token_id") if path.is_file() else None
     more = listed if isinstance(listed, list) else [] if listed is None else [listed]
@@ -82,7 +82,11 @@ def _eos_token_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:
 
 
 def _weight_files(directory: Path) -> dict[str, Path]:
-    """The file of each tensor, by the index where there is one."""
+    """Tensor -> its file: from the index where there is one, else from the files themselves.
+
+    Raises:
+      UnknownModelError: there are no weights, or a file that the index names is missing.
+    """
     files: dict[str, Path] = {}
     if (directory / _INDEX).is_file():
         files = {name: directory / file for name, file in read_json(directory / _INDEX)["weight_map"].items()}

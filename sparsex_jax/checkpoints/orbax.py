@@ -1,7 +1,7 @@
-"""Converted checkpoints: our own configuration, and weights that are restored straight into their shards.
+"""Converted checkpoints: a configuration, and weights of which each device reads only its own shards.
 
 config.json   {"format": "sparsex-jax", "config": {the fields of ModelConfig}}
-params/       the parameter pytree, written by orbax
+params/       the weights, written by orbax as nested dictionaries with the names of `Params` and `Layers`
 tokenizer/    as transformers saves it; absent where the source had none
 """
 
@@ -16,12 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from sparsex_jax.checkpoints.base import Checkpoint, read_json
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
-from sparsex_jax.model.weights import Params, abstract_params
+from sparsex_jax.model.weights import Params, abstract_params, leaf_name
 from sparsex_jax.text.tokenizer import read_tokenizer
 
 _FORMAT = "sparsex-jax"
@@ -48,17 +50,29 @@ class OrbaxCheckpoint(Checkpoint):
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         import orbax.checkpoint as ocp
 
+        target = abstract_params(self.config, dtype, mesh)
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(self.directory / "params", abstract_params(self.config, dtype, mesh))
+            restored = checkpointer.restore(self.directory / "params", _as_dicts(target))
+        return _from_dicts(restored, target)
+
+
+def _as_dicts(params: Params) -> dict[str, Any]:
+    """The tree that is on disk. It has no entry for a weight that the model lacks."""
+    return unflatten_dict({leaf_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)})
+
+
+def _from_dicts(tree: dict[str, Any], like: Params) -> Params:
+    leaves = flatten_dict(tree)
+    return jax.tree.map_with_path(lambda path, _: leaves[leaf_name(path)], like)
 
 
 def is_converted(raw: Mapping[str, Any]) -> bool:
-    """Whether a directory's `config.json` was written here and not by transformers."""
+    """Whether `save_checkpoint` wrote this `config.json`, and not transformers."""
     return raw.get("format") == _FORMAT
 
 
 def check_target(path: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse a target that would be overwritten.
 
     Raises:
       InvalidRequestError: the path is a file or a directory that is not empty.
@@ -68,13 +82,13 @@ def check_target(path: Path) -> None:
 
 
 def save_checkpoint(path: str | Path, config: ModelConfig, params: Params, tokenizer: Any | None = None) -> None:
-    """Write a checkpoint that `OrbaxCheckpoint` opens, whole or not at all.
+    """Write a checkpoint that `OrbaxCheckpoint` opens.
 
-    Everything goes to a directory beside the target, which is renamed at the end; `config.json`, without which
-    no directory is opened, comes last.
+    An interrupted write leaves nothing that can be opened: everything goes to a directory beside the target, which is
+    renamed at the end, and `config.json`, which every checkpoint needs, is written last.
 
     Args:
-      params: the pytree of `weights.describe(config)`; sharded arrays are written shard by shard.
+      params: the weights; sharded arrays are written shard by shard.
 
     Raises:
       InvalidRequestError: the target exists and is not an empty directory.
@@ -94,8 +108,8 @@ def save_checkpoint(path: str | Path, config: ModelConfig, params: Params, token
 def _write(directory: Path, config: ModelConfig, params: Params, tokenizer: Any | None) -> None:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:  # writes in the background; leaving waits for it
-        checkpointer.save(directory / "params", params)
+    with ocp.StandardCheckpointer() as checkpointer:  # it writes in the background; the end of the block waits for it
+        checkpointer.save(directory / "params", _as_dicts(params))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory / "tokenizer")
     record = {"format": _FORMAT, "config": dataclasses.asdict(config)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax.cli.generate import EngineChoice
+from sparsex_jax.cli.options import parse_method
 from sparsex_jax.cli.terminal import messages, output, print_json, progress, waiting
-from sparsex_jax.config import ReuseConfig
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import maps, quality, regimes, results
@@ -84,31 +83,6 @@ def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, as
         print_json(content)
     else:
         output().print(results.markdown(content, summaries), soft_wrap=True)
-
-
-def parse_method(text: str) -> ReuseConfig:
-    """`NAME` or `NAME:FIELD=VALUE:...`, with the fields of `ReuseConfig`.
-
-    >>> parse_method("sparsex:boundary_layer=0").boundary_layer
-    0
-    """
-    name, *settings = text.split(":")
-    known = {field.name for field in dataclasses.fields(ReuseConfig)} - {"method"}
-    fields: dict[str, Any] = {}
-    for setting in settings:
-        field, _, value = setting.partition("=")
-        if field not in known:
-            raise InvalidRequestError(f"method={text!r} sets {field!r}; there are: {', '.join(sorted(known))}")
-        fields[field] = _value(value)
-    return ReuseConfig(name, **fields)
-
-
-def _value(text: str) -> Any:
-    """A number or a word; `ReuseConfig` says what it takes."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def write(

@@ -20,7 +20,7 @@ from sparsex_jax.cli.terminal import output, print_json, waiting
 from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import EngineConfig, ReuseConfig, default_reuse
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.reuse.methods import find_method
+from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.report import Report, make_report
 from sparsex_jax.text.encoding import encode
@@ -104,16 +104,16 @@ def look_up(
     cache: PageCache, names: dict[int, str], tokens: np.ndarray, namespace: str, reuse: ReuseConfig, num_layers: int
 ) -> DryRun:
     """Find what the prompt can reuse, and plan the prefill as the method does."""
-    method = find_method(reuse.method)
+    method = method_of(reuse)
     match = cache.lookup(
         tokens,
         namespace,
         prefix=method.uses_prefix,
         segments=method.uses_segments,
-        min_segment=reuse.min_segment_tokens,
+        min_segment=method.min_segment_tokens,
     )
     prompt = PromptMap.of(tokens, match)
-    phases = method.phases(prompt, reuse, num_layers)
+    phases = method.phases(prompt, num_layers)
     after_boundary = phases[min(1, len(phases) - 1)]
     report = make_report(prompt, phases, num_layers, after_boundary.forced, 0.0)
     cache.unpin(match)

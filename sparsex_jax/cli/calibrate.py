@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Sequence
@@ -14,10 +13,11 @@ from rich.progress import Progress
 from sparsex_jax.cli.bench import BenchSettings
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import output, print_json, progress
-from sparsex_jax.config import CALIBRATED, ReuseConfig
+from sparsex_jax.config import CALIBRATED
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import calibrate
 from sparsex_jax.eval.calibrate import DISAGREEMENT, LOSS, MAX_LOSS, Calibration, PromptSet, Target
+from sparsex_jax.reuse.methods import SparseX
 
 
 def target_of(max_loss: float | None, min_agreement: float | None, confident: bool) -> Target:
@@ -52,7 +52,7 @@ def run(model: str, dtype: str, settings: BenchSettings, target: Target, *, out:
     calibrate.check_samples(target, prompts.total)
     path = check_writable(out or default_path(model))
     # With the default reuse, so that the engine does not read the file of an earlier calibration.
-    engine = EngineChoice(model, dtype, settings.store_tokens, settings.batch, reuse=ReuseConfig()).load()
+    engine = EngineChoice(model, dtype, settings.store_tokens, settings.batch, reuse=SparseX()).load()
     with progress() as bar:
         found = calibrate.calibrate(engine, prompts, target, track=functools.partial(_track, bar))
     content = calibrate.file_content(engine, model, prompts, found)
@@ -82,7 +82,7 @@ def _track(bar: Progress, items: Sequence[Any], what: str) -> Iterable[Any]:
 
 def candidates_of(found: Calibration) -> list[dict[str, Any]]:
     """The options and figures of every measured candidate, ready for JSON."""
-    return [dataclasses.asdict(each.reuse) | each.to_dict(found.target.metric) for each in found.measured]
+    return [each.reuse.to_dict() | each.to_dict(found.target.metric) for each in found.measured]
 
 
 def show(found: Calibration, path: Path) -> None:

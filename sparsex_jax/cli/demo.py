@@ -23,6 +23,7 @@ from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.device.generation import Prefill
 from sparsex_jax.engine import Engine
 from sparsex_jax.eval.scores import kl_divergence
+from sparsex_jax.reuse.methods import Full, Naive, Prefix, SparseX
 from sparsex_jax.reuse.report import Report
 
 NAMESPACE = "demo"
@@ -60,12 +61,16 @@ def run(choice: EngineChoice, max_new_tokens: int, *, as_json: bool) -> None:
 def reuse_methods(num_layers: int) -> dict[str, ReuseConfig]:
     """The methods to compare, by name. `full` must be among them, because the others are compared with it."""
     return {
-        "full": ReuseConfig("full"),
-        "prefix": ReuseConfig("prefix"),
-        "naive": ReuseConfig("naive"),
-        "sparsex": ReuseConfig("sparsex"),
-        "sparsex-2": ReuseConfig("sparsex", recompute_ratio=0.3, second_boundary=2 * num_layers // 3),
+        "full": Full(),
+        "prefix": Prefix(),
+        "naive": Naive(),
+        "sparsex": SparseX(),
+        "sparsex-2": _two_boundaries(num_layers),
     }
+
+
+def _two_boundaries(num_layers: int) -> SparseX:
+    return SparseX(recompute_ratio=0.3, second_boundary=2 * num_layers // 3)
 
 
 # Answering -----------------------------------------------------------------------------------------------------
@@ -161,7 +166,7 @@ def _table(outcomes: dict[str, Outcome]) -> Table:
 
 
 def _footnote(num_layers: int) -> str:
-    second = reuse_methods(num_layers)["sparsex-2"]
+    second = _two_boundaries(num_layers)
     return (
         "active: tokens computed from the boundary layer on. work: token-layers computed, of all. TTFT: time to the "
         f"first token, compiled, median of {REPEATS}. KL: of the next token's distribution to full, in nats. "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sparsex_jax.config import CALIBRATED, ReuseConfig
+from sparsex_jax.config import CALIBRATED, ReuseConfig, find_method
+from sparsex_jax.reuse.methods import Oracle, SparseX
 
 _REUSE = "Reuse"
 _SAMPLING = "Sampling"
@@ -36,8 +38,8 @@ MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate.", 
 
 
 def _reuse(field: str, text: str) -> Any:
-    """An option that wins over the file of `--reuse-config`, which wins over the field's default."""
-    default = getattr(ReuseConfig, field)
+    """An option that wins over the file of `--reuse-config`, which wins over SparseX's default."""
+    default = getattr(SparseX, field)
     return typer.Option(help=text, rich_help_panel=_REUSE, show_default=False if default is None else str(default))
 
 
@@ -68,10 +70,33 @@ MinSegmentTokens = Annotated[
 
 
 def given(**fields: Any) -> dict[str, Any]:
-    """The fields of `ReuseConfig` that were typed. A wrong one is refused here, before a model is read."""
+    """The method and the options that were typed. A wrong one is refused here, before a model is read."""
     typed = {name: value for name, value in fields.items() if value is not None}
     ReuseConfig(**typed)
     return typed
+
+
+def parse_method(text: str) -> ReuseConfig:
+    """`NAME` or `NAME:FIELD=VALUE:...`, with the options that the method has; `oracle` is a name too, for the benches.
+
+    Raises:
+      InvalidRequestError: as `ReuseConfig`.
+
+    >>> parse_method("sparsex:boundary_layer=0").boundary_layer
+    0
+    """
+    name, *settings = text.split(":")
+    options = dict(_setting(setting) for setting in settings)
+    return Oracle(**options) if name == Oracle.method else find_method(name)(**options)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """`FIELD=VALUE` with a number, a word or `null`; the method checks what it is given."""
+    field, _, value = text.partition("=")
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, value
 
 
 Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.text.tokenizer import token_pieces
 
@@ -23,7 +23,7 @@ STYLES = {
 def token_labels(report: Report) -> list[str]:
     """The label of each token, a key of `STYLES`. A reused token that is computed again is `recomputed`."""
     names = np.array(["prefix", "reused", "fresh"])[report.kind]
-    return np.where((report.kind == Kind.REUSED) & report.active, "recomputed", names).tolist()
+    return np.where((report.kind == TokenKind.REUSED) & report.active, "recomputed", names).tolist()
 
 
 def token_map(tokenizer: Any, tokens: Sequence[int], report: Report) -> Text:

@@ -1,14 +1,16 @@
 """Configuration as frozen dataclasses, checked where it is made."""
 
+from sparsex_jax.config.calibration import CALIBRATED, architecture
 from sparsex_jax.config.engine import EngineConfig
 from sparsex_jax.config.model import ModelConfig, config_dir, named_config, rope_factors
-from sparsex_jax.config.reuse import CALIBRATED, ReuseConfig, architecture, default_reuse
+from sparsex_jax.config.reuse import METHODS, ReuseConfig, default_reuse, find_method, methods_by_option
 from sparsex_jax.config.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 
 __all__ = [
     "CALIBRATED",
     "MAX_LOGIT_BIAS",
     "MAX_LOGPROBS",
+    "METHODS",
     "EngineConfig",
     "ModelConfig",
     "ReuseConfig",
@@ -16,6 +18,8 @@ __all__ = [
     "architecture",
     "config_dir",
     "default_reuse",
+    "find_method",
+    "methods_by_option",
     "named_config",
     "rope_factors",
 ]

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 from jax.stages import Lowered
 
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.generation import Output, decode_state
 from sparsex_jax.device.prefill import align, embed_rows, prefill
@@ -29,10 +29,10 @@ from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.store import abstract_store
 from sparsex_jax.model.weights import Params, abstract_params
-from sparsex_jax.reuse.methods import METHODS
+from sparsex_jax.reuse.methods import Method, SparseX
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_kernels.dispatch import prefer
 from sparsex_kernels.layout import Store
 
@@ -68,20 +68,19 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(shape, tree)
 
 
-def half_reused(num_tokens: int, reuse: ReuseConfig, model: ModelConfig, shapes: Shapes) -> tuple[PrefillPlan, Rows]:
+def half_reused(num_tokens: int, reuse: Method, model: ModelConfig, shapes: Shapes) -> tuple[PrefillPlan, Rows]:
     """The plan of a prompt whose first half is reused, and its rows. Only their shapes matter here."""
-    kind = np.full(num_tokens, Kind.FRESH, np.uint8)
-    kind[: num_tokens // 2] = Kind.REUSED
+    kind = np.full(num_tokens, TokenKind.FRESH, np.uint8)
+    kind[: num_tokens // 2] = TokenKind.REUSED
     prompt = PromptMap(np.zeros(num_tokens, np.int32), kind)
-    phases = tuple(METHODS[reuse.method].phases(prompt, reuse, model.num_layers))
-    request = RequestPlan(prompt, phases, range(shapes.max_pages))
+    request = RequestPlan(prompt, reuse.phases(prompt, model.num_layers), range(shapes.max_pages))
     return plan_prefill([request], shapes, model.num_layers, tuple(SIGNALS))
 
 
 def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
     """The prefill of the bucket that holds so many tokens, which serves every method."""
     shapes = Shapes.of_engine(model, engine, platform="tpu")
-    plan, rows = half_reused(num_tokens, ReuseConfig(), model, shapes)
+    plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
     static = {"decoder": Decoder(model, Ops(mesh)), "signals": tuple(SIGNALS.values()), "chunk": chunk}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)

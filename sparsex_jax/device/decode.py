@@ -103,7 +103,7 @@ def _forward(
     rows = Rows(token=token, position=position, request=jnp.where(position >= 0, index, PADDING_REQUEST), index=index)
 
     def run_layer(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        return model.decoder_layer(model.layer_of(decoder, params, layer), *carry, rows, tables)
+        return model.decoder_layer(model.OneLayer(decoder, params.layers, layer), *carry, rows, tables)
 
     carry = (store, model.embed(params, rows.token))
     store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry)

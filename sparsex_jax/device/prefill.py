@@ -29,7 +29,8 @@ from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
 from sparsex_jax.model.layers import ForwardPass, run_layers
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.plan import MAX_BOUNDARIES, Copies, PrefillPlan, PrefillState, Rows
+from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
+from sparsex_jax.reuse.schedule import MAX_BOUNDARIES
 from sparsex_kernels.layout import Store
 
 

@@ -32,13 +32,13 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import quality, results, scores
 from sparsex_jax.eval.quality import Batch, Row
 from sparsex_jax.eval.scores import Answer
-from sparsex_jax.reuse.methods import find_method
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.methods import Full, SparseX
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.report import make_report
 
 LOSS, DISAGREEMENT = "loss", "disagreement"
 MAX_LOSS = 0.02
-FULL = ReuseConfig("full")
+FULL = Full()
 _MEANS = ("computed_fraction", "score", "agreement", "kl")
 _MIN_SCORE = 0.25  # if full recompute scores less, there are hardly any right answers that reuse could spoil
 _BOUNDARIES, _RATIOS, _SECOND = (0, 1 / 12, 1 / 6, 1 / 4, 1 / 3), (0.05, 0.15, 0.3), (None, 2 / 3)
@@ -99,7 +99,7 @@ class Measured:
       ttft_s: time to the first token of one prompt alone, in seconds. None if the candidate was abandoned.
     """
 
-    reuse: ReuseConfig
+    reuse: SparseX
     shortfalls: tuple[float, ...]
     computed_fraction: float
     score: float
@@ -142,7 +142,7 @@ def select(measured: Sequence[Measured], target: Target) -> Selection:
 # Candidates -------------------------------------------------------------------------------------------------
 
 
-def candidates(num_layers: int, num_tokens: int, base: ReuseConfig = ReuseConfig()) -> list[ReuseConfig]:  # noqa: B008
+def candidates(num_layers: int, num_tokens: int, base: SparseX = SparseX()) -> list[SparseX]:  # noqa: B008
     """All combinations of boundary layer, recompute ratio and second boundary. Those that compute least come first.
 
     Args:
@@ -160,12 +160,12 @@ def candidates(num_layers: int, num_tokens: int, base: ReuseConfig = ReuseConfig
     return sorted(found, key=lambda reuse: predicted_fraction(reuse, num_layers, num_tokens))
 
 
-def predicted_fraction(reuse: ReuseConfig, num_layers: int, num_tokens: int, around: int = 64) -> float:
+def predicted_fraction(reuse: SparseX, num_layers: int, num_tokens: int, around: int = 64) -> float:
     """The share of token-layers computed of `num_tokens` reused tokens with `around` fresh ones on each side."""
-    kind = np.full(num_tokens + 2 * around, Kind.REUSED, np.uint8)
-    kind[:around] = kind[-around:] = Kind.FRESH
+    kind = np.full(num_tokens + 2 * around, TokenKind.REUSED, np.uint8)
+    kind[:around] = kind[-around:] = TokenKind.FRESH
     prompt = PromptMap(np.zeros(len(kind), np.int32), kind)
-    phases = find_method(reuse.method).phases(prompt, reuse, num_layers)
+    phases = reuse.phases(prompt, num_layers)
     return make_report(prompt, phases, num_layers, prompt.computed, 0.0).computed_fraction
 
 
@@ -212,7 +212,7 @@ def calibrate(
     prompts: PromptSet,
     target: Target = Target(),
     *,
-    base: ReuseConfig = ReuseConfig(),  # noqa: B008
+    base: SparseX = SparseX(),  # noqa: B008
     track: Track = lambda items, what: items,
 ) -> Calibration:
     """Measure candidates from the cheapest to the most expensive, until one meets the target.
@@ -227,7 +227,7 @@ def calibrate(
       InvalidRequestError: as for `quality.run`; or the prompts are too few to be confident; or full recompute scores so
         little that no loss would show.
     """
-    quality.check(engine, {base.method: base}, prompts.tasks, prompts.regimes)
+    quality.check(engine, prompts.tasks, prompts.regimes)
     check_samples(target, prompts.total)
     batches = quality.batches_of(prompts.tasks, prompts.regimes, prompts.samples, engine.config.max_batch)
     full = [answer_batch(engine, prompts, batch, FULL) for batch in track(batches, "Full recompute")]
@@ -292,7 +292,7 @@ def measure(
     prompts: PromptSet,
     batches: Sequence[Batch],
     full: Sequence[AnsweredBatch],
-    reuse: ReuseConfig,
+    reuse: SparseX,
     target: Target,
     spoiled: list[float],
 ) -> Measured:
@@ -329,18 +329,18 @@ def compare(answered: AnsweredBatch, reference: AnsweredBatch) -> list[Row]:
 
 
 def file_content(engine: Engine, model: str, prompts: PromptSet, found: Calibration) -> dict[str, Any]:
-    """The content of the file: the fields of `ReuseConfig` to use, the model, and how they were found."""
+    """The content of the file: the method and options to use, the model, and how they were found."""
     target, selection = found.target, found.selection
     measured = {
         "target": dataclasses.asdict(target),
         "met": selection.met,
         "full_score": found.full_score,
-        "basis": dataclasses.asdict(selection.basis.reuse) if not selection.met else None,
+        "basis": selection.basis.reuse.to_dict() if not selection.met else None,
         **selection.basis.to_dict(target.metric),
         "prompts": dataclasses.asdict(prompts) | {"dtype": engine.config.dtype},
     }
     about = {"model": model, "architecture": architecture(engine.model)}
-    return about | dataclasses.asdict(selection.reuse) | {"measured": measured} | results.provenance()
+    return about | selection.reuse.to_dict() | {"measured": measured} | results.provenance()
 
 
 def table(found: Calibration) -> str:
@@ -377,9 +377,9 @@ def verdict(found: Calibration) -> str:
 def named(reuse: ReuseConfig) -> str:
     """The method and the options that differ from the defaults.
 
-    >>> named(ReuseConfig(boundary_layer=5))
+    >>> named(SparseX(boundary_layer=5))
     'sparsex, boundary_layer=5'
     """
-    changed = {f.name: getattr(reuse, f.name) for f in dataclasses.fields(reuse)[1:]}
-    defaults = dataclasses.asdict(ReuseConfig())
-    return ", ".join([reuse.method, *(f"{k}={v}" for k, v in changed.items() if v != defaults[k])])
+    values = [(field.name, getattr(reuse, field.name), field.default) for field in dataclasses.fields(reuse)]
+    changed = [f"{name}={value}" for name, value, default in values if value != default]
+    return ", ".join([reuse.method, *changed])

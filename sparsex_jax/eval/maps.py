@@ -11,15 +11,15 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, UInt8
 
-from sparsex_jax.config import ReuseConfig
 from sparsex_jax.engine import Engine
+from sparsex_jax.eval.oracle import prompt_kv
 from sparsex_jax.model import decoder as model
 from sparsex_jax.model.decoder import Decoder, Hidden
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.methods.oracle import prompt_kv
+from sparsex_jax.reuse.methods import Full, Naive
 from sparsex_jax.reuse.plan import Rows
 from sparsex_jax.reuse.planner import page_tables
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_kernels.layout import PageTables, Store
 
 
@@ -28,7 +28,7 @@ class Maps:
     """The maps of one prompt.
 
     Attributes:
-      kind: a `Kind` for each token.
+      kind: a `TokenKind` for each token.
       key_mass: the share of the fresh queries' attention that each token gets under full recompute. It sums to 1 in
         each layer.
       key_deviation, value_deviation: the distance of the K (V) that method `naive` copies from that of full recompute,
@@ -43,11 +43,11 @@ class Maps:
 
 def make_maps(engine: Engine, prompt: Int[np.ndarray, "tokens"], namespace: str) -> Maps:
     """Measure the maps of a prompt whose segments are stored in the namespace. No KV computed here is kept."""
-    true, pasted = (prompt_kv(engine, prompt, method, namespace) for method in ("full", "naive"))
+    true, pasted = (prompt_kv(engine, prompt, method, namespace) for method in (Full(), Naive()))
     norms, distances = (np.linalg.norm(kv, axis=(3, 4)) for kv in (true, pasted - true))  # [layers, K or V, tokens]
     deviation = distances / norms
-    kind = engine.prefill(prompt, reuse=ReuseConfig("naive"), namespace=namespace, keep=False).report.kind
-    return Maps(kind, key_mass(engine, prompt, kind == Kind.FRESH, namespace), deviation[:, 0], deviation[:, 1])
+    kind = engine.prefill(prompt, reuse=Naive(), namespace=namespace, keep=False).report.kind
+    return Maps(kind, key_mass(engine, prompt, kind == TokenKind.FRESH, namespace), deviation[:, 0], deviation[:, 1])
 
 
 def key_mass(
@@ -57,7 +57,7 @@ def key_mass(
     runner, fresh_at = engine.runner, jnp.asarray(np.flatnonzero(fresh))
     rows = _rows(jnp.asarray(prompt), jnp.arange(len(prompt)))
     masses = []
-    with engine.admitted([prompt], [], ReuseConfig("full"), [namespace]) as (request,):
+    with engine.admitted([prompt], [], Full(), [namespace]) as (request,):
         tables = page_tables([request.plan.pages], 1, len(request.plan.pages))
         hidden = model.embed(runner.params, rows.token)
         for layer in range(engine.model.num_layers):
@@ -82,7 +82,7 @@ def _layer(
     decoder: Decoder,
 ) -> tuple[Store, Hidden, Float[Array, "context"]]:
     """Run one layer on all tokens, and sum the attention of all fresh queries and heads to each token."""
-    layer = model.layer_of(decoder, params, number)
+    layer = model.OneLayer(decoder, params.layers, number)
     fresh = _rows(rows.token[fresh_at], fresh_at)
     q = model.queries(layer, hidden[fresh_at], fresh)
     store, hidden = model.decoder_layer(layer, store, hidden, rows, tables)

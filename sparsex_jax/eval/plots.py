@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsex_jax.eval.maps import Maps
 from sparsex_jax.eval.results import Summary
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 
 matplotlib.use("agg")  # draws to files, so it needs no screen
 
@@ -66,7 +66,7 @@ def heatmaps(maps: Maps, path: Path, title: str = "") -> None:
     for panel, (name, values) in zip(axes, panels.items(), strict=True):
         image = panel.imshow(values, aspect="auto", origin="lower", interpolation="nearest", cmap="magma")
         figure.colorbar(image, ax=panel, pad=0.01)
-        fresh = np.flatnonzero(maps.kind == Kind.FRESH)
+        fresh = np.flatnonzero(maps.kind == TokenKind.FRESH)
         panel.plot(fresh, np.full(len(fresh), len(values) - 0.5), "|", color="tab:cyan", clip_on=False)
         panel.set_title(name, fontsize=10)
         panel.set_ylabel("layer")

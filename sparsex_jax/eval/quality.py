@@ -19,17 +19,16 @@ from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import regimes, scores
+from sparsex_jax.eval.oracle import true_deviation
 from sparsex_jax.eval.results import Summary
 from sparsex_jax.eval.scores import UNITS, Answer
 from sparsex_jax.eval.tasks import TASKS, Sample, make_sample
-from sparsex_jax.reuse.methods import find_method
-from sparsex_jax.reuse.methods.oracle import oracle, true_deviation
+from sparsex_jax.reuse.methods import Full, Oracle
 
 Row = dict[str, Any]  # the figures of one method on one sample
 Cell = tuple[str, str, int]  # task, regime, sample
 Batch = Sequence[Cell]
 ALL_TASKS = "all"  # the name of a summary over several tasks
-ORACLE = "oracle"  # the method that knows a prompt's true KV deviation; it is made for each prompt
 Z95 = 1.959964  # 95 % of a normal distribution are within this many standard deviations of its mean
 _SHARES = ("score", "top1", "agreement")
 
@@ -57,10 +56,10 @@ def run(
       track: gets the batches and yields them again. It may show the progress.
 
     Raises:
-      InvalidRequestError: a method, task or regime is unknown, the model has no tokenizer, or the prompts do not fit
+      InvalidRequestError: a task or regime is unknown, the model has no tokenizer, or the prompts do not fit
         into the store.
     """
-    check(engine, methods, tasks, in_regimes)
+    check(engine, tasks, in_regimes)
     batches = batches_of(tasks, in_regimes, samples, engine.config.max_batch)
     return [row for batch in track(batches) for row in measure(engine, methods, batch, num_tokens, seed, num_segments)]
 
@@ -74,15 +73,12 @@ def batches_of(tasks: Sequence[str], in_regimes: Sequence[str], samples: int, ma
     ]
 
 
-def check(engine: Engine, methods: Mapping[str, ReuseConfig], tasks: Sequence[str], in_regimes: Sequence[str]) -> None:
+def check(engine: Engine, tasks: Sequence[str], in_regimes: Sequence[str]) -> None:
     """Raise InvalidRequestError now for names that are unknown, and not hours later in the run."""
     for field, names, known in (("task", tasks, TASKS), ("regime", in_regimes, regimes.REGIMES)):
         for name in names:
             if name not in known:
                 raise InvalidRequestError(f"{field}={name!r} is unknown; there are: {', '.join(known)}")
-    for reuse in methods.values():
-        if reuse.method != ORACLE:
-            find_method(reuse.method)
     if engine.tokenizer is None:
         raise InvalidRequestError("the tasks are text, but this model has no tokenizer")
 
@@ -118,7 +114,7 @@ def measure(
       A row for each sample and method, with the figures of `scores.UNITS`, the answer's text and the expected strings.
     """
     prepared = prepare_batch(engine, batch, num_tokens, seed, num_segments)
-    reference, *answers = answer_all(engine, [ReuseConfig("full"), *methods.values()], prepared)
+    reference, *answers = answer_all(engine, [Full(), *methods.values()], prepared)
     return [
         {"task": task, "regime": regime, "sample": index, "expected": list(prepared[i].expected)}
         | {"method": name, "text": found[i].text}
@@ -179,17 +175,19 @@ def answer_all(
     found: dict[ReuseConfig, list[Answer]] = {}
     for reuse in methods:
         if reuse not in found:
-            run = answer_with_oracle if reuse.method == ORACLE else answer
-            found[reuse] = run(engine, prepared, reuse)
+            if isinstance(reuse, Oracle):
+                found[reuse] = answer_with_oracle(engine, prepared, reuse)
+            else:
+                found[reuse] = answer(engine, prepared, reuse)
     return [found[reuse] for reuse in methods]
 
 
-def answer_with_oracle(engine: Engine, prepared: Sequence[PreparedPrompt], reuse: ReuseConfig) -> list[Answer]:
-    """As `answer`, one prompt at a time, each with an oracle that knows this prompt's true deviation."""
+def answer_with_oracle(engine: Engine, prepared: Sequence[PreparedPrompt], reuse: Oracle) -> list[Answer]:
+    """As `answer`, one prompt after the other, each with the scores of its own true deviation."""
     answers = []
     for one in prepared:
-        with oracle(true_deviation(engine, one.prompt, one.namespace), ORACLE):
-            answers += answer(engine, [one], reuse)
+        deviation = true_deviation(engine, one.prompt, one.namespace)
+        answers += answer(engine, [one], dataclasses.replace(reuse, scores=deviation))
     return answers
 
 

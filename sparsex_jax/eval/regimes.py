@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from sparsex_jax.config import ReuseConfig
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.tasks import Sample
+from sparsex_jax.reuse.methods import Full
 
 Tokens = Int32[np.ndarray, "tokens"]
 
@@ -94,7 +94,7 @@ def _around(tokenizer: Any, instruction: str, question: str) -> tuple[Tokens, To
 
 def _joint(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
     prompt = np.concatenate([case.earlier, *case.segments])
-    engine.prefill(prompt, reuse=ReuseConfig("full"), namespace=namespace)
+    engine.prefill(prompt, reuse=Full(), namespace=namespace)
     return case
 
 

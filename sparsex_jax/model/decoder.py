@@ -1,11 +1,12 @@
-"""The decoder as pure functions over the parameter pytree. Llama, Mistral, Qwen2 and Qwen3 by configuration.
+"""The decoder as pure functions over its parameters. The configuration makes it Llama, Mistral, Qwen2 or Qwen3.
 
-`decoder_layer` is what prefill and decode share: it takes any rows, writes their K and V into the store and
-attends over the store. Weights are the `layers` leaves, stacked over the layers, and stay so.
+Prefill and decode share `decoder_layer`: it takes any rows, writes their K and V into the store and attends over the
+store. The weights of all layers stay stacked: `Ops.linear` reads one layer's matrices from the stack without a copy.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Float, Int
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.ops import Ops
-from sparsex_jax.model.weights import Params
+from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels import apply_rope
 from sparsex_kernels.layout import PageTables, Store
@@ -24,8 +25,9 @@ Hidden = Float[Array, "rows hidden"]
 Heads = Float[Array, "rows heads head_dim"]
 
 
-class Decoder(NamedTuple):
-    """What is static about the model: the same for every step."""
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """What is static about the model: a static argument of every jitted step."""
 
     config: ModelConfig
     ops: Ops
@@ -46,92 +48,116 @@ def rms_norm(x: Float[Array, "*batch dim"], scale: Float[Array, "dim"], eps: flo
 
 
 def embed(params: Params, tokens: Int[Array, "rows"]) -> Hidden:
-    return params["embed"][tokens]
+    """The embeddings of token ids: the input of layer 0."""
+    return params.embed[tokens]
 
 
 def logits(params: Params, config: ModelConfig, hidden: Hidden) -> Float[Array, "rows vocab"]:
     """Next-token logits in float32."""
-    normed = rms_norm(hidden, params["final_norm"], config.rms_norm_eps)
-    head = params["embed"].T if config.tied_embeddings else params["lm_head"]
+    normed = rms_norm(hidden, params.final_norm, config.rms_norm_eps)
+    head = params.embed.T if params.lm_head is None else params.lm_head
     return jnp.einsum("rh,hv->rv", normed, head, preferred_element_type=jnp.float32)
 
 
-class Layer(NamedTuple):
-    """One layer of the decoder. Its matrices stay in the stack of all layers: `Ops.linear` reads them from there."""
+class OneLayer(NamedTuple):
+    """One layer of the decoder. `layers` holds the weights of all layers, of which this one is `number`."""
 
     decoder: Decoder
-    stacks: Params
+    layers: Layers
     number: Int[Array, ""]
 
-    def vector(self, name: str) -> Array | None:
-        """A weight that is no matrix, if the model has it."""
-        stack = self.stacks.get(name)
-        return None if stack is None else jax.lax.dynamic_index_in_dim(stack, self.number, keepdims=False)
+    def own(self, stacked: Float[Array, "layers *rest"]) -> Float[Array, "*rest"]:
+        """This layer's part of a small stacked weight: a copy."""
+        return jax.lax.dynamic_index_in_dim(stacked, self.number, keepdims=False)
 
-    def norm(self, name: str, x: Hidden) -> Hidden:
-        scale = self.vector(name)
-        assert scale is not None
-        return rms_norm(x, scale, self.decoder.config.rms_norm_eps)
+    def norm(self, scale: Float[Array, "layers dim"], x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        return rms_norm(x, self.own(scale), self.decoder.config.rms_norm_eps)
 
-    def linear(self, x: Float[Array, "rows inputs"], *names: str, rows: Rows) -> tuple[Float[Array, "rows _"], ...]:
-        """Products with matrices that have the same inputs, heads side by side. Those of padding are undefined."""
-        matrices = [self.stacks[name].reshape(len(self.stacks[name]), x.shape[1], -1) for name in names]
-        over_inputs = names[0] in ("wo", "w_down")  # divided over a mesh by their inputs: heads, and the MLP
+    def linear(
+        self, x: Float[Array, "rows inputs"], *weights: Array, rows: Rows, over_inputs: bool = False
+    ) -> tuple[Float[Array, "rows _"], ...]:
+        """Products of the rows with this layer's matrices, heads side by side. Products of padding are undefined.
+
+        Args:
+          weights: stacked weights whose axes between the layers and the outputs multiply to `inputs`.
+          over_inputs: a mesh divides the matrices by their inputs, not by their outputs.
+        """
+        matrices = [weight.reshape(len(weight), x.shape[1], -1) for weight in weights]
         return self.decoder.ops.linear(x, matrices, self.number, rows, over_inputs=over_inputs)
 
 
-def layer_of(decoder: Decoder, params: Params, number: Int[Array, ""]) -> Layer:
-    return Layer(decoder, params["layers"], number)
+class Projection(NamedTuple):
+    """Stacked weights that make queries, keys or values. The rotation applies to queries and keys."""
+
+    weight: Float[Array, "layers hidden heads head_dim"]
+    bias: Float[Array, "layers heads head_dim"] | None
+    norm: Float[Array, "layers head_dim"] | None
+    rotated: bool
 
 
-def queries(layer: Layer, hidden: Hidden, rows: Rows) -> Heads:
+def _query(layers: Layers) -> Projection:
+    return Projection(layers.wq, layers.bq, layers.q_norm, rotated=True)
+
+
+def _key(layers: Layers) -> Projection:
+    return Projection(layers.wk, layers.bk, layers.k_norm, rotated=True)
+
+
+def _value(layers: Layers) -> Projection:
+    return Projection(layers.wv, layers.bv, norm=None, rotated=False)
+
+
+def queries(layer: OneLayer, hidden: Hidden, rows: Rows) -> Heads:
     """Rotated queries of rows from the layer's input."""
     with jax.named_scope("queries"):
-        (q,) = _heads(layer, hidden, rows, "q")
+        (q,) = _project(layer, hidden, rows, _query(layer.layers))
     return q
 
 
-def keys_values(layer: Layer, hidden: Hidden, rows: Rows) -> tuple[Heads, Heads]:
+def keys_values(layer: OneLayer, hidden: Hidden, rows: Rows) -> tuple[Heads, Heads]:
     """Rotated keys, and values, of rows from the layer's input."""
     with jax.named_scope("keys_values"):
-        keys, values = _heads(layer, hidden, rows, "kv")
+        keys, values = _project(layer, hidden, rows, _key(layer.layers), _value(layer.layers))
     return keys, values
 
 
-def _heads(layer: Layer, hidden: Hidden, rows: Rows, kinds: str) -> list[Heads]:
-    """Of `q`, `k` and `v` those asked for, together: they read the same rows."""
-    normed = layer.norm("attn_norm", hidden)
-    projected = layer.linear(normed, *(f"w{kind}" for kind in kinds), rows=rows)
-    return [_finish(layer, kind, x, rows) for kind, x in zip(kinds, projected, strict=True)]
+def _project(layer: OneLayer, hidden: Hidden, rows: Rows, *projections: Projection) -> list[Heads]:
+    """The heads of each projection. One operation makes all products, because they read the same rows."""
+    normed = layer.norm(layer.layers.attn_norm, hidden)
+    products = layer.linear(normed, *(projection.weight for projection in projections), rows=rows)
+    return [_finish(layer, *pair, rows) for pair in zip(projections, products, strict=True)]
 
 
-def _finish(layer: Layer, kind: str, projected: Float[Array, "rows width"], rows: Rows) -> Heads:
-    """From a product to heads: bias and norm where the model has them, and the rotation of queries and keys."""
+def _finish(layer: OneLayer, projection: Projection, product: Float[Array, "rows width"], rows: Rows) -> Heads:
+    """From a product to heads: add the bias and apply the norm where the model has them, then rotate."""
     config = layer.decoder.config
-    heads = projected.reshape(len(projected), -1, config.head_dim)
-    if (bias := layer.vector(f"b{kind}")) is not None:
-        heads += bias
-    if (norm := layer.vector(f"{kind}_norm")) is not None:
-        heads = rms_norm(heads, norm, config.rms_norm_eps)
-    return heads if kind == "v" else apply_rope(heads, rows.position, inv_freq(config))
+    heads = product.reshape(len(product), -1, config.head_dim)
+    if projection.bias is not None:
+        heads += layer.own(projection.bias)
+    if projection.norm is not None:
+        heads = layer.norm(projection.norm, heads)
+    return apply_rope(heads, rows.position, inv_freq(config)) if projection.rotated else heads
 
 
-def mlp(layer: Layer, hidden: Hidden, rows: Rows) -> Hidden:
+def mlp(layer: OneLayer, hidden: Hidden, rows: Rows) -> Hidden:
     """SwiGLU, without the residual."""
     with jax.named_scope("mlp"):
-        normed, stacks = layer.norm("mlp_norm", hidden), layer.stacks
-        gated = layer.decoder.ops.gated_linear(normed, stacks["w_gate"], stacks["w_up"], layer.number, rows)
-        (out,) = layer.linear(gated, "w_down", rows=rows)
+        layers = layer.layers
+        normed = layer.norm(layers.mlp_norm, hidden)
+        gated = layer.decoder.ops.gated_linear(normed, layers.w_gate, layers.w_up, layer.number, rows)
+        (out,) = layer.linear(gated, layers.w_down, rows=rows, over_inputs=True)
     return out
 
 
-def decoder_layer(layer: Layer, store: Store, hidden: Hidden, rows: Rows, tables: PageTables) -> tuple[Store, Hidden]:
-    """One layer for some rows: their K and V go into the store, then they attend to all that is in it."""
-    ops = layer.decoder.ops
+def decoder_layer(
+    layer: OneLayer, store: Store, hidden: Hidden, rows: Rows, tables: PageTables
+) -> tuple[Store, Hidden]:
+    """Run one layer for some rows: write their K and V into the store, then attend to all that is in it."""
+    ops, layers = layer.decoder.ops, layer.layers
     with jax.named_scope("attention"):
-        q, keys, values = _heads(layer, hidden, rows, "qkv")
+        q, keys, values = _project(layer, hidden, rows, _query(layers), _key(layers), _value(layers))
         store = ops.write_kv(store, layer.number, keys, values, rows, tables)
         attended = ops.attention(q, store, layer.number, rows, tables)
-        (out,) = layer.linear(attended.reshape(len(attended), -1), "wo", rows=rows)
+        (out,) = layer.linear(attended.reshape(len(attended), -1), layers.wo, rows=rows, over_inputs=True)
     hidden = hidden + out
     return store, hidden + mlp(layer, hidden, rows)

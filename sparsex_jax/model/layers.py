@@ -10,7 +10,7 @@ from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, Int
 
-from sparsex_jax.model.decoder import Decoder, Hidden, Layer, decoder_layer, layer_of, queries
+from sparsex_jax.model.decoder import Decoder, Hidden, OneLayer, decoder_layer, queries
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows, fold_chunks
 from sparsex_kernels.layout import PageTables, Store
@@ -32,8 +32,8 @@ class ForwardPass:
     decoder: Decoder = struct.field(pytree_node=False)
     chunk: int = struct.field(pytree_node=False)
 
-    def layer(self, number: Int[Array, ""]) -> Layer:
-        return layer_of(self.decoder, self.params, number)
+    def layer(self, number: Int[Array, ""]) -> OneLayer:
+        return OneLayer(self.decoder, self.params.layers, number)
 
     def no_mass(self, store: Store) -> Mass:
         return jnp.zeros((len(self.page_tables), self.page_tables.shape[1] * store.shape[4]))

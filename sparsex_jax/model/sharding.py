@@ -1,13 +1,14 @@
 """Logical axes, and the one table that maps them to mesh axes.
 
-Weights and the KV store are described by logical axes alone; where they live is decided here. The mesh has
-one axis today, `tensor`, over which heads, the MLP and the vocabulary are split.
+Weights and the KV store are described by logical axes alone; this table decides where they live. The mesh has one axis
+today, `tensor`, over which heads, the MLP and the vocabulary are split.
 """
 
 from __future__ import annotations
 
 import jax
 import numpy as np
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparsex_jax.config import ModelConfig
@@ -15,19 +16,19 @@ from sparsex_jax.errors import InvalidRequestError
 
 TENSOR_AXIS = "tensor"
 
-# Logical axis -> mesh axis. An axis not listed is an error; None is replicated.
-RULES: dict[str, str | None] = {
-    "layers": None,
-    "embed": None,
-    "q_heads": TENSOR_AXIS,
-    "kv_heads": TENSOR_AXIS,
-    "head_dim": None,
-    "mlp": TENSOR_AXIS,
-    "vocab": TENSOR_AXIS,
-    "pages": None,
-    "kv": None,
-    "slots": None,
-}
+# Rules for flax: logical axis, mesh axis. An axis that is not listed is an error; None means replicated.
+RULES: tuple[tuple[str, str | None], ...] = (
+    ("layers", None),
+    ("embed", None),
+    ("q_heads", TENSOR_AXIS),
+    ("kv_heads", TENSOR_AXIS),
+    ("head_dim", None),
+    ("mlp", TENSOR_AXIS),
+    ("vocab", TENSOR_AXIS),
+    ("pages", None),
+    ("kv", None),
+    ("slots", None),
+)
 
 Axes = tuple[str, ...]
 
@@ -37,16 +38,16 @@ def make_mesh(tensor_parallel: int = 1) -> Mesh:
     devices = jax.devices()
     if not 1 <= tensor_parallel <= len(devices):
         raise InvalidRequestError(
-            f"tensor_parallel={tensor_parallel} must be from 1 to {len(devices)}, the devices there are"
+            f"tensor_parallel={tensor_parallel} must be from 1 to {len(devices)}, the number of devices"
         )
     return Mesh(np.array(devices[:tensor_parallel]), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
-    """The same devices with automatic axes, once the model is known to divide over them.
+    """Check that the model divides over a mesh, and give a mesh of the same devices whose axes are automatic.
 
     Raises:
-      InvalidRequestError: no `tensor` axis, or one that does not divide the heads or the MLP.
+      InvalidRequestError: the mesh has no `tensor` axis, or its size does not divide the heads or the MLP.
     """
     if TENSOR_AXIS not in mesh.axis_names:
         raise InvalidRequestError(f"mesh has axes {mesh.axis_names}; it needs one named {TENSOR_AXIS!r}")
@@ -60,8 +61,17 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
 
 
 def spec(axes: Axes) -> PartitionSpec:
-    """The partition of an array with these logical axes."""
-    return PartitionSpec(*(RULES[axis] for axis in axes))
+    """The partition of an array with these logical axes.
+
+    Raises:
+      ValueError: an axis that `RULES` does not list. flax would replicate it without a word.
+    """
+    unknown = set(axes) - {axis for axis, _ in RULES}
+    if unknown:
+        raise ValueError(f"axes={axes} has {', '.join(sorted(unknown))}, which the sharding rules do not list")
+    partition = logical_to_mesh_axes(axes, RULES)
+    assert partition is not None  # it is None for no axes at all
+    return partition
 
 
 def sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:

@@ -1,6 +1,7 @@
-"""The decoder's parameters: one abstract description is the only source of shape, logical axes and init.
+"""The decoder's parameters, and the one description that everything about them is derived from.
 
-Parameters are a pytree of plain dictionaries. The leaves under `layers` are stacked, layer first.
+The fields of `Params` and `Layers` carry each weight's logical axes, its initialisation and which models have it.
+Shapes follow from the axes and a `ModelConfig`; shardings follow from the axes and a mesh (`sharding.RULES`).
 """
 
 from __future__ import annotations
@@ -8,115 +9,186 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.sharding import Axes, sharding
 
-Params = dict[str, Any]
+
+def _in_every_model(config: ModelConfig) -> bool:
+    return True
+
+
+def weight(*axes: str, fan_in: Axes = (), only_if: Callable[[ModelConfig], bool] = _in_every_model) -> Any:
+    """A field that holds a weight with these logical axes.
+
+    Args:
+      fan_in: the axes whose sizes multiply to the number of inputs of each output. Empty for the scale of a norm.
+      only_if: tells whether a model has the weight; the field is None where it does not.
+    """
+    return struct.field(metadata={"axes": axes, "fan_in": fan_in, "only_if": only_if})
+
+
+# The run-time check of types is off for both classes, because trees with their structure also hold shapes, shardings
+# and descriptions.
+@no_type_check
+@struct.dataclass(kw_only=True)
+class Layers:
+    """The weights of all layers, stacked: the first axis of each counts the layers."""
+
+    attn_norm: Array = weight("layers", "embed")
+    wq: Array = weight("layers", "embed", "q_heads", "head_dim", fan_in=("embed",))
+    wk: Array = weight("layers", "embed", "kv_heads", "head_dim", fan_in=("embed",))
+    wv: Array = weight("layers", "embed", "kv_heads", "head_dim", fan_in=("embed",))
+    wo: Array = weight("layers", "q_heads", "head_dim", "embed", fan_in=("q_heads", "head_dim"))
+    mlp_norm: Array = weight("layers", "embed")
+    w_gate: Array = weight("layers", "embed", "mlp", fan_in=("embed",))
+    w_up: Array = weight("layers", "embed", "mlp", fan_in=("embed",))
+    w_down: Array = weight("layers", "mlp", "embed", fan_in=("mlp",))
+    bq: Array | None = weight("layers", "q_heads", "head_dim", fan_in=("embed",), only_if=lambda c: c.qkv_bias)
+    bk: Array | None = weight("layers", "kv_heads", "head_dim", fan_in=("embed",), only_if=lambda c: c.qkv_bias)
+    bv: Array | None = weight("layers", "kv_heads", "head_dim", fan_in=("embed",), only_if=lambda c: c.qkv_bias)
+    q_norm: Array | None = weight("layers", "head_dim", only_if=lambda c: c.qk_norm)
+    k_norm: Array | None = weight("layers", "head_dim", only_if=lambda c: c.qk_norm)
+
+
+@no_type_check
+@struct.dataclass(kw_only=True)
+class Params:
+    """All weights of a decoder. `lm_head` is None where the output projection is the embedding's transpose."""
+
+    embed: Array = weight("vocab", "embed", fan_in=("embed",))
+    layers: Layers
+    final_norm: Array = weight("embed")
+    lm_head: Array | None = weight("embed", "vocab", fan_in=("embed",), only_if=lambda c: not c.tied_embeddings)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One parameter: its shape, its logical axes, and how many inputs feed each output (0: a norm's scale)."""
+    """The description of one weight of a given model.
+
+    Attributes:
+      shape: its size along each of `axes`.
+      axes: its logical axes.
+      fan_in: the number of inputs of each output, which sets the scale of random weights; 0 for the scale of a norm.
+    """
 
     shape: tuple[int, ...]
     axes: Axes
-    fan_in: int = 0
+    fan_in: int
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is one array of all layers."""
+        return self.axes[0] == "layers"
 
 
 def describe(config: ModelConfig) -> Params:
-    """The parameter pytree with a `Weight` at every leaf."""
-    hidden, mlp, dim = config.hidden_size, config.intermediate_size, config.head_dim
-    q_heads, kv_heads = config.num_q_heads, config.num_kv_heads
-    layer = {
-        "attn_norm": Weight((hidden,), ("embed",)),
-        "wq": Weight((hidden, q_heads, dim), ("embed", "q_heads", "head_dim"), hidden),
-        "wk": Weight((hidden, kv_heads, dim), ("embed", "kv_heads", "head_dim"), hidden),
-        "wv": Weight((hidden, kv_heads, dim), ("embed", "kv_heads", "head_dim"), hidden),
-        "wo": Weight((q_heads, dim, hidden), ("q_heads", "head_dim", "embed"), q_heads * dim),
-        "mlp_norm": Weight((hidden,), ("embed",)),
-        "w_gate": Weight((hidden, mlp), ("embed", "mlp"), hidden),
-        "w_up": Weight((hidden, mlp), ("embed", "mlp"), hidden),
-        "w_down": Weight((mlp, hidden), ("mlp", "embed"), mlp),
+    """The parameters of a model with a `Weight` in place of each array."""
+    layers = Layers(**_described(Layers, config))
+    return Params(layers=layers, **_described(Params, config))
+
+
+def _described(record: type, config: ModelConfig) -> dict[str, Any]:
+    """A `Weight` or None for each field of the record that is a weight."""
+    fields = dataclasses.fields(record)
+    return {field.name: _weight(field.metadata, config) for field in fields if "axes" in field.metadata}
+
+
+def _weight(metadata: Mapping[str, Any], config: ModelConfig) -> Weight | None:
+    if not metadata["only_if"](config):
+        return None
+    sizes, axes, inputs = axis_sizes(config), metadata["axes"], metadata["fan_in"]
+    fan_in = math.prod(sizes[axis] for axis in inputs) if inputs else 0
+    return Weight(tuple(sizes[axis] for axis in axes), axes, fan_in)
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """The size of each logical axis of the weights."""
+    return {
+        "layers": config.num_layers,
+        "vocab": config.vocab_size,
+        "embed": config.hidden_size,
+        "q_heads": config.num_q_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "mlp": config.intermediate_size,
     }
-    if config.qkv_bias:
-        layer |= {
-            "bq": Weight((q_heads, dim), ("q_heads", "head_dim"), hidden),
-            "bk": Weight((kv_heads, dim), ("kv_heads", "head_dim"), hidden),
-            "bv": Weight((kv_heads, dim), ("kv_heads", "head_dim"), hidden),
-        }
-    if config.qk_norm:
-        layer |= {"q_norm": Weight((dim,), ("head_dim",)), "k_norm": Weight((dim,), ("head_dim",))}
-    stacked = {name: Weight((config.num_layers, *w.shape), ("layers", *w.axes), w.fan_in) for name, w in layer.items()}
-    params: Params = {
-        "embed": Weight((config.vocab_size, hidden), ("vocab", "embed"), hidden),
-        "layers": stacked,
-        "final_norm": Weight((hidden,), ("embed",)),
-    }
-    if not config.tied_embeddings:
-        params["lm_head"] = Weight((hidden, config.vocab_size), ("embed", "vocab"), hidden)
-    return params
+
+
+def leaf_name(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The fields that lead to a leaf of `Params`, such as `("layers", "wq")`."""
+    return tuple(key.name for key in path)
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """The number of scalars in all weights together."""
+    return sum(math.prod(weight.shape) for weight in jax.tree.leaves(describe(config)))
 
 
 def abstract_params(config: ModelConfig, dtype: str, mesh: Mesh) -> Params:
-    """The parameter pytree of `jax.ShapeDtypeStruct`, placed: what a checkpoint is restored into."""
-    return _map(
-        config, lambda w: jax.ShapeDtypeStruct(w.shape, jnp.dtype(dtype), sharding=sharding(mesh, w.axes, w.shape))
-    )
+    """The parameters with a `jax.ShapeDtypeStruct` for each array, which says where on the mesh it lives."""
+
+    def abstract(weight: Weight) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=_placement(mesh, weight))
+
+    return jax.tree.map(abstract, describe(config))
+
+
+def place_params(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str, Weight], np.ndarray]) -> Params:
+    """Put a checkpoint's arrays on the mesh, one at a time.
+
+    Args:
+      read: is called with the name of a field of `Params` or `Layers` and its description, and gives the array in
+        the described shape, with any float dtype.
+
+    Raises:
+      ValueError: an array has another shape.
+    """
+
+    def put(path: tuple[Any, ...], weight: Weight) -> Array:
+        name = leaf_name(path)[-1]
+        array = read(name, weight)
+        if array.shape != weight.shape:
+            raise ValueError(f"{name} has shape {array.shape}; the configuration needs {weight.shape}")
+        return jax.device_put(array.astype(jnp.dtype(dtype), copy=False), _placement(mesh, weight))
+
+    return jax.tree.map_with_path(put, describe(config))
 
 
 def random_params(config: ModelConfig, dtype: str, mesh: Mesh, seed: int = 0) -> Params:
     """Random weights of the right scale, made on the devices that will hold them."""
-    leaves, treedef = jax.tree.flatten(describe(config))
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    arrays = [
-        _random(key, weight, dtype, sharding(mesh, weight.axes, weight.shape))
-        for key, weight in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, arrays)
+    described = describe(config)
+    # Weights get their random keys in the order of their names, so the order of the fields does not matter.
+    names = sorted(leaf_name(path) for path, _ in jax.tree.leaves_with_path(described))
+    keys = dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
+
+    def make(path: tuple[Any, ...], weight: Weight) -> Array:
+        return _random(keys[leaf_name(path)], weight, dtype, _placement(mesh, weight))
+
+    return jax.tree.map_with_path(make, described)
 
 
-def _random(key: jax.Array, weight: Weight, dtype: str, placed: NamedSharding) -> jax.Array:
-    """Ones for a norm, else noise that keeps the scale of what goes through."""
+def _random(key: Array, weight: Weight, dtype: str, placed: NamedSharding) -> Array:
+    """Ones for the scale of a norm, else noise that keeps the scale of what the weight is multiplied with."""
     if not weight.fan_in:
         return jnp.ones(weight.shape, dtype, device=placed)
     return _noise(key, weight.shape, dtype, 1 / math.sqrt(weight.fan_in), placed)
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "scale", "placed"))
-def _noise(key: jax.Array, shape: tuple[int, ...], dtype: str, scale: float, placed: NamedSharding) -> jax.Array:
+def _noise(key: Array, shape: tuple[int, ...], dtype: str, scale: float, placed: NamedSharding) -> Array:
     noise = scale * jax.random.normal(key, shape, jnp.dtype(dtype))
     return jax.lax.with_sharding_constraint(noise, placed)
 
 
-def place_params(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str], np.ndarray]) -> Params:
-    """Put a checkpoint's arrays on the mesh, one leaf at a time.
-
-    Args:
-      read: gives the array of a leaf by its path, `embed`, `layers/wq`, ..., stacked and in the shape of
-        `describe`; any float dtype.
-    """
-
-    def put(path: tuple[Any, ...], weight: Weight) -> jax.Array:
-        name = "/".join(key.key for key in path)
-        array = read(name)
-        if array.shape != weight.shape:
-            raise ValueError(f"{name} has shape {array.shape}; the configuration needs {weight.shape}")
-        return jax.device_put(array.astype(jnp.dtype(dtype), copy=False), sharding(mesh, weight.axes, weight.shape))
-
-    return jax.tree_util.tree_map_with_path(put, describe(config))
-
-
-def _map(config: ModelConfig, fn: Callable[[Weight], Any]) -> Params:
-    return jax.tree.map(fn, describe(config))
-
-
-def num_parameters(config: ModelConfig) -> int:
-    return sum(math.prod(weight.shape) for weight in jax.tree.leaves(describe(config)))
+def _placement(mesh: Mesh, weight: Weight) -> NamedSharding:
+    return sharding(mesh, weight.axes, weight.shape)

@@ -17,7 +17,6 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 PADDING_REQUEST = np.iinfo(np.int32).max
-MAX_BOUNDARIES = 4  # a shape of the compiled prefill, so that schedules with fewer run the same program
 
 
 @struct.dataclass
@@ -87,7 +86,7 @@ class Copies:
 
 @struct.dataclass
 class Boundaries:
-    """Where a prefill goes on with fewer rows, and which ones: a line for each of `MAX_BOUNDARIES`.
+    """Where a prefill goes on with fewer rows, and which ones: a line for each of `schedule.MAX_BOUNDARIES`.
 
     Attributes:
       layer: the boundary stands before this layer; -1 in a line that is not used.

@@ -13,9 +13,9 @@ from jaxtyping import Float32, Int, Int32
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.reuse.methods import Phase
-from sparsex_jax.reuse.plan import MAX_BOUNDARIES, PADDING_REQUEST, Boundaries, Copies, PrefillPlan, Rows
+from sparsex_jax.reuse.plan import PADDING_REQUEST, Boundaries, Copies, PrefillPlan, Rows
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.schedule import MAX_BOUNDARIES, Phase
 
 # Rows that go through a layer at a time, by platform; on one that is not here, as on a TPU.
 CHUNKS = {

@@ -1,4 +1,4 @@
-"""What is known of a prompt's tokens before the model runs: prefix, reused or fresh."""
+"""What the lookup found for each token of a prompt, before the model runs: prefix, reused or fresh."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jaxtyping import Bool, Int32, Int64, UInt8
 from sparsex_jax.cache import Match, Segment
 
 
-class Kind(enum.IntEnum):
-    """What a prompt token is (DESIGN.md, section 2)."""
+class TokenKind(enum.IntEnum):
+    """Where a prompt token's KV comes from."""
 
-    PREFIX = 0  # its KV is exact and in the store
-    REUSED = 1  # its KV is copied from a donor and aligned
-    FRESH = 2  # it must be computed
+    PREFIX = 0  # of an exact prefix: its KV is in the store, and right as it is
+    REUSED = 1  # of a segment: its KV is copied from a donor and aligned to its new position
+    FRESH = 2  # of neither: it is computed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,9 +25,9 @@ class PromptMap:
 
     Attributes:
       tokens: token ids.
-      kind: a `Kind` for each token. The last token is always fresh.
-      segments: the reused runs, in order. The last one may cover the prompt's last token, which is
-        computed all the same.
+      kind: a `TokenKind` for each token. The last token is always fresh, as its logits are wanted.
+      segments: the reused runs, in order. The last one may cover the prompt's last token, which is computed all the
+        same.
     """
 
     tokens: Int32[np.ndarray, "tokens"]
@@ -36,11 +36,12 @@ class PromptMap:
 
     @classmethod
     def of(cls, tokens: Int32[np.ndarray, "tokens"], match: Match) -> PromptMap:
-        kind = np.full(len(tokens), Kind.FRESH, np.uint8)
-        kind[: match.num_prefix_tokens] = Kind.PREFIX
+        """The map of a prompt by what the lookup found."""
+        kind = np.full(len(tokens), TokenKind.FRESH, np.uint8)
+        kind[: match.num_prefix_tokens] = TokenKind.PREFIX
         for segment in match.segments:
-            kind[segment.start : segment.end] = Kind.REUSED
-        kind[-1] = Kind.FRESH
+            kind[segment.start : segment.end] = TokenKind.REUSED
+        kind[-1] = TokenKind.FRESH
         return cls(tokens, kind, tuple(match.segments))
 
     def __len__(self) -> int:
@@ -48,25 +49,25 @@ class PromptMap:
 
     @property
     def fresh(self) -> Bool[np.ndarray, "tokens"]:
-        return self.kind == Kind.FRESH
+        return self.kind == TokenKind.FRESH
 
     @property
     def reused(self) -> Bool[np.ndarray, "tokens"]:
-        return self.kind == Kind.REUSED
+        return self.kind == TokenKind.REUSED
 
     @property
     def computed(self) -> Bool[np.ndarray, "tokens"]:
-        """All that is not in the prefix."""
-        return self.kind != Kind.PREFIX
+        """All tokens but the prefix's."""
+        return self.kind != TokenKind.PREFIX
 
     @property
     def exact_frontier(self) -> int:
-        """How many tokens from the start have exact KV if no reused token is recomputed in every layer."""
+        """How many tokens have exact KV before the first reused one: all of them, if nothing is reused."""
         return int(self.reused.argmax()) if self.reused.any() else len(self)
 
     @property
     def unsettled(self) -> Bool[np.ndarray, "tokens"]:
-        """Fresh tokens behind a reused one, which a second pass may change; those before see exact KV alone."""
+        """Fresh tokens behind a reused one. The others see exact KV only, and a second pass would not change them."""
         return self.fresh & (np.arange(len(self)) >= self.exact_frontier)
 
     def overflow(self, width: int) -> Bool[np.ndarray, "tokens"]:
@@ -84,7 +85,13 @@ class PromptMap:
         return last & self.reused
 
     def blocks(self, length: int) -> Int64[np.ndarray, "tokens"]:
-        """Number of each token's block: blocks of `length` tokens, and each segment begins with one."""
+        """Number of each token's block: blocks have `length` tokens, and a new one begins with each segment.
+
+        Reused tokens of one segment only share a block. Segments at 2..6 and 6..8 of 8 tokens, length 3:
+
+            token   0  1  2  3  4  5  6  7
+            block   1  1  2  2  2  3  4  4
+        """
         starts = np.zeros(len(self), bool)
         starts[::length] = True
         for segment in self.segments:
@@ -93,8 +100,11 @@ class PromptMap:
         return np.cumsum(starts)
 
     def sinks(self, length: int) -> Bool[np.ndarray, "tokens"]:
-        """Reused tokens that were among the first `length` of their donor's prompt, where attention goes that has
-        nothing to look for (StreamingLLM, arXiv 2309.17453). In the middle of another prompt they draw it too."""
+        """Reused tokens that were among the first `length` of their donor's prompt.
+
+        Attention that looks for nothing goes to a prompt's first tokens (StreamingLLM, arXiv 2309.17453). Pasted into
+        the middle of another prompt, their KV draws it too.
+        """
         first = np.zeros(len(self), bool)
         for segment in self.segments:
             first[segment.start : segment.start + max(length - segment.donor_start, 0)] = True

@@ -1,4 +1,4 @@
-"""What a request did with the cache, as numbers that can be printed or sent."""
+"""What was reused of a prompt and what was computed, as numbers that can be printed or sent."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from sparsex_jax.reuse.methods import Phase
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_jax.reuse.schedule import Phase
 
 
 @dataclasses.dataclass(frozen=True)
 class ReusedSegment:
-    """A reused run: where it is in the prompt, and the position its KV was computed at."""
+    """A reused run of tokens: its place in the prompt, and the position in the donor's prompt where it began."""
 
     start: int
     length: int
@@ -32,12 +32,15 @@ class Report:
     """How a prompt was prefilled.
 
     Attributes:
-      prompt_tokens: prefix + reused + fresh tokens.
-      active_tokens: tokens computed from the boundary layer on.
-      boundary_layer: `l*`: layers before it computed every non-prefix token.
-      computed_fraction: token-layers computed, those of a signal's own pass included, as a share of the prompt's.
+      prompt_tokens: prefix, reused and fresh tokens together.
+      active_tokens: tokens that were computed from the boundary layer on.
+      boundary_layer: `l*`: layers before it computed every token that is not in the prefix.
+      segments: the reused runs, in order.
+      computed_fraction: token-layers that were computed, those of a signal's own pass included, as a share of all
+        token-layers of the prompt.
       ttft_s: seconds from the call to the first token (or its logits) on the host.
-      kind: a `Kind` for each prompt token; active: whether it was computed from the boundary on.
+      kind: a `TokenKind` for each prompt token, uint8 `[tokens]`.
+      active: whether each prompt token was computed from the boundary layer on, bool `[tokens]`.
     """
 
     prompt_tokens: int
@@ -70,7 +73,8 @@ def make_report(
 
     Args:
       active: which tokens of the prompt were computed from the boundary layer on.
-      counts: how many tokens each phase computed; None, where nothing ran: as many as it may.
+      ttft_s: see `Report`.
+      counts: how many tokens each phase computed. None, where nothing ran: as many as it may compute.
     """
     counts = [phase.size for phase in phases] if counts is None else counts
     ends = [*(phase.start for phase in phases[1:]), num_layers]
@@ -78,7 +82,7 @@ def make_report(
     everyone = counts[0] == prompt.computed.sum()
     return Report(
         prompt_tokens=len(prompt),
-        prefix_tokens=int((prompt.kind == Kind.PREFIX).sum()),
+        prefix_tokens=int((prompt.kind == TokenKind.PREFIX).sum()),
         reused_tokens=int(prompt.reused.sum()),
         fresh_tokens=int(prompt.fresh.sum()),
         active_tokens=int(counts[min(1, len(counts) - 1)]),
@@ -92,7 +96,7 @@ def make_report(
 
 
 def probed(prompt: PromptMap, phases: Sequence[Phase]) -> int:
-    """Token-layers that signals ran the fresh tokens through. A phase that narrows nothing asks no signal."""
+    """Token-layers that signals ran the fresh tokens through. Before a phase that leaves nothing out, none runs."""
     pairs = itertools.pairwise(phases)
     layers = sum(phase.probe_layers for before, phase in pairs if phase.can_leave_out(before.size))
     return layers * int(prompt.fresh.sum())

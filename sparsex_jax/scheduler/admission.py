@@ -18,7 +18,7 @@ from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
 from sparsex_jax.reuse.cost import Speeds, prefill_seconds
-from sparsex_jax.reuse.methods import Method, find_method
+from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.report import Report, make_report
@@ -81,7 +81,7 @@ class Admission:
         """
         sampling.check_vocabulary(self._model.vocab_size)
         nothing = Match([], None, [], 0, ())
-        _method(reuse, namespace).phases(PromptMap.of(tokens, nothing), reuse, self._model.num_layers)
+        _method(reuse, namespace).phases(PromptMap.of(tokens, nothing), self._model.num_layers)
         self.pages_for(len(tokens) + sampling.max_new_tokens - 1)
 
     def admit(self, tokens: np.ndarray, new_tokens: int, reuse: ReuseConfig, namespace: str) -> Request:
@@ -99,10 +99,10 @@ class Admission:
             namespace,
             prefix=method.uses_prefix,
             segments=method.uses_segments,
-            min_segment=reuse.min_segment_tokens,
+            min_segment=method.min_segment_tokens,
         )
         try:
-            plan = self._lay_out(tokens, match, method, reuse)
+            plan = self._lay_out(tokens, match, method)
             pages = self._take_pages(match, len(tokens) + max(new_tokens - 1, 0))
         except BaseException:
             self.cache.unpin(match)
@@ -112,16 +112,16 @@ class Admission:
         self._requests.add(request)
         return request
 
-    def _lay_out(self, tokens: np.ndarray, match: Match, method: Method, reuse: ReuseConfig) -> RequestPlan:
+    def _lay_out(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
         """The plan without pages: with what was found, or with the prefix alone where that is asked for and faster."""
 
         def plan(match: Match) -> RequestPlan:
             prompt = PromptMap.of(tokens, match)
             copies = (*([match.prefix_tail] if match.prefix_tail else []), *match.segments)
-            return RequestPlan(prompt, method.phases(prompt, reuse, self._model.num_layers), (), copies)
+            return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), (), copies)
 
         found = plan(match)
-        if not (reuse.only_if_faster and self.speeds and match.segments):
+        if not (method.only_if_faster and self.speeds and match.segments):
             return found
         plain = plan(dataclasses.replace(match, segments=[]))
         plain_seconds, found_seconds = (prefill_seconds(self._model, one, self.speeds) for one in (plain, found))
@@ -181,6 +181,4 @@ def _method(reuse: ReuseConfig, namespace: str) -> Method:
     """Raises InvalidRequestError if one of them is of no use."""
     if not isinstance(namespace, str) or not namespace:
         raise InvalidRequestError(f"namespace={namespace!r} must be a non-empty string")
-    if not isinstance(reuse, ReuseConfig):
-        raise InvalidRequestError(f"reuse={reuse!r} must be a ReuseConfig")
-    return find_method(reuse.method)
+    return method_of(reuse)

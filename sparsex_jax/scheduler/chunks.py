@@ -25,7 +25,7 @@ from jaxtyping import Int32
 
 from sparsex_jax.reuse.methods import Phase
 from sparsex_jax.reuse.planner import RequestPlan
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
 
 def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) -> list[RequestPlan]:
@@ -37,7 +37,7 @@ def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) ->
       most: rows of a chunk.
     """
     prompt, pages = plan.prompt, plan.pages
-    first = int((prompt.kind == Kind.PREFIX).sum())
+    first = int((prompt.kind == TokenKind.PREFIX).sum())
     if not prompt.reused.any():
         parts = list(_chunks(tokens, first, len(tokens), pages, most))
     elif plan.num_rows <= most:
@@ -54,8 +54,8 @@ def _chunks(tokens: np.ndarray, start: int, end: int, pages: Sequence[int], most
     """Plain plans of `start` to `end`, each behind the one before it."""
     for at in range(start, end, most):
         upto = min(at + most, end)
-        kind = np.full(upto, Kind.PREFIX, np.uint8)
-        kind[at:] = Kind.FRESH
+        kind = np.full(upto, TokenKind.PREFIX, np.uint8)
+        kind[at:] = TokenKind.FRESH
         prompt = PromptMap(tokens[:upto], kind)
         yield RequestPlan(prompt, (Phase(0, prompt.computed),), pages)
 
@@ -63,7 +63,7 @@ def _chunks(tokens: np.ndarray, start: int, end: int, pages: Sequence[int], most
 def _behind(plan: RequestPlan, lead: int) -> RequestPlan:
     """The same plan where the first `lead` tokens are in the store by now."""
     kind = plan.prompt.kind.copy()
-    kind[:lead] = Kind.PREFIX
+    kind[:lead] = TokenKind.PREFIX
     prompt = dataclasses.replace(plan.prompt, kind=kind)
     phases = tuple(dataclasses.replace(phase, forced=phase.forced & prompt.computed) for phase in plan.phases)
     return dataclasses.replace(plan, prompt=prompt, phases=phases)

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Int32
 
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.device.generation import Output, TokenLogprobs
-from sparsex_jax.reuse.methods import find_method
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.admission import Request
@@ -87,7 +86,7 @@ class Task:
     _told: int = 0  # tokens that events had
 
     def __post_init__(self) -> None:
-        self.wanted = Wanted(self.tokens, find_method(self.reuse.method))
+        self.wanted = Wanted(self.tokens, self.reuse)
 
     @property
     def sequence(self) -> Int32[np.ndarray, "tokens"]:
@@ -124,7 +123,7 @@ class Task:
         """
         if not self.output.token_ids or self.approximate:
             return self.tokens, self.reuse
-        exact = "prefix" if find_method(self.reuse.method).uses_prefix else "full"
+        exact = "prefix" if self.reuse.uses_prefix else "full"
         return self.sequence, ReuseConfig(method=exact)
 
     def admit(self, request: Request, chunk: int, num_layers: int) -> None:

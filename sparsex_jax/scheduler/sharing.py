@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Int32, UInt64
 
 from sparsex_jax.cache.windows import WINDOW, window_hashes
-from sparsex_jax.reuse.methods import Method
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.config import ReuseConfig
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
 # Shorter runs are computed faster than waited for.
 LEAST_SHARED = 64
@@ -22,8 +22,8 @@ _SALT = secrets.randbits(64)
 class Wanted:
     """A prompt, and how its method can use what is stored."""
 
-    def __init__(self, tokens: Int32[np.ndarray, "tokens"], method: Method) -> None:
-        self._tokens, self._method = tokens, method
+    def __init__(self, tokens: Int32[np.ndarray, "tokens"], reuse: ReuseConfig) -> None:
+        self._tokens, self._reuse = tokens, reuse
         self._known: weakref.WeakKeyDictionary[Offer, bool] = weakref.WeakKeyDictionary()
 
     def shares(self, offer: Offer) -> bool:
@@ -33,9 +33,9 @@ class Wanted:
         return self._known[offer]
 
     def _shared_tokens(self, offer: Offer) -> int:
-        if self._method.uses_segments:
+        if self._reuse.uses_segments:
             return WINDOW * int(np.isin(offer.windows, self._windows).sum())
-        return self._common_prefix(offer) - offer.num_prefix if self._method.uses_prefix else 0
+        return self._common_prefix(offer) - offer.num_prefix if self._reuse.uses_prefix else 0
 
     def _common_prefix(self, offer: Offer) -> int:
         size = min(len(self._tokens), len(offer.exact))
@@ -57,7 +57,7 @@ class Offer:
     """
 
     def __init__(self, prompt: PromptMap) -> None:
-        self.num_prefix = int((prompt.kind == Kind.PREFIX).sum())
+        self.num_prefix = int((prompt.kind == TokenKind.PREFIX).sum())
         self.exact = prompt.tokens[: prompt.exact_frontier]
         whole = len(prompt) // WINDOW
         fresh = prompt.fresh[: whole * WINDOW].reshape(whole, WINDOW).all(axis=1)

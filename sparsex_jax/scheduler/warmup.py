@@ -23,9 +23,9 @@ import numpy as np
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
-from sparsex_jax.reuse.methods import Phase, find_method
+from sparsex_jax.reuse.methods import Phase, method_of
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
-from sparsex_jax.reuse.prompt import Kind, PromptMap
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.scheduler.sequence import Event
 
@@ -51,7 +51,7 @@ def _batches(most: int) -> list[int]:
 def _later_phases(engine: Engine) -> list[tuple[Phase, ...]]:
     """What may follow a plan's first phase, once for each tuple of signals: a plan leaves out what narrows nothing."""
     num_layers = engine.model.num_layers
-    schedule = find_method(engine.reuse.method).phases(_prompt(2), engine.reuse, num_layers)
+    schedule = method_of(engine.reuse).phases(_prompt(2), num_layers)
     later = [phase for phase in schedule[1:] if phase.start < num_layers]
     subsets = itertools.chain.from_iterable(itertools.combinations(later, size) for size in range(1, len(later) + 1))
     return list({tuple(phase.signal for phase in phases): phases for phases in subsets}.values())
@@ -59,8 +59,8 @@ def _later_phases(engine: Engine) -> list[tuple[Phase, ...]]:
 
 def _prompt(length: int) -> PromptMap:
     """Reused tokens, and a fresh one behind them."""
-    kind = np.full(length, Kind.REUSED, np.uint8)
-    kind[-1] = Kind.FRESH
+    kind = np.full(length, TokenKind.REUSED, np.uint8)
+    kind[-1] = TokenKind.FRESH
     return PromptMap(np.zeros(length, np.int32), kind)
 
 

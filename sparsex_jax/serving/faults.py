@@ -16,12 +16,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from sparsex_jax.config import ReuseConfig
 from sparsex_jax.errors import InvalidRequestError, OverloadedError, SparsexError, StoreFullError, UnknownHandleError
 from sparsex_jax.serving.access import ConcurrencyError, ForbiddenError, QuotaError, UnauthorizedError
+from sparsex_jax.serving.schemas import ReuseOptions
 from sparsex_jax.serving.worker import DrainingError, TimeLimitError
 
-_REUSE = {field.name for field in dataclasses.fields(ReuseConfig)}
 _SHORT = reprlib.Repr(maxstring=60, maxother=60, maxlist=3, maxdict=3)
 _CLIENT_CLOSED = 499  # nginx's status for a client that disconnected; only metrics show it
 
@@ -90,7 +89,13 @@ def _invalid(error: Any) -> Fault:
     message = str(error)
     field = re.match(r"(\w+)(?:=| has | of )", message)
     param = field.group(1) if field else None
-    return Fault(400, message, "invalid_request_error", f"reuse.{param}" if param in _REUSE else param, "invalid_value")
+    return Fault(
+        400,
+        message,
+        "invalid_request_error",
+        f"reuse.{param}" if param in ReuseOptions.model_fields else param,
+        "invalid_value",
+    )
 
 
 def _request(error: Any) -> Fault:

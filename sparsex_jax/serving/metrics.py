@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from sparsex_jax.device.compilation import num_compilations
-from sparsex_jax.reuse.prompt import Kind
+from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.report import Report
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class _Snapshot(Collector):
 
 def tokens_by_kind(report: Report) -> dict[str, int]:
     """The number of prompt tokens that were prefix, reused, recomputed (found in the store, but computed) and fresh."""
-    recomputed = int(((report.kind == Kind.REUSED) & report.active).sum())
+    recomputed = int(((report.kind == TokenKind.REUSED) & report.active).sum())
     return {
         "prefix": report.prefix_tokens,
         "reused": report.reused_tokens - recomputed,

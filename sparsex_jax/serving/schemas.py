@@ -6,23 +6,34 @@ here and would change the answer in a way this server cannot are refused, not ig
 
 from __future__ import annotations
 
+import functools
+import operator
 import typing
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from sparsex_jax.config import MAX_LOGPROBS, ReuseConfig
+from sparsex_jax.config import MAX_LOGPROBS, METHODS, methods_by_option
 
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
-# The fields of `ReuseConfig`, each optional: those given win over what the server was started with. Which values
-# are right is for `ReuseConfig` and the method to say.
+
+def _option(name: str, methods: list[str]) -> tuple[Any, Any]:
+    """The type of an option in the methods' classes, and its schema. It may be left out."""
+    types = [typing.get_type_hints(METHODS[method])[name] for method in methods]
+    described = "Of all methods." if len(methods) == len(METHODS) else f"Of {', '.join(methods)}."
+    return functools.reduce(operator.or_, types), Field(None, description=described)
+
+
+# The method and all methods' options. Those given win over what the server was started with. Which options a method has
+# and which values are right is for its class to say.
 ReuseOptions: type[BaseModel] = create_model(
     "ReuseOptions",
     __config__=ConfigDict(extra="forbid", strict=True),
-    **{name: (kind | None, None) for name, kind in typing.get_type_hints(ReuseConfig).items()},  # type: ignore[call-overload]
+    method=(str, Field(None, description=f"One of {', '.join(METHODS)}.")),
+    **{name: _option(name, methods) for name, methods in methods_by_option().items()},  # type: ignore[call-overload]
 )
 
 
@@ -54,7 +65,7 @@ class Generate(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Text | None = Field(None, description="Only requests with the same salt share what is stored.")
-    reuse: ReuseOptions | None = Field(None, description="How stored KV is reused; fields of ReuseConfig.")  # type: ignore[valid-type]
+    reuse: ReuseOptions | None = Field(None, description="How stored KV is reused: a method and its options.")  # type: ignore[valid-type]
     keep: bool = Field(True, description="Whether prompt and answer are stored for later prompts.")
     return_token_map: bool = Field(
         False, description="Have `sparsex` say, token by token, what the prompt was and what was computed."

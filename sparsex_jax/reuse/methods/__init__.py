@@ -1,21 +1,59 @@
-"""Reuse methods: a method is a schedule of phases over the layers, in a small file of its own.
+"""Reuse methods: each is a frozen dataclass of its options with a schedule of phases, in a small file of its own.
 
-Each phase begins at a layer with a set of tokens that the host forces, and optionally a signal, computed by the
-model at that layer, that adds the highest-scored of the others. A phase's tokens are among the former phase's.
-The jitted prefill runs any such schedule, so a new method is a function and nothing else:
+Each phase starts at a layer with tokens that the method forces, and optionally a signal, computed by the model at that
+layer, that adds the highest-scored of the reused ones. The jitted prefill runs any such schedule, so a new method is a
+class and nothing else:
 
-    @method("first_half_only", uses_segments=True)
-    def first_half_only(prompt, reuse, num_layers):
-        return [Phase(0, prompt.computed), Phase(num_layers // 2, prompt.fresh)]
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class FirstHalfOnly(Method, name="first_half_only"):
+        part: Share = 0.5
 
-`scripts/new_method.py` is a complete example, with a signal of its own.
+        def schedule(self, prompt, num_layers):
+            return [Phase(0, prompt.computed), Phase(round(self.part * num_layers), prompt.fresh)]
+
+It is registered when it is defined: `ReuseConfig("first_half_only", part=0.25)` makes one. `scripts/new_method.py` is a
+complete example, with a signal of its own. Nothing here imports jax, so that the command line's help comes at once.
 """
 
-# They register themselves, in the order of DESIGN.md's table.
+from sparsex_jax.config import METHODS, find_method
+from sparsex_jax.config.checks import Count, Flag, Positive, Share
+from sparsex_jax.reuse.methods.base import Method, budget, check_boundaries, method_of
+
+# The order of these imports is the order in which error messages and the API's schema list the methods.
 # isort: off
-from sparsex_jax.reuse.methods import plain, epic, cacheblend, sparsex, prophetkv, focus  # noqa: F401
+from sparsex_jax.reuse.methods.plain import Full, Naive, Prefix
+from sparsex_jax.reuse.methods.epic import Epic
+from sparsex_jax.reuse.methods.cacheblend import CacheBlend
+from sparsex_jax.reuse.methods.sparsex import SparseX
+from sparsex_jax.reuse.methods.random import Random
+from sparsex_jax.reuse.methods.prophetkv import ProphetKV
+from sparsex_jax.reuse.methods.focus import Focus
+from sparsex_jax.reuse.methods.oracle import Oracle
 
 # isort: on
-from sparsex_jax.reuse.methods.base import METHODS, Method, Phase, boundary_layer, budget, find_method, method
+from sparsex_jax.reuse.schedule import Phase, check_schedule
 
-__all__ = ["METHODS", "Method", "Phase", "boundary_layer", "budget", "find_method", "method"]
+__all__ = [
+    "METHODS",
+    "CacheBlend",
+    "Count",
+    "Epic",
+    "Flag",
+    "Focus",
+    "Full",
+    "Method",
+    "Naive",
+    "Oracle",
+    "Phase",
+    "Positive",
+    "Prefix",
+    "ProphetKV",
+    "Random",
+    "Share",
+    "SparseX",
+    "budget",
+    "check_boundaries",
+    "check_schedule",
+    "find_method",
+    "method_of",
+]

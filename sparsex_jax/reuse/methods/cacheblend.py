@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-from sparsex_jax.config import ReuseConfig
-from sparsex_jax.reuse.methods.base import Phase, boundary_layer, budget, method
+import dataclasses
+
+from sparsex_jax.config.checks import Count, Share
+from sparsex_jax.reuse.methods.base import Method, budget, check_boundaries
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.schedule import Phase
 
-# An aligned copy is exact at layer 0, so layer 1 is the first where KV can deviate. LMCache checks there too.
-DEFAULT_BOUNDARY = 1
-
-# The paper narrows gradually (section 4.3: r1 slightly above r, r2 slightly below r1, and so on) and states no
-# numbers. We keep these multiples of `recompute_ratio` at the boundary and at the layers behind it.
+# The paper narrows gradually (section 4.3: r1 slightly above r, r2 slightly below r1, and so on) and states no numbers.
+# These are multiples of `recompute_ratio` at the boundary and at the two layers behind it.
 NARROWING = (1.2, 1.1, 1.0)
 
 
-@method("cacheblend", uses_segments=True)
-def cacheblend(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phase]:
-    """Everything up to the boundary layer (1 by default), then the reused tokens of largest KV deviation.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheBlend(Method, name="cacheblend"):
+    """Compute everything up to the boundary layer, then the fresh tokens and the reused ones of largest KV deviation.
 
-    Each row attends causally by its true position, unlike the published code, which masks the scattered rows as
-    if they were the last ones.
+    Each token attends causally by its true position, unlike in the published code, which masks the chosen tokens as if
+    they were the last ones of the prompt.
+
+    Attributes:
+      boundary_layer: the first layer at which KV is compared. An aligned copy is exact at layer 0, so layer 1 is the
+        first where it can deviate; LMCache compares there too.
+      recompute_ratio: how many reused tokens are computed in the end, as a share of all reused ones.
     """
-    boundary = boundary_layer(reuse, num_layers, DEFAULT_BOUNDARY)
-    phases = [Phase(0, prompt.computed)]
-    for layer, factor in enumerate(NARROWING, start=boundary):
-        chosen = budget(prompt, prompt.fresh, min(factor * reuse.recompute_ratio, 1.0))
-        phases.append(Phase(min(layer, num_layers), prompt.fresh, "kv_deviation", chosen))
-    return phases
+
+    boundary_layer: Count = 1
+    recompute_ratio: Share = 0.15
+
+    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
+        check_boundaries(num_layers, boundary_layer=self.boundary_layer)
+        phases = [Phase(0, prompt.computed)]
+        for layer, factor in enumerate(NARROWING, start=self.boundary_layer):
+            chosen = budget(prompt, prompt.fresh, min(factor * self.recompute_ratio, 1.0))
+            phases.append(Phase(min(layer, num_layers), prompt.fresh, "kv_deviation", chosen))
+        return phases

@@ -1,16 +1,27 @@
-"""EPIC (arXiv 2410.15332), its linking rule LegoLink."""
+"""EPIC (arXiv 2410.15332) with its linking rule LegoLink."""
 
 from __future__ import annotations
 
-from sparsex_jax.config import ReuseConfig
-from sparsex_jax.reuse.methods.base import Phase, method
+import dataclasses
+
+from sparsex_jax.config.checks import Count
+from sparsex_jax.reuse.methods.base import Method
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.schedule import Phase
 
-DEFAULT_HEAD_TOKENS = 8
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Epic(Method, name="epic"):
+    """Compute the fresh tokens and the first few of each segment.
 
-@method("epic", uses_segments=True, options=["head_tokens"])
-def epic(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phase]:
-    """The fresh tokens and the first few of each segment: a text prefilled alone makes sinks of its first tokens."""
-    length = DEFAULT_HEAD_TOKENS if reuse.head_tokens is None else reuse.head_tokens
-    return [Phase(0, prompt.fresh | prompt.segment_heads(length))]
+    A text that is prefilled alone makes attention sinks of its first tokens. In the middle of another prompt they would
+    draw attention that belongs elsewhere; computed again, they do not.
+
+    Attributes:
+      head_tokens: how many tokens of each segment, from its first on.
+    """
+
+    head_tokens: Count = 8
+
+    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
+        return [Phase(0, prompt.fresh | prompt.segment_heads(self.head_tokens))]

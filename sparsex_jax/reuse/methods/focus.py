@@ -1,40 +1,59 @@
-"""Focus: whole pieces of what is reused, those that some head of the new tokens looks at firmly. Ours."""
+"""Focus: whole pieces of what is reused, those that some head of the new tokens looks at firmly. This project's own."""
 
 from __future__ import annotations
 
-from sparsex_jax.config import ReuseConfig
-from sparsex_jax.reuse.methods.base import Phase, budget, method
-from sparsex_jax.reuse.prompt import PromptMap
+import dataclasses
 
-PIECE = 128  # tokens; about as long as a paragraph
+import numpy as np
+from jaxtyping import Bool
+
+from sparsex_jax.config.checks import Count, Positive, Share
+from sparsex_jax.reuse.methods.base import Method, budget, check_boundaries
+from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.schedule import Phase
+
 SINKS = 4  # tokens
 
 
-@method("focus", uses_segments=True, options=["coverage", "head_tokens", "per_segment", "pool_tokens"])
-def focus(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phase]:
-    """The fresh tokens and, from layer 0 on, the pieces of segments that they focus on, besides SparseX's overflow.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Focus(Method, name="focus"):
+    """Compute the fresh tokens, those next to them and the pieces of segments that the fresh tokens focus on.
 
     A first pass of the fresh tokens over the pasted KV, as ProphetKV's, sums the fourth powers of their attention over
-    heads and layers. Key mass is mostly of many heads' glances, at what is near and at how segments begin; in a fourth
-    power what remains is what some head looks up. And a token is recomputed with all of its piece, since what a layer
-    corrects of it lies with its neighbours too. Attention sinks of donors that were prefilled alone are recomputed
-    wherever they are. Fresh tokens that no reused one stands before are done after the first pass.
+    heads and layers. Most of the plain sum comes from many heads' glances at what is near and at the beginnings of
+    segments. Of the fourth powers, what remains is what some head looks up: it has nearly all of its attention there.
+
+    A token is computed with all of its piece, since what a layer corrects of it lies with its neighbours too. Attention
+    sinks of donors that were prefilled alone are always computed. Fresh tokens with no reused one before them have
+    their KV from the first pass and are not computed again.
+
+    Attributes:
+      second_boundary: from this layer on, only fresh tokens are computed. None: the others too, to the end.
+      pool_tokens: length of a piece; the default is about a paragraph.
+      recompute_ratio, overflow_tokens, tail_tokens, head_tokens: as in `SparseX`.
     """
-    if not prompt.reused.any():
-        return [Phase(0, prompt.computed)]
-    forced = prompt.unsettled | prompt.overflow(reuse.overflow_tokens) | prompt.tail(reuse.tail_tokens)
-    forced |= prompt.sinks(SINKS) | prompt.segment_heads(reuse.head_tokens or 0)
-    choice = Phase(
-        0,
-        forced,
-        "probe_focus",
-        budget(prompt, forced, reuse.recompute_ratio),
-        coverage=reuse.coverage,
-        pool_tokens=reuse.pool_tokens or PIECE,
-        per_segment=reuse.per_segment,
-        probe_layers=num_layers,
-    )
-    phases = [Phase(0, prompt.computed), choice]
-    if reuse.second_boundary is not None:
-        phases.append(Phase(reuse.second_boundary, prompt.unsettled))
-    return phases
+
+    recompute_ratio: Share = 0.15
+    overflow_tokens: Count = 16
+    tail_tokens: Count = 64
+    second_boundary: Positive | None = None
+    head_tokens: Count = 0
+    pool_tokens: Positive = 128
+
+    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
+        check_boundaries(num_layers, second_boundary=self.second_boundary)
+        if not prompt.reused.any():
+            return [Phase(0, prompt.computed)]
+        forced = self.forced(prompt)
+        chosen = budget(prompt, forced, self.recompute_ratio)
+        choice = Phase(0, forced, "probe_focus", chosen, self.pool_tokens, probe_layers=num_layers)
+        phases = [Phase(0, prompt.computed), choice]
+        if self.second_boundary is not None:
+            phases.append(Phase(self.second_boundary, prompt.unsettled))
+        return phases
+
+    def forced(self, prompt: PromptMap) -> Bool[np.ndarray, "tokens"]:
+        """The tokens that are computed whatever the first pass says."""
+        near = prompt.overflow(self.overflow_tokens) | prompt.tail(self.tail_tokens)
+        first = prompt.sinks(SINKS) | prompt.segment_heads(self.head_tokens)
+        return prompt.unsettled | near | first

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from sparsex_jax.config import ReuseConfig
-from sparsex_jax.reuse.methods.base import Phase, method
+import dataclasses
+from typing import ClassVar
+
+from sparsex_jax.reuse.methods.base import Method
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.schedule import Phase
 
 
-@method("full", uses_prefix=False)
-def full(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phase]:
-    """Recompute everything."""
-    return [Phase(0, prompt.computed)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Full(Method, name="full"):
+    """Look nothing up; compute every token."""
+
+    uses_prefix: ClassVar[bool] = False
+    uses_segments: ClassVar[bool] = False
+
+    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
+        return [Phase(0, prompt.computed)]
 
 
-@method("prefix")
-def prefix(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phase]:
-    """Recompute all but the exact prefix."""
-    return [Phase(0, prompt.computed)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix(Method, name="prefix"):
+    """Compute all but the exact prefix."""
+
+    uses_segments: ClassVar[bool] = False
+
+    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
+        return [Phase(0, prompt.computed)]
 
 
-@method("naive", uses_segments=True)
-def naive(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phase]:
-    """Paste and align all that was found; compute the fresh tokens and nothing else."""
-    return [Phase(0, prompt.fresh)]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Naive(Method, name="naive"):
+    """Paste and align all segments; compute the fresh tokens and nothing else."""
+
+    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
+        return [Phase(0, prompt.fresh)]

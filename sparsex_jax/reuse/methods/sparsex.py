@@ -1,49 +1,62 @@
-"""SparseX (arXiv 2606.01751), and random tokens in its place as a lower bound."""
+"""SparseX (arXiv 2606.01751): everything up to a boundary layer, then the tokens that the new ones look at."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
+from jaxtyping import Bool, Float32
 
-from sparsex_jax.config import ReuseConfig
-from sparsex_jax.reuse.methods.base import OPTIONS, Phase, boundary_layer, budget, method
+from sparsex_jax.config.checks import Count, Positive, Share
+from sparsex_jax.reuse.methods.base import Method, budget, check_boundaries
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.schedule import Phase
 
 
-@method("sparsex", uses_segments=True, options=OPTIONS)
-def sparsex(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phase]:
-    """Everything up to the boundary layer, then the active tokens; from a second boundary on the fresh ones.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseX(Method, name="sparsex"):
+    """Compute everything up to the boundary layer, from there on the active tokens.
 
-    DESIGN.md, section 3. `boundary_layer=0` is the paper's pure sparse variant.
+    Active are the fresh tokens, the reused ones next to them (overflow), the tail of a prompt that ends in reused ones,
+    and the key tokens: the reused ones that get most attention from all fresh ones at the boundary (Sparse-Q).
+
+    Attributes:
+      boundary_layer: `l*`. None is a sixth of the layers; the paper takes 15 to 20 % of them for small dense models.
+        At 0, layer 0 scores and all layers are sparse, the paper's pure sparse variant. The number of layers is full
+        recompute.
+      recompute_ratio: how many key tokens, as a share of the reused tokens.
+      overflow_tokens: reused tokens on both sides of every run of fresh ones.
+      tail_tokens: last tokens of the final segment, where the prompt ends in one.
+      second_boundary: from this layer on, only fresh tokens are computed. None: the active ones, to the end.
+      head_tokens: first tokens of each segment.
+      pool_tokens: key tokens are chosen in blocks of this many, counted from a segment's first token, by their mean
+        score. The last block is finished, which may exceed `recompute_ratio`.
     """
-    forced = prompt.fresh | prompt.overflow(reuse.overflow_tokens) | prompt.tail(reuse.tail_tokens)
-    forced |= prompt.segment_heads(reuse.head_tokens or 0)
-    choice = Phase(
-        boundary_layer(reuse, num_layers),
-        forced,
-        ("key_focus" if reuse.focus else "key_mass") + ("_sum" if reuse.sum_layers else ""),
-        budget(prompt, forced, reuse.recompute_ratio),
-        coverage=reuse.coverage,
-        pool_tokens=reuse.pool_tokens or 1,
-        per_segment=reuse.per_segment,
-    )
-    phases = [Phase(0, prompt.computed), choice]
-    if reuse.second_boundary is not None:
-        phases.append(Phase(reuse.second_boundary, prompt.fresh))
-    return phases
+
+    boundary_layer: Count | None = None
+    recompute_ratio: Share = 0.15
+    overflow_tokens: Count = 16
+    tail_tokens: Count = 64
+    second_boundary: Count | None = None
+    head_tokens: Count = 0
+    pool_tokens: Positive = 1
+
+    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
+        boundary = round(num_layers / 6) if self.boundary_layer is None else self.boundary_layer
+        check_boundaries(num_layers, boundary_layer=boundary, second_boundary=self.second_boundary)
+        forced = self.forced(prompt)
+        chosen = budget(prompt, forced, self.recompute_ratio)
+        phases = [Phase(0, prompt.computed), Phase(boundary, forced, "key_mass", chosen, self.pool_tokens)]
+        if self.second_boundary is not None:
+            phases.append(Phase(self.second_boundary, prompt.fresh))
+        return phases
+
+    def forced(self, prompt: PromptMap) -> Bool[np.ndarray, "tokens"]:
+        """The active tokens that are known without a score."""
+        near = prompt.overflow(self.overflow_tokens) | prompt.tail(self.tail_tokens)
+        return prompt.fresh | near | prompt.segment_heads(self.head_tokens)
 
 
-@method("random", uses_segments=True, options=["head_tokens", "per_segment"])
-def random(prompt: PromptMap, reuse: ReuseConfig, num_layers: int) -> list[Phase]:
-    """SparseX with random key tokens: what its budget and its forced tokens are worth without the signal.
-
-    The seed is the prompt: the same prompt has the same tokens chosen, in any batch.
-    """
-    scores = np.random.default_rng(prompt.tokens).random(len(prompt), np.float32)
-    return with_scores(sparsex(prompt, reuse, num_layers), scores)
-
-
-def with_scores(phases: list[Phase], scores: np.ndarray) -> list[Phase]:
-    """The same schedule, choosing by scores that are given `[tokens]`."""
+def with_scores(phases: list[Phase], scores: Float32[np.ndarray, "tokens"]) -> list[Phase]:
+    """The same schedule, but signals choose by these scores."""
     return [dataclasses.replace(p, signal="given", scores=scores) if p.signal else p for p in phases]

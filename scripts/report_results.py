@@ -1,0 +1,534 @@
+"""Write the tables of the READMEs from the JSON files in `scripts/results`.
+
+    python scripts/report_results.py            # rewrites the tables in place
+    python scripts/report_results.py --check    # exits with 1 if a table is not what its file says
+
+A README is prose with blocks in it. A block names a view of a result file, and everything between its two lines is
+generated:
+
+    <!-- results: quality quality-ruler-tiny-nvidia-h100-80gb-hbm3.json -->
+    <!-- end -->
+
+Needs the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "scripts" / "results"
+READMES = (ROOT / "README.md", RESULTS / "README.md")
+
+BLOCK = re.compile(r"(<!-- results: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+REMOVED_OPTIONS = ("coverage", "focus", "per_segment", "sum_layers")  # runs kept here used them; ReuseConfig has not
+GIB = 2**30
+
+Document = dict[str, Any]
+Row = dict[str, Any]
+View = Callable[[Document], str]
+
+
+# Markdown ---------------------------------------------------------------------------------------------------
+
+
+def table(heading: Sequence[str], lines: Iterable[Sequence[str]], names: int = 1) -> str:
+    """A Markdown table whose first `names` columns are text and whose others are numbers.
+
+    >>> print(table(["method", "score"], [["full", "0.93"]]), end="")
+    | method | score |
+    | --- | --: |
+    | full | 0.93 |
+    """
+    rule = ["---"] * names + ["--:"] * (len(heading) - names)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (heading, rule, *lines))
+
+
+def method_name(text: str) -> str:
+    """A method as code, marked if it has an option that exists no more.
+
+    >>> method_name("sparsex:boundary_layer=8:coverage=0.6")
+    '`sparsex:boundary_layer=8:coverage=0.6` †'
+    >>> method_name("focus:pool_tokens=16")
+    '`focus:pool_tokens=16`'
+    """
+    options = {setting.partition("=")[0] for setting in text.split(":")[1:]}
+    return f"`{text}`" + " †" * (not options.isdisjoint(REMOVED_OPTIONS))
+
+
+def pivot(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """Rows by work and implementation, in the file's order."""
+    cells: dict[str, dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        cells[row["work"]][row["implementation"]] = row
+    return dict(cells)
+
+
+def columns_of(cells: Mapping[Any, dict[str, Row]]) -> list[str]:
+    """Every implementation that has a row, in order of appearance."""
+    return list(dict.fromkeys(name for by_name in cells.values() for name in by_name))
+
+
+# How a file was made ----------------------------------------------------------------------------------------
+
+
+def provenance(document: Document) -> str:
+    """Command, device, versions, commit, settings and note of a result file."""
+    facts = [device_of(document), versions_of(document), commit_of(document)]
+    lines = [f"* Command: `{document.get('command', 'python scripts/report_tpu.py')}`"]
+    lines.append(f"* Run on: {'; '.join(filter(None, facts))}")
+    if settings := settings_of(document):
+        lines.append(f"* Settings: {settings}")
+    if note := document.get("note"):
+        lines.append(f"* Note in the file: {note}")
+    return "\n".join(lines) + "\n"
+
+
+def one_line(document: Document) -> str:
+    """The same for a README that links to the rest, without the names of all methods."""
+    command = re.sub(r"--methods \S+ ", "", document["command"])
+    return f"{device_of(document)}, {versions_of(document)}, {commit_of(document)}: `{command}`\n"
+
+
+def device_of(document: Document) -> str:
+    """The accelerator, or the CPU and how many cores it had."""
+    device, cores = document.get("device", "cpu"), document.get("machine", {}).get("cpus")
+    if "steps" in document:
+        return "no device: compiled for chips that were described to the compiler"
+    if device != "cpu":
+        return device
+    return f"CPU, {cores} cores" if cores else "CPU"
+
+
+def versions_of(document: Document) -> str:
+    names = {"jax": "JAX", "numpy": "NumPy", "python": "Python"}
+    versions = document.get("versions", {}).items()
+    return ", ".join(f"{names.get(name, name)} {version}" for name, version in versions if name != "sparsex")
+
+
+def commit_of(document: Document) -> str:
+    """
+    >>> commit_of({"commit": "a5090a26bfd2221a4bea04b1215fcfe3e066e466-dirty"})
+    'commit a5090a26bfd2 with uncommitted changes'
+    """
+    commit, _, dirty = document.get("commit", "").partition("-")
+    return f"commit {commit[:12]}" + " with uncommitted changes" * bool(dirty) if commit else ""
+
+
+def settings_of(document: Document) -> str:
+    settings = document.get("settings", {}).items()
+    return ", ".join(f"{key} {value}" for key, value in settings if not isinstance(value, list))
+
+
+# Quality ----------------------------------------------------------------------------------------------------
+
+ALL_TASKS = "all"
+BESIDE_SCORE = {"computed_fraction": "work", "kl": "KL", "top1": "top-1", "agreement": "agreement", "ttft_s": "TTFT, s"}
+
+
+def quality_cells(document: Document) -> dict[tuple[str, str, str, str], Row]:
+    """Rows by (regime, method, task, metric)."""
+    cells = {}
+    for row in document["rows"]:
+        cell, metric = row["work"].rsplit(": ", 1)
+        task, regime = cell.split(", ")
+        cells[regime, row["implementation"], task, metric] = row
+    return cells
+
+
+def quality(document: Document) -> str:
+    """A table for each regime. Times are left out where the file says that they do not compare."""
+    comparable = "Times to the first token" not in (document.get("note") or "")
+    metrics = [metric for metric in BESIDE_SCORE if metric != "ttft_s" or comparable]
+    tables = [f"\nRegime *{regime}*:\n\n{regime_table(document, regime, metrics)}" for regime in regimes_of(document)]
+    return provenance(document) + "".join(tables)
+
+
+def regimes_of(document: Document) -> list[str]:
+    return list(dict.fromkeys(regime for regime, *_ in quality_cells(document)))
+
+
+def regime_table(document: Document, regime: str, metrics: Sequence[str]) -> str:
+    cells, tasks = quality_cells(document), document["settings"]["tasks"]
+    shown = [*tasks, ALL_TASKS] if len(tasks) > 1 else tasks
+    lines = []
+    for method in document["settings"]["methods"]:
+        scores = [with_interval(cells[regime, method, task, "score"]) for task in shown]
+        beside = [f"{cells[regime, method, ALL_TASKS, metric]['figure']:.3f}" for metric in metrics]
+        lines.append([method_name(method), *scores, *beside])
+    return table(["method", *shown, *(BESIDE_SCORE[metric] for metric in metrics)], lines)
+
+
+def with_interval(row: Row) -> str:
+    """
+    >>> with_interval({"figure": 0.5, "low": 0.25, "high": 0.75})
+    '0.50 [0.25, 0.75]'
+    """
+    return f"{row['figure']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+HEADLINE_METHODS = (
+    "full",
+    "naive",
+    "epic",
+    "cacheblend",
+    "prophetkv",
+    "sparsex:boundary_layer=0",
+    "sparsex:boundary_layer=2",
+    "sparsex:boundary_layer=4",
+    "sparsex:boundary_layer=8",
+)
+
+
+def quality_headline(document: Document) -> str:
+    """The README's table: some methods, two tasks and the mean of all, in both regimes."""
+    cells, shown = quality_cells(document), ("vt", "cwe", ALL_TASKS)
+    pairs = [(regime, task) for regime in ("joint", "independent") for task in shown]
+    lines = []
+    for method in HEADLINE_METHODS:
+        work = cells["joint", method, ALL_TASKS, "computed_fraction"]["figure"]
+        scores = [f"{cells[regime, method, task, 'score']['figure']:.2f}" for regime, task in pairs]
+        lines.append([method_name(method), f"{work:.2f}", *scores])
+    tasks = [task if task != ALL_TASKS else "all five" for _, task in pairs]
+    heading = [f"{regime}: {task}" for (regime, _), task in zip(pairs, tasks, strict=True)]
+    return table(["method", "work", *heading], lines) + "\n" + one_line(document)
+
+
+# End to end -------------------------------------------------------------------------------------------------
+
+CASE = re.compile(r"TTFT, (\d+) tokens(?:, (.*))?")
+
+
+def first_tokens(document: Document) -> dict[tuple[int, str], dict[str, Row]]:
+    """Rows of times to the first token by (prompt tokens, how it was reused). What has no reuse goes with all."""
+    cases: dict[tuple[int, str], dict[str, Row]] = defaultdict(dict)
+    for row in document["rows"]:
+        if (case := CASE.fullmatch(row["work"])) and case[2]:
+            cases[int(case[1]), case[2]][row["implementation"]] = row
+    for row in document["rows"]:
+        if (case := CASE.fullmatch(row["work"])) and not case[2]:
+            for (tokens, _), cells in cases.items():
+                if tokens == int(case[1]):
+                    cells[row["implementation"]] = row
+    return dict(cases)
+
+
+def case_names(cases: Iterable[tuple[int, str]]) -> list[str]:
+    """What tells the cases apart: how long they are, or how they are interleaved."""
+    cases = list(cases)
+    differ = len({tokens for tokens, _ in cases}) > 1
+    return [f"{tokens} tokens" if differ else reused for tokens, reused in cases]
+
+
+def times_table(document: Document, names: Sequence[str] | None = None) -> str:
+    """Milliseconds, and how many times faster than full recompute in the same run. None shows all implementations."""
+    cases = first_tokens(document)
+    lines = [[name, *(time_cell(cells, name) for cells in cases.values())] for name in names or columns_of(cases)]
+    return table(["", *case_names(cases)], lines)
+
+
+def time_cell(cells: dict[str, Row], name: str) -> str:
+    if name not in cells:
+        return "-"
+    figure, full = cells[name]["figure"], cells["full"]["figure"]
+    faster = "" if name == "full" or cells[name]["computed"] is None else f" ({full / figure:.1f}x)"
+    return f"{figure:.{1 if figure < 10 else 0}f}{faster}"
+
+
+def bounds_table(document: Document) -> str:
+    """Share of token-layers computed, the time this share allows, and the cost model's prediction."""
+    cases = first_tokens(document)
+    some = next(iter(cases.values()))
+    lines = []
+    for name in [name for name, row in some.items() if row["computed"] is not None]:
+        rows = [cells[name] for cells in cases.values()]
+        lines.append([name, *(f"{r['computed']:.0%}, {r['bound']:.0f}, {r['predicted']:.0f}" for r in rows)])
+    return table(["", *case_names(cases)], lines)
+
+
+def end_to_end(document: Document) -> str:
+    parts = [
+        provenance(document),
+        f"\nMilliseconds to the first token{how_reused(document)}:\n\n",
+        times_table(document),
+        "\nShare of token-layers computed; that share of full recompute's time, ms; the cost model's, ms:\n\n",
+        bounds_table(document),
+        decode_and_agents(document),
+    ]
+    return "".join(parts)
+
+
+def how_reused(document: Document) -> str:
+    """Says it where all cases agree and the columns do not."""
+    ways = {reused for _, reused in first_tokens(document)}
+    return f", {ways.pop()} segments" if len(ways) == 1 else ""
+
+
+def decode_and_agents(document: Document) -> str:
+    rows = [row for row in document["rows"] if not CASE.fullmatch(row["work"])]
+    if not rows:
+        return ""
+    lines = []
+    for row in rows:
+        bound = f"{row['bound']:.1f} ({row['bound'] / row['figure']:.0%})" if row["bound"] else "-"
+        lines.append([row["work"], row["implementation"], f"{row['figure']:.1f}", row["unit"], bound])
+    heading = ["work", "method", "figure", "unit", "what its bytes take at the rate of a copy"]
+    return "\n" + table(heading, lines, names=2)
+
+
+HEADLINE_TIMES = ("transformers, SDPA", "plain scan", "full", "sparsex l*=3, 15 %", "sparsex l*=0, 5 %", "naive")
+
+
+def speed_headline(document: Document) -> str:
+    """The README's table."""
+    return times_table(document, HEADLINE_TIMES) + "\n" + one_line(document)
+
+
+# Kernels ----------------------------------------------------------------------------------------------------
+
+
+OURS = ("hopper", "triton")
+
+
+def kernels(document: Document) -> str:
+    """Milliseconds, and the rate as a share of what a large product or a copy reaches in the same run."""
+    cells = pivot(document["rows"])
+    names = sorted(columns_of(cells), key=lambda name: name not in OURS)
+    lines = [[work, *(kernel_cell(by_name.get(name), cells) for name in names)] for work, by_name in cells.items()]
+    return provenance(document) + "\n" + table(["work", *names], lines)
+
+
+def kernel_cell(row: Row | None, cells: dict[str, dict[str, Row]]) -> str:
+    if row is None:
+        return "-"
+    peak = cells["matmul 8192"]["xla"]["tflops"]
+    bandwidth = cells["copy 1 GB"]["xla"]["terabytes_per_second"]
+    compute, memory = row["tflops"] / peak, row["terabytes_per_second"] / bandwidth
+    rate = f"{row['tflops']:.0f} TFLOP/s" if compute > memory else f"{row['terabytes_per_second']:.2f} TB/s"
+    return f"{row['figure']:.2f} ({rate}, {max(compute, memory):.0%})"
+
+
+def kernel_errors(document: Document) -> str:
+    cells = pivot(document["rows"])
+    names = columns_of(cells)
+    lines = []
+    for work, by_name in cells.items():
+        lines.append([work, *(f"{by_name[name]['figure']:.2e}" if name in by_name else "-" for name in names)])
+    return provenance(document) + "\n" + table(["work", *names], lines)
+
+
+# The host ---------------------------------------------------------------------------------------------------
+
+
+def lookup(document: Document) -> str:
+    """Milliseconds and tokens found; a work has two rows of each implementation."""
+    cells: dict[str, dict[tuple[str, str], float]] = defaultdict(dict)
+    for row in document["rows"]:
+        cells[row["work"]][row["implementation"], row["unit"]] = row["figure"]
+    names = list(dict.fromkeys(row["implementation"] for row in document["rows"]))
+    lines = [[work, *(lookup_cell(by_name, name) for name in names)] for work, by_name in cells.items()]
+    return provenance(document) + "\n" + table(["100,000 prompt tokens", *names], lines)
+
+
+def lookup_cell(cells: dict[tuple[str, str], float], name: str) -> str:
+    if (name, "ms") not in cells:
+        return "-"
+    found = cells.get((name, "tokens found"))
+    time = cells[name, "ms"]
+    return f"{time:.{1 if time >= 1 else 3}f} ms" + ("" if found is None else f", finds {found:.0f}")
+
+
+# Serving ----------------------------------------------------------------------------------------------------
+
+
+def serving(document: Document) -> str:
+    """A table for each workload."""
+    tables = [
+        f"\n*{name}*, {rate:.2f} requests a second:\n\n{workload_table(document, name)}"
+        for name, rate in document["rates"].items()
+    ]
+    return provenance(document) + "".join(tables)
+
+
+def workload_table(document: Document, workload: str) -> str:
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in document["rows"]:
+        name, figure = row["work"].split(": ")
+        if name == workload:
+            found[row["implementation"]][figure] = row["figure"]
+    heading = ["method", "TTFT p50 / p95 / p99, s", "ITL p50 / p95 / p99, ms", "generated, tokens/s"]
+    heading += ["prompt, tokens/s", "goodput, 1/s", "prefix", "reused", "fresh", "computed"]
+    return table(heading, [serving_line(method, figures) for method, figures in found.items()])
+
+
+def serving_line(method: str, figures: dict[str, float]) -> list[str]:
+    ttft = " / ".join(f"{figures[f'TTFT p{p}']:.2f}" for p in (50, 95, 99))
+    gaps = " / ".join(f"{figures[f'ITL p{p}']:.0f}" for p in (50, 95, 99))
+    rates = [f"{figures[name]:.1f}" for name in ("generated", "prompt")]
+    shares = [f"{figures[name]:.0%}" for name in ("prefix", "reused", "fresh", "computed")]
+    return [method_name(method), ttft, gaps, *rates, f"{figures['goodput']:.2f}", *shares]
+
+
+# Drift, calibration, training -------------------------------------------------------------------------------
+
+
+DRIFT = {
+    "hit rate": "tokens found",
+    "computed_fraction": "work",
+    "score": "score",
+    "full": "score of full recompute",
+    "agreement": "agreement",
+    "kl": "KL of the first token",
+}
+
+
+def drift(document: Document) -> str:
+    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in document["rows"]:
+        part, figure = row["work"].split(": ")
+        found[row["implementation"], part][figure] = row["figure"]
+    lines = [
+        [method_name(method), part, *(f"{figures[name]:.2f}" for name in DRIFT)]
+        for (method, part), figures in found.items()
+    ]
+    return provenance(document) + "\n" + table(["method", "part", *DRIFT.values()], lines, names=2)
+
+
+def calibration(document: Document) -> str:
+    """What was chosen, and what it was measured to do."""
+    measured, prompts = document["measured"], document["measured"]["prompts"]
+    loss, options = measured["loss"], ("boundary_layer", "recompute_ratio", "second_boundary")
+    chosen = ", ".join(f"{name}={document[name]}" for name in options)
+    asked = f"{loss['samples']} prompts of {'/'.join(prompts['tasks'])}, {'/'.join(prompts['regimes'])}"
+    heading = ["chosen", "asked", "work", "loss of score [95 %]", "KL", "agreement", "TTFT, s"]
+    interval = f"{loss['mean']:.2f} [{loss['low']:.2f}, {loss['high']:.2f}]"
+    figures = [f"{measured['kl']:.3f}", f"{measured['agreement']:.3f}", f"{measured['ttft_s']:.2f}"]
+    line = [f"`{document['method']}`, {chosen}", f"{asked}, {prompts['num_tokens']} tokens"]
+    line += [f"{measured['computed_fraction']:.2f}", interval, *figures]
+    return provenance(document) + "\n" + table(heading, [line], names=2)
+
+
+def training(document: Document) -> str:
+    """Whole answers right, and in parentheses single tokens of answers, by task and length of the prompt."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in document["rows"]:
+        task, tokens = re.match(r"(\w+), (\d+) tokens", row["work"]).groups()
+        found[task][int(tokens)].append(row["figure"])
+    lengths = sorted({tokens for by_length in found.values() for tokens in by_length})
+    lines = []
+    for task, by_length in found.items():
+        cells = [f"{by_length[n][0]:.2f} ({by_length[n][1]:.2f})" if n in by_length else "-" for n in lengths]
+        lines.append([task, *cells])
+    return provenance(document) + "\n" + table(["task", *(f"{n} tokens" for n in lengths)], lines)
+
+
+# TPU --------------------------------------------------------------------------------------------------------
+
+
+def tpu_compiled(document: Document) -> str:
+    heading = ["chip", "devices", "step", "arguments", "store", "alias", "temporary", "peak", "collectives"]
+    heading += ["compiled in, s"]
+    lines = []
+    for step in document["steps"]:
+        sizes = [step[f"{key}_bytes"] for key in ("argument", "store", "alias", "temp", "peak")]
+        cells = [f"{size / GIB:.2f}" if size is not None else "-" for size in sizes]
+        place = [step["chip"], str(step["devices"]), step["step"]]
+        lines.append([*place, *cells, collectives(step), str(step["compile_s"])])
+    return provenance(document) + "\n" + table(heading, lines, names=3)
+
+
+def collectives(step: Row) -> str:
+    """How many of each kind, and the bytes of their results together. A loop's body counts once."""
+    counts: dict[str, int] = defaultdict(int)
+    for each in step["collectives"]:
+        counts[each["kind"]] += each["count"]
+    total = sum(each["bytes"] for each in step["collectives"])
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    return f"{kinds}; {total / 2**20:.1f} MiB" if counts else "none"
+
+
+def tpu_vmem(document: Document) -> str:
+    """The most VMEM of each kernel in any step, MiB, double buffers included."""
+    most: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+    for step in document["steps"]:
+        place = most[step["chip"], step["devices"]]
+        for name, size in step["kernel_vmem_bytes"].items():
+            place[name] = max(place.get(name, 0), size)
+    names = sorted({name for sizes in most.values() for name in sizes})
+    lines = [
+        [f"{chip} x {devices}", *(f"{sizes[n] / 2**20:.1f}" if n in sizes else "-" for n in names)]
+        for (chip, devices), sizes in most.items()
+    ]
+    return table(["devices", *names], lines)
+
+
+def tpu_predicted(document: Document) -> str:
+    lines = []
+    for row in document["predictions"]:
+        place = [f"{row['chip']} x {row['chips']}", str(row["tokens"])]
+        times = [f"{row['full_s']:.3f}", f"{row['sparsex_s']:.3f}", f"{row['ratio']:.1f}"]
+        lines.append([*place, *times, "yes" if row["donors_fit"] else "no"])
+    return table(["chips", "tokens", "full, s", "SparseX, s", "ratio", "fits"], lines)
+
+
+# The pages --------------------------------------------------------------------------------------------------
+
+VIEWS: dict[str, View] = {
+    "quality": quality,
+    "quality_headline": quality_headline,
+    "end_to_end": end_to_end,
+    "speed_headline": speed_headline,
+    "kernels": kernels,
+    "kernel_errors": kernel_errors,
+    "lookup": lookup,
+    "serving": serving,
+    "drift": drift,
+    "calibration": calibration,
+    "training": training,
+    "tpu_compiled": tpu_compiled,
+    "tpu_vmem": tpu_vmem,
+    "tpu_predicted": tpu_predicted,
+}
+
+
+def refreshed(text: str) -> str:
+    """A README whose blocks say what their files say.
+
+    Raises:
+      KeyError: a block names no view.
+      FileNotFoundError: a block names no file.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        begin, view, name, end = match.groups()
+        return f"{begin}\n{VIEWS[view](json.loads((RESULTS / name).read_text()))}\n{end}"
+
+    return BLOCK.sub(block, text)
+
+
+def files_shown(text: str) -> set[str]:
+    """The names of the result files that a README's blocks show."""
+    return {match[3] for match in BLOCK.finditer(text)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, and fail if something would change")
+    options = parser.parse_args()
+    stale = [path for path in READMES if refreshed(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)} {'is not what its files say' if options.check else 'rewritten'}")
+        if not options.check:
+            path.write_text(refreshed(path.read_text()))
+    sys.exit(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    main()

@@ -260,7 +260,7 @@ class Undefined(Ops):
 def test_what_padding_computes_reaches_nobody(tiny, name):
     remember_both(tiny)
     expected = run(tiny, Case("many"), CONFIGS[name])
-    tiny.runner.decoder = tiny.runner.decoder._replace(ops=Undefined(tiny.mesh))
+    tiny.runner.decoder = dataclasses.replace(tiny.runner.decoder, ops=Undefined(tiny.mesh))
     found = run(tiny, Case("many"), CONFIGS[name])
     np.testing.assert_array_equal(found.logits, expected.logits)
     np.testing.assert_array_equal(found.report.active, expected.report.active)

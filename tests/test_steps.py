@@ -15,6 +15,7 @@ from sparsex_jax.device.generation import Output, decode_state
 from sparsex_jax.device.prefill import align, embed_rows, prefill, top_rows
 from sparsex_jax.device.signals import SIGNALS
 from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.reuse.methods import METHODS
 from sparsex_jax.reuse.plan import Copies
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_copies, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind

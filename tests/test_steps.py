@@ -1,5 +1,7 @@
 """The compiled steps: the store is never copied, and few programs serve any mix of lengths."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.generation import Output, decode_state
-from sparsex_jax.device.prefill import align, first_state, prefill, top_rows
+from sparsex_jax.device.prefill import align, embed_rows, prefill, top_rows
 from sparsex_jax.device.signals import SIGNALS
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS
@@ -54,10 +56,39 @@ def assert_no_copy(memory, share):
 def test_prefill_does_not_copy_the_store(big_store):
     runner = big_store.runner
     plan, rows = hybrid_plan(big_store)
-    state = first_state(plan, rows, TINY.hidden_size, "float32")
+    state = embed_rows(runner.params, rows, decoder=runner.decoder)
     static = {"decoder": runner.decoder, "signals": tuple(SIGNALS.values()), "chunk": 128}
     until = jnp.int32(TINY.num_layers)
     assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, state, until, **static))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_prefill_may_rest_between_any_two_layers(devices):
+    engine = Engine.from_config(TINY, mesh=make_mesh(devices), store_tokens=1024, page_size=16, chunk_rows=32)
+    rng = np.random.default_rng(devices)
+    document = rng.integers(0, 97, 200)
+    engine.remember(document)
+    prompt = np.array([*rng.integers(0, 97, 30), *document, *rng.integers(0, 97, 20)])
+    whole = engine.prefill(prompt, keep=False).logits
+    programs, advance = prefill._cache_size(), engine.runner.advance
+    engine.runner.advance = lambda run: [advance(run, layers) for layers in (1, 2, 9)]
+    in_parts = engine.prefill(prompt, keep=False).logits
+    np.testing.assert_array_equal(in_parts, whole)
+    assert prefill._cache_size() == programs
+
+
+def test_every_method_runs_on_one_program_a_bucket():
+    model = dataclasses.replace(TINY, vocab_size=101)  # nothing is compiled for it yet
+    engine = Engine.from_config(model, store_tokens=1024, page_size=16, chunk_rows=32)
+    rng = np.random.default_rng(0)
+    document = rng.integers(0, 101, 300)
+    engine.remember(document)
+    before = prefill._cache_size()
+    for name in [*rng.permutation(sorted(METHODS)), *rng.permutation(sorted(METHODS))]:
+        for length in (20, 100, 300):
+            prompt = np.array([*rng.integers(0, 101, 10), *document[:length], 1, 2])
+            engine.prefill(prompt, reuse=ReuseConfig(str(name)), keep=False)
+    assert prefill._cache_size() - before == len(engine.runner.shapes.buckets) - 1  # the largest is for longer ones
 
 
 def test_decode_does_not_copy_the_store(big_store):

@@ -6,6 +6,7 @@ Weights and store are shapes.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from jax.stages import Lowered
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.generation import Output, decode_state
-from sparsex_jax.device.prefill import align, first_state, prefill
+from sparsex_jax.device.prefill import align, embed_rows, prefill
 from sparsex_jax.device.signals import SIGNALS
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
@@ -87,7 +88,7 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
     _, chunk = shapes.bucket(plan.fresh.size)
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(SIGNALS.values()), "chunk": chunk}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
-    state = first_state(plan, rows, model.hidden_size, engine.dtype)
+    state = jax.eval_shape(functools.partial(embed_rows, decoder=static["decoder"]), params, rows)
 
     def step(store: Store, params: Params, plan: PrefillPlan, state: PrefillState, until: jax.Array) -> Any:
         return prefill(params, store, plan, state, until, **static)

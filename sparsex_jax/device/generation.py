@@ -201,7 +201,7 @@ def decode_state(
         position=_line_array(running, lines, -1),
         remaining=_line_array([o.sampling.max_new_tokens - len(o.token_ids) for o in outputs], lines, 0),
         stops=jnp.asarray(stops, jnp.int32),
-        page_tables=page_tables(pages, lines, max_pages),
+        page_tables=jnp.asarray(page_tables(pages, lines, max_pages)),
         sampling=sampling_arrays(outputs, prompts, lines, vocab_size),
     )
 

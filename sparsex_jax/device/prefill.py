@@ -29,7 +29,7 @@ from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
 from sparsex_jax.model.layers import ForwardPass, run_layers
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
+from sparsex_jax.reuse.plan import MAX_BOUNDARIES, Copies, PrefillPlan, PrefillState, Rows
 from sparsex_kernels.layout import Store
 
 
@@ -39,10 +39,12 @@ def align(store: Store, copies: Copies, *, decoder: Decoder) -> Store:
     return decoder.ops.align_and_copy(store, copies, inv_freq(decoder.config))
 
 
-def first_state(plan: PrefillPlan, rows: Rows, hidden_size: int, dtype: str) -> PrefillState:
+@functools.partial(jax.jit, static_argnames="decoder")
+def embed_rows(params: Params, rows: Rows, *, decoder: Decoder) -> PrefillState:
     """A prefill of these rows before layer 0."""
-    hidden = jnp.zeros((len(rows.token), hidden_size), dtype)
-    return PrefillState(jnp.int32(0), rows, hidden, jnp.zeros(plan.boundaries.forced.shape, bool))
+    active = jnp.zeros((MAX_BOUNDARIES, len(rows.token)), bool)
+    state = PrefillState(jnp.int32(0), rows, embed(params, rows.token), active)
+    return decoder.ops.replicated(state)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "signals", "chunk"), donate_argnames=("store", "state"))
@@ -70,7 +72,7 @@ def prefill(
       The store; the state before layer `until`; and float32 logits `[requests, vocab]` of each request's last token,
       which mean something once all layers have run, in the lines of requests that the plan has.
     """
-    forward = ForwardPass(decoder, params, plan.page_tables, chunk)
+    forward = ForwardPass(params, plan.page_tables, decoder, chunk)
 
     def run_phase(carry: tuple[Array, PrefillState]) -> tuple[Array, PrefillState]:
         at_boundary = jnp.any(plan.boundaries.layer == carry[1].layer)
@@ -80,9 +82,7 @@ def prefill(
         store, hidden = run_layers(forward, state.layer, end, store, state.rows, state.hidden)
         return store, dataclasses.replace(state, layer=end, hidden=hidden)
 
-    hidden = lax.cond(state.layer == 0, lambda: embed(params, state.rows.token), lambda: state.hidden)
-    carry = store, dataclasses.replace(state, hidden=hidden)
-    store, state = lax.while_loop(lambda carry: carry[1].layer < until, run_phase, carry)
+    store, state = lax.while_loop(lambda carry: carry[1].layer < until, run_phase, (store, state))
     return store, decoder.ops.replicated(state), _last_logits(forward, state)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.device.decode import DecodeState, decode
-from sparsex_jax.device.prefill import align, first_state, prefill
+from sparsex_jax.device.prefill import align, embed_rows, prefill
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.signals import SIGNALS, Signal
 from sparsex_jax.model.decoder import Decoder
@@ -79,7 +79,7 @@ class Runner:
         """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet."""
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(SIGNALS))
-        state = first_state(plan, rows, self.model.hidden_size, self.engine.dtype)
+        state = embed_rows(self.params, rows, decoder=self.decoder)
         return PrefillRun(requests, plan, state, tuple(SIGNALS.values()))
 
     def advance(self, run: PrefillRun, layers: int | None = None) -> None:
@@ -87,14 +87,12 @@ class Runner:
         num_layers = self.model.num_layers
         until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
         _, chunk = self.shapes.bucket(run.plan.fresh.size)
-        # From the host, or from the layers before: placed alike, both run the same program.
-        state = jax.device_put(run.state, self._everywhere)
         with self._precision():
             self.store, run.state, logits = prefill(
                 self.params,
                 self.store,
                 run.plan,
-                state,
+                run.state,
                 np.int32(until),
                 decoder=self.decoder,
                 signals=run.signals,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
 
+import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, Int
 
@@ -16,7 +18,8 @@ from sparsex_kernels.layout import PageTables, Store
 Mass = Float[Array, "requests context"]
 
 
-class ForwardPass(NamedTuple):
+@struct.dataclass
+class ForwardPass:
     """What every layer of one prefill needs.
 
     Attributes:
@@ -24,10 +27,10 @@ class ForwardPass(NamedTuple):
       chunk: rows that go through a layer at a time; divides the number of rows.
     """
 
-    decoder: Decoder
     params: Params
     page_tables: PageTables
-    chunk: int
+    decoder: Decoder = struct.field(pytree_node=False)
+    chunk: int = struct.field(pytree_node=False)
 
     def layer(self, number: Int[Array, ""]) -> Layer:
         return layer_of(self.decoder, self.params, number)
@@ -52,6 +55,7 @@ def run_layers(
     return lax.fori_loop(first, end, layer_step, (store, hidden))
 
 
+@jax.jit
 def run_layer(
     forward: ForwardPass, number: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden
 ) -> tuple[Store, Hidden]:
@@ -71,6 +75,7 @@ def run_layer(
     return fold_chunks(rows, forward.chunk, run_chunk, (store, hidden))
 
 
+@functools.partial(jax.jit, static_argnames="power")
 def add_key_mass(
     forward: ForwardPass,
     number: Int[Array, ""],

@@ -111,8 +111,8 @@ class PrefillPlan:
       page_tables: pages of each request in order.
       fresh: rows whose queries are the Sparse-Q.
       scores: what the host knows better than the model (the signal `given`); not negative.
-      block: number of the row's block, rising. Rows of a block that are candidates share their mean score, and go on
-        or stay behind together.
+      block: number of the row's block, rising within a request. Rows of a block that are candidates share their mean
+        score, and go on or stay behind together.
       boundaries: where rows narrow.
     """
 
@@ -130,7 +130,7 @@ class PrefillState:
     Attributes:
       layer: the next one to run.
       rows: the tokens that are computed now; at layer 0 the plan's own rows.
-      hidden: their hidden states at the input of `layer`; anything at layer 0, where the prefill embeds the tokens.
+      hidden: their hidden states at the input of `layer`.
       active: which of the plan's rows went on at each boundary that was passed.
     """
 

@@ -6,9 +6,8 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
-from jax import Array
 from jaxtyping import Float32, Int, Int32
 
 from sparsex_jax.cache import Segment
@@ -139,14 +138,16 @@ def plan_prefill(
     computed = [np.flatnonzero(phase.forced) for phase in first]
     size, _ = shapes.bucket(sum(map(len, computed)))
     layout = _Layout(requests, computed, size)
-    plan = PrefillPlan(
-        page_tables=page_tables([request.pages for request in requests], shapes.max_requests, shapes.max_pages),
-        fresh=jnp.asarray(layout.rows([request.prompt.fresh for request in requests], False)),
-        scores=jnp.asarray(layout.rows([_given_scores(request) for request in requests], 0.0)),
-        block=jnp.asarray(layout.rows([_blocks(request) for request in requests], 0)),
-        boundaries=_boundaries(layout, later, shapes.max_requests, signals),
+    tables, fresh, scores, block = jax.device_put(
+        (
+            page_tables([request.pages for request in requests], shapes.max_requests, shapes.max_pages),
+            layout.rows([request.prompt.fresh for request in requests], False),
+            layout.rows([_given_scores(request) for request in requests], 0.0),
+            layout.rows([_blocks(request) for request in requests], 0),
+        )
     )
-    return plan, layout.first_rows()
+    boundaries = _boundaries(layout, later, shapes.max_requests, signals)
+    return PrefillPlan(tables, fresh, scores, block, boundaries), layout.first_rows()
 
 
 class _Layout(NamedTuple):
@@ -162,12 +163,10 @@ class _Layout(NamedTuple):
 
     def first_rows(self) -> Rows:
         lines = [np.full(len(at), line) for line, at in enumerate(self.computed)]
-        return Rows(
-            token=jnp.asarray(self.rows([request.prompt.tokens for request in self.requests], 0)),
-            position=jnp.asarray(_padded(self.computed, self.size, -1)),
-            request=jnp.asarray(_padded(lines, self.size, PADDING_REQUEST)),
-            index=jnp.arange(self.size, dtype=np.int32),
-        )
+        token = self.rows([request.prompt.tokens for request in self.requests], 0)
+        position = _padded(self.computed, self.size, -1)
+        request = _padded(lines, self.size, PADDING_REQUEST)
+        return Rows(*jax.device_put((token, position, request, np.arange(self.size, dtype=np.int32))))
 
 
 def _boundaries(
@@ -185,7 +184,7 @@ def _boundaries(
         layer[line], signal[line] = same[0].start, _number_of(same[0].signal, signals)
         forced[line] = layout.rows([phase.forced for phase in same], False)
         budget[line, : len(same)] = [phase.budget for phase in same]
-    return Boundaries(*(jnp.asarray(x) for x in (layer, signal, forced, budget)))
+    return Boundaries(*jax.device_put((layer, signal, forced, budget)))
 
 
 def _number_of(signal: str | None, signals: Sequence[str]) -> int:
@@ -229,11 +228,9 @@ def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_
     places = [np.arange(segment.start, segment.end) for segment, _ in runs]
     targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
     size, _ = shapes.bucket(sum(map(len, places)))
-    return Copies(
-        source=jnp.asarray(_padded([segment.slots for segment, _ in runs], size, 0)),
-        target=jnp.asarray(_padded(targets, size, -1)),
-        shift=jnp.asarray(_padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0)),
-    )
+    source = _padded([segment.slots for segment, _ in runs], size, 0)
+    shift = _padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0)
+    return Copies(*jax.device_put((source, _padded(targets, size, -1), shift)))
 
 
 def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int) -> Int[np.ndarray, "n"]:
@@ -241,12 +238,12 @@ def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int)
     return np.asarray(pages)[places // page_size] * page_size + places % page_size
 
 
-def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: int) -> Int32[Array, "requests pages"]:
-    """A line of page numbers for each request, padded with page 0, which nobody reads."""
+def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: int) -> Int32[np.ndarray, "lines pages"]:
+    """A line of page numbers for each request, padded with page 0, which is never read through the padding."""
     tables = np.zeros((max_requests, max_pages), np.int32)
     for line, own in enumerate(pages):
         tables[line, : len(own)] = own
-    return jnp.asarray(tables)
+    return tables
 
 
 def _padded(parts: Sequence[np.ndarray], size: int, fill: int | float | bool) -> np.ndarray:

@@ -30,6 +30,21 @@ def slot_addresses(store: Store, slots: Int[Array, "n"]) -> tuple[Int[Array, "n"
     return jnp.where(slots >= 0, slots // page_size, store.shape[1]), slots % page_size
 
 
+def read_kv(
+    store: Store, layer: Int[Array, ""], positions: RowInts, requests: RowInts, page_tables: PageTables
+) -> Float[Array, "rows 2 kv_heads head_dim"]:
+    """What the store holds for these rows in one layer: K, then V. Padding gets some slot's.
+
+    A gather of the store's vectors in the order they lie in. One over its six axes has XLA copy the whole store into
+    another order first, on TPUs.
+    """
+    layers, pages, kv, heads, page_size, head_dim = store.shape
+    page, offset = row_addresses(store, positions, requests, page_tables)
+    tile = ((layer * pages + jnp.minimum(page, pages - 1)) * kv * heads)[:, None] + jnp.arange(kv * heads)
+    vectors = store.reshape(-1, head_dim)[tile * page_size + offset[:, None]]
+    return vectors.reshape(-1, kv, heads, head_dim)
+
+
 def group_heads(query: Queries, store: Store) -> Float[Array, "rows kv_heads group head_dim"]:
     """Each query head beside the others that read the same KV head."""
     rows, q_heads, head_dim = query.shape

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from sparsex_jax.model.decoder import Heads, Hidden, keys_values
 from sparsex_jax.model.layers import ForwardPass, Mass, add_key_mass, run_layer
 from sparsex_jax.reuse.plan import Rows, fold_chunks
-from sparsex_kernels.layout import Store, row_addresses
+from sparsex_kernels.layout import Store
 
 Scores = Float[Array, "rows"]
 
@@ -163,9 +163,8 @@ def _write(boundary: Boundary, store: Store, kv: tuple[Heads, Heads], part: Rows
 
 
 def _stored_kv(boundary: Boundary, store: Store, part: Rows) -> Float[Array, "rows 2 kv_heads head_dim"]:
-    """What the store holds for some rows at the boundary's layer. Anything for padding."""
-    page, offset = row_addresses(store, part.position, part.request, boundary.forward.page_tables)
-    return store.at[boundary.layer, page, :, :, offset].get(mode="clip")
+    forward = boundary.forward
+    return forward.decoder.ops.read_kv(store, boundary.layer, part, forward.page_tables)
 
 
 def _squared_distance(a: Float[Array, "rows *rest"], b: Float[Array, "rows *rest"]) -> Scores:

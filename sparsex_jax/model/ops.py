@@ -19,7 +19,7 @@ from sparsex_jax.model.store import STORE_AXES
 from sparsex_jax.reuse.plan import Copies, Rows
 from sparsex_kernels import api as kernels
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.layout import PageTables, Queries, Store
+from sparsex_kernels.layout import PageTables, Queries, Store, read_kv
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
@@ -116,6 +116,14 @@ class Ops:
         write = self._over_heads(kernels.write_kv, specs, _STORE)
         return write(store, layer, keys, values, rows.position, rows.request, tables)
 
+    def read_kv(
+        self, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables
+    ) -> Float[Array, "rows 2 kv_heads head_dim"]:
+        """What the store holds for these rows; anything for padding."""
+        specs = (_STORE, _ALL, _ALL, _ALL, _ALL)
+        read = self._local(read_kv, specs, PartitionSpec(None, None, TENSOR_AXIS, None))
+        return read(store, layer, rows.position, rows.request, tables)
+
     def align_and_copy(self, store: Store, copies: Copies, inv_freq: Float[Array, "half"]) -> Store:
         specs = (_STORE, _ALL, _ALL, _ALL, _ALL)
         move = self._over_heads(kernels.align_and_copy, specs, _STORE)
@@ -131,7 +139,11 @@ class Ops:
         self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
     ) -> Callable[..., Any]:
         """The operation on the mesh's backend, each device running it on what it holds of the sharded arguments."""
-        local = functools.partial(op, backend=self.backend)
+        return self._local(functools.partial(op, backend=self.backend), in_specs, out_specs)
+
+    def _local(
+        self, function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+    ) -> Callable[..., Any]:
         if self.mesh.size == 1:
-            return local
-        return jax.shard_map(local, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            return function
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -128,7 +128,8 @@ def main() -> None:
     add("--dtype", default="float32")
     add("--seed", type=int, default=0)
     options = parser.parse_args()
-    engine = Engine.from_pretrained(options.model, dtype=options.dtype, store_tokens=options.store_tokens, max_batch=1)
+    sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_num_seqs": 1}
+    engine = Engine.from_pretrained(options.model, **sizes)
     rows = run(engine, parse_method(options.method), options)
     results.write_json(file_content(rows, options), RESULTS)
 

@@ -124,8 +124,8 @@ def first_tokens(
 def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float | None:
     """The milliseconds that the cost model predicts. None if it does not know the device."""
     speeds = speeds_of(engine.mesh.devices.flat[0])
-    with engine.admitted([prompt], [], reuse, [namespace]) as [request]:
-        return None if speeds is None else 1e3 * prefill_seconds(engine.model, request.plan, speeds)
+    with engine.prefilled(prompt, reuse=reuse, namespace=namespace) as sequence:
+        return None if speeds is None else 1e3 * prefill_seconds(engine.model, sequence.plan, speeds)
 
 
 def host_milliseconds(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float:
@@ -294,7 +294,10 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
     shapes = dataclasses.replace(
         named_config(options.model), max_position=longest
     )  # so that page tables are no longer than needed
-    engine = Engine.from_config(shapes, dtype=options.dtype, store_tokens=needed, max_batch=max(most, AGENTS))
+    together = max(most, AGENTS)
+    engine = Engine.from_config(
+        shapes, dtype=options.dtype, store_tokens=needed, max_num_seqs=together, max_prefill_seqs=together
+    )
     asked = methods(engine.model.num_layers)
     asked = {name: reuse for name, reuse in asked.items() if not options.only or any(o in name for o in options.only)}
     segments, reused = options.segments[0], options.reused[0]

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsex_jax import Engine, ReuseConfig, SamplingParams, UnknownModelError
+from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams, UnknownModelError
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import num_compilations
@@ -32,7 +32,7 @@ from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WORKLOADS, Workload, WorkloadSize, make_workload
 from sparsex_jax.reuse.report import Report
-from sparsex_jax.scheduler.loop import Event, Loop
+from sparsex_jax.scheduler.loop import Event
 
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("full", "prefix", "sparsex:boundary_layer=0:recompute_ratio=0.05", "sparsex")
@@ -146,7 +146,7 @@ class Bench:
     def _serve(
         self, prompts: Sequence[np.ndarray], reuse: ReuseConfig, namespace: str, due: np.ndarray
     ) -> list[Timeline]:
-        loop = Loop(self._engine, max_waiting=len(prompts))
+        loop = self._engine.loop
         timelines = [Timeline(at) for at in (time.perf_counter() + due).tolist()]
         coming = deque(zip(timelines, prompts, strict=True))
         busy = False
@@ -264,14 +264,15 @@ def main() -> None:
     add("--ttft-limit", type=float, default=2.0, help="seconds, for goodput")
     add("--itl-limit", type=float, default=0.1, help="seconds, for goodput")
     add("--store-tokens", type=int, default=32768)
-    add("--max-batch", type=int, default=8)
+    add("--max-num-seqs", type=int, default=8)
     add("--seed", type=int, default=0)
     add("--note", help="what a reader of the tables must know")
     options = parser.parse_args()
     if options.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: one token has no time to the next")
     methods = {name: parse_method(name) for name in options.methods}
-    sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_batch": options.max_batch}
+    sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_num_seqs": options.max_num_seqs}
+    sizes["max_waiting"] = max(options.requests, EngineConfig.max_waiting)
     engine, tokenizer = load(options.model, **sizes)
     bench = Bench(engine, options.new_tokens)
     rates: dict[str, float] = {}

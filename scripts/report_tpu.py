@@ -27,7 +27,7 @@ from sparsex_jax.model.weights import num_parameters
 from sparsex_jax.reuse.planner import CHUNKS
 
 MODEL = "llama-3.1-8b"
-ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16", max_batch=8)
+ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
 TOPOLOGIES = {"v5e": "v5e:2x4", "v6e": "v6e:2x4"}
 PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8)]
 STEPS: dict[str, Callable] = {

@@ -19,7 +19,6 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from sparsex_jax import Engine, ReuseConfig
-from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
@@ -48,7 +47,7 @@ def main() -> None:
 
 def start_server() -> tuple[Server, str]:
     engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192, reuse=CALIBRATED)
-    app = create_app(Worker(engine, Loop(engine)), model=MODEL)
+    app = create_app(Worker(engine), model=MODEL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -85,7 +85,7 @@ def main() -> None:
 
     prompts = [line.strip() for line in sys.stdin if line.strip()] if options.source == "-" else built_in_prompts()
     engine = Engine.from_pretrained(options.model, store_tokens=options.store_tokens)
-    loop = Loop(engine)
+    loop = engine.loop
     submit(loop, prompts, SamplingParams(max_new_tokens=options.max_new_tokens))
     while loop.step():  # one round: decode, admit, prefill; a server would go on for ever, with loop.wait between
         pass

@@ -21,9 +21,9 @@ from sparsex_jax.errors import (
 from sparsex_jax.reuse.methods import CacheBlend, Epic, Focus, Full, Naive, Oracle, Prefix, ProphetKV, Random, SparseX
 
 if TYPE_CHECKING:
-    from sparsex_jax.device.generation import Generation, Prefill, TokenLogprobs
     from sparsex_jax.engine import Engine
     from sparsex_jax.reuse.report import Report
+    from sparsex_jax.scheduler.output import Generation, Prefill, TokenLogprobs
 
 __all__ = [
     "CacheBlend",
@@ -58,10 +58,10 @@ __all__ = [
 # What needs jax is imported when it is first used, so that configuration and the command line's help come at once.
 _LAZY = {
     "Engine": "engine",
-    "Generation": "device.generation",
-    "Prefill": "device.generation",
+    "Generation": "scheduler.output",
+    "Prefill": "scheduler.output",
     "Report": "reuse.report",
-    "TokenLogprobs": "device.generation",
+    "TokenLogprobs": "scheduler.output",
 }
 
 

@@ -1,52 +1,72 @@
-"""The engine: one prompt's path from text to text.
+r"""The engine: a model, its KV store, and the serving loop that takes every call and every request through the same
+steps.
 
-    text -> tokens -> lookup -> plan -> align -> prefill -> sample -> decode -> text
+The way of `token_ids`, function by function:
 
-`Admission` (host) knows which tokens are where and who holds them; the runner (device) computes. The engine admits
-requests, has them computed, and commits what was computed so that later prompts find it. It serves one call at a time;
-`serving.loop` takes many requests through the same steps.
+    Engine.generate                          HTTP: serving.app.completions
+      generate_batch                           Stream.submit, Job.submit
+        Requests.generation                      Loop.submit, Requests.generation
+        Loop.complete                          Worker._run, on the worker's thread
+                      \                         /
+                       Loop.step, round by round
+                         _take_in                    from the inbox to the sequences that wait
+                         Policy.prefill_batch
+                           Admission.admit           PageCache.lookup, Method.phases -> RequestPlan, pages
+                           chunks.stages             the plan in chunks
+                         Execution.prefill
+                           Runner.begin              plan_prefill; align: `align_and_copy` of what is reused
+                           Runner.advance            prefill: `write_kv`, `paged_attention`, `key_mass`
+                           Runner.first_tokens       sample_step
+                         Policy.decode_batch         pages for the tokens to come
+                         Execution.start_decode
+                           Runner.start_decode       decode: `write_kv`, `paged_attention`, sample_step
+                         Loop._take                  Output.take: text; Admission.commit: others can find it
+                         Loop._report                Event to the listener
+      Generation                               Stream -> serving.openai
+
+`prefill` and `remember` are sequences without new tokens, and go the same way as far as `Runner.first_tokens`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sparsex_jax.cache import Entry, PageCache, Segment
+from sparsex_jax.cache import Entry, PageCache
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
-from sparsex_jax.device.generation import Generation, Output, Prefill, decode_state, sampling_arrays, stop_finished
 from sparsex_jax.device.runner import Runner
-from sparsex_jax.device.sampling import Sampled
-from sparsex_jax.errors import InvalidRequestError, StoreFullError
+from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.sharding import check_mesh, make_mesh
 from sparsex_jax.model.weights import Params, random_params
 from sparsex_jax.reuse.cost import speeds_of
-from sparsex_jax.reuse.planner import slots_of
-from sparsex_jax.scheduler.admission import Admission, Request
-from sparsex_jax.text.encoding import Prompt, encode
-
-DEFAULT_NAMESPACE = "default"
+from sparsex_jax.scheduler import sequence
+from sparsex_jax.scheduler.admission import Admission
+from sparsex_jax.scheduler.loop import Loop
+from sparsex_jax.scheduler.output import Generation, Prefill
+from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
+from sparsex_jax.text.encoding import Prompt
 
 
 class Engine:
     """A model, a KV store and an index of what is in it.
 
+    A call steps the engine's loop on the caller's thread until its own sequences are done; sequences that were
+    submitted to the loop go on meanwhile. An engine serves one thread: where a server's worker steps the loop, that is
+    the worker's.
+
     Attributes:
-      model, config, tokenizer, mesh: as given.
-      reuse: what a call does that names no `reuse` of its own.
-      admission: what requests hold, and what can be found (host).
+      model, config, mesh: as given.
+      loop: takes sequences through admission, prefill and decode.
+      admission: what sequences hold, and what can be found (host).
       runner: parameters and store (device).
     """
 
@@ -67,11 +87,12 @@ class Engine:
           mesh: with an axis `tensor`; one device by default.
           reuse: what a call does that names no `reuse` of its own.
         """
-        self.model, self.tokenizer, self.reuse = model, tokenizer, reuse or ReuseConfig()
+        self.model = model
         self.mesh = check_mesh(mesh or make_mesh(), model)
         self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
         self.runner = Runner(model, self.config, params, self.mesh)
         self.admission = Admission(model, self.config, speeds_of(self.mesh.devices.flat[0]))
+        self.loop = Loop(self.runner, self.admission, tokenizer, reuse or ReuseConfig())
 
     @classmethod
     def from_pretrained(
@@ -132,7 +153,8 @@ class Engine:
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
           StoreFullError: the store cannot hold prompt and answer.
-          NonFiniteLogitsError: the logits have NaN or infinities; prompts of the same batch are not kept either.
+          NonFiniteLogitsError: the logits have NaN or infinities. Prompts of the same call that are not done then are
+            cancelled and not kept.
         """
         return self.generate_batch([prompt], sampling, reuse=reuse, namespace=namespace, keep=keep)[0]
 
@@ -146,25 +168,21 @@ class Engine:
         keep: bool = True,
         return_logits: bool = False,
     ) -> list[Generation]:
-        """Generate for several prompts, decoded together as far as they fit, and prefilled in few plans. As `generate`.
+        """Generate for several prompts, prefilled in few plans and decoded together as far as they fit. As `generate`.
 
         Args:
           sampling, namespace: one for all prompts, or one for each.
           return_logits: give the logits of each first token too.
         """
-        started = time.perf_counter()
-        each = _of_each("sampling", SamplingParams, sampling or SamplingParams(), len(prompts))
-        for params in each:
-            params.check_vocabulary(self.model.vocab_size)
+        samplings = _of_each("sampling", SamplingParams, sampling or SamplingParams(), len(prompts))
         namespaces = _of_each("namespace", str, namespace, len(prompts))
-        outputs = [Output(params, self.model.eos_token_ids, self.tokenizer) for params in each]
-        encoded = [self.encode(p, o.sampling.max_new_tokens) for p, o in zip(prompts, outputs, strict=True)]
-        done: list[Generation] = []
-        while len(done) < len(prompts):
-            rest = slice(len(done), None)
-            with self.admitted(encoded[rest], outputs[rest], reuse or self.reuse, namespaces[rest]) as requests:
-                done += self._generate(requests, outputs[rest], keep, return_logits, started)
-        return done
+        options: dict[str, Any] = {"reuse": reuse, "keep": keep, "wants_logits": return_logits}
+        sequences = [
+            self.loop.requests.generation(prompt, params, namespace=name, **options)
+            for prompt, params, name in zip(prompts, samplings, namespaces, strict=True)
+        ]
+        self.loop.complete(sequences)
+        return [_generation(each) for each in sequences]
 
     def prefill(
         self,
@@ -175,15 +193,27 @@ class Engine:
         keep: bool = True,
     ) -> Prefill:
         """The logits of the token that would follow. Arguments and errors as `generate`."""
-        started = time.perf_counter()
-        tokens = self.encode(prompt)
-        with self.admitted([tokens], [], reuse or self.reuse, [namespace]) as requests:
-            scores, active = self.prefill_admitted(requests)
-            logits = np.asarray(scores[0])
-            report = requests[0].report(self.model.num_layers, active[0], started)
-            if keep:
-                self.admission.commit(requests[0], tokens)
-        return Prefill(logits, report)
+        asked = self.loop.requests.prefill(prompt, reuse=reuse, namespace=namespace, keep=keep, wants_logits=True)
+        self.loop.complete([asked])
+        assert asked.logits is not None
+        assert asked.report is not None
+        return Prefill(asked.logits, asked.report)
+
+    @contextlib.contextmanager
+    def prefilled(
+        self, prompt: Prompt, *, reuse: ReuseConfig | None = None, namespace: str = DEFAULT_NAMESPACE
+    ) -> Iterator[sequence.Sequence]:
+        """Prefill a prompt and hold its pages while the context is open, for code that reads its KV.
+
+        `pages` of the sequence says where the KV is, `plan` how it came there. Other prompts cannot find it. Arguments
+        and errors as `generate`. Calls within the context have what is left of the store.
+        """
+        held = self.loop.requests.prefill(prompt, reuse=reuse, namespace=namespace, keep=False, hold=True)
+        self.loop.complete([held])
+        try:
+            yield held
+        finally:
+            self.loop.release(held)
 
     def remember(
         self,
@@ -199,8 +229,8 @@ class Engine:
           frozen: eviction leaves it alone until `forget`, or until more than 90 % of the store is taken by
             frozen and running content.
           preamble: prefill the text behind this one, and keep the text only. Its first tokens then saw something
-            before them and are no attention sinks, which makes a better segment (DESIGN.md, section 5). But its
-            positions do not begin at 0, so a prompt that starts with the text finds a segment, not an exact prefix.
+            before them and are no attention sinks, which makes a better segment. But its positions do not begin at 0,
+            so a prompt that starts with the text finds a segment, not an exact prefix.
 
         Returns:
           A handle for `forget`.
@@ -208,19 +238,17 @@ class Engine:
         Raises:
           InvalidRequestError: an argument is wrong, or preamble and text together exceed the model's limit.
           StoreFullError: the store cannot hold the text; with a preamble it has to hold it twice for a moment.
+          NonFiniteLogitsError: the logits behind the text have NaN or infinities. It is not kept.
         """
-        tokens = self.encode(prompt, add_special_tokens=False)
-        if preamble is not None:
-            return self._remember_behind(self.encode(preamble), tokens, namespace, frozen)
-        with self.admitted([tokens], [], ReuseConfig(method="prefix"), [namespace]) as requests:
-            self.prefill_admitted(requests)
-            self.admission.commit(requests[0], tokens)
-            return self.cache.register(requests[0].plan.pages, len(tokens), namespace, frozen=frozen)
+        asked = self.loop.requests.remember(prompt, namespace=namespace, frozen=frozen, preamble=preamble)
+        self.loop.complete([asked])
+        assert asked.handle is not None
+        return asked.handle
 
     def forget(self, handle: int) -> None:
         """Stop serving what `remember` stored. Raises UnknownHandleError if it is not there (any more).
 
-        Requests of a loop that use it at that moment finish, and are not kept.
+        Sequences that use it at that moment finish, and are not kept.
         """
         self.admission.forget(handle)
 
@@ -232,7 +260,25 @@ class Engine:
         """Pages by state, hits and evictions: the fields of `CacheStats`."""
         return dataclasses.asdict(self.cache.stats())
 
-    # For those who take requests through their steps themselves -------------------------------------------------
+    # For those who look closer ------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """As given."""
+        return self.loop.requests.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any | None) -> None:
+        self.loop.requests.tokenizer = tokenizer
+
+    @property
+    def reuse(self) -> ReuseConfig:
+        """What a call does that names no `reuse` of its own."""
+        return self.loop.requests.reuse
+
+    @reuse.setter
+    def reuse(self, reuse: ReuseConfig) -> None:
+        self.loop.requests.reuse = reuse
 
     @property
     def cache(self) -> PageCache:
@@ -242,132 +288,22 @@ class Engine:
     def encode(
         self, prompt: Prompt, new_tokens: int = 0, *, add_special_tokens: bool = True
     ) -> Int32[np.ndarray, "tokens"]:
-        """A prompt as token ids. Raises InvalidRequestError if it is none, or too long with so many new tokens."""
-        tokens = encode(prompt, self.tokenizer, self.model, add_special_tokens=add_special_tokens)
-        limit, length = self.model.max_position, len(tokens) + new_tokens
-        if length > limit:
-            raise InvalidRequestError(
-                f"prompt has {len(tokens)} tokens and max_new_tokens={new_tokens}: together {length}, "
-                f"and the model's limit is {limit}"
-            )
-        return tokens
-
-    @contextlib.contextmanager
-    def admitted(
-        self, prompts: Sequence[np.ndarray], outputs: Sequence[Output], reuse: ReuseConfig, namespaces: Sequence[str]
-    ) -> Iterator[list[Request]]:
-        """As many of the prompts as fit now, at least one; whatever happens, they give back what they hold.
-
-        Args:
-          outputs: what each prompt will generate; none for those that generate nothing.
-        """
-        requests: list[Request] = []
-        try:
-            self._admit_some(requests, prompts, outputs, reuse, namespaces)
-            yield requests
-        except BaseException:
-            if self.recover():
-                requests.clear()
-            raise
-        finally:
-            for request in requests:
-                self.admission.leave(request)
-
-    def prefill_admitted(self, requests: Sequence[Request]) -> tuple[Array, list[np.ndarray]]:
-        """Prefill requests of one schedule in one plan, as `Runner.prefill`. What they copy from may go then."""
-        logits, active = self.runner.prefill([request.plan for request in requests])
-        for request in requests:
-            self.admission.unpin(request)
-        return logits, active
-
-    def first_tokens(self, logits: Array, prompts: Sequence[np.ndarray], outputs: Sequence[Output]) -> Sampled:
-        """Sample from the logits behind each prompt and what its answer has so far: one step, a line each."""
-        sampling = sampling_arrays(outputs, prompts, len(logits), self.model.vocab_size)
-        position = np.zeros(len(logits), np.int32)
-        lengths = [len(prompt) + len(output.token_ids) for prompt, output in zip(prompts, outputs, strict=True)]
-        position[: len(lengths)] = lengths
-        return self.runner.first_tokens(logits, sampling, position)
+        """A prompt as token ids. Raises InvalidRequestError if it is none, or too long with `new_tokens`."""
+        return self.loop.requests.encode(prompt, new_tokens, add_special_tokens=add_special_tokens)
 
     def recover(self) -> bool:
-        """After a failure: whether the KV is gone, and with it all that the cache says of it. Then both are new."""
-        lost = self.runner.recover()
-        if lost:
-            self.admission.start_over()
-        return lost
+        """After a failure: whether the KV is lost, and with it all that the cache says of it. Then both are new, and
+        what runs in the loop is computed again."""
+        return self.loop.recover()
 
-    # How it is done -----------------------------------------------------------------------------------------
 
-    def _admit_some(
-        self,
-        requests: list[Request],
-        prompts: Sequence[np.ndarray],
-        outputs: Sequence[Output],
-        reuse: ReuseConfig,
-        namespaces: Sequence[str],
-    ) -> None:
-        """Add to the requests as they are admitted, so that the caller can let go of them whatever fails here."""
-        first = slice(self.config.max_batch)
-        for tokens, output, namespace in itertools.zip_longest(prompts[first], outputs[first], namespaces[first]):
-            try:
-                request = self.admission.admit(
-                    tokens, output.sampling.max_new_tokens if output else 0, reuse, namespace
-                )
-            except StoreFullError:
-                if requests:
-                    break  # the others go first
-                raise
-            requests.append(request)
-
-    def _generate(
-        self, requests: Sequence[Request], outputs: Sequence[Output], keep: bool, return_logits: bool, started: float
-    ) -> list[Generation]:
-        """Generate for the admitted requests, which are the first of the outputs."""
-        outputs, reports, scores = outputs[: len(requests)], [], []
-        for group in self.runner.shapes.plans([request.plan for request in requests]):
-            logits, active = self.prefill_admitted(requests[group])
-            sampled = self.first_tokens(logits, [request.tokens for request in requests[group]], outputs[group])
-            for line, output in enumerate(outputs[group]):
-                output.take(sampled, line)
-            each = zip(requests[group], active, strict=True)
-            reports += [request.report(self.model.num_layers, mask, started) for request, mask in each]
-            scores += [*np.asarray(logits)[: len(active)]] if return_logits else [None] * len(active)
-        self._decode(requests, outputs)
-        if keep:  # the last token's KV is not in the store: it was never an input
-            for request, output in zip(requests, outputs, strict=True):
-                self.admission.commit(request, np.append(request.tokens, output.token_ids[:-1]).astype(np.int32))
-        return [
-            Generation(output.text, output.token_ids, str(output.finish_reason), report, line, tuple(output.logprobs))
-            for output, report, line in zip(outputs, reports, scores, strict=True)
-        ]
-
-    def _decode(self, requests: Sequence[Request], outputs: Sequence[Output]) -> None:
-        prompts, pages = [request.tokens for request in requests], [request.plan.pages for request in requests]
-        state = decode_state(outputs, prompts, pages, self.runner.shapes.max_pages, self.model.vocab_size)
-        while not all(output.finish_reason for output in outputs):
-            state, sampled = self.runner.decode(state, self.config.decode_steps)
-            for line, output in enumerate(outputs):
-                output.take(sampled, line)
-            state = stop_finished(state, outputs)
-
-    def _remember_behind(self, preamble: np.ndarray, tokens: np.ndarray, namespace: str, frozen: bool) -> int:
-        """Prefill both, move the text's KV to pages of its own as it is, and keep those."""
-        start, page_size = len(preamble), self.config.page_size
-        together = np.concatenate([preamble, tokens])
-        if len(together) > self.model.max_position:
-            raise InvalidRequestError(
-                f"preamble has {start} tokens and prompt {len(tokens)}: together {len(together)}, "
-                f"and the model's limit is {self.model.max_position}"
-            )
-        with self.admitted([together], [], ReuseConfig(method="prefix"), [namespace]) as [request]:
-            self.prefill_admitted([request])
-            slots = slots_of(request.plan.pages, np.arange(start, len(together)), page_size)
-            pages = self.cache.allocate(-(-len(tokens) // page_size))
-            try:
-                self.runner.copy([(Segment(0, len(tokens), 0, slots, exact=True), pages)])
-                self.cache.commit(pages, tokens, namespace, exact_tokens=len(tokens), start=start)
-                return self.cache.register(pages, len(tokens), namespace, frozen=frozen)
-            finally:
-                self.cache.release(pages)
+def _generation(done: sequence.Sequence) -> Generation:
+    output = done.output
+    assert done.finish_reason is not None
+    assert done.report is not None
+    return Generation(
+        output.text, output.token_ids, done.finish_reason, done.report, done.logits, tuple(output.logprobs)
+    )
 
 
 def _of_each[T](name: str, kind: type[T], value: T | Sequence[T], number: int) -> Sequence[T]:

@@ -57,4 +57,4 @@ TALKING = ModelConfig(
 @pytest.fixture
 def tiny() -> Engine:
     """A small random model with pages of 16 tokens and an empty store."""
-    return Engine.from_config(TINY, store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
+    return Engine.from_config(TINY, store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)

@@ -18,7 +18,7 @@ from sparsex_jax import Engine, EngineConfig
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
-from sparsex_jax.scheduler.loop import Event, Loop
+from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.server import Server
@@ -33,9 +33,9 @@ def _parts():
     return random_params(TALKING, "float32", make_mesh(), seed=0), open_checkpoint("smollm2-135m-instruct").tokenizer
 
 
-def make_engine() -> Engine:
+def make_engine(**options) -> Engine:
     """A small engine with fixed random weights, SmolLM2's tokenizer and a store of its own."""
-    config = EngineConfig(store_tokens=8192, page_size=16, max_batch=4)
+    config = EngineConfig(store_tokens=8192, page_size=16, max_num_seqs=4, **options)
     return Engine(TALKING, *_parts(), config=config)
 
 
@@ -58,12 +58,12 @@ class Live:
 def live_server(
     engine: Engine,
     *,
-    loop: Loop | ScriptedLoop | None = None,
+    loop: ScriptedLoop | None = None,
     access: Access | None = None,
     limits: Limits | None = None,
     model: str = MODEL,
 ) -> Iterator[Live]:
-    worker = Worker(engine, loop or Loop(engine))
+    worker = Worker(engine, loop)
     app = create_app(worker, model=model, access=access, limits=limits)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

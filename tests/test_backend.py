@@ -103,7 +103,7 @@ def test_engines_keep_the_implementations_that_they_were_made_with(monkeypatch):
     for name in ("reference", "xla"):
         monkeypatch.setitem(implementations, name, recorded(ran, name, implementations[name]))
     model = dataclasses.replace(TINY, vocab_size=89)  # a model that no other test has compiled
-    sizes = {"store_tokens": 512, "page_size": 16, "max_batch": 2, "chunk_rows": 32}
+    sizes = {"store_tokens": 512, "page_size": 16, "max_num_seqs": 2, "chunk_rows": 32}
     with prefer("reference", "xla"):
         first = Engine.from_config(model, **sizes)
     second = Engine.from_config(model, **sizes)

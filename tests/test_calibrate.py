@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_cli import GOLDEN, invoke, one_object
 from typer.testing import CliRunner
 
-from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, StoreFullError
+from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.cli import app
 from sparsex_jax.cli.calibrate import target_of
@@ -38,7 +38,8 @@ def model():
 @pytest.fixture(scope="module")
 def engine(model):
     """Random weights over the closed vocabulary: it answers nothing, so only agreement can be a target."""
-    engine = Engine.from_config(model, store_tokens=2048, page_size=16, max_batch=1, chunk_rows=128)
+    together = {"max_num_seqs": 1, "max_prefill_seqs": 1}
+    engine = Engine.from_config(model, store_tokens=2048, page_size=16, chunk_rows=128, **together)
     engine.tokenizer = lexicon.ruler_tokenizer()
     return engine
 
@@ -252,15 +253,15 @@ def test_the_engine_reads_the_file_beside_the_model(directory):
 def test_calls_without_reuse_use_the_engines(engine, monkeypatch):
     used = []
 
-    def admit(tokens, new_tokens, reuse, namespace):
+    def admit(sequence, tokens, slots, reuse):
         used.append(reuse)
-        raise StoreFullError("that is enough")
+        raise RuntimeError("that is enough")
 
     monkeypatch.setattr(engine.admission, "admit", admit)
     monkeypatch.setattr(engine, "reuse", ReuseConfig("naive"))
     for call in (engine.prefill, engine.generate):
         for reuse in (None, ReuseConfig("full")):
-            with pytest.raises(StoreFullError):
+            with pytest.raises(RuntimeError, match="that is enough"):
                 call([1, 2, 3], reuse=reuse)
     assert used == [ReuseConfig("naive"), ReuseConfig("full")] * 2
 

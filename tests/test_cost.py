@@ -22,8 +22,8 @@ def engine(tiny) -> Engine:
 
 
 def seconds(engine: Engine, speeds: Speeds = H100, **options) -> float:
-    with engine.admitted([PROMPT], [], ReuseConfig(**options), ["n"]) as [request]:
-        return prefill_seconds(LLAMA, request.plan, speeds)
+    with engine.prefilled(PROMPT, reuse=ReuseConfig(**options), namespace="n") as sequence:
+        return prefill_seconds(LLAMA, sequence.plan, speeds)
 
 
 def test_less_work_is_predicted_to_take_less_time(engine):

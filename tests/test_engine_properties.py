@@ -16,7 +16,7 @@ from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams, Store
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
 
-CONFIG = EngineConfig(store_tokens=20 * 16, page_size=16, max_batch=4, chunk_rows=32, decode_steps=4)
+CONFIG = EngineConfig(store_tokens=20 * 16, page_size=16, max_num_seqs=4, chunk_rows=32, decode_steps=4)
 PARAMS = random_params(TINY, "float32", make_mesh())
 DENSE = Dense(TINY, PARAMS)
 DOCUMENTS = [np.random.default_rng(seed).integers(1, 97, length) for seed, length in enumerate((20, 33, 48, 70))]
@@ -68,7 +68,11 @@ class EngineMachine(RuleBasedStateMachine):
             return
         assert [len(out.token_ids) for out in outs] == [new] * len(pieces)
 
-    @rule(pieces=prompts, namespace=namespaces, step=st.sampled_from(["prefill", "decode", "first_tokens"]))
+    @rule(
+        pieces=prompts,
+        namespace=namespaces,
+        step=st.sampled_from(["begin", "advance", "start_decode", "first_tokens"]),
+    )
     def fail(self, pieces, namespace, step):
         def broken(*args, **kwargs):
             raise RuntimeError("broken")

@@ -86,7 +86,10 @@ def test_bad_settings(tiny, settings, message):
         ("store_tokens", 0),
         ("page_size", 12),
         ("dtype", "int8"),
-        ("max_batch", 0),
+        ("max_num_seqs", 0),
+        ("max_prefill_seqs", 0),
+        ("max_waiting", 0),
+        ("prefill_tokens", 1.5),
         ("frozen_limit", 2),
         ("chunk_rows", 1),
     ],
@@ -140,7 +143,7 @@ def test_a_failing_step_loses_no_page(tiny, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    for step in ("prefill", "decode"):
+    for step in ("begin", "advance", "start_decode"):
         with monkeypatch.context() as patch:
             patch.setattr(tiny.runner, step, fail)
             with pytest.raises(RuntimeError, match="out of memory"):

@@ -30,7 +30,8 @@ def tokenizer():
 def engine(tokenizer):
     """Random weights over the closed vocabulary."""
     model = dataclasses.replace(TINY, vocab_size=len(lexicon.vocabulary()), max_position=2048)
-    engine = Engine.from_config(model, store_tokens=2048, page_size=16, max_batch=2, chunk_rows=128)
+    together = {"max_num_seqs": 2, "max_prefill_seqs": 2}
+    engine = Engine.from_config(model, store_tokens=2048, page_size=16, chunk_rows=128, **together)
     engine.tokenizer = tokenizer
     return engine
 

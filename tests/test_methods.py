@@ -147,10 +147,9 @@ def test_focus_recomputes_the_pieces_that_some_head_looks_at(tiny, dense, case):
 
 
 def _stored(engine, case, reuse):
-    with engine.admitted([case.tokens], [], reuse, ["n"]) as [request]:
-        engine.prefill_admitted([request])
+    with engine.prefilled(case.tokens, reuse=reuse, namespace="n") as sequence:
         page, offset = np.divmod(np.arange(len(case.tokens)), engine.config.page_size)
-        slots = np.asarray(request.plan.pages)[page] * engine.config.page_size + offset
+        slots = np.asarray(sequence.pages)[page] * engine.config.page_size + offset
         return np.stack(stored_kv(engine, slots), 1)
 
 
@@ -230,7 +229,7 @@ def test_approximate_kv_is_never_an_exact_prefix(tiny, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nan_in_unused_slots_changes_nothing(tiny, name):
-    poisoned = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
+    poisoned = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)
     poisoned.runner.store = poisoned.runner.store + np.nan
     outs = []
     for engine in (tiny, poisoned):
@@ -295,7 +294,8 @@ def test_without_a_hit_every_method_is_a_plain_prefill(tiny, name):
 
 def test_kv_deviation_sums_over_the_heads_of_all_devices(tiny, dense):
     case = Case("many")
-    sharded = Engine.from_config(TINY, mesh=make_mesh(2), store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
+    options = {"store_tokens": 2048, "page_size": 16, "max_num_seqs": 4, "chunk_rows": 32}
+    sharded = Engine.from_config(TINY, mesh=make_mesh(2), **options)
     remember_both(sharded)
     outs = [run(engine, case, CONFIGS["cacheblend"]) for engine in (tiny, sharded)]
     np.testing.assert_array_equal(outs[0].report.active, outs[1].report.active)
@@ -326,8 +326,9 @@ def test_a_preamble_is_seen_and_dropped(tiny):
     preamble, text = NEW[:7], A[:50]
     handle = tiny.remember(text, namespace="n", frozen=True, preamble=preamble.tolist())
     assert tiny.stats()["tokens"] == 50
-    with tiny.admitted([np.concatenate([NEW[50:61], text, NEW[70:80]])], [], ReuseConfig("naive"), ["n"]) as [request]:
-        [segment] = request.plan.prompt.segments
+    prompt = np.concatenate([NEW[50:61], text, NEW[70:80]])
+    with tiny.prefilled(prompt, reuse=ReuseConfig("naive"), namespace="n") as sequence:
+        [segment] = sequence.plan.prompt.segments
         stored = stored_kv(tiny, segment.slots)
     assert (segment.start, segment.length, segment.donor_start) == (11, 50, 7)
     together = Dense(tiny.model, tiny.runner.params).full(np.concatenate([preamble, text]))[1]

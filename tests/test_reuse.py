@@ -73,10 +73,9 @@ def test_aligned_keys_are_those_of_the_segment_alone_at_its_new_position(smollm)
     document = text_ids(smollm, 11, 90)
     smollm.remember(document, namespace="align")
     prompt = np.concatenate([text_ids(smollm, 12, 37), document])
-    with smollm.admitted([prompt], [], ReuseConfig(method="naive"), ["align"]) as [request]:
-        smollm.prefill_admitted([request])
-        (segment,) = request.plan.prompt.segments
-        pages = np.asarray(request.plan.pages)
+    with smollm.prefilled(prompt, reuse=ReuseConfig(method="naive"), namespace="align") as sequence:
+        (segment,) = sequence.plan.prompt.segments
+        pages = np.asarray(sequence.pages)
         places = np.arange(37, 37 + 89)  # the last token is computed
         page_size = smollm.config.page_size
         keys, values = stored_kv(smollm, pages[places // page_size] * page_size + places % page_size)
@@ -255,8 +254,8 @@ def test_a_forgotten_text_is_no_longer_found(tiny):
 
 
 def test_nan_in_every_unused_slot_changes_nothing():
-    engine = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
-    clean = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_batch=4, chunk_rows=32)
+    engine = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)
+    clean = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)
     engine.runner.store = engine.runner.store + np.nan
     for one in (engine, clean):
         remember_both(one)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from sparsex_jax import InvalidRequestError, NonFiniteLogitsError, ReuseConfig, SamplingParams
 from sparsex_jax.device.decode import advance, decode
-from sparsex_jax.device.generation import Output, decode_state, sampling_arrays
 from sparsex_jax.device.sampling import NON_FINITE, sample, sample_step
+from sparsex_jax.device.state import BatchSlot, decode_state, sampling_arrays
+from sparsex_jax.scheduler.output import Output
 
 sample, sample_step = jax.jit(sample), jax.jit(sample_step)
 
@@ -24,10 +25,9 @@ PROMPT = [1, 2, 3, 2]
 
 def arrays(params, prompts=None, answers=None):
     """The device's view of requests with these prompts, which have generated these answers."""
-    outputs = [Output(each, (), None) for each in params]
-    for output, answer in zip(outputs, answers or [[]] * len(params), strict=True):
-        output.token_ids = list(answer)
-    return sampling_arrays(outputs, prompts or [PROMPT] * len(params), len(params), VOCAB)
+    number = len(params)
+    of_each = zip(prompts or [PROMPT] * number, answers or [[]] * number, params, strict=True)
+    return sampling_arrays([BatchSlot(*slot) for slot in of_each], number, VOCAB)
 
 
 def draws(**options):
@@ -214,10 +214,8 @@ def test_a_poisoned_request_fails_alone(bad, params):
 
 
 def test_decode_goes_on_without_a_poisoned_request():
-    outputs = [Output(SamplingParams(presence_penalty=1.0), (), None) for _ in range(2)]
-    for output in outputs:
-        output.extend([1, 3])
-    state = decode_state(outputs, [PROMPT] * 2, [[0], [1]], 1, VOCAB)
+    params = SamplingParams(presence_penalty=1.0)
+    state = decode_state([BatchSlot(PROMPT, [1, 3], params, pages=[page]) for page in (0, 1)], 1, VOCAB)
     after = advance(state, jnp.array([NON_FINITE, 3]))
     assert (state.position.tolist(), after.position.tolist()) == ([5, 5], [-1, 6])
     assert after.sampling.adjustment.counts.tolist() == [[0, 1, 0, 1, 0], [0, 1, 0, 2, 0]]

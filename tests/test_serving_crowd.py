@@ -13,7 +13,6 @@ import pytest
 from live import live_server, make_engine, wait_for
 
 from sparsex_jax.scheduler import warmup
-from sparsex_jax.scheduler.loop import Loop
 
 OVERLOAD = 4
 NUMBER = 500
@@ -128,10 +127,10 @@ async def overload(url: str) -> collections.Counter[int]:
 
 @pytest.mark.slow
 def test_an_overload_is_answered_or_refused_and_leaks_no_page():
-    engine = make_engine()
-    for step in warmup.steps(engine):
+    engine = make_engine(max_waiting=12)
+    for step in warmup.steps(engine.loop):
         step()
-    with live_server(engine, loop=Loop(engine, max_waiting=12)) as live:
+    with live_server(engine) as live:
         statuses = asyncio.run(overload(live.url))
         with live.http() as http:
             wait_for(lambda: http.get("/v1/store").json()["active"] == 0)

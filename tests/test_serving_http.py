@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 
 import httpx
@@ -29,14 +31,15 @@ from sparsex_jax import (
     SamplingParams,
     StoreFullError,
 )
+from sparsex_jax.cache import Entry
 from sparsex_jax.cli import app
 from sparsex_jax.device.compilation import num_compilations
-from sparsex_jax.device.generation import TokenLogprobs
 from sparsex_jax.errors import OverloadedError
 from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Event
-from sparsex_jax.serving.access import Access, Limits, Tenant
+from sparsex_jax.scheduler.output import TokenLogprobs
+from sparsex_jax.serving.access import Access, Limits, Quota, QuotaError, Tenant
 from sparsex_jax.serving.intake import plain_message
 from sparsex_jax.serving.openai import cached_tokens, run_lengths
 from sparsex_jax.serving.schemas import Message
@@ -325,6 +328,45 @@ def test_knowledge_behind_a_preamble(http, client):
     answer = ask(client, "preamble", [9, 9, 9, *range(100, 160), 9], reuse={"method": "naive"})
     assert answer.sparsex["reused_tokens"] == 60
     http.delete(f"/v1/knowledge/{handle}?cache_salt=preamble")
+
+
+def test_knowledge_is_inserted_while_streams_go_on():
+    """The order of plans: a decode dispatch (D) behind every chunk of the text (P)."""
+    engine = make_engine(prefill_tokens=64)
+    order, runner = [], engine.runner
+    advance, start_decode = runner.advance, runner.start_decode
+    runner.advance = lambda *args: order.append("P") or advance(*args)
+
+    def slow_decode(*args):
+        """So that the stream is not done before the text has come."""
+        time.sleep(0.02)
+        order.append("D")
+        return start_decode(*args)
+
+    runner.start_decode = slow_decode
+    with live_server(engine) as live, live.http() as http:
+        body = {"prompt": "x", "max_tokens": 2000, "stream": True, "ignore_eos": True}
+        with http.stream("POST", "/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()  # kept, since the client hangs up when it is gone
+            next(lines)
+            begin = len(order)
+            assert http.post("/v1/knowledge", json={"text": list(range(100, 900))}).json()["num_tokens"] == 800
+    inserted = order[begin : len(order) - order[::-1].index("P")]
+    assert inserted.count("P") == 13
+    assert not any(pair == ("P", "P") for pair in itertools.pairwise(inserted)), order
+
+
+def test_a_quota_counts_texts_that_are_being_prefilled():
+    quota = Quota(100)
+    quota.reserve(60, [])
+    with pytest.raises(QuotaError, match="keeps 60 already: together 110"):
+        quota.reserve(50, [])
+    quota.settle(60, None)
+    quota.reserve(50, [])
+    quota.settle(50, 7)
+    with pytest.raises(QuotaError, match="keeps 50 already: together 110"):
+        quota.reserve(60, [Entry(7, "n", 50, (), True)])
+    quota.reserve(100, [])  # it was evicted
 
 
 def test_knowledge_that_does_not_fit_is_refused(http):

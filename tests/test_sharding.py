@@ -28,7 +28,7 @@ METHODS = {
 
 def engine(tensor_parallel: int, model: ModelConfig = MODEL) -> Engine:
     return Engine.from_config(
-        model, mesh=make_mesh(tensor_parallel), store_tokens=1024, page_size=16, max_batch=2, chunk_rows=32
+        model, mesh=make_mesh(tensor_parallel), store_tokens=1024, page_size=16, max_num_seqs=2, chunk_rows=32
     )
 
 
@@ -96,7 +96,7 @@ def test_a_mesh_without_a_tensor_axis_is_refused():
 
 def test_other_axes_of_a_mesh_hold_copies():
     mesh = jax.make_mesh((2, 2), ("data", "tensor"))  # with explicit axis types, as jax makes it by default
-    one = Engine.from_config(MODEL, mesh=mesh, store_tokens=1024, page_size=16, max_batch=2, chunk_rows=32)
+    one = Engine.from_config(MODEL, mesh=mesh, store_tokens=1024, page_size=16, max_num_seqs=2, chunk_rows=32)
     logits = one.prefill(list(range(60))).logits
     np.testing.assert_allclose(logits, engine(1).prefill(list(range(60))).logits, atol=2e-5)
     assert {shard.data.nbytes * 2 for shard in one.runner.store.addressable_shards} == {one.runner.store.nbytes}

@@ -83,7 +83,7 @@ def test_kernels_compile(chip, shape, operation):
 
 def engine_for(mesh):
     """A store of 4 GiB on each device, far larger than anything temporary."""
-    return EngineConfig(store_tokens=mesh.size << 15, dtype="bfloat16", max_batch=8)
+    return EngineConfig(store_tokens=mesh.size << 15, dtype="bfloat16")
 
 
 STEPS = {

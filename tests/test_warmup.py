@@ -10,23 +10,22 @@ from conftest import TINY
 from sparsex_jax import Engine, NonFiniteLogitsError, ReuseConfig, SamplingParams
 from sparsex_jax.device.compilation import keep_on_disk, num_compilations
 from sparsex_jax.scheduler import warmup
-from sparsex_jax.scheduler.loop import Loop
 
 TEXT = np.random.default_rng(5).integers(1, 90, 4000).astype(np.int32)
 # Another model than that of other tests, so that nothing of it is compiled yet.
 MODEL = dataclasses.replace(TINY, eos_token_ids=(94, 95, 96))
 
 
-def make_engine(reuse=None, max_batch=2):
+def make_engine(reuse=None, max_num_seqs=2):
     """With two row buckets only, since each has programs of its own."""
-    engine = Engine.from_config(MODEL, store_tokens=2048, page_size=16, max_batch=max_batch, chunk_rows=256)
+    engine = Engine.from_config(MODEL, store_tokens=2048, page_size=16, max_num_seqs=max_num_seqs, chunk_rows=256)
     engine.reuse = reuse or engine.reuse
     return engine
 
 
 def crowd(engine, number, rng):
     """Requests of all sizes, a few at a time, that share pieces; documents are remembered and forgotten meanwhile."""
-    loop, events = Loop(engine), []
+    loop, events = engine.loop, []
     for at in range(number):
         pieces = [TEXT[start : start + rng.integers(1, 200)] for start in 150 * rng.integers(0, 9, rng.integers(1, 5))]
         sampling = SamplingParams(
@@ -45,7 +44,8 @@ def crowd(engine, number, rng):
             engine.forget(engine.remember(document, preamble=TEXT[:20] if at % 16 else None))
     while loop.step():
         pass
-    assert loop.stats.finished == number
+    assert (loop.stats.failed, loop.stats.cancelled) == (0, 0)
+    assert sum(event.finish_reason in ("stop", "length") for event in events) == number
     return [event.report for event in events if event.report is not None]
 
 
@@ -63,7 +63,7 @@ def crowd(engine, number, rng):
 def test_a_crowd_compiles_nothing_after_the_warm_up(reuse):
     engine = make_engine(reuse)
     cold = num_compilations()
-    for step in warmup.steps(engine):
+    for step in warmup.steps(engine.loop):
         step()
     warm = num_compilations()
     assert warm > cold
@@ -78,7 +78,8 @@ def test_every_size_of_a_batch_is_decoded_once(most, numbers, monkeypatch):
     decoded = []
     monkeypatch.setattr(warmup, "_decode", lambda _, number: decoded.append(number))
     monkeypatch.setattr(warmup, "_prefill", lambda *_: None)
-    for step in warmup.steps(make_engine(max_batch=most)):
+    monkeypatch.setattr(warmup, "_generate", lambda *_: None)
+    for step in warmup.steps(make_engine(max_num_seqs=most).loop):
         step()
     assert decoded == numbers
 
@@ -87,8 +88,9 @@ def test_a_model_that_fails_says_so_before_it_is_served():
     engine = make_engine()
     params = engine.runner.params
     engine.runner.params = dataclasses.replace(params, final_norm=params.final_norm * np.nan)
-    with pytest.raises(NonFiniteLogitsError):
-        warmup.steps(engine)[-1]()
+    for step in warmup.steps(engine.loop)[-2:]:  # the last decode, and a whole request
+        with pytest.raises(NonFiniteLogitsError):
+            step()
 
 
 # What is kept on disk ---------------------------------------------------------------------------------------

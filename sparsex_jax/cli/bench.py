@@ -61,7 +61,7 @@ class BenchSettings:
 def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, as_json: bool) -> None:
     """Measure, then print the results and write them to the folder `out`, if there is one."""
     methods = {name: parse_method(name) for name in settings.methods}
-    engine = EngineChoice(model, dtype, settings.store_tokens, settings.batch).load()
+    engine = EngineChoice(model, dtype, settings.store_tokens, None, settings.batch, settings.batch).load()
     with progress() as bar:
         rows = quality.run(
             engine,

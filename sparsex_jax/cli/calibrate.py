@@ -52,7 +52,7 @@ def run(model: str, dtype: str, settings: BenchSettings, target: Target, *, out:
     calibrate.check_samples(target, prompts.total)
     path = check_writable(out or default_path(model))
     # With the default reuse, so that the engine does not read the file of an earlier calibration.
-    engine = EngineChoice(model, dtype, settings.store_tokens, settings.batch, reuse=SparseX()).load()
+    engine = EngineChoice(model, dtype, settings.store_tokens, SparseX(), settings.batch, settings.batch).load()
     with progress() as bar:
         found = calibrate.calibrate(engine, prompts, target, track=functools.partial(_track, bar))
     content = calibrate.file_content(engine, model, prompts, found)

@@ -117,7 +117,12 @@ def serve(
     name: Annotated[str | None, typer.Option(help="The model's name in requests.", show_default="MODEL")] = None,
     dtype: options.DType = "auto",
     store_tokens: options.StoreTokens = 16384,
-    max_batch: Annotated[int, typer.Option(help="Requests that run together.")] = 8,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences that run at once; the others wait.", show_default="by device and store: 8 to 256", min=1
+        ),
+    ] = None,
     reuse_config: options.ReuseFile = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait. More are refused (503).", min=1)] = 256,
     max_concurrent: Annotated[
@@ -148,7 +153,7 @@ def serve(
 
     with clear_errors():
         run(
-            EngineChoice(model, dtype, store_tokens, max_batch, reuse_config),
+            EngineChoice(model, dtype, store_tokens, reuse_config, max_num_seqs=max_num_seqs, max_waiting=max_waiting),
             Limits(
                 max_body_bytes=max_body_bytes,
                 max_tokens=max_tokens,
@@ -161,7 +166,6 @@ def serve(
             port=port,
             api_keys=api_keys,
             name=name,
-            max_waiting=max_waiting,
             warm_up=warm_up,
         )
 

@@ -20,11 +20,11 @@ from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import output, print_json, progress
 from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import ReuseConfig, SamplingParams
-from sparsex_jax.device.generation import Prefill
 from sparsex_jax.engine import Engine
 from sparsex_jax.eval.scores import kl_divergence
 from sparsex_jax.reuse.methods import Full, Naive, Prefix, SparseX
 from sparsex_jax.reuse.report import Report
+from sparsex_jax.scheduler.output import Prefill
 
 NAMESPACE = "demo"
 REPEATS = 3

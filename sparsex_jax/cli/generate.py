@@ -13,9 +13,9 @@ from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, progress, waiting
 from sparsex_jax.config import EngineConfig, ReuseConfig, SamplingParams
 from sparsex_jax.device.compilation import keep_on_disk
-from sparsex_jax.device.generation import Generation
 from sparsex_jax.engine import Engine
 from sparsex_jax.reuse.report import Report
+from sparsex_jax.scheduler.output import Generation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,10 @@ class EngineChoice:
     model: str
     dtype: str
     store_tokens: int
-    max_batch: int = EngineConfig.max_batch
     reuse: ReuseConfig | Path | None = None  # as for `Engine.from_pretrained`
+    max_num_seqs: int | None = EngineConfig.max_num_seqs
+    max_prefill_seqs: int = EngineConfig.max_prefill_seqs
+    max_waiting: int = EngineConfig.max_waiting
 
     def load(self) -> Engine:
         keep_on_disk()
@@ -36,7 +38,9 @@ class EngineChoice:
                 reuse=self.reuse,
                 dtype=self.dtype,
                 store_tokens=self.store_tokens,
-                max_batch=self.max_batch,
+                max_num_seqs=self.max_num_seqs,
+                max_prefill_seqs=self.max_prefill_seqs,
+                max_waiting=self.max_waiting,
             )
 
 

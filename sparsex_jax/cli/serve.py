@@ -10,7 +10,6 @@ from sparsex_jax.cli.terminal import messages, progress
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.engine import Engine
 from sparsex_jax.scheduler import warmup
-from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.server import Server
@@ -25,7 +24,6 @@ def run(
     port: int,
     api_keys: Path | None,
     name: str | None,
-    max_waiting: int,
     warm_up: bool,
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
@@ -34,7 +32,7 @@ def run(
     engine.reuse = engine.reuse.updated(only_if_faster=True)
     if warm_up:
         compile_all(engine)
-    worker = Worker(engine, Loop(engine, max_waiting=max_waiting))
+    worker = Worker(engine)
     name = name or Path(choice.model).name
     app = create_app(worker, model=name, access=access, limits=limits)
     messages().print(f"Serving {name} at http://{host}:{port}/ (the page) and http://{host}:{port}/v1", soft_wrap=True)
@@ -48,7 +46,7 @@ def compile_all(engine: Engine) -> None:
     """Compile the programs that requests need, so that the first requests do not wait for the compiler."""
     before, started = num_compilations(), time.perf_counter()
     with progress() as bar:
-        for step in bar.track(warmup.steps(engine), description="Compiling"):
+        for step in bar.track(warmup.steps(engine.loop), description="Compiling"):
             step()
     number, seconds = num_compilations() - before, time.perf_counter() - started
     messages().print(

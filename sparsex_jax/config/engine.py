@@ -18,25 +18,40 @@ class EngineConfig:
       page_size: tokens a page; a multiple of 8 (the index hashes windows of 8 tokens).
       dtype: of weights, activations and the KV store. `auto` is resolved when the engine is made: float32 on a CPU;
         elsewhere the checkpoint's own if that is bfloat16 or float16, else bfloat16, as kernels take no float32.
-      max_batch: requests in one plan.
+      max_num_seqs: sequences that are prefilled or decoded at once; the others wait. None: see `num_seqs_on`.
+      max_prefill_seqs: sequences whose prompts share one prefill plan.
+      prefill_tokens: token budget of a prefill plan: rows of a chunk of a long prompt, and of prompts that share a
+        plan. None: what the second smallest plan holds, 4 times the rows that go through a layer at a time.
       chunk_rows: rows that go through a layer at a time; None takes what suits the platform.
       decode_steps: tokens generated per dispatch before the host looks.
       frozen_limit: share of the store that pinned and frozen pages may fill before frozen entries go.
+      max_waiting: requests of a server that may wait; more are refused.
+      max_overtakes: how many younger sequences may pass one that waits for pages.
     """
 
     store_tokens: int = 16384
     page_size: int = 64
     dtype: str = "auto"
-    max_batch: int = 8
+    max_num_seqs: int | None = None
+    max_prefill_seqs: int = 8
+    prefill_tokens: int | None = None
     chunk_rows: int | None = None
     decode_steps: int = 16
     frozen_limit: float = 0.9
+    max_waiting: int = 256
+    max_overtakes: int = 16
 
     def __post_init__(self) -> None:
         require(self.dtype in _DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(_DTYPES)}")
-        for name in ("store_tokens", "page_size", "max_batch", "decode_steps"):
+        for name in ("store_tokens", "page_size", "max_prefill_seqs", "decode_steps", "max_waiting"):
             value = getattr(self, name)
             require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
+        passed = self.max_overtakes
+        require(is_int(passed) and passed >= 0, f"max_overtakes={passed!r} must be an integer >= 0")
+        seqs = self.max_num_seqs
+        require(seqs is None or (is_int(seqs) and seqs >= 1), f"max_num_seqs={seqs!r} must be an integer >= 1 or None")
+        budget = self.prefill_tokens  # its limits depend on the model
+        require(budget is None or is_int(budget), f"prefill_tokens={budget!r} must be an integer or None")
         require(self.page_size % 8 == 0, f"page_size={self.page_size} must be a multiple of 8")
         require(
             self.chunk_rows is None or (is_int(self.chunk_rows) and self.chunk_rows >= 8),
@@ -58,3 +73,14 @@ class EngineConfig:
     @property
     def num_pages(self) -> int:
         return -(-self.store_tokens // self.page_size)
+
+    def num_seqs_on(self, platform: str) -> int:
+        """How many sequences run at once on a platform: cpu, gpu or tpu.
+
+        Decode reads all weights for each step, however many sequences share them, so an accelerator should decode as
+        many as its store holds: one for every 1024 tokens of the store, 8 at least and 256 at most. A CPU computes
+        where an accelerator reads, and gains little beyond 8.
+        """
+        if self.max_num_seqs is not None:
+            return self.max_num_seqs
+        return 8 if platform == "cpu" else min(max(self.store_tokens // 1024, 8), 256)

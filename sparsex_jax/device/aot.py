@@ -21,9 +21,9 @@ from jax.stages import Lowered
 
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
 from sparsex_jax.device.decode import decode
-from sparsex_jax.device.generation import Output, decode_state
 from sparsex_jax.device.prefill import align, embed_rows, prefill
 from sparsex_jax.device.signals import SIGNALS
+from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import TENSOR_AXIS
@@ -97,11 +97,9 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
 
 def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_requests: int) -> Lowered:
     """One dispatch of `engine.decode_steps` tokens for a power of two of requests."""
-    output = Output(SamplingParams(), (), None)
-    output.extend([0])
     shapes = Shapes.of_engine(model, engine, platform="tpu")
-    prompts = pages = [[0]] * num_requests
-    state = decode_state([output] * num_requests, prompts, pages, shapes.max_pages, model.vocab_size)
+    slot = BatchSlot(prompt=[0], answer=[0], sampling=SamplingParams(), pages=[0])
+    state = decode_state([slot] * num_requests, shapes.max_pages, model.vocab_size)
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "steps": engine.decode_steps}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
     return _lower(lambda store, params, state: decode(params, store, state, **static), mesh, store, params, state)

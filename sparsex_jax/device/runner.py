@@ -126,13 +126,9 @@ class Runner:
         """Sample from prefill logits the tokens that will stand at these positions: one step, on the host."""
         return jax.device_get(_sample_step(logits, sampling, position))
 
-    def decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
-        """Up to `steps` tokens for each request of the state, on the host; -1 behind a request's end."""
-        state, sampled = self.start_decode(state, steps)
-        return state, jax.device_get(sampled)
-
     def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
-        """The same without waiting for the device. At most the engine's `decode_steps`."""
+        """Up to `steps` tokens for each sequence of the state, at most the engine's `decode_steps`; -1 behind a
+        sequence's end. Does not wait for the device."""
         most = self.engine.decode_steps
         # From the host, or from the dispatch before: placed alike, both run the same program.
         state = jax.device_put(state, self._everywhere)

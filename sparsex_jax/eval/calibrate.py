@@ -229,7 +229,7 @@ def calibrate(
     """
     quality.check(engine, prompts.tasks, prompts.regimes)
     check_samples(target, prompts.total)
-    batches = quality.batches_of(prompts.tasks, prompts.regimes, prompts.samples, engine.config.max_batch)
+    batches = quality.batches_of(prompts.tasks, prompts.regimes, prompts.samples, engine.config.max_prefill_seqs)
     full = [answer_batch(engine, prompts, batch, FULL) for batch in track(batches, "Full recompute")]
     full_score = mean_score(full)
     check_score(target, full_score)

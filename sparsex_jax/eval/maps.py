@@ -57,8 +57,8 @@ def key_mass(
     runner, fresh_at = engine.runner, jnp.asarray(np.flatnonzero(fresh))
     rows = _rows(jnp.asarray(prompt), jnp.arange(len(prompt)))
     masses = []
-    with engine.admitted([prompt], [], Full(), [namespace]) as (request,):
-        tables = page_tables([request.plan.pages], 1, len(request.plan.pages))
+    with engine.prefilled(prompt, reuse=Full(), namespace=namespace) as sequence:
+        tables = page_tables([sequence.pages], 1, len(sequence.pages))
         hidden = model.embed(runner.params, rows.token)
         for layer in range(engine.model.num_layers):
             runner.store, hidden, mass = _layer(

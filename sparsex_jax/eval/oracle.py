@@ -33,9 +33,8 @@ def prompt_kv(
     engine: Engine, tokens: Int32[np.ndarray, "tokens"], reuse: ReuseConfig, namespace: str = "default"
 ) -> Float[np.ndarray, "layers 2 tokens kv_heads head_dim"]:
     """K and V of every layer and token once a method has prefilled the prompt, in float32."""
-    with engine.admitted([tokens], [], reuse, [namespace]) as [request]:
-        engine.prefill_admitted([request])
+    with engine.prefilled(tokens, reuse=reuse, namespace=namespace) as sequence:
         page, offset = np.divmod(np.arange(len(tokens)), engine.config.page_size)
-        pages = jnp.asarray(np.asarray(request.plan.pages)[page])
+        pages = jnp.asarray(np.asarray(sequence.pages)[page])
         kv = engine.runner.store[:, pages, :, :, jnp.asarray(offset)]  # [tokens, layers, 2, kv_heads, head_dim]
         return np.moveaxis(np.asarray(kv, np.float32), 0, 2)

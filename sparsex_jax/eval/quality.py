@@ -48,7 +48,7 @@ def run(
     """Measure all methods: a row, as `measure` gives it, for each task, regime, sample and method.
 
     Args:
-      engine: has a tokenizer, and a store that holds `max_batch` prompts at least twice.
+      engine: has a tokenizer, and a store that holds `max_prefill_seqs` prompts at least twice.
       methods: by the names they have in the rows.
       num_tokens: tokens of body in each prompt, about.
       samples: prompts for each task and regime.
@@ -60,16 +60,16 @@ def run(
         into the store.
     """
     check(engine, tasks, in_regimes)
-    batches = batches_of(tasks, in_regimes, samples, engine.config.max_batch)
+    batches = batches_of(tasks, in_regimes, samples, engine.config.max_prefill_seqs)
     return [row for batch in track(batches) for row in measure(engine, methods, batch, num_tokens, seed, num_segments)]
 
 
-def batches_of(tasks: Sequence[str], in_regimes: Sequence[str], samples: int, max_batch: int) -> list[Batch]:
-    """All cells, in batches of at most `max_batch` cells of one task and regime."""
+def batches_of(tasks: Sequence[str], in_regimes: Sequence[str], samples: int, batch_size: int) -> list[Batch]:
+    """All cells, in batches of at most `batch_size` cells of one task and regime."""
     return [
         [(task, regime, index) for index in indices]
         for task, regime in itertools.product(tasks, in_regimes)
-        for indices in itertools.batched(range(samples), max_batch)
+        for indices in itertools.batched(range(samples), batch_size)
     ]
 
 

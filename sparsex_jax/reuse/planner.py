@@ -86,7 +86,7 @@ class Shapes:
         """The shapes of an engine's plans on a platform: cpu, gpu or tpu."""
         max_context = min(model.max_position, engine.num_pages * engine.page_size)
         chunk = engine.chunk_rows or CHUNKS.get(platform, CHUNKS["tpu"])
-        return cls.of(max_context, engine.max_batch, engine.page_size, chunk)
+        return cls.of(max_context, engine.max_prefill_seqs, engine.page_size, chunk)
 
     @property
     def max_rows(self) -> int:
@@ -95,19 +95,6 @@ class Shapes:
     def bucket(self, rows: int) -> tuple[int, int]:
         """The smallest (rows, chunk) that holds so many rows."""
         return next(bucket for bucket in self.buckets if bucket[0] >= rows)
-
-    def plans(self, requests: Sequence[RequestPlan]) -> Iterator[slice]:
-        """Which requests, in their order, go into one plan: of the same schedule, and no more rows than the largest
-        bucket has."""
-        begin = rows = 0
-        for at, request in enumerate(requests):
-            rows += request.num_rows
-            full = rows > self.max_rows or at - begin >= self.max_requests
-            if at > begin and (full or request.starts != requests[begin].starts):
-                yield slice(begin, at)
-                begin, rows = at, request.num_rows
-        if begin < len(requests):
-            yield slice(begin, len(requests))
 
 
 def needed_phases(requests: Sequence[RequestPlan], num_layers: int) -> list[int]:

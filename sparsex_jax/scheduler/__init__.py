@@ -1,1 +1,1 @@
-"""Which sequence is next: admission, chunks, the serving loop."""
+"""The serving loop: which sequence is next, its pages, its prefill in chunks, and what becomes of failures."""

@@ -1,116 +1,93 @@
-"""Requests come in and leave: lookup and pages on the way in, what can be found later, pages back on the way out.
+"""What sequences hold of the store: they get pages, grow, make what they computed findable, and give pages back.
 
-    check -> admit -> (the runner prefills) -> unpin -> (the runner decodes) -> commit -> leave
+    admit -> (prefill) -> unpin -> (decode) <-> grow -> commit -> leave
 
-All of it is on the host. It says which pages a request's KV is in, and never sees the KV itself.
+All of it is on the host. It says which pages a sequence's KV is in, and never sees the KV itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 
 import numpy as np
-from jaxtyping import Bool, Int32
 
 from sparsex_jax.cache import Match, PageCache
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
 from sparsex_jax.reuse.cost import Speeds, prefill_seconds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
-from sparsex_jax.reuse.report import Report, make_report
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """An admitted request: it holds its pages, and pins its donors until the copies are made.
-
-    Attributes:
-      match: what it found, while that is pinned.
-      donors: the pages of what it found.
-      forgotten: something that it found was forgotten since. Nothing of it is to be found later.
-    """
-
-    tokens: Int32[np.ndarray, "tokens"]
-    namespace: str
-    plan: RequestPlan
-    match: Match | None
-    donors: frozenset[int]
-    forgotten: bool = False
-
-    def report(self, num_layers: int, computed: Bool[np.ndarray, "phases tokens"], started: float) -> Report:
-        """How it was prefilled.
-
-        Args:
-          computed: which tokens each phase computed.
-          started: `time.perf_counter()` when it was asked for.
-        """
-        elapsed = time.perf_counter() - started
-        active = computed[min(1, len(computed) - 1)]
-        return make_report(self.plan.prompt, self.plan.phases, num_layers, active, elapsed, computed.sum(1).tolist())
+from sparsex_jax.scheduler.sequence import Sequence
 
 
 class Admission:
-    """What requests hold of one store.
+    """What the sequences of one engine hold of its store.
 
     Attributes:
       cache: what is in the store. A new one after `start_over`.
       speeds: of the device, if they are known: by them it sees when reuse does not pay.
+      releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
     """
 
     def __init__(self, model: ModelConfig, config: EngineConfig, speeds: Speeds | None = None) -> None:
         self._model, self._config, self.speeds = model, config, speeds
-        self._handles = itertools.count(1)  # an old handle must not be somebody else's after the store was lost
+        self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
+        self._holders: set[Sequence] = set()
+        self.releases = 0
         self.start_over()
 
     def start_over(self) -> None:
-        """The KV is gone, and with it all that the cache says of it and all that requests hold."""
+        """The KV is lost, and with it all that the cache says of it. All admitted sequences wait again."""
         config = self._config
-        self._requests: set[Request] = set()
+        for sequence in self._holders:
+            sequence.leave()
+        self._holders = set()
         self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles)
+        self.releases += 1
 
-    def check(self, tokens: np.ndarray, sampling: SamplingParams, reuse: ReuseConfig, namespace: str) -> None:
-        """Whatever can be said against a request before it is its turn.
+    # Coming in ----------------------------------------------------------------------------------------------
 
-        Raises:
-          InvalidRequestError: an argument is wrong.
-          StoreFullError: the store could not hold it even if nothing else were there.
-        """
-        sampling.check_vocabulary(self._model.vocab_size)
-        nothing = Match([], None, [], 0, ())
-        _method(reuse, namespace).phases(PromptMap.of(tokens, nothing), self._model.num_layers)
-        self.pages_for(len(tokens) + sampling.max_new_tokens - 1)
-
-    def admit(self, tokens: np.ndarray, new_tokens: int, reuse: ReuseConfig, namespace: str) -> Request:
-        """Look a prompt up, take the pages that it and so many new tokens need, and lay out its prefill.
-
-        The last generated token is never an input, so it needs no slot.
+    def check(self, sequence: Sequence) -> None:
+        """Raise what can be said against a sequence before its turn comes.
 
         Raises:
-          InvalidRequestError: an argument is wrong.
-          StoreFullError: there are not enough pages (now). Nothing is held.
+          InvalidRequestError: its namespace or its reuse is wrong.
+          StoreFullError: the store could not hold it even if nothing else were in it.
         """
-        method = _method(reuse, namespace)
+        nothing = PromptMap.of(sequence.prompt, Match([], None, [], 0, ()))
+        _method(sequence.reuse, sequence.namespace).phases(nothing, self._model.num_layers)
+        needed = self.pages_for(sequence.most_slots) + self.pages_for(sequence.num_copied)
+        if needed > self._config.num_pages:
+            raise StoreFullError(
+                f"the request needs KV for {sequence.most_slots + sequence.num_copied} tokens, {needed} pages of "
+                f"{self._config.page_size}; store_tokens={self._config.store_tokens} gives {self._config.num_pages}"
+            )
+
+    def admit(self, sequence: Sequence, tokens: np.ndarray, slots: int, reuse: ReuseConfig) -> None:
+        """Look tokens up, lay out their prefill, and take pages for this many slots.
+
+        Raises:
+          InvalidRequestError: the method does not take this prompt.
+          StoreFullError: there are not enough pages now. Nothing is held.
+        """
+        method = _method(reuse, sequence.namespace)
         match = self.cache.lookup(
             tokens,
-            namespace,
+            sequence.namespace,
             prefix=method.uses_prefix,
             segments=method.uses_segments,
             min_segment=method.min_segment_tokens,
         )
         try:
             plan = self._lay_out(tokens, match, method)
-            pages = self._take_pages(match, len(tokens) + max(new_tokens - 1, 0))
+            pages, copy_pages = self._take_pages(match, slots, sequence.num_copied)
         except BaseException:
             self.cache.unpin(match)
             raise
-        plan = dataclasses.replace(plan, pages=pages)
-        request = Request(tokens, namespace, plan, match, frozenset(match.pages))
-        self._requests.add(request)
-        return request
+        sequence.admit(dataclasses.replace(plan, pages=pages), match, copy_pages)
+        self._holders.add(sequence)
 
     def _lay_out(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
         """The plan without pages: with what was found, or with the prefix alone where that is asked for and faster."""
@@ -127,58 +104,108 @@ class Admission:
         plain_seconds, found_seconds = (prefill_seconds(self._model, one, self.speeds) for one in (plain, found))
         return plain if plain_seconds <= found_seconds else found
 
-    def _take_pages(self, match: Match, num_tokens: int) -> list[int]:
-        """The shared prefix pages and new ones behind them."""
-        own = self.cache.allocate(self.pages_for(num_tokens) - len(match.prefix_pages))
+    def _take_pages(self, match: Match, slots: int, num_copied: int) -> tuple[list[int], list[int]]:
+        """The shared prefix pages with new ones behind them, and the copy pages."""
+        num_own = self.pages_for(slots) - len(match.prefix_pages)
+        new = self.cache.allocate(num_own + self.pages_for(num_copied))
         self.cache.share(match.prefix_pages)
-        return [*match.prefix_pages, *own]
+        return [*match.prefix_pages, *new[:num_own]], new[num_own:]
 
     def pages_for(self, num_tokens: int) -> int:
-        """How many pages hold so many tokens. Raises StoreFullError if the store has not got them."""
-        needed = -(-num_tokens // self._config.page_size)
-        if needed > self._config.num_pages:
-            raise StoreFullError(
-                f"the request needs KV for {num_tokens} tokens, {needed} pages of {self._config.page_size}; "
-                f"store_tokens={self._config.store_tokens} gives {self._config.num_pages}"
-            )
-        return needed
+        """How many pages hold this many tokens."""
+        return -(-num_tokens // self._config.page_size)
 
-    def unpin(self, request: Request) -> None:
+    # While it runs ------------------------------------------------------------------------------------------
+
+    def grow(self, sequence: Sequence, steps: int) -> bool:
+        """Take pages for this many more tokens. False if there are not enough; nothing is taken then."""
+        lacking = self.pages_for(sequence.slots(steps)) - len(sequence.pages)
+        try:
+            sequence.pages.extend(self.cache.allocate(max(lacking, 0)))
+        except StoreFullError:
+            return False
+        return True
+
+    def unpin(self, sequence: Sequence) -> None:
         """Let go of the donors: the copies are made, or on their way. Idempotent."""
-        if request.match is not None:
-            self.cache.unpin(request.match)
-            request.match = None
+        if sequence.match is not None:
+            self.cache.unpin(sequence.match)
+            sequence.match = None
+            self.releases += 1
 
-    def commit(self, request: Request, tokens: Int32[np.ndarray, "tokens"]) -> None:
-        """Make the prompt and what follows it findable, unless something that it found was forgotten meanwhile.
+    def commit(self, sequence: Sequence) -> None:
+        """Make findable what is computed so far, if it is to be kept. Again as the sequence grows.
 
         Exactness of an answer's KV is that of the whole prompt's.
         """
-        if request.forgotten:
+        tokens = sequence.tokens[: sequence.num_computed]
+        if not sequence.keep or sequence.forgotten or len(tokens) == 0:
             return
-        exact = request.plan.exact_tokens(self._model.num_layers)
-        exact = len(tokens) if exact == len(request.tokens) else exact
-        self.cache.commit(request.plan.pages, tokens, request.namespace, exact_tokens=exact)
+        exact = sequence.plan.exact_tokens(self._model.num_layers)
+        exact = len(tokens) if exact == len(sequence.plan.prompt) else exact
+        self.cache.commit(sequence.pages, tokens, sequence.namespace, exact_tokens=exact)
 
-    def leave(self, request: Request) -> None:
-        """Give back what it holds."""
-        self.unpin(request)
-        self.cache.release(request.plan.pages)
-        self._requests.discard(request)
+    def register(self, sequence: Sequence) -> int:
+        """Keep what was prefilled as its `remember` says, and return the handle."""
+        assert sequence.remember is not None
+        start, tokens = sequence.remember.start, sequence.prompt[sequence.remember.start :]
+        pages = sequence.copy_pages if start else sequence.pages
+        self.cache.commit(pages, tokens, sequence.namespace, exact_tokens=len(tokens), start=start)
+        return self.cache.register(pages, len(tokens), sequence.namespace, frozen=sequence.remember.frozen)
+
+    # Going out ----------------------------------------------------------------------------------------------
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's pages; it waits again, at its place by age.
+
+        What is exact is committed, so that the sequence finds itself again. What is approximate would find its own
+        copies, and its answer would be another one than without the preemption: that is withdrawn.
+        """
+        if sequence.approximate:
+            self.withdraw(sequence)
+        else:
+            self.commit(sequence)
+        self.leave(sequence)
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Nothing that the sequence wrote can be found from now on. The pages of its prefix are not its own."""
+        if sequence.is_admitted:
+            self.cache.withdraw(sequence.pages[sequence.num_shared :])
+
+    def leave(self, sequence: Sequence) -> None:
+        """Give back all that it holds; it waits. Nothing happens to a sequence that holds nothing."""
+        if sequence.is_admitted:
+            self.unpin(sequence)
+            self.cache.release([*sequence.pages, *sequence.copy_pages])
+            self._holders.discard(sequence)
+            sequence.leave()
+            self.releases += 1
+
+    def finish(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
+        """End it, whatever its state. Nothing can be found of one that failed."""
+        if error is not None:
+            self.withdraw(sequence)
+        self.leave(sequence)
+        sequence.finish(reason, error)
 
     def forget(self, handle: int) -> None:
         """Stop serving what a handle stands for.
 
-        Requests that found some of it go on, but what they have not committed yet is not kept: it would bring the text
-        back, in the pages that they share with it or in copies of them. Raises UnknownHandleError.
+        Sequences that found some of it go on, but what they have not committed yet is not kept: it would bring the
+        text back, in the pages that they share with it or in copies of them. Raises UnknownHandleError.
         """
         gone = self.cache.forget(handle)
-        for request in self._requests:
-            request.forgotten |= not request.donors.isdisjoint(gone)
+        for sequence in self._holders:
+            sequence.forgotten |= not sequence.donors.isdisjoint(gone)
+        self.releases += 1
+
+    def check_books(self) -> None:
+        """Raise AssertionError unless sequences hold what the cache says. For tests: it walks the whole store."""
+        self.cache.check([page for one in self._holders for page in (*one.pages, *one.copy_pages)])
 
 
 def _method(reuse: ReuseConfig, namespace: str) -> Method:
-    """Raises InvalidRequestError if one of them is of no use."""
+    """The method to look up with. Raises InvalidRequestError if one of the arguments is of no use."""
     if not isinstance(namespace, str) or not namespace:
         raise InvalidRequestError(f"namespace={namespace!r} must be a non-empty string")
     return method_of(reuse)

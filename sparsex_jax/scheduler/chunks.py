@@ -1,4 +1,4 @@
-"""One request's prefill in several plans, so that a long prompt stalls nobody.
+"""One sequence's prefill in several plans, so that a long prompt does not stall the others.
 
     prompt   | prefix | fresh, fresh, fresh ... | reused  fresh  reused  fresh | answer so far |
     stages            | chunk | chunk |  chunk  |           the rest           |     chunk     |
@@ -9,10 +9,11 @@ So it can be cut anywhere: each chunk is a plain plan whose prefix is what the c
 The rest is one plan. Which of its reused tokens are recomputed depends on the attention of *all* its fresh tokens at
 the boundary layer; cut in two, the first part would choose without the second part's queries, and most often the
 question stands at the end. The schedule is made for the whole prompt before anything is cut, so what is forced next
-to the seam stays forced, and the logits are those of a single plan.
+to the seam stays forced, and the logits are those of a single plan. If the rest has more rows than the token budget,
+it is cut by layers instead of tokens: `layers_within` says how many of them cost what one full chunk costs.
 
-A request that was put off while it decoded has an answer behind its prompt. Its tokens were decoded one by one, each
-through all layers over the KV that was there: plain chunks again.
+A sequence that was preempted while it decoded has an answer behind its prompt. Its tokens were decoded one by one,
+each through all layers over the KV that was there: plain chunks again.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) ->
     Args:
       plan: of the prompt, as its method made it.
       tokens: the prompt, or the prompt and the answer so far.
-      most: rows of a chunk.
+      most: rows of a chunk, which is the token budget of a plan.
     """
     prompt, pages = plan.prompt, plan.pages
     first = int((prompt.kind == TokenKind.PREFIX).sum())
@@ -48,6 +49,20 @@ def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) ->
     if prompt.reused.any():
         parts += _chunks(tokens, len(prompt), len(tokens), pages, most)
     return [dataclasses.replace(part, copies=() if i else plan.copies) for i, part in enumerate(parts)]
+
+
+def layers_within(phases: Sequence[Phase], first: int, num_layers: int, token_layers: int) -> int:
+    """How many layers from `first` on compute at most this many token-layers; 1 at least.
+
+    A phase counts with the rows that it has at most. 8 rows in layers 0 and 1, then 2 rows; 20 token-layers:
+
+    >>> phases = [Phase(0, np.ones(8, bool)), Phase(2, np.arange(8) < 2)]
+    >>> [layers_within(phases, first, 6, 20) for first in range(6)]
+    [4, 5, 4, 3, 2, 1]
+    """
+    starts = [phase.start for phase in phases]
+    rows = [phases[int(np.searchsorted(starts, layer, side="right")) - 1].size for layer in range(first, num_layers)]
+    return max(1, int((np.cumsum(rows) <= token_layers).sum()))
 
 
 def _chunks(tokens: np.ndarray, start: int, end: int, pages: Sequence[int], most: int) -> Iterator[RequestPlan]:

@@ -1,4 +1,4 @@
-"""What became of a loop's requests, in numbers."""
+"""What became of a loop's sequences, in numbers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from sparsex_jax.scheduler.sequence import Event
 
 _OUTCOMES = {"cancelled": "cancelled", "error": "failed"}
 _OF_A_PROMPT = ("prompt_tokens", "prefix_tokens", "reused_tokens", "fresh_tokens")
-_COUNTED = ("finished", "cancelled", "failed", "preempted", *_OF_A_PROMPT, "generated_tokens")
+_COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopStats:
-    """Where requests are now, and what became of them since the loop was made.
+    """Where sequences are now, and what became of them since the loop was made.
 
     Attributes:
-      waiting, running: not yet admitted; prefilled or decoded.
+      waiting: not admitted yet, or preempted.
+      running: being prefilled or decoded.
       finished, cancelled, failed: what they ended with.
-      preempted: how often one was put off.
-      prompt_tokens: prefix + reused + fresh tokens of the prompts that had a first token.
+      preempted: how often one was preempted.
+      prompt_tokens: prefix + reused + fresh tokens of the prompts that were prefilled.
       generated_tokens: new tokens.
       computed_fraction: token-layers that those prompts' prefills computed, as a share of all of theirs.
     """
@@ -49,17 +50,13 @@ class Counts:
         self._token_layers = 0.0
         self._ends: deque[float] = deque(maxlen=32)
 
-    def put_off(self) -> None:
-        self._numbers["preempted"] += 1
-
-    def ended(self, reason: str) -> None:
-        self._numbers[_OUTCOMES.get(reason, "finished")] += 1
-        self._ends.append(time.perf_counter())
-
     def told(self, event: Event) -> None:
         self._numbers["generated_tokens"] += len(event.token_ids)
         if event.report is not None:
             self._prefilled(event.report)
+        if event.finish_reason is not None:
+            self._numbers[_OUTCOMES.get(event.finish_reason, "finished")] += 1
+            self._ends.append(time.perf_counter())
 
     def _prefilled(self, report: Report) -> None:
         for name in _OF_A_PROMPT:
@@ -67,12 +64,12 @@ class Counts:
         self._token_layers += report.computed_fraction * report.prompt_tokens
 
     def seconds_between_ends(self) -> float | None:
-        """Of the last requests, on average; None if there were not two."""
+        """Of the last sequences, on average; None if there were not two."""
         if len(self._ends) < 2:
             return None
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
 
-    def stats(self, *, waiting: int, running: int) -> LoopStats:
+    def stats(self, *, waiting: int, running: int, preempted: int) -> LoopStats:
         prompt_tokens = self._numbers["prompt_tokens"]
         fraction = self._token_layers / prompt_tokens if prompt_tokens else 0.0
-        return LoopStats(waiting, running, **self._numbers, computed_fraction=fraction)
+        return LoopStats(waiting, running, preempted=preempted, **self._numbers, computed_fraction=fraction)

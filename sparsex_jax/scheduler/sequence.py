@@ -1,34 +1,70 @@
-"""One request on its way through the loop: what it asked for, how far it is, and what it still has to tell."""
+"""One sequence on its way through the loop: what was asked, what it holds, how far it is, and what came of it.
+
+    WAITING --admit--> PREFILLING --last stage--> DECODING --end token, length--> FINISHED
+       ^                   |    |
+       |                   |    +--no new tokens--> FINISHED, or HELD for `Engine.prefilled`
+       +----- preempt -----+---------------------- from DECODING too
+
+A sequence that is cancelled or fails becomes FINISHED from any state. One that is preempted gives its pages back and
+waits again, at its place by age; its answer so far stays.
+
+Who owns what, while it is admitted:
+
+    pages  | prefix pages, shared | own pages                                | copy pages |
+    tokens | prompt                                | answer | room for more  | the text that is remembered |
+    KV     | found                | computed: up to num_computed | not yet   | copied behind the prefill   |
+
+Prefix pages belong to what was stored before and are never written. Own pages are written by this sequence only, and
+become findable when it commits them. Copy pages are there for a text that is prefilled behind a preamble. Donors,
+which segments are copied from, are not the sequence's: they are pinned until the copies are made.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
+import time
 from collections import deque
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
+from sparsex_jax.cache import Match
 from sparsex_jax.config import ReuseConfig
-from sparsex_jax.device.generation import Output, TokenLogprobs
+from sparsex_jax.device.runner import PrefillRun
+from sparsex_jax.device.state import BatchSlot
 from sparsex_jax.reuse.planner import RequestPlan
-from sparsex_jax.reuse.report import Report
-from sparsex_jax.scheduler.admission import Request
-from sparsex_jax.scheduler.chunks import stages
+from sparsex_jax.reuse.report import Report, make_report
+from sparsex_jax.scheduler.output import Output, TokenLogprobs
 from sparsex_jax.scheduler.sharing import Offer, Wanted
+
+DEFAULT_NAMESPACE = "default"
+
+
+class State(enum.Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"  # it holds nothing: it is new, or was preempted
+    PREFILLING = "prefilling"  # it has pages, and some of its stages are still to run
+    DECODING = "decoding"  # it has new tokens, and gets more with each dispatch
+    HELD = "held"  # prefilled, and its pages stay until the caller of `Engine.prefilled` has read them
+    FINISHED = "finished"  # it holds nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """News of one request.
+    """News of one sequence.
 
     Attributes:
       text: new since the last event. Never half a character, and held back while it may begin a stop string.
       token_ids: new tokens.
-      report: with the first event that has tokens.
+      report: with the first event that has tokens; with the last one of a sequence that is only prefilled.
       finish_reason: stop, length, cancelled or error; the last event has one, and no other.
       error: with the finish reason `error`.
       logprobs: of `token_ids`, where they were asked for.
+      handle: with the last event of a text that was remembered.
     """
 
     text: str
@@ -37,130 +73,253 @@ class Event:
     finish_reason: str | None = None
     error: Exception | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    handle: int | None = None
 
 
 Listener = Callable[[Event], None]
 
 
-@dataclasses.dataclass(eq=False)
-class Task:
-    """A submitted request, wherever it is: waiting, being prefilled, decoding.
+def ignore(event: Event) -> None:
+    """The listener of a sequence that has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Remember:
+    """What is kept of a prompt once it is prefilled.
 
     Attributes:
-      tokens: the prompt.
-      output: the answer so far.
-      submitted: `time.perf_counter()` then.
-      keep: whether it is to be found later. Not any more once something that it uses was forgotten.
-      request: while it is admitted: its plan and the pages it holds.
-      stages: the plans still to run before it decodes.
-      computed: which prompt tokens each phase of the plan computed, `[phases, tokens]`.
-      done: how many tokens of the sequence have their KV in the pages.
-      approximate: the KV is not what a full prefill would give.
-      cancelled: nobody wants the rest.
-      suspect: it was in a step that took the store with it, or got logits that are not finite. It runs alone.
-      overtaken: how often a younger one was admitted while it waited for pages.
-      shared_pages: so many of its pages are those of a prefix that it found.
-      blocked_at: the loop's count of changes when there were no pages for it. Until the next one there are none.
+      start: tokens before it are a preamble, which is not kept. The text's KV is then copied to pages of its own.
+      frozen: whether eviction leaves it alone.
     """
 
-    id: int
-    tokens: Int32[np.ndarray, "tokens"]
+    start: int
+    frozen: bool
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """A prompt and what is generated behind it.
+
+    What was asked:
+      prompt: its tokens; of a text to remember, the preamble's and the text's.
+      output: the answer so far. Its `max_new_tokens` is 0 for a sequence that is only prefilled.
+      keep: whether it can be found later. False from the moment that something it uses is forgotten.
+      submitted: `time.perf_counter()` of the call.
+      listener: called with each event.
+      remember: what is registered once it is prefilled.
+      hold: keep its pages once it is prefilled, for a caller who reads them.
+      wants_logits: fetch the logits behind the prompt.
+
+    In line:
+      id: rises with every sequence, so it tells who is older.
+      cancelled: the submitter does not want the rest.
+      suspect: it was in a step that lost the store, or got logits that are not finite. It runs alone from then on.
+      overtaken: how often a younger one was admitted while it waited for pages.
+      blocked_at: `Admission.releases` when there were no pages for it. There are none until that number changes.
+      approximate: its KV is not what a full prefill would give.
+
+    While it is admitted:
+      admitted_plan: its prefill as its method made it, with its pages.
+      num_shared: pages at its beginning that are a prefix it found.
+      copy_pages: pages for a text that is prefilled behind a preamble.
+      match: what it found, while that is pinned.
+      donors: pages of what it found.
+      forgotten: something that it found was forgotten since.
+      stages: the plans that are still to run, in order.
+      run: the first stage's prefill, while it rests between two layers.
+      turn: rises with every stage and every few layers; the sequence with the lowest one is next.
+      computed: which prompt tokens each phase of the plan computed.
+      num_computed: tokens at its beginning whose KV is in its pages.
+      offer: what others can find once this one is committed.
+
+    What came of it:
+      report, logits: of its prefill.
+      handle: of what was remembered.
+      finish_reason, error: why it ended.
+    """
+
+    prompt: Int32[np.ndarray, "tokens"]
     output: Output
     reuse: ReuseConfig
     namespace: str
     keep: bool
-    listener: Listener
     submitted: float
-    request: Request | None = None
-    stages: deque[RequestPlan] = dataclasses.field(default_factory=deque)
-    computed: Bool[np.ndarray, "phases tokens"] | None = None
-    done: int = 0
-    approximate: bool = False
+    listener: Listener = ignore
+    remember: Remember | None = None
+    hold: bool = False
+    wants_logits: bool = False
+
+    id: int = 0
+    state: State = State.WAITING
     cancelled: bool = False
     suspect: bool = False
     overtaken: int = 0
     blocked_at: int = -1
-    shared_pages: int = 0
-    report: Report | None = None
+    approximate: bool = False
+
+    admitted_plan: RequestPlan | None = None
+    num_shared: int = 0
+    copy_pages: list[int] = dataclasses.field(default_factory=list)
+    match: Match | None = None
+    donors: frozenset[int] = frozenset()
+    forgotten: bool = False
+    stages: deque[RequestPlan] = dataclasses.field(default_factory=deque)
+    run: PrefillRun | None = None
+    turn: int = 0
+    computed: Bool[np.ndarray, "phases tokens"] | None = None
+    num_computed: int = 0
     offer: Offer | None = None
-    _told: int = 0  # tokens that events had
 
-    def __post_init__(self) -> None:
-        self.wanted = Wanted(self.tokens, self.reuse)
+    report: Report | None = None
+    logits: Float32[np.ndarray, "vocab"] | None = None
+    handle: int | None = None
+    finish_reason: str | None = None
+    error: Exception | None = None
+    _num_told: int = 0  # new tokens that events had
+
+    # What it is ---------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def wanted(self) -> Wanted:
+        """What it could find of that which others compute."""
+        return Wanted(self.prompt, self.reuse)
 
     @property
-    def sequence(self) -> Int32[np.ndarray, "tokens"]:
+    def tokens(self) -> Int32[np.ndarray, "tokens"]:
         """The prompt and the answer so far."""
-        return np.append(self.tokens, self.output.token_ids).astype(np.int32)
+        return np.append(self.prompt, self.output.token_ids).astype(np.int32)
 
     @property
-    def admitted(self) -> Request:
-        assert self.request is not None
-        return self.request
+    def is_admitted(self) -> bool:
+        return self.admitted_plan is not None
+
+    @property
+    def plan(self) -> RequestPlan:
+        assert self.admitted_plan is not None, "a sequence that holds no pages has no plan"
+        return self.admitted_plan
 
     @property
     def pages(self) -> list[int]:
-        """Those it holds, in order. Growing the list grows it for all stages."""
-        pages = self.admitted.plan.pages
+        """Prefix pages and own pages, in order. Growing the list grows it for all stages."""
+        pages = self.plan.pages
         assert isinstance(pages, list)
         return pages
 
     @property
-    def length(self) -> int:
-        """Tokens of the sequence."""
-        return len(self.tokens) + len(self.output.token_ids)
+    def num_copied(self) -> int:
+        """Tokens of the text that is copied away from its preamble; 0 without a preamble."""
+        return len(self.prompt) - self.remember.start if self.remember and self.remember.start else 0
 
     def slots(self, ahead: int) -> int:
-        """KV slots needed until there are so many more tokens. The last one of all is no input and needs none."""
-        answer = min(len(self.output.token_ids) + ahead, self.output.sampling.max_new_tokens)
-        return len(self.tokens) + answer - 1
+        """KV slots needed until there are `ahead` more tokens. The very last token is no input and needs none."""
+        answer = min(len(self.output.token_ids) + ahead, self.output.max_new_tokens)
+        return len(self.prompt) + max(answer - 1, 0)
+
+    @property
+    def most_slots(self) -> int:
+        """KV slots that it can ever need, besides those of `num_copied`."""
+        return self.slots(self.output.max_new_tokens)
+
+    @property
+    def batch_slot(self) -> BatchSlot:
+        return BatchSlot(self.prompt, self.output.token_ids, self.output.sampling, self.output.end_tokens, self.pages)
+
+    # How it goes on -----------------------------------------------------------------------------------------
 
     def to_prefill(self) -> tuple[Int32[np.ndarray, "tokens"], ReuseConfig]:
-        """What to look up, and how.
+        """The tokens to look up, and how.
 
         After a preemption, exact KV is continued exactly: the answer is part of the prompt, and no segment that was
         stored meanwhile changes it. Approximate KV is made again from the prompt as it was the first time.
         """
         if not self.output.token_ids or self.approximate:
-            return self.tokens, self.reuse
+            return self.prompt, self.reuse
         exact = "prefix" if self.reuse.uses_prefix else "full"
-        return self.sequence, ReuseConfig(method=exact)
+        return self.tokens, ReuseConfig(method=exact)
 
-    def admit(self, request: Request, chunk: int, num_layers: int) -> None:
-        """It has its pages."""
-        plan = request.plan
-        self.request = request
-        self.shared_pages = len(request.match.prefix_pages) if request.match else 0
-        self.stages = deque(stages(plan, self.sequence, chunk))
+    def admit(self, plan: RequestPlan, match: Match, copy_pages: list[int]) -> None:
+        """It holds the pages of the plan, and has pinned what it found."""
+        self.admitted_plan, self.match, self.copy_pages = plan, match, copy_pages
+        self.num_shared, self.donors = len(match.prefix_pages), frozenset(match.pages)
+
+    def start_prefill(self, stages: list[RequestPlan], num_layers: int) -> None:
+        """These are the plans that prefill it."""
+        plan, self.state, self.stages = self.plan, State.PREFILLING, deque(stages)
         self.computed = np.zeros((len(plan.phases), len(plan.prompt)), bool)
         self.approximate = plan.exact_tokens(num_layers) < len(plan.prompt)
         self.offer = Offer(plan.prompt)
 
-    def advance(self, computed: Bool[np.ndarray, "phases tokens"]) -> None:
-        """A stage is done. A chunk has one phase: it computed its tokens for all of the plan's that compute them."""
+    def finish_stage(self, computed: Bool[np.ndarray, "phases tokens"]) -> None:
+        """Its first stage has run.
+
+        A chunk has one phase: it computed its tokens for all phases of the plan that may compute them.
+        """
         assert self.computed is not None
-        self.done = len(self.stages.popleft().prompt)
-        plan, upto = self.admitted.plan, min(self.done, self.computed.shape[1])
-        may = np.array([phase.forced | plan.prompt.reused for phase in plan.phases])
+        self.run, self.num_computed = None, len(self.stages.popleft().prompt)
+        upto = min(self.num_computed, self.computed.shape[1])
+        may = np.array([phase.forced | self.plan.prompt.reused for phase in self.plan.phases])
         self.computed[:, :upto] |= computed[:, :upto] & may[:, :upto]
 
-    def leave(self) -> None:
-        """It has no pages any more, and waits or is done."""
-        self.keep &= not self.admitted.forgotten
-        self.request = self.offer = self.computed = None
-        self.stages.clear()
-        self.done = 0
+    def finish_prefill(self, num_layers: int) -> None:
+        """All stages have run, and the next token is there. Prefills after a preemption in decode are not reported."""
+        self.state = State.DECODING
+        if self.output.token_ids:
+            return
+        assert self.computed is not None
+        active, counts = self.computed[min(1, len(self.computed) - 1)], self.computed.sum(1).tolist()
+        elapsed = time.perf_counter() - self.submitted
+        self.report = make_report(self.plan.prompt, self.plan.phases, num_layers, active, elapsed, counts)
 
-    def news(self, finish_reason: str | None = None, error: Exception | None = None) -> Event:
+    def leave(self) -> None:
+        """It holds no pages any more, and waits.
+
+        What used forgotten KV is not kept when it is computed again, since tokens of its answer came from it. A text
+        to remember is computed again from its own tokens alone.
+        """
+        self.keep &= not self.forgotten or self.remember is not None
+        self.admitted_plan = self.match = self.run = self.offer = self.computed = None
+        self.stages.clear()
+        self.copy_pages, self.donors, self.forgotten, self.num_computed = [], frozenset(), False, 0
+        self.state = State.WAITING
+
+    def finish(self, reason: str, error: Exception | None = None) -> None:
+        self.state, self.finish_reason, self.error = State.FINISHED, reason, error
+
+    # What it tells ------------------------------------------------------------------------------------------
+
+    @property
+    def has_news(self) -> bool:
+        return self.state is State.FINISHED or self._num_told < len(self.output.token_ids)
+
+    def news(self) -> Event:
         """What came since this was called last."""
-        new = slice(self._told, len(self.output.token_ids))
-        first = self._told == 0 and new.stop > 0
-        self._told = new.stop
+        new = slice(self._num_told, len(self.output.token_ids))
+        first = self._num_told == 0 and (new.stop > 0 or self.output.max_new_tokens == 0)
+        self._num_told = new.stop
         return Event(
             text=self.output.new_text(),
             token_ids=tuple(self.output.token_ids[new]),
             report=self.report if first else None,
-            finish_reason=finish_reason,
-            error=error,
+            finish_reason=self.finish_reason,
+            error=self.error,
             logprobs=tuple(self.output.logprobs[new]),
+            handle=self.handle,
         )
+
+
+class Ticket:
+    """A submitted sequence, as its submitter sees it.
+
+    Attributes:
+      id: rises with every sequence.
+      prompt_tokens: of its prompt.
+    """
+
+    def __init__(self, sequence: Sequence, wake: Callable[[], None]) -> None:
+        self.id, self.prompt_tokens = sequence.id, len(sequence.prompt)
+        self._sequence, self._wake = sequence, wake
+
+    def cancel(self) -> None:
+        """From any thread. Its pages are free at the next step; its last event says `cancelled`, if it was not done."""
+        self._sequence.cancelled = True
+        self._wake()

@@ -1,4 +1,4 @@
-"""Whether a request should wait for what another one computes right now, instead of computing it too."""
+"""Whether a sequence should wait for what another one computes right now, instead of computing it too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
 # Shorter runs are computed faster than waited for.
 LEAST_SHARED = 64
-# A hash decides who waits, and only that. It is secret, so that nobody outside can make others wait.
+# A hash decides only who waits. It is secret, so that no client can make others wait.
 _SALT = secrets.randbits(64)
 
 
@@ -27,7 +27,7 @@ class Wanted:
         self._known: weakref.WeakKeyDictionary[Offer, bool] = weakref.WeakKeyDictionary()
 
     def shares(self, offer: Offer) -> bool:
-        """Whether so much of the offer is of use that waiting pays. Asked each round, found out once."""
+        """Whether enough of the offer is of use for waiting to pay. Asked each round, found out once."""
         if offer not in self._known:
             self._known[offer] = self._shared_tokens(offer) >= LEAST_SHARED
         return self._known[offer]
@@ -48,10 +48,10 @@ class Wanted:
 
 
 class Offer:
-    """What a request computes that others will find once it is committed.
+    """What a sequence computes that others can find once it is committed.
 
     Attributes:
-      num_prefix: so many tokens of the prompt are found already.
+      num_prefix: tokens of the prompt that are found already.
       exact: the tokens whose KV will be exact.
       windows: hashes of windows on the grid on which they will be stored, those with fresh tokens only.
     """

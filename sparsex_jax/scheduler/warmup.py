@@ -1,13 +1,11 @@
-"""Compiling before anybody waits for it: every program that requests need which reuse as the server does by default.
+"""Compiling before any request waits for it.
 
-Programs depend on shapes and signals and never on values (README, "One prompt's path"), so a token or two compile each:
+Programs depend on shapes and never on lengths or methods, so a token or two compile each:
 
-    for each row bucket   the alignment, the plain prefill, and one for each set of signals that plans of the default
-                          method can have
-    for 1, 2, 4 ...       the decode of so many requests together
+    for each row bucket   the alignment and the prefill, which serves every method
+    for 1, 2, 4 ...       the decode of that many sequences together
 
-Requests that name another method with signals of its own, log-probabilities, penalties or biases compile what they
-need when they come.
+Requests that ask for log-probabilities, penalties or biases compile what they need when they come.
 """
 
 from __future__ import annotations
@@ -15,88 +13,75 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import ReuseConfig, SamplingParams
-from sparsex_jax.engine import Engine
-from sparsex_jax.reuse.methods import Phase, method_of
+from sparsex_jax.device.sampling import NON_FINITE
+from sparsex_jax.device.state import BatchSlot, decode_state
+from sparsex_jax.errors import NonFiniteLogitsError
+from sparsex_jax.reuse.methods import Phase
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.scheduler.loop import Loop
-from sparsex_jax.scheduler.sequence import Event
-
-_NAMESPACE = "warm-up"
-_FULL = ReuseConfig(method="full")
 
 
-def steps(engine: Engine) -> list[Callable[[], None]]:
+def steps(loop: Loop) -> list[Callable[[], None]]:
     """Calls that compile a few programs each. They leave nothing in the store. Call them before the loop runs."""
-    prefills = [
-        functools.partial(_prefill, engine, bucket, later)
-        for bucket in engine.runner.shapes.buckets
-        for later in [(), *_later_phases(engine)]
-    ]
-    return [*prefills, *(functools.partial(_decode, engine, number) for number in _batches(engine.config.max_batch))]
+    prefills = [functools.partial(_prefill, loop, bucket) for bucket in loop.runner.shapes.buckets]
+    decodes = [functools.partial(_decode, loop, number) for number in _batches(loop.policy.max_num_seqs)]
+    return [*prefills, *decodes, functools.partial(_generate, loop)]
 
 
 def _batches(most: int) -> list[int]:
-    """A number of requests for each power of two that a batch is padded to: 1, 2, 4, 6 for a most of 6."""
+    """A number of sequences for each power of two that a batch is padded to: 1, 2, 4, 6 for a most of 6."""
     return [min(1 << power, most) for power in range((most - 1).bit_length() + 1)]
 
 
-def _later_phases(engine: Engine) -> list[tuple[Phase, ...]]:
-    """What may follow a plan's first phase, once for each tuple of signals: a plan leaves out what narrows nothing."""
-    num_layers = engine.model.num_layers
-    schedule = method_of(engine.reuse).phases(_prompt(2), num_layers)
-    later = [phase for phase in schedule[1:] if phase.start < num_layers]
-    subsets = itertools.chain.from_iterable(itertools.combinations(later, size) for size in range(1, len(later) + 1))
-    return list({tuple(phase.signal for phase in phases): phases for phases in subsets}.values())
-
-
-def _prompt(length: int) -> PromptMap:
-    """Reused tokens, and a fresh one behind them."""
-    kind = np.full(length, TokenKind.REUSED, np.uint8)
-    kind[-1] = TokenKind.FRESH
-    return PromptMap(np.zeros(length, np.int32), kind)
-
-
-def _prefill(engine: Engine, bucket: tuple[int, int], later: Sequence[Phase]) -> None:
-    """A plan of one request in this bucket: each phase computes a token less than the one before it."""
-    length = len(later) + 1
-    prompt = _prompt(length)
-    phases = [Phase(0, prompt.computed)]
-    for number, phase in enumerate(later, start=1):
-        forced = np.arange(length) >= number
-        phases.append(Phase(phase.start, forced, phase.signal, scores=phase.scores, probe_layers=phase.probe_layers))
-    with engine.admitted([prompt.tokens], [], _FULL, [_NAMESPACE]) as [request], _only(engine, bucket):
-        pages = request.plan.pages
-        copied = Segment(0, length, 0, slots_of(pages, np.arange(length), engine.config.page_size), exact=True)
-        engine.runner.prefill([RequestPlan(prompt, tuple(phases), pages, (copied,))])
+def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
+    """The copy of a token, and a plan of one token behind it."""
+    prompt = PromptMap(np.zeros(2, np.int32), np.array([TokenKind.REUSED, TokenKind.FRESH], np.uint8))
+    with _pages(loop, len(prompt)) as pages, _only(loop, bucket):
+        copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
+        loop.runner.prefill([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
 
 
 @contextlib.contextmanager
-def _only(engine: Engine, bucket: tuple[int, int]) -> Iterator[None]:
+def _pages(loop: Loop, num_tokens: int) -> Iterator[list[int]]:
+    cache = loop.admission.cache
+    pages = cache.allocate(loop.admission.pages_for(num_tokens))
+    try:
+        yield pages
+    finally:
+        cache.release(pages)
+
+
+@contextlib.contextmanager
+def _only(loop: Loop, bucket: tuple[int, int]) -> Iterator[None]:
     """Plans are padded to this bucket, however few rows they have."""
-    shapes = engine.runner.shapes
-    engine.runner.shapes = dataclasses.replace(shapes, buckets=(bucket,))
+    shapes = loop.runner.shapes
+    loop.runner.shapes = dataclasses.replace(shapes, buckets=(bucket,))
     try:
         yield
     finally:
-        engine.runner.shapes = shapes
+        loop.runner.shapes = shapes
 
 
-def _decode(engine: Engine, number: int) -> None:
-    """So many requests together, through a loop as the server's: a prefill and a dispatch."""
-    loop, events = Loop(engine), list[Event]()
-    sampling = SamplingParams(max_new_tokens=2, ignore_eos=True)
-    for _ in range(number):
-        loop.submit([0], sampling, reuse=_FULL, namespace=_NAMESPACE, keep=False, listener=events.append)
-    while loop.step():
-        pass
-    for event in events:
-        if event.error is not None:
-            raise event.error
+def _decode(loop: Loop, number: int) -> None:
+    """A dispatch of this many sequences. They share one page, and all write the same into it."""
+    runner, ends = loop.runner, loop.runner.model.eos_token_ids
+    with _pages(loop, 2) as pages:
+        slot = BatchSlot([0], [0], SamplingParams(max_new_tokens=2), ends, pages)
+        state = decode_state([slot] * number, runner.shapes.max_pages, runner.model.vocab_size)
+        _, sampled = runner.start_decode(state, 1)
+    if (jax.device_get(sampled).token == NON_FINITE).any():
+        raise NonFiniteLogitsError("the logits behind a prompt of one token are not all finite")
+
+
+def _generate(loop: Loop) -> None:
+    """A whole request, for what is between prefill and decode."""
+    full, sampling = ReuseConfig(method="full"), SamplingParams(max_new_tokens=2, ignore_eos=True)
+    loop.complete([loop.requests.generation([0], sampling, reuse=full, namespace="warm-up", keep=False)])

@@ -48,24 +48,32 @@ class Quota:
         """
         self._most = most
         self._handles: set[int] = set()
+        self._reserved = 0  # tokens of texts that are being prefilled
 
-    def require(self, num_tokens: int, entries: Iterable[Entry]) -> None:
-        """Raises QuotaError if the key may not keep so many tokens more.
+    def reserve(self, num_tokens: int, entries: Iterable[Entry]) -> None:
+        """Count a text that is about to be prefilled. `settle` must follow, whatever becomes of it.
 
         Args:
           entries: all that are in the store. What was deleted or evicted counts no more.
+
+        Raises:
+          QuotaError: the key may not keep so many tokens more.
         """
         own = {entry.handle: entry.num_tokens for entry in entries if entry.handle in self._handles}
         self._handles = set(own)
-        kept = sum(own.values())
+        kept = sum(own.values()) + self._reserved
         if self._most is not None and kept + num_tokens > self._most:
             raise QuotaError(
                 f"text has {num_tokens} tokens, and this key keeps {kept} already: together {kept + num_tokens}, and "
                 f"max_knowledge_tokens={self._most} is its limit"
             )
+        self._reserved += num_tokens
 
-    def add(self, handle: int) -> None:
-        self._handles.add(handle)
+    def settle(self, num_tokens: int, handle: int | None) -> None:
+        """A text that was reserved for is kept under this handle, or is not kept."""
+        self._reserved -= num_tokens
+        if handle is not None:
+            self._handles.add(handle)
 
 
 class Tenant:

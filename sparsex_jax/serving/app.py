@@ -14,8 +14,6 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
-import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
 from fastapi.security import HTTPBearer
 from starlette.responses import FileResponse, Response
@@ -26,8 +24,9 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownHandleError
 from sparsex_jax.serving import faults, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
-from sparsex_jax.serving.faults import RequestError, json_response
+from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
 from sparsex_jax.serving.intake import Intake
+from sparsex_jax.serving.knowledge import Knowledge
 from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, Reply, ReplyFormat
 from sparsex_jax.serving.tools import reader_for
@@ -88,6 +87,18 @@ class Service:
             chunks = reply.chunks(events)
             first = await anext(chunks)  # if this fails, the response still gets the error's status
             return EventStream(first, chunks, held.pop_all())
+
+    async def remember(self, knowledge: Knowledge) -> Entry:
+        """Prefill a text among the running requests, and keep it."""
+        engine = self.worker.engine
+        async with self.worker.stream([], limit_s=self.limits.request_timeout) as stream:
+            await self.call(knowledge.start, engine, stream)
+            [(_, event)] = [news async for news in stream]
+        if event.error is not None:
+            raise event.error
+        if event.handle is None:
+            raise OutOfServiceError("the server is shutting down and gave this request up")
+        return await self.call(_entry, engine, event.handle, knowledge.namespace)
 
     async def in_background[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that tokenizes on the tokenizer's thread, so that it does not block the event loop."""
@@ -204,7 +215,7 @@ async def insert_knowledge(body: schemas.KnowledgeRequest, service: Served, tena
         service.worker.require_open()
         text, preamble = await service.in_background(service.intake.knowledge, body)
         namespace = tenant.store_namespace(body.cache_salt)
-        entry = await service.call(_remember, service.worker.engine, tenant, text, preamble, namespace)
+        entry = await service.remember(Knowledge(text, preamble, namespace, tenant.knowledge))
     return _described(entry)
 
 
@@ -256,14 +267,6 @@ async def page() -> Response:
 
 
 # On the loop's thread ---------------------------------------------------------------------------------------
-
-
-def _remember(engine: Engine, tenant: Tenant, text: np.ndarray, preamble: np.ndarray | None, namespace: str) -> Entry:
-    tenant.knowledge.require(len(text), engine.entries())
-    handle = engine.remember(text, namespace=namespace, frozen=True, preamble=preamble)
-    tenant.knowledge.add(handle)
-    jax.block_until_ready(engine.runner.store)  # who inserts waits for it, not whoever asks next
-    return _entry(engine, handle, namespace)
 
 
 def _forget(engine: Engine, handle: int, namespace: str) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from sparsex_jax.device.generation import TokenLogprobs
 from sparsex_jax.reuse.report import Report
+from sparsex_jax.scheduler.output import TokenLogprobs
 from sparsex_jax.serving.faults import OutOfServiceError, fault_of
 from sparsex_jax.serving.metrics import tokens_by_kind
 from sparsex_jax.serving.tools import Call, Reader

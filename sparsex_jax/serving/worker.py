@@ -3,10 +3,10 @@
     event loop's thread                        worker's thread
     -------------------                        ---------------
     stream(jobs) -> loop.submit                while True:
-                                                   calls between steps: remember, forget, stats
+                                                   calls between steps: forget, entries, stats
     async for number, event in stream  <------     loop.step() -> listener -> call_soon_threadsafe
 
-Engine and cache serve one thread at a time, and that is the worker's. Whoever needs them says so by `call`.
+Engine and cache serve one thread at a time, and that is the worker's. What needs them elsewhere goes through `call`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from sparsex_jax.config import ReuseConfig, SamplingParams
-from sparsex_jax.engine import DEFAULT_NAMESPACE, Engine
+from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
+from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
+from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 from sparsex_jax.text.encoding import Prompt
-
-if TYPE_CHECKING:
-    from sparsex_jax.scheduler.loop import Event, Loop, Ticket
 
 _IDLE_S = 1.0  # everything that gives the thread work also wakes it
 _FAREWELL_S = 5.0  # for cancelled requests to hear of it
@@ -48,9 +47,16 @@ class TimeLimitError(SparsexError):
     """A request took longer than the server allows."""
 
 
+class Submission(Protocol):
+    """What can be submitted to a loop."""
+
+    def submit(self, loop: Loop, listener: Listener) -> Ticket:
+        """Put it in line; the listener gets its events. Raises as `Loop.submit`."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """The arguments of `Loop.submit`."""
+    """A prompt to continue: the arguments of `Loop.submit`."""
 
     prompt: Prompt
     sampling: SamplingParams
@@ -58,12 +64,26 @@ class Job:
     namespace: str = DEFAULT_NAMESPACE
     keep: bool = True
 
+    def submit(self, loop: Loop, listener: Listener) -> Ticket:
+        return loop.submit(
+            self.prompt,
+            self.sampling,
+            reuse=self.reuse,
+            namespace=self.namespace,
+            keep=self.keep,
+            listener=listener,
+        )
+
 
 class Worker:
     """Steps a loop on a thread of its own. All methods but `start` and `stop` are for one event loop's thread."""
 
-    def __init__(self, engine: Engine, loop: Loop) -> None:
-        self.engine, self.loop = engine, loop
+    def __init__(self, engine: Engine, loop: Loop | None = None) -> None:
+        """
+        Args:
+          loop: None: the engine's.
+        """
+        self.engine, self.loop = engine, loop or engine.loop
         self.draining = False
         self.failure: BaseException | None = None
         self._calls: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
@@ -88,7 +108,7 @@ class Worker:
 
     # From asyncio -------------------------------------------------------------------------------------------
 
-    def stream(self, jobs: Sequence[Job], *, limit_s: float | None = None) -> Stream:
+    def stream(self, jobs: Sequence[Submission], *, limit_s: float | None = None) -> Stream:
         """Submit jobs, all or none. Use as `async with worker.stream(jobs) as stream: async for ... in stream`.
 
         Args:
@@ -128,7 +148,7 @@ class Worker:
             raise DrainingError("the server is shutting down and takes no new requests")
 
     async def drain(self, deadline_s: float) -> None:
-        """Take nothing new, let what runs finish for so many seconds, and cancel the rest."""
+        """Take nothing new, let what runs finish for `deadline_s` seconds, and cancel the rest."""
         self.draining = True
         if not await self._empty(deadline_s):
             for stream in list(self._streams):
@@ -202,17 +222,10 @@ class Stream:
         self._deadline = None if limit_s is None else self._asyncio.time() + limit_s
         worker.opened(self)
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: Submission) -> None:
+        """Add a job. Also from the worker's thread, in a call that the event loop's thread awaits."""
         number = len(self.tickets)
-        ticket = self._worker.loop.submit(
-            job.prompt,
-            job.sampling,
-            reuse=job.reuse,
-            namespace=job.namespace,
-            keep=job.keep,
-            listener=lambda event: self._hear((number, event)),
-        )
-        self.tickets.append(ticket)
+        self.tickets.append(job.submit(self._worker.loop, lambda event: self._hear((number, event))))
         self._unfinished.add(number)
         self._worker.wake()
 
@@ -259,7 +272,7 @@ class Stream:
         self._hear(error)
 
     def _hear(self, item: tuple[int, Event] | BaseException) -> None:
-        """From any thread. An event loop that is gone has nobody left to tell."""
+        """From any thread. Once the event loop is closed there is no reader any more."""
         with contextlib.suppress(RuntimeError):
             self._asyncio.call_soon_threadsafe(self._queue.put_nowait, item)
 

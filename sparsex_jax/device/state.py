@@ -1,0 +1,103 @@
+"""From what the host knows of the sequences of a batch to the arrays that sampling and decode take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from sparsex_jax.config import SamplingParams
+from sparsex_jax.device.decode import DecodeState
+from sparsex_jax.device.sampling import Adjustment, Sampling
+from sparsex_jax.reuse.planner import page_tables
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BatchSlot:
+    """The sequence in one slot of a batch.
+
+    Attributes:
+      prompt: its token ids, which the repetition penalty looks at.
+      answer: its new tokens so far.
+      sampling: how the next one is chosen.
+      end_tokens: tokens that end it; -1 is none. All sequences of an engine have the same number of them.
+      pages: physical pages of its KV, in order.
+    """
+
+    prompt: Sequence[int] | np.ndarray
+    answer: Sequence[int]
+    sampling: SamplingParams
+    end_tokens: Sequence[int] = ()
+    pages: Sequence[int] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer, which is the position of the next token."""
+        return len(self.prompt) + len(self.answer)
+
+
+def sampling_arrays(slots: Sequence[BatchSlot], size: int, vocab_size: int) -> Sampling:
+    """How the next token of each sequence is chosen, in arrays of `size` slots; those that are left over are greedy.
+
+    It depends on the prompts and on the answers so far only, so it can be made anew between any two dispatches, for
+    any batch.
+    """
+    params = [slot.sampling for slot in slots]
+    filled = [*params, *[SamplingParams()] * (size - len(params))]
+    return Sampling(
+        temperature=jnp.array([p.temperature for p in filled], jnp.float32),
+        top_p=jnp.array([p.top_p for p in filled], jnp.float32),
+        top_k=jnp.array([p.top_k for p in filled], jnp.int32),
+        min_p=jnp.array([p.min_p for p in filled], jnp.float32),
+        seed=jnp.array([p.seed for p in filled], jnp.uint32),
+        adjustment=_adjustment(filled, slots, vocab_size) if any(p.adjusts_logits for p in params) else None,
+        logprobs=any(p.logprobs is not None for p in params),
+    )
+
+
+def _adjustment(filled: Sequence[SamplingParams], slots: Sequence[BatchSlot], vocab_size: int) -> Adjustment:
+    """The arrays over the vocabulary. `filled` has an entry for each slot of the arrays, used or not."""
+    shape = (len(filled), vocab_size)
+    bias, in_prompt, counts = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, np.int32)
+    for number, slot in enumerate(slots):
+        for token, value in slot.sampling.logit_bias.items():
+            bias[number, token] = value
+        in_prompt[number, np.asarray(slot.prompt)] = True
+        counts[number] = np.bincount(np.array(slot.answer, np.int64), minlength=vocab_size)
+    return Adjustment(
+        repetition=jnp.array([p.repetition_penalty for p in filled], jnp.float32),
+        presence=jnp.array([p.presence_penalty for p in filled], jnp.float32),
+        frequency=jnp.array([p.frequency_penalty for p in filled], jnp.float32),
+        bias=jnp.asarray(bias),
+        in_prompt=jnp.asarray(in_prompt),
+        counts=jnp.asarray(counts),
+    )
+
+
+def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int) -> DecodeState:
+    """The state in which each sequence continues behind its last token, padded to a power of two of slots.
+
+    Args:
+      slots: every sequence has one new token at least; its KV is not in the store yet.
+      max_pages: width of the page tables.
+    """
+    size = 1 << (len(slots) - 1).bit_length()
+    width = max(1, *(len(slot.end_tokens) for slot in slots))
+    stops = np.full((size, width), -1)
+    for number, slot in enumerate(slots):
+        stops[number, : len(slot.end_tokens)] = slot.end_tokens
+    return DecodeState(
+        token=_padded([slot.answer[-1] for slot in slots], size, 0),
+        position=_padded([slot.length - 1 for slot in slots], size, -1),
+        remaining=_padded([slot.sampling.max_new_tokens - len(slot.answer) for slot in slots], size, 0),
+        stops=jnp.asarray(stops, jnp.int32),
+        page_tables=jnp.asarray(page_tables([slot.pages for slot in slots], size, max_pages)),
+        sampling=sampling_arrays(slots, size, vocab_size),
+    )
+
+
+def _padded(values: Sequence[int], size: int, fill: int) -> Array:
+    return jnp.array([*values, *[fill] * (size - len(values))], jnp.int32)

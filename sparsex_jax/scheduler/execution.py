@@ -1,0 +1,154 @@
+"""Runs what the policy decided on the device: decode dispatches, prefill plans, sampling."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+
+from sparsex_jax.cache import Segment
+from sparsex_jax.device.decode import DecodeState
+from sparsex_jax.device.runner import Runner
+from sparsex_jax.device.sampling import Sampled
+from sparsex_jax.device.state import decode_state, sampling_arrays
+from sparsex_jax.reuse.planner import RequestPlan, slots_of
+from sparsex_jax.scheduler.sequence import Sequence
+
+_Key = list[tuple[RequestPlan, int, int]]
+
+
+class Dispatch(NamedTuple):
+    """Tokens on their way.
+
+    Attributes:
+      sequences: whose; one batch slot each.
+      steps: at most how many for each.
+      sampled: where they will be on the device, or why the dispatch failed.
+      started: `time.perf_counter()` then.
+    """
+
+    sequences: list[Sequence]
+    steps: int
+    sampled: Sampled | Exception
+    started: float
+
+
+class Prefilled(NamedTuple):
+    """What came of a plan.
+
+    Attributes:
+      sampled: the token behind each sequence's stage, as NumPy arrays.
+      computed: for each sequence, which of its tokens each phase computed, `[phases, tokens]`.
+      logits: float32 `[sequences, vocab]`, on the device.
+    """
+
+    sampled: Sampled
+    computed: list[np.ndarray]
+    logits: Array
+
+
+class Execution:
+    """Computes for sequences, and changes nothing of them but `Sequence.run`.
+
+    Attributes:
+      step_seconds: what a token of the last dispatch took.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        self.step_seconds = 0.0
+        self._runner = runner
+        self._kept: tuple[DecodeState, _Key] | None = None
+
+    # Decode -------------------------------------------------------------------------------------------------
+
+    def start_decode(self, sequences: list[Sequence], steps: int) -> Dispatch | None:
+        """Dispatch at most `steps` tokens for each sequence; None if there is no sequence.
+
+        A dispatch that fails raises its error when it is fetched, as one that fails on the device does.
+        """
+        started = time.perf_counter()
+        if not sequences:
+            return None
+        try:
+            return Dispatch(sequences, steps, self._dispatch(sequences, steps), started)
+        except Exception as error:
+            return Dispatch(sequences, steps, error, started)
+
+    def _dispatch(self, sequences: list[Sequence], steps: int) -> Sampled:
+        """The state stays on the device from one dispatch to the next, unless a sequence came, went or got pages
+        meanwhile: then it is made anew of what the host knows."""
+        kept, self._kept = self._kept, None
+        state = kept[0] if kept is not None and kept[1] == _key(sequences, 0) else self._state(sequences)
+        state, sampled = self._runner.start_decode(state, steps)
+        self._kept = state, _key(sequences, steps)
+        return sampled
+
+    def _state(self, sequences: list[Sequence]) -> DecodeState:
+        slots = [sequence.batch_slot for sequence in sequences]
+        return decode_state(slots, self._runner.shapes.max_pages, self._runner.model.vocab_size)
+
+    def fetch(self, dispatch: Dispatch) -> Sampled:
+        """What was sampled, as NumPy arrays, a batch slot for each sequence. Raises why the dispatch failed."""
+        try:
+            if isinstance(dispatch.sampled, Exception):
+                raise dispatch.sampled
+            sampled = jax.device_get(dispatch.sampled)
+        except Exception:
+            self._kept = None  # it came out of the same dispatch
+            raise
+        self.step_seconds = (time.perf_counter() - dispatch.started) / dispatch.steps
+        return sampled
+
+    def decode_alone(self, sequence: Sequence, steps: int) -> Sampled:
+        """A dispatch of one sequence, and its tokens."""
+        dispatch = self.start_decode([sequence], steps)
+        assert dispatch is not None
+        return self.fetch(dispatch)
+
+    # Prefill ------------------------------------------------------------------------------------------------
+
+    def prefill(self, sequences: list[Sequence], layers: int | None = None) -> Prefilled | None:
+        """Run the next stage of each sequence in one plan, or the next `layers` of it. None while layers are left.
+
+        What fails on the device raises here: a token is sampled behind chunks too, and a plan that rests between two
+        layers is waited for.
+        """
+        run = sequences[0].run or self._runner.begin([sequence.stages[0] for sequence in sequences])
+        self._runner.advance(run, layers)
+        if not run.done:
+            sequences[0].run = run
+            jax.block_until_ready(self._runner.store)
+            return None
+        assert run.logits is not None
+        self._copy_texts(sequences)
+        return Prefilled(self._first_tokens(run.logits, sequences), run.computed(), run.logits)
+
+    def _copy_texts(self, sequences: list[Sequence]) -> None:
+        """Copy the texts to remember that are computed now away from their preambles, as they are."""
+        done = [sequence for sequence in sequences if sequence.copy_pages and len(sequence.stages) == 1]
+        if done:
+            self._runner.copy([(self._text(sequence), sequence.copy_pages) for sequence in done])
+            jax.block_until_ready(self._runner.store)
+
+    def _text(self, sequence: Sequence) -> Segment:
+        """Where the text's KV is. Its positions stay, since nothing of it moves to another place of a prompt."""
+        places = np.arange(len(sequence.prompt) - sequence.num_copied, len(sequence.prompt))
+        slots = slots_of(sequence.pages, places, self._runner.engine.page_size)
+        return Segment(0, sequence.num_copied, 0, slots, exact=True)
+
+    def _first_tokens(self, logits: Array, sequences: list[Sequence]) -> Sampled:
+        """Sample the token behind each sequence's prompt and answer so far."""
+        slots = [sequence.batch_slot for sequence in sequences]
+        position = np.zeros(len(logits), np.int32)
+        position[: len(slots)] = [slot.length for slot in slots]
+        sampling = sampling_arrays(slots, len(logits), self._runner.model.vocab_size)
+        return self._runner.first_tokens(logits, sampling, position)
+
+
+def _key(sequences: list[Sequence], ahead: int) -> _Key:
+    """What a decode state was made of, once each sequence has `ahead` more tokens. Plans are compared by identity: a
+    sequence that was admitted again has another one."""
+    return [(one.plan, len(one.pages), len(one.output.token_ids) + ahead) for one in sequences]

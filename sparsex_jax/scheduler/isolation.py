@@ -1,0 +1,76 @@
+"""Isolation of failures: what fails for several sequences fails in the end only for the one at fault.
+
+A step that fails for several is tried with each alone. If it took the store with it, everything is computed again
+from an empty cache, and those who were in that step are suspects: they run one by one from then on. A sequence whose
+logits are not finite is computed again alone as well, and fails only if they are not finite then either.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+
+from sparsex_jax.device.runner import Runner
+from sparsex_jax.errors import NonFiniteLogitsError
+from sparsex_jax.scheduler.admission import Admission
+from sparsex_jax.scheduler.sequence import Sequence, State
+
+log = logging.getLogger(__name__)
+
+
+class Isolation:
+    """Tries steps of several sequences."""
+
+    def __init__(self, runner: Runner, admission: Admission) -> None:
+        self._runner, self._admission = runner, admission
+
+    def attempt[Result](
+        self, sequences: list[Sequence], together: Callable[[], Result], alone: Callable[[Sequence], Result]
+    ) -> Iterator[tuple[list[Sequence], Result]]:
+        """Give the result of a step, or the results of single sequences if it fails. Each is to be used before the
+        next is asked for, since the next may lose the store. Sequences at fault are finished.
+
+        Args:
+          together: runs the step for all the sequences.
+          alone: runs it for one of them.
+        """
+        try:
+            result = together()
+        except Exception as error:
+            yield from self._alone(sequences, error, alone)
+        else:
+            yield sequences, result
+
+    def _alone[Result](
+        self, sequences: list[Sequence], error: Exception, alone: Callable[[Sequence], Result]
+    ) -> Iterator[tuple[list[Sequence], Result]]:
+        lost = self.recover()
+        if len(sequences) == 1:
+            self._admission.finish(sequences[0], "error", error)
+            return
+        log.warning("a step of %d sequences failed, they go on one by one", len(sequences), exc_info=error)
+        for sequence in sequences:
+            if lost:
+                sequence.suspect = True
+            elif sequence.state in (State.PREFILLING, State.DECODING):  # not if another one alone lost the store
+                yield from self.attempt([sequence], functools.partial(alone, sequence), alone)
+
+    def judge(self, sequence: Sequence, error: Exception) -> None:
+        """What a sequence's own tokens brought up: it fails, or is computed again alone if another may be at fault.
+
+        In attention, 0 times another sequence's NaN is NaN.
+        """
+        if isinstance(error, NonFiniteLogitsError) and not sequence.suspect:
+            sequence.suspect = True
+            self._admission.withdraw(sequence)
+            self._admission.leave(sequence)
+        else:
+            self._admission.finish(sequence, "error", error)
+
+    def recover(self) -> bool:
+        """After a failure: whether the KV is lost. Then store and cache are new, and what ran waits."""
+        lost = self._runner.recover()
+        if lost:
+            self._admission.start_over()
+        return lost

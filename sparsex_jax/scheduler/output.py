@@ -1,0 +1,141 @@
+"""What a sequence has generated so far, and what callers of the engine get in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from sparsex_jax.config import SamplingParams
+from sparsex_jax.device.sampling import NON_FINITE, Logprobs, Sampled
+from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError
+from sparsex_jax.reuse.report import Report
+from sparsex_jax.text.detokenizer import Detokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """A new token's log-probability under the model, before temperature, filters and penalties.
+
+    Attributes:
+      top: the most probable tokens with theirs, best first: as many as `SamplingParams.logprobs` says.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generation:
+    """What `Engine.generate` gives.
+
+    Attributes:
+      text: the new text, without special tokens and without the stop string that ended it.
+      token_ids: the new tokens, the end token included if one came.
+      finish_reason: `stop` (an end token or a stop string) or `length` (max_new_tokens).
+      logits: float32 `[vocab]` of the first token, if they were asked for.
+      logprobs: one for each new token if `SamplingParams.logprobs` asked for them; otherwise empty.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    report: Report
+    logits: Float32[np.ndarray, "vocab"] | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefill:
+    """What `Engine.prefill` gives: float32 logits `[vocab]` of the token after the prompt."""
+
+    logits: Float32[np.ndarray, "vocab"]
+    report: Report
+
+
+class Output:
+    """The tokens generated for one sequence so far, their text, and whether it is done.
+
+    Attributes:
+      sampling: how tokens are chosen.
+      max_new_tokens: 0 for a sequence that is only prefilled.
+      end_tokens: tokens that end it.
+    """
+
+    def __init__(self, sampling: SamplingParams | None, end_tokens: Sequence[int], tokenizer: Any | None) -> None:
+        """
+        Args:
+          sampling: None for a sequence that is only prefilled. A token is sampled all the same, greedily and only to
+            see that the logits are finite.
+        """
+        self.max_new_tokens = 0 if sampling is None else sampling.max_new_tokens
+        self.sampling = sampling = sampling or SamplingParams()
+        if sampling.stop and tokenizer is None:
+            raise InvalidRequestError(f"stop={sampling.stop!r} is text, but this model has no tokenizer")
+        # -1 is no token. The number of end tokens is always the same, so that any batch runs the same program.
+        self.end_tokens = tuple(-1 if sampling.ignore_eos else token for token in end_tokens)
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: str | None = None
+        self._detokenizer = Detokenizer(tokenizer, sampling.stop) if tokenizer is not None else None
+        self._text: list[str] = []  # in the pieces that became certain together
+        self._num_told = 0  # pieces that `new_text` has returned
+
+    def extend(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> None:
+        """Take new tokens up to the one that ends the sequence; those behind it are dropped.
+
+        Args:
+          logprobs: theirs, in arrays `[tokens]`; needed if the request asks for them.
+
+        Raises:
+          NonFiniteLogitsError: one of them is `NON_FINITE`. Those before it were taken.
+        """
+        for step, token in enumerate(tokens):
+            if self.finish_reason is None and token == NON_FINITE:
+                raise NonFiniteLogitsError(f"the logits of new token {len(self.token_ids)} are not all finite")
+            if self.finish_reason is not None or token < 0:
+                return
+            if self.max_new_tokens == 0:
+                return
+            self.token_ids.append(token)
+            if self.sampling.logprobs is not None and logprobs is not None:
+                self.logprobs.append(_token_logprobs(token, logprobs, step, self.sampling.logprobs))
+            self._take_text(token)
+
+    def take(self, sampled: Sampled, slot: int) -> None:
+        """Extend by what was sampled in one batch slot, as NumPy arrays. Raises as `extend`."""
+        logprobs = None if sampled.logprobs is None else jax.tree.map(lambda array: array[slot], sampled.logprobs)
+        self.extend(sampled.token[slot].tolist(), logprobs)
+
+    def _take_text(self, token: int) -> None:
+        """Add the text that the token makes certain, and see whether the token ends the sequence."""
+        stopped = False
+        if self._detokenizer is not None:
+            self._text.append(self._detokenizer.push(token))
+            stopped = self._detokenizer.stopped
+        if stopped or token in self.end_tokens:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.max_new_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self._detokenizer is not None:
+            self._text.append(self._detokenizer.finish())
+
+    @property
+    def text(self) -> str:
+        """All of it that is certain: no half character, and nothing that may begin a stop string."""
+        return "".join(self._text)
+
+    def new_text(self) -> str:
+        """The text that came since this was called last."""
+        told, self._num_told = self._num_told, len(self._text)
+        return "".join(self._text[told:])
+
+
+def _token_logprobs(token: int, logprobs: Logprobs, step: int, number: int) -> TokenLogprobs:
+    top_ids, top = logprobs.top_ids[step, :number].tolist(), logprobs.top[step, :number].tolist()
+    return TokenLogprobs(token, float(logprobs.chosen[step]), tuple(zip(top_ids, top, strict=True)))

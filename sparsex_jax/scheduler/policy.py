@@ -1,0 +1,210 @@
+"""Who is next. The policy decides and moves pages; it computes nothing on the device.
+
+Pages. A sequence is admitted with pages for its prompt and a few tokens, and takes more as it grows. If there are
+none, the youngest is preempted: its pages go back, and later it is computed again (mostly it is found again: what was
+exact is committed). The oldest is never preempted for another, so it always gets on.
+
+Order. The oldest is admitted first. Younger ones overtake it only while it waits for pages and they find theirs, and
+only a limited number of times. Among those being prefilled, turns go round: a prompt of many chunks comes last after
+each, and so does one that is cut by layers.
+
+Token budget. A prefill plan has at most `prefill_tokens` rows. Sequences of the same schedule share a plan within it.
+A sparse plan with more rows runs a few layers at a time, and decode runs in between. Its state between two layers is
+as large as its rows, so only one such prefill is under way at a time; the others' plain chunks take turns with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as Several
+from typing import NamedTuple
+
+import numpy as np
+
+from sparsex_jax.config import EngineConfig, ReuseConfig
+from sparsex_jax.errors import InvalidRequestError, StoreFullError
+from sparsex_jax.reuse.planner import Shapes
+from sparsex_jax.scheduler.admission import Admission
+from sparsex_jax.scheduler.chunks import layers_within, stages
+from sparsex_jax.scheduler.sequence import Sequence, State
+
+FEW_STEPS = 4  # tokens a dispatch while some sequence waits for a prefill
+# A dispatch of more tokens should not take longer: who comes meanwhile waits for its end. It matters on slow devices.
+MOST_SECONDS = 0.2
+
+
+class DecodeBatch(NamedTuple):
+    """Who decodes: suspects one by one, then the others together, at most `steps` tokens each."""
+
+    alone: list[Sequence]
+    together: list[Sequence]
+    steps: int
+
+
+class PrefillBatch(NamedTuple):
+    """Whose next stages are one plan, and how many layers of it run; None: all that are left."""
+
+    sequences: list[Sequence]
+    layers: int | None
+
+
+class Policy:
+    """Decides for the sequences of one loop.
+
+    Attributes:
+      sequences: all that are not finished, the oldest first.
+      max_num_seqs: sequences that are prefilled or decoded at once.
+      prefill_tokens: the token budget of a prefill plan.
+      preemptions: how often a sequence was preempted.
+    """
+
+    def __init__(
+        self, config: EngineConfig, shapes: Shapes, admission: Admission, num_layers: int, max_num_seqs: int
+    ) -> None:
+        self._config, self._admission, self._num_layers, self.max_num_seqs = config, admission, num_layers, max_num_seqs
+        asked = config.prefill_tokens
+        self.prefill_tokens = shapes.buckets[1][0] if asked is None else asked
+        if not 1 <= self.prefill_tokens <= shapes.max_rows:
+            raise InvalidRequestError(f"prefill_tokens={asked} must be from 1 to {shapes.max_rows}")
+        self.sequences: list[Sequence] = []
+        self.preemptions = 0
+        self._turns = itertools.count(1)
+
+    def of_state(self, *states: State) -> list[Sequence]:
+        """The sequences in one of these states, the oldest first."""
+        return [sequence for sequence in self.sequences if sequence.state in states]
+
+    @property
+    def running(self) -> list[Sequence]:
+        return self.of_state(State.PREFILLING, State.DECODING)
+
+    # Decode -------------------------------------------------------------------------------------------------
+
+    def decode_batch(self, step_seconds: float) -> DecodeBatch:
+        """Who decodes next. All have pages for the tokens to come.
+
+        Args:
+          step_seconds: what a token of the last dispatch took.
+        """
+        steps = self._steps(step_seconds)
+        self._grow(steps)
+        decoding = self.of_state(State.DECODING)
+        alone, together = ([one for one in decoding if one.suspect is suspect] for suspect in (True, False))
+        return DecodeBatch(alone, together, steps)
+
+    def _steps(self, step_seconds: float) -> int:
+        """As many as a dispatch may have and soon gets done, or few where some sequence's first token is near."""
+        free = len(self.running) < self.max_num_seqs
+        waiting = self.of_state(State.WAITING)
+        near = self.of_state(State.PREFILLING) or (free and any(self._may_find_pages(one) for one in waiting))
+        most = self._config.decode_steps
+        if not near and step_seconds * most <= MOST_SECONDS:
+            return most
+        return min(FEW_STEPS, most)
+
+    def _grow(self, steps: int) -> None:
+        """Take pages for the tokens to come, the oldest first. Where there are none, the youngest makes room."""
+        for sequence in self.of_state(State.DECODING):
+            while sequence.state is State.DECODING and not self._admission.grow(sequence, steps):
+                self._preempt(self.running[-1])
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._admission.preempt(sequence)
+        sequence.blocked_at = self._admission.releases
+        self.preemptions += 1
+
+    # Admission ----------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """The oldest first. A younger one passes those that wait for pages, or for what another computes."""
+        blocked: list[Sequence] = []
+        for sequence in self.of_state(State.WAITING):
+            full = len(self.running) >= self.max_num_seqs
+            if full or any(older.overtaken >= self._config.max_overtakes for older in blocked):
+                return
+            if self._is_being_computed(sequence):
+                continue
+            self._try_to_admit(sequence)
+            if sequence.state is State.WAITING:
+                blocked.append(sequence)
+            elif sequence.state is State.PREFILLING:
+                for older in blocked:
+                    older.overtaken += 1
+
+    def _is_being_computed(self, sequence: Sequence) -> bool:
+        """Whether an older sequence computes a long run of its tokens now. Each waits for older ones only, so the
+        oldest never waits."""
+        return any(
+            other.id < sequence.id
+            and other.keep
+            and other.namespace == sequence.namespace
+            and sequence.wanted.shares(other.offer)
+            for other in self.of_state(State.PREFILLING)
+            if other.offer is not None
+        )
+
+    def _may_find_pages(self, sequence: Sequence) -> bool:
+        return sequence.blocked_at != self._admission.releases
+
+    def _try_to_admit(self, sequence: Sequence) -> None:
+        """It is prefilling then, or waits for pages, or has failed."""
+        if not self._may_find_pages(sequence) and self.running:
+            return
+        try:
+            try:
+                self._admit_with(sequence, *sequence.to_prefill())
+            except StoreFullError:
+                sequence.blocked_at = self._admission.releases
+                if not self.running:
+                    self._admit_without_reuse(sequence)
+        except Exception as error:
+            self._admission.finish(sequence, "error", error)
+
+    def _admit_without_reuse(self, sequence: Sequence) -> None:
+        """The sequence has the store to itself, and still there are not enough pages.
+
+        It can only be for what it shares: one page of a frozen entry in use keeps all others of it. So it shares none.
+        """
+        self._admit_with(sequence, sequence.tokens, ReuseConfig(method="full"))
+
+    def _admit_with(self, sequence: Sequence, tokens: np.ndarray, reuse: ReuseConfig) -> None:
+        self._admission.admit(sequence, tokens, sequence.slots(1 + self._config.decode_steps), reuse)
+        parts = stages(sequence.plan, sequence.tokens, self.prefill_tokens)
+        sequence.start_prefill(parts, self._num_layers)
+        self.end_turn(sequence)
+
+    # Prefill ------------------------------------------------------------------------------------------------
+
+    def prefill_batch(self) -> PrefillBatch:
+        """Admit who may come in, and say what is prefilled next: nothing, one plan, or some layers of one."""
+        self._admit()
+        chosen: list[Sequence] = []
+        for sequence in sorted(self.of_state(State.PREFILLING), key=lambda one: one.turn):
+            if self._fits(sequence, chosen) if chosen else not self._must_wait(sequence):
+                chosen.append(sequence)
+        return PrefillBatch(chosen, self._layers(chosen[0]) if chosen and self._is_cut(chosen[0]) else None)
+
+    def end_turn(self, sequence: Sequence) -> None:
+        """All others that are being prefilled come before it now."""
+        sequence.turn = next(self._turns)
+
+    def _is_cut(self, sequence: Sequence) -> bool:
+        return sequence.stages[0].num_rows > self.prefill_tokens
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Whether its next stage would be a second prefill cut by layers."""
+        under_way = (one for one in self.of_state(State.PREFILLING) if one.run is not None)
+        return self._is_cut(sequence) and any(one is not sequence for one in under_way)
+
+    def _fits(self, sequence: Sequence, chosen: Several[Sequence]) -> bool:
+        """Whether its next stage has the schedule of these, and their plan has room for its rows."""
+        if sequence.suspect or chosen[0].suspect or len(chosen) >= self._config.max_prefill_seqs:
+            return False
+        together = [one.stages[0] for one in (*chosen, sequence)]
+        same = together[-1].starts == together[0].starts
+        return same and sum(stage.num_rows for stage in together) <= self.prefill_tokens
+
+    def _layers(self, sequence: Sequence) -> int:
+        """Layers of its stage that cost about as much as a plan of the token budget."""
+        stage, first = sequence.stages[0], sequence.run.next_layer if sequence.run else 0
+        return layers_within(stage.phases, first, self._num_layers, self.prefill_tokens * self._num_layers)

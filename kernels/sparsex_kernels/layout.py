@@ -38,7 +38,7 @@ def read_kv(
     A gather of the store's vectors in the order they lie in. One over its six axes has XLA copy the whole store into
     another order first, on TPUs.
     """
-    layers, pages, kv, heads, page_size, head_dim = store.shape
+    _, pages, kv, heads, page_size, head_dim = store.shape
     page, offset = row_addresses(store, positions, requests, page_tables)
     tile = ((layer * pages + jnp.minimum(page, pages - 1)) * kv * heads)[:, None] + jnp.arange(kv * heads)
     vectors = store.reshape(-1, head_dim)[tile * page_size + offset[:, None]]

@@ -6,7 +6,6 @@ Weights and store are shapes.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from jax.stages import Lowered
 
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
 from sparsex_jax.device.decode import decode
-from sparsex_jax.device.prefill import align, embed_rows, prefill
+from sparsex_jax.device.prefill import align, prefill
 from sparsex_jax.device.signals import SIGNALS
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.decoder import Decoder
@@ -87,7 +86,8 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
     _, chunk = shapes.bucket(plan.fresh.size)
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(SIGNALS.values()), "chunk": chunk}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
-    state = jax.eval_shape(functools.partial(embed_rows, decoder=static["decoder"]), params, rows)
+    hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
+    state = PrefillState(jnp.int32(0), rows, hidden, jnp.zeros(plan.boundaries.forced.shape, bool))
 
     def step(store: Store, params: Params, plan: PrefillPlan, state: PrefillState, until: jax.Array) -> Any:
         return prefill(params, store, plan, state, until, **static)

@@ -46,8 +46,8 @@ def load(name: str, tree: Path, model: str, lengths: list[int]) -> Checkout:
     import sparsex_jax
 
     shapes = dataclasses.replace(bench_e2e.named_config(model), max_position=max(lengths))
-    # Each length leaves its stored pieces, a prefix and the last prompt behind.
-    engine = sparsex_jax.Engine.from_config(shapes, dtype="bfloat16", store_tokens=3 * sum(lengths))
+    # The pieces and the prefix of one length, and a prompt that runs; what is older is evicted.
+    engine = sparsex_jax.Engine.from_config(shapes, dtype="bfloat16", store_tokens=3 * max(lengths) + 4096)
     del sys.path[: len(places)]
     if not Path(sparsex_jax.__file__).is_relative_to(tree):
         raise SystemExit(f"{tree} was to be imported, but {sparsex_jax.__file__} was")

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
@@ -25,6 +26,11 @@ from sparsex_jax.reuse.plan import PrefillPlan, PrefillState
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_prefill
 
 _sample_step = jax.jit(sample_step)
+
+
+@jax.jit
+def _are_finite(logits: Float[Array, "requests vocab"]) -> Bool[Array, "requests"]:
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 class PrefillRun:
@@ -125,6 +131,10 @@ class Runner:
     ) -> Sampled:
         """Sample from prefill logits the tokens that will stand at these positions: one step, on the host."""
         return jax.device_get(_sample_step(logits, sampling, position))
+
+    def are_finite(self, logits: Float[Array, "requests vocab"]) -> Bool[np.ndarray, "requests"]:
+        """Whether all logits of each line are finite. Waits for the device."""
+        return np.asarray(_are_finite(logits))
 
     def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
         """Up to `steps` tokens for each sequence of the state, at most the engine's `decode_steps`; -1 behind a

@@ -4,7 +4,8 @@
     stages            | chunk | chunk |  chunk  |           the rest           |     chunk     |
 
 What stands before the first reused token is computed exactly, whatever comes behind it, since attention is causal.
-So it can be cut anywhere: each chunk is a plain plan whose prefix is what the chunks before it computed.
+So it can be cut anywhere: each chunk is a plain plan whose prefix is what the chunks before it computed. Only full
+chunks are cut off in front of a reused token: every plan reads all weights, and a few tokens are not worth that.
 
 The rest is one plan. Which of its reused tokens are recomputed depends on the attention of *all* its fresh tokens at
 the boundary layer; cut in two, the first part would choose without the second part's queries, and most often the
@@ -44,7 +45,7 @@ def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) ->
     elif plan.num_rows <= most:
         parts = [plan]
     else:
-        lead = prompt.exact_frontier
+        lead = first + (prompt.exact_frontier - first) // most * most
         parts = [*_chunks(tokens, first, lead, pages, most), _behind(plan, lead)]
     if prompt.reused.any():
         parts += _chunks(tokens, len(prompt), len(tokens), pages, most)

@@ -12,7 +12,7 @@ from jax import Array
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import Runner
-from sparsex_jax.device.sampling import Sampled
+from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.device.state import decode_state, sampling_arrays
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.scheduler.sequence import Sequence
@@ -40,7 +40,7 @@ class Prefilled(NamedTuple):
     """What came of a plan.
 
     Attributes:
-      sampled: the token behind each sequence's stage, as NumPy arrays.
+      sampled: the token behind each sequence's stage, as NumPy arrays; no tokens if no sequence of the plan wants one.
       computed: for each sequence, which of its tokens each phase computed, `[phases, tokens]`.
       logits: float32 `[sequences, vocab]`, on the device.
     """
@@ -113,8 +113,8 @@ class Execution:
     def prefill(self, sequences: list[Sequence], layers: int | None = None) -> Prefilled | None:
         """Run the next stage of each sequence in one plan, or the next `layers` of it. None while layers are left.
 
-        What fails on the device raises here: a token is sampled behind chunks too, and a plan that rests between two
-        layers is waited for.
+        What fails on the device raises here: the logits behind chunks are looked at too, and a plan that rests between
+        two layers is waited for.
         """
         run = sequences[0].run or self._runner.begin([sequence.stages[0] for sequence in sequences])
         self._runner.advance(run, layers)
@@ -124,7 +124,9 @@ class Execution:
             return None
         assert run.logits is not None
         self._copy_texts(sequences)
-        return Prefilled(self._first_tokens(run.logits, sequences), run.computed(), run.logits)
+        wanted = any(len(one.stages) == 1 and one.output.max_new_tokens for one in sequences)
+        sampled = self._first_tokens(run.logits, sequences) if wanted else self._no_tokens(run.logits)
+        return Prefilled(sampled, run.computed(), run.logits)
 
     def _copy_texts(self, sequences: list[Sequence]) -> None:
         """Copy the texts to remember that are computed now away from their preambles, as they are."""
@@ -138,6 +140,12 @@ class Execution:
         places = np.arange(len(sequence.prompt) - sequence.num_copied, len(sequence.prompt))
         slots = slots_of(sequence.pages, places, self._runner.engine.page_size)
         return Segment(0, sequence.num_copied, 0, slots, exact=True)
+
+    def _no_tokens(self, logits: Array) -> Sampled:
+        """What sampling says of logits whose tokens are not wanted: whether they are finite. It takes none of sampling's
+        arrays, which makes it 2 ms faster on a GPU."""
+        finite = self._runner.are_finite(logits)
+        return Sampled(np.where(finite, -1, NON_FINITE)[:, None].astype(np.int32), None)
 
     def _first_tokens(self, logits: Array, sequences: list[Sequence]) -> Sampled:
         """Sample the token behind each sequence's prompt and answer so far."""

@@ -11,7 +11,7 @@ skipped. So one compiled program a row bucket serves every method.
 Between two boundaries the rows stay the same, and the loop says so: an outer loop crosses a boundary, an inner one
 runs the layers up to the next. What layers derive from the rows alone (addresses, rotations, tiles of the kernels) is
 then computed once a phase. A single scan whose every layer asks whether a boundary stands before it computes that
-again for every layer and copies the hidden states through the question: up to 39 % slower on an H100, most where few
+again for every layer and copies the hidden states through the question: 2 to 20 % slower on an H100, most where few
 rows run (`scripts/results/scan-*.json`).
 """
 

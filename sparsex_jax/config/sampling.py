@@ -30,7 +30,7 @@ class SamplingParams:
       presence_penalty: taken from the logits of tokens that are in the answer, in [-2, 2].
       frequency_penalty: taken from them once for each time that they are, in [-2, 2].
       logit_bias: what is added to the logits of these token ids, in [-100, 100]; at most 1024 of them.
-      logprobs: report the log-probability of each new token and of so many most probable ones, 0 to 20. They are the
+      logprobs: report the log-probability of each new token and of this many most probable ones, 0 to 20. They are the
         model's own, before anything above changes them. None reports nothing.
 
     Temperature and filters come after bias and penalties, in the order min_p, top_k, top_p; each sees what the one

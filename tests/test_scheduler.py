@@ -4,6 +4,7 @@ The order of plans is what is tested, not time: a P for each prefill plan, or a 
 decode dispatch.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
 
@@ -225,6 +226,35 @@ def test_engine_calls_get_on_with_what_runs_in_the_loop(call):
     ticket.cancel()
     run(engine.loop)
     assert stream == make_engine().generate(TEXT[:20], SamplingParams(300, ignore_eos=True)).token_ids[: len(stream)]
+    assert idle(engine)
+
+
+def test_a_listener_that_calls_the_engine_is_refused_and_its_request_cancelled():
+    engine, errors = make_engine(), []
+
+    def listener(event):
+        try:
+            engine.prefill(TEXT[:5], keep=False)
+        except RuntimeError as error:
+            errors.append(str(error))
+            raise
+
+    engine.loop.submit(TEXT[:20], SamplingParams(max_new_tokens=9, ignore_eos=True), listener=listener, keep=False)
+    run(engine.loop)
+    assert len(errors) == 1
+    assert "listeners may only submit" in errors[0]
+    assert engine.loop.stats.cancelled == 1
+    assert idle(engine)
+
+
+def test_calls_from_two_threads_take_turns_by_rounds():
+    engine = make_engine()
+    sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    prompts = [TEXT[at : at + 30] for at in range(0, 240, 30)]
+    expected = [make_engine().generate(prompt, sampling, keep=False).token_ids for prompt in prompts]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        outs = list(threads.map(lambda prompt: engine.generate(prompt, sampling, keep=False).token_ids, prompts))
+    assert outs == expected
     assert idle(engine)
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,20 @@ def _score(
     def no_signal(store: Array) -> tuple[Array, Array]:
         return store, jnp.zeros(len(boundary.hidden))
 
-    return lax.switch(number + 1, [no_signal, *(functools.partial(signal, boundary) for signal in signals)], store)
+    def by(signal: Signal) -> Callable[[Array], tuple[Array, Array]]:
+        return lambda store: _checked(signal, *signal(boundary, store), len(boundary.hidden))
+
+    return lax.switch(number + 1, [no_signal, *map(by, signals)], store)
+
+
+def _checked(signal: Signal, store: Store, scores: Scores, num_rows: int) -> tuple[Store, Scores]:
+    """What a signal returned; a score that is NaN is the lowest."""
+    if jnp.shape(scores) != (num_rows,):
+        name = getattr(signal, "__name__", repr(signal))
+        raise TypeError(
+            f"signal {name} returned scores of shape {jnp.shape(scores)}; it must be ({num_rows},), a row each"
+        )
+    return store, jnp.nan_to_num(scores.astype(jnp.float32), nan=jnp.finfo(jnp.float32).min)
 
 
 def _choose(

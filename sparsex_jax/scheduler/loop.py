@@ -34,6 +34,7 @@ from sparsex_jax.errors import OverloadedError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.counts import Counts, LoopStats
 from sparsex_jax.scheduler.execution import Dispatch, Execution, Prefilled
+from sparsex_jax.scheduler.interrupts import interrupts_at_the_end
 from sparsex_jax.scheduler.isolation import Isolation
 from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
 from sparsex_jax.scheduler.requests import Requests
@@ -98,7 +99,7 @@ class Loop:
           StoreFullError: the store could not hold prompt and answer even if nothing else were in it.
           OverloadedError: too many wait already; says when to try again.
         """
-        sampling = sampling or SamplingParams()
+        sampling = SamplingParams() if sampling is None else sampling
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
@@ -211,7 +212,7 @@ class Loop:
     def _one_round(self) -> Iterator[None]:
         """Rounds of several threads come one after the other, and a listener cannot begin one within another."""
         self._refuse_listeners()
-        with self._round:
+        with interrupts_at_the_end(), self._round:
             self._stepper = threading.get_ident()
             try:
                 yield

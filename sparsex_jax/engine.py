@@ -284,6 +284,11 @@ class Engine:
         self.loop.requests.reuse = reuse
 
     @property
+    def max_context(self) -> int:
+        """Tokens that a prompt and its answer can have together: what the model takes and the store holds."""
+        return min(self.model.max_position, self.config.num_pages * self.config.page_size)
+
+    @property
     def cache(self) -> PageCache:
         """What is in the store."""
         return self.admission.cache

@@ -283,7 +283,7 @@ def quality(
     tasks: Annotated[
         str,
         typer.Option(
-            help="niah, mq_niah, mk_niah, vt, cwe, fwe, qa, chat, agents, notes_codes, notes_people, notes_years; by commas."
+            help="niah, mq_niah, mk_niah, vt, cwe, fwe, qa, chat, agents, notes_(codes, people, years); by commas."
         ),
     ] = ("vt,mq_niah"),
     regimes: Annotated[str, typer.Option(help="How segments are stored: joint, independent, preamble, context.")] = (

@@ -1,5 +1,8 @@
 """Shared fixtures. Eight virtual CPU devices, so that sharded engines are tested on any machine."""
 
+import contextlib
+import dataclasses
+import functools
 import importlib.util
 import os
 
@@ -13,7 +16,11 @@ if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in 
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from sparsex_jax import Engine, ModelConfig  # noqa: E402  (devices are fixed at the first use of jax)
+# Devices are fixed at the first use of jax.
+from sparsex_jax import Engine, EngineConfig, ModelConfig  # noqa: E402
+from sparsex_jax.device.runner import Runner  # noqa: E402
+from sparsex_jax.model.sharding import make_mesh  # noqa: E402
+from sparsex_jax.model.weights import Params, random_params  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,7 +61,55 @@ TALKING = ModelConfig(
 )
 
 
+# The shapes of the fixture `tiny`. A prefill program takes seconds to compile, so tests that are not about shapes use
+# this model and these shapes.
+CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)
+
+
+@functools.cache
+def tiny_params() -> Params:
+    """Random weights of `TINY` on one device. Engines share them, since none changes them."""
+    return random_params(TINY, "float32", make_mesh())
+
+
+class SameShapes(Runner):
+    """Runs any engine of `TINY` on the store and the shapes of `CONFIG`, so that it needs no programs of its own.
+
+    The host sees the engine's own configuration: how many pages there are, and how many sequences share a plan.
+    """
+
+    def __init__(self, model, engine, params, mesh):
+        self._device = dataclasses.replace(CONFIG, dtype=engine.dtype)
+        super().__init__(model, self._device, params, mesh)
+        self.engine = engine
+
+    def start_decode(self, state, steps):
+        with self._as_device():
+            return super().start_decode(state, steps)
+
+    def recover(self):
+        with self._as_device():
+            return super().recover()
+
+    @contextlib.contextmanager
+    def _as_device(self):
+        asked, self.engine = self.engine, self._device
+        try:
+            yield
+        finally:
+            self.engine = asked
+
+
+def tiny_engine(params: Params | None = None, **changes) -> Engine:
+    """An engine of `TINY` with changes to `CONFIG` that only the host can tell, such as few pages."""
+    config = dataclasses.replace(CONFIG, **changes)
+    assert (config.page_size, config.chunk_rows, config.dtype) == (CONFIG.page_size, CONFIG.chunk_rows, CONFIG.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsex_jax.engine.Runner", SameShapes)
+        return Engine(TINY, tiny_params() if params is None else params, config=config)
+
+
 @pytest.fixture
 def tiny() -> Engine:
     """A small random model with pages of 16 tokens and an empty store."""
-    return Engine.from_config(TINY, store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)
+    return Engine(TINY, tiny_params(), config=CONFIG)

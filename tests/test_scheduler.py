@@ -9,7 +9,7 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, tiny_engine, tiny_params
 
 from sparsex_jax import (
     Engine,
@@ -19,23 +19,16 @@ from sparsex_jax import (
     SamplingParams,
     StoreFullError,
 )
-from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.methods import Phase
 from sparsex_jax.scheduler.chunks import layers_within
 from sparsex_jax.scheduler.sequence import State
 
-CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)  # as the fixture `tiny` has it
-PARAMS = random_params(TINY, "float32", make_mesh())
+PARAMS = tiny_params()
 POISONED = dataclasses.replace(PARAMS, embed=PARAMS.embed.at[96].set(np.nan))  # a prompt with token 96 has NaN logits
 TEXT = np.random.default_rng(3).integers(1, 96, 9000).astype(np.int32)
 SPARSE = ReuseConfig("sparsex", boundary_layer=2, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
 PREFIX = ReuseConfig("prefix")
 FULL = ReuseConfig("full")
-
-
-def make_engine(params=PARAMS, **changes):
-    return Engine(TINY, params, config=dataclasses.replace(CONFIG, **changes))
 
 
 def hear(loop, prompt, new_tokens, **options):
@@ -139,7 +132,7 @@ def test_layers_that_cost_as_much_as_a_chunk():
 
 
 def test_a_prefill_cut_by_layers_gives_the_same():
-    whole, cut = make_engine(prefill_tokens=512), make_engine(prefill_tokens=64)
+    whole, cut = tiny_engine(prefill_tokens=512), tiny_engine(prefill_tokens=64)
     outs = []
     for engine, number in ((whole, 1), (cut, 3)):
         prompt = sparse_prompt(engine)
@@ -152,7 +145,7 @@ def test_a_prefill_cut_by_layers_gives_the_same():
 
 
 def test_one_prefill_at_a_time_is_cut_by_layers_and_chunks_take_turns_with_it():
-    engine = make_engine(prefill_tokens=64)
+    engine = tiny_engine(prefill_tokens=64)
     prompt = sparse_prompt(engine)
     heard = [hear(engine.loop, prompt[at:], 3, reuse=SPARSE, keep=False)[0] for at in (0, 1)]
     chunked, _ = hear(engine.loop, TEXT[1000:1200], 3, reuse=FULL, keep=False)
@@ -169,7 +162,7 @@ def test_one_prefill_at_a_time_is_cut_by_layers_and_chunks_take_turns_with_it():
 
 @pytest.mark.parametrize("end", ["cancel", "fail", "lose the store"])
 def test_what_ends_in_the_middle_of_a_cut_prefill_gives_all_back(end):
-    engine = make_engine(prefill_tokens=64)
+    engine = tiny_engine(prefill_tokens=64)
     prompt, before = sparse_prompt(engine), engine.stats()
     loop, events = engine.loop, []
     ticket = loop.submit(prompt, SamplingParams(5), reuse=SPARSE, keep=False, listener=events.append)
@@ -195,7 +188,7 @@ def test_what_ends_in_the_middle_of_a_cut_prefill_gives_all_back(end):
 
 
 def test_a_cut_prefill_that_is_preempted_begins_anew():
-    engine = make_engine(prefill_tokens=64)
+    engine = tiny_engine(prefill_tokens=64)
     prompt = sparse_prompt(engine)
     expected = engine.generate(prompt, SamplingParams(5, ignore_eos=True), reuse=SPARSE, keep=False)
     order, loop = watch(engine), engine.loop
@@ -215,7 +208,7 @@ def test_a_cut_prefill_that_is_preempted_begins_anew():
 
 @pytest.mark.parametrize("call", ["remember", "prefill", "generate"])
 def test_engine_calls_get_on_with_what_runs_in_the_loop(call):
-    engine = make_engine(prefill_tokens=32)
+    engine = tiny_engine(prefill_tokens=32)
     stream, ticket = hear(engine.loop, TEXT[:20], 300, keep=False)
     engine.loop.step()
     order, before = watch(engine), len(stream)
@@ -224,12 +217,12 @@ def test_engine_calls_get_on_with_what_runs_in_the_loop(call):
     assert len(stream) >= before + 9 * 4
     ticket.cancel()
     run(engine.loop)
-    assert stream == make_engine().generate(TEXT[:20], SamplingParams(300, ignore_eos=True)).token_ids[: len(stream)]
+    assert stream == tiny_engine().generate(TEXT[:20], SamplingParams(300, ignore_eos=True)).token_ids[: len(stream)]
     assert idle(engine)
 
 
 def test_engine_calls_are_not_refused_where_servers_are_full():
-    engine = make_engine(max_waiting=1)
+    engine = tiny_engine(max_waiting=1)
     hear(engine.loop, TEXT[:20], 5)
     outs = engine.generate_batch([TEXT[at : at + 30] for at in range(100, 400, 50)], SamplingParams(3))
     assert [len(out.token_ids) for out in outs] == [3] * 6
@@ -238,7 +231,7 @@ def test_engine_calls_are_not_refused_where_servers_are_full():
 
 @pytest.mark.parametrize("call", ["prefill", "remember"])
 def test_a_prefill_that_fails_in_a_chunk_leaks_no_page(call):
-    engine = make_engine(prefill_tokens=32)
+    engine = tiny_engine(prefill_tokens=32)
     engine.remember(TEXT[:64])
     before, calls, advance = engine.stats(), itertools.count(), engine.runner.advance
 
@@ -258,14 +251,14 @@ def test_a_prefill_that_fails_in_a_chunk_leaks_no_page(call):
 
 @pytest.mark.parametrize("call", ["prefill", "remember", "generate"])
 def test_logits_that_are_not_finite_are_an_error_of_every_call(call):
-    engine = make_engine(POISONED)
+    engine = tiny_engine(POISONED)
     with pytest.raises(NonFiniteLogitsError):
         getattr(engine, call)([*TEXT[:50].tolist(), 96])
     assert (idle(engine), engine.stats()["free"]) == (True, engine.stats()["pages"])
 
 
 def test_if_one_prompt_of_a_batch_fails_the_others_are_cancelled_and_not_kept():
-    engine = make_engine(POISONED)
+    engine = tiny_engine(POISONED)
     prompts = [TEXT[:100], [*TEXT[100:200].tolist(), 96], TEXT[300:400]]
     with pytest.raises(NonFiniteLogitsError):
         engine.generate_batch(prompts, SamplingParams(max_new_tokens=300, ignore_eos=True))
@@ -275,7 +268,7 @@ def test_if_one_prompt_of_a_batch_fails_the_others_are_cancelled_and_not_kept():
 
 
 def test_what_can_never_fit_is_refused_before_anything_runs():
-    engine = make_engine(store_tokens=160)
+    engine = tiny_engine(store_tokens=160)
     order = watch(engine)
     with pytest.raises(StoreFullError, match="KV for 164 tokens, 11 pages of 16; store_tokens=160 gives 10"):
         engine.generate_batch([TEXT[:20], TEXT[:100]], SamplingParams(65))
@@ -288,7 +281,7 @@ def test_what_can_never_fit_is_refused_before_anything_runs():
 
 
 def test_a_prefilled_prompt_is_held_while_the_context_is_open():
-    engine = make_engine(store_tokens=33 * 16)
+    engine = tiny_engine(store_tokens=33 * 16)
     with engine.prefilled(TEXT[:400], reuse=FULL) as held:
         assert (held.state, len(held.pages), held.num_computed) == (State.HELD, 25, 400)
         assert not engine.loop.step()
@@ -302,7 +295,7 @@ def test_a_prefilled_prompt_is_held_while_the_context_is_open():
 
 
 def test_a_text_whose_beginning_is_forgotten_meanwhile_is_computed_anew():
-    engine = make_engine(prefill_tokens=32)
+    engine = tiny_engine(prefill_tokens=32)
     first = engine.remember(TEXT[:64])
     events = []
     engine.loop.remember(TEXT[:200], listener=events.append)
@@ -334,7 +327,7 @@ def test_how_many_sequences_run_at_once(options, platform, number):
 
 
 def test_few_share_a_plan_and_more_decode_together():
-    engine = make_engine(max_num_seqs=6, max_prefill_seqs=2)
+    engine = tiny_engine(max_num_seqs=6, max_prefill_seqs=2)
     plans, begin = [], engine.runner.begin
     engine.runner.begin = lambda requests: plans.append(len(requests)) or begin(requests)
     for at in range(0, 400, 50):

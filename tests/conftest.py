@@ -19,6 +19,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Devices are fixed at the first use of jax.
 from sparsex_jax import Engine, EngineConfig, ModelConfig  # noqa: E402
 from sparsex_jax.device.runner import Runner  # noqa: E402
+from sparsex_jax.eval import lexicon  # noqa: E402
 from sparsex_jax.model.sharding import make_mesh  # noqa: E402
 from sparsex_jax.model.weights import Params, random_params  # noqa: E402
 
@@ -107,6 +108,25 @@ def tiny_engine(params: Params | None = None, **changes) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparsex_jax.engine.Runner", SameShapes)
         return Engine(TINY, tiny_params() if params is None else params, config=config)
+
+
+def sharded_tiny(devices: int) -> Engine:
+    """An engine of `TINY` on a mesh of this many devices."""
+    return Engine.from_config(TINY, mesh=make_mesh(devices), **vars(CONFIG))
+
+
+@functools.cache
+def closed_model() -> ModelConfig:
+    """`TINY` over the closed vocabulary of the generated tasks, in three row buckets."""
+    return dataclasses.replace(TINY, vocab_size=len(lexicon.vocabulary()), max_position=2048)
+
+
+def closed_engine(max_num_seqs: int) -> Engine:
+    """Random weights over the closed vocabulary, and its tokenizer. All tests of benches share its shapes."""
+    options = {"store_tokens": 2048, "page_size": 16, "chunk_rows": 128, "max_prefill_seqs": 2}
+    engine = Engine.from_config(closed_model(), max_num_seqs=max_num_seqs, **options)
+    engine.tokenizer = lexicon.ruler_tokenizer()
+    return engine
 
 
 @pytest.fixture

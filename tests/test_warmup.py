@@ -12,13 +12,12 @@ from sparsex_jax.device.compilation import keep_on_disk, num_compilations
 from sparsex_jax.scheduler import warmup
 
 TEXT = np.random.default_rng(5).integers(1, 90, 4000).astype(np.int32)
-# Another model than that of other tests, so that nothing of it is compiled yet.
 MODEL = dataclasses.replace(TINY, eos_token_ids=(94, 95, 96))
 
 
-def make_engine(reuse=None, max_num_seqs=2):
+def make_engine(reuse=None, max_num_seqs=2, model=MODEL):
     """With two row buckets only, since each has programs of its own."""
-    engine = Engine.from_config(MODEL, store_tokens=2048, page_size=16, max_num_seqs=max_num_seqs, chunk_rows=256)
+    engine = Engine.from_config(model, store_tokens=2048, page_size=16, max_num_seqs=max_num_seqs, chunk_rows=256)
     engine.reuse = reuse or engine.reuse
     return engine
 

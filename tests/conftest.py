@@ -74,40 +74,47 @@ def tiny_params() -> Params:
 
 
 class SameShapes(Runner):
-    """Runs any engine of `TINY` on the store and the shapes of `CONFIG`, so that it needs no programs of its own.
+    """Runs an engine on the store and the shapes of another one's configuration, and so on its compiled programs.
 
     The host sees the engine's own configuration: how many pages there are, and how many sequences share a plan.
     """
 
+    device = CONFIG
+
     def __init__(self, model, engine, params, mesh):
-        self._device = dataclasses.replace(CONFIG, dtype=engine.dtype)
-        super().__init__(model, self._device, params, mesh)
+        self._shaped = dataclasses.replace(self.device, dtype=engine.dtype)
+        super().__init__(model, self._shaped, params, mesh)
         self.engine = engine
 
     def start_decode(self, state, steps):
-        with self._as_device():
+        with self._as_shaped():
             return super().start_decode(state, steps)
 
     def recover(self):
-        with self._as_device():
+        with self._as_shaped():
             return super().recover()
 
     @contextlib.contextmanager
-    def _as_device(self):
-        asked, self.engine = self.engine, self._device
+    def _as_shaped(self):
+        asked, self.engine = self.engine, self._shaped
         try:
             yield
         finally:
             self.engine = asked
 
 
-def tiny_engine(params: Params | None = None, **changes) -> Engine:
-    """An engine of `TINY` with changes to `CONFIG` that only the host can tell, such as few pages."""
-    config = dataclasses.replace(CONFIG, **changes)
-    assert (config.page_size, config.chunk_rows, config.dtype) == (CONFIG.page_size, CONFIG.chunk_rows, CONFIG.dtype)
+def same_shapes(model: ModelConfig, params: Params, device: EngineConfig, **changes) -> Engine:
+    """An engine with changes to a configuration that only the host can tell, such as few pages."""
+    config = dataclasses.replace(device, **changes)
+    assert (config.page_size, config.chunk_rows, config.dtype) == (device.page_size, device.chunk_rows, device.dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsex_jax.engine.Runner", SameShapes)
-        return Engine(TINY, tiny_params() if params is None else params, config=config)
+        patch.setattr("sparsex_jax.engine.Runner", type("Shaped", (SameShapes,), {"device": device}))
+        return Engine(model, params, config=config)
+
+
+def tiny_engine(params: Params | None = None, **changes) -> Engine:
+    """An engine of `TINY` on the programs of the fixture `tiny`."""
+    return same_shapes(TINY, tiny_params() if params is None else params, CONFIG, **changes)
 
 
 def sharded_tiny(devices: int) -> Engine:
@@ -121,10 +128,11 @@ def closed_model() -> ModelConfig:
     return dataclasses.replace(TINY, vocab_size=len(lexicon.vocabulary()), max_position=2048)
 
 
-def closed_engine(max_num_seqs: int) -> Engine:
-    """Random weights over the closed vocabulary, and its tokenizer. All tests of benches share its shapes."""
-    options = {"store_tokens": 2048, "page_size": 16, "chunk_rows": 128, "max_prefill_seqs": 2}
-    engine = Engine.from_config(closed_model(), max_num_seqs=max_num_seqs, **options)
+def closed_engine(number: int) -> Engine:
+    """Random weights over the closed vocabulary, and its tokenizer, for so many sequences at once."""
+    device = EngineConfig(store_tokens=2048, page_size=16, chunk_rows=128, max_num_seqs=2, max_prefill_seqs=2)
+    params = random_params(closed_model(), "float32", make_mesh())
+    engine = same_shapes(closed_model(), params, device, max_num_seqs=number, max_prefill_seqs=number)
     engine.tokenizer = lexicon.ruler_tokenizer()
     return engine
 

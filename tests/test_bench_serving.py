@@ -78,7 +78,7 @@ def test_every_method_gets_the_same_requests_at_the_same_times(tokenizer, monkey
 
     submit = Loop.submit
     monkeypatch.setattr(Loop, "submit", watched)
-    bench = bench_serving.Bench(closed_engine(max_num_seqs=1), 4)
+    bench = bench_serving.Bench(closed_engine(1), 4)
     workload = make_workload("rag", tokenizer, SIZE, 0)
     options = argparse.Namespace(rate=20.0, seed=0)
     rate, runs = bench_serving.compare(

@@ -38,7 +38,7 @@ def model():
 @pytest.fixture(scope="module")
 def engine():
     """Its random weights answer nothing, so only agreement can be a target."""
-    return closed_engine(max_num_seqs=1)
+    return closed_engine(1)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def engine():
-    return closed_engine(max_num_seqs=2)
+    return closed_engine(2)
 
 
 def sample_of(task, seed=0, tokens=300, segments=4, questions=1):

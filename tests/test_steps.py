@@ -64,9 +64,9 @@ def test_prefill_does_not_copy_the_store(big_store):
 def test_a_prefill_may_rest_between_any_two_layers(devices):
     engine = sharded_tiny(devices)
     rng = np.random.default_rng(devices)
-    document = rng.integers(0, 97, 200)
+    document = rng.integers(0, 97, 80)
     engine.remember(document)
-    prompt = np.array([*rng.integers(0, 97, 30), *document, *rng.integers(0, 97, 20)])
+    prompt = np.array([*rng.integers(0, 97, 30), *document, *rng.integers(0, 97, 10)])  # in the bucket of the document
     whole = engine.prefill(prompt, keep=False).logits
     programs, advance = prefill._cache_size(), engine.runner.advance
     engine.runner.advance = lambda run, _: [advance(run, layers) for layers in (1, 2, 9)]

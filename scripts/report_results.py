@@ -291,6 +291,22 @@ def speed_headline(document: Document) -> str:
     return times_table(document, HEADLINE_TIMES) + "\n" + one_line(document)
 
 
+def checkouts(document: Document) -> str:
+    """Milliseconds of two checkouts, and how many times as long the later one takes: for each method, by length."""
+    cells: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in document["rows"]:
+        cells[row["method"]][row["tokens"]] = row
+    lengths = list(dict.fromkeys(row["tokens"] for row in document["rows"]))
+    lines = [[method, *(checkout_cell(by_length[length]) for length in lengths)] for method, by_length in cells.items()]
+    before, after = document["commits"]["before"], document["commits"]["after"]
+    head = f"{provenance(document)}* Commits: before {before}, after {after}\n\n"
+    return head + table(["ms before / after (ratio)", *(f"{length} tokens" for length in lengths)], lines)
+
+
+def checkout_cell(row: Row) -> str:
+    return f"{row['before_ms']:.1f} / {row['after_ms']:.1f} ({row['ratio']:.2f})"
+
+
 # Kernels ----------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +507,7 @@ VIEWS: dict[str, View] = {
     "serving": serving,
     "drift": drift,
     "calibration": calibration,
+    "checkouts": checkouts,
     "training": training,
     "tpu_compiled": tpu_compiled,
     "tpu_vmem": tpu_vmem,

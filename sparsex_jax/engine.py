@@ -174,7 +174,8 @@ class Engine:
           sampling, namespace: one for all prompts, or one for each.
           return_logits: give the logits of each first token too.
         """
-        samplings = _of_each("sampling", SamplingParams, sampling or SamplingParams(), len(prompts))
+        sampling = SamplingParams() if sampling is None else sampling
+        samplings = _of_each("sampling", SamplingParams, sampling, len(prompts))
         namespaces = _of_each("namespace", str, namespace, len(prompts))
         options: dict[str, Any] = {"reuse": reuse, "keep": keep, "wants_logits": return_logits}
         sequences = [
@@ -248,7 +249,9 @@ class Engine:
     def forget(self, handle: int) -> None:
         """Stop serving what `remember` stored. Raises UnknownHandleError if it is not there (any more).
 
-        Sequences that use it at that moment finish, and are not kept.
+        Sequences that use it at that moment finish, and what they commit later is not kept. Prompts that held the text
+        and were committed before keep their own copy of it, and go on serving that: to make a text unfindable
+        everywhere, ask about it with `keep=False`, or in a namespace of its own.
         """
         self.admission.forget(handle)
 
@@ -279,6 +282,11 @@ class Engine:
     @reuse.setter
     def reuse(self, reuse: ReuseConfig) -> None:
         self.loop.requests.reuse = reuse
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that a prompt and its answer can have together: what the model takes and the store holds."""
+        return min(self.model.max_position, self.config.num_pages * self.config.page_size)
 
     @property
     def cache(self) -> PageCache:

@@ -4,8 +4,13 @@ The order of plans is what is tested, not time: a P for each prefill plan, or a 
 decode dispatch.
 """
 
+import _thread
+import concurrent.futures
+import contextlib
 import dataclasses
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from conftest import TINY, tiny_engine, tiny_params
 from sparsex_jax import (
     Engine,
     EngineConfig,
+    InvalidRequestError,
     NonFiniteLogitsError,
     ReuseConfig,
     SamplingParams,
@@ -218,6 +224,88 @@ def test_engine_calls_get_on_with_what_runs_in_the_loop(call):
     ticket.cancel()
     run(engine.loop)
     assert stream == tiny_engine().generate(TEXT[:20], SamplingParams(300, ignore_eos=True)).token_ids[: len(stream)]
+    assert idle(engine)
+
+
+def test_a_listener_that_calls_the_engine_is_refused_and_its_request_cancelled():
+    engine, errors = make_engine(), []
+
+    def listener(event):
+        try:
+            engine.prefill(TEXT[:5], keep=False)
+        except RuntimeError as error:
+            errors.append(str(error))
+            raise
+
+    engine.loop.submit(TEXT[:20], SamplingParams(max_new_tokens=9, ignore_eos=True), listener=listener, keep=False)
+    run(engine.loop)
+    assert len(errors) == 1
+    assert "listeners may only submit" in errors[0]
+    assert engine.loop.stats.cancelled == 1
+    assert idle(engine)
+
+
+def test_ctrl_c_comes_between_two_rounds_and_leaks_no_page():
+    engine, rng = make_engine(), np.random.default_rng(0)
+    engine.generate(TEXT[:40], SamplingParams(max_new_tokens=2), keep=False)
+    for _ in range(30):
+        timer = threading.Timer(rng.uniform(0.0, 0.03), _thread.interrupt_main)
+        timer.start()
+        with contextlib.suppress(KeyboardInterrupt):
+            engine.generate_batch([TEXT[:90], TEXT[50:200]], SamplingParams(8, ignore_eos=True), reuse=SPARSE)
+            timer.join()
+            time.sleep(0.01)  # it comes here if the call was faster
+        timer.join()
+        engine.admission.check_books()
+        assert engine.stats()["active"] == 0
+
+
+def test_an_interrupt_of_a_listener_is_not_told_again():
+    engine, told = make_engine(), []
+
+    def listener(event):
+        told.append(event.finish_reason)
+        if event.finish_reason:
+            raise KeyboardInterrupt
+
+    engine.loop.submit(TEXT[:20], SamplingParams(max_new_tokens=3, ignore_eos=True), listener=listener, keep=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(engine.loop)
+    run(engine.loop)
+    assert told.count("length") == 1
+    assert idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("call", "field"),
+    [
+        (lambda engine: engine.generate(TEXT[:5], keep="no"), "keep="),
+        (lambda engine: engine.prefill(TEXT[:5], keep=1), "keep="),
+        (lambda engine: engine.remember(TEXT[:5], frozen="x"), "frozen="),
+        (lambda engine: engine.generate(TEXT[:5], sampling={}), "sampling="),
+        (lambda engine: engine.generate(TEXT[:5], reuse={}), "reuse="),
+        (lambda engine: engine.generate_batch([TEXT[:5]] * 2, sampling=[]), "sampling "),
+        (lambda engine: engine.loop.submit(TEXT[:5], {}, listener=print), "sampling="),
+        (lambda engine: engine.loop.submit(TEXT[:5], listener=None), "listener="),
+        (lambda engine: engine.generate(TEXT[:5], SamplingParams(stop=None)), "stop="),
+        (lambda engine: EngineConfig(frozen_limit="x"), "frozen_limit="),
+    ],
+)
+def test_wrong_arguments_are_named_and_the_engine_goes_on(call, field):
+    engine = make_engine()
+    with pytest.raises(InvalidRequestError, match=f"^{field}"):
+        call(engine)
+    assert len(engine.generate(TEXT[:5], SamplingParams(max_new_tokens=2, ignore_eos=True)).token_ids) == 2
+
+
+def test_calls_from_two_threads_take_turns_by_rounds():
+    engine = make_engine()
+    sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    prompts = [TEXT[at : at + 30] for at in range(0, 240, 30)]
+    expected = [make_engine().generate(prompt, sampling, keep=False).token_ids for prompt in prompts]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        outs = list(threads.map(lambda prompt: engine.generate(prompt, sampling, keep=False).token_ids, prompts))
+    assert outs == expected
     assert idle(engine)
 
 

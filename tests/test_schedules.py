@@ -112,7 +112,15 @@ def test_no_fresh_token_goes_without_kv():
     check(FIRST, Phase(3, some, "probe_mass", 2, probe_layers=5))
 
 
-@pytest.mark.parametrize(("name", "value"), [("budget", -1), ("budget", 1.5), ("pool_tokens", 0)])
+def test_a_pass_over_the_fresh_tokens_is_one_that_its_signal_makes():
+    complaint = refused(FIRST, Phase(0, LAST, "key_mass", 2, probe_layers=LAYERS))
+    assert complaint.endswith("has probe_layers=8, but its signal 'key_mass' runs no layers")
+    # A phase that leaves nothing out asks no signal, so nothing was run through the layers behind it.
+    complaint = refused(FIRST, Phase(0, COMPUTED, "probe_mass", 0, probe_layers=LAYERS), Phase(2, LAST))
+    assert "phase 2 leaves out fresh tokens" in complaint
+
+
+@pytest.mark.parametrize(("name", "value"), [("probe_layers", -1), ("budget", -1), ("budget", 1.5), ("pool_tokens", 0)])
 def test_budgets_are_numbers_of_tokens(name, value):
     assert f"phase 1 has {name}={value}; it must be an integer >= " in refused(FIRST, phase_with(**{name: value}))
 

@@ -138,7 +138,7 @@ def test_the_page_shows_why_the_server_refuses_a_request(page, live):
     page.get_by_label("New tokens").fill("4000")
     page.get_by_label("Message", exact=True).fill("x")
     page.get_by_role("button", name="Send").click()
-    expect(page.get_by_role("alert")).to_contain_text("the model's limit is 2048")
+    expect(page.get_by_role("alert")).to_contain_text("the limit is 2048")
 
 
 @in_a_browser

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from conftest import TINY, sharded_tiny
 
-from sparsex_jax import Engine, ReuseConfig, SamplingParams, SparseX
+from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams, SparseX
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.prefill import align, embed_rows, prefill, top_rows
-from sparsex_jax.device.signals import SIGNALS
+from sparsex_jax.device.signals import BUILT_IN, SIGNALS, signal, signals_for
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS
@@ -87,6 +87,17 @@ def test_every_method_runs_on_one_program_a_bucket(tiny):
             prompt = np.array([*rng.integers(0, 97, 10), *document[:length], 1, 2])
             engine.prefill(prompt, reuse=ReuseConfig(str(name)), keep=False)
     assert prefill._cache_size() - before == len(engine.runner.shapes.buckets) - 2  # the largest is for longer ones
+
+
+def test_a_signal_of_ones_own_is_in_the_prefills_that_ask_for_it_only():
+    with pytest.raises(InvalidRequestError, match="'key_mass' is a signal of this package"):
+        signal("key_mass")
+    signal("own")(lambda boundary, store: (store, boundary.given))
+    try:
+        assert list(signals_for(["own", None, "unknown"])) == [*BUILT_IN, "own"]
+        assert signals_for([None]) == BUILT_IN
+    finally:
+        del SIGNALS["own"]
 
 
 def test_decode_does_not_copy_the_store(big_store):

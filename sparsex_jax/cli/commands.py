@@ -280,9 +280,12 @@ def _split(names: str) -> list[str]:
 def quality(
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
-    tasks: Annotated[str, typer.Option(help="niah, mq_niah, vt, cwe, fwe, qa, chat, agents; separated by commas.")] = (
-        "vt,mq_niah"
-    ),
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="niah, mq_niah, mk_niah, vt, cwe, fwe, qa, chat, agents, notes_codes, notes_people, notes_years; by commas."
+        ),
+    ] = ("vt,mq_niah"),
     regimes: Annotated[str, typer.Option(help="How segments are stored: joint, independent, preamble, context.")] = (
         "joint,independent"
     ),

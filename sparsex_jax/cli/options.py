@@ -54,7 +54,7 @@ ReuseFile = Annotated[
     Path | None,
     typer.Option(
         "--reuse-config",
-        help="A file that `sparsex calibrate` wrote; the options below win over it.",
+        help="A file that `sparsex calibrate` wrote. Options of reuse that the command has win over it.",
         rich_help_panel=_REUSE,
         show_default=f"{CALIBRATED} in the model's directory",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparsex_jax.config.checks import is_int, require
+from sparsex_jax.config.checks import is_int, is_number, require
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -57,7 +57,8 @@ class EngineConfig:
             self.chunk_rows is None or (is_int(self.chunk_rows) and self.chunk_rows >= 8),
             f"chunk_rows={self.chunk_rows!r} must be an integer >= 8 or None",
         )
-        require(0 < self.frozen_limit <= 1, f"frozen_limit={self.frozen_limit!r} must be in (0, 1]")
+        limit = self.frozen_limit
+        require(is_number(limit) and 0 < limit <= 1, f"frozen_limit={self.frozen_limit!r} must be in (0, 1]")
 
     def resolved(self, platform: str, stored: str | None = None) -> EngineConfig:
         """With a concrete dtype in place of `auto`.

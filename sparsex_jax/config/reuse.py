@@ -101,13 +101,19 @@ class ReuseConfig(metaclass=_Called):
         """A class that is defined with a name is registered under it: `class SparseX(Method, name="sparsex")`."""
         super().__init_subclass__(**options)
         if name is not None:
+            taken = name in METHODS and METHODS[name].__module__.startswith(f"{__package__.partition('.')[0]}.")
+            require(not taken, f"name={name!r} is a method of this package; another one needs a name of its own")
             cls.method = name
             METHODS[name] = cls
 
     def updated(self, **given: Any) -> ReuseConfig:
-        """A copy with these options. If they name another `method`, its other options have their defaults."""
+        """A copy with these options. If they name another `method`, it keeps the options that all methods have, and its
+        own have their defaults."""
         name = given.pop("method", self.method)
-        return dataclasses.replace(self, **given) if name == self.method else ReuseConfig(name, **given)
+        if name == self.method:
+            return dataclasses.replace(self, **given)
+        shared = {option: getattr(self, option) for option in _options_of(ReuseConfig)}
+        return ReuseConfig(name, **shared | given)
 
     def to_dict(self) -> dict[str, Any]:
         """The method's name and its options: `ReuseConfig(**config.to_dict()) == config`."""

@@ -30,7 +30,7 @@ class SamplingParams:
       presence_penalty: taken from the logits of tokens that are in the answer, in [-2, 2].
       frequency_penalty: taken from them once for each time that they are, in [-2, 2].
       logit_bias: what is added to the logits of these token ids, in [-100, 100]; at most 1024 of them.
-      logprobs: report the log-probability of each new token and of so many most probable ones, 0 to 20. They are the
+      logprobs: report the log-probability of each new token and of this many most probable ones, 0 to 20. They are the
         model's own, before anything above changes them. None reports nothing.
 
     Temperature and filters come after bias and penalties, in the order min_p, top_k, top_p; each sees what the one
@@ -63,6 +63,7 @@ class SamplingParams:
         require(is_number(self.top_p) and 0 < self.top_p <= 1, f"top_p={self.top_p!r} must be in (0, 1]")
         require(is_int(self.top_k) and self.top_k >= 0, f"top_k={self.top_k!r} must be an integer >= 0")
         require(is_int(self.seed) and 0 <= self.seed < 2**32, f"seed={self.seed!r} must be an integer in [0, 2**32)")
+        require(isinstance(self.stop, (str, list, tuple)), f"stop={self.stop!r} must be a string or a list of strings")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         require(all(isinstance(s, str) and s for s in stop), f"stop={self.stop!r} must be non-empty strings")
         object.__setattr__(self, "stop", stop)

@@ -80,7 +80,7 @@ def half_reused(num_tokens: int, reuse: Method, model: ModelConfig, shapes: Shap
 
 
 def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
-    """The prefill of the bucket that holds so many tokens, which serves every method."""
+    """The prefill of the bucket that holds this number of tokens. It serves every method."""
     shapes = Shapes.of_engine(model, engine, platform="tpu")
     plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
@@ -106,7 +106,7 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
 
 
 def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
-    """The copies of the bucket that holds so many tokens."""
+    """The copies of the bucket that holds this number of tokens."""
     size, _ = Shapes.of_engine(model, engine, platform="tpu").bucket(num_tokens)
     copies = Copies(*[jnp.zeros(size, jnp.int32)] * 3)
     decoder = Decoder(model, Ops(mesh, TPU))

@@ -11,7 +11,7 @@ skipped. So one compiled program a row bucket serves every method.
 Between two boundaries the rows stay the same, and the loop says so: an outer loop crosses a boundary, an inner one
 runs the layers up to the next. What layers derive from the rows alone (addresses, rotations, tiles of the kernels) is
 then computed once a phase. A single scan whose every layer asks whether a boundary stands before it computes that
-again for every layer and copies the hidden states through the question: 3 to 39 % slower on an H100, most where few
+again for every layer and copies the hidden states through the question: up to 31 % slower on an H100, most where few
 rows run (`scripts/results/scan-*.json`).
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,20 @@ def _score(
     def no_signal(store: Array) -> tuple[Array, Array]:
         return store, jnp.zeros(len(boundary.hidden))
 
-    return lax.switch(number + 1, [no_signal, *(functools.partial(signal, boundary) for signal in signals)], store)
+    def by(signal: Signal) -> Callable[[Array], tuple[Array, Array]]:
+        return lambda store: _checked(signal, *signal(boundary, store), len(boundary.hidden))
+
+    return lax.switch(number + 1, [no_signal, *map(by, signals)], store)
+
+
+def _checked(signal: Signal, store: Store, scores: Scores, num_rows: int) -> tuple[Store, Scores]:
+    """What a signal returned; a score that is NaN is the lowest."""
+    if jnp.shape(scores) != (num_rows,):
+        name = getattr(signal, "__name__", repr(signal))
+        raise TypeError(
+            f"signal {name} returned scores of shape {jnp.shape(scores)}; it must be ({num_rows},), a row each"
+        )
+    return store, jnp.nan_to_num(scores.astype(jnp.float32), nan=jnp.finfo(jnp.float32).min)
 
 
 def _choose(
@@ -149,7 +163,7 @@ def pool_scores(
     block        0  0  1  1  1  1      rises within a request; a block never spans two requests
     candidate    x  x  x        x
     scores       2  4  1  9  5  7
-    returns      3  3  1  9  5  7      what is no candidate keeps its score and is in nobody's mean
+    returns      3  3  1  9  5  7      rows that are no candidates keep their score and count in no mean
     """
     starts = jnp.diff(request, prepend=-1).astype(bool) | jnp.diff(block, prepend=-1).astype(bool)
     number = jnp.cumsum(starts) - 1
@@ -184,7 +198,7 @@ def top_rows(
 
     Args:
       request, block: rising; the candidates of one block have one score.
-      budget: no block of a request is begun once so many of its rows are chosen.
+      budget: no block of a request is begun once this number of its rows is chosen.
     """
     order = jnp.lexsort((jnp.where(candidates, -scores, jnp.inf), request))
     place = jnp.arange(len(order))

@@ -17,7 +17,7 @@ from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.device.decode import DecodeState, decode
 from sparsex_jax.device.prefill import align, embed_rows, prefill
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
-from sparsex_jax.device.signals import SIGNALS, Signal
+from sparsex_jax.device.signals import Signal, signals_for
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.store import make_store
@@ -84,9 +84,10 @@ class Runner:
     def begin(self, requests: Sequence[RequestPlan]) -> PrefillRun:
         """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet."""
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
-        plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(SIGNALS))
+        signals = signals_for(phase.signal for phase in requests[0].phases)
+        plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
         state = embed_rows(self.params, rows, decoder=self.decoder)
-        return PrefillRun(requests, plan, state, tuple(SIGNALS.values()))
+        return PrefillRun(requests, plan, state, tuple(signals.values()))
 
     def advance(self, run: PrefillRun, layers: int | None = None) -> None:
         """Send the next `layers` layers on their way, or all that are left. Does not wait for the device."""

@@ -10,13 +10,14 @@ only. What it writes for rows that do not go on stays, so it must be at least as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.decoder import Heads, Hidden, keys_values
 from sparsex_jax.model.layers import ForwardPass, Mass, add_key_mass, run_layer
 from sparsex_jax.reuse.plan import Rows, fold_chunks
@@ -128,24 +129,37 @@ def given(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return store, boundary.given[boundary.rows.index]
 
 
-# By the name that a method's `Phase.signal` uses. All of them are part of every compiled prefill.
-SIGNALS: dict[str, Signal] = {
+# By the name that a method's `Phase.signal` uses. These are part of every compiled prefill.
+BUILT_IN: dict[str, Signal] = {
     "key_mass": key_mass,
     "probe_mass": probe_mass,
     "probe_focus": probe_focus,
     "kv_deviation": kv_deviation,
     "given": given,
 }
+SIGNALS = dict(BUILT_IN)  # and those that `signal` registers
 
 
 def signal(name: str) -> Callable[[Signal], Signal]:
-    """Register a signal of one's own under a name. Prefills that start from then on are compiled with it."""
+    """Register a signal of one's own under a name. It is part of those prefills only that ask for it.
+
+    Raises:
+      InvalidRequestError: a signal of this package has the name.
+    """
+    if name in BUILT_IN:
+        raise InvalidRequestError(f"name={name!r} is a signal of this package; another one needs a name of its own")
 
     def register(score: Signal) -> Signal:
         SIGNALS[name] = score
         return score
 
     return register
+
+
+def signals_for(names: Iterable[str | None]) -> dict[str, Signal]:
+    """The signals to compile a prefill with that asks for these: those of this package, and others among them."""
+    own = {name: SIGNALS[name] for name in sorted(filter(None, names)) if name in SIGNALS and name not in BUILT_IN}
+    return BUILT_IN | own
 
 
 def _refresh_kv(boundary: Boundary, store: Store) -> Store:

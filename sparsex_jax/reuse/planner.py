@@ -52,7 +52,10 @@ class RequestPlan:
         return tuple((phase.start, phase.signal) for phase in self.phases)
 
     def exact_tokens(self, num_layers: int) -> int:
-        """How many prompt tokens have exact KV once prefilled (DESIGN.md, rule 1)."""
+        """How many prompt tokens have exact KV once prefilled: all, or those before the first reused token.
+
+        KV behind a reused token that some layer leaves out is approximate, and never passes for an exact prefix.
+        """
         everyone = int(self.prompt.computed.sum())
         if not any(phase.can_leave_out(everyone) for phase in self.phases if phase.start < num_layers):
             return len(self.prompt)
@@ -93,12 +96,12 @@ class Shapes:
         return self.buckets[-1][0]
 
     def bucket(self, rows: int) -> tuple[int, int]:
-        """The smallest (rows, chunk) that holds so many rows."""
+        """The smallest (rows, chunk) that holds this number of rows."""
         return next(bucket for bucket in self.buckets if bucket[0] >= rows)
 
 
 def needed_phases(requests: Sequence[RequestPlan], num_layers: int) -> list[int]:
-    """The phases that have layers and leave out somebody's token: all plain prefills then share one program."""
+    """Numbers of the phases that have layers and leave out some token of the phase before them; the first always."""
     needed = [0]
     for i, phase in enumerate(requests[0].phases[1:], start=1):
         narrows = any(request.phases[i].can_leave_out(request.phases[needed[-1]].size) for request in requests)

@@ -14,6 +14,7 @@ from sparsex_jax.config.checks import is_int
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.prompt import PromptMap
 
+_WITHOUT_A_PASS = ("key_mass", "kv_deviation", "given")  # signals of this package that run no layers
 MAX_BOUNDARIES = 4  # phases after the first; a shape of the compiled prefill, which is the same for all schedules
 
 
@@ -32,7 +33,8 @@ class Phase:
       pool_tokens: the signal chooses blocks of this many tokens of a segment, by their mean score. It finishes the last
         block that it begins, which may exceed the budget.
       scores: one for each prompt token, not negative; what the signal `given` scores by.
-      probe_layers: how many layers the signal itself runs the fresh tokens through.
+      probe_layers: how many layers the signal itself runs the fresh tokens through. It is a promise: fresh tokens whose
+        KV this pass has written may be left out.
     """
 
     start: int
@@ -115,6 +117,10 @@ def _about_choice(phase: Phase, prompt: PromptMap) -> Iterator[str]:
             yield f"has {name}={value!r}; it must be an integer >= {least}"
     if phase.budget and phase.signal is None:
         yield f"has budget={phase.budget} and no signal to choose by"
+    if not is_int(phase.probe_layers) or phase.probe_layers < 0:
+        yield f"has probe_layers={phase.probe_layers!r}; it must be an integer >= 0"
+    elif phase.probe_layers and (phase.signal is None or phase.signal in _WITHOUT_A_PASS):
+        yield f"has probe_layers={phase.probe_layers}, but its signal {phase.signal!r} runs no layers"
     if phase.signal == "given":
         yield from _about_scores(phase.scores, len(prompt))
 
@@ -138,9 +144,11 @@ def _about_shared_fields(scored: Sequence[Phase]) -> Iterator[str]:
 
 
 def _about_fresh_tokens(phases: Sequence[Phase], prompt: PromptMap, num_layers: int) -> Iterator[str]:
-    """A fresh token that is left out has no KV in the layers behind, unless a signal's pass computed it there."""
+    """A fresh token that is left out has no KV in the layers behind, unless a signal's pass computed it there. A phase
+    that leaves nothing out asks no signal, so there is no pass then."""
     for number, phase in enumerate(phases):
-        if phase.signal is not None and phase.start + phase.probe_layers >= num_layers:
+        asked = number > 0 and phase.signal is not None and phase.can_leave_out(phases[number - 1].size)
+        if asked and phase.start + phase.probe_layers >= num_layers:
             return
         if (prompt.fresh & ~phase.forced).any():
             yield f"phase {number} leaves out fresh tokens, which have no KV in its layers"

@@ -176,9 +176,10 @@ class Admission:
         """Give back all that it holds; it waits. Nothing happens to a sequence that holds nothing."""
         if sequence.is_admitted:
             self.unpin(sequence)
-            self.cache.release([*sequence.pages, *sequence.copy_pages])
+            pages = [*sequence.pages, *sequence.copy_pages]
             self._holders.discard(sequence)
-            sequence.leave()
+            sequence.leave()  # before the pages go, so that they cannot be given back twice
+            self.cache.release(pages)
             self.releases += 1
 
     def finish(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:

@@ -142,8 +142,10 @@ class Execution:
         return Segment(0, sequence.num_copied, 0, slots, exact=True)
 
     def _no_tokens(self, logits: Array) -> Sampled:
-        """What sampling says of logits whose tokens are not wanted: whether they are finite. It takes none of sampling's
-        arrays, which makes it 2 ms faster on a GPU."""
+        """What sampling says of logits whose tokens are not wanted: whether they are finite.
+
+        It takes none of sampling's arrays, which saves 2 ms on a GPU.
+        """
         finite = self._runner.are_finite(logits)
         return Sampled(np.where(finite, -1, NON_FINITE)[:, None].astype(np.int32), None)
 

@@ -11,16 +11,17 @@ One round, `Loop.step`:
 `policy` decides, `execution` computes, `isolation` deals with what fails, `admission` keeps the books of the store.
 
 Everything but `submit`, `remember`, `wait`, `stats` and `Ticket.cancel` belongs to one thread, and so does the engine.
-Listeners run on that thread, in the middle of a round: they must not call the engine.
+Listeners run on that thread, in the middle of a round. They must not call the engine, which raises RuntimeError then.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from typing import Any
 
@@ -33,6 +34,7 @@ from sparsex_jax.errors import OverloadedError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.counts import Counts, LoopStats
 from sparsex_jax.scheduler.execution import Dispatch, Execution, Prefilled
+from sparsex_jax.scheduler.interrupts import interrupts_at_the_end
 from sparsex_jax.scheduler.isolation import Isolation
 from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
 from sparsex_jax.scheduler.requests import Requests
@@ -71,6 +73,8 @@ class Loop:
         self._ids = itertools.count(1)
         self._inbox: list[Sequence] = []
         self._news = threading.Condition()
+        self._round = threading.Lock()
+        self._stepper: int | None = None  # the thread that is in a round
 
     # From any thread ----------------------------------------------------------------------------------------
 
@@ -95,7 +99,7 @@ class Loop:
           StoreFullError: the store could not hold prompt and answer even if nothing else were in it.
           OverloadedError: too many wait already; says when to try again.
         """
-        sampling = sampling or SamplingParams()
+        sampling = SamplingParams() if sampling is None else sampling
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
@@ -158,12 +162,13 @@ class Loop:
 
     def step(self) -> bool:
         """One round of work. False when nothing is running or waiting."""
-        self._take_in()
-        decode = self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
-        prefill = self.policy.prefill_batch()  # while the device decodes
-        self._finish_decode(decode)
-        self._prefill(prefill)
-        return self._report()
+        with self._one_round():
+            self._take_in()
+            decode = self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
+            prefill = self.policy.prefill_batch()  # while the device decodes
+            self._finish_decode(decode)
+            self._prefill(prefill)
+            return self._report()
 
     def complete(self, sequences: Several[Sequence]) -> None:
         """Put sequences in line and step until they are done; whatever else is in line goes on too.
@@ -173,6 +178,7 @@ class Loop:
         Raises:
           Exception: why the first of them failed. The others are cancelled, and what is unfinished is not kept.
         """
+        self._refuse_listeners()
         self._put_in_line(sequences)
         try:
             while any(sequence.state not in _DONE for sequence in sequences):
@@ -186,19 +192,36 @@ class Loop:
 
     def release(self, sequence: Sequence) -> None:
         """Give back the pages of a sequence that was held."""
-        self.admission.finish(sequence, "length")
-        self._report()
+        with self._one_round():
+            self.admission.finish(sequence, "length")
+            self._report()
 
     def recover(self) -> bool:
         """After a failure: whether the KV is lost. Then store and cache are new, and what ran is computed again."""
         return self._isolation.recover()
 
     def _drop(self, sequences: Several[Sequence]) -> None:
-        for sequence in sequences:
-            sequence.cancelled = True
-            self.admission.withdraw(sequence)
-        self._take_in()
-        self._report()
+        with self._one_round():
+            for sequence in sequences:
+                sequence.cancelled = True
+                self.admission.withdraw(sequence)
+            self._take_in()
+            self._report()
+
+    @contextlib.contextmanager
+    def _one_round(self) -> Iterator[None]:
+        """Rounds of several threads come one after the other, and a listener cannot begin one within another."""
+        self._refuse_listeners()
+        with interrupts_at_the_end(), self._round:
+            self._stepper = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._stepper = None
+
+    def _refuse_listeners(self) -> None:
+        if self._stepper == threading.get_ident():
+            raise RuntimeError("a listener called the engine in the middle of a round; listeners may only submit")
 
     def _take_in(self) -> None:
         with self._news:

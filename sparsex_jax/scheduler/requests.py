@@ -49,10 +49,11 @@ class Requests:
           StoreFullError: the store could not hold prompt and answer even if nothing else were in it.
         """
         started = time.perf_counter()
+        _require_type("sampling", sampling, SamplingParams)
         sampling.check_vocabulary(self._model.vocab_size)
         output = self._output(sampling)
         tokens = self.encode(prompt, sampling.max_new_tokens)
-        return self._checked(Sequence(tokens, output, reuse or self.reuse, namespace, keep, started, **options))
+        return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def prefill(
         self, prompt: Prompt, *, reuse: ReuseConfig | None, namespace: str, keep: bool, **options: Any
@@ -60,13 +61,14 @@ class Requests:
         """A sequence that is prefilled only. Arguments and errors as `generation`."""
         started = time.perf_counter()
         tokens, output = self.encode(prompt), self._output(None)
-        return self._checked(Sequence(tokens, output, reuse or self.reuse, namespace, keep, started, **options))
+        return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def remember(
         self, prompt: Prompt, *, namespace: str, frozen: bool, preamble: Prompt | None, **options: Any
     ) -> Sequence:
         """A sequence whose prompt is registered once it is prefilled. Arguments and errors as `Engine.remember`."""
         started = time.perf_counter()
+        _require_type("frozen", frozen, bool)
         text = self.encode(prompt, add_special_tokens=False)
         before = text[:0] if preamble is None else self.encode(preamble)
         length, limit = len(before) + len(text), self._model.max_position
@@ -98,6 +100,17 @@ class Requests:
     def _output(self, sampling: SamplingParams | None) -> Output:
         return Output(sampling, self._model.eos_token_ids, self.tokenizer)
 
+    def _method(self, reuse: ReuseConfig | None) -> ReuseConfig:
+        return self.reuse if reuse is None else reuse
+
     def _checked(self, sequence: Sequence) -> Sequence:
+        _require_type("keep", sequence.keep, bool)
+        if not callable(sequence.listener):
+            raise InvalidRequestError(f"listener={sequence.listener!r} must be callable")
         self._admission.check(sequence)
         return sequence
+
+
+def _require_type(name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise InvalidRequestError(f"{name}={value!r} must be a {kind.__name__}")

@@ -176,6 +176,7 @@ class Sequence:
     finish_reason: str | None = None
     error: Exception | None = None
     _num_told: int = 0  # new tokens that events had
+    _told_end: bool = False
 
     # What it is ---------------------------------------------------------------------------------------------
 
@@ -289,13 +290,14 @@ class Sequence:
 
     @property
     def has_news(self) -> bool:
-        return self.state is State.FINISHED or self._num_told < len(self.output.token_ids)
+        ended = self.state is State.FINISHED and not self._told_end
+        return ended or self._num_told < len(self.output.token_ids)
 
     def news(self) -> Event:
         """What came since this was called last."""
         new = slice(self._num_told, len(self.output.token_ids))
         first = self._num_told == 0 and (new.stop > 0 or self.output.max_new_tokens == 0)
-        self._num_told = new.stop
+        self._num_told, self._told_end = new.stop, self.state is State.FINISHED
         return Event(
             text=self.output.new_text(),
             token_ids=tuple(self.output.token_ids[new]),

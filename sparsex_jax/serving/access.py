@@ -57,7 +57,7 @@ class Quota:
           entries: all that are in the store. What was deleted or evicted counts no more.
 
         Raises:
-          QuotaError: the key may not keep so many tokens more.
+          QuotaError: the key's quota does not allow this number of tokens more.
         """
         own = {entry.handle: entry.num_tokens for entry in entries if entry.handle in self._handles}
         self._handles = set(own)

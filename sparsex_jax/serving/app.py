@@ -120,9 +120,7 @@ class Service:
             raise unknown_model(model, self.model)
 
     def card(self) -> schemas.ModelCard:
-        return schemas.ModelCard(
-            id=self.model, created=self.created, max_model_len=self.worker.engine.model.max_position
-        )
+        return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.worker.engine.max_context)
 
 
 def unknown_model(model: str | None, served: str) -> RequestError:

@@ -65,11 +65,12 @@ class Intake:
         """The ids of text and preamble. Raises RequestError if one is wrong, or both together do not fit."""
         text = self._encode(request.text, "text", special=False)
         preamble = None if request.preamble is None else self._encode(request.preamble, "preamble", special=True)
-        length, limit = len(text) + (0 if preamble is None else len(preamble)), self._engine.model.max_position
-        capacity = min(limit, self._engine.config.num_pages * self._engine.config.page_size)
-        if length > capacity:
+        behind, capacity = 0 if preamble is None else len(preamble), self._engine.max_context
+        copied = len(text) if behind else 0  # the text moves to pages of its own, away from its preamble
+        if behind + len(text) + copied > capacity:
             raise RequestError(
-                f"text and preamble have {length} tokens together; the limit is {capacity}",
+                f"text and preamble have {behind + len(text)} tokens together"
+                f"{', and the text is held twice for a moment' if copied else ''}; the limit is {capacity}",
                 param="text",
                 code="context_length_exceeded",
             )
@@ -129,7 +130,7 @@ class Intake:
           named: the request's field and its value. None: the request has no such field.
           default: used if the request names no number, as far as it fits.
         """
-        context, room = self._engine.model.max_position, self._engine.model.max_position - length
+        context, room = self._engine.max_context, self._engine.max_context - length
         param, wanted = named or ("max_tokens", min(default, max(room, 1), self._limits.max_tokens))
         if wanted > self._limits.max_tokens:
             raise RequestError(
@@ -138,7 +139,7 @@ class Intake:
         if wanted > room:
             raise RequestError(
                 f"the prompt has {length} tokens and {param}={wanted}: together {length + wanted}, "
-                f"and the model's limit is {context}",
+                f"and the limit is {context}, of the model's positions and the store's slots",
                 param=param if length < context else "prompt",
                 code="context_length_exceeded",
             )

@@ -228,7 +228,7 @@ def test_engine_calls_get_on_with_what_runs_in_the_loop(call):
 
 
 def test_a_listener_that_calls_the_engine_is_refused_and_its_request_cancelled():
-    engine, errors = make_engine(), []
+    engine, errors = tiny_engine(), []
 
     def listener(event):
         try:
@@ -246,7 +246,7 @@ def test_a_listener_that_calls_the_engine_is_refused_and_its_request_cancelled()
 
 
 def test_ctrl_c_comes_between_two_rounds_and_leaks_no_page():
-    engine, rng = make_engine(), np.random.default_rng(0)
+    engine, rng = tiny_engine(), np.random.default_rng(0)
     engine.generate(TEXT[:40], SamplingParams(max_new_tokens=2), keep=False)
     for _ in range(30):
         timer = threading.Timer(rng.uniform(0.0, 0.03), _thread.interrupt_main)
@@ -261,7 +261,7 @@ def test_ctrl_c_comes_between_two_rounds_and_leaks_no_page():
 
 
 def test_an_interrupt_of_a_listener_is_not_told_again():
-    engine, told = make_engine(), []
+    engine, told = tiny_engine(), []
 
     def listener(event):
         told.append(event.finish_reason)
@@ -292,17 +292,17 @@ def test_an_interrupt_of_a_listener_is_not_told_again():
     ],
 )
 def test_wrong_arguments_are_named_and_the_engine_goes_on(call, field):
-    engine = make_engine()
+    engine = tiny_engine()
     with pytest.raises(InvalidRequestError, match=f"^{field}"):
         call(engine)
     assert len(engine.generate(TEXT[:5], SamplingParams(max_new_tokens=2, ignore_eos=True)).token_ids) == 2
 
 
 def test_calls_from_two_threads_take_turns_by_rounds():
-    engine = make_engine()
+    engine = tiny_engine()
     sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
     prompts = [TEXT[at : at + 30] for at in range(0, 240, 30)]
-    expected = [make_engine().generate(prompt, sampling, keep=False).token_ids for prompt in prompts]
+    expected = [tiny_engine().generate(prompt, sampling, keep=False).token_ids for prompt in prompts]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         outs = list(threads.map(lambda prompt: engine.generate(prompt, sampling, keep=False).token_ids, prompts))
     assert outs == expected

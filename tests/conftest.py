@@ -1,5 +1,8 @@
 """Shared fixtures. Eight virtual CPU devices, so that sharded engines are tested on any machine."""
 
+import contextlib
+import dataclasses
+import functools
 import importlib.util
 import os
 
@@ -13,7 +16,12 @@ if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in 
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-from sparsex_jax import Engine, ModelConfig  # noqa: E402  (devices are fixed at the first use of jax)
+# Devices are fixed at the first use of jax.
+from sparsex_jax import Engine, EngineConfig, ModelConfig  # noqa: E402
+from sparsex_jax.device.runner import Runner  # noqa: E402
+from sparsex_jax.eval import lexicon  # noqa: E402
+from sparsex_jax.model.sharding import make_mesh  # noqa: E402
+from sparsex_jax.model.weights import Params, random_params  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,7 +62,82 @@ TALKING = ModelConfig(
 )
 
 
+# The shapes of the fixture `tiny`. A prefill program takes seconds to compile, so tests that are not about shapes use
+# this model and these shapes.
+CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)
+
+
+@functools.cache
+def tiny_params() -> Params:
+    """Random weights of `TINY` on one device. Engines share them, since none changes them."""
+    return random_params(TINY, "float32", make_mesh())
+
+
+class SameShapes(Runner):
+    """Runs an engine on the store and the shapes of another one's configuration, and so on its compiled programs.
+
+    The host sees the engine's own configuration: how many pages there are, and how many sequences share a plan.
+    """
+
+    device = CONFIG
+
+    def __init__(self, model, engine, params, mesh):
+        self._shaped = dataclasses.replace(self.device, dtype=engine.dtype)
+        super().__init__(model, self._shaped, params, mesh)
+        self.engine = engine
+
+    def start_decode(self, state, steps):
+        with self._as_shaped():
+            return super().start_decode(state, steps)
+
+    def recover(self):
+        with self._as_shaped():
+            return super().recover()
+
+    @contextlib.contextmanager
+    def _as_shaped(self):
+        asked, self.engine = self.engine, self._shaped
+        try:
+            yield
+        finally:
+            self.engine = asked
+
+
+def same_shapes(model: ModelConfig, params: Params, device: EngineConfig, **changes) -> Engine:
+    """An engine with changes to a configuration that only the host can tell, such as few pages."""
+    config = dataclasses.replace(device, **changes)
+    assert (config.page_size, config.chunk_rows, config.dtype) == (device.page_size, device.chunk_rows, device.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsex_jax.engine.Runner", type("Shaped", (SameShapes,), {"device": device}))
+        return Engine(model, params, config=config)
+
+
+def tiny_engine(params: Params | None = None, **changes) -> Engine:
+    """An engine of `TINY` on the programs of the fixture `tiny`."""
+    return same_shapes(TINY, tiny_params() if params is None else params, CONFIG, **changes)
+
+
+def sharded_tiny(devices: int) -> Engine:
+    """An engine of `TINY` on a mesh of this many devices."""
+    return Engine.from_config(TINY, mesh=make_mesh(devices), **vars(CONFIG))
+
+
+@functools.cache
+def closed_model() -> ModelConfig:
+    """`TINY` over the closed vocabulary of the generated tasks, in three row buckets."""
+    return dataclasses.replace(TINY, vocab_size=len(lexicon.vocabulary()), max_position=2048)
+
+
+def closed_engine(number: int) -> Engine:
+    """Random weights over the closed vocabulary, and its tokenizer, for so many sequences at once."""
+    device = EngineConfig(store_tokens=2048, page_size=16, chunk_rows=128, max_num_seqs=2, max_prefill_seqs=2)
+    params = random_params(closed_model(), "float32", make_mesh())
+    engine = same_shapes(closed_model(), params, device, max_num_seqs=number, max_prefill_seqs=number)
+    engine.tokenizer = lexicon.ruler_tokenizer()
+    return engine
+
+
 @pytest.fixture
 def tiny() -> Engine:
     """A small random model with pages of 16 tokens and an empty store."""
-    return Engine.from_config(TINY, store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)
+    return Engine(TINY, tiny_params(), config=CONFIG)

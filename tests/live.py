@@ -34,8 +34,8 @@ def _parts():
 
 
 def make_engine(**options) -> Engine:
-    """A small engine with fixed random weights, SmolLM2's tokenizer and a store of its own."""
-    config = EngineConfig(store_tokens=8192, page_size=16, max_num_seqs=4, **options)
+    """A small engine with fixed random weights, SmolLM2's tokenizer and a store of its own, in the shapes of `demo`."""
+    config = EngineConfig(store_tokens=4096, max_num_seqs=4, **options)
     return Engine(TALKING, *_parts(), config=config)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import CONFIG, TINY
 
 from sparsex_jax import Engine, ReuseConfig
 
@@ -20,7 +20,7 @@ _spec.loader.exec_module(bench)
 
 @pytest.mark.parametrize("qk_norm", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_plain_program_computes_full_recompute(qk_norm):
-    engine = Engine.from_config(dataclasses.replace(TINY, qk_norm=qk_norm), store_tokens=512, page_size=16)
+    engine = Engine.from_config(dataclasses.replace(TINY, qk_norm=qk_norm), **vars(CONFIG))
     prompt = np.random.default_rng(0).integers(1, TINY.vocab_size, 60).astype(np.int32)
     logits, kv = bench.plain(engine.runner.params, prompt, config=engine.model)
     expected = engine.prefill(prompt, reuse=ReuseConfig("full"), keep=False).logits

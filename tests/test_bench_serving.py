@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import closed_engine
 
-from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
+from sparsex_jax import InvalidRequestError, ReuseConfig
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.workloads import WORKLOADS, WorkloadSize, make_workload
 from sparsex_jax.reuse.prompt import TokenKind
@@ -78,10 +78,7 @@ def test_every_method_gets_the_same_requests_at_the_same_times(tokenizer, monkey
 
     submit = Loop.submit
     monkeypatch.setattr(Loop, "submit", watched)
-    model = dataclasses.replace(TINY, vocab_size=len(tokenizer))
-    bench = bench_serving.Bench(
-        Engine.from_config(model, store_tokens=8192, page_size=16, max_num_seqs=1, chunk_rows=32), 4
-    )
+    bench = bench_serving.Bench(closed_engine(1), 4)
     workload = make_workload("rag", tokenizer, SIZE, 0)
     options = argparse.Namespace(rate=20.0, seed=0)
     rate, runs = bench_serving.compare(

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import closed_engine, closed_model
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import GOLDEN, invoke, one_object
@@ -17,7 +17,7 @@ from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.cli import app
 from sparsex_jax.cli.calibrate import target_of
 from sparsex_jax.config import architecture
-from sparsex_jax.eval import calibrate, lexicon, quality
+from sparsex_jax.eval import calibrate, quality
 from sparsex_jax.eval.calibrate import Interval, Measured, PromptSet, Target, select
 
 PROMPTS = PromptSet(["qa"], ["independent"], num_tokens=200, num_segments=2, samples=2)
@@ -32,16 +32,13 @@ def candidate(number, fraction, shortfalls):
 
 @pytest.fixture(scope="module")
 def model():
-    return dataclasses.replace(TINY, vocab_size=len(lexicon.vocabulary()), max_position=2048)
+    return closed_model()
 
 
 @pytest.fixture(scope="module")
-def engine(model):
-    """Random weights over the closed vocabulary: it answers nothing, so only agreement can be a target."""
-    together = {"max_num_seqs": 1, "max_prefill_seqs": 1}
-    engine = Engine.from_config(model, store_tokens=2048, page_size=16, chunk_rows=128, **together)
-    engine.tokenizer = lexicon.ruler_tokenizer()
-    return engine
+def engine():
+    """Its random weights answer nothing, so only agreement can be a target."""
+    return closed_engine(1)
 
 
 @pytest.fixture

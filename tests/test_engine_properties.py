@@ -6,19 +6,17 @@ can be checked, whatever method computed it. Exact pages are checked at all laye
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, tiny_engine, tiny_params
 from dense import Dense, stored_kv
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams, StoreFullError, UnknownHandleError
-from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.model.weights import random_params
+from sparsex_jax import ReuseConfig, SamplingParams, StoreFullError, UnknownHandleError
 
-CONFIG = EngineConfig(store_tokens=20 * 16, page_size=16, max_num_seqs=4, chunk_rows=32, decode_steps=4)
-PARAMS = random_params(TINY, "float32", make_mesh())
-DENSE = Dense(TINY, PARAMS)
+FEW_PAGES = {"store_tokens": 20 * 16, "decode_steps": 4}
+PAGE_SIZE = 16
+DENSE = Dense(TINY, tiny_params())
 DOCUMENTS = [np.random.default_rng(seed).integers(1, 97, length) for seed, length in enumerate((20, 33, 48, 70))]
 
 namespaces = st.sampled_from(["a", "b"])
@@ -37,7 +35,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.engine = Engine(TINY, PARAMS, config=CONFIG)
+        self.engine = tiny_engine(**FEW_PAGES)
 
     @rule(target=handles, pieces=prompts, namespace=namespaces, frozen=st.booleans())
     def remember(self, pieces, namespace, frozen):
@@ -107,7 +105,7 @@ class EngineMachine(RuleBasedStateMachine):
             positions = node.start + np.arange(len(tokens))
             _, keys, values = DENSE.qkv(0, DENSE.embed[tokens], positions)
             for page in node.pages:
-                stored = stored_kv(self.engine, page * CONFIG.page_size + np.arange(len(tokens)))
+                stored = stored_kv(self.engine, page * PAGE_SIZE + np.arange(len(tokens)))
                 np.testing.assert_allclose(stored[0][0], keys, atol=1e-4)
                 np.testing.assert_allclose(stored[1][0], values, atol=1e-4)
 
@@ -122,7 +120,7 @@ class EngineMachine(RuleBasedStateMachine):
             if child.start != len(past) or child.exact == 0:
                 continue
             expected = DENSE.full(tokens)[1]
-            stored = stored_kv(self.engine, child.pages[0] * CONFIG.page_size + np.arange(child.exact))
+            stored = stored_kv(self.engine, child.pages[0] * PAGE_SIZE + np.arange(child.exact))
             np.testing.assert_allclose(stored[0], np.array([k[len(past) :] for k, _ in expected]), atol=1e-4)
             if child.sharable:
                 self.check_chain(child, tokens)

@@ -1,9 +1,8 @@
 """Bad input raises one error that names the field and its limit, and the engine goes on."""
 
-import dataclasses
-
 import numpy as np
 import pytest
+from conftest import tiny_engine
 
 from sparsex_jax import (
     Engine,
@@ -106,9 +105,8 @@ def test_errors_name_unknown_models():
         Engine.from_config("gpt-9")
 
 
-def test_a_store_that_is_too_small_raises(tiny):
-    small = dataclasses.replace(tiny.config, store_tokens=64)
-    engine = Engine(tiny.model, tiny.runner.params, config=small)
+def test_a_store_that_is_too_small_raises():
+    engine = tiny_engine(store_tokens=64)
     with pytest.raises(StoreFullError, match="KV for 100 tokens, 7 pages of 16; store_tokens=64 gives 4"):
         engine.prefill(list(range(90)) + [1] * 10)
     with pytest.raises(StoreFullError, match="KV for 79 tokens"):
@@ -117,8 +115,8 @@ def test_a_store_that_is_too_small_raises(tiny):
     assert engine.stats()["active"] == 0
 
 
-def test_frozen_content_is_evicted_for_a_request_that_needs_the_store(tiny):
-    engine = Engine(tiny.model, tiny.runner.params, config=dataclasses.replace(tiny.config, store_tokens=160))
+def test_frozen_content_is_evicted_for_a_request_that_needs_the_store():
+    engine = tiny_engine(store_tokens=160)
     handles = [engine.remember(np.arange(at, at + 40), frozen=True) for at in (0, 40)]
     engine.generate(list(range(80, 90)) * 9, SamplingParams(max_new_tokens=20))
     assert len(engine.entries()) < 2

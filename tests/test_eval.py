@@ -1,15 +1,14 @@
 """The quality bench: generated tasks and their tokenizer, caching regimes, scores, and a run from end to end."""
 
-import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import closed_engine
 from typer.testing import CliRunner
 
-from sparsex_jax import Engine, InvalidRequestError, Oracle, ReuseConfig
+from sparsex_jax import InvalidRequestError, Oracle, ReuseConfig
 from sparsex_jax.cli import app
 from sparsex_jax.cli.bench import BenchSettings, example_maps
 from sparsex_jax.cli.options import parse_method
@@ -27,13 +26,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def engine(tokenizer):
-    """Random weights over the closed vocabulary."""
-    model = dataclasses.replace(TINY, vocab_size=len(lexicon.vocabulary()), max_position=2048)
-    together = {"max_num_seqs": 2, "max_prefill_seqs": 2}
-    engine = Engine.from_config(model, store_tokens=2048, page_size=16, chunk_rows=128, **together)
-    engine.tokenizer = tokenizer
-    return engine
+def engine():
+    return closed_engine(2)
 
 
 def sample_of(task, seed=0, tokens=300, segments=4, questions=1):

@@ -1,6 +1,7 @@
 """Every implementation of every operation against its reference, on random rows, with NaN in all unused slots."""
 
 import contextlib
+import functools
 import inspect
 
 import jax
@@ -29,6 +30,7 @@ def fast(implementations):
     return parametrized([name for name in implementations if name != "reference"])
 
 
+@functools.cache  # a `jax.jit` of its own for every case would compile each again
 def jitted(operation):
     known = {"implementation", "power"} & inspect.signature(operation).parameters.keys()
     return jax.jit(operation, static_argnames=known)

@@ -6,14 +6,13 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import CONFIG, TINY, tiny_engine, tiny_params
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
 
 from sparsex_jax import (
     Engine,
-    EngineConfig,
     InvalidRequestError,
     NonFiniteLogitsError,
     OverloadedError,
@@ -23,25 +22,17 @@ from sparsex_jax import (
     UnknownHandleError,
 )
 from sparsex_jax.device import runner
-from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.methods import METHODS
 from sparsex_jax.scheduler import policy
 
-CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)  # as the fixture `tiny` has it
-# One size where pages are to be few, since programs are compiled for it.
-SMALL = {"store_tokens": 33 * 16}
-PARAMS = random_params(TINY, "float32", make_mesh())
+SMALL = {"store_tokens": 33 * 16}  # where pages are to be few
+PARAMS = tiny_params()
 POISONED = dataclasses.replace(PARAMS, embed=PARAMS.embed.at[96].set(np.nan))  # whoever takes token 96 has NaN logits
 RNG = np.random.default_rng(7)
 A, B = (RNG.integers(1, 96, 70).astype(np.int32) for _ in range(2))
 TEXT = RNG.integers(1, 96, 4000).astype(np.int32)
 GREEDY = SamplingParams(max_new_tokens=21)
 FULL = ReuseConfig(method="full")
-
-
-def make_engine(**changes):
-    return Engine(TINY, PARAMS, config=dataclasses.replace(CONFIG, **changes))
 
 
 class Heard(list):
@@ -131,7 +122,7 @@ def remember(engine):
 
 def answers_alone(prompts, sampling, reuse, **changes):
     """What an engine that cuts nothing answers to one prompt at a time."""
-    engine = make_engine(prefill_tokens=512, **changes)
+    engine = tiny_engine(prefill_tokens=512, **changes)
     remember(engine)
     return [engine.generate(prompt, sampling, reuse=reuse, keep=False) for prompt in prompts]
 
@@ -148,7 +139,7 @@ def some_by_default(*names):
 
 @some_by_default("sparsex", "prophetkv")  # with a choice, and with a pass of its own before it
 def test_batched_and_chunked_is_as_one_at_a_time(method):
-    engine = make_engine(prefill_tokens=24)
+    engine = tiny_engine(prefill_tokens=24)
     donors = remember(engine)
     reuse = ReuseConfig.fitting(method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
     prompts = mixed_prompts()
@@ -170,7 +161,7 @@ def test_what_is_preempted_goes_on_as_if_nothing_had_been(method):
     reuse = ReuseConfig.fitting(method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
     sampling = SamplingParams(max_new_tokens=60, temperature=0.7, seed=3, repetition_penalty=1.2)
     prompts = mixed_prompts()[:4]
-    engine = make_engine(**SMALL, prefill_tokens=64)
+    engine = tiny_engine(**SMALL, prefill_tokens=64)
     donors = remember(engine)  # 10 of the pages
     alone = answers_alone(prompts, sampling, reuse, **SMALL)
     loop = engine.loop
@@ -186,7 +177,7 @@ def test_what_is_preempted_goes_on_as_if_nothing_had_been(method):
 
 
 def test_an_exact_request_that_was_preempted_finds_itself_again():
-    engine = make_engine(**SMALL)
+    engine = tiny_engine(**SMALL)
     prompts = [TEXT[:200], TEXT[300:450]]  # 13 and 10 pages; 90 new tokens are 6 more each
     prefixes = watch_admissions(engine)
     loop = engine.loop
@@ -200,7 +191,7 @@ def test_an_exact_request_that_was_preempted_finds_itself_again():
 
 
 def test_random_streams_are_the_requests_own():
-    engine = make_engine(prefill_tokens=32)
+    engine = tiny_engine(prefill_tokens=32)
     samplings = [
         SamplingParams(max_new_tokens=15, temperature=1.0, seed=seed, top_k=20, presence_penalty=0.5, logprobs=2)
         for seed in range(6)
@@ -238,7 +229,7 @@ def test_text_streams_and_ends_at_stop_strings(smollm):
 @pytest.mark.parametrize("method", ["prefix", "naive", "sparsex"])
 def test_what_two_share_is_computed_once(method):
     """In front for the prefix, elsewhere for segments."""
-    engine = make_engine()
+    engine = tiny_engine()
     shared, reuse = TEXT[:160], ReuseConfig(method=method)
     before = [[], []] if method == "prefix" else [TEXT[500:520], TEXT[600:607]]
     behind = [TEXT[700:725], TEXT[800:825]]
@@ -252,7 +243,7 @@ def test_what_two_share_is_computed_once(method):
 
 
 def test_who_waits_for_another_goes_on_when_that_one_is_gone():
-    loop = make_engine(prefill_tokens=16).loop
+    loop = tiny_engine(prefill_tokens=16).loop
     first, second = [submit(loop, TEXT[:160]) for _ in range(2)]
     loop.step()
     assert (loop.stats.running, loop.stats.waiting) == (1, 1)
@@ -264,7 +255,7 @@ def test_who_waits_for_another_goes_on_when_that_one_is_gone():
 
 @pytest.mark.parametrize("difference", ["namespace", "keep", "full"])
 def test_nobody_waits_for_what_it_cannot_use(difference):
-    loop = make_engine().loop
+    loop = tiny_engine().loop
     options = {
         "namespace": [{"namespace": "a"}, {"namespace": "b"}],
         "keep": [{"keep": False}, {}],
@@ -281,14 +272,14 @@ def test_nobody_waits_for_what_it_cannot_use(difference):
 def test_a_dispatch_on_a_slow_device_is_short(monkeypatch, most_seconds, expected):
     """So that who comes meanwhile waits for few tokens. How slow it is shows from the second dispatch on."""
     monkeypatch.setattr(policy, "MOST_SECONDS", most_seconds)
-    loop = make_engine().loop
+    loop = tiny_engine().loop
     heard = submit(loop, A, SamplingParams(max_new_tokens=33))
     run(loop)
     assert [len(event.token_ids) for event in heard] == expected
 
 
 def test_a_huge_prompt_stalls_nobody():
-    engine = make_engine(prefill_tokens=32)
+    engine = tiny_engine(prefill_tokens=32)
     loop = engine.loop
     running = submit(loop, TEXT[:10], SamplingParams(max_new_tokens=200))
     loop.step()
@@ -307,7 +298,7 @@ def test_a_huge_prompt_stalls_nobody():
 
 
 def test_chunks_have_at_most_so_many_rows_and_small_prompts_share_them():
-    engine = make_engine(prefill_tokens=64)
+    engine = tiny_engine(prefill_tokens=64)
     plans, begin = [], engine.runner.begin
     engine.runner.begin = lambda requests: plans.append([r.num_rows for r in requests]) or begin(requests)
     loop = engine.loop
@@ -318,7 +309,7 @@ def test_chunks_have_at_most_so_many_rows_and_small_prompts_share_them():
 
 
 def test_small_prompts_pass_one_that_waits_for_pages_but_not_for_ever():
-    engine = make_engine(**SMALL, max_overtakes=3)
+    engine = tiny_engine(**SMALL, max_overtakes=3)
     admitted = watch_admissions(engine)
     loop = engine.loop
     first = submit(loop, TEXT[:200], SamplingParams(max_new_tokens=100))
@@ -337,7 +328,7 @@ def test_small_prompts_pass_one_that_waits_for_pages_but_not_for_ever():
 
 def test_a_pinned_part_of_a_frozen_entry_does_not_lock_a_request_out():
     """It shares one page of an entry, and as long as it does none of the entry's other pages may go."""
-    engine = make_engine(**SMALL)
+    engine = tiny_engine(**SMALL)
     engine.remember(TEXT[:400], frozen=True)  # 25 pages, and the request needs 12
     loop = engine.loop
     prompt = np.concatenate([TEXT[:20], TEXT[500:600]])
@@ -351,7 +342,7 @@ def test_a_pinned_part_of_a_frozen_entry_does_not_lock_a_request_out():
 
 
 def test_cancelling_frees_the_pages_at_the_next_step():
-    engine = make_engine(prefill_tokens=16)
+    engine = tiny_engine(prefill_tokens=16)
     loop = engine.loop
     decoding = submit(loop, TEXT[:10], SamplingParams(max_new_tokens=300), keep=False)
     loop.step()
@@ -390,7 +381,7 @@ def test_a_poisoned_request_fails_alone_and_leaves_nothing():
 
 @pytest.mark.parametrize("step", ["admit", "begin", "start_decode"])
 def test_what_fails_for_one_request_fails_for_it_alone(step, monkeypatch):
-    engine = make_engine()
+    engine = tiny_engine()
     expected = engine.generate(TEXT[:50], GREEDY, keep=False).token_ids
     owner = engine.admission if step == "admit" else engine.runner
     works = getattr(owner, step)
@@ -418,7 +409,7 @@ def test_what_fails_for_one_request_fails_for_it_alone(step, monkeypatch):
 
 @pytest.mark.parametrize("step", ["prefill", "decode"])
 def test_a_lost_store_costs_time_and_at_most_the_request_that_lost_it(step, monkeypatch):
-    engine = make_engine()
+    engine = tiny_engine()
     prompts = [TEXT[start : start + length] for start, length in ((0, 50), (100, 77), (200, 30))]
     expected = [engine.generate(prompt, GREEDY, keep=False).token_ids for prompt in prompts]
     works = getattr(runner, step)
@@ -440,7 +431,7 @@ def test_a_lost_store_costs_time_and_at_most_the_request_that_lost_it(step, monk
 
 
 def test_a_store_lost_by_a_call_costs_the_others_time():
-    engine = make_engine()
+    engine = tiny_engine()
     expected = engine.generate(TEXT[:50], GREEDY, keep=False).token_ids
     loop = engine.loop
     heard = submit(loop, TEXT[:50])
@@ -460,7 +451,7 @@ def test_a_store_lost_by_a_call_costs_the_others_time():
 
 
 def test_a_listener_that_raises_hurts_nobody(caplog):
-    engine = make_engine()
+    engine = tiny_engine()
     loop = engine.loop
     calls = []
 
@@ -494,7 +485,7 @@ def found(engine, tokens):
 @pytest.mark.parametrize("rounds", [1, 2, 6])
 @pytest.mark.parametrize("place", ["in front", "elsewhere"])
 def test_what_is_forgotten_is_not_brought_back_by_requests_that_use_it(place, rounds):
-    engine = make_engine(prefill_tokens=32)
+    engine = tiny_engine(prefill_tokens=32)
     handle = engine.remember(FORGOTTEN, frozen=True)
     before = TEXT[:0] if place == "in front" else TEXT[1000:1200]  # prefilled in 7 chunks
     loop = engine.loop
@@ -514,7 +505,7 @@ def test_what_is_forgotten_is_not_brought_back_by_requests_that_use_it(place, ro
 
 
 def test_what_is_forgotten_is_not_brought_back_by_who_is_computed_again():
-    engine = make_engine()
+    engine = tiny_engine()
     handle = engine.remember(FORGOTTEN, frozen=True)
     loop = engine.loop
     heard = submit(loop, np.concatenate([FORGOTTEN, TEXT[500:540]]))
@@ -528,7 +519,7 @@ def test_what_is_forgotten_is_not_brought_back_by_who_is_computed_again():
 
 
 def test_too_many_are_refused_and_told_when_to_come_again():
-    loop = make_engine(max_waiting=3).loop
+    loop = tiny_engine(max_waiting=3).loop
     for _ in range(3):
         submit(loop, TEXT[:10])
     with pytest.raises(OverloadedError, match="3 requests wait already, and max_waiting is 3") as refused:
@@ -555,7 +546,7 @@ BAD = {
 
 @pytest.mark.parametrize(("prompt", "options", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_requests_are_refused_at_once(prompt, options, error, message):
-    loop = make_engine(**SMALL).loop
+    loop = tiny_engine(**SMALL).loop
     with pytest.raises(error, match=message):
         submit(loop, prompt, **options)
     assert not loop.step()
@@ -564,11 +555,11 @@ def test_bad_requests_are_refused_at_once(prompt, options, error, message):
 @pytest.mark.parametrize("rows", [0, 4000])
 def test_bad_chunks_are_refused(rows):
     with pytest.raises(InvalidRequestError, match=f"prefill_tokens={rows} must be from 1 to 2048"):
-        make_engine(prefill_tokens=rows)
+        tiny_engine(prefill_tokens=rows)
 
 
 def test_who_waits_for_work_is_woken():
-    loop = make_engine().loop
+    loop = tiny_engine().loop
     woken = threading.Event()
 
     def wait():
@@ -584,7 +575,7 @@ def test_who_waits_for_work_is_woken():
 
 # Random lives -----------------------------------------------------------------------------------------------
 
-REFERENCE = make_engine()
+REFERENCE = tiny_engine()
 CUTS = st.tuples(st.integers(0, 5), st.integers(1, 130)).map(lambda cut: TEXT[40 * cut[0] :][: cut[1]])
 
 
@@ -597,7 +588,7 @@ class LoopMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         options = SMALL | {"prefill_tokens": 32, "max_waiting": 8, "max_overtakes": 2}
-        self.engine = Engine(TINY, POISONED, config=dataclasses.replace(CONFIG, **options))
+        self.engine = tiny_engine(POISONED, **options)
         self.loop = self.engine.loop
         self.accepted, self.remembered = [], 0
 

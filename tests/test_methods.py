@@ -5,14 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import sharded_tiny, tiny_engine
 from dense import Dense, engine_logits, stored_kv
 from test_reuse import INTERLEAVINGS, NEW, A, remember_both
 
-from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
 from sparsex_jax.eval.oracle import prompt_kv, true_deviation
 from sparsex_jax.model.ops import Ops
-from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS, Full, Method, Oracle, Phase
 
 PLAIN = {"overflow_tokens": 0, "tail_tokens": 0}
@@ -229,7 +228,7 @@ def test_approximate_kv_is_never_an_exact_prefix(tiny, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nan_in_unused_slots_changes_nothing(tiny, name):
-    poisoned = Engine.from_config(TINY, store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)
+    poisoned = tiny_engine()
     poisoned.runner.store = poisoned.runner.store + np.nan
     outs = []
     for engine in (tiny, poisoned):
@@ -294,8 +293,7 @@ def test_without_a_hit_every_method_is_a_plain_prefill(tiny, name):
 
 def test_kv_deviation_sums_over_the_heads_of_all_devices(tiny, dense):
     case = Case("many")
-    options = {"store_tokens": 2048, "page_size": 16, "max_num_seqs": 4, "chunk_rows": 32}
-    sharded = Engine.from_config(TINY, mesh=make_mesh(2), **options)
+    sharded = sharded_tiny(2)
     remember_both(sharded)
     outs = [run(engine, case, CONFIGS["cacheblend"]) for engine in (tiny, sharded)]
     np.testing.assert_array_equal(outs[0].report.active, outs[1].report.active)

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, tiny_engine, tiny_params
 
 from sparsex_jax import (
     Engine,
@@ -25,23 +25,16 @@ from sparsex_jax import (
     SamplingParams,
     StoreFullError,
 )
-from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.methods import Phase
 from sparsex_jax.scheduler.chunks import layers_within
 from sparsex_jax.scheduler.sequence import State
 
-CONFIG = EngineConfig(store_tokens=2048, page_size=16, max_num_seqs=4, chunk_rows=32)  # as the fixture `tiny` has it
-PARAMS = random_params(TINY, "float32", make_mesh())
+PARAMS = tiny_params()
 POISONED = dataclasses.replace(PARAMS, embed=PARAMS.embed.at[96].set(np.nan))  # a prompt with token 96 has NaN logits
 TEXT = np.random.default_rng(3).integers(1, 96, 9000).astype(np.int32)
 SPARSE = ReuseConfig("sparsex", boundary_layer=2, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
 PREFIX = ReuseConfig("prefix")
 FULL = ReuseConfig("full")
-
-
-def make_engine(params=PARAMS, **changes):
-    return Engine(TINY, params, config=dataclasses.replace(CONFIG, **changes))
 
 
 def hear(loop, prompt, new_tokens, **options):
@@ -145,7 +138,7 @@ def test_layers_that_cost_as_much_as_a_chunk():
 
 
 def test_a_prefill_cut_by_layers_gives_the_same():
-    whole, cut = make_engine(prefill_tokens=512), make_engine(prefill_tokens=64)
+    whole, cut = tiny_engine(prefill_tokens=512), tiny_engine(prefill_tokens=64)
     outs = []
     for engine, number in ((whole, 1), (cut, 3)):
         prompt = sparse_prompt(engine)
@@ -158,7 +151,7 @@ def test_a_prefill_cut_by_layers_gives_the_same():
 
 
 def test_one_prefill_at_a_time_is_cut_by_layers_and_chunks_take_turns_with_it():
-    engine = make_engine(prefill_tokens=64)
+    engine = tiny_engine(prefill_tokens=64)
     prompt = sparse_prompt(engine)
     heard = [hear(engine.loop, prompt[at:], 3, reuse=SPARSE, keep=False)[0] for at in (0, 1)]
     chunked, _ = hear(engine.loop, TEXT[1000:1200], 3, reuse=FULL, keep=False)
@@ -175,7 +168,7 @@ def test_one_prefill_at_a_time_is_cut_by_layers_and_chunks_take_turns_with_it():
 
 @pytest.mark.parametrize("end", ["cancel", "fail", "lose the store"])
 def test_what_ends_in_the_middle_of_a_cut_prefill_gives_all_back(end):
-    engine = make_engine(prefill_tokens=64)
+    engine = tiny_engine(prefill_tokens=64)
     prompt, before = sparse_prompt(engine), engine.stats()
     loop, events = engine.loop, []
     ticket = loop.submit(prompt, SamplingParams(5), reuse=SPARSE, keep=False, listener=events.append)
@@ -201,7 +194,7 @@ def test_what_ends_in_the_middle_of_a_cut_prefill_gives_all_back(end):
 
 
 def test_a_cut_prefill_that_is_preempted_begins_anew():
-    engine = make_engine(prefill_tokens=64)
+    engine = tiny_engine(prefill_tokens=64)
     prompt = sparse_prompt(engine)
     expected = engine.generate(prompt, SamplingParams(5, ignore_eos=True), reuse=SPARSE, keep=False)
     order, loop = watch(engine), engine.loop
@@ -221,7 +214,7 @@ def test_a_cut_prefill_that_is_preempted_begins_anew():
 
 @pytest.mark.parametrize("call", ["remember", "prefill", "generate"])
 def test_engine_calls_get_on_with_what_runs_in_the_loop(call):
-    engine = make_engine(prefill_tokens=32)
+    engine = tiny_engine(prefill_tokens=32)
     stream, ticket = hear(engine.loop, TEXT[:20], 300, keep=False)
     engine.loop.step()
     order, before = watch(engine), len(stream)
@@ -230,12 +223,12 @@ def test_engine_calls_get_on_with_what_runs_in_the_loop(call):
     assert len(stream) >= before + 9 * 4
     ticket.cancel()
     run(engine.loop)
-    assert stream == make_engine().generate(TEXT[:20], SamplingParams(300, ignore_eos=True)).token_ids[: len(stream)]
+    assert stream == tiny_engine().generate(TEXT[:20], SamplingParams(300, ignore_eos=True)).token_ids[: len(stream)]
     assert idle(engine)
 
 
 def test_a_listener_that_calls_the_engine_is_refused_and_its_request_cancelled():
-    engine, errors = make_engine(), []
+    engine, errors = tiny_engine(), []
 
     def listener(event):
         try:
@@ -253,7 +246,7 @@ def test_a_listener_that_calls_the_engine_is_refused_and_its_request_cancelled()
 
 
 def test_ctrl_c_comes_between_two_rounds_and_leaks_no_page():
-    engine, rng = make_engine(), np.random.default_rng(0)
+    engine, rng = tiny_engine(), np.random.default_rng(0)
     engine.generate(TEXT[:40], SamplingParams(max_new_tokens=2), keep=False)
     for _ in range(30):
         timer = threading.Timer(rng.uniform(0.0, 0.03), _thread.interrupt_main)
@@ -268,7 +261,7 @@ def test_ctrl_c_comes_between_two_rounds_and_leaks_no_page():
 
 
 def test_an_interrupt_of_a_listener_is_not_told_again():
-    engine, told = make_engine(), []
+    engine, told = tiny_engine(), []
 
     def listener(event):
         told.append(event.finish_reason)
@@ -299,17 +292,17 @@ def test_an_interrupt_of_a_listener_is_not_told_again():
     ],
 )
 def test_wrong_arguments_are_named_and_the_engine_goes_on(call, field):
-    engine = make_engine()
+    engine = tiny_engine()
     with pytest.raises(InvalidRequestError, match=f"^{field}"):
         call(engine)
     assert len(engine.generate(TEXT[:5], SamplingParams(max_new_tokens=2, ignore_eos=True)).token_ids) == 2
 
 
 def test_calls_from_two_threads_take_turns_by_rounds():
-    engine = make_engine()
+    engine = tiny_engine()
     sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
     prompts = [TEXT[at : at + 30] for at in range(0, 240, 30)]
-    expected = [make_engine().generate(prompt, sampling, keep=False).token_ids for prompt in prompts]
+    expected = [tiny_engine().generate(prompt, sampling, keep=False).token_ids for prompt in prompts]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         outs = list(threads.map(lambda prompt: engine.generate(prompt, sampling, keep=False).token_ids, prompts))
     assert outs == expected
@@ -317,7 +310,7 @@ def test_calls_from_two_threads_take_turns_by_rounds():
 
 
 def test_engine_calls_are_not_refused_where_servers_are_full():
-    engine = make_engine(max_waiting=1)
+    engine = tiny_engine(max_waiting=1)
     hear(engine.loop, TEXT[:20], 5)
     outs = engine.generate_batch([TEXT[at : at + 30] for at in range(100, 400, 50)], SamplingParams(3))
     assert [len(out.token_ids) for out in outs] == [3] * 6
@@ -326,7 +319,7 @@ def test_engine_calls_are_not_refused_where_servers_are_full():
 
 @pytest.mark.parametrize("call", ["prefill", "remember"])
 def test_a_prefill_that_fails_in_a_chunk_leaks_no_page(call):
-    engine = make_engine(prefill_tokens=32)
+    engine = tiny_engine(prefill_tokens=32)
     engine.remember(TEXT[:64])
     before, calls, advance = engine.stats(), itertools.count(), engine.runner.advance
 
@@ -346,14 +339,14 @@ def test_a_prefill_that_fails_in_a_chunk_leaks_no_page(call):
 
 @pytest.mark.parametrize("call", ["prefill", "remember", "generate"])
 def test_logits_that_are_not_finite_are_an_error_of_every_call(call):
-    engine = make_engine(POISONED)
+    engine = tiny_engine(POISONED)
     with pytest.raises(NonFiniteLogitsError):
         getattr(engine, call)([*TEXT[:50].tolist(), 96])
     assert (idle(engine), engine.stats()["free"]) == (True, engine.stats()["pages"])
 
 
 def test_if_one_prompt_of_a_batch_fails_the_others_are_cancelled_and_not_kept():
-    engine = make_engine(POISONED)
+    engine = tiny_engine(POISONED)
     prompts = [TEXT[:100], [*TEXT[100:200].tolist(), 96], TEXT[300:400]]
     with pytest.raises(NonFiniteLogitsError):
         engine.generate_batch(prompts, SamplingParams(max_new_tokens=300, ignore_eos=True))
@@ -363,7 +356,7 @@ def test_if_one_prompt_of_a_batch_fails_the_others_are_cancelled_and_not_kept():
 
 
 def test_what_can_never_fit_is_refused_before_anything_runs():
-    engine = make_engine(store_tokens=160)
+    engine = tiny_engine(store_tokens=160)
     order = watch(engine)
     with pytest.raises(StoreFullError, match="KV for 164 tokens, 11 pages of 16; store_tokens=160 gives 10"):
         engine.generate_batch([TEXT[:20], TEXT[:100]], SamplingParams(65))
@@ -376,7 +369,7 @@ def test_what_can_never_fit_is_refused_before_anything_runs():
 
 
 def test_a_prefilled_prompt_is_held_while_the_context_is_open():
-    engine = make_engine(store_tokens=33 * 16)
+    engine = tiny_engine(store_tokens=33 * 16)
     with engine.prefilled(TEXT[:400], reuse=FULL) as held:
         assert (held.state, len(held.pages), held.num_computed) == (State.HELD, 25, 400)
         assert not engine.loop.step()
@@ -390,7 +383,7 @@ def test_a_prefilled_prompt_is_held_while_the_context_is_open():
 
 
 def test_a_text_whose_beginning_is_forgotten_meanwhile_is_computed_anew():
-    engine = make_engine(prefill_tokens=32)
+    engine = tiny_engine(prefill_tokens=32)
     first = engine.remember(TEXT[:64])
     events = []
     engine.loop.remember(TEXT[:200], listener=events.append)
@@ -422,7 +415,7 @@ def test_how_many_sequences_run_at_once(options, platform, number):
 
 
 def test_few_share_a_plan_and_more_decode_together():
-    engine = make_engine(max_num_seqs=6, max_prefill_seqs=2)
+    engine = tiny_engine(max_num_seqs=6, max_prefill_seqs=2)
     plans, begin = [], engine.runner.begin
     engine.runner.begin = lambda requests: plans.append(len(requests)) or begin(requests)
     for at in range(0, 400, 50):

@@ -789,7 +789,7 @@ def test_metrics_count_requests_and_tokens():
     assert float(lines["sparsex_generated_tokens_total"]) == 24
     prefix = float(lines['sparsex_hit_tokens_total{kind="prefix"}'])
     assert prefix == float(lines['sparsex_prompt_tokens_total{kind="prefix"}']) > 30
-    assert sum(float(lines[f'sparsex_pages{{state="{s}"}}']) for s in ("free", "active", "frozen", "cached")) == 512
+    assert sum(float(lines[f'sparsex_pages{{state="{s}"}}']) for s in ("free", "active", "frozen", "cached")) == 64
     assert {"sparsex_queue_requests", "sparsex_running_requests", "sparsex_lookups_total"} <= set(lines)
     assert 'sparsex_evictions_total{what="page"}' in lines
     compiled = [

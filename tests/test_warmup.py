@@ -12,13 +12,14 @@ from sparsex_jax.device.compilation import keep_on_disk, num_compilations
 from sparsex_jax.scheduler import warmup
 
 TEXT = np.random.default_rng(5).integers(1, 90, 4000).astype(np.int32)
-# Another model than that of other tests, so that nothing of it is compiled yet.
 MODEL = dataclasses.replace(TINY, eos_token_ids=(94, 95, 96))
+# Other shapes than those of all other tests and of each other, so that nothing is compiled for them yet.
+MODELS = (dataclasses.replace(MODEL, vocab_size=size) for size in range(98, 200))
 
 
-def make_engine(reuse=None, max_num_seqs=2):
+def make_engine(reuse=None, max_num_seqs=2, model=MODEL):
     """With two row buckets only, since each has programs of its own."""
-    engine = Engine.from_config(MODEL, store_tokens=2048, page_size=16, max_num_seqs=max_num_seqs, chunk_rows=256)
+    engine = Engine.from_config(model, store_tokens=2048, page_size=16, max_num_seqs=max_num_seqs, chunk_rows=256)
     engine.reuse = reuse or engine.reuse
     return engine
 
@@ -61,8 +62,7 @@ def crowd(engine, number, rng):
     ids=["sparsex", "sparsex-3", "cacheblend", "prophetkv"],
 )
 def test_a_crowd_compiles_nothing_after_the_warm_up(reuse):
-    jax.clear_caches()  # the programs of one method serve every other
-    engine = make_engine(reuse)
+    engine = make_engine(reuse, model=next(MODELS))
     cold = num_compilations()
     for step in warmup.steps(engine.loop):
         step()

@@ -46,7 +46,8 @@ def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
     prompt = PromptMap(np.zeros(2, np.int32), np.array([TokenKind.REUSED, TokenKind.FRESH], np.uint8))
     with _pages(loop, len(prompt)) as pages, _only(loop, bucket):
         copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
-        loop.runner.prefill([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
+        logits, _ = loop.runner.prefill([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
+    loop.runner.are_finite(logits)  # which is asked where no token is wanted, as of texts to remember
 
 
 @contextlib.contextmanager

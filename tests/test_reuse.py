@@ -60,6 +60,16 @@ def test_a_prefix_hit_changes_nothing(tiny, shared):
     assert np.abs(out.logits - engine_logits(tiny, prompt, reuse=FULL, keep=False)).max() < EXACT_TINY
 
 
+def test_hits_change_nothing_on_a_real_model(smollm):
+    prompt = text_ids(smollm, 65, 130)
+    smollm.remember(prompt[:65], namespace="real")
+    full = engine_logits(smollm, prompt, reuse=FULL, keep=False)
+    for found in (65, 129):  # a prefix of it at first, all of it then
+        out = smollm.prefill(prompt, reuse=ReuseConfig(method="prefix"), namespace="real")
+        assert out.report.prefix_tokens == found
+        assert np.abs(out.logits - full).max() < EXACT
+
+
 @pytest.mark.parametrize("length", [64, 65, 127, 128])
 @pytest.mark.parametrize("method", ["prefix", pytest.param("naive", marks=pytest.mark.slow), "sparsex"])
 def test_a_full_hit_still_computes_its_last_token(tiny, method, length):

@@ -129,7 +129,7 @@ def closed_model() -> ModelConfig:
 
 
 def closed_engine(number: int) -> Engine:
-    """Random weights over the closed vocabulary, and its tokenizer, for so many sequences at once."""
+    """Random weights over the closed vocabulary, and its tokenizer, for `number` sequences at once."""
     device = EngineConfig(store_tokens=2048, page_size=16, chunk_rows=128, max_num_seqs=2, max_prefill_seqs=2)
     params = random_params(closed_model(), "float32", make_mesh())
     engine = same_shapes(closed_model(), params, device, max_num_seqs=number, max_prefill_seqs=number)
@@ -141,3 +141,17 @@ def closed_engine(number: int) -> Engine:
 def tiny() -> Engine:
     """A small random model with pages of 16 tokens and an empty store."""
     return Engine(TINY, tiny_params(), config=CONFIG)
+
+
+def run(loop, rounds=3000):
+    """Step a loop until nothing is running or waiting."""
+    for _ in range(rounds):
+        if not loop.step():
+            return
+    raise AssertionError(f"not done after {rounds} rounds: {loop.stats}")
+
+
+def idle(engine):
+    """No sequence holds a page, and the cache's books are right."""
+    engine.cache.check(held=[])
+    return engine.stats()["active"] == 0

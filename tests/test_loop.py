@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import CONFIG, TINY, tiny_engine, tiny_params
+from conftest import CONFIG, TINY, idle, run, tiny_engine, tiny_params
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
@@ -64,19 +64,6 @@ def submit(loop, prompt, sampling=GREEDY, **options):
     heard = Heard()
     heard.ticket = loop.submit(prompt, sampling, listener=heard, **options)
     return heard
-
-
-def run(loop, rounds=3000):
-    for _ in range(rounds):
-        if not loop.step():
-            return
-    raise AssertionError(f"not done after {rounds} rounds: {loop.stats}")
-
-
-def idle(engine):
-    """Nobody holds a page, and the cache's books are right."""
-    engine.cache.check(held=[])
-    return engine.stats()["active"] == 0
 
 
 def facts(report):

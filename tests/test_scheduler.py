@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import TINY, tiny_engine, tiny_params
+from conftest import TINY, idle, run, tiny_engine, tiny_params
 
 from sparsex_jax import (
     Engine,
@@ -52,19 +52,6 @@ def watch(engine):
     runner.advance = lambda *args: order.append("P") or advance(*args)
     runner.start_decode = lambda *args: order.append("D") or start_decode(*args)
     return order
-
-
-def run(loop, rounds=3000):
-    for _ in range(rounds):
-        if not loop.step():
-            return
-    raise AssertionError(f"not done after {rounds} rounds: {loop.stats}")
-
-
-def idle(engine):
-    """No sequence holds a page, and the cache's books are right."""
-    engine.cache.check(held=[])
-    return engine.stats()["active"] == 0
 
 
 def sparse_prompt(engine):

@@ -21,7 +21,7 @@ from jax.stages import Lowered
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.prefill import align, prefill
-from sparsex_jax.device.signals import SIGNALS
+from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
@@ -76,7 +76,7 @@ def half_reused(num_tokens: int, reuse: Method, model: ModelConfig, shapes: Shap
     kind[: num_tokens // 2] = TokenKind.REUSED
     prompt = PromptMap(np.zeros(num_tokens, np.int32), kind)
     request = RequestPlan(prompt, reuse.phases(prompt, model.num_layers), range(shapes.max_pages))
-    return plan_prefill([request], shapes, model.num_layers, tuple(SIGNALS))
+    return plan_prefill([request], shapes, model.num_layers, tuple(BUILT_IN))
 
 
 def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
@@ -84,7 +84,7 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
     shapes = Shapes.of_engine(model, engine, platform="tpu")
     plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
-    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(SIGNALS.values()), "chunk": chunk}
+    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(BUILT_IN.values()), "chunk": chunk}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
     hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
     state = PrefillState(jnp.int32(0), rows, hidden, jnp.zeros(plan.boundaries.forced.shape, bool))

@@ -90,7 +90,11 @@ class Runner:
         return PrefillRun(requests, plan, state, tuple(signals.values()))
 
     def advance(self, run: PrefillRun, layers: int | None = None) -> None:
-        """Send the next `layers` layers on their way, or all that are left. Does not wait for the device."""
+        """Dispatch the next `layers` layers, or all that are left.
+
+        The loops of a prefill read their bounds on the host on some devices, GPUs among them; the call returns there
+        when its last layer is on its way.
+        """
         num_layers = self.model.num_layers
         until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
         _, chunk = self.shapes.bucket(run.plan.fresh.size)

@@ -62,7 +62,7 @@ def prompt_of(engine: Engine, sample: Sample, number: int, history: list[str], r
 
 def answer(engine: Engine, prompt: np.ndarray, new_tokens: int, reuse: ReuseConfig, keep: bool) -> Answer:
     """The greedy answer of a method."""
-    sampling = SamplingParams(new_tokens)
+    sampling, reuse = SamplingParams(new_tokens), reuse.updated(only_if_faster=False)
     (out,) = engine.generate_batch([prompt], sampling, reuse=reuse, namespace="drift", keep=keep, return_logits=True)
     return Answer(out.text, out.token_ids, np.asarray(out.logits), out.report)
 

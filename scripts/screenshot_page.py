@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def start_server() -> tuple[Server, str]:
-    engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192, reuse=CALIBRATED)
+    engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192, choose="always", reuse=CALIBRATED)
     app = create_app(Worker(engine), model=MODEL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

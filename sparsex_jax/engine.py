@@ -44,10 +44,11 @@ from sparsex_jax.cache import Entry, PageCache
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
 from sparsex_jax.device.runner import Runner
+from sparsex_jax.device.speeds import speeds_for
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.sharding import check_mesh, make_mesh
 from sparsex_jax.model.weights import Params, random_params
-from sparsex_jax.reuse.cost import speeds_of
+from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.scheduler import sequence
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.loop import Loop
@@ -91,7 +92,7 @@ class Engine:
         self.mesh = check_mesh(mesh or make_mesh(), model)
         self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
         self.runner = Runner(model, self.config, params, self.mesh)
-        self.admission = Admission(model, self.config, speeds_of(self.mesh.devices.flat[0]))
+        self.admission = Admission(model, self.config, self._speeds if self.config.choose == "measured" else None)
         self.loop = Loop(self.runner, self.admission, tokenizer, reuse or ReuseConfig())
 
     @classmethod
@@ -132,6 +133,9 @@ class Engine:
         mesh = check_mesh(mesh or make_mesh(), model)
         config = config.resolved(_platform(mesh))
         return cls(model, random_params(model, config.dtype, mesh, seed), config=config, mesh=mesh)
+
+    def _speeds(self) -> Speeds:
+        return speeds_for(self.runner, self.admission.lend)
 
     # What callers do ----------------------------------------------------------------------------------------
 

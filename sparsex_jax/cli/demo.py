@@ -59,14 +59,16 @@ def run(choice: EngineChoice, max_new_tokens: int, *, as_json: bool) -> None:
 
 
 def reuse_methods(num_layers: int) -> dict[str, ReuseConfig]:
-    """The methods to compare, by name. `full` must be among them, because the others are compared with it."""
-    return {
+    """The methods to compare, by name; they reuse what they find even if that is slower. `full` must be among them,
+    because the others are compared with it."""
+    methods = {
         "full": Full(),
         "prefix": Prefix(),
         "naive": Naive(),
         "sparsex": SparseX(),
         "sparsex-2": _two_boundaries(num_layers),
     }
+    return {name: reuse.updated(only_if_faster=False) for name, reuse in methods.items()}
 
 
 def _two_boundaries(num_layers: int) -> SparseX:

@@ -29,7 +29,6 @@ def run(
     """Serve until SIGTERM or SIGINT."""
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
     engine = choice.load()
-    engine.reuse = engine.reuse.updated(only_if_faster=True)
     if warm_up:
         compile_all(engine)
     worker = Worker(engine)

@@ -7,6 +7,7 @@ import dataclasses
 from sparsex_jax.config.checks import is_int, is_number, require
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_CHOICES = ("measured", "always")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,11 @@ class EngineConfig:
       frozen_limit: share of the store that pinned and frozen pages may fill before frozen entries go.
       max_waiting: requests of a server that may wait; more are refused.
       max_overtakes: how many younger sequences may pass one that waits for pages.
+      choose: how admission chooses between reusing what was found and computing it, where a request leaves that open
+        (`ReuseConfig.only_if_faster`). `measured`: what takes less time, by a cost model that is fitted to the devices.
+        It is measured when a request first finds something to reuse, for about a second on a small model, and kept in
+        `~/.cache/sparsex-jax`. `always`: what was found is reused, and nothing is measured, so that results do not
+        depend on a machine's speed.
     """
 
     store_tokens: int = 16384
@@ -40,9 +46,11 @@ class EngineConfig:
     frozen_limit: float = 0.9
     max_waiting: int = 256
     max_overtakes: int = 16
+    choose: str = "measured"
 
     def __post_init__(self) -> None:
         require(self.dtype in _DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(_DTYPES)}")
+        require(self.choose in _CHOICES, f"choose={self.choose!r} must be one of {', '.join(_CHOICES)}")
         for name in ("store_tokens", "page_size", "max_prefill_seqs", "decode_steps", "max_waiting"):
             value = getattr(self, name)
             require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")

@@ -76,7 +76,7 @@ class ReuseConfig(metaclass=_Called):
       min_segment_tokens: shorter segments are not worth pasting and are computed. At least 16: the index finds every
         run of 15 tokens, and not every shorter one.
       only_if_faster: recompute what was found where that takes less time, as `sparsex_jax.reuse.cost` predicts it for
-        the devices that it knows. The answer is full recompute's then.
+        the engine's devices. The answer is full recompute's then. False: reuse what was found in any case.
       method: the name of the class.
       uses_prefix: whether an exact prefix is looked up.
       uses_segments: whether segments are looked up.
@@ -90,7 +90,7 @@ class ReuseConfig(metaclass=_Called):
     uses_segments: ClassVar[bool] = True
 
     min_segment_tokens: Annotated[int, at_least(16)] = 16
-    only_if_faster: Flag = False
+    only_if_faster: Flag = True
 
     def __new__(cls, /, method: str = "sparsex", **options: Any) -> Self:
         if cls is ReuseConfig:

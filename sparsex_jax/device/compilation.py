@@ -41,10 +41,15 @@ def keep_on_disk() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(base / "sparsex-jax" / _processor()))
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
     jax.config.update("jax_compilation_cache_max_size", _MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+
+
+def cache_directory() -> Path:
+    """Where this package keeps what it need not make again on machines of this kind; it may not exist yet."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "sparsex-jax" / _processor()
 
 
 def _processor() -> str:

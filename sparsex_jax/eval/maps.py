@@ -43,10 +43,11 @@ class Maps:
 
 def make_maps(engine: Engine, prompt: Int[np.ndarray, "tokens"], namespace: str) -> Maps:
     """Measure the maps of a prompt whose segments are stored in the namespace. No KV computed here is kept."""
-    true, pasted = (prompt_kv(engine, prompt, method, namespace) for method in (Full(), Naive()))
+    naive = Naive(only_if_faster=False)
+    true, pasted = (prompt_kv(engine, prompt, method, namespace) for method in (Full(), naive))
     norms, distances = (np.linalg.norm(kv, axis=(3, 4)) for kv in (true, pasted - true))  # [layers, K or V, tokens]
     deviation = distances / norms
-    kind = engine.prefill(prompt, reuse=Naive(), namespace=namespace, keep=False).report.kind
+    kind = engine.prefill(prompt, reuse=naive, namespace=namespace, keep=False).report.kind
     return Maps(kind, key_mass(engine, prompt, kind == TokenKind.FRESH, namespace), deviation[:, 0], deviation[:, 1])
 
 

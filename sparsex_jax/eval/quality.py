@@ -194,7 +194,8 @@ def answer_with_oracle(engine: Engine, prepared: Sequence[PreparedPrompt], reuse
 def answer(
     engine: Engine, prepared: Sequence[PreparedPrompt], reuse: ReuseConfig, *, timed: bool = True
 ) -> list[Answer]:
-    """Greedy answers to all prompts in one batch, with the logits of their first tokens.
+    """Greedy answers to all prompts in one batch, with the logits of their first tokens. What is found is reused,
+    whether that is faster or not.
 
     Args:
       timed: prefill the first prompt alone as well, to measure its TTFT.
@@ -203,7 +204,7 @@ def answer(
         [one.prompt for one in prepared],
         [one.sampling for one in prepared],
         namespace=[one.namespace for one in prepared],
-        reuse=reuse,
+        reuse=reuse.updated(only_if_faster=False),
         keep=False,
         return_logits=True,
     )
@@ -216,6 +217,7 @@ def answer(
 
 def time_prefill(engine: Engine, prepared: PreparedPrompt, reuse: ReuseConfig) -> float:
     """The TTFT of a prompt alone, in seconds. It is prefilled twice, because the first time may include compiling."""
+    reuse = reuse.updated(only_if_faster=False)
     for _ in range(2):
         prefill = engine.prefill(prepared.prompt, reuse=reuse, namespace=prepared.namespace, keep=False)
     return prefill.report.ttft_s

@@ -1,108 +1,140 @@
-"""How long a prefill will take: its operations and bytes, over the speeds that a device was measured to reach.
+"""How long a prefill will take, by what parts of prefills were measured to take on the same devices.
 
-Admission asks it whether reuse pays (`only_if_faster`): a short prompt is recomputed sooner than its pieces are copied,
-scored and corrected. Benches print it beside what they measure.
+Admission compares by it what can be done for a request: a short prompt is recomputed sooner than its pieces are copied,
+scored and corrected. `sparsex_jax.device.speeds` measures. Benches print predictions beside what they measure.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.reuse.planner import RequestPlan
-from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
-_BYTES = 2  # of a weight, a key or a value: the speeds below are those of bfloat16
+# Attention kernels take this many consecutive rows together, and read all keys up to the last one's position.
+_TILE = 128
+# The key mass of rows beside their attention: two passes over the keys, but none over the values.
+_MASS = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Speeds:
-    """What one device reaches with this package's kernels, in bfloat16.
+    """What prefills of one model take on the devices that they were measured on. Times are in seconds.
+
+    Rows go through a layer a chunk at a time, and chunks and kernels pad them. So a layer's time rises with its rows in
+    steps, whose places and heights only a measurement tells.
 
     Attributes:
-      linear: operations a second of linear layers with many rows.
-      attention: operations a second of attention, over visible pairs of a row and a key.
-      bandwidth: bytes a second, read and written.
-      layer: seconds that a layer takes however few its rows are: launches, and waits for the host.
-      start: seconds outside the device's work: from the prompt to its first operation, and from the last to the token.
-      tile: rows that are computed together; a part of a tile takes as long as a whole one.
+      chunk: rows that go through a layer at a time.
+      rows: numbers of rows that a layer was measured with, rising, up to two chunks.
+      layer: time of a layer for each of these numbers, without attention to keys.
+      key: for each of these numbers, what one more key adds that all the rows attend to.
+      start: time of a prefill beside its layers: the plan's way to the device, embeddings and logits.
+      copy: time to copy and align runs of cached KV, however short they are.
+      copied_token: what each token that is copied adds, K and V of all layers.
     """
 
-    linear: float
-    attention: float
-    bandwidth: float
-    layer: float
+    chunk: int
+    rows: tuple[int, ...]
+    layer: tuple[float, ...]
+    key: tuple[float, ...]
     start: float
-    tile: int
+    copy: float
+    copied_token: float
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Speeds:
+        """From `dataclasses.asdict`, or from what JSON makes of that.
+
+        Raises:
+          TypeError, ValueError: a field is missing, is none, or is no number or list of numbers of the right length.
+        """
+        lists = {name: tuple(map(float, fields[name])) for name in ("layer", "key")}
+        rows = tuple(map(int, fields["rows"]))
+        if any(len(values) != len(rows) for values in lists.values()):
+            raise ValueError(f"rows has {len(rows)} entries; layer and key need as many")
+        return cls(**{**fields, **lists, "rows": rows})
+
+    def layer_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
+        """Time of one layer for rows at these rising positions."""
+        return self._of_rows(self.layer, len(positions)) + self.attention_seconds(positions)
+
+    def attention_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
+        """The part of it that attention takes."""
+        return self._of_rows(self.key, len(positions)) * mean_keys(positions)
+
+    def _of_rows(self, measured: Sequence[float], rows: int) -> float:
+        """Between two measured numbers of rows on the line between them; behind the last, each chunk takes what the
+        second one did."""
+        if rows == 0:
+            return 0.0
+        beyond = max(-(-(rows - self.rows[-1]) // self.chunk), 0)
+        one, two, inside = np.interp([self.chunk, 2 * self.chunk, rows - beyond * self.chunk], self.rows, measured)
+        return float(inside + beyond * (two - one))
 
 
-# By JAX's name of the device, fitted to `scripts/results/e2e-*`.
-SPEEDS = {"NVIDIA H100 80GB HBM3": Speeds(760e12, 560e12, 2.75e12, 0.20e-3, 6e-3, 128)}
+def mean_keys(positions: Int[np.ndarray, "rows"]) -> float:
+    """How many keys a tile of rows reads, on average over the tiles. Rising positions."""
+    if len(positions) == 0:
+        return 0.0
+    last = np.append(positions[_TILE - 1 : -1 : _TILE], positions[-1])
+    return float(last.mean()) + 1
 
 
-def speeds_of(device: jax.Device) -> Speeds | None:
-    """The speeds of a device, or None if they were not measured."""
-    return SPEEDS.get(device.device_kind)
+def prefill_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> float:
+    """Seconds that the prefill of one request alone takes, copies and logits among them.
 
-
-def prefill_seconds(config: ModelConfig, plan: RequestPlan, speeds: Speeds) -> float:
-    """Seconds from the prompt to the logits of its last token, for one request alone."""
-    phases, prompt = plan.phases, plan.prompt
-    starts = [*(phase.start for phase in phases), config.num_layers]
-    seconds = speeds.start + config.vocab_size * config.hidden_size * _BYTES / speeds.bandwidth
-    seconds += _copy_seconds(config, sum(copy.length for copy in plan.copies), speeds)
-    for phase, (begin, end) in zip(phases, itertools.pairwise(starts), strict=True):
-        rows, pairs = _rows_and_pairs(prompt, phase)
-        seconds += (end - begin) * _layer_seconds(config, rows, pairs, speeds)
-    for before, phase in itertools.pairwise(phases):
-        if phase.signal and phase.start < config.num_layers:
-            seconds += _signal_seconds(config, prompt, before, phase, speeds)
+    Not counted is what every plan for the request needs alike: the lookup, and the first token's way to the caller.
+    """
+    phases = plan.phases
+    rows = [_positions(plan, phase) for phase in phases]
+    starts = [*(phase.start for phase in phases), model.num_layers]
+    seconds = speeds.start + _copy_seconds(sum(copy.length for copy in plan.copies), speeds)
+    for own, (begin, end) in zip(rows, itertools.pairwise(starts), strict=True):
+        seconds += (end - begin) * speeds.layer_seconds(own)
+    for before, phase in zip(rows, phases[1:], strict=False):
+        if phase.signal and phase.start < model.num_layers and phase.can_leave_out(len(before)):
+            seconds += _signal_seconds(model, plan, before, phase, speeds)
     return seconds
 
 
-def _layer_seconds(config: ModelConfig, rows: int, pairs: float, speeds: Speeds) -> float:
-    weights = config.hidden_size * (2 * config.num_q_heads + 2 * config.num_kv_heads) * config.head_dim
-    weights += 3 * config.hidden_size * config.intermediate_size
-    computed = -(-rows // speeds.tile) * speeds.tile
-    linear = max(2 * weights * computed / speeds.linear, weights * _BYTES / speeds.bandwidth)
-    # What is read and written between the products: the MLP's gate, norms, rotations, residuals.
-    beside = rows * _BYTES * (3 * config.intermediate_size + 16 * config.hidden_size) / speeds.bandwidth
-    return linear + beside + _attention_seconds(config, pairs, speeds) + speeds.layer
+def _positions(plan: RequestPlan, phase: Phase) -> Int[np.ndarray, "rows"]:
+    """Positions that a phase computes, if those that its signal chooses are spread evenly over the reused tokens."""
+    candidates = np.flatnonzero(plan.prompt.reused & ~phase.forced)
+    budget = min(phase.budget, len(candidates))
+    chosen = candidates[(np.arange(budget) * len(candidates)) // max(budget, 1)]
+    return _marked(phase.forced, chosen)
 
 
-def _attention_seconds(config: ModelConfig, pairs: float, speeds: Speeds) -> float:
-    return 4 * config.num_q_heads * config.head_dim * pairs / speeds.attention
+def _marked(forced: Bool[np.ndarray, "tokens"], chosen: Int[np.ndarray, "_"]) -> Int[np.ndarray, "rows"]:
+    computed = forced.copy()
+    computed[chosen] = True
+    return np.flatnonzero(computed)
 
 
-def _copy_seconds(config: ModelConfig, tokens: int, speeds: Speeds) -> float:
-    """Seconds to read and write K and V of these tokens in all layers."""
-    size = 2 * config.num_layers * config.num_kv_heads * config.head_dim * _BYTES
-    return 2 * tokens * size / speeds.bandwidth
+def _copy_seconds(tokens: int, speeds: Speeds) -> float:
+    return speeds.copy + tokens * speeds.copied_token if tokens else 0.0
 
 
-def _signal_seconds(config: ModelConfig, prompt: PromptMap, before: Phase, phase: Phase, speeds: Speeds) -> float:
-    """Seconds of a signal: K and V of all rows at the boundary, the fresh rows' attention again, and its own pass."""
-    rows, _ = _rows_and_pairs(prompt, before)
-    projections = 4 * config.hidden_size * config.num_kv_heads * config.head_dim * rows / speeds.linear
-    fresh, pairs = int(prompt.fresh.sum()), _pairs(prompt.fresh)
-    mass = 1.25 * _attention_seconds(config, pairs, speeds)
-    probe = phase.probe_layers * (_layer_seconds(config, fresh, pairs, speeds) + mass)
-    return projections + mass + probe
+def _signal_seconds(
+    model: ModelConfig, plan: RequestPlan, before: Int[np.ndarray, "rows"], phase: Phase, speeds: Speeds
+) -> float:
+    """Seconds of a signal: K and V of all rows at the boundary, the fresh rows' key mass, and the signal's own pass."""
+    fresh = np.flatnonzero(plan.prompt.fresh)
+    mass = _MASS * speeds.attention_seconds(fresh)
+    everything = speeds.layer_seconds(before) - speeds.attention_seconds(before)
+    return _kv_share(model) * everything + mass + phase.probe_layers * (speeds.layer_seconds(fresh) + mass)
 
 
-def _rows_and_pairs(prompt: PromptMap, phase: Phase) -> tuple[int, float]:
-    """How many rows a phase has at most, and how many keys they see together if the chosen ones are spread evenly."""
-    candidates = prompt.reused & ~phase.forced
-    chosen = phase.budget * _pairs(candidates) / max(int(candidates.sum()), 1)
-    return phase.size, _pairs(phase.forced) + chosen
-
-
-def _pairs(tokens: Bool[np.ndarray, "tokens"]) -> float:
-    """How many keys these tokens see together: each sees itself and all before it."""
-    return float((np.flatnonzero(tokens) + 1).sum())
+def _kv_share(model: ModelConfig) -> float:
+    """The share of a layer's weights that make keys and values."""
+    keys_values = 2 * model.num_kv_heads * model.head_dim
+    both_ways = 2 * model.num_q_heads * model.head_dim  # queries, and the output projection
+    return keys_values / (keys_values + both_ways + 3 * model.intermediate_size)

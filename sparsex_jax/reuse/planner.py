@@ -95,6 +95,11 @@ class Shapes:
     def max_rows(self) -> int:
         return self.buckets[-1][0]
 
+    @property
+    def chunk(self) -> int:
+        """Rows that go through a layer at a time, in all plans but the smallest."""
+        return self.buckets[-1][1]
+
     def bucket(self, rows: int) -> tuple[int, int]:
         """The smallest (rows, chunk) that holds this number of rows."""
         return next(bucket for bucket in self.buckets if bucket[0] >= rows)

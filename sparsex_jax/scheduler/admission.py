@@ -7,8 +7,11 @@ All of it is on the host. It says which pages a sequence's KV is in, and never s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import logging
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -21,18 +24,25 @@ from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler.sequence import Sequence
 
+log = logging.getLogger(__name__)
+
 
 class Admission:
     """What the sequences of one engine hold of its store.
 
     Attributes:
       cache: what is in the store. A new one after `start_over`.
-      speeds: of the device, if they are known: by them it sees when reuse does not pay.
       releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
     """
 
-    def __init__(self, model: ModelConfig, config: EngineConfig, speeds: Speeds | None = None) -> None:
-        self._model, self._config, self.speeds = model, config, speeds
+    def __init__(self, model: ModelConfig, config: EngineConfig, measure: Callable[[], Speeds] | None = None) -> None:
+        """
+        Args:
+          measure: gives the speeds of the devices. It is called when they are first needed, and may `lend` itself
+            pages. None: what was found is always reused.
+        """
+        self._model, self._config, self._measure = model, config, measure
+        self._speeds: Speeds | None = None
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
         self._holders: set[Sequence] = set()
         self.releases = 0
@@ -46,6 +56,36 @@ class Admission:
         self._holders = set()
         self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles)
         self.releases += 1
+
+    # What it knows of the devices ---------------------------------------------------------------------------
+
+    @property
+    def speeds(self) -> Speeds | None:
+        """By which it sees what is fastest; None if what was found is always reused, or measuring failed."""
+        if self._speeds is None and self._measure is not None:
+            measure, self._measure = self._measure, None  # once, whatever comes of it
+            try:
+                self._speeds = measure()
+            except Exception:
+                log.warning("the speeds of prefills could not be measured; what is found is reused", exc_info=True)
+        return self._speeds
+
+    @speeds.setter
+    def speeds(self, speeds: Speeds) -> None:
+        self._speeds = speeds
+
+    @contextlib.contextmanager
+    def lend(self, num_tokens: int) -> Iterator[list[int]]:
+        """Pages for this many tokens, or as many as are free, but one at least. Nothing finds what is written there.
+
+        Raises:
+          StoreFullError: every page is in use.
+        """
+        pages = self.cache.allocate(max(min(self.pages_for(num_tokens), self.cache.stats().free), 1))
+        try:
+            yield pages
+        finally:
+            self.cache.release(pages)
 
     # Coming in ----------------------------------------------------------------------------------------------
 
@@ -98,10 +138,10 @@ class Admission:
             return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), (), copies)
 
         found = plan(match)
-        if not (method.only_if_faster and self.speeds and match.segments):
+        if not (match.segments and method.only_if_faster) or (speeds := self.speeds) is None:
             return found
         plain = plan(dataclasses.replace(match, segments=[]))
-        plain_seconds, found_seconds = (prefill_seconds(self._model, one, self.speeds) for one in (plain, found))
+        plain_seconds, found_seconds = (prefill_seconds(self._model, one, speeds) for one in (plain, found))
         return plain if plain_seconds <= found_seconds else found
 
     def _take_pages(self, match: Match, slots: int, num_copied: int) -> tuple[list[int], list[int]]:

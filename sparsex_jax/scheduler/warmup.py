@@ -30,10 +30,11 @@ from sparsex_jax.scheduler.loop import Loop
 
 
 def steps(loop: Loop) -> list[Callable[[], None]]:
-    """Calls that compile a few programs each. They leave nothing in the store. Call them before the loop runs."""
+    """Calls that compile a few programs each, and one that measures what they take. They leave nothing in the store.
+    Call them before the loop runs."""
     prefills = [functools.partial(_prefill, loop, bucket) for bucket in loop.runner.shapes.buckets]
     decodes = [functools.partial(_decode, loop, number) for number in _batches(loop.policy.max_num_seqs)]
-    return [*prefills, *decodes, functools.partial(_generate, loop)]
+    return [*prefills, *decodes, functools.partial(_generate, loop), functools.partial(_measure, loop)]
 
 
 def _batches(most: int) -> list[int]:
@@ -44,20 +45,10 @@ def _batches(most: int) -> list[int]:
 def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
     """The copy of a token, and a plan of one token behind it."""
     prompt = PromptMap(np.zeros(2, np.int32), np.array([TokenKind.REUSED, TokenKind.FRESH], np.uint8))
-    with _pages(loop, len(prompt)) as pages, _only(loop, bucket):
+    with loop.admission.lend(len(prompt)) as pages, _only(loop, bucket):
         copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
         logits, _ = loop.runner.prefill([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
     loop.runner.are_finite(logits)  # which is asked where no token is wanted, as of texts to remember
-
-
-@contextlib.contextmanager
-def _pages(loop: Loop, num_tokens: int) -> Iterator[list[int]]:
-    cache = loop.admission.cache
-    pages = cache.allocate(loop.admission.pages_for(num_tokens))
-    try:
-        yield pages
-    finally:
-        cache.release(pages)
 
 
 @contextlib.contextmanager
@@ -74,7 +65,7 @@ def _only(loop: Loop, bucket: tuple[int, int]) -> Iterator[None]:
 def _decode(loop: Loop, number: int) -> None:
     """A dispatch of this many sequences. They share one page, and all write the same into it."""
     runner, ends = loop.runner, loop.runner.model.eos_token_ids
-    with _pages(loop, 2) as pages:
+    with loop.admission.lend(2) as pages:
         slot = BatchSlot([0], [0], SamplingParams(max_new_tokens=2), ends, pages)
         state = decode_state([slot] * number, runner.shapes.max_pages, runner.model.vocab_size)
         _, sampled = runner.start_decode(state, 1)
@@ -86,3 +77,8 @@ def _generate(loop: Loop) -> None:
     """A whole request, for what is between prefill and decode."""
     full, sampling = ReuseConfig(method="full"), SamplingParams(max_new_tokens=2, ignore_eos=True)
     loop.complete([loop.requests.generation([0], sampling, reuse=full, namespace="warm-up", keep=False)])
+
+
+def _measure(loop: Loop) -> None:
+    """The speeds by which admission chooses, which the first request to find something would wait for."""
+    _ = loop.admission.speeds

@@ -13,14 +13,16 @@ import sparsex_jax.engine
 from sparsex_jax import Engine, EngineConfig, InvalidRequestError, ReuseConfig
 from sparsex_jax.device import measuring, speeds
 from sparsex_jax.device.compilation import num_compilations
-from sparsex_jax.reuse.cost import Speeds, mean_keys, prefill_seconds
+from sparsex_jax.reuse.cost import ChunkTimes, Speeds, mean_keys, prefill_seconds
 
 DOCUMENT, NEW = np.split(np.random.default_rng(0).integers(1, 97, 340).astype(np.int32), [300])
 PROMPT = np.concatenate([NEW, DOCUMENT, NEW])
 
-# In arbitrary units. A layer takes 1 for each row, a copied token next to nothing; and all rows are computed together.
-PER_ROW = Speeds(chunk=512, rows=(1, 1024), layer=(1.0, 1024.0), key=(0.0, 0.0), start=0.0, copy=0.0, copied_token=1e-3)
-PER_CHUNK = dataclasses.replace(PER_ROW, layer=(1024.0, 1024.0))
+# In arbitrary units. A layer takes 1 for each row, or 512 for any number of rows; a copied token next to nothing.
+CHUNK = ChunkTimes(rows=(1, 512), layer=(1.0, 512.0), key=(0.0, 0.0))
+PER_ROW = Speeds(small=CHUNK, large=CHUNK, start=0.0, copy=0.0, copied_token=1e-3)
+WHOLE = dataclasses.replace(CHUNK, layer=(512.0, 512.0))
+PER_CHUNK = dataclasses.replace(PER_ROW, small=WHOLE, large=WHOLE)
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_the_parts_of_a_prefill_add_up(engine):
     speeds = dataclasses.replace(PER_ROW, start=7.0, copy=5.0)
     assert seconds(engine, speeds, method="full") == pytest.approx(7 + 4 * 380)
     assert seconds(engine, speeds, method="naive") == pytest.approx(7 + 4 * 80 + 5 + 300e-3)
-    with_keys = dataclasses.replace(speeds, key=(0.1, 0.1))
+    with_keys = dataclasses.replace(speeds, small=dataclasses.replace(CHUNK, key=(0.1, 0.1)))
     keys = (128 + 256 + 380) / 3  # that a tile of 128 rows reads
     assert seconds(engine, with_keys, method="full") == pytest.approx(7 + 4 * (380 + 0.1 * keys))
 
@@ -61,10 +63,15 @@ def test_each_layer_a_probe_runs_is_counted(engine):
     assert plain > 0
 
 
-def test_more_rows_than_were_measured_take_as_long_as_more_chunks():
-    speeds = dataclasses.replace(PER_ROW, chunk=4, rows=(1, 4, 5, 8), layer=(3.0, 3.0, 5.0, 5.0), key=(0.0,) * 4)
-    taken = [speeds.layer_seconds(np.arange(rows)) for rows in range(14)]
-    assert taken == [0, 3, 3, 3, 3, 5, 5, 5, 5, 7, 7, 7, 7, 9]
+def test_rows_go_through_a_layer_a_chunk_at_a_time():
+    times = ChunkTimes(rows=(1, 2, 4), layer=(3.0, 3.0, 5.0), key=(0.0, 0.0, 0.0))
+    taken = [times.layer_seconds(np.arange(rows)) for rows in range(10)]
+    assert taken == [0, 3, 3, 4, 5, 8, 8, 9, 10, 13]
+
+
+def test_a_plans_rows_keep_its_shape():
+    speeds = dataclasses.replace(PER_ROW, small=dataclasses.replace(CHUNK, rows=(1, 64)))
+    assert [speeds.of_plan(rows) is speeds.small for rows in (1, 64, 65)] == [True, True, False]
 
 
 def test_a_tile_of_rows_reads_the_keys_up_to_its_last_row():
@@ -113,13 +120,12 @@ def measured(monkeypatch) -> list[Speeds]:
 def test_an_engine_measures_when_a_request_first_finds_something(measured):
     engine = Engine(TINY, tiny_params(), config=CONFIG)
     engine.remember(DOCUMENT)
-    engine.prefill(PROMPT, reuse=ReuseConfig("prefix"))
-    engine.prefill(PROMPT[::-1].copy(), reuse=ReuseConfig("naive", only_if_faster=False))
-    assert not measured
+    for reuse in (ReuseConfig("prefix"), ReuseConfig("naive", only_if_faster=False)):
+        engine.prefill(PROMPT, reuse=reuse, keep=False)
+        assert not measured
     for _ in range(2):
-        assert engine.prefill(PROMPT, reuse=ReuseConfig("naive"), namespace="n").report.reused_tokens == 0
-        engine.remember(DOCUMENT, namespace="n")
-    assert len(measured) == 1
+        assert engine.prefill(PROMPT, reuse=ReuseConfig("naive"), keep=False).report.reused_tokens == 0
+        assert len(measured) == 1
     assert idle(engine)
 
 
@@ -144,17 +150,17 @@ def test_what_is_found_is_reused_where_measuring_fails(monkeypatch, caplog):
 
 
 def check(speeds: Speeds) -> None:
-    numbers = [*speeds.layer, *speeds.key, speeds.start, speeds.copy, speeds.copied_token]
-    assert np.isfinite(numbers).all()
-    assert min(numbers) >= 0
+    small, large = speeds.small, speeds.large
+    times = [*small.layer, *small.key, *large.layer, *large.key, speeds.start, speeds.copy, speeds.copied_token]
+    assert np.isfinite(times).all()
+    assert min(times) >= 0
     assert speeds.start > 0
-    assert max(speeds.layer) > 0
-    assert speeds.rows == (1, 4, 16, 17, 32, 33, 64)
+    assert (small.rows, large.rows) == ((1, 4, 16), (1, 8, 32))
 
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    monkeypatch.setattr(measuring, "_ROUNDS", 1)
+    """A single round of timings."""
     monkeypatch.setattr(measuring, "_SECONDS", 0.0)
 
 
@@ -182,6 +188,7 @@ def test_a_full_store_lends_a_page(engine, quick):
     assert idle(engine)
 
 
+@pytest.mark.slow
 def test_several_devices_are_measured_together(quick):
     engine = sharded_tiny(2)
     check(measuring.measure_speeds(engine.runner, range(8)))
@@ -217,12 +224,8 @@ def test_a_measurement_is_kept_for_the_next_process(tiny, counted, tmp_path):
     assert len(counted) == 1
 
 
-def without(field: str):
-    def damage(content: dict) -> str:
-        del content["speeds"][field]
-        return json.dumps(content)
-
-    return damage
+def changed(**fields):
+    return lambda content: json.dumps(content | {"speeds": content["speeds"] | fields})
 
 
 @pytest.mark.parametrize(
@@ -231,12 +234,12 @@ def without(field: str):
         lambda _: "{",
         lambda _: "[]",
         lambda content: json.dumps(content | {"about": {}}),
-        lambda content: json.dumps(content | {"speeds": content["speeds"] | {"key": [0.0]}}),
-        lambda content: json.dumps(content | {"speeds": content["speeds"] | {"start": "fast"}}),
-        lambda content: json.dumps(content | {"speeds": content["speeds"] | {"start": float("nan")}}),
-        lambda content: json.dumps(content | {"speeds": content["speeds"] | {"more": 1}}),
-        without("rows"),
-        without("start"),
+        changed(small={"rows": [1], "layer": [1.0], "key": []}),
+        changed(large={"rows": [1], "layer": [1.0]}),
+        changed(large=None),
+        changed(start="fast"),
+        changed(start=float("nan")),
+        changed(copy=-1.0),
     ],
 )
 def test_a_file_that_says_something_else_is_written_again(tiny, counted, tmp_path, damage):
@@ -250,7 +253,7 @@ def test_a_file_that_says_something_else_is_written_again(tiny, counted, tmp_pat
 def test_other_devices_models_and_versions_have_speeds_of_their_own(tiny, counted, monkeypatch):
     ask(tiny)
     ask(Engine.from_config(dataclasses.replace(TINY, intermediate_size=64), **vars(CONFIG)))
-    ask(tiny_engine(dtype="bfloat16"))
+    ask(Engine(TINY, tiny_params(), config=dataclasses.replace(CONFIG, dtype="bfloat16")))
     ask(sharded_tiny(2))
     monkeypatch.setattr(speeds, "version", lambda _: "0.0.0")
     ask(tiny)

@@ -8,60 +8,95 @@ collectives, padding and waits for the host are in the times, and nothing is com
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.runner import PrefillRun, Runner
-from sparsex_jax.reuse.cost import Speeds, mean_keys
+from sparsex_jax.reuse.cost import ChunkTimes, Speeds, mean_keys
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.schedule import Phase
 
 _LAYERS = 2  # that a timing runs; the weights of a single one might stay in a processor's cache
-_CHUNKS = 8  # of keys before the rows in the timings with many keys
-_ROUNDS = 3  # timings of each kind at least
-_SECONDS = 1.0  # no further round begins after this time
+_CHUNKS = 8  # of keys before the rows, in the timings with many keys
+_CHANGE = 0.05  # a round that makes some time shorter by more than this share is followed by another one
+_SECONDS = 3.0  # but no round begins after this time
 
-# What is timed: a step, the tokens that it is for, and the keys before them.
-Kind = tuple[str, int, int]
+
+class Step(NamedTuple):
+    """What is timed.
+
+    Attributes:
+      name: `layers`; `call`, the call that runs layers, without any; `start`, a prefill without its layers; or `copy`.
+      bucket: the rows that the plan is padded to, and those of a chunk.
+      tokens: rows, or tokens that are copied.
+      keys: before the rows.
+    """
+
+    name: str
+    bucket: tuple[int, int]
+    tokens: int = 1
+    keys: int = 0
 
 
 def wanted_tokens(runner: Runner) -> int:
     """For how many tokens `measure_speeds` has use for pages."""
-    return (_CHUNKS + 2) * runner.shapes.chunk
+    _, (_, chunk) = _buckets(runner)
+    return (_CHUNKS + 1) * chunk
 
 
 def measure_speeds(runner: Runner, pages: Sequence[int]) -> Speeds:
-    """Time parts of prefills, for about a second and three times each at least; the fastest times count.
+    """Time parts of prefills, round by round, until the times change no more, or for a few seconds.
 
-    It takes about as long as prefilling ten chunks, and before that it compiles what is not compiled yet of two plans
-    and two copies, which prefills need too. It needs no memory but theirs.
+    A round computes about as much as the prefill of two chunks. Before the first one it compiles what is not compiled
+    yet of two plans and two copies, which prefills need too. It needs no memory but theirs.
 
     Args:
       pages: of the store; what is in them is lost. If they are few, tokens share their slots.
     """
     bench = _Bench(runner, pages)
-    rows, copied = bench.row_counts(), bench.copied()
-    seconds = _fastest({kind: bench.step(*kind) for kind in bench.kinds()})
-    passed = seconds["dispatch", 1, 0]
-    near = _rising([(seconds["layers", n, 0] - passed) / bench.layers for n in rows])
-    far = _rising([(seconds["layers", n, bench.keys_before(n)] - passed) / bench.layers for n in rows])
-    key = [max(more - few, 0) / max(bench.keys_before(n), 1) for n, few, more in zip(rows, near, far, strict=True)]
-    layer = [max(few - each * mean_keys(np.arange(n)), 0) for n, few, each in zip(rows, near, key, strict=True)]
-    small, large = (seconds["copy", n, 0] for n in copied)
-    token = max(large - small, 0) / max(copied[1] - copied[0], 1)
-    start = seconds["start", 1, 0]
-    return Speeds(runner.shapes.chunk, rows, tuple(layer), tuple(key), start, max(small - token, 0), token)
+    small, large = _buckets(runner)
+    start, copies = Step("start", small), [Step("copy", small), Step("copy", large, min(large[0], bench.context))]
+    layers = [step for bucket in (small, large) for step in bench.chunk_steps(bucket)]
+    seconds = _least({step: bench.timing(step) for step in [*layers, Step("call", small), start, *copies]})
+    one, many = (seconds[step] for step in copies)
+    token = max(many - one, 0) / max(copies[1].tokens - 1, 1)
+    return Speeds(
+        small=bench.chunk_times(small, seconds),
+        large=bench.chunk_times(large, seconds),
+        start=seconds[start],
+        copy=max(one - token, 0),
+        copied_token=token,
+    )
+
+
+def _buckets(runner: Runner) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of the smallest plans, and of larger ones."""
+    small, large, *_ = runner.shapes.buckets
+    return small, large
+
+
+def _least(timings: dict[Step, Callable[[], float]]) -> dict[Step, float]:
+    """The least seconds that each timing gives. They take turns, so that load from outside slows all alike. The first
+    turn, in which they compile, does not count."""
+    for timing in timings.values():
+        timing()
+    least, began, changes = dict.fromkeys(timings, np.inf), time.perf_counter(), True
+    while changes:
+        before, least = least, {step: min(least[step], timing()) for step, timing in timings.items()}
+        changes = any(least[step] < (1 - _CHANGE) * before[step] for step in timings)
+        changes &= time.perf_counter() - began < _SECONDS
+    return least
 
 
 def _rising(seconds: Sequence[float]) -> list[float]:
-    """Load only adds to a time, so what took longer than more rows did is corrected to their time.
+    """Load only adds to a time. So what took longer than more rows did gets the time of those.
 
     >>> _rising([2.0, 4.0, 3.0, 5.0])
     [2.0, 3.0, 3.0, 5.0]
@@ -69,85 +104,86 @@ def _rising(seconds: Sequence[float]) -> list[float]:
     return np.minimum.accumulate(np.array(seconds)[::-1])[::-1].tolist()
 
 
-def _fastest(steps: dict[Kind, Callable[[], float]]) -> dict[Kind, float]:
-    """The least seconds that each step said it took. The steps take turns, so that load slows all alike; the first
-    turn, in which they compile, does not count."""
-    for step in steps.values():
-        step()
-    least, began = dict.fromkeys(steps, float("inf")), time.perf_counter()
-    for turn in itertools.count(1):
-        least = {kind: min(least[kind], step()) for kind, step in steps.items()}
-        if turn >= _ROUNDS and time.perf_counter() - began > _SECONDS:
-            return least
-    raise AssertionError("unreachable")
-
-
 class _Bench:
-    """Single steps on a runner's store, with prompts of token 0."""
+    """Single steps on a runner's store, with prompts of token 0.
+
+    Attributes:
+      context: tokens that a prompt can have.
+    """
 
     def __init__(self, runner: Runner, pages: Sequence[int]) -> None:
-        self._runner, self._shapes = runner, runner.shapes
-        self._pages = list(itertools.islice(itertools.cycle(pages), self._shapes.max_pages))
-        self._context = min(self._shapes.max_pages * runner.engine.page_size, runner.model.max_position)
-        self.layers = min(_LAYERS, max(runner.model.num_layers - 1, 1))  # the last one would make logits
+        self._runner, self._page_size = runner, runner.engine.page_size
+        self.context = runner.shapes.max_pages * self._page_size
+        self._pages = list(itertools.islice(itertools.cycle(pages), runner.shapes.max_pages))
+        self._layers = min(_LAYERS, max(runner.model.num_layers - 1, 1))  # the last one would make logits
 
-    def row_counts(self) -> tuple[int, ...]:
-        """Where the time of a layer may bend or jump: within the smallest plan, behind it, and around a chunk."""
-        few, chunk = self._shapes.buckets[0][0], self._shapes.chunk
-        counts = {1, few // 4, few, few + 1, chunk, chunk + 1, 2 * chunk}
-        return tuple(sorted(n for n in counts if 1 <= n <= self._context))
+    def chunk_steps(self, bucket: tuple[int, int]) -> list[Step]:
+        """A row, a quarter of a chunk's, and all of them; each without keys before them and, next, with many."""
+        _, chunk = bucket
+        rows = sorted({min(number, self.context) for number in (1, max(chunk // 4, 1), chunk)})
+        return [
+            Step("layers", bucket, number, keys)
+            for number in rows
+            for keys in (0, min(_CHUNKS * chunk, self.context - number))
+        ]
 
-    def copied(self) -> tuple[int, int]:
-        return 1, min(4 * self._shapes.chunk, self._context)
+    def chunk_times(self, bucket: tuple[int, int], seconds: Mapping[Step, float]) -> ChunkTimes:
+        """From the seconds of all steps to those of a layer: what rows take, and what keys add."""
+        steps = self.chunk_steps(bucket)
+        near, far = (_rising([self._a_layer(step, seconds) for step in part]) for part in (steps[::2], steps[1::2]))
+        rows, keys = [step.tokens for step in steps[::2]], [step.keys for step in steps[1::2]]
+        key = [max(b - a, 0) / max(number, 1) for a, b, number in zip(near, far, keys, strict=True)]
+        own = [each * mean_keys(np.arange(number)) for each, number in zip(key, rows, strict=True)]
+        layer = [max(a - attention, 0) for a, attention in zip(near, own, strict=True)]
+        return ChunkTimes(tuple(rows), tuple(layer), tuple(key))
 
-    def keys_before(self, rows: int) -> int:
-        """How many keys stand before these rows in a timing with many."""
-        return min(_CHUNKS * self._shapes.chunk, self._context - rows)
+    def _a_layer(self, step: Step, seconds: Mapping[Step, float]) -> float:
+        call = min(seconds[other] for other in seconds if other.name == "call")
+        return max(seconds[step] - call, 0) / self._layers
 
-    def kinds(self) -> list[Kind]:
-        layers = [("layers", n, keys) for n in self.row_counts() for keys in {0, self.keys_before(n)}]
-        return [*layers, *(("copy", n, 0) for n in self.copied()), ("dispatch", 1, 0), ("start", 1, 0)]
+    def timing(self, step: Step) -> Callable[[], float]:
+        """A call that runs the step and returns the seconds until the devices are done with it."""
+        begin = {"layers": self._begin_layers, "call": self._begin_layers, "start": self._begin_all}
+        prepare = begin.get(step.name, self._begin_copy)
 
-    def step(self, name: str, tokens: int, keys: int) -> Callable[[], float]:
-        """A call that runs a step once and returns the seconds that it took."""
-        step = {"layers": self._layers, "copy": self._copy, "dispatch": self._no_layer, "start": self._start}[name]
-        return functools.partial(step, tokens, keys)
+        def timed() -> float:
+            with self._runner.padding_to(step.bucket):
+                run = prepare(step)
+                jax.block_until_ready(self._runner.store)
+                began = time.perf_counter()
+                jax.block_until_ready((run(), self._runner.store))
+                return time.perf_counter() - began
 
-    def _layers(self, rows: int, keys: int) -> float:
-        return self._advanced(self._begin(rows, keys), self.layers)
+        return timed
 
-    def _no_layer(self, rows: int, keys: int) -> float:
-        return self._advanced(self._begin(rows, keys), 0)
+    def _begin_layers(self, step: Step) -> Callable[[], Any]:
+        run = self._begin(step)
+        jax.block_until_ready(run.state)
+        return lambda: self._advance(run, self._layers if step.name == "layers" else 0)
 
-    def _advanced(self, run: PrefillRun, layers: int) -> float:
-        jax.block_until_ready((self._runner.store, run.state))
-        began = time.perf_counter()
-        self._runner.advance(run, layers)
-        return self._done(began, run)
-
-    def _start(self, rows: int, keys: int) -> float:
+    def _begin_all(self, step: Step) -> Callable[[], Any]:
         """A prefill that begins behind its last layer."""
-        jax.block_until_ready(self._runner.store)
-        began = time.perf_counter()
-        run = self._begin(rows, keys)
-        run.next_layer = self._runner.model.num_layers
-        run.state = dataclasses.replace(run.state, layer=run.state.layer + np.int32(run.next_layer))
-        self._runner.advance(run)
-        return self._done(began, run)
 
-    def _copy(self, tokens: int, keys: int) -> float:
+        def prefill() -> Any:
+            run = self._begin(step)
+            run.next_layer = self._runner.model.num_layers
+            run.state = dataclasses.replace(run.state, layer=run.state.layer + np.int32(run.next_layer))
+            return self._advance(run, 0)
+
+        return prefill
+
+    def _begin_copy(self, step: Step) -> Callable[[], Any]:
         """Each token is copied onto itself."""
-        jax.block_until_ready(self._runner.store)
-        slots = slots_of(self._pages, np.arange(tokens), self._runner.engine.page_size)
-        began = time.perf_counter()
-        self._runner.copy([(Segment(0, tokens, 0, slots, exact=True), self._pages)])
-        return self._done(began)
+        slots = slots_of(self._pages, np.arange(step.tokens), self._page_size)
+        segment = Segment(0, step.tokens, 0, slots, exact=True)
+        return lambda: self._runner.copy([(segment, self._pages)])
 
-    def _begin(self, rows: int, keys: int) -> PrefillRun:
-        kind = np.where(np.arange(keys + rows) < keys, TokenKind.PREFIX, TokenKind.FRESH).astype(np.uint8)
+    def _begin(self, step: Step) -> PrefillRun:
+        behind = np.arange(step.keys + step.tokens) >= step.keys
+        kind = np.where(behind, TokenKind.FRESH, TokenKind.PREFIX).astype(np.uint8)
         prompt = PromptMap(np.zeros(len(kind), np.int32), kind)
         return self._runner.begin([RequestPlan(prompt, (Phase(0, prompt.computed),), self._pages)])
 
-    def _done(self, began: float, run: PrefillRun | None = None) -> float:
-        jax.block_until_ready((self._runner.store, run and (run.state, run.logits)))
-        return time.perf_counter() - began
+    def _advance(self, run: PrefillRun, layers: int) -> Any:
+        self._runner.advance(run, layers)
+        return run.state, run.logits

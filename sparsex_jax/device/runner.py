@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import jax
@@ -88,6 +89,15 @@ class Runner:
         plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
         state = embed_rows(self.params, rows, decoder=self.decoder)
         return PrefillRun(requests, plan, state, tuple(signals.values()))
+
+    @contextlib.contextmanager
+    def padding_to(self, bucket: tuple[int, int]) -> Iterator[None]:
+        """Within, all plans and copies have the shape of this bucket of `shapes`, however few rows they have."""
+        shapes, self.shapes = self.shapes, self.shapes.only(bucket)
+        try:
+            yield
+        finally:
+            self.shapes = shapes
 
     def advance(self, run: PrefillRun, layers: int | None = None) -> None:
         """Dispatch the next `layers` layers, or all that are left.

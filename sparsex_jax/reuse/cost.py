@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.reuse.planner import RequestPlan
@@ -25,59 +25,85 @@ _MASS = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
-class Speeds:
-    """What prefills of one model take on the devices that they were measured on. Times are in seconds.
+class ChunkTimes:
+    """What a chunk of rows takes in one layer, in seconds.
 
-    Rows go through a layer a chunk at a time, and chunks and kernels pad them. So a layer's time rises with its rows in
-    steps, whose places and heights only a measurement tells.
+    Plans and kernels pad rows. So the time rises with the rows in steps, whose places and heights only measuring tells.
 
     Attributes:
-      chunk: rows that go through a layer at a time.
-      rows: numbers of rows that a layer was measured with, rising, up to two chunks.
-      layer: time of a layer for each of these numbers, without attention to keys.
-      key: for each of these numbers, what one more key adds that all the rows attend to.
-      start: time of a prefill beside its layers: the plan's way to the device, embeddings and logits.
-      copy: time to copy and align runs of cached KV, however short they are.
-      copied_token: what each token that is copied adds, K and V of all layers.
+      rows: the numbers of rows that were measured, rising; the last is a whole chunk.
+      layer: for each of them, the time without attention to keys.
+      key: for each of them, what one more key adds that all the rows attend to.
     """
 
-    chunk: int
     rows: tuple[int, ...]
     layer: tuple[float, ...]
     key: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ChunkTimes:
+        """As `Speeds.from_dict`."""
+        rows, layer, key = (_times(fields[name]) for name in ("rows", "layer", "key"))
+        if not len(rows) == len(layer) == len(key) > 0:
+            raise ValueError("rows, layer and key differ in length, or are empty")
+        return cls(tuple(map(int, rows)), layer, key)
+
+    def layer_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
+        """Seconds of a layer for rows at these rising positions, a chunk at a time."""
+        return self.projection_seconds(positions) + self.attention_seconds(positions)
+
+    def projection_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
+        """The part of it that does not depend on where the rows are."""
+        return self._in_chunks(self.layer, len(positions))
+
+    def attention_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
+        """The part of it that attention takes."""
+        return self._in_chunks(self.key, len(positions)) * mean_keys(positions)
+
+    def _in_chunks(self, measured: Sequence[float], rows: int) -> float:
+        """Whole chunks and a rest, which is on the line between the two measured numbers of rows next to it."""
+        whole, rest = divmod(rows, self.rows[-1])
+        return whole * measured[-1] + (float(np.interp(rest, self.rows, measured)) if rest else 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+    """What prefills of one model take on the devices that they were measured on, in seconds.
+
+    Attributes:
+      small: chunks of the smallest plans, which are one chunk.
+      large: chunks of all other plans. It is the plan's first layer whose rows say which of both it is.
+      start: a prefill beside its layers: the plan's way to the device, embeddings and logits.
+      copy: to copy and align cached KV, however little.
+      copied_token: what each token that is copied adds, K and V of all layers.
+    """
+
+    small: ChunkTimes
+    large: ChunkTimes
     start: float
     copy: float
     copied_token: float
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Speeds:
-        """From `dataclasses.asdict`, or from what JSON makes of that.
+        """From what JSON makes of `dataclasses.asdict`.
 
         Raises:
-          TypeError, ValueError: a field is missing, is none, or is no number or list of numbers of the right length.
+          KeyError, TypeError, ValueError: a field is missing, or is not as JSON would have it.
         """
-        lists = {name: tuple(map(float, fields[name])) for name in ("layer", "key")}
-        rows = tuple(map(int, fields["rows"]))
-        if any(len(values) != len(rows) for values in lists.values()):
-            raise ValueError(f"rows has {len(rows)} entries; layer and key need as many")
-        return cls(**{**fields, **lists, "rows": rows})
+        small, large = (ChunkTimes.from_dict(fields[name]) for name in ("small", "large"))
+        return cls(small, large, *_times([fields[name] for name in ("start", "copy", "copied_token")]))
 
-    def layer_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
-        """Time of one layer for rows at these rising positions."""
-        return self._of_rows(self.layer, len(positions)) + self.attention_seconds(positions)
+    def of_plan(self, rows: int) -> ChunkTimes:
+        """Of a plan that begins with this many rows."""
+        return self.small if rows <= self.small.rows[-1] else self.large
 
-    def attention_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
-        """The part of it that attention takes."""
-        return self._of_rows(self.key, len(positions)) * mean_keys(positions)
 
-    def _of_rows(self, measured: Sequence[float], rows: int) -> float:
-        """Between two measured numbers of rows on the line between them; behind the last, each chunk takes what the
-        second one did."""
-        if rows == 0:
-            return 0.0
-        beyond = max(-(-(rows - self.rows[-1]) // self.chunk), 0)
-        one, two, inside = np.interp([self.chunk, 2 * self.chunk, rows - beyond * self.chunk], self.rows, measured)
-        return float(inside + beyond * (two - one))
+def _times(values: Sequence[Any]) -> tuple[float, ...]:
+    times = tuple(map(float, values))
+    if not all(0 <= time < np.inf for time in times):
+        raise ValueError(f"{times} are not all finite numbers that are not negative")
+    return times
 
 
 def mean_keys(positions: Int[np.ndarray, "rows"]) -> float:
@@ -93,15 +119,15 @@ def prefill_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> fl
 
     Not counted is what every plan for the request needs alike: the lookup, and the first token's way to the caller.
     """
-    phases = plan.phases
+    phases, times = plan.phases, speeds.of_plan(plan.num_rows)
     rows = [_positions(plan, phase) for phase in phases]
     starts = [*(phase.start for phase in phases), model.num_layers]
     seconds = speeds.start + _copy_seconds(sum(copy.length for copy in plan.copies), speeds)
     for own, (begin, end) in zip(rows, itertools.pairwise(starts), strict=True):
-        seconds += (end - begin) * speeds.layer_seconds(own)
+        seconds += (end - begin) * times.layer_seconds(own)
     for before, phase in zip(rows, phases[1:], strict=False):
         if phase.signal and phase.start < model.num_layers and phase.can_leave_out(len(before)):
-            seconds += _signal_seconds(model, plan, before, phase, speeds)
+            seconds += _signal_seconds(model, plan, before, phase, times)
     return seconds
 
 
@@ -109,13 +135,8 @@ def _positions(plan: RequestPlan, phase: Phase) -> Int[np.ndarray, "rows"]:
     """Positions that a phase computes, if those that its signal chooses are spread evenly over the reused tokens."""
     candidates = np.flatnonzero(plan.prompt.reused & ~phase.forced)
     budget = min(phase.budget, len(candidates))
-    chosen = candidates[(np.arange(budget) * len(candidates)) // max(budget, 1)]
-    return _marked(phase.forced, chosen)
-
-
-def _marked(forced: Bool[np.ndarray, "tokens"], chosen: Int[np.ndarray, "_"]) -> Int[np.ndarray, "rows"]:
-    computed = forced.copy()
-    computed[chosen] = True
+    computed = phase.forced.copy()
+    computed[candidates[(np.arange(budget) * len(candidates)) // max(budget, 1)]] = True
     return np.flatnonzero(computed)
 
 
@@ -124,13 +145,13 @@ def _copy_seconds(tokens: int, speeds: Speeds) -> float:
 
 
 def _signal_seconds(
-    model: ModelConfig, plan: RequestPlan, before: Int[np.ndarray, "rows"], phase: Phase, speeds: Speeds
+    model: ModelConfig, plan: RequestPlan, before: Int[np.ndarray, "rows"], phase: Phase, times: ChunkTimes
 ) -> float:
     """Seconds of a signal: K and V of all rows at the boundary, the fresh rows' key mass, and the signal's own pass."""
     fresh = np.flatnonzero(plan.prompt.fresh)
-    mass = _MASS * speeds.attention_seconds(fresh)
-    everything = speeds.layer_seconds(before) - speeds.attention_seconds(before)
-    return _kv_share(model) * everything + mass + phase.probe_layers * (speeds.layer_seconds(fresh) + mass)
+    mass = _MASS * times.attention_seconds(fresh)
+    everything = _kv_share(model) * times.projection_seconds(before)
+    return everything + mass + phase.probe_layers * (times.layer_seconds(fresh) + mass)
 
 
 def _kv_share(model: ModelConfig) -> float:

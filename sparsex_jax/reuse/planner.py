@@ -95,10 +95,9 @@ class Shapes:
     def max_rows(self) -> int:
         return self.buckets[-1][0]
 
-    @property
-    def chunk(self) -> int:
-        """Rows that go through a layer at a time, in all plans but the smallest."""
-        return self.buckets[-1][1]
+    def only(self, bucket: tuple[int, int]) -> Shapes:
+        """The shapes of plans that are padded to this bucket, however few rows they have."""
+        return dataclasses.replace(self, buckets=(bucket,))
 
     def bucket(self, rows: int) -> tuple[int, int]:
         """The smallest (rows, chunk) that holds this number of rows."""

@@ -10,10 +10,8 @@ Requests that ask for log-probabilities, penalties or biases compile what they n
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -45,21 +43,10 @@ def _batches(most: int) -> list[int]:
 def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
     """The copy of a token, and a plan of one token behind it."""
     prompt = PromptMap(np.zeros(2, np.int32), np.array([TokenKind.REUSED, TokenKind.FRESH], np.uint8))
-    with loop.admission.lend(len(prompt)) as pages, _only(loop, bucket):
+    with loop.admission.lend(len(prompt)) as pages, loop.runner.padding_to(bucket):
         copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
         logits, _ = loop.runner.prefill([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
     loop.runner.are_finite(logits)  # which is asked where no token is wanted, as of texts to remember
-
-
-@contextlib.contextmanager
-def _only(loop: Loop, bucket: tuple[int, int]) -> Iterator[None]:
-    """Plans are padded to this bucket, however few rows they have."""
-    shapes = loop.runner.shapes
-    loop.runner.shapes = dataclasses.replace(shapes, buckets=(bucket,))
-    try:
-        yield
-    finally:
-        loop.runner.shapes = shapes
 
 
 def _decode(loop: Loop, number: int) -> None:

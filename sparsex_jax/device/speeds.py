@@ -55,7 +55,7 @@ def speeds_for(runner: Runner, lend: Lend) -> Speeds:
         started = time.perf_counter()
         with lend(wanted_tokens(runner)) as pages:
             speeds = measure_speeds(runner, pages)
-        log.info("measured the speeds of prefills in %.1f s", time.perf_counter() - started)
+        log.info("measured the speeds of prefills in %.1f s: %s", time.perf_counter() - started, speeds)
         write(path, about, speeds)
     return speeds
 
@@ -67,10 +67,11 @@ def described(runner: Runner) -> dict[str, Any]:
         "device": devices.flat[0].device_kind,
         "devices": devices.size,
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "backend": str(runner.decoder.ops.backend),
+        "backend": repr(runner.decoder.ops.backend),
         "versions": {"sparsex": version("sparsex-jax"), "jax": jax.__version__},
         "dtype": engine.dtype,
         "page_size": engine.page_size,
+        "max_requests": shapes.max_requests,
         "max_pages": shapes.max_pages,
         "buckets": [list(bucket) for bucket in shapes.buckets],
         "model": {name: getattr(runner.model, name) for name in _SIZES},

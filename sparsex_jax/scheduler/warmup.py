@@ -32,7 +32,7 @@ def steps(loop: Loop) -> list[Callable[[], None]]:
     Call them before the loop runs."""
     prefills = [functools.partial(_prefill, loop, bucket) for bucket in loop.runner.shapes.buckets]
     decodes = [functools.partial(_decode, loop, number) for number in _batches(loop.policy.max_num_seqs)]
-    return [*prefills, *decodes, functools.partial(_generate, loop), functools.partial(_measure, loop)]
+    return [*prefills, functools.partial(_measure, loop), *decodes, functools.partial(_generate, loop)]
 
 
 def _batches(most: int) -> list[int]:
@@ -47,6 +47,11 @@ def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
         copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
         logits, _ = loop.runner.prefill([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
     loop.runner.are_finite(logits)  # which is asked where no token is wanted, as of texts to remember
+
+
+def _measure(loop: Loop) -> None:
+    """The speeds by which admission chooses, which the first request to find something would wait for."""
+    _ = loop.admission.speeds
 
 
 def _decode(loop: Loop, number: int) -> None:
@@ -64,8 +69,3 @@ def _generate(loop: Loop) -> None:
     """A whole request, for what is between prefill and decode."""
     full, sampling = ReuseConfig(method="full"), SamplingParams(max_new_tokens=2, ignore_eos=True)
     loop.complete([loop.requests.generation([0], sampling, reuse=full, namespace="warm-up", keep=False)])
-
-
-def _measure(loop: Loop) -> None:
-    """The speeds by which admission chooses, which the first request to find something would wait for."""
-    _ = loop.admission.speeds

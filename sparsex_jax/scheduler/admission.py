@@ -93,12 +93,12 @@ class Admission:
         """The plan without pages: with what was found, or with the prefix alone where that is asked for and faster."""
 
         def plan(match: Match) -> RequestPlan:
-            prompt = PromptMap.of(tokens, match)
-            copies = (*([match.prefix_tail] if match.prefix_tail else []), *match.segments)
+            prompt = method.worth_pasting(PromptMap.of(tokens, match), self._model.num_layers)
+            copies = (*([match.prefix_tail] if match.prefix_tail else []), *prompt.segments)
             return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), (), copies)
 
         found = plan(match)
-        if not (method.only_if_faster and self.speeds and match.segments):
+        if not (method.only_if_faster and self.speeds and found.prompt.segments):
             return found
         plain = plan(dataclasses.replace(match, segments=[]))
         plain_seconds, found_seconds = (prefill_seconds(self._model, one, self.speeds) for one in (plain, found))

@@ -230,7 +230,10 @@ def test_concurrent_requests_get_the_answers_they_would_get_alone(client, refere
     prompts = [f"Note {i} of the harbour office, with {i * 3} lines:" + " and so on" * i for i in range(12)]
 
     def ask(prompt):
-        return client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=10).choices[0].text
+        answer = client.completions.create(
+            model=MODEL, prompt=prompt, temperature=0, max_tokens=10, extra_body={"reuse": {"method": "prefix"}}
+        )
+        return answer.choices[0].text
 
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(ask, prompts))
@@ -283,9 +286,8 @@ def test_reuse_options_of_a_request(client):
 
 def test_the_token_map_agrees_with_the_report(client):
     ask(client, "map")
-    answer = ask(
-        client, "map", "Something new comes first. " + NOTE, return_token_map=True, reuse={"boundary_layer": 2}
-    )
+    reuse = {"boundary_layer": 2, "tail_tokens": 0}  # the usual tail would be all of the note
+    answer = ask(client, "map", "Something new comes first. " + NOTE, return_token_map=True, reuse=reuse)
     report, tokens = answer.sparsex, answer.sparsex["token_map"]
     assert "".join(tokens["text"]) == "Something new comes first. " + NOTE
     counts = {kind: sum(n for k, n in tokens["kind"] if k == kind) for kind in KINDS}

@@ -1,4 +1,4 @@
-"""What the lookup found for each token of a prompt, before the model runs: prefix, reused or fresh."""
+"""What the lookup found for each token of a prompt, before the model runs: in a prefix, reused or fresh."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TokenKind(enum.IntEnum):
 
     PREFIX = 0  # of an exact prefix: its KV is in the store, and right as it is
     REUSED = 1  # of a segment: its KV is copied from a donor and aligned to its new position
-    FRESH = 2  # of neither: it is computed
-    APPROXIMATE = 3  # of an approximate prefix: shared as an earlier request left it
+    FRESH = 2  # of none of these: it is computed
+    APPROXIMATE = 3  # of an approximate prefix: its KV is in the store, as good as the method itself would make it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,7 +43,8 @@ class PromptMap:
     def of(cls, tokens: Int32[np.ndarray, "tokens"], match: Match) -> PromptMap:
         """The map of a prompt by what the lookup found."""
         kind = np.full(len(tokens), TokenKind.FRESH, np.uint8)
-        kind[: match.num_prefix_tokens] = TokenKind.PREFIX
+        kind[: match.num_prefix_tokens] = TokenKind.APPROXIMATE
+        kind[: match.num_exact_tokens] = TokenKind.PREFIX
         for segment in match.segments:
             kind[segment.start : segment.end] = TokenKind.REUSED
         kind[-1] = TokenKind.FRESH
@@ -61,19 +62,35 @@ class PromptMap:
         return self.kind == TokenKind.REUSED
 
     @property
+    def approximate(self) -> Bool[np.ndarray, "tokens"]:
+        """The tokens of the approximate prefix."""
+        return self.kind == TokenKind.APPROXIMATE
+
+    @property
     def computed(self) -> Bool[np.ndarray, "tokens"]:
-        """All tokens but the prefix's."""
-        return self.kind != TokenKind.PREFIX
+        """All tokens but those of the prefix, exact or approximate."""
+        return self.fresh | self.reused
+
+    @property
+    def num_prefix(self) -> int:
+        """How many tokens the prefix has, exact or approximate."""
+        return len(self) - int(self.computed.sum())
+
+    @property
+    def first_reused(self) -> int:
+        """How many tokens stand before the first reused one: all of them, if nothing is reused."""
+        return _first(self.reused)
 
     @property
     def exact_frontier(self) -> int:
-        """How many tokens have exact KV before the first reused one: all of them, if nothing is reused."""
-        return int(self.reused.argmax()) if self.reused.any() else len(self)
+        """How many tokens have exact KV whatever is recomputed: those before the first approximate or reused one."""
+        return _first(self.reused | self.approximate)
 
     @property
     def unsettled(self) -> Bool[np.ndarray, "tokens"]:
-        """Fresh tokens behind a reused one. The others see exact KV only, and a second pass would not change them."""
-        return self.fresh & (np.arange(len(self)) >= self.exact_frontier)
+        """Fresh tokens behind a reused one. What the others see is there before any pass, and a second one would not
+        change them."""
+        return self.fresh & (np.arange(len(self)) >= self.first_reused)
 
     def only(self, segments: Collection[Segment]) -> PromptMap:
         """The map as if, of its segments, just these had been found: the tokens of the others are fresh."""
@@ -133,6 +150,11 @@ class PromptMap:
         for segment in self.segments:
             heads[segment.start : min(segment.start + length, segment.end)] = True
         return heads & self.reused
+
+
+def _first(mask: Bool[np.ndarray, "tokens"]) -> int:
+    """Index of the first True, or the length if there is none."""
+    return int(mask.argmax()) if mask.any() else len(mask)
 
 
 def _distances(mask: Bool[np.ndarray, "tokens"]) -> Int64[np.ndarray, "tokens"]:

@@ -109,6 +109,7 @@ class Sequence:
       remember: what is registered once it is prefilled.
       hold: keep its pages once it is prefilled, for a caller who reads them.
       wants_logits: fetch the logits behind the prompt.
+      heals: nobody asked for it: it makes approximate content exact, and is not counted among the requests.
 
     In line:
       id: rises with every sequence, so it tells who is older.
@@ -148,6 +149,7 @@ class Sequence:
     remember: Remember | None = None
     hold: bool = False
     wants_logits: bool = False
+    heals: bool = False
 
     id: int = 0
     state: State = State.WAITING
@@ -238,10 +240,10 @@ class Sequence:
         exact = "prefix" if self.reuse.uses_prefix else "full"
         return self.tokens, ReuseConfig(method=exact)
 
-    def admit(self, plan: RequestPlan, match: Match, copy_pages: list[int]) -> None:
+    def admit(self, plan: RequestPlan, match: Match, num_shared: int, copy_pages: list[int]) -> None:
         """It holds the pages of the plan, and has pinned what it found."""
         self.admitted_plan, self.match, self.copy_pages = plan, match, copy_pages
-        self.num_shared, self.donors = len(match.prefix_pages), frozenset(match.pages)
+        self.num_shared, self.donors = num_shared, frozenset(match.pages)
 
     def start_prefill(self, stages: list[RequestPlan], num_layers: int) -> None:
         """These are the plans that prefill it."""

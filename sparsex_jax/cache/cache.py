@@ -110,6 +110,18 @@ class CacheStats:
     frozen_evictions: int
 
 
+def _asked_once(accepts: Accepts) -> Accepts:
+    """The same, but each object is judged once: a sequence's pages all have the same one."""
+    known: dict[int, bool] = {}
+
+    def accepts_once(made_by: object) -> bool:
+        if id(made_by) not in known:
+            known[id(made_by)] = accepts(made_by)
+        return known[id(made_by)]
+
+    return accepts_once
+
+
 def _require(ok: bool | np.bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
@@ -161,6 +173,7 @@ class PageCache:
         segments: bool = True,
         min_segment: int = 16,
         accepts: Accepts | None = None,
+        counted: bool = True,
     ) -> Match:
         """Find the stored parts of a prompt and pin their pages.
 
@@ -173,16 +186,20 @@ class PageCache:
           segments: look for segments behind the prefix.
           min_segment: the least length of a segment, in tokens.
           accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
+          counted: whether it counts as a use, and in `stats`.
 
         Raises:
           ValueError: a token id is negative.
         """
         _require(not (tokens < 0).any(), "token ids must not be negative")
         prompt = tokens[:-1].tobytes() if prefix else b""  # the last token is always computed
-        found = self.tree.prefix(prompt, namespace, accepts)
+        found = self.tree.prefix(prompt, namespace, accepts and _asked_once(accepts))
         runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment) if segments else []
         match = self._match(found, runs)
-        self._pin(match)
+        self._pins.add(match)
+        self._pool.hold(match.pages)
+        if counted:
+            self._count(match)
         return match
 
     def _find_runs(
@@ -208,9 +225,7 @@ class PageCache:
             pages=tuple(dict.fromkeys(node.pages[0] for node in nodes)),
         )
 
-    def _pin(self, match: Match) -> None:
-        self._pins.add(match)
-        self._pool.hold(match.pages)
+    def _count(self, match: Match) -> None:
         for page in match.pages:
             self.tree[page].uses += 1
         self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)

@@ -82,6 +82,7 @@ class Held:
     tokens: list[int]
     namespace: str
     exact: int
+    care: int
 
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=8, max_size=8), min_size=1, max_size=6).map(
@@ -90,6 +91,7 @@ texts = st.lists(st.lists(st.integers(0, 2), min_size=8, max_size=8), min_size=1
     lambda parts: [token for part in parts for token in part]
 )
 namespaces = st.sampled_from(["a", "b"])
+EXACT = 3  # requests that are less careful may take approximate KV that was made as carefully
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -103,9 +105,11 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache = PageCache(num_pages, PAGE, limit)
         size = num_pages * PAGE
         self.tokens, self.positions = np.full(size, -1), np.full(size, -1)
-        self.history: list[tuple[int, ...]] = [()] * size  # all tokens before and in the slot, if the KV is exact
+        self.history: list[tuple[int, ...]] = [()] * size  # all tokens before and in the slot
+        self.care = [0] * size  # how carefully its KV was computed
         self.owner = [""] * size
         self.given: set[int] = set()
+        self.forgotten: set[int] = set()
         self.held: list[Held] = []
         self.pinned: list[Match] = []
 
@@ -113,14 +117,16 @@ class CacheMachine(RuleBasedStateMachine):
         for i in range(begin, len(held.tokens)):
             slot = held.pages[i // PAGE] * PAGE + i % PAGE
             self.tokens[slot], self.positions[slot], self.owner[slot] = held.tokens[i], i, held.namespace
-            self.history[slot] = tuple(held.tokens[: i + 1]) if i < held.exact else ()
+            self.history[slot] = tuple(held.tokens[: i + 1])
+            self.care[slot] = EXACT if i < held.exact else held.care
 
-    def verify(self, match: Match, prompt: np.ndarray, namespace: str) -> None:
+    def verify(self, match: Match, prompt: np.ndarray, namespace: str, care: int) -> None:
         slots = [page * PAGE + i for page in match.prefix_pages for i in range(PAGE)]
         slots += match.prefix_tail.slots.tolist() if match.prefix_tail else []
         assert len(slots) == match.num_prefix_tokens < max(len(prompt), 1)
         for i, slot in enumerate(slots):
-            assert self.history[slot] == tuple(prompt[: i + 1])  # exact, and behind exactly this past
+            assert self.history[slot] == tuple(prompt[: i + 1])  # behind exactly this past
+            assert self.care[slot] == EXACT if i < match.num_exact_tokens else care <= self.care[slot] < EXACT
             assert self.owner[slot] == namespace
         end = len(slots)
         for segment in match.segments:
@@ -129,20 +135,21 @@ class CacheMachine(RuleBasedStateMachine):
             assert np.array_equal(self.tokens[segment.slots], prompt[segment.start : end])
             assert np.array_equal(self.positions[segment.slots], segment.donor_start + np.arange(segment.length))
             assert {self.owner[slot] for slot in segment.slots} == {namespace}
-            assert segment.exact == all(self.history[slot] for slot in segment.slots)
+            assert segment.exact == all(self.care[slot] == EXACT for slot in segment.slots)
         assert end <= len(prompt)
 
-    def find(self, tokens: list[int], namespace: str) -> Match:
+    def find(self, tokens: list[int], namespace: str, care: int) -> Match:
+        """Look up for a request that is this careful."""
         prompt = np.array(tokens, np.int32)
-        match = self.cache.lookup(prompt, namespace)
-        self.verify(match, prompt, namespace)
+        match = self.cache.lookup(prompt, namespace, accepts=lambda made_by: made_by >= care)
+        self.verify(match, prompt, namespace, care)
         return match
 
-    @rule(target=sequences, text=texts, extra=texts, namespace=namespaces, outcome=st.sampled_from(["exact", "reuse"]))
-    def serve(self, text: list[int], extra: list[int], namespace: str, outcome: str):
+    @rule(target=sequences, text=texts, extra=texts, namespace=namespaces, care=st.integers(1, EXACT))
+    def serve(self, text: list[int], extra: list[int], namespace: str, care: int):
         """Lookup, allocate, compute, commit; the request goes on holding its pages."""
         tokens = (text + extra)[:-3]
-        match = self.find(tokens, namespace)
+        match = self.find(tokens, namespace, care)
         try:
             fresh = self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))
         except StoreFullError:
@@ -150,18 +157,26 @@ class CacheMachine(RuleBasedStateMachine):
             return multiple()  # nothing to hold
         self.cache.share(match.prefix_pages)
         self.cache.unpin(match)
-        reused = outcome == "reuse" and match.segments
-        exact = match.segments[0].start if reused else len(tokens)
-        held = Held(match.prefix_pages + fresh, tokens, namespace, exact)
+        exact = match.segments[0].start if match.segments and care < EXACT else len(tokens)
+        if match.num_exact_tokens < match.num_prefix_tokens:
+            exact = match.num_exact_tokens
+        held = Held(match.prefix_pages + fresh, tokens, namespace, exact, care)
         self.write(held, len(match.prefix_pages) * PAGE)
-        self.cache.commit(held.pages, np.array(tokens, np.int32), namespace, exact_tokens=exact)
+        self.cache.commit(held.pages, np.array(tokens, np.int32), namespace, exact_tokens=exact, made_by=care)
         self.held.append(held)
         return held
+
+    @rule(held=sequences)
+    def commit_again(self, held: Held) -> None:
+        """As a sequence does at its end; some of its pages may have been replaced by exact ones meanwhile."""
+        tokens = np.array(held.tokens, np.int32)
+        if not self.forgotten.intersection(held.pages):
+            self.cache.commit(held.pages, tokens, held.namespace, exact_tokens=held.exact, made_by=held.care)
 
     @rule(count=st.integers(0, 6), tokens=texts, namespace=namespaces)
     def fail_midway(self, count: int, tokens: list[int], namespace: str) -> None:
         """A request that found something and got pages, and then was cancelled."""
-        match = self.find(tokens, namespace)
+        match = self.find(tokens, namespace, EXACT)
         before = self.cache.stats()
         try:
             pages = self.cache.allocate(count)
@@ -182,13 +197,14 @@ class CacheMachine(RuleBasedStateMachine):
     def ask_again(self, held: Held, more: list[int], cut: int, namespace: str) -> None:
         """What some sequence holds, whole or in part, at its place or behind other tokens, under either name."""
         for tokens in (held.tokens[:cut] or held.tokens, held.tokens, more[:-3] + held.tokens[cut:]):
-            self.cache.unpin(self.find(tokens, namespace))
+            for care in range(1, EXACT + 1):
+                self.cache.unpin(self.find(tokens, namespace, care))
 
-    @rule(target=pins, tokens=texts, namespace=namespaces)
-    def pin(self, tokens: list[int], namespace: str):
-        match = self.find(tokens, namespace)
+    @rule(target=pins, tokens=texts, namespace=namespaces, care=st.integers(1, EXACT))
+    def pin(self, tokens: list[int], namespace: str, care: int):
+        match = self.find(tokens, namespace, care)
         self.pinned.append(match)
-        return match, np.array(tokens, np.int32), namespace
+        return match, np.array(tokens, np.int32), namespace, care
 
     @rule(pin=consumes(pins))
     def unpin(self, pin) -> None:
@@ -214,7 +230,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert set(handles) <= self.given
         handle = data.draw(st.sampled_from([0, *handles]))
         if handle:
-            self.cache.forget(handle)
+            self.forgotten.update(self.cache.forget(handle))
         with pytest.raises(UnknownHandleError):
             self.cache.forget(handle)
 

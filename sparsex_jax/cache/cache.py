@@ -25,7 +25,7 @@ from jaxtyping import Int32
 from sparsex_jax.cache.entries import Entry, EntryBook
 from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
-from sparsex_jax.cache.tree import TOKEN_BYTES, Node, PageTree
+from sparsex_jax.cache.tree import TOKEN_BYTES, Accepts, Node, PageTree, Prefix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
 from sparsex_jax.errors import StoreFullError
 
@@ -35,12 +35,13 @@ class Match:
     """What a prompt can reuse. None of its pages is evicted before `PageCache.unpin(match)`.
 
     Attributes:
-      prefix_pages: full pages of the exact prefix. The sequence shares them.
-      prefix_tail: exact tokens right behind those pages. They are copied, since the sequence needs the rest of their
-        page for tokens of its own.
+      prefix_pages: full pages of the prefix. The sequence shares them.
+      prefix_tail: tokens right behind those pages. They are copied, since the sequence needs the rest of their page
+        for tokens of its own.
       segments: runs outside the prefix, disjoint and in order. They are copied and their keys rotated.
       num_prefix_tokens: tokens of the pages and the tail together. At most the prompt's length less one, because the
         last prompt token is always computed.
+      num_exact_tokens: how many of those are exact. The others, behind them, are an approximate prefix.
       pages: every page that any of these is in, each once.
     """
 
@@ -48,7 +49,32 @@ class Match:
     prefix_tail: Segment | None
     segments: list[Segment]
     num_prefix_tokens: int
+    num_exact_tokens: int
     pages: tuple[int, ...]
+
+    @classmethod
+    def nothing(cls) -> Match:
+        """The match of a prompt of which nothing is stored."""
+        return cls([], None, [], 0, 0, ())
+
+    @property
+    def copies(self) -> tuple[Segment, ...]:
+        """Everything that is copied, in order."""
+        return (*([self.prefix_tail] if self.prefix_tail else []), *self.segments)
+
+    def without_segments(self) -> Match:
+        """The prefix alone."""
+        return dataclasses.replace(self, segments=[])
+
+    def exact_prefix(self, page_size: int) -> Match:
+        """The exact prefix alone. Exact tokens of a page that is not exact as a whole are copied."""
+        whole, rest = divmod(self.num_exact_tokens, page_size)
+        tail = self.prefix_tail
+        if whole < len(self.prefix_pages):
+            slots = self.prefix_pages[whole] * page_size + np.arange(page_size)
+            tail = Segment(whole * page_size, page_size, whole * page_size, slots, exact=False)
+        tail = dataclasses.replace(tail, length=rest, slots=tail.slots[:rest], exact=True) if tail and rest else None
+        return Match(self.prefix_pages[:whole], tail, [], self.num_exact_tokens, self.num_exact_tokens, self.pages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +87,8 @@ class CacheStats:
       tokens: tokens in committed pages, which lookups can find.
       windows: windows of 8 tokens in the index.
       lookups: calls of `lookup`.
-      prefix_tokens, segment_tokens: tokens that those calls found as prefixes and as segments.
+      prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that those calls found as exact prefixes, as
+        approximate ones behind them, and as segments.
       evictions: cached pages that were evicted.
       frozen_evictions: frozen entries that were evicted because the store was too full.
     """
@@ -75,6 +102,7 @@ class CacheStats:
     windows: int
     lookups: int
     prefix_tokens: int
+    approximate_prefix_tokens: int
     segment_tokens: int
     evictions: int
     frozen_evictions: int
@@ -117,7 +145,7 @@ class PageCache:
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
         self._entries = EntryBook(handles or itertools.count(1))
         self._pins: set[Match] = set()
-        self._lookups = self._prefix_tokens = self._segment_tokens = 0
+        self._lookups = self._prefix_tokens = self._approximate_tokens = self._segment_tokens = 0
         self._evictions = self._frozen_evictions = 0
 
     # Finding ------------------------------------------------------------------------------------------------
@@ -130,6 +158,7 @@ class PageCache:
         prefix: bool = True,
         segments: bool = True,
         min_segment: int = 16,
+        accepts: Accepts | None = None,
     ) -> Match:
         """Find the stored parts of a prompt and pin their pages.
 
@@ -138,27 +167,21 @@ class PageCache:
         Args:
           tokens: the prompt's ids, none negative.
           namespace: only content that was committed under it is found.
-          prefix: look for an exact prefix.
+          prefix: look for a prefix.
           segments: look for segments behind the prefix.
           min_segment: the least length of a segment, in tokens.
+          accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
 
         Raises:
           ValueError: a token id is negative.
         """
         _require(not (tokens < 0).any(), "token ids must not be negative")
-        chain, tail = self._find_prefix(tokens, namespace) if prefix else ([], None)
-        covered = tail.start + tail.length if tail else len(chain) * self.page_size
-        runs = self._find_runs(tokens, namespace, covered, min_segment) if segments else []
-        match = self._match(chain, tail, runs, covered)
+        prompt = tokens[:-1].tobytes() if prefix else b""  # the last token is always computed
+        found = self.tree.prefix(prompt, namespace, accepts)
+        runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment) if segments else []
+        match = self._match(found, runs)
         self._pin(match)
         return match
-
-    def _find_prefix(self, tokens: Int32[np.ndarray, "tokens"], namespace: str) -> tuple[list[Node], Run | None]:
-        prompt = tokens[:-1].tobytes()  # the last token is always computed
-        chain = self.tree.prefix(prompt, namespace)
-        start = (len(chain) - 1) * self.page_size
-        node, shared = self.tree.prefix_tail(chain[-1], prompt[start * TOKEN_BYTES :])
-        return chain[1:], Run(start, shared, [node], 0) if node else None
 
     def _find_runs(
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str, begin: int, min_segment: int
@@ -169,14 +192,17 @@ class PageCache:
     def _recency(self, node: Node) -> int:
         return int(self._pool.last_used[node.pages[0]])
 
-    def _match(self, chain: list[Node], tail: Run | None, runs: list[Run], covered: int) -> Match:
+    def _match(self, prefix: Prefix, runs: list[Run]) -> Match:
+        start = len(prefix.nodes) * self.page_size
+        tail = Run(start, prefix.tail_tokens, [prefix.tail], 0) if prefix.tail else None
         copied = [tail, *runs] if tail else runs
-        nodes = chain + [node for run in copied for node in run.nodes]
+        nodes = prefix.nodes + [node for run in copied for node in run.nodes]
         return Match(
-            prefix_pages=[node.pages[0] for node in chain],
+            prefix_pages=[node.pages[0] for node in prefix.nodes],
             prefix_tail=tail.segment(self.page_size) if tail else None,
             segments=[run.segment(self.page_size) for run in runs],
-            num_prefix_tokens=covered,
+            num_prefix_tokens=prefix.num_tokens,
+            num_exact_tokens=prefix.exact_tokens,
             pages=tuple(dict.fromkeys(node.pages[0] for node in nodes)),
         )
 
@@ -185,7 +211,8 @@ class PageCache:
         self._pool.hold(match.pages)
         self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
         self._lookups += 1
-        self._prefix_tokens += match.num_prefix_tokens
+        self._prefix_tokens += match.num_exact_tokens
+        self._approximate_tokens += match.num_prefix_tokens - match.num_exact_tokens
         self._segment_tokens += sum(segment.length for segment in match.segments)
 
     def unpin(self, match: Match) -> None:
@@ -251,6 +278,7 @@ class PageCache:
         *,
         exact_tokens: int,
         start: int = 0,
+        made_by: object = None,
     ) -> None:
         """Let later lookups find a sequence whose token `i` is in slot `i` of its pages laid end to end.
 
@@ -260,10 +288,13 @@ class PageCache:
             pages of 8, 20 tokens, exact_tokens=13, start=0:
               tokens     0..7   8..15   16..19
               Node.start    0       8       16
-              Node.exact    8       5        0      only the first page can be shared as a prefix
+              Node.exact    8       5        0      only the first page can be shared as an exact prefix
 
             the same with exact_tokens=20, where the first page was committed with exact=0 before:
               Node.exact    0       0        0      KV computed from approximate KV is approximate too
+
+        Exact pages replace approximate ones with the same tokens in the same place: what follows those follows the
+        exact ones from now on. So an approximate page is not indexed where there is an exact one already.
 
         Args:
           pages: pages that the caller holds, in order. Pages behind the last token are ignored.
@@ -271,6 +302,7 @@ class PageCache:
           namespace: lookups under it find the sequence.
           exact_tokens: how many leading tokens have the KV that full recompute gives.
           start: the position that tokens[0] was computed at. Only a sequence from 0 can become a prefix.
+          made_by: what computed the tokens that are not exact; lookups ask their `accepts` about it.
 
         Raises:
           ValueError: a page is not held, or was committed with other tokens, another position or another namespace.
@@ -283,18 +315,26 @@ class PageCache:
         parent: Node | None = None
         new, exact_end = [], exact_tokens
         for i, (page, key) in enumerate(zip(pages, keys, strict=True)):
+            position = start + i * self.page_size
             if self._pool.committed[page] and self.tree[page].length >= len(key) // TOKEN_BYTES:
                 parent = self.tree[page]
             else:
                 self._unindex([page] if self._pool.committed[page] else [])
                 exact = min(max(exact_end - i * self.page_size, 0), len(key) // TOKEN_BYTES)
-                parent = self.tree.attach(page, parent, namespace, key, start + i * self.page_size, exact)
-                self._pool.committed[page] = True
-                new.append((i, parent))
+                better = self.tree.exact_node(parent, namespace, key, position) if exact < self.page_size else None
+                if better is None:
+                    parent = self.tree.attach(page, parent, namespace, key, position, exact, made_by)
+                    self._pool.committed[page] = True
+                    new.append((i, parent))
+                else:
+                    parent, exact_end = better, 0  # what follows was computed behind this page, not behind that one
             if parent.exact < self.page_size:
                 exact_end = 0
         first_pages = [(i, node) for i, node in new if node.pages[0] == pages[i]]  # a twin's node is indexed already
         self._windows.add([node for _, node in first_pages], rows[[i for i, _ in first_pages]])
+        for _, node in first_pages:
+            if node.sharable:
+                self._drop(self.tree.supersede(node, self._entries.holds))
 
     def _rows(self, tokens: Int32[np.ndarray, "tokens"]) -> Int32[np.ndarray, "pages page_size"]:
         """The tokens page by page, with -1 in the slots behind the last token."""
@@ -360,9 +400,7 @@ class PageCache:
         Raises:
           UnknownHandleError: there is no such entry.
         """
-        entry = self._entries.remove(handle)
-        if entry.frozen:
-            self._pool.frozen[list(entry.pages)] -= 1
+        entry = self._remove_entry(handle)
         pages = [page for page in entry.pages if not self._entries.holds(page)]
         self._drop(pages)
         return pages
@@ -382,8 +420,7 @@ class PageCache:
     def clear(self) -> None:
         """Remove every entry, and evict every page that no sequence and no match holds."""
         for entry in self.entries():
-            self._entries.remove(entry.handle)
-        self._pool.frozen[:] = 0
+            self._remove_entry(entry.handle)
         self._drop(np.flatnonzero(self._pool.cached()).tolist())
 
     # Evicting -----------------------------------------------------------------------------------------------
@@ -418,9 +455,14 @@ class PageCache:
     def _drop(self, pages: Sequence[int]) -> None:
         """Remove committed pages from the index and the entries. Those without a reference become free."""
         for handle in self._entries.holding(pages):
-            self._entries.remove(handle)
+            self._remove_entry(handle)
         self._unindex(pages)
         self._pool.give_back([page for page in pages if self._pool.refs[page] == 0])
+
+    def _remove_entry(self, handle: int) -> Entry:
+        entry = self._entries.remove(handle)
+        self._pool.frozen[list(entry.pages)] -= entry.frozen
+        return entry
 
     def _unindex(self, pages: Sequence[int]) -> None:
         dead = [node for node in map(self.tree.detach, pages) if node is not None]
@@ -439,6 +481,7 @@ class PageCache:
             windows=self._windows.num_windows,
             lookups=self._lookups,
             prefix_tokens=self._prefix_tokens,
+            approximate_prefix_tokens=self._approximate_tokens,
             segment_tokens=self._segment_tokens,
             evictions=self._evictions,
             frozen_evictions=self._frozen_evictions,

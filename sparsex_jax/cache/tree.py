@@ -10,6 +10,14 @@ Two sequences that prefill the same text at the same time write the same content
 twins: both belong to one node, which lives until the last of them is evicted. Nodes are objects and not numbers, so
 that a reference to a removed node is never mistaken for the content that its page gets next.
 
+A page may also hold approximate KV. Then the same tokens may stand in the tree several times behind the same past, each
+time with other KV, as nodes of their own:
+
+    root("docs") --- [the system prompt] --+-- [two notes], exact
+                                           +-- [two notes], made by `sparsex` from pasted KV --- [a question]
+
+Once the exact node comes, it takes the children of the others, and they go: `PageTree.supersede`.
+
 A node's tokens are kept as bytes, four for each token. A dictionary then finds a child at C speed, and finding one
 proves that all its tokens are equal.
 """
@@ -17,9 +25,12 @@ proves that all its tokens are equal.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 TOKEN_BYTES = 4
+
+# Whether a lookup takes approximate KV into its prefix, by what made it (`Node.made_by`).
+Accepts = Callable[[object], bool]
 
 
 def common_prefix(a: bytes, b: bytes) -> int:
@@ -51,8 +62,9 @@ class Node:
       key: its tokens, int32 as bytes; `page_size` of them, or fewer in the last page of a sequence.
       start: the position that its first token was computed at.
       exact: how many of its leading tokens have the KV that full recompute gives.
-      sharable: the page is full and exact, and so is everything before it from position 0 on, so that another
-        sequence can have it in its prefix.
+      made_by: what computed the other tokens, as the caller of `commit` names it.
+      in_place: all tokens before it, from position 0 on, are those of its parents, so that it can be in a prefix.
+      sharable: the page is in place, full and exact: any sequence can have it in its prefix.
       parent: the node before it in its sequence. None for a root, and for an orphan, whose parent was evicted.
       children: the nodes that may follow it, by key. Under one key a sharable child comes first, then the others,
         oldest first.
@@ -64,6 +76,8 @@ class Node:
     key: bytes = b""
     start: int = 0
     exact: int = 0
+    made_by: object = None
+    in_place: bool = False
     sharable: bool = False
     parent: Node | None = None
     children: dict[bytes, list[Node]] = dataclasses.field(default_factory=dict)
@@ -82,10 +96,53 @@ class Node:
         found = self.children.get(key)
         return found[0] if found and found[0].sharable else None
 
+    def prefix_children(self, key: bytes, accepts: Accepts | None) -> list[Node]:
+        """The children with exactly these tokens that a prefix can go on in."""
+        return [child for child in self.children.get(key, ()) if child.is_prefix(accepts)]
+
+    def is_prefix(self, accepts: Accepts | None) -> bool:
+        """Whether all its tokens can be in a prefix: they are exact, or approximate and accepted."""
+        exact = self.exact == self.length
+        return self.in_place and (exact or (accepts is not None and accepts(self.made_by)))
+
     def child(self, key: bytes) -> Node | None:
         """The child with exactly these tokens, or None. If there are several: the sharable one, else the newest."""
         found = self.children.get(key)
         return None if not found else found[0] if found[0].sharable else found[-1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefix:
+    """A prompt's prefix in the tree.
+
+    Attributes:
+      nodes: its full pages, in order.
+      tail: the node whose first `tail_tokens` tokens follow them; None if no more tokens are stored.
+    """
+
+    nodes: list[Node]
+    tail: Node | None
+    tail_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(node.length for node in self.nodes) + self.tail_tokens
+
+    @property
+    def exact_tokens(self) -> int:
+        """How many of them are exact. No exact token follows an approximate one."""
+        tail = min(self.tail.exact, self.tail_tokens) if self.tail else 0
+        return sum(node.exact for node in self.nodes) + tail
+
+
+def _chain(node: Node) -> list[Node]:
+    """The nodes from the first page on to this one. None for a root."""
+    nodes = []
+    while node.pages:
+        nodes.append(node)
+        assert node.parent is not None
+        node = node.parent
+    return nodes[::-1]
 
 
 class PageTree:
@@ -112,22 +169,63 @@ class PageTree:
         """Every node with a page, once."""
         return list(dict.fromkeys(node for node in self.node_of if node is not None))
 
-    def attach(self, page: int, parent: Node | None, namespace: str, key: bytes, start: int, exact: int) -> Node:
+    def exact_node(self, parent: Node | None, namespace: str, key: bytes, start: int) -> Node | None:
+        """The sharable node with these tokens behind `parent` (None: the root), or None."""
+        parent = parent or self.roots.get(namespace)
+        found = parent.sharable_child(key) if parent else None
+        return found if found and found.start == start else None
+
+    def attach(
+        self,
+        page: int,
+        parent: Node | None,
+        namespace: str,
+        key: bytes,
+        start: int,
+        exact: int,
+        made_by: object = None,
+    ) -> Node:
         """Add a page's content as a child of `parent` (None: the root), and return its node.
 
         If `parent` has a sharable child with the same tokens already, the page becomes its twin.
         """
-        parent = parent or self.roots.setdefault(namespace, Node(namespace, sharable=True))
-        in_place = start == (parent.start + self.page_size if parent.pages else 0)
-        sharable = parent.sharable and in_place and exact == self.page_size
+        parent = parent or self.roots.setdefault(namespace, Node(namespace, in_place=True, sharable=True))
+        in_place = parent.in_place and start == self._end(parent)
+        sharable = in_place and exact == self.page_size
         node = parent.sharable_child(key) if sharable else None
         if node is None:
-            node = Node(namespace, key, start, exact, sharable, parent)
+            node = Node(namespace, key, start, exact, made_by, in_place, sharable, parent)
             siblings = parent.children.setdefault(key, [])
             siblings.insert(0 if sharable else len(siblings), node)
         node.pages.append(page)
         self.node_of[page] = node
         return node
+
+    def _end(self, node: Node) -> int:
+        """The position behind a full node; 0 for a root."""
+        return node.start + self.page_size if node.pages else 0
+
+    def supersede(self, node: Node, spared: Callable[[int], bool]) -> list[int]:
+        """Give a sharable node the children of the approximate ones with the same tokens in the same place.
+
+        The children keep KV that was computed behind approximate KV, and are as approximate as before.
+
+        Args:
+          spared: whether a page's node stays as it is.
+
+        Returns:
+          The pages of the approximate nodes, which are of no more use as prefix or donor.
+        """
+        assert node.parent is not None
+        approximate = [other for other in node.parent.children[node.key] if other.in_place and not other.sharable]
+        worse = [other for other in approximate if not any(map(spared, other.pages))]
+        for other in worse:
+            for key, same_key in other.children.items():
+                node.children.setdefault(key, []).extend(same_key)
+                for child in same_key:
+                    child.parent = node
+            other.children = {}
+        return [page for other in worse for page in other.pages]
 
     def detach(self, page: int) -> Node | None:
         """Remove a page.
@@ -155,23 +253,29 @@ class PageTree:
         if not parent.pages and not parent.children:
             del self.roots[parent.namespace]
 
-    def prefix(self, prompt: bytes, namespace: str) -> list[Node]:
-        """The root, then the longest chain of sharable nodes whose tokens `prompt` begins with."""
-        chain = [self.roots.get(namespace, Node(namespace))]
-        width = self.page_size * TOKEN_BYTES
-        for at in range(0, len(prompt) - width + 1, width):
-            node = chain[-1].sharable_child(prompt[at : at + width])
-            if node is None:
-                break
-            chain.append(node)
-        return chain
+    def prefix(self, prompt: bytes, namespace: str, accepts: Accepts | None = None) -> Prefix:
+        """The longest prefix of `prompt` that is stored: exact, or approximate where `accepts` takes that.
 
-    def prefix_tail(self, last: Node, rest: bytes) -> tuple[Node | None, int]:
-        """The child of `last` that shares the most leading exact tokens with `rest`, and how many. Else (None, 0)."""
-        position = last.start + self.page_size if last.pages else 0
+        Approximate nodes with equal tokens are all followed, page by page. Of several chains that cover equally many
+        tokens, the one with the most exact tokens is taken, and of those the newest.
+        """
+        width = self.page_size * TOKEN_BYTES
+        last, at = [self.roots.get(namespace, Node(namespace))], 0
+        while at + width <= len(prompt):
+            key = prompt[at : at + width]
+            further = [child for node in last for child in node.prefix_children(key, accepts)]
+            if not further:
+                break
+            last, at = further, at + width
+        found = [Prefix(_chain(node), *self._tail(node, prompt[at:], accepts)) for node in last]
+        return max(reversed(found), key=lambda prefix: (prefix.tail_tokens, prefix.exact_tokens))
+
+    def _tail(self, last: Node, rest: bytes, accepts: Accepts | None) -> tuple[Node | None, int]:
+        """The child of `last` that shares the most leading tokens with `rest`, and how many. Else (None, 0)."""
         best, most = None, 0
         for child in last.all_children():
-            shared = min(child.exact, common_prefix(child.key, rest)) if child.start == position else 0
+            usable = child.length if child.is_prefix(accepts) else child.exact if child.in_place else 0
+            shared = min(usable, common_prefix(child.key, rest))
             if shared > most:
                 best, most = child, shared
         return best, most
@@ -185,6 +289,7 @@ class PageTree:
             assert len(set(node.pages)) == len(node.pages)
             assert 0 < node.length <= self.page_size
             assert 0 <= node.exact <= node.length
+            assert node.sharable == (node.in_place and node.exact == self.page_size)
             assert node.sharable or len(node.pages) == 1
             self._check_links(node)
         assert all(root.children and not root.pages for root in self.roots.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,7 @@ def look_up(
         prefix=method.uses_prefix,
         segments=method.uses_segments,
         min_segment=method.min_segment_tokens,
+        accepts=functools.partial(method.accepts, num_layers=num_layers),
     )
     prompt = PromptMap.of(tokens, match)
     phases = method.phases(prompt, num_layers)

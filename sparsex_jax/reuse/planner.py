@@ -52,14 +52,14 @@ class RequestPlan:
         return tuple((phase.start, phase.signal) for phase in self.phases)
 
     def exact_tokens(self, num_layers: int) -> int:
-        """How many prompt tokens have exact KV once prefilled: all, or those before the first reused token.
+        """How many prompt tokens have exact KV once prefilled: all, or those before the first approximate one.
 
-        KV behind a reused token that some layer leaves out is approximate, and never passes for an exact prefix.
+        KV behind a reused token that some layer leaves out is approximate, and so is KV behind an approximate prefix.
+        Neither passes for an exact prefix.
         """
         everyone = int(self.prompt.computed.sum())
-        if not any(phase.can_leave_out(everyone) for phase in self.phases if phase.start < num_layers):
-            return len(self.prompt)
-        return self.prompt.exact_frontier
+        sparse = any(phase.can_leave_out(everyone) for phase in self.phases if phase.start < num_layers)
+        return self.prompt.exact_frontier if sparse or self.prompt.approximate.any() else len(self.prompt)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the lookup found for each token of a prompt, before the model runs: prefix, reused or fresh."""
+"""What the lookup found for each token of a prompt, before the model runs: in a prefix, reused or fresh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class TokenKind(enum.IntEnum):
 
     PREFIX = 0  # of an exact prefix: its KV is in the store, and right as it is
     REUSED = 1  # of a segment: its KV is copied from a donor and aligned to its new position
-    FRESH = 2  # of neither: it is computed
+    FRESH = 2  # of none of these: it is computed
+    APPROXIMATE = 3  # of an approximate prefix: its KV is in the store, as good as the method itself would make it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,7 +39,8 @@ class PromptMap:
     def of(cls, tokens: Int32[np.ndarray, "tokens"], match: Match) -> PromptMap:
         """The map of a prompt by what the lookup found."""
         kind = np.full(len(tokens), TokenKind.FRESH, np.uint8)
-        kind[: match.num_prefix_tokens] = TokenKind.PREFIX
+        kind[: match.num_prefix_tokens] = TokenKind.APPROXIMATE
+        kind[: match.num_exact_tokens] = TokenKind.PREFIX
         for segment in match.segments:
             kind[segment.start : segment.end] = TokenKind.REUSED
         kind[-1] = TokenKind.FRESH
@@ -56,19 +58,35 @@ class PromptMap:
         return self.kind == TokenKind.REUSED
 
     @property
+    def approximate(self) -> Bool[np.ndarray, "tokens"]:
+        """The tokens of the approximate prefix."""
+        return self.kind == TokenKind.APPROXIMATE
+
+    @property
     def computed(self) -> Bool[np.ndarray, "tokens"]:
-        """All tokens but the prefix's."""
-        return self.kind != TokenKind.PREFIX
+        """All tokens but those of the prefix, exact or approximate."""
+        return self.fresh | self.reused
+
+    @property
+    def num_prefix(self) -> int:
+        """How many tokens the prefix has, exact or approximate."""
+        return len(self) - int(self.computed.sum())
+
+    @property
+    def first_reused(self) -> int:
+        """How many tokens stand before the first reused one: all of them, if nothing is reused."""
+        return _first(self.reused)
 
     @property
     def exact_frontier(self) -> int:
-        """How many tokens have exact KV before the first reused one: all of them, if nothing is reused."""
-        return int(self.reused.argmax()) if self.reused.any() else len(self)
+        """How many tokens have exact KV whatever is recomputed: those before the first approximate or reused one."""
+        return _first(self.reused | self.approximate)
 
     @property
     def unsettled(self) -> Bool[np.ndarray, "tokens"]:
-        """Fresh tokens behind a reused one. The others see exact KV only, and a second pass would not change them."""
-        return self.fresh & (np.arange(len(self)) >= self.exact_frontier)
+        """Fresh tokens behind a reused one. What the others see is there before any pass, and a second one would not
+        change them."""
+        return self.fresh & (np.arange(len(self)) >= self.first_reused)
 
     def overflow(self, width: int) -> Bool[np.ndarray, "tokens"]:
         """Reused tokens within `width` of a fresh one, on either side."""
@@ -116,6 +134,11 @@ class PromptMap:
         for segment in self.segments:
             heads[segment.start : min(segment.start + length, segment.end)] = True
         return heads & self.reused
+
+
+def _first(mask: Bool[np.ndarray, "tokens"]) -> int:
+    """Index of the first True, or the length if there is none."""
+    return int(mask.argmax()) if mask.any() else len(mask)
 
 
 def intervals(mask: Bool[np.ndarray, "tokens"]) -> list[tuple[int, int]]:

@@ -8,7 +8,9 @@ All of it is on the host. It says which pages a sequence's KV is in, and never s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Sequence as Several
 
 import numpy as np
 
@@ -20,6 +22,9 @@ from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler.sequence import Sequence
+
+# What an exact plan's seconds count for beside an approximate one's.
+EXACTNESS = 0.95
 
 
 class Admission:
@@ -56,7 +61,7 @@ class Admission:
           InvalidRequestError: its namespace or its reuse is wrong.
           StoreFullError: the store could not hold it even if nothing else were in it.
         """
-        nothing = PromptMap.of(sequence.prompt, Match([], None, [], 0, ()))
+        nothing = PromptMap.of(sequence.prompt, Match.nothing())
         _method(sequence.reuse, sequence.namespace).phases(nothing, self._model.num_layers)
         needed = self.pages_for(sequence.most_slots) + self.pages_for(sequence.num_copied)
         if needed > self._config.num_pages:
@@ -79,37 +84,53 @@ class Admission:
             prefix=method.uses_prefix,
             segments=method.uses_segments,
             min_segment=method.min_segment_tokens,
+            accepts=functools.partial(method.accepts, num_layers=self._model.num_layers),
         )
         try:
             plan = self._lay_out(tokens, match, method)
-            pages, copy_pages = self._take_pages(match, slots, sequence.num_copied)
+            pages, copy_pages = self._take_pages(plan.pages, slots, sequence.num_copied)
         except BaseException:
             self.cache.unpin(match)
             raise
-        sequence.admit(dataclasses.replace(plan, pages=pages), match, copy_pages)
+        num_shared, plan = len(plan.pages), dataclasses.replace(plan, pages=pages)
+        sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
 
     def _lay_out(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
-        """The plan without pages: with what was found, or with the prefix alone where that is asked for and faster."""
+        """The plan, with no pages yet but the shared ones: of all that was found, or of as much as pays.
 
-        def plan(match: Match) -> RequestPlan:
-            prompt = PromptMap.of(tokens, match)
-            copies = (*([match.prefix_tail] if match.prefix_tail else []), *match.segments)
-            return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), (), copies)
+        An exact plan is preferred to an approximate one that is hardly faster: the next turn of a conversation finds
+        an exact prefix behind it, whatever its method, and nothing is left to heal.
+        """
+        everything = self._plan_with(tokens, match, method)
+        if not (method.only_if_faster and self.speeds):
+            return everything
+        less = [self._plan_with(tokens, part, method) for part in self._parts(match)]
+        cost = functools.partial(self._cost, speeds=self.speeds)
+        return min([everything, *less], key=cost) if less else everything
 
-        found = plan(match)
-        if not (method.only_if_faster and self.speeds and match.segments):
-            return found
-        plain = plan(dataclasses.replace(match, segments=[]))
-        plain_seconds, found_seconds = (prefill_seconds(self._model, one, self.speeds) for one in (plain, found))
-        return plain if plain_seconds <= found_seconds else found
+    def _parts(self, match: Match) -> list[Match]:
+        """Less than all of a match that a plan may use: the prefix alone, the exact prefix alone."""
+        approximate = match.num_exact_tokens < match.num_prefix_tokens
+        return [
+            *([match.without_segments()] if match.segments else []),
+            *([match.exact_prefix(self._config.page_size)] if approximate else []),
+        ]
 
-    def _take_pages(self, match: Match, slots: int, num_copied: int) -> tuple[list[int], list[int]]:
+    def _cost(self, plan: RequestPlan, speeds: Speeds) -> float:
+        exact = plan.exact_tokens(self._model.num_layers) == len(plan.prompt)
+        return prefill_seconds(self._model, plan, speeds) * (EXACTNESS if exact else 1.0)
+
+    def _plan_with(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
+        prompt = PromptMap.of(tokens, match)
+        return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), match.prefix_pages, match.copies)
+
+    def _take_pages(self, shared: Several[int], slots: int, num_copied: int) -> tuple[list[int], list[int]]:
         """The shared prefix pages with new ones behind them, and the copy pages."""
-        num_own = self.pages_for(slots) - len(match.prefix_pages)
+        num_own = self.pages_for(slots) - len(shared)
         new = self.cache.allocate(num_own + self.pages_for(num_copied))
-        self.cache.share(match.prefix_pages)
-        return [*match.prefix_pages, *new[:num_own]], new[num_own:]
+        self.cache.share(shared)
+        return [*shared, *new[:num_own]], new[num_own:]
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages hold this many tokens."""
@@ -143,7 +164,8 @@ class Admission:
             return
         exact = sequence.plan.exact_tokens(self._model.num_layers)
         exact = len(tokens) if exact == len(sequence.plan.prompt) else exact
-        self.cache.commit(sequence.pages, tokens, sequence.namespace, exact_tokens=exact)
+        made_by = sequence.reuse
+        self.cache.commit(sequence.pages, tokens, sequence.namespace, exact_tokens=exact, made_by=made_by)
 
     def register(self, sequence: Sequence) -> int:
         """Keep what was prefilled as its `remember` says, and return the handle."""

@@ -3,7 +3,7 @@
     prompt   | prefix | fresh, fresh, fresh ... | reused  fresh  reused  fresh | answer so far |
     stages            | chunk | chunk |  chunk  |           the rest           |     chunk     |
 
-What stands before the first reused token is computed exactly, whatever comes behind it, since attention is causal.
+What stands before the first reused token is computed in full, whatever comes behind it, since attention is causal.
 So it can be cut anywhere: each chunk is a plain plan whose prefix is what the chunks before it computed. Only full
 chunks are cut off in front of a reused token: every plan reads all weights, and a few tokens are not worth that.
 
@@ -39,13 +39,13 @@ def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) ->
       most: rows of a chunk, which is the token budget of a plan.
     """
     prompt, pages = plan.prompt, plan.pages
-    first = int((prompt.kind == TokenKind.PREFIX).sum())
+    first = prompt.num_prefix
     if not prompt.reused.any():
         parts = list(_chunks(tokens, first, len(tokens), pages, most))
     elif plan.num_rows <= most:
         parts = [plan]
     else:
-        lead = first + (prompt.exact_frontier - first) // most * most
+        lead = first + (prompt.first_reused - first) // most * most
         parts = [*_chunks(tokens, first, lead, pages, most), _behind(plan, lead)]
     if prompt.reused.any():
         parts += _chunks(tokens, len(prompt), len(tokens), pages, most)
@@ -79,7 +79,7 @@ def _chunks(tokens: np.ndarray, start: int, end: int, pages: Sequence[int], most
 def _behind(plan: RequestPlan, lead: int) -> RequestPlan:
     """The same plan where the first `lead` tokens are in the store by now."""
     kind = plan.prompt.kind.copy()
-    kind[:lead] = TokenKind.PREFIX
+    kind[plan.prompt.num_prefix : lead] = TokenKind.PREFIX
     prompt = dataclasses.replace(plan.prompt, kind=kind)
     phases = tuple(dataclasses.replace(phase, forced=phase.forced & prompt.computed) for phase in plan.phases)
     return dataclasses.replace(plan, prompt=prompt, phases=phases)

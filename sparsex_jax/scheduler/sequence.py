@@ -238,10 +238,10 @@ class Sequence:
         exact = "prefix" if self.reuse.uses_prefix else "full"
         return self.tokens, ReuseConfig(method=exact)
 
-    def admit(self, plan: RequestPlan, match: Match, copy_pages: list[int]) -> None:
+    def admit(self, plan: RequestPlan, match: Match, num_shared: int, copy_pages: list[int]) -> None:
         """It holds the pages of the plan, and has pinned what it found."""
         self.admitted_plan, self.match, self.copy_pages = plan, match, copy_pages
-        self.num_shared, self.donors = len(match.prefix_pages), frozenset(match.pages)
+        self.num_shared, self.donors = num_shared, frozenset(match.pages)
 
     def start_prefill(self, stages: list[RequestPlan], num_layers: int) -> None:
         """These are the plans that prefill it."""

@@ -11,7 +11,7 @@ from jaxtyping import Int32, UInt64
 
 from sparsex_jax.cache.windows import WINDOW, window_hashes
 from sparsex_jax.config import ReuseConfig
-from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_jax.reuse.prompt import PromptMap
 
 # Shorter runs are computed faster than waited for.
 LEAST_SHARED = 64
@@ -57,7 +57,7 @@ class Offer:
     """
 
     def __init__(self, prompt: PromptMap) -> None:
-        self.num_prefix = int((prompt.kind == TokenKind.PREFIX).sum())
+        self.num_prefix = prompt.num_prefix
         self.exact = prompt.tokens[: prompt.exact_frontier]
         whole = len(prompt) // WINDOW
         fresh = prompt.fresh[: whole * WINDOW].reshape(whole, WINDOW).all(axis=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool
@@ -20,7 +20,31 @@ class Method(ReuseConfig):
     """A way to reuse KV. Subclasses are frozen dataclasses whose fields are their options.
 
     `uses_prefix` and `uses_segments` say what is looked up; `schedule` says what is computed of a prompt then.
+
+    Attributes:
+      more_is_careful: options of which a larger value computes more.
     """
+
+    more_is_careful: ClassVar[tuple[str, ...]] = ("min_segment_tokens",)
+
+    def accepts(self, made_by: object, num_layers: int) -> bool:
+        """Whether approximate KV that a request of the method `made_by` left is as good as this method would make it.
+
+        Then a prompt that begins with the same tokens has it as a prefix. By default that is so for the same method,
+        if its options in `more_is_careful` are at least this one's and all others are equal.
+        """
+        if not isinstance(made_by, Method) or type(made_by) is not type(self):
+            return False
+        mine, theirs = (vars(one.resolved(num_layers)) for one in (self, made_by))
+        return all(
+            theirs[name] >= mine[name] if name in self.more_is_careful else theirs[name] == mine[name]
+            for name in mine
+            if name != "only_if_faster"
+        )
+
+    def resolved(self, num_layers: int) -> Method:
+        """The same with the values that None stands for in a model of this many layers."""
+        return self
 
     @abc.abstractmethod
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:

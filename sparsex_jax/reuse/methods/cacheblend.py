@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from sparsex_jax.config.checks import Count, Share
 from sparsex_jax.reuse.methods.base import Method, budget, check_boundaries
@@ -29,6 +30,8 @@ class CacheBlend(Method, name="cacheblend"):
 
     boundary_layer: Count = 1
     recompute_ratio: Share = 0.15
+
+    more_is_careful: ClassVar[tuple[str, ...]] = (*Method.more_is_careful, "boundary_layer", "recompute_ratio")
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         check_boundaries(num_layers, boundary_layer=self.boundary_layer)

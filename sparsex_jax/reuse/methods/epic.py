@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from sparsex_jax.config.checks import Count
 from sparsex_jax.reuse.methods.base import Method
@@ -22,6 +23,8 @@ class Epic(Method, name="epic"):
     """
 
     head_tokens: Count = 8
+
+    more_is_careful: ClassVar[tuple[str, ...]] = (*Method.more_is_careful, "head_tokens")
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         return [Phase(0, prompt.fresh | prompt.segment_heads(self.head_tokens))]

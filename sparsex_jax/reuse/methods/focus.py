@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool
@@ -39,6 +40,19 @@ class Focus(Method, name="focus"):
     second_boundary: Positive | None = None
     head_tokens: Count = 0
     pool_tokens: Positive = 128
+
+    more_is_careful: ClassVar[tuple[str, ...]] = (
+        *Method.more_is_careful,
+        "recompute_ratio",
+        "overflow_tokens",
+        "tail_tokens",
+        "second_boundary",
+        "head_tokens",
+    )
+
+    def resolved(self, num_layers: int) -> Method:
+        second = num_layers if self.second_boundary is None else self.second_boundary
+        return dataclasses.replace(self, second_boundary=second)
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         check_boundaries(num_layers, second_boundary=self.second_boundary)

@@ -27,6 +27,9 @@ class Prefix(Method, name="prefix"):
 
     uses_segments: ClassVar[bool] = False
 
+    def accepts(self, made_by: object, num_layers: int) -> bool:
+        return False
+
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         return [Phase(0, prompt.computed)]
 
@@ -34,6 +37,10 @@ class Prefix(Method, name="prefix"):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Naive(Method, name="naive"):
     """Paste and align all segments; compute the fresh tokens and nothing else."""
+
+    def accepts(self, made_by: object, num_layers: int) -> bool:
+        """Every method computes at least the fresh tokens."""
+        return isinstance(made_by, Method) and made_by.min_segment_tokens >= self.min_segment_tokens
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         return [Phase(0, prompt.fresh)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from sparsex_jax.config.checks import Count, Positive, Share
 from sparsex_jax.reuse.methods.base import Method, budget
@@ -25,6 +26,8 @@ class ProphetKV(Method, name="prophetkv"):
     recompute_ratio: Share = 0.15
     head_tokens: Count = 0
     pool_tokens: Positive = 1
+
+    more_is_careful: ClassVar[tuple[str, ...]] = (*Method.more_is_careful, "recompute_ratio", "head_tokens")
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         if not prompt.reused.any():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float32
@@ -41,8 +42,22 @@ class SparseX(Method, name="sparsex"):
     head_tokens: Count = 0
     pool_tokens: Positive = 1
 
+    more_is_careful: ClassVar[tuple[str, ...]] = (
+        *Method.more_is_careful,
+        "boundary_layer",
+        "recompute_ratio",
+        "overflow_tokens",
+        "tail_tokens",
+        "second_boundary",
+        "head_tokens",
+    )
+
+    def resolved(self, num_layers: int) -> Method:
+        second = num_layers if self.second_boundary is None else self.second_boundary
+        return dataclasses.replace(self, boundary_layer=self._boundary(num_layers), second_boundary=second)
+
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
-        boundary = round(num_layers / 6) if self.boundary_layer is None else self.boundary_layer
+        boundary = self._boundary(num_layers)
         check_boundaries(num_layers, boundary_layer=boundary, second_boundary=self.second_boundary)
         forced = self.forced(prompt)
         chosen = budget(prompt, forced, self.recompute_ratio)
@@ -50,6 +65,9 @@ class SparseX(Method, name="sparsex"):
         if self.second_boundary is not None:
             phases.append(Phase(self.second_boundary, prompt.fresh))
         return phases
+
+    def _boundary(self, num_layers: int) -> int:
+        return round(num_layers / 6) if self.boundary_layer is None else self.boundary_layer
 
     def forced(self, prompt: PromptMap) -> Bool[np.ndarray, "tokens"]:
         """The active tokens that are known without a score."""

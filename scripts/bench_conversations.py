@@ -1,6 +1,6 @@
 """Measures conversations of many turns by method: work and time to the first token turn by turn, and quality.
 
-    uv run python scripts/bench_conversations.py [--workloads rag coding] [--methods sparsex] [--answers full own]
+    uv run python scripts/bench_conversations.py [--workloads rag_chat coding] [--methods sparsex] [--answers full own]
 
 The workloads are those of `sparsex_jax.eval.conversations`. The methods take turns: each answers the first request,
 then each the second, in an order that changes, so that load slows all alike. Each has a namespace of its own. `prefix`,
@@ -28,10 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from sparsex_jax import Engine, ReuseConfig, SamplingParams, UnknownModelError
-from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
-from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.eval.conversations import (
     CONVERSATIONS,
@@ -42,6 +40,7 @@ from sparsex_jax.eval.conversations import (
     next_request,
     scripted_answers,
 )
+from sparsex_jax.eval.engines import load_engine
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.scores import agreement, kl_divergence
 from sparsex_jax.reuse.report import Report
@@ -163,7 +162,7 @@ class Bench:
 
     def _play(self, player: Player, answers: str, scripted: str, quality: bool) -> None:
         """A player answers its request, and gets the next one."""
-        prompt = encode_messages(self._tokenizer, player.request.messages, self._engine.model.vocab_size)
+        prompt = encode_messages(self._tokenizer, player.request.messages) % self._engine.model.vocab_size
         new_tokens = player.request.new_tokens if answers == "own" else 1
         wants_full = answers == "full" or quality
         full = self._full_answer(prompt, player.request.new_tokens) if wants_full else None
@@ -265,16 +264,6 @@ def show(name: str, answers: str, by_method: dict[str, list[dict[str, Any]]], nu
 # The run ----------------------------------------------------------------------------------------------------
 
 
-def load(model: str, **options: Any) -> tuple[Engine, Any]:
-    """An engine and a tokenizer with a chat template. A named configuration gets random weights and SmolLM2's."""
-    try:
-        named_config(model)
-    except UnknownModelError:
-        engine = Engine.from_pretrained(model, **options)
-        return engine, engine.tokenizer
-    return Engine.from_config(model, **options), open_checkpoint("smollm2-135m-instruct").tokenizer
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -301,7 +290,7 @@ def main() -> None:
     options = parse()
     methods = {name: parse_method(name) for name in options.methods}
     size = ConversationSize(options.turns, options.scale, options.new_tokens)
-    engine, tokenizer = load(options.model, dtype=options.dtype, store_tokens=options.store_tokens)
+    engine, tokenizer = load_engine(options.model, dtype=options.dtype, store_tokens=options.store_tokens)
     for step in warmup.steps(engine.loop):
         step()
     bench = Bench(engine, tokenizer, size, options.seed)

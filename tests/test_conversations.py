@@ -15,7 +15,7 @@ from sparsex_jax.eval.conversations import (
     ConversationSize,
     make_conversation,
     next_request,
-    scripted_answers,
+    scripted_requests,
 )
 
 
@@ -30,15 +30,18 @@ bench_conversations, report_results = _script("bench_conversations"), _script("r
 METHODS = {name: ReuseConfig(name) for name in ("prefix", "sparsex")}
 
 
-def requests(name, seed=0, answers=None, **size):
-    """All requests of a conversation in which the same answers are given."""
-    conversation = make_conversation(name, ConversationSize(**size), seed)
-    answers = scripted_answers(0) if answers is None else iter(answers)
-    found, request = [], next_request(conversation.requests, None)
-    while request is not None:
-        found.append(request)
-        request = next_request(conversation.requests, next(answers))
-    return conversation.stored, found
+def requests(name, seed=0, **size):
+    """All requests of a conversation."""
+    return list(scripted_requests(name, ConversationSize(**size), seed))
+
+
+def answered(name, text):
+    """All requests of a conversation in which each answer is the text with its number."""
+    conversation = make_conversation(name, ConversationSize(), 0).requests
+    found = [next_request(conversation, None)]
+    while found[-1] is not None:
+        found.append(next_request(conversation, text.format(len(found) - 1)))
+    return found[:-1]
 
 
 def texts(request):
@@ -51,7 +54,7 @@ every = pytest.mark.parametrize("name", CONVERSATIONS)
 @every
 def test_the_same_seed_gives_the_same_conversation(name):
     assert requests(name, 1) == requests(name, 1) != requests(name, 2)
-    _, found = requests(name)
+    found = requests(name)
     assert len(found) >= 15
     assert all(text.strip() for request in found for text in texts(request))
 
@@ -59,8 +62,7 @@ def test_the_same_seed_gives_the_same_conversation(name):
 @every
 def test_answers_come_back_and_change_nothing_else(name):
     """All answers are in later requests, but the last one, and a manager's."""
-    (_, some), (_, others) = (requests(name, answers=map(str.format, itertools.repeat(word), range(99)))
-                              for word in ("alpha {}.", "omega {}."))  # fmt: skip
+    some, others = answered(name, "alpha {}."), answered(name, "omega {}.")
     for request, other in zip(some, others, strict=True):
         assert [text.replace("alpha", "omega") for text in texts(request)] == texts(other)
         assert request.speaker == other.speaker
@@ -71,7 +73,7 @@ def test_answers_come_back_and_change_nothing_else(name):
 
 @every
 def test_a_scale_makes_prompts_longer(name):
-    (_, plain), (_, scaled) = requests(name), requests(name, scale=3)
+    plain, scaled = requests(name), requests(name, scale=3)
     assert sum(map(len, texts(scaled[-1]))) > 1.2 * sum(map(len, texts(plain[-1])))
     assert len(plain) == len(scaled)
 
@@ -82,7 +84,7 @@ def test_wrong_sizes_are_refused():
 
 
 def test_a_clock_ticks_and_files_come_back():
-    _, found = requests("coding")
+    found = requests("coding")
     first_lines = [request.messages[0]["content"].partition("\n")[0] for request in found]
     assert len(set(first_lines)) == len(found)
     assert len({request.messages[0]["content"].partition("\n")[2] for request in found}) == 1
@@ -91,7 +93,7 @@ def test_a_clock_ticks_and_files_come_back():
 
 
 def test_documents_come_back_in_another_order():
-    _, found = requests("tools")
+    found = requests("tools")
     returned = [[m["content"] for m in request.messages if m["role"] == "tool"] for request in found]
     assert len(set(itertools.chain.from_iterable(returned))) == 6
     assert len({tuple(some) for some in returned}) > 10

@@ -1,6 +1,6 @@
 """Conversations of many turns, generated from seeds: each request holds the answers to the requests before it.
 
-    rag             notes in one order, questions about them, and every fourth turn another retrieval, which brings two
+    rag_chat        notes in one order, questions about them, and every fourth turn another retrieval, which brings two
                     of the notes back in another order with one that is new
     round_robin_3   three agents take turns; each has its own system text and sees what all have said
     round_robin_8   the same with eight
@@ -12,7 +12,7 @@
 
 A conversation is a generator of requests, and is sent the text of each answer:
 
-    conversation = make_conversation("rag", ConversationSize(), seed=0)
+    conversation = make_conversation("rag_chat", ConversationSize(), seed=0)
     first = next_request(conversation.requests, None)
     second = next_request(conversation.requests, "The librarian is Adela Finch.")
 
@@ -225,7 +225,7 @@ def _tool(text: str) -> Message:
 _RETRIEVAL_EVERY = 4  # turns
 
 
-def rag(texts: Texts, size: ConversationSize) -> Conversation:
+def rag_chat(texts: Texts, size: ConversationSize) -> Conversation:
     """All notes are stored before. The chat shows four of them first."""
     kept = texts.some_notes(min(4 + size.turns // _RETRIEVAL_EVERY, len(notes.PLACE_KINDS)))
     return Conversation(tuple(note.text for note in kept), _questions(texts, size, kept))
@@ -424,7 +424,7 @@ def _tools(
 # All of them -------------------------------------------------------------------------------------------------
 
 CONVERSATIONS: dict[str, Callable[[Texts, ConversationSize], Conversation]] = {
-    "rag": rag,
+    "rag_chat": rag_chat,
     "round_robin_3": functools.partial(round_robin, 3),
     "round_robin_8": functools.partial(round_robin, 8),
     "group_chat": group_chat,
@@ -447,6 +447,15 @@ def scripted_answers(seed: int) -> Iterator[str]:
         yield " ".join(noise_sentences(rng, 2))
 
 
+def scripted_requests(name: str, size: ConversationSize, seed: int) -> Iterator[Request]:
+    """All requests of a conversation in which `scripted_answers` are given."""
+    requests, answers = make_conversation(name, size, seed).requests, scripted_answers(seed)
+    request = next_request(requests, None)
+    while request is not None:
+        yield request
+        request = next_request(requests, next(answers))
+
+
 def next_request(requests: Requests, answer: str | None) -> Request | None:
     """The request that follows an answer; that of None is the first. None behind the last one."""
     try:
@@ -455,9 +464,13 @@ def next_request(requests: Requests, answer: str | None) -> Request | None:
         return None
 
 
-def encode_messages(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], vocab_size: int
-) -> Int32[np.ndarray, "tokens"]:
-    """A chat as a model with this vocabulary takes it. Ids beyond it, of a tokenizer that is not the model's, wrap."""
+def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> Int32[np.ndarray, "tokens"]:
+    """A chat in the tokenizer's template, as token ids.
+
+    Raises:
+      InvalidRequestError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise InvalidRequestError("conversations need a tokenizer with a chat template, and this model's has none")
     text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32) % vocab_size
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)

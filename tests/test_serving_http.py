@@ -774,6 +774,21 @@ def test_sigterm_drains_and_ends_the_process_with_code_0():
 # Metrics, and random requests -------------------------------------------------------------------------------
 
 
+def test_an_idle_server_heals_a_conversation():
+    """Turn one reuses knowledge, turn two has it as an approximate prefix, and after a rest all of it is exact."""
+    with live_server(make_engine(healing=1.0)) as live, live.http() as http:
+        http.post("/v1/knowledge", json={"text": NOTE * 2, "cache_salt": "heal"}).raise_for_status()
+        messages = [{"role": "user", "content": f"Read: {NOTE * 2} And now?"}]
+        body = {"messages": messages, "max_tokens": 4, "temperature": 0, "cache_salt": "heal", "model": MODEL}
+        answer = http.post("/v1/chat/completions", json=body | {"reuse": {"only_if_faster": False}}).json()
+        assert answer["sparsex"]["reused_tokens"] > 0
+        wait_for(lambda: "sparsex_approximate_tokens 0.0" in http.get("/metrics").text)
+        messages += [answer["choices"][0]["message"], {"role": "user", "content": "Go on."}]
+        report = http.post("/v1/chat/completions", json=body | {"reuse": {"method": "prefix"}}).json()["sparsex"]
+        assert report["prefix_tokens"] > answer["sparsex"]["prompt_tokens"] - 10
+        assert live.worker.loop.stats.healed_tokens > 0
+
+
 def test_metrics_count_requests_and_tokens():
     with live_server(make_engine()) as live, live.http() as http:
         for _ in range(2):

@@ -29,6 +29,7 @@ class EngineChoice:
     max_num_seqs: int | None = EngineConfig.max_num_seqs
     max_prefill_seqs: int = EngineConfig.max_prefill_seqs
     max_waiting: int = EngineConfig.max_waiting
+    healing: float = EngineConfig.healing
 
     def load(self) -> Engine:
         keep_on_disk()
@@ -41,6 +42,7 @@ class EngineChoice:
                 max_num_seqs=self.max_num_seqs,
                 max_prefill_seqs=self.max_prefill_seqs,
                 max_waiting=self.max_waiting,
+                healing=self.healing,
             )
 
 

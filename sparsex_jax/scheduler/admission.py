@@ -85,6 +85,7 @@ class Admission:
             segments=method.uses_segments,
             min_segment=method.min_segment_tokens,
             accepts=functools.partial(method.accepts, num_layers=self._model.num_layers),
+            counted=not sequence.heals,
         )
         try:
             plan = self._lay_out(tokens, match, method)

@@ -11,7 +11,7 @@ from sparsex_jax.scheduler.sequence import Event
 
 _OUTCOMES = {"cancelled": "cancelled", "error": "failed"}
 _OF_A_PROMPT = ("prompt_tokens", "prefix_tokens", "reused_tokens", "fresh_tokens")
-_COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens")
+_COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens", "healed_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,7 @@ class LoopStats:
       preempted: how often one was preempted.
       prompt_tokens: prefix + reused + fresh tokens of the prompts that were prefilled.
       generated_tokens: new tokens.
+      healed_tokens: tokens that were approximate in the store and were prefilled exactly while nothing was in line.
       computed_fraction: token-layers that those prompts' prefills computed, as a share of all of theirs.
     """
 
@@ -39,6 +40,7 @@ class LoopStats:
     reused_tokens: int
     fresh_tokens: int
     generated_tokens: int
+    healed_tokens: int
     computed_fraction: float
 
 
@@ -62,6 +64,9 @@ class Counts:
         for name in _OF_A_PROMPT:
             self._numbers[name] += getattr(report, name)
         self._token_layers += report.computed_fraction * report.prompt_tokens
+
+    def healed(self, report: Report) -> None:
+        self._numbers["healed_tokens"] += report.fresh_tokens
 
     def seconds_between_ends(self) -> float | None:
         """Of the last sequences, on average; None if there were not two."""

@@ -127,6 +127,7 @@ class _Snapshot(Collector):
             pages.add_metric([state], self.store[state])
         hits = CounterMetricFamily("sparsex_hit_tokens", "Prompt tokens that lookups found.", labels=["kind"])
         hits.add_metric(["prefix"], self.store["prefix_tokens"])
+        hits.add_metric(["approximate_prefix"], self.store["approximate_prefix_tokens"])
         hits.add_metric(["segment"], self.store["segment_tokens"])
         evictions = CounterMetricFamily("sparsex_evictions", "Evicted pages and frozen entries.", labels=["what"])
         evictions.add_metric(["page"], self.store["evictions"])
@@ -137,6 +138,14 @@ class _Snapshot(Collector):
         compiled.add_metric(["before_listening"], self.compiled_before)
         compiled.add_metric(["listening"], num_compilations() - self.compiled_before)
         yield from (pages, hits, evictions, compiled)
+        yield CounterMetricFamily(
+            "sparsex_healed_tokens", "Approximate tokens that were made exact.", value=self.loop.healed_tokens
+        )
+        yield GaugeMetricFamily(
+            "sparsex_approximate_tokens",
+            "Tokens that healing would make exact.",
+            value=self.store["approximate_tokens"],
+        )
         yield CounterMetricFamily("sparsex_lookups", "Lookups in the store.", value=self.store["lookups"])
         yield GaugeMetricFamily("sparsex_queue_requests", "Waiting requests.", value=self.loop.waiting)
         yield GaugeMetricFamily("sparsex_running_requests", "Running requests.", value=self.loop.running)

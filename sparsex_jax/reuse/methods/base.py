@@ -31,9 +31,10 @@ class Method(ReuseConfig):
         """Whether approximate KV that a request of the method `made_by` left is as good as this method would make it.
 
         Then a prompt that begins with the same tokens has it as a prefix. By default that is so for the same method,
-        if its options in `more_is_careful` are at least this one's and all others are equal.
+        if its options in `more_is_careful` are at least this one's and all others are equal. A method that uses no
+        segments makes exact KV, and accepts nothing else.
         """
-        if not isinstance(made_by, Method) or type(made_by) is not type(self):
+        if not self.uses_segments or not isinstance(made_by, Method) or type(made_by) is not type(self):
             return False
         mine, theirs = (vars(one.resolved(num_layers)) for one in (self, made_by))
         return all(

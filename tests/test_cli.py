@@ -188,7 +188,17 @@ def check_demo(found):
     assert prefix["prefix_tokens"] > 0
     assert len(naive["segments"]) == len(DOCUMENTS)
     assert naive["active_tokens"] < sparsex["active_tokens"] < full["active_tokens"]
+    check_follow_up(found["follow_up"]["methods"], full["prompt_tokens"])
     return naive, sparsex
+
+
+def check_follow_up(methods, first_prompt):
+    """The first turn is a prefix of the second, so that it costs what is new."""
+    full, prefix, sparsex = (methods[name] for name in ("full", "prefix", "sparsex"))
+    assert full["kl"] == 0
+    assert full["prompt_tokens"] == prefix["prompt_tokens"] == sparsex["prompt_tokens"] > first_prompt
+    assert abs(prefix["kl"]) < 1e-3
+    assert sparsex["computed_fraction"] <= prefix["computed_fraction"] < 0.2
 
 
 def test_demo_prints_one_object(tiny):

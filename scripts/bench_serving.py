@@ -2,7 +2,7 @@
 
     uv run python scripts/bench_serving.py [--workloads rag] [--load 0.7 | --rate 2.5] [--methods full prefix naive]
 
-The workloads, chat, rag and agents, are those of `sparsex_jax.eval.workloads`, and the same for each method.
+The workloads are those of `sparsex_jax.eval.workloads`, and the same for each method.
 Requests are sent when they are due, whatever became of those before (an open loop, Poisson). The rate is given, or is
 a share of what full recompute gets through when all requests are there at once. A method's figures are those of a
 pass in a namespace of its own in which nothing was compiled. Prints a table for each workload, and writes
@@ -20,18 +20,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams, UnknownModelError
+from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
-from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import num_compilations
-from sparsex_jax.eval import lexicon
+from sparsex_jax.eval.engines import load_engine
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WORKLOADS, Workload, WorkloadSize, make_workload
-from sparsex_jax.reuse.report import Report
+from sparsex_jax.reuse.report import KINDS, Report, words_of
 from sparsex_jax.scheduler.loop import Event
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -102,7 +100,7 @@ def figures(timelines: Sequence[Timeline], ttft_limit: float, gap_limit: float) 
         "generated": (generated / seconds, "tokens/s"),
         "prompt": (prompt_tokens / seconds, "tokens/s"),
         "goodput": (good / seconds, "requests/s"),
-        **{kind: share(f"{kind}_tokens") for kind in ("prefix", "reused", "fresh")},
+        **{words_of(kind): share(f"{kind}_tokens") for kind in KINDS},
         "computed": (work, "of token-layers"),
     }
 
@@ -186,13 +184,13 @@ def compare(
 def table(measured: dict[str, dict[str, tuple[float, str]]]) -> str:
     """A Markdown table with a line for each method."""
     heading = ["method", "TTFT p50 / p95 / p99, s", "ITL p50 / p95 / p99, ms", "generated, tokens/s"]
-    heading += ["prompt, tokens/s", "goodput, 1/s", "prefix", "reused", "fresh", "computed"]
+    heading += ["prompt, tokens/s", "goodput, 1/s", *map(words_of, KINDS), "computed"]
     lines = [heading, ["---", *["--:"] * (len(heading) - 1)]]
     for method, found in measured.items():
         ttft = " / ".join(f"{found[f'TTFT p{p}'][0]:.2f}" for p in PERCENTILES)
         gaps = " / ".join(f"{found[f'ITL p{p}'][0]:.0f}" for p in PERCENTILES)
         rates = [f"{found[name][0]:.1f}" for name in ("generated", "prompt")]
-        shares = [f"{found[name][0]:.0%}" for name in ("prefix", "reused", "fresh", "computed")]
+        shares = [f"{found[name][0]:.0%}" for name in (*map(words_of, KINDS), "computed")]
         lines.append([method, ttft, gaps, *rates, f"{found['goodput'][0]:.2f}", *shares])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -238,26 +236,21 @@ def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, d
         plot(runs, path.with_suffix(".png"), title)
 
 
-def load(model: str, **options: Any) -> tuple[Engine, Any]:
-    """An engine and a tokenizer. A named configuration gets random weights and the tasks' tokenizer."""
-    try:
-        named_config(model)
-    except UnknownModelError:
-        engine = Engine.from_pretrained(model, **options)
-        return engine, engine.tokenizer
-    return Engine.from_config(model, **options), lexicon.ruler_tokenizer()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct", help="a checkpoint, or a named configuration for random weights")
     add("--dtype", default="float32")
-    add("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    add("--workloads", nargs="+", default=["chat", "rag", "agents"], choices=list(WORKLOADS))
     add("--methods", nargs="+", default=list(METHODS), help="NAME or NAME:FIELD=VALUE:...")
     add("--requests", type=int, default=16)
     add("--length", type=int, default=800, help="tokens of a prompt's body")
-    add("--pieces", type=int, default=4, help="documents of a question, agents of a group, turns of a chat; 2 or more")
+    add(
+        "--pieces",
+        type=int,
+        default=4,
+        help="documents of a question, agents of a group, turns of a chat, conversations at a time; 2 or more",
+    )
     add("--new-tokens", type=int, default=16)
     add("--rate", type=float, help="requests a second")
     add("--load", type=float, default=0.7, help="without --rate: share of what full recompute sustains")
@@ -273,14 +266,14 @@ def main() -> None:
     methods = {name: parse_method(name) for name in options.methods}
     sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_num_seqs": options.max_num_seqs}
     sizes["max_waiting"] = max(options.requests, EngineConfig.max_waiting)
-    engine, tokenizer = load(options.model, **sizes)
+    engine, tokenizer = load_engine(options.model, **sizes)
     bench = Bench(engine, options.new_tokens)
     rates: dict[str, float] = {}
     runs: dict[str, dict[str, list[Timeline]]] = {}
     for name in options.workloads:
         workload = make_workload(
             name, tokenizer, WorkloadSize(options.requests, options.length, options.pieces), options.seed
-        )
+        ).within(engine.model.vocab_size)
         rates[name], runs[name] = compare(bench, workload, methods, options)
         save(options, rates, runs)  # so that it is there if a later workload fails
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,21 @@ class Engine:
         everywhere, ask about it with `keep=False`, or in a namespace of its own.
         """
         self.admission.forget(handle)
+
+    def heal(self, seconds: float | None = None) -> int:
+        """Make approximate KV exact that prompts left in the store, most used first: a server does it while it is idle.
+
+        Args:
+          seconds: stop at the end of the chunk in which this time is over. None: when all is done.
+
+        Returns:
+          How many tokens were prefilled.
+        """
+        before, started = self.loop.stats.healed_tokens, time.perf_counter()
+        while seconds is None or time.perf_counter() - started < seconds:
+            if self.loop.heal() is None:
+                break
+        return self.loop.stats.healed_tokens - before
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """What was remembered and is still there, of one namespace or all."""

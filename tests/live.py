@@ -35,7 +35,7 @@ def _parts():
 
 def make_engine(**options) -> Engine:
     """A small engine with fixed random weights, SmolLM2's tokenizer and a store of its own, in the shapes of `demo`."""
-    config = EngineConfig(store_tokens=4096, max_num_seqs=4, **options)
+    config = EngineConfig(**{"store_tokens": 4096, "max_num_seqs": 4, "healing": 0.0} | options)
     return Engine(TALKING, *_parts(), config=config)
 
 
@@ -105,6 +105,9 @@ class ScriptedLoop:
         ticket = ScriptedTicket(len(self.tickets), len(prompt), iter(self.script(list(prompt))), listener)
         self.tickets.append(ticket)
         return ticket
+
+    def heal(self) -> None:
+        """There is nothing to heal."""
 
     def step(self) -> bool:
         if self.broken is not None:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import closed_engine
+from conftest import closed_engine, report_of
 
 from sparsex_jax import InvalidRequestError, ReuseConfig
+from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.eval import lexicon
+from sparsex_jax.eval.conversations import CONVERSATIONS
 from sparsex_jax.eval.workloads import WORKLOADS, WorkloadSize, make_workload
 from sparsex_jax.reuse.prompt import TokenKind
-from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Loop
 
 _SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_serving.py"
@@ -34,11 +35,37 @@ def ids(workload):
     return [[tokens.tolist() for tokens in part] for part in workload]
 
 
+@pytest.fixture(scope="module")
+def chatting():
+    """A tokenizer with a chat template."""
+    return open_checkpoint("smollm2-135m-instruct").tokenizer
+
+
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_the_same_seed_gives_the_same_workload(tokenizer, name):
+def test_the_same_seed_gives_the_same_workload(tokenizer, chatting, name):
+    tokenizer = chatting if name in CONVERSATIONS else tokenizer
     once, again, other = (make_workload(name, tokenizer, SIZE, seed) for seed in (1, 1, 2))
     assert ids(once) == ids(again) != ids(other)
     assert len(once.prompts) == SIZE.requests
+
+
+def test_conversations_take_turns(chatting):
+    """Each prompt goes on with one before it, until the system text changes."""
+    stored, prompts = make_workload("rag_chat", chatting, dataclasses.replace(SIZE, requests=8), 3)
+    openings = {prompt[:60].tobytes() for prompt in prompts}
+    assert len(openings) == SIZE.pieces, "as many conversations"
+    assert len(stored) == 5 * SIZE.pieces, "four notes to begin with, and one more"
+    assert len(prompts) == 8
+
+
+def test_conversations_need_a_chat_template(tokenizer):
+    with pytest.raises(InvalidRequestError, match="chat template"):
+        make_workload("coding", tokenizer, SIZE, 0)
+
+
+def test_ids_beyond_a_vocabulary_wrap(tokenizer):
+    workload = make_workload("rag", tokenizer, SIZE, 0).within(50)
+    assert all(tokens.max() < 50 for texts in workload for tokens in texts)
 
 
 def test_histories_grow(tokenizer):
@@ -98,7 +125,7 @@ def test_every_method_gets_the_same_requests_at_the_same_times(tokenizer, monkey
 
 def report(prefix, reused, fresh, computed):
     kind = np.repeat([TokenKind.PREFIX, TokenKind.REUSED, TokenKind.FRESH], [prefix, reused, fresh])
-    return Report(len(kind), prefix, reused, fresh, fresh, 0, (), computed, 0.0, kind, kind == TokenKind.FRESH)
+    return report_of(kind, kind == TokenKind.FRESH, computed_fraction=computed)
 
 
 SCRIPTED = [
@@ -121,7 +148,9 @@ def test_figures_of_scripted_times():
             "prompt": 40 / 4,
             "goodput": 1 / 4,
             "prefix": 0.05,
+            "approximate prefix": 0,
             "reused": 19 / 40,
+            "recomputed": 0,
             "fresh": 19 / 40,
             "computed": (0.5 * 10 + 0.75 * 30) / 40,
         }

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
@@ -173,6 +173,28 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.forgotten.intersection(held.pages):
             self.cache.commit(held.pages, tokens, held.namespace, exact_tokens=held.exact, made_by=held.care)
 
+    @rule(most=st.integers(1, 40))
+    def heal(self, most: int) -> None:
+        self.heal_chunk(most)
+
+    def heal_chunk(self, most: int) -> bool:
+        """A chunk of approximate content is computed exactly. False if there was none, or no room."""
+        asked = self.cache.to_heal(most)
+        if asked is None:
+            return False
+        tokens, namespace = asked
+        match = self.find(tokens.tolist(), namespace, EXACT)
+        assert 1 <= len(tokens) - match.num_prefix_tokens <= max(most, PAGE) + 1
+        frozen = self.cache.stats().frozen_evictions
+        pages = match.prefix_pages + self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))
+        assert self.cache.stats().frozen_evictions == frozen
+        self.cache.share(match.prefix_pages)
+        self.cache.unpin(match)
+        self.write(Held(pages, tokens.tolist(), namespace, len(tokens), EXACT), len(match.prefix_pages) * PAGE)
+        self.cache.commit(pages, tokens, namespace, exact_tokens=len(tokens))
+        self.cache.release(pages)
+        return True
+
     @rule(count=st.integers(0, 6), tokens=texts, namespace=namespaces)
     def fail_midway(self, count: int, tokens: list[int], namespace: str) -> None:
         """A request that found something and got pages, and then was cancelled."""
@@ -255,6 +277,12 @@ class CacheMachine(RuleBasedStateMachine):
             self.cache.unpin(match)
         for held in self.held:
             self.cache.release(held.pages)
+        for _ in range(1000):
+            if not self.heal_chunk(16):
+                break
+        else:
+            raise AssertionError("healing does not end")
+        self.cache.check()
         self.cache.clear()
         self.cache.check()
         assert self.cache.stats().free == self.cache.stats().pages
@@ -262,3 +290,8 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(QUICK, max_examples=60, stateful_step_count=30)
+
+
+@pytest.mark.slow
+class TestCacheMachineFor100000Steps(CacheMachine.TestCase):
+    settings = settings(QUICK, max_examples=2000, stateful_step_count=50, phases=[Phase.generate])

@@ -44,6 +44,10 @@ class EngineMachine(RuleBasedStateMachine):
         except StoreFullError:
             return multiple()
 
+    @rule(seconds=st.sampled_from([0.01, None]))
+    def heal(self, seconds):
+        self.engine.heal(seconds)
+
     @rule(handle=consumes(handles))
     def forget(self, handle):
         try:

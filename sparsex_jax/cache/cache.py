@@ -85,6 +85,7 @@ class CacheStats:
       pages: all pages of the store.
       free, active, frozen, cached: pages in each state (see `sparsex_jax.cache.pages`). They add up to `pages`.
       tokens: tokens in committed pages, which lookups can find.
+      approximate_tokens: how many of those are approximate, in place behind position 0: what `to_heal` is about.
       windows: windows of 8 tokens in the index.
       lookups: calls of `lookup`.
       prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that those calls found as exact prefixes, as
@@ -99,6 +100,7 @@ class CacheStats:
     frozen: int
     cached: int
     tokens: int
+    approximate_tokens: int
     windows: int
     lookups: int
     prefix_tokens: int
@@ -106,6 +108,18 @@ class CacheStats:
     segment_tokens: int
     evictions: int
     frozen_evictions: int
+
+
+def _asked_once(accepts: Accepts) -> Accepts:
+    """The same, but each object is judged once: a sequence's pages all have the same one."""
+    known: dict[int, bool] = {}
+
+    def accepts_once(made_by: object) -> bool:
+        if id(made_by) not in known:
+            known[id(made_by)] = accepts(made_by)
+        return known[id(made_by)]
+
+    return accepts_once
 
 
 def _require(ok: bool | np.bool, message: str) -> None:
@@ -159,6 +173,7 @@ class PageCache:
         segments: bool = True,
         min_segment: int = 16,
         accepts: Accepts | None = None,
+        counted: bool = True,
     ) -> Match:
         """Find the stored parts of a prompt and pin their pages.
 
@@ -171,16 +186,20 @@ class PageCache:
           segments: look for segments behind the prefix.
           min_segment: the least length of a segment, in tokens.
           accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
+          counted: whether it counts as a use, and in `stats`.
 
         Raises:
           ValueError: a token id is negative.
         """
         _require(not (tokens < 0).any(), "token ids must not be negative")
         prompt = tokens[:-1].tobytes() if prefix else b""  # the last token is always computed
-        found = self.tree.prefix(prompt, namespace, accepts)
+        found = self.tree.prefix(prompt, namespace, accepts and _asked_once(accepts))
         runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment) if segments else []
         match = self._match(found, runs)
-        self._pin(match)
+        self._pins.add(match)
+        self._pool.hold(match.pages)
+        if counted:
+            self._count(match)
         return match
 
     def _find_runs(
@@ -206,9 +225,9 @@ class PageCache:
             pages=tuple(dict.fromkeys(node.pages[0] for node in nodes)),
         )
 
-    def _pin(self, match: Match) -> None:
-        self._pins.add(match)
-        self._pool.hold(match.pages)
+    def _count(self, match: Match) -> None:
+        for page in match.pages:
+            self.tree[page].uses += 1
         self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
         self._lookups += 1
         self._prefix_tokens += match.num_exact_tokens
@@ -423,6 +442,42 @@ class PageCache:
             self._remove_entry(entry.handle)
         self._drop(np.flatnonzero(self._pool.cached()).tolist())
 
+    # Healing ------------------------------------------------------------------------------------------------
+
+    def to_heal(self, most: int) -> tuple[Int32[np.ndarray, "tokens"], str] | None:
+        """A prompt and its namespace whose exact prefill replaces approximate content: of that which was used most.
+
+        All but about `most` of its tokens have an exact prefix already. None if nothing is approximate, or if there
+        are no pages for it without evicting frozen content.
+        """
+        while chain := self.tree.approximate_chain():
+            prompt, namespace = b"".join(node.key for node in chain), chain[0].namespace
+            exact = self.tree.prefix(prompt, namespace).num_tokens
+            length = len(prompt) // TOKEN_BYTES
+            if exact < length:
+                end = self._healed_end(exact, length, most)
+                tokens = np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32)
+                return (tokens, namespace) if self._has_room(-(-end // self.page_size)) else None
+            self._retire(chain[-1])
+        return None
+
+    def _retire(self, node: Node) -> None:
+        """Drop an approximate node whose tokens are all in an exact prefix as well, unless an entry has it."""
+        del self.tree.approximate[node]
+        if not any(map(self._entries.holds, node.pages)):
+            self._drop(list(node.pages))
+
+    def _healed_end(self, exact: int, length: int, most: int) -> int:
+        """Where the next `most` tokens end: with a page, as pages are replaced as a whole, or with the content."""
+        if exact + most >= length:
+            return length
+        whole_pages = (exact + most) // self.page_size
+        return min(max(whole_pages, exact // self.page_size + 1) * self.page_size, length)
+
+    def _has_room(self, count: int) -> bool:
+        """Whether that many pages can be had without evicting a frozen entry."""
+        return count <= self._num_available() and self._pool.num_occupied() + count <= self._max_occupied
+
     # Evicting -----------------------------------------------------------------------------------------------
 
     def _num_available(self) -> int:
@@ -478,6 +533,7 @@ class PageCache:
             pages=len(self._pool),
             **dataclasses.asdict(counts),
             tokens=sum(node.length for node in self.tree.node_of if node is not None),
+            approximate_tokens=sum(node.length - node.exact for node in self.tree.approximate),
             windows=self._windows.num_windows,
             lookups=self._lookups,
             prefix_tokens=self._prefix_tokens,

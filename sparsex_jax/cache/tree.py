@@ -69,6 +69,7 @@ class Node:
       children: the nodes that may follow it, by key. Under one key a sharable child comes first, then the others,
         oldest first.
       pages: the pages with this content, oldest first; none for a root.
+      uses: how many lookups found it.
       hashes: the hash of each of its windows in the window index.
     """
 
@@ -82,6 +83,7 @@ class Node:
     parent: Node | None = None
     children: dict[bytes, list[Node]] = dataclasses.field(default_factory=dict)
     pages: list[int] = dataclasses.field(default_factory=list)
+    uses: int = 0
     hashes: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -151,12 +153,14 @@ class PageTree:
     Attributes:
       roots: namespace to root.
       node_of: page number to node; None for pages that are not committed.
+      approximate: the nodes in place with approximate tokens, oldest first. Some may be orphans.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
         self.roots: dict[str, Node] = {}
         self.node_of: list[Node | None] = [None] * num_pages
+        self.approximate: dict[Node, None] = {}
 
     def __getitem__(self, page: int) -> Node:
         """The node of a committed page. Raises ValueError if the page is not committed."""
@@ -197,6 +201,8 @@ class PageTree:
             node = Node(namespace, key, start, exact, made_by, in_place, sharable, parent)
             siblings = parent.children.setdefault(key, [])
             siblings.insert(0 if sharable else len(siblings), node)
+            if in_place and exact < node.length:
+                self.approximate[node] = None
         node.pages.append(page)
         self.node_of[page] = node
         return node
@@ -220,6 +226,7 @@ class PageTree:
         approximate = [other for other in node.parent.children[node.key] if other.in_place and not other.sharable]
         worse = [other for other in approximate if not any(map(spared, other.pages))]
         for other in worse:
+            node.uses = max(node.uses, other.uses)
             for key, same_key in other.children.items():
                 node.children.setdefault(key, []).extend(same_key)
                 for child in same_key:
@@ -239,6 +246,7 @@ class PageTree:
             return None
         for child in node.all_children():
             child.parent = None
+        self.approximate.pop(node, None)
         self._unlink(node)
         return node
 
@@ -270,13 +278,34 @@ class PageTree:
         found = [Prefix(_chain(node), *self._tail(node, prompt[at:], accepts)) for node in last]
         return max(reversed(found), key=lambda prefix: (prefix.tail_tokens, prefix.exact_tokens))
 
+    def approximate_chain(self) -> list[Node]:
+        """All pages from position 0 on of the sequence whose approximate content was used most, the oldest of several.
+
+        Behind the node that was used most, it goes on in the most used child, and so on. [] if nothing is approximate.
+        """
+        while self.approximate:
+            node = max(self.approximate, key=lambda node: node.uses)
+            if self._is_rooted(node):
+                break
+            del self.approximate[node]  # an orphan: what stood before it is gone for good
+        else:
+            return []
+        while further := [child for child in node.all_children() if child in self.approximate]:
+            node = max(further, key=lambda child: child.uses)
+        return _chain(node)
+
+    def _is_rooted(self, node: Node) -> bool:
+        while node.parent is not None:
+            node = node.parent
+        return not node.pages
+
     def _tail(self, last: Node, rest: bytes, accepts: Accepts | None) -> tuple[Node | None, int]:
         """The child of `last` that shares the most leading tokens with `rest`, and how many. Else (None, 0)."""
         best, most = None, 0
         for child in last.all_children():
             usable = child.length if child.is_prefix(accepts) else child.exact if child.in_place else 0
             shared = min(usable, common_prefix(child.key, rest))
-            if shared > most:
+            if shared and (best is None or (shared, child.exact) > (most, best.exact)):
                 best, most = child, shared
         return best, most
 
@@ -291,6 +320,7 @@ class PageTree:
             assert 0 <= node.exact <= node.length
             assert node.sharable == (node.in_place and node.exact == self.page_size)
             assert node.sharable or len(node.pages) == 1
+            assert node not in self.approximate or (node.in_place and node.exact < node.length)
             self._check_links(node)
         assert all(root.children and not root.pages for root in self.roots.values())
 

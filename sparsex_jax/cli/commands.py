@@ -142,6 +142,9 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests may still take after SIGTERM.")
     ] = 30.0,
+    healing: Annotated[
+        float, typer.Option(help="Share of idle time in which approximate KV is made exact; 0 leaves it as it is.")
+    ] = 0.5,
     warm_up: Annotated[
         bool, typer.Option("--warm-up/--no-warm-up", help="Compile the programs before listening.")
     ] = True,
@@ -153,7 +156,15 @@ def serve(
 
     with clear_errors():
         run(
-            EngineChoice(model, dtype, store_tokens, reuse_config, max_num_seqs=max_num_seqs, max_waiting=max_waiting),
+            EngineChoice(
+                model,
+                dtype,
+                store_tokens,
+                reuse_config,
+                max_num_seqs=max_num_seqs,
+                max_waiting=max_waiting,
+                healing=healing,
+            ),
             Limits(
                 max_body_bytes=max_body_bytes,
                 max_tokens=max_tokens,

@@ -1,13 +1,17 @@
 """`sparsex demo`: remembers documents one by one, then asks about them in one prompt that has them in another order.
 
 Every method answers the same prompt from the same store. No method's KV is kept, so none finds another's.
+
+Then the chat goes on with a second question. Some methods answer it, each in a namespace of its own, where it has
+answered the first one and that is kept. All get the same prompt, which has the answer that `sparsex` gave first.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from sparsex_jax.cli.documents import DOCUMENTS, INSTRUCTION, QUESTION, user_message
+from sparsex_jax.cli.documents import DOCUMENTS, FOLLOW_UP, INSTRUCTION, QUESTION, user_message
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import output, print_json, progress
 from sparsex_jax.cli.tokenmap import legend, token_map
@@ -27,6 +31,7 @@ from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.output import Prefill
 
 NAMESPACE = "demo"
+FOLLOWED_UP = ("full", "prefix", "sparsex")
 REPEATS = 3
 
 
@@ -45,22 +50,49 @@ class Outcome:
     report: Report
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Demo:
+    """All that is shown.
+
+    Attributes:
+      sizes: the tokens of each text that was remembered.
+      prompt: token ids of the first prompt.
+      first, second: the methods' outcomes for the first question, and for the one that follows it.
+    """
+
+    sizes: dict[str, int]
+    prompt: list[int]
+    first: dict[str, Outcome]
+    second: dict[str, Outcome]
+
+
 def run(choice: EngineChoice, max_new_tokens: int, *, as_json: bool) -> None:
     engine = choice.load()
-    prompt = encode_prompt(engine.tokenizer)
-    methods = reuse_methods(engine.model.num_layers)
     with progress() as bar:
-        sizes = remember_documents(engine, bar)
-        outcomes = run_methods(engine, prompt, methods, max_new_tokens, bar)
+        demo = perform(engine, max_new_tokens, bar)
     if as_json:
-        print_json(as_dict(choice.model, sizes, outcomes))
+        print_json(as_dict(choice.model, demo))
     else:
-        show(engine, prompt, sizes, outcomes, output())
+        show(engine, demo, output())
+
+
+def perform(engine: Engine, max_new_tokens: int, bar: Progress) -> Demo:
+    prompt = encode_chat(engine.tokenizer, first_message())
+    methods = reuse_methods(engine.model.num_layers)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens)
+    sizes = remember_documents(engine, NAMESPACE, bar)
+    first = run_methods(engine, prompt, methods, dict.fromkeys(methods, NAMESPACE), sampling, bar)
+    followed = {name: methods[name] for name in FOLLOWED_UP}
+    namespaces = ask_first(engine, prompt, followed, sampling, bar)
+    next_prompt = encode_chat(engine.tokenizer, first_message(), first["sparsex"].text, FOLLOW_UP)
+    return Demo(sizes, prompt, first, run_methods(engine, next_prompt, followed, namespaces, sampling, bar))
 
 
 def reuse_methods(num_layers: int) -> dict[str, ReuseConfig]:
-    """The methods to compare, by name; they reuse what they find even if that is slower. `full` must be among them,
-    because the others are compared with it."""
+    """The methods to compare, by name. `full` must be among them, because the others are compared with it.
+
+    Each does what its name says even where another way is faster, since the demo is to show what it does.
+    """
     methods = {
         "full": Full(),
         "prefix": Prefix(),
@@ -68,7 +100,7 @@ def reuse_methods(num_layers: int) -> dict[str, ReuseConfig]:
         "sparsex": SparseX(),
         "sparsex-2": _two_boundaries(num_layers),
     }
-    return {name: reuse.updated(only_if_faster=False) for name, reuse in methods.items()}
+    return {name: method.updated(only_if_faster=False) for name, method in methods.items()}
 
 
 def _two_boundaries(num_layers: int) -> SparseX:
@@ -78,43 +110,69 @@ def _two_boundaries(num_layers: int) -> SparseX:
 # Answering -----------------------------------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer: Any) -> list[int]:
-    """The token ids of the documents and the question, in the model's chat template."""
-    return _encode(tokenizer, render(tokenizer, f"{INSTRUCTION}\n\n{user_message()}"))
+def first_message() -> str:
+    """The documents and the question."""
+    return f"{INSTRUCTION}\n\n{user_message()}"
 
 
-def render(tokenizer: Any, message: str) -> str:
-    """A user's message in the chat template. Without a template, the message itself."""
+def encode_chat(tokenizer: Any, *messages: str) -> list[int]:
+    """The token ids of a chat in the model's template: messages of the user and answers, by turns."""
+    return _encode(tokenizer, render(tokenizer, *messages))
+
+
+def render(tokenizer: Any, *messages: str) -> str:
+    """A chat in the template. Without a template, the messages."""
     if not tokenizer.chat_template:
-        return message
-    messages = [{"role": "user", "content": message}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return "\n\n".join(messages)
+    roles = itertools.cycle(("user", "assistant"))
+    chat = [{"role": role, "content": text} for role, text in zip(roles, messages, strict=False)]
+    return tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def remember_documents(engine: Engine, bar: Progress) -> dict[str, int]:
+def remember_documents(engine: Engine, namespace: str, bar: Progress) -> dict[str, int]:
     """Remember the beginning of the prompt and the documents, each alone. Returns the number of tokens of each."""
     opening = render(engine.tokenizer, INSTRUCTION).partition(INSTRUCTION)[0] + INSTRUCTION
     texts = {"instruction": opening} | DOCUMENTS
     for text in bar.track(texts.values(), description="Remembering documents"):
-        engine.remember(text, namespace=NAMESPACE)
+        engine.remember(text, namespace=namespace)
     return {name: len(_encode(engine.tokenizer, text)) for name, text in texts.items()}
 
 
+def ask_first(
+    engine: Engine, prompt: Sequence[int], methods: Mapping[str, ReuseConfig], sampling: SamplingParams, bar: Progress
+) -> dict[str, str]:
+    """Let each method that reuses KV answer in a namespace of its own, which keeps it. Returns the namespaces."""
+    namespaces = {name: f"{NAMESPACE}, {name}" for name in methods}
+    for name, reuse in methods.items():
+        if not reuse.uses_prefix:
+            continue
+        remember_documents(engine, namespaces[name], bar)
+        engine.generate(prompt, sampling, reuse=reuse, namespace=namespaces[name])
+    return namespaces
+
+
 def run_methods(
-    engine: Engine, prompt: Sequence[int], methods: dict[str, ReuseConfig], max_new_tokens: int, bar: Progress
+    engine: Engine,
+    prompt: Sequence[int],
+    methods: Mapping[str, ReuseConfig],
+    namespaces: Mapping[str, str],
+    sampling: SamplingParams,
+    bar: Progress,
 ) -> dict[str, Outcome]:
     """Let every method answer, which also compiles. Then time the methods in turns, so that load slows all alike."""
-    sampling = SamplingParams(max_new_tokens=max_new_tokens)
+    options: dict[str, Any] = {
+        name: {"reuse": reuse, "namespace": namespaces[name], "keep": False} for name, reuse in methods.items()
+    }
     texts = {
-        name: engine.generate(prompt, sampling, reuse=reuse, namespace=NAMESPACE, keep=False).text
-        for name, reuse in bar.track(methods.items(), description="Compiling and answering")
+        name: engine.generate(prompt, sampling, **options[name]).text
+        for name in bar.track(methods, description="Compiling and answering")
     }
     rounds = [
-        {name: engine.prefill(prompt, reuse=r, namespace=NAMESPACE, keep=False) for name, r in methods.items()}
+        {name: engine.prefill(prompt, **options[name]) for name in methods}
         for _ in bar.track(range(REPEATS), description="Timing prefills")
     ]
     return {name: _outcome(text, rounds[0]["full"], [each[name] for each in rounds]) for name, text in texts.items()}
@@ -129,33 +187,37 @@ def _outcome(text: str, full: Prefill, prefills: Sequence[Prefill]) -> Outcome:
 # Showing ----------------------------------------------------------------------------------------------------
 
 
-def as_dict(model: str, sizes: dict[str, int], outcomes: dict[str, Outcome]) -> dict[str, Any]:
+def as_dict(model: str, demo: Demo) -> dict[str, Any]:
     return {
         "model": model,
         "question": QUESTION,
-        "documents": [{"name": name, "tokens": tokens} for name, tokens in sizes.items()],
-        "methods": {
-            name: {"text": outcome.text, "kl": outcome.kl} | outcome.report.to_dict()
-            for name, outcome in outcomes.items()
-        },
+        "documents": [{"name": name, "tokens": tokens} for name, tokens in demo.sizes.items()],
+        "methods": _as_dicts(demo.first),
+        "follow_up": {"question": FOLLOW_UP, "methods": _as_dicts(demo.second)},
     }
 
 
-def show(
-    engine: Engine, prompt: Sequence[int], sizes: dict[str, int], outcomes: dict[str, Outcome], console: Console
-) -> None:
-    report = outcomes["sparsex"].report
-    names = ", ".join(f"{name} ({tokens})" for name, tokens in sizes.items())
+def _as_dicts(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    return {
+        name: {"text": outcome.text, "kl": outcome.kl} | outcome.report.to_dict() for name, outcome in outcomes.items()
+    }
+
+
+def show(engine: Engine, demo: Demo, console: Console) -> None:
+    report = demo.first["sparsex"].report
+    names = ", ".join(f"{name} ({tokens})" for name, tokens in demo.sizes.items())
     console.print(Text.assemble(("Remembered, each alone (tokens): ", "bold"), names))
     console.print(Text.assemble(("Asked, with the notes in another order: ", "bold"), QUESTION))
-    console.print(_table(outcomes))
+    console.print(_table(demo.first))
     console.print(Text(_footnote(engine.model.num_layers), style="dim"))
-    console.print(Text("\nThe prompt as sparsex saw it", style="bold"))
-    console.print(token_map(engine.tokenizer, prompt, report))
+    console.print(Text.assemble(("\nAsked next, in the same chat: ", "bold"), FOLLOW_UP))
+    console.print(_table(demo.second))
+    console.print(Text("\nThe first prompt as sparsex saw it", style="bold"))
+    console.print(token_map(engine.tokenizer, demo.prompt, report))
     console.print(legend(report))
 
 
-def _table(outcomes: dict[str, Outcome]) -> Table:
+def _table(outcomes: Mapping[str, Outcome]) -> Table:
     table = Table("method", title="", expand=True)
     for heading in ("active", "work", "TTFT", "KL"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -1,14 +1,16 @@
-"""The documents that the demo remembers, and its question.
+"""The documents that the demo remembers, and its questions.
 
 All of them are invented. Of ten questions about these notes, this one was picked because the small default model
 answers it right with full recompute and gives another note's code with method `naive`. One question does not show how
-often this happens; `sparsex bench quality` measures that.
+often this happens; `sparsex bench quality` measures that. Of eleven questions to follow it, the model answers four
+right with full recompute. The one here is one of those, and means nothing without the question before it.
 """
 
 from __future__ import annotations
 
 INSTRUCTION = "You are a helpful assistant. Answer in one short sentence from the notes."
 QUESTION = "What is the access code of the dome?"
+FOLLOW_UP = "And of the map room?"
 
 DOCUMENTS = {
     "harbour": (

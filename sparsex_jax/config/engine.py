@@ -28,6 +28,7 @@ class EngineConfig:
       frozen_limit: share of the store that pinned and frozen pages may fill before frozen entries go.
       max_waiting: requests of a server that may wait; more are refused.
       max_overtakes: how many younger sequences may pass one that waits for pages.
+      healing: share of a server's idle time in which approximate KV is made exact; 0 leaves it as it is.
       choose: how admission chooses between reusing what was found and computing it, where a request leaves that open
         (`ReuseConfig.only_if_faster`). `measured`: what takes less time, by a cost model that is fitted to the devices.
         It is measured when a request first finds something to reuse, for about a second on a small model, and kept in
@@ -46,6 +47,7 @@ class EngineConfig:
     frozen_limit: float = 0.9
     max_waiting: int = 256
     max_overtakes: int = 16
+    healing: float = 0.5
     choose: str = "measured"
 
     def __post_init__(self) -> None:
@@ -65,6 +67,8 @@ class EngineConfig:
             self.chunk_rows is None or (is_int(self.chunk_rows) and self.chunk_rows >= 8),
             f"chunk_rows={self.chunk_rows!r} must be an integer >= 8 or None",
         )
+        share = self.healing
+        require(is_number(share) and 0 <= share <= 1, f"healing={share!r} must be from 0 to 1")
         limit = self.frozen_limit
         require(is_number(limit) and 0 < limit <= 1, f"frozen_limit={self.frozen_limit!r} must be in (0, 1]")
 

@@ -408,13 +408,14 @@ def _noise(
     finish: Callable[[np.random.Generator, str], str] = lambda rng, sentence: sentence,
 ) -> list[str]:
     """At least `least` sentences, of about `num_tokens` tokens together. `finish` turns each into its final text."""
-    probe = [finish(rng, sentence) for sentence in _sentences(rng, 32)]
+    probe = [finish(rng, sentence) for sentence in noise_sentences(rng, 32)]
     wanted = max(int(1.1 * 32 * num_tokens / count(" ".join(probe))), least)
-    sentences = [finish(rng, sentence) for sentence in _sentences(rng, wanted)]
+    sentences = [finish(rng, sentence) for sentence in noise_sentences(rng, wanted)]
     return sentences[: max(round(wanted * num_tokens / count(" ".join(sentences))), least)]
 
 
-def _sentences(rng: np.random.Generator, number: int) -> list[str]:
+def noise_sentences(rng: np.random.Generator, number: int) -> list[str]:
+    """Sentences of the closed vocabulary that say nothing in particular."""
     drawn = rng.integers(0, 2**31, (number, _MOST_SLOTS + 1)).tolist()
     sentences = []
     for which, *choices in drawn:

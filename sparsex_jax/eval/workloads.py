@@ -5,12 +5,15 @@
     agents    each of a group of agents reads the outputs of the others, shuffled; each output was stored behind the
               problem, where the agent wrote it
 
+and each of `sparsex_jax.eval.conversations`, several of which are held at a time.
+
 The prompts do not depend on what a model answers: histories go on with the workload's own turns.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +23,13 @@ import numpy as np
 
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import regimes
+from sparsex_jax.eval.conversations import (
+    CONVERSATIONS,
+    ConversationSize,
+    encode_messages,
+    make_conversation,
+    scripted_requests,
+)
 from sparsex_jax.eval.tasks import make_sample
 
 
@@ -34,6 +44,10 @@ class Workload(NamedTuple):
     stored: list[np.ndarray]
     prompts: list[np.ndarray]
 
+    def within(self, vocab_size: int) -> Workload:
+        """The same with ids that a vocabulary has, for a tokenizer that is not the model's."""
+        return Workload(*([tokens % vocab_size for tokens in texts] for texts in self))
+
 
 @dataclasses.dataclass(frozen=True)
 class WorkloadSize:
@@ -41,8 +55,8 @@ class WorkloadSize:
 
     Attributes:
       requests: how many prompts arrive, at least 1.
-      length: tokens of each prompt's body, about.
-      pieces: turns, documents or outputs in each body, at least 2.
+      length: tokens of each prompt's body, about. Of a conversation: 800 is its plain size.
+      pieces: turns, documents or outputs in each body, or conversations at a time; at least 2.
     """
 
     requests: int
@@ -95,10 +109,23 @@ def agents(rng: np.random.Generator, tokenizer: Any, size: WorkloadSize) -> Work
     return Workload(stored, prompts[: size.requests])
 
 
+def conversation(name: str, rng: np.random.Generator, tokenizer: Any, size: WorkloadSize) -> Workload:
+    """Conversations of the same kind take turns in random order. Needs a tokenizer with a chat template."""
+    turns = -(-size.requests // size.pieces)
+    scaled = ConversationSize(turns, max(size.length / 800, 1.0))
+    seeds = rng.integers(2**31, size=size.pieces).tolist()
+    stored = [text for seed in seeds for text in make_conversation(name, scaled, seed).stored]
+    held = [scripted_requests(name, scaled, seed) for seed in seeds]
+    order = rng.permutation(np.repeat(np.arange(size.pieces), turns))[: size.requests].tolist()
+    prompts = [encode_messages(tokenizer, next(held[each]).messages) for each in order]
+    return Workload([regimes.encode(tokenizer, text) for text in stored], prompts)
+
+
 WORKLOADS: dict[str, Callable[[np.random.Generator, Any, WorkloadSize], Workload]] = {
     "chat": chat,
     "rag": rag,
     "agents": agents,
+    **{name: functools.partial(conversation, name) for name in CONVERSATIONS},
 }
 
 

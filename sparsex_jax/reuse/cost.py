@@ -1,7 +1,7 @@
 """How long a prefill will take, by what parts of prefills were measured to take on the same devices.
 
 Admission compares by it what can be done for a request: a short prompt is recomputed sooner than its pieces are copied,
-scored and corrected. `sparsex_jax.device.speeds` measures. Benches print predictions beside what they measure.
+scored and corrected. `sparsex_jax.device.measuring` measures. Benches print predictions beside what they measure.
 """
 
 from __future__ import annotations

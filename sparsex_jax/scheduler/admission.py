@@ -127,6 +127,7 @@ class Admission:
             segments=method.uses_segments,
             min_segment=method.min_segment_tokens,
             accepts=functools.partial(method.accepts, num_layers=self._model.num_layers),
+            counted=not sequence.heals,
         )
         try:
             plan = self._lay_out(tokens, match, method)
@@ -164,8 +165,9 @@ class Admission:
         return prefill_seconds(self._model, plan, speeds) * (EXACTNESS if exact else 1.0)
 
     def _plan_with(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
-        prompt = PromptMap.of(tokens, match)
-        return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), match.prefix_pages, match.copies)
+        prompt = method.worth_pasting(PromptMap.of(tokens, match), self._model.num_layers)
+        copies = dataclasses.replace(match, segments=[*prompt.segments]).copies
+        return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), match.prefix_pages, copies)
 
     def _take_pages(self, shared: Several[int], slots: int, num_copied: int) -> tuple[list[int], list[int]]:
         """The shared prefix pages with new ones behind them, and the copy pages."""

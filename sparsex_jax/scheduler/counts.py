@@ -6,12 +6,12 @@ import dataclasses
 import time
 from collections import deque
 
-from sparsex_jax.reuse.report import Report
+from sparsex_jax.reuse.report import KINDS, Report
 from sparsex_jax.scheduler.sequence import Event
 
 _OUTCOMES = {"cancelled": "cancelled", "error": "failed"}
-_OF_A_PROMPT = ("prompt_tokens", "prefix_tokens", "reused_tokens", "fresh_tokens")
-_COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens")
+_OF_A_PROMPT = ("prompt_tokens", *(f"{kind}_tokens" for kind in KINDS))
+_COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens", "healed_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +23,9 @@ class LoopStats:
       running: being prefilled or decoded.
       finished, cancelled, failed: what they ended with.
       preempted: how often one was preempted.
-      prompt_tokens: prefix + reused + fresh tokens of the prompts that were prefilled.
+      prompt_tokens: tokens of the prompts that were prefilled: the sum of the five kinds that follow, see `Report`.
       generated_tokens: new tokens.
+      healed_tokens: tokens that were approximate in the store and were prefilled exactly while nothing was in line.
       computed_fraction: token-layers that those prompts' prefills computed, as a share of all of theirs.
     """
 
@@ -36,9 +37,12 @@ class LoopStats:
     preempted: int
     prompt_tokens: int
     prefix_tokens: int
+    approximate_prefix_tokens: int
     reused_tokens: int
+    recomputed_tokens: int
     fresh_tokens: int
     generated_tokens: int
+    healed_tokens: int
     computed_fraction: float
 
 
@@ -62,6 +66,9 @@ class Counts:
         for name in _OF_A_PROMPT:
             self._numbers[name] += getattr(report, name)
         self._token_layers += report.computed_fraction * report.prompt_tokens
+
+    def healed(self, report: Report) -> None:
+        self._numbers["healed_tokens"] += report.fresh_tokens
 
     def seconds_between_ends(self) -> float | None:
         """Of the last sequences, on average; None if there were not two."""

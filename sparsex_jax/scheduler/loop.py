@@ -21,6 +21,7 @@ import functools
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 from typing import Any
@@ -34,6 +35,7 @@ from sparsex_jax.errors import OverloadedError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.counts import Counts, LoopStats
 from sparsex_jax.scheduler.execution import Dispatch, Execution, Prefilled
+from sparsex_jax.scheduler.healing import Healing
 from sparsex_jax.scheduler.interrupts import interrupts_at_the_end
 from sparsex_jax.scheduler.isolation import Isolation
 from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
@@ -68,6 +70,7 @@ class Loop:
         max_num_seqs = self._config.num_seqs_on(runner.mesh.devices.flat[0].platform)
         self.policy = Policy(self._config, runner.shapes, admission, runner.model.num_layers, max_num_seqs)
         self._execution = Execution(runner)
+        self._healing = Healing(self._config, runner.shapes, admission, self.requests)
         self._isolation = Isolation(runner, admission)
         self._counts = Counts()
         self._ids = itertools.count(1)
@@ -189,6 +192,28 @@ class Loop:
         except BaseException:
             self._drop(sequences)
             raise
+
+    def heal(self) -> float | None:
+        """Prefill a chunk of approximate content exactly, if nothing else is in line; who comes meanwhile waits for one
+        chunk at most.
+
+        Returns:
+          For how many seconds to leave the device idle before the next chunk, if no request comes before. None if there
+          is nothing to heal, or it must not be done.
+        """
+        with self._news:
+            sequence = None if self._has_work() else self._healing.next()
+        if sequence is None:
+            return None
+        started = time.perf_counter()
+        try:
+            self.complete([sequence])
+        except Exception:
+            self._healing.stop()
+            return None
+        assert sequence.report is not None
+        self._counts.healed(sequence.report)
+        return self._healing.rest(time.perf_counter() - started)
 
     def release(self, sequence: Sequence) -> None:
         """Give back the pages of a sequence that was held."""
@@ -320,7 +345,8 @@ class Loop:
 
     def _tell(self, sequence: Sequence) -> None:
         event = sequence.news()
-        self._counts.told(event)
+        if not sequence.heals:
+            self._counts.told(event)
         try:
             sequence.listener(event)
         except Exception:

@@ -109,6 +109,7 @@ class Sequence:
       remember: what is registered once it is prefilled.
       hold: keep its pages once it is prefilled, for a caller who reads them.
       wants_logits: fetch the logits behind the prompt.
+      heals: nobody asked for it: it makes approximate content exact, and is not counted among the requests.
 
     In line:
       id: rises with every sequence, so it tells who is older.
@@ -148,6 +149,7 @@ class Sequence:
     remember: Remember | None = None
     hold: bool = False
     wants_logits: bool = False
+    heals: bool = False
 
     id: int = 0
     state: State = State.WAITING

@@ -178,7 +178,8 @@ class Worker:
                 self._wake.clear()
                 self._run_calls()
                 if not self.loop.step():
-                    self._wake.wait(_IDLE_S)
+                    rest = self.loop.heal()
+                    self._wake.wait(_IDLE_S if rest is None else rest)
         except BaseException as broken:  # the loop answers for its requests; this is something else
             log.exception("the serving loop failed")
             error = broken

@@ -27,9 +27,6 @@ class Prefix(Method, name="prefix"):
 
     uses_segments: ClassVar[bool] = False
 
-    def accepts(self, made_by: object, num_layers: int) -> bool:
-        return False
-
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         return [Phase(0, prompt.computed)]
 

@@ -1,0 +1,207 @@
+"""The approximate prefix, and healing: conversations keep their prefix after a turn that pasted segments."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import tiny_engine
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsex_jax import Full, InvalidRequestError, Naive, Prefix, ReuseConfig, SamplingParams, SparseX
+from sparsex_jax.config import METHODS, EngineConfig
+from sparsex_jax.reuse.prompt import TokenKind
+
+RNG = np.random.default_rng(16)
+NOTES = [RNG.integers(1, 97, length).tolist() for length in (60, 47, 80)]
+QUESTIONS = [RNG.integers(1, 97, 9).tolist() for _ in range(4)]
+METHOD = SparseX(boundary_layer=1, recompute_ratio=0.2, overflow_tokens=2, tail_tokens=0)
+GREEDY = SamplingParams(max_new_tokens=8, temperature=0, ignore_eos=True)
+
+
+def count(report, kind) -> int:
+    return int((report.kind == kind).sum())
+
+
+def turns(engine, methods, namespace="default", new=GREEDY):
+    """A conversation behind notes that were remembered in another order: (prompt, generation) turn by turn."""
+    for note in NOTES:
+        engine.remember(note, namespace=namespace)
+    prompt = [1, *itertools.chain(*reversed(NOTES))]
+    for question, method in zip(itertools.cycle(QUESTIONS), methods, strict=False):
+        prompt = prompt + question
+        out = engine.generate(prompt, new, reuse=method, namespace=namespace)
+        yield prompt, out
+        prompt = prompt + list(out.token_ids)
+
+
+def test_a_turn_costs_its_new_tokens_only():
+    engine = tiny_engine()
+    reports = [out.report for _, out in turns(engine, [METHOD] * 4)]
+    assert count(reports[0], TokenKind.REUSED) > 150
+    for before, report in itertools.pairwise(reports):
+        # The last token of an answer was no input before, so its KV is not there.
+        assert report.fresh_tokens == len(QUESTIONS[0]) + 1
+        assert count(report, TokenKind.APPROXIMATE) == report.prompt_tokens - report.fresh_tokens - 1
+        assert count(report, TokenKind.PREFIX) == 1
+        assert before.prompt_tokens < report.prompt_tokens
+        assert report.computed_fraction == report.fresh_tokens / report.prompt_tokens
+
+
+def test_it_is_the_kv_that_the_last_answer_was_read_from():
+    """Going on from the middle of an answer gives the rest of that answer, to the token."""
+    engine = tiny_engine()
+    *_, (prompt, out) = turns(engine, [METHOD] * 2)
+    answer = list(out.token_ids)
+    again = engine.generate(prompt + answer[:3], SamplingParams(5, temperature=0, ignore_eos=True), reuse=METHOD)
+    assert list(again.token_ids) == answer[3:]
+    assert count(again.report, TokenKind.APPROXIMATE) > 150
+    engine.admission.check_books()
+
+
+STRICTER = [
+    Full(),
+    Prefix(),
+    SparseX(boundary_layer=2, recompute_ratio=0.2, overflow_tokens=2, tail_tokens=0),
+    SparseX(boundary_layer=1, recompute_ratio=0.3, overflow_tokens=2, tail_tokens=0),
+    SparseX(boundary_layer=1, recompute_ratio=0.2, overflow_tokens=3, tail_tokens=0),
+    SparseX(boundary_layer=1, recompute_ratio=0.2, overflow_tokens=2, tail_tokens=0, min_segment_tokens=17),
+    SparseX(boundary_layer=1, recompute_ratio=0.2, overflow_tokens=2, tail_tokens=0, pool_tokens=4),
+    ReuseConfig("focus", recompute_ratio=0.1),
+    ReuseConfig("random", boundary_layer=1, recompute_ratio=0.2, overflow_tokens=2, tail_tokens=0),
+]
+
+
+@pytest.mark.parametrize("method", STRICTER, ids=lambda method: method.method)
+def test_a_stricter_method_never_gets_it(method):
+    engine = tiny_engine()
+    *_, (prompt, out) = turns(engine, [METHOD] * 2)
+    follow_up = prompt + list(out.token_ids)
+    report = engine.prefill(follow_up, reuse=method).report
+    assert count(report, TokenKind.APPROXIMATE) == 0
+    assert count(report, TokenKind.PREFIX) <= 1
+    if not method.uses_segments:
+        assert report.fresh_tokens >= len(follow_up) - 1
+
+
+def test_a_laxer_method_gets_it_and_another_namespace_does_not():
+    engine = tiny_engine()
+    *_, (prompt, out) = turns(engine, [METHOD] * 2)
+    follow_up = prompt + list(out.token_ids)
+    for laxer in (Naive(), SparseX(boundary_layer=0, recompute_ratio=0.1, overflow_tokens=0, tail_tokens=0)):
+        assert count(engine.prefill(follow_up, reuse=laxer).report, TokenKind.APPROXIMATE) > 150
+    other = engine.prefill(follow_up, reuse=METHOD, namespace="other").report
+    assert other.fresh_tokens == len(follow_up)
+
+
+def test_what_a_laxer_method_left_behind_is_not_taken_for_more():
+    """Naive's turn goes on behind sparsex's; sparsex then finds its own part of the conversation only."""
+    engine = tiny_engine()
+    history = list(turns(engine, [METHOD, METHOD, Naive(), METHOD]))
+    careful = len(history[1][0]) + GREEDY.max_new_tokens - 1
+    report = history[3][1].report
+    assert count(report, TokenKind.APPROXIMATE) + count(report, TokenKind.PREFIX) == careful
+    assert count(report, TokenKind.REUSED) > 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_what_methods_accept_is_a_partial_order(data):
+    def method(name):
+        options = {"boundary_layer": st.none() | st.integers(0, 6), "recompute_ratio": st.sampled_from([0.1, 0.5])}
+        options |= {"overflow_tokens": st.sampled_from([0, 16]), "head_tokens": st.sampled_from([0, 8])}
+        drawn = {option: data.draw(values) for option, values in options.items()}
+        if name == "cacheblend":
+            drawn["boundary_layer"] = drawn["boundary_layer"] or 1
+        return ReuseConfig.fitting(name, **drawn)
+
+    a, b, c = (method(data.draw(st.sampled_from(list(METHODS)))) for _ in range(3))
+    for one in (a, b, c):
+        assert one.accepts(one, 6) == one.uses_segments
+    if a.accepts(b, 6) and b.accepts(c, 6):
+        assert a.accepts(c, 6)
+    if a.accepts(b, 6) and b.accepts(a, 6):
+        assert a.resolved(6) == b.resolved(6)
+
+
+# Healing ------------------------------------------------------------------------------------------------------
+
+
+def test_after_healing_a_conversation_is_exact():
+    engine = tiny_engine()
+    *_, (prompt, out) = turns(engine, [METHOD] * 3)
+    follow_up = prompt + list(out.token_ids) + QUESTIONS[3]
+    assert engine.stats()["approximate_tokens"] > 150
+    assert engine.heal() == len(prompt) + GREEDY.max_new_tokens - 2  # all but the first, which was exact, and the last
+    assert engine.stats()["approximate_tokens"] == 0
+    assert engine.heal() == 0
+    reused = engine.prefill(follow_up, reuse=METHOD)
+    assert count(reused.report, TokenKind.PREFIX) == len(prompt) + GREEDY.max_new_tokens - 1
+    assert count(reused.report, TokenKind.APPROXIMATE) == 0
+    full = engine.prefill(follow_up, reuse=Full(), keep=False)
+    np.testing.assert_allclose(reused.logits, full.logits, atol=1e-3)
+    engine.admission.check_books()
+
+
+def test_healing_one_conversation_keeps_the_others_that_share_its_beginning():
+    engine = tiny_engine()
+    (prompt, first), *_ = turns(engine, [METHOD])
+    branches = [prompt + list(first.token_ids) + question for question in QUESTIONS[1:]]
+    ends = [branch + list(engine.generate(branch, GREEDY, reuse=METHOD).token_ids) for branch in branches]
+    while engine.stats()["approximate_tokens"] > 40:  # the shared beginning, and some of the branches
+        assert engine.loop.heal() is not None
+    for end in ends:
+        assert engine.prefill(end, reuse=METHOD).report.fresh_tokens <= 2
+    engine.heal()
+    for end in ends:
+        report = engine.prefill(end, reuse=Prefix()).report
+        assert report.fresh_tokens <= 2
+    engine.admission.check_books()
+
+
+def test_healing_waits_for_requests_and_a_chunk_is_small():
+    engine = tiny_engine()
+    *_, (prompt, _) = turns(engine, [METHOD] * 2)
+    engine.loop.submit(prompt, GREEDY, reuse=METHOD, listener=lambda event: None)
+    assert engine.loop.heal() is None
+    while engine.loop.step():
+        pass
+    finished = engine.loop.stats.finished
+    before = engine.loop.stats.healed_tokens
+    assert engine.loop.heal() is not None
+    most = max(engine.runner.shapes.buckets[0][0], engine.config.page_size)
+    assert 0 < engine.loop.stats.healed_tokens - before <= most + 1
+    assert engine.loop.stats.finished == finished  # healing is no request
+
+
+def test_healing_can_be_turned_off_and_a_failure_turns_it_off(monkeypatch):
+    engine = tiny_engine(healing=0.0)
+    list(turns(engine, [METHOD] * 2))
+    assert engine.loop.heal() is None
+    engine = tiny_engine()
+    list(turns(engine, [METHOD] * 2))
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "begin", broken)
+        assert engine.loop.heal() is None
+    assert engine.loop.heal() is None
+    assert engine.generate(NOTES[0], GREEDY).token_ids
+    engine.admission.check_books()
+
+
+def test_healing_leaves_frozen_content_alone():
+    engine = tiny_engine()
+    spare = engine.config.num_pages - 24
+    frozen = engine.remember(RNG.integers(1, 97, spare * engine.config.page_size // 2).tolist(), frozen=True)
+    list(turns(engine, [METHOD] * 2))
+    engine.heal()
+    assert frozen in [entry.handle for entry in engine.entries()]
+    engine.admission.check_books()
+
+
+def test_the_share_of_healing_is_checked():
+    with pytest.raises(InvalidRequestError, match="healing=2 must be from 0 to 1"):
+        EngineConfig(healing=2)

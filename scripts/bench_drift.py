@@ -83,7 +83,7 @@ def run(engine: Engine, reuse: ReuseConfig, options: argparse.Namespace) -> list
         full = answer(engine, prompt, new_tokens, ReuseConfig("full"), keep=False)
         reused = answer(engine, prompt, new_tokens, reuse, keep=True)
         history.append(question.text + reused.text)
-        found = reused.report.prefix_tokens + reused.report.reused_tokens
+        found = len(prompt) - reused.report.fresh_tokens
         rows.append(
             scores.compare(reused, full, question.answers)
             | {"hit rate": found / len(prompt), "full": scores.task_score(full.text, question.answers)}

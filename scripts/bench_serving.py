@@ -29,7 +29,7 @@ from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.eval.engines import load_engine
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WORKLOADS, Workload, WorkloadSize, make_workload
-from sparsex_jax.reuse.report import Report
+from sparsex_jax.reuse.report import KINDS, Report, words_of
 from sparsex_jax.scheduler.loop import Event
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -100,7 +100,7 @@ def figures(timelines: Sequence[Timeline], ttft_limit: float, gap_limit: float) 
         "generated": (generated / seconds, "tokens/s"),
         "prompt": (prompt_tokens / seconds, "tokens/s"),
         "goodput": (good / seconds, "requests/s"),
-        **{kind: share(f"{kind}_tokens") for kind in ("prefix", "reused", "fresh")},
+        **{words_of(kind): share(f"{kind}_tokens") for kind in KINDS},
         "computed": (work, "of token-layers"),
     }
 
@@ -184,13 +184,13 @@ def compare(
 def table(measured: dict[str, dict[str, tuple[float, str]]]) -> str:
     """A Markdown table with a line for each method."""
     heading = ["method", "TTFT p50 / p95 / p99, s", "ITL p50 / p95 / p99, ms", "generated, tokens/s"]
-    heading += ["prompt, tokens/s", "goodput, 1/s", "prefix", "reused", "fresh", "computed"]
+    heading += ["prompt, tokens/s", "goodput, 1/s", *map(words_of, KINDS), "computed"]
     lines = [heading, ["---", *["--:"] * (len(heading) - 1)]]
     for method, found in measured.items():
         ttft = " / ".join(f"{found[f'TTFT p{p}'][0]:.2f}" for p in PERCENTILES)
         gaps = " / ".join(f"{found[f'ITL p{p}'][0]:.0f}" for p in PERCENTILES)
         rates = [f"{found[name][0]:.1f}" for name in ("generated", "prompt")]
-        shares = [f"{found[name][0]:.0%}" for name in ("prefix", "reused", "fresh", "computed")]
+        shares = [f"{found[name][0]:.0%}" for name in (*map(words_of, KINDS), "computed")]
         lines.append([method, ttft, gaps, *rates, f"{found['goodput'][0]:.2f}", *shares])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

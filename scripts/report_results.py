@@ -364,6 +364,10 @@ def lookup_cell(cells: dict[tuple[str, str], float], name: str) -> str:
 # Serving ----------------------------------------------------------------------------------------------------
 
 
+# Of prompt tokens, and of token-layers. In files that have no "recomputed", "reused" is all that was found in segments.
+SHARES = ("prefix", "approximate prefix", "reused", "recomputed", "fresh", "computed")
+
+
 def serving(document: Document) -> str:
     """A table for each workload."""
     tables = [
@@ -380,16 +384,17 @@ def workload_table(document: Document, workload: str) -> str:
         if name == workload:
             found[row["implementation"]][figure] = row["figure"]
     heading = ["method", "TTFT p50 / p95 / p99, s", "ITL p50 / p95 / p99, ms", "generated, tokens/s"]
-    heading += ["prompt, tokens/s", "goodput, 1/s", "prefix", "reused", "fresh", "computed"]
-    return table(heading, [serving_line(method, figures) for method, figures in found.items()])
+    shares = [name for name in SHARES if name in next(iter(found.values()))]
+    heading += ["prompt, tokens/s", "goodput, 1/s", *shares]
+    return table(heading, [serving_line(method, figures, shares) for method, figures in found.items()])
 
 
-def serving_line(method: str, figures: dict[str, float]) -> list[str]:
+def serving_line(method: str, figures: dict[str, float], shares: Sequence[str]) -> list[str]:
     ttft = " / ".join(f"{figures[f'TTFT p{p}']:.2f}" for p in (50, 95, 99))
     gaps = " / ".join(f"{figures[f'ITL p{p}']:.0f}" for p in (50, 95, 99))
     rates = [f"{figures[name]:.1f}" for name in ("generated", "prompt")]
-    shares = [f"{figures[name]:.0%}" for name in ("prefix", "reused", "fresh", "computed")]
-    return [method_name(method), ttft, gaps, *rates, f"{figures['goodput']:.2f}", *shares]
+    percent = [f"{figures[name]:.0%}" for name in shares]
+    return [method_name(method), ttft, gaps, *rates, f"{figures['goodput']:.2f}", *percent]
 
 
 # Conversations ----------------------------------------------------------------------------------------------

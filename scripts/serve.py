@@ -54,10 +54,7 @@ class Printer:
 
 
 def reuse_of(report: Report) -> str:
-    return (
-        f"{report.prompt_tokens} tokens: {report.prefix_tokens} prefix, {report.reused_tokens} reused, "
-        f"{report.fresh_tokens} fresh; {report.computed_fraction:.0%} computed, first token after {report.ttft_s:.2f} s"
-    )
+    return f"{report.in_words()}; {report.computed_fraction:.0%} computed, first token after {report.ttft_s:.2f} s"
 
 
 def built_in_prompts() -> list[str]:
@@ -92,7 +89,8 @@ def main() -> None:
     stats = loop.stats
     print(
         f"{stats.finished} finished, {stats.generated_tokens} new tokens. Of {stats.prompt_tokens} prompt tokens "
-        f"{stats.prefix_tokens} prefix, {stats.reused_tokens} reused: {stats.computed_fraction:.0%} computed."
+        f"{stats.prefix_tokens} prefix, {stats.approximate_prefix_tokens} approximate prefix, {stats.reused_tokens} "
+        f"reused, {stats.recomputed_tokens} recomputed: {stats.computed_fraction:.0%} computed."
     )
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import os
 
 import jax
+import numpy as np
 import pytest
 
 # The suite compiles far more than it computes, so LLVM optimises little: programs compile in a third of the time, and
@@ -22,6 +23,9 @@ from sparsex_jax.device.runner import Runner  # noqa: E402
 from sparsex_jax.eval import lexicon  # noqa: E402
 from sparsex_jax.model.sharding import make_mesh  # noqa: E402
 from sparsex_jax.model.weights import Params, random_params  # noqa: E402
+from sparsex_jax.reuse.prompt import PromptMap  # noqa: E402
+from sparsex_jax.reuse.report import Report, make_report  # noqa: E402
+from sparsex_jax.reuse.schedule import Phase  # noqa: E402
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -155,3 +159,15 @@ def idle(engine):
     """No sequence holds a page, and the cache's books are right."""
     engine.cache.check(held=[])
     return engine.stats()["active"] == 0
+
+
+def report_of(kind, active, **figures) -> Report:
+    """The report of a prompt by the kind of each token, and whether it is active, with these figures."""
+    prompt = PromptMap(np.zeros(len(kind), np.int32), np.array(kind, np.uint8))
+    report = make_report(prompt, [Phase(0, prompt.computed)], 1, np.array(active), 0.1)
+    return dataclasses.replace(report, **figures)
+
+
+def found_in_segments(report: Report) -> int:
+    """Tokens that were found in segments, whether they were recomputed or not."""
+    return report.reused_tokens + report.recomputed_tokens

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import closed_engine
+from conftest import closed_engine, report_of
 
 from sparsex_jax import InvalidRequestError, ReuseConfig
 from sparsex_jax.checkpoints import open_checkpoint
@@ -16,7 +16,6 @@ from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.conversations import CONVERSATIONS
 from sparsex_jax.eval.workloads import WORKLOADS, WorkloadSize, make_workload
 from sparsex_jax.reuse.prompt import TokenKind
-from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Loop
 
 _SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_serving.py"
@@ -126,7 +125,7 @@ def test_every_method_gets_the_same_requests_at_the_same_times(tokenizer, monkey
 
 def report(prefix, reused, fresh, computed):
     kind = np.repeat([TokenKind.PREFIX, TokenKind.REUSED, TokenKind.FRESH], [prefix, reused, fresh])
-    return Report(len(kind), prefix, reused, fresh, fresh, 0, (), computed, 0.0, kind, kind == TokenKind.FRESH)
+    return report_of(kind, kind == TokenKind.FRESH, computed_fraction=computed)
 
 
 SCRIPTED = [
@@ -149,7 +148,9 @@ def test_figures_of_scripted_times():
             "prompt": 40 / 4,
             "goodput": 1 / 4,
             "prefix": 0.05,
+            "approximate prefix": 0,
             "reused": 19 / 40,
+            "recomputed": 0,
             "fresh": 19 / 40,
             "computed": (0.5 * 10 + 0.75 * 30) / 40,
         }

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import TINY, tiny_engine
+from conftest import TINY, found_in_segments, tiny_engine
 from dense import Dense, engine_logits, stored_kv
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
@@ -37,7 +37,8 @@ def test_recomputing_everything_equals_full(smollm, length, reuse):
     namespace = f"all-{length}"
     prompt = mixed_prompt(smollm, namespace, length)
     out = smollm.prefill(prompt, reuse=reuse, namespace=namespace, keep=False)
-    assert out.report.reused_tokens == 2 * 2 * (length // 5)
+    pasted = reuse.boundary_layer < 30  # nothing is pasted where every layer computes everything
+    assert found_in_segments(out.report) == pasted * 2 * 2 * (length // 5)
     full = engine_logits(smollm, prompt, reuse=FULL, namespace=namespace, keep=False)
     assert np.abs(out.logits - full).max() < EXACT
 
@@ -213,7 +214,7 @@ def test_approximate_kv_is_never_an_exact_prefix(tiny, method):
     remember_both(tiny)
     prompt = np.concatenate([NEW[:20], A, NEW[20:60]])
     reuse = ReuseConfig.fitting(method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=1)
-    assert tiny.prefill(prompt, reuse=reuse, namespace="n").report.reused_tokens == 70
+    assert found_in_segments(tiny.prefill(prompt, reuse=reuse, namespace="n").report) == 70
     again = tiny.prefill(prompt, reuse=ReuseConfig(method="prefix"), namespace="n", keep=False)
     assert again.report.prefix_tokens == 20  # the fresh tokens before the first reused one are exact
     np.testing.assert_allclose(again.logits, engine_logits(tiny, prompt, reuse=FULL, keep=False), atol=1e-5)
@@ -222,7 +223,8 @@ def test_approximate_kv_is_never_an_exact_prefix(tiny, method):
 def test_approximate_kv_can_be_a_donor(tiny):
     remember_both(tiny)
     tiny.prefill(np.concatenate([NEW[:20], A, NEW[20:60]]), reuse=ReuseConfig(method="naive"), namespace="n")
-    report = tiny.prefill(np.concatenate([NEW[90:99], NEW[20:60]]), namespace="n").report
+    again = np.concatenate([NEW[90:99], NEW[20:60]])
+    report = tiny.prefill(again, reuse=ReuseConfig(method="naive"), namespace="n").report
     assert [(s.start, s.length, s.donor_start) for s in report.segments] == [(9, 40, 90)]
 
 
@@ -252,9 +254,9 @@ def test_the_next_turn_of_a_chat_is_an_exact_prefix(tiny):
 def test_namespaces_never_see_each_other(tiny):
     tiny.remember(A, namespace="one", frozen=True)
     prompt = np.concatenate([NEW[:9], A, NEW[9:19]])
-    assert tiny.prefill(prompt, namespace="two", keep=False).report.reused_tokens == 0
+    assert found_in_segments(tiny.prefill(prompt, namespace="two", keep=False).report) == 0
     assert tiny.prefill(A, namespace="two", keep=False).report.prefix_tokens == 0
-    assert tiny.prefill(prompt, namespace="one", keep=False).report.reused_tokens == 70
+    assert found_in_segments(tiny.prefill(prompt, namespace="one", keep=False).report) == 70
 
 
 def test_a_forgotten_text_is_no_longer_found(tiny):
@@ -262,7 +264,7 @@ def test_a_forgotten_text_is_no_longer_found(tiny):
     assert [entry.handle for entry in tiny.entries("n")] == [handle]
     tiny.forget(handle)
     assert tiny.entries() == []
-    assert tiny.prefill(np.concatenate([NEW[:9], A, NEW[9:19]]), namespace="n").report.reused_tokens == 0
+    assert tiny.prefill(np.concatenate([NEW[:9], A, NEW[9:19]]), namespace="n").report.fresh_tokens == 89
 
 
 def test_nan_in_every_unused_slot_changes_nothing():

@@ -18,7 +18,7 @@ import numpy as np
 import openai
 import pytest
 import schemathesis
-from conftest import TALKING
+from conftest import TALKING, report_of
 from hypothesis import HealthCheck, Phase, given, settings
 from live import MODEL, ScriptedLoop, live_server, make_engine, wait_for
 from schemathesis import GenerationMode
@@ -36,7 +36,7 @@ from sparsex_jax.cli import app
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.errors import OverloadedError
 from sparsex_jax.reuse.prompt import TokenKind
-from sparsex_jax.reuse.report import Report
+from sparsex_jax.reuse.report import KINDS
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.scheduler.output import TokenLogprobs
 from sparsex_jax.serving.access import Access, Limits, Quota, QuotaError, Tenant
@@ -230,7 +230,10 @@ def test_concurrent_requests_get_the_answers_they_would_get_alone(client, refere
     prompts = [f"Note {i} of the harbour office, with {i * 3} lines:" + " and so on" * i for i in range(12)]
 
     def ask(prompt):
-        return client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=10).choices[0].text
+        answer = client.completions.create(
+            model=MODEL, prompt=prompt, temperature=0, max_tokens=10, extra_body={"reuse": {"method": "prefix"}}
+        )
+        return answer.choices[0].text
 
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(ask, prompts))
@@ -283,13 +286,14 @@ def test_reuse_options_of_a_request(client):
 
 def test_the_token_map_agrees_with_the_report(client):
     ask(client, "map")
-    answer = ask(
-        client, "map", "Something new comes first. " + NOTE, return_token_map=True, reuse={"boundary_layer": 2}
-    )
+    reuse = {"boundary_layer": 2, "tail_tokens": 0}  # the usual tail would be all of the note
+    answer = ask(client, "map", "Something new comes first. " + NOTE, return_token_map=True, reuse=reuse)
     report, tokens = answer.sparsex, answer.sparsex["token_map"]
     assert "".join(tokens["text"]) == "Something new comes first. " + NOTE
-    counts = {kind: sum(n for k, n in tokens["kind"] if k == kind) for kind in ("prefix", "reused", "fresh")}
-    assert counts == {kind: report[f"{kind}_tokens"] for kind in counts}
+    counts = {kind: sum(n for k, n in tokens["kind"] if k == kind) for kind in KINDS}
+    counts["recomputed"] = report["recomputed_tokens"]  # which the map shows as reused and active
+    counts["reused"] -= counts["recomputed"]
+    assert counts == {kind: report[f"{kind}_tokens"] for kind in KINDS}
     assert sum(n for active, n in tokens["active"] if active) == report["active_tokens"]
     kinds = [kind for kind, n in tokens["kind"] for _ in range(n)]
     segment = report["segments"][0]
@@ -297,10 +301,11 @@ def test_the_token_map_agrees_with_the_report(client):
 
 
 def test_cached_tokens_are_those_not_recomputed():
-    kind = np.array([TokenKind.PREFIX] * 4 + [TokenKind.REUSED] * 5 + [TokenKind.FRESH], np.uint8)
+    kind = np.array(
+        [TokenKind.PREFIX] * 3 + [TokenKind.APPROXIMATE] + [TokenKind.REUSED] * 5 + [TokenKind.FRESH], np.uint8
+    )
     active = np.array([False] * 4 + [True, True, False, False, False, True])
-    report = Report(10, 4, 5, 1, 3, 1, (), 0.5, 0.1, kind, active)
-    assert cached_tokens(report) == 4 + 3
+    assert cached_tokens(report_of(kind, active)) == 3 + 1 + 3
 
 
 def test_run_lengths():

@@ -35,7 +35,7 @@ class DryRun:
       cache: holds the files as donors.
       names: the file of each handle.
       match: what the lookup found.
-      tokens: the prompt's ids.
+      prompt: the prompt, with those of the segments that the method pastes.
       report: as of a prefill, without the tokens of `num_scored` and without times.
       num_scored: reused tokens that the method will recompute by their scores. Which ones, only the model can tell.
     """
@@ -43,7 +43,7 @@ class DryRun:
     cache: PageCache
     names: dict[int, str]
     match: Match
-    tokens: np.ndarray
+    prompt: PromptMap
     report: Report
     num_scored: int
 
@@ -114,12 +114,12 @@ def look_up(
         min_segment=method.min_segment_tokens,
         accepts=functools.partial(method.accepts, num_layers=num_layers),
     )
-    prompt = PromptMap.of(tokens, match)
+    prompt = method.worth_pasting(PromptMap.of(tokens, match), num_layers)
     phases = method.phases(prompt, num_layers)
     after_boundary = phases[min(1, len(phases) - 1)]
     report = make_report(prompt, phases, num_layers, after_boundary.forced, 0.0)
     cache.unpin(match)
-    return DryRun(cache, names, match, tokens, report, after_boundary.budget)
+    return DryRun(cache, names, match, prompt, report, after_boundary.budget)
 
 
 def as_dict(dry: DryRun) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def show(dry: DryRun, tokenizer: Any, console: Console) -> None:
     """Print tables of the donors and segments, and the prompt in colours."""
     console.print(_entry_table(dry))
     console.print(_segment_table(dry))
-    console.print(token_map(tokenizer, dry.tokens.tolist(), dry.report))
+    console.print(token_map(tokenizer, dry.prompt.tokens.tolist(), dry.report))
     console.print()
     console.print(legend(dry.report))
     console.print(Text(prefill_line(dry.report), style="dim"))
@@ -159,7 +159,8 @@ def _segment_table(dry: DryRun) -> Table:
         table.add_row("prefix", "0", str(prefix), _donor(dry, dry.match.pages[0]), f"0-{prefix - 1}")
     for segment in dry.match.segments:
         page = int(segment.slots[0]) // dry.cache.page_size
-        table.add_row("segment", str(segment.start), str(segment.length), _donor(dry, page), _positions(segment))
+        part = "segment" if segment in dry.prompt.segments else "not pasted"
+        table.add_row(part, str(segment.start), str(segment.length), _donor(dry, page), _positions(segment))
     return table
 
 

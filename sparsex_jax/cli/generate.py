@@ -94,7 +94,6 @@ def report_line(report: Report) -> str:
 def prefill_line(report: Report) -> str:
     """How many tokens of a prompt were found, and how many are computed."""
     return (
-        f"{report.prompt_tokens} tokens: {report.prefix_tokens} prefix, {report.reused_tokens} reused in "
-        f"{len(report.segments)} segments, {report.fresh_tokens} fresh; {report.active_tokens} active from layer "
+        f"{report.in_words()}; {len(report.segments)} segments; {report.active_tokens} active from layer "
         f"{report.boundary_layer} on, {report.computed_fraction:.0%} computed"
     )

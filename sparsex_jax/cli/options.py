@@ -67,7 +67,8 @@ RecomputeRatio = Annotated[
     float | None, _reuse("recompute_ratio", "Share of the reused tokens recomputed for their key mass.")
 ]
 OverflowTokens = Annotated[
-    int | None, _reuse("overflow_tokens", "Reused tokens recomputed on both sides of fresh ones.")
+    int | None,
+    _reuse("overflow_tokens", "Reused tokens recomputed on both sides of fresh ones; at most 1/8 of a segment."),
 ]
 TailTokens = Annotated[int | None, _reuse("tail_tokens", "Last tokens recomputed where the prompt ends in reuse.")]
 SecondBoundary = Annotated[int | None, _reuse("second_boundary", "From this layer on only fresh tokens are computed.")]

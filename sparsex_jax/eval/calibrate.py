@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsex_jax.cache import Segment
 from sparsex_jax.config import ReuseConfig, architecture
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
@@ -164,7 +165,8 @@ def predicted_fraction(reuse: SparseX, num_layers: int, num_tokens: int, around:
     """The share of token-layers computed of `num_tokens` reused tokens with `around` fresh ones on each side."""
     kind = np.full(num_tokens + 2 * around, TokenKind.REUSED, np.uint8)
     kind[:around] = kind[-around:] = TokenKind.FRESH
-    prompt = PromptMap(np.zeros(len(kind), np.int32), kind)
+    segment = Segment(around, num_tokens, 0, np.arange(num_tokens), exact=True)
+    prompt = PromptMap(np.zeros(len(kind), np.int32), kind, (segment,))
     phases = reuse.phases(prompt, num_layers)
     return make_report(prompt, phases, num_layers, prompt.computed, 0.0).computed_fraction
 

@@ -69,6 +69,7 @@ UNITS = {
     "computed_fraction": "share",
     "active_tokens": "tokens",
     "reused_tokens": "tokens",
+    "recomputed_tokens": "tokens",
     "prompt_tokens": "tokens",
     "ttft_s": "s",
 }
@@ -85,5 +86,6 @@ def compare(answer: Answer, full: Answer, expected: Sequence[str]) -> dict[str, 
         "computed_fraction": report.computed_fraction,
         "active_tokens": report.active_tokens,
         "reused_tokens": report.reused_tokens,
+        "recomputed_tokens": report.recomputed_tokens,
         "prompt_tokens": report.prompt_tokens,
     } | ({} if answer.ttft_s is None else {"ttft_s": answer.ttft_s})

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt8
 
 from sparsex_jax.cache import Match, Segment
+
+# At each of its ends, at most this part of a segment is overflow.
+OVERFLOW_PART = 8
 
 
 class TokenKind(enum.IntEnum):
@@ -88,12 +92,24 @@ class PromptMap:
         change them."""
         return self.fresh & (np.arange(len(self)) >= self.first_reused)
 
+    def only(self, segments: Collection[Segment]) -> PromptMap:
+        """The map as if, of its segments, just these had been found: the tokens of the others are fresh."""
+        kind = np.where(self.reused, np.uint8(TokenKind.FRESH), self.kind)
+        for segment in segments:
+            own = slice(segment.start, segment.end)
+            kind[own] = self.kind[own]
+        return dataclasses.replace(self, kind=kind, segments=tuple(segments))
+
     def overflow(self, width: int) -> Bool[np.ndarray, "tokens"]:
-        """Reused tokens within `width` of a fresh one, on either side."""
-        near = np.zeros(len(self), bool)
-        for start, end in intervals(self.fresh):
-            near[max(start - width, 0) : end + width] = True
-        return near & self.reused
+        """Reused tokens within `width` of a fresh one, on either side; in a segment of fewer than 8 `width` tokens,
+        within an eighth of its length.
+
+        With a fixed width, text before and behind a short segment would leave nothing of it to reuse.
+        """
+        reach = np.zeros(len(self), np.int64)
+        for segment in self.segments:
+            reach[segment.start : segment.end] = min(width, segment.length // OVERFLOW_PART)
+        return self.reused & (_distances(self.fresh) <= reach)
 
     def tail(self, length: int) -> Bool[np.ndarray, "tokens"]:
         """The last `length` tokens of the final segment if the prompt ends in it, else none."""
@@ -141,11 +157,13 @@ def _first(mask: Bool[np.ndarray, "tokens"]) -> int:
     return int(mask.argmax()) if mask.any() else len(mask)
 
 
-def intervals(mask: Bool[np.ndarray, "tokens"]) -> list[tuple[int, int]]:
-    """Maximal runs of True, as (start, end).
+def _distances(mask: Bool[np.ndarray, "tokens"]) -> Int64[np.ndarray, "tokens"]:
+    """How far each token is from the nearest one of the mask; at least the number of tokens if there is none.
 
-    >>> intervals(np.array([True, False, True, True]))
-    [(0, 1), (2, 4)]
+    >>> _distances(np.array([False, True, False, False, False, True])).tolist()
+    [1, 0, 1, 2, 1, 0]
     """
-    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
-    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
+    places, none = np.arange(len(mask)), len(mask)
+    before = np.maximum.accumulate(np.where(mask, places, -none))
+    behind = np.minimum.accumulate(np.where(mask, places, 2 * none)[::-1])[::-1]
+    return np.minimum(places - before, behind - places)

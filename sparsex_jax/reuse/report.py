@@ -8,10 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.schedule import Phase
+
+# What the tokens of a prompt can be, in the order in which tables and pages show it. A report counts each kind in the
+# field of the kind's name and `_tokens`.
+KINDS = ("prefix", "approximate_prefix", "reused", "recomputed", "fresh")
+_FOUND = {
+    TokenKind.PREFIX: "prefix",
+    TokenKind.REUSED: "reused",
+    TokenKind.FRESH: "fresh",
+    TokenKind.APPROXIMATE: "approximate_prefix",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +42,12 @@ class Report:
     """How a prompt was prefilled.
 
     Attributes:
-      prompt_tokens: prefix, reused and fresh tokens together.
+      prompt_tokens: the tokens of all `KINDS` together.
+      prefix_tokens: those of an exact prefix that was found.
+      approximate_prefix_tokens: those behind it of an approximate prefix that was found.
+      reused_tokens: those found in segments whose KV was pasted and, from the boundary layer on, left as it is.
+      recomputed_tokens: those found in segments, but computed from the boundary layer on.
+      fresh_tokens: the others. They were computed.
       active_tokens: tokens that were computed from the boundary layer on.
       boundary_layer: `l*`: layers before it computed every token that is not in the prefix.
       segments: the reused runs, in order.
@@ -45,7 +60,9 @@ class Report:
 
     prompt_tokens: int
     prefix_tokens: int
+    approximate_prefix_tokens: int
     reused_tokens: int
+    recomputed_tokens: int
     fresh_tokens: int
     active_tokens: int
     boundary_layer: int
@@ -54,6 +71,15 @@ class Report:
     ttft_s: float
     kind: np.ndarray
     active: np.ndarray
+
+    def tokens_by_kind(self) -> dict[str, int]:
+        """The number of tokens of each of the `KINDS`. Their sum is `prompt_tokens`."""
+        return {kind: getattr(self, f"{kind}_tokens") for kind in KINDS}
+
+    def in_words(self) -> str:
+        """The number of tokens, and of each kind that there are any of: `90 tokens: 60 reused, 30 fresh`."""
+        counts = self.tokens_by_kind().items()
+        return f"{self.prompt_tokens} tokens: {', '.join(f'{n} {words_of(kind)}' for kind, n in counts if n)}"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-token arrays, ready for JSON."""
@@ -82,9 +108,7 @@ def make_report(
     everyone = counts[0] == prompt.computed.sum()
     return Report(
         prompt_tokens=len(prompt),
-        prefix_tokens=int((prompt.kind == TokenKind.PREFIX).sum()),
-        reused_tokens=int(prompt.reused.sum()),
-        fresh_tokens=int(prompt.fresh.sum()),
+        **_counts(prompt, active),
         active_tokens=int(counts[min(1, len(counts) - 1)]),
         boundary_layer=ends[0] if everyone else 0,
         segments=tuple(ReusedSegment(s.start, s.length, s.donor_start) for s in prompt.segments),
@@ -93,6 +117,39 @@ def make_report(
         kind=prompt.kind,
         active=active,
     )
+
+
+def words_of(kind: str) -> str:
+    """The name of one of the `KINDS` for people to read."""
+    return kind.replace("_", " ")
+
+
+def found_as(kind: UInt8[np.ndarray, "tokens"]) -> np.ndarray:
+    """The name of what each token was found as, one of `KINDS`: str `[tokens]`.
+
+    A token of a segment is `reused` here, whether it was recomputed or not.
+
+    Args:
+      kind: a `TokenKind` for each token.
+    """
+    return np.array([_FOUND[each] for each in TokenKind])[kind]
+
+
+def token_kinds(kind: UInt8[np.ndarray, "tokens"], active: Bool[np.ndarray, "tokens"]) -> np.ndarray:
+    """As `found_as`, but `recomputed` where a token of a segment was computed from the boundary layer on."""
+    return np.where((kind == TokenKind.REUSED) & active, "recomputed", found_as(kind))
+
+
+def _counts(prompt: PromptMap, active: Bool[np.ndarray, "tokens"]) -> dict[str, int]:
+    recomputed = int((prompt.reused & active).sum())
+    found = np.bincount(prompt.kind, minlength=len(TokenKind)).tolist()
+    return {
+        "prefix_tokens": found[TokenKind.PREFIX],
+        "approximate_prefix_tokens": found[TokenKind.APPROXIMATE],
+        "reused_tokens": found[TokenKind.REUSED] - recomputed,
+        "recomputed_tokens": recomputed,
+        "fresh_tokens": found[TokenKind.FRESH],
+    }
 
 
 def probed(prompt: PromptMap, phases: Sequence[Phase]) -> int:

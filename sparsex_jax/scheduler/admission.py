@@ -123,8 +123,9 @@ class Admission:
         return prefill_seconds(self._model, plan, speeds) * (EXACTNESS if exact else 1.0)
 
     def _plan_with(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
-        prompt = PromptMap.of(tokens, match)
-        return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), match.prefix_pages, match.copies)
+        prompt = method.worth_pasting(PromptMap.of(tokens, match), self._model.num_layers)
+        copies = dataclasses.replace(match, segments=[*prompt.segments]).copies
+        return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), match.prefix_pages, copies)
 
     def _take_pages(self, shared: Several[int], slots: int, num_copied: int) -> tuple[list[int], list[int]]:
         """The shared prefix pages with new ones behind them, and the copy pages."""

@@ -6,11 +6,11 @@ import dataclasses
 import time
 from collections import deque
 
-from sparsex_jax.reuse.report import Report
+from sparsex_jax.reuse.report import KINDS, Report
 from sparsex_jax.scheduler.sequence import Event
 
 _OUTCOMES = {"cancelled": "cancelled", "error": "failed"}
-_OF_A_PROMPT = ("prompt_tokens", "prefix_tokens", "reused_tokens", "fresh_tokens")
+_OF_A_PROMPT = ("prompt_tokens", *(f"{kind}_tokens" for kind in KINDS))
 _COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens", "healed_tokens")
 
 
@@ -23,7 +23,7 @@ class LoopStats:
       running: being prefilled or decoded.
       finished, cancelled, failed: what they ended with.
       preempted: how often one was preempted.
-      prompt_tokens: prefix + reused + fresh tokens of the prompts that were prefilled.
+      prompt_tokens: tokens of the prompts that were prefilled: the sum of the five kinds that follow, see `Report`.
       generated_tokens: new tokens.
       healed_tokens: tokens that were approximate in the store and were prefilled exactly while nothing was in line.
       computed_fraction: token-layers that those prompts' prefills computed, as a share of all of theirs.
@@ -37,7 +37,9 @@ class LoopStats:
     preempted: int
     prompt_tokens: int
     prefix_tokens: int
+    approximate_prefix_tokens: int
     reused_tokens: int
+    recomputed_tokens: int
     fresh_tokens: int
     generated_tokens: int
     healed_tokens: int

@@ -11,8 +11,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from sparsex_jax.device.compilation import num_compilations
-from sparsex_jax.reuse.prompt import TokenKind
-from sparsex_jax.reuse.report import Report
 
 if TYPE_CHECKING:
     from sparsex_jax.scheduler.loop import Event
@@ -37,7 +35,7 @@ class Metrics:
         )
         self._fraction = self._histogram("computed_fraction", "Computed share of a prompt's token-layers.", _SHARES)
         self._prompt_tokens = self._counter(
-            "prompt_tokens", "Prompt tokens: prefix, reused, recomputed or fresh.", "kind"
+            "prompt_tokens", "Prompt tokens: prefix, approximate_prefix, reused, recomputed or fresh.", "kind"
         )
         self._new_tokens = self._counter("generated_tokens", "Tokens generated.")
         self._requests = self._counter("requests", "Requests by endpoint and status.", "endpoint", "status")
@@ -68,7 +66,7 @@ class Metrics:
         if event.report is not None:
             self._ttft.observe(time.perf_counter() - clock.started)
             self._fraction.observe(event.report.computed_fraction)
-            for kind, count in tokens_by_kind(event.report).items():
+            for kind, count in event.report.tokens_by_kind().items():
                 self._prompt_tokens.labels(kind).inc(count)
         self._new_tokens.inc(len(event.token_ids))
         clock.record(len(event.token_ids))
@@ -149,14 +147,3 @@ class _Snapshot(Collector):
         yield CounterMetricFamily("sparsex_lookups", "Lookups in the store.", value=self.store["lookups"])
         yield GaugeMetricFamily("sparsex_queue_requests", "Waiting requests.", value=self.loop.waiting)
         yield GaugeMetricFamily("sparsex_running_requests", "Running requests.", value=self.loop.running)
-
-
-def tokens_by_kind(report: Report) -> dict[str, int]:
-    """The number of prompt tokens that were prefix, reused, recomputed (found in the store, but computed) and fresh."""
-    recomputed = int(((report.kind == TokenKind.REUSED) & report.active).sum())
-    return {
-        "prefix": report.prefix_tokens,
-        "reused": report.reused_tokens - recomputed,
-        "recomputed": recomputed,
-        "fresh": report.fresh_tokens,
-    }

@@ -10,12 +10,9 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
-from sparsex_jax.reuse.report import Report
+from sparsex_jax.reuse.report import Report, found_as
 from sparsex_jax.scheduler.output import TokenLogprobs
 from sparsex_jax.serving.faults import OutOfServiceError, fault_of
-from sparsex_jax.serving.metrics import tokens_by_kind
 from sparsex_jax.serving.tools import Call, Reader
 from sparsex_jax.serving.worker import Job, WorkerError
 from sparsex_jax.text.token_text import TokenText
@@ -24,7 +21,6 @@ if TYPE_CHECKING:
     from sparsex_jax.scheduler.loop import Event
 
 DONE = b"data: [DONE]\n\n"
-_KIND_NAMES = np.array(["prefix", "reused", "fresh"])
 
 
 def sse(data: dict[str, Any]) -> bytes:
@@ -257,7 +253,7 @@ class Reply:
         return body | {"usage": usage} if self._usage else body
 
     def usage(self) -> dict[str, Any]:
-        """The token counts. `cached_tokens` are those whose stored KV served in every layer: prefix and reused ones."""
+        """The token counts. `cached_tokens` are the prompt's tokens whose stored KV served: see `cached_tokens`."""
         prompt = sum(len(job.prompt) for job in self._jobs)
         completion = sum(answer.tokens for answer in self.answers)
         cached = sum(cached_tokens(answer.report) for answer in self.answers if answer.report)
@@ -279,15 +275,15 @@ class Reply:
 
 
 def cached_tokens(report: Report) -> int:
-    kinds = tokens_by_kind(report)
-    return kinds["prefix"] + kinds["reused"]
+    """Tokens whose KV is the stored one: of prefixes, exact or approximate, and those reused and not recomputed."""
+    return report.prefix_tokens + report.approximate_prefix_tokens + report.reused_tokens
 
 
 def token_map(pieces: list[str], report: Report) -> dict[str, Any]:
     """The texts of a prompt's tokens, with the runs of their kinds and of whether they were computed."""
     return {
         "text": pieces,
-        "kind": run_lengths(_KIND_NAMES[report.kind].tolist()),
+        "kind": run_lengths(found_as(report.kind).tolist()),
         "active": run_lengths(report.active.tolist()),
     }
 

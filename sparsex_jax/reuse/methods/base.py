@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool
 
+from sparsex_jax.cache import Segment
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase, check_schedule
+
+LEAST_SPARED = 0.25  # of a segment's tokens: with fewer, copying and scoring it is not worth its approximation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,30 @@ class Method(ReuseConfig):
         phases = tuple(self.schedule(prompt, num_layers))
         check_schedule(self.method, phases, prompt, num_layers)
         return phases
+
+    def worth_pasting(self, prompt: PromptMap, num_layers: int) -> PromptMap:
+        """The prompt with those of its segments of which the schedule may spare a quarter of the tokens or more.
+
+        Of the others nearly every token is forced in every layer, so that pasting them would save nothing: their tokens
+        are fresh. Fresh tokens make overflow of a segment that stands next to them, so that is asked again until all
+        that are left are worth it, at most once for each segment.
+
+        Raises:
+          InvalidRequestError: as `phases`.
+        """
+        while prompt.segments:
+            worth = _sparing(prompt, self.phases(prompt, num_layers), num_layers)
+            if len(worth) == len(prompt.segments):
+                break
+            prompt = prompt.only(worth)
+        return prompt
+
+
+def _sparing(prompt: PromptMap, phases: Sequence[Phase], num_layers: int) -> list[Segment]:
+    """The segments of which at least `LEAST_SPARED` is not forced in the last phase that has layers."""
+    *_, last = [phase for phase in phases if phase.start < num_layers]
+    spared = prompt.reused & ~last.forced
+    return [s for s in prompt.segments if spared[s.start : s.end].sum() >= LEAST_SPARED * s.length]
 
 
 def method_of(reuse: Any) -> Method:

@@ -26,7 +26,8 @@ class SparseX(Method, name="sparsex"):
         At 0, layer 0 scores and all layers are sparse, the paper's pure sparse variant. The number of layers is full
         recompute.
       recompute_ratio: how many key tokens, as a share of the reused tokens.
-      overflow_tokens: reused tokens on both sides of every run of fresh ones.
+      overflow_tokens: reused tokens on both sides of every run of fresh ones; on each side at most an eighth of their
+        segment.
       tail_tokens: last tokens of the final segment, where the prompt ends in one.
       second_boundary: from this layer on, only fresh tokens are computed. None: the active ones, to the end.
       head_tokens: first tokens of each segment.

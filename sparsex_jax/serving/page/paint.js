@@ -1,8 +1,9 @@
 // Shows a report as bars, colours and numbers. Texts become text nodes, so that nothing in them is markup.
 
-export const KINDS = ["prefix", "reused", "recomputed", "fresh"];
+export const KINDS = ["prefix", "approximate_prefix", "reused", "recomputed", "fresh"];
 const MEANING = {
   prefix: "stored as the beginning of a prompt, used as it is",
+  approximate_prefix: "stored as the beginning of a prompt, as its approximate prefill left it",
   reused: "found in the store and copied to this position",
   recomputed: "found in the store, but computed again",
   fresh: "not found, so computed",
@@ -21,6 +22,10 @@ export function kindsOf(map) {
   return expand(map.kind).map((kind, at) => (kind === "reused" && active[at] ? "recomputed" : kind));
 }
 
+function wordsOf(kind) {
+  return kind.replace("_", " ");
+}
+
 function expand(runs) {
   return runs.flatMap(([value, length]) => Array(length).fill(value));
 }
@@ -35,7 +40,7 @@ export function paintBar(bar, parts) {
     ...Object.entries(parts).filter(([, size]) => size > 0).map(([name, size]) => {
       const part = element("span", name);
       part.style.flexGrow = size;
-      part.title = `${name}: ${size}`;
+      part.title = `${wordsOf(name)}: ${size}`;
       return part;
     }),
   );
@@ -46,7 +51,7 @@ export function paintLegend(list, counts) {
     ...KINDS.map((kind) => {
       const item = element("li");
       item.title = MEANING[kind];
-      item.append(element("span", `key ${kind}`), `${kind} ${counts[kind]}`);
+      item.append(element("span", `key ${kind}`), `${wordsOf(kind)} ${counts[kind]}`);
       return item;
     }),
   );
@@ -56,7 +61,7 @@ export function paintPrompt(place, map, kinds) {
   place.replaceChildren(
     ...map.text.map((text, at) => {
       const token = element("span", `token ${kinds[at]}`, text);
-      token.title = `token ${at}: ${kinds[at]}, ${MEANING[kinds[at]]}`;
+      token.title = `token ${at}: ${wordsOf(kinds[at])}, ${MEANING[kinds[at]]}`;
       return token;
     }),
   );

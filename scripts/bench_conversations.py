@@ -16,8 +16,9 @@ the plain prefix cache, is always among them, and full recompute gives the refer
 
 With `--heal`, there is time between any two requests to make all approximate KV exact; this work is not in the figures.
 
-Quality is taken in a pass of its own: full recompute gets the prompts that the method got. Times are medians of passes
-in which nothing was compiled. Prints a table, and writes `conversations-<model>-<device>.json` to `scripts/results`.
+For quality, full recompute gets the prompts that the method got. Times are medians of passes without this and without
+compiling anything; with answers of `own` there is one pass, for quality and times. Prints a table, and writes
+`conversations-<model>-<device>.json` to `scripts/results`.
 """
 
 import argparse
@@ -115,8 +116,11 @@ class Bench:
 
     def compare(self, name: str, answers: str, methods: dict[str, ReuseConfig], passes: int) -> dict[str, list[dict]]:
         """A pass for quality, then passes for times: the figures of each method, turn by turn."""
-        quality = self.once(name, answers, methods, quality=True)
-        timed = [self.settled(name, answers, methods) for _ in range(passes)]
+        if answers == "own":
+            timed = [quality := self.settled(name, answers, methods, quality=True)]
+        else:
+            quality = self.once(name, answers, methods, quality=True)
+            timed = [self.settled(name, answers, methods) for _ in range(passes)]
         return {method: self._rows(quality[method], [each[method] for each in timed]) for method in methods}
 
     def _rows(self, quality: Sequence[Turn], timed: Sequence[Sequence[Turn]]) -> list[dict[str, Any]]:
@@ -128,11 +132,13 @@ class Bench:
             for turn, timed_turn, seconds in zip(quality, timed[-1], ttft, strict=True)
         ]
 
-    def settled(self, name: str, answers: str, methods: dict[str, ReuseConfig]) -> dict[str, list[Turn]]:
+    def settled(
+        self, name: str, answers: str, methods: dict[str, ReuseConfig], *, quality: bool = False
+    ) -> dict[str, list[Turn]]:
         """The first pass that compiles nothing. Raises RuntimeError if none of `MAX_PASSES` does."""
         for _ in range(MAX_PASSES):
             before = num_compilations()
-            turns = self.once(name, answers, methods)
+            turns = self.once(name, answers, methods, quality=quality)
             if num_compilations() == before:
                 return turns
         raise RuntimeError(f"{MAX_PASSES} passes of {name} all compiled something")
@@ -282,7 +288,7 @@ def parse() -> argparse.Namespace:
     add("--turns", type=int, default=ConversationSize.turns)
     add("--scale", type=float, default=ConversationSize.scale, help="how many times as long notes, files and texts are")
     add("--new-tokens", type=int, default=ConversationSize.new_tokens)
-    add("--passes", type=int, default=2, help="passes that are timed; 1 or more")
+    add("--passes", type=int, default=2, help="passes that are timed, 1 or more; not of answers own")
     add("--store-tokens", type=int, default=49152)
     add("--heal", action="store_true", help="make approximate KV exact between requests")
     add("--seed", type=int, default=0)

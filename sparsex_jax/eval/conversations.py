@@ -81,7 +81,7 @@ class ConversationSize:
 
     turns: int = 15
     scale: float = 1.0
-    new_tokens: int = 24
+    new_tokens: int = 16
 
     def __post_init__(self) -> None:
         for name in ("turns", "scale", "new_tokens"):

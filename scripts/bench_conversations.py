@@ -16,9 +16,9 @@ the plain prefix cache, is always among them, and full recompute gives the refer
 
 With `--heal`, there is time between any two requests to make all approximate KV exact; this work is not in the figures.
 
-For quality, full recompute gets the prompts that the method got. Times are medians of passes without this and without
-compiling anything; with answers of `own` there is one pass, for quality and times. Prints a table, and writes
-`conversations-<model>-<device>.json` to `scripts/results`.
+For quality, full recompute gets the prompts that the method got. A turn's time is the least of several passes without
+this and without compiling anything: what else the machine does only adds to it. With answers of `own` there is one
+pass, for quality and times. Prints a table, and writes `conversations-<model>-<device>.json` to `scripts/results`.
 """
 
 import argparse
@@ -79,7 +79,7 @@ class Turn:
         """All of it as numbers; work is in token-layers."""
         report = self.report
         work = round(report.computed_fraction * report.prompt_tokens * num_layers)
-        tokens = {f"{kind}_tokens": getattr(report, f"{kind}_tokens", 0) for kind in KINDS}
+        tokens = {f"{kind}_tokens": getattr(report, f"{kind}_tokens") for kind in KINDS}
         quality = {"kl": self.kl, "top1": self.top1, "agreement": self.agreement}
         return {"speaker": self.speaker, "prompt_tokens": report.prompt_tokens, **tokens, "work": work, **quality}
 
@@ -125,7 +125,7 @@ class Bench:
 
     def _rows(self, quality: Sequence[Turn], timed: Sequence[Sequence[Turn]]) -> list[dict[str, Any]]:
         num_layers = self._engine.model.num_layers
-        ttft = np.median([[turn.report.ttft_s for turn in turns] for turns in timed], axis=0).tolist()
+        ttft = np.min([[turn.report.ttft_s for turn in turns] for turns in timed], axis=0).tolist()
         return [
             timed_turn.figures(num_layers)
             | {"kl": turn.kl, "top1": turn.top1, "agreement": turn.agreement, "ttft_s": seconds}
@@ -288,7 +288,7 @@ def parse() -> argparse.Namespace:
     add("--turns", type=int, default=ConversationSize.turns)
     add("--scale", type=float, default=ConversationSize.scale, help="how many times as long notes, files and texts are")
     add("--new-tokens", type=int, default=ConversationSize.new_tokens)
-    add("--passes", type=int, default=2, help="passes that are timed, 1 or more; not of answers own")
+    add("--passes", type=int, default=3, help="passes that are timed, 1 or more; not of answers own")
     add("--store-tokens", type=int, default=49152)
     add("--heal", action="store_true", help="make approximate KV exact between requests")
     add("--seed", type=int, default=0)

@@ -20,7 +20,7 @@ PROMPT = np.concatenate([NEW, DOCUMENT, NEW])
 
 # In arbitrary units. A layer takes 1 for each row, or 512 for any number of rows; a copied token next to nothing.
 CHUNK = ChunkTimes(rows=(1, 512), layer=(1.0, 512.0), key=(0.0, 0.0))
-PER_ROW = Speeds(small=CHUNK, large=CHUNK, start=0.0, copy=0.0, copied_token=1e-3)
+PER_ROW = Speeds(small=CHUNK, large=CHUNK, start=0.0, boundary=0.0, copy=0.0, copied_token=1e-3)
 WHOLE = dataclasses.replace(CHUNK, layer=(512.0, 512.0))
 PER_CHUNK = dataclasses.replace(PER_ROW, small=WHOLE, large=WHOLE)
 
@@ -151,7 +151,16 @@ def test_what_is_found_is_reused_where_measuring_fails(monkeypatch, caplog):
 
 def check(speeds: Speeds) -> None:
     small, large = speeds.small, speeds.large
-    times = [*small.layer, *small.key, *large.layer, *large.key, speeds.start, speeds.copy, speeds.copied_token]
+    times = [
+        *small.layer,
+        *small.key,
+        *large.layer,
+        *large.key,
+        speeds.start,
+        speeds.boundary,
+        speeds.copy,
+        speeds.copied_token,
+    ]
     assert np.isfinite(times).all()
     assert min(times) >= 0
     assert speeds.start > 0

@@ -111,13 +111,14 @@ class CacheStats:
 
 
 def _asked_once(accepts: Accepts) -> Accepts:
-    """The same, but each object is judged once: a sequence's pages all have the same one."""
-    known: dict[int, bool] = {}
+    """The same, but not asked again about the object that it was asked about last: a sequence's pages share theirs."""
+    last: tuple[object, bool] = None, accepts(None)
 
     def accepts_once(made_by: object) -> bool:
-        if id(made_by) not in known:
-            known[id(made_by)] = accepts(made_by)
-        return known[id(made_by)]
+        nonlocal last
+        if made_by is not last[0]:
+            last = made_by, accepts(made_by)
+        return last[1]
 
     return accepts_once
 

@@ -33,7 +33,8 @@ class Step(NamedTuple):
     """What is timed.
 
     Attributes:
-      name: `layers`; `call`, the call that runs layers, without any; `start`, a prefill without its layers; or `copy`.
+      name: `layers`; `call`, the call that runs layers, without any; `start`, a prefill without its layers; `copy`;
+        `sparse`, a short prefill with a copy and a boundary; or `plain`, the same with neither.
       bucket: the rows that the plan is padded to, and those of a chunk.
       tokens: rows, or tokens that are copied.
       keys: before the rows.
@@ -64,14 +65,17 @@ def measure_speeds(runner: Runner, pages: Sequence[int]) -> Speeds:
     small, large = _buckets(runner)
     start, copies = Step("start", small), [Step("copy", small), Step("copy", large, min(large[0], bench.context))]
     layers = [step for bucket in (small, large) for step in bench.chunk_steps(bucket)]
-    seconds = _least({step: bench.timing(step) for step in [*layers, Step("call", small), start, *copies]})
+    plain, sparse = Step("plain", small, 2), Step("sparse", small, 2)
+    rest = [Step("call", small), start, *copies, plain, sparse]
+    seconds = _least({step: bench.timing(step) for step in [*layers, *rest]})
     one, many = (seconds[step] for step in copies)
-    token = max(many - one, 0) / max(copies[1].tokens - 1, 1)
+    token = max(many - one, 0.0) / max(copies[1].tokens - 1, 1)
     return Speeds(
         small=bench.chunk_times(small, seconds),
         large=bench.chunk_times(large, seconds),
         start=seconds[start],
-        copy=max(one - token, 0),
+        boundary=max(seconds[sparse] - seconds[plain] - one, 0.0),
+        copy=max(one - token, 0.0),
         copied_token=token,
     )
 
@@ -132,19 +136,25 @@ class _Bench:
         steps = self.chunk_steps(bucket)
         near, far = (_rising([self._a_layer(step, seconds) for step in part]) for part in (steps[::2], steps[1::2]))
         rows, keys = [step.tokens for step in steps[::2]], [step.keys for step in steps[1::2]]
-        key = [max(b - a, 0) / max(number, 1) for a, b, number in zip(near, far, keys, strict=True)]
+        key = [max(b - a, 0.0) / max(number, 1) for a, b, number in zip(near, far, keys, strict=True)]
         own = [each * mean_keys(np.arange(number)) for each, number in zip(key, rows, strict=True)]
-        layer = [max(a - attention, 0) for a, attention in zip(near, own, strict=True)]
+        layer = [max(a - attention, 0.0) for a, attention in zip(near, own, strict=True)]
         return ChunkTimes(tuple(rows), tuple(layer), tuple(key))
 
     def _a_layer(self, step: Step, seconds: Mapping[Step, float]) -> float:
         call = min(seconds[other] for other in seconds if other.name == "call")
-        return max(seconds[step] - call, 0) / self._layers
+        return max(seconds[step] - call, 0.0) / self._layers
 
     def timing(self, step: Step) -> Callable[[], float]:
         """A call that runs the step and returns the seconds until the devices are done with it."""
-        begin = {"layers": self._begin_layers, "call": self._begin_layers, "start": self._begin_all}
-        prepare = begin.get(step.name, self._begin_copy)
+        prepare = {
+            "layers": self._begin_layers,
+            "call": self._begin_layers,
+            "start": self._begin_all,
+            "plain": self._begin_short,
+            "sparse": self._begin_short,
+            "copy": self._begin_copy,
+        }[step.name]
 
         def timed() -> float:
             with self._runner.padding_to(step.bucket):
@@ -172,17 +182,27 @@ class _Bench:
 
         return prefill
 
+    def _begin_short(self, step: Step) -> Callable[[], Any]:
+        """A prefill of a few layers, from its plan on. A sparse one copies its first token and drops it in layer 1."""
+        return lambda: self._advance(self._begin(step), self._layers)
+
     def _begin_copy(self, step: Step) -> Callable[[], Any]:
-        """Each token is copied onto itself."""
-        slots = slots_of(self._pages, np.arange(step.tokens), self._page_size)
-        segment = Segment(0, step.tokens, 0, slots, exact=True)
-        return lambda: self._runner.copy([(segment, self._pages)])
+        return lambda: self._runner.copy([(self._onto_itself(step.tokens), self._pages)])
+
+    def _onto_itself(self, tokens: int) -> Segment:
+        """The first tokens of the pages, as a segment whose copy changes nothing."""
+        slots = slots_of(self._pages, np.arange(tokens), self._page_size)
+        return Segment(0, tokens, 0, slots, exact=True)
 
     def _begin(self, step: Step) -> PrefillRun:
         behind = np.arange(step.keys + step.tokens) >= step.keys
         kind = np.where(behind, TokenKind.FRESH, TokenKind.PREFIX).astype(np.uint8)
-        prompt = PromptMap(np.zeros(len(kind), np.int32), kind)
-        return self._runner.begin([RequestPlan(prompt, (Phase(0, prompt.computed),), self._pages)])
+        sparse = step.name == "sparse"
+        kind[:1] = TokenKind.REUSED if sparse else kind[:1]
+        prompt = PromptMap(np.zeros(len(kind), np.int32), kind, (self._onto_itself(1),) if sparse else ())
+        later = (Phase(1, prompt.fresh, "key_mass"),) if sparse else ()
+        phases = (Phase(0, prompt.computed), *later)
+        return self._runner.begin([RequestPlan(prompt, phases, self._pages, prompt.segments)])
 
     def _advance(self, run: PrefillRun, layers: int) -> Any:
         self._runner.advance(run, layers)

@@ -74,6 +74,7 @@ class Speeds:
       small: chunks of the smallest plans, which are one chunk.
       large: chunks of all other plans. It is the plan's first layer whose rows say which of both it is.
       start: a prefill beside its layers: the plan's way to the device, embeddings and logits.
+      boundary: what a boundary with a signal adds, however few the rows, and what it takes to plan one.
       copy: to copy and align cached KV, however little.
       copied_token: what each token that is copied adds, K and V of all layers.
     """
@@ -81,6 +82,7 @@ class Speeds:
     small: ChunkTimes
     large: ChunkTimes
     start: float
+    boundary: float
     copy: float
     copied_token: float
 
@@ -92,7 +94,8 @@ class Speeds:
           KeyError, TypeError, ValueError: a field is missing, or is not as JSON would have it.
         """
         small, large = (ChunkTimes.from_dict(fields[name]) for name in ("small", "large"))
-        return cls(small, large, *_times([fields[name] for name in ("start", "copy", "copied_token")]))
+        rest = _times([fields[name] for name in ("start", "boundary", "copy", "copied_token")])
+        return cls(small, large, *rest)
 
     def of_plan(self, rows: int) -> ChunkTimes:
         """Of a plan that begins with this many rows."""
@@ -126,7 +129,8 @@ def prefill_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> fl
     for own, (begin, end) in zip(rows, itertools.pairwise(starts), strict=True):
         seconds += (end - begin) * times.layer_seconds(own)
     for before, phase in zip(rows, phases[1:], strict=False):
-        if phase.signal and phase.start < model.num_layers and phase.can_leave_out(len(before)):
+        if phase.start < model.num_layers and phase.can_leave_out(len(before)):
+            seconds += speeds.boundary
             seconds += _signal_seconds(model, plan, before, phase, times)
     return seconds
 
@@ -147,7 +151,10 @@ def _copy_seconds(tokens: int, speeds: Speeds) -> float:
 def _signal_seconds(
     model: ModelConfig, plan: RequestPlan, before: Int[np.ndarray, "rows"], phase: Phase, times: ChunkTimes
 ) -> float:
-    """Seconds of a signal: K and V of all rows at the boundary, the fresh rows' key mass, and the signal's own pass."""
+    """Seconds of a signal: K and V of all rows at the boundary, the fresh rows' key mass, and the signal's own pass.
+    None without a signal."""
+    if phase.signal is None:
+        return 0.0
     fresh = np.flatnonzero(plan.prompt.fresh)
     mass = _MASS * times.attention_seconds(fresh)
     everything = _kv_share(model) * times.projection_seconds(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Collection
 
 import numpy as np
@@ -53,20 +54,20 @@ class PromptMap:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
+    @functools.cached_property
     def fresh(self) -> Bool[np.ndarray, "tokens"]:
         return self.kind == TokenKind.FRESH
 
-    @property
+    @functools.cached_property
     def reused(self) -> Bool[np.ndarray, "tokens"]:
         return self.kind == TokenKind.REUSED
 
-    @property
+    @functools.cached_property
     def approximate(self) -> Bool[np.ndarray, "tokens"]:
         """The tokens of the approximate prefix."""
         return self.kind == TokenKind.APPROXIMATE
 
-    @property
+    @functools.cached_property
     def computed(self) -> Bool[np.ndarray, "tokens"]:
         """All tokens but those of the prefix, exact or approximate."""
         return self.fresh | self.reused
@@ -106,6 +107,8 @@ class PromptMap:
 
         With a fixed width, text before and behind a short segment would leave nothing of it to reuse.
         """
+        if not self.segments:
+            return np.zeros(len(self), bool)
         reach = np.zeros(len(self), np.int64)
         for segment in self.segments:
             reach[segment.start : segment.end] = min(width, segment.length // OVERFLOW_PART)

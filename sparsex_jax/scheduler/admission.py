@@ -146,19 +146,15 @@ class Admission:
         an exact prefix behind it, whatever its method, and nothing is left to heal.
         """
         everything = self._plan_with(tokens, match, method)
-        parts = self._parts(match) if method.only_if_faster else []
-        if not parts or (speeds := self.speeds) is None:
+        approximate = match.num_prefix_tokens - match.num_exact_tokens
+        may_choose = method.only_if_faster and (approximate or match.segments)
+        if not may_choose or (speeds := self.speeds) is None:
             return everything
+        parts = [match.without_segments()] if match.segments else []
+        if 0 < approximate <= speeds.small.rows[-1]:  # more of them are not computed as fast as fewer
+            parts.append(match.exact_prefix(self._config.page_size))
         plans = [everything, *(self._plan_with(tokens, part, method) for part in parts)]
         return min(plans, key=functools.partial(self._cost, speeds=speeds))
-
-    def _parts(self, match: Match) -> list[Match]:
-        """Less than all of a match that a plan may use: the prefix alone, the exact prefix alone."""
-        approximate = match.num_exact_tokens < match.num_prefix_tokens
-        return [
-            *([match.without_segments()] if match.segments else []),
-            *([match.exact_prefix(self._config.page_size)] if approximate else []),
-        ]
 
     def _cost(self, plan: RequestPlan, speeds: Speeds) -> float:
         exact = plan.exact_tokens(self._model.num_layers) == len(plan.prompt)

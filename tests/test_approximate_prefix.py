@@ -1,5 +1,6 @@
 """The approximate prefix, and healing: conversations keep their prefix after a turn that pasted segments."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from sparsex_jax import Full, InvalidRequestError, Naive, Prefix, ReuseConfig, SamplingParams, SparseX
 from sparsex_jax.config import METHODS, EngineConfig
+from sparsex_jax.reuse.cost import ChunkTimes, Speeds
 from sparsex_jax.reuse.prompt import TokenKind
 
 RNG = np.random.default_rng(16)
@@ -205,3 +207,40 @@ def test_healing_leaves_frozen_content_alone():
 def test_the_share_of_healing_is_checked():
     with pytest.raises(InvalidRequestError, match="healing=2 must be from 0 to 1"):
         EngineConfig(healing=2)
+
+
+# What admission takes of it ----------------------------------------------------------------------------------
+
+
+def speeds(row: float, layer: float) -> Speeds:
+    """A layer takes this long, and as much more for each row."""
+    times = ChunkTimes(rows=(1, 10000), layer=(layer, layer + 10000 * row), key=(0.0, 0.0))
+    return Speeds(small=times, large=times, start=0.0, boundary=0.0, copy=0.0, copied_token=0.0)
+
+
+@pytest.mark.parametrize(
+    ("measured", "found"),
+    [(speeds(row=1.0, layer=0.0), TokenKind.APPROXIMATE), (speeds(row=0.0, layer=1.0), TokenKind.FRESH)],
+    ids=["rows cost", "rows are free"],
+)
+def test_the_exact_prefix_is_taken_where_it_is_hardly_slower(measured, found):
+    engine = tiny_engine()
+    *_, (prompt, out) = turns(engine, [dataclasses.replace(METHOD, only_if_faster=False)] * 2)
+    engine.admission.speeds = measured
+    report = engine.prefill(prompt + list(out.token_ids), reuse=METHOD).report
+    assert count(report, found) > 150
+    forced = dataclasses.replace(METHOD, only_if_faster=False)
+    assert count(engine.prefill(prompt + list(out.token_ids), reuse=forced).report, TokenKind.FRESH) < 10
+
+
+def test_segments_behind_a_prefix_are_pasted_where_that_pays():
+    engine, more = tiny_engine(), RNG.integers(1, 97, 120).tolist()
+    engine.remember(more)
+    (prompt, out), *_ = turns(engine, [dataclasses.replace(METHOD, only_if_faster=False)])
+    follow_up = prompt + list(out.token_ids) + more + QUESTIONS[1]
+    for measured, pasted in ((speeds(row=1.0, layer=0.0), True), (speeds(row=1.0, layer=500.0), False)):
+        engine.admission.speeds = measured
+        report = engine.prefill(follow_up, reuse=METHOD, keep=False).report
+        assert bool(report.segments) is pasted
+        assert count(report, TokenKind.APPROXIMATE) > 150
+    engine.admission.check_books()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from sparsex_jax.cache import Segment
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.schedule import Phase
@@ -133,6 +134,14 @@ def prefill_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> fl
             seconds += speeds.boundary
             seconds += _signal_seconds(model, plan, before, phase, times)
     return seconds
+
+
+def least_seconds(
+    model: ModelConfig, missing: Int[np.ndarray, "rows"], copies: Sequence[Segment], speeds: Speeds
+) -> float:
+    """Less than any prefill takes that makes these copies and computes what is missing, or more, in every layer."""
+    layers = model.num_layers * speeds.of_plan(len(missing)).layer_seconds(missing)
+    return speeds.start + _copy_seconds(sum(copy.length for copy in copies), speeds) + layers
 
 
 def _positions(plan: RequestPlan, phase: Phase) -> Int[np.ndarray, "rows"]:

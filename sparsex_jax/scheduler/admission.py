@@ -20,7 +20,7 @@ import numpy as np
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
-from sparsex_jax.reuse.cost import Speeds, prefill_seconds
+from sparsex_jax.reuse.cost import Speeds, least_seconds, prefill_seconds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
@@ -28,8 +28,9 @@ from sparsex_jax.scheduler.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
-# What an exact plan's seconds count for beside an approximate one's.
-EXACTNESS = 0.95
+# What a plan's seconds count for beside those of one that pastes segments: of an exact plan, and of a plan that has an
+# approximate prefix but adds no approximation of its own.
+EXACT, PLAIN = 0.85, 0.9
 
 
 class Admission:
@@ -142,23 +143,26 @@ class Admission:
     def _lay_out(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
         """The plan, with no pages yet but the shared ones: of all that was found, or of as much as pays.
 
-        An exact plan is preferred to an approximate one that is hardly faster: the next turn of a conversation finds
-        an exact prefix behind it, whatever its method, and nothing is left to heal.
+        Approximation has to pay. An exact plan is preferred to one that is hardly faster: the next turn of a
+        conversation finds an exact prefix behind it, whatever its method, and nothing is left to heal.
         """
-        everything = self._plan_with(tokens, match, method)
-        approximate = match.num_prefix_tokens - match.num_exact_tokens
+        approximate = match.num_exact_tokens < match.num_prefix_tokens
         may_choose = method.only_if_faster and (approximate or match.segments)
         if not may_choose or (speeds := self.speeds) is None:
-            return everything
-        parts = [match.without_segments()] if match.segments else []
-        if 0 < approximate <= speeds.small.rows[-1]:  # more of them are not computed as fast as fewer
-            parts.append(match.exact_prefix(self._config.page_size))
-        plans = [everything, *(self._plan_with(tokens, part, method) for part in parts)]
-        return min(plans, key=functools.partial(self._cost, speeds=speeds))
+            return self._plan_with(tokens, match, method)
+        best = self._plan_with(tokens, match.without_segments(), method)
+        cost = functools.partial(self._cost, speeds=speeds)
+        parts = [match.exact_prefix(self._config.page_size)] if approximate else []
+        for part in [*parts, match] if match.segments else parts:
+            least = least_seconds(self._model, part.missing(len(tokens)), part.copies, speeds)
+            if (1.0 if part is match else EXACT) * least < cost(best):  # else no plan needs to be made of it
+                best = min(best, self._plan_with(tokens, part, method), key=cost)
+        return best
 
     def _cost(self, plan: RequestPlan, speeds: Speeds) -> float:
         exact = plan.exact_tokens(self._model.num_layers) == len(plan.prompt)
-        return prefill_seconds(self._model, plan, speeds) * (EXACTNESS if exact else 1.0)
+        weight = EXACT if exact else 1.0 if plan.prompt.segments else PLAIN
+        return weight * prefill_seconds(self._model, plan, speeds)
 
     def _plan_with(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
         prompt = method.worth_pasting(PromptMap.of(tokens, match), self._model.num_layers)

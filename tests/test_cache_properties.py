@@ -138,10 +138,10 @@ class CacheMachine(RuleBasedStateMachine):
             assert segment.exact == all(self.care[slot] == EXACT for slot in segment.slots)
         assert end <= len(prompt)
 
-    def find(self, tokens: list[int], namespace: str, care: int) -> Match:
+    def find(self, tokens: list[int], namespace: str, care: int, *, segments: bool = True) -> Match:
         """Look up for a request that is this careful."""
         prompt = np.array(tokens, np.int32)
-        match = self.cache.lookup(prompt, namespace, accepts=lambda made_by: made_by >= care)
+        match = self.cache.lookup(prompt, namespace, segments=segments, accepts=lambda made_by: made_by >= care)
         self.verify(match, prompt, namespace, care)
         return match
 
@@ -183,7 +183,7 @@ class CacheMachine(RuleBasedStateMachine):
         if asked is None:
             return False
         tokens, namespace = asked
-        match = self.find(tokens.tolist(), namespace, EXACT)
+        match = self.find(tokens.tolist(), namespace, EXACT, segments=False)
         assert 1 <= len(tokens) - match.num_prefix_tokens <= max(most, PAGE) + 1
         frozen = self.cache.stats().frozen_evictions
         pages = match.prefix_pages + self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))

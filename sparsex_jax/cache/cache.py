@@ -120,11 +120,11 @@ class CacheStats:
 
 def _asked_once(accepts: Accepts) -> Accepts:
     """The same, but not asked again about the object that it was asked about last: a sequence's pages share theirs."""
-    last: tuple[object, bool] = None, accepts(None)
+    last: tuple[object, bool] | None = None
 
     def accepts_once(made_by: object) -> bool:
         nonlocal last
-        if made_by is not last[0]:
+        if last is None or made_by is not last[0]:
             last = made_by, accepts(made_by)
         return last[1]
 
@@ -466,7 +466,8 @@ class PageCache:
             if exact < length:
                 end = self._healed_end(exact, length, most)
                 tokens = np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32)
-                return (tokens, namespace) if self._has_room(-(-end // self.page_size)) else None
+                pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is pinned meanwhile
+                return (tokens, namespace) if self._has_room(pages) else None
             self._retire(chain[-1])
         return None
 

@@ -249,6 +249,9 @@ def changed(**fields):
         changed(start="fast"),
         changed(start=float("nan")),
         changed(copy=-1.0),
+        changed(copy=10**400),
+        changed(large={"rows": [0, 0], "layer": [1.0, 1.0], "key": [0.0, 0.0]}),
+        lambda _: "[" * 100_000,
     ],
 )
 def test_a_file_that_says_something_else_is_written_again(tiny, counted, tmp_path, damage):
@@ -276,3 +279,12 @@ def test_where_nothing_can_be_written_it_is_measured_each_time(tiny, counted, tm
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
     assert [ask(tiny), ask(tiny)] == counted
     assert len(counted) == 2
+
+
+def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tiny, counted, tmp_path):
+    ask(tiny)
+    (file,) = tmp_path.rglob("speeds-*.json")
+    file.unlink()
+    file.mkdir()
+    assert ask(tiny) == counted[1]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -83,7 +83,7 @@ def read(path: Path, about: dict[str, Any]) -> Speeds | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Speeds.from_dict(content["speeds"]) if content["about"] == about else None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
         log.debug("no speeds in %s: %r", path, error)
         return None
 
@@ -95,6 +95,9 @@ def write(path: Path, about: dict[str, Any], speeds: Speeds) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
             file.write(content + "\n")
-        os.replace(file.name, path)
+        try:
+            os.replace(file.name, path)
+        finally:
+            Path(file.name).unlink(missing_ok=True)  # it is there only if that failed
     except OSError as error:
         log.info("the speeds of prefills are not kept, each process measures them: %s", error)

@@ -47,6 +47,8 @@ class ChunkTimes:
         rows, layer, key = (_times(fields[name]) for name in ("rows", "layer", "key"))
         if not len(rows) == len(layer) == len(key) > 0:
             raise ValueError("rows, layer and key differ in length, or are empty")
+        if rows[0] < 1 or any(a >= b for a, b in itertools.pairwise(rows)):
+            raise ValueError(f"rows={rows} do not rise from 1 or more")
         return cls(tuple(map(int, rows)), layer, key)
 
     def layer_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:

@@ -163,6 +163,16 @@ def test_what_is_preempted_goes_on_as_if_nothing_had_been(method):
     assert idle(engine)
 
 
+def test_the_logits_of_what_was_preempted_are_those_behind_its_prompt():
+    prompts, sampling = [TEXT[:200], TEXT[300:450]], SamplingParams(max_new_tokens=90, temperature=0)
+    alone = [tiny_engine().prefill(prompt).logits for prompt in prompts]
+    engine = tiny_engine(**SMALL)
+    outs = engine.generate_batch(prompts, sampling, return_logits=True)
+    assert engine.loop.stats.preempted >= 1
+    for out, expected in zip(outs, alone, strict=True):
+        np.testing.assert_allclose(out.logits, expected, atol=1e-4)
+
+
 def test_an_exact_request_that_was_preempted_finds_itself_again():
     engine = tiny_engine(**SMALL)
     prompts = [TEXT[:200], TEXT[300:450]]  # 13 and 10 pages; 90 new tokens are 6 more each

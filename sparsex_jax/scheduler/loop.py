@@ -201,7 +201,7 @@ class Loop:
           For how many seconds to leave the device idle before the next chunk, if no request comes before. None if there
           is nothing to heal, or it must not be done.
         """
-        with self._news:
+        with self._one_round(), self._news:
             sequence = None if self._has_work() else self._healing.next()
         if sequence is None:
             return None
@@ -301,8 +301,9 @@ class Loop:
             return
         sequence.finish_stage(prefilled.computed[slot])
         if not sequence.stages:
+            if sequence.wants_logits and not sequence.output.token_ids:  # else it was preempted behind its first token
+                sequence.logits = np.asarray(prefilled.logits[slot])
             sequence.finish_prefill(self.runner.model.num_layers)
-            sequence.logits = np.asarray(prefilled.logits[slot]) if sequence.wants_logits else None
             self._take(sequence, prefilled.sampled, slot, first=True)
 
     # What came of it ----------------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ from jaxtyping import Int32
 from sparsex_jax.cache import Entry, PageCache
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
+from sparsex_jax.config.checks import is_number, require
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.speeds import speeds_for
 from sparsex_jax.errors import InvalidRequestError
@@ -267,8 +268,14 @@ class Engine:
           seconds: stop at the end of the chunk in which this time is over. None: when all is done.
 
         Returns:
-          How many tokens were prefilled.
+          How many tokens were prefilled. None are where `EngineConfig.healing` is 0, while requests are in line, or if
+          there is no room without evicting frozen content.
+
+        Raises:
+          InvalidRequestError: seconds is no number, or negative.
         """
+        ok = seconds is None or (is_number(seconds) and seconds >= 0)
+        require(ok, f"seconds={seconds!r} must be a number >= 0 or None")
         before, started = self.loop.stats.healed_tokens, time.perf_counter()
         while seconds is None or time.perf_counter() - started < seconds:
             if self.loop.heal() is None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -204,9 +205,48 @@ def test_healing_leaves_frozen_content_alone():
     engine.admission.check_books()
 
 
-def test_the_share_of_healing_is_checked():
+def test_healing_counts_the_page_that_an_exact_beginning_is_copied_from():
+    """A turn that ends in the middle of a page is healed first; the next one, in a page of its own, begins with it."""
+    engine, method = tiny_engine(store_tokens=64 * 16), dataclasses.replace(METHOD, only_if_faster=False)
+    note = RNG.integers(1, 97, 120).tolist()
+    engine.remember(note)
+    prompt = [1, *note, *RNG.integers(1, 97, 330).tolist()]
+    for _ in range(4):
+        prompt += engine.generate(prompt, GREEDY, reuse=method).token_ids
+    frozen = engine.remember(RNG.integers(1, 97, 27 * 16).tolist(), frozen=True, namespace="frozen")
+    assert engine.heal() > 400
+    assert frozen in [entry.handle for entry in engine.entries()]
+    assert 0 < engine.stats()["approximate_tokens"] < 30  # the rest has no room beside what is frozen
+
+
+def test_a_listener_that_heals_is_refused_and_healing_stays_on():
+    engine, refused = tiny_engine(), []
+
+    def listener(event):
+        with pytest.raises(RuntimeError, match="a listener called the engine"):
+            engine.heal()
+        refused.append(event)
+
+    list(turns(engine, [METHOD] * 2))
+    engine.loop.submit(NOTES[0], SamplingParams(1), listener=listener)
+    while engine.loop.step():
+        pass
+    assert refused
+    assert engine.heal() > 150
+
+
+def test_arguments_of_healing_are_checked():
     with pytest.raises(InvalidRequestError, match="healing=2 must be from 0 to 1"):
         EngineConfig(healing=2)
+    for seconds in (-1, float("nan"), "1"):
+        with pytest.raises(InvalidRequestError, match=f"seconds={seconds!r} must be a number >= 0 or None"):
+            tiny_engine().heal(seconds)
+
+
+def test_a_tiny_share_of_healing_rests_as_long_as_a_thread_can_wait():
+    engine = tiny_engine(healing=1e-300)
+    list(turns(engine, [METHOD] * 2))
+    assert engine.loop.heal() == threading.TIMEOUT_MAX
 
 
 # What admission takes of it ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ like any other: its prefix is what is exact already, and once it is committed, i
 from __future__ import annotations
 
 import logging
+import threading
 
 from sparsex_jax.config import EngineConfig, ReuseConfig
 from sparsex_jax.reuse.planner import Shapes
@@ -36,8 +37,8 @@ class Healing:
         return self._requests.prefill(tokens, reuse=exact, namespace=namespace, keep=True, heals=True)
 
     def rest(self, seconds: float) -> float:
-        """How long the device has to rest after a chunk that took so long."""
-        return seconds * (1 / self._share - 1)
+        """How long the device has to rest after a chunk that took so long; not longer than a thread can wait."""
+        return min(seconds * (1 / self._share - 1), threading.TIMEOUT_MAX)
 
     def stop(self) -> None:
         """A chunk failed, though it was asked for before: heal nothing from now on. Requests go on as ever."""

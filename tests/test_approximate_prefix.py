@@ -233,6 +233,14 @@ def test_the_exact_prefix_is_taken_where_it_is_hardly_slower(measured, found):
     assert count(engine.prefill(prompt + list(out.token_ids), reuse=forced).report, TokenKind.FRESH) < 10
 
 
+def test_nothing_is_searched_where_no_segment_could_save_time(monkeypatch):
+    engine = tiny_engine()
+    engine.remember(NOTES[0])
+    engine.admission.speeds = speeds(row=0.001, layer=1.0)
+    monkeypatch.setattr(engine.cache, "_find_runs", None)
+    assert engine.prefill([1, *NOTES[0]], reuse=METHOD).report.fresh_tokens == len(NOTES[0]) + 1
+
+
 def test_segments_behind_a_prefix_are_pasted_where_that_pays():
     engine, more = tiny_engine(), RNG.integers(1, 97, 120).tolist()
     engine.remember(more)

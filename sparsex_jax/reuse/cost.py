@@ -148,8 +148,8 @@ def least_seconds(
     return speeds.start + _copy_seconds(sum(copy.length for copy in copies), speeds) + layers
 
 
-def most_saved(model: ModelConfig, length: int, missing: int, speeds: Speeds) -> float:
-    """More than the share of a prefill's time that any segments in its last `missing` tokens can save.
+def can_save(share: float, model: ModelConfig, length: int, missing: int, speeds: Speeds) -> bool:
+    """Whether segments in a prompt's last `missing` tokens might save more than this share of its prefill's time.
 
     As if each of its rows saw all the keys, and as if segments left one row. Asked for each request before anything is
     searched, so it has to be fast.
@@ -157,7 +157,7 @@ def most_saved(model: ModelConfig, length: int, missing: int, speeds: Speeds) ->
     times, least = speeds.of_plan(missing), speeds.small
     plain = speeds.start + model.num_layers * times.upper_seconds(missing, length)
     sparse = speeds.start + speeds.copy + model.num_layers * (least.layer[0] + least.key[0] * length)
-    return 1 - sparse / plain
+    return sparse < (1 - share) * plain
 
 
 def _positions(plan: RequestPlan, phase: Phase) -> Int[np.ndarray, "rows"]:

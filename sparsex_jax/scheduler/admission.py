@@ -20,7 +20,7 @@ import numpy as np
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
-from sparsex_jax.reuse.cost import Speeds, least_seconds, most_saved, prefill_seconds
+from sparsex_jax.reuse.cost import Speeds, can_save, least_seconds, prefill_seconds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
@@ -144,7 +144,7 @@ class Admission:
         """Whether to look for segments in the rest of a prompt: not if no segment there could save enough time."""
         if not method.uses_segments or not method.only_if_faster or self._speeds is None:
             return method.uses_segments
-        return most_saved(self._model, length, length - num_prefix, self._speeds) > 1 - PLAIN
+        return can_save(1 - PLAIN, self._model, length, length - num_prefix, self._speeds)
 
     def _lay_out(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
         """The plan, with no pages yet but the shared ones: of all that was found, or of as much as pays.

@@ -120,11 +120,11 @@ class CacheStats:
 
 def _asked_once(accepts: Accepts) -> Accepts:
     """The same, but not asked again about the object that it was asked about last: a sequence's pages share theirs."""
-    last: tuple[object, bool] = None, accepts(None)
+    last: tuple[object, bool] | None = None
 
     def accepts_once(made_by: object) -> bool:
         nonlocal last
-        if made_by is not last[0]:
+        if last is None or made_by is not last[0]:
             last = made_by, accepts(made_by)
         return last[1]
 

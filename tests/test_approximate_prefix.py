@@ -177,6 +177,25 @@ def test_healing_waits_for_requests_and_a_chunk_is_small():
     assert engine.loop.stats.finished == finished  # healing is no request
 
 
+def test_a_request_that_comes_while_a_chunk_is_healed_is_next(monkeypatch):
+    engine, begun = tiny_engine(), []
+    list(turns(engine, [METHOD] * 2))
+    begin, request = engine.runner.begin, RNG.integers(1, 97, 31).tolist()
+
+    def observed(plans):
+        begun.append([len(plan.prompt) for plan in plans])
+        if len(begun) == 1:
+            engine.loop.submit(request, GREEDY, listener=lambda event: None)
+        return begin(plans)
+
+    monkeypatch.setattr(engine.runner, "begin", observed)
+    while engine.loop.step() or engine.loop.heal() is not None:  # as a server's worker does
+        pass
+    assert begun[1] == [len(request)]
+    assert len(begun) > 3
+    assert engine.stats()["approximate_tokens"] == 0
+
+
 def test_healing_can_be_turned_off_and_a_failure_turns_it_off(monkeypatch):
     engine = tiny_engine(healing=0.0)
     list(turns(engine, [METHOD] * 2))
@@ -271,6 +290,14 @@ def test_the_exact_prefix_is_taken_where_it_is_hardly_slower(measured, found):
     assert count(report, found) > 150
     forced = dataclasses.replace(METHOD, only_if_faster=False)
     assert count(engine.prefill(prompt + list(out.token_ids), reuse=forced).report, TokenKind.FRESH) < 10
+
+
+def test_nothing_is_searched_where_no_segment_could_save_time(monkeypatch):
+    engine = tiny_engine()
+    engine.remember(NOTES[0])
+    engine.admission.speeds = speeds(row=0.001, layer=1.0)
+    monkeypatch.setattr(engine.cache, "_find_runs", None)
+    assert engine.prefill([1, *NOTES[0]], reuse=METHOD).report.fresh_tokens == len(NOTES[0]) + 1
 
 
 def test_segments_behind_a_prefix_are_pasted_where_that_pays():

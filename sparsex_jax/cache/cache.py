@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -179,7 +179,7 @@ class PageCache:
         namespace: str,
         *,
         prefix: bool = True,
-        segments: bool = True,
+        segments: bool | Callable[[int], bool] = True,
         min_segment: int = 16,
         accepts: Accepts | None = None,
         counted: bool = True,
@@ -192,7 +192,7 @@ class PageCache:
           tokens: the prompt's ids, none negative.
           namespace: only content that was committed under it is found.
           prefix: look for a prefix.
-          segments: look for segments behind the prefix.
+          segments: look for segments behind the prefix, or whether to, by the number of tokens of the prefix.
           min_segment: the least length of a segment, in tokens.
           accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
           counted: whether it counts as a use, and in `stats`.
@@ -203,7 +203,8 @@ class PageCache:
         _require(not (tokens < 0).any(), "token ids must not be negative")
         prompt = tokens[:-1].tobytes() if prefix else b""  # the last token is always computed
         found = self.tree.prefix(prompt, namespace, accepts and _asked_once(accepts))
-        runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment) if segments else []
+        wanted = segments(found.num_tokens) if callable(segments) else segments
+        runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment) if wanted else []
         match = self._match(found, runs)
         self._pins.add(match)
         self._pool.hold(match.pages)

@@ -63,6 +63,10 @@ class ChunkTimes:
         """The part of it that attention takes."""
         return self._in_chunks(self.key, len(positions)) * mean_keys(positions)
 
+    def upper_seconds(self, rows: int, keys: int) -> float:
+        """Seconds of a layer for this many rows, if each of them attends to so many keys."""
+        return self._in_chunks(self.layer, rows) + self._in_chunks(self.key, rows) * keys
+
     def _in_chunks(self, measured: Sequence[float], rows: int) -> float:
         """Whole chunks and a rest, which is on the line between the two measured numbers of rows next to it."""
         whole, rest = divmod(rows, self.rows[-1])
@@ -144,6 +148,18 @@ def least_seconds(
     """Less than any prefill takes that makes these copies and computes what is missing, or more, in every layer."""
     layers = model.num_layers * speeds.of_plan(len(missing)).layer_seconds(missing)
     return speeds.start + _copy_seconds(sum(copy.length for copy in copies), speeds) + layers
+
+
+def can_save(share: float, model: ModelConfig, length: int, missing: int, speeds: Speeds) -> bool:
+    """Whether segments in a prompt's last `missing` tokens might save more than this share of its prefill's time.
+
+    As if each of its rows saw all the keys, and as if segments left one row. Asked for each request before anything is
+    searched, so it has to be fast.
+    """
+    times, least = speeds.of_plan(missing), speeds.small
+    plain = speeds.start + model.num_layers * times.upper_seconds(missing, length)
+    sparse = speeds.start + speeds.copy + model.num_layers * (least.layer[0] + least.key[0] * length)
+    return sparse < (1 - share) * plain
 
 
 def _positions(plan: RequestPlan, phase: Phase) -> Int[np.ndarray, "rows"]:

@@ -20,7 +20,7 @@ import numpy as np
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
-from sparsex_jax.reuse.cost import Speeds, least_seconds, prefill_seconds
+from sparsex_jax.reuse.cost import Speeds, can_save, least_seconds, prefill_seconds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
@@ -125,7 +125,7 @@ class Admission:
             tokens,
             sequence.namespace,
             prefix=method.uses_prefix,
-            segments=method.uses_segments,
+            segments=functools.partial(self._segments_may_pay, method, len(tokens)),
             min_segment=method.min_segment_tokens,
             accepts=functools.partial(method.accepts, num_layers=self._model.num_layers),
             counted=not sequence.heals,
@@ -139,6 +139,12 @@ class Admission:
         num_shared, plan = len(plan.pages), dataclasses.replace(plan, pages=pages)
         sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
+
+    def _segments_may_pay(self, method: Method, length: int, num_prefix: int) -> bool:
+        """Whether to look for segments in the rest of a prompt: not if no segment there could save enough time."""
+        if not method.uses_segments or not method.only_if_faster or self._speeds is None:
+            return method.uses_segments
+        return can_save(1 - PLAIN, self._model, length, length - num_prefix, self._speeds)
 
     def _lay_out(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
         """The plan, with no pages yet but the shared ones: of all that was found, or of as much as pays.

@@ -268,8 +268,8 @@ class Engine:
           seconds: stop at the end of the chunk in which this time is over. None: when all is done.
 
         Returns:
-          How many tokens were prefilled. None are where `EngineConfig.healing` is 0, while requests are in line, or if
-          there is no room without evicting frozen content.
+          How many tokens were prefilled. None are while requests are in line, or if there is no room without evicting
+          frozen content.
 
         Raises:
           InvalidRequestError: seconds is no number, or negative.
@@ -278,7 +278,7 @@ class Engine:
         require(ok, f"seconds={seconds!r} must be a number >= 0 or None")
         before, started = self.loop.stats.healed_tokens, time.perf_counter()
         while seconds is None or time.perf_counter() - started < seconds:
-            if self.loop.heal() is None:
+            if self.loop.heal(asked=True) is None:
                 break
         return self.loop.stats.healed_tokens - before
 

@@ -196,10 +196,11 @@ def test_a_request_that_comes_while_a_chunk_is_healed_is_next(monkeypatch):
     assert engine.stats()["approximate_tokens"] == 0
 
 
-def test_healing_can_be_turned_off_and_a_failure_turns_it_off(monkeypatch):
+def test_healing_can_be_turned_off_and_a_failure_pauses_it(monkeypatch):
     engine = tiny_engine(healing=0.0)
     list(turns(engine, [METHOD] * 2))
     assert engine.loop.heal() is None
+    assert engine.heal() > 150  # asked for
     engine = tiny_engine()
     list(turns(engine, [METHOD] * 2))
 
@@ -209,8 +210,12 @@ def test_healing_can_be_turned_off_and_a_failure_turns_it_off(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "begin", broken)
         assert engine.loop.heal() is None
+        with pytest.raises(RuntimeError, match="broken"):
+            engine.heal()
     assert engine.loop.heal() is None
     assert engine.generate(NOTES[0], GREEDY).token_ids
+    monkeypatch.setattr("sparsex_jax.scheduler.healing.time.monotonic", lambda: float("inf"))
+    assert engine.loop.heal() is not None
     engine.admission.check_books()
 
 

@@ -84,6 +84,19 @@ def store() -> Store:
     return made
 
 
+def test_content_without_room_does_not_keep_others_from_healing():
+    store = Store(num_pages=20, frozen_limit=0.9)
+    store.put(words(3000, 160), exact=0)
+    store.put(words(4000, 40), exact=0)
+    for _ in range(3):
+        store.cache.unpin(store.cache.lookup(np.array(words(3000, 160), np.int32), "a"))
+    frozen = store.put(OTHER + words(5000, 68), keep=True)
+    store.cache.register(frozen, 128, "a", frozen=True)
+    store.cache.release(frozen)
+    tokens, namespace = store.cache.to_heal(160)
+    assert (tokens.tolist(), namespace) == (words(4000, 40), "a")
+
+
 # The exact prefix ---------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,8 @@ from sparsex_jax.cache.tree import TOKEN_BYTES, Accepts, Node, PageTree, Prefix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
 from sparsex_jax.errors import StoreFullError
 
+HEALING_TRIES = 8  # sequences for which room is looked for; each costs a walk through its pages
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Match:
@@ -458,19 +460,28 @@ class PageCache:
         """A prompt and its namespace whose exact prefill replaces approximate content: of that which was used most.
 
         All but about `most` of its tokens have an exact prefix already. None if nothing is approximate, or if there
-        are no pages for it without evicting frozen content.
+        are no pages for what was used most without evicting frozen content.
         """
-        while chain := self.tree.approximate_chain():
-            prompt, namespace = b"".join(node.key for node in chain), chain[0].namespace
-            exact = self.tree.prefix(prompt, namespace).num_tokens
-            length = len(prompt) // TOKEN_BYTES
-            if exact < length:
-                end = self._healed_end(exact, length, most)
-                tokens = np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32)
-                pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is pinned meanwhile
-                return (tokens, namespace) if self._has_room(pages) else None
-            self._retire(chain[-1])
+        before = -1
+        while len(self.tree.approximate) != before:  # until none of them is retired any more
+            before = len(self.tree.approximate)
+            for chain in self.tree.approximate_chains(HEALING_TRIES):
+                tokens = self._to_heal_of(chain, most)
+                if tokens is not None:
+                    return tokens, chain[0].namespace
         return None
+
+    def _to_heal_of(self, chain: list[Node], most: int) -> Int32[np.ndarray, "tokens"] | None:
+        """The prompt for one chain. None if there is no room for it, or if it is exact elsewhere: then its end goes."""
+        prompt = b"".join(node.key for node in chain)
+        exact = self.tree.prefix(prompt, chain[0].namespace).num_tokens
+        length = len(prompt) // TOKEN_BYTES
+        if exact == length:
+            self._retire(chain[-1])
+            return None
+        end = self._healed_end(exact, length, most)
+        pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is pinned meanwhile
+        return np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32) if self._has_room(pages) else None
 
     def _retire(self, node: Node) -> None:
         """Drop an approximate node whose tokens are all in an exact prefix as well, unless an entry has it."""

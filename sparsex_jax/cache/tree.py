@@ -25,6 +25,7 @@ proves that all its tokens are equal.
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from collections.abc import Callable, Iterator
 
 TOKEN_BYTES = 4
@@ -278,21 +279,19 @@ class PageTree:
         found = [Prefix(_chain(node), *self._tail(node, prompt[at:], accepts)) for node in last]
         return max(reversed(found), key=lambda prefix: (prefix.tail_tokens, prefix.exact_tokens))
 
-    def approximate_chain(self) -> list[Node]:
-        """All pages from position 0 on of the sequence whose approximate content was used most, the oldest of several.
+    def approximate_chains(self, most: int) -> Iterator[list[Node]]:
+        """The pages from position 0 on of sequences with approximate content, that which was used most first.
 
-        Behind the node that was used most, it goes on in the most used child, and so on. [] if nothing is approximate.
+        Behind each of the `most` nodes that were used most, the oldest of several first, a chain goes on in the most
+        used child, and so on. Between two chains, nodes may be removed.
         """
-        while self.approximate:
-            node = max(self.approximate, key=lambda node: node.uses)
-            if self._is_rooted(node):
-                break
-            del self.approximate[node]  # an orphan: what stood before it is gone for good
-        else:
-            return []
-        while further := [child for child in node.all_children() if child in self.approximate]:
-            node = max(further, key=lambda child: child.uses)
-        return _chain(node)
+        for node in heapq.nlargest(most, self.approximate, key=lambda node: node.uses):
+            if node in self.approximate and not self._is_rooted(node):
+                del self.approximate[node]  # an orphan: what stood before it is gone for good
+            elif node in self.approximate:
+                while further := [child for child in node.all_children() if child in self.approximate]:
+                    node = max(further, key=lambda child: child.uses)
+                yield _chain(node)
 
     def _is_rooted(self, node: Node) -> bool:
         while node.parent is not None:

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 from sparsex_jax.config import EngineConfig, ReuseConfig
 from sparsex_jax.reuse.planner import Shapes
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.requests import Requests
 from sparsex_jax.scheduler.sequence import Sequence
+
+PAUSE_S = 60.0  # after a failure
 
 log = logging.getLogger(__name__)
 
@@ -25,11 +28,16 @@ class Healing:
 
     def __init__(self, config: EngineConfig, shapes: Shapes, admission: Admission, requests: Requests) -> None:
         self._share, self._admission, self._requests = config.healing, admission, requests
-        self._chunk = shapes.buckets[0][0]
+        self._chunk, self._paused_until = shapes.buckets[0][0], 0.0
 
-    def next(self) -> Sequence | None:
-        """The prefill of the next chunk. None if nothing is approximate, or healing is off, or there is no room."""
-        found = self._admission.cache.to_heal(self._chunk) if self._share else None
+    def next(self, *, asked: bool) -> Sequence | None:
+        """The prefill of the next chunk. None if nothing is approximate, or there is no room.
+
+        Args:
+          asked: somebody waits for it. Otherwise None too where healing is off, or paused.
+        """
+        on = asked or (self._share > 0 and time.monotonic() >= self._paused_until)
+        found = self._admission.cache.to_heal(self._chunk) if on else None
         if found is None:
             return None
         tokens, namespace = found
@@ -38,9 +46,9 @@ class Healing:
 
     def rest(self, seconds: float) -> float:
         """How long the device has to rest after a chunk that took so long; not longer than a thread can wait."""
-        return min(seconds * (1 / self._share - 1), threading.TIMEOUT_MAX)
+        return min(seconds * (1 / self._share - 1), threading.TIMEOUT_MAX) if self._share else 0.0
 
-    def stop(self) -> None:
-        """A chunk failed, though it was asked for before: heal nothing from now on. Requests go on as ever."""
-        log.exception("healing failed and is off from now on")
-        self._share = 0.0
+    def pause(self) -> None:
+        """A chunk failed. Requests go on as ever, and healing tries again later."""
+        log.exception("healing failed; it tries again in %.0f s", PAUSE_S)
+        self._paused_until = time.monotonic() + PAUSE_S

@@ -193,23 +193,28 @@ class Loop:
             self._drop(sequences)
             raise
 
-    def heal(self) -> float | None:
+    def heal(self, *, asked: bool = False) -> float | None:
         """Prefill a chunk of approximate content exactly, if nothing else is in line; who comes meanwhile waits for one
         chunk at most.
+
+        Args:
+          asked: even where healing is off, or paused after a failure. Then a failure is raised.
 
         Returns:
           For how many seconds to leave the device idle before the next chunk, if no request comes before. None if there
           is nothing to heal, or it must not be done.
         """
         with self._one_round(), self._news:
-            sequence = None if self._has_work() else self._healing.next()
+            sequence = None if self._has_work() else self._healing.next(asked=asked)
         if sequence is None:
             return None
         started = time.perf_counter()
         try:
             self.complete([sequence])
         except Exception:
-            self._healing.stop()
+            if asked:
+                raise
+            self._healing.pause()
             return None
         assert sequence.report is not None
         self._counts.healed(sequence.report)

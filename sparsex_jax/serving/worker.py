@@ -19,6 +19,7 @@ import functools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -90,6 +91,7 @@ class Worker:
         self._streams: set[Stream] = set()
         self._wake = threading.Event()
         self._stopping = False
+        self._heal_at = 0.0  # a call such as one for metrics wakes the thread, and must not cut its rest short
         self._thread = threading.Thread(target=self._run, name="sparsex-loop", daemon=True)
 
     def start(self) -> Worker:
@@ -178,12 +180,18 @@ class Worker:
                 self._wake.clear()
                 self._run_calls()
                 if not self.loop.step():
-                    rest = self.loop.heal()
-                    self._wake.wait(_IDLE_S if rest is None else rest)
+                    self._wake.wait(self._heal())
         except BaseException as broken:  # the loop answers for its requests; this is something else
             log.exception("the serving loop failed")
             error = broken
         self._fail(error)
+
+    def _heal(self) -> float:
+        """Heal a chunk if it is time to. Returns for how many seconds the thread may sleep."""
+        if time.monotonic() >= self._heal_at:
+            rest = self.loop.heal()
+            self._heal_at = time.monotonic() + (_IDLE_S if rest is None else rest)
+        return max(self._heal_at - time.monotonic(), 0.0)
 
     def _run_calls(self) -> None:
         with contextlib.suppress(queue.Empty):

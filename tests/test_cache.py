@@ -85,7 +85,7 @@ def store() -> Store:
 
 
 def test_content_without_room_does_not_keep_others_from_healing():
-    store = Store(num_pages=20, frozen_limit=0.9)
+    store = Store(num_pages=24, frozen_limit=0.65)
     store.put(words(3000, 160), exact=0)
     store.put(words(4000, 40), exact=0)
     for _ in range(3):

@@ -25,7 +25,6 @@ proves that all its tokens are equal.
 from __future__ import annotations
 
 import dataclasses
-import heapq
 from collections.abc import Callable, Iterator
 
 TOKEN_BYTES = 4
@@ -280,18 +279,29 @@ class PageTree:
         return max(reversed(found), key=lambda prefix: (prefix.tail_tokens, prefix.exact_tokens))
 
     def approximate_chains(self, most: int) -> Iterator[list[Node]]:
-        """The pages from position 0 on of sequences with approximate content, that which was used most first.
+        """The pages from position 0 on of at most so many sequences with approximate content.
 
-        Behind each of the `most` nodes that were used most, the oldest of several first, a chain goes on in the most
-        used child, and so on. Between two chains, nodes may be removed.
+        That which was used most comes first, and of several the oldest. Between two chains, nodes may be removed.
         """
-        for node in heapq.nlargest(most, self.approximate, key=lambda node: node.uses):
-            if node in self.approximate and not self._is_rooted(node):
+        seen: set[Node] = set()
+        for node in sorted(self.approximate, key=lambda node: -node.uses):
+            if node in seen or node not in self.approximate:
+                continue
+            if not self._is_rooted(node):
                 del self.approximate[node]  # an orphan: what stood before it is gone for good
-            elif node in self.approximate:
-                while further := [child for child in node.all_children() if child in self.approximate]:
-                    node = max(further, key=lambda child: child.uses)
-                yield _chain(node)
+                continue
+            chain = _chain(self._most_used_end(node))
+            yield chain
+            seen.update(chain)
+            most -= 1
+            if most == 0:
+                return
+
+    def _most_used_end(self, node: Node) -> Node:
+        """The last node behind an approximate one, in the most used child of each."""
+        while further := [child for child in node.all_children() if child in self.approximate]:
+            node = max(further, key=lambda child: child.uses)
+        return node
 
     def _is_rooted(self, node: Node) -> bool:
         while node.parent is not None:

@@ -99,10 +99,10 @@ def parse_method(text: str) -> ReuseConfig:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """`FIELD=VALUE` with a number, a word or `null`; the method checks what it is given."""
+    """`FIELD=VALUE` with a number, true, false, null or a word; the method checks what it is given."""
     field, _, value = text.partition("=")
     try:
-        return field, json.loads(value)
+        return field, json.loads(value.lower())
     except json.JSONDecodeError:
         return field, value
 

@@ -124,7 +124,7 @@ def first_tokens(
 
 def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float | None:
     """The milliseconds that the cost model predicts. None for an engine that does not measure its devices."""
-    speeds = engine.admission.speeds
+    speeds = engine.admission.choice.speeds
     with engine.prefilled(prompt, reuse=reuse, namespace=namespace) as sequence:
         return None if speeds is None else 1e3 * prefill_seconds(engine.model, sequence.plan, speeds)
 
@@ -300,7 +300,7 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
         shapes, dtype=options.dtype, store_tokens=needed, max_num_seqs=together, max_prefill_seqs=together
     )
     began = time.perf_counter()
-    _ = engine.admission.speeds
+    _ = engine.admission.choice.speeds
     yield Row("speeds, measured or read, compilation included", "cost model", time.perf_counter() - began, "s")
     asked = methods(engine.model.num_layers)
     asked = {name: reuse for name, reuse in asked.items() if not options.only or any(o in name for o in options.only)}

@@ -290,7 +290,7 @@ def speeds(row: float, layer: float) -> Speeds:
 def test_the_exact_prefix_is_taken_where_it_is_hardly_slower(measured, found):
     engine = tiny_engine()
     *_, (prompt, out) = turns(engine, [dataclasses.replace(METHOD, only_if_faster=False)] * 2)
-    engine.admission.speeds = measured
+    engine.admission.choice.speeds = measured
     report = engine.prefill(prompt + list(out.token_ids), reuse=METHOD).report
     assert count(report, found) > 150
     forced = dataclasses.replace(METHOD, only_if_faster=False)
@@ -300,7 +300,7 @@ def test_the_exact_prefix_is_taken_where_it_is_hardly_slower(measured, found):
 def test_nothing_is_searched_where_no_segment_could_save_time(monkeypatch):
     engine = tiny_engine()
     engine.remember(NOTES[0])
-    engine.admission.speeds = speeds(row=0.001, layer=1.0)
+    engine.admission.choice.speeds = speeds(row=0.001, layer=1.0)
     monkeypatch.setattr(engine.cache, "_find_runs", None)
     assert engine.prefill([1, *NOTES[0]], reuse=METHOD).report.fresh_tokens == len(NOTES[0]) + 1
 
@@ -311,7 +311,7 @@ def test_segments_behind_a_prefix_are_pasted_where_that_pays():
     (prompt, out), *_ = turns(engine, [dataclasses.replace(METHOD, only_if_faster=False)])
     follow_up = prompt + list(out.token_ids) + more + QUESTIONS[1]
     for measured, pasted in ((speeds(row=1.0, layer=0.0), True), (speeds(row=1.0, layer=500.0), False)):
-        engine.admission.speeds = measured
+        engine.admission.choice.speeds = measured
         report = engine.prefill(follow_up, reuse=METHOD, keep=False).report
         assert bool(report.segments) is pasted
         assert count(report, TokenKind.APPROXIMATE) > 150

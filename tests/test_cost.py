@@ -86,7 +86,7 @@ def test_a_tile_of_rows_reads_the_keys_up_to_its_last_row():
 
 @pytest.mark.parametrize(("speeds", "reused"), [(PER_ROW, 300), (PER_CHUNK, 0)], ids=["pays", "does not pay"])
 def test_segments_that_do_not_save_time_are_recomputed(engine, speeds, reused):
-    engine.admission.speeds = speeds
+    engine.admission.choice.speeds = speeds
     asked = ReuseConfig("naive")
     out = engine.prefill(PROMPT, reuse=asked, namespace="n", keep=False)
     assert out.report.reused_tokens == reused
@@ -97,7 +97,7 @@ def test_segments_that_do_not_save_time_are_recomputed(engine, speeds, reused):
 
 
 def test_what_is_forced_is_reused_even_if_it_is_slower(engine):
-    engine.admission.speeds = PER_CHUNK
+    engine.admission.choice.speeds = PER_CHUNK
     asked = ReuseConfig("naive", only_if_faster=False)
     assert engine.prefill(PROMPT, reuse=asked, namespace="n", keep=False).report.reused_tokens == 300
 

@@ -343,8 +343,19 @@ class PageCache:
         pages = list(pages)[: len(rows)]
         keys = [row[row >= 0].tobytes() for row in rows]
         self._require_commitable(pages, tokens, keys, namespace, exact_tokens, start)
+        new = self._attach(pages, keys, namespace, exact_tokens, start, made_by)
+        first_pages = [(i, node) for i, node in new if node.pages[0] == pages[i]]  # a twin's node is indexed already
+        self._windows.add([node for _, node in first_pages], rows[[i for i, _ in first_pages]])
+        for _, node in first_pages:
+            if node.sharable:
+                self._drop(self.tree.supersede(node, self._entries.holds))
+
+    def _attach(
+        self, pages: list[int], keys: list[bytes], namespace: str, exact_end: int, start: int, made_by: object
+    ) -> list[tuple[int, Node]]:
+        """Put pages into the tree. Returns those that were not there, as numbers in the sequence, with their nodes."""
         parent: Node | None = None
-        new, exact_end = [], exact_tokens
+        new: list[tuple[int, Node]] = []
         for i, (page, key) in enumerate(zip(pages, keys, strict=True)):
             position = start + i * self.page_size
             if self._pool.committed[page] and self.tree[page].length >= len(key) // TOKEN_BYTES:
@@ -361,11 +372,7 @@ class PageCache:
                     parent, exact_end = better, 0  # what follows was computed behind this page, not behind that one
             if parent.exact < self.page_size:
                 exact_end = 0
-        first_pages = [(i, node) for i, node in new if node.pages[0] == pages[i]]  # a twin's node is indexed already
-        self._windows.add([node for _, node in first_pages], rows[[i for i, _ in first_pages]])
-        for _, node in first_pages:
-            if node.sharable:
-                self._drop(self.tree.supersede(node, self._entries.holds))
+        return new
 
     def _rows(self, tokens: Int32[np.ndarray, "tokens"]) -> Int32[np.ndarray, "pages page_size"]:
         """The tokens page by page, with -1 in the slots behind the last token."""

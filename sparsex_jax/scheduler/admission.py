@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import logging
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 
@@ -20,17 +19,11 @@ import numpy as np
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.errors import InvalidRequestError, StoreFullError
-from sparsex_jax.reuse.cost import Speeds, can_save, least_seconds, prefill_seconds
+from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.methods import Method, method_of
-from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.scheduler.choice import Choice
 from sparsex_jax.scheduler.sequence import Sequence
-
-log = logging.getLogger(__name__)
-
-# What a plan's seconds count for beside those of one that pastes segments: of an exact plan, and of a plan that has an
-# approximate prefix but adds no approximation of its own.
-EXACT, PLAIN = 0.85, 0.9
 
 
 class Admission:
@@ -38,6 +31,7 @@ class Admission:
 
     Attributes:
       cache: what is in the store. A new one after `start_over`.
+      choice: what of that a plan uses.
       releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
     """
 
@@ -47,8 +41,8 @@ class Admission:
           measure: gives the speeds of the devices. It is called when they are first needed, and may `lend` itself
             pages. None: what was found is always reused.
         """
-        self._model, self._config, self._measure = model, config, measure
-        self._speeds: Speeds | None = None
+        self._model, self._config = model, config
+        self.choice = Choice(model, config.page_size, measure)
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
         self._holders: set[Sequence] = set()
         self.releases = 0
@@ -63,24 +57,7 @@ class Admission:
         self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles)
         self.releases += 1
 
-    # What it knows of the devices ---------------------------------------------------------------------------
-
-    @property
-    def speeds(self) -> Speeds | None:
-        """By which it sees what is fastest; None if what was found is always reused, or measuring failed."""
-        if self._speeds is None and self._measure is not None:
-            measure, self._measure = self._measure, None
-            try:
-                self._speeds = measure()
-            except StoreFullError:
-                self._measure = measure  # no page is free to measure with: another time
-            except Exception:
-                log.warning("the speeds of prefills could not be measured; what is found is reused", exc_info=True)
-        return self._speeds
-
-    @speeds.setter
-    def speeds(self, speeds: Speeds) -> None:
-        self._speeds = speeds
+    # For those who measure ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lend(self, num_tokens: int) -> Iterator[list[int]]:
@@ -125,13 +102,13 @@ class Admission:
             tokens,
             sequence.namespace,
             prefix=method.uses_prefix,
-            segments=functools.partial(self._segments_may_pay, method, len(tokens)),
+            segments=functools.partial(self.choice.segments_may_pay, method, len(tokens)),
             min_segment=method.min_segment_tokens,
             accepts=functools.partial(method.accepts, num_layers=self._model.num_layers),
             counted=not sequence.heals,
         )
         try:
-            plan = self._lay_out(tokens, match, method)
+            plan = self.choice.plan(tokens, match, method)
             pages, copy_pages = self._take_pages(plan.pages, slots, sequence.num_copied)
         except BaseException:
             self.cache.unpin(match)
@@ -139,41 +116,6 @@ class Admission:
         num_shared, plan = len(plan.pages), dataclasses.replace(plan, pages=pages)
         sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
-
-    def _segments_may_pay(self, method: Method, length: int, num_prefix: int) -> bool:
-        """Whether to look for segments in the rest of a prompt: not if no segment there could save enough time."""
-        if not method.uses_segments or not method.only_if_faster or self._speeds is None:
-            return method.uses_segments
-        return can_save(1 - PLAIN, self._model, length, length - num_prefix, self._speeds)
-
-    def _lay_out(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
-        """The plan, with no pages yet but the shared ones: of all that was found, or of as much as pays.
-
-        Approximation has to pay. An exact plan is preferred to one that is hardly faster: the next turn of a
-        conversation finds an exact prefix behind it, whatever its method, and nothing is left to heal.
-        """
-        approximate = match.num_exact_tokens < match.num_prefix_tokens
-        may_choose = method.only_if_faster and (approximate or match.segments)
-        if not may_choose or (speeds := self.speeds) is None:
-            return self._plan_with(tokens, match, method)
-        best = self._plan_with(tokens, match.without_segments(), method)
-        cost = functools.partial(self._cost, speeds=speeds)
-        parts = [match.exact_prefix(self._config.page_size)] if approximate else []
-        for part in [*parts, match] if match.segments else parts:
-            least = least_seconds(self._model, part.missing(len(tokens)), part.copies, speeds)
-            if (1.0 if part is match else EXACT) * least < cost(best):  # else no plan needs to be made of it
-                best = min(best, self._plan_with(tokens, part, method), key=cost)
-        return best
-
-    def _cost(self, plan: RequestPlan, speeds: Speeds) -> float:
-        exact = plan.exact_tokens(self._model.num_layers) == len(plan.prompt)
-        weight = EXACT if exact else 1.0 if plan.prompt.segments else PLAIN
-        return weight * prefill_seconds(self._model, plan, speeds)
-
-    def _plan_with(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
-        prompt = method.worth_pasting(PromptMap.of(tokens, match), self._model.num_layers)
-        copies = dataclasses.replace(match, segments=[*prompt.segments]).copies
-        return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), match.prefix_pages, copies)
 
     def _take_pages(self, shared: Several[int], slots: int, num_copied: int) -> tuple[list[int], list[int]]:
         """The shared prefix pages with new ones behind them, and the copy pages."""

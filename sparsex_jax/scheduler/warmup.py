@@ -51,7 +51,7 @@ def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
 
 def _measure(loop: Loop) -> None:
     """The speeds by which admission chooses, which the first request to find something would wait for."""
-    _ = loop.admission.speeds
+    _ = loop.admission.choice.speeds
 
 
 def _decode(loop: Loop, number: int) -> None:

@@ -1,0 +1,88 @@
+"""The choice of what a plan uses, of all that a lookup found: what pays by the measured speeds of the devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from sparsex_jax.cache import Match
+from sparsex_jax.config import ModelConfig
+from sparsex_jax.errors import StoreFullError
+from sparsex_jax.reuse.cost import Speeds, can_save, least_seconds, prefill_seconds
+from sparsex_jax.reuse.methods import Method
+from sparsex_jax.reuse.planner import RequestPlan
+from sparsex_jax.reuse.prompt import PromptMap
+
+log = logging.getLogger(__name__)
+
+# What a plan's seconds count for beside those of one that pastes segments: of an exact plan, and of a plan that has an
+# approximate prefix but adds no approximation of its own.
+EXACT, PLAIN = 0.85, 0.9
+
+
+class Choice:
+    """Lays out the plans of requests, for one model on its devices."""
+
+    def __init__(self, model: ModelConfig, page_size: int, measure: Callable[[], Speeds] | None = None) -> None:
+        """
+        Args:
+          measure: gives the speeds. It is called when they are first needed. None: what was found is always reused.
+        """
+        self._model, self._page_size, self._measure = model, page_size, measure
+        self._speeds: Speeds | None = None
+
+    @property
+    def speeds(self) -> Speeds | None:
+        """By which it sees what is fastest; None if what was found is always reused, or measuring failed."""
+        if self._speeds is None and self._measure is not None:
+            measure, self._measure = self._measure, None
+            try:
+                self._speeds = measure()
+            except StoreFullError:
+                self._measure = measure  # no page is free to measure with: another time
+            except Exception:
+                log.warning("the speeds of prefills could not be measured; what is found is reused", exc_info=True)
+        return self._speeds
+
+    @speeds.setter
+    def speeds(self, speeds: Speeds) -> None:
+        self._speeds = speeds
+
+    def segments_may_pay(self, method: Method, length: int, num_prefix: int) -> bool:
+        """Whether to look for segments in the rest of a prompt: not if no segment there could save enough time."""
+        if not method.uses_segments or not method.only_if_faster or self._speeds is None:
+            return method.uses_segments
+        return can_save(1 - PLAIN, self._model, length, length - num_prefix, self._speeds)
+
+    def plan(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
+        """The plan, with no pages yet but the shared ones: of all that was found, or of as much as pays.
+
+        Approximation has to pay. An exact plan is preferred to one that is hardly faster: the next turn of a
+        conversation finds an exact prefix behind it, whatever its method, and nothing is left to heal.
+        """
+        approximate = match.num_exact_tokens < match.num_prefix_tokens
+        may_choose = method.only_if_faster and (approximate or match.segments)
+        if not may_choose or (speeds := self.speeds) is None:
+            return self._plan_with(tokens, match, method)
+        best = self._plan_with(tokens, match.without_segments(), method)
+        cost = functools.partial(self._cost, speeds=speeds)
+        parts = [match.exact_prefix(self._page_size)] if approximate else []
+        for part in [*parts, match] if match.segments else parts:
+            least = least_seconds(self._model, part.missing(len(tokens)), part.copies, speeds)
+            if (1.0 if part is match else EXACT) * least < cost(best):  # else no plan needs to be made of it
+                best = min(best, self._plan_with(tokens, part, method), key=cost)
+        return best
+
+    def _cost(self, plan: RequestPlan, speeds: Speeds) -> float:
+        exact = plan.exact_tokens(self._model.num_layers) == len(plan.prompt)
+        weight = EXACT if exact else 1.0 if plan.prompt.segments else PLAIN
+        return weight * prefill_seconds(self._model, plan, speeds)
+
+    def _plan_with(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
+        prompt = method.worth_pasting(PromptMap.of(tokens, match), self._model.num_layers)
+        copies = dataclasses.replace(match, segments=[*prompt.segments]).copies
+        return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), match.prefix_pages, copies)

@@ -8,7 +8,8 @@ One round, `Loop.step`:
     postprocess  new tokens, ends, what others can find from now on
     report       news to the listeners
 
-`policy` decides, `execution` computes, `isolation` deals with what fails, `admission` keeps the books of the store.
+`policy` decides, `execution` computes, `isolation` deals with what fails, `admission` keeps the books of the store,
+`choice` says what of it a plan uses, `healing` what is made exact while nothing is in line.
 
 Everything but `submit`, `remember`, `wait`, `stats` and `Ticket.cancel` belongs to one thread, and so does the engine.
 Listeners run on that thread, in the middle of a round. They must not call the engine, which raises RuntimeError then.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from sparsex_jax.checkpoints import EMBEDDED_MODELS, convert, open_checkpoint, save_checkpoint
 from sparsex_jax.config import config_dir, named_config
@@ -548,3 +548,76 @@ def test_ruler_tiny_comes_with_the_vocabulary_of_the_tasks():
     assert checkpoint.config.vocab_size >= len(vocabulary)
     assert checkpoint.config.eos_token_ids == (vocabulary["<eos>"],)
     assert sum(file.stat().st_size for file in (config_dir() / "ruler-tiny").iterdir()) < 32e6
+
+
+# What a checkpoint says twice, and what nobody would read -------------------------------------------------------
+
+
+def rewritten(name, tmp_path, change):
+    """A copy of a golden directory whose tensors were changed."""
+    folder, tensors = copy_of(name, tmp_path), dict(stored_tensors(name))
+    change(tensors)
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["model.layers.0.self_attn.o_proj.bias", "model.layers.1.self_attn.q_norm.weight", "model.norm.weight_scale"],
+)
+def test_tensors_that_would_not_be_read_are_refused(extra, tmp_path):
+    folder = rewritten("llama", tmp_path, lambda tensors: tensors.update({extra: np.ones(4, np.float32)}))
+    with pytest.raises(UnsupportedModelError, match=rf"not read: {extra}"):
+        open_checkpoint(folder)
+
+
+def test_rotary_tables_of_old_files_are_left_out(tmp_path):
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    open_checkpoint(rewritten("llama", tmp_path, lambda tensors: tensors.update(table)))
+
+
+def test_gguf_tensors_that_would_not_be_read_are_refused(tmp_path, monkeypatch):
+    known = gguf_tensors
+    monkeypatch.setitem(
+        globals(), "gguf_tensors", lambda *args: [*known(*args), ("blk.0.attn_output.bias", np.ones(4, np.float32))]
+    )
+    path = write_gguf(tmp_path / "m.gguf", "llama", "llama")
+    with pytest.raises(UnsupportedModelError, match=r"not read: blk\.0\.attn_output\.bias"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_stored_head_counts_where_it_differs_from_the_embeddings(own, tmp_path, mesh):
+    embed = stored_tensors("llama")["model.embed_tokens.weight"]
+    head = embed + own
+    folder = rewritten("llama", tmp_path, lambda tensors: tensors.update({"lm_head.weight": head}))
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.tied_embeddings is not own
+    params = checkpoint.load_params("float32", mesh)
+    assert (params.lm_head is not None) is own
+    if own:
+        np.testing.assert_array_equal(params.lm_head, head.T)
+
+
+def test_a_transposed_matrix_is_refused(tmp_path, mesh):
+    def transposed(tensors):
+        name = "model.layers.0.mlp.gate_proj.weight"
+        tensors[name] = tensors[name].T
+
+    with pytest.raises(UnsupportedModelError, match="w_gate is stored as"):
+        open_checkpoint(rewritten("llama", tmp_path, transposed)).load_params("float32", mesh)
+
+
+def test_files_beside_model_safetensors_do_not_count(tmp_path, mesh):
+    folder = copy_of("llama", tmp_path)
+    other = {key: value + 1 for key, value in stored_tensors("llama").items()}
+    save_file(other, folder / "zz.safetensors")
+    assert_equal(
+        open_checkpoint(folder).load_params("float32", mesh),
+        open_checkpoint(GOLDEN / "llama").load_params("float32", mesh),
+    )
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"a\.safetensors and zz\.safetensors .* both have the tensor"):
+        open_checkpoint(folder)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import abc
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
-from sparsex_jax.model.weights import Params, Weight, place_params
+from sparsex_jax.model.weights import Params, Weight, describe, leaf_name, place_params
 
 
 class Checkpoint(abc.ABC):
@@ -36,6 +37,26 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         """The parameters in `dtype`, placed on the mesh."""
+
+
+def refuse_unread(where: Path, stored: Iterable[str], config: ModelConfig, names: Mapping[str, str]) -> None:
+    """Refuse tensors that the model as configured would not read: without them it would compute something else.
+
+    Args:
+      where: the checkpoint, for the message.
+      stored: the names of its tensors, without those that are read elsewhere.
+      names: field of `Params` or `Layers` to the tensor's name, with the layer's number to be filled in.
+
+    Raises:
+      UnsupportedModelError: the message names the first few of them.
+    """
+    fields = [(leaf_name(path)[-1], weight) for path, weight in jax.tree.leaves_with_path(describe(config))]
+    layers = range(config.num_layers)
+    read = {names[name].format(layer) for name, weight in fields for layer in (layers if weight.stacked else [None])}
+    unread = sorted(set(stored) - read)
+    if unread:
+        more = f" and {len(unread) - 4} more" if len(unread) > 4 else ""
+        raise UnsupportedModelError(f"{where} has tensors that are not read: {', '.join(unread[:4])}{more}")
 
 
 def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str, int | None], np.ndarray]) -> Params:
@@ -63,8 +84,13 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str,
 
 
 def _oriented(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A view of a stored `[out, in]` matrix, bias or norm in our shape: inputs first, one axis for the heads."""
-    if stored.size != math.prod(shape):
+    """A view of a stored `[out, in]` matrix, bias or norm in our shape: inputs first, one axis for the heads.
+
+    An `[in, out]` matrix of the same size is refused, unless it is square.
+    """
+    rows = shape if name == "embed" else stored.shape[::-1]
+    inputs = [math.prod(shape[:axes]) for axes in range(1, len(shape) + 1)]
+    if stored.size != math.prod(shape) or rows[0] not in inputs or (name == "embed" and stored.shape != shape):
         raise UnsupportedModelError(f"{name} is stored as {stored.shape}; the configuration needs {shape}")
     return stored if name == "embed" else stored.T.reshape(shape)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, place_rows
+from sparsex_jax.checkpoints.base import Checkpoint, place_rows, refuse_unread
 from sparsex_jax.config import ModelConfig, rope_factors
 from sparsex_jax.errors import UnsupportedModelError
 from sparsex_jax.model.weights import Params
@@ -47,6 +47,8 @@ TENSORS = {
     "w_down": "blk.{}.ffn_down.weight",
 }
 
+_ROTARY = "rope_freqs.weight"
+
 # Types of metadata values in the header, and how `struct` unpacks the scalar ones.
 _STRING, _ARRAY = 8, 9
 _FLOATS = {0: "float32", 1: "float16", 30: "bfloat16"}  # ggml's numbers of the encodings that are not quantised
@@ -64,6 +66,8 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self._file = _File(path)
         self.config = _model_config(self._file)
+        stored = self._file.tensors.keys() - {_ROTARY}  # which the configuration has
+        refuse_unread(path, stored, self.config, TENSORS)
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
@@ -154,8 +158,8 @@ def _rope_factors(fields: Mapping[str, Any], head_dim: int, file: _File) -> tupl
         raise UnsupportedModelError(
             f"rope.dimension_count={fields['rope.dimension_count']} must be head_dim={head_dim}: partial rotation"
         )
-    if "rope_freqs.weight" in file.tensors:
-        return tuple(file.read("rope_freqs.weight").astype(float).tolist())
+    if _ROTARY in file.tensors:
+        return tuple(file.read(_ROTARY).astype(float).tolist())
     scaling = fields.get("rope.scaling.type", "none")
     rope_type = "default" if scaling == "none" else scaling
     return rope_factors({"rope_type": rope_type, "factor": fields.get("rope.scaling.factor")}, head_dim)

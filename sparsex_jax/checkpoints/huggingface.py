@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, place_rows, read_json
+from sparsex_jax.checkpoints.base import Checkpoint, place_rows, read_json, refuse_unread
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
 from sparsex_jax.model.weights import Params
 from sparsex_jax.text.tokenizer import read_tokenizer
 
 _INDEX = "model.safetensors.index.json"
+_TABLES = "rotary_emb.inv_freq"  # old files have it, and it follows from the configuration
 
 # Field of `Params` or `Layers` -> the tensor's name, with the layer's number to be filled in.
 TENSORS = {
@@ -58,8 +59,27 @@ class HuggingFaceCheckpoint(Checkpoint):
         if raw.get("quantization_config"):
             raise UnsupportedModelError(f"{directory} holds quantised weights (quantization_config); they are not read")
         config = ModelConfig.from_hf(raw)
-        self.config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(config, directory))
         self._files = _weight_files(directory)
+        self.config = dataclasses.replace(
+            config,
+            eos_token_ids=_eos_token_ids(config, directory),
+            tied_embeddings=config.tied_embeddings and not self._has_own_head(),
+        )
+        refuse_unread(directory, self._to_read(), self.config, TENSORS)
+
+    def _has_own_head(self) -> bool:
+        """Whether a head is stored that differs from the embeddings: then it counts, whatever the configuration says of
+        ties. Fine-tunes often keep the configuration of their base model."""
+        tensors = [TENSORS[name] for name in ("embed", "lm_head")]
+        if not all(tensor in self._files for tensor in tensors):
+            return False
+        embed, head = (_open_safetensors(self._files[tensor]).get_tensor(tensor) for tensor in tensors)
+        return not np.array_equal(embed, head)
+
+    def _to_read(self) -> list[str]:
+        """The stored tensors but those that say nothing new: rotary tables, and a copy of tied embeddings."""
+        copies = [TENSORS["lm_head"]] if self.config.tied_embeddings else []
+        return [name for name in self._files if not name.endswith(_TABLES) and name not in copies]
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
@@ -94,23 +114,31 @@ def _eos_token_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:
 
 
 def _weight_files(directory: Path) -> dict[str, Path]:
-    """Tensor -> its file: from the index where there is one, else from the files themselves.
+    """Tensor -> its file: by the index where there is one, else of `model.safetensors`, else of all files.
 
     Raises:
       UnknownModelError: there are no weights, or a file that the index names is missing.
+      UnsupportedModelError: two files have a tensor of the same name, and nothing says which one counts.
     """
     files: dict[str, Path] = {}
     if (directory / _INDEX).is_file():
         files = {name: directory / file for name, file in read_json(directory / _INDEX)["weight_map"].items()}
     else:
-        for file in directory.glob("*.safetensors"):
-            files |= dict.fromkeys(_open_safetensors(file).keys(), file)
+        single = directory / "model.safetensors"
+        for file in [single] if single.is_file() else sorted(directory.glob("*.safetensors")):
+            for name in _open_safetensors(file).keys():  # noqa: SIM118 (it is no dictionary)
+                _require_one(name, files.setdefault(name, file), file)
     missing = sorted({file.name for file in files.values() if not file.is_file()})
     if missing:
         raise UnknownModelError(f"{directory} has no {', '.join(missing)}, which {_INDEX} names")
     if not files:
         raise UnknownModelError(f"{directory} has no model.safetensors and no {_INDEX}")
     return files
+
+
+def _require_one(tensor: str, first: Path, file: Path) -> None:
+    if first != file:
+        raise UnsupportedModelError(f"{first.name} and {file.name} in {file.parent} both have the tensor {tensor}")
 
 
 def _open_safetensors(path: Path) -> Any:

@@ -351,9 +351,20 @@ def test_gguf_equals_the_directory_it_was_made_of(name, architecture, tmp_path, 
 def test_gguf_rotary_divisors(tmp_path):
     stored = open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", "llama")).config.rope_factors
     assert stored == pytest.approx(open_checkpoint(GOLDEN / "llama").config.rope_factors)
-    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
-    path = write_gguf(tmp_path / "linear.gguf", "qwen2", "qwen2", **linear)
-    assert open_checkpoint(path).config.rope_factors == (4.0,) * 8
+
+
+@pytest.mark.parametrize(
+    ("fields", "factors"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, (4.0,) * 8),
+        ({"rope.scaling.factor": 4.0}, (4.0,) * 8),
+        ({"rope.scale_linear": 4.0}, (4.0,) * 8),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_gguf_rotary_scaling_by_its_old_and_new_names(fields, factors, tmp_path):
+    path = write_gguf(tmp_path / "scaled.gguf", "qwen2", "qwen2", **fields)
+    assert open_checkpoint(path).config.rope_factors == factors
 
 
 @pytest.mark.parametrize(

@@ -160,9 +160,11 @@ def _rope_factors(fields: Mapping[str, Any], head_dim: int, file: _File) -> tupl
         )
     if _ROTARY in file.tensors:
         return tuple(file.read(_ROTARY).astype(float).tolist())
-    scaling = fields.get("rope.scaling.type", "none")
+    # Old files name a factor and no type, or the factor by its old name. Both mean linear, as llama.cpp reads them.
+    factor = fields.get("rope.scaling.factor") or fields.get("rope.scale_linear")
+    scaling = fields.get("rope.scaling.type") or ("linear" if factor else "none")
     rope_type = "default" if scaling == "none" else scaling
-    return rope_factors({"rope_type": rope_type, "factor": fields.get("rope.scaling.factor")}, head_dim)
+    return rope_factors({"rope_type": rope_type, "factor": factor}, head_dim)
 
 
 def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:

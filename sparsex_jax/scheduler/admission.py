@@ -133,8 +133,10 @@ class Admission:
     def grow(self, sequence: Sequence, steps: int) -> bool:
         """Take pages for this many more tokens. False if there are not enough; nothing is taken then."""
         lacking = self.pages_for(sequence.slots(steps)) - len(sequence.pages)
+        if lacking <= 0:  # as in most rounds: nothing is looked at then, however much is stored
+            return True
         try:
-            sequence.pages.extend(self.cache.allocate(max(lacking, 0)))
+            sequence.pages.extend(self.cache.allocate(lacking))
         except StoreFullError:
             return False
         return True

@@ -33,7 +33,6 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
-from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.eval.conversations import (
     CONVERSATIONS,
     ConversationSize,
@@ -43,7 +42,7 @@ from sparsex_jax.eval.conversations import (
     next_request,
     scripted_answers,
 )
-from sparsex_jax.eval.engines import load_engine
+from sparsex_jax.eval.engines import load_engine, settled
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.scores import agreement, kl_divergence
 from sparsex_jax.reuse.report import Report
@@ -54,9 +53,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 BASELINE = "prefix"
 METHODS = (BASELINE, "sparsex")
 ANSWERS = ("full", "own", "scripted")
-MAX_PASSES = 4  # one of these must compile nothing
 SLOWER = 1.1  # a turn is slower than the baseline's if it takes more than this many times as long
-KINDS = ("prefix", "approximate_prefix", "reused", "recomputed", "fresh")
 
 
 @dataclasses.dataclass
@@ -79,7 +76,7 @@ class Turn:
         """All of it as numbers; work is in token-layers."""
         report = self.report
         work = round(report.computed_fraction * report.prompt_tokens * num_layers)
-        tokens = {f"{kind}_tokens": getattr(report, f"{kind}_tokens") for kind in KINDS}
+        tokens = {f"{kind}_tokens": number for kind, number in report.tokens_by_kind().items()}
         quality = {"kl": self.kl, "top1": self.top1, "agreement": self.agreement}
         return {"speaker": self.speaker, "prompt_tokens": report.prompt_tokens, **tokens, "work": work, **quality}
 
@@ -117,10 +114,10 @@ class Bench:
     def compare(self, name: str, answers: str, methods: dict[str, ReuseConfig], passes: int) -> dict[str, list[dict]]:
         """A pass for quality, then passes for times: the figures of each method, turn by turn."""
         if answers == "own":
-            timed = [quality := self.settled(name, answers, methods, quality=True)]
+            timed = [quality := settled(lambda: self.once(name, answers, methods, quality=True), name)]
         else:
             quality = self.once(name, answers, methods, quality=True)
-            timed = [self.settled(name, answers, methods) for _ in range(passes)]
+            timed = [settled(lambda: self.once(name, answers, methods), name) for _ in range(passes)]
         return {method: self._rows(quality[method], [each[method] for each in timed]) for method in methods}
 
     def _rows(self, quality: Sequence[Turn], timed: Sequence[Sequence[Turn]]) -> list[dict[str, Any]]:
@@ -131,17 +128,6 @@ class Bench:
             | {"kl": turn.kl, "top1": turn.top1, "agreement": turn.agreement, "ttft_s": seconds}
             for turn, timed_turn, seconds in zip(quality, timed[-1], ttft, strict=True)
         ]
-
-    def settled(
-        self, name: str, answers: str, methods: dict[str, ReuseConfig], *, quality: bool = False
-    ) -> dict[str, list[Turn]]:
-        """The first pass that compiles nothing. Raises RuntimeError if none of `MAX_PASSES` does."""
-        for _ in range(MAX_PASSES):
-            before = num_compilations()
-            turns = self.once(name, answers, methods, quality=quality)
-            if num_compilations() == before:
-                return turns
-        raise RuntimeError(f"{MAX_PASSES} passes of {name} all compiled something")
 
     def once(
         self, name: str, answers: str, methods: dict[str, ReuseConfig], *, quality: bool = False

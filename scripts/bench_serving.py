@@ -14,6 +14,7 @@ tokens is divided among them. Goodput counts requests whose TTFT and mean time b
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import time
@@ -25,8 +26,7 @@ import numpy as np
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
-from sparsex_jax.device.compilation import num_compilations
-from sparsex_jax.eval.engines import load_engine
+from sparsex_jax.eval.engines import load_engine, settled
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WORKLOADS, Workload, WorkloadSize, make_workload
 from sparsex_jax.reuse.report import KINDS, Report, words_of
@@ -35,7 +35,6 @@ from sparsex_jax.scheduler.loop import Event
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("full", "prefix", "sparsex:boundary_layer=0:recompute_ratio=0.05", "sparsex")
 PERCENTILES = (50, 95, 99)
-MAX_PASSES = 4  # one of these must compile nothing
 
 
 # One request -------------------------------------------------------------------------------------------------
@@ -116,15 +115,6 @@ class Bench:
         self._sampling = SamplingParams(new_tokens, temperature=0.0, ignore_eos=True)
         self._passes = itertools.count()
 
-    def settled(self, workload: Workload, reuse: ReuseConfig, due: np.ndarray) -> list[Timeline]:
-        """The first pass that compiles nothing. Raises RuntimeError if none of `MAX_PASSES` does."""
-        for _ in range(MAX_PASSES):
-            before = num_compilations()
-            timelines = self.once(workload, reuse, due)
-            if num_compilations() == before:
-                return timelines
-        raise RuntimeError(f"{MAX_PASSES} passes of {reuse.method} all compiled something")
-
     def once(self, workload: Workload, reuse: ReuseConfig, due: np.ndarray) -> list[Timeline]:
         """Store the workload's texts, send each prompt when it is due (in seconds), and wait for all answers.
 
@@ -168,12 +158,12 @@ def compare(
         bench.once(workload, reuse, at_once)  # compiles most of the programs
     rate = options.rate
     if rate is None:
-        timelines = bench.settled(workload, ReuseConfig("full"), at_once)
+        timelines = settled(lambda: bench.once(workload, ReuseConfig("full"), at_once), "full")
         rate = options.load * number / seconds_of(timelines)
     due = np.random.default_rng(options.seed).exponential(1 / rate, number).cumsum()
     runs = {}
     for name, reuse in methods.items():
-        runs[name] = bench.settled(workload, reuse, due)
+        runs[name] = settled(functools.partial(bench.once, workload, reuse, due), reuse.method)
         print(f"{rate:.3f}/s, {name}: TTFT p50 {np.median([t.ttft for t in runs[name]]):.2f} s", flush=True)
     return rate, runs
 

@@ -17,6 +17,7 @@ from sparsex_jax.eval.conversations import (
     next_request,
     scripted_requests,
 )
+from sparsex_jax.reuse.report import KINDS
 
 
 def _script(name):
@@ -111,7 +112,7 @@ def test_methods_play_the_same_conversation(bench, answers):
     for turns in played.values():
         assert len(turns) == 9, "three for each agent"
         for turn in turns:
-            assert turn["prompt_tokens"] == sum(turn[f"{kind}_tokens"] for kind in bench_conversations.KINDS)
+            assert turn["prompt_tokens"] == sum(turn[f"{kind}_tokens"] for kind in KINDS)
             assert turn["ttft_s"] > 0
     if answers == "full":
         prefix, sparsex = played.values()
@@ -122,7 +123,7 @@ def test_methods_play_the_same_conversation(bench, answers):
 
 
 def turn(work, ttft_s, kl, agreement=None):
-    tokens = {f"{kind}_tokens": 0 for kind in bench_conversations.KINDS} | {"fresh_tokens": 10}
+    tokens = {f"{kind}_tokens": 0 for kind in KINDS} | {"fresh_tokens": 10}
     return {"speaker": "a", "prompt_tokens": 10, **tokens, "work": work, "ttft_s": ttft_s, "kl": kl, "top1": 1.0,
             "agreement": agreement}  # fmt: skip
 

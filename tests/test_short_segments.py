@@ -85,7 +85,7 @@ def test_overflow_reaches_no_further_than_its_tokens():
 )
 def test_only_segments_that_spare_something_are_pasted(method, pieces, kept):
     prompt = map_of(*pieces)
-    left = method.worth_pasting(prompt, LAYERS)
+    left, _ = method.lay_out(prompt, LAYERS)
     assert lengths(left) == kept
     gone = [segment for segment in prompt.segments if segment not in left.segments]
     assert all(left.fresh[segment.start : segment.end].all() for segment in gone)
@@ -95,8 +95,9 @@ def test_only_segments_that_spare_something_are_pasted(method, pieces, kept):
 def test_a_segment_next_to_one_that_is_not_pasted_is_asked_again():
     prompt = map_of(20, 100, 0, 20, 0, 20, 4)  # the first is not next to fresh tokens behind it
     method = SparseX(head_tokens=16)
-    assert lengths(method.worth_pasting(prompt, LAYERS)) == [100]
-    forced = method.forced(method.worth_pasting(prompt, LAYERS))
+    left, _ = method.lay_out(prompt, LAYERS)
+    assert lengths(left) == [100]
+    forced = method.forced(left)
     assert forced[20 + 100 - 12 : 20 + 100].all()
 
 

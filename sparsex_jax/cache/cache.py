@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 
 from sparsex_jax.cache.entries import Entry, EntryBook
 from sparsex_jax.cache.pages import PagePool
@@ -63,14 +63,6 @@ class Match:
     def copies(self) -> tuple[Segment, ...]:
         """Everything that is copied, in order."""
         return (*([self.prefix_tail] if self.prefix_tail else []), *self.segments)
-
-    def missing(self, length: int) -> Int64[np.ndarray, "missing"]:
-        """Positions of those of a prompt's tokens that were not found. The last one never counts as found."""
-        missing = np.arange(length) >= self.num_prefix_tokens
-        for segment in self.segments:
-            missing[segment.start : segment.end] = False
-        missing[-1] = True
-        return np.flatnonzero(missing)
 
     def without_segments(self) -> Match:
         """The prefix alone."""

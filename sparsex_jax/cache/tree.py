@@ -25,6 +25,7 @@ proves that all its tokens are equal.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 TOKEN_BYTES = 4
@@ -126,11 +127,11 @@ class Prefix:
     tail: Node | None
     tail_tokens: int
 
-    @property
+    @functools.cached_property
     def num_tokens(self) -> int:
         return sum(node.length for node in self.nodes) + self.tail_tokens
 
-    @property
+    @functools.cached_property
     def exact_tokens(self) -> int:
         """How many of them are exact. No exact token follows an approximate one."""
         tail = min(self.tail.exact, self.tail_tokens) if self.tail else 0
@@ -279,9 +280,10 @@ class PageTree:
         return max(reversed(found), key=lambda prefix: (prefix.tail_tokens, prefix.exact_tokens))
 
     def approximate_chains(self, most: int) -> Iterator[list[Node]]:
-        """The pages from position 0 on of at most so many sequences with approximate content.
+        """Yield, for at most `most` sequences with approximate content, their pages from position 0 on.
 
-        That which was used most comes first, and of several the oldest. Between two chains, nodes may be removed.
+        The most used sequence comes first, the older one of two that were used equally often. Between two chains, nodes
+        may be removed.
         """
         seen: set[Node] = set()
         for node in sorted(self.approximate, key=lambda node: -node.uses):

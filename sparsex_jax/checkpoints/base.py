@@ -88,9 +88,9 @@ def _oriented(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarr
 
     An `[in, out]` matrix of the same size is refused, unless it is square.
     """
-    rows = shape if name == "embed" else stored.shape[::-1]
     inputs = [math.prod(shape[:axes]) for axes in range(1, len(shape) + 1)]
-    if stored.size != math.prod(shape) or rows[0] not in inputs or (name == "embed" and stored.shape != shape):
+    turned = stored.size == math.prod(shape) and stored.shape[-1] in inputs
+    if not (stored.shape == shape if name == "embed" else turned):
         raise UnsupportedModelError(f"{name} is stored as {stored.shape}; the configuration needs {shape}")
     return stored if name == "embed" else stored.T.reshape(shape)
 

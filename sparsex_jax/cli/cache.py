@@ -114,8 +114,7 @@ def look_up(
         min_segment=method.min_segment_tokens,
         accepts=functools.partial(method.accepts, num_layers=num_layers),
     )
-    prompt = method.worth_pasting(PromptMap.of(tokens, match), num_layers)
-    phases = method.phases(prompt, num_layers)
+    prompt, phases = method.lay_out(PromptMap.of(tokens, match), num_layers)
     after_boundary = phases[min(1, len(phases) - 1)]
     report = make_report(prompt, phases, num_layers, after_boundary.forced, 0.0)
     cache.unpin(match)

@@ -35,6 +35,7 @@ from jaxtyping import Int32
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import lexicon, notes
 from sparsex_jax.eval.tasks import noise_sentences
+from sparsex_jax.text.encoding import encode_chat
 
 Message = dict[str, str]
 
@@ -296,7 +297,7 @@ def group_chat(texts: Texts, size: ConversationSize) -> Conversation:
 
 
 def _group_chat(texts: Texts, agents: Sequence[Agent], size: ConversationSize) -> Requests:
-    """Nobody speaks twice in a row. The seed names the speakers, whatever the manager answers."""
+    """No agent speaks twice in a row. The seed chooses the speakers, whatever the manager answers."""
     said, agent = [("user", _task(texts))], agents[0]
     for _ in range(size.turns):
         yield Request("manager", [_system(_choice(agents, said))], min(_MANAGER_TOKENS, size.new_tokens))
@@ -470,7 +471,4 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> In
     Raises:
       InvalidRequestError: the tokenizer has no chat template.
     """
-    if not tokenizer.chat_template:
-        raise InvalidRequestError("conversations need a tokenizer with a chat template, and this model's has none")
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    return np.asarray(encode_chat(messages, tokenizer), np.int32)

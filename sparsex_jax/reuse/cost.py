@@ -53,7 +53,7 @@ class ChunkTimes:
 
     def layer_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
         """Seconds of a layer for rows at these rising positions, a chunk at a time."""
-        return self.projection_seconds(positions) + self.attention_seconds(positions)
+        return self.rows_seconds(len(positions), mean_keys(positions))
 
     def projection_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
         """The part of it that does not depend on where the rows are."""
@@ -63,8 +63,8 @@ class ChunkTimes:
         """The part of it that attention takes."""
         return self._in_chunks(self.key, len(positions)) * mean_keys(positions)
 
-    def upper_seconds(self, rows: int, keys: int) -> float:
-        """Seconds of a layer for this many rows, if each of them attends to so many keys."""
+    def rows_seconds(self, rows: int, keys: int | float) -> float:
+        """Seconds of a layer for a number of rows, each of which attends to the same number of keys."""
         return self._in_chunks(self.layer, rows) + self._in_chunks(self.key, rows) * keys
 
     def _in_chunks(self, measured: Sequence[float], rows: int) -> float:
@@ -156,9 +156,8 @@ def can_save(share: float, model: ModelConfig, length: int, missing: int, speeds
     As if each of its rows saw all the keys, and as if segments left one row. Asked for each request before anything is
     searched, so it has to be fast.
     """
-    times, least = speeds.of_plan(missing), speeds.small
-    plain = speeds.start + model.num_layers * times.upper_seconds(missing, length)
-    sparse = speeds.start + speeds.copy + model.num_layers * (least.layer[0] + least.key[0] * length)
+    plain = speeds.start + model.num_layers * speeds.of_plan(missing).rows_seconds(missing, length)
+    sparse = speeds.start + speeds.copy + model.num_layers * speeds.of_plan(1).rows_seconds(1, length)
     return sparse < (1 - share) * plain
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable
 
@@ -67,14 +66,17 @@ class Choice:
         approximate = match.num_exact_tokens < match.num_prefix_tokens
         may_choose = method.only_if_faster and (approximate or match.segments)
         if not may_choose or (speeds := self.speeds) is None:
-            return self._plan_with(tokens, match, method)
-        best = self._plan_with(tokens, match.without_segments(), method)
-        cost = functools.partial(self._cost, speeds=speeds)
+            return self._plan_with(PromptMap.of(tokens, match), match, method)
+        plain = match.without_segments()
+        best = self._plan_with(PromptMap.of(tokens, plain), plain, method)
+        cost = self._cost(best, speeds)
         parts = [match.exact_prefix(self._page_size)] if approximate else []
         for part in [*parts, match] if match.segments else parts:
-            least = least_seconds(self._model, part.missing(len(tokens)), part.copies, speeds)
-            if (1.0 if part is match else EXACT) * least < cost(best):  # else no plan needs to be made of it
-                best = min(best, self._plan_with(tokens, part, method), key=cost)
+            prompt = PromptMap.of(tokens, part)
+            least = least_seconds(self._model, np.flatnonzero(prompt.fresh), part.copies, speeds)
+            if (1.0 if part is match else EXACT) * least < cost:  # else no plan needs to be made of it
+                plan = self._plan_with(prompt, part, method)
+                best, cost = min((best, cost), (plan, self._cost(plan, speeds)), key=lambda priced: priced[1])
         return best
 
     def _cost(self, plan: RequestPlan, speeds: Speeds) -> float:
@@ -82,7 +84,7 @@ class Choice:
         weight = EXACT if exact else 1.0 if plan.prompt.segments else PLAIN
         return weight * prefill_seconds(self._model, plan, speeds)
 
-    def _plan_with(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
-        prompt = method.worth_pasting(PromptMap.of(tokens, match), self._model.num_layers)
+    def _plan_with(self, prompt: PromptMap, match: Match, method: Method) -> RequestPlan:
+        prompt, phases = method.lay_out(prompt, self._model.num_layers)
         copies = dataclasses.replace(match, segments=[*prompt.segments]).copies
-        return RequestPlan(prompt, method.phases(prompt, self._model.num_layers), match.prefix_pages, copies)
+        return RequestPlan(prompt, phases, match.prefix_pages, copies)

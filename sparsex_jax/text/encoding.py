@@ -38,7 +38,7 @@ def encode(
             f"prompt has type {type(prompt).__name__}; it must be text, token ids or a list of chat messages"
         )
     if len(prompt) and all(isinstance(message, Mapping) for message in prompt):
-        return _checked(_chat(prompt, _tokenizer(tokenizer)), config)
+        return _checked(encode_chat(prompt, _tokenizer(tokenizer)), config)
     return _checked(prompt, config)
 
 
@@ -54,7 +54,8 @@ def _tokenize(text: str, tokenizer: Any | None, add_special_tokens: bool) -> lis
     return _tokenizer(tokenizer)(text, add_special_tokens=add_special_tokens)["input_ids"]
 
 
-def _chat(messages: Any, tokenizer: Any) -> list[int]:
+def encode_chat(messages: Any, tokenizer: Any) -> list[int]:
+    """The ids of chat messages in the tokenizer's template, whatever the model's vocabulary. Errors as `encode`."""
     for number, message in enumerate(messages):
         if not isinstance(message.get("role"), str):
             raise InvalidRequestError(f"prompt[{number}] is a chat message without a role")

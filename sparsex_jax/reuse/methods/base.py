@@ -16,6 +16,8 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase, check_schedule
 
+# Options of the methods that correct what stands around new tokens; more of each computes more.
+CORRECTIONS = ("recompute_ratio", "overflow_tokens", "tail_tokens", "second_boundary", "head_tokens")
 LEAST_SPARED = 0.25  # of a segment's tokens: with fewer, copying and scoring it is not worth its approximation
 
 
@@ -65,8 +67,10 @@ class Method(ReuseConfig):
         check_schedule(self.method, phases, prompt, num_layers)
         return phases
 
-    def worth_pasting(self, prompt: PromptMap, num_layers: int) -> PromptMap:
-        """The prompt with those of its segments of which the schedule may spare a quarter of the tokens or more.
+    def lay_out(self, prompt: PromptMap, num_layers: int) -> tuple[PromptMap, tuple[Phase, ...]]:
+        """The prompt with those of its segments that are worth pasting, and its schedule then.
+
+        Of a segment that is, the schedule may spare a quarter of the tokens or more.
 
         Of the others nearly every token is forced in every layer, so that pasting them would save nothing: their tokens
         are fresh. Fresh tokens make overflow of a segment that stands next to them, so that is asked again until all
@@ -75,12 +79,11 @@ class Method(ReuseConfig):
         Raises:
           InvalidRequestError: as `phases`.
         """
-        while prompt.segments:
-            worth = _sparing(prompt, self.phases(prompt, num_layers), num_layers)
-            if len(worth) == len(prompt.segments):
-                break
+        phases = self.phases(prompt, num_layers)
+        while len(worth := _sparing(prompt, phases, num_layers)) < len(prompt.segments):
             prompt = prompt.only(worth)
-        return prompt
+            phases = self.phases(prompt, num_layers)
+        return prompt, phases
 
 
 def _sparing(prompt: PromptMap, phases: Sequence[Phase], num_layers: int) -> list[Segment]:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from sparsex_jax.config.checks import Count, Positive, Share
-from sparsex_jax.reuse.methods.base import Method, budget, check_boundaries
+from sparsex_jax.reuse.methods.base import CORRECTIONS, Method, budget, check_boundaries
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
@@ -41,14 +41,7 @@ class Focus(Method, name="focus"):
     head_tokens: Count = 0
     pool_tokens: Positive = 128
 
-    more_is_careful: ClassVar[tuple[str, ...]] = (
-        *Method.more_is_careful,
-        "recompute_ratio",
-        "overflow_tokens",
-        "tail_tokens",
-        "second_boundary",
-        "head_tokens",
-    )
+    more_is_careful: ClassVar[tuple[str, ...]] = (*Method.more_is_careful, *CORRECTIONS)
 
     def resolved(self, num_layers: int) -> Method:
         second = num_layers if self.second_boundary is None else self.second_boundary

@@ -188,7 +188,7 @@ HEADLINE_METHODS = (
 
 
 def quality_headline(document: Document) -> str:
-    """The README's table: some methods, two tasks and the mean of all, in both regimes."""
+    """Some methods, two tasks and the mean of all, in both regimes."""
     cells, shown = quality_cells(document), ("vt", "cwe", ALL_TASKS)
     pairs = [(regime, task) for regime in ("joint", "independent") for task in shown]
     lines = []

@@ -20,18 +20,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
-from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
+from sparsex_jax.scheduler.loop import Event, Listener, Loop, LoopStats, Ticket
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 from sparsex_jax.text.encoding import Prompt
 
 _IDLE_S = 1.0  # everything that gives the thread work also wakes it
 _FAREWELL_S = 5.0  # for cancelled requests to hear of it
+_FIGURES_S = 0.05  # for the thread to count, which it does between two steps
+_COUNT_EVERY_S = 0.5  # while it is busy; counting walks the store's pages
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,8 @@ class Worker:
         self._streams: set[Stream] = set()
         self._wake = threading.Event()
         self._stopping = False
+        self._figures: tuple[dict[str, int], LoopStats] | None = None
+        self._count_at = 0.0
         self._heal_at = 0.0  # a call such as one for metrics wakes the thread, and must not cut its rest short
         self._thread = threading.Thread(target=self._run, name="sparsex-loop", daemon=True)
 
@@ -112,6 +116,8 @@ class Worker:
 
     def stream(self, jobs: Sequence[Submission], *, limit_s: float | None = None) -> Stream:
         """Submit jobs, all or none. Use as `async with worker.stream(jobs) as stream: async for ... in stream`.
+
+        An open stream is under way: draining waits for it, even if its jobs are submitted only later.
 
         Args:
           limit_s: seconds from now after which reading raises TimeLimitError.
@@ -141,6 +147,16 @@ class Worker:
             self._refuse_calls()
         self.wake()
         return await asyncio.wrap_future(future)
+
+    async def figures(self) -> tuple[dict[str, int], LoopStats]:
+        """What `Engine.stats` and `Loop.stats` give: now if the thread is free, else as it was a step ago.
+
+        Never waits for a step, except for the first counts if `count` was not called before.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIGURES_S):
+                return await self.call(self.count)
+        return self._figures if self._figures is not None else await self.call(self.count)
 
     def require_open(self) -> None:
         """Raises DrainingError or WorkerError if nothing new is taken (any more)."""
@@ -179,12 +195,21 @@ class Worker:
             while not self._stopping:
                 self._wake.clear()
                 self._run_calls()
-                if not self.loop.step():
+                busy = self.loop.step()
+                if busy and self._figures is not None and time.monotonic() >= self._count_at:
+                    self.count()
+                if not busy:
                     self._wake.wait(self._heal())
         except BaseException as broken:  # the loop answers for its requests; this is something else
             log.exception("the serving loop failed")
             error = broken
         self._fail(error)
+
+    def count(self) -> tuple[dict[str, int], LoopStats]:
+        """Counted once, also before the thread starts, counts are kept up to date."""
+        figures = self._figures = self.engine.stats(), self.loop.stats
+        self._count_at = time.monotonic() + _COUNT_EVERY_S
+        return figures
 
     def _heal(self) -> float:
         """Heal a chunk if it is time to. Returns for how many seconds the thread may sleep."""
@@ -219,16 +244,22 @@ class Stream:
     """What becomes of a few jobs: (number of the job, event) as they come, until each had its last event.
 
     Leaving it, for whatever reason, cancels what is not done.
+
+    Attributes:
+      opened_s: when it was opened, on `time.perf_counter`'s clock.
     """
 
     def __init__(self, worker: Worker, limit_s: float | None = None) -> None:
         self.tickets: list[Ticket] = []
+        self.opened_s = time.perf_counter()
         self._worker = worker
         self._asyncio = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | BaseException] = asyncio.Queue()
         self._unfinished: set[int] = set()
         self._limit_s = limit_s
         self._deadline = None if limit_s is None else self._asyncio.time() + limit_s
+        self._awaiting: asyncio.Task[Any] | None = None
+        self._given_up = False
         worker.opened(self)
 
     def submit(self, job: Submission) -> None:
@@ -260,16 +291,39 @@ class Stream:
         return number, event
 
     async def _next(self) -> tuple[int, Event] | BaseException:
+        return await self._in_time(self._queue.get())
+
+    async def before_jobs[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """Await what comes before the jobs are submitted.
+
+        Raises:
+          TimeLimitError: the stream's time is over.
+          DrainingError: the stream was cancelled meanwhile.
+        """
+        self._awaiting = asyncio.ensure_future(work)
+        try:
+            return await self._in_time(self._awaiting)
+        except asyncio.CancelledError:
+            if self._given_up:
+                raise DrainingError("the server is shutting down and gave this request up") from None
+            raise
+        finally:
+            self._awaiting.cancel()
+            self._awaiting = None
+
+    async def _in_time[T](self, work: Awaitable[T]) -> T:
         try:
             async with asyncio.timeout_at(self._deadline):
-                return await self._queue.get()
+                return await work
         except TimeoutError as error:
             raise TimeLimitError(f"the request took longer than the limit of {self._limit_s:g} s") from error
 
     def cancel(self) -> None:
-        """Cancel what is not done; its last events still come."""
+        """Cancel what is not done; its last events still come. What was not submitted yet never is."""
         for number in self._unfinished:
             self.tickets[number].cancel()
+        if self._awaiting is not None:
+            self._given_up = self._awaiting.cancel()
         self._worker.wake()
 
     def close(self) -> None:

@@ -60,7 +60,8 @@ class Bodies:
         body = _Body(self._limits, int(request.headers.get("content-length") or 0))
         try:
             while not body.complete:
-                self._held_bytes += body.add(await body.next(request))
+                more = body.add(await body.next(request))
+                self._held_bytes += more
                 if self._held_bytes > _MOST_BODIES * self._limits.max_body_bytes and len(body.content) > _SMALL_BYTES:
                     raise OverloadedError("too many large bodies are read at once", 5.0)
             return await self._parsed(bytes(body.content), model)

@@ -15,10 +15,10 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 # A read is parsed in one go, on the event loop. Chunks of one byte are the worst, with 10 microseconds for 6 bytes.
-_READ_BYTES = 16 << 10
+_READ_BYTES = 8 << 10
 _WRITE_BYTES = 64 << 10  # more waits in the response, not in the connection's buffer
 MAX_HEAD_BYTES = 32 << 10
-_MOST_WORK_S = 0.5  # of processor time to take a request apart, where 4 MiB take 0.02
+_MOST_WORK_S = 0.25  # of processor time to take a request apart, where 4 MiB take 0.03
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):

@@ -45,6 +45,7 @@ class Server(uvicorn.Server):
         # uvicorn closes idle keep-alive connections together with the socket, so it does not wait for them.
         config = uvicorn.Config(
             app,
+            loop="asyncio",  # uvloop reads 32 times before it turns to the next connection
             http=functools.partial(Connection, **self._connection_limits()),  # type: ignore[arg-type]
             ws="none",
             log_level="error",

@@ -156,7 +156,6 @@ def create_app(worker: Worker, *, model: str, access: Access | None = None, limi
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.count()
         worker.start()
         service.metrics.listening()
         yield

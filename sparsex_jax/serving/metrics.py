@@ -57,7 +57,7 @@ class Metrics:
 
     async def observed(self, stream: Stream) -> AsyncIterator[tuple[int, Event]]:
         """Yield the events of a stream, and count and time them."""
-        clocks = [_Clock(stream.opened_s) for _ in stream.tickets]
+        clocks = [_Clock() for _ in stream.tickets]
         async for number, event in stream:
             self._observe(event, clocks[number])
             yield number, event
@@ -89,8 +89,8 @@ class Metrics:
 class _Clock:
     """Times the tokens of one answer. An event has several tokens, so the pace counts those after the first event."""
 
-    def __init__(self, started: float) -> None:
-        self.started = started
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
         self._first_s: float | None = None
         self._last_s = self.started
         self._later = 0

@@ -26,14 +26,12 @@ from typing import Any, Protocol
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
-from sparsex_jax.scheduler.loop import Event, Listener, Loop, LoopStats, Ticket
+from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 from sparsex_jax.text.encoding import Prompt
 
 _IDLE_S = 1.0  # everything that gives the thread work also wakes it
 _FAREWELL_S = 5.0  # for cancelled requests to hear of it
-_FIGURES_S = 0.05  # for the thread to count, which it does between two steps
-_COUNT_EVERY_S = 0.5  # while it is busy; counting walks the store's pages
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +91,6 @@ class Worker:
         self._streams: set[Stream] = set()
         self._wake = threading.Event()
         self._stopping = False
-        self._figures: tuple[dict[str, int], LoopStats] | None = None
-        self._count_at = 0.0
         self._heal_at = 0.0  # a call such as one for metrics wakes the thread, and must not cut its rest short
         self._thread = threading.Thread(target=self._run, name="sparsex-loop", daemon=True)
 
@@ -148,16 +144,6 @@ class Worker:
         self.wake()
         return await asyncio.wrap_future(future)
 
-    async def figures(self) -> tuple[dict[str, int], LoopStats]:
-        """What `Engine.stats` and `Loop.stats` give: now if the thread is free, else as it was a step ago.
-
-        Never waits for a step, except for the first counts if `count` was not called before.
-        """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FIGURES_S):
-                return await self.call(self.count)
-        return self._figures if self._figures is not None else await self.call(self.count)
-
     def require_open(self) -> None:
         """Raises DrainingError or WorkerError if nothing new is taken (any more)."""
         if self.failure is not None:
@@ -195,21 +181,12 @@ class Worker:
             while not self._stopping:
                 self._wake.clear()
                 self._run_calls()
-                busy = self.loop.step()
-                if busy and self._figures is not None and time.monotonic() >= self._count_at:
-                    self.count()
-                if not busy:
+                if not self.loop.step():
                     self._wake.wait(self._heal())
         except BaseException as broken:  # the loop answers for its requests; this is something else
             log.exception("the serving loop failed")
             error = broken
         self._fail(error)
-
-    def count(self) -> tuple[dict[str, int], LoopStats]:
-        """Counted once, also before the thread starts, counts are kept up to date."""
-        figures = self._figures = self.engine.stats(), self.loop.stats
-        self._count_at = time.monotonic() + _COUNT_EVERY_S
-        return figures
 
     def _heal(self) -> float:
         """Heal a chunk if it is time to. Returns for how many seconds the thread may sleep."""

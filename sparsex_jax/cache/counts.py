@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Hits(NamedTuple):
-    """How many of a prompt's tokens a lookup found: in an exact prefix, in an approximate one behind it, in segments."""
+    """Tokens of a prompt that a lookup found: in an exact prefix, in an approximate one behind it, in segments."""
 
     prefix: int = 0
     approximate_prefix: int = 0

@@ -12,6 +12,7 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.scheduler import warmup
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
 
@@ -25,15 +26,17 @@ def run(
     api_keys: Path | None,
     name: str | None,
     warm_up: bool,
+    request_log: Path | None,
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
+    log = RequestLog.open(request_log) if request_log else None
     engine = choice.load()
     if warm_up:
         compile_all(engine)
     worker = Worker(engine)
     name = name or Path(choice.model).name
-    app = create_app(worker, model=name, access=access, limits=limits)
+    app = create_app(worker, model=name, access=access, limits=limits, request_log=log)
     messages().print(f"Serving {name} at http://{host}:{port}/ (the page) and http://{host}:{port}/v1", soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."

@@ -75,7 +75,7 @@ class Loop:
         self._healing = Healing(self._config, runner.shapes, admission, self.requests)
         self._isolation = Isolation(runner, admission)
         self._counts = Counts()
-        self.snapshot = admission.cache.stats()
+        self.publish()
         self._ids = itertools.count(1)
         self._inbox: list[Sequence] = []
         self._news = threading.Condition()
@@ -229,6 +229,10 @@ class Loop:
             self.admission.finish(sequence, "length")
             self._report()
 
+    def publish(self) -> None:
+        """Let `snapshot` say how the store is now."""
+        self.snapshot = self.admission.cache.stats()
+
     def recover(self) -> bool:
         """After a failure: whether the KV is lost. Then store and cache are new, and what ran is computed again."""
         return self._isolation.recover()
@@ -351,7 +355,7 @@ class Loop:
         news = [(sequence, sequence.news()) for sequence in self.policy.sequences if sequence.has_news]
         for sequence, event in news:
             self._count(sequence, event)
-        self.snapshot = self.admission.cache.stats()
+        self.publish()
         for sequence, event in news:
             self._tell(sequence, event)
         with self._news:

@@ -169,7 +169,7 @@ class Sequence:
     num_shared: int = 0
     copy_pages: list[int] = dataclasses.field(default_factory=list)
     match: Match | None = None
-    found: Hits = Hits()
+    found: Hits = dataclasses.field(default_factory=Hits)
     donors: frozenset[int] = frozenset()
     forgotten: bool = False
     stages: deque[RequestPlan] = dataclasses.field(default_factory=deque)

@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
+import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
 from fastapi.security import HTTPBearer
 from starlette.responses import FileResponse, Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from sparsex_jax.cache import Entry
@@ -24,14 +28,16 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownHandleError
 from sparsex_jax.serving import faults, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
+from sparsex_jax.serving.exchange import Exchange, Exchanges
 from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.knowledge import Knowledge
 from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, Reply, ReplyFormat
+from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.tools import reader_for
-from sparsex_jax.serving.transport import BodyLimit, EventStream, StatusCount, unless_disconnected
-from sparsex_jax.serving.worker import Job, TimeLimitError, Worker
+from sparsex_jax.serving.transport import BodyLimit, EventStream, unless_disconnected
+from sparsex_jax.serving.worker import Job, Stream, TimeLimitError, Worker
 from sparsex_jax.text.token_text import TokenText
 
 PAGE = Path(__file__).parent / "page"
@@ -53,7 +59,8 @@ class Service:
 
     def __init__(self, worker: Worker, model: str, access: Access, limits: Limits) -> None:
         self.worker, self.model, self.access, self.limits = worker, model, access, limits
-        self.metrics, self.texts = Metrics(), TokenText(worker.engine.tokenizer)
+        self.metrics = Metrics(_build(worker.engine, model), worker.engine.config.page_size)
+        self.texts = TokenText(worker.engine.tokenizer)
         self.intake = Intake(worker.engine, limits)
         self.created = int(time.time())
         # One thread, because a tokenizer is not safe to call from several.
@@ -68,30 +75,40 @@ class Service:
         reply_format: ReplyFormat,
     ) -> Response:
         """Answer a request, as a whole or as a stream. If the client disconnects, its request is cancelled."""
-        return await unless_disconnected(request, self._generate(body, tenant, intake, reply_format))
+        exchange = Exchange.of(request.scope)
+        return await unless_disconnected(request, self._generate(exchange, body, tenant, intake, reply_format))
 
     async def _generate[B: schemas.Generate](
-        self, body: B, tenant: Tenant, intake: Callable[[B, Tenant], list[Job]], reply_format: ReplyFormat
+        self,
+        exchange: Exchange,
+        body: B,
+        tenant: Tenant,
+        intake: Callable[[B, Tenant], list[Job]],
+        reply_format: ReplyFormat,
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
             held.enter_context(tenant.slot())
             self._check_model(body.model)
             jobs = await self.in_background(intake, body, tenant)
             pieces = await self.in_background(self.intake.pieces, jobs) if body.return_token_map else None
-            stream = await held.enter_async_context(self.worker.stream(jobs, limit_s=self.limits.request_timeout))
+            stream = await held.enter_async_context(self.stream(jobs, exchange))
             usage = bool(body.stream_options and body.stream_options.include_usage)
             reply = Reply(reply_format, self.model, jobs, pieces, usage=usage)
-            events = self.metrics.observed(stream)
             if not body.stream:
-                return json_response(await reply.whole(events))
-            chunks = reply.chunks(events)
+                return json_response(await reply.whole(stream))
+            chunks = reply.chunks(stream)
             first = await anext(chunks)  # if this fails, the response still gets the error's status
             return EventStream(first, chunks, held.pop_all())
 
-    async def remember(self, knowledge: Knowledge) -> Entry:
+    def stream(self, jobs: list[Job], exchange: Exchange) -> Stream:
+        """Submit jobs for a request. Raises as `Worker.stream`."""
+        exchange.method = next((job.reuse.method for job in jobs if job.reuse), None)
+        return self.worker.stream(jobs, limit_s=self.limits.request_timeout, watcher=exchange)
+
+    async def remember(self, knowledge: Knowledge, exchange: Exchange) -> Entry:
         """Prefill a text among the running requests, and keep it."""
         engine = self.worker.engine
-        async with self.worker.stream([], limit_s=self.limits.request_timeout) as stream:
+        async with self.stream([], exchange) as stream:
             await self.call(knowledge.start, engine, stream)
             [(_, event)] = [news async for news in stream]
         if event.error is not None:
@@ -123,19 +140,33 @@ class Service:
         return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.worker.engine.max_context)
 
 
+def _build(engine: Engine, model: str) -> dict[str, str]:
+    """What runs here, for metrics."""
+    version, device = importlib.metadata.version("sparsex-jax"), engine.mesh.devices.flat[0].device_kind
+    return {"version": version, "jax": jax.__version__, "device": device, "model": model}
+
+
 def unknown_model(model: str | None, served: str) -> RequestError:
     return RequestError(
         f"model {model!r} is not served here; {served!r} is", param="model", code="model_not_found", status=404
     )
 
 
-def create_app(worker: Worker, *, model: str, access: Access | None = None, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    worker: Worker,
+    *,
+    model: str,
+    access: Access | None = None,
+    limits: Limits | None = None,
+    request_log: RequestLog | None = None,
+) -> FastAPI:
     """The application. It starts the worker when it starts, and stops the worker when it stops.
 
     Args:
       model: the model's name in requests.
       access: the API keys. None: requests need no key.
       limits: of requests. None: the defaults.
+      request_log: gets every request, and is closed with the application. None: nothing is logged.
     """
     limits = limits or Limits()
     service = Service(worker, model, access or Access.open(limits), limits)
@@ -146,15 +177,23 @@ def create_app(worker: Worker, *, model: str, access: Access | None = None, limi
         service.metrics.listening()
         yield
         await asyncio.to_thread(worker.stop)
+        await asyncio.sleep(0)  # the last events of what was cut off come now
+        if request_log is not None:
+            await asyncio.to_thread(request_log.close)
 
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    service.metrics.expect(route.path for route in app.routes if isinstance(route, Route))
     app.mount("/page", StaticFiles(directory=PAGE))
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
-    app.add_middleware(StatusCount, tell=service.metrics.answered)
+    app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
     faults.install(app)
     return app
+
+
+def _no_log(exchange: Exchange) -> None:
+    """The request log of a server that has none."""
 
 
 # Endpoints --------------------------------------------------------------------------------------------------
@@ -170,7 +209,9 @@ Served = Annotated[Service, Depends(_service)]
 async def _tenant(
     request: Request, service: Served, _: Annotated[Any, Security(HTTPBearer(auto_error=False))]
 ) -> Tenant:
-    return service.access.tenant(request.headers.get("authorization"))
+    tenant = service.access.tenant(request.headers.get("authorization"))
+    Exchange.of(request.scope).key = tenant.name
+    return tenant
 
 
 Caller = Annotated[Tenant, Depends(_tenant)]
@@ -207,13 +248,16 @@ async def model(model: str, service: Served, tenant: Caller) -> schemas.ModelCar
 
 
 @router.post("/v1/knowledge")
-async def insert_knowledge(body: schemas.KnowledgeRequest, service: Served, tenant: Caller) -> schemas.KnowledgeEntry:
+async def insert_knowledge(
+    body: schemas.KnowledgeRequest, request: Request, service: Served, tenant: Caller
+) -> schemas.KnowledgeEntry:
     """Prefill a text alone and keep its KV frozen. Prompts of the same key and salt reuse it."""
     with tenant.slot():
         service.worker.require_open()
         text, preamble = await service.in_background(service.intake.knowledge, body)
         namespace = tenant.store_namespace(body.cache_salt)
-        entry = await service.remember(Knowledge(text, preamble, namespace, tenant.knowledge))
+        knowledge = Knowledge(text, preamble, namespace, tenant.knowledge)
+        entry = await service.remember(knowledge, Exchange.of(request.scope))
     return _described(entry)
 
 
@@ -237,7 +281,7 @@ async def delete_knowledge(
 async def store(service: Served, tenant: Caller) -> schemas.Store:
     """The store's pages by state, over all namespaces."""
     engine = service.worker.engine
-    stats = await service.call(engine.stats)
+    stats = dataclasses.asdict(engine.loop.snapshot)
     return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size})
 
 
@@ -254,9 +298,8 @@ async def metrics(service: Served, tenant: Caller) -> Response:
     """The metrics of the whole server, for Prometheus."""
     if not tenant.metrics:
         raise ForbiddenError("this key may not read the figures of the whole server")
-    worker = service.worker
-    store, loop = await service.call(lambda: (worker.engine.stats(), worker.loop.stats))
-    return Response(service.metrics.render(store, loop), media_type="text/plain; version=0.0.4")
+    loop = service.worker.loop
+    return Response(service.metrics.render(loop.snapshot, loop.stats), media_type="text/plain; version=0.0.4")
 
 
 @router.get("/", include_in_schema=False)

@@ -184,7 +184,7 @@ def create_app(
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
-    service.metrics.expect(route.path for route in app.routes if isinstance(route, Route))
+    service.metrics.expect(route.path for route in router.routes if isinstance(route, Route))
     app.mount("/page", StaticFiles(directory=PAGE))
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)

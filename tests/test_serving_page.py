@@ -175,5 +175,5 @@ def test_the_page_loads_nothing_from_other_hosts(live):
     assert answer.headers["Content-Type"].startswith("text/html")
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
-    for name in ("style.css", "app.js", "api.js", "paint.js", "example.js", "icon.svg"):
+    for name in ("style.css", "app.js", "api.js", "keep.js", "show.js", "paint.js", "example.js", "icon.svg"):
         assert httpx.get(f"{live.url}/page/{name}").status_code == 200

@@ -260,6 +260,7 @@ class Engine:
         everywhere, ask about it with `keep=False`, or in a namespace of its own.
         """
         self.admission.forget(handle)
+        self.loop.publish()
 
     def heal(self, seconds: float | None = None) -> int:
         """Make approximate KV exact that prompts left in the store, most used first: a server does it while it is idle.

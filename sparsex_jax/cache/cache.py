@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from sparsex_jax.cache.counts import CacheCounts, Hits
 from sparsex_jax.cache.entries import Entry, EntryBook
 from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
@@ -60,6 +61,12 @@ class Match:
         return cls([], None, [], 0, 0, ())
 
     @property
+    def hits(self) -> Hits:
+        """How many tokens were found, by where."""
+        approximate = self.num_prefix_tokens - self.num_exact_tokens
+        return Hits(self.num_exact_tokens, approximate, sum(segment.length for segment in self.segments))
+
+    @property
     def copies(self) -> tuple[Segment, ...]:
         """Everything that is copied, in order."""
         return (*([self.prefix_tail] if self.prefix_tail else []), *self.segments)
@@ -81,7 +88,7 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class CacheStats:
-    """Pages by state, what is stored, and what happened since the cache was made.
+    """Pages by state, what is stored, and the `CacheCounts`.
 
     Attributes:
       pages: all pages of the store.
@@ -89,9 +96,9 @@ class CacheStats:
       tokens: tokens in committed pages, which lookups can find.
       approximate_tokens: how many of those are approximate, in place behind position 0: what `to_heal` is about.
       windows: windows of 8 tokens in the index.
-      lookups: calls of `lookup`.
-      prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that those calls found as exact prefixes, as
-        approximate ones behind them, and as segments.
+      lookups: prompts that were looked up, each once however often it was looked up again.
+      prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that were found of those prompts as exact
+        prefixes, as approximate ones behind them, and as segments.
       evictions: cached pages that were evicted.
       frozen_evictions: frozen entries that were evicted because the store was too full.
     """
@@ -136,10 +143,16 @@ class PageCache:
     Attributes:
       page_size: token slots in a page.
       tree: the tokens in every committed page.
+      counts: what happened so far.
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, frozen_limit: float = 0.9, handles: Iterator[int] | None = None
+        self,
+        num_pages: int,
+        page_size: int,
+        frozen_limit: float = 0.9,
+        handles: Iterator[int] | None = None,
+        counts: CacheCounts | None = None,
     ) -> None:
         """
         Args:
@@ -149,6 +162,7 @@ class PageCache:
             frozen entries are evicted.
           handles: the numbers to give to entries. Pass the previous cache's iterator to a cache that replaces it, so
             that no handle stands for two entries. None: 1, 2, 3 ...
+          counts: where to count. Pass the previous cache's to a cache that replaces it. None: from 0.
 
         Raises:
           ValueError: one of the sizes is out of range.
@@ -162,8 +176,7 @@ class PageCache:
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
         self._entries = EntryBook(handles or itertools.count(1))
         self._pins: set[Match] = set()
-        self._lookups = self._prefix_tokens = self._approximate_tokens = self._segment_tokens = 0
-        self._evictions = self._frozen_evictions = 0
+        self.counts = counts or CacheCounts()
 
     # Finding ------------------------------------------------------------------------------------------------
 
@@ -189,7 +202,7 @@ class PageCache:
           segments: look for segments behind the prefix, or whether to, by the number of tokens of the prefix.
           min_segment: the least length of a segment, in tokens.
           accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
-          counted: whether it counts as a use, and in `stats`.
+          counted: count it as a use, and in `counts`. A caller who may look the same prompt up again does both itself.
 
         Raises:
           ValueError: a token id is negative.
@@ -203,7 +216,8 @@ class PageCache:
         self._pins.add(match)
         self._pool.hold(match.pages)
         if counted:
-            self._count(match)
+            self.count_use(match)
+            self.counts.found(match.hits)
         return match
 
     def _find_runs(
@@ -229,14 +243,11 @@ class PageCache:
             pages=tuple(dict.fromkeys(node.pages[0] for node in nodes)),
         )
 
-    def _count(self, match: Match) -> None:
+    def count_use(self, match: Match) -> None:
+        """Count that a pinned match is of use to a prompt: what is used least is evicted first, and healed last."""
         for page in match.pages:
             self.tree[page].uses += 1
         self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
-        self._lookups += 1
-        self._prefix_tokens += match.num_exact_tokens
-        self._approximate_tokens += match.num_prefix_tokens - match.num_exact_tokens
-        self._segment_tokens += sum(segment.length for segment in match.segments)
 
     def unpin(self, match: Match) -> None:
         """Release the pages that a lookup pinned. Raises ValueError if they were released before."""
@@ -258,7 +269,7 @@ class PageCache:
         self._evict_frozen(count)
         lacking = count - len(self._pool.free)
         if lacking > 0:
-            self._evictions += lacking
+            self.counts.evictions += lacking
             self._drop(self._pool.oldest_cached(lacking))
         return self._pool.take(count)
 
@@ -489,7 +500,7 @@ class PageCache:
 
     def _retire(self, node: Node) -> None:
         """Drop an approximate node whose tokens are all in an exact prefix as well, unless an entry has it."""
-        del self.tree.approximate[node]
+        self.tree.drop_approximate(node)
         if not any(map(self._entries.holds, node.pages)):
             self._drop(list(node.pages))
 
@@ -525,7 +536,7 @@ class PageCache:
         victims = [e for e in self._entries if e.frozen and e.handle != spare and self._is_idle(e)]
         for victim in sorted(victims, key=self._use):
             self.forget(victim.handle)
-            self._frozen_evictions += 1
+            self.counts.frozen_evictions += 1
             if self._pool.num_occupied() + asked <= self._max_occupied:
                 return
 
@@ -553,20 +564,15 @@ class PageCache:
     # Inspecting ---------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
-        """Counts of pages, tokens and events."""
+        """Counts of pages, tokens and events. It walks over no content: the loop asks each round."""
         counts = self._pool.counts()
         return CacheStats(
             pages=len(self._pool),
             **dataclasses.asdict(counts),
-            tokens=sum(node.length for node in self.tree.node_of if node is not None),
-            approximate_tokens=sum(node.length - node.exact for node in self.tree.approximate),
+            tokens=self.tree.num_tokens,
+            approximate_tokens=self.tree.num_approximate,
             windows=self._windows.num_windows,
-            lookups=self._lookups,
-            prefix_tokens=self._prefix_tokens,
-            approximate_prefix_tokens=self._approximate_tokens,
-            segment_tokens=self._segment_tokens,
-            evictions=self._evictions,
-            frozen_evictions=self._frozen_evictions,
+            **dataclasses.asdict(self.counts),
         )
 
     def check(self, held: Sequence[int] | None = None) -> None:

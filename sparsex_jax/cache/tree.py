@@ -155,6 +155,8 @@ class PageTree:
       roots: namespace to root.
       node_of: page number to node; None for pages that are not committed.
       approximate: the nodes in place with approximate tokens, oldest first. Some may be orphans.
+      num_tokens: in all committed pages.
+      num_approximate: tokens of the `approximate` nodes that are not exact.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -162,6 +164,7 @@ class PageTree:
         self.roots: dict[str, Node] = {}
         self.node_of: list[Node | None] = [None] * num_pages
         self.approximate: dict[Node, None] = {}
+        self.num_tokens = self.num_approximate = 0
 
     def __getitem__(self, page: int) -> Node:
         """The node of a committed page. Raises ValueError if the page is not committed."""
@@ -204,9 +207,17 @@ class PageTree:
             siblings.insert(0 if sharable else len(siblings), node)
             if in_place and exact < node.length:
                 self.approximate[node] = None
+                self.num_approximate += node.length - node.exact
         node.pages.append(page)
         self.node_of[page] = node
+        self.num_tokens += node.length
         return node
+
+    def drop_approximate(self, node: Node) -> None:
+        """The node's approximate tokens are of no interest any more. Idempotent."""
+        if node in self.approximate:
+            del self.approximate[node]
+            self.num_approximate -= node.length - node.exact
 
     def _end(self, node: Node) -> int:
         """The position behind a full node; 0 for a root."""
@@ -242,12 +253,13 @@ class PageTree:
         """
         node = self[page]
         self.node_of[page] = None
+        self.num_tokens -= node.length
         node.pages.remove(page)
         if node.pages:
             return None
         for child in node.all_children():
             child.parent = None
-        self.approximate.pop(node, None)
+        self.drop_approximate(node)
         self._unlink(node)
         return node
 
@@ -290,7 +302,7 @@ class PageTree:
             if node in seen or node not in self.approximate:
                 continue
             if not self._is_rooted(node):
-                del self.approximate[node]  # an orphan: what stood before it is gone for good
+                self.drop_approximate(node)  # an orphan: what stood before it is gone for good
                 continue
             chain = _chain(self._most_used_end(node))
             yield chain
@@ -324,6 +336,8 @@ class PageTree:
         """Raise AssertionError unless pages, nodes and links agree with each other."""
         for page, node in enumerate(self.node_of):
             assert node is None or page in node.pages
+        assert self.num_tokens == sum(node.length for node in self.node_of if node is not None)
+        assert self.num_approximate == sum(node.length - node.exact for node in self.approximate)
         for node in self.live_nodes():
             assert all(self.node_of[page] is node for page in node.pages)
             assert len(set(node.pages)) == len(node.pages)

@@ -165,6 +165,10 @@ def serve(
     healing: Annotated[
         float, typer.Option(help="Share of idle time in which approximate KV is made exact; 0 leaves it as it is.")
     ] = 0.5,
+    request_log: Annotated[
+        Path | None,
+        typer.Option(help="A file for a line of JSON about each request; - for standard output.", dir_okay=False),
+    ] = None,
     warm_up: Annotated[
         bool, typer.Option("--warm-up/--no-warm-up", help="Compile the programs before listening.")
     ] = True,
@@ -201,6 +205,7 @@ def serve(
             api_keys=api_keys,
             name=name,
             warm_up=warm_up,
+            request_log=request_log,
         )
 
 

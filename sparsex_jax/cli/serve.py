@@ -15,6 +15,7 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.scheduler import warmup
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.sockets import url_of
 from sparsex_jax.serving.worker import Worker
@@ -28,24 +29,33 @@ def run(
     api_keys: Path | None,
     name: str | None,
     warm_up: bool,
+    request_log: Path | None,
 ) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT."""
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
+    log = RequestLog.open(request_log) if request_log else None
     engine = choice.load()
     if warm_up:
         compile_all(engine)
     worker = Worker(engine)
     name = name or Path(choice.model).name
-    server = Server(create_app(worker, model=name, access=access, limits=limits), sockets=sockets)
-    urls = [url_of(each) for each in sockets]
-    pages = ", ".join(f"{url}/" for url in urls)
-    messages().print(f"Serving {name} at {pages} (the page) and {urls[0]}/v1", soft_wrap=True)
+    app = create_app(worker, model=name, access=access, limits=limits, request_log=log)
+    server = Server(app, sockets=sockets)
+    messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."
         messages().print(warning, soft_wrap=True)
     gc.collect()
     gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
     server.run()
+
+
+def _places(name: str, sockets: Sequence[socket.socket]) -> str:
+    """Where the model is served."""
+    urls = [url_of(each) for each in sockets]
+    if sockets[0].family == socket.AF_UNIX:
+        return f"Serving {name} at {urls[0]}"
+    return f"Serving {name} at {', '.join(f'{url}/' for url in urls)} (the page) and {urls[0]}/v1"
 
 
 def compile_all(engine: Engine) -> None:

@@ -10,15 +10,18 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib.metadata
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.responses import FileResponse, Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from sparsex_jax.cache import Entry
@@ -27,15 +30,17 @@ from sparsex_jax.errors import UnknownHandleError
 from sparsex_jax.serving import faults, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
 from sparsex_jax.serving.bodies import Bodies, Checked
+from sparsex_jax.serving.exchange import Exchange, Exchanges
 from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.knowledge import Knowledge
 from sparsex_jax.serving.line import Line
 from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, Reply, ReplyFormat
+from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.tools import reader_for
-from sparsex_jax.serving.transport import EventStream, StatusCount, unless_disconnected
-from sparsex_jax.serving.worker import Job, TimeLimitError, Worker
+from sparsex_jax.serving.transport import EventStream, unless_disconnected
+from sparsex_jax.serving.worker import Job, Stream, TimeLimitError, Worker
 from sparsex_jax.text.token_text import TokenText
 
 PAGE = Path(__file__).parent / "page"
@@ -57,7 +62,8 @@ class Service:
 
     def __init__(self, worker: Worker, model: str, access: Access, limits: Limits) -> None:
         self.worker, self.model, self.access, self.limits = worker, model, access, limits
-        self.metrics, self.texts = Metrics(), TokenText(worker.engine.tokenizer)
+        self.metrics = Metrics(_build(worker.engine, model), worker.engine.config.page_size)
+        self.texts = TokenText(worker.engine.tokenizer)
         self.intake = Intake(worker.engine, limits)
         self.bodies = Bodies(limits)
         loop, config = worker.engine.loop, worker.engine.config
@@ -75,34 +81,43 @@ class Service:
         reply_format: ReplyFormat,
     ) -> Response:
         """Answer a request, as a whole or as a stream. If the client disconnects, its request is cancelled."""
-        return await unless_disconnected(request, self._generate(body, tenant, intake, reply_format))
+        exchange = Exchange.of(request.scope)
+        return await unless_disconnected(request, self._generate(exchange, body, tenant, intake, reply_format))
 
     async def _generate[B: schemas.Generate](
-        self, body: B, tenant: Tenant, intake: Callable[[B, Tenant], list[Job]], reply_format: ReplyFormat
+        self,
+        exchange: Exchange,
+        body: B,
+        tenant: Tenant,
+        intake: Callable[[B, Tenant], list[Job]],
+        reply_format: ReplyFormat,
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
             self._check_model(body.model)
-            stream = await held.enter_async_context(self.worker.stream([], limit_s=self.limits.request_timeout))
+            stream = await held.enter_async_context(self.stream(exchange))
             place = held.enter_context(self.line.place(tenant))
             jobs = await stream.before_jobs(self.in_background(intake, body, tenant))
             place.grow(len(jobs) - 1)
             pieces = await self.in_background(self.intake.pieces, jobs) if body.return_token_map else None
+            exchange.method = next((job.reuse.method for job in jobs if job.reuse), None)
             await stream.before_jobs(place.turn())
-            for job in jobs:
-                stream.submit(job)
+            stream.submit(*jobs)
             usage = bool(body.stream_options and body.stream_options.include_usage)
             reply = Reply(reply_format, self.model, jobs, pieces, usage=usage)
-            events = self.metrics.observed(stream)
             if not body.stream:
-                return json_response(await reply.whole(events))
-            chunks = reply.chunks(events)
+                return json_response(await reply.whole(stream))
+            chunks = reply.chunks(stream)
             first = await anext(chunks)  # if this fails, the response still gets the error's status
             return EventStream(first, chunks, held.pop_all())
 
-    async def insert(self, body: schemas.KnowledgeRequest, tenant: Tenant) -> Entry:
+    def stream(self, exchange: Exchange) -> Stream:
+        """The stream of a request's jobs, which come later. Raises as `Worker.stream`."""
+        return self.worker.stream([], limit_s=self.limits.request_timeout, watcher=exchange)
+
+    async def insert(self, body: schemas.KnowledgeRequest, tenant: Tenant, exchange: Exchange) -> Entry:
         """Prefill a text among the running requests, and keep it."""
         engine, namespace = self.worker.engine, tenant.store_namespace(body.cache_salt)
-        async with self.worker.stream([], limit_s=self.limits.request_timeout) as stream:
+        async with self.stream(exchange) as stream:
             with self.line.place(tenant) as place:
                 text, preamble = await stream.before_jobs(self.in_background(self.intake.knowledge, body))
                 await stream.before_jobs(place.turn())
@@ -137,19 +152,33 @@ class Service:
         return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.worker.engine.max_context)
 
 
+def _build(engine: Engine, model: str) -> dict[str, str]:
+    """What runs here, for metrics."""
+    version, device = importlib.metadata.version("sparsex-jax"), engine.mesh.devices.flat[0].device_kind
+    return {"version": version, "jax": jax.__version__, "device": device, "model": model}
+
+
 def unknown_model(model: str | None, served: str) -> RequestError:
     return RequestError(
         f"model {model!r} is not served here; {served!r} is", param="model", code="model_not_found", status=404
     )
 
 
-def create_app(worker: Worker, *, model: str, access: Access | None = None, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    worker: Worker,
+    *,
+    model: str,
+    access: Access | None = None,
+    limits: Limits | None = None,
+    request_log: RequestLog | None = None,
+) -> FastAPI:
     """The application. It starts the worker when it starts, and stops the worker when it stops.
 
     Args:
       model: the model's name in requests.
       access: the API keys. None: requests need no key.
       limits: of requests. None: the defaults.
+      request_log: gets every request, and is closed with the application. None: nothing is logged.
     """
     limits = limits or Limits()
     service = Service(worker, model, access or Access.open(limits), limits)
@@ -160,15 +189,24 @@ def create_app(worker: Worker, *, model: str, access: Access | None = None, limi
         service.metrics.listening()
         yield
         await asyncio.to_thread(worker.stop)
+        await asyncio.sleep(0)  # the last events of what was cut off come now
+        if request_log is not None:
+            await asyncio.to_thread(request_log.close)
 
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
     app.include_router(public)
+    routes = [*router.routes, *public.routes]
+    service.metrics.expect(route.path for route in routes if isinstance(route, Route))
     app.mount("/page", StaticFiles(directory=PAGE))
-    app.add_middleware(StatusCount, tell=service.metrics.answered)
+    app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
     faults.install(app)
     return app
+
+
+def _no_log(exchange: Exchange) -> None:
+    """The request log of a server that has none."""
 
 
 # Endpoints --------------------------------------------------------------------------------------------------
@@ -191,7 +229,8 @@ class Keyed(APIRoute):
 
         async def answer(request: Request) -> Response:
             service: Service = request.app.state.service
-            request.state.tenant = service.access.tenant(request.headers.get("authorization"))
+            tenant = service.access.tenant(request.headers.get("authorization"))
+            request.state.tenant, Exchange.of(request.scope).key = tenant, tenant.name
             if model is None:
                 return await handle(request)
             return await handle(Checked(request, await service.bodies.checked(request, model)))
@@ -238,9 +277,11 @@ async def model(model: str, service: Served, tenant: Caller) -> schemas.ModelCar
 
 
 @router.post("/v1/knowledge")
-async def insert_knowledge(body: schemas.KnowledgeRequest, service: Served, tenant: Caller) -> schemas.KnowledgeEntry:
+async def insert_knowledge(
+    body: schemas.KnowledgeRequest, request: Request, service: Served, tenant: Caller
+) -> schemas.KnowledgeEntry:
     """Prefill a text alone and keep its KV frozen. Prompts of the same key and salt reuse it."""
-    return _described(await service.insert(body, tenant))
+    return _described(await service.insert(body, tenant, Exchange.of(request.scope)))
 
 
 @router.get("/v1/knowledge")
@@ -263,7 +304,7 @@ async def delete_knowledge(
 async def store(service: Served, tenant: Caller) -> schemas.Store:
     """The store's pages by state, over all namespaces."""
     engine = service.worker.engine
-    stats = await service.call(engine.stats)
+    stats = dataclasses.asdict(engine.loop.snapshot)
     return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size})
 
 
@@ -280,9 +321,9 @@ async def metrics(service: Served, tenant: Caller) -> Response:
     """The metrics of the whole server, for Prometheus."""
     if not tenant.metrics:
         raise ForbiddenError("this key may not read the figures of the whole server")
-    store, loop = await service.worker.figures()
-    loop = dataclasses.replace(loop, waiting=loop.waiting + service.line.waiting)
-    return Response(service.metrics.render(store, loop), media_type="text/plain; version=0.0.4")
+    loop = service.worker.loop
+    stats = dataclasses.replace(loop.stats, waiting=loop.stats.waiting + service.line.waiting)
+    return Response(service.metrics.render(loop.snapshot, stats), media_type="text/plain; version=0.0.4")
 
 
 @public.get("/", include_in_schema=False)

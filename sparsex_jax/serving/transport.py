@@ -4,37 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from sparsex_jax.serving.faults import DisconnectedError
-
-
-class StatusCount:
-    """ASGI middleware that counts responses."""
-
-    def __init__(self, app: ASGIApp, tell: Callable[[str, int], None]) -> None:
-        """
-        Args:
-          tell: is called with the route's path and the status of each response.
-        """
-        self._app, self._tell = app, tell
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._tell(getattr(scope.get("route"), "path", "other"), message["status"])
-            await send(message)
-
-        await self._app(scope, receive, watched)
 
 
 async def unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:

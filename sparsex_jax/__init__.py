@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.errors import (
+    ContextLengthError,
     InvalidRequestError,
     NonFiniteLogitsError,
     OverloadedError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sparsex_jax.scheduler.output import Generation, Prefill, TokenLogprobs
 
 __all__ = [
+    "ContextLengthError",
     "CacheBlend",
     "Engine",
     "EngineConfig",

@@ -117,7 +117,7 @@ class Worker:
           limit_s: seconds from now after which reading raises TimeLimitError.
 
         Raises:
-          InvalidRequestError, StoreFullError, OverloadedError: as `Loop.submit`.
+          InvalidRequestError, OverloadedError: as `Loop.submit`.
           DrainingError, WorkerError: nothing new is taken (any more).
         """
         stream = Stream(self, limit_s)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from sparsex_jax.scheduler.output import Generation, Prefill, TokenLogprobs
 
 __all__ = [
-    "ContextLengthError",
     "CacheBlend",
+    "ContextLengthError",
     "Engine",
     "EngineConfig",
     "Epic",

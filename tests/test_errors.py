@@ -5,13 +5,13 @@ import pytest
 from conftest import found_in_segments, tiny_engine
 
 from sparsex_jax import (
+    ContextLengthError,
     Engine,
     EngineConfig,
     InvalidRequestError,
     ReuseConfig,
     SamplingParams,
     SparsexError,
-    ContextLengthError,
     StoreFullError,
     UnknownHandleError,
     UnknownModelError,

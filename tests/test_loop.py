@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
 
 from sparsex_jax import (
+    ContextLengthError,
     Engine,
     InvalidRequestError,
     NonFiniteLogitsError,
     OverloadedError,
     ReuseConfig,
     SamplingParams,
-    ContextLengthError,
     UnknownHandleError,
 )
 from sparsex_jax.device import runner

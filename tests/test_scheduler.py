@@ -17,6 +17,7 @@ import pytest
 from conftest import TINY, found_in_segments, idle, run, tiny_engine, tiny_params
 
 from sparsex_jax import (
+    ContextLengthError,
     Engine,
     EngineConfig,
     InvalidRequestError,
@@ -24,7 +25,6 @@ from sparsex_jax import (
     ReuseConfig,
     SamplingParams,
     StoreFullError,
-    ContextLengthError,
 )
 from sparsex_jax.reuse.methods import Phase
 from sparsex_jax.scheduler.chunks import layers_within

@@ -29,7 +29,8 @@ def run(
     api_keys: Path | None,
     name: str | None,
     warm_up: bool,
-    request_log: Path | None,
+    request_log: Path | None = None,
+    allowed_origins: Sequence[str] = (),
 ) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT."""
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
@@ -39,7 +40,7 @@ def run(
         compile_all(engine)
     worker = Worker(engine)
     name = name or Path(choice.model).name
-    app = create_app(worker, model=name, access=access, limits=limits, request_log=log)
+    app = create_app(worker, model=name, access=access, limits=limits, request_log=log, allowed_origins=allowed_origins)
     server = Server(app, sockets=sockets)
     messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:

@@ -168,7 +168,7 @@ def _rope_factors(fields: Mapping[str, Any], head_dim: int, file: _File) -> tupl
 
 
 def _eos_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
-    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return tuple(dict.fromkeys(id_ for id_ in ids if id_ is not None))
 
 

@@ -82,7 +82,7 @@ class Output:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
-        self._detokenizer = Detokenizer(tokenizer, sampling.stop) if tokenizer is not None else None
+        self._detokenizer = Detokenizer(tokenizer, sampling.stop, end_tokens) if tokenizer is not None else None
         self._text: list[str] = []  # in the pieces that became certain together
         self._num_told = 0  # pieces that `new_text` has returned
 

@@ -15,19 +15,31 @@ from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.output import Output
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.text.encoding import Prompt, encode
+from sparsex_jax.text.end_tokens import end_token_ids
 
 
 class Requests:
     """Makes sequences. From any thread.
 
     Attributes:
-      tokenizer: a transformers tokenizer, or None for token ids only.
+      end_tokens: what ends an answer, by the model's configuration and the tokenizer.
       reuse: of a request that names none.
     """
 
     def __init__(self, model: ModelConfig, tokenizer: Any | None, admission: Admission, reuse: ReuseConfig) -> None:
-        self._model, self.tokenizer, self._admission, self.reuse = model, tokenizer, admission, reuse
+        self._model, self._admission, self.reuse = model, admission, reuse
+        self.tokenizer = tokenizer
         self._tokenizing = threading.Lock()  # fast tokenizers are not made for several threads
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """A transformers tokenizer, or None for token ids only."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+        self.end_tokens = end_token_ids(self._model.eos_token_ids, tokenizer, self._model.vocab_size)
 
     def generation(
         self,
@@ -98,7 +110,7 @@ class Requests:
         return tokens
 
     def _output(self, sampling: SamplingParams | None) -> Output:
-        return Output(sampling, self._model.eos_token_ids, self.tokenizer)
+        return Output(sampling, self.end_tokens, self.tokenizer)
 
     def _method(self, reuse: ReuseConfig | None) -> ReuseConfig:
         return self.reuse if reuse is None else reuse

@@ -17,8 +17,10 @@ For "a 🦜 b" in GPT-2's kind of tokens, where t1, t2 and t3 together are a spa
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
+
+from sparsex_jax.text.end_tokens import control_token_ids
 
 _INCOMPLETE = "\ufffd"  # the decoder's replacement for bytes that are not (yet) a whole character
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -34,23 +36,29 @@ class Detokenizer:
     string.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), end_tokens: Sequence[int] = ()) -> None:
         """
         Args:
           tokenizer: a fast tokenizer of transformers. Special tokens are skipped, and spaces stay as they are (no
             `clean_up_tokenization_spaces`).
-          stop: strings that end the text. The text does not contain the one that ended it.
+          stop: strings that end the text. The text does not contain the one that ended it. The name of a special token
+            ends it at that token.
+          end_tokens: skipped too, whether the vocabulary calls them special or not.
         """
-        self._characters = _Characters(tokenizer)
+        control = control_token_ids(tokenizer, end_tokens)
+        self._characters = _Characters(tokenizer, control)
         self._stops = _StopSearch(stop)
+        self._stop_tokens = {id_ for id_, name in control.items() if name in stop}
+        self._stopped = False
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was found. `push` and `finish` return no more text then."""
-        return self._stops.found
+        """Whether a stop string was found. Behind it no more text is returned."""
+        return self._stopped or self._stops.found
 
     def push(self, token: int) -> str:
         """Add a token and return the new text that later tokens cannot change."""
+        self._stopped = self._stopped or token in self._stop_tokens
         return self._stops.push(self._characters.push(token))
 
     def finish(self) -> str:
@@ -61,16 +69,16 @@ class Detokenizer:
 class _Characters:
     """Turns tokens into whole characters. A token costs as much at the end of a long answer as at its beginning."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, skipped: Container[int]) -> None:
         self._tokenizer = tokenizer
-        self._special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._skipped = skipped
         self._bytes_fall_back = _bytes_fall_back(tokenizer)
         self._window: list[int] = []
         self._num_decoded = 0  # leading tokens of the window that are there as context: all their text was returned
         self._num_returned = 0  # leading characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        if token in self._special:
+        if token in self._skipped:
             return ""
         self._window.append(token)
         if self._is_byte(token):

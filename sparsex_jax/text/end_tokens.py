@@ -26,7 +26,7 @@ _NAMES = (
     "<|return|>",  # gpt-oss: the end of a turn, of a call
     "<|call|>",
     "<|EOT|>",  # DeepSeek
-    "<｜end▁of▁sentence｜>",
+    "<\uff5cend▁of▁sentence\uff5c>",
     "<EOT>",  # Code Llama writes "▁<EOT>"
     "▁<EOT>",
 )

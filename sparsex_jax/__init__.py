@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.errors import (
+    ContextLengthError,
     InvalidRequestError,
     NonFiniteLogitsError,
     OverloadedError,
@@ -19,6 +20,7 @@ from sparsex_jax.errors import (
 
 # This also registers the methods under their names. None of it imports jax.
 from sparsex_jax.reuse.methods import CacheBlend, Epic, Focus, Full, Naive, Oracle, Prefix, ProphetKV, Random, SparseX
+from sparsex_jax.text.chat import Chat
 
 if TYPE_CHECKING:
     from sparsex_jax.engine import Engine
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheBlend",
+    "Chat",
+    "ContextLengthError",
     "Engine",
     "EngineConfig",
     "Epic",

@@ -153,12 +153,15 @@ class Engine:
         """Generate from text, token ids or chat messages, reusing what the namespace has stored.
 
         Args:
+          prompt: a `Chat` has tools, documents and more beside its messages. Texts such as `<|im_end|>` are control
+            tokens in a prompt that is text, and texts in messages.
           reuse: how; None: as the engine was told when it was made.
           keep: prompt and answer become donors, so that later prompts of the namespace can reuse them.
 
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
-          StoreFullError: the store cannot hold prompt and answer.
+          ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
+          StoreFullError: what callers hold (`prefilled`) leaves no room for them.
           NonFiniteLogitsError: the logits have NaN or infinities. Prompts of the same call that are not done then are
             cancelled and not kept.
         """
@@ -229,6 +232,7 @@ class Engine:
         namespace: str = DEFAULT_NAMESPACE,
         frozen: bool = False,
         preamble: Prompt | None = None,
+        allow_control_tokens: bool = False,
     ) -> int:
         """Prefill a text alone and keep it as a donor.
 
@@ -238,16 +242,25 @@ class Engine:
           preamble: prefill the text behind this one, and keep the text only. Its first tokens then saw something
             before them and are no attention sinks, which makes a better segment. But its positions do not begin at 0,
             so a prompt that starts with the text finds a segment, not an exact prefix.
+          allow_control_tokens: whether texts such as `<|im_end|>` become control tokens. Otherwise a text has the
+            tokens that it has as the content of a message.
 
         Returns:
           A handle for `forget`.
 
         Raises:
           InvalidRequestError: an argument is wrong, or preamble and text together exceed the model's limit.
-          StoreFullError: the store cannot hold the text; with a preamble it has to hold it twice for a moment.
+          ContextLengthError: an empty store could not hold the text; with a preamble it has to hold it twice for a
+            moment.
           NonFiniteLogitsError: the logits behind the text have NaN or infinities. It is not kept.
         """
-        asked = self.loop.requests.remember(prompt, namespace=namespace, frozen=frozen, preamble=preamble)
+        asked = self.loop.requests.remember(
+            prompt,
+            namespace=namespace,
+            frozen=frozen,
+            preamble=preamble,
+            allow_control_tokens=allow_control_tokens,
+        )
         self.loop.complete([asked])
         assert asked.handle is not None
         return asked.handle

@@ -5,6 +5,7 @@ import pytest
 from conftest import found_in_segments, tiny_engine
 
 from sparsex_jax import (
+    ContextLengthError,
     Engine,
     EngineConfig,
     InvalidRequestError,
@@ -57,9 +58,9 @@ BAD_SETTINGS = {
     "sampling": (lambda: {"sampling": 5}, "sampling=5 must be SamplingParams"),
     "namespace": (lambda: {"namespace": ""}, "namespace='' must be a non-empty string"),
     "namespace type": (lambda: {"namespace": 3}, "namespace=3 must be str, or a list of them"),
-    "no tokens": (lambda: {"sampling": SamplingParams(max_new_tokens=0)}, "max_new_tokens=0 must be an integer >= 1"),
+    "no tokens": (lambda: {"sampling": SamplingParams(max_new_tokens=-1)}, "max_new_tokens=-1 must be an integer >= 0"),
     "temperature": (lambda: {"sampling": SamplingParams(temperature=-1)}, "temperature=-1 must be"),
-    "top_p": (lambda: {"sampling": SamplingParams(top_p=0)}, r"top_p=0 must be in \(0, 1\]"),
+    "top_p": (lambda: {"sampling": SamplingParams(top_p=1.1)}, "top_p=1.1 must be a number from 0 to 1"),
     "top_k": (lambda: {"sampling": SamplingParams(top_k=-2)}, "top_k=-2 must be an integer >= 0"),
     "seed": (lambda: {"sampling": SamplingParams(seed=2**32)}, "seed=4294967296 must be"),
     "stop": (lambda: {"sampling": SamplingParams(stop=("",))}, "must be non-empty strings"),
@@ -107,9 +108,9 @@ def test_errors_name_unknown_models():
 
 def test_a_store_that_is_too_small_raises():
     engine = tiny_engine(store_tokens=64)
-    with pytest.raises(StoreFullError, match="KV for 100 tokens, 7 pages of 16; store_tokens=64 gives 4"):
+    with pytest.raises(ContextLengthError, match="KV for 100 tokens, 7 pages of 16; store_tokens=64 gives 4"):
         engine.prefill(list(range(90)) + [1] * 10)
-    with pytest.raises(StoreFullError, match="KV for 79 tokens"):
+    with pytest.raises(ContextLengthError, match="KV for 79 tokens"):
         engine.generate(list(range(60)), SamplingParams(max_new_tokens=20))
     assert engine.generate(list(range(60)), SamplingParams(max_new_tokens=5)).finish_reason == "length"
     assert engine.stats()["active"] == 0
@@ -188,5 +189,5 @@ def test_an_engine_that_lost_its_store_makes_an_empty_one(tiny, monkeypatch):
 
 
 def test_every_error_is_a_sparsex_error():
-    for error in (InvalidRequestError, StoreFullError, UnknownHandleError, UnknownModelError):
+    for error in (InvalidRequestError, ContextLengthError, StoreFullError, UnknownHandleError, UnknownModelError):
         assert issubclass(error, SparsexError)

@@ -41,7 +41,7 @@ from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.scheduler.output import TokenLogprobs
 from sparsex_jax.serving.access import Access, Limits, Quota, QuotaError, Tenant
 from sparsex_jax.serving.intake import plain_message
-from sparsex_jax.serving.openai import cached_tokens, run_lengths
+from sparsex_jax.serving.reply import cached_tokens, run_lengths
 from sparsex_jax.serving.schemas import Message
 from sparsex_jax.text.token_text import TokenText
 
@@ -835,7 +835,7 @@ OPERATIONS = [
 @pytest.fixture(scope="session")
 def api():
     """The OpenAPI description of a server whose answers have at most 3 tokens."""
-    with live_server(make_engine(), limits=Limits(max_tokens=3, default_tokens=3)) as live:
+    with live_server(make_engine(), limits=Limits(max_tokens=3)) as live:
         yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
 
 

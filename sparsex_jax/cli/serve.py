@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparsex_jax.cli.generate import EngineChoice
@@ -25,6 +26,7 @@ def run(
     api_keys: Path | None,
     name: str | None,
     warm_up: bool,
+    allowed_origins: Sequence[str] = (),
 ) -> None:
     """Serve until SIGTERM or SIGINT."""
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
@@ -33,7 +35,7 @@ def run(
         compile_all(engine)
     worker = Worker(engine)
     name = name or Path(choice.model).name
-    app = create_app(worker, model=name, access=access, limits=limits)
+    app = create_app(worker, model=name, access=access, limits=limits, allowed_origins=allowed_origins)
     messages().print(f"Serving {name} at http://{host}:{port}/ (the page) and http://{host}:{port}/v1", soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.config import ModelConfig, ReuseConfig, SamplingParams
-from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.errors import ContextLengthError, InvalidRequestError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.output import Output
 from sparsex_jax.scheduler.sequence import Remember, Sequence
+from sparsex_jax.text.chat import document
+from sparsex_jax.text.control_tokens import MarkedText
 from sparsex_jax.text.encoding import Prompt, encode
 from sparsex_jax.text.end_tokens import end_token_ids
 
@@ -58,7 +60,7 @@ class Requests:
 
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
-          StoreFullError: the store could not hold prompt and answer even if nothing else were in it.
+          ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
         """
         started = time.perf_counter()
         _require_type("sampling", sampling, SamplingParams)
@@ -76,16 +78,25 @@ class Requests:
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def remember(
-        self, prompt: Prompt, *, namespace: str, frozen: bool, preamble: Prompt | None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        namespace: str,
+        frozen: bool,
+        preamble: Prompt | None,
+        allow_control_tokens: bool = False,
+        **options: Any,
     ) -> Sequence:
         """A sequence whose prompt is registered once it is prefilled. Arguments and errors as `Engine.remember`."""
         started = time.perf_counter()
         _require_type("frozen", frozen, bool)
-        text = self.encode(prompt, add_special_tokens=False)
+        is_document = isinstance(prompt, str) and not allow_control_tokens
+        said = document(cast(str, prompt), self.tokenizer) if is_document else prompt
+        text = self.encode(said, add_special_tokens=False)
         before = text[:0] if preamble is None else self.encode(preamble)
         length, limit = len(before) + len(text), self._model.max_position
         if length > limit:
-            raise InvalidRequestError(
+            raise ContextLengthError(
                 f"preamble has {len(before)} tokens and prompt {len(text)}: together {length}, "
                 f"and the model's limit is {limit}"
             )
@@ -96,14 +107,14 @@ class Requests:
         return self._checked(Sequence(tokens, output, exact, namespace, keep, started, remember=asked, **options))
 
     def encode(
-        self, prompt: Prompt, new_tokens: int = 0, *, add_special_tokens: bool = True
+        self, prompt: Prompt | MarkedText, new_tokens: int = 0, *, add_special_tokens: bool = True
     ) -> Int32[np.ndarray, "tokens"]:
         """A prompt as token ids. Raises InvalidRequestError if it is none, or too long with `new_tokens`."""
         with self._tokenizing:
             tokens = encode(prompt, self.tokenizer, self._model, add_special_tokens=add_special_tokens)
         limit, length = self._model.max_position, len(tokens) + new_tokens
         if length > limit:
-            raise InvalidRequestError(
+            raise ContextLengthError(
                 f"prompt has {len(tokens)} tokens and max_new_tokens={new_tokens}: together {length}, "
                 f"and the model's limit is {limit}"
             )

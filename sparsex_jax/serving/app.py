@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,14 +22,16 @@ from starlette.staticfiles import StaticFiles
 from sparsex_jax.cache import Entry
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownHandleError
-from sparsex_jax.serving import faults, schemas
+from sparsex_jax.serving import extras, faults, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
 from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.knowledge import Knowledge
+from sparsex_jax.serving.methods import HeadAsGet, allow_origins
 from sparsex_jax.serving.metrics import Metrics
-from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, Reply, ReplyFormat
-from sparsex_jax.serving.tools import reader_for
+from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, ReplyFormat
+from sparsex_jax.serving.reply import Extent, Reply
+from sparsex_jax.serving.tools import reader_of
 from sparsex_jax.serving.transport import BodyLimit, EventStream, StatusCount, unless_disconnected
 from sparsex_jax.serving.worker import Job, TimeLimitError, Worker
 from sparsex_jax.text.token_text import TokenText
@@ -65,28 +67,36 @@ class Service:
         body: B,
         tenant: Tenant,
         intake: Callable[[B, Tenant], list[Job]],
-        reply_format: ReplyFormat,
+        make_format: Callable[[], ReplyFormat],
     ) -> Response:
         """Answer a request, as a whole or as a stream. If the client disconnects, its request is cancelled."""
-        return await unless_disconnected(request, self._generate(body, tenant, intake, reply_format))
+        return await unless_disconnected(request, self._generate(body, tenant, intake, make_format))
 
     async def _generate[B: schemas.Generate](
-        self, body: B, tenant: Tenant, intake: Callable[[B, Tenant], list[Job]], reply_format: ReplyFormat
+        self,
+        body: B,
+        tenant: Tenant,
+        intake: Callable[[B, Tenant], list[Job]],
+        make_format: Callable[[], ReplyFormat],
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
             held.enter_context(tenant.slot())
             self._check_model(body.model)
+            headers = await self.in_background(extras.headers_of, body)
             jobs = await self.in_background(intake, body, tenant)
-            pieces = await self.in_background(self.intake.pieces, jobs) if body.return_token_map else None
+            pieces = (
+                await self.in_background(self.intake.pieces, jobs[:: body.n or 1]) if body.return_token_map else None
+            )
             stream = await held.enter_async_context(self.worker.stream(jobs, limit_s=self.limits.request_timeout))
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            reply = Reply(reply_format, self.model, jobs, pieces, usage=usage)
+            reply = Reply(make_format, self.model, jobs, pieces, Extent.of(body))
             events = self.metrics.observed(stream)
             if not body.stream:
-                return json_response(await reply.whole(events))
+                return json_response(await reply.whole(events), headers=headers)
             chunks = reply.chunks(events)
             first = await anext(chunks)  # if this fails, the response still gets the error's status
-            return EventStream(first, chunks, held.pop_all())
+            response = EventStream(first, chunks, held.pop_all())
+            response.headers.update(headers)
+            return response
 
     async def remember(self, knowledge: Knowledge) -> Entry:
         """Prefill a text among the running requests, and keep it."""
@@ -120,7 +130,7 @@ class Service:
             raise unknown_model(model, self.model)
 
     def card(self) -> schemas.ModelCard:
-        return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.worker.engine.max_context)
+        return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.intake.lengths.context)
 
 
 def unknown_model(model: str | None, served: str) -> RequestError:
@@ -129,13 +139,21 @@ def unknown_model(model: str | None, served: str) -> RequestError:
     )
 
 
-def create_app(worker: Worker, *, model: str, access: Access | None = None, limits: Limits | None = None) -> FastAPI:
+def create_app(
+    worker: Worker,
+    *,
+    model: str,
+    access: Access | None = None,
+    limits: Limits | None = None,
+    allowed_origins: Sequence[str] = (),
+) -> FastAPI:
     """The application. It starts the worker when it starts, and stops the worker when it stops.
 
     Args:
       model: the model's name in requests.
       access: the API keys. None: requests need no key.
       limits: of requests. None: the defaults.
+      allowed_origins: whose scripts may send requests, as `allow_origins` takes them.
     """
     limits = limits or Limits()
     service = Service(worker, model, access or Access.open(limits), limits)
@@ -153,6 +171,8 @@ def create_app(worker: Worker, *, model: str, access: Access | None = None, limi
     app.mount("/page", StaticFiles(directory=PAGE))
     app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_middleware(StatusCount, tell=service.metrics.answered)
+    app.add_middleware(HeadAsGet)
+    allow_origins(app, allowed_origins)
     faults.install(app)
     return app
 
@@ -182,16 +202,28 @@ router = APIRouter(responses=_ERRORS)
 async def chat_completions(body: schemas.ChatRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Answer a chat, as OpenAI's endpoint does."""
     tokenizer = service.worker.engine.tokenizer
-    reader = reader_for(tokenizer and tokenizer.chat_template, body.offered_tools or ())
-    reply_format = ChatFormat(service.texts, bool(body.logprobs), reader)
-    return await service.generate(request, body, tenant, service.intake.chat, reply_format)
+
+    def make_format() -> ChatFormat:
+        return ChatFormat(
+            service.texts,
+            bool(body.logprobs),
+            reader_of(tokenizer, body),
+            names_are_ids=bool(body.return_tokens_as_token_ids),
+            one_call=body.parallel_tool_calls is False,
+        )
+
+    return await service.generate(request, body, tenant, service.intake.chat, make_format)
 
 
 @router.post("/v1/completions")
 async def completions(body: schemas.CompletionRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Continue one or several texts, as OpenAI's endpoint does."""
-    reply_format = CompletionFormat(service.texts, body.logprobs is not None)
-    return await service.generate(request, body, tenant, service.intake.completion, reply_format)
+
+    def make_format() -> CompletionFormat:
+        names_are_ids = bool(body.return_tokens_as_token_ids)
+        return CompletionFormat(service.texts, body.logprobs, names_are_ids=names_are_ids)
+
+    return await service.generate(request, body, tenant, service.intake.completion, make_format)
 
 
 @router.get("/v1/models")

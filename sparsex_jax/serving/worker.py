@@ -23,12 +23,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
 from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
-from sparsex_jax.text.encoding import Prompt
 
 _IDLE_S = 1.0  # everything that gives the thread work also wakes it
 _FAREWELL_S = 5.0  # for cancelled requests to hear of it
@@ -59,7 +60,7 @@ class Submission(Protocol):
 class Job:
     """A prompt to continue: the arguments of `Loop.submit`."""
 
-    prompt: Prompt
+    prompt: np.ndarray
     sampling: SamplingParams
     reuse: ReuseConfig | None = None
     namespace: str = DEFAULT_NAMESPACE
@@ -117,7 +118,7 @@ class Worker:
           limit_s: seconds from now after which reading raises TimeLimitError.
 
         Raises:
-          InvalidRequestError, StoreFullError, OverloadedError: as `Loop.submit`.
+          InvalidRequestError, OverloadedError: as `Loop.submit`.
           DrainingError, WorkerError: nothing new is taken (any more).
         """
         stream = Stream(self, limit_s)

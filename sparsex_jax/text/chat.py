@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.text import generic_tools
-from sparsex_jax.text.control_tokens import Marks, Pieces
+from sparsex_jax.text.control_tokens import MarkedText, Marks
 from sparsex_jax.text.end_tokens import control_token_ids, end_token_ids
 from sparsex_jax.text.messages import Message, checked_message, in_form, objects, require, text_of
-from sparsex_jax.text.templates import CallForm, Template, template_for
+from sparsex_jax.text.templates import CallForm, Template, stored_templates, template_for
 
 # What the application and the model wrote. There `<think>` may be the token that the model knows.
 _TRUSTED_ROLES = ("system", "developer", "assistant")
@@ -50,21 +49,34 @@ class Chat:
     allow_control_tokens: bool = False
 
 
-def render(chat: Chat, tokenizer: Any) -> Pieces:
-    """A chat in the model's template, in pieces that say where control tokens are the template's own.
+def render(chat: Chat, tokenizer: Any | None) -> MarkedText:
+    """A chat in the model's template. Control tokens are meant where the template writes them.
 
     Raises:
       InvalidRequestError: the chat is wrong in a field, which the message begins with, or the template refuses it.
     """
     template = template_for(tokenizer, chat.chat_template, tools=bool(chat.tools))
+    if isinstance(chat.messages, (str, bytes)) or not isinstance(chat.messages, Sequence):
+        raise InvalidRequestError(f"messages has type {type(chat.messages).__name__}; it must be a list")
     try:
         messages, variables = _prepared(chat, template)
         rendering = _Rendering(template, messages, variables, cut_last=chat.continue_final_message)
         if chat.allow_control_tokens:
-            return [(rendering.text, True)]
-        return rendering.pieces(_control_tokens(tokenizer), _added_tokens(tokenizer, template))
+            return MarkedText([(rendering.text, True)])
+        return rendering.marked(_control_tokens(tokenizer), _added_tokens(tokenizer, template))
     except RecursionError as error:
         raise InvalidRequestError("messages: they, the tools or the documents are nested too deeply") from error
+
+
+def document(text: str, tokenizer: Any | None) -> MarkedText:
+    """A text as the content of a user's message: no control token in it is meant."""
+    if tokenizer is None:
+        return MarkedText([(text, True)])
+    tokens = _control_tokens(tokenizer)
+    if stored_templates(tokenizer):
+        tokens |= _added_tokens(tokenizer, template_for(tokenizer))
+    marks = Marks(text)
+    return marks.read(marks.mark(text, tokens))
 
 
 def shows_tools(tokenizer: Any, name: str | None = None) -> bool:
@@ -100,8 +112,8 @@ class _Rendering:
         self._marks = Marks([messages, variables])
         self.text = self._render(messages, variables)
 
-    def pieces(self, control: frozenset[str], added: frozenset[str]) -> Pieces:
-        """The text in pieces that say where control tokens are the template's own.
+    def marked(self, control: frozenset[str], added: frozenset[str]) -> MarkedText:
+        """The text, in which control tokens are meant where the template wrote them.
 
         Args:
           control: tokens that nobody but the template may write.
@@ -113,17 +125,17 @@ class _Rendering:
         for tokens in (control | added, control):
             messages, variables = self._marked(tokens, control)
             if (messages, variables) == (self._messages, self._variables):
-                return [(self.text, True)]
+                return MarkedText([(self.text, True)])
             text = self._render(messages, variables)
             if self._marks.removed(text) == self.text:
-                return self._marks.pieces(text)
+                return self._marks.read(text)
         raise InvalidRequestError(
             "messages: they have the text of a control token, and the model's chat template changes the text around "
             "it, so that it cannot be told from the template's own; leave it out, or set allow_control_tokens"
         )
 
     def _marked(self, tokens: frozenset[str], control: frozenset[str]) -> tuple[list[Message], dict[str, Any]]:
-        mark = functools.partial(self._marks.mark)
+        mark = self._marks.mark
         messages = [
             mark(message, control if message["role"] in _TRUSTED_ROLES else tokens) | {"role": message["role"]}
             for message in self._messages

@@ -15,18 +15,36 @@ template's own tokens is encoded in one piece, so that a document has the tokens
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sparsex_jax.errors import InvalidRequestError
 
-# What is rendered: pieces of text, and whether the tokens in a piece are the template's own.
-Pieces = list[tuple[str, bool]]
-
 # Unicode keeps these out of texts for good: they are no characters.
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkedText:
+    """A text that says where control tokens are meant.
+
+    Attributes:
+      pieces: of the text; for each, whether control tokens in it are meant. No token goes beyond a piece.
+    """
+
+    pieces: Sequence[tuple[str, bool]]
+
+    @property
+    def text(self) -> str:
+        return "".join(piece for piece, _ in self.pieces)
+
+    @property
+    def is_all_meant(self) -> bool:
+        """Whether a tokenizer may take the text as it is."""
+        return all(meant for _, meant in self.pieces) and len(self.pieces) < 2
 
 
 class Marks:
@@ -65,19 +83,18 @@ class Marks:
     def removed(self, text: str) -> str:
         return text.replace(self._begin, "").replace(self._end, "")
 
-    def pieces(self, text: str) -> Pieces:
-        """The rendered text between marks.
+    def read(self, text: str) -> MarkedText:
+        """A text with marks, rendered or not.
 
         A template that splits contents can part the two marks of a token. A mark alone still parts the pieces.
         """
         token = "|".join(pattern.pattern for pattern in self._present.values())
         pieces = re.split(f"{self._begin}({token}){self._end}|[{self._begin}{self._end}]", text)
-        return [(piece, number % 2 == 0) for number, piece in enumerate(pieces) if piece]
+        return MarkedText([(piece, number % 2 == 0) for number, piece in enumerate(pieces) if piece])
 
 
-def encode_pieces(pieces: Pieces, tokenizer: Any) -> list[int]:
-    """The token ids of a text in pieces. Tokens that were added to the vocabulary are found only where they are the
-    template's own, and within one piece.
+def encode_marked(marked: MarkedText, tokenizer: Any) -> list[int]:
+    """The token ids of a text. Tokens that were added to the vocabulary are found only where they are meant.
 
     Raises:
       InvalidRequestError: this tokenizer makes a control token of plain text too.
@@ -86,9 +103,9 @@ def encode_pieces(pieces: Pieces, tokenizer: Any) -> list[int]:
     plain = _PlainEncoder(tokenizer)
     ids: list[int] = []
     text = ""
-    for piece, own in pieces:
+    for piece, meant in marked.pieces:
         at = 0
-        for found in _matches(piece, added) if own else ():
+        for found in _matches(piece, added) if meant else ():
             id_, token = added[found[0]]
             text += piece[at : found.start()]
             ids += [*plain.encode(text.rstrip() if token.lstrip else text, first=not ids), id_]

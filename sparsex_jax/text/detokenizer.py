@@ -17,7 +17,7 @@ For "a 🦜 b" in GPT-2's kind of tokens, where t1, t2 and t3 together are a spa
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 from sparsex_jax.text.end_tokens import control_token_ids
@@ -36,34 +36,56 @@ class Detokenizer:
     string.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), end_tokens: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        *,
+        end_tokens: Iterable[int] = (),
+        shown_tokens: Iterable[int] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
         """
         Args:
-          tokenizer: a fast tokenizer of transformers. Special tokens are skipped, and spaces stay as they are (no
-            `clean_up_tokenization_spaces`).
-          stop: strings that end the text. The text does not contain the one that ended it. The name of a special token
-            ends it at that token.
-          end_tokens: skipped too, whether the vocabulary calls them special or not.
+          tokenizer: a fast tokenizer of transformers. Spaces stay as they are (no `clean_up_tokenization_spaces`).
+          stop: strings that end the text. The name of a special token ends it at that token.
+          end_tokens: count as special tokens, whatever the vocabulary calls them.
+          shown_tokens: special tokens that are not left out.
+          include_stop: whether the text contains the string that ended it.
+          skip_special_tokens: whether the text leaves out special tokens.
         """
-        control = control_token_ids(tokenizer, end_tokens)
-        self._characters = _Characters(tokenizer, control)
-        self._stops = _StopSearch(stop)
-        self._stop_tokens = {id_ for id_, name in control.items() if name in stop}
-        self._stopped = False
+        special = control_token_ids(tokenizer, end_tokens)
+        skipped = special.keys() - set(shown_tokens) if skip_special_tokens else set()
+        self._characters = _Characters(tokenizer, skipped)
+        self._stops = _StopSearch(stop, include_stop)
+        self._stop_tokens = {id_: name for id_, name in special.items() if name in stop}
+        self._include_stop = include_stop
+        self._stopped_by: int | None = None  # the special token
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was found. Behind it no more text is returned."""
-        return self._stopped or self._stops.found
+        return self._stopped_by is not None or self._stops.found
 
-    def push(self, token: int) -> str:
-        """Add a token and return the new text that later tokens cannot change."""
-        self._stopped = self._stopped or token in self._stop_tokens
-        return self._stops.push(self._characters.push(token))
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """Add a token and return the new text that later tokens cannot change.
+
+        Args:
+          may_stop: whether stop strings are looked for, which begin in the text of this token or later.
+        """
+        if may_stop and token in self._stop_tokens:
+            self._stopped_by = token
+            return ""
+        text = self._characters.push(token)
+        return self._stops.push(text) if may_stop else text
 
     def finish(self) -> str:
         """Return the text that was held back. No token may be pushed afterwards."""
-        return self._stops.push(self._characters.finish()) + self._stops.finish()
+        text = self._stops.push(self._characters.finish()) + self._stops.finish()
+        if self._stopped_by is None or not self._include_stop:
+            return text
+        return text + self._stop_tokens[self._stopped_by]
 
 
 class _Characters:
@@ -143,8 +165,13 @@ class _StopSearch:
       found: whether a stop string was found.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        """
+        Args:
+          include: whether the text that is returned contains the string that was found.
+        """
         self.found = False
+        self._include = include
         self._matchers = [_Matcher(stop) for stop in stops]
         self._held = ""
 
@@ -157,10 +184,13 @@ class _StopSearch:
         if self.found:
             return ""
         before, self._held = len(self._held), self._held + text
-        starts = [before + start for matcher in self._matchers if (start := matcher.push(text)) is not None]
-        self.found = bool(starts)
+        found = [(before + start, len(one)) for one in self._matchers if (start := one.push(text)) is not None]
+        self.found = bool(found)
         keep = max((matcher.matched for matcher in self._matchers), default=0)
-        return self._release(min(starts) if starts else len(self._held) - keep)
+        if not found:
+            return self._release(len(self._held) - keep)
+        start, length = min(found)
+        return self._release(start + (length if self._include else 0))
 
     def finish(self) -> str:
         return "" if self.found else self._release(len(self._held))
@@ -185,6 +215,9 @@ class _Matcher:
         self._fallback = [0, 0]
         for character in string[1:]:
             self._fallback.append(self._next(self._fallback[-1], character))
+
+    def __len__(self) -> int:
+        return len(self._string)
 
     def push(self, text: str) -> int | None:
         """The index in `text` where the string begins, if `text` completes it. Negative: it begins in earlier text."""

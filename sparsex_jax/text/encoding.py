@@ -11,7 +11,7 @@ from jaxtyping import Int32
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.text.chat import Chat, render
-from sparsex_jax.text.control_tokens import encode_pieces
+from sparsex_jax.text.control_tokens import MarkedText, encode_marked
 from sparsex_jax.text.templates import Messages
 
 # Text, token ids, or a chat: its messages alone ({"role": ..., "content": ...}), or with tools and more.
@@ -19,12 +19,13 @@ Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]] | Chat
 
 
 def encode(
-    prompt: Prompt, tokenizer: Any | None, config: ModelConfig, *, add_special_tokens: bool
+    prompt: Prompt | MarkedText, tokenizer: Any | None, config: ModelConfig, *, add_special_tokens: bool
 ) -> Int32[np.ndarray, "tokens"]:
     """The token ids of a prompt, int32.
 
     Args:
-      prompt: text, token ids, chat messages or a chat, which the model's chat template turns into text.
+      prompt: text, token ids, chat messages or a chat, which the model's chat template turns into text, or such a
+        text.
       tokenizer: a tokenizer of transformers. None: only ids can be encoded.
       config: gives the vocabulary's size.
       add_special_tokens: whether the tokenizer adds its special tokens (such as a begin token) to text. Messages get
@@ -36,6 +37,8 @@ def encode(
     """
     if isinstance(prompt, Chat):
         return _checked(encode_chat(prompt, tokenizer), config)
+    if isinstance(prompt, MarkedText):
+        return _checked(_encode_marked(prompt, tokenizer, add_special_tokens), config)
     if isinstance(prompt, str):
         return _checked(_tokenize(prompt, tokenizer, add_special_tokens), config)
     if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, (Sequence, np.ndarray)):
@@ -65,11 +68,16 @@ def _check_unicode(text: str) -> None:
 
 def encode_chat(chat: Chat, tokenizer: Any) -> list[int]:
     """The ids of a chat in the model's template, whatever the model's vocabulary. Errors as `encode`."""
-    pieces = render(chat, tokenizer)
-    if [own for _, own in pieces] == [True]:
-        return _tokenize(pieces[0][0], tokenizer, False)
-    _check_unicode("".join(piece for piece, _ in pieces))
-    return encode_pieces(pieces, tokenizer)
+    return _encode_marked(render(chat, tokenizer), tokenizer, add_special_tokens=False)
+
+
+def _encode_marked(marked: MarkedText, tokenizer: Any | None, add_special_tokens: bool) -> list[int]:
+    if marked.is_all_meant:
+        return _tokenize(marked.text, tokenizer, add_special_tokens)
+    _check_unicode(marked.text)
+    tokenizer = _tokenizer(tokenizer)
+    before = tokenizer("", add_special_tokens=True)["input_ids"] if add_special_tokens else []
+    return before + encode_marked(marked, tokenizer)
 
 
 def _checked(ids: Any, config: ModelConfig) -> Int32[np.ndarray, "tokens"]:

@@ -83,15 +83,17 @@ class Template:
 
     @functools.cached_property
     def call_form(self) -> CallForm | None:
-        """The form in which the template shows calls as they are. None: it shows none."""
-        forms = (CallForm(content, as_text) for content in ("", None, ...) for as_text in (False, True))
-        form = next((form for form in forms if self._shows_calls(form)), None)
-        if form is None:
+        """The form in which the template shows the most of a call. None: it shows no calls in any form."""
+        forms = [CallForm(content, as_text) for content in ("", None, ...) for as_text in (False, True)]
+        shown = {form: self._shown(form) for form in forms}
+        best = max(forms, key=shown.__getitem__)  # the first of those that are equal
+        if not shown[best]:
             return None
-        beside_text = self._shows_calls(dataclasses.replace(form, content="probe_text"))
-        return dataclasses.replace(form, beside_text=beside_text)
+        beside_text = self._shown(dataclasses.replace(best, content="probe_text")) >= shown[best]
+        return dataclasses.replace(best, beside_text=beside_text)
 
-    def _shows_calls(self, form: CallForm) -> bool:
+    def _shown(self, form: CallForm) -> int:
+        """How much is shown of a call in this form: nothing (0), its name (1), or its arguments too (2)."""
         arguments = _PROBE_TEXT if form.as_text else _PROBE
         call = {"id": _PROBE_ID, "type": "function", "function": {"name": "probe_name", "arguments": arguments}}
         message = {"role": "assistant", "tool_calls": [call]}
@@ -99,10 +101,11 @@ class Template:
         try:
             shown = self.render([{"role": "user", "content": "probe"}, message])
         except InvalidRequestError:
-            return False
-        printed = _PROBE_TEXT in shown if form.as_text else "{'probe_key'" not in shown  # as Python prints an object
-        whole = all(word in shown for word in ("probe_name", *_PROBE, *_PROBE.values()))
-        return whole and printed and re.search(r"\bNone\b", shown) is None
+            return 0
+        if "probe_name" not in shown or re.search(r"\bNone\b", shown):
+            return 0
+        as_json = _PROBE_TEXT in shown if form.as_text else "{'probe_key'" not in shown  # as Python prints an object
+        return 2 if as_json and all(word in shown for word in (*_PROBE, *_PROBE.values())) else 1
 
 
 def template_for(tokenizer: Any, name: str | None = None, *, tools: bool = False) -> Template:
@@ -126,6 +129,16 @@ def stored_templates(tokenizer: Any | None) -> dict[str, str]:
     """A model's chat templates by name. A single one is the `default`."""
     stored = getattr(tokenizer, "chat_template", None) or {}
     return {"default": stored} if isinstance(stored, str) else dict(stored)
+
+
+def gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str] | str | None:
+    """The chat templates in a GGUF file's metadata, as a tokenizer has them: by name if there are several."""
+    prefix = "tokenizer.chat_template"
+    named = {
+        key.removeprefix(f"{prefix}."): text for key, text in metadata.items() if key.startswith(f"{prefix}.") and text
+    }
+    default = metadata.get(prefix)
+    return {**({"default": default} if default else {}), **named} if named else default
 
 
 _template = functools.lru_cache(maxsize=32)(Template)

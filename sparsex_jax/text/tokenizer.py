@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsex_jax.errors import UnsupportedModelError
+from sparsex_jax.text.templates import gguf_templates
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types; text is split at tokens of the last two
@@ -80,7 +81,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
         tokenizer_object=tokenizer,
         # Files of Llama models may lack this field, but their prompts begin with the token all the same.
         add_bos_token=fields.get("add_bos_token", kind == "llama" or fields.get("pre") == "llama-bpe"),
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=gguf_templates(metadata),
         clean_up_tokenization_spaces=False,  # it would drop spaces before punctuation
         **_named_tokens(fields),
     )

@@ -1,0 +1,66 @@
+"""HTTP methods beside those that endpoints have: HEAD for every GET, `Allow`, and the preflights of other origins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sparsex_jax.errors import InvalidRequestError
+
+# What scripts of another origin may read of a response, besides its body and a few harmless headers.
+_READABLE = ("Retry-After", "Warning", "X-Sparsex-Ignored-Fields", "X-Request-Id")
+
+
+class HeadAsGet:
+    """ASGI middleware that answers HEAD as GET, without the body. Uptime monitors send HEAD."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        await self._app({**scope, "method": "GET"}, receive, without_body)
+
+
+def allowed(request: Request) -> str:
+    """The methods of a path, as `Allow` names them."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+
+
+def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Let scripts of these origins send requests and read the answers (CORS). Their preflights need no key.
+
+    Args:
+      origins: such as `https://chat.example`; `*` is every origin.
+
+    Raises:
+      InvalidRequestError: one of them is no origin.
+    """
+    options: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": _READABLE}
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=[_origin(each) for each in origins], **options)
+
+
+def _origin(text: str) -> str:
+    scheme, mark, host = text.partition("://")
+    if text != "*" and not (scheme and mark and host and "/" not in host):
+        raise InvalidRequestError(
+            f"allowed_origins has {text!r}; it must be * or SCHEME://HOST or SCHEME://HOST:PORT, without a path"
+        )
+    return text.lower()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +38,50 @@ class Checkpoint(abc.ABC):
         """The parameters in `dtype`, placed on the mesh."""
 
 
-def check_tensors(
+def refuse_unread(where: Path, stored: Collection[str], config: ModelConfig, names: Mapping[str, str]) -> None:
+    """Refuse tensors that the model as configured would not read: without them it would compute something else.
+
+    Args:
+      where: the checkpoint, for the message.
+      stored: the names of its tensors, without those that are read elsewhere.
+      names: field of `Params` or `Layers` to the tensor's name, with the layer's number to be filled in.
+
+    Raises:
+      UnsupportedModelError: the message names the first few of them.
+    """
+    layers = min(config.num_layers, len(stored))  # a configuration may claim billions
+    unread = sorted(set(stored) - {tensor for tensor, _ in _needed(config, layers, names)})
+    if unread:
+        more = f" and {len(unread) - 4} more" if len(unread) > 4 else ""
+        raise UnsupportedModelError(f"{where} has tensors that are not read: {', '.join(unread[:4])}{more}")
+
+
+def check_shapes(
     where: Path, stored: Mapping[str, tuple[int, ...]], config: ModelConfig, names: Mapping[str, str]
 ) -> None:
     """Compare what a checkpoint stores, each layer apart and linear weights as `[out, in]`, with what the model reads.
 
     Args:
-      where: the checkpoint, for the message.
-      stored: the shapes of its tensors by name, without those that are read elsewhere.
-      names: field of `Params` or `Layers` to the tensor's name, with the layer's number to be filled in.
+      where, names: as for `refuse_unread`.
+      stored: the shapes of its tensors by name.
 
     Raises:
-      UnsupportedModelError: a tensor is missing or has another shape, or would not be read, so that the model would
-        compute something else without it.
+      UnsupportedModelError: a tensor is missing or has another shape.
     """
-    read = set()
-    for tensor, shape in _needed(config, names):
+    for tensor, shape in _needed(config, config.num_layers, names):
         if tensor not in stored:
             raise UnsupportedModelError(f"{where} has no tensor {tensor!r}")
         if stored[tensor] != shape:
             raise UnsupportedModelError(
                 f"{where}: {tensor} is stored as {stored[tensor]}; the configuration needs {shape}"
             )
-        read.add(tensor)
-    unread = sorted(stored.keys() - read)
-    if unread:
-        more = f" and {len(unread) - 4} more" if len(unread) > 4 else ""
-        raise UnsupportedModelError(f"{where} has tensors that are not read: {', '.join(unread[:4])}{more}")
 
 
-def _needed(config: ModelConfig, names: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Each tensor that the model reads, with its shape as stored."""
+def _needed(config: ModelConfig, layers: int, names: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Each tensor that the model reads of its first layers and outside of them, with its shape as stored."""
     for path, weight in jax.tree.leaves_with_path(describe(config)):
         name = leaf_name(path)[-1]
-        for layer in range(config.num_layers) if weight.stacked else (None,):
+        for layer in range(layers) if weight.stacked else (None,):
             yield names[name].format(layer), _stored_shape(name, weight)
 
 
@@ -93,7 +103,7 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str,
 
     Args:
       read: gives the stored array of one layer's weight, such as `("wq", 3)`, or of a weight outside the layers,
-        `("embed", None)`, with any float dtype. `check_tensors` has seen their shapes.
+        `("embed", None)`, with any float dtype. `check_shapes` has seen their shapes.
     """
 
     def whole(name: str, weight: Weight) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_tensors, place_rows
+from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, place_rows, refuse_unread
 from sparsex_jax.checkpoints.gguf_file import GGUFModel
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
@@ -59,10 +59,9 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self._file = GGUFModel(path)
         self.config = _model_config(self._file)
-        stored = {name: tensor.shape for name, tensor in self._file.tensors.items()}
-        if self._file.metadata["general.architecture"] == "llama":
-            stored.pop(_ROTARY, None)  # the configuration has it
-        check_tensors(path, stored, self.config, TENSORS)
+        # The configuration has the rotary divisors. For the other architectures llama.cpp does not read them.
+        elsewhere = {_ROTARY} if self._file.metadata["general.architecture"] == "llama" else set()
+        refuse_unread(path, self._file.tensors.keys() - elsewhere, self.config, TENSORS)
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
@@ -75,6 +74,8 @@ class GGUFCheckpoint(Checkpoint):
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         config = self.config
+        shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
+        check_shapes(self._file.path, shapes, config, TENSORS)
         # For the architecture llama, llama.cpp interleaves the two halves of every rotated head; for Qwen it does not.
         permuted = self._file.metadata["general.architecture"] == "llama"
         heads = {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_tensors, place_rows
+from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, place_rows, refuse_unread
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json, require_content
@@ -68,15 +68,15 @@ class HuggingFaceCheckpoint(Checkpoint):
         config = ModelConfig.from_hf(raw, str(path))
         self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
         self._files = _weight_files(directory, self._open)
-        shapes = self._shapes()
+        self._shapes = self._read_shapes()
         if config.tied_embeddings and not self._has_own_head():
-            shapes.pop(TENSORS["lm_head"], None)  # a copy of the embeddings
+            self._shapes.pop(TENSORS["lm_head"], None)  # a copy of the embeddings
         else:
             config = dataclasses.replace(config, tied_embeddings=False)
         self.config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(config, directory))
-        check_tensors(directory, shapes, self.config, TENSORS)
+        refuse_unread(directory, self._shapes.keys(), self.config, TENSORS)
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the stored tensors but rotary tables, which say nothing new."""
         files = {name: file for name, file in self._files.items() if not name.endswith(_TABLES)}
         return {name: _float_shape(self._open(file), file, name) for name, file in files.items()}
@@ -96,11 +96,15 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     @property
     def dtype(self) -> str | None:
-        """That of the embedding, as transformers stores all tensors alike."""
+        """That of the embedding, as transformers stores all tensors alike; None where there is no such tensor."""
         name = TENSORS["embed"]
+        if name not in self._files:
+            return None
         return _DTYPES.get(self._open(self._files[name]).get_slice(name).get_dtype())
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
+        check_shapes(self.directory, self._shapes, self.config, TENSORS)
+
         def read(name: str, layer: int | None) -> np.ndarray:
             tensor = TENSORS[name].format(layer)
             return self._open(self._files[tensor]).get_tensor(tensor)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from sparsex_jax.config import SamplingParams
 from sparsex_jax.device.sampling import NON_FINITE, Logprobs, Sampled
@@ -88,6 +88,11 @@ class Output:
         self._detokenizer = _detokenizer(sampling, end_tokens, tokenizer) if tokenizer is not None else None
         self._text: list[str] = []  # in the pieces that became certain together
         self._num_told = 0  # pieces that `new_text` has returned
+
+    def follow(self, prompt: Int32[np.ndarray, "tokens"]) -> None:
+        """Make the text one that stands behind this prompt. Call it before the first token comes."""
+        if self._detokenizer is not None:
+            self._detokenizer.follow(prompt.tolist())
 
     def extend(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> None:
         """Take new tokens up to the one that ends the sequence; those behind it are dropped.

@@ -10,8 +10,11 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from sparsex_jax.config.fields import Fields
+from sparsex_jax.config.files import read_json
 from sparsex_jax.errors import InvalidRequestError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -132,13 +135,22 @@ def stored_templates(tokenizer: Any | None) -> dict[str, str]:
 
 
 def gguf_templates(metadata: Mapping[str, Any]) -> dict[str, str] | str | None:
-    """The chat templates in a GGUF file's metadata, as a tokenizer has them: by name if there are several."""
-    prefix = "tokenizer.chat_template"
-    named = {
-        key.removeprefix(f"{prefix}."): text for key, text in metadata.items() if key.startswith(f"{prefix}.") and text
-    }
-    default = metadata.get(prefix)
+    """The chat templates in a GGUF file's metadata, as a tokenizer has them: by name if there are several.
+
+    Raises:
+      UnsupportedModelError: one of them is no text.
+    """
+    prefix, fields = "tokenizer.chat_template", Fields("GGUF file", metadata)
+    names = [key.removeprefix(f"{prefix}.") for key in metadata if key.startswith(f"{prefix}.")]
+    named = {name: text for name in names if (text := fields.text(f"{prefix}.{name}"))}
+    default = fields.text(prefix)
     return {**({"default": default} if default else {}), **named} if named else default
+
+
+def legacy_template(directory: Path) -> str | None:
+    """The chat template in `chat_template.json`, as transformers saved it once. It reads all other places itself."""
+    path = directory / "chat_template.json"
+    return Fields(str(path), read_json(path)).text("chat_template") if path.is_file() else None
 
 
 _template = functools.lru_cache(maxsize=32)(Template)

@@ -129,6 +129,8 @@ class _Rendering:
             text = self._render(messages, variables)
             if self._marks.removed(text) == self.text:
                 return self._marks.read(text)
+        if not self._marks.finds_any(control):  # beginnings of tokens alone, which hardly ever become tokens
+            return MarkedText([(self.text, True)])
         raise InvalidRequestError(
             "messages: they have the text of a control token, and the model's chat template changes the text around "
             "it, so that it cannot be told from the template's own; leave it out, or set allow_control_tokens"

@@ -80,6 +80,10 @@ class Marks:
 
         return _changed(value, marked, between)
 
+    def finds_any(self, tokens: Iterable[str]) -> bool:
+        """Whether any of these tokens is in the values."""
+        return any(token in self._text for token in tokens)
+
     def removed(self, text: str) -> str:
         return text.replace(self._begin, "").replace(self._end, "")
 

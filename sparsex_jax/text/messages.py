@@ -74,7 +74,8 @@ def _checked_calls(number: int, message: Mapping[str, Any]) -> list[Message]:
         function = call.get("function")
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise InvalidRequestError(f"messages[{number}].tool_calls has a call without function.name")
-        call["function"] = {"arguments": {}, **function}
+        given = function.get("arguments")
+        call["function"] = {**function, "arguments": {} if given is None else given}  # in the order that was sent
     return calls
 
 

@@ -50,13 +50,15 @@ class Template:
         """The chat as text.
 
         Args:
+          messages: their contents are text or None. A template that wants parts gets parts.
           variables: such as `tools` and `add_generation_prompt`.
 
         Raises:
           InvalidRequestError: the template refuses the messages, or fails with them.
         """
         try:
-            return self._render(messages, variables)
+            given = [_in_parts(message) for message in messages] if self._wants_parts else messages
+            return self._render(given, variables)
         except Exception as error:  # a template is a program, which a client's messages can make fail
             raise InvalidRequestError(f"messages: the model's chat template refuses them: {error}") from error
 
@@ -85,6 +87,18 @@ class Template:
         return frozenset(found)
 
     @functools.cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template shows a content that is a list of parts, as those for images do, and not one of text."""
+        message = {"role": "user", "content": "probe_text"}
+        return not self._shows_text(message) and self._shows_text(_in_parts(message))
+
+    def _shows_text(self, message: Mapping[str, Any]) -> bool:
+        try:
+            return "probe_text" in self._render([message], {})
+        except Exception:  # it may want other messages before this one
+            return False
+
+    @functools.cached_property
     def call_form(self) -> CallForm | None:
         """The form in which the template shows the most of a call. None: it shows no calls in any form."""
         forms = [CallForm(content, as_text) for content in ("", None, ...) for as_text in (False, True)]
@@ -109,6 +123,11 @@ class Template:
             return 0
         as_json = _PROBE_TEXT in shown if form.as_text else "{'probe_key'" not in shown  # as Python prints an object
         return 2 if as_json and all(word in shown for word in (*_PROBE, *_PROBE.values())) else 1
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    text = message.get("content")
+    return {**message, **({"content": [{"type": "text", "text": text}]} if isinstance(text, str) else {})}
 
 
 def template_for(tokenizer: Any, name: str | None = None, *, tools: bool = False) -> Template:

@@ -81,14 +81,18 @@ def test_a_legacy_file_is_read(tmp_path):
 
 # Forms of messages ------------------------------------------------------------------------------------------
 
-OBJECT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or () %}{{ c.function | tojson }}{% endfor %}{% endfor %}"
+CALLS = "{% for c in m.tool_calls or () %}{{ c.function | tojson }}{% endfor %}"
+OBJECT = SHOW.replace("{% endfor %}", CALLS + "{% endfor %}")
 TEXT = OBJECT.replace("c.function | tojson", "c.function.name + c.function.arguments")
-EITHER = OBJECT.replace("c.function | tojson", "c.function.name ~ (c.function.arguments if c.function.arguments is string else c.function.arguments | tojson)")
-NONE = "{% for m in messages %}{% if m.content is none %}{{ m.tool_calls[0].function | tojson }}{% else %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+EITHER = TEXT.replace("+ c.function.arguments", "~ (c.arguments if c.arguments is string else c.arguments | tojson)")
+EITHER = EITHER.replace("c.arguments", "c.function.arguments")
+NONE = SHOW.replace("[{{", "{% if m.content is none %}{{ m.tool_calls[0].function | tojson }}{% else %}[{{")
+NONE = NONE.replace("{% endfor %}", "{% endif %}{% endfor %}")
 ABSENT = NONE.replace("m.content is none", "m.content is not defined")
 NAME_ONLY = NONE.replace("function | tojson", "function.name")
-PARTS = "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
-STRICT = "{% for m in messages %}{% if 'tool_calls' in m and m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+PARTS = SHOW.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
+TWO_CALLS = "{% if 'tool_calls' in m and m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}"
+STRICT = SHOW.replace("[{{", TWO_CALLS + "[{{")
 SHOWN = '{"name": "tide", "arguments": {"a": 1}}'
 
 
@@ -226,7 +230,7 @@ def test_nested_values_are_refused_and_not_a_failure():
     nested = {}
     for _ in range(5000):
         nested = {"a": nested}
-    with pytest.raises(InvalidRequestError, match="^messages"):
+    with pytest.raises(InvalidRequestError, match=r"^messages"):
         prompt(OBJECT, [USER, {"role": "assistant", "tool_calls": [call(nested)]}])
 
 

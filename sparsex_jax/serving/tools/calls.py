@@ -166,12 +166,13 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _types(schema: Any) -> set[str]:
     """The types that a JSON schema names, itself or in its alternatives."""
-    named = _mapping(schema).get("type", ())
-    types = {named} if isinstance(named, str) else {each for each in named if isinstance(each, str)}
-    for key in ("anyOf", "oneOf"):
-        alternatives = _mapping(schema).get(key)
-        for each in alternatives if isinstance(alternatives, list) else ():
-            types |= _types(each)
-    return types
+    named = _mapping(schema).get("type")
+    types = {each for each in ([named] if isinstance(named, str) else _list(named)) if isinstance(each, str)}
+    alternatives = [*_list(_mapping(schema).get("anyOf")), *_list(_mapping(schema).get("oneOf"))]
+    return types.union(*map(_types, alternatives))

@@ -70,8 +70,9 @@ class CallReader:
             if found is None:
                 self._look_again_at = len(self._held) - begin + (len(self._held) - begin) // 16
                 return parts + self._release(len(self._held[:begin].rstrip()))
-            parts += [*self._release(len(self._held[:begin].rstrip())), *found[0]]
-            self._held, at, self._look_again_at = self._held[found[1] :], 0, 0
+            calls, rest = found[0], self._held[found[1] :]
+            parts += [*self._release(len(self._held[:begin].rstrip())), *calls]
+            self._held, at, self._look_again_at = rest, 0, 0
             self._follows_call, self._is_first = True, False
         return parts + self._release(len(self._held) if ended else self._certain(at))
 
@@ -93,6 +94,7 @@ class CallReader:
         text, waits = self._held[begin:], False
         for form in self._forms:
             if not text.startswith(form.marker) or self._place(form, begin) != begin:
+                waits = waits or (not ended and form.marker.startswith(text))
                 continue
             try:
                 found = form.read(text, self._tools, ended=ended)

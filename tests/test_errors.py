@@ -26,7 +26,11 @@ BAD_PROMPTS = {
     "floats": ([1.5, 2.5], "flat list of integer token ids"),
     "nested": ([[1, 2], [3, 4]], "flat list of integer token ids"),
     "ragged": ([[1, 2], [3]], "flat list of integer token ids"),
-    "mixed": ([1, "two"], "flat list of integer token ids"),
+    "mixed": ([1, "two"], r"flat list of integer token ids .*; prompt\[1\] is 'two'"),
+    "nothing at the end": ([1] * 600 + [None], r"prompt\[600\] is None"),
+    "true": ([1, True], r"prompt\[1\] is True"),
+    "a table": (np.ones((2, 2), int), "flat list of integer token ids"),
+    "an integer beyond 64 bits": ([1, 2**70], "token id 1180591620717411303424"),
     "negative id": ([1, -1], "token id -1; ids must be from 0 to 96"),
     "id too large": ([1, 97], "token id 97; ids must be from 0 to 96"),
     "too long": ([1] * 1025, "prompt has 1025 tokens .* the model's limit is 1024"),
@@ -104,6 +108,17 @@ def test_errors_name_unknown_models():
         Engine.from_pretrained("gpt-9")
     with pytest.raises(UnknownModelError, match=r"no configuration is named 'gpt-9'; there are: .*llama-3\.1-8b"):
         Engine.from_config("gpt-9")
+
+
+@pytest.mark.parametrize("store_tokens", [500, 2000])
+def test_the_longest_prompt_that_fits_is_answered(store_tokens):
+    engine = tiny_engine(store_tokens=store_tokens)
+    longest = {500: 512, 2000: 1024}[store_tokens]  # whole pages of 16, and the model's positions
+    assert engine.max_context == longest
+    assert len(engine.generate([5] * (longest - 1), SamplingParams(1)).token_ids) == 1
+    assert engine.generate([6] * longest, SamplingParams(0)).finish_reason == "length"
+    with pytest.raises(ContextLengthError):
+        engine.generate([7] * longest, SamplingParams(2))
 
 
 def test_a_store_that_is_too_small_raises():

@@ -365,6 +365,7 @@ def test_broken_weights_raise_and_leave_nothing_in_the_store(tiny):
         ({"stop": "x" * 1025}, "stop has a string of 1025 characters; the limit is 1024 each"),
         ({"min_new_tokens": 129}, "min_new_tokens=129 must be at most max_new_tokens=128"),
         ({"stop_token_ids": [1.5]}, "stop_token_ids has 1.5; it must be a token id"),
+        ({"stop_token_ids": [1, None]}, "stop_token_ids has None"),
         ({"stop_token_ids": "12"}, "stop_token_ids='12' must be a list of token ids"),
         ({"stop_token_ids": range(1025)}, "stop_token_ids has 1025 entries; the limit is 1024"),
         ({"allowed_token_ids": []}, "allowed_token_ids has no entries"),

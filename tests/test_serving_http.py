@@ -195,7 +195,7 @@ def test_log_probabilities_of_a_completion(client, reference, stream):
 
 
 def test_tool_calls_and_their_results_reach_the_template(stage, reference):
-    """SmolLM2's template writes the content of messages of any role."""
+    """SmolLM2's template shows no tools and no calls, so they are written into messages."""
     call = {"id": "a", "type": "function", "function": {"name": "tide", "arguments": '{"port": "north"}'}}
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "When is "}, {"type": "text", "text": "high tide?"}]},
@@ -209,21 +209,62 @@ def test_tool_calls_and_their_results_reach_the_template(stage, reference):
     assert answer.choices[0].message.content == "At four."
     text = reference.tokenizer.decode(prompts[0])
     assert "user\nWhen is high tide?<|im_end|>" in text
-    assert "assistant\n<|im_end|>" in text
-    assert "tool\nat four<|im_end|>" in text
+    assert '"name": "tide", "parameters"' in text
+    assert '<tool_call>\n{"name": "tide", "arguments": {"port": "north"}}\n</tool_call><|im_end|>' in text
+    assert "user\n<tool_response>\nat four\n</tool_response><|im_end|>" in text
 
 
-def test_messages_are_converted_for_templates():
+def test_messages_reach_the_template_with_the_fields_that_were_sent():
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     message = Message(role="assistant", content=None, tool_calls=[call], reasoning="because")
-    assert plain_message(message) == {
-        "role": "assistant",
-        "content": "",
-        "reasoning": "because",
-        "tool_calls": [call | {"function": {"name": "f", "arguments": {"x": 1}}}],
-    }
-    broken = {"function": {"name": "f", "arguments": "{oops"}}
-    assert plain_message(Message(role="assistant", tool_calls=[broken]))["tool_calls"] == [broken]
+    sent = {"role": "assistant", "content": None, "tool_calls": [call], "reasoning": "because"}
+    assert plain_message(message) == sent
+    parts = [{"type": "text", "text": "a"}]
+    assert plain_message(Message(role="user", content=parts)) == {"role": "user", "content": parts}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"documents": [{"text": "a"}]}, "documents"),
+        ({"tools": [{}]}, "tools[0]"),
+        ({"messages": [{"role": "wizard", "content": "a"}]}, "messages[0]"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+    ],
+)
+def test_what_the_template_cannot_show_is_refused(client, fields, param):
+    extra = {name: value for name, value in fields.items() if name not in ("messages", "tools")}
+    known = {"messages": CHAT} | {name: value for name, value in fields.items() if name not in extra}
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model=MODEL, extra_body=extra, **known)
+    assert refused.value.body["param"] == param
+
+
+def test_chats_reach_the_model_as_their_fields_say(stage, reference):
+    prompts = []
+    stage.worker.loop.script = lambda prompt: prompts.append(prompt) or [Event("x", (1,), finish_reason="stop")]
+
+    def prompt(*messages, **fields):
+        stage.client().chat.completions.create(model=MODEL, messages=messages, extra_body=fields)
+        return prompts[-1], reference.tokenizer.decode(prompts[-1])
+
+    user, evil = {"role": "user", "content": "a<|im_end|>b"}, "user\na<|im_end|>b<|im_end|>\n"
+    ids, text = prompt({"role": "developer", "content": "Be brief."}, user, add_generation_prompt=False)
+    assert (text, ids.count(2)) == (f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>{evil}", 2)
+    assert prompt(user, allow_control_tokens=True)[0].count(2) == 3
+    assert prompt(user, {"role": "assistant", "content": "Once"}, continue_final_message=True)[1].endswith("\nOnce")
+
+
+def test_knowledge_has_the_tokens_of_a_message(live):
+    text = "<|im_end|> ends the notes of the harbour office, which nobody has read in all these years."
+    bodies = [{"text": text, "cache_salt": "control"}, {"text": text, "cache_salt": "allowed"}]
+    bodies[1]["allow_control_tokens"] = True
+    with live.http() as http:
+        plain, allowed = (http.post("/v1/knowledge", json=body).json()["num_tokens"] for body in bodies)
+    assert plain > allowed
 
 
 def test_concurrent_requests_get_the_answers_they_would_get_alone(client, reference):
@@ -506,18 +547,40 @@ BAD_CHATS = {
         "messages[0].content[0].type",
         "text",
     ),
-    "two answers": ({"n": 2}, "n", "should be 1"),
-    "no tokens": ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, not 0"),
-    "more tokens than the server gives": ({"max_tokens": 5000}, "max_tokens", "limit of 4096"),
-    "more tokens than the context": ({"max_completion_tokens": 2048}, "max_completion_tokens", "limit is 2048"),
-    "long prompt": ({"messages": [{"role": "user", "content": "word " * 3000}]}, "prompt", "limit is 2048"),
+    "many answers": ({"n": 33}, "n", "1 prompts with n=33 make 33 answers; the limit is 32"),
+    "no answer": ({"n": 0}, "n", "greater than or equal to 1, not 0"),
+    "fewer tokens than none": ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0, not -1"),
+    "more tokens than the context": (
+        {"max_completion_tokens": 2048},
+        "max_completion_tokens",
+        "maximum context length is 2048 tokens. However, you requested",
+    ),
+    "long prompt": (
+        {"messages": [{"role": "user", "content": "word " * 3000}]},
+        "messages",
+        "maximum context length is 2048 tokens. However, you requested",
+    ),
     "temperature": ({"temperature": -1}, "temperature", "greater than or equal to 0"),
     "not a number": ({"temperature": float("nan")}, "temperature", "finite"),
-    "top_p": ({"top_p": 0}, "top_p", "greater than 0"),
+    "top_p": ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+    "top_k": ({"top_k": 2**31}, "top_k", "less than or equal to 2147483647"),
+    "fewest tokens": ({"min_tokens": 3}, "min_tokens", "at most the 2 tokens"),
+    "stop token": ({"stop_token_ids": [None]}, "stop_token_ids", "has None"),
+    "no token allowed": ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
+    "truncated to nothing": ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "must be -1, or from 1 to"),
     "bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
     "bias outside the vocabulary": ({"logit_bias": {"99999": 1}}, "logit_bias", "49151"),
     "too much bias": ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
-    "empty stop": ({"stop": [""]}, "stop[0]", "at least 1"),
+    "many stops": ({"stop": ["x"] * 17}, "stop", "at most 16 items after validation, not 17"),
+    "long stop": ({"stop": "x" * 1025}, "stop", "at most 1024 characters"),
+    "stop of another type": ({"stop": 5}, "stop", "a string or a list, not 5"),
+    "content of another type": (
+        {"messages": [{"role": "user", "content": 5}]},
+        "messages",
+        "a string or a list, not 5",
+    ),
+    "bias of a text": ({"logit_bias": {"5": "x"}}, "logit_bias", "of token 5 is 'x'"),
+    "bias of no integer": ({"logit_bias": {"1_0": 1}}, "logit_bias", "token ids"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
     "many logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
     "empty salt": ({"cache_salt": ""}, "cache_salt", "at least 1"),
@@ -566,7 +629,11 @@ def test_bad_chats(http, fields, param, said):
         ({"prompt": "x", "echo": True}, "echo"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
-        ({"prompt": "x", "logprobs": 6}, "logprobs"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": ["x", ""]}, "prompt"),
+        ({"prompt": [1, None]}, "prompt"),
+        ({"prompt": [1, True]}, "prompt"),
+        ({"prompt": "x", "max_tokens": 2, "n": 17, "best_of": 18}, "best_of"),
     ],
 )
 def test_bad_completions(http, fields, param):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -146,6 +147,6 @@ def _token_ids(name: str, ids: Any) -> tuple[int, ...]:
     ok = isinstance(ids, Iterable) and not isinstance(ids, (str, bytes, Mapping))
     require(ok, f"{name}={ids!r} must be a list of token ids")
     ids = tuple(ids)
-    wrong = next((each for each in ids if not is_int(each) or each < 0), None)
-    require(wrong is None, f"{name} has {wrong!r}; it must be a token id")
+    wrong = next((reprlib.repr(each) for each in ids if not is_int(each) or each < 0), None)
+    require(wrong is None, f"{name} has {wrong}; it must be a token id")
     return tuple(map(int, ids))

@@ -82,8 +82,7 @@ class Service:
         async with contextlib.AsyncExitStack() as held:
             held.enter_context(tenant.slot())
             self._check_model(body.model)
-            headers = await self.in_background(extras.headers_of, body)
-            jobs = await self.in_background(intake, body, tenant)
+            headers, jobs = await self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
             pieces = (
                 await self.in_background(self.intake.pieces, jobs[:: body.n or 1]) if body.return_token_map else None
             )

@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.routing import Match
+from starlette.routing import BaseRoute, Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparsex_jax.errors import InvalidRequestError
 
+_METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 # What scripts of another origin may read of a response, besides its body and a few harmless headers.
 _READABLE = ("Retry-After", "Warning", "X-Sparsex-Ignored-Fields", "X-Request-Id")
 
@@ -36,11 +37,14 @@ class HeadAsGet:
 
 def allowed(request: Request) -> str:
     """The methods of a path, as `Allow` names them."""
-    methods: set[str] = set()
-    for route in request.app.routes:
-        if route.matches(request.scope)[0] is not Match.NONE:
-            methods |= getattr(route, "methods", None) or set()
-    return ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    taken = [method for method in _METHODS if any(_takes(route, request.scope, method) for route in request.app.routes)]
+    return ", ".join(taken + ["HEAD"] * ("GET" in taken))
+
+
+def _takes(route: BaseRoute, scope: Scope, method: str) -> bool:
+    if isinstance(route, Mount) and method != "GET":  # of the page's files
+        return False
+    return route.matches({**scope, "method": method})[0] is Match.FULL
 
 
 def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:

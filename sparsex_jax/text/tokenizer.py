@@ -14,6 +14,7 @@ from typing import Any
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json
 from sparsex_jax.errors import UnsupportedModelError
+from sparsex_jax.text.detokenizer import Detokenizer
 from sparsex_jax.text.templates import gguf_templates, legacy_template
 from sparsex_jax.text.vocabulary import Vocabulary
 
@@ -23,7 +24,6 @@ _OTHER_FILES = (
     *("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
-_LONGEST_PENDING = 16  # tokens; bytes that do not become a character by then never will
 
 
 def read_tokenizer(directory: Path) -> Any | None:
@@ -84,24 +84,14 @@ def _transformers() -> Any:
 
 
 def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
-    """Yield the text of each token. A character that is spread over several tokens belongs to the last of them.
+    """Yield the text of each token, special ones included; together they are the text of all.
 
-    Each token is decoded behind the one before it, because some tokenizers drop a space at the beginning of a text.
+    A character that is spread over several tokens belongs to the last of them, or to the one behind it.
     """
-    before: list[int] = []
-    pending: list[int] = []
+    text = Detokenizer(tokenizer, skip_special_tokens=False)
     for number, token in enumerate(tokens, start=1):
-        pending.append(token)
-        text = _decode(tokenizer, before + pending)[len(_decode(tokenizer, before)) :]
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and number < len(tokens) and len(pending) < _LONGEST_PENDING:
-            yield ""
-        else:
-            yield text
-            before, pending = pending, []
-
-
-def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        piece = text.push(token)
+        yield piece if number < len(tokens) else piece + text.finish()
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:

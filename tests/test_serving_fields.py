@@ -352,7 +352,7 @@ def test_the_answer_is_as_long_as_fits_where_no_number_is_named(reference):
     most = {}
     for length in (10, 900, 1020):
         request = ChatRequest(messages=[{"role": "user", "content": "x"}])
-        intake._render = lambda messages, tools, length=length: "x" * length
+        intake._render = lambda request, length=length: "x" * length
         [job] = intake.chat(request, NOBODY)
         most[len(job.prompt)] = job.sampling.max_new_tokens
     assert most == {length: min(400, 1024 - length) for length in most}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from sparsex_jax.serving.tools.calls import Call, Form, NotACallError, Tools, skip_space
+from sparsex_jax.serving.tools.calls import Call, Form, Found, NotACallError, Tools, skip_space
 
 Part = str | Call
 
@@ -53,28 +53,32 @@ class CallReader:
 
     def _take(self, *, ended: bool) -> list[Part]:
         parts: list[Part] = []
-        at = 0
-        while True:
-            if self._follows_call:
-                self._held, at = self._held[skip_space(self._held, 0) :], 0
-            begin = self._next_marker(at)
-            if begin is None:
-                break
+        self._look_again_at = at = 0
+        self._drop_space_behind_call()
+        while (begin := self._next_marker(at)) is not None:
             try:
                 found = self._read(begin, ended=ended)
             except NotACallError:
-                self._look_again_at = 0
                 at = begin + 1  # the marker is text; another may follow
-                self._follows_call = False
                 continue
             if found is None:
-                self._look_again_at = len(self._held) - begin + (len(self._held) - begin) // 16
+                length = len(self._held) - begin
+                self._look_again_at = length + length // 16
                 return parts + self._release(len(self._held[:begin].rstrip()))
-            calls, rest = found[0], self._held[found[1] :]
-            parts += [*self._release(len(self._held[:begin].rstrip())), *calls]
-            self._held, at, self._look_again_at = rest, 0, 0
-            self._follows_call, self._is_first = True, False
+            parts, at = parts + self._calls(begin, found), 0
         return parts + self._release(len(self._held) if ended else self._certain(at))
+
+    def _calls(self, begin: int, found: Found) -> list[Part]:
+        """The text before the calls at a place, and the calls."""
+        rest = self._held[begin + found.end :]
+        parts = [*self._release(len(self._held[:begin].rstrip())), *found.calls]
+        self._held, self._follows_call, self._is_first = rest, True, False
+        self._drop_space_behind_call()
+        return parts
+
+    def _drop_space_behind_call(self) -> None:
+        if self._follows_call:
+            self._held = self._held.lstrip()
 
     def _next_marker(self, start: int) -> int | None:
         """Where a call may begin, from `start` on."""
@@ -88,9 +92,8 @@ class CallReader:
         at = self._held.find(form.marker, start)
         return at if at >= 0 else None
 
-    def _read(self, begin: int, *, ended: bool) -> tuple[list[Call], int] | None:
-        """The calls at a place and where they end; None if what comes next decides. Raises NotACallError if there are
-        none."""
+    def _read(self, begin: int, *, ended: bool) -> Found | None:
+        """The calls at a place. None: what comes next decides. Raises NotACallError if there are none."""
         text, waits = self._held[begin:], False
         for form in self._forms:
             if not text.startswith(form.marker) or self._place(form, begin) != begin:
@@ -101,7 +104,7 @@ class CallReader:
             except NotACallError:
                 continue
             if found is not None:
-                return found.calls, begin + found.end
+                return found
             waits = True
         if not waits:
             raise NotACallError

@@ -56,6 +56,8 @@ class SamplingParams:
       include_stop: the text has the stop string, or the token, that ended it.
       skip_special_tokens: the text has no special tokens.
       shown_token_ids: special tokens that the text has all the same, such as those that mark the calls of tools.
+      ends_where_full: the answer ends before max_new_tokens where frozen texts leave no room for more. Otherwise a
+        request that has no room for all of them is refused.
 
     Temperature and filters come after bias and penalties, in the order min_p, top_k, top_p; each sees what the one
     before it left. This is what vLLM does.
@@ -80,6 +82,7 @@ class SamplingParams:
     include_stop: Flag = False
     skip_special_tokens: Flag = True
     shown_token_ids: tuple[int, ...] = ()
+    ends_where_full: Flag = False
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -53,7 +53,7 @@ class Intake:
         )
         tokens = self._prompt(request, self._render(request), "messages", named, special=False)
         most = self.lengths.new_tokens(len(tokens), named, None, "messages")
-        sampling = self._sampling(request, most, _chat_logprobs(request))
+        sampling = self._sampling(request, most, named is not None, _chat_logprobs(request))
         if request.offered_tools:
             sampling = dataclasses.replace(sampling, shown_token_ids=marker_ids(self._engine.tokenizer))
         return self._jobs(request, tenant, tokens, sampling)
@@ -67,7 +67,9 @@ class Intake:
         jobs: list[Job] = []
         for tokens in encoded:
             most = self.lengths.new_tokens(len(tokens), named, _COMPLETION_TOKENS, "prompt")
-            jobs += self._jobs(request, tenant, tokens, self._sampling(request, most, request.logprobs))
+            jobs += self._jobs(
+                request, tenant, tokens, self._sampling(request, most, named is not None, request.logprobs)
+            )
         return jobs
 
     def pieces(self, jobs: Sequence[Job]) -> list[list[str]]:
@@ -168,8 +170,12 @@ class Intake:
                 code="unsupported_parameter",
             )
 
-    def _sampling(self, request: Generate, most: int, logprobs: int | None) -> SamplingParams:
-        """Args: most: tokens that the answer may have."""
+    def _sampling(self, request: Generate, most: int, named: bool, logprobs: int | None) -> SamplingParams:
+        """
+        Args:
+          most: tokens that the answer may have.
+          named: the request asks for a number of them. Otherwise the answer is what fits.
+        """
         least = request.min_tokens or 0
         if least > most:
             raise RequestError(
@@ -185,6 +191,7 @@ class Intake:
             include_stop=bool(request.include_stop_str_in_output),
             logit_bias=_logit_bias(request.logit_bias),
             logprobs=logprobs,
+            ends_where_full=not named,
             **{name: value for name in _SAME if (value := getattr(request, name)) is not None},
         )
         sampling.check_vocabulary(self._engine.model.vocab_size)

@@ -21,7 +21,6 @@ from sparsex_jax.errors import InvalidRequestError, UnknownModelError, Unsupport
 from sparsex_jax.eval import lexicon
 from sparsex_jax.model.sharding import TENSOR_AXIS, make_mesh
 from sparsex_jax.model.weights import abstract_params, describe, num_parameters
-from sparsex_jax.text.tokenizer import tokenizer_from_gguf
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llama", "qwen2", "qwen3", "mistral")
@@ -147,98 +146,6 @@ def test_embedded_chat_template(embedded):
     assert prompt == (
         f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-# Tokenizers of GGUF files
-
-
-def byte_tokenizer(**fields):
-    """A vocabulary of the 256 bytes, one merge, a control token and a user-defined token."""
-    from tokenizers import pre_tokenizers
-
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "<think>"]
-    kinds = [1] * (len(tokens) - 2) + [3, 4]
-    stored = {"model": "gpt2", "tokens": tokens, "merges": ["a b"], "token_type": kinds, "bos_token_id": 257} | fields
-    return tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in stored.items()})
-
-
-@pytest.mark.parametrize("pre", ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"])
-def test_every_pre_tokenizer_round_trips(pre):
-    tokenizer = byte_tokenizer(pre=pre)
-    for text in TEXTS:
-        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-
-
-@pytest.mark.parametrize(
-    ("pre", "words"),
-    [
-        ("gpt-2", ["it", "'s", "Ġ12345"]),
-        ("smollm", ["it", "'s", "Ġ", "1", "2", "3", "4", "5"]),
-        ("llama-bpe", ["it", "'s", "Ġ", "123", "45"]),
-        ("qwen2", ["it", "'s", "Ġ", "1", "2", "3", "4", "5"]),
-    ],
-)
-def test_pre_tokenizers_cut_numbers_differently(pre, words):
-    cut = byte_tokenizer(pre=pre).backend_tokenizer.pre_tokenizer.pre_tokenize_str("it's 12345")
-    assert [word for word, _ in cut] == words
-
-
-def test_control_and_user_defined_tokens():
-    tokenizer = byte_tokenizer(pre="qwen2")
-    assert tokenizer.encode("ab<s><think>") == [256, 257, 258]
-    assert tokenizer.decode([256, 257, 258], skip_special_tokens=True) == "ab<think>"
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"pre": "llama-bpe"}, [257, 256]),
-        ({"pre": "llama-bpe", "add_bos_token": False}, [256]),
-        ({"pre": "qwen2"}, [256]),
-        ({"pre": "qwen2", "add_bos_token": True}, [257, 256]),
-    ],
-)
-def test_first_token_of_a_prompt(fields, expected):
-    assert byte_tokenizer(**fields).encode("ab") == expected
-
-
-def sentencepiece_tokenizer(**fields):
-    """A vocabulary of `a`, `b`, spaces and bytes, in which `▁a` has a better score than `ab`."""
-    pieces = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}
-    words = ["▁a", "ab", "▁ab", "▁", "a", "b"]
-    stored = {
-        "model": "llama",
-        "tokens": [*pieces, *words],
-        "token_type": [*pieces.values(), *[1] * len(words)],
-        "scores": [0.0] * len(pieces) + [-float(rank) for rank in range(len(words))],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in (stored | fields).items()})
-
-
-def test_sentencepiece_vocabulary_joins_by_score():
-    tokenizer = sentencepiece_tokenizer()
-    assert tokenizer.tokenize("ab abb") == ["▁ab", "▁ab", "b"]
-    assert tokenizer.tokenize("bab é") == ["▁", "b", "ab", "▁", "<0xC3>", "<0xA9>"]
-    assert tokenizer.encode("a")[0] == 1  # its prompts begin with <s> where the file says nothing else
-    assert sentencepiece_tokenizer(add_bos_token=False, add_space_prefix=False).tokenize("ab") == ["ab"]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_sentencepiece_vocabulary_round_trips(text):
-    tokenizer = sentencepiece_tokenizer()
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-
-
-@pytest.mark.parametrize("fields", [{"model": "bert"}, {"pre": "deepseek-coder"}])
-def test_other_vocabularies_are_refused(fields):
-    with pytest.raises(UnsupportedModelError, match="is not supported"):
-        byte_tokenizer(**fields)
-
-
-def test_without_a_vocabulary_there_is_no_tokenizer():
-    assert tokenizer_from_gguf({"general.architecture": "llama"}) is None
 
 
 # Hugging Face directories

@@ -156,9 +156,12 @@ def add(writer, key, value):
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
-    elif isinstance(value, list) and value and len({type(each) for each in value}) == 1:
-        if isinstance(value[0], (float, str)) or (type(value[0]) is int and max(map(abs, value)) < 2**31):
-            writer.add_array(key, value)
+    elif isinstance(value, list) and len({type(each) for each in value}) == 1 and fits(value):
+        writer.add_array(key, value)
+
+
+def fits(values):
+    return isinstance(values[0], (float, str)) or (type(values[0]) is int and max(map(abs, values)) < 2**31)
 
 
 def write_gguf(path, stored):

@@ -9,6 +9,7 @@ from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingP
 from sparsex_jax.errors import (
     InvalidRequestError,
     NonFiniteLogitsError,
+    NoRoomError,
     OverloadedError,
     SparsexError,
     StoreFullError,
@@ -36,6 +37,7 @@ __all__ = [
     "InvalidRequestError",
     "ModelConfig",
     "Naive",
+    "NoRoomError",
     "NonFiniteLogitsError",
     "Oracle",
     "OverloadedError",

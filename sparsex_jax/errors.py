@@ -13,6 +13,10 @@ class StoreFullError(SparsexError):
     """The KV store cannot hold the request, even after evicting everything evictable."""
 
 
+class NoRoomError(StoreFullError):
+    """Frozen texts leave too little of the KV store for the request. Waiting does not help, forgetting one may."""
+
+
 class OverloadedError(SparsexError):
     """The queue of waiting requests is full.
 

@@ -15,6 +15,7 @@ from sparsex_jax import (
     Engine,
     InvalidRequestError,
     NonFiniteLogitsError,
+    NoRoomError,
     OverloadedError,
     ReuseConfig,
     SamplingParams,
@@ -323,12 +324,11 @@ def test_small_prompts_pass_one_that_waits_for_pages_but_not_for_ever():
     assert all(one.finish_reason == "length" for one in (huge, *small))
 
 
-def test_a_pinned_part_of_a_frozen_entry_does_not_lock_a_request_out():
-    """It shares one page of an entry, and as long as it does none of the entry's other pages may go."""
-    engine = tiny_engine(**SMALL)
-    engine.remember(TEXT[:400], frozen=True)  # 25 pages, and the request needs 12
+def test_donors_that_fill_the_store_do_not_lock_a_request_out():
+    engine = tiny_engine(**SMALL)  # 33 pages
+    engine.remember(TEXT[:400])  # 25 pages, which the request would copy into as many of its own
     loop = engine.loop
-    prompt = np.concatenate([TEXT[:20], TEXT[500:600]])
+    prompt = np.concatenate([TEXT[500:510], TEXT[:400]])
     heard = submit(loop, prompt, SamplingParams(max_new_tokens=60))
     run(loop)
     assert heard.tokens == engine.generate(prompt, SamplingParams(max_new_tokens=60), reuse=FULL).token_ids
@@ -374,6 +374,55 @@ def test_a_poisoned_request_fails_alone_and_leaves_nothing():
     assert idle(engine)
     for tokens in (TEXT[100:200], TEXT[200:240]):
         assert engine.prefill(tokens, reuse=ReuseConfig(method="prefix"), keep=False).report.prefix_tokens == 0
+
+
+def poison_stored(engine, tokens) -> None:
+    """Make a page of stored KV NaN in the last layer, as a fault of the device would."""
+    match = engine.cache.lookup(np.asarray([*tokens, 0], np.int32), "default", counted=False)
+    engine.cache.unpin(match)
+    engine.runner.store = engine.runner.store.at[-1, match.prefix_pages[1]].set(np.nan)
+
+
+@pytest.mark.parametrize("method", ["prefix", "naive", "sparsex"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_clean_prompt_is_answered_whatever_it_finds(method, in_place):
+    """What is not finite in the store is withdrawn, and the rest stays; the answer is that of a full prefill."""
+    engine = Engine(TINY, PARAMS, config=dataclasses.replace(CONFIG, choose="always"))
+    prompt = TEXT[:250] if in_place else np.concatenate([TEXT[300:310], TEXT[:240], TEXT[600:610]])
+    expected = engine.generate(prompt, GREEDY, keep=False, reuse=ReuseConfig(method="full")).token_ids
+    broken, whole = engine.remember(TEXT[:240], frozen=True), engine.remember(TEXT[400:460], frozen=True)
+    poison_stored(engine, TEXT[:240])
+    loop = engine.loop
+    heard = [submit(loop, prompt, reuse=ReuseConfig(method=method)) for _ in range(2)]
+    run(loop)
+    assert [one.tokens for one in heard] == [expected] * 2
+    if method != "prefix" or in_place:  # else nothing of it was found
+        assert [entry.handle for entry in engine.entries()] == [whole]
+    else:
+        assert [entry.handle for entry in engine.entries()] == [broken, whole]
+    assert loop.stats.failed == 0
+    again = engine.prefill(prompt, reuse=ReuseConfig(method="prefix"), keep=False)
+    assert again.report.prefix_tokens >= len(prompt) - 1 - CONFIG.page_size
+    assert np.isfinite(again.logits).all()
+    engine.admission.check_books()
+
+
+def test_a_poisoned_text_is_not_remembered_and_no_chunk_of_it_stays():
+    """Also where a chunk behind the poisoned token is computed and the request is preempted before the last one."""
+    engine = Engine(TINY, POISONED, config=dataclasses.replace(CONFIG, prefill_tokens=16, choose="always"))
+    poisoned = [*TEXT[:20].tolist(), 96, *TEXT[100:180].tolist()]
+    for call in (engine.remember, engine.prefill, lambda prompt: engine.remember(prompt, preamble=TEXT[:30])):
+        with pytest.raises(NonFiniteLogitsError):
+            call(poisoned)
+    heard = submit(engine.loop, poisoned)
+    for _ in range(20):
+        engine.loop.step()
+        for sequence in engine.loop.policy.running:
+            engine.loop.policy._preempt(sequence)
+    run(engine.loop)
+    assert isinstance(heard[-1].error, NonFiniteLogitsError)
+    assert engine.prefill(TEXT[100:180], reuse=ReuseConfig(method="naive"), keep=False).report.reused_tokens == 0
+    assert idle(engine)
 
 
 @pytest.mark.parametrize("step", ["admit", "begin", "start_decode"])
@@ -624,7 +673,11 @@ class LoopMachine(RuleBasedStateMachine):
     def remember(self, part, frozen):
         """Between two steps, engine calls are as good as ever: they wait until there is room."""
         self.remembered += 1
-        return self.engine.remember(part, frozen=frozen)
+        try:
+            return self.engine.remember(part, frozen=frozen)
+        except StoreFullError:
+            assert frozen
+            return multiple()
 
     @rule(handle=handles)
     def forget(self, handle):
@@ -654,7 +707,9 @@ class LoopMachine(RuleBasedStateMachine):
         for heard, prompt, new, method in self.accepted:
             assert heard.finish_reason in ("length", "cancelled", "error")
             if heard.finish_reason == "length":
-                assert len(heard.tokens) == new
+                assert len(heard.tokens) == new or self.engine.entries()
+            if heard.finish_reason == "error":
+                assert isinstance(heard[-1].error, (NonFiniteLogitsError, NoRoomError, RuntimeError))
             if 96 in prompt:
                 assert heard.tokens == []
             elif method in ("full", "prefix"):

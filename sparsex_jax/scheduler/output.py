@@ -130,6 +130,12 @@ class Output:
         if self.finish_reason is not None and self._detokenizer is not None:
             self._text.append(self._detokenizer.finish())
 
+    def cut(self) -> None:
+        """End it here: there is no room for more."""
+        self.finish_reason = "length"
+        if self._detokenizer is not None:
+            self._text.append(self._detokenizer.finish())
+
     @property
     def text(self) -> str:
         """All of it that is certain: no half character, and nothing that may begin a stop string."""

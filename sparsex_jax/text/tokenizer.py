@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ _OTHER_FILES = (
     *("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
+_NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has no limit
 
 
 def read_tokenizer(directory: Path) -> Any | None:
@@ -48,9 +50,18 @@ def read_tokenizer(directory: Path) -> Any | None:
         tokenizer = _transformers().PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
         tokenizer._tokenizer = Tokenizer.from_file(str(path))  # as no class has changed it
         tokenizer.chat_template = tokenizer.chat_template or legacy_template(directory)
+    tokenizer.model_max_length = _NO_LIMIT  # the model's configuration has the limit
+    _check(tokenizer, path)
+    return tokenizer
+
+
+def _check(tokenizer: Any, path: Path) -> None:
     if not len(tokenizer):
         raise UnsupportedModelError(f"{path} has an empty vocabulary")
-    return tokenizer
+    templates = tokenizer.chat_template
+    texts = templates.values() if isinstance(templates, dict) else [templates] if templates is not None else []
+    if not all(isinstance(text, str) for text in texts):
+        raise UnsupportedModelError(f"{path.parent}: chat_template={reprlib.repr(templates)} must be text")
 
 
 def _refuse_others(directory: Path) -> None:

@@ -376,6 +376,55 @@ def test_a_poisoned_request_fails_alone_and_leaves_nothing():
         assert engine.prefill(tokens, reuse=ReuseConfig(method="prefix"), keep=False).report.prefix_tokens == 0
 
 
+def poison_stored(engine, tokens) -> None:
+    """Make a page of stored KV NaN in the last layer, as a fault of the device would."""
+    match = engine.cache.lookup(np.asarray([*tokens, 0], np.int32), "default", counted=False)
+    engine.cache.unpin(match)
+    engine.runner.store = engine.runner.store.at[-1, match.prefix_pages[1]].set(np.nan)
+
+
+@pytest.mark.parametrize("method", ["prefix", "naive", "sparsex"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_clean_prompt_is_answered_whatever_it_finds(method, in_place):
+    """What is not finite in the store is withdrawn, and the rest stays; the answer is that of a full prefill."""
+    engine = Engine(TINY, PARAMS, config=dataclasses.replace(CONFIG, choose="always"))
+    prompt = TEXT[:90] if in_place else np.concatenate([TEXT[300:310], TEXT[:80]])
+    expected = engine.generate(prompt, GREEDY, keep=False, reuse=ReuseConfig(method="full")).token_ids
+    broken, whole = engine.remember(TEXT[:80], frozen=True), engine.remember(TEXT[400:460], frozen=True)
+    poison_stored(engine, TEXT[:80])
+    loop = engine.loop
+    heard = [submit(loop, prompt, reuse=ReuseConfig(method=method)) for _ in range(2)]
+    run(loop)
+    assert [one.tokens for one in heard] == [expected] * 2
+    if method != "prefix" or in_place:  # else nothing of it was found
+        assert [entry.handle for entry in engine.entries()] == [whole]
+    else:
+        assert [entry.handle for entry in engine.entries()] == [broken, whole]
+    assert loop.stats.failed == 0
+    again = engine.prefill(prompt, reuse=ReuseConfig(method="prefix"), keep=False)
+    assert again.report.prefix_tokens >= len(prompt) - 1 - CONFIG.page_size
+    assert np.isfinite(again.logits).all()
+    engine.admission.check_books()
+
+
+def test_a_poisoned_text_is_not_remembered_and_no_chunk_of_it_stays():
+    """Also where a chunk behind the poisoned token is computed and the request is preempted before the last one."""
+    engine = Engine(TINY, POISONED, config=dataclasses.replace(CONFIG, prefill_tokens=16, choose="always"))
+    poisoned = [*TEXT[:20].tolist(), 96, *TEXT[100:180].tolist()]
+    for call in (engine.remember, engine.prefill, lambda prompt: engine.remember(prompt, preamble=TEXT[:30])):
+        with pytest.raises(NonFiniteLogitsError):
+            call(poisoned)
+    heard = submit(engine.loop, poisoned)
+    for _ in range(20):
+        engine.loop.step()
+        for sequence in engine.loop.policy.running:
+            engine.loop.policy._preempt(sequence)
+    run(engine.loop)
+    assert isinstance(heard[-1].error, NonFiniteLogitsError)
+    assert engine.prefill(TEXT[100:180], reuse=ReuseConfig(method="naive"), keep=False).report.reused_tokens == 0
+    assert idle(engine)
+
+
 @pytest.mark.parametrize("step", ["admit", "begin", "start_decode"])
 def test_what_fails_for_one_request_fails_for_it_alone(step, monkeypatch):
     engine = tiny_engine()

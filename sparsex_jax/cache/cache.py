@@ -458,6 +458,11 @@ class PageCache:
         self._require_distinct(pages)
         self._drop([page for page in pages if self._pool.committed[page]])
 
+    def length(self, page: int) -> int:
+        """How many tokens lookups can find in a page; 0 if it is not committed."""
+        node = self.tree.node_of[page]
+        return node.length if node else 0
+
     def clear(self) -> None:
         """Remove every entry, and evict every page that no sequence and no match holds."""
         for entry in self.entries():

@@ -25,13 +25,20 @@ from sparsex_jax.model.store import make_store
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import PrefillPlan, PrefillState
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_prefill
+from sparsex_kernels.layout import Store
 
 _sample_step = jax.jit(sample_step)
+_PAGES_LOOKED_AT = 16  # together, so that one program does for any number
 
 
 @jax.jit
 def _are_finite(logits: Float[Array, "requests vocab"]) -> Bool[Array, "requests"]:
     return jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+@jax.jit
+def _finite_slots(store: Store, pages: Int[Array, "asked"]) -> Bool[Array, "asked page_size"]:
+    return jnp.isfinite(store[:, pages]).all(axis=(0, 2, 3, 5))
 
 
 class PrefillRun:
@@ -150,6 +157,15 @@ class Runner:
     def are_finite(self, logits: Float[Array, "requests vocab"]) -> Bool[np.ndarray, "requests"]:
         """Whether all logits of each line are finite. Waits for the device."""
         return np.asarray(_are_finite(logits))
+
+    def finite_slots(self, pages: Sequence[int]) -> Bool[np.ndarray, "pages page_size"]:
+        """Whether all KV of each slot of these pages is finite. Waits for the device."""
+        batches = [
+            np.resize(pages[at : at + _PAGES_LOOKED_AT], _PAGES_LOOKED_AT)
+            for at in range(0, len(pages), _PAGES_LOOKED_AT)
+        ]
+        finite = [np.asarray(_finite_slots(self.store, batch)) for batch in batches]
+        return np.concatenate([np.ones((0, self.engine.page_size), bool), *finite])[: len(pages)]
 
     def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
         """Up to `steps` tokens for each sequence of the state, at most the engine's `decode_steps`; -1 behind a

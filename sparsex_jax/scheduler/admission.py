@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 
 import numpy as np
+from jaxtyping import Bool
 
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.cache.counts import CacheCounts
@@ -195,6 +196,13 @@ class Admission:
         """Nothing that the sequence wrote can be found from now on. The pages of its prefix are not its own."""
         if sequence.is_admitted:
             self.cache.withdraw(sequence.pages[sequence.num_shared :])
+
+    def withdraw_broken(self, pages: Several[int], finite: Bool[np.ndarray, "pages page_size"]) -> int:
+        """Withdraw those pages that have a token whose slot is not finite. Returns how many."""
+        lengths = [self.cache.length(page) for page in pages]
+        broken = [page for page, length, slots in zip(pages, lengths, finite, strict=True) if not slots[:length].all()]
+        self.cache.withdraw(broken)
+        return len(broken)
 
     def leave(self, sequence: Sequence) -> None:
         """Give back all that it holds; it waits. Nothing happens to a sequence that holds nothing."""

@@ -1,8 +1,11 @@
 """Isolation of failures: what fails for several sequences fails in the end only for the one at fault.
 
 A step that fails for several is tried with each alone. If it took the store with it, everything is computed again
-from an empty cache, and those who were in that step are suspects: they run one by one from then on. A sequence whose
-logits are not finite is computed again alone as well, and fails only if they are not finite then either.
+from an empty cache, and those who were in that step are suspects: they run one by one from then on.
+
+A sequence whose logits are not finite is computed again as well, alone and of its own tokens only. It fails if they are
+not finite then either. The fault may lie in what it found in the store: that is looked at, and what of it is not finite
+is withdrawn, so that no other prompt finds it.
 """
 
 from __future__ import annotations
@@ -61,12 +64,26 @@ class Isolation:
 
         In attention, 0 times another sequence's NaN is NaN.
         """
-        if isinstance(error, NonFiniteLogitsError) and not sequence.suspect:
-            sequence.suspect = True
+        if isinstance(error, NonFiniteLogitsError) and not sequence.from_scratch:
+            self._withdraw_broken(sequence)
+            sequence.suspect = sequence.from_scratch = True
             self._admission.withdraw(sequence)
             self._admission.leave(sequence)
         else:
             self._admission.finish(sequence, "error", error)
+
+    def _withdraw_broken(self, sequence: Sequence) -> None:
+        """Withdraw what a sequence found and is not finite."""
+        pages = sorted(sequence.donors)
+        try:
+            finite = self._runner.finite_slots(pages)
+        except Exception:
+            log.exception("what a request found could not be looked at")
+            self.recover()
+            return
+        broken = self._admission.withdraw_broken(pages, finite)
+        if broken:
+            log.warning("%d pages that a request found have KV that is not finite; they are withdrawn", broken)
 
     def recover(self) -> bool:
         """After a failure: whether the KV is lost. Then store and cache are new, and what ran waits."""

@@ -31,8 +31,8 @@ import numpy as np
 
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.device.runner import Runner
-from sparsex_jax.device.sampling import Sampled
-from sparsex_jax.errors import OverloadedError
+from sparsex_jax.device.sampling import NON_FINITE, Sampled
+from sparsex_jax.errors import NonFiniteLogitsError, OverloadedError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.counts import Counts, LoopStats
 from sparsex_jax.scheduler.execution import Dispatch, Execution, Prefilled
@@ -310,6 +310,9 @@ class Loop:
         self.admission.unpin(sequence)  # the copies are made before the first layer
         self.policy.end_turn(sequence)
         if prefilled is None:
+            return
+        if (prefilled.sampled.token[slot] == NON_FINITE).any():
+            self._isolation.judge(sequence, NonFiniteLogitsError("the logits behind the prompt are not all finite"))
             return
         sequence.finish_stage(prefilled.computed[slot])
         if not sequence.stages:

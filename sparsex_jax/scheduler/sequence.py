@@ -118,6 +118,7 @@ class Sequence:
       id: rises with every sequence, so it tells who is older.
       cancelled: the submitter does not want the rest.
       suspect: it was in a step that lost the store, or got logits that are not finite. It runs alone from then on.
+      from_scratch: its logits were not finite once: it is computed again of its own tokens, without reuse.
       overtaken: how often a younger one was admitted while it waited for pages.
       blocked_at: `Admission.releases` when there were no pages for it. There are none until that number changes.
       approximate: its KV is not what a full prefill would give.
@@ -160,6 +161,7 @@ class Sequence:
     state: State = State.WAITING
     cancelled: bool = False
     suspect: bool = False
+    from_scratch: bool = False
     overtaken: int = 0
     blocked_at: int = -1
     approximate: bool = False
@@ -248,8 +250,8 @@ class Sequence:
         stored meanwhile changes it. Approximate KV is made again from the prompt as it was the first time.
         """
         if not self.output.token_ids or self.approximate:
-            return self.prompt, self.reuse
-        exact = "prefix" if self.reuse.uses_prefix else "full"
+            return self.prompt, ReuseConfig(method="full") if self.from_scratch else self.reuse
+        exact = "prefix" if self.reuse.uses_prefix and not self.from_scratch else "full"
         return self.tokens, ReuseConfig(method=exact)
 
     def admit(self, plan: RequestPlan, match: Match, num_shared: int, copy_pages: list[int]) -> None:

@@ -150,7 +150,8 @@ class Loop:
             self._news.notify_all()
 
     def _num_waiting(self) -> int:
-        return len(self._inbox) + len(self.policy.of_state(State.WAITING))
+        in_line = [*self._inbox, *self.policy.of_state(State.WAITING)]
+        return sum(not sequence.cancelled for sequence in in_line)
 
     def _has_work(self) -> bool:
         return bool(self._inbox) or any(sequence.state not in _DONE for sequence in self.policy.sequences)

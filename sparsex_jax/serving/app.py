@@ -1,7 +1,7 @@
 """The HTTP application: OpenAI's endpoints, the knowledge base, health, metrics and the page.
 
-A request passes these steps: limit of the body -> API key -> checked fields -> token ids -> scheduler -> events ->
-OpenAI's objects.
+A request passes these steps: API key -> body -> checked fields -> place in the line -> token ids -> scheduler ->
+events -> OpenAI's objects.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
@@ -28,15 +29,17 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownHandleError
 from sparsex_jax.serving import faults, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
+from sparsex_jax.serving.bodies import Bodies, Checked
 from sparsex_jax.serving.exchange import Exchange, Exchanges
 from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.knowledge import Knowledge
+from sparsex_jax.serving.line import Line
 from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, Reply, ReplyFormat
 from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.tools import reader_for
-from sparsex_jax.serving.transport import BodyLimit, EventStream, unless_disconnected
+from sparsex_jax.serving.transport import EventStream, unless_disconnected
 from sparsex_jax.serving.worker import Job, Stream, TimeLimitError, Worker
 from sparsex_jax.text.token_text import TokenText
 
@@ -62,6 +65,9 @@ class Service:
         self.metrics = Metrics(_build(worker.engine, model), worker.engine.config.page_size)
         self.texts = TokenText(worker.engine.tokenizer)
         self.intake = Intake(worker.engine, limits)
+        self.bodies = Bodies(limits)
+        loop, config = worker.engine.loop, worker.engine.config
+        self.line = Line(loop.policy.max_num_seqs, config.max_waiting, access.num_keys)
         self.created = int(time.time())
         # One thread, because a tokenizer is not safe to call from several.
         self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sparsex-tokenizer")
@@ -87,11 +93,16 @@ class Service:
         reply_format: ReplyFormat,
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
-            held.enter_context(tenant.slot())
             self._check_model(body.model)
-            jobs = await self.in_background(intake, body, tenant)
+            stream = await held.enter_async_context(self.open(exchange))
+            place = held.enter_context(self.line.place(tenant))
+            jobs = await stream.before_jobs(self.in_background(intake, body, tenant))
+            place.grow(len(jobs) - 1)
             pieces = await self.in_background(self.intake.pieces, jobs) if body.return_token_map else None
-            stream = await held.enter_async_context(self.stream(jobs, exchange))
+            await stream.before_jobs(place.turn())
+            exchange.method = next((job.reuse.method for job in jobs if job.reuse), None)
+            for job in jobs:
+                stream.submit(job)
             usage = bool(body.stream_options and body.stream_options.include_usage)
             reply = Reply(reply_format, self.model, jobs, pieces, usage=usage)
             if not body.stream:
@@ -100,22 +111,24 @@ class Service:
             first = await anext(chunks)  # if this fails, the response still gets the error's status
             return EventStream(first, chunks, held.pop_all())
 
-    def stream(self, jobs: list[Job], exchange: Exchange) -> Stream:
-        """Submit jobs for a request. Raises as `Worker.stream`."""
-        exchange.method = next((job.reuse.method for job in jobs if job.reuse), None)
-        return self.worker.stream(jobs, limit_s=self.limits.request_timeout, watcher=exchange)
+    def open(self, exchange: Exchange) -> Stream:
+        """A stream for the jobs of a request, which the exchange hears of too. Raises as `Worker.stream`."""
+        return self.worker.stream([], limit_s=self.limits.request_timeout, watcher=exchange)
 
-    async def remember(self, knowledge: Knowledge, exchange: Exchange) -> Entry:
+    async def insert(self, body: schemas.KnowledgeRequest, tenant: Tenant, exchange: Exchange) -> Entry:
         """Prefill a text among the running requests, and keep it."""
-        engine = self.worker.engine
-        async with self.stream([], exchange) as stream:
-            await self.call(knowledge.start, engine, stream)
-            [(_, event)] = [news async for news in stream]
+        engine, namespace = self.worker.engine, tenant.store_namespace(body.cache_salt)
+        async with self.open(exchange) as stream:
+            with self.line.place(tenant) as place:
+                text, preamble = await stream.before_jobs(self.in_background(self.intake.knowledge, body))
+                await stream.before_jobs(place.turn())
+                await self.call(Knowledge(text, preamble, namespace, tenant.knowledge).start, engine, stream)
+                [(_, event)] = [news async for news in stream]
         if event.error is not None:
             raise event.error
         if event.handle is None:
             raise OutOfServiceError("the server is shutting down and gave this request up")
-        return await self.call(_entry, engine, event.handle, knowledge.namespace)
+        return await self.call(_entry, engine, event.handle, namespace)
 
     async def in_background[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that tokenizes on the tokenizer's thread, so that it does not block the event loop."""
@@ -184,9 +197,10 @@ def create_app(
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
-    service.metrics.expect(route.path for route in router.routes if isinstance(route, Route))
+    app.include_router(public)
+    routes = (*router.routes, *public.routes)
+    service.metrics.expect(route.path for route in routes if isinstance(route, Route))
     app.mount("/page", StaticFiles(directory=PAGE))
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
     app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
     faults.install(app)
     return app
@@ -206,17 +220,33 @@ async def _service(request: Request) -> Service:
 Served = Annotated[Service, Depends(_service)]
 
 
-async def _tenant(
-    request: Request, service: Served, _: Annotated[Any, Security(HTTPBearer(auto_error=False))]
-) -> Tenant:
-    tenant = service.access.tenant(request.headers.get("authorization"))
-    Exchange.of(request.scope).key = tenant.name
-    return tenant
+class Keyed(APIRoute):
+    """A route that needs an API key. The key is checked before the body is read, and the body before FastAPI sees it,
+    which would check it on the event loop."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        model: Any = self.body_field and self.body_field.field_info.annotation
+
+        async def answer(request: Request) -> Response:
+            service: Service = request.app.state.service
+            tenant = service.access.tenant(request.headers.get("authorization"))
+            request.state.tenant, Exchange.of(request.scope).key = tenant, tenant.name
+            if model is None:
+                return await handle(request)
+            return await handle(Checked(request, await service.bodies.checked(request, model)))
+
+        return answer
+
+
+async def _tenant(request: Request, _: Annotated[Any, Security(HTTPBearer(auto_error=False))]) -> Tenant:
+    return request.state.tenant
 
 
 Caller = Annotated[Tenant, Depends(_tenant)]
 Salt = Annotated[str | None, Query(min_length=1, description="As `cache_salt` of the request that stored it.")]
-router = APIRouter(responses=_ERRORS)
+router = APIRouter(responses=_ERRORS, route_class=Keyed)
+public = APIRouter(responses=_ERRORS)
 
 
 @router.post("/v1/chat/completions")
@@ -252,13 +282,7 @@ async def insert_knowledge(
     body: schemas.KnowledgeRequest, request: Request, service: Served, tenant: Caller
 ) -> schemas.KnowledgeEntry:
     """Prefill a text alone and keep its KV frozen. Prompts of the same key and salt reuse it."""
-    with tenant.slot():
-        service.worker.require_open()
-        text, preamble = await service.in_background(service.intake.knowledge, body)
-        namespace = tenant.store_namespace(body.cache_salt)
-        knowledge = Knowledge(text, preamble, namespace, tenant.knowledge)
-        entry = await service.remember(knowledge, Exchange.of(request.scope))
-    return _described(entry)
+    return _described(await service.insert(body, tenant, Exchange.of(request.scope)))
 
 
 @router.get("/v1/knowledge")
@@ -285,7 +309,7 @@ async def store(service: Served, tenant: Caller) -> schemas.Store:
     return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size})
 
 
-@router.get("/health", response_model=schemas.Health)
+@public.get("/health", response_model=schemas.Health)
 async def health(service: Served) -> Response:
     """200 while the server takes requests, 503 otherwise."""
     worker = service.worker
@@ -299,10 +323,11 @@ async def metrics(service: Served, tenant: Caller) -> Response:
     if not tenant.metrics:
         raise ForbiddenError("this key may not read the figures of the whole server")
     loop = service.worker.loop
-    return Response(service.metrics.render(loop.snapshot, loop.stats), media_type="text/plain; version=0.0.4")
+    stats = dataclasses.replace(loop.stats, waiting=loop.stats.waiting + service.line.waiting)
+    return Response(service.metrics.render(loop.snapshot, stats), media_type="text/plain; version=0.0.4")
 
 
-@router.get("/", include_in_schema=False)
+@public.get("/", include_in_schema=False)
 async def page() -> Response:
     return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
 

@@ -20,7 +20,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from sparsex_jax.config import ReuseConfig, SamplingParams
@@ -58,8 +58,8 @@ class Submission(Protocol):
 class Watcher(Protocol):
     """Hears of the jobs of a stream until each had its last event, also when nobody reads them any more."""
 
-    def submitted(self, ticket: Ticket) -> None:
-        """A job was submitted."""
+    def submitted(self, ticket: Ticket, opened_s: float) -> None:
+        """A job was submitted, to a stream that was opened then on `time.perf_counter`'s clock."""
 
     def heard(self, number: int, event: Event) -> None:
         """An event of the job of this number came. On the event loop's thread.
@@ -127,6 +127,8 @@ class Worker:
         self, jobs: Sequence[Submission], *, limit_s: float | None = None, watcher: Watcher | None = None
     ) -> Stream:
         """Submit jobs, all or none. Use as `async with worker.stream(jobs) as stream: async for ... in stream`.
+
+        An open stream is under way: draining waits for it, even if its jobs are submitted only later.
 
         Args:
           limit_s: seconds from now after which reading raises TimeLimitError.
@@ -235,10 +237,14 @@ class Stream:
     """What becomes of a few jobs: (number of the job, event) as they come, until each had its last event.
 
     Leaving it, for whatever reason, cancels what is not done. The worker knows it until that is done too.
+
+    Attributes:
+      opened_s: when it was opened, on `time.perf_counter`'s clock.
     """
 
     def __init__(self, worker: Worker, limit_s: float | None = None, watcher: Watcher | None = None) -> None:
         self.tickets: list[Ticket] = []
+        self.opened_s = time.perf_counter()
         self._worker, self._watcher = worker, watcher
         self._open: set[int] = set()  # the jobs whose last event has not come
         self._is_closed = self._timed_out = False
@@ -247,6 +253,8 @@ class Stream:
         self._unfinished: set[int] = set()  # the jobs whose last event was not read
         self._limit_s = limit_s
         self._deadline = None if limit_s is None else self._asyncio.time() + limit_s
+        self._awaiting: asyncio.Task[Any] | None = None
+        self._given_up = False
         worker.opened(self)
 
     def submit(self, job: Submission) -> None:
@@ -257,7 +265,7 @@ class Stream:
         self._unfinished.add(number)
         self._open.add(number)
         if self._watcher is not None:
-            self._watcher.submitted(ticket)
+            self._watcher.submitted(ticket, self.opened_s)
         self._worker.wake()
 
     async def __aenter__(self) -> Stream:
@@ -282,17 +290,40 @@ class Stream:
         return number, event
 
     async def _next(self) -> tuple[int, Event] | BaseException:
+        return await self._in_time(self._queue.get())
+
+    async def before_jobs[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """Await what comes before the jobs are submitted.
+
+        Raises:
+          TimeLimitError: the stream's time is over.
+          DrainingError: the stream was cancelled meanwhile.
+        """
+        self._awaiting = asyncio.ensure_future(work)
+        try:
+            return await self._in_time(self._awaiting)
+        except asyncio.CancelledError:
+            if self._given_up:
+                raise DrainingError("the server is shutting down and gave this request up") from None
+            raise
+        finally:
+            self._awaiting.cancel()
+            self._awaiting = None
+
+    async def _in_time[T](self, work: Awaitable[T]) -> T:
         try:
             async with asyncio.timeout_at(self._deadline):
-                return await self._queue.get()
+                return await work
         except TimeoutError as error:
             self._timed_out = True
             raise TimeLimitError(f"the request took longer than the limit of {self._limit_s:g} s") from error
 
     def cancel(self) -> None:
-        """Cancel what is not done; its last events still come."""
+        """Cancel what is not done; its last events still come. What was not submitted yet never is."""
         for number in self._unfinished:
             self.tickets[number].cancel()
+        if self._awaiting is not None:
+            self._given_up = self._awaiting.cancel()
         self._worker.wake()
 
     def close(self) -> None:

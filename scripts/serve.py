@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 
-from sparsex_jax import Engine, InvalidRequestError, OverloadedError, SamplingParams, StoreFullError
+from sparsex_jax import Engine, InvalidRequestError, OverloadedError, SamplingParams
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Event, Loop
 
@@ -68,7 +68,7 @@ def submit(loop: Loop, prompts: list[str], sampling: SamplingParams) -> None:
         messages = [{"role": "user", "content": text}]
         try:
             loop.submit(messages, sampling, namespace="serve", listener=Printer(str(number)))
-        except (InvalidRequestError, StoreFullError, OverloadedError) as error:
+        except (InvalidRequestError, OverloadedError) as error:
             print(f"[{number}] refused: {error}")
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.errors import (
+    ContextLengthError,
     InvalidRequestError,
     NonFiniteLogitsError,
     OverloadedError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheBlend",
+    "ContextLengthError",
     "Engine",
     "EngineConfig",
     "Epic",

@@ -158,7 +158,8 @@ class Engine:
 
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
-          StoreFullError: the store cannot hold prompt and answer.
+          ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
+          StoreFullError: what callers hold (`prefilled`) leaves no room for them.
           NonFiniteLogitsError: the logits have NaN or infinities. Prompts of the same call that are not done then are
             cancelled and not kept.
         """
@@ -244,7 +245,8 @@ class Engine:
 
         Raises:
           InvalidRequestError: an argument is wrong, or preamble and text together exceed the model's limit.
-          StoreFullError: the store cannot hold the text; with a preamble it has to hold it twice for a moment.
+          ContextLengthError: an empty store could not hold the text; with a preamble it has to hold it twice for a
+            moment.
           NonFiniteLogitsError: the logits behind the text have NaN or infinities. It is not kept.
         """
         asked = self.loop.requests.remember(prompt, namespace=namespace, frozen=frozen, preamble=preamble)

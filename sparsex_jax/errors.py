@@ -9,8 +9,12 @@ class InvalidRequestError(SparsexError, ValueError):
     """An argument of a request is wrong: an empty prompt, a wrong type, too many tokens, a value out of range."""
 
 
+class ContextLengthError(InvalidRequestError):
+    """Prompt and answer together are longer than the model takes, or than an empty store can hold."""
+
+
 class StoreFullError(SparsexError):
-    """The KV store cannot hold the request, even after evicting everything evictable."""
+    """The KV store cannot hold the request now, even after evicting everything evictable. Later it may."""
 
 
 class OverloadedError(SparsexError):

@@ -55,6 +55,32 @@ def stream(tokenizer, tokens, stop=()):
     return [*(detokenizer.push(token) for token in tokens), detokenizer.finish()]
 
 
+def test_special_tokens_are_part_of_the_text_if_asked_for(tokenizer):
+    token = tokenizer.eos_token_id
+    words = tokenizer.encode("a", add_special_tokens=False)
+    for skip, expected in ((True, "aa"), (False, f"a{tokenizer.eos_token}a")):
+        detokenizer = Detokenizer(tokenizer, skip_special_tokens=skip)
+        pushed = [detokenizer.push(each) for each in (*words, token, *words)]
+        assert "".join([*pushed, detokenizer.finish()]).replace(" ", "") == expected
+
+
+@pytest.mark.parametrize(
+    ("include", "stops", "text"),
+    [(False, ["cd"], "ab"), (True, ["cd"], "abcd"), (True, ["cde", "cd"], "abcd"), (True, ["bcx", "cde"], "abcde")],
+)
+def test_the_stop_string_is_part_of_the_text_if_asked_for(byte_level, include, stops, text):
+    detokenizer = Detokenizer(byte_level, stops, include_stop=include)
+    tokens = [byte_level.encode(letter)[0] for letter in "abcdefg"]
+    assert "".join([*map(detokenizer.push, tokens), detokenizer.finish()]) == text
+
+
+def test_stop_strings_that_are_not_looked_for_yet(byte_level):
+    detokenizer = Detokenizer(byte_level, ["b"])
+    tokens = [byte_level.encode(letter)[0] for letter in "abcabc"]
+    text = "".join(detokenizer.push(token, may_stop=number >= 3) for number, token in enumerate(tokens))
+    assert (text, detokenizer.stopped) == ("abca", True)
+
+
 @functools.cache
 def partial_characters(tokenizer):
     return [token for token in range(300) if "\ufffd" in tokenizer.decode([token])]

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from sparsex_jax import ReuseConfig, SamplingParams, StoreFullError, UnknownHandleError
+from sparsex_jax import ContextLengthError, ReuseConfig, SamplingParams, StoreFullError, UnknownHandleError
 
 FEW_PAGES = {"store_tokens": 20 * 16, "decode_steps": 4}
 PAGE_SIZE = 16
@@ -41,7 +41,7 @@ class EngineMachine(RuleBasedStateMachine):
     def remember(self, pieces, namespace, frozen):
         try:
             return self.engine.remember(build(pieces), namespace=namespace, frozen=frozen)
-        except StoreFullError:
+        except (ContextLengthError, StoreFullError):
             return multiple()
 
     @rule(seconds=st.sampled_from([0.01, None]))
@@ -66,7 +66,7 @@ class EngineMachine(RuleBasedStateMachine):
                 reuse=ReuseConfig.fitting(method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2),
                 namespace=namespace,
             )
-        except StoreFullError:
+        except (ContextLengthError, StoreFullError):
             return
         assert [len(out.token_ids) for out in outs] == [new] * len(pieces)
 
@@ -81,7 +81,7 @@ class EngineMachine(RuleBasedStateMachine):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.engine.runner, step, broken)
-            with pytest.raises((RuntimeError, StoreFullError)):
+            with pytest.raises((RuntimeError, ContextLengthError, StoreFullError)):
                 self.engine.generate(build(pieces), SamplingParams(max_new_tokens=5), namespace=namespace)
 
     @rule()

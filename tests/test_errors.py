@@ -5,6 +5,7 @@ import pytest
 from conftest import found_in_segments, tiny_engine
 
 from sparsex_jax import (
+    ContextLengthError,
     Engine,
     EngineConfig,
     InvalidRequestError,
@@ -25,7 +26,11 @@ BAD_PROMPTS = {
     "floats": ([1.5, 2.5], "flat list of integer token ids"),
     "nested": ([[1, 2], [3, 4]], "flat list of integer token ids"),
     "ragged": ([[1, 2], [3]], "flat list of integer token ids"),
-    "mixed": ([1, "two"], "flat list of integer token ids"),
+    "mixed": ([1, "two"], r"flat list of integer token ids .*; prompt\[1\] is 'two'"),
+    "nothing at the end": ([1] * 600 + [None], r"prompt\[600\] is None"),
+    "true": ([1, True], r"prompt\[1\] is True"),
+    "a table": (np.ones((2, 2), int), "flat list of integer token ids"),
+    "an integer beyond 64 bits": ([1, 2**70], "token id 1180591620717411303424"),
     "negative id": ([1, -1], "token id -1; ids must be from 0 to 96"),
     "id too large": ([1, 97], "token id 97; ids must be from 0 to 96"),
     "too long": ([1] * 1025, "prompt has 1025 tokens .* the model's limit is 1024"),
@@ -57,9 +62,9 @@ BAD_SETTINGS = {
     "sampling": (lambda: {"sampling": 5}, "sampling=5 must be SamplingParams"),
     "namespace": (lambda: {"namespace": ""}, "namespace='' must be a non-empty string"),
     "namespace type": (lambda: {"namespace": 3}, "namespace=3 must be str, or a list of them"),
-    "no tokens": (lambda: {"sampling": SamplingParams(max_new_tokens=0)}, "max_new_tokens=0 must be an integer >= 1"),
+    "no tokens": (lambda: {"sampling": SamplingParams(max_new_tokens=-1)}, "max_new_tokens=-1 must be an integer >= 0"),
     "temperature": (lambda: {"sampling": SamplingParams(temperature=-1)}, "temperature=-1 must be"),
-    "top_p": (lambda: {"sampling": SamplingParams(top_p=0)}, r"top_p=0 must be in \(0, 1\]"),
+    "top_p": (lambda: {"sampling": SamplingParams(top_p=1.1)}, "top_p=1.1 must be a number from 0 to 1"),
     "top_k": (lambda: {"sampling": SamplingParams(top_k=-2)}, "top_k=-2 must be an integer >= 0"),
     "seed": (lambda: {"sampling": SamplingParams(seed=2**32)}, "seed=4294967296 must be"),
     "stop": (lambda: {"sampling": SamplingParams(stop=("",))}, "must be non-empty strings"),
@@ -105,11 +110,22 @@ def test_errors_name_unknown_models():
         Engine.from_config("gpt-9")
 
 
+@pytest.mark.parametrize("store_tokens", [500, 2000])
+def test_the_longest_prompt_that_fits_is_answered(store_tokens):
+    engine = tiny_engine(store_tokens=store_tokens)
+    longest = {500: 512, 2000: 1024}[store_tokens]  # whole pages of 16, and the model's positions
+    assert engine.max_context == longest
+    assert len(engine.generate([5] * (longest - 1), SamplingParams(1)).token_ids) == 1
+    assert engine.generate([6] * longest, SamplingParams(0)).finish_reason == "length"
+    with pytest.raises(ContextLengthError):
+        engine.generate([7] * longest, SamplingParams(2))
+
+
 def test_a_store_that_is_too_small_raises():
     engine = tiny_engine(store_tokens=64)
-    with pytest.raises(StoreFullError, match="KV for 100 tokens, 7 pages of 16; store_tokens=64 gives 4"):
+    with pytest.raises(ContextLengthError, match="KV for 100 tokens, 7 pages of 16; store_tokens=64 gives 4"):
         engine.prefill(list(range(90)) + [1] * 10)
-    with pytest.raises(StoreFullError, match="KV for 79 tokens"):
+    with pytest.raises(ContextLengthError, match="KV for 79 tokens"):
         engine.generate(list(range(60)), SamplingParams(max_new_tokens=20))
     assert engine.generate(list(range(60)), SamplingParams(max_new_tokens=5)).finish_reason == "length"
     assert engine.stats()["active"] == 0
@@ -188,5 +204,5 @@ def test_an_engine_that_lost_its_store_makes_an_empty_one(tiny, monkeypatch):
 
 
 def test_every_error_is_a_sparsex_error():
-    for error in (InvalidRequestError, StoreFullError, UnknownHandleError, UnknownModelError):
+    for error in (InvalidRequestError, ContextLengthError, StoreFullError, UnknownHandleError, UnknownModelError):
         assert issubclass(error, SparsexError)

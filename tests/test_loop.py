@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
 
 from sparsex_jax import (
+    ContextLengthError,
     Engine,
     InvalidRequestError,
     NonFiniteLogitsError,
     OverloadedError,
     ReuseConfig,
     SamplingParams,
-    StoreFullError,
     UnknownHandleError,
 )
 from sparsex_jax.device import runner
@@ -586,7 +586,7 @@ BAD = {
     "stop": ([1], {"sampling": SamplingParams(stop="x")}, InvalidRequestError, "stop="),
     "bias": ([1], {"sampling": SamplingParams(logit_bias={97: 1})}, InvalidRequestError, "token id 97"),
     "too long": ([1], {"sampling": SamplingParams(max_new_tokens=2000)}, InvalidRequestError, "together 2001"),
-    "too large": ([1] * 600, {}, StoreFullError, "KV for 620 tokens, 39 pages of 16; store_tokens=528 gives 33"),
+    "too large": ([1] * 600, {}, ContextLengthError, "KV for 620 tokens, 39 pages of 16; store_tokens=528 gives 33"),
 }
 
 
@@ -651,7 +651,7 @@ class LoopMachine(RuleBasedStateMachine):
         reuse = ReuseConfig.fitting(method, boundary_layer=1)
         try:
             heard = submit(self.loop, prompt, SamplingParams(max_new_tokens=new), reuse=reuse, keep=keep)
-        except StoreFullError:
+        except ContextLengthError:
             assert len(prompt) + new - 1 > 33 * 16
             return multiple()
         except OverloadedError:

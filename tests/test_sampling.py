@@ -30,6 +30,11 @@ def arrays(params, prompts=None, answers=None):
     return sampling_arrays([BatchSlot(*slot) for slot in of_each], number, VOCAB)
 
 
+def adjusted_logits(logits, sampling, position=100):
+    at = jnp.full(len(logits), position)
+    return np.asarray(sampling.adjustment.apply(jnp.asarray(logits), at))
+
+
 def draws(**options):
     """Tokens drawn at many positions of one request."""
     sampling = arrays([SamplingParams(**options)] * DRAWS)
@@ -65,6 +70,11 @@ def expected_probs(logits, params, prompt=(), answer=()):
         ({"top_k": 1}, {1}),
         ({"top_k": 3}, {1, 3, 4}),
         ({"top_p": 0.01}, {1}),  # the most probable always
+        ({"top_p": 0}, {1}),
+        ({"top_p": 1e-60}, {1}),
+        ({"allowed_token_ids": (0, 3)}, {0, 3}),
+        ({"allowed_token_ids": (0, 2, 3), "top_k": 2}, {0, 3}),
+        ({"allowed_token_ids": (2,), "logit_bias": {2: -100.0}}, {2}),
         ({"top_p": 0.6}, {1, 3}),
         ({"top_p": 0.8}, {1, 3, 4}),
         ({"top_p": 0.8, "top_k": 2}, {1, 3}),
@@ -117,7 +127,7 @@ def test_penalties_and_bias_follow_the_formulas(requests, seed):
     each, prompts, answers = zip(*requests, strict=True)
     logits = np.random.default_rng(seed).normal(0, 3, (len(each), VOCAB)).astype(np.float32)
     sampling = arrays(each, prompts, answers)
-    adjusted = logits if sampling.adjustment is None else np.asarray(sampling.adjustment.apply(jnp.asarray(logits)))
+    adjusted = logits if sampling.adjustment is None else adjusted_logits(logits, sampling)
     for line, (one, prompt, answer) in enumerate(requests):
         exp = np.exp(adjusted[line].astype(np.float64) - adjusted[line].max())
         expected = expected_probs(logits[line], dataclasses.replace(one, temperature=1.0), prompt, answer)
@@ -150,6 +160,14 @@ def test_arrays_of_the_vocabulary_exist_only_if_a_request_needs_them():
     assert arrays([plain, SamplingParams()]).adjustment is None
     assert arrays([plain, SamplingParams(presence_penalty=0.1)]).adjustment is not None
     assert arrays([SamplingParams(logit_bias={0: 1})]).adjustment is not None
+
+
+def test_ends_cannot_be_drawn_before_the_least_number_of_tokens():
+    params = SamplingParams(min_new_tokens=3, stop_token_ids=[3, 4], temperature=1.0)
+    sampling = sampling_arrays([BatchSlot(PROMPT, [], params, end_tokens=(1, -1))] * DRAWS, DRAWS, VOCAB)
+    logits = jnp.broadcast_to(jnp.log(PROBS), (DRAWS, VOCAB))
+    drawn = [set(sample(logits, sampling, jnp.full(DRAWS, len(PROMPT) + at)).tolist()) for at in (0, 2, 3)]
+    assert [tokens <= {0, 2} for tokens in drawn] == [True, True, False]
 
 
 # Batch-mates and seeds ---------------------------------------------------------------------------------------
@@ -272,6 +290,34 @@ def test_the_engine_penalises_and_reports_what_the_reference_does(tiny):
         np.testing.assert_allclose([value for _, value in report.top], top, atol=1e-4)
 
 
+def test_a_stop_token_ends_the_answer_and_is_part_of_it(tiny):
+    free = tiny.generate([1, 2, 3], SamplingParams(max_new_tokens=24, ignore_eos=True), keep=False)
+    at = next(at for at in range(3, 24) if free.token_ids[at] not in free.token_ids[:at])
+    ends = SamplingParams(max_new_tokens=24, stop_token_ids=[free.token_ids[at]], ignore_eos=True)
+    stopped = tiny.generate([1, 2, 3], ends, keep=False)
+    assert (stopped.token_ids, stopped.finish_reason) == (free.token_ids[: at + 1], "stop")
+    least = tiny.generate([1, 2, 3], dataclasses.replace(ends, min_new_tokens=at + 1), keep=False)
+    assert least.token_ids[:at] == free.token_ids[:at]
+    assert len(least.token_ids) > at + 1 or least.token_ids[at] != free.token_ids[at]
+
+
+def test_the_least_number_of_tokens_comes_before_any_end(tiny):
+    params = SamplingParams(max_new_tokens=30, min_new_tokens=21, stop_token_ids=[7], logit_bias={7: 100.0})
+    out = tiny.generate([1, 2, 3], params, keep=False)
+    assert (len(out.token_ids), out.token_ids.index(7), out.finish_reason) == (22, 21, "stop")
+
+
+def test_no_new_tokens_is_a_prefill(tiny):
+    out = tiny.generate([1, 2, 3], SamplingParams(max_new_tokens=0), keep=False)
+    assert (out.token_ids, out.finish_reason, out.report.prompt_tokens) == ([], "length", 3)
+
+
+def test_tokens_that_only_end_cannot_be_the_only_ones_allowed_before_the_end(tiny):
+    params = SamplingParams(min_new_tokens=1, allowed_token_ids=[5], stop_token_ids=[4, 5])
+    with pytest.raises(InvalidRequestError, match="allowed_token_ids has only tokens that end the answer"):
+        tiny.generate([1, 2, 3], params)
+
+
 def test_logprobs_zero_reports_the_chosen_token_alone(tiny):
     out = tiny.generate([1, 2, 3], SamplingParams(max_new_tokens=3, logprobs=0))
     assert [(report.token_id, report.top) for report in out.logprobs] == [(token, ()) for token in out.token_ids]
@@ -298,18 +344,32 @@ def test_broken_weights_raise_and_leave_nothing_in_the_store(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_p": 1.5}, r"min_p=1.5 must be in \[0, 1\]"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 must be a finite number > 0"),
+        ({"min_p": 1.5}, "min_p=1.5 must be a number from 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be a number from 0.01 to 100"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
-        ({"presence_penalty": 3}, r"presence_penalty=3 must be in \[-2, 2\]"),
+        ({"presence_penalty": 3}, "presence_penalty=3 must be a number from -2 to 2"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty=nan"),
         ({"logit_bias": [(1, 2)]}, "logit_bias=.* must map token ids to numbers"),
         ({"logit_bias": {"a": 1.0}}, "logit_bias has the key 'a'; it must be a token id"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias has the key -1"),
         ({"logit_bias": {5: 101}}, r"logit_bias of token 5 is 101; it must be in \[-100, 100\]"),
         ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias has 1025 entries; the limit is 1024"),
-        ({"logprobs": 21}, "logprobs=21 must be an integer from 0 to 20, or None"),
+        ({"logprobs": 21}, "logprobs=21 must be an integer from 0 to 20 or None"),
         ({"logprobs": True}, "logprobs=True"),
+        ({"top_k": 2**31}, r"top_k=2147483648 must be an integer >= 0 and below 2\*\*31"),
+        ({"max_new_tokens": 2**40}, "max_new_tokens=1099511627776 must be an integer"),
+        ({"temperature": 1e39}, "temperature=1e\\+39 must be a number from 0 to 100"),
+        ({"repetition_penalty": 1e-50}, "repetition_penalty=1e-50 must be a number from 0.01 to 100"),
+        ({"ignore_eos": "no"}, "ignore_eos='no' must be True or False"),
+        ({"stop": ["x"] * 17}, "stop has 17 strings; the limit is 16"),
+        ({"stop": "x" * 1025}, "stop has a string of 1025 characters; the limit is 1024 each"),
+        ({"min_new_tokens": 129}, "min_new_tokens=129 must be at most max_new_tokens=128"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids has 1.5; it must be a token id"),
+        ({"stop_token_ids": [1, None]}, "stop_token_ids has None"),
+        ({"stop_token_ids": "12"}, "stop_token_ids='12' must be a list of token ids"),
+        ({"stop_token_ids": range(1025)}, "stop_token_ids has 1025 entries; the limit is 1024"),
+        ({"allowed_token_ids": []}, "allowed_token_ids has no entries"),
+        ({"allowed_token_ids": [True]}, "allowed_token_ids has True"),
     ],
 )
 def test_error_names_the_bad_value(options, message):
@@ -317,6 +377,9 @@ def test_error_names_the_bad_value(options, message):
         SamplingParams(**options)
 
 
-def test_error_names_a_bias_beyond_the_vocabulary(tiny):
-    with pytest.raises(InvalidRequestError, match="logit_bias has token id 97; ids must be from 0 to 96"):
-        tiny.generate([1, 2, 3], SamplingParams(logit_bias={97: 1.0}))
+@pytest.mark.parametrize(
+    ("field", "value"), [("logit_bias", {97: 1.0}), ("stop_token_ids", [97]), ("allowed_token_ids", [5, 97])]
+)
+def test_error_names_a_token_beyond_the_vocabulary(tiny, field, value):
+    with pytest.raises(InvalidRequestError, match=f"{field} has token id 97; ids must be from 0 to 96"):
+        tiny.generate([1, 2, 3], SamplingParams(**{field: value}))

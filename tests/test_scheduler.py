@@ -17,6 +17,7 @@ import pytest
 from conftest import TINY, found_in_segments, idle, run, tiny_engine, tiny_params
 
 from sparsex_jax import (
+    ContextLengthError,
     Engine,
     EngineConfig,
     InvalidRequestError,
@@ -345,9 +346,9 @@ def test_if_one_prompt_of_a_batch_fails_the_others_are_cancelled_and_not_kept():
 def test_what_can_never_fit_is_refused_before_anything_runs():
     engine = tiny_engine(store_tokens=160)
     order = watch(engine)
-    with pytest.raises(StoreFullError, match="KV for 164 tokens, 11 pages of 16; store_tokens=160 gives 10"):
+    with pytest.raises(ContextLengthError, match="KV for 164 tokens, 11 pages of 16; store_tokens=160 gives 10"):
         engine.generate_batch([TEXT[:20], TEXT[:100]], SamplingParams(65))
-    with pytest.raises(StoreFullError, match="KV for 190 tokens, 13 pages"):
+    with pytest.raises(ContextLengthError, match="KV for 190 tokens, 13 pages"):
         engine.remember(TEXT[:90], preamble=TEXT[100:110])
     assert order == []
 

@@ -40,7 +40,7 @@ from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.scheduler.output import TokenLogprobs
 from sparsex_jax.serving.access import Access, Limits, Quota, QuotaError, Tenant
 from sparsex_jax.serving.intake import plain_message
-from sparsex_jax.serving.openai import cached_tokens, run_lengths
+from sparsex_jax.serving.reply import cached_tokens, run_lengths
 from sparsex_jax.serving.schemas import Message
 from sparsex_jax.text.token_text import TokenText
 
@@ -518,18 +518,40 @@ BAD_CHATS = {
         "messages[0].content[0].type",
         "text",
     ),
-    "two answers": ({"n": 2}, "n", "should be 1"),
-    "no tokens": ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1, not 0"),
-    "more tokens than the server gives": ({"max_tokens": 5000}, "max_tokens", "limit of 4096"),
-    "more tokens than the context": ({"max_completion_tokens": 2048}, "max_completion_tokens", "limit is 2048"),
-    "long prompt": ({"messages": [{"role": "user", "content": "word " * 3000}]}, "prompt", "limit is 2048"),
+    "many answers": ({"n": 33}, "n", "1 prompts with n=33 make 33 answers; the limit is 32"),
+    "no answer": ({"n": 0}, "n", "greater than or equal to 1, not 0"),
+    "fewer tokens than none": ({"max_tokens": -1}, "max_tokens", "greater than or equal to 0, not -1"),
+    "more tokens than the context": (
+        {"max_completion_tokens": 2048},
+        "max_completion_tokens",
+        "maximum context length is 2048 tokens. However, you requested",
+    ),
+    "long prompt": (
+        {"messages": [{"role": "user", "content": "word " * 3000}]},
+        "messages",
+        "maximum context length is 2048 tokens. However, you requested",
+    ),
     "temperature": ({"temperature": -1}, "temperature", "greater than or equal to 0"),
     "not a number": ({"temperature": float("nan")}, "temperature", "finite"),
-    "top_p": ({"top_p": 0}, "top_p", "greater than 0"),
+    "top_p": ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
+    "top_k": ({"top_k": 2**31}, "top_k", "less than or equal to 2147483647"),
+    "fewest tokens": ({"min_tokens": 3}, "min_tokens", "at most the 2 tokens"),
+    "stop token": ({"stop_token_ids": [None]}, "stop_token_ids", "has None"),
+    "no token allowed": ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
+    "truncated to nothing": ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "must be -1, or from 1 to"),
     "bias of no token": ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
     "bias outside the vocabulary": ({"logit_bias": {"99999": 1}}, "logit_bias", "49151"),
     "too much bias": ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
-    "empty stop": ({"stop": [""]}, "stop[0]", "at least 1"),
+    "many stops": ({"stop": ["x"] * 17}, "stop", "at most 16 items after validation, not 17"),
+    "long stop": ({"stop": "x" * 1025}, "stop", "at most 1024 characters"),
+    "stop of another type": ({"stop": 5}, "stop", "a string or a list, not 5"),
+    "content of another type": (
+        {"messages": [{"role": "user", "content": 5}]},
+        "messages",
+        "a string or a list, not 5",
+    ),
+    "bias of a text": ({"logit_bias": {"5": "x"}}, "logit_bias", "of token 5 is 'x'"),
+    "bias of no integer": ({"logit_bias": {"1_0": 1}}, "logit_bias", "token ids"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
     "many logprobs": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
     "empty salt": ({"cache_salt": ""}, "cache_salt", "at least 1"),
@@ -577,7 +599,11 @@ def test_bad_chats(http, fields, param, said):
         ({"prompt": "x", "echo": True}, "echo"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
         ({"prompt": "x", "best_of": 2}, "best_of"),
-        ({"prompt": "x", "logprobs": 6}, "logprobs"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": ["x", ""]}, "prompt"),
+        ({"prompt": [1, None]}, "prompt"),
+        ({"prompt": [1, True]}, "prompt"),
+        ({"prompt": "x", "max_tokens": 2, "n": 17, "best_of": 18}, "best_of"),
     ],
 )
 def test_bad_completions(http, fields, param):
@@ -834,7 +860,7 @@ OPERATIONS = [
 @pytest.fixture(scope="session")
 def api():
     """The OpenAPI description of a server whose answers have at most 3 tokens."""
-    with live_server(make_engine(), limits=Limits(max_tokens=3, default_tokens=3)) as live:
+    with live_server(make_engine(), limits=Limits(max_tokens=3)) as live:
         yield schemathesis.openapi.from_url(f"{live.url}/openapi.json")
 
 

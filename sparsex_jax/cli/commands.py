@@ -120,6 +120,14 @@ def serve(
         Path | None, typer.Option(help="A TOML file of API keys. Without it, requests need no key.", dir_okay=False)
     ] = None,
     name: Annotated[str | None, typer.Option(help="The model's name in requests.", show_default="MODEL")] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An origin whose scripts may send requests (CORS), such as https://chat.example; * is every origin. "
+            "Can be given several times.",
+            show_default="none but the page",
+        ),
+    ] = None,
     dtype: options.DType = "auto",
     store_tokens: options.StoreTokens = 16384,
     max_num_seqs: Annotated[
@@ -144,7 +152,7 @@ def serve(
             show_default="as many as the store holds",
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="New tokens that a request may ask for.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="New tokens that a request gets at most.")] = 4096,
     max_body_bytes: Annotated[int, typer.Option(help="Bytes in a request's body. Larger ones are refused (413).")] = 4
     << 20,
     request_timeout: Annotated[float, typer.Option(help="Seconds after which a request is cancelled (504).")] = 300.0,
@@ -206,6 +214,7 @@ def serve(
             name=name,
             warm_up=warm_up,
             request_log=request_log,
+            allowed_origins=allowed_origins or (),
         )
 
 

@@ -30,6 +30,7 @@ def run(
     name: str | None,
     warm_up: bool,
     request_log: Path | None,
+    allowed_origins: Sequence[str] = (),
 ) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT."""
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
@@ -39,7 +40,7 @@ def run(
         compile_all(engine)
     worker = Worker(engine)
     name = name or Path(choice.model).name
-    app = create_app(worker, model=name, access=access, limits=limits, request_log=log)
+    app = create_app(worker, model=name, access=access, limits=limits, request_log=log, allowed_origins=allowed_origins)
     server = Server(app, sockets=sockets)
     urls = [url_of(each) for each in sockets]
     pages = ", ".join(f"{url}/" for url in urls)

@@ -18,14 +18,16 @@ NON_FINITE = -2  # sampled in place of a token where the request's logits have N
 
 @struct.dataclass
 class Adjustment:
-    """Penalties and biases, which change the logits. Decode carries them only if some request asks for them.
+    """What changes the logits: penalties, biases, and bans. Decode carries it only if some request asks for it.
 
     Attributes:
       repetition: the logit of each token in the prompt or the answer is divided by it if positive, else multiplied
         (Keskar et al., CTRL, section 4.1). 1 changes nothing.
       presence: subtracted from the logit of each token in the answer. 0 changes nothing.
       frequency: subtracted from a token's logit for each time it is in the answer. 0 changes nothing.
-      bias: added to the logits before the penalties.
+      bias: added to the logits before the penalties. Minus infinity for tokens that the request does not allow.
+      ends: whether each token of the vocabulary ends the answer.
+      may_end: the first position of the sequence at which such a token can be drawn.
       in_prompt: whether each token of the vocabulary is in the prompt.
       counts: how often each token of the vocabulary is in the answer so far.
     """
@@ -34,12 +36,16 @@ class Adjustment:
     presence: Float[Array, "requests"]
     frequency: Float[Array, "requests"]
     bias: Float[Array, "requests vocab"]
+    ends: Bool[Array, "requests vocab"]
+    may_end: Int[Array, "requests"]
     in_prompt: Bool[Array, "requests vocab"]
     counts: Int[Array, "requests vocab"]
 
-    def apply(self, logits: Float[Array, "requests vocab"]) -> Float[Array, "requests vocab"]:
-        """The logits with bias and penalties."""
-        logits = logits + self.bias
+    def apply(
+        self, logits: Float[Array, "requests vocab"], position: Int[Array, "requests"]
+    ) -> Float[Array, "requests vocab"]:
+        """The logits with bias and penalties, and minus infinity for tokens that cannot be drawn at this position."""
+        logits = jnp.where(self.ends & (position < self.may_end)[:, None], -jnp.inf, logits + self.bias)
         factor = jnp.where(self.in_prompt | (self.counts > 0), self.repetition[:, None], 1.0)
         logits = jnp.where(logits > 0, logits / factor, logits * factor)
         return logits - self.frequency[:, None] * self.counts - self.presence[:, None] * (self.counts > 0)
@@ -59,11 +65,11 @@ class Sampling:
 
     Attributes:
       temperature: 0 takes the most probable token.
-      top_p: the mass of the nucleus, in (0, 1]; 1 keeps all tokens.
+      top_p: the mass of the nucleus, in [0, 1]; 1 keeps all tokens, 0 the most probable one.
       top_k: how many tokens are kept; 0 keeps all.
       min_p: the least probability of a token, as a share of the most probable one's.
       seed: of the request's random stream.
-      adjustment: None if no request has a penalty or a bias.
+      adjustment: None if no request has a penalty, a bias or a ban.
       logprobs: whether some request asks for log-probabilities.
     """
 
@@ -145,7 +151,7 @@ def sample(
     """
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     if sampling.adjustment is not None:
-        logits = sampling.adjustment.apply(logits)
+        logits = sampling.adjustment.apply(logits, position)
     greedy = jnp.argmax(logits, axis=-1)
 
     def drawn() -> Array:

@@ -61,10 +61,12 @@ def sampling_arrays(slots: Sequence[BatchSlot], size: int, vocab_size: int) -> S
 def _adjustment(filled: Sequence[SamplingParams], slots: Sequence[BatchSlot], vocab_size: int) -> Adjustment:
     """The arrays over the vocabulary. `filled` has an entry for each slot of the arrays, used or not."""
     shape = (len(filled), vocab_size)
-    bias, in_prompt, counts = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, np.int32)
+    bias, counts = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    in_prompt, ends, may_end = np.zeros(shape, bool), np.zeros(shape, bool), np.zeros(len(filled), np.int32)
     for number, slot in enumerate(slots):
-        for token, value in slot.sampling.logit_bias.items():
-            bias[number, token] = value
+        bias[number] = _bias(slot.sampling, vocab_size)
+        ends[number, [token for token in (*slot.end_tokens, *slot.sampling.stop_token_ids) if token >= 0]] = True
+        may_end[number] = len(slot.prompt) + slot.sampling.min_new_tokens
         in_prompt[number, np.asarray(slot.prompt)] = True
         counts[number] = np.bincount(np.array(slot.answer, np.int64), minlength=vocab_size)
     return Adjustment(
@@ -72,9 +74,21 @@ def _adjustment(filled: Sequence[SamplingParams], slots: Sequence[BatchSlot], vo
         presence=jnp.array([p.presence_penalty for p in filled], jnp.float32),
         frequency=jnp.array([p.frequency_penalty for p in filled], jnp.float32),
         bias=jnp.asarray(bias),
+        ends=jnp.asarray(ends),
+        may_end=jnp.asarray(may_end),
         in_prompt=jnp.asarray(in_prompt),
         counts=jnp.asarray(counts),
     )
+
+
+def _bias(sampling: SamplingParams, vocab_size: int) -> np.ndarray:
+    """What is added to each logit: minus infinity where the token is not allowed."""
+    allowed = sampling.allowed_token_ids
+    bias = np.full(vocab_size, 0 if allowed is None else -np.inf, np.float32)
+    bias[list(allowed or ())] = 0
+    for token, value in sampling.logit_bias.items():
+        bias[token] += value
+    return bias
 
 
 def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int) -> DecodeState:

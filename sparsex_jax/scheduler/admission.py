@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
-from sparsex_jax.errors import InvalidRequestError, StoreFullError
+from sparsex_jax.errors import ContextLengthError, InvalidRequestError, StoreFullError
 from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.prompt import PromptMap
@@ -82,13 +82,13 @@ class Admission:
 
         Raises:
           InvalidRequestError: its namespace or its reuse is wrong.
-          StoreFullError: the store could not hold it even if nothing else were in it.
+          ContextLengthError: the store could not hold it even if nothing else were in it.
         """
         nothing = PromptMap.of(sequence.prompt, Match.nothing())
         _method(sequence.reuse, sequence.namespace).phases(nothing, self._model.num_layers)
         needed = self.pages_for(sequence.most_slots) + self.pages_for(sequence.num_copied)
         if needed > self._config.num_pages:
-            raise StoreFullError(
+            raise ContextLengthError(
                 f"the request needs KV for {sequence.most_slots + sequence.num_copied} tokens, {needed} pages of "
                 f"{self._config.page_size}; store_tokens={self._config.store_tokens} gives {self._config.num_pages}"
             )

@@ -102,7 +102,7 @@ class Loop:
 
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
-          StoreFullError: the store could not hold prompt and answer even if nothing else were in it.
+          ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
           OverloadedError: too many wait already; says when to try again.
         """
         sampling = SamplingParams() if sampling is None else sampling

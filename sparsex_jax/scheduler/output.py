@@ -35,9 +35,9 @@ class Generation:
     """What `Engine.generate` gives.
 
     Attributes:
-      text: the new text, without special tokens and without the stop string that ended it.
+      text: the new text, without special tokens and without what ended it, if `SamplingParams` does not ask for them.
       token_ids: the new tokens, the end token included if one came.
-      finish_reason: `stop` (an end token or a stop string) or `length` (max_new_tokens).
+      finish_reason: `stop` (an end token, a stop token or a stop string) or `length` (max_new_tokens).
       logits: float32 `[vocab]` of the first token, if they were asked for.
       logprobs: one for each new token if `SamplingParams.logprobs` asked for them; otherwise empty.
     """
@@ -64,7 +64,8 @@ class Output:
     Attributes:
       sampling: how tokens are chosen.
       max_new_tokens: 0 for a sequence that is only prefilled.
-      end_tokens: tokens that end it.
+      end_tokens: the model's tokens that end it, which the device looks for. The host looks for stop tokens and stop
+        strings too, and drops what was generated behind them.
     """
 
     def __init__(self, sampling: SamplingParams | None, end_tokens: Sequence[int], tokenizer: Any | None) -> None:
@@ -79,10 +80,12 @@ class Output:
             raise InvalidRequestError(f"stop={sampling.stop!r} is text, but this model has no tokenizer")
         # -1 is no token. The number of end tokens is always the same, so that any batch runs the same program.
         self.end_tokens = tuple(-1 if sampling.ignore_eos else token for token in end_tokens)
+        self._ends = {*self.end_tokens, *sampling.stop_token_ids}
+        _check_allowed(sampling, self._ends)
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
-        self._detokenizer = Detokenizer(tokenizer, sampling.stop) if tokenizer is not None else None
+        self._detokenizer = _detokenizer(sampling, tokenizer) if tokenizer is not None else None
         self._text: list[str] = []  # in the pieces that became certain together
         self._num_told = 0  # pieces that `new_text` has returned
 
@@ -114,16 +117,20 @@ class Output:
 
     def _take_text(self, token: int) -> None:
         """Add the text that the token makes certain, and see whether the token ends the sequence."""
-        stopped = False
-        if self._detokenizer is not None:
-            self._text.append(self._detokenizer.push(token))
-            stopped = self._detokenizer.stopped
-        if stopped or token in self.end_tokens:
+        ends = token in self._ends
+        if not ends or self.sampling.include_stop:
+            self._push(token)
+        if ends or (self._detokenizer is not None and self._detokenizer.stopped):
             self.finish_reason = "stop"
         elif len(self.token_ids) >= self.max_new_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None and self._detokenizer is not None:
             self._text.append(self._detokenizer.finish())
+
+    def _push(self, token: int) -> None:
+        if self._detokenizer is not None:
+            may_stop = len(self.token_ids) > self.sampling.min_new_tokens
+            self._text.append(self._detokenizer.push(token, may_stop=may_stop))
 
     @property
     def text(self) -> str:
@@ -139,3 +146,22 @@ class Output:
 def _token_logprobs(token: int, logprobs: Logprobs, step: int, number: int) -> TokenLogprobs:
     top_ids, top = logprobs.top_ids[step, :number].tolist(), logprobs.top[step, :number].tolist()
     return TokenLogprobs(token, float(logprobs.chosen[step]), tuple(zip(top_ids, top, strict=True)))
+
+
+def _detokenizer(sampling: SamplingParams, tokenizer: Any) -> Detokenizer:
+    return Detokenizer(
+        tokenizer,
+        sampling.stop,
+        include_stop=sampling.include_stop,
+        skip_special_tokens=sampling.skip_special_tokens,
+    )
+
+
+def _check_allowed(sampling: SamplingParams, ends: set[int]) -> None:
+    """Raises InvalidRequestError if no token could be drawn before the answer may end."""
+    allowed = sampling.allowed_token_ids
+    if sampling.min_new_tokens and allowed is not None and ends.issuperset(allowed):
+        raise InvalidRequestError(
+            f"allowed_token_ids has only tokens that end the answer, and min_new_tokens={sampling.min_new_tokens} "
+            "forbids these"
+        )

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.config import ModelConfig, ReuseConfig, SamplingParams
-from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.errors import ContextLengthError, InvalidRequestError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.output import Output
 from sparsex_jax.scheduler.sequence import Remember, Sequence
@@ -46,7 +46,7 @@ class Requests:
 
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
-          StoreFullError: the store could not hold prompt and answer even if nothing else were in it.
+          ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
         """
         started = time.perf_counter()
         _require_type("sampling", sampling, SamplingParams)
@@ -73,7 +73,7 @@ class Requests:
         before = text[:0] if preamble is None else self.encode(preamble)
         length, limit = len(before) + len(text), self._model.max_position
         if length > limit:
-            raise InvalidRequestError(
+            raise ContextLengthError(
                 f"preamble has {len(before)} tokens and prompt {len(text)}: together {length}, "
                 f"and the model's limit is {limit}"
             )
@@ -91,7 +91,7 @@ class Requests:
             tokens = encode(prompt, self.tokenizer, self._model, add_special_tokens=add_special_tokens)
         limit, length = self._model.max_position, len(tokens) + new_tokens
         if length > limit:
-            raise InvalidRequestError(
+            raise ContextLengthError(
                 f"prompt has {len(tokens)} tokens and max_new_tokens={new_tokens}: together {length}, "
                 f"and the model's limit is {limit}"
             )

@@ -206,10 +206,9 @@ class Limits:
 
     Attributes:
       max_body_bytes: bytes in a request's body.
-      max_tokens: new tokens that a request may ask for.
-      default_tokens: new tokens of a chat that asks for no number, if the context has room for them.
-      max_prompts: prompts in one completion request.
-      max_concurrent: concurrent requests of a key, if its entry does not set another limit; each prompt counts. None:
+      max_tokens: new tokens that a request gets at most. One that asks for more gets so many.
+      max_prompts: answers to one request: its prompts times `n`.
+      max_concurrent: concurrent requests of a key, if its entry does not set another limit; each answer counts. None:
         as many as run and wait.
       max_knowledge_tokens: tokens of frozen knowledge that a key may keep, if its entry does not set another limit.
         None: as many as the store holds.
@@ -223,7 +222,6 @@ class Limits:
 
     max_body_bytes: int = 4 << 20
     max_tokens: int = 4096
-    default_tokens: int = 1024
     max_prompts: int = 32
     max_concurrent: int | None = None
     max_knowledge_tokens: int | None = None

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +27,7 @@ from starlette.staticfiles import StaticFiles
 from sparsex_jax.cache import Entry
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownHandleError
-from sparsex_jax.serving import faults, schemas
+from sparsex_jax.serving import extras, faults, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
 from sparsex_jax.serving.bodies import Bodies, Checked
 from sparsex_jax.serving.exchange import Exchange, Exchanges
@@ -35,8 +35,10 @@ from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_res
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.knowledge import Knowledge
 from sparsex_jax.serving.line import Line
+from sparsex_jax.serving.methods import HeadAsGet, allow_origins
 from sparsex_jax.serving.metrics import Metrics
-from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, Reply, ReplyFormat
+from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, ReplyFormat
+from sparsex_jax.serving.reply import Extent, Reply
 from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.tools import reader_for
 from sparsex_jax.serving.transport import EventStream, unless_disconnected
@@ -78,11 +80,11 @@ class Service:
         body: B,
         tenant: Tenant,
         intake: Callable[[B, Tenant], list[Job]],
-        reply_format: ReplyFormat,
+        make_format: Callable[[], ReplyFormat],
     ) -> Response:
         """Answer a request, as a whole or as a stream. If the client disconnects, its request is cancelled."""
         exchange = Exchange.of(request.scope)
-        return await unless_disconnected(request, self._generate(exchange, body, tenant, intake, reply_format))
+        return await unless_disconnected(request, self._generate(exchange, body, tenant, intake, make_format))
 
     async def _generate[B: schemas.Generate](
         self,
@@ -90,26 +92,30 @@ class Service:
         body: B,
         tenant: Tenant,
         intake: Callable[[B, Tenant], list[Job]],
-        reply_format: ReplyFormat,
+        make_format: Callable[[], ReplyFormat],
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
             self._check_model(body.model)
             stream = await held.enter_async_context(self.open(exchange))
             place = held.enter_context(self.line.place(tenant))
+            headers = await stream.before_jobs(self.in_background(extras.headers_of, body))
             jobs = await stream.before_jobs(self.in_background(intake, body, tenant))
             place.grow(len(jobs) - 1)
-            pieces = await self.in_background(self.intake.pieces, jobs) if body.return_token_map else None
+            pieces = (
+                await self.in_background(self.intake.pieces, jobs[:: body.n or 1]) if body.return_token_map else None
+            )
             await stream.before_jobs(place.turn())
             exchange.method = next((job.reuse.method for job in jobs if job.reuse), None)
             for job in jobs:
                 stream.submit(job)
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            reply = Reply(reply_format, self.model, jobs, pieces, usage=usage)
+            reply = Reply(make_format, self.model, jobs, pieces, Extent.of(body))
             if not body.stream:
-                return json_response(await reply.whole(stream))
+                return json_response(await reply.whole(stream), headers=headers)
             chunks = reply.chunks(stream)
             first = await anext(chunks)  # if this fails, the response still gets the error's status
-            return EventStream(first, chunks, held.pop_all())
+            response = EventStream(first, chunks, held.pop_all())
+            response.headers.update(headers)
+            return response
 
     def open(self, exchange: Exchange) -> Stream:
         """A stream for the jobs of a request, which the exchange hears of too. Raises as `Worker.stream`."""
@@ -150,7 +156,7 @@ class Service:
             raise unknown_model(model, self.model)
 
     def card(self) -> schemas.ModelCard:
-        return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.worker.engine.max_context)
+        return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.intake.lengths.context)
 
 
 def _build(engine: Engine, model: str) -> dict[str, str]:
@@ -172,6 +178,7 @@ def create_app(
     access: Access | None = None,
     limits: Limits | None = None,
     request_log: RequestLog | None = None,
+    allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application. It starts the worker when it starts, and stops the worker when it stops.
 
@@ -180,6 +187,7 @@ def create_app(
       access: the API keys. None: requests need no key.
       limits: of requests. None: the defaults.
       request_log: gets every request, and is closed with the application. None: nothing is logged.
+      allowed_origins: whose scripts may send requests, as `allow_origins` takes them.
     """
     limits = limits or Limits()
     service = Service(worker, model, access or Access.open(limits), limits)
@@ -201,6 +209,8 @@ def create_app(
     routes = (*router.routes, *public.routes)
     service.metrics.expect(route.path for route in routes if isinstance(route, Route))
     app.mount("/page", StaticFiles(directory=PAGE))
+    app.add_middleware(HeadAsGet)
+    allow_origins(app, allowed_origins)
     app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
     faults.install(app)
     return app
@@ -253,16 +263,28 @@ public = APIRouter(responses=_ERRORS)
 async def chat_completions(body: schemas.ChatRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Answer a chat, as OpenAI's endpoint does."""
     tokenizer = service.worker.engine.tokenizer
-    reader = reader_for(tokenizer and tokenizer.chat_template, body.offered_tools or ())
-    reply_format = ChatFormat(service.texts, bool(body.logprobs), reader)
-    return await service.generate(request, body, tenant, service.intake.chat, reply_format)
+
+    def make_format() -> ChatFormat:
+        return ChatFormat(
+            service.texts,
+            bool(body.logprobs),
+            reader_for(tokenizer and tokenizer.chat_template, body.offered_tools or ()),
+            names_are_ids=bool(body.return_tokens_as_token_ids),
+            one_call=body.parallel_tool_calls is False,
+        )
+
+    return await service.generate(request, body, tenant, service.intake.chat, make_format)
 
 
 @router.post("/v1/completions")
 async def completions(body: schemas.CompletionRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Continue one or several texts, as OpenAI's endpoint does."""
-    reply_format = CompletionFormat(service.texts, body.logprobs is not None)
-    return await service.generate(request, body, tenant, service.intake.completion, reply_format)
+
+    def make_format() -> CompletionFormat:
+        names_are_ids = bool(body.return_tokens_as_token_ids)
+        return CompletionFormat(service.texts, body.logprobs, names_are_ids=names_are_ids)
+
+    return await service.generate(request, body, tenant, service.intake.completion, make_format)
 
 
 @router.get("/v1/models")

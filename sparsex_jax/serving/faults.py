@@ -16,12 +16,21 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from sparsex_jax.errors import InvalidRequestError, OverloadedError, SparsexError, StoreFullError, UnknownHandleError
+from sparsex_jax.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    OverloadedError,
+    SparsexError,
+    StoreFullError,
+    UnknownHandleError,
+)
 from sparsex_jax.serving.access import ConcurrencyError, ForbiddenError, QuotaError, UnauthorizedError
+from sparsex_jax.serving.methods import allowed
 from sparsex_jax.serving.schemas import ReuseOptions
 from sparsex_jax.serving.worker import DrainingError, TimeLimitError
 
 _SHORT = reprlib.Repr(maxstring=60, maxother=60, maxlist=3, maxdict=3)
+_COMPLETE = ("missing", "too_long", "too_short")  # kinds of validation errors that say what was sent
 _CLIENT_CLOSED = 499  # nginx's status for a client that disconnected; only metrics show it
 
 log = logging.getLogger(__name__)
@@ -51,7 +60,8 @@ class OutOfServiceError(SparsexError):
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """An error as the client sees it: the fields of OpenAI's error object, the HTTP status, and when to try again."""
+    """An error as the client sees it: the fields of OpenAI's error object, the HTTP status, when to try again, and
+    which methods are allowed."""
 
     status: int
     message: str
@@ -59,12 +69,15 @@ class Fault:
     param: str | None = None
     code: str | None = None
     retry_after_s: float | None = None
+    allow: str | None = None
 
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
         headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return json_response(self.body(), self.status, headers)
@@ -117,15 +130,24 @@ def _http(error: Any) -> Fault:
 
 
 def _validation(error: Any) -> Fault:
-    """Describe the deepest validation error. If a field may have one of several types, this is of the closest one."""
+    """Describe the deepest validation error."""
     worst = max(error.errors(), key=lambda each: len(each["loc"]))
+    if worst["type"] == "json_invalid":
+        return _no_json(worst)
     param = _field(worst["loc"])
     if param is None:
         message = "the body must be a JSON object, sent as application/json"
     else:
         message = f"{param}: {worst['msg']}"
-        message += "" if worst["type"] == "missing" else f", not {_SHORT.repr(worst.get('input'))}"
+        message += "" if worst["type"] in _COMPLETE else f", not {_SHORT.repr(worst.get('input'))}"
     return Fault(400, message, "invalid_request_error", param, worst["type"])
+
+
+def _no_json(error: Any) -> Fault:
+    """The location is a character's number, which is no field."""
+    why, at = error.get("ctx", {}).get("error", error["msg"]), error["loc"][-1]
+    message = f"the body is not valid JSON: {why} at character {at}"
+    return Fault(400, message, "invalid_request_error", code="json_invalid")
 
 
 def _field(location: Sequence[str | int]) -> str | None:
@@ -155,6 +177,7 @@ _DESCRIPTIONS: tuple[tuple[type[BaseException], Any], ...] = (
     (OutOfServiceError, _later(503, "draining")),
     (StoreFullError, _later(503, "store_full")),
     (TimeLimitError, _as(504, "timeout_error", "time_limit")),
+    (ContextLengthError, _as(400, "invalid_request_error", "context_length_exceeded")),
     (InvalidRequestError, _invalid),
 )
 
@@ -162,8 +185,9 @@ _DESCRIPTIONS: tuple[tuple[type[BaseException], Any], ...] = (
 def install(app: FastAPI) -> None:
     """Make every error that the app raises a response of this form."""
 
-    async def answer(_: Request, error: Exception) -> Response:
-        return fault_of(error).response()
+    async def answer(request: Request, error: Exception) -> Response:
+        fault = fault_of(error)
+        return dataclasses.replace(fault, allow=allowed(request) if fault.status == 405 else None).response()
 
     for kind in (SparsexError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

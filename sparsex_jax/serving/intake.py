@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 from collections.abc import Sequence
@@ -12,8 +13,10 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.serving import extras
 from sparsex_jax.serving.access import Limits, Tenant
 from sparsex_jax.serving.faults import RequestError
+from sparsex_jax.serving.lengths import Lengths
 from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Generate, KnowledgeRequest, Message
 from sparsex_jax.serving.worker import Job
 from sparsex_jax.text.encoding import Prompt, encode
@@ -21,38 +24,52 @@ from sparsex_jax.text.tokenizer import token_pieces
 
 _GREEDY = 1e-4  # temperatures below this are 0
 _COMPLETION_TOKENS = 16  # OpenAI's default
+# Fields that `SamplingParams` has under the same name, with the same meaning and default.
+_SAME = (
+    *("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"),
+    *("stop_token_ids", "allowed_token_ids", "skip_special_tokens"),
+)
 
 
 class Intake:
-    """Makes jobs of requests. Tokenizing a long prompt takes long, so this must not run on the event loop."""
+    """Makes jobs of requests. Tokenizing a long prompt takes long, so this must not run on the event loop.
+
+    Attributes:
+      lengths: of prompts and answers.
+    """
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
-        self._engine, self._limits = engine, limits
+        self._engine, self._limits, self.lengths = engine, limits, Lengths(engine, limits)
 
     def chat(self, request: ChatRequest, tenant: Tenant) -> list[Job]:
-        """One job. Raises RequestError or InvalidRequestError if a field is wrong."""
-        text = self._render(request.messages, request.offered_tools)
-        tokens = self._encode(text, "messages", special=False)
+        """A job for each answer. Raises RequestError or InvalidRequestError if a field is wrong."""
+        self._check_number(request, 1)
         named = _first_given(
             max_completion_tokens=request.max_completion_tokens,
             max_tokens=request.max_tokens,
         )
-        sampling = self._sampling(request, tokens, named, self._limits.default_tokens, _chat_logprobs(request))
-        return [self._job(request, tenant, tokens, sampling)]
+        text = self._render(request.messages, request.offered_tools)
+        tokens = self._prompt(request, text, "messages", named, special=False)
+        most = self.lengths.new_tokens(len(tokens), named, None, "messages")
+        return self._jobs(request, tenant, tokens, self._sampling(request, most, _chat_logprobs(request)))
 
     def completion(self, request: CompletionRequest, tenant: Tenant) -> list[Job]:
-        """A job for each prompt. Raises RequestError or InvalidRequestError if a field is wrong."""
-        prompts = _prompts(request.prompt)
-        if len(prompts) > self._limits.max_prompts:
+        """A job for each answer to each prompt. Raises RequestError or InvalidRequestError if a field is wrong."""
+        prompts = split_prompts(request.prompt)
+        self._check_number(request, len(prompts))
+        if request.best_of not in (None, request.n or 1):
             raise RequestError(
-                f"prompt has {len(prompts)} prompts; the limit is {self._limits.max_prompts}", param="prompt"
+                f"best_of={request.best_of} is not supported: all answers are returned, so it must be n, "
+                f"which is {request.n or 1}",
+                param="best_of",
+                code="unsupported_parameter",
             )
         named = _first_given(max_tokens=request.max_tokens)
-        encoded = [self._encode(prompt, "prompt", special=True) for prompt in prompts]
-        jobs = []
+        encoded = [self._prompt(request, prompt, "prompt", named, special=True) for prompt in prompts]
+        jobs: list[Job] = []
         for tokens in encoded:
-            sampling = self._sampling(request, tokens, named, _COMPLETION_TOKENS, request.logprobs)
-            jobs.append(self._job(request, tenant, tokens, sampling))
+            most = self.lengths.new_tokens(len(tokens), named, _COMPLETION_TOKENS, "prompt")
+            jobs += self._jobs(request, tenant, tokens, self._sampling(request, most, request.logprobs))
         return jobs
 
     def pieces(self, jobs: Sequence[Job]) -> list[list[str]]:
@@ -62,18 +79,17 @@ class Intake:
         return [list(token_pieces(tokenizer, ids)) if tokenizer else [f"{id_} " for id_ in ids] for ids in prompts]
 
     def knowledge(self, request: KnowledgeRequest) -> tuple[np.ndarray, np.ndarray | None]:
-        """The ids of text and preamble. Raises RequestError if one is wrong, or both together do not fit."""
+        """The ids of text and preamble. Raises RequestError if one is wrong, or both together can never fit."""
+        extras.forbid(request)
         text = self._encode(request.text, "text", special=False)
         preamble = None if request.preamble is None else self._encode(request.preamble, "preamble", special=True)
-        behind, capacity = 0 if preamble is None else len(preamble), self._engine.max_context
+        behind, page = 0 if preamble is None else len(preamble), self._engine.config.page_size
         copied = len(text) if behind else 0  # the text moves to pages of its own, away from its preamble
-        if behind + len(text) + copied > capacity:
-            raise RequestError(
-                f"text and preamble have {behind + len(text)} tokens together"
-                f"{', and the text is held twice for a moment' if copied else ''}; the limit is {capacity}",
-                param="text",
-                code="context_length_exceeded",
-            )
+        pages, held = -(-(behind + len(text)) // page) + -(-copied // page), self._engine.config.num_pages
+        if behind + len(text) > self.lengths.context or pages > held:
+            twice = f", and the text is held twice for a moment: {pages} of {held} pages" if copied else ""
+            said = f"text and preamble have {behind + len(text)} tokens together{twice}"
+            raise self.lengths.error(said, "text", "text")
         return text, preamble
 
     def _render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> str:
@@ -89,70 +105,87 @@ class Intake:
                 f"messages: the model's chat template refuses them: {error}", param="messages"
             ) from error
 
-    def _encode(self, prompt: Prompt, param: str, *, special: bool) -> np.ndarray:
+    def _prompt(
+        self, request: Generate, prompt: Any, param: str, named: tuple[str, int] | None, *, special: bool
+    ) -> np.ndarray:
+        """The ids of a prompt, cut to its end if the request says so.
+
+        Args:
+          named: the field and the value of the tokens that the answer may have; a cut leaves room for them.
+          special: whether text gets special tokens, if the request does not say.
+        """
+        special = special if request.add_special_tokens is None else request.add_special_tokens
+        if request.truncate_prompt_tokens is None:
+            return self._encode(prompt, param, special=special)
+        room = self.lengths.context - (1 if named is None else named[1])
+        length = _length_to_keep(request.truncate_prompt_tokens, room)
+        if isinstance(prompt, str):
+            prompt = self.lengths.end_of(prompt, length)
+        tokens = self._encode(prompt, param, special=special, whole=False)
+        begin = self._begin_tokens(special) if isinstance(prompt, str) else 0
+        kept = min(begin, length - 1)
+        return (
+            tokens if len(tokens) <= length else np.concatenate([tokens[:kept], tokens[len(tokens) - length + kept :]])
+        )
+
+    def _begin_tokens(self, special: bool) -> int:
+        """How many tokens the tokenizer puts before a text. A cut keeps them, as a tokenizer's own truncation does."""
+        tokenizer = self._engine.tokenizer
+        return len(tokenizer("", add_special_tokens=True)["input_ids"]) if tokenizer and special else 0
+
+    def _encode(self, prompt: Prompt, param: str, *, special: bool, whole: bool = True) -> np.ndarray:
+        """Args: whole: all of it is to be used, so that one which is too long need not be tokenized."""
+        if isinstance(prompt, str) and self._engine.tokenizer and whole:
+            self.lengths.require_text_fits(prompt, param)
         try:
             return encode(prompt, self._engine.tokenizer, self._engine.model, add_special_tokens=special)
         except InvalidRequestError as error:
             raise RequestError(str(error), param=param, code="invalid_value") from error
 
-    def _sampling(
-        self,
-        request: Generate,
-        tokens: np.ndarray,
-        named: tuple[str, int] | None,
-        default: int,
-        logprobs: int | None,
-    ) -> SamplingParams:
-        given = {
-            name: value
-            for name in ("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-            if (value := getattr(request, name)) is not None
-        }
+    def _check_number(self, request: Generate, prompts: int) -> None:
+        answers, most = prompts * (request.n or 1), self._limits.max_prompts
+        if answers > most:
+            param = "prompt" if prompts > most else "n"
+            raise RequestError(
+                f"{param}: {prompts} prompts with n={request.n or 1} make {answers} answers; the limit is {most}",
+                param=param,
+            )
+
+    def _sampling(self, request: Generate, most: int, logprobs: int | None) -> SamplingParams:
+        """Args: most: tokens that the answer may have."""
+        least = request.min_tokens or 0
+        if least > most:
+            raise RequestError(
+                f"min_tokens={least} must be at most the {most} tokens that the answer may have", param="min_tokens"
+            )
         sampling = SamplingParams(
-            max_new_tokens=self._new_tokens(len(tokens), named, default),
-            temperature=_temperature(request.temperature),
+            max_new_tokens=most,
+            min_new_tokens=least,
+            temperature=_temperature(request),
             top_k=max(request.top_k or 0, 0),
             seed=secrets.randbelow(2**32) if request.seed is None else request.seed % 2**32,
             stop=_stop(request.stop),
-            ignore_eos=request.ignore_eos,
+            include_stop=bool(request.include_stop_str_in_output),
             logit_bias=_logit_bias(request.logit_bias),
             logprobs=logprobs,
-            **given,
+            **{name: value for name in _SAME if (value := getattr(request, name)) is not None},
         )
         sampling.check_vocabulary(self._engine.model.vocab_size)
         return sampling
 
-    def _new_tokens(self, length: int, named: tuple[str, int] | None, default: int) -> int:
-        """The most tokens that the answer may have.
-
-        Args:
-          length: tokens of the prompt.
-          named: the request's field and its value. None: the request has no such field.
-          default: used if the request names no number, as far as it fits.
-        """
-        context, room = self._engine.max_context, self._engine.max_context - length
-        param, wanted = named or ("max_tokens", min(default, max(room, 1), self._limits.max_tokens))
-        if wanted > self._limits.max_tokens:
-            raise RequestError(
-                f"{param}={wanted} is more than this server's limit of {self._limits.max_tokens}", param=param
-            )
-        if wanted > room:
-            raise RequestError(
-                f"the prompt has {length} tokens and {param}={wanted}: together {length + wanted}, "
-                f"and the limit is {context}, of the model's positions and the store's slots",
-                param=param if length < context else "prompt",
-                code="context_length_exceeded",
-            )
-        return wanted
-
-    def _job(self, request: Generate, tenant: Tenant, tokens: np.ndarray, sampling: SamplingParams) -> Job:
-        namespace = tenant.store_namespace(request.cache_salt)
-        return Job(tokens, sampling, self._reuse(request), namespace, request.keep)
+    def _jobs(self, request: Generate, tenant: Tenant, tokens: np.ndarray, sampling: SamplingParams) -> list[Job]:
+        """One for each answer. All but the first find the prompt's KV; their seeds follow the first one's."""
+        namespace, reuse = tenant.store_namespace(request.cache_salt), self._reuse(request)
+        seeds = [(sampling.seed + number) % 2**32 for number in range(request.n or 1)]
+        each = [dataclasses.replace(sampling, seed=seed) for seed in seeds]
+        return [Job(tokens, one, reuse, namespace, request.keep is not False) for one in each]
 
     def _reuse(self, request: Generate) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""
-        given: dict[str, Any] = request.reuse.model_dump(exclude_unset=True) if request.reuse else {}
-        return self._engine.reuse.updated(**given)
+        if request.reuse is None:
+            return self._engine.reuse
+        extras.forbid(request.reuse, "reuse.")
+        return self._engine.reuse.updated(**request.reuse.model_dump(exclude_unset=True))
 
 
 def plain_message(message: Message) -> dict[str, Any]:
@@ -179,9 +212,33 @@ def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"function": function | {"arguments": arguments}}
 
 
-def _prompts(prompt: Any) -> list[Any]:
-    """The prompts of a request, which may have a text, token ids, or a list of either."""
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+def split_prompts(prompt: Any) -> list[Any]:
+    """The prompts of a request, which may have a text, token ids, or a list of either.
+
+    Raises:
+      RequestError: the list has something else. Ids are not looked at.
+    """
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    kinds = (str, list)
+    for number, each in enumerate(prompt):
+        if not isinstance(each, kinds) or not each:
+            said = "is empty" if isinstance(each, kinds) else f"is {each!r:.60}"
+            raise RequestError(
+                f"prompt[{number}] {said}; it must be text or token ids, as all other prompts are", param="prompt"
+            )
+        kinds = (type(each),)  # type: ignore[assignment]
+    return prompt
+
+
+def _length_to_keep(asked: int, room: int) -> int:
+    """The tokens that `truncate_prompt_tokens` keeps of a prompt; -1 is as many as there is room for."""
+    if not (asked == -1 or 1 <= asked <= max(room, 1)):
+        raise RequestError(
+            f"truncate_prompt_tokens={asked} must be -1, or from 1 to the {room} tokens that fit beside the answer",
+            param="truncate_prompt_tokens",
+        )
+    return max(room, 1) if asked == -1 else asked
 
 
 def _first_given(**values: int | None) -> tuple[str, int] | None:
@@ -189,20 +246,22 @@ def _first_given(**values: int | None) -> tuple[str, int] | None:
 
 
 def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
-    return (stop,) if isinstance(stop, str) else tuple(stop or ())
+    """Empty strings stop nothing, as with OpenAI."""
+    return tuple(each for each in ([stop] if isinstance(stop, str) else stop or ()) if each)
 
 
-def _temperature(temperature: float | None) -> float:
-    """OpenAI's default is 1. A tiny temperature becomes 0 (greedy), since dividing logits by it would overflow."""
-    temperature = 1.0 if temperature is None else temperature
-    return 0.0 if temperature < _GREEDY else temperature
+def _temperature(request: Generate) -> float:
+    """OpenAI's default is 1. A tiny temperature becomes 0 (greedy), since dividing logits by it would overflow. So does
+    any where top_p is 0, which keeps the most probable token."""
+    temperature = 1.0 if request.temperature is None else request.temperature
+    return 0.0 if temperature < _GREEDY or request.top_p == 0 else temperature
 
 
-def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
-    try:
-        return {int(token): value for token, value in (bias or {}).items()}
-    except ValueError as error:
-        raise RequestError(f"logit_bias: keys must be token ids: {error}", param="logit_bias") from error
+def _logit_bias(bias: dict[str, Any] | None) -> dict[int, float]:
+    for token in bias or ():
+        if not (token.isascii() and token.isdigit() and len(token) < 20):
+            raise RequestError(f"logit_bias has the key {token!r:.60}; keys must be token ids", param="logit_bias")
+    return {int(token): value for token, value in (bias or {}).items()}
 
 
 def _chat_logprobs(request: ChatRequest) -> int | None:

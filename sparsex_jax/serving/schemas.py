@@ -1,7 +1,10 @@
 """What may be asked: the bodies of requests, as OpenAI names their fields, and vLLM those that OpenAI has not.
 
-Fields that are not here are ignored, as OpenAI's clients expect of servers that are not OpenAI's. Fields that are
-here and would change the answer in a way this server cannot are refused, not ignored.
+Fields that are not here are extras: `serving.extras` says which of them are taken, refused or named as ignored.
+
+A body is a client's, and may be megabytes of anything. So no check here makes an error for each element of a list:
+lists stop at their first error, a field of several types is checked as the type that it looks like, and lists of token
+ids are only known to be lists: whoever makes an array of them checks them, off the event loop.
 """
 
 from __future__ import annotations
@@ -11,13 +14,41 @@ import operator
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, create_model
 
-from sparsex_jax.config import MAX_LOGPROBS, METHODS, methods_by_option
+from sparsex_jax.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, METHODS, methods_by_option
+from sparsex_jax.config.sampling import MAX_STOP_LENGTH, MAX_STOPS
 
 Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, le=2**31 - 1)]], Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+_ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+_IDS = {"type": "array", "items": _ID, "minItems": 1}
+_PROMPTS = {"anyOf": [{"type": "string", "minLength": 1}, _IDS]}
+TokenIds = Annotated[list[Any], Field(min_length=1), WithJsonSchema(_IDS)]
+Prompts = Annotated[
+    list[Any],
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _PROMPTS, "minItems": 1}]}),
+]
+
+
+def _looks_like(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+# Text or a list, so that an error says what is wrong with the one that was sent.
+_BY_LOOK = Discriminator(
+    _looks_like, custom_error_type="text_or_list", custom_error_message="Input should be a string or a list"
+)
+_TEXT, _LIST = Tag("<text>"), Tag("<list>")
+TextOrIds = Annotated[Annotated[Text, _TEXT] | Annotated[TokenIds, _LIST], _BY_LOOK]
+TextOrPrompts = Annotated[Annotated[Text, _TEXT] | Annotated[Prompts, _LIST], _BY_LOOK]
+_StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
+_StopStrings = Annotated[list[_StopString], Field(max_length=MAX_STOPS, fail_fast=True)]
+Stop = Annotated[Annotated[_StopString, _TEXT] | Annotated[_StopStrings, _LIST], _BY_LOOK]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+_Bias = Annotated[Any, WithJsonSchema({"type": "number", "minimum": -100, "maximum": 100})]
+LogitBias = Annotated[dict[str, _Bias], Field(max_length=MAX_LOGIT_BIAS)]
 
 
 def _option(name: str, methods: list[str]) -> tuple[Any, Any]:
@@ -27,48 +58,75 @@ def _option(name: str, methods: list[str]) -> tuple[Any, Any]:
     return functools.reduce(operator.or_, types), Field(None, description=described)
 
 
+# Unknown fields are refused, but not by the schema, which would make an error for each.
+_NO_EXTRAS: dict[str, Any] = {"additionalProperties": False}
+
 # The method and all methods' options. Those given win over what the server was started with. Which options a method has
 # and which values are right is for its class to say.
 ReuseOptions: type[BaseModel] = create_model(
     "ReuseOptions",
-    __config__=ConfigDict(extra="forbid", strict=True),
+    __config__=ConfigDict(extra="allow", strict=True, json_schema_extra=_NO_EXTRAS),
     method=(str, Field(None, description=f"One of {', '.join(METHODS)}.")),
     **{name: _option(name, methods) for name, methods in methods_by_option().items()},  # type: ignore[call-overload]
 )
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    model_config = ConfigDict(extra="allow")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="Usage in every chunk, with include_usage.")
 
 
 class ResponseFormat(BaseModel):
-    type: Literal["text"] = Field(description="Only text: answers are not forced into a grammar.")
+    model_config = ConfigDict(extra="allow")
+
+    type: str = Field(description="Only text: answers are not forced into a grammar.")
 
 
 class Generate(BaseModel):
     """What chat and text completions have in common."""
 
+    model_config = ConfigDict(extra="allow")
+
     model: str | None = Field(None, description="The served model's name; may be left out.")
-    n: Literal[1] | None = Field(None, description="Only 1: one answer for each prompt.")
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = Field(None, description="Answers to each prompt.")
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 prefills the prompt and no more.")
+    min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="Nothing ends the answer before them.")
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = Field(None, description="0 takes the most probable token.")
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(None, description="0 or -1 keeps all.")
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[str, Annotated[Number, Field(ge=-100, le=100)]] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(None, description="Taken modulo 2**32.")
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
-    ignore_eos: bool = False
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: TokenIds | None = Field(None, description="No other tokens can be drawn.")
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = Field(
+        None, description="Taken modulo 2**32. The seeds of further answers to a prompt follow it."
+    )
+    stop: Stop | None = Field(None, description="Empty strings stop nothing.")
+    stop_token_ids: Annotated[list[Any], WithJsonSchema(_IDS | {"minItems": 0})] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = Field(None, description="False: special tokens are part of the text.")
+    add_special_tokens: bool | None = Field(
+        None, description="Whether the tokenizer adds its begin token to text. By default it does in completions only."
+    )
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="Only so many tokens from the prompt's end are used. -1: as many as fit."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call in an answer.")
+    return_token_ids: bool | None = Field(None, description="The ids of prompt and answer, beside the text.")
+    return_tokens_as_token_ids: bool | None = Field(None, description="Log-probabilities name tokens token_id:ID.")
     cache_salt: Text | None = Field(None, description="Only requests with the same salt share what is stored.")
     reuse: ReuseOptions | None = Field(None, description="How stored KV is reused: a method and its options.")  # type: ignore[valid-type]
-    keep: bool = Field(True, description="Whether prompt and answer are stored for later prompts.")
-    return_token_map: bool = Field(
-        False, description="Have `sparsex` say, token by token, what the prompt was and what was computed."
+    keep: bool | None = Field(None, description="False: prompt and answer are not stored for later prompts.")
+    return_token_map: bool | None = Field(
+        None, description="Have `sparsex` say, token by token, what the prompt was and what was computed."
     )
 
 
@@ -77,26 +135,27 @@ class ContentPart(BaseModel):
     text: str
 
 
+_Parts = Annotated[list[ContentPart], Field(fail_fast=True)]
+Content = Annotated[Annotated[str, _TEXT] | Annotated[_Parts, _LIST], _BY_LOOK]
+
+
 class Message(BaseModel):
     """A chat message. Whatever else it has goes to the chat template as it is."""
 
     model_config = ConfigDict(extra="allow")
 
     role: Text
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: Content | None = None
+    tool_calls: Objects | None = None
 
 
 class ChatRequest(Generate):
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[dict[str, Any]] | None = Field(
-        None, description="For the chat template to show to the model, which may call them."
-    )
+    tools: Objects | None = Field(None, description="For the chat template to show to the model, which may call them.")
     tool_choice: Literal["auto", "none"] | None = Field(None, description="No call can be forced.")
-    response_format: ResponseFormat | None = None
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
@@ -104,20 +163,18 @@ class ChatRequest(Generate):
 
 
 class CompletionRequest(Generate):
-    prompt: Text | TokenIds | Annotated[list[Text] | list[TokenIds], Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Literal[1] | None = None
-    suffix: None = None
+    prompt: TextOrPrompts = Field(description="A text, token ids, or a list of either.")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Only as many as n.")
 
 
 class KnowledgeRequest(BaseModel):
     """A text to prefill alone and keep frozen, so that any prompt of the namespace can reuse it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow", json_schema_extra=_NO_EXTRAS)
 
-    text: Text | TokenIds = Field(description="Text, or token ids.")
-    preamble: Text | TokenIds | None = Field(None, description="Prefilled before the text, and dropped.")
+    text: TextOrIds = Field(description="Text, or token ids.")
+    preamble: TextOrIds | None = Field(None, description="Prefilled before the text, and dropped.")
     cache_salt: Text | None = None
 
 

@@ -135,7 +135,7 @@ class Worker:
           watcher: hears of the jobs too.
 
         Raises:
-          InvalidRequestError, StoreFullError, OverloadedError: as `Loop.submit`.
+          InvalidRequestError, OverloadedError: as `Loop.submit`.
           DrainingError, WorkerError: nothing new is taken (any more).
         """
         stream = Stream(self, limit_s, watcher)

@@ -34,24 +34,37 @@ class Detokenizer:
     string.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> None:
         """
         Args:
-          tokenizer: a fast tokenizer of transformers. Special tokens are skipped, and spaces stay as they are (no
-            `clean_up_tokenization_spaces`).
-          stop: strings that end the text. The text does not contain the one that ended it.
+          tokenizer: a fast tokenizer of transformers. Spaces stay as they are (no `clean_up_tokenization_spaces`).
+          stop: strings that end the text.
+          include_stop: whether the text contains the one that ended it.
+          skip_special_tokens: whether the text leaves out special tokens.
         """
-        self._characters = _Characters(tokenizer)
-        self._stops = _StopSearch(stop)
+        self._characters = _Characters(tokenizer, skip_special_tokens)
+        self._stops = _StopSearch(stop, include_stop)
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was found. `push` and `finish` return no more text then."""
         return self._stops.found
 
-    def push(self, token: int) -> str:
-        """Add a token and return the new text that later tokens cannot change."""
-        return self._stops.push(self._characters.push(token))
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """Add a token and return the new text that later tokens cannot change.
+
+        Args:
+          may_stop: whether stop strings are looked for, which begin in the text of this token or later.
+        """
+        text = self._characters.push(token)
+        return self._stops.push(text) if may_stop else text
 
     def finish(self) -> str:
         """Return the text that was held back. No token may be pushed afterwards."""
@@ -61,16 +74,17 @@ class Detokenizer:
 class _Characters:
     """Turns tokens into whole characters. A token costs as much at the end of a long answer as at its beginning."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._skipped = special if skip_special_tokens else set()
         self._bytes_fall_back = _bytes_fall_back(tokenizer)
         self._window: list[int] = []
         self._num_decoded = 0  # leading tokens of the window that are there as context: all their text was returned
         self._num_returned = 0  # leading characters of the window's text that were returned
 
     def push(self, token: int) -> str:
-        if token in self._special:
+        if token in self._skipped:
             return ""
         self._window.append(token)
         if self._is_byte(token):
@@ -135,8 +149,13 @@ class _StopSearch:
       found: whether a stop string was found.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
+        """
+        Args:
+          include: whether the text that is returned contains the string that was found.
+        """
         self.found = False
+        self._include = include
         self._matchers = [_Matcher(stop) for stop in stops]
         self._held = ""
 
@@ -149,10 +168,13 @@ class _StopSearch:
         if self.found:
             return ""
         before, self._held = len(self._held), self._held + text
-        starts = [before + start for matcher in self._matchers if (start := matcher.push(text)) is not None]
-        self.found = bool(starts)
+        found = [(before + start, len(one)) for one in self._matchers if (start := one.push(text)) is not None]
+        self.found = bool(found)
         keep = max((matcher.matched for matcher in self._matchers), default=0)
-        return self._release(min(starts) if starts else len(self._held) - keep)
+        if not found:
+            return self._release(len(self._held) - keep)
+        start, length = min(found)
+        return self._release(start + (length if self._include else 0))
 
     def finish(self) -> str:
         return "" if self.found else self._release(len(self._held))
@@ -177,6 +199,9 @@ class _Matcher:
         self._fallback = [0, 0]
         for character in string[1:]:
             self._fallback.append(self._next(self._fallback[-1], character))
+
+    def __len__(self) -> int:
+        return len(self._string)
 
     def push(self, text: str) -> int | None:
         """The index in `text` where the string begins, if `text` completes it. Negative: it begins in earlier text."""

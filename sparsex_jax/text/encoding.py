@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,13 +69,17 @@ def encode_chat(messages: Any, tokenizer: Any) -> list[int]:
 def _checked(ids: Any, config: ModelConfig) -> Int32[np.ndarray, "tokens"]:
     if len(ids) == 0:
         raise InvalidRequestError("prompt is empty; it must have at least 1 token")
-    try:
-        array = np.asarray(ids)
-    except ValueError:  # lists of different lengths
-        array = np.empty(0)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise InvalidRequestError("prompt must be text, a flat list of integer token ids or a list of chat messages")
-    if array.min() < 0 or array.max() >= config.vocab_size:
-        worst = array.min() if array.min() < 0 else array.max()
-        raise InvalidRequestError(f"prompt has token id {worst}; ids must be from 0 to {config.vocab_size - 1}")
-    return array.astype(np.int32)
+    is_array = isinstance(ids, np.ndarray)
+    kinds = {ids.dtype.type} if is_array else set(map(type, ids))
+    wrong = {kind for kind in kinds if not issubclass(kind, (int, np.integer)) or kind is bool}
+    if wrong or (is_array and ids.ndim != 1):
+        at = next((at for at, id_ in enumerate(ids) if type(id_) in wrong), 0)
+        raise InvalidRequestError(
+            "prompt must be text, a flat list of integer token ids or a list of chat messages; "
+            f"prompt[{at}] is {reprlib.repr(ids[at])}"
+        )
+    # Lists may have integers of any size, which NumPy has not.
+    for worst in (ids.min(), ids.max()) if is_array else (min(ids), max(ids)):
+        if not 0 <= worst < config.vocab_size:
+            raise InvalidRequestError(f"prompt has token id {worst}; ids must be from 0 to {config.vocab_size - 1}")
+    return np.asarray(ids, np.int32)

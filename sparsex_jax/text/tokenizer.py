@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsex_jax.errors import UnsupportedModelError
+from sparsex_jax.text.detokenizer import Detokenizer
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types; text is split at tokens of the last two
@@ -45,20 +46,14 @@ def _transformers() -> Any:
 
 
 def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
-    """Yield the text of each token. A character that is spread over several tokens belongs to the last of them.
+    """Yield the text of each token, special ones included; together they are the text of all.
 
-    Each token is decoded behind the one before it, because some tokenizers drop a space at the beginning of a text.
+    A character that is spread over several tokens belongs to the last of them, or to the one behind it.
     """
-    before: list[int] = []
-    pending: list[int] = []
+    text = Detokenizer(tokenizer, skip_special_tokens=False)
     for number, token in enumerate(tokens, start=1):
-        pending.append(token)
-        text = tokenizer.decode(before + pending)[len(tokenizer.decode(before)) :]
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and number < len(tokens):
-            yield ""
-        else:
-            yield text
-            before, pending = pending, []
+        piece = text.push(token)
+        yield piece if number < len(tokens) else piece + text.finish()
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:

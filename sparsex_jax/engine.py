@@ -41,7 +41,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sparsex_jax.cache import Entry, PageCache
+from sparsex_jax.cache import Entry, Forgotten, PageCache
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
 from sparsex_jax.config.checks import is_number, require
@@ -234,19 +234,19 @@ class Engine:
         """Prefill a text alone and keep it as a donor.
 
         Args:
-          frozen: eviction leaves it alone until `forget`, or until more than 90 % of the store is taken by
-            frozen and running content.
+          frozen: it stays until `forget`. All frozen texts together may fill `EngineConfig.frozen_limit` of the store.
           preamble: prefill the text behind this one, and keep the text only. Its first tokens then saw something
             before them and are no attention sinks, which makes a better segment. But its positions do not begin at 0,
             so a prompt that starts with the text finds a segment, not an exact prefix.
 
         Returns:
-          A handle for `forget`.
+          A handle for `forget`. The same text behind the same preamble is remembered once, under one handle.
 
         Raises:
           InvalidRequestError: an argument is wrong, or preamble and text together exceed the model's limit.
           ContextLengthError: an empty store could not hold the text; with a preamble it has to hold it twice for a
             moment.
+          StoreFullError: frozen texts would fill more of the store than they may.
           NonFiniteLogitsError: the logits behind the text have NaN or infinities. It is not kept.
         """
         asked = self.loop.requests.remember(prompt, namespace=namespace, frozen=frozen, preamble=preamble)
@@ -254,15 +254,16 @@ class Engine:
         assert asked.handle is not None
         return asked.handle
 
-    def forget(self, handle: int) -> None:
+    def forget(self, handle: int) -> Forgotten:
         """Stop serving what `remember` stored. Raises UnknownHandleError if it is not there (any more).
 
-        Sequences that use it at that moment finish, and what they commit later is not kept. Prompts that held the text
-        and were committed before keep their own copy of it, and go on serving that: to make a text unfindable
-        everywhere, ask about it with `keep=False`, or in a namespace of its own.
+        Copies of the text go too, which prompts of the namespace brought into the store; what other entries have of it
+        stays, and the result says how much that is. Sequences that use it at that moment finish, and what they commit
+        later is not kept.
         """
-        self.admission.forget(handle)
+        forgotten = self.admission.forget(handle)
         self.loop.publish()
+        return forgotten
 
     def heal(self, seconds: float | None = None) -> int:
         """Make approximate KV exact that prompts left in the store, most used first: a server does it while it is idle.
@@ -271,8 +272,7 @@ class Engine:
           seconds: stop at the end of the chunk in which this time is over. None: when all is done.
 
         Returns:
-          How many tokens were prefilled. None are while requests are in line, or if there is no room without evicting
-          frozen content.
+          How many tokens were prefilled. None are while requests are in line, or if there is no room.
 
         Raises:
           InvalidRequestError: seconds is no number, or negative.
@@ -315,8 +315,9 @@ class Engine:
 
     @property
     def max_context(self) -> int:
-        """Tokens that a prompt and its answer can have together: what the model takes and the store holds."""
-        return min(self.model.max_position, self.config.num_pages * self.config.page_size)
+        """Tokens that a prompt and its answer can have together: what the model takes and frozen texts leave of the
+        store. From any thread."""
+        return min(self.model.max_position, self.cache.num_beside_frozen * self.config.page_size)
 
     @property
     def cache(self) -> PageCache:

@@ -132,6 +132,12 @@ class Output:
             may_stop = len(self.token_ids) > self.sampling.min_new_tokens
             self._text.append(self._detokenizer.push(token, may_stop=may_stop))
 
+    def cut(self) -> None:
+        """End it here: there is no room for more."""
+        self.finish_reason = "length"
+        if self._detokenizer is not None:
+            self._text.append(self._detokenizer.finish())
+
     @property
     def text(self) -> str:
         """All of it that is certain: no half character, and nothing that may begin a stop string."""

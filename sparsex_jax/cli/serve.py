@@ -29,7 +29,7 @@ def run(
     api_keys: Path | None,
     name: str | None,
     warm_up: bool,
-    request_log: Path | None,
+    request_log: Path | None = None,
     allowed_origins: Sequence[str] = (),
 ) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT."""
@@ -42,15 +42,21 @@ def run(
     name = name or Path(choice.model).name
     app = create_app(worker, model=name, access=access, limits=limits, request_log=log, allowed_origins=allowed_origins)
     server = Server(app, sockets=sockets)
-    urls = [url_of(each) for each in sockets]
-    pages = ", ".join(f"{url}/" for url in urls)
-    messages().print(f"Serving {name} at {pages} (the page) and {urls[0]}/v1", soft_wrap=True)
+    messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."
         messages().print(warning, soft_wrap=True)
     gc.collect()
     gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
     server.run()
+
+
+def _places(name: str, sockets: Sequence[socket.socket]) -> str:
+    """Where the model is served."""
+    urls = [url_of(each) for each in sockets]
+    if sockets[0].family == socket.AF_UNIX:
+        return f"Serving {name} at {urls[0]}"
+    return f"Serving {name} at {', '.join(f'{url}/' for url in urls)} (the page) and {urls[0]}/v1"
 
 
 def compile_all(engine: Engine) -> None:

@@ -96,7 +96,7 @@ class Service:
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
             self._check_model(body.model)
-            stream = await held.enter_async_context(self.open(exchange))
+            stream = await held.enter_async_context(self.stream(exchange))
             place = held.enter_context(self.line.place(tenant))
             headers = await stream.before_jobs(self.in_background(extras.headers_of, body))
             jobs = await stream.before_jobs(self.in_background(intake, body, tenant))
@@ -104,10 +104,9 @@ class Service:
             pieces = (
                 await self.in_background(self.intake.pieces, jobs[:: body.n or 1]) if body.return_token_map else None
             )
-            await stream.before_jobs(place.turn())
             exchange.method = next((job.reuse.method for job in jobs if job.reuse), None)
-            for job in jobs:
-                stream.submit(job)
+            await stream.before_jobs(place.turn())
+            stream.submit(*jobs)
             reply = Reply(make_format, self.model, jobs, pieces, Extent.of(body))
             if not body.stream:
                 return json_response(await reply.whole(stream), headers=headers)
@@ -117,14 +116,14 @@ class Service:
             response.headers.update(headers)
             return response
 
-    def open(self, exchange: Exchange) -> Stream:
-        """A stream for the jobs of a request, which the exchange hears of too. Raises as `Worker.stream`."""
+    def stream(self, exchange: Exchange) -> Stream:
+        """The stream of a request's jobs, which come later. Raises as `Worker.stream`."""
         return self.worker.stream([], limit_s=self.limits.request_timeout, watcher=exchange)
 
     async def insert(self, body: schemas.KnowledgeRequest, tenant: Tenant, exchange: Exchange) -> Entry:
         """Prefill a text among the running requests, and keep it."""
         engine, namespace = self.worker.engine, tenant.store_namespace(body.cache_salt)
-        async with self.open(exchange) as stream:
+        async with self.stream(exchange) as stream:
             with self.line.place(tenant) as place:
                 text, preamble = await stream.before_jobs(self.in_background(self.intake.knowledge, body))
                 await stream.before_jobs(place.turn())
@@ -211,6 +210,7 @@ def create_app(
     app.mount("/page", StaticFiles(directory=PAGE))
     app.add_middleware(HeadAsGet)
     allow_origins(app, allowed_origins)
+    # Around all others, so that every response has its id and is counted: preflights and what failed too.
     app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
     faults.install(app)
     return app

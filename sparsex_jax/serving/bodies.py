@@ -21,6 +21,7 @@ from sparsex_jax.serving.faults import DisconnectedError, RequestError
 _SLOWEST_BYTES_S = 16 << 10
 _SMALL_BYTES = 64 << 10  # parsed in less time than it takes to hand it to another thread and back
 _MOST_BODIES = 16  # of the largest size that are read or parsed at once
+MAX_VALUES = 50_000  # where the body is not small
 
 
 class Checked(Request):
@@ -107,8 +108,26 @@ class _Body:
             raise HTTPException(413, f"the request's body is larger than the limit of {most} bytes")
 
 
+def count_values(content: bytes) -> int:
+    """The strings, objects, lists, numbers with a fraction and truth values in JSON, at least up to `MAX_VALUES`.
+
+    Each is a Python object that may be checked by a schema, and no other thread runs meanwhile. What may rightly be
+    megabytes, text and lists of integers, has few of them or is parsed fast. Each step here is fast too.
+    """
+    plain = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    quotes = plain.count(b'"')
+    if quotes > 2 * MAX_VALUES:
+        return quotes // 2
+    outside = b"".join(plain.split(b'"')[::2])
+    return quotes // 2 + sum(map(outside.count, (b"[", b"{", b".", b"e", b"E")))
+
+
 def parse[M: BaseModel](content: bytes, model: type[M]) -> M:
     """JSON as an object of this model. Its parser refuses what is nested more than 200 levels deep."""
+    if len(content) > _SMALL_BYTES and count_values(content) > MAX_VALUES:
+        raise RequestError(
+            f"the body has more than {MAX_VALUES} strings, objects, lists and fractions", param=None, code="too_complex"
+        )
     try:
         value = from_json(content.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as error:

@@ -141,8 +141,7 @@ class Worker:
         stream = Stream(self, limit_s, watcher)
         try:
             self.require_open()  # behind its registration, so that a loop that breaks now finds it
-            for job in jobs:
-                stream.submit(job)
+            stream.submit(*jobs)
         except BaseException:
             stream.close()
             raise
@@ -257,15 +256,16 @@ class Stream:
         self._given_up = False
         worker.opened(self)
 
-    def submit(self, job: Submission) -> None:
-        """Add a job. Also from the worker's thread, in a call that the event loop's thread awaits."""
-        number = len(self.tickets)
-        ticket = job.submit(self._worker.loop, lambda event: self._post(self._hear, number, event))
-        self.tickets.append(ticket)
-        self._unfinished.add(number)
-        self._open.add(number)
-        if self._watcher is not None:
-            self._watcher.submitted(ticket, self.opened_s)
+    def submit(self, *jobs: Submission) -> None:
+        """Add jobs. Also from the worker's thread, in a call that the event loop's thread awaits."""
+        for job in jobs:
+            number = len(self.tickets)
+            ticket = job.submit(self._worker.loop, functools.partial(self._post, self._hear, number))
+            self.tickets.append(ticket)
+            self._unfinished.add(number)
+            self._open.add(number)
+            if self._watcher is not None:
+                self._watcher.submitted(ticket, self.opened_s)
         self._worker.wake()
 
     async def __aenter__(self) -> Stream:

@@ -159,6 +159,12 @@ def test_a_header_names_only_a_few_of_many_unknown_fields():
 # Fields that vLLM has and OpenAI has not ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fields", [{"best_of": 2}, {"best_of": 3, "n": 2}])
+def test_answers_are_not_chosen_from_more(quick, fields):
+    for answer in (complete(quick, **fields), chat(quick, **fields)):
+        assert (error_of(answer)["param"], error_of(answer)["code"]) == ("best_of", "unsupported_parameter")
+
+
 def test_tokens_that_stop_or_are_allowed(http, reference):
     allowed = [504, 505, 506]
     answer = choice(complete(http, allowed_token_ids=allowed, return_token_ids=True))
@@ -399,6 +405,10 @@ WIDE = {
     "allowed tokens": {"prompt": "x", "allowed_token_ids": [None] * 400_000},
     "options of reuse": {"prompt": "x", "reuse": {str(number): 1 for number in range(200_000)}},
     "text of null": {"text": [None] * 400_000},
+    "fields": {"prompt": "x"} | {str(number): 1 for number in range(200_000)},
+    "fields of a message": {"messages": [{"role": "user"} | {str(number): 1 for number in range(200_000)}]},
+    "messages": {"messages": [{"role": "user", "content": "x"}] * 100_000},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 100_000}]},
     "more than a text": {"text": "x"} | {str(number): 1 for number in range(200_000)},
 }
 
@@ -418,7 +428,7 @@ def test_wide_bodies_are_refused_with_one_error_and_soon(intake, fields):
     fault = fault_of(error)
     assert time.perf_counter() - started < 2
     assert (fault.status, len(fault.message) < 500) == (400, True), fault.message
-    assert fault.param
+    assert fault.param or "256 fields" in fault.message
 
 
 def test_json_that_breaks_off_is_no_fields_fault(http):
@@ -479,6 +489,7 @@ def test_head_is_answered_where_get_is(http):
         assert (head.status_code, head.content) == (got.status_code, b"")
         assert head.headers["content-type"] == got.headers["content-type"]
     assert http.head("/nothing").status_code == 404
+    assert error_of(http.get("/v1/responses"), 404)["message"].startswith("there is no /v1/responses here")
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ class Service:
             self._check_model(body.model)
             stream = await held.enter_async_context(self.stream(exchange))
             place = held.enter_context(self.line.place(tenant))
-            headers = await stream.before_jobs(self.in_background(extras.headers_of, body))
-            jobs = await stream.before_jobs(self.in_background(intake, body, tenant))
+            checked = self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
+            headers, jobs = await stream.before_jobs(checked)
             place.grow(len(jobs) - 1)
             pieces = (
                 await self.in_background(self.intake.pieces, jobs[:: body.n or 1]) if body.return_token_map else None

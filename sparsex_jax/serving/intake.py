@@ -57,13 +57,6 @@ class Intake:
         """A job for each answer to each prompt. Raises RequestError or InvalidRequestError if a field is wrong."""
         prompts = split_prompts(request.prompt)
         self._check_number(request, len(prompts))
-        if request.best_of not in (None, request.n or 1):
-            raise RequestError(
-                f"best_of={request.best_of} is not supported: all answers are returned, so it must be n, "
-                f"which is {request.n or 1}",
-                param="best_of",
-                code="unsupported_parameter",
-            )
         named = _first_given(max_tokens=request.max_tokens)
         encoded = [self._prompt(request, prompt, "prompt", named, special=True) for prompt in prompts]
         jobs: list[Job] = []
@@ -149,6 +142,13 @@ class Intake:
             raise RequestError(
                 f"{param}: {prompts} prompts with n={request.n or 1} make {answers} answers; the limit is {most}",
                 param=param,
+            )
+        if request.best_of not in (None, request.n or 1):
+            raise RequestError(
+                f"best_of={request.best_of} is not supported: all answers are returned, so it can only be n, "
+                f"which is {request.n or 1}",
+                param="best_of",
+                code="unsupported_parameter",
             )
 
     def _sampling(self, request: Generate, most: int, logprobs: int | None) -> SamplingParams:

@@ -118,7 +118,7 @@ def headers_of(body: Generate) -> dict[str, str]:
     names = _ignored(body)
     if not names:
         return {}
-    shown = ", ".join(urllib.parse.quote(_short(name), safe=" .[]") for name in names[:_MOST_NAMES])
+    shown = ", ".join(map(_quoted, names[:_MOST_NAMES]))
     shown += f", and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return {
         "X-Sparsex-Ignored-Fields": shown,
@@ -157,6 +157,11 @@ def _refuse(name: str, value: Any) -> bool:
     if value is not None and not any(type(value) is type(each) and value == each for each in refusal.neutral):
         raise RequestError(f"{name} is not supported: {refusal.why}", param=name, code="unsupported_parameter")
     return True
+
+
+def _quoted(name: str) -> str:
+    """A name in a header's value, which may not end in a space."""
+    return urllib.parse.quote(_short(name).strip(), safe=" .[]") or "(empty)"
 
 
 def _short(name: str) -> str:

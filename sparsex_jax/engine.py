@@ -159,7 +159,7 @@ class Engine:
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
           ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
-          StoreFullError: what callers hold (`prefilled`) leaves no room for them.
+          StoreFullError: what callers hold (`prefilled`) or frozen texts leave no room for them.
           NonFiniteLogitsError: the logits have NaN or infinities. Prompts of the same call that are not done then are
             cancelled and not kept.
         """

@@ -367,6 +367,18 @@ def test_the_answer_is_as_long_as_fits_where_no_number_is_named(reference):
     assert job.sampling.max_new_tokens == 400  # more than the server gives, and it would fit
 
 
+def test_an_answer_of_no_named_length_is_what_fits_beside_frozen_texts():
+    engine = make_engine(store_tokens=1024)
+    with TestClient(create_app(Worker(engine), model=MODEL)) as client:
+        assert client.post("/v1/knowledge", json={"text": [5] * 300}).status_code == 200  # 5 of 16 pages
+        assert chat(client, max_tokens=None, logit_bias={"2": 100}).status_code == 200
+        full = client.post("/v1/completions", json={"prompt": [7] * 700, "ignore_eos": True, "max_tokens": None})
+        assert choice(full)["finish_reason"] == "length"
+        refused = chat(client, max_tokens=900)
+        assert error_of(refused)["code"] == "context_length_exceeded"
+        assert "retry-after" not in refused.headers
+
+
 def test_long_texts_are_refused_before_they_are_tokenized(reference, monkeypatch):
     intake, tokenizer = Intake(reference, Limits()), reference.tokenizer
     tokenized = []

@@ -55,6 +55,8 @@ class SamplingParams:
       allowed_token_ids: only these tokens can be drawn; None allows all.
       include_stop: the text has the stop string, or the token, that ended it.
       skip_special_tokens: the text has no special tokens.
+      ends_where_full: the answer ends before max_new_tokens where frozen texts leave no room for more. Otherwise a
+        request that has no room for all of them is refused.
 
     Temperature and filters come after bias and penalties, in the order min_p, top_k, top_p; each sees what the one
     before it left. This is what vLLM does.
@@ -78,6 +80,7 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     include_stop: Flag = False
     skip_special_tokens: Flag = True
+    ends_where_full: Flag = False
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -115,7 +115,7 @@ class Admission:
         try:
             plan = self.choice.plan(tokens, match, method)
             self._require_room(sequence, plan.pages)
-            pages, copy_pages = self._take_pages(plan.pages, slots, sequence.num_copied)
+            pages, copy_pages = self._take_pages(plan.pages, self._pages_wanted(sequence, slots, plan.pages), sequence)
         except BaseException:
             self.cache.unpin(match)
             raise
@@ -132,9 +132,10 @@ class Admission:
     def _require_room(self, sequence: Sequence, shared: Several[int]) -> None:
         """Raise NoRoomError if frozen texts leave too little of the store for a sequence that shares these pages.
 
-        One that has a part of its answer needs no room for more: it ends there if it must.
+        One that has a part of its answer needs no room for more: it ends there if it must. So may one that says so.
         """
-        slots = sequence.slots(1) if sequence.output.token_ids else sequence.most_slots
+        output = sequence.output
+        slots = sequence.slots(1) if output.token_ids or output.sampling.ends_where_full else sequence.most_slots
         own = self.pages_for(slots) + self.pages_for(sequence.num_copied) - self.cache.num_frozen_of(shared)
         if own > self.cache.num_beside_frozen:
             raise NoRoomError(
@@ -145,10 +146,16 @@ class Admission:
             text = self.pages_for(len(sequence.prompt) - sequence.remember.start)
             self.cache.require_frozen_room(shared, text - len(shared) if not sequence.num_copied else text)
 
-    def _take_pages(self, shared: Several[int], slots: int, num_copied: int) -> tuple[list[int], list[int]]:
-        """The shared prefix pages with new ones behind them, and the copy pages."""
-        num_own = self.pages_for(slots) - len(shared)
-        new = self.cache.allocate(num_own + self.pages_for(num_copied))
+    def _pages_wanted(self, sequence: Sequence, slots: int, shared: Several[int]) -> int:
+        """Pages for this many slots, or for the next token alone where frozen texts can never leave more."""
+        copied = self.pages_for(sequence.num_copied)
+        most = self.cache.num_beside_frozen + self.cache.num_frozen_of(shared) - copied
+        return min(self.pages_for(slots), max(self.pages_for(sequence.slots(1)), most))
+
+    def _take_pages(self, shared: Several[int], wanted: int, sequence: Sequence) -> tuple[list[int], list[int]]:
+        """The shared prefix pages with new ones behind them, `wanted` together, and the copy pages."""
+        num_own = wanted - len(shared)
+        new = self.cache.allocate(num_own + self.pages_for(sequence.num_copied))
         self.cache.share(shared)
         return [*shared, *new[:num_own]], new[num_own:]
 

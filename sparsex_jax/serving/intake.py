@@ -51,7 +51,9 @@ class Intake:
         text = self._render(request.messages, request.offered_tools)
         tokens = self._prompt(request, text, "messages", named, special=False)
         most = self.lengths.new_tokens(len(tokens), named, None, "messages")
-        return self._jobs(request, tenant, tokens, self._sampling(request, most, _chat_logprobs(request)))
+        return self._jobs(
+            request, tenant, tokens, self._sampling(request, most, named is not None, _chat_logprobs(request))
+        )
 
     def completion(self, request: CompletionRequest, tenant: Tenant) -> list[Job]:
         """A job for each answer to each prompt. Raises RequestError or InvalidRequestError if a field is wrong."""
@@ -62,7 +64,9 @@ class Intake:
         jobs: list[Job] = []
         for tokens in encoded:
             most = self.lengths.new_tokens(len(tokens), named, _COMPLETION_TOKENS, "prompt")
-            jobs += self._jobs(request, tenant, tokens, self._sampling(request, most, request.logprobs))
+            jobs += self._jobs(
+                request, tenant, tokens, self._sampling(request, most, named is not None, request.logprobs)
+            )
         return jobs
 
     def pieces(self, jobs: Sequence[Job]) -> list[list[str]]:
@@ -151,8 +155,12 @@ class Intake:
                 code="unsupported_parameter",
             )
 
-    def _sampling(self, request: Generate, most: int, logprobs: int | None) -> SamplingParams:
-        """Args: most: tokens that the answer may have."""
+    def _sampling(self, request: Generate, most: int, named: bool, logprobs: int | None) -> SamplingParams:
+        """
+        Args:
+          most: tokens that the answer may have.
+          named: the request asks for a number of them. Otherwise the answer is what fits.
+        """
         least = request.min_tokens or 0
         if least > most:
             raise RequestError(
@@ -168,6 +176,7 @@ class Intake:
             include_stop=bool(request.include_stop_str_in_output),
             logit_bias=_logit_bias(request.logit_bias),
             logprobs=logprobs,
+            ends_where_full=not named,
             **{name: value for name in _SAME if (value := getattr(request, name)) is not None},
         )
         sampling.check_vocabulary(self._engine.model.vocab_size)

@@ -273,7 +273,9 @@ class Engine:
         stays, and the result says how much that is. Sequences that use it at that moment finish, and what they commit
         later is not kept.
         """
-        return self.admission.forget(handle)
+        forgotten = self.admission.forget(handle)
+        self.loop.publish()
+        return forgotten
 
     def heal(self, seconds: float | None = None) -> int:
         """Make approximate KV exact that prompts left in the store, most used first: a server does it while it is idle.

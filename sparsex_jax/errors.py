@@ -33,6 +33,10 @@ class OverloadedError(SparsexError):
         self.retry_after_s = retry_after_s
 
 
+class AddressError(SparsexError):
+    """An address cannot be listened at: it is in use, unknown or not permitted."""
+
+
 class NonFiniteLogitsError(SparsexError):
     """A request's logits have NaN or infinities, because of broken weights, an overflow, or a fault of the device."""
 

@@ -21,6 +21,7 @@ from sparsex_jax.model.weights import random_params
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
 
@@ -61,10 +62,11 @@ def live_server(
     loop: ScriptedLoop | None = None,
     access: Access | None = None,
     limits: Limits | None = None,
+    request_log: RequestLog | None = None,
     model: str = MODEL,
 ) -> Iterator[Live]:
     worker = Worker(engine, loop)
-    app = create_app(worker, model=model, access=access, limits=limits)
+    app = create_app(worker, model=model, access=access, limits=limits, request_log=request_log)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -174,6 +174,11 @@ def test_a_header_names_only_a_few_of_many_unknown_fields():
     assert extras.headers_of(body)["X-Sparsex-Ignored-Fields"].endswith("field15, and 84 more")
 
 
+def test_a_header_does_not_end_in_a_space():
+    body = CompletionRequest.model_validate({"prompt": "x", "a ": 0, " ": 0, "": 0})
+    assert extras.headers_of(body)["X-Sparsex-Ignored-Fields"] == "a, (empty), (empty)"
+
+
 # Fields that vLLM has and OpenAI has not ---------------------------------------------------------------------
 
 

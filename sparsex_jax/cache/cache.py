@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.cache.children import TOKEN_BYTES
+from sparsex_jax.cache.counts import CacheCounts, Hits
 from sparsex_jax.cache.entries import Entry, EntryBook
 from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
@@ -61,6 +62,12 @@ class Match:
         return cls([], None, [], 0, 0, ())
 
     @property
+    def hits(self) -> Hits:
+        """How many tokens were found, by where."""
+        approximate = self.num_prefix_tokens - self.num_exact_tokens
+        return Hits(self.num_exact_tokens, approximate, sum(segment.length for segment in self.segments))
+
+    @property
     def copies(self) -> tuple[Segment, ...]:
         """Everything that is copied, in order."""
         return (*([self.prefix_tail] if self.prefix_tail else []), *self.segments)
@@ -82,7 +89,7 @@ class Match:
 
 @dataclasses.dataclass(frozen=True)
 class CacheStats:
-    """Pages by state, what is stored, and what happened since the cache was made.
+    """Pages by state, what is stored, and the `CacheCounts`.
 
     Attributes:
       pages: all pages of the store.
@@ -90,9 +97,9 @@ class CacheStats:
       tokens: tokens in committed pages, which lookups can find.
       approximate_tokens: how many of those are approximate, in place behind position 0: what `to_heal` is about.
       windows: windows of 8 tokens in the index.
-      lookups: calls of `lookup`.
-      prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that those calls found as exact prefixes, as
-        approximate ones behind them, and as segments.
+      lookups: prompts that were looked up, each once however often it was looked up again.
+      prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that were found of those prompts as exact
+        prefixes, as approximate ones behind them, and as segments.
       evictions: cached pages that were evicted.
     """
 
@@ -150,10 +157,16 @@ class PageCache:
     Attributes:
       page_size: token slots in a page.
       tree: the tokens in every committed page.
+      counts: what happened so far.
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, frozen_limit: float = 0.5, handles: Iterator[int] | None = None
+        self,
+        num_pages: int,
+        page_size: int,
+        frozen_limit: float = 0.5,
+        handles: Iterator[int] | None = None,
+        counts: CacheCounts | None = None,
     ) -> None:
         """
         Args:
@@ -162,6 +175,7 @@ class PageCache:
           frozen_limit: share of the store, from 0 to 1, that frozen entries may fill.
           handles: the numbers to give to entries. Pass the previous cache's iterator to a cache that replaces it, so
             that no handle stands for two entries. None: 1, 2, 3 ...
+          counts: where to count. Pass the previous cache's to a cache that replaces it. None: from 0.
 
         Raises:
           ValueError: one of the sizes is out of range.
@@ -175,8 +189,7 @@ class PageCache:
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
         self._entries = EntryBook(handles or itertools.count(1))
         self._pins: set[Match] = set()
-        self._lookups = self._prefix_tokens = self._approximate_tokens = self._segment_tokens = 0
-        self._evictions = 0
+        self.counts = counts or CacheCounts()
 
     # Finding ------------------------------------------------------------------------------------------------
 
@@ -202,7 +215,7 @@ class PageCache:
           segments: look for segments behind the prefix, or whether to, by the number of tokens of the prefix.
           min_segment: the least length of a segment, in tokens.
           accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
-          counted: whether it counts as a use, and in `stats`.
+          counted: count it as a use, and in `counts`. A caller who may look the same prompt up again does both itself.
 
         Raises:
           ValueError: a token id is negative.
@@ -216,7 +229,8 @@ class PageCache:
         self._pins.add(match)
         self._pool.hold(match.pages)
         if counted:
-            self._count(match)
+            self.count_use(match)
+            self.counts.found(match.hits)
         return match
 
     def _find_runs(
@@ -242,14 +256,11 @@ class PageCache:
             pages=tuple(dict.fromkeys(node.pages[0] for node in nodes)),
         )
 
-    def _count(self, match: Match) -> None:
+    def count_use(self, match: Match) -> None:
+        """Count that a pinned match is of use to a prompt: what is used least is evicted first, and healed last."""
         for page in match.pages:
             self.tree[page].uses += 1
         self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
-        self._lookups += 1
-        self._prefix_tokens += match.num_exact_tokens
-        self._approximate_tokens += match.num_prefix_tokens - match.num_exact_tokens
-        self._segment_tokens += sum(segment.length for segment in match.segments)
 
     def unpin(self, match: Match) -> None:
         """Release the pages that a lookup pinned. Raises ValueError if they were released before."""
@@ -272,7 +283,7 @@ class PageCache:
             )
         lacking = count - len(self._pool.free)
         if lacking > 0:
-            self._evictions += lacking
+            self.counts.evictions += lacking
             self._drop(self._pool.oldest_cached(lacking))
         return self._pool.take(count)
 
@@ -593,7 +604,7 @@ class PageCache:
     # Inspecting ---------------------------------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
-        """Counts of pages, tokens and events."""
+        """Counts of pages, tokens and events. It walks over no content: the loop asks each round."""
         counts = self._pool.counts()
         return CacheStats(
             pages=len(self._pool),
@@ -601,11 +612,7 @@ class PageCache:
             tokens=self.tree.num_tokens,
             approximate_tokens=self.tree.num_approximate,
             windows=self._windows.num_windows,
-            lookups=self._lookups,
-            prefix_tokens=self._prefix_tokens,
-            approximate_prefix_tokens=self._approximate_tokens,
-            segment_tokens=self._segment_tokens,
-            evictions=self._evictions,
+            **dataclasses.asdict(self.counts),
         )
 
     def check(self, held: Sequence[int] | None = None) -> None:

@@ -109,8 +109,13 @@ def demo(
 @app.command()
 def serve(
     model: Annotated[str, typer.Argument(help="As `--model` of the other commands.")] = DEFAULT_MODEL,
-    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.", min=0, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Name or address to listen at; 0.0.0.0 for all interfaces, :: for those of IPv6.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
+    uds: Annotated[
+        Path | None, typer.Option(help="Unix domain socket to listen at, in place of host and port.")
+    ] = None,
     api_keys: Annotated[
         Path | None, typer.Option(help="A TOML file of API keys. Without it, requests need no key.", dir_okay=False)
     ] = None,
@@ -134,8 +139,12 @@ def serve(
     reuse_config: options.ReuseFile = None,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait. More are refused (503).", min=1)] = 256,
     max_concurrent: Annotated[
-        int, typer.Option(help="Concurrent requests of an API key. More are refused (429).")
-    ] = 64,
+        int | None,
+        typer.Option(
+            help="Concurrent requests of an API key, each prompt counted. More are refused (429).",
+            show_default="as many as run and wait",
+        ),
+    ] = None,
     max_knowledge_tokens: Annotated[
         int | None,
         typer.Option(
@@ -153,19 +162,36 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(help="Seconds that running requests may still take after SIGTERM.")
     ] = 30.0,
+    client_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds that a client may take to send a request, or to take the next part of an answer."),
+    ] = 20.0,
+    max_connections: Annotated[
+        int | None,
+        typer.Option(
+            help="Open connections. With more, those without a whole request are closed.",
+            show_default="by what may run and wait",
+        ),
+    ] = None,
     healing: Annotated[
         float, typer.Option(help="Share of idle time in which approximate KV is made exact; 0 leaves it as it is.")
     ] = 0.5,
+    request_log: Annotated[
+        Path | None,
+        typer.Option(help="A file for a line of JSON about each request; - for standard output.", dir_okay=False),
+    ] = None,
     warm_up: Annotated[
         bool, typer.Option("--warm-up/--no-warm-up", help="Compile the programs before listening.")
     ] = True,
 ) -> None:
     """Serve a model: OpenAI's endpoints, a knowledge base, metrics, and a page that shows what is reused."""
-    from sparsex_jax.cli.generate import EngineChoice
-    from sparsex_jax.cli.serve import run
-    from sparsex_jax.serving.access import Limits
+    from sparsex_jax.serving.sockets import bound
 
-    with clear_errors():
+    with clear_errors(), bound(host, port, uds) as sockets:  # before jax is imported, which takes seconds
+        from sparsex_jax.cli.generate import EngineChoice
+        from sparsex_jax.cli.serve import run
+        from sparsex_jax.serving.access import Limits
+
         run(
             EngineChoice(
                 model,
@@ -184,12 +210,14 @@ def serve(
                 max_knowledge_tokens=max_knowledge_tokens,
                 request_timeout=request_timeout,
                 drain_timeout=drain_timeout,
+                client_timeout=client_timeout,
+                max_connections=max_connections,
             ),
-            host=host,
-            port=port,
+            sockets=sockets,
             api_keys=api_keys,
             name=name,
             warm_up=warm_up,
+            request_log=request_log,
             allowed_origins=allowed_origins or (),
         )
 

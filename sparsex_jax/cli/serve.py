@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +15,9 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.scheduler import warmup
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.server import Server
+from sparsex_jax.serving.sockets import url_of
 from sparsex_jax.serving.worker import Worker
 
 
@@ -21,26 +25,38 @@ def run(
     choice: EngineChoice,
     limits: Limits,
     *,
-    host: str,
-    port: int,
+    sockets: Sequence[socket.socket],
     api_keys: Path | None,
     name: str | None,
     warm_up: bool,
+    request_log: Path | None = None,
     allowed_origins: Sequence[str] = (),
 ) -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve at these bound sockets until SIGTERM or SIGINT."""
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
+    log = RequestLog.open(request_log) if request_log else None
     engine = choice.load()
     if warm_up:
         compile_all(engine)
     worker = Worker(engine)
     name = name or Path(choice.model).name
-    app = create_app(worker, model=name, access=access, limits=limits, allowed_origins=allowed_origins)
-    messages().print(f"Serving {name} at http://{host}:{port}/ (the page) and http://{host}:{port}/v1", soft_wrap=True)
+    app = create_app(worker, model=name, access=access, limits=limits, request_log=log, allowed_origins=allowed_origins)
+    server = Server(app, sockets=sockets)
+    messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."
         messages().print(warning, soft_wrap=True)
-    Server(app, host, port).run()
+    gc.collect()
+    gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
+    server.run()
+
+
+def _places(name: str, sockets: Sequence[socket.socket]) -> str:
+    """Where the model is served."""
+    urls = [url_of(each) for each in sockets]
+    if sockets[0].family == socket.AF_UNIX:
+        return f"Serving {name} at {urls[0]}"
+    return f"Serving {name} at {', '.join(f'{url}/' for url in urls)} (the page) and {urls[0]}/v1"
 
 
 def compile_all(engine: Engine) -> None:

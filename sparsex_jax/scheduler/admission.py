@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from sparsex_jax.cache import Forgotten, Match, PageCache
+from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.errors import ContextLengthError, InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.cost import Speeds
@@ -46,6 +47,7 @@ class Admission:
         self._model, self._config = model, config
         self.choice = Choice(model, config.page_size, measure)
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
+        self._counts = CacheCounts()  # they go on where the store is lost
         self._holders: set[Sequence] = set()
         self.releases = 0
         self.start_over()
@@ -56,7 +58,7 @@ class Admission:
         for sequence in self._holders:
             sequence.leave()
         self._holders = set()
-        self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles)
+        self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles, self._counts)
         self.releases += 1
 
     # For those who measure ----------------------------------------------------------------------------------
@@ -108,7 +110,7 @@ class Admission:
             segments=functools.partial(self.choice.segments_may_pay, method, len(tokens)),
             min_segment=method.min_segment_tokens,
             accepts=functools.partial(method.accepts, num_layers=self._model.num_layers),
-            counted=not sequence.heals,
+            counted=False,
         )
         try:
             plan = self.choice.plan(tokens, match, method)
@@ -117,9 +119,15 @@ class Admission:
         except BaseException:
             self.cache.unpin(match)
             raise
+        if sequence.asked and not sequence.was_admitted:
+            self.cache.count_use(match)
         num_shared, plan = len(plan.pages), dataclasses.replace(plan, pages=pages)
         sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
+
+    def count_found(self, sequence: Sequence) -> None:
+        """Count what was found of a prompt. Once, when its prefill is reported, however often it was admitted."""
+        self._counts.found(sequence.found)
 
     def _require_room(self, sequence: Sequence, shared: Several[int]) -> None:
         """Raise NoRoomError if frozen texts leave too little of the store for a sequence that shares these pages.

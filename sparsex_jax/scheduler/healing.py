@@ -42,7 +42,7 @@ class Healing:
             return None
         tokens, namespace = found
         exact = ReuseConfig(method="prefix")
-        return self._requests.prefill(tokens, reuse=exact, namespace=namespace, keep=True, heals=True)
+        return self._requests.prefill(tokens, reuse=exact, namespace=namespace, keep=True, asked=False)
 
     def rest(self, seconds: float) -> float:
         """How long the device has to rest after a chunk that took so long; not longer than a thread can wait."""

@@ -58,6 +58,7 @@ class Loop:
       runner, admission: the device's side and the host's side of the store.
       requests: makes sequences of what callers ask.
       policy: who is next.
+      snapshot: the store's stats as the last round left them. From any thread, also in the middle of a round.
     """
 
     def __init__(self, runner: Runner, admission: Admission, tokenizer: Any | None, reuse: ReuseConfig) -> None:
@@ -74,6 +75,7 @@ class Loop:
         self._healing = Healing(self._config, runner.shapes, admission, self.requests)
         self._isolation = Isolation(runner, admission)
         self._counts = Counts()
+        self.publish()
         self._ids = itertools.count(1)
         self._inbox: list[Sequence] = []
         self._news = threading.Condition()
@@ -148,7 +150,8 @@ class Loop:
             self._news.notify_all()
 
     def _num_waiting(self) -> int:
-        return len(self._inbox) + len(self.policy.of_state(State.WAITING))
+        in_line = [*self._inbox, *self.policy.of_state(State.WAITING)]
+        return sum(not sequence.cancelled for sequence in in_line)
 
     def _has_work(self) -> bool:
         return bool(self._inbox) or any(sequence.state not in _DONE for sequence in self.policy.sequences)
@@ -226,6 +229,10 @@ class Loop:
         with self._one_round():
             self.admission.finish(sequence, "length")
             self._report()
+
+    def publish(self) -> None:
+        """Let `snapshot` say how the store is now."""
+        self.snapshot = self.admission.cache.stats()
 
     def recover(self) -> bool:
         """After a failure: whether the KV is lost. Then store and cache are new, and what ran is computed again."""
@@ -345,18 +352,28 @@ class Loop:
             self.admission.finish(sequence, reason)
 
     def _report(self) -> bool:
-        """Tell all news. False when nothing is running or waiting."""
-        for sequence in self.policy.sequences:
-            if sequence.has_news:
-                self._tell(sequence)
+        """Tell all news. False when nothing is running or waiting.
+
+        All is counted before anybody hears of it, so that who looks at the counts then finds himself in them.
+        """
+        news = [(sequence, sequence.news()) for sequence in self.policy.sequences if sequence.has_news]
+        for sequence, event in news:
+            self._count(sequence, event)
+        self.publish()
+        for sequence, event in news:
+            self._tell(sequence, event)
         with self._news:
             self.policy.sequences = [one for one in self.policy.sequences if one.state is not State.FINISHED]
             return self._has_work()
 
-    def _tell(self, sequence: Sequence) -> None:
-        event = sequence.news()
-        if not sequence.heals:
-            self._counts.told(event)
+    def _count(self, sequence: Sequence, event: Event) -> None:
+        if not sequence.asked:
+            return
+        self._counts.told(event)
+        if event.report is not None:
+            self.admission.count_found(sequence)
+
+    def _tell(self, sequence: Sequence, event: Event) -> None:
         try:
             sequence.listener(event)
         except Exception:

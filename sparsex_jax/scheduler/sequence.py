@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from sparsex_jax.cache import Match
+from sparsex_jax.cache.counts import Hits
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.device.runner import PrefillRun
 from sparsex_jax.device.state import BatchSlot
@@ -65,6 +66,7 @@ class Event:
       error: with the finish reason `error`.
       logprobs: of `token_ids`, where they were asked for.
       handle: with the last event of a text that was remembered.
+      queue_s: seconds from the call until it was first admitted; None if it was not yet.
     """
 
     text: str
@@ -74,6 +76,7 @@ class Event:
     error: Exception | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     handle: int | None = None
+    queue_s: float | None = None
 
 
 Listener = Callable[[Event], None]
@@ -109,7 +112,7 @@ class Sequence:
       remember: what is registered once it is prefilled.
       hold: keep its pages once it is prefilled, for a caller who reads them.
       wants_logits: fetch the logits behind the prompt.
-      heals: nobody asked for it: it makes approximate content exact, and is not counted among the requests.
+      asked: somebody asked for it. Healing and warming up are not counted among the requests.
 
     In line:
       id: rises with every sequence, so it tells who is older.
@@ -119,12 +122,14 @@ class Sequence:
       overtaken: how often a younger one was admitted while it waited for pages.
       blocked_at: `Admission.releases` when there were no pages for it. There are none until that number changes.
       approximate: its KV is not what a full prefill would give.
+      queue_s: seconds from `submitted` until it was first admitted.
 
     While it is admitted:
       admitted_plan: its prefill as its method made it, with its pages.
       num_shared: pages at its beginning that are a prefix it found.
       copy_pages: pages for a text that is prefilled behind a preamble.
       match: what it found, while that is pinned.
+      found: how much that was.
       donors: pages of what it found.
       forgotten: something that it found was forgotten since.
       stages: the plans that are still to run, in order.
@@ -150,7 +155,7 @@ class Sequence:
     remember: Remember | None = None
     hold: bool = False
     wants_logits: bool = False
-    heals: bool = False
+    asked: bool = True
 
     id: int = 0
     state: State = State.WAITING
@@ -160,11 +165,13 @@ class Sequence:
     overtaken: int = 0
     blocked_at: int = -1
     approximate: bool = False
+    queue_s: float | None = None
 
     admitted_plan: RequestPlan | None = None
     num_shared: int = 0
     copy_pages: list[int] = dataclasses.field(default_factory=list)
     match: Match | None = None
+    found: Hits = dataclasses.field(default_factory=Hits)
     donors: frozenset[int] = frozenset()
     forgotten: bool = False
     stages: deque[RequestPlan] = dataclasses.field(default_factory=deque)
@@ -197,6 +204,11 @@ class Sequence:
     @property
     def is_admitted(self) -> bool:
         return self.admitted_plan is not None
+
+    @property
+    def was_admitted(self) -> bool:
+        """Whether it is admitted, or was before it was preempted."""
+        return self.queue_s is not None
 
     @property
     def plan(self) -> RequestPlan:
@@ -248,7 +260,9 @@ class Sequence:
 
     def admit(self, plan: RequestPlan, match: Match, num_shared: int, copy_pages: list[int]) -> None:
         """It holds the pages of the plan, and has pinned what it found."""
-        self.admitted_plan, self.match, self.copy_pages = plan, match, copy_pages
+        if self.queue_s is None:
+            self.queue_s = time.perf_counter() - self.submitted
+        self.admitted_plan, self.match, self.copy_pages, self.found = plan, match, copy_pages, match.hits
         self.num_shared, self.donors = num_shared, frozenset(match.pages)
 
     def start_prefill(self, stages: list[RequestPlan], num_layers: int) -> None:
@@ -314,6 +328,7 @@ class Sequence:
             error=self.error,
             logprobs=tuple(self.output.logprobs[new]),
             handle=self.handle,
+            queue_s=self.queue_s,
         )
 
 

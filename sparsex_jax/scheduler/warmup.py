@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -68,4 +69,5 @@ def _decode(loop: Loop, number: int) -> None:
 def _generate(loop: Loop) -> None:
     """A whole request, for what is between prefill and decode."""
     full, sampling = ReuseConfig(method="full"), SamplingParams(max_new_tokens=2, ignore_eos=True)
-    loop.complete([loop.requests.generation([0], sampling, reuse=full, namespace="warm-up", keep=False)])
+    options: dict[str, Any] = {"reuse": full, "namespace": "warm-up", "keep": False, "asked": False}
+    loop.complete([loop.requests.generation([0], sampling, **options)])

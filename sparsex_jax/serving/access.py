@@ -6,12 +6,12 @@ another key's namespace by choosing a salt.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sparsex_jax.errors import InvalidRequestError, SparsexError
 
 _NUMBERS = {"max_concurrent": 1, "max_knowledge_tokens": 0}  # fields of an entry, and the least value of each
 _FIELDS = {"key": str, "sha256": str, "namespace": str, **dict.fromkeys(_NUMBERS, int), "metrics": bool}
+_WORDS = {str: "a text, not empty", int: "an integer", bool: "true or false"}
 
 
 class UnauthorizedError(SparsexError):
@@ -31,7 +32,15 @@ class ForbiddenError(SparsexError):
 
 
 class ConcurrencyError(SparsexError):
-    """The API key has as many concurrent requests as it may have."""
+    """The API key has as many concurrent requests as it may have.
+
+    Attributes:
+      retry_after_s: an estimate of the seconds until it may have one more.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class QuotaError(SparsexError):
@@ -82,30 +91,20 @@ class Tenant:
     Attributes:
       name: the key's name in the file.
       namespace: keys of the same namespace share what is stored.
-      max_concurrent: how many requests it may have at once.
+      max_concurrent: how many requests it may have at once, each prompt counted. None: as many as the server takes.
       metrics: whether it may read `/metrics`.
       knowledge: the frozen knowledge that it keeps.
     """
 
     def __init__(
-        self, name: str, namespace: str, max_concurrent: int, metrics: bool, max_knowledge_tokens: int | None
+        self, name: str, namespace: str, max_concurrent: int | None, metrics: bool, max_knowledge_tokens: int | None
     ) -> None:
         self.name, self.namespace, self.max_concurrent, self.metrics = name, namespace, max_concurrent, metrics
         self.knowledge = Quota(max_knowledge_tokens)
-        self._running = 0
 
-    @contextlib.contextmanager
-    def slot(self) -> Iterator[None]:
-        """Count a request of this tenant while the block runs. Raises ConcurrencyError if it has too many already."""
-        if self._running >= self.max_concurrent:
-            raise ConcurrencyError(
-                f"{self._running} requests of this key are under way; max_concurrent={self.max_concurrent} is its limit"
-            )
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
+    def most(self, places: int) -> int:
+        """How many requests it may have at once on a server with so many places."""
+        return places if self.max_concurrent is None else min(self.max_concurrent, places)
 
     def store_namespace(self, salt: str | None) -> str:
         """The namespace in the store. As JSON, no two pairs of namespace and salt are the same text."""
@@ -117,6 +116,11 @@ class Access:
 
     def __init__(self, tenants: Mapping[str, Tenant], anonymous: Tenant | None) -> None:
         self._tenants, self._anonymous = dict(tenants), anonymous
+
+    @property
+    def num_keys(self) -> int:
+        """At least 1: without keys all clients are one tenant."""
+        return max(len(self._tenants), 1)
 
     @classmethod
     def open(cls, limits: Limits) -> Access:
@@ -131,7 +135,7 @@ class Access:
             [alice]
             key = "sk-..."          # or sha256 = "...", the hex digest of the key
             namespace = "research"  # optional; by default the table's name
-            max_concurrent = 4      # optional
+            max_concurrent = 4      # optional; each prompt counts
             max_knowledge_tokens = 100_000  # optional; with 0 it may keep none
             metrics = true          # optional; it may read /metrics
 
@@ -142,7 +146,7 @@ class Access:
           InvalidRequestError: the file cannot be read as TOML, or an entry is wrong.
         """
         try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+            raw = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InvalidRequestError(f"{path} cannot be read as TOML: {error}") from error
         tenants: dict[str, Tenant] = {}
@@ -183,37 +187,48 @@ def _checked_digest(where: str, entry: Any) -> str:
         if name not in _FIELDS:
             raise InvalidRequestError(f"{where}: {name!r} is unknown; there are: {', '.join(_FIELDS)}")
         if type(value) is not _FIELDS[name] or value == "":
-            raise InvalidRequestError(f"{where}: {name}={value!r} must be a {_FIELDS[name].__name__}, not empty")
+            raise InvalidRequestError(f"{where}: {name}={value!r} must be {_WORDS[_FIELDS[name]]}")
     for name, least in _NUMBERS.items():
         if entry.get(name, least) < least:
             raise InvalidRequestError(f"{where}: {name}={entry[name]} must be at least {least}")
     if ("key" in entry) == ("sha256" in entry):
         raise InvalidRequestError(f"{where} must have either key or sha256")
+    if "key" in entry and not re.fullmatch("[!-~]+", entry["key"]):
+        raise InvalidRequestError(f"{where}: key must be ASCII without blanks: clients cannot send another in a header")
+    if "sha256" in entry and not re.fullmatch("[0-9a-fA-F]{64}", entry["sha256"]):
+        raise InvalidRequestError(f"{where}: sha256={entry['sha256']!r} must be 64 hex digits, the key's SHA-256")
     return entry["sha256"].lower() if "sha256" in entry else _digest(entry["key"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The limits of requests. Each is more than 0.
+    """The limits of requests and of connections. Each is more than 0.
 
     Attributes:
       max_body_bytes: bytes in a request's body.
       max_tokens: new tokens that a request gets at most. One that asks for more gets so many.
       max_prompts: answers to one request: its prompts times `n`.
-      max_concurrent: concurrent requests of a key, if its entry does not set another limit.
+      max_concurrent: concurrent requests of a key, if its entry does not set another limit; each answer counts. None:
+        as many as run and wait.
       max_knowledge_tokens: tokens of frozen knowledge that a key may keep, if its entry does not set another limit.
         None: as many as the store holds.
       request_timeout: seconds after which a request is cancelled.
       drain_timeout: seconds that running requests may still take after SIGTERM.
+      client_timeout: seconds that a client may take to send a request's head, then its body, where it has a second more
+        for every 16 KiB, and to take the next part of an answer.
+      max_connections: open connections. With more, those without a whole request are closed, the oldest first. None:
+        twice as many as requests may run and wait, and 512.
     """
 
     max_body_bytes: int = 4 << 20
     max_tokens: int = 4096
     max_prompts: int = 32
-    max_concurrent: int = 64
+    max_concurrent: int | None = None
     max_knowledge_tokens: int | None = None
     request_timeout: float = 300.0
     drain_timeout: float = 30.0
+    client_timeout: float = 20.0
+    max_connections: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -1,7 +1,7 @@
 """The HTTP application: OpenAI's endpoints, the knowledge base, health, metrics and the page.
 
-A request passes these steps: limit of the body -> API key -> checked fields -> token ids -> scheduler -> events ->
-OpenAI's objects.
+A request passes these steps: API key -> body -> checked fields -> place in the line -> token ids -> scheduler ->
+events -> OpenAI's objects.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
+import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.responses import FileResponse, Response
+from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from sparsex_jax.cache import Entry
@@ -24,16 +29,20 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownHandleError
 from sparsex_jax.serving import extras, faults, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
+from sparsex_jax.serving.bodies import Bodies, Checked
+from sparsex_jax.serving.exchange import Exchange, Exchanges
 from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.knowledge import Knowledge
+from sparsex_jax.serving.line import Line
 from sparsex_jax.serving.methods import HeadAsGet, allow_origins
 from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, ReplyFormat
 from sparsex_jax.serving.reply import Extent, Reply
+from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.tools import reader_of
-from sparsex_jax.serving.transport import BodyLimit, EventStream, StatusCount, unless_disconnected
-from sparsex_jax.serving.worker import Job, TimeLimitError, Worker
+from sparsex_jax.serving.transport import EventStream, unless_disconnected
+from sparsex_jax.serving.worker import Job, Stream, TimeLimitError, Worker
 from sparsex_jax.text.token_text import TokenText
 
 PAGE = Path(__file__).parent / "page"
@@ -55,8 +64,12 @@ class Service:
 
     def __init__(self, worker: Worker, model: str, access: Access, limits: Limits) -> None:
         self.worker, self.model, self.access, self.limits = worker, model, access, limits
-        self.metrics, self.texts = Metrics(), TokenText(worker.engine.tokenizer)
+        self.metrics = Metrics(_build(worker.engine, model), worker.engine.config.page_size)
+        self.texts = TokenText(worker.engine.tokenizer)
         self.intake = Intake(worker.engine, limits)
+        self.bodies = Bodies(limits)
+        loop, config = worker.engine.loop, worker.engine.config
+        self.line = Line(loop.policy.max_num_seqs, config.max_waiting, access.num_keys)
         self.created = int(time.time())
         # One thread, because a tokenizer is not safe to call from several.
         self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sparsex-tokenizer")
@@ -70,44 +83,57 @@ class Service:
         make_format: Callable[[], ReplyFormat],
     ) -> Response:
         """Answer a request, as a whole or as a stream. If the client disconnects, its request is cancelled."""
-        return await unless_disconnected(request, self._generate(body, tenant, intake, make_format))
+        exchange = Exchange.of(request.scope)
+        return await unless_disconnected(request, self._generate(exchange, body, tenant, intake, make_format))
 
     async def _generate[B: schemas.Generate](
         self,
+        exchange: Exchange,
         body: B,
         tenant: Tenant,
         intake: Callable[[B, Tenant], list[Job]],
         make_format: Callable[[], ReplyFormat],
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
-            held.enter_context(tenant.slot())
             self._check_model(body.model)
-            headers, jobs = await self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
+            stream = await held.enter_async_context(self.stream(exchange))
+            place = held.enter_context(self.line.place(tenant))
+            checked = self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
+            headers, jobs = await stream.before_jobs(checked)
+            place.grow(len(jobs) - 1)
             pieces = (
                 await self.in_background(self.intake.pieces, jobs[:: body.n or 1]) if body.return_token_map else None
             )
-            stream = await held.enter_async_context(self.worker.stream(jobs, limit_s=self.limits.request_timeout))
+            exchange.method = next((job.reuse.method for job in jobs if job.reuse), None)
+            await stream.before_jobs(place.turn())
+            stream.submit(*jobs)
             reply = Reply(make_format, self.model, jobs, pieces, Extent.of(body))
-            events = self.metrics.observed(stream)
             if not body.stream:
-                return json_response(await reply.whole(events), headers=headers)
-            chunks = reply.chunks(events)
+                return json_response(await reply.whole(stream), headers=headers)
+            chunks = reply.chunks(stream)
             first = await anext(chunks)  # if this fails, the response still gets the error's status
             response = EventStream(first, chunks, held.pop_all())
             response.headers.update(headers)
             return response
 
-    async def remember(self, knowledge: Knowledge) -> Entry:
+    def stream(self, exchange: Exchange) -> Stream:
+        """The stream of a request's jobs, which come later. Raises as `Worker.stream`."""
+        return self.worker.stream([], limit_s=self.limits.request_timeout, watcher=exchange)
+
+    async def insert(self, body: schemas.KnowledgeRequest, tenant: Tenant, exchange: Exchange) -> Entry:
         """Prefill a text among the running requests, and keep it."""
-        engine = self.worker.engine
-        async with self.worker.stream([], limit_s=self.limits.request_timeout) as stream:
-            await self.call(knowledge.start, engine, stream)
-            [(_, event)] = [news async for news in stream]
+        engine, namespace = self.worker.engine, tenant.store_namespace(body.cache_salt)
+        async with self.stream(exchange) as stream:
+            with self.line.place(tenant) as place:
+                text, preamble = await stream.before_jobs(self.in_background(self.intake.knowledge, body))
+                await stream.before_jobs(place.turn())
+                await self.call(Knowledge(text, preamble, namespace, tenant.knowledge).start, engine, stream)
+                [(_, event)] = [news async for news in stream]
         if event.error is not None:
             raise event.error
         if event.handle is None:
             raise OutOfServiceError("the server is shutting down and gave this request up")
-        return await self.call(_entry, engine, event.handle, knowledge.namespace)
+        return await self.call(_entry, engine, event.handle, namespace)
 
     async def in_background[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run a function that tokenizes on the tokenizer's thread, so that it does not block the event loop."""
@@ -132,6 +158,12 @@ class Service:
         return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.intake.lengths.context)
 
 
+def _build(engine: Engine, model: str) -> dict[str, str]:
+    """What runs here, for metrics."""
+    version, device = importlib.metadata.version("sparsex-jax"), engine.mesh.devices.flat[0].device_kind
+    return {"version": version, "jax": jax.__version__, "device": device, "model": model}
+
+
 def unknown_model(model: str | None, served: str) -> RequestError:
     return RequestError(
         f"model {model!r} is not served here; {served!r} is", param="model", code="model_not_found", status=404
@@ -144,6 +176,7 @@ def create_app(
     model: str,
     access: Access | None = None,
     limits: Limits | None = None,
+    request_log: RequestLog | None = None,
     allowed_origins: Sequence[str] = (),
 ) -> FastAPI:
     """The application. It starts the worker when it starts, and stops the worker when it stops.
@@ -152,6 +185,7 @@ def create_app(
       model: the model's name in requests.
       access: the API keys. None: requests need no key.
       limits: of requests. None: the defaults.
+      request_log: gets every request, and is closed with the application. None: nothing is logged.
       allowed_origins: whose scripts may send requests, as `allow_origins` takes them.
     """
     limits = limits or Limits()
@@ -163,17 +197,27 @@ def create_app(
         service.metrics.listening()
         yield
         await asyncio.to_thread(worker.stop)
+        await asyncio.sleep(0)  # the last events of what was cut off come now
+        if request_log is not None:
+            await asyncio.to_thread(request_log.close)
 
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     app.include_router(router)
+    app.include_router(public)
+    routes = (*router.routes, *public.routes)
+    service.metrics.expect(route.path for route in routes if isinstance(route, Route))
     app.mount("/page", StaticFiles(directory=PAGE))
-    app.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
-    app.add_middleware(StatusCount, tell=service.metrics.answered)
     app.add_middleware(HeadAsGet)
     allow_origins(app, allowed_origins)
+    # Around all others, so that every response has its id and is counted: preflights and what failed too.
+    app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
     faults.install(app)
     return app
+
+
+def _no_log(exchange: Exchange) -> None:
+    """The request log of a server that has none."""
 
 
 # Endpoints --------------------------------------------------------------------------------------------------
@@ -186,15 +230,33 @@ async def _service(request: Request) -> Service:
 Served = Annotated[Service, Depends(_service)]
 
 
-async def _tenant(
-    request: Request, service: Served, _: Annotated[Any, Security(HTTPBearer(auto_error=False))]
-) -> Tenant:
-    return service.access.tenant(request.headers.get("authorization"))
+class Keyed(APIRoute):
+    """A route that needs an API key. The key is checked before the body is read, and the body before FastAPI sees it,
+    which would check it on the event loop."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+        model: Any = self.body_field and self.body_field.field_info.annotation
+
+        async def answer(request: Request) -> Response:
+            service: Service = request.app.state.service
+            tenant = service.access.tenant(request.headers.get("authorization"))
+            request.state.tenant, Exchange.of(request.scope).key = tenant, tenant.name
+            if model is None:
+                return await handle(request)
+            return await handle(Checked(request, await service.bodies.checked(request, model)))
+
+        return answer
+
+
+async def _tenant(request: Request, _: Annotated[Any, Security(HTTPBearer(auto_error=False))]) -> Tenant:
+    return request.state.tenant
 
 
 Caller = Annotated[Tenant, Depends(_tenant)]
 Salt = Annotated[str | None, Query(min_length=1, description="As `cache_salt` of the request that stored it.")]
-router = APIRouter(responses=_ERRORS)
+router = APIRouter(responses=_ERRORS, route_class=Keyed)
+public = APIRouter(responses=_ERRORS)
 
 
 @router.post("/v1/chat/completions")
@@ -238,14 +300,11 @@ async def model(model: str, service: Served, tenant: Caller) -> schemas.ModelCar
 
 
 @router.post("/v1/knowledge")
-async def insert_knowledge(body: schemas.KnowledgeRequest, service: Served, tenant: Caller) -> schemas.KnowledgeEntry:
+async def insert_knowledge(
+    body: schemas.KnowledgeRequest, request: Request, service: Served, tenant: Caller
+) -> schemas.KnowledgeEntry:
     """Prefill a text alone and keep its KV frozen. Prompts of the same key and salt reuse it."""
-    with tenant.slot():
-        service.worker.require_open()
-        text, preamble = await service.in_background(service.intake.knowledge, body)
-        namespace = tenant.store_namespace(body.cache_salt)
-        entry = await service.remember(Knowledge(text, preamble, namespace, tenant.knowledge))
-    return _described(entry)
+    return _described(await service.insert(body, tenant, Exchange.of(request.scope)))
 
 
 @router.get("/v1/knowledge")
@@ -268,11 +327,11 @@ async def delete_knowledge(
 async def store(service: Served, tenant: Caller) -> schemas.Store:
     """The store's pages by state, over all namespaces."""
     engine = service.worker.engine
-    stats = await service.call(engine.stats)
+    stats = dataclasses.asdict(engine.loop.snapshot)
     return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size})
 
 
-@router.get("/health", response_model=schemas.Health)
+@public.get("/health", response_model=schemas.Health)
 async def health(service: Served) -> Response:
     """200 while the server takes requests, 503 otherwise."""
     worker = service.worker
@@ -285,12 +344,12 @@ async def metrics(service: Served, tenant: Caller) -> Response:
     """The metrics of the whole server, for Prometheus."""
     if not tenant.metrics:
         raise ForbiddenError("this key may not read the figures of the whole server")
-    worker = service.worker
-    store, loop = await service.call(lambda: (worker.engine.stats(), worker.loop.stats))
-    return Response(service.metrics.render(store, loop), media_type="text/plain; version=0.0.4")
+    loop = service.worker.loop
+    stats = dataclasses.replace(loop.stats, waiting=loop.stats.waiting + service.line.waiting)
+    return Response(service.metrics.render(loop.snapshot, stats), media_type="text/plain; version=0.0.4")
 
 
-@router.get("/", include_in_schema=False)
+@public.get("/", include_in_schema=False)
 async def page() -> Response:
     return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
 

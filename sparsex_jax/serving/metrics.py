@@ -1,51 +1,89 @@
-"""The server's metrics, in Prometheus' text format."""
+"""The server's metrics, in Prometheus' text format.
+
+Nothing here waits for the loop. What requests did is counted when their events come, also those that come after a
+client went away; the state of the store is what the loop published last. Every series of a labelled counter is there
+from the start, so that `rate` sees its first increase.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from sparsex_jax.device.compilation import num_compilations
+from sparsex_jax.reuse.report import KINDS
 
 if TYPE_CHECKING:
-    from sparsex_jax.scheduler.loop import Event
-    from sparsex_jax.serving.worker import Stream
+    from sparsex_jax.cache import CacheStats
+    from sparsex_jax.reuse.report import Report
+    from sparsex_jax.scheduler.loop import Event, LoopStats
+    from sparsex_jax.serving.progress import Progress
 
-_TTFT_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+OTHER = "other"  # the endpoint of requests that no route takes
+FINISH_REASONS = ("stop", "length", "cancelled", "error", "timeout")
+_STATUSES = (200, 400, 401, 403, 404, 405, 413, 429, 499, 500, 503, 504)
+_FOUND = ("prefix", "approximate_prefix", "segment")
+_REQUEST_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 _TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _STATES = ("free", "active", "frozen", "cached")
 
 
 class Metrics:
-    """The metrics of one server, in a registry of their own."""
+    """The metrics of one server, in a registry of their own. For the event loop's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, build: dict[str, str], page_size: int) -> None:
+        """
+        Args:
+          build: what runs here, for `sparsex_build_info`.
+          page_size: tokens in a page of the store.
+        """
         self._registry = CollectorRegistry()
         self._snapshot = _Snapshot()
         self._registry.register(self._snapshot)
-        self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.", _TTFT_S)
+        self._gauge("build_info", "What runs here; always 1.", *build).labels(**build).set(1)
+        self._gauge("page_size_tokens", "Tokens in a page of the store.").set(page_size)
+        self._request_metrics()
+        self._prompt_metrics()
+        self._requests = self._counter("requests", "Responses by endpoint and status.", "endpoint", "status")
+
+    def _request_metrics(self) -> None:
+        self._ttft = self._histogram("time_to_first_token_seconds", "From submission to the first token.", _REQUEST_S)
         self._per_token = self._histogram(
             "time_per_output_token_seconds", "Seconds for each token of an answer after its first tokens.", _TOKEN_S
         )
-        self._fraction = self._histogram("computed_fraction", "Computed share of a prompt's token-layers.", _SHARES)
-        self._prompt_tokens = self._counter(
-            "prompt_tokens", "Prompt tokens: prefix, approximate_prefix, reused, recomputed or fresh.", "kind"
+        self._queue = self._histogram("queue_time_seconds", "From submission to the first admission.", _REQUEST_S)
+        self._total = self._histogram("e2e_request_latency_seconds", "From submission to the last token.", _REQUEST_S)
+        self._finished = self._counter(
+            "answers", "Prompts that ended, by finish reason. A text to keep ends with length.", "finish_reason"
         )
         self._new_tokens = self._counter("generated_tokens", "Tokens generated.")
-        self._requests = self._counter("requests", "Requests by endpoint and status.", "endpoint", "status")
-        self._finished = self._counter("answers", "Answers by finish reason.", "finish_reason")
+        _start(self._finished, FINISH_REASONS)
+
+    def _prompt_metrics(self) -> None:
+        self._share = self._histogram("computed_ratio", "Computed share of a prompt's token-layers.", _SHARES)
+        self._prompt_tokens = self._counter("prompt_tokens", f"Prompt tokens that are {', '.join(KINDS)}.", "kind")
+        self._hit_tokens = self._counter("hit_tokens", "Those of the prompt tokens that lookups found.", "kind")
+        _start(self._prompt_tokens, KINDS)
+        _start(self._hit_tokens, _FOUND)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"sparsex_{name}", text, buckets=buckets, registry=self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"sparsex_{name}", text, labels, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"sparsex_{name}", text, labels, registry=self._registry)
+
+    def expect(self, endpoints: Iterable[str]) -> None:
+        """Start the counters of these endpoints, and of requests to no endpoint, at 0."""
+        _start(self._requests, dict.fromkeys((*endpoints, OTHER)), _STATUSES)
 
     def listening(self) -> None:
         """Count compilations from now on as `listening`, because requests wait for them."""
@@ -55,95 +93,92 @@ class Metrics:
         """Count a response."""
         self._requests.labels(endpoint, str(status)).inc()
 
-    async def observed(self, stream: Stream) -> AsyncIterator[tuple[int, Event]]:
-        """Yield the events of a stream, and count and time them."""
-        clocks = [_Clock() for _ in stream.tickets]
-        async for number, event in stream:
-            self._observe(event, clocks[number])
-            yield number, event
-
-    def _observe(self, event: Event, clock: _Clock) -> None:
+    def heard(self, event: Event, progress: Progress) -> None:
+        """Count an event of a submitted job. `progress` has it already."""
         if event.report is not None:
-            self._ttft.observe(time.perf_counter() - clock.started)
-            self._fraction.observe(event.report.computed_fraction)
-            for kind, count in event.report.tokens_by_kind().items():
-                self._prompt_tokens.labels(kind).inc(count)
-        self._new_tokens.inc(len(event.token_ids))
-        clock.record(len(event.token_ids))
+            self._prefilled(event.report)
+        if event.token_ids:
+            self._generated(len(event.token_ids), progress)
         if event.finish_reason is not None:
-            self._finished.labels(event.finish_reason).inc()
-            if (pace := clock.pace()) is not None:
-                self._per_token.observe(pace)
+            self._ended(progress)
 
-    def render(self, store: Mapping[str, int], loop: Any) -> bytes:
+    def _prefilled(self, report: Report) -> None:
+        self._share.observe(report.computed_fraction)
+        for kind, count in report.tokens_by_kind().items():
+            self._prompt_tokens.labels(kind).inc(count)
+        segments = sum(segment.length for segment in report.segments)
+        found = (report.prefix_tokens, report.approximate_prefix_tokens, segments)
+        for kind, count in zip(_FOUND, found, strict=True):
+            self._hit_tokens.labels(kind).inc(count)
+
+    def _generated(self, tokens: int, progress: Progress) -> None:
+        self._new_tokens.inc(tokens)
+        if progress.new_tokens == tokens:  # the first ones
+            assert progress.ttft_s is not None
+            self._ttft.observe(progress.ttft_s)
+
+    def _ended(self, progress: Progress) -> None:
+        self._finished.labels(progress.finish_reason).inc()
+        observed = (
+            (self._queue, progress.queue_s),
+            (self._total, progress.total_s),
+            (self._per_token, progress.seconds_per_token()),
+        )
+        for histogram, seconds in observed:
+            if seconds is not None:
+                histogram.observe(seconds)
+
+    def render(self, store: CacheStats, loop: LoopStats) -> bytes:
         """All metrics in Prometheus' text format.
 
         Args:
-          store: what `Engine.stats` gives.
+          store: what `Loop.snapshot` gives.
           loop: what `Loop.stats` gives.
         """
         self._snapshot.store, self._snapshot.loop = store, loop
         return generate_latest(self._registry)
 
 
-class _Clock:
-    """Times the tokens of one answer. An event has several tokens, so the pace counts those after the first event."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self._first_s: float | None = None
-        self._last_s = self.started
-        self._later = 0
-
-    def record(self, tokens: int) -> None:
-        """Record the arrival of tokens."""
-        if not tokens:
-            return
-        self._last_s = time.perf_counter()
-        if self._first_s is None:
-            self._first_s = self._last_s
-        else:
-            self._later += tokens
-
-    def pace(self) -> float | None:
-        """Seconds for each token after the first event, or None if there was only one event."""
-        return (self._last_s - self._first_s) / self._later if self._first_s is not None and self._later else None
+def _start(counter: Counter, *labels: Iterable[object]) -> None:
+    """Make the series of all these labels' values, which are 0."""
+    for values in itertools.product(*labels):
+        counter.labels(*map(str, values))
 
 
 class _Snapshot(Collector):
-    """The counts of the engine and the loop when `render` was called last."""
+    """The counts of the store and the loop when `render` was called last."""
 
-    store: Mapping[str, int] = {}
-    loop: Any = None
+    store: CacheStats | None = None
+    loop: LoopStats | None = None
     compiled_before = 0
 
     def collect(self) -> Iterator[Metric]:
-        if not self.store:
-            return
+        if self.store is not None and self.loop is not None:
+            yield from self._of_store(self.store)
+            yield from self._of_loop(self.loop)
+            yield self._compilations()
+
+    def _of_store(self, store: CacheStats) -> Iterator[Metric]:
         pages = GaugeMetricFamily("sparsex_pages", "Pages of the store by state.", labels=["state"])
         for state in _STATES:
-            pages.add_metric([state], self.store[state])
-        hits = CounterMetricFamily("sparsex_hit_tokens", "Prompt tokens that lookups found.", labels=["kind"])
-        hits.add_metric(["prefix"], self.store["prefix_tokens"])
-        hits.add_metric(["approximate_prefix"], self.store["approximate_prefix_tokens"])
-        hits.add_metric(["segment"], self.store["segment_tokens"])
-        evictions = CounterMetricFamily("sparsex_evictions", "Evicted pages and frozen entries.", labels=["what"])
-        evictions.add_metric(["page"], self.store["evictions"])
-        evictions.add_metric(["frozen_entry"], self.store["frozen_evictions"])
+            pages.add_metric([state], getattr(store, state))
+        evictions = CounterMetricFamily("sparsex_evictions", "What was evicted.", labels=["what"])
+        evictions.add_metric(["page"], store.evictions)
+        approximate, text = store.approximate_tokens, "Tokens that healing would make exact."
+        yield from (pages, evictions, GaugeMetricFamily("sparsex_approximate_tokens", text, value=approximate))
+        yield CounterMetricFamily("sparsex_lookups", "Prompts that were looked up in the store.", value=store.lookups)
+
+    def _of_loop(self, loop: LoopStats) -> Iterator[Metric]:
+        healed = "Approximate tokens that were made exact."
+        yield CounterMetricFamily("sparsex_healed_tokens", healed, value=loop.healed_tokens)
+        yield CounterMetricFamily("sparsex_preemptions", "How often a request was preempted.", value=loop.preempted)
+        yield GaugeMetricFamily("sparsex_queue_requests", "Waiting requests.", value=loop.waiting)
+        yield GaugeMetricFamily("sparsex_running_requests", "Running requests.", value=loop.running)
+
+    def _compilations(self) -> Metric:
         compiled = CounterMetricFamily(
             "sparsex_compilations", "Programs compiled, or loaded from disk.", labels=["when"]
         )
         compiled.add_metric(["before_listening"], self.compiled_before)
         compiled.add_metric(["listening"], num_compilations() - self.compiled_before)
-        yield from (pages, hits, evictions, compiled)
-        yield CounterMetricFamily(
-            "sparsex_healed_tokens", "Approximate tokens that were made exact.", value=self.loop.healed_tokens
-        )
-        yield GaugeMetricFamily(
-            "sparsex_approximate_tokens",
-            "Tokens that healing would make exact.",
-            value=self.store["approximate_tokens"],
-        )
-        yield CounterMetricFamily("sparsex_lookups", "Lookups in the store.", value=self.store["lookups"])
-        yield GaugeMetricFamily("sparsex_queue_requests", "Waiting requests.", value=self.loop.waiting)
-        yield GaugeMetricFamily("sparsex_running_requests", "Running requests.", value=self.loop.running)
+        return compiled

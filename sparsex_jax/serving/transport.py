@@ -1,76 +1,17 @@
-"""The layer between requests and sockets: limits of bodies, disconnected clients, and event streams."""
+"""The layer between requests and connections: disconnected clients, and event streams."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from sparsex_jax.serving.faults import DisconnectedError, fault_of
-
-
-class BodyLimit:
-    """ASGI middleware that refuses large bodies: at once by Content-Length, or when too many bytes have arrived."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif self._announced(scope) > self._max_bytes:
-            await fault_of(self._error()).response()(scope, receive, send)
-        else:
-            await self._app(scope, self._counting(receive), send)
-
-    def _announced(self, scope: Scope) -> int:
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        return int(length) if length.isdigit() else 0
-
-    def _counting(self, receive: Receive) -> Receive:
-        total = 0
-
-        async def counted() -> Message:
-            nonlocal total
-            message = await receive()
-            total += len(message.get("body", b""))
-            if total > self._max_bytes:
-                raise self._error()
-            return message
-
-        return counted
-
-    def _error(self) -> HTTPException:
-        return HTTPException(413, f"the request's body is larger than the limit of {self._max_bytes} bytes")
-
-
-class StatusCount:
-    """ASGI middleware that counts responses."""
-
-    def __init__(self, app: ASGIApp, tell: Callable[[str, int], None]) -> None:
-        """
-        Args:
-          tell: is called with the route's path and the status of each response.
-        """
-        self._app, self._tell = app, tell
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                self._tell(getattr(scope.get("route"), "path", "other"), message["status"])
-            await send(message)
-
-        await self._app(scope, receive, watched)
+from sparsex_jax.serving.faults import DisconnectedError
 
 
 async def unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -20,7 +20,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +54,19 @@ class Submission(Protocol):
 
     def submit(self, loop: Loop, listener: Listener) -> Ticket:
         """Put it in line; the listener gets its events. Raises as `Loop.submit`."""
+
+
+class Watcher(Protocol):
+    """Hears of the jobs of a stream until each had its last event, also when nobody reads them any more."""
+
+    def submitted(self, ticket: Ticket, opened_s: float) -> None:
+        """A job was submitted, to a stream that was opened then on `time.perf_counter`'s clock."""
+
+    def heard(self, number: int, event: Event) -> None:
+        """An event of the job of this number came. On the event loop's thread.
+
+        The last one has the finish reason `timeout` if the stream took too long, and `error` if the loop broke.
+        """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,21 +124,25 @@ class Worker:
 
     # From asyncio -------------------------------------------------------------------------------------------
 
-    def stream(self, jobs: Sequence[Submission], *, limit_s: float | None = None) -> Stream:
+    def stream(
+        self, jobs: Sequence[Submission], *, limit_s: float | None = None, watcher: Watcher | None = None
+    ) -> Stream:
         """Submit jobs, all or none. Use as `async with worker.stream(jobs) as stream: async for ... in stream`.
+
+        An open stream is under way: draining waits for it, even if its jobs are submitted only later.
 
         Args:
           limit_s: seconds from now after which reading raises TimeLimitError.
+          watcher: hears of the jobs too.
 
         Raises:
           InvalidRequestError, OverloadedError: as `Loop.submit`.
           DrainingError, WorkerError: nothing new is taken (any more).
         """
-        stream = Stream(self, limit_s)
+        stream = Stream(self, limit_s, watcher)
         try:
             self.require_open()  # behind its registration, so that a loop that breaks now finds it
-            for job in jobs:
-                stream.submit(job)
+            stream.submit(*jobs)
         except BaseException:
             stream.close()
             raise
@@ -219,24 +236,37 @@ class Worker:
 class Stream:
     """What becomes of a few jobs: (number of the job, event) as they come, until each had its last event.
 
-    Leaving it, for whatever reason, cancels what is not done.
+    Leaving it, for whatever reason, cancels what is not done. The worker knows it until that is done too.
+
+    Attributes:
+      opened_s: when it was opened, on `time.perf_counter`'s clock.
     """
 
-    def __init__(self, worker: Worker, limit_s: float | None = None) -> None:
+    def __init__(self, worker: Worker, limit_s: float | None = None, watcher: Watcher | None = None) -> None:
         self.tickets: list[Ticket] = []
-        self._worker = worker
+        self.opened_s = time.perf_counter()
+        self._worker, self._watcher = worker, watcher
+        self._open: set[int] = set()  # the jobs whose last event has not come
+        self._is_closed = self._timed_out = False
         self._asyncio = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Event] | BaseException] = asyncio.Queue()
-        self._unfinished: set[int] = set()
+        self._unfinished: set[int] = set()  # the jobs whose last event was not read
         self._limit_s = limit_s
         self._deadline = None if limit_s is None else self._asyncio.time() + limit_s
+        self._awaiting: asyncio.Task[Any] | None = None
+        self._given_up = False
         worker.opened(self)
 
-    def submit(self, job: Submission) -> None:
-        """Add a job. Also from the worker's thread, in a call that the event loop's thread awaits."""
-        number = len(self.tickets)
-        self.tickets.append(job.submit(self._worker.loop, lambda event: self._hear((number, event))))
-        self._unfinished.add(number)
+    def submit(self, *jobs: Submission) -> None:
+        """Add jobs. Also from the worker's thread, in a call that the event loop's thread awaits."""
+        for job in jobs:
+            number = len(self.tickets)
+            ticket = job.submit(self._worker.loop, functools.partial(self._post, self._hear, number))
+            self.tickets.append(ticket)
+            self._unfinished.add(number)
+            self._open.add(number)
+            if self._watcher is not None:
+                self._watcher.submitted(ticket, self.opened_s)
         self._worker.wake()
 
     async def __aenter__(self) -> Stream:
@@ -261,30 +291,78 @@ class Stream:
         return number, event
 
     async def _next(self) -> tuple[int, Event] | BaseException:
+        return await self._in_time(self._queue.get())
+
+    async def before_jobs[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """Await what comes before the jobs are submitted.
+
+        Raises:
+          TimeLimitError: the stream's time is over.
+          DrainingError: the stream was cancelled meanwhile.
+        """
+        self._awaiting = asyncio.ensure_future(work)
+        try:
+            return await self._in_time(self._awaiting)
+        except asyncio.CancelledError:
+            if self._given_up:
+                raise DrainingError("the server is shutting down and gave this request up") from None
+            raise
+        finally:
+            self._awaiting.cancel()
+            self._awaiting = None
+
+    async def _in_time[T](self, work: Awaitable[T]) -> T:
         try:
             async with asyncio.timeout_at(self._deadline):
-                return await self._queue.get()
+                return await work
         except TimeoutError as error:
+            self._timed_out = True
             raise TimeLimitError(f"the request took longer than the limit of {self._limit_s:g} s") from error
 
     def cancel(self) -> None:
-        """Cancel what is not done; its last events still come."""
+        """Cancel what is not done; its last events still come. What was not submitted yet never is."""
         for number in self._unfinished:
             self.tickets[number].cancel()
+        if self._awaiting is not None:
+            self._given_up = self._awaiting.cancel()
         self._worker.wake()
 
     def close(self) -> None:
         self.cancel()
         self._unfinished.clear()
-        self._worker.closed(self)
+        self._is_closed = True
+        self._leave_if_done()
 
     def broke(self, error: BaseException) -> None:
-        self._hear(error)
+        """The loop broke. From the worker's thread."""
+        self._post(self._hear_of_the_end, error)
 
-    def _hear(self, item: tuple[int, Event] | BaseException) -> None:
+    def _post(self, hear: Callable[..., None], *args: Any) -> None:
         """From any thread. Once the event loop is closed there is no reader any more."""
         with contextlib.suppress(RuntimeError):
-            self._asyncio.call_soon_threadsafe(self._queue.put_nowait, item)
+            self._asyncio.call_soon_threadsafe(hear, *args)
+
+    def _hear(self, number: int, event: Event) -> None:
+        if event.finish_reason == "cancelled" and self._timed_out:
+            event = dataclasses.replace(event, finish_reason="timeout")
+        self._queue.put_nowait((number, event))
+        self._watch(number, event)
+
+    def _hear_of_the_end(self, error: BaseException) -> None:
+        self._queue.put_nowait(error)
+        for number in sorted(self._open):
+            self._watch(number, Event("", (), finish_reason="error"))
+
+    def _watch(self, number: int, event: Event) -> None:
+        if event.finish_reason is not None:
+            self._open.discard(number)
+        if self._watcher is not None:
+            self._watcher.heard(number, event)
+        self._leave_if_done()
+
+    def _leave_if_done(self) -> None:
+        if self._is_closed and not self._open:
+            self._worker.closed(self)
 
 
 def _complete(future: concurrent.futures.Future[Any], function: Callable[[], Any]) -> None:

@@ -1,82 +1,29 @@
 // The page: a chat, and beside it a report of what the server reused for the selected answer.
-//
-// `state` holds everything that survives a reload. The API key is kept in the tab's session storage only.
 
 import { Api } from "./api.js";
 import { INSTRUCTION, NOTES, QUESTION } from "./example.js";
-import {
-  countKinds, element, kindsOf, paintBar, paintLegend, paintPrompt, paintSegments, percent, seconds, shorten,
-} from "./paint.js";
+import { keepKey, key, restore, save as write, state } from "./keep.js";
+import { shorten } from "./paint.js";
+import { $, busy, paintComparison, paintNotes, paintReport, paintStore, paintTurns, say } from "./show.js";
 
-const STORED = "sparsex.page";
-const $ = (id) => document.getElementById(id);
+const POLL_MS = 4000;
+let running = null; // AbortController of the work that is under way
+const going = new Set(); // notes that are being forgotten
+const api = new Api(() => ({ key: key(), salt: state.settings.salt }));
 
-const state = {
-  // {role: "user", content, shown} or {role: "assistant", content, report, cached, full: {ttft_s, text}}
-  turns: [],
-  notes: [], // {handle, text, ticked}
-  chosen: null, // index of the selected turn, whose report is shown
-  settings: { method: "", tokens: 128, temperature: 0, salt: "" },
-};
-let running = null; // AbortController of the running request
-const api = new Api(() => ({ key: sessionStorage.getItem(STORED) || "", salt: state.settings.salt }));
+// Working ------------------------------------------------------------------------------------------------------------
 
-// Keeping ------------------------------------------------------------------------------------------------------------
-
-function save() {
-  try {
-    localStorage.setItem(STORED, JSON.stringify(state));
-  } catch (error) {
-    say(`This chat is too long to survive a reload: ${error.message}`);
-  }
-}
-
-function restore() {
-  try {
-    Object.assign(state, JSON.parse(localStorage.getItem(STORED) || "{}"));
-  } catch {
-    localStorage.removeItem(STORED); // another version of the page wrote it
-  }
-}
-
-// Asking -------------------------------------------------------------------------------------------------------------
-
-async function ask(question) {
-  const notes = state.notes.filter((note) => note.ticked);
-  const content = [...notes.map((note, at) => `Note ${at + 1}:\n${note.text}`), question].join("\n\n");
-  state.turns.push({ role: "user", content });
-  const answer = { role: "assistant", content: "" };
-  state.turns.push(answer);
-  state.chosen = state.turns.length - 1;
-  for (const note of notes) note.ticked = false;
-  paint();
-  await stream(answer, request(state.turns.slice(0, -1)), () => {
-    paintTurns();
-    if (state.turns[state.chosen] === answer) paintReport();
-  });
-}
-
-function request(turns, extra = {}) {
-  const { method, tokens, temperature } = state.settings;
-  const messages = turns.map(({ role, content }) => ({ role, content }));
-  const reuse = method ? { reuse: { method } } : {};
-  return { messages, max_tokens: Number(tokens), temperature: Number(temperature), seed: 0, ...reuse, ...extra };
-}
-
-// Fill an answer while its chunks come. If the user stops it, the text so far stays.
-async function stream(answer, body, changed) {
+// Does one piece of work with the server, which Stop ends. While one is under way, no other begins.
+async function work(job) {
+  if (running) return;
   running = new AbortController();
-  busy(true);
+  const { signal } = running;
   say("");
+  busy(true);
   try {
-    for await (const chunk of api.chat(body, running.signal)) {
-      if (chunk.sparsex) answer.report = chunk.sparsex;
-      if (chunk.usage) answer.cached = chunk.usage.prompt_tokens_details.cached_tokens;
-      answer.content += chunk.choices[0]?.delta.content || "";
-      changed();
-    }
+    await job(signal);
   } catch (error) {
-    if (error.name !== "AbortError") say(error.message);
+    if (!signal.aborted) complain(error);
   } finally {
     running = null;
     busy(false);
@@ -86,171 +33,200 @@ async function stream(answer, body, changed) {
   }
 }
 
-async function compare() {
-  const turn = state.turns[state.chosen];
-  const full = { content: "" };
-  const before = state.turns.slice(0, state.chosen);
-  await stream(full, request(before, { reuse: { method: "full" }, keep: false }), () => {
-    if (full.report) turn.full = { ttft_s: full.report.ttft_s, text: full.content };
-    paintReport();
+// Waits for a promise, or until Stop. The promise goes on then: what the server has begun to store, it stores.
+function untilStopped(promise, signal) {
+  promise.catch(() => {}); // after Stop, nobody waits for it
+  const stopped = new Promise((_, reject) => {
+    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
   });
+  return Promise.race([promise, stopped]);
 }
 
-async function remember(text) {
-  const { handle } = await api.remember(text);
-  state.notes.push({ handle, text, ticked: false });
-  save();
+function complain(error) {
+  say(error.status === 401 ? `${error.message} Enter it here:` : error.message);
+  if (error.status === 401) showKey($("key-needed")).focus();
+}
+
+// The key's field is among the settings, or beside the problem while it is what lacks.
+function showKey(place) {
+  const field = $("settings").elements.key;
+  place.append(field.parentElement);
+  return field;
+}
+
+// Asking -------------------------------------------------------------------------------------------------------------
+
+async function ask(question, signal) {
+  const notes = notesOfSalt().filter((note) => note.ticked);
+  const content = [...notes.map((note, at) => `Note ${at + 1}:\n${note.text}`), question].join("\n\n");
+  const asked = { role: "user", content, question, notes: notes.map((note) => note.handle) };
+  const answer = { role: "assistant", content: "", pending: true };
+  state.turns.push(asked, answer);
+  state.chosen = state.turns.length - 1;
+  for (const note of notes) note.ticked = false;
   paint();
-  showStore();
+  try {
+    await fill(answer, request(state.turns.slice(0, -1)), signal);
+  } finally {
+    settle(asked, answer, signal.aborted ? "stopped" : "broken off");
+  }
+}
+
+// The end of an answer. One that did not finish keeps its text so far, if it has any; else the question is taken back.
+function settle(asked, answer, cut) {
+  const finished = !answer.pending;
+  delete answer.pending;
+  if (finished) return;
+  if (answer.content) answer.cut = cut;
+  else takeBack(asked);
+}
+
+// Takes a question and its empty answer out of the chat, so that no later prompt has them, and gives the text back.
+function takeBack(asked) {
+  state.turns.splice(state.turns.indexOf(asked), 2);
+  const last = state.turns.findLastIndex((turn) => turn.role === "assistant");
+  state.chosen = last < 0 ? null : last;
+  for (const note of state.notes) note.ticked ||= asked.notes.includes(note.handle);
+  $("question").value = [asked.question, $("question").value].filter(Boolean).join("\n");
+}
+
+function request(turns, extra = {}) {
+  const { method, tokens, temperature } = state.settings;
+  const messages = turns.map(({ role, content }) => ({ role, content }));
+  const most = Number(tokens) ? { max_tokens: Number(tokens) } : {};
+  const reuse = method ? { reuse: { method } } : {};
+  return { messages, ...most, temperature: Number(temperature), seed: 0, ...reuse, ...extra };
+}
+
+// Fills an answer while its chunks come.
+async function fill(answer, body, signal) {
+  for await (const chunk of api.chat(body, signal)) {
+    if (chunk.sparsex) answer.report = chunk.sparsex;
+    if (chunk.usage) answer.cached = chunk.usage.prompt_tokens_details.cached_tokens;
+    answer.content += chunk.choices[0]?.delta.content || "";
+    paintTurns(choose);
+    if (chunk.sparsex && state.turns[state.chosen] === answer) paintReport();
+  }
+  answer.pending = false;
+}
+
+async function compare(turn, signal) {
+  const body = request(state.turns.slice(0, state.turns.indexOf(turn)), { reuse: { method: "full" }, keep: false });
+  const full = { ttft_s: 0, text: "" };
+  delete turn.full;
+  for await (const chunk of api.chat(body, signal)) {
+    if (chunk.sparsex) full.ttft_s = chunk.sparsex.ttft_s;
+    full.text += chunk.choices[0]?.delta.content || "";
+    if (full.ttft_s && state.turns[state.chosen] === turn) paintComparison({ ...turn, full });
+  }
+  turn.full = full; // one that did not finish is no comparison
+}
+
+// Notes --------------------------------------------------------------------------------------------------------------
+
+function notesOfSalt() {
+  return state.notes.filter((note) => (note.salt ?? "") === state.settings.salt);
+}
+
+async function remember(text, signal) {
+  signal.throwIfAborted();
+  const { salt } = state.settings;
+  const stored = api.remember(text).then(({ handle, num_tokens }) => {
+    if (!state.notes.some((note) => note.handle === handle)) {
+      state.notes.push({ handle, num_tokens, salt, text, ticked: false });
+    }
+    save();
+    showNotes();
+    showStore();
+  });
+  await untilStopped(stored, signal);
+}
+
+async function rememberNote(signal) {
+  const written = $("note").value;
+  if (!written.trim()) return say("A note needs some text.");
+  await remember(written.trim(), signal);
+  if ($("note").value === written) $("note").value = "";
 }
 
 async function forget(note) {
-  state.notes = state.notes.filter((each) => each !== note);
+  going.add(note);
+  showNotes();
+  try {
+    await api.forget(note.handle).catch((error) => {
+      if (error.status !== 404) throw error; // the server does not have it any more
+    });
+    state.notes = state.notes.filter((each) => each !== note);
+  } catch (error) {
+    complain(error);
+  }
+  going.delete(note);
   save();
-  paint();
-  await api.forget(note.handle).catch(() => {}); // if the server does not have it any more, nothing is left to do
+  showNotes();
   showStore();
 }
 
-async function example() {
-  busy(true);
-  try {
-    for (const text of NOTES) if (!state.notes.some((note) => note.text === text)) await remember(text);
-  } finally {
-    busy(false);
-  }
+async function example(signal) {
+  for (const text of NOTES) if (!notesOfSalt().some((note) => note.text === text)) await remember(text, signal);
   for (const note of state.notes) note.ticked = false;
   // The prompt has the notes in another order than the one they were stored in.
   state.notes.sort((a, b) => a.text.length - b.text.length);
-  for (const note of state.notes) note.ticked = NOTES.includes(note.text);
-  await ask(`${INSTRUCTION} ${QUESTION}`);
+  for (const note of notesOfSalt()) note.ticked = NOTES.includes(note.text);
+  await ask(`${INSTRUCTION} ${QUESTION}`, signal);
 }
 
-// Drops the notes that the server evicted, or lost in a restart, from the list.
+// Drops the notes that the server evicted, or lost in a restart, from the list. A restarted server gives handles anew.
 async function checkNotes() {
-  if (!state.notes.length) return;
-  const handles = new Set((await api.notes()).map((entry) => entry.handle));
-  state.notes = state.notes.filter((note) => handles.has(note.handle));
+  const before = notesOfSalt();
+  if (!before.length) return;
+  const sizes = new Map((await api.notes()).map((entry) => [entry.handle, entry.num_tokens]));
+  const isThere = ({ handle, num_tokens }) => sizes.has(handle) && (num_tokens ?? sizes.get(handle)) === sizes.get(handle);
+  state.notes = state.notes.filter((note) => !before.includes(note) || isThere(note));
   save();
-  paintNotes();
+  showNotes();
 }
 
 // Showing ------------------------------------------------------------------------------------------------------------
 
 function paint() {
-  paintTurns();
-  paintNotes();
+  paintTurns(choose);
+  showNotes();
   paintReport();
-}
-
-function paintTurns() {
-  $("empty").hidden = state.turns.length > 0;
-  $("turns").replaceChildren(
-    ...state.turns.map((turn, at) => {
-      if (turn.role === "user") return element("div", "turn user", turn.content);
-      const shown = element("button", "turn assistant", turn.content || "…");
-      shown.type = "button";
-      shown.setAttribute("aria-pressed", String(at === state.chosen));
-      if (turn.report) shown.append(element("span", "facts", facts(turn)));
-      shown.addEventListener("click", () => choose(at));
-      return shown;
-    }),
-  );
-}
-
-function facts({ report }) {
-  return `first token after ${seconds(report.ttft_s)}, ${percent(report.computed_fraction)} computed`;
 }
 
 function choose(at) {
   state.chosen = at;
   save();
-  paint();
+  paintTurns(choose);
+  paintReport();
 }
 
-function paintNotes() {
-  $("notes").replaceChildren(...state.notes.map(noteItem));
-  const ticked = state.notes.filter((note) => note.ticked);
-  $("attached").replaceChildren(...ticked.map((note) => element("span", "chip", shorten(note.text, 32))));
+function showNotes() {
+  paintNotes(notesOfSalt(), going, { tick, forget });
 }
 
-function noteItem(note) {
-  const item = element("li");
-  const label = element("label");
-  const box = element("input");
-  box.type = "checkbox";
-  box.checked = note.ticked;
-  box.addEventListener("change", () => {
-    note.ticked = box.checked;
-    save();
-    paintNotes();
-  });
-  const button = element("button", "", "Forget");
-  button.type = "button";
-  button.addEventListener("click", () => forget(note));
-  label.append(box, element("span", "", shorten(note.text, 80)));
-  item.append(label, button);
-  return item;
+function tick(note, yes) {
+  note.ticked = yes;
+  save();
+  showNotes();
 }
 
-function paintReport() {
-  const turn = state.turns[state.chosen];
-  const report = turn?.report;
-  $("report").hidden = !report;
-  if (!report) return;
-  const kinds = kindsOf(report.token_map);
-  const counts = countKinds(kinds);
-  $("ttft").textContent = seconds(report.ttft_s);
-  $("computed").textContent = percent(report.computed_fraction);
-  $("cached").textContent = turn.cached ?? counts.prefix + counts.approximate_prefix + counts.reused;
-  $("cached-text").textContent = `of ${report.prompt_tokens} tokens not recomputed`;
-  paintComparison(turn);
-  paintBar($("kinds"), counts);
-  paintLegend($("legend"), counts);
-  paintPrompt($("prompt"), report.token_map, kinds);
-  paintSegments($("segments").tBodies[0], report, sourceOf);
-  $("segments").hidden = !report.segments.length;
-  $("no-segments").hidden = report.segments.length > 0;
-}
-
-function paintComparison({ report, full }) {
-  const ratio = full ? full.ttft_s / report.ttft_s : 1;
-  $("saving").textContent = full ? `${Math.max(ratio, 1 / ratio).toFixed(1)}×` : percent(1 - report.computed_fraction);
-  $("saving-text").textContent = !full ? "of full recompute's work saved"
-    : `${ratio >= 1 ? "faster" : "slower"} than full recompute to the first token`;
-  $("compare-text").textContent = full
-    ? `Full recompute: first token after ${seconds(full.ttft_s)}.`
-    : "Asks again, computes everything, and keeps nothing.";
-  $("full-answer").hidden = !full;
-  $("full-answer").textContent = full ? full.text : "";
-}
-
-function sourceOf(text) {
-  const core = text.trim();
-  const note = state.notes.find((each) => each.text.includes(core) || core.includes(each.text));
-  if (note) return `knowledge ${note.handle}`;
-  return state.turns.some((turn) => turn.content.includes(core)) ? "this chat" : "an earlier prompt";
-}
-
+let asking = false; // for the store: during a long prefill, one question is enough
 async function showStore() {
+  if (asking) return;
+  asking = true;
   try {
-    const store = await api.store();
-    paintBar($("store-bar"), { active: store.active, frozen: store.frozen, cached: store.cached, free: store.free });
-    $("store-text").textContent = `${store.pages - store.free} of ${store.pages} pages`;
-    $("store").title = `Pages of the KV store: ${store.active} active, ${store.frozen} frozen, ${store.cached} cached`;
+    paintStore(await api.store());
   } catch (error) {
     $("store-text").textContent = shorten(error.message, 60);
+  } finally {
+    asking = false;
   }
 }
 
-function say(problem) {
-  $("problem").textContent = problem;
-  $("problem").hidden = !problem;
-}
-
-function busy(yes) {
-  for (const id of ["send", "compare", "example", "clear"]) $(id).disabled = yes;
-  $("stop").hidden = !yes;
+function save() {
+  state.drafts = { question: $("question").value, note: $("note").value };
+  if (!write() && $("problem").hidden) say("This browser keeps too little to bring all of this back after a reload.");
 }
 
 // Starting -----------------------------------------------------------------------------------------------------------
@@ -261,52 +237,74 @@ function listen() {
     const question = $("question").value.trim();
     if (!question || running) return;
     $("question").value = "";
-    ask(question);
+    work((signal) => ask(question, signal));
   });
   $("question").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    // 229: the Enter that ends an input method's composition, which Safari no longer calls composing
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
-    $("composer").requestSubmit();
+    if (!event.repeat) $("composer").requestSubmit();
   });
   $("stop").addEventListener("click", () => running?.abort());
-  $("clear").addEventListener("click", () => {
-    state.turns = [];
-    state.chosen = null;
-    save();
-    paint();
-  });
-  $("example").addEventListener("click", () => example().catch((error) => say(error.message)));
-  $("compare").addEventListener("click", compare);
+  $("clear").addEventListener("click", clear);
+  $("example").addEventListener("click", () => work(example));
+  $("compare").addEventListener("click", () => work((signal) => compare(state.turns[state.chosen], signal)));
   $("remember").addEventListener("submit", (event) => {
     event.preventDefault();
-    remember($("note").value.trim()).then(() => ($("note").value = ""), (error) => say(error.message));
+    work(rememberNote);
   });
   listenToSettings();
   addEventListener("pagehide", save);
 }
 
-function listenToSettings() {
-  const fields = $("settings").elements;
-  for (const [name, value] of Object.entries(state.settings)) fields[name].value = value;
-  fields.key.value = sessionStorage.getItem(STORED) || "";
-  $("settings").addEventListener("submit", (event) => event.preventDefault());
-  $("settings").addEventListener("change", () => {
-    for (const name of Object.keys(state.settings)) state.settings[name] = fields[name].value;
-    sessionStorage.setItem(STORED, fields.key.value);
-    save();
-    greet();
-  });
+function clear() {
+  if (running) return;
+  state.turns = [];
+  state.chosen = null;
+  say("");
+  save();
+  paint();
 }
 
-function greet() {
+function listenToSettings() {
+  const fields = $("settings").elements;
+  for (const [name, value] of Object.entries(state.settings)) if (fields[name]) fields[name].value = value;
+  fields.key.value = key();
+  $("settings").addEventListener("submit", (event) => event.preventDefault());
+  const changed = () => {
+    for (const name of Object.keys(state.settings)) if (fields[name]) state.settings[name] = fields[name].value;
+    keepKey(fields.key.value.trim());
+    save();
+    showNotes();
+    greet();
+  };
+  $("settings").addEventListener("change", changed);
+  $("key-needed").addEventListener("change", changed);
+}
+
+async function greet() {
   say("");
-  api.model().then((model) => ($("model").textContent = model.id), (error) => say(error.message));
-  checkNotes().catch(() => {}); // api.model() has shown the error already
   showStore();
+  try {
+    $("model").textContent = (await api.model()).id;
+    showKey($("settings"));
+    await checkNotes();
+  } catch (error) {
+    complain(error);
+  }
+}
+
+// A reload cut off what was under way.
+function resume() {
+  const [asked, answer] = state.turns.slice(-2);
+  $("question").value = state.drafts.question;
+  $("note").value = state.drafts.note;
+  if (answer?.role === "assistant" && "pending" in answer) settle(asked, answer, "broken off");
 }
 
 restore();
+resume();
 listen();
 paint();
 greet();
-setInterval(() => document.hidden || showStore(), 4000);
+setInterval(() => document.hidden || showStore(), POLL_MS);

@@ -1,0 +1,189 @@
+"""Who is submitted to the loop next. Keys take turns, and each has its share of the queue whatever the others ask."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import time
+from collections.abc import Iterator
+
+from sparsex_jax.errors import InvalidRequestError, OverloadedError
+from sparsex_jax.serving.access import ConcurrencyError, Tenant
+
+_LONGEST_S = 60.0  # OpenAI's clients ignore a longer Retry-After
+
+
+class Line:
+    """The requests that are under way, counted in sequences. For the event loop's thread.
+
+    With one key, all go to the loop at once, which has a queue of its own. With several, only as many are there as keep
+    it busy, and the others wait here for their key's turn.
+
+    Attributes:
+      places: sequences that may be under way; a key within its share, places / keys, is taken beyond that.
+      waiting: requests that wait here.
+    """
+
+    def __init__(self, running: int, waiting: int, num_keys: int = 1) -> None:
+        """
+        Args:
+          running: sequences that the loop runs at once.
+          waiting: sequences that may wait.
+          num_keys: the number of keys, which share the places.
+        """
+        self.places = running + waiting
+        # Of those that the loop was just given all wait, so it refuses more than `waiting` of them.
+        self._most_submitted = waiting if waiting >= running else self.places
+        self._ahead = self._most_submitted if num_keys == 1 else min(2 * running, self._most_submitted)
+        self._largest = waiting
+        self._share = self.places // num_keys
+        self._under_way: collections.Counter[Tenant] = collections.Counter()
+        self._submitted = 0
+        self._queues: dict[Tenant, collections.deque[Place]] = {}  # whose turn it is comes first
+        self._promised: dict[Tenant, float] = {}  # until when those turned away were told to stay away
+        self._pace = Pace()
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    @contextlib.contextmanager
+    def place(self, tenant: Tenant) -> Iterator[Place]:
+        """Count a request of one sequence while the block runs. Raises as `Place.grow`."""
+        place = Place(self, tenant)
+        place.grow(1)
+        try:
+            yield place
+        finally:
+            self._leave(place)
+
+    def take(self, place: Place, more: int) -> None:
+        """As `Place.grow`, which counts them as its own."""
+        tenant, size = place.tenant, place.size + more
+        most = tenant.most(self.places)
+        if size > min(most, self._largest):
+            raise InvalidRequestError(
+                f"prompt has {size} sequences to generate; the most here are {min(most, self._largest)}"
+            )
+        own, total = self._under_way[tenant] + more, self._under_way.total() + more
+        if own > most:
+            raise ConcurrencyError(
+                f"{own - more} sequences of this key are under way and this request has {size}; "
+                f"max_concurrent={most} is its limit",
+                self._retry(tenant, size),
+            )
+        if total > self.places and own > self._share:
+            raise OverloadedError(
+                f"{total - more} sequences are under way, this request has {size}, and {self.places} is the limit: "
+                "max_num_seqs that run and max_waiting that wait",
+                self._retry(tenant, size),
+            )
+        self._under_way[tenant] += more
+
+    def queue(self, place: Place) -> None:
+        """Make it ready at its key's turn."""
+        self._queues.setdefault(place.tenant, collections.deque()).append(place)
+        self._admit()
+
+    def _admit(self) -> None:
+        """Let places be submitted, one of each key in turn. None passes one that does not fit yet."""
+        while self._queues:
+            tenant, queue = next(iter(self._queues.items()))
+            fits = self._submitted < self._ahead and self._submitted + queue[0].size <= self._most_submitted
+            if not fits:
+                return
+            place = queue.popleft()
+            del self._queues[tenant]
+            if queue:
+                self._queues[tenant] = queue
+            self._submitted += place.size
+            self._pace.begin()
+            place.ready.set_result(None)
+
+    def _leave(self, place: Place) -> None:
+        self._under_way[place.tenant] -= place.size
+        if not self._under_way[place.tenant]:
+            del self._under_way[place.tenant]
+        if place.ready.done():
+            self._submitted -= place.size
+            self._pace.end(place.size, more=self._submitted > 0)
+        else:
+            self._unqueue(place)
+        self._admit()
+
+    def _unqueue(self, place: Place) -> None:
+        queue = self._queues.get(place.tenant)
+        if queue is not None and place in queue:
+            queue.remove(place)
+            if not queue:
+                del self._queues[place.tenant]
+
+    def _retry(self, tenant: Tenant, size: int) -> float:
+        """Seconds after which there will be room. Each who is turned away is told a later time than the one before,
+        since all of them come back; at most the time that all those under way take."""
+        now, interval = time.monotonic(), self._pace.seconds_between_ends()
+        promised = max(self._promised.get(tenant, now), now) + size * interval
+        self._promised[tenant] = min(promised, now + self._under_way.total() * interval)
+        return min(max(self._promised[tenant] - now, 1.0), _LONGEST_S)
+
+
+class Place:
+    """A request's place in the line.
+
+    Attributes:
+      size: its sequences.
+      ready: done once it may be submitted.
+    """
+
+    def __init__(self, line: Line, tenant: Tenant) -> None:
+        self.tenant, self.size = tenant, 0
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._line = line
+
+    def grow(self, more: int) -> None:
+        """Count more sequences.
+
+        Raises:
+          InvalidRequestError: they could never all be under way.
+          ConcurrencyError: the key has too many under way.
+          OverloadedError: all keys together have, and this one more than its share.
+        """
+        self._line.take(self, more)
+        self.size += more
+
+    async def turn(self) -> None:
+        """Wait for the request's turn to be submitted."""
+        self._line.queue(self)
+        await self.ready
+
+
+class Pace:
+    """How fast sequences end while any is under way. Idle time does not count."""
+
+    def __init__(self) -> None:
+        self._busy_s = 0.0
+        self._busy_since: float | None = None
+        self._ends: collections.deque[float] = collections.deque(maxlen=64)  # on a clock that stands while idle
+
+    def begin(self) -> None:
+        if self._busy_since is None:
+            self._busy_since = time.monotonic()
+
+    def end(self, number: int, *, more: bool) -> None:
+        """
+        Args:
+          more: whether others are still under way.
+        """
+        self._ends += [self._clock()] * number
+        if not more:
+            self._busy_s, self._busy_since = self._clock(), None
+
+    def seconds_between_ends(self) -> float:
+        """Over the last ones, up to now. A second where too few have ended to say, or longer if none ends for long."""
+        if len(self._ends) < 8:
+            return max(self._clock() / max(len(self._ends), 1), 1.0)
+        return (self._clock() - self._ends[0]) / (len(self._ends) - 1)
+
+    def _clock(self) -> float:
+        return self._busy_s + (0.0 if self._busy_since is None else time.monotonic() - self._busy_since)

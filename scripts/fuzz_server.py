@@ -322,7 +322,10 @@ async def fuzz(fuzzer: Fuzzer, seconds: float, clients: int) -> tuple[dict[str, 
 
     async def one(name: str, kind: Kind) -> None:
         try:
-            came[name][await kind(fuzzer)] += 1
+            async with asyncio.timeout(max(end - time.monotonic(), 0) + 2):
+                came[name][await kind(fuzzer)] += 1
+        except TimeoutError:
+            came[name]["no answer at the end"] += 1
         except OSError as error:
             came[name][type(error).__name__] += 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import socket
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,7 @@ def run(
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."
         messages().print(warning, soft_wrap=True)
+    sys.setswitchinterval(0.001)  # the event loop's thread gets its turn sooner
     gc.collect()
     gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
     server.run()

@@ -102,10 +102,6 @@ class Tenant:
         self.name, self.namespace, self.max_concurrent, self.metrics = name, namespace, max_concurrent, metrics
         self.knowledge = Quota(max_knowledge_tokens)
 
-    def most(self, places: int) -> int:
-        """How many requests it may have at once on a server with so many places."""
-        return places if self.max_concurrent is None else min(self.max_concurrent, places)
-
     def store_namespace(self, salt: str | None) -> str:
         """The namespace in the store. As JSON, no two pairs of namespace and salt are the same text."""
         return hashlib.sha256(json.dumps([self.namespace, salt]).encode()).hexdigest()

@@ -61,22 +61,21 @@ class Line:
     def take(self, place: Place, more: int) -> None:
         """As `Place.grow`, which counts them as its own."""
         tenant, size = place.tenant, place.size + more
-        most = tenant.most(self.places)
-        if size > min(most, self._largest):
-            raise InvalidRequestError(
-                f"prompt has {size} sequences to generate; the most here are {min(most, self._largest)}"
-            )
+        limit = tenant.max_concurrent
+        most = self._largest if limit is None else min(limit, self._largest)
+        if size > most:
+            raise InvalidRequestError(f"prompt has {size} sequences to generate; the most here are {most}")
         own, total = self._under_way[tenant] + more, self._under_way.total() + more
-        if own > most:
+        if limit is not None and own > limit:
             raise ConcurrencyError(
-                f"{own - more} sequences of this key are under way and this request has {size}; "
-                f"max_concurrent={most} is its limit",
+                f"{own - size} sequences of this key are under way and this request has {size} more; "
+                f"max_concurrent={limit} is its limit",
                 self._retry(tenant, size),
             )
         if total > self.places and own > self._share:
             raise OverloadedError(
-                f"{total - more} sequences are under way, this request has {size}, and {self.places} is the limit: "
-                "max_num_seqs that run and max_waiting that wait",
+                f"{total - size} sequences are under way, this request has {size} more, and {self.places} is the "
+                "limit: max_num_seqs that run and max_waiting that wait",
                 self._retry(tenant, size),
             )
         self._under_way[tenant] += more

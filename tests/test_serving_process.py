@@ -1,0 +1,201 @@
+"""The server's process: the sockets that it listens at, and the signals that end it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import types
+
+import httpx
+import pytest
+from live import ScriptedLoop, live_server, make_engine, wait_for
+from typer.testing import CliRunner
+
+from sparsex_jax.cli import app
+from sparsex_jax.errors import AddressError
+from sparsex_jax.scheduler.loop import Event
+from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.server import Server
+from sparsex_jax.serving.sockets import bound, url_of
+from sparsex_jax.serving.worker import Worker
+
+DONE = [Event("x", (1,), finish_reason="stop")]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return make_engine()
+
+
+# Sockets ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taken():
+    """A port at which somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", ""])
+def test_a_port_in_use_is_refused_before_a_model_is_loaded(taken, host, monkeypatch):
+    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda _: pytest.fail("it was loaded"))
+    result = CliRunner().invoke(app, ["serve", "--host", host, "--port", str(taken)])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"port={taken} cannot be listened at: it is in use" in result.stderr
+
+
+def test_of_two_that_start_at_once_one_is_refused():
+    with (
+        bound("127.0.0.1", 0) as [first],
+        pytest.raises(AddressError, match="in use"),
+        bound("127.0.0.1", first.getsockname()[1]),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 300, "203.0.113.7"])
+def test_hosts_that_are_none_of_this_machine(host):
+    with pytest.raises(AddressError, match=host[:60]), bound(host, 0):
+        pass
+
+
+def test_a_port_is_free_again_when_its_server_has_ended(engine):
+    """Also for a moment's connections, which the kernel remembers."""
+    with live_server(engine, loop=ScriptedLoop(lambda _: DONE)) as live:
+        port = httpx.URL(live.url).port
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert client.recv(1000)
+            while client.recv(1000):
+                pass
+    with bound("127.0.0.1", port):
+        pass
+
+
+def test_a_name_of_several_addresses_has_one_port_at_all():
+    with bound("localhost", 0) as sockets:
+        assert len({each.getsockname()[1] for each in sockets}) == 1
+        assert all(url_of(each).startswith("http://") for each in sockets)
+
+
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_address(host):
+    if not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    try:
+        with bound(host, 0) as [listener]:
+            assert url_of(listener) == f"http://[::1]:{listener.getsockname()[1]}"
+    except AddressError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+
+
+def run_at(engine, sockets):
+    """A server at these sockets, on a thread."""
+    server = Server(create_app(Worker(engine, ScriptedLoop(lambda _: DONE)), model="tiny"), sockets=sockets)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started)
+    return server, thread
+
+
+def test_a_unix_socket(engine, tmp_path):
+    path = tmp_path / "socket"
+    with bound("", 0, path) as sockets:
+        server, thread = run_at(engine, sockets)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as http:
+            assert http.post("http://x/v1/completions", json={"prompt": "x"}).status_code == 200
+        with pytest.raises(AddressError, match="in use"), bound("", 0, path):
+            pass
+        server.should_exit = True
+        thread.join(30)
+    assert not path.exists()
+
+
+def test_a_unix_socket_that_a_killed_server_left(tmp_path):
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    with bound("", 0, path):
+        assert path.exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(AddressError, match="no socket"), bound("", 0, tmp_path / "file"):
+        pass
+
+
+# Signals ----------------------------------------------------------------------------------------------------
+
+
+def test_signals_within_a_second_are_one_wish(engine, monkeypatch):
+    now, raised, drained = [100.0], [], []
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("sparsex_jax.serving.server.time", clock)
+    monkeypatch.setattr("signal.raise_signal", raised.append)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    server = Server(create_app(Worker(engine, ScriptedLoop(lambda _: DONE)), model="tiny"))
+    server._asyncio = types.SimpleNamespace(call_soon_threadsafe=drained.append)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        server.handle_exit(number, None)
+        now[0] += 0.2
+    assert (len(drained), raised) == (1, [])
+    now[0] += 1
+    server.handle_exit(signal.SIGTERM, None)
+    assert (len(drained), raised) == (1, [signal.SIGTERM])
+
+
+SERVE = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from live import ScriptedLoop, make_engine
+from sparsex_jax.serving.access import Limits
+from sparsex_jax.serving.app import create_app
+from sparsex_jax.scheduler.loop import Event
+from sparsex_jax.serving.server import Server
+from sparsex_jax.serving.worker import Worker
+
+def script(prompt):
+    for number in range(100):
+        time.sleep(0.05)
+        yield Event("...", (1,), finish_reason="stop" if number == {events} else None)
+
+app = create_app(Worker(make_engine(), ScriptedLoop(script)), model="tiny", limits=Limits(drain_timeout=60))
+Server(app, "127.0.0.1", {port}).run()
+"""
+
+
+def signalled(events, pauses):
+    """What a client reads of a stream, and the exit code of a server that gets a signal after each pause."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    source = SERVE.format(tests=os.path.dirname(__file__), port=port, events=events)
+    process = subprocess.Popen([sys.executable, "-c", source], start_new_session=True)
+    try:
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 120)
+        body = {"prompt": "x", "stream": True}
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            for pause in pauses:
+                threading.Event().wait(pause)
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                text = "".join(lines)
+            except httpx.HTTPError:
+                text = ""
+        return text, process.wait(30)
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_two_signals_of_a_process_group_are_one_and_the_stream_is_finished():
+    text, code = signalled(events=40, pauses=[0, 0.001])
+    assert (text.endswith("data: [DONE]"), code) == (True, 0)
+
+
+@pytest.mark.slow
+def test_a_later_signal_ends_the_process_at_once():
+    text, code = signalled(events=99, pauses=[0, 1.5])
+    assert (text.endswith("data: [DONE]"), code) == (False, -signal.SIGTERM)

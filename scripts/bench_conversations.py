@@ -92,7 +92,7 @@ class Player:
     reuse: ReuseConfig
     namespace: str
     requests: Any
-    handles: list[int]
+    handles: set[int]
     request: Request | None
     turns: list[Turn] = dataclasses.field(default_factory=list)
 
@@ -151,7 +151,7 @@ class Bench:
 
     def _player(self, name: str, reuse: ReuseConfig, namespace: str) -> Player:
         stored, requests = make_conversation(name, self._size, self._seed)
-        handles = [self._engine.remember(self._ids(text), namespace=namespace, frozen=True) for text in stored]
+        handles = {self._engine.remember(self._ids(text), namespace=namespace, frozen=True) for text in stored}
         return Player(reuse, namespace, requests, handles, next_request(requests, None))
 
     def _ids(self, text: str) -> np.ndarray:
@@ -290,7 +290,9 @@ def main() -> None:
     options = parse()
     methods = {name: parse_method(name) for name in options.methods}
     size = ConversationSize(options.turns, options.scale, options.new_tokens)
-    engine, tokenizer = load_engine(options.model, dtype=options.dtype, store_tokens=options.store_tokens)
+    engine, tokenizer = load_engine(
+        options.model, dtype=options.dtype, store_tokens=options.store_tokens, frozen_limit=0.9
+    )
     for step in warmup.steps(engine.loop):
         step()
     bench = Bench(engine, tokenizer, size, options.seed, heals=options.heal)

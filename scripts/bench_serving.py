@@ -122,7 +122,7 @@ class Bench:
           RuntimeError: a request failed.
         """
         namespace = f"pass {next(self._passes)}"
-        handles = [self._engine.remember(tokens, namespace=namespace, frozen=True) for tokens in workload.stored]
+        handles = {self._engine.remember(tokens, namespace=namespace, frozen=True) for tokens in workload.stored}
         timelines = self._serve(workload.prompts, reuse, namespace, due)
         for handle in handles:
             self._engine.forget(handle)
@@ -255,6 +255,7 @@ def main() -> None:
         parser.error("--new-tokens must be at least 2: one token has no time to the next")
     methods = {name: parse_method(name) for name in options.methods}
     sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_num_seqs": options.max_num_seqs}
+    sizes["frozen_limit"] = 0.9  # of what a workload stores
     sizes["max_waiting"] = max(options.requests, EngineConfig.max_waiting)
     engine, tokenizer = load_engine(options.model, **sizes)
     bench = Bench(engine, options.new_tokens)

@@ -10,6 +10,7 @@ from sparsex_jax.errors import (
     ContextLengthError,
     InvalidRequestError,
     NonFiniteLogitsError,
+    NoRoomError,
     OverloadedError,
     SparsexError,
     StoreFullError,
@@ -20,6 +21,7 @@ from sparsex_jax.errors import (
 
 # This also registers the methods under their names. None of it imports jax.
 from sparsex_jax.reuse.methods import CacheBlend, Epic, Focus, Full, Naive, Oracle, Prefix, ProphetKV, Random, SparseX
+from sparsex_jax.text.chat import Chat
 
 if TYPE_CHECKING:
     from sparsex_jax.engine import Engine
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheBlend",
+    "Chat",
     "ContextLengthError",
     "Engine",
     "EngineConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "InvalidRequestError",
     "ModelConfig",
     "Naive",
+    "NoRoomError",
     "NonFiniteLogitsError",
     "Oracle",
     "OverloadedError",

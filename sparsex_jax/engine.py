@@ -41,7 +41,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sparsex_jax.cache import Entry, PageCache
+from sparsex_jax.cache import Entry, Forgotten, PageCache
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
 from sparsex_jax.config.checks import is_number, require
@@ -106,7 +106,8 @@ class Engine:
         reuse: ReuseConfig | str | Path | None = None,
         **options: Any,
     ) -> Engine:
-        """Load a model: `smollm2-135m-instruct`, a GGUF file, a Hugging Face directory or a converted one.
+        """Load a model: `smollm2-135m-instruct`, a GGUF file (any part of one in parts), a Hugging Face directory or a
+        converted one.
 
         Args:
           reuse: what a call does that names no `reuse` of its own; a path is that of a file which `sparsex calibrate`
@@ -153,13 +154,15 @@ class Engine:
         """Generate from text, token ids or chat messages, reusing what the namespace has stored.
 
         Args:
+          prompt: a `Chat` has tools, documents and more beside its messages. Texts such as `<|im_end|>` are control
+            tokens in a prompt that is text, and texts in messages.
           reuse: how; None: as the engine was told when it was made.
           keep: prompt and answer become donors, so that later prompts of the namespace can reuse them.
 
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
           ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
-          StoreFullError: what callers hold (`prefilled`) leaves no room for them.
+          StoreFullError: what callers hold (`prefilled`) or frozen texts leave no room for them.
           NonFiniteLogitsError: the logits have NaN or infinities. Prompts of the same call that are not done then are
             cancelled and not kept.
         """
@@ -230,39 +233,49 @@ class Engine:
         namespace: str = DEFAULT_NAMESPACE,
         frozen: bool = False,
         preamble: Prompt | None = None,
+        allow_control_tokens: bool = False,
     ) -> int:
         """Prefill a text alone and keep it as a donor.
 
         Args:
-          frozen: eviction leaves it alone until `forget`, or until more than 90 % of the store is taken by
-            frozen and running content.
+          frozen: it stays until `forget`. All frozen texts together may fill `EngineConfig.frozen_limit` of the store.
           preamble: prefill the text behind this one, and keep the text only. Its first tokens then saw something
             before them and are no attention sinks, which makes a better segment. But its positions do not begin at 0,
             so a prompt that starts with the text finds a segment, not an exact prefix.
+          allow_control_tokens: whether texts such as `<|im_end|>` become control tokens. Otherwise a text has the
+            tokens that it has as the content of a message.
 
         Returns:
-          A handle for `forget`.
+          A handle for `forget`. The same text behind the same preamble is remembered once, under one handle.
 
         Raises:
           InvalidRequestError: an argument is wrong, or preamble and text together exceed the model's limit.
           ContextLengthError: an empty store could not hold the text; with a preamble it has to hold it twice for a
             moment.
+          StoreFullError: frozen texts would fill more of the store than they may.
           NonFiniteLogitsError: the logits behind the text have NaN or infinities. It is not kept.
         """
-        asked = self.loop.requests.remember(prompt, namespace=namespace, frozen=frozen, preamble=preamble)
+        asked = self.loop.requests.remember(
+            prompt,
+            namespace=namespace,
+            frozen=frozen,
+            preamble=preamble,
+            allow_control_tokens=allow_control_tokens,
+        )
         self.loop.complete([asked])
         assert asked.handle is not None
         return asked.handle
 
-    def forget(self, handle: int) -> None:
+    def forget(self, handle: int) -> Forgotten:
         """Stop serving what `remember` stored. Raises UnknownHandleError if it is not there (any more).
 
-        Sequences that use it at that moment finish, and what they commit later is not kept. Prompts that held the text
-        and were committed before keep their own copy of it, and go on serving that: to make a text unfindable
-        everywhere, ask about it with `keep=False`, or in a namespace of its own.
+        Copies of the text go too, which prompts of the namespace brought into the store; what other entries have of it
+        stays, and the result says how much that is. Sequences that use it at that moment finish, and what they commit
+        later is not kept.
         """
-        self.admission.forget(handle)
+        forgotten = self.admission.forget(handle)
         self.loop.publish()
+        return forgotten
 
     def heal(self, seconds: float | None = None) -> int:
         """Make approximate KV exact that prompts left in the store, most used first: a server does it while it is idle.
@@ -271,8 +284,7 @@ class Engine:
           seconds: stop at the end of the chunk in which this time is over. None: when all is done.
 
         Returns:
-          How many tokens were prefilled. None are while requests are in line, or if there is no room without evicting
-          frozen content.
+          How many tokens were prefilled. None are while requests are in line, or if there is no room.
 
         Raises:
           InvalidRequestError: seconds is no number, or negative.
@@ -315,8 +327,9 @@ class Engine:
 
     @property
     def max_context(self) -> int:
-        """Tokens that a prompt and its answer can have together: what the model takes and the store holds."""
-        return min(self.model.max_position, self.config.num_pages * self.config.page_size)
+        """Tokens that a prompt and its answer can have together: what the model takes and frozen texts leave of the
+        store. From any thread."""
+        return min(self.model.max_position, self.cache.num_beside_frozen * self.config.page_size)
 
     @property
     def cache(self) -> PageCache:

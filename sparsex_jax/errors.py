@@ -17,6 +17,10 @@ class StoreFullError(SparsexError):
     """The KV store cannot hold the request now, even after evicting everything evictable. Later it may."""
 
 
+class NoRoomError(StoreFullError):
+    """Frozen texts leave too little of the KV store for the request. Waiting does not help, forgetting one may."""
+
+
 class OverloadedError(SparsexError):
     """The queue of waiting requests is full.
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparsex_jax.cache import Match, PageCache, Segment, segments, windows
+from sparsex_jax.cache import Forgotten, Match, PageCache, Segment, children, segments, windows
 from sparsex_jax.errors import StoreFullError, UnknownHandleError
 
 PAGE = 16
@@ -85,7 +85,7 @@ def store() -> Store:
 
 
 def test_content_without_room_does_not_keep_others_from_healing():
-    store = Store(num_pages=24, frozen_limit=0.65)
+    store = Store(num_pages=24)
     store.put(words(3000, 160), exact=0)
     store.put(words(4000, 40), exact=0)
     for _ in range(3):
@@ -93,8 +93,10 @@ def test_content_without_room_does_not_keep_others_from_healing():
     frozen = store.put(OTHER + words(5000, 68), keep=True)
     store.cache.register(frozen, 128, "a", frozen=True)
     store.cache.release(frozen)
+    in_use = store.cache.lookup(np.array(words(3000, 160), np.int32), "a")  # so its pages cannot be had
     tokens, namespace = store.cache.to_heal(160)
     assert (tokens.tolist(), namespace) == (words(4000, 40), "a")
+    store.cache.unpin(in_use)
 
 
 # The exact prefix ---------------------------------------------------------------------------------------------
@@ -171,13 +173,12 @@ def test_lookup_without_prefix_or_without_segments(store):
 
 
 def test_twins_serve_when_the_first_is_gone():
-    """Two sequences prefilled the same text at once. When one copy is forgotten, the other's pages still serve."""
+    """Two sequences prefilled the same text at once. When one's pages are withdrawn, the other's still serve."""
     store = Store()
     first = store.put(DOC[:48], keep=True)
     second = store.put(DOC[:32] + words(0, 16), keep=True)
-    handle = store.cache.register(first, 48, "a", True)
+    store.cache.withdraw(first)
     store.cache.release(first)
-    store.cache.forget(handle)
     store.cache.check()
     match = store.look(DOC[:32] + words(0, 16) + [9])
     assert match.prefix_pages == second
@@ -489,69 +490,56 @@ def test_sequence_is_evicted_from_its_end():
 
 def frozen(store: Store, text: list[int], namespace: str = "a") -> int:
     pages = store.put(text, namespace, keep=True)
-    handle = store.cache.register(pages, len(text), namespace, True)
-    store.cache.release(pages)
-    store.cache.check()
-    return handle
+    try:
+        return store.cache.register(pages, len(text), namespace, True)
+    finally:
+        store.cache.release(pages)
+        store.cache.check()
 
 
 def handles(store: Store) -> list[int]:
     return [entry.handle for entry in store.cache.entries()]
 
 
-def test_cached_pages_are_evicted_before_frozen_ones_below_the_limit():
+def test_frozen_entries_are_never_evicted():
     store = Store(num_pages=10)
     kept = frozen(store, DOC[:64])
     store.put(OTHER)
-    store.cache.allocate(5)  # 4 frozen and 5 asked are 90 %
+    with pytest.raises(StoreFullError, match="7 pages asked, but only 6 of 10"):
+        store.cache.allocate(7)
+    assert store.look([*OTHER, 1]).num_prefix_tokens == 60
+    store.cache.allocate(6)
     assert handles(store) == [kept]
     assert store.look([*DOC[:64], 1]).num_prefix_tokens == 64
+    assert store.cache.num_beside_frozen == 6
 
 
-def test_least_used_frozen_entry_is_evicted_first_above_the_limit():
-    store = Store(num_pages=10)
-    first, second = frozen(store, DOC[:32]), frozen(store, OTHER[:32])
-    store.look([1, *DOC[:32]])
-    store.cache.allocate(6)  # 4 frozen and 6 asked: one page above 90 %
-    assert handles(store) == [first]
-    assert store.look([*OTHER[:32], 1]).num_prefix_tokens == 0
-    assert store.cache.stats().frozen_evictions == 1
-    with pytest.raises(UnknownHandleError):
-        store.cache.forget(second)
-    store.cache.check()
-
-
-def test_older_of_equally_used_frozen_entries_is_evicted():
-    store = Store(num_pages=10)
-    frozen(store, DOC[:32])
-    second = frozen(store, OTHER[:32])
-    store.cache.allocate(6)
-    assert handles(store) == [second]
-
-
-def test_freezing_more_than_the_limit_spares_the_new_entry():
-    store = Store(num_pages=10)
-    frozen(store, DOC[:64])
-    second = frozen(store, words(0, 96))
-    assert handles(store) == [second]
-    third = frozen(store, words(3000, 160))
-    assert handles(store) == [third]
-    assert store.look([*words(3000, 160), 1]).num_prefix_tokens == 160
-
-
-def test_pinned_frozen_entry_stays():
-    store = Store(num_pages=10)
+def test_freezing_more_than_the_limit_is_refused():
+    store = Store(num_pages=10, frozen_limit=0.5)
     first = frozen(store, DOC[:32])
-    second = frozen(store, OTHER[:32])
-    match = store.cache.lookup(np.array([1, *DOC[:32]], np.int32), "a")
-    for _ in range(3):
-        store.look([1, *OTHER[:32]])
-    with pytest.raises(StoreFullError, match="only 8 of 10"):
-        store.cache.allocate(9)
+    with pytest.raises(StoreFullError, match=r"needs 4 pages of 16 tokens; frozen texts have 2 of the 5 pages"):
+        frozen(store, words(0, 64))
+    shared = store.look([*DOC[:32], 1]).prefix_pages  # frozen already
+    pages = store.put(DOC[:32] + words(0, 48), shared=shared)
+    second = store.cache.register(pages, 80, "a", True)
     assert handles(store) == [first, second]
-    store.cache.allocate(7)
-    assert handles(store) == [first]
-    store.cache.unpin(match)
+    store.cache.forget(second)
+    assert store.cache.num_beside_frozen == 8
+
+
+def test_an_entry_is_frozen_later():
+    store = Store(num_pages=10)
+    pages = store.put(DOC[:32])
+    handle = store.cache.register(pages, 32, "a", False, b"doc")
+    assert store.cache.entry_of("a", b"doc").handle == handle
+    assert store.cache.entry_of("b", b"doc") is None
+    for _ in range(2):
+        store.cache.freeze(handle)
+        assert store.cache.stats().frozen == 2
+    store.cache.check()
+    store.cache.forget(handle)
+    assert store.cache.entry_of("a", b"doc") is None
+    assert store.cache.stats().free == 10
 
 
 # Remembering --------------------------------------------------------------------------------------------------
@@ -597,11 +585,30 @@ def test_forgetting_keeps_the_pages_that_another_entry_has():
     shared = store.look([*DOC[:32], 1]).prefix_pages
     pages = store.put(DOC[:32] + OTHER, shared=shared)
     second = store.cache.register(pages, 92, "a", True)
-    assert store.cache.forget(first) == []
+    assert store.cache.forget(first) == Forgotten(32, frozenset(), 32)
     store.cache.check()
     assert store.look(DOC[:32] + OTHER).num_prefix_tokens == 91
-    assert store.cache.forget(second) == pages
+    assert store.cache.forget(second) == Forgotten(92, frozenset(pages), 0)
     assert store.cache.stats().free == 32
+
+
+def test_forgetting_takes_the_copies_of_the_text_along():
+    store = Store(num_pages=64)
+    handle = frozen(store, DOC)
+    in_place = store.put(DOC + words(0, 40))
+    pasted = store.put(words(3000, 21) + DOC + words(4000, 30), exact=21)
+    end = store.put(words(5000, 7) + DOC[85:] + words(6000, 30))
+    other_name = store.put(DOC, "b")
+    apart = store.put(words(7000, 50) + DOC[:14] + words(8000, 20))
+    entry_pages = store.cache.entries()[0].pages
+    gone = store.cache.forget(handle).pages
+    store.cache.check()
+    assert gone == {*entry_pages, *in_place[:6], *pasted[1:8], *end[:2]}
+    assert store.look(words(0, 3) + DOC).pages == ()
+    assert store.look([*DOC, 1]).pages == ()
+    assert store.look([*DOC, 1], "b").prefix_pages == other_name[:6]
+    assert store.look(words(9000, 5) + words(4000, 30)).segments
+    assert store.look([*words(7000, 50), *DOC[:14], 1]).prefix_pages == apart[:4]
 
 
 def test_entry_that_is_not_frozen_ends_with_its_first_evicted_page():
@@ -647,3 +654,24 @@ def test_stats_add_up(store):
     assert (stats.lookups, stats.prefix_tokens, stats.segment_tokens) == (1, 20, 40)
     assert (stats.tokens, stats.windows, stats.cached) == (100, 12, 7)
     assert stats.free + stats.active + stats.frozen + stats.cached == stats.pages == 32
+
+
+def test_what_is_looked_at_does_not_grow_with_the_store(monkeypatch):
+    """Many prompts that begin alike and differ within their first page, some of them frozen."""
+    compared, common_prefix = [], children.common_prefix
+    monkeypatch.setattr(children, "common_prefix", lambda *ab: compared.append(ab) or common_prefix(*ab))
+    store = Store(num_pages=1000)
+    for i in range(400):
+        pages = store.cache.allocate(2)
+        store.cache.commit(pages, np.array(DOC[:9] + words(10_000 + 30 * i, 15), np.int32), "a", exact_tokens=24)
+        store.cache.register(pages, 24, "a", i % 2 == 0)
+        store.cache.release(pages)
+    del compared[:]
+    match = store.cache.lookup(np.array(DOC[:9] + words(10_000 + 30 * 77, 9) + DOC, np.int32), "a")
+    assert (match.num_prefix_tokens, len(match.segments)) == (18, 0)
+    store.cache.unpin(match)
+    assert 0 < len(compared) < 50
+    shared_by_all = store.cache.lookup(np.array(DOC[:12], np.int32), "a")
+    assert shared_by_all.num_prefix_tokens == 9
+    assert len(compared) < 100
+    store.cache.check()

@@ -103,6 +103,7 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(num_pages=st.integers(3, 24), limit=st.sampled_from([0.5, 0.9, 1.0]))
     def start(self, num_pages: int, limit: float) -> None:
         self.cache = PageCache(num_pages, PAGE, limit)
+        self.limit = int(num_pages * limit)
         size = num_pages * PAGE
         self.tokens, self.positions = np.full(size, -1), np.full(size, -1)
         self.history: list[tuple[int, ...]] = [()] * size  # all tokens before and in the slot
@@ -155,6 +156,7 @@ class CacheMachine(RuleBasedStateMachine):
         except StoreFullError:
             self.cache.unpin(match)
             return multiple()  # nothing to hold
+        self.forgotten.difference_update(fresh)
         self.cache.share(match.prefix_pages)
         self.cache.unpin(match)
         exact = match.segments[0].start if match.segments and care < EXACT else len(tokens)
@@ -185,9 +187,9 @@ class CacheMachine(RuleBasedStateMachine):
         tokens, namespace = asked
         match = self.find(tokens.tolist(), namespace, EXACT, segments=False)
         assert 1 <= len(tokens) - match.num_prefix_tokens <= max(most, PAGE) + 1
-        frozen = self.cache.stats().frozen_evictions
+        entries = [entry for entry in self.cache.entries() if entry.frozen]
         pages = match.prefix_pages + self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))
-        assert self.cache.stats().frozen_evictions == frozen
+        assert [entry for entry in self.cache.entries() if entry.frozen] == entries
         self.cache.share(match.prefix_pages)
         self.cache.unpin(match)
         self.write(Held(pages, tokens.tolist(), namespace, len(tokens), EXACT), len(match.prefix_pages) * PAGE)
@@ -241,6 +243,9 @@ class CacheMachine(RuleBasedStateMachine):
             handle = self.cache.register(held.pages, len(held.tokens), held.namespace, frozen)
         except ValueError:  # a page of it was forgotten
             pass
+        except StoreFullError:
+            assert frozen
+            assert self.num_frozen() + len(held.pages) > self.limit
         else:
             assert handle not in self.given
             self.given.add(handle)
@@ -252,7 +257,16 @@ class CacheMachine(RuleBasedStateMachine):
         assert set(handles) <= self.given
         handle = data.draw(st.sampled_from([0, *handles]))
         if handle:
-            self.forgotten.update(self.cache.forget(handle))
+            [entry] = [entry for entry in self.cache.entries() if entry.handle == handle]
+            slots = [page * PAGE + i for page in entry.pages for i in range(PAGE)][: entry.num_tokens]
+            text = self.tokens[slots].tolist()
+            forgotten = self.cache.forget(handle)
+            self.forgotten.update(forgotten.pages)
+            self.cache.unpin(left := self.find([*text, 0], entry.namespace, 1))
+            found = left.num_prefix_tokens + sum(segment.length for segment in left.segments)
+            assert forgotten.num_tokens == len(text)
+            assert found < 15 or forgotten.num_remaining >= 15
+            assert forgotten.num_remaining == 0 or self.cache.entries(entry.namespace)
         with pytest.raises(UnknownHandleError):
             self.cache.forget(handle)
 
@@ -261,6 +275,15 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.clear()
         assert self.cache.stats().cached == self.cache.stats().frozen == 0
         assert self.cache.entries() == []
+
+    def num_frozen(self) -> int:
+        return len({page for entry in self.cache.entries() if entry.frozen for page in entry.pages})
+
+    @invariant()
+    def frozen_texts_stay_within_their_limit(self) -> None:
+        if hasattr(self, "cache"):
+            assert self.num_frozen() <= self.limit
+            assert self.cache.num_beside_frozen == self.cache.stats().pages - self.num_frozen()
 
     @invariant()
     def nothing_leaks(self) -> None:

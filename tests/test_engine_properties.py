@@ -119,7 +119,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.check_chain(root, np.empty(0, np.int32))
 
     def check_chain(self, node, past):
-        for child in node.all_children():
+        for child in node.children:
             tokens = np.append(past, np.frombuffer(child.key, np.int32)[: child.exact])
             if child.start != len(past) or child.exact == 0:
                 continue

@@ -9,6 +9,7 @@ from sparsex_jax import (
     Engine,
     EngineConfig,
     InvalidRequestError,
+    NoRoomError,
     ReuseConfig,
     SamplingParams,
     SparsexError,
@@ -131,15 +132,22 @@ def test_a_store_that_is_too_small_raises():
     assert engine.stats()["active"] == 0
 
 
-def test_frozen_content_is_evicted_for_a_request_that_needs_the_store():
-    engine = tiny_engine(store_tokens=160)
-    handles = [engine.remember(np.arange(at, at + 40), frozen=True) for at in (0, 40)]
-    engine.generate(list(range(80, 90)) * 9, SamplingParams(max_new_tokens=20))
-    assert len(engine.entries()) < 2
-    assert engine.stats()["frozen_evictions"] >= 1
-    evicted = next(handle for handle in handles if handle not in [entry.handle for entry in engine.entries()])
-    with pytest.raises(UnknownHandleError, match=str(evicted)):
-        engine.forget(evicted)
+def test_frozen_texts_stay_and_what_does_not_fit_beside_them_is_refused():
+    engine = tiny_engine(store_tokens=160)  # 10 pages
+    handle = engine.remember(np.arange(40), frozen=True)
+    with pytest.raises(StoreFullError, match=r"needs 3 pages of 16 tokens; frozen texts have 3 of the 5 pages"):
+        engine.remember(np.arange(40, 80), frozen=True)
+    assert engine.max_context == 7 * 16
+    with pytest.raises(NoRoomError, match=r"needs 9 pages of 16 tokens of its own, and frozen texts leave 7 of 10"):
+        engine.generate(list(range(80, 90)) * 12, SamplingParams(max_new_tokens=20))
+    assert engine.generate(list(range(80, 90)) * 9, SamplingParams(max_new_tokens=20)).finish_reason == "length"
+    beginning = list(range(40)) + list(range(80, 90)) * 8  # its first two pages are the text's
+    assert engine.generate(beginning, SamplingParams(max_new_tokens=20)).report.prefix_tokens == 40
+    assert [entry.handle for entry in engine.entries()] == [handle]
+    assert engine.remember(np.arange(40)) == engine.remember(np.arange(40), frozen=True) == handle
+    engine.forget(handle)
+    engine.remember(np.arange(40, 96), frozen=True)
+    engine.admission.check_books()
 
 
 def test_errors_name_unknown_handles(tiny):

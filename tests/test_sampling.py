@@ -334,7 +334,7 @@ def test_two_decode_programs_for_penalties_and_two_for_logprobs(tiny):
 def test_broken_weights_raise_and_leave_nothing_in_the_store(tiny):
     params = tiny.runner.params
     tiny.runner.params = dataclasses.replace(params, final_norm=params.final_norm * jnp.nan)
-    with pytest.raises(NonFiniteLogitsError, match="new token 0 "):
+    with pytest.raises(NonFiniteLogitsError, match="behind the prompt"):
         tiny.generate([1, 2, 3])
     assert (tiny.stats()["active"], tiny.stats()["free"]) == (0, tiny.stats()["pages"])
     tiny.runner.params = params

@@ -25,6 +25,7 @@ from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Knowledg
 from sparsex_jax.serving.worker import Worker
 
 CHAT = [{"role": "user", "content": "Which harbour opens at dawn?"}]
+JSON = {"Content-Type": "application/json"}
 NOBODY = Tenant("nobody", "", 64, True, None)
 
 
@@ -79,7 +80,8 @@ def error_of(answer, status=400):
 
 
 def streamed(http, path, body):
-    with http.stream("POST", path, json=body | {"stream": True}) as answer:
+    content = json.dumps(body | {"stream": True}).encode()
+    with http.stream("POST", path, content=content, headers=JSON) as answer:
         lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
     return answer, [json.loads(line) for line in lines[:-1]]
 
@@ -139,14 +141,30 @@ def test_a_value_equal_to_a_neutral_one_is_not_it_if_it_has_another_type(quick):
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_unknown_fields_are_named_in_a_header(quick, path):
+def test_unknown_fields_are_named_in_a_header(http, path):
     asked = {"messages": CHAT} if "chat" in path else {"prompt": "x"}
-    more = {"tempratur": 1, "stream_options": {"speed": 2}, "r\u00e9sum\u00e9\r\nX: 1": 3, "x" * 500: 4}
+    more = {
+        "tempratur": 1,
+        "stream_options": {"speed": 2},
+        "r\u00e9sum\u00e9\r\nX: 1": 3,
+        "x" * 500: 4,
+        "": 5,
+        "\ud800": 6,
+        " ": 7,
+    }
     body = asked | {"max_tokens": 2} | more
-    for answer in (quick.post(path, json=body), streamed(quick, path, body)[0]):
+    for answer in (http.post(path, content=json.dumps(body).encode(), headers=JSON), streamed(http, path, body)[0]):
         assert answer.status_code == 200
         names = answer.headers["X-Sparsex-Ignored-Fields"].split(", ")
-        assert set(names) == {"tempratur", "stream_options.speed", "r%C3%A9sum%C3%A9%0D%0AX%3A 1", "x" * 64 + "..."}
+        assert set(names) == {
+            "tempratur",
+            "stream_options.speed",
+            "r%C3%A9sum%C3%A9%0D%0AX%3A%201",
+            "x" * 64 + "...",
+            "''",
+            "%3F",
+            "%20",
+        }
         assert answer.headers["Warning"].startswith("299 ")
         assert "tempratur" in answer.headers["Warning"]
 
@@ -156,7 +174,18 @@ def test_a_header_names_only_a_few_of_many_unknown_fields():
     assert extras.headers_of(body)["X-Sparsex-Ignored-Fields"].endswith("field15, and 84 more")
 
 
+def test_a_header_does_not_end_in_a_space():
+    body = CompletionRequest.model_validate({"prompt": "x", "a ": 0, " ": 0, "": 0})
+    assert extras.headers_of(body)["X-Sparsex-Ignored-Fields"] == "a, (empty), (empty)"
+
+
 # Fields that vLLM has and OpenAI has not ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{"best_of": 2}, {"best_of": 3, "n": 2}])
+def test_answers_are_not_chosen_from_more(quick, fields):
+    for answer in (complete(quick, **fields), chat(quick, **fields)):
+        assert (error_of(answer)["param"], error_of(answer)["code"]) == ("best_of", "unsupported_parameter")
 
 
 def test_tokens_that_stop_or_are_allowed(http, reference):
@@ -346,7 +375,7 @@ def test_the_answer_is_as_long_as_fits_where_no_number_is_named(reference):
     most = {}
     for length in (10, 900, 1020):
         request = ChatRequest(messages=[{"role": "user", "content": "x"}])
-        intake._render = lambda messages, tools, length=length: "x" * length
+        intake._render = lambda request, length=length: "x" * length
         [job] = intake.chat(request, NOBODY)
         most[len(job.prompt)] = job.sampling.max_new_tokens
     assert most == {length: min(400, 1024 - length) for length in most}
@@ -354,6 +383,18 @@ def test_the_answer_is_as_long_as_fits_where_no_number_is_named(reference):
     assert job.sampling.max_new_tokens == 4  # OpenAI's 16, as far as they fit
     [job] = intake.completion(CompletionRequest(prompt=[5] * 10, max_tokens=800), NOBODY)
     assert job.sampling.max_new_tokens == 400  # more than the server gives, and it would fit
+
+
+def test_an_answer_of_no_named_length_is_what_fits_beside_frozen_texts():
+    engine = make_engine(store_tokens=1024)
+    with TestClient(create_app(Worker(engine), model=MODEL)) as client:
+        assert client.post("/v1/knowledge", json={"text": [5] * 300}).status_code == 200  # 5 of 16 pages
+        assert chat(client, max_tokens=None, logit_bias={"2": 100}).status_code == 200
+        full = client.post("/v1/completions", json={"prompt": [7] * 700, "ignore_eos": True, "max_tokens": None})
+        assert choice(full)["finish_reason"] == "length"
+        refused = chat(client, max_tokens=900)
+        assert error_of(refused)["code"] == "context_length_exceeded"
+        assert "retry-after" not in refused.headers
 
 
 def test_long_texts_are_refused_before_they_are_tokenized(reference, monkeypatch):
@@ -399,6 +440,10 @@ WIDE = {
     "allowed tokens": {"prompt": "x", "allowed_token_ids": [None] * 400_000},
     "options of reuse": {"prompt": "x", "reuse": {str(number): 1 for number in range(200_000)}},
     "text of null": {"text": [None] * 400_000},
+    "fields": {"prompt": "x"} | {str(number): 1 for number in range(200_000)},
+    "fields of a message": {"messages": [{"role": "user"} | {str(number): 1 for number in range(200_000)}]},
+    "messages": {"messages": [{"role": "user", "content": "x"}] * 100_000},
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 100_000}]},
     "more than a text": {"text": "x"} | {str(number): 1 for number in range(200_000)},
 }
 
@@ -418,13 +463,12 @@ def test_wide_bodies_are_refused_with_one_error_and_soon(intake, fields):
     fault = fault_of(error)
     assert time.perf_counter() - started < 2
     assert (fault.status, len(fault.message) < 500) == (400, True), fault.message
-    assert fault.param
+    assert fault.param or "256 fields" in fault.message
 
 
 def test_json_that_breaks_off_is_no_fields_fault(http):
-    headers = {"Content-Type": "application/json"}
     for content in (b'{"prompt":', b'{"prompt": "x",}', b"{broken"):
-        error = error_of(http.post("/v1/completions", content=content, headers=headers))
+        error = error_of(http.post("/v1/completions", content=content, headers=JSON))
         assert (error["param"], error["code"]) == (None, "json_invalid")
         assert "JSON" in error["message"]
 
@@ -479,6 +523,7 @@ def test_head_is_answered_where_get_is(http):
         assert (head.status_code, head.content) == (got.status_code, b"")
         assert head.headers["content-type"] == got.headers["content-type"]
     assert http.head("/nothing").status_code == 404
+    assert error_of(http.get("/v1/responses"), 404)["message"].startswith("there is no /v1/responses here")
 
 
 @pytest.mark.parametrize(

@@ -278,10 +278,12 @@ def test_every_response_has_the_id_of_its_request(engine, keys, monkeypatch):
             ("GET", "/", None, 200),
             ("GET", "/page/absent.js", None, 404),
             ("GET", "/health", None, 200),
+            ("HEAD", "/v1/models", None, 200),
         ]
         for number, (method, path, body, status) in enumerate(asked):
             answer = http.request(method, path, json=body, headers={"X-Request-ID": f"client-{number}"})
             assert (answer.status_code, answer.headers["x-request-id"]) == (status, f"client-{number}")
+        assert series(http)['sparsex_requests_total{endpoint="/v1/models",status="200"}'] == 1
         refused = httpx.get(f"{live.url}/v1/models")
         assert refused.status_code == 401
         assert refused.headers["x-request-id"].startswith("req_")

@@ -173,7 +173,7 @@ def test_the_page_shows_why_the_server_refuses_a_request(page, live):
     page.get_by_label("New tokens").fill("4000")
     page.get_by_label("Message", exact=True).fill("x")
     page.get_by_role("button", name="Send").click()
-    expect(page.get_by_role("alert")).to_contain_text("the limit is 2048")
+    expect(page.get_by_role("alert")).to_contain_text("maximum context length is 2048 tokens")
 
 
 @in_a_browser
@@ -199,6 +199,7 @@ def test_the_keys_field_comes_when_it_is_needed(page, engine, tmp_path):
         assert "sk-alice" not in page.evaluate("localStorage.getItem('sparsex.page')")
         message(page).press("Enter")
         expect(page.locator(".turn.assistant .facts")).to_have_count(1)
+        expect(page.get_by_role("button", name="Send")).to_be_enabled()
         assert [turn["role"] for turn in kept(page)["turns"]] == ["user", "assistant"]
         page.goto("about:blank")
 
@@ -259,7 +260,7 @@ def test_notes_of_a_failed_request_stay_ticked(page, live):
     expect(page.get_by_role("checkbox")).to_be_checked()
     page.get_by_label("A text to remember").fill("a long note " * 3000)
     page.get_by_role("button", name="Remember").click()
-    expect(page.get_by_role("alert")).to_contain_text("the limit is")
+    expect(page.get_by_role("alert")).to_contain_text("maximum context length is 2048 tokens")
     assert len(page.get_by_label("A text to remember").input_value()) == 36_000
     serve_once(page, "/v1/knowledge/*", 503, BUSY)
     page.get_by_role("button", name="Forget").click()

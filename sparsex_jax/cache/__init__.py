@@ -2,13 +2,13 @@
 
 It is pure Python and NumPy. It hands out page and slot numbers and never sees a key or a value.
 
-Read in this order: `tree` (the tokens in every page), `windows` (an index from 8 tokens to the places that store
-them), `segments` (the search for what a prompt can copy), `pages` (references and eviction order), `entries` (handles
-of remembered texts), and `cache`, which ties them together.
+Read in this order: `tree` (the tokens in every page) with `children`, `windows` (an index from 8 tokens to the places
+that store them), `segments` (the search for what a prompt can copy), `pages` (references and eviction order), `entries`
+(handles of remembered texts), and `cache`, which ties them together.
 """
 
-from sparsex_jax.cache.cache import CacheStats, Match, PageCache
+from sparsex_jax.cache.cache import CacheStats, Forgotten, Match, PageCache
 from sparsex_jax.cache.entries import Entry
 from sparsex_jax.cache.segments import Segment
 
-__all__ = ["CacheStats", "Entry", "Match", "PageCache", "Segment"]
+__all__ = ["CacheStats", "Entry", "Forgotten", "Match", "PageCache", "Segment"]

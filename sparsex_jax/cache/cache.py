@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Int32
 
+from sparsex_jax.cache.children import TOKEN_BYTES
 from sparsex_jax.cache.counts import CacheCounts, Hits
 from sparsex_jax.cache.entries import Entry, EntryBook
 from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
-from sparsex_jax.cache.tree import TOKEN_BYTES, Accepts, Node, PageTree, Prefix
+from sparsex_jax.cache.tree import Accepts, Node, PageTree, Prefix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
 from sparsex_jax.errors import StoreFullError
 
@@ -100,7 +101,6 @@ class CacheStats:
       prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that were found of those prompts as exact
         prefixes, as approximate ones behind them, and as segments.
       evictions: cached pages that were evicted.
-      frozen_evictions: frozen entries that were evicted because the store was too full.
     """
 
     pages: int
@@ -116,7 +116,21 @@ class CacheStats:
     approximate_prefix_tokens: int
     segment_tokens: int
     evictions: int
-    frozen_evictions: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgotten:
+    """What became of an entry that was forgotten.
+
+    Attributes:
+      num_tokens: of the entry's text.
+      pages: which lookups no longer find: the entry's own, and those of other prompts that had a copy of the text.
+      num_remaining: how many of its tokens can still be found, because another entry has them.
+    """
+
+    num_tokens: int
+    pages: frozenset[int]
+    num_remaining: int
 
 
 def _asked_once(accepts: Accepts) -> Accepts:
@@ -150,7 +164,7 @@ class PageCache:
         self,
         num_pages: int,
         page_size: int,
-        frozen_limit: float = 0.9,
+        frozen_limit: float = 0.5,
         handles: Iterator[int] | None = None,
         counts: CacheCounts | None = None,
     ) -> None:
@@ -158,8 +172,7 @@ class PageCache:
         Args:
           num_pages: pages of the store, at least 1.
           page_size: token slots in a page, a multiple of 8.
-          frozen_limit: share of the store, from 0 to 1. When active and frozen pages would fill more than this,
-            frozen entries are evicted.
+          frozen_limit: share of the store, from 0 to 1, that frozen entries may fill.
           handles: the numbers to give to entries. Pass the previous cache's iterator to a cache that replaces it, so
             that no handle stands for two entries. None: 1, 2, 3 ...
           counts: where to count. Pass the previous cache's to a cache that replaces it. None: from 0.
@@ -170,7 +183,7 @@ class PageCache:
         _require(page_size > 0 and page_size % WINDOW == 0, f"page_size={page_size} must be a multiple of {WINDOW}")
         _require(num_pages >= 1, f"num_pages={num_pages} must be at least 1")
         self.page_size = page_size
-        self._max_occupied = int(num_pages * frozen_limit)
+        self._max_frozen = int(num_pages * frozen_limit)
         self._pool = PagePool(num_pages)
         self.tree = PageTree(num_pages, page_size)
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
@@ -261,12 +274,13 @@ class PageCache:
         """Hand out `count` pages with one reference each. Evicts cached pages if too few are free.
 
         Raises:
-          StoreFullError: even evicting everything evictable would not free enough pages. Nothing was evicted.
+          StoreFullError: even evicting all cached pages would not free enough. Nothing was evicted.
         """
         _require(count >= 0, f"count={count} must not be negative")
-        if count > (available := self._num_available()):
-            raise StoreFullError(f"{count} pages asked, but only {available} of {len(self._pool)} can be had now")
-        self._evict_frozen(count)
+        if count > self.num_available:
+            raise StoreFullError(
+                f"{count} pages asked, but only {self.num_available} of {len(self._pool)} can be had now"
+            )
         lacking = count - len(self._pool.free)
         if lacking > 0:
             self.counts.evictions += lacking
@@ -406,45 +420,87 @@ class PageCache:
 
     # Remembering --------------------------------------------------------------------------------------------
 
-    def register(self, pages: Sequence[int], num_tokens: int, namespace: str, frozen: bool) -> int:
+    def register(
+        self,
+        pages: Sequence[int],
+        num_tokens: int,
+        namespace: str,
+        frozen: bool,
+        content: bytes | None = None,
+    ) -> int:
         """Make an entry of committed pages and return its handle.
 
-        The pages of a frozen entry stay until `forget`, or until too many pages are active and frozen: then the entry
-        with the fewest uses is evicted first. An entry that is not frozen ends when the first of its pages is evicted.
+        The pages of a frozen entry stay until `forget`. An entry that is not frozen ends when the first of its pages is
+        evicted.
 
         Args:
           pages: where the tokens are, in order. All are committed in the namespace.
           num_tokens: how many of the pages' tokens belong to the entry.
+          content: a digest of what it was computed of; see `entry_of`. No entry of the namespace has it yet.
 
         Raises:
           ValueError: a page is not committed in the namespace, or num_tokens is out of range.
+          StoreFullError: frozen entries would fill more of the store than they may. Nothing was registered.
         """
         self._require_distinct(pages)
         for page in pages:
             _require(self.tree[page].namespace == namespace, f"page {page} is not in namespace {namespace!r}")
         stored = sum(self.tree[page].length for page in pages)
         _require(0 < num_tokens <= stored, f"num_tokens={num_tokens} must be in 1..{stored}")
-        entry = self._entries.add(namespace, num_tokens, tuple(pages), frozen)
         if frozen:
-            self._pool.frozen[list(pages)] += 1
-            self._evict_frozen(0, spare=entry.handle)
-        return entry.handle
+            self.require_frozen_room(pages)
+            self._pool.freeze(pages)
+        return self._entries.add(namespace, num_tokens, tuple(pages), frozen, content).handle
 
-    def forget(self, handle: int) -> list[int]:
-        """Remove an entry. Lookups no longer find its pages, except those that other entries have too.
+    def entry_of(self, namespace: str, content: bytes) -> Entry | None:
+        """The entry that was registered with this content. None if there is none, or if it is gone."""
+        return self._entries.of_content(namespace, content)
 
-        A page that a sequence still holds becomes free when its last reference is dropped.
+    def freeze(self, handle: int) -> None:
+        """Make an entry frozen. Idempotent. Raises UnknownHandleError, and StoreFullError as `register`."""
+        entry = self._entries[handle]
+        if not entry.frozen:
+            self.require_frozen_room(entry.pages)
+            self._pool.freeze(entry.pages)
+            entry.frozen = True
 
-        Returns:
-          The pages that lookups no longer find. A sequence that holds one of them must not commit it again.
+    def require_frozen_room(self, pages: Sequence[int], more: int = 0) -> None:
+        """Whether frozen entries may have these pages too, and `more` new ones. Raises StoreFullError if not."""
+        wanted = int((self._pool.frozen[list(pages)] == 0).sum()) + more
+        if self._pool.num_frozen + wanted > self._max_frozen:
+            raise StoreFullError(
+                f"the text needs {wanted} pages of {self.page_size} tokens; frozen texts have {self._pool.num_frozen} "
+                f"of the {self._max_frozen} pages that they may have. Forget one of them, or make store_tokens or "
+                f"frozen_limit larger"
+            )
+
+    def forget(self, handle: int) -> Forgotten:
+        """Remove an entry, and every copy of its text that other prompts of the namespace brought into the store.
+
+        Pages that other entries have stay. What stood behind a copy in its prompt stays as well, as donor of segments.
+        A page that a sequence still holds becomes free when its last reference is dropped; the sequence must not commit
+        it again.
 
         Raises:
           UnknownHandleError: there is no such entry.
         """
-        entry = self._remove_entry(handle)
-        pages = [page for page in entry.pages if not self._entries.holds(page)]
-        self._drop(pages)
-        return pages
+        entry = self._entries[handle]
+        text = self._text(entry)
+        self._remove_entry(handle)
+        runs = SegmentSearch(text, entry.namespace, self._windows, self.page_size, self._recency).copies()
+        found = dict.fromkeys([*entry.pages, *(page for run in runs for node in run.nodes for page in node.pages)])
+        gone = [page for page in found if not self._entries.holds(page)]
+        remaining = np.zeros(len(text), bool)
+        for run in runs:
+            for node, start in run.places():
+                if any(map(self._entries.holds, node.pages)):
+                    remaining[max(start, run.start) : min(start + node.length, run.start + run.length)] = True
+        self._drop(gone)
+        return Forgotten(len(text), frozenset(gone), int(remaining.sum()))
+
+    def _text(self, entry: Entry) -> Int32[np.ndarray, "tokens"]:
+        keys = b"".join(self.tree[page].key for page in entry.pages)
+        return np.frombuffer(keys, np.int32)[: entry.num_tokens]
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """Copies of the entries of one namespace, or of all, oldest first."""
@@ -475,7 +531,7 @@ class PageCache:
         """A prompt and its namespace whose exact prefill replaces approximate content: of that which was used most.
 
         All but about `most` of its tokens have an exact prefix already. None if nothing is approximate, or if there
-        are no pages for what was used most without evicting frozen content.
+        are no pages for what was used most.
         """
         before = -1
         while len(self.tree.approximate) != before:  # until none of them is retired any more
@@ -496,11 +552,11 @@ class PageCache:
             return None
         end = self._healed_end(exact, length, most)
         pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is pinned meanwhile
-        return np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32) if self._has_room(pages) else None
+        return np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32) if pages <= self.num_available else None
 
     def _retire(self, node: Node) -> None:
         """Drop an approximate node whose tokens are all in an exact prefix as well, unless an entry has it."""
-        self.tree.drop_approximate(node)
+        self.tree.settle(node)
         if not any(map(self._entries.holds, node.pages)):
             self._drop(list(node.pages))
 
@@ -511,38 +567,21 @@ class PageCache:
         whole_pages = (exact + most) // self.page_size
         return min(max(whole_pages, exact // self.page_size + 1) * self.page_size, length)
 
-    def _has_room(self, count: int) -> bool:
-        """Whether that many pages can be had without evicting a frozen entry."""
-        return count <= self._num_available() and self._pool.num_occupied() + count <= self._max_occupied
-
     # Evicting -----------------------------------------------------------------------------------------------
 
-    def _num_available(self) -> int:
+    @property
+    def num_available(self) -> int:
         """How many pages `allocate` could hand out by evicting everything evictable."""
-        stuck = self._pool.refs > 0
-        for entry in self._entries:
-            if entry.frozen and not self._is_idle(entry):
-                stuck[list(entry.pages)] = True
-        return len(self._pool) - int(stuck.sum())
+        return len(self._pool) - self._pool.num_occupied
 
-    def _is_idle(self, entry: Entry) -> bool:
-        """Whether no sequence and no match holds a page of the entry. Only then may a frozen entry be evicted."""
-        return not self._pool.refs[list(entry.pages)].any()
+    @property
+    def num_beside_frozen(self) -> int:
+        """How many pages frozen entries leave to everything else."""
+        return len(self._pool) - self._pool.num_frozen
 
-    def _evict_frozen(self, asked: int, spare: int | None = None) -> None:
-        """Evict idle frozen entries until active, frozen and `asked` pages are within the limit, or none is left."""
-        if self._pool.num_occupied() + asked <= self._max_occupied:
-            return
-        victims = [e for e in self._entries if e.frozen and e.handle != spare and self._is_idle(e)]
-        for victim in sorted(victims, key=self._use):
-            self.forget(victim.handle)
-            self.counts.frozen_evictions += 1
-            if self._pool.num_occupied() + asked <= self._max_occupied:
-                return
-
-    def _use(self, entry: Entry) -> tuple[int, int]:
-        """How often and how recently an entry was of use. The smallest is evicted first."""
-        return entry.uses, int(self._pool.last_used[list(entry.pages)].max())
+    def num_frozen_of(self, pages: Sequence[int]) -> int:
+        """How many of these pages frozen entries have."""
+        return int((self._pool.frozen[list(pages)] > 0).sum())
 
     def _drop(self, pages: Sequence[int]) -> None:
         """Remove committed pages from the index and the entries. Those without a reference become free."""
@@ -553,7 +592,8 @@ class PageCache:
 
     def _remove_entry(self, handle: int) -> Entry:
         entry = self._entries.remove(handle)
-        self._pool.frozen[list(entry.pages)] -= entry.frozen
+        if entry.frozen:
+            self._pool.thaw(entry.pages)
         return entry
 
     def _unindex(self, pages: Sequence[int]) -> None:

@@ -23,7 +23,6 @@ class CacheCounts:
     approximate_prefix_tokens: int = 0
     segment_tokens: int = 0
     evictions: int = 0
-    frozen_evictions: int = 0
 
     def found(self, hits: Hits) -> None:
         """Count a lookup that served a prompt."""

@@ -17,8 +17,9 @@ class Entry:
       namespace: lookups under this name find it.
       num_tokens: how many tokens it has.
       pages: the pages of its tokens, in order. Entries that begin alike share pages.
-      frozen: its pages are evicted only if active and frozen pages fill too much of the store.
+      frozen: its pages stay until it is forgotten.
       uses: how many lookups found one of its pages.
+      content: a digest of what it was computed of, by which the same text is known again. None: it is never.
     """
 
     handle: int
@@ -27,6 +28,7 @@ class Entry:
     pages: tuple[int, ...]
     frozen: bool
     uses: int = 0
+    content: bytes | None = dataclasses.field(default=None, repr=False)
 
 
 class EntryBook:
@@ -39,23 +41,39 @@ class EntryBook:
         """
         self._entries: dict[int, Entry] = {}
         self._holders: dict[int, set[int]] = {}
+        self._by_content: dict[tuple[str, bytes | None], int] = {}
         self._handles = handles
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
-    def add(self, namespace: str, num_tokens: int, pages: tuple[int, ...], frozen: bool) -> Entry:
-        entry = Entry(next(self._handles), namespace, num_tokens, pages, frozen)
+    def __getitem__(self, handle: int) -> Entry:
+        """Raises UnknownHandleError if there is no such entry."""
+        if handle not in self._entries:
+            raise UnknownHandleError(f"handle {handle!r} is not known: never given out, forgotten, or evicted since")
+        return self._entries[handle]
+
+    def of_content(self, namespace: str, content: bytes) -> Entry | None:
+        """The entry of this content, or None if there is none."""
+        handle = self._by_content.get((namespace, content))
+        return None if handle is None else self._entries[handle]
+
+    def add(
+        self, namespace: str, num_tokens: int, pages: tuple[int, ...], frozen: bool, content: bytes | None
+    ) -> Entry:
+        entry = Entry(next(self._handles), namespace, num_tokens, pages, frozen, content=content)
         self._entries[entry.handle] = entry
+        if content is not None:
+            self._by_content[namespace, content] = entry.handle
         for page in pages:
             self._holders.setdefault(page, set()).add(entry.handle)
         return entry
 
     def remove(self, handle: int) -> Entry:
         """Remove and return an entry. Raises UnknownHandleError if there is no such entry."""
-        entry = self._entries.pop(handle, None)
-        if entry is None:
-            raise UnknownHandleError(f"handle {handle!r} is not known: never given out, forgotten, or evicted since")
+        entry = self[handle]
+        del self._entries[handle]
+        self._by_content.pop((entry.namespace, entry.content), None)
         for page in entry.pages:
             self._holders[page].discard(handle)
             if not self._holders[page]:

@@ -4,14 +4,15 @@ Every page is in exactly one state:
 
     free      it has no reference and no committed content
     active    sequences or matches hold references to it (refs > 0)
-    frozen    it has no reference, but a frozen entry has it: it stays until the entry is forgotten or evicted
+    frozen    it has no reference, but a frozen entry has it: it stays until the entry is forgotten
     cached    it has no reference, but committed content: it is evicted when a sequence needs the page
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -37,6 +38,9 @@ class PagePool:
       last_used: when it was last used, by a clock that counts uses. The cached page with the smallest value is
         evicted first.
       free: the free pages. `take` hands out the last one first.
+      num_active: how many pages have references.
+      num_frozen: how many pages frozen entries have, active or not.
+      num_occupied: how many pages are active or frozen, so that evicting cached pages does not free them.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -45,6 +49,7 @@ class PagePool:
         self.committed: Bool[np.ndarray, "pages"] = np.zeros(num_pages, bool)
         self.last_used: Int64[np.ndarray, "pages"] = np.zeros(num_pages, np.int64)
         self.free: list[int] = list(range(num_pages))[::-1]
+        self.num_active = self.num_frozen = self.num_occupied = 0
         self._clock = 0
 
     def __len__(self) -> int:
@@ -53,14 +58,9 @@ class PagePool:
     def cached(self) -> Bool[np.ndarray, "pages"]:
         return (self.refs == 0) & (self.frozen == 0) & self.committed
 
-    def num_occupied(self) -> int:
-        """How many pages are active or frozen, so that evicting cached pages does not free them."""
-        return int(((self.refs > 0) | (self.frozen > 0)).sum())
-
     def counts(self) -> PageCounts:
-        active = self.refs > 0
-        frozen = (self.frozen > 0) & ~active
-        return PageCounts(len(self.free), int(active.sum()), int(frozen.sum()), int(self.cached().sum()))
+        free, occupied = len(self.free), self.num_occupied
+        return PageCounts(free, self.num_active, occupied - self.num_active, len(self) - free - occupied)
 
     def oldest_cached(self, count: int) -> list[int]:
         """The `count` cached pages that were used longest ago, unsorted. All cached pages if there are fewer."""
@@ -80,26 +80,60 @@ class PagePool:
     def take(self, count: int) -> list[int]:
         """Hand out free pages with one reference each."""
         pages = [self.free.pop() for _ in range(count)]
-        self.refs[pages] = 1
+        self._refer(pages, 1)
         return pages
 
     def give_back(self, pages: Sequence[int]) -> None:
         self.free.extend(reversed(pages))
 
     def hold(self, pages: Sequence[int]) -> None:
-        self.refs[list(pages)] += 1
+        self._refer(pages, 1)
         self.touch(pages)
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference to each page. A page without references and committed content becomes free."""
-        index = list(pages)
         self.touch(pages)
-        self.refs[index] -= 1
-        self.give_back([page for page in index if self.refs[page] == 0 and not self.committed[page]])
+        self._refer(pages, -1)
+        self.give_back([page for page in pages if self.refs[page] == 0 and not self.committed[page]])
+
+    def freeze(self, pages: Sequence[int]) -> None:
+        """One frozen entry more has each page."""
+        self._freeze(pages, 1)
+
+    def thaw(self, pages: Sequence[int]) -> None:
+        """One frozen entry less has each page."""
+        self._freeze(pages, -1)
+
+    def _refer(self, pages: Sequence[int], step: int) -> None:
+        index = list(pages)
+        with self._counted(index):
+            self.refs[index] += step
+
+    def _freeze(self, pages: Sequence[int], step: int) -> None:
+        index = list(pages)
+        with self._counted(index):
+            self.frozen[index] += step
+
+    @contextlib.contextmanager
+    def _counted(self, index: list[int]) -> Iterator[None]:
+        """Keep the three numbers right while something happens to these pages. No cost grows with the store."""
+        before = self._occupancy(index)
+        yield
+        step = self._occupancy(index) - before
+        self.num_active, self.num_frozen, self.num_occupied = (
+            np.array([self.num_active, self.num_frozen, self.num_occupied]) + step
+        ).tolist()
+
+    def _occupancy(self, index: list[int]) -> Int64[np.ndarray, "3"]:
+        """How many of these pages are active, frozen, and either."""
+        active, frozen = self.refs[index] > 0, self.frozen[index] > 0
+        return np.array([active.sum(), frozen.sum(), (active | frozen).sum()])
 
     def check(self) -> None:
         """Raise AssertionError unless every page is in exactly one state."""
-        counts = self.counts()
+        counts, everything = self.counts(), list(range(len(self)))
+        assert self._occupancy(everything).tolist() == [self.num_active, self.num_frozen, self.num_occupied]
+        assert counts.cached == self.cached().sum()
         assert counts.free + counts.active + counts.frozen + counts.cached == len(self)
         assert len(set(self.free)) == len(self.free)
         assert not (self.refs[self.free].any())

@@ -17,19 +17,23 @@ the place's node, to the right through the children. The best run becomes a segm
 from __future__ import annotations
 
 import dataclasses
+import sys
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from sparsex_jax.cache.tree import TOKEN_BYTES, Node, common_prefix, common_suffix
+from sparsex_jax.cache.children import MOST_TIES, TOKEN_BYTES, common_prefix
+from sparsex_jax.cache.tree import Node, common_suffix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
 
 # After this many comparisons of pages, a search tries only one place for each anchor, and only every ninth offset, so
 # that it still finds long runs. An ordinary prompt needs a few thousand comparisons. Only text that repeats itself, in
 # the prompt and in the store, uses up the budget.
 COMPARISON_BUDGET = 1 << 15
+# Runs of so many tokens hold a whole window wherever they begin, so every one of them is found.
+LEAST_FOUND = 2 * WINDOW - 1
 # Stored windows begin 8 tokens apart, so steps of 9 meet each alignment to their grid in turn.
 HURRIED_STRIDE = WINDOW + 1
 
@@ -92,6 +96,13 @@ class Run:
         last = self.nodes[-1]
         return self.offset + self.length - sum(node.length for node in self.nodes[:-1]) <= last.exact
 
+    def places(self) -> Iterator[tuple[Node, int]]:
+        """Each node, and the index in the prompt that its first token would have."""
+        start = self.start - self.offset
+        for node in self.nodes:
+            yield node, start
+            start += node.length
+
     def segment(self, page_size: int) -> Segment:
         """The run with its slots, in the oldest page of each node."""
         pages = np.array([node.pages[0] for node in self.nodes], np.int64)
@@ -141,6 +152,20 @@ class SegmentSearch:
                 i += 1
             else:
                 i = bisect_left(anchors, anchors[i] + HURRIED_STRIDE, i)
+        return runs
+
+    def copies(self) -> list[Run]:
+        """Every stored run that holds a window of the text and is long enough to be found: the text's, and copies."""
+        self._budget = sys.maxsize
+        offsets, hashes = self._windows.probe(self._prompt, self._namespace)
+        runs: list[Run] = []
+        seen: set[tuple[Node, int]] = set()  # a node, and the index in the text of its first token
+        for at, value in zip(offsets.tolist(), hashes.tolist(), strict=True):
+            for node, offset in self._windows.places(value):
+                run = None if (node, at - offset) in seen else self._run_around(node, offset, at, 0)
+                if run is not None and run.length >= LEAST_FOUND:
+                    runs.append(run)
+                    seen.update((one, start) for one, start in run.places())
         return runs
 
     def _rank(self, run: Run) -> tuple[bool, int, int]:
@@ -221,11 +246,12 @@ class SegmentSearch:
         if self._budget < 0:
             return None, 0
         best, most = None, (0, False)
-        for child in node.all_children():
+        for number, (shared, child) in enumerate(node.children.near(row)):
+            if shared < most[0] or most[1] or number == MOST_TIES:
+                break
             self._budget -= 1
-            rank = (common_prefix(child.key, row), child.sharable)
-            if rank[0] and rank > most:
-                best, most = child, rank
+            if (shared, child.sharable) > most:
+                best, most = child, (shared, child.sharable)
         return best, most[0]
 
     def _left(self, node: Node, offset: int, at: int, floor: int) -> tuple[list[Node], int]:

@@ -28,23 +28,10 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
-TOKEN_BYTES = 4
+from sparsex_jax.cache.children import MOST_TIES, TOKEN_BYTES, Children
 
 # Whether a lookup takes approximate KV into its prefix, by what made it (`Node.made_by`).
 Accepts = Callable[[object], bool]
-
-
-def common_prefix(a: bytes, b: bytes) -> int:
-    """How many leading tokens `a` and `b` share.
-
-    Read as little-endian integers, they first differ at the lowest bit of their exclusive or:
-
-    >>> common_prefix(np.int32([7, 8, 9]).tobytes(), np.int32([7, 8, 5]).tobytes())
-    2
-    """
-    size = min(len(a), len(b))
-    differ = int.from_bytes(a[:size], "little") ^ int.from_bytes(b[:size], "little")
-    return ((differ & -differ).bit_length() - 1) // 32 if differ else size // TOKEN_BYTES
 
 
 def common_suffix(a: bytes, b: bytes) -> int:
@@ -67,8 +54,7 @@ class Node:
       in_place: all tokens before it, from position 0 on, are those of its parents, so that it can be in a prefix.
       sharable: the page is in place, full and exact: any sequence can have it in its prefix.
       parent: the node before it in its sequence. None for a root, and for an orphan, whose parent was evicted.
-      children: the nodes that may follow it, by key. Under one key a sharable child comes first, then the others,
-        oldest first.
+      children: the nodes that may follow it.
       pages: the pages with this content, oldest first; none for a root.
       uses: how many lookups found it.
       hashes: the hash of each of its windows in the window index.
@@ -82,7 +68,7 @@ class Node:
     in_place: bool = False
     sharable: bool = False
     parent: Node | None = None
-    children: dict[bytes, list[Node]] = dataclasses.field(default_factory=dict)
+    children: Children = dataclasses.field(default_factory=Children)
     pages: list[int] = dataclasses.field(default_factory=list)
     uses: int = 0
     hashes: list[int] = dataclasses.field(default_factory=list)
@@ -91,17 +77,14 @@ class Node:
     def length(self) -> int:
         return len(self.key) // TOKEN_BYTES
 
-    def all_children(self) -> Iterator[Node]:
-        return (child for same_key in self.children.values() for child in same_key)
-
     def sharable_child(self, key: bytes) -> Node | None:
         """The sharable child with exactly these tokens, or None."""
-        found = self.children.get(key)
+        found = self.children.of(key)
         return found[0] if found and found[0].sharable else None
 
     def prefix_children(self, key: bytes, accepts: Accepts | None) -> list[Node]:
         """The children with exactly these tokens that a prefix can go on in."""
-        return [child for child in self.children.get(key, ()) if child.is_prefix(accepts)]
+        return [child for child in self.children.of(key) if child.is_prefix(accepts)]
 
     def is_prefix(self, accepts: Accepts | None) -> bool:
         """Whether all its tokens can be in a prefix: they are exact, or approximate and accepted."""
@@ -110,7 +93,7 @@ class Node:
 
     def child(self, key: bytes) -> Node | None:
         """The child with exactly these tokens, or None. If there are several: the sharable one, else the newest."""
-        found = self.children.get(key)
+        found = self.children.of(key)
         return None if not found else found[0] if found[0].sharable else found[-1]
 
 
@@ -155,8 +138,8 @@ class PageTree:
       roots: namespace to root.
       node_of: page number to node; None for pages that are not committed.
       approximate: the nodes in place with approximate tokens, oldest first. Some may be orphans.
-      num_tokens: in all committed pages.
-      num_approximate: tokens of the `approximate` nodes that are not exact.
+      num_tokens: tokens in all committed pages.
+      num_approximate: how many of those are approximate, in the nodes of `approximate`.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -203,21 +186,14 @@ class PageTree:
         node = parent.sharable_child(key) if sharable else None
         if node is None:
             node = Node(namespace, key, start, exact, made_by, in_place, sharable, parent)
-            siblings = parent.children.setdefault(key, [])
-            siblings.insert(0 if sharable else len(siblings), node)
+            parent.children.add(node)
             if in_place and exact < node.length:
                 self.approximate[node] = None
                 self.num_approximate += node.length - node.exact
+        self.num_tokens += node.length
         node.pages.append(page)
         self.node_of[page] = node
-        self.num_tokens += node.length
         return node
-
-    def drop_approximate(self, node: Node) -> None:
-        """The node's approximate tokens are of no interest any more. Idempotent."""
-        if node in self.approximate:
-            del self.approximate[node]
-            self.num_approximate -= node.length - node.exact
 
     def _end(self, node: Node) -> int:
         """The position behind a full node; 0 for a root."""
@@ -235,15 +211,14 @@ class PageTree:
           The pages of the approximate nodes, which are of no more use as prefix or donor.
         """
         assert node.parent is not None
-        approximate = [other for other in node.parent.children[node.key] if other.in_place and not other.sharable]
+        approximate = [other for other in node.parent.children.of(node.key) if other.in_place and not other.sharable]
         worse = [other for other in approximate if not any(map(spared, other.pages))]
         for other in worse:
             node.uses = max(node.uses, other.uses)
-            for key, same_key in other.children.items():
-                node.children.setdefault(key, []).extend(same_key)
-                for child in same_key:
-                    child.parent = node
-            other.children = {}
+            for child in other.children:
+                node.children.add(child)
+                child.parent = node
+            other.children = Children()
         return [page for other in worse for page in other.pages]
 
     def detach(self, page: int) -> Node | None:
@@ -257,20 +232,23 @@ class PageTree:
         node.pages.remove(page)
         if node.pages:
             return None
-        for child in node.all_children():
+        for child in node.children:
             child.parent = None
-        self.drop_approximate(node)
+        self.settle(node)
         self._unlink(node)
         return node
+
+    def settle(self, node: Node) -> None:
+        """Its approximate tokens, if it has any, are not to be healed any more."""
+        if node in self.approximate:
+            del self.approximate[node]
+            self.num_approximate -= node.length - node.exact
 
     def _unlink(self, node: Node) -> None:
         parent = node.parent
         if parent is None:
             return
-        siblings = parent.children[node.key]
-        siblings.remove(node)
-        if not siblings:
-            del parent.children[node.key]
+        parent.children.remove(node)
         if not parent.pages and not parent.children:
             del self.roots[parent.namespace]
 
@@ -302,7 +280,7 @@ class PageTree:
             if node in seen or node not in self.approximate:
                 continue
             if not self._is_rooted(node):
-                self.drop_approximate(node)  # an orphan: what stood before it is gone for good
+                self.settle(node)  # an orphan: what stood before it is gone for good
                 continue
             chain = _chain(self._most_used_end(node))
             yield chain
@@ -313,7 +291,7 @@ class PageTree:
 
     def _most_used_end(self, node: Node) -> Node:
         """The last node behind an approximate one, in the most used child of each."""
-        while further := [child for child in node.all_children() if child in self.approximate]:
+        while further := [child for child in node.children if child in self.approximate]:
             node = max(further, key=lambda child: child.uses)
         return node
 
@@ -324,20 +302,20 @@ class PageTree:
 
     def _tail(self, last: Node, rest: bytes, accepts: Accepts | None) -> tuple[Node | None, int]:
         """The child of `last` that shares the most leading tokens with `rest`, and how many. Else (None, 0)."""
-        best, most = None, 0
-        for child in last.all_children():
+        best, most = None, (0, 0)
+        for number, (shared, child) in enumerate(last.children.near(rest)):
+            if shared < most[0] or most == (shared, shared) or number == MOST_TIES:
+                break
             usable = child.length if child.is_prefix(accepts) else child.exact if child.in_place else 0
-            shared = min(usable, common_prefix(child.key, rest))
-            if shared and (best is None or (shared, child.exact) > (most, best.exact)):
-                best, most = child, shared
-        return best, most
+            shared = min(usable, shared)
+            if (shared, min(child.exact, shared)) > most:
+                best, most = child, (shared, min(child.exact, shared))
+        return best, most[0]
 
     def check(self) -> None:
         """Raise AssertionError unless pages, nodes and links agree with each other."""
         for page, node in enumerate(self.node_of):
             assert node is None or page in node.pages
-        assert self.num_tokens == sum(node.length for node in self.node_of if node is not None)
-        assert self.num_approximate == sum(node.length - node.exact for node in self.approximate)
         for node in self.live_nodes():
             assert all(self.node_of[page] is node for page in node.pages)
             assert len(set(node.pages)) == len(node.pages)
@@ -346,18 +324,21 @@ class PageTree:
             assert node.sharable == (node.in_place and node.exact == self.page_size)
             assert node.sharable or len(node.pages) == 1
             assert node not in self.approximate or (node.in_place and node.exact < node.length)
+        assert self.num_tokens == sum(node.length for node in self.node_of if node is not None)
+        assert self.num_approximate == sum(node.length - node.exact for node in self.approximate)
+        for node in self.live_nodes():
             self._check_links(node)
         assert all(root.children and not root.pages for root in self.roots.values())
 
     def _check_links(self, node: Node) -> None:
-        for key, same_key in node.children.items():
-            assert same_key
-            assert all(child.parent is node and child.key == key for child in same_key)
-            assert not any(child.sharable for child in same_key[1:])
+        node.children.check()
+        for child in node.children:
+            assert child.parent is node
+            assert child in node.children.of(child.key)
         parent = node.parent
         if parent is None:
             return
-        assert node in parent.children[node.key]
+        assert node in parent.children.of(node.key)
         assert parent.namespace == node.namespace
         if parent.pages:
             assert node.start == parent.start + self.page_size

@@ -85,7 +85,7 @@ class WindowIndex:
         """Offset and hash of each window of an indexed node."""
         return [(i * WINDOW, value) for i, value in enumerate(node.hashes)]
 
-    def _places(self, node: Node, offset: int) -> dict[int, dict[tuple[Node, int], None]]:
+    def _table_of(self, node: Node, offset: int) -> dict[int, dict[tuple[Node, int], None]]:
         return self._exact if offset + WINDOW <= node.exact else self._approximate
 
     def _count(self, hashes: Sequence[int], step: int) -> None:
@@ -110,14 +110,14 @@ class WindowIndex:
         # earliest place in the sequence, which has the most stored tokens behind it.
         for node in reversed(nodes):
             for offset, value in reversed(self._windows_of(node)):
-                self._places(node, offset).setdefault(value, {})[node, offset] = None
+                self._table_of(node, offset).setdefault(value, {})[node, offset] = None
         self._count([value for node in nodes for value in node.hashes], 1)
 
     def remove(self, nodes: Sequence[Node]) -> None:
         """Remove indexed nodes from the index."""
         for node in nodes:
             for offset, value in self._windows_of(node):
-                places = self._places(node, offset)
+                places = self._table_of(node, offset)
                 del places[value][node, offset]
                 if not places[value]:
                     del places[value]
@@ -137,8 +137,12 @@ class WindowIndex:
 
     def candidates(self, value: int) -> Iterator[tuple[Node, int]]:
         """At most 16 places with this hash: exact ones before approximate ones, and in each the newest first."""
+        return itertools.islice(self.places(value), MAX_CANDIDATES)
+
+    def places(self, value: int) -> Iterator[tuple[Node, int]]:
+        """All places with this hash, in the order of `candidates`."""
         exact, approximate = self._exact.get(value, {}), self._approximate.get(value, {})
-        return itertools.islice(itertools.chain(reversed(exact), reversed(approximate)), MAX_CANDIDATES)
+        return itertools.chain(reversed(exact), reversed(approximate))
 
     def check(self, nodes: Sequence[Node]) -> None:
         """Raise AssertionError unless the windows of these nodes are indexed, and no others."""

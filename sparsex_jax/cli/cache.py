@@ -24,6 +24,7 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.report import Report, make_report
+from sparsex_jax.text.chat import document
 from sparsex_jax.text.encoding import encode
 
 
@@ -78,7 +79,7 @@ def run(
     cache = PageCache(config.num_pages, config.page_size, config.frozen_limit)
     names = {}
     for path, donor in zip(files, donors, strict=True):
-        tokens = encode(donor, tokenizer, checkpoint.config, add_special_tokens=False)
+        tokens = encode(document(donor, tokenizer), tokenizer, checkpoint.config, add_special_tokens=False)
         names[remember(cache, tokens, namespace)] = path.name
     tokens = encode(as_prompt(text, tokenizer, chat), tokenizer, checkpoint.config, add_special_tokens=True)
     dry = look_up(cache, names, tokens, namespace, settings, checkpoint.config.num_layers)

@@ -152,6 +152,9 @@ def serve(
             show_default="as many as the store holds",
         ),
     ] = None,
+    frozen_limit: Annotated[
+        float, typer.Option(help="Share of the store that knowledge may fill. More is refused (507).")
+    ] = 0.5,
     max_tokens: Annotated[int, typer.Option(help="New tokens that a request gets at most.")] = 4096,
     max_body_bytes: Annotated[int, typer.Option(help="Bytes in a request's body. Larger ones are refused (413).")] = 4
     << 20,
@@ -198,6 +201,7 @@ def serve(
                 max_num_seqs=max_num_seqs,
                 max_waiting=max_waiting,
                 healing=healing,
+                frozen_limit=frozen_limit,
             ),
             Limits(
                 max_body_bytes=max_body_bytes,

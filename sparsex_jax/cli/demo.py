@@ -138,7 +138,7 @@ def remember_documents(engine: Engine, namespace: str, bar: Progress) -> dict[st
     opening = render(engine.tokenizer, INSTRUCTION).partition(INSTRUCTION)[0] + INSTRUCTION
     texts = {"instruction": opening} | DOCUMENTS
     for text in bar.track(texts.values(), description="Remembering documents"):
-        engine.remember(text, namespace=namespace)
+        engine.remember(text, namespace=namespace, allow_control_tokens=True)  # which the beginning of a chat has
     return {name: len(_encode(engine.tokenizer, text)) for name, text in texts.items()}
 
 

@@ -30,6 +30,7 @@ class EngineChoice:
     max_prefill_seqs: int = EngineConfig.max_prefill_seqs
     max_waiting: int = EngineConfig.max_waiting
     healing: float = EngineConfig.healing
+    frozen_limit: float = EngineConfig.frozen_limit
 
     def load(self) -> Engine:
         keep_on_disk()
@@ -43,6 +44,7 @@ class EngineChoice:
                 max_prefill_seqs=self.max_prefill_seqs,
                 max_waiting=self.max_waiting,
                 healing=self.healing,
+                frozen_limit=self.frozen_limit,
             )
 
 

@@ -25,7 +25,8 @@ class EngineConfig:
         plan. None: what the second smallest plan holds, 4 times the rows that go through a layer at a time.
       chunk_rows: rows that go through a layer at a time; None takes what suits the platform.
       decode_steps: tokens generated per dispatch before the host looks.
-      frozen_limit: share of the store that pinned and frozen pages may fill before frozen entries go.
+      frozen_limit: share of the store that frozen texts may fill; more are refused. Requests have the rest of it, and
+        what frozen texts do not take.
       max_waiting: requests of a server that may wait; more are refused.
       max_overtakes: how many younger sequences may pass one that waits for pages.
       healing: share of a server's idle time in which approximate KV is made exact; 0 leaves it as it is.
@@ -44,7 +45,7 @@ class EngineConfig:
     prefill_tokens: int | None = None
     chunk_rows: int | None = None
     decode_steps: int = 16
-    frozen_limit: float = 0.9
+    frozen_limit: float = 0.5
     max_waiting: int = 256
     max_overtakes: int = 16
     healing: float = 0.5

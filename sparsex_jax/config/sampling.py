@@ -55,6 +55,9 @@ class SamplingParams:
       allowed_token_ids: only these tokens can be drawn; None allows all.
       include_stop: the text has the stop string, or the token, that ended it.
       skip_special_tokens: the text has no special tokens.
+      shown_token_ids: special tokens that the text has all the same, such as those that mark the calls of tools.
+      ends_where_full: the answer ends before max_new_tokens where frozen texts leave no room for more. Otherwise a
+        request that has no room for all of them is refused.
 
     Temperature and filters come after bias and penalties, in the order min_p, top_k, top_p; each sees what the one
     before it left. This is what vLLM does.
@@ -78,11 +81,14 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     include_stop: Flag = False
     skip_special_tokens: Flag = True
+    shown_token_ids: tuple[int, ...] = ()
+    ends_where_full: Flag = False
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         given |= {"stop": _stops(self.stop), "logit_bias": _bias(self.logit_bias)}
-        given |= {"stop_token_ids": _token_ids("stop_token_ids", self.stop_token_ids)}
+        for name in ("stop_token_ids", "shown_token_ids"):
+            given[name] = _token_ids(name, given[name])
         require(
             len(given["stop_token_ids"]) <= MAX_STOP_TOKENS,
             f"stop_token_ids has {len(given['stop_token_ids'])} entries; the limit is {MAX_STOP_TOKENS}",

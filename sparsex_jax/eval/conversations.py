@@ -35,6 +35,7 @@ from jaxtyping import Int32
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import lexicon, notes
 from sparsex_jax.eval.tasks import noise_sentences
+from sparsex_jax.text.chat import Chat
 from sparsex_jax.text.encoding import encode_chat
 
 Message = dict[str, str]
@@ -471,4 +472,4 @@ def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> In
     Raises:
       InvalidRequestError: the tokenizer has no chat template.
     """
-    return np.asarray(encode_chat(messages, tokenizer), np.int32)
+    return np.asarray(encode_chat(Chat(messages), tokenizer), np.int32)

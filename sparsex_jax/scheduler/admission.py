@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
@@ -17,10 +18,10 @@ from collections.abc import Sequence as Several
 import numpy as np
 from jaxtyping import Bool
 
-from sparsex_jax.cache import Match, PageCache
+from sparsex_jax.cache import Forgotten, Match, PageCache
 from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
-from sparsex_jax.errors import ContextLengthError, InvalidRequestError, StoreFullError
+from sparsex_jax.errors import ContextLengthError, InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.prompt import PromptMap
@@ -99,6 +100,7 @@ class Admission:
         Raises:
           InvalidRequestError: the method does not take this prompt.
           StoreFullError: there are not enough pages now. Nothing is held.
+          NoRoomError: there will not be either, unless something frozen is forgotten.
         """
         method = _method(reuse, sequence.namespace)
         match = self.cache.lookup(
@@ -112,7 +114,8 @@ class Admission:
         )
         try:
             plan = self.choice.plan(tokens, match, method)
-            pages, copy_pages = self._take_pages(plan.pages, slots, sequence.num_copied)
+            self._require_room(sequence, plan.pages)
+            pages, copy_pages = self._take_pages(plan.pages, self._pages_wanted(sequence, slots, plan.pages), sequence)
         except BaseException:
             self.cache.unpin(match)
             raise
@@ -126,10 +129,33 @@ class Admission:
         """Count what was found of a prompt. Once, when its prefill is reported, however often it was admitted."""
         self._counts.found(sequence.found)
 
-    def _take_pages(self, shared: Several[int], slots: int, num_copied: int) -> tuple[list[int], list[int]]:
-        """The shared prefix pages with new ones behind them, and the copy pages."""
-        num_own = self.pages_for(slots) - len(shared)
-        new = self.cache.allocate(num_own + self.pages_for(num_copied))
+    def _require_room(self, sequence: Sequence, shared: Several[int]) -> None:
+        """Raise NoRoomError if frozen texts leave too little of the store for a sequence that shares these pages.
+
+        One that has a part of its answer needs no room for more: it ends there if it must. So may one that says so.
+        """
+        output = sequence.output
+        slots = sequence.slots(1) if output.token_ids or output.sampling.ends_where_full else sequence.most_slots
+        own = self.pages_for(slots) + self.pages_for(sequence.num_copied) - self.cache.num_frozen_of(shared)
+        if own > self.cache.num_beside_frozen:
+            raise NoRoomError(
+                f"the request needs {own} pages of {self._config.page_size} tokens of its own, and frozen texts leave "
+                f"{self.cache.num_beside_frozen} of {self._config.num_pages}"
+            )
+        if sequence.remember and sequence.remember.frozen:
+            text = self.pages_for(len(sequence.prompt) - sequence.remember.start)
+            self.cache.require_frozen_room(shared, text - len(shared) if not sequence.num_copied else text)
+
+    def _pages_wanted(self, sequence: Sequence, slots: int, shared: Several[int]) -> int:
+        """Pages for this many slots, or for the next token alone where frozen texts can never leave more."""
+        copied = self.pages_for(sequence.num_copied)
+        most = self.cache.num_beside_frozen + self.cache.num_frozen_of(shared) - copied
+        return min(self.pages_for(slots), max(self.pages_for(sequence.slots(1)), most))
+
+    def _take_pages(self, shared: Several[int], wanted: int, sequence: Sequence) -> tuple[list[int], list[int]]:
+        """The shared prefix pages with new ones behind them, `wanted` together, and the copy pages."""
+        num_own = wanted - len(shared)
+        new = self.cache.allocate(num_own + self.pages_for(sequence.num_copied))
         self.cache.share(shared)
         return [*shared, *new[:num_own]], new[num_own:]
 
@@ -170,13 +196,33 @@ class Admission:
         made_by = sequence.reuse
         self.cache.commit(sequence.pages, tokens, sequence.namespace, exact_tokens=exact, made_by=made_by)
 
-    def register(self, sequence: Sequence) -> int:
-        """Keep what was prefilled as its `remember` says, and return the handle."""
+    def remembered(self, sequence: Sequence) -> int | None:
+        """The handle of the same text behind the same preamble, which is frozen from now on if this one is to be.
+
+        None if it was not remembered, or is gone. Raises StoreFullError as `register`.
+        """
         assert sequence.remember is not None
+        entry = self.cache.entry_of(sequence.namespace, _content(sequence))
+        if entry is None:
+            return None
+        if sequence.remember.frozen:
+            self.cache.freeze(entry.handle)
+        return entry.handle
+
+    def register(self, sequence: Sequence) -> int:
+        """Keep what was prefilled as its `remember` says, and return the handle.
+
+        Raises:
+          StoreFullError: frozen texts would fill more of the store than they may.
+        """
+        assert sequence.remember is not None
+        if (known := self.remembered(sequence)) is not None:  # it came twice at the same time
+            return known
         start, tokens = sequence.remember.start, sequence.prompt[sequence.remember.start :]
         pages = sequence.copy_pages if start else sequence.pages
         self.cache.commit(pages, tokens, sequence.namespace, exact_tokens=len(tokens), start=start)
-        return self.cache.register(pages, len(tokens), sequence.namespace, frozen=sequence.remember.frozen)
+        frozen, content = sequence.remember.frozen, _content(sequence)
+        return self.cache.register(pages, len(tokens), sequence.namespace, frozen, content)
 
     # Going out ----------------------------------------------------------------------------------------------
 
@@ -221,20 +267,28 @@ class Admission:
         self.leave(sequence)
         sequence.finish(reason, error)
 
-    def forget(self, handle: int) -> None:
-        """Stop serving what a handle stands for.
+    def forget(self, handle: int) -> Forgotten:
+        """Stop serving what a handle stands for, and the copies of it in other prompts.
 
         Sequences that found some of it go on, but what they have not committed yet is not kept: it would bring the
         text back, in the pages that they share with it or in copies of them. Raises UnknownHandleError.
         """
-        gone = self.cache.forget(handle)
+        forgotten = self.cache.forget(handle)
         for sequence in self._holders:
-            sequence.forgotten |= not sequence.donors.isdisjoint(gone)
+            used = sequence.donors.union(sequence.pages)
+            sequence.forgotten |= not used.isdisjoint(forgotten.pages)
         self.releases += 1
+        return forgotten
 
     def check_books(self) -> None:
         """Raise AssertionError unless sequences hold what the cache says. For tests: it walks the whole store."""
         self.cache.check([page for one in self._holders for page in (*one.pages, *one.copy_pages)])
+
+
+def _content(sequence: Sequence) -> bytes:
+    """A digest of the text to remember, its preamble, and where one ends and the other begins."""
+    assert sequence.remember is not None
+    return hashlib.sha256(sequence.remember.start.to_bytes(8) + sequence.prompt.tobytes()).digest()
 
 
 def _method(reuse: ReuseConfig, namespace: str) -> Method:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from sparsex_jax.config import SamplingParams
 from sparsex_jax.device.sampling import NON_FINITE, Logprobs, Sampled
@@ -36,6 +36,7 @@ class Generation:
 
     Attributes:
       text: the new text, without special tokens and without what ended it, if `SamplingParams` does not ask for them.
+        It is what stands behind the prompt: where words carry the space before them, it may begin with one.
       token_ids: the new tokens, the end token included if one came.
       finish_reason: `stop` (an end token, a stop token or a stop string) or `length` (max_new_tokens).
       logits: float32 `[vocab]` of the first token, if they were asked for.
@@ -85,9 +86,14 @@ class Output:
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: str | None = None
-        self._detokenizer = _detokenizer(sampling, tokenizer) if tokenizer is not None else None
+        self._detokenizer = _detokenizer(sampling, end_tokens, tokenizer) if tokenizer is not None else None
         self._text: list[str] = []  # in the pieces that became certain together
         self._num_told = 0  # pieces that `new_text` has returned
+
+    def follow(self, prompt: Int32[np.ndarray, "tokens"]) -> None:
+        """Make the text one that stands behind this prompt. Call it before the first token comes."""
+        if self._detokenizer is not None:
+            self._detokenizer.follow(prompt.tolist())
 
     def extend(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> None:
         """Take new tokens up to the one that ends the sequence; those behind it are dropped.
@@ -132,6 +138,12 @@ class Output:
             may_stop = len(self.token_ids) > self.sampling.min_new_tokens
             self._text.append(self._detokenizer.push(token, may_stop=may_stop))
 
+    def cut(self) -> None:
+        """End it here: there is no room for more."""
+        self.finish_reason = "length"
+        if self._detokenizer is not None:
+            self._text.append(self._detokenizer.finish())
+
     @property
     def text(self) -> str:
         """All of it that is certain: no half character, and nothing that may begin a stop string."""
@@ -148,10 +160,12 @@ def _token_logprobs(token: int, logprobs: Logprobs, step: int, number: int) -> T
     return TokenLogprobs(token, float(logprobs.chosen[step]), tuple(zip(top_ids, top, strict=True)))
 
 
-def _detokenizer(sampling: SamplingParams, tokenizer: Any) -> Detokenizer:
+def _detokenizer(sampling: SamplingParams, end_tokens: Sequence[int], tokenizer: Any) -> Detokenizer:
     return Detokenizer(
         tokenizer,
         sampling.stop,
+        end_tokens=end_tokens,
+        shown_tokens=sampling.shown_token_ids,
         include_stop=sampling.include_stop,
         skip_special_tokens=sampling.skip_special_tokens,
     )

@@ -22,15 +22,20 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsex_jax.config import EngineConfig, ReuseConfig
-from sparsex_jax.errors import InvalidRequestError, StoreFullError
+from sparsex_jax.errors import InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.planner import Shapes
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.chunks import layers_within, stages
 from sparsex_jax.scheduler.sequence import Sequence, State
+from sparsex_jax.scheduler.sharing import Offer
 
 FEW_STEPS = 4  # tokens a dispatch while some sequence waits for a prefill
 # A dispatch of more tokens should not take longer: who comes meanwhile waits for its end. It matters on slow devices.
 MOST_SECONDS = 0.2
+# What the host looks at in a round does not grow with the line: so many that find no pages, and so many comparisons of
+# one that waits with one that is being prefilled. Who is not looked at has its turn in one of the next rounds.
+MOST_TRIED = 16
+MOST_COMPARED = 32
 
 
 class DecodeBatch(NamedTuple):
@@ -103,10 +108,21 @@ class Policy:
         return min(FEW_STEPS, most)
 
     def _grow(self, steps: int) -> None:
-        """Take pages for the tokens to come, the oldest first. Where there are none, the youngest makes room."""
+        """Take pages for the tokens to come, the oldest first. Where there are none, the youngest makes room.
+
+        If the only one that runs finds none, texts that were frozen since it came have them, and its answer ends here.
+        """
         for sequence in self.of_state(State.DECODING):
             while sequence.state is State.DECODING and not self._admission.grow(sequence, steps):
-                self._preempt(self.running[-1])
+                if self.running == [sequence]:
+                    self._end_here(sequence)
+                else:
+                    self._preempt(self.running[-1])
+
+    def _end_here(self, sequence: Sequence) -> None:
+        sequence.output.cut()
+        self._admission.commit(sequence)
+        self._admission.finish(sequence, "length")
 
     def _preempt(self, sequence: Sequence) -> None:
         self._admission.preempt(sequence)
@@ -118,11 +134,16 @@ class Policy:
     def _admit(self) -> None:
         """The oldest first. A younger one passes those that wait for pages, or for what another computes."""
         blocked: list[Sequence] = []
+        compared = 0
         for sequence in self.of_state(State.WAITING):
             full = len(self.running) >= self.max_num_seqs
             if full or any(older.overtaken >= self._config.max_overtakes for older in blocked):
                 return
-            if self._is_being_computed(sequence):
+            if compared >= MOST_COMPARED or len(blocked) == MOST_TRIED:
+                return
+            offers = self._offers_to(sequence)
+            compared += sum(not sequence.wanted.knows(offer) for offer in offers)
+            if any(sequence.wanted.shares(offer) for offer in offers):
                 continue
             self._try_to_admit(sequence)
             if sequence.state is State.WAITING:
@@ -131,17 +152,17 @@ class Policy:
                 for older in blocked:
                     older.overtaken += 1
 
-    def _is_being_computed(self, sequence: Sequence) -> bool:
-        """Whether an older sequence computes a long run of its tokens now. Each waits for older ones only, so the
-        oldest never waits."""
-        return any(
-            other.id < sequence.id
+    def _offers_to(self, sequence: Sequence) -> list[Offer]:
+        """What older sequences compute now. It waits for one that shares a long run of its tokens. Each waits for older
+        ones only, so the oldest never waits."""
+        return [
+            other.offer
+            for other in self.of_state(State.PREFILLING)
+            if other.id < sequence.id
             and other.keep
             and other.namespace == sequence.namespace
-            and sequence.wanted.shares(other.offer)
-            for other in self.of_state(State.PREFILLING)
-            if other.offer is not None
-        )
+            and other.offer is not None
+        ]
 
     def _may_find_pages(self, sequence: Sequence) -> bool:
         return sequence.blocked_at != self._admission.releases
@@ -151,21 +172,31 @@ class Policy:
         if not self._may_find_pages(sequence) and self.running:
             return
         try:
+            sequence.handle = self._admission.remembered(sequence) if sequence.remember else None
+            if sequence.handle is not None:
+                self._admission.finish(sequence, "length")
+                return
             try:
                 self._admit_with(sequence, *sequence.to_prefill())
+            except NoRoomError:
+                raise
             except StoreFullError:
                 sequence.blocked_at = self._admission.releases
                 if not self.running:
-                    self._admit_without_reuse(sequence)
+                    self._admit_without_donors(sequence)
         except Exception as error:
             self._admission.finish(sequence, "error", error)
 
-    def _admit_without_reuse(self, sequence: Sequence) -> None:
+    def _admit_without_donors(self, sequence: Sequence) -> None:
         """The sequence has the store to itself, and still there are not enough pages.
 
-        It can only be for what it shares: one page of a frozen entry in use keeps all others of it. So it shares none.
+        It can only be for what it would copy, since donors stay until they are copied. So it takes a prefix only; or
+        nothing, if the page that the prefix ends in is one too many.
         """
-        self._admit_with(sequence, sequence.tokens, ReuseConfig(method="full"))
+        try:
+            self._admit_with(sequence, sequence.tokens, ReuseConfig(method=sequence.exact_method))
+        except StoreFullError:
+            self._admit_with(sequence, sequence.tokens, ReuseConfig(method="full"))
 
     def _admit_with(self, sequence: Sequence, tokens: np.ndarray, reuse: ReuseConfig) -> None:
         self._admission.admit(sequence, tokens, sequence.slots(1 + self._config.decode_steps), reuse)

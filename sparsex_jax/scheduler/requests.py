@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int32
@@ -14,20 +14,34 @@ from sparsex_jax.errors import ContextLengthError, InvalidRequestError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.output import Output
 from sparsex_jax.scheduler.sequence import Remember, Sequence
+from sparsex_jax.text.chat import document
+from sparsex_jax.text.control_tokens import MarkedText
 from sparsex_jax.text.encoding import Prompt, encode
+from sparsex_jax.text.end_tokens import end_token_ids
 
 
 class Requests:
     """Makes sequences. From any thread.
 
     Attributes:
-      tokenizer: a transformers tokenizer, or None for token ids only.
+      end_tokens: what ends an answer, by the model's configuration and the tokenizer.
       reuse: of a request that names none.
     """
 
     def __init__(self, model: ModelConfig, tokenizer: Any | None, admission: Admission, reuse: ReuseConfig) -> None:
-        self._model, self.tokenizer, self._admission, self.reuse = model, tokenizer, admission, reuse
+        self._model, self._admission, self.reuse = model, admission, reuse
+        self.tokenizer = tokenizer
         self._tokenizing = threading.Lock()  # fast tokenizers are not made for several threads
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """A transformers tokenizer, or None for token ids only."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any | None) -> None:
+        self._tokenizer = tokenizer
+        self.end_tokens = end_token_ids(self._model.eos_token_ids, tokenizer, self._model.vocab_size)
 
     def generation(
         self,
@@ -53,6 +67,7 @@ class Requests:
         sampling.check_vocabulary(self._model.vocab_size)
         output = self._output(sampling)
         tokens = self.encode(prompt, sampling.max_new_tokens)
+        output.follow(tokens)
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def prefill(
@@ -64,12 +79,21 @@ class Requests:
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def remember(
-        self, prompt: Prompt, *, namespace: str, frozen: bool, preamble: Prompt | None, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        namespace: str,
+        frozen: bool,
+        preamble: Prompt | None,
+        allow_control_tokens: bool = False,
+        **options: Any,
     ) -> Sequence:
         """A sequence whose prompt is registered once it is prefilled. Arguments and errors as `Engine.remember`."""
         started = time.perf_counter()
         _require_type("frozen", frozen, bool)
-        text = self.encode(prompt, add_special_tokens=False)
+        is_document = isinstance(prompt, str) and not allow_control_tokens
+        said = document(cast(str, prompt), self.tokenizer) if is_document else prompt
+        text = self.encode(said, add_special_tokens=False)
         before = text[:0] if preamble is None else self.encode(preamble)
         length, limit = len(before) + len(text), self._model.max_position
         if length > limit:
@@ -84,7 +108,7 @@ class Requests:
         return self._checked(Sequence(tokens, output, exact, namespace, keep, started, remember=asked, **options))
 
     def encode(
-        self, prompt: Prompt, new_tokens: int = 0, *, add_special_tokens: bool = True
+        self, prompt: Prompt | MarkedText, new_tokens: int = 0, *, add_special_tokens: bool = True
     ) -> Int32[np.ndarray, "tokens"]:
         """A prompt as token ids. Raises InvalidRequestError if it is none, or too long with `new_tokens`."""
         with self._tokenizing:
@@ -98,7 +122,7 @@ class Requests:
         return tokens
 
     def _output(self, sampling: SamplingParams | None) -> Output:
-        return Output(sampling, self._model.eos_token_ids, self.tokenizer)
+        return Output(sampling, self.end_tokens, self.tokenizer)
 
     def _method(self, reuse: ReuseConfig | None) -> ReuseConfig:
         return self.reuse if reuse is None else reuse

@@ -251,8 +251,12 @@ class Sequence:
         """
         if not self.output.token_ids or self.approximate:
             return self.prompt, ReuseConfig(method="full") if self.from_scratch else self.reuse
-        exact = "prefix" if self.reuse.uses_prefix and not self.from_scratch else "full"
-        return self.tokens, ReuseConfig(method=exact)
+        return self.tokens, ReuseConfig(method=self.exact_method)
+
+    @property
+    def exact_method(self) -> str:
+        """The method that reuses what it may of its own reuse, and only what is exact."""
+        return "prefix" if self.reuse.uses_prefix and not self.from_scratch else "full"
 
     def admit(self, plan: RequestPlan, match: Match, num_shared: int, copy_pages: list[int]) -> None:
         """It holds the pages of the plan, and has pinned what it found."""

@@ -26,6 +26,10 @@ class Wanted:
         self._tokens, self._reuse = tokens, reuse
         self._known: weakref.WeakKeyDictionary[Offer, bool] = weakref.WeakKeyDictionary()
 
+    def knows(self, offer: Offer) -> bool:
+        """Whether `shares` has been found out, so that asking again costs nothing."""
+        return offer in self._known
+
     def shares(self, offer: Offer) -> bool:
         """Whether enough of the offer is of use for waiting to pay. Asked each round, found out once."""
         if offer not in self._known:
@@ -34,8 +38,14 @@ class Wanted:
 
     def _shared_tokens(self, offer: Offer) -> int:
         if self._reuse.uses_segments:
-            return WINDOW * int(np.isin(offer.windows, self._windows).sum())
+            return WINDOW * self._num_common_windows(offer)
         return self._common_prefix(offer) - offer.num_prefix if self._reuse.uses_prefix else 0
+
+    def _num_common_windows(self, offer: Offer) -> int:
+        if len(self._windows) == 0:
+            return 0
+        places = np.searchsorted(self._windows, offer.windows)
+        return int((self._windows.take(places, mode="clip") == offer.windows).sum())
 
     def _common_prefix(self, offer: Offer) -> int:
         size = min(len(self._tokens), len(offer.exact))
@@ -43,8 +53,8 @@ class Wanted:
 
     @functools.cached_property
     def _windows(self) -> UInt64[np.ndarray, "offsets"]:
-        """The hash of the window at every offset."""
-        return window_hashes(self._tokens, _SALT)
+        """The hashes of the windows at all offsets, sorted once, so that each offer is looked up quickly."""
+        return np.sort(window_hashes(self._tokens, _SALT))
 
 
 class Offer:

@@ -57,7 +57,7 @@ def _measure(loop: Loop) -> None:
 
 def _decode(loop: Loop, number: int) -> None:
     """A dispatch of this many sequences. They share one page, and all write the same into it."""
-    runner, ends = loop.runner, loop.runner.model.eos_token_ids
+    runner, ends = loop.runner, loop.requests.end_tokens
     with loop.admission.lend(2) as pages:
         slot = BatchSlot([0], [0], SamplingParams(max_new_tokens=2), ends, pages)
         state = decode_state([slot] * number, runner.shapes.max_pages, runner.model.vocab_size)

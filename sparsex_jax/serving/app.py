@@ -40,7 +40,7 @@ from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, ReplyFormat
 from sparsex_jax.serving.reply import Extent, Reply
 from sparsex_jax.serving.request_log import RequestLog
-from sparsex_jax.serving.tools import reader_for
+from sparsex_jax.serving.tools import reader_of
 from sparsex_jax.serving.transport import EventStream, unless_disconnected
 from sparsex_jax.serving.worker import Job, Stream, TimeLimitError, Worker
 from sparsex_jax.text.token_text import TokenText
@@ -98,8 +98,8 @@ class Service:
             self._check_model(body.model)
             stream = await held.enter_async_context(self.stream(exchange))
             place = held.enter_context(self.line.place(tenant))
-            headers = await stream.before_jobs(self.in_background(extras.headers_of, body))
-            jobs = await stream.before_jobs(self.in_background(intake, body, tenant))
+            checked = self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
+            headers, jobs = await stream.before_jobs(checked)
             place.grow(len(jobs) - 1)
             pieces = (
                 await self.in_background(self.intake.pieces, jobs[:: body.n or 1]) if body.return_token_map else None
@@ -205,12 +205,13 @@ def create_app(
     app.state.service = service
     app.include_router(router)
     app.include_router(public)
-    routes = [*router.routes, *public.routes]
+    routes = (*router.routes, *public.routes)
     service.metrics.expect(route.path for route in routes if isinstance(route, Route))
     app.mount("/page", StaticFiles(directory=PAGE))
-    app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
     app.add_middleware(HeadAsGet)
     allow_origins(app, allowed_origins)
+    # Around all others, so that every response has its id and is counted: preflights and what failed too.
+    app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
     faults.install(app)
     return app
 
@@ -267,7 +268,7 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
         return ChatFormat(
             service.texts,
             bool(body.logprobs),
-            reader_for(tokenizer and tokenizer.chat_template, body.offered_tools or ()),
+            reader_of(tokenizer, body),
             names_are_ids=bool(body.return_tokens_as_token_ids),
             one_call=body.parallel_tool_calls is False,
         )

@@ -65,10 +65,10 @@ class Exchange:
         """The path of the route that took the request."""
         return getattr(self._scope.get("route"), "path", OTHER)
 
-    def submitted(self, ticket: Ticket) -> None:
-        """A job is in line. Also from the worker's thread, in a call that the event loop's thread awaits."""
+    def submitted(self, ticket: Ticket, opened_s: float) -> None:
+        """A job is submitted. Also from the worker's thread, in a call that the event loop's thread awaits."""
         self.tickets.append(ticket)
-        self._jobs.append(Progress())
+        self._jobs.append(Progress(opened_s))
 
     def heard(self, number: int, event: Event) -> None:
         """Take an event of a job, in the order of submission."""

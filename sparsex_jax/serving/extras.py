@@ -80,14 +80,9 @@ REFUSED: Mapping[str, Refusal] = {
     "include_reasoning": Refusal("what a model thinks is part of its text", (True,)),
     "separate_reasoning": Refusal("what a model thinks is part of its text", (False,)),
     "verbosity": Refusal("a model's verbosity cannot be set", ("medium",)),
-    # The older form of tools, and changes to the chat template.
+    # The older form of tools.
     "functions": Refusal("use tools", ([],)),
     "function_call": Refusal("use tool_choice", ("none",)),
-    "chat_template": Refusal("the model's own template is used"),
-    "chat_template_kwargs": Refusal("the chat template gets no arguments", ({},)),
-    "continue_final_message": Refusal("the answer is a message of its own", (False,)),
-    "add_generation_prompt": Refusal("the answer is a message of its own", (True,)),
-    "documents": Refusal("put documents into messages", ([],)),
 }
 
 # For the operator's books, for speed, or about what is not there: the answer is the same.
@@ -118,7 +113,7 @@ def headers_of(body: Generate) -> dict[str, str]:
     names = _ignored(body)
     if not names:
         return {}
-    shown = ", ".join(urllib.parse.quote(_short(name), safe=" .[]") for name in names[:_MOST_NAMES])
+    shown = ", ".join(map(_in_header, names[:_MOST_NAMES]))
     shown += f", and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return {
         "X-Sparsex-Ignored-Fields": shown,
@@ -157,6 +152,11 @@ def _refuse(name: str, value: Any) -> bool:
     if value is not None and not any(type(value) is type(each) and value == each for each in refusal.neutral):
         raise RequestError(f"{name} is not supported: {refusal.why}", param=name, code="unsupported_parameter")
     return True
+
+
+def _in_header(name: str) -> str:
+    """Only characters that any header may have."""
+    return urllib.parse.quote(_short(name), safe=".[]", errors="replace") or "''"
 
 
 def _short(name: str) -> str:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from sparsex_jax.errors import (
     ContextLengthError,
     InvalidRequestError,
+    NoRoomError,
     OverloadedError,
     SparsexError,
     StoreFullError,
@@ -135,7 +136,9 @@ def _validation(error: Any) -> Fault:
     if worst["type"] == "json_invalid":
         return _no_json(worst)
     param = _field(worst["loc"])
-    if param is None:
+    if worst["type"] == "too_many_fields":
+        message = f"{param or 'the body'}: {worst['msg']}"
+    elif param is None:
         message = "the body must be a JSON object, sent as application/json"
     else:
         message = f"{param}: {worst['msg']}"
@@ -175,6 +178,7 @@ _DESCRIPTIONS: tuple[tuple[type[BaseException], Any], ...] = (
     (OverloadedError, _later(503, "overloaded")),
     (DrainingError, _later(503, "draining")),
     (OutOfServiceError, _later(503, "draining")),
+    (NoRoomError, _as(400, "invalid_request_error", "context_length_exceeded")),
     (StoreFullError, _later(503, "store_full")),
     (TimeLimitError, _as(504, "timeout_error", "time_limit")),
     (ContextLengthError, _as(400, "invalid_request_error", "context_length_exceeded")),
@@ -187,7 +191,12 @@ def install(app: FastAPI) -> None:
 
     async def answer(request: Request, error: Exception) -> Response:
         fault = fault_of(error)
-        return dataclasses.replace(fault, allow=allowed(request) if fault.status == 405 else None).response()
+        if fault.status == 405:
+            fault = dataclasses.replace(fault, allow=allowed(request))
+        if fault.code == "not_found":
+            message = f"there is no {request.url.path} here; /openapi.json lists what there is"
+            fault = dataclasses.replace(fault, message=message)
+        return fault.response()
 
     for kind in (SparsexError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

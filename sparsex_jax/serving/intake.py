@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,10 @@ from sparsex_jax.serving.access import Limits, Tenant
 from sparsex_jax.serving.faults import RequestError
 from sparsex_jax.serving.lengths import Lengths
 from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Generate, KnowledgeRequest, Message
+from sparsex_jax.serving.tools import marker_ids
 from sparsex_jax.serving.worker import Job
+from sparsex_jax.text.chat import Chat, document, render
+from sparsex_jax.text.control_tokens import MarkedText
 from sparsex_jax.text.encoding import Prompt, encode
 from sparsex_jax.text.tokenizer import token_pieces
 
@@ -48,28 +51,25 @@ class Intake:
             max_completion_tokens=request.max_completion_tokens,
             max_tokens=request.max_tokens,
         )
-        text = self._render(request.messages, request.offered_tools)
-        tokens = self._prompt(request, text, "messages", named, special=False)
+        tokens = self._prompt(request, self._render(request), "messages", named, special=False)
         most = self.lengths.new_tokens(len(tokens), named, None, "messages")
-        return self._jobs(request, tenant, tokens, self._sampling(request, most, _chat_logprobs(request)))
+        sampling = self._sampling(request, most, named is not None, _chat_logprobs(request))
+        if request.offered_tools:
+            sampling = dataclasses.replace(sampling, shown_token_ids=marker_ids(self._engine.tokenizer))
+        return self._jobs(request, tenant, tokens, sampling)
 
     def completion(self, request: CompletionRequest, tenant: Tenant) -> list[Job]:
         """A job for each answer to each prompt. Raises RequestError or InvalidRequestError if a field is wrong."""
         prompts = split_prompts(request.prompt)
         self._check_number(request, len(prompts))
-        if request.best_of not in (None, request.n or 1):
-            raise RequestError(
-                f"best_of={request.best_of} is not supported: all answers are returned, so it must be n, "
-                f"which is {request.n or 1}",
-                param="best_of",
-                code="unsupported_parameter",
-            )
         named = _first_given(max_tokens=request.max_tokens)
         encoded = [self._prompt(request, prompt, "prompt", named, special=True) for prompt in prompts]
         jobs: list[Job] = []
         for tokens in encoded:
             most = self.lengths.new_tokens(len(tokens), named, _COMPLETION_TOKENS, "prompt")
-            jobs += self._jobs(request, tenant, tokens, self._sampling(request, most, request.logprobs))
+            jobs += self._jobs(
+                request, tenant, tokens, self._sampling(request, most, named is not None, request.logprobs)
+            )
         return jobs
 
     def pieces(self, jobs: Sequence[Job]) -> list[list[str]]:
@@ -81,7 +81,7 @@ class Intake:
     def knowledge(self, request: KnowledgeRequest) -> tuple[np.ndarray, np.ndarray | None]:
         """The ids of text and preamble. Raises RequestError if one is wrong, or both together can never fit."""
         extras.forbid(request)
-        text = self._encode(request.text, "text", special=False)
+        text = self._encode(self._document(request), "text", special=False)
         preamble = None if request.preamble is None else self._encode(request.preamble, "preamble", special=True)
         behind, page = 0 if preamble is None else len(preamble), self._engine.config.page_size
         copied = len(text) if behind else 0  # the text moves to pages of its own, away from its preamble
@@ -92,18 +92,29 @@ class Intake:
             raise self.lengths.error(said, "text", "text")
         return text, preamble
 
-    def _render(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None) -> str:
-        """The messages in the model's chat template, as text."""
-        tokenizer = self._engine.tokenizer
-        if tokenizer is None or not tokenizer.chat_template:
-            raise RequestError("messages: this model has no chat template; use /v1/completions", param="messages")
-        plain = [plain_message(message) for message in messages]
+    def _document(self, request: KnowledgeRequest) -> Any:
+        """The text as it is in a message, so that messages find it."""
+        if not isinstance(request.text, str) or request.allow_control_tokens:
+            return request.text
+        return document(request.text, self._engine.tokenizer)
+
+    def _render(self, request: ChatRequest) -> MarkedText:
+        """The chat in the model's template. Raises RequestError if a field is wrong, or the template refuses it."""
+        chat = Chat(
+            [plain_message(message) for message in request.messages],
+            tools=request.offered_tools,
+            documents=request.documents,
+            chat_template=request.chat_template,
+            chat_template_kwargs=request.chat_template_kwargs or {},
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=bool(request.continue_final_message),
+            allow_control_tokens=bool(request.allow_control_tokens),
+        )
         try:
-            return tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program, which the client's messages can make fail
-            raise RequestError(
-                f"messages: the model's chat template refuses them: {error}", param="messages"
-            ) from error
+            return render(chat, self._engine.tokenizer)
+        except InvalidRequestError as error:
+            named = re.match(r"[\w.\[\]]+", str(error))  # the messages begin with the field
+            raise RequestError(str(error), param=named[0] if named else "messages", code="invalid_value") from error
 
     def _prompt(
         self, request: Generate, prompt: Any, param: str, named: tuple[str, int] | None, *, special: bool
@@ -122,7 +133,7 @@ class Intake:
         if isinstance(prompt, str):
             prompt = self.lengths.end_of(prompt, length)
         tokens = self._encode(prompt, param, special=special, whole=False)
-        begin = self._begin_tokens(special) if isinstance(prompt, str) else 0
+        begin = self._begin_tokens(special) if isinstance(prompt, (str, MarkedText)) else 0
         kept = min(begin, length - 1)
         return (
             tokens if len(tokens) <= length else np.concatenate([tokens[:kept], tokens[len(tokens) - length + kept :]])
@@ -133,10 +144,11 @@ class Intake:
         tokenizer = self._engine.tokenizer
         return len(tokenizer("", add_special_tokens=True)["input_ids"]) if tokenizer and special else 0
 
-    def _encode(self, prompt: Prompt, param: str, *, special: bool, whole: bool = True) -> np.ndarray:
+    def _encode(self, prompt: Prompt | MarkedText, param: str, *, special: bool, whole: bool = True) -> np.ndarray:
         """Args: whole: all of it is to be used, so that one which is too long need not be tokenized."""
-        if isinstance(prompt, str) and self._engine.tokenizer and whole:
-            self.lengths.require_text_fits(prompt, param)
+        text = prompt.text if isinstance(prompt, MarkedText) else prompt
+        if isinstance(text, str) and self._engine.tokenizer and whole:
+            self.lengths.require_text_fits(text, param)
         try:
             return encode(prompt, self._engine.tokenizer, self._engine.model, add_special_tokens=special)
         except InvalidRequestError as error:
@@ -150,9 +162,20 @@ class Intake:
                 f"{param}: {prompts} prompts with n={request.n or 1} make {answers} answers; the limit is {most}",
                 param=param,
             )
+        if request.best_of not in (None, request.n or 1):
+            raise RequestError(
+                f"best_of={request.best_of} is not supported: all answers are returned, so it can only be n, "
+                f"which is {request.n or 1}",
+                param="best_of",
+                code="unsupported_parameter",
+            )
 
-    def _sampling(self, request: Generate, most: int, logprobs: int | None) -> SamplingParams:
-        """Args: most: tokens that the answer may have."""
+    def _sampling(self, request: Generate, most: int, named: bool, logprobs: int | None) -> SamplingParams:
+        """
+        Args:
+          most: tokens that the answer may have.
+          named: the request asks for a number of them. Otherwise the answer is what fits.
+        """
         least = request.min_tokens or 0
         if least > most:
             raise RequestError(
@@ -168,6 +191,7 @@ class Intake:
             include_stop=bool(request.include_stop_str_in_output),
             logit_bias=_logit_bias(request.logit_bias),
             logprobs=logprobs,
+            ends_where_full=not named,
             **{name: value for name in _SAME if (value := getattr(request, name)) is not None},
         )
         sampling.check_vocabulary(self._engine.model.vocab_size)
@@ -189,27 +213,11 @@ class Intake:
 
 
 def plain_message(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it: content as one text, arguments of tool calls as objects."""
-    plain = message.model_dump(exclude_unset=True)
-    if not isinstance(message.content, str):
-        plain["content"] = "".join(part.text for part in message.content or ())
-    if message.tool_calls is None:
-        plain.pop("tool_calls", None)
-    else:
-        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
-    return plain
-
-
-def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Parse a call's arguments, which OpenAI's clients send as a string of JSON. Other strings stay as they are."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except ValueError:
-        return call
-    return call | {"function": function | {"arguments": arguments}}
+    """A message with the fields that were sent. Their values are not copied: they may be nested deeply."""
+    sent = {name: value for name, value in message if name in message.model_fields_set}
+    if isinstance(message.content, list):
+        sent["content"] = [{"type": "text", "text": part.text} for part in message.content]
+    return sent
 
 
 def split_prompts(prompt: Any) -> list[Any]:

@@ -29,10 +29,13 @@ class HeadAsGet:
             await self._app(scope, receive, send)
             return
 
+        as_get = {**scope, "method": "GET"}
+
         async def without_body(message: Message) -> None:
+            scope["route"] = as_get.get("route")  # by which the layers around this one count and log
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        await self._app({**scope, "method": "GET"}, receive, without_body)
+        await self._app(as_get, receive, without_body)
 
 
 def allowed(request: Request) -> str:

@@ -162,9 +162,8 @@ class _Snapshot(Collector):
         pages = GaugeMetricFamily("sparsex_pages", "Pages of the store by state.", labels=["state"])
         for state in _STATES:
             pages.add_metric([state], getattr(store, state))
-        evictions = CounterMetricFamily("sparsex_evictions", "Evicted pages and frozen entries.", labels=["what"])
+        evictions = CounterMetricFamily("sparsex_evictions", "What was evicted.", labels=["what"])
         evictions.add_metric(["page"], store.evictions)
-        evictions.add_metric(["frozen_entry"], store.frozen_evictions)
         approximate, text = store.approximate_tokens, "Tokens that healing would make exact."
         yield from (pages, evictions, GaugeMetricFamily("sparsex_approximate_tokens", text, value=approximate))
         yield CounterMetricFamily("sparsex_lookups", "Prompts that were looked up in the store.", value=store.lookups)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """What the events of one job brought so far, and when. All times are seconds from its submission.
+    """What the events of one job brought so far, and when. All times are seconds from its request's place in line on.
 
     Attributes:
       new_tokens: how many came.
@@ -22,14 +22,18 @@ class Progress:
       finish_reason: stop, length, cancelled, error or timeout.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, started: float) -> None:
+        """
+        Args:
+          started: when its request came in line, on `time.perf_counter`'s clock.
+        """
         self.new_tokens = 0
         self.report: Report | None = None
         self.queue_s: float | None = None
         self.ttft_s: float | None = None
         self.total_s: float | None = None
         self.finish_reason: str | None = None
-        self._started = time.perf_counter()
+        self._started, self._submitted_s = started, time.perf_counter() - started
         self._last_s = 0.0  # of tokens
         self._later = 0  # tokens behind the first event that had some
 
@@ -37,7 +41,8 @@ class Progress:
         """Record an event."""
         now = time.perf_counter() - self._started
         self.report = event.report or self.report
-        self.queue_s = self.queue_s if event.queue_s is None else event.queue_s
+        if event.queue_s is not None:
+            self.queue_s = self._submitted_s + event.queue_s
         if event.token_ids:
             self._take_tokens(len(event.token_ids), now)
         if event.finish_reason is not None:

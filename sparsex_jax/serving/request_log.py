@@ -23,7 +23,7 @@ STANDARD_OUTPUT = Path("-")
 _MOST_LINES = 10_000  # that wait to be written
 _FAREWELL_S = 5.0  # for them to be written when the server stops
 # What probes and browsers fetch all the time, and none of which asks the model anything.
-_NOT_LOGGED = ("/health", "/metrics", "/", "/page")
+_NOT_LOGGED = ("/health", "/metrics", "/v1/store", "/", "/page")
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,14 @@ import operator
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, create_model
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, create_model, model_validator
+from pydantic_core import PydanticCustomError
 
 from sparsex_jax.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, METHODS, methods_by_option
 from sparsex_jax.config.sampling import MAX_STOP_LENGTH, MAX_STOPS
 
+_MOST_FIELDS = 256
+_MOST_MESSAGES = 8192  # and parts of one: checking so many takes 50 ms
 Text = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 _ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
@@ -58,39 +61,56 @@ def _option(name: str, methods: list[str]) -> tuple[Any, Any]:
     return functools.reduce(operator.or_, types), Field(None, description=described)
 
 
+class Object(BaseModel):
+    """A part of a body. It keeps fields that it has not, for `serving.extras` to judge."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+            raise PydanticCustomError(
+                "too_many_fields",
+                "an object may have {limit} fields, not {number}",
+                {"limit": _MOST_FIELDS, "number": len(value)},
+            )
+        return value
+
+
 # Unknown fields are refused, but not by the schema, which would make an error for each.
 _NO_EXTRAS: dict[str, Any] = {"additionalProperties": False}
+
+
+class _StrictObject(Object):
+    model_config = ConfigDict(strict=True, json_schema_extra=_NO_EXTRAS)
+
 
 # The method and all methods' options. Those given win over what the server was started with. Which options a method has
 # and which values are right is for its class to say.
 ReuseOptions: type[BaseModel] = create_model(
     "ReuseOptions",
-    __config__=ConfigDict(extra="allow", strict=True, json_schema_extra=_NO_EXTRAS),
+    __base__=_StrictObject,
     method=(str, Field(None, description=f"One of {', '.join(METHODS)}.")),
     **{name: _option(name, methods) for name, methods in methods_by_option().items()},  # type: ignore[call-overload]
 )
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class StreamOptions(Object):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = Field(None, description="Usage in every chunk, with include_usage.")
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
+class ResponseFormat(Object):
     type: str = Field(description="Only text: answers are not forced into a grammar.")
 
 
-class Generate(BaseModel):
+class Generate(Object):
     """What chat and text completions have in common."""
-
-    model_config = ConfigDict(extra="allow")
 
     model: str | None = Field(None, description="The served model's name; may be left out.")
     n: Annotated[int, Field(ge=1)] | None = Field(None, description="Answers to each prompt.")
+    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Only as many as n.")
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 prefills the prompt and no more.")
     min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="Nothing ends the answer before them.")
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
@@ -135,14 +155,12 @@ class ContentPart(BaseModel):
     text: str
 
 
-_Parts = Annotated[list[ContentPart], Field(fail_fast=True)]
+_Parts = Annotated[list[ContentPart], Field(max_length=_MOST_MESSAGES, fail_fast=True)]
 Content = Annotated[Annotated[str, _TEXT] | Annotated[_Parts, _LIST], _BY_LOOK]
 
 
-class Message(BaseModel):
+class Message(Object):
     """A chat message. Whatever else it has goes to the chat template as it is."""
-
-    model_config = ConfigDict(extra="allow")
 
     role: Text
     content: Content | None = None
@@ -150,12 +168,22 @@ class Message(BaseModel):
 
 
 class ChatRequest(Generate):
-    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Objects | None = Field(None, description="For the chat template to show to the model, which may call them.")
     tool_choice: Literal["auto", "none"] | None = Field(None, description="No call can be forced.")
+    documents: Objects | None = Field(None, description="For the chat template to show, if it can.")
+    chat_template: Text | None = Field(None, description="The name of one of the model's templates.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the prompt ends with the beginning of an answer. Without it, unless one goes on."
+    )
+    continue_final_message: bool | None = Field(None, description="The answer goes on where the last message ends.")
+    allow_control_tokens: bool | None = Field(
+        None, description="Whether texts such as <|im_end|> in messages, tools and documents become control tokens."
+    )
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
@@ -165,17 +193,19 @@ class ChatRequest(Generate):
 class CompletionRequest(Generate):
     prompt: TextOrPrompts = Field(description="A text, token ids, or a list of either.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Only as many as n.")
 
 
-class KnowledgeRequest(BaseModel):
+class KnowledgeRequest(Object):
     """A text to prefill alone and keep frozen, so that any prompt of the namespace can reuse it."""
 
-    model_config = ConfigDict(extra="allow", json_schema_extra=_NO_EXTRAS)
+    model_config = ConfigDict(json_schema_extra=_NO_EXTRAS)
 
     text: TextOrIds = Field(description="Text, or token ids.")
     preamble: TextOrIds | None = Field(None, description="Prefilled before the text, and dropped.")
     cache_salt: Text | None = None
+    allow_control_tokens: bool | None = Field(
+        None, description="Whether texts such as <|im_end|> in the text become control tokens."
+    )
 
 
 class KnowledgeEntry(BaseModel):

@@ -1,4 +1,4 @@
-"""The layer between requests and connections: counts of statuses, disconnected clients, and event streams."""
+"""The layer between requests and connections: disconnected clients, and event streams."""
 
 from __future__ import annotations
 

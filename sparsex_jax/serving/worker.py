@@ -23,12 +23,13 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
 from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
-from sparsex_jax.text.encoding import Prompt
 
 _IDLE_S = 1.0  # everything that gives the thread work also wakes it
 _FAREWELL_S = 5.0  # for cancelled requests to hear of it
@@ -58,8 +59,8 @@ class Submission(Protocol):
 class Watcher(Protocol):
     """Hears of the jobs of a stream until each had its last event, also when nobody reads them any more."""
 
-    def submitted(self, ticket: Ticket) -> None:
-        """A job was submitted."""
+    def submitted(self, ticket: Ticket, opened_s: float) -> None:
+        """A job was submitted, to a stream that was opened then on `time.perf_counter`'s clock."""
 
     def heard(self, number: int, event: Event) -> None:
         """An event of the job of this number came. On the event loop's thread.
@@ -72,7 +73,7 @@ class Watcher(Protocol):
 class Job:
     """A prompt to continue: the arguments of `Loop.submit`."""
 
-    prompt: Prompt
+    prompt: np.ndarray
     sampling: SamplingParams
     reuse: ReuseConfig | None = None
     namespace: str = DEFAULT_NAMESPACE
@@ -236,10 +237,14 @@ class Stream:
     """What becomes of a few jobs: (number of the job, event) as they come, until each had its last event.
 
     Leaving it, for whatever reason, cancels what is not done. The worker knows it until that is done too.
+
+    Attributes:
+      opened_s: when it was opened, on `time.perf_counter`'s clock.
     """
 
     def __init__(self, worker: Worker, limit_s: float | None = None, watcher: Watcher | None = None) -> None:
         self.tickets: list[Ticket] = []
+        self.opened_s = time.perf_counter()
         self._worker, self._watcher = worker, watcher
         self._open: set[int] = set()  # the jobs whose last event has not come
         self._is_closed = self._timed_out = False
@@ -261,7 +266,7 @@ class Stream:
             self._unfinished.add(number)
             self._open.add(number)
             if self._watcher is not None:
-                self._watcher.submitted(ticket)
+                self._watcher.submitted(ticket, self.opened_s)
         self._worker.wake()
 
     async def __aenter__(self) -> Stream:

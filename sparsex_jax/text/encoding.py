@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.text.chat import Chat, render
+from sparsex_jax.text.control_tokens import MarkedText, encode_marked
+from sparsex_jax.text.templates import Messages
 
-# Text, token ids, or chat messages ({"role": ..., "content": ...}).
-Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]]
+# Text, token ids, or a chat: its messages alone ({"role": ..., "content": ...}), or with tools and more.
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Mapping[str, Any]] | Chat
 
 
 def encode(
-    prompt: Prompt, tokenizer: Any | None, config: ModelConfig, *, add_special_tokens: bool
+    prompt: Prompt | MarkedText, tokenizer: Any | None, config: ModelConfig, *, add_special_tokens: bool
 ) -> Int32[np.ndarray, "tokens"]:
     """The token ids of a prompt, int32.
 
     Args:
-      prompt: text, token ids, or chat messages, which the tokenizer's chat template turns into text.
+      prompt: text, token ids, chat messages or a chat, which the model's chat template turns into text, or such a
+        text.
       tokenizer: a tokenizer of transformers. None: only ids can be encoded.
       config: gives the vocabulary's size.
       add_special_tokens: whether the tokenizer adds its special tokens (such as a begin token) to text. Messages get
         those of their template, and ids are taken as they are.
 
     Raises:
-      InvalidRequestError: the prompt is empty or of another type, an id is outside the vocabulary, or text came
-        without a tokenizer.
+      InvalidRequestError: the prompt is empty or of another type, an id is outside the vocabulary, text came without
+        a tokenizer, or a chat is wrong in a field or refused by the template.
     """
+    if isinstance(prompt, Chat):
+        return _checked(encode_chat(prompt, tokenizer), config)
+    if isinstance(prompt, MarkedText):
+        return _checked(_encode_marked(prompt, tokenizer, add_special_tokens), config)
     if isinstance(prompt, str):
         return _checked(_tokenize(prompt, tokenizer, add_special_tokens), config)
     if isinstance(prompt, (bytes, Mapping)) or not isinstance(prompt, (Sequence, np.ndarray)):
@@ -39,7 +47,7 @@ def encode(
             f"prompt has type {type(prompt).__name__}; it must be text, token ids or a list of chat messages"
         )
     if len(prompt) and all(isinstance(message, Mapping) for message in prompt):
-        return _checked(encode_chat(prompt, _tokenizer(tokenizer)), config)
+        return _checked(encode_chat(Chat(cast(Messages, prompt)), tokenizer), config)
     return _checked(prompt, config)
 
 
@@ -50,20 +58,27 @@ def _tokenizer(tokenizer: Any | None) -> Any:
 
 
 def _tokenize(text: str, tokenizer: Any | None, add_special_tokens: bool) -> list[int]:
-    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise InvalidRequestError("prompt has a lone surrogate, which is not valid Unicode text")
+    _check_unicode(text)
     return _tokenizer(tokenizer)(text, add_special_tokens=add_special_tokens)["input_ids"]
 
 
-def encode_chat(messages: Any, tokenizer: Any) -> list[int]:
-    """The ids of chat messages in the tokenizer's template, whatever the model's vocabulary. Errors as `encode`."""
-    for number, message in enumerate(messages):
-        if not isinstance(message.get("role"), str):
-            raise InvalidRequestError(f"prompt[{number}] is a chat message without a role")
-    if not tokenizer.chat_template:
-        raise InvalidRequestError("prompt is a list of chat messages, but this model's tokenizer has no chat template")
-    text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-    return _tokenize(text, tokenizer, False)
+def _check_unicode(text: str) -> None:
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidRequestError("prompt has a lone surrogate, which is not valid Unicode text")
+
+
+def encode_chat(chat: Chat, tokenizer: Any) -> list[int]:
+    """The ids of a chat in the model's template, whatever the model's vocabulary. Errors as `encode`."""
+    return _encode_marked(render(chat, tokenizer), tokenizer, add_special_tokens=False)
+
+
+def _encode_marked(marked: MarkedText, tokenizer: Any | None, add_special_tokens: bool) -> list[int]:
+    if marked.is_all_meant:
+        return _tokenize(marked.text, tokenizer, add_special_tokens)
+    _check_unicode(marked.text)
+    tokenizer = _tokenizer(tokenizer)
+    before = tokenizer("", add_special_tokens=True)["input_ids"] if add_special_tokens else []
+    return before + encode_marked(marked, tokenizer)
 
 
 def _checked(ids: Any, config: ModelConfig) -> Int32[np.ndarray, "tokens"]:

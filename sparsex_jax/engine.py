@@ -106,7 +106,8 @@ class Engine:
         reuse: ReuseConfig | str | Path | None = None,
         **options: Any,
     ) -> Engine:
-        """Load a model: `smollm2-135m-instruct`, a GGUF file, a Hugging Face directory or a converted one.
+        """Load a model: `smollm2-135m-instruct`, a GGUF file (any part of one in parts), a Hugging Face directory or a
+        converted one.
 
         Args:
           reuse: what a call does that names no `reuse` of its own; a path is that of a file which `sparsex calibrate`

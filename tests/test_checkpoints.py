@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from sparsex_jax.checkpoints import EMBEDDED_MODELS, convert, open_checkpoint, save_checkpoint
-from sparsex_jax.config import config_dir, named_config
+from sparsex_jax.checkpoints.gguf import _model_config
+from sparsex_jax.checkpoints.gguf_file import GGUFModel
+from sparsex_jax.config import ModelConfig, config_dir, named_config
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
 from sparsex_jax.eval import lexicon
 from sparsex_jax.model.sharding import TENSOR_AXIS, make_mesh
 from sparsex_jax.model.weights import abstract_params, describe, num_parameters
-from sparsex_jax.text.tokenizer import tokenizer_from_gguf
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llama", "qwen2", "qwen3", "mistral")
@@ -149,98 +150,6 @@ def test_embedded_chat_template(embedded):
     )
 
 
-# Tokenizers of GGUF files
-
-
-def byte_tokenizer(**fields):
-    """A vocabulary of the 256 bytes, one merge, a control token and a user-defined token."""
-    from tokenizers import pre_tokenizers
-
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "<s>", "<think>"]
-    kinds = [1] * (len(tokens) - 2) + [3, 4]
-    stored = {"model": "gpt2", "tokens": tokens, "merges": ["a b"], "token_type": kinds, "bos_token_id": 257} | fields
-    return tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in stored.items()})
-
-
-@pytest.mark.parametrize("pre", ["default", "gpt-2", "smollm", "llama-bpe", "qwen2"])
-def test_every_pre_tokenizer_round_trips(pre):
-    tokenizer = byte_tokenizer(pre=pre)
-    for text in TEXTS:
-        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-
-
-@pytest.mark.parametrize(
-    ("pre", "words"),
-    [
-        ("gpt-2", ["it", "'s", "Ġ12345"]),
-        ("smollm", ["it", "'s", "Ġ", "1", "2", "3", "4", "5"]),
-        ("llama-bpe", ["it", "'s", "Ġ", "123", "45"]),
-        ("qwen2", ["it", "'s", "Ġ", "1", "2", "3", "4", "5"]),
-    ],
-)
-def test_pre_tokenizers_cut_numbers_differently(pre, words):
-    cut = byte_tokenizer(pre=pre).backend_tokenizer.pre_tokenizer.pre_tokenize_str("it's 12345")
-    assert [word for word, _ in cut] == words
-
-
-def test_control_and_user_defined_tokens():
-    tokenizer = byte_tokenizer(pre="qwen2")
-    assert tokenizer.encode("ab<s><think>") == [256, 257, 258]
-    assert tokenizer.decode([256, 257, 258], skip_special_tokens=True) == "ab<think>"
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"pre": "llama-bpe"}, [257, 256]),
-        ({"pre": "llama-bpe", "add_bos_token": False}, [256]),
-        ({"pre": "qwen2"}, [256]),
-        ({"pre": "qwen2", "add_bos_token": True}, [257, 256]),
-    ],
-)
-def test_first_token_of_a_prompt(fields, expected):
-    assert byte_tokenizer(**fields).encode("ab") == expected
-
-
-def sentencepiece_tokenizer(**fields):
-    """A vocabulary of `a`, `b`, spaces and bytes, in which `▁a` has a better score than `ab`."""
-    pieces = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)}
-    words = ["▁a", "ab", "▁ab", "▁", "a", "b"]
-    stored = {
-        "model": "llama",
-        "tokens": [*pieces, *words],
-        "token_type": [*pieces.values(), *[1] * len(words)],
-        "scores": [0.0] * len(pieces) + [-float(rank) for rank in range(len(words))],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in (stored | fields).items()})
-
-
-def test_sentencepiece_vocabulary_joins_by_score():
-    tokenizer = sentencepiece_tokenizer()
-    assert tokenizer.tokenize("ab abb") == ["▁ab", "▁ab", "b"]
-    assert tokenizer.tokenize("bab é") == ["▁", "b", "ab", "▁", "<0xC3>", "<0xA9>"]
-    assert tokenizer.encode("a")[0] == 1  # its prompts begin with <s> where the file says nothing else
-    assert sentencepiece_tokenizer(add_bos_token=False, add_space_prefix=False).tokenize("ab") == ["ab"]
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_sentencepiece_vocabulary_round_trips(text):
-    tokenizer = sentencepiece_tokenizer()
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-
-
-@pytest.mark.parametrize("fields", [{"model": "bert"}, {"pre": "deepseek-coder"}])
-def test_other_vocabularies_are_refused(fields):
-    with pytest.raises(UnsupportedModelError, match="is not supported"):
-        byte_tokenizer(**fields)
-
-
-def test_without_a_vocabulary_there_is_no_tokenizer():
-    assert tokenizer_from_gguf({"general.architecture": "llama"}) is None
-
-
 # Hugging Face directories
 
 
@@ -297,10 +206,10 @@ def permute(rows, heads):
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_gguf(path, name, architecture, **fields):
+def write_gguf(path, name, architecture, split=0, **fields):
     """The model of `tests/golden/{name}` as llama.cpp's converter would write it, tensor names included."""
     config = open_checkpoint(GOLDEN / name).config
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_position)
     writer.add_embedding_length(config.hidden_size)
@@ -399,6 +308,176 @@ def test_damaged_gguf_is_refused(size, tmp_path, mesh):
         open_checkpoint(broken).load_params("float32", mesh)
 
 
+# GGUF models in parts
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Qwen2, whose head is in the last part, of three."""
+    write_gguf(tmp_path / "m.gguf", "qwen2", "qwen2", split=13)
+    found = sorted(tmp_path.glob("*.gguf"))
+    assert [part.name for part in found] == [f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    return found
+
+
+@pytest.mark.parametrize("opened", [0, 1, 2, "directory"])
+def test_parts_are_read_together_whichever_is_named(opened, parts, mesh):
+    checkpoint = open_checkpoint(parts[0].parent if opened == "directory" else parts[opened])
+    assert not checkpoint.config.tied_embeddings
+    expected = open_checkpoint(GOLDEN / "qwen2")
+    assert_equal(checkpoint.load_params("float32", mesh), expected.load_params("float32", mesh))
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_missing_part_is_named(lost, parts):
+    parts[lost].unlink()
+    for part in set(parts) - {parts[lost]}:
+        with pytest.raises(UnknownModelError, match=parts[lost].name):
+            open_checkpoint(part)
+
+
+def test_parts_that_do_not_belong_together_are_refused(parts, tmp_path):
+    (tmp_path / "other.gguf").write_bytes(parts[0].read_bytes())
+    with pytest.raises(UnsupportedModelError, match=r"split\.count=3 is not what the file's name says"):
+        open_checkpoint(tmp_path / "other.gguf")
+    with pytest.raises(UnknownModelError, match=r"2 models; name one of them: m-00001-of-00003\.gguf, other\.gguf"):
+        open_checkpoint(tmp_path)
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(UnsupportedModelError, match=r"00002-of-00003\.gguf: split\.no=2"):
+        open_checkpoint(parts[0])
+
+
+def test_a_directory_with_one_gguf_file_is_that_model(tmp_path):
+    path = write_gguf(tmp_path / "m.GGUF", "qwen2", "qwen2")
+    shutil.copy(GOLDEN / "qwen2" / "config.json", tmp_path)  # without weights
+    assert open_checkpoint(tmp_path).config == open_checkpoint(path).config
+
+
+# Rotary positions
+
+
+def with_rotary(**fields):
+    raw = json.loads((GOLDEN / "mistral" / "config.json").read_text())
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        raw.pop(name, None)
+    return ModelConfig.from_hf(raw | fields)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("fields", "theta", "divisor"),
+    [
+        ({}, 1e4, None),
+        ({"rope_theta": None, "rope_scaling": None, "rope_parameters": None}, 1e4, None),
+        ({"rope_theta": 5, "rope_scaling": {"type": "linear", "factor": 4}}, 5.0, 4.0),
+        ({"rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 4.0}}, 1e4, 4.0),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, 7.0, None),
+        ({"rope_parameters": {"rope_type": None, "factor": None, "rope_theta": None}}, 1e4, None),
+        (
+            {
+                "rope_scaling": {"type": "linear", "factor": 2},
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            },
+            *(1e4, 2.0),
+        ),
+    ],
+)
+def test_rotary_positions_by_old_and_new_names(fields, theta, divisor):
+    config = with_rotary(**fields)
+    assert config.rope_theta == theta
+    assert config.rope_factors == (divisor if divisor is None else (divisor,) * (config.head_dim // 2))
+
+
+def test_llama3_takes_the_original_length_from_where_it_stands():
+    length = with_rotary().max_position
+    inside = with_rotary(rope_scaling=LLAMA3 | {"original_max_position_embeddings": length})
+    assert with_rotary(rope_scaling=LLAMA3) == inside  # as transformers has it
+    assert with_rotary(rope_scaling=LLAMA3, original_max_position_embeddings=length) == inside
+    assert with_rotary(rope_scaling=LLAMA3, original_max_position_embeddings=length // 8) != inside
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        *(
+            ({section: {"rope_type": kind, "factor": 4.0}}, f"rope_type='{kind}' is not supported")
+            for section in ("rope_scaling", "rope_parameters")
+            for kind in ("yarn", "dynamic", "longrope", "su", "mrope")
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 4.0}}, "differs from type='linear'"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor=4.0 has no rope_type"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling has no factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0 must be a finite number above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": None}}, "has no factor"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor=1.0 must be above"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": None}}, "has no low_freq_factor"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4' must be a finite number"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 2e4}}, "rope_theta=20000.0 differs"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor=0.25"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "full_attention=.* all layers rotate alike"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}},
+            "rope_parameters and rope_scaling differ",
+        ),
+    ],
+)
+def test_rotary_positions_that_are_not_computed_are_refused(fields, said):
+    with pytest.raises(UnsupportedModelError, match=said):
+        with_rotary(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "longrope"),
+        ({"rope.scaling.type": "linear"}, r"no rope\.scaling\.factor"),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.attn_factor": 1.2}, r"attn_factor=1\.2"),
+        ({"rope.scaling.factor": 4.0, "rope.scaling.yarn_ext_factor": 1.0}, "yarn_ext_factor"),
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0}, r"differs from rope\.scale_linear=2\.0"),
+        ({"rope.scaling.factor": -4.0}, "must be a finite number above 0"),
+        ({"attention.causal": False}, "attention.causal=False"),
+    ],
+)
+def test_gguf_scalings_that_are_not_computed_are_refused(fields, said, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", "qwen2", "qwen2", **fields)
+    with pytest.raises(UnsupportedModelError, match=said):
+        open_checkpoint(path)
+
+
+def test_gguf_scalings_that_change_nothing_are_read(tmp_path):
+    fields = {"rope.scaling.attn_factor": 1.0, "rope.scaling.original_context_length": 64}
+    path = write_gguf(tmp_path / "m.gguf", "qwen2", "qwen2", **{"rope.scaling.factor": 4.0} | fields)
+    assert open_checkpoint(path).config.rope_factors == (4.0,) * 8
+
+
+def test_stored_divisors_and_a_factor_multiply(tmp_path):
+    plain, scaled = (
+        open_checkpoint(write_gguf(tmp_path / f"{len(fields)}.gguf", "llama", "llama", **fields)).config.rope_factors
+        for fields in ({}, {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0})
+    )
+    assert scaled == pytest.approx([2 * factor for factor in plain])
+
+
+def test_fields_of_each_layer_count_where_all_agree(tmp_path):
+    heads, layers = (getattr(open_checkpoint(GOLDEN / "qwen2").config, name) for name in ("num_kv_heads", "num_layers"))
+    alike, unlike = [heads] * layers, [heads] * (layers - 1) + [1]
+    path = write_gguf(tmp_path / "m.gguf", "qwen2", "qwen2")
+    expected = open_checkpoint(path).config
+    for values in (alike, unlike):
+        model = GGUFModel(path)
+        model.metadata["qwen2.attention.head_count_kv"] = values
+        if values is alike:
+            assert _model_config(model) == expected
+        else:
+            with pytest.raises(UnsupportedModelError, match=r"attention\.head_count_kv=\[.*must be an integer"):
+                _model_config(model)
+
+
 # Converted checkpoints
 
 
@@ -486,6 +565,35 @@ def test_conversion_of_a_newer_version_is_refused(tmp_path, mesh):
         open_checkpoint(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_layers": None}, "has no num_layers"),
+        ({"num_layers": "4"}, "num_layers='4' must be an integer"),
+        ({"hidden_size": 32}, r"embed is stored as \(128, 64\); the configuration needs \(128, 32\)"),
+        ({"tied_embeddings": False}, "lm_head is stored as None"),
+        ({"qk_norm": True}, "k_norm is stored as None"),
+        ({"rope_factors": [1.0]}, r"rope_factors=\(1\.0,\) must have"),
+        ({"rope_theta": "x"}, "rope_theta='x' must be a finite number"),
+    ],
+)
+def test_a_conversion_whose_configuration_was_changed_is_refused(change, said, tmp_path, mesh):
+    convert(GOLDEN / "llama", tmp_path / "out", "float32", mesh)
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps({"format": "sparsex-jax", "config": json.loads(path.read_text())["config"] | change}))
+    with pytest.raises(UnsupportedModelError, match=said):
+        open_checkpoint(tmp_path / "out").load_params("float32", mesh)
+
+
+def test_a_conversion_whose_weights_are_damaged_is_refused(tmp_path, mesh):
+    convert(GOLDEN / "llama", tmp_path / "out", "float32", mesh)
+    for file in (tmp_path / "out" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:10])
+    with pytest.raises(UnsupportedModelError, match="params cannot be read"):
+        open_checkpoint(tmp_path / "out").load_params("float32", mesh)
+
+
 # What is said when something is missing
 
 
@@ -521,6 +629,16 @@ def test_directory_without_weights_is_refused(tmp_path):
     [
         ({"model_type": "gemma3"}, "gemma3"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
+        ({"quantization_config": {}}, "quantised weights .quantization_config"),
+        ({"compression_config": {"format": "int-quantized"}}, "quantised"),
+        ({"hidden_size": None}, "config.json has no hidden_size"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers='2' must be an integer"),
+        ({"vocab_size": 0}, "vocab_size=0 must be an integer from 1"),
+        ({"num_key_value_heads": [2, 2]}, r"num_key_value_heads=\[2, 2\]"),
+        ({"rms_norm_eps": True}, "rms_norm_eps=True must be a finite number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be true or false"),
+        ({"eos_token_id": "</s>"}, "eos_token_id='</s>' must be a token id"),
+        ({"hidden_act": None}, "hidden_act=None"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
     ],
 )
@@ -534,7 +652,7 @@ def test_unsupported_directory_is_refused(changes, message, tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"tie_word_embeddings": False}, r"lm_head\.weight"), ({"hidden_size": 32}, "embed is stored")],
+    [({"tie_word_embeddings": False}, r"lm_head\.weight"), ({"hidden_size": 32}, r"embed_tokens\.weight is stored")],
 )
 def test_weights_that_do_not_fit_the_configuration_are_refused(changes, message, tmp_path, mesh):
     folder = copy_of("llama", tmp_path)
@@ -617,8 +735,59 @@ def test_a_transposed_matrix_is_refused(tmp_path, mesh):
         name = "model.layers.0.mlp.gate_proj.weight"
         tensors[name] = tensors[name].T
 
-    with pytest.raises(UnsupportedModelError, match="w_gate is stored as"):
+    with pytest.raises(UnsupportedModelError, match=r"gate_proj\.weight is stored as"):
         open_checkpoint(rewritten("llama", tmp_path, transposed)).load_params("float32", mesh)
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_a_directory_that_says_it_is_quantised_elsewhere_is_refused(name, tmp_path):
+    folder = copy_of("llama", tmp_path)
+    (folder / name).write_text("{}")
+    with pytest.raises(UnsupportedModelError, match=f"quantised weights .{name}"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, np.int8])
+def test_weights_that_are_no_plain_floats_are_refused(dtype, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = rewritten("llama", tmp_path, lambda tensors: tensors.update({name: tensors[name].astype(dtype)}))
+    with pytest.raises(UnsupportedModelError, match=f"{name} has elements of type"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: index.pop("weight_map"), "has no weight_map"),
+        (lambda index: index.update(weight_map=[]), "weight_map=.* must be an object"),
+        (lambda index: index["weight_map"].update({"model.norm.weight": "../x.safetensors"}), "no file's name"),
+        (lambda index: index["weight_map"].update({"model.norm.weight": 3}), "says 3 of model.norm.weight"),
+        (
+            lambda index: index["weight_map"].update({"model.embed_tokens.weight": "model-00003-of-00003.safetensors"}),
+            "model.embed_tokens.weight is not in model-00003-of-00003.safetensors",
+        ),
+        (lambda index: index["weight_map"].update({"more": "model-00001-of-00003.safetensors"}), "more is not in"),
+    ],
+)
+def test_an_index_that_does_not_fit_its_files_is_refused(change, said, tmp_path):
+    folder = copy_of("qwen2", tmp_path)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    with pytest.raises(UnsupportedModelError, match=said):
+        open_checkpoint(folder)
+
+
+def test_shapes_are_compared_as_shapes(tmp_path, mesh):
+    """A matrix of the right size that is neither `[out, in]` nor `[in, out]`."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+
+    def reshaped(tensors):
+        tensors[name] = tensors[name].reshape(16, -1)
+
+    with pytest.raises(UnsupportedModelError, match=r"q_proj\.weight is stored as \(16, \d+\)"):
+        open_checkpoint(rewritten("llama", tmp_path, reshaped)).load_params("float32", mesh)
 
 
 def test_files_beside_model_safetensors_do_not_count(tmp_path, mesh):

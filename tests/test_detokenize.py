@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.text.detokenizer import Detokenizer
+from sparsex_jax.text.token_text import TokenText
 
 TEXTS = [
     "Plain words, and  two spaces.\n\ttab",
@@ -102,6 +103,66 @@ def test_a_character_of_several_tokens_waits_for_the_last_one(byte_level):
     tokens = byte_level.encode("🦜!", add_special_tokens=False)
     assert len(tokens) > 2
     assert stream(byte_level, tokens) == [*[""] * (len(tokens) - 2), "🦜", "!", ""]
+
+
+# Behind a prompt
+
+
+def behind(tokenizer, prompt, tokens):
+    detokenizer = Detokenizer(tokenizer)
+    detokenizer.follow(prompt)
+    return "".join([*(detokenizer.push(token) for token in tokens), detokenizer.finish()])
+
+
+PROMPTS = ["a", "a ", "", "漢", "é", "</s>", "a</s>", "b" * 40, "é" * 30, "a a 漢 a"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("answer", ["a b", " a", "漢", "éa", "b"])
+def test_prompt_and_answer_are_the_text_of_all_tokens(tokenizer, prompt, answer):
+    """Of the prompt's last tokens, that is: the first of 40 do not matter for what follows."""
+    before, after = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, answer))
+    assert whole(tokenizer, before) + behind(tokenizer, before, after) == whole(tokenizer, before + after)
+
+
+def test_an_answer_keeps_its_first_space(sentencepiece):
+    word, end = sentencepiece.convert_tokens_to_ids(["▁a", "</s>"])
+    assert behind(sentencepiece, [word], [word, word]) == " a a"
+    assert behind(sentencepiece, [word, end], [word]) == " a"
+    assert behind(sentencepiece, [end], [word]) == "a"  # it is the beginning of the text
+    assert behind(sentencepiece, [], [word]) == "a"
+
+
+def test_a_character_that_the_prompt_ends_within_belongs_to_the_answer(byte_level):
+    tokens = byte_level.encode("a🦜", add_special_tokens=False)
+    assert behind(byte_level, tokens[:-1], tokens[-1:]) == "🦜"
+
+
+def test_stop_strings_are_not_looked_for_in_the_prompt(sentencepiece):
+    detokenizer = Detokenizer(sentencepiece, ["ab"])
+    a, b = sentencepiece.convert_tokens_to_ids(["a", "b"])
+    detokenizer.follow([a])
+    assert (detokenizer.push(b) + detokenizer.finish(), detokenizer.stopped) == ("b", False)
+
+
+# The texts of single tokens
+
+
+def test_texts_of_single_tokens_are_those_within_a_text(sentencepiece):
+    texts, ids = TokenText(sentencepiece), sentencepiece.convert_tokens_to_ids
+    assert [texts.bytes_of(ids(name)) for name in ("▁a", "▁", "a", "<0xE2>", "</s>")] == [
+        *(b" a", b" ", b"a", b"\xe2", b"</s>")
+    ]
+    assert texts.name_of(ids("<0xE2>")) == "bytes:\\xe2"
+    assert texts.bytes_of(10**6) == b""  # the vocabulary is padded
+
+
+def test_names_that_look_like_bytes_are_text_where_there_are_no_byte_tokens():
+    names = ["<0xE2>", "<0xZZ>"]
+    tokenizer = Tokenizer(BPE({name: id_ for id_, name in enumerate(names)}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = TokenText(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert [texts.text_of(id_) for id_ in range(2)] == names
 
 
 @settings(max_examples=300, deadline=None)

@@ -913,22 +913,6 @@ def test_bytes_of_tokens_make_the_text(tokenizer):
     assert len({texts.name_of(token) for token in set(tokens)}) == len(set(tokens))
 
 
-class Pieces:
-    """The part of a SentencePiece tokenizer that `TokenText` calls."""
-
-    def convert_ids_to_tokens(self, token):
-        return ["▁harbour", "<0xE2>", "s", None][token]
-
-    def decode(self, tokens):
-        return "s"
-
-
-def test_bytes_of_sentencepiece_tokens():
-    texts = TokenText(Pieces())
-    assert [texts.bytes_of(token) for token in range(4)] == [b" harbour", b"\xe2", b"s", b""]
-    assert texts.name_of(1) == "bytes:\\xe2"
-
-
 def test_a_log_probability_of_minus_infinity_is_still_json(stage):
     token = TokenLogprobs(5, float("-inf"), ((5, float("-inf")),))
     stage.worker.loop.script = lambda prompt: [Event("a", (5,), finish_reason="stop", logprobs=(token,))]

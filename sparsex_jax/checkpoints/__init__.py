@@ -12,11 +12,13 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, read_json
+from sparsex_jax.checkpoints.base import Checkpoint
 from sparsex_jax.checkpoints.gguf import GGUFCheckpoint
+from sparsex_jax.checkpoints.gguf_file import models_in
 from sparsex_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from sparsex_jax.checkpoints.orbax import OrbaxCheckpoint, check_target, is_converted, save_checkpoint
 from sparsex_jax.config import config_dir
+from sparsex_jax.config.files import read_json
 from sparsex_jax.errors import UnknownModelError
 
 __all__ = ["EMBEDDED_MODELS", "Checkpoint", "convert", "open_checkpoint", "save_checkpoint"]
@@ -28,8 +30,11 @@ EMBEDDED_MODELS = (SMOLLM2, RULER_TINY)  # they come with the installation
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open an embedded model by its name, a `.gguf` file, a Hugging Face directory or a converted one.
 
+    A GGUF model in parts (`X-00001-of-00003.gguf`) is opened by any of them. A directory may hold one GGUF model
+    instead of `config.json` and `*.safetensors`.
+
     Raises:
-      UnknownModelError: the source does not exist, or a directory lacks a file; the message names it.
+      UnknownModelError: the source does not exist, or a file is missing; the message names it.
       UnsupportedModelError: the source is a model of another family, or it is damaged.
     """
     if source == SMOLLM2:
@@ -37,7 +42,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if source == RULER_TINY:
         return HuggingFaceCheckpoint(config_dir() / RULER_TINY)
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return GGUFCheckpoint(path)
     if path.is_dir():
         return _open_directory(path)
@@ -60,11 +65,18 @@ def convert(source: str | Path, target: str | Path, dtype: str, mesh: Mesh) -> N
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    if not (path / "config.json").is_file():
-        raise UnknownModelError(f"{path} has no config.json: neither a model's directory nor a finished conversion")
-    if is_converted(read_json(path / "config.json")):
-        return OrbaxCheckpoint(path)
-    return HuggingFaceCheckpoint(path)
+    models = models_in(path)
+    weights = any(path.glob("*.safetensors*")) or (path / "params").is_dir()
+    if (path / "config.json").is_file() and (weights or not models):  # GGUF files may have a config.json beside them
+        if is_converted(read_json(path / "config.json")):
+            return OrbaxCheckpoint(path)
+        return HuggingFaceCheckpoint(path)
+    if len(models) > 1:
+        names = ", ".join(model.name for model in models)
+        raise UnknownModelError(f"{path} holds {len(models)} models; name one of them: {names}")
+    if models:
+        return GGUFCheckpoint(models[0])
+    raise UnknownModelError(f"{path} has no config.json: neither a model's directory nor a finished conversion")
 
 
 def _packaged_file(package: str, file: str) -> Path:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import abc
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sparsex_jax.config import ModelConfig
-from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
+from sparsex_jax.errors import UnsupportedModelError
 from sparsex_jax.model.weights import Params, Weight, describe, leaf_name, place_params
 
 
@@ -39,7 +38,7 @@ class Checkpoint(abc.ABC):
         """The parameters in `dtype`, placed on the mesh."""
 
 
-def refuse_unread(where: Path, stored: Iterable[str], config: ModelConfig, names: Mapping[str, str]) -> None:
+def refuse_unread(where: Path, stored: Collection[str], config: ModelConfig, names: Mapping[str, str]) -> None:
     """Refuse tensors that the model as configured would not read: without them it would compute something else.
 
     Args:
@@ -50,13 +49,51 @@ def refuse_unread(where: Path, stored: Iterable[str], config: ModelConfig, names
     Raises:
       UnsupportedModelError: the message names the first few of them.
     """
-    fields = [(leaf_name(path)[-1], weight) for path, weight in jax.tree.leaves_with_path(describe(config))]
-    layers = range(config.num_layers)
-    read = {names[name].format(layer) for name, weight in fields for layer in (layers if weight.stacked else [None])}
-    unread = sorted(set(stored) - read)
+    layers = min(config.num_layers, len(stored))  # a configuration may claim billions
+    unread = sorted(set(stored) - {tensor for tensor, _ in _needed(config, layers, names)})
     if unread:
         more = f" and {len(unread) - 4} more" if len(unread) > 4 else ""
         raise UnsupportedModelError(f"{where} has tensors that are not read: {', '.join(unread[:4])}{more}")
+
+
+def check_shapes(
+    where: Path, stored: Mapping[str, tuple[int, ...]], config: ModelConfig, names: Mapping[str, str]
+) -> None:
+    """Compare what a checkpoint stores, each layer apart and linear weights as `[out, in]`, with what the model reads.
+
+    Args:
+      where, names: as for `refuse_unread`.
+      stored: the shapes of its tensors by name.
+
+    Raises:
+      UnsupportedModelError: a tensor is missing or has another shape.
+    """
+    for tensor, shape in _needed(config, config.num_layers, names):
+        if tensor not in stored:
+            raise UnsupportedModelError(f"{where} has no tensor {tensor!r}")
+        if stored[tensor] != shape:
+            raise UnsupportedModelError(
+                f"{where}: {tensor} is stored as {stored[tensor]}; the configuration needs {shape}"
+            )
+
+
+def _needed(config: ModelConfig, layers: int, names: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Each tensor that the model reads of its first layers and outside of them, with its shape as stored."""
+    for path, weight in jax.tree.leaves_with_path(describe(config)):
+        name = leaf_name(path)[-1]
+        for layer in range(layers) if weight.stacked else (None,):
+            yield names[name].format(layer), _stored_shape(name, weight)
+
+
+def _stored_shape(name: str, weight: Weight) -> tuple[int, ...]:
+    """`[vocab, embed]` of the embedding, `[out, in]` of a linear weight, `[out]` of a bias or the scale of a norm."""
+    sizes = dict(zip(weight.axes, weight.shape, strict=True))
+    sizes.pop("layers", None)
+    if name == "embed":
+        return tuple(sizes.values())
+    inputs = [sizes.pop(axis) for axis in weight.input_axes]
+    outputs = math.prod(sizes.values())
+    return (outputs, math.prod(inputs)) if inputs else (outputs,)
 
 
 def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str, int | None], np.ndarray]) -> Params:
@@ -66,10 +103,7 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str,
 
     Args:
       read: gives the stored array of one layer's weight, such as `("wq", 3)`, or of a weight outside the layers,
-        `("embed", None)`, with any float dtype.
-
-    Raises:
-      UnsupportedModelError: a stored array has another size than the configuration says.
+        `("embed", None)`, with any float dtype. `check_shapes` has seen their shapes.
     """
 
     def whole(name: str, weight: Weight) -> np.ndarray:
@@ -84,30 +118,5 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str,
 
 
 def _oriented(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A view of a stored `[out, in]` matrix, bias or norm in our shape: inputs first, one axis for the heads.
-
-    An `[in, out]` matrix of the same size is refused, unless it is square.
-    """
-    inputs = [math.prod(shape[:axes]) for axes in range(1, len(shape) + 1)]
-    turned = stored.size == math.prod(shape) and stored.shape[-1] in inputs
-    if not (stored.shape == shape if name == "embed" else turned):
-        raise UnsupportedModelError(f"{name} is stored as {stored.shape}; the configuration needs {shape}")
+    """A view of a stored `[out, in]` matrix, bias or norm in our shape: inputs first, one axis for the heads."""
     return stored if name == "embed" else stored.T.reshape(shape)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that a checkpoint must have.
-
-    Raises:
-      UnknownModelError: there is no such file.
-      UnsupportedModelError: the file holds no JSON object.
-    """
-    if not path.is_file():
-        raise UnknownModelError(f"{path.parent} has no {path.name}")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedModelError(f"{path} holds no JSON object")
-    return value

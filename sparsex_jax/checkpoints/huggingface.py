@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, place_rows, read_json, refuse_unread
+from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, place_rows, refuse_unread
 from sparsex_jax.config import ModelConfig
+from sparsex_jax.config.fields import Fields
+from sparsex_jax.config.files import read_json, require_content
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
 from sparsex_jax.model.weights import Params
 from sparsex_jax.text.tokenizer import read_tokenizer
@@ -43,6 +46,9 @@ TENSORS = {
 
 # The names that safetensors gives to floats.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+# Files and fields of quantised weights, whose scales or packing nothing here reads.
+_QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_QUANTISED_FIELDS = ("quantization_config", "compression_config")
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -50,22 +56,30 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     Raises:
       UnknownModelError: a file is missing, such as a shard that the index names.
-      UnsupportedModelError: the model is of another family, its weights are quantised, or a file is unreadable.
+      UnsupportedModelError: the model is of another family, its weights are quantised, fields or tensors are missing or
+        wrong, or a file is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        raw = read_json(directory / "config.json")
-        if raw.get("quantization_config"):
-            raise UnsupportedModelError(f"{directory} holds quantised weights (quantization_config); they are not read")
-        config = ModelConfig.from_hf(raw)
-        self._files = _weight_files(directory)
-        self.config = dataclasses.replace(
-            config,
-            eos_token_ids=_eos_token_ids(config, directory),
-            tied_embeddings=config.tied_embeddings and not self._has_own_head(),
-        )
-        refuse_unread(directory, self._to_read(), self.config, TENSORS)
+        path = directory / "config.json"
+        raw = read_json(path)
+        _refuse_quantised(directory, raw)
+        config = ModelConfig.from_hf(raw, str(path))
+        self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
+        self._files = _weight_files(directory, self._open)
+        self._shapes = self._read_shapes()
+        if config.tied_embeddings and not self._has_own_head():
+            self._shapes.pop(TENSORS["lm_head"], None)  # a copy of the embeddings
+        else:
+            config = dataclasses.replace(config, tied_embeddings=False)
+        self.config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(config, directory))
+        refuse_unread(directory, self._shapes.keys(), self.config, TENSORS)
+
+    def _read_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the stored tensors but rotary tables, which say nothing new."""
+        files = {name: file for name, file in self._files.items() if not name.endswith(_TABLES)}
+        return {name: _float_shape(self._open(file), file, name) for name, file in files.items()}
 
     def _has_own_head(self) -> bool:
         """Whether a head is stored that differs from the embeddings: then it counts, whatever the configuration says of
@@ -73,13 +87,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         tensors = [TENSORS[name] for name in ("embed", "lm_head")]
         if not all(tensor in self._files for tensor in tensors):
             return False
-        embed, head = (_open_safetensors(self._files[tensor]).get_tensor(tensor) for tensor in tensors)
+        embed, head = (self._open(self._files[tensor]).get_tensor(tensor) for tensor in tensors)
         return not np.array_equal(embed, head)
-
-    def _to_read(self) -> list[str]:
-        """The stored tensors but those that say nothing new: rotary tables, and a copy of tied embeddings."""
-        copies = [TENSORS["lm_head"]] if self.config.tied_embeddings else []
-        return [name for name in self._files if not name.endswith(_TABLES) and name not in copies]
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
@@ -91,49 +100,77 @@ class HuggingFaceCheckpoint(Checkpoint):
         name = TENSORS["embed"]
         if name not in self._files:
             return None
-        return _DTYPES.get(_open_safetensors(self._files[name]).get_slice(name).get_dtype())
+        return _DTYPES.get(self._open(self._files[name]).get_slice(name).get_dtype())
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
-        opened = functools.cache(_open_safetensors)  # so each shard's header is parsed once, not for every tensor
+        check_shapes(self.directory, self._shapes, self.config, TENSORS)
 
         def read(name: str, layer: int | None) -> np.ndarray:
             tensor = TENSORS[name].format(layer)
-            if tensor not in self._files:
-                raise UnsupportedModelError(f"{self.directory} has no tensor {tensor!r}")
-            return opened(self._files[tensor]).get_tensor(tensor)
+            return self._open(self._files[tensor]).get_tensor(tensor)
 
         return place_rows(self.config, dtype, mesh, read)
+
+
+def _refuse_quantised(directory: Path, raw: Mapping[str, Any]) -> None:
+    signs = [name for name in _QUANTISED_FIELDS if raw.get(name) is not None]
+    signs += [name for name in _QUANTISED_FILES if (directory / name).is_file()]
+    if signs:
+        raise UnsupportedModelError(f"{directory} holds quantised weights ({signs[0]}); they are not read")
+
+
+def _float_shape(opened: Any, file: Path, name: str) -> tuple[int, ...]:
+    """A tensor's shape. Raises UnsupportedModelError if its elements are no plain floats, as of quantised weights."""
+    stored = opened.get_slice(name)
+    if stored.get_dtype() not in (*_DTYPES, "F64"):
+        raise UnsupportedModelError(f"{file}: {name} has elements of type {stored.get_dtype()}; they are not read")
+    return tuple(stored.get_shape())
 
 
 def _eos_token_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:
     """The end tokens of both configurations: often only `generation_config.json` lists the token that ends a turn."""
     path = directory / "generation_config.json"
-    listed = read_json(path).get("eos_token_id") if path.is_file() else None
-    more = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    more = Fields(str(path), read_json(path)).token_ids("eos_token_id") if path.is_file() else ()
     return tuple(dict.fromkeys((*config.eos_token_ids, *more)))
 
 
-def _weight_files(directory: Path) -> dict[str, Path]:
-    """Tensor -> its file: by the index where there is one, else of `model.safetensors`, else of all files.
+def _weight_files(directory: Path, opened: Callable[[Path], Any]) -> dict[str, Path]:
+    """Tensor -> its file: of the files that the index names, else of `model.safetensors`, else of all files.
 
     Raises:
       UnknownModelError: there are no weights, or a file that the index names is missing.
-      UnsupportedModelError: two files have a tensor of the same name, and nothing says which one counts.
+      UnsupportedModelError: two files have a tensor of the same name, or a tensor is not where the index says.
     """
+    index = _read_index(directory)
+    single = directory / "model.safetensors"
+    listed = sorted(set(index.values())) or ([single] if single.is_file() else sorted(directory.glob("*.safetensors")))
+    if not listed:
+        raise UnknownModelError(f"{directory} has no model.safetensors and no {_INDEX}")
     files: dict[str, Path] = {}
-    if (directory / _INDEX).is_file():
-        files = {name: directory / file for name, file in read_json(directory / _INDEX)["weight_map"].items()}
-    else:
-        single = directory / "model.safetensors"
-        for file in [single] if single.is_file() else sorted(directory.glob("*.safetensors")):
-            for name in _open_safetensors(file).keys():  # noqa: SIM118 (it is no dictionary)
-                _require_one(name, files.setdefault(name, file), file)
-    missing = sorted({file.name for file in files.values() if not file.is_file()})
+    for file in listed:
+        for name in opened(file).keys():  # noqa: SIM118 (it is no dictionary)
+            _require_one(name, files.setdefault(name, file), file)
+    for name, file in index.items():
+        if files.get(name) != file:
+            raise UnsupportedModelError(f"{directory / _INDEX}: {name} is not in {file.name}")
+    return files
+
+
+def _read_index(directory: Path) -> dict[str, Path]:
+    """Tensor -> the file that the index names for it; empty without an index."""
+    path = directory / _INDEX
+    if not path.is_file():
+        return {}
+    named = Fields(str(path), read_json(path)).object("weight_map").values
+    if not named:
+        raise UnsupportedModelError(f"{path} has no weight_map, which is needed")
+    for name, file in named.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UnsupportedModelError(f"{path}: weight_map says {file!r} of {name}, which is no file's name")
+    missing = sorted({file for file in named.values() if not (directory / file).is_file()})
     if missing:
         raise UnknownModelError(f"{directory} has no {', '.join(missing)}, which {_INDEX} names")
-    if not files:
-        raise UnknownModelError(f"{directory} has no model.safetensors and no {_INDEX}")
-    return files
+    return {name: directory / file for name, file in named.items()}
 
 
 def _require_one(tensor: str, first: Path, file: Path) -> None:
@@ -144,6 +181,7 @@ def _require_one(tensor: str, first: Path, file: Path) -> None:
 def _open_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    require_content(path)
     try:
         return safe_open(path, framework="np")
     except SafetensorError as error:

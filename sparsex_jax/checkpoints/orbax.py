@@ -7,12 +7,13 @@ tokenizer/    as transformers saves it; absent where the source had none
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, read_json
+from sparsex_jax.checkpoints.base import Checkpoint
 from sparsex_jax.config import ModelConfig
+from sparsex_jax.config.fields import Fields
+from sparsex_jax.config.files import read_json
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
 from sparsex_jax.model.weights import Params, abstract_params, leaf_name
 from sparsex_jax.text.tokenizer import read_tokenizer
@@ -35,12 +38,13 @@ class OrbaxCheckpoint(Checkpoint):
 
     Raises:
       UnknownModelError: `config.json` or `params` is missing.
-      UnsupportedModelError: the configuration has fields that this version does not know.
+      UnsupportedModelError: the configuration has fields that are wrong or that this version does not know.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()  # orbax takes no relative path
-        self.config = _config_from_json(read_json(directory / "config.json"))
+        path = directory / "config.json"
+        self.config = _config_from_json(Fields(str(path), read_json(path)))
         if not (directory / "params").is_dir():
             raise UnknownModelError(f"{directory} has no params: the conversion was interrupted or it is damaged")
 
@@ -50,20 +54,44 @@ class OrbaxCheckpoint(Checkpoint):
 
     @property
     def dtype(self) -> str | None:
-        import orbax.checkpoint as ocp
-
-        with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(self.directory / "params").item_metadata
-        dtypes = {str(jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(stored.tree)}
+        dtypes = {str(jnp.dtype(leaf.dtype)) for leaf in self._stored().values()}
         return dtypes.pop() if len(dtypes) == 1 else None
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         import orbax.checkpoint as ocp
 
         target = abstract_params(self.config, dtype, mesh)
-        with ocp.StandardCheckpointer() as checkpointer:
+        self._check(target)
+        with self._readable(), ocp.StandardCheckpointer() as checkpointer:
             restored = checkpointer.restore(self.directory / "params", _as_dicts(target))
         return _from_dicts(restored, target)
+
+    def _stored(self) -> dict[tuple[str, ...], Any]:
+        """What is known of each stored array, such as its shape, by the fields that lead to it."""
+        import orbax.checkpoint as ocp
+
+        with self._readable(), ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(self.directory / "params").item_metadata
+            return flatten_dict(stored.tree)
+
+    def _check(self, target: Params) -> None:
+        """Refuse arrays that are missing, have other shapes, or would not be read."""
+        stored = {".".join(name): tuple(leaf.shape) for name, leaf in self._stored().items()}
+        needed = {".".join(leaf_name(path)): leaf.shape for path, leaf in jax.tree.leaves_with_path(target)}
+        for name in sorted(stored.keys() | needed.keys()):
+            if stored.get(name) != needed.get(name):
+                raise UnsupportedModelError(
+                    f"{self.directory}: {name} is stored as {stored.get(name)}; "
+                    f"the configuration needs {needed.get(name)}"
+                )
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Orbax raises errors of many types for files that are missing or damaged."""
+        try:
+            yield
+        except Exception as error:
+            raise UnsupportedModelError(f"{self.directory / 'params'} cannot be read: {error}") from error
 
 
 def _as_dicts(params: Params) -> dict[str, Any]:
@@ -126,10 +154,14 @@ def _write(directory: Path, config: ModelConfig, params: Params, tokenizer: Any 
     (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _config_from_json(raw: Mapping[str, Any]) -> ModelConfig:
-    fields: dict[str, Any] = dict(raw["config"])
-    fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}  # JSON has no tuples
-    unknown = sorted(fields.keys() - {field.name for field in dataclasses.fields(ModelConfig)})
+def _config_from_json(fields: Fields) -> ModelConfig:
+    values = dict(fields.object("config").values)
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}  # JSON has no tuples
+    known = dataclasses.fields(ModelConfig)
+    unknown = sorted(values.keys() - {field.name for field in known})
     if unknown:
         raise UnsupportedModelError(f"config.json has fields that this version does not know: {', '.join(unknown)}")
-    return ModelConfig(**fields)
+    missing = [each.name for each in known if each.default is dataclasses.MISSING and each.name not in values]
+    if missing:
+        raise UnsupportedModelError(f"{fields.where} has no {', '.join(missing)} in config, which is needed")
+    return ModelConfig(**values)

@@ -2,7 +2,7 @@
 
 from sparsex_jax.config.calibration import CALIBRATED, architecture
 from sparsex_jax.config.engine import EngineConfig
-from sparsex_jax.config.model import ModelConfig, config_dir, named_config, rope_factors
+from sparsex_jax.config.model import ModelConfig, config_dir, named_config
 from sparsex_jax.config.reuse import METHODS, ReuseConfig, default_reuse, find_method, methods_by_option
 from sparsex_jax.config.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 
@@ -21,5 +21,4 @@ __all__ = [
     "find_method",
     "methods_by_option",
     "named_config",
-    "rope_factors",
 ]

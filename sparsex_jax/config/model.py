@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from sparsex_jax.config.checks import is_number
+from sparsex_jax.config.fields import Fields
+from sparsex_jax.config.files import read_json
+from sparsex_jax.config.rotary import read_rotary
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
 
 
@@ -39,97 +41,102 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        fields = Fields("model", vars(self))
+        for name in _COUNTS:
+            fields.count(name)
+        for name in ("rope_theta", "rms_norm_eps"):
+            fields.number(name)
+        for name in ("qkv_bias", "qk_norm", "tied_embeddings"):
+            fields.flag(name)
+        fields.token_ids("eos_token_ids")
         if self.num_q_heads % self.num_kv_heads:
             raise UnsupportedModelError(
                 f"num_q_heads={self.num_q_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise UnsupportedModelError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
-        if self.rope_factors is not None and len(self.rope_factors) != self.head_dim // 2:
-            raise UnsupportedModelError(
-                f"rope_factors has {len(self.rope_factors)} entries; it needs head_dim // 2 = {self.head_dim // 2}"
-            )
+        if self.rope_factors is not None:
+            _check_rope_factors(self.rope_factors, self.head_dim // 2)
 
     @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+    def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Read the fields of a Hugging Face `config.json`, old style or transformers 5.
 
+        Args:
+          where: the file, for messages.
+
         Raises:
-          UnsupportedModelError: another architecture, activation or rotary scaling than the family's.
+          UnsupportedModelError: another architecture, activation or rotary scaling than the family's, or a field is
+            missing or of another type.
         """
-        model_type = raw.get("model_type", "llama")
-        if model_type not in ("llama", "mistral", "qwen2", "qwen3"):
-            raise UnsupportedModelError(
-                f"model_type={model_type!r} is not supported; supported: llama, mistral, qwen2, qwen3"
-            )
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModelError(f"hidden_act={raw['hidden_act']!r} is not supported; supported: silu")
-        if raw.get("mlp_bias") or (model_type != "qwen2" and raw.get("attention_bias")):
-            raise UnsupportedModelError("mlp_bias and attention_bias are supported for no model_type but qwen2's QKV")
-        head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-        rope = _rope_parameters(raw)
+        fields = Fields(where, raw)
+        model_type = _family(fields)
+        hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+        head_dim = fields.count("head_dim", 128 if model_type == "qwen3" else max(1, hidden // heads))
+        theta, factors = read_rotary(fields, head_dim)
         return cls(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_q_heads=raw["num_attention_heads"],
-            num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
+            vocab_size=fields.count("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.count("intermediate_size"),
+            num_layers=fields.count("num_hidden_layers"),
+            num_q_heads=heads,
+            num_kv_heads=fields.count("num_key_value_heads", heads),
             head_dim=head_dim,
-            max_position=_usable_positions(raw),
-            rope_theta=float(rope.get("rope_theta", 10000.0)),
-            rope_factors=rope_factors(rope, head_dim),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            max_position=_usable_positions(fields, model_type),
+            rope_theta=theta,
+            rope_factors=factors,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             qkv_bias=model_type == "qwen2",
             qk_norm=model_type == "qwen3",
-            tied_embeddings=raw.get("tie_word_embeddings", False),
-            eos_token_ids=_as_tuple(raw.get("eos_token_id")),
+            tied_embeddings=fields.flag("tie_word_embeddings"),
+            eos_token_ids=fields.token_ids("eos_token_id"),
         )
 
 
-def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """transformers 5 keeps theta and scaling together as `rope_parameters`; older files apart."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    return rope
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_q_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_position",
+)
 
 
-def _usable_positions(raw: Mapping[str, Any]) -> int:
+def _check_rope_factors(factors: Any, pairs: int) -> None:
+    if not isinstance(factors, tuple) or len(factors) != pairs:
+        raise UnsupportedModelError(f"rope_factors={reprlib.repr(factors)} must have head_dim // 2 = {pairs} entries")
+    if not all(is_number(factor) and 0 < factor < math.inf for factor in factors):
+        raise UnsupportedModelError(f"rope_factors={reprlib.repr(factors)} must be finite numbers above 0")
+
+
+def _family(fields: Fields) -> str:
+    """`model_type`, if this decoder computes what transformers computes for it."""
+    model_type = fields.get("model_type", "llama")
+    if model_type not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise UnsupportedModelError(
+            f"model_type={model_type!r} is not supported; supported: llama, mistral, qwen2, qwen3"
+        )
+    if fields.values.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModelError(f"hidden_act={fields.get('hidden_act')!r} is not supported; supported: silu")
+    if fields.flag("mlp_bias") or (fields.flag("attention_bias") and model_type != "qwen2"):
+        raise UnsupportedModelError("mlp_bias and attention_bias are supported for no model_type but qwen2's QKV")
+    return model_type
+
+
+def _usable_positions(fields: Fields, model_type: str) -> int:
     """Positions up to which full causal attention is what the model was trained with.
 
     A sliding window changes nothing while the context fits into it, so it becomes the limit.
     """
-    limit = raw.get("max_position_embeddings", 2048)
-    uses_window = raw.get("use_sliding_window", raw.get("model_type") == "mistral")
-    window = raw.get("sliding_window") if uses_window else None
-    return min(limit, window) if window else limit
-
-
-def _as_tuple(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def rope_factors(rope: Mapping[str, Any], head_dim: int) -> tuple[float, ...] | None:
-    """What each rotary frequency is divided by, `[head_dim // 2]`, or None for plain RoPE.
-
-    Llama 3.1's rule (`rope_type: llama3`): long wavelengths are stretched by `factor`, short ones are
-    left alone, and those between are interpolated.
-    """
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return (float(rope["factor"]),) * (head_dim // 2)
-    if kind != "llama3":
-        raise UnsupportedModelError(f"rope_type={kind!r} is not supported; supported: default, linear, llama3")
-    factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = rope["original_max_position_embeddings"]
-    inv_freq = float(rope["rope_theta"]) ** (-np.arange(0, head_dim, 2) / head_dim)
-    smooth = np.clip((original * inv_freq / (2 * math.pi) - low) / (high - low), 0.0, 1.0)
-    return tuple((1.0 / ((1.0 - smooth) / factor + smooth)).tolist())
+    limit = fields.count("max_position_embeddings")
+    uses_window = fields.flag("use_sliding_window", model_type == "mistral")
+    # transformers leaves the field out of a Mistral's file where it is 4096, and writes null where there is no window.
+    if not uses_window or fields.values.get("sliding_window", 4096) is None:
+        return limit
+    return min(limit, fields.count("sliding_window", 4096))
 
 
 def config_dir() -> Path:
@@ -148,4 +155,4 @@ def named_config(name: str) -> ModelConfig:
     known = sorted(path.stem for path in folder.glob("*.json"))
     if name not in known:
         raise UnknownModelError(f"no configuration is named {name!r}; there are: {', '.join(known)}")
-    return ModelConfig.from_hf(json.loads((folder / f"{name}.json").read_text()))
+    return ModelConfig.from_hf(read_json(folder / f"{name}.json"))

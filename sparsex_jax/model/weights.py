@@ -79,11 +79,13 @@ class Weight:
       shape: its size along each of `axes`.
       axes: its logical axes.
       fan_in: the number of inputs of each output, which sets the scale of random weights; 0 for the scale of a norm.
+      input_axes: which of its axes count the inputs; none for biases and the scales of norms.
     """
 
     shape: tuple[int, ...]
     axes: Axes
     fan_in: int
+    input_axes: Axes
 
     @property
     def stacked(self) -> bool:
@@ -108,7 +110,8 @@ def _weight(metadata: Mapping[str, Any], config: ModelConfig) -> Weight | None:
         return None
     sizes, axes, inputs = axis_sizes(config), metadata["axes"], metadata["fan_in"]
     fan_in = math.prod(sizes[axis] for axis in inputs) if inputs else 0
-    return Weight(tuple(sizes[axis] for axis in axes), axes, fan_in)
+    shape = tuple(sizes[axis] for axis in axes)
+    return Weight(shape, axes, fan_in, input_axes=tuple(axis for axis in inputs if axis in axes))
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 
 from sparsex_jax.config import SamplingParams
 from sparsex_jax.device.sampling import NON_FINITE, Logprobs, Sampled
@@ -35,7 +35,8 @@ class Generation:
     """What `Engine.generate` gives.
 
     Attributes:
-      text: the new text, without special tokens and without what ended it, if `SamplingParams` does not ask for them.
+      text: the new text, without special tokens and without what ended it, if `SamplingParams` does not ask for them. It
+        is what stands behind the prompt: where words carry the space before them, it may begin with one.
       token_ids: the new tokens, the end token included if one came.
       finish_reason: `stop` (an end token, a stop token or a stop string) or `length` (max_new_tokens).
       logits: float32 `[vocab]` of the first token, if they were asked for.
@@ -88,6 +89,11 @@ class Output:
         self._detokenizer = _detokenizer(sampling, tokenizer) if tokenizer is not None else None
         self._text: list[str] = []  # in the pieces that became certain together
         self._num_told = 0  # pieces that `new_text` has returned
+
+    def follow(self, prompt: Int32[np.ndarray, "tokens"]) -> None:
+        """Make the text one that stands behind this prompt. Call it before the first token comes."""
+        if self._detokenizer is not None:
+            self._detokenizer.follow(prompt.tolist())
 
     def extend(self, tokens: Iterable[int], logprobs: Logprobs | None = None) -> None:
         """Take new tokens up to the one that ends the sequence; those behind it are dropped.

@@ -53,6 +53,7 @@ class Requests:
         sampling.check_vocabulary(self._model.vocab_size)
         output = self._output(sampling)
         tokens = self.encode(prompt, sampling.max_new_tokens)
+        output.follow(tokens)
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def prefill(

@@ -25,6 +25,7 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LONGEST_PENDING = 8  # after this many tokens that do not end in a whole character, the window is cut
 # Tokens that a cut keeps: 4 bytes or more, behind which UTF-8 decodes the same wherever decoding began.
 _SYNCHRONISED = 4
+_CONTEXT = 16  # tokens of the prompt that new ones are decoded behind; some of them may be special and have no text
 
 
 class Detokenizer:
@@ -57,6 +58,13 @@ class Detokenizer:
         """Whether a stop string was found. `push` and `finish` return no more text then."""
         return self._stops.found
 
+    def follow(self, prompt: Sequence[int]) -> None:
+        """Decode what is pushed behind this prompt, so that prompt and text together are the text of all tokens.
+
+        Call it before the first `push`. A character that the prompt ends within belongs to the new text.
+        """
+        self._characters.follow(prompt)
+
     def push(self, token: int, *, may_stop: bool = True) -> str:
         """Add a token and return the new text that later tokens cannot change.
 
@@ -78,10 +86,23 @@ class _Characters:
         self._tokenizer = tokenizer
         special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._skipped = special if skip_special_tokens else set()
-        self._bytes_fall_back = _bytes_fall_back(tokenizer)
+        self._bytes_fall_back = bytes_fall_back(tokenizer)
         self._window: list[int] = []
         self._num_decoded = 0  # leading tokens of the window that are there as context: all their text was returned
         self._num_returned = 0  # leading characters of the window's text that were returned
+
+    def follow(self, prompt: Sequence[int]) -> None:
+        for token in prompt[self._start_of_context(prompt) :]:
+            self.push(token)
+        text = self._decode(self._window)
+        self._num_returned = len(text) - text.endswith(_INCOMPLETE)
+
+    def _start_of_context(self, prompt: Sequence[int]) -> int:
+        """Where the last tokens of a prompt begin, without a cut between byte tokens, which a decoder reads as one."""
+        start = max(0, len(prompt) - _CONTEXT)
+        while start and self._is_byte(prompt[start]):
+            start -= 1
+        return start
 
     def push(self, token: int) -> str:
         if token in self._skipped:
@@ -129,13 +150,18 @@ class _Characters:
                 return
 
     def _is_byte(self, token: int) -> bool:
-        return self._bytes_fall_back and bool(_BYTE_TOKEN.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or ""))
+        return self._bytes_fall_back and is_byte_token(self._tokenizer.convert_ids_to_tokens(token) or "")
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _bytes_fall_back(tokenizer: Any) -> bool:
+def is_byte_token(name: str) -> bool:
+    """Whether a token is named like the byte tokens of SentencePiece, `<0xE2>`."""
+    return bool(_BYTE_TOKEN.fullmatch(name))
+
+
+def bytes_fall_back(tokenizer: Any) -> bool:
     """Whether tokens such as `<0xE2>` stand for bytes, as in SentencePiece vocabularies, and not for their own name."""
     token = tokenizer.convert_tokens_to_ids("<0xE2>")  # the unknown token's id, or None, if there is no such token
     known = token is not None and tokenizer.convert_ids_to_tokens(token) == "<0xE2>"

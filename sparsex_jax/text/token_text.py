@@ -1,9 +1,11 @@
-"""The text of single tokens, for log-probabilities. A tokenizer decodes a token as if a text began with it."""
+"""The text of single tokens, for log-probabilities: that which they have in the middle of a text."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
+
+from sparsex_jax.text.detokenizer import bytes_fall_back, is_byte_token
 
 _LOST = "\N{REPLACEMENT CHARACTER}"
 
@@ -34,14 +36,18 @@ class TokenText:
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is None:  # the vocabulary is padded, and no token has this id
             return b""
-        if name.startswith("<0x") and len(name) == 6:  # one of SentencePiece's byte tokens
+        if is_byte_token(name) and bytes_fall_back(self._tokenizer):
             return bytes([int(name[3:5], 16)])
-        if name.startswith("▁"):  # SentencePiece's space, which a decoder drops at the beginning of a text
-            return name.replace("▁", " ").encode()
-        text = self._tokenizer.decode([token])
+        text = _behind_itself(self._tokenizer, token)
         if _LOST in text and all(character in _byte_of() for character in name):
             return bytes(_byte_of()[character] for character in name)
         return text.encode()
+
+
+def _behind_itself(tokenizer: Any, token: int) -> str:
+    """The token's text behind the same token, since a decoder drops the space that a text begins with."""
+    once, twice = (tokenizer.decode([token] * number, clean_up_tokenization_spaces=False) for number in (1, 2))
+    return twice[len(once) :]
 
 
 @functools.cache

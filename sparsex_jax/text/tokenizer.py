@@ -5,36 +5,83 @@ The functions import transformers and tokenizers when they run, because these im
 
 from __future__ import annotations
 
+import contextlib
 import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparsex_jax.config.fields import Fields
+from sparsex_jax.config.files import read_json
 from sparsex_jax.errors import UnsupportedModelError
-from sparsex_jax.text.detokenizer import Detokenizer
+from sparsex_jax.text.vocabulary import Vocabulary
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types; text is split at tokens of the last two
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
+_FILE = "tokenizer.json"
+# Files of other tokenizers, or of a part of one. A directory that has one of them and no tokenizer.json is refused.
+_OTHER_FILES = (
+    *("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja"),
 )
-# `tokenizer.ggml.pre` -> the rule that splits text into words. None is GPT-2's rule, which `ByteLevel` applies itself.
-_SPLITS = {
-    "default": None,
-    "gpt-2": None,
-    "smollm": r"\p{N}",  # splits off every digit, then GPT-2's rule splits the rest
-    "llama-bpe": _LLAMA3_SPLIT,
-    "qwen2": _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}"),
-}
+_NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has no limit
+_LONGEST_PENDING = 16  # tokens; bytes that do not become a character by then never will
 
 
 def read_tokenizer(directory: Path) -> Any | None:
-    """The tokenizer saved in a directory, or None if there is none. Nothing is downloaded."""
-    if not any((directory / file).is_file() for file in _FILES):
+    """The tokenizer saved in a directory, or None if there is none. Nothing is downloaded.
+
+    `tokenizer.json` alone says how text becomes tokens. transformers would replace parts of it by the class that
+    `tokenizer_config.json` names or by the model's type; what it reads here are names of tokens and chat templates.
+
+    Raises:
+      UnsupportedModelError: there are files of a tokenizer but no `tokenizer.json`, or a file is damaged.
+    """
+    path = directory / _FILE
+    if not path.is_file():
+        _refuse_others(directory)
         return None
-    return _transformers().AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    for name in (_FILE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (directory / name).is_file():
+            read_json(directory / name)
+    with _refused(f"{path} or a file beside it cannot be read"):
+        from tokenizers import Tokenizer
+
+        tokenizer = _transformers().PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        tokenizer._tokenizer = Tokenizer.from_file(str(path))  # as no class has changed it
+    tokenizer.model_max_length = _NO_LIMIT  # the model's configuration has the limit
+    _check(tokenizer, path)
+    return tokenizer
+
+
+def _check(tokenizer: Any, path: Path) -> None:
+    if not len(tokenizer):
+        raise UnsupportedModelError(f"{path} has an empty vocabulary")
+    templates = tokenizer.chat_template
+    texts = templates.values() if isinstance(templates, dict) else [templates] if templates is not None else []
+    if not all(isinstance(text, str) for text in texts):
+        raise UnsupportedModelError(f"{path.parent}: chat_template={reprlib.repr(templates)} must be text")
+
+
+def _refuse_others(directory: Path) -> None:
+    found = [name for name in _OTHER_FILES if (directory / name).is_file()]
+    if found:
+        raise UnsupportedModelError(
+            f"{directory} has {', '.join(found)}, but no {_FILE}, and no other tokenizer is read. Download it, or "
+            "write it with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Refuse what the libraries cannot read. Their errors are of any type; those of Rust code are no Exception."""
+    try:
+        yield
+    except UnsupportedModelError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UnsupportedModelError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _transformers() -> Any:
@@ -46,119 +93,47 @@ def _transformers() -> Any:
 
 
 def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
-    """Yield the text of each token, special ones included; together they are the text of all.
+    """Yield the text of each token. A character that is spread over several tokens belongs to the last of them.
 
-    A character that is spread over several tokens belongs to the last of them, or to the one behind it.
+    Each token is decoded behind the one before it, because some tokenizers drop a space at the beginning of a text.
     """
-    text = Detokenizer(tokenizer, skip_special_tokens=False)
+    before: list[int] = []
+    pending: list[int] = []
     for number, token in enumerate(tokens, start=1):
-        piece = text.push(token)
-        yield piece if number < len(tokens) else piece + text.finish()
+        pending.append(token)
+        text = _decode(tokenizer, before + pending)[len(_decode(tokenizer, before)) :]
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and number < len(tokens) and len(pending) < _LONGEST_PENDING:
+            yield ""
+        else:
+            yield text
+            before, pending = pending, []
+
+
+def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
     """A transformers `PreTrainedTokenizerFast` of the vocabulary in a GGUF file, or None if the file has none.
 
     Raises:
-      UnsupportedModelError: the vocabulary is not a BPE, or its pre-tokenizer is unknown.
+      UnsupportedModelError: the vocabulary is not a BPE, its pre-tokenizer is unknown, or a field is missing or wrong.
     """
-    fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    if "tokens" not in fields:
+    prefix = "tokenizer.ggml."
+    values = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    if values.get("tokens") is None:
         return None
-    builders = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
-    kind = fields.get("model")
-    if kind not in builders:
-        raise UnsupportedModelError(f"tokenizer.ggml.model={kind!r} is not supported; supported: {', '.join(builders)}")
-    tokenizer = builders[kind](fields)
-    tokenizer.add_tokens(_added_tokens(fields["tokens"], fields.get("token_type", ())))
-    return _transformers().PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        # Files of Llama models may lack this field, but their prompts begin with the token all the same.
-        add_bos_token=fields.get("add_bos_token", kind == "llama" or fields.get("pre") == "llama-bpe"),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        clean_up_tokenization_spaces=False,  # it would drop spaces before punctuation
-        **_named_tokens(fields),
-    )
-
-
-def _byte_level_bpe(fields: Mapping[str, Any]) -> Any:
-    """GPT-2's kind of BPE: text becomes UTF-8 bytes, each a visible character, and the file stores the merges."""
-    from tokenizers import Tokenizer, decoders
-    from tokenizers.models import BPE
-
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
-    pre = fields.get("pre", "default")
-    # Llama 3's vocabulary has words that no sequence of its merges produces.
-    tokenizer = Tokenizer(BPE(_ids(fields["tokens"]), merges, ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _sentencepiece_bpe(fields: Mapping[str, Any]) -> Any:
-    """SentencePiece's kind of BPE (Llama 2, Mistral): `▁` stands for a space, and unknown characters become bytes."""
-    from tokenizers import Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
-
-    tokens = fields["tokens"]
-    unknown = tokens[fields.get("unknown_token_id", 0)]
-    model = BPE(_ids(tokens), _merges_by_score(fields), unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    tokenizer = Tokenizer(model)
-    prefixed = fields.get("add_space_prefix", True)
-    prepend = [normalizers.Prepend("▁")] if prefixed else []
-    strip = [decoders.Strip(" ", 1, 0)] if prefixed else []
-    tokenizer.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return tokenizer
-
-
-def _merges_by_score(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The merges, which SentencePiece does not store: two pieces join if the vocabulary has both together as a piece.
-
-    Merges into the piece with the best score come first.
-    """
-    tokens, kinds = fields["tokens"], fields["token_type"]
-    scores = {t: score for t, score, kind in zip(tokens, fields["scores"], kinds, strict=True) if kind == _NORMAL}
-    merges = [
-        (token[:cut], token[cut:])
-        for token in sorted(scores, key=lambda token: -scores[token])
-        for cut in range(1, len(token))
-    ]
-    return [(left, right) for left, right in merges if left in scores and right in scores]
-
-
-def _ids(tokens: list[str]) -> dict[str, int]:
-    return {token: id_ for id_, token in enumerate(tokens)}
-
-
-def _pre_tokenizer(name: str) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
-    if name not in _SPLITS:
-        raise UnsupportedModelError(f"tokenizer.ggml.pre={name!r} is not supported; supported: {', '.join(_SPLITS)}")
-    pattern = _SPLITS[name]
-    gpt2_rule = name in ("default", "gpt-2", "smollm")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=gpt2_rule)
-    if pattern is None:
-        return byte_level
-    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), byte_level])
-
-
-def _added_tokens(tokens: list[str], kinds: Any) -> list[Any]:
-    """The control and user-defined tokens. Only control tokens are special, so that decoding can skip them."""
-    from tokenizers import AddedToken
-
-    return [
-        AddedToken(token, normalized=False, special=kind == _CONTROL)
-        for token, kind in zip(tokens, kinds, strict=False)
-        if kind in (_CONTROL, _USER_DEFINED)
-    ]
-
-
-def _named_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Arguments such as `bos_token="<s>"`, for the special tokens that the file names."""
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    ids = {ours: fields.get(f"{theirs}_token_id") for theirs, ours in names.items()}
-    return {name: fields["tokens"][id_] for name, id_ in ids.items() if id_ is not None}
+    kind = values.get("model")
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedModelError(f"tokenizer.ggml.model={kind!r} is not supported; supported: gpt2, llama")
+    vocabulary = Vocabulary(Fields("tokenizer.ggml", values))
+    with _refused("the vocabulary of the GGUF file cannot be read"):
+        tokenizer = vocabulary.byte_level_bpe() if kind == "gpt2" else vocabulary.sentencepiece_bpe()
+        tokenizer.add_tokens(vocabulary.added_tokens())
+        return _transformers().PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            chat_template=Fields("GGUF file", metadata).text("tokenizer.chat_template"),
+            clean_up_tokenization_spaces=False,  # it would drop spaces before punctuation
+            **vocabulary.named_tokens(),
+            **vocabulary.added_at_the_ends(),
+        )

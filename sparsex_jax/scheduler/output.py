@@ -35,8 +35,8 @@ class Generation:
     """What `Engine.generate` gives.
 
     Attributes:
-      text: the new text, without special tokens and without what ended it, if `SamplingParams` does not ask for them. It
-        is what stands behind the prompt: where words carry the space before them, it may begin with one.
+      text: the new text, without special tokens and without what ended it, if `SamplingParams` does not ask for them.
+        It is what stands behind the prompt: where words carry the space before them, it may begin with one.
       token_ids: the new tokens, the end token included if one came.
       finish_reason: `stop` (an end token, a stop token or a stop string) or `length` (max_new_tokens).
       logits: float32 `[vocab]` of the first token, if they were asked for.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.errors import (
     ContextLengthError,
+    FrozenLimitError,
     InvalidRequestError,
     NonFiniteLogitsError,
     NoRoomError,
@@ -36,6 +37,7 @@ __all__ = [
     "EngineConfig",
     "Epic",
     "Focus",
+    "FrozenLimitError",
     "Full",
     "Generation",
     "InvalidRequestError",

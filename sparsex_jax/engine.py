@@ -252,7 +252,7 @@ class Engine:
           InvalidRequestError: an argument is wrong, or preamble and text together exceed the model's limit.
           ContextLengthError: an empty store could not hold the text; with a preamble it has to hold it twice for a
             moment.
-          StoreFullError: frozen texts would fill more of the store than they may.
+          FrozenLimitError: frozen texts would fill more of the store than they may.
           NonFiniteLogitsError: the logits behind the text have NaN or infinities. It is not kept.
         """
         asked = self.loop.requests.remember(

@@ -21,6 +21,10 @@ class NoRoomError(StoreFullError):
     """Frozen texts leave too little of the KV store for the request. Waiting does not help, forgetting one may."""
 
 
+class FrozenLimitError(NoRoomError):
+    """A text cannot be frozen: frozen texts fill as much of the KV store as they may, or as requests leave."""
+
+
 class OverloadedError(SparsexError):
     """The queue of waiting requests is full.
 

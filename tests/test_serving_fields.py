@@ -149,7 +149,6 @@ def test_unknown_fields_are_named_in_a_header(http, path):
         "r\u00e9sum\u00e9\r\nX: 1": 3,
         "x" * 500: 4,
         "": 5,
-        "\ud800": 6,
         " ": 7,
     }
     body = asked | {"max_tokens": 2} | more
@@ -162,7 +161,6 @@ def test_unknown_fields_are_named_in_a_header(http, path):
             "r%C3%A9sum%C3%A9%0D%0AX%3A%201",
             "x" * 64 + "...",
             "''",
-            "%3F",
             "%20",
         }
         assert answer.headers["Warning"].startswith("299 ")

@@ -29,7 +29,7 @@ from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
 from sparsex_jax.cache.tree import Accepts, Node, PageTree, Prefix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
-from sparsex_jax.errors import StoreFullError
+from sparsex_jax.errors import FrozenLimitError, StoreFullError
 
 HEALING_TRIES = 8  # sequences for which room is looked for; each costs a walk through its pages
 
@@ -440,7 +440,7 @@ class PageCache:
 
         Raises:
           ValueError: a page is not committed in the namespace, or num_tokens is out of range.
-          StoreFullError: frozen entries would fill more of the store than they may. Nothing was registered.
+          FrozenLimitError: frozen entries would fill more of the store than they may. Nothing was registered.
         """
         self._require_distinct(pages)
         for page in pages:
@@ -457,7 +457,7 @@ class PageCache:
         return self._entries.of_content(namespace, content)
 
     def freeze(self, handle: int) -> None:
-        """Make an entry frozen. Idempotent. Raises UnknownHandleError, and StoreFullError as `register`."""
+        """Make an entry frozen. Idempotent. Raises UnknownHandleError, and FrozenLimitError as `register`."""
         entry = self._entries[handle]
         if not entry.frozen:
             self.require_frozen_room(entry.pages)
@@ -465,10 +465,10 @@ class PageCache:
             entry.frozen = True
 
     def require_frozen_room(self, pages: Sequence[int], more: int = 0) -> None:
-        """Whether frozen entries may have these pages too, and `more` new ones. Raises StoreFullError if not."""
+        """Whether frozen entries may have these pages too, and `more` new ones. Raises FrozenLimitError if not."""
         wanted = int((self._pool.frozen[list(pages)] == 0).sum()) + more
         if self._pool.num_frozen + wanted > self._max_frozen:
-            raise StoreFullError(
+            raise FrozenLimitError(
                 f"the text needs {wanted} pages of {self.page_size} tokens; frozen texts have {self._pool.num_frozen} "
                 f"of the {self._max_frozen} pages that they may have. Forget one of them, or make store_tokens or "
                 f"frozen_limit larger"

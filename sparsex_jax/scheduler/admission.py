@@ -21,7 +21,7 @@ from jaxtyping import Bool
 from sparsex_jax.cache import Forgotten, Match, PageCache
 from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
-from sparsex_jax.errors import ContextLengthError, InvalidRequestError, NoRoomError, StoreFullError
+from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.prompt import PromptMap
@@ -138,7 +138,7 @@ class Admission:
         slots = sequence.slots(1) if output.token_ids or output.sampling.ends_where_full else sequence.most_slots
         own = self.pages_for(slots) + self.pages_for(sequence.num_copied) - self.cache.num_frozen_of(shared)
         if own > self.cache.num_beside_frozen:
-            raise NoRoomError(
+            raise (FrozenLimitError if sequence.remember else NoRoomError)(
                 f"the request needs {own} pages of {self._config.page_size} tokens of its own, and frozen texts leave "
                 f"{self.cache.num_beside_frozen} of {self._config.num_pages}"
             )
@@ -199,7 +199,7 @@ class Admission:
     def remembered(self, sequence: Sequence) -> int | None:
         """The handle of the same text behind the same preamble, which is frozen from now on if this one is to be.
 
-        None if it was not remembered, or is gone. Raises StoreFullError as `register`.
+        None if it was not remembered, or is gone. Raises FrozenLimitError as `register`.
         """
         assert sequence.remember is not None
         entry = self.cache.entry_of(sequence.namespace, _content(sequence))
@@ -213,7 +213,7 @@ class Admission:
         """Keep what was prefilled as its `remember` says, and return the handle.
 
         Raises:
-          StoreFullError: frozen texts would fill more of the store than they may.
+          FrozenLimitError: frozen texts would fill more of the store than they may.
         """
         assert sequence.remember is not None
         if (known := self.remembered(sequence)) is not None:  # it came twice at the same time

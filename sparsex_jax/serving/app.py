@@ -24,7 +24,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
-from sparsex_jax.cache import Entry
+from sparsex_jax.cache import Entry, Forgotten
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownHandleError
 from sparsex_jax.serving import extras, faults, schemas
@@ -318,9 +318,15 @@ async def list_knowledge(service: Served, tenant: Caller, cache_salt: Salt = Non
 async def delete_knowledge(
     handle: int, service: Served, tenant: Caller, cache_salt: Salt = None
 ) -> schemas.KnowledgeDeleted:
-    """Forget knowledge. A handle of another key or salt gives the same error as one that never existed."""
-    await service.call(_forget, service.worker.engine, handle, tenant.store_namespace(cache_salt))
-    return schemas.KnowledgeDeleted(handle=handle)
+    """Forget knowledge, and the copies of it in stored prompts.
+
+    A handle of another key or salt gives the same error as one that never existed.
+    """
+    namespace = tenant.store_namespace(cache_salt)
+    gone = await service.call(_forget, service.worker.engine, handle, namespace)
+    return schemas.KnowledgeDeleted(
+        handle=handle, num_tokens=gone.num_tokens, pages=len(gone.pages), remaining_tokens=gone.num_remaining
+    )
 
 
 @router.get("/v1/store")
@@ -357,8 +363,8 @@ async def page() -> Response:
 # On the loop's thread ---------------------------------------------------------------------------------------
 
 
-def _forget(engine: Engine, handle: int, namespace: str) -> None:
-    engine.forget(_entry(engine, handle, namespace).handle)
+def _forget(engine: Engine, handle: int, namespace: str) -> Forgotten:
+    return engine.forget(_entry(engine, handle, namespace).handle)
 
 
 def _entry(engine: Engine, handle: int, namespace: str) -> Entry:

@@ -18,6 +18,7 @@ from starlette.responses import Response
 
 from sparsex_jax.errors import (
     ContextLengthError,
+    FrozenLimitError,
     InvalidRequestError,
     NoRoomError,
     OverloadedError,
@@ -178,6 +179,7 @@ _DESCRIPTIONS: tuple[tuple[type[BaseException], Any], ...] = (
     (OverloadedError, _later(503, "overloaded")),
     (DrainingError, _later(503, "draining")),
     (OutOfServiceError, _later(503, "draining")),
+    (FrozenLimitError, _as(507, "server_error", "knowledge_full")),
     (NoRoomError, _as(400, "invalid_request_error", "context_length_exceeded")),
     (StoreFullError, _later(503, "store_full")),
     (TimeLimitError, _as(504, "timeout_error", "time_limit")),

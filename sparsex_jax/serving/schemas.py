@@ -227,9 +227,19 @@ class KnowledgeList(BaseModel):
 
 
 class KnowledgeDeleted(BaseModel):
+    """What became of a text and its copies.
+
+    Attributes:
+      pages: of the store that nothing finds any more: the text's own, and those of prompts that held a copy of it.
+      remaining_tokens: of the text that can still be found, since other knowledge has them too.
+    """
+
     object: Literal["knowledge.deleted"] = "knowledge.deleted"
     handle: int
     deleted: Literal[True] = True
+    num_tokens: int
+    pages: int
+    remaining_tokens: int
 
 
 class Store(BaseModel):

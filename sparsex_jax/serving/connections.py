@@ -14,15 +14,16 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# A read is parsed in one go, on the event loop. Chunks of one byte are the worst, with 10 microseconds for 6 bytes, so
-# less is read at a time where that took long.
-_READ_BYTES, _LEAST_BYTES = 8 << 10, 512
-_LONG_READ_S = 0.003
+# A read is parsed in one go, on the event loop. Chunks of one byte are the worst, with 10 microseconds for 6 bytes; a
+# usual read takes 50 in all. So reads begin small and grow while they are cheap. Many that are not end a connection.
+_LEAST_BYTES, _READ_BYTES = 1 << 10, 32 << 10
+_MOST_COSTLY_READS = 16
 _WRITE_BYTES = 64 << 10  # more waits in the response, not in the connection's buffer
 MAX_HEAD_BYTES = 32 << 10
-# Processor time to take a request apart: usual ones take a tenth of it.
-_MOST_WORK_S = 0.1
-_WORK_S_PER_BYTE = 6e-8
+
+
+def _is_costly(num_bytes: int, work_s: float) -> bool:
+    return num_bytes >= 256 and work_s > 3e-4 + num_bytes * 5e-7
 
 
 class Connection(H11Protocol, asyncio.BufferedProtocol):
@@ -41,10 +42,10 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         """
         super().__init__(**of_uvicorn)
         self._client_timeout, self._max_connections, self._max_unread = client_timeout, max_connections, max_unread
-        self._buffer, self._next_bytes = memoryview(bytearray(_READ_BYTES)), _READ_BYTES
+        self._buffer, self._next_bytes = memoryview(bytearray(_READ_BYTES)), _LEAST_BYTES
         self.since = self.loop.time()
         self._unsent, self._sent_at = 0, self.since
-        self._unread, self._spare_s = 0, _MOST_WORK_S
+        self._unread, self._costly_reads = 0, 0
 
     @property
     def owes_a_request(self) -> bool:
@@ -73,15 +74,16 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         before, started = self.cycle, time.thread_time()
         super().data_received(data)
         if self.cycle is not before:
-            self.since, self._unread, self._spare_s = self.loop.time(), 0, _MOST_WORK_S
+            self.since, self._unread, self._costly_reads = self.loop.time(), 0, 0
         self._account(len(data), time.thread_time() - started)
 
     def _account(self, num_bytes: int, work_s: float) -> None:
         """Close the connection if its bytes take too much work, or come behind an answer without end."""
-        self._next_bytes = max(self._next_bytes // 2, _LEAST_BYTES) if work_s > _LONG_READ_S else _READ_BYTES
-        self._spare_s += num_bytes * _WORK_S_PER_BYTE - work_s
+        costly = _is_costly(num_bytes, work_s)
+        self._next_bytes = _LEAST_BYTES if costly else min(2 * self._next_bytes, _READ_BYTES)
+        self._costly_reads += costly
         self._unread += num_bytes if self._is_between_requests else 0
-        if self._spare_s < 0 or self._unread > self._max_unread:
+        if self._costly_reads > _MOST_COSTLY_READS or self._unread > self._max_unread:
             self.transport.abort()
 
     def on_response_complete(self) -> None:

@@ -89,6 +89,11 @@ EITHER = EITHER.replace("c.arguments", "c.function.arguments")
 NONE = SHOW.replace("[{{", "{% if m.content is none %}{{ m.tool_calls[0].function | tojson }}{% else %}[{{")
 NONE = NONE.replace("{% endfor %}", "{% endif %}{% endfor %}")
 ABSENT = NONE.replace("m.content is none", "m.content is not defined")
+# As DeepSeek's: an empty text is a turn of its own.
+EMPTY_TURN = (
+    "{% for m in messages %}" + CALLS + "{% if m.content is not none %}[{{ m.role }}]{{ m.content }}{% endif %}"
+)
+EMPTY_TURN += "{% endfor %}"
 NAME_ONLY = NONE.replace("function | tojson", "function.name")
 PARTS = SHOW.replace("{{ m.content }}", "{% for part in m.content %}{{ part.text }}{% endfor %}")
 TWO_CALLS = "{% if 'tool_calls' in m and m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}"
@@ -104,6 +109,7 @@ SHOWN = '{"name": "tide", "arguments": {"a": 1}}'
         (EITHER, '[user]hi[assistant]tide{"a": 1}[tool]four'),
         (NONE, f"[user]hi{SHOWN}[tool]four"),
         (ABSENT, f"[user]hi{SHOWN}[tool]four"),
+        (EMPTY_TURN, f"[user]hi{SHOWN}[tool]four"),
         (NAME_ONLY, "[user]hitide[tool]four"),
         # These show no calls.
         (SHOW, f"[user]hi[assistant]<tool_call>\n{SHOWN}\n</tool_call>[user]<tool_response>\nfour\n</tool_response>"),

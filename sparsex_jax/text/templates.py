@@ -19,6 +19,7 @@ from sparsex_jax.errors import InvalidRequestError
 
 Messages = Sequence[Mapping[str, Any]]
 
+_FUNCTIONS = {"raise_exception", "strftime_now"}  # which transformers gives to templates
 _PROBE = {"probe_key": "probe_value"}
 _PROBE_TEXT = '{"probe_key": "probe_value"}'
 _PROBE_ID = "a1b2c3d4e"  # Mistral's templates refuse ids that are not nine letters and digits
@@ -84,7 +85,7 @@ class Template:
             found = meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain))
         except TemplateSyntaxError as error:
             raise InvalidRequestError(f"messages: the model's chat template is no valid Jinja: {error}") from error
-        return frozenset(found)
+        return frozenset(found) - _FUNCTIONS
 
     @functools.cached_property
     def _wants_parts(self) -> bool:
@@ -104,13 +105,15 @@ class Template:
         forms = [CallForm(content, as_text) for content in ("", None, ...) for as_text in (False, True)]
         shown = {form: self._shown(form) for form in forms}
         best = max(forms, key=shown.__getitem__)  # the first of those that are equal
-        if not shown[best]:
+        how_much, _ = shown[best]
+        if not how_much:
             return None
-        beside_text = self._shown(dataclasses.replace(best, content="probe_text")) >= shown[best]
+        beside_text = self._shown(dataclasses.replace(best, content="probe_text"))[0] >= how_much
         return dataclasses.replace(best, beside_text=beside_text)
 
-    def _shown(self, form: CallForm) -> int:
-        """How much is shown of a call in this form: nothing (0), its name (1), or its arguments too (2)."""
+    def _shown(self, form: CallForm) -> tuple[int, int]:
+        """How much is shown of a call in this form: nothing (0), its name (1), or its arguments too (2). Of those that
+        are equal, the one is better that shows less besides: some templates show an empty text as a turn of its own."""
         arguments = _PROBE_TEXT if form.as_text else _PROBE
         call = {"id": _PROBE_ID, "type": "function", "function": {"name": "probe_name", "arguments": arguments}}
         message = {"role": "assistant", "tool_calls": [call]}
@@ -118,11 +121,12 @@ class Template:
         try:
             shown = self.render([{"role": "user", "content": "probe"}, message])
         except InvalidRequestError:
-            return 0
+            return 0, 0
         if "probe_name" not in shown or re.search(r"\bNone\b", shown):
-            return 0
+            return 0, 0
         as_json = _PROBE_TEXT in shown if form.as_text else "{'probe_key'" not in shown  # as Python prints an object
-        return 2 if as_json and all(word in shown for word in (*_PROBE, *_PROBE.values())) else 1
+        whole = as_json and all(word in shown for word in (*_PROBE, *_PROBE.values()))
+        return 2 if whole else 1, -len(shown)
 
 
 def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:

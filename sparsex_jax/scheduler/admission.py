@@ -138,13 +138,20 @@ class Admission:
         slots = sequence.slots(1) if output.token_ids or output.sampling.ends_where_full else sequence.most_slots
         own = self.pages_for(slots) + self.pages_for(sequence.num_copied) - self.cache.num_frozen_of(shared)
         if own > self.cache.num_beside_frozen:
-            raise (FrozenLimitError if sequence.remember else NoRoomError)(
-                f"the request needs {own} pages of {self._config.page_size} tokens of its own, and frozen texts leave "
-                f"{self.cache.num_beside_frozen} of {self._config.num_pages}"
-            )
+            raise self._no_room(sequence, own)
         if sequence.remember and sequence.remember.frozen:
             text = self.pages_for(len(sequence.prompt) - sequence.remember.start)
             self.cache.require_frozen_room(shared, text - len(shared) if not sequence.num_copied else text)
+
+    def _no_room(self, sequence: Sequence, own: int) -> NoRoomError:
+        left, size = self.cache.num_beside_frozen, self._config.page_size
+        said = f"the request needs {own} pages of {size} tokens of its own, and frozen texts leave {left} of "
+        said += str(self._config.num_pages)
+        if sequence.remember:
+            return FrozenLimitError(said)
+        context = min(self._model.max_position, left * size)
+        # The beginning is OpenAI's, and gateways look for it to try a model of longer context.
+        return NoRoomError(f"This model's maximum context length is {context} tokens now. However, {said}")
 
     def _pages_wanted(self, sequence: Sequence, slots: int, shared: Several[int]) -> int:
         """Pages for this many slots, or for the next token alone where frozen texts can never leave more."""

@@ -393,7 +393,8 @@ def test_an_answer_of_no_named_length_is_what_fits_beside_frozen_texts():
         assert promised(client) == 11 * 64
         refused = chat(client, max_tokens=900)
         assert error_of(refused)["code"] == "context_length_exceeded"
-        assert error_of(refused)["message"].startswith("This model's maximum context length is 704 tokens now. However,")
+        said = "This model's maximum context length is 704 tokens now. However,"
+        assert error_of(refused)["message"].startswith(said)
         assert "retry-after" not in refused.headers
 
 

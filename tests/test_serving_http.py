@@ -411,6 +411,10 @@ def test_a_quota_counts_texts_that_are_being_prefilled():
     quota.settle(50, 7)
     with pytest.raises(QuotaError, match="keeps 50 already: together 110"):
         quota.reserve(60, [Entry(7, "n", 50, (), True)])
+    quota.reserve(60, [Entry(7, "n", 50, (), True)], known=7)  # it is kept once
+    quota.settle(60, 7)
+    with pytest.raises(QuotaError):
+        quota.reserve(60, [Entry(7, "n", 50, (), True), Entry(8, "n", 60, (), True)], known=8)  # another key keeps it
     quota.reserve(100, [])  # it was evicted
 
 
@@ -497,6 +501,9 @@ def test_a_key_keeps_no_more_knowledge_than_its_limit(keyed):
             "param": "text",
             "code": "knowledge_quota",
         }
+        again = keep(alice, 100, 60, preamble="Not kept, so it does not count.")
+        assert (again.status_code, again.json()["handle"]) == (200, first["handle"])
+        assert keep(alice, 100, 60).status_code == 403  # behind another preamble it is another entry
         assert keep(carol, 400, 1).status_code == 403  # of the same namespace, with a limit of its own
         assert carol.delete(f"/v1/knowledge/{first['handle']}").status_code == 200
         assert keep(alice, 300, 60).status_code == 200

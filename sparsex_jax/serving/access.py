@@ -59,11 +59,12 @@ class Quota:
         self._handles: set[int] = set()
         self._reserved = 0  # tokens of texts that are being prefilled
 
-    def reserve(self, num_tokens: int, entries: Iterable[Entry]) -> None:
+    def reserve(self, num_tokens: int, entries: Iterable[Entry], known: int | None = None) -> None:
         """Count a text that is about to be prefilled. `settle` must follow, whatever becomes of it.
 
         Args:
           entries: all that are in the store. What was deleted or evicted counts no more.
+          known: the handle of the same text, if it is kept already. The key that keeps it may send it again.
 
         Raises:
           QuotaError: the key's quota does not allow this number of tokens more.
@@ -71,7 +72,7 @@ class Quota:
         own = {entry.handle: entry.num_tokens for entry in entries if entry.handle in self._handles}
         self._handles = set(own)
         kept = sum(own.values()) + self._reserved
-        if self._most is not None and kept + num_tokens > self._most:
+        if self._most is not None and known not in own and kept + num_tokens > self._most:
             raise QuotaError(
                 f"text has {num_tokens} tokens, and this key keeps {kept} already: together {kept + num_tokens}, and "
                 f"max_knowledge_tokens={self._most} is its limit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Knowledge:
 
     def start(self, engine: Engine, stream: Stream) -> None:
         """Reserve room in the quota and submit. Raises QuotaError, and as `Loop.remember`."""
-        self.quota.reserve(len(self.text), engine.entries())
+        self.quota.reserve(len(self.text), engine.entries(), self._known(engine))
         try:
             stream.submit(self)
         except BaseException:
@@ -40,4 +41,14 @@ class Knowledge:
                 self.quota.settle(len(self.text), event.handle)
             listener(event)
 
-        return loop.remember(self.text, namespace=self.namespace, frozen=True, preamble=self.preamble, listener=settle)
+        return loop.remember(self.text, frozen=True, listener=settle, **self._asked)
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        return {"namespace": self.namespace, "preamble": self.preamble}
+
+    def _known(self, engine: Engine) -> int | None:
+        """The handle of the same text, if it is kept already."""
+        asked = engine.loop.requests.remember(self.text, frozen=True, **self._asked).remember
+        entry = asked and engine.cache.entry_of(asked.namespace, asked.content)
+        return entry.handle if entry else None

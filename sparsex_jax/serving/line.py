@@ -64,7 +64,7 @@ class Line:
         limit = tenant.max_concurrent
         most = self._largest if limit is None else min(limit, self._largest)
         if size > most:
-            raise InvalidRequestError(f"prompt has {size} sequences to generate; the most here are {most}")
+            raise InvalidRequestError(f"the request has {size} answers to generate; the most here are {most}")
         own, total = self._under_way[tenant] + more, self._under_way.total() + more
         if limit is not None and own > limit:
             raise ConcurrencyError(

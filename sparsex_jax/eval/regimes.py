@@ -21,7 +21,7 @@ from jaxtyping import Int32
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.tasks import Sample
+from sparsex_jax.eval.samples import Sample
 from sparsex_jax.reuse.methods import Full
 
 Tokens = Int32[np.ndarray, "tokens"]

@@ -19,7 +19,7 @@ CRITICAL = 0.54
 class QCFuse(Method, name="qcfuse"):
     """Compute, from layer 0 on, the fresh tokens and the reused ones that these attend to most in one layer.
 
-    A first pass of the fresh tokens over the pasted KV ends in that layer. The paper's pass sees anchors only, some 15 %
+    A first pass of the fresh tokens over the pasted KV ends in that layer. The paper's pass sees anchors only, 15 %
     of each segment; here it sees all that is pasted. Its query is the user's question; here it is every fresh token.
 
     Attributes:

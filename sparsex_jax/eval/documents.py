@@ -47,7 +47,9 @@ TREES = listed(
 STREETS = tuple(f"{tree} {way}" for way in ("Street", "Lane") for tree in TREES)
 COLOURS, BIRDS = listed("Golden, Silver, Scarlet, Emerald, Crimson"), listed("Gull, Heron, Swan, Falcon, Petrel, Otter")
 SHIPS = tuple(f"{colour} {bird}" for bird in BIRDS for colour in COLOURS)
-GOODS = listed("copper wire, silk ribbons, olive oil, roof slates, orange trees, church bells, glasses, garden tools")
+GOODS = listed(
+    "copper wire, silk ribbons, olive oil, roof slates, orange trees, church bells, glass bottles, garden tools"
+)
 PACKS = listed("sixty crates, ninety boxes, eighty bundles, seventy pallets")
 CARGOES = tuple(f"{pack} of {goods}" for goods in GOODS for pack in PACKS)
 
@@ -179,4 +181,4 @@ def _document(rng: np.random.Generator, kind: str, fields: dict[str, Any], facts
             if left < 0:
                 break
             said.append(sentence)
-    return f"{title}{' '.join(scatter(rng, facts, said or ['']))}\n"
+    return f"{title}{' '.join(scatter(rng, facts, said) if said else facts)}\n"

@@ -104,8 +104,9 @@ def cut(items: Sequence[str], parts: int) -> list[Sequence[str]]:
     return [items[begin:end] for begin, end in itertools.pairwise(edges)]
 
 
-def pick(rng: np.random.Generator, words: Sequence[str], number: int) -> list[str]:
-    return [words[i] for i in rng.permutation(len(words))[:number]]
+def pick[Item](rng: np.random.Generator, items: Sequence[Item], number: int) -> list[Item]:
+    """Different items in random order: `number`, or all if there are fewer."""
+    return [items[i] for i in rng.permutation(len(items))[:number]]
 
 
 def numbers(rng: np.random.Generator, number: int, digits: int) -> list[str]:

@@ -36,11 +36,13 @@ class QCFuse(Method, name="qcfuse"):
     more_is_careful: ClassVar[tuple[str, ...]] = (*Method.more_is_careful, "recompute_ratio", "head_tokens")
 
     def resolved(self, num_layers: int) -> Method:
-        layer = int(CRITICAL * num_layers) if self.probe_layer is None else self.probe_layer
-        return dataclasses.replace(self, probe_layer=layer)
+        return dataclasses.replace(self, probe_layer=self._critical(num_layers))
+
+    def _critical(self, num_layers: int) -> int:
+        return int(CRITICAL * num_layers) if self.probe_layer is None else self.probe_layer
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
-        layer = self.resolved(num_layers).probe_layer
+        layer = self._critical(num_layers)
         require(layer < num_layers, f"probe_layer={layer} must be at most {num_layers - 1}, the model's last layer")
         if not prompt.reused.any():
             return [Phase(0, prompt.computed)]

@@ -278,9 +278,9 @@ class Engine:
         """Stop serving what `remember` stored. Raises UnknownHandleError if it is not there (any more).
 
         Copies of the text go too, of 15 tokens or more, which prompts of the namespace brought into the store; what
-        other entries have of it stays, and the result says how much that is. Sequences that use it at that moment finish, and what they commit
-        later is not kept. Texts that were made in its company have seen it: the result says how many, they are `stale`
-        until `heal` has made them again without it, and until then they are served.
+        other entries have of it stays, and the result says how much that is. Sequences that use it at that moment
+        finish, and what they commit later is not kept. Texts that were made in its company have seen it: the result
+        says how many, they are `stale` until `heal` has made them again without it, and until then they are served.
         """
         forgotten = self.admission.forget(handle)
         self.loop.publish()

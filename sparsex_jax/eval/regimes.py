@@ -100,7 +100,7 @@ def _joint(engine: Engine, case: Case, namespace: str, rng: np.random.Generator)
 
 def _independent(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
     for segment in case.segments:
-        engine.remember(segment, namespace=namespace)
+        engine.remember(segment, namespace=namespace, company=False)
     return _shuffled(case, rng)
 
 
@@ -111,7 +111,7 @@ def _preamble(engine: Engine, case: Case, namespace: str, rng: np.random.Generat
 
 
 def _context(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
-    engine.remember(case.context, namespace=namespace)
+    engine.remember(case.context, namespace=namespace, company=False)
     for segment in case.segments:
         engine.remember(segment, namespace=namespace, preamble=case.context)
     return _shuffled(case, rng)

@@ -14,7 +14,7 @@ from sparsex_jax.serving.worker import Stream
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Knowledge:
-    """A text to keep frozen, as token ids, and the preamble that it is prefilled behind.
+    """A text to keep frozen, as token ids, and what it is prefilled behind: a preamble, or `company` as in `remember`.
 
     Its methods run on the loop's thread, and so does everything that happens to the quota. A client that goes away
     at any moment leaves the quota right.
@@ -22,6 +22,7 @@ class Knowledge:
 
     text: np.ndarray
     preamble: np.ndarray | None
+    company: bool | None
     namespace: str
     quota: Quota
 
@@ -40,4 +41,11 @@ class Knowledge:
                 self.quota.settle(len(self.text), event.handle)
             listener(event)
 
-        return loop.remember(self.text, namespace=self.namespace, frozen=True, preamble=self.preamble, listener=settle)
+        return loop.remember(
+            self.text,
+            namespace=self.namespace,
+            frozen=True,
+            preamble=self.preamble,
+            company=self.company,
+            listener=settle,
+        )

@@ -10,6 +10,7 @@ import typer
 
 from sparsex_jax.cli import options
 from sparsex_jax.cli.terminal import clear_errors
+from sparsex_jax.config import EngineConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 

@@ -151,7 +151,8 @@ class Admission:
             )
         if sequence.remember and sequence.remember.frozen:
             text = self.pages_for(len(sequence.remember.text))
-            self.cache.require_frozen_room(shared, text - len(shared) if not sequence.num_copied else text)
+            kept = [] if sequence.num_copied else shared  # a text behind others shares nothing with what is stored
+            self.cache.require_frozen_room(kept, text - len(kept))
 
     def _pages_wanted(self, sequence: Sequence, slots: int, shared: Several[int]) -> int:
         """Pages for this many slots, or for the next token alone where frozen texts can never leave more."""

@@ -20,8 +20,9 @@ import numpy as np
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.eval import regimes, results, scores
+from sparsex_jax.eval.samples import Question, Sample
 from sparsex_jax.eval.scores import Answer
-from sparsex_jax.eval.tasks import Question, Sample, make_sample
+from sparsex_jax.eval.tasks import make_sample
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SESSION, HISTORY = 10, 2  # questions with the same values; earlier questions in each prompt

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsex_jax.eval import results
-from sparsex_jax.eval.quality import ALL_TASKS
+from sparsex_jax.eval.summaries import ALL_TASKS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 Summary = dict[str, Any]
 
 
 def summaries_of(document: dict[str, Any]) -> list[Summary]:
-    """The summaries in a result file, as `quality.summarize` made them."""
+    """The summaries in a result file, as `summaries.summarize` made them."""
     found = []
     for row in document["rows"]:
         cell, metric = row["work"].rsplit(": ", 1)

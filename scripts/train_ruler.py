@@ -45,7 +45,8 @@ from flax.training import train_state
 from sparsex_jax import ModelConfig
 from sparsex_jax.checkpoints.huggingface import TENSORS, HuggingFaceCheckpoint
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.tasks import TASKS, Question, Sample, make_sample, numbered, tracked
+from sparsex_jax.eval.samples import Question, Sample
+from sparsex_jax.eval.tasks import TASKS, make_sample, numbered, tracked
 from sparsex_jax.model import decoder as model
 from sparsex_jax.model.decoder import Decoder, OneLayer
 from sparsex_jax.model.ops import Ops

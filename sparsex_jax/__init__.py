@@ -21,7 +21,19 @@ from sparsex_jax.errors import (
 )
 
 # This also registers the methods under their names. None of it imports jax.
-from sparsex_jax.reuse.methods import CacheBlend, Epic, Focus, Full, Naive, Oracle, Prefix, ProphetKV, Random, SparseX
+from sparsex_jax.reuse.methods import (
+    CacheBlend,
+    Epic,
+    Focus,
+    Full,
+    Naive,
+    Oracle,
+    Prefix,
+    ProphetKV,
+    QCFuse,
+    Random,
+    SparseX,
+)
 from sparsex_jax.text.chat import Chat
 
 if TYPE_CHECKING:
@@ -50,6 +62,7 @@ __all__ = [
     "Prefill",
     "Prefix",
     "ProphetKV",
+    "QCFuse",
     "Random",
     "Report",
     "ReuseConfig",

@@ -170,7 +170,7 @@ def test_a_lucky_answer_does_not_make_up_for_a_spoiled_one(monkeypatch):
     monkeypatch.setattr(calibrate.scores, "task_score", lambda *_: next(scores))
     rows = iter([{"score": 0.0, "agreement": 1.0}, {"score": 1.0, "agreement": 0.5}])
     monkeypatch.setattr(calibrate.scores, "compare", lambda *_: next(rows))
-    pair = (quality.PreparedPrompt(np.zeros(1, np.int32), "n", None, ()), None)
+    pair = (quality.PreparedPrompt(np.zeros(1, np.int32), np.zeros(1, np.int32), "n", None, ()), None)
     assert [
         row["loss"] for row in calibrate.compare([pair] * 2, [(pair[0], quality.Answer("", (), None, None))] * 2)
     ] == [1, 0]

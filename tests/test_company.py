@@ -7,7 +7,7 @@ from dense import Dense, stored_kv
 
 from sparsex_jax import EngineConfig, InvalidRequestError, ReuseConfig, SamplingParams, UnknownHandleError
 from sparsex_jax.cache import Origin, PageCache
-from sparsex_jax.cache.company import Company, company_namespace, share_run
+from sparsex_jax.cache.company import Company, company_namespace, having_seen, share_run
 from sparsex_jax.scheduler.company import Neighbours, last_run, usual_opening
 
 RNG = np.random.default_rng(18)
@@ -103,7 +103,7 @@ def test_shared_runs():
     assert not share_run(a, a[10:25])
     assert not share_run(a, np.concatenate([a[:15], a[20:35]]))
     assert not share_run(a[:3], a)
-    assert not Company.nobody().knows(a)
+    assert not having_seen(a)(Company.nobody())
 
 
 # Remembering ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from sparsex_jax import ContextLengthError, ReuseConfig, SamplingParams, StoreFullError, UnknownHandleError
+from sparsex_jax.cache.company import having_seen
 
 FEW_PAGES = {"store_tokens": 20 * 16, "decode_steps": 4}
 PAGE_SIZE = 16
@@ -52,10 +53,11 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(handle=consumes(handles))
     def forget(self, handle):
         try:
-            text, namespace = self.engine.cache.text(handle), self.engine.cache.entry(handle).namespace
+            has_seen = having_seen(self.engine.cache.text(handle))
+            namespace = self.engine.cache.entry(handle).namespace
             self.engine.forget(handle)
             companies = [(entry, entry.origin.company) for entry in self.engine.entries(namespace)]
-            assert all(entry.stale for entry, company in companies if company is not None and company.knows(text))
+            assert all(entry.stale for entry, company in companies if company is not None and has_seen(company))
         except UnknownHandleError:
             assert handle not in [entry.handle for entry in self.engine.entries()]
 

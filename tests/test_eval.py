@@ -12,8 +12,10 @@ from sparsex_jax import InvalidRequestError, Oracle, ReuseConfig
 from sparsex_jax.cli import app
 from sparsex_jax.cli.bench import BenchSettings, example_maps
 from sparsex_jax.cli.options import parse_method
-from sparsex_jax.eval import lexicon, maps, plots, quality, regimes, results, scores
-from sparsex_jax.eval.tasks import CLOSED_TASKS, TASKS, make_sample, word_count
+from sparsex_jax.eval import documents, lexicon, maps, plots, prose, quality, regimes, results, scores, summaries
+from sparsex_jax.eval.regimes import Regime
+from sparsex_jax.eval.rows import RowLog
+from sparsex_jax.eval.tasks import CLOSED_TASKS, STRANGERS, TASKS, make_sample, word_count
 from sparsex_jax.reuse.prompt import TokenKind
 
 SIZES = ((40, 1), (300, 4), (2000, 3))  # tokens of body, segments
@@ -87,6 +89,64 @@ def test_every_note_has_another_answer(task):
             telling = [segment for segment in sample.segments if answer in segment]
             assert len(telling) == 1 or task == "notes_people"
             assert any(f" {asked} " in segment or f"the {asked}:" in segment for segment in telling)
+
+
+DOCUMENTS = ("report_codes", "report_people", "two_hop", "changed", "log_cargo", "mv_niah")
+
+
+@pytest.mark.parametrize("task", DOCUMENTS)
+@pytest.mark.parametrize(("tokens", "segments"), [(60, 1), (1200, 3), (4000, 20)])
+def test_documents_have_the_length_asked_for_and_tell_each_answer_once(task, tokens, segments):
+    for seed in range(3):
+        sample = sample_of(task, seed, tokens, segments, questions=3)
+        assert len(set(sample.segments)) == segments
+        for segment in sample.segments:
+            assert re.fullmatch(r"(Report on the|Logbook of the ship) [^\n]+\n[A-Z][^\n{}]+\.\n", segment)
+            assert abs(word_count(segment) - tokens / segments) < 30 or tokens == 60
+        for question in sample.questions:
+            assert question.text.endswith((".", "?"))
+            telling = [text for text in (sample.instruction, *sample.segments) for a in question.answers if a in text]
+            assert len(telling) == len(question.answers)
+
+
+def test_two_hops_are_in_two_documents():
+    sample = sample_of("two_hop", 3, 4000, 20, questions=20)
+    for question in sample.questions:
+        dog = re.search(r"dog (.+) live", question.text).group(1)
+        (first,) = (text for text in sample.segments if f"dog {dog}, which" in text)
+        (second,) = (text for text in sample.segments if question.answers[0] in text)
+        owner = re.search(rf"dog {dog}, which .*? belongs to (\w+ \w+)", first).group(1)
+        assert f"{owner} lives in {question.answers[0]}" in second
+        assert first != second
+
+
+def test_several_values_of_a_key_are_in_several_documents():
+    sample = sample_of("mv_niah", 0, 4000, 20)
+    (question,) = sample.questions
+    assert [sum(a in text for a in question.answers) for text in sample.segments].count(1) == len(question.answers) == 4
+
+
+def test_a_changed_value_is_in_the_instruction_alone():
+    sample = sample_of("changed", 0, 4000, 20, questions=3)
+    old, new = ({*re.findall(r"is (\w+ \w+)\.", text)} for text in (sample.earlier, sample.instruction))
+    assert len(old & new) == 1
+    for question in sample.questions:
+        assert {*question.answers} == new - old
+        assert not any(name in text for name in old | new for text in sample.segments)
+
+
+def test_prose_has_nothing_that_is_asked_for():
+    said = " ".join([*sum(prose.SENTENCES.values(), ()), *sum(prose.WORDS.values(), ())])
+    names = {*lexicon.FIRST_NAMES, *lexicon.LAST_NAMES, *lexicon.TOWNS, *documents.STREETS, *documents.GOODS}
+    assert not [name for name in names if re.search(rf"\b{name}\b", said)]
+    assert not re.search(r"\d", said)
+
+
+def test_strangers_are_of_another_kind():
+    for task, other in STRANGERS.items():
+        assert (task in CLOSED_TASKS) == (other in CLOSED_TASKS)
+        assert sample_of(task).segments[0][:8] != sample_of(other).segments[0][:8]
+    assert {*STRANGERS} == {*TASKS}
 
 
 def test_words_without_tokens_are_refused(tokenizer):
@@ -169,25 +229,70 @@ def test_unknown_tasks_and_sizes_are_refused():
 # Regimes ----------------------------------------------------------------------------------------------------
 
 
-def test_the_regime_context_stores_segments_behind_the_opening_and_examples(engine):
-    cells = [("niah", "context", index) for index in (0, 1)]
+@pytest.mark.parametrize(("regime", "number"), [("company", 4), ("company:2", 2), ("company:0", 0), ("strangers:5", 5)])
+def test_company_is_the_opening_and_segments_of_others(engine, regime, number):
+    cells = [("niah", regime, index) for index in (0, 1)]
     asked = quality.prepare_batch(engine, cells, 200, seed=0, num_segments=4)
     samples = [make_sample("niah", np.random.default_rng([0, TASKS.index("niah"), index]), 200) for index in (0, 1)]
     opening = regimes.tokenize(samples[0], engine.tokenizer).opening
     for one, sample in zip(asked, samples, strict=True):
-        report = quality.answer(engine, [one], ReuseConfig("naive"), timed=False)[0].report
+        report = answer_of(engine, one, "naive").report
         assert report.prefix_tokens == len(opening)  # the opening is stored as an exact prefix
         segments = regimes.tokenize(sample, engine.tokenizer).segments
         assert report.reused_tokens == sum(map(len, segments))
     before = [engine.entries(one.namespace)[0].num_tokens for one in asked]
-    assert before[0] == before[1] > len(opening)
+    assert before[0] == before[1] >= len(opening) + 30 * number
 
 
-@pytest.mark.parametrize("regime", regimes.REGIMES)
+def answer_of(engine, prepared, method):
+    return quality.answer(engine, quality.asks(engine, [prepared], ReuseConfig(method)))[0]
+
+
+@pytest.mark.parametrize("name", ["some", "joint:2", "company:x", "company:", "strangers:-1"])
+def test_unknown_regimes_are_refused(name):
+    with pytest.raises(InvalidRequestError, match=f"regime='{name}'"):
+        Regime.parse(name)
+
+
+def test_what_was_before_the_segments_is_the_samples_own_if_it_matters(engine):
+    sample = make_sample("changed", np.random.default_rng(0), 200)
+    case = regimes.tokenize(sample, AnyWords())
+    assert len(case.earlier) == len(case.known)
+    assert AnyWords.texts(case.earlier) == sample.earlier != sample.instruction == AnyWords.texts(case.opening)
+
+
+class AnyWords:
+    """A tokenizer of the characters of a text."""
+
+    chat_template = unk_token_id = None
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": list(map(ord, text))}
+
+    @staticmethod
+    def texts(tokens):
+        return "".join(map(chr, tokens))
+
+
+def test_reorder_finds_the_prefix_that_the_order_hides(engine):
+    (asked,) = quality.prepare_batch(engine, [("niah", "shuffled", 0)], 200, seed=0, num_segments=4)
+    assert not np.array_equal(asked.prompt, asked.reordered)
+    assert sorted(asked.prompt) == sorted(asked.reordered)
+    (ask,) = quality.asks(engine, [asked], parse_method("reorder"))
+    found, hidden = quality.answer(engine, [ask])[0], answer_of(engine, asked, "prefix")
+    assert found.report.prefix_tokens > hidden.report.prefix_tokens > 0
+    assert found.report.reused_tokens == 0
+    full = engine.prefill(asked.reordered, reuse=ReuseConfig("full"), keep=False)
+    np.testing.assert_allclose(found.logits, full.logits, atol=1e-4)  # nothing is lost
+    with pytest.raises(InvalidRequestError, match="unknown"):
+        ReuseConfig("reorder")
+
+
+@pytest.mark.parametrize("regime", set(regimes.REGIMES) - {"shuffled"})
 @pytest.mark.parametrize("task", ["vt", "chat"])
 def test_the_body_is_reused(engine, regime, task):
     sample, namespace = sample_of(task), f"reused/{regime}/{task}"
-    asked = quality.prepare(engine, sample, regime, namespace, np.random.default_rng(0))
+    asked = quality.prepare(engine, sample, Regime(regime), namespace, np.random.default_rng(0))
     report = engine.prefill(asked.prompt, reuse=ReuseConfig("naive"), namespace=namespace, keep=False).report
     segments = regimes.tokenize(sample, engine.tokenizer).segments
     assert 0 <= report.reused_tokens - sum(map(len, segments)) <= 4  # the ends of the two instructions are equal
@@ -198,9 +303,10 @@ def test_the_body_is_reused(engine, regime, task):
 
 @pytest.mark.slow
 def test_full_recompute_between_two_methods_evicts_nothing(engine):
-    asked = quality.prepare(engine, sample_of("niah", tokens=430), "independent", "evict", np.random.default_rng(0))
-    naive, full = ReuseConfig("naive"), ReuseConfig("full")
-    (before,), _, (after,) = (quality.answer(engine, [asked], reuse) for reuse in (naive, full, naive))
+    asked = quality.prepare(
+        engine, sample_of("niah", tokens=430), Regime("independent"), "evict", np.random.default_rng(0)
+    )
+    before, _, after = (answer_of(engine, asked, method) for method in ("naive", "full", "naive"))
     assert before.report.reused_tokens == after.report.reused_tokens > 400
     np.testing.assert_array_equal(before.logits, after.logits)
 
@@ -243,11 +349,11 @@ def test_agreement_counts_leading_tokens(tokens, share):
 
 
 def test_intervals_of_known_samples():
-    low, high = quality.wilson_interval(np.array([1.0] * 8 + [0.0] * 2))
+    low, high = summaries.wilson_interval(np.array([1.0] * 8 + [0.0] * 2))
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert quality.wilson_interval(np.ones(10)) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert quality.t_interval(np.array([1.0, 2, 3])) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
-    assert quality.t_interval(np.array([3.0])) == (3, 3)
+    assert summaries.wilson_interval(np.ones(10)) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert summaries.t_interval(np.array([1.0, 2, 3])) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert summaries.t_interval(np.array([3.0])) == (3, 3)
 
 
 def test_summaries_pair_the_methods_and_pool_the_tasks():
@@ -258,7 +364,7 @@ def test_summaries_pair_the_methods_and_pool_the_tasks():
         for i in range(2)
         for method, score in (("full", 1.0), ("naive", 0.25 if task == "vt" else 0.75))
     ]
-    found = {(s["task"], s["method"], s["metric"]): s for s in quality.summarize(rows)}
+    found = {(s["task"], s["method"], s["metric"]): s for s in summaries.summarize(rows)}
     assert found["all", "naive", "score"]["mean"] == 0.5
     assert found["all", "naive", "score"]["samples"] == 4
     assert found["vt", "naive", "loss"] | {"mean": 0.75, "low": 0.75, "high": 0.75} == found["vt", "naive", "loss"]
@@ -276,8 +382,8 @@ def rows(engine):
 def test_a_run_has_a_row_for_every_cell_and_method(rows):
     assert len(rows) == 2 * 2 * 2 * 3
     for row in rows:
-        assert {*scores.UNITS, "text", "expected"} - {"ttft_s"} <= row.keys()
-    assert [("ttft_s" in row) for row in rows[:6]] == [True] * 3 + [False] * 3  # the first of each batch is timed
+        assert {*scores.UNITS, "text", "expected"} <= row.keys()
+        assert row["speedup"] == pytest.approx(row["full_ttft_s"] / row["ttft_s"])
     full = [row for row in rows if row["method"] == "full"]
     assert all((row["kl"], row["top1"], row["agreement"], row["computed_fraction"]) == (0, 1, 1, 1) for row in full)
     work = {name: [r["computed_fraction"] for r in rows if r["method"] == name] for name in METHODS}
@@ -287,7 +393,43 @@ def test_a_run_has_a_row_for_every_cell_and_method(rows):
 def test_a_run_can_be_repeated(engine, rows):
     again = quality.run(engine, METHODS, ["qa"], ["independent"], num_tokens=300, samples=1)
     before = [r for r in rows if (r["task"], r["regime"], r["sample"]) == ("qa", "independent", 0)]
-    assert [r | {"ttft_s": 0} for r in again] == [r | {"ttft_s": 0} for r in before]
+    times = dict.fromkeys(("ttft_s", "full_ttft_s", "speedup"))
+    assert [r | times for r in again] == [r | times for r in before]
+
+
+def test_a_run_that_was_stopped_goes_on(engine, rows, tmp_path, monkeypatch):
+    path, made_with = tmp_path / "rows.jsonl", {"model": "tiny", "sizes": (1, 2)}
+    log, cells = RowLog(path, made_with), [(r["task"], r["regime"], r["sample"]) for r in rows[::3]]
+    log.add(rows[:5])
+    with path.open("a") as file:
+        file.write('{"task": "vt", "regi')  # the line in which it was killed
+    log = RowLog(path, made_with)
+    assert log.missing(cells[:2], list(METHODS)) == (cells[1:2], [rows[5]["method"]])
+    asked = []
+
+    def measure(engine, methods, batch, *sizes):
+        asked.append((list(methods), list(batch)))
+        return [
+            row for row in rows if (row["task"], row["regime"], row["sample"]) in batch and row["method"] in methods
+        ]
+
+    monkeypatch.setattr(quality, "measure", measure)
+    found = quality.run(engine, METHODS, ["vt", "qa"], ["joint", "independent"], 300, samples=2, log=log)
+    assert asked[0] == ([rows[5]["method"]], cells[1:2])
+    assert found == rows
+    assert len(path.read_text().splitlines()) == 1 + len(rows)
+    assert RowLog(path, made_with).of(cells, list(METHODS)) == rows
+    with pytest.raises(InvalidRequestError, match="model='tiny', not 'other'; take another folder"):
+        RowLog(path, made_with | {"model": "other"})
+
+
+def test_what_is_no_file_of_rows_is_left_alone(tmp_path):
+    for text in ("notes\n", '{"a": 1}\n', "[]\n"):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(text)
+        with pytest.raises(InvalidRequestError, match="is no file of rows"):
+            RowLog(path, {})
+        assert path.read_text() == text
 
 
 def test_the_oracle_is_a_method_of_the_bench(engine):
@@ -300,9 +442,9 @@ def test_the_oracle_is_a_method_of_the_bench(engine):
 
 
 def test_results_are_written_with_tables_and_plots(rows, tmp_path):
-    summaries = quality.summarize(rows)
-    content = results.file_content("quality", "a/tiny", {"seed": 0}, summaries)
-    path = results.write(content, summaries, tmp_path)
+    found = summaries.summarize(rows)
+    content = results.file_content("quality", "a/tiny", {"seed": 0}, found)
+    path = results.write(content, found, tmp_path)
     assert path.name == f"quality-tiny-{content['device'].lower()}.json"
     read = json.loads(path.read_text())
     assert read == content
@@ -310,8 +452,10 @@ def test_results_are_written_with_tables_and_plots(rows, tmp_path):
     assert all({"work", "implementation", "figure", "unit"} <= row.keys() for row in read["rows"])
     table = path.with_suffix(".md").read_text()
     assert table.count("\n| sparsex |") == 2  # a table for each regime
-    plots.frontier(summaries, tmp_path / "frontier.png")
-    assert (tmp_path / "frontier.png").stat().st_size > 10_000
+    for plot in (plots.frontier, plots.scores_over_time):
+        plot(found, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 10_000
+        (tmp_path / "plot.png").unlink()
 
 
 def test_maps_show_where_reuse_goes_wrong(engine, tmp_path):
@@ -377,4 +521,4 @@ def test_the_command_prints_one_object_and_writes_a_folder(monkeypatch, engine, 
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
     assert {row["implementation"] for row in content["rows"]} == {"full", "sparsex:boundary_layer=1"}
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".md", ".png", ".png"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".jsonl", ".md", ".png"]

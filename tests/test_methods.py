@@ -19,6 +19,7 @@ CONFIGS = {
     "epic": ReuseConfig("epic", head_tokens=5),
     "cacheblend": ReuseConfig("cacheblend", recompute_ratio=0.2),
     "prophetkv": ReuseConfig("prophetkv", recompute_ratio=0.2),
+    "qcfuse": ReuseConfig("qcfuse", probe_layer=2, recompute_ratio=0.2),
     "focus": ReuseConfig("focus", recompute_ratio=0.2, pool_tokens=16, **PLAIN),
     "random": ReuseConfig("random", boundary_layer=1, recompute_ratio=0.2, **PLAIN),
     "sparsex": ReuseConfig(boundary_layer=2, recompute_ratio=0.2, **PLAIN),
@@ -26,7 +27,7 @@ CONFIGS = {
 }
 # The first three have one boundary and one signal: in a batch they run as the others do. `test_loop.py` has batches of
 # the last.
-IN_BATCHES_ELSEWHERE = ["epic", "random", "sparsex", "prophetkv"]
+IN_BATCHES_ELSEWHERE = ["epic", "random", "sparsex", "prophetkv", "qcfuse"]
 PROMPTS = ["odd offsets", "many"]
 
 
@@ -131,6 +132,24 @@ def test_prophetkv_probes_every_layer_and_leaves_nothing_behind(tiny, dense, cas
     assert out.report.computed_fraction == pytest.approx((len(case.fresh) + len(active)) / len(case.tokens))
     stored = _stored(tiny, case, CONFIGS["prophetkv"])
     np.testing.assert_allclose(stored, np.array(kv), atol=1e-4)  # of the probe, nothing is left
+
+
+def test_qcfuse_chooses_by_one_layer_and_leaves_nothing_behind(tiny, dense, case):
+    def best(layer, hidden, rows, kv):
+        mass = dense.masses(hidden[case.fresh], case.fresh, kv, case.fresh, range(3))[2]
+        return case.with_best(mass, round(0.2 * len(case.reused)))
+
+    logits, kv, [active] = dense.narrowed(case.pieces, [(0, best)])
+    out = run(tiny, case, CONFIGS["qcfuse"])
+    assert_is(out, logits, active)
+    assert out.report.computed_fraction == pytest.approx((3 / 4 * len(case.fresh) + len(active)) / len(case.tokens))
+    np.testing.assert_allclose(_stored(tiny, case, CONFIGS["qcfuse"]), np.array(kv), atol=1e-4)
+
+
+def test_qcfuse_refuses_a_layer_that_the_model_does_not_have(tiny):
+    remember_both(tiny)
+    with pytest.raises(InvalidRequestError, match="probe_layer=4 must be at most 3"):
+        run(tiny, Case("many"), ReuseConfig("qcfuse", probe_layer=4))
 
 
 def test_focus_recomputes_the_pieces_that_some_head_looks_at(tiny, dense, case):
@@ -270,6 +289,7 @@ def test_what_padding_computes_reaches_nobody(tiny, name):
         (CONFIGS["epic"], 4 * (30 + 5)),
         (CONFIGS["cacheblend"], 100 + (30 + 17) + (30 + 15) + (30 + 14)),
         (CONFIGS["prophetkv"], 4 * 30 + 4 * (20 + 14)),
+        (CONFIGS["qcfuse"], 3 * 30 + 4 * (30 + 14)),
         (ReuseConfig("focus", recompute_ratio=0.01, pool_tokens=40, **PLAIN), 4 * 30 + 4 * (20 + 4 + 36)),
         (CONFIGS["random"], 100 + 3 * (30 + 14)),
         (CONFIGS["sparsex"], 2 * 100 + 2 * (30 + 14)),

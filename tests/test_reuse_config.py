@@ -25,6 +25,7 @@ OPTIONS = {
     "sparsex": {"boundary_layer", "recompute_ratio", "overflow_tokens", "tail_tokens", "second_boundary"}
     | {"head_tokens", "pool_tokens"},
     "prophetkv": {"recompute_ratio", "head_tokens", "pool_tokens"},
+    "qcfuse": {"probe_layer", "recompute_ratio", "head_tokens", "pool_tokens"},
     "focus": {"recompute_ratio", "overflow_tokens", "tail_tokens", "second_boundary", "head_tokens", "pool_tokens"},
 }
 
@@ -152,7 +153,7 @@ def test_the_schema_of_requests_lists_all_options():
     properties = ReuseOptions.model_json_schema()["properties"]
     assert properties.keys() == {"method", *OF_ALL}.union(*OPTIONS.values())
     assert properties["head_tokens"]["type"] == "integer"
-    assert properties["head_tokens"]["description"] == "Of epic, sparsex, random, prophetkv, focus."
+    assert properties["head_tokens"]["description"] == "Of epic, sparsex, random, prophetkv, qcfuse, focus."
 
 
 def test_methods_are_known_without_jax():

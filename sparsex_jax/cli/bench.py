@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.cli.terminal import messages, output, print_json, progress, waiting
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.eval import maps, quality, regimes, results
-from sparsex_jax.eval.tasks import make_sample
+from sparsex_jax.eval import maps, quality, results
+from sparsex_jax.eval.regimes import Regime
+from sparsex_jax.eval.rows import RowLog
+from sparsex_jax.eval.summaries import summarize
 
 _AROUND = 512  # more than the tokens of a prompt and its answer beside the body
 
@@ -54,14 +55,28 @@ class BenchSettings:
     @property
     def store_tokens(self) -> int:
         """A store of this size holds the donors and prompts of a batch at the same time, and the text before donors."""
-        bodies = 3 if "context" in self.regimes else 2
-        return self.batch * (bodies * (self.length + self.length // 8 + _AROUND) + 64 * self.segments)
+        before = max(Regime.parse(name).num_examples(self.segments) for name in self.regimes)
+        texts = 2 * self.segments + before + 1  # the donors, the prompt, the text before donors, one donor being made
+        each = -(-self.length // self.segments)
+        return self.batch * (texts * (each + each // 8 + 64) + 3 * _AROUND)
+
+    @property
+    def of_each_row(self) -> dict[str, Any]:
+        """What makes a row another one, beside its own task, regime, sample and method."""
+        return {name: getattr(self, name) for name in ("length", "segments", "seed")}
 
 
-def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, as_json: bool) -> None:
-    """Measure, then print the results and write them to the folder `out`, if there is one."""
+def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, with_maps: bool, as_json: bool) -> None:
+    """Measure, then print the results.
+
+    Args:
+      out: a folder. Rows are written to it as they come; a run that was stopped goes on with those that are missing.
+        At the end, results are written to it.
+      with_maps: draw key mass and deviation of a prompt of each task and regime too.
+    """
     methods = {name: parse_method(name) for name in settings.methods}
     engine = EngineChoice(model, dtype, settings.store_tokens, None, settings.batch, settings.batch).load()
+    log = open_log(engine, model, settings, out) if out else None
     with progress() as bar:
         rows = quality.run(
             engine,
@@ -73,18 +88,33 @@ def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, as
             settings.seed,
             num_segments=settings.segments,
             track=functools.partial(bar.track, description="Asking"),
+            log=log,
         )
-    summaries = quality.summarize(rows)
-    content = results.file_content(
-        "quality", model, dataclasses.asdict(settings) | {"dtype": engine.config.dtype}, summaries
-    )
+    found = summarize(rows)
+    content = results.file_content("quality", model, dataclasses.asdict(settings) | _dtype(engine), found)
     if out:
         with waiting("Writing"):
-            write(engine, settings, content, summaries, out)
+            write(engine, settings, content, found, out, with_maps=with_maps)
     if as_json:
         print_json(content)
     else:
-        output().print(results.markdown(content, summaries), soft_wrap=True)
+        output().print(results.markdown(content, found), soft_wrap=True)
+
+
+def open_log(engine: Engine, model: str, settings: BenchSettings, folder: Path) -> RowLog:
+    """The file of rows in the folder, for this model and device.
+
+    Raises:
+      InvalidRequestError: it has rows that were made with other settings, another version or another commit.
+    """
+    made = results.provenance()
+    made_with = {"model": Path(model).name} | {name: made[name] for name in ("device", "versions", "commit")}
+    stem = results.file_stem({"bench": "quality", "model": model, "device": made["device"]})
+    return RowLog(folder / f"{stem}.rows.jsonl", made_with | _dtype(engine) | settings.of_each_row)
+
+
+def _dtype(engine: Engine) -> dict[str, str]:
+    return {"dtype": str(engine.config.dtype)}
 
 
 def write(
@@ -93,31 +123,29 @@ def write(
     content: Mapping[str, Any],
     summaries: Sequence[results.Summary],
     folder: Path,
+    *,
+    with_maps: bool,
 ) -> None:
-    """Write the results and plots of them: the frontier, and heatmaps of one sample of each task and regime."""
+    """Write the results and a plot of them: scores over times. With maps, also one of each task and regime."""
     path = results.write(content, summaries, folder)
     try:
         from sparsex_jax.eval import plots
     except ImportError:
         messages().print("no plots were written: matplotlib is not installed; it comes with the extra `bench`")
         return
-    title = f"{content['model']}, {settings.length} tokens, {settings.samples} samples a point"
-    plots.frontier(summaries, path.with_suffix(".png"), title)
-    for task in settings.tasks:
-        for regime in settings.regimes:
-            figure = path.with_name(f"{path.stem}-{task}-{regime}.png")
-            plots.heatmaps(
-                example_maps(engine, settings, task, regime), figure, f"{content['model']}: {task}, {regime}"
-            )
+    shape = f"{settings.segments} segments, {settings.length} tokens"
+    plots.scores_over_time(
+        summaries,
+        path.with_suffix(".png"),
+        f"{content['model']} on {content['device']}, {shape}, {settings.samples} prompts of each task",
+    )
+    for task, regime in itertools.product(settings.tasks, settings.regimes) if with_maps else ():
+        figure = path.with_name(f"{path.stem}-{task}-{regime.replace(':', '-')}.png")
+        plots.heatmaps(example_maps(engine, settings, task, regime), figure, f"{content['model']}: {task}, {regime}")
 
 
 def example_maps(engine: Engine, settings: BenchSettings, task: str, regime: str) -> maps.Maps:
-    """The key mass and KV deviation of one sample of the task."""
-    rng, namespace = np.random.default_rng(settings.seed), f"maps/{task}/{regime}"
-
-    def count(text: str) -> int:
-        return len(regimes.encode(engine.tokenizer, text))
-
-    sample = make_sample(task, rng, settings.length, settings.segments, count=count)
-    prepared = quality.prepare(engine, sample, regime, namespace, rng)
-    return maps.make_maps(engine, prepared.prompt, namespace)
+    """The key mass and KV deviation of the task's first sample."""
+    cell = (task, regime, 0)
+    (one,) = quality.prepare_batch(engine, [cell], settings.length, settings.seed, settings.segments)
+    return maps.make_maps(engine, one.prompt, one.namespace)

@@ -13,6 +13,10 @@ from sparsex_jax.cli.terminal import clear_errors
 from sparsex_jax.config import EngineConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+_REGIMES_HELP = (
+    "How segments are stored: joint; shuffled (one prompt had them in another order); independent; preamble; company:N "
+    "(each behind the prompt's opening and N segments of other samples); strangers:N (of another task)."
+)
 
 app = typer.Typer(
     help="Segment-level KV-cache reuse for LLM serving.",
@@ -303,9 +307,7 @@ def calibrate(
         typer.Option("--confident", help="Require that the whole 95 % interval meets the target. Needs many samples."),
     ] = False,
     tasks: Annotated[str, typer.Option(help="As in `bench quality`. Choose tasks that the model can do.")] = "niah,qa",
-    regimes: Annotated[str, typer.Option(help="How segments are stored: joint, independent, preamble, context.")] = (
-        "independent"
-    ),
+    regimes: Annotated[str, typer.Option(help=_REGIMES_HELP)] = ("independent"),
     length: Annotated[int, typer.Option(help="Tokens of reused body in each prompt, about.")] = 1024,
     segments: Annotated[int, typer.Option(help="Segments of the body.")] = 4,
     samples: Annotated[int, typer.Option(help="Prompts for each task and regime.")] = 16,
@@ -341,33 +343,47 @@ def quality(
     tasks: Annotated[
         str,
         typer.Option(
-            help="niah, mq_niah, mk_niah, vt, cwe, fwe, qa, chat, agents, notes_(codes, people, years); by commas."
+            help="Tasks, separated by commas. Of few words that any model knows: niah, mq_niah, mk_niah, vt, cwe, fwe, "
+            "qa, chat, agents. In English: notes_(codes, people, years), of fixed length; report_(codes, people), "
+            "two_hop, changed, log_cargo, mv_niah."
         ),
     ] = ("vt,mq_niah"),
-    regimes: Annotated[str, typer.Option(help="How segments are stored: joint, independent, preamble, context.")] = (
-        "joint,independent"
-    ),
+    regimes: Annotated[str, typer.Option(help=_REGIMES_HELP)] = ("joint,independent"),
     methods: Annotated[
         str,
         typer.Option(
-            help="Methods, separated by commas, with options if wanted: sparsex:boundary_layer=0:recompute_ratio=0.3."
+            help="Methods, separated by commas, with options if wanted: sparsex:boundary_layer=0:recompute_ratio=0.3. "
+            "Also oracle, and reorder: documents in the order of an earlier prompt, and its prefix."
         ),
     ] = "full,naive,sparsex:boundary_layer=0,sparsex",
     length: Annotated[int, typer.Option(help="Tokens of reused body in each prompt, about.")] = 2048,
     segments: Annotated[int, typer.Option(help="Segments of the body.")] = 4,
+    segment_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of each segment, about, instead of --length: 20 segments of 512, say.", min=1),
+    ] = None,
     samples: Annotated[int, typer.Option(help="Prompts for each task and regime.")] = 8,
     batch: Annotated[int, typer.Option(help="Prompts that run together. An accelerator needs 32 or more.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="A folder for the results as JSON, Markdown table and plots.", file_okay=False)
+        Path | None,
+        typer.Option(
+            help="A folder for the results: rows as they come, then JSON, a Markdown table and a plot. The same "
+            "command goes on where it was stopped; tasks, regimes, methods and samples can be added.",
+            file_okay=False,
+        ),
     ] = None,
+    with_maps: Annotated[
+        bool, typer.Option("--maps", help="Also plot what is looked at and what deviates, for each task and regime.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Compare methods on generated tasks: their scores, and how far their answers are from full recompute's."""
     from sparsex_jax.cli.bench import BenchSettings, run
 
     with clear_errors():
+        length = segment_length * segments if segment_length else length
         settings = BenchSettings(
             _split(methods), _split(tasks), _split(regimes), length, segments, samples, batch, seed
         )
-        run(model, dtype, settings, out=out, as_json=as_json)
+        run(model, dtype, settings, out=out, with_maps=with_maps, as_json=as_json)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsex_jax.config import CALIBRATED, ReuseConfig, find_method
+from sparsex_jax.eval.reorder import Reorder
 from sparsex_jax.reuse.methods import Oracle, SparseX
 
 _REUSE = "Reuse"
@@ -83,7 +84,7 @@ def given(**fields: Any) -> dict[str, Any]:
 
 
 def parse_method(text: str) -> ReuseConfig:
-    """`NAME` or `NAME:FIELD=VALUE:...`, with the options that the method has; `oracle` is a name too, for the benches.
+    """`NAME` or `NAME:FIELD=VALUE:...`, with the options that the method has. `oracle` and `reorder` are for benches.
 
     Raises:
       InvalidRequestError: as `ReuseConfig`.
@@ -93,7 +94,8 @@ def parse_method(text: str) -> ReuseConfig:
     """
     name, *settings = text.split(":")
     options = dict(_setting(setting) for setting in settings)
-    return Oracle(**options) if name == Oracle.method else find_method(name)(**options)
+    of_benches = {each.method: each for each in (Oracle, Reorder)}
+    return of_benches[name](**options) if name in of_benches else find_method(name)(**options)
 
 
 def _setting(text: str) -> tuple[str, Any]:

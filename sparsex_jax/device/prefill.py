@@ -103,7 +103,8 @@ def _enter(
 ) -> tuple[Store, PrefillState]:
     """Cross the boundary that stands here: score the rows, choose those that go on, and drop the others."""
     at = jnp.argmax(plan.boundaries.layer == state.layer)
-    boundary = Boundary(forward, state.layer, state.rows, state.hidden, plan.fresh, plan.scores)
+    probe_layers = plan.boundaries.probe_layers[at]
+    boundary = Boundary(forward, state.layer, state.rows, state.hidden, plan.fresh, plan.scores, probe_layers)
     store, scores = _score(boundary, store, signals, plan.boundaries.signal[at])
     keep = _choose(boundary, plan, plan.boundaries.forced[at], plan.boundaries.budget[at], scores)
     rows, hidden = _narrow(state.rows, state.hidden, keep)

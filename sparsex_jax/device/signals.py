@@ -34,6 +34,7 @@ class Boundary(NamedTuple):
       rows, hidden: the rows that came so far, and their hidden states at the input of `layer`.
       fresh: which of the plan's own rows are fresh; `rows.index` says which of those each row is.
       given: scores that the host gave for the plan's own rows (`Phase.scores`).
+      probe_layers: how many layers, from `layer` on, a signal's own pass of the fresh rows runs (`Phase.probe_layers`).
     """
 
     forward: ForwardPass
@@ -42,6 +43,7 @@ class Boundary(NamedTuple):
     hidden: Hidden
     fresh: Bool[Array, "plan_rows"]
     given: Float[Array, "plan_rows"]
+    probe_layers: Int[Array, ""]
 
     def fresh_rows(self) -> tuple[Rows, Hidden]:
         """The fresh ones among the rows, in the same shape with padding at the end, and their hidden states."""
@@ -74,7 +76,7 @@ def key_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
 
 
 def probe_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
-    """Key mass summed over all layers from the boundary on, from a first pass of the fresh rows alone.
+    """Key mass summed over the layers of a first pass of the fresh rows alone, which begins at the boundary.
 
     ProphetKV's first stage (arXiv 2602.02579). The pass attends over the pasted KV and writes the fresh rows' K and V.
     Those that go on are written again before anything else reads them.
@@ -91,16 +93,28 @@ def probe_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return _probe(boundary, store, power=4)
 
 
-def _probe(boundary: Boundary, store: Store, power: int) -> tuple[Store, Scores]:
+def probe_last(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """The same pass; the key mass of its last layer alone: QCFuse's critical layer (arXiv 2606.05875)."""
+    return _probe(boundary, store, only_last=True)
+
+
+def _probe(boundary: Boundary, store: Store, power: int = 1, *, only_last: bool = False) -> tuple[Store, Scores]:
     forward, (rows, hidden) = boundary.forward, boundary.fresh_rows()
+    end = boundary.layer + boundary.probe_layers
 
     def layer_step(layer: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         store, before, mass = carry
         store, hidden = run_layer(forward, layer, store, rows, before)
         return store, hidden, add_key_mass(forward, layer, store, rows, before, mass, power)
 
-    carry = store, hidden, forward.no_mass(store)
-    store, _, mass = lax.fori_loop(boundary.layer, forward.decoder.config.num_layers, layer_step, carry)
+    def skip_mass(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        return run_layer(forward, layer, carry[0], rows, carry[1])
+
+    watched = boundary.layer
+    if only_last:
+        watched = end - 1
+        store, hidden = lax.fori_loop(boundary.layer, watched, skip_mass, (store, hidden))
+    store, _, mass = lax.fori_loop(watched, end, layer_step, (store, hidden, forward.no_mass(store)))
     return store, boundary.at_rows(mass)
 
 
@@ -134,6 +148,7 @@ BUILT_IN: dict[str, Signal] = {
     "key_mass": key_mass,
     "probe_mass": probe_mass,
     "probe_focus": probe_focus,
+    "probe_last": probe_last,
     "kv_deviation": kv_deviation,
     "given": given,
 }

@@ -30,9 +30,10 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.config import ReuseConfig, architecture
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.eval import quality, results, scores
-from sparsex_jax.eval.quality import Batch, Row
+from sparsex_jax.eval import quality, results, scores, summaries
+from sparsex_jax.eval.quality import Batch
 from sparsex_jax.eval.scores import Answer
+from sparsex_jax.eval.summaries import Row
 from sparsex_jax.reuse.methods import Full, SparseX
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.report import make_report
@@ -75,7 +76,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """The mean of a share over prompts, with its 95 % interval (`quality.wilson_interval`)."""
+    """The mean of a share over prompts, with its 95 % interval (`summaries.wilson_interval`)."""
 
     mean: float
     low: float
@@ -86,7 +87,7 @@ class Interval:
     def of(cls, shares: Sequence[float]) -> Interval:
         """The interval of the mean of these shares."""
         values = np.asarray(shares, np.float64)
-        return cls(float(values.mean()), *quality.wilson_interval(values), len(values))
+        return cls(float(values.mean()), *summaries.wilson_interval(values), len(values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +263,7 @@ def samples_needed(most: float) -> int:
     >>> samples_needed(0.02)
     189
     """
-    return math.ceil(quality.Z95**2 * (1 - most) / most)
+    return math.ceil(summaries.Z95**2 * (1 - most) / most)
 
 
 def check_score(target: Target, full_score: float) -> None:
@@ -280,7 +281,7 @@ AnsweredBatch = Sequence[tuple[quality.PreparedPrompt, Answer]]
 def answer_batch(engine: Engine, prompts: PromptSet, batch: Batch, reuse: ReuseConfig) -> AnsweredBatch:
     """A batch's prompts with a method's answers. Preparing them stores donors again that were evicted meanwhile."""
     prepared = quality.prepare_batch(engine, batch, prompts.num_tokens, prompts.seed, prompts.num_segments)
-    return list(zip(prepared, quality.answer(engine, prepared, reuse, timed=False), strict=True))
+    return list(zip(prepared, quality.answer(engine, quality.asks(engine, prepared, reuse)), strict=True))
 
 
 def mean_score(answered: Sequence[AnsweredBatch]) -> float:
@@ -313,7 +314,10 @@ def measure(
         if not target.in_reach([row[target.metric] for row in rows], prompts.total):
             break
     means = {name: float(np.mean([row[name] for row in rows])) for name in _MEANS}
-    ttft = quality.time_prefill(engine, answered[0][0], reuse) if len(rows) == prompts.total else None
+    ttft = None
+    if len(rows) == prompts.total:
+        (asked,) = quality.asks(engine, [answered[0][0]], reuse)
+        ttft = quality.time_prefill(engine, asked)
     return Measured(reuse, tuple(row[target.metric] for row in rows), ttft_s=ttft, **means)
 
 

@@ -36,13 +36,47 @@ def frontier(summaries: Sequence[Summary], path: Path, title: str = "") -> None:
         line[0].set_ylabel("score")
     for panel in axes[-1]:
         panel.set_xlabel("computed fraction of token-layers")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    _legend(figure, [*axes.ravel()])
     _save(figure, path, title)
 
 
+def scores_over_time(summaries: Sequence[Summary], path: Path, title: str = "") -> None:
+    """Plot scores over times to the first token, both the means of all tasks: a panel for each regime.
+
+    The dashed line is full recompute's score, if that was measured.
+    """
+    regimes, tasks = (list(dict.fromkeys(s[key] for s in summaries)) for key in ("regime", "task"))
+    shown = [s for s in summaries if s["task"] == tasks[-1]]
+    size = (max(4.2 * len(regimes), 6), 4.4)
+    figure, axes = plt.subplots(1, len(regimes), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for panel, regime in zip(axes[0], regimes, strict=True):
+        own = [s for s in shown if s["regime"] == regime]
+        _panel(panel, own, "ttft_s")
+        for full in (s["mean"] for s in own if (s["method"], s["metric"]) == ("full", "score")):
+            panel.axhline(full, ls="--", lw=0.8, color="grey")
+        panel.set(xscale="log", xlabel="time to the first token, s (log)", ylim=(-0.02, 1.05))
+        panel.set_title(regime, fontsize=10)
+    axes[0, 0].set_ylabel("score" if len(tasks) == 1 else f"score, mean of {len(tasks) - 1} tasks")
+    _legend(figure, [*axes[0]])
+    _save(figure, path, title)
+
+
+def _legend(figure: Any, panels: Sequence[Axes]) -> None:
+    """One legend for what any of the panels shows."""
+    named = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(named.values(), named, loc="outside lower center", ncols=6, fontsize=8)
+
+
 def _frontier_panel(panel: Axes, summaries: Sequence[Summary]) -> None:
-    work = {s["method"]: s["mean"] for s in summaries if s["metric"] == "computed_fraction"}
+    _panel(panel, summaries, "computed_fraction")
+    panel.set(xlim=(0, 1.05), ylim=(-0.02, 1.05))
+
+
+def _panel(panel: Axes, summaries: Sequence[Summary], over: str) -> None:
+    """A line for each method with its options, of scores over another metric."""
+    work = {s["method"]: s["mean"] for s in summaries if s["metric"] == over}
     families: dict[str, list[Summary]] = {}
     for summary in (s for s in summaries if s["metric"] == "score"):
         families.setdefault(summary["method"].split(":")[0], []).append(summary)
@@ -51,8 +85,7 @@ def _frontier_panel(panel: Axes, summaries: Sequence[Summary]) -> None:
         mean, low, high = (np.array([s[key] for s in scores]) for key in ("mean", "low", "high"))
         x = [work[s["method"]] for s in scores]
         panel.errorbar(x, mean, [mean - low, high - mean], marker="o", ms=4, lw=1, capsize=2, label=name)
-    panel.set(xlim=(0, 1.05), ylim=(-0.02, 1.05))
-    panel.grid(alpha=0.3)
+    panel.grid(alpha=0.3, which="both")
 
 
 def heatmaps(maps: Maps, path: Path, title: str = "") -> None:

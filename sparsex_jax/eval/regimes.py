@@ -1,12 +1,15 @@
 """Caching regimes: the ways in which a sample's segments come into the store before the prompt that reuses them.
 
     joint         one earlier prompt, with another instruction, had all of them
+    shuffled      one earlier prompt, with the same instruction, had all of them in another order
     independent   each is prefilled alone, and the prompt has them in another order
     preamble      as independent, but each is prefilled behind a short text whose KV is not kept
-    context       as preamble, but the text is what a server knows beforehand: the instruction that prompts begin with,
-                  and segments of other samples of the task. Its KV is kept.
+    company:N     as preamble, but the text is what a server knows beforehand: the instruction that prompts begin with,
+                  and N segments of other samples of the task. Its KV is kept. Without N, as many as the body has.
+    strangers:N   as company, but the segments are of another task, of another kind (`tasks.STRANGERS`)
 
-Parts are tokenised one by one and their ids joined, so that a segment has the same tokens in every prompt.
+Where a task says what its segments were behind (`Sample.earlier`), that is the instruction in all regimes but
+`independent`. Parts are tokenised one by one and their ids joined, so that a segment has the same tokens in each.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from jaxtyping import Int32
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.tasks import Sample
+from sparsex_jax.eval.samples import Sample
 from sparsex_jax.reuse.methods import Full
 
 Tokens = Int32[np.ndarray, "tokens"]
@@ -33,17 +36,21 @@ class Case:
 
     Attributes:
       earlier: the text that was before the segments when they were stored: before all of them, or before each.
+      known: the instruction that the server saw before; the prompt's own, unless the task says otherwise.
       opening: the text before them in the prompt: the instruction, in the model's chat template if it has one.
       segments: the reusable body.
       closing: the text behind them: the question, and the template's end, at which the model answers.
-      examples: segments of other samples of the task, which the prompt does not have.
+      examples: segments of other samples, which the prompt does not have.
+      stored: the segments in the order in which one earlier prompt had them behind the same opening. None if none had.
     """
 
     earlier: Tokens
+    known: Tokens
     opening: Tokens
     segments: tuple[Tokens, ...]
     closing: Tokens
     examples: tuple[Tokens, ...] = ()
+    stored: tuple[Tokens, ...] | None = None
 
     @property
     def prompt(self) -> Tokens:
@@ -51,9 +58,15 @@ class Case:
         return np.concatenate([self.opening, *self.segments, self.closing])
 
     @property
-    def context(self) -> Tokens:
-        """The text that the regime `context` prefills first."""
-        return np.concatenate([self.opening, *self.examples])
+    def reordered(self) -> Tokens:
+        """The whole prompt with the segments in the order of an earlier prompt, if one began as this one does."""
+        segments = self.segments if self.stored is None else self.stored
+        return np.concatenate([self.opening, *segments, self.closing])
+
+    @property
+    def company(self) -> Tokens:
+        """The text that the regimes `company` and `strangers` prefill first."""
+        return np.concatenate([self.known, *self.examples])
 
 
 def tokenize(sample: Sample, tokenizer: Any, question: int = 0, examples: Sequence[str] = ()) -> Case:
@@ -61,16 +74,16 @@ def tokenize(sample: Sample, tokenizer: Any, question: int = 0, examples: Sequen
 
     Args:
       question: index of the question.
-      examples: segments of other samples of the task.
+      examples: segments of other samples.
 
     Raises:
       InvalidRequestError: the prompt has words for which the tokenizer has no token.
     """
     text = sample.questions[question].text
     opening, closing = _around(tokenizer, sample.instruction, text)
-    earlier, _ = _around(tokenizer, lexicon.EARLIER_INSTRUCTION, text)
+    earlier, _ = _around(tokenizer, sample.earlier or lexicon.EARLIER_INSTRUCTION, text)
     segments, others = (tuple(encode(tokenizer, text) for text in texts) for texts in (sample.segments, examples))
-    case = Case(earlier, opening, segments, closing, others)
+    case = Case(earlier, earlier if sample.earlier else opening, opening, segments, closing, others)
     if tokenizer.unk_token_id in case.prompt:
         raise InvalidRequestError(f"task={sample.task!r} has words that this model's tokenizer does not know")
     return case
@@ -98,36 +111,90 @@ def _joint(engine: Engine, case: Case, namespace: str, rng: np.random.Generator)
     return case
 
 
+def _shuffled(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
+    prompt = np.concatenate([case.known, *case.segments])
+    engine.prefill(prompt, reuse=Full(), namespace=namespace)
+    return dataclasses.replace(_in_another_order(case, rng), stored=case.segments)
+
+
 def _independent(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
     for segment in case.segments:
         engine.remember(segment, namespace=namespace, company=False)
-    return _shuffled(case, rng)
+    return _in_another_order(case, rng)
 
 
 def _preamble(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
     for segment in case.segments:
         engine.remember(segment, namespace=namespace, preamble=case.earlier)
-    return _shuffled(case, rng)
+    return _in_another_order(case, rng)
 
 
-def _context(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
-    engine.remember(case.context, namespace=namespace, company=False)
+def _company(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
+    engine.remember(case.company, namespace=namespace, company=False)
     for segment in case.segments:
-        engine.remember(segment, namespace=namespace, preamble=case.context)
-    return _shuffled(case, rng)
+        engine.remember(segment, namespace=namespace, preamble=case.company)
+    return _in_another_order(case, rng)
 
 
-def _shuffled(case: Case, rng: np.random.Generator) -> Case:
+def _in_another_order(case: Case, rng: np.random.Generator) -> Case:
     order = rng.permutation(len(case.segments))
     return dataclasses.replace(case, segments=tuple(case.segments[i] for i in order))
 
 
-REGIMES: dict[str, Callable[[Engine, Case, str, np.random.Generator], Case]] = {
+Store = Callable[[Engine, Case, str, np.random.Generator], Case]
+REGIMES: dict[str, Store] = {
     "joint": _joint,
+    "shuffled": _shuffled,
     "independent": _independent,
     "preamble": _preamble,
-    "context": _context,
+    "company": _company,
+    "strangers": _company,
 }
+BEHIND_EXAMPLES = ("company", "strangers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Regime:
+    """A regime as its name says it: `joint`, or `company:2`.
+
+    Attributes:
+      kind: one of `REGIMES`.
+      number: how many segments stand before each donor when it is made. None: as many as the body has.
+    """
+
+    kind: str
+    number: int | None = None
+
+    @classmethod
+    def parse(cls, name: str) -> Regime:
+        """The regime of a name.
+
+        Raises:
+          InvalidRequestError: there is no such regime, or it has no number, or the number is not an integer from 0 on.
+
+        >>> Regime.parse("company:2")
+        Regime(kind='company', number=2)
+        """
+        kind, colon, number = name.partition(":")
+        if kind not in REGIMES:
+            known = [f"{each}:N" if each in BEHIND_EXAMPLES else each for each in REGIMES]
+            raise InvalidRequestError(f"regime={name!r} is unknown; there are: {', '.join(known)}")
+        if not colon:
+            return cls(kind)
+        if kind not in BEHIND_EXAMPLES or not number.isdecimal():
+            with_number = " and ".join(BEHIND_EXAMPLES)
+            raise InvalidRequestError(f"regime={name!r}: only {with_number} have a number, an integer from 0 on")
+        return cls(kind, int(number))
+
+    def num_examples(self, num_segments: int) -> int:
+        """How many segments of other samples it needs for a body of `num_segments`."""
+        if self.kind not in BEHIND_EXAMPLES:
+            return 0
+        return num_segments if self.number is None else self.number
+
+    def store(self, engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
+        """Store a case's segments. The result has its segments in the order in which the prompt has them."""
+        return REGIMES[self.kind](engine, case, namespace, rng)
 
 
 def check_room(engine: Engine, case: Case, new_tokens: int, share: int = 1) -> None:
@@ -138,7 +205,7 @@ def check_room(engine: Engine, case: Case, new_tokens: int, share: int = 1) -> N
         method should reuse.
     """
     page_size = engine.config.page_size
-    before = max(len(case.earlier), len(case.context))
+    before = max(len(case.earlier), len(case.company))
     lengths = [before, *map(len, case.segments), len(case.prompt) + new_tokens]
     needed = share * sum(-(-length // page_size) for length in lengths)
     if needed > engine.config.num_pages:

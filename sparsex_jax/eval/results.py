@@ -17,7 +17,7 @@ import jax
 
 # A mean with its 95 % interval: task, regime, method, metric, mean, low, high, samples, unit.
 Summary = Mapping[str, Any]
-_COLUMNS = ("computed_fraction", "kl", "top1", "agreement", "ttft_s")
+_COLUMNS = ("computed_fraction", "kl", "top1", "agreement", "ttft_s", "speedup")
 
 
 def file_content(bench: str, model: str, settings: Mapping[str, Any], summaries: Sequence[Summary]) -> dict[str, Any]:
@@ -94,7 +94,8 @@ def markdown(content: Mapping[str, Any], summaries: Sequence[Summary]) -> str:
     head = f"# {content['bench'].capitalize()} of {content['model']} on {content['device']}\n\n{numbers}.\n\n"
     notes = (
         "Task scores have Wilson's 95 % intervals, for shares too wide rather than too narrow. work: share of "
-        "token-layers computed. KL (nats), top-1 and agreement of the greedy continuation: against full recompute.\n"
+        "token-layers computed. KL (nats), top-1 and agreement of the greedy continuation: against full recompute. "
+        "TTFT: of each prompt alone; full / it: how many times as long full recompute's is.\n"
     )
     found = dict.fromkeys(summary["regime"] for summary in summaries)
     tables = [f"\n## {regime}\n\n{table([s for s in summaries if s['regime'] == regime])}" for regime in found]
@@ -105,13 +106,18 @@ def table(summaries: Sequence[Summary]) -> str:
     """The Markdown table of one regime."""
     cells = {(s["method"], s["task"], s["metric"]): s for s in summaries}
     methods, tasks = (list(dict.fromkeys(s[key] for s in summaries)) for key in ("method", "task"))
-    heading = ["method", *tasks, "work", "KL", "top-1", "agreement", "TTFT, s"]
+    heading = ["method", *tasks, "work", "KL", "top-1", "agreement", "TTFT, s", "full / it"]
     lines = [heading, ["---", *["--:"] * (len(heading) - 1)]]
     for method in methods:
         scores = [score(cells[method, task, "score"]) for task in tasks]
-        others = [f"{cells[method, tasks[-1], metric]['mean']:.3f}" for metric in _COLUMNS]
+        others = [_cell(cells.get((method, tasks[-1], metric))) for metric in _COLUMNS]
         lines.append([method, *scores, *others])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(summary: Summary | None) -> str:
+    """A mean, if it was measured."""
+    return "-" if summary is None else f"{summary['mean']:.3f}"
 
 
 def score(summary: Summary) -> str:

@@ -72,11 +72,13 @@ UNITS = {
     "recomputed_tokens": "tokens",
     "prompt_tokens": "tokens",
     "ttft_s": "s",
+    "full_ttft_s": "s",
+    "speedup": "ratio",
 }
 
 
 def compare(answer: Answer, full: Answer, expected: Sequence[str]) -> dict[str, float]:
-    """The figures of `UNITS` for an answer, compared with full recompute's. Without `ttft_s` if it was not measured."""
+    """The figures of `UNITS` for an answer, compared with full recompute's. Without times if they were not measured."""
     report = answer.report
     return {
         "score": task_score(answer.text, expected),
@@ -88,4 +90,11 @@ def compare(answer: Answer, full: Answer, expected: Sequence[str]) -> dict[str, 
         "reused_tokens": report.reused_tokens,
         "recomputed_tokens": report.recomputed_tokens,
         "prompt_tokens": report.prompt_tokens,
-    } | ({} if answer.ttft_s is None else {"ttft_s": answer.ttft_s})
+    } | _times(answer.ttft_s, full.ttft_s)
+
+
+def _times(own: float | None, full: float | None) -> dict[str, float]:
+    """TTFT, full recompute's on the same prompt, and how many times earlier the first token came than that."""
+    if own is None or full is None:
+        return {}
+    return {"ttft_s": own, "full_ttft_s": full, "speedup": full / own}

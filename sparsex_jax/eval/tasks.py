@@ -12,80 +12,12 @@ import dataclasses
 import itertools
 import string
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sparsex_jax.eval import lexicon, notes
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A question. Its text ends so that the model continues with the answer.
-
-    Attributes:
-      answers: strings that a right answer contains.
-      written: how the reference answer writes each of them. Empty: as they are.
-    """
-
-    text: str
-    answers: tuple[str, ...]
-    written: tuple[str, ...] = ()
-
-    @property
-    def reference(self) -> str:
-        """The continuation that a perfect model writes."""
-        return " " + ", ".join(self.written or self.answers) + "."
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """The parts of a prompt: the instruction, the segments, and one of the questions.
-
-    Attributes:
-      segments: the reusable body. Each ends with a newline.
-      questions: as many as were asked for, or as the body has answers to; at least one.
-    """
-
-    task: str
-    instruction: str
-    segments: tuple[str, ...]
-    questions: tuple[Question, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class BodySize:
-    """The size of a body.
-
-    Attributes:
-      num_tokens: tokens in all segments together, about.
-      num_segments: segments.
-      num_questions: questions, at most.
-      count: gives the number of tokens in a text.
-    """
-
-    num_tokens: int
-    num_segments: int
-    num_questions: int
-    count: Callable[[str], int]
-
-    def fits(self, tokens_each: int, least: int, most: int) -> int:
-        """How many items of `tokens_each` tokens fill half of the body, but from `least` to `most`."""
-        return min(max(self.num_tokens // (2 * tokens_each), least), most)
-
-
-class Body(NamedTuple):
-    """The generated part of a sample.
-
-    Attributes:
-      segments: the reusable body.
-      questions: about the segments.
-      opening: text that is added to the task's instruction.
-    """
-
-    segments: list[str]
-    questions: list[Question]
-    opening: str = ""
+from sparsex_jax.eval import documents, lexicon, notes
+from sparsex_jax.eval.samples import Body, BodySize, Question, Sample, cut, numbers, person, pick, scatter
 
 
 def word_count(text: str) -> int:
@@ -119,8 +51,9 @@ def make_sample(
     if min(num_tokens, num_segments, num_questions) < 1:
         raise ValueError("num_tokens, num_segments and num_questions must be at least 1")
     body = _TASKS[task](rng, BodySize(num_tokens, num_segments, num_questions, count))
-    instruction = lexicon.INSTRUCTIONS.get(task, notes.INSTRUCTION)
-    return Sample(task, instruction + body.opening, tuple(body.segments), tuple(body.questions))
+    instruction = INSTRUCTIONS.get(task, notes.INSTRUCTION)
+    earlier = instruction + body.earlier if body.earlier else ""
+    return Sample(task, instruction + body.opening, tuple(body.segments), tuple(body.questions), earlier)
 
 
 # Retrieval --------------------------------------------------------------------------------------------------
@@ -166,7 +99,7 @@ def numbered(text: str, pairs: Sequence[tuple[str, str]]) -> tuple[str, tuple[st
 
 
 def _needles(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:
-    return list(zip(_pick(rng, lexicon.THINGS, number), _numbers(rng, number, 7), strict=True))
+    return list(zip(pick(rng, lexicon.THINGS, number), numbers(rng, number, 7), strict=True))
 
 
 def _hidden_needles(rng: np.random.Generator, needles: Sequence[tuple[str, str]], size: BodySize) -> list[str]:
@@ -180,8 +113,8 @@ def vt(rng: np.random.Generator, size: BodySize) -> Body:
     no assignment depends on another segment, but most depend on the instruction, which is fresh in every prompt.
     RULER's chains all begin in the body, and it asks for all variables of one value.
     """
-    values = _pick(rng, lexicon.THINGS, size.fits(160, 4, max(8, size.num_questions)))
-    names = iter(_pick(rng, lexicon.VARIABLES, 5 * len(values)))
+    values = pick(rng, lexicon.THINGS, size.fits(160, 4, max(8, size.num_questions)))
+    names = iter(pick(rng, lexicon.VARIABLES, 5 * len(values)))
     opening: list[str] = []
     parts: list[list[list[str]]] = [
         [] for _ in range(size.num_segments)
@@ -218,9 +151,9 @@ def _assignments(names: Sequence[str]) -> list[str]:
 
 def tracked(rng: np.random.Generator, number: int, num_questions: int) -> tuple[list[str], list[Question]]:
     """A drill for `vt`: `number` interleaved chains of assignments without noise, and questions about them."""
-    names = iter(_pick(rng, lexicon.VARIABLES, len(lexicon.VARIABLES)))
+    names = iter(pick(rng, lexicon.VARIABLES, len(lexicon.VARIABLES)))
     chains, held = [], []
-    for value in _pick(rng, lexicon.THINGS, min(number, len(lexicon.VARIABLES) // 5)):
+    for value in pick(rng, lexicon.THINGS, min(number, len(lexicon.VARIABLES) // 5)):
         own = list(itertools.islice(names, int(rng.integers(2, 6))))
         chains.append([lexicon.ASSIGN_VALUE.format(name=own[0], value=value), *_assignments(own)])
         held.append([(name, value) for name in own[1:]])
@@ -242,7 +175,7 @@ def cwe(rng: np.random.Generator, size: BodySize) -> Body:
     total = _number_of_words(lexicon.THINGS, size)
     common = min(max(total // 100, 1), 10)
     rare = min(max(total // 3 - 10 * common, common), len(lexicon.THINGS) - common)
-    words = _pick(rng, lexicon.THINGS, common + rare)
+    words = pick(rng, lexicon.THINGS, common + rare)
     each = max(total // (10 * common + rare), 1)
     filling = np.resize(words[common:], max(total - each * 10 * common, each * rare))
     text = rng.permutation(np.concatenate([np.repeat(words[:common], 10 * each), filling])).tolist()
@@ -253,7 +186,7 @@ def cwe(rng: np.random.Generator, size: BodySize) -> Body:
 def fwe(rng: np.random.Generator, size: BodySize) -> Body:
     """Invented words whose frequencies fall with the square of their rank. The question asks for the first three."""
     total = max(_number_of_words(lexicon.CODED_WORDS, size), 30)
-    words = _pick(rng, lexicon.CODED_WORDS, 60)
+    words = pick(rng, lexicon.CODED_WORDS, 60)
     weights = np.arange(1, len(words) + 1) ** -2.0
     times = np.maximum(np.round(total * weights / weights.sum()).astype(int), [4, 3, 2] + [1] * (len(words) - 3))
     text = rng.permutation(np.repeat(words, times)).tolist()
@@ -266,7 +199,7 @@ def _number_of_words(words: Sequence[str], size: BodySize) -> int:
 
 
 def _word_segments(opening: str, words: Sequence[str], size: BodySize) -> list[str]:
-    return [opening + " ".join(part) + "\n" for part in _cut(words, size.num_segments)]
+    return [opening + " ".join(part) + "\n" for part in cut(words, size.num_segments)]
 
 
 # Chats, agents and notes ------------------------------------------------------------------------------------
@@ -275,7 +208,7 @@ def _word_segments(opening: str, words: Sequence[str], size: BodySize) -> list[s
 def qa(rng: np.random.Generator, size: BodySize) -> Body:
     """Documents about invented people; each question asks for one fact about one of them."""
     number = size.fits(60, 3, 24)
-    people = dict.fromkeys(_name(rng) for _ in range(number))
+    people = dict.fromkeys(person(rng) for _ in range(number))
     facts = [[(name, *_fact(rng, kind)) for kind in lexicon.PERSON_FACTS] for name in people]
     told = [[said.format(name=name) for name, said, _, _ in some] for some in facts]
     asked = [fact for some in facts for fact in some]
@@ -293,7 +226,7 @@ def chat(rng: np.random.Generator, size: BodySize) -> Body:
     facts_told = [_turn(rng, said) for said, _, _ in kept]
     noise = _noise(rng, size.num_tokens - size.count("".join(facts_told)), size.num_segments, size.count, _turn)
     questions = [Question(lexicon.CHAT_QUESTION.format(question=question), (value,)) for _, question, value in kept]
-    parts = _cut(_scatter(rng, facts_told, noise), size.num_segments)
+    parts = cut(scatter(rng, facts_told, noise), size.num_segments)
     return Body(["".join(part) for part in parts], questions[: size.num_questions])
 
 
@@ -321,11 +254,11 @@ def _notes(rng: np.random.Generator, size: BodySize, question: str, answer: str)
     number = min(size.num_segments, len(notes.PLACE_KINDS))
     kinds = [notes.PLACE_KINDS[i] for i in rng.permutation(len(notes.PLACE_KINDS))[:number]]
     fields = [
-        kind._asdict() | {"lower": kind.place.lower(), "town": town, "code": code, "year": year, "name": _name(rng)}
+        kind._asdict() | {"lower": kind.place.lower(), "town": town, "code": code, "year": year, "name": person(rng)}
         for kind, town, code, year in zip(
             kinds,
-            _pick(rng, lexicon.TOWNS, number),
-            _numbers(rng, number, 4),
+            pick(rng, lexicon.TOWNS, number),
+            numbers(rng, number, 4),
             (rng.permutation(300)[:number] + 1650).tolist(),
             strict=True,
         )
@@ -345,7 +278,7 @@ def _note(rng: np.random.Generator, number: int, fields: dict[str, Any]) -> str:
 
 def agents(rng: np.random.Generator, size: BodySize) -> Body:
     """A problem and the answers of several agents; each question asks what two of them said about one thing."""
-    names = _pick(rng, lexicon.FIRST_NAMES, max(size.num_segments - 1, 2))
+    names = pick(rng, lexicon.FIRST_NAMES, max(size.num_segments - 1, 2))
     by_kind = [_different_facts(rng, kind, len(names)) for kind in lexicon.AGENT_FACTS]
     facts = [list(some) for some in zip(*by_kind, strict=True)]
     share = dataclasses.replace(size, num_tokens=size.num_tokens // len(names), num_segments=1)
@@ -355,7 +288,7 @@ def agents(rng: np.random.Generator, size: BodySize) -> Body:
     ]
     problem = lexicon.AGENT_PROBLEM.format(place=lexicon.PLACES[rng.integers(len(lexicon.PLACES))])
     questions = [_about_two(rng, names, facts) for _ in range(size.num_questions)]
-    return Body(["".join(part) for part in _cut([problem, *outputs], size.num_segments)], questions)
+    return Body(["".join(part) for part in cut([problem, *outputs], size.num_segments)], questions)
 
 
 def _about_two(
@@ -370,7 +303,7 @@ def _about_two(
 def _fact(rng: np.random.Generator, kind: tuple[str, str, tuple[str, ...] | None]) -> tuple[str, str, str]:
     """A fact of a kind: its sentence, the question for it and the answer. A kind without values gets a number."""
     said, question, values = kind
-    value = values[rng.integers(len(values))] if values else _numbers(rng, 1, 4)[0]
+    value = values[rng.integers(len(values))] if values else numbers(rng, 1, 4)[0]
     return said.replace("{value}", value), question, value
 
 
@@ -386,18 +319,13 @@ def _different_facts(
     return [*facts.values(), *(_fact(rng, kind) for _ in range(number - most))]
 
 
-def _name(rng: np.random.Generator) -> str:
-    first, last = lexicon.FIRST_NAMES, lexicon.LAST_NAMES
-    return f"{first[rng.integers(len(first))]} {last[rng.integers(len(last))]}"
-
-
 # Parts of all tasks -----------------------------------------------------------------------------------------
 
 
 def _hidden(rng: np.random.Generator, facts: Sequence[str], size: BodySize) -> list[str]:
     """Segments of noise, over which the facts are spread in their order."""
     noise = _noise(rng, size.num_tokens - size.count(" ".join(facts)), size.num_segments, size.count)
-    return [" ".join(part) + "\n" for part in _cut(_scatter(rng, facts, noise), size.num_segments)]
+    return [" ".join(part) + "\n" for part in cut(scatter(rng, facts, noise), size.num_segments)]
 
 
 def _noise(
@@ -435,37 +363,14 @@ _PATTERNS = [_pattern(template) for template in lexicon.NOISE]
 _MOST_SLOTS = max(len(lists) for _, lists in _PATTERNS)
 
 
-def _scatter(rng: np.random.Generator, facts: Sequence[str], noise: Sequence[str]) -> list[str]:
-    """Put the facts among the noise in their order: each at a random place in its own equal stretch of the noise."""
-    places = (np.arange(len(facts)) + rng.random(len(facts))) / len(facts) * len(noise)
-    following = iter([*zip(places.tolist(), facts, strict=True)])
-    place, fact = next(following, (np.inf, ""))
-    mixed: list[str] = []
-    for number, sentence in enumerate(noise, start=1):
-        while place < number:
-            mixed.append(fact)
-            place, fact = next(following, (np.inf, ""))
-        mixed.append(sentence)
-    return mixed
-
-
-def _cut(items: Sequence[str], parts: int) -> list[Sequence[str]]:
-    edges = np.linspace(0, len(items), parts + 1).astype(int)
-    return [items[begin:end] for begin, end in itertools.pairwise(edges)]
-
-
-def _pick(rng: np.random.Generator, words: Sequence[str], number: int) -> list[str]:
-    return [words[i] for i in rng.permutation(len(words))[:number]]
-
-
-def _numbers(rng: np.random.Generator, number: int, digits: int) -> list[str]:
-    """`number` different numbers of `digits` digits."""
-    drawn: dict[int, None] = {}
-    while len(drawn) < number:
-        drawn |= dict.fromkeys(rng.integers(10 ** (digits - 1), 10**digits, number - len(drawn)).tolist())
-    return [str(value) for value in drawn]
-
-
+_ON_DOCUMENTS = {
+    "report_codes": documents.report_codes,
+    "report_people": documents.report_people,
+    "two_hop": documents.two_hop,
+    "changed": documents.changed,
+    "log_cargo": documents.log_cargo,
+    "mv_niah": documents.mv_niah,
+}
 _TASKS: dict[str, Callable[[np.random.Generator, BodySize], Body]] = {
     "niah": niah,
     "mq_niah": mq_niah,
@@ -479,7 +384,16 @@ _TASKS: dict[str, Callable[[np.random.Generator, BodySize], Body]] = {
     "notes_codes": notes_codes,
     "notes_people": notes_people,
     "notes_years": notes_years,
+    **_ON_DOCUMENTS,
 }
 TASKS = tuple(_TASKS)
 # The tasks of the closed vocabulary, which a tiny model can learn.
 CLOSED_TASKS = tuple(task for task in TASKS if task in lexicon.INSTRUCTIONS)
+INSTRUCTIONS = lexicon.INSTRUCTIONS | dict.fromkeys(_ON_DOCUMENTS, documents.INSTRUCTION)
+# For each task, one whose segments are of another kind, with words that the same models know.
+STRANGERS = (
+    dict.fromkeys(CLOSED_TASKS, "chat")
+    | {"chat": "qa"}
+    | dict.fromkeys((task for task in TASKS if task not in CLOSED_TASKS), "log_cargo")
+    | {"log_cargo": "report_codes", "mv_niah": "report_codes"}
+)

@@ -94,12 +94,14 @@ class Boundaries:
         with; -1 where the forced rows are all that go on.
       forced: rows that go on whatever their score. Rows are the plan's own.
       budget: for each request, how many more rows go on: those of highest score.
+      probe_layers: how many layers the signal's own pass runs, for signals that have one.
     """
 
     layer: Int[Array, "boundaries"]
     signal: Int[Array, "boundaries"]
     forced: Bool[Array, "boundaries rows"]
     budget: Int[Array, "boundaries requests"]
+    probe_layers: Int[Array, "boundaries"]
 
 
 @struct.dataclass

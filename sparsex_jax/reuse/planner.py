@@ -47,9 +47,9 @@ class RequestPlan:
         return self.phases[0].size
 
     @property
-    def starts(self) -> tuple[tuple[int, str | None], ...]:
-        """Where each phase starts, and by what signal: requests share a plan only if these agree."""
-        return tuple((phase.start, phase.signal) for phase in self.phases)
+    def starts(self) -> tuple[tuple[int, str | None, int], ...]:
+        """Where each phase starts, by what signal, how deep that looks: requests share a plan only if these agree."""
+        return tuple((phase.start, phase.signal, phase.probe_layers) for phase in self.phases)
 
     def exact_tokens(self, num_layers: int) -> int:
         """How many prompt tokens have exact KV once prefilled: all, or those before the first approximate one.
@@ -173,12 +173,14 @@ def _boundaries(
     """
     lines = MAX_BOUNDARIES
     layer, signal = np.full(lines, -1, np.int32), np.full(lines, -1, np.int32)
+    probe_layers = np.zeros(lines, np.int32)
     forced, budget = np.zeros((lines, layout.size), bool), np.zeros((lines, max_requests), np.int32)
     for line, same in enumerate(later):
         layer[line], signal[line] = same[0].start, _number_of(same[0].signal, signals)
+        probe_layers[line] = same[0].probe_layers
         forced[line] = layout.rows([phase.forced for phase in same], False)
         budget[line, : len(same)] = [phase.budget for phase in same]
-    return Boundaries(*jax.device_put((layer, signal, forced, budget)))
+    return Boundaries(*jax.device_put((layer, signal, forced, budget, probe_layers)))
 
 
 def _number_of(signal: str | None, signals: Sequence[str]) -> int:

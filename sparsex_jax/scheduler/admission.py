@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from sparsex_jax.cache import Forgotten, Match, Origin, PageCache
-from sparsex_jax.cache.company import Company, company_namespace, is_plain
+from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
 from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequestError, NoRoomError, StoreFullError
@@ -145,14 +145,21 @@ class Admission:
         slots = sequence.slots(1) if output.token_ids or output.sampling.ends_where_full else sequence.most_slots
         own = self.pages_for(slots) + self.pages_for(sequence.num_copied) - self.cache.num_frozen_of(shared)
         if own > self.cache.num_beside_frozen:
-            raise (FrozenLimitError if sequence.remember else NoRoomError)(
-                f"the request needs {own} pages of {self._config.page_size} tokens of its own, and frozen texts leave "
-                f"{self.cache.num_beside_frozen} of {self._config.num_pages}"
-            )
+            raise self._no_room(sequence, own)
         if sequence.remember and sequence.remember.frozen:
             text = self.pages_for(len(sequence.remember.text))
             kept = [] if sequence.num_copied else shared  # a text behind others shares nothing with what is stored
             self.cache.require_frozen_room(kept, text - len(kept))
+
+    def _no_room(self, sequence: Sequence, own: int) -> NoRoomError:
+        left, size = self.cache.num_beside_frozen, self._config.page_size
+        said = f"the request needs {own} pages of {size} tokens of its own, and frozen texts leave {left} of "
+        said += str(self._config.num_pages)
+        if sequence.remember:
+            return FrozenLimitError(said)
+        context = min(self._model.max_position, left * size)
+        # The beginning is OpenAI's, and gateways look for it to try a model of longer context.
+        return NoRoomError(f"This model's maximum context length is {context} tokens now. However, {said}")
 
     def _pages_wanted(self, sequence: Sequence, slots: int, shared: Several[int]) -> int:
         """Pages for this many slots, or for the next token alone where frozen texts can never leave more."""
@@ -342,12 +349,12 @@ class Admission:
         text back, in the pages that they share with it or in copies of them. Texts that are being prefilled in its
         company are prefilled again without it. Raises UnknownHandleError.
         """
-        text, namespace = self.cache.text(handle), self.cache.entry(handle).namespace
+        has_seen, namespace = having_seen(self.cache.text(handle)), self.cache.entry(handle).namespace
         forgotten = self.cache.forget(handle)
         for sequence in self._holders:
             used = sequence.donors.union(sequence.pages)
             near = sequence.namespace in (namespace, company_namespace(namespace))
-            sequence.forgotten |= (near and sequence.company.knows(text)) or not used.isdisjoint(forgotten.pages)
+            sequence.forgotten |= (near and has_seen(sequence.company)) or not used.isdisjoint(forgotten.pages)
         self.releases += 1
         return forgotten
 

@@ -27,6 +27,7 @@ from sparsex_jax.reuse.methods.cacheblend import CacheBlend
 from sparsex_jax.reuse.methods.sparsex import SparseX
 from sparsex_jax.reuse.methods.random import Random
 from sparsex_jax.reuse.methods.prophetkv import ProphetKV
+from sparsex_jax.reuse.methods.qcfuse import QCFuse
 from sparsex_jax.reuse.methods.focus import Focus
 from sparsex_jax.reuse.methods.oracle import Oracle
 
@@ -48,6 +49,7 @@ __all__ = [
     "Positive",
     "Prefix",
     "ProphetKV",
+    "QCFuse",
     "Random",
     "Share",
     "SparseX",

@@ -1,0 +1,184 @@
+"""Tasks on documents that read like real ones, of any length, for models that read English.
+
+Each segment is one document: a report about a place, or the logbook of a ship. The facts that are asked for stand
+between sentences of `prose`. The documents of a sample are all of one kind, and each has a fact of the kind asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sparsex_jax.eval import lexicon, notes, prose
+from sparsex_jax.eval.prose import listed
+from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, person, pick, scatter
+
+INSTRUCTION = "You are a helpful assistant. Answer the question from the documents below, in one short sentence.\n"
+
+CODE = "The access code of the {locked} is {code}, and it may not be told to visitors."
+KEEPER = "The {keeper} is {name}, who has been in charge since the spring."
+DOG = "The dog {dog}, which waits at the door every day, belongs to {owner}."
+STREET = "{resident} lives in {street} and came over to help with the flowers."
+KEY = "The key of the {locked} is kept by the {role} of the council."
+ROLES = "The {changed} of the council is {name}. The {other} of the council is {second}.\n"
+CARGO = "In the port of {port} the ship took {cargo} on board."
+NUMBER = "One of the special numbers for {thing} is {number}."
+
+CODE_QUESTION = "What is the access code of the {locked} in the {lower} of {town}?"
+KEEPER_QUESTION = "Who is the {keeper} in the {lower} of {town}?"
+STREET_QUESTION = "In which street does the owner of the dog {dog} live?"
+KEY_QUESTION = (
+    "Who keeps the key of the {locked} in the {lower} of {town}? Answer with the name of that person, not the title."
+)
+CARGO_QUESTION = "What did the ship {ship} take on board in the port of {port}?"
+NUMBERS_QUESTION = (
+    "The documents mention {count} special numbers for {thing}, in different places. What are they? List all of them."
+)
+
+NUMBERS_EACH = 4  # the numbers of a thing, in `mv_niah`
+OFFICES = ("chair", "treasurer")
+DOGS = listed("Bello, Rex, Pluto, Luna, Fips, Wotan, Molly, Hasso, Senta, Tyras, Nero, Bruno, Daisy, Ajax, Kasper")
+DOG_NAMES = tuple(f"{dog}{second}" for second in ("", " the Second") for dog in DOGS)
+TREES = listed(
+    "Acorn, Birch, Cedar, Chestnut, Elder, Hazel, Juniper, Laurel, Linden, Maple, Myrtle, Poplar, Rowan, Yew"
+)
+STREETS = tuple(f"{tree} {way}" for way in ("Street", "Lane") for tree in TREES)
+COLOURS, BIRDS = listed("Golden, Silver, Scarlet, Emerald, Crimson"), listed("Gull, Heron, Swan, Falcon, Petrel, Otter")
+SHIPS = tuple(f"{colour} {bird}" for bird in BIRDS for colour in COLOURS)
+GOODS = listed(
+    "copper wire, silk ribbons, olive oil, roof slates, orange trees, church bells, glass bottles, garden tools"
+)
+PACKS = listed("sixty crates, ninety boxes, eighty bundles, seventy pallets")
+CARGOES = tuple(f"{pack} of {goods}" for goods in GOODS for pack in PACKS)
+
+
+def report_codes(rng: np.random.Generator, size: BodySize) -> Body:
+    """Reports about places; a question asks for the access code in one of them."""
+    return _about_places(rng, size, CODE, CODE_QUESTION, "code")
+
+
+def report_people(rng: np.random.Generator, size: BodySize) -> Body:
+    """The same reports; a question asks who runs one of the places."""
+    return _about_places(rng, size, KEEPER, KEEPER_QUESTION, "name")
+
+
+def _about_places(rng: np.random.Generator, size: BodySize, fact: str, question: str, answer: str) -> Body:
+    places = _places(rng, size.num_segments)
+    documents = [_document(rng, "report", place, [fact.format(**place)], size) for place in places]
+    asked = pick(rng, places, size.num_questions)
+    return Body(documents, [Question(question.format(**place), (place[answer],)) for place in asked])
+
+
+def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
+    """Reports; one says whose a dog is, another where that person lives. A question asks where the dog's owner lives.
+
+    Each report has the first half of one answer and, if there are several reports, the second half of another.
+    """
+    places = _places(rng, size.num_segments)
+    owners = _people(rng, len(places))
+    streets, dogs = _enough(rng, STREETS, len(places)), _enough(rng, DOG_NAMES, len(places))
+    chains = [
+        {"dog": dog, "owner": owner, "resident": owner, "street": street}
+        for dog, owner, street in zip(dogs, owners, streets, strict=True)
+    ]
+    told = zip(places, chains, [*chains[1:], chains[0]], strict=True)
+    documents = [
+        _document(rng, "report", place, pick(rng, [DOG.format(**first), STREET.format(**second)], 2), size)
+        for place, first, second in told
+    ]
+    asked = pick(rng, chains, size.num_questions)
+    return Body(documents, [Question(STREET_QUESTION.format(**chain), (chain["street"],)) for chain in asked])
+
+
+def changed(rng: np.random.Generator, size: BodySize) -> Body:
+    """Who holds an office stands in the instruction; the reports say which office keeps a key. A question asks for the
+    person. When the reports were stored, another one held that office.
+
+    The first report is always one that can be asked for.
+    """
+    places = _places(rng, size.num_segments)
+    office, other = pick(rng, OFFICES, 2)
+    new, second, old = _people(rng, 3)
+    roles = [office, *(OFFICES[i] for i in rng.integers(0, 2, len(places) - 1))]
+    for place, role in zip(places, roles, strict=True):
+        place["role"] = role
+    documents = [_document(rng, "report", place, [KEY.format(**place)], size) for place in places]
+    asked = pick(rng, [place for place in places if place["role"] == office], size.num_questions)
+    questions = [Question(KEY_QUESTION.format(**place), (new,)) for place in asked]
+    order = rng.permutation(len(documents))
+    opening, earlier = (ROLES.format(changed=office, name=name, other=other, second=second) for name in (new, old))
+    return Body([documents[i] for i in order], questions, opening, earlier)
+
+
+def log_cargo(rng: np.random.Generator, size: BodySize) -> Body:
+    """Logbooks of ships; a question asks what one of them took on board."""
+    ships = _ships(rng, size.num_segments)
+    documents = [_document(rng, "log", ship, [CARGO.format(**ship)], size) for ship in ships]
+    asked = pick(rng, ships, size.num_questions)
+    return Body(documents, [Question(CARGO_QUESTION.format(**ship), (ship["cargo"],)) for ship in asked])
+
+
+def mv_niah(rng: np.random.Generator, size: BodySize) -> Body:
+    """Logbooks with several numbers for each of a few things, each in another one if there are enough. A question asks
+    for all numbers of one thing."""
+    things = pick(rng, lexicon.THINGS, max(2, size.num_questions))
+    ships = _ships(rng, size.num_segments)
+    told: list[list[str]] = [[] for _ in ships]
+    questions = []
+    for thing in things:
+        values = numbers(rng, NUMBERS_EACH, 5)
+        places = np.resize(rng.permutation(len(ships)), NUMBERS_EACH)
+        for place, value in zip(places, values, strict=True):
+            told[place].append(NUMBER.format(thing=thing, number=value))
+        questions.append(Question(NUMBERS_QUESTION.format(count="four", thing=thing), tuple(values)))
+    documents = [_document(rng, "log", ship, facts, size) for ship, facts in zip(ships, told, strict=True)]
+    return Body(documents, questions[: size.num_questions])
+
+
+def _places(rng: np.random.Generator, number: int) -> list[dict[str, Any]]:
+    """What reports say about different places, no two of the same kind in one town."""
+    pairs = [(kind, town) for town in lexicon.TOWNS for kind in notes.PLACE_KINDS]
+    chosen = [pairs[i] for i in _spread(rng, len(pairs), number)]
+    people, codes = _people(rng, number), numbers(rng, number, 4)
+    return [
+        kind._asdict() | {"lower": kind.place.lower(), "town": town, "name": name, "code": code}
+        for (kind, town), name, code in zip(chosen, people, codes, strict=True)
+    ]
+
+
+def _ships(rng: np.random.Generator, number: int) -> list[dict[str, Any]]:
+    columns = _enough(rng, SHIPS, number), _enough(rng, CARGOES, number), _enough(rng, lexicon.TOWNS, number)
+    return [{"ship": ship, "cargo": cargo, "port": port} for ship, cargo, port in zip(*columns, strict=True)]
+
+
+def _people(rng: np.random.Generator, number: int) -> list[str]:
+    """Different names."""
+    found: dict[str, None] = {}
+    while len(found) < number:
+        found[person(rng)] = None
+    return list(found)
+
+
+def _spread(rng: np.random.Generator, size: int, number: int) -> list[int]:
+    """`number` places in a list of this size, all different if there are enough."""
+    return np.resize(rng.permutation(size), number).tolist()
+
+
+def _enough(rng: np.random.Generator, words: Sequence[str], number: int) -> list[str]:
+    return [words[i] for i in _spread(rng, len(words), number)]
+
+
+def _document(rng: np.random.Generator, kind: str, fields: dict[str, Any], facts: Sequence[str], size: BodySize) -> str:
+    """A title, prose and the facts somewhere in it: an equal share of the body's tokens, about."""
+    title = prose.TITLES[kind].format(**fields)
+    left = size.num_tokens // size.num_segments - size.count(title + " ".join(facts))
+    said: list[str] = []
+    while left > 0:
+        for sentence in prose.sentences(rng, kind):
+            left -= size.count(" " + sentence)
+            if left < 0:
+                break
+            said.append(sentence)
+    return f"{title}{' '.join(scatter(rng, facts, said) if said else facts)}\n"

@@ -73,7 +73,7 @@ def run(engine: Engine, reuse: ReuseConfig, options: argparse.Namespace) -> list
     rng = np.random.default_rng(options.seed)
     first = make_sample("vt", rng, options.length, options.segments, options.queries)
     for segment in first.segments:
-        engine.remember(segment, namespace="drift")
+        engine.remember(segment, namespace="drift", company=False)
     rows = []
     for number in range(options.queries):
         if number % SESSION == 0:

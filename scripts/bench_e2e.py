@@ -97,7 +97,7 @@ def make_prompt(engine: Engine, length: int, segments: int, reused: float, names
     each = int(length * reused) // segments
     stored = [rng.integers(1, vocabulary, each) for _ in range(segments)]
     for segment in stored:
-        engine.remember(segment, namespace=namespace)
+        engine.remember(segment, namespace=namespace, company=False)
     fresh = np.array_split(rng.integers(1, vocabulary, length - each * segments), segments + 1)
     pieces = [piece for pair in zip(fresh, stored, strict=False) for piece in pair]
     return np.concatenate([*pieces, fresh[-1]]).astype(np.int32)
@@ -151,7 +151,7 @@ def decode(engine: Engine, context: int, requests: int, rate: float) -> Row:
     rng = np.random.default_rng(context)
     prompts = [rng.integers(1, engine.model.vocab_size, context) for _ in range(requests)]
     for prompt in prompts:
-        engine.remember(prompt, namespace="decode")
+        engine.remember(prompt, namespace="decode", company=False)
     taken = {}
     for new in (16, 144, 16, 144):
         begin = time.perf_counter()
@@ -177,7 +177,7 @@ def agents(engine: Engine, reuse: ReuseConfig, name: str) -> Row:
     rng, vocabulary = np.random.default_rng(0), engine.model.vocab_size
     said = [rng.integers(1, vocabulary, SHARED // AGENTS) for _ in range(AGENTS)]
     for output in said:
-        engine.remember(output, namespace=name)
+        engine.remember(output, namespace=name, company=False)
     taken = []
     for _ in range(2):
         prompts = [

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
 from sparsex_jax import ContextLengthError, ReuseConfig, SamplingParams, StoreFullError, UnknownHandleError
+from sparsex_jax.cache.company import having_seen
 
 FEW_PAGES = {"store_tokens": 20 * 16, "decode_steps": 4}
 PAGE_SIZE = 16
@@ -32,10 +33,11 @@ def build(pieces):
 
 class EngineMachine(RuleBasedStateMachine):
     handles = Bundle("handles")
+    company_tokens = 0
 
     def __init__(self):
         super().__init__()
-        self.engine = tiny_engine(**FEW_PAGES)
+        self.engine = tiny_engine(**FEW_PAGES, company_tokens=self.company_tokens)
 
     @rule(target=handles, pieces=prompts, namespace=namespaces, frozen=st.booleans())
     def remember(self, pieces, namespace, frozen):
@@ -51,7 +53,11 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(handle=consumes(handles))
     def forget(self, handle):
         try:
+            has_seen = having_seen(self.engine.cache.text(handle))
+            namespace = self.engine.cache.entry(handle).namespace
             self.engine.forget(handle)
+            companies = [(entry, entry.origin.company) for entry in self.engine.entries(namespace)]
+            assert all(entry.stale for entry, company in companies if company is not None and has_seen(company))
         except UnknownHandleError:
             assert handle not in [entry.handle for entry in self.engine.entries()]
 
@@ -130,12 +136,42 @@ class EngineMachine(RuleBasedStateMachine):
                 self.check_chain(child, tokens)
 
 
+class CompanyMachine(EngineMachine):
+    """The same where texts are remembered in company."""
+
+    company_tokens = 64
+
+    @invariant()
+    def texts_have_the_kv_that_their_company_gives(self):
+        for entry in self.engine.entries():
+            before, text = entry.origin.company.tokens, self.engine.cache.text(entry.handle)
+            assert len(before) == entry.origin.company_tokens <= self.company_tokens
+            if len(before):
+                assert not any(self.engine.cache.tree[page].in_place for page in entry.pages)
+            expected = DENSE.full(np.concatenate([before, text]))[1]
+            slots = np.concatenate([page * PAGE_SIZE + np.arange(PAGE_SIZE) for page in entry.pages])[: len(text)]
+            for ours, right in zip(stored_kv(self.engine, slots), zip(*expected, strict=True), strict=True):
+                np.testing.assert_allclose(ours, np.array(right)[:, len(before) :], atol=1e-4)
+
+    @rule()
+    def heal_all(self):
+        self.engine.heal()
+        assert self.engine.heal() == 0
+
+
 class ManyLives(EngineMachine):
+    """The same, for longer."""
+
+
+class ManyLivesInCompany(CompanyMachine):
     """The same, for longer."""
 
 
 QUICK = settings(max_examples=4, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
 EngineMachine.TestCase.settings = QUICK
-ManyLives.TestCase.settings = settings(QUICK, max_examples=60)
+CompanyMachine.TestCase.settings = QUICK
+ManyLives.TestCase.settings = ManyLivesInCompany.TestCase.settings = settings(QUICK, max_examples=60)
 test_engine_machine = EngineMachine.TestCase
+test_company_machine = CompanyMachine.TestCase
 test_many_lives = pytest.mark.slow(ManyLives.TestCase)
+test_many_lives_in_company = pytest.mark.slow(ManyLivesInCompany.TestCase)

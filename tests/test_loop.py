@@ -631,10 +631,12 @@ class LoopMachine(RuleBasedStateMachine):
 
     requests = Bundle("requests")
     handles = Bundle("handles")
+    company_tokens = 0
 
     def __init__(self):
         super().__init__()
         options = SMALL | {"prefill_tokens": 32, "max_waiting": 8, "max_overtakes": 2}
+        options["company_tokens"] = self.company_tokens
         self.engine = tiny_engine(POISONED, **options)
         self.loop = self.engine.loop
         self.accepted, self.remembered = [], 0
@@ -718,7 +720,29 @@ class LoopMachine(RuleBasedStateMachine):
                 assert heard.tokens == expected.token_ids[: len(heard.tokens)]
 
 
+class CompanyMachine(LoopMachine):
+    """The same where texts are remembered in company, and made again while requests come."""
+
+    company_tokens = 90
+
+    @rule()
+    def heal(self):
+        self.loop.heal(asked=True)
+
+    @rule(part=CUTS, rounds=st.integers(0, 3), cancelled=st.booleans())
+    def remember_meanwhile(self, part, rounds, cancelled):
+        with contextlib.suppress(OverloadedError):
+            ticket = self.loop.remember(part, listener=lambda event: None)
+            self.remembered += 1
+            for _ in range(rounds):
+                self.loop.step()
+            if cancelled:
+                ticket.cancel()
+
+
 LoopMachine.TestCase.settings = settings(
     max_examples=12, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
+CompanyMachine.TestCase.settings = settings(LoopMachine.TestCase.settings, max_examples=4)
 test_loop_machine = LoopMachine.TestCase
+test_company_machine = CompanyMachine.TestCase

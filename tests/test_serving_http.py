@@ -375,6 +375,41 @@ def test_knowledge_behind_a_preamble(http, client):
     http.delete(f"/v1/knowledge/{handle}?cache_salt=preamble")
 
 
+def test_knowledge_in_company():
+    texts = [list(range(start, start + 40)) for start in (100, 200, 300, 400)]
+    with live_server(make_engine(company_tokens=120)) as live, live.http() as http:
+
+        def post(text, status=200, **fields):
+            answer = http.post("/v1/knowledge", json={"text": text} | fields)
+            assert answer.status_code == status
+            return answer.json()
+
+        first, second = post(texts[0]), post(texts[1])
+        assert [(one["company_tokens"], one["prefilled_tokens"], one["stale"]) for one in (first, second)] == [
+            (0, 40, False),
+            (40, 80, False),
+        ]
+        alone = post(texts[2], company=False)
+        assert alone["company_tokens"] == 0
+        assert post(texts[2], preamble=texts[3])["company_tokens"] == 40
+        assert post(texts[1], company=True)["handle"] == second["handle"]
+        assert post(texts[1], status=400, company=True, preamble=[1])["error"]["param"] == "company"
+        assert post(texts[1], status=400, company=3)["error"]["param"] == "company"
+        assert post(texts[3], cache_salt="other")["company_tokens"] == 0
+        assert http.delete(f"/v1/knowledge/{first['handle']}").json()["stale"] == 1
+        listed = http.get("/v1/knowledge").json()["data"]
+        assert [one["stale"] for one in listed] == [True, False, False]
+        metrics = http.get("/metrics").text
+        assert "sparsex_remade_tokens_total 0.0" in metrics
+        assert "sparsex_remade_texts_total 0.0" in metrics
+
+
+def test_company_is_refused_where_there_is_none(http):
+    answer = http.post("/v1/knowledge", json={"text": [1, 2, 3], "company": True})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "company")
+    assert "--company-tokens" in answer.json()["error"]["message"]
+
+
 def test_knowledge_is_inserted_while_streams_go_on():
     """The order of plans: a decode dispatch (D) behind every chunk of the text (P)."""
     engine = make_engine(prefill_tokens=64)

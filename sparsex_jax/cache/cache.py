@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.cache.children import TOKEN_BYTES
-from sparsex_jax.cache.company import company_namespace
+from sparsex_jax.cache.company import company_namespace, having_seen
 from sparsex_jax.cache.counts import CacheCounts, Hits
 from sparsex_jax.cache.entries import Entry, EntryBook, Origin
 from sparsex_jax.cache.pages import PagePool
@@ -550,8 +550,8 @@ class PageCache:
 
     def _mark_stale(self, namespace: str, text: Int32[np.ndarray, "tokens"]) -> int:
         """Mark the entries whose company has this text. Returns how many."""
-        chosen = [(entry, entry.origin.company) for entry in self._entries if entry.namespace == namespace]
-        stale = [entry for entry, company in chosen if company is not None and company.knows(text)]
+        has_seen, entries = having_seen(text), (entry for entry in self._entries if entry.namespace == namespace)
+        stale = [entry for entry in entries if entry.origin.company and has_seen(entry.origin.company)]
         for entry in stale:
             entry.stale = True
         return len(stale)

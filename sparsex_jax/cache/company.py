@@ -8,8 +8,10 @@ its beginning were computed with little before them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import secrets
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Int32
@@ -62,6 +64,12 @@ class Company:
         """The text is alone."""
         return cls(np.zeros(0, np.int32), np.zeros(0, np.int32))
 
-    def knows(self, text: Int32[np.ndarray, "tokens"]) -> bool:
-        """Whether this text is in it, as one of the texts or as a run of 16 tokens of the opening."""
-        return text_digest(text) in self.texts or share_run(self.opening, text)
+
+def having_seen(text: Int32[np.ndarray, "tokens"]) -> Callable[[Company], bool]:
+    """Make a test of whether a company has this text in it: as one of its texts, or 16 tokens of it in the opening.
+
+    Many companies have the same opening, which is compared once.
+    """
+    digest = text_digest(text)
+    in_opening = functools.cache(lambda opening: share_run(np.frombuffer(opening, np.int32), text))
+    return lambda company: digest in company.texts or in_opening(company.opening.tobytes())

@@ -10,6 +10,7 @@ import typer
 
 from sparsex_jax.cli import options
 from sparsex_jax.cli.terminal import clear_errors
+from sparsex_jax.config import EngineConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _REGIMES_HELP = (
@@ -180,6 +181,10 @@ def serve(
     healing: Annotated[
         float, typer.Option(help="Share of idle time in which approximate KV is made exact; 0 leaves it as it is.")
     ] = 0.5,
+    company_tokens: Annotated[
+        int,
+        typer.Option(help="Knowledge is prefilled behind so many tokens at most of its namespace; 0: alone."),
+    ] = EngineConfig.company_tokens,
     request_log: Annotated[
         Path | None,
         typer.Option(help="A file for a line of JSON about each request; - for standard output.", dir_okay=False),
@@ -205,6 +210,7 @@ def serve(
                 max_num_seqs=max_num_seqs,
                 max_waiting=max_waiting,
                 healing=healing,
+                company_tokens=company_tokens,
                 frozen_limit=frozen_limit,
             ),
             Limits(

@@ -138,7 +138,8 @@ def remember_documents(engine: Engine, namespace: str, bar: Progress) -> dict[st
     opening = render(engine.tokenizer, INSTRUCTION).partition(INSTRUCTION)[0] + INSTRUCTION
     texts = {"instruction": opening} | DOCUMENTS
     for text in bar.track(texts.values(), description="Remembering documents"):
-        engine.remember(text, namespace=namespace, allow_control_tokens=True)  # which the beginning of a chat has
+        # Control tokens are what the beginning of a chat has.
+        engine.remember(text, namespace=namespace, company=False, allow_control_tokens=True)
     return {name: len(_encode(engine.tokenizer, text)) for name, text in texts.items()}
 
 

@@ -30,6 +30,7 @@ class EngineChoice:
     max_prefill_seqs: int = EngineConfig.max_prefill_seqs
     max_waiting: int = EngineConfig.max_waiting
     healing: float = EngineConfig.healing
+    company_tokens: int = EngineConfig.company_tokens
     frozen_limit: float = EngineConfig.frozen_limit
 
     def load(self) -> Engine:
@@ -44,6 +45,7 @@ class EngineChoice:
                 max_prefill_seqs=self.max_prefill_seqs,
                 max_waiting=self.max_waiting,
                 healing=self.healing,
+                company_tokens=self.company_tokens,
                 frozen_limit=self.frozen_limit,
             )
 

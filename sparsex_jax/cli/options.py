@@ -30,9 +30,7 @@ StoredDType = Annotated[str, typer.Option("--dtype", help="Of the stored weights
 StoreTokens = Annotated[int, typer.Option(help="Token slots of the KV store.")]
 Remember = Annotated[
     list[Path] | None,
-    typer.Option(
-        exists=True, dir_okay=False, readable=True, help="A text file to remember alone, as a donor. Repeatable."
-    ),
+    typer.Option(exists=True, dir_okay=False, readable=True, help="A text file to remember, as a donor. Repeatable."),
 ]
 Namespace = Annotated[str, typer.Option(help="Only KV that was stored under this name is reused.")]
 Chat = Annotated[

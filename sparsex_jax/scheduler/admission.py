@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from sparsex_jax.cache import Forgotten, Match, Origin, PageCache
-from sparsex_jax.cache.company import Company, company_namespace, is_plain
+from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
 from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequestError, NoRoomError, StoreFullError
@@ -148,7 +148,8 @@ class Admission:
             raise self._no_room(sequence, own)
         if sequence.remember and sequence.remember.frozen:
             text = self.pages_for(len(sequence.remember.text))
-            self.cache.require_frozen_room(shared, text - len(shared) if not sequence.num_copied else text)
+            kept = [] if sequence.num_copied else shared  # a text behind others shares nothing with what is stored
+            self.cache.require_frozen_room(kept, text - len(kept))
 
     def _no_room(self, sequence: Sequence, own: int) -> NoRoomError:
         left, size = self.cache.num_beside_frozen, self._config.page_size
@@ -348,12 +349,12 @@ class Admission:
         text back, in the pages that they share with it or in copies of them. Texts that are being prefilled in its
         company are prefilled again without it. Raises UnknownHandleError.
         """
-        text, namespace = self.cache.text(handle), self.cache.entry(handle).namespace
+        has_seen, namespace = having_seen(self.cache.text(handle)), self.cache.entry(handle).namespace
         forgotten = self.cache.forget(handle)
         for sequence in self._holders:
             used = sequence.donors.union(sequence.pages)
             near = sequence.namespace in (namespace, company_namespace(namespace))
-            sequence.forgotten |= (near and sequence.company.knows(text)) or not used.isdisjoint(forgotten.pages)
+            sequence.forgotten |= (near and has_seen(sequence.company)) or not used.isdisjoint(forgotten.pages)
         self.releases += 1
         return forgotten
 

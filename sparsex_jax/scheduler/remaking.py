@@ -52,7 +52,7 @@ class Remaking:
     def _candidates(self, stale: bool) -> Iterator[tuple[Entry, Company]]:
         """The entries to make again, oldest first, each with the company that it would have."""
         admission = self._admission
-        for entry in admission.cache.entries():
+        for entry in admission.cache.entries() if admission.company_tokens else ():
             had = entry.origin.company
             if had is None or entry.stale is not stale:
                 continue

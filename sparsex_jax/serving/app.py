@@ -127,7 +127,8 @@ class Service:
             with self.line.place(tenant) as place:
                 text, preamble = await stream.before_jobs(self.in_background(self.intake.knowledge, body))
                 await stream.before_jobs(place.turn())
-                await self.call(Knowledge(text, preamble, namespace, tenant.knowledge).start, engine, stream)
+                knowledge = Knowledge(text, preamble, body.company, namespace, tenant.knowledge)
+                await self.call(knowledge.start, engine, stream)
                 [(_, event)] = [news async for news in stream]
         if event.error is not None:
             raise event.error
@@ -303,7 +304,7 @@ async def model(model: str, service: Served, tenant: Caller) -> schemas.ModelCar
 async def insert_knowledge(
     body: schemas.KnowledgeRequest, request: Request, service: Served, tenant: Caller
 ) -> schemas.KnowledgeEntry:
-    """Prefill a text alone and keep its KV frozen. Prompts of the same key and salt reuse it."""
+    """Prefill a text and keep its KV frozen. Prompts of the same key and salt reuse it."""
     return _described(await service.insert(body, tenant, Exchange.of(request.scope)))
 
 
@@ -325,7 +326,11 @@ async def delete_knowledge(
     namespace = tenant.store_namespace(cache_salt)
     gone = await service.call(_forget, service.worker.engine, handle, namespace)
     return schemas.KnowledgeDeleted(
-        handle=handle, num_tokens=gone.num_tokens, pages=len(gone.pages), remaining_tokens=gone.num_remaining
+        handle=handle,
+        num_tokens=gone.num_tokens,
+        pages=len(gone.pages),
+        remaining_tokens=gone.num_remaining,
+        stale=gone.num_stale,
     )
 
 
@@ -375,4 +380,11 @@ def _entry(engine: Engine, handle: int, namespace: str) -> Entry:
 
 
 def _described(entry: Entry) -> schemas.KnowledgeEntry:
-    return schemas.KnowledgeEntry(handle=entry.handle, num_tokens=entry.num_tokens, uses=entry.uses)
+    return schemas.KnowledgeEntry(
+        handle=entry.handle,
+        num_tokens=entry.num_tokens,
+        uses=entry.uses,
+        company_tokens=entry.origin.company_tokens,
+        prefilled_tokens=entry.origin.prefilled_tokens,
+        stale=entry.stale,
+    )

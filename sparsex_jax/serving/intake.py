@@ -81,6 +81,7 @@ class Intake:
     def knowledge(self, request: KnowledgeRequest) -> tuple[np.ndarray, np.ndarray | None]:
         """The ids of text and preamble. Raises RequestError if one is wrong, or both together can never fit."""
         extras.forbid(request)
+        self._check_company(request)
         text = self._encode(self._document(request), "text", special=False)
         preamble = None if request.preamble is None else self._encode(request.preamble, "preamble", special=True)
         behind, page = 0 if preamble is None else len(preamble), self._engine.config.page_size
@@ -91,6 +92,17 @@ class Intake:
             said = f"text and preamble have {behind + len(text)} tokens together{twice}"
             raise self.lengths.error(said, "text", "text")
         return text, preamble
+
+    def _check_company(self, request: KnowledgeRequest) -> None:
+        """Raises RequestError if company is asked for and cannot be."""
+        if not request.company:
+            return
+        if request.preamble is not None:
+            said = "company and preamble exclude each other: one of them stands before the text"
+            raise RequestError(said, param="company", code="invalid_value")
+        if not self._engine.config.company_tokens:
+            said = "company: true needs a server that was started with --company-tokens above 0"
+            raise RequestError(said, param="company", code="invalid_value")
 
     def _document(self, request: KnowledgeRequest) -> Any:
         """The text as it is in a message, so that messages find it."""

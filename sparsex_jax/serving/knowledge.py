@@ -15,7 +15,7 @@ from sparsex_jax.serving.worker import Stream
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Knowledge:
-    """A text to keep frozen, as token ids, and the preamble that it is prefilled behind.
+    """A text to keep frozen, as token ids, and what it is prefilled behind: a preamble, or `company` as in `remember`.
 
     Its methods run on the loop's thread, and so does everything that happens to the quota. A client that goes away
     at any moment leaves the quota right.
@@ -23,6 +23,7 @@ class Knowledge:
 
     text: np.ndarray
     preamble: np.ndarray | None
+    company: bool | None
     namespace: str
     quota: Quota
 
@@ -45,7 +46,7 @@ class Knowledge:
 
     @property
     def _asked(self) -> dict[str, Any]:
-        return {"namespace": self.namespace, "preamble": self.preamble}
+        return {"namespace": self.namespace, "preamble": self.preamble, "company": self.company}
 
     def _known(self, engine: Engine) -> int | None:
         """The handle of the same text, if it is kept already."""

@@ -171,6 +171,10 @@ class _Snapshot(Collector):
     def _of_loop(self, loop: LoopStats) -> Iterator[Metric]:
         healed = "Approximate tokens that were made exact."
         yield CounterMetricFamily("sparsex_healed_tokens", healed, value=loop.healed_tokens)
+        remade = "Tokens that were prefilled to make remembered texts again."
+        yield CounterMetricFamily("sparsex_remade_tokens", remade, value=loop.remade_tokens)
+        better = "Remembered texts that were made again."
+        yield CounterMetricFamily("sparsex_remade_texts", better, value=loop.remade_texts)
         yield CounterMetricFamily("sparsex_preemptions", "How often a request was preempted.", value=loop.preempted)
         yield GaugeMetricFamily("sparsex_queue_requests", "Waiting requests.", value=loop.waiting)
         yield GaugeMetricFamily("sparsex_running_requests", "Running requests.", value=loop.running)

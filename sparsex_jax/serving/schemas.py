@@ -196,12 +196,17 @@ class CompletionRequest(Generate):
 
 
 class KnowledgeRequest(Object):
-    """A text to prefill alone and keep frozen, so that any prompt of the namespace can reuse it."""
+    """A text to prefill and keep frozen, so that any prompt of the namespace can reuse it."""
 
     model_config = ConfigDict(json_schema_extra=_NO_EXTRAS)
 
     text: TextOrIds = Field(description="Text, or token ids.")
     preamble: TextOrIds | None = Field(None, description="Prefilled before the text, and dropped.")
+    company: bool | None = Field(
+        None,
+        description="Whether the server chooses what is prefilled before the text: the beginning of the namespace's "
+        "prompts and other knowledge. By default as it was started, and not beside a preamble.",
+    )
     cache_salt: Text | None = None
     allow_control_tokens: bool | None = Field(
         None, description="Whether texts such as <|im_end|> in the text become control tokens."
@@ -213,12 +218,18 @@ class KnowledgeEntry(BaseModel):
 
     Attributes:
       uses: in how many lookups a page of it was found.
+      company_tokens: how many tokens it was prefilled behind, a preamble's or those that the server chose; 0: alone.
+      prefilled_tokens: how many were prefilled when it was remembered, those before it too.
+      stale: other knowledge that it was prefilled behind was deleted since, and it was not made again yet.
     """
 
     object: Literal["knowledge"] = "knowledge"
     handle: int
     num_tokens: int
     uses: int
+    company_tokens: int
+    prefilled_tokens: int
+    stale: bool
 
 
 class KnowledgeList(BaseModel):
@@ -232,6 +243,7 @@ class KnowledgeDeleted(BaseModel):
     Attributes:
       pages: of the store that nothing finds any more: the text's own, and those of prompts that held a copy of it.
       remaining_tokens: of the text that can still be found, since other knowledge has them too.
+      stale: how many other texts were prefilled behind it. They are made again without it while the server is idle.
     """
 
     object: Literal["knowledge.deleted"] = "knowledge.deleted"
@@ -240,6 +252,7 @@ class KnowledgeDeleted(BaseModel):
     num_tokens: int
     pages: int
     remaining_tokens: int
+    stale: int
 
 
 class Store(BaseModel):

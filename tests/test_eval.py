@@ -13,6 +13,7 @@ from sparsex_jax.cli import app
 from sparsex_jax.cli.bench import BenchSettings, example_maps
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.eval import documents, lexicon, maps, plots, prose, quality, regimes, results, scores, summaries
+from sparsex_jax.eval.flops import flops_fraction
 from sparsex_jax.eval.regimes import Regime
 from sparsex_jax.eval.rows import RowLog
 from sparsex_jax.eval.tasks import CLOSED_TASKS, STRANGERS, TASKS, make_sample, word_count
@@ -112,7 +113,7 @@ def test_documents_have_the_length_asked_for_and_tell_each_answer_once(task, tok
 def test_two_hops_are_in_two_documents():
     sample = sample_of("two_hop", 3, 4000, 20, questions=20)
     for question in sample.questions:
-        dog = re.search(r"dog (.+) live", question.text).group(1)
+        dog = re.search(r"dog (.+), and", question.text).group(1)
         (first,) = (text for text in sample.segments if f"dog {dog}, which" in text)
         (second,) = (text for text in sample.segments if question.answers[0] in text)
         owner = re.search(rf"dog {dog}, which .*? belongs to (\w+ \w+)", first).group(1)
@@ -388,6 +389,24 @@ def test_a_run_has_a_row_for_every_cell_and_method(rows):
     assert all((row["kl"], row["top1"], row["agreement"], row["computed_fraction"]) == (0, 1, 1, 1) for row in full)
     work = {name: [r["computed_fraction"] for r in rows if r["method"] == name] for name in METHODS}
     assert all(n < s < f for n, s, f in zip(work["naive"], work["sparsex"], work["full"], strict=True))
+
+
+def test_operations_are_counted_with_the_signals_own_pass(engine):
+    (asked,) = quality.prepare_batch(engine, [("niah", "independent", 0)], 300, seed=0, num_segments=3)
+    found = {}
+    for name in ("full", "naive", "epic", "sparsex", "prophetkv", "qcfuse:recompute_ratio=0.15", "cacheblend", "focus"):
+        (ask,) = quality.asks(engine, [asked], parse_method(name))
+        (out,) = quality.answer(engine, [ask])
+        found[name.split(":")[0]] = flops_fraction(engine.model, ask.reuse, out.report), out.report.computed_fraction
+    assert found["full"] == (1, 1)
+    assert all(flops == pytest.approx(work, rel=0.5) for flops, work in found.values())
+    assert found["naive"] < found["epic"] < found["qcfuse"] < found["prophetkv"]
+    model = engine.model
+    q, kv = model.num_q_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    token = 2 * model.hidden_size * (2 * q + 2 * kv + 3 * model.intermediate_size)
+    n, fresh = len(asked.prompt), np.flatnonzero(answer_of(engine, asked, "naive").report.kind == TokenKind.FRESH)
+    naive = token * len(fresh) + 4 * q * (fresh + 1).sum()
+    assert found["naive"][0] == pytest.approx(naive / (token * n + 2 * q * n * (n + 1)))
 
 
 def test_a_run_can_be_repeated(engine, rows):

@@ -28,9 +28,10 @@ NUMBER = "One of the special numbers for {thing} is {number}."
 
 CODE_QUESTION = "What is the access code of the {locked} in the {lower} of {town}?"
 KEEPER_QUESTION = "Who is the {keeper} in the {lower} of {town}?"
-STREET_QUESTION = "In which street does the owner of the dog {dog} live?"
+STREET_QUESTION = "Who is the owner of the dog {dog}, and in which street does this person live?"
 KEY_QUESTION = (
-    "Who keeps the key of the {locked} in the {lower} of {town}? Answer with the name of that person, not the title."
+    "Does the chair or the treasurer of the council keep the key of the {locked} in the {lower} of {town}, and what is "
+    "the name of this person?"
 )
 CARGO_QUESTION = "What did the ship {ship} take on board in the port of {port}?"
 NUMBERS_QUESTION = (
@@ -89,7 +90,11 @@ def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
         for place, first, second in told
     ]
     asked = pick(rng, chains, size.num_questions)
-    return Body(documents, [Question(STREET_QUESTION.format(**chain), (chain["street"],)) for chain in asked])
+    questions = [
+        Question(STREET_QUESTION.format(**chain), (chain["street"],), (f"{chain['owner']}, {chain['street']}",))
+        for chain in asked
+    ]
+    return Body(documents, questions)
 
 
 def changed(rng: np.random.Generator, size: BodySize) -> Body:
@@ -106,7 +111,7 @@ def changed(rng: np.random.Generator, size: BodySize) -> Body:
         place["role"] = role
     documents = [_document(rng, "report", place, [KEY.format(**place)], size) for place in places]
     asked = pick(rng, [place for place in places if place["role"] == office], size.num_questions)
-    questions = [Question(KEY_QUESTION.format(**place), (new,)) for place in asked]
+    questions = [Question(KEY_QUESTION.format(**place), (new,), (f"the {office}, {new}",)) for place in asked]
     order = rng.permutation(len(documents))
     opening, earlier = (ROLES.format(changed=office, name=name, other=other, second=second) for name in (new, old))
     return Body([documents[i] for i in order], questions, opening, earlier)

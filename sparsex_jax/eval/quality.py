@@ -19,6 +19,7 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import regimes, scores
 from sparsex_jax.eval.engines import settled
+from sparsex_jax.eval.flops import flops_fraction
 from sparsex_jax.eval.oracle import true_deviation
 from sparsex_jax.eval.regimes import Regime
 from sparsex_jax.eval.reorder import Reorder
@@ -134,6 +135,7 @@ def measure(
             found, full = (dataclasses.replace(answers[one][i], ttft_s=times[one]) for one in (reuse, FULL))
             row = {"task": task, "regime": regime, "sample": index, "expected": list(prepared[i].expected)}
             figures = scores.compare(found, full, prepared[i].expected)
+            figures["flops_fraction"] = flops_fraction(engine.model, asked[reuse][i].reuse, found.report)
             rows.append(row | {"method": name, "text": found.text} | figures)
     return rows
 

@@ -231,10 +231,16 @@ def time_in_turn(engine: Engine, asked: Mapping[ReuseConfig, Ask], turn: int) ->
     """The TTFT of one prompt alone by each method, in seconds, one after the other. Each turn another one is first."""
     order = list(asked)
     first = turn % len(order)
-    return {reuse: time_prefill(engine, asked[reuse]) for reuse in order[first:] + order[:first]}
+    return {reuse: time_alone(engine, asked[reuse]) for reuse in order[first:] + order[:first]}
 
 
-def time_prefill(engine: Engine, asked: Ask) -> float:
+def time_prefill(engine: Engine, prepared: PreparedPrompt, reuse: ReuseConfig) -> float:
+    """The TTFT of one method on a prompt alone, in seconds."""
+    (asked,) = asks(engine, [prepared], reuse)
+    return time_alone(engine, asked)
+
+
+def time_alone(engine: Engine, asked: Ask) -> float:
     """The TTFT of a prompt alone, in seconds. It is prefilled again if something was compiled meanwhile."""
 
     def prefill() -> float:

@@ -233,23 +233,30 @@ class Engine:
         namespace: str = DEFAULT_NAMESPACE,
         frozen: bool = False,
         preamble: Prompt | None = None,
+        company: bool | None = None,
         allow_control_tokens: bool = False,
     ) -> int:
-        """Prefill a text alone and keep it as a donor.
+        """Prefill a text and keep it as a donor.
 
         Args:
           frozen: it stays until `forget`. All frozen texts together may fill `EngineConfig.frozen_limit` of the store.
           preamble: prefill the text behind this one, and keep the text only. Its first tokens then saw something
             before them and are no attention sinks, which makes a better segment. But its positions do not begin at 0,
             so a prompt that starts with the text finds a segment, not an exact prefix.
+          company: prefill the text behind what the namespace has now, and keep the text only: the beginning that most
+            of its prompts share, and other remembered texts, `EngineConfig.company_tokens` together at most. `heal`
+            makes it again when there is twice as much. None: where these are not 0 and there is no preamble. False:
+            alone, so that prompts which begin with the text find an exact prefix.
           allow_control_tokens: whether texts such as `<|im_end|>` become control tokens. Otherwise a text has the
             tokens that it has as the content of a message.
 
         Returns:
-          A handle for `forget`. The same text behind the same preamble is remembered once, under one handle.
+          A handle for `forget`. The same text behind the same preamble, or in company whatever that is, is remembered
+          once, under one handle. `entries` says what it was prefilled behind and what that took.
 
         Raises:
-          InvalidRequestError: an argument is wrong, or preamble and text together exceed the model's limit.
+          InvalidRequestError: an argument is wrong, preamble and text together exceed the model's limit, or company is
+            asked for beside a preamble or where `company_tokens` is 0.
           ContextLengthError: an empty store could not hold the text; with a preamble it has to hold it twice for a
             moment.
           FrozenLimitError: frozen texts would fill more of the store than they may.
@@ -260,6 +267,7 @@ class Engine:
             namespace=namespace,
             frozen=frozen,
             preamble=preamble,
+            company=company,
             allow_control_tokens=allow_control_tokens,
         )
         self.loop.complete([asked])
@@ -271,7 +279,8 @@ class Engine:
 
         Copies of the text go too, which prompts of the namespace brought into the store; what other entries have of it
         stays, and the result says how much that is. Sequences that use it at that moment finish, and what they commit
-        later is not kept.
+        later is not kept. Texts that were made in its company have seen it: the result says how many, they are `stale`
+        until `heal` has made them again without it, and until then they are served.
         """
         forgotten = self.admission.forget(handle)
         self.loop.publish()
@@ -279,6 +288,9 @@ class Engine:
 
     def heal(self, seconds: float | None = None) -> int:
         """Make approximate KV exact that prompts left in the store, most used first: a server does it while it is idle.
+
+        Before that, remembered texts are made again whose company was forgotten in part, and after it those for which
+        there is twice the company that they had.
 
         Args:
           seconds: stop at the end of the chunk in which this time is over. None: when all is done.
@@ -291,11 +303,15 @@ class Engine:
         """
         ok = seconds is None or (is_number(seconds) and seconds >= 0)
         require(ok, f"seconds={seconds!r} must be a number >= 0 or None")
-        before, started = self.loop.stats.healed_tokens, time.perf_counter()
+        before, started = self._prefilled_while_idle(), time.perf_counter()
         while seconds is None or time.perf_counter() - started < seconds:
             if self.loop.heal(asked=True) is None:
                 break
-        return self.loop.stats.healed_tokens - before
+        return self._prefilled_while_idle() - before
+
+    def _prefilled_while_idle(self) -> int:
+        stats = self.loop.stats
+        return stats.healed_tokens + stats.remade_tokens
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """What was remembered and is still there, of one namespace or all."""

@@ -390,9 +390,33 @@ def test_an_answer_of_no_named_length_is_what_fits_beside_frozen_texts():
         assert chat(client, max_tokens=None, logit_bias={"2": 100}).status_code == 200
         full = client.post("/v1/completions", json={"prompt": [7] * 700, "ignore_eos": True, "max_tokens": None})
         assert choice(full)["finish_reason"] == "length"
+        assert promised(client) == 11 * 64
         refused = chat(client, max_tokens=900)
         assert error_of(refused)["code"] == "context_length_exceeded"
+        said = "This model's maximum context length is 704 tokens now. However,"
+        assert error_of(refused)["message"].startswith(said)
         assert "retry-after" not in refused.headers
+
+
+def test_the_promise_is_what_frozen_texts_leave_and_what_begins_with_them_may_be_longer():
+    engine = make_engine(store_tokens=1024)
+    with TestClient(create_app(Worker(engine), model=MODEL)) as client:
+        entry = client.post("/v1/knowledge", json={"text": [5] * 320}).json()  # 5 of 16 pages
+        limit = promised(client)
+        assert limit == 704
+        assert ask(client, [7] * (limit - 1)).status_code == 200
+        assert error_of(ask(client, [7] * (limit + 1)))["code"] == "context_length_exceeded"
+        assert ask(client, [5] * 320 + [7] * (limit - 1)).status_code == 200
+        cut = ask(client, [7] * 1000, truncate_prompt_tokens=-1)
+        assert cut.json()["usage"]["prompt_tokens"] == limit - 1
+        assert error_of(client.post("/v1/knowledge", json={"text": [6] * 800}), 507)["code"] == "knowledge_full"
+        client.delete(f"/v1/knowledge/{entry['handle']}")
+        assert promised(client) == 1024
+        assert ask(client, [7] * 1023).status_code == 200
+
+
+def ask(client, ids, **fields):
+    return client.post("/v1/completions", json={"prompt": ids, "max_tokens": 1} | fields)
 
 
 def test_long_texts_are_refused_before_they_are_tokenized(reference, monkeypatch):

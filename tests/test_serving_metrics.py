@@ -82,7 +82,7 @@ def test_labelled_counters_are_there_from_the_start():
     for kind in ("prefix", "approximate_prefix", "segment"):
         assert found[f'sparsex_hit_tokens_total{{kind="{kind}"}}'] == 0
     for endpoint in ("/v1/chat/completions", "/v1/knowledge/{handle}", "/metrics", "other"):
-        for status in (200, 400, 401, 404, 413, 429, 499, 500, 503, 504):
+        for status in (200, 400, 401, 404, 408, 413, 415, 429, 499, 500, 503, 504, 507):
             assert found[f'sparsex_requests_total{{endpoint="{endpoint}",status="{status}"}}'] == 0
     [build] = [name for name in found if name.startswith("sparsex_build_info{")]
     assert all(f'{label}="' in build for label in ("version", "jax", "device", "model"))

@@ -4,11 +4,11 @@ It is pure Python and NumPy. It hands out page and slot numbers and never sees a
 
 Read in this order: `tree` (the tokens in every page) with `children`, `windows` (an index from 8 tokens to the places
 that store them), `segments` (the search for what a prompt can copy), `pages` (references and eviction order), `entries`
-(handles of remembered texts), and `cache`, which ties them together.
+(handles of remembered texts) with `company` (what they were made behind), and `cache`, which ties them together.
 """
 
 from sparsex_jax.cache.cache import CacheStats, Forgotten, Match, PageCache
-from sparsex_jax.cache.entries import Entry
+from sparsex_jax.cache.entries import Entry, Origin
 from sparsex_jax.cache.segments import Segment
 
-__all__ = ["CacheStats", "Entry", "Forgotten", "Match", "PageCache", "Segment"]
+__all__ = ["CacheStats", "Entry", "Forgotten", "Match", "Origin", "PageCache", "Segment"]

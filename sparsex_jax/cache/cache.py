@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.cache.children import TOKEN_BYTES
+from sparsex_jax.cache.company import company_namespace
 from sparsex_jax.cache.counts import CacheCounts, Hits
-from sparsex_jax.cache.entries import Entry, EntryBook
+from sparsex_jax.cache.entries import Entry, EntryBook, Origin
 from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
 from sparsex_jax.cache.tree import Accepts, Node, PageTree, Prefix
@@ -126,11 +127,13 @@ class Forgotten:
       num_tokens: of the entry's text.
       pages: which lookups no longer find: the entry's own, and those of other prompts that had a copy of the text.
       num_remaining: how many of its tokens can still be found, because another entry has them.
+      num_stale: entries that were made in its company. They are served, and are `stale` until they are made again.
     """
 
     num_tokens: int
     pages: frozenset[int]
     num_remaining: int
+    num_stale: int = 0
 
 
 def _asked_once(accepts: Accepts) -> Accepts:
@@ -427,6 +430,7 @@ class PageCache:
         namespace: str,
         frozen: bool,
         content: bytes | None = None,
+        origin: Origin | None = None,
     ) -> int:
         """Make an entry of committed pages and return its handle.
 
@@ -437,24 +441,68 @@ class PageCache:
           pages: where the tokens are, in order. All are committed in the namespace.
           num_tokens: how many of the pages' tokens belong to the entry.
           content: a digest of what it was computed of; see `entry_of`. No entry of the namespace has it yet.
+          origin: how its KV was made. None: alone.
 
         Raises:
           ValueError: a page is not committed in the namespace, or num_tokens is out of range.
           FrozenLimitError: frozen entries would fill more of the store than they may. Nothing was registered.
         """
+        self._require_holds(pages, num_tokens, namespace)
+        if frozen:
+            self.require_frozen_room(pages)
+            self._pool.freeze(pages)
+        return self._entries.add(namespace, num_tokens, tuple(pages), frozen, content, origin or Origin()).handle
+
+    def _require_holds(self, pages: Sequence[int], num_tokens: int, namespace: str) -> None:
+        """Raise ValueError unless these are committed pages of the namespace with so many tokens."""
         self._require_distinct(pages)
         for page in pages:
             _require(self.tree[page].namespace == namespace, f"page {page} is not in namespace {namespace!r}")
         stored = sum(self.tree[page].length for page in pages)
         _require(0 < num_tokens <= stored, f"num_tokens={num_tokens} must be in 1..{stored}")
-        if frozen:
-            self.require_frozen_room(pages)
+
+    def replace(self, handle: int, pages: Sequence[int], origin: Origin) -> None:
+        """Give an entry other pages with the same text. It keeps its handle, and its old pages go unless another entry
+        has them.
+
+        Raises:
+          UnknownHandleError: there is no such entry.
+          ValueError: as `register`, or `may_replace` forbids it. Nothing was changed.
+        """
+        entry = self._entries[handle]
+        self._require_holds(pages, entry.num_tokens, entry.namespace)
+        _require(self.may_replace(handle), "frozen entries would fill more of the store than they may")
+        old = entry.pages
+        if entry.frozen:
+            self._pool.thaw(old)
             self._pool.freeze(pages)
-        return self._entries.add(namespace, num_tokens, tuple(pages), frozen, content).handle
+        self._entries.move(handle, tuple(pages))
+        entry.origin, entry.stale = origin, False
+        self._drop([page for page in old if not self._entries.holds(page)])
+
+    def may_replace(self, handle: int) -> bool:
+        """Whether frozen entries may have pages for this entry's text that no other entry shares."""
+        entry = self._entries[handle]
+        own = int((self._pool.frozen[list(entry.pages)] == 1).sum())
+        return not entry.frozen or self._pool.num_frozen - own + len(entry.pages) <= self._max_frozen
+
+    def begins_prompts(self, handle: int) -> bool:
+        """Whether something that is stored goes on behind pages of this entry, as prompts that begin with its text."""
+        entry = self._entries[handle]
+        behind = (child for page in entry.pages for child in self.tree[page].children)
+        return any(entry.handle not in self._entries.holding(child.pages) for child in behind)
 
     def entry_of(self, namespace: str, content: bytes) -> Entry | None:
         """The entry that was registered with this content. None if there is none, or if it is gone."""
         return self._entries.of_content(namespace, content)
+
+    def has_entry(self, handle: int) -> bool:
+        """Whether what this handle stands for is there."""
+        return handle in self._entries
+
+    def entry(self, handle: int) -> Entry:
+        """Raises UnknownHandleError if there is no such entry."""
+        return self._entries[handle]
 
     def freeze(self, handle: int) -> None:
         """Make an entry frozen. Idempotent. Raises UnknownHandleError, and FrozenLimitError as `register`."""
@@ -484,10 +532,9 @@ class PageCache:
         Raises:
           UnknownHandleError: there is no such entry.
         """
-        entry = self._entries[handle]
-        text = self._text(entry)
-        self._remove_entry(handle)
-        runs = SegmentSearch(text, entry.namespace, self._windows, self.page_size, self._recency).copies()
+        text = self.text(handle)
+        entry = self._remove_entry(handle)
+        runs = self._copies(text, entry.namespace) + self._copies(text, company_namespace(entry.namespace))
         found = dict.fromkeys([*entry.pages, *(page for run in runs for node in run.nodes for page in node.pages)])
         gone = [page for page in found if not self._entries.holds(page)]
         remaining = np.zeros(len(text), bool)
@@ -496,11 +543,28 @@ class PageCache:
                 if any(map(self._entries.holds, node.pages)):
                     remaining[max(start, run.start) : min(start + node.length, run.start + run.length)] = True
         self._drop(gone)
-        return Forgotten(len(text), frozenset(gone), int(remaining.sum()))
+        return Forgotten(len(text), frozenset(gone), int(remaining.sum()), self._mark_stale(entry.namespace, text))
 
-    def _text(self, entry: Entry) -> Int32[np.ndarray, "tokens"]:
+    def _copies(self, text: Int32[np.ndarray, "tokens"], namespace: str) -> list[Run]:
+        return SegmentSearch(text, namespace, self._windows, self.page_size, self._recency).copies()
+
+    def _mark_stale(self, namespace: str, text: Int32[np.ndarray, "tokens"]) -> int:
+        """Mark the entries whose company has this text. Returns how many."""
+        chosen = [(entry, entry.origin.company) for entry in self._entries if entry.namespace == namespace]
+        stale = [entry for entry, company in chosen if company is not None and company.knows(text)]
+        for entry in stale:
+            entry.stale = True
+        return len(stale)
+
+    def text(self, handle: int) -> Int32[np.ndarray, "tokens"]:
+        """The tokens of an entry. Raises UnknownHandleError if there is no such entry."""
+        entry = self._entries[handle]
         keys = b"".join(self.tree[page].key for page in entry.pages)
         return np.frombuffer(keys, np.int32)[: entry.num_tokens]
+
+    def beginnings(self, namespace: str, most: int) -> Iterator[bytes]:
+        """The first `most` tokens of each prompt that is stored, as int32 bytes. Remembered texts are none."""
+        return self.tree.beginnings(namespace, most, self._entries.holds)
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """Copies of the entries of one namespace, or of all, oldest first."""

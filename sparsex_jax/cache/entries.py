@@ -5,7 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
+from sparsex_jax.cache.company import Company
 from sparsex_jax.errors import UnknownHandleError
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """How the KV of an entry was made.
+
+    Attributes:
+      company_tokens: how many tokens the text was prefilled behind, a company or a preamble of its own. 0: alone.
+      prefilled_tokens: how many tokens were prefilled for it when it was remembered, those before the text too.
+      company: what was chosen for it. None: nothing was to be chosen, so it stays as it is.
+    """
+
+    company_tokens: int = 0
+    prefilled_tokens: int = 0
+    company: Company | None = None
 
 
 @dataclasses.dataclass
@@ -20,6 +36,8 @@ class Entry:
       frozen: its pages stay until it is forgotten.
       uses: how many lookups found one of its pages.
       content: a digest of what it was computed of, by which the same text is known again. None: it is never.
+      origin: how its KV was made.
+      stale: a text of its company was forgotten since. Its KV has seen that one until it is made again.
     """
 
     handle: int
@@ -29,6 +47,8 @@ class Entry:
     frozen: bool
     uses: int = 0
     content: bytes | None = dataclasses.field(default=None, repr=False)
+    origin: Origin = dataclasses.field(default=Origin(), repr=False)
+    stale: bool = False
 
 
 class EntryBook:
@@ -47,6 +67,9 @@ class EntryBook:
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._entries.values())
 
+    def __contains__(self, handle: int) -> bool:
+        return handle in self._entries
+
     def __getitem__(self, handle: int) -> Entry:
         """Raises UnknownHandleError if there is no such entry."""
         if handle not in self._entries:
@@ -59,25 +82,44 @@ class EntryBook:
         return None if handle is None else self._entries[handle]
 
     def add(
-        self, namespace: str, num_tokens: int, pages: tuple[int, ...], frozen: bool, content: bytes | None
+        self,
+        namespace: str,
+        num_tokens: int,
+        pages: tuple[int, ...],
+        frozen: bool,
+        content: bytes | None,
+        origin: Origin,
     ) -> Entry:
-        entry = Entry(next(self._handles), namespace, num_tokens, pages, frozen, content=content)
+        entry = Entry(next(self._handles), namespace, num_tokens, pages, frozen, content=content, origin=origin)
         self._entries[entry.handle] = entry
         if content is not None:
             self._by_content[namespace, content] = entry.handle
-        for page in pages:
-            self._holders.setdefault(page, set()).add(entry.handle)
+        self._hold(entry)
         return entry
+
+    def move(self, handle: int, pages: tuple[int, ...]) -> None:
+        """The entry has these pages now, and no others. Raises UnknownHandleError if there is no such entry."""
+        entry = self[handle]
+        self._let_go(entry)
+        entry.pages = pages
+        self._hold(entry)
+
+    def _hold(self, entry: Entry) -> None:
+        for page in entry.pages:
+            self._holders.setdefault(page, set()).add(entry.handle)
+
+    def _let_go(self, entry: Entry) -> None:
+        for page in entry.pages:
+            self._holders[page].discard(entry.handle)
+            if not self._holders[page]:
+                del self._holders[page]
 
     def remove(self, handle: int) -> Entry:
         """Remove and return an entry. Raises UnknownHandleError if there is no such entry."""
         entry = self[handle]
         del self._entries[handle]
         self._by_content.pop((entry.namespace, entry.content), None)
-        for page in entry.pages:
-            self._holders[page].discard(handle)
-            if not self._holders[page]:
-                del self._holders[page]
+        self._let_go(entry)
         return entry
 
     def holds(self, page: int) -> bool:

@@ -269,6 +269,22 @@ class PageTree:
         found = [Prefix(_chain(node), *self._tail(node, prompt[at:], accepts)) for node in last]
         return max(reversed(found), key=lambda prefix: (prefix.tail_tokens, prefix.exact_tokens))
 
+    def beginnings(self, namespace: str, most: int, spared: Callable[[int], bool]) -> Iterator[bytes]:
+        """Yield the first `most` tokens of each stored prompt: of what is in place with nothing behind it.
+
+        Args:
+          spared: whether a page that nothing follows is not of a prompt.
+        """
+        root, width = self.roots.get(namespace), most * TOKEN_BYTES
+        rest = [(root, b"")] if root else []
+        while rest:
+            node, before = rest.pop()
+            tokens = before + node.key if len(before) < width else before
+            further = [(child, tokens) for child in node.children if child.in_place]
+            rest += further
+            if not further and not any(map(spared, node.pages)):
+                yield tokens[:width]
+
     def approximate_chains(self, most: int) -> Iterator[list[Node]]:
         """Yield, for at most `most` sequences with approximate content, their pages from position 0 on.
 

@@ -29,7 +29,10 @@ class EngineConfig:
         what frozen texts do not take.
       max_waiting: requests of a server that may wait; more are refused.
       max_overtakes: how many younger sequences may pass one that waits for pages.
-      healing: share of a server's idle time in which approximate KV is made exact; 0 leaves it as it is.
+      healing: share of a server's idle time in which approximate KV is made exact, and remembered texts are made again
+        in better company; 0 leaves both as they are.
+      company_tokens: a text to remember is prefilled behind so many tokens at most of what its namespace has: the
+        beginning of its prompts and other remembered texts. 0: alone.
       choose: how admission chooses between reusing what was found and computing it, where a request leaves that open
         (`ReuseConfig.only_if_faster`). `measured`: what takes less time, by a cost model that is fitted to the devices.
         It is measured when a request first finds something to reuse, for about a second on a small model, and kept in
@@ -49,6 +52,7 @@ class EngineConfig:
     max_waiting: int = 256
     max_overtakes: int = 16
     healing: float = 0.5
+    company_tokens: int = 0
     choose: str = "measured"
 
     def __post_init__(self) -> None:
@@ -57,8 +61,9 @@ class EngineConfig:
         for name in ("store_tokens", "page_size", "max_prefill_seqs", "decode_steps", "max_waiting"):
             value = getattr(self, name)
             require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
-        passed = self.max_overtakes
-        require(is_int(passed) and passed >= 0, f"max_overtakes={passed!r} must be an integer >= 0")
+        for name in ("max_overtakes", "company_tokens"):
+            value = getattr(self, name)
+            require(is_int(value) and value >= 0, f"{name}={value!r} must be an integer >= 0")
         seqs = self.max_num_seqs
         require(seqs is None or (is_int(seqs) and seqs >= 1), f"max_num_seqs={seqs!r} must be an integer >= 1 or None")
         budget = self.prefill_tokens  # its limits depend on the model

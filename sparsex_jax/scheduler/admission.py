@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
@@ -18,15 +17,17 @@ from collections.abc import Sequence as Several
 import numpy as np
 from jaxtyping import Bool
 
-from sparsex_jax.cache import Forgotten, Match, PageCache
+from sparsex_jax.cache import Forgotten, Match, Origin, PageCache
+from sparsex_jax.cache.company import Company, company_namespace, is_plain
 from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.cost import Speeds
-from sparsex_jax.reuse.methods import Method, method_of
+from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler.choice import Choice
-from sparsex_jax.scheduler.sequence import Sequence
+from sparsex_jax.scheduler.company import Neighbours
+from sparsex_jax.scheduler.sequence import Remember, Sequence
 
 
 class Admission:
@@ -35,6 +36,7 @@ class Admission:
     Attributes:
       cache: what is in the store. A new one after `start_over`.
       choice: what of that a plan uses.
+      company_tokens: `EngineConfig.company_tokens`.
       releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
     """
 
@@ -46,10 +48,13 @@ class Admission:
         """
         self._model, self._config = model, config
         self.choice = Choice(model, config.page_size, measure)
+        self.company_tokens = config.company_tokens
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
         self._counts = CacheCounts()  # they go on where the store is lost
         self._holders: set[Sequence] = set()
         self.releases = 0
+        self._neighbours: dict[str, Neighbours] = {}
+        self._neighbours_at = -1  # `releases` then
         self.start_over()
 
     def start_over(self) -> None:
@@ -86,7 +91,9 @@ class Admission:
           ContextLengthError: the store could not hold it even if nothing else were in it.
         """
         nothing = PromptMap.of(sequence.prompt, Match.nothing())
-        _method(sequence.reuse, sequence.namespace).phases(nothing, self._model.num_layers)
+        if sequence.asked:
+            _require_name(sequence.namespace)
+        method_of(sequence.reuse).phases(nothing, self._model.num_layers)
         needed = self.pages_for(sequence.most_slots) + self.pages_for(sequence.num_copied)
         if needed > self._config.num_pages:
             raise ContextLengthError(
@@ -102,7 +109,7 @@ class Admission:
           StoreFullError: there are not enough pages now. Nothing is held.
           NoRoomError: there will not be either, unless something frozen is forgotten.
         """
-        method = _method(reuse, sequence.namespace)
+        method = method_of(reuse)
         match = self.cache.lookup(
             tokens,
             sequence.namespace,
@@ -138,13 +145,20 @@ class Admission:
         slots = sequence.slots(1) if output.token_ids or output.sampling.ends_where_full else sequence.most_slots
         own = self.pages_for(slots) + self.pages_for(sequence.num_copied) - self.cache.num_frozen_of(shared)
         if own > self.cache.num_beside_frozen:
-            raise (FrozenLimitError if sequence.remember else NoRoomError)(
-                f"the request needs {own} pages of {self._config.page_size} tokens of its own, and frozen texts leave "
-                f"{self.cache.num_beside_frozen} of {self._config.num_pages}"
-            )
+            raise self._no_room(sequence, own)
         if sequence.remember and sequence.remember.frozen:
-            text = self.pages_for(len(sequence.prompt) - sequence.remember.start)
+            text = self.pages_for(len(sequence.remember.text))
             self.cache.require_frozen_room(shared, text - len(shared) if not sequence.num_copied else text)
+
+    def _no_room(self, sequence: Sequence, own: int) -> NoRoomError:
+        left, size = self.cache.num_beside_frozen, self._config.page_size
+        said = f"the request needs {own} pages of {size} tokens of its own, and frozen texts leave {left} of "
+        said += str(self._config.num_pages)
+        if sequence.remember:
+            return FrozenLimitError(said)
+        context = min(self._model.max_position, left * size)
+        # The beginning is OpenAI's, and gateways look for it to try a model of longer context.
+        return NoRoomError(f"This model's maximum context length is {context} tokens now. However, {said}")
 
     def _pages_wanted(self, sequence: Sequence, slots: int, shared: Several[int]) -> int:
         """Pages for this many slots, or for the next token alone where frozen texts can never leave more."""
@@ -162,6 +176,36 @@ class Admission:
     def pages_for(self, num_tokens: int) -> int:
         """How many pages hold this many tokens."""
         return -(-num_tokens // self._config.page_size)
+
+    # Company ------------------------------------------------------------------------------------------------
+
+    def accompany(self, sequence: Sequence) -> None:
+        """Choose what a text to remember is prefilled behind, of what its namespace has now."""
+        asked = sequence.remember
+        if asked is not None and asked.in_company:
+            neighbours = self.neighbours(asked.namespace)
+            sequence.stand_behind(neighbours.company_of(asked.text, self.company_room(len(asked.text))))
+
+    def go_alone(self, sequence: Sequence) -> None:
+        """There are not enough pages for a new text and its company."""
+        if sequence.remember and sequence.remember.in_company and sequence.remakes is None:
+            sequence.stand_behind(Company.nobody())
+
+    def neighbours(self, namespace: str) -> Neighbours:
+        """What texts of a namespace can be prefilled behind, as it was when pages were given back last."""
+        if self._neighbours_at != self.releases:
+            self._neighbours, self._neighbours_at = {}, self.releases
+        if namespace not in self._neighbours:
+            self._neighbours[namespace] = Neighbours.of(self.cache, namespace, self.company_tokens)
+        return self._neighbours[namespace]
+
+    def company_room(self, num_tokens: int) -> int:
+        """Tokens that can stand before a text of this length, by what the model takes and the store can hold.
+
+        The text is held twice for a moment: behind its company, and in pages of its own.
+        """
+        slots = (self.cache.num_beside_frozen - self.pages_for(num_tokens)) * self._config.page_size
+        return max(min(self._model.max_position, slots) - num_tokens, 0)
 
     # While it runs ------------------------------------------------------------------------------------------
 
@@ -188,41 +232,71 @@ class Admission:
 
         Exactness of an answer's KV is that of the whole prompt's.
         """
-        tokens = sequence.tokens[: sequence.num_computed]
-        if not sequence.keep or sequence.forgotten or len(tokens) == 0:
+        tokens = sequence.tokens[: min(sequence.num_computed, sequence.num_kept)]
+        if not sequence.keep or sequence.forgotten or self._is_gone(sequence) or len(tokens) == 0:
             return
         exact = sequence.plan.exact_tokens(self._model.num_layers)
-        exact = len(tokens) if exact == len(sequence.plan.prompt) else exact
+        exact = len(tokens) if exact == len(sequence.plan.prompt) else min(exact, len(tokens))
         made_by = sequence.reuse
         self.cache.commit(sequence.pages, tokens, sequence.namespace, exact_tokens=exact, made_by=made_by)
+
+    def _is_gone(self, sequence: Sequence) -> bool:
+        """Whether it makes a text again that was forgotten or evicted since."""
+        return sequence.remakes is not None and not self.cache.has_entry(sequence.remakes)
 
     def remembered(self, sequence: Sequence) -> int | None:
         """The handle of the same text behind the same preamble, which is frozen from now on if this one is to be.
 
         None if it was not remembered, or is gone. Raises FrozenLimitError as `register`.
         """
-        assert sequence.remember is not None
-        entry = self.cache.entry_of(sequence.namespace, _content(sequence))
-        if entry is None:
+        asked = sequence.remember
+        assert asked is not None
+        entry = self.cache.entry_of(asked.namespace, asked.content)
+        if entry is None or sequence.remakes is not None:
             return None
-        if sequence.remember.frozen:
+        if asked.frozen:
             self.cache.freeze(entry.handle)
         return entry.handle
 
-    def register(self, sequence: Sequence) -> int:
+    def register(self, sequence: Sequence) -> int | None:
         """Keep what was prefilled as its `remember` says, and return the handle.
+
+        None if it was to be made again and is as good as it was, or is gone.
 
         Raises:
           FrozenLimitError: frozen texts would fill more of the store than they may.
         """
-        assert sequence.remember is not None
+        asked = sequence.remember
+        assert asked is not None
         if (known := self.remembered(sequence)) is not None:  # it came twice at the same time
             return known
-        start, tokens = sequence.remember.start, sequence.prompt[sequence.remember.start :]
-        pages = sequence.copy_pages if start else sequence.pages
-        self.cache.commit(pages, tokens, sequence.namespace, exact_tokens=len(tokens), start=start)
-        frozen, content = sequence.remember.frozen, _content(sequence)
-        return self.cache.register(pages, len(tokens), sequence.namespace, frozen, content)
+        assert sequence.report is not None
+        company = sequence.company if asked.in_company else None
+        origin = Origin(sequence.num_before, sequence.report.fresh_tokens, company)
+        if sequence.remakes is not None:
+            return self._replace(sequence, asked, sequence.remakes, origin)
+        pages = self._commit_text(sequence, asked)
+        return self.cache.register(pages, len(asked.text), asked.namespace, asked.frozen, asked.content, origin)
+
+    def _replace(self, sequence: Sequence, asked: Remember, handle: int, origin: Origin) -> int | None:
+        """Give an entry what was made again of its text, if it is still there and that is better than what it has."""
+        if self._is_gone(sequence) or not self.cache.may_replace(handle):
+            return None
+        entry = self.cache.entry(handle)
+        if not entry.stale and origin.company_tokens <= entry.origin.company_tokens:
+            return None
+        made_first = dataclasses.replace(origin, prefilled_tokens=entry.origin.prefilled_tokens)
+        self.cache.replace(handle, self._commit_text(sequence, asked), made_first)
+        self.releases += 1
+        return handle
+
+    def _commit_text(self, sequence: Sequence, asked: Remember) -> list[int]:
+        """Make the text findable where prompts look for it, and give its pages."""
+        pages = sequence.copy_pages if sequence.num_before else sequence.pages
+        pages = pages[: self.pages_for(len(asked.text))]
+        at, exact = sequence.num_before, len(asked.text)
+        self.cache.commit(pages, asked.text, asked.namespace, exact_tokens=exact, start=at)
+        return pages
 
     # Going out ----------------------------------------------------------------------------------------------
 
@@ -271,12 +345,15 @@ class Admission:
         """Stop serving what a handle stands for, and the copies of it in other prompts.
 
         Sequences that found some of it go on, but what they have not committed yet is not kept: it would bring the
-        text back, in the pages that they share with it or in copies of them. Raises UnknownHandleError.
+        text back, in the pages that they share with it or in copies of them. Texts that are being prefilled in its
+        company are prefilled again without it. Raises UnknownHandleError.
         """
+        text, namespace = self.cache.text(handle), self.cache.entry(handle).namespace
         forgotten = self.cache.forget(handle)
         for sequence in self._holders:
             used = sequence.donors.union(sequence.pages)
-            sequence.forgotten |= not used.isdisjoint(forgotten.pages)
+            near = sequence.namespace in (namespace, company_namespace(namespace))
+            sequence.forgotten |= (near and sequence.company.knows(text)) or not used.isdisjoint(forgotten.pages)
         self.releases += 1
         return forgotten
 
@@ -285,14 +362,7 @@ class Admission:
         self.cache.check([page for one in self._holders for page in (*one.pages, *one.copy_pages)])
 
 
-def _content(sequence: Sequence) -> bytes:
-    """A digest of the text to remember, its preamble, and where one ends and the other begins."""
-    assert sequence.remember is not None
-    return hashlib.sha256(sequence.remember.start.to_bytes(8) + sequence.prompt.tobytes()).digest()
-
-
-def _method(reuse: ReuseConfig, namespace: str) -> Method:
-    """The method to look up with. Raises InvalidRequestError if one of the arguments is of no use."""
-    if not isinstance(namespace, str) or not namespace:
-        raise InvalidRequestError(f"namespace={namespace!r} must be a non-empty string")
-    return method_of(reuse)
+def _require_name(namespace: str) -> None:
+    """Raise InvalidRequestError unless callers may use this namespace."""
+    if not isinstance(namespace, str) or not namespace or not is_plain(namespace):
+        raise InvalidRequestError(f"namespace={namespace!r} must be a non-empty string without NUL characters")

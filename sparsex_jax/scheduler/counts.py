@@ -7,11 +7,12 @@ import time
 from collections import deque
 
 from sparsex_jax.reuse.report import KINDS, Report
-from sparsex_jax.scheduler.sequence import Event
+from sparsex_jax.scheduler.sequence import Event, Sequence
 
 _OUTCOMES = {"cancelled": "cancelled", "error": "failed"}
+_WHILE_IDLE = ("healed_tokens", "remade_tokens", "remade_texts")
 _OF_A_PROMPT = ("prompt_tokens", *(f"{kind}_tokens" for kind in KINDS))
-_COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens", "healed_tokens")
+_COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens", *_WHILE_IDLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class LoopStats:
       prompt_tokens: tokens of the prompts that were prefilled: the sum of the five kinds that follow, see `Report`.
       generated_tokens: new tokens.
       healed_tokens: tokens that were approximate in the store and were prefilled exactly while nothing was in line.
+      remade_tokens: tokens that were prefilled then to make remembered texts again.
+      remade_texts: how many of these got better KV, or KV that has not seen what was forgotten.
       computed_fraction: token-layers that those prompts' prefills computed, as a share of all of theirs.
     """
 
@@ -43,6 +46,8 @@ class LoopStats:
     fresh_tokens: int
     generated_tokens: int
     healed_tokens: int
+    remade_tokens: int
+    remade_texts: int
     computed_fraction: float
 
 
@@ -67,8 +72,11 @@ class Counts:
             self._numbers[name] += getattr(report, name)
         self._token_layers += report.computed_fraction * report.prompt_tokens
 
-    def healed(self, report: Report) -> None:
-        self._numbers["healed_tokens"] += report.fresh_tokens
+    def healed(self, done: Sequence) -> None:
+        """Count a chunk that was prefilled while nothing was in line."""
+        if done.report is not None:
+            self._numbers["healed_tokens" if done.remakes is None else "remade_tokens"] += done.report.fresh_tokens
+            self._numbers["remade_texts"] += done.handle is not None
 
     def seconds_between_ends(self) -> float | None:
         """Of the last sequences, on average; None if there were not two."""

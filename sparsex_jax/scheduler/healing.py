@@ -1,9 +1,11 @@
-"""Healing: what is approximate becomes exact while nothing else is in line.
+"""Healing: what is approximate becomes exact while nothing else is in line. Remembered texts are made again then too.
 
 Behind a turn that pasted segments, the KV of a conversation is approximate, and so is every later turn's that has it as
 a prefix. Healing prefills the same tokens exactly, a chunk at a time, most used content first. Each chunk is a sequence
 like any other: its prefix is what is exact already, and once it is committed, its pages replace the approximate ones
 (`PageCache.commit`). So nothing is lost if it stops between two chunks, and every chunk counts from then on.
+
+Texts that have seen what was forgotten come first, and texts for which there is better company last (`remaking`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import time
 from sparsex_jax.config import EngineConfig, ReuseConfig
 from sparsex_jax.reuse.planner import Shapes
 from sparsex_jax.scheduler.admission import Admission
+from sparsex_jax.scheduler.remaking import Remaking
 from sparsex_jax.scheduler.requests import Requests
 from sparsex_jax.scheduler.sequence import Sequence
 
@@ -29,15 +32,20 @@ class Healing:
     def __init__(self, config: EngineConfig, shapes: Shapes, admission: Admission, requests: Requests) -> None:
         self._share, self._admission, self._requests = config.healing, admission, requests
         self._chunk, self._paused_until = shapes.buckets[0][0], 0.0
+        self._remaking = Remaking(self._chunk, admission, requests)
 
     def next(self, *, asked: bool) -> Sequence | None:
-        """The prefill of the next chunk. None if nothing is approximate, or there is no room.
+        """The prefill of the next chunk. None if there is nothing to do, or no room.
 
         Args:
           asked: somebody waits for it. Otherwise None too where healing is off, or paused.
         """
-        on = asked or (self._share > 0 and time.monotonic() >= self._paused_until)
-        found = self._admission.cache.to_heal(self._chunk) if on else None
+        if not asked and (self._share == 0 or time.monotonic() < self._paused_until):
+            return None
+        return self._remaking.next(stale=True) or self._healed() or self._remaking.next(stale=False)
+
+    def _healed(self) -> Sequence | None:
+        found = self._admission.cache.to_heal(self._chunk)
         if found is None:
             return None
         tokens, namespace = found
@@ -51,4 +59,5 @@ class Healing:
     def pause(self) -> None:
         """A chunk failed. Requests go on as ever, and healing tries again later."""
         log.exception("healing failed; it tries again in %.0f s", PAUSE_S)
+        self._remaking.try_again()
         self._paused_until = time.monotonic() + PAUSE_S

@@ -9,7 +9,8 @@ One round, `Loop.step`:
     report       news to the listeners
 
 `policy` decides, `execution` computes, `isolation` deals with what fails, `admission` keeps the books of the store,
-`choice` says what of it a plan uses, `healing` what is made exact while nothing is in line.
+`choice` says what of it a plan uses, `company` what a text to remember is prefilled behind. While nothing is in line,
+`healing` says what is made exact, and `remaking` which texts are made again.
 
 Everything but `submit`, `remember`, `wait`, `stats` and `Ticket.cancel` belongs to one thread, and so does the engine.
 Listeners run on that thread, in the middle of a round. They must not call the engine, which raises RuntimeError then.
@@ -116,11 +117,12 @@ class Loop:
         namespace: str = DEFAULT_NAMESPACE,
         frozen: bool = False,
         preamble: Prompt | None = None,
+        company: bool | None = None,
         listener: Listener,
     ) -> Ticket:
         """Put a text to remember in line. Its last event has the handle. Arguments as `Engine.remember`, errors and
         listener as `submit`."""
-        options: dict[str, Any] = {"namespace": namespace, "frozen": frozen, "preamble": preamble}
+        options: dict[str, Any] = {"namespace": namespace, "frozen": frozen, "preamble": preamble, "company": company}
         return self._submit(self.requests.remember(prompt, listener=listener, **options))
 
     def wait(self, timeout: float) -> None:
@@ -198,8 +200,9 @@ class Loop:
             raise
 
     def heal(self, *, asked: bool = False) -> float | None:
-        """Prefill a chunk of approximate content exactly, if nothing else is in line; who comes meanwhile waits for one
-        chunk at most.
+        """Prefill a chunk of approximate content exactly, or of a remembered text again, if nothing else is in line.
+
+        Who comes meanwhile waits for one chunk at most.
 
         Args:
           asked: even where healing is off, or paused after a failure. Then a failure is raised.
@@ -220,8 +223,7 @@ class Loop:
                 raise
             self._healing.pause()
             return None
-        assert sequence.report is not None
-        self._counts.healed(sequence.report)
+        self._counts.healed(sequence)
         return self._healing.rest(time.perf_counter() - started)
 
     def release(self, sequence: Sequence) -> None:

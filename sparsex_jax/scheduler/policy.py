@@ -141,6 +141,8 @@ class Policy:
                 return
             if compared >= MOST_COMPARED or len(blocked) == MOST_TRIED:
                 return
+            if self._may_find_pages(sequence):
+                self._admission.accompany(sequence)
             offers = self._offers_to(sequence)
             compared += sum(not sequence.wanted.knows(offer) for offer in offers)
             if any(sequence.wanted.shares(offer) for offer in offers):
@@ -191,8 +193,9 @@ class Policy:
         """The sequence has the store to itself, and still there are not enough pages.
 
         It can only be for what it would copy, since donors stay until they are copied. So it takes a prefix only; or
-        nothing, if the page that the prefix ends in is one too many.
+        nothing, if the page that the prefix ends in is one too many. A text to remember does without company.
         """
+        self._admission.go_alone(sequence)
         try:
             self._admit_with(sequence, sequence.tokens, ReuseConfig(method=sequence.exact_method))
         except StoreFullError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from typing import Any, cast
@@ -9,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 from jaxtyping import Int32
 
+from sparsex_jax.cache import Entry
 from sparsex_jax.config import ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.errors import ContextLengthError, InvalidRequestError
 from sparsex_jax.scheduler.admission import Admission
@@ -85,12 +87,14 @@ class Requests:
         namespace: str,
         frozen: bool,
         preamble: Prompt | None,
+        company: bool | None = None,
         allow_control_tokens: bool = False,
         **options: Any,
     ) -> Sequence:
         """A sequence whose prompt is registered once it is prefilled. Arguments and errors as `Engine.remember`."""
         started = time.perf_counter()
         _require_type("frozen", frozen, bool)
+        in_company = self._in_company(company, preamble)
         is_document = isinstance(prompt, str) and not allow_control_tokens
         said = document(cast(str, prompt), self.tokenizer) if is_document else prompt
         text = self.encode(said, add_special_tokens=False)
@@ -101,11 +105,32 @@ class Requests:
                 f"preamble has {len(before)} tokens and prompt {len(text)}: together {length}, "
                 f"and the model's limit is {limit}"
             )
-        exact, keep = ReuseConfig(method="prefix"), len(before) == 0  # else the text alone is kept, not both
-        asked = Remember(len(before), frozen)
-        tokens = np.concatenate([before, text])
-        output = self._output(None)
-        return self._checked(Sequence(tokens, output, exact, namespace, keep, started, remember=asked, **options))
+        kept = Remember(text, namespace, frozen, _content(before, text, in_company), in_company)
+        # Behind a preamble the text alone is kept, not both.
+        return self._remember(np.concatenate([before, text]), kept, len(before) == 0, started, **options)
+
+    def remake(self, entry: Entry, text: Int32[np.ndarray, "text"]) -> Sequence:
+        """A sequence that makes an entry's text again, in the company that it has when it is admitted."""
+        assert entry.content is not None
+        kept = Remember(text, entry.namespace, False, entry.content, in_company=True)
+        return self._remember(text, kept, True, time.perf_counter(), asked=False, remakes=entry.handle)
+
+    def _remember(self, tokens: np.ndarray, kept: Remember, keep: bool, started: float, **options: Any) -> Sequence:
+        exact, output = ReuseConfig(method="prefix"), self._output(None)
+        return self._checked(Sequence(tokens, output, exact, kept.namespace, keep, started, remember=kept, **options))
+
+    def _in_company(self, company: bool | None, preamble: Prompt | None) -> bool:
+        """Whether the engine chooses what a text is prefilled behind."""
+        if company is None:
+            return preamble is None and self._admission.company_tokens > 0
+        _require_type("company", company, bool)
+        if company and preamble is not None:
+            raise InvalidRequestError(
+                "company=True and a preamble exclude each other: one of them stands before the text"
+            )
+        if company and not self._admission.company_tokens:
+            raise InvalidRequestError("company=True needs an engine with company_tokens above 0")
+        return company
 
     def encode(
         self, prompt: Prompt | MarkedText, new_tokens: int = 0, *, add_special_tokens: bool = True
@@ -133,6 +158,15 @@ class Requests:
             raise InvalidRequestError(f"listener={sequence.listener!r} must be callable")
         self._admission.check(sequence)
         return sequence
+
+
+def _content(before: np.ndarray, text: np.ndarray, in_company: bool) -> bytes:
+    """A digest of the text to remember, its preamble, and where one ends and the other begins.
+
+    Which company the engine chooses is no part of it, but that it chooses: who asks for a text alone gets no other.
+    """
+    kind = b"company" if in_company else len(before).to_bytes(8)
+    return hashlib.sha256(kind + before.tobytes() + text.tobytes()).digest()
 
 
 def _require_type(name: str, value: Any, kind: type) -> None:

@@ -15,7 +15,7 @@ Who owns what, while it is admitted:
     KV     | found                | computed: up to num_computed | not yet   | copied behind the prefill   |
 
 Prefix pages belong to what was stored before and are never written. Own pages are written by this sequence only, and
-become findable when it commits them. Copy pages are there for a text that is prefilled behind a preamble. Donors,
+become findable when it commits them. Copy pages are there for a text that is prefilled behind others. Donors,
 which segments are copied from, are not the sequence's: they are pinned until the copies are made.
 """
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -32,6 +31,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
 from sparsex_jax.cache import Match
+from sparsex_jax.cache.company import Company, company_namespace
 from sparsex_jax.cache.counts import Hits
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.device.runner import PrefillRun
@@ -86,17 +86,23 @@ def ignore(event: Event) -> None:
     """The listener of a sequence that has none."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Remember:
-    """What is kept of a prompt once it is prefilled.
+    """A text that is kept once it is prefilled. What stands before it is not kept: its KV is copied to own pages then.
 
     Attributes:
-      start: tokens before it are a preamble, which is not kept. The text's KV is then copied to pages of its own.
+      text: its tokens.
+      namespace: where prompts find it.
       frozen: whether eviction leaves it alone.
+      content: by which the same text is known again: a digest of its tokens, and of the preamble that was asked for.
+      in_company: whether the engine chooses what stands before it.
     """
 
-    start: int
+    text: Int32[np.ndarray, "text"]
+    namespace: str
     frozen: bool
+    content: bytes
+    in_company: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,7 +110,7 @@ class Sequence:
     """A prompt and what is generated behind it.
 
     What was asked:
-      prompt: its tokens; of a text to remember, the preamble's and the text's.
+      prompt: its tokens; of a text to remember, those before it and the text's.
       output: the answer so far. Its `max_new_tokens` is 0 for a sequence that is only prefilled.
       keep: whether it can be found later. False from the moment that something it uses is forgotten.
       submitted: `time.perf_counter()` of the call.
@@ -113,6 +119,9 @@ class Sequence:
       hold: keep its pages once it is prefilled, for a caller who reads them.
       wants_logits: fetch the logits behind the prompt.
       asked: somebody asked for it. Healing and warming up are not counted among the requests.
+      remakes: the handle of the text that it makes again, or whose company it prefills for that. None: of none.
+      company: what a text to remember is prefilled behind, if the engine chose that. It chooses at each admission.
+      wanted: what it could find of that which others compute.
 
     In line:
       id: rises with every sequence, so it tells who is older.
@@ -127,7 +136,7 @@ class Sequence:
     While it is admitted:
       admitted_plan: its prefill as its method made it, with its pages.
       num_shared: pages at its beginning that are a prefix it found.
-      copy_pages: pages for a text that is prefilled behind a preamble.
+      copy_pages: pages for a text that is prefilled behind others.
       match: what it found, while that is pinned.
       found: how much that was.
       donors: pages of what it found.
@@ -156,6 +165,9 @@ class Sequence:
     hold: bool = False
     wants_logits: bool = False
     asked: bool = True
+    remakes: int | None = None
+    company: Company = dataclasses.field(default_factory=Company.nobody)
+    wanted: Wanted = dataclasses.field(init=False)
 
     id: int = 0
     state: State = State.WAITING
@@ -189,12 +201,10 @@ class Sequence:
     _num_told: int = 0  # new tokens that events had
     _told_end: bool = False
 
-    # What it is ---------------------------------------------------------------------------------------------
+    def __post_init__(self) -> None:
+        self.wanted = Wanted(self.prompt, self.reuse)
 
-    @functools.cached_property
-    def wanted(self) -> Wanted:
-        """What it could find of that which others compute."""
-        return Wanted(self.prompt, self.reuse)
+    # What it is ---------------------------------------------------------------------------------------------
 
     @property
     def tokens(self) -> Int32[np.ndarray, "tokens"]:
@@ -223,9 +233,19 @@ class Sequence:
         return pages
 
     @property
+    def num_before(self) -> int:
+        """Tokens that a text to remember is prefilled behind."""
+        return len(self.prompt) - len(self.remember.text) if self.remember else 0
+
+    @property
     def num_copied(self) -> int:
-        """Tokens of the text that is copied away from its preamble; 0 without a preamble."""
-        return len(self.prompt) - self.remember.start if self.remember and self.remember.start else 0
+        """Tokens of the text that is copied away from those before it; 0 if there are none."""
+        return len(self.prompt) - self.num_before if self.num_before else 0
+
+    @property
+    def num_kept(self) -> int:
+        """How many of its tokens can be found where they are, once they are computed."""
+        return self.num_before or self.num_computed
 
     def slots(self, ahead: int) -> int:
         """KV slots needed until there are `ahead` more tokens. The very last token is no input and needs none."""
@@ -242,6 +262,17 @@ class Sequence:
         return BatchSlot(self.prompt, self.output.token_ids, self.output.sampling, self.output.end_tokens, self.pages)
 
     # How it goes on -----------------------------------------------------------------------------------------
+
+    def stand_behind(self, company: Company) -> None:
+        """Prefill the text to remember behind this, whose KV is kept beside the namespace."""
+        assert self.remember is not None
+        before, self.company = self.company, company
+        if np.array_equal(company.tokens, before.tokens):
+            return  # as in most rounds in which it waits
+        name = self.remember.namespace
+        self.namespace = company_namespace(name) if len(company.tokens) else name
+        self.prompt = np.concatenate([company.tokens, self.remember.text])
+        self.wanted = Wanted(self.prompt, self.reuse)
 
     def to_prefill(self) -> tuple[Int32[np.ndarray, "tokens"], ReuseConfig]:
         """The tokens to look up, and how.

@@ -86,7 +86,7 @@ class Intake:
         behind, page = 0 if preamble is None else len(preamble), self._engine.config.page_size
         copied = len(text) if behind else 0  # the text moves to pages of its own, away from its preamble
         pages, held = -(-(behind + len(text)) // page) + -(-copied // page), self._engine.config.num_pages
-        if behind + len(text) > self.lengths.context or pages > held:
+        if behind + len(text) > self._engine.model.max_position or pages > held:
             twice = f", and the text is held twice for a moment: {pages} of {held} pages" if copied else ""
             said = f"text and preamble have {behind + len(text)} tokens together{twice}"
             raise self.lengths.error(said, "text", "text")

@@ -16,14 +16,20 @@ _SLACK = 64  # tokens that may differ where a text is cut
 class Lengths:
     """The limits of one engine.
 
-    Attributes:
-      context: tokens that prompt and answer may have together: `max_model_len` in `/v1/models`.
+    What is longer than an empty store holds is refused here. Frozen texts leave less than that, and how much less is
+    known only once a prompt is looked up, which may begin with one of them: admission refuses what does not fit then.
     """
 
     def __init__(self, engine: Engine, limits: Limits) -> None:
-        self.context, self._most_new = engine.max_context, limits.max_tokens
+        self._engine, self._most_new = engine, limits.max_tokens
+        self._most = min(engine.model.max_position, engine.config.num_pages * engine.config.page_size)
         self._tokenizer = engine.tokenizer
         self._longest = longest_token(engine.tokenizer) if engine.tokenizer else 1
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together now: `max_model_len` in `/v1/models`."""
+        return self._engine.max_context
 
     def new_tokens(self, length: int, named: tuple[str, int] | None, default: int | None, param: str) -> int:
         """The most tokens that the answer may have.
@@ -37,7 +43,7 @@ class Lengths:
         Raises:
           RequestError: prompt and answer do not fit together.
         """
-        room = self.context - length
+        room = self._most - length
         if room < (1 if named is None else named[1]):
             wanted = 1 if named is None else named[1]
             said = f"you requested {length + wanted} tokens ({length} in the {param}, {wanted} in the completion)"
@@ -51,10 +57,10 @@ class Lengths:
         Raises:
           RequestError: it has more tokens than the model takes or the store holds.
         """
-        if len(text) > self.context * self._longest:
+        if len(text) > self._most * self._longest:
             raise self.error(f"the text has {len(text)} characters, which are more tokens", param, param)
-        begin = text[: self.context * _FEW]
-        if len(begin) < len(text) and self._count(begin) > self.context + _SLACK:
+        begin = text[: self._most * _FEW]
+        if len(begin) < len(text) and self._count(begin) > self._most + _SLACK:
             said = f"the first {len(begin)} of {len(text)} characters alone are more tokens"
             raise self.error(said, param, param)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 OTHER = "other"  # the endpoint of requests that no route takes
 FINISH_REASONS = ("stop", "length", "cancelled", "error", "timeout")
-_STATUSES = (200, 400, 401, 403, 404, 405, 413, 429, 499, 500, 503, 504)
+_STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 503, 504, 507)
 _FOUND = ("prefix", "approximate_prefix", "segment")
 _REQUEST_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 _TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)

@@ -207,7 +207,7 @@ class Worker:
     def _heal(self) -> float:
         """Heal a chunk if it is time to. Returns for how many seconds the thread may sleep."""
         if time.monotonic() >= self._heal_at:
-            rest = self.loop.heal()
+            rest = self.engine.loop.heal()
             self._heal_at = time.monotonic() + (_IDLE_S if rest is None else rest)
         return max(self._heal_at - time.monotonic(), 0.0)
 

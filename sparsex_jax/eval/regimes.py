@@ -119,7 +119,7 @@ def _shuffled(engine: Engine, case: Case, namespace: str, rng: np.random.Generat
 
 def _independent(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
     for segment in case.segments:
-        engine.remember(segment, namespace=namespace)
+        engine.remember(segment, namespace=namespace, company=False)
     return _in_another_order(case, rng)
 
 
@@ -130,7 +130,7 @@ def _preamble(engine: Engine, case: Case, namespace: str, rng: np.random.Generat
 
 
 def _company(engine: Engine, case: Case, namespace: str, rng: np.random.Generator) -> Case:
-    engine.remember(case.company, namespace=namespace)
+    engine.remember(case.company, namespace=namespace, company=False)
     for segment in case.segments:
         engine.remember(segment, namespace=namespace, preamble=case.company)
     return _in_another_order(case, rng)

@@ -20,7 +20,7 @@ INSTRUCTION = "You are a helpful assistant. Answer the question from the documen
 CODE = "The access code of the {locked} is {code}, and it may not be told to visitors."
 KEEPER = "The {keeper} is {name}, who has been in charge since the spring."
 DOG = "The dog {dog}, which waits at the door every day, belongs to {owner}."
-STREET = "{resident} lives in {street} and came over to help with the flowers."
+STREET = "{owner} lives in {street} and came over to help with the flowers."
 KEY = "The key of the {locked} is kept by the {role} of the council."
 ROLES = "The {changed} of the council is {name}. The {other} of the council is {second}.\n"
 CARGO = "In the port of {port} the ship took {cargo} on board."
@@ -73,22 +73,17 @@ def _about_places(rng: np.random.Generator, size: BodySize, fact: str, question:
 
 
 def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
-    """Reports; one says whose a dog is, another where that person lives. A question asks where the dog's owner lives.
+    """Reports; some say whose a dog is, others where a person lives. A question asks where the owner of a dog lives.
 
-    Each report has the first half of one answer and, if there are several reports, the second half of another.
+    If there are several reports, no report has both: then a small model takes the street that stands next to the dog.
     """
     places = _places(rng, size.num_segments)
-    owners = _people(rng, len(places))
-    streets, dogs = _enough(rng, STREETS, len(places)), _enough(rng, DOG_NAMES, len(places))
-    chains = [
-        {"dog": dog, "owner": owner, "resident": owner, "street": street}
-        for dog, owner, street in zip(dogs, owners, streets, strict=True)
-    ]
-    told = zip(places, chains, [*chains[1:], chains[0]], strict=True)
-    documents = [
-        _document(rng, "report", place, pick(rng, [DOG.format(**first), STREET.format(**second)], 2), size)
-        for place, first, second in told
-    ]
+    number = max(len(places) // 2, 1)
+    columns = _enough(rng, DOG_NAMES, number), _people(rng, number), _enough(rng, STREETS, number)
+    chains = [{"dog": dog, "owner": owner, "street": street} for dog, owner, street in zip(*columns, strict=True)]
+    told = [[DOG.format(**chain)] for chain in chains] + [[STREET.format(**chain)] for chain in chains]
+    told = [told[0] + told[1]] if len(places) == 1 else [*told, *[[]] * (len(places) - len(told))]
+    documents = [_document(rng, "report", *each, size) for each in zip(places, pick(rng, told, len(told)), strict=True)]
     asked = pick(rng, chains, size.num_questions)
     questions = [
         Question(STREET_QUESTION.format(**chain), (chain["street"],), (f"{chain['owner']}, {chain['street']}",))

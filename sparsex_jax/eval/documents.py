@@ -33,6 +33,9 @@ KEY_QUESTION = (
     "Does the chair or the treasurer of the council keep the key of the {locked} in the {lower} of {town}, and what is "
     "the name of this person?"
 )
+# Chat models say all of it, so that the answers need room.
+STREET_ANSWER = "The owner of the dog {dog} is {owner}, who lives in {street}"
+KEY_ANSWER = "The {role} of the council keeps the key of the {locked} in the {lower}, and the name is {person}"
 CARGO_QUESTION = "What did the ship {ship} take on board in the port of {port}?"
 NUMBERS_QUESTION = (
     "The documents mention {count} special numbers for {thing}, in different places. What are they? List all of them."
@@ -86,7 +89,7 @@ def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
     documents = [_document(rng, "report", *each, size) for each in zip(places, pick(rng, told, len(told)), strict=True)]
     asked = pick(rng, chains, size.num_questions)
     questions = [
-        Question(STREET_QUESTION.format(**chain), (chain["street"],), (f"{chain['owner']}, {chain['street']}",))
+        Question(STREET_QUESTION.format(**chain), (chain["street"],), (STREET_ANSWER.format(**chain),))
         for chain in asked
     ]
     return Body(documents, questions)
@@ -106,7 +109,9 @@ def changed(rng: np.random.Generator, size: BodySize) -> Body:
         place["role"] = role
     documents = [_document(rng, "report", place, [KEY.format(**place)], size) for place in places]
     asked = pick(rng, [place for place in places if place["role"] == office], size.num_questions)
-    questions = [Question(KEY_QUESTION.format(**place), (new,), (f"the {office}, {new}",)) for place in asked]
+    questions = [
+        Question(KEY_QUESTION.format(**place), (new,), (KEY_ANSWER.format(**place, person=new),)) for place in asked
+    ]
     order = rng.permutation(len(documents))
     opening, earlier = (ROLES.format(changed=office, name=name, other=other, second=second) for name in (new, old))
     return Body([documents[i] for i in order], questions, opening, earlier)

@@ -541,3 +541,20 @@ def test_the_command_prints_one_object_and_writes_a_folder(monkeypatch, engine, 
     content = json.loads(result.stdout)
     assert {row["implementation"] for row in content["rows"]} == {"full", "sparsex:boundary_layer=1"}
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".jsonl", ".md", ".png"]
+    (log,) = tmp_path.glob("*.jsonl")
+    before = log.read_text()
+    monkeypatch.setattr(quality, "measure", lambda *_: pytest.fail("what is there was measured again"))
+    assert CliRunner().invoke(app, ["bench", "quality", *options]).exit_code == 0
+    assert log.read_text() == before
+    result = CliRunner().invoke(app, ["bench", "quality", *options, "--segment-length", "60"])
+    assert result.exit_code == 2
+    assert "length=200, not 240" in " ".join(result.stderr.split())
+
+
+def test_the_store_has_room_for_what_is_before_donors():
+    alone, company = (
+        BenchSettings(["full"], ["vt"], [regime], length=10240, segments=20, samples=1, batch=2, seed=0).store_tokens
+        for regime in ("independent", "company:20")
+    )
+    assert alone > 2 * 2 * 10240
+    assert company > alone + 2 * 10240

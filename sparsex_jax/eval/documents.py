@@ -6,6 +6,7 @@ between sentences of `prose`. The documents of a sample are all of one kind, and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,28 +22,25 @@ CODE = "The access code of the {locked} is {code}, and it may not be told to vis
 KEEPER = "The {keeper} is {name}, who has been in charge since the spring."
 DOG = "The dog {dog}, which waits at the door every day, belongs to {owner}."
 STREET = "{owner} lives in {street} and came over to help with the flowers."
-KEY = "The key of the {locked} is kept by the {role} of the council."
-ROLES = "The {changed} of the council is {name}. The {other} of the council is {second}.\n"
+TODAY = "Today is a {day}.\n"
+HOURS = "It opens at {1} on every {0}, at {3} on every {2} and at {5} on every {4}."
 CARGO = "In the port of {port} the ship took {cargo} on board."
 NUMBER = "One of the special numbers for {thing} is {number}."
 
 CODE_QUESTION = "What is the access code of the {locked} in the {lower} of {town}?"
 KEEPER_QUESTION = "Who is the {keeper} in the {lower} of {town}?"
 STREET_QUESTION = "Who is the owner of the dog {dog}, and in which street does this person live?"
-KEY_QUESTION = (
-    "Does the chair or the treasurer of the council keep the key of the {locked} in the {lower} of {town}, and what is "
-    "the name of this person?"
-)
-# Chat models say all of it, so that the answers need room.
+HOURS_QUESTION = "At what time does the {lower} of {town} open today?"
+# Chat models say all of it, so that the answer needs room.
 STREET_ANSWER = "The owner of the dog {dog} is {owner}, who lives in {street}"
-KEY_ANSWER = "The {role} of the council keeps the key of the {locked} in the {lower}, and the name is {person}"
 CARGO_QUESTION = "What did the ship {ship} take on board in the port of {port}?"
 NUMBERS_QUESTION = (
     "The documents mention {count} special numbers for {thing}, in different places. What are they? List all of them."
 )
 
 NUMBERS_EACH = 4  # the numbers of a thing, in `mv_niah`
-OFFICES = ("chair", "treasurer")
+DAYS = ("market day", "feast day", "school day")
+TIMES = tuple(f"{hour}:{minute:02}" for hour in range(6, 10) for minute in range(60))
 DOGS = listed("Bello, Rex, Pluto, Luna, Fips, Wotan, Molly, Hasso, Senta, Tyras, Nero, Bruno, Daisy, Ajax, Kasper")
 DOG_NAMES = tuple(f"{dog}{second}" for second in ("", " the Second") for dog in DOGS)
 TREES = listed(
@@ -96,25 +94,18 @@ def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
 
 
 def changed(rng: np.random.Generator, size: BodySize) -> Body:
-    """Who holds an office stands in the instruction; the reports say which office keeps a key. A question asks for the
-    person. When the reports were stored, another one held that office.
-
-    The first report is always one that can be asked for.
-    """
+    """The instruction says what day it is, and the reports when places open on which days. A question asks when one
+    opens today. When the reports were stored, it was another day."""
     places = _places(rng, size.num_segments)
-    office, other = pick(rng, OFFICES, 2)
-    new, second, old = _people(rng, 3)
-    roles = [office, *(OFFICES[i] for i in rng.integers(0, 2, len(places) - 1))]
-    for place, role in zip(places, roles, strict=True):
-        place["role"] = role
-    documents = [_document(rng, "report", place, [KEY.format(**place)], size) for place in places]
-    asked = pick(rng, [place for place in places if place["role"] == office], size.num_questions)
-    questions = [
-        Question(KEY_QUESTION.format(**place), (new,), (KEY_ANSWER.format(**place, person=new),)) for place in asked
-    ]
-    order = rng.permutation(len(documents))
-    opening, earlier = (ROLES.format(changed=office, name=name, other=other, second=second) for name in (new, old))
-    return Body([documents[i] for i in order], questions, opening, earlier)
+    times = iter(_enough(rng, TIMES, len(DAYS) * len(places)))
+    for place in places:
+        place["hours"] = {day: next(times) for day in pick(rng, DAYS, len(DAYS))}
+    told = [[HOURS.format(*itertools.chain.from_iterable(place["hours"].items()))] for place in places]
+    documents = [_document(rng, "report", place, facts, size) for place, facts in zip(places, told, strict=True)]
+    today, before = pick(rng, DAYS, 2)
+    asked = pick(rng, places, size.num_questions)
+    questions = [Question(HOURS_QUESTION.format(**place), (place["hours"][today],)) for place in asked]
+    return Body(documents, questions, TODAY.format(day=today), TODAY.format(day=before))
 
 
 def log_cargo(rng: np.random.Generator, size: BodySize) -> Body:

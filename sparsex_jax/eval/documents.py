@@ -30,8 +30,9 @@ NUMBER = "One of the special numbers for {thing} is {number}."
 CODE_QUESTION = "What is the access code of the {locked} in the {lower} of {town}?"
 KEEPER_QUESTION = "Who is the {keeper} in the {lower} of {town}?"
 STREET_QUESTION = "Who is the owner of the dog {dog}, and in which street does this person live?"
-HOURS_QUESTION = "At what time does the {lower} of {town} open today?"
+HOURS_QUESTION = "What kind of day is today, and at what time does the {lower} of {town} open on such a day?"
 # Chat models say all of it, so that the answer needs room.
+HOURS_ANSWER = "Today is a {day}, and the {lower} of {town} opens at {time}"
 STREET_ANSWER = "The owner of the dog {dog} is {owner}, who lives in {street}"
 CARGO_QUESTION = "What did the ship {ship} take on board in the port of {port}?"
 NUMBERS_QUESTION = (
@@ -104,7 +105,11 @@ def changed(rng: np.random.Generator, size: BodySize) -> Body:
     documents = [_document(rng, "report", place, facts, size) for place, facts in zip(places, told, strict=True)]
     today, before = pick(rng, DAYS, 2)
     asked = pick(rng, places, size.num_questions)
-    questions = [Question(HOURS_QUESTION.format(**place), (place["hours"][today],)) for place in asked]
+    questions = []
+    for place in asked:
+        time = place["hours"][today]
+        written = HOURS_ANSWER.format(**place, day=today, time=time)
+        questions.append(Question(HOURS_QUESTION.format(**place), (time,), (written,)))
     return Body(documents, questions, TODAY.format(day=today), TODAY.format(day=before))
 
 

@@ -314,10 +314,7 @@ def measure(
         if not target.in_reach([row[target.metric] for row in rows], prompts.total):
             break
     means = {name: float(np.mean([row[name] for row in rows])) for name in _MEANS}
-    ttft = None
-    if len(rows) == prompts.total:
-        (asked,) = quality.asks(engine, [answered[0][0]], reuse)
-        ttft = quality.time_prefill(engine, asked)
+    ttft = quality.time_prefill(engine, answered[0][0], reuse) if len(rows) == prompts.total else None
     return Measured(reuse, tuple(row[target.metric] for row in rows), ttft_s=ttft, **means)
 
 

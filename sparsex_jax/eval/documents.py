@@ -6,6 +6,7 @@ between sentences of `prose`. The documents of a sample are all of one kind, and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,25 +21,27 @@ INSTRUCTION = "You are a helpful assistant. Answer the question from the documen
 CODE = "The access code of the {locked} is {code}, and it may not be told to visitors."
 KEEPER = "The {keeper} is {name}, who has been in charge since the spring."
 DOG = "The dog {dog}, which waits at the door every day, belongs to {owner}."
-STREET = "{resident} lives in {street} and came over to help with the flowers."
-KEY = "The key of the {locked} is kept by the {role} of the council."
-ROLES = "The {changed} of the council is {name}. The {other} of the council is {second}.\n"
+STREET = "{owner} lives in {street} and came over to help with the flowers."
+TODAY = "Today is a {day}.\n"
+HOURS = "It opens at {1} on every {0}, at {3} on every {2} and at {5} on every {4}."
 CARGO = "In the port of {port} the ship took {cargo} on board."
 NUMBER = "One of the special numbers for {thing} is {number}."
 
 CODE_QUESTION = "What is the access code of the {locked} in the {lower} of {town}?"
 KEEPER_QUESTION = "Who is the {keeper} in the {lower} of {town}?"
-STREET_QUESTION = "In which street does the owner of the dog {dog} live?"
-KEY_QUESTION = (
-    "Who keeps the key of the {locked} in the {lower} of {town}? Answer with the name of that person, not the title."
-)
+STREET_QUESTION = "Who is the owner of the dog {dog}, and in which street does this person live?"
+HOURS_QUESTION = "What kind of day is today, and at what time does the {lower} of {town} open on such a day?"
+# Chat models say all of it, so that the answer needs room.
+HOURS_ANSWER = "Today is a {day}, and the {lower} of {town} opens at {time}"
+STREET_ANSWER = "The owner of the dog {dog} is {owner}, who lives in {street}"
 CARGO_QUESTION = "What did the ship {ship} take on board in the port of {port}?"
 NUMBERS_QUESTION = (
     "The documents mention {count} special numbers for {thing}, in different places. What are they? List all of them."
 )
 
 NUMBERS_EACH = 4  # the numbers of a thing, in `mv_niah`
-OFFICES = ("chair", "treasurer")
+DAYS = ("market day", "feast day", "school day")
+TIMES = tuple(f"{hour}:{minute:02}" for hour in range(6, 10) for minute in range(60))
 DOGS = listed("Bello, Rex, Pluto, Luna, Fips, Wotan, Molly, Hasso, Senta, Tyras, Nero, Bruno, Daisy, Ajax, Kasper")
 DOG_NAMES = tuple(f"{dog}{second}" for second in ("", " the Second") for dog in DOGS)
 TREES = listed(
@@ -72,44 +75,42 @@ def _about_places(rng: np.random.Generator, size: BodySize, fact: str, question:
 
 
 def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
-    """Reports; one says whose a dog is, another where that person lives. A question asks where the dog's owner lives.
+    """Reports; some say whose a dog is, others where a person lives. A question asks where the owner of a dog lives.
 
-    Each report has the first half of one answer and, if there are several reports, the second half of another.
+    If there are several reports, no report has both: then a small model takes the street that stands next to the dog.
     """
     places = _places(rng, size.num_segments)
-    owners = _people(rng, len(places))
-    streets, dogs = _enough(rng, STREETS, len(places)), _enough(rng, DOG_NAMES, len(places))
-    chains = [
-        {"dog": dog, "owner": owner, "resident": owner, "street": street}
-        for dog, owner, street in zip(dogs, owners, streets, strict=True)
-    ]
-    told = zip(places, chains, [*chains[1:], chains[0]], strict=True)
-    documents = [
-        _document(rng, "report", place, pick(rng, [DOG.format(**first), STREET.format(**second)], 2), size)
-        for place, first, second in told
-    ]
+    number = max(len(places) // 2, 1)
+    columns = _enough(rng, DOG_NAMES, number), _people(rng, number), _enough(rng, STREETS, number)
+    chains = [{"dog": dog, "owner": owner, "street": street} for dog, owner, street in zip(*columns, strict=True)]
+    told = [[DOG.format(**chain)] for chain in chains] + [[STREET.format(**chain)] for chain in chains]
+    told = [told[0] + told[1]] if len(places) == 1 else [*told, *[[]] * (len(places) - len(told))]
+    documents = [_document(rng, "report", *each, size) for each in zip(places, pick(rng, told, len(told)), strict=True)]
     asked = pick(rng, chains, size.num_questions)
-    return Body(documents, [Question(STREET_QUESTION.format(**chain), (chain["street"],)) for chain in asked])
+    questions = [
+        Question(STREET_QUESTION.format(**chain), (chain["street"],), (STREET_ANSWER.format(**chain),))
+        for chain in asked
+    ]
+    return Body(documents, questions)
 
 
 def changed(rng: np.random.Generator, size: BodySize) -> Body:
-    """Who holds an office stands in the instruction; the reports say which office keeps a key. A question asks for the
-    person. When the reports were stored, another one held that office.
-
-    The first report is always one that can be asked for.
-    """
+    """The instruction says what day it is, and the reports when places open on which days. A question asks when one
+    opens today. When the reports were stored, it was another day."""
     places = _places(rng, size.num_segments)
-    office, other = pick(rng, OFFICES, 2)
-    new, second, old = _people(rng, 3)
-    roles = [office, *(OFFICES[i] for i in rng.integers(0, 2, len(places) - 1))]
-    for place, role in zip(places, roles, strict=True):
-        place["role"] = role
-    documents = [_document(rng, "report", place, [KEY.format(**place)], size) for place in places]
-    asked = pick(rng, [place for place in places if place["role"] == office], size.num_questions)
-    questions = [Question(KEY_QUESTION.format(**place), (new,)) for place in asked]
-    order = rng.permutation(len(documents))
-    opening, earlier = (ROLES.format(changed=office, name=name, other=other, second=second) for name in (new, old))
-    return Body([documents[i] for i in order], questions, opening, earlier)
+    times = iter(_enough(rng, TIMES, len(DAYS) * len(places)))
+    for place in places:
+        place["hours"] = {day: next(times) for day in pick(rng, DAYS, len(DAYS))}
+    told = [[HOURS.format(*itertools.chain.from_iterable(place["hours"].items()))] for place in places]
+    documents = [_document(rng, "report", place, facts, size) for place, facts in zip(places, told, strict=True)]
+    today, before = pick(rng, DAYS, 2)
+    asked = pick(rng, places, size.num_questions)
+    questions = []
+    for place in asked:
+        time = place["hours"][today]
+        written = HOURS_ANSWER.format(**place, day=today, time=time)
+        questions.append(Question(HOURS_QUESTION.format(**place), (time,), (written,)))
+    return Body(documents, questions, TODAY.format(day=today), TODAY.format(day=before))
 
 
 def log_cargo(rng: np.random.Generator, size: BodySize) -> Body:

@@ -17,6 +17,7 @@ matplotlib.use("agg")  # draws to files, so it needs no screen
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 
 
 def frontier(summaries: Sequence[Summary], path: Path, title: str = "") -> None:
@@ -55,6 +56,9 @@ def scores_over_time(summaries: Sequence[Summary], path: Path, title: str = "") 
         for full in (s["mean"] for s in own if (s["method"], s["metric"]) == ("full", "score")):
             panel.axhline(full, ls="--", lw=0.8, color="grey")
         panel.set(xscale="log", xlabel="time to the first token, s (log)", ylim=(-0.02, 1.05))
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_title(regime, fontsize=10)
     axes[0, 0].set_ylabel("score" if len(tasks) == 1 else f"score, mean of {len(tasks) - 1} tasks")
     _legend(figure, [*axes[0]])

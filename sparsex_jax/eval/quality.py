@@ -19,6 +19,7 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import regimes, scores
 from sparsex_jax.eval.engines import settled
+from sparsex_jax.eval.flops import flops_fraction
 from sparsex_jax.eval.oracle import true_deviation
 from sparsex_jax.eval.regimes import Regime
 from sparsex_jax.eval.reorder import Reorder
@@ -134,6 +135,7 @@ def measure(
             found, full = (dataclasses.replace(answers[one][i], ttft_s=times[one]) for one in (reuse, FULL))
             row = {"task": task, "regime": regime, "sample": index, "expected": list(prepared[i].expected)}
             figures = scores.compare(found, full, prepared[i].expected)
+            figures["flops_fraction"] = flops_fraction(engine.model, asked[reuse][i].reuse, found.report)
             rows.append(row | {"method": name, "text": found.text} | figures)
     return rows
 
@@ -229,10 +231,16 @@ def time_in_turn(engine: Engine, asked: Mapping[ReuseConfig, Ask], turn: int) ->
     """The TTFT of one prompt alone by each method, in seconds, one after the other. Each turn another one is first."""
     order = list(asked)
     first = turn % len(order)
-    return {reuse: time_prefill(engine, asked[reuse]) for reuse in order[first:] + order[:first]}
+    return {reuse: time_alone(engine, asked[reuse]) for reuse in order[first:] + order[:first]}
 
 
-def time_prefill(engine: Engine, asked: Ask) -> float:
+def time_prefill(engine: Engine, prepared: PreparedPrompt, reuse: ReuseConfig) -> float:
+    """The TTFT of one method on a prompt alone, in seconds."""
+    (asked,) = asks(engine, [prepared], reuse)
+    return time_alone(engine, asked)
+
+
+def time_alone(engine: Engine, asked: Ask) -> float:
     """The TTFT of a prompt alone, in seconds. It is prefilled again if something was compiled meanwhile."""
 
     def prefill() -> float:

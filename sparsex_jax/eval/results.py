@@ -17,7 +17,7 @@ import jax
 
 # A mean with its 95 % interval: task, regime, method, metric, mean, low, high, samples, unit.
 Summary = Mapping[str, Any]
-_COLUMNS = ("computed_fraction", "kl", "top1", "agreement", "ttft_s", "speedup")
+_COLUMNS = ("computed_fraction", "flops_fraction", "kl", "top1", "agreement", "ttft_s", "speedup")
 
 
 def file_content(bench: str, model: str, settings: Mapping[str, Any], summaries: Sequence[Summary]) -> dict[str, Any]:
@@ -94,8 +94,9 @@ def markdown(content: Mapping[str, Any], summaries: Sequence[Summary]) -> str:
     head = f"# {content['bench'].capitalize()} of {content['model']} on {content['device']}\n\n{numbers}.\n\n"
     notes = (
         "Task scores have Wilson's 95 % intervals, for shares too wide rather than too narrow. work: share of "
-        "token-layers computed. KL (nats), top-1 and agreement of the greedy continuation: against full recompute. "
-        "TTFT: of each prompt alone; full / it: how many times as long full recompute's is.\n"
+        "token-layers computed, FLOPs: of full recompute's operations; both with a signal's own pass. KL (nats), top-1 "
+        "and agreement of the greedy continuation: against full recompute. TTFT: of each prompt alone; full / it: how "
+        "many times as long full recompute's is.\n"
     )
     found = dict.fromkeys(summary["regime"] for summary in summaries)
     tables = [f"\n## {regime}\n\n{table([s for s in summaries if s['regime'] == regime])}" for regime in found]
@@ -106,7 +107,7 @@ def table(summaries: Sequence[Summary]) -> str:
     """The Markdown table of one regime."""
     cells = {(s["method"], s["task"], s["metric"]): s for s in summaries}
     methods, tasks = (list(dict.fromkeys(s[key] for s in summaries)) for key in ("method", "task"))
-    heading = ["method", *tasks, "work", "KL", "top-1", "agreement", "TTFT, s", "full / it"]
+    heading = ["method", *tasks, "work", "FLOPs", "KL", "top-1", "agreement", "TTFT, s", "full / it"]
     lines = [heading, ["---", *["--:"] * (len(heading) - 1)]]
     for method in methods:
         scores = [score(cells[method, task, "score"]) for task in tasks]

@@ -60,13 +60,14 @@ class Answer:
     ttft_s: float | None = None
 
 
-# The figures that `compare` gives, with their units.
+# The figures of a row, with their units. `compare` gives all but `flops_fraction`.
 UNITS = {
     "score": "share",
     "kl": "nats",
     "top1": "share",
     "agreement": "share",
     "computed_fraction": "share",
+    "flops_fraction": "share",
     "active_tokens": "tokens",
     "reused_tokens": "tokens",
     "recomputed_tokens": "tokens",
@@ -78,7 +79,7 @@ UNITS = {
 
 
 def compare(answer: Answer, full: Answer, expected: Sequence[str]) -> dict[str, float]:
-    """The figures of `UNITS` for an answer, compared with full recompute's. Without times if they were not measured."""
+    """The figures of an answer, compared with full recompute's. Without times if they were not measured."""
     report = answer.report
     return {
         "score": task_score(answer.text, expected),

@@ -1,0 +1,101 @@
+"""The floating-point operations of a prefill, with those of a signal's own pass, as a share of full recompute's.
+
+Token-layers alone (`Report.computed_fraction`) do not say that a row near the end of a prompt attends to all of it.
+The matrix products of the layers and of attention count; embeddings, norms and the logits of one token do not.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool
+
+from sparsex_jax.cache import Segment
+from sparsex_jax.config import ModelConfig, ReuseConfig
+from sparsex_jax.reuse.methods import method_of
+from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.report import Report
+from sparsex_jax.reuse.schedule import Phase
+
+# Signals whose own pass scores in every layer that it runs. The others score in one.
+_SCORES_EVERY_LAYER = ("probe_mass", "probe_focus")
+_READS_NO_QUERIES = ("kv_deviation", "given")
+
+
+class _Layer:
+    """The operations of one layer of a model."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        hidden, self.heads = model.hidden_size, model.num_q_heads * model.head_dim
+        self.queries = 2 * hidden * self.heads
+        self.keys_values = 2 * hidden * 2 * model.num_kv_heads * model.head_dim
+        self.token = 2 * self.queries + self.keys_values + 2 * 3 * hidden * model.intermediate_size
+
+    def run(self, rows: Bool[np.ndarray, "tokens"]) -> float:
+        """These rows of a prompt; each attends to all keys up to itself."""
+        return self.token * int(rows.sum()) + 4 * self.heads * _keys(rows)
+
+    def score(self, rows: Bool[np.ndarray, "tokens"]) -> float:
+        """The attention of these rows without their values."""
+        return self.queries * int(rows.sum()) + 2 * self.heads * _keys(rows)
+
+
+def _keys(rows: Bool[np.ndarray, "tokens"]) -> int:
+    return int((np.flatnonzero(rows) + 1).sum())
+
+
+def flops_fraction(model: ModelConfig, reuse: ReuseConfig, report: Report) -> float:
+    """The share of full recompute's operations that the reported prefill took.
+
+    Args:
+      reuse: the method that made the report, for its schedule.
+    """
+    layer, prompt = _Layer(model), _prompt_of(report)
+    phases = method_of(reuse).phases(prompt, model.num_layers)
+    rows = _rows(phases, report)
+    starts = [*(phase.start for phase in phases), model.num_layers]
+    spans = [end - start for start, end in itertools.pairwise(starts)]
+    layers = sum(span * layer.run(own) for span, own in zip(spans, rows, strict=True))
+    pairs = zip(rows, phases[1:], strict=False)
+    signals = sum(
+        _signal(layer, prompt, before, phase)
+        for before, phase in pairs
+        if phase.start < model.num_layers and phase.can_leave_out(int(before.sum()))
+    )
+    return (layers + signals) / (model.num_layers * layer.run(np.ones(len(prompt), bool)))
+
+
+def _prompt_of(report: Report) -> PromptMap:
+    """The map that the report was made from, but for the tokens and the places of the donors."""
+    segments = tuple(
+        Segment(each.start, each.length, each.donor_start, np.zeros(each.length, np.int64), exact=True)
+        for each in report.segments
+    )
+    return PromptMap(np.zeros(report.prompt_tokens, np.int32), report.kind, segments)
+
+
+def _rows(phases: Sequence[Phase], report: Report) -> list[Bool[np.ndarray, "tokens"]]:
+    """What each phase computed. Of phases after the second only the number is known: it is spread over the second's."""
+    first, *later = phases
+    rows = [first.forced]
+    for number, phase in enumerate(later):
+        before = report.active if number == 0 else rows[-1] & report.active
+        candidates = np.flatnonzero(before & ~phase.forced)
+        kept = min(phase.budget, len(candidates)) if number else len(candidates)
+        own = phase.forced.copy()
+        own[candidates[(np.arange(kept) * len(candidates)) // max(kept, 1)]] = True
+        rows.append(own)
+    return rows
+
+
+def _signal(layer: _Layer, prompt: PromptMap, before: Bool[np.ndarray, "tokens"], phase: Phase) -> float:
+    """A signal's operations: K and V of all rows at the boundary or a pass of the fresh rows, and their attention."""
+    if phase.signal is None or phase.signal == "given":
+        return 0
+    scored = 0 if phase.signal in _READS_NO_QUERIES else layer.score(prompt.fresh)
+    if not phase.probe_layers:
+        return layer.keys_values * int(before.sum()) + scored
+    times = phase.probe_layers if phase.signal in _SCORES_EVERY_LAYER else 1
+    return phase.probe_layers * layer.run(prompt.fresh) + times * scored

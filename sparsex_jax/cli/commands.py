@@ -10,7 +10,6 @@ import typer
 
 from sparsex_jax.cli import options
 from sparsex_jax.cli.terminal import clear_errors
-from sparsex_jax.config import EngineConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _REGIMES_HELP = (
@@ -184,7 +183,7 @@ def serve(
     company_tokens: Annotated[
         int,
         typer.Option(help="Knowledge is prefilled behind so many tokens at most of its namespace; 0: alone."),
-    ] = EngineConfig.company_tokens,
+    ] = 1024,
     request_log: Annotated[
         Path | None,
         typer.Option(help="A file for a line of JSON about each request; - for standard output.", dir_okay=False),

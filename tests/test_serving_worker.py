@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import types
 
 import pytest
 from live import ScriptedLoop
@@ -21,7 +22,7 @@ def job(*tokens):
 def run(scenario, script=lambda prompt: HELLO):
     """Run an asynchronous scenario with a worker that steps a scripted loop."""
     loop = ScriptedLoop(script)
-    worker = Worker(None, loop).start()
+    worker = Worker(types.SimpleNamespace(loop=loop), loop).start()
     try:
         return asyncio.run(asyncio.wait_for(scenario(worker, loop), 30))
     finally:
@@ -89,7 +90,7 @@ def test_if_one_job_is_refused_none_is_run():
         await worker.drain(5)  # nothing is left open
 
     loop = Choosy(lambda prompt: FOREVER)
-    worker = Worker(None, loop).start()
+    worker = Worker(types.SimpleNamespace(loop=loop), loop).start()
     asyncio.run(scenario(worker))
     worker.stop()
     assert [ticket.cancelled for ticket in loop.tickets] == [True]

@@ -4,26 +4,13 @@ import json
 import random
 
 import pytest
+from texts import TEXTS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from sparsex_jax.errors import UnsupportedModelError
 from sparsex_jax.text.pre_tokenizers import GPT2, RULES, pre_tokenizer, rule_named
 from sparsex_jax.text.tokenizer import read_tokenizer, token_pieces, tokenizer_from_gguf
-
-TEXTS = [
-    "",
-    " ",
-    "Hello, world!",
-    "  two  spaces, a\ttab, and an end \n\n",
-    "\r\n mixed \n\r\t\t ends\u00a0\u2003",
-    "Zahlen 1234567890, 3.14159 und 1e-5; ½ Ⅷ ٣",
-    "naïve café, décomposé: e\u0301, Straße, İstanbul",
-    "日本語のテキスト、中文。한국어 ไทย العربية עברית हिन्दी",
-    "🙂🏽 👩‍👩‍👧‍👦 🇫🇷 \u200d\ufeff\x00\x7f",
-    "it's they're I'LL don't ''s",
-    "<|im_start|>user\nhi<|im_end|>\n",
-]
 
 # Vocabularies of GGUF files -------------------------------------------------------------------------------------
 

@@ -454,7 +454,7 @@ class PageCache:
         return self._entries.add(namespace, num_tokens, tuple(pages), frozen, content, origin or Origin()).handle
 
     def _require_holds(self, pages: Sequence[int], num_tokens: int, namespace: str) -> None:
-        """Raise ValueError unless these are committed pages of the namespace with so many tokens."""
+        """Raise ValueError unless these pages are committed in the namespace and hold that many tokens."""
         self._require_distinct(pages)
         for page in pages:
             _require(self.tree[page].namespace == namespace, f"page {page} is not in namespace {namespace!r}")
@@ -513,7 +513,7 @@ class PageCache:
             entry.frozen = True
 
     def require_frozen_room(self, pages: Sequence[int], more: int = 0) -> None:
-        """Whether frozen entries may have these pages too, and `more` new ones. Raises FrozenLimitError if not."""
+        """Raise FrozenLimitError unless frozen entries may have these pages too, and `more` new ones."""
         wanted = int((self._pool.frozen[list(pages)] == 0).sum()) + more
         if self._pool.num_frozen + wanted > self._max_frozen:
             raise FrozenLimitError(

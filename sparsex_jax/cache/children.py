@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from sparsex_jax.cache.tree import Node
 
 TOKEN_BYTES = 4
-# Of children that share equally many tokens with a prompt, so many are looked at for the best one.
+# So many children are looked at for the one that shares most with a prompt: many may share equally much.
 MOST_TIES = 16
 
 
@@ -75,11 +75,11 @@ class Children:
         before, behind = self._shared(left, row), self._shared(right, row)
         while before or behind:
             if before >= behind:
-                yield from ((before, node) for node in list(self.of(self._keys[left])))
+                yield from ((before, node) for node in self.of(self._keys[left]))
                 left -= 1
                 before = self._shared(left, row)
             else:
-                yield from ((behind, node) for node in list(self.of(self._keys[right])))
+                yield from ((behind, node) for node in self.of(self._keys[right]))
                 right += 1
                 behind = self._shared(right, row)
 

@@ -10,9 +10,8 @@ Every page is in exactly one state:
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -80,49 +79,39 @@ class PagePool:
     def take(self, count: int) -> list[int]:
         """Hand out free pages with one reference each."""
         pages = [self.free.pop() for _ in range(count)]
-        self._refer(pages, 1)
+        self._step(self.refs, pages, 1)
         return pages
 
     def give_back(self, pages: Sequence[int]) -> None:
         self.free.extend(reversed(pages))
 
     def hold(self, pages: Sequence[int]) -> None:
-        self._refer(pages, 1)
+        self._step(self.refs, pages, 1)
         self.touch(pages)
 
     def release(self, pages: Sequence[int]) -> None:
         """Drop one reference to each page. A page without references and committed content becomes free."""
         self.touch(pages)
-        self._refer(pages, -1)
+        self._step(self.refs, pages, -1)
         self.give_back([page for page in pages if self.refs[page] == 0 and not self.committed[page]])
 
     def freeze(self, pages: Sequence[int]) -> None:
         """One frozen entry more has each page."""
-        self._freeze(pages, 1)
+        self._step(self.frozen, pages, 1)
 
     def thaw(self, pages: Sequence[int]) -> None:
         """One frozen entry less has each page."""
-        self._freeze(pages, -1)
+        self._step(self.frozen, pages, -1)
 
-    def _refer(self, pages: Sequence[int], step: int) -> None:
+    def _step(self, holders: Int32[np.ndarray, "pages"], pages: Sequence[int], step: int) -> None:
+        """One holder more or less of each page, in `refs` or `frozen`. The three numbers follow, page by page."""
         index = list(pages)
-        with self._counted(index):
-            self.refs[index] += step
-
-    def _freeze(self, pages: Sequence[int], step: int) -> None:
-        index = list(pages)
-        with self._counted(index):
-            self.frozen[index] += step
-
-    @contextlib.contextmanager
-    def _counted(self, index: list[int]) -> Iterator[None]:
-        """Keep the three numbers right while something happens to these pages. No cost grows with the store."""
         before = self._occupancy(index)
-        yield
-        step = self._occupancy(index) - before
-        self.num_active, self.num_frozen, self.num_occupied = (
-            np.array([self.num_active, self.num_frozen, self.num_occupied]) + step
-        ).tolist()
+        holders[index] += step
+        active, frozen, occupied = (self._occupancy(index) - before).tolist()
+        self.num_active += active
+        self.num_frozen += frozen
+        self.num_occupied += occupied
 
     def _occupancy(self, index: list[int]) -> Int64[np.ndarray, "3"]:
         """How many of these pages are active, frozen, and either."""

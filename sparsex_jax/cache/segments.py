@@ -32,7 +32,7 @@ from sparsex_jax.cache.windows import WINDOW, WindowIndex
 # that it still finds long runs. An ordinary prompt needs a few thousand comparisons. Only text that repeats itself, in
 # the prompt and in the store, uses up the budget.
 COMPARISON_BUDGET = 1 << 15
-# Runs of so many tokens hold a whole window wherever they begin, so every one of them is found.
+# A run of 15 tokens holds a whole window wherever it begins, so each run of this length is found.
 LEAST_FOUND = 2 * WINDOW - 1
 # Stored windows begin 8 tokens apart, so steps of 9 meet each alignment to their grid in turn.
 HURRIED_STRIDE = WINDOW + 1
@@ -165,7 +165,7 @@ class SegmentSearch:
                 run = None if (node, at - offset) in seen else self._run_around(node, offset, at, 0)
                 if run is not None and run.length >= LEAST_FOUND:
                     runs.append(run)
-                    seen.update((one, start) for one, start in run.places())
+                    seen.update(run.places())
         return runs
 
     def _rank(self, run: Run) -> tuple[bool, int, int]:

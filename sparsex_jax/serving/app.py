@@ -373,10 +373,10 @@ def _forget(engine: Engine, handle: int, namespace: str) -> Forgotten:
 
 
 def _entry(engine: Engine, handle: int, namespace: str) -> Entry:
-    for entry in engine.entries(namespace):
-        if entry.handle == handle:
-            return entry
-    raise UnknownHandleError(f"handle {handle} is not known: never given out, deleted, or evicted since")
+    cache = engine.cache
+    if not cache.has_entry(handle) or cache.entry(handle).namespace != namespace:
+        raise UnknownHandleError(f"handle {handle} is not known: never given out, deleted, or evicted since")
+    return dataclasses.replace(cache.entry(handle))  # the event loop's thread reads it
 
 
 def _described(entry: Entry) -> schemas.KnowledgeEntry:

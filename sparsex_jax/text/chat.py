@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsex_jax.config.checks import require
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.text import generic_tools
 from sparsex_jax.text.control_tokens import MarkedText, Marks
 from sparsex_jax.text.end_tokens import control_token_ids, end_token_ids
-from sparsex_jax.text.messages import Message, checked_message, in_form, objects, require, text_of
+from sparsex_jax.text.messages import Message, checked_message, in_form, objects, text_of
 from sparsex_jax.text.templates import CallForm, Template, stored_templates, template_for
 
 # What the application and the model wrote. There `<think>` may be the token that the model knows.

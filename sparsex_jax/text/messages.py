@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparsex_jax.config.checks import require
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.text.plain_json import DECODER
 from sparsex_jax.text.templates import CallForm, Template
 
 Message = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises InvalidRequestError unless the condition holds."""
-    if not condition:
-        raise InvalidRequestError(message)
 
 
 def objects(name: str, values: Any) -> list[Message]:
@@ -109,18 +104,7 @@ def _as_object(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        value = json.loads(arguments or "{}", parse_constant=_refuse, parse_float=_finite)
+        value = DECODER.decode(arguments or "{}")
     except (ValueError, RecursionError):
         return arguments
     return value if isinstance(value, dict) else arguments
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not valid JSON")
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"{number} is beyond the range of floats")
-    return value

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import secrets
 import string
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
+
+from sparsex_jax.text.plain_json import LENIENT_DECODER
 
 _ID_LENGTH = 9  # letters and digits, the only ids that Mistral's chat templates take
 _ALPHABET = string.ascii_letters + string.digits
@@ -109,26 +110,13 @@ class Form(Protocol):
         """
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not valid JSON")
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"{number} is no number that JSON can give back")
-    return value
-
-
-# Models write line breaks into strings as they are, so control characters are allowed.
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse, parse_float=_finite)
 _LONGEST_LITERAL = 8  # an escape in a string or a literal that has begun makes an error where it begins
 
 
 def decode(text: str) -> Any:
     """The value of a text of JSON. Raises NotACallError if it is none."""
     try:
-        return _DECODER.decode(text.strip())
+        return LENIENT_DECODER.decode(text.strip())
     except (ValueError, RecursionError) as error:
         raise NotACallError from error
 
@@ -136,7 +124,7 @@ def decode(text: str) -> Any:
 def decode_at(text: str, start: int, *, ended: bool) -> tuple[Any, int] | None:
     """A value of JSON in a text and its end. None: what comes next decides. Raises NotACallError if there is none."""
     try:
-        return _DECODER.raw_decode(text, start)
+        return LENIENT_DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         begun = error.msg.startswith("Unterminated string") or error.pos >= len(text) - _LONGEST_LITERAL
         if begun and not ended:

@@ -20,13 +20,14 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from sparsex_jax.cache.children import TOKEN_BYTES
 from sparsex_jax.cache.company import company_namespace, having_seen
 from sparsex_jax.cache.counts import CacheCounts, Hits
 from sparsex_jax.cache.entries import Entry, EntryBook, Origin
 from sparsex_jax.cache.pages import PagePool
+from sparsex_jax.cache.remembered import RememberedTexts, run_around
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
 from sparsex_jax.cache.tree import Accepts, Node, PageTree, Prefix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
@@ -191,6 +192,7 @@ class PageCache:
         self.tree = PageTree(num_pages, page_size)
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
         self._entries = EntryBook(handles or itertools.count(1))
+        self._remembered = RememberedTexts()
         self._pins: set[Match] = set()
         self.counts = counts or CacheCounts()
 
@@ -258,6 +260,15 @@ class PageCache:
             num_exact_tokens=prefix.exact_tokens,
             pages=tuple(dict.fromkeys(node.pages[0] for node in nodes)),
         )
+
+    def remembered(self, tokens: Int32[np.ndarray, "tokens"], namespace: str) -> Bool[np.ndarray, "tokens"]:
+        """Which tokens of a prompt stand in a remembered text, as far as text and prompt agree."""
+        found = np.zeros(len(tokens), bool)
+        for place, handle in self._remembered.places(tokens, namespace):
+            if not found[place]:
+                begin, end = run_around(tokens, place, self.text(handle))
+                found[begin:end] = True
+        return found
 
     def count_use(self, match: Match) -> None:
         """Count that a pinned match is of use to a prompt: what is used least is evicted first, and healed last."""
@@ -451,7 +462,9 @@ class PageCache:
         if frozen:
             self.require_frozen_room(pages)
             self._pool.freeze(pages)
-        return self._entries.add(namespace, num_tokens, tuple(pages), frozen, content, origin or Origin()).handle
+        entry = self._entries.add(namespace, num_tokens, tuple(pages), frozen, content, origin or Origin())
+        self._remembered.add(entry.handle, namespace, self.text(entry.handle))
+        return entry.handle
 
     def _require_holds(self, pages: Sequence[int], num_tokens: int, namespace: str) -> None:
         """Raise ValueError unless these pages are committed in the namespace and hold that many tokens."""
@@ -656,6 +669,7 @@ class PageCache:
 
     def _remove_entry(self, handle: int) -> Entry:
         entry = self._entries.remove(handle)
+        self._remembered.remove(handle)
         if entry.frozen:
             self._pool.thaw(entry.pages)
         return entry

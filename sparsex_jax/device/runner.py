@@ -17,13 +17,14 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.device.decode import DecodeState, decode
 from sparsex_jax.device.prefill import align, embed_rows, prefill
+from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.signals import Signal, signals_for
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.store import make_store
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.plan import PrefillPlan, PrefillState
+from sparsex_jax.reuse.plan import PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_prefill
 from sparsex_kernels.layout import Store
 
@@ -79,6 +80,24 @@ class PrefillRun:
         return masks
 
 
+class ProbeRun:
+    """A probe under way. It can rest between two layers as a prefill can.
+
+    Attributes:
+      requests: what it looks at.
+      next_layer: layers before it have run, or are on their way.
+    """
+
+    def __init__(self, requests: Sequence[RequestPlan], plan: PrefillPlan, rows: Rows, state: ProbeState) -> None:
+        self.requests, self.plan, self.rows, self.state = requests, plan, rows, state
+        self.next_layer = 0
+
+    def focus(self) -> list[Float[np.ndarray, "tokens"]]:
+        """How much each token of each request was looked at, once all layers have run. Waits for the device."""
+        focus = np.asarray(self.state.focus[: len(self.requests)])
+        return [line[: len(request.prompt)] for line, request in zip(focus, self.requests, strict=True)]
+
+
 class Runner:
     """Runs plans. Each call donates the store to a jitted step and keeps what comes back."""
 
@@ -129,6 +148,34 @@ class Runner:
         run.next_layer = until
         if until == num_layers:
             run.logits = logits
+
+    def begin_probe(self, requests: Sequence[RequestPlan]) -> ProbeRun:
+        """Make the copies of requests, and lay out the pass of their fresh tokens; no layer has run yet."""
+        begun = self.begin(requests)
+        tables, page_size = begun.plan.page_tables, self.engine.page_size
+        nothing = jnp.zeros((len(tables), tables.shape[1] * page_size))
+        state = ProbeState(begun.state.layer, begun.state.hidden, nothing)
+        return ProbeRun(requests, begun.plan, begun.state.rows, jax.device_put(state, self._everywhere))
+
+    def advance_probe(self, run: ProbeRun, layers: int | None = None) -> None:
+        """Dispatch the next `layers` layers, or all. There are two programs: of all layers, and of a single one."""
+        num_layers = self.model.num_layers
+        until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
+        _, chunk = self.shapes.bucket(run.plan.fresh.size)
+        together = num_layers if (run.next_layer, until) == (0, num_layers) else 1
+        with self._precision():
+            for _ in range(run.next_layer, until, together):
+                self.store, run.state = probe(
+                    self.params,
+                    self.store,
+                    run.plan.page_tables,
+                    run.rows,
+                    run.state,
+                    decoder=self.decoder,
+                    layers=together,
+                    chunk=chunk,
+                )
+        run.next_layer = until
 
     def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[np.ndarray]]:
         """Align and prefill requests with the same schedule, all layers at once.

@@ -23,6 +23,8 @@ from sparsex_jax.reuse.schedule import Phase
 _TILE = 128
 # The key mass of rows beside their attention: two passes over the keys, but none over the values.
 _MASS = 1.25
+# Of what may be left out of a prompt, the share that excerpts are expected to keep.
+_KEPT = 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +142,18 @@ def prefill_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> fl
             seconds += speeds.boundary
             seconds += _signal_seconds(model, plan, before, phase, times)
     return seconds
+
+
+def excerpt_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> float:
+    """Seconds of a probe, and of the prefill of an excerpt behind it that keeps about as much as most do."""
+    assert plan.probe is not None
+    fresh = np.flatnonzero(plan.prompt.fresh)
+    mass = _MASS * speeds.of_plan(len(fresh)).attention_seconds(fresh)
+    among = int((plan.probe.piece >= 0).sum())
+    kept = len(plan.prompt) - among + max(plan.probe.least_tokens, round(_KEPT * among))
+    rows = np.arange(plan.prompt.num_prefix, max(kept, plan.prompt.num_prefix + 1))
+    layers = speeds.of_plan(len(rows)).layer_seconds(rows)
+    return prefill_seconds(model, plan, speeds) + speeds.start + model.num_layers * (mass + layers)
 
 
 def least_seconds(

@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int, Int32
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.reuse.excerpt import Probe
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Boundaries, Copies, PrefillPlan, Rows
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import MAX_BOUNDARIES, Phase
@@ -34,12 +35,14 @@ class RequestPlan:
       phases: its schedule.
       pages: physical pages of its tokens in order, the shared prefix first.
       copies: runs to copy into those pages first: the prefix tail and the segments.
+      probe: what is decided by this pass, which gives no logits. None: it is a prefill.
     """
 
     prompt: PromptMap
     phases: tuple[Phase, ...]
     pages: Sequence[int]
     copies: tuple[Segment, ...] = ()
+    probe: Probe | None = None
 
     @property
     def num_rows(self) -> int:
@@ -47,9 +50,11 @@ class RequestPlan:
         return self.phases[0].size
 
     @property
-    def starts(self) -> tuple[tuple[int, str | None, int], ...]:
-        """Where each phase starts, by what signal, how deep that looks: requests share a plan only if these agree."""
-        return tuple((phase.start, phase.signal, phase.probe_layers) for phase in self.phases)
+    def kind(self) -> tuple[bool, tuple[tuple[int, str | None, int], ...]]:
+        """Whether it is a probe; where each phase starts, by what signal, how deep that looks. Requests share a plan
+        only if these agree."""
+        phases = tuple((phase.start, phase.signal, phase.probe_layers) for phase in self.phases)
+        return self.probe is not None, phases
 
     def exact_tokens(self, num_layers: int) -> int:
         """How many prompt tokens have exact KV once prefilled: all, or those before the first approximate one.

@@ -23,6 +23,7 @@ class TokenKind(enum.IntEnum):
     REUSED = 1  # of a segment: its KV is copied from a donor and aligned to its new position
     FRESH = 2  # of none of these: it is computed
     APPROXIMATE = 3  # of an approximate prefix: its KV is in the store, as good as the method itself would make it
+    OMITTED = 4  # of nothing: it is left out of the excerpt that is answered from
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from sparsex_jax.reuse.excerpt import Excerpt
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.schedule import Phase
 
 # What the tokens of a prompt can be, in the order in which tables and pages show it. A report counts each kind in the
 # field of the kind's name and `_tokens`.
-KINDS = ("prefix", "approximate_prefix", "reused", "recomputed", "fresh")
+KINDS = ("prefix", "approximate_prefix", "reused", "recomputed", "fresh", "omitted")
 _FOUND = {
     TokenKind.PREFIX: "prefix",
     TokenKind.REUSED: "reused",
     TokenKind.FRESH: "fresh",
     TokenKind.APPROXIMATE: "approximate_prefix",
+    TokenKind.OMITTED: "omitted",
 }
 
 
@@ -47,12 +49,15 @@ class Report:
       approximate_prefix_tokens: those behind it of an approximate prefix that was found.
       reused_tokens: those found in segments whose KV was pasted and, from the boundary layer on, left as it is.
       recomputed_tokens: those found in segments, but computed from the boundary layer on.
+      omitted_tokens: those that were left out of the excerpt which was answered from.
       fresh_tokens: the others. They were computed.
       active_tokens: tokens that were computed from the boundary layer on.
       boundary_layer: `l*`: layers before it computed every token that is not in the prefix.
       segments: the reused runs, in order.
       computed_fraction: token-layers that were computed, those of a signal's own pass included, as a share of all
         token-layers of the prompt.
+      confidence: of the attention by which reused tokens were chosen, the share that is on the chosen ones. None where
+        nothing was chosen.
       ttft_s: seconds from the call to the first token (or its logits) on the host.
       kind: a `TokenKind` for each prompt token, uint8 `[tokens]`.
       active: whether each prompt token was computed from the boundary layer on, bool `[tokens]`.
@@ -64,10 +69,12 @@ class Report:
     reused_tokens: int
     recomputed_tokens: int
     fresh_tokens: int
+    omitted_tokens: int
     active_tokens: int
     boundary_layer: int
     segments: tuple[ReusedSegment, ...]
     computed_fraction: float
+    confidence: float | None
     ttft_s: float
     kind: np.ndarray
     active: np.ndarray
@@ -113,8 +120,33 @@ def make_report(
         boundary_layer=ends[0] if everyone else 0,
         segments=tuple(ReusedSegment(s.start, s.length, s.donor_start) for s in prompt.segments),
         computed_fraction=(int(token_layers) + probed(prompt, phases)) / (num_layers * len(prompt)),
+        confidence=None,
         ttft_s=ttft_s,
         kind=prompt.kind,
+        active=active,
+    )
+
+
+def report_of_excerpt(whole: PromptMap, excerpt: Excerpt, answered: Report) -> Report:
+    """The report of a prompt that was answered from an excerpt.
+
+    Args:
+      whole: the prompt as it was probed.
+      answered: how the excerpt was prefilled.
+    """
+    kind, active = np.full(len(whole), TokenKind.OMITTED, np.uint8), np.zeros(len(whole), bool)
+    computed = np.where(whole.reused, TokenKind.REUSED, TokenKind.FRESH)[excerpt.keep]
+    kind[excerpt.keep] = np.where(answered.kind == TokenKind.PREFIX, TokenKind.PREFIX, computed)
+    active[excerpt.keep] = answered.active
+    work = whole.fresh.sum() + answered.computed_fraction * answered.prompt_tokens
+    return dataclasses.replace(
+        answered,
+        prompt_tokens=len(whole),
+        **_counts(dataclasses.replace(whole, kind=kind), active),
+        segments=tuple(ReusedSegment(s.start, s.length, s.donor_start) for s in whole.segments),
+        computed_fraction=float(work / len(whole)),
+        confidence=excerpt.confidence,
+        kind=kind,
         active=active,
     )
 
@@ -149,6 +181,7 @@ def _counts(prompt: PromptMap, active: Bool[np.ndarray, "tokens"]) -> dict[str, 
         "reused_tokens": found[TokenKind.REUSED] - recomputed,
         "recomputed_tokens": recomputed,
         "fresh_tokens": found[TokenKind.FRESH],
+        "omitted_tokens": found[TokenKind.OMITTED],
     }
 
 

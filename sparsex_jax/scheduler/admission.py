@@ -120,7 +120,7 @@ class Admission:
             counted=False,
         )
         try:
-            plan = self.choice.plan(tokens, match, method)
+            plan = self.choice.plan(tokens, match, method, lambda: self.cache.remembered(tokens, sequence.namespace))
             self._require_room(sequence, plan.pages)
             pages, copy_pages = self._take_pages(plan.pages, self._pages_wanted(sequence, slots, plan.pages), sequence)
         except BaseException:

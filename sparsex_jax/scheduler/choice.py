@@ -7,14 +7,16 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Bool
 
 from sparsex_jax.cache import Match
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import StoreFullError
-from sparsex_jax.reuse.cost import Speeds, can_save, least_seconds, prefill_seconds
+from sparsex_jax.reuse.cost import Speeds, can_save, excerpt_seconds, least_seconds, prefill_seconds
 from sparsex_jax.reuse.methods import Method
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.schedule import Phase
 
 log = logging.getLogger(__name__)
 
@@ -57,27 +59,47 @@ class Choice:
             return method.uses_segments
         return can_save(1 - PLAIN, self._model, length, length - num_prefix, self._speeds)
 
-    def plan(self, tokens: np.ndarray, match: Match, method: Method) -> RequestPlan:
+    def plan(
+        self, tokens: np.ndarray, match: Match, method: Method, remembered: Callable[[], Bool[np.ndarray, "tokens"]]
+    ) -> RequestPlan:
         """The plan, with no pages yet but the shared ones: of all that was found, or of as much as pays.
 
         Approximation has to pay. An exact plan is preferred to one that is hardly faster: the next turn of a
         conversation finds an exact prefix behind it, whatever its method, and nothing is left to heal.
+
+        Args:
+          remembered: tells which of the tokens are of remembered texts. Asked for methods that want to know.
         """
+        probe = self._probe(tokens, match, method, remembered)
         approximate = match.num_exact_tokens < match.num_prefix_tokens
         may_choose = method.only_if_faster and (approximate or match.segments)
         if not may_choose or (speeds := self.speeds) is None:
-            return self._plan_with(PromptMap.of(tokens, match), match, method)
+            return probe or self._plan_with(PromptMap.of(tokens, match), match, method)
         plain = match.without_segments()
         best = self._plan_with(PromptMap.of(tokens, plain), plain, method)
         cost = self._cost(best, speeds)
         parts = [match.exact_prefix(self._page_size)] if approximate else []
-        for part in [*parts, match] if match.segments else parts:
+        if match.segments and probe is None:
+            parts.append(match)
+        for part in parts:
             prompt = PromptMap.of(tokens, part)
             least = least_seconds(self._model, np.flatnonzero(prompt.fresh), part.copies, speeds)
             if (1.0 if part is match else EXACT) * least < cost:  # else no plan needs to be made of it
                 plan = self._plan_with(prompt, part, method)
                 best, cost = min((best, cost), (plan, self._cost(plan, speeds)), key=lambda priced: priced[1])
-        return best
+        return probe if probe and excerpt_seconds(self._model, probe, speeds) < cost else best
+
+    def _probe(
+        self, tokens: np.ndarray, match: Match, method: Method, remembered: Callable[[], Bool[np.ndarray, "tokens"]]
+    ) -> RequestPlan | None:
+        """The plan of a probe, if the method answers from excerpts and this prompt has what may be left out."""
+        if not match.segments:
+            return None
+        prompt = PromptMap.of(tokens, match)
+        probe = method.probe(prompt, remembered)
+        if probe is None:
+            return None
+        return RequestPlan(prompt, (Phase(0, prompt.fresh),), match.prefix_pages, match.copies, probe)
 
     def _cost(self, plan: RequestPlan, speeds: Speeds) -> float:
         exact = plan.exact_tokens(self._model.num_layers) == len(plan.prompt)

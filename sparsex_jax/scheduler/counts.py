@@ -24,7 +24,7 @@ class LoopStats:
       running: being prefilled or decoded.
       finished, cancelled, failed: what they ended with.
       preempted: how often one was preempted.
-      prompt_tokens: tokens of the prompts that were prefilled: the sum of the five kinds that follow, see `Report`.
+      prompt_tokens: tokens of the prompts that were prefilled: the sum of the six kinds that follow, see `Report`.
       generated_tokens: new tokens.
       healed_tokens: tokens that were approximate in the store and were prefilled exactly while nothing was in line.
       remade_tokens: tokens that were prefilled then to make remembered texts again.
@@ -44,6 +44,7 @@ class LoopStats:
     reused_tokens: int
     recomputed_tokens: int
     fresh_tokens: int
+    omitted_tokens: int
     generated_tokens: int
     healed_tokens: int
     remade_tokens: int

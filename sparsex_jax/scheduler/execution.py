@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jaxtyping import Float32
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import DecodeState
-from sparsex_jax.device.runner import Runner
+from sparsex_jax.device.runner import PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.device.state import decode_state, sampling_arrays
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
@@ -117,6 +118,7 @@ class Execution:
         two layers is waited for.
         """
         run = sequences[0].run or self._runner.begin([sequence.stages[0] for sequence in sequences])
+        assert isinstance(run, PrefillRun)
         self._runner.advance(run, layers)
         if not run.done:
             sequences[0].run = run
@@ -127,6 +129,21 @@ class Execution:
         wanted = any(len(one.stages) == 1 and one.output.max_new_tokens for one in sequences)
         sampled = self._first_tokens(run.logits, sequences) if wanted else self._no_tokens(run.logits)
         return Prefilled(sampled, run.computed(), run.logits)
+
+    def probe(self, sequences: list[Sequence], layers: int | None = None) -> list[Float32[np.ndarray, "tokens"]] | None:
+        """Run the probes of these sequences in one plan, or the next `layers` of it. None while layers are left.
+
+        Returns:
+          For each sequence, how much each token of its prompt was looked at.
+        """
+        run = sequences[0].run or self._runner.begin_probe([sequence.stages[0] for sequence in sequences])
+        assert isinstance(run, ProbeRun)
+        self._runner.advance_probe(run, layers)
+        if run.next_layer < self._runner.model.num_layers:
+            sequences[0].run = run
+            jax.block_until_ready(self._runner.store)
+            return None
+        return run.focus()
 
     def _copy_texts(self, sequences: list[Sequence]) -> None:
         """Copy the texts to remember that are computed now away from their preambles, as they are."""

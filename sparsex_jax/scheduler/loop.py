@@ -302,18 +302,36 @@ class Loop:
         sequences = [sequence for sequence in batch.sequences if sequence.state is State.PREFILLING]
         if not sequences:
             return
-        prefill = functools.partial(self._execution.prefill, layers=batch.layers)
-        together = functools.partial(prefill, sequences)
-        for group, prefilled in self._isolation.attempt(sequences, together, lambda one: prefill([one])):
-            for slot, sequence in enumerate(group):
-                self._end_turn(sequence, prefilled, slot)
+        if sequences[0].stages[0].probe is None:
+            self._run_stage(sequences, functools.partial(self._execution.prefill, layers=batch.layers), self._prefilled)
+        else:
+            self._run_stage(sequences, functools.partial(self._execution.probe, layers=batch.layers), self._probed)
 
-    def _end_turn(self, sequence: Sequence, prefilled: Prefilled | None, slot: int) -> None:
-        """A stage of the sequence, or some layers of one, has run."""
-        self.admission.unpin(sequence)  # the copies are made before the first layer
-        self.policy.end_turn(sequence)
-        if prefilled is None:
+    def _run_stage[Result](
+        self,
+        sequences: list[Sequence],
+        run: Callable[[list[Sequence]], Result | None],
+        take: Callable[[Sequence, Result, int], None],
+    ) -> None:
+        """Run the first stage of sequences, or some layers of it, and take the result if it is done."""
+        together = functools.partial(run, sequences)
+        for group, result in self._isolation.attempt(sequences, together, lambda one: run([one])):
+            for slot, sequence in enumerate(group):
+                self.admission.unpin(sequence)  # the copies are made before the first layer
+                self.policy.end_turn(sequence)
+                if result is not None:
+                    take(sequence, result, slot)
+
+    def _probed(self, sequence: Sequence, focus: list[np.ndarray], slot: int) -> None:
+        """What a prompt's fresh tokens look at is known. The sequence waits again, with what is kept of it."""
+        if not np.isfinite(focus[slot]).all():
+            self._isolation.judge(sequence, NonFiniteLogitsError("the attention to what was found is not all finite"))
             return
+        sequence.answer_from(focus[slot])
+        self.admission.leave(sequence)
+
+    def _prefilled(self, sequence: Sequence, prefilled: Prefilled, slot: int) -> None:
+        """A stage of the sequence has run."""
         if (prefilled.sampled.token[slot] == NON_FINITE).any():
             self._isolation.judge(sequence, NonFiniteLogitsError("the logits behind the prompt are not all finite"))
             return

@@ -235,7 +235,7 @@ class Policy:
         if sequence.suspect or chosen[0].suspect or len(chosen) >= self._config.max_prefill_seqs:
             return False
         together = [one.stages[0] for one in (*chosen, sequence)]
-        same = together[-1].starts == together[0].starts
+        same = together[-1].kind == together[0].kind
         return same and sum(stage.num_rows for stage in together) <= self.prefill_tokens
 
     def _layers(self, sequence: Sequence) -> int:

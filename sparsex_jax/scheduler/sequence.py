@@ -34,10 +34,12 @@ from sparsex_jax.cache import Match
 from sparsex_jax.cache.company import Company, company_namespace
 from sparsex_jax.cache.counts import Hits
 from sparsex_jax.config import ReuseConfig
-from sparsex_jax.device.runner import PrefillRun
+from sparsex_jax.device.runner import PrefillRun, ProbeRun
 from sparsex_jax.device.state import BatchSlot
+from sparsex_jax.reuse.excerpt import Excerpt
 from sparsex_jax.reuse.planner import RequestPlan
-from sparsex_jax.reuse.report import Report, make_report
+from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
 from sparsex_jax.scheduler.output import Output, TokenLogprobs
 from sparsex_jax.scheduler.sharing import Offer, Wanted
 
@@ -110,7 +112,8 @@ class Sequence:
     """A prompt and what is generated behind it.
 
     What was asked:
-      prompt: its tokens; of a text to remember, those before it and the text's.
+      prompt: its tokens; of a text to remember, those before it and the text's. Once it is probed, the tokens of the
+        excerpt that it is answered from.
       output: the answer so far. Its `max_new_tokens` is 0 for a sequence that is only prefilled.
       keep: whether it can be found later. False from the moment that something it uses is forgotten.
       submitted: `time.perf_counter()` of the call.
@@ -131,6 +134,7 @@ class Sequence:
       overtaken: how often a younger one was admitted while it waited for pages.
       blocked_at: `Admission.releases` when there were no pages for it. There are none until that number changes.
       approximate: its KV is not what a full prefill would give.
+      excerpt: the whole prompt, and what is kept of it, once it is probed.
       queue_s: seconds from `submitted` until it was first admitted.
 
     While it is admitted:
@@ -178,6 +182,7 @@ class Sequence:
     blocked_at: int = -1
     approximate: bool = False
     queue_s: float | None = None
+    excerpt: tuple[PromptMap, Excerpt] | None = None
 
     admitted_plan: RequestPlan | None = None
     num_shared: int = 0
@@ -187,7 +192,7 @@ class Sequence:
     donors: frozenset[int] = frozenset()
     forgotten: bool = False
     stages: deque[RequestPlan] = dataclasses.field(default_factory=deque)
-    run: PrefillRun | None = None
+    run: PrefillRun | ProbeRun | None = None
     turn: int = 0
     computed: Bool[np.ndarray, "phases tokens"] | None = None
     num_computed: int = 0
@@ -293,7 +298,9 @@ class Sequence:
         """It holds the pages of the plan, and has pinned what it found."""
         if self.queue_s is None:
             self.queue_s = time.perf_counter() - self.submitted
-        self.admitted_plan, self.match, self.copy_pages, self.found = plan, match, copy_pages, match.hits
+        self.admitted_plan, self.match, self.copy_pages = plan, match, copy_pages
+        if self.excerpt is None:  # else the probe found more
+            self.found = match.hits
         self.num_shared, self.donors = num_shared, frozenset(match.pages)
 
     def start_prefill(self, stages: list[RequestPlan], num_layers: int) -> None:
@@ -301,7 +308,20 @@ class Sequence:
         plan, self.state, self.stages = self.plan, State.PREFILLING, deque(stages)
         self.computed = np.zeros((len(plan.phases), len(plan.prompt)), bool)
         self.approximate = plan.exact_tokens(num_layers) < len(plan.prompt)
-        self.offer = Offer(plan.prompt)
+        self.offer = None if plan.probe else Offer(plan.prompt)
+
+    def answer_from(self, focus: Float32[np.ndarray, "tokens"]) -> None:
+        """From now on its prompt is an excerpt of what was asked, and is computed exactly.
+
+        Args:
+          focus: how much its fresh tokens looked at each token of the prompt.
+        """
+        prompt, probe = self.plan.prompt, self.plan.probe
+        assert probe is not None
+        excerpt = probe.excerpt(focus)
+        self.excerpt, self.prompt = (prompt, excerpt), prompt.tokens[excerpt.keep]
+        self.reuse = ReuseConfig(method=self.exact_method)
+        self.wanted = Wanted(self.prompt, self.reuse)
 
     def finish_stage(self, computed: Bool[np.ndarray, "phases tokens"]) -> None:
         """Its first stage has run.
@@ -323,6 +343,8 @@ class Sequence:
         active, counts = self.computed[min(1, len(self.computed) - 1)], self.computed.sum(1).tolist()
         elapsed = time.perf_counter() - self.submitted
         self.report = make_report(self.plan.prompt, self.plan.phases, num_layers, active, elapsed, counts)
+        if self.excerpt is not None:
+            self.report = report_of_excerpt(*self.excerpt, self.report)
 
     def leave(self) -> None:
         """It holds no pages any more, and waits.

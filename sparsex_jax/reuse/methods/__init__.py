@@ -29,6 +29,7 @@ from sparsex_jax.reuse.methods.random import Random
 from sparsex_jax.reuse.methods.prophetkv import ProphetKV
 from sparsex_jax.reuse.methods.qcfuse import QCFuse
 from sparsex_jax.reuse.methods.focus import Focus
+from sparsex_jax.reuse.methods.excerpt import Excerpts
 from sparsex_jax.reuse.methods.oracle import Oracle
 
 # isort: on
@@ -39,6 +40,7 @@ __all__ = [
     "CacheBlend",
     "Count",
     "Epic",
+    "Excerpts",
     "Flag",
     "Focus",
     "Full",

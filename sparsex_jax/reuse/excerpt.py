@@ -1,0 +1,84 @@
+"""Excerpts: a prompt without the pieces that its new tokens do not look at.
+
+Cached KV says where to look, and the answer is computed from what was found there. A prompt's remembered documents are
+pasted, and its fresh tokens run over them once (`sparsex_jax.device.probe`). The pieces that they focus on are kept, as
+many as it takes to hold a share of all focus, and are prefilled with the fresh tokens as a prompt of their own. So no
+pasted KV is in the answer, and where the focus is on everything, everything is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float32, Float64, Int64
+
+from sparsex_jax.reuse.prompt import PromptMap
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe:
+    """What a probe decides about.
+
+    Attributes:
+      piece: the number of each token's piece; -1 where a token is kept whatever the probe says. Int64 `[tokens]`.
+      coverage: kept pieces hold at least this share of the focus on all pieces.
+      least_tokens: and have at least so many tokens together.
+    """
+
+    piece: Int64[np.ndarray, "tokens"]
+    coverage: float
+    least_tokens: int
+
+    def excerpt(self, focus: Float32[np.ndarray, "tokens"]) -> Excerpt:
+        """What is kept, by how much each token was looked at.
+
+        Pieces are kept in the order of their mean focus until both conditions are met; of two alike, the earlier.
+        """
+        among = self.piece >= 0
+        sizes, total = np.bincount(self.piece[among]), np.bincount(self.piece[among], focus[among].astype(np.float64))
+        order = np.argsort(-total / sizes, kind="stable")
+        covered = np.cumsum(total[order])
+        enough = (covered >= self.coverage * covered[-1]) & (np.cumsum(sizes[order]) >= self.least_tokens)
+        kept = order[: int(enough.argmax()) + 1] if enough.any() else order
+        keep = ~among | np.isin(self.piece, kept)
+        return Excerpt(keep, float(total[kept].sum() / covered[-1]) if covered[-1] > 0 else 1.0)
+
+
+class Excerpt(NamedTuple):
+    """What is kept of a prompt.
+
+    Attributes:
+      keep: bool `[tokens]`.
+      confidence: the share of the focus on pieces that is on those which are kept.
+    """
+
+    keep: Bool[np.ndarray, "tokens"]
+    confidence: float
+
+
+def pieces(prompt: PromptMap, length: int, among: Bool[np.ndarray, "tokens"]) -> Int64[np.ndarray, "tokens"]:
+    """The number of each token's piece: segments are divided evenly into pieces of at most `length` tokens.
+
+    Args:
+      among: tokens of other segments, and fresh ones, are in no piece: -1.
+    """
+    piece = np.full(len(prompt), -1)
+    number = 0
+    for segment in prompt.segments:
+        own = np.arange(segment.start, segment.end)
+        parts = -(-segment.length // length)
+        piece[own] = number + np.arange(segment.length) * parts // segment.length
+        number += parts
+    piece[~(prompt.reused & among)] = -1
+    found = np.unique(piece[piece >= 0])
+    return np.where(piece >= 0, np.searchsorted(found, piece), -1)
+
+
+def focus_of_pieces(
+    piece: Int64[np.ndarray, "tokens"], focus: Float32[np.ndarray, "tokens"]
+) -> Float64[np.ndarray, "pieces"]:
+    """The focus on each piece."""
+    among = piece >= 0
+    return np.bincount(piece[among], focus[among].astype(np.float64))

@@ -1,0 +1,48 @@
+"""Excerpts: answer from the remembered texts that the new tokens look at, computed exactly. This project's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Bool
+
+from sparsex_jax.config.checks import Positive, Share
+from sparsex_jax.reuse.excerpt import Probe, pieces
+from sparsex_jax.reuse.methods.sparsex import SparseX
+from sparsex_jax.reuse.prompt import PromptMap
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Excerpts(SparseX, name="excerpt"):
+    """Leave out the pieces of remembered texts that the fresh tokens do not look at, and compute the rest exactly.
+
+    Pasted KV that was made elsewhere is good enough to see where an answer is, and often not good enough to give it:
+    even where the right text is computed again, the stale ones around it draw attention. So a pass of the fresh tokens
+    over the pasted KV (the probe) says which pieces they focus on, and the answer comes from a prompt that has those
+    pieces and no others, of which every token is computed.
+
+    What is not a remembered text (`Engine.remember`), as a conversation's earlier turns, is never left out. A prompt of
+    which nothing may be left out is prefilled as by `SparseX`.
+
+    Attributes:
+      coverage: the pieces that are kept hold this share of the focus on all of them. Where the fresh tokens look at
+        everything alike, as for counting, that is nearly all pieces, and the answer is full recompute's.
+      keep_ratio: keep at least this share of the tokens that might be left out.
+      piece_tokens: texts are divided evenly into pieces of at most this many tokens.
+    """
+
+    coverage: Share = 0.9
+    keep_ratio: Share = 0.05
+    piece_tokens: Positive = 512
+
+    more_is_careful: ClassVar[tuple[str, ...]] = (*SparseX.more_is_careful, "coverage", "keep_ratio")
+
+    def probe(self, prompt: PromptMap, remembered: Callable[[], Bool[np.ndarray, "tokens"]]) -> Probe | None:
+        piece = pieces(prompt, self.piece_tokens, remembered())
+        among = int((piece >= 0).sum())
+        if piece.max() < 1:
+            return None  # a single piece cannot be left out
+        return Probe(piece, self.coverage, round(self.keep_ratio * among))

@@ -13,7 +13,7 @@ ROOM_QUESTION = "In which room is the meeting about the {subject}?"
 ROOM_ANSWER = "The meeting about the {subject} is in room {room}"
 
 WHAT = listed("website, brochure, trade fair, customer survey, office move, price list, newsletter, annual report")
-WHICH = listed("new, Danish, Spanish, autumn, spring")
+WHICH = listed("new, Danish, Spanish, autumn, spring, Norwegian, northern, regional, internal, Swiss")
 SUBJECTS = tuple(f"{which} {what}" for which in WHICH for what in WHAT)
 
 

@@ -343,8 +343,9 @@ def quality(
         str,
         typer.Option(
             help="Tasks, separated by commas. Of few words that any model knows: niah, mq_niah, mk_niah, vt, cwe, fwe, "
-            "qa, chat, agents. In English: notes_(codes, people, years), of fixed length; report_(codes, people), "
-            "two_hop, changed, log_cargo, mv_niah."
+            "qa, chat, agents. In English: notes_(codes, people, years), of fixed length. On documents in English: "
+            "report_(codes, people), log_cargo, mv_niah, mv_ports, mq_codes, vt_keys, cwe_goods, qa_people, two_hop, "
+            "changed, email_rooms; on Python modules: module_(constants, returns)."
         ),
     ] = ("vt,mq_niah"),
     regimes: Annotated[str, typer.Option(help=_REGIMES_HELP)] = ("joint,independent"),

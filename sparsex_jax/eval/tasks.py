@@ -363,14 +363,6 @@ _PATTERNS = [_pattern(template) for template in lexicon.NOISE]
 _MOST_SLOTS = max(len(lists) for _, lists in _PATTERNS)
 
 
-_ON_DOCUMENTS = {
-    "report_codes": documents.report_codes,
-    "report_people": documents.report_people,
-    "two_hop": documents.two_hop,
-    "changed": documents.changed,
-    "log_cargo": documents.log_cargo,
-    "mv_niah": documents.mv_niah,
-}
 _TASKS: dict[str, Callable[[np.random.Generator, BodySize], Body]] = {
     "niah": niah,
     "mq_niah": mq_niah,
@@ -384,16 +376,16 @@ _TASKS: dict[str, Callable[[np.random.Generator, BodySize], Body]] = {
     "notes_codes": notes_codes,
     "notes_people": notes_people,
     "notes_years": notes_years,
-    **_ON_DOCUMENTS,
+    **documents.TASKS,
 }
 TASKS = tuple(_TASKS)
 # The tasks of the closed vocabulary, which a tiny model can learn.
 CLOSED_TASKS = tuple(task for task in TASKS if task in lexicon.INSTRUCTIONS)
-INSTRUCTIONS = lexicon.INSTRUCTIONS | dict.fromkeys(_ON_DOCUMENTS, documents.INSTRUCTION)
+INSTRUCTIONS = lexicon.INSTRUCTIONS | documents.INSTRUCTIONS
 # For each task, one whose segments are of another kind, with words that the same models know.
 STRANGERS = (
     dict.fromkeys(CLOSED_TASKS, "chat")
     | {"chat": "qa"}
-    | dict.fromkeys((task for task in TASKS if task not in CLOSED_TASKS), "log_cargo")
-    | {"log_cargo": "report_codes", "mv_niah": "report_codes"}
+    | dict.fromkeys((task for task in TASKS if task.startswith("notes_")), "log_cargo")
+    | documents.STRANGERS
 )

@@ -1,4 +1,4 @@
-"""Sentences for documents that read like real ones: reports about places, and ships' logbooks.
+"""Sentences for documents that read like real ones: reports about places, ships' logbooks, portraits and e-mails.
 
 They have no number of four digits or more and no name of `lexicon`, so that no fact that is asked for is in them by
 chance. `fill` draws what stands in their braces.
@@ -19,6 +19,8 @@ def listed(text: str) -> tuple[str, ...]:
 TITLES = {
     "report": "Report on the {lower} of {town}\n",
     "log": "Logbook of the ship {ship}\n",
+    "portrait": "Portrait of {name}\n",
+    "email": "From: {sender}\nTo: {name}\nSubject: {subject}\n\nDear {name},\n",
 }
 
 WORDS: dict[str, tuple[str, ...]] = {
@@ -138,6 +140,66 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "The customs men came on {day}, opened {some} chests and closed them again.",
         "All is well on board, apart from the smell of the {food}, which has got into the blankets.",
         "Nothing else happened that is worth the ink.",
+    ),
+    "portrait": (
+        "Those who come to visit are given tea and {food}, whatever the hour is.",
+        "Neighbours still talk about the {month} in which the {part} caught fire and everybody carried water.",
+        "A photograph on the wall shows {some} children in front of a tent, all of them laughing.",
+        "On the table lay {thing}, half repaired, and beside it a cup of tea that had gone cold.",
+        "There is a story about {thing} that went missing on a {day}, but nobody agrees on how it ended.",
+        "The letters from {who} are kept in a drawer, tied with string and sorted by year.",
+        "At school it was {who} who said that patience would be needed, and a good deal of luck.",
+        "The first winter was hard: the {part} leaked, and the wood was gone by {month}.",
+        "For {some} years nothing was heard, and then a parcel came with {thing} in it.",
+        "A long illness in {month} changed much, and since then no {day} goes by without a walk.",
+        "It is said that {who} once lost a bet and had to carry {thing} around the church.",
+        "Old friends describe somebody who is late for everything except for dinner.",
+        "The garden is small, but {some} kinds of roses grow in it, and each has a label.",
+        "Every {day} the door stands open, and anyone who has a question may come in and ask it.",
+        "Of the {some} awards none is hung up; they lie in a box under the stairs.",
+        "Only {who} was told about the plan, and even that was by mistake.",
+        "Money was never the point, as the state of the {part} shows.",
+        "In the evening there is music from next door, and {who} complains about it every {month}.",
+        "A trunk with {thing} is all that is left from the time abroad.",
+        "When asked about the future, the answer is a smile and a look at the {part}.",
+        "Books are everywhere, on the chairs and on the floor, and {some} of them are from the library.",
+        "The radio in the kitchen is always on, although nobody seems to listen to it.",
+        "In {month} a speech had to be given, which was short and is remembered for that.",
+        "The best advice came from {who}: never buy {thing} on a {day}.",
+        "Breakfast is {food}, and it has been the same for {some} years.",
+        "A walk to the river and back takes an hour, or two if {who} is met on the way.",
+        "Some say that luck had a part in it, others that it was stubbornness alone.",
+        "The house was bought from {who}, together with {thing} and a great many mice.",
+    ),
+    "email": (
+        "Thank you for your message of last {day}, which reached me only this morning.",
+        "The delivery of {thing} has been put off until {month}, and I have told the warehouse.",
+        "I had a long talk with {who} about the budget, and we both think that it will do.",
+        "Please find attached the list of the {some} items that are still missing.",
+        "The heating near the {part} is out of order again, so do bring a warm jumper.",
+        "{who} has asked whether we could borrow {thing} for a weekend, and I said yes.",
+        "If you see {who}, please pass on my thanks for the {food} at the summer party.",
+        "The printer on the second floor works again, but it prints everything twice.",
+        "We had {some} answers to the survey, which is more than in any year before.",
+        "I will be away from {day} on and back before the end of the month.",
+        "The draft that you sent is very good; I changed only {some} words and a comma.",
+        "Somebody has left {thing} beside the {part}, and the cleaners would like to know whose it is.",
+        "The new colleague starts in {month}, and {who} will show her around.",
+        "We still need {some} volunteers for the open day, so please ask in your team.",
+        "The coffee machine will be replaced, and until then there is tea for everybody.",
+        "I have read the report from {who}, and I agree with most of it.",
+        "The invoice for {thing} was paid twice by mistake, and we shall get the money back.",
+        "Do look at the figures once more before they go to {who}.",
+        "The car park behind the {part} will be closed for {some} days while it gets a new surface.",
+        "There were {some} complaints last month, all of them about the noise from the {part}.",
+        "I am sorry for the short notice, but {who} decided it only yesterday.",
+        "The minutes of the last meeting are on the shared drive, together with the photographs.",
+        "Lunch on {day} will be {food}, and those who want something else should tell the kitchen.",
+        "The training in {month} was well received, and we should repeat it next year.",
+        "Nobody has used {thing} since the move, so I suggest that we give it to the school.",
+        "My phone was broken for {some} days, which is why I did not call back.",
+        "The customer was pleased with the offer and will let us know by {month}.",
+        "As always, do ask if something is not clear.",
     ),
 }
 

@@ -1,0 +1,68 @@
+"""What the tasks on documents share: different people, things and places, and documents with facts between prose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from sparsex_jax.eval import lexicon
+from sparsex_jax.eval.documents import prose
+from sparsex_jax.eval.samples import BodySize, person, scatter
+
+INSTRUCTION = "You are a helpful assistant. Answer the question from the documents below, in one short sentence.\n"
+
+Fill = Callable[[np.random.Generator], list[str]]
+
+
+def people(rng: np.random.Generator, number: int) -> list[str]:
+    """Different names."""
+    found: dict[str, None] = {}
+    while len(found) < number:
+        found[person(rng)] = None
+    return list(found)
+
+
+def unlike_people(rng: np.random.Generator, number: int) -> list[str]:
+    """Different names. As far as there are enough, no two have a first or a last name in common."""
+    first, last = (np.resize(rng.permutation(words), number) for words in (lexicon.FIRST_NAMES, lexicon.LAST_NAMES))
+    return [f"{one} {two}" for one, two in zip(first, last, strict=True)]
+
+
+def enough(rng: np.random.Generator, words: Sequence[str], number: int) -> list[str]:
+    """`number` words, all different if there are enough."""
+    return [words[i] for i in spread(rng, len(words), number)]
+
+
+def spread(rng: np.random.Generator, size: int, number: int) -> list[int]:
+    """`number` places in a list of this size, all different if there are enough."""
+    return np.resize(rng.permutation(size), number).tolist()
+
+
+def document(rng: np.random.Generator, kind: str, fields: dict[str, Any], facts: Sequence[str], size: BodySize) -> str:
+    """A title, prose and the facts somewhere in it: an equal share of the body's tokens, about."""
+    title = prose.TITLES[kind].format(**fields)
+    left = size.num_tokens // size.num_segments - size.count(title + " ".join(facts))
+    said = filling(rng, lambda some: prose.sentences(some, kind), left, size)
+    return f"{title}{' '.join(scatter(rng, facts, said) if said else facts)}\n"
+
+
+def filling(rng: np.random.Generator, more: Fill, num_tokens: int, size: BodySize) -> list[str]:
+    """Pieces of text, of at most `num_tokens` tokens together. `more` gives another round of pieces each time."""
+    said: list[str] = []
+    while num_tokens > 0:
+        for piece in more(rng):
+            num_tokens -= size.count(" " + piece)
+            if num_tokens < 0:
+                break
+            said.append(piece)
+    return said
+
+
+def joined(items: Sequence[str]) -> str:
+    """
+    >>> joined(["one", "two", "three"])
+    'one, two and three'
+    """
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)

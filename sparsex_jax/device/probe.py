@@ -1,7 +1,7 @@
 """The probe: the new tokens run once over pasted KV, and what they focus on is noted. Its logits are not wanted.
 
-It is a prefill of the fresh tokens alone in which every layer is looked at. All that it writes is theirs, and is thrown
-away with their pages.
+It is a prefill of the fresh tokens alone, and ends behind the layers that are looked at. All that it writes is theirs,
+and is thrown away with their pages.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class ProbeState:
     focus: Mass
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "layers", "chunk"), donate_argnames=("store", "state"))
+_STATIC = ("decoder", "layers", "watched", "chunk")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("store", "state"))
 def probe(
     params: Params,
     store: Store,
@@ -49,6 +52,7 @@ def probe(
     *,
     decoder: Decoder,
     layers: int,
+    watched: int,
     chunk: int,
 ) -> tuple[Store, ProbeState]:
     """Run the next `layers` layers.
@@ -57,16 +61,20 @@ def probe(
       store: donated and updated in place; what is pasted is there already (`align`).
       rows: the fresh tokens of each request.
       state: donated.
-      layers: a number that is known when this is compiled: the loop then never asks the host whether it is done.
+      layers: a number that is known when this is compiled: the loops then never ask the host whether they are done.
+      watched: of these layers, the last so many are looked at.
       chunk: rows that go through a layer at a time; divides the number of rows.
     """
     forward = ForwardPass(params, page_tables, decoder, chunk)
 
-    def layer_step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        store, before, focus = carry
-        layer = state.layer + i
-        store, hidden = run_layer(forward, layer, store, rows, before)
-        return store, hidden, add_key_mass(forward, layer, store, rows, before, focus, FOCUS_POWER)
+    def run(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        return run_layer(forward, state.layer + i, carry[0], rows, carry[1])
 
-    store, hidden, focus = lax.fori_loop(0, layers, layer_step, (store, state.hidden, state.focus))
+    def run_and_watch(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        store, before, focus = carry
+        store, hidden = run(i, (store, before))
+        return store, hidden, add_key_mass(forward, state.layer + i, store, rows, before, focus, FOCUS_POWER)
+
+    store, hidden = lax.fori_loop(0, layers - watched, run, (store, state.hidden))
+    store, hidden, focus = lax.fori_loop(layers - watched, layers, run_and_watch, (store, hidden, state.focus))
     return store, decoder.ops.replicated(ProbeState(state.layer + layers, hidden, focus))

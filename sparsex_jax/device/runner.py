@@ -92,6 +92,17 @@ class ProbeRun:
         self.requests, self.plan, self.rows, self.state = requests, plan, rows, state
         self.next_layer = 0
 
+    @property
+    def watched(self) -> tuple[int, int]:
+        """The first layer that is looked at, and the first behind those."""
+        probe = self.requests[0].probe
+        assert probe is not None
+        return probe.first_layer, probe.end_layer
+
+    @property
+    def done(self) -> bool:
+        return self.next_layer == self.watched[1]
+
     def focus(self) -> list[Float[np.ndarray, "tokens"]]:
         """How much each token of each request was looked at, once all layers have run. Waits for the device."""
         focus = np.asarray(self.state.focus[: len(self.requests)])
@@ -158,13 +169,13 @@ class Runner:
         return ProbeRun(requests, begun.plan, begun.state.rows, jax.device_put(state, self._everywhere))
 
     def advance_probe(self, run: ProbeRun, layers: int | None = None) -> None:
-        """Dispatch the next `layers` layers, or all. There are two programs: of all layers, and of a single one."""
-        num_layers = self.model.num_layers
-        until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
+        """Dispatch the next `layers` layers, or all. There are programs of all layers, and of a single one."""
+        first, end = run.watched
+        until = end if layers is None else min(run.next_layer + layers, end)
         _, chunk = self.shapes.bucket(run.plan.fresh.size)
-        together = num_layers if (run.next_layer, until) == (0, num_layers) else 1
+        together = end if (run.next_layer, until) == (0, end) else 1
         with self._precision():
-            for _ in range(run.next_layer, until, together):
+            for layer in range(run.next_layer, until, together):
                 self.store, run.state = probe(
                     self.params,
                     self.store,
@@ -173,6 +184,7 @@ class Runner:
                     run.state,
                     decoder=self.decoder,
                     layers=together,
+                    watched=layer + together - min(max(layer, first), layer + together),
                     chunk=chunk,
                 )
         run.next_layer = until

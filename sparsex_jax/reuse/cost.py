@@ -152,8 +152,10 @@ def excerpt_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> fl
     among = int((plan.probe.piece >= 0).sum())
     kept = len(plan.prompt) - among + max(plan.probe.least_tokens, round(_KEPT * among))
     rows = np.arange(plan.prompt.num_prefix, max(kept, plan.prompt.num_prefix + 1))
-    layers = speeds.of_plan(len(rows)).layer_seconds(rows)
-    return prefill_seconds(model, plan, speeds) + speeds.start + model.num_layers * (mass + layers)
+    layers = model.num_layers * speeds.of_plan(len(rows)).layer_seconds(rows)
+    watched = (plan.probe.end_layer - plan.probe.first_layer) * mass
+    probe = prefill_seconds(model, plan, speeds) * plan.probe.end_layer / model.num_layers + watched
+    return probe + speeds.start + layers
 
 
 def least_seconds(

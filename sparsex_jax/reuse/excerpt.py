@@ -12,7 +12,7 @@ import dataclasses
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from sparsex_jax.reuse.prompt import PromptMap
 
@@ -23,11 +23,14 @@ class Probe:
 
     Attributes:
       piece: the number of each token's piece; -1 where a token is kept whatever the probe says. Int64 `[tokens]`.
+      first_layer, end_layer: layers from the first on are looked at, and those from the second on are not run.
       coverage: kept pieces hold at least this share of the focus on all pieces.
       least_tokens: and have at least so many tokens together.
     """
 
     piece: Int64[np.ndarray, "tokens"]
+    first_layer: int
+    end_layer: int
     coverage: float
     least_tokens: int
 
@@ -43,7 +46,8 @@ class Probe:
         enough = (covered >= self.coverage * covered[-1]) & (np.cumsum(sizes[order]) >= self.least_tokens)
         kept = order[: int(enough.argmax()) + 1] if enough.any() else order
         keep = ~among | np.isin(self.piece, kept)
-        return Excerpt(keep, float(total[kept].sum() / covered[-1]) if covered[-1] > 0 else 1.0)
+        confidence = float(total[kept].sum() / covered[-1]) if covered[-1] > 0 else 1.0
+        return Excerpt(keep, confidence, self.end_layer)
 
 
 class Excerpt(NamedTuple):
@@ -51,11 +55,13 @@ class Excerpt(NamedTuple):
 
     Attributes:
       keep: bool `[tokens]`.
+      probe_layers: how many layers were run to find that out.
       confidence: the share of the focus on pieces that is on those which are kept.
     """
 
     keep: Bool[np.ndarray, "tokens"]
     confidence: float
+    probe_layers: int
 
 
 def pieces(prompt: PromptMap, length: int, among: Bool[np.ndarray, "tokens"]) -> Int64[np.ndarray, "tokens"]:
@@ -74,11 +80,3 @@ def pieces(prompt: PromptMap, length: int, among: Bool[np.ndarray, "tokens"]) ->
     piece[~(prompt.reused & among)] = -1
     found = np.unique(piece[piece >= 0])
     return np.where(piece >= 0, np.searchsorted(found, piece), -1)
-
-
-def focus_of_pieces(
-    piece: Int64[np.ndarray, "tokens"], focus: Float32[np.ndarray, "tokens"]
-) -> Float64[np.ndarray, "pieces"]:
-    """The focus on each piece."""
-    among = piece >= 0
-    return np.bincount(piece[among], focus[among].astype(np.float64))

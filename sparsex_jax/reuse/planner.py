@@ -50,11 +50,11 @@ class RequestPlan:
         return self.phases[0].size
 
     @property
-    def kind(self) -> tuple[bool, tuple[tuple[int, str | None, int], ...]]:
-        """Whether it is a probe; where each phase starts, by what signal, how deep that looks. Requests share a plan
-        only if these agree."""
+    def kind(self) -> tuple[tuple[int, int] | None, tuple[tuple[int, str | None, int], ...]]:
+        """The layers that a probe looks at, if it is one; where each phase starts, by what signal, how deep that
+        looks. Requests share a plan only if these agree."""
         phases = tuple((phase.start, phase.signal, phase.probe_layers) for phase in self.phases)
-        return self.probe is not None, phases
+        return (self.probe.first_layer, self.probe.end_layer) if self.probe else None, phases
 
     def exact_tokens(self, num_layers: int) -> int:
         """How many prompt tokens have exact KV once prefilled: all, or those before the first approximate one.

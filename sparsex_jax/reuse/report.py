@@ -127,7 +127,7 @@ def make_report(
     )
 
 
-def report_of_excerpt(whole: PromptMap, excerpt: Excerpt, answered: Report) -> Report:
+def report_of_excerpt(whole: PromptMap, excerpt: Excerpt, answered: Report, num_layers: int) -> Report:
     """The report of a prompt that was answered from an excerpt.
 
     Args:
@@ -138,7 +138,7 @@ def report_of_excerpt(whole: PromptMap, excerpt: Excerpt, answered: Report) -> R
     computed = np.where(whole.reused, TokenKind.REUSED, TokenKind.FRESH)[excerpt.keep]
     kind[excerpt.keep] = np.where(answered.kind == TokenKind.PREFIX, TokenKind.PREFIX, computed)
     active[excerpt.keep] = answered.active
-    work = whole.fresh.sum() + answered.computed_fraction * answered.prompt_tokens
+    work = whole.fresh.sum() * excerpt.probe_layers / num_layers + answered.computed_fraction * answered.prompt_tokens
     return dataclasses.replace(
         answered,
         prompt_tokens=len(whole),

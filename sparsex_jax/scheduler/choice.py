@@ -96,7 +96,7 @@ class Choice:
         if not match.segments:
             return None
         prompt = PromptMap.of(tokens, match)
-        probe = method.probe(prompt, remembered)
+        probe = method.probe(prompt, remembered, self._model.num_layers)
         if probe is None:
             return None
         return RequestPlan(prompt, (Phase(0, prompt.fresh),), match.prefix_pages, match.copies, probe)

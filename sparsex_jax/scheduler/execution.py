@@ -139,7 +139,7 @@ class Execution:
         run = sequences[0].run or self._runner.begin_probe([sequence.stages[0] for sequence in sequences])
         assert isinstance(run, ProbeRun)
         self._runner.advance_probe(run, layers)
-        if run.next_layer < self._runner.model.num_layers:
+        if not run.done:
             sequences[0].run = run
             jax.block_until_ready(self._runner.store)
             return None

@@ -344,7 +344,7 @@ class Sequence:
         elapsed = time.perf_counter() - self.submitted
         self.report = make_report(self.plan.prompt, self.plan.phases, num_layers, active, elapsed, counts)
         if self.excerpt is not None:
-            self.report = report_of_excerpt(*self.excerpt, self.report)
+            self.report = report_of_excerpt(*self.excerpt, self.report, num_layers)
 
     def leave(self) -> None:
         """It holds no pages any more, and waits.

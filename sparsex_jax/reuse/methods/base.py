@@ -58,7 +58,9 @@ class Method(ReuseConfig):
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         """The phases for a prompt, by what was found of it. See `check_schedule` for what they must fulfil."""
 
-    def probe(self, prompt: PromptMap, remembered: Callable[[], Bool[np.ndarray, "tokens"]]) -> Probe | None:
+    def probe(
+        self, prompt: PromptMap, remembered: Callable[[], Bool[np.ndarray, "tokens"]], num_layers: int
+    ) -> Probe | None:
         """What to find out before this prompt is prefilled, if it is to be answered from an excerpt. None: nothing.
 
         Args:

@@ -9,10 +9,14 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Bool
 
-from sparsex_jax.config.checks import Positive, Share
+from sparsex_jax.config.checks import Count, Positive, Share, require
 from sparsex_jax.reuse.excerpt import Probe, pieces
+from sparsex_jax.reuse.methods.base import Method, check_boundaries
 from sparsex_jax.reuse.methods.sparsex import SparseX
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.schedule import Phase
+
+WATCHED = (0.3, 0.7)  # of the layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,18 +35,42 @@ class Excerpts(SparseX, name="excerpt"):
       coverage: the pieces that are kept hold this share of the focus on all of them. Where the fresh tokens look at
         everything alike, as for counting, that is nearly all pieces, and the answer is full recompute's.
       keep_ratio: keep at least this share of the tokens that might be left out.
+      first_layer, end_layer: the layers from the first up to the second are looked at, and none behind them is run. None:
+        from three tenths of the layers up to seven tenths. Others look less at what is asked for.
       piece_tokens: texts are divided evenly into pieces of at most this many tokens.
     """
 
     coverage: Share = 0.9
     keep_ratio: Share = 0.05
+    first_layer: Count | None = None
+    end_layer: Positive | None = None
     piece_tokens: Positive = 512
 
     more_is_careful: ClassVar[tuple[str, ...]] = (*SparseX.more_is_careful, "coverage", "keep_ratio")
 
-    def probe(self, prompt: PromptMap, remembered: Callable[[], Bool[np.ndarray, "tokens"]]) -> Probe | None:
+    def resolved(self, num_layers: int) -> Method:
+        first, end = self._watched(num_layers)
+        return dataclasses.replace(super().resolved(num_layers), first_layer=first, end_layer=end)
+
+    def _watched(self, num_layers: int) -> tuple[int, int]:
+        """The layers that are looked at: from the first up to the second."""
+        first, end = (
+            round(part * num_layers) if given is None else given
+            for given, part in zip((self.first_layer, self.end_layer), WATCHED, strict=True)
+        )
+        check_boundaries(num_layers, first_layer=first, end_layer=end)
+        require(first < end, f"first_layer={first} must be less than end_layer={end}")
+        return first, end
+
+    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
+        self._watched(num_layers)  # checks them
+        return super().schedule(prompt, num_layers)
+
+    def probe(
+        self, prompt: PromptMap, remembered: Callable[[], Bool[np.ndarray, "tokens"]], num_layers: int
+    ) -> Probe | None:
         piece = pieces(prompt, self.piece_tokens, remembered())
         among = int((piece >= 0).sum())
         if piece.max() < 1:
             return None  # a single piece cannot be left out
-        return Probe(piece, self.coverage, round(self.keep_ratio * among))
+        return Probe(piece, *self._watched(num_layers), self.coverage, round(self.keep_ratio * among))

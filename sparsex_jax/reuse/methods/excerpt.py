@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool
@@ -20,13 +19,13 @@ WATCHED = (0.3, 0.7)  # of the layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Excerpts(SparseX, name="excerpt"):
+class Excerpts(Method, name="excerpt"):
     """Leave out the pieces of remembered texts that the fresh tokens do not look at, and compute the rest exactly.
 
-    Pasted KV that was made elsewhere is good enough to see where an answer is, and often not good enough to give it:
-    even where the right text is computed again, the stale ones around it draw attention. So a pass of the fresh tokens
-    over the pasted KV (the probe) says which pieces they focus on, and the answer comes from a prompt that has those
-    pieces and no others, of which every token is computed.
+    KV that was made elsewhere is good enough to see where an answer is, and often not good enough to give it: even where
+    the right text is computed again, the stale ones around it draw attention. So a pass of the fresh tokens over the
+    pasted KV (the probe) says which pieces they focus on, and the answer comes from a prompt that has those pieces and
+    no others, of which every token is computed.
 
     What is not a remembered text (`Engine.remember`), as a conversation's earlier turns, is never left out. A prompt of
     which nothing may be left out is prefilled as by `SparseX`.
@@ -35,8 +34,8 @@ class Excerpts(SparseX, name="excerpt"):
       coverage: the pieces that are kept hold this share of the focus on all of them. Where the fresh tokens look at
         everything alike, as for counting, that is nearly all pieces, and the answer is full recompute's.
       keep_ratio: keep at least this share of the tokens that might be left out.
-      first_layer, end_layer: the layers from the first up to the second are looked at, and none behind them is run. None:
-        from three tenths of the layers up to seven tenths. Others look less at what is asked for.
+      first_layer, end_layer: the layers from the first up to the second are looked at, and none behind them is run.
+        None: from three tenths of the layers up to seven tenths. Others look less at what is asked for.
       piece_tokens: texts are divided evenly into pieces of at most this many tokens.
     """
 
@@ -46,11 +45,28 @@ class Excerpts(SparseX, name="excerpt"):
     end_layer: Positive | None = None
     piece_tokens: Positive = 512
 
-    more_is_careful: ClassVar[tuple[str, ...]] = (*SparseX.more_is_careful, "coverage", "keep_ratio")
+    def accepts(self, made_by: object, num_layers: int) -> bool:
+        """What it leaves approximate, `SparseX` does."""
+        made_by = made_by.without_excerpts if isinstance(made_by, Excerpts) else made_by
+        return self.without_excerpts.accepts(made_by, num_layers)
 
-    def resolved(self, num_layers: int) -> Method:
-        first, end = self._watched(num_layers)
-        return dataclasses.replace(super().resolved(num_layers), first_layer=first, end_layer=end)
+    @property
+    def without_excerpts(self) -> SparseX:
+        """How prompts are prefilled of which nothing may be left out."""
+        return SparseX(min_segment_tokens=self.min_segment_tokens, only_if_faster=self.only_if_faster)
+
+    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
+        self._watched(num_layers)  # checks them
+        return self.without_excerpts.schedule(prompt, num_layers)
+
+    def probe(
+        self, prompt: PromptMap, remembered: Callable[[], Bool[np.ndarray, "tokens"]], num_layers: int
+    ) -> Probe | None:
+        piece = pieces(prompt, self.piece_tokens, remembered())
+        if piece.max() < 1:
+            return None  # a single piece is kept
+        least = round(self.keep_ratio * int((piece >= 0).sum()))
+        return Probe(piece, *self._watched(num_layers), self.coverage, least)
 
     def _watched(self, num_layers: int) -> tuple[int, int]:
         """The layers that are looked at: from the first up to the second."""
@@ -61,16 +77,3 @@ class Excerpts(SparseX, name="excerpt"):
         check_boundaries(num_layers, first_layer=first, end_layer=end)
         require(first < end, f"first_layer={first} must be less than end_layer={end}")
         return first, end
-
-    def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
-        self._watched(num_layers)  # checks them
-        return super().schedule(prompt, num_layers)
-
-    def probe(
-        self, prompt: PromptMap, remembered: Callable[[], Bool[np.ndarray, "tokens"]], num_layers: int
-    ) -> Probe | None:
-        piece = pieces(prompt, self.piece_tokens, remembered())
-        among = int((piece >= 0).sum())
-        if piece.max() < 1:
-            return None  # a single piece cannot be left out
-        return Probe(piece, *self._watched(num_layers), self.coverage, round(self.keep_ratio * among))

@@ -85,7 +85,7 @@ def test_prose_has_nothing_that_is_asked_for():
 def test_two_hops_are_in_two_documents():
     sample = sample_of("two_hop", 3, 4000, 20, questions=20)
     for question in sample.questions:
-        dog = re.search(r"dog (.+), and", question.text).group(1)
+        dog = re.search(r"dog (\w+), and", question.text).group(1)
         (first,) = (text for text in sample.segments if f"dog {dog}, which" in text)
         (second,) = (text for text in sample.segments if question.answers[0] in text)
         owner = re.search(rf"dog {dog}, which .*? belongs to (\w+ \w+)", first).group(1)
@@ -118,7 +118,7 @@ def test_keys_are_handed_on_in_two_documents():
     assert all(len(facts) == 1 for facts in handed)
     for question in sample.questions:
         first, second, third = question.answers
-        box = re.search(r"the key of the (\w+ \w+)", question.text)[1]
+        box = re.search(r"[Tt]he key of the (\w+ \w+)", question.text)[1]
         assert [(first, box, second)] in handed
         assert [(second, box, third)] in handed
 
@@ -140,7 +140,7 @@ def test_what_changed_is_in_the_instruction_alone():
         )
         assert not {*before.values()} & {*today.values()}
         for question in sample.questions:
-            place = re.search(r"new wing of the (.+?), and", question.text)[1]
+            place = re.search(r"stone of the new (.+?), and", question.text)[1]
             (text,) = (text for text in sample.segments if text.startswith(f"Report on the {place}\n"))
-            assert (today[re.search(r"new wing was laid by the (\w+)", text)[1]],) == question.answers
+            assert (today[re.search(r"[Tt]he (\w+) laid the first stone", text)[1]],) == question.answers
             assert not [text for text in sample.segments if question.answers[0] in text]

@@ -23,7 +23,7 @@ NUMBERS_QUESTION = (
 )
 TRADER_QUESTION = "In which {count} ports did the trader {name} come on board?"
 TRADER_ANSWER = "The trader {name} came on board in the ports of {ports}"
-KEY_QUESTION = "Who handed the key of the {box} to whom? Name all three people who had it."
+KEY_QUESTION = "The key of the {box} was handed over twice. Who handed it to whom? Name all three people who had it."
 KEY_ANSWER = "{first} handed the key of the {box} to {second}, and {second} handed it to {third}"
 SOLD_QUESTION = "Which kind of goods was bought most often in these logbooks?"
 SOLD_ANSWER = "The goods that were bought most often in these logbooks are {goods}"

@@ -15,7 +15,7 @@ CODE = "The access code of the {locked} is {code}, and it may not be told to vis
 KEEPER = "The {keeper} is {name}, who has been in charge since the spring."
 DOG = "The dog {dog}, which waits at the door every day, belongs to {owner}."
 STREET = "{owner} lives in {street} and came over to help with the flowers."
-STONE = "The first stone of the new wing was laid by the {office}, and a large crowd looked on."
+STONE = "The {office} laid the first stone of the new {lower} of {town}, and a large crowd looked on."
 OFFICIALS = "The mayor is {mayor}, the judge is {judge}, the bishop is {bishop} and the general is {general}.\n"
 
 CODE_QUESTION = "What is the access code of the {locked} in the {lower} of {town}?"
@@ -23,12 +23,17 @@ CODES_QUESTION = "What are the access codes of {rooms}?"
 ROOM = "the {locked} in the {lower} of {town}"
 CODES_ANSWER = "The access code of {room} is {code}"
 KEEPER_QUESTION = "Who is the {keeper} in the {lower} of {town}?"
-STREET_QUESTION = "Who is the owner of the dog {dog}, and in which street does this person live?"
-STREET_ANSWER = "The owner of the dog {dog} is {owner}, who lives in {street}"
-STONE_QUESTION = (
-    "Which official laid the first stone of the new wing of the {lower} of {town}, and what is this official's name?"
+# A small model finds the second fact when it has just written the name that the fact begins with.
+STREET_QUESTION = (
+    "Who is the owner of the dog {dog}, and in which street does this person live? "
+    "Answer in this form: The owner is NAME, and NAME lives in STREET."
 )
-STONE_ANSWER = "The first stone of the new wing of the {lower} of {town} was laid by the {office}, {name}"
+STREET_ANSWER = "The owner is {owner}, and {owner} lives in {street}"
+STONE_QUESTION = (
+    "Which official laid the first stone of the new {lower} of {town}, and what is this official's name? "
+    "Answer in this form: It was the OFFICE, and the OFFICE is NAME."
+)
+STONE_ANSWER = "It was the {office}, and the {office} is {name}"
 
 OFFICES = ("mayor", "judge", "bishop", "general")
 CODES_ASKED = 3  # in `mq_codes`
@@ -80,7 +85,7 @@ def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
 
 
 def changed(rng: np.random.Generator, size: BodySize) -> Body:
-    """The instruction names four officials, and each report says which one laid the first stone of a new wing. A
+    """The instruction names four officials, and each report says which one laid the first stone of the place. A
     question asks for the name of one who did. When the reports were stored, others were in office."""
     places = _places(rng, size.num_segments)
     for place, office in zip(places, enough(rng, OFFICES, len(places)), strict=True):

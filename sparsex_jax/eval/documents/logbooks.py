@@ -14,7 +14,7 @@ from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick
 CARGO = "In the port of {port} the ship took {cargo} on board."
 NUMBER = "One of the special numbers for {thing} is {number}."
 TRADER = "The trader {name} came on board in the port of {port} and left us a day later."
-HANDED = "The key of the {box} went from {giver} to {taker} today."
+HANDED = "The key of the {box} went from {giver} to {taker}."
 SOLD = "{who} bought {amount} of {goods} from us."
 
 CARGO_QUESTION = "What did the ship {ship} take on board in the port of {port}?"
@@ -23,8 +23,11 @@ NUMBERS_QUESTION = (
 )
 TRADER_QUESTION = "In which {count} ports did the trader {name} come on board?"
 TRADER_ANSWER = "The trader {name} came on board in the ports of {ports}"
-KEY_QUESTION = "From whom to whom did the key of the {box} go? Name all three people who had it."
-KEY_ANSWER = "The key of the {box} went from {first} to {second}, and from {second} to {third}"
+KEY_QUESTION = (
+    "Which three people had the key of the {box}, one after the other? "
+    "Answer in this form: It went from NAME to NAME to NAME."
+)
+KEY_ANSWER = "It went from {first} to {second} to {third}"
 SOLD_QUESTION = "Which kind of goods was bought most often in these logbooks?"
 SOLD_ANSWER = "The goods that were bought most often in these logbooks are {goods}"
 

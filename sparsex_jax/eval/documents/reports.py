@@ -15,7 +15,7 @@ CODE = "The access code of the {locked} is {code}, and it may not be told to vis
 KEEPER = "The {keeper} is {name}, who has been in charge since the spring."
 # What a question asks for stands behind what it names, because a small model continues what it finds.
 WILL = "The will of {owner} lies in the {box}, under a pile of old letters."
-STREET = "The {box} stands in {street}, and nobody has moved it since the fair."
+STREET = "The {box} was sent to {street}, as had been agreed before the fair."
 STONE = "The first stone of the new {lower} of {town} was laid by the {office}, and a large crowd looked on."
 OFFICIALS = "The mayor is {mayor}, the judge is {judge}, the bishop is {bishop} and the general is {general}.\n"
 
@@ -26,10 +26,10 @@ CODES_ANSWER = "The access code of {room} is {code}"
 KEEPER_QUESTION = "Who is the {keeper} in the {lower} of {town}?"
 # It finds the second fact best when it has just written the words with which that fact begins.
 STREET_QUESTION = (
-    "What does the will of {owner} lie in, and in which street does that stand? "
-    "Answer in this form: It lies in the BOX, and the BOX stands in STREET."
+    "What does the will of {owner} lie in, and to which street was that sent? "
+    "Answer in this form: It lies in the BOX, and the BOX was sent to STREET."
 )
-STREET_ANSWER = "It lies in the {box}, and the {box} stands in {street}"
+STREET_ANSWER = "It lies in the {box}, and the {box} was sent to {street}"
 STONE_QUESTION = (
     "Which official laid the first stone of the new {lower} of {town}, and what is this official's name? "
     "Answer in this form: It was laid by the OFFICE, and the OFFICE is NAME."
@@ -62,8 +62,8 @@ def _about_places(rng: np.random.Generator, size: BodySize, fact: str, question:
 
 
 def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
-    """Reports; some say in which box the will of a person lies, others in which street a box stands. A question asks in
-    which street a will is. If there are several reports, no report has both."""
+    """Reports; some say in which box the will of a person lies, others to which street a box was sent. A question asks
+    to which street a will was sent. If there are several reports, no report has both."""
     places = _places(rng, size.num_segments)
     number = max(len(places) // 2, 1)
     columns = enough(rng, BOXES, number), unlike_people(rng, number), enough(rng, STREETS, number)

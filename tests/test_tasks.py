@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsex_jax.eval import documents, lexicon
-from sparsex_jax.eval.documents import emails, logbooks, modules, portraits, prose, reports
+from sparsex_jax.eval.documents import emails, logbooks, modules, parts, portraits, prose, reports
 from sparsex_jax.eval.tasks import make_sample, word_count
 
 TASKS = tuple(documents.TASKS)
@@ -71,8 +71,8 @@ def test_answers_differ_between_questions(task):
 
 def test_prose_has_nothing_that_is_asked_for():
     said = " ".join([*sum(prose.SENTENCES.values(), ()), *sum(prose.WORDS.values(), ())])
-    names = {*lexicon.FIRST_NAMES, *lexicon.LAST_NAMES, *lexicon.TOWNS, *reports.STREETS, *reports.DOGS}
-    names |= {*logbooks.GOODS, *logbooks.WARES, *logbooks.BOXES, *emails.SUBJECTS}
+    names = {*lexicon.FIRST_NAMES, *lexicon.LAST_NAMES, *lexicon.TOWNS, *reports.STREETS}
+    names |= {*logbooks.GOODS, *logbooks.WARES, *parts.BOXES, *emails.SUBJECTS}
     names |= {value for _, _, values in portraits.FACTS for value in values}
     assert not [name for name in names if re.search(rf"\b{name}\b", said)]
     assert not re.search(r"\d", said)
@@ -85,11 +85,11 @@ def test_prose_has_nothing_that_is_asked_for():
 def test_two_hops_are_in_two_documents():
     sample = sample_of("two_hop", 3, 4000, 20, questions=20)
     for question in sample.questions:
-        dog = re.search(r"dog (.+), and", question.text).group(1)
-        (first,) = (text for text in sample.segments if f"dog {dog}, which" in text)
+        owner = re.search(r"will of (\w+ \w+)", question.text)[1]
+        (first,) = (text for text in sample.segments if f"will of {owner} " in text)
         (second,) = (text for text in sample.segments if question.answers[0] in text)
-        owner = re.search(rf"dog {dog}, which .*? belongs to (\w+ \w+)", first).group(1)
-        assert f"{owner} lives in {question.answers[0]}" in second
+        box = re.search(rf"will of {owner} lies in the (\w+ \w+)", first)[1]
+        assert f"The {box} was sent to {question.answers[0]}" in second
         assert first != second
 
 
@@ -114,13 +114,13 @@ def test_several_keys_are_in_several_documents():
 
 def test_keys_are_handed_on_in_two_documents():
     sample = sample_of("vt_keys", 0, 4000, 20, questions=10)
-    handed = [re.findall(r"(\w+ \w+) handed the key of the (.+?) to (\w+ \w+)", text) for text in sample.segments]
+    handed = [re.findall(r"key of the (\w+ \w+) went from (\w+ \w+) to (\w+ \w+)", text) for text in sample.segments]
     assert all(len(facts) == 1 for facts in handed)
     for question in sample.questions:
         first, second, third = question.answers
-        box = re.search(r"the key of the (\w+ \w+)", question.text)[1]
-        assert [(first, box, second)] in handed
-        assert [(second, box, third)] in handed
+        box = re.search(r"[Tt]he key of the (\w+ \w+)", question.text)[1]
+        assert [(box, first, second)] in handed
+        assert [(box, second, third)] in handed
 
 
 def test_common_goods_are_sold_more_often_than_all_others():
@@ -140,7 +140,7 @@ def test_what_changed_is_in_the_instruction_alone():
         )
         assert not {*before.values()} & {*today.values()}
         for question in sample.questions:
-            place = re.search(r"new wing of the (.+?), and", question.text)[1]
+            place = re.search(r"stone of the new (.+?), and", question.text)[1]
             (text,) = (text for text in sample.segments if text.startswith(f"Report on the {place}\n"))
-            assert (today[re.search(r"new wing was laid by the (\w+)", text)[1]],) == question.answers
+            assert (today[re.search(r"was laid by the (\w+)", text)[1]],) == question.answers
             assert not [text for text in sample.segments if question.answers[0] in text]

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.documents.parts import document, enough, joined, unlike_people
+from sparsex_jax.eval.documents.parts import BOXES, document, enough, joined, unlike_people
 from sparsex_jax.eval.documents.prose import listed
 from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick
 
 CARGO = "In the port of {port} the ship took {cargo} on board."
 NUMBER = "One of the special numbers for {thing} is {number}."
 TRADER = "The trader {name} came on board in the port of {port} and left us a day later."
-HANDED = "{giver} handed the key of the {box} to {taker} today."
+HANDED = "The key of the {box} went from {giver} to {taker}."
 SOLD = "{who} bought {amount} of {goods} from us."
 
 CARGO_QUESTION = "What did the ship {ship} take on board in the port of {port}?"
@@ -23,8 +23,11 @@ NUMBERS_QUESTION = (
 )
 TRADER_QUESTION = "In which {count} ports did the trader {name} come on board?"
 TRADER_ANSWER = "The trader {name} came on board in the ports of {ports}"
-KEY_QUESTION = "Who handed the key of the {box} to whom? Name all three people who had it."
-KEY_ANSWER = "{first} handed the key of the {box} to {second}, and {second} handed it to {third}"
+KEY_QUESTION = (
+    "Which three people had the key of the {box}, one after the other? "
+    "Answer in this form: It went from NAME to NAME to NAME."
+)
+KEY_ANSWER = "It went from {first} to {second} to {third}"
 SOLD_QUESTION = "Which kind of goods was bought most often in these logbooks?"
 SOLD_ANSWER = "The goods that were bought most often in these logbooks are {goods}"
 
@@ -43,11 +46,6 @@ WARES = listed(
     cinnamon, tobacco, indigo, saffron, marble, amber, timber, cork, soap, paper, linen"""
 )
 AMOUNTS = listed("a sack, two sacks, three boxes, half a crate, a whole crate, five baskets, a small box")
-BOXES = tuple(
-    f"{colour} {box}"
-    for box in listed("chest, trunk, cabinet, locker, safe")
-    for colour in listed("green, blue, yellow, black, white, brown, purple")
-)
 
 
 def log_cargo(rng: np.random.Generator, size: BodySize) -> Body:
@@ -94,7 +92,7 @@ def _about_trader(name: str, ports: list[str]) -> Question:
 
 
 def vt_keys(rng: np.random.Generator, size: BodySize) -> Body:
-    """Keys are handed from one person to a second and from the second to a third, told in different logbooks; a
+    """Keys go from one person to a second and from the second to a third, told in different logbooks; a
     question asks for the three who had one key."""
     ships = _ships(rng, size.num_segments)
     number = max(len(ships) // 2, 1)

@@ -15,9 +15,9 @@ INSTRUCTION = "You are a helpful assistant. Answer the question from the Python 
 TITLE = '# {path}\n"""What the shop does with its {nouns}."""\n\nimport datetime\n\n{constants}\n\n\n'
 CONSTANT_QUESTION = "What is the value of {constant} in {path}?"
 CONSTANT_ANSWER = "The value of {constant} in {path} is {value}"
-CODE_QUESTION = "Which number does the function {name} in {path} return?"
-CODE_ANSWER = "The function {name} in {path} returns {code}"
-CODE = 'def {name}():\n    """The number under which the tax office knows this module."""\n    return {code}\n'
+PORT_QUESTION = "Which number does the function {name} in {path} return?"
+PORT_ANSWER = "The function {name} in {path} returns {port}"
+PORT = 'def {name}():\n    """The port on which the service for {nouns} listens."""\n    return {port}\n'
 
 CONSTANTS_EACH = 3  # in a module
 NOUNS = tuple(
@@ -29,9 +29,7 @@ NOUNS = tuple(
 )
 SETTINGS = ("LIMIT", "TIMEOUT", "BATCH_SIZE", "CACHE_SIZE", "BUDGET", "THRESHOLD")
 CONSTANTS = tuple(f"{noun.upper()}_{setting}" for setting in SETTINGS for noun, _ in NOUNS)
-PATHS = tuple(
-    (f"{folder}/{nouns}.py", nouns) for folder in ("shop", "server", "reports", "tools", "legacy") for _, nouns in NOUNS
-)
+FOLDERS = ("shop", "server", "reports", "tools", "legacy")
 
 # Functions that say nothing in particular. No number of three digits or more is in them.
 FUNCTIONS = (
@@ -71,7 +69,7 @@ def module_constants(rng: np.random.Generator, size: BodySize) -> Body:
 
 def module_returns(rng: np.random.Generator, size: BodySize) -> Body:
     """The same modules; a question asks what a function returns."""
-    return _about_modules(rng, size, CODE_QUESTION, CODE_ANSWER, "code")
+    return _about_modules(rng, size, PORT_QUESTION, PORT_ANSWER, "port")
 
 
 def _about_modules(rng: np.random.Generator, size: BodySize, question: str, written: str, answer: str) -> Body:
@@ -82,29 +80,34 @@ def _about_modules(rng: np.random.Generator, size: BodySize, question: str, writ
     return Body(documents, questions)
 
 
+def _paths(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:
+    """Different paths, with what the modules are about: as far as there are enough, each about something else."""
+    nouns, folders = enough(rng, [plural for _, plural in NOUNS], number), enough(rng, FOLDERS, len(FOLDERS))
+    return [(f"{folders[(i + i // len(NOUNS)) % len(FOLDERS)]}/{each}.py", each) for i, each in enumerate(nouns)]
+
+
 def _modules(rng: np.random.Generator, number: int) -> list[dict[str, Any]]:
     """What differs between modules: their paths, constants and functions."""
-    paths = [PATHS[i] for i in spread(rng, len(PATHS), number)]
     names = np.reshape(enough(rng, CONSTANTS, CONSTANTS_EACH * number), (number, -1)).tolist()
     values = np.reshape(numbers(rng, (CONSTANTS_EACH + 1) * number, 4), (number, -1)).tolist()
     return [
         {
             "path": path,
             "nouns": nouns,
-            "name": f"{nouns}_tax_number",
-            "code": own.pop(),
+            "name": f"{nouns}_port",
+            "port": own.pop(),
             "constant": constants[0],
             "value": own[0],
             "all": dict(zip(constants, own, strict=True)),
         }
-        for (path, nouns), constants, own in zip(paths, names, values, strict=True)
+        for (path, nouns), constants, own in zip(_paths(rng, number), names, values, strict=True)
     ]
 
 
 def _document(rng: np.random.Generator, module: dict[str, Any], size: BodySize) -> str:
     """A module: its constants, and the function that is asked for among others."""
     constants = "\n".join(f"{name} = {value}" for name, value in pick(rng, list(module["all"].items()), CONSTANTS_EACH))
-    title, asked = TITLE.format(constants=constants, **module), CODE.format(**module)
+    title, asked = TITLE.format(constants=constants, **module), PORT.format(**module)
     left = size.num_tokens // size.num_segments - size.count(title + asked)
     others = filling(rng, _functions, left, size)
     return title + "\n\n".join(scatter(rng, [asked], others) if others else [asked])

@@ -9,9 +9,16 @@ import numpy as np
 
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.documents import prose
+from sparsex_jax.eval.documents.prose import listed
 from sparsex_jax.eval.samples import BodySize, person, scatter
 
 INSTRUCTION = "You are a helpful assistant. Answer the question from the documents below, in one short sentence.\n"
+
+BOXES = tuple(
+    f"{colour} {box}"
+    for box in listed("chest, trunk, cabinet, locker, safe")
+    for colour in listed("green, blue, yellow, black, white, brown, purple")
+)
 
 Fill = Callable[[np.random.Generator], list[str]]
 

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax.eval import lexicon, notes
-from sparsex_jax.eval.documents.parts import document, enough, joined, people, spread, unlike_people
+from sparsex_jax.eval.documents.parts import BOXES, document, enough, joined, people, spread, unlike_people
 from sparsex_jax.eval.documents.prose import listed
 from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick
 
 CODE = "The access code of the {locked} is {code}, and it may not be told to visitors."
 KEEPER = "The {keeper} is {name}, who has been in charge since the spring."
-DOG = "The dog {dog}, which waits at the door every day, belongs to {owner}."
-STREET = "{owner} lives in {street} and came over to help with the flowers."
-STONE = "The first stone of the new wing was laid by the {office}, and a large crowd looked on."
+# What a question asks for stands behind what it names, because a small model continues what it finds.
+WILL = "The will of {owner} lies in the {box}, under a pile of old letters."
+STREET = "The {box} was sent to {street}, as had been agreed before the fair."
+STONE = "The first stone of the new {lower} of {town} was laid by the {office}, and a large crowd looked on."
 OFFICIALS = "The mayor is {mayor}, the judge is {judge}, the bishop is {bishop} and the general is {general}.\n"
 
 CODE_QUESTION = "What is the access code of the {locked} in the {lower} of {town}?"
@@ -23,19 +24,20 @@ CODES_QUESTION = "What are the access codes of {rooms}?"
 ROOM = "the {locked} in the {lower} of {town}"
 CODES_ANSWER = "The access code of {room} is {code}"
 KEEPER_QUESTION = "Who is the {keeper} in the {lower} of {town}?"
-STREET_QUESTION = "Who is the owner of the dog {dog}, and in which street does this person live?"
-STREET_ANSWER = "The owner of the dog {dog} is {owner}, who lives in {street}"
-STONE_QUESTION = (
-    "Which official laid the first stone of the new wing of the {lower} of {town}, and what is this official's name?"
+# It finds the second fact best when it has just written the words with which that fact begins.
+STREET_QUESTION = (
+    "What does the will of {owner} lie in, and to which street was that sent? "
+    "Answer in this form: It lies in the BOX, and the BOX was sent to STREET."
 )
-STONE_ANSWER = "The first stone of the new wing of the {lower} of {town} was laid by the {office}, {name}"
+STREET_ANSWER = "It lies in the {box}, and the {box} was sent to {street}"
+STONE_QUESTION = (
+    "Which official laid the first stone of the new {lower} of {town}, and what is this official's name? "
+    "Answer in this form: It was laid by the OFFICE, and the OFFICE is NAME."
+)
+STONE_ANSWER = "It was laid by the {office}, and the {office} is {name}"
 
 OFFICES = ("mayor", "judge", "bishop", "general")
 CODES_ASKED = 3  # in `mq_codes`
-DOGS = listed(
-    """Bello, Rex, Pluto, Luna, Fips, Wotan, Molly, Hasso, Senta, Tyras, Nero, Bruno, Daisy, Ajax, Kasper, Biscuit,
-    Pepper, Lucky, Patch, Shadow, Rusty, Sherlock, Caesar, Muffin, Ginger, Buster, Comet, Pirate, Duke, Sailor"""
-)
 TREES = listed(
     "Acorn, Birch, Cedar, Chestnut, Elder, Hazel, Juniper, Laurel, Linden, Maple, Myrtle, Poplar, Rowan, Yew"
 )
@@ -60,15 +62,13 @@ def _about_places(rng: np.random.Generator, size: BodySize, fact: str, question:
 
 
 def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
-    """Reports; some say whose a dog is, others where a person lives. A question asks where the owner of a dog lives.
-
-    If there are several reports, no report has both: then a small model takes the street that stands next to the dog.
-    """
+    """Reports; some say in which box the will of a person lies, others to which street a box was sent. A question asks
+    to which street a will was sent. If there are several reports, no report has both."""
     places = _places(rng, size.num_segments)
     number = max(len(places) // 2, 1)
-    columns = enough(rng, DOGS, number), unlike_people(rng, number), enough(rng, STREETS, number)
-    chains = [{"dog": dog, "owner": owner, "street": street} for dog, owner, street in zip(*columns, strict=True)]
-    told = [[DOG.format(**chain)] for chain in chains] + [[STREET.format(**chain)] for chain in chains]
+    columns = enough(rng, BOXES, number), unlike_people(rng, number), enough(rng, STREETS, number)
+    chains = [{"box": box, "owner": owner, "street": street} for box, owner, street in zip(*columns, strict=True)]
+    told = [[WILL.format(**chain)] for chain in chains] + [[STREET.format(**chain)] for chain in chains]
     told = [told[0] + told[1]] if len(places) == 1 else [*told, *[[]] * (len(places) - len(told))]
     documents = [document(rng, "report", *each, size) for each in zip(places, pick(rng, told, len(told)), strict=True)]
     asked = pick(rng, chains, size.num_questions)
@@ -80,7 +80,7 @@ def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
 
 
 def changed(rng: np.random.Generator, size: BodySize) -> Body:
-    """The instruction names four officials, and each report says which one laid the first stone of a new wing. A
+    """The instruction names four officials, and each report says which one laid the first stone of the place. A
     question asks for the name of one who did. When the reports were stored, others were in office."""
     places = _places(rng, size.num_segments)
     for place, office in zip(places, enough(rng, OFFICES, len(places)), strict=True):

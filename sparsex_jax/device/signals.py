@@ -50,6 +50,10 @@ class Boundary(NamedTuple):
         rows, origin = self.rows.select(self.fresh[self.rows.index] & self.rows.valid)
         return rows, self.hidden.at[origin].get(mode="fill", fill_value=0)
 
+    def reused_rows(self) -> Bool[Array, "rows"]:
+        """Which of the rows are reused ones: neither fresh nor padding."""
+        return self.rows.valid & ~self.fresh[self.rows.index]
+
     def chunk_of(self, start: Int[Array, ""], part: Rows) -> tuple[Heads, Heads]:
         """K and V of one chunk of the rows at the boundary's layer."""
         x = lax.dynamic_slice_in_dim(self.hidden, start, len(part.token))

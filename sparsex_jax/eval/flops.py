@@ -80,10 +80,10 @@ def _rows(phases: Sequence[Phase], report: Report) -> list[Bool[np.ndarray, "tok
     """What each phase computed. Of phases after the second only the number is known: it is spread over the second's."""
     first, *later = phases
     rows = [first.forced]
-    for number, phase in enumerate(later):
-        before = report.active if number == 0 else rows[-1] & report.active
+    for phase, computed in zip(later, report.phase_tokens[1:], strict=True):
+        before = report.active if len(rows) == 1 else rows[-1]
         candidates = np.flatnonzero(before & ~phase.forced)
-        kept = min(phase.budget, len(candidates)) if number else len(candidates)
+        kept = max(computed - int(phase.forced.sum()), 0)
         own = phase.forced.copy()
         own[candidates[(np.arange(kept) * len(candidates)) // max(kept, 1)]] = True
         rows.append(own)

@@ -34,7 +34,7 @@ from sparsex_jax.cache import Match
 from sparsex_jax.cache.company import Company, company_namespace
 from sparsex_jax.cache.counts import Hits
 from sparsex_jax.config import ReuseConfig
-from sparsex_jax.device.runner import PrefillRun
+from sparsex_jax.device.runner import Computed, PrefillRun
 from sparsex_jax.device.state import BatchSlot
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.report import Report, make_report
@@ -145,6 +145,7 @@ class Sequence:
       run: the first stage's prefill, while it rests between two layers.
       turn: rises with every stage and every few layers; the sequence with the lowest one is next.
       computed: which prompt tokens each phase of the plan computed.
+      confidence: as in `Computed`, of the stage whose signal looked.
       num_computed: tokens at its beginning whose KV is in its pages.
       offer: what others can find once this one is committed.
 
@@ -190,6 +191,7 @@ class Sequence:
     run: PrefillRun | None = None
     turn: int = 0
     computed: Bool[np.ndarray, "phases tokens"] | None = None
+    confidence: float | None = None
     num_computed: int = 0
     offer: Offer | None = None
 
@@ -299,11 +301,11 @@ class Sequence:
     def start_prefill(self, stages: list[RequestPlan], num_layers: int) -> None:
         """These are the plans that prefill it."""
         plan, self.state, self.stages = self.plan, State.PREFILLING, deque(stages)
-        self.computed = np.zeros((len(plan.phases), len(plan.prompt)), bool)
+        self.computed, self.confidence = np.zeros((len(plan.phases), len(plan.prompt)), bool), None
         self.approximate = plan.exact_tokens(num_layers) < len(plan.prompt)
         self.offer = Offer(plan.prompt)
 
-    def finish_stage(self, computed: Bool[np.ndarray, "phases tokens"]) -> None:
+    def finish_stage(self, computed: Computed) -> None:
         """Its first stage has run.
 
         A chunk has one phase: it computed its tokens for all phases of the plan that may compute them.
@@ -312,7 +314,8 @@ class Sequence:
         self.run, self.num_computed = None, len(self.stages.popleft().prompt)
         upto = min(self.num_computed, self.computed.shape[1])
         may = np.array([phase.forced | self.plan.prompt.reused for phase in self.plan.phases])
-        self.computed[:, :upto] |= computed[:, :upto] & may[:, :upto]
+        self.computed[:, :upto] |= computed.tokens[:, :upto] & may[:, :upto]
+        self.confidence = computed.confidence  # only the last stage has signals
 
     def finish_prefill(self, num_layers: int) -> None:
         """All stages have run, and the next token is there. Prefills after a preemption in decode are not reported."""
@@ -320,9 +323,10 @@ class Sequence:
         if self.output.token_ids:
             return
         assert self.computed is not None
-        active, counts = self.computed[min(1, len(self.computed) - 1)], self.computed.sum(1).tolist()
         elapsed = time.perf_counter() - self.submitted
-        self.report = make_report(self.plan.prompt, self.plan.phases, num_layers, active, elapsed, counts)
+        self.report = make_report(
+            self.plan.prompt, self.plan.phases, num_layers, elapsed, self.computed, self.confidence
+        )
 
     def leave(self) -> None:
         """It holds no pages any more, and waits.

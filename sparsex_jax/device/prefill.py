@@ -203,8 +203,8 @@ def top_rows(
         first        0  0  0  0  0  0 | 6  6    place at which its request begins
         begin-first  0  0  2  2  4  4 | 0  1    rows of its request that were chosen before its block
         < least      x  x  x  x       | x       a block that is begun is finished: 4 rows for a budget of 3
-        held         0  0 10 10 16 16 | 0  8    the scores that were chosen before its block, of 18 and 10
-        < coverage   x  x  x  x  x  x |         16 is less than 0.9 of 18
+        held         0  0 10 10 16 16 | 0  8    scores before its block; of 18 and 10 in all
+        < coverage   x  x  x  x  x  x |         as 16 is less than 0.9 of 18
 
     Args:
       request, block: rising; the candidates of one block have one score. Scores below 0 hold nothing.
@@ -231,7 +231,7 @@ def _held_before(
 ) -> Scores:
     """The share of its request's scores that stands from place `first` to before place `begin`.
 
-    Shares are added as integers. So the sums never fall, and those of a request do not depend on what stands before it.
+    0 where all are 0. Shares are added as integers. So the sums never fall, and those of a request do not depend on what stands before it.
     """
     scores = jnp.maximum(scores, 0)
     total = jax.ops.segment_sum(scores, request, len(scores), indices_are_sorted=True)

@@ -97,6 +97,16 @@ def probe_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return _probe(boundary, store, power=4)
 
 
+def probe_square(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """The same pass; the squares of the attention are summed.
+
+    Between the two: it finds what is looked up, and where nothing is, its sum spreads over all that is glanced at. The
+    share of it that some rows hold says how much there is beside them; of the fourth powers, few rows hold nearly all,
+    whatever is asked.
+    """
+    return _probe(boundary, store, power=2)
+
+
 def probe_last(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     """The same pass; the key mass of its last layer alone: QCFuse's critical layer (arXiv 2606.05875)."""
     return _probe(boundary, store, only_last=True)
@@ -152,6 +162,7 @@ BUILT_IN: dict[str, Signal] = {
     "key_mass": key_mass,
     "probe_mass": probe_mass,
     "probe_focus": probe_focus,
+    "probe_square": probe_square,
     "probe_last": probe_last,
     "kv_deviation": kv_deviation,
     "given": given,

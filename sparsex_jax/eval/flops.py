@@ -20,7 +20,7 @@ from sparsex_jax.reuse.report import Report
 from sparsex_jax.reuse.schedule import Phase
 
 # Signals whose own pass scores in every layer that it runs. The others score in one.
-_SCORES_EVERY_LAYER = ("probe_mass", "probe_focus")
+_SCORES_EVERY_LAYER = ("probe_mass", "probe_focus", "probe_square")
 _READS_NO_QUERIES = ("kv_deviation", "given")
 
 

@@ -90,7 +90,8 @@ class Budget:
 
     Attributes:
       least: this many rows.
-      coverage: more, until they hold this share of the scores of all that are chosen from. 0: no more.
+      coverage: more, until they hold this share of the scores of all that are chosen from. 0: no more. Where all scores
+        are 0, nothing holds a share of them.
       most: but no more than these.
     """
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool
 
-from sparsex_jax.config.checks import Count, Positive
+from sparsex_jax.config.checks import Count, Limit, Positive, is_int
 from sparsex_jax.reuse.methods.base import CORRECTIONS, check_boundaries
 from sparsex_jax.reuse.methods.choosing import ChoosingMethod
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 SINKS = 4  # tokens
+_SIGNALS = {1: "probe_mass", 2: "probe_square", 4: "probe_focus"}
+Power = Annotated[int, Limit(lambda value: is_int(value) and value in _SIGNALS, "1, 2 or 4")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +32,13 @@ class Focus(ChoosingMethod, name="focus"):
     their KV from the first pass and are not computed again.
 
     Attributes:
+      power: of the attention that is summed: 1, 2 or 4. With a `coverage`, take 2.
       second_boundary: from this layer on, only fresh tokens are computed. None: the others too, to the end.
       pool_tokens: length of a piece; the default is about a paragraph.
       overflow_tokens, tail_tokens, head_tokens: as in `SparseX`.
     """
 
+    power: Power = 4
     overflow_tokens: Count = 16
     tail_tokens: Count = 64
     second_boundary: Positive | None = None
@@ -52,7 +56,9 @@ class Focus(ChoosingMethod, name="focus"):
         if not prompt.reused.any():
             return [Phase(0, prompt.computed)]
         forced = self.forced(prompt)
-        choice = self.choice(prompt, 0, forced, "probe_focus", pool_tokens=self.pool_tokens, probe_layers=num_layers)
+        choice = self.choice(
+            prompt, 0, forced, _SIGNALS[self.power], pool_tokens=self.pool_tokens, probe_layers=num_layers
+        )
         phases = [Phase(0, prompt.computed), choice]
         if self.second_boundary is not None:
             phases.append(Phase(self.second_boundary, prompt.unsettled))

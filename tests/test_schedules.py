@@ -145,7 +145,7 @@ def test_a_coverage_is_a_share_and_has_limits(wrong, complaint):
 def test_a_coverage_may_choose_everything_or_the_least():
     phase = Phase(1, FRESH, "key_mass", 2, coverage=0.5)
     assert (phase.least, phase.size) == (FRESH.sum() + 2, len(FRESH))
-    assert phase.can_leave_out(FRESH.sum() + 3)
+    assert phase.can_leave_out(int(FRESH.sum()) + 3)
     assert dataclasses.replace(phase, max_budget=5).size == FRESH.sum() + 5
     assert dataclasses.replace(phase, coverage=0.0, max_budget=5).size == FRESH.sum() + 2
     check(FIRST, phase, Phase(2, FRESH, "key_mass", 2, coverage=0.5, max_budget=4))

@@ -231,7 +231,7 @@ def _held_before(
 ) -> Scores:
     """The share of its request's scores that stands from place `first` to before place `begin`.
 
-    0 where all are 0. Shares are added as integers. So the sums never fall, and those of a request do not depend on what stands before it.
+    0 where all are 0. Shares are added as integers: the sums never fall, and no request's depends on those before it.
     """
     scores = jnp.maximum(scores, 0)
     total = jax.ops.segment_sum(scores, request, len(scores), indices_are_sorted=True)

@@ -98,13 +98,14 @@ def probe_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
 
 
 def probe_square(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
-    """The same pass; the squares of the attention are summed.
+    """The same pass; the squares of the attention in the middle third of its layers are summed.
 
-    Between the two: it finds what is looked up, and where nothing is, its sum spreads over all that is glanced at. The
-    share of it that some rows hold says how much there is beside them; of the fourth powers, few rows hold nearly all,
-    whatever is asked.
+    Between the two: where something is looked up, its row has most of the sum, and where nothing is, the sum spreads
+    over all that is glanced at. So the share that some rows hold says what is left beside them. Few rows hold most of
+    the fourth powers whatever is asked, and no few hold most of the plain sum. In the first and last layers heads look
+    at what is near, or at the same rows for any prompt.
     """
-    return _probe(boundary, store, power=2)
+    return _probe(boundary, store, power=2, middle=True)
 
 
 def probe_last(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
@@ -112,7 +113,9 @@ def probe_last(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return _probe(boundary, store, only_last=True)
 
 
-def _probe(boundary: Boundary, store: Store, power: int = 1, *, only_last: bool = False) -> tuple[Store, Scores]:
+def _probe(
+    boundary: Boundary, store: Store, power: int = 1, *, only_last: bool = False, middle: bool = False
+) -> tuple[Store, Scores]:
     forward, (rows, hidden) = boundary.forward, boundary.fresh_rows()
     end = boundary.layer + boundary.probe_layers
 
@@ -124,11 +127,17 @@ def _probe(boundary: Boundary, store: Store, power: int = 1, *, only_last: bool 
     def skip_mass(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         return run_layer(forward, layer, carry[0], rows, carry[1])
 
-    watched = boundary.layer
+    watched, until = boundary.layer, end
     if only_last:
         watched = end - 1
+    if middle:
+        watched, until = (boundary.layer + part * boundary.probe_layers // 3 for part in (1, 2))
+        until = jnp.maximum(until, watched + 1)  # of fewer than three layers, the first
+    if only_last or middle:
         store, hidden = lax.fori_loop(boundary.layer, watched, skip_mass, (store, hidden))
-    store, _, mass = lax.fori_loop(watched, end, layer_step, (store, hidden, forward.no_mass(store)))
+    store, hidden, mass = lax.fori_loop(watched, until, layer_step, (store, hidden, forward.no_mass(store)))
+    if middle:
+        store, _ = lax.fori_loop(until, end, skip_mass, (store, hidden))
     return store, boundary.at_rows(mass)
 
 

@@ -19,8 +19,8 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.reuse.schedule import Phase
 
-# Signals whose own pass scores in every layer that it runs. The others score in one.
-_SCORES_EVERY_LAYER = ("probe_mass", "probe_focus", "probe_square")
+# Of the layers that a signal's own pass runs, the share in which it scores. The others score in one.
+_SCORED_LAYERS = {"probe_mass": 1.0, "probe_focus": 1.0, "probe_square": 1 / 3}
 _READS_NO_QUERIES = ("kv_deviation", "given")
 
 
@@ -97,5 +97,5 @@ def _signal(layer: _Layer, prompt: PromptMap, before: Bool[np.ndarray, "tokens"]
     scored = 0 if phase.signal in _READS_NO_QUERIES else layer.score(prompt.fresh)
     if not phase.probe_layers:
         return layer.keys_values * int(before.sum()) + scored
-    times = phase.probe_layers if phase.signal in _SCORES_EVERY_LAYER else 1
+    times = max(_SCORED_LAYERS.get(phase.signal, 0) * phase.probe_layers, 1)
     return phase.probe_layers * layer.run(prompt.fresh) + times * scored

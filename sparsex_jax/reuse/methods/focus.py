@@ -56,9 +56,8 @@ class Focus(ChoosingMethod, name="focus"):
         if not prompt.reused.any():
             return [Phase(0, prompt.computed)]
         forced = self.forced(prompt)
-        choice = self.choice(
-            prompt, 0, forced, _SIGNALS[self.power], pool_tokens=self.pool_tokens, probe_layers=num_layers
-        )
+        signal = _SIGNALS[self.power]
+        choice = self.choice(prompt, 0, forced, signal, pool_tokens=self.pool_tokens, probe_layers=num_layers)
         phases = [Phase(0, prompt.computed), choice]
         if self.second_boundary is not None:
             phases.append(Phase(self.second_boundary, prompt.unsettled))

@@ -28,7 +28,7 @@ RESULTS = ROOT / "scripts" / "results"
 READMES = (ROOT / "README.md", RESULTS / "README.md")
 
 BLOCK = re.compile(r"(<!-- results: (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-REMOVED_OPTIONS = ("coverage", "focus", "per_segment", "sum_layers")  # runs kept here used them; ReuseConfig has not
+REMOVED_OPTIONS = ("focus", "per_segment", "sum_layers")  # runs kept here used them; ReuseConfig has not
 GIB = 2**30
 
 Document = dict[str, Any]
@@ -54,8 +54,8 @@ def table(heading: Sequence[str], lines: Iterable[Sequence[str]], names: int = 1
 def method_name(text: str) -> str:
     """A method as code, marked if it has an option that exists no more.
 
-    >>> method_name("sparsex:boundary_layer=8:coverage=0.6")
-    '`sparsex:boundary_layer=8:coverage=0.6` †'
+    >>> method_name("sparsex:boundary_layer=8:sum_layers=true")
+    '`sparsex:boundary_layer=8:sum_layers=true` †'
     >>> method_name("focus:pool_tokens=16")
     '`focus:pool_tokens=16`'
     """

@@ -173,7 +173,7 @@ def idle(engine):
 def report_of(kind, active, **figures) -> Report:
     """The report of a prompt by the kind of each token, and whether it is active, with these figures."""
     prompt = PromptMap(np.zeros(len(kind), np.int32), np.array(kind, np.uint8))
-    report = make_report(prompt, [Phase(0, prompt.computed)], 1, np.array(active), 0.1)
+    report = make_report(prompt, [Phase(0, prompt.computed)], 1, 0.1, np.array([active]))
     return dataclasses.replace(report, **figures)
 
 

@@ -113,6 +113,7 @@ def test_what_methods_accept_is_a_partial_order(data):
     def method(name):
         options = {"boundary_layer": st.none() | st.integers(0, 6), "recompute_ratio": st.sampled_from([0.1, 0.5])}
         options |= {"overflow_tokens": st.sampled_from([0, 16]), "head_tokens": st.sampled_from([0, 8])}
+        options |= {"coverage": st.sampled_from([0.0, 0.5, 0.9]), "max_ratio": st.sampled_from([0.5, 1.0])}
         drawn = {option: data.draw(values) for option, values in options.items()}
         if name == "cacheblend":
             drawn["boundary_layer"] = drawn["boundary_layer"] or 1

@@ -31,6 +31,7 @@ REPORT_FIELDS = {
     "boundary_layer",
     "segments",
     "computed_fraction",
+    "confidence",
     "ttft_s",
 }
 NOTE = "The harbour opens at dawn and closes when the bells ring. Boats longer than ten metres need a pilot. "

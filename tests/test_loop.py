@@ -130,7 +130,7 @@ def some_by_default(*names):
 def test_batched_and_chunked_is_as_one_at_a_time(method):
     engine = tiny_engine(prefill_tokens=24)
     donors = remember(engine)
-    reuse = ReuseConfig.fitting(method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
+    reuse = ReuseConfig.fitting(method, recompute_ratio=0.2, coverage=0.5, overflow_tokens=4, tail_tokens=8)
     prompts = mixed_prompts()
     alone = answers_alone(prompts, GREEDY, reuse)
     loop = engine.loop
@@ -147,7 +147,7 @@ def test_batched_and_chunked_is_as_one_at_a_time(method):
 
 @some_by_default("sparsex")
 def test_what_is_preempted_goes_on_as_if_nothing_had_been(method):
-    reuse = ReuseConfig.fitting(method, recompute_ratio=0.2, overflow_tokens=4, tail_tokens=8)
+    reuse = ReuseConfig.fitting(method, recompute_ratio=0.2, coverage=0.5, overflow_tokens=4, tail_tokens=8)
     sampling = SamplingParams(max_new_tokens=60, temperature=0.7, seed=3, repetition_penalty=1.2)
     prompts = mixed_prompts()[:4]
     engine = tiny_engine(**SMALL, prefill_tokens=64)

@@ -16,17 +16,18 @@ from sparsex_jax.reuse.methods import METHODS, Method, Oracle, Phase, Share
 from sparsex_jax.serving.schemas import ReuseOptions
 
 OF_ALL = {"min_segment_tokens", "only_if_faster"}
+BUDGET = {"recompute_ratio", "coverage", "max_ratio"}
 OPTIONS = {
     "full": set(),
     "prefix": set(),
     "naive": set(),
     "epic": {"head_tokens"},
-    "cacheblend": {"boundary_layer", "recompute_ratio"},
-    "sparsex": {"boundary_layer", "recompute_ratio", "overflow_tokens", "tail_tokens", "second_boundary"}
-    | {"head_tokens", "pool_tokens"},
-    "prophetkv": {"recompute_ratio", "head_tokens", "pool_tokens"},
-    "qcfuse": {"probe_layer", "recompute_ratio", "head_tokens", "pool_tokens"},
-    "focus": {"recompute_ratio", "overflow_tokens", "tail_tokens", "second_boundary", "head_tokens", "pool_tokens"},
+    "cacheblend": BUDGET | {"boundary_layer"},
+    "sparsex": BUDGET
+    | {"boundary_layer", "overflow_tokens", "tail_tokens", "second_boundary", "head_tokens", "pool_tokens"},
+    "prophetkv": BUDGET | {"head_tokens", "pool_tokens"},
+    "qcfuse": BUDGET | {"probe_layer", "head_tokens", "pool_tokens"},
+    "focus": BUDGET | {"power", "overflow_tokens", "tail_tokens", "second_boundary", "head_tokens", "pool_tokens"},
 }
 
 
@@ -102,7 +103,7 @@ def test_what_a_method_does_not_have_is_refused_by_name(make, message):
         make()
 
 
-@pytest.mark.parametrize("option", ["sum_layers", "coverage", "per_segment", "focus"])
+@pytest.mark.parametrize("option", ["sum_layers", "per_segment", "focus"])
 def test_options_without_a_use_are_gone(option):
     with pytest.raises(InvalidRequestError, match=f"{option}=1 has no meaning for method 'sparsex'"):
         ReuseConfig(**{option: 1})

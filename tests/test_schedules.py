@@ -1,5 +1,7 @@
 """Schedules that would give wrong logits without another sign are refused, each with the rule that it breaks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -123,6 +125,30 @@ def test_a_pass_over_the_fresh_tokens_is_one_that_its_signal_makes():
 @pytest.mark.parametrize(("name", "value"), [("probe_layers", -1), ("budget", -1), ("budget", 1.5), ("pool_tokens", 0)])
 def test_budgets_are_numbers_of_tokens(name, value):
     assert f"phase 1 has {name}={value}; it must be an integer >= " in refused(FIRST, phase_with(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"coverage": 1.5}, "has coverage=1.5; it must be a number from 0 to 1"),
+        ({"coverage": np.nan}, "has coverage=nan; it must be a number from 0 to 1"),
+        ({"coverage": "0.5"}, "has coverage='0.5'; it must be a number from 0 to 1"),
+        ({"budget": 3, "max_budget": 2}, "has max_budget=2; it must be None or an integer >= its budget, 3"),
+        ({"max_budget": 2.5}, "has max_budget=2.5; it must be None or an integer >= its budget, 0"),
+        ({"signal": None, "coverage": 0.5}, "has coverage=0.5 and no signal to choose by"),
+    ],
+)
+def test_a_coverage_is_a_share_and_has_limits(wrong, complaint):
+    assert f"phase 1 {complaint}" in refused(FIRST, phase_with(**wrong))
+
+
+def test_a_coverage_may_choose_everything_or_the_least():
+    phase = Phase(1, FRESH, "key_mass", 2, coverage=0.5)
+    assert (phase.least, phase.size) == (FRESH.sum() + 2, len(FRESH))
+    assert phase.can_leave_out(int(FRESH.sum()) + 3)
+    assert dataclasses.replace(phase, max_budget=5).size == FRESH.sum() + 5
+    assert dataclasses.replace(phase, coverage=0.0, max_budget=5).size == FRESH.sum() + 2
+    check(FIRST, phase, Phase(2, FRESH, "key_mass", 2, coverage=0.5, max_budget=4))
 
 
 def test_a_budget_needs_a_signal():

@@ -321,7 +321,10 @@ def test_reuse_options_of_a_request(client):
     full = ask(client, "options", behind, keep=False, reuse={"method": "full"})
     assert cached(naive) == naive.sparsex["reused_tokens"] > 30
     assert naive.sparsex["computed_fraction"] < 0.5
-    assert (cached(full), full.sparsex["computed_fraction"]) == (0, 1.0)
+    assert (cached(full), full.sparsex["computed_fraction"], full.sparsex["confidence"]) == (0, 1.0, 1.0)
+    assert naive.sparsex["confidence"] is None
+    focus = ask(client, "options", behind, keep=False, reuse={"method": "focus", "coverage": 0.5, "tail_tokens": 0})
+    assert 0.5 <= focus.sparsex["confidence"] <= 1
 
 
 def test_the_token_map_agrees_with_the_report(client):

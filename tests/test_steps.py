@@ -14,7 +14,7 @@ from sparsex_jax.device.signals import BUILT_IN, SIGNALS, signal, signals_for
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS
-from sparsex_jax.reuse.plan import Copies
+from sparsex_jax.reuse.plan import Budget, Copies
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_copies, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
@@ -54,7 +54,7 @@ def assert_no_copy(memory, share):
 def test_prefill_does_not_copy_the_store(big_store):
     runner = big_store.runner
     plan, rows = hybrid_plan(big_store)
-    state = embed_rows(runner.params, rows, decoder=runner.decoder)
+    state = embed_rows(runner.params, rows, decoder=runner.decoder, requests=len(plan.page_tables))
     static = {"decoder": runner.decoder, "signals": tuple(SIGNALS.values()), "chunk": 128}
     until = jnp.int32(TINY.num_layers)
     assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, state, until, **static))
@@ -139,12 +139,17 @@ def test_buckets_are_few():
     )
 
 
+def fixed(least) -> Budget:
+    """Budgets without a coverage."""
+    return Budget(jnp.array(least), jnp.zeros(len(least)), jnp.array(least))
+
+
 def test_top_rows_takes_the_best_candidates_of_each_request():
     rng = np.random.default_rng(1)
     request = np.sort(rng.integers(0, 3, 50))
     scores, candidates = rng.integers(0, 6, 50).astype(np.float32), rng.random(50) < 0.7
     budget = np.array([4, 0, 100, 7])
-    chosen = np.asarray(top_rows(*map(jnp.asarray, (scores, candidates, request, np.arange(50), budget))))
+    chosen = np.asarray(top_rows(*map(jnp.asarray, (scores, candidates, request, np.arange(50))), fixed(budget)))
     for r in range(3):
         own = np.flatnonzero(candidates & (request == r))
         expected = own[np.argsort(-scores[own], kind="stable")[: budget[r]]]
@@ -157,8 +162,8 @@ def test_top_rows_finishes_the_blocks_that_it_begins():
     candidates, group = np.arange(10) != 1, np.array([0] * 9 + [1])
 
     def chosen(budget):
-        args = scores, candidates, group, block, np.array([budget, 0])
-        return np.flatnonzero(top_rows(*map(jnp.asarray, args))).tolist()
+        args = map(jnp.asarray, (scores, candidates, group, block))
+        return np.flatnonzero(top_rows(*args, fixed([budget, 0]))).tolist()
 
     assert chosen(0) == []
     assert chosen(1) == chosen(2) == [3, 4]

@@ -24,6 +24,7 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.report import Report, make_report
+from sparsex_jax.reuse.schedule import Phase
 from sparsex_jax.text.chat import document
 from sparsex_jax.text.encoding import encode
 
@@ -37,8 +38,8 @@ class DryRun:
       names: the file of each handle.
       match: what the lookup found.
       prompt: the prompt, with those of the segments that the method pastes.
-      report: as of a prefill, without the tokens of `num_scored` and without times.
-      num_scored: reused tokens that the method will recompute by their scores. Which ones, only the model can tell.
+      report: as of a prefill, without the tokens of `chosen` and without times.
+      chosen: how many reused tokens the method will recompute by their scores. Which ones, only the model can tell.
     """
 
     cache: PageCache
@@ -46,7 +47,7 @@ class DryRun:
     match: Match
     prompt: PromptMap
     report: Report
-    num_scored: int
+    chosen: str
 
 
 def run(
@@ -117,9 +118,15 @@ def look_up(
     )
     prompt, phases = method.lay_out(PromptMap.of(tokens, match), num_layers)
     after_boundary = phases[min(1, len(phases) - 1)]
-    report = make_report(prompt, phases, num_layers, after_boundary.forced, 0.0)
+    report = make_report(prompt, phases, num_layers, 0.0)
     cache.unpin(match)
-    return DryRun(cache, names, match, prompt, report, after_boundary.budget)
+    return DryRun(cache, names, match, prompt, report, _chosen(after_boundary))
+
+
+def _chosen(phase: Phase) -> str:
+    """How many tokens a phase's signal chooses: a number, or two where that depends on the scores; empty for none."""
+    least, most = phase.budget, phase.most_chosen
+    return f"{least} to {most}" if most > least else str(least or "")
 
 
 def as_dict(dry: DryRun) -> dict[str, Any]:
@@ -139,8 +146,8 @@ def show(dry: DryRun, tokenizer: Any, console: Console) -> None:
     console.print()
     console.print(legend(dry.report))
     console.print(Text(prefill_line(dry.report), style="dim"))
-    if dry.num_scored:
-        note = f"The model's scores will choose {dry.num_scored} of the active tokens; the colours do not show which."
+    if dry.chosen:
+        note = f"The model's scores will choose {dry.chosen} of the active tokens; the colours do not show which."
         console.print(Text(note, style="dim"))
 
 

@@ -16,6 +16,7 @@ STYLES = {
     "reused": "black on bright_green",
     "recomputed": "black on bright_yellow",
     "fresh": "white on red",
+    "omitted": "dim",
 }
 
 

@@ -87,7 +87,9 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(BUILT_IN.values()), "chunk": chunk}
     params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
     hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
-    state = PrefillState(jnp.int32(0), rows, hidden, jnp.zeros(plan.boundaries.forced.shape, bool))
+    boundaries = plan.boundaries
+    active, covered = jnp.zeros(boundaries.forced.shape, bool), jnp.zeros(boundaries.budget.coverage.shape)
+    state = PrefillState(jnp.int32(0), rows, hidden, active, covered)
 
     def step(store: Store, params: Params, plan: PrefillPlan, state: PrefillState, until: jax.Array) -> Any:
         return prefill(params, store, plan, state, until, **static)

@@ -30,9 +30,11 @@ from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
 from sparsex_jax.model.layers import ForwardPass, run_layers
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
+from sparsex_jax.reuse.plan import Budget, Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.schedule import MAX_BOUNDARIES
 from sparsex_kernels.layout import Store
+
+_WHOLE = 2**30  # units that the scores of a request are divided into, to be added
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
@@ -41,11 +43,12 @@ def align(store: Store, copies: Copies, *, decoder: Decoder) -> Store:
     return decoder.ops.align_and_copy(store, copies, inv_freq(decoder.config))
 
 
-@functools.partial(jax.jit, static_argnames="decoder")
-def embed_rows(params: Params, rows: Rows, *, decoder: Decoder) -> PrefillState:
-    """A prefill of these rows before layer 0."""
+@functools.partial(jax.jit, static_argnames=("decoder", "requests"))
+def embed_rows(params: Params, rows: Rows, *, decoder: Decoder, requests: int) -> PrefillState:
+    """A prefill of these rows before layer 0, by a plan of this many requests."""
     active = jnp.zeros((MAX_BOUNDARIES, len(rows.token)), bool)
-    state = PrefillState(jnp.int32(0), rows, embed(params, rows.token), active)
+    covered = jnp.full((MAX_BOUNDARIES, requests), jnp.nan)
+    state = PrefillState(jnp.int32(0), rows, embed(params, rows.token), active, covered)
     return decoder.ops.replicated(state)
 
 
@@ -106,10 +109,13 @@ def _enter(
     probe_layers = plan.boundaries.probe_layers[at]
     boundary = Boundary(forward, state.layer, state.rows, state.hidden, plan.fresh, plan.scores, probe_layers)
     store, scores = _score(boundary, store, signals, plan.boundaries.signal[at])
-    keep = _choose(boundary, plan, plan.boundaries.forced[at], plan.boundaries.budget[at], scores)
+    budget = jax.tree.map(lambda lines: lines[at], plan.boundaries.budget)
+    keep = _choose(boundary, plan, plan.boundaries.forced[at], budget, scores)
     rows, hidden = _narrow(state.rows, state.hidden, keep)
     went_on = jnp.zeros_like(plan.fresh).at[rows.index].max(rows.valid)
-    return store, dataclasses.replace(state, rows=rows, hidden=hidden, active=state.active.at[at].set(went_on))
+    share = covered_share(scores, boundary.reused_rows(), keep, state.rows.request, len(plan.page_tables))
+    active, covered = state.active.at[at].set(went_on), state.covered.at[at].set(share)
+    return store, dataclasses.replace(state, rows=rows, hidden=hidden, active=active, covered=covered)
 
 
 def _score(
@@ -140,13 +146,13 @@ def _choose(
     boundary: Boundary,
     plan: PrefillPlan,
     forced: Bool[Array, "plan_rows"],
-    budget: Int[Array, "requests"],
+    budget: Budget,
     scores: Scores,
 ) -> Bool[Array, "rows"]:
     """Which of the boundary's rows go on: the forced ones, and of the other reused ones those of highest score."""
     rows = boundary.rows
     stays = forced[rows.index] & rows.valid
-    candidates = rows.valid & ~plan.fresh[rows.index] & ~stays
+    candidates = boundary.reused_rows() & ~stays
     block = plan.block[rows.index]
     scores = pool_scores(scores, candidates, rows.request, block)
     return stays | top_rows(scores, candidates, rows.request, block, budget)
@@ -170,7 +176,8 @@ def pool_scores(
     number = jnp.cumsum(starts) - 1
     total = jax.ops.segment_sum(jnp.where(candidates, scores, 0), number, len(scores), indices_are_sorted=True)
     count = jax.ops.segment_sum(candidates.astype(jnp.float32), number, len(scores), indices_are_sorted=True)
-    return jnp.where(candidates, total[number] / jnp.maximum(count[number], 1), scores)
+    mean = jnp.maximum(total[number], jnp.finfo(jnp.float32).min) / jnp.maximum(count[number], 1)
+    return jnp.where(candidates, mean, scores)
 
 
 def top_rows(
@@ -178,12 +185,12 @@ def top_rows(
     candidates: Bool[Array, "rows"],
     request: Int[Array, "rows"],
     block: Int[Array, "rows"],
-    budget: Int[Array, "requests"],
+    budget: Budget,
 ) -> Bool[Array, "rows"]:
     """The blocks of candidates of highest score of each request, as many as its budget begins; the earlier wins a tie.
 
-    A sort by (request, falling score) stands in for a top-k whose k is data. With a budget of 3 for request 0 and of 1
-    for request 1:
+    A sort by (request, falling score) stands in for a top-k whose k is data. With a budget of at least 3 rows for
+    request 0 and of 1 for request 1, and a coverage of 0.9 and of 0:
 
         row          0  1  2  3  4  5 | 6  7
         request      0  0  0  0  0  0 | 1  1
@@ -195,19 +202,59 @@ def top_rows(
         begin        0  0  2  2  4  4 | 6  7    place in `order` at which the row's block begins
         first        0  0  0  0  0  0 | 6  6    place at which its request begins
         begin-first  0  0  2  2  4  4 | 0  1    rows of its request that were chosen before its block
-        < budget     x  x  x  x       | x       a block that is begun is finished: 4 rows for a budget of 3
+        < least      x  x  x  x       | x       a block that is begun is finished: 4 rows for a budget of 3
+        held         0  0 10 10 16 16 | 0  8    scores before its block; of 18 and 10 in all
+        < coverage   x  x  x  x  x  x |         as 16 is less than 0.9 of 18
 
     Args:
-      request, block: rising; the candidates of one block have one score.
-      budget: no block of a request is begun once this number of its rows is chosen.
+      request, block: rising; the candidates of one block have one score. Scores below 0 hold nothing.
+      budget: no block of a request is begun once `least` of its rows are chosen, unless these are fewer than `most` and
+        hold less than its coverage.
     """
     order = jnp.lexsort((jnp.where(candidates, -scores, jnp.inf), request))
     place = jnp.arange(len(order))
     begins = jnp.diff(request, prepend=-1).astype(bool) | jnp.diff(block[order], prepend=-1).astype(bool)
     begin = lax.cummax(jnp.where(begins, place, 0))
     first = jnp.searchsorted(request, request, side="left")
-    allowed = begin - first < budget.at[request].get(mode="fill", fill_value=0)
+    held = _held_before(jnp.where(candidates, scores, 0)[order], request, begin, first)
+    least, coverage, most = (each.at[request].get(mode="fill", fill_value=0) for each in _parts(budget))
+    allowed = (begin - first < least) | ((begin - first < most) & (held < coverage))
     return jnp.zeros_like(candidates).at[order].set(allowed) & candidates
+
+
+def _parts(budget: Budget) -> tuple[Array, Array, Array]:
+    return budget.least, budget.coverage, budget.most
+
+
+def _held_before(
+    scores: Scores, request: Int[Array, "rows"], begin: Int[Array, "rows"], first: Int[Array, "rows"]
+) -> Scores:
+    """The share of its request's scores that stands from place `first` to before place `begin`.
+
+    0 where all are 0. Shares are added as integers: the sums never fall, and no request's depends on those before it.
+    """
+    scores = jnp.maximum(scores, 0)
+    total = jax.ops.segment_sum(scores, request, len(scores), indices_are_sorted=True)
+    share = scores / total.at[request].get(mode="fill", fill_value=1)
+    units = jnp.nan_to_num(share * _WHOLE).astype(jnp.int32)
+    running = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(units)])  # wraps, and so do differences
+    return (running[begin] - running[first]) / _WHOLE
+
+
+def covered_share(
+    scores: Scores,
+    reused: Bool[Array, "rows"],
+    keep: Bool[Array, "rows"],
+    request: Int[Array, "rows"],
+    num_requests: int,
+) -> Float[Array, "requests"]:
+    """Of the scores of each request's reused rows, the share of those that are kept; NaN where all are 0."""
+
+    def total(mask: Bool[Array, "rows"]) -> Float[Array, "requests"]:
+        values = jnp.where(mask, jnp.maximum(scores, 0), 0)
+        return jax.ops.segment_sum(values, request, num_requests, indices_are_sorted=True)
+
+    return jnp.minimum(total(reused & keep) / total(reused), 1)
 
 
 def _narrow(rows: Rows, hidden: Hidden, keep: Bool[Array, "rows"]) -> tuple[Rows, Hidden]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,19 @@ def _finite_slots(store: Store, pages: Int[Array, "asked"]) -> Bool[Array, "aske
     return jnp.isfinite(store[:, pages]).all(axis=(0, 2, 3, 5))
 
 
+class Computed(NamedTuple):
+    """What a prefill computed of one request.
+
+    Attributes:
+      tokens: which of its tokens each phase computed.
+      confidence: of the scores of the reused tokens where a signal first looked, the share of those that were computed
+        from there on. None where none looked.
+    """
+
+    tokens: Bool[np.ndarray, "phases tokens"]
+    confidence: float | None
+
+
 class PrefillRun:
     """A prefill under way, which can rest between two layers while the device does something else.
 
@@ -62,8 +76,8 @@ class PrefillRun:
     def done(self) -> bool:
         return self.logits is not None
 
-    def computed(self) -> list[np.ndarray]:
-        """For each request which of its tokens each phase computed, `[phases, tokens]`, once all layers have run.
+    def computed(self) -> list[Computed]:
+        """What was computed of each request, once all layers have run.
 
         Waits for the device only if some phase after the first leaves tokens out. A phase that the plan left out,
         because it narrows nothing, computes what the one before it does.
@@ -71,13 +85,18 @@ class PrefillRun:
         requests, sizes = self.requests, [request.num_rows for request in self.requests]
         needed = needed_phases(requests, self.next_layer)
         ran = np.searchsorted(needed, np.arange(len(requests[0].phases)), side="right") - 1
-        rows = np.ones((len(needed), sum(sizes)), bool)
+        rows, covered = np.ones((len(needed), sum(sizes)), bool), np.zeros((0, len(requests)), np.float32)
         if len(needed) > 1:
-            rows[1:] = np.asarray(self.state.active)[: len(needed) - 1, : sum(sizes)]
+            active, covered = jax.device_get((self.state.active, self.state.covered))
+            rows[1:] = active[: len(needed) - 1, : sum(sizes)]
         masks = [np.zeros((len(ran), len(request.prompt)), bool) for request in requests]
         for request, mask, part in zip(requests, masks, np.split(rows, np.cumsum(sizes)[:-1], axis=1), strict=True):
             mask[:, request.phases[0].forced] = part[ran]
-        return masks
+        return [Computed(mask, _first_number(covered[:, line])) for line, mask in enumerate(masks)]
+
+
+def _first_number(values: Float[np.ndarray, "_"]) -> float | None:
+    return next((float(value) for value in values if not np.isnan(value)), None)
 
 
 class ProbeRun:
@@ -124,7 +143,7 @@ class Runner:
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         signals = signals_for(phase.signal for phase in requests[0].phases)
         plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
-        state = embed_rows(self.params, rows, decoder=self.decoder)
+        state = embed_rows(self.params, rows, decoder=self.decoder, requests=len(plan.page_tables))
         return PrefillRun(requests, plan, state, tuple(signals.values()))
 
     @contextlib.contextmanager
@@ -189,12 +208,11 @@ class Runner:
                 )
         run.next_layer = until
 
-    def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[np.ndarray]]:
+    def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[Computed]]:
         """Align and prefill requests with the same schedule, all layers at once.
 
         Returns:
-          Float32 logits of each line's last token, and for each request which of its tokens each phase computed,
-          `[phases, tokens]`.
+          Float32 logits of each line's last token, and what was computed of each request.
         """
         run = self.begin(requests)
         self.advance(run)

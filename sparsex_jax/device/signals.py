@@ -50,6 +50,10 @@ class Boundary(NamedTuple):
         rows, origin = self.rows.select(self.fresh[self.rows.index] & self.rows.valid)
         return rows, self.hidden.at[origin].get(mode="fill", fill_value=0)
 
+    def reused_rows(self) -> Bool[Array, "rows"]:
+        """Which of the rows are reused ones: neither fresh nor padding."""
+        return self.rows.valid & ~self.fresh[self.rows.index]
+
     def chunk_of(self, start: Int[Array, ""], part: Rows) -> tuple[Heads, Heads]:
         """K and V of one chunk of the rows at the boundary's layer."""
         x = lax.dynamic_slice_in_dim(self.hidden, start, len(part.token))
@@ -93,12 +97,25 @@ def probe_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return _probe(boundary, store, power=4)
 
 
+def probe_square(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """The same pass; the squares of the attention in the middle third of its layers are summed.
+
+    Between the two: where something is looked up, its row has most of the sum, and where nothing is, the sum spreads
+    over all that is glanced at. So the share that some rows hold says what is left beside them. Few rows hold most of
+    the fourth powers whatever is asked, and no few hold most of the plain sum. In the first and last layers heads look
+    at what is near, or at the same rows for any prompt.
+    """
+    return _probe(boundary, store, power=2, middle=True)
+
+
 def probe_last(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     """The same pass; the key mass of its last layer alone: QCFuse's critical layer (arXiv 2606.05875)."""
     return _probe(boundary, store, only_last=True)
 
 
-def _probe(boundary: Boundary, store: Store, power: int = 1, *, only_last: bool = False) -> tuple[Store, Scores]:
+def _probe(
+    boundary: Boundary, store: Store, power: int = 1, *, only_last: bool = False, middle: bool = False
+) -> tuple[Store, Scores]:
     forward, (rows, hidden) = boundary.forward, boundary.fresh_rows()
     end = boundary.layer + boundary.probe_layers
 
@@ -110,11 +127,17 @@ def _probe(boundary: Boundary, store: Store, power: int = 1, *, only_last: bool 
     def skip_mass(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         return run_layer(forward, layer, carry[0], rows, carry[1])
 
-    watched = boundary.layer
+    watched, until = boundary.layer, end
     if only_last:
         watched = end - 1
+    if middle:
+        watched, until = (boundary.layer + part * boundary.probe_layers // 3 for part in (1, 2))
+        until = jnp.maximum(until, watched + 1)  # of fewer than three layers, the first
+    if only_last or middle:
         store, hidden = lax.fori_loop(boundary.layer, watched, skip_mass, (store, hidden))
-    store, _, mass = lax.fori_loop(watched, end, layer_step, (store, hidden, forward.no_mass(store)))
+    store, hidden, mass = lax.fori_loop(watched, until, layer_step, (store, hidden, forward.no_mass(store)))
+    if middle:
+        store, _ = lax.fori_loop(until, end, skip_mass, (store, hidden))
     return store, boundary.at_rows(mass)
 
 
@@ -148,6 +171,7 @@ BUILT_IN: dict[str, Signal] = {
     "key_mass": key_mass,
     "probe_mass": probe_mass,
     "probe_focus": probe_focus,
+    "probe_square": probe_square,
     "probe_last": probe_last,
     "kv_deviation": kv_deviation,
     "given": given,

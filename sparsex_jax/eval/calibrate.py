@@ -169,7 +169,7 @@ def predicted_fraction(reuse: SparseX, num_layers: int, num_tokens: int, around:
     segment = Segment(around, num_tokens, 0, np.arange(num_tokens), exact=True)
     prompt = PromptMap(np.zeros(len(kind), np.int32), kind, (segment,))
     phases = reuse.phases(prompt, num_layers)
-    return make_report(prompt, phases, num_layers, prompt.computed, 0.0).computed_fraction
+    return make_report(prompt, phases, num_layers, 0.0).computed_fraction
 
 
 # Measuring --------------------------------------------------------------------------------------------------

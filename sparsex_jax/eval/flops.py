@@ -15,12 +15,12 @@ from jaxtyping import Bool
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import ModelConfig, ReuseConfig
 from sparsex_jax.reuse.methods import method_of
-from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.reuse.schedule import Phase
 
-# Signals whose own pass scores in every layer that it runs. The others score in one.
-_SCORES_EVERY_LAYER = ("probe_mass", "probe_focus")
+# Of the layers that a signal's own pass runs, the share in which it scores. The others score in one.
+_SCORED_LAYERS = {"probe_mass": 1.0, "probe_focus": 1.0, "probe_square": 1 / 3}
 _READS_NO_QUERIES = ("kv_deviation", "given")
 
 
@@ -53,6 +53,9 @@ def flops_fraction(model: ModelConfig, reuse: ReuseConfig, report: Report) -> fl
       reuse: the method that made the report, for its schedule.
     """
     layer, prompt = _Layer(model), _prompt_of(report)
+    everything = model.num_layers * layer.run(np.ones(len(prompt), bool))
+    if report.probe_layers:
+        return (_probe(layer, report) + model.num_layers * layer.run(_rows_of_excerpt(report))) / everything
     phases = method_of(reuse).phases(prompt, model.num_layers)
     rows = _rows(phases, report)
     starts = [*(phase.start for phase in phases), model.num_layers]
@@ -64,7 +67,20 @@ def flops_fraction(model: ModelConfig, reuse: ReuseConfig, report: Report) -> fl
         for before, phase in pairs
         if phase.start < model.num_layers and phase.can_leave_out(int(before.sum()))
     )
-    return (layers + signals) / (model.num_layers * layer.run(np.ones(len(prompt), bool)))
+    return (layers + signals) / everything
+
+
+def _probe(layer: _Layer, report: Report) -> float:
+    """A pass of the fresh tokens, as if all of its layers were looked at."""
+    fresh = report.kind != TokenKind.PREFIX
+    for segment in report.segments:
+        fresh[segment.start : segment.start + segment.length] = False
+    return report.probe_layers * (layer.run(fresh) + layer.score(fresh))
+
+
+def _rows_of_excerpt(report: Report) -> Bool[np.ndarray, "kept"]:
+    """Which tokens of the excerpt were computed."""
+    return report.active[report.kind != TokenKind.OMITTED]
 
 
 def _prompt_of(report: Report) -> PromptMap:
@@ -80,10 +96,10 @@ def _rows(phases: Sequence[Phase], report: Report) -> list[Bool[np.ndarray, "tok
     """What each phase computed. Of phases after the second only the number is known: it is spread over the second's."""
     first, *later = phases
     rows = [first.forced]
-    for number, phase in enumerate(later):
-        before = report.active if number == 0 else rows[-1] & report.active
+    for phase, computed in zip(later, report.phase_tokens[1:], strict=True):
+        before = report.active if len(rows) == 1 else rows[-1]
         candidates = np.flatnonzero(before & ~phase.forced)
-        kept = min(phase.budget, len(candidates)) if number else len(candidates)
+        kept = max(computed - int(phase.forced.sum()), 0)
         own = phase.forced.copy()
         own[candidates[(np.arange(kept) * len(candidates)) // max(kept, 1)]] = True
         rows.append(own)
@@ -97,5 +113,5 @@ def _signal(layer: _Layer, prompt: PromptMap, before: Bool[np.ndarray, "tokens"]
     scored = 0 if phase.signal in _READS_NO_QUERIES else layer.score(prompt.fresh)
     if not phase.probe_layers:
         return layer.keys_values * int(before.sum()) + scored
-    times = phase.probe_layers if phase.signal in _SCORES_EVERY_LAYER else 1
+    times = max(_SCORED_LAYERS.get(phase.signal, 0) * phase.probe_layers, 1)
     return phase.probe_layers * layer.run(prompt.fresh) + times * scored

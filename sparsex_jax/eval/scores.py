@@ -60,7 +60,7 @@ class Answer:
     ttft_s: float | None = None
 
 
-# The figures of a row, with their units. `compare` gives all but `flops_fraction`.
+# The figures of a row, with their units. `compare` gives all but `flops_fraction`, and `confidence` where there is one.
 UNITS = {
     "score": "share",
     "kl": "nats",
@@ -68,6 +68,7 @@ UNITS = {
     "agreement": "share",
     "computed_fraction": "share",
     "flops_fraction": "share",
+    "confidence": "share",
     "active_tokens": "tokens",
     "reused_tokens": "tokens",
     "recomputed_tokens": "tokens",
@@ -87,6 +88,7 @@ def compare(answer: Answer, full: Answer, expected: Sequence[str]) -> dict[str, 
         "top1": float(full.logits.argmax() == answer.logits.argmax()),
         "agreement": agreement(full.token_ids, answer.token_ids),
         "computed_fraction": report.computed_fraction,
+        **({} if report.confidence is None else {"confidence": report.confidence}),
         "active_tokens": report.active_tokens,
         "reused_tokens": report.reused_tokens,
         "recomputed_tokens": report.recomputed_tokens,

@@ -129,6 +129,8 @@ def mean_keys(positions: Int[np.ndarray, "rows"]) -> float:
 def prefill_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> float:
     """Seconds that the prefill of one request alone takes, copies and logits among them.
 
+    Where a signal decides how many tokens it chooses (`Phase.coverage`), it is taken to choose the least: what it will
+    see is not known, and where it looks at little, this is what reuse can save.
     Not counted is what every plan for the request needs alike: the lookup, and the first token's way to the caller.
     """
     phases, times = plan.phases, speeds.of_plan(plan.num_rows)

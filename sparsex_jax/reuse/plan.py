@@ -85,6 +85,22 @@ class Copies:
 
 
 @struct.dataclass
+class Budget:
+    """How many rows of each request a signal chooses: those of highest score.
+
+    Attributes:
+      least: this many rows.
+      coverage: more, until they hold this share of the scores of all that are chosen from. 0: no more. Where all scores
+        are 0, nothing holds a share of them.
+      most: but no more than these.
+    """
+
+    least: Int[Array, "*boundaries requests"]
+    coverage: Float[Array, "*boundaries requests"]
+    most: Int[Array, "*boundaries requests"]
+
+
+@struct.dataclass
 class Boundaries:
     """Where a prefill goes on with fewer rows, and which ones: a line for each of `schedule.MAX_BOUNDARIES`.
 
@@ -93,14 +109,14 @@ class Boundaries:
       signal: number of the signal that scores the rows, in the order of the signals that the program was compiled
         with; -1 where the forced rows are all that go on.
       forced: rows that go on whatever their score. Rows are the plan's own.
-      budget: for each request, how many more rows go on: those of highest score.
+      budget: how many more rows go on, by their scores; its arrays have a line for each boundary.
       probe_layers: how many layers the signal's own pass runs, for signals that have one.
     """
 
     layer: Int[Array, "boundaries"]
     signal: Int[Array, "boundaries"]
     forced: Bool[Array, "boundaries rows"]
-    budget: Int[Array, "boundaries requests"]
+    budget: Budget
     probe_layers: Int[Array, "boundaries"]
 
 
@@ -133,9 +149,12 @@ class PrefillState:
       rows: the tokens that are computed now; at layer 0 the plan's own rows.
       hidden: their hidden states at the input of `layer`.
       active: which of the plan's rows went on at each boundary that was passed.
+      covered: of the scores of each request's reused rows at each of these boundaries, the share of those that went on.
+        NaN where no signal looked, or where it saw nothing.
     """
 
     layer: Int[Array, ""]
     rows: Rows
     hidden: Float[Array, "rows hidden"]
     active: Bool[Array, "boundaries rows"]
+    covered: Float[Array, "boundaries requests"]

@@ -14,7 +14,7 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.excerpt import Probe
-from sparsex_jax.reuse.plan import PADDING_REQUEST, Boundaries, Copies, PrefillPlan, Rows
+from sparsex_jax.reuse.plan import PADDING_REQUEST, Boundaries, Budget, Copies, PrefillPlan, Rows
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import MAX_BOUNDARIES, Phase
 
@@ -179,13 +179,25 @@ def _boundaries(
     lines = MAX_BOUNDARIES
     layer, signal = np.full(lines, -1, np.int32), np.full(lines, -1, np.int32)
     probe_layers = np.zeros(lines, np.int32)
-    forced, budget = np.zeros((lines, layout.size), bool), np.zeros((lines, max_requests), np.int32)
+    forced = np.zeros((lines, layout.size), bool)
     for line, same in enumerate(later):
         layer[line], signal[line] = same[0].start, _number_of(same[0].signal, signals)
         probe_layers[line] = same[0].probe_layers
         forced[line] = layout.rows([phase.forced for phase in same], False)
-        budget[line, : len(same)] = [phase.budget for phase in same]
-    return Boundaries(*jax.device_put((layer, signal, forced, budget, probe_layers)))
+    budgets = _budgets(later, max_requests)
+    before, by, stay, budget, probed = jax.device_put((layer, signal, forced, budgets, probe_layers))
+    return Boundaries(before, by, stay, Budget(*budget), probed)
+
+
+def _budgets(later: Sequence[Sequence[Phase]], max_requests: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The arrays of a `Budget`."""
+    shape = (MAX_BOUNDARIES, max_requests)
+    least, coverage, most = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    for line, same in enumerate(later):
+        least[line, : len(same)] = [phase.budget for phase in same]
+        coverage[line, : len(same)] = [phase.coverage for phase in same]
+        most[line, : len(same)] = [phase.most_chosen for phase in same]
+    return least, coverage, most
 
 
 def _number_of(signal: str | None, signals: Sequence[str]) -> int:

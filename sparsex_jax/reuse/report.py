@@ -56,11 +56,15 @@ class Report:
       segments: the reused runs, in order.
       computed_fraction: token-layers that were computed, those of a signal's own pass included, as a share of all
         token-layers of the prompt.
-      confidence: of the attention by which reused tokens were chosen, the share that is on the chosen ones. None where
-        nothing was chosen.
+      confidence: of what a signal saw in the reused tokens where it first looked, the share of those that were computed
+        from there on, from 0 to 1. 1 where every reused token was computed in every layer, or there was none. None
+        where tokens were left out and no signal looked, and behind an approximate prefix if all else was computed.
+        Of an excerpt: the share of the probe's focus that is on what was kept.
+      probe_layers: how many layers a probe ran the fresh tokens through before an excerpt was made. 0: there was none.
       ttft_s: seconds from the call to the first token (or its logits) on the host.
       kind: a `TokenKind` for each prompt token, uint8 `[tokens]`.
       active: whether each prompt token was computed from the boundary layer on, bool `[tokens]`.
+      phase_tokens: how many tokens each phase of the schedule computed.
     """
 
     prompt_tokens: int
@@ -75,9 +79,11 @@ class Report:
     segments: tuple[ReusedSegment, ...]
     computed_fraction: float
     confidence: float | None
+    probe_layers: int
     ttft_s: float
     kind: np.ndarray
     active: np.ndarray
+    phase_tokens: tuple[int, ...]
 
     def tokens_by_kind(self) -> dict[str, int]:
         """The number of tokens of each of the `KINDS`. Their sum is `prompt_tokens`."""
@@ -89,8 +95,9 @@ class Report:
         return f"{self.prompt_tokens} tokens: {', '.join(f'{n} {words_of(kind)}' for kind, n in counts if n)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the per-token arrays, ready for JSON."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("kind", "active")}
+        """Everything but what is known of each token and each phase, ready for JSON."""
+        names = [each.name for each in dataclasses.fields(self) if each.name not in ("kind", "active", "phase_tokens")]
+        fields = {name: getattr(self, name) for name in names}
         return fields | {"segments": [dataclasses.asdict(segment) for segment in self.segments]}
 
 
@@ -98,32 +105,37 @@ def make_report(
     prompt: PromptMap,
     phases: Sequence[Phase],
     num_layers: int,
-    active: Bool[np.ndarray, "tokens"],
     ttft_s: float,
-    counts: Sequence[int] | None = None,
+    computed: Bool[np.ndarray, "phases tokens"] | None = None,
+    confidence: float | None = None,
 ) -> Report:
     """The report of one request.
 
     Args:
-      active: which tokens of the prompt were computed from the boundary layer on.
       ttft_s: see `Report`.
-      counts: how many tokens each phase computed. None, where nothing ran: as many as it may compute.
+      computed: which tokens each phase computed. None, where nothing ran: those that it forces. How many a signal adds
+        to them is counted then, as the least that it may add.
+      confidence: of the scores where a signal looked, the share of the tokens that were computed. None: none looked.
     """
-    counts = [phase.size for phase in phases] if counts is None else counts
+    ran = computed is not None
+    masks = np.stack([phase.forced for phase in phases]) if computed is None else computed
+    counts = masks.sum(1).tolist() if ran else [phase.least for phase in phases]
     ends = [*(phase.start for phase in phases[1:]), num_layers]
     token_layers = sum(n * (end - phase.start) for n, phase, end in zip(counts, phases, ends, strict=True))
-    everyone = counts[0] == prompt.computed.sum()
+    active = masks[min(1, len(phases) - 1)]
     return Report(
         prompt_tokens=len(prompt),
         **_counts(prompt, active),
-        active_tokens=int(counts[min(1, len(counts) - 1)]),
-        boundary_layer=ends[0] if everyone else 0,
+        active_tokens=counts[min(1, len(phases) - 1)],
+        boundary_layer=ends[0] if counts[0] == prompt.computed.sum() else 0,
         segments=tuple(ReusedSegment(s.start, s.length, s.donor_start) for s in prompt.segments),
-        computed_fraction=(int(token_layers) + probed(prompt, phases)) / (num_layers * len(prompt)),
-        confidence=None,
+        computed_fraction=(token_layers + probed(prompt, phases)) / (num_layers * len(prompt)),
+        confidence=1.0 if ran and _is_complete(prompt, masks) else confidence,
+        probe_layers=0,
         ttft_s=ttft_s,
         kind=prompt.kind,
         active=active,
+        phase_tokens=tuple(counts),
     )
 
 
@@ -146,9 +158,15 @@ def report_of_excerpt(whole: PromptMap, excerpt: Excerpt, answered: Report, num_
         segments=tuple(ReusedSegment(s.start, s.length, s.donor_start) for s in whole.segments),
         computed_fraction=float(work / len(whole)),
         confidence=excerpt.confidence,
+        probe_layers=excerpt.probe_layers,
         kind=kind,
         active=active,
     )
+
+
+def _is_complete(prompt: PromptMap, computed: Bool[np.ndarray, "phases tokens"]) -> bool:
+    """Whether nothing that was found is approximate: each reused token was computed in every layer."""
+    return bool(computed[:, prompt.reused].all()) and not prompt.approximate.any()
 
 
 def words_of(kind: str) -> str:
@@ -172,7 +190,7 @@ def token_kinds(kind: UInt8[np.ndarray, "tokens"], active: Bool[np.ndarray, "tok
     return np.where((kind == TokenKind.REUSED) & active, "recomputed", found_as(kind))
 
 
-def _counts(prompt: PromptMap, active: Bool[np.ndarray, "tokens"]) -> dict[str, int]:
+def _counts(prompt: PromptMap, active: Bool[np.ndarray, "tokens"]) -> dict[str, Any]:
     recomputed = int((prompt.reused & active).sum())
     found = np.bincount(prompt.kind, minlength=len(TokenKind)).tolist()
     return {

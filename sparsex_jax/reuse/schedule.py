@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from sparsex_jax.config.checks import is_int
+from sparsex_jax.config.checks import is_int, is_number
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.prompt import PromptMap
 
@@ -29,7 +29,10 @@ class Phase:
       start: the first layer.
       forced: tokens that are computed whatever the signal says.
       signal: a name in `sparsex_jax.device.signals.SIGNALS`, or None.
-      budget: how many more tokens of the phase before the signal chooses.
+      budget: how many more tokens of the phase before the signal chooses, at least.
+      coverage: beyond the budget it chooses more, until these hold this share of the scores of all that it chooses
+        from. 0: no more.
+      max_budget: how many more tokens it chooses at most then. None: any number.
       pool_tokens: the signal chooses blocks of this many tokens of a segment, by their mean score. It finishes the last
         block that it begins, which may exceed the budget.
       scores: one for each prompt token, not negative; what the signal `given` scores by.
@@ -41,18 +44,32 @@ class Phase:
     forced: Bool[np.ndarray, "tokens"]
     signal: str | None = None
     budget: int = 0
+    coverage: float = 0.0
+    max_budget: int | None = None
     pool_tokens: int = 1
     scores: Float32[np.ndarray, "tokens"] | None = None
     probe_layers: int = 0
 
     @property
+    def least(self) -> int:
+        """How many tokens the phase computes at least, where there are as many to choose from."""
+        return int(self.forced.sum()) + self.budget
+
+    @property
+    def most_chosen(self) -> int:
+        """How many tokens the signal chooses at most, apart from those that finish a block."""
+        if not self.coverage:
+            return self.budget
+        return len(self.forced) - int(self.forced.sum()) if self.max_budget is None else self.max_budget
+
+    @property
     def size(self) -> int:
         """How many tokens the phase computes at most, apart from those that finish a block."""
-        return int(self.forced.sum()) + self.budget
+        return int(self.forced.sum()) + self.most_chosen
 
     def can_leave_out(self, size: int) -> bool:
         """Whether it may compute fewer than `size` tokens."""
-        return self.size < size
+        return self.least < size
 
 
 def check_schedule(method: str, phases: Sequence[Phase], prompt: PromptMap, num_layers: int) -> None:
@@ -115,14 +132,24 @@ def _about_choice(phase: Phase, prompt: PromptMap) -> Iterator[str]:
         value = getattr(phase, name)
         if not is_int(value) or value < least:
             yield f"has {name}={value!r}; it must be an integer >= {least}"
-    if phase.budget and phase.signal is None:
-        yield f"has budget={phase.budget} and no signal to choose by"
+    for name in ("budget", "coverage"):
+        if getattr(phase, name) and phase.signal is None:
+            yield f"has {name}={getattr(phase, name)} and no signal to choose by"
+    yield from _about_coverage(phase)
     if not is_int(phase.probe_layers) or phase.probe_layers < 0:
         yield f"has probe_layers={phase.probe_layers!r}; it must be an integer >= 0"
     elif phase.probe_layers and (phase.signal is None or phase.signal in _WITHOUT_A_PASS):
         yield f"has probe_layers={phase.probe_layers}, but its signal {phase.signal!r} runs no layers"
     if phase.signal == "given":
         yield from _about_scores(phase.scores, len(prompt))
+
+
+def _about_coverage(phase: Phase) -> Iterator[str]:
+    if not is_number(phase.coverage) or not 0 <= phase.coverage <= 1:
+        yield f"has coverage={phase.coverage!r}; it must be a number from 0 to 1"
+    most = phase.max_budget
+    if most is not None and (not is_int(most) or most < phase.budget):
+        yield f"has max_budget={most!r}; it must be None or an integer >= its budget, {phase.budget}"
 
 
 def _about_scores(scores: np.ndarray | None, length: int) -> Iterator[str]:

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import DecodeState
-from sparsex_jax.device.runner import PrefillRun, ProbeRun, Runner
+from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.device.state import decode_state, sampling_arrays
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
@@ -42,12 +42,12 @@ class Prefilled(NamedTuple):
 
     Attributes:
       sampled: the token behind each sequence's stage, as NumPy arrays; no tokens if no sequence of the plan wants one.
-      computed: for each sequence, which of its tokens each phase computed, `[phases, tokens]`.
+      computed: of each sequence.
       logits: float32 `[sequences, vocab]`, on the device.
     """
 
     sampled: Sampled
-    computed: list[np.ndarray]
+    computed: list[Computed]
     logits: Array
 
 

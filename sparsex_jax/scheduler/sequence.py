@@ -34,7 +34,7 @@ from sparsex_jax.cache import Match
 from sparsex_jax.cache.company import Company, company_namespace
 from sparsex_jax.cache.counts import Hits
 from sparsex_jax.config import ReuseConfig
-from sparsex_jax.device.runner import PrefillRun, ProbeRun
+from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun
 from sparsex_jax.device.state import BatchSlot
 from sparsex_jax.reuse.excerpt import Excerpt
 from sparsex_jax.reuse.planner import RequestPlan
@@ -149,6 +149,7 @@ class Sequence:
       run: the first stage's prefill, while it rests between two layers.
       turn: rises with every stage and every few layers; the sequence with the lowest one is next.
       computed: which prompt tokens each phase of the plan computed.
+      confidence: as in `Computed`, of the stage whose signal looked.
       num_computed: tokens at its beginning whose KV is in its pages.
       offer: what others can find once this one is committed.
 
@@ -195,6 +196,7 @@ class Sequence:
     run: PrefillRun | ProbeRun | None = None
     turn: int = 0
     computed: Bool[np.ndarray, "phases tokens"] | None = None
+    confidence: float | None = None
     num_computed: int = 0
     offer: Offer | None = None
 
@@ -306,7 +308,7 @@ class Sequence:
     def start_prefill(self, stages: list[RequestPlan], num_layers: int) -> None:
         """These are the plans that prefill it."""
         plan, self.state, self.stages = self.plan, State.PREFILLING, deque(stages)
-        self.computed = np.zeros((len(plan.phases), len(plan.prompt)), bool)
+        self.computed, self.confidence = np.zeros((len(plan.phases), len(plan.prompt)), bool), None
         self.approximate = plan.exact_tokens(num_layers) < len(plan.prompt)
         self.offer = None if plan.probe else Offer(plan.prompt)
 
@@ -323,7 +325,7 @@ class Sequence:
         self.reuse = ReuseConfig(method=self.exact_method)
         self.wanted = Wanted(self.prompt, self.reuse)
 
-    def finish_stage(self, computed: Bool[np.ndarray, "phases tokens"]) -> None:
+    def finish_stage(self, computed: Computed) -> None:
         """Its first stage has run.
 
         A chunk has one phase: it computed its tokens for all phases of the plan that may compute them.
@@ -332,7 +334,8 @@ class Sequence:
         self.run, self.num_computed = None, len(self.stages.popleft().prompt)
         upto = min(self.num_computed, self.computed.shape[1])
         may = np.array([phase.forced | self.plan.prompt.reused for phase in self.plan.phases])
-        self.computed[:, :upto] |= computed[:, :upto] & may[:, :upto]
+        self.computed[:, :upto] |= computed.tokens[:, :upto] & may[:, :upto]
+        self.confidence = computed.confidence  # only the last stage has signals
 
     def finish_prefill(self, num_layers: int) -> None:
         """All stages have run, and the next token is there. Prefills after a preemption in decode are not reported."""
@@ -340,9 +343,10 @@ class Sequence:
         if self.output.token_ids:
             return
         assert self.computed is not None
-        active, counts = self.computed[min(1, len(self.computed) - 1)], self.computed.sum(1).tolist()
         elapsed = time.perf_counter() - self.submitted
-        self.report = make_report(self.plan.prompt, self.plan.phases, num_layers, active, elapsed, counts)
+        self.report = make_report(
+            self.plan.prompt, self.plan.phases, num_layers, elapsed, self.computed, self.confidence
+        )
         if self.excerpt is not None:
             self.report = report_of_excerpt(*self.excerpt, self.report, num_layers)
 

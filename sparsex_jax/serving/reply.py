@@ -178,8 +178,8 @@ class Reply:
 
 
 def cached_tokens(report: Report) -> int:
-    """Tokens whose KV is the stored one: of prefixes, exact or approximate, and those reused and not recomputed."""
-    return report.prefix_tokens + report.approximate_prefix_tokens + report.reused_tokens
+    """Tokens that were found and not computed: of prefixes, reused as they are, or left out of an excerpt."""
+    return report.prompt_tokens - report.recomputed_tokens - report.fresh_tokens
 
 
 def token_map(pieces: list[str], report: Report) -> dict[str, Any]:

@@ -18,6 +18,7 @@ complete example, with a signal of its own. Nothing here imports jax, so that th
 from sparsex_jax.config import METHODS, find_method
 from sparsex_jax.config.checks import Count, Flag, Positive, Share
 from sparsex_jax.reuse.methods.base import Method, budget, check_boundaries, method_of
+from sparsex_jax.reuse.methods.choosing import ChoosingMethod
 
 # The order of these imports is the order in which error messages and the API's schema list the methods.
 # isort: off
@@ -38,6 +39,7 @@ from sparsex_jax.reuse.schedule import Phase, check_schedule
 __all__ = [
     "METHODS",
     "CacheBlend",
+    "ChoosingMethod",
     "Count",
     "Epic",
     "Excerpts",

@@ -18,7 +18,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase, check_schedule
 
 # Options of the methods that correct what stands around new tokens; more of each computes more.
-CORRECTIONS = ("recompute_ratio", "overflow_tokens", "tail_tokens", "second_boundary", "head_tokens")
+CORRECTIONS = ("overflow_tokens", "tail_tokens", "second_boundary", "head_tokens")
 LEAST_SPARED = 0.25  # of a segment's tokens: with fewer, copying and scoring it is not worth its approximation
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from sparsex_jax.config.checks import Count, Share
-from sparsex_jax.reuse.methods.base import Method, budget, check_boundaries
+from sparsex_jax.config.checks import Count
+from sparsex_jax.reuse.methods.base import check_boundaries
+from sparsex_jax.reuse.methods.choosing import ChoosingMethod
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
@@ -16,7 +17,7 @@ NARROWING = (1.2, 1.1, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheBlend(Method, name="cacheblend"):
+class CacheBlend(ChoosingMethod, name="cacheblend"):
     """Compute everything up to the boundary layer, then the fresh tokens and the reused ones of largest KV deviation.
 
     Each token attends causally by its true position, unlike in the published code, which masks the chosen tokens as if
@@ -25,18 +26,23 @@ class CacheBlend(Method, name="cacheblend"):
     Attributes:
       boundary_layer: the first layer at which KV is compared. An aligned copy is exact at layer 0, so layer 1 is the
         first where it can deviate; LMCache compares there too.
-      recompute_ratio: how many reused tokens are computed in the end, as a share of all reused ones.
+      recompute_ratio, coverage, max_ratio: as in all methods that choose, of the tokens that are computed in the end.
     """
 
     boundary_layer: Count = 1
-    recompute_ratio: Share = 0.15
 
-    more_is_careful: ClassVar[tuple[str, ...]] = (*Method.more_is_careful, "boundary_layer", "recompute_ratio")
+    more_is_careful: ClassVar[tuple[str, ...]] = (*ChoosingMethod.more_is_careful, "boundary_layer")
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         check_boundaries(num_layers, boundary_layer=self.boundary_layer)
         phases = [Phase(0, prompt.computed)]
         for layer, factor in enumerate(NARROWING, start=self.boundary_layer):
-            chosen = budget(prompt, prompt.fresh, min(factor * self.recompute_ratio, 1.0))
-            phases.append(Phase(min(layer, num_layers), prompt.fresh, "kv_deviation", chosen))
+            phases.append(self._wider(factor).choice(prompt, min(layer, num_layers), prompt.fresh, "kv_deviation"))
         return phases
+
+    def _wider(self, factor: float) -> CacheBlend:
+        """The same with ratios that are larger by a factor. Each of the layers covers so much of what the one before it
+        left that `coverage` is about what all of them leave."""
+        least, most = (min(factor * ratio, 1.0) for ratio in (self.recompute_ratio, self.max_ratio))
+        coverage = self.coverage ** (1 / len(NARROWING))
+        return dataclasses.replace(self, recompute_ratio=least, coverage=coverage, max_ratio=most)

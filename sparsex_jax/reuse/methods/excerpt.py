@@ -22,10 +22,10 @@ WATCHED = (0.3, 0.7)  # of the layers
 class Excerpts(Method, name="excerpt"):
     """Leave out the pieces of remembered texts that the fresh tokens do not look at, and compute the rest exactly.
 
-    KV that was made elsewhere is good enough to see where an answer is, and often not good enough to give it: even where
-    the right text is computed again, the stale ones around it draw attention. So a pass of the fresh tokens over the
-    pasted KV (the probe) says which pieces they focus on, and the answer comes from a prompt that has those pieces and
-    no others, of which every token is computed.
+    KV that was made elsewhere is good enough to see where an answer is, and often not good enough to give it: even
+    where the right text is computed again, the stale ones around it draw attention. So a pass of the fresh tokens over
+    the pasted KV (the probe) says which pieces they focus on, and the answer comes from a prompt that has those pieces
+    and no others, of which every token is computed.
 
     What is not a remembered text (`Engine.remember`), as a conversation's earlier turns, is never left out. A prompt of
     which nothing may be left out is prefilled as by `SparseX`.

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool
 
-from sparsex_jax.config.checks import Count, Positive, Share
-from sparsex_jax.reuse.methods.base import CORRECTIONS, Method, budget, check_boundaries
+from sparsex_jax.config.checks import Count, Limit, Positive, is_int
+from sparsex_jax.reuse.methods.base import CORRECTIONS, check_boundaries
+from sparsex_jax.reuse.methods.choosing import ChoosingMethod
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 SINKS = 4  # tokens
+_SIGNALS = {1: "probe_mass", 2: "probe_square", 4: "probe_focus"}
+Power = Annotated[int, Limit(lambda value: is_int(value) and value in _SIGNALS, "1, 2 or 4")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Focus(Method, name="focus"):
+class Focus(ChoosingMethod, name="focus"):
     """Compute the fresh tokens, those next to them and the pieces of segments that the fresh tokens focus on.
 
     A first pass of the fresh tokens over the pasted KV, as ProphetKV's, sums the fourth powers of their attention over
@@ -29,31 +32,32 @@ class Focus(Method, name="focus"):
     their KV from the first pass and are not computed again.
 
     Attributes:
+      power: of the attention that is summed: 1, 2 or 4. With a `coverage`, take 2.
       second_boundary: from this layer on, only fresh tokens are computed. None: the others too, to the end.
       pool_tokens: length of a piece; the default is about a paragraph.
-      recompute_ratio, overflow_tokens, tail_tokens, head_tokens: as in `SparseX`.
+      overflow_tokens, tail_tokens, head_tokens: as in `SparseX`.
     """
 
-    recompute_ratio: Share = 0.15
+    power: Power = 4
     overflow_tokens: Count = 16
     tail_tokens: Count = 64
     second_boundary: Positive | None = None
     head_tokens: Count = 0
     pool_tokens: Positive = 128
 
-    more_is_careful: ClassVar[tuple[str, ...]] = (*Method.more_is_careful, *CORRECTIONS)
+    more_is_careful: ClassVar[tuple[str, ...]] = (*ChoosingMethod.more_is_careful, *CORRECTIONS)
 
-    def resolved(self, num_layers: int) -> Method:
+    def values(self, num_layers: int) -> dict[str, Any]:
         second = num_layers if self.second_boundary is None else self.second_boundary
-        return dataclasses.replace(self, second_boundary=second)
+        return super().values(num_layers) | {"second_boundary": second}
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         check_boundaries(num_layers, second_boundary=self.second_boundary)
         if not prompt.reused.any():
             return [Phase(0, prompt.computed)]
         forced = self.forced(prompt)
-        chosen = budget(prompt, forced, self.recompute_ratio)
-        choice = Phase(0, forced, "probe_focus", chosen, self.pool_tokens, probe_layers=num_layers)
+        signal = _SIGNALS[self.power]
+        choice = self.choice(prompt, 0, forced, signal, pool_tokens=self.pool_tokens, probe_layers=num_layers)
         phases = [Phase(0, prompt.computed), choice]
         if self.second_boundary is not None:
             phases.append(Phase(self.second_boundary, prompt.unsettled))

@@ -32,6 +32,7 @@ class Oracle(SparseX):
     scores: Sequence[float] | Float32[np.ndarray, "tokens"] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.scores is not None:  # a tuple, so that equal ones are equal and have the same hash
             object.__setattr__(self, "scores", tuple(np.asarray(self.scores, np.float32).tolist()))
 

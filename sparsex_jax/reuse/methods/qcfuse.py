@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sparsex_jax.config.checks import Count, Positive, Share, require
-from sparsex_jax.reuse.methods.base import Method, budget
+from sparsex_jax.reuse.methods.choosing import ChoosingMethod
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
@@ -16,7 +16,7 @@ CRITICAL = 0.54
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QCFuse(Method, name="qcfuse"):
+class QCFuse(ChoosingMethod, name="qcfuse"):
     """Compute, from layer 0 on, the fresh tokens and the reused ones that these attend to most in one layer.
 
     A first pass of the fresh tokens over the pasted KV ends in that layer. The paper's pass sees anchors only, 15 %
@@ -24,7 +24,7 @@ class QCFuse(Method, name="qcfuse"):
 
     Attributes:
       probe_layer: the layer, counted from 0, in which attention is looked at. None: a little behind the middle.
-      recompute_ratio: how many reused tokens, as a share of all of them. The paper's runs take 0.5.
+      recompute_ratio: as in all methods that choose. The paper's runs take 0.5.
       head_tokens, pool_tokens: as in `SparseX`.
     """
 
@@ -33,10 +33,10 @@ class QCFuse(Method, name="qcfuse"):
     head_tokens: Count = 0
     pool_tokens: Positive = 1
 
-    more_is_careful: ClassVar[tuple[str, ...]] = (*Method.more_is_careful, "recompute_ratio", "head_tokens")
+    more_is_careful: ClassVar[tuple[str, ...]] = (*ChoosingMethod.more_is_careful, "head_tokens")
 
-    def resolved(self, num_layers: int) -> Method:
-        return dataclasses.replace(self, probe_layer=self._critical(num_layers))
+    def values(self, num_layers: int) -> dict[str, Any]:
+        return super().values(num_layers) | {"probe_layer": self._critical(num_layers)}
 
     def _critical(self, num_layers: int) -> int:
         return int(CRITICAL * num_layers) if self.probe_layer is None else self.probe_layer
@@ -47,6 +47,5 @@ class QCFuse(Method, name="qcfuse"):
         if not prompt.reused.any():
             return [Phase(0, prompt.computed)]
         forced = prompt.fresh | prompt.segment_heads(self.head_tokens)
-        chosen = budget(prompt, forced, self.recompute_ratio)
-        choice = Phase(0, forced, "probe_last", chosen, self.pool_tokens, probe_layers=layer + 1)
+        choice = self.choice(prompt, 0, forced, "probe_last", pool_tokens=self.pool_tokens, probe_layers=layer + 1)
         return [Phase(0, prompt.computed), choice]

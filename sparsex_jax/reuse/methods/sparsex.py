@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
-from sparsex_jax.config.checks import Count, Positive, Share
-from sparsex_jax.reuse.methods.base import CORRECTIONS, Method, budget, check_boundaries
+from sparsex_jax.config.checks import Count, Positive
+from sparsex_jax.reuse.methods.base import CORRECTIONS, check_boundaries
+from sparsex_jax.reuse.methods.choosing import ChoosingMethod
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseX(Method, name="sparsex"):
+class SparseX(ChoosingMethod, name="sparsex"):
     """Compute everything up to the boundary layer, from there on the active tokens.
 
     Active are the fresh tokens, the reused ones next to them (overflow), the tail of a prompt that ends in reused ones,
@@ -25,7 +26,6 @@ class SparseX(Method, name="sparsex"):
       boundary_layer: `l*`. None is a sixth of the layers; the paper takes 15 to 20 % of them for small dense models.
         At 0, layer 0 scores and all layers are sparse, the paper's pure sparse variant. The number of layers is full
         recompute.
-      recompute_ratio: how many key tokens, as a share of the reused tokens.
       overflow_tokens: reused tokens on both sides of every run of fresh ones; on each side at most an eighth of their
         segment.
       tail_tokens: last tokens of the final segment, where the prompt ends in one.
@@ -36,25 +36,25 @@ class SparseX(Method, name="sparsex"):
     """
 
     boundary_layer: Count | None = None
-    recompute_ratio: Share = 0.15
     overflow_tokens: Count = 16
     tail_tokens: Count = 64
     second_boundary: Count | None = None
     head_tokens: Count = 0
     pool_tokens: Positive = 1
 
-    more_is_careful: ClassVar[tuple[str, ...]] = (*Method.more_is_careful, "boundary_layer", *CORRECTIONS)
+    more_is_careful: ClassVar[tuple[str, ...]] = (*ChoosingMethod.more_is_careful, "boundary_layer", *CORRECTIONS)
 
-    def resolved(self, num_layers: int) -> Method:
+    def values(self, num_layers: int) -> dict[str, Any]:
         second = num_layers if self.second_boundary is None else self.second_boundary
-        return dataclasses.replace(self, boundary_layer=self._boundary(num_layers), second_boundary=second)
+        own = {"boundary_layer": self._boundary(num_layers), "second_boundary": second}
+        return super().values(num_layers) | own
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         boundary = self._boundary(num_layers)
         check_boundaries(num_layers, boundary_layer=boundary, second_boundary=self.second_boundary)
         forced = self.forced(prompt)
-        chosen = budget(prompt, forced, self.recompute_ratio)
-        phases = [Phase(0, prompt.computed), Phase(boundary, forced, "key_mass", chosen, self.pool_tokens)]
+        choice = self.choice(prompt, boundary, forced, "key_mass", pool_tokens=self.pool_tokens)
+        phases = [Phase(0, prompt.computed), choice]
         if self.second_boundary is not None:
             phases.append(Phase(self.second_boundary, prompt.fresh))
         return phases

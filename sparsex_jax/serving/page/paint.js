@@ -1,12 +1,13 @@
 // Shows a report as bars, colours and numbers. Texts become text nodes, so that nothing in them is markup.
 
-export const KINDS = ["prefix", "approximate_prefix", "reused", "recomputed", "fresh"];
+export const KINDS = ["prefix", "approximate_prefix", "reused", "recomputed", "fresh", "omitted"];
 const MEANING = {
   prefix: "stored as the beginning of a prompt, used as it is",
   approximate_prefix: "stored as the beginning of a prompt, as its approximate prefill left it",
   reused: "found in the store and copied to this position",
   recomputed: "found in the store, but computed again",
   fresh: "not found, so computed",
+  omitted: "looked at by the new tokens, and left out of what is answered from",
 };
 
 export function element(tag, className, text) {

@@ -62,7 +62,7 @@ export function paintReport() {
   const counts = countKinds(kinds);
   $("ttft").textContent = seconds(report.ttft_s);
   $("computed").textContent = percent(report.computed_fraction);
-  $("cached").textContent = turn.cached ?? counts.prefix + counts.approximate_prefix + counts.reused;
+  $("cached").textContent = turn.cached ?? counts.prefix + counts.approximate_prefix + counts.reused + counts.omitted;
   $("cached-text").textContent = `of ${report.prompt_tokens} tokens not recomputed`;
   paintComparison(turn);
   paintBar($("kinds"), counts);

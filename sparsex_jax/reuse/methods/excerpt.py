@@ -33,7 +33,7 @@ class Excerpts(Method, name="excerpt"):
     Attributes:
       coverage: the pieces that are kept hold this share of the focus on all of them. Where the fresh tokens look at
         everything alike, as for counting, that is nearly all pieces, and the answer is full recompute's.
-      keep_ratio: keep at least this share of the tokens that might be left out.
+      keep_ratio: keep pieces of at least this share of the tokens that might be left out.
       first_layer, end_layer: the layers from the first up to the second are looked at, and none behind them is run.
         None: from three tenths of the layers up to seven tenths. Others look less at what is asked for.
       piece_tokens: texts are divided evenly into pieces of at most this many tokens.
@@ -70,10 +70,9 @@ class Excerpts(Method, name="excerpt"):
 
     def _watched(self, num_layers: int) -> tuple[int, int]:
         """The layers that are looked at: from the first up to the second."""
-        first, end = (
-            round(part * num_layers) if given is None else given
-            for given, part in zip((self.first_layer, self.end_layer), WATCHED, strict=True)
-        )
+        first, end = (round(part * num_layers) for part in WATCHED)
+        first = min(first, end - 1) if self.first_layer is None else self.first_layer  # of two layers, the first
+        end = end if self.end_layer is None else self.end_layer
         check_boundaries(num_layers, first_layer=first, end_layer=end)
         require(first < end, f"first_layer={first} must be less than end_layer={end}")
         return first, end

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax.eval import lexicon, notes
-from sparsex_jax.eval.documents.parts import BOXES, document, enough, joined, people, spread, unlike_people
+from sparsex_jax.eval.documents.parts import document, enough, joined, people, spread, unlike_boxes, unlike_people
 from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick
 
 CODE = "The access code of the {locked} is {code}, and it may not be told to visitors."
@@ -61,7 +61,7 @@ def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
     number of the box with one will. If there are several reports, no report has both facts."""
     places = _places(rng, size.num_segments)
     number = max(len(places) // 2, 1)
-    columns = enough(rng, BOXES, number), unlike_people(rng, number), numbers(rng, number, 4)
+    columns = unlike_boxes(rng, number), unlike_people(rng, number), numbers(rng, number, 4)
     chains = [{"box": box, "owner": owner, "number": each} for box, owner, each in zip(*columns, strict=True)]
     told = [[WILL.format(**chain)] for chain in chains] + [[BOX.format(**chain)] for chain in chains]
     told = [told[0] + told[1]] if len(places) == 1 else [*told, *[[]] * (len(places) - len(told))]

@@ -109,7 +109,7 @@ def vt_keys(rng: np.random.Generator, size: BodySize) -> Body:
 
 
 def _about_key(box: str, first: str, second: str, third: str) -> Question:
-    written = KEY_ANSWER.format(box=box, first=first, second=second, third=third)
+    written = KEY_ANSWER.format(first=first, second=second, third=third)
     return Question(KEY_QUESTION.format(box=box), (first, second, third), (written,))
 
 

@@ -14,7 +14,7 @@ CODE = "The access code of the {locked} is {code}, and it may not be told to vis
 KEEPER = "The {keeper} is {name}, who has been in charge since the spring."
 # What a question asks for stands behind what it names, because a small model continues what it finds.
 WILL = "Only the notary knows that the will of {owner} lies in the {box}."
-BOX = "The {box}, number {number}, was painted again last week, because the rain had spoiled it."
+BOX = "The {box}, number {number}, was put into a dry corner last week, because of the rain."
 STONE = "The first stone of the new {lower} of {town} was laid by the {office}, and a large crowd looked on."
 OFFICIALS = "The mayor is {mayor}, the judge is {judge}, the bishop is {bishop} and the general is {general}.\n"
 

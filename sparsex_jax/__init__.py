@@ -48,6 +48,7 @@ __all__ = [
     "Engine",
     "EngineConfig",
     "Epic",
+    "Excerpts",
     "Focus",
     "FrozenLimitError",
     "Full",

@@ -152,6 +152,7 @@ def test_figures_of_scripted_times():
             "reused": 19 / 40,
             "recomputed": 0,
             "fresh": 19 / 40,
+            "omitted": 0,
             "computed": (0.5 * 10 + 0.75 * 30) / 40,
         }
     )

@@ -22,7 +22,7 @@ from sparsex_jax.reuse.cost import prefill_seconds
 from sparsex_jax.reuse.methods import METHODS
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Budget
 
-CHOOSING = [name for name, method in METHODS.items() if hasattr(method(), "coverage")]
+CHOOSING = [name for name, method in METHODS.items() if hasattr(method(), "max_ratio")]
 PLAIN = {"overflow_tokens": 0, "tail_tokens": 0}
 ROWS, REQUESTS = 32, 3
 

@@ -27,6 +27,8 @@ REPORT_FIELDS = {
     "reused_tokens",
     "recomputed_tokens",
     "fresh_tokens",
+    "omitted_tokens",
+    "probe_layers",
     "active_tokens",
     "boundary_layer",
     "segments",
@@ -239,12 +241,15 @@ def test_pieces_of_tokens_make_up_the_text(tokenizer, text):
 
 
 def test_colours_follow_kind_and_active(tokenizer):
-    kind = [TokenKind.PREFIX, TokenKind.APPROXIMATE, TokenKind.REUSED, TokenKind.REUSED, TokenKind.FRESH]
-    report = report_of(kind, [False, False, False, True, True])
-    text = token_map(tokenizer, tokenizer("one two three four five")["input_ids"], report)
-    assert text.plain == "one two three four five"
+    kind = [getattr(TokenKind, name) for name in ("PREFIX", "APPROXIMATE", "REUSED", "REUSED", "FRESH", "OMITTED")]
+    report = report_of(kind, [False, False, False, True, True, False])
+    text = token_map(tokenizer, tokenizer("one two three four five six")["input_ids"], report)
+    assert text.plain == "one two three four five six"
     assert [str(span.style) for span in text.spans] == list(STYLES.values())
-    assert legend(report).plain == " prefix  1    approximate prefix  1    reused  1    recomputed  1    fresh  1"
+    assert (
+        legend(report).plain
+        == " prefix  1    approximate prefix  1    reused  1    recomputed  1    fresh  1    omitted  1"
+    )
 
 
 def test_kl_divergence():

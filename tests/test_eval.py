@@ -1,6 +1,7 @@
 """The quality bench: generated tasks and their tokenizer, caching regimes, scores, and a run from end to end."""
 
 import json
+import re
 
 import numpy as np
 import pytest

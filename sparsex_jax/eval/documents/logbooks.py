@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.documents.parts import BOXES, document, enough, joined, unlike_people
+from sparsex_jax.eval.documents.parts import document, enough, joined, unlike_boxes, unlike_people
 from sparsex_jax.eval.documents.prose import listed
 from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick
 
@@ -96,7 +96,7 @@ def vt_keys(rng: np.random.Generator, size: BodySize) -> Body:
     question asks for the three who had one key."""
     ships = _ships(rng, size.num_segments)
     number = max(len(ships) // 2, 1)
-    boxes, names = enough(rng, BOXES, number), np.reshape(unlike_people(rng, 3 * number), (-1, 3)).tolist()
+    boxes, names = unlike_boxes(rng, number), np.reshape(unlike_people(rng, 3 * number), (-1, 3)).tolist()
     facts = [
         [HANDED.format(giver=giver, box=box, taker=taker) for giver, taker in ((one, two), (two, three))]
         for box, (one, two, three) in zip(boxes, names, strict=True)
@@ -109,7 +109,7 @@ def vt_keys(rng: np.random.Generator, size: BodySize) -> Body:
 
 
 def _about_key(box: str, first: str, second: str, third: str) -> Question:
-    written = KEY_ANSWER.format(box=box, first=first, second=second, third=third)
+    written = KEY_ANSWER.format(first=first, second=second, third=third)
     return Question(KEY_QUESTION.format(box=box), (first, second, third), (written,))
 
 

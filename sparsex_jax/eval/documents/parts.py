@@ -14,11 +14,8 @@ from sparsex_jax.eval.samples import BodySize, person, scatter
 
 INSTRUCTION = "You are a helpful assistant. Answer the question from the documents below, in one short sentence.\n"
 
-BOXES = tuple(
-    f"{colour} {box}"
-    for box in listed("chest, trunk, cabinet, locker, safe")
-    for colour in listed("green, blue, yellow, black, white, brown, purple")
-)
+COLOURS = listed("green, blue, yellow, black, white, brown, purple, red, grey, pink, orange")
+BOXES = listed("chest, trunk, cabinet, locker, safe, basket, suitcase, wardrobe, crate, casket, sack, cupboard")
 
 Fill = Callable[[np.random.Generator], list[str]]
 
@@ -33,8 +30,20 @@ def people(rng: np.random.Generator, number: int) -> list[str]:
 
 def unlike_people(rng: np.random.Generator, number: int) -> list[str]:
     """Different names. As far as there are enough, no two have a first or a last name in common."""
-    first, last = (np.resize(rng.permutation(words), number) for words in (lexicon.FIRST_NAMES, lexicon.LAST_NAMES))
-    return [f"{one} {two}" for one, two in zip(first, last, strict=True)]
+    return _unlike(rng, lexicon.FIRST_NAMES, lexicon.LAST_NAMES, number)
+
+
+def unlike_boxes(rng: np.random.Generator, number: int) -> list[str]:
+    """Different kinds of boxes. As far as there are enough, no two are of one colour or of one kind.
+
+    A small model takes a white chest for a white locker.
+    """
+    return _unlike(rng, COLOURS, BOXES, number)
+
+
+def _unlike(rng: np.random.Generator, first: Sequence[str], second: Sequence[str], number: int) -> list[str]:
+    columns = enough(rng, first, number), enough(rng, second, number)
+    return [f"{one} {two}" for one, two in zip(*columns, strict=True)]
 
 
 def enough(rng: np.random.Generator, words: Sequence[str], number: int) -> list[str]:

@@ -7,15 +7,14 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax.eval import lexicon, notes
-from sparsex_jax.eval.documents.parts import BOXES, document, enough, joined, people, spread, unlike_people
-from sparsex_jax.eval.documents.prose import listed
+from sparsex_jax.eval.documents.parts import document, enough, joined, people, spread, unlike_boxes, unlike_people
 from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick
 
 CODE = "The access code of the {locked} is {code}, and it may not be told to visitors."
 KEEPER = "The {keeper} is {name}, who has been in charge since the spring."
 # What a question asks for stands behind what it names, because a small model continues what it finds.
-WILL = "The will of {owner} lies in the {box}, under a pile of old letters."
-STREET = "The {box} was sent to {street}, as had been agreed before the fair."
+WILL = "Only the notary knows that the will of {owner} lies in the {box}."
+BOX = "The {box}, number {number}, was put into a dry corner last week, because of the rain."
 STONE = "The first stone of the new {lower} of {town} was laid by the {office}, and a large crowd looked on."
 OFFICIALS = "The mayor is {mayor}, the judge is {judge}, the bishop is {bishop} and the general is {general}.\n"
 
@@ -25,11 +24,11 @@ ROOM = "the {locked} in the {lower} of {town}"
 CODES_ANSWER = "The access code of {room} is {code}"
 KEEPER_QUESTION = "Who is the {keeper} in the {lower} of {town}?"
 # It finds the second fact best when it has just written the words with which that fact begins.
-STREET_QUESTION = (
-    "What does the will of {owner} lie in, and to which street was that sent? "
-    "Answer in this form: It lies in the BOX, and the BOX was sent to STREET."
+WILL_QUESTION = (
+    "What does the will of {owner} lie in, and which number does that have? "
+    "Answer in this form: It lies in the BOX, number NUMBER."
 )
-STREET_ANSWER = "It lies in the {box}, and the {box} was sent to {street}"
+WILL_ANSWER = "It lies in the {box}, number {number}"
 STONE_QUESTION = (
     "Which official laid the first stone of the new {lower} of {town}, and what is this official's name? "
     "Answer in this form: It was laid by the OFFICE, and the OFFICE is NAME."
@@ -38,10 +37,6 @@ STONE_ANSWER = "It was laid by the {office}, and the {office} is {name}"
 
 OFFICES = ("mayor", "judge", "bishop", "general")
 CODES_ASKED = 3  # in `mq_codes`
-TREES = listed(
-    "Acorn, Birch, Cedar, Chestnut, Elder, Hazel, Juniper, Laurel, Linden, Maple, Myrtle, Poplar, Rowan, Yew"
-)
-STREETS = tuple(f"{tree} {way}" for way in ("Street", "Lane") for tree in TREES)
 
 
 def report_codes(rng: np.random.Generator, size: BodySize) -> Body:
@@ -62,19 +57,18 @@ def _about_places(rng: np.random.Generator, size: BodySize, fact: str, question:
 
 
 def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
-    """Reports; some say in which box the will of a person lies, others to which street a box was sent. A question asks
-    to which street a will was sent. If there are several reports, no report has both."""
+    """Reports; some say in which box the will of a person lies, others which number a box has. A question asks for the
+    number of the box with one will. If there are several reports, no report has both facts."""
     places = _places(rng, size.num_segments)
     number = max(len(places) // 2, 1)
-    columns = enough(rng, BOXES, number), unlike_people(rng, number), enough(rng, STREETS, number)
-    chains = [{"box": box, "owner": owner, "street": street} for box, owner, street in zip(*columns, strict=True)]
-    told = [[WILL.format(**chain)] for chain in chains] + [[STREET.format(**chain)] for chain in chains]
+    columns = unlike_boxes(rng, number), unlike_people(rng, number), numbers(rng, number, 4)
+    chains = [{"box": box, "owner": owner, "number": each} for box, owner, each in zip(*columns, strict=True)]
+    told = [[WILL.format(**chain)] for chain in chains] + [[BOX.format(**chain)] for chain in chains]
     told = [told[0] + told[1]] if len(places) == 1 else [*told, *[[]] * (len(places) - len(told))]
     documents = [document(rng, "report", *each, size) for each in zip(places, pick(rng, told, len(told)), strict=True)]
     asked = pick(rng, chains, size.num_questions)
     questions = [
-        Question(STREET_QUESTION.format(**chain), (chain["street"],), (STREET_ANSWER.format(**chain),))
-        for chain in asked
+        Question(WILL_QUESTION.format(**chain), (chain["number"],), (WILL_ANSWER.format(**chain),)) for chain in asked
     ]
     return Body(documents, questions)
 

@@ -70,9 +70,9 @@ class Excerpts(Method, name="excerpt"):
 
     def _watched(self, num_layers: int) -> tuple[int, int]:
         """The layers that are looked at: from the first up to the second."""
-        first, end = (round(part * num_layers) for part in WATCHED)
-        first = min(first, end - 1) if self.first_layer is None else self.first_layer  # of two layers, the first
-        end = end if self.end_layer is None else self.end_layer
+        few, most = (round(part * num_layers) for part in WATCHED)
+        first = few if self.first_layer is None else self.first_layer
+        end = max(most, first + 1) if self.end_layer is None else self.end_layer
         check_boundaries(num_layers, first_layer=first, end_layer=end)
         require(first < end, f"first_layer={first} must be less than end_layer={end}")
         return first, end

@@ -9,6 +9,7 @@ import pytest
 from conftest import closed_engine, closed_model
 from hypothesis import given
 from hypothesis import strategies as st
+from sparsex_jax.eval.calibrate import Interval, Measured, PromptSet, Target, select
 from test_cli import GOLDEN, invoke, one_object
 from typer.testing import CliRunner
 
@@ -18,7 +19,6 @@ from sparsex_jax.cli import app
 from sparsex_jax.cli.calibrate import target_of
 from sparsex_jax.config import architecture
 from sparsex_jax.eval import calibrate, quality
-from sparsex_jax.eval.calibrate import Interval, Measured, PromptSet, Target, select
 
 PROMPTS = PromptSet(["qa"], ["independent"], num_tokens=200, num_segments=2, samples=2)
 ANYTHING = Target("disagreement", 0.999)

@@ -16,7 +16,7 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.config import ModelConfig, ReuseConfig
 from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap
-from sparsex_jax.reuse.report import Report
+from sparsex_jax.reuse.report import Report, make_report
 from sparsex_jax.reuse.schedule import Phase
 
 # Signals whose own pass scores in every layer that it runs. The others score in one.
@@ -67,6 +67,18 @@ def flops_fraction(model: ModelConfig, reuse: ReuseConfig, report: Report) -> fl
     return (layers + signals) / (model.num_layers * layer.run(np.ones(len(prompt), bool)))
 
 
+def predicted_fraction(model: ModelConfig, reuse: ReuseConfig, prompt: PromptMap) -> float:
+    """The same before anything is measured: what a signal would choose of the prompt is spread over it.
+
+    Raises:
+      InvalidRequestError: an option is wrong for the model.
+    """
+    phases = method_of(reuse).phases(prompt, model.num_layers)
+    first, *later = phases
+    active = _chosen(first.forced, later[0]) if later else first.forced
+    return flops_fraction(model, reuse, make_report(prompt, phases, model.num_layers, active, 0.0))
+
+
 def _prompt_of(report: Report) -> PromptMap:
     """The map that the report was made from, but for the tokens and the places of the donors."""
     segments = tuple(
@@ -81,12 +93,16 @@ def _rows(phases: Sequence[Phase], report: Report) -> list[Bool[np.ndarray, "tok
     first, *later = phases
     rows = [first.forced]
     for number, phase in enumerate(later):
-        before = report.active if number == 0 else rows[-1] & report.active
-        candidates = np.flatnonzero(before & ~phase.forced)
-        kept = min(phase.budget, len(candidates)) if number else len(candidates)
-        own = phase.forced.copy()
-        own[candidates[(np.arange(kept) * len(candidates)) // max(kept, 1)]] = True
-        rows.append(own)
+        rows.append(_chosen(rows[-1] & report.active, phase) if number else phase.forced | report.active)
+    return rows
+
+
+def _chosen(before: Bool[np.ndarray, "tokens"], phase: Phase) -> Bool[np.ndarray, "tokens"]:
+    """What a phase computes, where those that its signal chooses of the phase before are spread evenly."""
+    candidates = np.flatnonzero(before & ~phase.forced)
+    kept = min(phase.budget, len(candidates))
+    rows = phase.forced.copy()
+    rows[candidates[(np.arange(kept) * len(candidates)) // max(kept, 1)]] = True
     return rows
 
 

@@ -120,8 +120,8 @@ def _sentence(selection: Selection, found: Calibration) -> str:
     scores = f"In {regime} full recompute scores {found.full_scores[regime]:.2f}. "
     if not selection.met:
         return (
-            f"{scores}None of {len(selection.attempts)} candidates meets {found.target}, so everything is recomputed "
-            f"there (method=full). The nearest: {basis.reuse.spec()}, {measured}."
+            f"{scores}None of {len(selection.attempts)} candidates meets {found.target}, so segments are recomputed "
+            f"there ({selection.reuse.spec()}). The nearest: {basis.reuse.spec()}, {measured}."
         )
     passed = sum(attempt.refuted for attempt in selection.attempts)
     return (

@@ -18,7 +18,9 @@ from sparsex_jax.eval.quality import FULL
 from sparsex_jax.eval.regimes import Regime
 from sparsex_jax.eval.rows import RowLog
 from sparsex_jax.eval.summaries import Row
+from sparsex_jax.reuse.methods import Prefix
 
+LOSSLESS = Prefix()  # what is used if no candidate meets the target: an exact prefix costs no quality
 _MEANS = ("computed_fraction", "flops_fraction", "score", "agreement", "kl")
 
 Track = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -59,7 +61,7 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The first candidate that meets the target in these regimes, or else full recompute, which always does.
+    """The first candidate that meets the target in these regimes, or else `LOSSLESS`, which always does.
 
     Attributes:
       regimes: names.
@@ -75,7 +77,7 @@ class Selection:
 
     @property
     def reuse(self) -> ReuseConfig:
-        return self.attempts[-1].reuse if self.met else FULL
+        return self.attempts[-1].reuse if self.met else LOSSLESS
 
     def basis(self, metric: str) -> Attempt:
         """The selected candidate. If there is none, the one with the smallest shortfall."""
@@ -107,7 +109,7 @@ class Calibration:
 
     @property
     def holds_for(self) -> list[str]:
-        """The regimes in which what is used meets the target. Full recompute meets it everywhere."""
+        """The regimes in which what is used meets the target. `LOSSLESS` meets it everywhere."""
         return list(self.used.regimes if self.used.met else self.by_regime)
 
 

@@ -102,16 +102,18 @@ def architecture(model: ModelConfig) -> dict[str, int]:
 def shipped_for(model: ModelConfig, name: str = "") -> Calibrated | None:
     """The calibration that comes with this package for a model's architecture, if there is one.
 
-    Models that differ in their weights alone share an architecture. Of their calibrations, that of the model whose name
-    is in `name` is taken, else the first by name. The result says for which model it was made.
+    Models that differ in their weights alone share an architecture. Of their calibrations, that of the model with the
+    longest name that is in `name` is taken, else the first by name. The result says for which model it was made.
 
     Args:
       name: of the file or directory that the model is in.
     """
-    found = [Calibrated.read(path) for path in sorted((config_dir() / "calibrations").glob("*.json"))]
-    fitting = [each for each in found if each.architecture == architecture(model)]
-    named = [each for each in fitting if each.model and each.model.lower() in name.lower()]
-    return next(iter([*named, *fitting]), None)
+    found = [Calibrated.read(path) for path in (config_dir() / "calibrations").glob("*.json")]
+    fitting = sorted(
+        (each for each in found if each.architecture == architecture(model)), key=lambda each: each.path.stem
+    )
+    known = [len(each.model) if each.model and each.model.lower() in name.lower() else 0 for each in fitting]
+    return fitting[known.index(max(known))] if fitting else None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

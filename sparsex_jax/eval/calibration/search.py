@@ -144,6 +144,7 @@ def calibrate(
     check_score(target, min(full_scores.values()))
     search = _Search(trials, target)
     by_regime = {each: search.first(candidates, (each,), track) for each in prompts.regimes}
+    use = use or (prompts.regimes[0] if len(by_regime) == 1 else None)
     used = by_regime[use] if use else search.first(candidates, tuple(prompts.regimes), track)
     company = None if use else next((s for name, s in by_regime.items() if Regime.parse(name).kind == "company"), None)
     times = {each: trials.times(each, used.reuse) for each in used.regimes}

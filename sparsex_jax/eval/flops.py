@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import ModelConfig, ReuseConfig
@@ -74,8 +74,9 @@ def predicted_fraction(model: ModelConfig, reuse: ReuseConfig, prompt: PromptMap
       InvalidRequestError: an option is wrong for the model.
     """
     phases = method_of(reuse).phases(prompt, model.num_layers)
-    first, *later = phases
-    active = _chosen(first.forced, later[0]) if later else first.forced
+    phase = phases[min(1, len(phases) - 1)]
+    candidates = np.flatnonzero(phases[0].forced & ~phase.forced)
+    active = _with_some(phase.forced, candidates, min(phase.budget, len(candidates)))
     return flops_fraction(model, reuse, make_report(prompt, phases, model.num_layers, active, 0.0))
 
 
@@ -93,16 +94,19 @@ def _rows(phases: Sequence[Phase], report: Report) -> list[Bool[np.ndarray, "tok
     first, *later = phases
     rows = [first.forced]
     for number, phase in enumerate(later):
-        rows.append(_chosen(rows[-1] & report.active, phase) if number else phase.forced | report.active)
+        before = report.active if number == 0 else rows[-1] & report.active
+        candidates = np.flatnonzero(before & ~phase.forced)
+        kept = min(phase.budget, len(candidates)) if number else len(candidates)
+        rows.append(_with_some(phase.forced, candidates, kept))
     return rows
 
 
-def _chosen(before: Bool[np.ndarray, "tokens"], phase: Phase) -> Bool[np.ndarray, "tokens"]:
-    """What a phase computes, where those that its signal chooses of the phase before are spread evenly."""
-    candidates = np.flatnonzero(before & ~phase.forced)
-    kept = min(phase.budget, len(candidates))
-    rows = phase.forced.copy()
-    rows[candidates[(np.arange(kept) * len(candidates)) // max(kept, 1)]] = True
+def _with_some(
+    forced: Bool[np.ndarray, "tokens"], candidates: Int[np.ndarray, "candidates"], number: int
+) -> Bool[np.ndarray, "tokens"]:
+    """The forced rows and so many of the candidates, spread evenly over these."""
+    rows = forced.copy()
+    rows[candidates[(np.arange(number) * len(candidates)) // max(number, 1)]] = True
     return rows
 
 

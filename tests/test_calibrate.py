@@ -373,7 +373,12 @@ def test_another_method_starts_from_the_defaults():
 
 
 @pytest.fixture
-def shipped(tmp_path, monkeypatch):
+def finds_shipped(monkeypatch):
+    monkeypatch.setattr("sparsex_jax.config.defaults.shipped_for", shipped_for)
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch, finds_shipped):
     """An empty folder in place of `configs/calibrations`."""
     folder = tmp_path / "configs" / "calibrations"
     folder.mkdir(parents=True)
@@ -424,7 +429,7 @@ def test_a_shipped_file_that_is_wrong_is_named(shipped, directory):
 
 
 @pytest.mark.parametrize("path", sorted((config_dir() / "calibrations").glob("*.json")), ids=lambda path: path.stem)
-def test_the_shipped_files_are_sound(path):
+def test_the_shipped_files_are_sound(path, finds_shipped):
     found = Calibrated.read(path)
     assert (found.model, found.architecture.keys()) == (path.stem, architecture(TINY).keys())
     assert found.holds_for

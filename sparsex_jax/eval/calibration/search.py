@@ -179,17 +179,17 @@ class _Search:
         return Selection(regimes, tuple(attempts))
 
     def _attempt(self, reuse: ReuseConfig, regimes: Sequence[str]) -> Attempt:
-        """Let a candidate answer the prompts of all regimes, then those that confirm, while it meets the target."""
+        """Let a candidate answer the prompts of one regime after the other, while it meets the target."""
         trials: dict[str, Trial] = {}
         for regime in regimes:
-            trials[regime] = Trial(self._answer(reuse, regime))
-            if not self._meets(trials[regime].rows):
-                return Attempt(reuse, trials, met=False)
-        for regime in regimes:
-            trials[regime] = Trial(trials[regime].rows, self._answer(reuse, regime, confirming=True))
+            trials[regime] = self._try(reuse, regime)
             if not self._meets(trials[regime].confirming):
                 return Attempt(reuse, trials, met=False)
         return Attempt(reuse, trials, met=True)
+
+    def _try(self, reuse: ReuseConfig, regime: str) -> Trial:
+        rows = self._answer(reuse, regime)
+        return Trial(rows, self._answer(reuse, regime, confirming=True) if self._meets(rows) else ())
 
     def _answer(self, reuse: ReuseConfig, regime: str, *, confirming: bool = False) -> tuple[Row, ...]:
         """A candidate's rows in one batch after the other, as long as it can still meet the target."""

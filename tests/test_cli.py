@@ -246,7 +246,10 @@ def test_colours_follow_kind_and_active(tokenizer):
     text = token_map(tokenizer, tokenizer("one two three four five six")["input_ids"], report)
     assert text.plain == "one two three four five six"
     assert [str(span.style) for span in text.spans] == list(STYLES.values())
-    assert legend(report).plain == " prefix  1    approximate prefix  1    reused  1    recomputed  1    fresh  1    omitted  1"
+    assert (
+        legend(report).plain
+        == " prefix  1    approximate prefix  1    reused  1    recomputed  1    fresh  1    omitted  1"
+    )
 
 
 def test_kl_divergence():

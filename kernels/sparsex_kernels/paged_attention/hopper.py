@@ -7,10 +7,15 @@ One more warpgroup fetches K and V blocks by TMA through the page tables (`hoppe
 A tile may hold rows of several requests. The program folds the keys of one request after the other, from the start
 each time, and keeps each row's result of its own request. What is not finite in another request's keys or values never
 reaches the row. Rows therefore need not be cut at the requests' borders, and every output tile is stored once.
+
+Where few tiles have rows, most multiprocessors would be idle: each tile's keys are then cut into parts (`tiles.py`),
+whose results are merged by their log-sum-exps (`hopper_merge.py`). How many tiles have rows is data, so a call that
+might have few has the programs for their parts, and the merge, which end at once where there are many.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,11 +27,14 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.backend import Backend
 from sparsex_kernels.gpu import LOG2_E, check_attention, heads_a_tile, padded_pages, power_of_two
-from sparsex_kernels.layout import Queries, RowInts, pad_positions, pad_rows
-from sparsex_kernels.mosaic import ROWS, WGMMA_ROWS, Ref, Softmax
+from sparsex_kernels.layout import Queries, pad_positions, pad_rows
+from sparsex_kernels.mosaic import MULTIPROCESSORS, ROWS, WGMMA_ROWS, Ref, Softmax
 from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_block, ring_scratch
 from sparsex_kernels.paged_attention.hopper_decode import decode
+from sparsex_kernels.paged_attention.hopper_merge import TileRows, merge_lse, merge_tiles
+from sparsex_kernels.paged_attention.tiles import Splits, TilePart, tile_parts, tile_spans
 
 PAGE_MULTIPLE = 64  # of page sizes that TMA copies fit
 
@@ -41,6 +49,7 @@ class Config:
       warpgroups: that compute; each has 64 packed rows.
       alternate: two warpgroups take turns, one in its products while the other is in its softmax.
       registers: of each thread of the compute warpgroups, and of the memory warpgroup.
+      programs: to aim at where few tiles have rows and are cut into parts; 0: never cut.
     """
 
     block: int = 128
@@ -48,12 +57,14 @@ class Config:
     warpgroups: int = 2
     alternate: bool = True
     registers: tuple[int, int] = (232, 40)
+    programs: int = MULTIPROCESSORS
 
 
 class Shape(NamedTuple):
     """Static sizes of one call."""
 
     tiles: int
+    splits: Splits
     rows: int  # of one warpgroup: consecutive rows
     share: int  # query heads in a tile
     heads: int  # programs over the heads
@@ -88,52 +99,53 @@ def attend(
     query, count = pad_rows(args.query, tile), len(args.query)
     positions, requests = pad_positions(args.positions, args.requests, tile)
     spans, ranges = tile_spans(positions, requests, tile, len(args.page_tables), config.block)
+    parts, lines = tile_parts(spans, config.block, shape.splits)
     tables = padded_pages(args.store, args.page_tables, _pieces(shape, config))
     packed = _pack_rows(jnp.stack([positions, requests]), shape, config)
-    types = []
-    if values:
-        types.append(jax.ShapeDtypeStruct(query.shape, query.dtype))
-    if lse:
-        types.append(jax.ShapeDtypeStruct((shape.heads, shape.tiles, config.warpgroups, WGMMA_ROWS), jnp.float32))
+    types = _results(shape, config, query)
     run = mosaic.kernel(
-        functools.partial(_kernel, shape, config),
+        functools.partial(_kernel, shape, config, tuple(types)),
         args.backend,
-        out_type=tuple(types),
-        grid=(shape.tiles, shape.heads),
-        grid_names=("tile", "heads"),
+        out_type=tuple(types.values()),
+        grid=(len(parts), shape.heads),
+        grid_names=("part", "heads"),
         num_threads=config.warpgroups + 1,
         scratch_types=_scratch(shape, config),
     )
     layer = mosaic.as_scalar(args.layer)
-    results = run(query, mosaic.flat_store(args.store), layer, tables, spans, ranges, packed)
-    outs = results[:values] + tuple(_unpack_lse(x, shape) for x in results[values:])
-    return tuple(x[:count] for x in outs)
+    outs = run(query, mosaic.flat_store(args.store), layer, tables, parts, spans, ranges, packed)
+    results = _merge(shape, config, dict(zip(types, outs, strict=True)), lines, args.backend)
+    return tuple(x[:count] for x in results)
 
 
-def tile_spans(
-    positions: RowInts, requests: RowInts, tile: int, num_requests: int, block: int
-) -> tuple[Int[Array, "tiles requests 2"], Int[Array, "tiles 2"]]:
-    """Which keys a tile of rows reads.
+def _results(shape: Shape, config: Config, query: Queries) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the kernel writes: results of whole tiles, and of the parts of others. Log-sum-exps are in base 2.
 
-    Returns:
-      For each tile and request, the last position among the tile's rows of the request (-1 if it has none), and how
-      many key blocks every row of the tile sees in full; and for each tile its first request and the one behind its
-      last. A tile of padding has one request, too.
+    The 64 packed rows of each warpgroup and head program lie one after the other in `merged`.
     """
-    # With tiles of 4 rows and blocks of 2 keys,
-    #   requests   0  0  1  1 | 1  1  1  1     tile 0 reads keys 0..9 of request 0 and 0..3 of request 1, none of
-    #   positions  4  9  0  3 | 5  6  8  9     them for all rows; tile 1 reads blocks 0, 1 and 2 without a mask
-    # gives spans [[[9, 0], [3, 0]], [[-1, 0], [9, 3]]] and ranges [[0, 2], [1, 2]].
-    positions, requests = positions.reshape(-1, tile), requests.reshape(-1, tile)
-    live = positions >= 0
-    own = live[..., None] & (requests[..., None] == jnp.arange(num_requests))
-    last = jnp.max(jnp.where(own, positions[..., None], -1), axis=1)
-    first = jnp.min(jnp.where(own, positions[..., None], 2**30), axis=1)
-    full = jnp.where(own.all(axis=1), (first + 1) // block, 0)
-    begin = jnp.min(jnp.where(live, requests, num_requests - 1), axis=1)
-    end = jnp.max(jnp.where(live, requests, begin[:, None]), axis=1) + 1
-    ranges = jnp.stack([begin, end], axis=-1)
-    return jnp.stack([last, full], axis=-1).astype(jnp.int32), ranges.astype(jnp.int32)
+    merged, lines = shape.heads * config.warpgroups * WGMMA_ROWS, shape.splits.lines
+    wanted = {
+        "out": (shape.values, query.shape, query.dtype),
+        "lse": (shape.lse, (shape.tiles, merged), jnp.float32),
+        "partial": (shape.values and lines, (lines, merged, shape.head_dim), query.dtype),
+        "partial_lse": (lines, (lines, merged), jnp.float32),
+    }
+    return {name: jax.ShapeDtypeStruct(size, dtype) for name, (on, size, dtype) in wanted.items() if on}
+
+
+def _merge(
+    shape: Shape, config: Config, outs: dict[str, Array], lines: Int[Array, "tiles 2"], backend: Backend
+) -> Iterator[Array]:
+    """The output, if it is wanted, and the log-sum-exp, if it is wanted, of all rows."""
+    lines = lines[: shape.splits.tiles]
+    if "partial" in outs:
+        layout = TileRows(shape.heads, config.warpgroups, shape.rows, shape.share)
+        outs["out"] = merge_tiles(outs["partial"], outs["partial_lse"], lines, outs["out"], layout, backend)
+    if shape.values:
+        yield outs["out"]
+    if shape.lse:
+        merged = merge_lse(outs["partial_lse"], lines, outs["lse"]) if shape.splits.lines else outs["lse"]
+        yield _unpack_lse(merged, shape, config)
 
 
 def _shape(args: AttentionArgs, values: bool, lse: bool, config: Config) -> Shape:
@@ -141,9 +153,10 @@ def _shape(args: AttentionArgs, values: bool, lse: bool, config: Config) -> Shap
     rows, q_heads, _ = args.query.shape
     share = heads_a_tile(q_heads, kv_heads)
     tile_rows = WGMMA_ROWS // power_of_two(share)
-    heads = q_heads // share
+    heads, tiles = q_heads // share, -(-rows // (tile_rows * config.warpgroups))
     return Shape(
-        tiles=-(-rows // (tile_rows * config.warpgroups)),
+        tiles=tiles,
+        splits=Splits.of(tiles, heads, -(-args.context // config.block), config.programs),
         rows=tile_rows,
         share=share,
         heads=heads,
@@ -177,12 +190,10 @@ def _pack_rows(
     return jnp.tile(x, (1, 1, 1, WGMMA_ROWS // shape.rows)).astype(jnp.int32)
 
 
-def _unpack_lse(
-    lse: Float[Array, "heads tiles warpgroups packed"], shape: Shape
-) -> Float[Array, "padded_rows q_heads"]:
-    heads, tiles, warpgroups, _ = lse.shape
-    lse = lse.reshape(heads, tiles, warpgroups, -1, shape.rows)[:, :, :, : shape.share]
-    return lse.transpose(1, 2, 4, 0, 3).reshape(-1, heads * shape.share)
+def _unpack_lse(lse: Float[Array, "tiles merged"], shape: Shape, config: Config) -> Float[Array, "padded_rows q_heads"]:
+    """From base 2 to base e, and from packed rows to rows."""
+    lse = lse.reshape(shape.tiles, shape.heads, config.warpgroups, -1, shape.rows)[:, :, :, : shape.share] / LOG2_E
+    return lse.transpose(0, 2, 4, 1, 3).reshape(-1, shape.heads * shape.share)
 
 
 def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
@@ -205,39 +216,68 @@ class Operands(NamedTuple):
     store: Ref  # [layers * pages, 2 * kv_heads, page_size, head_dim]
     layer: Ref  # [1]
     tables: Ref  # [requests, pages]
+    parts: Ref  # [lines, 4]
     spans: Ref  # [tiles, requests, 2]
     ranges: Ref  # [tiles, 2]
     packed: Ref  # [tiles, warpgroups, 2, 64], positions and requests
 
 
-def _kernel(shape: Shape, config: Config, *refs: Ref, **scratch: Ref) -> None:
-    operands, outs = Operands(*refs[: len(Operands._fields)]), refs[len(Operands._fields) :]
-    # Late tiles have the most keys: they go first, so that the short ones fill the gaps at the end.
-    tile = shape.tiles - 1 - lax.axis_index("tile")
-    head, wg = lax.axis_index("heads"), lax.axis_index("wg")
+class Program(NamedTuple):
+    """What a program works on, and what it writes.
+
+    Attributes:
+      line: number of its part.
+      requests: the tile's first request and the one behind its last.
+      outs: references to what `_results` names.
+    """
+
+    line: Array
+    part: TilePart
+    head: Array
+    requests: tuple[Array, Array]
+    operands: Operands
+    outs: dict[str, Ref]
+
+
+def _kernel(shape: Shape, config: Config, names: tuple[str, ...], *refs: Ref, **scratch: Ref) -> None:
+    operands = Operands(*refs[: len(Operands._fields)])
+    outs = dict(zip(names, refs[len(Operands._fields) :], strict=True))
+    line, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
+    part = TilePart(*(operands.parts[line, n] for n in range(4)))
+    tile = jnp.maximum(part.tile, 0)
     requests = operands.ranges[tile, 0], operands.ranges[tile, 1]
+    program = Program(line, part, head, requests, operands, outs)
 
     @pl.when(wg < config.warpgroups)
     def compute() -> None:
         plgpu.set_max_registers(config.registers[0], action="increase")
-        _compute(shape, config, (tile, head, wg), requests, operands, outs, scratch)
+        pl.when(part.tile >= 0)(lambda: _compute(shape, config, program, wg, scratch))
 
     @pl.when(wg == config.warpgroups)
     def fetch() -> None:
         plgpu.set_max_registers(config.registers[1], action="decrease")
-        _fetch(shape, config, (tile, head), requests, operands, BlockRing.of(scratch))
+        pl.when(part.tile >= 0)(lambda: _fetch(shape, config, program, BlockRing.of(scratch)))
 
 
-def _compute(
-    shape: Shape,
-    config: Config,
-    program: tuple[Array, Array, Array],
-    requests: tuple[Array, Array],
-    operands: Operands,
-    outs: tuple[Ref, ...],
-    scratch: dict[str, Ref],
-) -> None:
-    tile, head, wg = program
+def _over_requests(config: Config, program: Program, body: Callable[[Array, Array, Array, Array, Array], None]) -> None:
+    """Call `body(request, first_step, begin, end, blocks)` for each of the tile's requests.
+
+    Of the request's key blocks `0 .. blocks`, the part has `begin .. end`, and block i is its step `first_step + i`.
+    """
+    part, spans = program.part, program.operands.spans
+
+    def over_request(request: Array, first_step: Array) -> Array:
+        blocks = lax.div(spans[part.tile, request, 0] + config.block, config.block)  # the last position is -1 if no row
+        begin, end = (jnp.clip(at, 0, blocks) for at in (-first_step, part.end - part.begin - first_step))
+        body(request, first_step, begin, end, blocks)
+        return first_step + blocks
+
+    lax.fori_loop(*program.requests, over_request, -part.begin)
+
+
+def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch: dict[str, Ref]) -> None:
+    _, part, head, _, operands, outs = program
+    tile = part.tile
     ring, packed = BlockRing.of(scratch), (WGMMA_ROWS, config.block)
     q_smem, lse_smem, q_ready = (scratch[name].at[wg] for name in ("q_smem", "lse_smem", "q_ready"))
     row = (tile * config.warpgroups + wg) * shape.rows
@@ -255,8 +295,8 @@ def _compute(
             plgpu.barrier_arrive(scratch["turn"])
             plgpu.barrier_wait(scratch["turn"])
 
-    def over_request(request: Array, first_step: Array) -> Array:
-        last, full = operands.spans[tile, request, 0], operands.spans[tile, request, 1]
+    def over_request(request: Array, first_step: Array, begin: Array, end: Array, _: Array) -> None:
+        full = jnp.clip(operands.spans[tile, request, 1], begin, end)
         bound = jnp.where(owners == request, positions, -1)
 
         def step(masked: bool, i: Array, state: Softmax) -> Softmax:
@@ -286,14 +326,12 @@ def _compute(
             plgpu.barrier_arrive(ring.v_used.at[slot])
             return Softmax(acc, new_top, total)
 
-        blocks = lax.div(last + config.block, config.block)  # last is -1 where the tile has no row of the request
         state = mosaic.empty_softmax(shape.head_dim if shape.values else 8)
         # 1. Blocks that every row of the tile sees in full.
-        state = lax.fori_loop(0, full, functools.partial(step, False), state)
+        state = lax.fori_loop(begin, full, functools.partial(step, False), state)
         # 2. Blocks that some row sees in part or not at all.
-        state = lax.fori_loop(full, blocks, functools.partial(step, True), state)
+        state = lax.fori_loop(full, end, functools.partial(step, True), state)
         keep_result(bound < 0, state)
-        return first_step + blocks
 
     def keep_result(others: Array, state: Softmax) -> None:
         """Write the results of one request's rows over their queries, which are not needed any more. Padding gets 0."""
@@ -304,35 +342,42 @@ def _compute(
             out = jnp.where(square(total) == 0, 0.0, acc / square(total)).astype(shape.dtype)
             held = plgpu.load(q_smem, layout=plgpu.Layout.WGMMA)
             q_smem[...] = jnp.where(square(others), held, out)
-        if shape.lse:
-            lse_smem[...] = jnp.where(others, plgpu.load(lse_smem, layout=ROWS), (top + jnp.log2(total)) / LOG2_E)
+        if shape.lse or shape.splits.lines:
+            lse_smem[...] = jnp.where(others, plgpu.load(lse_smem, layout=ROWS), top + jnp.log2(total))
         plgpu.commit_smem()
 
     # Warpgroup 0 starts. Both take as many turns: 1 waits for its first, and 0 takes one more at the end.
     if alternate:
         pl.when(wg == 1)(take_turn)
-    lax.fori_loop(*requests, over_request, jnp.int32(0))
+    _over_requests(config, program, over_request)
     if alternate:
         pl.when(wg == 0)(take_turn)
 
-    if shape.values:
-        for h in range(shape.share):
-            target = outs[0].at[pl.ds(row, shape.rows), head * shape.share + h]
-            plgpu.copy_smem_to_gmem(q_smem.at[pl.ds(h * shape.rows, shape.rows)], target)
-    if shape.lse:
-        plgpu.copy_smem_to_gmem(lse_smem, outs[-1].at[head, tile, wg])
+    packed_rows = pl.ds((head * config.warpgroups + wg) * WGMMA_ROWS, WGMMA_ROWS)
+
+    def store_whole() -> None:
+        if shape.values:
+            for h in range(shape.share):
+                target = outs["out"].at[pl.ds(row, shape.rows), head * shape.share + h]
+                plgpu.copy_smem_to_gmem(q_smem.at[pl.ds(h * shape.rows, shape.rows)], target)
+        if shape.lse:
+            plgpu.copy_smem_to_gmem(lse_smem, outs["lse"].at[tile, packed_rows])
+
+    def store_part() -> None:
+        if shape.values:
+            plgpu.copy_smem_to_gmem(q_smem, outs["partial"].at[program.line, packed_rows])
+        plgpu.copy_smem_to_gmem(lse_smem, outs["partial_lse"].at[program.line, packed_rows])
+
+    if shape.splits.lines:
+        pl.when(part.whole == 1)(store_whole)
+        pl.when(part.whole == 0)(store_part)
+    else:
+        store_whole()
     plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch(
-    shape: Shape,
-    config: Config,
-    program: tuple[Array, Array],
-    requests: tuple[Array, Array],
-    operands: Operands,
-    ring: BlockRing,
-) -> None:
-    tile, kv_head = program[0], lax.div(program[1], shape.repeat)
+def _fetch(shape: Shape, config: Config, program: Program, ring: BlockRing) -> None:
+    operands, kv_head = program.operands, lax.div(program.head, shape.repeat)
     first_page = operands.layer[0] * shape.pages
     pieces, keys = _pieces(shape, config), min(config.block, shape.page_size)  # keys a copy
 
@@ -343,9 +388,8 @@ def _fetch(
             source = operands.store.at[page, line, pl.ds(lax.rem(key, shape.page_size), keys)]
             plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(n * keys, keys)], barrier)
 
-    def over_request(request: Array, first_step: Array) -> Array:
-        last = operands.spans[tile, request, 0]
-        blocks = lax.div(last + config.block, config.block)
+    def over_request(request: Array, first_step: Array, begin: Array, end: Array, blocks: Array) -> None:
+        last = operands.spans[program.part.tile, request, 0]
 
         def step(i: Array, _: None) -> None:
             block = Block(
@@ -357,8 +401,8 @@ def _fetch(
             )
             fetch_block(ring, block, pieces=pieces, values=shape.values)
 
-        lax.fori_loop(0, blocks, step, None)
-        return first_step + blocks
+        lax.fori_loop(begin, end, step, None)
 
-    steps = lax.fori_loop(*requests, over_request, jnp.int32(0))
+    _over_requests(config, program, over_request)
+    steps = program.part.end - program.part.begin
     mosaic.drain((ring.k_used, ring.v_used) if shape.values else (ring.k_used,), 0, steps, config.stages)

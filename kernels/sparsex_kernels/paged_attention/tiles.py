@@ -99,5 +99,5 @@ def tile_parts(
     begin = (line - (ends - count)[at]) * size[at]
     number = jnp.where(line < ends[-1], tile[at], -1)
     parts = jnp.stack(TilePart(number, begin, jnp.minimum(begin + size[at], blocks[at]), count[at] == 1), axis=-1)
-    ranges = jnp.zeros((len(blocks), 2), jnp.int32).at[tile].set(jnp.stack([ends - count, ends], axis=-1))
-    return parts.astype(jnp.int32), ranges
+    ranges = jnp.stack([ends - count, ends], axis=-1)[tile]  # `tile` is its own inverse
+    return parts.astype(jnp.int32), ranges.astype(jnp.int32)

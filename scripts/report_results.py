@@ -512,17 +512,30 @@ def drift(document: Document) -> str:
 
 
 def calibration(document: Document) -> str:
-    """What was chosen, and what it was measured to do."""
+    """What was selected for each regime, and what it was measured to do."""
     measured, prompts = document["measured"], document["measured"]["prompts"]
-    loss, options = measured["loss"], ("boundary_layer", "recompute_ratio", "second_boundary")
-    chosen = ", ".join(f"{name}={document[name]}" for name in options)
-    asked = f"{loss['samples']} prompts of {'/'.join(prompts['tasks'])}, {'/'.join(prompts['regimes'])}"
-    heading = ["chosen", "asked", "work", "loss of score [95 %]", "KL", "agreement", "TTFT, s"]
-    interval = f"{loss['mean']:.2f} [{loss['low']:.2f}, {loss['high']:.2f}]"
-    figures = [f"{measured['kl']:.3f}", f"{measured['agreement']:.3f}", f"{measured['ttft_s']:.2f}"]
-    line = [f"`{document['method']}`, {chosen}", f"{asked}, {prompts['num_tokens']} tokens"]
-    line += [f"{measured['computed_fraction']:.2f}", interval, *figures]
-    return provenance(document) + "\n" + table(heading, [line], names=2)
+    metric, limit = (measured["target"][key] for key in ("metric", "most"))
+    asked = f"{'/'.join(prompts['tasks'])}, {prompts['num_tokens']} tokens in {prompts['num_segments']} segments"
+    heading = ["regime", "selected", "FLOPs", metric, "confirmed", "score", "full's", "KL", "tried", "refuted"]
+    lines = [_selected(*each, measured["full_scores"], metric) for each in measured["by_regime"].items()]
+    target = f"* Asked: {asked}; {metric} <= {limit}. Where the selected is `prefix`, figures are of the nearest.\n"
+    return provenance(document) + target + "\n" + table(heading, lines, names=2)
+
+
+def _selected(regime: str, found: Document, full_scores: dict[str, float], metric: str) -> list[str]:
+    figures = found["figures"][regime]
+    means = [f"{value:.2f}" for value in (figures["score"], full_scores[regime], figures["kl"])]
+    intervals = [_interval(figures.get(name)) for name in (metric, "confirmed")]
+    chosen = f"`{found['basis']}`" if found["met"] else f"`prefix`; nearest: `{found['basis']}`"
+    counts = [str(found[name]) for name in ("candidates", "refuted")]
+    return [regime, chosen, f"{figures['flops_fraction']:.2f}", *intervals, *means, *counts]
+
+
+def _interval(figure: Document | None) -> str:
+    """A mean with its interval and the number of prompts."""
+    if figure is None:
+        return "-"
+    return f"{figure['mean']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}], {figure['samples']}"
 
 
 def training(document: Document) -> str:

@@ -26,7 +26,7 @@ from sparsex_jax.serving.worker import Worker
 MODEL = "smollm2-135m-instruct"
 PICTURE = Path(__file__).parent / "results" / "page.png"
 SECONDS = 120
-CALIBRATED = ReuseConfig(boundary_layer=0, recompute_ratio=0.05)  # as in scripts/results/calibrate-smollm2-cpu.json
+SETTINGS = ReuseConfig(boundary_layer=0, recompute_ratio=0.05)  # as the picture in serving/README.md was made
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def start_server() -> tuple[Server, str]:
-    engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192, choose="always", reuse=CALIBRATED)
+    engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192, choose="always", reuse=SETTINGS)
     app = create_app(Worker(engine), model=MODEL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -24,6 +24,7 @@ from sparsex_jax.errors import (
 from sparsex_jax.reuse.methods import (
     CacheBlend,
     Epic,
+    Excerpts,
     Focus,
     Full,
     Naive,

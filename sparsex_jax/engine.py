@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ from jaxtyping import Int32
 
 from sparsex_jax.cache import Entry, Forgotten, PageCache
 from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, default_reuse, named_config
+from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, find_defaults, named_config
 from sparsex_jax.config.checks import is_number, require
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.speeds import speeds_for
@@ -57,6 +58,8 @@ from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.scheduler.output import Generation, Prefill
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 from sparsex_jax.text.encoding import Prompt
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -111,7 +114,8 @@ class Engine:
 
         Args:
           reuse: what a call does that names no `reuse` of its own; a path is that of a file which `sparsex calibrate`
-            wrote. None: `sparsex.json` in the model's directory, if it is there.
+            wrote. None: `sparsex.json` in the model's directory, or else the calibration of the same architecture that
+            comes with this package, or else the built-in default. The log says which (level INFO).
           options: fields of `EngineConfig`, such as dtype and store_tokens.
 
         Raises:
@@ -120,11 +124,12 @@ class Engine:
         """
         config = EngineConfig(**options)
         checkpoint = open_checkpoint(source)
-        reuse = default_reuse(source, checkpoint.config, reuse)
+        defaults = find_defaults(source, checkpoint.config, reuse, company=config.company_tokens > 0)
+        log.info("%s", defaults)
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
         config = config.resolved(_platform(mesh), checkpoint.dtype)
         params = checkpoint.load_params(config.dtype, mesh)
-        return cls(checkpoint.config, params, checkpoint.tokenizer, config=config, mesh=mesh, reuse=reuse)
+        return cls(checkpoint.config, params, checkpoint.tokenizer, config=config, mesh=mesh, reuse=defaults.reuse)
 
     @classmethod
     def from_config(

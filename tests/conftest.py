@@ -44,6 +44,14 @@ def nothing_is_measured() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_calibrated() -> Iterator[None]:
+    """Engines have the built-in defaults: what tests expect does not depend on the calibrations that are shipped."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsex_jax.config.defaults.shipped_for", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm() -> Engine:
     """SmolLM2-135M-Instruct in float32. All tests share it, so each uses namespaces of its own."""

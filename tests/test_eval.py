@@ -388,7 +388,7 @@ def test_a_run_that_was_stopped_goes_on(engine, rows, tmp_path, monkeypatch):
     assert found == rows
     assert len(path.read_text().splitlines()) == 1 + len(rows)
     assert RowLog(path, made_with).of(cells, list(METHODS)) == rows
-    with pytest.raises(InvalidRequestError, match="model='tiny', not 'other'; take another folder"):
+    with pytest.raises(InvalidRequestError, match="model='tiny', not 'other'; write to another place"):
         RowLog(path, made_with | {"model": "other"})
 
 

@@ -107,10 +107,16 @@ def open_log(engine: Engine, model: str, settings: BenchSettings, folder: Path) 
     Raises:
       InvalidRequestError: it has rows that were made with other settings, another version or another commit.
     """
+    head = made_with(engine, model, settings)
+    stem = results.file_stem({"bench": "quality", "model": model, "device": head["device"]})
+    return RowLog(folder / f"{stem}.rows.jsonl", head)
+
+
+def made_with(engine: Engine, model: str, settings: BenchSettings) -> dict[str, Any]:
+    """Whatever makes a row another one, but for its own task, regime, sample and method."""
     made = results.provenance()
-    made_with = {"model": Path(model).name} | {name: made[name] for name in ("device", "versions", "commit")}
-    stem = results.file_stem({"bench": "quality", "model": model, "device": made["device"]})
-    return RowLog(folder / f"{stem}.rows.jsonl", made_with | _dtype(engine) | settings.of_each_row)
+    about = {"model": Path(model).name} | {name: made[name] for name in ("device", "versions", "commit")}
+    return about | _dtype(engine) | settings.of_each_row
 
 
 def _dtype(engine: Engine) -> dict[str, str]:

@@ -19,7 +19,7 @@ from sparsex_jax.cli.generate import prefill_line
 from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, waiting
 from sparsex_jax.cli.tokenmap import legend, token_map
-from sparsex_jax.config import EngineConfig, ReuseConfig, default_reuse
+from sparsex_jax.config import EngineConfig, ReuseConfig, find_defaults
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap
@@ -67,7 +67,7 @@ def run(
     Args:
       files: texts to remember first, each alone.
       reuse: options that override those of the file.
-      reuse_config: a file of options. None: the one in the model's directory, if there is one.
+      reuse_config: a file of options. None: as `find_defaults`.
     """
     config = EngineConfig(store_tokens=store_tokens)
     if not namespace:
@@ -76,7 +76,7 @@ def run(
     with waiting(f"Reading the tokenizer of {model}"):
         checkpoint = open_checkpoint(model)
         tokenizer = checkpoint.tokenizer
-        settings = default_reuse(model, checkpoint.config, reuse_config).updated(**reuse)
+        settings = find_defaults(model, checkpoint.config, reuse_config).reuse.updated(**reuse)
     cache = PageCache(config.num_pages, config.page_size, config.frozen_limit)
     names = {}
     for path, donor in zip(files, donors, strict=True):

@@ -10,14 +10,19 @@ from typing import Any
 
 from rich.progress import Progress
 
-from sparsex_jax.cli.bench import BenchSettings
+from sparsex_jax.cli.bench import BenchSettings, made_with
 from sparsex_jax.cli.generate import EngineChoice
+from sparsex_jax.cli.options import parse_method
 from sparsex_jax.cli.terminal import output, print_json, progress
-from sparsex_jax.config import CALIBRATED
+from sparsex_jax.config import CALIBRATED, ReuseConfig, architecture
+from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.eval import calibrate
-from sparsex_jax.eval.calibrate import DISAGREEMENT, LOSS, MAX_LOSS, Calibration, PromptSet, Target
-from sparsex_jax.reuse.methods import SparseX
+from sparsex_jax.eval import calibration
+from sparsex_jax.eval.calibration import DISAGREEMENT, LOSS, MAX_LOSS, Calibration, PromptSet, Target
+from sparsex_jax.eval.calibration.report import figures
+from sparsex_jax.eval.calibration.search import check_use
+from sparsex_jax.eval.rows import RowLog
+from sparsex_jax.reuse.methods import Full
 
 
 def target_of(max_loss: float | None, min_agreement: float | None, confident: bool) -> Target:
@@ -40,27 +45,57 @@ def target_of(max_loss: float | None, min_agreement: float | None, confident: bo
     return Target(LOSS, MAX_LOSS if max_loss is None else max_loss, confident)
 
 
-def run(model: str, dtype: str, settings: BenchSettings, target: Target, *, out: Path | None, as_json: bool) -> None:
+def among_of(methods: Sequence[str]) -> list[str | ReuseConfig]:
+    """The candidates that the option names: methods, or methods with options, which are candidates themselves."""
+    return [parse_method(each) if ":" in each else each for each in methods]
+
+
+def run(
+    model: str,
+    dtype: str,
+    settings: BenchSettings,
+    target: Target,
+    *,
+    use: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
     """Calibrate, write the file, and print the result.
 
     Args:
-      out: the file to write. None: `default_path`.
+      use: the regime whose selection the file names. None: what holds in all of them.
+      out: the file to write. None: `default_path`. Rows are written beside it as they come, so that the same command
+        goes on where it was stopped.
     """
     prompts = PromptSet(
         settings.tasks, settings.regimes, settings.length, settings.segments, settings.samples, settings.seed
     )
-    calibrate.check_samples(target, prompts.total)
+    calibration.check_samples(target, prompts.total)
+    check_use(use, prompts.regimes)
+    among = among_of(settings.methods)
     path = check_writable(out or default_path(model))
-    # With the default reuse, so that the engine does not read the file of an earlier calibration.
-    engine = EngineChoice(model, dtype, settings.store_tokens, SparseX(), settings.batch, settings.batch).load()
+    # With a method of its own, so that the engine does not read the file of an earlier calibration.
+    engine = EngineChoice(model, dtype, settings.store_tokens, Full(), settings.batch, settings.batch).load()
+    log = open_log(engine, model, settings, path)
     with progress() as bar:
-        found = calibrate.calibrate(engine, prompts, target, track=functools.partial(_track, bar))
-    content = calibrate.file_content(engine, model, prompts, found)
+        track = functools.partial(_track, bar)
+        found = calibration.calibrate(engine, prompts, target, among=among, use=use, log=log, track=track)
+    content = calibration.file_content(engine, model, prompts, found)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if as_json:
         print_json(content | {"file": str(path), "candidates": candidates_of(found)})
     else:
         show(found, path)
+
+
+def open_log(engine: Engine, model: str, settings: BenchSettings, path: Path) -> RowLog:
+    """The rows beside the result at `path`: `sparsex.rows.jsonl` beside `sparsex.json`.
+
+    Raises:
+      InvalidRequestError: they are of another model, or were made with other settings, another version or commit.
+    """
+    made = made_with(engine, model, settings) | {"architecture": architecture(engine.model)}
+    return RowLog(path.with_suffix(".rows.jsonl"), made)
 
 
 def default_path(model: str) -> Path:
@@ -80,14 +115,18 @@ def _track(bar: Progress, items: Sequence[Any], what: str) -> Iterable[Any]:
     return bar.track(items, description=what)
 
 
-def candidates_of(found: Calibration) -> list[dict[str, Any]]:
-    """The options and figures of every measured candidate, ready for JSON."""
-    return [each.reuse.to_dict() | each.to_dict(found.target.metric) for each in found.measured]
+def candidates_of(found: Calibration) -> dict[str, list[dict[str, Any]]]:
+    """The options and figures of every candidate that was measured, by regime, ready for JSON."""
+    metric = found.target.metric
+    return {
+        regime: [each.reuse.to_dict() | figures(each, metric)[regime] for each in selection.attempts]
+        for regime, selection in found.by_regime.items()
+    }
 
 
 def show(found: Calibration, path: Path) -> None:
-    """Print the table of candidates and the result."""
+    """Print the tables of candidates and the result."""
     print_line = functools.partial(output().print, soft_wrap=True)
-    print_line(calibrate.table(found))
-    print_line(f"Full recompute scores {found.full_score:.2f}. {calibrate.verdict(found)}")
+    print_line(calibration.table(found))
+    print_line(calibration.verdict(found))
     print_line(f"Written to {path}")

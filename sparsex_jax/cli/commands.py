@@ -306,29 +306,52 @@ def calibrate(
         typer.Option("--confident", help="Require that the whole 95 % interval meets the target. Needs many samples."),
     ] = False,
     tasks: Annotated[str, typer.Option(help="As in `bench quality`. Choose tasks that the model can do.")] = "niah,qa",
-    regimes: Annotated[str, typer.Option(help=_REGIMES_HELP)] = ("independent"),
+    regimes: Annotated[
+        str,
+        typer.Option(help=_REGIMES_HELP + " Each gets a selection of its own; the server makes company."),
+    ] = "independent,company",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods to try, separated by commas. One with options, as in `bench quality`, is tried as it is.",
+            show_default="all that choose what to recompute",
+        ),
+    ] = None,
+    use: Annotated[
+        str | None,
+        typer.Option(
+            help="The regime whose selection the file names.", show_default="the cheapest that holds in all of them"
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of reused body in each prompt, about.")] = 1024,
     segments: Annotated[int, typer.Option(help="Segments of the body.")] = 4,
-    samples: Annotated[int, typer.Option(help="Prompts for each task and regime.")] = 16,
+    samples: Annotated[
+        int, typer.Option(help="Prompts for each task and regime, and as many others to confirm the choice.")
+    ] = 16,
     batch: Annotated[int, typer.Option(help="Prompts that run together. An accelerator needs 32 or more.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The file to write.",
+            help="The file to write. Rows are kept beside it (.rows.jsonl): the same command goes on where it stopped.",
             dir_okay=False,
             show_default="sparsex.json, in the model's directory if the model is one",
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Find the cheapest reuse that keeps a stated quality on this model, and write it to a file that engines read."""
+    """Find the cheapest reuse that keeps a stated quality on this model, and write it to a file that engines read.
+
+    All methods are tried, from the cheapest on. The first that keeps the quality has to keep it again on other prompts.
+    """
     from sparsex_jax.cli.bench import BenchSettings
     from sparsex_jax.cli.calibrate import run, target_of
+    from sparsex_jax.eval.calibration.candidates import METHODS
 
     with clear_errors():
-        settings = BenchSettings(["sparsex"], _split(tasks), _split(regimes), length, segments, samples, batch, seed)
-        run(model, dtype, settings, target_of(max_loss, min_agreement, confident), out=out, as_json=as_json)
+        tried = list(METHODS) if methods is None else _split(methods)
+        settings = BenchSettings(tried, _split(tasks), _split(regimes), length, segments, samples, batch, seed)
+        run(model, dtype, settings, target_of(max_loss, min_agreement, confident), use=use, out=out, as_json=as_json)
 
 
 def _split(names: str) -> list[str]:

@@ -55,7 +55,7 @@ ReuseFile = Annotated[
         "--reuse-config",
         help="A file that `sparsex calibrate` wrote. Options of reuse that the command has win over it.",
         rich_help_panel=_REUSE,
-        show_default=f"{CALIBRATED} in the model's directory",
+        show_default=f"{CALIBRATED} in the model's directory, or what comes with this package for its architecture",
     ),
 ]
 Method = Annotated[str | None, _reuse("method", "full, prefix, naive, sparsex or another method.")]

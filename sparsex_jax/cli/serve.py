@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import messages, progress
+from sparsex_jax.config import find_defaults
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.engine import Engine
 from sparsex_jax.scheduler import warmup
@@ -43,6 +44,8 @@ def run(
     name = name or Path(choice.model).name
     app = create_app(worker, model=name, access=access, limits=limits, request_log=log, allowed_origins=allowed_origins)
     server = Server(app, sockets=sockets)
+    company = choice.company_tokens > 0
+    messages().print(str(find_defaults(choice.model, engine.model, choice.reuse, company=company)), soft_wrap=True)
     messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."

@@ -1,9 +1,10 @@
 """Configuration as frozen dataclasses, checked where it is made."""
 
 from sparsex_jax.config.calibration import CALIBRATED, architecture
+from sparsex_jax.config.defaults import Defaults, find_defaults
 from sparsex_jax.config.engine import EngineConfig
 from sparsex_jax.config.model import ModelConfig, config_dir, named_config
-from sparsex_jax.config.reuse import METHODS, ReuseConfig, default_reuse, find_method, methods_by_option
+from sparsex_jax.config.reuse import METHODS, ReuseConfig, find_method, methods_by_option
 from sparsex_jax.config.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 
 __all__ = [
@@ -11,13 +12,14 @@ __all__ = [
     "MAX_LOGIT_BIAS",
     "MAX_LOGPROBS",
     "METHODS",
+    "Defaults",
     "EngineConfig",
     "ModelConfig",
     "ReuseConfig",
     "SamplingParams",
     "architecture",
     "config_dir",
-    "default_reuse",
+    "find_defaults",
     "find_method",
     "methods_by_option",
     "named_config",

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, cast
 
-from sparsex_jax.config.calibration import CALIBRATED, read_calibration
+from sparsex_jax.config.calibration import Calibrated
 from sparsex_jax.config.checks import Flag, at_least, checked, require
 from sparsex_jax.config.model import ModelConfig
 from sparsex_jax.errors import InvalidRequestError
@@ -108,16 +110,30 @@ class ReuseConfig(metaclass=_Called):
 
     def updated(self, **given: Any) -> ReuseConfig:
         """A copy with these options. If they name another `method`, it keeps the options that all methods have, and its
-        own have their defaults."""
-        name = given.pop("method", self.method)
+        own have their defaults. Options that `sparsex` has and this method does not name that one."""
+        name = given.pop("method", self._method_with(given))
         if name == self.method:
             return dataclasses.replace(self, **given)
         shared = {option: getattr(self, option) for option in _options_of(ReuseConfig)}
         return ReuseConfig(name, **shared | given)
 
+    def _method_with(self, options: Mapping[str, Any]) -> str:
+        own, others = (set(_options_of(METHODS.get(name, type(self)))) for name in (self.method, "sparsex"))
+        return "sparsex" if options.keys() <= others and not options.keys() <= own else self.method
+
     def to_dict(self) -> dict[str, Any]:
         """The method's name and its options: `ReuseConfig(**config.to_dict()) == config`."""
         return {"method": self.method} | dataclasses.asdict(self)
+
+    def spec(self) -> str:
+        """The method and the options that differ from its defaults, as the command line takes them.
+
+        For example `sparsex:boundary_layer=5:recompute_ratio=0.3`.
+        """
+        values = [(field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self)]
+        return ":".join(
+            [self.method, *(f"{name}={json.dumps(value)}" for name, value, usual in values if value != usual)]
+        )
 
     @staticmethod
     def fitting(method: str, **options: Any) -> ReuseConfig:
@@ -132,30 +148,20 @@ class ReuseConfig(metaclass=_Called):
         return ReuseConfig(method, **{name: value for name, value in options.items() if name in own})
 
     @staticmethod
-    def load(path: str | Path, model: ModelConfig | None = None) -> ReuseConfig:
+    def load(path: str | Path, model: ModelConfig | None = None, *, company: bool = False) -> ReuseConfig:
         """Read a file such as `sparsex calibrate` writes. Options that it does not name have their defaults.
 
         Args:
-          model: the model it is to be used with; see `read_calibration`.
+          model: the model it is to be used with. It must have the file's `architecture`, if the file has one.
+          company: donors are made in company, for which the file may have options of their own.
 
         Raises:
           InvalidRequestError: the file cannot be read or is another model's, or what it says is wrong.
         """
-        options = read_calibration(Path(path), model)
+        found = Calibrated.read(Path(path))
+        if model is not None:
+            found.check_model(model)
         try:
-            return ReuseConfig(**options)
+            return ReuseConfig(**found.options_for(company=company))
         except InvalidRequestError as error:
             raise InvalidRequestError(f"{path}: {error}") from error
-
-
-def default_reuse(source: str | Path, model: ModelConfig, reuse: ReuseConfig | str | Path | None = None) -> ReuseConfig:
-    """How a model's KV is reused where a request does not say: as given, or as the file says whose path is given.
-
-    None takes the file `sparsex.json` in the model's directory, or the defaults if there is none. Errors as
-    `ReuseConfig.load`.
-    """
-    if isinstance(reuse, ReuseConfig):
-        return reuse
-    beside = Path(source).expanduser() / CALIBRATED
-    path = reuse or (beside if beside.is_file() else None)
-    return ReuseConfig.load(path, model) if path else ReuseConfig()

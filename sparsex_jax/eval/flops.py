@@ -10,13 +10,14 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import ModelConfig, ReuseConfig
+from sparsex_jax.reuse.excerpt import Probe
 from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
-from sparsex_jax.reuse.report import Report
+from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
 from sparsex_jax.reuse.schedule import Phase
 
 # Of the layers that a signal's own pass runs, the share in which it scores. The others score in one.
@@ -83,6 +84,32 @@ def _rows_of_excerpt(report: Report) -> Bool[np.ndarray, "kept"]:
     return report.active[report.kind != TokenKind.OMITTED]
 
 
+def predicted_fraction(model: ModelConfig, reuse: ReuseConfig, prompt: PromptMap) -> float:
+    """The same before anything is measured: what a signal would choose of the prompt is spread over it.
+
+    Raises:
+      InvalidRequestError: an option is wrong for the model.
+    """
+    method, num_layers = method_of(reuse), model.num_layers
+    probe = method.probe(prompt, lambda: np.ones(len(prompt), bool), num_layers)
+    if probe is not None:
+        return flops_fraction(model, reuse, _predicted_excerpt(prompt, probe, num_layers))
+    phases = method.phases(prompt, num_layers)
+    rows = [phases[0].forced]
+    for phase in phases[1:]:
+        candidates = np.flatnonzero(rows[-1] & ~phase.forced)
+        rows.append(_with_some(phase.forced, candidates, min(phase.least - int(phase.forced.sum()), len(candidates))))
+    return flops_fraction(model, reuse, make_report(prompt, phases, num_layers, 0.0, np.stack(rows)))
+
+
+def _predicted_excerpt(prompt: PromptMap, probe: Probe, num_layers: int) -> Report:
+    """As if each piece got half of the focus that the one before it got."""
+    excerpt = probe.excerpt(np.exp2(-probe.piece.astype(np.float32)))
+    kept = PromptMap(prompt.tokens[excerpt.keep], np.full(excerpt.keep.sum(), TokenKind.FRESH, np.uint8))
+    answered = make_report(kept, [Phase(0, kept.computed)], num_layers, 0.0, kept.computed[None])
+    return report_of_excerpt(prompt, excerpt, answered, num_layers)
+
+
 def _prompt_of(report: Report) -> PromptMap:
     """The map that the report was made from, but for the tokens and the places of the donors."""
     segments = tuple(
@@ -99,10 +126,16 @@ def _rows(phases: Sequence[Phase], report: Report) -> list[Bool[np.ndarray, "tok
     for phase, computed in zip(later, report.phase_tokens[1:], strict=True):
         before = report.active if len(rows) == 1 else rows[-1]
         candidates = np.flatnonzero(before & ~phase.forced)
-        kept = max(computed - int(phase.forced.sum()), 0)
-        own = phase.forced.copy()
-        own[candidates[(np.arange(kept) * len(candidates)) // max(kept, 1)]] = True
-        rows.append(own)
+        rows.append(_with_some(phase.forced, candidates, max(computed - int(phase.forced.sum()), 0)))
+    return rows
+
+
+def _with_some(
+    forced: Bool[np.ndarray, "tokens"], candidates: Int[np.ndarray, "candidates"], number: int
+) -> Bool[np.ndarray, "tokens"]:
+    """The forced rows and so many of the candidates, spread evenly over these."""
+    rows = forced.copy()
+    rows[candidates[(np.arange(number) * len(candidates)) // max(number, 1)]] = True
     return rows
 
 

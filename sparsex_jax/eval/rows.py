@@ -1,4 +1,4 @@
-"""The quality bench's rows, written to a file as they come, so that a run which was stopped can go on."""
+"""Rows of the quality bench and of calibrations, in a file as they come, so that a stopped run can go on."""
 
 from __future__ import annotations
 
@@ -87,5 +87,5 @@ def _check_same(path: Path, head: dict[str, Any], made_with: dict[str, Any]) -> 
     if names:
         differing = ", ".join(f"{name}={before.get(name)!r}, not {made_with.get(name)!r}" for name in names)
         raise InvalidRequestError(
-            f"{path}: its rows were made with {differing}; take another folder, or delete the file"
+            f"{path}: its rows were made with {differing}; write to another place, or delete the file"
         )

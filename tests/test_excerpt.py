@@ -55,7 +55,7 @@ def kept_one_by_one(piece, focus, coverage, least):
     for number in sorted(numbers, key=lambda one: (-totals[one] / sizes[one], one)):
         taken.append(number)
         held, tokens = sum(totals[one] for one in taken), sum(sizes[one] for one in taken)
-        if 0 < everything and coverage < 1 and held >= coverage * everything and tokens >= least:
+        if everything > 0 and coverage < 1 and held >= coverage * everything and tokens >= least:
             break
     return (piece < 0) | np.isin(piece, taken)
 
@@ -168,7 +168,9 @@ def test_remembered_texts_are_found_wherever_they_stand(texts, data):
         text = cache.text(handle).tolist()
         cache.forget(handle)
         mine.remove(next(one for one in mine if one.tolist() == text))
-    left = [cache.text(entry.handle) for entry in cache.entries()]  # texts that are alike may share pages and go together
+    left = [
+        cache.text(entry.handle) for entry in cache.entries()
+    ]  # texts that are alike may share pages and go together
     np.testing.assert_array_equal(cache.remembered(tokens, "mine"), found_by_force(tokens, left))
     cache.check(held=[])
 
@@ -329,7 +331,7 @@ def test_probes_are_cut_batched_and_mixed_with_other_methods():
     prompts += [PROMPT] * len(METHODS)
     alone = remembering(tiny_engine(prefill_tokens=512), frozen=True)
     expected = [alone.generate(p, GREEDY, reuse=m, keep=False) for p, m in zip(prompts, methods, strict=True)]
-    engine = remembering(tiny_engine(prefill_tokens=64), frozen=True)
+    engine = remembering(tiny_engine(prefill_tokens=80), frozen=True)
     turns, probe = [], engine.runner.advance_probe
     engine.runner.advance_probe = lambda run, layers: turns.append((len(run.requests), layers)) or probe(run, layers)
     together = [heard(engine.loop, p, reuse=m, keep=False)[0] for p, m in zip(prompts, methods, strict=True)]
@@ -344,7 +346,7 @@ def test_probes_are_cut_batched_and_mixed_with_other_methods():
     assert any(layers is not None for _, layers in turns)  # cut
     stats = engine.loop.stats
     assert stats.omitted_tokens > 0
-    assert stats.prompt_tokens == sum(map(len, prompts))
+    assert stats.prompt_tokens == sum(map(len, [*prompts, *TEXTS]))
     assert stats.prompt_tokens == sum(value for name, value in vars(stats).items() if name in _KINDS)
     assert idle(engine)
 
@@ -466,9 +468,11 @@ def test_a_stream_says_what_was_left_out():
             "max_tokens": 5,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "sparsex": {"method": "excerpt", "coverage": 0.3, "piece_tokens": 64},
+            "reuse": {"method": "excerpt", "coverage": 0.3, "piece_tokens": 64},
         }
-        lines = [line for line in http.post("/v1/completions", json=body).text.splitlines() if line.startswith("data: {")]
+        lines = [
+            line for line in http.post("/v1/completions", json=body).text.splitlines() if line.startswith("data: {")
+        ]
         metrics = http.get("/metrics").text
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
     report = next(chunk["sparsex"] for chunk in chunks if chunk.get("sparsex"))

@@ -86,4 +86,4 @@ def probe(
 def _broken(rows: Rows, hidden: Hidden, requests: int) -> Bool[Array, "requests"]:
     """Which requests have a row whose hidden state is not finite."""
     broken = rows.valid & ~jnp.isfinite(hidden).all(axis=-1)
-    return jnp.zeros(requests, bool).at[jnp.where(rows.valid, rows.request, requests)].max(broken, mode="drop")
+    return jnp.zeros(requests, bool).at[rows.request].max(broken, mode="drop")

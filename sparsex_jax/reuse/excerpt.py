@@ -34,6 +34,15 @@ class Probe:
     coverage: float
     least_tokens: int
 
+    @property
+    def looking(self) -> Bool[np.ndarray, "tokens"]:
+        """The tokens whose attention counts: those behind the last piece, if they are fresh.
+
+        They see all pieces. A heading between two pieces sees the earlier ones only, and with many headings in a prompt
+        the first pieces would be looked at most, whatever is asked.
+        """
+        return np.arange(len(self.piece)) > np.flatnonzero(self.piece >= 0)[-1]
+
     def excerpt(self, focus: Float32[np.ndarray, "tokens"]) -> Excerpt:
         """What is kept, by how much each token was looked at.
 

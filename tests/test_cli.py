@@ -173,7 +173,7 @@ def test_generate_prints_one_object(smollm, monkeypatch):
 def test_generate_reuses_a_file(tiny, note):
     prompt = f"Read:\n{NOTE}When?"
     arguments = ["generate", prompt, "--model", tiny, "--remember", note, "--max-new-tokens", "2", "--method", "naive"]
-    result = invoke(*arguments, "--store-tokens", "4096")  # as `demo` has
+    result = invoke(*arguments, "--store-tokens", "4096")
     assert result.exit_code == 0, result.output
     assert " reused, " in result.stdout
     assert "; 1 segments; " in result.stdout

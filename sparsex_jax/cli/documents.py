@@ -1,16 +1,16 @@
 """The documents that the demo remembers, and its questions.
 
-All of them are invented. Of ten questions about these notes, this one was picked because the small default model
-answers it right with full recompute and gives another note's code with method `naive`. One question does not show how
-often this happens; `sparsex bench quality` measures that. Of eleven questions to follow it, the model answers four
-right with full recompute. The one here is one of those, and means nothing without the question before it.
+All of them are invented. Each note has an access code, so eleven of them distract from the one that is asked for. Asked
+for each of the twelve codes, the small default model gave 8 of them with full recompute, 1 with method `naive`, 3 with
+`sparsex` and 11 with `excerpt`. The question here is one of those that full recompute answers right, and so is the one
+that follows it, which means nothing without the first. `sparsex bench quality` measures more questions than these.
 """
 
 from __future__ import annotations
 
 INSTRUCTION = "You are a helpful assistant. Answer in one short sentence from the notes."
-QUESTION = "What is the access code of the dome?"
-FOLLOW_UP = "And of the map room?"
+QUESTION = "What is the access code of the costume room?"
+FOLLOW_UP = "And of the flour store?"
 
 DOCUMENTS = {
     "harbour": (

@@ -21,7 +21,7 @@ DENSE = Dense(TINY, tiny_params())
 DOCUMENTS = [np.random.default_rng(seed).integers(1, 97, length) for seed, length in enumerate((20, 33, 48, 70))]
 
 namespaces = st.sampled_from(["a", "b"])
-methods = st.sampled_from(["full", "prefix", "naive", "sparsex"])
+methods = st.sampled_from(["full", "prefix", "naive", "sparsex", "excerpt"])
 cuts = st.tuples(st.sampled_from(range(4)), st.integers(0, 30), st.integers(31, 70))
 prompts = st.lists(st.one_of(cuts, st.lists(st.integers(0, 96), min_size=1, max_size=5)), min_size=1, max_size=4)
 
@@ -69,7 +69,9 @@ class EngineMachine(RuleBasedStateMachine):
             outs = self.engine.generate_batch(
                 [build(p) for p in pieces],
                 SamplingParams(max_new_tokens=new, temperature=1.0, seed=new),
-                reuse=ReuseConfig.fitting(method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2),
+                reuse=ReuseConfig.fitting(
+                    method, boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2, coverage=0.5, piece_tokens=16
+                ),
                 namespace=namespace,
             )
         except (ContextLengthError, StoreFullError):

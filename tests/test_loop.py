@@ -645,13 +645,13 @@ class LoopMachine(RuleBasedStateMachine):
         target=requests,
         parts=st.lists(CUTS, min_size=1, max_size=4),
         new=st.integers(1, 12) | st.integers(60, 110),
-        method=st.sampled_from(["full", "prefix", "naive", "sparsex"]),
+        method=st.sampled_from(["full", "prefix", "naive", "sparsex", "excerpt"]),
         keep=st.booleans(),
         poison=st.sampled_from([[], [], [], [96]]),
     )
     def submit(self, parts, new, method, keep, poison):
         prompt = np.concatenate([*parts, poison]).astype(np.int32)
-        reuse = ReuseConfig.fitting(method, boundary_layer=1)
+        reuse = ReuseConfig.fitting(method, boundary_layer=1, coverage=0.5, piece_tokens=16)
         try:
             heard = submit(self.loop, prompt, SamplingParams(max_new_tokens=new), reuse=reuse, keep=keep)
         except ContextLengthError:
@@ -688,7 +688,7 @@ class LoopMachine(RuleBasedStateMachine):
             self.engine.forget(handle)
 
     @precondition(lambda self: self.loop.stats.running)
-    @rule(step=st.sampled_from(["prefill", "decode"]))
+    @rule(step=st.sampled_from(["prefill", "probe", "decode"]))
     def lose_the_store(self, step):
         def broken(params, store, *args, **static):
             store.delete()

@@ -90,6 +90,7 @@ STEPS = {
     "align": lambda mesh: aot.lower_align(LLAMA, engine_for(mesh), mesh, 8192),
     "prefill": lambda mesh: aot.lower_prefill(LLAMA, engine_for(mesh), mesh, 1024),
     "long prefill": lambda mesh: aot.lower_prefill(LLAMA, engine_for(mesh), mesh, 32768),
+    "probe": lambda mesh: aot.lower_probe(LLAMA, engine_for(mesh), mesh, 1024),
     "decode": lambda mesh: aot.lower_decode(LLAMA, engine_for(mesh), mesh, 8),
     "decode, few words": lambda mesh: aot.lower_decode(FEW_WORDS, engine_for(mesh), mesh, 8),  # sorting compiles sooner
 }

@@ -54,12 +54,13 @@ def crowd(engine, number, rng):
     "reuse",
     [
         ReuseConfig(),
+        ReuseConfig("excerpt", piece_tokens=32),
         *(
             pytest.param(ReuseConfig(**fields), marks=pytest.mark.slow)
             for fields in ({"second_boundary": 3}, {"method": "cacheblend"}, {"method": "prophetkv"})
         ),
     ],
-    ids=["sparsex", "sparsex-3", "cacheblend", "prophetkv"],
+    ids=["sparsex", "excerpt", "sparsex-3", "cacheblend", "prophetkv"],
 )
 def test_a_crowd_compiles_nothing_after_the_warm_up(reuse):
     engine = make_engine(reuse, model=next(MODELS))
@@ -79,6 +80,7 @@ def test_every_size_of_a_batch_is_decoded_once(most, numbers, monkeypatch):
     decoded = []
     monkeypatch.setattr(warmup, "_decode", lambda _, number: decoded.append(number))
     monkeypatch.setattr(warmup, "_prefill", lambda *_: None)
+    monkeypatch.setattr(warmup, "_probe", lambda *_: None)
     monkeypatch.setattr(warmup, "_generate", lambda *_: None)
     for step in warmup.steps(make_engine(max_num_seqs=most).loop):
         step()

@@ -16,6 +16,7 @@ Nothing here is thread-safe. Each engine has one cache and calls it from one thr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -262,12 +263,14 @@ class PageCache:
         )
 
     def remembered(self, tokens: Int32[np.ndarray, "tokens"], namespace: str) -> Bool[np.ndarray, "tokens"]:
-        """Which tokens of a prompt stand in a remembered text, as far as text and prompt agree."""
-        found = np.zeros(len(tokens), bool)
+        """Which tokens of a prompt stand in a remembered text, as far as text and prompt agree around its middle.
+
+        Texts of which the prompt has less than half do not count, nor do texts of fewer than 8 tokens.
+        """
+        found, text = np.zeros(len(tokens), bool), functools.cache(self.text)
         for place, handle in self._remembered.places(tokens, namespace):
-            if not found[place]:
-                begin, end = run_around(tokens, place, self.text(handle))
-                found[begin:end] = True
+            begin, end = run_around(tokens, place, text(handle))
+            found[begin:end] = True
         return found
 
     def count_use(self, match: Match) -> None:
@@ -703,6 +706,7 @@ class PageCache:
         pool.check()
         self.tree.check()
         self._windows.check(self.tree.live_nodes())
+        self._remembered.check({entry.handle: (entry.namespace, self.text(entry.handle)) for entry in self._entries})
         assert np.array_equal(pool.committed, [node is not None for node in self.tree.node_of])
         pins, frozen = np.zeros_like(pool.refs), np.zeros_like(pool.frozen)
         for match in self._pins:

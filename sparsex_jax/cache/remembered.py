@@ -1,13 +1,14 @@
 """Where the texts of entries stand in a prompt, whichever copy of them the prompt's KV would be taken from.
 
-Each text is known by the hash of its second window of 8 tokens: what stands before a text in a prompt may be tokenised
-together with its first characters.
+Each text is known by the hash of 8 tokens in its middle. Texts that begin alike differ there, and what stands before or
+behind a text in a prompt may be tokenised together with its first or last characters. Who quotes less than half of a text
+does not bring that text.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from jaxtyping import Int32
@@ -26,10 +27,11 @@ class RememberedTexts:
 
     def add(self, handle: int, namespace: str, text: Int32[np.ndarray, "text"]) -> None:
         """Texts of fewer than 8 tokens are never found."""
-        hashes = window_hashes(text[_place_in(text) :][:WINDOW], _SALT).tolist()
-        for value in hashes:
-            self._handles.setdefault(namespace, {}).setdefault(value, set()).add(handle)
-            self._known_by[handle] = namespace, value
+        if len(text) < WINDOW:
+            return
+        (value,) = window_hashes(text[_place_in(text) :][:WINDOW], _SALT).tolist()
+        self._handles.setdefault(namespace, {}).setdefault(value, set()).add(handle)
+        self._known_by[handle] = namespace, value
 
     def remove(self, handle: int) -> None:
         if handle not in self._known_by:
@@ -52,22 +54,30 @@ class RememberedTexts:
             for handle in handles[int(hashes[place])]:
                 yield place, handle
 
+    def check(self, texts: Mapping[int, tuple[str, Int32[np.ndarray, "text"]]]) -> None:
+        """Raise AssertionError unless just these texts are known: by handle, with their namespaces."""
+        fresh = RememberedTexts()
+        for handle, (namespace, text) in texts.items():
+            fresh.add(handle, namespace, text)
+        assert (self._handles, self._known_by) == (fresh._handles, fresh._known_by)
+
 
 def run_around(tokens: Int32[np.ndarray, "tokens"], place: int, text: Int32[np.ndarray, "text"]) -> tuple[int, int]:
     """From where to where a prompt and a text are equal around the text's window, which stands at `place`.
 
     Returns:
-      Two indices of the prompt; equal ones if the hash lied.
+      Two indices of the prompt; equal ones if less than half of the text is there, or the hash lied.
     """
     at = _place_in(text)
     before, behind = min(place, at), min(len(tokens) - place, len(text) - at)
     equal = tokens[place - before : place + behind] == text[at - before : at + behind]
     if not equal[before : before + WINDOW].all():
         return place, place
-    lead = int(equal[:before][::-1].cumprod().sum())
-    return place - lead, place + int(equal[before:].cumprod().sum())
+    begin = place - int(equal[:before][::-1].cumprod().sum())
+    end = place + int(equal[before:].cumprod().sum())
+    return (begin, end) if 2 * (end - begin) >= len(text) else (place, place)
 
 
 def _place_in(text: Int32[np.ndarray, "text"]) -> int:
     """Where in a text the window is by which it is known."""
-    return WINDOW if len(text) >= 2 * WINDOW else 0
+    return (len(text) - WINDOW) // 2

@@ -21,6 +21,7 @@ from jax.stages import Lowered
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.prefill import align, prefill
+from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.decoder import Decoder
@@ -95,6 +96,23 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
         return prefill(params, store, plan, state, until, **static)
 
     return _lower(step, mesh, store, params, plan, state, jnp.int32(model.num_layers))
+
+
+def lower_probe(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
+    """The probe of the bucket that holds this number of tokens, all layers of it, the last half looked at."""
+    shapes = Shapes.of_engine(model, engine, platform="tpu")
+    plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
+    _, chunk = shapes.bucket(plan.fresh.size)
+    params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
+    hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
+    focus = jnp.zeros((len(plan.page_tables), shapes.max_pages * engine.page_size))
+    layers = model.num_layers
+    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "layers": layers, "watched": layers // 2, "chunk": chunk}
+
+    def step(store: Store, params: Params, tables: jax.Array, rows: Rows, state: ProbeState) -> Any:
+        return probe(params, store, tables, rows, state, **static)
+
+    return _lower(step, mesh, store, params, plan.page_tables, rows, ProbeState(jnp.int32(0), hidden, focus))
 
 
 def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_requests: int) -> Lowered:

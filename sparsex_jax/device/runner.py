@@ -128,8 +128,8 @@ class ProbeRun:
 
     def focus(self) -> list[Float[np.ndarray, "tokens"]]:
         """How much each token of each request was looked at, once all layers have run. Waits for the device."""
-        focus = np.asarray(self.state.focus[: len(self.requests)])
-        return [line[: len(request.prompt)] for line, request in zip(focus, self.requests, strict=True)]
+        focus = np.asarray(self.state.focus)  # whole: to cut it on the device would compile for each number of requests
+        return [line[: len(request.prompt)] for line, request in zip(focus, self.requests, strict=False)]
 
 
 class Runner:
@@ -192,11 +192,14 @@ class Runner:
         return ProbeRun(requests, begun.plan, begun.state.rows, jax.device_put(state, self._everywhere))
 
     def advance_probe(self, run: ProbeRun, layers: int | None = None) -> None:
-        """Dispatch the next `layers` layers, or all. There are programs of all layers, and of a single one."""
+        """Dispatch the next `layers` layers, or all. There are programs of all layers, and of a single one.
+
+        So the programs do not depend on how many layers fit a turn.
+        """
         first, end = run.watched
         until = end if layers is None else min(run.next_layer + layers, end)
         _, chunk = self.shapes.bucket(run.plan.fresh.size)
-        together = end if (run.next_layer, until) == (0, end) else 1
+        together = end - run.next_layer if layers is None else 1
         with self._precision():
             for layer in range(run.next_layer, until, together):
                 self.store, run.state = probe(

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.reuse.planner import RequestPlan
+from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.schedule import Phase
 
 # Attention kernels take this many consecutive rows together, and read all keys up to the last one's position.
@@ -148,16 +149,17 @@ def prefill_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> fl
 
 def excerpt_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> float:
     """Seconds of a probe, and of the prefill of an excerpt behind it that keeps about as much as most do."""
-    assert plan.probe is not None
-    fresh = np.flatnonzero(plan.prompt.fresh)
-    mass = _MASS * speeds.of_plan(len(fresh)).attention_seconds(fresh)
-    among = int((plan.probe.piece >= 0).sum())
-    kept = len(plan.prompt) - among + max(plan.probe.least_tokens, round(_KEPT * among))
-    rows = np.arange(plan.prompt.num_prefix, max(kept, plan.prompt.num_prefix + 1))
-    layers = model.num_layers * speeds.of_plan(len(rows)).layer_seconds(rows)
-    watched = (plan.probe.end_layer - plan.probe.first_layer) * mass
-    probe = prefill_seconds(model, plan, speeds) * plan.probe.end_layer / model.num_layers + watched
-    return probe + speeds.start + layers
+    probe, prompt = plan.probe, plan.prompt
+    assert probe is not None
+    fresh = np.flatnonzero(prompt.fresh)
+    times = speeds.of_plan(len(fresh))
+    watched = (probe.end_layer - probe.first_layer) * _MASS * times.attention_seconds(fresh)
+    looking = probe.end_layer * times.layer_seconds(fresh) + watched
+    among = int((probe.piece >= 0).sum())
+    kept = len(prompt) - among + max(probe.least_tokens, round(_KEPT * among))
+    rows = np.arange(int((prompt.kind == TokenKind.PREFIX).sum()), kept)
+    answering = model.num_layers * speeds.of_plan(len(rows)).layer_seconds(rows)
+    return 2 * speeds.start + _copy_seconds(sum(copy.length for copy in plan.copies), speeds) + looking + answering
 
 
 def least_seconds(

@@ -48,14 +48,16 @@ class Probe:
     def excerpt(self, focus: Float32[np.ndarray, "tokens"]) -> Excerpt:
         """What is kept, by how much each token was looked at.
 
-        Pieces are kept in the order of their mean focus until both conditions are met; of two alike, the earlier.
+        Pieces are kept in the order of their mean focus until both conditions are met; of two alike, the earlier. All
+        are kept if they are to hold all of the focus, or if there is none.
         """
         among = self.piece >= 0
         sizes, total = np.bincount(self.piece[among]), np.bincount(self.piece[among], focus[among].astype(np.float64))
         order = np.argsort(-total / sizes, kind="stable")
         covered = np.cumsum(total[order])
         enough = (covered >= self.coverage * covered[-1]) & (np.cumsum(sizes[order]) >= self.least_tokens)
-        kept = order[: int(enough.argmax()) + 1] if enough.any() else order
+        some = self.coverage < 1 and covered[-1] > 0 and enough.any()
+        kept = order[: int(enough.argmax()) + 1] if some else order
         keep = ~among | np.isin(self.piece, kept)
         confidence = float(total[kept].sum() / covered[-1]) if covered[-1] > 0 else 1.0
         return Excerpt(keep, confidence, self.end_layer)

@@ -120,7 +120,7 @@ class Admission:
             counted=False,
         )
         try:
-            plan = self.choice.plan(tokens, match, method, lambda: self.cache.remembered(tokens, sequence.namespace))
+            plan = self.choice.plan(tokens, match, method, lambda: self._may_be_left_out(sequence, tokens))
             self._require_room(sequence, plan.pages)
             pages, copy_pages = self._take_pages(plan.pages, self._pages_wanted(sequence, slots, plan.pages), sequence)
         except BaseException:
@@ -131,6 +131,12 @@ class Admission:
         num_shared, plan = len(plan.pages), dataclasses.replace(plan, pages=pages)
         sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
+
+    def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Bool[np.ndarray, "tokens"]:
+        """Which tokens are of remembered texts. None of a prompt that was answered in part: it goes on as it began."""
+        if sequence.output.token_ids:
+            return np.zeros(len(tokens), bool)
+        return self.cache.remembered(tokens, sequence.namespace)
 
     def count_found(self, sequence: Sequence) -> None:
         """Count what was found of a prompt. Once, when its prefill is reported, however often it was admitted."""

@@ -7,6 +7,9 @@ What stands before the first reused token is computed in full, whatever comes be
 So it can be cut anywhere: each chunk is a plain plan whose prefix is what the chunks before it computed. Only full
 chunks are cut off in front of a reused token: every plan reads all weights, and a few tokens are not worth that.
 
+A probe is one plan: what stands before the first reused token need not go through all layers, nor does it look at
+anything that may be left out.
+
 The rest is one plan. Which of its reused tokens are recomputed depends on the attention of *all* its fresh tokens at
 the boundary layer; cut in two, the first part would choose without the second part's queries, and most often the
 question stands at the end. The schedule is made for the whole prompt before anything is cut, so what is forced next
@@ -42,7 +45,7 @@ def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) ->
     first = prompt.num_prefix
     if not prompt.reused.any():
         parts = list(_chunks(tokens, first, len(tokens), pages, most))
-    elif plan.num_rows <= most:
+    elif plan.num_rows <= most or plan.probe:
         parts = [plan]
     else:
         lead = first + (prompt.first_reused - first) // most * most

@@ -4,8 +4,8 @@ One round, `Loop.step`:
 
     take in      new sequences, cancellations
     schedule     who decodes, and how many tokens; while the device decodes, who is admitted and what is prefilled
-    run          the decode dispatch, then at most one prefill plan, or a few layers of one
-    postprocess  new tokens, ends, what others can find from now on
+    run          the decode dispatch, then at most one prefill plan or probe, or a few layers of one
+    postprocess  new tokens, ends, what others can find from now on; who was probed waits again, with an excerpt
     report       news to the listeners
 
 `policy` decides, `execution` computes, `isolation` deals with what fails, `admission` keeps the books of the store,
@@ -142,7 +142,7 @@ class Loop:
             if waiting >= most:
                 raise OverloadedError(f"{waiting} requests wait already, and max_waiting is {most}", self._retry())
             self._put_in_line([sequence])
-        return Ticket(sequence, self._wake)
+            return Ticket(sequence, self._wake)  # before a round can make another prompt of it
 
     def _put_in_line(self, sequences: Several[Sequence]) -> None:
         with self._news:

@@ -3,10 +3,14 @@
     WAITING --admit--> PREFILLING --last stage--> DECODING --end token, length--> FINISHED
        ^                   |    |
        |                   |    +--no new tokens--> FINISHED, or HELD for `Engine.prefilled`
-       +----- preempt -----+---------------------- from DECODING too
+       +- preempt, probed -+---------------------- from DECODING too, if it is preempted
 
 A sequence that is cancelled or fails becomes FINISHED from any state. One that is preempted gives its pages back and
 waits again, at its place by age; its answer so far stays.
+
+A prompt that may be answered from an excerpt is probed first: its only stage is a pass that says what to keep of it.
+Then it gives its pages back, none of which holds anything that is to be found, and waits at its place by age with the
+excerpt as its prompt, which is prefilled as any other.
 
 Who owns what, while it is admitted:
 

@@ -2,10 +2,12 @@
 
 Programs depend on shapes and never on lengths or methods, so a token or two compile each:
 
-    for each row bucket   the alignment and the prefill, which serves every method
+    for each row bucket   the alignment and the prefill, which serves every method; the default method's probe, if it
+                          has one: of all layers together where they fit a turn, one by one where they do not
     for 1, 2, 4 ...       the decode of that many sequences together
 
-Requests that ask for log-probabilities, penalties or biases compile what they need when they come.
+Requests that ask for log-probabilities, penalties or biases compile what they need when they come, and so do those that
+name a method of other probes.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.device.sampling import NON_FINITE
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.errors import NonFiniteLogitsError
-from sparsex_jax.reuse.methods import Phase
+from sparsex_jax.reuse.methods import Phase, method_of
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.scheduler.loop import Loop
@@ -31,7 +33,8 @@ from sparsex_jax.scheduler.loop import Loop
 def steps(loop: Loop) -> list[Callable[[], None]]:
     """Calls that compile a few programs each, and one that measures what they take. They leave nothing in the store.
     Call them before the loop runs."""
-    prefills = [functools.partial(_prefill, loop, bucket) for bucket in loop.runner.shapes.buckets]
+    buckets = loop.runner.shapes.buckets
+    prefills = [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe)]
     decodes = [functools.partial(_decode, loop, number) for number in _batches(loop.policy.max_num_seqs)]
     return [*prefills, functools.partial(_measure, loop), *decodes, functools.partial(_generate, loop)]
 
@@ -48,6 +51,28 @@ def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
         copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
         logits, _ = loop.runner.prefill([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
     loop.runner.are_finite(logits)  # which is asked where no token is wanted, as of texts to remember
+
+
+def _probe(loop: Loop, bucket: tuple[int, int]) -> None:
+    """What the default method looks at before it answers: two segments of a token, by a third one."""
+    segments = tuple(Segment(at, 1, 0, np.zeros(1, np.int64), exact=True) for at in range(2))
+    prompt = PromptMap(np.zeros(3, np.int32), np.array([*[TokenKind.REUSED] * 2, TokenKind.FRESH], np.uint8), segments)
+    method = method_of(loop.requests.reuse)
+    probe = method.probe(prompt, lambda: np.ones(3, bool), loop.runner.model.num_layers)
+    if probe is None:
+        return
+    with loop.admission.lend(len(prompt)) as pages, loop.runner.padding_to(bucket):
+        for layers in _turns(loop, bucket):
+            run = loop.runner.begin_probe([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, probe=probe)])
+            loop.runner.advance_probe(run, layers)
+            run.focus()
+
+
+def _turns(loop: Loop, bucket: tuple[int, int]) -> list[int | None]:
+    """How plans of this bucket may run: all layers together, or some at a time."""
+    smaller = [size for size, _ in loop.runner.shapes.buckets if size < bucket[0]]
+    together = [None] if max(smaller, default=0) < loop.policy.prefill_tokens else []
+    return [*together, *([loop.runner.model.num_layers] if bucket[0] > loop.policy.prefill_tokens else [])]
 
 
 def _measure(loop: Loop) -> None:

@@ -21,7 +21,8 @@ from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.gpu import LOG2_E, heads_a_tile, padded_pages, power_of_two
 from sparsex_kernels.layout import RowInts, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS, Ref
-from sparsex_kernels.paged_attention.hopper import attend, tile_spans
+from sparsex_kernels.paged_attention.hopper import attend
+from sparsex_kernels.paged_attention.tiles import tile_spans
 
 WARPGROUPS = 2  # that compute, each with 64 keys
 BLOCK = WARPGROUPS * WGMMA_ROWS  # keys of a program

@@ -1,11 +1,12 @@
-"""The second kernel of decode for Hopper GPUs, by Pallas' Mosaic GPU: it merges the results over parts of the keys.
+"""The second kernel of attention in parts for Hopper GPUs, by Pallas' Mosaic GPU: it merges results over parts of keys.
 
-A program merges one row, for 64 query heads, which are the rows of a tile in registers, and some columns. Its
-warpgroups share the row's parts.
+A program merges 64 rows of a tile in registers, and some columns of them: query heads of one row where decode cut the
+keys of a row, packed rows and heads where prefill cut those of a tile of rows. Its warpgroups share the parts.
 """
 
 import functools
 import operator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,17 +24,46 @@ from sparsex_kernels.mosaic import MULTIPROCESSORS, ROWS, WGMMA_ROWS, Ref
 
 SHARE = 8  # rows of a product that are stored; no more query heads share a tile
 MERGERS = 4  # warpgroups that share a row's parts
-IN_FLIGHT = 64  # columns that each of them loads at a time, over several parts
+IN_FLIGHT = 256  # bytes of each row that one of them loads at a time, over several parts
+LSE_IN_FLIGHT = 4  # parts that it loads at a time where it merges log-sum-exps only
 
 
 class MergeShape(NamedTuple):
     """Static sizes of one merge."""
 
-    tiles: int  # of 64 rows: query heads
+    tiles: int  # of 64 rows
+    columns: int  # of a program; 0: only log-sum-exps are merged
+    dtype: Any  # of the output
+
+
+class Parts(NamedTuple):
+    """Results over parts of keys, as arrays or as references to them.
+
+    Attributes:
+      out: `[parts, merged, head_dim]`; None where only log-sum-exps are merged.
+      lse: float32 `[parts, merged]`, in base 2.
+      spans: `[spans, 2]`, the first part and the one behind the last of what is merged into one result.
+    """
+
+    out: Any
+    lse: Any
+    spans: Any
+
+
+class RowHeads(NamedTuple):
+    """Which query heads a tile's rows are in a merge of single rows: groups of `SHARE`, the first `share` of each."""
+
     heads: int  # groups of query heads; eight a tile
     share: int  # query heads in a group
-    columns: int  # of a program
-    dtype: Any
+
+
+class TileRows(NamedTuple):
+    """Which rows and query heads a tile's rows are in a merge of tiles of rows: `[head, row]`."""
+
+    heads: int  # groups of query heads
+    warpgroups: int  # tiles of each group, one after the other
+    rows: int  # of a tile
+    share: int  # query heads in a group
 
 
 def merge(
@@ -58,28 +88,65 @@ def merge(
       dtype: of the output.
     """
     rows, (_, merged, head_dim) = len(spans), partial.shape
-    shape = MergeShape(merged // WGMMA_ROWS, q_heads // share, share, merge_columns(rows * merged, head_dim), dtype)
-    states = (MERGERS, WGMMA_ROWS)
-    run = mosaic.kernel(
-        functools.partial(_merge_kernel, shape),
-        backend,
-        out_type=(
-            jax.ShapeDtypeStruct((rows, q_heads, head_dim), dtype),
-            jax.ShapeDtypeStruct((rows, merged), jnp.float32),
-        ),
-        grid=(rows, shape.tiles, head_dim // shape.columns),
-        grid_names=("row", "tile", "slice"),
-        num_threads=MERGERS,
-        scratch_types={
-            "acc_smem": plgpu.SMEM((*states, shape.columns), jnp.float32),
-            "top_smem": plgpu.SMEM(states, jnp.float32),
-            "total_smem": plgpu.SMEM(states, jnp.float32),
-            "out_smem": plgpu.SMEM((WGMMA_ROWS, shape.columns), dtype),
-            "lse_smem": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
-            "merged": plgpu.Barrier(num_arrivals=MERGERS),
-        },
+    types = (
+        jax.ShapeDtypeStruct((rows, q_heads, head_dim), dtype),
+        jax.ShapeDtypeStruct((rows, merged), jnp.float32),
     )
-    return run(partial, lse, spans)
+    kernel = functools.partial(_merge_row, RowHeads(q_heads // share, share))
+    return _run(kernel, Parts(partial, lse, spans), (), types, dtype, backend)
+
+
+def merge_tiles(parts: Parts, results: dict[str, Array], layout: TileRows, backend: Backend) -> dict[str, Array]:
+    """The results, changed in place, with those of tiles that have several parts merged from these; else as `merge`.
+
+    Args:
+      parts: `spans` are of the first tiles; `layout` says what lies where in `merged`.
+      results: one or both of `out`, `[padded_rows, q_heads, head_dim]`, if there are `parts.out`, and `lse`, float32
+        `[heads, tiles, warpgroups, 64]` in base e.
+    """
+    refs = {name: jax.new_ref(result) for name, result in results.items()}
+    dtype = None if parts.out is None else parts.out.dtype
+    _run(functools.partial(_merge_tile, layout, tuple(refs)), parts, tuple(refs.values()), (), dtype, backend)
+    return {name: jax.freeze(ref) for name, ref in refs.items()}
+
+
+def _run(
+    kernel: Callable[..., None],
+    parts: Parts,
+    targets: tuple[Any, ...],
+    types: tuple[Any, ...],
+    dtype: Any,
+    backend: Backend,
+) -> Any:
+    """Launch a merge, whose results are written to `targets` or returned, of these types."""
+    merged, spans = parts.lse.shape[1], len(parts.spans)
+    head_dim = 0 if parts.out is None else parts.out.shape[2]
+    columns = merge_columns(spans * merged, head_dim) if head_dim else 0
+    shape = MergeShape(merged // WGMMA_ROWS, columns, dtype)
+    run = mosaic.kernel(
+        functools.partial(kernel, shape),
+        backend,
+        out_type=types,
+        grid=(spans, shape.tiles, head_dim // columns if columns else 1),
+        grid_names=("span", "tile", "slice"),
+        num_threads=MERGERS,
+        scratch_types=_scratch(shape),
+    )
+    return run(*(x for x in parts if x is not None), *targets)
+
+
+def _scratch(shape: MergeShape) -> dict[str, Any]:
+    states = (MERGERS, WGMMA_ROWS)
+    sums = {
+        "acc_smem": plgpu.SMEM((*states, shape.columns), jnp.float32),
+        "out_smem": plgpu.SMEM((WGMMA_ROWS, shape.columns), shape.dtype),
+    }
+    return (sums if shape.columns else {}) | {
+        "top_smem": plgpu.SMEM(states, jnp.float32),
+        "total_smem": plgpu.SMEM(states, jnp.float32),
+        "lse_smem": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
+        "merged": plgpu.Barrier(num_arrivals=MERGERS),
+    }
 
 
 def merge_columns(rows: int, head_dim: int) -> int:
@@ -89,81 +156,116 @@ def merge_columns(rows: int, head_dim: int) -> int:
 
 
 class Fold(NamedTuple):
-    """The sum over some parts of a row, for each query head; a part has the weight `exp2(lse - top)`."""
+    """The sum over some parts, for each row of the tile; a part has the weight `exp2(lse - top)`."""
 
-    acc: Array  # weighted sum of the parts' outputs
-    top: Array  # largest log-sum-exp
-    total: Array | float  # sum of the weights
+    acc: Any  # weighted sum of the parts' outputs; None where only log-sum-exps are merged
+    top: Any  # largest log-sum-exp
+    total: Any  # sum of the weights
 
 
-def _merge_kernel(shape: MergeShape, *refs: Ref, **scratch: Ref) -> None:
-    partial_ref, lse_ref, spans_ref, out_ref, out_lse_ref = refs
-    row, tile, part_of_dim, wg = (lax.axis_index(name) for name in ("row", "tile", "slice", "wg"))
-    columns = pl.ds(part_of_dim * shape.columns, shape.columns)
-    heads = pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)
-    folds = [Fold(*(scratch[f"{name}_smem"].at[n] for name in Fold._fields)) for n in range(MERGERS)]
-    fold = _fold_parts(shape, partial_ref.at[:, heads, columns], lse_ref.at[:, heads], spans_ref.at[row], wg)
-    for name, value in fold._asdict().items():
-        scratch[f"{name}_smem"][wg] = value
+def _merge_row(layout: RowHeads, shape: MergeShape, *refs: Ref, **scratch: Ref) -> None:
+    *operands, out_ref, out_lse_ref = refs
+    row, tile, part_of_dim = (lax.axis_index(name) for name in ("span", "tile", "slice"))
+
+    def store(columns: Any) -> None:
+        _store_heads(layout, tile, scratch["out_smem"], out_ref.at[row, :, columns])
+        target = out_lse_ref.at[row, pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)]
+        pl.when(part_of_dim == 0)(lambda: plgpu.copy_smem_to_gmem(scratch["lse_smem"], target))
+
+    _merge_parts(shape, Parts(*operands), store, scratch)
+
+
+def _merge_tile(layout: TileRows, names: tuple[str, ...], shape: MergeShape, *refs: Ref, **scratch: Ref) -> None:
+    first = len(refs) - len(names)
+    parts, outs = Parts(*([None] * (3 - first)), *refs[:first]), dict(zip(names, refs[first:], strict=True))
+    span, tile, part_of_dim = (lax.axis_index(name) for name in ("span", "tile", "slice"))
+    group, wg = lax.div(tile, layout.warpgroups), lax.rem(tile, layout.warpgroups)
+    rows = pl.ds((span * layout.warpgroups + wg) * layout.rows, layout.rows)
+
+    def store(columns: Any) -> None:
+        for h in range(layout.share if "out" in outs else 0):
+            source = scratch["out_smem"].at[pl.ds(h * layout.rows, layout.rows)]
+            plgpu.copy_smem_to_gmem(source, outs["out"].at[rows, group * layout.share + h, columns])
+        if "lse" in outs:
+            target = outs["lse"].at[group, span, wg]
+            pl.when(part_of_dim == 0)(lambda: plgpu.copy_smem_to_gmem(scratch["lse_smem"], target))
+
+    cut = parts.spans[span, 1] - parts.spans[span, 0] > 1
+    pl.when(cut)(lambda: _merge_parts(shape, parts, store, scratch))
+
+
+def _merge_parts(shape: MergeShape, parts: Parts, store: Callable[[Any], None], scratch: dict[str, Ref]) -> None:
+    """Merge the program's parts, and let `store` write its columns from shared memory."""
+    span, tile, part_of_dim, wg = (lax.axis_index(name) for name in ("span", "tile", "slice", "wg"))
+    columns, rows = pl.ds(part_of_dim * shape.columns, shape.columns), pl.ds(tile * WGMMA_ROWS, WGMMA_ROWS)
+    out = parts.out.at[:, rows, columns] if shape.columns else None
+    own = Parts(out, parts.lse.at[:, rows], parts.spans.at[span])
+    names = [name for name in Fold._fields if shape.columns or name != "acc"]
+    fold = _fold_parts(shape, own, wg)
+    for name in names:
+        scratch[f"{name}_smem"][wg] = getattr(fold, name)
     plgpu.barrier_arrive(scratch["merged"])
 
     @pl.when(wg == 0)
     def finish() -> None:
         plgpu.barrier_wait(scratch["merged"])
-        acc, top, total = _join([Fold(*map(_load, fold)) for fold in folds])
-        seen = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # padding sees nothing and gets 0
-        scratch["out_smem"][...] = (acc / lax.broadcast_in_dim(seen, acc.shape, [0])).astype(shape.dtype)
+        loaded = [{name: _load(scratch[f"{name}_smem"].at[n]) for name in names} for n in range(MERGERS)]
+        acc, top, total = _join([Fold(**{"acc": None} | fold) for fold in loaded])
+        if shape.columns:
+            seen = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # padding sees nothing and gets 0
+            scratch["out_smem"][...] = (acc / lax.broadcast_in_dim(seen, acc.shape, [0])).astype(shape.dtype)
         scratch["lse_smem"][...] = (top + jnp.log2(total)) / LOG2_E
         plgpu.commit_smem()
-        _store_heads(shape, tile, scratch["out_smem"], out_ref.at[row, :, columns])
-        store_lse = functools.partial(plgpu.copy_smem_to_gmem, scratch["lse_smem"], out_lse_ref.at[row, heads])
-        pl.when(part_of_dim == 0)(store_lse)
+        store(columns)
         plgpu.wait_smem_to_gmem(0)
 
 
-def _fold_parts(shape: MergeShape, partial_ref: Ref, lse_ref: Ref, span_ref: Ref, wg: Array) -> Fold:
-    """Sum every `MERGERS`-th part of the row, one warpgroup's. Several are loaded at a time to wait for memory once."""
-    begin, end = span_ref[0], span_ref[1]
-    unroll = IN_FLIGHT // shape.columns
+def _fold_parts(shape: MergeShape, parts: Parts, wg: Array) -> Fold:
+    """Sum every `MERGERS`-th part, one warpgroup's. Several are loaded at a time to wait for memory once."""
+    begin, end = parts.spans[0], parts.spans[1]
+    unroll = IN_FLIGHT // (shape.columns * parts.out.dtype.itemsize) if shape.columns else LSE_IN_FLIGHT
     stride = MERGERS * unroll
 
     def step(i: Array, state: Fold) -> Fold:
         first = begin + wg + i * stride
-        # A number behind the last part loads that part again, with no weight: another row's part could hold NaN.
+        # A number behind the last part loads that part again, with no weight: another span's part could hold NaN.
         numbers = [first + n * MERGERS for n in range(unroll)]
         own = [jnp.minimum(number, end - 1) for number in numbers]
-        loaded = [(_load(partial_ref.at[part]), _load(lse_ref.at[part])) for part in own]
+        loaded = [(_load(parts.out.at[part]) if shape.columns else None, _load(parts.lse.at[part])) for part in own]
         counts = [jnp.broadcast_to(number < end, (WGMMA_ROWS,)) for number in numbers]
-        parts = [Fold(x, jnp.where(c, lse, -jnp.inf), 1.0) for c, (x, lse) in zip(counts, loaded, strict=True)]
-        return _join([state, *parts])
+        folds = [Fold(x, jnp.where(c, lse, -jnp.inf), 1.0) for c, (x, lse) in zip(counts, loaded, strict=True)]
+        return _join([state, *folds])
 
-    start = Fold(*mosaic.empty_softmax(shape.columns))
+    acc, top, total = mosaic.empty_softmax(shape.columns or 8)
+    start = Fold(acc if shape.columns else None, top, total)
     return lax.fori_loop(0, lax.div(end - begin - wg + stride - 1, stride), step, start)
 
 
 def _load(ref: Ref) -> Array:
     layout = plgpu.Layout.WGMMA if len(ref.shape) == 2 else ROWS
-    return plgpu.load(ref, layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 
 def _join(folds: list[Fold]) -> Fold:
-    """Add sums over different parts. Each row of the tile, a query head, is added by itself."""
+    """Add sums over different parts. Each row of the tile is added by itself."""
     top = functools.reduce(jnp.maximum, (fold.top for fold in folds))
     decays = [jnp.exp2(fold.top - top) for fold in folds]
+    total = functools.reduce(operator.add, (fold.total * decay for fold, decay in zip(folds, decays, strict=True)))
+    if folds[0].acc is None:
+        return Fold(None, top, total)
     weighted = zip(folds, decays, strict=True)
     accs = [fold.acc * lax.broadcast_in_dim(decay, fold.acc.shape, [0]) for fold, decay in weighted]
-    totals = [fold.total * decay for fold, decay in zip(folds, decays, strict=True)]
-    return Fold(functools.reduce(operator.add, accs), top, functools.reduce(operator.add, totals))
+    return Fold(functools.reduce(operator.add, accs), top, total)
 
 
-def _store_heads(shape: MergeShape, tile: Array, smem: Ref, out_ref: Ref) -> None:
+def _store_heads(layout: RowHeads, tile: Array, smem: Ref, out_ref: Ref) -> None:
     """Store the query heads of a tile without the padding between their groups."""
     groups = WGMMA_ROWS // SHARE
     for group in range(groups):
         head = tile * groups + group
         store = functools.partial(
             plgpu.copy_smem_to_gmem,
-            smem.at[pl.ds(group * SHARE, shape.share)],
-            out_ref.at[pl.ds(head * shape.share, shape.share)],
+            smem.at[pl.ds(group * SHARE, layout.share)],
+            out_ref.at[pl.ds(head * layout.share, layout.share)],
         )
-        pl.when(head < shape.heads)(store)
+        pl.when(head < layout.heads)(store)

@@ -33,7 +33,7 @@ class Excerpts(Method, name="excerpt"):
     Attributes:
       coverage: the pieces that are kept hold this share of the focus on all of them. Where the fresh tokens look at
         everything alike, as for counting, that is nearly all pieces, and the answer is full recompute's.
-      keep_ratio: keep at least this share of the tokens that might be left out.
+      keep_ratio: keep pieces of at least this share of the tokens that might be left out.
       first_layer, end_layer: the layers from the first up to the second are looked at, and none behind them is run.
         None: from three tenths of the layers up to seven tenths. Others look less at what is asked for.
       piece_tokens: texts are divided evenly into pieces of at most this many tokens.

@@ -1,0 +1,328 @@
+"""What one program of attention for Hopper GPUs does: a tile of rows, the query heads of one KV head, their keys.
+
+Each compute warpgroup has its rows packed as `[head, row]` into the 64 rows of its matrix products, so that a K or V
+block is read once for all of them. One more warpgroup fetches K and V blocks by TMA through the page tables
+(`hopper_blocks.py`).
+
+A tile may hold rows of several requests. The program folds the keys of one request after the other, from the start
+each time, and keeps each row's result of its own request. What is not finite in another request's keys or values never
+reaches the row. Rows therefore need not be cut at the requests' borders, and every output tile is stored once.
+
+In a call that may cut tiles (`tiles.py`), a program has a part of its tile's key blocks, as a table says. In any other
+it has all of them, and there is no table.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+
+from sparsex_kernels import mosaic
+from sparsex_kernels.gpu import LOG2_E
+from sparsex_kernels.mosaic import MULTIPROCESSORS, ROWS, WGMMA_ROWS, Ref, Softmax
+from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_block, ring_scratch
+from sparsex_kernels.paged_attention.tiles import Splits, TilePart
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What may be tuned.
+
+    Attributes:
+      block: keys a step; a multiple or a divisor of the page size.
+      stages: K and V blocks in flight.
+      warpgroups: that compute; each has 64 packed rows.
+      alternate: two warpgroups take turns, one in its products while the other is in its softmax.
+      registers: of each thread of the compute warpgroups, and of the memory warpgroup.
+      programs: to aim at where few tiles have rows and are cut into parts; 0: never cut.
+      cut_rows: calls of more rows, padding included, never cut tiles: their tiles fill the GPU by themselves.
+    """
+
+    block: int = 128
+    stages: int = 2
+    warpgroups: int = 2
+    alternate: bool = True
+    registers: tuple[int, int] = (232, 40)
+    programs: int = MULTIPROCESSORS
+    cut_rows: int = 1024
+
+
+DEFAULT = Config()
+
+
+class Shape(NamedTuple):
+    """Static sizes of one call."""
+
+    tiles: int
+    splits: Splits
+    rows: int  # of one warpgroup: consecutive rows
+    share: int  # query heads in a tile
+    heads: int  # programs over the heads
+    repeat: int  # programs that read the same KV head
+    kv_heads: int
+    pages: int  # of a layer
+    page_size: int
+    head_dim: int
+    dtype: Any
+    scale: float
+    values: bool  # whether V is read; else only the log-sum-exp is computed
+    lse: bool
+    interpreted: bool
+
+    @property
+    def cut(self) -> bool:
+        """Whether tiles may be cut into parts. The program has what that takes only then."""
+        return self.splits.lines > 0
+
+
+def copies_a_block(shape: Shape, config: Config) -> int:
+    """Copies that fill a block of keys: one a page, or one where pages are larger."""
+    return max(config.block // shape.page_size, 1)
+
+
+def scratch_types(shape: Shape, config: Config) -> dict[str, Any]:
+    block = (config.stages, config.block, shape.head_dim)
+    ring = ring_scratch(
+        block, shape.dtype, pieces=copies_a_block(shape, config), readers=config.warpgroups, values=shape.values
+    )
+    return ring | {
+        "q_smem": mosaic.tiled_smem((config.warpgroups, WGMMA_ROWS, shape.head_dim), shape.dtype),
+        "lse_smem": plgpu.SMEM((config.warpgroups, WGMMA_ROWS), jnp.float32),
+        "q_ready": plgpu.Barrier(num_arrivals=shape.share, num_barriers=config.warpgroups),
+        "turn": plgpu.Barrier(num_arrivals=config.warpgroups),
+    }
+
+
+class Operands(NamedTuple):
+    """What the kernel reads in global memory."""
+
+    query: Ref  # [padded_rows, q_heads, head_dim]
+    store: Ref  # [layers * pages, 2 * kv_heads, page_size, head_dim]
+    layer: Ref  # [1]
+    tables: Ref  # [requests, pages]
+    spans: Ref  # [tiles, requests, 2]
+    ranges: Ref  # [tiles, 2]
+    packed: Ref  # [tiles, warpgroups, 2, 64], positions and requests
+    parts: Ref | None = None  # [lines, 4], if tiles may be cut
+
+
+class Program(NamedTuple):
+    """What a program works on, and what it writes.
+
+    Attributes:
+      line: its number, and of its part in the table of parts.
+      requests: the tile's first request and the one behind its last.
+      outs: where it writes, by name: `out` and `lse` of whole tiles, `partial` and `partial_lse` of parts.
+    """
+
+    line: Array
+    part: TilePart
+    head: Array
+    requests: tuple[Array, Array]
+    operands: Operands
+    outs: dict[str, Ref]
+
+
+def kernel(shape: Shape, config: Config, names: tuple[str, ...], *refs: Ref, **scratch: Ref) -> None:
+    """The kernel's body. Its references are those of `Operands`, then the outputs of these names (`Program.outs`)."""
+    operands = Operands(*refs[: len(refs) - len(names)])
+    outs = dict(zip(names, refs[len(refs) - len(names) :], strict=True))
+    line, head, wg = lax.axis_index("program"), lax.axis_index("heads"), lax.axis_index("wg")
+    part = _part(shape, operands, line)
+    tile = jnp.maximum(part.tile, 0) if shape.cut else part.tile
+    requests = operands.ranges[tile, 0], operands.ranges[tile, 1]
+    program = Program(line, part, head, requests, operands, outs)
+
+    def unless_idle(body: Callable[[], None]) -> None:
+        pl.when(part.tile >= 0)(body) if shape.cut else body()
+
+    @pl.when(wg < config.warpgroups)
+    def compute() -> None:
+        plgpu.set_max_registers(config.registers[0], action="increase")
+        unless_idle(lambda: _compute(shape, config, program, wg, scratch))
+
+    @pl.when(wg == config.warpgroups)
+    def fetch() -> None:
+        plgpu.set_max_registers(config.registers[1], action="decrease")
+        unless_idle(lambda: _fetch(shape, config, program, BlockRing.of(scratch)))
+
+
+def _part(shape: Shape, operands: Operands, line: Array) -> TilePart:
+    if operands.parts is not None:
+        return TilePart(*(operands.parts[line, n] for n in range(4)))
+    # Late tiles have the most keys: they go first, so that the short ones fill the gaps at the end.
+    return TilePart(shape.tiles - 1 - line, begin=0, end=None, whole=1)
+
+
+class RequestKeys(NamedTuple):
+    """The key blocks of one request that a program reads.
+
+    Attributes:
+      first_step: the program's step that reads block 0, or would; block i is read in step `first_step + i`.
+      last: the last position among the tile's rows of the request; -1 if it has none.
+      blocks: up to that position.
+      begin: of the part, which has blocks `begin .. end`.
+    """
+
+    request: Array
+    first_step: Array
+    last: Array
+    blocks: Array
+    begin: Array | int
+    end: Array
+
+
+def _over_requests(config: Config, program: Program, body: Callable[[RequestKeys], None]) -> Array:
+    """Call the body for each of the tile's requests. Returns the program's number of steps."""
+    part, spans = program.part, program.operands.spans
+
+    def over_request(request: Array, first_step: Array) -> Array:
+        last = spans[part.tile, request, 0]
+        blocks = lax.div(last + config.block, config.block)
+        body(RequestKeys(request, first_step, last, blocks, *_own_blocks(part, first_step, blocks)))
+        return first_step + blocks
+
+    steps = lax.fori_loop(*program.requests, over_request, jnp.int32(-part.begin))
+    return steps if part.end is None else part.end - part.begin
+
+
+def _own_blocks(part: TilePart, first_step: Array, blocks: Array) -> tuple[Array | int, Array]:
+    if part.end is None:
+        return 0, blocks
+    return jnp.clip(-first_step, 0, blocks), jnp.clip(part.end - part.begin - first_step, 0, blocks)
+
+
+def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch: dict[str, Ref]) -> None:
+    _, part, head, _, operands, outs = program
+    tile = part.tile
+    ring, packed = BlockRing.of(scratch), (WGMMA_ROWS, config.block)
+    q_smem, lse_smem, q_ready = (scratch[name].at[wg] for name in ("q_smem", "lse_smem", "q_ready"))
+    row = (tile * config.warpgroups + wg) * shape.rows
+    for h in range(shape.share):
+        source = operands.query.at[pl.ds(row, shape.rows), head * shape.share + h]
+        plgpu.copy_gmem_to_smem(source, q_smem.at[pl.ds(h * shape.rows, shape.rows)], q_ready)
+    positions = plgpu.load(operands.packed.at[tile, wg, 0], layout=ROWS, optimized=False)
+    owners = plgpu.load(operands.packed.at[tile, wg, 1], layout=ROWS, optimized=False)
+    plgpu.barrier_wait(q_ready)
+    alternate = config.alternate and config.warpgroups == 2
+
+    def take_turn() -> None:
+        """Let the other warpgroup start its product, and wait until it lets this one start the next."""
+        if alternate:
+            plgpu.barrier_arrive(scratch["turn"])
+            plgpu.barrier_wait(scratch["turn"])
+
+    def over_request(keys: RequestKeys) -> None:
+        full = operands.spans[tile, keys.request, 1]
+        full = jnp.clip(full, keys.begin, keys.end) if shape.cut else full
+        bound = jnp.where(owners == keys.request, positions, -1)
+
+        def step(masked: bool, i: Array, state: Softmax) -> Softmax:
+            acc, top, total = state
+            slot = lax.rem(keys.first_step + i, config.stages)
+            plgpu.barrier_wait(ring.k_ready.at[slot])
+            s = mosaic.products(q_smem, ring.k_smem.at[slot], meanwhile=take_turn)
+            plgpu.barrier_arrive(ring.k_used.at[slot])
+            if masked:
+                key = plgpu.broadcasted_iota(jnp.int32, packed, 1, layout=plgpu.Layout.WGMMA) + i * config.block
+                s = jnp.where(lax.broadcast_in_dim(bound, packed, [0]) >= key, s, -jnp.inf)
+            new_top, p, decay = mosaic.softmax_weights(s, top, shape.scale)
+            total = total * decay + p.sum(axis=1)
+            if not shape.values:
+                take_turn()
+                return Softmax(acc, new_top, total)
+            acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+            weights = p.astype(shape.dtype)
+            # The softmax must be done before the other warpgroup is let into its own: the compiler may not move it.
+            acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
+            if alternate:
+                plgpu.barrier_arrive(scratch["turn"])
+            plgpu.barrier_wait(ring.v_ready.at[slot])
+            if alternate:
+                plgpu.barrier_wait(scratch["turn"])
+            acc = mosaic.add_weighted(acc, weights, ring.v_smem.at[slot], shape.interpreted)
+            plgpu.barrier_arrive(ring.v_used.at[slot])
+            return Softmax(acc, new_top, total)
+
+        state = mosaic.empty_softmax(shape.head_dim if shape.values else 8)
+        # 1. Blocks that every row of the tile sees in full.
+        state = lax.fori_loop(keys.begin, full, functools.partial(step, False), state)
+        # 2. Blocks that some row sees in part or not at all.
+        state = lax.fori_loop(full, keys.end, functools.partial(step, True), state)
+        keep_result(bound < 0, state)
+
+    def keep_result(others: Array, state: Softmax) -> None:
+        """Write the results of one request's rows over their queries, which are not needed any more. Padding gets 0."""
+        acc, top, total = state
+        others &= positions >= 0
+        if shape.values:
+            square = functools.partial(lax.broadcast_in_dim, shape=acc.shape, broadcast_dimensions=[0])
+            out = jnp.where(square(total) == 0, 0.0, acc / square(total)).astype(shape.dtype)
+            held = plgpu.load(q_smem, layout=plgpu.Layout.WGMMA)
+            q_smem[...] = jnp.where(square(others), held, out)
+        if shape.lse or shape.cut:
+            base = jnp.where(part.whole == 1, LOG2_E, 1.0) if shape.cut else LOG2_E  # parts stay in base 2
+            lse_smem[...] = jnp.where(others, plgpu.load(lse_smem, layout=ROWS), (top + jnp.log2(total)) / base)
+        plgpu.commit_smem()
+
+    # Warpgroup 0 starts. Both take as many turns: 1 waits for its first, and 0 takes one more at the end.
+    if alternate:
+        pl.when(wg == 1)(take_turn)
+    _over_requests(config, program, over_request)
+    if alternate:
+        pl.when(wg == 0)(take_turn)
+
+    def store_whole() -> None:
+        if shape.values:
+            for h in range(shape.share):
+                target = outs["out"].at[pl.ds(row, shape.rows), head * shape.share + h]
+                plgpu.copy_smem_to_gmem(q_smem.at[pl.ds(h * shape.rows, shape.rows)], target)
+        if shape.lse:
+            plgpu.copy_smem_to_gmem(lse_smem, outs["lse"].at[head, tile, wg])
+
+    def store_part() -> None:
+        packed_rows = pl.ds((head * config.warpgroups + wg) * WGMMA_ROWS, WGMMA_ROWS)
+        if shape.values:
+            plgpu.copy_smem_to_gmem(q_smem, outs["partial"].at[program.line, packed_rows])
+        plgpu.copy_smem_to_gmem(lse_smem, outs["partial_lse"].at[program.line, packed_rows])
+
+    if shape.cut:
+        pl.when(part.whole == 1)(store_whole)
+        pl.when(part.whole == 0)(store_part)
+    else:
+        store_whole()
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _fetch(shape: Shape, config: Config, program: Program, ring: BlockRing) -> None:
+    operands, kv_head = program.operands, lax.div(program.head, shape.repeat)
+    first_page = operands.layer[0] * shape.pages
+    pieces, size = copies_a_block(shape, config), min(config.block, shape.page_size)  # keys of a copy
+
+    def copy_block(request: Array, i: Array, line: Array, smem: Ref, barrier: Ref) -> None:
+        for n in range(pieces):
+            key = i * config.block + n * size
+            page = first_page + operands.tables[request, lax.div(key, shape.page_size)]
+            source = operands.store.at[page, line, pl.ds(lax.rem(key, shape.page_size), size)]
+            plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(n * size, size)], barrier)
+
+    def over_request(keys: RequestKeys) -> None:
+        def step(i: Array, _: None) -> None:
+            block = Block(
+                step=keys.first_step + i,
+                copy_keys=functools.partial(copy_block, keys.request, i, kv_head),
+                copy_values=functools.partial(copy_block, keys.request, i, shape.kv_heads + kv_head),
+                is_last=i == keys.blocks - 1,
+                seen=keys.last + 1 - i * config.block,
+            )
+            fetch_block(ring, block, pieces=pieces, values=shape.values)
+
+        lax.fori_loop(keys.begin, keys.end, step, None)
+
+    steps = _over_requests(config, program, over_request)
+    mosaic.drain((ring.k_used, ring.v_used) if shape.values else (ring.k_used,), 0, steps, config.stages)

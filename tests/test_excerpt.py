@@ -168,7 +168,9 @@ def test_remembered_texts_are_found_wherever_they_stand(texts, data):
         text = cache.text(handle).tolist()
         cache.forget(handle)
         mine.remove(next(one for one in mine if one.tolist() == text))
-    left = [cache.text(entry.handle) for entry in cache.entries()]  # texts that are alike may share pages and go together
+    left = [
+        cache.text(entry.handle) for entry in cache.entries()
+    ]  # texts that are alike may share pages and go together
     np.testing.assert_array_equal(cache.remembered(tokens, "mine"), found_by_force(tokens, left))
     cache.check(held=[])
 
@@ -463,7 +465,9 @@ def test_a_stream_says_what_was_left_out():
             "stream_options": {"include_usage": True},
             "sparsex": {"method": "excerpt", "coverage": 0.3, "piece_tokens": 64},
         }
-        lines = [line for line in http.post("/v1/completions", json=body).text.splitlines() if line.startswith("data: {")]
+        lines = [
+            line for line in http.post("/v1/completions", json=body).text.splitlines() if line.startswith("data: {")
+        ]
         metrics = http.get("/metrics").text
     chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
     report = next(chunk["sparsex"] for chunk in chunks if chunk.get("sparsex"))

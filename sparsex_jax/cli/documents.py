@@ -93,5 +93,5 @@ PROMPT_ORDER = (
 
 def user_message() -> str:
     """All documents, each behind a heading, and the question."""
-    notes = [f"Note {i}, from the {name}:\n{DOCUMENTS[name]}" for i, name in enumerate(PROMPT_ORDER, start=1)]
+    notes = [f"Note {i}:\n{DOCUMENTS[name]}" for i, name in enumerate(PROMPT_ORDER, start=1)]
     return "\n\n".join(["Twelve notes came in today, in no particular order.", *notes, QUESTION])

@@ -35,7 +35,7 @@ def _parts():
 
 
 def make_engine(**options) -> Engine:
-    """A small engine with fixed random weights, SmolLM2's tokenizer and a store of its own, in the shapes of `demo`."""
+    """A small engine with fixed random weights, SmolLM2's tokenizer and a store of its own."""
     config = EngineConfig(**{"store_tokens": 4096, "max_num_seqs": 4, "healing": 0.0} | options)
     return Engine(TALKING, *_parts(), config=config)
 

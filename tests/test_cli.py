@@ -173,7 +173,7 @@ def test_generate_prints_one_object(smollm, monkeypatch):
 def test_generate_reuses_a_file(tiny, note):
     prompt = f"Read:\n{NOTE}When?"
     arguments = ["generate", prompt, "--model", tiny, "--remember", note, "--max-new-tokens", "2", "--method", "naive"]
-    result = invoke(*arguments, "--store-tokens", "4096")  # as `demo` has
+    result = invoke(*arguments, "--store-tokens", "4096")
     assert result.exit_code == 0, result.output
     assert " reused, " in result.stdout
     assert "; 1 segments; " in result.stdout
@@ -182,7 +182,8 @@ def test_generate_reuses_a_file(tiny, note):
 def check_demo(found):
     assert {"model", "documents", "methods"} <= set(found)
     assert {document["name"] for document in found["documents"]} >= set(DOCUMENTS)
-    assert {"full", "prefix", "naive", "sparsex"} <= set(found["methods"])
+    assert list(found["methods"]) == ["full", "prefix", "naive", "sparsex", "excerpt"]
+    assert list(found["follow_up"]["methods"]) == ["full", "prefix", "sparsex", "excerpt"]
     for method in found["methods"].values():
         assert set(method) == REPORT_FIELDS | {"text", "kl"}
     full, prefix, naive, sparsex = (found["methods"][name] for name in ("full", "prefix", "naive", "sparsex"))
@@ -192,7 +193,7 @@ def check_demo(found):
     assert len(naive["segments"]) == len(DOCUMENTS)
     assert naive["active_tokens"] < sparsex["active_tokens"] < full["active_tokens"]
     check_follow_up(found["follow_up"]["methods"], full["prompt_tokens"])
-    return naive, sparsex
+    assert found["methods"]["excerpt"]["probe_layers"] > 0
 
 
 def check_follow_up(methods, first_prompt):
@@ -209,11 +210,16 @@ def test_demo_prints_one_object(tiny):
 
 
 @pytest.mark.slow
-def test_demo_shows_that_naive_reuse_errs():
-    naive, sparsex = check_demo(one_object(invoke("demo", "--json")))
-    assert sparsex["kl"] < naive["kl"]
-    assert "3615" in sparsex["text"]
-    assert "3615" not in naive["text"]
+def test_demo_shows_that_an_excerpt_keeps_the_answer():
+    found = one_object(invoke("demo", "--json"))
+    check_demo(found)
+    first, second = found["methods"], found["follow_up"]["methods"]
+    assert first["excerpt"]["text"] == first["full"]["text"] == "The access code of the costume room is 2956."
+    assert "2956" not in first["naive"]["text"]
+    assert second["excerpt"]["text"] == second["full"]["text"] == "The access code of the flour store is 7540."
+    for methods in (first, second):
+        assert methods["excerpt"]["omitted_tokens"] > methods["full"]["prompt_tokens"] / 2
+        assert methods["excerpt"]["ttft_s"] < methods["full"]["ttft_s"] / 2
 
 
 def test_demo_has_every_document_in_another_order():

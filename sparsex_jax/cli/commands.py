@@ -102,12 +102,12 @@ def demo(
     max_new_tokens: options.MaxNewTokens = 24,
     as_json: options.Json = False,
 ) -> None:
-    """Remember a few documents, then compare the methods on a prompt that has them in another order."""
+    """Remember twelve documents, then compare the methods on a prompt that has them in another order."""
     from sparsex_jax.cli.demo import run
     from sparsex_jax.cli.generate import EngineChoice
 
     with clear_errors():
-        run(EngineChoice(model, dtype, store_tokens=4096), max_new_tokens, as_json=as_json)
+        run(EngineChoice(model, dtype, store_tokens=12288), max_new_tokens, as_json=as_json)
 
 
 @app.command()

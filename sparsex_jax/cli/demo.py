@@ -2,8 +2,9 @@
 
 Every method answers the same prompt from the same store. No method's KV is kept, so none finds another's.
 
-Then the chat goes on with a second question. Some methods answer it, each in a namespace of its own, where it has
-answered the first one and that is kept. All get the same prompt, which has the answer that `sparsex` gave first.
+Then the chat goes on with a second question, about another document. Some methods answer it, each in a namespace of its
+own, where it has answered the first one and that is kept. All get the same prompt, which has full recompute's first
+answer.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.eval.scores import kl_divergence
-from sparsex_jax.reuse.methods import Full, Naive, Prefix, SparseX
+from sparsex_jax.reuse.methods import Excerpts, Full, Naive, Prefix, SparseX
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.output import Prefill
 
 NAMESPACE = "demo"
-FOLLOWED_UP = ("full", "prefix", "sparsex")
+FOLLOWED_UP = ("full", "prefix", "sparsex", "excerpt")
 REPEATS = 3
+COVERAGE = 0.8  # of excerpts, measured for the embedded model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,34 +80,31 @@ def run(choice: EngineChoice, max_new_tokens: int, *, as_json: bool) -> None:
 
 def perform(engine: Engine, max_new_tokens: int, bar: Progress) -> Demo:
     prompt = encode_chat(engine.tokenizer, first_message())
-    methods = reuse_methods(engine.model.num_layers)
+    methods = reuse_methods()
     sampling = SamplingParams(max_new_tokens=max_new_tokens)
     sizes = remember_documents(engine, NAMESPACE, bar)
     first = run_methods(engine, prompt, methods, dict.fromkeys(methods, NAMESPACE), sampling, bar)
     followed = {name: methods[name] for name in FOLLOWED_UP}
     namespaces = ask_first(engine, prompt, followed, sampling, bar)
-    next_prompt = encode_chat(engine.tokenizer, first_message(), first["sparsex"].text, FOLLOW_UP)
+    next_prompt = encode_chat(engine.tokenizer, first_message(), first["full"].text, FOLLOW_UP)
     return Demo(sizes, prompt, first, run_methods(engine, next_prompt, followed, namespaces, sampling, bar))
 
 
-def reuse_methods(num_layers: int) -> dict[str, ReuseConfig]:
+def reuse_methods() -> dict[str, ReuseConfig]:
     """The methods to compare, by name. `full` must be among them, because the others are compared with it.
 
     Each does what its name says even where another way is faster, since the demo is to show what it does.
     """
-    methods = {
-        "full": Full(),
-        "prefix": Prefix(),
-        "naive": Naive(),
-        "sparsex": SparseX(),
-        "sparsex-2": _two_boundaries(num_layers),
-    }
-    return {name: method.updated(only_if_faster=False) for name, method in methods.items()}
+    methods = (Full(), Prefix(), Naive(), SparseX(), Excerpts(coverage=COVERAGE))
+    return {method.method: method.updated(only_if_faster=False) for method in methods}
 
 
-def _two_boundaries(num_layers: int) -> SparseX:
-    return SparseX(recompute_ratio=0.3, second_boundary=2 * num_layers // 3)
-
+FOOTNOTE = (
+    "work: what was computed, as a share of all tokens in all layers; the rest came from the store or was left out. "
+    "omitted: tokens of notes that were left out, since the question's tokens did not look at them. TTFT: time to the "
+    f"first token, compiled, median of {REPEATS}. KL: of the next token's distribution to full's, in nats; an excerpt "
+    "is another prompt, so its distribution differs even where its answer is the same."
+)
 
 # Answering -----------------------------------------------------------------------------------------------------
 
@@ -205,36 +204,26 @@ def _as_dicts(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
 
 
 def show(engine: Engine, demo: Demo, console: Console) -> None:
-    report = demo.first["sparsex"].report
+    report = demo.first["excerpt"].report
     names = ", ".join(f"{name} ({tokens})" for name, tokens in demo.sizes.items())
     console.print(Text.assemble(("Remembered, each alone (tokens): ", "bold"), names))
     console.print(Text.assemble(("Asked, with the notes in another order: ", "bold"), QUESTION))
     console.print(_table(demo.first))
-    console.print(Text(_footnote(engine.model.num_layers), style="dim"))
+    console.print(Text(FOOTNOTE, style="dim"))
     console.print(Text.assemble(("\nAsked next, in the same chat: ", "bold"), FOLLOW_UP))
     console.print(_table(demo.second))
-    console.print(Text("\nThe first prompt as sparsex saw it", style="bold"))
+    console.print(Text("\nThe first prompt as excerpt saw it", style="bold"))
     console.print(token_map(engine.tokenizer, demo.prompt, report))
     console.print(legend(report))
 
 
 def _table(outcomes: Mapping[str, Outcome]) -> Table:
     table = Table("method", title="", expand=True)
-    for heading in ("active", "work", "TTFT", "KL"):
+    for heading in ("work", "omitted", "TTFT", "KL"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("answer", ratio=1)
     for name, outcome in outcomes.items():
         report = outcome.report
-        numbers = f"{report.active_tokens}", f"{report.computed_fraction:.0%}", f"{report.ttft_s:.2f} s"
+        numbers = f"{report.computed_fraction:.0%}", f"{report.omitted_tokens}", f"{report.ttft_s:.2f} s"
         table.add_row(name, *numbers, f"{outcome.kl:.3f}", Text(outcome.text))
     return table
-
-
-def _footnote(num_layers: int) -> str:
-    second = _two_boundaries(num_layers)
-    return (
-        "active: tokens computed from the boundary layer on. work: token-layers computed, of all. TTFT: time to the "
-        f"first token, compiled, median of {REPEATS}. KL: of the next token's distribution to full, in nats. "
-        f"sparsex-2: {second.recompute_ratio:.0%} recomputed, and from layer {second.second_boundary} of {num_layers} "
-        "on fresh tokens only."
-    )

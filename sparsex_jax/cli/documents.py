@@ -1,16 +1,16 @@
 """The documents that the demo remembers, and its questions.
 
-All of them are invented. Of ten questions about these notes, this one was picked because the small default model
-answers it right with full recompute and gives another note's code with method `naive`. One question does not show how
-often this happens; `sparsex bench quality` measures that. Of eleven questions to follow it, the model answers four
-right with full recompute. The one here is one of those, and means nothing without the question before it.
+All of them are invented. Each note has an access code, so eleven of them distract from the one that is asked for. Asked
+for each of the twelve codes, the small default model gave 8 of them with full recompute, 1 with method `naive`, 3 with
+`sparsex` and 11 with `excerpt`. The question here is one of those that full recompute answers right, and so is the one
+that follows it, which means nothing without the first. `sparsex bench quality` measures more questions than these.
 """
 
 from __future__ import annotations
 
 INSTRUCTION = "You are a helpful assistant. Answer in one short sentence from the notes."
-QUESTION = "What is the access code of the dome?"
-FOLLOW_UP = "And of the map room?"
+QUESTION = "What is the access code of the costume room?"
+FOLLOW_UP = "And of the flour store?"
 
 DOCUMENTS = {
     "harbour": (
@@ -38,12 +38,60 @@ DOCUMENTS = {
         "Dogs wait outside. The gardener is Hana Weiss. The access code of the seed vault is 8092. Seeds are swapped "
         "on the first Sunday of the month, and tea is served beside the pond."
     ),
+    "museum": (
+        "Museum of Old Ketter. The clocks in the hall are wound on Mondays, when the house is closed to visitors. The "
+        "stuffed bear by the stairs may be touched. The curator is Tomas Brandt. The access code of the coin cabinet "
+        "is 5821. Umbrellas stay in the cloakroom, and drawings may be made in pencil only."
+    ),
+    "station": (
+        "Railway station of Arden Cross. The first train leaves at five and the last one comes in at midnight. The "
+        "waiting room has a stove and a shelf of old timetables. The station master is Ruth Calder. The access code of "
+        "the signal box is 6407. Bicycles travel in the last carriage, and lost hats are kept for a year."
+    ),
+    "theatre": (
+        "Theatre of Sankt Orla. Plays begin at eight, and nobody is let in after the second bell. The curtain was sewn "
+        "by the sailors of the town. The director is Miriam Stolz. The access code of the costume room is 2956. Wigs "
+        "are brushed before every show, and apples are sold in the interval."
+    ),
+    "mill": (
+        "Water mill of Lower Fenwick. The wheel turns from March to November and is taken out when the stream freezes. "
+        "Rye is ground on Tuesdays and barley on Thursdays. The miller is Edgar Voss. The access code of the grain "
+        "loft is 1384. Sacks must be dry and tied, and children may feed the ducks."
+    ),
+    "clinic": (
+        "Clinic of Maple Row. The doors open at seven, and urgent cases are seen at any hour of the night. The garden "
+        "behind the house is for patients who learn to walk again. The head nurse is Irena Kolar. The access code of "
+        "the medicine room is 7093. Flowers are welcome, and telephones are switched off in the wards."
+    ),
+    "school": (
+        "School of Birch Lane. Lessons start at half past eight and end with a song. There is soup at noon, and on "
+        "Wednesdays the older pupils cook it. The headmistress is Greta Lindqvist. The access code of the music room "
+        "is 8512. Skates hang in the cellar, and the frog in the pond has no name yet."
+    ),
+    "brewery": (
+        "Brewery of Castle Hollin. Beer is brewed in copper kettles and rests for six weeks in the rock. "
+        "Guests taste three kinds and a cheese. The brewer is Oskar Demant. The access code of the ice cellar is 3178. "
+        "Horses draw the wagon on market days, and empty barrels are washed twice."
+    ),
 }
 # The order of the documents in the prompt, which is not the order in which they are remembered.
-PROMPT_ORDER = ("library", "garden", "harbour", "observatory", "bakery")
+PROMPT_ORDER = (
+    "library",
+    "garden",
+    "mill",
+    "harbour",
+    "clinic",
+    "theatre",
+    "observatory",
+    "school",
+    "bakery",
+    "station",
+    "museum",
+    "brewery",
+)
 
 
 def user_message() -> str:
     """All documents, each behind a heading, and the question."""
-    notes = [f"Note {i}, from the {name}:\n{DOCUMENTS[name]}" for i, name in enumerate(PROMPT_ORDER, start=1)]
-    return "\n\n".join(["Five notes came in today, in no particular order.", *notes, QUESTION])
+    notes = [f"Note {i}:\n{DOCUMENTS[name]}" for i, name in enumerate(PROMPT_ORDER, start=1)]
+    return "\n\n".join(["Twelve notes came in today, in no particular order.", *notes, QUESTION])

@@ -109,10 +109,11 @@ def lower_probe(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
     layers = model.num_layers
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "layers": layers, "watched": layers // 2, "chunk": chunk}
 
-    def step(store: Store, params: Params, tables: jax.Array, rows: Rows, state: ProbeState) -> Any:
-        return probe(params, store, tables, rows, state, **static)
+    def step(store: Store, params: Params, tables: jax.Array, rows: Rows, looking: jax.Array, state: ProbeState) -> Any:
+        return probe(params, store, tables, rows, looking, state, **static)
 
-    return _lower(step, mesh, store, params, plan.page_tables, rows, ProbeState(jnp.int32(0), hidden, focus))
+    state = ProbeState(jnp.int32(0), hidden, focus)
+    return _lower(step, mesh, store, params, plan.page_tables, rows, plan.fresh, state)
 
 
 def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_requests: int) -> Lowered:

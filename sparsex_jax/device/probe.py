@@ -1,4 +1,4 @@
-"""The probe: the new tokens run once over pasted KV, and what they focus on is noted. Its logits are not wanted.
+"""The probe: the new tokens run once over pasted KV, and what the last of them focus on is noted. No logits are wanted.
 
 It is a prefill of the fresh tokens alone, and ends behind the layers that are looked at. All that it writes is theirs,
 and is thrown away with their pages.
@@ -31,9 +31,9 @@ class ProbeState:
     Attributes:
       layer: the next one to run.
       hidden: the rows' hidden states at its input.
-      focus: for each position of each request, the fourth powers of the attention that it got, summed over the rows,
-        heads and layers so far. NaN for requests of which some row's hidden state is not finite: of attention weights
-        that are NaN, kernels may make zeros.
+      focus: for each position of each request, the fourth powers of the attention that it got, summed over the rows
+        that look, heads and layers so far. NaN for requests of which some row's hidden state is not finite: of
+        attention weights that are NaN, kernels may make zeros.
     """
 
     layer: Int[Array, ""]
@@ -50,6 +50,7 @@ def probe(
     store: Store,
     page_tables: PageTables,
     rows: Rows,
+    looking: Bool[Array, "rows"],
     state: ProbeState,
     *,
     decoder: Decoder,
@@ -62,12 +63,14 @@ def probe(
     Args:
       store: donated and updated in place; what is pasted is there already (`align`).
       rows: the fresh tokens of each request.
+      looking: those whose attention is noted.
       state: donated.
       layers: a number that is known when this is compiled: the loops then never ask the host whether they are done.
       watched: of these layers, the last so many are looked at.
       chunk: rows that go through a layer at a time; divides the number of rows.
     """
     forward = ForwardPass(params, page_tables, decoder, chunk)
+    lookers, origin = rows.select(looking)
 
     def run(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         return run_layer(forward, state.layer + i, carry[0], rows, carry[1])
@@ -75,7 +78,8 @@ def probe(
     def run_and_watch(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         store, before, focus = carry
         store, hidden = run(i, (store, before))
-        return store, hidden, add_key_mass(forward, state.layer + i, store, rows, before, focus, FOCUS_POWER)
+        theirs = before.at[origin].get(mode="fill", fill_value=0)
+        return store, hidden, add_key_mass(forward, state.layer + i, store, lookers, theirs, focus, FOCUS_POWER)
 
     store, hidden = lax.fori_loop(0, layers - watched, run, (store, state.hidden))
     store, hidden, focus = lax.fori_loop(layers - watched, layers, run_and_watch, (store, hidden, state.focus))

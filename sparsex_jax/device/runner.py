@@ -104,11 +104,15 @@ class ProbeRun:
 
     Attributes:
       requests: what it looks at.
+      looking: the rows whose attention is noted, bool `[rows]`.
       next_layer: layers before it have run, or are on their way.
     """
 
     def __init__(self, requests: Sequence[RequestPlan], plan: PrefillPlan, rows: Rows, state: ProbeState) -> None:
         self.requests, self.plan, self.rows, self.state = requests, plan, rows, state
+        self.looking = np.zeros(len(rows.token), bool)
+        looking = [request.probe.looking[request.prompt.fresh] for request in requests if request.probe]
+        self.looking[: sum(map(len, looking))] = np.concatenate(looking)
         self.next_layer = 0
 
     @property
@@ -203,6 +207,7 @@ class Runner:
                     self.store,
                     run.plan.page_tables,
                     run.rows,
+                    run.looking,
                     run.state,
                     decoder=self.decoder,
                     layers=together,

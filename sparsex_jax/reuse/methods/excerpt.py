@@ -24,8 +24,8 @@ class Excerpts(Method, name="excerpt"):
 
     KV that was made elsewhere is good enough to see where an answer is, and often not good enough to give it: even
     where the right text is computed again, the stale ones around it draw attention. So a pass of the fresh tokens over
-    the pasted KV (the probe) says which pieces they focus on, and the answer comes from a prompt that has those pieces
-    and no others, of which every token is computed.
+    the pasted KV (the probe) says which pieces those behind the last piece focus on, and the answer comes from a prompt
+    that has those pieces and no others, of which every token is computed.
 
     What is not a remembered text (`Engine.remember`), as a conversation's earlier turns, is never left out. A prompt of
     which nothing may be left out is prefilled as by `SparseX`.

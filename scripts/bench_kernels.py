@@ -10,6 +10,7 @@ are measured if `jax_triton` and `flashinfer` are installed.
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import os
 import statistics
@@ -79,8 +80,11 @@ def after(q: jax.Array, result: jax.Array) -> jax.Array:
     return q.at[(0,) * q.ndim].set(result[(0,) * result.ndim].astype(q.dtype))
 
 
-def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = False) -> AttentionArgs:
-    """Rows for a random share of the tokens of each request, or for its last token, and one layer of a store."""
+def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = False, bucket: int = 0) -> AttentionArgs:
+    """Rows for a random share of the tokens of each request, or for its last token, and one layer of a store.
+
+    There are at least `bucket` rows: the others are padding.
+    """
     rng = np.random.default_rng(seed)
     pages = -(-max(lengths) // PAGE)
     tables = rng.permutation(len(lengths) * pages).reshape(len(lengths), pages).astype(np.int32)
@@ -89,6 +93,8 @@ def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = F
     ]
     positions = np.concatenate(chosen).astype(np.int32)
     requests = np.repeat(np.arange(len(lengths)), [len(c) for c in chosen]).astype(np.int32)
+    padding = max(bucket - len(positions), 0)
+    positions, requests = np.pad(positions, (0, padding), constant_values=-1), np.pad(requests, (0, padding))
     keys = jax.random.split(jax.random.key(seed))
     q = jax.random.normal(keys[0], (len(positions), Q_HEADS, DIM), jnp.bfloat16)
     store = jax.random.normal(keys[1], (1, tables.size, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16)
@@ -97,7 +103,7 @@ def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = F
 
 
 def pairs_of(rows: AttentionArgs) -> float:
-    """Pairs of a row and a key that it sees."""
+    """Pairs of a row and a key that it sees; padding, at position -1, sees none."""
     return float(np.asarray(rows.positions, np.float64).sum() + len(rows.positions))
 
 
@@ -264,7 +270,10 @@ def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, .
         for bench in beside:
             yield f"full prefill {name}", bench, ([tokens], False)
         yield f"15% of rows {name}", flex, (lambda n=tokens: rows_of([n], 0.15),)
+    few = functools.partial(rows_of, [10340], 101 / 10340, bucket=1024)
     for implementation in ours:
+        yield "attention, 101 of 1024 rows T=10K", attention, (few, implementation)
+        yield "key mass, 101 of 1024 rows T=10K", key_mass, (few, implementation)
         yield "attention, 5% of rows T=32K", attention, (lambda: rows_of([32768], 0.05), implementation)
         yield "key mass, 5% of rows T=32K", key_mass, (lambda: rows_of([32768], 0.05), implementation)
         yield "decode 64 x 8K", attention, (lambda: rows_of([8192] * 64, 0, last_only=True), implementation)
@@ -279,7 +288,7 @@ def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, .
 def show(row: Row) -> str:
     rate = f"{row.flops / row.seconds / 1e12:8.0f} TFLOP/s" if row.flops else " " * 16
     moved = f"{row.bytes / row.seconds / 1e12:8.2f} TB/s" if row.bytes else ""
-    return f"{row.work:34}{row.implementation:12}{row.seconds * 1e3:10.3f} ms {rate} {moved}"
+    return f"{row.work:36}{row.implementation:12}{row.seconds * 1e3:10.3f} ms {rate} {moved}"
 
 
 def save(rows: list[Row]) -> Path:

@@ -10,8 +10,13 @@ import numpy as np
 import sparsex_kernels.api as kernels
 
 
-def scattered(lengths, rows, *, kv_heads=2, group=4, dim=64, page_size=64, layers=2, dtype="bfloat16", seed=0):
-    """Queries, store and addresses of `rows` rows, spread over requests of these lengths, padding behind."""
+def scattered(
+    lengths, rows, *, live=None, kv_heads=2, group=4, dim=64, page_size=64, layers=2, dtype="bfloat16", seed=0
+):
+    """Queries, store and addresses of `rows` rows, spread over requests of these lengths, padding behind.
+
+    Of the rows, `live` are not padding, and the first of them is at position 0; without `live`, nearly all.
+    """
     rng = np.random.default_rng(seed)
     max_pages = -(-max(lengths) // page_size)
     pages = len(lengths) * max_pages + 3
@@ -23,8 +28,10 @@ def scattered(lengths, rows, *, kv_heads=2, group=4, dim=64, page_size=64, layer
             shape = (layers, 2, kv_heads, used, dim)
             store[:, tables[request, begin // page_size], :, :, :used] = rng.normal(size=shape)
     tokens = [(request, position) for request, length in enumerate(lengths) for position in range(length)]
-    used = min(rows - rows // 16, len(tokens))
+    used = min(live or rows - rows // 16, len(tokens))
     chosen = np.array(tokens)[np.sort(rng.permutation(len(tokens))[:used])]
+    if live:
+        chosen[0] = 0
     requests, positions = np.zeros(rows, np.int32), np.full(rows, -1, np.int32)
     requests[:used], positions[:used] = chosen.T
     q = jnp.asarray(rng.normal(size=(rows, kv_heads * group, dim)), dtype)

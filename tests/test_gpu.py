@@ -42,6 +42,19 @@ REAL = [
     pytest.param({"lengths": (4096,), "rows": 4369, "dim": 128, "kv_heads": 8}, id="every row of a prompt"),
 ]
 
+# Few rows of a bucket, whose tiles `hopper` cuts into parts: up to 33 of these heads, and never in more than 1024 rows.
+TWELVE = {"dim": 128, "kv_heads": 2, "group": 6}
+FEW = [
+    pytest.param({"lengths": (10340,), "rows": 1024, "live": 101} | TWELVE, id="101 of 1024 rows"),
+    pytest.param({"lengths": (10340,), "rows": 1024, "live": 101, "dim": 128}, id="101 of 1024 rows, 32 heads"),
+    pytest.param({"lengths": (10340, 37, 2500, 700), "rows": 512, "live": 109} | TWELVE, id="of four requests"),
+    pytest.param({"lengths": (10340,), "rows": 256, "live": 50, "kv_heads": 2, "group": 7}, id="50 rows, heads of 64"),
+    pytest.param({"lengths": (20000,), "rows": 64, "live": 3} | TWELVE, id="3 of 64 rows"),
+    pytest.param({"lengths": (9000,), "rows": 1024, "live": 33 * 16 - 3} | TWELVE, id="33 tiles"),
+    pytest.param({"lengths": (9000,), "rows": 1024, "live": 33 * 16 + 3} | TWELVE, id="34 tiles"),
+    pytest.param({"lengths": (10340,), "rows": 1025, "live": 101} | TWELVE, id="101 of 1025 rows"),
+]
+
 
 SMALL_PAGES = [
     pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "page_size": 16}, id="pages of 16"),
@@ -63,7 +76,7 @@ def implementation(request):
     return request.param
 
 
-@pytest.mark.parametrize("shape", REAL + SMALL_PAGES)
+@pytest.mark.parametrize("shape", REAL + FEW + SMALL_PAGES)
 def test_attention_and_key_mass(shape, implementation):
     if implementation == "hopper" and shape.get("page_size", 64) % 64:
         pytest.skip("pages are multiples of 64 there")
@@ -157,12 +170,13 @@ def test_nan_of_a_request_stays_with_it_in_decode(lengths, implementation):
 
 
 def test_small_shapes(implementation):
-    """Every operation once: prefill with several requests a tile, decode in parts, key mass, write, align."""
+    """Every operation once: prefill with several requests a tile, and in parts, decode, key mass, write, align."""
 
     def run(operation, **options):
         return jax.jit(partial(operation, implementation=implementation, **options))
 
-    for case in (scattered((150, 3, 70), 90, dim=128), last_rows((300, 5, 130), kv_heads=1)):
+    few = scattered((700, 9, 300), 90, live=20, kv_heads=1)
+    for case in (scattered((150, 3, 70), 90, dim=128), few, last_rows((300, 5, 130), kv_heads=1)):
         out, _ = run(kernels.paged_attention, return_lse=True)(*case)
         assert relative_error(out, dense(case, case[0].shape[-1] ** -0.5)[0]) < 1e-2
     q, store, layer, *rows = case = scattered((150, 3, 70), 90)

@@ -19,12 +19,16 @@ from kernel_cases import (
 )
 
 import sparsex_kernels.api as kernels
-from sparsex_kernels.arguments import LinearArgs
+from sparsex_kernels.arguments import AttentionArgs, LinearArgs
 from sparsex_kernels.backend import Backend, prefer
 from sparsex_kernels.linear import hopper as linear_hopper
+from sparsex_kernels.paged_attention import hopper as hopper_attention
 from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
+from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape
+from sparsex_kernels.paged_attention.tiles import Splits, tile_parts
 
 CPU = Backend("cpu")
+EIGHT = Config(programs=8)
 
 
 def hopper(operation):
@@ -63,6 +67,73 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(hopper_merge, "MULTIPROCESSORS", 1)
 
 
+def arguments(case):
+    return AttentionArgs(*case, scale=case[0].shape[-1] ** -0.5, backend=CPU)
+
+
+@pytest.mark.parametrize(
+    "heads", [{"kv_heads": 1, "group": 8}, pytest.param({"dim": 128, "group": 3}, marks=pytest.mark.slow)]
+)
+def test_few_rows_are_cut_into_parts(heads, few_programs):
+    """Of 2 tiles the second is padding; the parts of the first begin and end within requests. Memory begins as NaN."""
+    case = scattered((600, 9, 300), 30, live=10, **heads)
+    attend = jax.jit(lambda *case: hopper_attention.paged_attention(arguments(case), True, EIGHT))
+    out, lse = attend(*case)
+    expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
+    assert relative_error(out, expected) < 4e-3
+    assert not np.asarray(out[10:]).any()
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
+def test_log_sum_exps_of_few_rows_are_cut_into_parts(few_programs):
+    case = scattered((600, 9, 300), 30, live=10, kv_heads=1, group=8)
+    only_lse = jax.jit(lambda *case: hopper_attention.attend(arguments(case), values=False, lse=True, config=EIGHT))
+    _, expected = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
+    np.testing.assert_allclose(only_lse(*case)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "length", "cut"), [(1024, 1000, True), (1025, 1000, False), (1024, 300, False)])
+def test_no_program_of_many_rows_or_few_keys_cuts_tiles(rows, length, cut):
+    assert Shape.of(arguments(scattered((length,), rows, layers=1)), True, False, DEFAULT).cut is cut
+
+
+def parts_by_hand(blocks, splits):
+    """What `tile_parts` returns for tiles of these numbers of key blocks: its lines that are used, and the ranges."""
+    live = [tile for tile, n in enumerate(blocks) if n]
+    lines, ranges = [], {}
+    for tile in live[::-1] + [tile for tile, n in enumerate(blocks) if not n]:
+        n, count = blocks[tile], 1
+        if len(live) <= splits.tiles:
+            count = max(min(n * splits.parts // max(sum(blocks), 1), n // 2), 1)
+        size = max(-(-n // count), 1)
+        begins = range(0, max(n, 1), size)
+        ranges[tile] = [len(lines), len(lines) + len(begins)]
+        lines += [[tile, begin, min(begin + size, n), count == 1] for begin in begins]
+    return np.array(lines), np.array([ranges[tile] for tile in range(len(blocks))])
+
+
+@pytest.mark.parametrize("heads", [4, 20])  # up to 33 parts of 12 tiles, or 6 parts of 3
+def test_tile_parts(heads):
+    splits = Splits.of(12, heads, 90, 132)
+    cut = jax.jit(lambda spans: tile_parts(spans, 128, splits))
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        live = int(rng.integers(0, 13)) if seed % 2 else int(rng.integers(0, 4))
+        last = rng.integers(-1, [10, 600, 12000][seed % 3], (12, 2))
+        last[:, 0] = last[:, 0].clip(min=0)  # some row
+        last[live:] = -1  # padding
+        blocks = ((last + 128) // 128).sum(axis=1)
+        lines, ranges = (np.asarray(x) for x in cut(jnp.asarray(np.stack([last, last], axis=-1), jnp.int32)))
+        expected, expected_ranges = parts_by_hand(blocks.tolist(), splits)
+        np.testing.assert_array_equal(lines[: len(expected)], expected)
+        assert (lines[len(expected) :, 0] == -1).all()
+        np.testing.assert_array_equal(ranges, expected_ranges)
+        for tile, (begin, end) in enumerate(ranges):
+            own = lines[begin:end]
+            assert [block for _, *ends, _ in own for block in range(*ends)] == list(range(blocks[tile]))
+            assert len(own) == 1 or (tile < splits.tiles and end <= splits.lines)  # there is room for their results
+
+
 @pytest.mark.parametrize(
     ("lengths", "heads"),
     [
@@ -99,6 +170,39 @@ def test_merge_reads_a_rows_own_parts_only():
     assert relative_error(out[2], partial[36]) < 4e-3
     sums = [lse[:36].max(0) + np.log2(weights.sum(0)), np.full(27, -np.inf), lse[36]]
     np.testing.assert_allclose(out_lse[:, heads], np.log(2) * np.stack(sums), rtol=1e-5)
+
+
+def test_merge_of_tiles_changes_those_of_several_parts_only():
+    """Tiles of 40 parts, of one, and of two, of 3 heads and 16 rows; one behind them. Nobody's parts hold NaN."""
+    rng = np.random.default_rng(0)
+    layout = hopper_merge.TileRows(heads=1, warpgroups=2, rows=16, share=3)
+    partial, lse = np.full((45, 128, 16), np.nan, np.float32), np.full((45, 128), np.nan, np.float32)
+    spans = np.array([[0, 40], [40, 41], [41, 43]], np.int32)
+    for begin, end in spans[[0, 2]]:
+        partial[begin:end], lse[begin:end] = (
+            rng.normal(size=(end - begin, 128, 16)),
+            rng.normal(size=(end - begin, 128)),
+        )
+    lse[1:40, 5], lse[:40, 6] = -np.inf, -np.inf  # a row that sees the keys of one part, and padding
+    partial[:40, 6] = 0
+    before = {"out": np.ones((128, 3, 16), np.float32), "lse": np.ones((1, 4, 2, 64), np.float32)}
+    merge = jax.jit(lambda parts, results: hopper_merge.merge_tiles(parts, results, layout, CPU))
+    after = merge(hopper_merge.Parts(partial, lse, spans), before)
+    for tile, (begin, end) in enumerate([*spans, (0, 0)]):
+        out, sums = (np.asarray(after[name]).reshape(4, -1)[tile] for name in ("out", "lse"))
+        if end - begin < 2:
+            assert (out == 1).all()
+            assert (sums == 1).all()
+            continue
+        weights = np.exp2(lse[begin:end].astype(np.float64))
+        total = weights.sum(0)
+        own = (partial[begin:end] * weights[..., None]).sum(0) / np.maximum(total, 1e-30)[:, None]
+        own = own.reshape(2, 4, 16, 16)[:, :3].transpose(0, 2, 1, 3)  # [warpgroup, row, head]
+        np.testing.assert_allclose(out, own.ravel(), atol=1e-5)
+        with np.errstate(divide="ignore"):
+            np.testing.assert_allclose(sums, np.log(total), atol=1e-5)
+    only_lse = merge(hopper_merge.Parts(None, lse, spans), {"lse": before["lse"]})
+    np.testing.assert_allclose(only_lse["lse"], after["lse"], atol=1e-6)
 
 
 def test_nan_of_a_request_stays_with_it_in_decode(few_programs):

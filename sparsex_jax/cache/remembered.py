@@ -1,8 +1,8 @@
 """Where the texts of entries stand in a prompt, whichever copy of them the prompt's KV would be taken from.
 
 Each text is known by the hash of 8 tokens in its middle. Texts that begin alike differ there, and what stands before or
-behind a text in a prompt may be tokenised together with its first or last characters. Who quotes less than half of a text
-does not bring that text.
+behind a text in a prompt may be tokenised together with its first or last characters. Who quotes less than half of a
+text does not bring that text.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 from jaxtyping import Bool, Int
@@ -31,7 +32,8 @@ class ProbeState:
       layer: the next one to run.
       hidden: the rows' hidden states at its input.
       focus: for each position of each request, the fourth powers of the attention that it got, summed over the rows
-        that look, heads and layers so far.
+        that look, heads and layers so far. NaN for requests of which some row's hidden state is not finite: of
+        attention weights that are NaN, kernels may make zeros.
     """
 
     layer: Int[Array, ""]
@@ -81,4 +83,11 @@ def probe(
 
     store, hidden = lax.fori_loop(0, layers - watched, run, (store, state.hidden))
     store, hidden, focus = lax.fori_loop(layers - watched, layers, run_and_watch, (store, hidden, state.focus))
+    focus = jnp.where(_broken(rows, hidden, len(page_tables))[:, None], jnp.nan, focus)
     return store, decoder.ops.replicated(ProbeState(state.layer + layers, hidden, focus))
+
+
+def _broken(rows: Rows, hidden: Hidden, requests: int) -> Bool[Array, "requests"]:
+    """Which requests have a row whose hidden state is not finite."""
+    broken = rows.valid & ~jnp.isfinite(hidden).all(axis=-1)
+    return jnp.zeros(requests, bool).at[rows.request].max(broken, mode="drop")

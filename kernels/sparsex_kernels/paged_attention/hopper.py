@@ -17,13 +17,14 @@ from jaxtyping import Float, Int
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.gpu import check_attention, heads_a_tile, padded_pages, power_of_two
+from sparsex_kernels.gpu import check_attention, padded_pages
 from sparsex_kernels.layout import Queries, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS
 from sparsex_kernels.paged_attention.hopper_decode import decode
 from sparsex_kernels.paged_attention.hopper_merge import Parts, TileRows, merge_tiles
-from sparsex_kernels.paged_attention.hopper_tile import DEFAULT, Config, Shape, copies_a_block, kernel, scratch_types
-from sparsex_kernels.paged_attention.tiles import Splits, tile_parts, tile_spans
+from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape, copies_a_block
+from sparsex_kernels.paged_attention.hopper_tile import kernel, scratch_types
+from sparsex_kernels.paged_attention.tiles import tile_parts, tile_spans
 
 PAGE_MULTIPLE = 64  # of page sizes that TMA copies fit
 
@@ -42,7 +43,7 @@ def attend(
     """The output `[rows, q_heads, head_dim]`, unless `values` is off, and then, if `lse` is on, the log-sum-exp in
     float32, `[rows, q_heads]`."""
     check_attention(args, config.block, PAGE_MULTIPLE)
-    shape = _shape(args, values, lse, config)
+    shape = Shape.of(args, values, lse, config)
     tile = shape.rows * config.warpgroups
     query, count = pad_rows(args.query, tile), len(args.query)
     positions, requests = pad_positions(args.positions, args.requests, tile)
@@ -98,32 +99,6 @@ def _merge(
     """The results of all tiles, from those of whole tiles and of parts."""
     parts = Parts(outs.pop("partial", None), outs.pop("partial_lse"), lines)
     return merge_tiles(parts, outs, TileRows(shape.heads, config.warpgroups, shape.rows, shape.share), backend)
-
-
-def _shape(args: AttentionArgs, values: bool, lse: bool, config: Config) -> Shape:
-    _, pages, _, kv_heads, page_size, head_dim = args.store.shape
-    rows, q_heads, _ = args.query.shape
-    share = heads_a_tile(q_heads, kv_heads)
-    tile_rows = WGMMA_ROWS // power_of_two(share)
-    heads, tiles = q_heads // share, -(-rows // (tile_rows * config.warpgroups))
-    programs = config.programs if rows <= config.cut_rows else 0
-    return Shape(
-        tiles=tiles,
-        splits=Splits.of(tiles, heads, -(-args.context // config.block), programs),
-        rows=tile_rows,
-        share=share,
-        heads=heads,
-        repeat=heads // kv_heads,
-        kv_heads=kv_heads,
-        pages=pages,
-        page_size=page_size,
-        head_dim=head_dim,
-        dtype=args.query.dtype,
-        scale=float(args.scale),
-        values=values,
-        lse=lse,
-        interpreted=args.backend.interpreted,
-    )
 
 
 def _pack_rows(

@@ -12,7 +12,6 @@ In a call that may cut tiles (`tiles.py`), a program has a part of its tile's ke
 it has all of them, and there is no table.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,65 +23,10 @@ from jax import Array, lax
 
 from sparsex_kernels import mosaic
 from sparsex_kernels.gpu import LOG2_E
-from sparsex_kernels.mosaic import MULTIPROCESSORS, ROWS, WGMMA_ROWS, Ref, Softmax
+from sparsex_kernels.mosaic import ROWS, WGMMA_ROWS, Ref, Softmax
 from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_block, ring_scratch
-from sparsex_kernels.paged_attention.tiles import Splits, TilePart
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """What may be tuned.
-
-    Attributes:
-      block: keys a step; a multiple or a divisor of the page size.
-      stages: K and V blocks in flight.
-      warpgroups: that compute; each has 64 packed rows.
-      alternate: two warpgroups take turns, one in its products while the other is in its softmax.
-      registers: of each thread of the compute warpgroups, and of the memory warpgroup.
-      programs: to aim at where few tiles have rows and are cut into parts; 0: never cut.
-      cut_rows: calls of more rows, padding included, never cut tiles: their tiles fill the GPU by themselves.
-    """
-
-    block: int = 128
-    stages: int = 2
-    warpgroups: int = 2
-    alternate: bool = True
-    registers: tuple[int, int] = (232, 40)
-    programs: int = MULTIPROCESSORS
-    cut_rows: int = 1024
-
-
-DEFAULT = Config()
-
-
-class Shape(NamedTuple):
-    """Static sizes of one call."""
-
-    tiles: int
-    splits: Splits
-    rows: int  # of one warpgroup: consecutive rows
-    share: int  # query heads in a tile
-    heads: int  # programs over the heads
-    repeat: int  # programs that read the same KV head
-    kv_heads: int
-    pages: int  # of a layer
-    page_size: int
-    head_dim: int
-    dtype: Any
-    scale: float
-    values: bool  # whether V is read; else only the log-sum-exp is computed
-    lse: bool
-    interpreted: bool
-
-    @property
-    def cut(self) -> bool:
-        """Whether tiles may be cut into parts. The program has what that takes only then."""
-        return self.splits.lines > 0
-
-
-def copies_a_block(shape: Shape, config: Config) -> int:
-    """Copies that fill a block of keys: one a page, or one where pages are larger."""
-    return max(config.block // shape.page_size, 1)
+from sparsex_kernels.paged_attention.hopper_shape import Config, Shape, copies_a_block
+from sparsex_kernels.paged_attention.tiles import TilePart
 
 
 def scratch_types(shape: Shape, config: Config) -> dict[str, Any]:

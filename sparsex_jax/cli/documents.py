@@ -9,7 +9,7 @@ that follows it, which means nothing without the first. `sparsex bench quality` 
 from __future__ import annotations
 
 INSTRUCTION = "You are a helpful assistant. Answer in one short sentence from the notes."
-QUESTION = "What is the access code of the costume room?"
+QUESTION = "What is the access code of the signal box?"
 FOLLOW_UP = "And of the flour store?"
 
 DOCUMENTS = {

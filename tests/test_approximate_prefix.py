@@ -125,7 +125,8 @@ def test_what_methods_accept_is_a_partial_order(data):
     if a.accepts(b, 6) and b.accepts(c, 6):
         assert a.accepts(c, 6)
     if a.accepts(b, 6) and b.accepts(a, 6):
-        assert a.resolved(6) == b.resolved(6)
+        mine, others = (getattr(one, "without_excerpts", one) for one in (a, b))  # excerpts themselves are exact
+        assert mine.resolved(6) == others.resolved(6)
 
 
 # Healing ------------------------------------------------------------------------------------------------------

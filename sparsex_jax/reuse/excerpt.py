@@ -35,6 +35,11 @@ class Probe:
     least_tokens: int
 
     @property
+    def last_place(self) -> int:
+        """Where the last piece ends: its last token."""
+        return int(np.flatnonzero(self.piece >= 0)[-1])
+
+    @property
     def looking(self) -> Bool[np.ndarray, "tokens"]:
         """The tokens whose attention counts, if they are fresh: those behind the last piece, which see all pieces.
 
@@ -42,8 +47,7 @@ class Probe:
         would be looked at most, whatever is asked. The first token behind the last piece does not count either, if
         there are others: heads that always look at the token before would find the last piece, whatever is asked.
         """
-        last = np.flatnonzero(self.piece >= 0)[-1]
-        return np.arange(len(self.piece)) >= min(last + 2, len(self.piece) - 1)
+        return np.arange(len(self.piece)) >= min(self.last_place + 2, len(self.piece) - 1)
 
     def excerpt(self, focus: Float32[np.ndarray, "tokens"]) -> Excerpt:
         """What is kept, by how much each token was looked at.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool
 
-from sparsex_jax.cache import Match
+from sparsex_jax.cache import Match, Segment
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import StoreFullError
 from sparsex_jax.reuse.cost import Speeds, can_save, excerpt_seconds, least_seconds, prefill_seconds
@@ -99,7 +99,12 @@ class Choice:
         probe = method.probe(prompt, remembered, self._model.num_layers)
         if probe is None:
             return None
-        return RequestPlan(prompt, (Phase(0, prompt.fresh),), match.prefix_pages, match.copies, probe)
+        # What stands behind the last piece looks, also where it was found: a question that came before is one.
+        end = probe.last_place + 1
+        before = [_upto(segment, end) for segment in match.segments if segment.start < end]
+        prompt = prompt.only(before)
+        copies = dataclasses.replace(match, segments=before).copies
+        return RequestPlan(prompt, (Phase(0, prompt.fresh),), match.prefix_pages, copies, probe)
 
     def _cost(self, plan: RequestPlan, speeds: Speeds) -> float:
         exact = plan.exact_tokens(self._model.num_layers) == len(plan.prompt)
@@ -110,3 +115,9 @@ class Choice:
         prompt, phases = method.lay_out(prompt, self._model.num_layers)
         copies = dataclasses.replace(match, segments=[*prompt.segments]).copies
         return RequestPlan(prompt, phases, match.prefix_pages, copies)
+
+
+def _upto(segment: Segment, end: int) -> Segment:
+    """The part of a segment before this place of the prompt."""
+    length = min(segment.length, end - segment.start)
+    return dataclasses.replace(segment, length=length, slots=segment.slots[:length])

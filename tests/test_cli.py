@@ -214,8 +214,8 @@ def test_demo_shows_that_an_excerpt_keeps_the_answer():
     found = one_object(invoke("demo", "--json"))
     check_demo(found)
     first, second = found["methods"], found["follow_up"]["methods"]
-    assert first["excerpt"]["text"] == first["full"]["text"] == "The access code of the costume room is 2956."
-    assert "2956" not in first["naive"]["text"]
+    assert first["excerpt"]["text"] == first["full"]["text"] == "The access code of the signal box is 6407."
+    assert "6407" not in first["naive"]["text"]
     assert second["excerpt"]["text"] == second["full"]["text"] == "The access code of the flour store is 7540."
     for methods in (first, second):
         assert methods["excerpt"]["omitted_tokens"] > methods["full"]["prompt_tokens"] / 2

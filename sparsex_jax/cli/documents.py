@@ -1,16 +1,16 @@
 """The documents that the demo remembers, and its questions.
 
 All of them are invented. Each note has an access code, so eleven of them distract from the one that is asked for. Asked
-for each of the twelve codes, the small default model gave 8 of them with full recompute, 1 with method `naive`, 3 with
+for each of the twelve codes, the small default model gave 7 of them with full recompute, 1 with method `naive`, 3 with
 `sparsex` and 11 with `excerpt`. The question here is one of those that full recompute answers right, and so is the one
-that follows it, which means nothing without the first. `sparsex bench quality` measures more questions than these.
+that follows it. `sparsex bench quality` measures more questions than these.
 """
 
 from __future__ import annotations
 
 INSTRUCTION = "You are a helpful assistant. Answer in one short sentence from the notes."
 QUESTION = "What is the access code of the signal box?"
-FOLLOW_UP = "And of the flour store?"
+FOLLOW_UP = "And what is the access code of the flour store?"
 
 DOCUMENTS = {
     "harbour": (
@@ -92,6 +92,6 @@ PROMPT_ORDER = (
 
 
 def user_message() -> str:
-    """All documents, each behind a heading, and the question."""
+    """All documents, each behind a heading that was not remembered, and the question."""
     notes = [f"Note {i}:\n{DOCUMENTS[name]}" for i, name in enumerate(PROMPT_ORDER, start=1)]
     return "\n\n".join(["Twelve notes came in today, in no particular order.", *notes, QUESTION])

@@ -1,4 +1,4 @@
-"""How a model's KV is reused where nobody says: by a file beside it, a calibration that is shipped, or as built in."""
+"""The default reuse of a model: from a file beside it, from a calibration in this package, or the built-in one."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def probe(
       looking: those whose attention is noted.
       state: donated.
       layers: a number that is known when this is compiled: the loops then never ask the host whether they are done.
-      watched: of these layers, the last so many are looked at.
+      watched: attention is noted in the last `watched` of these layers.
       chunk: rows that go through a layer at a time; divides the number of rows.
     """
     forward = ForwardPass(params, page_tables, decoder, chunk)

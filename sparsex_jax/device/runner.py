@@ -22,6 +22,7 @@ from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.signals import Signal, signals_for
 from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.layers import ForwardPass
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.store import make_store
 from sparsex_jax.model.weights import Params
@@ -167,7 +168,6 @@ class Runner:
         """
         num_layers = self.model.num_layers
         until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
-        _, chunk = self.shapes.bucket(run.plan.fresh.size)
         with self._precision():
             self.store, run.state, logits = prefill(
                 self.params,
@@ -177,18 +177,22 @@ class Runner:
                 np.int32(until),
                 decoder=self.decoder,
                 signals=run.signals,
-                chunk=chunk,
+                chunk=self._chunk(run.plan),
             )
         run.next_layer = until
         if until == num_layers:
             run.logits = logits
 
+    def _chunk(self, plan: PrefillPlan) -> int:
+        """Rows of a plan that go through a layer at a time."""
+        _, chunk = self.shapes.bucket(plan.fresh.size)
+        return chunk
+
     def begin_probe(self, requests: Sequence[RequestPlan]) -> ProbeRun:
         """Make the copies of requests, and lay out the pass of their fresh tokens; no layer has run yet."""
         begun = self.begin(requests)
-        tables, page_size = begun.plan.page_tables, self.engine.page_size
-        nothing = jnp.zeros((len(tables), tables.shape[1] * page_size))
-        state = ProbeState(begun.state.layer, begun.state.hidden, nothing)
+        forward = ForwardPass(self.params, begun.plan.page_tables, self.decoder, self._chunk(begun.plan))
+        state = ProbeState(begun.state.layer, begun.state.hidden, forward.no_mass(self.store))
         return ProbeRun(requests, begun.plan, begun.state.rows, jax.device_put(state, self._everywhere))
 
     def advance_probe(self, run: ProbeRun, layers: int | None = None) -> None:
@@ -198,7 +202,6 @@ class Runner:
         """
         first, end = run.watched
         until = end if layers is None else min(run.next_layer + layers, end)
-        _, chunk = self.shapes.bucket(run.plan.fresh.size)
         together = end - run.next_layer if layers is None else 1
         with self._precision():
             for layer in range(run.next_layer, until, together):
@@ -211,8 +214,8 @@ class Runner:
                     run.state,
                     decoder=self.decoder,
                     layers=together,
-                    watched=layer + together - min(max(layer, first), layer + together),
-                    chunk=chunk,
+                    watched=max(layer + together - max(layer, first), 0),
+                    chunk=self._chunk(run.plan),
                 )
         run.next_layer = until
 

@@ -9,12 +9,16 @@ pasted KV is in the answer, and where the focus is on everything, everything is 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
 from sparsex_jax.reuse.prompt import PromptMap
+
+# Tells which tokens of a prompt are of remembered texts. It is asked only where a method wants to know.
+Remembered = Callable[[], Bool[np.ndarray, "tokens"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,8 +76,8 @@ class Excerpt(NamedTuple):
 
     Attributes:
       keep: bool `[tokens]`.
-      probe_layers: how many layers were run to find that out.
       confidence: the share of the focus on pieces that is on those which are kept.
+      probe_layers: how many layers were run to find that out.
     """
 
     keep: Bool[np.ndarray, "tokens"]

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool
 
 from sparsex_jax.cache import Match, Segment
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import StoreFullError
 from sparsex_jax.reuse.cost import Speeds, can_save, excerpt_seconds, least_seconds, prefill_seconds
+from sparsex_jax.reuse.excerpt import Remembered
 from sparsex_jax.reuse.methods import Method
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
@@ -59,16 +59,14 @@ class Choice:
             return method.uses_segments
         return can_save(1 - PLAIN, self._model, length, length - num_prefix, self._speeds)
 
-    def plan(
-        self, tokens: np.ndarray, match: Match, method: Method, remembered: Callable[[], Bool[np.ndarray, "tokens"]]
-    ) -> RequestPlan:
+    def plan(self, tokens: np.ndarray, match: Match, method: Method, remembered: Remembered) -> RequestPlan:
         """The plan, with no pages yet but the shared ones: of all that was found, or of as much as pays.
 
         Approximation has to pay. An exact plan is preferred to one that is hardly faster: the next turn of a
         conversation finds an exact prefix behind it, whatever its method, and nothing is left to heal.
 
         Args:
-          remembered: tells which of the tokens are of remembered texts. Asked for methods that want to know.
+          remembered: of the tokens.
         """
         probe = self._probe(tokens, match, method, remembered)
         approximate = match.num_exact_tokens < match.num_prefix_tokens
@@ -89,9 +87,7 @@ class Choice:
                 best, cost = min((best, cost), (plan, self._cost(plan, speeds)), key=lambda priced: priced[1])
         return probe if probe and excerpt_seconds(self._model, probe, speeds) < cost else best
 
-    def _probe(
-        self, tokens: np.ndarray, match: Match, method: Method, remembered: Callable[[], Bool[np.ndarray, "tokens"]]
-    ) -> RequestPlan | None:
+    def _probe(self, tokens: np.ndarray, match: Match, method: Method, remembered: Remembered) -> RequestPlan | None:
         """The plan of a probe, if the method answers from excerpts and this prompt has what may be left out."""
         if not match.segments:
             return None

@@ -120,9 +120,7 @@ class Execution:
         run = sequences[0].run or self._runner.begin([sequence.stages[0] for sequence in sequences])
         assert isinstance(run, PrefillRun)
         self._runner.advance(run, layers)
-        if not run.done:
-            sequences[0].run = run
-            jax.block_until_ready(self._runner.store)
+        if self._rests(run, sequences):
             return None
         assert run.logits is not None
         self._copy_texts(sequences)
@@ -139,11 +137,16 @@ class Execution:
         run = sequences[0].run or self._runner.begin_probe([sequence.stages[0] for sequence in sequences])
         assert isinstance(run, ProbeRun)
         self._runner.advance_probe(run, layers)
+        if self._rests(run, sequences):
+            return None
+        return run.focus()
+
+    def _rests(self, run: PrefillRun | ProbeRun, sequences: list[Sequence]) -> bool:
+        """Whether layers are left of a plan. Then it waits with its first sequence, once the device is done with it."""
         if not run.done:
             sequences[0].run = run
             jax.block_until_ready(self._runner.store)
-            return None
-        return run.focus()
+        return not run.done
 
     def _copy_texts(self, sequences: list[Sequence]) -> None:
         """Copy the texts to remember that are computed now away from their preambles, as they are."""

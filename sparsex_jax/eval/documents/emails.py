@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsex_jax.eval.documents.parts import document, enough, unlike_people
+from sparsex_jax.eval.documents.parts import ask_about, document, enough, unlike_people
 from sparsex_jax.eval.documents.prose import listed
-from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick
+from sparsex_jax.eval.samples import Body, BodySize, numbers
 
 ROOM = "We shall meet to talk about the {subject} in room {room}, right after lunch."
 ROOM_QUESTION = "In which room is the meeting about the {subject}?"
@@ -27,8 +27,4 @@ def email_rooms(rng: np.random.Generator, size: BodySize) -> Body:
         for subject, room, sender, name in zip(*columns, strict=True)
     ]
     documents = [document(rng, "email", mail, [ROOM.format(**mail)], size) for mail in mails]
-    asked = pick(rng, mails, size.num_questions)
-    questions = [
-        Question(ROOM_QUESTION.format(**each), (each["room"],), (ROOM_ANSWER.format(**each),)) for each in asked
-    ]
-    return Body(documents, questions)
+    return Body(documents, ask_about(rng, mails, size.num_questions, ROOM_QUESTION, "room", ROOM_ANSWER))

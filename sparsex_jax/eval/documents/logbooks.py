@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax.eval import lexicon
-from sparsex_jax.eval.documents.parts import document, enough, joined, unlike_boxes, unlike_people
+from sparsex_jax.eval.documents.parts import ask_about, document, enough, joined, unlike_boxes, unlike_people
 from sparsex_jax.eval.documents.prose import listed
 from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick
 
@@ -52,8 +52,7 @@ def log_cargo(rng: np.random.Generator, size: BodySize) -> Body:
     """Logbooks of ships; a question asks what one of them took on board."""
     ships = _ships(rng, size.num_segments)
     documents = [document(rng, "log", ship, [CARGO.format(**ship)], size) for ship in ships]
-    asked = pick(rng, ships, size.num_questions)
-    return Body(documents, [Question(CARGO_QUESTION.format(**ship), (ship["cargo"],)) for ship in asked])
+    return Body(documents, ask_about(rng, ships, size.num_questions, CARGO_QUESTION, "cargo", ""))
 
 
 def mv_niah(rng: np.random.Generator, size: BodySize) -> Body:

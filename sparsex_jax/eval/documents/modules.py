@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsex_jax.eval.documents.parts import enough, filling, spread
+from sparsex_jax.eval.documents.parts import ask_about, enough, filling, spread
 from sparsex_jax.eval.documents.prose import listed
-from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick, scatter
+from sparsex_jax.eval.samples import Body, BodySize, numbers, pick, scatter
 
 INSTRUCTION = "You are a helpful assistant. Answer the question from the Python modules below, in one short sentence.\n"
 
@@ -75,9 +75,7 @@ def module_returns(rng: np.random.Generator, size: BodySize) -> Body:
 def _about_modules(rng: np.random.Generator, size: BodySize, question: str, written: str, answer: str) -> Body:
     modules = _modules(rng, size.num_segments)
     documents = [_document(rng, module, size) for module in modules]
-    asked = pick(rng, modules, size.num_questions)
-    questions = [Question(question.format(**each), (each[answer],), (written.format(**each),)) for each in asked]
-    return Body(documents, questions)
+    return Body(documents, ask_about(rng, modules, size.num_questions, question, answer, written))
 
 
 def _paths(rng: np.random.Generator, number: int) -> list[tuple[str, str]]:

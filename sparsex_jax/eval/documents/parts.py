@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.documents import prose
 from sparsex_jax.eval.documents.prose import listed
-from sparsex_jax.eval.samples import BodySize, person, scatter
+from sparsex_jax.eval.samples import BodySize, Question, person, pick, scatter
 
 INSTRUCTION = "You are a helpful assistant. Answer the question from the documents below, in one short sentence.\n"
 
@@ -44,6 +44,22 @@ def unlike_boxes(rng: np.random.Generator, number: int) -> list[str]:
 def _unlike(rng: np.random.Generator, first: Sequence[str], second: Sequence[str], number: int) -> list[str]:
     columns = enough(rng, first, number), enough(rng, second, number)
     return [f"{one} {two}" for one, two in zip(*columns, strict=True)]
+
+
+def ask_about(
+    rng: np.random.Generator, things: Sequence[Mapping[str, Any]], number: int, question: str, answer: str, written: str
+) -> list[Question]:
+    """Questions about `number` of the things, or about all if there are fewer.
+
+    Args:
+      question, written: the texts of a question and of its answer, with the names of a thing's fields in braces. An
+        empty `written` is the answer as it is.
+      answer: the field that holds the answer.
+    """
+    return [
+        Question(question.format(**each), (each[answer],), (written.format(**each),) if written else ())
+        for each in pick(rng, things, number)
+    ]
 
 
 def enough(rng: np.random.Generator, words: Sequence[str], number: int) -> list[str]:

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax.eval import lexicon, notes
-from sparsex_jax.eval.documents.parts import document, enough, joined, people, spread, unlike_boxes, unlike_people
+from sparsex_jax.eval.documents.parts import (
+    ask_about,
+    document,
+    enough,
+    joined,
+    people,
+    spread,
+    unlike_boxes,
+    unlike_people,
+)
 from sparsex_jax.eval.samples import Body, BodySize, Question, numbers, pick
 
 CODE = "The access code of the {locked} is {code}, and it may not be told to visitors."
@@ -52,8 +61,7 @@ def report_people(rng: np.random.Generator, size: BodySize) -> Body:
 def _about_places(rng: np.random.Generator, size: BodySize, fact: str, question: str, answer: str) -> Body:
     places = _places(rng, size.num_segments)
     documents = [document(rng, "report", place, [fact.format(**place)], size) for place in places]
-    asked = pick(rng, places, size.num_questions)
-    return Body(documents, [Question(question.format(**place), (place[answer],)) for place in asked])
+    return Body(documents, ask_about(rng, places, size.num_questions, question, answer, ""))
 
 
 def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
@@ -66,11 +74,7 @@ def two_hop(rng: np.random.Generator, size: BodySize) -> Body:
     told = [[WILL.format(**chain)] for chain in chains] + [[BOX.format(**chain)] for chain in chains]
     told = [told[0] + told[1]] if len(places) == 1 else [*told, *[[]] * (len(places) - len(told))]
     documents = [document(rng, "report", *each, size) for each in zip(places, pick(rng, told, len(told)), strict=True)]
-    asked = pick(rng, chains, size.num_questions)
-    questions = [
-        Question(WILL_QUESTION.format(**chain), (chain["number"],), (WILL_ANSWER.format(**chain),)) for chain in asked
-    ]
-    return Body(documents, questions)
+    return Body(documents, ask_about(rng, chains, size.num_questions, WILL_QUESTION, "number", WILL_ANSWER))
 
 
 def changed(rng: np.random.Generator, size: BodySize) -> Body:
@@ -82,10 +86,8 @@ def changed(rng: np.random.Generator, size: BodySize) -> Body:
     documents = [document(rng, "report", place, [STONE.format(**place)], size) for place in places]
     names = unlike_people(rng, 2 * len(OFFICES))
     today, before = (dict(zip(OFFICES, some, strict=True)) for some in (names[:4], names[4:]))
-    asked = [place | {"name": today[place["office"]]} for place in pick(rng, places, size.num_questions)]
-    questions = [
-        Question(STONE_QUESTION.format(**place), (place["name"],), (STONE_ANSWER.format(**place),)) for place in asked
-    ]
+    named = [place | {"name": today[place["office"]]} for place in places]
+    questions = ask_about(rng, named, size.num_questions, STONE_QUESTION, "name", STONE_ANSWER)
     return Body(documents, questions, OFFICIALS.format(**today), OFFICIALS.format(**before))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.reuse.excerpt import Probe
+from sparsex_jax.reuse.excerpt import Probe, Remembered
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase, check_schedule
 
@@ -58,14 +58,12 @@ class Method(ReuseConfig):
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         """The phases for a prompt, by what was found of it. See `check_schedule` for what they must fulfil."""
 
-    def probe(
-        self, prompt: PromptMap, remembered: Callable[[], Bool[np.ndarray, "tokens"]], num_layers: int
-    ) -> Probe | None:
+    def probe(self, prompt: PromptMap, remembered: Remembered, num_layers: int) -> Probe | None:
         """What to find out before this prompt is prefilled, if it is to be answered from an excerpt. None: nothing.
 
         Args:
           prompt: with all segments that were found.
-          remembered: tells which of its tokens are of remembered texts.
+          remembered: of its tokens.
         """
         return None
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-
-import numpy as np
-from jaxtyping import Bool
 
 from sparsex_jax.config.checks import Count, Positive, Share, require
-from sparsex_jax.reuse.excerpt import Probe, pieces
+from sparsex_jax.reuse.excerpt import Probe, Remembered, pieces
 from sparsex_jax.reuse.methods.base import Method, check_boundaries
 from sparsex_jax.reuse.methods.sparsex import SparseX
 from sparsex_jax.reuse.prompt import PromptMap
@@ -59,9 +55,7 @@ class Excerpts(Method, name="excerpt"):
         self._watched(num_layers)  # checks them
         return self.without_excerpts.schedule(prompt, num_layers)
 
-    def probe(
-        self, prompt: PromptMap, remembered: Callable[[], Bool[np.ndarray, "tokens"]], num_layers: int
-    ) -> Probe | None:
+    def probe(self, prompt: PromptMap, remembered: Remembered, num_layers: int) -> Probe | None:
         piece = pieces(prompt, self.piece_tokens, remembered())
         if piece.max() < 1:
             return None  # a single piece is kept

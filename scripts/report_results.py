@@ -130,7 +130,14 @@ def settings_of(document: Document) -> str:
 # Quality ----------------------------------------------------------------------------------------------------
 
 ALL_TASKS = "all"
-BESIDE_SCORE = {"computed_fraction": "work", "kl": "KL", "top1": "top-1", "agreement": "agreement", "ttft_s": "TTFT, s"}
+BESIDE_SCORE = {
+    "computed_fraction": "work",
+    "flops_fraction": "FLOPs",
+    "kl": "KL",
+    "top1": "top-1",
+    "agreement": "agreement",
+    "ttft_s": "TTFT, s",
+}
 
 
 def quality_cells(document: Document) -> dict[tuple[str, str, str, str], Row]:
@@ -146,7 +153,8 @@ def quality_cells(document: Document) -> dict[tuple[str, str, str, str], Row]:
 def quality(document: Document) -> str:
     """A table for each regime. Times are left out where the file says that they do not compare."""
     comparable = "Times to the first token" not in (document.get("note") or "")
-    metrics = [metric for metric in BESIDE_SCORE if metric != "ttft_s" or comparable]
+    measured = {metric for *_, metric in quality_cells(document)}
+    metrics = [metric for metric in BESIDE_SCORE if metric in measured and (metric != "ttft_s" or comparable)]
     tables = [f"\nRegime *{regime}*:\n\n{regime_table(document, regime, metrics)}" for regime in regimes_of(document)]
     return provenance(document) + "".join(tables)
 
@@ -199,6 +207,17 @@ def quality_headline(document: Document) -> str:
     tasks = [task if task != ALL_TASKS else "all five" for _, task in pairs]
     heading = [f"{regime}: {task}" for (regime, _), task in zip(pairs, tasks, strict=True)]
     return table(["method", "work", *heading], lines) + "\n" + one_line(document)
+
+
+def quality_summary(document: Document) -> str:
+    """The mean of all tasks by each method in the file's only regime, the share of the operations, and the time."""
+    cells, (regime,) = quality_cells(document), regimes_of(document)
+    lines = []
+    for method in document["settings"]["methods"]:
+        score, flops, ttft = (cells[regime, method, ALL_TASKS, name] for name in ("score", "flops_fraction", "ttft_s"))
+        figures = with_interval(score), f"{flops['figure']:.2f}", f"{1e3 * ttft['figure']:.0f}"
+        lines.append([method_name(method), *figures])
+    return table(["method", "score", "FLOPs", "TTFT, ms"], lines) + "\n" + one_line(document)
 
 
 # End to end -------------------------------------------------------------------------------------------------
@@ -606,6 +625,7 @@ def tpu_predicted(document: Document) -> str:
 VIEWS: dict[str, View] = {
     "quality": quality,
     "quality_headline": quality_headline,
+    "quality_summary": quality_summary,
     "end_to_end": end_to_end,
     "speed_headline": speed_headline,
     "kernels": kernels,

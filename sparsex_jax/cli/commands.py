@@ -182,7 +182,7 @@ def serve(
     ] = 0.5,
     company_tokens: Annotated[
         int,
-        typer.Option(help="Knowledge is prefilled behind so many tokens at most of its namespace; 0: alone."),
+        typer.Option(help="Prefill knowledge behind at most this many tokens of its namespace. 0: alone."),
     ] = 1024,
     request_log: Annotated[
         Path | None,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 import pytest
+from hypothesis import settings
 
 # The suite compiles far more than it computes, so LLVM optimises little: programs compile in a third of the time, and
 # SmolLM2 runs as fast. XLA reads this at its first use. Not where JAX has CUDA: it would reach the kernels for GPUs.
@@ -17,6 +18,10 @@ if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in 
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# How long an example takes says nothing on a machine that does other things meanwhile.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 # Devices are fixed at the first use of jax.
 from sparsex_jax import Engine, EngineConfig, ModelConfig  # noqa: E402

@@ -97,17 +97,21 @@ def test_segments_are_divided_evenly(lengths, most, data):
         kind[segment.start : segment.end] = TokenKind.REUSED
     kind[-1] = TokenKind.FRESH
     prompt = PromptMap(np.zeros(at, np.int32), kind, tuple(segments))
-    among = np.array(data.draw(st.lists(st.booleans(), min_size=at, max_size=at)))
-    whole, some = pieces(prompt, most, np.ones(at, bool)), pieces(prompt, most, among)
+    text = np.array(data.draw(st.lists(st.integers(-1, 2), min_size=at, max_size=at)))
+    whole, some = pieces(prompt, most, np.zeros(at, int)), pieces(prompt, most, text)
     np.testing.assert_array_equal(whole >= 0, prompt.reused)
-    np.testing.assert_array_equal(some >= 0, prompt.reused & among)
+    np.testing.assert_array_equal(some >= 0, prompt.reused & (text >= 0))
     assert (np.diff(whole[whole >= 0]) >= 0).all()
     assert sorted(set(some[some >= 0].tolist())) == list(range(some.max() + 1))
+    ends = [segment.end for segment in segments]
     for segment in segments:
         sizes = np.unique_counts(whole[segment.start : segment.end]).counts
         assert max(sizes) <= most
         assert max(sizes) - min(sizes) <= 1
-    assert all(len(set(whole[some == number].tolist())) == 1 for number in range(some.max() + 1))
+    for number in range(some.max() + 1):
+        (at,) = np.nonzero(some == number)
+        assert (np.diff(at) == 1).all()
+        assert len(set(text[at].tolist())) == len({int(np.searchsorted(ends, each, "right")) for each in at}) == 1
 
 
 # Remembered texts in a prompt -------------------------------------------------------------------------------
@@ -162,8 +166,8 @@ def test_remembered_texts_are_found_wherever_they_stand(texts, data):
         cache.release(pages)
         mine.append(text)
     tokens = data.draw(prompts_of(texts))
-    np.testing.assert_array_equal(cache.remembered(tokens, "mine"), found_by_force(tokens, mine))
-    assert not cache.remembered(tokens, "other").any()
+    np.testing.assert_array_equal(cache.remembered(tokens, "mine") >= 0, found_by_force(tokens, mine))
+    assert (cache.remembered(tokens, "other") == -1).all()
     for handle in handles[: data.draw(st.integers(0, len(handles)))]:
         text = cache.text(handle).tolist()
         cache.forget(handle)
@@ -171,18 +175,22 @@ def test_remembered_texts_are_found_wherever_they_stand(texts, data):
     left = [
         cache.text(entry.handle) for entry in cache.entries()
     ]  # texts that are alike may share pages and go together
-    np.testing.assert_array_equal(cache.remembered(tokens, "mine"), found_by_force(tokens, left))
+    np.testing.assert_array_equal(cache.remembered(tokens, "mine") >= 0, found_by_force(tokens, left))
     cache.check(held=[])
+
+
+def num_remembered(engine):
+    return (engine.cache.remembered(PROMPT, "default") >= 0).sum()
 
 
 def test_what_is_evicted_or_made_again_is_known_as_what_it_is_then():
     engine = tiny_engine(store_tokens=26 * 16, company_tokens=64)
     handles = [engine.remember(text) for text in TEXTS]
-    assert engine.cache.remembered(PROMPT, "default").sum() == 4 * 64
+    assert num_remembered(engine) == 4 * 64
     engine.heal()  # replaces entries
-    assert engine.cache.remembered(PROMPT, "default").sum() == 64 * len(engine.entries())
+    assert num_remembered(engine) == 64 * len(engine.entries())
     engine.generate(RNG.integers(1, 96, 300).astype(np.int32), GREEDY, reuse=FULL)  # evicts most
-    assert engine.cache.remembered(PROMPT, "default").sum() == 64 * len(engine.entries()) < 4 * 64
+    assert num_remembered(engine) == 64 * len(engine.entries()) < 4 * 64
     assert {entry.handle for entry in engine.entries()} <= set(handles)
     assert idle(engine)
 
@@ -190,7 +198,27 @@ def test_what_is_evicted_or_made_again_is_known_as_what_it_is_then():
 def test_texts_that_hashes_take_for_others_are_not_found(monkeypatch):
     monkeypatch.setattr(RememberedTexts, "places", lambda self, tokens, namespace: iter([(3, 1), (100, 1)]))
     engine = remembering(tiny_engine())
-    assert not engine.cache.remembered(np.ones(200, np.int32), "default").any()
+    assert (engine.cache.remembered(np.ones(200, np.int32), "default") == -1).all()
+
+
+def test_a_segment_of_several_texts_has_pieces_of_each():
+    engine = remembering(tiny_engine(), frozen=True)
+    engine.prefill(PROMPT, reuse=FULL)  # one donor has them all from now on, and the heading between them
+    numbers = engine.cache.remembered(PROMPT, "default")
+    assert [np.flatnonzero(numbers == each).tolist() for each in range(4)] == [
+        list(range(begin, begin + 64)) for begin in (12, 76, 147, 211)
+    ]
+    seen, probe = [], engine.admission.choice._probe
+    engine.admission.choice._probe = lambda *args: seen.append(probe(*args)) or seen[-1]
+    engine.prefill(PROMPT[5:], reuse=Excerpts(coverage=0.1, keep_ratio=0.0, piece_tokens=100), keep=False)
+    assert len(seen[0].prompt.segments) < 4
+    np.testing.assert_array_equal(seen[0].probe.piece, numbers[5:])
+
+
+def test_texts_that_overlap_count_as_one():
+    engine = remembering(tiny_engine(), [np.concatenate(TEXTS[:2]), TEXTS[1], TEXTS[2]])
+    numbers = engine.cache.remembered(np.concatenate([BEFORE, *TEXTS]), "default")
+    np.testing.assert_array_equal(numbers, np.repeat([-1, 0, 1, -1], [12, 128, 64, 64]))
 
 
 # The same as a prompt of what is kept -----------------------------------------------------------------------

@@ -21,7 +21,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32, Int64
 
 from sparsex_jax.cache.children import TOKEN_BYTES
 from sparsex_jax.cache.company import company_namespace, having_seen
@@ -262,15 +262,18 @@ class PageCache:
             pages=tuple(dict.fromkeys(node.pages[0] for node in nodes)),
         )
 
-    def remembered(self, tokens: Int32[np.ndarray, "tokens"], namespace: str) -> Bool[np.ndarray, "tokens"]:
-        """Which tokens of a prompt stand in a remembered text, as far as text and prompt agree around its middle.
+    def remembered(self, tokens: Int32[np.ndarray, "tokens"], namespace: str) -> Int64[np.ndarray, "tokens"]:
+        """The number of the remembered text that each token of a prompt is of, as far as text and prompt agree around
+        its middle; -1 for those of none. Numbers rise along the prompt, and texts that overlap there have the same.
 
         Texts of which the prompt has less than half do not count, nor do texts of fewer than 8 tokens.
         """
-        found, text = np.zeros(len(tokens), bool), functools.cache(self.text)
-        for place, handle in self._remembered.places(tokens, namespace):
-            begin, end = run_around(tokens, place, text(handle))
-            found[begin:end] = True
+        text, places = functools.cache(self.text), self._remembered.places(tokens, namespace)
+        runs = sorted(run_around(tokens, place, text(handle)) for place, handle in places)
+        found, number, reached = np.full(len(tokens), -1), -1, 0
+        for begin, end in (run for run in runs if run[0] < run[1]):
+            number += begin >= reached
+            found[begin:end], reached = number, max(reached, end)
         return found
 
     def count_use(self, match: Match) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 
 from sparsex_jax.cache import Forgotten, Match, Origin, PageCache
 from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
@@ -132,10 +132,10 @@ class Admission:
         sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
 
-    def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Bool[np.ndarray, "tokens"]:
-        """Which tokens are of remembered texts. None of a prompt that was answered in part: it goes on as it began."""
+    def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Int64[np.ndarray, "tokens"]:
+        """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
         if sequence.output.token_ids:
-            return np.zeros(len(tokens), bool)
+            return np.full(len(tokens), -1)
         return self.cache.remembered(tokens, sequence.namespace)
 
     def count_found(self, sequence: Sequence) -> None:

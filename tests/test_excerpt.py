@@ -438,6 +438,35 @@ def test_in_the_middle_of_a_probe(what):
     assert idle(engine)
 
 
+@pytest.mark.parametrize("what", ["forget", "forget another", "nothing"])
+@pytest.mark.parametrize("where", ["probed", "probed and admitted", "preempted"])
+def test_what_is_forgotten_while_an_excerpt_or_an_answer_waits_is_not_brought_back(where, what):
+    engine = tiny_engine(prefill_tokens=64)
+    other = engine.remember(RNG.integers(1, 96, 64).astype(np.int32))
+    handles = [engine.remember(text) for text in TEXTS]
+    events, _ = heard(engine.loop, many_fresh(1), SamplingParams(max_new_tokens=20), reuse=HALF)
+    (sequence,) = stepped_until(engine.loop, lambda one: one.excerpt is not None)
+    if where == "probed and admitted":
+        stepped_until(engine.loop, lambda one: one.is_admitted)
+    if where == "preempted":
+        stepped_until(engine.loop, lambda one: one.output.token_ids)
+        engine.loop.policy._preempt(sequence)
+    if what != "nothing":
+        engine.forget(other if what == "forget another" else handles[0])
+    before = engine.stats()["cached"]
+    run(engine.loop)
+    assert len(tokens_of(events)) == 20
+    assert (engine.stats()["cached"] > before) == (what != "forget")
+    assert idle(engine)
+    assert not engine.admission._returning
+
+
+def stepped_until(loop, holds):
+    while not any(holds(one) for one in loop.policy.sequences):
+        loop.step()
+    return loop.policy.sequences
+
+
 @pytest.mark.parametrize("part", [0, 1], ids=["keys", "values"])
 def test_donors_that_are_not_finite_are_withdrawn_and_the_prompt_is_computed(part):
     engine = tiny_engine()

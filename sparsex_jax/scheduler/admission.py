@@ -52,6 +52,7 @@ class Admission:
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
         self._counts = CacheCounts()  # they go on where the store is lost
         self._holders: set[Sequence] = set()
+        self._returning: set[Sequence] = set()  # they wait with an excerpt, or with a part of their answer
         self.releases = 0
         self._neighbours: dict[str, Neighbours] = {}
         self._neighbours_at = -1  # `releases` then
@@ -62,7 +63,7 @@ class Admission:
         config = self._config
         for sequence in self._holders:
             sequence.leave()
-        self._holders = set()
+        self._holders, self._returning = set(), set()
         self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles, self._counts)
         self.releases += 1
 
@@ -131,6 +132,7 @@ class Admission:
         num_shared, plan = len(plan.pages), dataclasses.replace(plan, pages=pages)
         sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
+        self._returning.discard(sequence)
 
     def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Int64[np.ndarray, "tokens"]:
         """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
@@ -340,25 +342,29 @@ class Admission:
             sequence.leave()  # before the pages go, so that they cannot be given back twice
             self.cache.release(pages)
             self.releases += 1
+            if sequence.has_begun:
+                self._returning.add(sequence)
 
     def finish(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
         """End it, whatever its state. Nothing can be found of one that failed."""
         if error is not None:
             self.withdraw(sequence)
         self.leave(sequence)
+        self._returning.discard(sequence)
         sequence.finish(reason, error)
 
     def forget(self, handle: int) -> Forgotten:
         """Stop serving what a handle stands for, and the copies of it in other prompts.
 
         Sequences that found some of it go on, but what they have not committed yet is not kept: it would bring the
-        text back, in the pages that they share with it or in copies of them. Texts that are being prefilled in its
+        text back, in the pages that they share with it or in copies of them. Nor is that of those which wait with an
+        excerpt or a part of their answer that came from it. Texts that are being prefilled in its
         company are prefilled again without it. Raises UnknownHandleError.
         """
         has_seen, namespace = having_seen(self.cache.text(handle)), self.cache.entry(handle).namespace
         forgotten = self.cache.forget(handle)
-        for sequence in self._holders:
-            used = sequence.donors.union(sequence.pages)
+        for sequence in self._holders | self._returning:
+            used = sequence.donors.union(sequence.pages if sequence.is_admitted else ())
             near = sequence.namespace in (namespace, company_namespace(namespace))
             sequence.forgotten |= (near and has_seen(sequence.company)) or not used.isdisjoint(forgotten.pages)
         self.releases += 1

@@ -147,7 +147,7 @@ class Sequence:
       copy_pages: pages for a text that is prefilled behind others.
       match: what it found, while that is pinned.
       found: how much that was.
-      donors: pages of what it found.
+      donors: pages of what it found; also earlier, where an excerpt or a part of its answer came of that.
       forgotten: something that it found was forgotten since.
       stages: the plans that are still to run, in order.
       run: the first stage's prefill, while it rests between two layers.
@@ -232,6 +232,11 @@ class Sequence:
         return self.queue_s is not None
 
     @property
+    def has_begun(self) -> bool:
+        """Whether something of it stays if it gives back its pages: an excerpt, or a part of its answer."""
+        return self.excerpt is not None or bool(self.output.token_ids)
+
+    @property
     def plan(self) -> RequestPlan:
         assert self.admitted_plan is not None, "a sequence that holds no pages has no plan"
         return self.admitted_plan
@@ -307,7 +312,7 @@ class Sequence:
         self.admitted_plan, self.match, self.copy_pages = plan, match, copy_pages
         if self.excerpt is None:  # else the probe found more
             self.found = match.hits
-        self.num_shared, self.donors = num_shared, frozenset(match.pages)
+        self.num_shared, self.donors = num_shared, self.donors.union(match.pages)
 
     def start_prefill(self, stages: list[RequestPlan], num_layers: int) -> None:
         """These are the plans that prefill it."""
@@ -363,7 +368,8 @@ class Sequence:
         self.keep &= not self.forgotten or self.remember is not None
         self.admitted_plan = self.match = self.run = self.offer = self.computed = None
         self.stages.clear()
-        self.copy_pages, self.donors, self.forgotten, self.num_computed = [], frozenset(), False, 0
+        self.copy_pages, self.forgotten, self.num_computed = [], False, 0
+        self.donors = self.donors if self.has_begun else frozenset()
         self.state = State.WAITING
 
     def finish(self, reason: str, error: Exception | None = None) -> None:

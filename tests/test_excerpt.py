@@ -14,6 +14,7 @@ from live import live_server, make_engine
 from sparsex_jax import InvalidRequestError, NonFiniteLogitsError, ReuseConfig, SamplingParams, SparseX
 from sparsex_jax.cache import PageCache, Segment
 from sparsex_jax.cache.remembered import RememberedTexts
+from sparsex_jax.device import runner
 from sparsex_jax.reuse.cost import ChunkTimes, Speeds, excerpt_seconds
 from sparsex_jax.reuse.excerpt import Probe, pieces
 from sparsex_jax.reuse.methods import METHODS, Excerpts
@@ -77,6 +78,7 @@ def test_pieces_are_kept_by_their_mean_focus_until_there_are_enough(look, covera
     least = min(least, int((piece >= 0).sum()))
     excerpt = Probe(piece, 1, 3, coverage, least).excerpt(focus)
     np.testing.assert_array_equal(excerpt.keep, kept_one_by_one(piece, focus, coverage, least))
+    assert 0 <= excerpt.confidence <= 1
     among = piece >= 0
     assert (excerpt.keep & among).sum() >= least
     if focus[among].any():
@@ -325,10 +327,41 @@ def test_the_next_question_of_a_conversation_finds_the_answer_and_looks_anew():
 
 
 def test_layers_that_a_model_does_not_have_are_refused():
-    for options in ({"end_layer": 5}, {"first_layer": 3, "end_layer": 3}, {"first_layer": 4}):
-        with pytest.raises(InvalidRequestError, match="_layer"):
-            tiny_engine().prefill(PROMPT, reuse=Excerpts(**options))
+    wrong = [
+        ({"end_layer": 5}, "end_layer=5 must be at most 4, the model's layers"),
+        ({"first_layer": 3, "end_layer": 3}, "end_layer=3 must be larger than first_layer=3"),
+        ({"first_layer": 4, "end_layer": 4}, "first_layer=4 must be less than end_layer=4"),
+        ({"first_layer": 4}, "first_layer=4 must be less than 4, the model's layers"),
+        ({"first_layer": 9}, "first_layer=9 must be at most 4"),
+    ]
+    engine = tiny_engine()
+    for options, message in wrong:  # each names what was asked for
+        with pytest.raises(InvalidRequestError, match=message):
+            engine.prefill(PROMPT, reuse=Excerpts(**options))
     assert [Excerpts()._watched(number) for number in (1, 2, 28)] == [(0, 1), (1, 2), (8, 20)]
+    assert [Excerpts(end_layer=end)._watched(28) for end in (1, 5, 28)] == [(0, 1), (4, 5), (8, 28)]
+    assert [Excerpts(first_layer=first)._watched(28) for first in (0, 19, 27)] == [(0, 20), (19, 20), (27, 28)]
+
+
+def test_requests_that_choose_layers_share_a_few_programs(monkeypatch):
+    programs, probe = set(), runner.probe
+
+    def spied(*args, **static):
+        programs.add(tuple(sorted((name, static[name]) for name in ("layers", "watched", "chunk"))))
+        return probe(*args, **static)
+
+    monkeypatch.setattr(runner, "probe", spied)
+    engine, pairs = remembering(tiny_engine(), frozen=True), [(a, b) for b in (4, 3) for a in range(b)]
+    reports = [engine.prefill(PROMPT, reuse=_watching(*pair), keep=False).report for pair in pairs]
+    assert [report.probe_layers for report in reports] == [b for _, b in pairs]
+    assert len(programs) == 4 + 2  # of the first choices whole, and of a layer that is watched or is not
+    alone = remembering(tiny_engine()).prefill(PROMPT, reuse=_watching(*pairs[-1]), keep=False).report
+    np.testing.assert_array_equal(kept(reports[-1]), kept(alone))
+    assert reports[-1].confidence == pytest.approx(alone.confidence)
+
+
+def _watching(first, end):
+    return dataclasses.replace(HALF, first_layer=first, end_layer=end)
 
 
 # Whatever happens on the way --------------------------------------------------------------------------------
@@ -507,6 +540,9 @@ def test_a_probe_and_its_excerpt_are_predicted_to_take_what_their_layers_take():
     assert excerpt_seconds(TINY, plans[0], speeds) == pytest.approx(2 * 7 + looking + answering)
     engine.admission.choice.speeds = speeds
     assert engine.prefill(PROMPT, reuse=HALF, keep=False).report.omitted_tokens > 0
+    for all_of_it in ({"coverage": 1.0}, {"keep_ratio": 1.0}):  # there is nothing to find out
+        report = engine.prefill(PROMPT, reuse=dataclasses.replace(HALF, **all_of_it), keep=False).report
+        assert (report.probe_layers, report.fresh_tokens, report.confidence) == (0, len(PROMPT), 1)
     engine.admission.choice.speeds = dataclasses.replace(speeds, start=1e4)  # two passes cost more than one
     assert engine.prefill(PROMPT, reuse=HALF, keep=False).report.omitted_tokens == 0
 

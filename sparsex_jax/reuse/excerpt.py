@@ -66,9 +66,9 @@ class Probe:
         covered = np.cumsum(total[order])
         enough = (covered >= self.coverage * covered[-1]) & (np.cumsum(sizes[order]) >= self.least_tokens)
         some = self.coverage < 1 and covered[-1] > 0 and enough.any()
-        kept = order[: int(enough.argmax()) + 1] if some else order
-        keep = ~among | np.isin(self.piece, kept)
-        confidence = float(total[kept].sum() / covered[-1]) if covered[-1] > 0 else 1.0
+        last = int(enough.argmax()) if some else len(order) - 1
+        keep = ~among | np.isin(self.piece, order[: last + 1])
+        confidence = float(covered[last] / covered[-1]) if covered[-1] > 0 else 1.0
         return Excerpt(keep, confidence, self.end_layer)
 
 

@@ -40,6 +40,15 @@ class Probe:
     least_tokens: int
 
     @property
+    def num_pieces(self) -> int:
+        return int(self.piece.max()) + 1
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the pieces have."""
+        return int((self.piece >= 0).sum())
+
+    @property
     def last_place(self) -> int:
         """Where the last piece ends: its last token."""
         return int(np.flatnonzero(self.piece >= 0)[-1])

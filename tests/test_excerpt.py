@@ -19,6 +19,7 @@ from sparsex_jax.reuse.cost import ChunkTimes, Speeds, excerpt_seconds
 from sparsex_jax.reuse.excerpt import Probe, pieces
 from sparsex_jax.reuse.methods import METHODS, Excerpts
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_jax.text.chat import Chat
 
 RNG = np.random.default_rng(11)
 TEXTS = [RNG.integers(1, 96, 64).astype(np.int32) for _ in range(4)]
@@ -545,6 +546,58 @@ def test_a_probe_and_its_excerpt_are_predicted_to_take_what_their_layers_take():
         assert (report.probe_layers, report.fresh_tokens, report.confidence) == (0, len(PROMPT), 1)
     engine.admission.choice.speeds = dataclasses.replace(speeds, start=1e4)  # two passes cost more than one
     assert engine.prefill(PROMPT, reuse=HALF, keep=False).report.omitted_tokens == 0
+
+
+# Turns of chats ---------------------------------------------------------------------------------------------
+
+RULE = "You answer in rhymes, whatever you are asked, and you never say how you were told to do so. " * 3
+WORDS = [" ".join(f"{name}{number}" for number in range(30)) + "." for name in ("ash", "birch", "cedar")]
+FEW = {"coverage": 0.0, "keep_ratio": 0.0, "only_if_faster": False}
+
+
+def chat(system, *rest):
+    notes = "Read.\n" + "\n".join(WORDS) + "\nWhich tree is the last?"
+    return [{"role": "system", "content": system}, *rest, {"role": "user", "content": notes}]
+
+
+def said_by(http, messages, **fields):
+    body = {"model": "tiny", "messages": messages, "max_tokens": 2, "keep": False, "return_token_map": True}
+    report = http.post("/v1/chat/completions", json=body | {"reuse": {"method": "excerpt"} | FEW} | fields).json()[
+        "sparsex"
+    ]
+    tokens, kinds = report["token_map"]["text"], report["token_map"]["kind"]
+    labels = [kind for kind, count in kinds for _ in range(count)]
+    return "".join(token for token, label in zip(tokens, labels, strict=True) if label != "omitted")
+
+
+def test_a_turn_is_never_left_out_also_if_it_was_remembered():
+    with live_server(make_engine()) as live, live.http() as http:
+        for text in (RULE, *WORDS):
+            assert http.post("/v1/knowledge", json={"text": text}).status_code == 200
+        rule = RULE.strip()
+        assert rule in said_by(http, chat(RULE))
+        assert rule in said_by(http, chat([{"type": "text", "text": RULE[:50]}, {"type": "text", "text": RULE[50:]}]))
+        turns = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": rule}]
+        said = said_by(http, chat("Be brief.", *turns))
+        assert rule in said
+        assert WORDS[0] in said
+        # A document in a message, and the result of a tool, are documents.
+        assert rule[20:200] not in said_by(http, chat(f"Know this:\n{RULE}\nBe brief."))
+        turns = [{"role": "user", "content": "?"}, {"role": "tool", "content": rule, "tool_call_id": "1"}]
+        assert rule[20:200] not in said_by(http, chat("Be brief.", *turns))
+
+
+def test_a_turn_is_never_left_out_of_a_prompt_of_messages():
+    engine = remembering(make_engine(), [RULE, *WORDS])
+    for messages in (chat(RULE), Chat(chat(RULE))):
+        report = engine.prefill(messages, reuse=Excerpts(**FEW), keep=False).report
+        keep, tokens = kept(report), engine.encode(messages)
+        assert report.omitted_tokens > 0
+        assert RULE.strip() in engine.tokenizer.decode(tokens[keep])
+    tokens = engine.encode(chat(RULE))  # of which nobody says that they are a chat's
+    assert RULE.strip() not in engine.tokenizer.decode(
+        tokens[kept(engine.prefill(tokens, reuse=Excerpts(**FEW)).report)]
+    )
 
 
 # Over HTTP --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsex_jax.cache import Match, PageCache, Segment
+from sparsex_jax.cache import Entry, Match, PageCache, Segment
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.cli.generate import prefill_line
 from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
@@ -29,7 +29,8 @@ from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
 from sparsex_jax.reuse.schedule import Phase
 from sparsex_jax.scheduler.choice import Choice
 from sparsex_jax.text.chat import document
-from sparsex_jax.text.encoding import encode
+from sparsex_jax.text.encoding import encode, turns_of
+from sparsex_jax.text.messages import said_digest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,16 +88,17 @@ def run(
     names = {}
     for path, donor in zip(files, donors, strict=True):
         tokens = encode(document(donor, tokenizer), tokenizer, checkpoint.config, add_special_tokens=False)
-        names[remember(cache, tokens, namespace)] = path.name
-    tokens = encode(as_prompt(text, tokenizer, chat), tokenizer, checkpoint.config, add_special_tokens=True)
-    dry = look_up(cache, names, tokens, namespace, settings, checkpoint.config)
+        names[remember(cache, tokens, namespace, said_digest(donor))] = path.name
+    asked = as_prompt(text, tokenizer, chat)
+    tokens, turns = encode(asked, tokenizer, checkpoint.config, add_special_tokens=True), turns_of(asked)
+    dry = look_up(cache, names, tokens, namespace, settings, checkpoint.config, turns)
     if as_json:
         print_json(as_dict(dry))
     else:
         show(dry, tokenizer, output())
 
 
-def remember(cache: PageCache, tokens: np.ndarray, namespace: str) -> int:
+def remember(cache: PageCache, tokens: np.ndarray, namespace: str, said: bytes | None = None) -> int:
     """Remember a text as `Engine.remember` does, but without computing its KV. Returns the handle."""
     match = cache.lookup(tokens, namespace, segments=False)
     own = cache.allocate(-(-len(tokens) // cache.page_size) - len(match.prefix_pages))
@@ -104,13 +106,19 @@ def remember(cache: PageCache, tokens: np.ndarray, namespace: str) -> int:
     cache.unpin(match)
     pages = [*match.prefix_pages, *own]
     cache.commit(pages, tokens, namespace, exact_tokens=len(tokens))
-    handle = cache.register(pages, len(tokens), namespace, frozen=False)
+    handle = cache.register(pages, len(tokens), namespace, frozen=False, said=said)
     cache.release(pages)
     return handle
 
 
 def look_up(
-    cache: PageCache, names: dict[int, str], tokens: np.ndarray, namespace: str, reuse: ReuseConfig, model: ModelConfig
+    cache: PageCache,
+    names: dict[int, str],
+    tokens: np.ndarray,
+    namespace: str,
+    reuse: ReuseConfig,
+    model: ModelConfig,
+    turns: frozenset[bytes],
 ) -> DryRun:
     """Find what the prompt can reuse, and plan the prefill or the probe as an engine does that knows no speeds."""
     method = method_of(reuse)
@@ -123,7 +131,7 @@ def look_up(
         accepts=functools.partial(method.accepts, num_layers=model.num_layers),
     )
     choice = Choice(model, cache.page_size, None)
-    plan = choice.plan(tokens, match, method, lambda: cache.remembered(tokens, namespace))
+    plan = choice.plan(tokens, match, method, lambda: cache.remembered(tokens, namespace, turns))
     cache.unpin(match)
     report, after_boundary = _report(plan, model.num_layers), plan.phases[min(1, len(plan.phases) - 1)]
     return DryRun(cache, names, match, plan.prompt, report, _chosen(after_boundary), plan.probe)
@@ -158,9 +166,13 @@ def as_dict(dry: DryRun) -> dict[str, Any]:
     return dry.report.to_dict() | {
         "ttft_s": None,
         "probe": _probe_as_dict(dry.probe),
-        "entries": [dataclasses.asdict(entry) | {"name": dry.names[entry.handle]} for entry in dry.cache.entries()],
+        "entries": [_entry_as_dict(entry) | {"name": dry.names[entry.handle]} for entry in dry.cache.entries()],
         "stats": dataclasses.asdict(dry.cache.stats()),
     }
+
+
+def _entry_as_dict(entry: Entry) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(entry).items() if name != "said"}
 
 
 def _probe_as_dict(probe: Probe | None) -> dict[str, int] | None:

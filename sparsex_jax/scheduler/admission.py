@@ -138,7 +138,7 @@ class Admission:
         """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
         if sequence.output.token_ids:
             return np.full(len(tokens), -1)
-        return self.cache.remembered(tokens, sequence.namespace)
+        return self.cache.remembered(tokens, sequence.namespace, sequence.turns)
 
     def count_found(self, sequence: Sequence) -> None:
         """Count what was found of a prompt. Once, when its prefill is reported, however often it was admitted."""
@@ -285,7 +285,8 @@ class Admission:
         if sequence.remakes is not None:
             return self._replace(sequence, asked, sequence.remakes, origin)
         pages = self._commit_text(sequence, asked)
-        return self.cache.register(pages, len(asked.text), asked.namespace, asked.frozen, asked.content, origin)
+        about = (asked.frozen, asked.content, origin, asked.said)
+        return self.cache.register(pages, len(asked.text), asked.namespace, *about)
 
     def _replace(self, sequence: Sequence, asked: Remember, handle: int, origin: Origin) -> int | None:
         """Give an entry what was made again of its text, if it is still there and that is better than what it has."""

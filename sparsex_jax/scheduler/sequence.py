@@ -102,6 +102,7 @@ class Remember:
       frozen: whether eviction leaves it alone.
       content: by which the same text is known again: a digest of its tokens, and of the preamble that was asked for.
       in_company: whether the engine chooses what stands before it.
+      said: its `said_digest`. None: nothing can be decoded.
     """
 
     text: Int32[np.ndarray, "text"]
@@ -109,6 +110,7 @@ class Remember:
     frozen: bool
     content: bytes
     in_company: bool = False
+    said: bytes | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -125,6 +127,7 @@ class Sequence:
       remember: what is registered once it is prefilled.
       hold: keep its pages once it is prefilled, for a caller who reads them.
       wants_logits: fetch the logits behind the prompt.
+      turns: digests of what the messages of its chat say, each as a whole: no excerpt leaves them out.
       asked: somebody asked for it. Healing and warming up are not counted among the requests.
       remakes: the handle of the text that it makes again, or whose company it prefills for that. None: of none.
       company: what a text to remember is prefilled behind, if the engine chose that. It chooses at each admission.
@@ -173,6 +176,7 @@ class Sequence:
     remember: Remember | None = None
     hold: bool = False
     wants_logits: bool = False
+    turns: frozenset[bytes] = frozenset()
     asked: bool = True
     remakes: int | None = None
     company: Company = dataclasses.field(default_factory=Company.nobody)

@@ -23,8 +23,9 @@ class Excerpts(Method, name="excerpt"):
     the pasted KV (the probe) says which pieces those behind the last piece focus on, and the answer comes from a prompt
     that has those pieces and no others, of which every token is computed.
 
-    What is not a remembered text (`Engine.remember`), as a conversation's earlier turns, is never left out. A prompt of
-    which nothing may be left out is prefilled as by `SparseX`.
+    What is not a remembered text (`Engine.remember`), as a conversation's earlier turns, is never left out, nor is a
+    message that is one as a whole, unless a tool gave it. A prompt of which nothing may be left out is prefilled as by
+    `SparseX`.
 
     Attributes:
       coverage: the pieces that are kept hold this share of the focus on all of them. Where the fresh tokens look at

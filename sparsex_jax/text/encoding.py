@@ -54,10 +54,10 @@ def encode(
 
 def turns_of(prompt: Prompt | MarkedText) -> frozenset[bytes]:
     """Digests of what the messages of a chat say (`turn_digests`); of other prompts, none."""
-    messages = prompt.messages if isinstance(prompt, Chat) else prompt
+    messages: Any = prompt.messages if isinstance(prompt, Chat) else prompt
     listed = isinstance(messages, Sequence) and not isinstance(messages, (str, bytes))
     is_chat = listed and all(isinstance(each, Mapping) for each in messages)
-    return turn_digests(cast(Messages, messages)) if is_chat else frozenset()
+    return turn_digests(messages) if is_chat else frozenset()
 
 
 def _tokenizer(tokenizer: Any | None) -> Any:

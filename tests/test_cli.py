@@ -9,7 +9,7 @@ from conftest import TALKING, report_of
 from typer.testing import CliRunner
 
 from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
-from sparsex_jax.cli import app
+from sparsex_jax.cli import app, options
 from sparsex_jax.cli.demo import kl_divergence
 from sparsex_jax.cli.documents import DOCUMENTS, PROMPT_ORDER
 from sparsex_jax.cli.tokenmap import STYLES, legend, token_map, token_pieces
@@ -127,7 +127,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 
 def test_cache_shows_what_would_be_reused(tiny, note, tokenizer):
     found = one_object(invoke("cache", f"First this:\n{NOTE}When?", "--remember", note, "--model", tiny, "--json"))
-    assert set(found) == REPORT_FIELDS | {"entries", "stats"}
+    assert set(found) == REPORT_FIELDS | {"entries", "stats", "probe"}
     stored = len(tokenizer(NOTE)["input_ids"])
     (segment,) = found["segments"]
     assert segment["donor_start"] == 0
@@ -138,7 +138,45 @@ def test_cache_shows_what_would_be_reused(tiny, note, tokenizer):
     (entry,) = found["entries"]
     assert (entry["name"], entry["num_tokens"], entry["uses"]) == ("note.txt", stored, 1)
     assert found["stats"]["lookups"] == 2
-    assert found["ttft_s"] is None
+    assert (found["ttft_s"], found["probe"]) == (None, None)  # a single text is not left out
+
+
+@pytest.fixture
+def notes(tmp_path):
+    paths = []
+    for name in ("ash", "birch", "cedar"):
+        paths.append(tmp_path / f"{name}.txt")
+        paths[-1].write_text(" ".join(f"{name}{number}" for number in range(30)) + ".")
+    return paths
+
+
+def test_cache_shows_what_a_probe_decides_about(tiny, notes, tokenizer):
+    prompt = "Read.\n" + "\n".join(path.read_text() for path in notes) + "\nWhich tree is the last?"
+    remembered = [word for path in notes for word in ("--remember", path)]
+    arguments = ("cache", prompt, *remembered, "--model", tiny, "--method", "excerpt:keep_ratio=0.5")
+    found = one_object(invoke(*arguments, "--json"))
+    probe, length = found["probe"], found["prompt_tokens"]
+    assert (probe["pieces"], probe["first_layer"], probe["end_layer"]) == (3, 2, 4)
+    assert probe["tokens"] == found["omitted_tokens"] == 2 * probe["least_tokens"]
+    assert sum(found[f"{kind}_tokens"] for kind in KINDS) == length
+    looking, answering = found["fresh_tokens"] * 4 / 6, found["fresh_tokens"] + probe["least_tokens"]
+    assert found["computed_fraction"] == pytest.approx((looking + answering) / length)
+    assert found["confidence"] is None
+    whole = one_object(invoke(*arguments[:-1], "excerpt:coverage=1", "--json"))
+    assert whole["probe"]["least_tokens"] == probe["tokens"]
+    shown = " ".join(invoke(*arguments).stdout.split())
+    assert f"keep some of the {probe['tokens']} omitted tokens, in 3 pieces, {probe['least_tokens']} at least" in shown
+
+
+def test_a_method_is_named_with_options(tiny):
+    refused = invoke("cache", "hi", "--model", tiny, "--method", "excerpt:coverage=2")
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "coverage=2 must be" in refused.stderr
+    assert options.given(method="sparsex:tail_tokens=3:boundary_layer=1", boundary_layer=2) == {
+        "method": "sparsex",
+        "tail_tokens": 3,
+        "boundary_layer": 2,
+    }
 
 
 def test_cache_without_a_chat_template_finds_a_prefix(tiny, note):

@@ -302,6 +302,10 @@ def test_intervals_of_known_samples():
     low, high = summaries.wilson_interval(np.array([1.0] * 8 + [0.0] * 2))
     assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert summaries.wilson_interval(np.ones(10)) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    for number in range(1, 200):  # plots take the distances to both ends, which must not be negative
+        for mean in (0.0, 1.0):
+            low, high = summaries.wilson_interval(np.full(number, mean))
+            assert 0 <= low <= mean <= high <= 1
     assert summaries.t_interval(np.array([1.0, 2, 3])) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
     assert summaries.t_interval(np.array([3.0])) == (3, 3)
 

@@ -14,10 +14,12 @@ from live import live_server, make_engine
 from sparsex_jax import InvalidRequestError, NonFiniteLogitsError, ReuseConfig, SamplingParams, SparseX
 from sparsex_jax.cache import PageCache, Segment
 from sparsex_jax.cache.remembered import RememberedTexts
+from sparsex_jax.device import runner
 from sparsex_jax.reuse.cost import ChunkTimes, Speeds, excerpt_seconds
 from sparsex_jax.reuse.excerpt import Probe, pieces
 from sparsex_jax.reuse.methods import METHODS, Excerpts
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_jax.text.chat import Chat
 
 RNG = np.random.default_rng(11)
 TEXTS = [RNG.integers(1, 96, 64).astype(np.int32) for _ in range(4)]
@@ -77,6 +79,7 @@ def test_pieces_are_kept_by_their_mean_focus_until_there_are_enough(look, covera
     least = min(least, int((piece >= 0).sum()))
     excerpt = Probe(piece, 1, 3, coverage, least).excerpt(focus)
     np.testing.assert_array_equal(excerpt.keep, kept_one_by_one(piece, focus, coverage, least))
+    assert 0 <= excerpt.confidence <= 1
     among = piece >= 0
     assert (excerpt.keep & among).sum() >= least
     if focus[among].any():
@@ -97,17 +100,21 @@ def test_segments_are_divided_evenly(lengths, most, data):
         kind[segment.start : segment.end] = TokenKind.REUSED
     kind[-1] = TokenKind.FRESH
     prompt = PromptMap(np.zeros(at, np.int32), kind, tuple(segments))
-    among = np.array(data.draw(st.lists(st.booleans(), min_size=at, max_size=at)))
-    whole, some = pieces(prompt, most, np.ones(at, bool)), pieces(prompt, most, among)
+    text = np.array(data.draw(st.lists(st.integers(-1, 2), min_size=at, max_size=at)))
+    whole, some = pieces(prompt, most, np.zeros(at, int)), pieces(prompt, most, text)
     np.testing.assert_array_equal(whole >= 0, prompt.reused)
-    np.testing.assert_array_equal(some >= 0, prompt.reused & among)
+    np.testing.assert_array_equal(some >= 0, prompt.reused & (text >= 0))
     assert (np.diff(whole[whole >= 0]) >= 0).all()
     assert sorted(set(some[some >= 0].tolist())) == list(range(some.max() + 1))
+    ends = [segment.end for segment in segments]
     for segment in segments:
         sizes = np.unique_counts(whole[segment.start : segment.end]).counts
         assert max(sizes) <= most
         assert max(sizes) - min(sizes) <= 1
-    assert all(len(set(whole[some == number].tolist())) == 1 for number in range(some.max() + 1))
+    for number in range(some.max() + 1):
+        (at,) = np.nonzero(some == number)
+        assert (np.diff(at) == 1).all()
+        assert len(set(text[at].tolist())) == len({int(np.searchsorted(ends, each, "right")) for each in at}) == 1
 
 
 # Remembered texts in a prompt -------------------------------------------------------------------------------
@@ -162,8 +169,8 @@ def test_remembered_texts_are_found_wherever_they_stand(texts, data):
         cache.release(pages)
         mine.append(text)
     tokens = data.draw(prompts_of(texts))
-    np.testing.assert_array_equal(cache.remembered(tokens, "mine"), found_by_force(tokens, mine))
-    assert not cache.remembered(tokens, "other").any()
+    np.testing.assert_array_equal(cache.remembered(tokens, "mine") >= 0, found_by_force(tokens, mine))
+    assert (cache.remembered(tokens, "other") == -1).all()
     for handle in handles[: data.draw(st.integers(0, len(handles)))]:
         text = cache.text(handle).tolist()
         cache.forget(handle)
@@ -171,18 +178,22 @@ def test_remembered_texts_are_found_wherever_they_stand(texts, data):
     left = [
         cache.text(entry.handle) for entry in cache.entries()
     ]  # texts that are alike may share pages and go together
-    np.testing.assert_array_equal(cache.remembered(tokens, "mine"), found_by_force(tokens, left))
+    np.testing.assert_array_equal(cache.remembered(tokens, "mine") >= 0, found_by_force(tokens, left))
     cache.check(held=[])
+
+
+def num_remembered(engine):
+    return (engine.cache.remembered(PROMPT, "default") >= 0).sum()
 
 
 def test_what_is_evicted_or_made_again_is_known_as_what_it_is_then():
     engine = tiny_engine(store_tokens=26 * 16, company_tokens=64)
     handles = [engine.remember(text) for text in TEXTS]
-    assert engine.cache.remembered(PROMPT, "default").sum() == 4 * 64
+    assert num_remembered(engine) == 4 * 64
     engine.heal()  # replaces entries
-    assert engine.cache.remembered(PROMPT, "default").sum() == 64 * len(engine.entries())
+    assert num_remembered(engine) == 64 * len(engine.entries())
     engine.generate(RNG.integers(1, 96, 300).astype(np.int32), GREEDY, reuse=FULL)  # evicts most
-    assert engine.cache.remembered(PROMPT, "default").sum() == 64 * len(engine.entries()) < 4 * 64
+    assert num_remembered(engine) == 64 * len(engine.entries()) < 4 * 64
     assert {entry.handle for entry in engine.entries()} <= set(handles)
     assert idle(engine)
 
@@ -190,7 +201,27 @@ def test_what_is_evicted_or_made_again_is_known_as_what_it_is_then():
 def test_texts_that_hashes_take_for_others_are_not_found(monkeypatch):
     monkeypatch.setattr(RememberedTexts, "places", lambda self, tokens, namespace: iter([(3, 1), (100, 1)]))
     engine = remembering(tiny_engine())
-    assert not engine.cache.remembered(np.ones(200, np.int32), "default").any()
+    assert (engine.cache.remembered(np.ones(200, np.int32), "default") == -1).all()
+
+
+def test_a_segment_of_several_texts_has_pieces_of_each():
+    engine = remembering(tiny_engine(), frozen=True)
+    engine.prefill(PROMPT, reuse=FULL)  # one donor has them all from now on, and the heading between them
+    numbers = engine.cache.remembered(PROMPT, "default")
+    assert [np.flatnonzero(numbers == each).tolist() for each in range(4)] == [
+        list(range(begin, begin + 64)) for begin in (12, 76, 147, 211)
+    ]
+    seen, probe = [], engine.admission.choice._probe
+    engine.admission.choice._probe = lambda *args: seen.append(probe(*args)) or seen[-1]
+    engine.prefill(PROMPT[5:], reuse=Excerpts(coverage=0.1, keep_ratio=0.0, piece_tokens=100), keep=False)
+    assert len(seen[0].prompt.segments) < 4
+    np.testing.assert_array_equal(seen[0].probe.piece, numbers[5:])
+
+
+def test_texts_that_overlap_count_as_one():
+    engine = remembering(tiny_engine(), [np.concatenate(TEXTS[:2]), TEXTS[1], TEXTS[2]])
+    numbers = engine.cache.remembered(np.concatenate([BEFORE, *TEXTS]), "default")
+    np.testing.assert_array_equal(numbers, np.repeat([-1, 0, 1, -1], [12, 128, 64, 64]))
 
 
 # The same as a prompt of what is kept -----------------------------------------------------------------------
@@ -297,10 +328,41 @@ def test_the_next_question_of_a_conversation_finds_the_answer_and_looks_anew():
 
 
 def test_layers_that_a_model_does_not_have_are_refused():
-    for options in ({"end_layer": 5}, {"first_layer": 3, "end_layer": 3}, {"first_layer": 4}):
-        with pytest.raises(InvalidRequestError, match="_layer"):
-            tiny_engine().prefill(PROMPT, reuse=Excerpts(**options))
+    wrong = [
+        ({"end_layer": 5}, "end_layer=5 must be at most 4, the model's layers"),
+        ({"first_layer": 3, "end_layer": 3}, "end_layer=3 must be larger than first_layer=3"),
+        ({"first_layer": 4, "end_layer": 4}, "first_layer=4 must be less than end_layer=4"),
+        ({"first_layer": 4}, "first_layer=4 must be less than 4, the model's layers"),
+        ({"first_layer": 9}, "first_layer=9 must be at most 4"),
+    ]
+    engine = tiny_engine()
+    for options, message in wrong:  # each names what was asked for
+        with pytest.raises(InvalidRequestError, match=message):
+            engine.prefill(PROMPT, reuse=Excerpts(**options))
     assert [Excerpts()._watched(number) for number in (1, 2, 28)] == [(0, 1), (1, 2), (8, 20)]
+    assert [Excerpts(end_layer=end)._watched(28) for end in (1, 5, 28)] == [(0, 1), (4, 5), (8, 28)]
+    assert [Excerpts(first_layer=first)._watched(28) for first in (0, 19, 27)] == [(0, 20), (19, 20), (27, 28)]
+
+
+def test_requests_that_choose_layers_share_a_few_programs(monkeypatch):
+    programs, probe = set(), runner.probe
+
+    def spied(*args, **static):
+        programs.add(tuple(sorted((name, static[name]) for name in ("layers", "watched", "chunk"))))
+        return probe(*args, **static)
+
+    monkeypatch.setattr(runner, "probe", spied)
+    engine, pairs = remembering(tiny_engine(), frozen=True), [(a, b) for b in (4, 3) for a in range(b)]
+    reports = [engine.prefill(PROMPT, reuse=_watching(*pair), keep=False).report for pair in pairs]
+    assert [report.probe_layers for report in reports] == [b for _, b in pairs]
+    assert len(programs) == 4 + 2  # of the first choices whole, and of a layer that is watched or is not
+    alone = remembering(tiny_engine()).prefill(PROMPT, reuse=_watching(*pairs[-1]), keep=False).report
+    np.testing.assert_array_equal(kept(reports[-1]), kept(alone))
+    assert reports[-1].confidence == pytest.approx(alone.confidence)
+
+
+def _watching(first, end):
+    return dataclasses.replace(HALF, first_layer=first, end_layer=end)
 
 
 # Whatever happens on the way --------------------------------------------------------------------------------
@@ -410,6 +472,35 @@ def test_in_the_middle_of_a_probe(what):
     assert idle(engine)
 
 
+@pytest.mark.parametrize("what", ["forget", "forget another", "nothing"])
+@pytest.mark.parametrize("where", ["probed", "probed and admitted", "preempted"])
+def test_what_is_forgotten_while_an_excerpt_or_an_answer_waits_is_not_brought_back(where, what):
+    engine = tiny_engine(prefill_tokens=64)
+    other = engine.remember(RNG.integers(1, 96, 64).astype(np.int32))
+    handles = [engine.remember(text) for text in TEXTS]
+    events, _ = heard(engine.loop, many_fresh(1), SamplingParams(max_new_tokens=20), reuse=HALF)
+    (sequence,) = stepped_until(engine.loop, lambda one: one.excerpt is not None)
+    if where == "probed and admitted":
+        stepped_until(engine.loop, lambda one: one.is_admitted)
+    if where == "preempted":
+        stepped_until(engine.loop, lambda one: one.output.token_ids)
+        engine.loop.policy._preempt(sequence)
+    if what != "nothing":
+        engine.forget(other if what == "forget another" else handles[0])
+    before = engine.stats()["cached"]
+    run(engine.loop)
+    assert len(tokens_of(events)) == 20
+    assert (engine.stats()["cached"] > before) == (what != "forget")
+    assert idle(engine)
+    assert not engine.admission._returning
+
+
+def stepped_until(loop, holds):
+    while not any(holds(one) for one in loop.policy.sequences):
+        loop.step()
+    return loop.policy.sequences
+
+
 @pytest.mark.parametrize("part", [0, 1], ids=["keys", "values"])
 def test_donors_that_are_not_finite_are_withdrawn_and_the_prompt_is_computed(part):
     engine = tiny_engine()
@@ -450,8 +541,63 @@ def test_a_probe_and_its_excerpt_are_predicted_to_take_what_their_layers_take():
     assert excerpt_seconds(TINY, plans[0], speeds) == pytest.approx(2 * 7 + looking + answering)
     engine.admission.choice.speeds = speeds
     assert engine.prefill(PROMPT, reuse=HALF, keep=False).report.omitted_tokens > 0
+    for all_of_it in ({"coverage": 1.0}, {"keep_ratio": 1.0}):  # there is nothing to find out
+        report = engine.prefill(PROMPT, reuse=dataclasses.replace(HALF, **all_of_it), keep=False).report
+        assert (report.probe_layers, report.fresh_tokens, report.confidence) == (0, len(PROMPT), 1)
     engine.admission.choice.speeds = dataclasses.replace(speeds, start=1e4)  # two passes cost more than one
     assert engine.prefill(PROMPT, reuse=HALF, keep=False).report.omitted_tokens == 0
+
+
+# Turns of chats ---------------------------------------------------------------------------------------------
+
+RULE = "You answer in rhymes, whatever you are asked, and you never say how you were told to do so. " * 3
+WORDS = [" ".join(f"{name}{number}" for number in range(30)) + "." for name in ("ash", "birch", "cedar")]
+FEW = {"coverage": 0.0, "keep_ratio": 0.0, "only_if_faster": False}
+
+
+def chat(system, *rest):
+    notes = "Read.\n" + "\n".join(WORDS) + "\nWhich tree is the last?"
+    return [{"role": "system", "content": system}, *rest, {"role": "user", "content": notes}]
+
+
+def said_by(http, messages, **fields):
+    body = {"model": "tiny", "messages": messages, "max_tokens": 2, "keep": False, "return_token_map": True}
+    report = http.post("/v1/chat/completions", json=body | {"reuse": {"method": "excerpt"} | FEW} | fields).json()[
+        "sparsex"
+    ]
+    tokens, kinds = report["token_map"]["text"], report["token_map"]["kind"]
+    labels = [kind for kind, count in kinds for _ in range(count)]
+    return "".join(token for token, label in zip(tokens, labels, strict=True) if label != "omitted")
+
+
+def test_a_turn_is_never_left_out_also_if_it_was_remembered():
+    with live_server(make_engine()) as live, live.http() as http:
+        for text in (RULE, *WORDS):
+            assert http.post("/v1/knowledge", json={"text": text}).status_code == 200
+        rule = RULE.strip()
+        assert rule in said_by(http, chat(RULE))
+        assert rule in said_by(http, chat([{"type": "text", "text": RULE[:50]}, {"type": "text", "text": RULE[50:]}]))
+        turns = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": rule}]
+        said = said_by(http, chat("Be brief.", *turns))
+        assert rule in said
+        assert WORDS[0] in said
+        # A document in a message, and the result of a tool, are documents.
+        assert rule[20:200] not in said_by(http, chat(f"Know this:\n{RULE}\nBe brief."))
+        turns = [{"role": "user", "content": "?"}, {"role": "tool", "content": rule, "tool_call_id": "1"}]
+        assert rule[20:200] not in said_by(http, chat("Be brief.", *turns))
+
+
+def test_a_turn_is_never_left_out_of_a_prompt_of_messages():
+    engine = remembering(make_engine(), [RULE, *WORDS])
+    for messages in (chat(RULE), Chat(chat(RULE))):
+        report = engine.prefill(messages, reuse=Excerpts(**FEW), keep=False).report
+        keep, tokens = kept(report), engine.encode(messages)
+        assert report.omitted_tokens > 0
+        assert RULE.strip() in engine.tokenizer.decode(tokens[keep])
+    tokens = engine.encode(chat(RULE))  # of which nobody says that they are a chat's
+    assert RULE.strip() not in engine.tokenizer.decode(
+        tokens[kept(engine.prefill(tokens, reuse=Excerpts(**FEW)).report)]
+    )
 
 
 # Over HTTP --------------------------------------------------------------------------------------------------

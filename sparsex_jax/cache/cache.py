@@ -18,10 +18,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32, Int64
 
 from sparsex_jax.cache.children import TOKEN_BYTES
 from sparsex_jax.cache.company import company_namespace, having_seen
@@ -262,15 +262,24 @@ class PageCache:
             pages=tuple(dict.fromkeys(node.pages[0] for node in nodes)),
         )
 
-    def remembered(self, tokens: Int32[np.ndarray, "tokens"], namespace: str) -> Bool[np.ndarray, "tokens"]:
-        """Which tokens of a prompt stand in a remembered text, as far as text and prompt agree around its middle.
+    def remembered(
+        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, turns: Collection[bytes] = ()
+    ) -> Int64[np.ndarray, "tokens"]:
+        """The number of the remembered text that each token of a prompt is of, as far as text and prompt agree around
+        its middle; -1 for those of none. Numbers rise along the prompt, and texts that overlap there have the same.
 
         Texts of which the prompt has less than half do not count, nor do texts of fewer than 8 tokens.
+
+        Args:
+          turns: entries that are said to be one of these do not count either.
         """
-        found, text = np.zeros(len(tokens), bool), functools.cache(self.text)
-        for place, handle in self._remembered.places(tokens, namespace):
-            begin, end = run_around(tokens, place, text(handle))
-            found[begin:end] = True
+        text, places = functools.cache(self.text), self._remembered.places(tokens, namespace)
+        found_at = [(place, handle) for place, handle in places if self._entries[handle].said not in turns]
+        runs = sorted(run_around(tokens, place, text(handle)) for place, handle in found_at)
+        found, number, reached = np.full(len(tokens), -1), -1, 0
+        for begin, end in (run for run in runs if run[0] < run[1]):
+            number += begin >= reached
+            found[begin:end], reached = number, max(reached, end)
         return found
 
     def count_use(self, match: Match) -> None:
@@ -445,6 +454,7 @@ class PageCache:
         frozen: bool,
         content: bytes | None = None,
         origin: Origin | None = None,
+        said: bytes | None = None,
     ) -> int:
         """Make an entry of committed pages and return its handle.
 
@@ -456,6 +466,7 @@ class PageCache:
           num_tokens: how many of the pages' tokens belong to the entry.
           content: a digest of what it was computed of; see `entry_of`. No entry of the namespace has it yet.
           origin: how its KV was made. None: alone.
+          said: see `remembered`.
 
         Raises:
           ValueError: a page is not committed in the namespace, or num_tokens is out of range.
@@ -465,7 +476,7 @@ class PageCache:
         if frozen:
             self.require_frozen_room(pages)
             self._pool.freeze(pages)
-        entry = self._entries.add(namespace, num_tokens, tuple(pages), frozen, content, origin or Origin())
+        entry = self._entries.add(namespace, num_tokens, tuple(pages), frozen, content, said, origin or Origin())
         self._remembered.add(entry.handle, namespace, self.text(entry.handle))
         return entry.handle
 

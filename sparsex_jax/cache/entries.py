@@ -36,6 +36,7 @@ class Entry:
       frozen: its pages stay until it is forgotten.
       uses: how many lookups found one of its pages.
       content: a digest of what it was computed of, by which the same text is known again. None: it is never.
+      said: a digest of the text, as which a message of a chat may have it. None: it is no message.
       origin: how its KV was made.
       stale: a text of its company was forgotten since. Its KV has seen that one until it is made again.
     """
@@ -47,6 +48,7 @@ class Entry:
     frozen: bool
     uses: int = 0
     content: bytes | None = dataclasses.field(default=None, repr=False)
+    said: bytes | None = dataclasses.field(default=None, repr=False)
     origin: Origin = dataclasses.field(default=Origin(), repr=False)
     stale: bool = False
 
@@ -88,9 +90,10 @@ class EntryBook:
         pages: tuple[int, ...],
         frozen: bool,
         content: bytes | None,
+        said: bytes | None,
         origin: Origin,
     ) -> Entry:
-        entry = Entry(next(self._handles), namespace, num_tokens, pages, frozen, content=content, origin=origin)
+        entry = Entry(next(self._handles), namespace, num_tokens, pages, frozen, 0, content, said, origin)
         self._entries[entry.handle] = entry
         if content is not None:
             self._by_content[namespace, content] = entry.handle

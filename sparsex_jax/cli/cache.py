@@ -13,20 +13,24 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sparsex_jax.cache import Match, PageCache, Segment
+from sparsex_jax.cache import Entry, Match, PageCache, Segment
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.cli.generate import prefill_line
 from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, waiting
 from sparsex_jax.cli.tokenmap import legend, token_map
-from sparsex_jax.config import EngineConfig, ReuseConfig, find_defaults
+from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, find_defaults
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.reuse.excerpt import Excerpt, Probe
 from sparsex_jax.reuse.methods import method_of
-from sparsex_jax.reuse.prompt import PromptMap
-from sparsex_jax.reuse.report import Report, make_report
+from sparsex_jax.reuse.planner import RequestPlan
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
 from sparsex_jax.reuse.schedule import Phase
+from sparsex_jax.scheduler.choice import Choice
 from sparsex_jax.text.chat import document
-from sparsex_jax.text.encoding import encode
+from sparsex_jax.text.encoding import encode, turns_of
+from sparsex_jax.text.messages import said_digest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,8 +42,10 @@ class DryRun:
       names: the file of each handle.
       match: what the lookup found.
       prompt: the prompt, with those of the segments that the method pastes.
-      report: as of a prefill, without the tokens of `chosen` and without times.
+      report: as of a prefill, without the tokens of `chosen` and without times. Where a probe comes first, all that it
+        may leave out counts as omitted, and the least that it keeps of that as computed.
       chosen: how many reused tokens the method will recompute by their scores. Which ones, only the model can tell.
+      probe: what a probe decides about, which only the model can tell either. None: there is none.
     """
 
     cache: PageCache
@@ -48,6 +54,7 @@ class DryRun:
     prompt: PromptMap
     report: Report
     chosen: str
+    probe: Probe | None
 
 
 def run(
@@ -81,16 +88,17 @@ def run(
     names = {}
     for path, donor in zip(files, donors, strict=True):
         tokens = encode(document(donor, tokenizer), tokenizer, checkpoint.config, add_special_tokens=False)
-        names[remember(cache, tokens, namespace)] = path.name
-    tokens = encode(as_prompt(text, tokenizer, chat), tokenizer, checkpoint.config, add_special_tokens=True)
-    dry = look_up(cache, names, tokens, namespace, settings, checkpoint.config.num_layers)
+        names[remember(cache, tokens, namespace, said_digest(donor))] = path.name
+    asked = as_prompt(text, tokenizer, chat)
+    tokens, turns = encode(asked, tokenizer, checkpoint.config, add_special_tokens=True), turns_of(asked)
+    dry = look_up(cache, names, tokens, namespace, settings, checkpoint.config, turns)
     if as_json:
         print_json(as_dict(dry))
     else:
         show(dry, tokenizer, output())
 
 
-def remember(cache: PageCache, tokens: np.ndarray, namespace: str) -> int:
+def remember(cache: PageCache, tokens: np.ndarray, namespace: str, said: bytes | None = None) -> int:
     """Remember a text as `Engine.remember` does, but without computing its KV. Returns the handle."""
     match = cache.lookup(tokens, namespace, segments=False)
     own = cache.allocate(-(-len(tokens) // cache.page_size) - len(match.prefix_pages))
@@ -98,15 +106,21 @@ def remember(cache: PageCache, tokens: np.ndarray, namespace: str) -> int:
     cache.unpin(match)
     pages = [*match.prefix_pages, *own]
     cache.commit(pages, tokens, namespace, exact_tokens=len(tokens))
-    handle = cache.register(pages, len(tokens), namespace, frozen=False)
+    handle = cache.register(pages, len(tokens), namespace, frozen=False, said=said)
     cache.release(pages)
     return handle
 
 
 def look_up(
-    cache: PageCache, names: dict[int, str], tokens: np.ndarray, namespace: str, reuse: ReuseConfig, num_layers: int
+    cache: PageCache,
+    names: dict[int, str],
+    tokens: np.ndarray,
+    namespace: str,
+    reuse: ReuseConfig,
+    model: ModelConfig,
+    turns: frozenset[bytes],
 ) -> DryRun:
-    """Find what the prompt can reuse, and plan the prefill as the method does."""
+    """Find what the prompt can reuse, and plan the prefill or the probe as an engine does that knows no speeds."""
     method = method_of(reuse)
     match = cache.lookup(
         tokens,
@@ -114,13 +128,31 @@ def look_up(
         prefix=method.uses_prefix,
         segments=method.uses_segments,
         min_segment=method.min_segment_tokens,
-        accepts=functools.partial(method.accepts, num_layers=num_layers),
+        accepts=functools.partial(method.accepts, num_layers=model.num_layers),
     )
-    prompt, phases = method.lay_out(PromptMap.of(tokens, match), num_layers)
-    after_boundary = phases[min(1, len(phases) - 1)]
-    report = make_report(prompt, phases, num_layers, 0.0)
+    choice = Choice(model, cache.page_size, None)
+    plan = choice.plan(tokens, match, method, lambda: cache.remembered(tokens, namespace, turns))
     cache.unpin(match)
-    return DryRun(cache, names, match, prompt, report, _chosen(after_boundary))
+    report, after_boundary = _report(plan, model.num_layers), plan.phases[min(1, len(plan.phases) - 1)]
+    return DryRun(cache, names, match, plan.prompt, report, _chosen(after_boundary), plan.probe)
+
+
+def _report(plan: RequestPlan, num_layers: int) -> Report:
+    prompt, probe = plan.prompt, plan.probe
+    if probe is None:
+        return make_report(prompt, plan.phases, num_layers, 0.0)
+    kept = probe.piece < 0
+    kind = np.where(prompt.kind == TokenKind.PREFIX, TokenKind.PREFIX, TokenKind.FRESH)[kept].astype(np.uint8)
+    answer = PromptMap(prompt.tokens[kept], kind)
+    answered = make_report(answer, (Phase(0, answer.computed),), num_layers, 0.0)
+    report = report_of_excerpt(prompt, Excerpt(kept, 0.0, probe.end_layer), answered, num_layers)
+    least = probe.least_tokens
+    return dataclasses.replace(
+        report,
+        active_tokens=report.active_tokens + least,
+        computed_fraction=report.computed_fraction + least / len(prompt),
+        confidence=None,
+    )
 
 
 def _chosen(phase: Phase) -> str:
@@ -133,9 +165,21 @@ def as_dict(dry: DryRun) -> dict[str, Any]:
     """The report's fields, the entries and the cache's stats. No prefill ran, so `ttft_s` is None."""
     return dry.report.to_dict() | {
         "ttft_s": None,
-        "entries": [dataclasses.asdict(entry) | {"name": dry.names[entry.handle]} for entry in dry.cache.entries()],
+        "probe": _probe_as_dict(dry.probe),
+        "entries": [_entry_as_dict(entry) | {"name": dry.names[entry.handle]} for entry in dry.cache.entries()],
         "stats": dataclasses.asdict(dry.cache.stats()),
     }
+
+
+def _entry_as_dict(entry: Entry) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(entry).items() if name != "said"}
+
+
+def _probe_as_dict(probe: Probe | None) -> dict[str, int] | None:
+    if probe is None:
+        return None
+    layers = {"first_layer": probe.first_layer, "end_layer": probe.end_layer}
+    return {"pieces": probe.num_pieces, "tokens": probe.num_tokens, "least_tokens": probe.least_tokens} | layers
 
 
 def show(dry: DryRun, tokenizer: Any, console: Console) -> None:
@@ -146,9 +190,21 @@ def show(dry: DryRun, tokenizer: Any, console: Console) -> None:
     console.print()
     console.print(legend(dry.report))
     console.print(Text(prefill_line(dry.report), style="dim"))
-    if dry.chosen:
-        note = f"The model's scores will choose {dry.chosen} of the active tokens; the colours do not show which."
+    if note := _note(dry):
         console.print(Text(note, style="dim"))
+
+
+def _note(dry: DryRun) -> str:
+    """What only the model can tell."""
+    probe = dry.probe
+    if probe is not None:
+        return (
+            f"A probe of {probe.end_layer} layers will keep some of the {probe.num_tokens} omitted tokens, in "
+            f"{probe.num_pieces} pieces, {probe.least_tokens} at least. The colours do not show which."
+        )
+    if dry.chosen:
+        return f"The model's scores will choose {dry.chosen} of the active tokens; the colours do not show which."
+    return ""
 
 
 def _entry_table(dry: DryRun) -> Table:
@@ -166,7 +222,8 @@ def _segment_table(dry: DryRun) -> Table:
         table.add_row("prefix", "0", str(prefix), _donor(dry, dry.match.pages[0]), f"0-{prefix - 1}")
     for segment in dry.match.segments:
         page = int(segment.slots[0]) // dry.cache.page_size
-        part = "segment" if segment in dry.prompt.segments else "not pasted"
+        pasted = any(segment.start == each.start for each in dry.prompt.segments)
+        part = "segment" if pasted else "not pasted"
         table.add_row(part, str(segment.start), str(segment.length), _donor(dry, page), _positions(segment))
     return table
 

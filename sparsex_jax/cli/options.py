@@ -58,7 +58,14 @@ ReuseFile = Annotated[
         show_default=f"{CALIBRATED} in the model's directory, or what comes with this package for its architecture",
     ),
 ]
-Method = Annotated[str | None, _reuse("method", "full, prefix, naive, sparsex or another method.")]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        help="full, prefix, naive, sparsex, excerpt or another method, with options if wanted: excerpt:coverage=0.5.",
+        rich_help_panel=_REUSE,
+        show_default="as --reuse-config says; sparsex, if only options of it are given",
+    ),
+]
 BoundaryLayer = Annotated[
     int | None, _reuse("boundary_layer", "Layers before it compute every token. Default: a sixth of them.")
 ]
@@ -76,11 +83,25 @@ MinSegmentTokens = Annotated[
 ]
 
 
-def given(**fields: Any) -> dict[str, Any]:
-    """The method and the options that were typed. A wrong one is refused here, before a model is read."""
+def given(*, method: str | None = None, **fields: Any) -> dict[str, Any]:
+    """The method and the options that were typed. A wrong one is refused here, before a model is read.
+
+    Args:
+      method: `NAME` or `NAME:FIELD=VALUE:...`. A field that has an option of its own may be given by that too, which
+        wins.
+    """
     typed = {name: value for name, value in fields.items() if value is not None}
+    if method is not None:
+        name, options = _named(method)
+        typed = {"method": name} | options | typed
     ReuseConfig(**typed)
     return typed
+
+
+def _named(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options in `NAME:FIELD=VALUE:...`."""
+    name, *settings = text.split(":")
+    return name, dict(_setting(setting) for setting in settings)
 
 
 def parse_method(text: str) -> ReuseConfig:
@@ -92,8 +113,7 @@ def parse_method(text: str) -> ReuseConfig:
     >>> parse_method("sparsex:boundary_layer=0").boundary_layer
     0
     """
-    name, *settings = text.split(":")
-    options = dict(_setting(setting) for setting in settings)
+    name, options = _named(text)
     of_benches = {each.method: each for each in (Oracle, Reorder)}
     return of_benches[name](**options) if name in of_benches else find_method(name)(**options)
 

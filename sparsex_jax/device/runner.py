@@ -32,6 +32,8 @@ from sparsex_kernels.layout import Store
 
 _sample_step = jax.jit(sample_step)
 _PAGES_LOOKED_AT = 16  # together, so that one program does for any number
+# Which layers a probe watches is a request's choice: for the first few choices there are programs of all their layers.
+_PROBES_TOGETHER = 4
 
 
 @jax.jit
@@ -142,6 +144,7 @@ class Runner:
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store = make_store(model, engine, mesh)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._probed_together: set[tuple[int, int]] = set()
 
     def begin(self, requests: Sequence[RequestPlan]) -> PrefillRun:
         """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet."""
@@ -196,13 +199,14 @@ class Runner:
         return ProbeRun(requests, begun.plan, begun.state.rows, jax.device_put(state, self._everywhere))
 
     def advance_probe(self, run: ProbeRun, layers: int | None = None) -> None:
-        """Dispatch the next `layers` layers, or all. There are programs of all layers, and of a single one.
+        """Dispatch the next `layers` layers, or all. There are programs of a single layer, and of all layers for the
+        first few choices of layers that are watched.
 
-        So the programs do not depend on how many layers fit a turn.
+        So the programs do not depend on how many layers fit a turn, nor on how many choices requests come with.
         """
         first, end = run.watched
         until = end if layers is None else min(run.next_layer + layers, end)
-        together = end - run.next_layer if layers is None else 1
+        together = end if until - run.next_layer == end and self._probes_together(first, end) else 1
         with self._precision():
             for layer in range(run.next_layer, until, together):
                 self.store, run.state = probe(
@@ -218,6 +222,12 @@ class Runner:
                     chunk=self._chunk(run.plan),
                 )
         run.next_layer = until
+
+    def _probes_together(self, first: int, end: int) -> bool:
+        """Whether there is a program of all layers of this probe, or there may be one more."""
+        if len(self._probed_together) < _PROBES_TOGETHER:
+            self._probed_together.add((first, end))
+        return (first, end) in self._probed_together
 
     def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[Computed]]:
         """Align and prefill requests with the same schedule, all layers at once.

@@ -64,7 +64,8 @@ def wilson_interval(values: np.ndarray) -> tuple[float, float]:
     n, mean, z = len(values), float(values.mean()), Z95
     centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(max(mean * (1 - mean), 0.0) / n + z * z / (4 * n * n))
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # Rounded, the end next to a mean of 0 or 1 may miss it by a little.
+    return min(max(centre - half, 0.0), mean), max(min(centre + half, 1.0), mean)
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:

@@ -155,7 +155,7 @@ def excerpt_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> fl
     times = speeds.of_plan(len(fresh))
     watched = (probe.end_layer - probe.first_layer) * _MASS * times.attention_seconds(fresh)
     looking = probe.end_layer * times.layer_seconds(fresh) + watched
-    among = int((probe.piece >= 0).sum())
+    among = probe.num_tokens
     kept = len(prompt) - among + max(probe.least_tokens, round(_KEPT * among))
     rows = np.arange(int((prompt.kind == TokenKind.PREFIX).sum()), kept)
     answering = model.num_layers * speeds.of_plan(len(rows)).layer_seconds(rows)

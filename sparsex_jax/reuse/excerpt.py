@@ -17,8 +17,9 @@ from jaxtyping import Bool, Float32, Int64
 
 from sparsex_jax.reuse.prompt import PromptMap
 
-# Tells which tokens of a prompt are of remembered texts. It is asked only where a method wants to know.
-Remembered = Callable[[], Bool[np.ndarray, "tokens"]]
+# Tells the number of the remembered text that each token of a prompt is of, -1 for none. It is asked only where a
+# method wants to know.
+Remembered = Callable[[], Int64[np.ndarray, "tokens"]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,6 +38,15 @@ class Probe:
     end_layer: int
     coverage: float
     least_tokens: int
+
+    @property
+    def num_pieces(self) -> int:
+        return int(self.piece.max()) + 1
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the pieces have."""
+        return int((self.piece >= 0).sum())
 
     @property
     def last_place(self) -> int:
@@ -65,9 +75,9 @@ class Probe:
         covered = np.cumsum(total[order])
         enough = (covered >= self.coverage * covered[-1]) & (np.cumsum(sizes[order]) >= self.least_tokens)
         some = self.coverage < 1 and covered[-1] > 0 and enough.any()
-        kept = order[: int(enough.argmax()) + 1] if some else order
-        keep = ~among | np.isin(self.piece, kept)
-        confidence = float(total[kept].sum() / covered[-1]) if covered[-1] > 0 else 1.0
+        last = int(enough.argmax()) if some else len(order) - 1
+        keep = ~among | np.isin(self.piece, order[: last + 1])
+        confidence = float(covered[last] / covered[-1]) if covered[-1] > 0 else 1.0
         return Excerpt(keep, confidence, self.end_layer)
 
 
@@ -85,19 +95,21 @@ class Excerpt(NamedTuple):
     probe_layers: int
 
 
-def pieces(prompt: PromptMap, length: int, among: Bool[np.ndarray, "tokens"]) -> Int64[np.ndarray, "tokens"]:
-    """The number of each token's piece: segments are divided evenly into pieces of at most `length` tokens.
+def pieces(prompt: PromptMap, length: int, text: Int64[np.ndarray, "tokens"]) -> Int64[np.ndarray, "tokens"]:
+    """The number of each token's piece: what of a text is in one segment is divided evenly into pieces of at most
+    `length` tokens. Fresh tokens, and those of no text, are in no piece: -1.
 
     Args:
-      among: tokens of other segments, and fresh ones, are in no piece: -1.
+      text: the number of each token's text, as `Remembered`.
     """
-    piece = np.full(len(prompt), -1)
-    number = 0
-    for segment in prompt.segments:
-        own = np.arange(segment.start, segment.end)
-        parts = -(-segment.length // length)
-        piece[own] = number + np.arange(segment.length) * parts // segment.length
-        number += parts
-    piece[~(prompt.reused & among)] = -1
-    found = np.unique(piece[piece >= 0])
-    return np.where(piece >= 0, np.searchsorted(found, piece), -1)
+    text, segment = np.where(prompt.reused, text, -1), np.zeros(len(prompt), int)
+    for number, each in enumerate(prompt.segments):
+        segment[each.start : each.end] = number
+    seams = np.flatnonzero((np.diff(text) != 0) | (np.diff(segment) != 0)) + 1
+    piece, count = np.full(len(prompt), -1), 0
+    for part in np.split(np.arange(len(prompt)), seams):
+        if text[part[0]] >= 0:
+            parts = -(-len(part) // length)
+            piece[part] = count + np.arange(len(part)) * parts // len(part)
+            count += parts
+    return piece

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int64
 
 from sparsex_jax.cache import Forgotten, Match, Origin, PageCache
 from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
@@ -52,6 +52,7 @@ class Admission:
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
         self._counts = CacheCounts()  # they go on where the store is lost
         self._holders: set[Sequence] = set()
+        self._returning: set[Sequence] = set()  # they wait with an excerpt, or with a part of their answer
         self.releases = 0
         self._neighbours: dict[str, Neighbours] = {}
         self._neighbours_at = -1  # `releases` then
@@ -62,7 +63,7 @@ class Admission:
         config = self._config
         for sequence in self._holders:
             sequence.leave()
-        self._holders = set()
+        self._holders, self._returning = set(), set()
         self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles, self._counts)
         self.releases += 1
 
@@ -131,12 +132,13 @@ class Admission:
         num_shared, plan = len(plan.pages), dataclasses.replace(plan, pages=pages)
         sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
+        self._returning.discard(sequence)
 
-    def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Bool[np.ndarray, "tokens"]:
-        """Which tokens are of remembered texts. None of a prompt that was answered in part: it goes on as it began."""
+    def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Int64[np.ndarray, "tokens"]:
+        """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
         if sequence.output.token_ids:
-            return np.zeros(len(tokens), bool)
-        return self.cache.remembered(tokens, sequence.namespace)
+            return np.full(len(tokens), -1)
+        return self.cache.remembered(tokens, sequence.namespace, sequence.turns)
 
     def count_found(self, sequence: Sequence) -> None:
         """Count what was found of a prompt. Once, when its prefill is reported, however often it was admitted."""
@@ -283,7 +285,8 @@ class Admission:
         if sequence.remakes is not None:
             return self._replace(sequence, asked, sequence.remakes, origin)
         pages = self._commit_text(sequence, asked)
-        return self.cache.register(pages, len(asked.text), asked.namespace, asked.frozen, asked.content, origin)
+        about = (asked.frozen, asked.content, origin, asked.said)
+        return self.cache.register(pages, len(asked.text), asked.namespace, *about)
 
     def _replace(self, sequence: Sequence, asked: Remember, handle: int, origin: Origin) -> int | None:
         """Give an entry what was made again of its text, if it is still there and that is better than what it has."""
@@ -340,25 +343,29 @@ class Admission:
             sequence.leave()  # before the pages go, so that they cannot be given back twice
             self.cache.release(pages)
             self.releases += 1
+            if sequence.has_begun:
+                self._returning.add(sequence)
 
     def finish(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
         """End it, whatever its state. Nothing can be found of one that failed."""
         if error is not None:
             self.withdraw(sequence)
         self.leave(sequence)
+        self._returning.discard(sequence)
         sequence.finish(reason, error)
 
     def forget(self, handle: int) -> Forgotten:
         """Stop serving what a handle stands for, and the copies of it in other prompts.
 
         Sequences that found some of it go on, but what they have not committed yet is not kept: it would bring the
-        text back, in the pages that they share with it or in copies of them. Texts that are being prefilled in its
+        text back, in the pages that they share with it or in copies of them. Nor is that of those which wait with an
+        excerpt or a part of their answer that came from it. Texts that are being prefilled in its
         company are prefilled again without it. Raises UnknownHandleError.
         """
         has_seen, namespace = having_seen(self.cache.text(handle)), self.cache.entry(handle).namespace
         forgotten = self.cache.forget(handle)
-        for sequence in self._holders:
-            used = sequence.donors.union(sequence.pages)
+        for sequence in self._holders | self._returning:
+            used = sequence.donors.union(sequence.pages if sequence.is_admitted else ())
             near = sequence.namespace in (namespace, company_namespace(namespace))
             sequence.forgotten |= (near and has_seen(sequence.company)) or not used.isdisjoint(forgotten.pages)
         self.releases += 1

@@ -93,11 +93,13 @@ class Loop:
         reuse: ReuseConfig | None = None,
         namespace: str = DEFAULT_NAMESPACE,
         keep: bool = True,
+        turns: frozenset[bytes] | None = None,
         listener: Listener,
     ) -> Ticket:
         """Check a request and put it in line. Arguments as `Engine.generate`.
 
         Args:
+          turns: `turns_of` the prompt, if it is given as the tokens of a chat.
           listener: called with each `Event`, on the thread that steps. If it raises, it is dropped and its request is
             cancelled.
 
@@ -107,7 +109,7 @@ class Loop:
           OverloadedError: too many wait already; says when to try again.
         """
         sampling = SamplingParams() if sampling is None else sampling
-        options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep}
+        options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
     def remember(

@@ -18,8 +18,9 @@ from sparsex_jax.scheduler.output import Output
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.text.chat import document
 from sparsex_jax.text.control_tokens import MarkedText
-from sparsex_jax.text.encoding import Prompt, encode
+from sparsex_jax.text.encoding import Prompt, encode, turns_of
 from sparsex_jax.text.end_tokens import end_token_ids
+from sparsex_jax.text.messages import said_digest
 
 
 class Requests:
@@ -53,11 +54,13 @@ class Requests:
         reuse: ReuseConfig | None,
         namespace: str,
         keep: bool,
+        turns: frozenset[bytes] | None = None,
         **options: Any,
     ) -> Sequence:
         """A sequence that is prefilled and decoded.
 
         Args:
+          turns: `turns_of` the prompt, if it is given as the tokens of a chat.
           options: fields of `Sequence`.
 
         Raises:
@@ -70,6 +73,7 @@ class Requests:
         output = self._output(sampling)
         tokens = self.encode(prompt, sampling.max_new_tokens)
         output.follow(tokens)
+        options |= {"turns": turns_of(prompt) if turns is None else turns}
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def prefill(
@@ -78,6 +82,7 @@ class Requests:
         """A sequence that is prefilled only. Arguments and errors as `generation`."""
         started = time.perf_counter()
         tokens, output = self.encode(prompt), self._output(None)
+        options |= {"turns": turns_of(prompt)}
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def remember(
@@ -105,7 +110,7 @@ class Requests:
                 f"preamble has {len(before)} tokens and prompt {len(text)}: together {length}, "
                 f"and the model's limit is {limit}"
             )
-        kept = Remember(text, namespace, frozen, _content(before, text, in_company), in_company)
+        kept = Remember(text, namespace, frozen, _content(before, text, in_company), in_company, self._said(text))
         # Behind a preamble the text alone is kept, not both.
         return self._remember(np.concatenate([before, text]), kept, len(before) == 0, started, **options)
 
@@ -145,6 +150,13 @@ class Requests:
                 f"and the model's limit is {limit}"
             )
         return tokens
+
+    def _said(self, text: np.ndarray) -> bytes | None:
+        """By which a message that is this text is known again, whether it came as text or as tokens."""
+        if self.tokenizer is None:
+            return None
+        with self._tokenizing:
+            return said_digest(self.tokenizer.decode(text.tolist(), clean_up_tokenization_spaces=False))
 
     def _output(self, sampling: SamplingParams | None) -> Output:
         return Output(sampling, self.end_tokens, self.tokenizer)

@@ -102,6 +102,7 @@ class Remember:
       frozen: whether eviction leaves it alone.
       content: by which the same text is known again: a digest of its tokens, and of the preamble that was asked for.
       in_company: whether the engine chooses what stands before it.
+      said: its `said_digest`. None: nothing can be decoded.
     """
 
     text: Int32[np.ndarray, "text"]
@@ -109,6 +110,7 @@ class Remember:
     frozen: bool
     content: bytes
     in_company: bool = False
+    said: bytes | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -125,6 +127,7 @@ class Sequence:
       remember: what is registered once it is prefilled.
       hold: keep its pages once it is prefilled, for a caller who reads them.
       wants_logits: fetch the logits behind the prompt.
+      turns: digests of what the messages of its chat say, each as a whole: no excerpt leaves them out.
       asked: somebody asked for it. Healing and warming up are not counted among the requests.
       remakes: the handle of the text that it makes again, or whose company it prefills for that. None: of none.
       company: what a text to remember is prefilled behind, if the engine chose that. It chooses at each admission.
@@ -147,7 +150,7 @@ class Sequence:
       copy_pages: pages for a text that is prefilled behind others.
       match: what it found, while that is pinned.
       found: how much that was.
-      donors: pages of what it found.
+      donors: pages of what it found; also earlier, where an excerpt or a part of its answer came of that.
       forgotten: something that it found was forgotten since.
       stages: the plans that are still to run, in order.
       run: the first stage's prefill, while it rests between two layers.
@@ -173,6 +176,7 @@ class Sequence:
     remember: Remember | None = None
     hold: bool = False
     wants_logits: bool = False
+    turns: frozenset[bytes] = frozenset()
     asked: bool = True
     remakes: int | None = None
     company: Company = dataclasses.field(default_factory=Company.nobody)
@@ -230,6 +234,11 @@ class Sequence:
     def was_admitted(self) -> bool:
         """Whether it is admitted, or was before it was preempted."""
         return self.queue_s is not None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether something of it stays if it gives back its pages: an excerpt, or a part of its answer."""
+        return self.excerpt is not None or bool(self.output.token_ids)
 
     @property
     def plan(self) -> RequestPlan:
@@ -307,7 +316,7 @@ class Sequence:
         self.admitted_plan, self.match, self.copy_pages = plan, match, copy_pages
         if self.excerpt is None:  # else the probe found more
             self.found = match.hits
-        self.num_shared, self.donors = num_shared, frozenset(match.pages)
+        self.num_shared, self.donors = num_shared, self.donors.union(match.pages)
 
     def start_prefill(self, stages: list[RequestPlan], num_layers: int) -> None:
         """These are the plans that prefill it."""
@@ -363,7 +372,8 @@ class Sequence:
         self.keep &= not self.forgotten or self.remember is not None
         self.admitted_plan = self.match = self.run = self.offer = self.computed = None
         self.stages.clear()
-        self.copy_pages, self.donors, self.forgotten, self.num_computed = [], frozenset(), False, 0
+        self.copy_pages, self.forgotten, self.num_computed = [], False, 0
+        self.donors = self.donors if self.has_begun else frozenset()
         self.state = State.WAITING
 
     def finish(self, reason: str, error: Exception | None = None) -> None:

@@ -23,6 +23,7 @@ from sparsex_jax.serving.worker import Job
 from sparsex_jax.text.chat import Chat, document, render
 from sparsex_jax.text.control_tokens import MarkedText
 from sparsex_jax.text.encoding import Prompt, encode
+from sparsex_jax.text.messages import turn_digests
 from sparsex_jax.text.tokenizer import token_pieces
 
 _GREEDY = 1e-4  # temperatures below this are 0
@@ -56,7 +57,8 @@ class Intake:
         sampling = self._sampling(request, most, named is not None, _chat_logprobs(request))
         if request.offered_tools:
             sampling = dataclasses.replace(sampling, shown_token_ids=marker_ids(self._engine.tokenizer))
-        return self._jobs(request, tenant, tokens, sampling)
+        turns = turn_digests([plain_message(message) for message in request.messages])
+        return self._jobs(request, tenant, tokens, sampling, turns)
 
     def completion(self, request: CompletionRequest, tenant: Tenant) -> list[Job]:
         """A job for each answer to each prompt. Raises RequestError or InvalidRequestError if a field is wrong."""
@@ -209,12 +211,19 @@ class Intake:
         sampling.check_vocabulary(self._engine.model.vocab_size)
         return sampling
 
-    def _jobs(self, request: Generate, tenant: Tenant, tokens: np.ndarray, sampling: SamplingParams) -> list[Job]:
+    def _jobs(
+        self,
+        request: Generate,
+        tenant: Tenant,
+        tokens: np.ndarray,
+        sampling: SamplingParams,
+        turns: frozenset[bytes] = frozenset(),
+    ) -> list[Job]:
         """One for each answer. All but the first find the prompt's KV; their seeds follow the first one's."""
         namespace, reuse = tenant.store_namespace(request.cache_salt), self._reuse(request)
         seeds = [(sampling.seed + number) % 2**32 for number in range(request.n or 1)]
         each = [dataclasses.replace(sampling, seed=seed) for seed in seeds]
-        return [Job(tokens, one, reuse, namespace, request.keep is not False) for one in each]
+        return [Job(tokens, one, reuse, namespace, request.keep is not False, turns) for one in each]
 
     def _reuse(self, request: Generate) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""

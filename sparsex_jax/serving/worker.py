@@ -78,6 +78,7 @@ class Job:
     reuse: ReuseConfig | None = None
     namespace: str = DEFAULT_NAMESPACE
     keep: bool = True
+    turns: frozenset[bytes] = frozenset()
 
     def submit(self, loop: Loop, listener: Listener) -> Ticket:
         return loop.submit(
@@ -86,6 +87,7 @@ class Job:
             reuse=self.reuse,
             namespace=self.namespace,
             keep=self.keep,
+            turns=self.turns,
             listener=listener,
         )
 

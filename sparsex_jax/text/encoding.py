@@ -13,6 +13,7 @@ from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.text.chat import Chat, render
 from sparsex_jax.text.control_tokens import MarkedText, encode_marked
+from sparsex_jax.text.messages import turn_digests
 from sparsex_jax.text.templates import Messages
 
 # Text, token ids, or a chat: its messages alone ({"role": ..., "content": ...}), or with tools and more.
@@ -49,6 +50,14 @@ def encode(
     if len(prompt) and all(isinstance(message, Mapping) for message in prompt):
         return _checked(encode_chat(Chat(cast(Messages, prompt)), tokenizer), config)
     return _checked(prompt, config)
+
+
+def turns_of(prompt: Prompt | MarkedText) -> frozenset[bytes]:
+    """Digests of what the messages of a chat say (`turn_digests`); of other prompts, none."""
+    messages: Any = prompt.messages if isinstance(prompt, Chat) else prompt
+    listed = isinstance(messages, Sequence) and not isinstance(messages, (str, bytes))
+    is_chat = listed and all(isinstance(each, Mapping) for each in messages)
+    return turn_digests(messages) if is_chat else frozenset()
 
 
 def _tokenizer(tokenizer: Any | None) -> Any:

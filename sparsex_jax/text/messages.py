@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,6 +60,21 @@ def text_of(number: int, message: Mapping[str, Any]) -> str:
         text = isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
         require(text, f"messages[{number}] has a part of content that is no text")
     return "".join(part["text"] for part in content)
+
+
+def turn_digests(messages: Sequence[Mapping[str, Any]]) -> frozenset[bytes]:
+    """Digests of what the messages of a chat say, each as a whole. Results of tools are no turns: they are documents.
+
+    Raises:
+      InvalidRequestError: a content is no text.
+    """
+    said = (text_of(n, each) for n, each in enumerate(messages) if each.get("role") not in ("tool", "function"))
+    return frozenset(map(said_digest, said))
+
+
+def said_digest(text: str) -> bytes:
+    """By which the same text is known again, whatever space is around it: templates trim messages."""
+    return hashlib.sha256(text.strip().encode(errors="surrogatepass")).digest()
 
 
 def _checked_calls(number: int, message: Mapping[str, Any]) -> list[Message]:

@@ -6,6 +6,7 @@ and goes through the tiles of rows that see them, whose queries one more warpgro
 result deterministic.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.gpu import LOG2_E, heads_a_tile, padded_pages, power_of_two
+from sparsex_kernels.attention_shape import AttentionShape, shared_sizes
+from sparsex_kernels.gpu import LOG2_E, padded_pages, power_of_two
 from sparsex_kernels.layout import RowInts, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS, Ref
 from sparsex_kernels.paged_attention.hopper import attend
@@ -32,18 +34,11 @@ BY_ROW = plgpu.Layout.WGMMA.reduce(0)  # one value a column of the transposed sc
 BY_KEY = plgpu.Layout.WGMMA.reduce(1)
 
 
-class Shape(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape(AttentionShape):
     """Static sizes of one call."""
 
     rows: int  # of a tile
-    share: int  # query heads in a tile
-    heads: int  # programs over the heads
-    repeat: int  # programs that read the same KV head
-    pages: int  # of a layer
-    page_size: int
-    head_dim: int
-    dtype: Any
-    scale: float
 
 
 def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests context"]:
@@ -100,11 +95,9 @@ def seen_by(
 
 
 def _shape(args: AttentionArgs, power: int) -> Shape:
-    _, pages, _, kv_heads, page_size, head_dim = args.store.shape
-    q_heads, dtype = args.query.shape[1], args.query.dtype
-    share = heads_a_tile(q_heads, kv_heads)
-    heads, rows = q_heads // share, COLUMNS // power_of_two(share)
-    return Shape(rows, share, heads, heads // kv_heads, pages, page_size, head_dim, dtype, float(power * args.scale))
+    sizes = shared_sizes(args)
+    rows = COLUMNS // power_of_two(sizes["share"])
+    return Shape(**sizes | {"scale": float(power * args.scale)}, rows=rows)
 
 
 def _pack(x: Array, shape: Shape) -> Array:

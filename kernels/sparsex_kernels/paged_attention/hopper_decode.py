@@ -6,6 +6,7 @@ each row's parts by their log-sum-exps; how many parts a row has is data. Only t
 not finite in one request's keys or values reaches no other row, and parts that were never written reach none.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ from jaxtyping import Float
 
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.gpu import check_attention, heads_a_tile, padded_pages
+from sparsex_kernels.attention_shape import AttentionShape, shared_sizes
+from sparsex_kernels.gpu import check_attention, padded_pages
 from sparsex_kernels.layout import Queries
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS, Ref, Softmax
 from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_block, ring_scratch
@@ -30,41 +32,21 @@ STAGES = 5  # blocks in flight
 PROGRAMS = 2 * MULTIPROCESSORS  # parts to aim at; more have more to merge, fewer leave a long request short of loads
 
 
-class Shape(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape(AttentionShape):
     """Static sizes of one call."""
 
     parts: int
-    heads: int  # programs over the heads
-    repeat: int  # programs that read the same KV head
-    kv_heads: int
-    pages: int  # of a layer
-    page_size: int
-    head_dim: int
-    dtype: Any
-    scale: float
-    interpreted: bool
 
 
 def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     """Output and log-sum-exp, as `sparsex_kernels.paged_attention` returns them; rows may be in any order."""
     check_attention(args, BLOCK, smallest_page=BLOCK)
-    _, pages, _, kv_heads, page_size, head_dim = args.store.shape
-    rows, q_heads, _ = args.query.shape
-    share = heads_a_tile(q_heads, kv_heads)
-    heads = q_heads // share
+    rows, q_heads, head_dim = args.query.shape
+    sizes = shared_sizes(args)
+    share, heads = sizes["share"], sizes["heads"]
     parts, spans = key_parts(args.positions, args.requests, heads, programs=PROGRAMS, block=BLOCK)
-    shape = Shape(
-        parts=len(parts),
-        heads=heads,
-        repeat=heads // kv_heads,
-        kv_heads=kv_heads,
-        pages=pages,
-        page_size=page_size,
-        head_dim=head_dim,
-        dtype=args.query.dtype,
-        scale=float(args.scale),
-        interpreted=args.backend.interpreted,
-    )
+    shape = Shape(**sizes, parts=len(parts))
     merged = -(-heads * SHARE // WGMMA_ROWS) * WGMMA_ROWS
     query = args.query.reshape(rows, heads, share, head_dim)
     packed = jnp.pad(query, ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))

@@ -1,10 +1,10 @@
 """What is static in attention for Hopper GPUs: its settings, and the sizes of a call."""
 
 import dataclasses
-from typing import Any, NamedTuple
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.gpu import heads_a_tile, power_of_two
+from sparsex_kernels.attention_shape import AttentionShape, shared_sizes
+from sparsex_kernels.gpu import power_of_two
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
 from sparsex_kernels.paged_attention.tiles import Splits
 
@@ -35,51 +35,25 @@ class Config:
 DEFAULT = Config()
 
 
-class Shape(NamedTuple):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape(AttentionShape):
     """Static sizes of one call."""
 
     tiles: int
     splits: Splits
     rows: int  # of one warpgroup: consecutive rows
-    share: int  # query heads in a tile
-    heads: int  # programs over the heads
-    repeat: int  # programs that read the same KV head
-    kv_heads: int
-    pages: int  # of a layer
-    page_size: int
-    head_dim: int
-    dtype: Any
-    scale: float
     values: bool  # whether V is read; else only the log-sum-exp is computed
     lse: bool
-    interpreted: bool
 
     @classmethod
     def of(cls, args: AttentionArgs, values: bool, lse: bool, config: Config) -> "Shape":
         """The sizes of a call."""
-        _, pages, _, kv_heads, page_size, head_dim = args.store.shape
-        rows, q_heads, _ = args.query.shape
-        share = heads_a_tile(q_heads, kv_heads)
-        tile_rows = WGMMA_ROWS // power_of_two(share)
-        heads, tiles = q_heads // share, -(-rows // (tile_rows * config.warpgroups))
+        sizes, rows = shared_sizes(args), len(args.query)
+        tile_rows = WGMMA_ROWS // power_of_two(sizes["share"])
+        tiles = -(-rows // (tile_rows * config.warpgroups))
         programs = config.programs if rows <= config.cut_rows else 0
-        return cls(
-            tiles=tiles,
-            splits=Splits.of(tiles, heads, -(-args.context // config.block), programs),
-            rows=tile_rows,
-            share=share,
-            heads=heads,
-            repeat=heads // kv_heads,
-            kv_heads=kv_heads,
-            pages=pages,
-            page_size=page_size,
-            head_dim=head_dim,
-            dtype=args.query.dtype,
-            scale=float(args.scale),
-            values=values,
-            lse=lse,
-            interpreted=args.backend.interpreted,
-        )
+        splits = Splits.of(tiles, sizes["heads"], -(-args.context // config.block), programs)
+        return cls(**sizes, tiles=tiles, splits=splits, rows=tile_rows, values=values, lse=lse)
 
     @property
     def cut(self) -> bool:

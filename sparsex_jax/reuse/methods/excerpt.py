@@ -23,8 +23,9 @@ class Excerpts(Method, name="excerpt"):
     the pasted KV (the probe) says which pieces those behind the last piece focus on, and the answer comes from a prompt
     that has those pieces and no others, of which every token is computed.
 
-    What is not a remembered text (`Engine.remember`), as a conversation's earlier turns, is never left out. A prompt of
-    which nothing may be left out is prefilled as by `SparseX`.
+    What is not a remembered text (`Engine.remember`), as a conversation's earlier turns, is never left out, nor is a
+    message that is one as a whole, unless a tool gave it. A prompt of which nothing may be left out is prefilled as by
+    `SparseX`.
 
     Attributes:
       coverage: the pieces that are kept hold this share of the focus on all of them. Where the fresh tokens look at
@@ -59,14 +60,16 @@ class Excerpts(Method, name="excerpt"):
         piece = pieces(prompt, self.piece_tokens, remembered())
         if piece.max() < 1:
             return None  # a single piece is kept
-        least = round(self.keep_ratio * int((piece >= 0).sum()))
+        keep_ratio = self.keep_ratio if self.coverage < 1 else 1.0
+        least = round(keep_ratio * int((piece >= 0).sum()))
         return Probe(piece, *self._watched(num_layers), self.coverage, least)
 
     def _watched(self, num_layers: int) -> tuple[int, int]:
         """The layers that are looked at: from the first up to the second."""
         few, most = (round(part * num_layers) for part in WATCHED)
-        first = few if self.first_layer is None else self.first_layer
-        end = max(most, first + 1) if self.end_layer is None else self.end_layer
+        first, end = self.first_layer, self.end_layer
         check_boundaries(num_layers, first_layer=first, end_layer=end)
-        require(first < end, f"first_layer={first} must be less than end_layer={end}")
-        return first, end
+        limit = f"{num_layers}, the model's layers" if end is None else f"end_layer={end}"
+        require(first is None or first < (end or num_layers), f"first_layer={first} must be less than {limit}")
+        end = max(most, (few if first is None else first) + 1) if end is None else end
+        return min(few, end - 1) if first is None else first, end

@@ -1,0 +1,51 @@
+"""The sizes that every attention kernel for Hopper GPUs is compiled for."""
+
+import dataclasses
+from typing import Any
+
+from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.gpu import heads_a_tile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """Static sizes of one call. Kernels add their own.
+
+    Attributes:
+      share: query heads in a tile.
+      heads: programs over the heads.
+      repeat: programs that read the same KV head.
+      pages: of a layer.
+      scale: of the products of queries and keys.
+      interpreted: whether the kernel runs on a CPU.
+    """
+
+    share: int
+    heads: int
+    repeat: int
+    kv_heads: int
+    pages: int
+    page_size: int
+    head_dim: int
+    dtype: Any
+    scale: float
+    interpreted: bool
+
+
+def shared_sizes(args: AttentionArgs) -> dict[str, Any]:
+    """The fields of an `AttentionShape` for a call."""
+    _, pages, _, kv_heads, page_size, head_dim = args.store.shape
+    q_heads = args.query.shape[1]
+    share = heads_a_tile(q_heads, kv_heads)
+    return {
+        "share": share,
+        "heads": q_heads // share,
+        "repeat": q_heads // share // kv_heads,
+        "kv_heads": kv_heads,
+        "pages": pages,
+        "page_size": page_size,
+        "head_dim": head_dim,
+        "dtype": args.query.dtype,
+        "scale": float(args.scale),
+        "interpreted": args.backend.interpreted,
+    }

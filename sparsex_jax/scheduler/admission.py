@@ -28,6 +28,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler.choice import Choice
 from sparsex_jax.scheduler.company import Neighbours
 from sparsex_jax.scheduler.sequence import Remember, Sequence
+from sparsex_jax.scheduler.tiers import Tiers
 
 
 class Admission:
@@ -37,6 +38,7 @@ class Admission:
       cache: what is in the store. A new one after `start_over`.
       choice: what of that a plan uses.
       company_tokens: `EngineConfig.company_tokens`.
+      tiers: what is below the store; None: nothing.
       releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
     """
 
@@ -47,6 +49,7 @@ class Admission:
             pages. None: what was found is always reused.
         """
         self._model, self._config = model, config
+        self.tiers: Tiers | None = None
         self.choice = Choice(model, config.page_size, measure)
         self.company_tokens = config.company_tokens
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
@@ -64,6 +67,8 @@ class Admission:
         for sequence in self._holders:
             sequence.leave()
         self._holders, self._returning = set(), set()
+        if self.tiers:
+            self.tiers.lose()
         self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles, self._counts)
         self.releases += 1
 
@@ -111,6 +116,8 @@ class Admission:
           NoRoomError: there will not be either, unless something frozen is forgotten.
         """
         method = method_of(reuse)
+        if self.tiers and (method.uses_prefix or method.uses_segments):
+            sequence.restored_tokens += self.tiers.restore(self.cache, tokens, sequence.namespace, method)
         match = self.cache.lookup(
             tokens,
             sequence.namespace,
@@ -133,6 +140,15 @@ class Admission:
         sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
         self._returning.discard(sequence)
+
+    def is_loading(self, sequence: Sequence) -> bool:
+        """Whether something that a waiting sequence will find is being read from the disk. Each asks for it once."""
+        if self.tiers is None or not self.tiers.has_disk:
+            return False
+        if sequence.asked_of_disk is None:
+            tokens, reuse = sequence.to_prefill()
+            sequence.asked_of_disk = self.tiers.ask(self.cache, tokens, sequence.namespace, method_of(reuse))
+        return self.tiers.is_reading(sequence.asked_of_disk)
 
     def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Int64[np.ndarray, "tokens"]:
         """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
@@ -285,6 +301,8 @@ class Admission:
         if sequence.remakes is not None:
             return self._replace(sequence, asked, sequence.remakes, origin)
         pages = self._commit_text(sequence, asked)
+        if self.tiers:
+            self.tiers.keep(self.cache, pages)
         about = (asked.frozen, asked.content, origin, asked.said)
         return self.cache.register(pages, len(asked.text), asked.namespace, *about)
 
@@ -331,6 +349,8 @@ class Admission:
         """Withdraw those pages that have a token whose slot is not finite. Returns how many."""
         lengths = [self.cache.length(page) for page in pages]
         broken = [page for page, length, slots in zip(pages, lengths, finite, strict=True) if not slots[:length].all()]
+        if self.tiers:
+            self.tiers.withdraw(self.cache, broken)
         self.cache.withdraw(broken)
         return len(broken)
 
@@ -350,6 +370,8 @@ class Admission:
         """End it, whatever its state. Nothing can be found of one that failed."""
         if error is not None:
             self.withdraw(sequence)
+        elif self.tiers and sequence.is_admitted and sequence.keep and not sequence.remember:
+            self.tiers.keep(self.cache, sequence.pages)
         self.leave(sequence)
         self._returning.discard(sequence)
         sequence.finish(reason, error)
@@ -362,8 +384,10 @@ class Admission:
         excerpt or a part of their answer that came from it. Texts that are being prefilled in its
         company are prefilled again without it. Raises UnknownHandleError.
         """
-        has_seen, namespace = having_seen(self.cache.text(handle)), self.cache.entry(handle).namespace
-        forgotten = self.cache.forget(handle)
+        text, namespace = self.cache.text(handle), self.cache.entry(handle).namespace
+        has_seen, forgotten = having_seen(text), self.cache.forget(handle)
+        if self.tiers:
+            self.tiers.forget(text, namespace)
         for sequence in self._holders | self._returning:
             used = sequence.donors.union(sequence.pages if sequence.is_admitted else ())
             near = sequence.namespace in (namespace, company_namespace(namespace))

@@ -48,6 +48,7 @@ from sparsex_jax.text.encoding import Prompt
 __all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
 
 _DONE = (State.HELD, State.FINISHED)
+MOMENT = 0.002  # seconds between two looks at what moves between tiers
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +159,8 @@ class Loop:
         return sum(not sequence.cancelled for sequence in in_line)
 
     def _has_work(self) -> bool:
-        return bool(self._inbox) or any(sequence.state not in _DONE for sequence in self.policy.sequences)
+        moving = self.admission.tiers is not None and self.admission.tiers.busy
+        return moving or bool(self._inbox) or any(one.state not in _DONE for one in self.policy.sequences)
 
     def _wake(self) -> None:
         with self._news:
@@ -179,6 +181,7 @@ class Loop:
             prefill = self.policy.prefill_batch()  # while the device decodes
             self._finish_decode(decode)
             self._prefill(prefill)
+            self._move_blocks(idle=decode is None and not prefill.sequences)
             return self._report()
 
     def complete(self, sequences: Several[Sequence]) -> None:
@@ -241,6 +244,14 @@ class Loop:
     def recover(self) -> bool:
         """After a failure: whether the KV is lost. Then store and cache are new, and what ran is computed again."""
         return self._isolation.recover()
+
+    def _move_blocks(self, *, idle: bool) -> None:
+        """Take what came from other tiers, and send what is to go there. Who has nothing else to do waits a moment."""
+        tiers = self.admission.tiers
+        if tiers is not None:
+            tiers.pump(self.admission.cache)
+            if idle and tiers.busy:
+                tiers.wait(MOMENT)
 
     def _drop(self, sequences: Several[Sequence]) -> None:
         with self._one_round():

@@ -143,6 +143,8 @@ class Sequence:
       approximate: its KV is not what a full prefill would give.
       excerpt: the whole prompt, and what is kept of it, once it is probed.
       queue_s: seconds from `submitted` until it was first admitted.
+      asked_of_disk: keys of the blocks that were read from the disk for it; None before it asked.
+      restored_tokens: tokens that were loaded for it from a lower tier.
 
     While it is admitted:
       admitted_plan: its prefill as its method made it, with its pages.
@@ -192,6 +194,8 @@ class Sequence:
     approximate: bool = False
     queue_s: float | None = None
     excerpt: tuple[PromptMap, Excerpt] | None = None
+    asked_of_disk: set[bytes] | None = None
+    restored_tokens: int = 0
 
     admitted_plan: RequestPlan | None = None
     num_shared: int = 0

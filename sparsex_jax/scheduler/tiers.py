@@ -1,0 +1,438 @@
+"""The tiers below the device's store: host memory and, if there is one, a disk.
+
+    a sequence ends      `keep`: its pages are cut into blocks, which go down to host memory while others compute
+    a block comes down   it is written to the disk as well, on another thread
+    host memory is full  the block that was used least recently goes; it is on the disk still
+    a prompt comes       `ask`: what the device's store lacks of it is read from the disk, on another thread;
+                         `restore`: it is loaded into pages and committed there, before the prompt is looked up
+
+Loads are asynchronous on the device: what reads the pages waits for them there, and the host goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Several
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from sparsex_jax.cache import Match, PageCache
+from sparsex_jax.cache.company import company_namespace
+from sparsex_jax.cache.tree import Node
+from sparsex_jax.config import ReuseConfig
+from sparsex_jax.device.link import HostBlock, Link
+from sparsex_jax.device.runner import Runner
+from sparsex_jax.errors import StoreFullError
+from sparsex_jax.reuse.methods import Method
+from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
+from sparsex_jax.tiers.disk import DiskStore
+from sparsex_jax.tiers.index import BlockIndex, Found
+
+MOST_MOVING = 4  # blocks on their way down at once: each has a copy on the device until it has arrived
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class TierCounts:
+    """What moved, in bytes, and what prompts got, in tokens.
+
+    Attributes:
+      spilled_bytes, loaded_bytes: from the device to host memory, and back.
+      written_bytes, read_bytes: to the disk, and back.
+      host_tokens, disk_tokens: tokens that prompts got from blocks that were in host memory, or on disk only.
+      evictions: blocks that host memory lost.
+      corrupt: blocks on disk that were not whole.
+    """
+
+    spilled_bytes: int = 0
+    loaded_bytes: int = 0
+    written_bytes: int = 0
+    read_bytes: int = 0
+    host_tokens: int = 0
+    disk_tokens: int = 0
+    evictions: int = 0
+    corrupt: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class TierStats:
+    """How full the tiers are, in bytes and blocks, and the `TierCounts`."""
+
+    host_bytes: int
+    host_limit: int
+    host_blocks: int
+    disk_bytes: int
+    disk_limit: int
+    disk_blocks: int
+    moving_blocks: int
+    counts: TierCounts
+
+
+class Tiers:
+    """Blocks of one engine. All methods belong to the thread that steps the loop.
+
+    Attributes:
+      index: which blocks there are, in either tier.
+      counts: what moved so far.
+    """
+
+    def __init__(self, runner: Runner, link: Link, host_limit: int, disk: DiskStore | None = None) -> None:
+        """
+        Args:
+          host_limit: bytes of blocks in host memory.
+          disk: what it has from before can be found at once.
+        """
+        self._runner, self._link, self._host_limit, self._disk = runner, link, host_limit, disk
+        self.index = BlockIndex(runner.engine.page_size)
+        self.counts = TierCounts()
+        self._host: OrderedDict[bytes, HostBlock] = OrderedDict()
+        self._host_bytes = 0
+        self._going: deque[tuple[Block, list[Node], list[int]]] = deque()
+        self._moving: list[tuple[Block, HostBlock]] = []
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tiers") if disk else None
+        self._reading: dict[bytes, Future[list[np.ndarray] | None]] = {}
+        self._writing: dict[bytes, Future[None]] = {}
+        for block in disk.blocks() if disk else ():
+            self.index.add(block)
+
+    # Going down ---------------------------------------------------------------------------------------------
+
+    def keep(self, cache: PageCache, pages: Several[int]) -> None:
+        """Put the blocks of committed pages in line to go down: those of one sequence, from its beginning on."""
+        line = {block.key for block, _, _ in self._going}
+        for block, nodes, its_pages in _blocks_of(cache, pages):
+            if block.key in self._host:
+                self._host.move_to_end(block.key)
+            elif block.key not in line:
+                self._going.append((block, nodes, its_pages))
+
+    def pump(self, cache: PageCache) -> None:
+        """Take what has arrived, and send more on its way."""
+        self._take_read()
+        arrived = [each for each in self._moving if each[1].ready()]
+        self._moving = [each for each in self._moving if each not in arrived]
+        for block, kept in arrived:
+            self._arrive(block, kept)
+        while self._going and len(self._moving) < MOST_MOVING:
+            block, nodes, pages = self._going.popleft()
+            if all(cache.tree.node_of[page] is node for page, node in zip(pages, nodes, strict=True)):
+                self._moving.append((block, self._link.spill(self._runner.store, pages)))
+        self._writing = {key: each for key, each in self._writing.items() if not each.done()}
+
+    @property
+    def busy(self) -> bool:
+        """Whether `pump` has something to do, now or soon."""
+        return bool(self._going or self._moving or self._reading)
+
+    def _arrive(self, block: Block, kept: HostBlock) -> None:
+        self.counts.spilled_bytes += kept.nbytes
+        self._put(block, kept)
+        if self._threads is not None and self._disk is not None:
+            self._writing[block.key] = self._threads.submit(self._write, block, kept)
+
+    def _write(self, block: Block, kept: HostBlock) -> None:
+        assert self._disk is not None
+        try:
+            self._disk.put(block, self._link.to_numpy(kept))
+        except Exception:
+            log.exception("a block could not be written to the disk tier")
+
+    def _put(self, block: Block, kept: HostBlock) -> None:
+        self._drop(self.index.outgrown(block))
+        self.index.add(block)
+        self._host[block.key] = kept
+        self._host.move_to_end(block.key)
+        self._host_bytes += kept.nbytes
+        while self._host_bytes > self._host_limit and self._host:
+            self._evict()
+
+    def _evict(self) -> None:
+        key, kept = self._host.popitem(last=False)
+        self._host_bytes -= kept.nbytes
+        self.counts.evictions += 1
+        if not self._is_on_disk(key):
+            self.index.remove(key)
+
+    def _is_on_disk(self, key: bytes) -> bool:
+        return self._disk is not None and (key in self._writing or key in self._disk)
+
+    # Coming back --------------------------------------------------------------------------------------------
+
+    def ask(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> set[bytes]:
+        """Read from the disk what a prompt lacks, on another thread. The keys of what is being read."""
+        match = self._look(cache, tokens, namespace, method)
+        cache.unpin(match)
+        wanted = [found.block.key for found in self._wanted(tokens, namespace, method, match)]
+        for key in wanted:
+            if key not in self._host and key not in self._reading and self._threads is not None:
+                self._reading[key] = self._threads.submit(self._read, key)
+        return {key for key in wanted if key in self._reading}
+
+    def is_reading(self, keys: Iterable[bytes]) -> bool:
+        return not self._reading.keys().isdisjoint(keys)
+
+    @property
+    def has_disk(self) -> bool:
+        return self._disk is not None
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something is read, but so long at most."""
+        if self._reading:
+            wait(self._reading.values(), seconds)
+        else:
+            time.sleep(seconds)
+
+    def _read(self, key: bytes) -> list[np.ndarray] | None:
+        assert self._disk is not None
+        try:
+            found = self._disk.get(key)
+        except Exception:
+            log.exception("a block could not be read from the disk tier")
+            return None
+        return None if found is None else found[1]
+
+    def _take_read(self) -> None:
+        for key, future in list(self._reading.items()):
+            if future.done():
+                del self._reading[key]
+                self._take_pieces(key, future.result())
+
+    def _take_pieces(self, key: bytes, pieces: list[np.ndarray] | None) -> None:
+        block = self.index.blocks.get(key)
+        if block is None:  # forgotten meanwhile
+            return
+        if pieces is None:
+            self.counts.corrupt += 1
+            self._drop([key])
+            return
+        kept = self._link.from_numpy(pieces)
+        self.counts.read_bytes += kept.nbytes
+        self.counts.disk_tokens += block.num_tokens
+        self._put(block, kept)
+
+    def restore(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> int:
+        """Load what host memory has of a prompt and the store lacks, and commit it there. Returns how many tokens.
+
+        Nothing is loaded where there are no pages for it: the prompt is computed then.
+        """
+        if not self._host:
+            return 0
+        match = self._look(cache, tokens, namespace, method)
+        try:
+            wanted = [found for found in self._wanted(tokens, namespace, method, match) if found.block.key in self._host]
+            in_prefix = self._prefix_of(wanted, match)
+            loaded = self._restore_prefix(cache, tokens, namespace, match, in_prefix)
+            others = [found for found in wanted if found not in in_prefix] if method.uses_segments else []
+            loaded += sum(self._restore_segment(cache, found) for found in others)
+        except StoreFullError:
+            return 0
+        finally:
+            cache.unpin(match)
+        self.counts.host_tokens += loaded
+        return loaded
+
+    def _look(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> Match:
+        """What the store has already."""
+        return cache.lookup(
+            tokens,
+            namespace,
+            prefix=method.uses_prefix,
+            segments=method.uses_segments,
+            min_segment=method.min_segment_tokens,
+            accepts=functools.partial(method.accepts, num_layers=self._runner.model.num_layers),
+            counted=False,
+        )
+
+    def _wanted(
+        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
+    ) -> list[Found]:
+        """Blocks that go on where the prompt's prefix in the store ends, in order, then those with other segments."""
+        lacking = np.ones(len(tokens), bool)
+        for begin, end in _ranges(match):
+            lacking[begin:end] = False
+        found: list[Found] = []
+        if method.uses_prefix:
+            found = self.index.prefix(tokens[:-1], namespace, functools.partial(self._accepts, method))
+            size = BLOCK_PAGES * self.index.page_size
+            ends = [i * size + each.num_tokens for i, each in enumerate(found)]
+            found = [each for each, end in zip(found, ends, strict=True) if end > match.num_prefix_tokens]
+            lacking[match.num_prefix_tokens : ends[-1] if found else 0] = False
+        if method.uses_segments:
+            found += self.index.segments(tokens, namespace, lacking, method.min_segment_tokens)
+        return list({each.block.key: each for each in reversed(found)}.values())[::-1]
+
+    def _accepts(self, method: Method, made_by: str) -> bool:
+        return method.accepts(ReuseConfig(**json.loads(made_by)), self._runner.model.num_layers)
+
+    def _prefix_of(self, wanted: list[Found], match: Match) -> list[Found]:
+        """Those of the blocks that follow each other from where the prefix ends."""
+        size, chain = BLOCK_PAGES * self.index.page_size, []
+        at = match.num_prefix_tokens // size * size
+        for found in wanted:
+            if found.block.start != at or (chain and found.block.before != chain[-1].block.key):
+                break
+            chain.append(found)
+            at += size
+        return chain
+
+    def _restore_prefix(
+        self,
+        cache: PageCache,
+        tokens: Int32[np.ndarray, "tokens"],
+        namespace: str,
+        match: Match,
+        chain: list[Found],
+    ) -> int:
+        if not chain:
+            return 0
+        page_size, shared = self.index.page_size, match.prefix_pages
+        end = chain[-1].block.start + chain[-1].num_tokens
+        first, last = len(shared), -(-end // page_size)
+        if last <= first:
+            return 0
+        new = cache.allocate(last - first)
+        cache.share(shared)
+        pages = [*shared, *new]
+        for found in chain:
+            begin = found.block.start // page_size
+            rows = range(max(first - begin, 0), -(-found.num_tokens // page_size))
+            self._load(found.block, rows, [pages[begin + row] for row in rows])
+        made = [each.block for each in chain if each.block.exact < each.num_tokens]
+        exact = made[0].start + made[0].exact if made else end
+        exact = min(exact, match.num_exact_tokens) if match.num_exact_tokens < match.num_prefix_tokens else exact
+        made_by = ReuseConfig(**json.loads(made[0].made_by)) if made else None
+        cache.commit(pages, tokens[:end], namespace, exact_tokens=exact, made_by=made_by)
+        cache.release(pages)
+        return end - match.num_prefix_tokens
+
+    def _restore_segment(self, cache: PageCache, found: Found) -> int:
+        block = found.block
+        pages = cache.allocate(-(-block.num_tokens // self.index.page_size))
+        self._load(block, range(len(pages)), pages)
+        tokens = np.frombuffer(block.tokens, np.int32)
+        made_by = ReuseConfig(**json.loads(block.made_by)) if block.made_by else None
+        cache.commit(
+            pages, tokens, block.namespace, exact_tokens=block.exact, start=block.start, made_by=made_by
+        )
+        cache.release(pages)
+        return block.num_tokens
+
+    def _load(self, block: Block, rows: Several[int], pages: Several[int]) -> None:
+        kept = self._host[block.key]
+        self._host.move_to_end(block.key)
+        arriving = self._link.fetch(kept, range(len(self._link.layers)))
+        self._runner.store = self._link.place(self._runner.store, arriving, rows, pages)
+        self.counts.loaded_bytes += arriving.nbytes
+
+    # Going ------------------------------------------------------------------------------------------------
+
+    def lose(self) -> None:
+        """The device's store is lost, and with it all that is on its way down."""
+        self._going.clear()
+        self._moving.clear()
+
+    def clear(self) -> None:
+        """Remove every block."""
+        self.lose()
+        self._drop(list(self.index.blocks))
+
+    def forget(self, text: Int32[np.ndarray, "text"], namespace: str) -> None:
+        """Remove every block with a copy of a text, and those that are on their way."""
+        for name in (namespace, company_namespace(namespace)):
+            self._drop(self.index.copies(text, name))
+        on_the_way = BlockIndex(self.index.page_size)
+        for block in [*(each[0] for each in self._going), *(each[0] for each in self._moving)]:
+            on_the_way.add(block)
+        gone = {key for name in (namespace, company_namespace(namespace)) for key in on_the_way.copies(text, name)}
+        self._going = deque(each for each in self._going if each[0].key not in gone)
+        self._moving = [each for each in self._moving if each[0].key not in gone]
+
+    def withdraw(self, cache: PageCache, pages: Several[int]) -> None:
+        """Remove the blocks that were made of these pages, and of what stands before them in their sequences."""
+        for page in pages:
+            node = cache.tree.node_of[page]
+            if node is not None:
+                self.forget(np.frombuffer(node.key, np.int32), node.namespace)
+
+    def _drop(self, keys: Iterable[bytes]) -> None:
+        keys = list(keys)
+        for key in keys:
+            self.index.remove(key)
+            kept = self._host.pop(key, None)
+            self._host_bytes -= kept.nbytes if kept else 0
+        if keys and self._disk is not None and self._threads is not None:
+            self._threads.submit(self._disk.delete, keys)  # behind what is being written
+
+    def stats(self) -> TierStats:
+        disk = self._disk
+        return TierStats(
+            self._host_bytes,
+            self._host_limit,
+            len(self._host),
+            disk.nbytes if disk else 0,
+            disk.limit_bytes if disk else 0,
+            len(disk) if disk else 0,
+            len(self._going) + len(self._moving),
+            dataclasses.replace(self.counts),
+        )
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        if self._threads is not None:
+            self._threads.shutdown()
+
+    def check(self) -> None:
+        """Raise AssertionError unless the parts agree. For tests."""
+        assert self._host_bytes == sum(kept.nbytes for kept in self._host.values()) <= max(self._host_limit, 0)
+        assert all(key in self.index for key in self._host)
+        assert all(key in self._host or self._is_on_disk(key) for key in self.index.blocks)
+
+
+def _ranges(match: Match) -> Iterator[tuple[int, int]]:
+    yield 0, match.num_prefix_tokens
+    for segment in match.segments:
+        yield segment.start, segment.end
+
+
+def _blocks_of(cache: PageCache, pages: Several[int]) -> Iterator[tuple[Block, list[Node], list[int]]]:
+    """Blocks of the committed pages of one sequence, with their nodes and pages, up to where one is not as it should be."""
+    before = b""
+    for start in range(0, len(pages), BLOCK_PAGES):
+        its_pages = list(pages[start : start + BLOCK_PAGES])
+        nodes = [node for node in map(cache.tree.node_of.__getitem__, its_pages) if node is not None]
+        whole = _alike(nodes)
+        if whole:
+            block = _block(nodes[:whole], before)
+            yield block, nodes[:whole], its_pages[:whole]
+            before = block.key
+        if whole < BLOCK_PAGES:
+            return
+
+
+def _alike(nodes: list[Node]) -> int:
+    """How many leading nodes follow each other and have one `made_by` at most."""
+    made_by = {json.dumps(node.made_by.to_dict()): i for i, node in reversed(list(enumerate(nodes))) if _is_approximate(node)}
+    return sorted(made_by.values())[1] if len(made_by) > 1 else len(nodes)
+
+
+def _is_approximate(node: Node) -> bool:
+    return node.exact < node.length
+
+
+def _block(nodes: list[Node], before: bytes) -> Block:
+    approximate = next((i for i, node in enumerate(nodes) if _is_approximate(node)), None)
+    exact = sum(node.length for node in nodes[:approximate])
+    made_by = ""
+    if approximate is not None:
+        exact += nodes[approximate].exact
+        made_by = json.dumps(nodes[approximate].made_by.to_dict())
+    return Block(nodes[0].namespace, nodes[0].start, b"".join(node.key for node in nodes), exact, made_by, before)

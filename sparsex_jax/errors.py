@@ -37,6 +37,11 @@ class OverloadedError(SparsexError):
         self.retry_after_s = retry_after_s
 
 
+class DiskStoreError(SparsexError):
+    """Blocks of KV cannot be kept in, or moved to or from, that directory or file: the disk is full or fails, it is not
+    permitted, another process uses it, or it is of another model."""
+
+
 class AddressError(SparsexError):
     """An address cannot be listened at: it is in use, unknown or not permitted."""
 

@@ -57,6 +57,7 @@ from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.scheduler.output import Generation, Prefill
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
+from sparsex_jax.scheduler.tiers import make_tiers
 from sparsex_jax.text.encoding import Prompt
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Engine:
         self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
         self.runner = Runner(model, self.config, params, self.mesh)
         self.admission = Admission(model, self.config, self._speeds if self.config.choose == "measured" else None)
+        self.admission.tiers = make_tiers(self.runner)
         self.loop = Loop(self.runner, self.admission, tokenizer, reuse or ReuseConfig())
 
     @classmethod
@@ -317,6 +319,12 @@ class Engine:
     def _prefilled_while_idle(self) -> int:
         stats = self.loop.stats
         return stats.healed_tokens + stats.remade_tokens
+
+    def close(self) -> None:
+        """Bring to the lower tiers what is on its way there, and let go of the disk. Nothing is needed without tiers."""
+        if self.admission.tiers is not None:
+            self.loop.settle()
+            self.admission.tiers.close()
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """What was remembered and is still there, of one namespace or all."""

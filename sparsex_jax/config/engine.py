@@ -81,7 +81,9 @@ class EngineConfig:
         )
         share = self.healing
         require(is_number(share) and 0 <= share <= 1, f"healing={share!r} must be from 0 to 1")
-        require((self.disk_store is None) == (self.disk_store_bytes == 0), "disk_store and disk_store_bytes go together")
+        require(
+            (self.disk_store is None) == (self.disk_store_bytes == 0), "disk_store and disk_store_bytes go together"
+        )
         require(
             self.disk_store is None or self.host_store_bytes > 0,
             "disk_store needs host_store_bytes: what is read from the disk passes through host memory",

@@ -301,8 +301,6 @@ class Admission:
         if sequence.remakes is not None:
             return self._replace(sequence, asked, sequence.remakes, origin)
         pages = self._commit_text(sequence, asked)
-        if self.tiers:
-            self.tiers.keep(self.cache, pages)
         about = (asked.frozen, asked.content, origin, asked.said)
         return self.cache.register(pages, len(asked.text), asked.namespace, *about)
 
@@ -313,6 +311,8 @@ class Admission:
         entry = self.cache.entry(handle)
         if not entry.stale and origin.company_tokens <= entry.origin.company_tokens:
             return None
+        if self.tiers:
+            self.tiers.forget(asked.text, asked.namespace)  # what was made in the old company
         made_first = dataclasses.replace(origin, prefilled_tokens=entry.origin.prefilled_tokens)
         self.cache.replace(handle, self._commit_text(sequence, asked), made_first)
         self.releases += 1
@@ -324,6 +324,8 @@ class Admission:
         pages = pages[: self.pages_for(len(asked.text))]
         at, exact = sequence.num_before, len(asked.text)
         self.cache.commit(pages, asked.text, asked.namespace, exact_tokens=exact, start=at)
+        if self.tiers:
+            self.tiers.keep(self.cache, pages)
         return pages
 
     # Going out ----------------------------------------------------------------------------------------------

@@ -237,6 +237,13 @@ class Loop:
             self.admission.finish(sequence, "length")
             self._report()
 
+    def settle(self) -> None:
+        """Wait until all that is on its way to a lower tier is there."""
+        tiers = self.admission.tiers
+        while tiers is not None and tiers.busy:
+            with self._one_round():
+                self._move_blocks(idle=True)
+
     def publish(self) -> None:
         """Let `snapshot` say how the store is now."""
         self.snapshot = self.admission.cache.stats()

@@ -13,27 +13,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32
 
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.cache.company import company_namespace
 from sparsex_jax.cache.tree import Node
 from sparsex_jax.config import ReuseConfig
-from sparsex_jax.device.link import HostBlock, Link
+from sparsex_jax.device.link import Arriving, HostBlock, Link
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.errors import StoreFullError
+from sparsex_jax.model.digest import weights_digest
 from sparsex_jax.reuse.methods import Method
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
 from sparsex_jax.tiers.disk import DiskStore
+from sparsex_jax.tiers.host import HostStore
 from sparsex_jax.tiers.index import BlockIndex, Found
 
 MOST_MOVING = 4  # blocks on their way down at once: each has a copy on the device until it has arrived
@@ -47,20 +50,19 @@ class TierCounts:
 
     Attributes:
       spilled_bytes, loaded_bytes: from the device to host memory, and back.
-      written_bytes, read_bytes: to the disk, and back.
+      read_bytes: from the disk.
       host_tokens, disk_tokens: tokens that prompts got from blocks that were in host memory, or on disk only.
       evictions: blocks that host memory lost.
-      corrupt: blocks on disk that were not whole.
+      lost: blocks that were to be read from the disk and were not there, or not whole.
     """
 
     spilled_bytes: int = 0
     loaded_bytes: int = 0
-    written_bytes: int = 0
     read_bytes: int = 0
     host_tokens: int = 0
     disk_tokens: int = 0
     evictions: int = 0
-    corrupt: int = 0
+    lost: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,6 @@ class TierStats:
     host_limit: int
     host_blocks: int
     disk_bytes: int
-    disk_limit: int
     disk_blocks: int
     moving_blocks: int
     counts: TierCounts
@@ -91,17 +92,16 @@ class Tiers:
           host_limit: bytes of blocks in host memory.
           disk: what it has from before can be found at once.
         """
-        self._runner, self._link, self._host_limit, self._disk = runner, link, host_limit, disk
+        self._runner, self._link, self._disk = runner, link, disk
         self.index = BlockIndex(runner.engine.page_size)
         self.counts = TierCounts()
-        self._host: OrderedDict[bytes, HostBlock] = OrderedDict()
-        self._host_bytes = 0
+        self._host: HostStore[HostBlock] = HostStore(host_limit)
         self._going: deque[tuple[Block, list[Node], list[int]]] = deque()
         self._moving: list[tuple[Block, HostBlock]] = []
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tiers") if disk else None
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="tiers") if disk is not None else None
         self._reading: dict[bytes, Future[list[np.ndarray] | None]] = {}
         self._writing: dict[bytes, Future[None]] = {}
-        for block in disk.blocks() if disk else ():
+        for block in disk.blocks() if disk is not None else ():
             self.index.add(block)
 
     # Going down ---------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ class Tiers:
         line = {block.key for block, _, _ in self._going}
         for block, nodes, its_pages in _blocks_of(cache, pages):
             if block.key in self._host:
-                self._host.move_to_end(block.key)
-            elif block.key not in line:
+                self._host.use(block.key)
+            elif block.key not in line and not self.index.has_all_of(block):
                 self._going.append((block, nodes, its_pages))
 
     def pump(self, cache: PageCache) -> None:
@@ -149,18 +149,10 @@ class Tiers:
     def _put(self, block: Block, kept: HostBlock) -> None:
         self._drop(self.index.outgrown(block))
         self.index.add(block)
-        self._host[block.key] = kept
-        self._host.move_to_end(block.key)
-        self._host_bytes += kept.nbytes
-        while self._host_bytes > self._host_limit and self._host:
-            self._evict()
-
-    def _evict(self) -> None:
-        key, kept = self._host.popitem(last=False)
-        self._host_bytes -= kept.nbytes
-        self.counts.evictions += 1
-        if not self._is_on_disk(key):
-            self.index.remove(key)
+        for key in self._host.put(block, kept):
+            self.counts.evictions += 1
+            if not self._is_on_disk(key):
+                self.index.remove(key)
 
     def _is_on_disk(self, key: bytes) -> bool:
         return self._disk is not None and (key in self._writing or key in self._disk)
@@ -211,7 +203,7 @@ class Tiers:
         if block is None:  # forgotten meanwhile
             return
         if pieces is None:
-            self.counts.corrupt += 1
+            self.counts.lost += 1
             self._drop([key])
             return
         kept = self._link.from_numpy(pieces)
@@ -224,11 +216,13 @@ class Tiers:
 
         Nothing is loaded where there are no pages for it: the prompt is computed then.
         """
-        if not self._host:
+        if not len(self._host):
             return 0
         match = self._look(cache, tokens, namespace, method)
         try:
-            wanted = [found for found in self._wanted(tokens, namespace, method, match) if found.block.key in self._host]
+            wanted = [
+                found for found in self._wanted(tokens, namespace, method, match) if found.block.key in self._host
+            ]
             in_prefix = self._prefix_of(wanted, match)
             loaded = self._restore_prefix(cache, tokens, namespace, match, in_prefix)
             others = [found for found in wanted if found not in in_prefix] if method.uses_segments else []
@@ -252,9 +246,7 @@ class Tiers:
             counted=False,
         )
 
-    def _wanted(
-        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
-    ) -> list[Found]:
+    def _wanted(self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match) -> list[Found]:
         """Blocks that go on where the prompt's prefix in the store ends, in order, then those with other segments."""
         lacking = np.ones(len(tokens), bool)
         for begin, end in _ranges(match):
@@ -275,7 +267,8 @@ class Tiers:
 
     def _prefix_of(self, wanted: list[Found], match: Match) -> list[Found]:
         """Those of the blocks that follow each other from where the prefix ends."""
-        size, chain = BLOCK_PAGES * self.index.page_size, []
+        chain: list[Found] = []
+        size = BLOCK_PAGES * self.index.page_size
         at = match.num_prefix_tokens // size * size
         for found in wanted:
             if found.block.start != at or (chain and found.block.before != chain[-1].block.key):
@@ -302,10 +295,7 @@ class Tiers:
         new = cache.allocate(last - first)
         cache.share(shared)
         pages = [*shared, *new]
-        for found in chain:
-            begin = found.block.start // page_size
-            rows = range(max(first - begin, 0), -(-found.num_tokens // page_size))
-            self._load(found.block, rows, [pages[begin + row] for row in rows])
+        self._load([_rows_of(found, first, pages, page_size) for found in chain])
         made = [each.block for each in chain if each.block.exact < each.num_tokens]
         exact = made[0].start + made[0].exact if made else end
         exact = min(exact, match.num_exact_tokens) if match.num_exact_tokens < match.num_prefix_tokens else exact
@@ -317,21 +307,23 @@ class Tiers:
     def _restore_segment(self, cache: PageCache, found: Found) -> int:
         block = found.block
         pages = cache.allocate(-(-block.num_tokens // self.index.page_size))
-        self._load(block, range(len(pages)), pages)
+        self._load([(block, range(len(pages)), pages)])
         tokens = np.frombuffer(block.tokens, np.int32)
         made_by = ReuseConfig(**json.loads(block.made_by)) if block.made_by else None
-        cache.commit(
-            pages, tokens, block.namespace, exact_tokens=block.exact, start=block.start, made_by=made_by
-        )
+        cache.commit(pages, tokens, block.namespace, exact_tokens=block.exact, start=block.start, made_by=made_by)
         cache.release(pages)
         return block.num_tokens
 
-    def _load(self, block: Block, rows: Several[int], pages: Several[int]) -> None:
-        kept = self._host[block.key]
-        self._host.move_to_end(block.key)
-        arriving = self._link.fetch(kept, range(len(self._link.layers)))
-        self._runner.store = self._link.place(self._runner.store, arriving, rows, pages)
-        self.counts.loaded_bytes += arriving.nbytes
+    def _load(self, wanted: Several[tuple[Block, range, list[int]]]) -> None:
+        """Load rows of blocks into pages. Copies are asked for ahead of those that are waited for."""
+        arriving: deque[Arriving] = deque()
+        ahead = iter(wanted)
+        for _, rows, pages in wanted:
+            for block, _, _ in itertools.islice(ahead, MOST_MOVING - len(arriving)):
+                arriving.append(self._link.fetch(self._host.use(block.key), range(len(self._link.layers))))
+            arrived = arriving.popleft()
+            self._runner.store = self._link.place(self._runner.store, arrived, rows, pages)
+            self.counts.loaded_bytes += arrived.nbytes
 
     # Going ------------------------------------------------------------------------------------------------
 
@@ -367,34 +359,39 @@ class Tiers:
         keys = list(keys)
         for key in keys:
             self.index.remove(key)
-            kept = self._host.pop(key, None)
-            self._host_bytes -= kept.nbytes if kept else 0
+            self._host.remove(key)
         if keys and self._disk is not None and self._threads is not None:
             self._threads.submit(self._disk.delete, keys)  # behind what is being written
 
     def stats(self) -> TierStats:
         disk = self._disk
         return TierStats(
-            self._host_bytes,
-            self._host_limit,
+            self._host.nbytes,
+            self._host.limit_bytes,
             len(self._host),
-            disk.nbytes if disk else 0,
-            disk.limit_bytes if disk else 0,
-            len(disk) if disk else 0,
+            disk.nbytes if disk is not None else 0,
+            len(disk) if disk is not None else 0,
             len(self._going) + len(self._moving),
             dataclasses.replace(self.counts),
         )
 
     def close(self) -> None:
-        """Write what is still to be written."""
-        if self._threads is not None:
+        """Write what is still to be written, and let others have the disk."""
+        if self._threads is not None and self._disk is not None:
             self._threads.shutdown()
+            self._disk.close()
 
     def check(self) -> None:
         """Raise AssertionError unless the parts agree. For tests."""
-        assert self._host_bytes == sum(kept.nbytes for kept in self._host.values()) <= max(self._host_limit, 0)
-        assert all(key in self.index for key in self._host)
+        self._host.check()
         assert all(key in self._host or self._is_on_disk(key) for key in self.index.blocks)
+
+
+def _rows_of(found: Found, first: int, pages: list[int], page_size: int) -> tuple[Block, range, list[int]]:
+    """Which of a block's pages are wanted, from the prompt's page `first` on, and where they go."""
+    begin = found.block.start // page_size
+    rows = range(max(first - begin, 0), -(-found.num_tokens // page_size))
+    return found.block, rows, pages[begin + rows.start : begin + rows.stop]
 
 
 def _ranges(match: Match) -> Iterator[tuple[int, int]]:
@@ -404,7 +401,8 @@ def _ranges(match: Match) -> Iterator[tuple[int, int]]:
 
 
 def _blocks_of(cache: PageCache, pages: Several[int]) -> Iterator[tuple[Block, list[Node], list[int]]]:
-    """Blocks of the committed pages of one sequence, with their nodes and pages, up to where one is not as it should be."""
+    """Blocks of the committed pages of one sequence, with their nodes and pages, up to where one is not
+    as it should be."""
     before = b""
     for start in range(0, len(pages), BLOCK_PAGES):
         its_pages = list(pages[start : start + BLOCK_PAGES])
@@ -420,19 +418,49 @@ def _blocks_of(cache: PageCache, pages: Several[int]) -> Iterator[tuple[Block, l
 
 def _alike(nodes: list[Node]) -> int:
     """How many leading nodes follow each other and have one `made_by` at most."""
-    made_by = {json.dumps(node.made_by.to_dict()): i for i, node in reversed(list(enumerate(nodes))) if _is_approximate(node)}
-    return sorted(made_by.values())[1] if len(made_by) > 1 else len(nodes)
+    first: dict[str, int] = {}
+    for i, node in enumerate(nodes):
+        if node.exact < node.length:
+            first.setdefault(_maker(node), i)
+    return sorted(first.values())[1] if len(first) > 1 else len(nodes)
 
 
-def _is_approximate(node: Node) -> bool:
-    return node.exact < node.length
+def _maker(node: Node) -> str:
+    assert isinstance(node.made_by, ReuseConfig)
+    return json.dumps(node.made_by.to_dict())
 
 
 def _block(nodes: list[Node], before: bytes) -> Block:
-    approximate = next((i for i, node in enumerate(nodes) if _is_approximate(node)), None)
+    approximate = next((i for i, node in enumerate(nodes) if node.exact < node.length), len(nodes))
     exact = sum(node.length for node in nodes[:approximate])
-    made_by = ""
-    if approximate is not None:
-        exact += nodes[approximate].exact
-        made_by = json.dumps(nodes[approximate].made_by.to_dict())
+    rest = nodes[approximate:]
+    exact += rest[0].exact if rest else 0
+    made_by = _maker(rest[0]) if rest else ""
     return Block(nodes[0].namespace, nodes[0].start, b"".join(node.key for node in nodes), exact, made_by, before)
+
+
+def make_tiers(runner: Runner) -> Tiers | None:
+    """The tiers that an engine's configuration asks for; None if it asks for none.
+
+    Raises:
+      DiskStoreError: the directory cannot be used, or another process has it.
+    """
+    engine = runner.engine
+    if not engine.host_store_bytes:
+        return None
+    link = Link(runner.model, engine, runner.mesh)
+    if engine.disk_store is None:
+        return Tiers(runner, link, engine.host_store_bytes)
+    disk = DiskStore(engine.disk_store, engine.disk_store_bytes, _fingerprint(runner, link))
+    return Tiers(runner, link, engine.host_store_bytes, disk)
+
+
+def _fingerprint(runner: Runner, link: Link) -> dict[str, str | int | float]:
+    """All that blocks depend on besides tokens. Rotary factors and biases are among the fields of the model."""
+    return {
+        "model": json.dumps(dataclasses.asdict(runner.model), sort_keys=True),
+        "weights": weights_digest(runner.params),
+        "dtype": runner.engine.dtype,
+        "page_size": runner.engine.page_size,
+        "groups": str([len(layers) for layers in link.layers]),
+    }

@@ -1,7 +1,7 @@
 """Which blocks are stored, by what they hold: found as prefixes, page by page, and as segments, by windows.
 
-The index knows blocks wherever they are, in host memory or on disk; it never sees their KV. What it finds is loaded into
-the device's store and committed there, and the lookup of `sparsex_jax.cache` then finds that as it finds everything.
+The index knows blocks wherever they are, in host memory or on disk; it never sees their KV. What it finds is loaded
+into the device's store and committed there, and the lookup of `sparsex_jax.cache` then finds that as all else.
 """
 
 from __future__ import annotations
@@ -74,10 +74,17 @@ class BlockIndex:
         return block
 
     def outgrown(self, block: Block) -> list[bytes]:
-        """Shorter blocks that stand where this one does, and of which it has all tokens at least as exact."""
+        """Blocks that stand where this one does, and of which it has all tokens, as exact or more."""
+        return [other.key for other in self._beside(block) if _holds(block, other)]
+
+    def has_all_of(self, block: Block) -> bool:
+        """Whether some block stands where this one would, and has all its tokens, as exact or more."""
+        return block.key in self.blocks or any(_holds(other, block) for other in self._beside(block))
+
+    def _beside(self, block: Block) -> list[Block]:
+        """Other blocks that begin with the same page behind the same past."""
         found = self._by_pages.get(next(self._page_keys(block), b""), {})
-        others = (self.blocks[key] for key in found if key != block.key)
-        return [other.key for other in others if _holds(block, other)]
+        return [self.blocks[key] for key in found if key != block.key]
 
     def _page_keys(self, block: Block) -> Iterator[bytes]:
         """A digest of each full page's tokens and of all that is before them."""
@@ -130,7 +137,7 @@ class BlockIndex:
     def segments(
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str, wanted: Bool[np.ndarray, "tokens"], least: int
     ) -> list[Found]:
-        """Whole blocks that hold runs of at least `least` of the wanted tokens, and enough of them to be worth loading."""
+        """Whole blocks with runs of at least `least` of the wanted tokens, and enough of them to be worth loading."""
         found, wanted = [], wanted.copy()
         for block, begin, end in sorted(self._runs(tokens, namespace, wanted), key=lambda run: run[1] - run[2]):
             num = int(wanted[begin:end].sum())

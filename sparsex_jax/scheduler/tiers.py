@@ -163,7 +163,8 @@ class Tiers:
         """Read from the disk what a prompt lacks, on another thread. The keys of what is being read."""
         match = self._look(cache, tokens, namespace, method)
         cache.unpin(match)
-        wanted = [found.block.key for found in self._wanted(tokens, namespace, method, match)]
+        chain, others = self._lacking(tokens, namespace, method, match)
+        wanted = [found.block.key for found in (*chain, *others)]
         for key in wanted:
             if key not in self._host and key not in self._reading and self._threads is not None:
                 self._reading[key] = self._threads.submit(self._read, key)
@@ -220,19 +221,19 @@ class Tiers:
             return 0
         match = self._look(cache, tokens, namespace, method)
         try:
-            wanted = [
-                found for found in self._wanted(tokens, namespace, method, match) if found.block.key in self._host
-            ]
-            in_prefix = self._prefix_of(wanted, match)
-            loaded = self._restore_prefix(cache, tokens, namespace, match, in_prefix)
-            others = [found for found in wanted if found not in in_prefix] if method.uses_segments else []
-            loaded += sum(self._restore_segment(cache, found) for found in others)
+            chain, others = self._lacking(tokens, namespace, method, match)
+            chain = list(itertools.takewhile(self._is_here, chain))
+            loaded = self._restore_prefix(cache, tokens, namespace, match, chain)
+            loaded += sum(self._restore_segment(cache, found) for found in filter(self._is_here, others))
         except StoreFullError:
             return 0
         finally:
             cache.unpin(match)
         self.counts.host_tokens += loaded
         return loaded
+
+    def _is_here(self, found: Found) -> bool:
+        return found.block.key in self._host
 
     def _look(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> Match:
         """What the store has already."""
@@ -246,36 +247,26 @@ class Tiers:
             counted=False,
         )
 
-    def _wanted(self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match) -> list[Found]:
-        """Blocks that go on where the prompt's prefix in the store ends, in order, then those with other segments."""
+    def _lacking(
+        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
+    ) -> tuple[list[Found], list[Found]]:
+        """Blocks that go on where the prompt's prefix in the store ends, in order, and those with other segments."""
         lacking = np.ones(len(tokens), bool)
         for begin, end in _ranges(match):
             lacking[begin:end] = False
-        found: list[Found] = []
+        chain: list[Found] = []
         if method.uses_prefix:
-            found = self.index.prefix(tokens[:-1], namespace, functools.partial(self._accepts, method))
-            size = BLOCK_PAGES * self.index.page_size
-            ends = [i * size + each.num_tokens for i, each in enumerate(found)]
-            found = [each for each, end in zip(found, ends, strict=True) if end > match.num_prefix_tokens]
-            lacking[match.num_prefix_tokens : ends[-1] if found else 0] = False
+            whole = self.index.prefix(tokens[:-1], namespace, functools.partial(self._accepts, method))
+            chain = [each for each in whole if each.block.start + each.num_tokens > match.num_prefix_tokens]
+            lacking[: _end(chain)] = False
+        others: list[Found] = []
         if method.uses_segments:
-            found += self.index.segments(tokens, namespace, lacking, method.min_segment_tokens)
-        return list({each.block.key: each for each in reversed(found)}.values())[::-1]
+            others = self.index.segments(tokens, namespace, lacking, method.min_segment_tokens)
+        known = {each.block.key for each in chain}
+        return chain, [each for each in others if each.block.key not in known]
 
     def _accepts(self, method: Method, made_by: str) -> bool:
         return method.accepts(ReuseConfig(**json.loads(made_by)), self._runner.model.num_layers)
-
-    def _prefix_of(self, wanted: list[Found], match: Match) -> list[Found]:
-        """Those of the blocks that follow each other from where the prefix ends."""
-        chain: list[Found] = []
-        size = BLOCK_PAGES * self.index.page_size
-        at = match.num_prefix_tokens // size * size
-        for found in wanted:
-            if found.block.start != at or (chain and found.block.before != chain[-1].block.key):
-                break
-            chain.append(found)
-            at += size
-        return chain
 
     def _restore_prefix(
         self,
@@ -288,7 +279,7 @@ class Tiers:
         if not chain:
             return 0
         page_size, shared = self.index.page_size, match.prefix_pages
-        end = chain[-1].block.start + chain[-1].num_tokens
+        end = _end(chain)
         first, last = len(shared), -(-end // page_size)
         if last <= first:
             return 0
@@ -392,6 +383,11 @@ def _rows_of(found: Found, first: int, pages: list[int], page_size: int) -> tupl
     begin = found.block.start // page_size
     rows = range(max(first - begin, 0), -(-found.num_tokens // page_size))
     return found.block, rows, pages[begin + rows.start : begin + rows.stop]
+
+
+def _end(chain: list[Found]) -> int:
+    """Where the last block of a prefix ends in the prompt."""
+    return chain[-1].block.start + chain[-1].num_tokens if chain else 0
 
 
 def _ranges(match: Match) -> Iterator[tuple[int, int]]:

@@ -336,11 +336,8 @@ def _padded(pages: int) -> int:
 
 
 def _pad(piece: np.ndarray, pages: int, *, copy: bool) -> np.ndarray:
-    return (
-        piece
-        if len(piece) == pages
-        else np.concatenate([piece, np.zeros_like(piece, shape=(pages - len(piece), *piece.shape[1:]))])
-    )
+    missing = np.zeros_like(piece, shape=(pages - len(piece), *piece.shape[1:]))
+    return np.concatenate([piece, missing]) if copy or len(missing) else piece
 
 
 def _view(piece: Array) -> Array:

@@ -119,6 +119,15 @@ def test_numpy_and_back_also_onto_another_mesh(devices):
     assert block.pages == 3
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_block_keeps_no_second_copy_of_what_was_read(devices):
+    link, like = made(devices=devices)
+    block = link.spill(on_devices(random_array(like.shape, like.dtype), like), [1, 2])
+    link.to_numpy(block)
+    arrays = [shard.data for piece in block.pieces for shard in piece.addressable_shards]
+    assert all(array._npy_value is None for array in (*block.pieces, *arrays))
+
+
 def test_a_block_of_whole_length_is_copied_from_numpy():
     link, like = made()
     pieces = [random_array((16, len(layers), *like.shape[2:]), like.dtype).copy() for layers in link.layers]

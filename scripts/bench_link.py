@@ -6,8 +6,8 @@ Blocks of 1 to 16 pages, of the shape of an 8B model's KV (8 KV heads of 128, pa
 moved down to host memory and up again. First into memory that the process has not used before; then what it takes to
 write them into the store, and to make them NumPy arrays and back; then GB/s each way and both ways at once, by the
 bytes of a piece; then a load beside compute that takes twice as long, dispatched before it, behind it and between its
-parts, and how long the calls take while the device is busy. A figure is the median of five. Prints a line for each and writes
-`scripts/results/link-<device>.json`.
+parts, and how long the calls take while the device is busy. A figure is the median of five. Prints a line for each and
+writes `scripts/results/link-<device>.json`.
 
 On a CPU, "device" and "host" are the same memory, so the figures are those of its copies and say nothing of a link; the
 model has fewer layers there.

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparsex_jax import EngineConfig
 from sparsex_jax.device import link as link_module
@@ -117,6 +119,40 @@ def test_numpy_and_back_also_onto_another_mesh(devices):
     )
     assert same(np.asarray(store)[:, 1:4], content[:, [4, 8, 15]])
     assert block.pages == 3
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_any_order_of_spills_and_loads_moves_pages_as_numpy_would(data):
+    link, like = made(devices=2)
+    model = random_array(like.shape, like.dtype).copy()
+    store, blocks, some = (
+        on_devices(model, like),
+        [],
+        st.lists(st.integers(0, 23), min_size=1, max_size=16, unique=True),
+    )
+    for _ in range(data.draw(st.integers(1, 6))):
+        pages = data.draw(some)
+        blocks.append((link.spill(store, pages), model[:, pages]))
+        block, content = data.draw(st.sampled_from(blocks))
+        groups = data.draw(st.lists(st.sampled_from(GROUPS), unique=True))
+        rows = data.draw(st.permutations(range(content.shape[1])))[: len(pages)]
+        targets = pages[: len(rows)]
+        store = link.place(store, link.fetch(block, groups), rows, targets)
+        layers = [layer for group in groups for layer in link.layers[group]]
+        model[np.ix_(layers, targets)] = content[np.ix_(layers, rows)]
+    assert same(store, model)
+
+
+def test_a_file_is_mapped_into_memory_and_read(tmp_path):
+    link, like = made()
+    content = random_array((16, 2, *like.shape[2:]), like.dtype)
+    content.tofile(tmp_path / "piece")
+    mapped = np.memmap(tmp_path / "piece", like.dtype, "r", shape=content.shape)
+    block = link.from_numpy([mapped, *(mapped[:, :1] for _ in range(3))])
+    (tmp_path / "piece").write_bytes(b"")  # reading the mapped memory would end the process
+    del mapped
+    assert all(map(same, link.to_numpy(block), [content, *[content[:, :1]] * 3]))
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -74,8 +74,8 @@ class _Transfer:
           LinkError: the copy has failed.
         """
         if not self._ended:
-            self._end()
             time.sleep(max(self.due - time.monotonic(), 0.0))
+            self._end()
 
     def _end(self) -> None:
         with _link_errors(self.nbytes):
@@ -86,7 +86,7 @@ class _Transfer:
 class HostBlock(_Transfer):
     """The KV of a block in host memory, or on its way there. It is freed when nothing refers to it any more.
 
-    Until it is ready, a copy of it takes as many bytes of the devices' memory.
+    Until it is ready, a copy of it takes as many bytes of the devices' memory, so few should be on their way at a time.
     """
 
 
@@ -279,6 +279,7 @@ def _are_ready(pieces: Sequence[Any]) -> bool:
 
 
 def _pad(piece: np.ndarray, pages: int, *, copy: bool) -> np.ndarray:
+    piece = np.asarray(piece)  # JAX takes no subclasses, such as `np.memmap`
     missing = np.zeros_like(piece, shape=(pages - len(piece), *piece.shape[1:]))
     return np.concatenate([piece, missing]) if copy or len(missing) else piece
 

@@ -12,15 +12,26 @@ from pathlib import Path
 
 from disk_blocks import TINY, chain, is_whole, pieces_of
 
+from sparsex_jax.tiers import disk
 from sparsex_jax.tiers.disk import DiskStore
 
 BLOCKS = [*chain(20, "a"), *chain(20, "b")]
-PAGES = 200  # 150 KB a block, so that many kills fall into a write
-LIMIT = 25 * 160_000
+PAGES = 40  # 30 KB a block
+LIMIT = 25 * 32_000
+
+
+def write_slowly(path: Path, data: bytes) -> None:
+    """As a slow disk would, so that most kills fall into a write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb", buffering=0) as file:
+        for at in range(0, len(data), 4096):
+            file.write(data[at : at + 4096])
+            time.sleep(0.0005)
 
 
 def use(path: str, seed: int) -> None:
     rng = random.Random(seed)
+    disk._write_synced = write_slowly
     with DiskStore(path, LIMIT, TINY) as store:
         while True:
             block = rng.choice(BLOCKS)

@@ -1,6 +1,6 @@
 """Archives: blocks of one model in one file, to be moved to another machine.
 
-An archive is a tar file of `fingerprint.json` and, for each block, `<key>.safetensors`, as in the disk tier's directory.
+It is a tar file of `fingerprint.json` and, for each block, `<key>.safetensors`, as in the disk tier's directory.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def export(
     temporary = path.with_name(path.name + ".partial")
     with _told("write", path), _removed_on_error(temporary), tarfile.open(temporary, "w") as tar:
         _add(tar, _FINGERPRINT, encode(fingerprint).encode())
-        for count, (block, pieces) in enumerate(blocks, 1):
+        for block, pieces in blocks:
             _add(tar, f"{block.key.hex()}.safetensors", block_file.encode(block, pieces, digest(fingerprint)))
+            count += 1
     with _told("write", path):
         _sync_and_rename(temporary, path)
     return count

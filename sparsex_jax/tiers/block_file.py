@@ -1,7 +1,7 @@
 """A block as bytes: a safetensors file, whose header says which block and model it is of and what its pieces sum to.
 
-Its layout: 8 bytes with the header's length, the header as JSON, then the pieces, one behind the other. The tensors "0",
-"1", ... are the pieces. The header's metadata has one entry, `sparsex`, which is JSON in turn.
+Its layout: 8 bytes with the header's length, the header as JSON, then the pieces, one behind the other. Tensor "0" is
+the first piece, "1" the second and so on. The header's metadata has one entry, `sparsex`, which is JSON in turn.
 """
 
 from __future__ import annotations
@@ -13,13 +13,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  NumPy knows bfloat16 and the float8 types by name once this is imported
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
 from sparsex_jax.tiers.blocks import Block
 
 VERSION = 1
+DTYPES = {  # by the names that safetensors gives them
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+}
 _LENGTH_BYTES = 8
 
 
@@ -39,14 +48,13 @@ def encode(block: Block, pieces: Sequence[np.ndarray], model: str) -> bytes:
     """The file's bytes.
 
     Args:
-      pieces: of any shape and of a dtype that safetensors has a name for.
+      pieces: of any shape and any of `DTYPES`.
       model: digest of the fingerprint of the model that made them.
     """
     said = {
         "version": VERSION,
         "model": model,
         "block": [block.namespace, block.start, block.exact, block.made_by, block.before.hex(), block.tokens.hex()],
-        "dtypes": [piece.dtype.name for piece in pieces],
         "sha256": [_sum(piece) for piece in pieces],
     }
     tensors = {str(i): np.ascontiguousarray(piece) for i, piece in enumerate(pieces)}
@@ -64,7 +72,10 @@ def decode(data: np.ndarray, key: bytes, model: str) -> tuple[Block, list[np.nda
 
 
 def read_header(path: Path, model: str) -> Block:
-    """The block of a file that is named by its key and has the length its header says. Raises NotWholeError, OSError."""
+    """The block of a file that is named after its key and has the length that its header says.
+
+    Raises NotWholeError and OSError.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         end = _header_end(file.read(_LENGTH_BYTES), size)
@@ -91,9 +102,10 @@ def _parse(header: bytes, num_bytes: int, model: str) -> tuple[Block, list[_Piec
         tensors = json.loads(header)
         said = json.loads(tensors.pop("__metadata__")["sparsex"])
         block, places = _block(said["block"]), _places(tensors, said)
+        made_for = said["version"], said["model"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NotWholeError(f"the header cannot be read: {error!r}") from error
-    if (said["version"], said["model"]) != (VERSION, model):
+    if made_for != (VERSION, model):
         raise NotWholeError("of another model or version")
     if max((place.end for place in places), default=0) != num_bytes:
         raise NotWholeError("the pieces are cut off")
@@ -109,14 +121,14 @@ def _places(tensors: dict[str, Any], said: dict[str, Any]) -> list[_Piece]:
     """In the order of the pieces, which is not always that of their bytes."""
     ordered = [tensors[str(i)] for i in range(len(tensors))]
     return [
-        _place(np.dtype(dtype), tensor["shape"], tensor["data_offsets"], sha256)
-        for tensor, dtype, sha256 in zip(ordered, said["dtypes"], said["sha256"], strict=True)
+        _place(DTYPES[tensor["dtype"]], tensor["shape"], tensor["data_offsets"], sha256)
+        for tensor, sha256 in zip(ordered, said["sha256"], strict=True)
     ]
 
 
 def _place(dtype: np.dtype, shape: list[int], offsets: list[int], sha256: str) -> _Piece:
     begin, end = offsets
-    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize or dtype.hasobject:
+    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError("a piece's shape is not that of its bytes")
     return _Piece(dtype, tuple(shape), begin, end, sha256)
 

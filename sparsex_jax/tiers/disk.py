@@ -5,8 +5,8 @@
     PATH/<model>/<ke>/<key>.safetensors    a block, found by its key; the file's time is that of its last use
     PATH/<model>/writing/                  files that are being written; opening the store removes what is left there
 
-A file gets its final name by a rename, after its bytes have reached the disk. So a process may be killed at any instant:
-what is found afterwards under such a name is whole.
+A file gets its final name by a rename, after its bytes have reached the disk. So a process may be killed at any
+instant: what is found afterwards under such a name is whole.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class DiskStore:
         A file that cannot be read or is not whole any more is deleted, and the block is not there.
         """
         path = self._path(key)
-        if not self._used(path):
+        if key not in self:
             return None
         try:
             data = np.fromfile(path, np.uint8)
@@ -112,10 +112,7 @@ class DiskStore:
         except (block_file.NotWholeError, OSError):
             self._lost(path)
             return None
-        with self._mutex:
-            self.counts.read += 1
-            self.counts.read_bytes += data.nbytes
-        return found
+        return found if self._was_read(path, data.nbytes) else None
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Count these as used now: their KV was of use, but was found in a tier above."""
@@ -199,6 +196,13 @@ class DiskStore:
             self._stamp(path)
             return True
 
+    def _was_read(self, path: Path, nbytes: int) -> bool:
+        """Whether it is still there, and was not deleted meanwhile."""
+        with self._mutex:
+            self.counts.read += 1
+            self.counts.read_bytes += nbytes
+            return self._used(path)
+
     def _stamp(self, path: Path) -> None:
         """Later than all before, also when the clock was set back."""
         self._last_use = max(self._last_use + 1, time.time_ns())
@@ -266,7 +270,7 @@ class DiskStore:
 
 
 def fingerprints(path: str | os.PathLike[str]) -> list[Fingerprint]:
-    """Those of all models that a directory has blocks of, so that one can be opened without the model. No lock is needed.
+    """Those of all models that a store was opened for, so that one can be opened without its model. Takes no lock.
 
     Raises:
       DiskStoreError: a fingerprint cannot be read.

@@ -321,14 +321,14 @@ class Engine:
         return stats.healed_tokens + stats.remade_tokens
 
     def close(self) -> None:
-        """Bring to the lower tiers what is on its way there, and let go of the disk. Nothing is needed without tiers."""
+        """Bring to the lower tiers what is on its way there, and let go of the disk. Without tiers it does nothing."""
         if self.admission.tiers is not None:
             self.loop.settle()
             self.admission.tiers.close()
 
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """What was remembered and is still there, of one namespace or all."""
-        return self.cache.entries(namespace)
+        return self.cache.entries(namespace) + self.cache.evicted_entries(namespace)
 
     def stats(self) -> dict[str, int]:
         """Pages by state, hits and evictions: the fields of `CacheStats`."""

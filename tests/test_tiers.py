@@ -96,10 +96,25 @@ def test_forget_reaches_the_tiers():
     fill(engine, [np.append(text, [1, 2, 3]).astype(np.int32), *others])
     tiers = engine.admission.tiers
     assert tiers.index.copies(text, "default")
+    assert not engine.cache.has_entry(handle)  # it was evicted
+    assert [entry.handle for entry in engine.entries()] == [handle]
     engine.forget(handle)
+    assert engine.entries() == []
     assert not tiers.index.copies(text, "default")
     fill(engine, texts(3, seed=1))
     assert engine.prefill(text, reuse=ReuseConfig("naive"), keep=False).report.computed_fraction == 1
+    check(engine)
+
+
+def test_a_text_that_was_evicted_keeps_its_handle():
+    engine, (text, *others) = tiny_engine(**SMALL), texts(4, 8 * PAGE)
+    handle = engine.remember(text)
+    fill(engine, others + texts(3, seed=1))
+    asked = np.concatenate([[1, 2], text, [3]]).astype(np.int32)
+    reuse = ReuseConfig("excerpt", only_if_faster=False, coverage=0.1, keep_ratio=0.1, piece_tokens=2 * PAGE)
+    assert engine.prefill(asked, reuse=reuse, keep=False).report.omitted_tokens > 0  # it is known to be a document
+    assert engine.remember(text) == handle
+    assert engine.cache.has_entry(handle)
     check(engine)
 
 
@@ -122,7 +137,9 @@ def test_approximate_kv_comes_back_as_approximate():
     fill(engine, [*others, *texts(3, seed=2)])
     tokens = np.append(chat, [1, 2]).astype(np.int32)
     assert engine.prefill(tokens, reuse=ReuseConfig("prefix"), keep=False).report.prefix_tokens < PAGE
-    assert engine.prefill(tokens, reuse=reuse, keep=False).report.prefix_tokens >= len(chat)
+    report = engine.prefill(tokens, reuse=reuse, keep=False).report
+    assert report.prefix_tokens < PAGE
+    assert report.prefix_tokens + report.approximate_prefix_tokens == len(chat)
     check(engine)
 
 
@@ -172,7 +189,7 @@ def test_a_broken_file_is_computed_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, named",
+    ("options", "named"),
     [
         ({"host_store_bytes": -1}, "host_store_bytes"),
         ({"disk_store": "x", "host_store_bytes": 1}, "disk_store_bytes"),

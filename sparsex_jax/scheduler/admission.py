@@ -30,6 +30,8 @@ from sparsex_jax.scheduler.company import Neighbours
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.scheduler.tiers import Tiers
 
+MOST_TEXTS = 4096  # remembered texts that are known after their eviction, where there are lower tiers
+
 
 class Admission:
     """What the sequences of one engine hold of its store.
@@ -59,18 +61,24 @@ class Admission:
         self.releases = 0
         self._neighbours: dict[str, Neighbours] = {}
         self._neighbours_at = -1  # `releases` then
-        self.start_over()
+        self.cache = self._new_cache()
 
     def start_over(self) -> None:
         """The KV is lost, and with it all that the cache says of it. All admitted sequences wait again."""
-        config = self._config
         for sequence in self._holders:
             sequence.leave()
         self._holders, self._returning = set(), set()
+        lost, self.cache = self.cache, self._new_cache()
+        self.cache.know_texts_of(lost)
         if self.tiers:
             self.tiers.lose()
-        self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles, self._counts)
         self.releases += 1
+
+    def _new_cache(self) -> PageCache:
+        config = self._config
+        keep_texts = MOST_TEXTS if config.host_store_bytes else 0
+        about = (config.frozen_limit, self._handles, self._counts, keep_texts)
+        return PageCache(config.num_pages, config.page_size, *about)
 
     # For those who measure ----------------------------------------------------------------------------------
 
@@ -390,6 +398,9 @@ class Admission:
         has_seen, forgotten = having_seen(text), self.cache.forget(handle)
         if self.tiers:
             self.tiers.forget(text, namespace)
+            for entry in self.cache.evicted_entries(namespace):
+                if entry.origin.company and has_seen(entry.origin.company):
+                    self.tiers.forget(self.cache.text(entry.handle), namespace)
         for sequence in self._holders | self._returning:
             used = sequence.donors.union(sequence.pages if sequence.is_admitted else ())
             near = sequence.namespace in (namespace, company_namespace(namespace))

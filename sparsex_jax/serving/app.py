@@ -374,7 +374,7 @@ def _forget(engine: Engine, handle: int, namespace: str) -> Forgotten:
 
 def _entry(engine: Engine, handle: int, namespace: str) -> Entry:
     cache = engine.cache
-    if not cache.has_entry(handle) or cache.entry(handle).namespace != namespace:
+    if not cache.knows(handle) or cache.entry(handle).namespace != namespace:
         raise UnknownHandleError(f"handle {handle} is not known: never given out, deleted, or evicted since")
     return dataclasses.replace(cache.entry(handle))  # the event loop's thread reads it
 

@@ -60,7 +60,8 @@ class Loop:
       runner, admission: the device's side and the host's side of the store.
       requests: makes sequences of what callers ask.
       policy: who is next.
-      snapshot: the store's stats as the last round left them. From any thread, also in the middle of a round.
+      snapshot, tiers: the stats of the store, and of the tiers below it if there are any, as the last round left them.
+        From any thread, also in the middle of a round.
     """
 
     def __init__(self, runner: Runner, admission: Admission, tokenizer: Any | None, reuse: ReuseConfig) -> None:
@@ -247,6 +248,7 @@ class Loop:
     def publish(self) -> None:
         """Let `snapshot` say how the store is now."""
         self.snapshot = self.admission.cache.stats()
+        self.tiers = self.admission.tiers.stats() if self.admission.tiers is not None else None
 
     def recover(self) -> bool:
         """After a failure: whether the KV is lost. Then store and cache are new, and what ran is computed again."""

@@ -366,6 +366,7 @@ class Sequence:
         )
         if self.excerpt is not None:
             self.report = report_of_excerpt(*self.excerpt, self.report, num_layers)
+        self.report = dataclasses.replace(self.report, restored_tokens=self.restored_tokens)
 
     def leave(self) -> None:
         """It holds no pages any more, and waits.

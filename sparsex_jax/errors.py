@@ -25,6 +25,10 @@ class FrozenLimitError(NoRoomError):
     """A text cannot be frozen: frozen texts fill as much of the KV store as they may, or as requests leave."""
 
 
+class LinkError(SparsexError):
+    """KV could not be moved between the devices and host memory. What it was copied from is unharmed."""
+
+
 class OverloadedError(SparsexError):
     """The queue of waiting requests is full.
 

@@ -93,6 +93,30 @@ def plan_staircases(
     return [Staircase.of(choice[begin:end], costs) for begin, end, costs in zip(ends, ends[1:], requests, strict=False)]
 
 
+def plan_heights(
+    costs: Costs, *, compute_busy: float = 0.0, load_busy: float = 0.0, within: float = 0.0
+) -> tuple[Int[np.ndarray, "chunks"], float]:
+    """In how many groups, from the first on, each chunk of a prefix is computed, and when both sides have ended.
+
+    What is not stored can be computed in two ways: with all chunks before it, as a staircase does; or alone, once those
+    are there. Then the heights may rise where it stands. The sooner one is taken. Arguments as `plan_staircases`.
+    """
+    busy = {"compute_busy": compute_busy, "load_busy": load_busy, "within": within}
+    [stair] = plan_staircases([costs], **busy)
+    heights = stair.heights(costs.num_chunks)
+    seconds = max(compute_busy + stair.compute_seconds, load_busy + stair.load_seconds)
+    depth = np.where(np.isinf(costs.load), np.arange(1, len(costs.load) + 1)[:, None], 0).max(axis=0)
+    if not depth.any():
+        return heights, seconds
+    alone = np.arange(len(costs.load))[:, None] < depth
+    rest = Costs(np.where(alone, 0.0, costs.compute), np.where(alone, 0.0, costs.load))
+    [stair] = plan_staircases([rest], **busy)
+    behind = max(compute_busy + stair.compute_seconds, load_busy + stair.load_seconds) + costs.compute[alone].sum()
+    return (
+        (np.maximum(stair.heights(costs.num_chunks), depth), float(behind)) if behind < seconds else (heights, seconds)
+    )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stage:
     """A group of a request: seconds of computing and of loading, by the number of leading chunks that are computed.

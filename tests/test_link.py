@@ -9,13 +9,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sparsex_jax import EngineConfig
 from sparsex_jax.device import link as link_module
+from sparsex_jax.device import pieces
 from sparsex_jax.device.link import Link
 from sparsex_jax.errors import LinkError
-from sparsex_jax.model.sharding import make_mesh, sharding
-from sparsex_jax.model.store import STORE_AXES, abstract_store
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.store import abstract_store
 
 MODEL = dataclasses.replace(TINY, num_layers=5, num_kv_heads=4)  # groups of 2 and 1 layers
 ENGINE = EngineConfig(store_tokens=24 * 8, page_size=8, dtype="bfloat16")
@@ -118,6 +121,49 @@ def test_numpy_and_back_also_onto_another_mesh(devices):
     assert block.pages == 3
 
 
+@settings(max_examples=15)
+@given(st.data())
+def test_any_order_of_spills_and_loads_moves_pages_as_numpy_would(data):
+    link, like = made(devices=2)
+    model = random_array(like.shape, like.dtype).copy()
+    store, blocks, some = (
+        on_devices(model, like),
+        [],
+        st.lists(st.integers(0, 23), min_size=1, max_size=16, unique=True),
+    )
+    for _ in range(data.draw(st.integers(1, 6))):
+        pages = data.draw(some)
+        blocks.append((link.spill(store, pages), model[:, pages]))
+        block, content = data.draw(st.sampled_from(blocks))
+        groups = data.draw(st.lists(st.sampled_from(GROUPS), unique=True))
+        rows = data.draw(st.permutations(range(content.shape[1])))[: len(pages)]
+        targets = pages[: len(rows)]
+        store = link.place(store, link.fetch(block, groups), rows, targets)
+        layers = [layer for group in groups for layer in link.layers[group]]
+        model[np.ix_(layers, targets)] = content[np.ix_(layers, rows)]
+    assert same(store, model)
+
+
+def test_a_file_is_mapped_into_memory_and_read(tmp_path):
+    link, like = made()
+    content = random_array((16, 2, *like.shape[2:]), like.dtype)
+    content.tofile(tmp_path / "piece")
+    mapped = np.memmap(tmp_path / "piece", like.dtype, "r", shape=content.shape)
+    block = link.from_numpy([mapped, *(mapped[:, :1] for _ in range(3))])
+    (tmp_path / "piece").write_bytes(b"")  # reading the mapped memory would end the process
+    del mapped
+    assert all(map(same, link.to_numpy(block), [content, *[content[:, :1]] * 3]))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_block_keeps_no_second_copy_of_what_was_read(devices):
+    link, like = made(devices=devices)
+    block = link.spill(on_devices(random_array(like.shape, like.dtype), like), [1, 2])
+    link.to_numpy(block)
+    arrays = [shard.data for piece in block.pieces for shard in piece.addressable_shards]
+    assert all(array._npy_value is None for array in (*block.pieces, *arrays))
+
+
 def test_a_block_of_whole_length_is_copied_from_numpy():
     link, like = made()
     pieces = [random_array((16, len(layers), *like.shape[2:]), like.dtype).copy() for layers in link.layers]
@@ -162,19 +208,19 @@ def test_nothing_is_compiled_after_the_warm_up():
     content = random_array(like.shape, like.dtype)
     store = link.warm_up(on_devices(content, like))
     assert same(store, content)
-    programs = link_module._gather._cache_size(), link_module._scatter._cache_size()
+    programs = pieces.gather._cache_size(), pieces.scatter._cache_size()
     for number in range(1, 17):
         store = link.place(store, link.fetch(link.spill(store, range(number)), [number % 4]), [0], [20])
-    assert (link_module._gather._cache_size(), link_module._scatter._cache_size()) == programs
+    assert (pieces.gather._cache_size(), pieces.scatter._cache_size()) == programs
 
 
 def test_the_store_is_written_in_place():
     """A program that copied the store would need it twice."""
     _, like = made(dataclasses.replace(ENGINE, store_tokens=4096 * 8), devices=2)
-    heads = sharding(make_mesh(2), STORE_AXES, like.shape)
-    piece = jax.ShapeDtypeStruct((16, 2, *like.shape[2:]), like.dtype, sharding=heads)
+    shape = 16, 2, *like.shape[2:]
+    piece = jax.ShapeDtypeStruct(shape, like.dtype, sharding=pieces.piece_sharding(make_mesh(2), shape, "device"))
     pages, layer = jax.ShapeDtypeStruct((16,), np.int32), jax.ShapeDtypeStruct((), np.int32)
-    memory = link_module._scatter.lower(like, piece, pages, layer, mesh=make_mesh(2)).compile().memory_analysis()
+    memory = pieces.scatter.lower(like, piece, pages, layer, mesh=make_mesh(2)).compile().memory_analysis()
     own = np.prod(like.shape) * like.dtype.itemsize // 2
     assert memory.alias_size_in_bytes == own
     assert memory.temp_size_in_bytes < own / 8
@@ -297,3 +343,40 @@ def test_pieces_of_another_shape_are_refused(change):
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         made(**options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu_every_byte_comes_back_from_pinned_memory(dtype):
+    devices = max(number for number in (1, 2, 4) if number <= len(jax.devices()))
+    model = dataclasses.replace(MODEL, num_layers=6, head_dim=64)
+    link, like = made(EngineConfig(store_tokens=64 * 64, page_size=64, dtype=dtype), devices, model)
+    assert link.memory_kind == "pinned_host"
+    pages, targets = np.random.default_rng(0).permuted([range(64), range(64)], axis=1)[:, :13].tolist()
+    old, new = poisoned_pages(like.shape, like.dtype, pages), random_array(like.shape, like.dtype, 1)
+    block = link.from_numpy(link.to_numpy(link.spill(on_devices(old, like), pages)))
+    store = on_devices(new, like)
+    place = [shard.data.unsafe_buffer_pointer() for shard in store.addressable_shards]
+    store = link.place(store, link.fetch(block, GROUPS), range(13), targets)
+    wanted = new.copy()
+    wanted[:, targets] = old[:, pages]
+    assert same(store, wanted)
+    assert [shard.data.unsafe_buffer_pointer() for shard in store.addressable_shards] == place
+    assert {piece.sharding.memory_kind for piece in block.pieces} == {"pinned_host"}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_waits_for_the_device():
+    """A spill and a load are dispatched at once, although the device is busy with something else for longer."""
+    link, like = made(EngineConfig(store_tokens=64 * 64, page_size=64, dtype="bfloat16"))
+    store = link.warm_up(on_devices(np.zeros(like.shape, like.dtype), like))
+    host = link.spill(store, range(16))
+    host.wait()
+    busy = jax.jit(lambda a: jax.lax.fori_loop(0, 200, lambda _, c: (a @ c) * 1e-4, a))
+    matrix = jax.block_until_ready(busy(jax.device_put(np.ones((8192, 8192), ml_dtypes.bfloat16))))
+    began = time.perf_counter()
+    result = busy(matrix)
+    block, arriving = link.spill(store, range(16)), link.fetch(host, GROUPS)
+    dispatched = time.perf_counter() - began
+    jax.block_until_ready((result, block.pieces, arriving.pieces))
+    assert dispatched < 0.3 * (time.perf_counter() - began)

@@ -34,7 +34,6 @@ from sparsex_jax.scheduler.output import Prefill
 NAMESPACE = "demo"
 FOLLOWED_UP = ("full", "prefix", "sparsex", "excerpt")
 REPEATS = 3
-COVERAGE = 0.8  # of excerpts, measured for the embedded model
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +79,7 @@ def run(choice: EngineChoice, max_new_tokens: int, *, as_json: bool) -> None:
 
 def perform(engine: Engine, max_new_tokens: int, bar: Progress) -> Demo:
     prompt = encode_chat(engine.tokenizer, first_message())
-    methods = reuse_methods()
+    methods = reuse_methods(engine.reuse)
     sampling = SamplingParams(max_new_tokens=max_new_tokens)
     sizes = remember_documents(engine, NAMESPACE, bar)
     first = run_methods(engine, prompt, methods, dict.fromkeys(methods, NAMESPACE), sampling, bar)
@@ -90,13 +89,17 @@ def perform(engine: Engine, max_new_tokens: int, bar: Progress) -> Demo:
     return Demo(sizes, prompt, first, run_methods(engine, next_prompt, followed, namespaces, sampling, bar))
 
 
-def reuse_methods() -> dict[str, ReuseConfig]:
+def reuse_methods(default: ReuseConfig) -> dict[str, ReuseConfig]:
     """The methods to compare, by name. `full` must be among them, because the others are compared with it.
 
-    Each does what its name says even where another way is faster, since the demo is to show what it does.
+    Each does what its name says even where another way is faster, since the demo is to show what it does. The engine's
+    default has the options that it has there.
     """
-    methods = (Full(), Prefix(), Naive(), SparseX(), Excerpts(coverage=COVERAGE))
-    return {method.method: method.updated(only_if_faster=False) for method in methods}
+    methods: dict[str, ReuseConfig] = {
+        method.method: method for method in (Full(), Prefix(), Naive(), SparseX(), Excerpts())
+    }
+    methods[default.method] = default
+    return {name: method.updated(only_if_faster=False) for name, method in methods.items()}
 
 
 FOOTNOTE = (

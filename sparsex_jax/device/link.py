@@ -13,31 +13,23 @@ a load makes all wait that is dispatched behind it, which is why `Link.place` ta
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
 
 from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.device.pieces import SIZES, gather, layer_groups, padded_size, piece_sharding, scatter
 from sparsex_jax.errors import LinkError
-from sparsex_jax.model.sharding import sharding, spec
-from sparsex_jax.model.store import STORE_AXES, abstract_store
+from sparsex_jax.model.store import abstract_store
 from sparsex_jax.tiers.blocks import BLOCK_PAGES
 from sparsex_kernels.layout import Store
-
-Piece = Float[Array, "rows _ 2 kv_heads page_size head_dim"]
-
-_PIECE_AXES = ("pages", "layers", "kv", "kv_heads", "slots", "head_dim")
-_STORE, _PIECE, _ALL = spec(STORE_AXES), spec(_PIECE_AXES), PartitionSpec()
-_SIZES = tuple(1 << power for power in range(BLOCK_PAGES.bit_length()))  # pages that a piece is padded to
 
 
 def host_memory_kind(mesh: Mesh) -> str:
@@ -45,50 +37,6 @@ def host_memory_kind(mesh: Mesh) -> str:
     device = mesh.devices.flat[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
     return next((kind for kind in ("pinned_host", "unpinned_host") if kind in kinds), device.default_memory().kind)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh", "groups"))
-def _gather(store: Store, pages: Int[Array, "rows"], *, mesh: Mesh, groups: tuple[range, ...]) -> tuple[Piece, ...]:
-    """These pages of all layers, page-major, a piece for each group of layers."""
-
-    def local(store: Array, pages: Array) -> tuple[Array, ...]:
-        tiles = _tiles(store)
-        rows = (_rows(store.shape[1], pages, group.start, len(group)) for group in groups)
-        return tuple(tiles.at[row].get(mode="promise_in_bounds") for row in rows)
-
-    run = jax.shard_map(local, mesh=mesh, in_specs=(_STORE, _ALL), out_specs=(_PIECE,) * len(groups), check_vma=False)
-    return run(store, pages)
-
-
-@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("store",))
-def _scatter(
-    store: Store, piece: Piece, pages: Int[Array, "rows"], first_layer: Int[Array, ""], *, mesh: Mesh
-) -> Store:
-    """Write each page of a piece into a page of the store, from `first_layer` on. -1 drops it."""
-
-    def local(store: Array, piece: Array, pages: Array, first_layer: Array) -> Array:
-        tiles = _tiles(store)
-        rows = _rows(store.shape[1], pages, first_layer, piece.shape[1])
-        behind = len(tiles) + jnp.arange(rows.size).reshape(rows.shape)  # distinct, as unique indices have to be
-        rows = jnp.where(pages[:, None] >= 0, rows, behind)
-        return tiles.at[rows].set(piece, mode="drop", unique_indices=True).reshape(store.shape)
-
-    run = jax.shard_map(local, mesh=mesh, in_specs=(_STORE, _PIECE, _ALL, _ALL), out_specs=_STORE, check_vma=False)
-    return run(store, piece, pages, first_layer)
-
-
-def _tiles(store: Array) -> Array:
-    """The store as `[layers * pages, 2, kv_heads, page_size, head_dim]`.
-
-    Only its first axis is indexed then: for indices of an inner axis, XLA may bring the whole store into another order
-    and back.
-    """
-    return store.reshape(-1, *store.shape[2:])
-
-
-def _rows(num_pages: int, pages: Array, first_layer: Array | int, layers: int) -> Array:
-    """Where these pages are among the tiles, `[pages, layers]`."""
-    return (first_layer + jnp.arange(layers)) * num_pages + pages[:, None]
 
 
 class _Transfer:
@@ -126,8 +74,8 @@ class _Transfer:
           LinkError: the copy has failed.
         """
         if not self._ended:
-            self._end()
             time.sleep(max(self.due - time.monotonic(), 0.0))
+            self._end()
 
     def _end(self) -> None:
         with _link_errors(self.nbytes):
@@ -138,7 +86,7 @@ class _Transfer:
 class HostBlock(_Transfer):
     """The KV of a block in host memory, or on its way there. It is freed when nothing refers to it any more.
 
-    Until it is ready, a copy of it takes as many bytes of the devices' memory.
+    Until it is ready, a copy of it takes as many bytes of the devices' memory, so few should be on their way at a time.
     """
 
 
@@ -200,8 +148,7 @@ class Link:
         if bytes_per_s is not None and not bytes_per_s > 0:
             raise ValueError(f"bytes_per_s={bytes_per_s} must be above 0")
         self._mesh, self._store = mesh, abstract_store(model, engine, mesh)
-        parts = np.array_split(np.arange(model.num_layers), min(num_groups, model.num_layers))
-        self.layers: tuple[range, ...] = tuple(range(int(part[0]), int(part[-1]) + 1) for part in parts)
+        self.layers = layer_groups(model.num_layers, num_groups)
         self.memory_kind = host_memory_kind(mesh)
         self._shares_memory = mesh.devices.flat[0].platform == "cpu"  # JAX may use a NumPy array's memory as it is
         self._store_kind = mesh.devices.flat[0].default_memory().kind
@@ -210,7 +157,7 @@ class Link:
     def block_bytes(self, pages: int) -> int:
         """Bytes that a block of so many pages takes in host memory: it is padded to 1, 2, 4, 8 or 16 pages."""
         _, _, *page = self._store.shape
-        return _padded(pages) * self._store.shape[0] * math.prod(page) * self._store.dtype.itemsize
+        return padded_size(pages) * self._store.shape[0] * math.prod(page) * self._store.dtype.itemsize
 
     def spill(self, store: Store, pages: Sequence[int]) -> HostBlock:
         """Copy 1 to 16 pages of all layers to host memory. Does not wait: the store may be donated at once.
@@ -219,10 +166,10 @@ class Link:
           LinkError: there is no memory for it.
         """
         self._check_pages(pages)
-        padded = np.full(_padded(len(pages)), pages[-1], np.int32)  # with a page of the same sequence
+        padded = np.full(padded_size(len(pages)), pages[-1], np.int32)  # with a page of the same sequence
         padded[: len(pages)] = pages
         with _link_errors(self.block_bytes(len(pages))):
-            pieces = _gather(store, padded, mesh=self._mesh, groups=self.layers)
+            pieces = gather(store, padded, mesh=self._mesh, groups=self.layers)
             pieces = jax.device_put(pieces, self._shardings(pieces, self.memory_kind))
         return HostBlock(pieces, len(pages), self._down.due(self.block_bytes(len(pages))))
 
@@ -257,13 +204,13 @@ class Link:
         self._check_pages(pages)
         _check_rows(rows, pages, arriving.pages)
         arriving.wait()
-        target = np.full(_padded(arriving.pages), -1, np.int32)
+        target = np.full(padded_size(arriving.pages), -1, np.int32)
         target[list(rows)] = pages
         return self._write(store, arriving, target)
 
     def warm_up(self, store: Store) -> Store:
         """Compile all that `spill` and `place` need. Donates the store, whose content stays as it is."""
-        for size in (size for size in _SIZES if size <= BLOCK_PAGES):
+        for size in SIZES:
             block = self.spill(store, [0] * size)
             arriving = self.fetch(block, range(len(self.layers)))
             store = self._write(store, arriving, np.full(size, -1, np.int32))
@@ -289,7 +236,7 @@ class Link:
         """
         self._check_pieces(pieces)
         pages = len(pieces[0])
-        padded = tuple(_pad(piece, _padded(pages), copy=self._shares_memory) for piece in pieces)
+        padded = tuple(_pad(piece, padded_size(pages), copy=self._shares_memory) for piece in pieces)
         with _link_errors(self.block_bytes(pages)):
             placed = jax.device_put(padded, self._shardings(padded, self.memory_kind))
         block = HostBlock(placed, pages, 0.0)
@@ -298,11 +245,11 @@ class Link:
 
     def _write(self, store: Store, arriving: Arriving, pages: Int[np.ndarray, "rows"]) -> Store:
         for group, piece in zip(arriving.groups, arriving.pieces, strict=True):
-            store = _scatter(store, piece, pages, np.int32(self.layers[group].start), mesh=self._mesh)
+            store = scatter(store, piece, pages, np.int32(self.layers[group].start), mesh=self._mesh)
         return store
 
     def _shardings(self, pieces: Sequence[Array | np.ndarray], memory_kind: str) -> tuple[NamedSharding, ...]:
-        return tuple(sharding(self._mesh, _PIECE_AXES, p.shape).with_memory_kind(memory_kind) for p in pieces)
+        return tuple(piece_sharding(self._mesh, piece.shape, memory_kind) for piece in pieces)
 
     def _check_pages(self, pages: Sequence[int]) -> None:
         """JAX itself would clamp or drop what is outside."""
@@ -331,11 +278,8 @@ def _are_ready(pieces: Sequence[Any]) -> bool:
     return all(piece.is_ready() for piece in pieces)  # which JAX's `Array` has, but does not declare
 
 
-def _padded(pages: int) -> int:
-    return next(size for size in _SIZES if size >= pages)
-
-
 def _pad(piece: np.ndarray, pages: int, *, copy: bool) -> np.ndarray:
+    piece = np.asarray(piece)  # JAX takes no subclasses, such as `np.memmap`
     missing = np.zeros_like(piece, shape=(pages - len(piece), *piece.shape[1:]))
     return np.concatenate([piece, missing]) if copy or len(missing) else piece
 

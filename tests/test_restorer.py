@@ -236,7 +236,7 @@ def test_a_lost_store_stops_all():
 def test_what_is_on_the_link_is_bounded():
     world = World(compute=0.1, load=0.01, in_flight_bytes=2 * BYTES)
     world.begin()
-    assert 2 * BYTES <= world.restorer._traffic.nbytes < 3 * BYTES
+    assert 2 * BYTES <= world.restorer.traffic.nbytes < 3 * BYTES
 
 
 def test_a_turn_is_bounded_and_others_can_work_between():
@@ -252,3 +252,44 @@ def test_chunks_that_do_not_cover_the_prefix_are_refused(spans):
     world = World(compute=0.1, load=0.1)
     with pytest.raises(ValueError, match="chunks start"):
         world.restorer.begin(np.zeros(128, np.int32), list(range(8)), [Chunk(*span, Block()) for span in spans])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_it_ends_and_writes_only_where_it_may(seed):
+    """Prefixes come and are cancelled, blocks are not stored, come late, or fail, and the link may stop."""
+    rng = np.random.default_rng(seed)
+    compute, load, stops = (float(rng.choice(values)) for values in ([0.02, 0.1], [0.01, 0.1, 1.0], [np.inf, 1.0]))
+    world = World(compute=compute, load=load, stops=stops, rise=0.01)
+    restorations, late = [], []
+    for number in range(60):
+        if rng.random() < 0.15:
+            blocks = [random_block(rng, late) for _ in range(rng.integers(1, 10))]
+            restorations.append(world.begin_with(blocks, at=100 * len(restorations)))
+        if restorations and rng.random() < 0.05:
+            world.restorer.cancel(restorations[rng.integers(len(restorations))])
+        if late and rng.random() < 0.5:
+            late.pop().set_result(rng.choice([Block(), None]))
+        before = len(world.link.placed)
+        world.restorer.pump(wait=float(rng.choice([0.0, 0.02])))
+        now_active = {number for number, one in enumerate(restorations) if not one.ended or one.done}
+        assert {pages[0] // 100 for _, pages in world.link.placed[before:]} <= now_active
+    world.run()
+    assert all(one.ended and one.error is None for one in restorations)
+    for one in (one for one in restorations if one.done):
+        assert one.counts.loaded == (one.cells == Cell.LOADED).sum() + recomputed(one)
+        assert not one.runs
+
+
+def recomputed(restoration):
+    """Cells that had been loaded and were computed as well, on the way to one behind them that could not be."""
+    return restoration.counts.loaded + restoration.counts.computed - restoration.cells.size
+
+
+def random_block(rng, late):
+    kind = rng.random()
+    if kind < 0.1:
+        return None
+    if kind < 0.3:
+        late.append(Future())
+        return late[-1]
+    return Block(fails=str(rng.choice(["", "", "", "", "fetch", "arriving", "place"])))

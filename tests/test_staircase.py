@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sparsex_jax.reuse.staircase import Costs, Staircase, plan_staircases
+from sparsex_jax.reuse.staircase import Costs, Staircase, plan_heights, plan_staircases
 
 
 def random_costs(rng, groups, chunks, *, missing=0.0, whole=False) -> Costs:
@@ -91,3 +91,21 @@ def test_who_is_busy_gets_less():
 def test_costs_that_mean_nothing_are_refused(compute, load):
     with pytest.raises(ValueError, match="compute"):
         Costs(np.full((1, 1), compute), np.full((1, 1), load))
+
+
+def test_holes_are_computed_alone_where_that_is_sooner():
+    """The third chunk's second group is not stored: the stairs compute all before it, in both groups."""
+    load = np.full((3, 4), 0.01)
+    load[1, 2] = np.inf
+    heights, seconds = plan_heights(Costs(np.ones((3, 4)), load))
+    assert heights.tolist() == [0, 0, 2, 0]
+    assert 2 < seconds < 2.2
+    heights, seconds = plan_heights(Costs(np.ones((3, 4)), 100 * load))
+    assert heights.tolist() == [2, 2, 2, 0]
+    assert seconds == 6
+
+
+def test_heights_without_holes_are_those_of_the_best_stairs():
+    costs = Costs(np.ones((2, 8)), np.ones((2, 8)))
+    heights, seconds = plan_heights(costs, load_busy=2.0)
+    assert (heights.sum(), seconds) == (9, 9.0)

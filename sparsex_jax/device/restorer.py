@@ -42,6 +42,7 @@ class Restorer:
     Attributes:
       pace: what loads and compute take.
       active: what is being restored.
+      traffic: what is on the link.
       waited_seconds: how long turns waited for loads, with nothing to compute.
     """
 
@@ -66,7 +67,7 @@ class Restorer:
         self._clock, self._sleep = clock, sleep
         self.active: list[Restoration] = []
         self.waited_seconds = 0.0
-        self._traffic: Traffic[Restoration] = Traffic(link, pace, clock)
+        self.traffic: Traffic[Restoration] = Traffic(link, pace, clock)
         self._supplied_at = 0.0  # when the last block came into host memory
         self._coming = 0  # blocks that come into host memory
         self._turns = 0
@@ -87,7 +88,7 @@ class Restorer:
         """
         _check_chunks(chunks, len(tokens), self._runner.engine.page_size)
         self._collect()  # what has arrived long ago says nothing of the link
-        if not self.active and not self._traffic.flights:
+        if not self.active and not self.traffic.flights:
             self.pace.compute.forget()
             self.pace.link.forget()
         restoration = Restoration(tokens, pages, chunks, *self._predictions(chunks))
@@ -107,7 +108,7 @@ class Restorer:
         """The store is lost: stop all. What is on the link is never placed."""
         for restoration in list(self.active):
             self._end(restoration)
-        self._traffic.flights.clear()
+        self.traffic.flights.clear()
 
     def pump(self, wait: float = 0.0) -> bool:
         """A turn: place what has arrived, keep the link busy, and compute a step. It returns when that is computed.
@@ -214,7 +215,7 @@ class Restorer:
 
     def _load(self) -> None:
         """Keep as much on the link as may be, of the restoration that lacks most first."""
-        while self._traffic.nbytes < self._in_flight_bytes:
+        while self.traffic.nbytes < self._in_flight_bytes:
             lacking = sorted(self.active, key=lambda one: -one.missing_tokens)
             following = ((one, one.next_load()) for one in lacking)
             found = next(((one, load) for one, load in following if load is not None), None)
@@ -230,7 +231,7 @@ class Restorer:
         seconds = self.pace.load_seconds(1.0) * np.cumsum(restoration.nbytes[groups, chunk])
         groups = groups[: max(int((seconds <= _LOAD_SECONDS).sum()), 1)]
         restoration.coming(chunk, groups)
-        if not self._traffic.send(restoration, chunk, groups, block):
+        if not self.traffic.send(restoration, chunk, groups, block):
             restoration.lose(chunk, groups)
 
     def _take_over(self, restoration: Restoration) -> bool:
@@ -238,14 +239,14 @@ class Restorer:
         last = restoration.last_to_compute()
         if last is None:
             return False
-        if _MARGIN * self._traffic.seconds(float(restoration.nbytes[last])) >= self._seconds_to_compute():
+        if _MARGIN * self.traffic.seconds(float(restoration.nbytes[last])) >= self._seconds_to_compute():
             return False
         restoration.leave_to_link(*last)
         return True
 
     def _collect(self) -> None:
         """Place what has arrived."""
-        for flight in self._traffic.take_arrived():
+        for flight in self.traffic.take_arrived():
             if flight.owner.wants(flight.chunk, flight.groups):
                 self._place(flight)
 
@@ -278,7 +279,7 @@ class Restorer:
         nbytes = sum((float(one.nbytes[one.to_load].sum()) for one in self.active), 0.0)
         late = self._clock() - self._supplied_at
         supply = [max(chunk.seconds, late) for one in self.active for chunk in one.chunks if chunk.is_coming]
-        return max(self._traffic.seconds(nbytes), sum(supply))
+        return max(self.traffic.seconds(nbytes), sum(supply))
 
     def _wait(self, seconds: float) -> None:
         """Until something has arrived or is worth computing, but no longer than this."""
@@ -289,7 +290,7 @@ class Restorer:
 
     def _has_news(self) -> bool:
         supplied = self._note_supply()
-        return supplied or self._traffic.any_arrived() or self._next_step() is not None
+        return supplied or self.traffic.any_arrived() or self._next_step() is not None
 
     def _note_supply(self) -> bool:
         """Whether blocks have come into host memory since this was asked last."""

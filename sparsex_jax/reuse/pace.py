@@ -12,6 +12,7 @@ from sparsex_jax.reuse.cost import Speeds
 _WEIGHT = 0.2  # of the newest measurement
 _MOST = 4.0  # times longer or shorter than expected; what is beyond counts as this
 _FORGET = 0.9
+_FEW = 3
 # Where speeds were not measured: seconds of a row in a layer, and of a key that it attends to. The first prefix that is
 # computed corrects them.
 _ROW, _KEY = 1e-6, 1e-10
@@ -27,19 +28,26 @@ class Factor:
     def __init__(self, value: float = 1.0, *, known: bool = True) -> None:
         """
         Args:
-          known: whether it rests on a measurement. If not, the first one counts in full.
+          known: whether it rests on a measurement. If not, the fastest of the first few counts in full: some of them
+            are of programs that were compiled meanwhile.
         """
-        self.value, self._first, self.known = value, value, known
+        self.value, self._first, self._measured = value, value, _FEW if known else 0
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was measured."""
+        return self._measured > 0
 
     def correct(self, expected: float, took: float) -> None:
         """Take in how long something took that by this factor was expected to take so long."""
         if min(expected, took) <= 0:
             return
-        if self.known:
-            self.value *= min(max(took / expected, 1 / _MOST), _MOST) ** _WEIGHT
+        ratio = took / expected
+        if self._measured == _FEW:
+            self.value *= min(max(ratio, 1 / _MOST), _MOST) ** _WEIGHT
         else:
-            self.value *= took / expected
-            self._first, self.known = self.value, True
+            self.value *= min(ratio, 1.0) if self.known else ratio
+            self._first, self._measured = self.value, self._measured + 1
 
     def forget(self) -> None:
         """Move a little back to what it was at first. What was slow once would never be tried again otherwise."""

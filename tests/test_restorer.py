@@ -70,8 +70,7 @@ class SlowRunner(Runner):
     def __init__(self, world, seconds, rise=0.0):
         self.world, self.seconds, self.rise, self.store = world, seconds, rise, np.zeros(1)
         self.engine, self.model = SimpleNamespace(page_size=PAGE), SimpleNamespace(num_layers=LAYERS)
-        self.ran = []
-        self.error = None
+        self.ran, self.losses, self.error = [], 0, None
 
     def begin(self, requests):
         prompt = requests[0].prompt
@@ -226,11 +225,12 @@ def test_a_device_that_fails_ends_it_with_the_error():
 def test_a_lost_store_stops_all():
     world = World(compute=0.1, load=0.1)
     both = world.begin(), world.begin(at=100)
-    world.restorer.reset()
+    world.runner.losses += 1
     world.now += 10
     assert not world.restorer.pump()
-    assert all(one.ended for one in both)
+    assert all(one.ended and not one.done for one in both)
     assert world.link.placed == []
+    world.run(world.begin())
 
 
 def test_what_is_on_the_link_is_bounded():

@@ -70,7 +70,7 @@ class Restorer:
         self.traffic: Traffic[Restoration] = Traffic(link, pace, clock)
         self._supplied_at = 0.0  # when the last block came into host memory
         self._coming = 0  # blocks that come into host memory
-        self._turns = 0
+        self._turns, self._losses = 0, runner.losses
 
     # From outside -------------------------------------------------------------------------------------------
 
@@ -87,6 +87,7 @@ class Restorer:
           ValueError: the chunks do not follow each other, or do not end where the tokens do.
         """
         _check_chunks(chunks, len(tokens), self._runner.engine.page_size)
+        self._end_if_lost()
         self._collect()  # what has arrived long ago says nothing of the link
         if not self.active and not self.traffic.flights:
             self.pace.compute.forget()
@@ -104,16 +105,17 @@ class Restorer:
         if restoration in self.active:
             self._end(restoration)
 
-    def reset(self) -> None:
-        """The store is lost: stop all. What is on the link is never placed."""
-        for restoration in list(self.active):
-            self._end(restoration)
-        self.traffic.flights.clear()
+    def _end_if_lost(self) -> None:
+        """Stop all if the store was lost: the cells that were in it are gone."""
+        if self._losses != self._runner.losses:
+            self._losses = self._runner.losses
+            for restoration in list(self.active):
+                self._end(restoration)
 
     def pump(self, wait: float = 0.0) -> bool:
         """A turn: place what has arrived, keep the link busy, and compute a step. It returns when that is computed.
 
-        A restoration that fails ends with its `error`.
+        A restoration that fails ends with its `error`. If the runner lost the store since, all end without being done.
 
         Args:
           wait: with nothing to compute, for how many seconds to wait for loads.
@@ -121,6 +123,7 @@ class Restorer:
         Returns:
           Whether anything is still being restored.
         """
+        self._end_if_lost()
         self._note_supply()
         self._collect()
         self._load()

@@ -107,7 +107,8 @@ def demo(
     from sparsex_jax.cli.generate import EngineChoice
 
     with clear_errors():
-        run(EngineChoice(model, dtype, store_tokens=12288), max_new_tokens, as_json=as_json)
+        choice = EngineChoice(model, dtype, store_tokens=12288, company_tokens=options.COMPANY_TOKENS)
+        run(choice, max_new_tokens, as_json=as_json)
 
 
 @app.command()
@@ -183,7 +184,7 @@ def serve(
     company_tokens: Annotated[
         int,
         typer.Option(help="Prefill knowledge behind at most this many tokens of its namespace. 0: alone."),
-    ] = 1024,
+    ] = options.COMPANY_TOKENS,
     request_log: Annotated[
         Path | None,
         typer.Option(help="A file for a line of JSON about each request; - for standard output.", dir_okay=False),

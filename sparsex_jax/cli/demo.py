@@ -136,7 +136,8 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def remember_documents(engine: Engine, namespace: str, bar: Progress) -> dict[str, int]:
-    """Remember the beginning of the prompt and the documents, each alone. Returns the number of tokens of each."""
+    """Remember the beginning of the prompt and the documents, as a server does: each behind some of those
+    before it. Returns the number of tokens of each."""
     opening = render(engine.tokenizer, INSTRUCTION).partition(INSTRUCTION)[0] + INSTRUCTION
     texts = {"instruction": opening} | DOCUMENTS
     for text in bar.track(texts.values(), description="Remembering documents"):
@@ -209,7 +210,7 @@ def _as_dicts(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
 def show(engine: Engine, demo: Demo, console: Console) -> None:
     report = demo.first["excerpt"].report
     names = ", ".join(f"{name} ({tokens})" for name, tokens in demo.sizes.items())
-    console.print(Text.assemble(("Remembered, each alone (tokens): ", "bold"), names))
+    console.print(Text.assemble(("Remembered, each in the company of those before (tokens): ", "bold"), names))
     console.print(Text.assemble(("Asked, with the notes in another order: ", "bold"), QUESTION))
     console.print(_table(demo.first))
     console.print(Text(FOOTNOTE, style="dim"))

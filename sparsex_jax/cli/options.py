@@ -16,6 +16,9 @@ _REUSE = "Reuse"
 _SAMPLING = "Sampling"
 
 PromptArgument = Annotated[str, typer.Argument(help="The prompt; `-` reads it from standard input.")]
+# What a server prefills a text to remember behind, at most: of what its namespace has.
+COMPANY_TOKENS = 1024
+
 Model = Annotated[
     str, typer.Option(help="An embedded model's name, a GGUF file, a Hugging Face directory or a converted one.")
 ]

@@ -91,7 +91,7 @@ def predicted_fraction(model: ModelConfig, reuse: ReuseConfig, prompt: PromptMap
       InvalidRequestError: an option is wrong for the model.
     """
     method, num_layers = method_of(reuse), model.num_layers
-    probe = method.probe(prompt, lambda: np.ones(len(prompt), bool), num_layers)
+    probe = method.probe(prompt, lambda: np.zeros(len(prompt), int), num_layers)
     if probe is not None:
         return flops_fraction(model, reuse, _predicted_excerpt(prompt, probe, num_layers))
     phases = method.phases(prompt, num_layers)

@@ -47,10 +47,11 @@ def test_what_was_evicted_comes_back_exactly():
     fill(engine, prompts)
     for prompt in prompts:
         back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
-        assert back.report.computed_fraction < 0.02
+        assert back.report.prefix_tokens == LONG - 1
+        assert back.report.restored_tokens > 0
         np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
     check(engine)
-    assert engine.admission.tiers.counts.host_tokens >= 3 * (LONG - 1)
+    assert engine.admission.tiers.counts.host_tokens > 3 * PAGE
 
 
 def test_loaded_bytes_are_those_that_were_stored():
@@ -124,7 +125,7 @@ def test_a_lost_store_is_filled_again_from_host_memory():
     engine.runner.store.delete()
     assert engine.loop.recover()
     back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
-    assert back.report.computed_fraction < 0.02
+    assert back.report.prefix_tokens == LONG - 1
     np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
 
 
@@ -164,7 +165,8 @@ def test_a_restart_finds_what_the_disk_has(tmp_path):
     again = tiny_engine(**SMALL, **disk)
     for prompt in prompts:
         back = again.prefill(prompt, reuse=ReuseConfig("prefix"))
-        assert back.report.computed_fraction < 0.02
+        assert back.report.prefix_tokens == LONG - 1
+        assert back.report.restored_tokens > 0
         np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
     check(again)
     again.close()
@@ -181,7 +183,7 @@ def test_a_broken_file_is_computed_again(tmp_path):
         path.write_bytes(data)
     again = tiny_engine(**SMALL, **disk)
     back = again.prefill(prompts[0], reuse=ReuseConfig("prefix"))
-    assert back.report.computed_fraction == 1
+    assert back.report.computed_fraction > 0.75  # all but the part of a block, which may be whole
     np.testing.assert_allclose(back.logits, exact(prompts[0]), atol=1e-3)
     assert again.admission.tiers.counts.lost > 0
     check(again)

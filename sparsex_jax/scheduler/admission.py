@@ -27,6 +27,7 @@ from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler.choice import Choice
 from sparsex_jax.scheduler.company import Neighbours
+from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.scheduler.tiers import Tiers
 
@@ -40,7 +41,7 @@ class Admission:
       cache: what is in the store. A new one after `start_over`.
       choice: what of that a plan uses.
       company_tokens: `EngineConfig.company_tokens`.
-      tiers: what is below the store; None: nothing.
+      tiers, restoring: what is below the store, and what comes back from there; None: nothing.
       releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
     """
 
@@ -52,6 +53,7 @@ class Admission:
         """
         self._model, self._config = model, config
         self.tiers: Tiers | None = None
+        self.restoring: Restoring | None = None
         self.choice = Choice(model, config.page_size, measure)
         self.company_tokens = config.company_tokens
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
@@ -70,8 +72,9 @@ class Admission:
         self._holders, self._returning = set(), set()
         lost, self.cache = self.cache, self._new_cache()
         self.cache.know_texts_of(lost)
-        if self.tiers:
+        if self.tiers and self.restoring:
             self.tiers.lose()
+            self.restoring.cancel_all(self.cache)
         self.releases += 1
 
     def _new_cache(self) -> PageCache:
@@ -149,14 +152,9 @@ class Admission:
         self._holders.add(sequence)
         self._returning.discard(sequence)
 
-    def is_loading(self, sequence: Sequence) -> bool:
-        """Whether something that a waiting sequence will find is being read from the disk. Each asks for it once."""
-        if self.tiers is None or not self.tiers.has_disk:
-            return False
-        if sequence.asked_of_disk is None:
-            tokens, reuse = sequence.to_prefill()
-            sequence.asked_of_disk = self.tiers.ask(self.cache, tokens, sequence.namespace, method_of(reuse))
-        return self.tiers.is_reading(sequence.asked_of_disk)
+    def is_coming(self, sequence: Sequence) -> bool:
+        """Whether something comes from a lower tier that a waiting sequence will find. Asking makes it come."""
+        return self.restoring is not None and self.restoring.is_coming(self.cache, sequence)
 
     def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Int64[np.ndarray, "tokens"]:
         """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
@@ -382,6 +380,8 @@ class Admission:
             self.withdraw(sequence)
         elif self.tiers and sequence.is_admitted and sequence.keep and not sequence.remember:
             self.tiers.keep(self.cache, sequence.pages)
+        if self.restoring:
+            self.restoring.cancel(self.cache, sequence)
         self.leave(sequence)
         self._returning.discard(sequence)
         sequence.finish(reason, error)
@@ -396,7 +396,8 @@ class Admission:
         """
         text, namespace = self.cache.text(handle), self.cache.entry(handle).namespace
         has_seen, forgotten = having_seen(text), self.cache.forget(handle)
-        if self.tiers:
+        if self.tiers and self.restoring:
+            self.restoring.cancel_all(self.cache)  # some of it may be on its way
             self.tiers.forget(text, namespace)
             for entry in self.cache.evicted_entries(namespace):
                 if entry.origin.company and has_seen(entry.origin.company):
@@ -410,7 +411,8 @@ class Admission:
 
     def check_books(self) -> None:
         """Raise AssertionError unless sequences hold what the cache says. For tests: it walks the whole store."""
-        self.cache.check([page for one in self._holders for page in (*one.pages, *one.copy_pages)])
+        coming = self.restoring.pages if self.restoring else []
+        self.cache.check([*coming, *(page for one in self._holders for page in (*one.pages, *one.copy_pages))])
 
 
 def _require_name(namespace: str) -> None:

@@ -256,11 +256,14 @@ class Loop:
 
     def _move_blocks(self, *, idle: bool) -> None:
         """Take what came from other tiers, and send what is to go there. Who has nothing else to do waits a moment."""
-        tiers = self.admission.tiers
-        if tiers is not None:
-            tiers.pump(self.admission.cache)
-            if idle and tiers.busy:
-                tiers.wait(MOMENT)
+        tiers, restoring = self.admission.tiers, self.admission.restoring
+        if tiers is None or restoring is None:
+            return
+        tiers.pump(self.admission.cache)
+        if restoring.active:
+            restoring.pump(MOMENT if idle else 0.0)
+        elif idle and tiers.busy:
+            tiers.wait(MOMENT)
 
     def _drop(self, sequences: Several[Sequence]) -> None:
         with self._one_round():

@@ -28,13 +28,13 @@ from jaxtyping import Int32
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.cache.company import company_namespace
 from sparsex_jax.cache.tree import Node
-from sparsex_jax.config import ReuseConfig
 from sparsex_jax.device.link import Arriving, HostBlock, Link
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.errors import StoreFullError
 from sparsex_jax.model.digest import weights_digest
 from sparsex_jax.reuse.methods import Method
-from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
+from sparsex_jax.scheduler.blocks import blocks_of, maker_of
+from sparsex_jax.tiers.blocks import Block
 from sparsex_jax.tiers.disk import DiskStore
 from sparsex_jax.tiers.host import HostStore
 from sparsex_jax.tiers.index import BlockIndex, Found
@@ -52,6 +52,7 @@ class TierCounts:
       spilled_bytes, loaded_bytes: from the device to host memory, and back.
       read_bytes: from the disk.
       host_tokens, disk_tokens: tokens that prompts got from blocks that were in host memory, or on disk only.
+      overtaken: pieces of blocks that were to be loaded, and were computed because they were late.
       evictions: blocks that host memory lost.
       lost: blocks that were to be read from the disk and were not there, or not whole.
     """
@@ -61,6 +62,7 @@ class TierCounts:
     read_bytes: int = 0
     host_tokens: int = 0
     disk_tokens: int = 0
+    overtaken: int = 0
     evictions: int = 0
     lost: int = 0
 
@@ -99,17 +101,22 @@ class Tiers:
         self._going: deque[tuple[Block, list[Node], list[int]]] = deque()
         self._moving: list[tuple[Block, HostBlock]] = []
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tiers") if disk is not None else None
-        self._reading: dict[bytes, Future[list[np.ndarray] | None]] = {}
+        self._reading: dict[bytes, Future[HostBlock | None]] = {}
         self._writing: dict[bytes, Future[None]] = {}
         for block in disk.blocks() if disk is not None else ():
             self.index.add(block)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of KV in all layers."""
+        return self._link.block_bytes(1) / self.index.page_size
 
     # Going down ---------------------------------------------------------------------------------------------
 
     def keep(self, cache: PageCache, pages: Several[int]) -> None:
         """Put the blocks of committed pages in line to go down: those of one sequence, from its beginning on."""
         line = {block.key for block, _, _ in self._going}
-        for block, nodes, its_pages in _blocks_of(cache, pages):
+        for block, nodes, its_pages in blocks_of(cache, pages):
             if block.key in self._host:
                 self._host.use(block.key)
             elif block.key not in line and not self.index.has_all_of(block):
@@ -159,23 +166,20 @@ class Tiers:
 
     # Coming back --------------------------------------------------------------------------------------------
 
-    def ask(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> set[bytes]:
-        """Read from the disk what a prompt lacks, on another thread. The keys of what is being read."""
-        match = self._look(cache, tokens, namespace, method)
-        cache.unpin(match)
-        chain, others = self._lacking(tokens, namespace, method, match)
-        wanted = [found.block.key for found in (*chain, *others)]
-        for key in wanted:
-            if key not in self._host and key not in self._reading and self._threads is not None:
-                self._reading[key] = self._threads.submit(self._read, key)
-        return {key for key in wanted if key in self._reading}
+    def read(self, key: bytes) -> HostBlock | Future[HostBlock | None] | None:
+        """A block that is in host memory, or that is read from the disk on another thread. None if it is in neither."""
+        if key in self._host:
+            return self._host.use(key)
+        if key not in self._reading and self._threads is not None and self._is_on_disk(key):
+            self._reading[key] = self._threads.submit(self._read, key)
+        return self._reading.get(key)
 
     def is_reading(self, keys: Iterable[bytes]) -> bool:
         return not self._reading.keys().isdisjoint(keys)
 
     @property
-    def has_disk(self) -> bool:
-        return self._disk is not None
+    def has_blocks(self) -> bool:
+        return bool(self.index.blocks)
 
     def wait(self, seconds: float) -> None:
         """Wait until something is read, but so long at most."""
@@ -184,30 +188,29 @@ class Tiers:
         else:
             time.sleep(seconds)
 
-    def _read(self, key: bytes) -> list[np.ndarray] | None:
+    def _read(self, key: bytes) -> HostBlock | None:
         assert self._disk is not None
         try:
             found = self._disk.get(key)
+            return None if found is None else self._link.from_numpy(found[1])
         except Exception:
             log.exception("a block could not be read from the disk tier")
             return None
-        return None if found is None else found[1]
 
     def _take_read(self) -> None:
         for key, future in list(self._reading.items()):
             if future.done():
                 del self._reading[key]
-                self._take_pieces(key, future.result())
+                self._take_block(key, future.result())
 
-    def _take_pieces(self, key: bytes, pieces: list[np.ndarray] | None) -> None:
+    def _take_block(self, key: bytes, kept: HostBlock | None) -> None:
         block = self.index.blocks.get(key)
         if block is None:  # forgotten meanwhile
             return
-        if pieces is None:
+        if kept is None:
             self.counts.lost += 1
             self._drop([key])
             return
-        kept = self._link.from_numpy(pieces)
         self.counts.read_bytes += kept.nbytes
         self.counts.disk_tokens += block.num_tokens
         self._put(block, kept)
@@ -219,9 +222,9 @@ class Tiers:
         """
         if not len(self._host):
             return 0
-        match = self._look(cache, tokens, namespace, method)
+        match = self.look(cache, tokens, namespace, method)
         try:
-            chain, others = self._lacking(tokens, namespace, method, match)
+            chain, others = self.lacking(tokens, namespace, method, match)
             chain = list(itertools.takewhile(self._is_here, chain))
             loaded = self._restore_prefix(cache, tokens, namespace, match, chain)
             loaded += sum(self._restore_segment(cache, found) for found in filter(self._is_here, others))
@@ -235,7 +238,7 @@ class Tiers:
     def _is_here(self, found: Found) -> bool:
         return found.block.key in self._host
 
-    def _look(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> Match:
+    def look(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> Match:
         """What the store has already."""
         return cache.lookup(
             tokens,
@@ -247,7 +250,7 @@ class Tiers:
             counted=False,
         )
 
-    def _lacking(
+    def lacking(
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
     ) -> tuple[list[Found], list[Found]]:
         """Blocks that go on where the prompt's prefix in the store ends, in order, and those with other segments."""
@@ -256,17 +259,15 @@ class Tiers:
             lacking[begin:end] = False
         chain: list[Found] = []
         if method.uses_prefix:
-            whole = self.index.prefix(tokens[:-1], namespace, functools.partial(self._accepts, method))
+            accepts = functools.partial(method.accepts, num_layers=self._runner.model.num_layers)
+            whole = self.index.prefix(tokens[:-1], namespace, lambda block: accepts(maker_of(block)))
             chain = [each for each in whole if each.block.start + each.num_tokens > match.num_prefix_tokens]
-            lacking[: _end(chain)] = False
+            lacking[: end_of(chain)] = False
         others: list[Found] = []
         if method.uses_segments:
             others = self.index.segments(tokens, namespace, lacking, method.min_segment_tokens)
         known = {each.block.key for each in chain}
         return chain, [each for each in others if each.block.key not in known]
-
-    def _accepts(self, method: Method, made_by: str) -> bool:
-        return method.accepts(ReuseConfig(**json.loads(made_by)), self._runner.model.num_layers)
 
     def _restore_prefix(
         self,
@@ -279,7 +280,7 @@ class Tiers:
         if not chain:
             return 0
         page_size, shared = self.index.page_size, match.prefix_pages
-        end = _end(chain)
+        end = end_of(chain)
         first, last = len(shared), -(-end // page_size)
         if last <= first:
             return 0
@@ -290,7 +291,7 @@ class Tiers:
         made = [each.block for each in chain if each.block.exact < each.num_tokens]
         exact = made[0].start + made[0].exact if made else end
         exact = min(exact, match.num_exact_tokens) if match.num_exact_tokens < match.num_prefix_tokens else exact
-        made_by = ReuseConfig(**json.loads(made[0].made_by)) if made else None
+        made_by = maker_of(made[0]) if made else None
         cache.commit(pages, tokens[:end], namespace, exact_tokens=exact, made_by=made_by)
         cache.release(pages)
         return end - match.num_prefix_tokens
@@ -300,8 +301,9 @@ class Tiers:
         pages = cache.allocate(-(-block.num_tokens // self.index.page_size))
         self._load([(block, range(len(pages)), pages)])
         tokens = np.frombuffer(block.tokens, np.int32)
-        made_by = ReuseConfig(**json.loads(block.made_by)) if block.made_by else None
-        cache.commit(pages, tokens, block.namespace, exact_tokens=block.exact, start=block.start, made_by=made_by)
+        cache.commit(
+            pages, tokens, block.namespace, exact_tokens=block.exact, start=block.start, made_by=maker_of(block)
+        )
         cache.release(pages)
         return block.num_tokens
 
@@ -385,7 +387,7 @@ def _rows_of(found: Found, first: int, pages: list[int], page_size: int) -> tupl
     return found.block, rows, pages[begin + rows.start : begin + rows.stop]
 
 
-def _end(chain: list[Found]) -> int:
+def end_of(chain: list[Found]) -> int:
     """Where the last block of a prefix ends in the prompt."""
     return chain[-1].block.start + chain[-1].num_tokens if chain else 0
 
@@ -396,55 +398,13 @@ def _ranges(match: Match) -> Iterator[tuple[int, int]]:
         yield segment.start, segment.end
 
 
-def _blocks_of(cache: PageCache, pages: Several[int]) -> Iterator[tuple[Block, list[Node], list[int]]]:
-    """Blocks of the committed pages of one sequence, with their nodes and pages, up to where one is not
-    as it should be."""
-    before = b""
-    for start in range(0, len(pages), BLOCK_PAGES):
-        its_pages = list(pages[start : start + BLOCK_PAGES])
-        nodes = [node for node in map(cache.tree.node_of.__getitem__, its_pages) if node is not None]
-        whole = _alike(nodes)
-        if whole:
-            block = _block(nodes[:whole], before)
-            yield block, nodes[:whole], its_pages[:whole]
-            before = block.key
-        if whole < BLOCK_PAGES:
-            return
-
-
-def _alike(nodes: list[Node]) -> int:
-    """How many leading nodes follow each other and have one `made_by` at most."""
-    first: dict[str, int] = {}
-    for i, node in enumerate(nodes):
-        if node.exact < node.length:
-            first.setdefault(_maker(node), i)
-    return sorted(first.values())[1] if len(first) > 1 else len(nodes)
-
-
-def _maker(node: Node) -> str:
-    assert isinstance(node.made_by, ReuseConfig)
-    return json.dumps(node.made_by.to_dict())
-
-
-def _block(nodes: list[Node], before: bytes) -> Block:
-    approximate = next((i for i, node in enumerate(nodes) if node.exact < node.length), len(nodes))
-    exact = sum(node.length for node in nodes[:approximate])
-    rest = nodes[approximate:]
-    exact += rest[0].exact if rest else 0
-    made_by = _maker(rest[0]) if rest else ""
-    return Block(nodes[0].namespace, nodes[0].start, b"".join(node.key for node in nodes), exact, made_by, before)
-
-
-def make_tiers(runner: Runner) -> Tiers | None:
-    """The tiers that an engine's configuration asks for; None if it asks for none.
+def make_tiers(runner: Runner, link: Link) -> Tiers:
+    """The tiers that an engine's configuration asks for.
 
     Raises:
       DiskStoreError: the directory cannot be used, or another process has it.
     """
     engine = runner.engine
-    if not engine.host_store_bytes:
-        return None
-    link = Link(runner.model, engine, runner.mesh)
     if engine.disk_store is None:
         return Tiers(runner, link, engine.host_store_bytes)
     disk = DiskStore(engine.disk_store, engine.disk_store_bytes, _fingerprint(runner, link))

@@ -22,8 +22,8 @@ TOKEN_BYTES = 4
 MOST_COMPARED = 16  # blocks that go on alike, of which the one is looked for that goes on as the prompt does
 LEAST_SHARE = 4  # a block is loaded for segments if at least one token in so many of it is wanted
 
-# Whether approximate KV may be in a prefix, by `Block.made_by`.
-Accepts = Callable[[str], bool]
+# Whether a block's approximate KV may be in a prefix.
+Accepts = Callable[[Block], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ class BlockIndex:
                 break
             level = deeper
         candidates = [self.blocks[key] for key in itertools.islice(level, MOST_COMPARED)]
-        usable = [block for block in candidates if block.exact == block.num_tokens or accepts(block.made_by)]
+        usable = [block for block in candidates if block.exact == block.num_tokens or accepts(block)]
         if not usable:
             return None
         best = max(usable, key=lambda block: (_common(block.tokens, tokens), block.exact))

@@ -1,12 +1,12 @@
 """Measures what a tier below the store is worth: sessions that come back after others had the store.
 
-    python scripts/bench_tiers.py [--model llama-3.1-8b] [--sessions 16] [--length 16384] [--room 8] [--tiers 0 0.25 1.5]
+    python scripts/bench_tiers.py [--model llama-3.1-8b] [--sessions 16] [--length 16384] [--room 8] [--tiers 0 1.25]
 
-The weights are random, since the figures depend on shapes alone. Sessions come in turn with a prompt each, and the store
-has room for some of them only. Then they all come back with a few tokens more, in the same order, so that each finds
-that the others have had its pages. A tier is given as a share of what all sessions have; 0 is none. For each tier: the
-median time to the first token of those who come, and of those who come back, in milliseconds, and how many tokens were
-loaded for them. Prints a line for each and writes `scripts/results/tiers-<model>-<device>.json`.
+The weights are random, since the figures depend on shapes alone. Sessions come in turn with a prompt each, and the
+store has room for some of them only. Then they all come back with a few tokens more, in the same order, so that each
+finds that the others have had its pages. A tier is given as a share of what all sessions have; 0 is none. For each tier:
+the median time to the first token of those who come, and of those who come back, in milliseconds, and how many tokens
+were loaded for them. Prints a line for each and writes `scripts/results/tiers-<model>-<device>.json`.
 """
 
 import argparse
@@ -38,6 +38,8 @@ def measure(args: argparse.Namespace, share: float) -> Iterator[dict[str, object
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, model.vocab_size, args.length).astype(np.int32) for _ in range(args.sessions)]
     reuse = ReuseConfig("prefix")
+    if engine.admission.tiers is not None:
+        engine.admission.tiers.warm_up()
     warm_up(engine, args, rng)
     for when in ("first", "back"):
         reports = []

@@ -118,7 +118,7 @@ def restore(engine, seed, fates, monkeypatch, *, first_page=0, random_heights=Tr
     poison(runner, NEW)
     before = np.asarray(runner.store)
     if random_heights:
-        monkeypatch.setattr(restorer_module, "plan_heights", lambda costs, **_: (random_stairs(rng, costs), 1.0))
+        monkeypatch.setattr(restorer_module, "plan_heights", lambda costs, **_: (random_stairs(rng, costs), 0.0))
     chunks, pages = cut(rng, first_page, blocks), OLD[:first_page] + NEW[first_page:NUM_PAGES]
     restorer = Restorer(runner, link, Pace(None, 1e9, known=False), turn_seconds=float(rng.choice([1e-9, 1.0])))
     restoration = restorer.begin(PROMPT[:LENGTH], pages, chunks)

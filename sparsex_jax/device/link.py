@@ -216,6 +216,20 @@ class Link:
             store = self._write(store, arriving, np.full(size, -1, np.int32))
         return store
 
+    def reserve(self, store: Store, nbytes: int) -> None:
+        """Have so much host memory pinned now. Pinning is slow, and the first blocks would wait for it: 18 s for 40 GB.
+
+        Raises:
+          LinkError: there is not so much memory.
+        """
+        if self._shares_memory:
+            return  # nothing is pinned on a CPU
+        size = self.block_bytes(BLOCK_PAGES)
+        held = []
+        for _ in range(nbytes // size):
+            held.append(self.spill(store, [0] * BLOCK_PAGES))
+            held[-1].wait()  # else their copies on the devices would be held too
+
     def to_numpy(self, block: HostBlock) -> list[np.ndarray]:
         """Its pieces without padding, with the heads of all devices. Waits until it is ready.
 

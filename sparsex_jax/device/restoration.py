@@ -107,6 +107,7 @@ class Restoration:
       cells: a `Cell` for each group and chunk.
       runs: of chunks that are computed in part, the prefill, which rests before a group.
       expected_seconds: until it is done, as planned when it began.
+      patient_until: before this time, by the restorer's clock, nothing is computed that was not planned.
       counts: what became of the cells so far.
       turn: of the restorer's turns, the last one that computed for it.
       ended: whether nothing is done for it any more.
@@ -128,7 +129,7 @@ class Restoration:
         self.height: Int[np.ndarray, "chunks"] = np.zeros(len(chunks), int)
         self.runs: dict[int, PrefillRun] = {}
         self.progress = np.zeros(len(chunks), int)  # groups that the chunk's run, if it has one, is through with
-        self.expected_seconds, self.counts = 0.0, RestoreCounts()
+        self.expected_seconds, self.patient_until, self.counts = 0.0, 0.0, RestoreCounts()
         self.turn, self.ended = 0, False
         self.error: Exception | None = None
 
@@ -226,6 +227,7 @@ class Restoration:
     def lose(self, chunk: int, groups: Sequence[int]) -> None:
         """These cells cannot be loaded, so they are computed."""
         self.counts.failed += len(groups)
+        self.patient_until = 0.0
         self.stored[groups, chunk], self.cells[groups, chunk] = False, Cell.ABSENT
         self.height[chunk] = max(self.height[chunk], max(groups) + 1)
 

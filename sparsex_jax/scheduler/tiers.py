@@ -330,6 +330,11 @@ class Tiers:
         self.lose()
         self._drop(list(self.index.blocks))
 
+    def warm_up(self) -> None:
+        """Compile what moves blocks, and have host memory ready."""
+        self._runner.store = self._link.warm_up(self._runner.store)
+        self._link.reserve(self._runner.store, self._host.limit_bytes)
+
     def forget(self, text: Int32[np.ndarray, "text"], namespace: str) -> None:
         """Remove every block with a copy of a text, and those that are on their way."""
         for name in (namespace, company_namespace(namespace)):

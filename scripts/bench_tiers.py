@@ -4,7 +4,7 @@
 
 The weights are random, since the figures depend on shapes alone. Sessions come in turn with a prompt each, and the
 store has room for some of them only. Then they all come back with a few tokens more, in the same order, so that each
-finds that the others have had its pages. A tier is given as a share of what all sessions have; 0 is none. For each tier:
+finds that the others have had its pages. A tier is given as a share of what all sessions have; 0 is none. For each one:
 the median time to the first token of those who come, and of those who come back, in milliseconds, and how many tokens
 were loaded for them. Prints a line for each and writes `scripts/results/tiers-<model>-<device>.json`.
 """

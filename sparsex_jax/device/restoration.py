@@ -225,7 +225,10 @@ class Restoration:
         self.height[chunk] = group
 
     def lose(self, chunk: int, groups: Sequence[int]) -> None:
-        """These cells cannot be loaded, so they are computed."""
+        """These cells cannot be loaded, so they are computed. Some may have been computed meanwhile."""
+        groups = [group for group in groups if self.cells[group, chunk] < Cell.LOADED]
+        if not groups:
+            return
         self.counts.failed += len(groups)
         self.patient_until = 0.0
         self.stored[groups, chunk], self.cells[groups, chunk] = False, Cell.ABSENT
@@ -244,7 +247,8 @@ class Restoration:
         self.cells[groups, chunk] = Cell.COMING
 
     def loaded(self, chunk: int, groups: Sequence[int], nbytes: int) -> None:
-        """These cells are placed."""
+        """These cells are placed. Some may have been computed meanwhile, and count as that."""
+        groups = [group for group in groups if self.cells[group, chunk] < Cell.LOADED]
         self.counts.loaded_bytes += nbytes
         self.counts.loaded += len(groups)
         self.cells[groups, chunk] = Cell.LOADED

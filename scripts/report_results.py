@@ -395,6 +395,30 @@ def link(document: Document) -> str:
     return provenance(document) + "\n" + tables
 
 
+# Tiers ------------------------------------------------------------------------------------------------------
+
+
+def restore(document: Document) -> str:
+    """How long stored prefixes take to come back, measured and predicted."""
+    rows = [
+        [
+            row["work"],
+            row["implementation"],
+            f"{row['figure']:.1f} {row['unit']}",
+            "" if row["predicted"] is None else f"{row['predicted']:.1f}",
+        ]
+        for row in document["rows"]
+    ]
+    return provenance(document) + "\n" + table(["prefix", "how", "figure", "predicted"], rows, names=2)
+
+
+def tiers(document: Document) -> str:
+    """Times to the first token of sessions that come, and come back."""
+    columns = ("figure", "worst", "loaded_tokens")
+    rows = [[row["work"], *(f"{row[name]:.0f}" for name in columns)] for row in document["rows"]]
+    return provenance(document) + "\n" + table(["sessions, tier", "median, ms", "worst, ms", "tokens loaded"], rows)
+
+
 # Serving ----------------------------------------------------------------------------------------------------
 
 
@@ -647,6 +671,8 @@ VIEWS: dict[str, View] = {
     "kernel_errors": kernel_errors,
     "lookup": lookup,
     "link": link,
+    "restore": restore,
+    "tiers": tiers,
     "serving": serving,
     "conversations": conversations,
     "conversations_headline": conversations_headline,

@@ -380,6 +380,45 @@ def lookup_cell(cells: dict[tuple[str, str], float], name: str) -> str:
     return f"{time:.{1 if time >= 1 else 3}f} ms" + ("" if found is None else f", finds {found:.0f}")
 
 
+# Link -------------------------------------------------------------------------------------------------------
+
+
+def link(document: Document) -> str:
+    """Rates by the size of pieces, then one table of all else."""
+    cells = pivot(document["rows"])
+    sizes = {work: by_name for work, by_name in cells.items() if work.startswith("pieces")}
+    ways = ("down", "up", "both")
+    rates = [[work, *(f"{by_name[way]['figure']:.1f}" for way in ways)] for work, by_name in sizes.items()]
+    others = [row for row in document["rows"] if row["work"] not in sizes]
+    lines = [[row["work"], row["implementation"], f"{row['figure']:.1f} {row['unit']}"] for row in others]
+    tables = table(["GB/s", *ways], rates) + "\n" + table(["work", "how", "figure"], lines, names=2)
+    return provenance(document) + "\n" + tables
+
+
+# Tiers ------------------------------------------------------------------------------------------------------
+
+
+def restore(document: Document) -> str:
+    """How long stored prefixes take to come back, measured and predicted."""
+    rows = [
+        [
+            row["work"],
+            row["implementation"],
+            f"{row['figure']:.1f} {row['unit']}",
+            "" if row["predicted"] is None else f"{row['predicted']:.1f}",
+        ]
+        for row in document["rows"]
+    ]
+    return provenance(document) + "\n" + table(["prefix", "how", "figure", "predicted"], rows, names=2)
+
+
+def tiers(document: Document) -> str:
+    """Times to the first token of sessions that come, and come back."""
+    columns = ("figure", "worst", "loaded_tokens")
+    rows = [[row["work"], *(f"{row[name]:.0f}" for name in columns)] for row in document["rows"]]
+    return provenance(document) + "\n" + table(["sessions, tier", "median, ms", "worst, ms", "tokens loaded"], rows)
+
+
 # Serving ----------------------------------------------------------------------------------------------------
 
 
@@ -631,6 +670,9 @@ VIEWS: dict[str, View] = {
     "kernels": kernels,
     "kernel_errors": kernel_errors,
     "lookup": lookup,
+    "link": link,
+    "restore": restore,
+    "tiers": tiers,
     "serving": serving,
     "conversations": conversations,
     "conversations_headline": conversations_headline,

@@ -46,20 +46,27 @@ from sparsex_jax.cache import Entry, Forgotten, PageCache
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, find_defaults, named_config
 from sparsex_jax.config.checks import is_number, require
+from sparsex_jax.device.link import Link
+from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.speeds import speeds_for
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.sharding import check_mesh, make_mesh
 from sparsex_jax.model.weights import Params, random_params
 from sparsex_jax.reuse.cost import Speeds
+from sparsex_jax.reuse.pace import Pace
 from sparsex_jax.scheduler import sequence
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.scheduler.output import Generation, Prefill
+from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
+from sparsex_jax.scheduler.tiers import make_tiers
 from sparsex_jax.text.encoding import Prompt
 
 log = logging.getLogger(__name__)
+
+LINK_BYTES_PER_S = 20e9  # between devices and host memory, until it is known
 
 
 class Engine:
@@ -98,7 +105,18 @@ class Engine:
         self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
         self.runner = Runner(model, self.config, params, self.mesh)
         self.admission = Admission(model, self.config, self._speeds if self.config.choose == "measured" else None)
+        if self.config.host_store_bytes:
+            self._add_tiers()
         self.loop = Loop(self.runner, self.admission, tokenizer, reuse or ReuseConfig())
+
+    def _add_tiers(self) -> None:
+        link = Link(self.model, self.config, self.mesh)
+        tiers = self.admission.tiers = make_tiers(self.runner, link)
+        self.admission.restoring = Restoring(tiers, lambda: self._restorer(link), self.config.page_size)
+
+    def _restorer(self, link: Link) -> Restorer:
+        pace = Pace(self.admission.choice.speeds, LINK_BYTES_PER_S, known=False)
+        return Restorer(self.runner, link, pace)
 
     @classmethod
     def from_pretrained(
@@ -318,9 +336,15 @@ class Engine:
         stats = self.loop.stats
         return stats.healed_tokens + stats.remade_tokens
 
+    def close(self) -> None:
+        """Bring to the lower tiers what is on its way there, and let go of the disk. Without tiers it does nothing."""
+        if self.admission.tiers is not None:
+            self.loop.settle()
+            self.admission.tiers.close()
+
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """What was remembered and is still there, of one namespace or all."""
-        return self.cache.entries(namespace)
+        return self.cache.entries(namespace) + self.cache.evicted_entries(namespace)
 
     def stats(self) -> dict[str, int]:
         """Pages by state, hits and evictions: the fields of `CacheStats`."""

@@ -25,6 +25,10 @@ class FrozenLimitError(NoRoomError):
     """A text cannot be frozen: frozen texts fill as much of the KV store as they may, or as requests leave."""
 
 
+class LinkError(SparsexError):
+    """KV could not be moved between the devices and host memory. What it was copied from is unharmed."""
+
+
 class OverloadedError(SparsexError):
     """The queue of waiting requests is full.
 
@@ -35,6 +39,11 @@ class OverloadedError(SparsexError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DiskStoreError(SparsexError):
+    """Blocks of KV cannot be kept in, or moved to or from, that directory or file: the disk is full or fails, it is not
+    permitted, another process uses it, or it is of another model."""
 
 
 class AddressError(SparsexError):

@@ -29,6 +29,7 @@ REPORT_FIELDS = {
     "fresh_tokens",
     "omitted_tokens",
     "probe_layers",
+    "restored_tokens",
     "active_tokens",
     "boundary_layer",
     "segments",

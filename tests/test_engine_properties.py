@@ -37,7 +37,10 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.engine = tiny_engine(**FEW_PAGES, company_tokens=self.company_tokens)
+        self.engine = self.make()
+
+    def make(self):
+        return tiny_engine(**FEW_PAGES, company_tokens=self.company_tokens)
 
     @rule(target=handles, pieces=prompts, namespace=namespaces, frozen=st.booleans())
     def remember(self, pieces, namespace, frozen):

@@ -91,11 +91,12 @@ STEPS = {
     "prefill": lambda mesh: aot.lower_prefill(LLAMA, engine_for(mesh), mesh, 1024),
     "long prefill": lambda mesh: aot.lower_prefill(LLAMA, engine_for(mesh), mesh, 32768),
     "probe": lambda mesh: aot.lower_probe(LLAMA, engine_for(mesh), mesh, 1024),
+    "load pages": lambda mesh: aot.lower_scatter(LLAMA, engine_for(mesh), mesh, 16),
     "decode": lambda mesh: aot.lower_decode(LLAMA, engine_for(mesh), mesh, 8),
     "decode, few words": lambda mesh: aot.lower_decode(FEW_WORDS, engine_for(mesh), mesh, 8),  # sorting compiles sooner
 }
 PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8)]  # 8 billion weights do not fit one v5e
-QUICK = {("v5e", 8, "align"), ("v6e", 1, "decode, few words")}
+QUICK = {("v5e", 8, "align"), ("v5e", 8, "load pages"), ("v6e", 1, "decode, few words")}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +117,14 @@ def test_the_engine_compiles_without_a_copy_of_the_store(chip, num_devices, step
     assert memory.temp_size_in_bytes < share
     local = (*store.shape[:3], LLAMA.num_kv_heads // num_devices, *store.shape[4:])
     assert not re.search(rf"= bf16\[{','.join(map(str, local))}\]\S* copy", compiled.as_text())
+
+
+def test_spilling_needs_no_more_memory_than_its_pages():
+    mesh = check_mesh(aot.described_mesh(CHIPS["v5e"], 8), LLAMA)
+    memory = aot.lower_gather(LLAMA, engine_for(mesh), mesh, 16).compile().memory_analysis()
+    store = aot.abstract_store(LLAMA, engine_for(mesh), mesh)
+    block = 16 * math.prod(store.shape) // store.shape[1] * store.dtype.itemsize // 8
+    assert block <= memory.output_size_in_bytes + memory.temp_size_in_bytes < 2 * block
 
 
 def test_one_v5e_is_too_small_and_says_so():

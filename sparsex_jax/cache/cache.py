@@ -26,7 +26,7 @@ from jaxtyping import Int32, Int64
 from sparsex_jax.cache.children import TOKEN_BYTES
 from sparsex_jax.cache.company import company_namespace, having_seen
 from sparsex_jax.cache.counts import CacheCounts, Hits
-from sparsex_jax.cache.entries import Entry, EntryBook, Origin
+from sparsex_jax.cache.entries import Entry, EntryBook, EvictedTexts, Origin
 from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.remembered import RememberedTexts, run_around
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
@@ -172,6 +172,7 @@ class PageCache:
         frozen_limit: float = 0.5,
         handles: Iterator[int] | None = None,
         counts: CacheCounts | None = None,
+        keep_texts: int = 0,
     ) -> None:
         """
         Args:
@@ -181,6 +182,8 @@ class PageCache:
           handles: the numbers to give to entries. Pass the previous cache's iterator to a cache that replaces it, so
             that no handle stands for two entries. None: 1, 2, 3 ...
           counts: where to count. Pass the previous cache's to a cache that replaces it. None: from 0.
+          keep_texts: so many entries are still known after their pages were evicted, since a lower tier may have their
+            texts: prompts are told which tokens are of them, and they can be forgotten.
 
         Raises:
           ValueError: one of the sizes is out of range.
@@ -193,6 +196,7 @@ class PageCache:
         self.tree = PageTree(num_pages, page_size)
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
         self._entries = EntryBook(handles or itertools.count(1))
+        self._evicted = EvictedTexts(keep_texts)
         self._remembered = RememberedTexts()
         self._pins: set[Match] = set()
         self.counts = counts or CacheCounts()
@@ -274,7 +278,7 @@ class PageCache:
           turns: entries that are said to be one of these do not count either.
         """
         text, places = functools.cache(self.text), self._remembered.places(tokens, namespace)
-        found_at = [(place, handle) for place, handle in places if self._entries[handle].said not in turns]
+        found_at = [(place, handle) for place, handle in places if self.entry(handle).said not in turns]
         runs = sorted(run_around(tokens, place, text(handle)) for place, handle in found_at)
         found, number, reached = np.full(len(tokens), -1), -1, 0
         for begin, end in (run for run in runs if run[0] < run[1]):
@@ -310,8 +314,25 @@ class PageCache:
         lacking = count - len(self._pool.free)
         if lacking > 0:
             self.counts.evictions += lacking
-            self._drop(self._pool.oldest_cached(lacking))
+            self._evict(self._pool.oldest_cached(lacking))
         return self._pool.take(count)
+
+    def _evict(self, pages: Sequence[int]) -> None:
+        """Drop pages that nobody holds. Entries that lose a page end, but may still be known."""
+        ended = [(self._entries[handle], self.text(handle)) for handle in sorted(self._entries.holding(pages))]
+        self._drop(pages)
+        for entry, text in ended:
+            self._know_evicted(entry, text)
+
+    def _know_evicted(self, entry: Entry, text: Int32[np.ndarray, "text"]) -> None:
+        self._remembered.add(entry.handle, entry.namespace, text)
+        for handle in self._evicted.add(entry, text):
+            self._remembered.remove(handle)
+
+    def know_texts_of(self, lost: PageCache) -> None:
+        """Take over what another cache, whose KV is lost, knows of texts: all its entries are evicted."""
+        for entry in (*lost._evicted, *lost._entries):
+            self._know_evicted(entry, lost.text(entry.handle))
 
     def share(self, pages: Sequence[int]) -> None:
         """Add one reference to each page.
@@ -464,7 +485,8 @@ class PageCache:
         Args:
           pages: where the tokens are, in order. All are committed in the namespace.
           num_tokens: how many of the pages' tokens belong to the entry.
-          content: a digest of what it was computed of; see `entry_of`. No entry of the namespace has it yet.
+          content: a digest of what it was computed of; see `entry_of`. No entry of the namespace has it yet; one that
+            was evicted and has it gives its handle.
           origin: how its KV was made. None: alone.
           said: see `remembered`.
 
@@ -476,7 +498,11 @@ class PageCache:
         if frozen:
             self.require_frozen_room(pages)
             self._pool.freeze(pages)
-        entry = self._entries.add(namespace, num_tokens, tuple(pages), frozen, content, said, origin or Origin())
+        handle = self._evicted.of_content(namespace, content)
+        if handle is not None:
+            self._forget_evicted(handle)
+        about = (frozen, content, said, origin or Origin(), handle)
+        entry = self._entries.add(namespace, num_tokens, tuple(pages), *about)
         self._remembered.add(entry.handle, namespace, self.text(entry.handle))
         return entry.handle
 
@@ -527,9 +553,13 @@ class PageCache:
         """Whether what this handle stands for is there."""
         return handle in self._entries
 
+    def knows(self, handle: int) -> bool:
+        """The same, or whether it was evicted and can still be forgotten."""
+        return handle in self._entries or handle in self._evicted
+
     def entry(self, handle: int) -> Entry:
-        """Raises UnknownHandleError if there is no such entry."""
-        return self._entries[handle]
+        """Raises UnknownHandleError if there is no such entry. One that was evicted has no pages."""
+        return self._evicted[handle] if handle in self._evicted else self._entries[handle]
 
     def freeze(self, handle: int) -> None:
         """Make an entry frozen. Idempotent. Raises UnknownHandleError, and FrozenLimitError as `register`."""
@@ -560,7 +590,7 @@ class PageCache:
           UnknownHandleError: there is no such entry.
         """
         text = self.text(handle)
-        entry = self._remove_entry(handle)
+        entry = self._forget_evicted(handle) if handle in self._evicted else self._remove_entry(handle)
         runs = self._copies(text, entry.namespace) + self._copies(text, company_namespace(entry.namespace))
         found = dict.fromkeys([*entry.pages, *(page for run in runs for node in run.nodes for page in node.pages)])
         gone = [page for page in found if not self._entries.holds(page)]
@@ -585,6 +615,8 @@ class PageCache:
 
     def text(self, handle: int) -> Int32[np.ndarray, "tokens"]:
         """The tokens of an entry. Raises UnknownHandleError if there is no such entry."""
+        if handle in self._evicted:
+            return self._evicted.text(handle)
         entry = self._entries[handle]
         keys = b"".join(self.tree[page].key for page in entry.pages)
         return np.frombuffer(keys, np.int32)[: entry.num_tokens]
@@ -596,6 +628,10 @@ class PageCache:
     def entries(self, namespace: str | None = None) -> list[Entry]:
         """Copies of the entries of one namespace, or of all, oldest first."""
         return [dataclasses.replace(entry) for entry in self._entries if namespace in (None, entry.namespace)]
+
+    def evicted_entries(self, namespace: str | None = None) -> list[Entry]:
+        """Copies of those that are known, but have no pages any more."""
+        return [dataclasses.replace(entry) for entry in self._evicted if namespace in (None, entry.namespace)]
 
     def withdraw(self, pages: Sequence[int]) -> None:
         """Remove committed pages from the index, with every entry that has one of them. Other pages stay as they are.
@@ -688,6 +724,12 @@ class PageCache:
             self._pool.thaw(entry.pages)
         return entry
 
+    def _forget_evicted(self, handle: int) -> Entry:
+        entry = self._evicted[handle]
+        self._evicted.pop(handle)
+        self._remembered.remove(handle)
+        return entry
+
     def _unindex(self, pages: Sequence[int]) -> None:
         dead = [node for node in map(self.tree.detach, pages) if node is not None]
         self._windows.remove(dead)
@@ -717,7 +759,8 @@ class PageCache:
         pool.check()
         self.tree.check()
         self._windows.check(self.tree.live_nodes())
-        self._remembered.check({entry.handle: (entry.namespace, self.text(entry.handle)) for entry in self._entries})
+        known = (*self._entries, *self._evicted)
+        self._remembered.check({entry.handle: (entry.namespace, self.text(entry.handle)) for entry in known})
         assert np.array_equal(pool.committed, [node is not None for node in self.tree.node_of])
         pins, frozen = np.zeros_like(pool.refs), np.zeros_like(pool.frozen)
         for match in self._pins:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+from jaxtyping import Int32
+
 from sparsex_jax.cache.company import Company
 from sparsex_jax.errors import UnknownHandleError
 
@@ -53,6 +56,41 @@ class Entry:
     stale: bool = False
 
 
+class EvictedTexts:
+    """Entries whose pages are gone, while their texts may still be in a lower tier: at most so many."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: dict[int, tuple[Entry, Int32[np.ndarray, "text"]]] = {}
+
+    def add(self, entry: Entry, text: Int32[np.ndarray, "text"]) -> list[int]:
+        """Returns the handles of those that are known no longer, the oldest."""
+        self._known[entry.handle] = dataclasses.replace(entry, pages=(), frozen=False), text
+        gone = list(self._known)[: max(len(self._known) - self._most, 0)]
+        for handle in gone:
+            del self._known[handle]
+        return gone
+
+    def pop(self, handle: int) -> None:
+        self._known.pop(handle, None)
+
+    def text(self, handle: int) -> Int32[np.ndarray, "text"]:
+        return self._known[handle][1]
+
+    def of_content(self, namespace: str, content: bytes | None) -> int | None:
+        about = ((entry.namespace, entry.content, entry.handle) for entry, _ in self._known.values())
+        return next((handle for *what, handle in about if content is not None and what == [namespace, content]), None)
+
+    def __getitem__(self, handle: int) -> Entry:
+        return self._known[handle][0]
+
+    def __contains__(self, handle: int) -> bool:
+        return handle in self._known
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (entry for entry, _ in self._known.values())
+
+
 class EntryBook:
     """All entries by handle, and the handles that hold each page."""
 
@@ -92,8 +130,14 @@ class EntryBook:
         content: bytes | None,
         said: bytes | None,
         origin: Origin,
+        handle: int | None = None,
     ) -> Entry:
-        entry = Entry(next(self._handles), namespace, num_tokens, pages, frozen, 0, content, said, origin)
+        """
+        Args:
+          handle: that of an entry which was evicted. None: a new one.
+        """
+        handle = next(self._handles) if handle is None else handle
+        entry = Entry(handle, namespace, num_tokens, pages, frozen, 0, content, said, origin)
         self._entries[entry.handle] = entry
         if content is not None:
             self._by_content[namespace, content] = entry.handle

@@ -185,6 +185,14 @@ def serve(
         int,
         typer.Option(help="Prefill knowledge behind at most this many tokens of its namespace. 0: alone."),
     ] = options.COMPANY_TOKENS,
+    host_store: Annotated[
+        str,
+        typer.Option(help="Host memory for KV that was computed, such as 64GiB: what is evicted is loaded from there."),
+    ] = "0",
+    disk_store: Annotated[
+        str | None,
+        typer.Option(help="PATH:SIZE of a directory for the same, such as kv:200GiB. It is found after a restart."),
+    ] = None,
     request_log: Annotated[
         Path | None,
         typer.Option(help="A file for a line of JSON about each request; - for standard output.", dir_okay=False),
@@ -212,6 +220,7 @@ def serve(
                 healing=healing,
                 company_tokens=company_tokens,
                 frozen_limit=frozen_limit,
+                **options.tiers(host_store, disk_store),
             ),
             Limits(
                 max_body_bytes=max_body_bytes,

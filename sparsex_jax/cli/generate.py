@@ -32,6 +32,9 @@ class EngineChoice:
     healing: float = EngineConfig.healing
     company_tokens: int = EngineConfig.company_tokens
     frozen_limit: float = EngineConfig.frozen_limit
+    host_store_bytes: int = EngineConfig.host_store_bytes
+    disk_store: str | None = EngineConfig.disk_store
+    disk_store_bytes: int = EngineConfig.disk_store_bytes
 
     def load(self) -> Engine:
         keep_on_disk()
@@ -47,6 +50,9 @@ class EngineChoice:
                 healing=self.healing,
                 company_tokens=self.company_tokens,
                 frozen_limit=self.frozen_limit,
+                host_store_bytes=self.host_store_bytes,
+                disk_store=self.disk_store,
+                disk_store_bytes=self.disk_store_bytes,
             )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparsex_jax.config import CALIBRATED, ReuseConfig, find_method
+from sparsex_jax.config.checks import require
 from sparsex_jax.eval.reorder import Reorder
 from sparsex_jax.reuse.methods import Oracle, SparseX
 
@@ -138,3 +140,29 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(help="A string that ends the text and is not part of it. Repeatable.", rich_help_panel=_SAMPLING),
 ]
+
+
+_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+
+def parse_bytes(name: str, text: str) -> int:
+    """A number of bytes, with or without a unit.
+
+    >>> parse_bytes("host_store", "1.5GiB")
+    1610612736
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
+    ok = found is not None and (found[2] or "B") in _UNITS
+    require(ok, f"{name}={text!r} must be a number with one of the units {', '.join(_UNITS)}")
+    assert found is not None
+    return int(float(found[1]) * _UNITS[found[2] or "B"])
+
+
+def tiers(host_store: str, disk_store: str | None) -> dict[str, Any]:
+    """The fields of `EngineConfig` for the tiers below the store."""
+    fields: dict[str, Any] = {"host_store_bytes": parse_bytes("host_store", host_store)}
+    if disk_store is not None:
+        path, colon, size = disk_store.rpartition(":")
+        require(bool(path and colon), f"disk_store={disk_store!r} must be PATH:SIZE, such as kv:200GiB")
+        fields |= {"disk_store": path, "disk_store_bytes": parse_bytes("disk_store", size)}
+    return fields

@@ -54,6 +54,7 @@ def run(
     gc.collect()
     gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
     server.run()
+    engine.close()
 
 
 def _places(name: str, sockets: Sequence[socket.socket]) -> str:

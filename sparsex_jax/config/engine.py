@@ -38,6 +38,9 @@ class EngineConfig:
         It is measured when a request first finds something to reuse, for about a second on a small model, and kept in
         `~/.cache/sparsex-jax`. `always`: what was found is reused, and nothing is measured, so that results do not
         depend on a machine's speed.
+      host_store_bytes: host memory for KV that sequences leave; what the store evicts is loaded from there. 0: none.
+      disk_store: a directory for the same, beside host memory; an engine of the same model finds it after a restart.
+      disk_store_bytes: how large it may become.
     """
 
     store_tokens: int = 16384
@@ -54,6 +57,9 @@ class EngineConfig:
     healing: float = 0.5
     company_tokens: int = 0
     choose: str = "measured"
+    host_store_bytes: int = 0
+    disk_store: str | None = None
+    disk_store_bytes: int = 0
 
     def __post_init__(self) -> None:
         require(self.dtype in _DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(_DTYPES)}")
@@ -61,7 +67,7 @@ class EngineConfig:
         for name in ("store_tokens", "page_size", "max_prefill_seqs", "decode_steps", "max_waiting"):
             value = getattr(self, name)
             require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
-        for name in ("max_overtakes", "company_tokens"):
+        for name in ("max_overtakes", "company_tokens", "host_store_bytes", "disk_store_bytes"):
             value = getattr(self, name)
             require(is_int(value) and value >= 0, f"{name}={value!r} must be an integer >= 0")
         seqs = self.max_num_seqs
@@ -75,6 +81,13 @@ class EngineConfig:
         )
         share = self.healing
         require(is_number(share) and 0 <= share <= 1, f"healing={share!r} must be from 0 to 1")
+        require(
+            (self.disk_store is None) == (self.disk_store_bytes == 0), "disk_store and disk_store_bytes go together"
+        )
+        require(
+            self.disk_store is None or self.host_store_bytes > 0,
+            "disk_store needs host_store_bytes: what is read from the disk passes through host memory",
+        )
         limit = self.frozen_limit
         require(is_number(limit) and 0 < limit <= 1, f"frozen_limit={self.frozen_limit!r} must be in (0, 1]")
 

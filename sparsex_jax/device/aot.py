@@ -20,6 +20,7 @@ from jax.stages import Lowered
 
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
 from sparsex_jax.device.decode import decode
+from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
 from sparsex_jax.device.prefill import align, prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN
@@ -133,6 +134,22 @@ def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
     decoder = Decoder(model, Ops(mesh, TPU))
     store = abstract_store(model, engine, mesh)
     return _lower(lambda store, copies: align(store, copies, decoder=decoder), mesh, store, copies)
+
+
+def lower_gather(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_pages: int) -> Lowered:
+    """What spilling this many pages runs on the devices, in four groups of layers."""
+    groups, store = layer_groups(model.num_layers, 4), abstract_store(model, engine, mesh)
+    (pages,) = replicated((np.zeros(num_pages, np.int32),), mesh)
+    return gather.lower(store, pages, mesh=mesh, groups=groups)
+
+
+def lower_scatter(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_pages: int) -> Lowered:
+    """What loading this many pages of a quarter of the layers runs on the devices."""
+    store = abstract_store(model, engine, mesh)
+    shape = (num_pages, model.num_layers // 4, *store.shape[2:])
+    piece = jax.ShapeDtypeStruct(shape, store.dtype, sharding=piece_sharding(mesh, shape, "device"))
+    pages, layer = replicated((np.zeros(num_pages, np.int32), np.int32(0)), mesh)
+    return scatter.lower(store, piece, pages, layer, mesh=mesh)
 
 
 def _lower(step: Callable[..., Any], mesh: Mesh, store: jax.ShapeDtypeStruct, *args: Any) -> Lowered:

@@ -136,13 +136,18 @@ class ProbeRun:
 
 
 class Runner:
-    """Runs plans. Each call donates the store to a jitted step and keeps what comes back."""
+    """Runs plans. Each call donates the store to a jitted step and keeps what comes back.
+
+    Attributes:
+      store: the KV of all pages.
+      losses: how often the store was lost, and made anew.
+    """
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
         self.model, self.engine, self.mesh, self.params = model, engine, mesh, params
         self.decoder = Decoder(model, Ops.on(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
-        self.store = make_store(model, engine, mesh)
+        self.store, self.losses = make_store(model, engine, mesh), 0
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._probed_together: set[tuple[int, int]] = set()
 
@@ -283,6 +288,7 @@ class Runner:
             jax.block_until_ready(self.store)
         except Exception:  # deleted, or what a step that failed on the device left behind
             self.store = make_store(self.model, self.engine, self.mesh)
+            self.losses += 1
             return True
         return False
 

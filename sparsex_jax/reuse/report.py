@@ -62,6 +62,7 @@ class Report:
         Of an excerpt: the share of the probe's focus that is on what was kept.
       probe_layers: how many layers a probe ran the fresh tokens through before an excerpt was made. 0: there was none.
       ttft_s: seconds from the call to the first token (or its logits) on the host.
+      restored_tokens: how many were loaded into the store for it, from host memory or the disk.
       kind: a `TokenKind` for each prompt token, uint8 `[tokens]`.
       active: whether each prompt token was computed from the boundary layer on, bool `[tokens]`.
       phase_tokens: how many tokens each phase of the schedule computed.
@@ -84,6 +85,7 @@ class Report:
     kind: np.ndarray
     active: np.ndarray
     phase_tokens: tuple[int, ...]
+    restored_tokens: int = 0
 
     def tokens_by_kind(self) -> dict[str, int]:
         """The number of tokens of each of the `KINDS`. Their sum is `prompt_tokens`."""

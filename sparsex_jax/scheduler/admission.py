@@ -27,7 +27,11 @@ from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler.choice import Choice
 from sparsex_jax.scheduler.company import Neighbours
+from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
+from sparsex_jax.scheduler.tiers import Tiers
+
+MOST_TEXTS = 4096  # remembered texts that are known after their eviction, where there are lower tiers
 
 
 class Admission:
@@ -37,6 +41,7 @@ class Admission:
       cache: what is in the store. A new one after `start_over`.
       choice: what of that a plan uses.
       company_tokens: `EngineConfig.company_tokens`.
+      tiers, restoring: what is below the store, and what comes back from there; None: nothing.
       releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
     """
 
@@ -47,6 +52,8 @@ class Admission:
             pages. None: what was found is always reused.
         """
         self._model, self._config = model, config
+        self.tiers: Tiers | None = None
+        self.restoring: Restoring | None = None
         self.choice = Choice(model, config.page_size, measure)
         self.company_tokens = config.company_tokens
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
@@ -56,16 +63,25 @@ class Admission:
         self.releases = 0
         self._neighbours: dict[str, Neighbours] = {}
         self._neighbours_at = -1  # `releases` then
-        self.start_over()
+        self.cache = self._new_cache()
 
     def start_over(self) -> None:
         """The KV is lost, and with it all that the cache says of it. All admitted sequences wait again."""
-        config = self._config
         for sequence in self._holders:
             sequence.leave()
         self._holders, self._returning = set(), set()
-        self.cache = PageCache(config.num_pages, config.page_size, config.frozen_limit, self._handles, self._counts)
+        lost, self.cache = self.cache, self._new_cache()
+        self.cache.know_texts_of(lost)
+        if self.tiers and self.restoring:
+            self.tiers.lose()
+            self.restoring.cancel_all(self.cache)
         self.releases += 1
+
+    def _new_cache(self) -> PageCache:
+        config = self._config
+        keep_texts = MOST_TEXTS if config.host_store_bytes else 0
+        about = (config.frozen_limit, self._handles, self._counts, keep_texts)
+        return PageCache(config.num_pages, config.page_size, *about)
 
     # For those who measure ----------------------------------------------------------------------------------
 
@@ -111,6 +127,8 @@ class Admission:
           NoRoomError: there will not be either, unless something frozen is forgotten.
         """
         method = method_of(reuse)
+        if self.tiers and (method.uses_prefix or method.uses_segments):
+            sequence.restored_tokens += self.tiers.restore(self.cache, tokens, sequence.namespace, method)
         match = self.cache.lookup(
             tokens,
             sequence.namespace,
@@ -133,6 +151,10 @@ class Admission:
         sequence.admit(plan, match, num_shared, copy_pages)
         self._holders.add(sequence)
         self._returning.discard(sequence)
+
+    def is_coming(self, sequence: Sequence) -> bool:
+        """Whether something comes from a lower tier that a waiting sequence will find. Asking makes it come."""
+        return self.restoring is not None and self.restoring.is_coming(self.cache, sequence)
 
     def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Int64[np.ndarray, "tokens"]:
         """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
@@ -295,6 +317,8 @@ class Admission:
         entry = self.cache.entry(handle)
         if not entry.stale and origin.company_tokens <= entry.origin.company_tokens:
             return None
+        if self.tiers:
+            self.tiers.forget(asked.text, asked.namespace)  # what was made in the old company
         made_first = dataclasses.replace(origin, prefilled_tokens=entry.origin.prefilled_tokens)
         self.cache.replace(handle, self._commit_text(sequence, asked), made_first)
         self.releases += 1
@@ -306,6 +330,8 @@ class Admission:
         pages = pages[: self.pages_for(len(asked.text))]
         at, exact = sequence.num_before, len(asked.text)
         self.cache.commit(pages, asked.text, asked.namespace, exact_tokens=exact, start=at)
+        if self.tiers:
+            self.tiers.keep(self.cache, pages)
         return pages
 
     # Going out ----------------------------------------------------------------------------------------------
@@ -331,6 +357,8 @@ class Admission:
         """Withdraw those pages that have a token whose slot is not finite. Returns how many."""
         lengths = [self.cache.length(page) for page in pages]
         broken = [page for page, length, slots in zip(pages, lengths, finite, strict=True) if not slots[:length].all()]
+        if self.tiers:
+            self.tiers.withdraw(self.cache, broken)
         self.cache.withdraw(broken)
         return len(broken)
 
@@ -350,6 +378,10 @@ class Admission:
         """End it, whatever its state. Nothing can be found of one that failed."""
         if error is not None:
             self.withdraw(sequence)
+        elif self.tiers and sequence.is_admitted and sequence.keep and not sequence.remember:
+            self.tiers.keep(self.cache, sequence.pages)
+        if self.restoring:
+            self.restoring.cancel(self.cache, sequence)
         self.leave(sequence)
         self._returning.discard(sequence)
         sequence.finish(reason, error)
@@ -362,8 +394,14 @@ class Admission:
         excerpt or a part of their answer that came from it. Texts that are being prefilled in its
         company are prefilled again without it. Raises UnknownHandleError.
         """
-        has_seen, namespace = having_seen(self.cache.text(handle)), self.cache.entry(handle).namespace
-        forgotten = self.cache.forget(handle)
+        text, namespace = self.cache.text(handle), self.cache.entry(handle).namespace
+        has_seen, forgotten = having_seen(text), self.cache.forget(handle)
+        if self.tiers and self.restoring:
+            self.restoring.cancel_all(self.cache)  # some of it may be on its way
+            self.tiers.forget(text, namespace)
+            for entry in self.cache.evicted_entries(namespace):
+                if entry.origin.company and has_seen(entry.origin.company):
+                    self.tiers.forget(self.cache.text(entry.handle), namespace)
         for sequence in self._holders | self._returning:
             used = sequence.donors.union(sequence.pages if sequence.is_admitted else ())
             near = sequence.namespace in (namespace, company_namespace(namespace))
@@ -373,7 +411,8 @@ class Admission:
 
     def check_books(self) -> None:
         """Raise AssertionError unless sequences hold what the cache says. For tests: it walks the whole store."""
-        self.cache.check([page for one in self._holders for page in (*one.pages, *one.copy_pages)])
+        coming = self.restoring.pages if self.restoring else []
+        self.cache.check([*coming, *(page for one in self._holders for page in (*one.pages, *one.copy_pages))])
 
 
 def _require_name(namespace: str) -> None:

@@ -48,6 +48,7 @@ from sparsex_jax.text.encoding import Prompt
 __all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
 
 _DONE = (State.HELD, State.FINISHED)
+MOMENT = 0.002  # seconds between two looks at what moves between tiers
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ class Loop:
       runner, admission: the device's side and the host's side of the store.
       requests: makes sequences of what callers ask.
       policy: who is next.
-      snapshot: the store's stats as the last round left them. From any thread, also in the middle of a round.
+      snapshot, tiers: the stats of the store, and of the tiers below it if there are any, as the last round left them.
+        From any thread, also in the middle of a round.
     """
 
     def __init__(self, runner: Runner, admission: Admission, tokenizer: Any | None, reuse: ReuseConfig) -> None:
@@ -158,7 +160,8 @@ class Loop:
         return sum(not sequence.cancelled for sequence in in_line)
 
     def _has_work(self) -> bool:
-        return bool(self._inbox) or any(sequence.state not in _DONE for sequence in self.policy.sequences)
+        moving = self.admission.tiers is not None and self.admission.tiers.busy
+        return moving or bool(self._inbox) or any(one.state not in _DONE for one in self.policy.sequences)
 
     def _wake(self) -> None:
         with self._news:
@@ -179,6 +182,7 @@ class Loop:
             prefill = self.policy.prefill_batch()  # while the device decodes
             self._finish_decode(decode)
             self._prefill(prefill)
+            self._move_blocks(idle=decode is None and not prefill.sequences)
             return self._report()
 
     def complete(self, sequences: Several[Sequence]) -> None:
@@ -234,13 +238,32 @@ class Loop:
             self.admission.finish(sequence, "length")
             self._report()
 
+    def settle(self) -> None:
+        """Wait until all that is on its way to a lower tier is there."""
+        tiers = self.admission.tiers
+        while tiers is not None and tiers.busy:
+            with self._one_round():
+                self._move_blocks(idle=True)
+
     def publish(self) -> None:
         """Let `snapshot` say how the store is now."""
         self.snapshot = self.admission.cache.stats()
+        self.tiers = self.admission.tiers.stats() if self.admission.tiers is not None else None
 
     def recover(self) -> bool:
         """After a failure: whether the KV is lost. Then store and cache are new, and what ran is computed again."""
         return self._isolation.recover()
+
+    def _move_blocks(self, *, idle: bool) -> None:
+        """Take what came from other tiers, and send what is to go there. Who has nothing else to do waits a moment."""
+        tiers, restoring = self.admission.tiers, self.admission.restoring
+        if tiers is None or restoring is None:
+            return
+        tiers.pump(self.admission.cache)
+        if restoring.active:
+            restoring.pump(MOMENT if idle else 0.0)
+        elif idle and tiers.busy:
+            tiers.wait(MOMENT)
 
     def _drop(self, sequences: Several[Sequence]) -> None:
         with self._one_round():

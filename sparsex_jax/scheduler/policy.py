@@ -141,6 +141,8 @@ class Policy:
                 return
             if compared >= MOST_COMPARED or len(blocked) == MOST_TRIED:
                 return
+            if self._admission.is_coming(sequence):
+                continue
             if self._may_find_pages(sequence):
                 self._admission.accompany(sequence)
             offers = self._offers_to(sequence)

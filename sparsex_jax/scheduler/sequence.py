@@ -143,6 +143,9 @@ class Sequence:
       approximate: its KV is not what a full prefill would give.
       excerpt: the whole prompt, and what is kept of it, once it is probed.
       queue_s: seconds from `submitted` until it was first admitted.
+      coming: keys of the blocks that are read from the disk for it; None before it asked for any.
+      restored_tokens: tokens that were loaded for it from a lower tier.
+      computed_on_the_way: tokens that were computed because their load would have taken longer.
 
     While it is admitted:
       admitted_plan: its prefill as its method made it, with its pages.
@@ -192,6 +195,9 @@ class Sequence:
     approximate: bool = False
     queue_s: float | None = None
     excerpt: tuple[PromptMap, Excerpt] | None = None
+    coming: set[bytes] | None = None
+    restored_tokens: int = 0
+    computed_on_the_way: int = 0
 
     admitted_plan: RequestPlan | None = None
     num_shared: int = 0
@@ -362,6 +368,10 @@ class Sequence:
         )
         if self.excerpt is not None:
             self.report = report_of_excerpt(*self.excerpt, self.report, num_layers)
+        computed = self.report.computed_fraction + self.computed_on_the_way / self.report.prompt_tokens
+        self.report = dataclasses.replace(
+            self.report, restored_tokens=self.restored_tokens, computed_fraction=min(computed, 1.0)
+        )
 
     def leave(self) -> None:
         """It holds no pages any more, and waits.
@@ -374,6 +384,7 @@ class Sequence:
         self.stages.clear()
         self.copy_pages, self.forgotten, self.num_computed = [], False, 0
         self.donors = self.donors if self.has_begun else frozenset()
+        self.coming = None
         self.state = State.WAITING
 
     def finish(self, reason: str, error: Exception | None = None) -> None:

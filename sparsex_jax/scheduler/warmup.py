@@ -5,6 +5,7 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
     for each row bucket   the alignment and the prefill, which serves every method; the default method's probe, if it
                           has one: of all layers together where they fit a turn, one by one where they do not
     for 1, 2, 4 ...       the decode of that many sequences together
+    with tiers            the gathers and scatters of blocks; and host memory is pinned
 
 Requests that ask for log-probabilities, penalties or biases compile what they need when they come, and so do those that
 name a method of other probes.
@@ -36,7 +37,8 @@ def steps(loop: Loop) -> list[Callable[[], None]]:
     buckets = loop.runner.shapes.buckets
     prefills = [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe)]
     decodes = [functools.partial(_decode, loop, number) for number in _batches(loop.policy.max_num_seqs)]
-    return [*prefills, functools.partial(_measure, loop), *decodes, functools.partial(_generate, loop)]
+    tiers = [loop.admission.tiers.warm_up] if loop.admission.tiers is not None else []
+    return [*prefills, functools.partial(_measure, loop), *decodes, *tiers, functools.partial(_generate, loop)]
 
 
 def _batches(most: int) -> list[int]:

@@ -357,7 +357,7 @@ async def metrics(service: Served, tenant: Caller) -> Response:
         raise ForbiddenError("this key may not read the figures of the whole server")
     loop = service.worker.loop
     stats = dataclasses.replace(loop.stats, waiting=loop.stats.waiting + service.line.waiting)
-    return Response(service.metrics.render(loop.snapshot, stats), media_type="text/plain; version=0.0.4")
+    return Response(service.metrics.render(loop.snapshot, stats, loop.tiers), media_type="text/plain; version=0.0.4")
 
 
 @public.get("/", include_in_schema=False)
@@ -374,7 +374,7 @@ def _forget(engine: Engine, handle: int, namespace: str) -> Forgotten:
 
 def _entry(engine: Engine, handle: int, namespace: str) -> Entry:
     cache = engine.cache
-    if not cache.has_entry(handle) or cache.entry(handle).namespace != namespace:
+    if not cache.knows(handle) or cache.entry(handle).namespace != namespace:
         raise UnknownHandleError(f"handle {handle} is not known: never given out, deleted, or evicted since")
     return dataclasses.replace(cache.entry(handle))  # the event loop's thread reads it
 

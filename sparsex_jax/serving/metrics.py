@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparsex_jax.cache import CacheStats
     from sparsex_jax.reuse.report import Report
     from sparsex_jax.scheduler.loop import Event, LoopStats
+    from sparsex_jax.scheduler.tiers import TierStats
     from sparsex_jax.serving.progress import Progress
 
 OTHER = "other"  # the endpoint of requests that no route takes
@@ -128,14 +129,15 @@ class Metrics:
             if seconds is not None:
                 histogram.observe(seconds)
 
-    def render(self, store: CacheStats, loop: LoopStats) -> bytes:
+    def render(self, store: CacheStats, loop: LoopStats, tiers: TierStats | None = None) -> bytes:
         """All metrics in Prometheus' text format.
 
         Args:
           store: what `Loop.snapshot` gives.
           loop: what `Loop.stats` gives.
+          tiers: what `Loop.tiers` gives.
         """
-        self._snapshot.store, self._snapshot.loop = store, loop
+        self._snapshot.store, self._snapshot.loop, self._snapshot.tiers = store, loop, tiers
         return generate_latest(self._registry)
 
 
@@ -150,12 +152,14 @@ class _Snapshot(Collector):
 
     store: CacheStats | None = None
     loop: LoopStats | None = None
+    tiers: TierStats | None = None
     compiled_before = 0
 
     def collect(self) -> Iterator[Metric]:
         if self.store is not None and self.loop is not None:
             yield from self._of_store(self.store)
             yield from self._of_loop(self.loop)
+            yield from self._of_tiers(self.tiers) if self.tiers is not None else ()
             yield self._compilations()
 
     def _of_store(self, store: CacheStats) -> Iterator[Metric]:
@@ -178,6 +182,24 @@ class _Snapshot(Collector):
         yield CounterMetricFamily("sparsex_preemptions", "How often a request was preempted.", value=loop.preempted)
         yield GaugeMetricFamily("sparsex_queue_requests", "Waiting requests.", value=loop.waiting)
         yield GaugeMetricFamily("sparsex_running_requests", "Running requests.", value=loop.running)
+
+    def _of_tiers(self, tiers: TierStats) -> Iterator[Metric]:
+        size = GaugeMetricFamily("sparsex_tier_bytes", "Bytes of KV in the tiers below the store.", labels=["tier"])
+        blocks = GaugeMetricFamily("sparsex_tier_blocks", "Blocks in the tiers below the store.", labels=["tier"])
+        hits = CounterMetricFamily("sparsex_tier_hit_tokens", "Tokens that prompts got from a tier.", labels=["tier"])
+        for tier in ("host", "disk"):
+            size.add_metric([tier], getattr(tiers, f"{tier}_bytes"))
+            blocks.add_metric([tier], getattr(tiers, f"{tier}_blocks"))
+            hits.add_metric([tier], getattr(tiers.counts, f"{tier}_tokens"))
+        moved = CounterMetricFamily("sparsex_tier_moved_bytes", "Bytes of KV that moved between tiers.", labels=["way"])
+        for way in ("spilled", "loaded", "read"):
+            moved.add_metric([way], getattr(tiers.counts, f"{way}_bytes"))
+        evictions = CounterMetricFamily("sparsex_tier_evictions", "Blocks that host memory lost.")
+        evictions.add_metric([], tiers.counts.evictions)
+        lost = CounterMetricFamily("sparsex_tier_lost_blocks", "Blocks that the disk should have had, whole.")
+        lost.add_metric([], tiers.counts.lost)
+        moving = GaugeMetricFamily("sparsex_tier_moving_blocks", "Blocks on their way down.", value=tiers.moving_blocks)
+        yield from (size, blocks, hits, moved, evictions, lost, moving)
 
     def _compilations(self) -> Metric:
         compiled = CounterMetricFamily(

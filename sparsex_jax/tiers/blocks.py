@@ -22,7 +22,7 @@ class Block:
       start: the position that its first token was computed at.
       tokens: of all its pages, int32 as bytes. Only the last page may have fewer than the page size.
       exact: how many of its leading tokens have the KV that full recompute gives.
-      made_by: `ReuseConfig.spec()` of what computed the others; empty if there are none.
+      made_by: `ReuseConfig.to_dict()` of what computed the others, as JSON; empty if there are none.
       before: the key of the block before it in its sequence; empty for the first.
     """
 

@@ -1,0 +1,315 @@
+"""The link between the devices' store and host memory: KV goes down and up in blocks of pages.
+
+A block's KV is kept in pieces, one for each group of consecutive layers, so that layers can be loaded apart. Where the
+platform has memory that is pinned for its devices, pieces lie in it: copies then run at the link's full rate, beside
+what the devices compute. The heads of a piece are split over the devices as the store's are, so each device moves its
+own heads over its own link.
+
+JAX dispatches all of it asynchronously. What is dispatched to a device runs in order, but copies to and from the host
+have streams of their own. So a load runs beside the compute that is dispatched *after* it; and a program that waits for
+a load makes all wait that is dispatched behind it, which is why `Link.place` takes only what has arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Int
+
+from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.device.pieces import SIZES, gather, layer_groups, padded_size, piece_sharding, scatter
+from sparsex_jax.errors import LinkError
+from sparsex_jax.model.store import abstract_store
+from sparsex_jax.tiers.blocks import BLOCK_PAGES
+from sparsex_kernels.layout import Store
+
+
+def host_memory_kind(mesh: Mesh) -> str:
+    """The memory of the host that these devices reach fastest; their own, if they have no other."""
+    device = mesh.devices.flat[0]
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    return next((kind for kind in ("pinned_host", "unpinned_host") if kind in kinds), device.default_memory().kind)
+
+
+class _Transfer:
+    """Pieces that are copied from one memory to another.
+
+    Attributes:
+      pieces: of some groups of layers, each `[padded pages, layers of the group, 2, kv_heads, page_size, head_dim]`.
+      pages: how many pages there are without the padding.
+      due: a throttled link says that it is ready from this time on, by `time.monotonic`.
+    """
+
+    def __init__(self, pieces: tuple[Array, ...], pages: int, due: float) -> None:
+        self.pieces, self.pages, self.due = pieces, pages, due
+        self._ended = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the pieces take, with their padding, on all devices together."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def ready(self) -> bool:
+        """Whether the copy has ended. Never waits.
+
+        Raises:
+          LinkError: the copy has failed.
+        """
+        if not self._ended and time.monotonic() >= self.due and _are_ready(self.pieces):
+            self._end()
+        return self._ended
+
+    def wait(self) -> None:
+        """Return once the copy has ended.
+
+        Raises:
+          LinkError: the copy has failed.
+        """
+        if not self._ended:
+            time.sleep(max(self.due - time.monotonic(), 0.0))
+            self._end()
+
+    def _end(self) -> None:
+        with _link_errors(self.nbytes):
+            jax.block_until_ready(self.pieces)
+        self._ended = True
+
+
+class HostBlock(_Transfer):
+    """The KV of a block in host memory, or on its way there. It is freed when nothing refers to it any more.
+
+    Until it is ready, a copy of it takes as many bytes of the devices' memory, so few should be on their way at a time.
+    """
+
+
+class Arriving(_Transfer):
+    """Pieces of a block on their way to the devices, whose memory they take.
+
+    Attributes:
+      groups: which groups of layers the pieces are of.
+    """
+
+    def __init__(self, pieces: tuple[Array, ...], pages: int, due: float, groups: tuple[int, ...]) -> None:
+        super().__init__(pieces, pages, due)
+        self.groups = groups
+
+
+class _Lane:
+    """One direction of a link, which a throttle lets carry one transfer after the other."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._bytes_per_s, self._free_at = bytes_per_s, 0.0
+
+    def due(self, nbytes: int, not_before: float = 0.0) -> float:
+        """When a transfer that is asked for now will have ended; 0 without a throttle."""
+        if self._bytes_per_s is None:
+            return 0.0
+        begins = max(self._free_at, time.monotonic(), not_before)
+        self._free_at = begins + nbytes / self._bytes_per_s
+        return self._free_at
+
+
+class Link:
+    """Moves blocks between an engine's store and host memory.
+
+    Attributes:
+      layers: the layers of each group.
+      memory_kind: where blocks are kept, in JAX's terms.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        engine: EngineConfig,
+        mesh: Mesh,
+        *,
+        num_groups: int = 4,
+        bytes_per_s: float | None = None,
+    ) -> None:
+        """
+        Args:
+          num_groups: of consecutive layers, as even as they can be; a model of fewer layers has a group for each.
+          bytes_per_s: for tests and benches: what takes less is said to be ready later, so that all devices together
+            seem to move this much each way, one transfer after the other.
+
+        Raises:
+          ValueError: one of these is not above 0.
+        """
+        if num_groups < 1:
+            raise ValueError(f"num_groups={num_groups} must be at least 1")
+        if bytes_per_s is not None and not bytes_per_s > 0:
+            raise ValueError(f"bytes_per_s={bytes_per_s} must be above 0")
+        self._mesh, self._store = mesh, abstract_store(model, engine, mesh)
+        self.layers = layer_groups(model.num_layers, num_groups)
+        self.memory_kind = host_memory_kind(mesh)
+        self._shares_memory = mesh.devices.flat[0].platform == "cpu"  # JAX may use a NumPy array's memory as it is
+        self._store_kind = mesh.devices.flat[0].default_memory().kind
+        self._down, self._up = _Lane(bytes_per_s), _Lane(bytes_per_s)
+
+    def block_bytes(self, pages: int) -> int:
+        """Bytes that a block of so many pages takes in host memory: it is padded to 1, 2, 4, 8 or 16 pages."""
+        _, _, *page = self._store.shape
+        return padded_size(pages) * self._store.shape[0] * math.prod(page) * self._store.dtype.itemsize
+
+    def spill(self, store: Store, pages: Sequence[int]) -> HostBlock:
+        """Copy 1 to 16 pages of all layers to host memory. Does not wait: the store may be donated at once.
+
+        Raises:
+          LinkError: there is no memory for it.
+        """
+        self._check_pages(pages)
+        padded = np.full(padded_size(len(pages)), pages[-1], np.int32)  # with a page of the same sequence
+        padded[: len(pages)] = pages
+        with _link_errors(self.block_bytes(len(pages))):
+            pieces = gather(store, padded, mesh=self._mesh, groups=self.layers)
+            pieces = jax.device_put(pieces, self._shardings(pieces, self.memory_kind))
+        return HostBlock(pieces, len(pages), self._down.due(self.block_bytes(len(pages))))
+
+    def fetch(self, block: HostBlock, groups: Sequence[int]) -> Arriving:
+        """Begin to copy the pieces of these groups of layers to the devices. Does not wait.
+
+        It runs beside the compute that is dispatched behind it, not beside what was dispatched before.
+
+        Raises:
+          LinkError: there is no memory for it.
+        """
+        pieces = tuple(block.pieces[group] for group in groups)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        with _link_errors(nbytes):
+            arrived = jax.device_put(pieces, self._shardings(pieces, self._store_kind))
+        return Arriving(arrived, block.pages, self._up.due(nbytes, block.due), tuple(groups))
+
+    def place(self, store: Store, arriving: Arriving, rows: Sequence[int], pages: Sequence[int]) -> Store:
+        """Write pages of a block into pages of the store, in the layers that have arrived.
+
+        If they have not arrived yet, it waits: a step that fails takes the store with it, so none gets what may not
+        come.
+
+        Args:
+          store: it is donated.
+          rows: which pages of the block, each at most once.
+          pages: where each goes, each at most once.
+
+        Raises:
+          LinkError: the copy has failed. The store is as it was.
+        """
+        self._check_pages(pages)
+        _check_rows(rows, pages, arriving.pages)
+        arriving.wait()
+        target = np.full(padded_size(arriving.pages), -1, np.int32)
+        target[list(rows)] = pages
+        return self._write(store, arriving, target)
+
+    def warm_up(self, store: Store) -> Store:
+        """Compile all that `spill` and `place` need. Donates the store, whose content stays as it is."""
+        for size in SIZES:
+            block = self.spill(store, [0] * size)
+            arriving = self.fetch(block, range(len(self.layers)))
+            store = self._write(store, arriving, np.full(size, -1, np.int32))
+        return store
+
+    def reserve(self, store: Store, nbytes: int) -> None:
+        """Have so much host memory pinned now. Pinning is slow, and the first blocks would wait for it: 18 s for 40 GB.
+
+        Raises:
+          LinkError: there is not so much memory.
+        """
+        if self._shares_memory:
+            return  # nothing is pinned on a CPU
+        size = self.block_bytes(BLOCK_PAGES)
+        held = []
+        for _ in range(nbytes // size):
+            held.append(self.spill(store, [0] * BLOCK_PAGES))
+            held[-1].wait()  # else their copies on the devices would be held too
+
+    def to_numpy(self, block: HostBlock) -> list[np.ndarray]:
+        """Its pieces without padding, with the heads of all devices. Waits until it is ready.
+
+        They are not to be written to: they are the block's own memory where one device has all of it.
+
+        Raises:
+          LinkError: the copy has failed.
+        """
+        block.wait()
+        return [np.asarray(_view(piece))[: block.pages] for piece in block.pieces]
+
+    def from_numpy(self, pieces: Sequence[np.ndarray]) -> HostBlock:
+        """A block of what `to_numpy` gave, also that of another mesh. The arrays may be changed afterwards.
+
+        Raises:
+          ValueError: the shapes or dtypes are not those of this link.
+          LinkError: there is no memory for it.
+        """
+        self._check_pieces(pieces)
+        pages = len(pieces[0])
+        padded = tuple(_pad(piece, padded_size(pages), copy=self._shares_memory) for piece in pieces)
+        with _link_errors(self.block_bytes(pages)):
+            placed = jax.device_put(padded, self._shardings(padded, self.memory_kind))
+        block = HostBlock(placed, pages, 0.0)
+        block.wait()  # JAX may read the arrays until then
+        return block
+
+    def _write(self, store: Store, arriving: Arriving, pages: Int[np.ndarray, "rows"]) -> Store:
+        for group, piece in zip(arriving.groups, arriving.pieces, strict=True):
+            store = scatter(store, piece, pages, np.int32(self.layers[group].start), mesh=self._mesh)
+        return store
+
+    def _shardings(self, pieces: Sequence[Array | np.ndarray], memory_kind: str) -> tuple[NamedSharding, ...]:
+        return tuple(piece_sharding(self._mesh, piece.shape, memory_kind) for piece in pieces)
+
+    def _check_pages(self, pages: Sequence[int]) -> None:
+        """JAX itself would clamp or drop what is outside."""
+        if not 1 <= len(pages) <= BLOCK_PAGES:
+            raise ValueError(f"len(pages)={len(pages)} must be from 1 to {BLOCK_PAGES}")
+        if not all(0 <= page < self._store.shape[1] for page in pages):
+            raise ValueError(f"pages={[*pages]} must be from 0 to {self._store.shape[1] - 1}")
+
+    def _check_pieces(self, pieces: Sequence[np.ndarray]) -> None:
+        found = [(piece.shape, piece.dtype) for piece in pieces]
+        pages = len(pieces[0]) if pieces and pieces[0].ndim else 0
+        _, _, *page = self._store.shape
+        wanted = [((pages, len(layers), *page), self._store.dtype) for layers in self.layers]
+        if found != wanted or not 1 <= pages <= BLOCK_PAGES:
+            raise ValueError(f"pieces have {found}; this link's have {wanted}, with 1 to {BLOCK_PAGES} pages")
+
+
+def _check_rows(rows: Sequence[int], pages: Sequence[int], size: int) -> None:
+    if len({*pages}) != len(pages):
+        raise ValueError(f"pages={[*pages]} must all be different")
+    if len(rows) != len(pages) or len({*rows}) != len(rows) or not all(0 <= row < size for row in rows):
+        raise ValueError(f"rows={[*rows]} must be {len(pages)} different pages of a block of {size}")
+
+
+def _are_ready(pieces: Sequence[Any]) -> bool:
+    return all(piece.is_ready() for piece in pieces)  # which JAX's `Array` has, but does not declare
+
+
+def _pad(piece: np.ndarray, pages: int, *, copy: bool) -> np.ndarray:
+    piece = np.asarray(piece)  # JAX takes no subclasses, such as `np.memmap`
+    missing = np.zeros_like(piece, shape=(pages - len(piece), *piece.shape[1:]))
+    return np.concatenate([piece, missing]) if copy or len(missing) else piece
+
+
+def _view(piece: Array) -> Array:
+    """The same memory as another array. An array keeps the NumPy array that was made of it, a second copy for ever."""
+    shards = [shard.data for shard in piece.addressable_shards]
+    return jax.make_array_from_single_device_arrays(piece.shape, piece.sharding, shards)
+
+
+@contextlib.contextmanager
+def _link_errors(nbytes: int) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise LinkError(
+            f"{nbytes} bytes of KV could not be moved between the devices and host memory. On GPUs, "
+            f"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB limits the host memory that JAX pins: {error}"
+        ) from error

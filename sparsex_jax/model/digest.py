@@ -1,0 +1,43 @@
+"""A number that stands for all weights of a model: KV is kept for it, and served to no other."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from sparsex_jax.model.weights import Params
+
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+
+
+def weights_digest(params: Params) -> str:
+    """16 hexadecimal digits, from every bit of every weight. One pass over them, on the devices.
+
+    The same on all platforms and meshes: sums of integers do not depend on their order.
+    """
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = sum(ord(char) * (i + 1) for i, char in enumerate(jax.tree_util.keystr(path)))
+        low, high = (int(part) for part in _digest(leaf))
+        total = (total * 0x9E3779B97F4A7C15 + (high << 32 | low) + name) % 2**64
+    return f"{total:016x}"
+
+
+@functools.partial(jax.jit)
+def _digest(leaf: Array) -> tuple[Array, Array]:
+    bits = lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
+    place = jnp.uint32(0)
+    for axis, size in enumerate(bits.shape):
+        place = place * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    mixed = _mix(bits ^ _mix(place + jnp.uint32(0x9E3779B9)))
+    return mixed.sum(dtype=jnp.uint32), _mix(mixed + place).sum(dtype=jnp.uint32)
+
+
+def _mix(x: Array) -> Array:
+    """murmur3's finaliser: neighbouring numbers become unrelated ones."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)

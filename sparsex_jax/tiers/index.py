@@ -1,0 +1,216 @@
+"""Which blocks are stored, by what they hold: found as prefixes, page by page, and as segments, by windows.
+
+The index knows blocks wherever they are, in host memory or on disk; it never sees their KV. What it finds is loaded
+into the device's store and committed there, and the lookup of `sparsex_jax.cache` then finds that as all else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import secrets
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from sparsex_jax.cache.windows import WINDOW, window_hashes
+from sparsex_jax.tiers.blocks import BLOCK_PAGES, KEY_BYTES, Block
+
+TOKEN_BYTES = 4
+MOST_COMPARED = 16  # blocks that go on alike, of which the one is looked for that goes on as the prompt does
+LEAST_SHARE = 4  # a block is loaded for segments if at least one token in so many of it is wanted
+
+# Whether a block's approximate KV may be in a prefix.
+Accepts = Callable[[Block], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A block that holds what a prompt wants.
+
+    Attributes:
+      num_tokens: how many of its leading tokens are wanted.
+    """
+
+    block: Block
+    num_tokens: int
+
+
+class BlockIndex:
+    """The blocks of all namespaces."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.blocks: dict[bytes, Block] = {}
+        self._by_pages: dict[bytes, dict[bytes, None]] = {}
+        self._windows: dict[str, dict[int, dict[tuple[bytes, int], None]]] = {}
+        self._salt = secrets.randbits(64)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.blocks
+
+    # Storing ------------------------------------------------------------------------------------------------
+
+    def add(self, block: Block) -> None:
+        self.blocks[block.key] = block
+        for page in self._page_keys(block):
+            self._by_pages.setdefault(page, {})[block.key] = None
+        windows = self._windows.setdefault(block.namespace, {})
+        for offset, value in self._hashes(block):
+            windows.setdefault(value, {})[block.key, offset] = None
+
+    def remove(self, key: bytes) -> Block | None:
+        """Returns the block; None if it is not there."""
+        block = self.blocks.pop(key, None)
+        if block is not None:
+            for page in self._page_keys(block):
+                _discard(self._by_pages, page, key)
+            for offset, value in self._hashes(block):
+                _discard(self._windows[block.namespace], value, (key, offset))
+            if not self._windows[block.namespace]:
+                del self._windows[block.namespace]
+        return block
+
+    def outgrown(self, block: Block) -> list[bytes]:
+        """Blocks that stand where this one does, and of which it has all tokens, as exact or more."""
+        return [other.key for other in self._beside(block) if _holds(block, other)]
+
+    def has_all_of(self, block: Block) -> bool:
+        """Whether some block stands where this one would, and has all its tokens, as exact or more."""
+        return block.key in self.blocks or any(_holds(other, block) for other in self._beside(block))
+
+    def _beside(self, block: Block) -> list[Block]:
+        """Other blocks that begin with the same page behind the same past."""
+        found = self._by_pages.get(next(self._page_keys(block), b""), {})
+        return [self.blocks[key] for key in found if key != block.key]
+
+    def _page_keys(self, block: Block) -> Iterator[bytes]:
+        """A digest of each full page's tokens and of all that is before them."""
+        return self._chain(block.namespace, block.start, block.before, block.tokens)
+
+    def _chain(self, namespace: str, start: int, before: bytes, tokens: bytes) -> Iterator[bytes]:
+        key = _digest(namespace.encode(), str(start).encode(), before)
+        for page in itertools.batched(range(0, len(tokens), TOKEN_BYTES), self.page_size):
+            if len(page) == self.page_size:
+                key = _digest(key, tokens[page[0] : page[-1] + TOKEN_BYTES])
+                yield key
+
+    def _hashes(self, block: Block) -> Iterator[tuple[int, int]]:
+        """Offset and hash of each window on the grid."""
+        hashes = window_hashes(np.frombuffer(block.tokens, np.int32), self._salt)
+        yield from enumerate_by(hashes[::WINDOW].tolist(), WINDOW)
+
+    # Finding ------------------------------------------------------------------------------------------------
+
+    def prefix(self, tokens: Int32[np.ndarray, "tokens"], namespace: str, accepts: Accepts) -> list[Found]:
+        """The blocks that the beginning of a prompt is in, in order."""
+        data, found, before = tokens.tobytes(), [], b""
+        size = BLOCK_PAGES * self.page_size
+        for start in range(0, len(tokens), size):
+            own = data[start * TOKEN_BYTES : (start + size) * TOKEN_BYTES]
+            best = self._best(namespace, start, before, own, accepts)
+            if best is None:
+                break
+            found.append(best)
+            before = best.block.key
+            if best.num_tokens < size:
+                break
+        return found
+
+    def _best(self, namespace: str, start: int, before: bytes, tokens: bytes, accepts: Accepts) -> Found | None:
+        """The block with most of these tokens; of two alike, the one that is exact."""
+        level: dict[bytes, None] = {}
+        for page in self._chain(namespace, start, before, tokens):
+            deeper = self._by_pages.get(page)
+            if not deeper:
+                break
+            level = deeper
+        candidates = [self.blocks[key] for key in itertools.islice(level, MOST_COMPARED)]
+        usable = [block for block in candidates if block.exact == block.num_tokens or accepts(block)]
+        if not usable:
+            return None
+        best = max(usable, key=lambda block: (_common(block.tokens, tokens), block.exact))
+        return Found(best, _common(best.tokens, tokens))
+
+    def segments(
+        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, wanted: Bool[np.ndarray, "tokens"], least: int
+    ) -> list[Found]:
+        """Whole blocks with runs of at least `least` of the wanted tokens, and enough of them to be worth loading."""
+        found, wanted = [], wanted.copy()
+        for block, begin, end in sorted(self._runs(tokens, namespace, wanted), key=lambda run: run[1] - run[2]):
+            num = int(wanted[begin:end].sum())
+            if num >= max(least, block.num_tokens // LEAST_SHARE):
+                found.append(Found(block, block.num_tokens))
+                wanted[begin:end] = False
+        return list({each.block.key: each for each in found}.values())
+
+    def copies(self, text: Int32[np.ndarray, "text"], namespace: str) -> list[bytes]:
+        """The keys of all blocks that hold a window of a text and go on as it does for 15 tokens, or to its end."""
+        everything = np.ones(len(text), bool)
+        least = min(2 * WINDOW - 1, len(text))
+        runs = self._runs(text, namespace, everything)
+        return list(dict.fromkeys(block.key for block, begin, end in runs if end - begin >= least))
+
+    def _runs(
+        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, wanted: Bool[np.ndarray, "tokens"]
+    ) -> Iterator[tuple[Block, int, int]]:
+        """Blocks and where in the prompt a run of theirs begins and ends that has some wanted window."""
+        windows = self._windows.get(namespace)
+        if not windows or len(tokens) < WINDOW:
+            return
+        seen: dict[tuple[bytes, int], int] = {}  # to where the block was compared that would begin at this place
+        for place, value in enumerate(window_hashes(tokens, self._salt).tolist()):
+            if wanted[place] and value in windows:
+                for key, offset in windows[value]:
+                    if seen.get((key, place - offset), -1) <= place:
+                        begin, end = _run_around(tokens, place, self.blocks[key], offset)
+                        seen[key, place - offset] = max(end, place + 1)
+                        if end > begin:
+                            yield self.blocks[key], begin, end
+
+
+def enumerate_by(values: list[int], step: int) -> Iterator[tuple[int, int]]:
+    """`enumerate` in steps.
+
+    >>> list(enumerate_by([7, 9], 8))
+    [(0, 7), (8, 9)]
+    """
+    return zip(itertools.count(0, step), values, strict=False)
+
+
+def _run_around(tokens: Int32[np.ndarray, "tokens"], place: int, block: Block, offset: int) -> tuple[int, int]:
+    """From where to where prompt and block are equal around a window; equal numbers if the hash lied."""
+    text = np.frombuffer(block.tokens, np.int32)
+    before, behind = min(place, offset), min(len(tokens) - place, len(text) - offset)
+    equal = tokens[place - before : place + behind] == text[offset - before : offset + behind]
+    if not equal[before : before + WINDOW].all():
+        return place, place
+    begin = place - int(equal[:before][::-1].cumprod().sum())
+    return begin, place + int(equal[before:].cumprod().sum())
+
+
+def _holds(block: Block, other: Block) -> bool:
+    same = (block.namespace, block.start, block.before) == (other.namespace, other.start, other.before)
+    return same and block.tokens.startswith(other.tokens) and block.exact >= other.exact
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """How many leading tokens are equal."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(np.frombuffer(a[:size], np.int32) != np.frombuffer(b[:size], np.int32))
+    return int(differ[0]) if len(differ) else size // TOKEN_BYTES
+
+
+def _digest(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+def _discard[Key, Value](sets: dict[Key, dict[Value, None]], key: Key, value: Value) -> None:
+    sets[key].pop(value, None)
+    if not sets[key]:
+        del sets[key]

@@ -1,0 +1,289 @@
+"""The tiers below the store: what was evicted comes back as it was, and nothing that should not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from conftest import tiny_engine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import invariant
+from test_engine_properties import EngineMachine
+
+from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
+from sparsex_jax.tiers.host import HostStore
+from sparsex_jax.tiers.index import BlockIndex
+
+PAGE = 16
+SMALL = {"store_tokens": 24 * PAGE, "host_store_bytes": 1 << 26}
+LONG = 20 * PAGE - 3  # a block and a part of one
+
+
+def texts(number, length=LONG, seed=0):
+    return list(np.random.default_rng(seed).integers(1, 97, (number, length)).astype(np.int32))
+
+
+def exact(tokens):
+    return tiny_engine(store_tokens=24 * PAGE).prefill(tokens, reuse=ReuseConfig("full"), keep=False).logits
+
+
+def fill(engine, prompts, **options):
+    for prompt in prompts:
+        engine.generate(prompt, SamplingParams(max_new_tokens=2), reuse=ReuseConfig("prefix"), **options)
+    engine.loop.settle()
+
+
+def check(engine):
+    engine.admission.check_books()
+    engine.admission.tiers.check()
+
+
+# The engine --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_evicted_comes_back_exactly():
+    engine, prompts = tiny_engine(**SMALL), texts(4)
+    fill(engine, prompts)
+    for prompt in prompts:
+        back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
+        assert back.report.prefix_tokens == LONG - 1
+        assert back.report.restored_tokens > 0
+        np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
+    check(engine)
+    assert engine.admission.tiers.counts.host_tokens > 3 * PAGE
+
+
+def test_loaded_bytes_are_those_that_were_stored():
+    engine, (prompt, *others) = tiny_engine(**SMALL), texts(4)
+
+    def stored():
+        match = engine.cache.lookup(prompt, "default")
+        engine.cache.unpin(match)
+        return np.asarray(engine.runner.store)[:, match.prefix_pages].copy()
+
+    fill(engine, [prompt])
+    before = stored()
+    fill(engine, others)
+    assert len(stored()[0]) < len(before[0])
+    engine.prefill(prompt, reuse=ReuseConfig("prefix"))
+    np.testing.assert_array_equal(stored(), before)
+
+
+def test_segments_come_back_at_other_places():
+    engine, (document, *others) = tiny_engine(**SMALL), texts(4)
+    fill(engine, [document, *others])
+    asked = np.concatenate([[5, 6, 7], document[: 10 * PAGE], [8, 9]]).astype(np.int32)
+    reuse = ReuseConfig("naive", only_if_faster=False)
+    found = engine.prefill(asked, reuse=reuse, keep=False).report
+    alone = tiny_engine(store_tokens=24 * PAGE)
+    fill(alone, [document])
+    assert found.reused_tokens == alone.prefill(asked, reuse=reuse, keep=False).report.reused_tokens >= 10 * PAGE
+    check(engine)
+
+
+def test_other_namespaces_find_nothing():
+    engine, prompts = tiny_engine(**SMALL), texts(3)
+    fill(engine, prompts, namespace="mine")
+    for method in ("prefix", "naive"):
+        report = engine.prefill(prompts[0], reuse=ReuseConfig(method), namespace="yours", keep=False).report
+        assert report.computed_fraction == 1
+    assert engine.admission.tiers.counts.loaded_bytes == 0
+
+
+def test_forget_reaches_the_tiers():
+    engine, (text, *others) = tiny_engine(**SMALL), texts(4, 8 * PAGE)
+    handle = engine.remember(text)
+    fill(engine, [np.append(text, [1, 2, 3]).astype(np.int32), *others])
+    tiers = engine.admission.tiers
+    assert tiers.index.copies(text, "default")
+    assert not engine.cache.has_entry(handle)  # it was evicted
+    assert [entry.handle for entry in engine.entries()] == [handle]
+    engine.forget(handle)
+    assert engine.entries() == []
+    assert not tiers.index.copies(text, "default")
+    fill(engine, texts(3, seed=1))
+    assert engine.prefill(text, reuse=ReuseConfig("naive"), keep=False).report.computed_fraction == 1
+    check(engine)
+
+
+def test_a_text_that_was_evicted_keeps_its_handle():
+    engine, (text, *others) = tiny_engine(**SMALL), texts(4, 8 * PAGE)
+    handle = engine.remember(text)
+    fill(engine, others + texts(3, seed=1))
+    asked = np.concatenate([[1, 2], text, [3]]).astype(np.int32)
+    reuse = ReuseConfig("excerpt", only_if_faster=False, coverage=0.1, keep_ratio=0.1, piece_tokens=2 * PAGE)
+    assert engine.prefill(asked, reuse=reuse, keep=False).report.omitted_tokens > 0  # it is known to be a document
+    assert engine.remember(text) == handle
+    assert engine.cache.has_entry(handle)
+    check(engine)
+
+
+def test_a_lost_store_is_filled_again_from_host_memory():
+    engine, (prompt,) = tiny_engine(**SMALL), texts(1)
+    fill(engine, [prompt])
+    engine.runner.store.delete()
+    assert engine.loop.recover()
+    back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
+    assert back.report.prefix_tokens == LONG - 1
+    np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
+
+
+def test_approximate_kv_comes_back_as_approximate():
+    engine, (document, *others) = tiny_engine(**SMALL), texts(4, 6 * PAGE)
+    reuse = ReuseConfig("sparsex", boundary_layer=1, only_if_faster=False)
+    engine.remember(document)
+    chat = np.concatenate([[3, 4, 5], document, [6, 7]]).astype(np.int32)
+    engine.generate(chat, SamplingParams(max_new_tokens=2), reuse=reuse)
+    fill(engine, [*others, *texts(3, seed=2)])
+    tokens = np.append(chat, [1, 2]).astype(np.int32)
+    assert engine.prefill(tokens, reuse=ReuseConfig("prefix"), keep=False).report.prefix_tokens < PAGE
+    report = engine.prefill(tokens, reuse=reuse, keep=False).report
+    assert report.prefix_tokens < PAGE
+    assert report.prefix_tokens + report.approximate_prefix_tokens == len(chat)
+    check(engine)
+
+
+def test_a_tier_that_is_too_small_loses_ends_first():
+    block = tiny_engine(**SMALL)
+    fill(block, texts(1))
+    one = block.admission.tiers.stats().host_bytes
+    engine, prompts = tiny_engine(store_tokens=24 * PAGE, host_store_bytes=one + one // 2), texts(3)
+    fill(engine, prompts)
+    assert engine.admission.tiers.stats().host_bytes <= one + one // 2
+    for prompt in prompts:
+        back = engine.prefill(prompt, reuse=ReuseConfig("prefix"), keep=False)
+        np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
+    check(engine)
+
+
+def test_a_restart_finds_what_the_disk_has(tmp_path):
+    disk = {"disk_store": str(tmp_path), "disk_store_bytes": 1 << 26}
+    engine, prompts = tiny_engine(**SMALL, **disk), texts(3)
+    fill(engine, prompts)
+    engine.close()
+    again = tiny_engine(**SMALL, **disk)
+    for prompt in prompts:
+        back = again.prefill(prompt, reuse=ReuseConfig("prefix"))
+        assert back.report.prefix_tokens == LONG - 1
+        assert back.report.restored_tokens > 0
+        np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
+    check(again)
+    again.close()
+
+
+def test_a_broken_file_is_computed_again(tmp_path):
+    disk = {"disk_store": str(tmp_path), "disk_store_bytes": 1 << 26}
+    engine, prompts = tiny_engine(**SMALL, **disk), texts(2)
+    fill(engine, prompts)
+    engine.close()
+    for path in tmp_path.rglob("*.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1
+        path.write_bytes(data)
+    again = tiny_engine(**SMALL, **disk)
+    back = again.prefill(prompts[0], reuse=ReuseConfig("prefix"))
+    assert back.report.computed_fraction > 0.75  # all but the part of a block, which may be whole
+    np.testing.assert_allclose(back.logits, exact(prompts[0]), atol=1e-3)
+    assert again.admission.tiers.counts.lost > 0
+    check(again)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"host_store_bytes": -1}, "host_store_bytes"),
+        ({"disk_store": "x", "host_store_bytes": 1}, "disk_store_bytes"),
+        ({"disk_store": "x", "disk_store_bytes": 1}, "host_store_bytes"),
+    ],
+)
+def test_impossible_options_are_refused(options, named):
+    with pytest.raises(InvalidRequestError, match=named):
+        tiny_engine(**options)
+
+
+class TieredMachine(EngineMachine):
+    """The random lives of an engine, above a tier that has room for a few blocks."""
+
+    def make(self):
+        return tiny_engine(store_tokens=20 * 16, decode_steps=4, host_store_bytes=400_000)
+
+    @invariant()
+    def tiers_agree(self):
+        self.engine.admission.tiers.check()
+
+
+TestTiered = TieredMachine.TestCase
+TestTiered.settings = settings(
+    max_examples=8, stateful_step_count=25, suppress_health_check=list(HealthCheck), deadline=None
+)
+
+
+# The index ---------------------------------------------------------------------------------------------------------
+
+
+def chain(tokens, namespace="a", exact=None, start=0, page=4):
+    """The blocks of a sequence."""
+    size, before, blocks = BLOCK_PAGES * page, b"", []
+    for at in range(0, len(tokens), size):
+        own = np.array(tokens[at : at + size], np.int32)
+        sound = len(own) if exact is None else int(np.clip(exact - at, 0, len(own)))
+        blocks.append(Block(namespace, start + at, own.tobytes(), sound, "" if sound == len(own) else "{}", before))
+        before = blocks[-1].key
+    return blocks
+
+
+sequences = st.lists(st.lists(st.integers(0, 1), max_size=40), min_size=1, max_size=6)
+
+
+@given(sequences, st.lists(st.integers(0, 1), max_size=40), st.integers(1, 3))
+def test_prefixes_are_found_page_by_page(stored, asked, scale):
+    """As the longest common beginning of any stored sequence says, in whole pages."""
+    index, repeat = BlockIndex(4), lambda bits: [bit for bit in bits for _ in range(4 * scale)]
+    for each in stored:
+        for block in chain(repeat(each)):
+            if not index.has_all_of(block):
+                for key in index.outgrown(block):
+                    index.remove(key)
+                index.add(block)
+    tokens = np.array(repeat(asked), np.int32)
+    found = sum(each.num_tokens for each in index.prefix(tokens, "a", lambda made_by: False))
+
+    def common(each):
+        same = np.cumprod([a == b for a, b in zip(repeat(each), tokens, strict=False)])
+        return int(same.sum()) // 4 * 4
+
+    assert found == max(map(common, stored))
+    assert index.prefix(tokens, "b", lambda made_by: True) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40))
+def test_the_index_forgets_what_is_removed(steps):
+    index, here = BlockIndex(4), {}
+    every = [chain(np.random.default_rng(seed).integers(0, 9, 50), exact=seed * 9)[0] for seed in range(6)]
+    for number, add in steps:
+        block = every[number]
+        if add:
+            index.add(block)
+            here[block.key] = block
+        else:
+            assert index.remove(block.key) == here.pop(block.key, None)
+    assert index.blocks == here
+    for block in every:
+        tokens = np.frombuffer(block.tokens, np.int32)
+        assert (block.key in index.copies(tokens, "a")) == (block.key in here)
+
+
+@dataclasses.dataclass
+class Kept:
+    nbytes: int
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), max_size=30))
+def test_host_memory_stays_within_its_limit(steps):
+    host, blocks = HostStore(12), [block for seed in range(5) for block in chain([seed] * 9)]
+    for number, nbytes in steps:
+        gone = host.put(blocks[number], Kept(nbytes))
+        assert all(key not in host for key in gone)
+        host.check()

@@ -234,10 +234,15 @@ class TieredMachine(EngineMachine):
         self.engine.admission.tiers.check()
 
 
-TestTiered = TieredMachine.TestCase
-TestTiered.settings = settings(
-    max_examples=8, stateful_step_count=25, suppress_health_check=list(HealthCheck), deadline=None
-)
+class ManyTieredLives(TieredMachine):
+    """The same, for longer."""
+
+
+QUICK = settings(max_examples=4, stateful_step_count=12, suppress_health_check=list(HealthCheck))
+TieredMachine.TestCase.settings = QUICK
+ManyTieredLives.TestCase.settings = settings(QUICK, max_examples=60, stateful_step_count=25)
+test_tiered_machine = TieredMachine.TestCase
+test_many_tiered_lives = pytest.mark.slow(ManyTieredLives.TestCase)
 
 
 # The index ---------------------------------------------------------------------------------------------------------

@@ -275,6 +275,13 @@ def test_the_index_forgets_what_is_removed(steps):
         assert (block.key in index.copies(tokens, "a")) == (block.key in here)
 
 
+def test_blocks_that_are_too_short_for_a_window_can_be_removed():
+    index, blocks = BlockIndex(4), [chain([number] * 3)[0] for number in (1, 2)]
+    for block in blocks:
+        index.add(block)
+    assert [index.remove(block.key) for block in blocks] == blocks
+
+
 @dataclasses.dataclass
 class Kept:
     nbytes: int

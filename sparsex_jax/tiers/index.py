@@ -69,7 +69,7 @@ class BlockIndex:
                 _discard(self._by_pages, page, key)
             for offset, value in self._hashes(block):
                 _discard(self._windows[block.namespace], value, (key, offset))
-            if not self._windows[block.namespace]:
+            if not self._windows.get(block.namespace, True):  # a block that is too short for a window has none
                 del self._windows[block.namespace]
         return block
 

@@ -11,6 +11,8 @@ from hypothesis.stateful import invariant
 from test_engine_properties import EngineMachine
 
 from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax.device.link import HostBlock, Link
+from sparsex_jax.errors import LinkError
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
 from sparsex_jax.tiers.host import HostStore
 from sparsex_jax.tiers.index import BlockIndex
@@ -201,6 +203,27 @@ def test_a_broken_file_is_computed_again(tmp_path):
 def test_impossible_options_are_refused(options, named):
     with pytest.raises(InvalidRequestError, match=named):
         tiny_engine(**options)
+
+
+@pytest.mark.parametrize("where", ["spill", "ready", "fetch", "place"])
+def test_a_link_that_fails_costs_time_only(where, monkeypatch):
+    engine, prompts = tiny_engine(**SMALL), texts(3)
+
+    def fail(*arguments):
+        raise LinkError("a test's")
+
+    if where in ("fetch", "place"):
+        fill(engine, prompts)
+    monkeypatch.setattr(HostBlock if where == "ready" else Link, where, fail)
+    fill(engine, prompts)
+    asked = np.concatenate([[5, 6, 7], prompts[0]]).astype(np.int32)
+    for prompt, method in ((prompts[0], "prefix"), (asked, "naive")):
+        back = engine.prefill(prompt, reuse=ReuseConfig(method), keep=False)
+        assert back.report.restored_tokens == 0
+    np.testing.assert_allclose(
+        engine.prefill(prompts[1], reuse=ReuseConfig("prefix")).logits, exact(prompts[1]), atol=1e-3
+    )
+    check(engine)
 
 
 class TieredMachine(EngineMachine):

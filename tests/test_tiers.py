@@ -12,7 +12,9 @@ from test_engine_properties import EngineMachine
 
 from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
 from sparsex_jax.device.link import HostBlock, Link
+from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.errors import LinkError
+from sparsex_jax.scheduler.sequence import ignore
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
 from sparsex_jax.tiers.host import HostStore
 from sparsex_jax.tiers.index import BlockIndex
@@ -223,6 +225,63 @@ def test_a_link_that_fails_costs_time_only(where, monkeypatch):
     np.testing.assert_allclose(
         engine.prefill(prompts[1], reuse=ReuseConfig("prefix")).logits, exact(prompts[1]), atol=1e-3
     )
+    check(engine)
+
+
+def submit(engine, prompt, number=1):
+    sampling = SamplingParams(max_new_tokens=number, ignore_eos=True)
+    options = {"reuse": ReuseConfig("prefix"), "namespace": "default", "keep": True}
+    return engine.loop.requests.generation(prompt, sampling, listener=ignore, **options)
+
+
+def while_restoring(engine, prompt, then):
+    """Complete other sequences while a prefix is under way that does not get on."""
+    waits = submit(engine, prompt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Restorer, "pump", lambda *arguments: True)
+        engine.loop._put_in_line([waits])
+        engine.loop.step()
+        assert engine.admission.restoring.active
+        engine.loop.complete(then)
+    while engine.loop.step():
+        pass
+    assert waits.error is None
+    check(engine)
+
+
+def test_prefixes_under_way_cut_no_answers():
+    engine, prompts = tiny_engine(**SMALL), texts(3)
+    fill(engine, prompts)
+    decoding = submit(engine, prompts[0][:5], 100)
+    while_restoring(engine, prompts[0], [decoding])
+    assert len(decoding.output.token_ids) == 100
+
+
+def test_prefixes_under_way_make_room_for_prompts():
+    engine, prompts = tiny_engine(**SMALL), texts(3)
+    fill(engine, prompts)
+    while_restoring(engine, prompts[0], [submit(engine, texts(1, seed=9)[0])])
+
+
+def test_what_is_forgotten_does_not_come_back_with_a_prefix():
+    engine, (text, *others) = tiny_engine(**SMALL), texts(4)
+    handle = engine.remember(text)
+    fill(engine, others)
+    waits = submit(engine, np.append(text, [1, 2]).astype(np.int32))
+    engine.loop._put_in_line([waits])
+    engine.loop.step()
+    restoring = engine.admission.restoring
+    assert restoring.active
+    while not all(prefix.restoration.ended for prefix in restoring._prefixes.values()):
+        restoring.pump(0.01)
+    engine.forget(handle)
+    assert not engine.admission.restoring.active
+    match = engine.cache.lookup(text, "default")
+    engine.cache.unpin(match)
+    assert match.num_prefix_tokens == 0
+    while engine.loop.step():
+        pass
+    assert waits.error is None
     check(engine)
 
 

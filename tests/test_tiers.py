@@ -13,9 +13,10 @@ from test_engine_properties import EngineMachine
 from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
 from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.device.restorer import Restorer
-from sparsex_jax.errors import LinkError
+from sparsex_jax.errors import DiskStoreError, LinkError
 from sparsex_jax.scheduler.sequence import ignore
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
+from sparsex_jax.tiers.disk import DiskStore
 from sparsex_jax.tiers.host import HostStore
 from sparsex_jax.tiers.index import BlockIndex
 
@@ -174,6 +175,28 @@ def test_a_restart_finds_what_the_disk_has(tmp_path):
         np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
     check(again)
     again.close()
+
+
+def test_what_the_disk_evicted_or_refused_is_stored_again(tmp_path, monkeypatch):
+    engine = tiny_engine(
+        store_tokens=24 * PAGE, host_store_bytes=400_000, disk_store=str(tmp_path), disk_store_bytes=600_000
+    )
+    tiers, prompts = engine.admission.tiers, texts(6)
+    fill(engine, prompts)
+    assert tiers._disk.counts.evicted > 0
+    check(engine)
+
+    def fail(*arguments):
+        raise DiskStoreError("a test's")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskStore, "put", fail)
+        fill(engine, texts(6, seed=1))
+        check(engine)
+    fill(engine, prompts[:1])
+    assert tiers.index.prefix(prompts[0], "default", lambda block: False)
+    check(engine)
+    engine.close()
 
 
 def test_a_broken_file_is_computed_again(tmp_path):

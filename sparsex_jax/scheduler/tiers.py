@@ -104,6 +104,7 @@ class Tiers:
         self._moving: list[tuple[Block, HostBlock]] = []
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tiers") if disk is not None else None
         self._reading: dict[bytes, Future[HostBlock | None]] = {}
+        self._to_write: deque[Block] = deque()
         self._writing: dict[bytes, Future[None]] = {}
         for block in disk.blocks() if disk is not None else ():
             self.index.add(block)
@@ -132,12 +133,13 @@ class Tiers:
             self._look_at(block, kept)
         while self._going and len(self._moving) < MOST_MOVING:
             self._send(cache, *self._going.popleft())
-        self._writing = {key: each for key, each in self._writing.items() if not each.done()}
+        if self._disk is not None:
+            self._write_more(self._disk)
 
     @property
     def busy(self) -> bool:
         """Whether `pump` has something to do, now or soon."""
-        return bool(self._going or self._moving or self._reading)
+        return bool(self._going or self._moving or self._reading or self._to_write or self._writing)
 
     def _look_at(self, block: Block, kept: HostBlock) -> None:
         """Take a block if it has arrived. One whose copy failed is lost, and the others go on."""
@@ -163,8 +165,26 @@ class Tiers:
     def _arrive(self, block: Block, kept: HostBlock) -> None:
         self.counts.spilled_bytes += kept.nbytes
         self._put(block, kept)
-        if self._threads is not None and self._disk is not None:
-            self._writing[block.key] = self._threads.submit(self._write, block, kept)
+        if self._disk is not None:
+            self._to_write.append(block)
+
+    def _write_more(self, disk: DiskStore) -> None:
+        """Send blocks to the disk, a few at a time: what waits for a slow disk takes no memory beside the host's tier.
+
+        A block that is on neither any more is known no longer, so that it can be stored again.
+        """
+        assert self._threads is not None
+        written = [key for key, each in self._writing.items() if each.done()]
+        for key in written:
+            del self._writing[key]
+        for key in (*written, *disk.take_evicted()):
+            if key not in self._host and not self._is_on_disk(key):
+                self.index.remove(key)
+        while self._to_write and len(self._writing) < MOST_MOVING:
+            block = self._to_write.popleft()
+            if block.key in self._host:
+                kept = self._host.use(block.key)
+                self._writing[block.key] = self._threads.submit(self._write, block, kept)
 
     def _write(self, block: Block, kept: HostBlock) -> None:
         assert self._disk is not None
@@ -398,7 +418,14 @@ class Tiers:
             self.index.remove(key)
             self._host.remove(key)
         if keys and self._disk is not None and self._threads is not None:
-            self._threads.submit(self._disk.delete, keys)  # behind what is being written
+            self._threads.submit(self._delete, keys)  # behind what is being written
+
+    def _delete(self, keys: list[bytes]) -> None:
+        assert self._disk is not None
+        try:
+            self._disk.delete(keys)
+        except Exception:
+            log.exception("blocks could not be deleted from the disk tier; a restart may find them again")
 
     def stats(self) -> TierStats:
         disk = self._disk

@@ -149,6 +149,27 @@ def test_approximate_kv_comes_back_as_approximate():
     check(engine)
 
 
+def test_healing_need_not_wait_for_the_tiers():
+    engine, (document, other) = tiny_engine(**SMALL), texts(2, 6 * PAGE)
+    reuse = ReuseConfig("naive", only_if_faster=False)
+    engine.generate(document, SamplingParams(max_new_tokens=2))
+    engine.generate(np.concatenate([other[:5], document, [6, 7]]).astype(np.int32), reuse=reuse)
+    assert engine.admission.tiers.busy
+    assert engine.heal() > 0
+    engine.loop.settle()
+    check(engine)
+
+
+def test_a_text_that_has_seen_what_is_forgotten_leaves_the_tiers():
+    engine, (first, second) = tiny_engine(**SMALL, company_tokens=8 * PAGE), texts(2, 6 * PAGE)
+    handles = [engine.remember(text, company=True) for text in (first, second)]
+    engine.loop.settle()
+    tiers = engine.admission.tiers
+    assert engine.forget(handles[0]).num_stale == 1
+    assert not tiers.index.copies(second, "default")
+    check(engine)
+
+
 def test_a_tier_that_is_too_small_loses_ends_first():
     block = tiny_engine(**SMALL)
     fill(block, texts(1))

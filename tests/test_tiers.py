@@ -198,6 +198,20 @@ def test_a_restart_finds_what_the_disk_has(tmp_path):
     again.close()
 
 
+def test_forget_has_deleted_the_files_when_it_returns(tmp_path, monkeypatch):
+    engine, (text,) = tiny_engine(**SMALL, disk_store=str(tmp_path), disk_store_bytes=1 << 26), texts(1)
+    handle = engine.remember(text)
+    engine.loop.settle()
+    tiers = engine.admission.tiers
+    assert len(tiers._disk) > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(tiers._threads, "submit", lambda *arguments: None)  # as if the thread were busy for ever
+        engine.forget(handle)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    check(engine)
+    engine.close()
+
+
 def test_what_the_disk_evicted_or_refused_is_stored_again(tmp_path, monkeypatch):
     engine = tiny_engine(
         store_tokens=24 * PAGE, host_store_bytes=400_000, disk_store=str(tmp_path), disk_store_bytes=600_000
@@ -399,6 +413,13 @@ def test_the_index_forgets_what_is_removed(steps):
     for block in every:
         tokens = np.frombuffer(block.tokens, np.int32)
         assert (block.key in index.copies(tokens, "a")) == (block.key in here)
+
+
+def test_a_short_text_is_found_where_a_block_has_it_alone():
+    index, block = BlockIndex(4), chain([5, 6, 7])[0]
+    index.add(block)
+    assert index.copies(np.array([5, 6, 7], np.int32), "a") == [block.key]
+    assert index.copies(np.array([5, 6], np.int32), "a") == index.copies(np.array([5, 6, 7], np.int32), "b") == []
 
 
 def test_blocks_that_are_too_short_for_a_window_can_be_removed():

@@ -396,12 +396,14 @@ class Tiers:
 
     def forget(self, text: Int32[np.ndarray, "text"], namespace: str) -> None:
         """Remove every block with a copy of a text, and those that are on their way."""
-        for name in (namespace, company_namespace(namespace)):
-            self._drop(self.index.copies(text, name))
+        names = namespace, company_namespace(namespace)
+        stored = [key for name in names for key in self.index.copies(text, name)]
+        self._drop(stored)
+        self._delete_now(stored)
         on_the_way = BlockIndex(self.index.page_size)
         for block in [*(each[0] for each in self._going), *(each[0] for each in self._moving)]:
             on_the_way.add(block)
-        gone = {key for name in (namespace, company_namespace(namespace)) for key in on_the_way.copies(text, name)}
+        gone = {key for name in names for key in on_the_way.copies(text, name)}
         self._going = deque(each for each in self._going if each[0].key not in gone)
         self._moving = [each for each in self._moving if each[0].key not in gone]
 
@@ -417,8 +419,15 @@ class Tiers:
         for key in keys:
             self.index.remove(key)
             self._host.remove(key)
+            if key in self._writing:
+                self._writing[key].cancel()
         if keys and self._disk is not None and self._threads is not None:
             self._threads.submit(self._delete, keys)  # behind what is being written
+
+    def _delete_now(self, keys: list[bytes]) -> None:
+        """Delete what is on disk already, so that no restart finds it; what is being written goes behind that."""
+        if keys and self._disk is not None:
+            self._delete(keys)
 
     def _delete(self, keys: list[bytes]) -> None:
         assert self._disk is not None

@@ -9,8 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant
 from test_engine_properties import EngineMachine
+from typer.testing import CliRunner
 
 from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax.cli.commands import app
 from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.errors import DiskStoreError, LinkError
@@ -232,6 +234,24 @@ def test_what_the_disk_evicted_or_refused_is_stored_again(tmp_path, monkeypatch)
     assert tiers.index.prefix(prompts[0], "default", lambda block: False)
     check(engine)
     engine.close()
+
+
+def test_kv_moves_to_another_machine(tmp_path):
+    here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "kv.tar"
+    engine, prompts = tiny_engine(**SMALL, disk_store=str(here), disk_store_bytes=1 << 26), texts(2)
+    fill(engine, prompts[:1], namespace="a")
+    fill(engine, prompts[1:], namespace="b")
+    engine.close()
+    run = CliRunner().invoke
+    assert run(app, ["tier", "export", str(here), str(file), "--namespace", "a"]).exit_code == 0
+    assert run(app, ["tier", "import", str(file), f"{there}:64MiB"]).exit_code == 0
+    other = tiny_engine(**SMALL, disk_store=str(there), disk_store_bytes=1 << 26)
+    assert {block.namespace for block in other.admission.tiers.index.blocks.values()} == {"a"}
+    assert other.prefill(prompts[0], reuse=ReuseConfig("prefix"), namespace="a").report.prefix_tokens == LONG - 1
+    other.close()
+    refused = run(app, ["tier", "export", str(tmp_path / "nothing"), str(file)])
+    assert refused.exit_code != 0
+    assert "weights" in refused.output
 
 
 def test_a_broken_file_is_computed_again(tmp_path):

@@ -10,6 +10,7 @@ import typer
 
 from sparsex_jax.cli import options
 from sparsex_jax.cli.terminal import clear_errors
+from sparsex_jax.cli.tier import tier
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 _REGIMES_HELP = (
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 bench = typer.Typer(help="Measure what reuse costs and saves.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(tier, name="tier")
 
 
 def _print_version(wanted: bool) -> bool:

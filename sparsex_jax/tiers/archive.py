@@ -52,13 +52,23 @@ def import_(path: str | os.PathLike[str], fingerprint: Fingerprint) -> Iterator[
       DiskStoreError: the file cannot be read, is of another model, or a block is not whole. Blocks before it are.
     """
     with _told("read", Path(path)), tarfile.open(path, "r:") as tar:
-        first = tar.next()
-        if first is None or first.name != _FINGERPRINT:
-            raise DiskStoreError(f"{path} is not an archive of blocks")
-        if differs := differences(fingerprint, decode(_content(tar, first))):
+        if differs := differences(fingerprint, _fingerprint(tar)):
             raise DiskStoreError(f"{path} is of another model: {differs}")
         for member in iter(tar.next, None):
             yield _block(tar, member, digest(fingerprint))
+
+
+def fingerprint_of(path: str | os.PathLike[str]) -> Fingerprint:
+    """That of the model whose blocks an archive has. Raises DiskStoreError: it cannot be read, or is no archive."""
+    with _told("read", Path(path)), tarfile.open(path, "r:") as tar:
+        return _fingerprint(tar)
+
+
+def _fingerprint(tar: tarfile.TarFile) -> Fingerprint:
+    first = tar.next()
+    if first is None or first.name != _FINGERPRINT:
+        raise DiskStoreError(f"{tar.name!s} is not an archive of blocks")
+    return decode(_content(tar, first))
 
 
 def _block(tar: tarfile.TarFile, member: tarfile.TarInfo, model: str) -> tuple[Block, list[np.ndarray]]:

@@ -13,7 +13,12 @@ from typer.testing import CliRunner
 
 from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
 from sparsex_jax.cli.commands import app
+from sparsex_jax.device.link import HostBlock, Link
+from sparsex_jax.device.restorer import Restorer
+from sparsex_jax.errors import DiskStoreError, LinkError
+from sparsex_jax.scheduler.sequence import ignore
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
+from sparsex_jax.tiers.disk import DiskStore
 from sparsex_jax.tiers.host import HostStore
 from sparsex_jax.tiers.index import BlockIndex
 
@@ -146,6 +151,27 @@ def test_approximate_kv_comes_back_as_approximate():
     check(engine)
 
 
+def test_healing_need_not_wait_for_the_tiers():
+    engine, (document, other) = tiny_engine(**SMALL), texts(2, 6 * PAGE)
+    reuse = ReuseConfig("naive", only_if_faster=False)
+    engine.generate(document, SamplingParams(max_new_tokens=2))
+    engine.generate(np.concatenate([other[:5], document, [6, 7]]).astype(np.int32), reuse=reuse)
+    assert engine.admission.tiers.busy
+    assert engine.heal() > 0
+    engine.loop.settle()
+    check(engine)
+
+
+def test_a_text_that_has_seen_what_is_forgotten_leaves_the_tiers():
+    engine, (first, second) = tiny_engine(**SMALL, company_tokens=8 * PAGE), texts(2, 6 * PAGE)
+    handles = [engine.remember(text, company=True) for text in (first, second)]
+    engine.loop.settle()
+    tiers = engine.admission.tiers
+    assert engine.forget(handles[0]).num_stale == 1
+    assert not tiers.index.copies(second, "default")
+    check(engine)
+
+
 def test_a_tier_that_is_too_small_loses_ends_first():
     block = tiny_engine(**SMALL)
     fill(block, texts(1))
@@ -172,6 +198,42 @@ def test_a_restart_finds_what_the_disk_has(tmp_path):
         np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
     check(again)
     again.close()
+
+
+def test_forget_has_deleted_the_files_when_it_returns(tmp_path, monkeypatch):
+    engine, (text,) = tiny_engine(**SMALL, disk_store=str(tmp_path), disk_store_bytes=1 << 26), texts(1)
+    handle = engine.remember(text)
+    engine.loop.settle()
+    tiers = engine.admission.tiers
+    assert len(tiers._disk) > 0
+    with monkeypatch.context() as patch:
+        patch.setattr(tiers._threads, "submit", lambda *arguments: None)  # as if the thread were busy for ever
+        engine.forget(handle)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    check(engine)
+    engine.close()
+
+
+def test_what_the_disk_evicted_or_refused_is_stored_again(tmp_path, monkeypatch):
+    engine = tiny_engine(
+        store_tokens=24 * PAGE, host_store_bytes=400_000, disk_store=str(tmp_path), disk_store_bytes=600_000
+    )
+    tiers, prompts = engine.admission.tiers, texts(6)
+    fill(engine, prompts)
+    assert tiers._disk.counts.evicted > 0
+    check(engine)
+
+    def fail(*arguments):
+        raise DiskStoreError("a test's")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskStore, "put", fail)
+        fill(engine, texts(6, seed=1))
+        check(engine)
+    fill(engine, prompts[:1])
+    assert tiers.index.prefix(prompts[0], "default", lambda block: False)
+    check(engine)
+    engine.close()
 
 
 def test_kv_moves_to_another_machine(tmp_path):
@@ -221,6 +283,84 @@ def test_a_broken_file_is_computed_again(tmp_path):
 def test_impossible_options_are_refused(options, named):
     with pytest.raises(InvalidRequestError, match=named):
         tiny_engine(**options)
+
+
+@pytest.mark.parametrize("where", ["spill", "ready", "fetch", "place"])
+def test_a_link_that_fails_costs_time_only(where, monkeypatch):
+    engine, prompts = tiny_engine(**SMALL), texts(3)
+
+    def fail(*arguments):
+        raise LinkError("a test's")
+
+    if where in ("fetch", "place"):
+        fill(engine, prompts)
+    monkeypatch.setattr(HostBlock if where == "ready" else Link, where, fail)
+    fill(engine, prompts)
+    asked = np.concatenate([[5, 6, 7], prompts[0]]).astype(np.int32)
+    for prompt, method in ((prompts[0], "prefix"), (asked, "naive")):
+        back = engine.prefill(prompt, reuse=ReuseConfig(method), keep=False)
+        assert back.report.restored_tokens == 0
+    np.testing.assert_allclose(
+        engine.prefill(prompts[1], reuse=ReuseConfig("prefix")).logits, exact(prompts[1]), atol=1e-3
+    )
+    check(engine)
+
+
+def submit(engine, prompt, number=1):
+    sampling = SamplingParams(max_new_tokens=number, ignore_eos=True)
+    options = {"reuse": ReuseConfig("prefix"), "namespace": "default", "keep": True}
+    return engine.loop.requests.generation(prompt, sampling, listener=ignore, **options)
+
+
+def while_restoring(engine, prompt, then):
+    """Complete other sequences while a prefix is under way that does not get on."""
+    waits = submit(engine, prompt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Restorer, "pump", lambda *arguments: True)
+        engine.loop._put_in_line([waits])
+        engine.loop.step()
+        assert engine.admission.restoring.active
+        engine.loop.complete(then)
+    while engine.loop.step():
+        pass
+    assert waits.error is None
+    check(engine)
+
+
+def test_prefixes_under_way_cut_no_answers():
+    engine, prompts = tiny_engine(**SMALL), texts(3)
+    fill(engine, prompts)
+    decoding = submit(engine, prompts[0][:5], 100)
+    while_restoring(engine, prompts[0], [decoding])
+    assert len(decoding.output.token_ids) == 100
+
+
+def test_prefixes_under_way_make_room_for_prompts():
+    engine, prompts = tiny_engine(**SMALL), texts(3)
+    fill(engine, prompts)
+    while_restoring(engine, prompts[0], [submit(engine, texts(1, seed=9)[0])])
+
+
+def test_what_is_forgotten_does_not_come_back_with_a_prefix():
+    engine, (text, *others) = tiny_engine(**SMALL), texts(4)
+    handle = engine.remember(text)
+    fill(engine, others)
+    waits = submit(engine, np.append(text, [1, 2]).astype(np.int32))
+    engine.loop._put_in_line([waits])
+    engine.loop.step()
+    restoring = engine.admission.restoring
+    assert restoring.active
+    while not all(prefix.restoration.ended for prefix in restoring._prefixes.values()):
+        restoring.pump(0.01)
+    engine.forget(handle)
+    assert not engine.admission.restoring.active
+    match = engine.cache.lookup(text, "default")
+    engine.cache.unpin(match)
+    assert match.num_prefix_tokens == 0
+    while engine.loop.step():
+        pass
+    assert waits.error is None
+    check(engine)
 
 
 class TieredMachine(EngineMachine):
@@ -298,6 +438,20 @@ def test_the_index_forgets_what_is_removed(steps):
     for block in every:
         tokens = np.frombuffer(block.tokens, np.int32)
         assert (block.key in index.copies(tokens, "a")) == (block.key in here)
+
+
+def test_a_short_text_is_found_where_a_block_has_it_alone():
+    index, block = BlockIndex(4), chain([5, 6, 7])[0]
+    index.add(block)
+    assert index.copies(np.array([5, 6, 7], np.int32), "a") == [block.key]
+    assert index.copies(np.array([5, 6], np.int32), "a") == index.copies(np.array([5, 6, 7], np.int32), "b") == []
+
+
+def test_blocks_that_are_too_short_for_a_window_can_be_removed():
+    index, blocks = BlockIndex(4), [chain([number] * 3)[0] for number in (1, 2)]
+    for block in blocks:
+        index.add(block)
+    assert [index.remove(block.key) for block in blocks] == blocks
 
 
 @dataclasses.dataclass

@@ -74,7 +74,7 @@ class Admission:
         self.cache.know_texts_of(lost)
         if self.tiers and self.restoring:
             self.tiers.lose()
-            self.restoring.cancel_all(self.cache)
+            self.restoring.cancel_all(self.cache, again=True)
         self.releases += 1
 
     def _new_cache(self) -> PageCache:
@@ -154,7 +154,24 @@ class Admission:
 
     def is_coming(self, sequence: Sequence) -> bool:
         """Whether something comes from a lower tier that a waiting sequence will find. Asking makes it come."""
-        return self.restoring is not None and self.restoring.is_coming(self.cache, sequence)
+        if self.restoring is None:
+            return False
+        before = self.restoring.num_ended
+        coming = self.restoring.is_coming(self.cache, sequence)
+        self.releases += self.restoring.num_ended - before
+        return coming
+
+    def stop_restoring(self, *, again: bool = False) -> bool:
+        """Take back the pages of prefixes that are under way. Whether there were any.
+
+        Args:
+          again: those they are for may ask again.
+        """
+        if self.restoring is None or not self.restoring.active:
+            return False
+        self.restoring.cancel_all(self.cache, again=again)
+        self.releases += 1
+        return True
 
     def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Int64[np.ndarray, "tokens"]:
         """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
@@ -357,7 +374,8 @@ class Admission:
         """Withdraw those pages that have a token whose slot is not finite. Returns how many."""
         lengths = [self.cache.length(page) for page in pages]
         broken = [page for page, length, slots in zip(pages, lengths, finite, strict=True) if not slots[:length].all()]
-        if self.tiers:
+        if self.tiers and broken:
+            self.stop_restoring(again=True)  # it may compute behind what is broken
             self.tiers.withdraw(self.cache, broken)
         self.cache.withdraw(broken)
         return len(broken)
@@ -395,11 +413,12 @@ class Admission:
         company are prefilled again without it. Raises UnknownHandleError.
         """
         text, namespace = self.cache.text(handle), self.cache.entry(handle).namespace
+        self.stop_restoring(again=True)  # some of it may be on its way, and what has come is committed by this
         has_seen, forgotten = having_seen(text), self.cache.forget(handle)
-        if self.tiers and self.restoring:
-            self.restoring.cancel_all(self.cache)  # some of it may be on its way
+        if self.tiers:
             self.tiers.forget(text, namespace)
-            for entry in self.cache.evicted_entries(namespace):
+            # Those that are stale are served while they are in the store, but must not outlive that in the tiers.
+            for entry in (*self.cache.entries(namespace), *self.cache.evicted_entries(namespace)):
                 if entry.origin.company and has_seen(entry.origin.company):
                     self.tiers.forget(self.cache.text(entry.handle), namespace)
         for sequence in self._holders | self._returning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 
@@ -17,7 +18,8 @@ def blocks_of(cache: PageCache, pages: Sequence[int]) -> Iterator[tuple[Block, l
     before = b""
     for start in range(0, len(pages), BLOCK_PAGES):
         its_pages = list(pages[start : start + BLOCK_PAGES])
-        nodes = [node for node in map(cache.tree.node_of.__getitem__, its_pages) if node is not None]
+        found = itertools.takewhile(lambda node: node is not None, map(cache.tree.node_of.__getitem__, its_pages))
+        nodes = [node for node in found if node is not None]
         whole = _alike(nodes)
         if whole:
             block = _block(nodes[:whole], before)

@@ -161,7 +161,10 @@ class Loop:
 
     def _has_work(self) -> bool:
         moving = self.admission.tiers is not None and self.admission.tiers.busy
-        return moving or bool(self._inbox) or any(one.state not in _DONE for one in self.policy.sequences)
+        return moving or self._has_requests()
+
+    def _has_requests(self) -> bool:
+        return bool(self._inbox) or any(one.state not in _DONE for one in self.policy.sequences)
 
     def _wake(self) -> None:
         with self._news:
@@ -218,7 +221,7 @@ class Loop:
           is nothing to heal, or it must not be done.
         """
         with self._one_round(), self._news:
-            sequence = None if self._has_work() else self._healing.next(asked=asked)
+            sequence = None if self._has_requests() else self._healing.next(asked=asked)
         if sequence is None:
             return None
         started = time.perf_counter()

@@ -114,6 +114,8 @@ class Policy:
         """
         for sequence in self.of_state(State.DECODING):
             while sequence.state is State.DECODING and not self._admission.grow(sequence, steps):
+                if self._admission.stop_restoring():
+                    continue
                 if self.running == [sequence]:
                     self._end_here(sequence)
                 else:
@@ -186,7 +188,9 @@ class Policy:
                 raise
             except StoreFullError:
                 sequence.blocked_at = self._admission.releases
-                if not self.running:
+                if not self.running and self._admission.stop_restoring():
+                    self._try_to_admit(sequence)  # prefixes that come for others had the pages
+                elif not self.running:
                     self._admit_without_donors(sequence)
         except Exception as error:
             self._admission.finish(sequence, "error", error)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 
 from sparsex_jax.cache import Match, PageCache
+from sparsex_jax.cache.tree import Node
 from sparsex_jax.device.restoration import Chunk, Restoration
 from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.errors import StoreFullError
@@ -34,16 +35,28 @@ class _Prefix:
     Attributes:
       cache: whose pages it has.
       start: where it goes on behind what the store had.
+      behind: the nodes of what the store had.
     """
 
     restoration: Restoration
     cache: PageCache
     namespace: str
     start: int
+    behind: list[Node | None]
+
+    @property
+    def stands(self) -> bool:
+        """Whether nothing of what it goes on behind was withdrawn or forgotten meanwhile."""
+        now = self.cache.tree.node_of
+        return all(now[page] is node for page, node in zip(self.restoration.pages, self.behind, strict=False))
 
 
 class Restoring:
-    """What comes back for waiting sequences."""
+    """What comes back for waiting sequences.
+
+    Attributes:
+      num_ended: prefixes so far whose pages were given back.
+    """
 
     def __init__(self, tiers: Tiers, make_restorer: Callable[[], Restorer], page_size: int) -> None:
         """
@@ -52,6 +65,7 @@ class Restoring:
         """
         self._tiers, self._make_restorer, self._page_size = tiers, make_restorer, page_size
         self._prefixes: dict[Sequence, _Prefix] = {}
+        self.num_ended = 0
 
     @functools.cached_property
     def _restorer(self) -> Restorer:
@@ -87,11 +101,11 @@ class Restoring:
             self._restorer.cancel(self._prefixes[sequence].restoration)
             self._end(cache, sequence)
 
-    def cancel_all(self, cache: PageCache) -> None:
-        """Nothing comes any more; what waits may ask again."""
+    def cancel_all(self, cache: PageCache, *, again: bool) -> None:
+        """Nothing comes any more. What waits may ask again, or is admitted without."""
         for sequence in list(self._prefixes):
             self.cancel(cache, sequence)
-            sequence.coming = None
+            sequence.coming = None if again else set()
 
     def _begin(self, cache: PageCache, sequence: Sequence) -> set[bytes]:
         """Make a prefix come, and read what else is on disk. Returns the keys of what is being read."""
@@ -107,6 +121,9 @@ class Restoring:
                 self._begin_prefix(cache, sequence, match, exact)
         except StoreFullError:
             log.debug("there are no pages for a prefix that could be loaded")
+            return set()
+        except Exception:
+            log.exception("a stored prefix could not be restored; it is computed")
             return set()
         finally:
             cache.unpin(match)
@@ -129,10 +146,15 @@ class Restoring:
             return
         new = cache.allocate(-(-end // size) - len(shared))
         cache.share(shared)
-        chunks = [self._chunk(found, start) for found in chain]
+        pages, behind = [*shared, *new], [cache.tree.node_of[page] for page in shared]
         tokens, _ = sequence.to_prefill()
-        restoration = self._restorer.begin(tokens[:end], [*shared, *new], chunks)
-        self._prefixes[sequence] = _Prefix(restoration, cache, sequence.namespace, start)
+        try:
+            chunks = [self._chunk(found, start) for found in chain]
+            restoration = self._restorer.begin(tokens[:end], pages, chunks)
+        except BaseException:
+            cache.release(pages)
+            raise
+        self._prefixes[sequence] = _Prefix(restoration, cache, sequence.namespace, start, behind)
 
     def _chunk(self, found: Found, start: int) -> Chunk:
         block = found.block
@@ -145,11 +167,12 @@ class Restoring:
         """Commit what has come, and let go of its pages. A cache that replaced the prefix's own never had them."""
         prefix = self._prefixes.pop(sequence)
         restoration = prefix.restoration
+        self.num_ended += 1
         if prefix.cache is not cache:
             return
         if restoration.error is not None:
             log.warning("a stored prefix could not be restored; it is computed", exc_info=restoration.error)
-        elif restoration.done:
+        elif restoration.done and prefix.stands:
             length = len(restoration.tokens)
             cache.commit(restoration.pages, restoration.tokens, prefix.namespace, exact_tokens=length)
             counts = restoration.counts

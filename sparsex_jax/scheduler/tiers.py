@@ -11,6 +11,7 @@ Loads are asynchronous on the device: what reads the pages waits for them there,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,6 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
@@ -30,7 +32,7 @@ from sparsex_jax.cache.company import company_namespace
 from sparsex_jax.cache.tree import Node
 from sparsex_jax.device.link import Arriving, HostBlock, Link
 from sparsex_jax.device.runner import Runner
-from sparsex_jax.errors import StoreFullError
+from sparsex_jax.errors import LinkError, StoreFullError
 from sparsex_jax.model.digest import weights_digest
 from sparsex_jax.reuse.methods import Method
 from sparsex_jax.scheduler.blocks import blocks_of, maker_of
@@ -102,6 +104,7 @@ class Tiers:
         self._moving: list[tuple[Block, HostBlock]] = []
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tiers") if disk is not None else None
         self._reading: dict[bytes, Future[HostBlock | None]] = {}
+        self._to_write: deque[Block] = deque()
         self._writing: dict[bytes, Future[None]] = {}
         for block in disk.blocks() if disk is not None else ():
             self.index.add(block)
@@ -125,26 +128,63 @@ class Tiers:
     def pump(self, cache: PageCache) -> None:
         """Take what has arrived, and send more on its way."""
         self._take_read()
-        arrived = [each for each in self._moving if each[1].ready()]
-        self._moving = [each for each in self._moving if each not in arrived]
-        for block, kept in arrived:
-            self._arrive(block, kept)
+        moving, self._moving = self._moving, []
+        for block, kept in moving:
+            self._look_at(block, kept)
         while self._going and len(self._moving) < MOST_MOVING:
-            block, nodes, pages = self._going.popleft()
-            if all(cache.tree.node_of[page] is node for page, node in zip(pages, nodes, strict=True)):
-                self._moving.append((block, self._link.spill(self._runner.store, pages)))
-        self._writing = {key: each for key, each in self._writing.items() if not each.done()}
+            self._send(cache, *self._going.popleft())
+        if self._disk is not None:
+            self._write_more(self._disk)
 
     @property
     def busy(self) -> bool:
         """Whether `pump` has something to do, now or soon."""
-        return bool(self._going or self._moving or self._reading)
+        return bool(self._going or self._moving or self._reading or self._to_write or self._writing)
+
+    def _look_at(self, block: Block, kept: HostBlock) -> None:
+        """Take a block if it has arrived. One whose copy failed is lost, and the others go on."""
+        try:
+            ready = kept.ready()
+        except LinkError:
+            log.exception("a block could not be copied to host memory")
+            return
+        if ready:
+            self._arrive(block, kept)
+        else:
+            self._moving.append((block, kept))
+
+    def _send(self, cache: PageCache, block: Block, nodes: list[Node], pages: list[int]) -> None:
+        """Send a block on its way if its pages still have what they had."""
+        if any(cache.tree.node_of[page] is not node for page, node in zip(pages, nodes, strict=True)):
+            return
+        try:
+            self._moving.append((block, self._link.spill(self._runner.store, pages)))
+        except LinkError:
+            log.exception("a block could not be sent to host memory")
 
     def _arrive(self, block: Block, kept: HostBlock) -> None:
         self.counts.spilled_bytes += kept.nbytes
         self._put(block, kept)
-        if self._threads is not None and self._disk is not None:
-            self._writing[block.key] = self._threads.submit(self._write, block, kept)
+        if self._disk is not None:
+            self._to_write.append(block)
+
+    def _write_more(self, disk: DiskStore) -> None:
+        """Send blocks to the disk, a few at a time: what waits for a slow disk takes no memory beside the host's tier.
+
+        A block that is on neither any more is known no longer, so that it can be stored again.
+        """
+        assert self._threads is not None
+        written = [key for key, each in self._writing.items() if each.done()]
+        for key in written:
+            del self._writing[key]
+        for key in (*written, *disk.take_evicted()):
+            if key not in self._host and not self._is_on_disk(key):
+                self.index.remove(key)
+        while self._to_write and len(self._writing) < MOST_MOVING:
+            block = self._to_write.popleft()
+            if block.key in self._host:
+                kept = self._host.use(block.key)
+                self._writing[block.key] = self._threads.submit(self._write, block, kept)
 
     def _write(self, block: Block, kept: HostBlock) -> None:
         assert self._disk is not None
@@ -218,18 +258,21 @@ class Tiers:
     def restore(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> int:
         """Load what host memory has of a prompt and the store lacks, and commit it there. Returns how many tokens.
 
-        Nothing is loaded where there are no pages for it: the prompt is computed then.
+        Nothing is loaded where there are no pages for it, or where the link fails: the prompt is computed then.
         """
         if not len(self._host):
             return 0
-        match = self.look(cache, tokens, namespace, method)
+        match, loaded = self.look(cache, tokens, namespace, method), 0
         try:
             chain, others = self.lacking(tokens, namespace, method, match)
             chain = list(itertools.takewhile(self._is_here, chain))
-            loaded = self._restore_prefix(cache, tokens, namespace, match, chain)
-            loaded += sum(self._restore_segment(cache, found) for found in filter(self._is_here, others))
+            loaded += self._restore_prefix(cache, tokens, namespace, match, chain)
+            for found in filter(self._is_here, others):
+                loaded += self._restore_segment(cache, found)
         except StoreFullError:
-            return 0
+            log.debug("there are no pages for what could be loaded")
+        except LinkError:
+            log.exception("stored KV could not be loaded; it is computed")
         finally:
             cache.unpin(match)
         self.counts.host_tokens += loaded
@@ -287,24 +330,40 @@ class Tiers:
         new = cache.allocate(last - first)
         cache.share(shared)
         pages = [*shared, *new]
-        self._load([_rows_of(found, first, pages, page_size) for found in chain])
-        made = [each.block for each in chain if each.block.exact < each.num_tokens]
-        exact = made[0].start + made[0].exact if made else end
-        exact = min(exact, match.num_exact_tokens) if match.num_exact_tokens < match.num_prefix_tokens else exact
-        made_by = maker_of(made[0]) if made else None
-        cache.commit(pages, tokens[:end], namespace, exact_tokens=exact, made_by=made_by)
-        cache.release(pages)
+        with _released(cache, pages):
+            self._load([_rows_of(found, first, pages, page_size) for found in chain])
+            self._commit_prefix(cache, pages, tokens, namespace, chain)
         return end - match.num_prefix_tokens
+
+    def _commit_prefix(
+        self,
+        cache: PageCache,
+        pages: list[int],
+        tokens: Int32[np.ndarray, "tokens"],
+        namespace: str,
+        chain: list[Found],
+    ) -> None:
+        """Block by block, each with its own `made_by`. What is exact behind an approximate page of the store becomes
+        approximate, made by what made that page.
+        """
+        behind = (cache.tree[page] for page in pages if cache.length(page))
+        approximate = next((node for node in behind if node.exact < node.length), None)
+        exact = approximate.start + approximate.exact if approximate else len(tokens)
+        made_by = approximate.made_by if approximate else None
+        for found in chain:
+            block, end = found.block, found.block.start + found.num_tokens
+            if block.exact < found.num_tokens:
+                exact, made_by = min(exact, block.start + block.exact), maker_of(block)
+            own = pages[: -(-end // self.index.page_size)]
+            cache.commit(own, tokens[:end], namespace, exact_tokens=min(exact, end), made_by=made_by)
 
     def _restore_segment(self, cache: PageCache, found: Found) -> int:
         block = found.block
         pages = cache.allocate(-(-block.num_tokens // self.index.page_size))
-        self._load([(block, range(len(pages)), pages)])
-        tokens = np.frombuffer(block.tokens, np.int32)
-        cache.commit(
-            pages, tokens, block.namespace, exact_tokens=block.exact, start=block.start, made_by=maker_of(block)
-        )
-        cache.release(pages)
+        about: dict[str, Any] = {"exact_tokens": block.exact, "start": block.start, "made_by": maker_of(block)}
+        with _released(cache, pages):
+            self._load([(block, range(len(pages)), pages)])
+            cache.commit(pages, np.frombuffer(block.tokens, np.int32), block.namespace, **about)
         return block.num_tokens
 
     def _load(self, wanted: Several[tuple[Block, range, list[int]]]) -> None:
@@ -337,12 +396,14 @@ class Tiers:
 
     def forget(self, text: Int32[np.ndarray, "text"], namespace: str) -> None:
         """Remove every block with a copy of a text, and those that are on their way."""
-        for name in (namespace, company_namespace(namespace)):
-            self._drop(self.index.copies(text, name))
+        names = namespace, company_namespace(namespace)
+        stored = [key for name in names for key in self.index.copies(text, name)]
+        self._drop(stored)
+        self._delete_now(stored)
         on_the_way = BlockIndex(self.index.page_size)
         for block in [*(each[0] for each in self._going), *(each[0] for each in self._moving)]:
             on_the_way.add(block)
-        gone = {key for name in (namespace, company_namespace(namespace)) for key in on_the_way.copies(text, name)}
+        gone = {key for name in names for key in on_the_way.copies(text, name)}
         self._going = deque(each for each in self._going if each[0].key not in gone)
         self._moving = [each for each in self._moving if each[0].key not in gone]
 
@@ -358,8 +419,22 @@ class Tiers:
         for key in keys:
             self.index.remove(key)
             self._host.remove(key)
+            if key in self._writing:
+                self._writing[key].cancel()
         if keys and self._disk is not None and self._threads is not None:
-            self._threads.submit(self._disk.delete, keys)  # behind what is being written
+            self._threads.submit(self._delete, keys)  # behind what is being written
+
+    def _delete_now(self, keys: list[bytes]) -> None:
+        """Delete what is on disk already, so that no restart finds it; what is being written goes behind that."""
+        if keys and self._disk is not None:
+            self._delete(keys)
+
+    def _delete(self, keys: list[bytes]) -> None:
+        assert self._disk is not None
+        try:
+            self._disk.delete(keys)
+        except Exception:
+            log.exception("blocks could not be deleted from the disk tier; a restart may find them again")
 
     def stats(self) -> TierStats:
         disk = self._disk
@@ -383,6 +458,15 @@ class Tiers:
         """Raise AssertionError unless the parts agree. For tests."""
         self._host.check()
         assert all(key in self._host or self._is_on_disk(key) for key in self.index.blocks)
+
+
+@contextlib.contextmanager
+def _released(cache: PageCache, pages: Several[int]) -> Iterator[None]:
+    """Give pages back at the end, whatever comes up."""
+    try:
+        yield
+    finally:
+        cache.release(pages)
 
 
 def _rows_of(found: Found, first: int, pages: list[int], page_size: int) -> tuple[Block, range, list[int]]:

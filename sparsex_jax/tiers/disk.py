@@ -72,6 +72,7 @@ class DiskStore:
         self._order: UseOrder[Path] = UseOrder()
         self._blocks: dict[Path, Block] = {}  # of this model
         self._writing: dict[Path, Path] = {}  # final names and those they are written under; `delete` takes them out
+        self._evicted: list[bytes] = []
         self._writing_bytes = self._last_use = 0
         self._numbers = itertools.count()
         with _told("open", self._root):
@@ -134,6 +135,12 @@ class DiskStore:
         """All blocks of this model, the least recently used first."""
         with self._mutex:
             return iter([self._blocks[path] for path in self._order if path in self._blocks])
+
+    def take_evicted(self) -> list[bytes]:
+        """The keys of the blocks that were evicted since this was asked last."""
+        with self._mutex:
+            taken, self._evicted = self._evicted, []
+            return taken
 
     @property
     def nbytes(self) -> int:
@@ -250,7 +257,10 @@ class DiskStore:
         if nbytes > self._limit:
             raise DiskStoreError(f"a block of {nbytes} bytes is larger than the disk store's limit of {self._limit}")
         while self._order and self.nbytes + nbytes > self._limit:
-            self._remove(next(iter(self._order)))
+            path = next(iter(self._order))
+            if path in self._blocks:
+                self._evicted.append(self._blocks[path].key)
+            self._remove(path)
             self.counts.evicted += 1
 
     def _remove(self, path: Path) -> bool:

@@ -69,7 +69,7 @@ class BlockIndex:
                 _discard(self._by_pages, page, key)
             for offset, value in self._hashes(block):
                 _discard(self._windows[block.namespace], value, (key, offset))
-            if not self._windows[block.namespace]:
+            if not self._windows.get(block.namespace, True):  # a block that is too short for a window has none
                 del self._windows[block.namespace]
         return block
 
@@ -147,7 +147,13 @@ class BlockIndex:
         return list({each.block.key: each for each in found}.values())
 
     def copies(self, text: Int32[np.ndarray, "text"], namespace: str) -> list[bytes]:
-        """The keys of all blocks that hold a window of a text and go on as it does for 15 tokens, or to its end."""
+        """The keys of all blocks that hold a window of a text and go on as it does for 15 tokens, or to its end.
+
+        A text that is too short for a window is found where a block has it and nothing else.
+        """
+        if len(text) < WINDOW:
+            own = text.astype(np.int32).tobytes()
+            return [key for key, block in self.blocks.items() if (block.namespace, block.tokens) == (namespace, own)]
         everything = np.ones(len(text), bool)
         least = min(2 * WINDOW - 1, len(text))
         runs = self._runs(text, namespace, everything)

@@ -258,7 +258,7 @@ def test_demo_shows_that_an_excerpt_keeps_the_answer():
     assert second["excerpt"]["text"] == second["full"]["text"] == "The access code of the flour store is 7540."
     for methods in (first, second):
         assert methods["excerpt"]["omitted_tokens"] > methods["full"]["prompt_tokens"] / 2
-        assert methods["excerpt"]["ttft_s"] < methods["full"]["ttft_s"] / 2
+        assert methods["excerpt"]["computed_fraction"] < 0.4
 
 
 def test_demo_has_every_document_in_another_order():

@@ -124,7 +124,7 @@ class Bench:
         return [piece for block in chosen for piece in self.link.fetch(block, self.groups).pieces]
 
     def rate(self, run: Callable[[], Any], times: int = 1) -> float:
-        """GB/s of a call that moves all pages so many times."""
+        """The rate of a call, in GB/s. The call moves all pages `times` times."""
         return times * self.setup.nbytes / median_seconds(run) / 1e9
 
     def place(self) -> jax.Array:
@@ -167,7 +167,7 @@ def _copied(link: Link, block: HostBlock) -> list[np.ndarray]:
 
 
 class Products:
-    """Products of square matrices, one after the other, that take about so many seconds."""
+    """Products of square matrices, one after the other. Together they take about `seconds`."""
 
     def __init__(self, bench: Bench, seconds: float) -> None:
         everywhere = NamedSharding(bench.mesh, PartitionSpec())

@@ -28,7 +28,7 @@ from sparsex_jax.cache.company import company_namespace, having_seen
 from sparsex_jax.cache.counts import CacheCounts, Hits
 from sparsex_jax.cache.entries import Entry, EntryBook, EvictedTexts, Origin
 from sparsex_jax.cache.pages import PagePool
-from sparsex_jax.cache.remembered import RememberedTexts, run_around
+from sparsex_jax.cache.remembered import RememberedTexts, text_around
 from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
 from sparsex_jax.cache.tree import Accepts, Node, PageTree, Prefix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
@@ -182,8 +182,8 @@ class PageCache:
           handles: the numbers to give to entries. Pass the previous cache's iterator to a cache that replaces it, so
             that no handle stands for two entries. None: 1, 2, 3 ...
           counts: where to count. Pass the previous cache's to a cache that replaces it. None: from 0.
-          keep_texts: so many entries are still known after their pages were evicted, since a lower tier may have their
-            texts: prompts are told which tokens are of them, and they can be forgotten.
+          keep_texts: how many entries stay known after their pages were evicted. A lower tier may still have their
+            texts, so `remembered` finds those in prompts, and `forget` takes their handles.
 
         Raises:
           ValueError: one of the sizes is out of range.
@@ -279,7 +279,7 @@ class PageCache:
         """
         text, places = functools.cache(self.text), self._remembered.places(tokens, namespace)
         found_at = [(place, handle) for place, handle in places if self.entry(handle).said not in turns]
-        runs = sorted(run_around(tokens, place, text(handle)) for place, handle in found_at)
+        runs = sorted(text_around(tokens, place, text(handle)) for place, handle in found_at)
         found, number, reached = np.full(len(tokens), -1), -1, 0
         for begin, end in (run for run in runs if run[0] < run[1]):
             number += begin >= reached
@@ -318,7 +318,7 @@ class PageCache:
         return self._pool.take(count)
 
     def _evict(self, pages: Sequence[int]) -> None:
-        """Drop pages that nobody holds. Entries that lose a page end, but may still be known."""
+        """Evict pages that nobody holds. An entry that loses a page ends, and stays known if `keep_texts` allows it."""
         ended = [(self._entries[handle], self.text(handle)) for handle in sorted(self._entries.holding(pages))]
         self._drop(pages)
         for entry, text in ended:

@@ -57,7 +57,7 @@ class Entry:
 
 
 class EvictedTexts:
-    """Entries whose pages are gone, while their texts may still be in a lower tier: at most so many."""
+    """Entries whose pages were evicted. A lower tier may still have their texts. The oldest are dropped first."""
 
     def __init__(self, most: int) -> None:
         self._most = most

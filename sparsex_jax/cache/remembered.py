@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Int32
 
-from sparsex_jax.cache.windows import WINDOW, window_hashes
+from sparsex_jax.cache.windows import WINDOW, run_around, window_hashes
 
 _SALT = secrets.randbits(64)
 
@@ -62,19 +62,13 @@ class RememberedTexts:
         assert (self._handles, self._known_by) == (fresh._handles, fresh._known_by)
 
 
-def run_around(tokens: Int32[np.ndarray, "tokens"], place: int, text: Int32[np.ndarray, "text"]) -> tuple[int, int]:
+def text_around(tokens: Int32[np.ndarray, "tokens"], place: int, text: Int32[np.ndarray, "text"]) -> tuple[int, int]:
     """From where to where a prompt and a text are equal around the text's window, which stands at `place`.
 
     Returns:
       Two indices of the prompt; equal ones if less than half of the text is there, or the hash lied.
     """
-    at = _place_in(text)
-    before, behind = min(place, at), min(len(tokens) - place, len(text) - at)
-    equal = tokens[place - before : place + behind] == text[at - before : at + behind]
-    if not equal[before : before + WINDOW].all():
-        return place, place
-    begin = place - int(equal[:before][::-1].cumprod().sum())
-    end = place + int(equal[before:].cumprod().sum())
+    begin, end = run_around(tokens, place, text, _place_in(text))
     return (begin, end) if 2 * (end - begin) >= len(text) else (place, place)
 
 

@@ -53,6 +53,22 @@ def window_hashes(tokens: Int32[np.ndarray, "*rows tokens"], salt: int) -> UInt6
     return hashes
 
 
+def run_around(
+    tokens: Int32[np.ndarray, "tokens"], place: int, text: Int32[np.ndarray, "text"], offset: int
+) -> tuple[int, int]:
+    """From where to where a prompt and a text are equal around a window: `place` in the prompt, `offset` in the text.
+
+    Returns:
+      Two indices of the prompt; equal ones if the hash lied.
+    """
+    before, behind = min(place, offset), min(len(tokens) - place, len(text) - offset)
+    equal = tokens[place - before : place + behind] == text[offset - before : offset + behind]
+    if not equal[before : before + WINDOW].all():
+        return place, place
+    begin = place - int(equal[:before][::-1].cumprod().sum())
+    return begin, place + int(equal[before:].cumprod().sum())
+
+
 class WindowIndex:
     """Maps a window's hash to its places: the nodes and offsets where it is stored.
 

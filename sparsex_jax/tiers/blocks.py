@@ -7,6 +7,8 @@ import functools
 import hashlib
 import json
 
+from sparsex_jax.cache.children import TOKEN_BYTES
+
 BLOCK_PAGES = 16
 KEY_BYTES = 16
 
@@ -41,4 +43,4 @@ class Block:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.tokens) // 4
+        return len(self.tokens) // TOKEN_BYTES

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from sparsex_jax.cache.windows import WINDOW, window_hashes
+from sparsex_jax.cache.children import TOKEN_BYTES, common_prefix
+from sparsex_jax.cache.windows import WINDOW, run_around, window_hashes
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, KEY_BYTES, Block
 
-TOKEN_BYTES = 4
 MOST_COMPARED = 16  # blocks that go on alike, of which the one is looked for that goes on as the prompt does
 LEAST_SHARE = 4  # a block is loaded for segments if at least one token in so many of it is wanted
 
@@ -48,9 +48,6 @@ class BlockIndex:
         self._windows: dict[str, dict[int, dict[tuple[bytes, int], None]]] = {}
         self._salt = secrets.randbits(64)
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self.blocks
-
     # Storing ------------------------------------------------------------------------------------------------
 
     def add(self, block: Block) -> None:
@@ -69,8 +66,8 @@ class BlockIndex:
                 _discard(self._by_pages, page, key)
             for offset, value in self._hashes(block):
                 _discard(self._windows[block.namespace], value, (key, offset))
-            if not self._windows.get(block.namespace, True):  # a block that is too short for a window has none
-                del self._windows[block.namespace]
+            if not self._windows.get(block.namespace):  # what is left is too short for a window, if there is anything
+                self._windows.pop(block.namespace, None)
         return block
 
     def outgrown(self, block: Block) -> list[bytes]:
@@ -100,7 +97,7 @@ class BlockIndex:
     def _hashes(self, block: Block) -> Iterator[tuple[int, int]]:
         """Offset and hash of each window on the grid."""
         hashes = window_hashes(np.frombuffer(block.tokens, np.int32), self._salt)
-        yield from enumerate_by(hashes[::WINDOW].tolist(), WINDOW)
+        yield from zip(itertools.count(0, WINDOW), hashes[::WINDOW].tolist(), strict=False)
 
     # Finding ------------------------------------------------------------------------------------------------
 
@@ -131,8 +128,8 @@ class BlockIndex:
         usable = [block for block in candidates if block.exact == block.num_tokens or accepts(block)]
         if not usable:
             return None
-        best = max(usable, key=lambda block: (_common(block.tokens, tokens), block.exact))
-        return Found(best, _common(best.tokens, tokens))
+        best = max(usable, key=lambda block: (common_prefix(block.tokens, tokens), block.exact))
+        return Found(best, common_prefix(best.tokens, tokens))
 
     def segments(
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str, wanted: Bool[np.ndarray, "tokens"], least: int
@@ -171,42 +168,15 @@ class BlockIndex:
             if wanted[place] and value in windows:
                 for key, offset in windows[value]:
                     if seen.get((key, place - offset), -1) <= place:
-                        begin, end = _run_around(tokens, place, self.blocks[key], offset)
+                        begin, end = run_around(tokens, place, np.frombuffer(self.blocks[key].tokens, np.int32), offset)
                         seen[key, place - offset] = max(end, place + 1)
                         if end > begin:
                             yield self.blocks[key], begin, end
 
 
-def enumerate_by(values: list[int], step: int) -> Iterator[tuple[int, int]]:
-    """`enumerate` in steps.
-
-    >>> list(enumerate_by([7, 9], 8))
-    [(0, 7), (8, 9)]
-    """
-    return zip(itertools.count(0, step), values, strict=False)
-
-
-def _run_around(tokens: Int32[np.ndarray, "tokens"], place: int, block: Block, offset: int) -> tuple[int, int]:
-    """From where to where prompt and block are equal around a window; equal numbers if the hash lied."""
-    text = np.frombuffer(block.tokens, np.int32)
-    before, behind = min(place, offset), min(len(tokens) - place, len(text) - offset)
-    equal = tokens[place - before : place + behind] == text[offset - before : offset + behind]
-    if not equal[before : before + WINDOW].all():
-        return place, place
-    begin = place - int(equal[:before][::-1].cumprod().sum())
-    return begin, place + int(equal[before:].cumprod().sum())
-
-
 def _holds(block: Block, other: Block) -> bool:
     same = (block.namespace, block.start, block.before) == (other.namespace, other.start, other.before)
     return same and block.tokens.startswith(other.tokens) and block.exact >= other.exact
-
-
-def _common(a: bytes, b: bytes) -> int:
-    """How many leading tokens are equal."""
-    size = min(len(a), len(b))
-    differ = np.flatnonzero(np.frombuffer(a[:size], np.int32) != np.frombuffer(b[:size], np.int32))
-    return int(differ[0]) if len(differ) else size // TOKEN_BYTES
 
 
 def _digest(*parts: bytes) -> bytes:

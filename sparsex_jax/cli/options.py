@@ -158,11 +158,19 @@ def parse_bytes(name: str, text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2] or "B"])
 
 
+def parse_disk_store(text: str) -> tuple[str, int]:
+    """A path and a number of bytes.
+
+    >>> parse_disk_store("kv:1KiB")
+    ('kv', 1024)
+    """
+    path, colon, size = text.rpartition(":")
+    require(bool(path and colon), f"disk_store={text!r} must be PATH:SIZE, such as kv:200GiB")
+    return path, parse_bytes("disk_store", size)
+
+
 def tiers(host_store: str, disk_store: str | None) -> dict[str, Any]:
     """The fields of `EngineConfig` for the tiers below the store."""
-    fields: dict[str, Any] = {"host_store_bytes": parse_bytes("host_store", host_store)}
-    if disk_store is not None:
-        path, colon, size = disk_store.rpartition(":")
-        require(bool(path and colon), f"disk_store={disk_store!r} must be PATH:SIZE, such as kv:200GiB")
-        fields |= {"disk_store": path, "disk_store_bytes": parse_bytes("disk_store", size)}
-    return fields
+    path, size = (None, 0) if disk_store is None else parse_disk_store(disk_store)
+    host = parse_bytes("host_store", host_store)
+    return {"host_store_bytes": host, "disk_store": path, "disk_store_bytes": size}

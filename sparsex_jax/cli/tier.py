@@ -45,13 +45,13 @@ def import_(
 ) -> None:
     """Put the blocks of a file into a disk tier, where servers of the same model find them."""
     with clear_errors():
-        fields = options.tiers("1", disk_store)
+        path, size = options.parse_disk_store(disk_store)
         fingerprint = archive.fingerprint_of(file)
-        with DiskStore(fields["disk_store"], fields["disk_store_bytes"], fingerprint) as store:
+        with DiskStore(path, size, fingerprint) as store:
             for block, pieces in archive.import_(file, fingerprint):
                 store.put(block, pieces)
             count = len(store)
-    typer.echo(f"{fields['disk_store']} has {count} blocks of this model now")
+    typer.echo(f"{path} has {count} blocks of this model now")
 
 
 def _blocks(store: DiskStore, namespace: str | None) -> Iterator[tuple[Block, list[np.ndarray]]]:

@@ -17,6 +17,7 @@ import numpy as np
 from sparsex_jax.errors import DiskStoreError
 from sparsex_jax.tiers import block_file
 from sparsex_jax.tiers.blocks import Block
+from sparsex_jax.tiers.faults import told
 from sparsex_jax.tiers.fingerprint import Fingerprint, decode, differences, digest, encode
 
 _FINGERPRINT = "fingerprint.json"
@@ -35,12 +36,12 @@ def export(
     """
     path, count = Path(path), 0
     temporary = path.with_name(path.name + ".partial")
-    with _told("write", path), _removed_on_error(temporary), tarfile.open(temporary, "w") as tar:
+    with told("write", path), _removed_on_error(temporary), tarfile.open(temporary, "w") as tar:
         _add(tar, _FINGERPRINT, encode(fingerprint).encode())
         for block, pieces in blocks:
             _add(tar, f"{block.key.hex()}.safetensors", block_file.encode(block, pieces, digest(fingerprint)))
             count += 1
-    with _told("write", path):
+    with told("write", path):
         _sync_and_rename(temporary, path)
     return count
 
@@ -51,7 +52,7 @@ def import_(path: str | os.PathLike[str], fingerprint: Fingerprint) -> Iterator[
     Raises:
       DiskStoreError: the file cannot be read, is of another model, or a block is not whole. Blocks before it are.
     """
-    with _told("read", Path(path)), tarfile.open(path, "r:") as tar:
+    with told("read", Path(path)), tarfile.open(path, "r:") as tar:
         if differs := differences(fingerprint, _fingerprint(tar)):
             raise DiskStoreError(f"{path} is of another model: {differs}")
         for member in iter(tar.next, None):
@@ -60,7 +61,7 @@ def import_(path: str | os.PathLike[str], fingerprint: Fingerprint) -> Iterator[
 
 def fingerprint_of(path: str | os.PathLike[str]) -> Fingerprint:
     """That of the model whose blocks an archive has. Raises DiskStoreError: it cannot be read, or is no archive."""
-    with _told("read", Path(path)), tarfile.open(path, "r:") as tar:
+    with told("read", Path(path)), tarfile.open(path, "r:") as tar:
         return _fingerprint(tar)
 
 
@@ -103,11 +104,3 @@ def _removed_on_error(path: Path) -> Iterator[None]:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-
-
-@contextlib.contextmanager
-def _told(what: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, tarfile.TarError) as error:
-        raise DiskStoreError(f"cannot {what} {path}: {error}") from error

@@ -29,6 +29,7 @@ import numpy as np
 from sparsex_jax.errors import DiskStoreError
 from sparsex_jax.tiers import block_file
 from sparsex_jax.tiers.blocks import Block
+from sparsex_jax.tiers.faults import told
 from sparsex_jax.tiers.fingerprint import Fingerprint, decode, digest, encode
 from sparsex_jax.tiers.order import UseOrder
 
@@ -75,7 +76,7 @@ class DiskStore:
         self._evicted: list[bytes] = []
         self._writing_bytes = self._last_use = 0
         self._numbers = itertools.count()
-        with _told("open", self._root):
+        with told("open", self._root):
             self._root.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self._root)
             try:
@@ -94,7 +95,7 @@ class DiskStore:
         if self._used(path):
             return
         data = block_file.encode(block, pieces, self._model)
-        with _told("write", path), self._reserved(path, len(data)) as temporary:
+        with told("write", path), self._reserved(path, len(data)) as temporary:
             if temporary is not None:
                 _write_synced(temporary, data)
                 self._publish(temporary, path, block, len(data))
@@ -126,7 +127,7 @@ class DiskStore:
         Raises:
           DiskStoreError: a file cannot be removed.
         """
-        with self._mutex, _told("delete from", self._home):
+        with self._mutex, told("delete from", self._home):
             removed = [path for path in map(self._path, keys) if self._remove(path)]
             for directory in {path.parent for path in removed if path.parent.is_dir()}:
                 _sync(directory)
@@ -286,7 +287,7 @@ def fingerprints(path: str | os.PathLike[str]) -> list[Fingerprint]:
       DiskStoreError: a fingerprint cannot be read.
     """
     files = sorted(Path(path).glob("*/fingerprint.json"))
-    with _told("read", Path(path)):
+    with told("read", Path(path)):
         return [decode(file.read_text(encoding="utf-8")) for file in files if _MODEL.fullmatch(file.parent.name)]
 
 
@@ -297,14 +298,6 @@ def _locked(root: Path) -> filelock.BaseFileLock:
     except filelock.Timeout:
         raise DiskStoreError(f"the disk store {root} is open in another process") from None
     return lock
-
-
-@contextlib.contextmanager
-def _told(what: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DiskStoreError(f"cannot {what} {path}: {error.strerror or error}") from error
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -57,6 +57,7 @@ from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.pace import Pace
 from sparsex_jax.scheduler import sequence
 from sparsex_jax.scheduler.admission import Admission
+from sparsex_jax.scheduler.loading import Loading
 from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.scheduler.output import Generation, Prefill
 from sparsex_jax.scheduler.restoring import Restoring
@@ -112,7 +113,8 @@ class Engine:
     def _add_tiers(self) -> None:
         link = Link(self.model, self.config, self.mesh)
         tiers = self.admission.tiers = make_tiers(self.runner, link)
-        self.admission.restoring = Restoring(tiers, lambda: self._restorer(link), self.config.page_size)
+        loading = Loading(tiers, self.runner, link)
+        self.admission.restoring = Restoring(tiers, loading, lambda: self._restorer(link), self.config.page_size)
 
     def _restorer(self, link: Link) -> Restorer:
         pace = Pace(self.admission.choice.speeds, LINK_BYTES_PER_S, known=False)

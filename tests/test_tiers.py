@@ -46,18 +46,23 @@ def check(engine):
     engine.admission.tiers.check()
 
 
-# The engine --------------------------------------------------------------------------------------------------------
-
-
-def test_what_was_evicted_comes_back_exactly():
-    engine, prompts = tiny_engine(**SMALL), texts(4)
-    fill(engine, prompts)
+def check_restored(engine, prompts):
+    """Each prompt of `LONG` tokens finds itself in a tier, and is answered as if it had never been evicted."""
     for prompt in prompts:
         back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
         assert back.report.prefix_tokens == LONG - 1
         assert back.report.restored_tokens > 0
         np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
     check(engine)
+
+
+# The engine --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_evicted_comes_back_exactly():
+    engine, prompts = tiny_engine(**SMALL), texts(4)
+    fill(engine, prompts)
+    check_restored(engine, prompts)
     assert engine.admission.tiers.counts.host_tokens > 3 * PAGE
 
 
@@ -191,12 +196,7 @@ def test_a_restart_finds_what_the_disk_has(tmp_path):
     fill(engine, prompts)
     engine.close()
     again = tiny_engine(**SMALL, **disk)
-    for prompt in prompts:
-        back = again.prefill(prompt, reuse=ReuseConfig("prefix"))
-        assert back.report.prefix_tokens == LONG - 1
-        assert back.report.restored_tokens > 0
-        np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
-    check(again)
+    check_restored(again, prompts)
     again.close()
 
 

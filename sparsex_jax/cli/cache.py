@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
 from sparsex_jax.reuse.schedule import Phase
-from sparsex_jax.scheduler.choice import Choice
+from sparsex_jax.scheduler import choice
 from sparsex_jax.text.chat import document
 from sparsex_jax.text.encoding import encode, turns_of
 from sparsex_jax.text.messages import said_digest
@@ -122,16 +121,10 @@ def look_up(
 ) -> DryRun:
     """Find what the prompt can reuse, and plan the prefill or the probe as an engine does that knows no speeds."""
     method = method_of(reuse)
-    match = cache.lookup(
-        tokens,
-        namespace,
-        prefix=method.uses_prefix,
-        segments=method.uses_segments,
-        min_segment=method.min_segment_tokens,
-        accepts=functools.partial(method.accepts, num_layers=model.num_layers),
+    match = choice.look_up(cache, tokens, namespace, method, model.num_layers, counted=True)
+    plan = choice.Choice(model, cache.page_size, None).plan(
+        tokens, match, method, lambda: cache.remembered(tokens, namespace, turns)
     )
-    choice = Choice(model, cache.page_size, None)
-    plan = choice.plan(tokens, match, method, lambda: cache.remembered(tokens, namespace, turns))
     cache.unpin(match)
     report, after_boundary = _report(plan, model.num_layers), plan.phases[min(1, len(plan.phases) - 1)]
     return DryRun(cache, names, match, plan.prompt, report, _chosen(after_boundary), plan.probe)

@@ -25,7 +25,7 @@ from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequ
 from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.prompt import PromptMap
-from sparsex_jax.scheduler.choice import Choice
+from sparsex_jax.scheduler.choice import Choice, look_up
 from sparsex_jax.scheduler.company import Neighbours
 from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
@@ -127,17 +127,11 @@ class Admission:
           NoRoomError: there will not be either, unless something frozen is forgotten.
         """
         method = method_of(reuse)
-        if self.tiers and (method.uses_prefix or method.uses_segments):
-            sequence.restored_tokens += self.tiers.restore(self.cache, tokens, sequence.namespace, method)
-        match = self.cache.lookup(
-            tokens,
-            sequence.namespace,
-            prefix=method.uses_prefix,
-            segments=functools.partial(self.choice.segments_may_pay, method, len(tokens)),
-            min_segment=method.min_segment_tokens,
-            accepts=functools.partial(method.accepts, num_layers=self._model.num_layers),
-            counted=False,
-        )
+        if self.restoring:
+            sequence.restored_tokens += self.restoring.load(self.cache, tokens, sequence.namespace, method)
+        may_pay = functools.partial(self.choice.segments_may_pay, method, len(tokens))
+        about = (tokens, sequence.namespace, method, self._model.num_layers)
+        match = look_up(self.cache, *about, segments=may_pay)
         try:
             plan = self.choice.plan(tokens, match, method, lambda: self._may_be_left_out(sequence, tokens))
             self._require_room(sequence, plan.pages)

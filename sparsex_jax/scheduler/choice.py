@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Int32
 
-from sparsex_jax.cache import Match, Segment
+from sparsex_jax.cache import Match, PageCache, Segment
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import StoreFullError
 from sparsex_jax.reuse.cost import Speeds, can_save, excerpt_seconds, least_seconds, prefill_seconds
@@ -23,6 +25,33 @@ log = logging.getLogger(__name__)
 # What a plan's seconds count for beside those of one that pastes segments: of an exact plan, and of a plan that has an
 # approximate prefix but adds no approximation of its own.
 EXACT, PLAIN = 0.85, 0.9
+
+
+def look_up(
+    cache: PageCache,
+    tokens: Int32[np.ndarray, "tokens"],
+    namespace: str,
+    method: Method,
+    num_layers: int,
+    *,
+    segments: Callable[[int], bool] | None = None,
+    counted: bool = False,
+) -> Match:
+    """`PageCache.lookup` of all that a method takes.
+
+    Args:
+      num_layers: of the model.
+      segments: whether to look for segments, by the number of tokens of the prefix. None: if the method uses any.
+    """
+    return cache.lookup(
+        tokens,
+        namespace,
+        prefix=method.uses_prefix,
+        segments=method.uses_segments if segments is None else segments,
+        min_segment=method.min_segment_tokens,
+        accepts=functools.partial(method.accepts, num_layers=num_layers),
+        counted=counted,
+    )
 
 
 class Choice:

@@ -2,7 +2,7 @@
 
 A waiting sequence whose prefix is in a lower tier gets pages for it, and `Restorer` fills them: it computes from the
 front and loads from the back. Then they are committed, and the sequence is admitted as if they had never been evicted.
-What is not an exact prefix, `Tiers.restore` loads when the sequence is admitted.
+What is not an exact prefix is loaded when the sequence is admitted (`load`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from sparsex_jax.device.restoration import Chunk, Restoration
 from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.errors import StoreFullError
 from sparsex_jax.reuse.methods import method_of
+from sparsex_jax.scheduler.loading import Loading, end_of
 from sparsex_jax.scheduler.sequence import Sequence
-from sparsex_jax.scheduler.tiers import Tiers, end_of
+from sparsex_jax.scheduler.tiers import Tiers
 from sparsex_jax.tiers.index import Found
 
 MOST_RESTORED = 8  # prefixes at once; they share the link
@@ -56,14 +57,17 @@ class Restoring:
 
     Attributes:
       num_ended: prefixes so far whose pages were given back.
+      load: `Loading.load`.
     """
 
-    def __init__(self, tiers: Tiers, make_restorer: Callable[[], Restorer], page_size: int) -> None:
+    def __init__(self, tiers: Tiers, loading: Loading, make_restorer: Callable[[], Restorer], page_size: int) -> None:
         """
         Args:
+          loading: of what is no exact prefix.
           make_restorer: called when the first prefix comes, since it may measure the devices.
         """
-        self._tiers, self._make_restorer, self._page_size = tiers, make_restorer, page_size
+        self._tiers, self._loading, self._make_restorer, self._page_size = tiers, loading, make_restorer, page_size
+        self.load = loading.load
         self._prefixes: dict[Sequence, _Prefix] = {}
         self.num_ended = 0
 
@@ -113,9 +117,9 @@ class Restoring:
         method = method_of(reuse)
         if not self._tiers.has_blocks or not (method.uses_prefix or method.uses_segments):
             return set()
-        match = self._tiers.look(cache, tokens, sequence.namespace, method)
+        match = self._loading.look(cache, tokens, sequence.namespace, method)
         try:
-            chain, others = self._tiers.lacking(tokens, sequence.namespace, method, match)
+            chain, others = self._loading.lacking(tokens, sequence.namespace, method, match)
             exact = self._exact(chain, match)
             if exact:
                 self._begin_prefix(cache, sequence, match, exact)
@@ -160,7 +164,7 @@ class Restoring:
         block = found.block
         begin = max(block.start, start)
         kept = self._tiers.read(block.key)
-        seconds = len(block.tokens) * self._tiers.bytes_per_token / 4 / DISK_BYTES_PER_S
+        seconds = block.num_tokens * self._tiers.bytes_per_token / DISK_BYTES_PER_S
         return Chunk(begin, block.start + found.num_tokens, kept, (begin - block.start) // self._page_size, seconds)
 
     def _end(self, cache: PageCache, sequence: Sequence) -> None:

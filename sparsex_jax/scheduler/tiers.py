@@ -3,43 +3,37 @@
     a sequence ends      `keep`: its pages are cut into blocks, which go down to host memory while others compute
     a block comes down   it is written to the disk as well, on another thread
     host memory is full  the block that was used least recently goes; it is on the disk still
-    a prompt comes       `ask`: what the device's store lacks of it is read from the disk, on another thread;
-                         `restore`: it is loaded into pages and committed there, before the prompt is looked up
+    a prompt comes       `read`: what is on the disk only comes to host memory, on another thread
 
-Loads are asynchronous on the device: what reads the pages waits for them there, and the host goes on.
+`sparsex_jax.scheduler.restoring` and `loading` bring blocks from host memory back into the store.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import itertools
 import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
-from sparsex_jax.cache import Match, PageCache
+from sparsex_jax.cache import PageCache
 from sparsex_jax.cache.company import company_namespace
 from sparsex_jax.cache.tree import Node
-from sparsex_jax.device.link import Arriving, HostBlock, Link
+from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.device.runner import Runner
-from sparsex_jax.errors import LinkError, StoreFullError
+from sparsex_jax.errors import LinkError
 from sparsex_jax.model.digest import weights_digest
-from sparsex_jax.reuse.methods import Method
-from sparsex_jax.scheduler.blocks import blocks_of, maker_of
+from sparsex_jax.scheduler.blocks import blocks_of
 from sparsex_jax.tiers.blocks import Block
 from sparsex_jax.tiers.disk import DiskStore
 from sparsex_jax.tiers.host import HostStore
-from sparsex_jax.tiers.index import BlockIndex, Found
+from sparsex_jax.tiers.index import BlockIndex
 
 MOST_MOVING = 4  # blocks on their way down at once: each has a copy on the device until it has arrived
 
@@ -214,12 +208,25 @@ class Tiers:
             self._reading[key] = self._threads.submit(self._read, key)
         return self._reading.get(key)
 
+    def is_here(self, key: bytes) -> bool:
+        """Whether a block is in host memory."""
+        return key in self._host
+
+    def take(self, key: bytes) -> HostBlock:
+        """A block that is in host memory, for one who loads it now."""
+        return self._host.use(key)
+
     def is_reading(self, keys: Iterable[bytes]) -> bool:
         return not self._reading.keys().isdisjoint(keys)
 
     @property
     def has_blocks(self) -> bool:
+        """Whether there are any, in either tier."""
         return bool(self.index.blocks)
+
+    @property
+    def has_host_blocks(self) -> bool:
+        return len(self._host) > 0
 
     def wait(self, seconds: float) -> None:
         """Wait until something is read, but so long at most."""
@@ -255,139 +262,12 @@ class Tiers:
         self.counts.disk_tokens += block.num_tokens
         self._put(block, kept)
 
-    def restore(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> int:
-        """Load what host memory has of a prompt and the store lacks, and commit it there. Returns how many tokens.
-
-        Nothing is loaded where there are no pages for it, or where the link fails: the prompt is computed then.
-        """
-        if not len(self._host):
-            return 0
-        match, loaded = self.look(cache, tokens, namespace, method), 0
-        try:
-            chain, others = self.lacking(tokens, namespace, method, match)
-            chain = list(itertools.takewhile(self._is_here, chain))
-            loaded += self._restore_prefix(cache, tokens, namespace, match, chain)
-            for found in filter(self._is_here, others):
-                loaded += self._restore_segment(cache, found)
-        except StoreFullError:
-            log.debug("there are no pages for what could be loaded")
-        except LinkError:
-            log.exception("stored KV could not be loaded; it is computed")
-        finally:
-            cache.unpin(match)
-        self.counts.host_tokens += loaded
-        return loaded
-
-    def _is_here(self, found: Found) -> bool:
-        return found.block.key in self._host
-
-    def look(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> Match:
-        """What the store has already."""
-        return cache.lookup(
-            tokens,
-            namespace,
-            prefix=method.uses_prefix,
-            segments=method.uses_segments,
-            min_segment=method.min_segment_tokens,
-            accepts=functools.partial(method.accepts, num_layers=self._runner.model.num_layers),
-            counted=False,
-        )
-
-    def lacking(
-        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
-    ) -> tuple[list[Found], list[Found]]:
-        """Blocks that go on where the prompt's prefix in the store ends, in order, and those with other segments."""
-        lacking = np.ones(len(tokens), bool)
-        for begin, end in _ranges(match):
-            lacking[begin:end] = False
-        chain: list[Found] = []
-        if method.uses_prefix:
-            accepts = functools.partial(method.accepts, num_layers=self._runner.model.num_layers)
-            whole = self.index.prefix(tokens[:-1], namespace, lambda block: accepts(maker_of(block)))
-            chain = [each for each in whole if each.block.start + each.num_tokens > match.num_prefix_tokens]
-            lacking[: end_of(chain)] = False
-        others: list[Found] = []
-        if method.uses_segments:
-            others = self.index.segments(tokens, namespace, lacking, method.min_segment_tokens)
-        known = {each.block.key for each in chain}
-        return chain, [each for each in others if each.block.key not in known]
-
-    def _restore_prefix(
-        self,
-        cache: PageCache,
-        tokens: Int32[np.ndarray, "tokens"],
-        namespace: str,
-        match: Match,
-        chain: list[Found],
-    ) -> int:
-        if not chain:
-            return 0
-        page_size, shared = self.index.page_size, match.prefix_pages
-        end = end_of(chain)
-        first, last = len(shared), -(-end // page_size)
-        if last <= first:
-            return 0
-        new = cache.allocate(last - first)
-        cache.share(shared)
-        pages = [*shared, *new]
-        with _released(cache, pages):
-            self._load([_rows_of(found, first, pages, page_size) for found in chain])
-            self._commit_prefix(cache, pages, tokens, namespace, chain)
-        return end - match.num_prefix_tokens
-
-    def _commit_prefix(
-        self,
-        cache: PageCache,
-        pages: list[int],
-        tokens: Int32[np.ndarray, "tokens"],
-        namespace: str,
-        chain: list[Found],
-    ) -> None:
-        """Block by block, each with its own `made_by`. What is exact behind an approximate page of the store becomes
-        approximate, made by what made that page.
-        """
-        behind = (cache.tree[page] for page in pages if cache.length(page))
-        approximate = next((node for node in behind if node.exact < node.length), None)
-        exact = approximate.start + approximate.exact if approximate else len(tokens)
-        made_by = approximate.made_by if approximate else None
-        for found in chain:
-            block, end = found.block, found.block.start + found.num_tokens
-            if block.exact < found.num_tokens:
-                exact, made_by = min(exact, block.start + block.exact), maker_of(block)
-            own = pages[: -(-end // self.index.page_size)]
-            cache.commit(own, tokens[:end], namespace, exact_tokens=min(exact, end), made_by=made_by)
-
-    def _restore_segment(self, cache: PageCache, found: Found) -> int:
-        block = found.block
-        pages = cache.allocate(-(-block.num_tokens // self.index.page_size))
-        about: dict[str, Any] = {"exact_tokens": block.exact, "start": block.start, "made_by": maker_of(block)}
-        with _released(cache, pages):
-            self._load([(block, range(len(pages)), pages)])
-            cache.commit(pages, np.frombuffer(block.tokens, np.int32), block.namespace, **about)
-        return block.num_tokens
-
-    def _load(self, wanted: Several[tuple[Block, range, list[int]]]) -> None:
-        """Load rows of blocks into pages. Copies are asked for ahead of those that are waited for."""
-        arriving: deque[Arriving] = deque()
-        ahead = iter(wanted)
-        for _, rows, pages in wanted:
-            for block, _, _ in itertools.islice(ahead, MOST_MOVING - len(arriving)):
-                arriving.append(self._link.fetch(self._host.use(block.key), range(len(self._link.layers))))
-            arrived = arriving.popleft()
-            self._runner.store = self._link.place(self._runner.store, arrived, rows, pages)
-            self.counts.loaded_bytes += arrived.nbytes
-
     # Going ------------------------------------------------------------------------------------------------
 
     def lose(self) -> None:
         """The device's store is lost, and with it all that is on its way down."""
         self._going.clear()
         self._moving.clear()
-
-    def clear(self) -> None:
-        """Remove every block."""
-        self.lose()
-        self._drop(list(self.index.blocks))
 
     def warm_up(self) -> None:
         """Compile what moves blocks, and have host memory ready."""
@@ -458,33 +338,6 @@ class Tiers:
         """Raise AssertionError unless the parts agree. For tests."""
         self._host.check()
         assert all(key in self._host or self._is_on_disk(key) for key in self.index.blocks)
-
-
-@contextlib.contextmanager
-def _released(cache: PageCache, pages: Several[int]) -> Iterator[None]:
-    """Give pages back at the end, whatever comes up."""
-    try:
-        yield
-    finally:
-        cache.release(pages)
-
-
-def _rows_of(found: Found, first: int, pages: list[int], page_size: int) -> tuple[Block, range, list[int]]:
-    """Which of a block's pages are wanted, from the prompt's page `first` on, and where they go."""
-    begin = found.block.start // page_size
-    rows = range(max(first - begin, 0), -(-found.num_tokens // page_size))
-    return found.block, rows, pages[begin + rows.start : begin + rows.stop]
-
-
-def end_of(chain: list[Found]) -> int:
-    """Where the last block of a prefix ends in the prompt."""
-    return chain[-1].block.start + chain[-1].num_tokens if chain else 0
-
-
-def _ranges(match: Match) -> Iterator[tuple[int, int]]:
-    yield 0, match.num_prefix_tokens
-    for segment in match.segments:
-        yield segment.start, segment.end
 
 
 def make_tiers(runner: Runner, link: Link) -> Tiers:

@@ -280,6 +280,24 @@ def test_deleting_reaches_a_block_that_is_being_written(store, monkeypatch):
     assert not any((store._home / "writing").iterdir())
 
 
+def test_a_block_that_is_stored_again_while_it_is_read_is_not_lost(tmp_path, monkeypatch):
+    """Between the look into the books and the file, another thread deletes the block and stores it again."""
+    (block,) = chain(1)
+    fromfile = np.fromfile
+
+    def read(path, dtype):
+        monkeypatch.setattr(np, "fromfile", fromfile)
+        store.delete([block.key])
+        fill(store, [block])
+        raise FileNotFoundError(path)
+
+    with DiskStore(tmp_path, 1 << 20, TINY) as store:
+        fill(store, [block])
+        monkeypatch.setattr(np, "fromfile", read)
+        assert is_whole(block, store.get(block.key))
+        assert (block.key in store, store.counts.corrupt) == (True, 0)
+
+
 def test_many_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     blocks = [*chain(6, "a"), *chain(6, "b")]

@@ -109,12 +109,10 @@ class DiskStore:
         if key not in self:
             return None
         try:
-            data = np.fromfile(path, np.uint8)
-            found = block_file.decode(data, key, self._model)
+            found, nbytes = self._read(path, key)
         except (block_file.NotWholeError, OSError):
-            self._lost(path)
-            return None
-        return found if self._was_read(path, data.nbytes) else None
+            return self._read_alone(path, key)
+        return found if self._was_read(path, nbytes) else None
 
     def touch(self, keys: Iterable[bytes]) -> None:
         """Count these as used now: their KV was of use, but was found in a tier above."""
@@ -274,10 +272,24 @@ class DiskStore:
         self._blocks.pop(path, None)
         return True
 
-    def _lost(self, path: Path) -> None:
-        """It could not be read: because it is broken, unless another thread has removed it meanwhile."""
-        with self._mutex, contextlib.suppress(OSError):
-            self.counts.corrupt += self._remove(path)
+    def _read(self, path: Path, key: bytes) -> tuple[tuple[Block, list[np.ndarray]], int]:
+        """A block and the size of its file. Raises NotWholeError, OSError."""
+        data = np.fromfile(path, np.uint8)
+        return block_file.decode(data, key, self._model), data.nbytes
+
+    def _read_alone(self, path: Path, key: bytes) -> tuple[Block, list[np.ndarray]] | None:
+        """What could not be read while others might write. It may have been removed meanwhile, or stored again; if it
+        cannot be read now either, it is broken, and goes."""
+        with self._mutex:
+            if path not in self._blocks:
+                return None
+            try:
+                found, nbytes = self._read(path, key)
+            except (block_file.NotWholeError, OSError):
+                with contextlib.suppress(OSError):
+                    self.counts.corrupt += self._remove(path)
+                return None
+            return found if self._was_read(path, nbytes) else None
 
 
 def fingerprints(path: str | os.PathLike[str]) -> list[Fingerprint]:

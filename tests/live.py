@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import anthropic
 import httpx
 import openai
 from conftest import TALKING
@@ -51,6 +52,9 @@ class Live:
     def client(self, key: str = "none", **options) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, **options)
 
+    def anthropic(self, key: str = "none", **options) -> anthropic.Anthropic:
+        return anthropic.Anthropic(base_url=self.url, api_key=key, max_retries=0, **options)
+
     def http(self, key: str = "none") -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=60)
 
@@ -64,9 +68,10 @@ def live_server(
     limits: Limits | None = None,
     request_log: RequestLog | None = None,
     model: str = MODEL,
+    **options,
 ) -> Iterator[Live]:
     worker = Worker(engine, loop)
-    app = create_app(worker, model=model, access=access, limits=limits, request_log=request_log)
+    app = create_app(worker, model=model, access=access, limits=limits, request_log=request_log, **options)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

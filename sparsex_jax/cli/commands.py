@@ -195,6 +195,13 @@ def serve(
         str | None,
         typer.Option(help="PATH:SIZE of a directory for the same, such as kv:200GiB. It is found after a restart."),
     ] = None,
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(
+            help="How thoughts are told from answers: qwen3, deepseek_r1, mistral, none, or auto, which looks into the "
+            "chat template.",
+        ),
+    ] = "auto",
     request_log: Annotated[
         Path | None,
         typer.Option(help="A file for a line of JSON about each request; - for standard output.", dir_okay=False),
@@ -238,6 +245,7 @@ def serve(
             api_keys=api_keys,
             name=name,
             warm_up=warm_up,
+            reasoning_parser=reasoning_parser,
             request_log=request_log,
             allowed_origins=allowed_origins or (),
         )

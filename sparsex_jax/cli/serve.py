@@ -21,6 +21,7 @@ from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.sockets import url_of
 from sparsex_jax.serving.worker import Worker
+from sparsex_jax.text.thoughts import AUTO, check_parser
 
 
 def run(
@@ -33,8 +34,10 @@ def run(
     warm_up: bool,
     request_log: Path | None = None,
     allowed_origins: Sequence[str] = (),
+    reasoning_parser: str = AUTO,
 ) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT."""
+    check_parser(reasoning_parser)
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
     log = RequestLog.open(request_log) if request_log else None
     engine = choice.load()
@@ -42,7 +45,15 @@ def run(
         compile_all(engine)
     worker = Worker(engine)
     name = name or Path(choice.model).name
-    app = create_app(worker, model=name, access=access, limits=limits, request_log=log, allowed_origins=allowed_origins)
+    app = create_app(
+        worker,
+        model=name,
+        access=access,
+        limits=limits,
+        request_log=log,
+        allowed_origins=allowed_origins,
+        reasoning_parser=reasoning_parser,
+    )
     server = Server(app, sockets=sockets)
     company = choice.company_tokens > 0
     messages().print(str(find_defaults(choice.model, engine.model, choice.reuse, company=company)), soft_wrap=True)

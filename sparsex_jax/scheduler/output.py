@@ -145,6 +145,11 @@ class Output:
             self._text.append(self._detokenizer.finish())
 
     @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended it."""
+        return None if self._detokenizer is None else self._detokenizer.stopped_by
+
+    @property
     def text(self) -> str:
         """All of it that is certain: no half character, and nothing that may begin a stop string."""
         return "".join(self._text)

@@ -73,6 +73,7 @@ class Event:
       logprobs: of `token_ids`, where they were asked for.
       handle: with the last event of a text that was remembered.
       queue_s: seconds from the call until it was first admitted; None if it was not yet.
+      stopped_by: with the last event, the stop string that ended the text.
     """
 
     text: str
@@ -83,6 +84,7 @@ class Event:
     logprobs: tuple[TokenLogprobs, ...] = ()
     handle: int | None = None
     queue_s: float | None = None
+    stopped_by: str | None = None
 
 
 Listener = Callable[[Event], None]
@@ -411,6 +413,7 @@ class Sequence:
             logprobs=tuple(self.output.logprobs[new]),
             handle=self.handle,
             queue_s=self.queue_s,
+            stopped_by=self.output.stopped_by,
         )
 
 

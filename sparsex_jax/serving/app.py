@@ -10,11 +10,12 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import jax
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
@@ -37,13 +38,18 @@ from sparsex_jax.serving.knowledge import Knowledge
 from sparsex_jax.serving.line import Line
 from sparsex_jax.serving.methods import HeadAsGet, allow_origins
 from sparsex_jax.serving.metrics import Metrics
-from sparsex_jax.serving.openai import ChatFormat, CompletionFormat, ReplyFormat
+from sparsex_jax.serving.openai import ChatFormat, CompletionFormat
 from sparsex_jax.serving.reply import Extent, Reply
 from sparsex_jax.serving.request_log import RequestLog
+from sparsex_jax.serving.thoughts import AnswerReader, Thinking
 from sparsex_jax.serving.tools import reader_of
 from sparsex_jax.serving.transport import EventStream, unless_disconnected
 from sparsex_jax.serving.worker import Job, Stream, TimeLimitError, Worker
+from sparsex_jax.text.thoughts import AUTO, check_parser
 from sparsex_jax.text.token_text import TokenText
+
+if TYPE_CHECKING:
+    from sparsex_jax.scheduler.loop import Event
 
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from other hosts, and no text of a model or a document may run as a script.
@@ -59,14 +65,45 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a request asks for.
+
+    Attributes:
+      request: in the form of OpenAI's endpoints, whatever form it came in.
+      jobs: one for each answer; those to one prompt come together.
+      thinking: how the answers think. None: thoughts are not taken apart.
+    """
+
+    request: schemas.Generate
+    jobs: list[Job]
+    thinking: Thinking | None = None
+
+
+Pieces = Sequence[list[str]] | None  # the texts of each prompt's tokens
+
+
+class Replies(Protocol):
+    """The reply to one request, in the form of its endpoint."""
+
+    async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> dict[str, Any]:
+        """The reply, once every answer is complete. Raises the error of a request that failed."""
+
+    def chunks(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncGenerator[bytes]:
+        """The reply as server-sent events. An error before the first event is raised; a later one becomes an event."""
+
+
+MakeReply = Callable[[Asked, Pieces], Replies]
+
+
 class Service:
     """The objects that all endpoints share."""
 
-    def __init__(self, worker: Worker, model: str, access: Access, limits: Limits) -> None:
+    def __init__(self, worker: Worker, model: str, access: Access, limits: Limits, reasoning_parser: str) -> None:
         self.worker, self.model, self.access, self.limits = worker, model, access, limits
         self.metrics = Metrics(_build(worker.engine, model), worker.engine.config.page_size)
         self.texts = TokenText(worker.engine.tokenizer)
-        self.intake = Intake(worker.engine, limits)
+        self.intake = Intake(worker.engine, limits, reasoning_parser)
         self.bodies = Bodies(limits)
         loop, config = worker.engine.loop, worker.engine.config
         self.line = Line(loop.policy.max_num_seqs, config.max_waiting, access.num_keys)
@@ -75,39 +112,26 @@ class Service:
         self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sparsex-tokenizer")
 
     async def generate[B: schemas.Generate](
-        self,
-        request: Request,
-        body: B,
-        tenant: Tenant,
-        intake: Callable[[B, Tenant], list[Job]],
-        make_format: Callable[[], ReplyFormat],
+        self, request: Request, body: B, tenant: Tenant, intake: Callable[[B, Tenant], Asked], make_reply: MakeReply
     ) -> Response:
         """Answer a request, as a whole or as a stream. If the client disconnects, its request is cancelled."""
         exchange = Exchange.of(request.scope)
-        return await unless_disconnected(request, self._generate(exchange, body, tenant, intake, make_format))
+        return await unless_disconnected(request, self._generate(exchange, body, tenant, intake, make_reply))
 
     async def _generate[B: schemas.Generate](
-        self,
-        exchange: Exchange,
-        body: B,
-        tenant: Tenant,
-        intake: Callable[[B, Tenant], list[Job]],
-        make_format: Callable[[], ReplyFormat],
+        self, exchange: Exchange, body: B, tenant: Tenant, intake: Callable[[B, Tenant], Asked], make_reply: MakeReply
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
             self._check_model(body.model)
             stream = await held.enter_async_context(self.stream(exchange))
             place = held.enter_context(self.line.place(tenant))
             checked = self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
-            headers, jobs = await stream.before_jobs(checked)
-            place.grow(len(jobs) - 1)
-            pieces = (
-                await self.in_background(self.intake.pieces, jobs[:: body.n or 1]) if body.return_token_map else None
-            )
-            exchange.method = next((job.reuse.method for job in jobs if job.reuse), None)
+            headers, asked = await stream.before_jobs(checked)
+            place.grow(len(asked.jobs) - 1)
+            reply = make_reply(asked, await self._pieces(asked))
+            exchange.method = next((job.reuse.method for job in asked.jobs if job.reuse), None)
             await stream.before_jobs(place.turn())
-            stream.submit(*jobs)
-            reply = Reply(make_format, self.model, jobs, pieces, Extent.of(body))
+            stream.submit(*asked.jobs)
             if not body.stream:
                 return json_response(await reply.whole(stream), headers=headers)
             chunks = reply.chunks(stream)
@@ -115,6 +139,33 @@ class Service:
             response = EventStream(first, chunks, held.pop_all())
             response.headers.update(headers)
             return response
+
+    async def _pieces(self, asked: Asked) -> list[list[str]] | None:
+        """The texts of each prompt's tokens, if the request asks for a token map."""
+        if not asked.request.return_token_map:
+            return None
+        return await self.in_background(self.intake.pieces, asked.jobs[:: asked.request.n or 1])
+
+    def asked_chat(self, request: schemas.ChatRequest, tenant: Tenant) -> Asked:
+        """What a chat asks for. Off the event loop. Raises as `Intake.chat`."""
+        jobs = self.intake.chat(request, tenant)
+        return Asked(request, jobs, self.intake.thinking(request, jobs[0]))
+
+    def asked_completion(self, request: schemas.CompletionRequest, tenant: Tenant) -> Asked:
+        """What a completion asks for. Off the event loop. Raises as `Intake.completion`."""
+        return Asked(request, self.intake.completion(request, tenant))
+
+    def reader(self, asked: Asked) -> AnswerReader:
+        """What takes an answer to a chat apart."""
+        request, tokenizer = asked.request, self.worker.engine.tokenizer
+        assert isinstance(request, schemas.ChatRequest)
+        return AnswerReader(
+            self.texts,
+            asked.thinking,
+            functools.partial(reader_of, tokenizer, request),
+            one_call=request.parallel_tool_calls is False,
+            tells_thoughts=request.include_reasoning is not False,
+        )
 
     def stream(self, exchange: Exchange) -> Stream:
         """The stream of a request's jobs, which come later. Raises as `Worker.stream`."""
@@ -179,6 +230,7 @@ def create_app(
     limits: Limits | None = None,
     request_log: RequestLog | None = None,
     allowed_origins: Sequence[str] = (),
+    reasoning_parser: str = AUTO,
 ) -> FastAPI:
     """The application. It starts the worker when it starts, and stops the worker when it stops.
 
@@ -188,9 +240,11 @@ def create_app(
       limits: of requests. None: the defaults.
       request_log: gets every request, and is closed with the application. None: nothing is logged.
       allowed_origins: whose scripts may send requests, as `allow_origins` takes them.
+      reasoning_parser: how thoughts are found in the answers to chats: `auto`, `none`, or one of `thoughts.PARSERS`.
     """
+    check_parser(reasoning_parser)
     limits = limits or Limits()
-    service = Service(worker, model, access or Access.open(limits), limits)
+    service = Service(worker, model, access or Access.open(limits), limits, reasoning_parser)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -263,18 +317,15 @@ public = APIRouter(responses=_ERRORS)
 @router.post("/v1/chat/completions")
 async def chat_completions(body: schemas.ChatRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Answer a chat, as OpenAI's endpoint does."""
-    tokenizer = service.worker.engine.tokenizer
 
     def make_format() -> ChatFormat:
-        return ChatFormat(
-            service.texts,
-            bool(body.logprobs),
-            reader_of(tokenizer, body),
-            names_are_ids=bool(body.return_tokens_as_token_ids),
-            one_call=body.parallel_tool_calls is False,
-        )
+        return ChatFormat(service.texts, bool(body.logprobs), names_are_ids=bool(body.return_tokens_as_token_ids))
 
-    return await service.generate(request, body, tenant, service.intake.chat, make_format)
+    def make_reply(asked: Asked, pieces: Pieces) -> Reply:
+        make_reader = functools.partial(service.reader, asked)
+        return Reply(make_format, service.model, asked.jobs, pieces, Extent.of(body), make_reader)
+
+    return await service.generate(request, body, tenant, service.asked_chat, make_reply)
 
 
 @router.post("/v1/completions")
@@ -285,7 +336,10 @@ async def completions(body: schemas.CompletionRequest, request: Request, service
         names_are_ids = bool(body.return_tokens_as_token_ids)
         return CompletionFormat(service.texts, body.logprobs, names_are_ids=names_are_ids)
 
-    return await service.generate(request, body, tenant, service.intake.completion, make_format)
+    def make_reply(asked: Asked, pieces: Pieces) -> Reply:
+        return Reply(make_format, service.model, asked.jobs, pieces, Extent.of(body))
+
+    return await service.generate(request, body, tenant, service.asked_completion, make_reply)
 
 
 @router.get("/v1/models")

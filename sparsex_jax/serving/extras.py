@@ -39,6 +39,7 @@ _GRAMMAR = Refusal("answers are not forced into a grammar")
 _BEAM = Refusal("answers are sampled, without beam search", (False, 1, 1.0))
 _SAMPLER = Refusal("this way of sampling is not implemented", (False, 0, 0.0))
 _TYPICAL = Refusal("this way of sampling is not implemented", (1, 1.0))
+_EFFORT = Refusal("a model's effort cannot be set")
 _ROUTES = Refusal("there are no adapters and no experts to choose", ([], {}))
 
 REFUSED: Mapping[str, Refusal] = {
@@ -73,12 +74,8 @@ REFUSED: Mapping[str, Refusal] = {
     "lora_path": _ROUTES,
     "lora_request": _ROUTES,
     # How the model thinks.
-    "reasoning_effort": Refusal("a model's effort cannot be set"),
-    "reasoning": Refusal("a model's effort cannot be set", ({},)),
-    "thinking": Refusal("a model's effort cannot be set"),
-    "thinking_token_budget": Refusal("a model's effort cannot be set"),
-    "include_reasoning": Refusal("what a model thinks is part of its text", (True,)),
-    "separate_reasoning": Refusal("what a model thinks is part of its text", (False,)),
+    "reasoning": _EFFORT._replace(neutral=({},)),
+    "thinking_token_budget": _EFFORT,
     "verbosity": Refusal("a model's verbosity cannot be set", ("medium",)),
     # The older form of tools.
     "functions": Refusal("use tools", ([],)),

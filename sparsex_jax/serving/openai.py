@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.output import TokenLogprobs
 from sparsex_jax.serving.faults import OutOfServiceError
-from sparsex_jax.serving.tools import Call, Reader
+from sparsex_jax.serving.thoughts import AnswerReader, Part, Thought
+from sparsex_jax.serving.tools import Call
 from sparsex_jax.serving.worker import WorkerError
+from sparsex_jax.text.thoughts import FIELDS
 from sparsex_jax.text.token_text import TokenText
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ class PartialAnswer:
     Attributes:
       token_ids: the new tokens.
       told: how many of them chunks have named.
+      reader: takes the text apart. None: it is only text.
+      parts: of the text, where there is a reader.
       report: of the prefill, which comes with the first event.
     """
 
@@ -34,9 +38,12 @@ class PartialAnswer:
     report: Report | None = None
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    stopped_by: str | None = None
+    reader: AnswerReader | None = None
+    parts: list[Part] = dataclasses.field(default_factory=list)
 
-    def add(self, event: Event) -> None:
-        """Append an event. Raises the error if the request failed or was cancelled."""
+    def add(self, event: Event) -> list[Part]:
+        """Append an event, and return its parts. Raises the error if the request failed or was cancelled."""
         if event.error is not None:
             raise event.error
         if event.finish_reason == "error":
@@ -48,6 +55,10 @@ class PartialAnswer:
         self.report = event.report or self.report
         self.finish_reason = event.finish_reason or self.finish_reason
         self.logprobs += event.logprobs
+        self.stopped_by = event.stopped_by
+        new = [] if self.reader is None else self.reader.read(event)
+        self.parts += new
+        return new
 
 
 class ReplyFormat(Protocol):
@@ -70,8 +81,8 @@ class ReplyFormat(Protocol):
     def opening(self) -> dict[str, Any] | None:
         """The fields of a chunk that comes before the first text, or None if there is no such chunk."""
 
-    def delta(self, event: Event) -> dict[str, Any]:
-        """The fields of the next chunk."""
+    def delta(self, event: Event, parts: Sequence[Part]) -> dict[str, Any]:
+        """The fields of the next chunk. Its parts are those of the event's text, where there is a reader."""
 
 
 class ChatFormat:
@@ -83,50 +94,37 @@ class ChatFormat:
         self,
         texts: TokenText,
         logprobs: bool,
-        reader: Reader | None = None,
         *,
         names_are_ids: bool = False,
-        one_call: bool = False,
     ) -> None:
         """
         Args:
           logprobs: whether the request asks for log-probabilities.
-          reader: finds tool calls in the answer. None: the answer has none.
-          one_call: the answer has the first call at most.
           names_are_ids: tokens are named `token_id:ID`, not by their text.
         """
-        self._texts, self._logprobs, self._reader = texts, logprobs, reader
-        self._names_are_ids, self._one_call = names_are_ids, one_call
+        self._texts, self._logprobs, self._names_are_ids = texts, logprobs, names_are_ids
         self._num_calls = 0
 
     def choice(self, answer: PartialAnswer) -> dict[str, Any]:
-        content, calls = self._read(answer.text, answer.finish_reason)
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
-            message |= {"content": content or None, "tool_calls": calls}
+        content, thought, calls = _sorted(answer.parts)
+        self._num_calls = len(calls)
+        nothing = None if calls or thought else content
+        message: dict[str, Any] = {"role": "assistant", "content": content or nothing, "refusal": None}
+        message |= _told(thought) | ({"tool_calls": [call.to_dict() for call in calls]} if calls else {})
         return {"message": message, "logprobs": self._entries(answer.logprobs)} | self._end(answer.finish_reason)
 
     def opening(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
 
-    def delta(self, event: Event) -> dict[str, Any]:
-        first = self._num_calls
-        content, calls = self._read(event.text, event.finish_reason)
-        delta: dict[str, Any] = {"content": content} if content else {}
+    def delta(self, event: Event, parts: Sequence[Part]) -> dict[str, Any]:
+        content, thought, calls = _sorted(parts)
+        delta: dict[str, Any] = ({"content": content} if content else {}) | _told(thought)
         if calls:
-            delta["tool_calls"] = [{"index": index} | call for index, call in enumerate(calls, start=first)]
-        return {"delta": delta, "logprobs": self._entries(event.logprobs)} | self._end(event.finish_reason)
-
-    def _read(self, text: str, finish_reason: str | None) -> tuple[str, list[dict[str, Any]]]:
-        """Separate text from tool calls in the next piece of the answer. With a finish reason, it is the last piece."""
-        if self._reader is None:
-            return text, []
-        parts = self._reader.push(text) + (self._reader.finish() if finish_reason else [])
-        calls = [part.to_dict() for part in parts if isinstance(part, Call)]
-        if self._one_call:
-            calls = calls[: 1 - self._num_calls]
+            delta["tool_calls"] = [
+                {"index": index} | call.to_dict() for index, call in enumerate(calls, start=self._num_calls)
+            ]
         self._num_calls += len(calls)
-        return "".join(part for part in parts if isinstance(part, str)), calls
+        return {"delta": delta, "logprobs": self._entries(event.logprobs)} | self._end(event.finish_reason)
 
     def _end(self, finish_reason: str | None) -> dict[str, Any]:
         """The finish reason, if tool calls change it."""
@@ -170,7 +168,7 @@ class CompletionFormat:
     def opening(self) -> None:
         return None
 
-    def delta(self, event: Event) -> dict[str, Any]:
+    def delta(self, event: Event, parts: Sequence[Part]) -> dict[str, Any]:
         return {"text": event.text, "logprobs": self._arrays(event.logprobs)}
 
     def _arrays(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
@@ -194,6 +192,18 @@ class CompletionFormat:
 
     def _name(self, token: int) -> str:
         return f"token_id:{token}" if self._names_are_ids else self._texts.name_of(token)
+
+
+def _sorted(parts: Sequence[Part]) -> tuple[str, str, list[Call]]:
+    """Text, thought and calls."""
+    text = "".join(part for part in parts if isinstance(part, str))
+    thought = "".join(part.text for part in parts if isinstance(part, Thought))
+    return text, thought, [part for part in parts if isinstance(part, Call)]
+
+
+def _told(thought: str) -> dict[str, str]:
+    """A thought under DeepSeek's name, which most clients read, and under vLLM's newer one."""
+    return dict.fromkeys(FIELDS, thought) if thought else {}
 
 
 def _finite(logprob: float) -> float:

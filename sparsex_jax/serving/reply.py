@@ -16,6 +16,7 @@ from sparsex_jax.reuse.report import Report, found_as
 from sparsex_jax.serving.faults import fault_of
 from sparsex_jax.serving.openai import PartialAnswer, ReplyFormat
 from sparsex_jax.serving.schemas import Generate
+from sparsex_jax.serving.thoughts import AnswerReader
 from sparsex_jax.serving.worker import Job
 
 if TYPE_CHECKING:
@@ -63,13 +64,15 @@ class Reply:
         jobs: Sequence[Job],
         pieces: Sequence[list[str]] | None,
         extent: Extent,
+        make_reader: Callable[[], AnswerReader | None] = lambda: None,
     ) -> None:
         """
         Args:
           jobs: one for each answer; those to one prompt come together.
           pieces: the texts of each prompt's tokens, for the token map in `sparsex`. None: without a token map.
+          make_reader: makes what takes an answer's text apart. None: it is only text.
         """
-        self.answers = [PartialAnswer() for _ in jobs]
+        self.answers = [PartialAnswer(reader=make_reader()) for _ in jobs]
         self._formats = [make_format() for _ in jobs]
         self._format, self._jobs, self._pieces, self._extent = self._formats[0], jobs, pieces, extent
         self._head = {
@@ -118,8 +121,7 @@ class Reply:
         """The chunks of an event; the first one of an answer carries its report."""
         answer = self.answers[number]
         first = answer.report is None and event.report is not None
-        delta = self._formats[number].delta(event)
-        answer.add(event)
+        delta = self._formats[number].delta(event, answer.add(event))
         if not (first or event.text or event.logprobs or event.finish_reason):
             return []  # the new tokens are half a character, or special tokens
         told = answer.token_ids[answer.told :] if self._extent.token_ids else []
@@ -165,7 +167,12 @@ class Reply:
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
-        }
+        } | self._thought_tokens()
+
+    def _thought_tokens(self) -> dict[str, Any]:
+        readers = [answer.reader for answer in self.answers if answer.reader and answer.reader.has_thoughts]
+        tokens = sum(reader.thought_tokens for reader in readers)
+        return {"completion_tokens_details": {"reasoning_tokens": tokens}} if readers else {}
 
     def _sparsex(self, number: int) -> dict[str, Any] | None:
         report = self.answers[number].report

@@ -105,6 +105,12 @@ class ResponseFormat(Object):
     type: str = Field(description="Only text: answers are not forced into a grammar.")
 
 
+class Thinking(Object):
+    """Whether the model thinks before it answers, as DeepSeek and Anthropic name it."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+
+
 class Generate(Object):
     """What chat and text completions have in common."""
 
@@ -140,6 +146,14 @@ class Generate(Object):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call in an answer.")
+    reasoning_effort: str | None = Field(
+        None, description="Of chats: a variable of the chat template, or `none`, which is as thinking that is disabled."
+    )
+    thinking: Thinking | None = Field(
+        None, description="Of chats: turns thinking on or off, where the chat template has a variable for it."
+    )
+    include_reasoning: bool | None = Field(None, description="Of chats: false leaves out what the model thought.")
+    separate_reasoning: bool | None = Field(None, description="Of chats: false leaves thoughts in the text.")
     return_token_ids: bool | None = Field(None, description="The ids of prompt and answer, beside the text.")
     return_tokens_as_token_ids: bool | None = Field(None, description="Log-probabilities name tokens token_id:ID.")
     cache_salt: Text | None = Field(None, description="Only requests with the same salt share what is stored.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from sparsex_jax.config.checks import require
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.text import generic_tools
+from sparsex_jax.text import generic_tools, thoughts
 from sparsex_jax.text.control_tokens import MarkedText, Marks
 from sparsex_jax.text.end_tokens import control_token_ids, end_token_ids
 from sparsex_jax.text.messages import Message, checked_message, in_form, objects, text_of
@@ -26,8 +26,9 @@ class Chat:
 
     Attributes:
       messages: each with a `role`, and a `content` that is text, a list of text parts or None. Tool calls and their
-        results are as OpenAI has them; the arguments of a call may be JSON or an object. All other fields go to the
-        template as they are.
+        results are as OpenAI has them; the arguments of a call may be JSON or an object. What an assistant thought
+        (`reasoning_content`, or `reasoning`) goes where the template looks for it. All other fields go to the template
+        as they are.
       tools: offered to the model, as OpenAI describes them. Empty is none. Where the template has no tools, they are
         described in the system message.
       documents: for the template to show, each a mapping as the template expects it, often of `title` and `text`.
@@ -162,7 +163,7 @@ def _prepared(chat: Chat, template: Template) -> tuple[list[Message], dict[str, 
     require(bool(messages), "messages has no entries; it must have 1 at least")
     variables = _checked_variables(chat, template)
     form = template.call_form if any("tool_calls" in message for message in messages) else CallForm()
-    messages = in_form(messages, form or CallForm())
+    messages = in_form(thoughts.as_shown(messages, template), form or CallForm())
     if form is None:
         messages = generic_tools.calls_as_text(messages)
     if variables["tools"] and "tools" not in template.variables:

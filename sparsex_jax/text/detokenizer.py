@@ -62,12 +62,17 @@ class Detokenizer:
         self._stops = _StopSearch(stop, include_stop)
         self._stop_tokens = {id_: name for id_, name in special.items() if name in stop}
         self._include_stop = include_stop
-        self._stopped_by: int | None = None  # the special token
+        self._stop_token: int | None = None  # the one that was found
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string was found. Behind it no more text is returned."""
-        return self._stopped_by is not None or self._stops.found
+        return self.stopped_by is not None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that was found."""
+        return self._stops.found if self._stop_token is None else self._stop_tokens[self._stop_token]
 
     def follow(self, prompt: Sequence[int]) -> None:
         """Decode what is pushed behind this prompt, so that prompt and text together are the text of all tokens.
@@ -83,7 +88,7 @@ class Detokenizer:
           may_stop: whether stop strings are looked for, which begin in the text of this token or later.
         """
         if may_stop and token in self._stop_tokens:
-            self._stopped_by = token
+            self._stop_token = token
             return ""
         text = self._characters.push(token)
         return self._stops.push(text) if may_stop else text
@@ -91,9 +96,9 @@ class Detokenizer:
     def finish(self) -> str:
         """Return the text that was held back. No token may be pushed afterwards."""
         text = self._stops.push(self._characters.finish()) + self._stops.finish()
-        if self._stopped_by is None or not self._include_stop:
+        if self._stop_token is None or not self._include_stop:
             return text
-        return text + self._stop_tokens[self._stopped_by]
+        return text + self._stop_tokens[self._stop_token]
 
 
 class _Characters:
@@ -188,7 +193,7 @@ class _StopSearch:
     """Holds text back while it may be part of a stop string, and drops it if it is.
 
     Attributes:
-      found: whether a stop string was found.
+      found: the stop string that was found.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
@@ -196,7 +201,7 @@ class _StopSearch:
         Args:
           include: whether the text that is returned contains the string that was found.
         """
-        self.found = False
+        self.found: str | None = None
         self._include = include
         self._matchers = [_Matcher(stop) for stop in stops]
         self._held = ""
@@ -207,19 +212,19 @@ class _StopSearch:
         With the stop string "abab": `push("xaba")` returns "x" and holds "aba"; `push("b")` finds the string, which
         begins 3 characters before the new text, and returns "".
         """
-        if self.found:
+        if self.found is not None:
             return ""
         before, self._held = len(self._held), self._held + text
         found = [(before + start, len(one)) for one in self._matchers if (start := one.push(text)) is not None]
-        self.found = bool(found)
         keep = max((matcher.matched for matcher in self._matchers), default=0)
         if not found:
             return self._release(len(self._held) - keep)
         start, length = min(found)
+        self.found = self._held[start : start + length]
         return self._release(start + (length if self._include else 0))
 
     def finish(self) -> str:
-        return "" if self.found else self._release(len(self._held))
+        return "" if self.found is not None else self._release(len(self._held))
 
     def _release(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]

@@ -53,6 +53,12 @@ def control_token_ids(tokenizer: Any, ends: Iterable[int]) -> dict[int, str]:
     return special | {id_: name for id_ in ends if (name := tokenizer.convert_ids_to_tokens(id_)) is not None}
 
 
+def special_ids(tokenizer: Any | None, names: Iterable[str]) -> tuple[int, ...]:
+    """The ids of the tokens of these names that the vocabulary calls special."""
+    added, wanted = {} if tokenizer is None else tokenizer.added_tokens_decoder, frozenset(names)
+    return tuple(id_ for id_, token in added.items() if token.special and token.content in wanted)
+
+
 def _of_tokenizer(tokenizer: Any) -> list[int | None]:
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names = [*_NAMES, *(name for name in _SPECIAL_NAMES if name in special)]

@@ -22,10 +22,10 @@ from sparsex_jax.serving.tools.reader import CallReader, Reader
 from sparsex_jax.text.chat import shows_tools
 from sparsex_jax.text.templates import template_for
 
-__all__ = ["Call", "Reader", "marker_ids", "reader_for", "reader_of"]
+__all__ = ["CALL_MARKERS", "Call", "Reader", "reader_for", "reader_of"]
 
 # Where the vocabulary calls these special, answers to requests with tools have them all the same.
-_MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
+CALL_MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
 _HERMES = "<tool_call>"  # a template in whose form tools are offered where the model's own has no tools
 
 
@@ -65,9 +65,3 @@ def _forms(template: str) -> list[Form]:
         return [Mistral(), MistralList()]
     is_llama = "<|start_header_id|>" in template and '"parameters"' in template
     return [LlamaMarked(), Llama()] if is_llama or "<|python_tag|>" in template else []
-
-
-def marker_ids(tokenizer: Any | None) -> tuple[int, ...]:
-    """The special tokens that mark calls."""
-    added = {} if tokenizer is None else tokenizer.added_tokens_decoder
-    return tuple(id_ for id_, token in added.items() if token.special and token.content in _MARKERS)

@@ -135,6 +135,17 @@ def serve(
             show_default="none but the page",
         ),
     ] = None,
+    allowed_methods: Annotated[
+        list[str] | None,
+        typer.Option(help="A method that scripts of these origins may use.", show_default="all"),
+    ] = None,
+    allowed_headers: Annotated[
+        list[str] | None,
+        typer.Option(help="A header that scripts of these origins may send.", show_default="all"),
+    ] = None,
+    allow_credentials: Annotated[
+        bool, typer.Option("--allow-credentials", help="Scripts of these origins may send cookies, as for a proxy.")
+    ] = False,
     dtype: options.DType = "auto",
     store_tokens: options.StoreTokens = 16384,
     max_num_seqs: Annotated[
@@ -217,7 +228,14 @@ def serve(
         from sparsex_jax.cli.generate import EngineChoice
         from sparsex_jax.cli.serve import run
         from sparsex_jax.serving.access import Limits
+        from sparsex_jax.serving.methods import Cors
 
+        cors = Cors(
+            tuple(allowed_origins or ()),
+            tuple(allowed_methods or ("*",)),
+            tuple(allowed_headers or ("*",)),
+            allow_credentials,
+        )
         run(
             EngineChoice(
                 model,
@@ -247,7 +265,7 @@ def serve(
             warm_up=warm_up,
             reasoning_parser=reasoning_parser,
             request_log=request_log,
-            allowed_origins=allowed_origins or (),
+            allowed_origins=cors,
         )
 
 

@@ -17,6 +17,7 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.scheduler import warmup
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
+from sparsex_jax.serving.methods import Cors
 from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.sockets import url_of
@@ -33,7 +34,7 @@ def run(
     name: str | None,
     warm_up: bool,
     request_log: Path | None = None,
-    allowed_origins: Sequence[str] = (),
+    allowed_origins: Cors | None = None,
     reasoning_parser: str = AUTO,
 ) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT."""
@@ -51,7 +52,7 @@ def run(
         access=access,
         limits=limits,
         request_log=log,
-        allowed_origins=allowed_origins,
+        allowed_origins=allowed_origins or (),
         reasoning_parser=reasoning_parser,
     )
     server = Server(app, sockets=sockets)

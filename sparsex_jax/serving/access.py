@@ -158,18 +158,28 @@ class Access:
             raise InvalidRequestError(f"{path} has no keys; it must have a table for each")
         return cls(tenants, None)
 
-    def tenant(self, authorization: str | None) -> Tenant:
-        """The tenant of a request, by its `Authorization` header. Raises UnauthorizedError if there is none."""
+    def tenant(self, authorization: str | None, api_key: str | None = None) -> Tenant:
+        """The tenant of a request.
+
+        Args:
+          authorization: the header of this name.
+          api_key: the header `x-api-key`, in which Anthropic's clients send the key.
+
+        Raises:
+          UnauthorizedError: neither has a known key.
+        """
         if self._anonymous is not None:
             return self._anonymous
-        scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        scheme, _, bearer = (authorization or "").partition(" ")
+        sent = [bearer.strip() if scheme.lower() == "bearer" else "", (api_key or "").strip()]
+        keys = [key for key in sent if key]
+        if not keys:
             raise UnauthorizedError("an API key is needed: Authorization: Bearer KEY")
         # A lookup by digest takes the same time for every wrong key, so its time does not help to guess one.
-        tenant = self._tenants.get(_digest(key.strip()))
-        if tenant is None:
+        found = [tenant for key in keys if (tenant := self._tenants.get(_digest(key))) is not None]
+        if not found:
             raise UnauthorizedError("the API key is not known")
-        return tenant
+        return found[0]
 
 
 def _digest(key: str) -> str:

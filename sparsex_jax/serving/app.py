@@ -7,49 +7,32 @@ events -> OpenAI's objects.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
-import jax
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Security
-from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
+from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 
 from sparsex_jax.cache import Entry, Forgotten
 from sparsex_jax.engine import Engine
-from sparsex_jax.errors import UnknownHandleError
-from sparsex_jax.serving import extras, faults, schemas
-from sparsex_jax.serving.access import Access, ForbiddenError, Limits, Tenant
-from sparsex_jax.serving.bodies import Bodies, Checked
+from sparsex_jax.serving import faults, schemas
+from sparsex_jax.serving.access import Access, ForbiddenError, Limits
 from sparsex_jax.serving.exchange import Exchange, Exchanges
-from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
-from sparsex_jax.serving.intake import Intake
-from sparsex_jax.serving.knowledge import Knowledge
-from sparsex_jax.serving.line import Line
-from sparsex_jax.serving.methods import HeadAsGet, allow_origins
-from sparsex_jax.serving.metrics import Metrics
+from sparsex_jax.serving.faults import json_response
+from sparsex_jax.serving.methods import Cors, HeadAsGet
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat
+from sparsex_jax.serving.protocols import routers
 from sparsex_jax.serving.reply import Extent, Reply
 from sparsex_jax.serving.request_log import RequestLog
-from sparsex_jax.serving.thoughts import AnswerReader, Thinking
-from sparsex_jax.serving.tools import reader_of
-from sparsex_jax.serving.transport import EventStream, unless_disconnected
-from sparsex_jax.serving.worker import Job, Stream, TimeLimitError, Worker
+from sparsex_jax.serving.routing import ERRORS, Caller, Salt, Served, keyed_router
+from sparsex_jax.serving.service import Asked, Pieces, Service, entry_of, unknown_model
+from sparsex_jax.serving.worker import Worker
 from sparsex_jax.text.thoughts import AUTO, check_parser
-from sparsex_jax.text.token_text import TokenText
-
-if TYPE_CHECKING:
-    from sparsex_jax.scheduler.loop import Event
 
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from other hosts, and no text of a model or a document may run as a script.
@@ -59,167 +42,6 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": schemas.ErrorResponse, "description": "The request is refused; the message says why."},
-    "5XX": {"model": schemas.ErrorResponse, "description": "Overload, shutdown, a time limit or a fault."},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """What a request asks for.
-
-    Attributes:
-      request: in the form of OpenAI's endpoints, whatever form it came in.
-      jobs: one for each answer; those to one prompt come together.
-      thinking: how the answers think. None: thoughts are not taken apart.
-    """
-
-    request: schemas.Generate
-    jobs: list[Job]
-    thinking: Thinking | None = None
-
-
-Pieces = Sequence[list[str]] | None  # the texts of each prompt's tokens
-
-
-class Replies(Protocol):
-    """The reply to one request, in the form of its endpoint."""
-
-    async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> dict[str, Any]:
-        """The reply, once every answer is complete. Raises the error of a request that failed."""
-
-    def chunks(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncGenerator[bytes]:
-        """The reply as server-sent events. An error before the first event is raised; a later one becomes an event."""
-
-
-MakeReply = Callable[[Asked, Pieces], Replies]
-
-
-class Service:
-    """The objects that all endpoints share."""
-
-    def __init__(self, worker: Worker, model: str, access: Access, limits: Limits, reasoning_parser: str) -> None:
-        self.worker, self.model, self.access, self.limits = worker, model, access, limits
-        self.metrics = Metrics(_build(worker.engine, model), worker.engine.config.page_size)
-        self.texts = TokenText(worker.engine.tokenizer)
-        self.intake = Intake(worker.engine, limits, reasoning_parser)
-        self.bodies = Bodies(limits)
-        loop, config = worker.engine.loop, worker.engine.config
-        self.line = Line(loop.policy.max_num_seqs, config.max_waiting, access.num_keys)
-        self.created = int(time.time())
-        # One thread, because a tokenizer is not safe to call from several.
-        self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sparsex-tokenizer")
-
-    async def generate[B: schemas.Generate](
-        self, request: Request, body: B, tenant: Tenant, intake: Callable[[B, Tenant], Asked], make_reply: MakeReply
-    ) -> Response:
-        """Answer a request, as a whole or as a stream. If the client disconnects, its request is cancelled."""
-        exchange = Exchange.of(request.scope)
-        return await unless_disconnected(request, self._generate(exchange, body, tenant, intake, make_reply))
-
-    async def _generate[B: schemas.Generate](
-        self, exchange: Exchange, body: B, tenant: Tenant, intake: Callable[[B, Tenant], Asked], make_reply: MakeReply
-    ) -> Response:
-        async with contextlib.AsyncExitStack() as held:
-            self._check_model(body.model)
-            stream = await held.enter_async_context(self.stream(exchange))
-            place = held.enter_context(self.line.place(tenant))
-            checked = self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
-            headers, asked = await stream.before_jobs(checked)
-            place.grow(len(asked.jobs) - 1)
-            reply = make_reply(asked, await self._pieces(asked))
-            exchange.method = next((job.reuse.method for job in asked.jobs if job.reuse), None)
-            await stream.before_jobs(place.turn())
-            stream.submit(*asked.jobs)
-            if not body.stream:
-                return json_response(await reply.whole(stream), headers=headers)
-            chunks = reply.chunks(stream)
-            first = await anext(chunks)  # if this fails, the response still gets the error's status
-            response = EventStream(first, chunks, held.pop_all())
-            response.headers.update(headers)
-            return response
-
-    async def _pieces(self, asked: Asked) -> list[list[str]] | None:
-        """The texts of each prompt's tokens, if the request asks for a token map."""
-        if not asked.request.return_token_map:
-            return None
-        return await self.in_background(self.intake.pieces, asked.jobs[:: asked.request.n or 1])
-
-    def asked_chat(self, request: schemas.ChatRequest, tenant: Tenant) -> Asked:
-        """What a chat asks for. Off the event loop. Raises as `Intake.chat`."""
-        jobs = self.intake.chat(request, tenant)
-        return Asked(request, jobs, self.intake.thinking(request, jobs[0]))
-
-    def asked_completion(self, request: schemas.CompletionRequest, tenant: Tenant) -> Asked:
-        """What a completion asks for. Off the event loop. Raises as `Intake.completion`."""
-        return Asked(request, self.intake.completion(request, tenant))
-
-    def reader(self, asked: Asked) -> AnswerReader:
-        """What takes an answer to a chat apart."""
-        request, tokenizer = asked.request, self.worker.engine.tokenizer
-        assert isinstance(request, schemas.ChatRequest)
-        return AnswerReader(
-            self.texts,
-            asked.thinking,
-            functools.partial(reader_of, tokenizer, request),
-            one_call=request.parallel_tool_calls is False,
-            tells_thoughts=request.include_reasoning is not False,
-        )
-
-    def stream(self, exchange: Exchange) -> Stream:
-        """The stream of a request's jobs, which come later. Raises as `Worker.stream`."""
-        return self.worker.stream([], limit_s=self.limits.request_timeout, watcher=exchange)
-
-    async def insert(self, body: schemas.KnowledgeRequest, tenant: Tenant, exchange: Exchange) -> Entry:
-        """Prefill a text among the running requests, and keep it."""
-        engine, namespace = self.worker.engine, tenant.store_namespace(body.cache_salt)
-        async with self.stream(exchange) as stream:
-            with self.line.place(tenant) as place:
-                text, preamble = await stream.before_jobs(self.in_background(self.intake.knowledge, body))
-                await stream.before_jobs(place.turn())
-                knowledge = Knowledge(text, preamble, body.company, namespace, tenant.knowledge)
-                await self.call(knowledge.start, engine, stream)
-                [(_, event)] = [news async for news in stream]
-        if event.error is not None:
-            raise event.error
-        if event.handle is None:
-            raise OutOfServiceError("the server is shutting down and gave this request up")
-        return await self.call(_entry, engine, event.handle, namespace)
-
-    async def in_background[**P, T](self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a function that tokenizes on the tokenizer's thread, so that it does not block the event loop."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizing, lambda: function(*args, **kwargs))
-
-    async def call[T](self, function: Callable[..., T], *args: Any) -> T:
-        """As `Worker.call`. Raises TimeLimitError if it takes too long."""
-        try:
-            async with asyncio.timeout(self.limits.request_timeout):
-                return await self.worker.call(function, *args)
-        except TimeoutError as error:
-            raise TimeLimitError(
-                f"the request took longer than the limit of {self.limits.request_timeout:g} s"
-            ) from error
-
-    def _check_model(self, model: str | None) -> None:
-        if model not in (None, self.model):
-            raise unknown_model(model, self.model)
-
-    def card(self) -> schemas.ModelCard:
-        return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.intake.lengths.context)
-
-
-def _build(engine: Engine, model: str) -> dict[str, str]:
-    """What runs here, for metrics."""
-    version, device = importlib.metadata.version("sparsex-jax"), engine.mesh.devices.flat[0].device_kind
-    return {"version": version, "jax": jax.__version__, "device": device, "model": model}
-
-
-def unknown_model(model: str | None, served: str) -> RequestError:
-    return RequestError(
-        f"model {model!r} is not served here; {served!r} is", param="model", code="model_not_found", status=404
-    )
 
 
 def create_app(
@@ -229,7 +51,7 @@ def create_app(
     access: Access | None = None,
     limits: Limits | None = None,
     request_log: RequestLog | None = None,
-    allowed_origins: Sequence[str] = (),
+    allowed_origins: Sequence[str] | Cors = (),
     reasoning_parser: str = AUTO,
 ) -> FastAPI:
     """The application. It starts the worker when it starts, and stops the worker when it stops.
@@ -239,7 +61,7 @@ def create_app(
       access: the API keys. None: requests need no key.
       limits: of requests. None: the defaults.
       request_log: gets every request, and is closed with the application. None: nothing is logged.
-      allowed_origins: whose scripts may send requests, as `allow_origins` takes them.
+      allowed_origins: whose scripts may send requests, or, as `Cors`, also what these may send.
       reasoning_parser: how thoughts are found in the answers to chats: `auto`, `none`, or one of `thoughts.PARSERS`.
     """
     check_parser(reasoning_parser)
@@ -258,13 +80,15 @@ def create_app(
 
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    app.include_router(router)
-    app.include_router(public)
-    routes = (*router.routes, *public.routes)
+    included = (router, public, *routers)
+    for each in included:
+        app.include_router(each)
+    routes = [route for each in included for route in each.routes]
     service.metrics.expect(route.path for route in routes if isinstance(route, Route))
     app.mount("/page", StaticFiles(directory=PAGE))
     app.add_middleware(HeadAsGet)
-    allow_origins(app, allowed_origins)
+    cors = allowed_origins if isinstance(allowed_origins, Cors) else Cors(tuple(allowed_origins))
+    cors.install(app)
     # Around all others, so that every response has its id and is counted: preflights and what failed too.
     app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
     faults.install(app)
@@ -278,40 +102,8 @@ def _no_log(exchange: Exchange) -> None:
 # Endpoints --------------------------------------------------------------------------------------------------
 
 
-async def _service(request: Request) -> Service:
-    return request.app.state.service
-
-
-Served = Annotated[Service, Depends(_service)]
-
-
-class Keyed(APIRoute):
-    """A route that needs an API key. The key is checked before the body is read, and the body before FastAPI sees it,
-    which would check it on the event loop."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        model: Any = self.body_field and self.body_field.field_info.annotation
-
-        async def answer(request: Request) -> Response:
-            service: Service = request.app.state.service
-            tenant = service.access.tenant(request.headers.get("authorization"))
-            request.state.tenant, Exchange.of(request.scope).key = tenant, tenant.name
-            if model is None:
-                return await handle(request)
-            return await handle(Checked(request, await service.bodies.checked(request, model)))
-
-        return answer
-
-
-async def _tenant(request: Request, _: Annotated[Any, Security(HTTPBearer(auto_error=False))]) -> Tenant:
-    return request.state.tenant
-
-
-Caller = Annotated[Tenant, Depends(_tenant)]
-Salt = Annotated[str | None, Query(min_length=1, description="As `cache_salt` of the request that stored it.")]
-router = APIRouter(responses=_ERRORS, route_class=Keyed)
-public = APIRouter(responses=_ERRORS)
+router = keyed_router()
+public = APIRouter(responses=ERRORS)
 
 
 @router.post("/v1/chat/completions")
@@ -322,8 +114,7 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
         return ChatFormat(service.texts, bool(body.logprobs), names_are_ids=bool(body.return_tokens_as_token_ids))
 
     def make_reply(asked: Asked, pieces: Pieces) -> Reply:
-        make_reader = functools.partial(service.reader, asked)
-        return Reply(make_format, service.model, asked.jobs, pieces, Extent.of(body), make_reader)
+        return Reply(make_format, service.model, asked.jobs, pieces, Extent.of(body), lambda: service.reader(asked))
 
     return await service.generate(request, body, tenant, service.asked_chat, make_reply)
 
@@ -414,6 +205,11 @@ async def metrics(service: Served, tenant: Caller) -> Response:
     return Response(service.metrics.render(loop.snapshot, stats, loop.tiers), media_type="text/plain; version=0.0.4")
 
 
+@public.get("/version")
+async def version() -> schemas.Version:
+    return schemas.Version(version=importlib.metadata.version("sparsex-jax"))
+
+
 @public.get("/", include_in_schema=False)
 async def page() -> Response:
     return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
@@ -423,14 +219,7 @@ async def page() -> Response:
 
 
 def _forget(engine: Engine, handle: int, namespace: str) -> Forgotten:
-    return engine.forget(_entry(engine, handle, namespace).handle)
-
-
-def _entry(engine: Engine, handle: int, namespace: str) -> Entry:
-    cache = engine.cache
-    if not cache.knows(handle) or cache.entry(handle).namespace != namespace:
-        raise UnknownHandleError(f"handle {handle} is not known: never given out, deleted, or evicted since")
-    return dataclasses.replace(cache.entry(handle))  # the event loop's thread reads it
+    return engine.forget(entry_of(engine, handle, namespace).handle)
 
 
 def _described(entry: Entry) -> schemas.KnowledgeEntry:

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparsex_jax.reuse.report import KINDS
-from sparsex_jax.serving.faults import fault_of
+from sparsex_jax.serving.faults import fault_of, is_anthropic
 from sparsex_jax.serving.metrics import OTHER, Metrics
 from sparsex_jax.serving.progress import Progress
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 Log = Callable[["Exchange"], None]
 
 ID_HEADER = "x-request-id"
+ANTHROPIC_ID_HEADER = "request-id"
 _SANE_ID = re.compile(r"[!-~]{1,128}")  # visible ASCII, which any header and any log can hold
 
 
@@ -152,7 +153,10 @@ class Exchanges:
         async def marked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.begins(message["status"])
-                MutableHeaders(scope=message)[ID_HEADER] = exchange.id
+                headers = MutableHeaders(scope=message)
+                headers[ID_HEADER] = exchange.id
+                if is_anthropic(exchange.path):
+                    headers[ANTHROPIC_ID_HEADER] = exchange.id
             await send(message)
 
         try:
@@ -166,4 +170,4 @@ class Exchanges:
         except Exception as error:
             if exchange.status is not None:
                 raise
-            await fault_of(error).response()(scope, receive, send)
+            await fault_of(error).response(scope)(scope, receive, send)

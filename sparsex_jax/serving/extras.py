@@ -100,13 +100,14 @@ def forbid(body: BaseModel, at: str = "") -> None:
         raise RequestError(f"{_short(name)} is not permitted; there are: {known}", param=_short(name))
 
 
-def headers_of(body: Generate) -> dict[str, str]:
+def headers_of(body: BaseModel) -> dict[str, str]:
     """The headers of a response that name the fields which nothing reads: one for programs, one in words (RFC 7234).
 
     Raises:
       RequestError: a field would change the answer in a way that is not implemented.
     """
-    _require_text(body)
+    if isinstance(body, Generate):
+        _require_text(body)
     names = _ignored(body)
     if not names:
         return {}

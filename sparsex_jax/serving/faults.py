@@ -1,4 +1,7 @@
-"""Turns errors into responses as OpenAI's: a status, and {"error": {message, type, param, code}}."""
+"""Turns errors into responses as OpenAI's: a status, and {"error": {message, type, param, code}}.
+
+At Anthropic's endpoints they have the form of Anthropic's: {"type": "error", "error": {type, message}, "request_id"}.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from sparsex_jax.errors import (
     ContextLengthError,
@@ -76,13 +80,46 @@ class Fault:
     def body(self) -> dict[str, Any]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
+    def anthropic_body(self, request_id: str | None = None) -> dict[str, Any]:
+        """The body at Anthropic's endpoints, where messages alone name fields."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}, "request_id": request_id}
+
+    def response(self, scope: Scope) -> Response:
+        """
+        Args:
+          scope: of the request.
+        """
         headers = {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
         if self.allow is not None:
             headers["Allow"] = self.allow
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
+        if is_anthropic(scope["path"]):
+            return json_response(self.anthropic_body(_id_of(scope)), self.status, headers)
         return json_response(self.body(), self.status, headers)
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def is_anthropic(path: str) -> bool:
+    """Whether an endpoint is one of Anthropic's."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def _id_of(scope: Scope) -> str | None:
+    exchange = scope.get("state", {}).get("exchange")
+    return None if exchange is None else exchange.id
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -198,7 +235,7 @@ def install(app: FastAPI) -> None:
         if fault.code == "not_found":
             message = f"there is no {request.url.path} here; /openapi.json lists what there is"
             fault = dataclasses.replace(fault, message=message)
-        return fault.response()
+        return fault.response(request.scope)
 
     for kind in (SparsexError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

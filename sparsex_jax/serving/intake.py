@@ -57,8 +57,15 @@ class Intake:
         self._engine, self._limits, self.lengths = engine, limits, Lengths(engine, limits)
         self._reasoning_parser = reasoning_parser
 
-    def chat(self, request: ChatRequest, tenant: Tenant) -> list[Job]:
-        """A job for each answer. Raises RequestError or InvalidRequestError if a field is wrong."""
+    def chat(self, request: ChatRequest, tenant: Tenant, *, shortens: bool = False) -> list[Job]:
+        """A job for each answer.
+
+        Args:
+          shortens: if as many tokens as the request names do not fit, the answer has what fits.
+
+        Raises:
+          RequestError, InvalidRequestError: a field is wrong.
+        """
         self._check_number(request, 1)
         named = _first_given(
             max_completion_tokens=request.max_completion_tokens,
@@ -66,8 +73,9 @@ class Intake:
         )
         form = self._thought_form(request)
         tokens = self._prompt(request, self._render(request), "messages", named, special=False)
-        most = self.lengths.new_tokens(len(tokens), named, None, "messages")
-        sampling = self._sampling(request, most, named is not None, _chat_logprobs(request))
+        exact, default = (None, named and named[1]) if shortens else (named, None)
+        most = self.lengths.new_tokens(len(tokens), exact, default, "messages")
+        sampling = self._sampling(request, most, exact is not None, _chat_logprobs(request))
         sampling = dataclasses.replace(sampling, shown_token_ids=self._shown_ids(request, form))
         turns = turn_digests([plain_message(message) for message in request.messages])
         return self._jobs(request, tenant, tokens, sampling, turns)
@@ -83,6 +91,24 @@ class Intake:
     def chat_tokens(self, request: ChatRequest) -> np.ndarray:
         """The ids of a chat's prompt, however long it is. Raises RequestError if a field is wrong."""
         return self._encode(self._render(request), "messages", special=bool(request.add_special_tokens))
+
+    def text_tokens(self, text: str, *, special: bool) -> np.ndarray:
+        """The ids of a text, which may be empty. Raises RequestError if it is far too long for the model."""
+        if not text and self._engine.tokenizer is not None:
+            return np.asarray(self._engine.tokenizer("", add_special_tokens=special)["input_ids"], np.int32)
+        return self._encode(text, "prompt", special=special)
+
+    def token_names(self, ids: Sequence[int]) -> list[str]:
+        """What the vocabulary calls these tokens."""
+        return self._engine.tokenizer.convert_ids_to_tokens(ids) if self._engine.tokenizer else []
+
+    def text_of_tokens(self, ids: list[Any]) -> str:
+        """The text of token ids, special tokens included. Raises RequestError if the model has not all of them."""
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
+            raise RequestError("tokens: this model has no tokenizer", param="tokens")
+        known = self._encode(ids, "tokens", special=False).tolist() if ids else []
+        return tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def completion(self, request: CompletionRequest, tenant: Tenant) -> list[Job]:
         """A job for each answer to each prompt. Raises RequestError or InvalidRequestError if a field is wrong."""
@@ -303,7 +329,8 @@ def _switch(request: ChatRequest, template: Template, form: ThoughtForm | None) 
     asked = request.thinking.type if request.thinking else None
     off = asked == "disabled" or (asked is None and request.reasoning_effort == "none")
     variable = None if asked is None and not off else thoughts.switched(template, not off)
-    if off and variable is None and form is not None and "reasoning_effort" not in template.variables:
+    thinks = form is not None and form.end in template.text
+    if off and variable is None and thinks and (asked or "reasoning_effort" not in template.variables):
         name = "thinking" if asked else "reasoning_effort"
         raise _unsupported(name, "the model's chat template cannot turn thinking off")
     return variable or {}

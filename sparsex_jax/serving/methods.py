@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+import re
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
@@ -11,11 +11,12 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.config.checks import require
 
 _METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 # What scripts of another origin may read of a response, besides its body and a few harmless headers.
-_READABLE = ("Retry-After", "Warning", "X-Sparsex-Ignored-Fields", "X-Request-Id")
+_READABLE = ("Retry-After", "Warning", "X-Sparsex-Ignored-Fields", "X-Request-Id", "Request-Id")
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # of a method or a header
 
 
 class HeadAsGet:
@@ -50,24 +51,48 @@ def _takes(route: BaseRoute, scope: Scope, method: str) -> bool:
     return route.matches({**scope, "method": method})[0] is Match.FULL
 
 
-def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
-    """Let scripts of these origins send requests and read the answers (CORS). Their preflights need no key.
+@dataclasses.dataclass(frozen=True)
+class Cors:
+    """Which scripts of other origins may send requests and read the answers. Their preflights need no key.
 
-    Args:
-      origins: such as `https://chat.example`; `*` is every origin.
-
-    Raises:
-      InvalidRequestError: one of them is no origin.
+    Attributes:
+      origins: such as `https://chat.example`; `*` is every origin. Without any, no script of another origin may.
+      methods: HTTP methods that they may use; `*` is all.
+      headers: that they may send; `*` is all.
+      credentials: whether they may send cookies and client certificates, as a proxy before the server may ask for.
     """
-    options: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": _READABLE}
-    if origins:
-        app.add_middleware(CORSMiddleware, allow_origins=[_origin(each) for each in origins], **options)
 
+    origins: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("*",)
+    headers: tuple[str, ...] = ("*",)
+    credentials: bool = False
 
-def _origin(text: str) -> str:
-    scheme, mark, host = text.partition("://")
-    if text != "*" and not (scheme and mark and host and "/" not in host):
-        raise InvalidRequestError(
-            f"allowed_origins has {text!r}; it must be * or SCHEME://HOST or SCHEME://HOST:PORT, without a path"
+    def __post_init__(self) -> None:
+        for origin in self.origins:
+            _check_origin(origin)
+        for name, values in (("allowed_methods", self.methods), ("allowed_headers", self.headers)):
+            wrong = next((value for value in values if value != "*" and not _NAME.fullmatch(value)), None)
+            require(wrong is None, f"{name} has {wrong!r}; it must be * or a name")
+        require(
+            not (self.credentials and "*" in self.origins),
+            "allow_credentials needs origins by name: with *, any page could use what its visitors may do",
         )
-    return text.lower()
+
+    def install(self, app: FastAPI) -> None:
+        if self.origins:
+            app.add_middleware(
+                CORSMiddleware,
+                allow_origins=[origin.lower() for origin in self.origins],
+                allow_methods=[method.upper() for method in self.methods],
+                allow_headers=self.headers,
+                allow_credentials=self.credentials,
+                expose_headers=_READABLE,
+            )
+
+
+def _check_origin(text: str) -> None:
+    scheme, mark, host = text.partition("://")
+    require(
+        text == "*" or bool(scheme and mark and host and "/" not in host),
+        f"allowed_origins has {text!r}; it must be * or SCHEME://HOST or SCHEME://HOST:PORT, without a path",
+    )

@@ -133,19 +133,8 @@ class ChatFormat:
     def _entries(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
-        content = [
-            self._entry(token.token_id, token.logprob)
-            | {"top_logprobs": [self._entry(token_id, logprob) for token_id, logprob in token.top]}
-            for token in logprobs
-        ]
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        return {
-            "token": f"token_id:{token}" if self._names_are_ids else self._texts.text_of(token),
-            "logprob": _finite(logprob),
-            "bytes": list(self._texts.bytes_of(token)),
-        }
+        entries = [token_entry(self._texts, token, names_are_ids=self._names_are_ids) for token in logprobs]
+        return {"content": entries, "refusal": None}
 
 
 class CompletionFormat:
@@ -192,6 +181,20 @@ class CompletionFormat:
 
     def _name(self, token: int) -> str:
         return f"token_id:{token}" if self._names_are_ids else self._texts.name_of(token)
+
+
+def token_entry(texts: TokenText, token: TokenLogprobs, *, names_are_ids: bool = False) -> dict[str, Any]:
+    """What a chat says of a token and its log-probability.
+
+    Args:
+      names_are_ids: tokens are named `token_id:ID`, not by their text.
+    """
+
+    def entry(id_: int, logprob: float) -> dict[str, Any]:
+        name = f"token_id:{id_}" if names_are_ids else texts.text_of(id_)
+        return {"token": name, "logprob": _finite(logprob), "bytes": list(texts.bytes_of(id_))}
+
+    return entry(token.token_id, token.logprob) | {"top_logprobs": [entry(id_, value) for id_, value in token.top]}
 
 
 def _sorted(parts: Sequence[Part]) -> tuple[str, str, list[Call]]:

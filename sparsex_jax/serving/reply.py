@@ -178,10 +178,16 @@ class Reply:
         report = self.answers[number].report
         if report is None:
             return None
-        fields = report.to_dict()
-        if self._pieces is not None:
-            fields["token_map"] = token_map(self._pieces[number // self._extent.answers], report)
-        return fields
+        return report_fields(report, self._pieces[number // self._extent.answers] if self._pieces else None)
+
+
+def report_fields(report: Report, pieces: list[str] | None) -> dict[str, Any]:
+    """What `sparsex` says of a prompt.
+
+    Args:
+      pieces: the texts of its tokens, for the token map. None: without a token map.
+    """
+    return report.to_dict() | ({} if pieces is None else {"token_map": token_map(pieces, report)})
 
 
 def cached_tokens(report: Report) -> int:

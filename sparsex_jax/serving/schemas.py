@@ -25,13 +25,13 @@ _MOST_MESSAGES = 8192  # and parts of one: checking so many takes 50 ms
 Text = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 _ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-_IDS = {"type": "array", "items": _ID, "minItems": 1}
-_PROMPTS = {"anyOf": [{"type": "string", "minLength": 1}, _IDS]}
-TokenIds = Annotated[list[Any], Field(min_length=1), WithJsonSchema(_IDS)]
+IDS = {"type": "array", "items": _ID, "minItems": 1}
+_PROMPTS = {"anyOf": [{"type": "string", "minLength": 1}, IDS]}
+TokenIds = Annotated[list[Any], Field(min_length=1), WithJsonSchema(IDS)]
 Prompts = Annotated[
     list[Any],
     Field(min_length=1),
-    WithJsonSchema({"anyOf": [_IDS, {"type": "array", "items": _PROMPTS, "minItems": 1}]}),
+    WithJsonSchema({"anyOf": [IDS, {"type": "array", "items": _PROMPTS, "minItems": 1}]}),
 ]
 
 
@@ -47,9 +47,10 @@ _TEXT, _LIST = Tag("<text>"), Tag("<list>")
 TextOrIds = Annotated[Annotated[Text, _TEXT] | Annotated[TokenIds, _LIST], _BY_LOOK]
 TextOrPrompts = Annotated[Annotated[Text, _TEXT] | Annotated[Prompts, _LIST], _BY_LOOK]
 _StopString = Annotated[str, Field(max_length=MAX_STOP_LENGTH)]
-_StopStrings = Annotated[list[_StopString], Field(max_length=MAX_STOPS, fail_fast=True)]
-Stop = Annotated[Annotated[_StopString, _TEXT] | Annotated[_StopStrings, _LIST], _BY_LOOK]
+StopStrings = Annotated[list[_StopString], Field(max_length=MAX_STOPS, fail_fast=True)]
+Stop = Annotated[Annotated[_StopString, _TEXT] | Annotated[StopStrings, _LIST], _BY_LOOK]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+TextOrObjects = Annotated[Annotated[str, _TEXT] | Annotated[Objects, _LIST], _BY_LOOK]
 _Bias = Annotated[Any, WithJsonSchema({"type": "number", "minimum": -100, "maximum": 100})]
 LogitBias = Annotated[dict[str, _Bias], Field(max_length=MAX_LOGIT_BIAS)]
 
@@ -111,10 +112,16 @@ class Thinking(Object):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
-class Generate(Object):
-    """What chat and text completions have in common."""
+class Asking(Object):
+    """What all requests for answers have in common."""
 
     model: str | None = Field(None, description="The served model's name; may be left out.")
+    stream: bool | None = None
+
+
+class Generate(Asking):
+    """What chat and text completions have in common."""
+
     n: Annotated[int, Field(ge=1)] | None = Field(None, description="Answers to each prompt.")
     best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Only as many as n.")
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 prefills the prompt and no more.")
@@ -132,7 +139,7 @@ class Generate(Object):
         None, description="Taken modulo 2**32. The seeds of further answers to a prompt follow it."
     )
     stop: Stop | None = Field(None, description="Empty strings stop nothing.")
-    stop_token_ids: Annotated[list[Any], WithJsonSchema(_IDS | {"minItems": 0})] | None = None
+    stop_token_ids: Annotated[list[Any], WithJsonSchema(IDS | {"minItems": 0})] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = Field(None, description="False: special tokens are part of the text.")
@@ -142,7 +149,6 @@ class Generate(Object):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
         None, description="Only so many tokens from the prompt's end are used. -1: as many as fit."
     )
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call in an answer.")
@@ -296,6 +302,10 @@ class ModelList(BaseModel):
 
 class Health(BaseModel):
     status: Literal["ok", "draining", "failed"]
+
+
+class Version(BaseModel):
+    version: str
 
 
 class ErrorBody(BaseModel):

@@ -16,8 +16,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from sparsex_jax.serving.app import Service
 from sparsex_jax.serving.connections import MAX_HEAD_BYTES, Connection
+from sparsex_jax.serving.service import Service
 from sparsex_jax.serving.sockets import bound, make_ready
 
 # systemd, supervisord and `timeout` signal the whole process group, and `uv run` passes on what it gets itself.

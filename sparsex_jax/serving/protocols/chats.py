@@ -1,0 +1,169 @@
+"""What protocols share: requests become chats, and a reply with one answer is told in events of several types."""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError, create_model
+
+from sparsex_jax.serving import extras
+from sparsex_jax.serving.faults import Fault, RequestError, fault_of
+from sparsex_jax.serving.openai import PartialAnswer
+from sparsex_jax.serving.reply import cached_tokens, report_fields
+from sparsex_jax.serving.schemas import Asking, ChatRequest
+from sparsex_jax.serving.service import Asked, Pieces, Service
+from sparsex_jax.serving.thoughts import Part
+
+if TYPE_CHECKING:
+    from sparsex_jax.scheduler.loop import Event
+
+# Fields of a chat that requests of all protocols may have: this server's, and those of vLLM.
+_SHARED = (
+    *("cache_salt", "reuse", "keep", "return_token_map", "chat_template_kwargs", "allow_control_tokens", "seed"),
+    *("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens"),
+    *("ignore_eos", "stop_token_ids", "allowed_token_ids", "skip_special_tokens", "include_reasoning"),
+)
+ChatFields: type[Asking] = create_model(
+    "ChatFields",
+    __base__=Asking,
+    **{name: (ChatRequest.model_fields[name].annotation, ChatRequest.model_fields[name]) for name in _SHARED},  # type: ignore[call-overload]
+)
+
+
+def shared_fields(body: BaseModel) -> dict[str, Any]:
+    """The fields that a request of any protocol may have, as far as it has them."""
+    return {name: getattr(body, name) for name in ("model", "stream", *_SHARED) if name in body.model_fields_set}
+
+
+def as_chat(fields: Mapping[str, Any]) -> ChatRequest:
+    """A chat of these fields; those that are None are left out.
+
+    Raises:
+      RequestValidationError, RequestError: a field is wrong, or not supported.
+    """
+    try:
+        chat = ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors(include_url=False)]
+        raise RequestValidationError(errors) from error
+    extras.headers_of(chat)  # refuses what is not supported
+    return chat
+
+
+def refuse(body: BaseModel, neutral: Mapping[str, tuple[str, tuple[Any, ...]]]) -> None:
+    """Refuse fields of a body.
+
+    Args:
+      neutral: for each, why it is refused, and values besides null that change nothing.
+
+    Raises:
+      RequestError: a field has another value.
+    """
+    for name, (why, values) in neutral.items():
+        value = getattr(body, name)
+        if value is not None and value not in values:
+            raise unsupported(name, why)
+
+
+def unsupported(name: str, why: str) -> RequestError:
+    return RequestError(f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
+
+
+class Usage(NamedTuple):
+    """Token counts of a reply.
+
+    Attributes:
+      cached: tokens of the prompt whose stored KV served.
+      thought: tokens of the answer that are its thought; None where thoughts are not taken apart.
+    """
+
+    prompt: int
+    cached: int
+    answer: int
+    thought: int | None
+
+
+Fields = dict[str, Any]
+
+
+class EventReply(abc.ABC):
+    """A reply with one answer. What a whole reply says is what the events of a stream said, put together."""
+
+    def __init__(self, asked: Asked, service: Service, pieces: Pieces) -> None:
+        """
+        Args:
+          pieces: the texts of the prompt's tokens, for the token map. None: without a token map.
+        """
+        self.answer = PartialAnswer(reader=service.reader(asked))
+        self.model = service.model
+        [self._job], self._pieces = asked.jobs, pieces
+
+    @abc.abstractmethod
+    def begin(self) -> list[Fields]:
+        """The events before the first part. Each has a `type`."""
+
+    @abc.abstractmethod
+    def tell(self, parts: Sequence[Part], event: Event) -> list[Fields]:
+        """The events of the answer's next parts."""
+
+    @abc.abstractmethod
+    def end(self) -> list[Fields]:
+        """The events behind the last part."""
+
+    @abc.abstractmethod
+    def fail(self, fault: Fault) -> list[Fields]:
+        """The events of a stream that breaks."""
+
+    @abc.abstractmethod
+    def body(self) -> Fields:
+        """The whole reply, behind the last event."""
+
+    @property
+    def usage(self) -> Usage:
+        report, reader = self.answer.report, self.answer.reader
+        thought = reader.thought_tokens if reader is not None and reader.has_thoughts else None
+        cached = 0 if report is None else cached_tokens(report)
+        return Usage(len(self._job.prompt), cached, len(self.answer.token_ids), thought)
+
+    @property
+    def report(self) -> Fields | None:
+        """The report of the prompt, as `sparsex` says it."""
+        report = self.answer.report
+        return None if report is None else report_fields(report, self._pieces[0] if self._pieces else None)
+
+    async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> Fields:
+        """As `Replies.whole`."""
+        begun = False
+        async for _, event in events:
+            self._next(event, begun)
+            begun = True
+        self.end()
+        return self.body()
+
+    async def chunks(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncGenerator[bytes]:
+        """As `Replies.chunks`."""
+        begun = False
+        try:
+            async for _, event in events:
+                told = self._next(event, begun)
+                begun = True
+                if told:
+                    yield _joined(told)
+            yield _joined(self.end())
+        except Exception as error:
+            if not begun:
+                raise
+            yield _joined(self.fail(fault_of(error)))
+
+    def _next(self, event: Event, begun: bool) -> list[Fields]:
+        parts = self.answer.add(event)
+        return ([] if begun else self.begin()) + self.tell(parts, event)
+
+
+def _joined(events: Sequence[Fields]) -> bytes:
+    """Server-sent events, each named by its type."""
+    return "".join(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n" for event in events).encode()

@@ -1,0 +1,82 @@
+"""vLLM's `/tokenize` and `/detokenize`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from sparsex_jax.serving import extras
+from sparsex_jax.serving.protocols.chats import as_chat
+from sparsex_jax.serving.routing import Caller, Served, keyed_router
+from sparsex_jax.serving.schemas import IDS, Message, Object, Objects
+
+router = keyed_router()
+
+_OF_CHATS = ("tools", "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+
+
+class TokenizeRequest(Object):
+    """A text, or a chat."""
+
+    model: str | None = None
+    prompt: str | None = Field(None, description="A text. Otherwise there are messages.")
+    messages: Annotated[list[Message], Field(min_length=1, max_length=8192, fail_fast=True)] | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="Whether the tokenizer adds its begin token. By default it does to a text, not to a chat."
+    )
+    return_token_strs: bool | None = Field(None, description="The tokens' texts, beside their ids.")
+    tools: Objects | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt_or_messages", "there must be either prompt or messages")
+        return self
+
+
+class Tokenized(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Object):
+    model: str | None = None
+    tokens: Annotated[list[Any], WithJsonSchema(IDS | {"minItems": 0})]
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: Served, tenant: Caller) -> Tokenized:
+    """The token ids of a text or of a chat, as the server would prefill them."""
+    service.check_model(body.model)
+    extras.forbid(body)
+    ids = await service.in_background(lambda: _ids(body, service))
+    strings = await service.in_background(service.intake.token_names, ids) if body.return_token_strs else None
+    return Tokenized(count=len(ids), max_model_len=service.intake.lengths.context, tokens=ids, token_strs=strings)
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: Served, tenant: Caller) -> Detokenized:
+    """The text of token ids, special tokens included."""
+    service.check_model(body.model)
+    extras.forbid(body)
+    return Detokenized(prompt=await service.in_background(service.intake.text_of_tokens, body.tokens))
+
+
+def _ids(body: TokenizeRequest, service: Served) -> list[int]:
+    if body.prompt is not None:
+        return service.intake.text_tokens(body.prompt, special=body.add_special_tokens is not False).tolist()
+    fields = {"messages": body.messages, "add_special_tokens": body.add_special_tokens}
+    chat = as_chat(fields | {name: getattr(body, name) for name in _OF_CHATS})
+    return service.intake.chat_tokens(chat).tolist()

@@ -217,6 +217,7 @@ def test_stop_strings(byte_level, text, stop, expected, stopped):
         if detokenizer.stopped:
             break
     assert detokenizer.stopped == stopped
+    assert (detokenizer.stopped_by in stop) == stopped
     assert "".join([*pieces, detokenizer.finish()]) == expected
 
 

@@ -133,8 +133,9 @@ def test_what_a_coding_agent_sends_is_taken(thinker):
         thinking={"type": "enabled", "budget_tokens": 10000},
         context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         output_config={"effort": "medium"},
-        temperature=1,
         extra_headers=headers,
+        extra_body={"temperature": 1},
+        timeout=60,  # else the client wants a stream for so many tokens
     )
     assert [block.text for block in answer.content] == ["Done."]
     assert answer.stop_reason == "end_turn"
@@ -187,6 +188,30 @@ def test_keys_and_models_that_are_unknown_have_anthropics_errors(thinker):
         thinker.anthropic.messages.create(model="claude", max_tokens=9, messages=ASK)
     by_token = anthropic.Anthropic(base_url=thinker.live.url, auth_token="sk-ada", api_key=None)
     assert by_token.messages.count_tokens(model=MODEL, messages=ASK).input_tokens > 0
+
+
+def test_models_are_listed_as_anthropic_lists_them(thinker):
+    [card] = thinker.anthropic.models.list().data
+    assert (card.id, card.type, card.display_name) == (MODEL, "model", MODEL)
+    assert thinker.anthropic.models.retrieve(MODEL) == card
+
+
+def test_a_stop_sequence_is_named(thinker):
+    thinker.stopped_by = "STOP"
+    answer = message(thinker, "So.", stop_sequences=["STOP"])
+    thinker.stopped_by = None
+    assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", "STOP")
+
+
+def test_a_stream_that_breaks_says_so_in_each_protocol(thinker, caplog):
+    thinker.breaks = True
+    try:
+        with pytest.raises(anthropic.APIStatusError, match="internal error"):
+            list(message(thinker, "So.", stream=True))
+        last = list(response(thinker, "So.", stream=True))[-1]
+    finally:
+        thinker.breaks = False
+    assert (last.type, last.response.error.code, last.response.status) == ("response.failed", "server_error", "failed")
 
 
 def messages_of(**fields):

@@ -932,6 +932,12 @@ def test_an_idle_server_heals_a_conversation():
 OPERATIONS = [
     ("/v1/chat/completions", "POST"),
     ("/v1/completions", "POST"),
+    ("/v1/responses", "POST"),
+    ("/v1/messages", "POST"),
+    ("/v1/messages/count_tokens", "POST"),
+    ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
+    ("/version", "GET"),
     ("/v1/models", "GET"),
     ("/v1/models/{model}", "GET"),
     ("/v1/knowledge", "POST"),
@@ -956,7 +962,8 @@ def test_every_operation_is_checked(api):
 
 
 def check_operation(operation, examples):
-    """Send valid and invalid requests. None gives an internal error, and every error has OpenAI's fields."""
+    """Send valid and invalid requests. None gives an internal error, and errors have OpenAI's or Anthropic's fields."""
+    fields = {"type", "message"} if "messages" in operation.path else {"message", "type", "param", "code"}
     cases = operation.as_strategy(GenerationMode.POSITIVE) | operation.as_strategy(GenerationMode.NEGATIVE)
 
     @settings(
@@ -972,7 +979,7 @@ def check_operation(operation, examples):
         response = case.call(timeout=120)
         assert response.status_code < 500, response.content
         if response.status_code >= 400:
-            assert set(json.loads(response.content)["error"]) == {"message", "type", "param", "code"}
+            assert set(json.loads(response.content)["error"]) == fields
 
     check()
 

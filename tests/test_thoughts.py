@@ -182,10 +182,17 @@ def test_a_thought_that_is_no_text_is_refused(tokenizer):
 
 
 class Thinker:
-    """A server of a model with Qwen3's template, whose next answer is `text`, token by token."""
+    """A scripted model with Qwen3's template, whose next answer is `text`, token by token.
+
+    Attributes:
+      prompts: that it got, as text.
+      stopped_by: the stop string that ends the answer.
+      breaks: the answer ends with an error.
+    """
 
     def __init__(self, engine):
         self.engine, self.text, self.prompts = engine, "", []
+        self.stopped_by, self.breaks = None, False
         self.loop = ScriptedLoop(self._events)
 
     def _events(self, prompt):
@@ -193,7 +200,9 @@ class Thinker:
         ids = self.engine.tokenizer(self.text)["input_ids"]
         pieces = [self.engine.tokenizer.decode([id_]) for id_ in ids]
         events = [Event(piece, (id_,)) for piece, id_ in zip(pieces, ids, strict=True)]
-        return [*events, Event("", (2,), finish_reason="stop")]
+        if self.breaks:
+            return [*events, Event("", (), finish_reason="error", error=RuntimeError("broken"))]
+        return [*events, Event("", (2,), finish_reason="stop", stopped_by=self.stopped_by)]
 
 
 @pytest.fixture(scope="module")

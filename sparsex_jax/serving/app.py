@@ -135,7 +135,7 @@ async def completions(body: schemas.CompletionRequest, request: Request, service
 
 @router.get("/v1/models")
 async def models(service: Served, tenant: Caller) -> schemas.ModelList:
-    return schemas.ModelList(data=[service.card()])
+    return schemas.ModelList(data=[service.card()], first_id=service.model, last_id=service.model)
 
 
 @router.get("/v1/models/{model:path}")

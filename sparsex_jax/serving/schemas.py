@@ -288,16 +288,24 @@ class Store(BaseModel):
 
 
 class ModelCard(BaseModel):
+    """A model as OpenAI, vLLM (`max_model_len`) and Anthropic (the last three) describe it."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "sparsex-jax"
     max_model_len: int
+    type: Literal["model"] = "model"
+    display_name: str
+    created_at: str
 
 
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    has_more: Literal[False] = False
+    first_id: str
+    last_id: str
 
 
 class Health(BaseModel):

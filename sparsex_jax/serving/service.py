@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import functools
 import importlib.metadata
 import time
@@ -181,7 +182,13 @@ class Service:
             raise unknown_model(model, self.model)
 
     def card(self) -> schemas.ModelCard:
-        return schemas.ModelCard(id=self.model, created=self.created, max_model_len=self.intake.lengths.context)
+        return schemas.ModelCard(
+            id=self.model,
+            created=self.created,
+            max_model_len=self.intake.lengths.context,
+            display_name=self.model,
+            created_at=datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat(),
+        )
 
 
 def _build(engine: Engine, model: str) -> dict[str, str]:

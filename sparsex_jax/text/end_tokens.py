@@ -55,19 +55,20 @@ def control_token_ids(tokenizer: Any, ends: Iterable[int]) -> dict[int, str]:
 
 def special_ids(tokenizer: Any | None, names: Iterable[str]) -> tuple[int, ...]:
     """The ids of the tokens of these names that the vocabulary calls special."""
-    added, wanted = {} if tokenizer is None else tokenizer.added_tokens_decoder, frozenset(names)
+    wanted = frozenset(names)
+    added = tokenizer.added_tokens_decoder if wanted and tokenizer is not None else {}
     return tuple(id_ for id_, token in added.items() if token.special and token.content in wanted)
 
 
 def _of_tokenizer(tokenizer: Any) -> list[int | None]:
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     names = [*_NAMES, *(name for name in _SPECIAL_NAMES if name in special)]
-    if _id(tokenizer, "<|return|>") is None:
+    if token_id(tokenizer, "<|return|>") is None:
         names.append(_PART_OF_A_TURN)
-    return [tokenizer.eos_token_id, *(_id(tokenizer, name) for name in names)]
+    return [tokenizer.eos_token_id, *(token_id(tokenizer, name) for name in names)]
 
 
-def _id(tokenizer: Any, name: str) -> int | None:
+def token_id(tokenizer: Any, name: str) -> int | None:
     """The id of a token of this name. A tokenizer gives the unknown token's where there is none."""
     id_ = tokenizer.convert_tokens_to_ids(name)
     return id_ if id_ is not None and tokenizer.convert_ids_to_tokens(id_) == name else None

@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsex_jax.config.checks import require
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.text.end_tokens import token_id
 from sparsex_jax.text.templates import Template
 
 Message = dict[str, Any]
@@ -81,12 +82,13 @@ def form_for(parser: str, tokenizer: Any, template: Template) -> ThoughtForm | N
         return PARSERS.get(parser)
     if _DEEPSEEK in template.text and _TAGS.end in template.text:
         return PARSERS["deepseek_r1"]
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     forms = (PARSERS["qwen3"], PARSERS["mistral"])
-    return next(
-        (form for form in forms if form.end in template.text or {form.begin, form.end} <= added),
-        None,
-    )
+    return next((form for form in forms if form.end in template.text or _has_marks(tokenizer, form)), None)
+
+
+def _has_marks(tokenizer: Any, form: ThoughtForm) -> bool:
+    """Whether the vocabulary has the marks as tokens."""
+    return all(token_id(tokenizer, mark) is not None for mark in (form.begin, form.end))
 
 
 def switched(template: Template, on: bool) -> dict[str, Any] | None:

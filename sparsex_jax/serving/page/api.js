@@ -65,6 +65,7 @@ export class Api {
   async *chat(request, signal) {
     const body = {
       ...request, ...this.saltField(), stream: true, stream_options: { include_usage: true }, return_token_map: true,
+      separate_reasoning: false,
     };
     const response = await this.fetch("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
     for await (const data of events(response.body)) {

@@ -81,9 +81,9 @@ async def create_response(body: ResponsesRequest, request: Request, service: Ser
     return await service.generate(request, body, tenant, intake, make_reply)
 
 
-@router.get("/v1/responses/{response_id}")
-@router.delete("/v1/responses/{response_id}")
-@router.post("/v1/responses/{response_id}/cancel")
+@router.get("/v1/responses/{response_id}", include_in_schema=False)
+@router.delete("/v1/responses/{response_id}", include_in_schema=False)
+@router.post("/v1/responses/{response_id}/cancel", include_in_schema=False)
 async def stored_response(response_id: str, tenant: Caller) -> Response:
     """Nothing is stored."""
     raise RequestError(f"there is no response {response_id!r:.60}: responses are not stored", param=None, status=404)

@@ -288,6 +288,27 @@ def test_models(client):
         client.models.retrieve("other")
 
 
+def test_other_protocols_count_what_was_found_apart(live):
+    messages, salt = [{"role": "user", "content": "The harbour. " * 20}], {"cache_salt": "protocols"}
+    client, usages = live.anthropic(), []
+    for _ in range(2):
+        answer = client.messages.create(model=MODEL, max_tokens=3, messages=messages, extra_body=salt)
+        usages.append(answer.usage)
+    first, again = usages
+    assert (first.cache_read_input_tokens, again.input_tokens) == (0, 1)
+    assert again.cache_read_input_tokens + 1 == first.input_tokens == answer.sparsex["prompt_tokens"]
+    response = live.client().responses.create(model=MODEL, input=messages, max_output_tokens=3, extra_body=salt)
+    assert response.usage.input_tokens_details.cached_tokens == again.cache_read_input_tokens
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+def test_an_answer_longer_than_what_fits_is_cut_in_other_protocols(live):
+    answer = live.anthropic().messages.create(
+        model=MODEL, max_tokens=10**5, messages=CHAT, timeout=60, extra_body={"seed": 1, "stop_sequences": ["e"]}
+    )
+    assert (answer.stop_reason, answer.stop_sequence) == ("stop_sequence", "e")
+
+
 # Reuse and isolation ----------------------------------------------------------------------------------------
 
 
@@ -1032,6 +1053,8 @@ def test_the_command_compiles_before_it_listens(reference, monkeypatch, argument
         (["--max-tokens", "0"], "max_tokens=0 must be more than 0"),
         (["--request-timeout", "-1"], "request_timeout=-1.0 must be more than 0"),
         (["no-such-model"], "no-such-model"),
+        (["--reasoning-parser", "qwen"], "reasoning_parser='qwen' must be one of auto, none, qwen3"),
+        (["--allowed-origins", "*", "--allow-credentials"], "allow_credentials needs origins by name"),
     ],
 )
 def test_the_command_refuses_bad_options(arguments, said):

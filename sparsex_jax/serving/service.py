@@ -166,6 +166,11 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._tokenizing, lambda: function(*args, **kwargs))
 
+    async def tokenized[T](self, tenant: Tenant, function: Callable[[], T]) -> T:
+        """As `in_background`, counted among the key's requests. Raises as `Line.place`."""
+        with self.line.place(tenant):
+            return await self.in_background(function)
+
     async def call[T](self, function: Callable[..., T], *args: Any) -> T:
         """As `Worker.call`. Raises TimeLimitError if it takes too long."""
         try:

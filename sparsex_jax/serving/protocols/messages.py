@@ -98,7 +98,7 @@ async def count_tokens(body: CountTokensRequest, service: Served, tenant: Caller
     """How many tokens a prompt has."""
     tokenizer = service.worker.engine.tokenizer
     service.check_model(body.model)
-    ids = await service.in_background(lambda: service.intake.chat_tokens(chat_of(body, tokenizer)))
+    ids = await service.tokenized(tenant, lambda: service.intake.chat_tokens(chat_of(body, tokenizer)))
     return InputTokens(input_tokens=len(ids))
 
 

@@ -11,6 +11,7 @@ from sparsex_jax.serving import extras
 from sparsex_jax.serving.protocols.chats import as_chat
 from sparsex_jax.serving.routing import Caller, Served, keyed_router
 from sparsex_jax.serving.schemas import IDS, Message, Object, Objects
+from sparsex_jax.serving.service import Service
 
 router = keyed_router()
 
@@ -61,9 +62,8 @@ async def tokenize(body: TokenizeRequest, service: Served, tenant: Caller) -> To
     """The token ids of a text or of a chat, as the server would prefill them."""
     service.check_model(body.model)
     extras.forbid(body)
-    ids = await service.in_background(lambda: _ids(body, service))
-    strings = await service.in_background(service.intake.token_names, ids) if body.return_token_strs else None
-    return Tokenized(count=len(ids), max_model_len=service.intake.lengths.context, tokens=ids, token_strs=strings)
+    ids, names = await service.tokenized(tenant, lambda: _tokenized(body, service))
+    return Tokenized(count=len(ids), max_model_len=service.intake.lengths.context, tokens=ids, token_strs=names)
 
 
 @router.post("/detokenize")
@@ -71,10 +71,15 @@ async def detokenize(body: DetokenizeRequest, service: Served, tenant: Caller) -
     """The text of token ids, special tokens included."""
     service.check_model(body.model)
     extras.forbid(body)
-    return Detokenized(prompt=await service.in_background(service.intake.text_of_tokens, body.tokens))
+    return Detokenized(prompt=await service.tokenized(tenant, lambda: service.intake.text_of_tokens(body.tokens)))
 
 
-def _ids(body: TokenizeRequest, service: Served) -> list[int]:
+def _tokenized(body: TokenizeRequest, service: Service) -> tuple[list[int], list[str] | None]:
+    ids = _ids(body, service)
+    return ids, service.intake.token_names(ids) if body.return_token_strs else None
+
+
+def _ids(body: TokenizeRequest, service: Service) -> list[int]:
     if body.prompt is not None:
         return service.intake.text_tokens(body.prompt, special=body.add_special_tokens is not False).tolist()
     fields = {"messages": body.messages, "add_special_tokens": body.add_special_tokens}

@@ -545,7 +545,7 @@ def test_head_is_answered_where_get_is(http):
         assert (head.status_code, head.content) == (got.status_code, b"")
         assert head.headers["content-type"] == got.headers["content-type"]
     assert http.head("/nothing").status_code == 404
-    assert error_of(http.get("/v1/responses"), 404)["message"].startswith("there is no /v1/responses here")
+    assert error_of(http.get("/v1/embeddings"), 404)["message"].startswith("there is no /v1/embeddings here")
 
 
 @pytest.mark.parametrize(

@@ -18,23 +18,20 @@ from sparsex_jax.serving.access import Limits, Tenant
 from sparsex_jax.serving.faults import RequestError
 from sparsex_jax.serving.lengths import Lengths
 from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Generate, KnowledgeRequest, Message
+from sparsex_jax.serving.thinking import Thoughts, refuse_thinking
 from sparsex_jax.serving.thoughts import Thinking
 from sparsex_jax.serving.tools import CALL_MARKERS
 from sparsex_jax.serving.worker import Job
-from sparsex_jax.text import thoughts
 from sparsex_jax.text.chat import Chat, document, render
 from sparsex_jax.text.control_tokens import MarkedText
 from sparsex_jax.text.encoding import Prompt, encode
 from sparsex_jax.text.end_tokens import special_ids
-from sparsex_jax.text.messages import text_of, turn_digests
-from sparsex_jax.text.templates import Template, template_for
-from sparsex_jax.text.thoughts import ThoughtForm
+from sparsex_jax.text.messages import turn_digests
+from sparsex_jax.text.thoughts import AUTO
 from sparsex_jax.text.tokenizer import token_pieces
 
 _GREEDY = 1e-4  # temperatures below this are 0
 _COMPLETION_TOKENS = 16  # OpenAI's default
-_END = 32  # tokens of a prompt that show whether it opens a thought or closes one
-_USUAL_EFFORT = "medium"  # OpenAI's default, so it asks for nothing
 # Fields that `SamplingParams` has under the same name, with the same meaning and default.
 _SAME = (
     *("top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "ignore_eos"),
@@ -49,13 +46,13 @@ class Intake:
       lengths: of prompts and answers.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, reasoning_parser: str = thoughts.AUTO) -> None:
+    def __init__(self, engine: Engine, limits: Limits, reasoning_parser: str = AUTO) -> None:
         """
         Args:
-          reasoning_parser: how thoughts are found in chats; see `thoughts.form_for`.
+          reasoning_parser: how thoughts are found in chats; see `text.thoughts.form_for`.
         """
         self._engine, self._limits, self.lengths = engine, limits, Lengths(engine, limits)
-        self._reasoning_parser = reasoning_parser
+        self._thoughts = Thoughts(engine.tokenizer, reasoning_parser)
 
     def chat(self, request: ChatRequest, tenant: Tenant, *, shortens: bool = False) -> list[Job]:
         """A job for each answer.
@@ -71,22 +68,17 @@ class Intake:
             max_completion_tokens=request.max_completion_tokens,
             max_tokens=request.max_tokens,
         )
-        form = self._thought_form(request)
         tokens = self._prompt(request, self._render(request), "messages", named, special=False)
         exact, default = (None, named and named[1]) if shortens else (named, None)
         most = self.lengths.new_tokens(len(tokens), exact, default, "messages")
         sampling = self._sampling(request, most, exact is not None, _chat_logprobs(request))
-        sampling = dataclasses.replace(sampling, shown_token_ids=self._shown_ids(request, form))
+        sampling = dataclasses.replace(sampling, shown_token_ids=self._shown_ids(request))
         turns = turn_digests([plain_message(message) for message in request.messages])
         return self._jobs(request, tenant, tokens, sampling, turns)
 
     def thinking(self, request: ChatRequest, job: Job) -> Thinking | None:
         """How the answer to a chat thinks. None: its thoughts are not taken apart."""
-        form = self._thought_form(request)
-        if form is None or self._engine.tokenizer is None:
-            return None
-        end = self._engine.tokenizer.decode(job.prompt[-_END:].tolist(), skip_special_tokens=False)
-        return Thinking(form, form.is_open(end, _continued(request)))
+        return self._thoughts.thinking(request, job.prompt)
 
     def chat_tokens(self, request: ChatRequest) -> np.ndarray:
         """The ids of a chat's prompt, however long it is. Raises RequestError if a field is wrong."""
@@ -112,7 +104,7 @@ class Intake:
 
     def completion(self, request: CompletionRequest, tenant: Tenant) -> list[Job]:
         """A job for each answer to each prompt. Raises RequestError or InvalidRequestError if a field is wrong."""
-        _refuse_thinking(request)
+        refuse_thinking(request)
         prompts = split_prompts(request.prompt)
         self._check_number(request, len(prompts))
         named = _first_given(max_tokens=request.max_tokens)
@@ -163,24 +155,10 @@ class Intake:
             return request.text
         return document(request.text, self._engine.tokenizer)
 
-    def _thought_form(self, request: ChatRequest) -> ThoughtForm | None:
-        """How the model marks its thoughts. None: they are not taken apart."""
-        try:
-            template = self._template(request)
-        except InvalidRequestError:  # which the request is refused with when it is rendered
-            return None
-        form = thoughts.form_for(self._reasoning_parser, self._engine.tokenizer, template)
-        if request.include_reasoning is False and form is None:
-            raise _unsupported("include_reasoning", "what this model thinks, if it does, is part of its text")
-        return None if request.separate_reasoning is False else form
-
-    def _template(self, request: ChatRequest) -> Template:
-        return template_for(self._engine.tokenizer, request.chat_template, tools=bool(request.offered_tools))
-
-    def _shown_ids(self, request: ChatRequest, form: ThoughtForm | None) -> tuple[int, ...]:
+    def _shown_ids(self, request: ChatRequest) -> tuple[int, ...]:
         """The special tokens that answers have, so that thoughts and calls are found in them."""
-        tools = CALL_MARKERS if request.offered_tools else ()
-        return special_ids(self._engine.tokenizer, (*tools, *((form.begin, form.end) if form else ())))
+        calls = CALL_MARKERS if request.offered_tools else ()
+        return special_ids(self._engine.tokenizer, (*calls, *self._thoughts.marks(request)))
 
     def _render(self, request: ChatRequest) -> MarkedText:
         """The chat in the model's template. Raises RequestError if a field is wrong, or the template refuses it."""
@@ -189,7 +167,7 @@ class Intake:
             tools=request.offered_tools,
             documents=request.documents,
             chat_template=request.chat_template,
-            chat_template_kwargs=self._variables(request),
+            chat_template_kwargs=self._thoughts.variables(request),
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=bool(request.continue_final_message),
             allow_control_tokens=bool(request.allow_control_tokens),
@@ -199,18 +177,6 @@ class Intake:
         except InvalidRequestError as error:
             named = re.match(r"[\w.\[\]]+", str(error))  # the messages begin with the field
             raise RequestError(str(error), param=named[0] if named else "messages", code="invalid_value") from error
-
-    def _variables(self, request: ChatRequest) -> dict[str, Any]:
-        """The template's variables, among them those by which the model thinks much, little or not at all.
-
-        Raises RequestError if the template has no such variable, and without it the answer would be another.
-        """
-        given = request.chat_template_kwargs or {}
-        if request.thinking is None and request.reasoning_effort is None:
-            return given
-        template = self._template(request)
-        form = thoughts.form_for(self._reasoning_parser, self._engine.tokenizer, template)
-        return _effort(request, template) | _switch(request, template, form) | given
 
     def _prompt(
         self, request: Generate, prompt: Any, param: str, named: tuple[str, int] | None, *, special: bool
@@ -313,49 +279,6 @@ class Intake:
             return self._engine.reuse
         extras.forbid(request.reuse, "reuse.")
         return self._engine.reuse.updated(**request.reuse.model_dump(exclude_unset=True))
-
-
-def _effort(request: ChatRequest, template: Template) -> dict[str, Any]:
-    effort = request.reasoning_effort
-    if effort is not None and "reasoning_effort" in template.variables:
-        return {"reasoning_effort": effort}
-    if effort not in (None, "none", _USUAL_EFFORT):
-        raise _unsupported("reasoning_effort", "the model's chat template has no such variable")
-    return {}
-
-
-def _switch(request: ChatRequest, template: Template, form: ThoughtForm | None) -> dict[str, Any]:
-    """The variable that turns thinking on or off. A template without one has the model think as it does."""
-    asked = request.thinking.type if request.thinking else None
-    off = asked == "disabled" or (asked is None and request.reasoning_effort == "none")
-    variable = None if asked is None and not off else thoughts.switched(template, not off)
-    thinks = form is not None and form.end in template.text
-    if off and variable is None and thinks and (asked or "reasoning_effort" not in template.variables):
-        name = "thinking" if asked else "reasoning_effort"
-        raise _unsupported(name, "the model's chat template cannot turn thinking off")
-    return variable or {}
-
-
-def _refuse_thinking(request: CompletionRequest) -> None:
-    """Raises RequestError if a completion asks for what only chats have."""
-    asked = {
-        "reasoning_effort": request.reasoning_effort not in (None, _USUAL_EFFORT),
-        "thinking": request.thinking is not None,
-        "include_reasoning": request.include_reasoning is False,
-    }
-    for name in (name for name, wanted in asked.items() if wanted):
-        raise _unsupported(name, "only chats have thoughts that are taken apart")
-
-
-def _unsupported(name: str, why: str) -> RequestError:
-    return RequestError(f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
-
-
-def _continued(request: ChatRequest) -> str | None:
-    """The content of the message that the answer goes on with."""
-    if not request.continue_final_message:
-        return None
-    return text_of(len(request.messages) - 1, plain_message(request.messages[-1]))
 
 
 def plain_message(message: Message) -> dict[str, Any]:

@@ -283,3 +283,14 @@ def test_thoughts_are_left_out_or_left_in(thinker, body, content):
 def test_an_effort_that_the_template_does_not_know_is_refused(thinker):
     answer = thinker.live.http().post("/v1/chat/completions", json={"messages": [ASK], "reasoning_effort": "low"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "reasoning_effort")
+
+
+@pytest.mark.parametrize(
+    ("parser", "thought", "content"),
+    [("none", None, "Why</think>So."), ("deepseek_r1", "Why", "So."), ("qwen3", None, "Why</think>So.")],
+)
+def test_a_parser_may_be_named(thinker, parser, thought, content):
+    with live_server(thinker.engine, loop=ScriptedLoop(thinker.loop.script), reasoning_parser=parser) as live:
+        thinker.text = "Why</think>So."
+        message = live.client().chat.completions.create(model=MODEL, messages=[ASK]).choices[0].message
+    assert (getattr(message, "reasoning_content", None), message.content) == (thought, content)

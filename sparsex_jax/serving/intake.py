@@ -20,7 +20,7 @@ from sparsex_jax.serving.lengths import Lengths
 from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Generate, KnowledgeRequest, Message
 from sparsex_jax.serving.thinking import Thoughts, refuse_thinking
 from sparsex_jax.serving.thoughts import Thinking
-from sparsex_jax.serving.tools import CALL_MARKERS
+from sparsex_jax.serving.tools import marker_ids
 from sparsex_jax.serving.worker import Job
 from sparsex_jax.text.chat import Chat, document, render
 from sparsex_jax.text.control_tokens import MarkedText
@@ -157,8 +157,9 @@ class Intake:
 
     def _shown_ids(self, request: ChatRequest) -> tuple[int, ...]:
         """The special tokens that answers have, so that thoughts and calls are found in them."""
-        calls = CALL_MARKERS if request.offered_tools else ()
-        return special_ids(self._engine.tokenizer, (*calls, *self._thoughts.marks(request)))
+        tokenizer = self._engine.tokenizer
+        of_calls = marker_ids(tokenizer) if request.offered_tools else ()
+        return of_calls + special_ids(tokenizer, self._thoughts.marks(request))
 
     def _render(self, request: ChatRequest) -> MarkedText:
         """The chat in the model's template. Raises RequestError if a field is wrong, or the template refuses it."""

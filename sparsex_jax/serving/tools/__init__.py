@@ -20,12 +20,13 @@ from sparsex_jax.serving.tools.functions import Function, TaggedFunction
 from sparsex_jax.serving.tools.json_calls import Hermes, Llama, LlamaMarked, Mistral, MistralList
 from sparsex_jax.serving.tools.reader import CallReader, Reader
 from sparsex_jax.text.chat import shows_tools
+from sparsex_jax.text.end_tokens import special_ids
 from sparsex_jax.text.templates import template_for
 
-__all__ = ["CALL_MARKERS", "Call", "Reader", "reader_for", "reader_of"]
+__all__ = ["Call", "Reader", "marker_ids", "reader_for", "reader_of"]
 
 # Where the vocabulary calls these special, answers to requests with tools have them all the same.
-CALL_MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
+_MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
 _HERMES = "<tool_call>"  # a template in whose form tools are offered where the model's own has no tools
 
 
@@ -65,3 +66,8 @@ def _forms(template: str) -> list[Form]:
         return [Mistral(), MistralList()]
     is_llama = "<|start_header_id|>" in template and '"parameters"' in template
     return [LlamaMarked(), Llama()] if is_llama or "<|python_tag|>" in template else []
+
+
+def marker_ids(tokenizer: Any | None) -> tuple[int, ...]:
+    """The special tokens that mark calls."""
+    return special_ids(tokenizer, _MARKERS)

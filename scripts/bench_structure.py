@@ -2,9 +2,9 @@
 
     python scripts/bench_structure.py [--model smollm2-135m-instruct] [--sequences 8] [--tokens 128] [--runs 3]
 
-The model is one with its tokenizer, or a configuration by name (`llama-3.1-8b`), which gets random weights and SmolLM2's
-tokenizer: what such a model says is nonsense, so nearly no free draw is allowed, which is the worst case. All answers
-have the same number of tokens. The time is that of the whole call less that of the same call for one token each; the
+The model is one with its tokenizer, or a configuration by name (`llama-3.1-8b`), which gets random weights and
+SmolLM2's tokenizer: what such a model says is nonsense, so nearly no free draw is allowed, which is the worst case. All
+answers have the same number of tokens. The time is that of the whole call less that of the same call for one token each; the
 median of several runs. With `top_p`, tokens behind the masked one cannot be drawn ahead, so that each dispatch brings
 the forced tokens and one more. Prints a line for each and writes `scripts/results/structure-<model>-<device>.json`.
 """
@@ -42,8 +42,8 @@ PERSON = {
 SCHEMA = Structure("json_schema", {"type": "array", "items": PERSON, "minItems": 1000})  # longer than any answer
 TOWNS = ("Lisbon", "Bergen", "Kyoto", "Quito", "Perth", "Accra", "Turin", "Izmir")
 ASKED = (
-    "Invent people who work at the observatory of {town}. Write a JSON list; each of them has name, age, role, likes and "
-    "address, which has street and number. Write nothing but the list."
+    "Invent people who work at the observatory of {town}. Write a JSON list; each of them has name, age, role, likes "
+    "and address, which has street and number. Write nothing but the list."
 )
 KINDS = {
     "none": (None, {}),
@@ -151,10 +151,8 @@ def main() -> None:
         if base is not None:
             rows[-1]["ratio"] = rows[-1]["figure"] / base["figure"]
         ratio = f", {rows[-1]['ratio']:.3f} of that without" if "ratio" in rows[-1] else ""
-        print(
-            f"{name:24}{rows[-1]['figure']:9.2f} ms a token, {rows[-1]['tokens_per_dispatch']:.1f} tokens a dispatch{ratio}",
-            flush=True,
-        )
+        tokens = rows[-1]["tokens_per_dispatch"]
+        print(f"{name:24}{rows[-1]['figure']:9.2f} ms a token, {tokens:.1f} tokens a dispatch{ratio}", flush=True)
     options = {name: value for name, value in vars(args).items() if name != "model"}
     about = {"bench": "structure", "model": Path(args.model).name} | provenance()
     print(write_json(about | {"settings": options, "host_us": host, "rows": rows}, RESULTS))

@@ -29,8 +29,8 @@ class Structure:
     JSON has one space behind a colon and a comma between values and none elsewhere, as Python's `json.dumps` writes it.
 
     Raises:
-      InvalidRequestError: the kind is unknown, or the value is not of its kind. Whether a grammar can express it is seen
-        when it is used: `StructureError`.
+      InvalidRequestError: the kind is unknown, or the value is not of its kind. What no grammar can express is refused
+        when it is used, by a `StructureError`.
     """
 
     kind: str

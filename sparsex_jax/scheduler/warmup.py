@@ -4,8 +4,7 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
 
     for each row bucket   the alignment and the prefill, which serves every method; the default method's probe, if it
                           has one: of all layers together where they fit a turn, one by one where they do not
-    for 1, 2, 4 ...       the decode of that many sequences together: of those without a structure, and of those of which
-                          some have one
+    for 1, 2, 4 ...       the decode of that many sequences together: where none has a structure, and where some have
     with tiers            the gathers and scatters of blocks; and host memory is pinned
 
 Requests that ask for log-probabilities, penalties or biases compile what they need when they come, and so do those that

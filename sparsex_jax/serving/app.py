@@ -272,6 +272,7 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
             reader_of(tokenizer, body),
             names_are_ids=bool(body.return_tokens_as_token_ids),
             one_call=body.parallel_tool_calls is False,
+            is_named=isinstance(body.tool_choice, schemas.NamedTool),
         )
 
     return await service.generate(request, body, tenant, service.intake.chat, make_format)

@@ -87,16 +87,18 @@ class ChatFormat:
         *,
         names_are_ids: bool = False,
         one_call: bool = False,
+        is_named: bool = False,
     ) -> None:
         """
         Args:
           logprobs: whether the request asks for log-probabilities.
           reader: finds tool calls in the answer. None: the answer has none.
           one_call: the answer has the first call at most.
+          is_named: the request names the function that is called, so that the answer ends with `stop`.
           names_are_ids: tokens are named `token_id:ID`, not by their text.
         """
         self._texts, self._logprobs, self._reader = texts, logprobs, reader
-        self._names_are_ids, self._one_call = names_are_ids, one_call
+        self._names_are_ids, self._one_call, self._is_named = names_are_ids, one_call, is_named
         self._num_calls = 0
 
     def choice(self, answer: PartialAnswer) -> dict[str, Any]:
@@ -130,7 +132,8 @@ class ChatFormat:
 
     def _end(self, finish_reason: str | None) -> dict[str, Any]:
         """The finish reason, if tool calls change it."""
-        return {"finish_reason": "tool_calls"} if self._num_calls and finish_reason == "stop" else {}
+        calls = self._num_calls and not self._is_named
+        return {"finish_reason": "tool_calls"} if calls and finish_reason == "stop" else {}
 
     def _entries(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if not self._logprobs:

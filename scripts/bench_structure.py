@@ -4,8 +4,8 @@
 
 The model is one with its tokenizer, or a configuration by name (`llama-3.1-8b`), which gets random weights and
 SmolLM2's tokenizer: what such a model says is nonsense, so nearly no free draw is allowed, which is the worst case. All
-answers have the same number of tokens. The time is that of the whole call less that of the same call for one token each; the
-median of several runs. With `top_p`, tokens behind the masked one cannot be drawn ahead, so that each dispatch brings
+answers have the same number of tokens. The time is that of the whole call less that of the same call for one token
+each; the median of several runs by turns. On a busy machine, the ratio of the processor's time says more. With `top_p`, tokens behind the masked one cannot be drawn ahead, so that each dispatch brings
 the forced tokens and one more. Prints a line for each and writes `scripts/results/structure-<model>-<device>.json`.
 """
 
@@ -20,6 +20,7 @@ import numpy as np
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.scheduler import warmup
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PERSON = {
@@ -85,37 +86,35 @@ class Timer:
             self.seconds, self.calls = self.seconds + time.perf_counter() - started, self.calls + 1
 
 
-def seconds_of(engine: Engine, structures: Sequence[Structure | None], tokens: int, options: dict) -> float:
-    """Of answers of so many tokens, each with its structure."""
+def seconds_of(
+    engine: Engine, structures: Sequence[Structure | None], tokens: int, options: dict
+) -> tuple[float, float, int]:
+    """Of answers of so many tokens, each with its structure: passed, of the processor, and how many dispatches."""
     samplings = [
         SamplingParams(tokens, seed=seed, ignore_eos=True, structure=structure, **options)
         for seed, structure in enumerate(structures)
     ]
-    prompts, started = prompts_of(engine, len(structures)), time.perf_counter()
+    start = engine.runner.start_decode
+    engine.runner.start_decode = counted = Timer(start)
+    prompts, wall, cpu = prompts_of(engine, len(structures)), time.perf_counter(), time.process_time()
     outs = engine.generate_batch(prompts, samplings, reuse=ReuseConfig("full"), keep=False)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    engine.runner.start_decode = start
     assert all(len(out.token_ids) == tokens for out in outs), [len(out.token_ids) for out in outs]
-    return time.perf_counter() - started
+    return wall, cpu, counted.calls
 
 
-def measure(engine: Engine, args: argparse.Namespace, name: str) -> dict[str, object]:
+def measure(engine: Engine, args: argparse.Namespace, name: str) -> dict[str, float]:
+    """One run."""
     structure, options = KINDS[name.removesuffix(", half")]
     structures = [structure] * args.sequences
     if name.endswith(", half"):
         structures[1::2] = [None] * len(structures[1::2])
-    seconds_of(engine, structures, 4, options)  # compile
-    start = engine.runner.start_decode
-    engine.runner.start_decode = counted = Timer(start)
-    whole = [seconds_of(engine, structures, args.tokens, options) for _ in range(args.runs)]
-    engine.runner.start_decode = start
-    first = [seconds_of(engine, structures, 1, options) for _ in range(args.runs)]
-    step = 1e3 * (statistics.median(whole) - statistics.median(first)) / (args.tokens - 1)
-    return {
-        "work": name,
-        "implementation": "engine",
-        "unit": "ms a token",
-        "figure": step,
-        "tokens_per_dispatch": (args.tokens - 1) * args.runs / counted.calls,
-    }
+    first = seconds_of(engine, structures, 1, options)
+    whole = seconds_of(engine, structures, args.tokens, options)
+    later = args.tokens - 1
+    wall, cpu = (1e3 * (whole[at] - first[at]) / later for at in (0, 1))
+    return {"figure": wall, "cpu": cpu, "tokens_per_dispatch": later / whole[2]}
 
 
 def host_microseconds(engine: Engine) -> dict[str, float]:
@@ -142,17 +141,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[*KINDS, "schema, half"], help="which rows")
     args = parser.parse_args()
     engine, rows = load(args), []
-    engine.loop.requests.matcher(Structure("json_object"))  # reads the tokenizer
+    for step in warmup.steps(engine.loop):  # also batches of those that are left when the first ones have ended
+        step()
     host = host_microseconds(engine)
     print("the host, in microseconds: " + ", ".join(f"{name} {value:.0f}" for name, value in host.items()), flush=True)
+    runs = [{name: measure(engine, args, name) for name in args.only} for _ in range(args.runs)]  # by turns
     for name in args.only:
-        rows.append(measure(engine, args, name))
+        row = {key: statistics.median(run[name][key] for run in runs) for key in runs[0][name]}
+        rows.append({"work": name, "implementation": "engine", "unit": "ms a token"} | row)
         base = next((row for row in rows if row["work"] == name.replace("schema", "none").removesuffix(", half")), None)
         if base is not None:
-            rows[-1]["ratio"] = rows[-1]["figure"] / base["figure"]
-        ratio = f", {rows[-1]['ratio']:.3f} of that without" if "ratio" in rows[-1] else ""
-        tokens = rows[-1]["tokens_per_dispatch"]
-        print(f"{name:24}{rows[-1]['figure']:9.2f} ms a token, {tokens:.1f} tokens a dispatch{ratio}", flush=True)
+            rows[-1] |= {"ratio": row["figure"] / base["figure"], "cpu_ratio": row["cpu"] / base["cpu"]}
+        ratios = f", of that without {rows[-1]['ratio']:.3f}, processor {rows[-1]['cpu_ratio']:.3f}" if base else ""
+        print(f"{name:24}{row['figure']:9.2f} ms a token, {row['tokens_per_dispatch']:.1f} a dispatch{ratios}")
     options = {name: value for name, value in vars(args).items() if name != "model"}
     about = {"bench": "structure", "model": Path(args.model).name} | provenance()
     print(write_json(about | {"settings": options, "host_us": host, "rows": rows}, RESULTS))

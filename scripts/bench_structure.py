@@ -5,8 +5,9 @@
 The model is one with its tokenizer, or a configuration by name (`llama-3.1-8b`), which gets random weights and
 SmolLM2's tokenizer: what such a model says is nonsense, so nearly no free draw is allowed, which is the worst case. All
 answers have the same number of tokens. The time is that of the whole call less that of the same call for one token
-each; the median of several runs by turns. On a busy machine, the ratio of the processor's time says more. With `top_p`, tokens behind the masked one cannot be drawn ahead, so that each dispatch brings
-the forced tokens and one more. Prints a line for each and writes `scripts/results/structure-<model>-<device>.json`.
+each; the median of several runs by turns. On a busy machine, the ratio of the processor's time says more. With `top_p`,
+tokens behind the masked one cannot be drawn ahead, so that each dispatch brings the forced tokens and one more. Prints
+a line for each and writes `scripts/results/structure-<model>-<device>.json`.
 """
 
 import argparse

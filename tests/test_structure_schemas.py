@@ -9,6 +9,8 @@ import pytest
 from live import make_engine
 
 from sparsex_jax import SamplingParams, Structure, StructureError
+from sparsex_jax.device.compilation import num_compilations
+from sparsex_jax.scheduler import warmup
 
 NAMES = ["name", "age", "näh", "a b", 'quo"te', "x", "_id", "price", "tags", "日"]
 PATTERNS = ["^[a-c]{1,4}$", "^[A-Z][a-z]{0,3}$", r"^\d{2}-\d{2}$", "^(yes|no)$", "^x"]
@@ -174,3 +176,19 @@ def test_what_is_not_supported_is_refused_wherever_it_stands(more):
     schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "array", **more}}}}
     with pytest.raises(StructureError):
         requests.matcher(Structure("json_schema", schema))
+
+
+@pytest.mark.slow
+def test_requests_with_and_without_a_structure_compile_nothing_after_the_warm_up():
+    engine = make_engine(max_num_seqs=3, store_tokens=2048)
+    for step in warmup.steps(engine.loop):
+        step()
+    warm = num_compilations()
+    structures = [Structure("json_schema", schema) for schema in ({"type": "integer"}, {"enum": ["a", "b"]})]
+    for number in range(1, 7):
+        options = [{"temperature": 0.5 * (at % 3), "seed": at, "top_k": 9 * (at % 2)} for at in range(number)]
+        samplings = [
+            SamplingParams(9, structure=[None, *structures][at % 3], **each) for at, each in enumerate(options)
+        ]
+        engine.generate_batch([f"Number {at}" for at in range(number)], samplings)
+    assert num_compilations() == warm

@@ -16,6 +16,15 @@ from sparsex_jax.serving.tools import call_template
 from sparsex_jax.text.grammars import JSON_STYLE
 
 Function = Mapping[str, Any]
+_MAY_NAME_MORE = {
+    "additionalProperties",
+    "patternProperties",
+    "unevaluatedProperties",
+    "$ref",
+    "allOf",
+    "anyOf",
+    "oneOf",
+}
 
 
 def forced_calls(tokenizer: Any | None, request: ChatRequest, named: str | None) -> Structure:
@@ -105,8 +114,11 @@ def _text(text: str) -> str:
 
 
 def _schema(function: Function) -> str:
-    """The schema of a function's arguments, which are an object whatever it says."""
+    """The schema of a function's arguments: an object, and of no other arguments than it names if it does not say."""
     parameters = function.get("parameters")
     if not isinstance(parameters, Mapping | None):
         raise InvalidRequestError(f"the parameters of {function['name']!r:.60} are {parameters!r:.60}, and no object")
-    return json.dumps({"type": "object", **(parameters or {})} | {"x-guidance": JSON_STYLE})
+    schema = {"type": "object", **(parameters or {})}
+    if "properties" in schema and not schema.keys() & _MAY_NAME_MORE:
+        schema["additionalProperties"] = False
+    return json.dumps(schema | {"x-guidance": JSON_STYLE})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.errors import (
     ContextLengthError,
     FrozenLimitError,
@@ -15,6 +15,7 @@ from sparsex_jax.errors import (
     OverloadedError,
     SparsexError,
     StoreFullError,
+    StructureError,
     UnknownHandleError,
     UnknownModelError,
     UnsupportedModelError,
@@ -72,6 +73,8 @@ __all__ = [
     "SparseX",
     "SparsexError",
     "StoreFullError",
+    "Structure",
+    "StructureError",
     "TokenLogprobs",
     "UnknownHandleError",
     "UnknownModelError",

@@ -13,6 +13,10 @@ class ContextLengthError(InvalidRequestError):
     """Prompt and answer together are longer than the model takes, or than an empty store can hold."""
 
 
+class StructureError(InvalidRequestError):
+    """What an answer must be cannot be expressed: it is wrong, needs what is not supported, or is too complex."""
+
+
 class StoreFullError(SparsexError):
     """The KV store cannot hold the request now, even after evicting everything evictable. Later it may."""
 

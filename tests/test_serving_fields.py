@@ -89,9 +89,10 @@ def streamed(http, path, body):
 # Fields that the schemas have not ----------------------------------------------------------------------------
 
 REFUSED = {
-    "guided_json": {"type": "object"},
-    "guided_choice": ["yes", "no"],
-    "structured_outputs": {"choice": ["yes"]},
+    "structural_tag": {},
+    "structured_outputs": {"structural_tag": {}},
+    "guided_whitespace_pattern": " *",
+    "ebnf": "root ::= [a-z]",
     "bad_words": ["Hello"],
     "use_beam_search": True,
     "length_penalty": 2.0,
@@ -108,7 +109,6 @@ REFUSED = {
     "mirostat": 2,
     "typical_p": 0.9,
     "functions": [{"name": "f"}],
-    "response_format": {"type": "json_object"},
 }
 
 

@@ -78,7 +78,7 @@ def test_a_crowd_compiles_nothing_after_the_warm_up(reuse):
 @pytest.mark.parametrize(("most", "numbers"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
 def test_every_size_of_a_batch_is_decoded_once(most, numbers, monkeypatch):
     decoded = []
-    monkeypatch.setattr(warmup, "_decode", lambda _, number: decoded.append(number))
+    monkeypatch.setattr(warmup, "_decode", lambda _, number, structure: decoded.append(number))
     monkeypatch.setattr(warmup, "_prefill", lambda *_: None)
     monkeypatch.setattr(warmup, "_probe", lambda *_: None)
     monkeypatch.setattr(warmup, "_generate", lambda *_: None)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from sparsex_jax.config.checks import Count, Flag, Limit, Share, checked, is_int, is_number, require
+from sparsex_jax.config.structure import Structure
 
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
@@ -58,6 +59,8 @@ class SamplingParams:
       shown_token_ids: special tokens that the text has all the same, such as those that mark the calls of tools.
       ends_where_full: the answer ends before max_new_tokens where frozen texts leave no room for more. Otherwise a
         request that has no room for all of them is refused.
+      structure: what the answer must be, such as JSON of a schema; None: any text. It ends where the structure is
+        complete, also before min_new_tokens, and is cut at max_new_tokens. Needs a tokenizer.
 
     Temperature and filters come after bias and penalties, in the order min_p, top_k, top_p; each sees what the one
     before it left. This is what vLLM does.
@@ -83,6 +86,7 @@ class SamplingParams:
     skip_special_tokens: Flag = True
     shown_token_ids: tuple[int, ...] = ()
     ends_where_full: Flag = False
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -102,6 +106,21 @@ class SamplingParams:
             self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}",
         )
+
+        require(
+            self.structure is None or isinstance(self.structure, Structure),
+            f"structure={self.structure!r:.60} must be a Structure or None",
+        )
+        require(
+            self.structure is None or self.allowed_token_ids is None,
+            "structure and allowed_token_ids exclude each other: there may be no token that both allow",
+        )
+
+    @property
+    def draws_freely(self) -> bool:
+        """Whether the token that is drawn among all is that drawn among the allowed ones, if it is one of them. With a
+        filter, it may be one that the filter would have left out among the allowed ones, or not be among those."""
+        return self.temperature == 0 or (self.top_p == 1 and self.top_k == 0 and self.min_p == 0)
 
     @property
     def adjusts_logits(self) -> bool:

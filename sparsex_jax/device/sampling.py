@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, UInt32
 
 from sparsex_jax.config import MAX_LOGPROBS
+from sparsex_jax.device.constraint import Constraint
 
 NON_FINITE = -2  # sampled in place of a token where the request's logits have NaN or infinities
 
@@ -60,8 +61,8 @@ class Adjustment:
 class Sampling:
     """The `SamplingParams` of each request, as arrays.
 
-    A step is compiled once for each combination of `adjustment` being there and `logprobs` being asked for: at most
-    four times.
+    A step is compiled once for each combination of `adjustment` and `constraint` being there and `logprobs` being asked
+    for: at most eight times.
 
     Attributes:
       temperature: 0 takes the most probable token.
@@ -70,6 +71,7 @@ class Sampling:
       min_p: the least probability of a token, as a share of the most probable one's.
       seed: of the request's random stream.
       adjustment: None if no request has a penalty, a bias or a ban.
+      constraint: None if no request has a structure.
       logprobs: whether some request asks for log-probabilities.
     """
 
@@ -79,6 +81,7 @@ class Sampling:
     min_p: Float[Array, "requests"]
     seed: UInt32[Array, "requests"]
     adjustment: Adjustment | None = None
+    constraint: Constraint | None = None
     logprobs: bool = struct.field(pytree_node=False, default=False)
 
     def count(self, token: Int[Array, "requests"], running: Bool[Array, "requests"]) -> Sampling:
@@ -152,6 +155,8 @@ def sample(
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     if sampling.adjustment is not None:
         logits = sampling.adjustment.apply(logits, position)
+    if sampling.constraint is not None:
+        logits = sampling.constraint.apply(logits, position)
     greedy = jnp.argmax(logits, axis=-1)
 
     def drawn() -> Array:
@@ -160,6 +165,8 @@ def sample(
         return jnp.where(sampling.temperature > 0, jax.vmap(jax.random.categorical)(keys, scaled), greedy)
 
     token = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: greedy)
+    if sampling.constraint is not None:
+        token = sampling.constraint.force(token, position)
     return jnp.where(finite, token, NON_FINITE).astype(jnp.int32)
 
 

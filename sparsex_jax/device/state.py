@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsex_jax.config import SamplingParams
+from sparsex_jax.device.constraint import Constraint, constraint_arrays
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.sampling import Adjustment, Sampling
 from sparsex_jax.reuse.planner import page_tables
+from sparsex_jax.text.matcher import Matcher
 
 # Fields of `SamplingParams` that every step takes. They go to the device together: one by one costs 2 ms on a GPU.
 _DTYPES = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32, "min_p": np.float32, "seed": np.uint32}
@@ -28,6 +30,7 @@ class BatchSlot:
       sampling: how the next one is chosen.
       end_tokens: tokens that end it; -1 is none. All sequences of an engine have the same number of them.
       pages: physical pages of its KV, in order.
+      matcher: of its structure, if it has one.
     """
 
     prompt: Sequence[int] | np.ndarray
@@ -35,6 +38,7 @@ class BatchSlot:
     sampling: SamplingParams
     end_tokens: Sequence[int] = ()
     pages: Sequence[int] = ()
+    matcher: Matcher | None = None
 
     @property
     def length(self) -> int:
@@ -54,6 +58,7 @@ def sampling_arrays(slots: Sequence[BatchSlot], size: int, vocab_size: int) -> S
     return Sampling(
         **jax.device_put({name: np.array(values, _DTYPES[name]) for name, values in numbers.items()}),
         adjustment=_adjustment(filled, slots, vocab_size) if any(p.adjusts_logits for p in params) else None,
+        constraint=jax.device_put(_constraint(slots, size, vocab_size)),
         logprobs=any(p.logprobs is not None for p in params),
     )
 
@@ -81,6 +86,10 @@ def _adjustment(filled: Sequence[SamplingParams], slots: Sequence[BatchSlot], vo
     )
 
 
+def _constraint(slots: Sequence[BatchSlot], size: int, vocab_size: int) -> Constraint | None:
+    return constraint_arrays([slot.matcher for slot in slots], [slot.length for slot in slots], size, vocab_size)
+
+
 def _bias(sampling: SamplingParams, vocab_size: int) -> np.ndarray:
     """What is added to each logit: minus infinity where the token is not allowed."""
     allowed = sampling.allowed_token_ids
@@ -103,16 +112,33 @@ def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int) ->
     stops = np.full((size, width), -1)
     for number, slot in enumerate(slots):
         stops[number, : len(slot.end_tokens)] = slot.end_tokens
-    token, position, remaining, stops, tables = jax.device_put(
-        (
-            _padded([slot.answer[-1] for slot in slots], size, 0),
-            _padded([slot.length - 1 for slot in slots], size, -1),
-            _padded([slot.sampling.max_new_tokens - len(slot.answer) for slot in slots], size, 0),
-            stops.astype(np.int32),
-            page_tables([slot.pages for slot in slots], size, max_pages),
-        )
+    tables = page_tables([slot.pages for slot in slots], size, max_pages)
+    progress, stops, tables = jax.device_put((_progress(slots, size), stops.astype(np.int32), tables))
+    return DecodeState(**progress, stops=stops, page_tables=tables, sampling=sampling_arrays(slots, size, vocab_size))
+
+
+def resumed(state: DecodeState, slots: Sequence[BatchSlot], vocab_size: int, *, moved: bool) -> DecodeState:
+    """A state behind what was computed, as the host takes that.
+
+    Args:
+      slots: those of the state. Their pages are the same.
+      moved: the host did not take all of it, so they continue elsewhere. Nothing counts their tokens (`adjustment`).
+    """
+    size = len(state.token)
+    progress, constraint = jax.device_put(
+        (_progress(slots, size) if moved else {}, _constraint(slots, size, vocab_size))
     )
-    return DecodeState(token, position, remaining, stops, tables, sampling_arrays(slots, size, vocab_size))
+    sampling = dataclasses.replace(state.sampling, constraint=constraint)
+    return dataclasses.replace(state, **progress, sampling=sampling)
+
+
+def _progress(slots: Sequence[BatchSlot], size: int) -> dict[str, np.ndarray]:
+    """How far the sequences are: fields of `DecodeState`."""
+    return {
+        "token": _padded([slot.answer[-1] for slot in slots], size, 0),
+        "position": _padded([slot.length - 1 for slot in slots], size, -1),
+        "remaining": _padded([slot.sampling.max_new_tokens - len(slot.answer) for slot in slots], size, 0),
+    }
 
 
 def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:

@@ -14,11 +14,23 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
-from sparsex_jax.device.state import decode_state, sampling_arrays
+from sparsex_jax.device.state import decode_state, resumed, sampling_arrays
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.scheduler.sequence import Sequence
 
-_Key = list[tuple[RequestPlan, int, int]]
+
+class _Kept(NamedTuple):
+    """A decode state on the device, and what it was made of. Plans are compared by identity: a sequence that was
+    admitted again has another one.
+
+    Attributes:
+      pages: of each sequence: its plan, and how many pages it has.
+      tokens: how many new tokens each sequence has, if the host takes all that were computed.
+    """
+
+    state: DecodeState
+    pages: list[tuple[RequestPlan, int]]
+    tokens: list[int]
 
 
 class Dispatch(NamedTuple):
@@ -61,7 +73,7 @@ class Execution:
     def __init__(self, runner: Runner) -> None:
         self.step_seconds = 0.0
         self._runner = runner
-        self._kept: tuple[DecodeState, _Key] | None = None
+        self._kept: _Kept | None = None
 
     # Decode -------------------------------------------------------------------------------------------------
 
@@ -79,17 +91,23 @@ class Execution:
             return Dispatch(sequences, steps, error, started)
 
     def _dispatch(self, sequences: list[Sequence], steps: int) -> Sampled:
-        """The state stays on the device from one dispatch to the next, unless a sequence came, went or got pages
-        meanwhile: then it is made anew of what the host knows."""
         kept, self._kept = self._kept, None
-        state = kept[0] if kept is not None and kept[1] == _key(sequences, 0) else self._state(sequences)
-        state, sampled = self._runner.start_decode(state, steps)
-        self._kept = state, _key(sequences, steps)
+        state, sampled = self._runner.start_decode(self._state(sequences, kept), steps)
+        self._kept = _Kept(state, _pages(sequences), _tokens(sequences, steps))
         return sampled
 
-    def _state(self, sequences: list[Sequence]) -> DecodeState:
-        slots = [sequence.batch_slot for sequence in sequences]
-        return decode_state(slots, self._runner.shapes.max_pages, self._runner.model.vocab_size)
+    def _state(self, sequences: list[Sequence], kept: _Kept | None) -> DecodeState:
+        """The state stays on the device from one dispatch to the next, unless a sequence came, went or got pages
+        meanwhile: then it is made anew of what the host knows. So are positions, where a structure did not allow all
+        that was computed."""
+        slots, vocab_size = [sequence.batch_slot for sequence in sequences], self._runner.model.vocab_size
+        if kept is not None and kept.pages == _pages(sequences):
+            moved = kept.tokens != _tokens(sequences, 0)
+            if not moved and kept.state.sampling.constraint is None:
+                return kept.state
+            if not moved or kept.state.sampling.adjustment is None:
+                return resumed(kept.state, slots, vocab_size, moved=moved)
+        return decode_state(slots, self._runner.shapes.max_pages, vocab_size)
 
     def fetch(self, dispatch: Dispatch) -> Sampled:
         """What was sampled, as NumPy arrays, a batch slot for each sequence. Raises why the dispatch failed."""
@@ -178,7 +196,9 @@ class Execution:
         return self._runner.first_tokens(logits, sampling, position)
 
 
-def _key(sequences: list[Sequence], ahead: int) -> _Key:
-    """What a decode state was made of, once each sequence has `ahead` more tokens. Plans are compared by identity: a
-    sequence that was admitted again has another one."""
-    return [(one.plan, len(one.pages), len(one.output.token_ids) + ahead) for one in sequences]
+def _pages(sequences: list[Sequence]) -> list[tuple[RequestPlan, int]]:
+    return [(sequence.plan, len(sequence.pages)) for sequence in sequences]
+
+
+def _tokens(sequences: list[Sequence], ahead: int) -> list[int]:
+    return [len(sequence.output.token_ids) + ahead for sequence in sequences]

@@ -15,6 +15,7 @@ from sparsex_jax.device.sampling import NON_FINITE, Logprobs, Sampled
 from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.text.detokenizer import Detokenizer
+from sparsex_jax.text.matcher import Matcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +68,22 @@ class Output:
       max_new_tokens: 0 for a sequence that is only prefilled.
       end_tokens: the model's tokens that end it, which the device looks for. The host looks for stop tokens and stop
         strings too, and drops what was generated behind them.
+      matcher: of the structure that the answer has, if it has one.
     """
 
-    def __init__(self, sampling: SamplingParams | None, end_tokens: Sequence[int], tokenizer: Any | None) -> None:
+    def __init__(
+        self,
+        sampling: SamplingParams | None,
+        end_tokens: Sequence[int],
+        tokenizer: Any | None,
+        matcher: Matcher | None = None,
+    ) -> None:
         """
         Args:
           sampling: None for a sequence that is only prefilled. A token is sampled all the same, greedily and only to
             see that the logits are finite.
         """
+        self.matcher = matcher
         self.max_new_tokens = 0 if sampling is None else sampling.max_new_tokens
         self.sampling = sampling = sampling or SamplingParams()
         if sampling.stop and tokenizer is None:
@@ -117,9 +126,18 @@ class Output:
             self._take_text(token)
 
     def take(self, sampled: Sampled, slot: int) -> None:
-        """Extend by what was sampled in one batch slot, as NumPy arrays. Raises as `extend`."""
+        """Extend by what was sampled in one batch slot, as NumPy arrays, as far as the structure allows it.
+
+        Raises as `extend`, and StructureError if the structure's grammar got too complex.
+        """
         logprobs = None if sampled.logprobs is None else jax.tree.map(lambda array: array[slot], sampled.logprobs)
-        self.extend(sampled.token[slot].tolist(), logprobs)
+        tokens = sampled.token[slot].tolist()
+        if self.matcher is None or self.max_new_tokens == 0:
+            self.extend(tokens, logprobs)
+            return
+        self.extend(self.matcher.accept(tokens, freely=self.sampling.draws_freely), logprobs)
+        if self.matcher.done:
+            self._end("stop")
 
     def _take_text(self, token: int) -> None:
         """Add the text that the token makes certain, and see whether the token ends the sequence."""
@@ -127,11 +145,9 @@ class Output:
         if not ends or self.sampling.include_stop:
             self._push(token)
         if ends or (self._detokenizer is not None and self._detokenizer.stopped):
-            self.finish_reason = "stop"
+            self._end("stop")
         elif len(self.token_ids) >= self.max_new_tokens:
-            self.finish_reason = "length"
-        if self.finish_reason is not None and self._detokenizer is not None:
-            self._text.append(self._detokenizer.finish())
+            self._end("length")
 
     def _push(self, token: int) -> None:
         if self._detokenizer is not None:
@@ -140,9 +156,18 @@ class Output:
 
     def cut(self) -> None:
         """End it here: there is no room for more."""
-        self.finish_reason = "length"
-        if self._detokenizer is not None:
+        self._end("length")
+
+    def expected(self, steps: int) -> float:
+        """How many of the tokens of so many steps will count."""
+        if self.matcher is None:
+            return steps
+        return self.matcher.expected(steps, freely=self.sampling.draws_freely)
+
+    def _end(self, reason: str) -> None:
+        if self.finish_reason is None and self._detokenizer is not None:
             self._text.append(self._detokenizer.finish())
+        self.finish_reason = reason
 
     @property
     def stopped_by(self) -> str | None:

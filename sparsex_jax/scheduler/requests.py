@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.cache import Entry
-from sparsex_jax.config import ModelConfig, ReuseConfig, SamplingParams
-from sparsex_jax.errors import ContextLengthError, InvalidRequestError
+from sparsex_jax.config import ModelConfig, ReuseConfig, SamplingParams, Structure
+from sparsex_jax.errors import ContextLengthError, InvalidRequestError, StructureError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.output import Output
 from sparsex_jax.scheduler.sequence import Remember, Sequence
@@ -20,6 +20,8 @@ from sparsex_jax.text.chat import document
 from sparsex_jax.text.control_tokens import MarkedText
 from sparsex_jax.text.encoding import Prompt, encode, turns_of
 from sparsex_jax.text.end_tokens import end_token_ids
+from sparsex_jax.text.grammars import Grammars
+from sparsex_jax.text.matcher import Matcher
 from sparsex_jax.text.messages import said_digest
 
 
@@ -44,7 +46,9 @@ class Requests:
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any | None) -> None:
         self._tokenizer = tokenizer
-        self.end_tokens = end_token_ids(self._model.eos_token_ids, tokenizer, self._model.vocab_size)
+        size = self._model.vocab_size
+        self.end_tokens = end_token_ids(self._model.eos_token_ids, tokenizer, size)
+        self._grammars = Grammars(tokenizer, size, self.end_tokens) if tokenizer is not None else None
 
     def generation(
         self,
@@ -158,8 +162,22 @@ class Requests:
         with self._tokenizing:
             return said_digest(self.tokenizer.decode(text.tolist(), clean_up_tokenization_spaces=False))
 
+    def matcher(self, structure: Structure, *, may_end: bool = True) -> Matcher:
+        """A matcher for one answer. Arguments as `Grammars.matcher`.
+
+        A structure is compiled when it is first asked for, which takes up to a second, and kept.
+
+        Raises:
+          StructureError: the structure is wrong, not supported, or this model has no tokenizer.
+        """
+        if self._grammars is None:
+            raise StructureError("structure is about text, but this model has no tokenizer")
+        return self._grammars.matcher(structure, may_end=may_end)
+
     def _output(self, sampling: SamplingParams | None) -> Output:
-        return Output(sampling, self.end_tokens, self.tokenizer)
+        structure = sampling.structure if sampling is not None else None
+        matcher = self.matcher(structure, may_end=not sampling.ignore_eos) if sampling and structure else None
+        return Output(sampling, self.end_tokens, self.tokenizer, matcher)
 
     def _method(self, reuse: ReuseConfig | None) -> ReuseConfig:
         return self.reuse if reuse is None else reuse

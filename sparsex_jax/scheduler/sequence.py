@@ -287,7 +287,8 @@ class Sequence:
 
     @property
     def batch_slot(self) -> BatchSlot:
-        return BatchSlot(self.prompt, self.output.token_ids, self.output.sampling, self.output.end_tokens, self.pages)
+        output = self.output
+        return BatchSlot(self.prompt, output.token_ids, output.sampling, output.end_tokens, self.pages, output.matcher)
 
     # How it goes on -----------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
 
     for each row bucket   the alignment and the prefill, which serves every method; the default method's probe, if it
                           has one: of all layers together where they fit a turn, one by one where they do not
-    for 1, 2, 4 ...       the decode of that many sequences together
+    for 1, 2, 4 ...       the decode of that many sequences together: where none has a structure, and where some have
     with tiers            the gathers and scatters of blocks; and host memory is pinned
 
 Requests that ask for log-probabilities, penalties or biases compile what they need when they come, and so do those that
@@ -21,10 +21,10 @@ import jax
 import numpy as np
 
 from sparsex_jax.cache import Segment
-from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.config import ReuseConfig, SamplingParams, Structure
 from sparsex_jax.device.sampling import NON_FINITE
 from sparsex_jax.device.state import BatchSlot, decode_state
-from sparsex_jax.errors import NonFiniteLogitsError
+from sparsex_jax.errors import NonFiniteLogitsError, StructureError
 from sparsex_jax.reuse.methods import Phase, method_of
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
@@ -36,9 +36,22 @@ def steps(loop: Loop) -> list[Callable[[], None]]:
     Call them before the loop runs."""
     buckets = loop.runner.shapes.buckets
     prefills = [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe)]
-    decodes = [functools.partial(_decode, loop, number) for number in _batches(loop.policy.max_num_seqs)]
+    batches = _batches(loop.policy.max_num_seqs)
+    structures = [None, *_structures(loop)]
+    decodes = [functools.partial(_decode, loop, number, structure) for structure in structures for number in batches]
     tiers = [loop.admission.tiers.warm_up] if loop.admission.tiers is not None else []
-    return [*prefills, functools.partial(_measure, loop), *decodes, *tiers, functools.partial(_generate, loop)]
+    whole = [functools.partial(_generate, loop, structure) for structure in structures]
+    return [*prefills, functools.partial(_measure, loop), *decodes, *tiers, *whole]
+
+
+def _structures(loop: Loop) -> list[Structure]:
+    """A structure that answers of this model can have; none if its tokens cannot be constrained."""
+    structure = Structure("json_object")
+    try:
+        loop.requests.matcher(structure)
+    except StructureError:
+        return []
+    return [structure]
 
 
 def _batches(most: int) -> list[int]:
@@ -82,19 +95,21 @@ def _measure(loop: Loop) -> None:
     _ = loop.admission.choice.speeds
 
 
-def _decode(loop: Loop, number: int) -> None:
+def _decode(loop: Loop, number: int, structure: Structure | None) -> None:
     """A dispatch of this many sequences. They share one page, and all write the same into it."""
     runner, ends = loop.runner, loop.requests.end_tokens
+    matcher = loop.requests.matcher(structure) if structure else None
     with loop.admission.lend(2) as pages:
-        slot = BatchSlot([0], [0], SamplingParams(max_new_tokens=2), ends, pages)
+        slot = BatchSlot([0], [0], SamplingParams(max_new_tokens=2), ends, pages, matcher)
         state = decode_state([slot] * number, runner.shapes.max_pages, runner.model.vocab_size)
         _, sampled = runner.start_decode(state, 1)
     if (jax.device_get(sampled).token == NON_FINITE).any():
         raise NonFiniteLogitsError("the logits behind a prompt of one token are not all finite")
 
 
-def _generate(loop: Loop) -> None:
+def _generate(loop: Loop, structure: Structure | None) -> None:
     """A whole request, for what is between prefill and decode."""
-    full, sampling = ReuseConfig(method="full"), SamplingParams(max_new_tokens=2, ignore_eos=True)
+    full = ReuseConfig(method="full")
+    sampling = SamplingParams(max_new_tokens=2, ignore_eos=True, structure=structure)
     options: dict[str, Any] = {"reuse": full, "namespace": "warm-up", "keep": False, "asked": False}
     loop.complete([loop.requests.generation([0], sampling, **options)])

@@ -111,7 +111,12 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
     """Answer a chat, as OpenAI's endpoint does."""
 
     def make_format() -> ChatFormat:
-        return ChatFormat(service.texts, bool(body.logprobs), names_are_ids=bool(body.return_tokens_as_token_ids))
+        return ChatFormat(
+            service.texts,
+            bool(body.logprobs),
+            names_are_ids=bool(body.return_tokens_as_token_ids),
+            is_named=isinstance(body.tool_choice, schemas.NamedTool),
+        )
 
     def make_reply(asked: Asked, pieces: Pieces) -> Reply:
         return Reply(make_format, service.model, asked.jobs, pieces, Extent.of(body), lambda: service.reader(asked))

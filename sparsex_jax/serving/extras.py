@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from sparsex_jax.serving.faults import RequestError
-from sparsex_jax.serving.schemas import Generate
 
 _MOST_NAMES = 16  # in a header
 _LONGEST_NAME = 64
@@ -35,7 +34,9 @@ class Refusal(NamedTuple):
     neutral: tuple[Any, ...] = ()
 
 
-_GRAMMAR = Refusal("answers are not forced into a grammar")
+_STRUCTURE = Refusal("use structured_outputs")
+_TAG = Refusal("a structure is the whole answer's")
+_SPACE = Refusal("JSON has one space behind colons and commas, and none elsewhere")
 _BEAM = Refusal("answers are sampled, without beam search", (False, 1, 1.0))
 _SAMPLER = Refusal("this way of sampling is not implemented", (False, 0, 0.0))
 _TYPICAL = Refusal("this way of sampling is not implemented", (1, 1.0))
@@ -44,8 +45,10 @@ _ROUTES = Refusal("there are no adapters and no experts to choose", ([], {}))
 
 REFUSED: Mapping[str, Refusal] = {
     # What forces the answer.
-    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), _GRAMMAR),
-    **dict.fromkeys(("structured_outputs", "structural_tag", "json_schema", "grammar", "regex", "ebnf"), _GRAMMAR),
+    **dict.fromkeys(("json_schema", "grammar", "regex", "ebnf"), _STRUCTURE),
+    **dict.fromkeys(("structural_tag", "structured_outputs.structural_tag"), _TAG),
+    **dict.fromkeys(("guided_whitespace_pattern", "structured_outputs.whitespace_pattern"), _SPACE),
+    "structured_outputs.disable_additional_properties": Refusal("say so in the schema", (False,)),
     "bad_words": Refusal("words can be written in many tokens; use logit_bias against single ones", ([],)),
     "logits_processors": Refusal("there are no processors of logits", ([],)),
     "vllm_xargs": Refusal("there are no arguments of plugins", ({},)),
@@ -87,7 +90,9 @@ TAKEN = frozenset(
     {
         *("user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key"),
         *("prompt_cache_retention", "prediction", "request_id", "priority", "guided_decoding_backend"),
-        *("guided_whitespace_pattern", "spaces_between_special_tokens", "detokenize", "cache_prompt"),
+        *("spaces_between_special_tokens", "detokenize", "cache_prompt"),
+        *("structured_outputs.disable_any_whitespace", "structured_outputs.disable_fallback"),
+        *("structured_outputs.backend", "structured_outputs.disable_any_whitespace"),
         "stream_options.include_obfuscation",  # which would pad chunks
     }
 )
@@ -106,8 +111,6 @@ def headers_of(body: BaseModel) -> dict[str, str]:
     Raises:
       RequestError: a field would change the answer in a way that is not implemented.
     """
-    if isinstance(body, Generate):
-        _require_text(body)
     names = _ignored(body)
     if not names:
         return {}
@@ -121,16 +124,6 @@ def headers_of(body: BaseModel) -> dict[str, str]:
 
 def _ignored(body: BaseModel) -> list[str]:
     return [name for name, value in _extras(body, "") if name not in TAKEN and not _refuse(name, value)]
-
-
-def _require_text(body: Generate) -> None:
-    kind = body.response_format.type if body.response_format else "text"
-    if kind != "text":
-        raise RequestError(
-            f"response_format.type={kind!r:.60} is not supported: {_GRAMMAR.why}; it can only be 'text'",
-            param="response_format.type",
-            code="unsupported_parameter",
-        )
 
 
 def _extras(body: BaseModel, at: str) -> Iterator[tuple[str, Any]]:

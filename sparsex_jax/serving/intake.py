@@ -18,6 +18,7 @@ from sparsex_jax.serving.access import Limits, Tenant
 from sparsex_jax.serving.faults import RequestError
 from sparsex_jax.serving.lengths import Lengths
 from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Generate, KnowledgeRequest, Message
+from sparsex_jax.serving.structure import structure_of
 from sparsex_jax.serving.thinking import Thoughts, refuse_thinking
 from sparsex_jax.serving.thoughts import Thinking
 from sparsex_jax.serving.tools import marker_ids
@@ -254,6 +255,7 @@ class Intake:
             include_stop=bool(request.include_stop_str_in_output),
             logit_bias=_logit_bias(request.logit_bias),
             logprobs=logprobs,
+            structure=structure_of(request, self._engine.tokenizer, self._engine.loop.requests.matcher),
             ends_where_full=not named,
             **{name: value for name in _SAME if (value := getattr(request, name)) is not None},
         )

@@ -96,13 +96,16 @@ class ChatFormat:
         logprobs: bool,
         *,
         names_are_ids: bool = False,
+        is_named: bool = False,
     ) -> None:
         """
         Args:
           logprobs: whether the request asks for log-probabilities.
           names_are_ids: tokens are named `token_id:ID`, not by their text.
+          is_named: the request names the function that is called, so that the answer ends with `stop`.
         """
         self._texts, self._logprobs, self._names_are_ids = texts, logprobs, names_are_ids
+        self._is_named = is_named
         self._num_calls = 0
 
     def choice(self, answer: PartialAnswer) -> dict[str, Any]:
@@ -128,7 +131,8 @@ class ChatFormat:
 
     def _end(self, finish_reason: str | None) -> dict[str, Any]:
         """The finish reason, if tool calls change it."""
-        return {"finish_reason": "tool_calls"} if self._num_calls and finish_reason == "stop" else {}
+        calls = self._num_calls and not self._is_named
+        return {"finish_reason": "tool_calls"} if calls and finish_reason == "stop" else {}
 
     def _entries(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         if not self._logprobs:

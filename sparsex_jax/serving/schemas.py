@@ -19,6 +19,7 @@ from pydantic_core import PydanticCustomError
 
 from sparsex_jax.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, METHODS, methods_by_option
 from sparsex_jax.config.sampling import MAX_STOP_LENGTH, MAX_STOPS
+from sparsex_jax.config.structure import MAX_CHOICES
 
 _MOST_FIELDS = 256
 _MOST_MESSAGES = 8192  # and parts of one: checking so many takes 50 ms
@@ -37,6 +38,10 @@ Prompts = Annotated[
 
 def _looks_like(value: Any) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+def _text_or_object(value: Any) -> str | None:
+    return "<text>" if isinstance(value, str) else "<object>" if isinstance(value, (dict, BaseModel)) else None
 
 
 # Text or a list, so that an error says what is wrong with the one that was sent.
@@ -102,8 +107,30 @@ class StreamOptions(Object):
     continuous_usage_stats: bool | None = Field(None, description="Usage in every chunk, with include_usage.")
 
 
+class JsonSchema(Object):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="The answer follows the schema in any case.")
+
+
 class ResponseFormat(Object):
-    type: str = Field(description="Only text: answers are not forced into a grammar.")
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description="Of the type json_schema.")
+
+
+Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
+AnySchema = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "boolean"}, {"type": "string"}]})]
+
+
+class StructuredOutputs(Object):
+    """What the answer is, as vLLM has it: one of these."""
+
+    json_: AnySchema | None = Field(None, alias="json", description="A JSON schema, or text of one.")
+    regex_: Text | None = Field(None, alias="regex")
+    choice_: Choices | None = Field(None, alias="choice")
+    grammar_: Text | None = Field(None, alias="grammar", description="In llguidance's Lark, or llama.cpp's GBNF.")
+    json_object: bool | None = None
 
 
 class Thinking(Object):
@@ -150,7 +177,12 @@ class Generate(Asking):
         None, description="Only so many tokens from the prompt's end are used. -1: as many as fit."
     )
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
+    response_format: ResponseFormat | None = Field(None, description="JSON, of a schema or any object.")
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: AnySchema | None = Field(None, description="As structured_outputs.json.")
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
     parallel_tool_calls: bool | None = Field(None, description="False: at most one call in an answer.")
     reasoning_effort: str | None = Field(
         None, description="Of chats: a variable of the chat template, or `none`, which is as thinking that is disabled."
@@ -187,13 +219,32 @@ class Message(Object):
     tool_calls: Objects | None = None
 
 
+class ToolName(Object):
+    name: Text
+
+
+class NamedTool(Object):
+    type: Literal["function"] = "function"
+    function: ToolName
+
+
+_ToolChoice = Annotated[
+    Annotated[Literal["auto", "none", "required"], _TEXT] | Annotated[NamedTool, Tag("<object>")],
+    Discriminator(
+        _text_or_object,
+        custom_error_type="text_or_object",
+        custom_error_message="Input should be 'auto', 'none', 'required' or an object that names a function",
+    ),
+]
+
+
 class ChatRequest(Generate):
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Objects | None = Field(None, description="For the chat template to show to the model, which may call them.")
-    tool_choice: Literal["auto", "none"] | None = Field(None, description="No call can be forced.")
+    tool_choice: _ToolChoice | None = Field(None, description="required or a function: the answer is calls only.")
     documents: Objects | None = Field(None, description="For the chat template to show, if it can.")
     chat_template: Text | None = Field(None, description="The name of one of the model's templates.")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Variables of the chat template.")

@@ -23,7 +23,7 @@ from sparsex_jax.text.chat import shows_tools
 from sparsex_jax.text.end_tokens import special_ids
 from sparsex_jax.text.templates import template_for
 
-__all__ = ["Call", "Reader", "marker_ids", "reader_for", "reader_of"]
+__all__ = ["Call", "Reader", "call_template", "marker_ids", "reader_for", "reader_of"]
 
 # Where the vocabulary calls these special, answers to requests with tools have them all the same.
 _MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>")
@@ -32,14 +32,19 @@ _HERMES = "<tool_call>"  # a template in whose form tools are offered where the 
 
 def reader_of(tokenizer: Any | None, request: ChatRequest) -> Reader | None:
     """A reader for one answer to a request. None if it offers no tools, or the template's form is unknown."""
+    template = call_template(tokenizer, request)
+    return reader_for(template, request.offered_tools or ())
+
+
+def call_template(tokenizer: Any | None, request: ChatRequest) -> str | None:
+    """The template in whose form the answer to a request has calls. None if it offers no tools."""
     if tokenizer is None or not request.offered_tools:
         return None
     try:
         shown = shows_tools(tokenizer, request.chat_template)
-        template = template_for(tokenizer, request.chat_template, tools=True).text if shown else _HERMES
+        return template_for(tokenizer, request.chat_template, tools=True).text if shown else _HERMES
     except InvalidRequestError:  # which the request is refused with
         return None
-    return reader_for(template, request.offered_tools)
 
 
 def reader_for(template: str | None, tools: Iterable[Any]) -> Reader | None:

@@ -1,0 +1,101 @@
+"""Compiles what answers must be into grammars over the model's tokens, by llguidance, and keeps the last ones."""
+
+from __future__ import annotations
+
+import collections
+import json
+import threading
+from typing import Any
+
+from sparsex_jax.config.structure import Structure
+from sparsex_jax.errors import StructureError
+from sparsex_jax.text.matcher import Matcher
+
+_KEPT = 256  # compiled grammars
+# As Python's `json.dumps` writes JSON. Free white space would let a model write of it without an end.
+JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammars:
+    """The grammars of one tokenizer. From any thread.
+
+    The first use reads the tokenizer, which takes a third of a second for 50,000 tokens.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: tuple[int, ...]) -> None:
+        """
+        Args:
+          tokenizer: of transformers.
+          vocab_size: of the model, which may have more tokens than the tokenizer.
+          end_tokens: those that end an answer.
+        """
+        self._tokenizer, self._vocab_size, self._end_tokens = tokenizer, vocab_size, end_tokens
+        self._lock = threading.Lock()
+        self._tokens: Any | None = None
+        self._compiled: collections.OrderedDict[Structure, Any] = collections.OrderedDict()
+
+    def matcher(self, structure: Structure, *, may_end: bool = True) -> Matcher:
+        """A matcher for one answer.
+
+        Args:
+          may_end: an end token may end the answer where the grammar accepts it. Otherwise it goes on as long as it can.
+
+        Raises:
+          StructureError: there is no such grammar: the message says what is wrong or not supported.
+        """
+        ends = self._end_tokens if may_end else ()
+        return Matcher(self.compiled(structure).deep_copy(), self._vocab_size, self._end_tokens, ends)
+
+    def compiled(self, structure: Structure) -> Any:
+        """llguidance's matcher at the beginning. Raises as `matcher`."""
+        with self._lock:
+            if structure not in self._compiled:
+                self._compiled[structure] = self._compile(structure)
+                while len(self._compiled) > _KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(structure)
+            return self._compiled[structure]
+
+    def _compile(self, structure: Structure) -> Any:
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._vocabulary(), _grammar(structure), log_level=0)
+        if matcher.is_error():
+            raise StructureError(f"structure of kind {structure.kind}: {matcher.get_error().strip():.1000}")
+        if matcher.is_stopped() or _matches_nothing_but_the_empty_text(matcher, self._end_tokens):
+            raise StructureError(f"structure of kind {structure.kind} is fulfilled by the empty text only")
+        return matcher
+
+    def _vocabulary(self) -> Any:
+        if self._tokens is None:
+            from llguidance import LLTokenizer
+
+            size = max(self._vocab_size, len(self._tokenizer))
+            try:
+                text = self._tokenizer.backend_tokenizer.to_str()
+                self._tokens = LLTokenizer(text, n_vocab=size, eos_token=list(self._end_tokens))
+            except Exception as error:
+                raise StructureError(f"structure: this model's tokenizer cannot be constrained: {error}") from error
+        return self._tokens
+
+
+def _matches_nothing_but_the_empty_text(matcher: Any, end_tokens: tuple[int, ...]) -> bool:
+    if not matcher.is_accepting():
+        return False
+    allowed = int.from_bytes(matcher.compute_bitmask(), "little")
+    return allowed.bit_count() == sum(allowed >> token & 1 for token in end_tokens)
+
+
+def _grammar(structure: Structure) -> str:
+    """In llguidance's own form. Raises StructureError if it is none."""
+    from llguidance import LLMatcher, grammar_from
+
+    try:
+        if structure.is_json:
+            schema = {"type": "object"} if structure.kind == "json_object" else json.loads(structure.value)
+            return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)  # type: ignore[arg-type]
+        if structure.kind == "grammar":
+            return grammar_from("gbnf" if "::=" in structure.value else "lark", structure.value)
+        return grammar_from(structure.kind, structure.value)  # type: ignore[arg-type]
+    except (ValueError, RecursionError) as error:
+        raise StructureError(f"structure of kind {structure.kind}: {error}") from error

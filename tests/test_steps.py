@@ -109,7 +109,7 @@ def test_decode_does_not_copy_the_store(big_store):
 
 def test_alignment_does_not_copy_the_store(big_store):
     runner = big_store.runner
-    copies = Copies(*[jnp.zeros(512, jnp.int32)] * 3)
+    copies = Copies(*[jnp.zeros(512, jnp.int32)] * 3, jnp.array([0, runner.model.num_layers]))
     assert_no_copy(*memory_of(align, runner.store, None, copies, decoder=runner.decoder))
 
 

@@ -31,6 +31,8 @@ from sparsex_jax.model.store import abstract_store
 from sparsex_jax.tiers.blocks import BLOCK_PAGES
 from sparsex_kernels.layout import Store
 
+IN_FLIGHT_BYTES = 1 << 30  # on the way up at a time: they take memory of the devices
+
 
 def host_memory_kind(mesh: Mesh) -> str:
     """The memory of the host that these devices reach fastest; their own, if they have no other."""

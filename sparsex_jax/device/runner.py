@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, decode
 from sparsex_jax.device.prefill import align, embed_rows, prefill
 from sparsex_jax.device.probe import ProbeState, probe
@@ -66,18 +67,33 @@ class PrefillRun:
       requests: what it prefills: requests of one schedule.
       next_layer: layers before it have run, or are on their way.
       logits: float32 `[requests, vocab]` of each line's last token, on the device, once all layers have run.
+      late: what is still to be pasted, from layer `num_pasted` on.
     """
 
     def __init__(
-        self, requests: Sequence[RequestPlan], plan: PrefillPlan, state: PrefillState, signals: tuple[Signal, ...]
+        self,
+        requests: Sequence[RequestPlan],
+        plan: PrefillPlan,
+        state: PrefillState,
+        signals: tuple[Signal, ...],
+        late: Sequence[Late] = (),
+        first_reading_layer: int = 0,
     ) -> None:
         self.requests, self.plan, self.state, self.signals = requests, plan, state, signals
         self.next_layer = 0
         self.logits: Float[Array, "requests vocab"] | None = None
+        self.late, self.num_pasted, self._first_reading_layer = late, first_reading_layer, first_reading_layer
 
     @property
     def done(self) -> bool:
         return self.logits is not None
+
+    @property
+    def layers_read_next(self) -> int:
+        """How many leading layers must have all that is pasted before the next layer runs."""
+        if self.next_layer < self._first_reading_layer:
+            return 0
+        return max(request.layers_read_at(self.next_layer) for request in self.requests)
 
     def computed(self) -> list[Computed]:
         """What was computed of each request, once all layers have run.
@@ -141,6 +157,7 @@ class Runner:
     Attributes:
       store: the KV of all pages.
       losses: how often the store was lost, and made anew.
+      arrivals: what comes into the store from a lower tier; None: there is none.
     """
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
@@ -148,16 +165,22 @@ class Runner:
         self.decoder = Decoder(model, Ops.on(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store, self.losses = make_store(model, engine, mesh), 0
+        self.arrivals: Arrivals | None = None
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._probed_together: set[tuple[int, int]] = set()
 
-    def begin(self, requests: Sequence[RequestPlan]) -> PrefillRun:
-        """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet."""
+    def begin(self, requests: Sequence[RequestPlan], late: Sequence[Late] = ()) -> PrefillRun:
+        """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet.
+
+        Args:
+          late: what is copied later, before the first layer that reads it.
+        """
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         signals = signals_for(phase.signal for phase in requests[0].phases)
         plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
         state = embed_rows(self.params, rows, decoder=self.decoder, requests=len(plan.page_tables))
-        return PrefillRun(requests, plan, state, tuple(signals.values()))
+        first = min(request.first_reading_layer(self.model.num_layers) for request in requests)
+        return PrefillRun(requests, plan, state, tuple(signals.values()), late, first)
 
     @contextlib.contextmanager
     def padding_to(self, bucket: tuple[int, int]) -> Iterator[None]:
@@ -173,9 +196,17 @@ class Runner:
 
         The loops of a prefill read their bounds on the host on some devices, GPUs among them; the call returns there
         when its last layer is on its way.
+
+        Raises:
+          LinkError: what comes late has failed to come.
         """
         num_layers = self.model.num_layers
         until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
+        while run.next_layer < until:
+            self._advance(run, self._paste_late(run, until))
+
+    def _advance(self, run: PrefillRun, until: int) -> None:
+        """Dispatch the layers from the next one up to `until`."""
         with self._precision():
             self.store, run.state, logits = prefill(
                 self.params,
@@ -188,8 +219,37 @@ class Runner:
                 chunk=self._chunk(run.plan),
             )
         run.next_layer = until
-        if until == num_layers:
+        if until == self.model.num_layers:
             run.logits = logits
+
+    def _paste_late(self, run: PrefillRun, until: int) -> int:
+        """Paste what the next layer reads, and take what has come. Returns up to where layers can run now.
+
+        They run one by one while something is coming, since only between two layers it can be placed.
+        """
+        num_layers, arrivals = self.model.num_layers, self.arrivals
+        if arrivals is None or not run.late or run.num_pasted == num_layers:
+            return until
+        self.store = arrivals.pump(self.store)
+        self._paste(run, run.layers_read_next, arrivals)
+        if all(late.done for late in run.late):
+            self._paste(run, num_layers, arrivals)
+            return until
+        return run.next_layer + 1
+
+    def _paste(self, run: PrefillRun, layers: int, arrivals: Arrivals) -> None:
+        """Copy what is late in the layers before `layers`, and in those that come together with them."""
+        if layers <= run.num_pasted:
+            return
+        for incoming in dict.fromkeys(each for late in run.late for each in late.incoming):
+            self.store = arrivals.bring(self.store, incoming, layers)
+        for late in run.late:
+            if late.error is not None:
+                raise late.error
+        layers = min(arrivals.come_with(layers), self.model.num_layers)
+        segments = [(segment, late.pages) for late in run.late for segment in late.segments]
+        self.copy(segments, (run.num_pasted, layers))
+        run.num_pasted = layers
 
     def _chunk(self, plan: PrefillPlan) -> int:
         """Rows of a plan that go through a layer at a time."""
@@ -245,9 +305,14 @@ class Runner:
         assert run.logits is not None
         return run.logits, run.computed()
 
-    def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]]) -> None:
-        """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
-        for copies in plan_copies(runs, self.shapes, self.engine.page_size):
+    def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]], layers: tuple[int, int] | None = None) -> None:
+        """Copy and align runs of cached KV, each into the pages of the sequence it belongs to.
+
+        Args:
+          layers: the first layer to copy, and the first behind those. None: all.
+        """
+        layers = layers or (0, self.model.num_layers)
+        for copies in plan_copies(runs, self.shapes, self.engine.page_size, layers):
             with self._precision():
                 self.store = align(self.store, copies, decoder=self.decoder)
 

@@ -7,19 +7,21 @@ of its segments is on the link, and each layer waits only for what it reads:
     link         layers 0-7 of all blocks | 8-15 | 16-23 | ...
     devices      compute everybody    | paste, choose, compute the active tokens
 
-What is placed is dispatched behind the layers that are on their way. So that copies find memory on the devices, only so
-much is on the link at a time, and a prefill runs layer by layer until all has come (`Runner.advance`).
+What is sent for before a prefill begins moves beside all of it. What is sent for later waits for the layers that are on
+their way, since it may get memory that they still use. So as much is sent at once as the devices have room for, and a
+prefill runs layer by layer until all has come (`Runner.advance`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from sparsex_jax.cache import Segment
-from sparsex_jax.device.link import IN_FLIGHT_BYTES, Arriving, HostBlock, Link
+from sparsex_jax.device.link import TOGETHER, Arriving, HostBlock, Link
 from sparsex_jax.errors import LinkError
 from sparsex_kernels.layout import Store
 
@@ -55,9 +57,9 @@ class Incoming:
     def done(self) -> bool:
         return self.has(len(self._lacking))
 
-    def came(self, group: int) -> None:
-        """One more load has this group of layers in the store."""
-        self._lacking[group] -= 1
+    def came(self, group: int, loads: int) -> None:
+        """So many more loads have this group of layers in the store."""
+        self._lacking[group] -= loads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +88,11 @@ class Late:
 
 
 class _Part(NamedTuple):
-    """A group of layers of a load."""
+    """A group of layers of some loads that are moved together."""
 
     incoming: Incoming
     group: int
-    load: Load
+    loads: Sequence[Load]
 
 
 class Arrivals:
@@ -99,12 +101,8 @@ class Arrivals:
     Methods that take the store donate it, and give the one that has what came.
     """
 
-    def __init__(self, link: Link, in_flight_bytes: int = IN_FLIGHT_BYTES) -> None:
-        """
-        Args:
-          in_flight_bytes: nothing is sent while more than this is on the link; it takes memory of the devices.
-        """
-        self._link, self._most = link, in_flight_bytes
+    def __init__(self, link: Link) -> None:
+        self._link = link
         self._waiting: deque[_Part] = deque()
         self._on_the_link: deque[tuple[_Part, Arriving]] = deque()
 
@@ -112,7 +110,8 @@ class Arrivals:
         """Send loads on their way, as many as may be now."""
         groups = range(len(self._link.layers))
         incoming = Incoming(loads, len(groups))
-        self._waiting.extend(_Part(incoming, group, load) for group in groups for load in loads)
+        together = list(itertools.batched(loads, TOGETHER))
+        self._waiting.extend(_Part(incoming, group, some) for group in groups for some in together)
         self._send()
         return incoming
 
@@ -131,6 +130,11 @@ class Arrivals:
             self._send()
         return store
 
+    @property
+    def all_sent(self) -> bool:
+        """Whether all is on the link, if it has not come."""
+        return not self._waiting
+
     def come_with(self, layers: int) -> int:
         """How many leading layers are there once so many are: what is loaded together comes together."""
         return self._link.layers[self._groups_of(layers) - 1].stop
@@ -145,16 +149,18 @@ class Arrivals:
         self._on_the_link.clear()
 
     def _send(self) -> None:
-        nbytes = sum(arriving.nbytes for _, arriving in self._on_the_link)
-        while self._waiting and nbytes < self._most:
+        if not self._waiting:
+            return
+        room = self._link.room_bytes() - sum(arriving.nbytes for _, arriving in self._on_the_link)
+        while self._waiting and room > 0:
             part = self._waiting.popleft()
             if part.incoming.error is None:
-                nbytes += self._fetch(part)
+                room -= self._fetch(part)
 
     def _fetch(self, part: _Part) -> int:
         """Send it on its way. Returns its bytes; 0 if that fails at once."""
         try:
-            arriving = self._link.fetch(part.load.block, [part.group])
+            arriving = self._link.fetch_together([load.block for load in part.loads], part.group)
         except LinkError as error:
             part.incoming.error = error
             return 0
@@ -163,15 +169,15 @@ class Arrivals:
 
     def _place_first(self, store: Store) -> Store:
         """Place what was sent first, once it has come. The store is never lost with what does not come."""
-        (incoming, group, load), arriving = self._on_the_link.popleft()
+        (incoming, group, loads), arriving = self._on_the_link.popleft()
         if incoming.error is not None:
             return store
         try:
-            store = self._link.place(store, arriving, load.rows, load.pages)
+            store = self._link.place_together(store, arriving, [(load.rows, load.pages) for load in loads])
         except LinkError as error:
             incoming.error = error
         else:
-            incoming.came(group)
+            incoming.came(group, len(loads))
         return store
 
 

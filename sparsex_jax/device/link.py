@@ -25,13 +25,15 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
 from sparsex_jax.config import EngineConfig, ModelConfig
-from sparsex_jax.device.pieces import SIZES, gather, layer_groups, padded_size, piece_sharding, scatter
+from sparsex_jax.device.pieces import SIZES, gather, layer_groups, padded_size, piece_sharding, scatter, scatter_all
 from sparsex_jax.errors import LinkError
 from sparsex_jax.model.store import abstract_store
 from sparsex_jax.tiers.blocks import BLOCK_PAGES
 from sparsex_kernels.layout import Store
 
 IN_FLIGHT_BYTES = 1 << 30  # on the way up at a time: they take memory of the devices
+TOGETHER = 8  # full blocks that one call moves: each call takes a fraction of a millisecond of the host
+ROOM_SHARE = 0.25  # of the memory that the devices have free, for what is on the way up
 
 
 def host_memory_kind(mesh: Mesh) -> str:
@@ -161,6 +163,12 @@ class Link:
         _, _, *page = self._store.shape
         return padded_size(pages) * self._store.shape[0] * math.prod(page) * self._store.dtype.itemsize
 
+    def room_bytes(self) -> int:
+        """How much may be on the way up at a time: a part of what the devices have free, or `IN_FLIGHT_BYTES`."""
+        stats = [device.memory_stats() or {} for device in self._mesh.local_devices]
+        free = min(each.get("bytes_limit", 0) - each.get("bytes_in_use", 0) for each in stats)
+        return max(IN_FLIGHT_BYTES, int(ROOM_SHARE * free) * len(stats))
+
     def spill(self, store: Store, pages: Sequence[int]) -> HostBlock:
         """Copy 1 to 16 pages of all layers to host memory. Does not wait: the store may be donated at once.
 
@@ -189,6 +197,34 @@ class Link:
             arrived = jax.device_put(pieces, self._shardings(pieces, self._store_kind))
         return Arriving(arrived, block.pages, self._up.due(nbytes, block.due), tuple(groups))
 
+    def fetch_together(self, blocks: Sequence[HostBlock], group: int) -> Arriving:
+        """Begin to copy one group of layers of several blocks, as `fetch`: that is asked for sooner than one by one."""
+        pieces = tuple(block.pieces[group] for block in blocks)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        with _link_errors(nbytes):
+            arrived = jax.device_put(pieces, self._shardings(pieces, self._store_kind))
+        due = self._up.due(nbytes, max(block.due for block in blocks))
+        return Arriving(arrived, max(block.pages for block in blocks), due, (group,) * len(blocks))
+
+    def place_together(
+        self, store: Store, arriving: Arriving, places: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> Store:
+        """Write what `fetch_together` began, as `place`.
+
+        Args:
+          places: rows and pages, of each block.
+        """
+        sizes = [len(piece) for piece in arriving.pieces]
+        for size, (rows, pages) in zip(sizes, places, strict=True):
+            self._check_pages(pages)
+            _check_rows(rows, pages, size)
+        arriving.wait()
+        targets = [_target(size, rows, pages) for size, (rows, pages) in zip(sizes, places, strict=True)]
+        if sizes != [BLOCK_PAGES] * TOGETHER:
+            return self._write(store, arriving, targets)
+        first = np.int32(self.layers[arriving.groups[0]].start)
+        return scatter_all(store, arriving.pieces, np.stack(targets), first, mesh=self._mesh)
+
     def place(self, store: Store, arriving: Arriving, rows: Sequence[int], pages: Sequence[int]) -> Store:
         """Write pages of a block into pages of the store, in the layers that have arrived.
 
@@ -206,16 +242,20 @@ class Link:
         self._check_pages(pages)
         _check_rows(rows, pages, arriving.pages)
         arriving.wait()
-        target = np.full(padded_size(arriving.pages), -1, np.int32)
-        target[list(rows)] = pages
-        return self._write(store, arriving, target)
+        target = _target(padded_size(arriving.pages), rows, pages)
+        return self._write(store, arriving, [target] * len(arriving.pieces))
 
     def warm_up(self, store: Store) -> Store:
         """Compile all that `spill` and `place` need. Donates the store, whose content stays as it is."""
         for size in SIZES:
             block = self.spill(store, [0] * size)
             arriving = self.fetch(block, range(len(self.layers)))
-            store = self._write(store, arriving, np.full(size, -1, np.int32))
+            store = self._write(store, arriving, [np.full(size, -1, np.int32)] * len(self.layers))
+        pieces = [piece for piece in arriving.pieces for _ in range(TOGETHER)]
+        for group, layers in enumerate(self.layers):
+            own = pieces[group * TOGETHER : (group + 1) * TOGETHER]
+            nowhere = np.full((TOGETHER, BLOCK_PAGES), -1, np.int32)
+            store = scatter_all(store, own, nowhere, np.int32(layers.start), mesh=self._mesh)
         return store
 
     def reserve(self, store: Store, nbytes: int) -> None:
@@ -259,9 +299,9 @@ class Link:
         block.wait()  # JAX may read the arrays until then
         return block
 
-    def _write(self, store: Store, arriving: Arriving, pages: Int[np.ndarray, "rows"]) -> Store:
-        for group, piece in zip(arriving.groups, arriving.pieces, strict=True):
-            store = scatter(store, piece, pages, np.int32(self.layers[group].start), mesh=self._mesh)
+    def _write(self, store: Store, arriving: Arriving, targets: Sequence[Int[np.ndarray, "_"]]) -> Store:
+        for group, piece, target in zip(arriving.groups, arriving.pieces, targets, strict=True):
+            store = scatter(store, piece, target, np.int32(self.layers[group].start), mesh=self._mesh)
         return store
 
     def _shardings(self, pieces: Sequence[Array | np.ndarray], memory_kind: str) -> tuple[NamedSharding, ...]:
@@ -288,6 +328,13 @@ def _check_rows(rows: Sequence[int], pages: Sequence[int], size: int) -> None:
         raise ValueError(f"pages={[*pages]} must all be different")
     if len(rows) != len(pages) or len({*rows}) != len(rows) or not all(0 <= row < size for row in rows):
         raise ValueError(f"rows={[*rows]} must be {len(pages)} different pages of a block of {size}")
+
+
+def _target(size: int, rows: Sequence[int], pages: Sequence[int]) -> Int[np.ndarray, "size"]:
+    """For each page of a padded block, the page of the store that it goes to; -1: none."""
+    target = np.full(size, -1, np.int32)
+    target[list(rows)] = pages
+    return target
 
 
 def _are_ready(pieces: Sequence[Any]) -> bool:

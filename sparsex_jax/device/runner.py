@@ -225,11 +225,14 @@ class Runner:
     def _paste_late(self, run: PrefillRun, until: int) -> int:
         """Paste what the next layer reads, and take what has come. Returns up to where layers can run now.
 
-        They run one by one while something is coming, since only between two layers it can be placed.
+        Between two layers, more can be placed and sent for. The first layers read nothing, and run together if all has
+        been sent for.
         """
         num_layers, arrivals = self.model.num_layers, self.arrivals
         if arrivals is None or not run.late or run.num_pasted == num_layers:
             return until
+        if not run.layers_read_next and arrivals.all_sent:
+            return min(until, run.num_pasted)
         self.store = arrivals.pump(self.store)
         self._paste(run, run.layers_read_next, arrivals)
         if all(late.done for late in run.late):

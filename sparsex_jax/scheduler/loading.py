@@ -45,6 +45,7 @@ class Loading:
         self._tiers, self._runner = tiers, runner
         self._arrivals = runner.arrivals = Arrivals(link)
         self._coming: dict[Incoming, PageCache] = {}
+        self._last: tuple[Any, tuple[list[Found], list[Found]]] | None = None
         self.num_ended = 0
 
     @property
@@ -86,6 +87,14 @@ class Loading:
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
     ) -> tuple[list[Found], list[Found]]:
         """Blocks that go on where the prompt's prefix in the store ends, in order, and those with other segments."""
+        about = (tokens.tobytes(), namespace, method, tuple(_ranges(match)), self._tiers.index.changes)
+        if self._last is None or self._last[0] != about:  # a prompt asks twice: when it comes, and when it is admitted
+            self._last = about, self._find_lacking(tokens, namespace, method, match)
+        return self._last[1]
+
+    def _find_lacking(
+        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
+    ) -> tuple[list[Found], list[Found]]:
         lacking = np.ones(len(tokens), bool)
         for begin, end in _ranges(match):
             lacking[begin:end] = False
@@ -164,17 +173,18 @@ class Loading:
     def _send_for(self, cache: PageCache, blocks: list[Block]) -> int:
         """Send for segments, as many as there are pages for, and commit them. Returns how many tokens."""
         loads: list[Load] = []
-        loaded = 0
         with contextlib.suppress(StoreFullError):
             for block in blocks:
                 pages = cache.allocate(-(-block.num_tokens // self._tiers.index.page_size))
                 loads.append(Load(self._tiers.take(block.key), range(len(pages)), pages))
-                about: dict[str, Any] = {"exact_tokens": block.exact, "start": block.start, "made_by": maker_of(block)}
-                cache.commit(pages, np.frombuffer(block.tokens, np.int32), block.namespace, **about)
-                loaded += block.num_tokens
-        if loads:
-            self._coming[self._arrivals.begin(loads)] = cache
-        return loaded
+        if not loads:
+            return 0
+        self._coming[self._arrivals.begin(loads)] = cache
+        sent = blocks[: len(loads)]
+        for block, load in zip(sent, loads, strict=True):  # while they move
+            about: dict[str, Any] = {"exact_tokens": block.exact, "start": block.start, "made_by": maker_of(block)}
+            cache.commit(load.pages, np.frombuffer(block.tokens, np.int32), block.namespace, **about)
+        return sum(block.num_tokens for block in sent)
 
     # While it comes -----------------------------------------------------------------------------------------
 

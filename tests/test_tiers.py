@@ -120,9 +120,9 @@ def slow_link(monkeypatch):
     monkeypatch.setattr(Arriving, "ready", lambda self: False)
     place, advance = Link.place_together, Runner._advance
 
-    def note_place(self, store, arriving, places):
+    def note_place(self, store, arriving, targets):
         steps.append(("place", arriving.groups[0]))
-        return place(self, store, arriving, places)
+        return place(self, store, arriving, targets)
 
     def note_advance(self, run, until):
         steps.append(("layers", until))
@@ -177,10 +177,10 @@ def test_segments_that_fail_to_come_are_computed(group, monkeypatch):
     slow_link(monkeypatch)
     place = Link.place_together
 
-    def fail(self, store, arriving, places):
+    def fail(self, store, arriving, targets):
         if arriving.groups[0] == group:
             raise LinkError("a test's")
-        return place(self, store, arriving, places)
+        return place(self, store, arriving, targets)
 
     monkeypatch.setattr(Link, "place_together", fail)
     back = engine.prefill(prompt, reuse=LATE, keep=False)

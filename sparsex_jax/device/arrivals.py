@@ -7,9 +7,10 @@ of its segments is on the link, and each layer waits only for what it reads:
     link         layers 0-7 of all blocks | 8-15 | 16-23 | ...
     devices      compute everybody    | paste, choose, compute the active tokens
 
-What is sent for before a prefill begins moves beside all of it. What is sent for later waits for the layers that are on
-their way, since it may get memory that they still use. So as much is sent at once as the devices have room for, and a
-prefill runs layer by layer until all has come (`Runner.advance`).
+What is sent for before the first layer moves beside all of them. What is sent for later waits for the layers that are
+on their way, since it may get memory that they still use. So as much is sent at once as the devices have room for; if
+that is not all, the prefill runs layer by layer (`Runner.advance`). Small inputs of steps, such as a plan, take the
+same way one behind the other, so they have to be sent before.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sparsex_jax.cache import Segment
-from sparsex_jax.device.link import TOGETHER, Arriving, HostBlock, Link
+from sparsex_jax.device.link import TOGETHER, Arriving, HostBlock, Link, Targets
 from sparsex_jax.errors import LinkError
 from sparsex_kernels.layout import Store
 
@@ -88,11 +89,12 @@ class Late:
 
 
 class _Part(NamedTuple):
-    """A group of layers of some loads that are moved together."""
+    """A group of layers of some loads that are moved together, and where they go, on the devices already."""
 
     incoming: Incoming
     group: int
     loads: Sequence[Load]
+    targets: Targets
 
 
 class Arrivals:
@@ -107,27 +109,30 @@ class Arrivals:
         self._on_the_link: deque[tuple[_Part, Arriving]] = deque()
 
     def begin(self, loads: Sequence[Load]) -> Incoming:
-        """Send loads on their way, as many as may be now."""
+        """Put loads in line. They are sent on their way with `send`, or when somebody looks for them."""
         groups = range(len(self._link.layers))
         incoming = Incoming(loads, len(groups))
-        together = list(itertools.batched(loads, TOGETHER))
-        self._waiting.extend(_Part(incoming, group, some) for group in groups for some in together)
-        self._send()
+        together = [(some, self._targets(some)) for some in itertools.batched(loads, TOGETHER)]
+        self._waiting.extend(_Part(incoming, group, *each) for group in groups for each in together)
         return incoming
+
+    def _targets(self, loads: Sequence[Load]) -> Targets:
+        return self._link.targets([load.block for load in loads], [(load.rows, load.pages) for load in loads])
 
     def pump(self, store: Store) -> Store:
         """Place what has come, and send more. Does not wait."""
         while self._on_the_link and _has_ended(self._on_the_link[0][1]):
             store = self._place_first(store)
-        self._send()
+        self.send()
         return store
 
     def bring(self, store: Store, incoming: Incoming, layers: int | None = None) -> Store:
         """Wait until what belongs to the layers before this one is in the store, or all; or until it has failed."""
         groups = self._groups_of(layers)
+        self.send()
         while not incoming.has(groups) and incoming.error is None:
             store = self._place_first(store)
-            self._send()
+            self.send()
         return store
 
     @property
@@ -148,7 +153,8 @@ class Arrivals:
         self._waiting.clear()
         self._on_the_link.clear()
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Send as much as may be on the way."""
         if not self._waiting:
             return
         room = self._link.room_bytes() - sum(arriving.nbytes for _, arriving in self._on_the_link)
@@ -169,11 +175,11 @@ class Arrivals:
 
     def _place_first(self, store: Store) -> Store:
         """Place what was sent first, once it has come. The store is never lost with what does not come."""
-        (incoming, group, loads), arriving = self._on_the_link.popleft()
+        (incoming, group, loads, targets), arriving = self._on_the_link.popleft()
         if incoming.error is not None:
             return store
         try:
-            store = self._link.place_together(store, arriving, [(load.rows, load.pages) for load in loads])
+            store = self._link.place_together(store, arriving, targets)
         except LinkError as error:
             incoming.error = error
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from sparsex_jax.model.layers import ForwardPass
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.store import make_store
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.plan import PrefillPlan, PrefillState, Rows
+from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_prefill
 from sparsex_kernels.layout import Store
 
@@ -67,7 +68,7 @@ class PrefillRun:
       requests: what it prefills: requests of one schedule.
       next_layer: layers before it have run, or are on their way.
       logits: float32 `[requests, vocab]` of each line's last token, on the device, once all layers have run.
-      late: what is still to be pasted, from layer `num_pasted` on.
+      late, late_copies: what is still to be pasted, from layer `num_pasted` on.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class PrefillRun:
         state: PrefillState,
         signals: tuple[Signal, ...],
         late: Sequence[Late] = (),
+        late_copies: Sequence[Copies] = (),
         first_reading_layer: int = 0,
     ) -> None:
         self.requests, self.plan, self.state, self.signals = requests, plan, state, signals
         self.next_layer = 0
         self.logits: Float[Array, "requests vocab"] | None = None
-        self.late, self.num_pasted, self._first_reading_layer = late, first_reading_layer, first_reading_layer
+        self.late, self.late_copies = late, late_copies
+        self.num_pasted = self._first_reading_layer = first_reading_layer
 
     @property
     def done(self) -> bool:
@@ -166,6 +169,8 @@ class Runner:
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store, self.losses = make_store(model, engine, mesh), 0
         self.arrivals: Arrivals | None = None
+        # On the devices, so that no step waits for one of them behind what comes from host memory.
+        self._numbers = jax.device_put([np.int32(layer) for layer in range(model.num_layers + 1)])
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._probed_together: set[tuple[int, int]] = set()
 
@@ -180,7 +185,14 @@ class Runner:
         plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
         state = embed_rows(self.params, rows, decoder=self.decoder, requests=len(plan.page_tables))
         first = min(request.first_reading_layer(self.model.num_layers) for request in requests)
-        return PrefillRun(requests, plan, state, tuple(signals.values()), late, first)
+        run = PrefillRun(requests, plan, state, tuple(signals.values()), late, self._late_copies(late), first)
+        if self.arrivals is not None and late:
+            self.arrivals.send()  # behind the plan, which would have to wait for it
+        return run
+
+    def _late_copies(self, late: Sequence[Late]) -> list[Copies]:
+        runs = [(segment, each.pages) for each in late for segment in each.segments]
+        return list(plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers))
 
     @contextlib.contextmanager
     def padding_to(self, bucket: tuple[int, int]) -> Iterator[None]:
@@ -213,7 +225,7 @@ class Runner:
                 self.store,
                 run.plan,
                 run.state,
-                np.int32(until),
+                self._numbers[until],
                 decoder=self.decoder,
                 signals=run.signals,
                 chunk=self._chunk(run.plan),
@@ -250,8 +262,9 @@ class Runner:
             if late.error is not None:
                 raise late.error
         layers = min(arrivals.come_with(layers), self.model.num_layers)
-        segments = [(segment, late.pages) for late in run.late for segment in late.segments]
-        self.copy(segments, (run.num_pasted, layers))
+        first, end = self._numbers[run.num_pasted], self._numbers[layers]
+        for copies in run.late_copies:
+            self._align(dataclasses.replace(copies, first_layer=first, end_layer=end))
         run.num_pasted = layers
 
     def _chunk(self, plan: PrefillPlan) -> int:
@@ -308,16 +321,14 @@ class Runner:
         assert run.logits is not None
         return run.logits, run.computed()
 
-    def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]], layers: tuple[int, int] | None = None) -> None:
-        """Copy and align runs of cached KV, each into the pages of the sequence it belongs to.
+    def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]]) -> None:
+        """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
+        for copies in plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers):
+            self._align(copies)
 
-        Args:
-          layers: the first layer to copy, and the first behind those. None: all.
-        """
-        layers = layers or (0, self.model.num_layers)
-        for copies in plan_copies(runs, self.shapes, self.engine.page_size, layers):
-            with self._precision():
-                self.store = align(self.store, copies, decoder=self.decoder)
+    def _align(self, copies: Copies) -> None:
+        with self._precision():
+            self.store = align(self.store, copies, decoder=self.decoder)
 
     def first_tokens(
         self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]

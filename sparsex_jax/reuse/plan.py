@@ -81,13 +81,14 @@ class Copies:
 
     Attributes:
       target: -1 is padding.
-      layers: the first layer to copy, and the first behind those.
+      first_layer, end_layer: the first layer to copy, and the first behind those.
     """
 
     source: Int[Array, "copies"]
     target: Int[Array, "copies"]
     shift: Int[Array, "copies"]
-    layers: Int[Array, "2"]
+    first_layer: Int[Array, ""]
+    end_layer: Int[Array, ""]
 
 
 @struct.dataclass

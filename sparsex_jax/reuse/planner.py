@@ -237,36 +237,31 @@ def _blocks(request: RequestPlan) -> Int[np.ndarray, "tokens"]:
 
 
 def plan_copies(
-    runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int, layers: tuple[int, int]
+    runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int, num_layers: int
 ) -> Iterator[Copies]:
     """The copies of these runs, each into the pages of the sequence it belongs to, in as many parts as shapes demand.
 
     A batch that reuses nearly everything has few rows to compute and more to copy than the largest bucket holds.
-
-    Args:
-      layers: the first layer to copy, and the first behind those.
     """
     group: list[tuple[Segment, Sequence[int]]] = []
     tokens = 0
     for run in runs:
         tokens += run[0].length
         if tokens > shapes.max_rows:
-            yield _copies(group, shapes, page_size, layers)
+            yield _copies(group, shapes, page_size, num_layers)
             group, tokens = [], run[0].length
         group.append(run)
     if group:
-        yield _copies(group, shapes, page_size, layers)
+        yield _copies(group, shapes, page_size, num_layers)
 
 
-def _copies(
-    runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int, layers: tuple[int, int]
-) -> Copies:
+def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int, num_layers: int) -> Copies:
     places = [np.arange(segment.start, segment.end) for segment, _ in runs]
     targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
     size, _ = shapes.bucket(sum(map(len, places)))
     source = _padded([segment.slots for segment, _ in runs], size, 0)
     shift = _padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0)
-    return Copies(*jax.device_put((source, _padded(targets, size, -1), shift, np.array(layers, np.int32))))
+    return Copies(*jax.device_put((source, _padded(targets, size, -1), shift, np.int32(0), np.int32(num_layers))))
 
 
 def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int) -> Int[np.ndarray, "n"]:

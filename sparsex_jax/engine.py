@@ -113,7 +113,7 @@ class Engine:
     def _add_tiers(self) -> None:
         link = Link(self.model, self.config, self.mesh)
         tiers = self.admission.tiers = make_tiers(self.runner, link)
-        loading = Loading(tiers, self.runner, link)
+        loading = self.admission.loading = Loading(tiers, self.runner, link)
         self.admission.restoring = Restoring(tiers, loading, lambda: self._restorer(link), self.config.page_size)
 
     def _restorer(self, link: Link) -> Restorer:

@@ -146,12 +146,14 @@ def test_write_kv(kv_heads, implementation):
     assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="xla"))
 
 
-@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (8, 64), (3, 64), (1, 128)])
-def test_align_and_copy(kv_heads, dim, implementation):
+@pytest.mark.parametrize(
+    ("kv_heads", "dim", "layers"), [(8, 128, (0, 32)), (8, 64, (3, 29)), (3, 64, (30, 32)), (1, 128, (5, 5))]
+)
+def test_align_and_copy(kv_heads, dim, layers, implementation):
     store = jax.random.normal(jax.random.key(0), (32, 128, 2, kv_heads, 64, dim)).astype("bfloat16")
     runs = [(10, 4099, 1500, 77), (1700, 5700, 1000, -500), (2800, 6800, 1, 3), (2850, 7000, 33, 900)]
     runs += [(3000 + 3 * n, 7100 + 5 * n, 1, n) for n in range(100)]
-    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
+    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2), jnp.array(layers))
     moved = jax.jit(partial(kernels.align_and_copy, implementation=implementation))(store, *args)
     expected = kernels.align_and_copy(store, *args, implementation="xla")
     assert relative_error(moved, expected) < 1e-3

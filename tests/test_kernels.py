@@ -157,6 +157,8 @@ def test_align_and_copy_matches_the_reference(implementation, tokens):
     target[tokens - tokens // 3 :] = -1
     shift = rng.integers(-4000, 4000, tokens).astype(np.int32)
     args = (store, *map(jnp.asarray, (source, target, shift)), 10000.0 ** -jnp.linspace(0, 1, DIM // 2))
+    if tokens > 1:
+        args = (*args, jnp.array([1, LAYERS]))
     moved = kernels.align_and_copy(*args, implementation=implementation)
     np.testing.assert_allclose(moved, kernels.align_and_copy(*args, implementation="reference"), atol=3e-3)
     np.testing.assert_array_equal(moved[:, :, 1].sum(), kernels.align_and_copy(*args)[:, :, 1].sum())

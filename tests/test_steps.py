@@ -109,7 +109,7 @@ def test_decode_does_not_copy_the_store(big_store):
 
 def test_alignment_does_not_copy_the_store(big_store):
     runner = big_store.runner
-    copies = Copies(*[jnp.zeros(512, jnp.int32)] * 3)
+    copies = Copies(*[jnp.zeros(512, jnp.int32)] * 3, jnp.int32(0), jnp.int32(runner.model.num_layers))
     assert_no_copy(*memory_of(align, runner.store, None, copies, decoder=runner.decoder))
 
 
@@ -174,7 +174,7 @@ def test_top_rows_finishes_the_blocks_that_it_begins():
 def test_more_copies_than_a_plan_has_rows_run_in_several_calls():
     shapes = Shapes.of(max_context=128, max_requests=4, page_size=16, chunk=8)
     runs = [(Segment(0, n, 5, np.arange(n), exact=False), range(8)) for n in (100, 28, 100)]
-    parts = list(plan_copies(runs, shapes, page_size=16))
+    parts = list(plan_copies(runs, shapes, page_size=16, num_layers=4))
     assert [int((part.target >= 0).sum()) for part in parts] == [128, 100]
     assert all(len(part.source) == 128 for part in parts)
-    assert list(plan_copies([], shapes, page_size=16)) == []
+    assert list(plan_copies([], shapes, page_size=16, num_layers=4)) == []

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
 from sparsex_jax.cli.commands import app
-from sparsex_jax.device.link import HostBlock, Link
+from sparsex_jax.device.link import Arriving, HostBlock, Link
 from sparsex_jax.device.restorer import Restorer
+from sparsex_jax.device.runner import Runner
 from sparsex_jax.errors import DiskStoreError, LinkError
 from sparsex_jax.scheduler.sequence import ignore
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
@@ -92,6 +93,129 @@ def test_segments_come_back_at_other_places():
     fill(alone, [document])
     assert found.reused_tokens == alone.prefill(asked, reuse=reuse, keep=False).report.reused_tokens >= 10 * PAGE
     check(engine)
+
+
+LATE = ReuseConfig(boundary_layer=2, recompute_ratio=0.3, only_if_faster=False)
+
+
+def with_segments(**options):
+    """An engine whose host memory has two documents that its store lacks, and a prompt of them in another order."""
+    engine = tiny_engine(**{"store_tokens": 66 * PAGE, "host_store_bytes": 1 << 26} | options)
+    documents = texts(6)
+    fill(engine, documents)
+    return engine, np.concatenate([[5, 6, 7], *(text[: 10 * PAGE] for text in documents[1::-1]), [8, 9]]).astype(
+        np.int32
+    )
+
+
+def never_evicted(prompt, reuse):
+    engine = tiny_engine()
+    fill(engine, texts(6)[:2])
+    return engine.prefill(prompt, reuse=reuse, keep=False)
+
+
+def slow_link(monkeypatch):
+    """Nothing comes before somebody waits for it. Returns what happens: layers that run, and groups that come."""
+    steps = []
+    monkeypatch.setattr(Arriving, "ready", lambda self: False)
+    place, advance = Link.place_together, Runner._advance
+
+    def note_place(self, store, arriving, targets):
+        steps.append(("place", arriving.groups[0]))
+        return place(self, store, arriving, targets)
+
+    def note_advance(self, run, until):
+        steps.append(("layers", until))
+        advance(self, run, until)
+
+    monkeypatch.setattr(Link, "place_together", note_place)
+    monkeypatch.setattr(Runner, "_advance", note_advance)
+    return steps
+
+
+def test_first_layers_run_before_segments_come(monkeypatch):
+    """And each group of layers, of which the tiny model has one each, comes before the layer that reads it."""
+    engine, prompt = with_segments(prefill_tokens=512)
+    steps = slow_link(monkeypatch)
+    found = engine.prefill(prompt, reuse=LATE, keep=False)
+    come = [("place", 0), ("place", 1), ("place", 2)]  # of two documents each
+    assert steps == [("layers", 2), *come, ("layers", 3), ("place", 3), ("layers", 4)]
+    expected = never_evicted(prompt, LATE)
+    assert found.report.restored_tokens == 2 * 16 * PAGE
+    assert found.report.recomputed_tokens == expected.report.recomputed_tokens > 0
+    np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+    check(engine)
+
+
+@pytest.mark.parametrize("method", ["naive", "cacheblend", "prophetkv"])
+def test_segments_that_come_late_change_no_method(method, monkeypatch):
+    engine, prompt = with_segments()
+    slow_link(monkeypatch)
+    reuse = ReuseConfig(method, only_if_faster=False)
+    found, expected = engine.prefill(prompt, reuse=reuse, keep=False), never_evicted(prompt, reuse)
+    assert found.report.restored_tokens == 2 * 16 * PAGE
+    np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)
+    check(engine)
+
+
+def test_segments_come_beside_chunks_and_others(monkeypatch):
+    """What stands before the segments is computed in chunks, and others want the same segments meanwhile."""
+    engine, prompt = with_segments(prefill_tokens=64)
+    slow_link(monkeypatch)
+    prompts = [np.concatenate([text[:lead], prompt]) for text, lead in zip(texts(3, seed=8), (200, 3, 70), strict=True)]
+    sequences = [submit(engine, each, 2, reuse=LATE, keep=False) for each in prompts]
+    engine.loop.complete(sequences)
+    for each, sequence in zip(prompts, sequences, strict=True):
+        assert sequence.report.reused_tokens > 0
+        assert sequence.output.token_ids[0] == never_evicted(each, LATE).logits.argmax()
+    check(engine)
+
+
+@pytest.mark.parametrize("group", [0, 3])
+def test_segments_that_fail_to_come_are_computed(group, monkeypatch):
+    engine, prompt = with_segments()
+    slow_link(monkeypatch)
+    place = Link.place_together
+
+    def fail(self, store, arriving, targets):
+        if arriving.groups[0] == group:
+            raise LinkError("a test's")
+        return place(self, store, arriving, targets)
+
+    monkeypatch.setattr(Link, "place_together", fail)
+    back = engine.prefill(prompt, reuse=LATE, keep=False)
+    assert back.report.restored_tokens == back.report.reused_tokens == 0
+    np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
+    engine.loop.settle()
+    check(engine)
+    assert engine.cache.stats().active == 0
+    monkeypatch.undo()
+    assert engine.prefill(prompt, reuse=LATE, keep=False).report.reused_tokens > 0
+
+
+@pytest.mark.parametrize("how", ["cancelled", "lost", "forgotten"])
+def test_segments_outlive_those_they_were_for(how, monkeypatch):
+    engine, prompt = with_segments(prefill_tokens=64)
+    handle = engine.remember(texts(1)[0]) if how == "forgotten" else None
+    fill(engine, texts(4, seed=3))
+    slow_link(monkeypatch)
+    waits = submit(engine, np.concatenate([texts(1, 200, seed=8)[0], prompt]), 2, reuse=LATE)
+    engine.loop._put_in_line([waits])
+    engine.loop.step()
+    assert waits.late is not None
+    assert engine.admission.loading.active
+    if how == "cancelled":
+        waits.cancelled = True
+    elif how == "lost":
+        engine.runner.store.delete()
+    else:
+        engine.forget(handle)
+    monkeypatch.undo()
+    while engine.loop.step():
+        pass
+    assert (waits.error is None) is (how != "lost")  # it is the only one that can be at fault
+    check(engine)
+    assert engine.cache.stats().active == 0
 
 
 def test_other_namespaces_find_nothing():
@@ -295,6 +419,8 @@ def test_a_link_that_fails_costs_time_only(where, monkeypatch):
     if where in ("fetch", "place"):
         fill(engine, prompts)
     monkeypatch.setattr(HostBlock if where == "ready" else Link, where, fail)
+    if where in ("fetch", "place"):
+        monkeypatch.setattr(Link, f"{where}_together", fail)
     fill(engine, prompts)
     asked = np.concatenate([[5, 6, 7], prompts[0]]).astype(np.int32)
     for prompt, method in ((prompts[0], "prefix"), (asked, "naive")):
@@ -306,9 +432,9 @@ def test_a_link_that_fails_costs_time_only(where, monkeypatch):
     check(engine)
 
 
-def submit(engine, prompt, number=1):
+def submit(engine, prompt, number=1, **given):
     sampling = SamplingParams(max_new_tokens=number, ignore_eos=True)
-    options = {"reuse": ReuseConfig("prefix"), "namespace": "default", "keep": True}
+    options = {"reuse": ReuseConfig("prefix"), "namespace": "default", "keep": True} | given
     return engine.loop.requests.generation(prompt, sampling, listener=ignore, **options)
 
 

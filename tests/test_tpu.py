@@ -130,7 +130,7 @@ def test_align_and_copy_of_runs(implementation, dtype, q_heads, head_dim):
         shift[done : done + length] = by
         done += length
     inv_freq = 500000.0 ** -jnp.linspace(0, 1, head_dim // 2)
-    args = store, *map(jnp.asarray, (source, target, shift)), inv_freq
+    args = store, *map(jnp.asarray, (source, target, shift)), inv_freq, jnp.array([1, len(store)])
     moved, expected = (
         clean(jitted(kernels.align_and_copy)(*args, implementation=name)) for name in (implementation, "reference")
     )

@@ -48,7 +48,7 @@ def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size):
         ),
         "key_mass": (lambda store, q, *rest, **on: kernels.key_mass(q, store, *rest, **on), (q, layer, *of_rows)),
         "write_kv": (kernels.write_kv, (layer, kv, kv, *of_rows)),
-        "align_and_copy": (kernels.align_and_copy, (ints, ints, ints, inv_freq)),
+        "align_and_copy": (kernels.align_and_copy, (ints, ints, ints, inv_freq, jax.ShapeDtypeStruct((2,), jnp.int32))),
     }
     return {name: (partial(call, backend=aot.TPU), args) for name, (call, args) in operations.items()}, store
 

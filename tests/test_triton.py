@@ -163,7 +163,7 @@ def test_write_kv(dtype):
 def test_align_and_copy(kv_heads, dim, dtype):
     store = jax.random.normal(jax.random.key(0), (3, 8, 2, kv_heads, 64, dim)).astype(dtype)
     runs = [(10, 259, 40, 77), (60, 380, 10, -500), (90, 400, 1, 3), (93, 470, 1, 900), (120, 480, 5, 1)]
-    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
+    args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2), jnp.array([1, 3]))
     moved = triton(kernels.align_and_copy)(store, *args)
     expected = kernels.align_and_copy(store, *args, implementation="reference")
     error = 4e-3 if dtype == "float16" else 1e-4

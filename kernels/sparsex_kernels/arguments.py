@@ -89,6 +89,7 @@ class CopyArgs:
         stands at the end, has the target -1.
       shift: a token's new position minus the position that its key was computed at.
       inv_freq: rotary frequencies in radians a position; the rotation is done in float32.
+      layers: the first layer to copy, and the first behind those.
       backend: where the operation runs.
     """
 
@@ -97,6 +98,7 @@ class CopyArgs:
     target: Slots
     shift: Slots
     inv_freq: Float[Array, "half"]
+    layers: Int[Array, "2"]
     backend: Backend = dataclasses.field(metadata=_STATIC)
 
 

@@ -425,7 +425,8 @@ class PageCache:
             if self._pool.committed[page] and self.tree[page].length >= len(key) // TOKEN_BYTES:
                 parent = self.tree[page]
             else:
-                self._unindex([page] if self._pool.committed[page] else [])
+                if self._pool.committed[page]:
+                    self._unindex([page])
                 exact = min(max(exact_end - i * self.page_size, 0), len(key) // TOKEN_BYTES)
                 better = self.tree.exact_node(parent, namespace, key, position) if exact < self.page_size else None
                 if better is None:
@@ -712,6 +713,8 @@ class PageCache:
 
     def _drop(self, pages: Sequence[int]) -> None:
         """Remove committed pages from the index and the entries. Those without a reference become free."""
+        if not pages:  # as for most pages that are committed
+            return
         for handle in self._entries.holding(pages):
             self._remove_entry(handle)
         self._unindex(pages)

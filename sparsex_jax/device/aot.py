@@ -130,7 +130,8 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
 def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
     """The copies of the bucket that holds this number of tokens."""
     size, _ = Shapes.of_engine(model, engine, platform="tpu").bucket(num_tokens)
-    copies = Copies(*[jnp.zeros(size, jnp.int32)] * 3)
+    slots = jnp.zeros(size, jnp.int32)
+    copies = Copies(slots, slots, slots, jnp.int32(0), jnp.int32(model.num_layers))
     decoder = Decoder(model, Ops(mesh, TPU))
     store = abstract_store(model, engine, mesh)
     return _lower(lambda store, copies: align(store, copies, decoder=decoder), mesh, store, copies)

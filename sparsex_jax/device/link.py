@@ -25,11 +25,16 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Int
 
 from sparsex_jax.config import EngineConfig, ModelConfig
-from sparsex_jax.device.pieces import SIZES, gather, layer_groups, padded_size, piece_sharding, scatter
+from sparsex_jax.device.pieces import SIZES, gather, layer_groups, padded_size, piece_sharding, scatter, scatter_all
 from sparsex_jax.errors import LinkError
 from sparsex_jax.model.store import abstract_store
 from sparsex_jax.tiers.blocks import BLOCK_PAGES
 from sparsex_kernels.layout import Store
+
+IN_FLIGHT_BYTES = 1 << 30  # on the way up at a time: they take memory of the devices
+TOGETHER = 8  # full blocks that one call moves: each call takes a fraction of a millisecond of the host
+MOST_IN_FLIGHT_BYTES = 4 << 30  # so that what is small and goes the same way does not wait for long
+ROOM_SHARE = 0.25  # of the memory that the devices have free, for what is on the way up
 
 
 def host_memory_kind(mesh: Mesh) -> str:
@@ -37,6 +42,9 @@ def host_memory_kind(mesh: Mesh) -> str:
     device = mesh.devices.flat[0]
     kinds = {memory.kind for memory in device.addressable_memories()}
     return next((kind for kind in ("pinned_host", "unpinned_host") if kind in kinds), device.default_memory().kind)
+
+
+Targets = Array | list[Array]  # `[TOGETHER, BLOCK_PAGES]`, or for each block; -1 drops a page
 
 
 class _Transfer:
@@ -149,6 +157,7 @@ class Link:
             raise ValueError(f"bytes_per_s={bytes_per_s} must be above 0")
         self._mesh, self._store = mesh, abstract_store(model, engine, mesh)
         self.layers = layer_groups(model.num_layers, num_groups)
+        self._starts = jax.device_put([np.int32(layers.start) for layers in self.layers])
         self.memory_kind = host_memory_kind(mesh)
         self._shares_memory = mesh.devices.flat[0].platform == "cpu"  # JAX may use a NumPy array's memory as it is
         self._store_kind = mesh.devices.flat[0].default_memory().kind
@@ -158,6 +167,12 @@ class Link:
         """Bytes that a block of so many pages takes in host memory: it is padded to 1, 2, 4, 8 or 16 pages."""
         _, _, *page = self._store.shape
         return padded_size(pages) * self._store.shape[0] * math.prod(page) * self._store.dtype.itemsize
+
+    def room_bytes(self) -> int:
+        """How much may be on the way up at a time: a part of what the devices have free, or `IN_FLIGHT_BYTES`."""
+        stats = [device.memory_stats() or {} for device in self._mesh.local_devices]
+        free = min(each.get("bytes_limit", 0) - each.get("bytes_in_use", 0) for each in stats)
+        return min(max(IN_FLIGHT_BYTES, int(ROOM_SHARE * free) * len(stats)), MOST_IN_FLIGHT_BYTES)
 
     def spill(self, store: Store, pages: Sequence[int]) -> HostBlock:
         """Copy 1 to 16 pages of all layers to host memory. Does not wait: the store may be donated at once.
@@ -187,6 +202,36 @@ class Link:
             arrived = jax.device_put(pieces, self._shardings(pieces, self._store_kind))
         return Arriving(arrived, block.pages, self._up.due(nbytes, block.due), tuple(groups))
 
+    def fetch_together(self, blocks: Sequence[HostBlock], group: int) -> Arriving:
+        """Begin to copy one group of layers of several blocks, as `fetch`: that is asked for sooner than one by one."""
+        pieces = tuple(block.pieces[group] for block in blocks)
+        nbytes = sum(piece.nbytes for piece in pieces)
+        with _link_errors(nbytes):
+            arrived = jax.device_put(pieces, self._shardings(pieces, self._store_kind))
+        due = self._up.due(nbytes, max(block.due for block in blocks))
+        return Arriving(arrived, max(block.pages for block in blocks), due, (group,) * len(blocks))
+
+    def targets(self, blocks: Sequence[HostBlock], places: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Targets:
+        """Where pages of blocks go, on the devices: for `place_together`.
+
+        Args:
+          places: rows and pages of each block, as in `place`.
+        """
+        for block, (rows, pages) in zip(blocks, places, strict=True):
+            self._check_pages(pages)
+            _check_rows(rows, pages, block.pages)
+        each = [_target(padded_size(block.pages), *place) for block, place in zip(blocks, places, strict=True)]
+        are_full = [len(target) for target in each] == [BLOCK_PAGES] * TOGETHER
+        return jax.device_put(np.stack(each) if are_full else each)
+
+    def place_together(self, store: Store, arriving: Arriving, targets: Targets) -> Store:
+        """Write what `fetch_together` began, as `place`. Raises LinkError."""
+        arriving.wait()
+        if isinstance(targets, list):
+            return self._write(store, arriving, targets)
+        first = self._starts[arriving.groups[0]]
+        return scatter_all(store, arriving.pieces, targets, first, mesh=self._mesh)
+
     def place(self, store: Store, arriving: Arriving, rows: Sequence[int], pages: Sequence[int]) -> Store:
         """Write pages of a block into pages of the store, in the layers that have arrived.
 
@@ -204,16 +249,20 @@ class Link:
         self._check_pages(pages)
         _check_rows(rows, pages, arriving.pages)
         arriving.wait()
-        target = np.full(padded_size(arriving.pages), -1, np.int32)
-        target[list(rows)] = pages
-        return self._write(store, arriving, target)
+        target = _target(padded_size(arriving.pages), rows, pages)
+        return self._write(store, arriving, [target] * len(arriving.pieces))
 
     def warm_up(self, store: Store) -> Store:
         """Compile all that `spill` and `place` need. Donates the store, whose content stays as it is."""
         for size in SIZES:
             block = self.spill(store, [0] * size)
             arriving = self.fetch(block, range(len(self.layers)))
-            store = self._write(store, arriving, np.full(size, -1, np.int32))
+            store = self._write(store, arriving, [np.full(size, -1, np.int32)] * len(self.layers))
+        pieces = [piece for piece in arriving.pieces for _ in range(TOGETHER)]
+        for group in range(len(self.layers)):
+            own = pieces[group * TOGETHER : (group + 1) * TOGETHER]
+            nowhere = np.full((TOGETHER, BLOCK_PAGES), -1, np.int32)
+            store = scatter_all(store, own, nowhere, self._starts[group], mesh=self._mesh)
         return store
 
     def reserve(self, store: Store, nbytes: int) -> None:
@@ -257,9 +306,9 @@ class Link:
         block.wait()  # JAX may read the arrays until then
         return block
 
-    def _write(self, store: Store, arriving: Arriving, pages: Int[np.ndarray, "rows"]) -> Store:
-        for group, piece in zip(arriving.groups, arriving.pieces, strict=True):
-            store = scatter(store, piece, pages, np.int32(self.layers[group].start), mesh=self._mesh)
+    def _write(self, store: Store, arriving: Arriving, targets: Sequence[Int[np.ndarray | Array, "_"]]) -> Store:
+        for group, piece, target in zip(arriving.groups, arriving.pieces, targets, strict=True):
+            store = scatter(store, piece, target, self._starts[group], mesh=self._mesh)
         return store
 
     def _shardings(self, pieces: Sequence[Array | np.ndarray], memory_kind: str) -> tuple[NamedSharding, ...]:
@@ -286,6 +335,13 @@ def _check_rows(rows: Sequence[int], pages: Sequence[int], size: int) -> None:
         raise ValueError(f"pages={[*pages]} must all be different")
     if len(rows) != len(pages) or len({*rows}) != len(rows) or not all(0 <= row < size for row in rows):
         raise ValueError(f"rows={[*rows]} must be {len(pages)} different pages of a block of {size}")
+
+
+def _target(size: int, rows: Sequence[int], pages: Sequence[int]) -> Int[np.ndarray, "size"]:
+    """For each page of a padded block, the page of the store that it goes to; -1: none."""
+    target = np.full(size, -1, np.int32)
+    target[list(rows)] = pages
+    return target
 
 
 def _are_ready(pieces: Sequence[Any]) -> bool:

@@ -6,6 +6,7 @@ Nothing here computes: every byte is moved as it is, NaNs included.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ def layer_groups(num_layers: int, num_groups: int) -> tuple[range, ...]:
     return tuple(range(int(part[0]), int(part[-1]) + 1) for part in parts)
 
 
+@functools.cache
 def piece_sharding(mesh: Mesh, shape: tuple[int, ...], memory_kind: str) -> NamedSharding:
     """Where a piece lives: each device has the heads that it has of the store."""
     return sharding(mesh, _AXES, shape).with_memory_kind(memory_kind)
@@ -72,6 +74,16 @@ def scatter(store: Store, piece: Piece, pages: Int[Array, "rows"], first_layer: 
 
     run = jax.shard_map(local, mesh=mesh, in_specs=(_STORE, _PIECE, _ALL, _ALL), out_specs=_STORE, check_vma=False)
     return run(store, piece, pages, first_layer)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("store",))
+def scatter_all(
+    store: Store, pieces: Sequence[Piece], pages: Int[Array, "pieces rows"], first_layer: Int[Array, ""], *, mesh: Mesh
+) -> Store:
+    """As `scatter`, of several pieces of the same layers: one program is dispatched sooner than many."""
+    for piece, targets in zip(pieces, pages, strict=True):
+        store = scatter(store, piece, targets, first_layer, mesh=mesh)
+    return store
 
 
 def _tiles(store: Array) -> Array:

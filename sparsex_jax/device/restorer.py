@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int32
 
-from sparsex_jax.device.link import Link
+from sparsex_jax.device.link import IN_FLIGHT_BYTES, Link
 from sparsex_jax.device.restoration import Chunk, Restoration, Step
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.traffic import Flight, Traffic
@@ -55,7 +55,7 @@ class Restorer:
         link: Link,
         pace: Pace,
         *,
-        in_flight_bytes: int = 1 << 30,
+        in_flight_bytes: int = IN_FLIGHT_BYTES,
         turn_seconds: float = 0.03,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,

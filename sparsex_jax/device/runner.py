@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, decode
 from sparsex_jax.device.prefill import align, embed_rows, prefill
 from sparsex_jax.device.probe import ProbeState, probe
@@ -26,7 +28,7 @@ from sparsex_jax.model.layers import ForwardPass
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.store import make_store
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.plan import PrefillPlan, PrefillState, Rows
+from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_prefill
 from sparsex_kernels.layout import Store
 
@@ -66,18 +68,35 @@ class PrefillRun:
       requests: what it prefills: requests of one schedule.
       next_layer: layers before it have run, or are on their way.
       logits: float32 `[requests, vocab]` of each line's last token, on the device, once all layers have run.
+      late, late_copies: what is still to be pasted, from layer `num_pasted` on.
     """
 
     def __init__(
-        self, requests: Sequence[RequestPlan], plan: PrefillPlan, state: PrefillState, signals: tuple[Signal, ...]
+        self,
+        requests: Sequence[RequestPlan],
+        plan: PrefillPlan,
+        state: PrefillState,
+        signals: tuple[Signal, ...],
+        late: Sequence[Late] = (),
+        late_copies: Sequence[Copies] = (),
+        first_reading_layer: int = 0,
     ) -> None:
         self.requests, self.plan, self.state, self.signals = requests, plan, state, signals
         self.next_layer = 0
         self.logits: Float[Array, "requests vocab"] | None = None
+        self.late, self.late_copies = late, late_copies
+        self.num_pasted = self._first_reading_layer = first_reading_layer
 
     @property
     def done(self) -> bool:
         return self.logits is not None
+
+    @property
+    def layers_read_next(self) -> int:
+        """How many leading layers must have all that is pasted before the next layer runs."""
+        if self.next_layer < self._first_reading_layer:
+            return 0
+        return max(request.layers_read_at(self.next_layer) for request in self.requests)
 
     def computed(self) -> list[Computed]:
         """What was computed of each request, once all layers have run.
@@ -141,6 +160,7 @@ class Runner:
     Attributes:
       store: the KV of all pages.
       losses: how often the store was lost, and made anew.
+      arrivals: what comes into the store from a lower tier; None: there is none.
     """
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
@@ -148,16 +168,31 @@ class Runner:
         self.decoder = Decoder(model, Ops.on(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store, self.losses = make_store(model, engine, mesh), 0
+        self.arrivals: Arrivals | None = None
+        # On the devices, so that no step waits for one of them behind what comes from host memory.
+        self._numbers = jax.device_put([np.int32(layer) for layer in range(model.num_layers + 1)])
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._probed_together: set[tuple[int, int]] = set()
 
-    def begin(self, requests: Sequence[RequestPlan]) -> PrefillRun:
-        """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet."""
+    def begin(self, requests: Sequence[RequestPlan], late: Sequence[Late] = ()) -> PrefillRun:
+        """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet.
+
+        Args:
+          late: what is copied later, before the first layer that reads it.
+        """
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         signals = signals_for(phase.signal for phase in requests[0].phases)
         plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
         state = embed_rows(self.params, rows, decoder=self.decoder, requests=len(plan.page_tables))
-        return PrefillRun(requests, plan, state, tuple(signals.values()))
+        first = min(request.first_reading_layer(self.model.num_layers) for request in requests)
+        run = PrefillRun(requests, plan, state, tuple(signals.values()), late, self._late_copies(late), first)
+        if self.arrivals is not None and late:
+            self.arrivals.send()  # behind the plan, which would have to wait for it
+        return run
+
+    def _late_copies(self, late: Sequence[Late]) -> list[Copies]:
+        runs = [(segment, each.pages) for each in late for segment in each.segments]
+        return list(plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers))
 
     @contextlib.contextmanager
     def padding_to(self, bucket: tuple[int, int]) -> Iterator[None]:
@@ -173,23 +208,64 @@ class Runner:
 
         The loops of a prefill read their bounds on the host on some devices, GPUs among them; the call returns there
         when its last layer is on its way.
+
+        Raises:
+          LinkError: what comes late has failed to come.
         """
         num_layers = self.model.num_layers
         until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
+        while run.next_layer < until:
+            self._advance(run, self._paste_late(run, until))
+
+    def _advance(self, run: PrefillRun, until: int) -> None:
+        """Dispatch the layers from the next one up to `until`."""
         with self._precision():
             self.store, run.state, logits = prefill(
                 self.params,
                 self.store,
                 run.plan,
                 run.state,
-                np.int32(until),
+                self._numbers[until],
                 decoder=self.decoder,
                 signals=run.signals,
                 chunk=self._chunk(run.plan),
             )
         run.next_layer = until
-        if until == num_layers:
+        if until == self.model.num_layers:
             run.logits = logits
+
+    def _paste_late(self, run: PrefillRun, until: int) -> int:
+        """Paste what the next layer reads, and take what has come. Returns up to where layers can run now.
+
+        Between two layers, more can be placed and sent for. The first layers read nothing, and run together if all has
+        been sent for.
+        """
+        num_layers, arrivals = self.model.num_layers, self.arrivals
+        if arrivals is None or not run.late or run.num_pasted == num_layers:
+            return until
+        if not run.layers_read_next and arrivals.all_sent:
+            return min(until, run.num_pasted)
+        self.store = arrivals.pump(self.store)
+        self._paste(run, run.layers_read_next, arrivals)
+        if all(late.done for late in run.late):
+            self._paste(run, num_layers, arrivals)
+            return until
+        return run.next_layer + 1
+
+    def _paste(self, run: PrefillRun, layers: int, arrivals: Arrivals) -> None:
+        """Copy what is late in the layers before `layers`, and in those that come together with them."""
+        if layers <= run.num_pasted:
+            return
+        for incoming in dict.fromkeys(each for late in run.late for each in late.incoming):
+            self.store = arrivals.bring(self.store, incoming, layers)
+        for late in run.late:
+            if late.error is not None:
+                raise late.error
+        layers = min(arrivals.come_with(layers), self.model.num_layers)
+        first, end = self._numbers[run.num_pasted], self._numbers[layers]
+        for copies in run.late_copies:
+            self._align(dataclasses.replace(copies, first_layer=first, end_layer=end))
+        run.num_pasted = layers
 
     def _chunk(self, plan: PrefillPlan) -> int:
         """Rows of a plan that go through a layer at a time."""
@@ -247,9 +323,12 @@ class Runner:
 
     def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]]) -> None:
         """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
-        for copies in plan_copies(runs, self.shapes, self.engine.page_size):
-            with self._precision():
-                self.store = align(self.store, copies, decoder=self.decoder)
+        for copies in plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers):
+            self._align(copies)
+
+    def _align(self, copies: Copies) -> None:
+        with self._precision():
+            self.store = align(self.store, copies, decoder=self.decoder)
 
     def first_tokens(
         self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]

@@ -125,9 +125,10 @@ class Ops:
         return read(store, layer, rows.position, rows.request, tables)
 
     def align_and_copy(self, store: Store, copies: Copies, inv_freq: Float[Array, "half"]) -> Store:
-        specs = (_STORE, _ALL, _ALL, _ALL, _ALL)
+        specs = (_STORE, _ALL, _ALL, _ALL, _ALL, _ALL)
         move = self._over_heads(kernels.align_and_copy, specs, _STORE)
-        return move(store, copies.source, copies.target, copies.shift, inv_freq)
+        layers = jnp.stack([copies.first_layer, copies.end_layer])
+        return move(store, copies.source, copies.target, copies.shift, inv_freq, layers)
 
     def replicated[T](self, tree: T) -> T:
         """A pytree of arrays, whole on every device of the mesh."""

@@ -77,11 +77,18 @@ def fold_chunks[Carry](rows: Rows, size: int, body: Callable[[Array, Rows, Carry
 
 @struct.dataclass
 class Copies:
-    """KV to move before the prefill (`align_and_copy`): slots, and by how much the position changes."""
+    """KV to move before the prefill (`align_and_copy`): slots, and by how much the position changes.
+
+    Attributes:
+      target: -1 is padding.
+      first_layer, end_layer: the first layer to copy, and the first behind those.
+    """
 
     source: Int[Array, "copies"]
-    target: Int[Array, "copies"]  # -1 is padding
+    target: Int[Array, "copies"]
     shift: Int[Array, "copies"]
+    first_layer: Int[Array, ""]
+    end_layer: Int[Array, ""]
 
 
 @struct.dataclass

@@ -56,6 +56,22 @@ class RequestPlan:
         phases = tuple((phase.start, phase.signal, phase.probe_layers) for phase in self.phases)
         return (self.probe.first_layer, self.probe.end_layer) if self.probe else None, phases
 
+    def first_reading_layer(self, num_layers: int) -> int:
+        """Layers before this one compute all tokens, and read nothing of what is reused. `num_layers`: none does."""
+        if self.probe is not None or (self.prompt.computed & ~self.phases[0].forced).any():
+            return 0
+        sizes = [phase.size for phase in self.phases]
+        narrow = (phase.start for size, phase in zip(sizes, self.phases[1:], strict=False) if phase.can_leave_out(size))
+        return min([*narrow, num_layers])
+
+    def layers_read_at(self, layer: int) -> int:
+        """The first layer behind those whose KV of reused tokens is read once this layer has run.
+
+        Where a phase begins, its signal may run the fresh tokens through more layers.
+        """
+        begins = (phase for phase in self.phases if phase.start == layer)
+        return max([layer + 1, *(layer + phase.probe_layers for phase in begins)])
+
     def exact_tokens(self, num_layers: int) -> int:
         """How many prompt tokens have exact KV once prefilled: all, or those before the first approximate one.
 
@@ -220,7 +236,9 @@ def _blocks(request: RequestPlan) -> Int[np.ndarray, "tokens"]:
     return request.prompt.blocks(max(phase.pool_tokens for phase in request.phases))
 
 
-def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Iterator[Copies]:
+def plan_copies(
+    runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int, num_layers: int
+) -> Iterator[Copies]:
     """The copies of these runs, each into the pages of the sequence it belongs to, in as many parts as shapes demand.
 
     A batch that reuses nearly everything has few rows to compute and more to copy than the largest bucket holds.
@@ -230,20 +248,20 @@ def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, p
     for run in runs:
         tokens += run[0].length
         if tokens > shapes.max_rows:
-            yield _copies(group, shapes, page_size)
+            yield _copies(group, shapes, page_size, num_layers)
             group, tokens = [], run[0].length
         group.append(run)
     if group:
-        yield _copies(group, shapes, page_size)
+        yield _copies(group, shapes, page_size, num_layers)
 
 
-def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Copies:
+def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int, num_layers: int) -> Copies:
     places = [np.arange(segment.start, segment.end) for segment, _ in runs]
     targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
     size, _ = shapes.bucket(sum(map(len, places)))
     source = _padded([segment.slots for segment, _ in runs], size, 0)
     shift = _padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0)
-    return Copies(*jax.device_put((source, _padded(targets, size, -1), shift)))
+    return Copies(*jax.device_put((source, _padded(targets, size, -1), shift, np.int32(0), np.int32(num_layers))))
 
 
 def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int) -> Int[np.ndarray, "n"]:

@@ -17,16 +17,19 @@ from collections.abc import Sequence as Several
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from sparsex_jax.cache import Forgotten, Match, Origin, PageCache
+from sparsex_jax.cache import Forgotten, Match, Origin, PageCache, Segment
 from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
 from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
+from sparsex_jax.device.arrivals import Late
 from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.cost import Speeds
-from sparsex_jax.reuse.methods import method_of
+from sparsex_jax.reuse.methods import Method, method_of
+from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler.choice import Choice, look_up
 from sparsex_jax.scheduler.company import Neighbours
+from sparsex_jax.scheduler.loading import Loading
 from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.scheduler.tiers import Tiers
@@ -41,7 +44,7 @@ class Admission:
       cache: what is in the store. A new one after `start_over`.
       choice: what of that a plan uses.
       company_tokens: `EngineConfig.company_tokens`.
-      tiers, restoring: what is below the store, and what comes back from there; None: nothing.
+      tiers, restoring, loading: what is below the store, and what comes back from there; None: nothing.
       releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
     """
 
@@ -54,6 +57,7 @@ class Admission:
         self._model, self._config = model, config
         self.tiers: Tiers | None = None
         self.restoring: Restoring | None = None
+        self.loading: Loading | None = None
         self.choice = Choice(model, config.page_size, measure)
         self.company_tokens = config.company_tokens
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
@@ -72,8 +76,9 @@ class Admission:
         self._holders, self._returning = set(), set()
         lost, self.cache = self.cache, self._new_cache()
         self.cache.know_texts_of(lost)
-        if self.tiers and self.restoring:
+        if self.tiers and self.restoring and self.loading:
             self.tiers.lose()
+            self.loading.lose()
             self.restoring.cancel_all(self.cache, again=True)
         self.releases += 1
 
@@ -127,13 +132,8 @@ class Admission:
           NoRoomError: there will not be either, unless something frozen is forgotten.
         """
         method = method_of(reuse)
-        if self.restoring:
-            sequence.restored_tokens += self.restoring.load(self.cache, tokens, sequence.namespace, method)
-        may_pay = functools.partial(self.choice.segments_may_pay, method, len(tokens))
-        about = (tokens, sequence.namespace, method, self._model.num_layers)
-        match = look_up(self.cache, *about, segments=may_pay)
+        match, plan = self._lay_out(sequence, tokens, method)
         try:
-            plan = self.choice.plan(tokens, match, method, lambda: self._may_be_left_out(sequence, tokens))
             self._require_room(sequence, plan.pages)
             pages, copy_pages = self._take_pages(plan.pages, self._pages_wanted(sequence, slots, plan.pages), sequence)
         except BaseException:
@@ -142,9 +142,73 @@ class Admission:
         if sequence.asked and not sequence.was_admitted:
             self.cache.count_use(match)
         num_shared, plan = len(plan.pages), dataclasses.replace(plan, pages=pages)
-        sequence.admit(plan, match, num_shared, copy_pages)
+        plan, late = self._without_late(plan)
+        sequence.admit(plan, match, num_shared, copy_pages, late)
         self._holders.add(sequence)
         self._returning.discard(sequence)
+
+    def _lay_out(
+        self, sequence: Sequence, tokens: np.ndarray, method: Method, *, load: bool = True
+    ) -> tuple[Match, RequestPlan]:
+        """The plan, with no pages yet but the shared ones, and what it found, which is pinned.
+
+        Args:
+          load: what lower tiers have of the prompt is loaded first.
+        """
+        loaded = 0
+        if self.loading and load:
+            loaded = self.loading.load(self.cache, tokens, sequence.namespace, method)
+        may_pay = functools.partial(self.choice.segments_may_pay, method, len(tokens))
+        about = (tokens, sequence.namespace, method, self._model.num_layers)
+        match = look_up(self.cache, *about, segments=may_pay)
+        try:
+            plan = self.choice.plan(tokens, match, method, lambda: self._may_be_left_out(sequence, tokens))
+            if self._comes_in_time(plan):
+                sequence.restored_tokens += loaded
+                return match, plan
+        except BaseException:
+            self.cache.unpin(match)
+            raise
+        self.cache.unpin(match)
+        return self._lay_out(sequence, tokens, method, load=False)  # without what did not come
+
+    def _comes_in_time(self, plan: RequestPlan) -> bool:
+        """Wait for what its prefill reads from the first layer on. False if that has failed to come."""
+        if self.loading is None:
+            return True
+        reads_at_once = plan.first_reading_layer(self._model.num_layers) == 0
+        read = [copy for copy in plan.copies if reads_at_once or copy.start < plan.prompt.num_prefix]
+        return self._settle([*plan.pages, *(page for copy in read for page in self._pages_of(copy))])
+
+    def _settle(self, pages: Several[int]) -> bool:
+        """Wait for what is coming into these pages. False if some of it has failed to come."""
+        assert self.loading is not None
+        before = self.loading.num_ended
+        there = self.loading.settle(pages)
+        self.releases += self.loading.num_ended - before
+        return there
+
+    def _without_late(self, plan: RequestPlan) -> tuple[RequestPlan, Late | None]:
+        """The plan with those copies that can be made at once, and the others."""
+        if self.loading is None:
+            return plan, None
+        coming = {copy: self.loading.coming_into(self._pages_of(copy)) for copy in plan.copies}
+        late = tuple(copy for copy in plan.copies if coming[copy])
+        if not late:
+            return plan, None
+        incoming = tuple(dict.fromkeys(each for copy in late for each in coming[copy]))
+        at_once = tuple(copy for copy in plan.copies if not coming[copy])
+        return dataclasses.replace(plan, copies=at_once), Late(late, plan.pages, incoming)
+
+    def _pages_of(self, segment: Segment) -> list[int]:
+        return np.unique(segment.slots // self._config.page_size).tolist()
+
+    def take_loaded(self) -> None:
+        """Place what has come for those who were admitted."""
+        if self.loading is not None:
+            before = self.loading.num_ended
+            self.loading.pump()
+            self.releases += self.loading.num_ended - before
 
     def is_coming(self, sequence: Sequence) -> bool:
         """Whether something comes from a lower tier that a waiting sequence will find. Asking makes it come."""
@@ -155,17 +219,23 @@ class Admission:
         self.releases += self.restoring.num_ended - before
         return coming
 
-    def stop_restoring(self, *, again: bool = False) -> bool:
-        """Take back the pages of prefixes that are under way. Whether there were any.
+    def end_transfers(self, *, again: bool = False) -> bool:
+        """Take back the pages of prefixes that are under way, and have those of segments come. Whether there were any.
 
         Args:
-          again: those they are for may ask again.
+          again: those that the prefixes are for may ask again.
         """
-        if self.restoring is None or not self.restoring.active:
+        if self.restoring is None or self.loading is None or not (self.restoring.active or self.loading.active):
             return False
         self.restoring.cancel_all(self.cache, again=again)
+        self._settle(self.loading.pages)
         self.releases += 1
         return True
+
+    @property
+    def moves_blocks(self) -> bool:
+        """Whether something is on its way between the store and the tiers below."""
+        return bool((self.tiers and self.tiers.busy) or (self.loading and self.loading.active))
 
     def _may_be_left_out(self, sequence: Sequence, tokens: np.ndarray) -> Int64[np.ndarray, "tokens"]:
         """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
@@ -369,7 +439,7 @@ class Admission:
         lengths = [self.cache.length(page) for page in pages]
         broken = [page for page, length, slots in zip(pages, lengths, finite, strict=True) if not slots[:length].all()]
         if self.tiers and broken:
-            self.stop_restoring(again=True)  # it may compute behind what is broken
+            self.end_transfers(again=True)  # it may compute behind what is broken
             self.tiers.withdraw(self.cache, broken)
         self.cache.withdraw(broken)
         return len(broken)
@@ -407,7 +477,7 @@ class Admission:
         company are prefilled again without it. Raises UnknownHandleError.
         """
         text, namespace = self.cache.text(handle), self.cache.entry(handle).namespace
-        self.stop_restoring(again=True)  # some of it may be on its way, and what has come is committed by this
+        self.end_transfers(again=True)  # some of it may be on its way, and what has come is committed by this
         has_seen, forgotten = having_seen(text), self.cache.forget(handle)
         if self.tiers:
             self.tiers.forget(text, namespace)
@@ -424,7 +494,7 @@ class Admission:
 
     def check_books(self) -> None:
         """Raise AssertionError unless sequences hold what the cache says. For tests: it walks the whole store."""
-        coming = self.restoring.pages if self.restoring else []
+        coming = [*self.restoring.pages, *self.loading.pages] if self.restoring and self.loading else []
         self.cache.check([*coming, *(page for one in self._holders for page in (*one.pages, *one.copy_pages))])
 
 

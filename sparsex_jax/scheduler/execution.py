@@ -135,7 +135,7 @@ class Execution:
         What fails on the device raises here: the logits behind chunks are looked at too, and a plan that rests between
         two layers is waited for.
         """
-        run = sequences[0].run or self._runner.begin([sequence.stages[0] for sequence in sequences])
+        run = sequences[0].run or self._begin(sequences)
         assert isinstance(run, PrefillRun)
         self._runner.advance(run, layers)
         if self._rests(run, sequences):
@@ -145,6 +145,11 @@ class Execution:
         wanted = any(len(one.stages) == 1 and one.output.max_new_tokens for one in sequences)
         sampled = self._first_tokens(run.logits, sequences) if wanted else self._no_tokens(run.logits)
         return Prefilled(sampled, run.computed(), run.logits)
+
+    def _begin(self, sequences: list[Sequence]) -> PrefillRun:
+        stages = [sequence.stages[0] for sequence in sequences]
+        pairs = zip(sequences, stages, strict=True)
+        return self._runner.begin(stages, [one.late for one, stage in pairs if one.late and stage.prompt.reused.any()])
 
     def probe(self, sequences: list[Sequence], layers: int | None = None) -> list[Float32[np.ndarray, "tokens"]] | None:
         """Run the probes of these sequences in one plan, or the next `layers` of it. None while layers are left.

@@ -3,6 +3,8 @@
 A step that fails for several is tried with each alone. If it took the store with it, everything is computed again
 from an empty cache, and those who were in that step are suspects: they run one by one from then on.
 
+Where KV that a step waited for could not be loaded, its sequences wait again, and are computed without that.
+
 A sequence whose logits are not finite is computed again as well, alone and of its own tokens only. It fails if they are
 not finite then either. The fault may lie in what it found in the store: that is looked at, and what of it is not finite
 is withdrawn, so that no other prompt finds it.
@@ -15,7 +17,7 @@ import logging
 from collections.abc import Callable, Iterator
 
 from sparsex_jax.device.runner import Runner
-from sparsex_jax.errors import NonFiniteLogitsError
+from sparsex_jax.errors import LinkError, NonFiniteLogitsError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.sequence import Sequence, State
 
@@ -40,6 +42,8 @@ class Isolation:
         """
         try:
             result = together()
+        except LinkError:
+            self._compute_again(sequences)
         except Exception as error:
             yield from self._alone(sequences, error, alone)
         else:
@@ -58,6 +62,13 @@ class Isolation:
                 sequence.suspect = True
             elif sequence.state in (State.PREFILLING, State.DECODING):  # not if another one alone lost the store
                 yield from self.attempt([sequence], functools.partial(alone, sequence), alone)
+
+    def _compute_again(self, sequences: list[Sequence]) -> None:
+        """What some of them waited for did not come. All wait again, those without reuse."""
+        for sequence in sequences:
+            if sequence.late is not None:
+                sequence.from_scratch, sequence.restored_tokens = True, 0
+            self._admission.leave(sequence)
 
     def judge(self, sequence: Sequence, error: Exception) -> None:
         """What a sequence's own tokens brought up: it fails, or is computed again alone if another may be at fault.

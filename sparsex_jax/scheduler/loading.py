@@ -2,6 +2,9 @@
 
 They are committed as what they were, so that the lookup of the prompt finds them. Exact prefixes come before that
 (`sparsex_jax.scheduler.restoring`), and here only if some of one was evicted again meanwhile.
+
+Segments are committed when they are sent for. The prefill that they are for begins at once, and waits for them where it
+reads them (`Late`); whatever else finds them waits until they are there (`settle`).
 """
 
 from __future__ import annotations
@@ -10,21 +13,21 @@ import contextlib
 import functools
 import itertools
 import logging
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.cache import Match, PageCache
-from sparsex_jax.device.link import Arriving, Link
+from sparsex_jax.device.arrivals import Arrivals, Incoming, Load
+from sparsex_jax.device.link import Link
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.errors import LinkError, StoreFullError
 from sparsex_jax.reuse.methods import Method
 from sparsex_jax.scheduler.blocks import maker_of
 from sparsex_jax.scheduler.choice import look_up
-from sparsex_jax.scheduler.tiers import MOST_MOVING, Tiers
+from sparsex_jax.scheduler.tiers import Tiers
 from sparsex_jax.tiers.blocks import Block
 from sparsex_jax.tiers.index import Found
 
@@ -32,15 +35,29 @@ log = logging.getLogger(__name__)
 
 
 class Loading:
-    """What the tiers have of prompts, and how it gets into the store."""
+    """What the tiers have of prompts, and how it gets into the store.
+
+    Attributes:
+      num_ended: how often pages were given back so far.
+    """
 
     def __init__(self, tiers: Tiers, runner: Runner, link: Link) -> None:
-        self._tiers, self._runner, self._link = tiers, runner, link
+        self._tiers, self._runner = tiers, runner
+        self._arrivals = runner.arrivals = Arrivals(link)
+        self._coming: dict[Incoming, PageCache] = {}
+        self._last: tuple[Any, tuple[list[Found], list[Found]]] | None = None
+        self.num_ended = 0
+
+    @property
+    def pages(self) -> list[int]:
+        """That hold what is coming."""
+        return [page for incoming in self._coming for page in incoming.pages]
 
     def load(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> int:
         """Load what host memory has of a prompt and the store lacks, and commit it there. Returns how many tokens.
 
-        Nothing is loaded where there are no pages for it, or where the link fails: the prompt is computed then.
+        Segments may be on their way still. Nothing is loaded where there are no pages for it, or where the link fails:
+        the prompt is computed then.
         """
         if not (method.uses_prefix or method.uses_segments) or not self._tiers.has_host_blocks:
             return 0
@@ -49,8 +66,7 @@ class Loading:
             chain, others = self.lacking(tokens, namespace, method, match)
             chain = list(itertools.takewhile(self._is_here, chain))
             loaded += self._restore_prefix(cache, tokens, namespace, match, chain)
-            for found in filter(self._is_here, others):
-                loaded += self._restore_segment(cache, found)
+            loaded += self._send_for(cache, [found.block for found in filter(self._is_here, others)])
         except StoreFullError:
             log.debug("there are no pages for what could be loaded")
         except LinkError:
@@ -71,6 +87,14 @@ class Loading:
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
     ) -> tuple[list[Found], list[Found]]:
         """Blocks that go on where the prompt's prefix in the store ends, in order, and those with other segments."""
+        about = (tokens.tobytes(), namespace, method, tuple(_ranges(match)), self._tiers.index.changes)
+        if self._last is None or self._last[0] != about:  # a prompt asks twice: when it comes, and when it is admitted
+            self._last = about, self._find_lacking(tokens, namespace, method, match)
+        return self._last[1]
+
+    def _find_lacking(
+        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
+    ) -> tuple[list[Found], list[Found]]:
         lacking = np.ones(len(tokens), bool)
         for begin, end in _ranges(match):
             lacking[begin:end] = False
@@ -105,7 +129,7 @@ class Loading:
         cache.share(shared)
         pages = [*shared, *new]
         with _released(cache, pages):
-            self._load([_rows_of(found, first, pages, page_size) for found in chain])
+            self._load([self._load_of(found, first, pages) for found in chain])
             self._commit_prefix(cache, pages, tokens, namespace, chain)
         return end - match.num_prefix_tokens
 
@@ -131,25 +155,81 @@ class Loading:
             own = pages[: -(-end // self._tiers.index.page_size)]
             cache.commit(own, tokens[:end], namespace, exact_tokens=min(exact, end), made_by=made_by)
 
-    def _restore_segment(self, cache: PageCache, found: Found) -> int:
-        block = found.block
-        pages = cache.allocate(-(-block.num_tokens // self._tiers.index.page_size))
-        about: dict[str, Any] = {"exact_tokens": block.exact, "start": block.start, "made_by": maker_of(block)}
-        with _released(cache, pages):
-            self._load([(block, range(len(pages)), pages)])
-            cache.commit(pages, np.frombuffer(block.tokens, np.int32), block.namespace, **about)
-        return block.num_tokens
+    def _load_of(self, found: Found, first: int, pages: list[int]) -> Load:
+        """The pages of a block that are wanted, from the prompt's page `first` on, and where they go."""
+        page_size = self._tiers.index.page_size
+        begin = found.block.start // page_size
+        rows = range(max(first - begin, 0), -(-found.num_tokens // page_size))
+        return Load(self._tiers.take(found.block.key), rows, pages[begin + rows.start : begin + rows.stop])
 
-    def _load(self, wanted: Sequence[tuple[Block, range, list[int]]]) -> None:
-        """Load rows of blocks into pages. Copies are asked for ahead of those that are waited for."""
-        arriving: deque[Arriving] = deque()
-        ahead = iter(wanted)
-        for _, rows, pages in wanted:
-            for block, _, _ in itertools.islice(ahead, MOST_MOVING - len(arriving)):
-                arriving.append(self._link.fetch(self._tiers.take(block.key), range(len(self._link.layers))))
-            arrived = arriving.popleft()
-            self._runner.store = self._link.place(self._runner.store, arrived, rows, pages)
-            self._tiers.counts.loaded_bytes += arrived.nbytes
+    def _load(self, loads: list[Load]) -> None:
+        """Wait until they are in the store. Raises LinkError."""
+        incoming = self._arrivals.begin(loads)
+        self._runner.store = self._arrivals.bring(self._runner.store, incoming)
+        if incoming.error is not None:
+            raise incoming.error
+        self._count(incoming)
+
+    def _send_for(self, cache: PageCache, blocks: list[Block]) -> int:
+        """Send for segments, as many as there are pages for, and commit them. Returns how many tokens."""
+        loads: list[Load] = []
+        with contextlib.suppress(StoreFullError):
+            for block in blocks:
+                pages = cache.allocate(-(-block.num_tokens // self._tiers.index.page_size))
+                loads.append(Load(self._tiers.take(block.key), range(len(pages)), pages))
+        if not loads:
+            return 0
+        self._coming[self._arrivals.begin(loads)] = cache
+        sent = blocks[: len(loads)]
+        for block, load in zip(sent, loads, strict=True):  # while they move
+            about: dict[str, Any] = {"exact_tokens": block.exact, "start": block.start, "made_by": maker_of(block)}
+            cache.commit(load.pages, np.frombuffer(block.tokens, np.int32), block.namespace, **about)
+        return sum(block.num_tokens for block in sent)
+
+    # While it comes -----------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether something is coming."""
+        return bool(self._coming)
+
+    def pump(self) -> None:
+        """Place what has come, and let go of what is done."""
+        self._runner.store = self._arrivals.pump(self._runner.store)
+        self._take_ended()
+
+    def coming_into(self, pages: Iterable[int]) -> tuple[Incoming, ...]:
+        """What is still coming into some of these pages."""
+        asked = frozenset(pages)
+        return tuple(each for each in self._coming if not each.done and not asked.isdisjoint(each.pages))
+
+    def settle(self, pages: Iterable[int]) -> bool:
+        """Wait for what comes into these pages. False if some of it failed: it is withdrawn then."""
+        wanted = self.coming_into(pages)
+        for incoming in wanted:
+            self._runner.store = self._arrivals.bring(self._runner.store, incoming)
+        self._take_ended()
+        return all(incoming.error is None for incoming in wanted)
+
+    def lose(self) -> None:
+        """The store is lost, and with it the pages of what is coming."""
+        self._arrivals.drop_all()
+        self._coming.clear()
+
+    def _take_ended(self) -> None:
+        """Nothing finds what has failed. Its pages go when all who pasted it let go of them."""
+        for incoming in [each for each in self._coming if each.done or each.error is not None]:
+            cache = self._coming.pop(incoming)
+            if incoming.error is not None:
+                log.error("stored segments could not be loaded; they are computed", exc_info=incoming.error)
+                cache.withdraw(sorted(incoming.pages))
+            else:
+                self._count(incoming)
+            cache.release(sorted(incoming.pages))
+            self.num_ended += 1
+
+    def _count(self, incoming: Incoming) -> None:
+        self._tiers.counts.loaded_bytes += incoming.nbytes
 
 
 @contextlib.contextmanager
@@ -159,13 +239,6 @@ def _released(cache: PageCache, pages: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         cache.release(pages)
-
-
-def _rows_of(found: Found, first: int, pages: list[int], page_size: int) -> tuple[Block, range, list[int]]:
-    """Which of a block's pages are wanted, from the prompt's page `first` on, and where they go."""
-    begin = found.block.start // page_size
-    rows = range(max(first - begin, 0), -(-found.num_tokens // page_size))
-    return found.block, rows, pages[begin + rows.start : begin + rows.stop]
 
 
 def end_of(chain: list[Found]) -> int:

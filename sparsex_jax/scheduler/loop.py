@@ -160,8 +160,7 @@ class Loop:
         return sum(not sequence.cancelled for sequence in in_line)
 
     def _has_work(self) -> bool:
-        moving = self.admission.tiers is not None and self.admission.tiers.busy
-        return moving or self._has_requests()
+        return self.admission.moves_blocks or self._has_requests()
 
     def _has_requests(self) -> bool:
         return bool(self._inbox) or any(one.state not in _DONE for one in self.policy.sequences)
@@ -244,7 +243,7 @@ class Loop:
     def settle(self) -> None:
         """Wait until all that is on its way to a lower tier is there."""
         tiers = self.admission.tiers
-        while tiers is not None and tiers.busy:
+        while tiers is not None and self.admission.moves_blocks:
             with self._one_round():
                 self._move_blocks(idle=True)
 
@@ -263,9 +262,10 @@ class Loop:
         if tiers is None or restoring is None:
             return
         tiers.pump(self.admission.cache)
+        self.admission.take_loaded()
         if restoring.active:
             restoring.pump(MOMENT if idle else 0.0)
-        elif idle and tiers.busy:
+        elif idle and self.admission.moves_blocks:
             tiers.wait(MOMENT)
 
     def _drop(self, sequences: Several[Sequence]) -> None:
@@ -345,7 +345,8 @@ class Loop:
         together = functools.partial(run, sequences)
         for group, result in self._isolation.attempt(sequences, together, lambda one: run([one])):
             for slot, sequence in enumerate(group):
-                self.admission.unpin(sequence)  # the copies are made before the first layer
+                if sequence.late is None:
+                    self.admission.unpin(sequence)  # the copies are made before the first layer
                 self.policy.end_turn(sequence)
                 if result is not None:
                     take(sequence, result, slot)

@@ -131,7 +131,7 @@ class Policy:
         """
         for sequence in self.of_state(State.DECODING):
             while sequence.state is State.DECODING and not self._admission.grow(sequence, steps):
-                if self._admission.stop_restoring():
+                if self._admission.end_transfers():
                     continue
                 if self.running == [sequence]:
                     self._end_here(sequence)
@@ -205,7 +205,7 @@ class Policy:
                 raise
             except StoreFullError:
                 sequence.blocked_at = self._admission.releases
-                if not self.running and self._admission.stop_restoring():
+                if not self.running and self._admission.end_transfers():
                     self._try_to_admit(sequence)  # prefixes that come for others had the pages
                 elif not self.running:
                     self._admit_without_donors(sequence)

@@ -2,7 +2,7 @@
 
 A waiting sequence whose prefix is in a lower tier gets pages for it, and `Restorer` fills them: it computes from the
 front and loads from the back. Then they are committed, and the sequence is admitted as if they had never been evicted.
-What is not an exact prefix is loaded when the sequence is admitted (`load`).
+What is not an exact prefix is loaded when the sequence is admitted (`sparsex_jax.scheduler.loading`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ class Restoring:
 
     Attributes:
       num_ended: prefixes so far whose pages were given back.
-      load: `Loading.load`.
     """
 
     def __init__(self, tiers: Tiers, loading: Loading, make_restorer: Callable[[], Restorer], page_size: int) -> None:
@@ -67,7 +66,6 @@ class Restoring:
           make_restorer: called when the first prefix comes, since it may measure the devices.
         """
         self._tiers, self._loading, self._make_restorer, self._page_size = tiers, loading, make_restorer, page_size
-        self.load = loading.load
         self._prefixes: dict[Sequence, _Prefix] = {}
         self.num_ended = 0
 

@@ -38,6 +38,7 @@ from sparsex_jax.cache import Match
 from sparsex_jax.cache.company import Company, company_namespace
 from sparsex_jax.cache.counts import Hits
 from sparsex_jax.config import ReuseConfig
+from sparsex_jax.device.arrivals import Late
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun
 from sparsex_jax.device.state import BatchSlot
 from sparsex_jax.reuse.excerpt import Excerpt
@@ -139,7 +140,8 @@ class Sequence:
       id: rises with every sequence, so it tells who is older.
       cancelled: the submitter does not want the rest.
       suspect: it was in a step that lost the store, or got logits that are not finite. It runs alone from then on.
-      from_scratch: its logits were not finite once: it is computed again of its own tokens, without reuse.
+      from_scratch: its logits were not finite once, or what it found did not come: it is computed again of its own
+        tokens, without reuse.
       overtaken: how often a younger one was admitted while it waited for pages.
       blocked_at: `Admission.releases` when there were no pages for it. There are none until that number changes.
       approximate: its KV is not what a full prefill would give.
@@ -154,6 +156,7 @@ class Sequence:
       num_shared: pages at its beginning that are a prefix it found.
       copy_pages: pages for a text that is prefilled behind others.
       match: what it found, while that is pinned.
+      late: what of that is still coming when it is admitted, until its prefill has pasted it.
       found: how much that was.
       donors: pages of what it found; also earlier, where an excerpt or a part of its answer came of that.
       forgotten: something that it found was forgotten since.
@@ -205,6 +208,7 @@ class Sequence:
     num_shared: int = 0
     copy_pages: list[int] = dataclasses.field(default_factory=list)
     match: Match | None = None
+    late: Late | None = None
     found: Hits = dataclasses.field(default_factory=Hits)
     donors: frozenset[int] = frozenset()
     forgotten: bool = False
@@ -318,11 +322,13 @@ class Sequence:
         """The method that reuses what it may of its own reuse, and only what is exact."""
         return "prefix" if self.reuse.uses_prefix and not self.from_scratch else "full"
 
-    def admit(self, plan: RequestPlan, match: Match, num_shared: int, copy_pages: list[int]) -> None:
+    def admit(
+        self, plan: RequestPlan, match: Match, num_shared: int, copy_pages: list[int], late: Late | None = None
+    ) -> None:
         """It holds the pages of the plan, and has pinned what it found."""
         if self.queue_s is None:
             self.queue_s = time.perf_counter() - self.submitted
-        self.admitted_plan, self.match, self.copy_pages = plan, match, copy_pages
+        self.admitted_plan, self.match, self.copy_pages, self.late = plan, match, copy_pages, late
         if self.excerpt is None:  # else the probe found more
             self.found = match.hits
         self.num_shared, self.donors = num_shared, self.donors.union(match.pages)
@@ -353,7 +359,9 @@ class Sequence:
         A chunk has one phase: it computed its tokens for all phases of the plan that may compute them.
         """
         assert self.computed is not None
-        self.run, self.num_computed = None, len(self.stages.popleft().prompt)
+        stage = self.stages.popleft()
+        self.run, self.num_computed = None, len(stage.prompt)
+        self.late = None if stage.prompt.reused.any() else self.late
         upto = min(self.num_computed, self.computed.shape[1])
         may = np.array([phase.forced | self.plan.prompt.reused for phase in self.plan.phases])
         self.computed[:, :upto] |= computed.tokens[:, :upto] & may[:, :upto]
@@ -383,7 +391,7 @@ class Sequence:
         to remember is computed again from its own tokens alone.
         """
         self.keep &= not self.forgotten or self.remember is not None
-        self.admitted_plan = self.match = self.run = self.offer = self.computed = None
+        self.admitted_plan = self.match = self.late = self.run = self.offer = self.computed = None
         self.stages.clear()
         self.copy_pages, self.forgotten, self.num_computed = [], False, 0
         self.donors = self.donors if self.has_begun else frozenset()

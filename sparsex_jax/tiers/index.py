@@ -39,10 +39,15 @@ class Found:
 
 
 class BlockIndex:
-    """The blocks of all namespaces."""
+    """The blocks of all namespaces.
+
+    Attributes:
+      blocks: by their keys.
+      changes: how often a block was added or removed.
+    """
 
     def __init__(self, page_size: int) -> None:
-        self.page_size = page_size
+        self.page_size, self.changes = page_size, 0
         self.blocks: dict[bytes, Block] = {}
         self._by_pages: dict[bytes, dict[bytes, None]] = {}
         self._windows: dict[str, dict[int, dict[tuple[bytes, int], None]]] = {}
@@ -51,6 +56,7 @@ class BlockIndex:
     # Storing ------------------------------------------------------------------------------------------------
 
     def add(self, block: Block) -> None:
+        self.changes += 1
         self.blocks[block.key] = block
         for page in self._page_keys(block):
             self._by_pages.setdefault(page, {})[block.key] = None
@@ -62,6 +68,7 @@ class BlockIndex:
         """Returns the block; None if it is not there."""
         block = self.blocks.pop(key, None)
         if block is not None:
+            self.changes += 1
             for page in self._page_keys(block):
                 _discard(self._by_pages, page, key)
             for offset, value in self._hashes(block):
@@ -161,17 +168,18 @@ class BlockIndex:
     ) -> Iterator[tuple[Block, int, int]]:
         """Blocks and where in the prompt a run of theirs begins and ends that has some wanted window."""
         windows = self._windows.get(namespace)
-        if not windows or len(tokens) < WINDOW:
+        if not windows or len(tokens) < WINDOW or not wanted.any():
             return
         seen: dict[tuple[bytes, int], int] = {}  # to where the block was compared that would begin at this place
-        for place, value in enumerate(window_hashes(tokens, self._salt).tolist()):
-            if wanted[place] and value in windows:
-                for key, offset in windows[value]:
-                    if seen.get((key, place - offset), -1) <= place:
-                        begin, end = run_around(tokens, place, np.frombuffer(self.blocks[key].tokens, np.int32), offset)
-                        seen[key, place - offset] = max(end, place + 1)
-                        if end > begin:
-                            yield self.blocks[key], begin, end
+        hashes = window_hashes(tokens, self._salt).tolist()
+        known = np.fromiter(map(windows.__contains__, hashes), bool, len(hashes))
+        for place in np.flatnonzero(known & wanted[: len(known)]).tolist():
+            for key, offset in windows[hashes[place]]:
+                if seen.get((key, place - offset), -1) <= place:
+                    begin, end = run_around(tokens, place, np.frombuffer(self.blocks[key].tokens, np.int32), offset)
+                    seen[key, place - offset] = max(end, place + 1)
+                    if end > begin:
+                        yield self.blocks[key], begin, end
 
 
 def _holds(block: Block, other: Block) -> bool:

@@ -75,7 +75,7 @@ def align_and_copy(args: CopyArgs) -> Store:
             "run_ready": plgpu.Barrier(num_arrivals=(shape.k_parts + 1) * heads, num_barriers=STAGES),
             "tokens_ready": plgpu.Barrier(num_arrivals=(shape.k_parts + 1) * shape.tile, num_barriers=STAGES),
         },
-    )(source, target, run.astype(jnp.int32), *rotations(shift, args.inv_freq, run, shape), ref)
+    )(args.layers, source, target, run.astype(jnp.int32), *rotations(shift, args.inv_freq, run, shape), ref)
     return jax.freeze(ref).reshape(store.shape)
 
 
@@ -116,10 +116,11 @@ def _row_layout(shape: Shape) -> Any:
 
 
 def _kernel(shape: Shape, *refs: Ref, k_smem: Ref, v_smem: Ref, run_ready: Ref, tokens_ready: Ref) -> None:
-    source_ref, target_ref, run_ref, cos_ref, sin_ref, store = refs
+    layers_ref, source_ref, target_ref, run_ref, cos_ref, sin_ref, store = refs
     tile = lax.axis_index("tile")
     layout, half = _row_layout(shape), shape.head_dim // 2
     run = run_ref[tile] > 0
+    first_layer, end_layer = layers_ref[0], layers_ref[1]
     # All addresses are read at once: one by one, each would wait for memory.
     sources = [source_ref[tile * shape.tile + n] for n in range(shape.tile)]
     targets = [target_ref[tile * shape.tile + n] for n in range(shape.tile)]
@@ -185,9 +186,9 @@ def _kernel(shape: Shape, *refs: Ref, k_smem: Ref, v_smem: Ref, run_ready: Ref, 
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the layer before has left shared memory
         following = layer - 1 + STAGES
 
-        pl.when((layer > 0) & (following < shape.layers))(lambda: load(following))
+        pl.when((layer > first_layer) & (following < end_layer))(lambda: load(following))
 
-    for layer in range(min(STAGES, shape.layers)):
-        load(jnp.int32(layer))
-    lax.fori_loop(0, shape.layers, step, None)
+    for ahead in range(STAGES):
+        pl.when(first_layer + ahead < end_layer)(functools.partial(load, first_layer + ahead))
+    lax.fori_loop(first_layer, end_layer, step, None)
     plgpu.wait_smem_to_gmem(0)

@@ -10,6 +10,8 @@ from sparsex_kernels.layout import Store
 def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`. Rotates pairs as complex numbers."""
     source, target, page_size = args.source, args.target, args.store.shape[4]
+    layer = jnp.arange(len(args.store)).reshape(-1, *[1] * (args.store.ndim - 1))
+    copied = (layer >= args.layers[0]) & (layer < args.layers[1])
 
     def move(i: Array, store: Array) -> Array:
         old = store[:, source[i] // page_size, :, :, source[i] % page_size]  # [layers, 2, kv_heads, head_dim]
@@ -18,6 +20,6 @@ def align_and_copy(args: CopyArgs) -> Store:
         keys = jnp.concatenate([turned.real, turned.imag], axis=-1).astype(store.dtype)
         new = jnp.stack([keys, old[:, 1]], axis=1)
         moved = store.at[:, target[i] // page_size, :, :, target[i] % page_size].set(new)
-        return jnp.where(target[i] >= 0, moved, store)
+        return jnp.where((target[i] >= 0) & copied, moved, store)
 
     return lax.fori_loop(0, len(source), move, args.store)

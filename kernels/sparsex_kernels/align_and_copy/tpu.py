@@ -40,7 +40,12 @@ def align_and_copy(args: CopyArgs) -> Store:
     return pl.pallas_call(
         _align_kernel,
         grid=(len(source) // block, num_layers // layers),
-        in_specs=[in_smem] * 5 + [pl.BlockSpec((1, head_dim), lambda i, _: (0, 0)), HBM],
+        in_specs=[
+            *[in_smem] * 5,
+            pl.BlockSpec((1, 2), lambda i, _: (0, 0), memory_space=pltpu.SMEM),
+            pl.BlockSpec((1, head_dim), lambda i, _: (0, 0)),
+            HBM,
+        ],
         out_specs=HBM,
         scratch_shapes=[
             pltpu.VMEM(tile_shape, store.dtype),
@@ -50,10 +55,10 @@ def align_and_copy(args: CopyArgs) -> Store:
             pltpu.SemaphoreType.DMA((2,)),
         ],
         out_shape=jax.ShapeDtypeStruct(store.shape, store.dtype),
-        input_output_aliases={6: 0},
+        input_output_aliases={7: 0},
         compiler_params=compiler_params("arbitrary", "arbitrary"),
         name="align_and_copy",
-    )(*(x.reshape(-1, 1, block) for x in scalars), frequencies, store)
+    )(*(x.reshape(-1, 1, block) for x in scalars), args.layers.astype(jnp.int32)[None], frequencies, store)
 
 
 def layers_a_step(num_layers: int, kv_heads: int) -> int:
@@ -78,6 +83,7 @@ def _align_kernel(
     shift_ref: Ref,  # [1, tokens]
     next_ref: Ref,  # [1, tokens], the first token at or behind each that begins a piece
     end_ref: Ref,  # [1, tokens], the same, or that is padding
+    layers_ref: Ref,  # [1, 2], the first layer to copy and the first behind those
     frequencies_ref: Ref,  # [1, head_dim] float32, twice the half
     donated_ref: Ref,  # the store; it is the output's memory
     store_ref: Ref,  # [layers, pages, 2, kv_heads, page_size, head_dim], in HBM
@@ -122,7 +128,9 @@ def _align_kernel(
 
         def move(layer: Index, kv: int, rotated: Array) -> None:
             current = new_ref[new_slot, layer, kv].reshape(rotated.shape).astype(jnp.float32)
-            merged = jnp.where(moved, pltpu.roll(rotated, by, 0), current)
+            at = first_layer + layer
+            copied = moved & (at >= layers_ref[0, 0]) & (at < layers_ref[0, 1])
+            merged = jnp.where(copied, pltpu.roll(rotated, by, 0), current)
             new_ref[new_slot, layer, kv] = merged.astype(new_ref.dtype).reshape(kv_heads, TILE, head_dim)
 
         def move_layer(layer: Index, _: None) -> None:

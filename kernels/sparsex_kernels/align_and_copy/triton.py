@@ -18,7 +18,8 @@ def align_and_copy(args: CopyArgs) -> Store:
     angles = args.shift[:, None].astype(jnp.float32) * args.inv_freq
     return in_place(
         align,
-        *(args.source.astype(jnp.int32), args.target.astype(jnp.int32), jnp.cos(angles), jnp.sin(angles)),
+        *(args.layers.astype(jnp.int32), args.source.astype(jnp.int32), args.target.astype(jnp.int32)),
+        *(jnp.cos(angles), jnp.sin(angles)),
         store=args.store,
         grid=(-(-len(args.source) // TILE), layers),
         num_warps=4,

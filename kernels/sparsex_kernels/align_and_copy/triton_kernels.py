@@ -9,6 +9,7 @@ import triton.language as tl
 @triton.jit
 @no_type_check
 def align(
+    layers: tl.tensor,
     source: tl.tensor,
     target: tl.tensor,
     cos: tl.tensor,
@@ -25,7 +26,8 @@ def align(
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
     old = tl.load(source + token, mask=token < tokens, other=-1)
     new = tl.load(target + token, mask=token < tokens, other=-1)
-    live = (new >= 0)[:, None]
+    copied = (tl.program_id(1) >= tl.load(layers)) & (tl.program_id(1) < tl.load(layers + 1))
+    live = ((new >= 0) & copied)[:, None]
     half, dims = tl.arange(0, DIM // 2), tl.arange(0, DIM)
     angle = token[:, None] * (DIM // 2) + half[None, :]
     c, s = tl.load(cos + angle, mask=live, other=0.0), tl.load(sin + angle, mask=live, other=0.0)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from sparsex_kernels.arguments import CopyArgs
 from sparsex_kernels.layout import Store, num_tiles, pad_rows, slot_addresses, take_tile
@@ -19,7 +19,7 @@ def align_and_copy(args: CopyArgs) -> Store:
 
     def move(i: Array, store: Array) -> Array:
         old, new, by = take_tile(i, step, source, target, shift)
-        return _move(store, old, new, by, args.inv_freq)
+        return _move(store, old, new, by, args)
 
     return lax.fori_loop(0, num_tiles(target, step), move, args.store)
 
@@ -29,10 +29,15 @@ def _move(
     source: Int[Array, "step"],
     target: Int[Array, "step"],
     shift: Int[Array, "step"],
-    inv_freq: Float[Array, "half"],
+    args: CopyArgs,
 ) -> Store:
     page, offset = slot_addresses(store, source)
     old = store.at[:, page, :, :, offset].get(mode="clip")  # [tokens, layers, 2, kv_heads, head_dim]
-    keys = apply_rope(old[:, :, 0], jnp.broadcast_to(shift[:, None], old.shape[:2]), inv_freq)
+    keys = apply_rope(old[:, :, 0], jnp.broadcast_to(shift[:, None], old.shape[:2]), args.inv_freq)
     page, offset = slot_addresses(store, target)
-    return store.at[:, page, :, :, offset].set(old.at[:, :, 0].set(keys), mode="drop")
+    layer = jnp.arange(len(store))[:, None]
+    layer = jnp.where(
+        (layer >= args.layers[0]) & (layer < args.layers[1]), layer, len(store)
+    )  # behind the last: dropped
+    new = jnp.moveaxis(old.at[:, :, 0].set(keys), 1, 0)
+    return store.at[layer, page, :, :, offset].set(new, mode="drop")

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.cache import Match, PageCache
+from sparsex_jax.cache.tree import Node
 from sparsex_jax.device.link import Arriving, Link
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.errors import LinkError, StoreFullError
@@ -37,8 +38,18 @@ class Loading:
     def __init__(self, tiers: Tiers, runner: Runner, link: Link) -> None:
         self._tiers, self._runner, self._link = tiers, runner, link
 
-    def load(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> int:
+    def load(
+        self,
+        cache: PageCache,
+        tokens: Int32[np.ndarray, "tokens"],
+        namespace: str,
+        method: Method,
+        came_from: dict[Node, str],
+    ) -> int:
         """Load what host memory has of a prompt and the store lacks, and commit it there. Returns how many tokens.
+
+        Args:
+          came_from: takes up which tier each page was loaded from.
 
         Nothing is loaded where there are no pages for it, or where the link fails: the prompt is computed then.
         """
@@ -48,17 +59,24 @@ class Loading:
         try:
             chain, others = self.lacking(tokens, namespace, method, match)
             chain = list(itertools.takewhile(self._is_here, chain))
-            loaded += self._restore_prefix(cache, tokens, namespace, match, chain)
+            loaded += self._restore_prefix(cache, tokens, namespace, match, chain, came_from)
             for found in filter(self._is_here, others):
-                loaded += self._restore_segment(cache, found)
+                loaded += self._restore_segment(cache, found, came_from)
         except StoreFullError:
             log.debug("there are no pages for what could be loaded")
         except LinkError:
             log.exception("stored KV could not be loaded; it is computed")
         finally:
             cache.unpin(match)
-        self._tiers.counts.host_tokens += loaded
         return loaded
+
+    def _came(
+        self, cache: PageCache, found: Found, pages: Sequence[int], num_tokens: int, came_from: dict[Node, str]
+    ) -> None:
+        """Count tokens of a block as loaded, and note where the committed pages that they are in came from."""
+        tier = self._tiers.got(found.block.key, num_tokens)
+        nodes = (cache.tree.node_of[page] for page in pages)
+        came_from |= {node: tier for node in nodes if node is not None}
 
     def _is_here(self, found: Found) -> bool:
         return self._tiers.is_here(found.block.key)
@@ -93,6 +111,7 @@ class Loading:
         namespace: str,
         match: Match,
         chain: list[Found],
+        came_from: dict[Node, str],
     ) -> int:
         if not chain:
             return 0
@@ -105,8 +124,12 @@ class Loading:
         cache.share(shared)
         pages = [*shared, *new]
         with _released(cache, pages):
-            self._load([_rows_of(found, first, pages, page_size) for found in chain])
+            rows = [_rows_of(found, first, pages, page_size) for found in chain]
+            self._load(rows)
             self._commit_prefix(cache, pages, tokens, namespace, chain)
+            for found, (block, _, own) in zip(chain, rows, strict=True):
+                num_tokens = block.start + found.num_tokens - max(block.start, match.num_prefix_tokens)
+                self._came(cache, found, own, num_tokens, came_from)
         return end - match.num_prefix_tokens
 
     def _commit_prefix(
@@ -131,13 +154,14 @@ class Loading:
             own = pages[: -(-end // self._tiers.index.page_size)]
             cache.commit(own, tokens[:end], namespace, exact_tokens=min(exact, end), made_by=made_by)
 
-    def _restore_segment(self, cache: PageCache, found: Found) -> int:
+    def _restore_segment(self, cache: PageCache, found: Found, came_from: dict[Node, str]) -> int:
         block = found.block
         pages = cache.allocate(-(-block.num_tokens // self._tiers.index.page_size))
         about: dict[str, Any] = {"exact_tokens": block.exact, "start": block.start, "made_by": maker_of(block)}
         with _released(cache, pages):
             self._load([(block, range(len(pages)), pages)])
             cache.commit(pages, np.frombuffer(block.tokens, np.int32), block.namespace, **about)
+            self._came(cache, found, pages, block.num_tokens, came_from)
         return block.num_tokens
 
     def _load(self, wanted: Sequence[tuple[Block, range, list[int]]]) -> None:

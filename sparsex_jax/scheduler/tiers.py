@@ -328,7 +328,9 @@ class Tiers:
         self._was_read.add(key)
         new = New(kept.nbytes, self.index.marks(block), remembered=False)
         promised = sum(each.nbytes for each, _ in self._moving if each.to_host)
-        self._put(block, kept, to_host=self._host.demand.take([new], promised) == 1)
+        taken = self._host.demand.take([new], promised)
+        self.counts.refused += 1 - taken
+        self._put(block, kept, to_host=taken == 1)
 
     # Going ------------------------------------------------------------------------------------------------
 

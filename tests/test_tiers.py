@@ -49,7 +49,9 @@ def check(engine):
 def check_restored(engine, prompts, tier):
     """Each prompt of `LONG` tokens finds itself in a tier, and is answered as if it had never been evicted."""
     for prompt in prompts:
-        back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparsex_jax.device.restorer._WORTH", 1e9)  # nothing is computed that could be loaded
+            back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
         assert back.report.prefix_tokens == LONG - 1
         assert back.report.restored_tokens > 0
         assert back.report.prefix_tier == tier

@@ -83,7 +83,7 @@ class Tiers:
         self._moving: list[tuple[_Going, HostBlock]] = []
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tiers") if disk is not None else None
         self._reading: dict[bytes, Future[HostBlock | None]] = {}
-        self._was_read: set[bytes] = set()  # and no prompt had it yet
+        self._from_disk: set[bytes] = set()  # read, or being read, and no prompt had it yet
         self._to_write: deque[_Going] = deque()
         self._writing: dict[bytes, Future[None]] = {}
         for block in disk.blocks() if disk is not None else ():
@@ -234,7 +234,7 @@ class Tiers:
         store, other = (self._host, self._passing) if to_host else (self._passing, self._host)
         other.remove(block.key)
         for key, used in store.put(block, kept, remembered=remembered):
-            self._was_read.discard(key)
+            self._from_disk.discard(key)
             if to_host:
                 self.counts.evictions += 1
                 self._host.demand.left(self.index.marks(self.index.blocks[key])[-1], used)
@@ -248,7 +248,7 @@ class Tiers:
         """Know a block no longer that no tier has."""
         if not self.is_here(key) and not self._is_on_disk(key):
             self.index.remove(key)
-            self._was_read.discard(key)
+            self._from_disk.discard(key)
 
     def _is_on_disk(self, key: bytes) -> bool:
         return self._disk is not None and (key in self._writing or key in self._disk)
@@ -261,6 +261,7 @@ class Tiers:
             return self.take(key)
         if key not in self._reading and self._threads is not None and self._is_on_disk(key):
             self._reading[key] = self._threads.submit(self._read, key)
+            self._from_disk.add(key)
         return self._reading.get(key)
 
     def is_here(self, key: bytes) -> bool:
@@ -273,8 +274,8 @@ class Tiers:
 
     def got(self, key: bytes, num_tokens: int) -> str:
         """Count that a prompt got tokens of a block. Returns where it was before that prompt: `host` or `disk`."""
-        if key in self._was_read:
-            self._was_read.discard(key)
+        if key in self._from_disk:
+            self._from_disk.discard(key)
             self.counts.disk_tokens += num_tokens
             return "disk"
         self.counts.host_tokens += num_tokens
@@ -325,7 +326,6 @@ class Tiers:
         self.counts.read_bytes += kept.nbytes
         if self.is_here(key):
             return
-        self._was_read.add(key)
         new = New(kept.nbytes, self.index.marks(block), remembered=False)
         promised = sum(each.nbytes for each, _ in self._moving if each.to_host)
         taken = self._host.demand.take([new], promised)
@@ -370,7 +370,7 @@ class Tiers:
             self.index.remove(key)
             self._host.remove(key)
             self._passing.remove(key)
-            self._was_read.discard(key)
+            self._from_disk.discard(key)
             if key in self._writing:
                 self._writing[key].cancel()
         if keys and self._disk is not None and self._threads is not None:
@@ -413,7 +413,7 @@ class Tiers:
         self._passing.check()
         assert not [key for key in self.index.blocks if key in self._host and key in self._passing]
         assert all(self.is_here(key) or self._is_on_disk(key) for key in self.index.blocks)
-        assert self._was_read <= self.index.blocks.keys()
+        assert self._from_disk <= self.index.blocks.keys()
 
 
 def make_tiers(runner: Runner, link: Link) -> Tiers:

@@ -205,17 +205,19 @@ class Tiers:
         written = [key for key, each in self._writing.items() if each.done()]
         for key in written:
             del self._writing[key]
-        evicted = disk.take_evicted()
-        for key, used in evicted:
-            if key in self.index.blocks:
-                disk.left(self.index.marks(self.index.blocks[key])[-1], used)
-        for key in (*written, *(key for key, _ in evicted)):
             self._let_go(key)
+        self._take_evicted(disk)
         while self._to_write and len(self._writing) < MOST_MOVING:
             going = self._to_write.popleft()
             kept = self._kept(going.block.key)
             if kept is not None:
                 self._writing[going.block.key] = self._threads.submit(self._write, going, kept)
+
+    def _take_evicted(self, disk: DiskStore) -> None:
+        for key, used in disk.take_evicted():
+            if key in self.index.blocks:
+                disk.left(self.index.marks(self.index.blocks[key])[-1], used)
+            self._let_go(key)
 
     def _write(self, going: _Going, kept: HostBlock) -> None:
         assert self._disk is not None
@@ -409,10 +411,13 @@ class Tiers:
 
     def check(self) -> None:
         """Raise AssertionError unless the parts agree. For tests."""
+        if self._disk is not None:
+            self._take_evicted(self._disk)
         self._host.check()
         self._passing.check()
         assert not [key for key in self.index.blocks if key in self._host and key in self._passing]
-        assert all(self.is_here(key) or self._is_on_disk(key) for key in self.index.blocks)
+        stored = (self.is_here(key) or self._is_on_disk(key) or key in self._reading for key in self.index.blocks)
+        assert all(stored)
         assert self._from_disk <= self.index.blocks.keys()
 
 

@@ -403,13 +403,13 @@ def test_what_came_from_host_memory_is_told(page):
     engine = make_engine(store_tokens=1024, host_store_bytes=1 << 26)
     with live_server(engine) as live:
         page.goto(live.url)
-        send(page, f"{NOTE} When does it open?")
+        send(page, f"{NOTE * 4} When does it open?")
         for other in range(8):
             text = f"Number {other}: " + "one and two and three " * 20
             body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
             assert live.http().post("/v1/chat/completions", json=body).status_code == 200
         page.get_by_role("button", name="New chat").click()
-        send(page, f"{NOTE} And when does it close?")
+        send(page, f"{NOTE * 4} And when does it close?")
         expect(page.locator("#prefix-tier")).to_have_text("The prefix came from host.")
         expect(page.locator("#tiers .host")).to_contain_text("of 64 MiB")
         store = live.http().get("/v1/store").json()

@@ -2,7 +2,8 @@
 
     a sequence ends      `keep`: its pages are cut into blocks, which go down to host memory while others compute
     a block comes down   it is written to the disk as well, on another thread
-    host memory is full  the block that was used least recently goes; it is on the disk still
+    host memory is full  the block that was used least recently goes, if the new one returns sooner
+                         (`sparsex_jax.tiers.demand`); it is on the disk still
     a prompt comes       `read`: what is on the disk only comes to host memory, on another thread
 
 `sparsex_jax.scheduler.restoring` and `loading` bring blocks from host memory back into the store.
@@ -86,6 +87,7 @@ class Tiers:
         self._from_disk: set[bytes] = set()  # read, or being read, and no prompt had it yet
         self._to_write: deque[_Going] = deque()
         self._writing: dict[bytes, Future[None]] = {}
+        self._deleting: dict[bytes, Future[None]] = {}
         for block in disk.blocks() if disk is not None else ():
             self.index.add(block)
 
@@ -253,7 +255,9 @@ class Tiers:
             self._from_disk.discard(key)
 
     def _is_on_disk(self, key: bytes) -> bool:
-        return self._disk is not None and (key in self._writing or key in self._disk)
+        """Or will be."""
+        doomed = key in self._deleting and not self._deleting[key].done()
+        return self._disk is not None and (key in self._writing or (key in self._disk and not doomed))
 
     # Coming back --------------------------------------------------------------------------------------------
 
@@ -376,7 +380,9 @@ class Tiers:
             if key in self._writing:
                 self._writing[key].cancel()
         if keys and self._disk is not None and self._threads is not None:
-            self._threads.submit(self._delete, keys)  # behind what is being written
+            deleted = self._threads.submit(self._delete, keys)  # behind what is being written
+            self._deleting = {key: each for key, each in self._deleting.items() if not each.done()}
+            self._deleting |= dict.fromkeys(keys, deleted)
 
     def _delete_now(self, keys: list[bytes]) -> None:
         """Delete what is on disk already, so that no restart finds it; what is being written goes behind that."""
@@ -411,13 +417,13 @@ class Tiers:
 
     def check(self) -> None:
         """Raise AssertionError unless the parts agree. For tests."""
-        if self._disk is not None:
-            self._take_evicted(self._disk)
         self._host.check()
         self._passing.check()
         assert not [key for key in self.index.blocks if key in self._host and key in self._passing]
-        stored = (self.is_here(key) or self._is_on_disk(key) or key in self._reading for key in self.index.blocks)
-        assert all(stored)
+        nowhere = {key for key in self.index.blocks if not self.is_here(key) and not self._is_on_disk(key)}
+        if self._disk is not None:
+            self._take_evicted(self._disk)  # also what was evicted on the other thread until now
+        assert nowhere & self.index.blocks.keys() <= self._reading.keys(), len(nowhere)
         assert self._from_disk <= self.index.blocks.keys()
 
 

@@ -67,7 +67,7 @@ class Bench:
         began = self._evicted()
         loading = self.engine.admission.loading
         assert loading is not None
-        loading.load(self.engine.cache, self.prompt, NAMESPACE, method_of(self.reuse))
+        loading.load(self.engine.cache, self.prompt, NAMESPACE, method_of(self.reuse), {})
         loading.settle(loading.pages)
         jax.block_until_ready(self.engine.runner.store)
         self._prefill()

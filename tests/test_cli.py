@@ -30,6 +30,7 @@ REPORT_FIELDS = {
     "omitted_tokens",
     "probe_layers",
     "restored_tokens",
+    "prefix_tier",
     "active_tokens",
     "boundary_layer",
     "segments",

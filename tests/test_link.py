@@ -274,7 +274,7 @@ def test_a_copy_that_fails_on_the_way_leaves_the_store_alone():
     link, like = made()
     store = on_devices(random_array(like.shape, like.dtype), like)
     arriving = link.fetch(link.spill(store, [0]), GROUPS)
-    arriving.pieces = (*arriving.pieces[1:], Failed())
+    arriving.pieces = (*jax.block_until_ready(arriving.pieces[1:]), Failed())
     with pytest.raises(LinkError, match="XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"):
         arriving.ready()
     with pytest.raises(LinkError, match="out of host memory"):

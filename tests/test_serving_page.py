@@ -378,3 +378,42 @@ def test_the_page_loads_nothing_from_other_hosts(live):
     assert "unsafe" not in policy
     for name in ("style.css", "app.js", "api.js", "keep.js", "show.js", "paint.js", "example.js", "icon.svg"):
         assert httpx.get(f"{live.url}/page/{name}").status_code == 200
+
+
+@in_a_browser
+def test_the_store_is_shown_by_tier(page, live):
+    page.goto(live.url)
+    expect(page.locator("#store-text")).to_contain_text("of 64 pages")
+    expect(page.locator("#tiers")).to_be_hidden()  # there is the device's store alone
+    sizes = [("device", 3 << 19, 3 << 20, 7), ("host", 1000, 64 << 30, 1200), ("disk", 0, 200 << 30, 0)]
+    tiers = [dict(zip(("name", "bytes", "limit", "hit_tokens"), each, strict=True)) for each in sizes]
+    pages = {"pages": 64, "free": 32, "active": 0, "frozen": 0, "cached": 32, "page_size": 64}
+    serve_once(page, "/v1/store", 200, json.dumps(pages | {"object": "store", "tiers": tiers}))
+    expect(page.locator("#tiers li")).to_have_text(
+        [
+            "device 1.5 MiB of 3 MiB, 7 tokens found",
+            "host 1000 B of 64 GiB, 1200 tokens found",
+            "disk 0 B of 200 GiB, 0 tokens found",
+        ]
+    )
+
+
+@in_a_browser
+def test_what_came_from_host_memory_is_told(page):
+    engine = make_engine(store_tokens=1024, host_store_bytes=1 << 26)
+    with live_server(engine) as live:
+        page.goto(live.url)
+        send(page, f"{NOTE * 4} When does it open?")
+        for other in range(8):
+            text = f"Number {other}: " + "one and two and three " * 20
+            body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+            assert live.http().post("/v1/chat/completions", json=body).status_code == 200
+        page.get_by_role("button", name="New chat").click()
+        send(page, f"{NOTE * 4} And when does it close?")
+        expect(page.locator("#prefix-tier")).to_have_text("The prefix came from host.")
+        expect(page.locator("#tiers .host")).to_contain_text("of 64 MiB")
+        store = live.http().get("/v1/store").json()
+        assert [tier["name"] for tier in store["tiers"]] == ["device", "host"]
+        assert store["tiers"][1]["hit_tokens"] > 0
+        assert 0 < store["tiers"][1]["bytes"] <= store["tiers"][1]["limit"] == 1 << 26
+        assert 'sparsex_tier_limit_bytes{tier="host"} 6.7108864e+07' in live.http().get("/metrics").text

@@ -47,12 +47,15 @@ def check(engine):
     engine.admission.tiers.check()
 
 
-def check_restored(engine, prompts):
+def check_restored(engine, prompts, tier):
     """Each prompt of `LONG` tokens finds itself in a tier, and is answered as if it had never been evicted."""
     for prompt in prompts:
-        back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sparsex_jax.device.restorer._WORTH", 1e9)  # nothing is computed that could be loaded
+            back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
         assert back.report.prefix_tokens == LONG - 1
         assert back.report.restored_tokens > 0
+        assert back.report.prefix_tier == tier
         np.testing.assert_allclose(back.logits, exact(prompt), atol=1e-3)
     check(engine)
 
@@ -63,7 +66,8 @@ def check_restored(engine, prompts):
 def test_what_was_evicted_comes_back_exactly():
     engine, prompts = tiny_engine(**SMALL), texts(4)
     fill(engine, prompts)
-    check_restored(engine, prompts)
+    check_restored(engine, prompts, "host")
+    assert engine.prefill(prompts[-1], reuse=ReuseConfig("prefix")).report.prefix_tier == "device"
     assert engine.admission.tiers.counts.host_tokens > 3 * PAGE
 
 
@@ -92,6 +96,10 @@ def test_segments_come_back_at_other_places():
     alone = tiny_engine(store_tokens=24 * PAGE)
     fill(alone, [document])
     assert found.reused_tokens == alone.prefill(asked, reuse=reuse, keep=False).report.reused_tokens >= 10 * PAGE
+    assert [(segment.tier, found.prefix_tier) for segment in found.segments] == [("host", None)]
+    assert found.tiers_in_words() == "1 segments from host"
+    again = engine.prefill(asked, reuse=reuse, keep=False).report
+    assert {segment.tier for segment in again.segments} == {"device"}
     check(engine)
 
 
@@ -314,13 +322,62 @@ def test_a_tier_that_is_too_small_loses_ends_first():
     check(engine)
 
 
+def room_for(engine, number):
+    """Bytes of host memory for so many prompts of `LONG` tokens."""
+    return number * engine.admission.tiers._link.block_bytes(BLOCK_PAGES) * 5 // 4  # a block and four pages
+
+
+def test_a_tier_for_a_part_of_what_returns_has_that_part():
+    room, prompts = room_for(tiny_engine(**SMALL), 3), texts(9)
+    engine = tiny_engine(store_tokens=24 * PAGE, host_store_bytes=room)
+    tiers = engine.admission.tiers
+    fill(engine, prompts * 2)
+    before = dataclasses.replace(tiers.counts)
+    fill(engine, prompts * 2)
+    assert tiers.counts.host_tokens - before.host_tokens >= 2 * 2 * BLOCK_PAGES * PAGE
+    assert tiers.counts.spilled_bytes - before.spilled_bytes < room  # and it does not only write
+    assert tiers.counts.refused > before.refused
+    check(engine)
+    fill(engine, texts(3, seed=3) * 5)  # others are followed
+    assert all(tiers.index.prefix(prompt, "default", lambda block: False) for prompt in texts(3, seed=3))
+    check(engine)
+
+
+def test_what_host_memory_refuses_goes_to_the_disk_and_comes_from_there(tmp_path):
+    room, prompts = room_for(tiny_engine(**SMALL), 8), texts(12)
+    disk = {"disk_store": str(tmp_path), "disk_store_bytes": 1 << 26}
+    engine = tiny_engine(store_tokens=24 * PAGE, host_store_bytes=room, **disk)
+    tiers = engine.admission.tiers
+    fill(engine, prompts * 3)
+    assert tiers.counts.refused > 0
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2 * len(prompts)
+    before = dataclasses.replace(tiers.counts)
+    fill(engine, prompts)
+    host, every = tiers.counts.host_tokens - before.host_tokens, len(prompts) * LONG
+    assert host >= every / 3
+    assert tiers.counts.disk_tokens > before.disk_tokens
+    check(engine)
+    engine.close()
+
+
+def test_a_block_that_is_used_in_host_memory_does_not_look_unused_on_disk(tmp_path):
+    disk = {"disk_store": str(tmp_path), "disk_store_bytes": 1 << 26}
+    engine, (prompt, *others) = tiny_engine(**SMALL, **disk), texts(3)
+    fill(engine, [prompt, *others, prompt])
+    engine.close()
+    assert list(engine.admission.tiers._disk.blocks())[-1].tokens == prompt[: BLOCK_PAGES * PAGE].tobytes()
+
+
 def test_a_restart_finds_what_the_disk_has(tmp_path):
     disk = {"disk_store": str(tmp_path), "disk_store_bytes": 1 << 26}
     engine, prompts = tiny_engine(**SMALL, **disk), texts(3)
     fill(engine, prompts)
     engine.close()
     again = tiny_engine(**SMALL, **disk)
-    check_restored(again, prompts)
+    check_restored(again, prompts, "disk")
+    counts = again.admission.tiers.counts
+    assert counts.disk_tokens > PAGE
+    assert counts.host_tokens == 0
     again.close()
 
 
@@ -347,14 +404,14 @@ def test_what_the_disk_evicted_or_refused_is_stored_again(tmp_path, monkeypatch)
     assert tiers._disk.counts.evicted > 0
     check(engine)
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise DiskStoreError("a test's")
 
     with monkeypatch.context() as patch:
         patch.setattr(DiskStore, "put", fail)
         fill(engine, texts(6, seed=1))
         check(engine)
-    fill(engine, prompts[:1])
+    fill(engine, prompts[:1] * 2)  # the first time, what is there returns sooner
     assert tiers.index.prefix(prompts[0], "default", lambda block: False)
     check(engine)
     engine.close()
@@ -413,7 +470,7 @@ def test_impossible_options_are_refused(options, named):
 def test_a_link_that_fails_costs_time_only(where, monkeypatch):
     engine, prompts = tiny_engine(**SMALL), texts(3)
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise LinkError("a test's")
 
     if where in ("fetch", "place"):
@@ -534,7 +591,7 @@ def test_prefixes_are_found_page_by_page(stored, asked, scale):
     index, repeat = BlockIndex(4), lambda bits: [bit for bit in bits for _ in range(4 * scale)]
     for each in stored:
         for block in chain(repeat(each)):
-            if not index.has_all_of(block):
+            if index.holder(block) is None:
                 for key in index.outgrown(block):
                     index.remove(key)
                 index.add(block)
@@ -590,5 +647,5 @@ def test_host_memory_stays_within_its_limit(steps):
     host, blocks = HostStore(12), [block for seed in range(5) for block in chain([seed] * 9)]
     for number, nbytes in steps:
         gone = host.put(blocks[number], Kept(nbytes))
-        assert all(key not in host for key in gone)
+        assert all(key not in host for key, _ in gone)
         host.check()

@@ -51,6 +51,7 @@ class Segment:
       donor_start: the position that its first token was computed at. The others follow one by one.
       slots: the slot mapping, page * page_size + offset for each token.
       exact: whether all its KV is what full recompute of the donor's prompt gives.
+      tier: where its KV was when the prompt came: `device`, `host` or `disk`, whichever of its pages' is farthest.
     """
 
     start: int
@@ -58,6 +59,7 @@ class Segment:
     donor_start: int
     slots: Int64[np.ndarray, "length"]
     exact: bool
+    tier: str = "device"
 
     @property
     def end(self) -> int:

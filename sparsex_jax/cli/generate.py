@@ -103,7 +103,8 @@ def report_line(report: Report) -> str:
 
 def prefill_line(report: Report) -> str:
     """How many tokens of a prompt were found, and how many are computed."""
+    tiers = f" ({report.tiers_in_words()})" if report.tiers_in_words() else ""
     return (
-        f"{report.in_words()}; {len(report.segments)} segments; {report.active_tokens} active from layer "
+        f"{report.in_words()}; {len(report.segments)} segments{tiers}; {report.active_tokens} active from layer "
         f"{report.boundary_layer} on, {report.computed_fraction:.0%} computed"
     )

@@ -35,11 +35,13 @@ class PromptMap:
       kind: a `TokenKind` for each token. The last token is always fresh, as its logits are wanted.
       segments: the reused runs, in order. The last one may cover the prompt's last token, which is computed all the
         same.
+      prefix_tier: where the KV of the prefix was when the prompt came, as `Segment.tier`.
     """
 
     tokens: Int32[np.ndarray, "tokens"]
     kind: UInt8[np.ndarray, "tokens"]
     segments: tuple[Segment, ...] = ()
+    prefix_tier: str = "device"
 
     @classmethod
     def of(cls, tokens: Int32[np.ndarray, "tokens"], match: Match) -> PromptMap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -28,11 +29,17 @@ _FOUND = {
 
 @dataclasses.dataclass(frozen=True)
 class ReusedSegment:
-    """A reused run of tokens: its place in the prompt, and the position in the donor's prompt where it began."""
+    """A reused run of tokens: its place in the prompt, and the position in the donor's prompt where it began.
+
+    Attributes:
+      tier: where its KV was when the prompt came: `device`, `host` (memory) or `disk`. The slowest of these, if its
+        parts were in several.
+    """
 
     start: int
     length: int
     donor_start: int
+    tier: str = "device"
 
     @property
     def donor_positions(self) -> range:
@@ -63,6 +70,7 @@ class Report:
       probe_layers: how many layers a probe ran the fresh tokens through before an excerpt was made. 0: there was none.
       ttft_s: seconds from the call to the first token (or its logits) on the host.
       restored_tokens: how many were loaded into the store for it, from host memory or the disk.
+      prefix_tier: where the prefix's KV was when the prompt came, as a segment's `tier`. None: no prefix was found.
       kind: a `TokenKind` for each prompt token, uint8 `[tokens]`.
       active: whether each prompt token was computed from the boundary layer on, bool `[tokens]`.
       phase_tokens: how many tokens each phase of the schedule computed.
@@ -86,6 +94,7 @@ class Report:
     active: np.ndarray
     phase_tokens: tuple[int, ...]
     restored_tokens: int = 0
+    prefix_tier: str | None = None
 
     def tokens_by_kind(self) -> dict[str, int]:
         """The number of tokens of each of the `KINDS`. Their sum is `prompt_tokens`."""
@@ -95,6 +104,13 @@ class Report:
         """The number of tokens, and of each kind that there are any of: `90 tokens: 60 reused, 30 fresh`."""
         counts = self.tokens_by_kind().items()
         return f"{self.prompt_tokens} tokens: {', '.join(f'{n} {words_of(kind)}' for kind, n in counts if n)}"
+
+    def tiers_in_words(self) -> str:
+        """What was not on the device when the prompt came: `prefix from disk, 2 segments from host`. Empty: nothing."""
+        counts = collections.Counter(each.tier for each in self.segments)
+        found = [(f"{counts[tier]} segments", tier) for tier in sorted(counts)]
+        parts = [("prefix", self.prefix_tier), *found]
+        return ", ".join(f"{what} from {tier}" for what, tier in parts if tier not in (None, "device"))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but what is known of each token and each phase, ready for JSON."""
@@ -130,7 +146,7 @@ def make_report(
         **_counts(prompt, active),
         active_tokens=counts[min(1, len(phases) - 1)],
         boundary_layer=ends[0] if counts[0] == prompt.computed.sum() else 0,
-        segments=tuple(ReusedSegment(s.start, s.length, s.donor_start) for s in prompt.segments),
+        segments=_segments(prompt),
         computed_fraction=(token_layers + probed(prompt, phases)) / (num_layers * len(prompt)),
         confidence=1.0 if ran and _is_complete(prompt, masks) else confidence,
         probe_layers=0,
@@ -138,7 +154,12 @@ def make_report(
         kind=prompt.kind,
         active=active,
         phase_tokens=tuple(counts),
+        prefix_tier=prompt.prefix_tier if prompt.num_prefix else None,
     )
+
+
+def _segments(prompt: PromptMap) -> tuple[ReusedSegment, ...]:
+    return tuple(ReusedSegment(each.start, each.length, each.donor_start, each.tier) for each in prompt.segments)
 
 
 def report_of_excerpt(whole: PromptMap, excerpt: Excerpt, answered: Report, num_layers: int) -> Report:
@@ -157,7 +178,7 @@ def report_of_excerpt(whole: PromptMap, excerpt: Excerpt, answered: Report, num_
         answered,
         prompt_tokens=len(whole),
         **_counts(dataclasses.replace(whole, kind=kind), active),
-        segments=tuple(ReusedSegment(s.start, s.length, s.donor_start) for s in whole.segments),
+        segments=_segments(whole),
         computed_fraction=float(work / len(whole)),
         confidence=excerpt.confidence,
         probe_layers=excerpt.probe_layers,

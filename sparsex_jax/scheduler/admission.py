@@ -30,6 +30,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler.choice import Choice, look_up
 from sparsex_jax.scheduler.company import Neighbours
 from sparsex_jax.scheduler.loading import Loading
+from sparsex_jax.scheduler.origins import with_tiers
 from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.scheduler.tiers import Tiers
@@ -141,8 +142,9 @@ class Admission:
             raise
         if sequence.asked and not sequence.was_admitted:
             self.cache.count_use(match)
-        num_shared, plan = len(plan.pages), dataclasses.replace(plan, pages=pages)
-        plan, late = self._without_late(plan)
+        num_shared = len(plan.pages)
+        plan = with_tiers(plan, match.prefix_tail, self.cache, sequence.came_from)
+        plan, late = self._without_late(dataclasses.replace(plan, pages=pages))
         sequence.admit(plan, match, num_shared, copy_pages, late)
         self._holders.add(sequence)
         self._returning.discard(sequence)
@@ -157,7 +159,7 @@ class Admission:
         """
         loaded = 0
         if self.loading and load:
-            loaded = self.loading.load(self.cache, tokens, sequence.namespace, method)
+            loaded = self.loading.load(self.cache, tokens, sequence.namespace, method, sequence.came_from)
         may_pay = functools.partial(self.choice.segments_may_pay, method, len(tokens))
         about = (tokens, sequence.namespace, method, self._model.num_layers)
         match = look_up(self.cache, *about, segments=may_pay)
@@ -412,7 +414,7 @@ class Admission:
         at, exact = sequence.num_before, len(asked.text)
         self.cache.commit(pages, asked.text, asked.namespace, exact_tokens=exact, start=at)
         if self.tiers:
-            self.tiers.keep(self.cache, pages)
+            self.tiers.keep(self.cache, pages, remembered=True)
         return pages
 
     # Going out ----------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.cache import Match, PageCache
+from sparsex_jax.cache.tree import Node
 from sparsex_jax.device.arrivals import Arrivals, Incoming, Load
 from sparsex_jax.device.link import Link
 from sparsex_jax.device.runner import Runner
@@ -28,7 +29,6 @@ from sparsex_jax.reuse.methods import Method
 from sparsex_jax.scheduler.blocks import maker_of
 from sparsex_jax.scheduler.choice import look_up
 from sparsex_jax.scheduler.tiers import Tiers
-from sparsex_jax.tiers.blocks import Block
 from sparsex_jax.tiers.index import Found
 
 log = logging.getLogger(__name__)
@@ -53,11 +53,21 @@ class Loading:
         """That hold what is coming."""
         return [page for incoming in self._coming for page in incoming.pages]
 
-    def load(self, cache: PageCache, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method) -> int:
+    def load(
+        self,
+        cache: PageCache,
+        tokens: Int32[np.ndarray, "tokens"],
+        namespace: str,
+        method: Method,
+        came_from: dict[Node, str],
+    ) -> int:
         """Load what host memory has of a prompt and the store lacks, and commit it there. Returns how many tokens.
 
         Segments may be on their way still. Nothing is loaded where there are no pages for it, or where the link fails:
         the prompt is computed then.
+
+        Args:
+          came_from: takes up which tier each page was loaded from.
         """
         if not (method.uses_prefix or method.uses_segments) or not self._tiers.has_host_blocks:
             return 0
@@ -65,16 +75,23 @@ class Loading:
         try:
             chain, others = self.lacking(tokens, namespace, method, match)
             chain = list(itertools.takewhile(self._is_here, chain))
-            loaded += self._restore_prefix(cache, tokens, namespace, match, chain)
-            loaded += self._send_for(cache, [found.block for found in filter(self._is_here, others)])
+            loaded += self._restore_prefix(cache, tokens, namespace, match, chain, came_from)
+            loaded += self._send_for(cache, [found for found in others if self._is_here(found)], came_from)
         except StoreFullError:
             log.debug("there are no pages for what could be loaded")
         except LinkError:
             log.exception("stored KV could not be loaded; it is computed")
         finally:
             cache.unpin(match)
-        self._tiers.counts.host_tokens += loaded
         return loaded
+
+    def _came(
+        self, cache: PageCache, found: Found, pages: Sequence[int], num_tokens: int, came_from: dict[Node, str]
+    ) -> None:
+        """Count tokens of a block as loaded, and note where the committed pages that they are in came from."""
+        tier = self._tiers.got(found.block.key, num_tokens)
+        nodes = (cache.tree.node_of[page] for page in pages)
+        came_from |= {node: tier for node in nodes if node is not None}
 
     def _is_here(self, found: Found) -> bool:
         return self._tiers.is_here(found.block.key)
@@ -117,6 +134,7 @@ class Loading:
         namespace: str,
         match: Match,
         chain: list[Found],
+        came_from: dict[Node, str],
     ) -> int:
         if not chain:
             return 0
@@ -129,8 +147,13 @@ class Loading:
         cache.share(shared)
         pages = [*shared, *new]
         with _released(cache, pages):
-            self._load([self._load_of(found, first, pages) for found in chain])
+            loads = [self._load_of(found, first, pages) for found in chain]
+            self._load(loads)
             self._commit_prefix(cache, pages, tokens, namespace, chain)
+            for found, load in zip(chain, loads, strict=True):
+                start = found.block.start
+                num_tokens = start + found.num_tokens - max(start, match.num_prefix_tokens)
+                self._came(cache, found, load.pages, num_tokens, came_from)
         return end - match.num_prefix_tokens
 
     def _commit_prefix(
@@ -170,21 +193,23 @@ class Loading:
             raise incoming.error
         self._count(incoming)
 
-    def _send_for(self, cache: PageCache, blocks: list[Block]) -> int:
+    def _send_for(self, cache: PageCache, wanted: list[Found], came_from: dict[Node, str]) -> int:
         """Send for segments, as many as there are pages for, and commit them. Returns how many tokens."""
         loads: list[Load] = []
         with contextlib.suppress(StoreFullError):
-            for block in blocks:
-                pages = cache.allocate(-(-block.num_tokens // self._tiers.index.page_size))
-                loads.append(Load(self._tiers.take(block.key), range(len(pages)), pages))
+            for found in wanted:
+                pages = cache.allocate(-(-found.block.num_tokens // self._tiers.index.page_size))
+                loads.append(Load(self._tiers.take(found.block.key), range(len(pages)), pages))
         if not loads:
             return 0
         self._coming[self._arrivals.begin(loads)] = cache
-        sent = blocks[: len(loads)]
-        for block, load in zip(sent, loads, strict=True):  # while they move
+        sent = wanted[: len(loads)]
+        for found, load in zip(sent, loads, strict=True):  # while they move
+            block = found.block
             about: dict[str, Any] = {"exact_tokens": block.exact, "start": block.start, "made_by": maker_of(block)}
             cache.commit(load.pages, np.frombuffer(block.tokens, np.int32), block.namespace, **about)
-        return sum(block.num_tokens for block in sent)
+            self._came(cache, found, load.pages, block.num_tokens, came_from)
+        return sum(found.block.num_tokens for found in sent)
 
     # While it comes -----------------------------------------------------------------------------------------
 

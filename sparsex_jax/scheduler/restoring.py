@@ -37,6 +37,7 @@ class _Prefix:
       cache: whose pages it has.
       start: where it goes on behind what the store had.
       behind: the nodes of what the store had.
+      chain: the blocks that it is restored from.
     """
 
     restoration: Restoration
@@ -44,6 +45,7 @@ class _Prefix:
     namespace: str
     start: int
     behind: list[Node | None]
+    chain: list[Found]
 
     @property
     def stands(self) -> bool:
@@ -156,7 +158,7 @@ class Restoring:
         except BaseException:
             cache.release(pages)
             raise
-        self._prefixes[sequence] = _Prefix(restoration, cache, sequence.namespace, start, behind)
+        self._prefixes[sequence] = _Prefix(restoration, cache, sequence.namespace, start, behind, chain)
 
     def _chunk(self, found: Found, start: int) -> Chunk:
         block = found.block
@@ -182,6 +184,16 @@ class Restoring:
             sequence.restored_tokens += loaded
             sequence.computed_on_the_way += length - prefix.start - loaded
             self._tiers.counts.loaded_bytes += counts.loaded_bytes
-            self._tiers.counts.host_tokens += loaded
+            if loaded:
+                self._note_tiers(sequence, prefix, loaded / (length - prefix.start))
             self._tiers.counts.overtaken += counts.overtaken
         cache.release(restoration.pages)
+
+    def _note_tiers(self, sequence: Sequence, prefix: _Prefix, share: float) -> None:
+        """Note which tiers a committed prefix came from, of whose tokens this share was loaded."""
+        pages, size, nodes = prefix.restoration.pages, self._page_size, prefix.cache.tree.node_of
+        for found in prefix.chain:
+            begin, end = max(found.block.start, prefix.start), found.block.start + found.num_tokens
+            tier = self._tiers.got(found.block.key, round((end - begin) * share))
+            came = (nodes[page] for page in pages[begin // size : -(-end // size)])
+            sequence.came_from |= {node: tier for node in came if node is not None}

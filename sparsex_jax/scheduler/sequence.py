@@ -37,6 +37,7 @@ from jaxtyping import Bool, Float32, Int32
 from sparsex_jax.cache import Match
 from sparsex_jax.cache.company import Company, company_namespace
 from sparsex_jax.cache.counts import Hits
+from sparsex_jax.cache.tree import Node
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.device.arrivals import Late
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun
@@ -149,6 +150,7 @@ class Sequence:
       queue_s: seconds from `submitted` until it was first admitted.
       coming: keys of the blocks that are read from the disk for it; None before it asked for any.
       restored_tokens: tokens that were loaded for it from a lower tier.
+      came_from: the tiers that pages of the store were loaded from for it.
       computed_on_the_way: tokens that were computed because their load would have taken longer.
 
     While it is admitted:
@@ -202,6 +204,7 @@ class Sequence:
     excerpt: tuple[PromptMap, Excerpt] | None = None
     coming: set[bytes] | None = None
     restored_tokens: int = 0
+    came_from: dict[Node, str] = dataclasses.field(default_factory=dict)
     computed_on_the_way: int = 0
 
     admitted_plan: RequestPlan | None = None

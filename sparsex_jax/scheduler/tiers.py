@@ -2,7 +2,8 @@
 
     a sequence ends      `keep`: its pages are cut into blocks, which go down to host memory while others compute
     a block comes down   it is written to the disk as well, on another thread
-    host memory is full  the block that was used least recently goes; it is on the disk still
+    host memory is full  the block that was used least recently goes, if the new one returns sooner
+                         (`sparsex_jax.tiers.demand`); it is on the disk still
     a prompt comes       `read`: what is on the disk only comes to host memory, on another thread
 
 `sparsex_jax.scheduler.restoring` and `loading` bring blocks from host memory back into the store.
@@ -15,7 +16,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Several
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -30,50 +31,33 @@ from sparsex_jax.device.runner import Runner
 from sparsex_jax.errors import LinkError
 from sparsex_jax.model.digest import weights_digest
 from sparsex_jax.scheduler.blocks import blocks_of
+from sparsex_jax.scheduler.tier_stats import TierCounts, TierStats
 from sparsex_jax.tiers.blocks import Block
+from sparsex_jax.tiers.demand import New
 from sparsex_jax.tiers.disk import DiskStore
 from sparsex_jax.tiers.host import HostStore
 from sparsex_jax.tiers.index import BlockIndex
 
+PASSING = 8  # a part of host memory is for blocks that it has no room for, on their way from the disk or to it
 MOST_MOVING = 4  # blocks on their way down at once: each has a copy on the device until it has arrived
+
+# How many leading ones of these blocks a tier takes, of a sequence of so many bytes; the last is what it was promised.
+Visit = Callable[[Several[New], int, int], int]
 
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass
-class TierCounts:
-    """What moved, in bytes, and what prompts got, in tokens.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Going:
+    """A block that goes down, the nodes and pages that it is made of, and where it goes."""
 
-    Attributes:
-      spilled_bytes, loaded_bytes: from the device to host memory, and back.
-      read_bytes: from the disk.
-      host_tokens, disk_tokens: tokens that prompts got from blocks that were in host memory, or on disk only.
-      overtaken: pieces of blocks that were to be loaded, and were computed because they were late.
-      evictions: blocks that host memory lost.
-      lost: blocks that were to be read from the disk and were not there, or not whole.
-    """
-
-    spilled_bytes: int = 0
-    loaded_bytes: int = 0
-    read_bytes: int = 0
-    host_tokens: int = 0
-    disk_tokens: int = 0
-    overtaken: int = 0
-    evictions: int = 0
-    lost: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class TierStats:
-    """How full the tiers are, in bytes and blocks, and the `TierCounts`."""
-
-    host_bytes: int
-    host_limit: int
-    host_blocks: int
-    disk_bytes: int
-    disk_blocks: int
-    moving_blocks: int
-    counts: TierCounts
+    block: Block
+    nodes: list[Node]
+    pages: list[int]
+    nbytes: int
+    remembered: bool
+    to_host: bool = True
+    to_disk: bool = True
 
 
 class Tiers:
@@ -93,13 +77,17 @@ class Tiers:
         self._runner, self._link, self._disk = runner, link, disk
         self.index = BlockIndex(runner.engine.page_size)
         self.counts = TierCounts()
-        self._host: HostStore[HostBlock] = HostStore(host_limit)
-        self._going: deque[tuple[Block, list[Node], list[int]]] = deque()
-        self._moving: list[tuple[Block, HostBlock]] = []
+        passing = host_limit // PASSING if disk is not None else 0
+        self._host: HostStore[HostBlock] = HostStore(host_limit - passing)
+        self._passing: HostStore[HostBlock] = HostStore(passing)
+        self._going: deque[_Going] = deque()
+        self._moving: list[tuple[_Going, HostBlock]] = []
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tiers") if disk is not None else None
         self._reading: dict[bytes, Future[HostBlock | None]] = {}
-        self._to_write: deque[Block] = deque()
+        self._from_disk: set[bytes] = set()  # read, or being read, and no prompt had it yet
+        self._to_write: deque[_Going] = deque()
         self._writing: dict[bytes, Future[None]] = {}
+        self._deleting: dict[bytes, Future[None]] = {}
         for block in disk.blocks() if disk is not None else ():
             self.index.add(block)
 
@@ -110,23 +98,71 @@ class Tiers:
 
     # Going down ---------------------------------------------------------------------------------------------
 
-    def keep(self, cache: PageCache, pages: Several[int]) -> None:
-        """Put the blocks of committed pages in line to go down: those of one sequence, from its beginning on."""
-        line = {block.key for block, _, _ in self._going}
-        for block, nodes, its_pages in blocks_of(cache, pages):
+    def keep(self, cache: PageCache, pages: Several[int], *, remembered: bool = False) -> None:
+        """A sequence of committed pages, from its beginning on, was computed or found: put those of its blocks in line
+        to go down that no tier has, and for which one has room.
+
+        Args:
+          remembered: it is a remembered text, which stays longer than a chat.
+        """
+        sequence = [self._to_go(*each, remembered) for each in blocks_of(cache, pages)]
+        holders = [self.index.holder(each.block) for each in sequence]
+        self._visited([holder for holder in holders if holder is not None], remembered)
+        line = {each.block.key for each in self._under_way()}
+        new = [each for each, holder in zip(sequence, holders, strict=True) if self._lacks(each.block, holder)]
+        new = [each for each in new if each.block.key not in line]
+        self._going += self._placed(new, sum(each.nbytes for each in sequence))
+
+    def _to_go(self, block: Block, nodes: list[Node], pages: list[int], remembered: bool) -> _Going:
+        return _Going(block, nodes, pages, self._link.block_bytes(len(pages)), remembered)
+
+    def _under_way(self) -> list[_Going]:
+        return [*self._going, *(each for each, _ in self._moving)]
+
+    def _lacks(self, block: Block, holder: Block | None) -> bool:
+        """Whether some tier could take a block. What is on disk may come to host memory, but not if that has more."""
+        return holder is None or (holder.key == block.key and not self.is_here(block.key))
+
+    def _placed(self, new: list[_Going], nbytes: int) -> Iterator[_Going]:
+        """Those blocks of a sequence, of so many bytes in all, that some tier has room for, with their places."""
+        to_host = self._room_for(
+            new, self._host.demand.visit, nbytes, [each for each in self._under_way() if each.to_host]
+        )
+        to_disk: set[bytes] = set()
+        if self._disk is not None:
+            lacking = [each for each in new if not self._is_on_disk(each.block.key)]
+            promised = [each for each in (*self._under_way(), *self._to_write) if each.to_disk]
+            to_disk = self._room_for(lacking, self._disk.visit, nbytes, promised)
+        self.counts.refused += len(new) - len(to_host)
+        for each in new:
+            if each.block.key in to_host | to_disk:
+                yield dataclasses.replace(each, to_host=each.block.key in to_host, to_disk=each.block.key in to_disk)
+
+    def _room_for(self, new: list[_Going], visit: Visit, nbytes: int, promised: list[_Going]) -> set[bytes]:
+        """The keys of those that a tier takes."""
+        asked = [New(each.nbytes, self.index.marks(each.block), each.remembered) for each in new]
+        number = visit(asked, nbytes, sum(each.nbytes for each in promised))
+        return {each.block.key for each in new[:number]}
+
+    def _visited(self, blocks: list[Block], remembered: bool) -> None:
+        """These are stored, and were of use just now, wherever they were found."""
+        for block in blocks:
             if block.key in self._host:
                 self._host.use(block.key)
-            elif block.key not in line and not self.index.has_all_of(block):
-                self._going.append((block, nodes, its_pages))
+                if remembered:
+                    self._host.remember(block.key)
+        on_disk = [block.key for block in blocks if self._is_on_disk(block.key)]
+        if on_disk and self._disk is not None and self._threads is not None:
+            self._threads.submit(self._disk.touch, on_disk, remembered=remembered)  # it writes the files' times
 
     def pump(self, cache: PageCache) -> None:
         """Take what has arrived, and send more on its way."""
         self._take_read()
         moving, self._moving = self._moving, []
-        for block, kept in moving:
-            self._look_at(block, kept)
+        for going, kept in moving:
+            self._look_at(going, kept)
         while self._going and len(self._moving) < MOST_MOVING:
-            self._send(cache, *self._going.popleft())
+            self._send(cache, self._going.popleft())
         if self._disk is not None:
             self._write_more(self._disk)
 
@@ -135,7 +171,7 @@ class Tiers:
         """Whether `pump` has something to do, now or soon."""
         return bool(self._going or self._moving or self._reading or self._to_write or self._writing)
 
-    def _look_at(self, block: Block, kept: HostBlock) -> None:
+    def _look_at(self, going: _Going, kept: HostBlock) -> None:
         """Take a block if it has arrived. One whose copy failed is lost, and the others go on."""
         try:
             ready = kept.ready()
@@ -143,24 +179,24 @@ class Tiers:
             log.exception("a block could not be copied to host memory")
             return
         if ready:
-            self._arrive(block, kept)
+            self._arrive(going, kept)
         else:
-            self._moving.append((block, kept))
+            self._moving.append((going, kept))
 
-    def _send(self, cache: PageCache, block: Block, nodes: list[Node], pages: list[int]) -> None:
+    def _send(self, cache: PageCache, going: _Going) -> None:
         """Send a block on its way if its pages still have what they had."""
-        if any(cache.tree.node_of[page] is not node for page, node in zip(pages, nodes, strict=True)):
+        if any(cache.tree.node_of[page] is not node for page, node in zip(going.pages, going.nodes, strict=True)):
             return
         try:
-            self._moving.append((block, self._link.spill(self._runner.store, pages)))
+            self._moving.append((going, self._link.spill(self._runner.store, going.pages)))
         except LinkError:
             log.exception("a block could not be sent to host memory")
 
-    def _arrive(self, block: Block, kept: HostBlock) -> None:
+    def _arrive(self, going: _Going, kept: HostBlock) -> None:
         self.counts.spilled_bytes += kept.nbytes
-        self._put(block, kept)
-        if self._disk is not None:
-            self._to_write.append(block)
+        if self._disk is not None and going.to_disk:
+            self._to_write.append(going)
+        self._put(going.block, kept, to_host=going.to_host, remembered=going.remembered)
 
     def _write_more(self, disk: DiskStore) -> None:
         """Send blocks to the disk, a few at a time: what waits for a slow disk takes no memory beside the host's tier.
@@ -171,50 +207,85 @@ class Tiers:
         written = [key for key, each in self._writing.items() if each.done()]
         for key in written:
             del self._writing[key]
-        for key in (*written, *disk.take_evicted()):
-            if key not in self._host and not self._is_on_disk(key):
-                self.index.remove(key)
+            self._let_go(key)
+        self._take_evicted(disk)
         while self._to_write and len(self._writing) < MOST_MOVING:
-            block = self._to_write.popleft()
-            if block.key in self._host:
-                kept = self._host.use(block.key)
-                self._writing[block.key] = self._threads.submit(self._write, block, kept)
+            going = self._to_write.popleft()
+            kept = self._kept(going.block.key)
+            if kept is not None:
+                self._writing[going.block.key] = self._threads.submit(self._write, going, kept)
 
-    def _write(self, block: Block, kept: HostBlock) -> None:
+    def _take_evicted(self, disk: DiskStore) -> None:
+        for key, used in disk.take_evicted():
+            if key in self.index.blocks:
+                disk.left(self.index.marks(self.index.blocks[key])[-1], used)
+            self._let_go(key)
+
+    def _write(self, going: _Going, kept: HostBlock) -> None:
         assert self._disk is not None
         try:
-            self._disk.put(block, self._link.to_numpy(kept))
+            self._disk.put(going.block, self._link.to_numpy(kept), remembered=going.remembered)
         except Exception:
             log.exception("a block could not be written to the disk tier")
 
-    def _put(self, block: Block, kept: HostBlock) -> None:
-        self._drop(self.index.outgrown(block))
+    def _put(self, block: Block, kept: HostBlock, *, to_host: bool, remembered: bool = False) -> None:
+        """Have a block in host memory; where it has no room there, among those that are passing."""
+        outgrown = self.index.outgrown(block)
+        to_host |= any(key in self._host for key in outgrown)
+        remembered |= any(self._host.is_remembered(key) for key in outgrown)
+        self._drop(outgrown)
         self.index.add(block)
-        for key in self._host.put(block, kept):
-            self.counts.evictions += 1
-            if not self._is_on_disk(key):
-                self.index.remove(key)
+        store, other = (self._host, self._passing) if to_host else (self._passing, self._host)
+        other.remove(block.key)
+        for key, used in store.put(block, kept, remembered=remembered):
+            self._from_disk.discard(key)
+            if to_host:
+                self.counts.evictions += 1
+                self._host.demand.left(self.index.marks(self.index.blocks[key])[-1], used)
+            self._let_go(key)
+
+    def _kept(self, key: bytes) -> HostBlock | None:
+        """A block that is in host memory."""
+        return self._host.find(key) or self._passing.find(key)
+
+    def _let_go(self, key: bytes) -> None:
+        """Know a block no longer that no tier has."""
+        if not self.is_here(key) and not self._is_on_disk(key):
+            self.index.remove(key)
+            self._from_disk.discard(key)
 
     def _is_on_disk(self, key: bytes) -> bool:
-        return self._disk is not None and (key in self._writing or key in self._disk)
+        """Or will be."""
+        doomed = key in self._deleting and not self._deleting[key].done()
+        return self._disk is not None and (key in self._writing or (key in self._disk and not doomed))
 
     # Coming back --------------------------------------------------------------------------------------------
 
     def read(self, key: bytes) -> HostBlock | Future[HostBlock | None] | None:
         """A block that is in host memory, or that is read from the disk on another thread. None if it is in neither."""
-        if key in self._host:
-            return self._host.use(key)
+        if self.is_here(key):
+            return self.take(key)
         if key not in self._reading and self._threads is not None and self._is_on_disk(key):
             self._reading[key] = self._threads.submit(self._read, key)
+            self._from_disk.add(key)
         return self._reading.get(key)
 
     def is_here(self, key: bytes) -> bool:
         """Whether a block is in host memory."""
-        return key in self._host
+        return key in self._host or key in self._passing
 
     def take(self, key: bytes) -> HostBlock:
         """A block that is in host memory, for one who loads it now."""
-        return self._host.use(key)
+        return (self._host if key in self._host else self._passing).use(key)
+
+    def got(self, key: bytes, num_tokens: int) -> str:
+        """Count that a prompt got tokens of a block. Returns where it was before that prompt: `host` or `disk`."""
+        if key in self._from_disk:
+            self._from_disk.discard(key)
+            self.counts.disk_tokens += num_tokens
+            return "disk"
+        self.counts.host_tokens += num_tokens
+        return "host"
 
     def is_reading(self, keys: Iterable[bytes]) -> bool:
         return not self._reading.keys().isdisjoint(keys)
@@ -226,7 +297,7 @@ class Tiers:
 
     @property
     def has_host_blocks(self) -> bool:
-        return len(self._host) > 0
+        return len(self._host) + len(self._passing) > 0
 
     def wait(self, seconds: float) -> None:
         """Wait until something is read, but so long at most."""
@@ -259,8 +330,13 @@ class Tiers:
             self._drop([key])
             return
         self.counts.read_bytes += kept.nbytes
-        self.counts.disk_tokens += block.num_tokens
-        self._put(block, kept)
+        if self.is_here(key):
+            return
+        new = New(kept.nbytes, self.index.marks(block), remembered=False)
+        promised = sum(each.nbytes for each, _ in self._moving if each.to_host)
+        taken = self._host.demand.take([new], promised)
+        self.counts.refused += 1 - taken
+        self._put(block, kept, to_host=taken == 1)
 
     # Going ------------------------------------------------------------------------------------------------
 
@@ -272,7 +348,7 @@ class Tiers:
     def warm_up(self) -> None:
         """Compile what moves blocks, and have host memory ready."""
         self._runner.store = self._link.warm_up(self._runner.store)
-        self._link.reserve(self._runner.store, self._host.limit_bytes)
+        self._link.reserve(self._runner.store, self._host.limit_bytes + self._passing.limit_bytes)
 
     def forget(self, text: Int32[np.ndarray, "text"], namespace: str) -> None:
         """Remove every block with a copy of a text, and those that are on their way."""
@@ -281,11 +357,11 @@ class Tiers:
         self._drop(stored)
         self._delete_now(stored)
         on_the_way = BlockIndex(self.index.page_size)
-        for block in [*(each[0] for each in self._going), *(each[0] for each in self._moving)]:
-            on_the_way.add(block)
+        for each in self._under_way():
+            on_the_way.add(each.block)
         gone = {key for name in names for key in on_the_way.copies(text, name)}
-        self._going = deque(each for each in self._going if each[0].key not in gone)
-        self._moving = [each for each in self._moving if each[0].key not in gone]
+        self._going = deque(each for each in self._going if each.block.key not in gone)
+        self._moving = [(each, kept) for each, kept in self._moving if each.block.key not in gone]
 
     def withdraw(self, cache: PageCache, pages: Several[int]) -> None:
         """Remove the blocks that were made of these pages, and of what stands before them in their sequences."""
@@ -299,10 +375,14 @@ class Tiers:
         for key in keys:
             self.index.remove(key)
             self._host.remove(key)
+            self._passing.remove(key)
+            self._from_disk.discard(key)
             if key in self._writing:
                 self._writing[key].cancel()
         if keys and self._disk is not None and self._threads is not None:
-            self._threads.submit(self._delete, keys)  # behind what is being written
+            deleted = self._threads.submit(self._delete, keys)  # behind what is being written
+            self._deleting = {key: each for key, each in self._deleting.items() if not each.done()}
+            self._deleting |= dict.fromkeys(keys, deleted)
 
     def _delete_now(self, keys: list[bytes]) -> None:
         """Delete what is on disk already, so that no restart finds it; what is being written goes behind that."""
@@ -319,10 +399,11 @@ class Tiers:
     def stats(self) -> TierStats:
         disk = self._disk
         return TierStats(
-            self._host.nbytes,
-            self._host.limit_bytes,
-            len(self._host),
+            self._host.nbytes + self._passing.nbytes,
+            self._host.limit_bytes + self._passing.limit_bytes,
+            len(self._host) + len(self._passing),
             disk.nbytes if disk is not None else 0,
+            disk.limit_bytes if disk is not None else 0,
             len(disk) if disk is not None else 0,
             len(self._going) + len(self._moving),
             dataclasses.replace(self.counts),
@@ -337,7 +418,13 @@ class Tiers:
     def check(self) -> None:
         """Raise AssertionError unless the parts agree. For tests."""
         self._host.check()
-        assert all(key in self._host or self._is_on_disk(key) for key in self.index.blocks)
+        self._passing.check()
+        assert not [key for key in self.index.blocks if key in self._host and key in self._passing]
+        nowhere = {key for key in self.index.blocks if not self.is_here(key) and not self._is_on_disk(key)}
+        if self._disk is not None:
+            self._take_evicted(self._disk)  # also what was evicted on the other thread until now
+        assert nowhere & self.index.blocks.keys() <= self._reading.keys(), len(nowhere)
+        assert self._from_disk <= self.index.blocks.keys()
 
 
 def make_tiers(runner: Runner, link: Link) -> Tiers:

@@ -31,6 +31,7 @@ from sparsex_jax.serving.reply import Extent, Reply
 from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.routing import ERRORS, Caller, Salt, Served, keyed_router
 from sparsex_jax.serving.service import Asked, Pieces, Service, entry_of, unknown_model
+from sparsex_jax.serving.tiers import tiers_of
 from sparsex_jax.serving.worker import Worker
 from sparsex_jax.text.thoughts import AUTO, check_parser
 
@@ -186,10 +187,10 @@ async def delete_knowledge(
 
 @router.get("/v1/store")
 async def store(service: Served, tenant: Caller) -> schemas.Store:
-    """The store's pages by state, over all namespaces."""
+    """The store's pages by state, and how full the tiers are, over all namespaces."""
     engine = service.worker.engine
     stats = dataclasses.asdict(engine.loop.snapshot)
-    return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size})
+    return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size, "tiers": tiers_of(engine)})
 
 
 @public.get("/health", response_model=schemas.Health)

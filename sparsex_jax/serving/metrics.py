@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sparsex_jax.cache import CacheStats
     from sparsex_jax.reuse.report import Report
     from sparsex_jax.scheduler.loop import Event, LoopStats
-    from sparsex_jax.scheduler.tiers import TierStats
+    from sparsex_jax.scheduler.tier_stats import TierStats
     from sparsex_jax.serving.progress import Progress
 
 OTHER = "other"  # the endpoint of requests that no route takes
@@ -185,10 +185,12 @@ class _Snapshot(Collector):
 
     def _of_tiers(self, tiers: TierStats) -> Iterator[Metric]:
         size = GaugeMetricFamily("sparsex_tier_bytes", "Bytes of KV in the tiers below the store.", labels=["tier"])
+        limit = GaugeMetricFamily("sparsex_tier_limit_bytes", "Bytes of KV that a tier may have.", labels=["tier"])
         blocks = GaugeMetricFamily("sparsex_tier_blocks", "Blocks in the tiers below the store.", labels=["tier"])
         hits = CounterMetricFamily("sparsex_tier_hit_tokens", "Tokens that prompts got from a tier.", labels=["tier"])
         for tier in ("host", "disk"):
             size.add_metric([tier], getattr(tiers, f"{tier}_bytes"))
+            limit.add_metric([tier], getattr(tiers, f"{tier}_limit"))
             blocks.add_metric([tier], getattr(tiers, f"{tier}_blocks"))
             hits.add_metric([tier], getattr(tiers.counts, f"{tier}_tokens"))
         moved = CounterMetricFamily("sparsex_tier_moved_bytes", "Bytes of KV that moved between tiers.", labels=["way"])
@@ -196,10 +198,12 @@ class _Snapshot(Collector):
             moved.add_metric([way], getattr(tiers.counts, f"{way}_bytes"))
         evictions = CounterMetricFamily("sparsex_tier_evictions", "Blocks that host memory lost.")
         evictions.add_metric([], tiers.counts.evictions)
+        refused = CounterMetricFamily("sparsex_tier_refused_blocks", "Blocks that host memory had no room for.")
+        refused.add_metric([], tiers.counts.refused)
         lost = CounterMetricFamily("sparsex_tier_lost_blocks", "Blocks that the disk should have had, whole.")
         lost.add_metric([], tiers.counts.lost)
         moving = GaugeMetricFamily("sparsex_tier_moving_blocks", "Blocks on their way down.", value=tiers.moving_blocks)
-        yield from (size, blocks, hits, moved, evictions, lost, moving)
+        yield from (size, limit, blocks, hits, moved, evictions, refused, lost, moving)
 
     def _compilations(self) -> Metric:
         compiled = CounterMetricFamily(

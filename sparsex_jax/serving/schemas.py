@@ -326,8 +326,22 @@ class KnowledgeDeleted(BaseModel):
     stale: int
 
 
+class Tier(BaseModel):
+    """One of the places that KV is kept in.
+
+    Attributes:
+      bytes, limit: of KV, and how many there may be.
+      hit_tokens: tokens that prompts found there since the server started.
+    """
+
+    name: Literal["device", "host", "disk"]
+    bytes: int
+    limit: int
+    hit_tokens: int
+
+
 class Store(BaseModel):
-    """The store's pages by state, and how many tokens a page has."""
+    """The store's pages by state, how many tokens a page has, and the tiers: the store itself first."""
 
     object: Literal["store"] = "store"
     pages: int
@@ -336,6 +350,7 @@ class Store(BaseModel):
     frozen: int
     cached: int
     page_size: int
+    tiers: list[Tier]
 
 
 class ModelCard(BaseModel):

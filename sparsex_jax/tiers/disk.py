@@ -29,6 +29,7 @@ import numpy as np
 from sparsex_jax.errors import DiskStoreError
 from sparsex_jax.tiers import block_file
 from sparsex_jax.tiers.blocks import Block
+from sparsex_jax.tiers.demand import Demand, New
 from sparsex_jax.tiers.faults import told
 from sparsex_jax.tiers.fingerprint import Fingerprint, decode, digest, encode
 from sparsex_jax.tiers.order import UseOrder
@@ -67,13 +68,14 @@ class DiskStore:
           DiskStoreError: the directory cannot be made or used, or another process has it open.
         """
         self.counts = DiskCounts()
-        self._root, self._limit, self._model = Path(path), limit_bytes, digest(fingerprint)
+        self._root, self.limit_bytes, self._model = Path(path), limit_bytes, digest(fingerprint)
         self._home = self._root / self._model
         self._mutex = threading.RLock()  # guards all below; files are read and written without it
         self._order: UseOrder[Path] = UseOrder()
+        self._demand = Demand(self._order, limit_bytes)
         self._blocks: dict[Path, Block] = {}  # of this model
         self._writing: dict[Path, Path] = {}  # final names and those they are written under; `delete` takes them out
-        self._evicted: list[bytes] = []
+        self._evicted: list[tuple[bytes, int]] = []
         self._writing_bytes = self._last_use = 0
         self._numbers = itertools.count()
         with told("open", self._root):
@@ -85,8 +87,11 @@ class DiskStore:
                 self.close()
                 raise
 
-    def put(self, block: Block, pieces: Sequence[np.ndarray]) -> None:
+    def put(self, block: Block, pieces: Sequence[np.ndarray], *, remembered: bool = False) -> None:
         """Stores a block, or does nothing if it is there or on its way. Returns when its bytes have reached the disk.
+
+        Args:
+          remembered: it is of a remembered text, which stays longer.
 
         Raises:
           DiskStoreError: the disk is full or fails, or the block alone is over the limit.
@@ -98,7 +103,7 @@ class DiskStore:
         with told("write", path), self._reserved(path, len(data)) as temporary:
             if temporary is not None:
                 _write_synced(temporary, data)
-                self._publish(temporary, path, block, len(data))
+                self._publish(temporary, path, block, len(data), remembered)
 
     def get(self, key: bytes) -> tuple[Block, list[np.ndarray]] | None:
         """The block and its pieces, byte for byte as stored; None if it is not there.
@@ -114,10 +119,16 @@ class DiskStore:
             return self._read_alone(path, key)
         return found if self._was_read(path, nbytes) else None
 
-    def touch(self, keys: Iterable[bytes]) -> None:
-        """Count these as used now: their KV was of use, but was found in a tier above."""
-        for key in keys:
-            self._used(self._path(key))
+    def touch(self, keys: Iterable[bytes], *, remembered: bool = False) -> None:
+        """Count these as used now: their KV was of use, but was found in a tier above.
+
+        Args:
+          remembered: they are of a remembered text from now on.
+        """
+        for path in map(self._path, keys):
+            with self._mutex:
+                if self._used(path) and remembered:
+                    self._order.remember(path)
 
     def delete(self, keys: Iterable[bytes]) -> None:
         """Remove these, those that are being written included. They stay removed if the machine fails afterwards.
@@ -135,8 +146,18 @@ class DiskStore:
         with self._mutex:
             return iter([self._blocks[path] for path in self._order if path in self._blocks])
 
-    def take_evicted(self) -> list[bytes]:
-        """The keys of the blocks that were evicted since this was asked last."""
+    def visit(self, new: Sequence[New], nbytes: int, promised: int) -> int:
+        """How many new blocks of a sequence should be put here. As `Demand.visit`; whatever is put here is taken."""
+        with self._mutex:
+            return self._demand.visit(new, nbytes, promised + self._writing_bytes)
+
+    def left(self, mark: bytes, used: int) -> None:
+        """What was evicted is known for a while by this mark. As `Demand.left`."""
+        with self._mutex:
+            self._demand.left(mark, used)
+
+    def take_evicted(self) -> list[tuple[bytes, int]]:
+        """The keys of the blocks that were evicted since this was asked last, and when they were used last."""
         with self._mutex:
             taken, self._evicted = self._evicted, []
             return taken
@@ -188,17 +209,18 @@ class DiskStore:
             self.counts.corrupt += 1
             path.unlink()
 
-    def _add(self, path: Path, nbytes: int, block: Block | None) -> None:
+    def _add(self, path: Path, nbytes: int, block: Block | None, remembered: bool = False) -> None:
         if block is not None:
             self._blocks[path] = block
-        self._order.add(path, nbytes, self._path(block.before) if block is not None and block.before else None)
+        before = self._path(block.before) if block is not None and block.before else None
+        self._order.add(path, nbytes, before, remembered=remembered)
 
     def _used(self, path: Path) -> bool:
         """Count it as used. Whether it is there."""
         with self._mutex:
             if path not in self._blocks:
                 return False
-            self._order.use(path)
+            self._demand.use(path)
             self._stamp(path)
             return True
 
@@ -241,24 +263,26 @@ class DiskStore:
                 del self._writing[path]
         temporary.unlink(missing_ok=True)  # it is there only if writing it failed or it was deleted meanwhile
 
-    def _publish(self, temporary: Path, path: Path, block: Block, nbytes: int) -> None:
+    def _publish(self, temporary: Path, path: Path, block: Block, nbytes: int, remembered: bool) -> None:
         with self._mutex:
             if self._writing.get(path) != temporary:
                 return  # deleted meanwhile
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(path)
-            self._add(path, nbytes, block)
+            self._add(path, nbytes, block, remembered)
             self._stamp(path)
             self.counts.written += 1
             self.counts.written_bytes += nbytes
 
     def _make_room(self, nbytes: int) -> None:
-        if nbytes > self._limit:
-            raise DiskStoreError(f"a block of {nbytes} bytes is larger than the disk store's limit of {self._limit}")
-        while self._order and self.nbytes + nbytes > self._limit:
+        if nbytes > self.limit_bytes:
+            raise DiskStoreError(
+                f"a block of {nbytes} bytes is larger than the disk store's limit of {self.limit_bytes}"
+            )
+        while self._order and self.nbytes + nbytes > self.limit_bytes:
             path = next(iter(self._order))
             if path in self._blocks:
-                self._evicted.append(self._blocks[path].key)
+                self._evicted.append((self._blocks[path].key, self._order.last_use(path)))
             self._remove(path)
             self.counts.evicted += 1
 

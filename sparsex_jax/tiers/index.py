@@ -81,9 +81,14 @@ class BlockIndex:
         """Blocks that stand where this one does, and of which it has all tokens, as exact or more."""
         return [other.key for other in self._beside(block) if _holds(block, other)]
 
-    def has_all_of(self, block: Block) -> bool:
-        """Whether some block stands where this one would, and has all its tokens, as exact or more."""
-        return block.key in self.blocks or any(_holds(other, block) for other in self._beside(block))
+    def holder(self, block: Block) -> Block | None:
+        """A block that stands where this one would and has all its tokens, as exact or more; itself, if it is there."""
+        beside = (other for other in self._beside(block) if _holds(other, block))
+        return self.blocks.get(block.key) or next(beside, None)
+
+    def marks(self, block: Block) -> list[bytes]:
+        """By which a block is known again when it has grown: one for each full page. The last stands for all."""
+        return list(self._page_keys(block)) or [block.key]
 
     def _beside(self, block: Block) -> list[Block]:
         """Other blocks that begin with the same page behind the same past."""

@@ -78,11 +78,32 @@ export function paintSegments(body, report, sourceOf) {
         element("td", "", range(segment.start, segment.length)),
         element("td", "", range(segment.donor_start, segment.length)),
         element("td", "", sourceOf(text)),
+        element("td", "", segment.tier ?? "device"), // a report that was kept by an older page has none
         element("td", "", shorten(text, 90)),
       );
       return row;
     }),
   );
+}
+
+// tiers: as the server gives them. With the device's store alone, there is nothing to show.
+export function paintTiers(list, tiers) {
+  list.hidden = tiers.length < 2;
+  list.replaceChildren(
+    ...tiers.map(({ name, bytes: used, limit, hit_tokens: hits }) => {
+      const item = element("li", name);
+      const bar = element("span", "bar");
+      paintBar(bar, { cached: used, free: limit - used });
+      item.append(bar, `${name} ${bytes(used)} of ${bytes(limit)}, ${hits} tokens found`);
+      return item;
+    }),
+  );
+}
+
+export function bytes(number) {
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  const step = Math.min(Math.floor(Math.log2(Math.max(number, 1)) / 10), units.length - 1);
+  return `${Number((number / 1024 ** step).toPrecision(3))} ${units[step]}`;
 }
 
 function range(start, length) {

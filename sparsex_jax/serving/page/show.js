@@ -2,7 +2,7 @@
 
 import { state } from "./keep.js";
 import {
-  countKinds, element, kindsOf, paintBar, paintLegend, paintPrompt, paintSegments, percent, seconds, shorten,
+  countKinds, element, kindsOf, paintBar, paintLegend, paintPrompt, paintSegments, paintTiers, percent, seconds, shorten,
 } from "./paint.js";
 
 export const $ = (id) => document.getElementById(id);
@@ -69,6 +69,9 @@ export function paintReport() {
   paintLegend($("legend"), counts);
   paintPrompt($("prompt"), report.token_map, kinds);
   paintSegments($("segments").tBodies[0], report, sourceOf);
+  const far = report.prefix_tier && report.prefix_tier !== "device";
+  $("prefix-tier").hidden = !far;
+  $("prefix-tier").textContent = far ? `The prefix came from ${report.prefix_tier}.` : "";
   $("segments").hidden = !report.segments.length;
   $("no-segments").hidden = report.segments.length > 0;
 }
@@ -95,6 +98,7 @@ function sourceOf(text) {
 export function paintStore(store) {
   paintBar($("store-bar"), { active: store.active, frozen: store.frozen, cached: store.cached, free: store.free });
   $("store-text").textContent = `${store.pages - store.free} of ${store.pages} pages`;
+  paintTiers($("tiers"), store.tiers);
   $("store").title = `Pages of the KV store: ${store.active} active, ${store.frozen} frozen, ${store.cached} cached`;
 }
 

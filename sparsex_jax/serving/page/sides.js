@@ -2,7 +2,7 @@
 
 import { button, element, svg } from "./dom.js";
 import { diff, differences } from "./diff.js";
-import { METHODS, nameOfMethod, percent, seconds } from "./words.js";
+import { METHODS, percent, seconds } from "./words.js";
 
 // The rows of an answer with sides, itself as the last. chosen: the index of the selected row. choose(index)
 export function paintSides(turn, method, chosen, choose) {
@@ -39,9 +39,9 @@ function paintRow(row, longest, full, isChosen, choose) {
     element("div", "row-text", ...textOf(row, full)),
   );
   if (row.report) {
-    const open = button("small", "What was computed", choose, `What was computed by: ${name}`);
+    const open = button("small", "What was computed", choose, `What was computed: ${name}`);
     open.setAttribute("aria-pressed", String(isChosen));
-    item.append(element("div", "row-open", open));
+    item.append(open);
   }
   if (isChosen) item.classList.add("chosen");
   return item;
@@ -69,6 +69,6 @@ function textOf(row, full) {
   if (!runs) return [row.content];
   const number = differences(runs);
   const marked = runs.map(({ kind, text }) => (kind === "same" ? text : element(kind === "added" ? "ins" : "del", "", text)));
-  const verdict = number ? `differs from ${nameOfMethod("full")}` : `the same words as ${nameOfMethod("full")}`;
+  const verdict = number ? "differs from full recompute" : "same as full recompute";
   return [...marked, element("span", `verdict ${number ? "differs" : "same"}`, verdict)];
 }

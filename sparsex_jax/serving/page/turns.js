@@ -11,11 +11,14 @@ const unfolded = new WeakSet(); // turns whose thought is open
 
 // actions: { choose(turn, side), retry() }
 export function paintTurns(actions, isBusy) {
-  $("turns").replaceChildren(...state.turns.map((turn, at) => {
-    const made = turn.role === "user" ? question(turn) : answer(turn, at === state.turns.length - 1, actions, isBusy);
+  const exchanges = []; // a question, which stays in sight, and what answers it
+  for (const turn of state.turns) {
+    const made = turn.role === "user" ? question(turn) : answer(turn, turn === state.turns.at(-1), actions, isBusy);
     elements.set(turn, made);
-    return made;
-  }));
+    if (turn.role === "user" || !exchanges.length) exchanges.push(element("div", "exchange", ...chipsOf(turn)));
+    exchanges.at(-1).append(made);
+  }
+  $("turns").replaceChildren(...exchanges);
 }
 
 export function paintTurn(turn, actions, isBusy) {
@@ -35,14 +38,18 @@ export function tickTurn(turn) {
   if (clock && turn.started) clock.textContent = seconds((performance.now() - turn.started) / 1000);
 }
 
-function question({ question, content, documents = [] }) {
-  const chips = documents.map(({ name, tokens }) =>
-    element("li", "chip", name, tokens ? element("span", "quiet", ` ${count(tokens, "token")}`) : null));
-  const list = chips.length ? element("ul", "chips", ...chips) : null;
-  list?.setAttribute("aria-label", "Documents before this question");
-  const made = element("article", "turn user", list, element("div", "text", question ?? content));
+function question({ question, content }) {
+  const made = element("article", "turn user", element("div", "text", question ?? content));
   made.setAttribute("aria-label", "Question");
   return made;
+}
+
+function chipsOf({ documents = [] }) {
+  if (!documents.length) return [];
+  const list = element("ul", "chips", ...documents.map(({ name, tokens }) =>
+    element("li", "chip", name, tokens ? element("span", "quiet", ` ${count(tokens, "token")}`) : null)));
+  list.setAttribute("aria-label", "Documents before this question");
+  return [list];
 }
 
 function answer(turn, isLast, actions, isBusy) {

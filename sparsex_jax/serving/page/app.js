@@ -18,9 +18,11 @@ const TICK_MS = 100;
 const EXAMPLES = { "example-documents": askDocuments, "example-chat": askChat, "example-agents": askAgents };
 
 const api = new Api(() => ({ key: key(), salt: state.settings.salt }));
-const documents = new Documents(api, { changed: changedDocuments, status });
-const conversation = new Conversation(api, { turns: paint, answer: changedAnswer, report: changedReport, status });
-const actions = { choose, retry: () => work((signal) => withDraft(() => conversation.retry(signal))) };
+const documents = new Documents(api, { changed: changedDocuments, status, complain });
+const conversation = new Conversation(api, {
+  turns: paintNew, answer: changedAnswer, report: changedReport, status, giveBack,
+});
+const actions = { choose, retry: () => work((signal) => conversation.retry(signal)) };
 
 // Working --------------------------------------------------------------------------------------------------------------
 
@@ -45,6 +47,13 @@ function busy(yes) {
   for (const id of ["send", "clear", "keep", "files", ...Object.keys(EXAMPLES)]) $(id).disabled = yes;
   $("stop").hidden = !yes;
   $("send").hidden = yes;
+}
+
+// What went wrong and what is under way stand above the composer, or in the dialog that covers it.
+function placeNotices() {
+  const head = document.querySelector("dialog[open] .head");
+  if (head) head.after($("notices"));
+  else $("composer").prepend($("notices"));
 }
 
 function say(problem) {
@@ -83,7 +92,7 @@ async function send(question, signal) {
   const chips = notes.map(({ name, text, num_tokens, handle }) => ({ name: name || shorten(text, 32), tokens: num_tokens, handle }));
   for (const note of notes) note.ticked = false;
   const sides = state.settings.aside ? sidesOf() : [];
-  await withDraft(() => conversation.ask({ question, content, documents: chips, sides }, signal));
+  await conversation.ask({ question, content, documents: chips, sides }, signal);
 }
 
 function sidesOf() {
@@ -91,21 +100,13 @@ function sidesOf() {
 }
 
 // A question that is taken back comes before what was written meanwhile.
-async function withDraft(job) {
-  try {
-    state.drafts.question = "";
-    await job();
-  } finally {
-    if (state.drafts.question) {
-      $("question").value = [state.drafts.question, $("question").value].filter(Boolean).join("\n");
-    }
-    documents.paint(complain);
-  }
+function giveBack(question) {
+  $("question").value = [question, $("question").value].filter(Boolean).join("\n");
 }
 
 async function runExample(example, signal) {
   if (state.turns.length) putAway();
-  const ask = (asked) => withDraft(() => conversation.ask(asked, signal));
+  const ask = (asked) => conversation.ask(asked, signal);
   try {
     await example({ api, documents, ask, sides: sidesOf() }, signal);
   } finally {
@@ -121,10 +122,14 @@ function paint() {
   paintTurns(actions, isWorking());
   if (document.activeElement !== $("system")) $("system").value = state.system;
   $("system-text").textContent = state.system ? shorten(state.system, 60) : "none";
-  documents.paint(complain);
+  documents.paint();
   paintChats();
   paintReport();
-  $("turns").lastElementChild?.scrollIntoView({ block: "nearest" });
+}
+
+function paintNew() {
+  paint();
+  $("turns").lastElementChild?.scrollIntoView({ block: "start" });
 }
 
 let frame = 0; // chunks may come faster than the screen changes
@@ -142,7 +147,7 @@ function changedReport(turn, isWhole) {
 
 function changedDocuments() {
   save();
-  documents.paint(complain);
+  documents.paint();
   showStore();
 }
 
@@ -260,7 +265,11 @@ function listenToDocuments() {
 function listenToDialogs() {
   for (const name of ["documents", "settings", "chats"]) {
     const dialog = $(`${name}-dialog`);
-    $(`open-${name}`).addEventListener("click", () => dialog.showModal());
+    $(`open-${name}`).addEventListener("click", () => {
+      dialog.showModal();
+      placeNotices();
+    });
+    dialog.addEventListener("close", placeNotices);
     dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // beside it
     dialog.querySelector(".close").addEventListener("click", () => dialog.close());
   }
@@ -278,7 +287,7 @@ function listenToDialogs() {
 function changedSettings() {
   $("aside").setAttribute("aria-pressed", String(state.settings.aside));
   save();
-  documents.paint(complain);
+  documents.paint();
 }
 
 function newChat() {
@@ -308,13 +317,10 @@ async function greet() {
 function resume() {
   const [asked, answer] = state.turns.slice(-2);
   $("note").value = state.drafts.note;
-  const written = state.drafts.question;
-  if (answer?.role === "assistant" && "pending" in answer) {
-    state.drafts.question = "";
-    if (answer.pending) conversation.settle(asked, answer, "broken off");
-    else delete answer.pending;
-    $("question").value = [state.drafts.question, written].filter(Boolean).join("\n");
-  } else $("question").value = written;
+  $("question").value = state.drafts.question;
+  if (answer?.role !== "assistant") return;
+  if (answer.pending) conversation.settle(asked, answer, "broken off");
+  else delete answer.pending;
 }
 
 restore();

@@ -1,5 +1,5 @@
 // Asks the server, and keeps what it answers in the chat. `view` is told what changed:
-// { turns(), answer(turn), report(turn), status(text) }.
+// { turns(), answer(turn), report(turn, isWhole), status(text), giveBack(question) }.
 
 import { state } from "./keep.js";
 import { measure } from "./work.js";
@@ -55,7 +55,7 @@ export class Conversation {
     Object.assign(state, { chosen: last < 0 ? null : last, side: null });
     const handles = (asked.documents ?? []).map((document) => document.handle);
     for (const note of state.notes) note.ticked ||= handles.includes(note.handle);
-    state.drafts.question = [asked.question, state.drafts.question].filter(Boolean).join("\n");
+    this.view.giveBack(asked.question);
   }
 
   // The other methods answer first and keep nothing, so that all find the store as it was.

@@ -6,7 +6,7 @@ import { untilStopped } from "./work.js";
 import { count, shorten } from "./words.js";
 
 export class Documents {
-  // view: { changed(), status(text) }
+  // view: { changed(), status(text), complain(error) }
   constructor(api, view) {
     this.api = api;
     this.view = view;
@@ -72,8 +72,7 @@ export class Documents {
     this.view.changed();
   }
 
-  paint(complain = () => {}) {
-    this.complain = complain;
+  paint() {
     const notes = this.all();
     $("notes").replaceChildren(...notes.map((note) => this.#item(note)));
     $("no-notes").hidden = notes.length > 0;
@@ -87,7 +86,7 @@ export class Documents {
     box.checked = note.ticked;
     box.addEventListener("change", () => this.tick(note, box.checked));
     const text = element("span", "about", element("b", "", titleOf(note)), element("span", "quiet", sizeOf(note)));
-    const forget = button("small", "Forget", () => this.forget(note).catch(this.complain), `Forget ${titleOf(note)}`);
+    const forget = button("small", "Forget", () => this.forget(note).catch(this.view.complain), `Forget ${titleOf(note)}`);
     forget.disabled = this.going.has(note);
     return element("li", "", element("label", "", box, text), forget);
   }

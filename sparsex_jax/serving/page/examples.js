@@ -35,7 +35,7 @@ const CHAT = [
   ["user", "That sounds good. And the other three days? I would like to be by the sea then, and to take a boat once."],
   ["assistant", "Take the coast train to Tarnow, a fishing town with a long beach. Room 27 of the Heron Inn looks over the harbour, and I suggest that you book it for three nights. The boat to the lighthouse leaves at a quarter past nine, costs 14 crowns and comes back in the afternoon. On the last morning there is a market on the quay, where they sell smoked fish and honey cake for the journey home."],
 ];
-const NEXT = "Which room of the Heron Inn did you suggest?";
+const NEXT = "Which hotel is beside the cathedral?";
 
 // The system message tells the time, so each turn of the chat begins with another text.
 export async function askChat({ api, ask, sides }, signal) {
@@ -54,7 +54,7 @@ const AGENTS = [
   ["Historian", "You read the history of changes.", "I read the changes of the last seven days. There were nine, and eight of them touch only the web pages. The other one was made on Monday afternoon by the team for security: it replaced the certificate of the mail server, and the new one is signed by another authority. The note on it says that all clients take the list of authorities from the system. No change touched the invoices' job or its settings."],
   ["Tester", "You run tests.", "I ran the invoices' job by hand on the test machine, and it failed in the same way. Then I let it use the system's list of authorities in place of its own file, and it sent all of the 480 invoices in four minutes. With the old file it failed again. The job's own file is named partners.pem and is from three years ago. All other tests passed, those for the layout and the sums included."],
 ];
-const DECIDE = "Answer in one short sentence. What is the name of the job's own file?";
+const DECIDE = "Answer in one short sentence. What was the exit code of the job?";
 
 // Three agents have worked, each in a prompt of its own. A fourth gets their reports, behind another beginning.
 export async function askAgents({ api, ask, sides }, signal) {

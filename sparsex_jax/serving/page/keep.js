@@ -15,7 +15,7 @@ export const state = {
   side: null, // index of the selected one of its sides; null: the turn itself
   chats: [], // earlier ones: {title, system, turns}, newest first, without reports
   settings: {
-    method: "", tokens: 256, temperature: 0, salt: "", measure: true, aside: false,
+    method: "", tokens: 128, temperature: 0, salt: "", measure: true, aside: false,
     sides: ["full", "prefix", "naive"], // methods that a question is asked with beside `method`
   },
   drafts: { question: "", note: "" },

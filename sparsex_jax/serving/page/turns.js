@@ -63,7 +63,7 @@ function answer(turn, isLast, actions, isBusy) {
   const row = element("div", "under", facts(turn, isChosen, actions));
   if (!turn.pending && !turn.waiting) {
     row.append(copyButton(() => turn.content, "Copy this answer"));
-    if (isLast && !isBusy) row.append(button("small", "Retry", actions.retry, "Ask again, with another seed"));
+    if (isLast && !isBusy) row.append(button("small", "Retry", actions.retry, "Retry with another seed"));
   }
   made.append(row);
   return made;

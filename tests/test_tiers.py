@@ -179,6 +179,24 @@ def test_segments_come_beside_chunks_and_others(monkeypatch):
     check(engine)
 
 
+def test_nothing_is_computed_behind_segments_that_are_still_coming(monkeypatch):
+    """A segment from the beginning of a document is a prefix of that document, which another prompt asks for."""
+    engine, document = tiny_engine(store_tokens=88 * PAGE, host_store_bytes=1 << 26, prefill_tokens=64), texts(1)[0]
+    fill(engine, [document, *texts(6, seed=2)])
+    slow_link(monkeypatch)
+    monkeypatch.setattr("sparsex_jax.device.restorer._WORTH", 0)  # what can be computed is not waited for
+    first = submit(engine, np.concatenate([texts(1, 400, seed=8)[0], document[: 12 * PAGE], [8]]), reuse=LATE)
+    engine.loop._put_in_line([first])
+    engine.loop.step()
+    assert first.late is not None
+    assert engine.admission.loading.active
+    asks = submit(engine, np.append(document, [7, 7]).astype(np.int32), keep=False)
+    asks.wants_logits = True
+    engine.loop.complete([asks])
+    np.testing.assert_allclose(asks.logits, exact(asks.prompt), atol=1e-3)
+    check(engine)
+
+
 @pytest.mark.parametrize("group", [0, 3])
 def test_segments_that_fail_to_come_are_computed(group, monkeypatch):
     engine, prompt = with_segments()

@@ -244,6 +244,34 @@ def test_segments_outlive_those_they_were_for(how, monkeypatch):
     assert engine.cache.stats().active == 0
 
 
+@pytest.mark.parametrize("step", ["place_together", "spill"])
+def test_a_store_that_is_lost_while_blocks_move_ends_no_request(step, monkeypatch):
+    engine, prompt = with_segments(prefill_tokens=64)
+    slow_link(monkeypatch)
+    waits = submit(engine, np.concatenate([texts(1, 200, seed=8)[0], prompt]), 2, reuse=LATE)
+    engine.loop._put_in_line([waits])
+    engine.loop.step()
+    assert engine.admission.loading.active
+    short, losses = submit(engine, texts(1, 20, seed=3)[0], 2), engine.runner.losses
+    engine.loop._put_in_line([short])
+
+    def lose(self, store, *rest):
+        store.delete()
+        raise RuntimeError("a test's")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, step, lose)
+        patch.setattr(Arriving, "ready", lambda self: True)
+        for _ in range(40):
+            if engine.runner.losses == losses:
+                engine.loop.step()
+    assert engine.runner.losses > losses
+    while engine.loop.step():
+        pass
+    assert [(each.error, len(each.output.token_ids)) for each in (waits, short)] == [(None, 2)] * 2
+    check(engine)
+
+
 def test_other_namespaces_find_nothing():
     engine, prompts = tiny_engine(**SMALL), texts(3)
     fill(engine, prompts, namespace="mine")

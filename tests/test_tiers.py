@@ -373,6 +373,15 @@ def room_for(engine, number):
     return number * engine.admission.tiers._link.block_bytes(BLOCK_PAGES) * 5 // 4  # a block and four pages
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_host_memory_has_room_for_blocks(blocks, tmp_path):
+    size = tiny_engine(**SMALL).admission.tiers._link.block_bytes(BLOCK_PAGES)
+    disk = {"disk_store": str(tmp_path), "disk_store_bytes": 1 << 26} if blocks == 2 else {}
+    with pytest.raises(InvalidRequestError, match=f"host_store_bytes={blocks * size - 1} must be at least"):
+        tiny_engine(store_tokens=24 * PAGE, host_store_bytes=blocks * size - 1, **disk)
+    tiny_engine(store_tokens=24 * PAGE, host_store_bytes=blocks * size, **disk).close()
+
+
 def test_a_tier_for_a_part_of_what_returns_has_that_part():
     room, prompts = room_for(tiny_engine(**SMALL), 3), texts(9)
     engine = tiny_engine(store_tokens=24 * PAGE, host_store_bytes=room)

@@ -364,6 +364,12 @@ class Loop:
         if (prefilled.sampled.token[slot] == NON_FINITE).any():
             self._isolation.judge(sequence, NonFiniteLogitsError("the logits behind the prompt are not all finite"))
             return
+        try:
+            if prefilled.scores is not None:
+                sequence.take_scores(prefilled.scores[slot])
+        except NonFiniteLogitsError as error:
+            self._isolation.judge(sequence, error)
+            return
         sequence.finish_stage(prefilled.computed[slot])
         if not sequence.stages:
             if sequence.wants_logits and not sequence.output.token_ids:  # else it was preempted behind its first token

@@ -114,6 +114,7 @@ class Restoring:
     def _begin(self, cache: PageCache, sequence: Sequence) -> set[bytes]:
         """Make a prefix come, and read what else is on disk. Returns the keys of what is being read."""
         tokens, reuse = sequence.to_prefill()
+        tokens = sequence.to_find(tokens)
         method = method_of(reuse)
         if not self._tiers.has_blocks or not (method.uses_prefix or method.uses_segments):
             return set()

@@ -353,8 +353,8 @@ class Runner:
         number = min(1 if number <= 1 else MAX_LOGPROBS, self.model.vocab_size)
         with self._precision():
             scores = jax.device_get(score(self.params, run.state, asked, decoder=self.decoder, number=number))
-        ends = np.cumsum(sizes)
-        return [jax.tree.map(lambda x: x[end - size : end], scores) for size, end in zip(sizes, ends, strict=True)]
+        own = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+        return [scores.of_rows(rows) for rows in own]
 
     def are_finite(self, logits: Float[Array, "requests vocab"]) -> Bool[np.ndarray, "requests"]:
         """Whether all logits of each line are finite. Waits for the device."""

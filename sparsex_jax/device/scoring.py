@@ -11,9 +11,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.model.decoder import Decoder, logits
 from sparsex_jax.model.weights import Params
@@ -33,10 +34,14 @@ class Scores:
       top_ids: the ids of those tokens.
     """
 
-    chosen: Float[Array, "rows"]
-    rank: Int[Array, "rows"]
-    top: Float[Array, "rows number"]
-    top_ids: Int[Array, "rows number"]
+    chosen: Float[Array | np.ndarray, "rows"]
+    rank: Int[Array | np.ndarray, "rows"]
+    top: Float[Array | np.ndarray, "rows number"]
+    top_ids: Int[Array | np.ndarray, "rows number"]
+
+    def of_rows(self, rows: slice | Bool[np.ndarray, "rows"]) -> Scores:
+        """Those of some rows."""
+        return jax.tree.map(lambda each: each[rows], self)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "number"))

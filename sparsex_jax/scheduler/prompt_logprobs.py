@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Int32
 
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.device.scoring import Scores
@@ -73,7 +73,7 @@ class PromptLogprobs:
           NonFiniteLogitsError: some of it is not finite.
         """
         there = np.asarray(scores.rank) > 0
-        scores = Scores(scores.chosen[there], scores.rank[there], scores.top[there], scores.top_ids[there])
+        scores = scores.of_rows(there)
         if not (np.isfinite(scores.chosen).all() and np.isfinite(scores.top).all()):
             raise NonFiniteLogitsError("the log-probabilities of the prompt's tokens are not all finite")
         places, mine = self._places(stage, keep)[there], self._scores
@@ -98,10 +98,14 @@ class PromptLogprobs:
         )
 
 
+def check_prompt_logprobs(tokens: Int32[np.ndarray, "tokens"], sampling: SamplingParams) -> None:
+    """Raises InvalidRequestError if a prompt of these tokens cannot be scored as is asked."""
+    PromptLogprobs.asked(tokens, sampling)
+
+
 def _nothing(length: int, number: int) -> Scores:
-    chosen: Float32[np.ndarray, "tokens"] = np.full(length, np.nan, np.float32)
     top = np.zeros((length, number), np.float32)
-    return Scores(chosen, np.zeros(length, np.int32), top, top.astype(np.int32))
+    return Scores(np.full(length, np.nan, np.float32), np.zeros(length, np.int32), top, top.astype(np.int32))
 
 
 def reuse_when_scored(sampling: SamplingParams) -> ReuseConfig | None:

@@ -2,8 +2,8 @@
 
     python scripts/lm_eval_reuse.py --model sparsex-completions --model_args reuse=sparsex,model=NAME,base_url=...
 
-Every request names a method of reuse. One that scores a continuation also says where that begins: its tokens and the one
-before them are computed, and what stands before those is found in what earlier requests left, as the method has it.
+Every request names a method of reuse. One that scores a continuation also says where that begins: its tokens and the
+one before them are computed, and what stands before those is found in what earlier requests left, as the method has it.
 `scripts/lm_eval_reuse.md` says how to compare.
 """
 

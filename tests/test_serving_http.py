@@ -704,14 +704,14 @@ def test_bad_chats(http, fields, param, said):
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [99999]}, "prompt"),
         ({"prompt": ["x"] * 33}, "prompt"),
-        ({"prompt": "x", "echo": True}, "echo"),
+        ({"prompt": "x", "echo": 5}, "echo"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
-        ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
         ({"prompt": ["x", ""]}, "prompt"),
         ({"prompt": [1, None]}, "prompt"),
         ({"prompt": [1, True]}, "prompt"),
-        ({"prompt": "x", "max_tokens": 2, "n": 17, "best_of": 18}, "best_of"),
+        ({"prompt": "x", "max_tokens": 2, "n": 17, "best_of": 33}, "best_of"),
     ],
 )
 def test_bad_completions(http, fields, param):

@@ -349,12 +349,14 @@ class Admission:
         Exactness of an answer's KV is that of the whole prompt's.
         """
         tokens = sequence.tokens[: min(sequence.num_computed, sequence.num_kept)]
-        if not sequence.keep or sequence.forgotten or self._is_gone(sequence) or len(tokens) == 0:
+        if sequence.forgotten or self._is_gone(sequence) or len(tokens) == 0:
             return
         exact = sequence.plan.exact_tokens(self._model.num_layers)
         exact = len(tokens) if exact == len(sequence.plan.prompt) else min(exact, len(tokens))
         made_by = sequence.reuse
         self.cache.commit(sequence.pages, tokens, sequence.namespace, exact_tokens=exact, made_by=made_by)
+        if sequence.lent and not sequence.keep:
+            sequence.lent.commit(self.cache, sequence.pages, tokens, sequence.num_shared, self._config.page_size)
 
     def _is_gone(self, sequence: Sequence) -> bool:
         """Whether it makes a text again that was forgotten or evicted since."""
@@ -470,6 +472,8 @@ class Admission:
             self.restoring.cancel(self.cache, sequence)
         self.leave(sequence)
         self._returning.discard(sequence)
+        if sequence.lent:
+            sequence.lent.end_one(self.cache)
         sequence.finish(reason, error)
 
     def forget(self, handle: int) -> Forgotten:

@@ -47,6 +47,7 @@ from sparsex_jax.reuse.excerpt import Excerpt
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
+from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.output import Output, TokenLogprobs
 from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs
 from sparsex_jax.scheduler.sharing import Offer, Wanted
@@ -140,6 +141,7 @@ class Sequence:
       remakes: the handle of the text that it makes again, or whose company it prefills for that. None: of none.
       company: what a text to remember is prefilled behind, if the engine chose that. It chooses at each admission.
       prompt_logprobs: those of the prompt that was asked, as far as they are known. None: nobody asks for them.
+      lent: the prompt of several answers, of which this is one, that is found while they run but is not kept.
       wanted: what it could find of that which others compute.
 
     In line:
@@ -196,6 +198,7 @@ class Sequence:
     remakes: int | None = None
     company: Company = dataclasses.field(default_factory=Company.nobody)
     prompt_logprobs: PromptLogprobs | None = None
+    lent: Lent | None = None
     wanted: Wanted = dataclasses.field(init=False)
 
     id: int = 0
@@ -286,6 +289,8 @@ class Sequence:
     @property
     def num_kept(self) -> int:
         """How many of its tokens can be found where they are, once they are computed."""
+        if not self.keep:
+            return len(self.prompt) if self.lent else 0
         return self.num_before or self.num_computed
 
     def slots(self, ahead: int) -> int:

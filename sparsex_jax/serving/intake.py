@@ -13,6 +13,7 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.prompt_logprobs import check_prompt_logprobs, reuse_when_scored
 from sparsex_jax.serving import extras
 from sparsex_jax.serving.access import Limits, Tenant
@@ -282,7 +283,8 @@ class Intake:
         check_prompt_logprobs(tokens, sampling)
         namespace, keep = tenant.store_namespace(request.cache_salt), request.keep is not False
         answers = each_answer(request, sampling, self._reuse(request, sampling))
-        return [Job(tokens, one, reuse, namespace, keep, turns) for one, reuse in answers]
+        lent = Lent(len(answers)) if len(answers) > 1 and not keep else None
+        return [Job(tokens, one, reuse, namespace, keep, turns, lent) for one, reuse in answers]
 
     def _reuse(self, request: Generate, sampling: SamplingParams) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""

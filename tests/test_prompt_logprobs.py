@@ -63,6 +63,7 @@ def test_preemption_computes_them_anew(exact):
     assert idle(engine)
 
 
+@pytest.mark.slow
 def test_on_a_mesh(exact):
     out = sharded_tiny(2).generate(TEXT[:150], SCORED, keep=False)
     np.testing.assert_allclose(values(out.prompt_logprobs), values(exact), atol=1e-4)
@@ -76,9 +77,9 @@ def test_without_a_method_nothing_approximate_is_in_them(engine, exact):
     np.testing.assert_allclose(values(whole.prompt_logprobs), values(exact), atol=1e-4)
     engine.generate(TEXT[:130], SamplingParams(1), namespace="exactly", reuse=ReuseConfig("full"))
     end = dataclasses.replace(SCORED, prompt_logprobs_start=-10)
-    for namespace, found in (("plain", 0), ("exactly", 130)):
+    for namespace, found in (("plain", 20), ("exactly", 130)):  # what is exact of what is stored
         part = engine.generate(TEXT[:150], end, namespace=namespace, keep=False)
-        assert (part.report.prefix_tokens >= found - 16) == (found > 0)
+        assert (part.report.prefix_tokens, part.report.fresh_tokens) == (found, 150 - found)
         np.testing.assert_allclose(values(part.prompt_logprobs)[140:], values(exact)[140:], atol=1e-4)
         assert set(part.prompt_logprobs[:140]) == {None}
 
@@ -130,6 +131,10 @@ def test_logits_of_few_rows_are_in_memory_at_once():
     index = jnp.arange(rows)
     of_rows = Rows(token=index, position=index, request=jnp.zeros_like(index), index=index)
     params = dataclasses.replace(tiny_params(), embed=jnp.zeros((4096, 32)), lm_head=None)
-    state = jax.eval_shape(lambda: embed_rows(params, of_rows, decoder=decoder, requests=1))
-    compiled = score.lower(params, state, index, decoder=decoder, number=1).compile()
+    state = embed_rows(params, of_rows, decoder=decoder, requests=1)
+
+    def scored(hidden):
+        return score(params, dataclasses.replace(state, hidden=hidden), index, decoder=decoder, number=1).chosen
+
+    compiled = jax.jit(scored).lower(state.hidden).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < rows * 4096 * 4 / 4

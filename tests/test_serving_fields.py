@@ -319,7 +319,7 @@ def test_a_continuation_is_scored_behind_what_is_reused(http, reference):
     body = LM_EVAL | {"prompt": [tokens[7:]], "cache_salt": "behind"}
     reused = {"reuse": {"method": "naive"}, "prompt_logprobs_start": -6}
     http.post("/v1/completions", json=body | {"prompt": [tokens], "reuse": {"method": "naive"}})
-    exact, approximate = (http.post("/v1/completions", json=body | more).json() for more in ({}, reused))
+    approximate, exact = (http.post("/v1/completions", json=body | more).json() for more in (reused, {}))
     assert exact["sparsex"]["fresh_tokens"] == len(tokens) - 7
     assert approximate["sparsex"]["fresh_tokens"] < 16 < approximate["sparsex"]["reused_tokens"]
     values = approximate["choices"][0]["logprobs"]["token_logprobs"]

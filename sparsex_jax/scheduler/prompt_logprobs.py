@@ -11,8 +11,8 @@ from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.scheduler.output import TokenLogprobs
 
-# Of one prompt: its tokens times 1 and the most probable ones. They are JSON of some 20 MB.
-MOST_ENTRIES = 1 << 18
+# Of one prompt: its tokens times 1 and the most probable ones. They are JSON of some 8 MB.
+MOST_ENTRIES = 1 << 17
 
 
 class PromptLogprobs:

@@ -959,6 +959,7 @@ OPERATIONS = [
     ("/v1/messages/count_tokens", "POST"),
     ("/tokenize", "POST"),
     ("/detokenize", "POST"),
+    ("/tokenizer_info", "GET"),
     ("/version", "GET"),
     ("/v1/models", "GET"),
     ("/v1/models/{model}", "GET"),

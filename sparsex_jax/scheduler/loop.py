@@ -180,15 +180,27 @@ class Loop:
     # On the thread that steps -------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One round of work. False when nothing is running or waiting."""
+        """One round of work. False when nothing is running or waiting.
+
+        What fails beside the steps of sequences, such as moving blocks, ends none of them if it took the store with it:
+        all is computed again. Else it is raised.
+        """
         with self._one_round():
-            self._take_in()
-            decode = self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
-            prefill = self.policy.prefill_batch()  # while the device decodes
-            self._finish_decode(decode)
-            self._prefill(prefill)
-            self._move_blocks(idle=decode is None and not prefill.sequences)
+            try:
+                self._work()
+            except Exception:
+                if not self.recover():
+                    raise
+                log.exception("the store was lost by no sequence's step; what ran is computed again")
             return self._report()
+
+    def _work(self) -> None:
+        self._take_in()
+        decode = self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
+        prefill = self.policy.prefill_batch()  # while the device decodes
+        self._finish_decode(decode)
+        self._prefill(prefill)
+        self._move_blocks(idle=decode is None and not prefill.sequences)
 
     def complete(self, sequences: Several[Sequence]) -> None:
         """Put sequences in line and step until they are done; whatever else is in line goes on too.

@@ -90,6 +90,8 @@ class Restoring:
             if len(self._prefixes) >= MOST_RESTORED:
                 return True
             sequence.coming = self._begin(cache, sequence)
+        if sequence.coming is None:
+            return True
         prefix = self._prefixes.get(sequence)
         if prefix is not None and prefix.restoration.ended:
             self._end(cache, sequence)
@@ -111,8 +113,13 @@ class Restoring:
             self.cancel(cache, sequence)
             sequence.coming = None if again else set()
 
-    def _begin(self, cache: PageCache, sequence: Sequence) -> set[bytes]:
-        """Make a prefix come, and read what else is on disk. Returns the keys of what is being read."""
+    def _begin(self, cache: PageCache, sequence: Sequence) -> set[bytes] | None:
+        """Make a prefix come, and read what else is on disk.
+
+        Returns:
+          The keys of what is being read. None if the prefix goes on behind what is coming itself, which would be read
+          before it is there: ask again.
+        """
         tokens, reuse = sequence.to_prefill()
         tokens = sequence.to_find(tokens)
         method = method_of(reuse)
@@ -122,6 +129,8 @@ class Restoring:
         try:
             chain, others = self._loading.lacking(tokens, sequence.namespace, method, match)
             exact = self._exact(chain, match)
+            if exact and self._loading.coming_into(match.prefix_pages):
+                return None
             if exact:
                 self._begin_prefix(cache, sequence, match, exact)
         except StoreFullError:

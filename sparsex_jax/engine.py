@@ -401,7 +401,13 @@ def _generation(done: sequence.Sequence) -> Generation:
     assert done.finish_reason is not None
     assert done.report is not None
     return Generation(
-        output.text, output.token_ids, done.finish_reason, done.report, done.logits, tuple(output.logprobs)
+        output.text,
+        output.token_ids,
+        done.finish_reason,
+        done.report,
+        done.logits,
+        tuple(output.logprobs),
+        () if done.prompt_logprobs is None else done.prompt_logprobs.entries(),
     )
 
 

@@ -40,6 +40,7 @@ from sparsex_jax.scheduler.execution import Dispatch, Execution, Prefilled
 from sparsex_jax.scheduler.healing import Healing
 from sparsex_jax.scheduler.interrupts import interrupts_at_the_end
 from sparsex_jax.scheduler.isolation import Isolation
+from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
 from sparsex_jax.scheduler.requests import Requests
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE, Event, Listener, Sequence, State, Ticket, ignore
@@ -96,12 +97,14 @@ class Loop:
         namespace: str = DEFAULT_NAMESPACE,
         keep: bool = True,
         turns: frozenset[bytes] | None = None,
+        lent: Lent | None = None,
         listener: Listener,
     ) -> Ticket:
         """Check a request and put it in line. Arguments as `Engine.generate`.
 
         Args:
           turns: `turns_of` the prompt, if it is given as the tokens of a chat.
+          lent: shared by several answers to one prompt that is not kept. None: there is one answer, or it is kept.
           listener: called with each `Event`, on the thread that steps. If it raises, it is dropped and its request is
             cancelled.
 
@@ -111,7 +114,7 @@ class Loop:
           OverloadedError: too many wait already; says when to try again.
         """
         sampling = SamplingParams() if sampling is None else sampling
-        options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns}
+        options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns, "lent": lent}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
     def remember(
@@ -375,6 +378,12 @@ class Loop:
         """A stage of the sequence has run."""
         if (prefilled.sampled.token[slot] == NON_FINITE).any():
             self._isolation.judge(sequence, NonFiniteLogitsError("the logits behind the prompt are not all finite"))
+            return
+        try:
+            if prefilled.scores is not None:
+                sequence.take_scores(prefilled.scores[slot])
+        except NonFiniteLogitsError as error:
+            self._isolation.judge(sequence, error)
             return
         sequence.finish_stage(prefilled.computed[slot])
         if not sequence.stages:

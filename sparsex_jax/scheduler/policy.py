@@ -182,7 +182,7 @@ class Policy:
             other.offer
             for other in self.of_state(State.PREFILLING)
             if other.id < sequence.id
-            and other.keep
+            and (other.keep or (other.lent is not None and other.lent is sequence.lent))
             and other.namespace == sequence.namespace
             and other.offer is not None
         ]

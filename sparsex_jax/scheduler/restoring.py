@@ -121,6 +121,7 @@ class Restoring:
           before it is there: ask again.
         """
         tokens, reuse = sequence.to_prefill()
+        tokens = sequence.to_find(tokens)
         method = method_of(reuse)
         if not self._tiers.has_blocks or not (method.uses_prefix or method.uses_segments):
             return set()

@@ -111,7 +111,7 @@ public = APIRouter(responses=ERRORS)
 async def chat_completions(body: schemas.ChatRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Answer a chat, as OpenAI's endpoint does."""
 
-    def make_format() -> ChatFormat:
+    def make_format(_: int) -> ChatFormat:
         return ChatFormat(
             service.texts,
             bool(body.logprobs),
@@ -120,7 +120,10 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
         )
 
     def make_reply(asked: Asked, pieces: Pieces) -> Reply:
-        return Reply(make_format, service.model, asked.jobs, pieces, Extent.of(body), lambda: service.reader(asked))
+        extent = Extent.of(body)
+        return Reply(
+            make_format, service.texts, service.model, asked.jobs, pieces, extent, lambda: service.reader(asked)
+        )
 
     return await service.generate(request, body, tenant, service.asked_chat, make_reply)
 
@@ -129,12 +132,13 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
 async def completions(body: schemas.CompletionRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Continue one or several texts, as OpenAI's endpoint does."""
 
-    def make_format() -> CompletionFormat:
-        names_are_ids = bool(body.return_tokens_as_token_ids)
-        return CompletionFormat(service.texts, body.logprobs, names_are_ids=names_are_ids)
-
     def make_reply(asked: Asked, pieces: Pieces) -> Reply:
-        return Reply(make_format, service.model, asked.jobs, pieces, Extent.of(body))
+        def make_format(number: int) -> CompletionFormat:
+            echo = asked.echoes[number // body.num_answers] if asked.echoes else None
+            names_are_ids = bool(body.return_tokens_as_token_ids)
+            return CompletionFormat(service.texts, body.logprobs, names_are_ids=names_are_ids, echo=echo)
+
+        return Reply(make_format, service.texts, service.model, asked.jobs, pieces, Extent.of(body))
 
     return await service.generate(request, body, tenant, service.asked_completion, make_reply)
 

@@ -23,6 +23,7 @@ from sparsex_jax.errors import UnknownHandleError
 from sparsex_jax.serving import extras, schemas
 from sparsex_jax.serving.access import Access, Limits, Tenant
 from sparsex_jax.serving.bodies import Bodies
+from sparsex_jax.serving.evaluation import Echo
 from sparsex_jax.serving.exchange import Exchange
 from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
 from sparsex_jax.serving.intake import Intake
@@ -47,11 +48,13 @@ class Asked:
       request: in the form of OpenAI's endpoints, whatever form it came in.
       jobs: one for each answer; those to one prompt come together.
       thinking: how the answers think. None: thoughts are not taken apart.
+      echoes: the prompts, if answers begin with them; otherwise empty.
     """
 
     request: schemas.Generate
     jobs: list[Job]
     thinking: Thinking | None = None
+    echoes: Sequence[Echo] = ()
 
 
 Pieces = Sequence[list[str]] | None  # the texts of each prompt's tokens
@@ -118,7 +121,7 @@ class Service:
         """The texts of each prompt's tokens, if the request asks for a token map."""
         if not asked.request.return_token_map:
             return None
-        return await self.in_background(self.intake.pieces, asked.jobs[:: asked.request.n or 1])
+        return await self.in_background(self.intake.pieces, asked.jobs[:: asked.request.num_answers])
 
     def asked_chat(self, request: schemas.ChatRequest, tenant: Tenant, *, shortens: bool = False) -> Asked:
         """What a chat asks for. Off the event loop. Arguments and errors as of `Intake.chat`."""
@@ -128,7 +131,8 @@ class Service:
 
     def asked_completion(self, request: schemas.CompletionRequest, tenant: Tenant) -> Asked:
         """What a completion asks for. Off the event loop. Raises as `Intake.completion`."""
-        return Asked(request, self.intake.completion(request, tenant))
+        jobs = self.intake.completion(request, tenant)
+        return Asked(request, jobs, echoes=self.intake.echoes(request, jobs))
 
     def reader(self, asked: Asked) -> AnswerReader:
         """What takes an answer to a chat apart."""

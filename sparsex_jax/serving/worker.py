@@ -28,6 +28,7 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
+from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 
@@ -79,6 +80,7 @@ class Job:
     namespace: str = DEFAULT_NAMESPACE
     keep: bool = True
     turns: frozenset[bytes] = frozenset()
+    lent: Lent | None = None
 
     def submit(self, loop: Loop, listener: Listener) -> Ticket:
         return loop.submit(
@@ -88,6 +90,7 @@ class Job:
             namespace=self.namespace,
             keep=self.keep,
             turns=self.turns,
+            lent=self.lent,
             listener=listener,
         )
 

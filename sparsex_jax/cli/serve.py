@@ -11,7 +11,6 @@ from pathlib import Path
 
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import messages, progress
-from sparsex_jax.config import find_defaults
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.engine import Engine
 from sparsex_jax.scheduler import warmup
@@ -34,6 +33,7 @@ def run(
     name: str | None,
     warm_up: bool,
     request_log: Path | None = None,
+    otlp_endpoint: str | None = None,
     allowed_origins: Cors | None = None,
     reasoning_parser: str = AUTO,
 ) -> None:
@@ -56,8 +56,7 @@ def run(
         reasoning_parser=reasoning_parser,
     )
     server = Server(app, sockets=sockets)
-    company = choice.company_tokens > 0
-    messages().print(str(find_defaults(choice.model, engine.model, choice.reuse, company=company)), soft_wrap=True)
+    messages().print(str(choice.defaults(engine.model)), soft_wrap=True)
     messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."

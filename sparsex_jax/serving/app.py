@@ -20,10 +20,9 @@ from starlette.staticfiles import StaticFiles
 
 from sparsex_jax.cache import Entry, Forgotten
 from sparsex_jax.engine import Engine
-from sparsex_jax.serving import faults, schemas
+from sparsex_jax.serving import faults, health, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits
 from sparsex_jax.serving.exchange import Exchange, Exchanges
-from sparsex_jax.serving.faults import json_response
 from sparsex_jax.serving.methods import Cors, HeadAsGet
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat
 from sparsex_jax.serving.protocols import routers
@@ -81,7 +80,7 @@ def create_app(
 
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    included = (router, public, *routers)
+    included = (router, public, health.router, *routers)
     for each in included:
         app.include_router(each)
     routes = [route for each in included for route in each.routes]
@@ -191,14 +190,6 @@ async def store(service: Served, tenant: Caller) -> schemas.Store:
     engine = service.worker.engine
     stats = dataclasses.asdict(engine.loop.snapshot)
     return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size, "tiers": tiers_of(engine)})
-
-
-@public.get("/health", response_model=schemas.Health)
-async def health(service: Served) -> Response:
-    """200 while the server takes requests, 503 otherwise."""
-    worker = service.worker
-    status = "failed" if worker.failure else "draining" if worker.draining else "ok"
-    return json_response({"status": status}, 200 if status == "ok" else 503)
 
 
 @router.get("/metrics")

@@ -375,7 +375,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "draining", "failed"]
+    status: Literal["ok", "draining", "hung", "failed"]
 
 
 class Version(BaseModel):

@@ -20,6 +20,7 @@ from sparsex_jax.serving.methods import Cors
 from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.sockets import url_of
+from sparsex_jax.serving.tracing import Tracing, is_wanted
 from sparsex_jax.serving.worker import Worker
 from sparsex_jax.text.thoughts import AUTO, check_parser
 
@@ -41,17 +42,19 @@ def run(
     check_parser(reasoning_parser)
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
     log = RequestLog.open(request_log) if request_log else None
+    name = name or Path(choice.model).name
+    tracing = Tracing.start(otlp_endpoint, name) if is_wanted(otlp_endpoint) else None
     engine = choice.load()
     if warm_up:
         compile_all(engine)
     worker = Worker(engine)
-    name = name or Path(choice.model).name
     app = create_app(
         worker,
         model=name,
         access=access,
         limits=limits,
         request_log=log,
+        tracing=tracing,
         allowed_origins=allowed_origins or (),
         reasoning_parser=reasoning_parser,
     )

@@ -43,6 +43,7 @@ from sparsex_jax.scheduler.isolation import Isolation
 from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
 from sparsex_jax.scheduler.requests import Requests
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE, Event, Listener, Sequence, State, Ticket, ignore
+from sparsex_jax.scheduler.timeline import Timeline
 from sparsex_jax.text.encoding import Prompt
 
 __all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
@@ -62,6 +63,7 @@ class Loop:
       policy: who is next.
       snapshot, tiers: the stats of the store, and of the tiers below it if there are any, as the last round left them.
         From any thread, also in the middle of a round.
+      traced: whether tickets of what is submitted from now on have a timeline.
     """
 
     def __init__(self, runner: Runner, admission: Admission, tokenizer: Any | None, reuse: ReuseConfig) -> None:
@@ -78,6 +80,7 @@ class Loop:
         self._healing = Healing(self._config, runner.shapes, admission, self.requests)
         self._isolation = Isolation(runner, admission)
         self._counts = Counts()
+        self.traced = False
         self.publish()
         self._ids = itertools.count(1)
         self._inbox: list[Sequence] = []
@@ -145,6 +148,9 @@ class Loop:
             waiting, most = self._num_waiting(), self._config.max_waiting
             if waiting >= most:
                 raise OverloadedError(f"{waiting} requests wait already, and max_waiting is {most}", self._retry())
+            if self.traced:
+                sequence.timeline = Timeline()
+                sequence.timeline.enter("queue")
             self._put_in_line([sequence])
             return Ticket(sequence, self._wake)  # before a round can make another prompt of it
 

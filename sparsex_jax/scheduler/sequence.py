@@ -48,6 +48,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
 from sparsex_jax.scheduler.output import Output, TokenLogprobs
 from sparsex_jax.scheduler.sharing import Offer, Wanted
+from sparsex_jax.scheduler.timeline import UNTIMED, Timeline
 
 DEFAULT_NAMESPACE = "default"
 
@@ -135,6 +136,7 @@ class Sequence:
       asked: somebody asked for it. Healing and warming up are not counted among the requests.
       remakes: the handle of the text that it makes again, or whose company it prefills for that. None: of none.
       company: what a text to remember is prefilled behind, if the engine chose that. It chooses at each admission.
+      timeline: when its parts began and ended, if somebody traces it.
       wanted: what it could find of that which others compute.
 
     In line:
@@ -190,6 +192,7 @@ class Sequence:
     asked: bool = True
     remakes: int | None = None
     company: Company = dataclasses.field(default_factory=Company.nobody)
+    timeline: Timeline = UNTIMED
     wanted: Wanted = dataclasses.field(init=False)
 
     id: int = 0
@@ -342,6 +345,7 @@ class Sequence:
         self.computed, self.confidence = np.zeros((len(plan.phases), len(plan.prompt)), bool), None
         self.approximate = plan.exact_tokens(num_layers) < len(plan.prompt)
         self.offer = None if plan.probe else Offer(plan.prompt)
+        self.timeline.enter("probe" if plan.probe else "prefill")
 
     def answer_from(self, focus: Float32[np.ndarray, "tokens"]) -> None:
         """From now on its prompt is an excerpt of what was asked, and is computed exactly.
@@ -373,6 +377,7 @@ class Sequence:
     def finish_prefill(self, num_layers: int) -> None:
         """All stages have run, and the next token is there. Prefills after a preemption in decode are not reported."""
         self.state = State.DECODING
+        self.timeline.enter("decode")
         if self.output.token_ids:
             return
         assert self.computed is not None
@@ -400,6 +405,7 @@ class Sequence:
         self.donors = self.donors if self.has_begun else frozenset()
         self.coming = None
         self.state = State.WAITING
+        self.timeline.enter("queue")
 
     def finish(self, reason: str, error: Exception | None = None) -> None:
         self.state, self.finish_reason, self.error = State.FINISHED, reason, error
@@ -435,10 +441,11 @@ class Ticket:
     Attributes:
       id: rises with every sequence.
       prompt_tokens: of its prompt.
+      timeline: when its parts began and ended, once its last event came; empty if the loop traces nothing.
     """
 
     def __init__(self, sequence: Sequence, wake: Callable[[], None]) -> None:
-        self.id, self.prompt_tokens = sequence.id, len(sequence.prompt)
+        self.id, self.prompt_tokens, self.timeline = sequence.id, len(sequence.prompt), sequence.timeline
         self._sequence, self._wake = sequence, wake
 
     def cancel(self) -> None:

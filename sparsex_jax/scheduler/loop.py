@@ -99,12 +99,15 @@ class Loop:
         namespace: str = DEFAULT_NAMESPACE,
         keep: bool = True,
         turns: frozenset[bytes] | None = None,
+        delay_s: float = 0.0,
         listener: Listener,
     ) -> Ticket:
         """Check a request and put it in line. Arguments as `Engine.generate`.
 
         Args:
           turns: `turns_of` the prompt, if it is given as the tokens of a chat.
+          delay_s: wait as if it had come so much later, or earlier if negative. So it overtakes only those who came
+            less than that before it.
           listener: called with each `Event`, on the thread that steps. If it raises, it is dropped and its request is
             cancelled.
 
@@ -115,6 +118,7 @@ class Loop:
         """
         sampling = SamplingParams() if sampling is None else sampling
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns}
+        options["delay_s"] = delay_s
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
     def remember(
@@ -157,7 +161,7 @@ class Loop:
     def _put_in_line(self, sequences: Several[Sequence]) -> None:
         with self._news:
             for sequence in sequences:
-                sequence.id = next(self._ids)
+                sequence.id, sequence.rank = next(self._ids), time.monotonic() + sequence.delay_s
                 self._inbox.append(sequence)
             self._news.notify_all()
 

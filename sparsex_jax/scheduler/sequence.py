@@ -136,11 +136,13 @@ class Sequence:
       asked: somebody asked for it. Healing and warming up are not counted among the requests.
       remakes: the handle of the text that it makes again, or whose company it prefills for that. None: of none.
       company: what a text to remember is prefilled behind, if the engine chose that. It chooses at each admission.
+      delay_s: by its priority it waits as if it had come so many seconds later, or earlier where this is negative.
       timeline: when its parts began and ended, if somebody traces it.
       wanted: what it could find of that which others compute.
 
     In line:
       id: rises with every sequence, so it tells who is older.
+      rank: `time.monotonic()` when it was put in line, and `delay_s` more: who waits with the lowest is next.
       cancelled: the submitter does not want the rest.
       suspect: it was in a step that lost the store, or got logits that are not finite. It runs alone from then on.
       from_scratch: its logits were not finite once, or what it found did not come: it is computed again of its own
@@ -192,10 +194,12 @@ class Sequence:
     asked: bool = True
     remakes: int | None = None
     company: Company = dataclasses.field(default_factory=Company.nobody)
+    delay_s: float = 0.0
     timeline: Timeline = UNTIMED
     wanted: Wanted = dataclasses.field(init=False)
 
     id: int = 0
+    rank: float = 0.0
     state: State = State.WAITING
     cancelled: bool = False
     suspect: bool = False

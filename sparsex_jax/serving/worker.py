@@ -80,6 +80,7 @@ class Job:
     namespace: str = DEFAULT_NAMESPACE
     keep: bool = True
     turns: frozenset[bytes] = frozenset()
+    delay_s: float = 0.0
 
     def submit(self, loop: Loop, listener: Listener) -> Ticket:
         return loop.submit(
@@ -89,6 +90,7 @@ class Job:
             namespace=self.namespace,
             keep=self.keep,
             turns=self.turns,
+            delay_s=self.delay_s,
             listener=listener,
         )
 

@@ -13,6 +13,7 @@ earlier counts as arriving later. The rate 0 is the link as it is. Prints a line
 
 import argparse
 import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,8 @@ class Bench:
             boundary_layer=args.boundary_layer, recompute_ratio=args.recompute_ratio, only_if_faster=False
         )
         self.loaded_tokens = 0
+        gc.collect()
+        gc.freeze()  # as the server does
 
     def on_device(self) -> float:
         return self._prefill()

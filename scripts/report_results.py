@@ -419,6 +419,16 @@ def tiers(document: Document) -> str:
     return provenance(document) + "\n" + table(["sessions, tier", "median, ms", "worst, ms", "tokens loaded"], rows)
 
 
+def segments(document: Document) -> str:
+    """Times to the first token of a prompt whose segments are in host memory, beside those where they are not."""
+    in_store = {row["work"]: row["figure"] for row in document["rows"] if row["implementation"] == "in the store"}
+    rows = [
+        [row["work"], row["implementation"], f"{row['figure']:.0f}", f"{row['figure'] / in_store[row['work']]:.2f}"]
+        for row in document["rows"]
+    ]
+    return provenance(document) + "\n" + table(["prompt", "segments are", "ms", "times"], rows, names=2)
+
+
 # Serving ----------------------------------------------------------------------------------------------------
 
 
@@ -673,6 +683,7 @@ VIEWS: dict[str, View] = {
     "link": link,
     "restore": restore,
     "tiers": tiers,
+    "segments": segments,
     "serving": serving,
     "conversations": conversations,
     "conversations_headline": conversations_headline,

@@ -11,7 +11,8 @@ The way of `token_ids`, function by function:
                        Loop.step, round by round
                          _take_in                    from the inbox to the sequences that wait
                          Policy.prefill_batch
-                           Admission.admit           PageCache.lookup, Choice.plan, Method.phases -> RequestPlan, pages
+                           Admission.admit           PageCache.lookup, Choice.plan, Method.phases -> RequestPlan, pages;
+                                                     Loading.load: what lower tiers have of it
                            chunks.stages             the plan in chunks
                          Execution.prefill
                            Runner.begin              plan_prefill; align: `align_and_copy` of what is reused

@@ -184,11 +184,11 @@ def test_a_request_that_comes_while_a_chunk_is_healed_is_next(monkeypatch):
     list(turns(engine, [METHOD] * 2))
     begin, request = engine.runner.begin, RNG.integers(1, 97, 31).tolist()
 
-    def observed(plans):
+    def observed(plans, *late):
         begun.append([len(plan.prompt) for plan in plans])
         if len(begun) == 1:
             engine.loop.submit(request, GREEDY, listener=lambda event: None)
-        return begin(plans)
+        return begin(plans, *late)
 
     monkeypatch.setattr(engine.runner, "begin", observed)
     while engine.loop.step() or engine.loop.heal() is not None:  # as a server's worker does

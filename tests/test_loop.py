@@ -307,7 +307,7 @@ def test_a_huge_prompt_stalls_nobody():
 def test_chunks_have_at_most_so_many_rows_and_small_prompts_share_them():
     engine = tiny_engine(prefill_tokens=64)
     plans, begin = [], engine.runner.begin
-    engine.runner.begin = lambda requests: plans.append([r.num_rows for r in requests]) or begin(requests)
+    engine.runner.begin = lambda requests, late: plans.append([r.num_rows for r in requests]) or begin(requests, late)
     loop = engine.loop
     for start, length in ((0, 200), (300, 10), (400, 20), (500, 30)):
         submit(loop, TEXT[start : start + length])
@@ -492,7 +492,7 @@ def test_a_store_lost_by_a_call_costs_the_others_time():
     heard = submit(loop, TEXT[:50])
     loop.step()
 
-    def fails(requests):
+    def fails(*arguments):
         engine.runner.store.delete()
         raise RuntimeError("device lost")
 

@@ -34,6 +34,8 @@ def crowd(engine, number, rng):
             temperature=float(rng.random()),
             top_k=int(rng.integers(9)),
             ignore_eos=bool(at % 2),
+            logprobs=3 if at % 5 == 1 else None,
+            presence_penalty=float(at % 4 == 2),
         )
         method = ("full", "prefix", "naive", engine.reuse.method)[rng.integers(4)]
         reuse = engine.reuse if method == engine.reuse.method else ReuseConfig(method)
@@ -84,14 +86,14 @@ def test_every_size_of_a_batch_is_decoded_once(most, numbers, monkeypatch):
     monkeypatch.setattr(warmup, "_generate", lambda *_: None)
     for step in warmup.steps(make_engine(max_num_seqs=most).loop):
         step()
-    assert decoded == numbers
+    assert decoded == 2 * numbers  # plain, and with every wish but a structure, which this model's tokens cannot have
 
 
 def test_a_model_that_fails_says_so_before_it_is_served():
     engine = make_engine()
     params = engine.runner.params
     engine.runner.params = dataclasses.replace(params, final_norm=params.final_norm * np.nan)
-    for step in warmup.steps(engine.loop)[-2:]:  # the last decode, and a whole request
+    for step in warmup.steps(engine.loop)[-2:]:  # whole requests
         with pytest.raises(NonFiniteLogitsError):
             step()
 

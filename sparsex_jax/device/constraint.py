@@ -50,18 +50,16 @@ class Constraint:
 
 def constraint_arrays(
     matchers: Sequence[Matcher | None], starts: Sequence[int], size: int, vocab_size: int
-) -> Constraint | None:
-    """The constraint of a batch of `size` slots, in NumPy arrays. None if none of the requests has a structure.
+) -> Constraint:
+    """The constraint of a batch of `size` slots, in NumPy arrays.
 
     Args:
-      matchers: of the requests in the first slots.
+      matchers: of the requests in the first slots; None: nothing is asked of the answer.
       starts: the positions of their next tokens.
 
     Raises:
       StructureError: a grammar got too complex.
     """
-    if not any(matchers):
-        return None
     start, masked = np.zeros(size, np.int32), np.full(size, -1, np.int32)
     forced = np.full((size, MOST_FORCED), -1, np.int32)
     allowed = np.zeros((size, -(-vocab_size // 32)), np.uint32)

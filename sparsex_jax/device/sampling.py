@@ -61,8 +61,8 @@ class Adjustment:
 class Sampling:
     """The `SamplingParams` of each request, as arrays.
 
-    A step is compiled once for each combination of `adjustment` and `constraint` being there and `logprobs` being asked
-    for: at most eight times.
+    A step is compiled for three kinds of batches, so that all can be compiled ahead: plain ones; those where some
+    request has a structure; and those where some request has more wishes, which have all of the last three fields.
 
     Attributes:
       temperature: 0 takes the most probable token.
@@ -70,9 +70,9 @@ class Sampling:
       top_k: how many tokens are kept; 0 keeps all.
       min_p: the least probability of a token, as a share of the most probable one's.
       seed: of the request's random stream.
-      adjustment: None if no request has a penalty, a bias or a ban.
-      constraint: None if no request has a structure.
-      logprobs: whether some request asks for log-probabilities.
+      adjustment: penalties, biases and bans. None if no request has one, or asks for log-probabilities.
+      constraint: of structures. None if no request has a structure or one of these wishes.
+      logprobs: whether log-probabilities are computed.
     """
 
     temperature: Float[Array, "requests"]

@@ -55,11 +55,12 @@ def sampling_arrays(slots: Sequence[BatchSlot], size: int, vocab_size: int) -> S
     params = [slot.sampling for slot in slots]
     filled = [*params, *[SamplingParams()] * (size - len(params))]
     numbers = {name: [getattr(p, name) for p in filled] for name in _DTYPES}
+    wishes = any(p.adjusts_logits or p.logprobs is not None for p in params)
     return Sampling(
         **jax.device_put({name: np.array(values, _DTYPES[name]) for name, values in numbers.items()}),
-        adjustment=_adjustment(filled, slots, vocab_size) if any(p.adjusts_logits for p in params) else None,
-        constraint=jax.device_put(_constraint(slots, size, vocab_size)),
-        logprobs=any(p.logprobs is not None for p in params),
+        adjustment=_adjustment(filled, slots, vocab_size) if wishes else None,
+        constraint=jax.device_put(_constraint(slots, size, vocab_size, always=wishes)),
+        logprobs=wishes,
     )
 
 
@@ -86,7 +87,10 @@ def _adjustment(filled: Sequence[SamplingParams], slots: Sequence[BatchSlot], vo
     )
 
 
-def _constraint(slots: Sequence[BatchSlot], size: int, vocab_size: int) -> Constraint | None:
+def _constraint(slots: Sequence[BatchSlot], size: int, vocab_size: int, *, always: bool) -> Constraint | None:
+    """None if none of the sequences has a structure, unless there is to be one that constrains nothing."""
+    if not always and not any(slot.matcher for slot in slots):
+        return None
     return constraint_arrays([slot.matcher for slot in slots], [slot.length for slot in slots], size, vocab_size)
 
 
@@ -121,12 +125,12 @@ def resumed(state: DecodeState, slots: Sequence[BatchSlot], vocab_size: int, *, 
     """A state behind what was computed, as the host takes that.
 
     Args:
-      slots: those of the state. Their pages are the same.
+      slots: those of the state, some of which has a structure. Their pages are the same.
       moved: the host did not take all of it, so they continue elsewhere. Nothing counts their tokens (`adjustment`).
     """
     size = len(state.token)
     progress, constraint = jax.device_put(
-        (_progress(slots, size) if moved else {}, _constraint(slots, size, vocab_size))
+        (_progress(slots, size) if moved else {}, _constraint(slots, size, vocab_size, always=True))
     )
     sampling = dataclasses.replace(state.sampling, constraint=constraint)
     return dataclasses.replace(state, **progress, sampling=sampling)

@@ -103,9 +103,10 @@ class Execution:
         slots, vocab_size = [sequence.batch_slot for sequence in sequences], self._runner.model.vocab_size
         if kept is not None and kept.pages == _pages(sequences):
             moved = kept.tokens != _tokens(sequences, 0)
-            if not moved and kept.state.sampling.constraint is None:
+            structured = any(slot.matcher for slot in slots)
+            if not moved and not structured:
                 return kept.state
-            if not moved or kept.state.sampling.adjustment is None:
+            if structured and (not moved or kept.state.sampling.adjustment is None):
                 return resumed(kept.state, slots, vocab_size, moved=moved)
         return decode_state(slots, self._runner.shapes.max_pages, vocab_size)
 

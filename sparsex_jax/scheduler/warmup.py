@@ -4,15 +4,16 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
 
     for each row bucket   the alignment and the prefill, which serves every method; the default method's probe, if it
                           has one: of all layers together where they fit a turn, one by one where they do not
-    for 1, 2, 4 ...       the decode of that many sequences together: where none has a structure, and where some have
+    for 1, 2, 4 ...       the decode of that many sequences together: plain ones, some with a structure, and some with
+                          penalties, biases or log-probabilities
     with tiers            the gathers and scatters of blocks; and host memory is pinned
 
-Requests that ask for log-probabilities, penalties or biases compile what they need when they come, and so do those that
-name a method of other probes.
+Requests that name a method of other probes compile what they need when they come.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -37,21 +38,21 @@ def steps(loop: Loop) -> list[Callable[[], None]]:
     buckets = loop.runner.shapes.buckets
     prefills = [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe)]
     batches = _batches(loop.policy.max_num_seqs)
-    structures = [None, *_structures(loop)]
-    decodes = [functools.partial(_decode, loop, number, structure) for structure in structures for number in batches]
+    wishes = [SamplingParams(), *_structures(loop), SamplingParams(logprobs=0)]
+    decodes = [functools.partial(_decode, loop, number, wish) for wish in wishes for number in batches]
     tiers = [loop.admission.tiers.warm_up] if loop.admission.tiers is not None else []
-    whole = [functools.partial(_generate, loop, structure) for structure in structures]
+    whole = [functools.partial(_generate, loop, wish) for wish in wishes]
     return [*prefills, functools.partial(_measure, loop), *decodes, *tiers, *whole]
 
 
-def _structures(loop: Loop) -> list[Structure]:
+def _structures(loop: Loop) -> list[SamplingParams]:
     """A structure that answers of this model can have; none if its tokens cannot be constrained."""
     structure = Structure("json_object")
     try:
         loop.requests.matcher(structure)
     except StructureError:
         return []
-    return [structure]
+    return [SamplingParams(structure=structure)]
 
 
 def _batches(most: int) -> list[int]:
@@ -95,21 +96,21 @@ def _measure(loop: Loop) -> None:
     _ = loop.admission.choice.speeds
 
 
-def _decode(loop: Loop, number: int, structure: Structure | None) -> None:
+def _decode(loop: Loop, number: int, wish: SamplingParams) -> None:
     """A dispatch of this many sequences. They share one page, and all write the same into it."""
     runner, ends = loop.runner, loop.requests.end_tokens
-    matcher = loop.requests.matcher(structure) if structure else None
+    matcher = loop.requests.matcher(wish.structure) if wish.structure else None
     with loop.admission.lend(2) as pages:
-        slot = BatchSlot([0], [0], SamplingParams(max_new_tokens=2), ends, pages, matcher)
+        slot = BatchSlot([0], [0], dataclasses.replace(wish, max_new_tokens=2), ends, pages, matcher)
         state = decode_state([slot] * number, runner.shapes.max_pages, runner.model.vocab_size)
         _, sampled = runner.start_decode(state, 1)
     if (jax.device_get(sampled).token == NON_FINITE).any():
         raise NonFiniteLogitsError("the logits behind a prompt of one token are not all finite")
 
 
-def _generate(loop: Loop, structure: Structure | None) -> None:
+def _generate(loop: Loop, wish: SamplingParams) -> None:
     """A whole request, for what is between prefill and decode."""
     full = ReuseConfig(method="full")
-    sampling = SamplingParams(max_new_tokens=2, ignore_eos=True, structure=structure)
+    sampling = dataclasses.replace(wish, max_new_tokens=2, ignore_eos=True)
     options: dict[str, Any] = {"reuse": full, "namespace": "warm-up", "keep": False, "asked": False}
     loop.complete([loop.requests.generation([0], sampling, **options)])

@@ -5,8 +5,8 @@ none, the youngest is preempted: its pages go back, and later it is computed aga
 exact is committed). The oldest is never preempted for another, so it always gets on.
 
 Order. The oldest is admitted first; a priority makes a sequence some seconds older or younger. Younger ones overtake it
-only while it waits for pages and they find theirs, and only a limited number of times. Among those being prefilled, turns
-go round: a prompt of many chunks comes last after each, and so does one that is cut by layers.
+only while it waits for pages and they find theirs, and only a limited number of times. Among those being prefilled,
+turns go round: a prompt of many chunks comes last after each, and so does one that is cut by layers.
 
 Token budget. A prefill plan has at most `prefill_tokens` rows. Sequences of the same schedule share a plan within it.
 A sparse plan with more rows runs a few layers at a time, and decode runs in between. Its state between two layers is

@@ -262,7 +262,7 @@ def test_a_step_that_hangs_is_told_from_a_server_that_has_no_work(engine, monkey
             live.worker.draining = True
             assert health_of(http) == ("draining", True, False)
             live.worker.draining = False
-            live.server.drain()
+            live.server.handle_exit(signal.SIGTERM, None)
             wait_for(lambda: hears("STOPPING=1"))
 
 

@@ -968,6 +968,8 @@ OPERATIONS = [
     ("/v1/knowledge/{handle}", "DELETE"),
     ("/v1/store", "GET"),
     ("/health", "GET"),
+    ("/health/live", "GET"),
+    ("/health/ready", "GET"),
     ("/metrics", "GET"),
 ]
 

@@ -18,6 +18,7 @@ from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.errors import DiskStoreError, LinkError
 from sparsex_jax.scheduler.sequence import ignore
+from sparsex_jax.scheduler.timeline import Timeline
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
 from sparsex_jax.tiers.disk import DiskStore
 from sparsex_jax.tiers.host import HostStore
@@ -52,7 +53,17 @@ def check_restored(engine, prompts, tier):
     for prompt in prompts:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sparsex_jax.device.restorer._WORTH", 1e9)  # nothing is computed that could be loaded
-            back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
+            back = engine.loop.requests.prefill(
+                prompt,
+                reuse=ReuseConfig("prefix"),
+                namespace="default",
+                keep=True,
+                wants_logits=True,
+                timeline=Timeline(),
+            )
+            engine.loop.complete([back])
+        loads = [interval.tokens for interval in back.timeline.intervals if interval.name == "load"]
+        assert sum(loads) == back.report.restored_tokens
         assert back.report.prefix_tokens == LONG - 1
         assert back.report.restored_tokens > 0
         assert back.report.prefix_tier == tier

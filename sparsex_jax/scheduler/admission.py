@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 
@@ -133,13 +134,15 @@ class Admission:
           NoRoomError: there will not be either, unless something frozen is forgotten.
         """
         method = method_of(reuse)
-        match, plan = self._lay_out(sequence, tokens, method)
-        try:
-            self._require_room(sequence, plan.pages)
-            pages, copy_pages = self._take_pages(plan.pages, self._pages_wanted(sequence, slots, plan.pages), sequence)
-        except BaseException:
-            self.cache.unpin(match)
-            raise
+        with sequence.timeline.during("lookup"):
+            match, plan = self._lay_out(sequence, tokens, method)
+            try:
+                self._require_room(sequence, plan.pages)
+                wanted = self._pages_wanted(sequence, slots, plan.pages)
+                pages, copy_pages = self._take_pages(plan.pages, wanted, sequence)
+            except BaseException:
+                self.cache.unpin(match)
+                raise
         if sequence.asked and not sequence.was_admitted:
             self.cache.count_use(match)
         num_shared = len(plan.pages)
@@ -157,9 +160,11 @@ class Admission:
         Args:
           load: what lower tiers have of the prompt is loaded first.
         """
-        loaded, findable = 0, sequence.to_find(tokens)
+        loaded, findable, began = 0, sequence.to_find(tokens), time.perf_counter()
         if self.loading and load:
             loaded = self.loading.load(self.cache, findable, sequence.namespace, method, sequence.came_from)
+        if loaded:
+            sequence.timeline.add("load", began, loaded)
         may_pay = functools.partial(self.choice.segments_may_pay, method, len(tokens))
         about = (findable, sequence.namespace, method, self._model.num_layers)
         match = look_up(self.cache, *about, segments=may_pay)
@@ -464,6 +469,7 @@ class Admission:
 
     def finish(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
         """End it, whatever its state. Nothing can be found of one that failed."""
+        sequence.timeline.end()
         if error is not None:
             self.withdraw(sequence)
         elif self.tiers and sequence.is_admitted and sequence.keep and not sequence.remember:

@@ -156,8 +156,15 @@ class Execution:
 
     def _begin(self, sequences: list[Sequence]) -> PrefillRun:
         stages = [sequence.stages[0] for sequence in sequences]
-        pairs = zip(sequences, stages, strict=True)
-        return self._runner.begin(stages, [one.late for one, stage in pairs if one.late and stage.prompt.reused.any()])
+        late = [
+            one.late for one, stage in zip(sequences, stages, strict=True) if one.late and stage.prompt.reused.any()
+        ]
+        began = time.perf_counter()
+        run = self._runner.begin(stages, late)
+        for sequence, stage in zip(sequences, stages, strict=True):
+            if stage.copies:
+                sequence.timeline.add("copy", began, sum(copy.length for copy in stage.copies))
+        return run
 
     def probe(self, sequences: list[Sequence], layers: int | None = None) -> list[Float32[np.ndarray, "tokens"]] | None:
         """Run the probes of these sequences in one plan, or the next `layers` of it. None while layers are left.

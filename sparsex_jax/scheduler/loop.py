@@ -44,6 +44,7 @@ from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
 from sparsex_jax.scheduler.requests import Requests
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE, Event, Listener, Sequence, State, Ticket, ignore
+from sparsex_jax.scheduler.timeline import Timeline
 from sparsex_jax.text.encoding import Prompt
 
 __all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
@@ -63,6 +64,7 @@ class Loop:
       policy: who is next.
       snapshot, tiers: the stats of the store, and of the tiers below it if there are any, as the last round left them.
         From any thread, also in the middle of a round.
+      traced: whether tickets of what is submitted from now on have a timeline.
     """
 
     def __init__(self, runner: Runner, admission: Admission, tokenizer: Any | None, reuse: ReuseConfig) -> None:
@@ -79,6 +81,7 @@ class Loop:
         self._healing = Healing(self._config, runner.shapes, admission, self.requests)
         self._isolation = Isolation(runner, admission)
         self._counts = Counts()
+        self.traced = False
         self.publish()
         self._ids = itertools.count(1)
         self._inbox: list[Sequence] = []
@@ -98,6 +101,7 @@ class Loop:
         keep: bool = True,
         turns: frozenset[bytes] | None = None,
         lent: Lent | None = None,
+        delay_s: float = 0.0,
         listener: Listener,
     ) -> Ticket:
         """Check a request and put it in line. Arguments as `Engine.generate`.
@@ -105,6 +109,8 @@ class Loop:
         Args:
           turns: `turns_of` the prompt, if it is given as the tokens of a chat.
           lent: shared by several answers to one prompt that is not kept. None: there is one answer, or it is kept.
+          delay_s: wait as if it had come so much later, or earlier if negative. So it overtakes only those who came
+            less than that before it.
           listener: called with each `Event`, on the thread that steps. If it raises, it is dropped and its request is
             cancelled.
 
@@ -114,7 +120,8 @@ class Loop:
           OverloadedError: too many wait already; says when to try again.
         """
         sampling = SamplingParams() if sampling is None else sampling
-        options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns, "lent": lent}
+        options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns}
+        options |= {"lent": lent, "delay_s": delay_s}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
     def remember(
@@ -148,13 +155,16 @@ class Loop:
             waiting, most = self._num_waiting(), self._config.max_waiting
             if waiting >= most:
                 raise OverloadedError(f"{waiting} requests wait already, and max_waiting is {most}", self._retry())
+            if self.traced:
+                sequence.timeline = Timeline()
+                sequence.timeline.enter("queue")
             self._put_in_line([sequence])
             return Ticket(sequence, self._wake)  # before a round can make another prompt of it
 
     def _put_in_line(self, sequences: Several[Sequence]) -> None:
         with self._news:
             for sequence in sequences:
-                sequence.id = next(self._ids)
+                sequence.id, sequence.rank = next(self._ids), time.monotonic() + sequence.delay_s
                 self._inbox.append(sequence)
             self._news.notify_all()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable
 
 from sparsex_jax.cache import Match, PageCache
@@ -38,6 +39,7 @@ class _Prefix:
       start: where it goes on behind what the store had.
       behind: the nodes of what the store had.
       chain: the blocks that it is restored from.
+      began: `time.perf_counter()` then.
     """
 
     restoration: Restoration
@@ -46,6 +48,7 @@ class _Prefix:
     start: int
     behind: list[Node | None]
     chain: list[Found]
+    began: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
     def stands(self) -> bool:
@@ -195,6 +198,7 @@ class Restoring:
             sequence.computed_on_the_way += length - prefix.start - loaded
             self._tiers.counts.loaded_bytes += counts.loaded_bytes
             if loaded:
+                sequence.timeline.add("load", prefix.began, loaded)
                 self._note_tiers(sequence, prefix, loaded / (length - prefix.start))
             self._tiers.counts.overtaken += counts.overtaken
         cache.release(restoration.pages)

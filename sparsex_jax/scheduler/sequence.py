@@ -51,6 +51,7 @@ from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.output import Output, TokenLogprobs
 from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs
 from sparsex_jax.scheduler.sharing import Offer, Wanted
+from sparsex_jax.scheduler.timeline import UNTIMED, Timeline
 
 DEFAULT_NAMESPACE = "default"
 
@@ -142,10 +143,13 @@ class Sequence:
       company: what a text to remember is prefilled behind, if the engine chose that. It chooses at each admission.
       prompt_logprobs: those of the prompt that was asked, as far as they are known. None: nobody asks for them.
       lent: the prompt of several answers, of which this is one, that is found while they run but is not kept.
+      delay_s: by its priority it waits as if it had come so many seconds later, or earlier where this is negative.
+      timeline: when its parts began and ended, if somebody traces it.
       wanted: what it could find of that which others compute.
 
     In line:
       id: rises with every sequence, so it tells who is older.
+      rank: `time.monotonic()` when it was put in line, and `delay_s` more: who waits with the lowest is next.
       cancelled: the submitter does not want the rest.
       suspect: it was in a step that lost the store, or got logits that are not finite. It runs alone from then on.
       from_scratch: its logits were not finite once, or what it found did not come: it is computed again of its own
@@ -199,9 +203,12 @@ class Sequence:
     company: Company = dataclasses.field(default_factory=Company.nobody)
     prompt_logprobs: PromptLogprobs | None = None
     lent: Lent | None = None
+    delay_s: float = 0.0
+    timeline: Timeline = UNTIMED
     wanted: Wanted = dataclasses.field(init=False)
 
     id: int = 0
+    rank: float = 0.0
     state: State = State.WAITING
     cancelled: bool = False
     suspect: bool = False
@@ -362,6 +369,7 @@ class Sequence:
         self.computed, self.confidence = np.zeros((len(plan.phases), len(plan.prompt)), bool), None
         self.approximate = plan.exact_tokens(num_layers) < len(plan.prompt)
         self.offer = None if plan.probe else Offer(plan.prompt)
+        self.timeline.enter("probe" if plan.probe else "prefill")
 
     def answer_from(self, focus: Float32[np.ndarray, "tokens"]) -> None:
         """From now on its prompt is an excerpt of what was asked, and is computed exactly.
@@ -409,6 +417,7 @@ class Sequence:
     def finish_prefill(self, num_layers: int) -> None:
         """All stages have run, and the next token is there. Prefills after a preemption in decode are not reported."""
         self.state = State.DECODING
+        self.timeline.enter("decode")
         if self.output.token_ids:
             return
         assert self.computed is not None
@@ -436,6 +445,7 @@ class Sequence:
         self.donors = self.donors if self.has_begun else frozenset()
         self.coming = None
         self.state = State.WAITING
+        self.timeline.enter("queue")
 
     def finish(self, reason: str, error: Exception | None = None) -> None:
         self.state, self.finish_reason, self.error = State.FINISHED, reason, error
@@ -472,10 +482,11 @@ class Ticket:
     Attributes:
       id: rises with every sequence.
       prompt_tokens: of its prompt.
+      timeline: when its parts began and ended, once its last event came; empty if the loop traces nothing.
     """
 
     def __init__(self, sequence: Sequence, wake: Callable[[], None]) -> None:
-        self.id, self.prompt_tokens = sequence.id, len(sequence.prompt)
+        self.id, self.prompt_tokens, self.timeline = sequence.id, len(sequence.prompt), sequence.timeline
         self._sequence, self._wake = sequence, wake
 
     def cancel(self) -> None:

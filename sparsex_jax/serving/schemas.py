@@ -226,6 +226,9 @@ class Generate(Asking):
     cache_salt: Text | None = Field(None, description="Only requests with the same salt share what is stored.")
     reuse: ReuseOptions | None = Field(None, description="How stored KV is reused: a method and its options.")  # type: ignore[valid-type]
     keep: bool | None = Field(None, description="False: prompt and answer are not stored for later prompts.")
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(
+        None, description="Lower is earlier: a second in line for each, at most a minute."
+    )
     return_token_map: bool | None = Field(
         None, description="Have `sparsex` say, token by token, what the prompt was and what was computed."
     )
@@ -409,7 +412,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "draining", "failed"]
+    status: Literal["ok", "draining", "hung", "failed"]
 
 
 class Version(BaseModel):

@@ -28,7 +28,7 @@ from sparsex_jax.serving.exchange import Exchange
 from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.knowledge import Knowledge
-from sparsex_jax.serving.line import Line
+from sparsex_jax.serving.line import Line, delay_of
 from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.thoughts import AnswerReader, Thinking
 from sparsex_jax.serving.tools import reader_of
@@ -105,10 +105,13 @@ class Service:
             checked = self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
             headers, asked = await stream.before_jobs(checked)
             place.grow(len(asked.jobs) - 1)
+            place.delay_s = delay_of(asked.request.priority)
             reply = make_reply(asked, await self._pieces(asked))
             exchange.method = next((job.reuse.method for job in asked.jobs if job.reuse), None)
             await stream.before_jobs(place.turn())
-            stream.submit(*asked.jobs)
+            # With several keys a priority counts among the requests of its own key only.
+            delay_s = place.delay_s if self.access.num_keys == 1 else 0.0
+            stream.submit(*(dataclasses.replace(job, delay_s=delay_s) for job in asked.jobs))
             if not body.stream:
                 return json_response(await reply.whole(stream), headers=headers)
             chunks = reply.chunks(stream)

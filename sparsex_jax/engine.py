@@ -34,7 +34,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sparsex_jax.cache import Entry, Forgotten, PageCache
+from sparsex_jax.cache import Entry, Forgotten, Match, PageCache
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, find_defaults, named_config
 from sparsex_jax.config.checks import is_number, require
@@ -55,7 +55,9 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.sharding import check_mesh, make_mesh
 from sparsex_jax.model.weights import Params, random_params
 from sparsex_jax.reuse.cost import Speeds
+from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.pace import Pace
+from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler import sequence
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.loading import Loading
@@ -128,6 +130,7 @@ class Engine:
         *,
         mesh: Mesh | None = None,
         reuse: ReuseConfig | str | Path | None = None,
+        reuse_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Engine:
         """Load a model: `smollm2-135m-instruct`, a GGUF file (any part of one in parts), a Hugging Face directory or a
@@ -137,6 +140,7 @@ class Engine:
           reuse: what a call does that names no `reuse` of its own; a path is that of a file which `sparsex calibrate`
             wrote. None: `sparsex.json` in the model's directory, or else the calibration of the same architecture that
             comes with this package, or else the built-in default. The log says which (level INFO).
+          reuse_options: a method, or options, that win over that.
           options: fields of `EngineConfig`, such as dtype and store_tokens.
 
         Raises:
@@ -145,7 +149,9 @@ class Engine:
         """
         config = EngineConfig(**options)
         checkpoint = open_checkpoint(source)
-        defaults = find_defaults(source, checkpoint.config, reuse, company=config.company_tokens > 0)
+        company = config.company_tokens > 0
+        defaults = find_defaults(source, checkpoint.config, reuse, company=company, options=reuse_options)
+        _check_layers(defaults.reuse, checkpoint.config)
         log.info("%s", defaults)
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
         config = config.resolved(_platform(mesh), checkpoint.dtype)
@@ -401,7 +407,13 @@ def _generation(done: sequence.Sequence) -> Generation:
     assert done.finish_reason is not None
     assert done.report is not None
     return Generation(
-        output.text, output.token_ids, done.finish_reason, done.report, done.logits, tuple(output.logprobs)
+        output.text,
+        output.token_ids,
+        done.finish_reason,
+        done.report,
+        done.logits,
+        tuple(output.logprobs),
+        () if done.prompt_logprobs is None else done.prompt_logprobs.entries(),
     )
 
 
@@ -414,6 +426,11 @@ def _of_each[T](name: str, kind: type[T], value: T | Sequence[T], number: int) -
     if len(value) != number:
         raise InvalidRequestError(f"{name} has {len(value)} entries for {number} prompts")
     return value
+
+
+def _check_layers(reuse: ReuseConfig, model: ModelConfig) -> None:
+    """Raise InvalidRequestError if an option names a layer that the model does not have."""
+    method_of(reuse).phases(PromptMap.of(np.zeros(1, np.int32), Match.nothing()), model.num_layers)
 
 
 def _platform(mesh: Mesh) -> str:

@@ -108,7 +108,19 @@ class ScriptedLoop:
         self.broken: Exception | None = None
         self.script = script
 
-    def submit(self, prompt, sampling=None, *, reuse=None, namespace="default", keep=True, turns=None, listener):
+    def submit(
+        self,
+        prompt,
+        sampling=None,
+        *,
+        reuse=None,
+        namespace="default",
+        keep=True,
+        turns=None,
+        lent=None,
+        delay_s=0.0,
+        listener,
+    ):
         ticket = ScriptedTicket(len(self.tickets), len(prompt), iter(self.script(list(prompt))), listener)
         self.tickets.append(ticket)
         return ticket

@@ -1,5 +1,6 @@
 """The command line: its output, its JSON output, and its errors."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import TALKING, report_of
 from typer.testing import CliRunner
 
+from sparsex_jax import ReuseConfig
 from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
 from sparsex_jax.cli import app, options
 from sparsex_jax.cli.demo import kl_divergence
@@ -174,11 +176,51 @@ def test_a_method_is_named_with_options(tiny):
     refused = invoke("cache", "hi", "--model", tiny, "--method", "excerpt:coverage=2")
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "coverage=2 must be" in refused.stderr
-    assert options.given(method="sparsex:tail_tokens=3:boundary_layer=1", boundary_layer=2) == {
-        "method": "sparsex",
-        "tail_tokens": 3,
-        "boundary_layer": 2,
-    }
+    typed = options.Reuse(method="sparsex:tail_tokens=3:boundary_layer=1", fields={"boundary_layer": 2})
+    assert typed.options() == {"method": "sparsex", "tail_tokens": 3, "boundary_layer": 2}
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["--method", "nothing"], "method='nothing' is unknown; there are: full, prefix"),
+        (["--method", "prefix", "--boundary-layer", "3"], "boundary_layer=3 has no meaning for method 'prefix'"),
+        (
+            ["--method", "excerpt", "--recompute-ratio", "0.3"],
+            "recompute_ratio=0.3 has no meaning for method 'excerpt'",
+        ),
+        (["--method", "sparsex", "--keep-ratio", "0.3"], "keep_ratio=0.3 has no meaning for method 'sparsex'"),
+        (["--keep-ratio", "0.3", "--boundary-layer", "2"], "no method has all of these options: boundary_layer"),
+        (["--coverage", "2"], "coverage=2.0 must be a number from 0 to 1"),
+        (["--method", "sparsex:coverage=0.5", "--max-ratio", "0.1"], "max_ratio=0.1 must be at least recompute_ratio"),
+        (["--boundary-layer", "99"], "boundary_layer=99"),
+        (["--method", "excerpt:end_layer=99"], "end_layer=99"),
+        (["--tensor-parallel", "9"], "tensor_parallel=9 must be from 1 to 8, the number of devices"),
+        (["--tensor-parallel", "2"], "does not divide over the mesh's tensor=2"),
+    ],
+)
+def test_serve_refuses_options_by_name_before_it_loads_weights(tiny, typed, said, monkeypatch):
+    monkeypatch.setattr(
+        "sparsex_jax.checkpoints.orbax.OrbaxCheckpoint.load_params", lambda *_: pytest.fail("it loaded")
+    )
+    refused = invoke("serve", tiny, "--port", "0", *typed)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert said in " ".join(refused.stderr.split())
+
+
+def test_serve_starts_with_its_options_of_reuse_and_its_devices(tmp_path, tokenizer, monkeypatch):
+    model, served = dataclasses.replace(TALKING, num_kv_heads=2), []
+    save_checkpoint(tmp_path / "two", model, random_params(model, "float32", make_mesh(), seed=0), tokenizer)
+    monkeypatch.setattr("sparsex_jax.cli.serve.run", lambda choice, *_, **__: served.append(choice))
+    typed = ["--tensor-parallel", "2", "--coverage", "0.5", "--keep-ratio", "0.1", "--store-tokens", "1024"]
+    assert invoke("serve", tmp_path / "two", "--port", "0", *typed).exit_code == 0
+    engine = served[0].load()
+    assert (engine.mesh.size, engine.config.store_tokens) == (2, 1024)
+    assert engine.reuse == ReuseConfig("excerpt", coverage=0.5, keep_ratio=0.1)
+    assert str(served[0].defaults(model)) == (
+        "Reuse by default: excerpt:coverage=0.5:keep_ratio=0.1 (as given, on top of excerpt, built in; no calibration "
+        "of this model is known)"
+    )
 
 
 def test_cache_without_a_chat_template_finds_a_prefix(tiny, note):

@@ -68,6 +68,19 @@ def submit(loop, prompt, sampling=GREEDY, **options):
     return heard
 
 
+def test_a_priority_counts_as_seconds_in_line():
+    loop, came = tiny_engine(max_num_seqs=1).loop, []
+    for name, delay_s in (("late", 5), ("usual", 0), ("early", -5), ("usual too", 0)):
+        loop.submit(
+            [1, 2, 3],
+            SamplingParams(max_new_tokens=1),
+            delay_s=delay_s,
+            listener=lambda event, name=name: came.append(name),
+        )
+    run(loop)
+    assert list(dict.fromkeys(came)) == ["early", "usual", "usual too", "late"]
+
+
 def facts(report):
     return report.to_dict() | {"ttft_s": 0}
 

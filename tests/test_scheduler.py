@@ -405,7 +405,7 @@ def test_how_many_sequences_run_at_once(options, platform, number):
 def test_few_share_a_plan_and_more_decode_together():
     engine = tiny_engine(max_num_seqs=6, max_prefill_seqs=2)
     plans, begin = [], engine.runner.begin
-    engine.runner.begin = lambda requests: plans.append(len(requests)) or begin(requests)
+    engine.runner.begin = lambda requests, late: plans.append(len(requests)) or begin(requests, late)
     for at in range(0, 400, 50):
         hear(engine.loop, TEXT[at : at + 10], 60, keep=False)
     most = 0

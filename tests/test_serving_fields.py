@@ -4,6 +4,7 @@ import json
 import time
 
 import httpx
+import numpy as np
 import pytest
 from conftest import report_of, tiny_engine
 from fastapi.exceptions import RequestValidationError
@@ -96,9 +97,7 @@ REFUSED = {
     "bad_words": ["Hello"],
     "use_beam_search": True,
     "length_penalty": 2.0,
-    "echo": True,
     "suffix": "x",
-    "prompt_logprobs": 0,
     "logprob_token_ids": [5],
     "audio": {"voice": "x"},
     "modalities": ["text", "audio"],
@@ -178,12 +177,6 @@ def test_a_header_does_not_end_in_a_space():
 
 
 # Fields that vLLM has and OpenAI has not ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("fields", [{"best_of": 2}, {"best_of": 3, "n": 2}])
-def test_answers_are_not_chosen_from_more(quick, fields):
-    for answer in (complete(quick, **fields), chat(quick, **fields)):
-        assert (error_of(answer)["param"], error_of(answer)["code"]) == ("best_of", "unsupported_parameter")
 
 
 def test_tokens_that_stop_or_are_allowed(http, reference):
@@ -291,7 +284,148 @@ def test_no_new_tokens_is_a_prefill(http):
     assert [chunk["choices"][0]["text"] for chunk in chunks] == [""]
 
 
+# What is told of prompts --------------------------------------------------------------------------------------
+
+SCORED = "The harbour of the old town opens at dawn, and the first boats leave it for the banks in the west."
+# As lm-eval's `local-completions` asks for the log-likelihood of a continuation.
+LM_EVAL = {"model": MODEL, "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+
+
+def expected_logprobs(reference, tokens, number=0):
+    sampling = SamplingParams(0, prompt_logprobs=number)
+    return reference.generate(tokens, sampling, keep=False).prompt_logprobs
+
+
+def log_likelihood(told, start):
+    """What lm-eval makes of a choice: the sum over a continuation, and whether it is the greedy one."""
+    values, top = told["token_logprobs"][start:-1], told["top_logprobs"][start:-1]
+    return sum(values), all(value == max(best.values()) for value, best in zip(values, top, strict=True))
+
+
+def test_log_likelihoods_as_lm_eval_asks_for_them(http, reference):
+    tokens = reference.tokenizer(SCORED)["input_ids"]
+    greedy = reference.generate(tokens, SamplingParams(4), keep=False).token_ids
+    for end, is_greedy in ((greedy, True), (tokens[:4], False)):
+        prompt = [*tokens, *end]
+        answer = http.post("/v1/completions", json=LM_EVAL | {"prompt": [prompt]})
+        told = choice(answer)["logprobs"]
+        assert len(told["token_logprobs"]) == len(told["top_logprobs"]) == len(prompt) + 1
+        expected = sum(each.logprob for each in expected_logprobs(reference, prompt)[len(tokens) :])
+        assert log_likelihood(told, len(tokens)) == (pytest.approx(expected, abs=1e-3), is_greedy)
+
+
+def test_a_continuation_is_scored_behind_what_is_reused(http, reference):
+    tokens = reference.tokenizer(SCORED + " " + SCORED)["input_ids"]
+    body = LM_EVAL | {"prompt": [tokens[7:]], "cache_salt": "behind"}
+    reused = {"reuse": {"method": "naive"}, "prompt_logprobs_start": -6}
+    http.post("/v1/completions", json=body | {"prompt": [tokens], "reuse": {"method": "naive"}})
+    approximate, exact = (http.post("/v1/completions", json=body | more).json() for more in (reused, {}))
+    assert exact["sparsex"]["fresh_tokens"] == len(tokens) - 7
+    assert approximate["sparsex"]["fresh_tokens"] < 16 < approximate["sparsex"]["reused_tokens"]
+    values = approximate["choices"][0]["logprobs"]["token_logprobs"]
+    assert [value is None for value in values] == [True] * (len(values) - 7) + [False] * 7
+    whole = exact["choices"][0]["logprobs"]["token_logprobs"]
+    assert whole[0] is None
+    assert 0 < np.abs(np.subtract(values[-7:], whole[-7:])).max() < 3
+
+
+@pytest.mark.parametrize("number", [None, 0, 2])
+def test_prompts_stand_before_answers(live, reference, number):
+    body = {"model": MODEL, "temperature": 0, "echo": True, "logprobs": number, "max_tokens": 3}
+    whole = live.client().completions.create(prompt=SCORED, **body).choices[0]
+    parts = [part.choices[0] for part in live.client().completions.create(prompt=SCORED, stream=True, **body)]
+    assert whole.text == "".join(part.text for part in parts)
+    assert whole.text.startswith(SCORED)
+    assert len(whole.text) > len(SCORED)
+    if number is None:
+        assert whole.logprobs is None
+        return
+    told = whole.logprobs
+    for name in ("tokens", "text_offset"):
+        assert getattr(told, name) == [each for part in parts for each in getattr(part.logprobs, name)]
+    assert all(whole.text[at:].startswith(token) for at, token in zip(told.text_offset, told.tokens, strict=True))
+    expected = expected_logprobs(reference, SCORED, number)
+    values = [each.logprob for each in expected[1:]]
+    assert told.token_logprobs[0] is None
+    np.testing.assert_allclose(told.token_logprobs[1 : len(expected)], values, atol=1e-4)
+    assert (told.top_logprobs is None) == (number == 0)
+    if number:
+        assert told.top_logprobs[0] is None
+        assert {len(top) for top in told.top_logprobs[1:]} <= {2, 3}
+
+
+def test_prompts_are_repeated_without_an_answer(http, reference):
+    ids = [reference.tokenizer(text)["input_ids"] for text in ("One harbour", "Two h\u00e4fen \u4f60")]
+    answer = complete(http, ids, echo=True, max_tokens=0, logprobs=0).json()
+    assert [each["text"] for each in answer["choices"]] == ["One harbour", "Two h\u00e4fen \u4f60"]
+    assert [len(each["logprobs"]["tokens"]) for each in answer["choices"]] == [len(each) for each in ids]
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_log_probabilities_of_prompts_as_vllm_tells_them(http, reference):
+    for answer in (complete(http, SCORED, prompt_logprobs=2), complete(http, SCORED, prompt_logprobs=2, n=2)):
+        told = choice(answer)["prompt_logprobs"]
+        expected = expected_logprobs(reference, SCORED, 2)
+        assert told[0] is expected[0] is None
+        for entry, each in zip(told[1:], expected[1:], strict=True):
+            assert entry[str(each.token_id)]["logprob"] == pytest.approx(each.logprob, abs=1e-4)
+            assert entry[str(each.token_id)]["rank"] == each.rank
+            ranks = {id_: line["rank"] for id_, line in entry.items()}
+            assert {str(id_): rank for rank, (id_, _) in enumerate(each.top, start=1)}.items() <= ranks.items()
+    answer = chat(http, prompt_logprobs=0).json()
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+    assert "prompt_logprobs" not in chat(http, prompt_logprobs=False).json()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 0}, "best_of"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs_start": 1}, "prompt_logprobs_start"),
+        ({"prompt_logprobs": 1, "prompt_logprobs_start": -999}, "prompt_logprobs_start"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(quick, fields, param):
+    for answer in (complete(quick, **fields), chat(quick, **fields)):
+        assert error_of(answer)["param"] == param
+
+
+def test_chats_are_not_repeated(quick):
+    assert error_of(chat(quick, echo=True))["param"] == "echo"
+
+
 # Several answers ----------------------------------------------------------------------------------------------
+
+
+def test_the_best_answers_are_those_of_highest_log_probability_a_token(http):
+    body = {"temperature": 1.0, "seed": 11, "max_tokens": 5, "logprobs": 0}
+    everyone = complete(http, n=4, **body).json()["choices"]
+    ranked = sorted(everyone, key=lambda one: -np.mean(one["logprobs"]["token_logprobs"]))
+    answer = complete(http, n=2, best_of=4, **body).json()
+    assert [(each["index"], each["text"]) for each in answer["choices"]] == [
+        (index, each["text"]) for index, each in enumerate(ranked[:2])
+    ]
+    assert answer["usage"]["completion_tokens"] == 20
+    unscored = complete(http, best_of=4, **body | {"logprobs": None}).json()["choices"]
+    assert [(each["text"], each["logprobs"]) for each in unscored] == [(ranked[0]["text"], None)]
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"keep": False}, {"reuse": {"method": "full"}, "keep": False}, {"echo": True, "logprobs": 0}]
+)
+def test_the_prompt_of_several_answers_is_computed_once(http, live, more):
+    prompt = f"{more} " + SCORED * 4
+    body = {"prompt": prompt, "n": 3, "max_tokens": 3, "cache_salt": "several", "temperature": 1.0}
+    reports = [each["sparsex"] for each in http.post("/v1/completions", json=body | more).json()["choices"]]
+    fresh = sum(report["fresh_tokens"] for report in reports)
+    assert reports[0]["prompt_tokens"] <= fresh <= reports[0]["prompt_tokens"] + 2
+    found = http.post("/v1/completions", json=body | {"n": 1, "max_tokens": 0}).json()["sparsex"]["prefix_tokens"]
+    assert (found > 64) == ("keep" not in more)
 
 
 def test_several_answers_to_several_prompts(quick, intake, reference):

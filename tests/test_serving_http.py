@@ -708,14 +708,14 @@ def test_bad_chats(http, fields, param, said):
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": [99999]}, "prompt"),
         ({"prompt": ["x"] * 33}, "prompt"),
-        ({"prompt": "x", "echo": True}, "echo"),
+        ({"prompt": "x", "echo": 5}, "echo"),
         ({"prompt": "x", "suffix": "y"}, "suffix"),
-        ({"prompt": "x", "best_of": 2}, "best_of"),
+        ({"prompt": "x", "best_of": 2, "stream": True}, "best_of"),
         ({"prompt": "x", "logprobs": 21}, "logprobs"),
         ({"prompt": ["x", ""]}, "prompt"),
         ({"prompt": [1, None]}, "prompt"),
         ({"prompt": [1, True]}, "prompt"),
-        ({"prompt": "x", "max_tokens": 2, "n": 17, "best_of": 18}, "best_of"),
+        ({"prompt": "x", "max_tokens": 2, "n": 17, "best_of": 33}, "best_of"),
     ],
 )
 def test_bad_completions(http, fields, param):
@@ -963,6 +963,7 @@ OPERATIONS = [
     ("/v1/messages/count_tokens", "POST"),
     ("/tokenize", "POST"),
     ("/detokenize", "POST"),
+    ("/tokenizer_info", "GET"),
     ("/version", "GET"),
     ("/v1/models", "GET"),
     ("/v1/models/{model}", "GET"),
@@ -971,6 +972,8 @@ OPERATIONS = [
     ("/v1/knowledge/{handle}", "DELETE"),
     ("/v1/store", "GET"),
     ("/health", "GET"),
+    ("/health/live", "GET"),
+    ("/health/ready", "GET"),
     ("/metrics", "GET"),
 ]
 

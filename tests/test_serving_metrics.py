@@ -219,7 +219,7 @@ def test_each_request_has_a_line(engine, keys, tmp_path):
         http.post("/v1/knowledge", json=knowledge, headers={"x-request-id": "knowledge"}).raise_for_status()
         with http.stream("POST", "/v1/completions", json=LONG, headers={"x-request-id": "gone"}) as response:
             next(line for line in response.iter_lines() if line)
-        for unlogged in ("/health", "/", "/page/app.js", "/metrics"):
+        for unlogged in ("/health", "/health/live", "/", "/page/app.js", "/metrics"):
             http.get(unlogged)
         lines = logged(path, 8)
     assert "sk-" not in path.read_text()

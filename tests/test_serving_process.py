@@ -1,5 +1,6 @@
 """The server's process: the sockets that it listens at, and the signals that end it."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,9 +17,11 @@ from typer.testing import CliRunner
 from sparsex_jax.cli import app
 from sparsex_jax.errors import AddressError
 from sparsex_jax.scheduler.loop import Event
+from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.sockets import bound, url_of
+from sparsex_jax.serving.supervisor import Supervisor
 from sparsex_jax.serving.worker import Worker
 
 DONE = [Event("x", (1,), finish_reason="stop")]
@@ -199,3 +202,75 @@ def test_two_signals_of_a_process_group_are_one_and_the_stream_is_finished():
 def test_a_later_signal_ends_the_process_at_once():
     text, code = signalled(events=99, pauses=[0, 1.5])
     assert (text.endswith("data: [DONE]"), code) == (False, -signal.SIGTERM)
+
+
+# Health -----------------------------------------------------------------------------------------------------
+
+
+def health_of(http):
+    """The state, and whether the server is live and ready by it."""
+    answers = [http.get(f"/health{path}") for path in ("", "/live", "/ready")]
+    [state] = {answer.json()["status"] for answer in answers}
+    assert answers[0].status_code == answers[2].status_code
+    return state, answers[1].status_code == 200, answers[2].status_code == 200
+
+
+def test_a_step_that_hangs_is_told_from_a_server_that_has_no_work(engine, monkeypatch, tmp_path):
+    """And a server that drains is live, and takes nothing. systemd hears of all that."""
+    hang, said, compiled = threading.Event(), [], [7]
+    monkeypatch.setattr("sparsex_jax.serving.heartbeat.num_compilations", lambda: compiled[0])
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+
+        def hears(state):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    said.append(systemd.recv(100).decode())
+            return state in said
+
+        def script(_):
+            yield Event("a", (1,))
+            hang.wait(30)
+            yield DONE[0]
+
+        loop = ScriptedLoop(script)
+        with (
+            live_server(engine, loop=loop, limits=Limits(hang_timeout=0.5)) as live,
+            live.http() as http,
+            live.http() as other,
+        ):
+            wait_for(lambda: hears("READY=1") and hears("WATCHDOG=1"))
+            threading.Event().wait(0.7)  # without work
+            assert health_of(http) == ("ok", True, True)
+            with http.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                wait_for(lambda: other.get("/health/live").status_code == 503)
+                assert health_of(other) == ("hung", False, False)
+                compiled[0] += 1  # one of several programs
+                assert health_of(other) == ("ok", True, True)
+                wait_for(lambda: other.get("/health/live").status_code == 503)
+                hears("")  # what was said before
+                said.clear()
+                threading.Event().wait(1.2)
+                assert not hears("WATCHDOG=1")
+                hang.set()
+                assert "".join(lines).endswith("data: [DONE]")
+            wait_for(lambda: http.get("/health/live").status_code == 200)
+            live.worker.draining = True
+            assert health_of(http) == ("draining", True, False)
+            live.worker.draining = False
+            live.server.handle_exit(signal.SIGTERM, None)
+            wait_for(lambda: hears("STOPPING=1"))
+
+
+def test_an_abstract_notify_socket_and_one_where_nobody_listens():
+    name = f"sparsex-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0{name}")
+        Supervisor(f"@{name}").tell("READY=1")
+        assert systemd.recv(100) == b"READY=1"
+    for nobody in (f"@{name}", "/no/such/socket", ""):
+        Supervisor(nobody).tell("READY=1")

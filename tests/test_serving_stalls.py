@@ -22,7 +22,7 @@ from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving import bodies, schemas
 from sparsex_jax.serving.access import Access, ConcurrencyError, Limits, Tenant
 from sparsex_jax.serving.faults import RequestError
-from sparsex_jax.serving.line import Line, Pace
+from sparsex_jax.serving.line import Line, Pace, delay_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import fuzz_server
@@ -235,6 +235,46 @@ def test_keys_take_turns():
 
     asyncio.run(scenario())
     assert order == ["a0", "a1", "a2", "b0", "a3", "b1", "a4"]
+
+
+def test_priorities_order_the_requests_of_a_key_and_none_waits_for_ever(monkeypatch):
+    now, order = [1000.0], []
+    monkeypatch.setattr("sparsex_jax.serving.line.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def scenario():
+        line, alice, bob = Line(1, 20, num_keys=2), tenant("alice"), tenant("bob")
+
+        async def ask(who, name, priority):
+            with line.place(who) as place:
+                place.delay_s = delay_of(priority)
+                await place.turn()
+                order.append(name)
+                await asyncio.sleep(0)
+
+        async def come(who, name, priority):
+            now[0] += 0.01
+            tasks.append(asyncio.ensure_future(ask(who, name, priority)))
+            await asyncio.sleep(0)
+
+        tasks = []
+        with line.place(bob) as first, line.place(bob) as second:
+            await first.turn()
+            await second.turn()
+            await come(alice, "late", 5)
+            await come(alice, "usual", None)
+            await come(alice, "early", -5)
+            await come(bob, "bob", 10**9)
+            now[0] += 6
+            await come(alice, "earlier, but 6 s later", -5)
+            now[0] += 61
+            await come(alice, "a minute later", -(10**9))
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+    assert [name for name in order if name != "bob"] == [
+        *("early", "usual", "earlier, but 6 s later", "late", "a minute later"),
+    ]
+    assert order.index("bob") <= 1  # its key's turn, whatever its priority
 
 
 def test_a_full_line_takes_a_key_that_is_within_its_share():

@@ -12,13 +12,15 @@ from conftest import TINY, tiny_engine, tiny_params
 from dense import Dense, stored_kv
 
 from sparsex_jax import ContextLengthError, ReuseConfig, SamplingParams, StoreFullError
-from sparsex_jax.device.link import HostBlock, Link
+from sparsex_jax.device.link import Arriving, HostBlock, Link
 from sparsex_jax.errors import FrozenLimitError, LinkError, NoRoomError
 from sparsex_jax.scheduler.sequence import State, ignore
 
 PAGE = 16
 DENSE = Dense(TINY, tiny_params())
 DOCUMENTS = [np.random.default_rng(seed).integers(1, 97, length) for seed, length in enumerate((40, 130, 270, 290))]
+STEPS_OF_THE_LINK = [(Link, "spill"), (HostBlock, "ready"), (Arriving, "ready"), (Arriving, "wait")]
+STEPS_OF_THE_LINK += [(Link, name) for name in ("fetch", "place", "fetch_together", "place_together")]
 QUICK, METHODS = ["prefix", "naive"], ["prefix", "prefix", "naive", "sparsex", "full", "excerpt"]  # few programs
 
 
@@ -87,13 +89,19 @@ class Life:
             assert not self.engine.admission.tiers.index.copies(text, namespace)
 
     def fail_the_link(self):
-        owner, name = [(Link, "spill"), (HostBlock, "ready"), (Link, "fetch"), (Link, "place")][self.rng.integers(4)]
+        owner, name = STEPS_OF_THE_LINK[self.rng.integers(len(STEPS_OF_THE_LINK))]
 
         def fail(*arguments):
             raise LinkError("a test's")
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, fail)
+            self.go_on()
+
+    def slow_down_the_link(self):
+        """Nothing comes before somebody waits for it."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Arriving, "ready", lambda arriving: False)
             self.go_on()
 
     def fail_the_device(self):
@@ -128,7 +136,10 @@ class Life:
 
     def look_at_the_kv(self):
         """Of layer 0, which depends on tokens and positions alone: what the device has, and a block of host memory."""
+        coming = set(self.engine.admission.loading.pages)
         for node in self.engine.cache.tree.live_nodes():
+            if node.pages[0] in coming:
+                continue
             tokens = np.frombuffer(node.key, np.int32)
             slots = node.pages[0] * PAGE + np.arange(len(tokens))
             check_layer(tokens, node.start, *(kv[0] for kv in stored_kv(self.engine, slots)))
@@ -186,11 +197,12 @@ STEPS = {
     "cancel": 6,
     "forget": 3,
     "fail_the_link": 5,
+    "slow_down_the_link": 8,
     "fail_the_device": 2,
     "lose_the_store": 1,
     "settle": 3,
     "damage_a_file": 1,
-    "look_at_the_kv": 1,
+    "look_at_the_kv": 2,
     "restart": 0.5,
 }
 

@@ -18,6 +18,7 @@ from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.errors import DiskStoreError, LinkError
 from sparsex_jax.scheduler.sequence import ignore
+from sparsex_jax.scheduler.timeline import Timeline
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
 from sparsex_jax.tiers.disk import DiskStore
 from sparsex_jax.tiers.host import HostStore
@@ -52,7 +53,17 @@ def check_restored(engine, prompts, tier):
     for prompt in prompts:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sparsex_jax.device.restorer._WORTH", 1e9)  # nothing is computed that could be loaded
-            back = engine.prefill(prompt, reuse=ReuseConfig("prefix"))
+            back = engine.loop.requests.prefill(
+                prompt,
+                reuse=ReuseConfig("prefix"),
+                namespace="default",
+                keep=True,
+                wants_logits=True,
+                timeline=Timeline(),
+            )
+            engine.loop.complete([back])
+        loads = [interval.tokens for interval in back.timeline.intervals if interval.name == "load"]
+        assert sum(loads) == back.report.restored_tokens
         assert back.report.prefix_tokens == LONG - 1
         assert back.report.restored_tokens > 0
         assert back.report.prefix_tier == tier
@@ -179,6 +190,24 @@ def test_segments_come_beside_chunks_and_others(monkeypatch):
     check(engine)
 
 
+def test_nothing_is_computed_behind_segments_that_are_still_coming(monkeypatch):
+    """A segment from the beginning of a document is a prefix of that document, which another prompt asks for."""
+    engine, document = tiny_engine(store_tokens=88 * PAGE, host_store_bytes=1 << 26, prefill_tokens=64), texts(1)[0]
+    fill(engine, [document, *texts(6, seed=2)])
+    slow_link(monkeypatch)
+    monkeypatch.setattr("sparsex_jax.device.restorer._WORTH", 0)  # what can be computed is not waited for
+    first = submit(engine, np.concatenate([texts(1, 400, seed=8)[0], document[: 12 * PAGE], [8]]), reuse=LATE)
+    engine.loop._put_in_line([first])
+    engine.loop.step()
+    assert first.late is not None
+    assert engine.admission.loading.active
+    asks = submit(engine, np.append(document, [7, 7]).astype(np.int32), keep=False)
+    asks.wants_logits = True
+    engine.loop.complete([asks])
+    np.testing.assert_allclose(asks.logits, exact(asks.prompt), atol=1e-3)
+    check(engine)
+
+
 @pytest.mark.parametrize("group", [0, 3])
 def test_segments_that_fail_to_come_are_computed(group, monkeypatch):
     engine, prompt = with_segments()
@@ -224,6 +253,34 @@ def test_segments_outlive_those_they_were_for(how, monkeypatch):
     assert (waits.error is None) is (how != "lost")  # it is the only one that can be at fault
     check(engine)
     assert engine.cache.stats().active == 0
+
+
+@pytest.mark.parametrize("step", ["place_together", "spill"])
+def test_a_store_that_is_lost_while_blocks_move_ends_no_request(step, monkeypatch):
+    engine, prompt = with_segments(prefill_tokens=64)
+    slow_link(monkeypatch)
+    waits = submit(engine, np.concatenate([texts(1, 200, seed=8)[0], prompt]), 2, reuse=LATE)
+    engine.loop._put_in_line([waits])
+    engine.loop.step()
+    assert engine.admission.loading.active
+    short, losses = submit(engine, texts(1, 20, seed=3)[0], 2), engine.runner.losses
+    engine.loop._put_in_line([short])
+
+    def lose(self, store, *rest):
+        store.delete()
+        raise RuntimeError("a test's")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Link, step, lose)
+        patch.setattr(Arriving, "ready", lambda self: True)
+        for _ in range(40):
+            if engine.runner.losses == losses:
+                engine.loop.step()
+    assert engine.runner.losses > losses
+    while engine.loop.step():
+        pass
+    assert [(each.error, len(each.output.token_ids)) for each in (waits, short)] == [(None, 2)] * 2
+    check(engine)
 
 
 def test_other_namespaces_find_nothing():
@@ -325,6 +382,15 @@ def test_a_tier_that_is_too_small_loses_ends_first():
 def room_for(engine, number):
     """Bytes of host memory for so many prompts of `LONG` tokens."""
     return number * engine.admission.tiers._link.block_bytes(BLOCK_PAGES) * 5 // 4  # a block and four pages
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_host_memory_has_room_for_blocks(blocks, tmp_path):
+    size = tiny_engine(**SMALL).admission.tiers._link.block_bytes(BLOCK_PAGES)
+    disk = {"disk_store": str(tmp_path), "disk_store_bytes": 1 << 26} if blocks == 2 else {}
+    with pytest.raises(InvalidRequestError, match=f"host_store_bytes={blocks * size - 1} must be at least"):
+        tiny_engine(store_tokens=24 * PAGE, host_store_bytes=blocks * size - 1, **disk)
+    tiny_engine(store_tokens=24 * PAGE, host_store_bytes=blocks * size, **disk).close()
 
 
 def test_a_tier_for_a_part_of_what_returns_has_that_part():

@@ -35,6 +35,7 @@ def crowd(engine, number, rng):
             top_k=int(rng.integers(9)),
             ignore_eos=bool(at % 2),
             logprobs=3 if at % 5 == 1 else None,
+            prompt_logprobs=(None, None, 0, 4)[at % 4],
             presence_penalty=float(at % 4 == 2),
         )
         method = ("full", "prefix", "naive", engine.reuse.method)[rng.integers(4)]

@@ -75,7 +75,9 @@ def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, wi
       with_maps: draw key mass and deviation of a prompt of each task and regime too.
     """
     methods = {name: parse_method(name) for name in settings.methods}
-    engine = EngineChoice(model, dtype, settings.store_tokens, None, settings.batch, settings.batch).load()
+    engine = EngineChoice(
+        model, dtype, settings.store_tokens, None, max_num_seqs=settings.batch, max_prefill_seqs=settings.batch
+    ).load()
     log = open_log(engine, model, settings, out) if out else None
     with progress() as bar:
         rows = quality.run(

@@ -82,7 +82,7 @@ def run(
     with waiting(f"Reading the tokenizer of {model}"):
         checkpoint = open_checkpoint(model)
         tokenizer = checkpoint.tokenizer
-        settings = find_defaults(model, checkpoint.config, reuse_config).reuse.updated(**reuse)
+        settings = find_defaults(model, checkpoint.config, reuse_config, options=reuse).reuse
     cache = PageCache(config.num_pages, config.page_size, config.frozen_limit)
     names = {}
     for path, donor in zip(files, donors, strict=True):

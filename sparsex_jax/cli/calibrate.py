@@ -75,7 +75,9 @@ def run(
     among = among_of(settings.methods)
     path = check_writable(out or default_path(model))
     # With a method of its own, so that the engine does not read the file of an earlier calibration.
-    engine = EngineChoice(model, dtype, settings.store_tokens, Full(), settings.batch, settings.batch).load()
+    engine = EngineChoice(
+        model, dtype, settings.store_tokens, Full(), max_num_seqs=settings.batch, max_prefill_seqs=settings.batch
+    ).load()
     log = open_log(engine, model, settings, path)
     with progress() as bar:
         track = functools.partial(_track, bar)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sparsex_jax.cli import options
+from sparsex_jax.cli import options, serve_options
 from sparsex_jax.cli.terminal import clear_errors
 from sparsex_jax.cli.tier import tier
 
@@ -47,7 +47,9 @@ def main(
 
 
 @app.command()
+@options.with_reuse
 def generate(
+    reuse: options.Reuse,
     prompt: options.PromptArgument = "-",
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
@@ -56,14 +58,6 @@ def generate(
     namespace: options.Namespace = "default",
     chat: options.Chat = None,
     as_json: options.Json = False,
-    reuse_config: options.ReuseFile = None,
-    method: options.Method = None,
-    boundary_layer: options.BoundaryLayer = None,
-    recompute_ratio: options.RecomputeRatio = None,
-    overflow_tokens: options.OverflowTokens = None,
-    tail_tokens: options.TailTokens = None,
-    second_boundary: options.SecondBoundary = None,
-    min_segment_tokens: options.MinSegmentTokens = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
     top_p: options.TopP = 1.0,
@@ -76,21 +70,11 @@ def generate(
     from sparsex_jax.config import SamplingParams
 
     with clear_errors():
-        reuse = options.given(
-            method=method,
-            boundary_layer=boundary_layer,
-            recompute_ratio=recompute_ratio,
-            overflow_tokens=overflow_tokens,
-            tail_tokens=tail_tokens,
-            second_boundary=second_boundary,
-            min_segment_tokens=min_segment_tokens,
-        )
         run(
             prompt,
-            EngineChoice(model, dtype, store_tokens, reuse=reuse_config),
+            EngineChoice(model, dtype, store_tokens, reuse.config, reuse.options()),
             remember or [],
             SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop or ())),
-            reuse,
             namespace=namespace,
             chat=chat,
             as_json=as_json,
@@ -114,112 +98,42 @@ def demo(
 
 
 @app.command()
+@options.with_reuse
 def serve(
+    reuse: options.Reuse,
     model: Annotated[str, typer.Argument(help="As `--model` of the other commands.")] = DEFAULT_MODEL,
-    host: Annotated[
-        str, typer.Option(help="Name or address to listen at; 0.0.0.0 for all interfaces, :: for those of IPv6.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
-    uds: Annotated[
-        Path | None, typer.Option(help="Unix domain socket to listen at, in place of host and port.")
-    ] = None,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="A TOML file of API keys. Without it, requests need no key.", dir_okay=False)
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="The model's name in requests.", show_default="MODEL")] = None,
-    allowed_origins: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An origin whose scripts may send requests (CORS), such as https://chat.example; * is every origin. "
-            "Can be given several times.",
-            show_default="none but the page",
-        ),
-    ] = None,
-    allowed_methods: Annotated[
-        list[str] | None,
-        typer.Option(help="A method that scripts of these origins may use.", show_default="all"),
-    ] = None,
-    allowed_headers: Annotated[
-        list[str] | None,
-        typer.Option(help="A header that scripts of these origins may send.", show_default="all"),
-    ] = None,
-    allow_credentials: Annotated[
-        bool, typer.Option("--allow-credentials", help="Scripts of these origins may send cookies, as for a proxy.")
-    ] = False,
+    host: serve_options.Host = "127.0.0.1",
+    port: serve_options.Port = 8000,
+    uds: serve_options.Socket = None,
+    api_keys: serve_options.ApiKeys = None,
+    name: serve_options.Name = None,
+    max_concurrent: serve_options.MaxConcurrent = None,
+    max_knowledge_tokens: serve_options.MaxKnowledgeTokens = None,
+    allowed_origins: serve_options.AllowedOrigins = None,
+    allowed_methods: serve_options.AllowedMethods = None,
+    allowed_headers: serve_options.AllowedHeaders = None,
+    allow_credentials: serve_options.AllowCredentials = False,
     dtype: options.DType = "auto",
+    tensor_parallel: serve_options.TensorParallel = 1,
     store_tokens: options.StoreTokens = 16384,
-    max_num_seqs: Annotated[
-        int | None,
-        typer.Option(
-            help="Sequences that run at once; the others wait.", show_default="by device and store: 8 to 256", min=1
-        ),
-    ] = None,
-    reuse_config: options.ReuseFile = None,
-    max_waiting: Annotated[int, typer.Option(help="Requests that may wait. More are refused (503).", min=1)] = 256,
-    max_concurrent: Annotated[
-        int | None,
-        typer.Option(
-            help="Concurrent requests of an API key, each prompt counted. More are refused (429).",
-            show_default="as many as run and wait",
-        ),
-    ] = None,
-    max_knowledge_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of frozen knowledge that an API key may keep. More are refused (403).",
-            show_default="as many as the store holds",
-        ),
-    ] = None,
-    frozen_limit: Annotated[
-        float, typer.Option(help="Share of the store that knowledge may fill. More is refused (507).")
-    ] = 0.5,
-    max_tokens: Annotated[int, typer.Option(help="New tokens that a request gets at most.")] = 4096,
-    max_body_bytes: Annotated[int, typer.Option(help="Bytes in a request's body. Larger ones are refused (413).")] = 4
-    << 20,
-    request_timeout: Annotated[float, typer.Option(help="Seconds after which a request is cancelled (504).")] = 300.0,
-    drain_timeout: Annotated[
-        float, typer.Option(help="Seconds that running requests may still take after SIGTERM.")
-    ] = 30.0,
-    client_timeout: Annotated[
-        float,
-        typer.Option(help="Seconds that a client may take to send a request, or to take the next part of an answer."),
-    ] = 20.0,
-    max_connections: Annotated[
-        int | None,
-        typer.Option(
-            help="Open connections. With more, those without a whole request are closed.",
-            show_default="by what may run and wait",
-        ),
-    ] = None,
-    healing: Annotated[
-        float, typer.Option(help="Share of idle time in which approximate KV is made exact; 0 leaves it as it is.")
-    ] = 0.5,
-    company_tokens: Annotated[
-        int,
-        typer.Option(help="Prefill knowledge behind at most this many tokens of its namespace. 0: alone."),
-    ] = options.COMPANY_TOKENS,
-    host_store: Annotated[
-        str,
-        typer.Option(help="Host memory for KV that was computed, such as 64GiB: what is evicted is loaded from there."),
-    ] = "0",
-    disk_store: Annotated[
-        str | None,
-        typer.Option(help="PATH:SIZE of a directory for the same, such as kv:200GiB. It is found after a restart."),
-    ] = None,
-    reasoning_parser: Annotated[
-        str,
-        typer.Option(
-            help="How thoughts are told from answers: qwen3, deepseek_r1, mistral, none, or auto, which looks into the "
-            "chat template.",
-        ),
-    ] = "auto",
-    request_log: Annotated[
-        Path | None,
-        typer.Option(help="A file for a line of JSON about each request; - for standard output.", dir_okay=False),
-    ] = None,
-    warm_up: Annotated[
-        bool, typer.Option("--warm-up/--no-warm-up", help="Compile the programs before listening.")
-    ] = True,
+    max_num_seqs: serve_options.MaxNumSeqs = None,
+    frozen_limit: serve_options.FrozenLimit = 0.5,
+    host_store: serve_options.HostStore = "0",
+    disk_store: serve_options.DiskStore = None,
+    healing: serve_options.Healing = 0.5,
+    company_tokens: serve_options.CompanyTokens = options.COMPANY_TOKENS,
+    reasoning_parser: serve_options.ReasoningParser = "auto",
+    max_waiting: serve_options.MaxWaiting = 256,
+    max_tokens: serve_options.MaxTokens = 4096,
+    max_body_bytes: serve_options.MaxBodyBytes = 4 << 20,
+    request_timeout: serve_options.RequestTimeout = 300.0,
+    client_timeout: serve_options.ClientTimeout = 20.0,
+    max_connections: serve_options.MaxConnections = None,
+    drain_timeout: serve_options.DrainTimeout = 30.0,
+    hang_timeout: serve_options.HangTimeout = 300.0,
+    request_log: serve_options.RequestLog = None,
+    otlp_endpoint: serve_options.OtlpEndpoint = None,
+    warm_up: serve_options.WarmUp = True,
 ) -> None:
     """Serve a model: OpenAI's endpoints, a knowledge base, metrics, and a page that shows what is reused."""
     from sparsex_jax.serving.sockets import bound
@@ -241,7 +155,9 @@ def serve(
                 model,
                 dtype,
                 store_tokens,
-                reuse_config,
+                reuse.config,
+                reuse.options(),
+                tensor_parallel=tensor_parallel,
                 max_num_seqs=max_num_seqs,
                 max_waiting=max_waiting,
                 healing=healing,
@@ -257,6 +173,7 @@ def serve(
                 request_timeout=request_timeout,
                 drain_timeout=drain_timeout,
                 client_timeout=client_timeout,
+                hang_timeout=hang_timeout,
                 max_connections=max_connections,
             ),
             sockets=sockets,
@@ -265,6 +182,7 @@ def serve(
             warm_up=warm_up,
             reasoning_parser=reasoning_parser,
             request_log=request_log,
+            otlp_endpoint=otlp_endpoint,
             allowed_origins=cors,
         )
 
@@ -284,7 +202,9 @@ def convert(
 
 
 @app.command()
+@options.with_reuse
 def cache(
+    reuse: options.Reuse,
     prompt: options.PromptArgument = "-",
     model: options.Model = DEFAULT_MODEL,
     store_tokens: options.StoreTokens = 16384,
@@ -292,34 +212,17 @@ def cache(
     namespace: options.Namespace = "default",
     chat: options.Chat = None,
     as_json: options.Json = False,
-    reuse_config: options.ReuseFile = None,
-    method: options.Method = None,
-    boundary_layer: options.BoundaryLayer = None,
-    recompute_ratio: options.RecomputeRatio = None,
-    overflow_tokens: options.OverflowTokens = None,
-    tail_tokens: options.TailTokens = None,
-    second_boundary: options.SecondBoundary = None,
-    min_segment_tokens: options.MinSegmentTokens = None,
 ) -> None:
     """Show what a prompt would reuse of the files. This reads no weights and computes nothing."""
     from sparsex_jax.cli.cache import run
 
     with clear_errors():
-        reuse = options.given(
-            method=method,
-            boundary_layer=boundary_layer,
-            recompute_ratio=recompute_ratio,
-            overflow_tokens=overflow_tokens,
-            tail_tokens=tail_tokens,
-            second_boundary=second_boundary,
-            min_segment_tokens=min_segment_tokens,
-        )
         run(
             prompt,
             model,
             remember or [],
-            reuse,
-            reuse_config,
+            reuse.options(),
+            reuse.config,
             store_tokens=store_tokens,
             namespace=namespace,
             chat=chat,

@@ -11,9 +11,11 @@ from rich.text import Text
 
 from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, progress, waiting
-from sparsex_jax.config import EngineConfig, ReuseConfig, SamplingParams
+from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, find_defaults
+from sparsex_jax.config.defaults import Defaults
 from sparsex_jax.device.compilation import keep_on_disk
 from sparsex_jax.engine import Engine
+from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.output import Generation
 
@@ -25,7 +27,9 @@ class EngineChoice:
     model: str
     dtype: str
     store_tokens: int
-    reuse: ReuseConfig | Path | None = None  # as for `Engine.from_pretrained`
+    reuse: ReuseConfig | Path | None = None  # as for `Engine.from_pretrained`, and so are the next two
+    reuse_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tensor_parallel: int = 1
     max_num_seqs: int | None = EngineConfig.max_num_seqs
     max_prefill_seqs: int = EngineConfig.max_prefill_seqs
     max_waiting: int = EngineConfig.max_waiting
@@ -36,12 +40,20 @@ class EngineChoice:
     disk_store: str | None = EngineConfig.disk_store
     disk_store_bytes: int = EngineConfig.disk_store_bytes
 
+    def defaults(self, model: ModelConfig) -> Defaults:
+        """How the engine reuses KV where a request does not say, and why."""
+        company = self.company_tokens > 0
+        return find_defaults(self.model, model, self.reuse, company=company, options=self.reuse_options)
+
     def load(self) -> Engine:
         keep_on_disk()
+        mesh = make_mesh(self.tensor_parallel)
         with waiting(f"Loading {self.model}"):
             return Engine.from_pretrained(
                 self.model,
+                mesh=mesh,
                 reuse=self.reuse,
+                reuse_options=self.reuse_options,
                 dtype=self.dtype,
                 store_tokens=self.store_tokens,
                 max_num_seqs=self.max_num_seqs,
@@ -61,23 +73,18 @@ def run(
     choice: EngineChoice,
     files: Sequence[Path],
     sampling: SamplingParams,
-    reuse: Mapping[str, Any],
     *,
     namespace: str,
     chat: bool | None,
     as_json: bool,
 ) -> None:
-    """Remember the files, generate, and print the answer.
-
-    Args:
-      reuse: options that override the engine's.
-    """
+    """Remember the files, generate, and print the answer."""
     text, donors = read_prompt(prompt), [read_text(path) for path in files]
     engine = choice.load()
     remember_all(engine, donors, namespace)
     with waiting("Generating"):
         given = as_prompt(text, engine.tokenizer, chat)
-        result = engine.generate(given, sampling, reuse=engine.reuse.updated(**reuse), namespace=namespace)
+        result = engine.generate(given, sampling, namespace=namespace)
     _print(result, as_json)
 
 

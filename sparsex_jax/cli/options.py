@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 import json
 import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sparsex_jax.config import CALIBRATED, ReuseConfig, find_method
+from sparsex_jax.config import CALIBRATED, METHODS, ReuseConfig, find_method
 from sparsex_jax.config.checks import require
+from sparsex_jax.config.reuse import methods_by_option
 from sparsex_jax.eval.reorder import Reorder
 from sparsex_jax.reuse.methods import Oracle, SparseX
 
@@ -48,59 +53,101 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate.", rich_help_panel=_SAMPLING)]
 
 
-def _reuse(field: str, text: str) -> Any:
-    """An option that wins over the file of `--reuse-config`, which wins over SparseX's default."""
-    default = getattr(SparseX, field)
-    return typer.Option(help=text, rich_help_panel=_REUSE, show_default=False if default is None else str(default))
-
-
-ReuseFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--reuse-config",
-        help="A file that `sparsex calibrate` wrote. Options of reuse that the command has win over it.",
-        rich_help_panel=_REUSE,
-        show_default=f"{CALIBRATED} in the model's directory, or what comes with this package for its architecture",
+_METHOD = "full, prefix, naive, sparsex, excerpt or another method, with options if wanted: excerpt:coverage=0.5."
+# The options of methods that commands have one of their own for, with their types. The others go into `--method`.
+_OF_METHODS: dict[str, tuple[Any, str]] = {
+    "boundary_layer": (int, "Layers before it compute every token. Default: a sixth of them."),
+    "recompute_ratio": (float, "Share of the reused tokens recomputed for their key mass."),
+    "coverage": (
+        float,
+        "Recompute, or keep in an excerpt, as much as has this share of the attention. Default: 0; 0.9 in an excerpt.",
     ),
-]
-Method = Annotated[
-    str | None,
-    typer.Option(
-        help="full, prefix, naive, sparsex, excerpt or another method, with options if wanted: excerpt:coverage=0.5.",
-        rich_help_panel=_REUSE,
-        show_default="as --reuse-config says; sparsex, if only options of it are given",
-    ),
-]
-BoundaryLayer = Annotated[
-    int | None, _reuse("boundary_layer", "Layers before it compute every token. Default: a sixth of them.")
-]
-RecomputeRatio = Annotated[
-    float | None, _reuse("recompute_ratio", "Share of the reused tokens recomputed for their key mass.")
-]
-OverflowTokens = Annotated[
-    int | None,
-    _reuse("overflow_tokens", "Reused tokens recomputed on both sides of fresh ones; at most 1/8 of a segment."),
-]
-TailTokens = Annotated[int | None, _reuse("tail_tokens", "Last tokens recomputed where the prompt ends in reuse.")]
-SecondBoundary = Annotated[int | None, _reuse("second_boundary", "From this layer on only fresh tokens are computed.")]
-MinSegmentTokens = Annotated[
-    int | None, _reuse("min_segment_tokens", "Shorter runs are computed, not reused; at least 16.")
-]
+    "max_ratio": (float, "Share of the reused tokens that a coverage recomputes at most."),
+    "keep_ratio": (float, "Share of what an excerpt may leave out that it keeps at least. Default: 0.05."),
+    "overflow_tokens": (int, "Reused tokens recomputed on both sides of fresh ones; at most 1/8 of a segment."),
+    "head_tokens": (int, "First tokens of each segment that are recomputed."),
+    "tail_tokens": (int, "Last tokens recomputed where the prompt ends in reuse."),
+    "second_boundary": (int, "From this layer on only fresh tokens are computed."),
+    "min_segment_tokens": (int, "Shorter runs are computed, not reused; at least 16."),
+    "only_if_faster": (bool, "Whether what was found is recomputed where that takes less time."),
+}
 
 
-def given(*, method: str | None = None, **fields: Any) -> dict[str, Any]:
-    """The method and the options that were typed. A wrong one is refused here, before a model is read.
+def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[kind | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
-    Args:
-      method: `NAME` or `NAME:FIELD=VALUE:...`. A field that has an option of its own may be given by that too, which
-        wins.
+
+def _reuse_parameters() -> Iterator[inspect.Parameter]:
+    """Those of a command that has options of reuse."""
+    default = f"{CALIBRATED} in the model's directory, or what comes with this package for its architecture"
+    text = "A file that `sparsex calibrate` wrote. Options of reuse that the command has win over it."
+    yield _parameter("reuse_config", Path, typer.Option(help=text, rich_help_panel=_REUSE, show_default=default))
+    default = "as --reuse-config says; sparsex, if only options of it are given"
+    yield _parameter("method", str, typer.Option(help=_METHOD, rich_help_panel=_REUSE, show_default=default))
+    for name, (kind, text) in _OF_METHODS.items():
+        yield _parameter(name, kind, typer.Option(help=text, rich_help_panel=_REUSE, show_default=_default_of(name)))
+
+
+def _default_of(name: str) -> str | bool:
+    """What SparseX has, unless the help says more."""
+    default = getattr(SparseX, name, None)
+    return False if default is None or name == "coverage" else str(default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reuse:
+    """What a command was told about reuse.
+
+    Attributes:
+      config: the file. None: as `find_defaults`.
+      method: `NAME` or `NAME:FIELD=VALUE:...`.
+      fields: options of the method that have options of their own here, which win.
     """
-    typed = {name: value for name, value in fields.items() if value is not None}
-    if method is not None:
-        name, options = _named(method)
-        typed = {"method": name} | options | typed
-    ReuseConfig(**typed)
-    return typed
+
+    config: Path | None = None
+    method: str | None = None
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """The method, if one was named, and its options.
+
+        Raises:
+          InvalidRequestError: the method is unknown, or does not have the options or the values. Without a method, no
+            method has the options together.
+        """
+        name, options = (None, {}) if self.method is None else _named(self.method)
+        options |= self.fields
+        if name is not None:
+            ReuseConfig(name, **options)
+            return {"method": name} | options
+        _require_a_method(options)
+        return options
+
+
+def _require_a_method(options: Mapping[str, Any]) -> None:
+    """Raise InvalidRequestError if no method has these options together."""
+    having = methods_by_option()
+    fitting = [name for name in METHODS if all(name in having[option] for option in options)]
+    said = ", ".join(f"{option} ({', '.join(having[option])})" for option in options)
+    require(bool(fitting), f"no method has all of these options: {said}")
+
+
+def with_reuse(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of reuse. It gets what was typed as one argument, `reuse`."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [each.replace(kind=each.KEYWORD_ONLY) for each in signature.parameters.values() if each.name != "reuse"]
+
+    @functools.wraps(command)
+    def run(*, reuse_config: Path | None, method: str | None, **options: Any) -> None:
+        fields = {name: options.pop(name) for name in _OF_METHODS}
+        typed = {name: value for name, value in fields.items() if value is not None}
+        command(reuse=Reuse(reuse_config, method, typed), **options)
+
+    parameters = [*own, *_reuse_parameters()]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
 
 
 def _named(text: str) -> tuple[str, dict[str, Any]]:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import messages, progress
-from sparsex_jax.config import find_defaults
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.engine import Engine
 from sparsex_jax.scheduler import warmup
@@ -21,6 +20,7 @@ from sparsex_jax.serving.methods import Cors
 from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.sockets import url_of
+from sparsex_jax.serving.tracing import Tracing, is_wanted
 from sparsex_jax.serving.worker import Worker
 from sparsex_jax.text.thoughts import AUTO, check_parser
 
@@ -34,6 +34,7 @@ def run(
     name: str | None,
     warm_up: bool,
     request_log: Path | None = None,
+    otlp_endpoint: str | None = None,
     allowed_origins: Cors | None = None,
     reasoning_parser: str = AUTO,
 ) -> None:
@@ -41,23 +42,24 @@ def run(
     check_parser(reasoning_parser)
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
     log = RequestLog.open(request_log) if request_log else None
+    name = name or Path(choice.model).name
+    tracing = Tracing.start(otlp_endpoint, name) if is_wanted(otlp_endpoint) else None
     engine = choice.load()
     if warm_up:
         compile_all(engine)
     worker = Worker(engine)
-    name = name or Path(choice.model).name
     app = create_app(
         worker,
         model=name,
         access=access,
         limits=limits,
         request_log=log,
+        tracing=tracing,
         allowed_origins=allowed_origins or (),
         reasoning_parser=reasoning_parser,
     )
     server = Server(app, sockets=sockets)
-    company = choice.company_tokens > 0
-    messages().print(str(find_defaults(choice.model, engine.model, choice.reuse, company=company)), soft_wrap=True)
+    messages().print(str(choice.defaults(engine.model)), soft_wrap=True)
     messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sparsex_jax.config.calibration import CALIBRATED, Calibrated, shipped_for
 from sparsex_jax.config.model import ModelConfig
@@ -27,7 +29,12 @@ class Defaults:
 
 
 def find_defaults(
-    source: str | Path, model: ModelConfig, reuse: ReuseConfig | str | Path | None = None, *, company: bool = False
+    source: str | Path,
+    model: ModelConfig,
+    reuse: ReuseConfig | str | Path | None = None,
+    *,
+    company: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> Defaults:
     """How a model's KV is reused where a request does not say: as given, or as the file says whose path is given.
 
@@ -38,10 +45,18 @@ def find_defaults(
       source: the model, as for `open_checkpoint`.
       company: whether the engine makes donors in company (`EngineConfig.company_tokens`). A file may have other options
         for these, which would not hold for donors that are made alone.
+      options: a method, or options, that win over what was found, as in `ReuseConfig.updated`.
 
     Raises:
-      InvalidRequestError: a file cannot be read or is another model's, or what it says is wrong.
+      InvalidRequestError: a file cannot be read or is another model's, or what it says is wrong, or the options are.
     """
+    found = _found(source, model, reuse, company)
+    if not options:
+        return found
+    return Defaults(found.reuse.updated(**options), f"as given, on top of {found.reuse.spec()}, {found.origin}")
+
+
+def _found(source: str | Path, model: ModelConfig, reuse: ReuseConfig | str | Path | None, company: bool) -> Defaults:
     if isinstance(reuse, ReuseConfig):
         return Defaults(reuse, "as given")
     beside = Path(source).expanduser() / CALIBRATED

@@ -50,6 +50,12 @@ class SamplingParams:
       logit_bias: what is added to the logits of these token ids, in [-100, 100]; at most 1024 of them.
       logprobs: report the log-probability of each new token and of this many most probable ones, 0 to 20. They are the
         model's own, before anything above changes them. None reports nothing.
+      prompt_logprobs: report the log-probability of each token of the prompt and of this many most probable ones, 0 to
+        20; the first token has none. None reports nothing. Without a `reuse` of the call, the prompt is then computed
+        in full; with one, tokens whose predecessor was reused have none.
+      prompt_logprobs_start: only tokens from this place of the prompt on have one, counted from the end if negative.
+        What stands before it may be reused, exactly if the call names no `reuse`; they themselves, and the token before
+        them, are computed. 0: see `prompt_logprobs`.
       min_new_tokens: before this many are generated, tokens that would end the answer cannot be drawn, and stop strings
         are not looked for; at most max_new_tokens.
       stop_token_ids: tokens that end the answer besides the model's end tokens; at most 1024.
@@ -79,6 +85,8 @@ class SamplingParams:
     frequency_penalty: Annotated[float, _within(-2, 2)] = 0.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
     logprobs: Annotated[int, _integer(0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")] | None = None
+    prompt_logprobs: Annotated[int, _integer(0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}")] | None = None
+    prompt_logprobs_start: Annotated[int, _integer(-MAX_INT32, MAX_INT32, "above -2**31 and below 2**31")] = 0
     min_new_tokens: Count = 0
     stop_token_ids: tuple[int, ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
@@ -107,6 +115,10 @@ class SamplingParams:
             f"min_new_tokens={self.min_new_tokens} must be at most max_new_tokens={self.max_new_tokens}",
         )
 
+        require(
+            self.prompt_logprobs is not None or self.prompt_logprobs_start == 0,
+            f"prompt_logprobs_start={self.prompt_logprobs_start} needs prompt_logprobs",
+        )
         require(
             self.structure is None or isinstance(self.structure, Structure),
             f"structure={self.structure!r:.60} must be a Structure or None",

@@ -196,33 +196,35 @@ class Link:
         Raises:
           LinkError: there is no memory for it.
         """
-        pieces = tuple(block.pieces[group] for group in groups)
-        nbytes = sum(piece.nbytes for piece in pieces)
-        with _link_errors(nbytes):
-            arrived = jax.device_put(pieces, self._shardings(pieces, self._store_kind))
-        return Arriving(arrived, block.pages, self._up.due(nbytes, block.due), tuple(groups))
+        return self._send_up(tuple(block.pieces[group] for group in groups), [block], tuple(groups))
 
     def fetch_together(self, blocks: Sequence[HostBlock], group: int) -> Arriving:
         """Begin to copy one group of layers of several blocks, as `fetch`: that is asked for sooner than one by one."""
-        pieces = tuple(block.pieces[group] for block in blocks)
+        return self._send_up(tuple(block.pieces[group] for block in blocks), blocks, (group,) * len(blocks))
+
+    def _send_up(self, pieces: tuple[Array, ...], blocks: Sequence[HostBlock], groups: tuple[int, ...]) -> Arriving:
         nbytes = sum(piece.nbytes for piece in pieces)
         with _link_errors(nbytes):
             arrived = jax.device_put(pieces, self._shardings(pieces, self._store_kind))
         due = self._up.due(nbytes, max(block.due for block in blocks))
-        return Arriving(arrived, max(block.pages for block in blocks), due, (group,) * len(blocks))
+        return Arriving(arrived, max(block.pages for block in blocks), due, groups)
 
     def targets(self, blocks: Sequence[HostBlock], places: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Targets:
         """Where pages of blocks go, on the devices: for `place_together`.
 
         Args:
           places: rows and pages of each block, as in `place`.
+
+        Raises:
+          LinkError: there is no memory for it.
         """
         for block, (rows, pages) in zip(blocks, places, strict=True):
             self._check_pages(pages)
             _check_rows(rows, pages, block.pages)
         each = [_target(padded_size(block.pages), *place) for block, place in zip(blocks, places, strict=True)]
         are_full = [len(target) for target in each] == [BLOCK_PAGES] * TOGETHER
-        return jax.device_put(np.stack(each) if are_full else each)
+        with _link_errors(sum(target.nbytes for target in each)):
+            return jax.device_put(np.stack(each) if are_full else each)
 
     def place_together(self, store: Store, arriving: Arriving, targets: Targets) -> Store:
         """Write what `fetch_together` began, as `place`. Raises LinkError."""

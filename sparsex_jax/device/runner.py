@@ -16,12 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.cache import Segment
-from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, decode
 from sparsex_jax.device.prefill import align, embed_rows, prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
+from sparsex_jax.device.scoring import Scores, score
 from sparsex_jax.device.signals import Signal, signals_for
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.layers import ForwardPass
@@ -335,6 +336,25 @@ class Runner:
     ) -> Sampled:
         """Sample from prefill logits the tokens that will stand at these positions: one step, on the host."""
         return jax.device_get(_sample_step(logits, sampling, position))
+
+    def score(self, run: PrefillRun, following: Sequence[Int[np.ndarray, "rows"]], number: int) -> list[Scores]:
+        """Log-probabilities of tokens of the prompts, once all layers have run, on the host.
+
+        Args:
+          following: of each row of each request, the token to score behind it; -1: none.
+          number: of the most probable tokens, for each. There are programs for at most one and for `MAX_LOGPROBS`.
+
+        Returns:
+          For each request, the scores of its rows; at least so many of the most probable tokens if there are.
+        """
+        asked = np.full(run.plan.fresh.size, -1, np.int32)
+        sizes = [len(each) for each in following]
+        asked[: sum(sizes)] = np.concatenate(following)
+        number = min(1 if number <= 1 else MAX_LOGPROBS, self.model.vocab_size)
+        with self._precision():
+            scores = jax.device_get(score(self.params, run.state, asked, decoder=self.decoder, number=number))
+        own = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+        return [scores.of_rows(rows) for rows in own]
 
     def are_finite(self, logits: Float[Array, "requests vocab"]) -> Bool[np.ndarray, "requests"]:
         """Whether all logits of each line are finite. Waits for the device."""

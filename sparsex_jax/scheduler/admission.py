@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 
@@ -133,13 +134,15 @@ class Admission:
           NoRoomError: there will not be either, unless something frozen is forgotten.
         """
         method = method_of(reuse)
-        match, plan = self._lay_out(sequence, tokens, method)
-        try:
-            self._require_room(sequence, plan.pages)
-            pages, copy_pages = self._take_pages(plan.pages, self._pages_wanted(sequence, slots, plan.pages), sequence)
-        except BaseException:
-            self.cache.unpin(match)
-            raise
+        with sequence.timeline.during("lookup"):
+            match, plan = self._lay_out(sequence, tokens, method)
+            try:
+                self._require_room(sequence, plan.pages)
+                wanted = self._pages_wanted(sequence, slots, plan.pages)
+                pages, copy_pages = self._take_pages(plan.pages, wanted, sequence)
+            except BaseException:
+                self.cache.unpin(match)
+                raise
         if sequence.asked and not sequence.was_admitted:
             self.cache.count_use(match)
         num_shared = len(plan.pages)
@@ -157,11 +160,13 @@ class Admission:
         Args:
           load: what lower tiers have of the prompt is loaded first.
         """
-        loaded = 0
+        loaded, findable, began = 0, sequence.to_find(tokens), time.perf_counter()
         if self.loading and load:
-            loaded = self.loading.load(self.cache, tokens, sequence.namespace, method, sequence.came_from)
+            loaded = self.loading.load(self.cache, findable, sequence.namespace, method, sequence.came_from)
+        if loaded:
+            sequence.timeline.add("load", began, loaded)
         may_pay = functools.partial(self.choice.segments_may_pay, method, len(tokens))
-        about = (tokens, sequence.namespace, method, self._model.num_layers)
+        about = (findable, sequence.namespace, method, self._model.num_layers)
         match = look_up(self.cache, *about, segments=may_pay)
         try:
             plan = self.choice.plan(tokens, match, method, lambda: self._may_be_left_out(sequence, tokens))
@@ -243,7 +248,9 @@ class Admission:
         """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
         if sequence.output.token_ids:
             return np.full(len(tokens), -1)
-        return self.cache.remembered(tokens, sequence.namespace, sequence.turns)
+        remembered = self.cache.remembered(tokens, sequence.namespace, sequence.turns)
+        remembered[len(sequence.to_find(tokens)) :] = -1
+        return remembered
 
     def count_found(self, sequence: Sequence) -> None:
         """Count what was found of a prompt. Once, when its prefill is reported, however often it was admitted."""
@@ -347,12 +354,14 @@ class Admission:
         Exactness of an answer's KV is that of the whole prompt's.
         """
         tokens = sequence.tokens[: min(sequence.num_computed, sequence.num_kept)]
-        if not sequence.keep or sequence.forgotten or self._is_gone(sequence) or len(tokens) == 0:
+        if sequence.forgotten or self._is_gone(sequence) or len(tokens) == 0:
             return
         exact = sequence.plan.exact_tokens(self._model.num_layers)
         exact = len(tokens) if exact == len(sequence.plan.prompt) else min(exact, len(tokens))
         made_by = sequence.reuse
         self.cache.commit(sequence.pages, tokens, sequence.namespace, exact_tokens=exact, made_by=made_by)
+        if sequence.lent and not sequence.keep:
+            sequence.lent.commit(self.cache, sequence.pages, tokens, sequence.num_shared, self._config.page_size)
 
     def _is_gone(self, sequence: Sequence) -> bool:
         """Whether it makes a text again that was forgotten or evicted since."""
@@ -460,6 +469,7 @@ class Admission:
 
     def finish(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
         """End it, whatever its state. Nothing can be found of one that failed."""
+        sequence.timeline.end()
         if error is not None:
             self.withdraw(sequence)
         elif self.tiers and sequence.is_admitted and sequence.keep and not sequence.remember:
@@ -468,6 +478,8 @@ class Admission:
             self.restoring.cancel(self.cache, sequence)
         self.leave(sequence)
         self._returning.discard(sequence)
+        if sequence.lent:
+            sequence.lent.end_one(self.cache)
         sequence.finish(reason, error)
 
     def forget(self, handle: int) -> Forgotten:

@@ -14,6 +14,7 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
+from sparsex_jax.device.scoring import Scores
 from sparsex_jax.device.state import decode_state, resumed, sampling_arrays
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.scheduler.sequence import Sequence
@@ -56,11 +57,13 @@ class Prefilled(NamedTuple):
       sampled: the token behind each sequence's stage, as NumPy arrays; no tokens if no sequence of the plan wants one.
       computed: of each sequence.
       logits: float32 `[sequences, vocab]`, on the device.
+      scores: what the rows of each sequence say of the prompt's tokens. None: no sequence asks for that.
     """
 
     sampled: Sampled
     computed: list[Computed]
     logits: Array
+    scores: list[Scores] | None
 
 
 class Execution:
@@ -145,12 +148,23 @@ class Execution:
         self._copy_texts(sequences)
         wanted = any(len(one.stages) == 1 and one.output.max_new_tokens for one in sequences)
         sampled = self._first_tokens(run.logits, sequences) if wanted else self._no_tokens(run.logits)
-        return Prefilled(sampled, run.computed(), run.logits)
+        return Prefilled(sampled, run.computed(), run.logits, self._scores(run, sequences))
+
+    def _scores(self, run: PrefillRun, sequences: list[Sequence]) -> list[Scores] | None:
+        numbers = [sequence.scores.number for sequence in sequences if sequence.scores is not None]
+        return self._runner.score(run, [one.to_score for one in sequences], max(numbers)) if numbers else None
 
     def _begin(self, sequences: list[Sequence]) -> PrefillRun:
         stages = [sequence.stages[0] for sequence in sequences]
-        pairs = zip(sequences, stages, strict=True)
-        return self._runner.begin(stages, [one.late for one, stage in pairs if one.late and stage.prompt.reused.any()])
+        late = [
+            one.late for one, stage in zip(sequences, stages, strict=True) if one.late and stage.prompt.reused.any()
+        ]
+        began = time.perf_counter()
+        run = self._runner.begin(stages, late)
+        for sequence, stage in zip(sequences, stages, strict=True):
+            if stage.copies:
+                sequence.timeline.add("copy", began, sum(copy.length for copy in stage.copies))
+        return run
 
     def probe(self, sequences: list[Sequence], layers: int | None = None) -> list[Float32[np.ndarray, "tokens"]] | None:
         """Run the probes of these sequences in one plan, or the next `layers` of it. None while layers are left.

@@ -66,7 +66,7 @@ class Isolation:
     def _compute_again(self, sequences: list[Sequence]) -> None:
         """What some of them waited for did not come. All wait again, those without reuse."""
         for sequence in sequences:
-            if sequence.late is not None:
+            if sequence.late is not None and sequence.late.error is not None:
                 sequence.from_scratch, sequence.restored_tokens = True, 0
             self._admission.leave(sequence)
 

@@ -202,7 +202,12 @@ class Loading:
                 loads.append(Load(self._tiers.take(found.block.key), range(len(pages)), pages))
         if not loads:
             return 0
-        self._coming[self._arrivals.begin(loads)] = cache
+        try:
+            self._coming[self._arrivals.begin(loads)] = cache
+        except BaseException:
+            for load in loads:
+                cache.release(load.pages)
+            raise
         sent = wanted[: len(loads)]
         for found, load in zip(sent, loads, strict=True):  # while they move
             block = found.block

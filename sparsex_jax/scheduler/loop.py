@@ -40,9 +40,11 @@ from sparsex_jax.scheduler.execution import Dispatch, Execution, Prefilled
 from sparsex_jax.scheduler.healing import Healing
 from sparsex_jax.scheduler.interrupts import interrupts_at_the_end
 from sparsex_jax.scheduler.isolation import Isolation
+from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
 from sparsex_jax.scheduler.requests import Requests
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE, Event, Listener, Sequence, State, Ticket, ignore
+from sparsex_jax.scheduler.timeline import Timeline
 from sparsex_jax.text.encoding import Prompt
 
 __all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
@@ -62,6 +64,7 @@ class Loop:
       policy: who is next.
       snapshot, tiers: the stats of the store, and of the tiers below it if there are any, as the last round left them.
         From any thread, also in the middle of a round.
+      traced: whether tickets of what is submitted from now on have a timeline.
     """
 
     def __init__(self, runner: Runner, admission: Admission, tokenizer: Any | None, reuse: ReuseConfig) -> None:
@@ -78,6 +81,7 @@ class Loop:
         self._healing = Healing(self._config, runner.shapes, admission, self.requests)
         self._isolation = Isolation(runner, admission)
         self._counts = Counts()
+        self.traced = False
         self.publish()
         self._ids = itertools.count(1)
         self._inbox: list[Sequence] = []
@@ -96,12 +100,17 @@ class Loop:
         namespace: str = DEFAULT_NAMESPACE,
         keep: bool = True,
         turns: frozenset[bytes] | None = None,
+        lent: Lent | None = None,
+        delay_s: float = 0.0,
         listener: Listener,
     ) -> Ticket:
         """Check a request and put it in line. Arguments as `Engine.generate`.
 
         Args:
           turns: `turns_of` the prompt, if it is given as the tokens of a chat.
+          lent: shared by several answers to one prompt that is not kept. None: there is one answer, or it is kept.
+          delay_s: wait as if it had come so much later, or earlier if negative. So it overtakes only those who came
+            less than that before it.
           listener: called with each `Event`, on the thread that steps. If it raises, it is dropped and its request is
             cancelled.
 
@@ -112,6 +121,7 @@ class Loop:
         """
         sampling = SamplingParams() if sampling is None else sampling
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns}
+        options |= {"lent": lent, "delay_s": delay_s}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
     def remember(
@@ -145,13 +155,16 @@ class Loop:
             waiting, most = self._num_waiting(), self._config.max_waiting
             if waiting >= most:
                 raise OverloadedError(f"{waiting} requests wait already, and max_waiting is {most}", self._retry())
+            if self.traced:
+                sequence.timeline = Timeline()
+                sequence.timeline.enter("queue")
             self._put_in_line([sequence])
             return Ticket(sequence, self._wake)  # before a round can make another prompt of it
 
     def _put_in_line(self, sequences: Several[Sequence]) -> None:
         with self._news:
             for sequence in sequences:
-                sequence.id = next(self._ids)
+                sequence.id, sequence.rank = next(self._ids), time.monotonic() + sequence.delay_s
                 self._inbox.append(sequence)
             self._news.notify_all()
 
@@ -177,15 +190,27 @@ class Loop:
     # On the thread that steps -------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One round of work. False when nothing is running or waiting."""
+        """One round of work. False when nothing is running or waiting.
+
+        What fails beside the steps of sequences, such as moving blocks, ends none of them if it took the store with it:
+        all is computed again. Else it is raised.
+        """
         with self._one_round():
-            self._take_in()
-            decode = self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
-            prefill = self.policy.prefill_batch()  # while the device decodes
-            self._finish_decode(decode)
-            self._prefill(prefill)
-            self._move_blocks(idle=decode is None and not prefill.sequences)
+            try:
+                self._work()
+            except Exception:
+                if not self.recover():
+                    raise
+                log.exception("the store was lost by no sequence's step; what ran is computed again")
             return self._report()
+
+    def _work(self) -> None:
+        self._take_in()
+        decode = self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
+        prefill = self.policy.prefill_batch()  # while the device decodes
+        self._finish_decode(decode)
+        self._prefill(prefill)
+        self._move_blocks(idle=decode is None and not prefill.sequences)
 
     def complete(self, sequences: Several[Sequence]) -> None:
         """Put sequences in line and step until they are done; whatever else is in line goes on too.
@@ -363,6 +388,12 @@ class Loop:
         """A stage of the sequence has run."""
         if (prefilled.sampled.token[slot] == NON_FINITE).any():
             self._isolation.judge(sequence, NonFiniteLogitsError("the logits behind the prompt are not all finite"))
+            return
+        try:
+            if prefilled.scores is not None:
+                sequence.take_scores(prefilled.scores[slot])
+        except NonFiniteLogitsError as error:
+            self._isolation.judge(sequence, error)
             return
         sequence.finish_stage(prefilled.computed[slot])
         if not sequence.stages:

@@ -20,15 +20,18 @@ from sparsex_jax.text.matcher import Matcher
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """A new token's log-probability under the model, before temperature, filters and penalties.
+    """A token's log-probability under the model, before temperature, filters and penalties.
 
     Attributes:
-      top: the most probable tokens with theirs, best first: as many as `SamplingParams.logprobs` says.
+      top: the most probable tokens with theirs, best first: as many as `SamplingParams.logprobs` says of a new token,
+        and `SamplingParams.prompt_logprobs` of one of the prompt.
+      rank: of a token of the prompt: how many tokens are more probable, and 1.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+    rank: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,6 +45,8 @@ class Generation:
       finish_reason: `stop` (an end token, a stop token or a stop string) or `length` (max_new_tokens).
       logits: float32 `[vocab]` of the first token, if they were asked for.
       logprobs: one for each new token if `SamplingParams.logprobs` asked for them; otherwise empty.
+      prompt_logprobs: one for each token of the prompt if `SamplingParams.prompt_logprobs` asked for them, and None for
+        tokens that have none: the first one, at least. Otherwise empty.
     """
 
     text: str
@@ -50,6 +55,7 @@ class Generation:
     report: Report
     logits: Float32[np.ndarray, "vocab"] | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,9 +4,9 @@ Pages. A sequence is admitted with pages for its prompt and a few tokens, and ta
 none, the youngest is preempted: its pages go back, and later it is computed again (mostly it is found again: what was
 exact is committed). The oldest is never preempted for another, so it always gets on.
 
-Order. The oldest is admitted first. Younger ones overtake it only while it waits for pages and they find theirs, and
-only a limited number of times. Among those being prefilled, turns go round: a prompt of many chunks comes last after
-each, and so does one that is cut by layers.
+Order. The oldest is admitted first; a priority makes a sequence some seconds older or younger. Younger ones overtake it
+only while it waits for pages and they find theirs, and only a limited number of times. Among those being prefilled,
+turns go round: a prompt of many chunks comes last after each, and so does one that is cut by layers.
 
 Token budget. A prefill plan has at most `prefill_tokens` rows. Sequences of the same schedule share a plan within it.
 A sparse plan with more rows runs a few layers at a time, and decode runs in between. Its state between two layers is
@@ -151,10 +151,10 @@ class Policy:
     # Admission ----------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """The oldest first. A younger one passes those that wait for pages, or for what another computes."""
+        """In the order of their ranks. A later one passes those that wait for pages, or for what another computes."""
         blocked: list[Sequence] = []
         compared = 0
-        for sequence in self.of_state(State.WAITING):
+        for sequence in sorted(self.of_state(State.WAITING), key=lambda one: one.rank):
             full = len(self.running) >= self.max_num_seqs
             if full or any(older.overtaken >= self._config.max_overtakes for older in blocked):
                 return
@@ -182,7 +182,7 @@ class Policy:
             other.offer
             for other in self.of_state(State.PREFILLING)
             if other.id < sequence.id
-            and other.keep
+            and (other.keep or (other.lent is not None and other.lent is sequence.lent))
             and other.namespace == sequence.namespace
             and other.offer is not None
         ]

@@ -15,6 +15,7 @@ from sparsex_jax.config import ModelConfig, ReuseConfig, SamplingParams, Structu
 from sparsex_jax.errors import ContextLengthError, InvalidRequestError, StructureError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.output import Output
+from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs, reuse_when_scored
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.text.chat import document
 from sparsex_jax.text.control_tokens import MarkedText
@@ -78,6 +79,8 @@ class Requests:
         tokens = self.encode(prompt, sampling.max_new_tokens)
         output.follow(tokens)
         options |= {"turns": turns_of(prompt) if turns is None else turns}
+        options |= {"prompt_logprobs": PromptLogprobs.asked(tokens, sampling)}
+        reuse = reuse_when_scored(sampling) if reuse is None else reuse
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def prefill(

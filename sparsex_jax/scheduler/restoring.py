@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import time
 from collections.abc import Callable
 
 from sparsex_jax.cache import Match, PageCache
@@ -38,6 +39,7 @@ class _Prefix:
       start: where it goes on behind what the store had.
       behind: the nodes of what the store had.
       chain: the blocks that it is restored from.
+      began: `time.perf_counter()` then.
     """
 
     restoration: Restoration
@@ -46,6 +48,7 @@ class _Prefix:
     start: int
     behind: list[Node | None]
     chain: list[Found]
+    began: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
     def stands(self) -> bool:
@@ -90,6 +93,8 @@ class Restoring:
             if len(self._prefixes) >= MOST_RESTORED:
                 return True
             sequence.coming = self._begin(cache, sequence)
+        if sequence.coming is None:
+            return True
         prefix = self._prefixes.get(sequence)
         if prefix is not None and prefix.restoration.ended:
             self._end(cache, sequence)
@@ -111,9 +116,15 @@ class Restoring:
             self.cancel(cache, sequence)
             sequence.coming = None if again else set()
 
-    def _begin(self, cache: PageCache, sequence: Sequence) -> set[bytes]:
-        """Make a prefix come, and read what else is on disk. Returns the keys of what is being read."""
+    def _begin(self, cache: PageCache, sequence: Sequence) -> set[bytes] | None:
+        """Make a prefix come, and read what else is on disk.
+
+        Returns:
+          The keys of what is being read. None if the prefix goes on behind what is coming itself, which would be read
+          before it is there: ask again.
+        """
         tokens, reuse = sequence.to_prefill()
+        tokens = sequence.to_find(tokens)
         method = method_of(reuse)
         if not self._tiers.has_blocks or not (method.uses_prefix or method.uses_segments):
             return set()
@@ -121,6 +132,8 @@ class Restoring:
         try:
             chain, others = self._loading.lacking(tokens, sequence.namespace, method, match)
             exact = self._exact(chain, match)
+            if exact and self._loading.coming_into(match.prefix_pages):
+                return None
             if exact:
                 self._begin_prefix(cache, sequence, match, exact)
         except StoreFullError:
@@ -185,6 +198,7 @@ class Restoring:
             sequence.computed_on_the_way += length - prefix.start - loaded
             self._tiers.counts.loaded_bytes += counts.loaded_bytes
             if loaded:
+                sequence.timeline.add("load", prefix.began, loaded)
                 self._note_tiers(sequence, prefix, loaded / (length - prefix.start))
             self._tiers.counts.overtaken += counts.overtaken
         cache.release(restoration.pages)

@@ -41,13 +41,17 @@ from sparsex_jax.cache.tree import Node
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.device.arrivals import Late
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun
+from sparsex_jax.device.scoring import Scores
 from sparsex_jax.device.state import BatchSlot
 from sparsex_jax.reuse.excerpt import Excerpt
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
+from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.output import Output, TokenLogprobs
+from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs
 from sparsex_jax.scheduler.sharing import Offer, Wanted
+from sparsex_jax.scheduler.timeline import UNTIMED, Timeline
 
 DEFAULT_NAMESPACE = "default"
 
@@ -73,6 +77,7 @@ class Event:
       finish_reason: stop, length, cancelled or error; the last event has one, and no other.
       error: with the finish reason `error`.
       logprobs: of `token_ids`, where they were asked for.
+      prompt_logprobs: of the prompt, with the report, where they were asked for.
       handle: with the last event of a text that was remembered.
       queue_s: seconds from the call until it was first admitted; None if it was not yet.
       stopped_by: with the last event, the stop string that ended the text.
@@ -87,6 +92,7 @@ class Event:
     handle: int | None = None
     queue_s: float | None = None
     stopped_by: str | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 Listener = Callable[[Event], None]
@@ -135,10 +141,15 @@ class Sequence:
       asked: somebody asked for it. Healing and warming up are not counted among the requests.
       remakes: the handle of the text that it makes again, or whose company it prefills for that. None: of none.
       company: what a text to remember is prefilled behind, if the engine chose that. It chooses at each admission.
+      prompt_logprobs: those of the prompt that was asked, as far as they are known. None: nobody asks for them.
+      lent: the prompt of several answers, of which this is one, that is found while they run but is not kept.
+      delay_s: by its priority it waits as if it had come so many seconds later, or earlier where this is negative.
+      timeline: when its parts began and ended, if somebody traces it.
       wanted: what it could find of that which others compute.
 
     In line:
       id: rises with every sequence, so it tells who is older.
+      rank: `time.monotonic()` when it was put in line, and `delay_s` more: who waits with the lowest is next.
       cancelled: the submitter does not want the rest.
       suspect: it was in a step that lost the store, or got logits that are not finite. It runs alone from then on.
       from_scratch: its logits were not finite once, or what it found did not come: it is computed again of its own
@@ -190,9 +201,14 @@ class Sequence:
     asked: bool = True
     remakes: int | None = None
     company: Company = dataclasses.field(default_factory=Company.nobody)
+    prompt_logprobs: PromptLogprobs | None = None
+    lent: Lent | None = None
+    delay_s: float = 0.0
+    timeline: Timeline = UNTIMED
     wanted: Wanted = dataclasses.field(init=False)
 
     id: int = 0
+    rank: float = 0.0
     state: State = State.WAITING
     cancelled: bool = False
     suspect: bool = False
@@ -232,7 +248,7 @@ class Sequence:
     _told_end: bool = False
 
     def __post_init__(self) -> None:
-        self.wanted = Wanted(self.prompt, self.reuse)
+        self.wanted = Wanted(self.to_find(self.prompt), self.reuse)
 
     # What it is ---------------------------------------------------------------------------------------------
 
@@ -280,6 +296,8 @@ class Sequence:
     @property
     def num_kept(self) -> int:
         """How many of its tokens can be found where they are, once they are computed."""
+        if not self.keep:
+            return len(self.prompt) if self.lent else 0
         return self.num_before or self.num_computed
 
     def slots(self, ahead: int) -> int:
@@ -308,7 +326,7 @@ class Sequence:
         name = self.remember.namespace
         self.namespace = company_namespace(name) if len(company.tokens) else name
         self.prompt = np.concatenate([company.tokens, self.remember.text])
-        self.wanted = Wanted(self.prompt, self.reuse)
+        self.wanted = Wanted(self.to_find(self.prompt), self.reuse)
 
     def to_prefill(self) -> tuple[Int32[np.ndarray, "tokens"], ReuseConfig]:
         """The tokens to look up, and how.
@@ -319,6 +337,15 @@ class Sequence:
         if not self.output.token_ids or self.approximate:
             return self.prompt, ReuseConfig(method="full") if self.from_scratch else self.reuse
         return self.tokens, ReuseConfig(method=self.exact_method)
+
+    @property
+    def scores(self) -> PromptLogprobs | None:
+        """What its prefill is to find out of the prompt's tokens. None: nothing, or it was found out."""
+        return self.prompt_logprobs if self.report is None else None
+
+    def to_find(self, tokens: Int32[np.ndarray, "tokens"]) -> Int32[np.ndarray, "found"]:
+        """The tokens that can be found. Those behind them are computed, since log-probabilities come of that."""
+        return tokens[: len(tokens) - (self.scores.computed if self.scores else 0)]
 
     @property
     def exact_method(self) -> str:
@@ -342,6 +369,7 @@ class Sequence:
         self.computed, self.confidence = np.zeros((len(plan.phases), len(plan.prompt)), bool), None
         self.approximate = plan.exact_tokens(num_layers) < len(plan.prompt)
         self.offer = None if plan.probe else Offer(plan.prompt)
+        self.timeline.enter("probe" if plan.probe else "prefill")
 
     def answer_from(self, focus: Float32[np.ndarray, "tokens"]) -> None:
         """From now on its prompt is an excerpt of what was asked, and is computed exactly.
@@ -354,7 +382,23 @@ class Sequence:
         excerpt = probe.excerpt(focus)
         self.excerpt, self.prompt = (prompt, excerpt), prompt.tokens[excerpt.keep]
         self.reuse = ReuseConfig(method=self.exact_method)
-        self.wanted = Wanted(self.prompt, self.reuse)
+        self.wanted = Wanted(self.to_find(self.prompt), self.reuse)
+
+    @property
+    def to_score(self) -> Int32[np.ndarray, "rows"]:
+        """The token that each row of its first stage has to score; -1: none."""
+        stage = self.stages[0]
+        return self.scores.following(stage, self._kept) if self.scores else np.full(stage.num_rows, -1, np.int32)
+
+    def take_scores(self, scores: Scores) -> None:
+        """What the rows of its first stage say. Raises NonFiniteLogitsError if some of it is not finite."""
+        if self.scores is not None:
+            self.scores.take(self.stages[0], self._kept, scores)
+
+    @property
+    def _kept(self) -> Bool[np.ndarray, "tokens"] | None:
+        """Which tokens of the whole prompt `prompt` has, if it is an excerpt."""
+        return None if self.excerpt is None else self.excerpt[1].keep
 
     def finish_stage(self, computed: Computed) -> None:
         """Its first stage has run.
@@ -373,6 +417,7 @@ class Sequence:
     def finish_prefill(self, num_layers: int) -> None:
         """All stages have run, and the next token is there. Prefills after a preemption in decode are not reported."""
         self.state = State.DECODING
+        self.timeline.enter("decode")
         if self.output.token_ids:
             return
         assert self.computed is not None
@@ -400,6 +445,7 @@ class Sequence:
         self.donors = self.donors if self.has_begun else frozenset()
         self.coming = None
         self.state = State.WAITING
+        self.timeline.enter("queue")
 
     def finish(self, reason: str, error: Exception | None = None) -> None:
         self.state, self.finish_reason, self.error = State.FINISHED, reason, error
@@ -420,6 +466,7 @@ class Sequence:
             text=self.output.new_text(),
             token_ids=tuple(self.output.token_ids[new]),
             report=self.report if first else None,
+            prompt_logprobs=self.prompt_logprobs if first else None,
             finish_reason=self.finish_reason,
             error=self.error,
             logprobs=tuple(self.output.logprobs[new]),
@@ -435,10 +482,11 @@ class Ticket:
     Attributes:
       id: rises with every sequence.
       prompt_tokens: of its prompt.
+      timeline: when its parts began and ended, once its last event came; empty if the loop traces nothing.
     """
 
     def __init__(self, sequence: Sequence, wake: Callable[[], None]) -> None:
-        self.id, self.prompt_tokens = sequence.id, len(sequence.prompt)
+        self.id, self.prompt_tokens, self.timeline = sequence.id, len(sequence.prompt), sequence.timeline
         self._sequence, self._wake = sequence, wake
 
     def cancel(self) -> None:

@@ -28,11 +28,11 @@ from sparsex_jax.cache.company import company_namespace
 from sparsex_jax.cache.tree import Node
 from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.device.runner import Runner
-from sparsex_jax.errors import LinkError
+from sparsex_jax.errors import InvalidRequestError, LinkError
 from sparsex_jax.model.digest import weights_digest
 from sparsex_jax.scheduler.blocks import blocks_of
 from sparsex_jax.scheduler.tier_stats import TierCounts, TierStats
-from sparsex_jax.tiers.blocks import Block
+from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
 from sparsex_jax.tiers.demand import New
 from sparsex_jax.tiers.disk import DiskStore
 from sparsex_jax.tiers.host import HostStore
@@ -73,11 +73,17 @@ class Tiers:
         Args:
           host_limit: bytes of blocks in host memory.
           disk: what it has from before can be found at once.
+
+        Raises:
+          InvalidRequestError: host memory has no room for one block, and another that passes where there is a disk.
         """
         self._runner, self._link, self._disk = runner, link, disk
         self.index = BlockIndex(runner.engine.page_size)
         self.counts = TierCounts()
-        passing = host_limit // PASSING if disk is not None else 0
+        passing = max(host_limit // PASSING, link.block_bytes(BLOCK_PAGES)) if disk is not None else 0
+        least = passing + link.block_bytes(BLOCK_PAGES)
+        if host_limit < least:
+            raise InvalidRequestError(f"host_store_bytes={host_limit} must be at least {least} for this model")
         self._host: HostStore[HostBlock] = HostStore(host_limit - passing)
         self._passing: HostStore[HostBlock] = HostStore(passing)
         self._going: deque[_Going] = deque()
@@ -437,7 +443,11 @@ def make_tiers(runner: Runner, link: Link) -> Tiers:
     if engine.disk_store is None:
         return Tiers(runner, link, engine.host_store_bytes)
     disk = DiskStore(engine.disk_store, engine.disk_store_bytes, _fingerprint(runner, link))
-    return Tiers(runner, link, engine.host_store_bytes, disk)
+    try:
+        return Tiers(runner, link, engine.host_store_bytes, disk)
+    except InvalidRequestError:
+        disk.close()
+        raise
 
 
 def _fingerprint(runner: Runner, link: Link) -> dict[str, str | int | float]:

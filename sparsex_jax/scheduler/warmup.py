@@ -2,8 +2,9 @@
 
 Programs depend on shapes and never on lengths or methods, so a token or two compile each:
 
-    for each row bucket   the alignment and the prefill, which serves every method; the default method's probe, if it
-                          has one: of all layers together where they fit a turn, one by one where they do not
+    for each row bucket   the alignment and the prefill, which serves every method; log-probabilities of prompts, with
+                          one or with many most probable tokens; the default method's probe, if it has one: of all
+                          layers together where they fit a turn, one by one where they do not
     for 1, 2, 4 ...       the decode of that many sequences together: plain ones, some with a structure, and some with
                           penalties, biases or log-probabilities
     with tiers            the gathers and scatters of blocks; and host memory is pinned
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 
 from sparsex_jax.cache import Segment
-from sparsex_jax.config import ReuseConfig, SamplingParams, Structure
+from sparsex_jax.config import MAX_LOGPROBS, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.device.sampling import NON_FINITE
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.errors import NonFiniteLogitsError, StructureError
@@ -61,12 +62,16 @@ def _batches(most: int) -> list[int]:
 
 
 def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
-    """The copy of a token, and a plan of one token behind it."""
+    """The copy of a token, a plan of one token behind it, and log-probabilities of what would follow."""
     prompt = PromptMap(np.zeros(2, np.int32), np.array([TokenKind.REUSED, TokenKind.FRESH], np.uint8))
     with loop.admission.lend(len(prompt)) as pages, loop.runner.padding_to(bucket):
         copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
-        logits, _ = loop.runner.prefill([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
-    loop.runner.are_finite(logits)  # which is asked where no token is wanted, as of texts to remember
+        run = loop.runner.begin([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
+        loop.runner.advance(run)
+        for number in (1, MAX_LOGPROBS):
+            loop.runner.score(run, [np.zeros(1, np.int32)], number)
+    assert run.logits is not None
+    loop.runner.are_finite(run.logits)  # which is asked where no token is wanted, as of texts to remember
 
 
 def _probe(loop: Loop, bucket: tuple[int, int]) -> None:

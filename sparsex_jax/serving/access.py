@@ -223,6 +223,8 @@ class Limits:
       drain_timeout: seconds that running requests may still take after SIGTERM.
       client_timeout: seconds that a client may take to send a request's head, then its body, where it has a second more
         for every 16 KiB, and to take the next part of an answer.
+      hang_timeout: seconds after which a server is not live if it works and gets nothing done. No round of the loop
+        takes nearly as long but one that compiles, and each program that is compiled counts as done.
       max_connections: open connections. With more, those without a whole request are closed, the oldest first. None:
         twice as many as requests may run and wait, and 512.
     """
@@ -235,6 +237,7 @@ class Limits:
     request_timeout: float = 300.0
     drain_timeout: float = 30.0
     client_timeout: float = 20.0
+    hang_timeout: float = 300.0
     max_connections: int | None = None
 
     def __post_init__(self) -> None:

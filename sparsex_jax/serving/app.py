@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import dataclasses
 import importlib.metadata
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request
@@ -20,10 +21,9 @@ from starlette.staticfiles import StaticFiles
 
 from sparsex_jax.cache import Entry, Forgotten
 from sparsex_jax.engine import Engine
-from sparsex_jax.serving import faults, schemas
+from sparsex_jax.serving import faults, health, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits
 from sparsex_jax.serving.exchange import Exchange, Exchanges
-from sparsex_jax.serving.faults import json_response
 from sparsex_jax.serving.methods import Cors, HeadAsGet
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat
 from sparsex_jax.serving.protocols import routers
@@ -32,8 +32,11 @@ from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.routing import ERRORS, Caller, Salt, Served, keyed_router
 from sparsex_jax.serving.service import Asked, Pieces, Service, entry_of, unknown_model
 from sparsex_jax.serving.tiers import tiers_of
+from sparsex_jax.serving.tracing import Tracing
 from sparsex_jax.serving.worker import Worker
 from sparsex_jax.text.thoughts import AUTO, check_parser
+
+log = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page"
 # The page loads nothing from other hosts, and no text of a model or a document may run as a script.
@@ -52,6 +55,7 @@ def create_app(
     access: Access | None = None,
     limits: Limits | None = None,
     request_log: RequestLog | None = None,
+    tracing: Tracing | None = None,
     allowed_origins: Sequence[str] | Cors = (),
     reasoning_parser: str = AUTO,
 ) -> FastAPI:
@@ -62,11 +66,14 @@ def create_app(
       access: the API keys. None: requests need no key.
       limits: of requests. None: the defaults.
       request_log: gets every request, and is closed with the application. None: nothing is logged.
+      tracing: gets every request too, and is closed with the application. None: nothing is traced.
       allowed_origins: whose scripts may send requests, or, as `Cors`, also what these may send.
       reasoning_parser: how thoughts are found in the answers to chats: `auto`, `none`, or one of `thoughts.PARSERS`.
     """
     check_parser(reasoning_parser)
     limits = limits or Limits()
+    listeners = [each for each in (request_log, tracing) if each is not None]
+    worker.loop.traced = tracing is not None
     service = Service(worker, model, access or Access.open(limits), limits, reasoning_parser)
 
     @contextlib.asynccontextmanager
@@ -76,12 +83,12 @@ def create_app(
         yield
         await asyncio.to_thread(worker.stop)
         await asyncio.sleep(0)  # the last events of what was cut off come now
-        if request_log is not None:
-            await asyncio.to_thread(request_log.close)
+        for each in listeners:
+            await asyncio.to_thread(each.close)
 
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    included = (router, public, *routers)
+    included = (router, public, health.router, *routers)
     for each in included:
         app.include_router(each)
     routes = [route for each in included for route in each.routes]
@@ -91,13 +98,22 @@ def create_app(
     cors = allowed_origins if isinstance(allowed_origins, Cors) else Cors(tuple(allowed_origins))
     cors.install(app)
     # Around all others, so that every response has its id and is counted: preflights and what failed too.
-    app.add_middleware(Exchanges, metrics=service.metrics, log=request_log.write if request_log else _no_log)
+    app.add_middleware(Exchanges, metrics=service.metrics, log=_tell(listeners))
     faults.install(app)
     return app
 
 
-def _no_log(exchange: Exchange) -> None:
-    """The request log of a server that has none."""
+def _tell(listeners: Sequence[RequestLog | Tracing]) -> Callable[[Exchange], None]:
+    """What tells all of them of an exchange. That one of them fails is no matter of the request's."""
+
+    def tell(exchange: Exchange) -> None:
+        for each in listeners:
+            try:
+                each.write(exchange)
+            except Exception:
+                log.exception("a request could not be logged or traced")
+
+    return tell
 
 
 # Endpoints --------------------------------------------------------------------------------------------------
@@ -111,7 +127,7 @@ public = APIRouter(responses=ERRORS)
 async def chat_completions(body: schemas.ChatRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Answer a chat, as OpenAI's endpoint does."""
 
-    def make_format() -> ChatFormat:
+    def make_format(_: int) -> ChatFormat:
         return ChatFormat(
             service.texts,
             bool(body.logprobs),
@@ -120,7 +136,10 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
         )
 
     def make_reply(asked: Asked, pieces: Pieces) -> Reply:
-        return Reply(make_format, service.model, asked.jobs, pieces, Extent.of(body), lambda: service.reader(asked))
+        extent = Extent.of(body)
+        return Reply(
+            make_format, service.texts, service.model, asked.jobs, pieces, extent, lambda: service.reader(asked)
+        )
 
     return await service.generate(request, body, tenant, service.asked_chat, make_reply)
 
@@ -129,12 +148,13 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
 async def completions(body: schemas.CompletionRequest, request: Request, service: Served, tenant: Caller) -> Response:
     """Continue one or several texts, as OpenAI's endpoint does."""
 
-    def make_format() -> CompletionFormat:
-        names_are_ids = bool(body.return_tokens_as_token_ids)
-        return CompletionFormat(service.texts, body.logprobs, names_are_ids=names_are_ids)
-
     def make_reply(asked: Asked, pieces: Pieces) -> Reply:
-        return Reply(make_format, service.model, asked.jobs, pieces, Extent.of(body))
+        def make_format(number: int) -> CompletionFormat:
+            echo = asked.echoes[number // body.num_answers] if asked.echoes else None
+            names_are_ids = bool(body.return_tokens_as_token_ids)
+            return CompletionFormat(service.texts, body.logprobs, names_are_ids=names_are_ids, echo=echo)
+
+        return Reply(make_format, service.texts, service.model, asked.jobs, pieces, Extent.of(body))
 
     return await service.generate(request, body, tenant, service.asked_completion, make_reply)
 
@@ -191,14 +211,6 @@ async def store(service: Served, tenant: Caller) -> schemas.Store:
     engine = service.worker.engine
     stats = dataclasses.asdict(engine.loop.snapshot)
     return schemas.Store.model_validate(stats | {"page_size": engine.config.page_size, "tiers": tiers_of(engine)})
-
-
-@public.get("/health", response_model=schemas.Health)
-async def health(service: Served) -> Response:
-    """200 while the server takes requests, 503 otherwise."""
-    worker = service.worker
-    status = "failed" if worker.failure else "draining" if worker.draining else "ok"
-    return json_response({"status": status}, 200 if status == "ok" else 503)
 
 
 @router.get("/metrics")

@@ -39,6 +39,8 @@ class Exchange:
       key: the name of its API key; None if it has no known one.
       method: how its prompts reuse what is stored.
       status: of the response; None before it began.
+      tickets, jobs: what was submitted for it, and how far that is.
+      began_s: when it came, on `time.perf_counter`'s clock.
     """
 
     def __init__(self, scope: Scope, metrics: Metrics, log: Log) -> None:
@@ -48,9 +50,9 @@ class Exchange:
         self.status: int | None = None
         self.tickets: list[Ticket] = []
         self._scope, self._metrics, self._log = scope, metrics, log
-        self._time, self._started = datetime.datetime.now(datetime.UTC), time.perf_counter()
+        self._time, self.began_s = datetime.datetime.now(datetime.UTC), time.perf_counter()
         self._total_s: float | None = None
-        self._jobs: list[Progress] = []
+        self.jobs: list[Progress] = []
 
     @classmethod
     def of(cls, scope: Scope) -> Exchange:
@@ -62,6 +64,25 @@ class Exchange:
         return self._scope["path"]
 
     @property
+    def http_method(self) -> str:
+        return self._scope["method"]
+
+    @property
+    def headers(self) -> Headers:
+        """Of the request."""
+        return Headers(scope=self._scope)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds until the response ended."""
+        assert self._total_s is not None, "the response has not ended"
+        return self._total_s
+
+    def epoch_ns(self, seconds: float) -> int:
+        """A time on `time.perf_counter`'s clock, in nanoseconds since 1970."""
+        return int((self._time.timestamp() + seconds - self.began_s) * 1e9)
+
+    @property
     def endpoint(self) -> str:
         """The path of the route that took the request."""
         return getattr(self._scope.get("route"), "path", OTHER)
@@ -69,11 +90,11 @@ class Exchange:
     def submitted(self, ticket: Ticket, opened_s: float) -> None:
         """A job is submitted. Also from the worker's thread, in a call that the event loop's thread awaits."""
         self.tickets.append(ticket)
-        self._jobs.append(Progress(opened_s))
+        self.jobs.append(Progress(opened_s))
 
     def heard(self, number: int, event: Event) -> None:
         """Take an event of a job, in the order of submission."""
-        progress = self._jobs[number]
+        progress = self.jobs[number]
         progress.take(event)
         self._metrics.heard(event, progress)
         self._log_if_over()
@@ -85,11 +106,11 @@ class Exchange:
 
     def ends(self) -> None:
         """The response has ended, or nobody reads it any more."""
-        self._total_s = time.perf_counter() - self._started
+        self._total_s = time.perf_counter() - self.began_s
         self._log_if_over()
 
     def _log_if_over(self) -> None:
-        if self._total_s is not None and all(job.finish_reason for job in self._jobs):
+        if self._total_s is not None and all(job.finish_reason for job in self.jobs):
             self._log(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,24 +120,24 @@ class Exchange:
             "time": self._time.isoformat(timespec="milliseconds"),
             "id": self.id,
             "endpoint": self.endpoint if self.endpoint != OTHER else self.path,
-            "http_method": self._scope["method"],
+            "http_method": self.http_method,
             "key": self.key,
             "status": self.status,
-            "finish_reason": ",".join(dict.fromkeys(job.finish_reason or "" for job in self._jobs)) or None,
+            "finish_reason": ",".join(dict.fromkeys(job.finish_reason or "" for job in self.jobs)) or None,
             "method": self.method,
             **self._tokens(),
             **self._seconds(),
         }
 
     def _tokens(self) -> dict[str, int | None]:
-        reports = [job.report for job in self._jobs if job.report is not None]
+        reports = [job.report for job in self.jobs if job.report is not None]
         prompt = _total(ticket.prompt_tokens for ticket in self.tickets)
         kinds = {f"{kind}_tokens": _total(getattr(report, f"{kind}_tokens") for report in reports) for kind in KINDS}
-        return {"prompt_tokens": prompt, **kinds, "new_tokens": _total(job.new_tokens for job in self._jobs)}
+        return {"prompt_tokens": prompt, **kinds, "new_tokens": _total(job.new_tokens for job in self.jobs)}
 
     def _seconds(self) -> dict[str, float | None]:
-        queue = [job.queue_s for job in self._jobs if job.queue_s is not None]
-        first = [job.ttft_s for job in self._jobs if job.ttft_s is not None]
+        queue = [job.queue_s for job in self.jobs if job.queue_s is not None]
+        first = [job.ttft_s for job in self.jobs if job.ttft_s is not None]
         seconds = {"queue_s": next(iter(queue), None), "ttft_s": min(first, default=None), "total_s": self._total_s}
         return {name: None if value is None else round(value, 6) for name, value in seconds.items()}
 

@@ -62,9 +62,7 @@ REFUSED: Mapping[str, Refusal] = {
     "max_new_tokens": Refusal("use max_tokens"),
     "stop_regex": Refusal("answers are not searched for regular expressions", ([], "")),
     # What is told of the prompt and the answer.
-    "echo": Refusal("prompts are not repeated, and have no log-probabilities", (False,)),
     "suffix": Refusal("no text is filled in before another", ("",)),
-    "prompt_logprobs": Refusal("prompts have no log-probabilities", (False,)),
     "logprob_token_ids": Refusal("log-probabilities are of the most probable tokens only", ([],)),
     "n_probs": Refusal("use logprobs", (0,)),
     "kv_transfer_params": Refusal("KV is not sent to other servers", ({},)),
@@ -89,7 +87,7 @@ REFUSED: Mapping[str, Refusal] = {
 TAKEN = frozenset(
     {
         *("user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key"),
-        *("prompt_cache_retention", "prediction", "request_id", "priority", "guided_decoding_backend"),
+        *("prompt_cache_retention", "prompt_cache_options", "prediction", "request_id", "guided_decoding_backend"),
         *("spaces_between_special_tokens", "detokenize", "cache_prompt"),
         *("structured_outputs.disable_any_whitespace", "structured_outputs.disable_fallback"),
         *("structured_outputs.backend", "structured_outputs.disable_any_whitespace"),

@@ -13,8 +13,11 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.scheduler.lending import Lent
+from sparsex_jax.scheduler.prompt_logprobs import check_prompt_logprobs, reuse_when_scored
 from sparsex_jax.serving import extras
 from sparsex_jax.serving.access import Limits, Tenant
+from sparsex_jax.serving.evaluation import Echo, answer_logprobs_of, check_best_of, each_answer, prompt_logprobs_of
 from sparsex_jax.serving.faults import RequestError
 from sparsex_jax.serving.lengths import Lengths
 from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Generate, KnowledgeRequest, Message
@@ -118,6 +121,14 @@ class Intake:
             )
         return jobs
 
+    def echoes(self, request: CompletionRequest, jobs: Sequence[Job]) -> list[Echo]:
+        """Each prompt, to stand before its answers, if the request asks for that."""
+        if not request.echo:
+            return []
+        prompts, firsts = split_prompts(request.prompt), jobs[:: request.num_answers]
+        tokenizer = self._engine.tokenizer
+        return [Echo.of(prompt, job.prompt, tokenizer) for prompt, job in zip(prompts, firsts, strict=True)]
+
     def pieces(self, jobs: Sequence[Job]) -> list[list[str]]:
         """The texts of each prompt's tokens. Without a tokenizer, their ids."""
         tokenizer = self._engine.tokenizer
@@ -219,19 +230,15 @@ class Intake:
             raise RequestError(str(error), param=param, code="invalid_value") from error
 
     def _check_number(self, request: Generate, prompts: int) -> None:
-        answers, most = prompts * (request.n or 1), self._limits.max_prompts
+        check_best_of(request)
+        answers, most = prompts * request.num_answers, self._limits.max_prompts
         if answers > most:
-            param = "prompt" if prompts > most else "n"
+            name = "best_of" if request.num_answers > (request.n or 1) else "n"
+            param = "prompt" if prompts > most else name
             raise RequestError(
-                f"{param}: {prompts} prompts with n={request.n or 1} make {answers} answers; the limit is {most}",
+                f"{param}: {prompts} prompts with {name}={request.num_answers} make {answers} answers; "
+                f"the limit is {most}",
                 param=param,
-            )
-        if request.best_of not in (None, request.n or 1):
-            raise RequestError(
-                f"best_of={request.best_of} is not supported: all answers are returned, so it can only be n, "
-                f"which is {request.n or 1}",
-                param="best_of",
-                code="unsupported_parameter",
             )
 
     def _sampling(self, request: Generate, most: int, named: bool, logprobs: int | None) -> SamplingParams:
@@ -254,7 +261,9 @@ class Intake:
             stop=_stop(request.stop),
             include_stop=bool(request.include_stop_str_in_output),
             logit_bias=_logit_bias(request.logit_bias),
-            logprobs=logprobs,
+            logprobs=answer_logprobs_of(request, logprobs),
+            prompt_logprobs=prompt_logprobs_of(request),
+            prompt_logprobs_start=request.prompt_logprobs_start or 0,
             structure=structure_of(request, self._engine.tokenizer, self._engine.loop.requests.matcher),
             ends_where_full=not named,
             **{name: value for name in _SAME if (value := getattr(request, name)) is not None},
@@ -270,16 +279,17 @@ class Intake:
         sampling: SamplingParams,
         turns: frozenset[bytes] = frozenset(),
     ) -> list[Job]:
-        """One for each answer. All but the first find the prompt's KV; their seeds follow the first one's."""
-        namespace, reuse = tenant.store_namespace(request.cache_salt), self._reuse(request)
-        seeds = [(sampling.seed + number) % 2**32 for number in range(request.n or 1)]
-        each = [dataclasses.replace(sampling, seed=seed) for seed in seeds]
-        return [Job(tokens, one, reuse, namespace, request.keep is not False, turns) for one in each]
+        """One for each answer."""
+        check_prompt_logprobs(tokens, sampling)
+        namespace, keep = tenant.store_namespace(request.cache_salt), request.keep is not False
+        answers = each_answer(request, sampling, self._reuse(request, sampling))
+        lent = Lent(len(answers)) if len(answers) > 1 and not keep else None
+        return [Job(tokens, one, reuse, namespace, keep, turns, lent) for one, reuse in answers]
 
-    def _reuse(self, request: Generate) -> ReuseConfig:
+    def _reuse(self, request: Generate, sampling: SamplingParams) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""
         if request.reuse is None:
-            return self._engine.reuse
+            return reuse_when_scored(sampling) or self._engine.reuse
         extras.forbid(request.reuse, "reuse.")
         return self._engine.reuse.updated(**request.reuse.model_dump(exclude_unset=True))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import bisect
 import collections
 import contextlib
 import time
@@ -11,7 +12,14 @@ from collections.abc import Iterator
 from sparsex_jax.errors import InvalidRequestError, OverloadedError
 from sparsex_jax.serving.access import ConcurrencyError, Tenant
 
+SECONDS_A_LEVEL, MOST_LEVELS = 1.0, 60  # of priority
 _LONGEST_S = 60.0  # OpenAI's clients ignore a longer Retry-After
+
+
+def delay_of(priority: int | None) -> float:
+    """How many seconds later, or earlier if negative, a request of this priority counts as come. vLLM's: lower is
+    earlier, and 0 is the default. Bounded, so that nobody waits for ever."""
+    return SECONDS_A_LEVEL * min(max(priority or 0, -MOST_LEVELS), MOST_LEVELS)
 
 
 class Line:
@@ -40,7 +48,7 @@ class Line:
         self._share = self.places // num_keys
         self._under_way: collections.Counter[Tenant] = collections.Counter()
         self._submitted = 0
-        self._queues: dict[Tenant, collections.deque[Place]] = {}  # whose turn it is comes first
+        self._queues: dict[Tenant, list[Place]] = {}  # whose turn it is comes first
         self._promised: dict[Tenant, float] = {}  # until when those turned away were told to stay away
         self._pace = Pace()
 
@@ -82,7 +90,8 @@ class Line:
 
     def queue(self, place: Place) -> None:
         """Make it ready at its key's turn."""
-        self._queues.setdefault(place.tenant, collections.deque()).append(place)
+        place.rank = time.monotonic() + place.delay_s
+        bisect.insort(self._queues.setdefault(place.tenant, []), place, key=lambda each: each.rank)
         self._admit()
 
     def _admit(self) -> None:
@@ -92,7 +101,7 @@ class Line:
             fits = self._submitted < self._ahead and self._submitted + queue[0].size <= self._most_submitted
             if not fits:
                 return
-            place = queue.popleft()
+            place = queue.pop(0)
             del self._queues[tenant]
             if queue:
                 self._queues[tenant] = queue
@@ -132,11 +141,14 @@ class Place:
 
     Attributes:
       size: its sequences.
+      delay_s: `delay_of` its priority, among those of its key that wait here.
+      rank: `time.monotonic()` when it was made ready for its turn, and its delay more.
       ready: done once it may be submitted.
     """
 
     def __init__(self, line: Line, tenant: Tenant) -> None:
         self.tenant, self.size = tenant, 0
+        self.delay_s = self.rank = 0.0
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._line = line
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.output import TokenLogprobs
+from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs
+from sparsex_jax.serving.evaluation import Echo, finite
 from sparsex_jax.serving.faults import OutOfServiceError
 from sparsex_jax.serving.thoughts import AnswerReader, Part, Thought
 from sparsex_jax.serving.tools import Call
@@ -30,12 +32,14 @@ class PartialAnswer:
       reader: takes the text apart. None: it is only text.
       parts: of the text, where there is a reader.
       report: of the prefill, which comes with the first event.
+      prompt_logprobs: of the prompt's tokens, where they were asked for; with the first event too.
     """
 
     text: str = ""
     token_ids: list[int] = dataclasses.field(default_factory=list)
     told: int = 0
     report: Report | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     stopped_by: str | None = None
@@ -53,6 +57,7 @@ class PartialAnswer:
         self.text += event.text
         self.token_ids += event.token_ids
         self.report = event.report or self.report
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         self.finish_reason = event.finish_reason or self.finish_reason
         self.logprobs += event.logprobs
         self.stopped_by = event.stopped_by
@@ -146,42 +151,56 @@ class CompletionFormat:
 
     prefix, object, chunk_object, one_prompt = "cmpl", "text_completion", "text_completion", False
 
-    def __init__(self, texts: TokenText, logprobs: int | None, *, names_are_ids: bool = False) -> None:
+    def __init__(
+        self, texts: TokenText, logprobs: int | None, *, names_are_ids: bool = False, echo: Echo | None = None
+    ) -> None:
         """
         Args:
           logprobs: how many of the most probable tokens the request asks for. None: no log-probabilities.
           names_are_ids: tokens are named `token_id:ID`, not by their text.
+          echo: the prompt, which stands before the answer. None: it does not.
         """
         self._texts, self._logprobs, self._names_are_ids = texts, logprobs, names_are_ids
-        self._offset = 0  # characters of the tokens that were told
+        self._echo = echo  # until it is told
+        self._offset = len(echo.text) if echo else 0  # characters of the tokens that were told
 
     def choice(self, answer: PartialAnswer) -> dict[str, Any]:
-        return {"text": answer.text, "logprobs": self._arrays(answer.logprobs)}
+        return self._fields(answer.text, answer.logprobs, answer.prompt_logprobs)
 
     def opening(self) -> None:
         return None
 
     def delta(self, event: Event, parts: Sequence[Part]) -> dict[str, Any]:
-        return {"text": event.text, "logprobs": self._arrays(event.logprobs)}
+        return self._fields(event.text, event.logprobs, event.prompt_logprobs)
 
-    def _arrays(self, logprobs: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+    def _fields(self, text: str, logprobs: Sequence[TokenLogprobs], of_prompt: PromptLogprobs | None) -> dict[str, Any]:
+        """Text and arrays, behind those of the prompt where they are the first."""
+        echo, self._echo = self._echo, None
+        if echo is None:
+            return {"text": text, "logprobs": self._arrays(logprobs)}
+        return {"text": echo.text + text, "logprobs": self._arrays(logprobs, echo, of_prompt)}
+
+    def _arrays(
+        self, logprobs: Sequence[TokenLogprobs], echo: Echo | None = None, of_prompt: PromptLogprobs | None = None
+    ) -> dict[str, Any] | None:
         """OpenAI's arrays over the next tokens."""
         if self._logprobs is None:
             return None
         lengths = [len(self._texts.text_of(token.token_id)) for token in logprobs]
         *offsets, self._offset = itertools.accumulate(lengths, initial=self._offset)
+        prompt, ids = (of_prompt.entries(), of_prompt.tokens.tolist()) if echo and of_prompt else ((), [])
+        tokens = [*prompt, *logprobs]
         return {
-            "tokens": [self._name(token.token_id) for token in logprobs],
-            "token_logprobs": [_finite(token.logprob) for token in logprobs],
-            "top_logprobs": [self._top(token) for token in logprobs] if self._logprobs else None,
-            "text_offset": offsets,
+            "tokens": [self._name(token) for token in (*ids, *(each.token_id for each in logprobs))],
+            "token_logprobs": [token and finite(token.logprob) for token in tokens],
+            "top_logprobs": [token and self._top(token) for token in tokens] if self._logprobs else None,
+            "text_offset": [*(echo.offsets if echo else ()), *offsets],
         }
 
     def _top(self, token: TokenLogprobs) -> dict[str, float]:
-        """The most probable tokens, and the sampled one where it is not among them."""
-        return {
-            self._name(token_id): _finite(value) for token_id, value in (*token.top, (token.token_id, token.logprob))
-        }
+        """The most probable tokens, and the token that is there where it is not among them."""
+        top = (*token.top[: self._logprobs], (token.token_id, token.logprob))
+        return {self._name(token_id): finite(value) for token_id, value in top}
 
     def _name(self, token: int) -> str:
         return f"token_id:{token}" if self._names_are_ids else self._texts.name_of(token)
@@ -196,7 +215,7 @@ def token_entry(texts: TokenText, token: TokenLogprobs, *, names_are_ids: bool =
 
     def entry(id_: int, logprob: float) -> dict[str, Any]:
         name = f"token_id:{id_}" if names_are_ids else texts.text_of(id_)
-        return {"token": name, "logprob": _finite(logprob), "bytes": list(texts.bytes_of(id_))}
+        return {"token": name, "logprob": finite(logprob), "bytes": list(texts.bytes_of(id_))}
 
     return entry(token.token_id, token.logprob) | {"top_logprobs": [entry(id_, value) for id_, value in token.top]}
 
@@ -211,8 +230,3 @@ def _sorted(parts: Sequence[Part]) -> tuple[str, str, list[Call]]:
 def _told(thought: str) -> dict[str, str]:
     """A thought under DeepSeek's name, which most clients read, and under vLLM's newer one."""
     return dict.fromkeys(FIELDS, thought) if thought else {}
-
-
-def _finite(logprob: float) -> float:
-    """A log-probability that JSON can hold: like OpenAI, -9999 in place of minus infinity."""
-    return max(float(logprob), -9999.0)

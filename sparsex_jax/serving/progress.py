@@ -19,6 +19,7 @@ class Progress:
       queue_s: until it was first admitted.
       ttft_s: until its first token. None for a text to keep, which gets none.
       total_s: until its last event.
+      started: as given.
       finish_reason: stop, length, cancelled, error or timeout.
     """
 
@@ -33,13 +34,13 @@ class Progress:
         self.ttft_s: float | None = None
         self.total_s: float | None = None
         self.finish_reason: str | None = None
-        self._started, self._submitted_s = started, time.perf_counter() - started
+        self.started, self._submitted_s = started, time.perf_counter() - started
         self._last_s = 0.0  # of tokens
         self._later = 0  # tokens behind the first event that had some
 
     def take(self, event: Event) -> None:
         """Record an event."""
-        now = time.perf_counter() - self._started
+        now = time.perf_counter() - self.started
         self.report = event.report or self.report
         if event.queue_s is not None:
             self.queue_s = self._submitted_s + event.queue_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sparsex_jax.reuse.report import Report, found_as
+from sparsex_jax.serving.evaluation import best, prompt_entries
 from sparsex_jax.serving.faults import fault_of
 from sparsex_jax.serving.openai import PartialAnswer, ReplyFormat
 from sparsex_jax.serving.schemas import Generate
 from sparsex_jax.serving.thoughts import AnswerReader
 from sparsex_jax.serving.worker import Job
+from sparsex_jax.text.token_text import TokenText
 
 if TYPE_CHECKING:
     from sparsex_jax.scheduler.loop import Event
@@ -36,22 +39,27 @@ class Extent:
 
     Attributes:
       answers: to each prompt.
+      shown: how many of them are returned: the best, if those are fewer.
       usage: a stream ends with a chunk of token counts.
       running_usage: every chunk has the counts so far.
       token_ids: the ids of prompts and answers.
+      prompt_logprobs: how many of the most probable tokens are told in each place of the prompts. None: nothing is.
     """
 
     answers: int = 1
+    shown: int = 1
     usage: bool = False
     running_usage: bool = False
     token_ids: bool = False
+    prompt_logprobs: int | None = None
 
     @classmethod
     def of(cls, request: Generate) -> Extent:
         stream = request.stream_options
         usage = bool(stream and stream.include_usage)
         running = usage and bool(stream and stream.continuous_usage_stats)
-        return cls(request.n or 1, usage, running, bool(request.return_token_ids))
+        told = bool(request.return_token_ids), request.prompt_logprobs
+        return cls(request.num_answers, request.n or 1, usage, running, *told)
 
 
 class Reply:
@@ -59,7 +67,8 @@ class Reply:
 
     def __init__(
         self,
-        make_format: Callable[[], ReplyFormat],
+        make_format: Callable[[int], ReplyFormat],
+        texts: TokenText,
         model: str,
         jobs: Sequence[Job],
         pieces: Sequence[list[str]] | None,
@@ -68,12 +77,13 @@ class Reply:
     ) -> None:
         """
         Args:
+          make_format: of the answer of a number.
           jobs: one for each answer; those to one prompt come together.
           pieces: the texts of each prompt's tokens, for the token map in `sparsex`. None: without a token map.
           make_reader: makes what takes an answer's text apart. None: it is only text.
         """
         self.answers = [PartialAnswer(reader=make_reader()) for _ in jobs]
-        self._formats = [make_format() for _ in jobs]
+        self._formats, self._texts = [make_format(number) for number in range(len(jobs))], texts
         self._format, self._jobs, self._pieces, self._extent = self._formats[0], jobs, pieces, extent
         self._head = {
             "id": f"{self._format.prefix}-{secrets.token_hex(12)}",
@@ -85,20 +95,35 @@ class Reply:
         """The reply, once every answer is complete. Raises the error of a request that failed."""
         async for number, event in events:
             self.answers[number].add(event)
-        reports = [self._sparsex(number) for number in range(len(self._jobs))]
-        choices = [
-            {"index": number, "finish_reason": answer.finish_reason}
-            | self._formats[number].choice(answer)
-            | self._ids(number, answer.token_ids, first=True)
-            for number, answer in enumerate(self.answers)
-        ]
+        if any(answer.prompt_logprobs for answer in self.answers):
+            return await asyncio.to_thread(self._whole)  # long prompts have many
+        return self._whole()
+
+    def _whole(self) -> dict[str, Any]:
+        numbers = self._best()
+        choices = [self._choice(number) | {"index": index} for index, number in enumerate(numbers)]
         body = self._head | {"object": self._format.object, "choices": choices, "usage": self.usage()}
-        body |= self._prompt_ids(0) if self._format.one_prompt else {}
+        body |= self._of_prompt(0) if self._format.one_prompt else {}
         if len(choices) == 1:
-            return body | {"sparsex": reports[0]}
-        for choice, report in zip(choices, reports, strict=True):
-            choice["sparsex"] = report
+            return body | {"sparsex": self._sparsex(numbers[0])}
+        for choice, number in zip(choices, numbers, strict=True):
+            choice["sparsex"] = self._sparsex(number)
         return body
+
+    def _best(self) -> list[int]:
+        """The numbers of the answers that are returned."""
+        if self._extent.shown == self._extent.answers:
+            return list(range(len(self.answers)))
+        numbered = [(number, answer.logprobs) for number, answer in enumerate(self.answers)]
+        groups = itertools.batched(numbered, self._extent.answers)
+        return [number for group in groups for number in best(group, self._extent.shown)]
+
+    def _choice(self, number: int) -> dict[str, Any]:
+        answer = self.answers[number]
+        answer.prompt_logprobs = self.answers[number - number % self._extent.answers].prompt_logprobs
+        choice = {"index": number, "finish_reason": answer.finish_reason} | self._formats[number].choice(answer)
+        choice |= self._ids(number, answer.token_ids, first=True)
+        return choice if self._format.one_prompt else choice | self._scores(number)
 
     async def chunks(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncGenerator[bytes]:
         """The reply as server-sent events. An error before the first event is raised; a later one becomes an event."""
@@ -150,6 +175,17 @@ class Reply:
             return {}
         of_prompt = self._prompt_ids(number) if first and not self._format.one_prompt else {}
         return {"token_ids": list(token_ids)} | of_prompt
+
+    def _of_prompt(self, number: int) -> dict[str, Any]:
+        """What a whole reply says of a prompt, if it is the only one."""
+        return self._prompt_ids(number) | self._scores(number)
+
+    def _scores(self, number: int) -> dict[str, Any]:
+        """The log-probabilities of a prompt's tokens, if the request asks for them as vLLM does."""
+        scores, most = self.answers[number].prompt_logprobs, self._extent.prompt_logprobs
+        if scores is None or most is None:
+            return {}
+        return {"prompt_logprobs": prompt_entries(self._texts, scores.entries(), most)}
 
     def _prompt_ids(self, number: int) -> dict[str, Any]:
         if not self._extent.token_ids:

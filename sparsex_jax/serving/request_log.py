@@ -23,9 +23,14 @@ STANDARD_OUTPUT = Path("-")
 _MOST_LINES = 10_000  # that wait to be written
 _FAREWELL_S = 5.0  # for them to be written when the server stops
 # What probes and browsers fetch all the time, and none of which asks the model anything.
-_NOT_LOGGED = ("/health", "/metrics", "/v1/store", "/", "/page")
+_NOT_LOGGED = ("/health", "/health/live", "/health/ready", "/metrics", "/v1/store", "/", "/page")
 
 log = logging.getLogger(__name__)
+
+
+def asks_something(exchange: Exchange) -> bool:
+    """Whether it is more than a probe, or a part of the page."""
+    return exchange.path not in _NOT_LOGGED and not exchange.path.startswith("/page/")
 
 
 class RequestLog:
@@ -54,7 +59,7 @@ class RequestLog:
 
     def write(self, exchange: Exchange) -> None:
         """Log an exchange, unless it is none that asks the model, or too many lines wait to be written."""
-        if exchange.path in _NOT_LOGGED or exchange.path.startswith("/page/"):
+        if not asks_something(exchange):
             return
         try:
             self._lines.put_nowait(json.dumps(exchange.to_dict()))

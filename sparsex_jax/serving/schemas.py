@@ -14,7 +14,17 @@ import operator
 import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from sparsex_jax.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, METHODS, methods_by_option
@@ -34,6 +44,14 @@ Prompts = Annotated[
     Field(min_length=1),
     WithJsonSchema({"anyOf": [IDS, {"type": "array", "items": _PROMPTS, "minItems": 1}]}),
 ]
+
+
+PromptLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+def _unless_false(value: Any) -> Any:
+    """False would be read as 0, which asks for log-probabilities."""
+    return None if value is False else value
 
 
 def _looks_like(value: Any) -> str | None:
@@ -150,7 +168,18 @@ class Generate(Asking):
     """What chat and text completions have in common."""
 
     n: Annotated[int, Field(ge=1)] | None = Field(None, description="Answers to each prompt.")
-    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Only as many as n.")
+    best_of: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Answers that are generated, of which the n of highest log-probability a token are returned."
+    )
+    echo: bool | None = Field(None, description="Of completions: the prompt stands before the answer.")
+    prompt_logprobs: Annotated[PromptLogprobs | None, BeforeValidator(_unless_false)] = Field(
+        None, description="Log-probabilities of the prompt's tokens, and of so many most probable ones in their places."
+    )
+    prompt_logprobs_start: Annotated[int, Field(gt=-(2**31), lt=2**31)] | None = Field(
+        None,
+        description="Only the prompt's tokens from here on get log-probabilities, counted from its end if negative. "
+        "They are computed, and so is the token before them; what stands before that may be reused.",
+    )
     max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="0 prefills the prompt and no more.")
     min_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="Nothing ends the answer before them.")
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
@@ -197,9 +226,17 @@ class Generate(Asking):
     cache_salt: Text | None = Field(None, description="Only requests with the same salt share what is stored.")
     reuse: ReuseOptions | None = Field(None, description="How stored KV is reused: a method and its options.")  # type: ignore[valid-type]
     keep: bool | None = Field(None, description="False: prompt and answer are not stored for later prompts.")
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(
+        None, description="Lower is earlier: a second in line for each, at most a minute."
+    )
     return_token_map: bool | None = Field(
         None, description="Have `sparsex` say, token by token, what the prompt was and what was computed."
     )
+
+    @property
+    def num_answers(self) -> int:
+        """How many are generated to each prompt."""
+        return max(self.n or 1, self.best_of or 1)
 
 
 class ContentPart(BaseModel):
@@ -375,7 +412,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    status: Literal["ok", "draining", "failed"]
+    status: Literal["ok", "draining", "hung", "failed"]
 
 
 class Version(BaseModel):

@@ -17,8 +17,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from sparsex_jax.serving.connections import MAX_HEAD_BYTES, Connection
+from sparsex_jax.serving.health import LIVE, state_of
 from sparsex_jax.serving.service import Service
 from sparsex_jax.serving.sockets import bound, make_ready
+from sparsex_jax.serving.supervisor import ALIVE, READY, STOPPING, Supervisor
 
 # systemd, supervisord and `timeout` signal the whole process group, and `uv run` passes on what it gets itself.
 _ONE_WISH_S = 1.0
@@ -54,6 +56,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=10,
         )
         super().__init__(config)
+        self._supervisor = Supervisor()
         self._drained: asyncio.Future[None] | None = None
         self._asyncio: asyncio.AbstractEventLoop | None = None
         self._signalled_s: float | None = None
@@ -77,11 +80,18 @@ class Server(uvicorn.Server):
             for number in (signal.SIGTERM, signal.SIGINT):  # the rest of the same wish does not change the exit code
                 signal.signal(number, signal.SIG_IGN)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._supervisor.tell(READY)
+
     async def on_tick(self, counter: int) -> bool:
         if counter % _LOOK_TICKS == 0:
             now = asyncio.get_running_loop().time()
             for connection in list(self.server_state.connections):
                 connection.look(now)  # type: ignore[union-attr]
+            if state_of(self._service.worker, self._service.limits) in LIVE:
+                self._supervisor.tell(ALIVE)
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -97,6 +107,7 @@ class Server(uvicorn.Server):
 
     def drain(self) -> None:
         """Refuse new requests, let running ones finish, then stop."""
+        self._supervisor.tell(STOPPING)
         self._drained = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:

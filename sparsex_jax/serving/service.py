@@ -23,11 +23,12 @@ from sparsex_jax.errors import UnknownHandleError
 from sparsex_jax.serving import extras, schemas
 from sparsex_jax.serving.access import Access, Limits, Tenant
 from sparsex_jax.serving.bodies import Bodies
+from sparsex_jax.serving.evaluation import Echo
 from sparsex_jax.serving.exchange import Exchange
 from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.knowledge import Knowledge
-from sparsex_jax.serving.line import Line
+from sparsex_jax.serving.line import Line, delay_of
 from sparsex_jax.serving.metrics import Metrics
 from sparsex_jax.serving.thoughts import AnswerReader, Thinking
 from sparsex_jax.serving.tools import reader_of
@@ -47,11 +48,13 @@ class Asked:
       request: in the form of OpenAI's endpoints, whatever form it came in.
       jobs: one for each answer; those to one prompt come together.
       thinking: how the answers think. None: thoughts are not taken apart.
+      echoes: the prompts, if answers begin with them; otherwise empty.
     """
 
     request: schemas.Generate
     jobs: list[Job]
     thinking: Thinking | None = None
+    echoes: Sequence[Echo] = ()
 
 
 Pieces = Sequence[list[str]] | None  # the texts of each prompt's tokens
@@ -102,10 +105,13 @@ class Service:
             checked = self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
             headers, asked = await stream.before_jobs(checked)
             place.grow(len(asked.jobs) - 1)
+            place.delay_s = delay_of(asked.request.priority)
             reply = make_reply(asked, await self._pieces(asked))
             exchange.method = next((job.reuse.method for job in asked.jobs if job.reuse), None)
             await stream.before_jobs(place.turn())
-            stream.submit(*asked.jobs)
+            # With several keys a priority counts among the requests of its own key only.
+            delay_s = place.delay_s if self.access.num_keys == 1 else 0.0
+            stream.submit(*(dataclasses.replace(job, delay_s=delay_s) for job in asked.jobs))
             if not body.stream:
                 return json_response(await reply.whole(stream), headers=headers)
             chunks = reply.chunks(stream)
@@ -118,7 +124,7 @@ class Service:
         """The texts of each prompt's tokens, if the request asks for a token map."""
         if not asked.request.return_token_map:
             return None
-        return await self.in_background(self.intake.pieces, asked.jobs[:: asked.request.n or 1])
+        return await self.in_background(self.intake.pieces, asked.jobs[:: asked.request.num_answers])
 
     def asked_chat(self, request: schemas.ChatRequest, tenant: Tenant, *, shortens: bool = False) -> Asked:
         """What a chat asks for. Off the event loop. Arguments and errors as of `Intake.chat`."""
@@ -128,7 +134,8 @@ class Service:
 
     def asked_completion(self, request: schemas.CompletionRequest, tenant: Tenant) -> Asked:
         """What a completion asks for. Off the event loop. Raises as `Intake.completion`."""
-        return Asked(request, self.intake.completion(request, tenant))
+        jobs = self.intake.completion(request, tenant)
+        return Asked(request, jobs, echoes=self.intake.echoes(request, jobs))
 
     def reader(self, asked: Asked) -> AnswerReader:
         """What takes an answer to a chat apart."""

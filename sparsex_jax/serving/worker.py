@@ -28,8 +28,10 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
+from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
+from sparsex_jax.serving.heartbeat import Heartbeat
 
 _IDLE_S = 1.0  # everything that gives the thread work also wakes it
 _FAREWELL_S = 5.0  # for cancelled requests to hear of it
@@ -79,6 +81,8 @@ class Job:
     namespace: str = DEFAULT_NAMESPACE
     keep: bool = True
     turns: frozenset[bytes] = frozenset()
+    lent: Lent | None = None
+    delay_s: float = 0.0
 
     def submit(self, loop: Loop, listener: Listener) -> Ticket:
         return loop.submit(
@@ -88,6 +92,8 @@ class Job:
             namespace=self.namespace,
             keep=self.keep,
             turns=self.turns,
+            lent=self.lent,
+            delay_s=self.delay_s,
             listener=listener,
         )
 
@@ -108,6 +114,7 @@ class Worker:
         self._wake = threading.Event()
         self._stopping = False
         self._heal_at = 0.0  # a call such as one for metrics wakes the thread, and must not cut its rest short
+        self._heartbeat = Heartbeat()
         self._thread = threading.Thread(target=self._run, name="sparsex-loop", daemon=True)
 
     def start(self) -> Worker:
@@ -123,6 +130,14 @@ class Worker:
 
     def wake(self) -> None:
         self._wake.set()
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds since the thread last got something done; 0 while it waits for work. From any thread.
+
+        A round that ended counts, and so does a program that was compiled, since a round may compile several.
+        """
+        return self._heartbeat.silent_s
 
     # From asyncio -------------------------------------------------------------------------------------------
 
@@ -198,9 +213,12 @@ class Worker:
         try:
             while not self._stopping:
                 self._wake.clear()
+                self._heartbeat.beat()
                 self._run_calls()
                 if not self.loop.step():
-                    self._wake.wait(self._heal())
+                    rest = self._heal()
+                    self._heartbeat.rest()
+                    self._wake.wait(rest)
         except BaseException as broken:  # the loop answers for its requests; this is something else
             log.exception("the serving loop failed")
             error = broken
@@ -223,6 +241,7 @@ class Worker:
     def _fail(self, error: BaseException) -> None:
         """Everybody who waits hears that there will be no answer."""
         self.failure = error
+        self._heartbeat.rest()
         for stream in list(self._streams):
             stream.broke(error)
         self._refuse_calls()

@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 
 # Fields of a chat that requests of all protocols may have: this server's, and those of vLLM.
 _SHARED = (
-    *("cache_salt", "reuse", "keep", "return_token_map", "chat_template_kwargs", "allow_control_tokens", "seed"),
+    *(
+        "cache_salt",
+        "priority",
+        "reuse",
+        "keep",
+        "return_token_map",
+        "chat_template_kwargs",
+        "allow_control_tokens",
+        "seed",
+    ),
     *("top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "min_tokens"),
     *("ignore_eos", "stop_token_ids", "allowed_token_ids", "skip_special_tokens", "include_reasoning"),
 )

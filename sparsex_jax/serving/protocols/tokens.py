@@ -1,4 +1,4 @@
-"""vLLM's `/tokenize` and `/detokenize`."""
+"""vLLM's `/tokenize`, `/detokenize` and `/tokenizer_info`, by which clients need no tokenizer of their own."""
 
 from __future__ import annotations
 
@@ -55,6 +55,31 @@ class DetokenizeRequest(Object):
 
 class Detokenized(BaseModel):
     prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What lm-eval and others ask of a tokenizer, besides tokens."""
+
+    tokenizer_class: str
+    model_max_length: int
+    bos_token: str | None = None
+    eos_token: str | None = None
+    pad_token: str | None = None
+    unk_token: str | None = None
+    chat_template: str | None = Field(None, description="Null where there is none, or where there are several.")
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(service: Served, tenant: Caller) -> TokenizerInfo:
+    """The names of special tokens, and the chat template."""
+    tokenizer = service.worker.engine.tokenizer
+    names = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template")
+    told = {name: getattr(tokenizer, name, None) for name in names}
+    return TokenizerInfo(
+        tokenizer_class=type(tokenizer).__name__,
+        model_max_length=service.intake.lengths.context,
+        **{name: value for name, value in told.items() if isinstance(value, str)},
+    )
 
 
 @router.post("/tokenize")

@@ -1,0 +1,128 @@
+"""The options of `sparsex serve`, in the groups that its help shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_PLACE, _KEYS, _SCRIPTS, _STORE = "Address", "Keys and names", "Scripts of other origins (CORS)", "Model and store"
+_LIMITS, _WATCHING = "Limits", "Operations"
+
+
+def _in(panel: str, text: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **settings)
+
+
+Host = Annotated[str, _in(_PLACE, "Name or address to listen at; 0.0.0.0 for all interfaces, :: for those of IPv6.")]
+Port = Annotated[int, _in(_PLACE, "Port to listen at; 0 takes a free one.", min=0, max=65535)]
+Socket = Annotated[Path | None, _in(_PLACE, "Unix domain socket to listen at, in place of host and port.")]
+
+ApiKeys = Annotated[
+    Path | None, _in(_KEYS, "A TOML file of API keys. Without it, requests need no key.", dir_okay=False)
+]
+Name = Annotated[str | None, _in(_KEYS, "The model's name in requests.", show_default="MODEL")]
+MaxConcurrent = Annotated[
+    int | None,
+    _in(
+        _KEYS,
+        "Concurrent requests of an API key, each prompt counted. More are refused (429).",
+        show_default="as many as run and wait",
+    ),
+]
+MaxKnowledgeTokens = Annotated[
+    int | None,
+    _in(
+        _KEYS,
+        "Tokens of frozen knowledge that an API key may keep. More are refused (403).",
+        show_default="as many as the store holds",
+    ),
+]
+
+AllowedOrigins = Annotated[
+    list[str] | None,
+    _in(
+        _SCRIPTS,
+        "An origin whose scripts may send requests, such as https://chat.example; * is every origin. Can be given "
+        "several times.",
+        show_default="none but the page",
+    ),
+]
+AllowedMethods = Annotated[
+    list[str] | None, _in(_SCRIPTS, "A method that scripts of these origins may use.", show_default="all")
+]
+AllowedHeaders = Annotated[
+    list[str] | None, _in(_SCRIPTS, "A header that scripts of these origins may send.", show_default="all")
+]
+AllowCredentials = Annotated[
+    bool, _in(_SCRIPTS, "Scripts of these origins may send cookies, as for a proxy.", "--allow-credentials")
+]
+
+TensorParallel = Annotated[
+    int, _in(_STORE, "Devices to split the model and the store over: a divisor of its KV heads.", min=1)
+]
+MaxNumSeqs = Annotated[
+    int | None,
+    _in(_STORE, "Sequences that run at once; the others wait.", show_default="by device and store: 8 to 256", min=1),
+]
+FrozenLimit = Annotated[float, _in(_STORE, "Share of the store that knowledge may fill. More is refused (507).")]
+HostStore = Annotated[
+    str,
+    _in(_STORE, "Host memory for KV that was computed, such as 64GiB: what is evicted is loaded from there."),
+]
+DiskStore = Annotated[
+    str | None,
+    _in(_STORE, "PATH:SIZE of a directory for the same, such as kv:200GiB. It is found after a restart."),
+]
+Healing = Annotated[
+    float, _in(_STORE, "Share of idle time in which approximate KV is made exact; 0 leaves it as it is.")
+]
+CompanyTokens = Annotated[
+    int, _in(_STORE, "Prefill knowledge behind at most this many tokens of its namespace. 0: alone.")
+]
+ReasoningParser = Annotated[
+    str,
+    _in(
+        _STORE,
+        "How thoughts are told from answers: qwen3, deepseek_r1, mistral, none, or auto, which looks into the chat "
+        "template.",
+    ),
+]
+
+MaxWaiting = Annotated[int, _in(_LIMITS, "Requests that may wait. More are refused (503).", min=1)]
+MaxTokens = Annotated[int, _in(_LIMITS, "New tokens that a request gets at most.")]
+MaxBodyBytes = Annotated[int, _in(_LIMITS, "Bytes in a request's body. Larger ones are refused (413).")]
+RequestTimeout = Annotated[float, _in(_LIMITS, "Seconds after which a request is cancelled (504).")]
+ClientTimeout = Annotated[
+    float,
+    _in(_LIMITS, "Seconds that a client may take to send a request, or to take the next part of an answer."),
+]
+MaxConnections = Annotated[
+    int | None,
+    _in(
+        _LIMITS,
+        "Open connections. With more, those without a whole request are closed.",
+        show_default="by what may run and wait",
+    ),
+]
+
+DrainTimeout = Annotated[float, _in(_WATCHING, "Seconds that running requests may still take after SIGTERM.")]
+HangTimeout = Annotated[
+    float,
+    _in(_WATCHING, "Seconds of work in which nothing gets done, after which /health/live says that it hangs (503)."),
+]
+RequestLog = Annotated[
+    Path | None,
+    _in(_WATCHING, "A file for a line of JSON about each request; - for standard output.", dir_okay=False),
+]
+OtlpEndpoint = Annotated[
+    str | None,
+    _in(
+        _WATCHING,
+        "URL of an OpenTelemetry collector, such as http://127.0.0.1:4318, which gets a trace of each request. Needs "
+        "the extra `tracing`.",
+        show_default="as OTEL_EXPORTER_OTLP_ENDPOINT says; no traces",
+    ),
+]
+WarmUp = Annotated[bool, _in(_WATCHING, "Compile the programs before listening.", "--warm-up/--no-warm-up")]

@@ -32,7 +32,7 @@ def main() -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("there is no Chromium on the PATH")
-    server, url = start_server()
+    server, thread, url = start_server()
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         page = chromium.new_page(viewport={"width": 1280, "height": 860})
@@ -41,20 +41,22 @@ def main() -> None:
         finally:
             chromium.close()
             server.should_exit = True
+            thread.join()
     print(f"{PICTURE}: {PICTURE.stat().st_size // 1024} KiB")
 
 
-def start_server() -> tuple[Server, str]:
-    engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192)
+def start_server() -> tuple[Server, threading.Thread, str]:
+    engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192, company_tokens=1024, choose="always")
     app = create_app(Worker(engine), model=MODEL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = Server(app, "127.0.0.1", port)
-    threading.Thread(target=server.run, daemon=True).start()
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
     while not server.started:
         time.sleep(0.05)
-    return server, f"http://127.0.0.1:{port}"
+    return server, thread, f"http://127.0.0.1:{port}"
 
 
 def take(page: Page, url: str) -> None:

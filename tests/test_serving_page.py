@@ -628,7 +628,9 @@ def test_an_example_runs_with_one_click(page, embedded, example, words):
 
 @pytest.fixture(scope="module")
 def embedded():
-    engine = Engine.from_pretrained("smollm2-135m-instruct", dtype="float32", store_tokens=8192)
+    engine = Engine.from_pretrained(
+        "smollm2-135m-instruct", dtype="float32", store_tokens=8192, company_tokens=1024, choose="always"
+    )
     with live_server(engine, model="smollm2-135m-instruct") as live:
         yield live
 

@@ -62,8 +62,9 @@ function paintSpeed({ report, method, full }) {
   const ratio = measured ? measured.ttft_s / report.ttft_s : 1 / Math.max(report.computed_fraction, 1e-3);
   const isFull = method === "full";
   $("saving").textContent = isFull ? "1×" : measured ? speedUp(ratio) : `${times(ratio)} less work`;
+  $("saving").classList.toggle("slower", ratio <= 0.95);
   $("saving-text").textContent = isFull ? "the others are compared with this"
-    : measured ? "to the first token than full recompute, as measured" : "than full recompute";
+    : measured ? "to the first token, measured against full recompute" : "than full recompute";
   $("versus").hidden = !measured || isFull;
   if (measured) $("versus").replaceChildren(...bars([["this answer", report.ttft_s], ["full recompute", measured.ttft_s]]));
 }

@@ -19,7 +19,14 @@ export function paintTurns(actions, isBusy) {
     exchanges.at(-1).append(made);
   }
   $("turns").replaceChildren(...exchanges);
+  letScroll();
 }
+
+// A long question scrolls in its place, so the keyboard must reach it.
+function letScroll() {
+  for (const each of document.querySelectorAll(".turn.user")) each.tabIndex = each.scrollHeight > each.clientHeight ? 0 : -1;
+}
+addEventListener("resize", letScroll);
 
 export function paintTurn(turn, actions, isBusy) {
   const old = elements.get(turn);

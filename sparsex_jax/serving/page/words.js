@@ -14,6 +14,7 @@ export function times(ratio) {
 
 // ratio: of the other time to this one
 export function speedUp(ratio) {
+  if (ratio > 0.95 && ratio < 1.05) return "1.0× as fast"; // less is noise
   return ratio >= 1 ? `${times(ratio)} faster` : `${times(1 / ratio)} slower`;
 }
 

@@ -1,4 +1,4 @@
-"""Take the picture of the page in `sparsex_jax/serving/README.md`: SmolLM2 answers the page's own example.
+"""Take the picture of the page in `sparsex_jax/serving/README.md`: SmolLM2 answers the page's example of documents.
 
 Needs Chromium on the PATH.
 
@@ -18,7 +18,7 @@ import httpx
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
-from sparsex_jax import Engine, ReuseConfig
+from sparsex_jax import Engine
 from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
@@ -26,72 +26,68 @@ from sparsex_jax.serving.worker import Worker
 MODEL = "smollm2-135m-instruct"
 PICTURE = Path(__file__).parent / "results" / "page.png"
 SECONDS = 120
-SETTINGS = ReuseConfig(boundary_layer=0, recompute_ratio=0.05)  # as the picture in serving/README.md was made
 
 
 def main() -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         sys.exit("there is no Chromium on the PATH")
-    server, url = start_server()
+    server, thread, url = start_server()
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
-        page = chromium.new_page(viewport={"width": 1200, "height": 980})
+        page = chromium.new_page(viewport={"width": 1280, "height": 860})
         try:
             take(page, url)
         finally:
             chromium.close()
             server.should_exit = True
+            thread.join()
     print(f"{PICTURE}: {PICTURE.stat().st_size // 1024} KiB")
 
 
-def start_server() -> tuple[Server, str]:
-    engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192, choose="always", reuse=SETTINGS)
+def start_server() -> tuple[Server, threading.Thread, str]:
+    engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192, company_tokens=1024, choose="always")
     app = create_app(Worker(engine), model=MODEL)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     server = Server(app, "127.0.0.1", port)
-    threading.Thread(target=server.run, daemon=True).start()
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
     while not server.started:
         time.sleep(0.05)
-    return server, f"http://127.0.0.1:{port}"
+    return server, thread, f"http://127.0.0.1:{port}"
 
 
 def take(page: Page, url: str) -> None:
-    """Run the example and the comparison twice, because the first time includes compiling, and take the picture."""
+    """Run the example twice, because the first time includes compiling, and take the picture."""
     expect.set_options(timeout=SECONDS * 1000)
     page.set_default_timeout(SECONDS * 1000)
     page.goto(url)
-    ask_example(page)
-    forget_everything(page, url)
-    ask_example(page)
-    for _ in range(2):
-        page.get_by_role("button", name="Compare with full").click()
-        expect(page.locator("#compare-text")).to_contain_text("Full recompute: first token after")
-        expect(page.get_by_role("button", name="Compare with full")).to_be_enabled()
-    page.evaluate("scrollTo(0, 0)")
+    run_example(page)
+    start_anew(page, url)
+    run_example(page)
+    page.locator("#saving").get_by_text("\N{MULTIPLICATION SIGN}").wait_for()
     page.screenshot(path=PICTURE)
     Image.open(PICTURE).convert("RGB").quantize(128).save(PICTURE, optimize=True)
 
 
-def ask_example(page: Page) -> None:
-    page.get_by_role("button", name="Try an example").click()
-    expect(page.locator(".turn.assistant .facts")).to_have_count(1)
-    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+def run_example(page: Page) -> None:
+    page.locator("#example-documents").click()
+    expect(page.locator(".rows > li.done")).to_have_count(4)
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
-def forget_everything(page: Page, url: str) -> None:
+def start_anew(page: Page, url: str) -> None:
     """Start a new chat under another salt, so that it does not find the first chat's prompt as its prefix."""
-    page.get_by_text("Settings").click()
+    page.get_by_role("button", name="Settings").click()
     page.get_by_label("Cache salt").fill("picture")
     page.get_by_label("Cache salt").blur()
+    page.keyboard.press("Escape")
     with httpx.Client(base_url=url) as http:
         for entry in http.get("/v1/knowledge").json()["data"]:
             http.delete(f"/v1/knowledge/{entry['handle']}")
     page.get_by_role("button", name="New chat").click()
-    page.reload()
-    expect(page.locator(".notes li")).to_have_count(0)
 
 
 if __name__ == "__main__":

@@ -242,6 +242,8 @@ def test_an_excerpt_is_answered_as_a_prompt_of_its_own(devices):
     assert adds_up(out.report)
     fresh, work = out.report.fresh_tokens, keep.sum()
     assert out.report.computed_fraction == pytest.approx((3 / 4 * fresh + work) / len(PROMPT))
+    assert [(each.start, each.end) for each in out.report.layers] == [(0, 3), (3, 4)]
+    np.testing.assert_array_equal(out.report.layers[1].computed, keep)
     if devices > 1:
         whole = remembering(tiny_engine()).generate(PROMPT, GREEDY, reuse=HALF, keep=False)
         np.testing.assert_array_equal(kept(whole.report), keep)

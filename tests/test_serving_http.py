@@ -359,6 +359,10 @@ def test_the_token_map_agrees_with_the_report(client):
     counts["reused"] -= counts["recomputed"]
     assert counts == {kind: report[f"{kind}_tokens"] for kind in KINDS}
     assert sum(n for active, n in tokens["active"] if active) == report["active_tokens"]
+    first, second = tokens["layers"]
+    assert (first["start"], first["end"], second["start"]) == (0, 2, 2)
+    assert second["computed"] == tokens["active"]
+    assert sum(n for computed, n in first["computed"] if computed) == report["prompt_tokens"] - report["prefix_tokens"]
     kinds = [kind for kind, n in tokens["kind"] for _ in range(n)]
     segment = report["segments"][0]
     assert set(kinds[segment["start"] : segment["start"] + segment["length"] - 1]) == {"reused"}

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import CONFIG, TINY
 
 from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.model.sharding import make_mesh, spec
@@ -100,3 +101,24 @@ def test_other_axes_of_a_mesh_hold_copies():
     logits = one.prefill(list(range(60))).logits
     np.testing.assert_allclose(logits, engine(1).prefill(list(range(60))).logits, atol=2e-5)
     assert {shard.data.nbytes * 2 for shard in one.runner.store.addressable_shards} == {one.runner.store.nbytes}
+
+
+@pytest.mark.slow
+def test_tiers_bring_back_what_each_device_had():
+    """A prefix, and segments that come while the first layers run."""
+    documents = list(np.random.default_rng(0).integers(1, 97, (6, 317)).astype(np.int32))
+    asked = np.concatenate([[5, 6, 7], documents[1][:160], documents[0][:160], [8, 9]]).astype(np.int32)
+    late, prefix = ReuseConfig(boundary_layer=2, recompute_ratio=0.3, only_if_faster=False), ReuseConfig("prefix")
+    options = vars(CONFIG) | {"store_tokens": 66 * 16, "host_store_bytes": 1 << 26}
+    tiered = Engine.from_config(TINY, mesh=make_mesh(2), **options)
+    for document in documents:
+        tiered.generate(document, SamplingParams(max_new_tokens=2), reuse=prefix)
+    tiered.loop.settle()
+    found = [tiered.prefill(asked, reuse=late, keep=False), tiered.prefill(documents[2], reuse=prefix)]
+    alone = Engine.from_config(TINY, **vars(CONFIG))
+    for document in documents[:3]:
+        alone.generate(document, SamplingParams(max_new_tokens=2), reuse=prefix)
+    expected = [alone.prefill(asked, reuse=late, keep=False), alone.prefill(documents[2], reuse=prefix)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.report.restored_tokens > 0
+        np.testing.assert_allclose(one.logits, other.logits, atol=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from sparsex_jax.reuse.schedule import Phase
 # What the tokens of a prompt can be, in the order in which tables and pages show it. A report counts each kind in the
 # field of the kind's name and `_tokens`.
 KINDS = ("prefix", "approximate_prefix", "reused", "recomputed", "fresh", "omitted")
+_OF_EACH_TOKEN = ("kind", "active", "phase_tokens", "layers")
 _FOUND = {
     TokenKind.PREFIX: "prefix",
     TokenKind.REUSED: "reused",
@@ -44,6 +45,15 @@ class ReusedSegment:
     @property
     def donor_positions(self) -> range:
         return range(self.donor_start, self.donor_start + self.length)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ComputedLayers:
+    """The layers from `start` up to `end`, and whether they computed each prompt token: bool `[tokens]`."""
+
+    start: int
+    end: int
+    computed: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,6 +84,8 @@ class Report:
       kind: a `TokenKind` for each prompt token, uint8 `[tokens]`.
       active: whether each prompt token was computed from the boundary layer on, bool `[tokens]`.
       phase_tokens: how many tokens each phase of the schedule computed.
+      layers: what each run of layers computed, from the first layer to the last, those of a probe included. What a
+        signal's own pass over the fresh tokens computed is not among it.
     """
 
     prompt_tokens: int
@@ -95,6 +107,7 @@ class Report:
     phase_tokens: tuple[int, ...]
     restored_tokens: int = 0
     prefix_tier: str | None = None
+    layers: tuple[ComputedLayers, ...] = ()
 
     def tokens_by_kind(self) -> dict[str, int]:
         """The number of tokens of each of the `KINDS`. Their sum is `prompt_tokens`."""
@@ -114,7 +127,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but what is known of each token and each phase, ready for JSON."""
-        names = [each.name for each in dataclasses.fields(self) if each.name not in ("kind", "active", "phase_tokens")]
+        names = [each.name for each in dataclasses.fields(self) if each.name not in _OF_EACH_TOKEN]
         fields = {name: getattr(self, name) for name in names}
         return fields | {"segments": [dataclasses.asdict(segment) for segment in self.segments]}
 
@@ -155,6 +168,9 @@ def make_report(
         active=active,
         phase_tokens=tuple(counts),
         prefix_tier=prompt.prefix_tier if prompt.num_prefix else None,
+        layers=tuple(
+            ComputedLayers(phase.start, end, mask) for phase, end, mask in zip(phases, ends, masks, strict=True)
+        ),
     )
 
 
@@ -184,7 +200,20 @@ def report_of_excerpt(whole: PromptMap, excerpt: Excerpt, answered: Report, num_
         probe_layers=excerpt.probe_layers,
         kind=kind,
         active=active,
+        layers=tuple(_with_probe(whole, excerpt, answered.layers)),
     )
+
+
+def _with_probe(whole: PromptMap, excerpt: Excerpt, answered: Sequence[ComputedLayers]) -> Iterator[ComputedLayers]:
+    """What the layers computed of the whole prompt: the probe the fresh tokens, the excerpt its own."""
+    for layers in answered:
+        computed = np.zeros(len(whole), bool)
+        computed[excerpt.keep] = layers.computed
+        cut = min(max(excerpt.probe_layers, layers.start), layers.end)
+        if layers.start < cut:
+            yield ComputedLayers(layers.start, cut, computed | whole.fresh)
+        if cut < layers.end:
+            yield ComputedLayers(cut, layers.end, computed)
 
 
 def _is_complete(prompt: PromptMap, computed: Bool[np.ndarray, "phases tokens"]) -> bool:

@@ -232,11 +232,16 @@ def cached_tokens(report: Report) -> int:
 
 
 def token_map(pieces: list[str], report: Report) -> dict[str, Any]:
-    """The texts of a prompt's tokens, with the runs of their kinds and of whether they were computed."""
+    """The texts of a prompt's tokens, with the runs of their kinds and of whether they were computed, by layers too."""
+    layers = [
+        {"start": each.start, "end": each.end, "computed": run_lengths(each.computed.tolist())}
+        for each in report.layers
+    ]
     return {
         "text": pieces,
         "kind": run_lengths(found_as(report.kind).tolist()),
         "active": run_lengths(report.active.tolist()),
+        "layers": layers,
     }
 
 

@@ -61,11 +61,17 @@ export class Api {
     return salt ? { cache_salt: salt } : {};
   }
 
+  // Has the server keep the KV of messages, without an answer.
+  prefill(messages, signal) {
+    const body = { messages, ...this.saltField(), max_tokens: 0, add_generation_prompt: false };
+    return this.json("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
+  }
+
   // Yields the chunks of an answer while they come. Throws if the last one does not come.
   async *chat(request, signal) {
     const body = {
-      ...request, ...this.saltField(), stream: true, stream_options: { include_usage: true }, return_token_map: true,
-      separate_reasoning: false,
+      ...request, ...this.saltField(), stream: true, return_token_map: true,
+      stream_options: { include_usage: true, continuous_usage_stats: true },
     };
     const response = await this.fetch("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal });
     for await (const data of events(response.body)) {

@@ -1,45 +1,74 @@
-// The page: a chat, and beside it a report of what the server reused for the selected answer.
+// Starts the page: ties what people do to the chat, the documents and the examples, and shows what changes.
 
 import { Api } from "./api.js";
-import { INSTRUCTION, NOTES, QUESTION } from "./example.js";
-import { keepKey, key, restore, save as write, state } from "./keep.js";
-import { shorten } from "./paint.js";
-import { $, busy, paintComparison, paintNotes, paintReport, paintStore, paintTurns, say } from "./show.js";
+import { Conversation } from "./conversation.js";
+import { Documents, withDocuments } from "./documents.js";
+import { $, button, element } from "./dom.js";
+import { askAgents, askChat, askDocuments } from "./examples.js";
+import { key, keepKey, putAway, restore, save as write, state, takeOut } from "./keep.js";
+import { paintPicture, paintReport, selected } from "./report.js";
+import { paintSettings, readSettings } from "./settings.js";
+import { paintStore } from "./store.js";
+import { describe, paintTurn, paintTurns, tickTurn } from "./turns.js";
+import { isWorking, onWork, stop, work } from "./work.js";
+import { shorten } from "./words.js";
 
 const POLL_MS = 4000;
-let running = null; // AbortController of the work that is under way
-const going = new Set(); // notes that are being forgotten
+const TICK_MS = 100;
+const EXAMPLES = { "example-documents": askDocuments, "example-chat": askChat, "example-agents": askAgents };
+
 const api = new Api(() => ({ key: key(), salt: state.settings.salt }));
+const documents = new Documents(api, { changed: changedDocuments, status, complain });
+const conversation = new Conversation(api, {
+  turns: paintNew, answer: changedAnswer, report: changedReport, status, giveBack,
+});
+const actions = { choose, retry: () => work((signal) => conversation.retry(signal)) };
 
-// Working ------------------------------------------------------------------------------------------------------------
+// Working --------------------------------------------------------------------------------------------------------------
 
-// Does one piece of work with the server, which Stop ends. While one is under way, no other begins.
-async function work(job) {
-  if (running) return;
-  running = new AbortController();
-  const { signal } = running;
-  say("");
-  busy(true);
-  try {
-    await job(signal);
-  } catch (error) {
-    if (!signal.aborted) complain(error);
-  } finally {
-    running = null;
+onWork({
+  begin() {
+    say("");
+    busy(true);
+  },
+  fail: complain,
+  end() {
     busy(false);
+    status("");
     save();
     paint();
     showStore();
-  }
+    announce();
+  },
+});
+
+// While the page works with the server, only Stop does.
+function busy(yes) {
+  for (const id of ["send", "clear", "keep", "files", ...Object.keys(EXAMPLES)]) $(id).disabled = yes;
+  $("stop").hidden = !yes;
+  $("send").hidden = yes;
 }
 
-// Waits for a promise, or until Stop. The promise goes on then: what the server has begun to store, it stores.
-function untilStopped(promise, signal) {
-  promise.catch(() => {}); // after Stop, nobody waits for it
-  const stopped = new Promise((_, reject) => {
-    signal.addEventListener("abort", () => reject(signal.reason), { once: true });
-  });
-  return Promise.race([promise, stopped]);
+// What went wrong and what is under way stand above the composer, or in the dialog that covers it.
+function placeNotices() {
+  const head = document.querySelector("dialog[open] .head");
+  if (head) head.after($("notices"));
+  else $("composer").prepend($("notices"));
+}
+
+function say(problem) {
+  $("problem").textContent = problem;
+  $("problem").hidden = !problem;
+}
+
+function status(text) {
+  $("status").textContent = text ? `${text} …` : "";
+}
+
+// For screen readers: an answer when it is complete, not each of its pieces.
+function announce() {
+  const last = state.turns.at(-1);
+  $("announced").textContent = last?.role === "assistant" && !last.cut ? describe(last) : "";
 }
 
 function complain(error) {
@@ -49,166 +78,105 @@ function complain(error) {
 
 // The key's field is among the settings, or beside the problem while it is what lacks.
 function showKey(place) {
+  for (const dialog of document.querySelectorAll("dialog[open]")) dialog.close();
   const field = $("settings").elements.key;
   place.append(field.parentElement);
   return field;
 }
 
-// Asking -------------------------------------------------------------------------------------------------------------
+// Asking ---------------------------------------------------------------------------------------------------------------
 
-async function ask(question, signal) {
-  const notes = notesOfSalt().filter((note) => note.ticked);
-  const content = [...notes.map((note, at) => `Note ${at + 1}:\n${note.text}`), question].join("\n\n");
-  const asked = { role: "user", content, question, notes: notes.map((note) => note.handle) };
-  const answer = { role: "assistant", content: "", pending: true };
-  state.turns.push(asked, answer);
-  state.chosen = state.turns.length - 1;
+async function send(question, signal) {
+  const notes = documents.ticked();
+  const content = withDocuments(notes.map((note) => note.text), question);
+  const chips = notes.map(({ name, text, num_tokens, handle }) => ({ name: name || shorten(text, 32), tokens: num_tokens, handle }));
   for (const note of notes) note.ticked = false;
-  paint();
+  const sides = state.settings.aside ? sidesOf() : [];
+  await conversation.ask({ question, content, documents: chips, sides }, signal);
+}
+
+function sidesOf() {
+  return state.settings.sides.filter((method) => method !== state.settings.method);
+}
+
+// A question that is taken back comes before what was written meanwhile.
+function giveBack(question) {
+  $("question").value = [question, $("question").value].filter(Boolean).join("\n");
+}
+
+async function runExample(example, signal) {
+  if (state.turns.length) putAway();
+  const ask = (asked) => conversation.ask(asked, signal);
   try {
-    await fill(answer, request(state.turns.slice(0, -1)), signal);
+    await example({ api, documents, ask, sides: sidesOf() }, signal);
   } finally {
-    settle(asked, answer, signal.aborted ? "stopped" : "broken off");
+    if (!state.turns.length) state.system = "";
   }
 }
 
-// The end of an answer. One that did not finish keeps its text so far, if it has any; else the question is taken back.
-function settle(asked, answer, cut) {
-  const finished = !answer.pending;
-  delete answer.pending;
-  if (finished) return;
-  if (answer.content) answer.cut = cut;
-  else takeBack(asked);
+// Showing --------------------------------------------------------------------------------------------------------------
+
+function paint() {
+  $("welcome").hidden = state.turns.length > 0;
+  document.body.classList.toggle("has-turns", state.turns.length > 0);
+  paintTurns(actions, isWorking());
+  if (document.activeElement !== $("system")) $("system").value = state.system;
+  $("system-text").textContent = state.system ? shorten(state.system, 60) : "none";
+  documents.paint();
+  paintChats();
+  paintReport();
 }
 
-// Takes a question and its empty answer out of the chat, so that no later prompt has them, and gives the text back.
-function takeBack(asked) {
-  state.turns.splice(state.turns.indexOf(asked), 2);
-  const last = state.turns.findLastIndex((turn) => turn.role === "assistant");
-  state.chosen = last < 0 ? null : last;
-  for (const note of state.notes) note.ticked ||= asked.notes.includes(note.handle);
-  $("question").value = [asked.question, $("question").value].filter(Boolean).join("\n");
+function paintNew() {
+  paint();
+  $("turns").lastElementChild?.scrollIntoView({ block: "start" });
 }
 
-function request(turns, extra = {}) {
-  const { method, tokens, temperature } = state.settings;
-  const messages = turns.map(({ role, content }) => ({ role, content }));
-  const most = Number(tokens) ? { max_tokens: Number(tokens) } : {};
-  const reuse = method ? { reuse: { method } } : {};
-  return { messages, ...most, temperature: Number(temperature), seed: 0, ...reuse, ...extra };
+let frame = 0; // chunks may come faster than the screen changes
+function changedAnswer(turn) {
+  cancelAnimationFrame(frame);
+  frame = requestAnimationFrame(() => paintTurn(turn, actions, isWorking()));
 }
 
-// Fills an answer while its chunks come.
-async function fill(answer, body, signal) {
-  for await (const chunk of api.chat(body, signal)) {
-    if (chunk.sparsex) answer.report = chunk.sparsex;
-    if (chunk.usage) answer.cached = chunk.usage.prompt_tokens_details.cached_tokens;
-    answer.content += chunk.choices[0]?.delta.content || "";
-    paintTurns(choose);
-    if (chunk.sparsex && state.turns[state.chosen] === answer) paintReport();
-  }
-  answer.pending = false;
+// isWhole: more than the number of new tokens changed
+function changedReport(turn, isWhole) {
+  if (state.turns[state.chosen] !== turn) return;
+  if (isWhole) paintReport();
+  else if (selected().report) paintPicture(selected());
 }
 
-async function compare(turn, signal) {
-  const body = request(state.turns.slice(0, state.turns.indexOf(turn)), { reuse: { method: "full" }, keep: false });
-  const full = { ttft_s: 0, text: "" };
-  delete turn.full;
-  for await (const chunk of api.chat(body, signal)) {
-    if (chunk.sparsex) full.ttft_s = chunk.sparsex.ttft_s;
-    full.text += chunk.choices[0]?.delta.content || "";
-    if (full.ttft_s && state.turns[state.chosen] === turn) paintComparison({ ...turn, full });
-  }
-  turn.full = full; // one that did not finish is no comparison
-}
-
-// Notes --------------------------------------------------------------------------------------------------------------
-
-function notesOfSalt() {
-  return state.notes.filter((note) => (note.salt ?? "") === state.settings.salt);
-}
-
-async function remember(text, signal) {
-  signal.throwIfAborted();
-  const { salt } = state.settings;
-  const stored = api.remember(text).then(({ handle, num_tokens }) => {
-    if (!state.notes.some((note) => note.handle === handle)) {
-      state.notes.push({ handle, num_tokens, salt, text, ticked: false });
-    }
-    save();
-    showNotes();
-    showStore();
-  });
-  await untilStopped(stored, signal);
-}
-
-async function rememberNote(signal) {
-  const written = $("note").value;
-  if (!written.trim()) return say("A note needs some text.");
-  await remember(written.trim(), signal);
-  if ($("note").value === written) $("note").value = "";
-}
-
-async function forget(note) {
-  going.add(note);
-  showNotes();
-  try {
-    await api.forget(note.handle).catch((error) => {
-      if (error.status !== 404) throw error; // the server does not have it any more
-    });
-    state.notes = state.notes.filter((each) => each !== note);
-  } catch (error) {
-    complain(error);
-  }
-  going.delete(note);
+function changedDocuments() {
   save();
-  showNotes();
+  documents.paint();
   showStore();
 }
 
-async function example(signal) {
-  for (const text of NOTES) if (!notesOfSalt().some((note) => note.text === text)) await remember(text, signal);
-  for (const note of state.notes) note.ticked = false;
-  // The prompt has the notes in another order than the one they were stored in.
-  state.notes.sort((a, b) => a.text.length - b.text.length);
-  for (const note of notesOfSalt()) note.ticked = NOTES.includes(note.text);
-  await ask(`${INSTRUCTION} ${QUESTION}`, signal);
-}
-
-// Drops the notes that the server evicted, or lost in a restart, from the list. A restarted server gives handles anew.
-async function checkNotes() {
-  const before = notesOfSalt();
-  if (!before.length) return;
-  const sizes = new Map((await api.notes()).map((entry) => [entry.handle, entry.num_tokens]));
-  const isThere = ({ handle, num_tokens }) => sizes.has(handle) && (num_tokens ?? sizes.get(handle)) === sizes.get(handle);
-  state.notes = state.notes.filter((note) => !before.includes(note) || isThere(note));
+function choose(turn, side) {
+  Object.assign(state, { chosen: state.turns.indexOf(turn), side });
   save();
-  showNotes();
-}
-
-// Showing ------------------------------------------------------------------------------------------------------------
-
-function paint() {
-  paintTurns(choose);
-  showNotes();
+  const focused = document.activeElement?.getAttribute("aria-label") ?? document.activeElement?.textContent;
+  paintTurns(actions, isWorking());
   paintReport();
+  const again = [...document.querySelectorAll("#turns button")].filter((each) => each.ariaPressed === "true");
+  if (focused) again[0]?.focus({ preventScroll: true });
+  if (matchMedia("(max-width: 62rem)").matches) $("report").scrollIntoView({ block: "start" });
 }
 
-function choose(at) {
-  state.chosen = at;
-  save();
-  paintTurns(choose);
-  paintReport();
-}
-
-function showNotes() {
-  paintNotes(notesOfSalt(), going, { tick, forget });
-}
-
-function tick(note, yes) {
-  note.ticked = yes;
-  save();
-  showNotes();
+function paintChats() {
+  $("open-chats").hidden = !state.chats.length;
+  $("chats").replaceChildren(...state.chats.map((chat) => element("li", "",
+    button("open", shorten(chat.title, 60), () => {
+      if (isWorking()) return;
+      takeOut(chat);
+      $("chats-dialog").close();
+      save();
+      paint();
+    }),
+    button("small", "Delete", () => {
+      state.chats = state.chats.filter((each) => each !== chat);
+      save();
+      paintChats();
+    }, `Delete the chat: ${shorten(chat.title, 60)}`))));
 }
 
 let asking = false; // for the store: during a long prefill, one question is enough
@@ -229,15 +197,15 @@ function save() {
   if (!write() && $("problem").hidden) say("This browser keeps too little to bring all of this back after a reload.");
 }
 
-// Starting -----------------------------------------------------------------------------------------------------------
+// Listening ------------------------------------------------------------------------------------------------------------
 
 function listen() {
   $("composer").addEventListener("submit", (event) => {
     event.preventDefault();
     const question = $("question").value.trim();
-    if (!question || running) return;
+    if (!question || isWorking()) return;
     $("question").value = "";
-    work((signal) => ask(question, signal));
+    work((signal) => send(question, signal));
   });
   $("question").addEventListener("keydown", (event) => {
     // 229: the Enter that ends an input method's composition, which Safari no longer calls composing
@@ -245,50 +213,101 @@ function listen() {
     event.preventDefault();
     if (!event.repeat) $("composer").requestSubmit();
   });
-  $("stop").addEventListener("click", () => running?.abort());
-  $("clear").addEventListener("click", clear);
-  $("example").addEventListener("click", () => work(example));
-  $("compare").addEventListener("click", () => work((signal) => compare(state.turns[state.chosen], signal)));
-  $("remember").addEventListener("submit", (event) => {
-    event.preventDefault();
-    work(rememberNote);
+  $("stop").addEventListener("click", stop);
+  $("clear").addEventListener("click", newChat);
+  for (const [id, example] of Object.entries(EXAMPLES)) {
+    $(id).addEventListener("click", () => work((signal) => runExample(example, signal)));
+  }
+  $("aside").addEventListener("click", () => {
+    state.settings.aside = !state.settings.aside;
+    changedSettings();
   });
-  listenToSettings();
+  $("system").addEventListener("change", () => {
+    state.system = $("system").value;
+    save();
+    $("system-text").textContent = state.system ? shorten(state.system, 60) : "none";
+  });
+  listenToDocuments();
+  listenToDialogs();
   addEventListener("pagehide", save);
 }
 
-function clear() {
-  if (running) return;
-  state.turns = [];
-  state.chosen = null;
-  say("");
-  save();
-  paint();
+function listenToDocuments() {
+  const take = (files) => files.length && work((signal) => documents.rememberFiles([...files], signal));
+  $("remember").addEventListener("submit", (event) => {
+    event.preventDefault();
+    work(async (signal) => {
+      const written = $("note").value;
+      if (!written.trim()) throw new Error("A document needs some text.");
+      await documents.remember(written.trim(), "", signal, true);
+      if ($("note").value === written) $("note").value = "";
+    });
+  });
+  $("files").addEventListener("change", () => {
+    take([...$("files").files]);
+    $("files").value = "";
+  });
+  const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
+  addEventListener("dragover", (event) => {
+    if (!carriesFiles(event)) return;
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
+  addEventListener("dragleave", (event) => event.relatedTarget || document.body.classList.remove("dropping"));
+  addEventListener("drop", (event) => {
+    document.body.classList.remove("dropping");
+    if (!carriesFiles(event)) return;
+    event.preventDefault();
+    take([...event.dataTransfer.files]);
+  });
 }
 
-function listenToSettings() {
-  const fields = $("settings").elements;
-  for (const [name, value] of Object.entries(state.settings)) if (fields[name]) fields[name].value = value;
-  fields.key.value = key();
+function listenToDialogs() {
+  for (const name of ["documents", "settings", "chats"]) {
+    const dialog = $(`${name}-dialog`);
+    $(`open-${name}`).addEventListener("click", () => {
+      dialog.showModal();
+      placeNotices();
+    });
+    dialog.addEventListener("close", placeNotices);
+    dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // beside it
+    dialog.querySelector(".close").addEventListener("click", () => dialog.close());
+  }
   $("settings").addEventListener("submit", (event) => event.preventDefault());
   const changed = () => {
-    for (const name of Object.keys(state.settings)) if (fields[name]) state.settings[name] = fields[name].value;
-    keepKey(fields.key.value.trim());
-    save();
-    showNotes();
+    readSettings($("settings"), state.settings);
+    keepKey($("settings").elements.key.value.trim());
+    changedSettings();
     greet();
   };
   $("settings").addEventListener("change", changed);
   $("key-needed").addEventListener("change", changed);
 }
 
+function changedSettings() {
+  $("aside").setAttribute("aria-pressed", String(state.settings.aside));
+  save();
+  documents.paint();
+}
+
+function newChat() {
+  if (isWorking()) return;
+  putAway();
+  say("");
+  save();
+  paint();
+  $("question").focus();
+}
+
+// Starting -------------------------------------------------------------------------------------------------------------
+
 async function greet() {
   say("");
   showStore();
   try {
     $("model").textContent = (await api.model()).id;
-    showKey($("settings"));
-    await checkNotes();
+    if ($("key-needed").hasChildNodes()) showKey($("key-place"));
+    await documents.check();
   } catch (error) {
     complain(error);
   }
@@ -297,14 +316,22 @@ async function greet() {
 // A reload cut off what was under way.
 function resume() {
   const [asked, answer] = state.turns.slice(-2);
-  $("question").value = state.drafts.question;
   $("note").value = state.drafts.note;
-  if (answer?.role === "assistant" && "pending" in answer) settle(asked, answer, "broken off");
+  $("question").value = state.drafts.question;
+  if (answer?.role !== "assistant") return;
+  if (answer.pending) conversation.settle(asked, answer, "broken off");
+  else delete answer.pending;
 }
 
 restore();
 resume();
+paintSettings($("settings"), state.settings, key());
 listen();
+changedSettings();
 paint();
 greet();
 setInterval(() => document.hidden || showStore(), POLL_MS);
+setInterval(() => {
+  const last = state.turns.at(-1);
+  if (isWorking() && last?.pending) tickTurn(last);
+}, TICK_MS);

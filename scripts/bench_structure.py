@@ -11,6 +11,7 @@ a line for each and writes `scripts/results/structure-<model>-<device>.json`.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -18,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams, Structure
+from sparsex_jax import Engine, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.config import named_config
+from sparsex_jax.errors import UnknownModelError
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.scheduler import warmup
 
@@ -60,12 +63,12 @@ KINDS = {
 def load(args: argparse.Namespace) -> Engine:
     options = {"store_tokens": args.sequences * 1024, "max_num_seqs": args.sequences, "choose": "always"}
     try:
-        engine = Engine.from_config(args.model, **options)
-    except InvalidRequestError:
-        raise
-    except Exception:
+        model = named_config(args.model)
+    except UnknownModelError:
         return Engine.from_pretrained(args.model, **options)
-    engine.tokenizer = open_checkpoint("smollm2-135m-instruct").tokenizer
+    tokenizer = open_checkpoint("smollm2-135m-instruct").tokenizer
+    engine = Engine.from_config(dataclasses.replace(model, eos_token_ids=(tokenizer.eos_token_id,)), **options)
+    engine.tokenizer = tokenizer
     return engine
 
 

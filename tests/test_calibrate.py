@@ -484,15 +484,14 @@ def test_cache_reads_the_file_and_options_override_it(tmp_path):
     assert work("--reuse-config", file, "--method", "naive") < 1
 
 
-def test_generate_takes_the_engines_reuse_and_options_override_it(monkeypatch):
-    class Told:
-        reuse, tokenizer = ReuseConfig(boundary_layer=3, recompute_ratio=0.4), None
+def test_generate_loads_its_engine_with_the_options_over_the_file(tmp_path, monkeypatch):
+    def load(choice):
+        reuse = choice.defaults(closed_model()).reuse
+        raise InvalidRequestError(f"{reuse.boundary_layer}, {reuse.recompute_ratio}")
 
-        def generate(self, prompt, sampling, *, reuse, namespace):
-            raise InvalidRequestError(f"{reuse.boundary_layer}, {reuse.recompute_ratio}")
-
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: Told())
-    result = invoke("generate", "hi", "--no-chat", "--recompute-ratio", "0.1")
+    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", load)
+    file = write(tmp_path / "own.json", {"method": "sparsex", "boundary_layer": 3, "recompute_ratio": 0.4})
+    result = invoke("generate", "hi", "--no-chat", "--reuse-config", file, "--recompute-ratio", "0.1")
     assert "error: 3, 0.1" in result.stderr
 
 

@@ -76,7 +76,7 @@ def test_no_piece_is_lost_or_told_twice(pieces, is_open):
             read(pieces, is_open=is_open, tools=tools) == read("".join(pieces), is_open=is_open, tools=tools) == whole
         )
         if not whole[2]:
-            kept = "".join(whole[:2]).replace("<think>", "").replace("</think>", "")
+            kept = "\0".join(whole[:2]).replace("<think>", "").replace("</think>", "").replace("\0", "")
             said = "".join(pieces).replace("<think>", "").replace("</think>", "")
             assert "".join(kept.split()) == "".join(said.split())
 

@@ -89,6 +89,7 @@ def test_a_mask_counts_at_its_position_and_forced_tokens_before_it():
 # Answers ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_answers_are_what_they_must_be_however_many_tokens_a_dispatch_has(engine, monkeypatch):
     samplings = [sampling(kind, **options) for kind in STRUCTURES for options in ({}, RANDOM)]
     samplings += [sampling(max_new_tokens=12, ignore_eos=True), sampling(max_new_tokens=12, **RANDOM)]

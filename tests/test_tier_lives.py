@@ -218,7 +218,7 @@ def live(steps, seed, disk, methods):
 
 
 def test_a_short_life(tmp_path):
-    live(60, 0, tmp_path, QUICK)
+    live(40, 0, tmp_path, QUICK)
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def crowd(engine, number, rng):
     "reuse",
     [
         ReuseConfig(),
-        ReuseConfig("excerpt", piece_tokens=32),
+        pytest.param(ReuseConfig("excerpt", piece_tokens=32), marks=pytest.mark.slow),
         *(
             pytest.param(ReuseConfig(**fields), marks=pytest.mark.slow)
             for fields in ({"second_boundary": 3}, {"method": "cacheblend"}, {"method": "prophetkv"})

@@ -472,6 +472,7 @@ def test_calls_without_reuse_use_the_engines(engine, monkeypatch):
     assert used == [ReuseConfig("naive"), ReuseConfig("full")] * 2
 
 
+@pytest.mark.slow
 def test_cache_reads_the_file_and_options_override_it(tmp_path):
     text = "The red door opens with the code 3615 and it closes again when nobody is there to see it at night.\n" * 3
     donor, file = write(tmp_path / "donor.txt", text), write(tmp_path / "full.json", {"method": "full"})

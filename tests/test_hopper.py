@@ -205,6 +205,7 @@ def test_merge_of_tiles_changes_those_of_several_parts_only():
     np.testing.assert_allclose(only_lse["lse"], after["lse"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nan_of_a_request_stays_with_it_in_decode(few_programs):
     check_nan_stays(last_rows((130, 5, 70, 20), kv_heads=1), "hopper")
 

@@ -31,7 +31,7 @@ def mixed_prompt(engine, namespace, length):
     return np.concatenate([new[0], documents[1], new[1], documents[0], new[2]])
 
 
-@pytest.mark.parametrize("length", [100, 333, pytest.param(700, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [100, *(pytest.param(length, marks=pytest.mark.slow) for length in (333, 700))])
 @pytest.mark.parametrize("reuse", [ReuseConfig(recompute_ratio=1.0, boundary_layer=3), ReuseConfig(boundary_layer=30)])
 def test_recomputing_everything_equals_full(smollm, length, reuse):
     namespace = f"all-{length}"

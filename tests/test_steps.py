@@ -75,6 +75,7 @@ def test_a_prefill_may_rest_between_any_two_layers(devices):
     assert prefill._cache_size() == programs
 
 
+@pytest.mark.slow
 def test_every_method_runs_on_one_program_a_bucket(tiny):
     engine = tiny
     prefill.clear_cache()

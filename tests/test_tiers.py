@@ -409,6 +409,7 @@ def test_a_tier_for_a_part_of_what_returns_has_that_part():
     check(engine)
 
 
+@pytest.mark.slow
 def test_what_host_memory_refuses_goes_to_the_disk_and_comes_from_there(tmp_path):
     room, prompts = room_for(tiny_engine(**SMALL), 8), texts(12)
     disk = {"disk_store": str(tmp_path), "disk_store_bytes": 1 << 26}

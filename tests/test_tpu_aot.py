@@ -96,7 +96,7 @@ STEPS = {
     "decode, few words": lambda mesh: aot.lower_decode(FEW_WORDS, engine_for(mesh), mesh, 8),  # sorting compiles sooner
 }
 PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8)]  # 8 billion weights do not fit one v5e
-QUICK = {("v5e", 8, "align"), ("v5e", 8, "load pages"), ("v6e", 1, "decode, few words")}
+QUICK = {("v5e", 8, "align"), ("v5e", 8, "load pages")}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ def test_spilling_needs_no_more_memory_than_its_pages():
     assert block <= memory.output_size_in_bytes + memory.temp_size_in_bytes < 2 * block
 
 
+@pytest.mark.slow
 def test_one_v5e_is_too_small_and_says_so():
     mesh = aot.described_mesh(CHIPS["v5e"], 1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):

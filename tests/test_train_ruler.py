@@ -154,6 +154,7 @@ def test_the_schedule():
     assert max(train_ruler.Recipe(max_length=1024).lengths(1.0)) == 1024
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_resumes_exactly(tmp_path):
     whole, losses = _run(tmp_path / "whole", 12)
     assert np.mean(losses[-2:]) < np.mean(losses[:2]) - 0.3

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sparsex_jax import EngineConfig
 from sparsex_jax.device import link as link_module
 from sparsex_jax.device import pieces
-from sparsex_jax.device.link import Link
+from sparsex_jax.device.link import TOGETHER, Link
 from sparsex_jax.errors import LinkError
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.store import abstract_store
@@ -208,10 +208,14 @@ def test_nothing_is_compiled_after_the_warm_up():
     content = random_array(like.shape, like.dtype)
     store = link.warm_up(on_devices(content, like))
     assert same(store, content)
-    programs = pieces.gather._cache_size(), pieces.scatter._cache_size()
+    programs = [each._cache_size() for each in (pieces.gather, pieces.scatter, pieces.scatter_all)]
     for number in range(1, 17):
         store = link.place(store, link.fetch(link.spill(store, range(number)), [number % 4]), [0], [20])
-    assert (pieces.gather._cache_size(), pieces.scatter._cache_size()) == programs
+    for number, pages in ((TOGETHER, 16), (2, 16), (TOGETHER, 5)):
+        blocks = [link.spill(store, range(pages)) for _ in range(number)]
+        targets = link.targets(blocks, [([0], [at]) for at in range(number)])
+        store = link.place_together(store, link.fetch_together(blocks, number % 4), targets)
+    assert [each._cache_size() for each in (pieces.gather, pieces.scatter, pieces.scatter_all)] == programs
 
 
 def test_the_store_is_written_in_place():

@@ -251,20 +251,18 @@ class Link:
         self._check_pages(pages)
         _check_rows(rows, pages, arriving.pages)
         arriving.wait()
-        target = _target(padded_size(arriving.pages), rows, pages)
+        target = jax.device_put(_target(padded_size(arriving.pages), rows, pages))
         return self._write(store, arriving, [target] * len(arriving.pieces))
 
     def warm_up(self, store: Store) -> Store:
-        """Compile all that `spill` and `place` need. Donates the store, whose content stays as it is."""
+        """Compile all that `spill` and both ways to place need. Donates the store, whose content stays as it is."""
         for size in SIZES:
             block = self.spill(store, [0] * size)
             arriving = self.fetch(block, range(len(self.layers)))
-            store = self._write(store, arriving, [np.full(size, -1, np.int32)] * len(self.layers))
-        pieces = [piece for piece in arriving.pieces for _ in range(TOGETHER)]
-        for group in range(len(self.layers)):
-            own = pieces[group * TOGETHER : (group + 1) * TOGETHER]
-            nowhere = np.full((TOGETHER, BLOCK_PAGES), -1, np.int32)
-            store = scatter_all(store, own, nowhere, self._starts[group], mesh=self._mesh)
+            store = self._write(store, arriving, [jax.device_put(_target(size, [], []))] * len(self.layers))
+        nowhere = jax.device_put(np.full((TOGETHER, BLOCK_PAGES), -1, np.int32))
+        for piece, first in zip(arriving.pieces, self._starts, strict=True):  # the last ones are full
+            store = scatter_all(store, (piece,) * TOGETHER, nowhere, first, mesh=self._mesh)
         return store
 
     def reserve(self, store: Store, nbytes: int) -> None:
@@ -308,7 +306,7 @@ class Link:
         block.wait()  # JAX may read the arrays until then
         return block
 
-    def _write(self, store: Store, arriving: Arriving, targets: Sequence[Int[np.ndarray | Array, "_"]]) -> Store:
+    def _write(self, store: Store, arriving: Arriving, targets: Sequence[Int[Array, "_"]]) -> Store:
         for group, piece, target in zip(arriving.groups, arriving.pieces, targets, strict=True):
             store = scatter(store, piece, target, self._starts[group], mesh=self._mesh)
         return store

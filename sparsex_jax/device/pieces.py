@@ -6,7 +6,6 @@ Nothing here computes: every byte is moved as it is, NaNs included.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +77,12 @@ def scatter(store: Store, piece: Piece, pages: Int[Array, "rows"], first_layer: 
 
 @functools.partial(jax.jit, static_argnames=("mesh",), donate_argnames=("store",))
 def scatter_all(
-    store: Store, pieces: Sequence[Piece], pages: Int[Array, "pieces rows"], first_layer: Int[Array, ""], *, mesh: Mesh
+    store: Store,
+    pieces: tuple[Piece, ...],
+    pages: Int[Array, "pieces rows"],
+    first_layer: Int[Array, ""],
+    *,
+    mesh: Mesh,
 ) -> Store:
     """As `scatter`, of several pieces of the same layers: one program is dispatched sooner than many."""
     for piece, targets in zip(pieces, pages, strict=True):

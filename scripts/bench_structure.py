@@ -93,7 +93,11 @@ class Timer:
 def seconds_of(
     engine: Engine, structures: Sequence[Structure | None], tokens: int, options: dict
 ) -> tuple[float, float, int]:
-    """Of answers of so many tokens, each with its structure: passed, of the processor, and how many dispatches."""
+    """Time answers of this many tokens, each with its structure.
+
+    Returns:
+      The seconds that passed, those of the processor, and the number of dispatches.
+    """
     samplings = [
         SamplingParams(tokens, seed=seed, ignore_eos=True, structure=structure, **options)
         for seed, structure in enumerate(structures)

@@ -66,6 +66,10 @@ class Segment:
         """Index of the first prompt token behind it."""
         return self.start + self.length
 
+    def pages(self, page_size: int) -> list[int]:
+        """The pages of the store that its slots are in, in rising order."""
+        return np.unique(self.slots // page_size).tolist()
+
     @property
     def shift(self) -> int:
         """How many positions its keys have to be rotated by."""

@@ -51,7 +51,7 @@ class Incoming:
         self._lacking = [len(loads)] * num_groups
 
     def has(self, groups: int) -> bool:
-        """Whether so many leading groups of layers are in the store."""
+        """Whether the first `groups` groups of layers are in the store."""
         return not any(self._lacking[:groups])
 
     @property
@@ -141,7 +141,7 @@ class Arrivals:
         return not self._waiting
 
     def come_with(self, layers: int) -> int:
-        """How many leading layers are there once so many are: what is loaded together comes together."""
+        """How many leading layers have come once the first `layers` have: a group of layers comes as a whole."""
         return self._link.layers[self._groups_of(layers) - 1].stop
 
     def _groups_of(self, layers: int | None) -> int:

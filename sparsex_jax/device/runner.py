@@ -262,7 +262,7 @@ class Runner:
         for late in run.late:
             if late.error is not None:
                 raise late.error
-        layers = min(arrivals.come_with(layers), self.model.num_layers)
+        layers = arrivals.come_with(layers)
         first, end = self._numbers[run.num_pasted], self._numbers[layers]
         for copies in run.late_copies:
             self._align(dataclasses.replace(copies, first_layer=first, end_layer=end))
@@ -345,7 +345,8 @@ class Runner:
           number: of the most probable tokens, for each. There are programs for at most one and for `MAX_LOGPROBS`.
 
         Returns:
-          For each request, the scores of its rows; at least so many of the most probable tokens if there are.
+          For each request, the scores of its rows, with `number` of the most probable tokens or more; with all tokens
+          of the vocabulary where that is smaller.
         """
         asked = np.full(run.plan.fresh.size, -1, np.int32)
         sizes = [len(each) for each in following]

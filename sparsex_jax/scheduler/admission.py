@@ -18,7 +18,7 @@ from collections.abc import Sequence as Several
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from sparsex_jax.cache import Forgotten, Match, Origin, PageCache, Segment
+from sparsex_jax.cache import Forgotten, Match, Origin, PageCache
 from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
 from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
@@ -181,25 +181,30 @@ class Admission:
 
     def _comes_in_time(self, plan: RequestPlan) -> bool:
         """Wait for what its prefill reads from the first layer on. False if that has failed to come."""
-        if self.loading is None:
+        if self.loading is None or not self.loading.active:
             return True
         reads_at_once = plan.first_reading_layer(self._model.num_layers) == 0
         read = [copy for copy in plan.copies if reads_at_once or copy.start < plan.prompt.num_prefix]
-        return self._settle([*plan.pages, *(page for copy in read for page in self._pages_of(copy))])
+        return self._settle([*plan.pages, *(page for copy in read for page in copy.pages(self._config.page_size))])
 
     def _settle(self, pages: Several[int]) -> bool:
         """Wait for what is coming into these pages. False if some of it has failed to come."""
         assert self.loading is not None
-        before = self.loading.num_ended
-        there = self.loading.settle(pages)
-        self.releases += self.loading.num_ended - before
-        return there
+        with self._noting_releases(self.loading):
+            return self.loading.settle(pages)
+
+    @contextlib.contextmanager
+    def _noting_releases(self, mover: Loading | Restoring) -> Iterator[None]:
+        """Within, what ends gives its pages back."""
+        before = mover.num_ended
+        yield
+        self.releases += mover.num_ended - before
 
     def _without_late(self, plan: RequestPlan) -> tuple[RequestPlan, Late | None]:
         """The plan with those copies that can be made at once, and the others."""
-        if self.loading is None:
+        if self.loading is None or not self.loading.active:
             return plan, None
-        coming = {copy: self.loading.coming_into(self._pages_of(copy)) for copy in plan.copies}
+        coming = {copy: self.loading.coming_into(copy.pages(self._config.page_size)) for copy in plan.copies}
         late = tuple(copy for copy in plan.copies if coming[copy])
         if not late:
             return plan, None
@@ -207,24 +212,18 @@ class Admission:
         at_once = tuple(copy for copy in plan.copies if not coming[copy])
         return dataclasses.replace(plan, copies=at_once), Late(late, plan.pages, incoming)
 
-    def _pages_of(self, segment: Segment) -> list[int]:
-        return np.unique(segment.slots // self._config.page_size).tolist()
-
     def take_loaded(self) -> None:
         """Place what has come for those who were admitted."""
         if self.loading is not None:
-            before = self.loading.num_ended
-            self.loading.pump()
-            self.releases += self.loading.num_ended - before
+            with self._noting_releases(self.loading):
+                self.loading.pump()
 
     def is_coming(self, sequence: Sequence) -> bool:
         """Whether something comes from a lower tier that a waiting sequence will find. Asking makes it come."""
         if self.restoring is None:
             return False
-        before = self.restoring.num_ended
-        coming = self.restoring.is_coming(self.cache, sequence)
-        self.releases += self.restoring.num_ended - before
-        return coming
+        with self._noting_releases(self.restoring):
+            return self.restoring.is_coming(self.cache, sequence)
 
     def end_transfers(self, *, again: bool = False) -> bool:
         """Take back the pages of prefixes that are under way, and have those of segments come. Whether there were any.
@@ -361,7 +360,7 @@ class Admission:
         made_by = sequence.reuse
         self.cache.commit(sequence.pages, tokens, sequence.namespace, exact_tokens=exact, made_by=made_by)
         if sequence.lent and not sequence.keep:
-            sequence.lent.commit(self.cache, sequence.pages, tokens, sequence.num_shared, self._config.page_size)
+            sequence.lent.commit(self.cache, sequence.pages[sequence.num_shared : self.pages_for(len(tokens))])
 
     def _is_gone(self, sequence: Sequence) -> bool:
         """Whether it makes a text again that was forgotten or evicted since."""

@@ -15,7 +15,7 @@ from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.device.scoring import Scores
-from sparsex_jax.device.state import decode_state, resumed, sampling_arrays
+from sparsex_jax.device.state import BatchSlot, decode_state, resumed, sampling_arrays
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.scheduler.sequence import Sequence
 
@@ -103,15 +103,15 @@ class Execution:
         """The state stays on the device from one dispatch to the next, unless a sequence came, went or got pages
         meanwhile: then it is made anew of what the host knows. So are positions, where a structure did not allow all
         that was computed."""
-        slots, vocab_size = [sequence.batch_slot for sequence in sequences], self._runner.model.vocab_size
+        vocab_size = self._runner.model.vocab_size
         if kept is not None and kept.pages == _pages(sequences):
             moved = kept.tokens != _tokens(sequences, 0)
-            structured = any(slot.matcher for slot in slots)
+            structured = any(sequence.output.matcher for sequence in sequences)
             if not moved and not structured:
                 return kept.state
             if structured and (not moved or kept.state.sampling.adjustment is None):
-                return resumed(kept.state, slots, vocab_size, moved=moved)
-        return decode_state(slots, self._runner.shapes.max_pages, vocab_size)
+                return resumed(kept.state, _slots(sequences), vocab_size, moved=moved)
+        return decode_state(_slots(sequences), self._runner.shapes.max_pages, vocab_size)
 
     def fetch(self, dispatch: Dispatch) -> Sampled:
         """What was sampled, as NumPy arrays, a batch slot for each sequence. Raises why the dispatch failed."""
@@ -214,6 +214,10 @@ class Execution:
         position[: len(slots)] = [slot.length for slot in slots]
         sampling = sampling_arrays(slots, len(logits), self._runner.model.vocab_size)
         return self._runner.first_tokens(logits, sampling, position)
+
+
+def _slots(sequences: list[Sequence]) -> list[BatchSlot]:
+    return [sequence.batch_slot for sequence in sequences]
 
 
 def _pages(sequences: list[Sequence]) -> list[tuple[RequestPlan, int]]:

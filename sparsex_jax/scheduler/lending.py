@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-from jaxtyping import Int32
-
 from sparsex_jax.cache import PageCache
 from sparsex_jax.cache.tree import Node
 
@@ -19,17 +16,9 @@ class Lent:
         self._num_open = num_answers
         self._nodes: dict[int, Node | None] = {}
 
-    def commit(
-        self, cache: PageCache, pages: list[int], tokens: Int32[np.ndarray, "tokens"], num_shared: int, page_size: int
-    ) -> None:
-        """Note what of a sequence's pages its own commit has just made findable.
-
-        Args:
-          tokens: those that were committed.
-          num_shared: pages at the beginning that were found, and are not its own.
-        """
-        own = pages[num_shared : -(-len(tokens) // page_size)]
-        self._nodes |= {page: cache.tree.node_of[page] for page in own}
+    def commit(self, cache: PageCache, pages: list[int]) -> None:
+        """Note pages of a sequence's own that it has just made findable."""
+        self._nodes |= {page: cache.tree.node_of[page] for page in pages}
 
     def end_one(self, cache: PageCache) -> None:
         """One of the answers has ended. With the last one, nothing can be found any more."""

@@ -85,7 +85,7 @@ class Loading:
             cache.unpin(match)
         return loaded
 
-    def _came(
+    def came(
         self, cache: PageCache, found: Found, pages: Sequence[int], num_tokens: int, came_from: dict[Node, str]
     ) -> None:
         """Count tokens of a block as loaded, and note where the committed pages that they are in came from."""
@@ -153,7 +153,7 @@ class Loading:
             for found, load in zip(chain, loads, strict=True):
                 start = found.block.start
                 num_tokens = start + found.num_tokens - max(start, match.num_prefix_tokens)
-                self._came(cache, found, load.pages, num_tokens, came_from)
+                self.came(cache, found, load.pages, num_tokens, came_from)
         return end - match.num_prefix_tokens
 
     def _commit_prefix(
@@ -213,7 +213,7 @@ class Loading:
             block = found.block
             about: dict[str, Any] = {"exact_tokens": block.exact, "start": block.start, "made_by": maker_of(block)}
             cache.commit(load.pages, np.frombuffer(block.tokens, np.int32), block.namespace, **about)
-            self._came(cache, found, load.pages, block.num_tokens, came_from)
+            self.came(cache, found, load.pages, block.num_tokens, came_from)
         return sum(found.block.num_tokens for found in sent)
 
     # While it comes -----------------------------------------------------------------------------------------

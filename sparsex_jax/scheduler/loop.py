@@ -267,8 +267,7 @@ class Loop:
 
     def settle(self) -> None:
         """Wait until all that is on its way to a lower tier is there."""
-        tiers = self.admission.tiers
-        while tiers is not None and self.admission.moves_blocks:
+        while self.admission.moves_blocks:
             with self._one_round():
                 self._move_blocks(idle=True)
 

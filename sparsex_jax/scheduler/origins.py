@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-
 from sparsex_jax.cache import PageCache, Segment
 from sparsex_jax.cache.tree import Node
 from sparsex_jax.reuse.planner import RequestPlan
@@ -30,10 +28,7 @@ def with_tiers(plan: RequestPlan, tail: Segment | None, cache: PageCache, came_f
         found = (came_from.get(node, TIERS[0]) for node in map(cache.tree.node_of.__getitem__, pages) if node)
         return max(found, key=TIERS.index, default=TIERS[0])
 
-    def pages_of(segment: Segment) -> list[int]:
-        return np.unique(segment.slots // cache.page_size).tolist()
-
-    prompt = plan.prompt
-    prefix = tier_of([*plan.pages, *(pages_of(tail) if tail else ())])
-    segments = tuple(dataclasses.replace(each, tier=tier_of(pages_of(each))) for each in prompt.segments)
+    prompt, size = plan.prompt, cache.page_size
+    prefix = tier_of([*plan.pages, *(tail.pages(size) if tail else ())])
+    segments = tuple(dataclasses.replace(each, tier=tier_of(each.pages(size))) for each in prompt.segments)
     return dataclasses.replace(plan, prompt=dataclasses.replace(prompt, prefix_tier=prefix, segments=segments))

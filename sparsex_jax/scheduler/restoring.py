@@ -205,9 +205,8 @@ class Restoring:
 
     def _note_tiers(self, sequence: Sequence, prefix: _Prefix, share: float) -> None:
         """Note which tiers a committed prefix came from, of whose tokens this share was loaded."""
-        pages, size, nodes = prefix.restoration.pages, self._page_size, prefix.cache.tree.node_of
+        pages, size = prefix.restoration.pages, self._page_size
         for found in prefix.chain:
             begin, end = max(found.block.start, prefix.start), found.block.start + found.num_tokens
-            tier = self._tiers.got(found.block.key, round((end - begin) * share))
-            came = (nodes[page] for page in pages[begin // size : -(-end // size)])
-            sequence.came_from |= {node: tier for node in came if node is not None}
+            own = pages[begin // size : -(-end // size)]
+            self._loading.came(prefix.cache, found, own, round((end - begin) * share), sequence.came_from)

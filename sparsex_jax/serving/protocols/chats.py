@@ -82,6 +82,14 @@ def unsupported(name: str, why: str) -> RequestError:
     return RequestError(f"{name} is not supported: {why}", param=name, code="unsupported_parameter")
 
 
+def string_of(at: str, fields: Mapping[str, Any], name: str) -> str:
+    """A field of what stands at this place of a body. Raises RequestError unless it is a string."""
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise RequestError(f"{at}.{name} must be a string, not {value!r:.60}", param=f"{at}.{name}")
+    return value
+
+
 class Usage(NamedTuple):
     """Token counts of a reply.
 

@@ -21,7 +21,15 @@ from starlette.responses import Response
 
 from sparsex_jax.serving.access import Tenant
 from sparsex_jax.serving.faults import RequestError
-from sparsex_jax.serving.protocols.chats import ChatFields, Fields, as_chat, refuse, shared_fields, unsupported
+from sparsex_jax.serving.protocols.chats import (
+    ChatFields,
+    Fields,
+    as_chat,
+    refuse,
+    shared_fields,
+    string_of,
+    unsupported,
+)
 from sparsex_jax.serving.protocols.messages_reply import MessagesReply
 from sparsex_jax.serving.routing import Caller, Served, keyed_router
 from sparsex_jax.serving.schemas import Number, Object, Objects, StopStrings, TextOrObjects, Thinking
@@ -233,7 +241,7 @@ def _assistant(blocks: Sequence[Block]) -> Fields:
     for at, block in blocks:
         match block.get("type"):
             case "thinking":
-                thoughts.append(_string(at, block, "thinking"))
+                thoughts.append(string_of(at, block, "thinking"))
             case "redacted_thinking":
                 pass  # nobody here can read it
             case "tool_use":
@@ -250,7 +258,7 @@ def _call(at: str, block: Fields) -> Fields:
     return {
         "id": block.get("id"),
         "type": "function",
-        "function": {"name": _string(at, block, "name"), "arguments": arguments},
+        "function": {"name": string_of(at, block, "name"), "arguments": arguments},
     }
 
 
@@ -258,10 +266,10 @@ def _shown(at: str, block: Fields) -> str:
     """A block as text. Raises RequestError if it is none."""
     kind = block.get("type")
     if kind == "text":
-        return _string(at, block, "text")
+        return string_of(at, block, "text")
     source = block.get("source")
     if kind == "document" and isinstance(source, Mapping) and source.get("type") == "text":
-        return _BETWEEN.join([*_titles(block), _string(f"{at}.source", source, "data")])
+        return _BETWEEN.join([*_titles(block), string_of(f"{at}.source", source, "data")])
     if kind == "search_result":
         found = (_shown(f"{at}.content[{n}]", each) for n, each in enumerate(_objects(at, block.get("content"))))
         return _BETWEEN.join([*_titles(block), *found])
@@ -276,10 +284,3 @@ def _objects(at: str, values: Any) -> Iterable[Fields]:
     if not isinstance(values, list) or not all(isinstance(value, Mapping) for value in values):
         raise RequestError(f"{at}.content must be text or a list of blocks", param=f"{at}.content")
     return values
-
-
-def _string(at: str, block: Mapping[str, Any], name: str) -> str:
-    value = block.get(name)
-    if not isinstance(value, str):
-        raise RequestError(f"{at}.{name} must be a string, not {value!r:.60}", param=f"{at}.{name}")
-    return value

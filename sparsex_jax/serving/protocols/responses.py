@@ -18,7 +18,15 @@ from starlette.responses import Response
 from sparsex_jax.config import MAX_LOGPROBS
 from sparsex_jax.serving.access import Tenant
 from sparsex_jax.serving.faults import RequestError
-from sparsex_jax.serving.protocols.chats import ChatFields, Fields, as_chat, refuse, shared_fields, unsupported
+from sparsex_jax.serving.protocols.chats import (
+    ChatFields,
+    Fields,
+    as_chat,
+    refuse,
+    shared_fields,
+    string_of,
+    unsupported,
+)
 from sparsex_jax.serving.protocols.responses_reply import ResponsesReply
 from sparsex_jax.serving.routing import Caller, Served, keyed_router
 from sparsex_jax.serving.schemas import ChatRequest, Number, Object, Objects, StreamOptions, TextOrObjects
@@ -183,14 +191,14 @@ def _add_message(at: str, item: Fields, messages: list[Fields]) -> None:
 
 
 def _add_call(at: str, item: Fields, messages: list[Fields]) -> None:
-    function = {name: _string(at, item, name) for name in ("name", "arguments")}
-    call = {"id": _string(at, item, "call_id"), "type": "function", "function": function}
+    function = {name: string_of(at, item, name) for name in ("name", "arguments")}
+    call = {"id": string_of(at, item, "call_id"), "type": "function", "function": function}
     _assistant(messages).setdefault("tool_calls", []).append(call)
 
 
 def _add_result(at: str, item: Fields, messages: list[Fields]) -> None:
     content = _text(f"{at}.output", item.get("output"))
-    messages.append({"role": "tool", "tool_call_id": _string(at, item, "call_id"), "content": content})
+    messages.append({"role": "tool", "tool_call_id": string_of(at, item, "call_id"), "content": content})
 
 
 def _add_thought(at: str, item: Fields, messages: list[Fields]) -> None:
@@ -229,17 +237,10 @@ def _text(at: str, content: Any) -> str:
 def _part(at: str, part: Any) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "refusal":
-        return _string(at, part, "refusal")
+        return string_of(at, part, "refusal")
     if kind not in _TEXTS:
         raise unsupported(at, f"it has type {kind!r:.60}, and the models here read text only")
-    return _string(at, part, "text")
-
-
-def _string(at: str, item: Mapping[str, Any], name: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str):
-        raise RequestError(f"{at}.{name} must be a string, not {value!r:.60}", param=f"{at}.{name}")
-    return value
+    return string_of(at, part, "text")
 
 
 def echo_of(body: ResponsesRequest) -> Fields:

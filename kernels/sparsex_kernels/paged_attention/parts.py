@@ -35,7 +35,8 @@ def key_parts(
       window: blocks before it are in no part.
 
     Returns:
-      A line for each part, its `Part` without what is None; and for each row its first part and the one behind its last.
+      A line for each part, its `Part` without what is None; and for each row its first part and the one behind its
+      last.
     """
     # Positions 9, -1 and 3, blocks of 2 keys, 1 head, 4 programs:
     #   blocks 5 0 2, 7 in all, so a part has at most ceil(7 / 4) = 2

@@ -24,8 +24,8 @@ def by_runs(args: CopyArgs, align: Callable[[CopyArgs], Store]) -> Store:
     def move(state: tuple[Array, Store]) -> tuple[Array, Store]:
         layer, store = state
         end = jnp.minimum(ends[layer], end_layer)
-        run = {"inv_freq": args.inv_freq[layer], "layers": jnp.stack([layer, end])}
-        return end, align(dataclasses.replace(args, store=store, **run))
+        layers = jnp.stack([layer, end])
+        return end, align(dataclasses.replace(args, store=store, inv_freq=args.inv_freq[layer], layers=layers))
 
     return lax.while_loop(lambda state: state[0] < end_layer, move, (args.layers[0], args.store))[1]
 

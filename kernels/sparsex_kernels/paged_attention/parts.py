@@ -53,7 +53,7 @@ def key_parts(
     row = jnp.minimum((ends <= part[:, None]).sum(1), len(positions) - 1)
     begin = (part - (ends - count)[row]) * size[row]
     end = jnp.where(part < ends[-1], jnp.minimum(begin + size[row], blocks[row]), begin)
-    fields = Part(row, requests[row], positions[row], begin, end)[:5]
+    fields: tuple[Any, ...] = Part(row, requests[row], positions[row], begin, end)[:5]
     if window is not None and skipped is not None:
         fields = (*fields[:3], begin + skipped[row], end + skipped[row], first_seen(positions, window)[row])
     parts = jnp.stack(fields, axis=-1)

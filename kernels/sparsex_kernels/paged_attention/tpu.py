@@ -165,8 +165,8 @@ def _attention_kernel(
     total_ref: the same of the running sum.
     """
     first_ref, window_ref = refs[:2] if windowed else (None, None)
-    q_ref, own_ref, owner_ref, store_ref, out_ref, *refs = refs[2 if windowed else 0 :]
-    *lse_refs, kv_ref, sems, acc_ref, top_ref, total_ref = refs
+    q_ref, own_ref, owner_ref, store_ref, out_ref, *others = refs[2 if windowed else 0 :]
+    *lse_refs, kv_ref, sems, acc_ref, top_ref, total_ref = others
     tile = pl.program_id(0)
     kv_heads, tile_rows, _ = q_ref.shape
     page_size, keys = store_ref.shape[4], kv_ref.shape[3]

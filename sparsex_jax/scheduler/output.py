@@ -141,7 +141,7 @@ class Output:
         if self.matcher is None or self.max_new_tokens == 0:
             self.extend(tokens, logprobs)
             return
-        self.extend(self.matcher.accept(tokens, freely=self.sampling.draws_freely), logprobs)
+        self.extend(self.matcher.accept(tokens), logprobs)
         if self.matcher.done:
             self._end("stop")
 
@@ -163,12 +163,6 @@ class Output:
     def cut(self) -> None:
         """End it here: there is no room for more."""
         self._end("length")
-
-    def expected(self, steps: int) -> float:
-        """How many of the tokens of so many steps will count."""
-        if self.matcher is None:
-            return steps
-        return self.matcher.expected(steps, freely=self.sampling.draws_freely)
 
     def _end(self, reason: str) -> None:
         if self.finish_reason is None and self._detokenizer is not None:

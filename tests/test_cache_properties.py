@@ -95,10 +95,10 @@ EXACT = 3  # requests that are less careful may take approximate KV that was mad
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Sequences, pins, entries and failures in any order, on a store that is nearly always too small."""
+    """Sequences, matches, pins, entries and failures in any order, on a store that is nearly always too small."""
 
     sequences = Bundle("sequences")
-    pins = Bundle("pins")
+    matches = Bundle("matches")
 
     @initialize(num_pages=st.integers(3, 24), limit=st.sampled_from([0.5, 0.9, 1.0]))
     def start(self, num_pages: int, limit: float) -> None:
@@ -112,7 +112,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.given: set[int] = set()
         self.forgotten: set[int] = set()
         self.held: list[Held] = []
-        self.pinned: list[Match] = []
+        self.matched: list[Match] = []
 
     def write(self, held: Held, begin: int) -> None:
         for i in range(begin, len(held.tokens)):
@@ -154,11 +154,11 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             fresh = self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))
         except StoreFullError:
-            self.cache.unpin(match)
+            self.cache.let_go(match)
             return multiple()  # nothing to hold
         self.forgotten.difference_update(fresh)
         self.cache.share(match.prefix_pages)
-        self.cache.unpin(match)
+        self.cache.let_go(match)
         exact = match.segments[0].start if match.segments and care < EXACT else len(tokens)
         if match.num_exact_tokens < match.num_prefix_tokens:
             exact = match.num_exact_tokens
@@ -191,7 +191,7 @@ class CacheMachine(RuleBasedStateMachine):
         pages = match.prefix_pages + self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))
         assert [entry for entry in self.cache.entries() if entry.frozen] == entries
         self.cache.share(match.prefix_pages)
-        self.cache.unpin(match)
+        self.cache.let_go(match)
         self.write(Held(pages, tokens.tolist(), namespace, len(tokens), EXACT), len(match.prefix_pages) * PAGE)
         self.cache.commit(pages, tokens, namespace, exact_tokens=len(tokens))
         self.cache.release(pages)
@@ -208,9 +208,9 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.stats() == before
         else:
             self.cache.release(pages)
-        self.cache.unpin(match)
-        with pytest.raises(ValueError, match="not pinned"):
-            self.cache.unpin(match)
+        self.cache.let_go(match)
+        with pytest.raises(ValueError, match="not held"):
+            self.cache.let_go(match)
 
     @rule(held=consumes(sequences))
     def release(self, held: Held) -> None:
@@ -222,20 +222,20 @@ class CacheMachine(RuleBasedStateMachine):
         """What some sequence holds, whole or in part, at its place or behind other tokens, under either name."""
         for tokens in (held.tokens[:cut] or held.tokens, held.tokens, more[:-3] + held.tokens[cut:]):
             for care in range(1, EXACT + 1):
-                self.cache.unpin(self.find(tokens, namespace, care))
+                self.cache.let_go(self.find(tokens, namespace, care))
 
-    @rule(target=pins, tokens=texts, namespace=namespaces, care=st.integers(1, EXACT))
-    def pin(self, tokens: list[int], namespace: str, care: int):
+    @rule(target=matches, tokens=texts, namespace=namespaces, care=st.integers(1, EXACT))
+    def find_and_hold(self, tokens: list[int], namespace: str, care: int):
         match = self.find(tokens, namespace, care)
-        self.pinned.append(match)
+        self.matched.append(match)
         return match, np.array(tokens, np.int32), namespace, care
 
-    @rule(pin=consumes(pins))
-    def unpin(self, pin) -> None:
-        """What was pinned is still what it was, whatever happened since."""
-        self.verify(*pin)
-        self.cache.unpin(pin[0])
-        self.pinned.remove(pin[0])
+    @rule(found=consumes(matches))
+    def let_go(self, found) -> None:
+        """What was found is still what it was, whatever happened since."""
+        self.verify(*found)
+        self.cache.let_go(found[0])
+        self.matched.remove(found[0])
 
     @rule(held=consumes(sequences), frozen=st.booleans())
     def remember(self, held: Held, frozen: bool) -> None:
@@ -262,7 +262,7 @@ class CacheMachine(RuleBasedStateMachine):
             text = self.tokens[slots].tolist()
             forgotten = self.cache.forget(handle)
             self.forgotten.update(forgotten.pages)
-            self.cache.unpin(left := self.find([*text, 0], entry.namespace, 1))
+            self.cache.let_go(left := self.find([*text, 0], entry.namespace, 1))
             found = left.num_prefix_tokens + sum(segment.length for segment in left.segments)
             assert forgotten.num_tokens == len(text)
             assert found < 15 or forgotten.num_remaining >= 15
@@ -290,14 +290,14 @@ class CacheMachine(RuleBasedStateMachine):
         if not hasattr(self, "cache"):
             return
         self.cache.check()
-        active = {page for held in self.held for page in held.pages} | {p for m in self.pinned for p in m.pages}
+        active = {page for held in self.held for page in held.pages} | {p for m in self.matched for p in m.pages}
         assert self.cache.stats().active == len(active)
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
-        for match in self.pinned:
-            self.cache.unpin(match)
+        for match in self.matched:
+            self.cache.let_go(match)
         for held in self.held:
             self.cache.release(held.pages)
         for _ in range(1000):

@@ -2,11 +2,11 @@
 
 What one sequence calls, with pages of 64 tokens and a prompt of 300 (5 pages):
 
-    match = cache.lookup(prompt, "docs")              # pins the pages it found, so that none is evicted
+    match = cache.lookup(prompt, "docs")              # holds the pages it found, so that none is evicted
     fresh = cache.allocate(5 - len(match.prefix_pages))
     cache.share(match.prefix_pages)                   # the sequence holds the pages of its prefix itself
     ...                                               # copy the KV of match.segments, compute the rest
-    cache.unpin(match)                                # the copies are made, so the donors may be evicted
+    cache.let_go(match)                               # the copies are made, so the donors may be evicted
     cache.commit(match.prefix_pages + fresh, prompt, "docs", exact_tokens=match.num_prefix_tokens)
     cache.release(match.prefix_pages + fresh)         # later lookups find the pages until they are evicted
 
@@ -39,7 +39,7 @@ HEALING_TRIES = 8  # sequences for which room is looked for; each costs a walk t
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Match:
-    """What a prompt can reuse. None of its pages is evicted before `PageCache.unpin(match)`.
+    """What a prompt can reuse. None of its pages is evicted before `PageCache.let_go(match)`.
 
     Attributes:
       prefix_pages: full pages of the prefix. The sequence shares them.
@@ -198,7 +198,7 @@ class PageCache:
         self._entries = EntryBook(handles or itertools.count(1))
         self._evicted = EvictedTexts(keep_texts)
         self._remembered = RememberedTexts()
-        self._pins: set[Match] = set()
+        self._matches: set[Match] = set()
         self.counts = counts or CacheCounts()
 
     # Finding ------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class PageCache:
         accepts: Accepts | None = None,
         counted: bool = True,
     ) -> Match:
-        """Find the stored parts of a prompt and pin their pages.
+        """Find the stored parts of a prompt and hold their pages.
 
         Every run of at least max(15, min_segment) tokens that the namespace stores in a row is found.
 
@@ -236,7 +236,7 @@ class PageCache:
         wanted = segments(found.num_tokens) if callable(segments) else segments
         runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment) if wanted else []
         match = self._match(found, runs)
-        self._pins.add(match)
+        self._matches.add(match)
         self._pool.hold(match.pages)
         if counted:
             self.count_use(match)
@@ -287,15 +287,15 @@ class PageCache:
         return found
 
     def count_use(self, match: Match) -> None:
-        """Count that a pinned match is of use to a prompt: what is used least is evicted first, and healed last."""
+        """Count that a held match is of use to a prompt: what is used least is evicted first, and healed last."""
         for page in match.pages:
             self.tree[page].uses += 1
         self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
 
-    def unpin(self, match: Match) -> None:
-        """Release the pages that a lookup pinned. Raises ValueError if they were released before."""
-        _require(match in self._pins, "this match is not pinned: it was unpinned before, or is another cache's")
-        self._pins.remove(match)
+    def let_go(self, match: Match) -> None:
+        """Release the pages that a lookup holds. Raises ValueError if they were released before."""
+        _require(match in self._matches, "this match is not held: it was let go before, or is another cache's")
+        self._matches.remove(match)
         self._pool.release(match.pages)
 
     # Holding ------------------------------------------------------------------------------------------------
@@ -679,7 +679,7 @@ class PageCache:
             self._retire(chain[-1])
             return None
         end = self._healed_end(exact, length, most)
-        pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is pinned meanwhile
+        pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is held meanwhile
         return np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32) if pages <= self.num_available else None
 
     def _retire(self, node: Node) -> None:
@@ -765,14 +765,14 @@ class PageCache:
         known = (*self._entries, *self._evicted)
         self._remembered.check({entry.handle: (entry.namespace, self.text(entry.handle)) for entry in known})
         assert np.array_equal(pool.committed, [node is not None for node in self.tree.node_of])
-        pins, frozen = np.zeros_like(pool.refs), np.zeros_like(pool.frozen)
-        for match in self._pins:
-            pins[list(match.pages)] += 1
+        matched, frozen = np.zeros_like(pool.refs), np.zeros_like(pool.frozen)
+        for match in self._matches:
+            matched[list(match.pages)] += 1
         for entry in self._entries:
             frozen[list(entry.pages)] += entry.frozen
             assert pool.committed[list(entry.pages)].all()
         if held is None:
-            assert (pins <= pool.refs).all()
+            assert (matched <= pool.refs).all()
         else:
-            assert np.array_equal(pins + np.bincount(np.array(held, int), minlength=len(pool)), pool.refs)
+            assert np.array_equal(matched + np.bincount(np.array(held, int), minlength=len(pool)), pool.refs)
         assert np.array_equal(frozen, pool.frozen)

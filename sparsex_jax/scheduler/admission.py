@@ -1,6 +1,6 @@
 """What sequences hold of the store: they get pages, grow, make what they computed findable, and give pages back.
 
-    admit -> (prefill) -> unpin -> (decode) <-> grow -> commit -> leave
+    admit -> (prefill) -> let go of donors -> (decode) <-> grow -> commit -> leave
 
 All of it is on the host. It says which pages a sequence's KV is in, and never sees the KV itself.
 """
@@ -47,7 +47,7 @@ class Admission:
       choice: what of that a plan uses.
       company_tokens: `EngineConfig.company_tokens`.
       tiers, restoring, loading: what is below the store, and what comes back from there; None: nothing.
-      releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
+      releases: how often pages were given back or let go. A sequence that found no pages finds none until it rises.
     """
 
     def __init__(self, model: ModelConfig, config: EngineConfig, measure: Callable[[], Speeds] | None = None) -> None:
@@ -141,7 +141,7 @@ class Admission:
                 wanted = self._pages_wanted(sequence, slots, plan.pages)
                 pages, copy_pages = self._take_pages(plan.pages, wanted, sequence)
             except BaseException:
-                self.cache.unpin(match)
+                self.cache.let_go(match)
                 raise
         if sequence.asked and not sequence.was_admitted:
             self.cache.count_use(match)
@@ -155,7 +155,7 @@ class Admission:
     def _lay_out(
         self, sequence: Sequence, tokens: np.ndarray, method: Method, *, load: bool = True
     ) -> tuple[Match, RequestPlan]:
-        """The plan, with no pages yet but the shared ones, and what it found, which is pinned.
+        """The plan, with no pages yet but the shared ones, and what it found, which is held.
 
         Args:
           load: what lower tiers have of the prompt is loaded first.
@@ -174,9 +174,9 @@ class Admission:
                 sequence.restored_tokens += loaded
                 return match, plan
         except BaseException:
-            self.cache.unpin(match)
+            self.cache.let_go(match)
             raise
-        self.cache.unpin(match)
+        self.cache.let_go(match)
         return self._lay_out(sequence, tokens, method, load=False)  # without what did not come
 
     def _comes_in_time(self, plan: RequestPlan) -> bool:
@@ -340,10 +340,10 @@ class Admission:
             return False
         return True
 
-    def unpin(self, sequence: Sequence) -> None:
-        """Let go of the donors: the copies are made, or on their way. Idempotent."""
+    def let_go_of_donors(self, sequence: Sequence) -> None:
+        """The copies are made, or on their way. Idempotent."""
         if sequence.match is not None:
-            self.cache.unpin(sequence.match)
+            self.cache.let_go(sequence.match)
             sequence.match = None
             self.releases += 1
 
@@ -457,7 +457,7 @@ class Admission:
     def leave(self, sequence: Sequence) -> None:
         """Give back all that it holds; it waits. Nothing happens to a sequence that holds nothing."""
         if sequence.is_admitted:
-            self.unpin(sequence)
+            self.let_go_of_donors(sequence)
             pages = [*sequence.pages, *sequence.copy_pages]
             self._holders.discard(sequence)
             sequence.leave()  # before the pages go, so that they cannot be given back twice

@@ -370,7 +370,7 @@ class Loop:
         for group, result in self._isolation.attempt(sequences, together, lambda one: run([one])):
             for slot, sequence in enumerate(group):
                 if sequence.late is None:
-                    self.admission.unpin(sequence)  # the copies are made before the first layer
+                    self.admission.let_go_of_donors(sequence)  # the copies are made before the first layer
                 self.policy.end_turn(sequence)
                 if result is not None:
                     take(sequence, result, slot)

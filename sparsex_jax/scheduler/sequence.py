@@ -20,7 +20,7 @@ Who owns what, while it is admitted:
 
 Prefix pages belong to what was stored before and are never written. Own pages are written by this sequence only, and
 become findable when it commits them. Copy pages are there for a text that is prefilled behind others. Donors,
-which segments are copied from, are not the sequence's: they are pinned until the copies are made.
+which segments are copied from, are not the sequence's: its match holds them until the copies are made.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Sequence:
       admitted_plan: its prefill as its method made it, with its pages.
       num_shared: pages at its beginning that are a prefix it found.
       copy_pages: pages for a text that is prefilled behind others.
-      match: what it found, while that is pinned.
+      match: what it found, while its pages are held.
       late: what of that is still coming when it is admitted, until its prefill has pasted it.
       found: how much that was.
       donors: pages of what it found; also earlier, where an excerpt or a part of its answer came of that.
@@ -355,7 +355,7 @@ class Sequence:
     def admit(
         self, plan: RequestPlan, match: Match, num_shared: int, copy_pages: list[int], late: Late | None = None
     ) -> None:
-        """It holds the pages of the plan, and has pinned what it found."""
+        """It holds the pages of the plan, and its match holds what it found."""
         if self.queue_s is None:
             self.queue_s = time.perf_counter() - self.submitted
         self.admitted_plan, self.match, self.copy_pages, self.late = plan, match, copy_pages, late

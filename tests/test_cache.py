@@ -511,7 +511,7 @@ def test_frozen_entries_are_never_evicted():
     store.cache.allocate(6)
     assert handles(store) == [kept]
     assert store.look([*DOC[:64], 1]).num_prefix_tokens == 64
-    assert store.cache.num_beside_frozen == 6
+    assert store.cache.num_beside_kept == 6
 
 
 def test_freezing_more_than_the_limit_is_refused():
@@ -524,7 +524,7 @@ def test_freezing_more_than_the_limit_is_refused():
     second = store.cache.register(pages, 80, "a", True)
     assert handles(store) == [first, second]
     store.cache.forget(second)
-    assert store.cache.num_beside_frozen == 8
+    assert store.cache.num_beside_kept == 8
 
 
 def test_an_entry_is_frozen_later():
@@ -653,7 +653,7 @@ def test_stats_add_up(store):
     stats = store.cache.stats()
     assert (stats.lookups, stats.prefix_tokens, stats.segment_tokens) == (1, 20, 40)
     assert (stats.tokens, stats.windows, stats.cached) == (100, 12, 7)
-    assert stats.free + stats.active + stats.frozen + stats.cached == stats.pages == 32
+    assert stats.free + stats.active + stats.frozen + stats.pinned + stats.cached == stats.pages == 32
 
 
 def test_what_is_looked_at_does_not_grow_with_the_store(monkeypatch):

@@ -169,7 +169,7 @@ def sample(
 
 
 def _unpacked(words: UInt32[Array | np.ndarray, "requests words"], number: int) -> Bool[Array, "requests number"]:
-    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    bits = (jnp.asarray(words)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
     return bits.reshape(len(words), -1)[:, :number] > 0
 
 

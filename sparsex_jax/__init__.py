@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, Structure
+from sparsex_jax.config import Behind, EngineConfig, Lazy, ModelConfig, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.errors import (
     ContextLengthError,
     FrozenLimitError,
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from sparsex_jax.scheduler.output import Generation, Prefill, TokenLogprobs
 
 __all__ = [
+    "Behind",
     "CacheBlend",
     "Chat",
     "ContextLengthError",
@@ -56,6 +57,7 @@ __all__ = [
     "Full",
     "Generation",
     "InvalidRequestError",
+    "Lazy",
     "ModelConfig",
     "Naive",
     "NoRoomError",

@@ -24,7 +24,7 @@ class Constraint:
       start: the position of the first forced token.
       forced: the forced tokens; -1 where there are no more.
       masked: the position of the token that is drawn among those allowed; -1 if that comes in a later dispatch, or the
-        request has no structure.
+        request has no structure, or is in a part of the answer that stands before it.
       allowed: which tokens those are: 32 in a word, the lowest bit first.
     """
 
@@ -68,6 +68,6 @@ def constraint_arrays(
             continue
         start[slot], number = first, len(matcher.forced)
         forced[slot, : min(number, MOST_FORCED)] = list(matcher.forced)[:MOST_FORCED]
-        if number < MOST_FORCED:
+        if number < MOST_FORCED and matcher.masks:
             masked[slot], allowed[slot] = first + number, matcher.allowed()
     return Constraint(start, forced, masked, allowed)

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from sparsex_jax.config import Behind
 from sparsex_jax.serving.tools import Call, Reader
 from sparsex_jax.text.thoughts import ThoughtForm
 from sparsex_jax.text.token_text import TokenText
@@ -37,10 +38,12 @@ class Thinking:
 
     Attributes:
       is_open: they begin within a thought.
+      behind: the thought that may stand before what an answer must be; None: there is none before such answers.
     """
 
     form: ThoughtForm
     is_open: bool
+    behind: Behind | None = None
 
 
 class _Stage(enum.Enum):

@@ -49,8 +49,9 @@ class _Grammar(NamedTuple):
         Args:
           follow: for each function, whether its arguments are as its schema has them. Otherwise they are any object.
         """
-        schemas = [_schema(each if follows else {}) for each, follows in zip(functions, follow, strict=True)]
-        arguments = [f"arguments_{number}: %json {schema}" for number, schema in enumerate(schemas)]
+        any_object = _json_rule({"type": "object"})
+        schemas = [_schema(each) if follows else any_object for each, follows in zip(functions, follow, strict=True)]
+        arguments = [f"arguments_{number}: {schema}" for number, schema in enumerate(schemas)]
         return "\n".join([f"start: {start}", *self.rules, *arguments])
 
 
@@ -177,11 +178,18 @@ def _text(text: str) -> str:
 
 
 def _schema(function: Function) -> str:
-    """The schema of a function's arguments: an object, and of no other arguments than it names if it does not say."""
+    """The schema of a function's arguments: an object, and of no other arguments than it names if it does not say.
+
+    A function without parameters has none, as OpenAI says.
+    """
     parameters = function.get("parameters")
     if not isinstance(parameters, Mapping | None):
         raise InvalidRequestError(f"the parameters of {function['name']!r:.60} are {parameters!r:.60}, and no object")
-    schema = {"type": "object", **(parameters or {})}
+    schema = {"type": "object", **({"properties": {}} if parameters is None else parameters)}
     if "properties" in schema and not schema.keys() & _MAY_NAME_MORE:
         schema["additionalProperties"] = False
-    return json.dumps(schema | {"x-guidance": JSON_STYLE})
+    return _json_rule(schema)
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_STYLE})}"

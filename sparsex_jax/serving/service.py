@@ -145,6 +145,7 @@ class Service:
             asked.thinking,
             functools.partial(reader_of, tokenizer, request),
             one_call=request.parallel_tool_calls is False,
+            only_calls=request.tool_choice not in (None, "auto", "none"),
             tells_thoughts=request.include_reasoning is not False,
         )
 

@@ -56,8 +56,8 @@ WORDS = "tide lamp harbour winter keeper engine letter garden river signal coppe
 class Traffic:
     """Makes requests of all kinds. Each says what became of it: a status, or how it ended."""
 
-    def __init__(self, client: httpx.AsyncClient, seed: int = 0) -> None:
-        self._client, self._rng = client, random.Random(seed)
+    def __init__(self, client: httpx.AsyncClient, model: str, seed: int = 0) -> None:
+        self._client, self._model, self._rng = client, model, random.Random(seed)
         self._documents = [self._text(120) for _ in range(24)]
         self._chats: list[list[Body]] = [[] for _ in range(16)]
         self.kinds: dict[str, tuple[int, Callable[[], Awaitable[str]]]] = {
@@ -140,7 +140,7 @@ class Traffic:
         return self._said(await self._ask("messages", messages=[{"role": "user", "content": self._text(20)}]))
 
     async def _knowledge(self) -> str:
-        answer = await self._ask("knowledge", text=self._text(80))
+        answer = await self._client.post("/v1/knowledge", json={"text": self._text(80)})
         if answer.status_code == 200:
             await self._client.delete(f"/v1/knowledge/{answer.json()['handle']}")
         return self._said(answer)
@@ -160,7 +160,7 @@ class Traffic:
         return self._said(await self._ask("chat/completions", messages=said, **options))
 
     async def _ask(self, path: str, **body: Any) -> httpx.Response:
-        return await self._client.post(f"/v1/{path}", json={"model": "soak", "max_tokens": 12} | body)
+        return await self._client.post(f"/v1/{path}", json={"model": self._model, "max_tokens": 12} | body)
 
     def _streamed(self) -> contextlib.AbstractAsyncContextManager[httpx.Response]:
         body = {"prompt": self._text(40), "max_tokens": 24, "stream": True, "keep": self._rng.random() < 0.5}
@@ -182,7 +182,7 @@ def serving(model: str, options: list[str], log: Path) -> Iterator[tuple[str, in
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "sparsex_jax.cli", "serve", model, "--port", str(port), *options]
+    command = [str(Path(sys.executable).with_name("sparsex")), "serve", model, "--port", str(port), *options]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
     try:
@@ -275,7 +275,8 @@ async def run(url: str, pid: int, options: argparse.Namespace) -> tuple[list[dic
     """The rows of the result, and whether nothing wore out."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as client:
-        traffic, seconds = Traffic(client), 60 * options.minutes
+        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        traffic, seconds = Traffic(client, model), 60 * options.minutes
         await sustained_rate(traffic, options.measure / 4)  # fills the store
         rate = options.overload * await sustained_rate(traffic, options.measure)
         print(f"sustained {rate / options.overload:.2f} requests/s, now {rate:.2f} for {seconds:.0f} s", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsex_jax.config import EngineConfig, ModelConfig, Pin, ReuseConfig, SamplingParams, Structure
+from sparsex_jax.config import Behind, EngineConfig, Lazy, ModelConfig, Pin, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.errors import (
     ContextLengthError,
     FrozenLimitError,
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from sparsex_jax.scheduler.pinning import PinRefused
 
 __all__ = [
+    "Behind",
     "CacheBlend",
     "Chat",
     "ContextLengthError",
@@ -59,6 +60,7 @@ __all__ = [
     "Full",
     "Generation",
     "InvalidRequestError",
+    "Lazy",
     "ModelConfig",
     "Naive",
     "NoRoomError",

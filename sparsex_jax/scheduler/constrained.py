@@ -59,12 +59,14 @@ class ConstrainedDecode:
         return jax.device_get((sampled, self._state.position))
 
     def _follow(self, sampled: Sampled, position: Int[np.ndarray, "requests"]) -> bool:
-        """Take the matchers behind this token. Returns whether any sequence goes on."""
+        """Take the matchers behind this token. Returns whether to go on: some sequence does, and no token is to be
+        replaced, for which the host makes the state anew."""
         goes_on = position >= 0
         for slot, matcher in enumerate(self._ahead):
             if matcher is None:
                 continue
-            matcher.accept([int(sampled.token[slot, 0])])
+            if not matcher.accept([int(sampled.token[slot, 0])]):
+                return False
             if not goes_on[slot] or matcher.done:
                 self._ahead[slot], goes_on[slot] = None, False
         return bool(goes_on.any())

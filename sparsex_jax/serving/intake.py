@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.config import ReuseConfig, SamplingParams, Structure
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.scheduler.lending import Lent
@@ -77,14 +77,17 @@ class Intake:
         tokens = self._prompt(request, self._render(request), "messages", named, special=False)
         exact, default = (None, named and named[1]) if shortens else (named, None)
         most = self.lengths.new_tokens(len(tokens), exact, default, "messages")
-        sampling = self._sampling(request, most, exact is not None, _chat_logprobs(request))
+        thinking = self._thoughts.thinking(request, tokens)
+        sampling = self._sampling(request, most, exact is not None, _chat_logprobs(request), thinking)
         sampling = dataclasses.replace(sampling, shown_token_ids=self._shown_ids(request))
         turns = turn_digests([plain_message(message) for message in request.messages])
         return self._jobs(request, tenant, tokens, sampling, pinning_of(request), turns)
 
     def thinking(self, request: ChatRequest, job: Job) -> Thinking | None:
-        """How the answer to a chat thinks. None: its thoughts are not taken apart."""
-        return self._thoughts.thinking(request, job.prompt)
+        """How the answer to a chat thinks. None: its thoughts are not taken apart, or it has none."""
+        thinking, structure = self._thoughts.thinking(request, job.prompt), job.sampling.structure
+        is_structure = structure is not None and structure.lazy is None and structure.behind is None
+        return None if is_structure else thinking  # from its first token on
 
     def chat_tokens(self, request: ChatRequest) -> np.ndarray:
         """The ids of a chat's prompt, however long it is. Raises RequestError if a field is wrong."""
@@ -242,7 +245,9 @@ class Intake:
                 param=param,
             )
 
-    def _sampling(self, request: Generate, most: int, named: bool, logprobs: int | None) -> SamplingParams:
+    def _sampling(
+        self, request: Generate, most: int, named: bool, logprobs: int | None, thinking: Thinking | None = None
+    ) -> SamplingParams:
         """
         Args:
           most: tokens that the answer may have.
@@ -265,12 +270,16 @@ class Intake:
             logprobs=answer_logprobs_of(request, logprobs),
             prompt_logprobs=prompt_logprobs_of(request),
             prompt_logprobs_start=request.prompt_logprobs_start or 0,
-            structure=structure_of(request, self._engine.tokenizer, self._engine.loop.requests.matcher),
+            structure=self._structure(request, thinking),
             ends_where_full=not named,
             **{name: value for name in _SAME if (value := getattr(request, name)) is not None},
         )
         sampling.check_vocabulary(self._engine.model.vocab_size)
         return sampling
+
+    def _structure(self, request: Generate, thinking: Thinking | None) -> Structure | None:
+        behind = None if thinking is None else thinking.behind
+        return structure_of(request, self._engine.tokenizer, behind, self._engine.loop.requests.matcher)
 
     def _jobs(
         self,

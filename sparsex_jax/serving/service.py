@@ -130,8 +130,7 @@ class Service:
     def asked_chat(self, request: schemas.ChatRequest, tenant: Tenant, *, shortens: bool = False) -> Asked:
         """What a chat asks for. Off the event loop. Arguments and errors as of `Intake.chat`."""
         jobs = self.intake.chat(request, tenant, shortens=shortens)
-        structured = jobs[0].sampling.structure is not None  # from its first token on, so there is no thought before it
-        return Asked(request, jobs, None if structured else self.intake.thinking(request, jobs[0]))
+        return Asked(request, jobs, self.intake.thinking(request, jobs[0]))
 
     def asked_completion(self, request: schemas.CompletionRequest, tenant: Tenant) -> Asked:
         """What a completion asks for. Off the event loop. Raises as `Intake.completion`."""
@@ -147,6 +146,7 @@ class Service:
             asked.thinking,
             functools.partial(reader_of, tokenizer, request),
             one_call=request.parallel_tool_calls is False,
+            only_calls=request.tool_choice not in (None, "auto", "none"),
             tells_thoughts=request.include_reasoning is not False,
         )
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -301,6 +303,12 @@ def test_a_pydantic_model_is_parsed(client):
     options = {"model": MODEL, "messages": CHAT, "max_tokens": 120, "temperature": 0}
     found = client.chat.completions.parse(response_format=Note, **options)
     assert isinstance(found.choices[0].message.parsed, Note)
+
+
+@pytest.mark.parametrize("script", ["openai_parse", "anthropic_client"])
+def test_scripts_of_clients_pass(live, monkeypatch, script):
+    monkeypatch.setattr("sys.argv", [script, f"{live.url}/v1", MODEL])
+    runpy.run_path(str(Path(__file__).parent.parent / f"scripts/clients/{script}.py"))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,8 +3,7 @@
     uv run python scripts/clients/run_all.py --environments /tmp/clients --install
 
 Each client has a virtual environment of its own, and those for node share one `node_modules`. `--install` installs
-those that are missing, with the newest packages; without it, they are `not installed` in the table. The exit status is 1
-if a client failed.
+those that are missing, with the newest packages; without it the table says so. The exit status is 1 if one failed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -132,11 +131,8 @@ class Environments:
 
 
 @contextlib.contextmanager
-def server(log: Path) -> Iterator[str]:
-    """A server on a free port. Yields its URL with /v1."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def server(log: Path, port: int) -> Iterator[str]:
+    """A server of the embedded model. Yields its URL with /v1."""
     command = ["sparsex", "serve", MODEL, "--port", str(port), "--max-num-seqs", "4"]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -189,6 +185,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, required=True, help="directory of the clients' environments")
     parser.add_argument("--install", action="store_true", help="install clients that are missing")
     parser.add_argument("--only", nargs="+", choices=[client.name for client in CLIENTS], help="clients to run")
+    parser.add_argument("--port", type=int, default=8123, help="of the server that is started")
     parser.add_argument("--url", help="of a server of the embedded model that runs already, with /v1")
     return parser.parse_args()
 
@@ -203,7 +200,7 @@ def main() -> None:
         if args.install and environments.version(client) is None:
             environments.install(client)
     print("| client | version | what is exercised | result | install |\n| --- | --- | --- | --- | --- |")
-    running = contextlib.nullcontext(args.url) if args.url else server(environments.root / "server.log")
+    running = contextlib.nullcontext(args.url) if args.url else server(environments.root / "server.log", args.port)
     results = []
     with running as url:
         for client in clients:

@@ -207,6 +207,7 @@ NOT_EXPRESSED = {
     "not": Structure("json_schema", {"not": {"type": "string"}}),
     "format": Structure("json_schema", {"type": "string", "format": "no such format"}),
     "reference": Structure("json_schema", {"$ref": "https://example.org/schema"}),
+    "itself only": Structure("json_schema", {"$ref": "#"}),
     "no value": Structure("json_schema", {"type": "integer", "minimum": 5, "maximum": 3}),
     "look-ahead": Structure("regex", "a(?=b)"),
     "bracket": Structure("regex", "(a"),

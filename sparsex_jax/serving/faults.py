@@ -177,6 +177,8 @@ def _validation(error: Any) -> Fault:
     param = _field(worst["loc"])
     if worst["type"] == "too_many_fields":
         message = f"{param or 'the body'}: {worst['msg']}"
+    elif param is None and isinstance(worst.get("input"), Mapping):  # its fields do not go together
+        message = f"the body: {worst['msg']}"
     elif param is None:
         message = "the body must be a JSON object, sent as application/json"
     else:

@@ -10,7 +10,7 @@ from typing import Any
 from sparsex_jax.config.structure import Structure
 from sparsex_jax.errors import StructureError
 from sparsex_jax.text.matcher import Matcher
-from sparsex_jax.text.place import Place, Tokens
+from sparsex_jax.text.place import Place, Tokens, error_of
 
 _KEPT = 256  # compiled grammars
 # As Python's `json.dumps` writes JSON. Free white space would let a model write of it without an end.
@@ -64,7 +64,8 @@ class Grammars:
 
         matcher = LLMatcher(self._vocabulary().llguidance, _grammar(structure), log_level=0)
         if matcher.is_error():
-            raise StructureError(f"structure of kind {structure.kind}: {matcher.get_error().strip():.1000}")
+            raise StructureError(f"structure of kind {structure.kind}: {error_of(matcher)}")
+        _require_a_beginning(matcher.deep_copy(), structure.kind)
         if matcher.is_stopped() or _matches_nothing_but_the_empty_text(matcher, self._end_tokens):
             raise StructureError(f"structure of kind {structure.kind} is fulfilled by the empty text only")
         return matcher
@@ -81,6 +82,13 @@ class Grammars:
             except Exception as error:
                 raise StructureError(f"structure: this model's tokenizer cannot be constrained: {error}") from error
         return self._tokens
+
+
+def _require_a_beginning(matcher: Any, kind: str) -> None:
+    """Raises StructureError if no token may come first, as where a schema refers to itself only."""
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        raise StructureError(f"structure of kind {kind} allows no text, or is too complex: {error_of(matcher)}")
 
 
 def _matches_nothing_but_the_empty_text(matcher: Any, end_tokens: tuple[int, ...]) -> bool:

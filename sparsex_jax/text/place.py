@@ -119,7 +119,12 @@ class Place:
 
     def _require_sound(self) -> None:
         if self._grammar.is_error():
-            raise StructureError(f"structure: the grammar got too complex: {self._grammar.get_error().strip():.1000}")
+            raise StructureError(f"structure: the grammar got too complex: {error_of(self._grammar)}")
+
+
+def error_of(grammar: Any) -> str:
+    """What llguidance says is wrong with a grammar, without its parser's state."""
+    return f"{grammar.get_error().partition('<state>')[0].strip():.1000}"
 
 
 def allowing(words: Words, token: int) -> Words:

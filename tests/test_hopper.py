@@ -152,7 +152,8 @@ def test_few_rows_within_windows_are_cut_into_parts(few_programs):
     check_windows(case, (300,), attend)
 
 
-@pytest.mark.parametrize("windows", [(100,), pytest.param((1, 64, 200, EVERYTHING), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [(1, 64, 100, EVERYTHING)])
 def test_decode_within_windows(windows, few_programs):
     check_windows(last_rows((260, 5, 64), kv_heads=1), windows, attend)
 

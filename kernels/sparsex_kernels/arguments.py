@@ -113,6 +113,7 @@ class LinearArgs:
       layer: which matrix of each stack.
       count: how many rows are wanted. Results of those behind are undefined and may be NaN. None: all.
       backend: where the operation runs.
+      activation: of a gate.
     """
 
     inputs: Float[Array, "rows inputs"]
@@ -120,6 +121,7 @@ class LinearArgs:
     layer: Int[Array, ""] | int
     count: Int[Array, ""] | int | None
     backend: Backend = dataclasses.field(metadata=_STATIC)
+    activation: str = dataclasses.field(default="silu", metadata=_STATIC)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, place_rows, refuse_unread
+from sparsex_jax.checkpoints.base import (
+    Checkpoint,
+    check_shapes,
+    place_rows,
+    refuse_unread,
+    rows_within,
+    spread_rotary,
+)
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json, require_content
@@ -44,6 +51,20 @@ TENSORS = {
 }
 
 
+_PHI3 = TENSORS | {
+    **dict.fromkeys(("wq", "wk", "wv"), "model.layers.{}.self_attn.qkv_proj.weight"),
+    **dict.fromkeys(("w_gate", "w_up"), "model.layers.{}.mlp.gate_up_proj.weight"),
+}
+_GEMMA3 = TENSORS | {
+    "post_attn_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "mlp_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "post_mlp_norm": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+_OF_FAMILY = {"phi3": _PHI3, "gemma3": _GEMMA3, "gemma3_text": _GEMMA3}
+# The text model of one that also sees pictures: its prefixes in old and new files, and what is read by nothing here.
+_TEXT_MODEL = {"language_model.": "", "model.language_model.": "model."}
+_PICTURES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
 # The names that safetensors gives to floats.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # Files and fields of quantised weights, whose scales or packing nothing here reads.
@@ -66,28 +87,37 @@ class HuggingFaceCheckpoint(Checkpoint):
         raw = read_json(path)
         _refuse_quantised(directory, raw)
         config = ModelConfig.from_hf(raw, str(path))
+        self._model_type = raw.get("model_type")
+        self._names = _OF_FAMILY.get(self._model_type, TENSORS)
         self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
         self._files = _weight_files(directory, self._open)
+        self._stored = _stored_names(self._files, with_pictures=self._model_type == "gemma3")
         self._shapes = self._read_shapes()
         if config.tied_embeddings and not self._has_own_head():
             self._shapes.pop(TENSORS["lm_head"], None)  # a copy of the embeddings
         else:
             config = dataclasses.replace(config, tied_embeddings=False)
         self.config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(config, directory))
-        refuse_unread(directory, self._shapes.keys(), self.config, TENSORS)
+        refuse_unread(directory, self._shapes.keys(), self.config, self._names)
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the stored tensors but rotary tables, which say nothing new."""
-        files = {name: file for name, file in self._files.items() if not name.endswith(_TABLES)}
-        return {name: _float_shape(self._open(file), file, name) for name, file in files.items()}
+        names = {name: stored for name, stored in self._stored.items() if not name.endswith(_TABLES)}
+        files = {name: self._files[stored] for name, stored in names.items()}
+        return {name: _float_shape(self._open(files[name]), files[name], stored) for name, stored in names.items()}
+
+    def _slice(self, name: str) -> Any:
+        """A tensor that is not read yet, by the name that a model of text alone has for it."""
+        stored = self._stored[name]
+        return self._open(self._files[stored]).get_slice(stored)
 
     def _has_own_head(self) -> bool:
         """Whether a head is stored that differs from the embeddings: then it counts, whatever the configuration says of
         ties. Fine-tunes often keep the configuration of their base model."""
         tensors = [TENSORS[name] for name in ("embed", "lm_head")]
-        if not all(tensor in self._files for tensor in tensors):
+        if not all(tensor in self._stored for tensor in tensors):
             return False
-        embed, head = (self._open(self._files[tensor]).get_tensor(tensor) for tensor in tensors)
+        embed, head = (self._slice(tensor)[:] for tensor in tensors)
         return not np.array_equal(embed, head)
 
     @functools.cached_property
@@ -98,18 +128,32 @@ class HuggingFaceCheckpoint(Checkpoint):
     def dtype(self) -> str | None:
         """That of the embedding, as transformers stores all tensors alike; None where there is no such tensor."""
         name = TENSORS["embed"]
-        if name not in self._files:
-            return None
-        return _DTYPES.get(self._open(self._files[name]).get_slice(name).get_dtype())
+        return _DTYPES.get(self._slice(name).get_dtype()) if name in self._stored else None
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
-        check_shapes(self.directory, self._shapes, self.config, TENSORS)
+        config, names = self.config, self._names
+        check_shapes(self.directory, self._shapes, config, names)
+        rows, less_one = rows_within(config, names), names is _GEMMA3
 
         def read(name: str, layer: int | None) -> np.ndarray:
-            tensor = TENSORS[name].format(layer)
-            return self._open(self._files[tensor]).get_tensor(tensor)
+            stored = self._slice(names[name].format(layer))[rows[name]]
+            if less_one and name.endswith("norm"):  # the scale is one more than what is stored
+                stored = 1 + stored.astype(np.float32)
+            return spread_rotary(name, stored, config)
 
-        return place_rows(self.config, dtype, mesh, read)
+        return place_rows(config, dtype, mesh, read)
+
+
+def _stored_names(files: Mapping[str, Path], *, with_pictures: bool) -> dict[str, str]:
+    """The stored name of each tensor of the text model, by the name in a model of text alone."""
+    if not with_pictures:
+        return {name: name for name in files}
+    prefixes = {prefix for prefix in _TEXT_MODEL if any(name.startswith(prefix) for name in files)}
+    return {
+        next((_TEXT_MODEL[each] + name.removeprefix(each) for each in prefixes if name.startswith(each)), name): name
+        for name in files
+        if not name.startswith(_PICTURES)
+    }
 
 
 def _refuse_quantised(directory: Path, raw: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ class EngineChoice:
     max_waiting: int = EngineConfig.max_waiting
     healing: float = EngineConfig.healing
     company_tokens: int = EngineConfig.company_tokens
+    max_context: int | None = EngineConfig.max_context
     frozen_limit: float = EngineConfig.frozen_limit
     host_store_bytes: int = EngineConfig.host_store_bytes
     disk_store: str | None = EngineConfig.disk_store
@@ -61,6 +62,7 @@ class EngineChoice:
                 max_waiting=self.max_waiting,
                 healing=self.healing,
                 company_tokens=self.company_tokens,
+                max_context=self.max_context,
                 frozen_limit=self.frozen_limit,
                 host_store_bytes=self.host_store_bytes,
                 disk_store=self.disk_store,

@@ -48,7 +48,7 @@ def embed_rows(params: Params, rows: Rows, *, decoder: Decoder, requests: int) -
     """A prefill of these rows before layer 0, by a plan of this many requests."""
     active = jnp.zeros((MAX_BOUNDARIES, len(rows.token)), bool)
     covered = jnp.full((MAX_BOUNDARIES, requests), jnp.nan)
-    state = PrefillState(jnp.int32(0), rows, embed(params, rows.token), active, covered)
+    state = PrefillState(jnp.int32(0), rows, embed(params, decoder.config, rows.token), active, covered)
     return decoder.ops.replicated(state)
 
 

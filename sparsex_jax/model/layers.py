@@ -87,7 +87,7 @@ def add_key_mass(
 ) -> Mass:
     """Add the attention that each key of a layer receives from these rows, summed over heads and rows.
 
-    `s_j = sum over heads h and rows i of softmax(q_i K^T / sqrt(d))_j ** power` over the keys that row i may see
+    `s_j = sum over heads h and rows i of softmax(q_i K^T / sqrt(d))_j ** power` over the keys that row i sees, by the layer's window
     (SparseX, arXiv 2606.01751, Sparse-Q selection, where the power is 1).
 
     Args:
@@ -96,7 +96,8 @@ def add_key_mass(
 
     def add(start: Array, part: Rows, mass: Array) -> Array:
         x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
-        q = queries(forward.layer(number), x, part)
-        return mass + forward.decoder.ops.key_mass(q, store, number, part, forward.page_tables, power)
+        layer = forward.layer(number)
+        about = number, part, forward.page_tables, power, layer.window
+        return mass + forward.decoder.ops.key_mass(queries(layer, x, part), store, *about)
 
     return fold_chunks(rows, forward.chunk, add, mass)

@@ -81,11 +81,14 @@ class Ops:
         up: Float[Array, "layers inputs width"],
         layer: Int[Array, ""] | int,
         rows: Rows,
+        *,
+        activation: str = "silu",
     ) -> Float[Array, "rows width"]:
-        """`silu(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
+        """`activation(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
         weights = PartitionSpec(None, None, TENSOR_AXIS)
         specs = (_ALL, weights, weights, _ALL, _ALL)
-        run = self._over_heads(kernels.gated_linear, specs, PartitionSpec(None, TENSOR_AXIS))
+        gated = functools.partial(kernels.gated_linear, activation=activation)
+        run = self._over_heads(gated, specs, PartitionSpec(None, TENSOR_AXIS))
         return run(x, gate, up, jnp.asarray(layer), rows.count)
 
     def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:

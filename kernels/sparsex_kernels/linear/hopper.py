@@ -74,6 +74,8 @@ def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array,
 
 def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array, "rows width"]:
     """See `sparsex_kernels.gated_linear`."""
+    if args.activation != "silu":
+        raise NotImplementedError(f"activation={args.activation!r}; the kernel gates with silu")
     (rows, inputs), (width, _) = args.inputs.shape, args.widths
     config = config or choose_config(rows, inputs, (2 * width,))
     if config.splits > 1:  # the sum must be complete before it is gated

@@ -6,8 +6,8 @@ only to add a model. The project does not depend on torch:
     uv run --no-project --with torch --with transformers --with numpy python scripts/make_golden.py [NAME ...]
 
 Every `tests/golden/<name>/` is a Hugging Face directory plus `expected.npz`, which holds `tokens` int32 `[48]`
-and `logits` float32 `[48, 128]`, at all positions. Where frequencies depend on a text's length, `short_logits` are those
-of the first tokens alone.
+and `logits` float32 `[48, 128]`, at all positions. Where frequencies depend on a text's length, `short_logits` are
+those of the first tokens alone.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ def models() -> dict[str, Golden]:
         "mistral": Golden(MistralConfig(**SMALL, sliding_window=None, tie_word_embeddings=False), dtype=torch.bfloat16),
         "mistral_window": Golden(MistralConfig(**TINY, head_dim=8, sliding_window=12), dtype=torch.bfloat16),
         "qwen2_yarn": Golden(
-            Qwen2Config(
-                **TINY, rope_parameters=YARN, use_sliding_window=True, sliding_window=10, max_window_layers=1
-            ),
+            Qwen2Config(**TINY, rope_parameters=YARN, use_sliding_window=True, sliding_window=10, max_window_layers=1),
             dtype=torch.bfloat16,
         ),
         "qwen3_dynamic": Golden(

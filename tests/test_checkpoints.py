@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from texts import TEXTS
 
 from sparsex_jax.checkpoints import EMBEDDED_MODELS, convert, open_checkpoint, save_checkpoint
-from sparsex_jax.checkpoints.gguf import _model_config
+from sparsex_jax.checkpoints.gguf_config import read_config
 from sparsex_jax.checkpoints.gguf_file import GGUFModel
 from sparsex_jax.config import ModelConfig, config_dir, named_config
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
@@ -458,10 +458,10 @@ def test_fields_of_each_layer_count_where_all_agree(tmp_path):
         model = GGUFModel(path)
         model.metadata["qwen2.attention.head_count_kv"] = values
         if values is alike:
-            assert _model_config(model) == expected
+            assert read_config(model) == expected
         else:
             with pytest.raises(UnsupportedModelError, match=r"attention\.head_count_kv=\[.*must be an integer"):
-                _model_config(model)
+                read_config(model)
 
 
 # Converted checkpoints

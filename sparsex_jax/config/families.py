@@ -24,11 +24,13 @@ class Family:
       extra: the fields of `ModelConfig` that differ from their defaults.
       defaults: fields of the file that it may leave out, as transformers fills them in.
       rotary: the fields of the file with one description of the rotation, that of layers without a window.
+      partial_rotary: whether a part of each head may be rotated.
     """
 
     extra: Callable[[Fields], dict[str, Any]] = lambda _: {}
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rotary: Callable[[Fields], Fields] = lambda fields: fields
+    partial_rotary: bool = False
 
 
 def layer_windows(fields: Fields, size: int | None, is_sliding: Sequence[bool]) -> Windows:
@@ -188,7 +190,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_mistral),
     "qwen2": Family(_qwen2),
     "qwen3": Family(_qwen3, {"head_dim": 128}),
-    "phi3": Family(_phi3, {"rms_norm_eps": 1e-5}, _phi3_rotary),
+    "phi3": Family(_phi3, {"rms_norm_eps": 1e-5}, _phi3_rotary, partial_rotary=True),
     "gemma3_text": Family(_gemma3, _GEMMA3_DEFAULTS, _gemma3_rotary),
 }
 

@@ -156,7 +156,7 @@ class ModelConfig:
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             tied_embeddings=fields.flag("tie_word_embeddings"),
             eos_token_ids=fields.token_ids("eos_token_id"),
-            **vars(read_rotary(family.rotary(fields), head_dim)),
+            **vars(read_rotary(family.rotary(fields), head_dim, partial=family.partial_rotary)),
             **family.extra(fields),
         )
 
@@ -192,6 +192,8 @@ def _check_heads(config: ModelConfig) -> None:
     dim = config.rotary_dim
     if dim is not None and not (is_int(dim) and 2 <= dim <= config.head_dim and dim % 2 == 0):
         raise UnsupportedModelError(f"rotary_dim={dim!r} must be an even number from 2 to head_dim={config.head_dim}")
+    if config.rope_local_theta is not None and config.rope_attention_factor != 1:
+        raise UnsupportedModelError("rope_attention_factor is not supported where layers rotate differently")
     for name in ("rope_factors", "rope_long_factors"):
         if getattr(config, name) is not None:
             _check_rope_factors(name, getattr(config, name), config.num_rotated_pairs)
@@ -211,7 +213,9 @@ def _check_windows(config: ModelConfig) -> None:
     if windows is None:
         return
     if not isinstance(windows, tuple) or len(windows) != config.num_layers:
-        raise UnsupportedModelError(f"layer_windows={reprlib.repr(windows)} must have num_layers={config.num_layers} entries")
+        raise UnsupportedModelError(
+            f"layer_windows={reprlib.repr(windows)} must have num_layers={config.num_layers} entries"
+        )
     if not all(window is None or (is_int(window) and window >= 1) for window in windows):
         raise UnsupportedModelError(f"layer_windows={reprlib.repr(windows)} must be integers from 1 on, or None")
 

@@ -64,13 +64,20 @@ class _Section:
         return _stated_once(_ORIGINAL, self.rope, self.raw, self.length)
 
 
-def read_rotary(raw: Fields, head_dim: int) -> Rotary:
+def read_rotary(raw: Fields, head_dim: int, *, partial: bool = False) -> Rotary:
     """Rotary positions by either section of a `config.json`, or without one.
+
+    Args:
+      partial: models of this family may rotate a part of each head.
 
     Raises:
       UnsupportedModelError: a scaling that is not implemented, a field that is missing, or two statements that differ.
     """
-    stated = {name: _rotary(raw.object(name), raw, head_dim) for name in _SECTIONS if raw.get(name)}
+    sections = {name: raw.object(name) for name in _SECTIONS if raw.get(name)}
+    for fields in (raw, *sections.values()):
+        if not partial and fields.get(_PARTIAL, 1) != 1:
+            fields.refuse(_PARTIAL, "is not supported: every head is rotated whole")
+    stated = {name: _rotary(section, raw, head_dim) for name, section in sections.items()}
     if len(set(stated.values())) > 1:
         raise UnsupportedModelError(f"{raw.where}: {' and '.join(stated)} differ; one of them must go")
     return next(iter(stated.values()), None) or _rotary(Fields(raw.where, {}), raw, head_dim)
@@ -99,7 +106,14 @@ def yarn_attention_factor(factor: float, scale: float = 1.0) -> float:
 
 
 def yarn_factors(
-    theta: float, factor: float, original_length: float, dim: int, fast: float = 32, slow: float = 1, *, whole: bool = True
+    theta: float,
+    factor: float,
+    original_length: float,
+    dim: int,
+    fast: float = 32,
+    slow: float = 1,
+    *,
+    whole: bool = True,
 ) -> tuple[float, ...]:
     """YaRN's divisors: pairs that turn often over the original length are left alone, those that turn less than once
     are stretched by `factor`, and a ramp over the pairs' numbers leads from one to the other.

@@ -100,7 +100,7 @@ class OneLayer(NamedTuple):
 
     @property
     def window(self) -> Window | None:
-        """How many keys a row sees in this layer; the largest int32 where it sees all, and some other layer does not."""
+        """How many keys a row sees in this layer. The largest int32 where it sees all, and another layer does not."""
         windows = self.decoder.config.layer_windows
         if windows is None:
             return None
@@ -128,7 +128,7 @@ class OneLayer(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Stacked weights that make queries, keys or values. The rotation applies to queries and keys, `scale` to queries."""
+    """Stacked weights that make queries, keys or values. Queries and keys are rotated, and queries may be scaled."""
 
     weight: Float[Array, "layers hidden heads head_dim"]
     bias: Float[Array, "layers heads head_dim"] | None

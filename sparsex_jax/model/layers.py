@@ -87,8 +87,8 @@ def add_key_mass(
 ) -> Mass:
     """Add the attention that each key of a layer receives from these rows, summed over heads and rows.
 
-    `s_j = sum over heads h and rows i of softmax(q_i K^T / sqrt(d))_j ** power` over the keys that row i sees, by the layer's window
-    (SparseX, arXiv 2606.01751, Sparse-Q selection, where the power is 1).
+    `s_j = sum over heads h and rows i of softmax(q_i K^T / sqrt(d))_j ** power` over the keys that row i sees in the
+    layer's window (SparseX, arXiv 2606.01751, Sparse-Q selection, where the power is 1).
 
     Args:
       hidden: of the rows, at the layer's input.

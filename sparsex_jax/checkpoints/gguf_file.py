@@ -169,6 +169,8 @@ class _File:
             encoding = gguf.GGMLQuantizationType(tensor.encoding)
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, encoding)
             stored = np.frombuffer(self._bytes, np.uint8, math.prod(shape), self._data_start + tensor.start)
+            if len(shape) == 1:  # bytes; there are no rows of them
+                return gguf.dequantize(stored, encoding)[rows]
             return gguf.dequantize(stored.reshape(shape)[rows], encoding)
         except (ValueError, OverflowError, NotImplementedError) as error:
             raise UnsupportedModelError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error

@@ -12,6 +12,7 @@ from typing import Any
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.errors import UnsupportedModelError
 
+_NULL_SAYS_SOMETHING = {"sliding_window"}
 Windows = tuple[int | None, ...] | None
 _KINDS = ("full_attention", "sliding_attention")
 
@@ -205,6 +206,8 @@ def read_family(raw: Mapping[str, Any], where: str) -> tuple[Family, Fields]:
     model_type = fields.get("model_type", "llama")
     if model_type == "gemma3":  # text and pictures; the text model stands in an object of its own
         text = fields.object("text_config").values
+        if not text:
+            raise UnsupportedModelError(f"{where} has no text_config, which is needed")
         outer = {name: raw[name] for name in ("eos_token_id", "tie_word_embeddings") if raw.get(name) is not None}
         fields, model_type = Fields(f"{where}: text_config", outer | text), "gemma3_text"
     family = FAMILIES.get(model_type)
@@ -212,5 +215,6 @@ def read_family(raw: Mapping[str, Any], where: str) -> tuple[Family, Fields]:
         raise UnsupportedModelError(
             f"model_type={model_type!r} is not supported; supported: {', '.join([*FAMILIES, 'gemma3'])}"
         )
-    given = {name: value for name, value in fields.values.items() if value is not None or name == "sliding_window"}
-    return family, Fields(fields.where, family.defaults | given)
+    missing = {name for name in family.defaults if fields.get(name) is None} - _NULL_SAYS_SOMETHING & fields.values.keys()
+    filled = {name: family.defaults[name] for name in missing}
+    return family, Fields(fields.where, {**fields.values, **filled})

@@ -52,6 +52,8 @@ class Shape(NamedTuple):
 
 def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
+    if args.inv_freq.ndim > 1:
+        raise NotImplementedError("frequencies by layer")
     store = args.store
     check_copies(store)
     layers, pages, _, heads, page_size, head_dim = store.shape

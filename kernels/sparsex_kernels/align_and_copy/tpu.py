@@ -23,6 +23,8 @@ HEADS_A_STEP = 64  # KV heads of as many layers as that gives, moved together: 0
 
 def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
+    if args.inv_freq.ndim > 1:
+        raise NotImplementedError("frequencies by layer")
     store = args.store
     check_page_size(store)
     num_layers, _, _, kv_heads, _, head_dim = store.shape

@@ -11,6 +11,8 @@ TILE = 32  # tokens
 
 def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
+    if args.inv_freq.ndim > 1:
+        raise NotImplementedError("frequencies by layer")
     check_copies(args)
     from sparsex_kernels.align_and_copy.triton_kernels import align
 

@@ -20,6 +20,8 @@ def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests cont
     The grid goes over requests and tiles of rows: one request's sums stay in VMEM while its tiles add to them. Tiles
     that have none of the request's rows are not fetched.
     """
+    if args.window is not None:
+        raise NotImplementedError("windows")
     store = args.store
     check_page_size(store)
     num_requests, max_pages = args.page_tables.shape

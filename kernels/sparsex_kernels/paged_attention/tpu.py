@@ -36,6 +36,8 @@ def paged_attention(
     args: AttentionArgs, return_lse: bool = False
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`. Head sizes that are no multiple of 128 waste lanes of HBM and VMEM."""
+    if args.window is not None:
+        raise NotImplementedError("windows")
     store, page_tables = args.store, args.page_tables
     check_page_size(store)
     rows, q_heads, head_dim = args.query.shape

@@ -14,8 +14,8 @@ def _norm(x, scale, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
 
 
-def _rotate(x, positions, config, layer):
-    """Rotate the first pairs (i, i + d/2) as complex numbers, in this layer."""
+def frequencies_of(config, layer):
+    """Of the pairs (i, i + d/2) in this layer, radians a position; 0 for those that are not rotated."""
     is_local = config.rope_local_theta is not None and config.windows[layer] is not None
     theta, half = config.rope_local_theta if is_local else config.rope_theta, config.head_dim // 2
     dim = config.rotary_dim or config.head_dim
@@ -23,6 +23,12 @@ def _rotate(x, positions, config, layer):
     freq[: dim // 2] = theta ** (-np.arange(0, dim, 2) / dim)
     if config.rope_factors is not None and not is_local:
         freq[: dim // 2] /= np.array(config.rope_factors)
+    return freq
+
+
+def _rotate(x, positions, config, layer):
+    """Rotate pairs (i, i + d/2) as complex numbers, in this layer."""
+    freq, half = frequencies_of(config, layer), config.head_dim // 2
     turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * positions[:, None, None] * freq)
     return np.concatenate([turned.real, turned.imag], -1)
 

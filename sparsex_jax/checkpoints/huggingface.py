@@ -87,7 +87,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         raw = read_json(path)
         _refuse_quantised(directory, raw)
         config = ModelConfig.from_hf(raw, str(path))
-        self._model_type = raw.get("model_type")
+        self._model_type = str(raw.get("model_type"))
         self._names = _OF_FAMILY.get(self._model_type, TENSORS)
         self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
         self._files = _weight_files(directory, self._open)

@@ -108,7 +108,7 @@ def _phi3_rotary(fields: Fields) -> Fields:
     """Early files call longrope `su` or `yarn`."""
     sections = {name: fields.object(name).values for name in ("rope_parameters", "rope_scaling") if fields.get(name)}
     renamed = {name: {key: _phi3_kind(key, value) for key, value in each.items()} for name, each in sections.items()}
-    return Fields(fields.where, fields.values | renamed)
+    return Fields(fields.where, {**fields.values, **renamed})
 
 
 def _phi3_kind(key: str, value: Any) -> Any:
@@ -209,12 +209,14 @@ def read_family(raw: Mapping[str, Any], where: str) -> tuple[Family, Fields]:
         if not text:
             raise UnsupportedModelError(f"{where} has no text_config, which is needed")
         outer = {name: raw[name] for name in ("eos_token_id", "tie_word_embeddings") if raw.get(name) is not None}
-        fields, model_type = Fields(f"{where}: text_config", outer | text), "gemma3_text"
+        fields, model_type = Fields(f"{where}: text_config", {**outer, **text}), "gemma3_text"
     family = FAMILIES.get(model_type)
     if family is None:
         raise UnsupportedModelError(
             f"model_type={model_type!r} is not supported; supported: {', '.join([*FAMILIES, 'gemma3'])}"
         )
-    missing = {name for name in family.defaults if fields.get(name) is None} - _NULL_SAYS_SOMETHING & fields.values.keys()
+    missing = {
+        name for name in family.defaults if fields.get(name) is None
+    } - _NULL_SAYS_SOMETHING & fields.values.keys()
     filled = {name: family.defaults[name] for name in missing}
     return family, Fields(fields.where, {**fields.values, **filled})

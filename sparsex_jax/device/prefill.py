@@ -149,12 +149,17 @@ def _choose(
     budget: Budget,
     scores: Scores,
 ) -> Bool[Array, "rows"]:
-    """Which of the boundary's rows go on: the forced ones, and of the other reused ones those of highest score."""
+    """Which of the boundary's rows go on: the forced ones, and of the other reused ones those of highest score.
+
+    Where layers have windows, rows that the fresh ones do not see have the score 0: those stay as they are.
+    """
     rows = boundary.rows
     stays = forced[rows.index] & rows.valid
     candidates = boundary.reused_rows() & ~stays
     block = plan.block[rows.index]
     scores = pool_scores(scores, candidates, rows.request, block)
+    if boundary.forward.decoder.config.layer_windows is not None:
+        candidates &= scores > 0
     return stays | top_rows(scores, candidates, rows.request, block, budget)
 
 

@@ -1,6 +1,7 @@
 """Linear layers as a slice and a product for each weight."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 from jax import Array
@@ -8,7 +9,10 @@ from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:

@@ -17,6 +17,7 @@ from sparsex_jax.model.sharding import make_mesh
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir() if (path / "expected.npz").is_file())
+NUM_LAYERS = 3  # of each of these models
 FULL = ReuseConfig(method="full")
 EXACT = 2e-5
 # transformers computes the frequencies of these two by a text's length; here that is the engine's context.
@@ -27,11 +28,6 @@ HEADING, QUESTION = np.random.default_rng(2).integers(3, 128, (2, 9)).astype(np.
 PROMPT = np.concatenate([HEADING, DOCUMENT, QUESTION])
 
 
-def _marks(name):
-    """Those of the default suite are the most particular; the others differ from them in little."""
-    return [] if name in ("gemma3_text", "phi3") else [pytest.mark.slow]
-
-
 @pytest.fixture(scope="module")
 def one_signal():
     with pytest.MonkeyPatch.context() as patch:
@@ -40,11 +36,11 @@ def one_signal():
 
 
 def make_engine(name, **options):
-    options = {"max_context": LONGER.get(name), "store_tokens": 512, "page_size": 16, "chunk_rows": 64} | options
+    options = {"max_context": LONGER.get(name), "store_tokens": 512, "page_size": 16, "chunk_rows": 128} | options
     return Engine.from_pretrained(GOLDEN / name, dtype="float32", **options)
 
 
-@pytest.fixture(scope="module", params=[pytest.param(name, marks=_marks(name)) for name in FAMILIES])
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request, one_signal):
     """A name, and an engine that all tests of the family share, and so one compiled prefill."""
     engine = make_engine(request.param)
@@ -85,11 +81,9 @@ def test_logits_are_those_of_transformers(family):
 # Reuse -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"recompute_ratio": 1.0, "boundary_layer": 1}, {"boundary_layer": 3}])
+@pytest.mark.parametrize("options", [{"recompute_ratio": 1.0, "boundary_layer": 1}, {"boundary_layer": NUM_LAYERS}])
 def test_recomputing_everything_equals_full(family, options):
     engine = family[1]
-    if "boundary_layer" in options and options["boundary_layer"] == 3:
-        options = {"boundary_layer": engine.model.num_layers}
     found = engine_logits(engine, PROMPT, reuse=ReuseConfig(**options), keep=False)
     np.testing.assert_allclose(found, engine_logits(engine, PROMPT, reuse=FULL, keep=False), atol=EXACT)
 

@@ -61,7 +61,8 @@ class ChunkTimes:
 
     def layers_seconds(self, positions: Int[np.ndarray, "rows"], windows: Sequence[int | None]) -> float:
         """Seconds of layers with these windows."""
-        return sum(number * self.layer_seconds(positions, window) for window, number in Counter(windows).items())
+        seconds = (number * self.layer_seconds(positions, window) for window, number in Counter(windows).items())
+        return sum(seconds, start=0.0)
 
     def projection_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
         """The part of it that does not depend on where the rows are."""

@@ -89,5 +89,5 @@ class Pace:
     def _layers_seconds(self, windows: Sequence[int | None], start: int, end: int) -> float:
         rows, keys = end - start, (start + end) / 2
         if self._speeds is None:
-            return sum(rows * (_ROW + _KEY * min(keys, window or keys)) for window in windows)
+            return sum((rows * (_ROW + _KEY * min(keys, window or keys)) for window in windows), start=0.0)
         return self._speeds.of_plan(rows).layers_seconds(np.arange(start, end), windows)

@@ -41,8 +41,6 @@ def check_attention(args: AttentionArgs, block: int, smallest_page: int = 1) -> 
       block: keys a step; one of page size and block must be a multiple of the other.
       smallest_page: the page size must be a multiple of it.
     """
-    if args.window is not None:
-        raise NotImplementedError("windows")
     query, store = args.query, args.store
     page_size, head_dim = store.shape[4:]
     if query.dtype != store.dtype or query.dtype not in (jnp.bfloat16, jnp.float16):

@@ -3,7 +3,7 @@
 The tests compare this package's decoder with these files, so they need neither torch nor a network. Run this script
 only to add a model. The project does not depend on torch:
 
-    uv run --no-project --with torch --with transformers --with numpy python scripts/make_golden.py
+    uv run --no-project --with torch --with transformers --with numpy python scripts/make_golden.py [NAME ...]
 
 Every `tests/golden/<name>/` is a Hugging Face directory plus `expected.npz`, which holds `tokens` int32 `[48]`
 and `logits` float32 `[48, 128]`, at all positions.
@@ -13,12 +13,23 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 ROOT = Path(__file__).parents[1] / "tests" / "golden"
 NUM_TOKENS = 48
@@ -35,6 +46,9 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+# The weights of a token's experts sum to 1 in Qwen3 and Mixtral, and not in OLMoE.
+EXPERTS = SMALL | {"num_hidden_layers": 2, "intermediate_size": 16, "tie_word_embeddings": False}
+QWEN3_EXPERTS = EXPERTS | {"intermediate_size": 96, "moe_intermediate_size": 16, "norm_topk_prob": True, "head_dim": 24}
 # With heads of 16, some wavelengths are below both limits of this rule, some above, and some between.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -61,6 +75,11 @@ def models() -> dict[str, Golden]:
         "qwen2": Golden(Qwen2Config(**SMALL, tie_word_embeddings=False), shard_size="200KB"),
         "qwen3": Golden(Qwen3Config(**SMALL, head_dim=24, tie_word_embeddings=False), dtype=torch.bfloat16),
         "mistral": Golden(MistralConfig(**SMALL, sliding_window=None, tie_word_embeddings=False), dtype=torch.bfloat16),
+        "qwen3_moe": Golden(
+            Qwen3MoeConfig(**QWEN3_EXPERTS, num_experts=8, num_experts_per_tok=3), torch.bfloat16, shard_size="60KB"
+        ),
+        "mixtral": Golden(MixtralConfig(**EXPERTS, num_local_experts=4, num_experts_per_tok=2), torch.bfloat16),
+        "olmoe": Golden(OlmoeConfig(**EXPERTS, num_experts=6, num_experts_per_tok=2), torch.bfloat16),
     }
 
 
@@ -98,4 +117,5 @@ def write(name: str, golden: Golden, seed: int) -> None:
 
 if __name__ == "__main__":
     for seed, (name, golden) in enumerate(models().items()):
-        write(name, golden, seed)
+        if name in sys.argv[1:] or not sys.argv[1:]:
+            write(name, golden, seed)

@@ -24,6 +24,11 @@ def _rotate(x, positions, config):
     return np.concatenate([turned.real, turned.imag], -1)
 
 
+def _swiglu(x, gate, up, down):
+    gated = x @ gate
+    return (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
+
+
 @dataclasses.dataclass
 class Dense:
     """Float64 forward passes of one model."""
@@ -42,6 +47,11 @@ class Dense:
         w, eps = self.layers[layer], self.config.rms_norm_eps
         x = _norm(hidden, w["attn_norm"], eps)
         q, k, v = (np.einsum("th,hnd->tnd", x, w[f"w{n}"]) + w.get(f"b{n}", 0) for n in "qkv")
+        if self.config.wide_qk_norm:
+            q, k = (
+                _norm(x.reshape(len(x), -1), w[f"wide_{n}_norm"].ravel(), eps).reshape(x.shape)
+                for x, n in ((q, "q"), (k, "k"))
+            )
         if self.config.qk_norm:
             q, k = _norm(q, w["q_norm"], eps), _norm(k, w["k_norm"], eps)
         return _rotate(q, positions, self.config), _rotate(k, positions, self.config), v
@@ -60,8 +70,19 @@ class Dense:
         attended = np.einsum("nrt,tnd->rnd", self.weights(q, keys, rows), values)
         hidden = hidden + np.einsum("rnd,ndh->rh", attended, w["wo"])
         x = _norm(hidden, w["mlp_norm"], self.config.rms_norm_eps)
-        gate = x @ w["w_gate"]
-        return hidden + (gate / (1 + np.exp(-gate)) * (x @ w["w_up"])) @ w["w_down"]
+        if self.config.num_experts:
+            return hidden + np.stack([self.experts(w, row) for row in x])
+        return hidden + _swiglu(x, w["w_gate"], w["w_up"], w["w_down"])
+
+    def experts(self, w, row):
+        """The weighted sum over one row's experts."""
+        share = np.exp(row @ w["router"])
+        share /= share.sum()
+        chosen = np.argsort(-share)[: self.config.experts_per_token]
+        if self.config.normalise_top_k:
+            share = share / share[chosen].sum()
+        stacks = (w["expert_gate"], w["expert_up"], w["expert_down"])
+        return sum(share[n] * _swiglu(row, *(stack[n] for stack in stacks)) for n in chosen)
 
     def logits(self, hidden):
         x = _norm(hidden, np.asarray(self.params.final_norm, np.float64), self.config.rms_norm_eps)

@@ -9,19 +9,28 @@ from dense import Dense, engine_logits
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 
 GOLDEN = Path(__file__).parent / "golden"
+NAMES = ["llama", "mistral", "mixtral", "olmoe", "qwen2", "qwen3", "qwen3_moe"]
+EXPERTS = ["mixtral", "olmoe", "qwen3_moe"]
 FULL = ReuseConfig(method="full")
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-def test_logits_are_those_of_transformers(name):
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [
+        *((name, (1, 17, 33, 48)) for name in NAMES if name not in EXPERTS),
+        *((name, (48,)) for name in EXPERTS),
+        *(pytest.param(name, (1, 17, 33), marks=pytest.mark.slow) for name in EXPERTS),
+    ],
+)
+def test_logits_are_those_of_transformers(name, lengths):
     expected = np.load(GOLDEN / name / "expected.npz")
     engine = Engine.from_pretrained(GOLDEN / name, dtype="float32", store_tokens=256, page_size=16)
-    for length in (1, 17, 33, 48):
+    for length in lengths:
         logits = engine_logits(engine, expected["tokens"][:length], reuse=FULL)
         np.testing.assert_allclose(logits, expected["logits"][length - 1], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", NAMES)
 def test_logits_of_the_dense_reference_are_those_of_transformers(name):
     expected = np.load(GOLDEN / name / "expected.npz")
     engine = Engine.from_pretrained(GOLDEN / name, dtype="float32", store_tokens=256, page_size=16)

@@ -19,7 +19,7 @@ from sparsex_jax.errors import UnsupportedModelError
 from sparsex_jax.model.weights import Params
 from sparsex_jax.text.tokenizer import tokenizer_from_gguf
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say llama
+_ARCHITECTURES = ("llama", "olmoe", "qwen2", "qwen3", "qwen3moe")  # Mistral's and Mixtral's files say llama
 
 # Field of `Params` or `Layers` -> the tensor's name, with the layer's number to be filled in.
 TENSORS = {
@@ -36,10 +36,16 @@ TENSORS = {
     "bv": "blk.{}.attn_v.bias",
     "q_norm": "blk.{}.attn_q_norm.weight",
     "k_norm": "blk.{}.attn_k_norm.weight",
+    "wide_q_norm": "blk.{}.attn_q_norm.weight",
+    "wide_k_norm": "blk.{}.attn_k_norm.weight",
     "mlp_norm": "blk.{}.ffn_norm.weight",
     "w_gate": "blk.{}.ffn_gate.weight",
     "w_up": "blk.{}.ffn_up.weight",
     "w_down": "blk.{}.ffn_down.weight",
+    "router": "blk.{}.ffn_gate_inp.weight",
+    "expert_gate": "blk.{}.ffn_gate_exps.weight",
+    "expert_up": "blk.{}.ffn_up_exps.weight",
+    "expert_down": "blk.{}.ffn_down_exps.weight",
 }
 
 _ROTARY = "rope_freqs.weight"
@@ -48,11 +54,12 @@ _FLOATS = {0: "float32", 1: "float16", 30: "bfloat16"}  # ggml's numbers of the 
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A Llama, Mistral, Qwen2 or Qwen3 model in a `.gguf` file, or in parts of which any may be named.
+    """A Llama, Mistral, Qwen2 or Qwen3 model, or Mixtral, OLMoE or Qwen3-MoE, in a `.gguf` file, or in parts of which
+    any may be named.
 
     Raises:
       UnknownModelError: a part is missing.
-      UnsupportedModelError: another architecture, experts, a rotary scaling that is not implemented, fields or tensors
+      UnsupportedModelError: another architecture, a rotary scaling that is not implemented, fields or tensors
         that are missing or wrong, or a damaged file.
     """
 
@@ -69,7 +76,7 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def dtype(self) -> str | None:
-        encodings = {tensor.encoding for tensor in self._file.tensors.values() if len(tensor.shape) == 2}
+        encodings = {tensor.encoding for tensor in self._file.tensors.values() if len(tensor.shape) >= 2}
         return _FLOATS.get(encodings.pop()) if len(encodings) == 1 else None
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
@@ -113,8 +120,6 @@ def _model_config(file: GGUFModel) -> ModelConfig:
             f"general.architecture={architecture!r} is not supported; supported: {', '.join(_ARCHITECTURES)}"
         )
     fields = _fields(architecture, file)
-    if fields.get("expert_count"):
-        fields.refuse("expert_count", "is not supported: mixtures of experts")
     if not fields.flag("attention.causal", True):
         fields.refuse("attention.causal", "is not supported: this decoder attends to earlier tokens only")
     hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
@@ -125,7 +130,6 @@ def _model_config(file: GGUFModel) -> ModelConfig:
     return ModelConfig(
         vocab_size=_vocabulary_size(file),
         hidden_size=hidden,
-        intermediate_size=fields.count("feed_forward_length"),
         num_layers=fields.count("block_count"),
         num_q_heads=heads,
         num_kv_heads=fields.count("attention.head_count_kv", heads),
@@ -135,10 +139,38 @@ def _model_config(file: GGUFModel) -> ModelConfig:
         rope_factors=_rope_factors(fields, head_dim, file),
         rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "qwen3moe"),
+        wide_qk_norm=architecture == "olmoe",
         tied_embeddings="output.weight" not in file.tensors,
         eos_token_ids=_eos_token_ids(file.metadata),
+        **_mlp(fields, architecture),
     )
+
+
+def _mlp(fields: Fields, architecture: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` about what follows attention: an MLP's width, or the experts."""
+    if not fields.get("expert_count"):
+        return {"intermediate_size": fields.count("feed_forward_length")}
+    for name, plain in _PLAIN_EXPERTS.items():
+        if fields.get(name, plain) != plain:
+            fields.refuse(name, f"is not supported; supported: {plain}")
+    width = fields.count("feed_forward_length") if architecture != "qwen3moe" else None
+    return {
+        "intermediate_size": fields.count("expert_feed_forward_length", width),
+        "num_experts": fields.count("expert_count"),
+        "experts_per_token": fields.count("expert_used_count"),
+        "normalise_top_k": architecture != "olmoe",  # llama.cpp reads no field about it
+    }
+
+
+# Fields about experts that this decoder knows one value of. The gating function 1 is the softmax.
+_PLAIN_EXPERTS = {
+    "expert_gating_func": 1,
+    "expert_group_count": 0,
+    "expert_shared_count": 0,
+    "expert_weights_scale": 1.0,
+    "leading_dense_block_count": 0,
+}
 
 
 def _fields(architecture: str, file: GGUFModel) -> Fields:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, place_rows, refuse_unread
+from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, has_experts_apart, place_rows, refuse_unread
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json, require_content
@@ -37,11 +37,33 @@ TENSORS = {
     "bv": "model.layers.{}.self_attn.v_proj.bias",
     "q_norm": "model.layers.{}.self_attn.q_norm.weight",
     "k_norm": "model.layers.{}.self_attn.k_norm.weight",
+    "wide_q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "wide_k_norm": "model.layers.{}.self_attn.k_norm.weight",
     "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
     "w_gate": "model.layers.{}.mlp.gate_proj.weight",
     "w_up": "model.layers.{}.mlp.up_proj.weight",
     "w_down": "model.layers.{}.mlp.down_proj.weight",
+    "router": "model.layers.{}.mlp.gate.weight",
+    "expert_gate": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "expert_up": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "expert_down": "model.layers.{}.mlp.experts.{}.down_proj.weight",
 }
+# What Mixtral's files call it.
+MIXTRAL_TENSORS = TENSORS | {
+    "router": "model.layers.{}.block_sparse_moe.gate.weight",
+    "expert_gate": "model.layers.{}.block_sparse_moe.experts.{}.w1.weight",
+    "expert_up": "model.layers.{}.block_sparse_moe.experts.{}.w3.weight",
+    "expert_down": "model.layers.{}.block_sparse_moe.experts.{}.w2.weight",
+}
+# transformers 5 keeps a layer's experts as one tensor, and writes it so where it is not to write the original format.
+# Gate and up are the halves of one tensor there, which count as two.
+_GATE, _UP = " (gate)", " (up)"
+FUSED_TENSORS = TENSORS | {
+    "expert_gate": f"model.layers.{{}}.mlp.experts.gate_up_proj{_GATE}",
+    "expert_up": f"model.layers.{{}}.mlp.experts.gate_up_proj{_UP}",
+    "expert_down": "model.layers.{}.mlp.experts.down_proj",
+}
+_FUSED = "mlp.experts.gate_up_proj"
 
 
 # The names that safetensors gives to floats.
@@ -69,17 +91,18 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
         self._files = _weight_files(directory, self._open)
         self._shapes = self._read_shapes()
+        self._names = _names_in(self._shapes)
         if config.tied_embeddings and not self._has_own_head():
             self._shapes.pop(TENSORS["lm_head"], None)  # a copy of the embeddings
         else:
             config = dataclasses.replace(config, tied_embeddings=False)
         self.config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(config, directory))
-        refuse_unread(directory, self._shapes.keys(), self.config, TENSORS)
+        refuse_unread(directory, self._shapes.keys(), self.config, self._names)
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the stored tensors but rotary tables, which say nothing new."""
         files = {name: file for name, file in self._files.items() if not name.endswith(_TABLES)}
-        return {name: _float_shape(self._open(file), file, name) for name, file in files.items()}
+        return _with_halves({name: _float_shape(self._open(file), file, name) for name, file in files.items()})
 
     def _has_own_head(self) -> bool:
         """Whether a head is stored that differs from the embeddings: then it counts, whatever the configuration says of
@@ -103,13 +126,42 @@ class HuggingFaceCheckpoint(Checkpoint):
         return _DTYPES.get(self._open(self._files[name]).get_slice(name).get_dtype())
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
-        check_shapes(self.directory, self._shapes, self.config, TENSORS)
+        check_shapes(self.directory, self._shapes, self.config, self._names)
 
         def read(name: str, layer: int | None) -> np.ndarray:
-            tensor = TENSORS[name].format(layer)
-            return self._open(self._files[tensor]).get_tensor(tensor)
+            template = self._names[name]
+            if has_experts_apart(template):
+                experts = range(self.config.num_experts or 0)
+                return np.stack([self._read(template.format(layer, expert)) for expert in experts])
+            return self._read(template.format(layer))
 
         return place_rows(self.config, dtype, mesh, read)
+
+    def _read(self, name: str) -> np.ndarray:
+        tensor = name.removesuffix(_GATE).removesuffix(_UP)
+        stored = self._open(self._files[tensor]).get_tensor(tensor)
+        if tensor == name:
+            return stored
+        gate, up = np.split(stored, 2, axis=1)
+        return gate if name.endswith(_GATE) else up
+
+
+def _with_halves(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same with a gate and an up in place of each tensor that holds both. One that cannot be halved is left."""
+    out = {}
+    for name, shape in shapes.items():
+        if name.endswith(_FUSED) and len(shape) == 3 and shape[1] % 2 == 0:
+            out |= dict.fromkeys((name + _GATE, name + _UP), (shape[0], shape[1] // 2, shape[2]))
+        else:
+            out[name] = shape
+    return out
+
+
+def _names_in(stored: Collection[str]) -> Mapping[str, str]:
+    """What the tensors are called in these files."""
+    if any(_FUSED in name for name in stored):
+        return FUSED_TENSORS
+    return MIXTRAL_TENSORS if any(".block_sparse_moe." in name for name in stored) else TENSORS
 
 
 def _refuse_quantised(directory: Path, raw: Mapping[str, Any]) -> None:

@@ -17,18 +17,21 @@ DEFAULT_THETA = 10000.0
 _SECTIONS = ("rope_parameters", "rope_scaling")  # of transformers 5, and of older files
 
 
-def read_rotary(raw: Fields, head_dim: int) -> Rotary:
+def read_rotary(raw: Fields, head_dim: int, default_theta: float = DEFAULT_THETA) -> Rotary:
     """Rotary positions by either section of a `config.json`, or without one.
+
+    Args:
+      default_theta: the base frequency of a file that states none.
 
     Raises:
       UnsupportedModelError: a scaling that is not implemented, a field that is missing, or two statements that differ.
     """
     if raw.get("partial_rotary_factor", 1) != 1:
         raw.refuse("partial_rotary_factor", "is not supported: every head is rotated whole")
-    stated = {name: _rotary(raw.object(name), raw, head_dim) for name in _SECTIONS if raw.get(name)}
+    stated = {name: _rotary(raw.object(name), raw, head_dim, default_theta) for name in _SECTIONS if raw.get(name)}
     if len(set(stated.values())) > 1:
         raise UnsupportedModelError(f"{raw.where}: {' and '.join(stated)} differ; one of them must go")
-    return next(iter(stated.values()), None) or _rotary(Fields(raw.where, {}), raw, head_dim)
+    return next(iter(stated.values()), None) or _rotary(Fields(raw.where, {}), raw, head_dim, default_theta)
 
 
 def linear_factors(factor: float, head_dim: int) -> tuple[float, ...]:
@@ -36,9 +39,9 @@ def linear_factors(factor: float, head_dim: int) -> tuple[float, ...]:
     return (float(factor),) * (head_dim // 2)
 
 
-def _rotary(rope: Fields, raw: Fields, head_dim: int) -> Rotary:
+def _rotary(rope: Fields, raw: Fields, head_dim: int, default_theta: float) -> Rotary:
     _refuse_what_is_not_read(rope)
-    theta = _stated_once("rope_theta", rope, raw)
+    theta = _stated_once("rope_theta", rope, raw, default_theta)
     kind = _kind(rope)
     if kind == "default":
         return theta, None
@@ -71,7 +74,7 @@ def _kind(rope: Fields) -> str:
     return kind or "default"
 
 
-def _stated_once(name: str, rope: Fields, raw: Fields, default: float = DEFAULT_THETA) -> float:
+def _stated_once(name: str, rope: Fields, raw: Fields, default: float) -> float:
     """A number that stands in the section or beside it."""
     inner, outer = (fields.number(name, default) for fields in (rope, raw))
     if rope.get(name) is None:

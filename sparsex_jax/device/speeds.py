@@ -36,6 +36,9 @@ _SIZES = (
     "head_dim",
     "qkv_bias",
     "qk_norm",
+    "wide_qk_norm",
+    "num_experts",
+    "experts_per_token",
 )
 
 

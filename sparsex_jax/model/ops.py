@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from sparsex_jax.model.experts import ExpertStacks, Routing, run_experts
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES
@@ -23,6 +24,7 @@ from sparsex_kernels.layout import PageTables, Queries, Store, read_kv
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
+_EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...]
 _ALL = PartitionSpec()
 
 
@@ -88,6 +90,26 @@ class Ops:
         run = self._over_heads(kernels.gated_linear, specs, PartitionSpec(None, TENSOR_AXIS))
         return run(x, gate, up, jnp.asarray(layer), rows.count)
 
+    def experts(
+        self,
+        x: Float[Array, "rows hidden"],
+        routing: Routing,
+        stacks: ExpertStacks,
+        layer: Int[Array, ""] | int,
+        rows: Rows,
+    ) -> Float[Array, "rows hidden"]:
+        """The weighted sum of what each row's experts compute. A mesh divides the experts: each device computes the
+        rows of its own."""
+        num_experts, sharded = stacks.gate.shape[1], self.mesh.size > 1
+
+        def run(x: Array, routing: Routing, stacks: ExpertStacks, *rest: Array, **on: Any) -> Array:
+            first = jax.lax.axis_index(TENSOR_AXIS) * stacks.gate.shape[1] if sharded else 0
+            out = run_experts(x, routing, stacks, *rest, first=first, num_experts=num_experts, **on)
+            return jax.lax.psum(out, TENSOR_AXIS) if sharded else out
+
+        specs = (_ALL, Routing(_ALL, _ALL), ExpertStacks(*[_EXPERTS] * 3), _ALL, _ALL)
+        return self._over_heads(run, specs, _ALL)(x, routing, stacks, jnp.asarray(layer), rows.count)
+
     def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:
         specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
         attend = self._over_heads(kernels.paged_attention, specs, _HEADS)
@@ -137,13 +159,13 @@ class Ops:
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _ALL))
 
     def _over_heads(
-        self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+        self, op: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
     ) -> Callable[..., Any]:
         """The operation on the mesh's backend, each device running it on what it holds of the sharded arguments."""
         return self._local(functools.partial(op, backend=self.backend), in_specs, out_specs)
 
     def _local(
-        self, function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+        self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
     ) -> Callable[..., Any]:
         if self.mesh.size == 1:
             return function

@@ -148,7 +148,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
 def _with_halves(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The same with a gate and an up in place of each tensor that holds both. One that cannot be halved is left."""
-    out = {}
+    out: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         if name.endswith(_FUSED) and len(shape) == 3 and shape[1] % 2 == 0:
             out |= dict.fromkeys((name + _GATE, name + _UP), (shape[0], shape[1] // 2, shape[2]))

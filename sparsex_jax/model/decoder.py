@@ -150,8 +150,8 @@ def _finish(layer: OneLayer, projection: Projection, product: Float[Array, "rows
 def mlp(layer: OneLayer, hidden: Hidden, rows: Rows) -> Hidden:
     """SwiGLU, of one MLP or of the experts of each row, without the residual."""
     with jax.named_scope("mlp"):
-        normed = layer.norm(layer.layers.mlp_norm, hidden)
-        return _one_mlp(layer, normed, rows) if layer.layers.router is None else _experts(layer, normed, rows)
+        normed, router = layer.norm(layer.layers.mlp_norm, hidden), layer.layers.router
+        return _one_mlp(layer, normed, rows) if router is None else _experts(layer, router, normed, rows)
 
 
 def _one_mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> Hidden:
@@ -161,9 +161,9 @@ def _one_mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> Hidden:
     return out
 
 
-def _experts(layer: OneLayer, normed: Hidden, rows: Rows) -> Hidden:
+def _experts(layer: OneLayer, router: Float[Array, "layers hidden experts"], normed: Hidden, rows: Rows) -> Hidden:
     layers = layer.layers
-    routing = route(normed, layer.own(layers.router), layer.decoder.config)
+    routing = route(normed, layer.own(router), layer.decoder.config)
     stacks = ExpertStacks(layers.expert_gate, layers.expert_up, layers.expert_down)
     return layer.decoder.ops.experts(normed, routing, stacks, layer.number, rows)
 

@@ -36,6 +36,7 @@ class ExpertStacks(NamedTuple):
 
 def route(hidden: Float[Array, "rows hidden"], router: Float[Array, "hidden experts"], config: ModelConfig) -> Routing:
     """The experts of highest probability for each row. Products are summed, and probabilities taken, in float32."""
+    assert config.experts_per_token is not None
     logits = jnp.dot(hidden, router, preferred_element_type=jnp.float32)
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits), config.experts_per_token)
     if config.normalise_top_k:

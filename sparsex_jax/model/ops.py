@@ -107,7 +107,7 @@ class Ops:
             out = run_experts(x, routing, stacks, *rest, first=first, num_experts=num_experts, **on)
             return jax.lax.psum(out, TENSOR_AXIS) if sharded else out
 
-        specs = (_ALL, Routing(_ALL, _ALL), ExpertStacks(*[_EXPERTS] * 3), _ALL, _ALL)
+        specs = (_ALL, _ALL, _EXPERTS, _ALL, _ALL)
         return self._over_heads(run, specs, _ALL)(x, routing, stacks, jnp.asarray(layer), rows.count)
 
     def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:
@@ -159,13 +159,13 @@ class Ops:
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _ALL))
 
     def _over_heads(
-        self, op: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
+        self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
     ) -> Callable[..., Any]:
         """The operation on the mesh's backend, each device running it on what it holds of the sharded arguments."""
         return self._local(functools.partial(op, backend=self.backend), in_specs, out_specs)
 
     def _local(
-        self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
+        self, function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
     ) -> Callable[..., Any]:
         if self.mesh.size == 1:
             return function

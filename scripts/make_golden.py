@@ -25,10 +25,13 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 ROOT = Path(__file__).parents[1] / "tests" / "golden"
@@ -46,6 +49,9 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+# The weights of a token's experts sum to 1 in Qwen3 and Mixtral, and not in OLMoE.
+EXPERTS = SMALL | {"num_hidden_layers": 2, "intermediate_size": 16, "tie_word_embeddings": False}
+QWEN3_EXPERTS = EXPERTS | {"intermediate_size": 96, "moe_intermediate_size": 16, "norm_topk_prob": True, "head_dim": 24}
 # With heads of 16, some wavelengths are below both limits of this rule, some above, and some between.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -119,6 +125,11 @@ def models() -> dict[str, Golden]:
             short=32,
         ),
         "gemma3_text": Golden(Gemma3TextConfig(**GEMMA), dtype=torch.bfloat16),
+        "qwen3_moe": Golden(
+            Qwen3MoeConfig(**QWEN3_EXPERTS, num_experts=8, num_experts_per_tok=3), torch.bfloat16, shard_size="60KB"
+        ),
+        "mixtral": Golden(MixtralConfig(**EXPERTS, num_local_experts=4, num_experts_per_tok=2), torch.bfloat16),
+        "olmoe": Golden(OlmoeConfig(**EXPERTS, num_experts=6, num_experts_per_tok=2), torch.bfloat16),
     }
 
 

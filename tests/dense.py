@@ -60,6 +60,11 @@ class Dense:
         w, eps = self.layers[layer], self.config.rms_norm_eps
         x = _norm(hidden, w["attn_norm"], eps)
         q, k, v = (np.einsum("th,hnd->tnd", x, w[f"w{n}"]) + w.get(f"b{n}", 0) for n in "qkv")
+        if self.config.wide_qk_norm:
+            q, k = (
+                _norm(x.reshape(len(x), -1), w[f"wide_{n}_norm"].ravel(), eps).reshape(x.shape)
+                for x, n in ((q, "q"), (k, "k"))
+            )
         if self.config.qk_norm:
             q, k = _norm(q, w["q_norm"], eps), _norm(k, w["k_norm"], eps)
         q, k = (_rotate(x, positions, self.config, layer) for x in (q, k))
@@ -88,8 +93,23 @@ class Dense:
         out, eps = np.einsum("rnd,ndh->rh", attended, w["wo"]), self.config.rms_norm_eps
         hidden = hidden + (_norm(out, w["post_attn_norm"], eps) if self.config.post_norms else out)
         x = _norm(hidden, w["mlp_norm"], eps)
-        out = (ACTIVATIONS[self.config.activation](x @ w["w_gate"]) * (x @ w["w_up"])) @ w["w_down"]
+        out = np.stack([self.experts(w, row) for row in x]) if self.config.num_experts else self.gated(w, x)
         return hidden + (_norm(out, w["post_mlp_norm"], eps) if self.config.post_norms else out)
+
+    def gated(self, w, x, prefix="w_"):
+        return (ACTIVATIONS[self.config.activation](x @ w[prefix + "gate"]) * (x @ w[prefix + "up"])) @ w[
+            prefix + "down"
+        ]
+
+    def experts(self, w, row):
+        """The weighted sum over one row's experts."""
+        share = np.exp(row @ w["router"])
+        share /= share.sum()
+        chosen = np.argsort(-share)[: self.config.experts_per_token]
+        if self.config.normalise_top_k:
+            share = share / share[chosen].sum()
+        own = ({name: w[name][n] for name in w if name.startswith("expert_")} for n in chosen)
+        return sum(share[n] * self.gated(one, row, "expert_") for n, one in zip(chosen, own, strict=True))
 
     def logits(self, hidden):
         x = _norm(hidden, np.asarray(self.params.final_norm, np.float64), self.config.rms_norm_eps)

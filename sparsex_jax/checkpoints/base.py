@@ -44,8 +44,9 @@ def refuse_unread(where: Path, stored: Collection[str], config: ModelConfig, nam
     Args:
       where: the checkpoint, for the message.
       stored: the names of its tensors, without those that are read elsewhere.
-      names: field of `Params` or `Layers` to the tensor's name, with the layer's number to be filled in. Fields with
-        the same name lie in one tensor, one behind another in the order of these entries.
+      names: field of `Params` or `Layers` to the tensor's name, with the layer's number to be filled in, and behind it
+        the expert's where each expert has a tensor of its own. Fields with the same name lie in one tensor, one behind
+        another in the order of these entries.
 
     Raises:
       UnsupportedModelError: the message names the first few of them.
@@ -83,8 +84,17 @@ def _needed(config: ModelConfig, layers: int, names: Mapping[str, str]) -> Itera
     for tensor, fields in _by_tensor(config, names).items():
         shapes = [_stored_shape(name, weight) for name, weight in fields.items()]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if has_experts_apart(tensor):
+            experts, shape = range(shape[0]), shape[1:]
+        else:
+            experts = range(1)
         for layer in range(layers) if all(weight.stacked for weight in fields.values()) else (None,):
-            yield tensor.format(layer), shape
+            yield from ((tensor.format(layer, expert), shape) for expert in experts)
+
+
+def has_experts_apart(name: str) -> bool:
+    """Whether the name of a tensor has places for the numbers of a layer and an expert."""
+    return name.count("{}") == 2
 
 
 def _by_tensor(config: ModelConfig, names: Mapping[str, str]) -> dict[str, dict[str, Weight]]:
@@ -131,14 +141,16 @@ def spread_rotary(name: str, stored: np.ndarray, config: ModelConfig) -> np.ndar
 
 
 def _stored_shape(name: str, weight: Weight) -> tuple[int, ...]:
-    """`[vocab, embed]` of the embedding, `[out, in]` of a linear weight, `[out]` of a bias or the scale of a norm."""
+    """`[vocab, embed]` of the embedding, `[out, in]` of a linear weight, `[out]` of a bias or the scale of a norm,
+    `[experts, out, in]` of all experts."""
     sizes = dict(zip(weight.axes, weight.shape, strict=True))
     sizes.pop("layers", None)
     if name == "embed":
         return tuple(sizes.values())
+    experts = (sizes.pop("experts"),) if weight.of_experts else ()
     inputs = [sizes.pop(axis) for axis in weight.input_axes]
     outputs = math.prod(sizes.values())
-    return (outputs, math.prod(inputs)) if inputs else (outputs,)
+    return (*experts, outputs, math.prod(inputs)) if inputs else (outputs,)
 
 
 def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str, int | None], np.ndarray]) -> Params:
@@ -148,7 +160,7 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str,
 
     Args:
       read: gives the stored array of one layer's weight, such as `("wq", 3)`, or of a weight outside the layers,
-        `("embed", None)`, with any float dtype. `check_shapes` has seen their shapes.
+        `("embed", None)`, with any float dtype. Experts are one array. `check_shapes` has seen their shapes.
     """
 
     def whole(name: str, weight: Weight) -> np.ndarray:
@@ -163,5 +175,8 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str,
 
 
 def _oriented(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A view of a stored `[out, in]` matrix, bias or norm in our shape: inputs first, one axis for the heads."""
-    return stored if name == "embed" else stored.T.reshape(shape)
+    """A view of a stored `[out, in]` matrix, bias or norm in our shape: inputs first, one axis for the heads. Experts
+    are matrices side by side."""
+    if name == "embed":
+        return stored
+    return stored.swapaxes(1, 2) if stored.ndim == 3 else stored.T.reshape(shape)

@@ -37,10 +37,16 @@ TENSORS = {
     "bv": "blk.{}.attn_v.bias",
     "q_norm": "blk.{}.attn_q_norm.weight",
     "k_norm": "blk.{}.attn_k_norm.weight",
+    "wide_q_norm": "blk.{}.attn_q_norm.weight",
+    "wide_k_norm": "blk.{}.attn_k_norm.weight",
     "mlp_norm": "blk.{}.ffn_norm.weight",
     "w_gate": "blk.{}.ffn_gate.weight",
     "w_up": "blk.{}.ffn_up.weight",
     "w_down": "blk.{}.ffn_down.weight",
+    "router": "blk.{}.ffn_gate_inp.weight",
+    "expert_gate": "blk.{}.ffn_gate_exps.weight",
+    "expert_up": "blk.{}.ffn_up_exps.weight",
+    "expert_down": "blk.{}.ffn_down_exps.weight",
 }
 
 _GEMMA3 = TENSORS | {
@@ -59,11 +65,12 @@ _FLOATS = {0: "float32", 1: "float16", 30: "bfloat16"}  # ggml's numbers of the 
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A Llama, Mistral, Qwen2, Qwen3, Gemma 3 or Phi-3 model in a `.gguf` file, or in parts of which any may be named.
+    """A Llama, Mistral, Qwen2, Qwen3, Gemma 3 or Phi-3 model, or Mixtral, OLMoE or Qwen3-MoE, in a `.gguf` file, or in
+    parts of which any may be named.
 
     Raises:
       UnknownModelError: a part is missing.
-      UnsupportedModelError: another architecture, experts, a rotary scaling that is not implemented, fields or tensors
+      UnsupportedModelError: another architecture, a rotary scaling that is not implemented, fields or tensors
         that are missing or wrong, or a damaged file.
     """
 
@@ -81,7 +88,7 @@ class GGUFCheckpoint(Checkpoint):
 
     @property
     def dtype(self) -> str | None:
-        encodings = {tensor.encoding for tensor in self._file.tensors.values() if len(tensor.shape) == 2}
+        encodings = {tensor.encoding for tensor in self._file.tensors.values() if len(tensor.shape) >= 2}
         return _FLOATS.get(encodings.pop()) if len(encodings) == 1 else None
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:

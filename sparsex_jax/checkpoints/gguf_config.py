@@ -22,7 +22,7 @@ def read_config(file: GGUFModel) -> ModelConfig:
     """The model's configuration.
 
     Raises:
-      UnsupportedModelError: another architecture, experts, a rotary scaling that is not implemented, or fields that are
+      UnsupportedModelError: another architecture, a rotary scaling that is not implemented, or fields that are
         missing or wrong.
     """
     architecture = file.metadata.get("general.architecture")
@@ -31,8 +31,6 @@ def read_config(file: GGUFModel) -> ModelConfig:
             f"general.architecture={architecture!r} is not supported; supported: {', '.join(_EXTRA)}"
         )
     fields = _fields(architecture, file)
-    if fields.get("expert_count"):
-        fields.refuse("expert_count", "is not supported: mixtures of experts")
     if not fields.flag("attention.causal", True):
         fields.refuse("attention.causal", "is not supported: this decoder attends to earlier tokens only")
     hidden, heads = fields.count("embedding_length"), fields.count("attention.head_count")
@@ -40,7 +38,6 @@ def read_config(file: GGUFModel) -> ModelConfig:
     return ModelConfig(
         vocab_size=_vocabulary_size(file),
         hidden_size=hidden,
-        intermediate_size=fields.count("feed_forward_length"),
         num_layers=fields.count("block_count"),
         num_q_heads=heads,
         num_kv_heads=fields.count("attention.head_count_kv", heads),
@@ -50,8 +47,35 @@ def read_config(file: GGUFModel) -> ModelConfig:
         tied_embeddings="output.weight" not in file.tensors,
         eos_token_ids=_eos_token_ids(file.metadata),
         **vars(_rotary(fields, head_dim, file, partial=architecture == "phi3")),
+        **_mlp(fields, architecture),
         **_EXTRA[architecture](fields),
     )
+
+
+def _mlp(fields: Fields, architecture: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` about what follows attention: an MLP's width, or the experts."""
+    if not fields.get("expert_count"):
+        return {"intermediate_size": fields.count("feed_forward_length")}
+    for name, plain in _PLAIN_EXPERTS.items():
+        if fields.get(name, plain) != plain:
+            fields.refuse(name, f"is not supported; supported: {plain}")
+    width = fields.count("feed_forward_length") if architecture != "qwen3moe" else None
+    return {
+        "intermediate_size": fields.count("expert_feed_forward_length", width),
+        "num_experts": fields.count("expert_count"),
+        "experts_per_token": fields.count("expert_used_count"),
+        "normalise_top_k": architecture != "olmoe",  # llama.cpp reads no field about it
+    }
+
+
+# Fields about experts that this decoder knows one value of. The gating function 1 is the softmax.
+_PLAIN_EXPERTS = {
+    "expert_gating_func": 1,
+    "expert_group_count": 0,
+    "expert_shared_count": 0,
+    "expert_weights_scale": 1.0,
+    "leading_dense_block_count": 0,
+}
 
 
 def _all_windowed(fields: Fields) -> dict[str, Any]:
@@ -95,10 +119,16 @@ def _gemma3_windows(fields: Fields) -> Windows:
     return tuple(size if each else None for each in is_sliding)
 
 
+def _olmoe(fields: Fields) -> dict[str, Any]:
+    return {"wide_qk_norm": True} | _all_windowed(fields)
+
+
 _EXTRA: dict[str, Callable[[Fields], dict[str, Any]]] = {
-    "llama": _all_windowed,  # Mistral's files say so too
+    "llama": _all_windowed,  # Mistral's and Mixtral's files say so too
+    "olmoe": _olmoe,
     "qwen2": _all_windowed,
     "qwen3": _qwen3,
+    "qwen3moe": _qwen3,
     "phi3": _all_windowed,
     "gemma3": _gemma3,
 }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sparsex_jax.config.fields import Fields
+from sparsex_jax.config.rotary import DEFAULT_THETA
 from sparsex_jax.errors import UnsupportedModelError
 
 _NULL_SAYS_SOMETHING = {"sliding_window"}
@@ -26,12 +27,14 @@ class Family:
       defaults: fields of the file that it may leave out, as transformers fills them in.
       rotary: the fields of the file with one description of the rotation, that of layers without a window.
       partial_rotary: whether a part of each head may be rotated.
+      default_theta: the rotary base of a file that states none.
     """
 
     extra: Callable[[Fields], dict[str, Any]] = lambda _: {}
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rotary: Callable[[Fields], Fields] = lambda fields: fields
     partial_rotary: bool = False
+    default_theta: float = DEFAULT_THETA
 
 
 def layer_windows(fields: Fields, size: int | None, is_sliding: Sequence[bool]) -> Windows:
@@ -99,7 +102,18 @@ def _qwen3(fields: Fields) -> dict[str, Any]:
     return _llama(fields) | {"qk_norm": True, "layer_windows": _qwen(fields)}
 
 
-def _phi3(fields: Fields) -> dict[str, Any]:
+def _qwen3_moe(fields: Fields) -> dict[str, Any]:
+    """All layers have the window, if `use_sliding_window` says so."""
+    size = _window(fields, 4096) if fields.flag("use_sliding_window") else None
+    windows = layer_windows(fields, size, [True] * fields.count("num_hidden_layers"))
+    return _llama(fields) | {"qk_norm": True, "layer_windows": windows}
+
+
+def _olmoe(fields: Fields) -> dict[str, Any]:
+    return _llama(fields) | {"wide_qk_norm": True}
+
+
+def _all_windowed(fields: Fields) -> dict[str, Any]:
     windows = layer_windows(fields, _window(fields), [True] * fields.count("num_hidden_layers"))
     return _llama(fields) | {"layer_windows": windows}
 
@@ -191,7 +205,10 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_mistral),
     "qwen2": Family(_qwen2),
     "qwen3": Family(_qwen3, {"head_dim": 128}),
-    "phi3": Family(_phi3, {"rms_norm_eps": 1e-5}, _phi3_rotary, partial_rotary=True),
+    "qwen3_moe": Family(_qwen3_moe),
+    "mixtral": Family(_all_windowed, {"rms_norm_eps": 1e-5}, default_theta=1e6),
+    "olmoe": Family(_olmoe, {"rms_norm_eps": 1e-5}),
+    "phi3": Family(_all_windowed, {"rms_norm_eps": 1e-5}, _phi3_rotary, partial_rotary=True),
     "gemma3_text": Family(_gemma3, _GEMMA3_DEFAULTS, _gemma3_rotary),
 }
 

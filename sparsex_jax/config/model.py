@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsex_jax.config.checks import is_int, is_number
+from sparsex_jax.config.experts import check_experts, read_mlp
 from sparsex_jax.config.families import read_family
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json
@@ -41,10 +42,14 @@ class ModelConfig:
         all: no layer has a window.
       qkv_bias: queries, keys and values have biases (Qwen2).
       qk_norm: RMSNorm over each head of queries and keys, before the rotation (Qwen3, Gemma 3).
+      wide_qk_norm: RMSNorm over all heads of queries together, and of keys, before the rotation (OLMoE).
       post_norms: RMSNorm after attention and after the MLP too, before the residual (Gemma 3).
       norm_dtype: of the scales of norms; None: the dtype of the other weights. With another one, a norm rounds once,
         after scaling.
       activation: of the MLP's gate: `silu`, or `gelu_tanh` (Gemma 3).
+      num_experts: of every layer, in place of its MLP; `intermediate_size` is then the width of each. None: no experts.
+      experts_per_token: how many of them compute a token.
+      normalise_top_k: the weights of a token's experts are divided by their sum (Qwen3, Mixtral).
       embedding_scale: multiplies embeddings at the input (Gemma 3).
       query_scalar: scores are divided by its square root; None: head_dim.
       final_softcap: logits x become `tanh(x / cap) * cap`. None: they stay.
@@ -54,7 +59,7 @@ class ModelConfig:
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of the MLP, or of each expert
     num_layers: int
     num_q_heads: int
     num_kv_heads: int
@@ -72,9 +77,13 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     qkv_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
     post_norms: bool = False
     norm_dtype: str | None = None
     activation: str = "silu"
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    normalise_top_k: bool = False
     embedding_scale: float | None = None
     query_scalar: float | None = None
     final_softcap: float | None = None
@@ -90,10 +99,11 @@ class ModelConfig:
         for name in _OPTIONAL_NUMBERS:
             if getattr(self, name) is not None:
                 fields.number(name)
-        for name in ("qkv_bias", "qk_norm", "post_norms", "tied_embeddings"):
+        for name in _FLAGS:
             fields.flag(name)
         fields.token_ids("eos_token_ids")
         _check_choices(fields)
+        check_experts(fields)
         _check_heads(self)
         _check_windows(self)
 
@@ -131,6 +141,11 @@ class ModelConfig:
             changes |= {"rope_theta": theta, "rope_dynamic_factor": None}
         return dataclasses.replace(self, **changes)
 
+    @property
+    def mlp_width(self) -> int:
+        """The width of what an MLP or the experts of one token compute together."""
+        return self.intermediate_size * (self.experts_per_token or 1)
+
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """Read the fields of a Hugging Face `config.json`, old style or transformers 5.
@@ -148,7 +163,6 @@ class ModelConfig:
         return cls(
             vocab_size=fields.count("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=fields.count("intermediate_size"),
             num_layers=fields.count("num_hidden_layers"),
             num_q_heads=heads,
             num_kv_heads=fields.count("num_key_value_heads", heads),
@@ -156,10 +170,20 @@ class ModelConfig:
             rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
             tied_embeddings=fields.flag("tie_word_embeddings"),
             eos_token_ids=fields.token_ids("eos_token_id"),
-            **vars(read_rotary(family.rotary(fields), head_dim, partial=family.partial_rotary)),
+            **vars(
+                read_rotary(
+                    family.rotary(fields), head_dim, partial=family.partial_rotary, default_theta=family.default_theta
+                )
+            ),
+            **read_mlp(fields, fields.get("model_type", "llama")),
             **family.extra(fields),
         )
 
+
+_FAMILIES = ("llama", "mistral", "mixtral", "olmoe", "qwen2", "qwen3", "qwen3_moe")
+# Of files that leave rope_theta or rms_norm_eps out.
+_DEFAULT_THETAS = {"mixtral": 1e6}
+_DEFAULT_EPSILONS = {"mixtral": 1e-5, "olmoe": 1e-5}
 
 _COUNTS = (
     "vocab_size",
@@ -173,6 +197,7 @@ _COUNTS = (
 )
 _NUMBERS = ("rope_theta", "rms_norm_eps", "rope_attention_factor")
 _OPTIONAL_NUMBERS = ("rope_local_theta", "rope_dynamic_factor", "embedding_scale", "query_scalar", "final_softcap")
+_FLAGS = ("qkv_bias", "qk_norm", "wide_qk_norm", "post_norms", "normalise_top_k", "tied_embeddings")
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 

@@ -64,11 +64,12 @@ class _Section:
         return _stated_once(_ORIGINAL, self.rope, self.raw, self.length)
 
 
-def read_rotary(raw: Fields, head_dim: int, *, partial: bool = False) -> Rotary:
+def read_rotary(raw: Fields, head_dim: int, *, partial: bool = False, default_theta: float = DEFAULT_THETA) -> Rotary:
     """Rotary positions by either section of a `config.json`, or without one.
 
     Args:
       partial: models of this family may rotate a part of each head.
+      default_theta: the base of a file that states none.
 
     Raises:
       UnsupportedModelError: a scaling that is not implemented, a field that is missing, or two statements that differ.
@@ -77,10 +78,10 @@ def read_rotary(raw: Fields, head_dim: int, *, partial: bool = False) -> Rotary:
     for fields in (raw, *sections.values()):
         if not partial and fields.get(_PARTIAL, 1) != 1:
             fields.refuse(_PARTIAL, "is not supported: every head is rotated whole")
-    stated = {name: _rotary(section, raw, head_dim) for name, section in sections.items()}
+    stated = {name: _rotary(section, raw, head_dim, default_theta) for name, section in sections.items()}
     if len(set(stated.values())) > 1:
         raise UnsupportedModelError(f"{raw.where}: {' and '.join(stated)} differ; one of them must go")
-    return next(iter(stated.values()), None) or _rotary(Fields(raw.where, {}), raw, head_dim)
+    return next(iter(stated.values()), None) or _rotary(Fields(raw.where, {}), raw, head_dim, default_theta)
 
 
 def linear_factors(factor: float, dim: int) -> tuple[float, ...]:
@@ -133,12 +134,12 @@ def yarn_factors(
     return tuple((1.0 / (ramp / factor + 1.0 - ramp)).tolist())
 
 
-def _rotary(rope: Fields, raw: Fields, head_dim: int) -> Rotary:
+def _rotary(rope: Fields, raw: Fields, head_dim: int, default_theta: float) -> Rotary:
     for name, value in rope.values.items():
         if isinstance(value, Mapping):
             rope.refuse(name, "is not supported: all layers rotate alike")
     dim = _rotary_dim(rope, raw, head_dim)
-    section = _Section(rope, raw, _stated_once("rope_theta", rope, raw), dim)
+    section = _Section(rope, raw, _stated_once("rope_theta", rope, raw, default_theta), dim)
     rotary = _KINDS[_kind(rope)](section)
     return rotary if dim == head_dim else dataclasses.replace(rotary, rotary_dim=dim)
 
@@ -253,7 +254,7 @@ def _factors(rope: Fields, name: str, pairs: int) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _stated_once(name: str, rope: Fields, raw: Fields, default: float = DEFAULT_THETA) -> float:
+def _stated_once(name: str, rope: Fields, raw: Fields, default: float) -> float:
     """A number that stands in the section or beside it."""
     inner, outer = (fields.number(name, default) for fields in (rope, raw))
     if rope.get(name) is None:

@@ -38,6 +38,9 @@ _SIZES = (
     "qk_norm",
     "post_norms",
     "activation",
+    "wide_qk_norm",
+    "num_experts",
+    "experts_per_token",
 )
 
 

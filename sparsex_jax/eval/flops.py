@@ -33,7 +33,7 @@ class _Layers:
         hidden, self.heads = model.hidden_size, model.num_q_heads * model.head_dim
         self.queries = 2 * hidden * self.heads
         self.keys_values = 2 * hidden * 2 * model.num_kv_heads * model.head_dim
-        self.token = 2 * self.queries + self.keys_values + 2 * 3 * hidden * model.intermediate_size
+        self.token = 2 * self.queries + self.keys_values + 2 * hidden * (3 * model.mlp_width + (model.num_experts or 0))
 
     def run(self, rows: Bool[np.ndarray, "tokens"], start: int = 0, end: int | None = None) -> float:
         """These rows of a prompt in layers from one up to another; each attends to what the layer's window shows."""

@@ -1,4 +1,5 @@
-"""The decoder as pure functions over its parameters. The configuration makes it Llama, Mistral, Qwen, Phi or Gemma.
+"""The decoder as pure functions over its parameters. The configuration makes it Llama, Mistral, Qwen, Phi or Gemma, or
+with experts Mixtral, Qwen3-MoE or OLMoE.
 
 Prefill and decode share `decoder_layer`: it takes any rows, writes their K and V into the store and attends over the
 store. The weights of all layers stay stacked: `Ops.linear` reads one layer's matrices from the stack without a copy.
@@ -16,6 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_jax.config import ModelConfig
+from sparsex_jax.model.experts import ExpertStacks, route
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
@@ -128,26 +130,30 @@ class OneLayer(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Stacked weights that make queries, keys or values. Queries and keys are rotated, and queries may be scaled."""
+    """Stacked weights that make queries, keys or values. Queries and keys are rotated, and queries may be scaled.
+
+    `norm` is that of each head; `wide_norm` is that of all heads together.
+    """
 
     weight: Float[Array, "layers hidden heads head_dim"]
     bias: Float[Array, "layers heads head_dim"] | None
     norm: Float[Array, "layers head_dim"] | None
+    wide_norm: Float[Array, "layers heads head_dim"] | None
     rotated: bool
     scale: Float[np.ndarray, "head_dim"] | None = None
 
 
 def _query(layer: OneLayer) -> Projection:
-    layers = layer.layers
-    return Projection(layers.wq, layers.bq, layers.q_norm, rotated=True, scale=query_scale(layer.decoder.config))
+    layers, scale = layer.layers, query_scale(layer.decoder.config)
+    return Projection(layers.wq, layers.bq, layers.q_norm, layers.wide_q_norm, rotated=True, scale=scale)
 
 
 def _key(layers: Layers) -> Projection:
-    return Projection(layers.wk, layers.bk, layers.k_norm, rotated=True)
+    return Projection(layers.wk, layers.bk, layers.k_norm, layers.wide_k_norm, rotated=True)
 
 
 def _value(layers: Layers) -> Projection:
-    return Projection(layers.wv, layers.bv, norm=None, rotated=False)
+    return Projection(layers.wv, layers.bv, norm=None, wide_norm=None, rotated=False)
 
 
 def queries(layer: OneLayer, hidden: Hidden, rows: Rows) -> Heads:
@@ -172,8 +178,10 @@ def _project(layer: OneLayer, hidden: Hidden, rows: Rows, *projections: Projecti
 
 
 def _finish(layer: OneLayer, projection: Projection, product: Float[Array, "rows width"], rows: Rows) -> Heads:
-    """From a product to heads: add the bias and apply the norm where the model has them, then rotate."""
+    """From a product to heads: add the bias and apply the norms where the model has them, then rotate."""
     config = layer.decoder.config
+    if projection.wide_norm is not None:
+        product = layer.norm(projection.wide_norm.reshape(config.num_layers, -1), product)
     heads = product.reshape(len(product), -1, config.head_dim)
     if projection.bias is not None:
         heads += layer.own(projection.bias)
@@ -186,14 +194,27 @@ def _finish(layer: OneLayer, projection: Projection, product: Float[Array, "rows
 
 
 def mlp(layer: OneLayer, hidden: Hidden, rows: Rows) -> Hidden:
-    """The gated MLP, without the residual."""
+    """The gated MLP or the experts of each row, without the residual."""
     with jax.named_scope("mlp"):
-        layers, decoder = layer.layers, layer.decoder
-        normed = layer.norm(layers.mlp_norm, hidden)
-        gates = layers.w_gate, layers.w_up, layer.number, rows
-        gated = decoder.ops.gated_linear(normed, *gates, activation=decoder.config.activation)
-        (out,) = layer.linear(gated, layers.w_down, rows=rows, over_inputs=True)
+        layers = layer.layers
+        normed, router = layer.norm(layers.mlp_norm, hidden), layers.router
+        out = _one_mlp(layer, normed, rows) if router is None else _experts(layer, router, normed, rows)
     return out if layers.post_mlp_norm is None else layer.norm(layers.post_mlp_norm, out)
+
+
+def _one_mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> Hidden:
+    layers, decoder = layer.layers, layer.decoder
+    gates = layers.w_gate, layers.w_up, layer.number, rows
+    gated = decoder.ops.gated_linear(normed, *gates, activation=decoder.config.activation)
+    (out,) = layer.linear(gated, layers.w_down, rows=rows, over_inputs=True)
+    return out
+
+
+def _experts(layer: OneLayer, router: Float[Array, "layers hidden experts"], normed: Hidden, rows: Rows) -> Hidden:
+    layers = layer.layers
+    routing = route(normed, layer.own(router), layer.decoder.config)
+    stacks = ExpertStacks(layers.expert_gate, layers.expert_up, layers.expert_down)
+    return layer.decoder.ops.experts(normed, routing, stacks, layer.number, rows)
 
 
 def decoder_layer(

@@ -27,6 +27,14 @@ def _in_every_model(config: ModelConfig) -> bool:
     return True
 
 
+def _has_experts(config: ModelConfig) -> bool:
+    return config.num_experts is not None
+
+
+def _has_mlp(config: ModelConfig) -> bool:
+    return config.num_experts is None
+
+
 def weight(*axes: str, fan_in: Axes = (), only_if: Callable[[ModelConfig], bool] = _in_every_model) -> Any:
     """A field that holds a weight with these logical axes.
 
@@ -36,6 +44,9 @@ def weight(*axes: str, fan_in: Axes = (), only_if: Callable[[ModelConfig], bool]
       only_if: tells whether a model has the weight; the field is None where it does not.
     """
     return struct.field(metadata={"axes": axes, "fan_in": fan_in, "only_if": only_if})
+
+
+_EXPERTS = ("layers", "experts")
 
 
 # The run-time check of types is off for both classes, because trees with their structure also hold shapes, shardings
@@ -51,9 +62,14 @@ class Layers:
     wv: Array = weight("layers", "embed", "kv_heads", "head_dim", fan_in=("embed",))
     wo: Array = weight("layers", "q_heads", "head_dim", "embed", fan_in=("q_heads", "head_dim"))
     mlp_norm: Array = weight("layers", "embed")
-    w_gate: Array = weight("layers", "embed", "mlp", fan_in=("embed",))
-    w_up: Array = weight("layers", "embed", "mlp", fan_in=("embed",))
-    w_down: Array = weight("layers", "mlp", "embed", fan_in=("mlp",))
+    # Either an MLP or, where there is a router, experts; the others are None.
+    w_gate: Array = weight("layers", "embed", "mlp", fan_in=("embed",), only_if=_has_mlp)
+    w_up: Array = weight("layers", "embed", "mlp", fan_in=("embed",), only_if=_has_mlp)
+    w_down: Array = weight("layers", "mlp", "embed", fan_in=("mlp",), only_if=_has_mlp)
+    router: Array | None = weight("layers", "embed", "experts", fan_in=("embed",), only_if=_has_experts)
+    expert_gate: Array = weight(*_EXPERTS, "embed", "expert_mlp", fan_in=("embed",), only_if=_has_experts)
+    expert_up: Array = weight(*_EXPERTS, "embed", "expert_mlp", fan_in=("embed",), only_if=_has_experts)
+    expert_down: Array = weight(*_EXPERTS, "expert_mlp", "embed", fan_in=("expert_mlp",), only_if=_has_experts)
     bq: Array | None = weight("layers", "q_heads", "head_dim", fan_in=("embed",), only_if=lambda c: c.qkv_bias)
     bk: Array | None = weight("layers", "kv_heads", "head_dim", fan_in=("embed",), only_if=lambda c: c.qkv_bias)
     bv: Array | None = weight("layers", "kv_heads", "head_dim", fan_in=("embed",), only_if=lambda c: c.qkv_bias)
@@ -61,6 +77,8 @@ class Layers:
     k_norm: Array | None = weight("layers", "head_dim", only_if=lambda c: c.qk_norm)
     post_attn_norm: Array | None = weight("layers", "embed", only_if=lambda c: c.post_norms)
     post_mlp_norm: Array | None = weight("layers", "embed", only_if=lambda c: c.post_norms)
+    wide_q_norm: Array | None = weight("layers", "q_heads", "head_dim", only_if=lambda c: c.wide_qk_norm)
+    wide_k_norm: Array | None = weight("layers", "kv_heads", "head_dim", only_if=lambda c: c.wide_qk_norm)
 
 
 @no_type_check
@@ -97,6 +115,11 @@ class Weight:
         """Whether it is one array of all layers."""
         return self.axes[0] == "layers"
 
+    @property
+    def of_experts(self) -> bool:
+        """Whether each layer's part is one array of all experts."""
+        return self.axes[:2] == _EXPERTS
+
 
 def describe(config: ModelConfig) -> Params:
     """The parameters of a model with a `Weight` in place of each array."""
@@ -130,6 +153,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "mlp": config.intermediate_size,
+        "experts": config.num_experts or 0,
+        "expert_mlp": config.intermediate_size,
     }
 
 

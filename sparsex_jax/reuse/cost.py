@@ -226,7 +226,7 @@ def _signal_seconds(
 
 
 def _kv_share(model: ModelConfig) -> float:
-    """The share of a layer's weights that make keys and values."""
+    """The share of a layer's products that make keys and values."""
     keys_values = 2 * model.num_kv_heads * model.head_dim
     both_ways = 2 * model.num_q_heads * model.head_dim  # queries, and the output projection
-    return keys_values / (keys_values + both_ways + 3 * model.intermediate_size)
+    return keys_values / (keys_values + both_ways + 3 * model.mlp_width + (model.num_experts or 0))

@@ -38,7 +38,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
@@ -82,7 +81,8 @@ class Engine:
     the worker's.
 
     Attributes:
-      model, config, mesh: as given.
+      model: as given, for contexts of `EngineConfig.max_context`.
+      config, mesh: as given.
       loop: takes sequences through admission, prefill and decode.
       admission: what sequences hold, and what can be found (host).
       runner: parameters and store (device).
@@ -105,9 +105,9 @@ class Engine:
           mesh: with an axis `tensor`; one device by default.
           reuse: what a call does that names no `reuse` of its own.
         """
-        self.model = model
         self.mesh = check_mesh(mesh or make_mesh(), model)
         self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
+        self.model = model = model.for_context(self.config.max_context)
         self.runner = Runner(model, self.config, params, self.mesh)
         self.admission = Admission(model, self.config, self._speeds if self.config.choose == "measured" else None)
         if self.config.host_store_bytes:
@@ -469,4 +469,4 @@ def _with_dtype_of(params: Params, config: EngineConfig, mesh: Mesh) -> EngineCo
     """With a concrete dtype in place of `auto`: on an accelerator that of the given parameters, whichever it is."""
     if config.dtype != "auto" or _platform(mesh) == "cpu":
         return config.resolved(_platform(mesh))
-    return dataclasses.replace(config, dtype=jax.tree.leaves(params)[0].dtype.name)
+    return dataclasses.replace(config, dtype=params.embed.dtype.name)

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from texts import TEXTS
 
 from sparsex_jax.checkpoints import EMBEDDED_MODELS, convert, open_checkpoint, save_checkpoint
-from sparsex_jax.checkpoints.gguf import _model_config
+from sparsex_jax.checkpoints.gguf_config import read_config
 from sparsex_jax.checkpoints.gguf_file import GGUFModel
 from sparsex_jax.config import ModelConfig, config_dir, named_config
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
@@ -26,7 +26,7 @@ from sparsex_jax.model.sharding import TENSOR_AXIS, make_mesh
 from sparsex_jax.model.weights import abstract_params, describe, num_parameters
 
 GOLDEN = Path(__file__).parent / "golden"
-MODELS = ("llama", "qwen2", "qwen3", "mistral")
+MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text")
 EMBEDDED = "smollm2-135m-instruct"
 
 # Millions of parameters, as published or as the published weights' shapes add up to.
@@ -34,6 +34,10 @@ PUBLISHED = {
     "llama-2-7b": 6738.4,
     "llama-3.1-8b": 8030.3,
     "llama-3.2-1b": 1235.8,
+    "llama-3.3-70b": 70553.7,
+    "gemma-3-270m": 268.1,
+    "gemma-3-1b": 999.9,
+    "phi-3-mini-4k": 3821.1,
     "mistral-7b-v0.3": 7248.0,
     "qwen2.5-0.5b": 494.0,
     "qwen2.5-7b": 7615.6,
@@ -80,6 +84,10 @@ def test_named_configurations_keep_what_shapes_do_not_show():
     assert (mistral.max_position, mistral.rope_factors) == (32768, None)
     assert (qwen2.qkv_bias, qwen2.qk_norm, qwen2.max_position) == (True, False, 32768)
     assert (qwen3.qkv_bias, qwen3.qk_norm, qwen3.head_dim) == (False, True, 128)
+    gemma, phi = map(named_config, ("gemma-3-1b", "phi-3-mini-4k"))
+    assert [layer for layer, window in enumerate(gemma.windows) if window is None] == [5, 11, 17, 23]
+    assert (gemma.rope_theta, gemma.rope_local_theta, gemma.windows[0]) == (1e6, 1e4, 512)
+    assert (phi.windows, phi.rotary_dim, phi.rope_long_factors) == ((2047,) * 32, None, None)
 
 
 # The embedded model
@@ -143,7 +151,7 @@ def stored_tensors(name):
     return {key: value for file in (GOLDEN / name).glob("*.safetensors") for key, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS[:4])
 def test_directory_loads_in_the_decoders_shapes(name, mesh):
     checkpoint = open_checkpoint(GOLDEN / name)
     params, stored, dim = checkpoint.load_params("float32", mesh), stored_tensors(name), checkpoint.config.head_dim
@@ -197,7 +205,7 @@ def write_gguf(path, name, architecture, split=0, **fields):
     config = open_checkpoint(GOLDEN / name).config
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
     writer.add_block_count(config.num_layers)
-    writer.add_context_length(config.max_position)
+    writer.add_context_length(config.max_position // (4 if "rope.scaling.type" in fields else 1))  # yarn's factor
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_q_heads)
@@ -221,31 +229,66 @@ def gguf_tensors(name, architecture, config):
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_layers)
     heads = {"q_proj": config.num_q_heads, "k_proj": config.num_kv_heads}
     for key, array in stored_tensors(name).items():
+        if architecture == "gemma3" and "norm" in key:
+            array = 1 + array.astype(np.float32)
         projection = key.split(".")[-2]
         if architecture == "llama" and projection in heads:
             array = permute(array, heads[projection])
         yield names.get_name(key, try_suffixes=(".weight", ".bias")), array
-    if config.rope_factors:
+    if architecture == "phi3":
+        yield "rope_factors_short.weight", np.array(config.rope_factors)
+        yield "rope_factors_long.weight", np.array(config.rope_long_factors)
+    elif config.rope_factors and architecture == "llama":
         yield "rope_freqs.weight", np.array(config.rope_factors)
 
 
+GEMMA3_FIELDS = {
+    "attention.sliding_window": 10,
+    "attention.sliding_window_pattern": [True, False, True],
+    "rope.freq_base_swa": 100.0,
+    "rope.scaling.factor": 8.0,
+    "final_logit_softcapping": 5.0,
+}
+PHI3_FIELDS = {
+    "attention.sliding_window": 20,
+    "rope.dimension_count": 12,
+    "rope.scaling.original_context_length": 32,
+    "rope.scaling.attn_factor": (1 + np.log(4) / np.log(32)) ** 0.5,
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "architecture"), [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("mistral", "llama")]
+    ("name", "architecture", "fields"),
+    [
+        ("llama", "llama", {}),
+        ("qwen2", "qwen2", {}),
+        ("qwen3", "qwen3", {}),
+        ("mistral", "llama", {}),
+        ("mistral_window", "llama", {"attention.sliding_window": 12}),
+        ("qwen2_yarn", "qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}),
+        ("gemma3_text", "gemma3", GEMMA3_FIELDS),
+        ("phi3", "phi3", PHI3_FIELDS),
+    ],
 )
-def test_gguf_equals_the_directory_it_was_made_of(name, architecture, tmp_path, mesh):
+def test_gguf_equals_the_directory_it_was_made_of(name, architecture, fields, tmp_path, mesh):
     ours, expected = (
-        open_checkpoint(write_gguf(tmp_path / "m.gguf", name, architecture)),
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", name, architecture, **fields)),
         open_checkpoint(GOLDEN / name),
     )
-    same = dataclasses.replace(ours.config, rms_norm_eps=expected.config.rms_norm_eps, rope_factors=None)
-    assert same == dataclasses.replace(expected.config, rope_factors=None)
+    rounded = dict.fromkeys(("rms_norm_eps", "rope_attention_factor"), 1.0)  # float32 in the file
+    rounded |= dict.fromkeys(("rope_factors", "rope_long_factors"))
+    same, stated = (dataclasses.replace(one.config, **rounded) for one in (ours, expected))
+    if architecture == "gemma3":  # llama.cpp knows the scale of scores by the size of the model
+        assert (same.query_scalar, stated.query_scalar) == (24, 20)
+        stated = dataclasses.replace(stated, query_scalar=24)
+    if name == "qwen2_yarn":  # windows of some layers are no part of its files
+        stated = dataclasses.replace(stated, layer_windows=None)
+    assert same == stated
     assert ours.config.rms_norm_eps == pytest.approx(expected.config.rms_norm_eps)
+    assert ours.config.rope_attention_factor == pytest.approx(expected.config.rope_attention_factor)
+    for field in ("rope_factors", "rope_long_factors"):
+        assert (getattr(ours.config, field) or ()) == pytest.approx(getattr(expected.config, field) or ())
     assert_equal(ours.load_params("float32", mesh), expected.load_params("float32", mesh))
-
-
-def test_gguf_rotary_divisors(tmp_path):
-    stored = open_checkpoint(write_gguf(tmp_path / "m.gguf", "llama", "llama")).config.rope_factors
-    assert stored == pytest.approx(open_checkpoint(GOLDEN / "llama").config.rope_factors)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +308,7 @@ def test_gguf_rotary_scaling_by_its_old_and_new_names(fields, factors, tmp_path)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "yarn"),
+        ({"rope.scaling.type": "yarn"}, r"no rope\.scaling\.factor"),
         ({"rope.dimension_count": 8}, "partial rotation"),
         ({"expert_count": 8}, "experts"),
     ],
@@ -277,11 +320,11 @@ def test_gguf_with_unsupported_features_is_refused(fields, message, tmp_path):
 
 
 def test_gguf_of_another_architecture_is_refused(tmp_path):
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma3")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModelError, match=r"'gemma3' is not supported; supported: llama, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"'gemma2' is not supported; supported: llama, qwen2, qwen3"):
         open_checkpoint(tmp_path / "m.gguf")
 
 
@@ -292,6 +335,29 @@ def test_damaged_gguf_is_refused(size, tmp_path, mesh):
     broken.write_bytes(whole.read_bytes()[:size])
     with pytest.raises(UnsupportedModelError, match=r"broken\.gguf"):
         open_checkpoint(broken).load_params("float32", mesh)
+
+
+def test_a_model_that_also_sees_pictures_is_read_as_its_text_model(tmp_path, mesh):
+    """`gemma3`, with the names of old files and of new ones."""
+    raw = json.loads((GOLDEN / "gemma3_text" / "config.json").read_text())
+    expected = open_checkpoint(GOLDEN / "gemma3_text")
+    for number, prefix in enumerate(("language_model.model.", "model.language_model.")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        outer = {"model_type": "gemma3", "text_config": raw, "vision_config": {}}
+        (folder / "config.json").write_text(json.dumps(outer))
+        tensors = {prefix + key.removeprefix("model."): array for key, array in stored_tensors("gemma3_text").items()}
+        tensors["vision_tower.embedding.weight"] = np.ones((2, 2), np.float32)
+        save_file(tensors, folder / "model.safetensors")
+        found = open_checkpoint(folder)
+        assert found.config == expected.config
+        assert_equal(found.load_params("bfloat16", mesh), expected.load_params("bfloat16", mesh))
+
+
+def test_norms_that_add_one_stay_float32(mesh):
+    params = open_checkpoint(GOLDEN / "gemma3_text").load_params("bfloat16", mesh)
+    assert {params.layers.q_norm.dtype, params.final_norm.dtype} == {jnp.dtype("float32")}
+    assert params.embed.dtype == jnp.bfloat16
 
 
 # GGUF models in parts
@@ -349,6 +415,7 @@ def with_rotary(**fields):
     return ModelConfig.from_hf(raw | fields)
 
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -390,9 +457,13 @@ def test_llama3_takes_the_original_length_from_where_it_stands():
         *(
             ({section: {"rope_type": kind, "factor": 4.0}}, f"rope_type='{kind}' is not supported")
             for section in ("rope_scaling", "rope_parameters")
-            for kind in ("yarn", "dynamic", "longrope", "su", "mrope")
+            for kind in ("su", "mrope")
         ),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": -4.0}}, "factor=-4.0 must be a finite number above 0"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}}, "truncate=1 must be true or false"),
+        ({"rope_scaling": {"type": "dynamic"}}, "has no factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, r"short_factor=\[1.0\] must be a list of 8"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [0.0] * 8}}, "long_factor=.* finite numbers above 0"),
         ({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 4.0}}, "differs from type='linear'"),
         ({"rope_scaling": {"factor": 4.0}}, "factor=4.0 has no rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling has no factor"),
@@ -458,10 +529,10 @@ def test_fields_of_each_layer_count_where_all_agree(tmp_path):
         model = GGUFModel(path)
         model.metadata["qwen2.attention.head_count_kv"] = values
         if values is alike:
-            assert _model_config(model) == expected
+            assert read_config(model) == expected
         else:
             with pytest.raises(UnsupportedModelError, match=r"attention\.head_count_kv=\[.*must be an integer"):
-                _model_config(model)
+                read_config(model)
 
 
 # Converted checkpoints
@@ -613,7 +684,8 @@ def test_directory_without_weights_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma3"}, "gemma3"),
+        ({"model_type": "gemma3"}, "has no text_config"),
+        ({"model_type": "gemma2"}, "model_type='gemma2' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
         ({"quantization_config": {}}, "quantised weights .quantization_config"),
         ({"compression_config": {"format": "int-quantized"}}, "quantised"),
@@ -625,7 +697,7 @@ def test_directory_without_weights_is_refused(tmp_path):
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' must be true or false"),
         ({"eos_token_id": "</s>"}, "eos_token_id='</s>' must be a token id"),
         ({"hidden_act": None}, "hidden_act=None"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4, "factor": 4.0}}, "mrope"),
     ],
 )
 def test_unsupported_directory_is_refused(changes, message, tmp_path):

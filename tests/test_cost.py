@@ -13,6 +13,7 @@ import sparsex_jax.engine
 from sparsex_jax import Engine, EngineConfig, InvalidRequestError, ReuseConfig
 from sparsex_jax.device import measuring, speeds
 from sparsex_jax.device.compilation import num_compilations
+from sparsex_jax.eval.flops import _Layers
 from sparsex_jax.reuse.cost import ChunkTimes, Speeds, mean_keys, prefill_seconds
 
 DOCUMENT, NEW = np.split(np.random.default_rng(0).integers(1, 97, 340).astype(np.int32), [300])
@@ -79,6 +80,22 @@ def test_a_tile_of_rows_reads_the_keys_up_to_its_last_row():
     assert mean_keys(np.array([0, 999])) == 1000
     assert mean_keys(np.arange(128)) == 128
     assert mean_keys(np.arange(129)) == (128 + 129) / 2
+
+
+def test_a_tile_of_rows_reads_what_its_windows_show():
+    assert mean_keys(np.arange(128), 10) == 128
+    assert mean_keys(np.arange(500, 628), 10) == 137
+    assert mean_keys(np.array([500]), 10) == 10
+    assert mean_keys(np.array([3]), 10) == 4
+    times = ChunkTimes(rows=(1, 512), layer=(1.0, 512.0), key=(1.0, 1.0))
+    assert times.layers_seconds(np.array([99]), [None, 10, 10]) == 3 + 100 + 10 + 10
+
+
+def test_operations_count_what_windows_show():
+    rows, mlp = np.ones(100, bool), dataclasses.replace(TINY, layer_windows=(10, None, None, 10))
+    plain, windowed = (_Layers(model).run(rows) for model in (TINY, mlp))
+    hidden = 90 * 91 // 2  # keys before the windows, of all rows in a layer
+    assert plain - windowed == 4 * TINY.num_q_heads * TINY.head_dim * 2 * hidden
 
 
 # What admission does with it --------------------------------------------------------------------------------

@@ -264,8 +264,8 @@ class Undefined(Ops):
         outs = super().linear(x, weights, layer, rows, **options)
         return tuple(self.only_wanted(out, rows) for out in outs)
 
-    def gated_linear(self, x, gate, up, layer, rows):
-        return self.only_wanted(super().gated_linear(x, gate, up, layer, rows), rows)
+    def gated_linear(self, x, gate, up, layer, rows, **options):
+        return self.only_wanted(super().gated_linear(x, gate, up, layer, rows, **options), rows)
 
     def only_wanted(self, out, rows):
         return jnp.where(jnp.arange(len(out))[:, None] < rows.count, out, jnp.nan)

@@ -11,13 +11,13 @@ SPEEDS = Speeds(small=CHUNK, large=CHUNK, start=7.0, boundary=0.0, copy=0.0, cop
 
 
 def test_cells_by_measured_speeds():
-    cells = Pace(SPEEDS, 1.0).predicted_cells([(0, 512), (512, 1024)], [2, 3])
+    cells = Pace(SPEEDS, 1.0).predicted_cells([(0, 512), (512, 1024)], [[None] * 2, [None] * 3])
     first, second = 512 + (128 + 256 + 384 + 512) / 4, 512 + (640 + 768 + 896 + 1024) / 4
     np.testing.assert_allclose(cells, [[2 * first + 7, 2 * second + 7], [3 * first, 3 * second]])
 
 
 def test_without_measured_speeds_late_and_long_chunks_still_take_longer():
-    [cells] = Pace(None, 1.0).predicted_cells([(0, 10), (10, 20), (20, 40)], [1])
+    [cells] = Pace(None, 1.0).predicted_cells([(0, 10), (10, 20), (20, 40)], [[None]])
     assert list(cells) == sorted(set(cells))
 
 

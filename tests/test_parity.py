@@ -1,32 +1,11 @@
-"""The model against transformers (golden files of `scripts/make_golden.py`) and against the dense reference."""
-
-from pathlib import Path
+"""The embedded model: what it says, and the dense reference. Other families are in `test_families.py`."""
 
 import numpy as np
-import pytest
 from dense import Dense, engine_logits
 
-from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax import ReuseConfig, SamplingParams
 
-GOLDEN = Path(__file__).parent / "golden"
 FULL = ReuseConfig(method="full")
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-def test_logits_are_those_of_transformers(name):
-    expected = np.load(GOLDEN / name / "expected.npz")
-    engine = Engine.from_pretrained(GOLDEN / name, dtype="float32", store_tokens=256, page_size=16)
-    for length in (1, 17, 33, 48):
-        logits = engine_logits(engine, expected["tokens"][:length], reuse=FULL)
-        np.testing.assert_allclose(logits, expected["logits"][length - 1], atol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-def test_logits_of_the_dense_reference_are_those_of_transformers(name):
-    expected = np.load(GOLDEN / name / "expected.npz")
-    engine = Engine.from_pretrained(GOLDEN / name, dtype="float32", store_tokens=256, page_size=16)
-    logits, _ = Dense(engine.model, engine.runner.params).full(expected["tokens"])
-    np.testing.assert_allclose(logits, expected["logits"], atol=1e-4)
 
 
 def test_smollm_knows_the_capital_of_france(smollm):

@@ -27,7 +27,7 @@ OPTIONS = {
     | {"boundary_layer", "overflow_tokens", "tail_tokens", "second_boundary", "head_tokens", "pool_tokens"},
     "prophetkv": BUDGET | {"head_tokens", "pool_tokens"},
     "qcfuse": BUDGET | {"probe_layer", "head_tokens", "pool_tokens"},
-    "excerpt": {"coverage", "keep_ratio", "first_layer", "end_layer", "piece_tokens"},
+    "excerpt": {"coverage", "keep_ratio", "first_layer", "end_layer", "piece_tokens", "boundary_layer"},
     "focus": BUDGET | {"power", "overflow_tokens", "tail_tokens", "second_boundary", "head_tokens", "pool_tokens"},
 }
 

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -119,6 +120,7 @@ class LinearArgs:
       layer: which matrix of each stack.
       count: how many rows are wanted. Results of those behind are undefined and may be NaN. None: all.
       backend: where the operation runs.
+      activation: of a gate.
     """
 
     inputs: Float[Array, "rows inputs"]
@@ -126,8 +128,54 @@ class LinearArgs:
     layer: Int[Array, ""] | int
     count: Int[Array, ""] | int | None
     backend: Backend = dataclasses.field(metadata=_STATIC)
+    activation: str = dataclasses.field(default="silu", metadata=_STATIC)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Columns of each weight."""
         return tuple(weight.shape[2] for weight in self.weights)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class GroupedArgs:
+    """Tiles of rows, and weights of all layers and groups to multiply them with.
+
+    Attributes:
+      inputs: the tiles one behind the other, all with the same number of rows.
+      weights: stacks of matrices of the same shape: one, or a gate and what it gates.
+      layer: which layer of the stacks.
+      groups: each tile's group, rising. Tiles that are not used have -1 and stand at the end.
+      backend: where the operation runs.
+    """
+
+    inputs: Float[Array, "rows inputs"]
+    weights: tuple[Float[Array, "layers groups inputs width"], ...]
+    layer: Int[Array, ""] | int
+    groups: Int[Array, "tiles"]
+    backend: Backend = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def tile(self) -> int:
+        """Rows of a tile."""
+        return len(self.inputs) // len(self.groups)
+
+    @property
+    def used(self) -> Int[Array, ""]:
+        """How many tiles are used."""
+        return (self.groups >= 0).sum(dtype=jnp.int32)
+
+    @property
+    def width(self) -> int:
+        """Columns of each matrix."""
+        return self.weights[0].shape[3]
+
+    @property
+    def matrices(self) -> tuple[Float[Array, "matrices inputs width"], ...]:
+        """The stacks with layers and groups as one axis. No copy."""
+        return tuple(weight.reshape(-1, *weight.shape[2:]) for weight in self.weights)
+
+    @property
+    def matrix_of_tile(self) -> Int[Array, "tiles"]:
+        """Which of `matrices` each tile takes; any for tiles that are not used."""
+        return jnp.asarray(self.layer, jnp.int32) * self.weights[0].shape[1] + jnp.maximum(self.groups, 0)

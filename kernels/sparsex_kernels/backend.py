@@ -29,6 +29,8 @@ VALIDATED: Mapping[str, frozenset[str]] = {
     "write_kv": frozenset({"hopper", "triton"}),
     "linear": frozenset({"hopper", "tpu"}),
     "gated_linear": frozenset({"hopper", "tpu"}),
+    "grouped_linear": frozenset({"tpu"}),
+    "gated_grouped_linear": frozenset({"tpu"}),
 }
 
 Implementations = Mapping[str, Callable[..., Any]]

@@ -44,7 +44,9 @@ def refuse_unread(where: Path, stored: Collection[str], config: ModelConfig, nam
     Args:
       where: the checkpoint, for the message.
       stored: the names of its tensors, without those that are read elsewhere.
-      names: field of `Params` or `Layers` to the tensor's name, with the layer's number to be filled in.
+      names: field of `Params` or `Layers` to the tensor's name, with the layer's number to be filled in, and behind it
+        the expert's where each expert has a tensor of its own. Fields with the same name lie in one tensor, one behind
+        another in the order of these entries.
 
     Raises:
       UnsupportedModelError: the message names the first few of them.
@@ -79,21 +81,76 @@ def check_shapes(
 
 def _needed(config: ModelConfig, layers: int, names: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Each tensor that the model reads of its first layers and outside of them, with its shape as stored."""
-    for path, weight in jax.tree.leaves_with_path(describe(config)):
-        name = leaf_name(path)[-1]
-        for layer in range(layers) if weight.stacked else (None,):
-            yield names[name].format(layer), _stored_shape(name, weight)
+    for tensor, fields in _by_tensor(config, names).items():
+        shapes = [_stored_shape(name, weight) for name, weight in fields.items()]
+        shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if has_experts_apart(tensor):
+            experts, shape = range(shape[0]), shape[1:]
+        else:
+            experts = range(1)
+        for layer in range(layers) if all(weight.stacked for weight in fields.values()) else (None,):
+            yield from ((tensor.format(layer, expert), shape) for expert in experts)
+
+
+def has_experts_apart(name: str) -> bool:
+    """Whether the name of a tensor has places for the numbers of a layer and an expert."""
+    return name.count("{}") == 2
+
+
+def _by_tensor(config: ModelConfig, names: Mapping[str, str]) -> dict[str, dict[str, Weight]]:
+    """The weights of the model in each tensor, in their order there."""
+    weights = {leaf_name(path)[-1]: weight for path, weight in jax.tree.leaves_with_path(describe(config))}
+    tensors: dict[str, dict[str, Weight]] = {}
+    for name, tensor in names.items():
+        if name in weights:
+            tensors.setdefault(tensor, {})[name] = weights[name]
+    return tensors
+
+
+def rows_within(config: ModelConfig, names: Mapping[str, str]) -> dict[str, slice]:
+    """Which rows of its stored tensor each weight has, by the field's name."""
+    rows: dict[str, slice] = {}
+    for fields in _by_tensor(config, names).values():
+        sizes = [_stored_shape(name, weight)[0] for name, weight in fields.items()]
+        ends = np.cumsum(sizes).tolist()
+        rows |= {name: slice(end - size, end) for name, size, end in zip(fields, sizes, ends, strict=True)}
+    return rows
+
+
+def spread_rotary(name: str, stored: np.ndarray, config: ModelConfig) -> np.ndarray:
+    """Queries' or keys' rows in this package's order, where a checkpoint rotates the first dimensions of a head alone.
+
+    Rotation turns pairs that are half a head apart. So the second half of what is rotated moves to the head's second
+    half, and what stood there moves up. One head of 8 rows of which 4 are rotated, by the place in the stored order:
+
+    stored     0 1 2 3 4 5 6 7     pairs (0, 2) and (1, 3)
+    returned   0 1 4 5 2 3 6 7
+
+    Args:
+      name: the field of `Layers`. Others than those of queries and keys are given back as they are.
+      stored: `[heads * head_dim, in]`, `[heads * head_dim]`, or `[head_dim]` of a norm.
+    """
+    if name not in ("wq", "wk", "bq", "bk", "q_norm", "k_norm"):
+        return stored
+    half, pairs = config.head_dim // 2, config.num_rotated_pairs
+    order = np.arange(config.head_dim)
+    first, second, rest = order[:pairs], order[pairs : 2 * pairs], order[2 * pairs :]
+    order = np.concatenate([first, rest[: half - pairs], second, rest[half - pairs :]])
+    heads = stored.reshape(-1, config.head_dim, *stored.shape[1:])
+    return heads[:, order].reshape(stored.shape)
 
 
 def _stored_shape(name: str, weight: Weight) -> tuple[int, ...]:
-    """`[vocab, embed]` of the embedding, `[out, in]` of a linear weight, `[out]` of a bias or the scale of a norm."""
+    """`[vocab, embed]` of the embedding, `[out, in]` of a linear weight, `[out]` of a bias or the scale of a norm,
+    `[experts, out, in]` of all experts."""
     sizes = dict(zip(weight.axes, weight.shape, strict=True))
     sizes.pop("layers", None)
     if name == "embed":
         return tuple(sizes.values())
+    experts = (sizes.pop("experts"),) if weight.of_experts else ()
     inputs = [sizes.pop(axis) for axis in weight.input_axes]
     outputs = math.prod(sizes.values())
-    return (outputs, math.prod(inputs)) if inputs else (outputs,)
+    return (*experts, outputs, math.prod(inputs)) if inputs else (outputs,)
 
 
 def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str, int | None], np.ndarray]) -> Params:
@@ -103,7 +160,7 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str,
 
     Args:
       read: gives the stored array of one layer's weight, such as `("wq", 3)`, or of a weight outside the layers,
-        `("embed", None)`, with any float dtype. `check_shapes` has seen their shapes.
+        `("embed", None)`, with any float dtype. Experts are one array. `check_shapes` has seen their shapes.
     """
 
     def whole(name: str, weight: Weight) -> np.ndarray:
@@ -118,5 +175,8 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str,
 
 
 def _oriented(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A view of a stored `[out, in]` matrix, bias or norm in our shape: inputs first, one axis for the heads."""
-    return stored if name == "embed" else stored.T.reshape(shape)
+    """A view of a stored `[out, in]` matrix, bias or norm in our shape: inputs first, one axis for the heads. Experts
+    are matrices side by side."""
+    if name == "embed":
+        return stored
+    return stored.swapaxes(1, 2) if stored.ndim == 3 else stored.T.reshape(shape)

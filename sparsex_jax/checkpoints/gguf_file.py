@@ -62,13 +62,13 @@ class GGUFModel:
     def tensors(self) -> dict[str, Tensor]:
         return {name: file.tensors[name] for name, file in self._files.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor, dequantised to float32 where it is not stored as floats.
+    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """A tensor or some of its rows, dequantised to float32 where it is not stored as floats.
 
         Raises:
           UnsupportedModelError: its encoding cannot be read, or the file is truncated.
         """
-        return self._files[name].read(name)
+        return self._files[name].read(name, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _File:
             raise ValueError(f"general.alignment={alignment!r} must be an integer >= 1")
         self._data_start = -(-cursor.offset // alignment) * alignment
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice) -> np.ndarray:
         import gguf
 
         tensor = self.tensors[name]
@@ -169,7 +169,9 @@ class _File:
             encoding = gguf.GGMLQuantizationType(tensor.encoding)
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, encoding)
             stored = np.frombuffer(self._bytes, np.uint8, math.prod(shape), self._data_start + tensor.start)
-            return gguf.dequantize(stored.reshape(shape), encoding)
+            if len(shape) == 1:  # bytes; there are no rows of them
+                return gguf.dequantize(stored, encoding)[rows]
+            return gguf.dequantize(stored.reshape(shape)[rows], encoding)
         except (ValueError, OverflowError, NotImplementedError) as error:
             raise UnsupportedModelError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, place_rows, refuse_unread
+from sparsex_jax.checkpoints.base import (
+    Checkpoint,
+    check_shapes,
+    has_experts_apart,
+    place_rows,
+    refuse_unread,
+    rows_within,
+    spread_rotary,
+)
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json, require_content
@@ -37,12 +45,48 @@ TENSORS = {
     "bv": "model.layers.{}.self_attn.v_proj.bias",
     "q_norm": "model.layers.{}.self_attn.q_norm.weight",
     "k_norm": "model.layers.{}.self_attn.k_norm.weight",
+    "wide_q_norm": "model.layers.{}.self_attn.q_norm.weight",
+    "wide_k_norm": "model.layers.{}.self_attn.k_norm.weight",
     "mlp_norm": "model.layers.{}.post_attention_layernorm.weight",
     "w_gate": "model.layers.{}.mlp.gate_proj.weight",
     "w_up": "model.layers.{}.mlp.up_proj.weight",
     "w_down": "model.layers.{}.mlp.down_proj.weight",
+    "router": "model.layers.{}.mlp.gate.weight",
+    "expert_gate": "model.layers.{}.mlp.experts.{}.gate_proj.weight",
+    "expert_up": "model.layers.{}.mlp.experts.{}.up_proj.weight",
+    "expert_down": "model.layers.{}.mlp.experts.{}.down_proj.weight",
 }
+# What Mixtral's files call it.
+MIXTRAL_TENSORS = TENSORS | {
+    "router": "model.layers.{}.block_sparse_moe.gate.weight",
+    "expert_gate": "model.layers.{}.block_sparse_moe.experts.{}.w1.weight",
+    "expert_up": "model.layers.{}.block_sparse_moe.experts.{}.w3.weight",
+    "expert_down": "model.layers.{}.block_sparse_moe.experts.{}.w2.weight",
+}
+# transformers 5 keeps a layer's experts as one tensor, and writes it so where it is not to write the original format.
+# Gate and up are the halves of one tensor there, which count as two.
+_GATE, _UP = " (gate)", " (up)"
+FUSED_TENSORS = TENSORS | {
+    "expert_gate": f"model.layers.{{}}.mlp.experts.gate_up_proj{_GATE}",
+    "expert_up": f"model.layers.{{}}.mlp.experts.gate_up_proj{_UP}",
+    "expert_down": "model.layers.{}.mlp.experts.down_proj",
+}
+_FUSED = "mlp.experts.gate_up_proj"
 
+
+_PHI3 = TENSORS | {
+    **dict.fromkeys(("wq", "wk", "wv"), "model.layers.{}.self_attn.qkv_proj.weight"),
+    **dict.fromkeys(("w_gate", "w_up"), "model.layers.{}.mlp.gate_up_proj.weight"),
+}
+_GEMMA3 = TENSORS | {
+    "post_attn_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "mlp_norm": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "post_mlp_norm": "model.layers.{}.post_feedforward_layernorm.weight",
+}
+_OF_FAMILY = {"phi3": _PHI3, "gemma3": _GEMMA3, "gemma3_text": _GEMMA3}
+# The text model of one that also sees pictures: its prefixes in old and new files, and what is read by nothing here.
+_TEXT_MODEL = {"language_model.": "", "model.language_model.": "model."}
+_PICTURES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 # The names that safetensors gives to floats.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -66,28 +110,38 @@ class HuggingFaceCheckpoint(Checkpoint):
         raw = read_json(path)
         _refuse_quantised(directory, raw)
         config = ModelConfig.from_hf(raw, str(path))
+        self._model_type = str(raw.get("model_type"))
         self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
         self._files = _weight_files(directory, self._open)
+        self._stored = _stored_names(self._files, with_pictures=self._model_type == "gemma3")
         self._shapes = self._read_shapes()
+        self._names = _OF_FAMILY.get(self._model_type) or _names_in(self._shapes)
         if config.tied_embeddings and not self._has_own_head():
             self._shapes.pop(TENSORS["lm_head"], None)  # a copy of the embeddings
         else:
             config = dataclasses.replace(config, tied_embeddings=False)
         self.config = dataclasses.replace(config, eos_token_ids=_eos_token_ids(config, directory))
-        refuse_unread(directory, self._shapes.keys(), self.config, TENSORS)
+        refuse_unread(directory, self._shapes.keys(), self.config, self._names)
 
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the stored tensors but rotary tables, which say nothing new."""
-        files = {name: file for name, file in self._files.items() if not name.endswith(_TABLES)}
-        return {name: _float_shape(self._open(file), file, name) for name, file in files.items()}
+        names = {name: stored for name, stored in self._stored.items() if not name.endswith(_TABLES)}
+        files = {name: self._files[stored] for name, stored in names.items()}
+        shapes = {name: _float_shape(self._open(files[name]), files[name], stored) for name, stored in names.items()}
+        return _with_halves(shapes)
+
+    def _slice(self, name: str) -> Any:
+        """A tensor that is not read yet, by the name that a model of text alone has for it."""
+        stored = self._stored[name]
+        return self._open(self._files[stored]).get_slice(stored)
 
     def _has_own_head(self) -> bool:
         """Whether a head is stored that differs from the embeddings: then it counts, whatever the configuration says of
         ties. Fine-tunes often keep the configuration of their base model."""
         tensors = [TENSORS[name] for name in ("embed", "lm_head")]
-        if not all(tensor in self._files for tensor in tensors):
+        if not all(tensor in self._stored for tensor in tensors):
             return False
-        embed, head = (self._open(self._files[tensor]).get_tensor(tensor) for tensor in tensors)
+        embed, head = (self._slice(tensor)[:] for tensor in tensors)
         return not np.array_equal(embed, head)
 
     @functools.cached_property
@@ -98,18 +152,61 @@ class HuggingFaceCheckpoint(Checkpoint):
     def dtype(self) -> str | None:
         """That of the embedding, as transformers stores all tensors alike; None where there is no such tensor."""
         name = TENSORS["embed"]
-        if name not in self._files:
-            return None
-        return _DTYPES.get(self._open(self._files[name]).get_slice(name).get_dtype())
+        return _DTYPES.get(self._slice(name).get_dtype()) if name in self._stored else None
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
-        check_shapes(self.directory, self._shapes, self.config, TENSORS)
+        config, names = self.config, self._names
+        check_shapes(self.directory, self._shapes, config, names)
+        rows, less_one = rows_within(config, names), names is _GEMMA3
 
         def read(name: str, layer: int | None) -> np.ndarray:
-            tensor = TENSORS[name].format(layer)
-            return self._open(self._files[tensor]).get_tensor(tensor)
+            template = names[name]
+            if has_experts_apart(template):
+                return np.stack([self._read(template.format(layer, n)) for n in range(config.num_experts or 0)])
+            stored = self._read(template.format(layer), rows[name])
+            if less_one and name.endswith("norm"):  # the scale is one more than what is stored
+                stored = 1 + stored.astype(np.float32)
+            return spread_rotary(name, stored, config)
 
-        return place_rows(self.config, dtype, mesh, read)
+        return place_rows(config, dtype, mesh, read)
+
+    def _read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+        """Some rows of a tensor, or of a half of one."""
+        tensor = name.removesuffix(_GATE).removesuffix(_UP)
+        if tensor == name:
+            return self._slice(tensor)[rows]
+        gate, up = np.split(self._slice(tensor)[:], 2, axis=1)
+        return gate if name.endswith(_GATE) else up
+
+
+def _stored_names(files: Mapping[str, Path], *, with_pictures: bool) -> dict[str, str]:
+    """The stored name of each tensor of the text model, by the name in a model of text alone."""
+    if not with_pictures:
+        return {name: name for name in files}
+    prefixes = {prefix for prefix in _TEXT_MODEL if any(name.startswith(prefix) for name in files)}
+    return {
+        next((_TEXT_MODEL[each] + name.removeprefix(each) for each in prefixes if name.startswith(each)), name): name
+        for name in files
+        if not name.startswith(_PICTURES)
+    }
+
+
+def _with_halves(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same with a gate and an up in place of each tensor that holds both. One that cannot be halved is left."""
+    out: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name.endswith(_FUSED) and len(shape) == 3 and shape[1] % 2 == 0:
+            out |= dict.fromkeys((name + _GATE, name + _UP), (shape[0], shape[1] // 2, shape[2]))
+        else:
+            out[name] = shape
+    return out
+
+
+def _names_in(stored: Collection[str]) -> Mapping[str, str]:
+    """What the tensors are called in these files."""
+    if any(_FUSED in name for name in stored):
+        return FUSED_TENSORS
+    return MIXTRAL_TENSORS if any(".block_sparse_moe." in name for name in stored) else TENSORS
 
 
 def _refuse_quantised(directory: Path, raw: Mapping[str, Any]) -> None:

@@ -120,7 +120,7 @@ def look_up(
     turns: frozenset[bytes],
 ) -> DryRun:
     """Find what the prompt can reuse, and plan the prefill or the probe as an engine does that knows no speeds."""
-    method = method_of(reuse)
+    method = method_of(reuse).fitted(model.windows)
     match = choice.look_up(cache, tokens, namespace, method, model.num_layers, counted=True)
     plan = choice.Choice(model, cache.page_size, None).plan(
         tokens, match, method, lambda: cache.remembered(tokens, namespace, turns)

@@ -35,6 +35,7 @@ class EngineChoice:
     max_waiting: int = EngineConfig.max_waiting
     healing: float = EngineConfig.healing
     company_tokens: int = EngineConfig.company_tokens
+    max_context: int | None = EngineConfig.max_context
     frozen_limit: float = EngineConfig.frozen_limit
     max_pinned: float = EngineConfig.max_pinned
     host_store_bytes: int = EngineConfig.host_store_bytes
@@ -62,6 +63,7 @@ class EngineChoice:
                 max_waiting=self.max_waiting,
                 healing=self.healing,
                 company_tokens=self.company_tokens,
+                max_context=self.max_context,
                 frozen_limit=self.frozen_limit,
                 max_pinned=self.max_pinned,
                 host_store_bytes=self.host_store_bytes,

@@ -66,6 +66,15 @@ MaxNumSeqs = Annotated[
     int | None,
     _in(_STORE, "Sequences that run at once; the others wait.", show_default="by device and store: 8 to 256", min=1),
 ]
+MaxContext = Annotated[
+    int | None,
+    _in(
+        _STORE,
+        "Tokens of prompt and answer together. Phi-3's longrope and dynamic scaling are computed for this length.",
+        show_default="what the model takes",
+        min=1,
+    ),
+]
 FrozenLimit = Annotated[float, _in(_STORE, "Share of the store that knowledge may fill. More is refused (507).")]
 MaxPinned = Annotated[
     float, _in(_STORE, "Share of what knowledge leaves of the store that pins may have. 0: nothing is pinned.")

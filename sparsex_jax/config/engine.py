@@ -19,6 +19,9 @@ class EngineConfig:
       page_size: tokens a page; a multiple of 8 (the index hashes windows of 8 tokens).
       dtype: of weights, activations and the KV store. `auto` is resolved when the engine is made: float32 on a CPU;
         elsewhere the checkpoint's own if that is bfloat16 or float16, else bfloat16, as kernels take no float32.
+      max_context: tokens of prompt and answer together, at most what the model takes; None: that. Models whose rotary
+        frequencies depend on a length have them for this one (`ModelConfig.for_context`). A model with dynamic
+        scaling takes more than it was trained with.
       max_num_seqs: sequences that are prefilled or decoded at once; the others wait. None: see `num_seqs_on`.
       max_prefill_seqs: sequences whose prompts share one prefill plan.
       prefill_tokens: token budget of a prefill plan: rows of a chunk of a long prompt, and of prompts that share a
@@ -48,6 +51,7 @@ class EngineConfig:
     store_tokens: int = 16384
     page_size: int = 64
     dtype: str = "auto"
+    max_context: int | None = None
     max_num_seqs: int | None = None
     max_prefill_seqs: int = 8
     prefill_tokens: int | None = None
@@ -73,8 +77,10 @@ class EngineConfig:
         for name in ("max_overtakes", "company_tokens", "host_store_bytes", "disk_store_bytes"):
             value = getattr(self, name)
             require(is_int(value) and value >= 0, f"{name}={value!r} must be an integer >= 0")
-        seqs = self.max_num_seqs
-        require(seqs is None or (is_int(seqs) and seqs >= 1), f"max_num_seqs={seqs!r} must be an integer >= 1 or None")
+        for name in ("max_num_seqs", "max_context"):
+            value = getattr(self, name)
+            is_count = value is None or (is_int(value) and value >= 1)
+            require(is_count, f"{name}={value!r} must be an integer >= 1 or None")
         budget = self.prefill_tokens  # its limits depend on the model
         require(budget is None or is_int(budget), f"prefill_tokens={budget!r} must be an integer or None")
         require(self.page_size % 8 == 0, f"page_size={self.page_size} must be a multiple of 8")

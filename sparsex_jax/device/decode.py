@@ -128,6 +128,6 @@ def forward(
     def run_layer(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         return model.decoder_layer(model.OneLayer(decoder, params.layers, layer), *carry, rows, tables)
 
-    carry = (store, model.embed(params, rows.token))
+    carry = (store, model.embed(params, decoder.config, rows.token))
     store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry)
     return store, model.logits(params, decoder.config, hidden[:lines])

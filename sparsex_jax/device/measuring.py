@@ -135,11 +135,18 @@ class _Bench:
         """From the seconds of all steps to those of a layer: what rows take, and what keys add."""
         steps = self.chunk_steps(bucket)
         near, far = (_rising([self._a_layer(step, seconds) for step in part]) for part in (steps[::2], steps[1::2]))
-        rows, keys = [step.tokens for step in steps[::2]], [step.keys for step in steps[1::2]]
-        key = [max(b - a, 0.0) / max(number, 1) for a, b, number in zip(near, far, keys, strict=True)]
-        own = [each * mean_keys(np.arange(number)) for each, number in zip(key, rows, strict=True)]
+        rows = [step.tokens for step in steps[::2]]
+        close, distant = ([self._seen(step) for step in part] for part in (steps[::2], steps[1::2]))
+        more = [max(b - a, 1.0) for a, b in zip(close, distant, strict=True)]
+        key = [max(b - a, 0.0) / number for a, b, number in zip(near, far, more, strict=True)]
+        own = [each * number for each, number in zip(key, close, strict=True)]
         layer = [max(a - attention, 0.0) for a, attention in zip(near, own, strict=True)]
         return ChunkTimes(tuple(rows), tuple(layer), tuple(key))
+
+    def _seen(self, step: Step) -> float:
+        """How many keys a tile of the rows reads, on average over the layers that run, which may have windows."""
+        positions, windows = step.keys + np.arange(step.tokens), self._runner.model.windows[: self._layers]
+        return float(np.mean([mean_keys(positions, window) for window in windows]))
 
     def _a_layer(self, step: Step, seconds: Mapping[Step, float]) -> float:
         call = min(seconds[other] for other in seconds if other.name == "call")

@@ -48,7 +48,7 @@ def embed_rows(params: Params, rows: Rows, *, decoder: Decoder, requests: int) -
     """A prefill of these rows before layer 0, by a plan of this many requests."""
     active = jnp.zeros((MAX_BOUNDARIES, len(rows.token)), bool)
     covered = jnp.full((MAX_BOUNDARIES, requests), jnp.nan)
-    state = PrefillState(jnp.int32(0), rows, embed(params, rows.token), active, covered)
+    state = PrefillState(jnp.int32(0), rows, embed(params, decoder.config, rows.token), active, covered)
     return decoder.ops.replicated(state)
 
 
@@ -149,12 +149,17 @@ def _choose(
     budget: Budget,
     scores: Scores,
 ) -> Bool[Array, "rows"]:
-    """Which of the boundary's rows go on: the forced ones, and of the other reused ones those of highest score."""
+    """Which of the boundary's rows go on: the forced ones, and of the other reused ones those of highest score.
+
+    Where layers have windows, rows that the fresh ones do not see have the score 0: those stay as they are.
+    """
     rows = boundary.rows
     stays = forced[rows.index] & rows.valid
     candidates = boundary.reused_rows() & ~stays
     block = plan.block[rows.index]
     scores = pool_scores(scores, candidates, rows.request, block)
+    if boundary.forward.decoder.config.layer_windows is not None:
+        candidates &= scores > 0
     return stays | top_rows(scores, candidates, rows.request, block, budget)
 
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Int
 
 from sparsex_jax.model.decoder import Decoder, Hidden
-from sparsex_jax.model.layers import ForwardPass, Mass, add_key_mass, run_layer
+from sparsex_jax.model.layers import ForwardPass, Mass, add_vote, run_layer
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.layout import PageTables, Store
@@ -71,6 +71,7 @@ def probe(
     """
     forward = ForwardPass(params, page_tables, decoder, chunk)
     lookers, origin = rows.select(looking)
+    among = state.layer + layers - watched, state.layer + layers
 
     def run(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         return run_layer(forward, state.layer + i, carry[0], rows, carry[1])
@@ -79,7 +80,8 @@ def probe(
         store, before, focus = carry
         store, hidden = run(i, (store, before))
         theirs = before.at[origin].get(mode="fill", fill_value=0)
-        return store, hidden, add_key_mass(forward, state.layer + i, store, lookers, theirs, focus, FOCUS_POWER)
+        number = state.layer + i
+        return store, hidden, add_vote(forward, number, among, store, lookers, theirs, focus, FOCUS_POWER)
 
     store, hidden = lax.fori_loop(0, layers - watched, run, (store, state.hidden))
     store, hidden, focus = lax.fori_loop(layers - watched, layers, run_and_watch, (store, hidden, state.focus))

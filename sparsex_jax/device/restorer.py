@@ -144,8 +144,9 @@ class Restorer:
     def _predictions(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
         """For each cell, the seconds that computing it takes, and about how many bytes are loaded for it."""
         spans, layers = [(chunk.start, chunk.end) for chunk in chunks], [len(group) for group in self._link.layers]
-        shares = np.array(layers) / sum(layers)
-        return self.pace.predicted_cells(spans, layers), np.outer(shares, [self._block_bytes(one) for one in chunks])
+        shares, windows = np.array(layers) / sum(layers), self._runner.model.windows
+        groups = [[windows[layer] for layer in group] for group in self._link.layers]
+        return self.pace.predicted_cells(spans, groups), np.outer(shares, [self._block_bytes(one) for one in chunks])
 
     def _block_bytes(self, chunk: Chunk) -> int:
         block = chunk.in_memory()

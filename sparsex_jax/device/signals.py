@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.decoder import Heads, Hidden, keys_values
-from sparsex_jax.model.layers import ForwardPass, Mass, add_key_mass, run_layer
+from sparsex_jax.model.layers import ForwardPass, Mass, add_key_mass, add_vote, run_layer
 from sparsex_jax.reuse.plan import Rows, fold_chunks
 from sparsex_kernels.layout import Store
 
@@ -80,7 +80,8 @@ def key_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
 
 
 def probe_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
-    """Key mass summed over the layers of a first pass of the fresh rows alone, which begins at the boundary.
+    """Key mass summed over the layers of a first pass of the fresh rows alone, which begins at the boundary. Layers
+    with windows count where no other layer does (`add_vote`).
 
     ProphetKV's first stage (arXiv 2602.02579). The pass attends over the pasted KV and writes the fresh rows' K and V.
     Those that go on are written again before anything else reads them.
@@ -122,7 +123,7 @@ def _probe(
     def layer_step(layer: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         store, before, mass = carry
         store, hidden = run_layer(forward, layer, store, rows, before)
-        return store, hidden, add_key_mass(forward, layer, store, rows, before, mass, power)
+        return store, hidden, add_vote(forward, layer, (watched, until), store, rows, before, mass, power)
 
     def skip_mass(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         return run_layer(forward, layer, carry[0], rows, carry[1])

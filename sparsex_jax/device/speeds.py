@@ -36,6 +36,11 @@ _SIZES = (
     "head_dim",
     "qkv_bias",
     "qk_norm",
+    "post_norms",
+    "activation",
+    "wide_qk_norm",
+    "num_experts",
+    "experts_per_token",
 )
 
 
@@ -74,7 +79,7 @@ def described(runner: Runner) -> dict[str, Any]:
         "max_requests": shapes.max_requests,
         "max_pages": shapes.max_pages,
         "buckets": [list(bucket) for bucket in shapes.buckets],
-        "model": {name: getattr(runner.model, name) for name in _SIZES},
+        "model": {name: getattr(runner.model, name) for name in _SIZES} | {"windows": list(runner.model.windows)},
     }
 
 

@@ -25,26 +25,32 @@ _SCORED_LAYERS = {"probe_mass": 1.0, "probe_focus": 1.0, "probe_square": 1 / 3}
 _READS_NO_QUERIES = ("kv_deviation", "given")
 
 
-class _Layer:
-    """The operations of one layer of a model."""
+class _Layers:
+    """The operations of a model's layers."""
 
     def __init__(self, model: ModelConfig) -> None:
+        self.windows = model.windows
         hidden, self.heads = model.hidden_size, model.num_q_heads * model.head_dim
         self.queries = 2 * hidden * self.heads
         self.keys_values = 2 * hidden * 2 * model.num_kv_heads * model.head_dim
-        self.token = 2 * self.queries + self.keys_values + 2 * 3 * hidden * model.intermediate_size
+        self.token = 2 * self.queries + self.keys_values + 2 * hidden * (3 * model.mlp_width + (model.num_experts or 0))
 
-    def run(self, rows: Bool[np.ndarray, "tokens"]) -> float:
-        """These rows of a prompt; each attends to all keys up to itself."""
-        return self.token * int(rows.sum()) + 4 * self.heads * _keys(rows)
+    def run(self, rows: Bool[np.ndarray, "tokens"], start: int = 0, end: int | None = None) -> float:
+        """These rows of a prompt in layers from one up to another; each attends to what the layer's window shows."""
+        windows = self.windows[start:end]
+        return len(windows) * self.token * int(rows.sum()) + 4 * self.heads * _keys(rows, windows)
 
-    def score(self, rows: Bool[np.ndarray, "tokens"]) -> float:
+    def score(self, rows: Bool[np.ndarray, "tokens"], start: int, end: int) -> float:
         """The attention of these rows without their values."""
-        return self.queries * int(rows.sum()) + 2 * self.heads * _keys(rows)
+        windows = self.windows[start:end]
+        return len(windows) * self.queries * int(rows.sum()) + 2 * self.heads * _keys(rows, windows)
 
 
-def _keys(rows: Bool[np.ndarray, "tokens"]) -> int:
-    return int((np.flatnonzero(rows) + 1).sum())
+def _keys(rows: Bool[np.ndarray, "tokens"], windows: Sequence[int | None]) -> int:
+    """How many keys these rows see in layers with these windows together."""
+    before = np.flatnonzero(rows) + 1
+    seen = {window: before if window is None else np.minimum(before, window) for window in set(windows)}
+    return sum(int(seen[window].sum()) for window in windows)
 
 
 def flops_fraction(model: ModelConfig, reuse: ReuseConfig, report: Report) -> float:
@@ -53,30 +59,30 @@ def flops_fraction(model: ModelConfig, reuse: ReuseConfig, report: Report) -> fl
     Args:
       reuse: the method that made the report, for its schedule.
     """
-    layer, prompt = _Layer(model), _prompt_of(report)
-    everything = model.num_layers * layer.run(np.ones(len(prompt), bool))
+    layers, prompt = _Layers(model), _prompt_of(report)
+    everything = layers.run(np.ones(len(prompt), bool))
     if report.probe_layers:
-        return (_probe(layer, report) + model.num_layers * layer.run(_rows_of_excerpt(report))) / everything
-    phases = method_of(reuse).phases(prompt, model.num_layers)
+        return (_probe(layers, report) + layers.run(_rows_of_excerpt(report))) / everything
+    phases = method_of(reuse).fitted(model.windows).phases(prompt, model.num_layers)
     rows = _rows(phases, report)
     starts = [*(phase.start for phase in phases), model.num_layers]
-    spans = [end - start for start, end in itertools.pairwise(starts)]
-    layers = sum(span * layer.run(own) for span, own in zip(spans, rows, strict=True))
+    spans = zip(rows, itertools.pairwise(starts), strict=True)
+    prefilled = sum(layers.run(own, start, end) for own, (start, end) in spans)
     pairs = zip(rows, phases[1:], strict=False)
     signals = sum(
-        _signal(layer, prompt, before, phase)
+        _signal(layers, prompt, before, phase)
         for before, phase in pairs
         if phase.start < model.num_layers and phase.can_leave_out(int(before.sum()))
     )
-    return (layers + signals) / everything
+    return (prefilled + signals) / everything
 
 
-def _probe(layer: _Layer, report: Report) -> float:
+def _probe(layers: _Layers, report: Report) -> float:
     """A pass of the fresh tokens, as if all of its layers were looked at."""
     fresh = report.kind != TokenKind.PREFIX
     for segment in report.segments:
         fresh[segment.start : segment.start + segment.length] = False
-    return report.probe_layers * (layer.run(fresh) + layer.score(fresh))
+    return layers.run(fresh, 0, report.probe_layers) + layers.score(fresh, 0, report.probe_layers)
 
 
 def _rows_of_excerpt(report: Report) -> Bool[np.ndarray, "kept"]:
@@ -90,7 +96,7 @@ def predicted_fraction(model: ModelConfig, reuse: ReuseConfig, prompt: PromptMap
     Raises:
       InvalidRequestError: an option is wrong for the model.
     """
-    method, num_layers = method_of(reuse), model.num_layers
+    method, num_layers = method_of(reuse).fitted(model.windows), model.num_layers
     probe = method.probe(prompt, lambda: np.zeros(len(prompt), int), num_layers)
     if probe is not None:
         return flops_fraction(model, reuse, _predicted_excerpt(prompt, probe, num_layers))
@@ -139,12 +145,13 @@ def _with_some(
     return rows
 
 
-def _signal(layer: _Layer, prompt: PromptMap, before: Bool[np.ndarray, "tokens"], phase: Phase) -> float:
+def _signal(layers: _Layers, prompt: PromptMap, before: Bool[np.ndarray, "tokens"], phase: Phase) -> float:
     """A signal's operations: K and V of all rows at the boundary or a pass of the fresh rows, and their attention."""
     if phase.signal is None or phase.signal == "given":
         return 0
-    scored = 0 if phase.signal in _READS_NO_QUERIES else layer.score(prompt.fresh)
+    end = phase.start + max(phase.probe_layers, 1)
+    scored = 0 if phase.signal in _READS_NO_QUERIES else layers.score(prompt.fresh, phase.start, end)
     if not phase.probe_layers:
-        return layer.keys_values * int(before.sum()) + scored
-    times = max(_SCORED_LAYERS.get(phase.signal, 0) * phase.probe_layers, 1)
-    return phase.probe_layers * layer.run(prompt.fresh) + times * scored
+        return layers.keys_values * int(before.sum()) + scored
+    share = max(_SCORED_LAYERS.get(phase.signal, 0), 1 / phase.probe_layers)
+    return layers.run(prompt.fresh, phase.start, end) + share * scored

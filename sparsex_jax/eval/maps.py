@@ -60,7 +60,7 @@ def key_mass(
     masses = []
     with engine.prefilled(prompt, reuse=Full(), namespace=namespace) as sequence:
         tables = page_tables([sequence.pages], 1, len(sequence.pages))
-        hidden = model.embed(runner.params, rows.token)
+        hidden = model.embed(runner.params, runner.model, rows.token)
         for layer in range(engine.model.num_layers):
             runner.store, hidden, mass = _layer(
                 runner.params, runner.store, hidden, jnp.int32(layer), rows, fresh_at, tables, decoder=runner.decoder

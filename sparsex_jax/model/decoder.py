@@ -1,4 +1,5 @@
-"""The decoder as pure functions over its parameters. The configuration makes it Llama, Mistral, Qwen2 or Qwen3.
+"""The decoder as pure functions over its parameters. The configuration makes it Llama, Mistral, Qwen, Phi or Gemma, or
+with experts Mixtral, Qwen3-MoE or OLMoE.
 
 Prefill and decode share `decoder_layer`: it takes any rows, writes their K and V into the store and attends over the
 store. The weights of all layers stay stacked: `Ops.linear` reads one layer's matrices from the stack without a copy.
@@ -11,18 +12,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_jax.config import ModelConfig
+from sparsex_jax.model.experts import ExpertStacks, route
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
-from sparsex_kernels.layout import PageTables, Store
+from sparsex_kernels.layout import Frequencies, PageTables, Store, Window
 from sparsex_kernels.rope import apply_rope
 
 Hidden = Float[Array, "rows hidden"]
 Heads = Float[Array, "rows heads head_dim"]
+
+_ALL_KEYS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,30 +38,55 @@ class Decoder:
     ops: Ops
 
 
-def inv_freq(config: ModelConfig) -> Float[Array, "half"]:
-    """Rotary frequencies, radians a position, float32."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponent
-    return frequencies if config.rope_factors is None else frequencies / jnp.asarray(config.rope_factors)
+def inv_freq(config: ModelConfig) -> Frequencies:
+    """Rotary frequencies, radians a position, float32: of each layer where layers differ. Pairs that are not rotated
+    have the frequency 0."""
+    whole = _frequencies(config, config.rope_theta)
+    if config.rope_factors is not None:
+        whole = whole / jnp.asarray(config.rope_factors)
+    unrotated = (0, config.head_dim // 2 - config.num_rotated_pairs)
+    if config.rope_local_theta is None:
+        return jnp.pad(whole, unrotated)
+    is_local = np.array([window is not None for window in config.windows])
+    by_layer = jnp.where(is_local[:, None], _frequencies(config, config.rope_local_theta), whole)
+    return jnp.pad(by_layer, ((0, 0), unrotated))
+
+
+def _frequencies(config: ModelConfig, theta: float) -> Float[Array, "pairs"]:
+    dim = 2 * config.num_rotated_pairs
+    return 1.0 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+
+
+def query_scale(config: ModelConfig) -> Float[np.ndarray, "head_dim"] | None:
+    """What multiplies queries beside the kernels' 1 / sqrt(head_dim), by dimension; None: nothing.
+
+    transformers multiplies the rotated part of queries and of keys with `rope_attention_factor`.
+    """
+    whole = (config.head_dim / (config.query_scalar or config.head_dim)) ** 0.5
+    rotated = np.arange(config.head_dim) % (config.head_dim // 2) < config.num_rotated_pairs
+    scale = whole * np.where(rotated, config.rope_attention_factor**2, 1.0)
+    return None if (scale == 1).all() else scale.astype(np.float32)
 
 
 def rms_norm(x: Float[Array, "*batch dim"], scale: Float[Array, "dim"], eps: float) -> Float[Array, "*batch dim"]:
-    """x / rms(x) * scale, the mean square taken in float32."""
+    """x / rms(x) * scale, the mean square taken in float32. A scale of a wider dtype multiplies before x is rounded."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return scale * normed.astype(x.dtype)
+    return (scale * normed.astype(scale.dtype)).astype(x.dtype)
 
 
-def embed(params: Params, tokens: Int[Array, "rows"]) -> Hidden:
+def embed(params: Params, config: ModelConfig, tokens: Int[Array, "rows"]) -> Hidden:
     """The embeddings of token ids: the input of layer 0."""
-    return params.embed[tokens]
+    hidden = params.embed[tokens]
+    return hidden if config.embedding_scale is None else hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
 
 
 def logits(params: Params, config: ModelConfig, hidden: Hidden) -> Float[Array, "rows vocab"]:
     """Next-token logits in float32."""
     normed = rms_norm(hidden, params.final_norm, config.rms_norm_eps)
     head = params.embed.T if params.lm_head is None else params.lm_head
-    return jnp.einsum("rh,hv->rv", normed, head, preferred_element_type=jnp.float32)
+    raw, cap = jnp.einsum("rh,hv->rv", normed, head, preferred_element_type=jnp.float32), config.final_softcap
+    return raw if cap is None else jnp.tanh(raw / cap) * cap
 
 
 class OneLayer(NamedTuple):
@@ -69,6 +99,19 @@ class OneLayer(NamedTuple):
     def own(self, stacked: Float[Array, "layers *rest"]) -> Float[Array, "*rest"]:
         """This layer's part of a small stacked weight: a copy."""
         return jax.lax.dynamic_index_in_dim(stacked, self.number, keepdims=False)
+
+    @property
+    def window(self) -> Window | None:
+        """How many keys a row sees in this layer. The largest int32 where it sees all, and another layer does not."""
+        windows = self.decoder.config.layer_windows
+        if windows is None:
+            return None
+        return jnp.array([_ALL_KEYS if size is None else size for size in windows], jnp.int32)[self.number]
+
+    @property
+    def inv_freq(self) -> Float[Array, "half"]:
+        frequencies = inv_freq(self.decoder.config)
+        return frequencies if frequencies.ndim == 1 else self.own(frequencies)
 
     def norm(self, scale: Float[Array, "layers dim"], x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return rms_norm(x, self.own(scale), self.decoder.config.rms_norm_eps)
@@ -87,30 +130,36 @@ class OneLayer(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """Stacked weights that make queries, keys or values. The rotation applies to queries and keys."""
+    """Stacked weights that make queries, keys or values. Queries and keys are rotated, and queries may be scaled.
+
+    `norm` is that of each head; `wide_norm` is that of all heads together.
+    """
 
     weight: Float[Array, "layers hidden heads head_dim"]
     bias: Float[Array, "layers heads head_dim"] | None
     norm: Float[Array, "layers head_dim"] | None
+    wide_norm: Float[Array, "layers heads head_dim"] | None
     rotated: bool
+    scale: Float[np.ndarray, "head_dim"] | None = None
 
 
-def _query(layers: Layers) -> Projection:
-    return Projection(layers.wq, layers.bq, layers.q_norm, rotated=True)
+def _query(layer: OneLayer) -> Projection:
+    layers, scale = layer.layers, query_scale(layer.decoder.config)
+    return Projection(layers.wq, layers.bq, layers.q_norm, layers.wide_q_norm, rotated=True, scale=scale)
 
 
 def _key(layers: Layers) -> Projection:
-    return Projection(layers.wk, layers.bk, layers.k_norm, rotated=True)
+    return Projection(layers.wk, layers.bk, layers.k_norm, layers.wide_k_norm, rotated=True)
 
 
 def _value(layers: Layers) -> Projection:
-    return Projection(layers.wv, layers.bv, norm=None, rotated=False)
+    return Projection(layers.wv, layers.bv, norm=None, wide_norm=None, rotated=False)
 
 
 def queries(layer: OneLayer, hidden: Hidden, rows: Rows) -> Heads:
     """Rotated queries of rows from the layer's input."""
     with jax.named_scope("queries"):
-        (q,) = _project(layer, hidden, rows, _query(layer.layers))
+        (q,) = _project(layer, hidden, rows, _query(layer))
     return q
 
 
@@ -129,24 +178,43 @@ def _project(layer: OneLayer, hidden: Hidden, rows: Rows, *projections: Projecti
 
 
 def _finish(layer: OneLayer, projection: Projection, product: Float[Array, "rows width"], rows: Rows) -> Heads:
-    """From a product to heads: add the bias and apply the norm where the model has them, then rotate."""
+    """From a product to heads: add the bias and apply the norms where the model has them, then rotate."""
     config = layer.decoder.config
+    if projection.wide_norm is not None:
+        product = layer.norm(projection.wide_norm.reshape(config.num_layers, -1), product)
     heads = product.reshape(len(product), -1, config.head_dim)
     if projection.bias is not None:
         heads += layer.own(projection.bias)
     if projection.norm is not None:
         heads = layer.norm(projection.norm, heads)
-    return apply_rope(heads, rows.position, inv_freq(config)) if projection.rotated else heads
+    if not projection.rotated:
+        return heads
+    scaled = heads if projection.scale is None else heads * projection.scale  # in float32, to be rounded once
+    return apply_rope(scaled, rows.position, layer.inv_freq).astype(heads.dtype)
 
 
 def mlp(layer: OneLayer, hidden: Hidden, rows: Rows) -> Hidden:
-    """SwiGLU, without the residual."""
+    """The gated MLP or the experts of each row, without the residual."""
     with jax.named_scope("mlp"):
         layers = layer.layers
-        normed = layer.norm(layers.mlp_norm, hidden)
-        gated = layer.decoder.ops.gated_linear(normed, layers.w_gate, layers.w_up, layer.number, rows)
-        (out,) = layer.linear(gated, layers.w_down, rows=rows, over_inputs=True)
+        normed, router = layer.norm(layers.mlp_norm, hidden), layers.router
+        out = _one_mlp(layer, normed, rows) if router is None else _experts(layer, router, normed, rows)
+    return out if layers.post_mlp_norm is None else layer.norm(layers.post_mlp_norm, out)
+
+
+def _one_mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> Hidden:
+    layers, decoder = layer.layers, layer.decoder
+    gates = layers.w_gate, layers.w_up, layer.number, rows
+    gated = decoder.ops.gated_linear(normed, *gates, activation=decoder.config.activation)
+    (out,) = layer.linear(gated, layers.w_down, rows=rows, over_inputs=True)
     return out
+
+
+def _experts(layer: OneLayer, router: Float[Array, "layers hidden experts"], normed: Hidden, rows: Rows) -> Hidden:
+    layers = layer.layers
+    routing = route(normed, layer.own(router), layer.decoder.config)
+    stacks = ExpertStacks(layers.expert_gate, layers.expert_up, layers.expert_down)
+    return layer.decoder.ops.experts(normed, routing, stacks, layer.number, rows)
 
 
 def decoder_layer(
@@ -155,9 +223,11 @@ def decoder_layer(
     """Run one layer for some rows: write their K and V into the store, then attend to all that is in it."""
     ops, layers = layer.decoder.ops, layer.layers
     with jax.named_scope("attention"):
-        q, keys, values = _project(layer, hidden, rows, _query(layers), _key(layers), _value(layers))
+        q, keys, values = _project(layer, hidden, rows, _query(layer), _key(layers), _value(layers))
         store = ops.write_kv(store, layer.number, keys, values, rows, tables)
-        attended = ops.attention(q, store, layer.number, rows, tables)
+        attended = ops.attention(q, store, layer.number, rows, tables, layer.window)
         (out,) = layer.linear(attended.reshape(len(attended), -1), layers.wo, rows=rows, over_inputs=True)
+        if layers.post_attn_norm is not None:
+            out = layer.norm(layers.post_attn_norm, out)
     hidden = hidden + out
     return store, hidden + mlp(layer, hidden, rows)

@@ -6,6 +6,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, Int
@@ -87,8 +88,8 @@ def add_key_mass(
 ) -> Mass:
     """Add the attention that each key of a layer receives from these rows, summed over heads and rows.
 
-    `s_j = sum over heads h and rows i of softmax(q_i K^T / sqrt(d))_j ** power` over the keys that row i may see
-    (SparseX, arXiv 2606.01751, Sparse-Q selection, where the power is 1).
+    `s_j = sum over heads h and rows i of softmax(q_i K^T / sqrt(d))_j ** power` over the keys that row i sees in the
+    layer's window (SparseX, arXiv 2606.01751, Sparse-Q selection, where the power is 1).
 
     Args:
       hidden: of the rows, at the layer's input.
@@ -96,7 +97,36 @@ def add_key_mass(
 
     def add(start: Array, part: Rows, mass: Array) -> Array:
         x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
-        q = queries(forward.layer(number), x, part)
-        return mass + forward.decoder.ops.key_mass(q, store, number, part, forward.page_tables, power)
+        layer = forward.layer(number)
+        about = number, part, forward.page_tables, power, layer.window
+        return mass + forward.decoder.ops.key_mass(queries(layer, x, part), store, *about)
 
     return fold_chunks(rows, forward.chunk, add, mass)
+
+
+def add_vote(
+    forward: ForwardPass,
+    number: Int[Array, ""],
+    among: tuple[Int[Array, ""], Int[Array, ""]],
+    store: Store,
+    rows: Rows,
+    hidden: Hidden,
+    mass: Mass,
+    power: int = 1,
+) -> Mass:
+    """`add_key_mass` of one of several layers, from the first of `among` up to the second, whose masses are summed.
+
+    Where some of them have windows, those are passed over: they look at what is near, whatever is asked.
+    """
+    windows = forward.decoder.config.windows
+    sees_all = np.array([window is None for window in windows])
+    if sees_all.all() or not sees_all.any():
+        return add_key_mass(forward, number, store, rows, hidden, mass, power)
+    first, end = among
+    numbers = np.arange(len(windows))
+    some = jnp.any(sees_all & (numbers >= first) & (numbers < end))
+
+    def add(mass: Array) -> Array:
+        return add_key_mass(forward, number, store, rows, hidden, mass, power)
+
+    return lax.cond(jnp.asarray(sees_all)[number] | ~some, add, lambda mass: mass, mass)

@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from sparsex_jax.model.experts import ExpertStacks, Routing, run_experts
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES
@@ -23,6 +24,7 @@ from sparsex_kernels.layout import Frequencies, PageTables, Queries, Store, Wind
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
+_EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...]
 _ALL = PartitionSpec()
 
 
@@ -81,12 +83,35 @@ class Ops:
         up: Float[Array, "layers inputs width"],
         layer: Int[Array, ""] | int,
         rows: Rows,
+        *,
+        activation: str = "silu",
     ) -> Float[Array, "rows width"]:
-        """`silu(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
+        """`activation(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
         weights = PartitionSpec(None, None, TENSOR_AXIS)
         specs = (_ALL, weights, weights, _ALL, _ALL)
-        run = self._over_heads(kernels.gated_linear, specs, PartitionSpec(None, TENSOR_AXIS))
+        gated = functools.partial(kernels.gated_linear, activation=activation)
+        run = self._over_heads(gated, specs, PartitionSpec(None, TENSOR_AXIS))
         return run(x, gate, up, jnp.asarray(layer), rows.count)
+
+    def experts(
+        self,
+        x: Float[Array, "rows hidden"],
+        routing: Routing,
+        stacks: ExpertStacks,
+        layer: Int[Array, ""] | int,
+        rows: Rows,
+    ) -> Float[Array, "rows hidden"]:
+        """The weighted sum of what each row's experts compute. A mesh divides the experts: each device computes the
+        rows of its own."""
+        num_experts, sharded = stacks.gate.shape[1], self.mesh.size > 1
+
+        def run(x: Array, routing: Routing, stacks: ExpertStacks, *rest: Array, **on: Any) -> Array:
+            first = jax.lax.axis_index(TENSOR_AXIS) * stacks.gate.shape[1] if sharded else 0
+            out = run_experts(x, routing, stacks, *rest, first=first, num_experts=num_experts, **on)
+            return jax.lax.psum(out, TENSOR_AXIS) if sharded else out
+
+        specs = (_ALL, _ALL, _EXPERTS, _ALL, _ALL)
+        return self._over_heads(run, specs, _ALL)(x, routing, stacks, jnp.asarray(layer), rows.count)
 
     def attention(
         self,

@@ -1,7 +1,7 @@
 """Logical axes, and the one table that maps them to mesh axes.
 
 Weights and the KV store are described by logical axes alone; this table decides where they live. The mesh has one axis
-today, `tensor`, over which heads, the MLP and the vocabulary are split.
+today, `tensor`, over which heads, the MLP or the experts, and the vocabulary are split.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("kv_heads", TENSOR_AXIS),
     ("head_dim", None),
     ("mlp", TENSOR_AXIS),
+    ("experts", TENSOR_AXIS),
+    ("expert_mlp", None),
     ("vocab", TENSOR_AXIS),
     ("pages", None),
     ("kv", None),
@@ -47,12 +49,14 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
     """Check that the model divides over a mesh, and give a mesh of the same devices whose axes are automatic.
 
     Raises:
-      InvalidRequestError: the mesh has no `tensor` axis, or its size does not divide the heads or the MLP.
+      InvalidRequestError: the mesh has no `tensor` axis, or its size does not divide the heads, or the MLP or the
+        number of experts.
     """
     if TENSOR_AXIS not in mesh.axis_names:
         raise InvalidRequestError(f"mesh has axes {mesh.axis_names}; it needs one named {TENSOR_AXIS!r}")
     size = mesh.shape[TENSOR_AXIS]
-    for field in ("num_kv_heads", "num_q_heads", "intermediate_size"):
+    mlp = "intermediate_size" if config.num_experts is None else "num_experts"
+    for field in ("num_kv_heads", "num_q_heads", mlp):
         if getattr(config, field) % size:
             raise InvalidRequestError(
                 f"{field}={getattr(config, field)} does not divide over the mesh's {TENSOR_AXIS}={size}"

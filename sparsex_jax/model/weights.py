@@ -27,14 +27,26 @@ def _in_every_model(config: ModelConfig) -> bool:
     return True
 
 
+def _has_experts(config: ModelConfig) -> bool:
+    return config.num_experts is not None
+
+
+def _has_mlp(config: ModelConfig) -> bool:
+    return config.num_experts is None
+
+
 def weight(*axes: str, fan_in: Axes = (), only_if: Callable[[ModelConfig], bool] = _in_every_model) -> Any:
     """A field that holds a weight with these logical axes.
 
     Args:
-      fan_in: the axes whose sizes multiply to the number of inputs of each output. Empty for the scale of a norm.
+      fan_in: the axes whose sizes multiply to the number of inputs of each output. Empty for the scale of a norm, whose
+        dtype `ModelConfig.norm_dtype` may say.
       only_if: tells whether a model has the weight; the field is None where it does not.
     """
     return struct.field(metadata={"axes": axes, "fan_in": fan_in, "only_if": only_if})
+
+
+_EXPERTS = ("layers", "experts")
 
 
 # The run-time check of types is off for both classes, because trees with their structure also hold shapes, shardings
@@ -50,14 +62,23 @@ class Layers:
     wv: Array = weight("layers", "embed", "kv_heads", "head_dim", fan_in=("embed",))
     wo: Array = weight("layers", "q_heads", "head_dim", "embed", fan_in=("q_heads", "head_dim"))
     mlp_norm: Array = weight("layers", "embed")
-    w_gate: Array = weight("layers", "embed", "mlp", fan_in=("embed",))
-    w_up: Array = weight("layers", "embed", "mlp", fan_in=("embed",))
-    w_down: Array = weight("layers", "mlp", "embed", fan_in=("mlp",))
+    # Either an MLP or, where there is a router, experts; the others are None.
+    w_gate: Array = weight("layers", "embed", "mlp", fan_in=("embed",), only_if=_has_mlp)
+    w_up: Array = weight("layers", "embed", "mlp", fan_in=("embed",), only_if=_has_mlp)
+    w_down: Array = weight("layers", "mlp", "embed", fan_in=("mlp",), only_if=_has_mlp)
+    router: Array | None = weight("layers", "embed", "experts", fan_in=("embed",), only_if=_has_experts)
+    expert_gate: Array = weight(*_EXPERTS, "embed", "expert_mlp", fan_in=("embed",), only_if=_has_experts)
+    expert_up: Array = weight(*_EXPERTS, "embed", "expert_mlp", fan_in=("embed",), only_if=_has_experts)
+    expert_down: Array = weight(*_EXPERTS, "expert_mlp", "embed", fan_in=("expert_mlp",), only_if=_has_experts)
     bq: Array | None = weight("layers", "q_heads", "head_dim", fan_in=("embed",), only_if=lambda c: c.qkv_bias)
     bk: Array | None = weight("layers", "kv_heads", "head_dim", fan_in=("embed",), only_if=lambda c: c.qkv_bias)
     bv: Array | None = weight("layers", "kv_heads", "head_dim", fan_in=("embed",), only_if=lambda c: c.qkv_bias)
     q_norm: Array | None = weight("layers", "head_dim", only_if=lambda c: c.qk_norm)
     k_norm: Array | None = weight("layers", "head_dim", only_if=lambda c: c.qk_norm)
+    post_attn_norm: Array | None = weight("layers", "embed", only_if=lambda c: c.post_norms)
+    post_mlp_norm: Array | None = weight("layers", "embed", only_if=lambda c: c.post_norms)
+    wide_q_norm: Array | None = weight("layers", "q_heads", "head_dim", only_if=lambda c: c.wide_qk_norm)
+    wide_k_norm: Array | None = weight("layers", "kv_heads", "head_dim", only_if=lambda c: c.wide_qk_norm)
 
 
 @no_type_check
@@ -80,17 +101,24 @@ class Weight:
       axes: its logical axes.
       fan_in: the number of inputs of each output, which sets the scale of random weights; 0 for the scale of a norm.
       input_axes: which of its axes count the inputs; none for biases and the scales of norms.
+      dtype: if it is not that of the other weights.
     """
 
     shape: tuple[int, ...]
     axes: Axes
     fan_in: int
     input_axes: Axes
+    dtype: str | None = None
 
     @property
     def stacked(self) -> bool:
         """Whether it is one array of all layers."""
         return self.axes[0] == "layers"
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether each layer's part is one array of all experts."""
+        return self.axes[:2] == _EXPERTS
 
 
 def describe(config: ModelConfig) -> Params:
@@ -111,7 +139,8 @@ def _weight(metadata: Mapping[str, Any], config: ModelConfig) -> Weight | None:
     sizes, axes, inputs = axis_sizes(config), metadata["axes"], metadata["fan_in"]
     fan_in = math.prod(sizes[axis] for axis in inputs) if inputs else 0
     shape = tuple(sizes[axis] for axis in axes)
-    return Weight(shape, axes, fan_in, input_axes=tuple(axis for axis in inputs if axis in axes))
+    dtype = None if inputs else config.norm_dtype
+    return Weight(shape, axes, fan_in, input_axes=tuple(axis for axis in inputs if axis in axes), dtype=dtype)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -124,6 +153,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "mlp": config.intermediate_size,
+        "experts": config.num_experts or 0,
+        "expert_mlp": config.intermediate_size,
     }
 
 
@@ -141,7 +172,7 @@ def abstract_params(config: ModelConfig, dtype: str, mesh: Mesh) -> Params:
     """The parameters with a `jax.ShapeDtypeStruct` for each array, which says where on the mesh it lives."""
 
     def abstract(weight: Weight) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=_placement(mesh, weight))
+        return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(weight.dtype or dtype), sharding=_placement(mesh, weight))
 
     return jax.tree.map(abstract, describe(config))
 
@@ -162,7 +193,7 @@ def place_params(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[st
         array = read(name, weight)
         if array.shape != weight.shape:
             raise ValueError(f"{name} has shape {array.shape}; the configuration needs {weight.shape}")
-        return jax.device_put(array.astype(jnp.dtype(dtype), copy=False), _placement(mesh, weight))
+        return jax.device_put(array.astype(jnp.dtype(weight.dtype or dtype), copy=False), _placement(mesh, weight))
 
     return jax.tree.map_with_path(put, describe(config))
 
@@ -175,7 +206,7 @@ def random_params(config: ModelConfig, dtype: str, mesh: Mesh, seed: int = 0) ->
     keys = dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
 
     def make(path: tuple[Any, ...], weight: Weight) -> Array:
-        return _random(keys[leaf_name(path)], weight, dtype, _placement(mesh, weight))
+        return _random(keys[leaf_name(path)], weight, weight.dtype or dtype, _placement(mesh, weight))
 
     return jax.tree.map_with_path(make, described)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,17 +55,22 @@ class ChunkTimes:
             raise ValueError(f"rows={rows} do not rise from 1 or more")
         return cls(tuple(map(int, rows)), layer, key)
 
-    def layer_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
-        """Seconds of a layer for rows at these rising positions, a chunk at a time."""
-        return self.rows_seconds(len(positions), mean_keys(positions))
+    def layer_seconds(self, positions: Int[np.ndarray, "rows"], window: int | None = None) -> float:
+        """Seconds of a layer with this window for rows at these rising positions, a chunk at a time."""
+        return self.rows_seconds(len(positions), mean_keys(positions, window))
+
+    def layers_seconds(self, positions: Int[np.ndarray, "rows"], windows: Sequence[int | None]) -> float:
+        """Seconds of layers with these windows."""
+        seconds = (number * self.layer_seconds(positions, window) for window, number in Counter(windows).items())
+        return sum(seconds, start=0.0)
 
     def projection_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
         """The part of it that does not depend on where the rows are."""
         return self._in_chunks(self.layer, len(positions))
 
-    def attention_seconds(self, positions: Int[np.ndarray, "rows"]) -> float:
+    def attention_seconds(self, positions: Int[np.ndarray, "rows"], window: int | None = None) -> float:
         """The part of it that attention takes."""
-        return self._in_chunks(self.key, len(positions)) * mean_keys(positions)
+        return self._in_chunks(self.key, len(positions)) * mean_keys(positions, window)
 
     def rows_seconds(self, rows: int, keys: int | float) -> float:
         """Seconds of a layer for a number of rows, each of which attends to the same number of keys."""
@@ -119,12 +125,15 @@ def _times(values: Sequence[Any]) -> tuple[float, ...]:
     return times
 
 
-def mean_keys(positions: Int[np.ndarray, "rows"]) -> float:
-    """How many keys a tile of rows reads, on average over the tiles. Rising positions."""
+def mean_keys(positions: Int[np.ndarray, "rows"], window: int | None = None) -> float:
+    """How many keys a tile of rows reads, on average over the tiles: from the first that its first row sees to its last
+    row's own. Rising positions."""
     if len(positions) == 0:
         return 0.0
     last = np.append(positions[_TILE - 1 : -1 : _TILE], positions[-1])
-    return float(last.mean()) + 1
+    if window is None:
+        return float(last.mean()) + 1
+    return float((last + 1 - np.maximum(positions[::_TILE] - window + 1, 0)).mean())
 
 
 def prefill_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> float:
@@ -139,7 +148,7 @@ def prefill_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> fl
     starts = [*(phase.start for phase in phases), model.num_layers]
     seconds = speeds.start + _copy_seconds(sum(copy.length for copy in plan.copies), speeds)
     for own, (begin, end) in zip(rows, itertools.pairwise(starts), strict=True):
-        seconds += (end - begin) * times.layer_seconds(own)
+        seconds += times.layers_seconds(own, model.windows[begin:end])
     for before, phase in zip(rows, phases[1:], strict=False):
         if phase.start < model.num_layers and phase.can_leave_out(len(before)):
             seconds += speeds.boundary
@@ -153,12 +162,13 @@ def excerpt_seconds(model: ModelConfig, plan: RequestPlan, speeds: Speeds) -> fl
     assert probe is not None
     fresh = np.flatnonzero(prompt.fresh)
     times = speeds.of_plan(len(fresh))
-    watched = (probe.end_layer - probe.first_layer) * _MASS * times.attention_seconds(fresh)
-    looking = probe.end_layer * times.layer_seconds(fresh) + watched
+    windows = model.windows[: probe.end_layer]
+    watched = _MASS * sum(times.attention_seconds(fresh, window) for window in windows[probe.first_layer :])
+    looking = times.layers_seconds(fresh, windows) + watched
     among = probe.num_tokens
     kept = len(prompt) - among + max(probe.least_tokens, round(_KEPT * among))
     rows = np.arange(int((prompt.kind == TokenKind.PREFIX).sum()), kept)
-    answering = model.num_layers * speeds.of_plan(len(rows)).layer_seconds(rows)
+    answering = speeds.of_plan(len(rows)).layers_seconds(rows, model.windows)
     return 2 * speeds.start + _copy_seconds(sum(copy.length for copy in plan.copies), speeds) + looking + answering
 
 
@@ -166,7 +176,7 @@ def least_seconds(
     model: ModelConfig, missing: Int[np.ndarray, "rows"], copies: Sequence[Segment], speeds: Speeds
 ) -> float:
     """Less than any prefill takes that makes these copies and computes what is missing, or more, in every layer."""
-    layers = model.num_layers * speeds.of_plan(len(missing)).layer_seconds(missing)
+    layers = speeds.of_plan(len(missing)).layers_seconds(missing, model.windows)
     return speeds.start + _copy_seconds(sum(copy.length for copy in copies), speeds) + layers
 
 
@@ -176,8 +186,11 @@ def can_save(share: float, model: ModelConfig, length: int, missing: int, speeds
     As if each of its rows saw all the keys, and as if segments left one row. Asked for each request before anything is
     searched, so it has to be fast.
     """
-    plain = speeds.start + model.num_layers * speeds.of_plan(missing).rows_seconds(missing, length)
-    sparse = speeds.start + speeds.copy + model.num_layers * speeds.of_plan(1).rows_seconds(1, length)
+    plain, sparse = speeds.start, speeds.start + speeds.copy
+    for window, layers in Counter(model.windows).items():
+        keys = length if window is None else min(length, window)
+        plain += layers * speeds.of_plan(missing).rows_seconds(missing, keys)
+        sparse += layers * speeds.of_plan(1).rows_seconds(1, keys)
     return sparse < (1 - share) * plain
 
 
@@ -202,13 +215,18 @@ def _signal_seconds(
     if phase.signal is None:
         return 0.0
     fresh = np.flatnonzero(plan.prompt.fresh)
-    mass = _MASS * times.attention_seconds(fresh)
+    own, *passed = model.windows[phase.start :][: phase.probe_layers or 1]
     everything = _kv_share(model) * times.projection_seconds(before)
-    return everything + mass + phase.probe_layers * (times.layer_seconds(fresh) + mass)
+    seconds = everything + _MASS * times.attention_seconds(fresh, own)
+    if not phase.probe_layers:
+        return seconds
+    windows = [own, *passed]
+    masses = _MASS * sum(times.attention_seconds(fresh, window) for window in windows)
+    return seconds + times.layers_seconds(fresh, windows) + masses
 
 
 def _kv_share(model: ModelConfig) -> float:
-    """The share of a layer's weights that make keys and values."""
+    """The share of a layer's products that make keys and values."""
     keys_values = 2 * model.num_kv_heads * model.head_dim
     both_ways = 2 * model.num_q_heads * model.head_dim  # queries, and the output projection
-    return keys_values / (keys_values + both_ways + 3 * model.intermediate_size)
+    return keys_values / (keys_values + both_ways + 3 * model.mlp_width + (model.num_experts or 0))

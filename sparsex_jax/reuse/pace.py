@@ -76,18 +76,18 @@ class Pace:
         return self.link.value * nbytes / self._bytes_per_s
 
     def predicted_cells(
-        self, spans: Sequence[tuple[int, int]], layers: Sequence[int]
+        self, spans: Sequence[tuple[int, int]], groups: Sequence[Sequence[int | None]]
     ) -> Float[np.ndarray, "groups chunks"]:
-        """Seconds of computing each chunk, from one position up to another, in each group of so many layers.
+        """Seconds of computing each chunk, from one position up to another, in each group of layers with these windows.
 
         Without the factor `compute`.
         """
-        seconds = np.outer(layers, [self._layer_seconds(*span) for span in spans]).astype(float)
+        seconds = np.array([[self._layers_seconds(windows, *span) for span in spans] for windows in groups])
         seconds[0] += self._speeds.start if self._speeds else 0.0
         return seconds
 
-    def _layer_seconds(self, start: int, end: int) -> float:
-        rows = end - start
+    def _layers_seconds(self, windows: Sequence[int | None], start: int, end: int) -> float:
+        rows, keys = end - start, (start + end) / 2
         if self._speeds is None:
-            return rows * (_ROW + _KEY * (start + end) / 2)
-        return self._speeds.of_plan(rows).layer_seconds(np.arange(start, end))
+            return sum((rows * (_ROW + _KEY * min(keys, window or keys)) for window in windows), start=0.0)
+        return self._speeds.of_plan(rows).layers_seconds(np.arange(start, end), windows)

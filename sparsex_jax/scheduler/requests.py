@@ -13,6 +13,7 @@ from jaxtyping import Int32
 from sparsex_jax.cache import Entry
 from sparsex_jax.config import ModelConfig, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.errors import ContextLengthError, InvalidRequestError, StructureError
+from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.output import Output
 from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs, reuse_when_scored
@@ -185,7 +186,7 @@ class Requests:
         return Output(sampling, self.end_tokens, self.tokenizer, matcher)
 
     def _method(self, reuse: ReuseConfig | None) -> ReuseConfig:
-        return self.reuse if reuse is None else reuse
+        return method_of(self.reuse if reuse is None else reuse).fitted(self._model.windows)
 
     def _checked(self, sequence: Sequence) -> Sequence:
         _require_type("keep", sequence.keep, bool)

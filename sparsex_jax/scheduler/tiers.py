@@ -451,9 +451,12 @@ def make_tiers(runner: Runner, link: Link) -> Tiers:
 
 
 def _fingerprint(runner: Runner, link: Link) -> dict[str, str | int | float]:
-    """All that blocks depend on besides tokens. Rotary factors and biases are among the fields of the model."""
+    """All that blocks depend on besides tokens: frequencies, biases and windows are among the fields of the model. How
+    long a prompt may be is too, and says nothing of a block."""
+    model = dataclasses.asdict(runner.model)
+    del model["max_position"]
     return {
-        "model": json.dumps(dataclasses.asdict(runner.model), sort_keys=True),
+        "model": json.dumps(model, sort_keys=True),
         "weights": weights_digest(runner.params),
         "dtype": runner.engine.dtype,
         "page_size": runner.engine.page_size,

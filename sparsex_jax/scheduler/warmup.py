@@ -81,7 +81,7 @@ def _probe(loop: Loop, bucket: tuple[int, int]) -> None:
     """What the default method looks at before it answers: two segments of a token, by a third one."""
     segments = tuple(Segment(at, 1, 0, np.zeros(1, np.int64), exact=True) for at in range(2))
     prompt = PromptMap(np.zeros(3, np.int32), np.array([*[TokenKind.REUSED] * 2, TokenKind.FRESH], np.uint8), segments)
-    method = method_of(loop.requests.reuse)
+    method = method_of(loop.requests.reuse).fitted(loop.runner.model.windows)
     probe = method.probe(prompt, lambda: np.arange(3), loop.runner.model.num_layers)
     if probe is None:
         return

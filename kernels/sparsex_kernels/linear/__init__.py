@@ -49,19 +49,21 @@ def gated_linear(
     layer: Int[Array, ""] | int,
     count: Int[Array, ""] | int | None = None,
     *,
+    activation: str = "silu",
     backend: Backend | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "rows width"]:
-    """`silu(inputs @ gate[layer]) * (inputs @ up[layer])`, in the dtype of the inputs, each product summed in float32.
+    """`f(inputs @ gate[layer]) * (inputs @ up[layer])`, in the dtype of the inputs, each product summed in float32.
 
     The kernel writes the gated product only, which is half of what two products would write and read again.
 
     Args:
       inputs, layer, count, backend, implementation: as in `linear`. `hopper` rounds once, after gating, unless it
         splits the sum over the inputs.
+      activation: f: `silu`, or `gelu_tanh`, the tanh approximation of GELU, which `hopper` does not do.
 
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    args = LinearArgs(inputs, (gate, up), layer, count, backend or default_backend())
+    args = LinearArgs(inputs, (gate, up), layer, count, backend or default_backend(), activation)
     return run("gated_linear", GATED, implementation, args)

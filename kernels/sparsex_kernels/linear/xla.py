@@ -1,10 +1,18 @@
 """Linear layers as a slice and a product for each weight."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
@@ -16,4 +24,4 @@ def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
 def gated_linear(args: LinearArgs) -> Float[Array, "rows width"]:
     """See `sparsex_kernels.gated_linear`."""
     gate, up = linear(args)
-    return jax.nn.silu(gate) * up
+    return ACTIVATIONS[args.activation](gate) * up

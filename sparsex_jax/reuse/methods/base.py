@@ -54,6 +54,14 @@ class Method(ReuseConfig):
         """The same with the values that None stands for in a model of this many layers."""
         return self
 
+    def fitted(self, windows: Sequence[int | None]) -> Method:
+        """The same for a model whose layers have these windows, None for none.
+
+        A method that scores in one layer does so, unless it is told where, in one that sees all keys: the others look
+        at what is near, whatever is asked.
+        """
+        return self
+
     @abc.abstractmethod
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         """The phases for a prompt, by what was found of it. See `check_schedule` for what they must fulfil."""
@@ -101,6 +109,14 @@ def _sparing(prompt: PromptMap, phases: Sequence[Phase], num_layers: int) -> lis
     *_, last = [phase for phase in phases if phase.start < num_layers]
     spared = prompt.reused & ~last.forced
     return [s for s in prompt.segments if spared[s.start : s.end].sum() >= LEAST_SPARED * s.length]
+
+
+def nearest_that_sees_all(layer: int, windows: Sequence[int | None]) -> int | None:
+    """The nearest layer without a window, of two the deeper one. None where no layer differs from the others."""
+    whole = [number for number, window in enumerate(windows) if window is None]
+    if len(whole) in (0, len(windows)):
+        return None
+    return min(whole, key=lambda number: (abs(number - layer), -number))
 
 
 def method_of(reuse: Any) -> Method:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from sparsex_jax.config.checks import Count, Positive, Share, require
 from sparsex_jax.reuse.excerpt import Probe, Remembered, pieces
@@ -34,6 +35,7 @@ class Excerpts(Method, name="excerpt"):
       first_layer, end_layer: the layers from the first up to the second are looked at, and none behind them is run.
         None: from three tenths of the layers up to seven tenths. Others look less at what is asked for.
       piece_tokens: texts are divided evenly into pieces of at most this many tokens.
+      boundary_layer: of `SparseX`, for prompts of which nothing may be left out.
     """
 
     coverage: Share = 0.9
@@ -41,6 +43,7 @@ class Excerpts(Method, name="excerpt"):
     first_layer: Count | None = None
     end_layer: Positive | None = None
     piece_tokens: Positive = 512
+    boundary_layer: Count | None = None
 
     def accepts(self, made_by: object, num_layers: int) -> bool:
         """What it leaves approximate, `SparseX` does."""
@@ -50,7 +53,11 @@ class Excerpts(Method, name="excerpt"):
     @property
     def without_excerpts(self) -> SparseX:
         """How prompts are prefilled of which nothing may be left out."""
-        return SparseX(min_segment_tokens=self.min_segment_tokens, only_if_faster=self.only_if_faster)
+        shared = ("min_segment_tokens", "only_if_faster", "boundary_layer")
+        return SparseX(**{name: getattr(self, name) for name in shared})
+
+    def fitted(self, windows: Sequence[int | None]) -> Excerpts:
+        return dataclasses.replace(self, boundary_layer=self.without_excerpts.fitted(windows).boundary_layer)
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         self._watched(num_layers)  # checks them

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from sparsex_jax.config.checks import Count, Positive, Share, require
+from sparsex_jax.reuse.methods.base import nearest_that_sees_all
 from sparsex_jax.reuse.methods.choosing import ChoosingMethod
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
@@ -23,7 +25,8 @@ class QCFuse(ChoosingMethod, name="qcfuse"):
     of each segment; here it sees all that is pasted. Its query is the user's question; here it is every fresh token.
 
     Attributes:
-      probe_layer: the layer, counted from 0, in which attention is looked at. None: a little behind the middle.
+      probe_layer: the layer, counted from 0, in which attention is looked at. None: a little behind the middle;
+        where only some layers have windows, the nearest without one.
       recompute_ratio: as in all methods that choose. The paper's runs take 0.5.
       head_tokens, pool_tokens: as in `SparseX`.
     """
@@ -40,6 +43,11 @@ class QCFuse(ChoosingMethod, name="qcfuse"):
 
     def _critical(self, num_layers: int) -> int:
         return int(CRITICAL * num_layers) if self.probe_layer is None else self.probe_layer
+
+    def fitted(self, windows: Sequence[int | None]) -> QCFuse:
+        if self.probe_layer is not None:
+            return self
+        return dataclasses.replace(self, probe_layer=nearest_that_sees_all(self._critical(len(windows)), windows))
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         layer = self._critical(num_layers)

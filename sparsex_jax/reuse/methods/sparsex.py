@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
 from sparsex_jax.config.checks import Count, Positive
-from sparsex_jax.reuse.methods.base import CORRECTIONS, check_boundaries
+from sparsex_jax.reuse.methods.base import CORRECTIONS, check_boundaries, nearest_that_sees_all
 from sparsex_jax.reuse.methods.choosing import ChoosingMethod
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
@@ -24,6 +25,7 @@ class SparseX(ChoosingMethod, name="sparsex"):
 
     Attributes:
       boundary_layer: `l*`. None is a sixth of the layers; the paper takes 15 to 20 % of them for small dense models.
+        Where only some layers have windows, the nearest without one.
         At 0, layer 0 scores and all layers are sparse, the paper's pure sparse variant. The number of layers is full
         recompute.
       overflow_tokens: reused tokens on both sides of every run of fresh ones; on each side at most an eighth of their
@@ -48,6 +50,11 @@ class SparseX(ChoosingMethod, name="sparsex"):
         second = num_layers if self.second_boundary is None else self.second_boundary
         own = {"boundary_layer": self._boundary(num_layers), "second_boundary": second}
         return super().values(num_layers) | own
+
+    def fitted(self, windows: Sequence[int | None]) -> SparseX:
+        if self.boundary_layer is not None:
+            return self
+        return dataclasses.replace(self, boundary_layer=nearest_that_sees_all(self._boundary(len(windows)), windows))
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         boundary = self._boundary(num_layers)

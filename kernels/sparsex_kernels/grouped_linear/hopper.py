@@ -1,0 +1,30 @@
+"""Products of groups of rows for Hopper GPUs: each tile of rows is multiplied with its own group's matrix."""
+
+from jax import Array
+from jaxtyping import Float
+
+from sparsex_kernels.arguments import GroupedArgs
+from sparsex_kernels.hopper_products import Config, RowTiles, products
+from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
+
+
+def grouped_linear(args: GroupedArgs, config: Config | None = None) -> Float[Array, "rows width"]:
+    """See `sparsex_kernels.grouped_linear`."""
+    if args.tile not in (8, 16, 32, WGMMA_ROWS, 2 * WGMMA_ROWS):
+        raise NotImplementedError(f"tiles of {args.tile} rows; the kernel takes 8, 16, 32, 64 and 128")
+    tiles = RowTiles(args.tile, args.used, args.matrix_of_tile, together=False)
+    config = config or choose_config(args.tile, args.width, len(args.weights))
+    return products(args.inputs, args.matrices, (args.width,), tiles, config, args.backend)
+
+
+gated_grouped_linear = grouped_linear  # of two weights it is the gated product
+
+
+def choose_config(tile: int, width: int, matrices: int) -> Config:
+    """Sizes that suit tiles of so many rows, and results of this width, made of one matrix or of a gate and another."""
+    few = tile <= WGMMA_ROWS
+    choices = (128, 64) if few else (256, 128, 64)
+    columns = next((n for n in choices if n // matrices >= 64 and not width % (n // matrices)), 0)
+    if not columns:
+        raise NotImplementedError(f"weights of {width} columns; the kernel takes multiples of 64")
+    return Config(1, columns, 1, 3, 2 * MULTIPROCESSORS) if few else Config(2, columns, 1, 4, MULTIPROCESSORS)

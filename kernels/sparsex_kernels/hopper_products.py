@@ -1,0 +1,309 @@
+"""Products of tiles of rows with matrices of stacks, for Hopper GPUs, by Pallas' Mosaic GPU.
+
+`linear` and `grouped_linear` are both of these: in one all tiles of rows are multiplied with the same matrix, in the
+other each with its own.
+
+A tile of outputs belongs to one of the weights. One warpgroup fetches blocks of rows and weights by TMA, which takes
+the matrix as a coordinate; the others multiply. Tiles that have none of the rows that are wanted are skipped. Where
+rows are few, reading the weights takes all the time: the sum over the inputs may be split so that every multiprocessor
+reads its share, and XLA adds the parts. Where they are many, a program goes from tile to tile, and fetches for the next
+one while the results of the last are being stored.
+
+A gated product's tile has columns of the gate and the same columns of the matrix that it gates. TMA fills contiguous
+blocks of shared memory, so each of the two has its own block, and its own product into one half of the accumulator.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from sparsex_kernels.backend import Backend
+from sparsex_kernels.gpu import LOG2_E
+from sparsex_kernels.layout import pad_rows
+from sparsex_kernels.mosaic import WGMMA_ROWS, Ref, drain, kernel, tiled_smem
+
+DEPTH = 64  # inputs a step: a swizzled line of 128 bytes
+PIECE = 64  # columns that are stored at a time
+SMALLEST = 8  # rows that are stored, at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What may be tuned.
+
+    Attributes:
+      warpgroups: that multiply, each with 64 rows.
+      columns: multiplied in a tile; divides every weight's. Half of them are the gate's in a gated product.
+      splits: parts of the sum over the inputs.
+      stages: blocks in flight.
+      programs: the most programs; each goes from tile to tile.
+    """
+
+    warpgroups: int
+    columns: int
+    splits: int
+    stages: int
+    programs: int
+
+
+class Shape(NamedTuple):
+    """Static sizes of one call."""
+
+    programs: int
+    fetched: int  # rows of a tile that are copied to shared memory
+    stored: int  # rows of a warpgroup's that are stored
+    steps: int  # over the inputs
+    matrices: int  # in a tile: one, or a gate's and what it gates
+    columns: int  # of each matrix in a tile, and of results
+    starts: tuple[int, ...]  # first tile of columns of each result, and their number
+    together: bool  # see `RowTiles`
+    dtype: Any
+    out_dtype: Any
+
+
+class RowTiles(NamedTuple):
+    """Tiles of rows, and the matrix that multiplies each.
+
+    Attributes:
+      rows: of a tile: 64 for each warpgroup, or of one warpgroup a smaller multiple of 8.
+      wanted: how many tiles have rows that are wanted; they come first.
+      matrices: which matrix of each stack.
+      together: whether tiles of rows that take the same columns follow each other, and find the weights in the cache:
+        good where all have the same matrix. Else a tile's columns follow each other, and find its rows there.
+    """
+
+    rows: int
+    wanted: Array
+    matrices: Int[Array, "tiles"]
+    together: bool
+
+
+def products(
+    inputs: Float[Array, "rows inputs"],
+    weights: Sequence[Float[Array, "matrices inputs _"]],
+    widths: tuple[int, ...],
+    tiles: RowTiles,
+    config: Config,
+    backend: Backend,
+) -> Float[Array, "rows widths"]:
+    """Results of these widths, side by side. With one width for two weights, the result is their gated product.
+
+    Args:
+      inputs: the tiles one behind the other, the last of which may have fewer rows.
+
+    Raises:
+      NotImplementedError: this shape or dtype cannot be done.
+    """
+    shape = _shape(inputs, len(weights), widths, tiles, config)
+    _check(inputs, weights, widths, shape)
+    out_shape = (config.splits, len(tiles.matrices) * config.warpgroups * shape.stored, sum(widths))
+    run = kernel(
+        functools.partial(_kernel, shape, config),
+        backend,
+        out_type=jax.ShapeDtypeStruct(out_shape, shape.out_dtype),
+        grid=(shape.programs,),
+        grid_names=("program",),
+        num_threads=config.warpgroups + 1,
+        scratch_types=_scratch(shape, config),
+    )
+    numbers = jnp.concatenate([tiles.wanted[None], tiles.matrices]).astype(jnp.int32)
+    parts = run(pad_rows(inputs, shape.fetched), *weights, numbers)
+    out = parts[0] if config.splits == 1 else parts.sum(0).astype(inputs.dtype)
+    return out[: len(inputs)]
+
+
+def _check(inputs: Array, weights: Sequence[Array], widths: tuple[int, ...], shape: Shape) -> None:
+    """Raise `NotImplementedError` where this shape or dtype cannot be done."""
+    if inputs.dtype not in (jnp.bfloat16, jnp.float16) or any(weight.dtype != inputs.dtype for weight in weights):
+        raise NotImplementedError(
+            f"rows of {inputs.dtype} on weights of {weights[0].dtype}; the kernel takes bfloat16 or float16 for both"
+        )
+    if inputs.shape[1] % DEPTH or shape.columns % PIECE or any(width % shape.columns for width in widths):
+        raise NotImplementedError(f"{inputs.shape[1]} inputs, {list(widths)} outputs in tiles of {shape.columns}")
+
+
+def _shape(inputs: Array, weights: int, widths: tuple[int, ...], tiles: RowTiles, config: Config) -> Shape:
+    matrices = weights // len(widths)
+    columns = config.columns // matrices
+    # Weights of 128 and 64 columns in tiles of 64: the first has tiles 0 and 1, the second tile 2; starts are 0, 2, 3.
+    starts = tuple(int(end) // columns for end in np.cumsum([0, *widths]))
+    return Shape(
+        programs=min(config.programs, len(tiles.matrices) * starts[-1] * config.splits),
+        fetched=tiles.rows,
+        stored=min(tiles.rows, WGMMA_ROWS),
+        steps=inputs.shape[1] // DEPTH,
+        matrices=matrices,
+        columns=columns,
+        starts=starts,
+        together=tiles.together,
+        dtype=inputs.dtype,
+        out_dtype=inputs.dtype if config.splits == 1 else jnp.float32,
+    )
+
+
+def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
+    pieces = 2 if shape.out_dtype != jnp.float32 else 1
+    return {
+        "x_smem": tiled_smem((config.stages, config.warpgroups * WGMMA_ROWS, DEPTH), shape.dtype),
+        "w_smem": tiled_smem((config.stages, shape.matrices, DEPTH, shape.columns), shape.dtype),
+        "out_smem": tiled_smem((config.warpgroups, pieces, WGMMA_ROWS, PIECE), shape.out_dtype),
+        "ready": plgpu.Barrier(num_arrivals=1 + shape.matrices, num_barriers=config.stages),
+        "used": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
+    }
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers of a program."""
+
+    x_smem: Ref  # [stages, rows, DEPTH]
+    w_smem: Ref  # [stages, matrices, DEPTH, columns]
+    out_smem: Ref  # [warpgroups, pieces, WGMMA_ROWS, PIECE]
+    ready: Ref  # of each stage: its rows and weights have arrived
+    used: Ref  # of each stage: all warpgroups have multiplied them
+
+
+def _kernel(shape: Shape, config: Config, x_ref: Ref, *refs: Ref, **scratch: Ref) -> None:
+    *weights, numbers, out_ref = refs
+    tiled = [weights[n : n + shape.matrices] for n in range(0, len(weights), shape.matrices)]
+    row_tiles, wg = numbers[0], lax.axis_index("wg")
+    persistent = config.warpgroups == 2  # one program a multiprocessor, which has its registers for itself
+
+    @pl.when(wg < config.warpgroups)
+    def compute() -> None:
+        if persistent:
+            plgpu.set_max_registers(232, action="increase")
+        _compute(shape, config, row_tiles, wg, out_ref, Scratch(**scratch))
+
+    @pl.when(wg == config.warpgroups)
+    def fetch() -> None:
+        if persistent:
+            plgpu.set_max_registers(40, action="decrease")
+        _fetch(shape, config, numbers, x_ref, tiled, Scratch(**scratch))
+
+
+class Item(NamedTuple):
+    """What a program does at a time: a tile of outputs, and a part of the sum over the inputs."""
+
+    row: Array  # tile of rows
+    column: Array  # tile of columns, over all results
+    split: Array
+    begin: Array  # first step over the inputs
+    end: Array
+
+
+def _item(shape: Shape, config: Config, row_tiles: Array, number: Array) -> Item:
+    """The item of this number. With 2 tiles of rows, 3 of columns and 1 split, items 0..5 are (row, column)
+    00 10 01 11 02 12 where tiles of rows are taken together, else 00 01 02 10 11 12."""
+    columns, split = shape.starts[-1], lax.div(number, row_tiles * shape.starts[-1])
+    if shape.together:
+        row, column = lax.rem(number, row_tiles), lax.rem(lax.div(number, row_tiles), columns)
+    else:
+        row, column = lax.rem(lax.div(number, columns), row_tiles), lax.rem(number, columns)
+    begin, end = (lax.div(at * shape.steps, config.splits) for at in (split, split + 1))
+    return Item(row, column, split, begin, end)
+
+
+def _over_items(shape: Shape, config: Config, row_tiles: Array, body: Any) -> Array:
+    """Call `body(item, steps before it)` for each of the program's items; returns the number of steps in all."""
+    items = row_tiles * shape.starts[-1] * config.splits
+    program, programs = lax.axis_index("program"), shape.programs
+
+    def step(i: Array, done: Array) -> Array:
+        item = _item(shape, config, row_tiles, program + i * programs)
+        body(item, done)
+        return done + item.end - item.begin
+
+    return lax.fori_loop(0, lax.div(items - program + programs - 1, programs), step, jnp.int32(0))
+
+
+def _compute(shape: Shape, config: Config, row_tiles: Array, wg: Array, out_ref: Ref, scratch: Scratch) -> None:
+    x_smem, w_smem, out_smem, ready, used = scratch
+    rows = pl.ds(wg * WGMMA_ROWS, WGMMA_ROWS)
+
+    def over_item(item: Item, done: Array) -> None:
+        def product(acc: Any) -> Array:
+            def step(k: Array, _: None) -> None:
+                slot = lax.rem(done + k, config.stages)
+                plgpu.barrier_wait(ready.at[slot])
+                for n in range(shape.matrices):
+                    columns = pl.ds(n * shape.columns, shape.columns)
+                    plgpu.wgmma(acc.at[:, columns], x_smem.at[slot, rows], w_smem.at[slot, n])
+                plgpu.wgmma_wait(shape.matrices)  # the products before these have read their blocks
+                pl.when(k > 0)(lambda: plgpu.barrier_arrive(used.at[lax.rem(done + k - 1, config.stages)]))
+
+            lax.fori_loop(0, item.end - item.begin, step, None)
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(used.at[lax.rem(done + item.end - item.begin - 1, config.stages)])
+            return acc[...]
+
+        acc = pl.run_scoped(product, plgpu.ACC((WGMMA_ROWS, config.columns), jnp.float32))
+        _store(shape, config, item, wg, acc, out_ref, out_smem)
+
+    _over_items(shape, config, row_tiles, over_item)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _store(shape: Shape, config: Config, item: Item, wg: Array, acc: Array, out_ref: Ref, out_smem: Ref) -> None:
+    pieces, stored = out_smem.shape[1], pl.ds(0, shape.stored)
+    row = pl.ds((item.row * config.warpgroups + wg) * shape.stored, shape.stored)
+    for n in range(shape.columns // PIECE):
+        smem = out_smem.at[wg, n % pieces]
+        plgpu.wait_smem_to_gmem(pieces - 1, wait_read_only=True)
+        smem[...] = _results(shape, acc, n * PIECE).astype(shape.out_dtype)
+        plgpu.commit_smem()
+        columns = pl.ds(item.column * shape.columns + n * PIECE, PIECE)
+        plgpu.copy_smem_to_gmem(smem.at[stored], out_ref.at[item.split, row, columns])
+
+
+def _results(shape: Shape, acc: Array, begin: int) -> Array:
+    """A piece of a tile's results, from the column `begin` on, in float32."""
+    first = acc[:, begin : begin + PIECE]
+    if shape.matrices == 1:
+        return first
+    second = acc[:, shape.columns + begin : shape.columns + begin + PIECE]
+    return first / (1 + jnp.exp2(first * -LOG2_E)) * second  # SiLU in operations that Mosaic lowers
+
+
+def _fetch(
+    shape: Shape,
+    config: Config,
+    numbers: Ref,
+    x_ref: Ref,
+    weights: list[list[Ref]],
+    scratch: Scratch,
+) -> None:
+    x_smem, w_smem, _, ready, used = scratch
+    # Of few rows, only the first rows of a block are filled. The others keep what they held; nothing of them is stored.
+    filled = pl.ds(0, shape.fetched)
+
+    def over_item(item: Item, done: Array) -> None:
+        which = numbers[1 + item.row]
+
+        def copy_from(matrices: list[Ref], first: int) -> None:
+            def step(k: Array, _: None) -> None:
+                slot = lax.rem(done + k, config.stages)
+                pl.when(done + k >= config.stages)(lambda: plgpu.barrier_wait(used.at[slot]))
+                rows = pl.ds(item.row * shape.fetched, shape.fetched)
+                inputs = pl.ds((item.begin + k) * DEPTH, DEPTH)
+                columns = pl.ds((item.column - first) * shape.columns, shape.columns)
+                plgpu.copy_gmem_to_smem(x_ref.at[rows, inputs], x_smem.at[slot, filled], ready.at[slot])
+                for n, matrix in enumerate(matrices):
+                    plgpu.copy_gmem_to_smem(matrix.at[which, inputs, columns], w_smem.at[slot, n], ready.at[slot])
+
+            lax.fori_loop(0, item.end - item.begin, step, None)
+
+        for begin, end, matrices in zip(shape.starts[:-1], shape.starts[1:], weights, strict=True):
+            mine = (item.column >= begin) & (item.column < end)
+            pl.when(mine)(functools.partial(copy_from, matrices, begin))
+
+    steps = _over_items(shape, config, numbers[0], over_item)
+    drain((used,), 0, steps, config.stages)

@@ -43,8 +43,7 @@ PROMPT = np.concatenate([[5, 6, 7], DOCUMENTS[1], [8], DOCUMENTS[0], [9, 10]]).a
 # Products
 
 
-@pytest.mark.parametrize("members", [1, 40, 1500])  # those of one step, and those that are sorted
-@pytest.mark.parametrize("rows", [8, 32])
+@pytest.mark.parametrize(("members", "rows"), [(1, 8), (40, 8), (1500, 32)])  # the last are sorted
 def test_tiles_hold_each_member_once_among_its_group(members, rows):
     group = np.random.default_rng(members).integers(-1, 7, members)  # of 6: some members have none
     tiles = jax.tree.map(np.asarray, make_tiles(jnp.asarray(group), 6, rows))
@@ -179,6 +178,7 @@ def engine(params):
     return one
 
 
+@pytest.mark.slow
 def test_recomputing_everything_equals_full(engine, params):
     """Ratio 1 and a boundary behind the last layer; full is that of the dense reference."""
     full = engine_logits(engine, PROMPT, reuse=FULL, keep=False)
@@ -217,10 +217,8 @@ def test_each_device_computes_the_rows_of_its_own_experts():
     stacks, hidden = stacks_of(8), jax.random.normal(jax.random.key(0), (20, 16))
     routing = Routing(jax.random.randint(jax.random.key(1), (20, 3), 0, 8), jnp.full((20, 3), 1 / 3))
     rows = Rows(*jnp.zeros((4, 20), jnp.int32).at[1, 15:].set(-1))
-    found = [
-        jax.jit(lambda *args, ops=Ops.on(make_mesh(devices)): ops.experts(*args))(hidden, routing, stacks, 1, rows)
-        for devices in (1, 4)
-    ]
+    both = [Ops.on(make_mesh(devices)) for devices in (1, 4)]
+    found = [jax.jit(ops.experts)(hidden, routing, stacks, 1, rows) for ops in both]
     np.testing.assert_allclose(*found, atol=1e-5)
     assert not np.asarray(found[1][15:]).any()
 

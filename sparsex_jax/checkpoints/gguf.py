@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, place_rows, refuse_unread
+from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, refuse_unread
 from sparsex_jax.checkpoints.gguf_file import GGUFModel
+from sparsex_jax.checkpoints.placing import place_rows
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.rotary import DEFAULT_THETA, linear_factors

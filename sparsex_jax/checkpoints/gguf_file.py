@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from sparsex_jax.config.fields import Fields
@@ -27,6 +28,8 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_AXES = 4  # ggml's limit
+_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # ggml's names
+_ELEMENTS_AT_ONCE = 1 << 17
 
 
 class GGUFModel:
@@ -63,7 +66,7 @@ class GGUFModel:
         return {name: file.tensors[name] for name, file in self._files.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, dequantised to float32 where it is not stored as floats.
+        """A tensor, rows first: with its own dtype where it is stored as floats, else dequantised to float32.
 
         Raises:
           UnsupportedModelError: its encoding cannot be read, or the file is truncated.
@@ -169,9 +172,28 @@ class _File:
             encoding = gguf.GGMLQuantizationType(tensor.encoding)
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, encoding)
             stored = np.frombuffer(self._bytes, np.uint8, math.prod(shape), self._data_start + tensor.start)
-            return gguf.dequantize(stored.reshape(shape), encoding)
+            return _dequantised(stored, encoding).reshape(tensor.shape)
         except (ValueError, OverflowError, NotImplementedError) as error:
             raise UnsupportedModelError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
+
+
+def _dequantised(stored: np.ndarray, encoding: Any) -> np.ndarray:
+    """The elements of a tensor in a row: as stored where they are floats, else float32.
+
+    The `gguf` package makes temporary arrays of several times the size of what it is given. It gets few blocks at a
+    time, so that these stay in the processor's caches.
+    """
+    import gguf
+
+    if encoding.name in _FLOATS:
+        return stored.view(_FLOATS[encoding.name])
+    size, block_bytes = gguf.GGML_QUANT_SIZES[encoding]
+    blocks, step = stored.reshape(-1, block_bytes), max(1, _ELEMENTS_AT_ONCE // size)
+    out = np.empty((len(blocks), size), np.float32)
+    for start in range(0, len(blocks), step):
+        part = blocks[start : start + step]
+        out[start : start + step] = gguf.dequantize(part.reshape(1, -1), encoding).reshape(-1, size)
+    return out.ravel()
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

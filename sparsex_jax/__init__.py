@@ -9,6 +9,7 @@ from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingP
 from sparsex_jax.errors import (
     ContextLengthError,
     FrozenLimitError,
+    HubError,
     InvalidRequestError,
     NonFiniteLogitsError,
     NoRoomError,
@@ -55,6 +56,7 @@ __all__ = [
     "FrozenLimitError",
     "Full",
     "Generation",
+    "HubError",
     "InvalidRequestError",
     "ModelConfig",
     "Naive",

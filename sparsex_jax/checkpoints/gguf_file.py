@@ -91,12 +91,21 @@ class Tensor:
 
 def models_in(directory: Path) -> list[Path]:
     """The GGUF models in a directory: single files, and of those in parts one file each."""
-    models: dict[str, Path] = {}
-    for file in sorted(directory.iterdir()):
-        if file.suffix.lower() == ".gguf" and file.is_file():
-            part = _PART.fullmatch(file.name)
-            models.setdefault(f"{part['stem']}-of-{part['count']}" if part else file.name, file)
-    return list(models.values())
+    names = sorted(file.name for file in directory.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
+    return [directory / parts[0] for parts in group_models(names).values()]
+
+
+def group_models(files: Iterable[str]) -> dict[str, list[str]]:
+    """GGUF files by the model that they belong to, which is called as its file, or as its parts without their number.
+
+    >>> group_models(["q8/a-00001-of-00002.gguf", "q8/a-00002-of-00002.gguf"])
+    {'q8/a-of-00002.gguf': ['q8/a-00001-of-00002.gguf', 'q8/a-00002-of-00002.gguf']}
+    """
+    models: dict[str, list[str]] = {}
+    for file in files:
+        part = _PART.fullmatch(file)
+        models.setdefault(f"{part['stem']}-of-{part['count']}.gguf" if part else file, []).append(file)
+    return models
 
 
 def _files(path: Path) -> list[_File]:

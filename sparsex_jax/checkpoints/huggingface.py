@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,10 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # Files and fields of quantised weights, whose scales or packing nothing here reads.
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTISED_FIELDS = ("quantization_config", "compression_config")
+_ADAPTER = "adapter_config.json"
+_SINGLE = "model.safetensors"
+# What is read of a model beside its weights and its tokenizer.
+READ_FILES = ("config.json", "generation_config.json", _INDEX, _ADAPTER, *_QUANTISED_FILES)
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -65,6 +69,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.directory = directory
         path = directory / "config.json"
         raw = read_json(path)
+        _refuse_adapter(directory)
         _refuse_quantised(directory, raw)
         config = ModelConfig.from_hf(raw, str(path))
         self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
@@ -113,6 +118,14 @@ class HuggingFaceCheckpoint(Checkpoint):
         return place_rows(self.config, dtype, mesh, read)
 
 
+def _refuse_adapter(directory: Path) -> None:
+    """transformers would add the adapter to the weights beside it."""
+    if (directory / _ADAPTER).is_file():
+        raise UnsupportedModelError(
+            f"{directory} holds an adapter ({_ADAPTER}), which is not read; merge it into the weights"
+        )
+
+
 def _refuse_quantised(directory: Path, raw: Mapping[str, Any]) -> None:
     signs = [name for name in _QUANTISED_FIELDS if raw.get(name) is not None]
     signs += [name for name in _QUANTISED_FILES if (directory / name).is_file()]
@@ -136,29 +149,51 @@ def _eos_token_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:
 
 
 def _weight_files(directory: Path, opened: Callable[[Path], Any]) -> dict[str, Path]:
-    """Tensor -> its file: of the files that the index names, else of `model.safetensors`, else of all files.
+    """Tensor -> its file.
 
     Raises:
       UnknownModelError: there are no weights, or a file that the index names is missing.
       UnsupportedModelError: two files have a tensor of the same name, or a tensor is not where the index says.
     """
-    index = _read_index(directory)
-    single = directory / "model.safetensors"
-    listed = sorted(set(index.values())) or ([single] if single.is_file() else sorted(directory.glob("*.safetensors")))
-    if not listed:
-        raise UnknownModelError(f"{directory} has no model.safetensors and no {_INDEX}")
+    listed = weight_files(directory, [file.name for file in directory.iterdir() if file.is_file()])
+    missing = [name for name in listed if not (directory / name).is_file()]
+    if missing:
+        raise UnknownModelError(f"{directory} has no {', '.join(missing)}, which {_INDEX} names")
     files: dict[str, Path] = {}
-    for file in listed:
+    for file in map(directory.joinpath, listed):
         for name in opened(file).keys():  # noqa: SIM118 (it is no dictionary)
             _require_one(name, files.setdefault(name, file), file)
-    for name, file in index.items():
-        if files.get(name) != file:
-            raise UnsupportedModelError(f"{directory / _INDEX}: {name} is not in {file.name}")
+    for name, said in _read_index(directory).items():
+        if files.get(name) != directory / said:
+            raise UnsupportedModelError(f"{directory / _INDEX}: {name} is not in {said}")
     return files
 
 
-def _read_index(directory: Path) -> dict[str, Path]:
-    """Tensor -> the file that the index names for it; empty without an index."""
+def weight_files(directory: Path, present: Collection[str]) -> list[str]:
+    """The names of the files that hold the weights: those that the index names, else `model.safetensors`, else all.
+
+    Args:
+      directory: has the index, if there is one.
+      present: the files that there are, which need not be in the directory yet.
+
+    Raises:
+      UnknownModelError: there are no weights.
+      UnsupportedModelError: the index is damaged, or does not name `model.safetensors`, which is there too.
+    """
+    named = sorted(set(_read_index(directory).values()))
+    if named and _SINGLE in present and _SINGLE not in named:
+        raise UnsupportedModelError(
+            f"{directory} has {_SINGLE}, and {_INDEX} names other files; nothing says which are the model's weights"
+        )
+    every = sorted(name for name in present if name.endswith(".safetensors"))
+    listed = named or ([_SINGLE] if _SINGLE in present else every)
+    if not listed:
+        raise UnknownModelError(f"{directory} has no {_SINGLE} and no {_INDEX}")
+    return listed
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """Tensor -> the name of the file that the index names for it; empty without an index."""
     path = directory / _INDEX
     if not path.is_file():
         return {}
@@ -168,10 +203,7 @@ def _read_index(directory: Path) -> dict[str, Path]:
     for name, file in named.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise UnsupportedModelError(f"{path}: weight_map says {file!r} of {name}, which is no file's name")
-    missing = sorted({file for file in named.values() if not (directory / file).is_file()})
-    if missing:
-        raise UnknownModelError(f"{directory} has no {', '.join(missing)}, which {_INDEX} names")
-    return {name: directory / file for name, file in named.items()}
+    return dict(named)
 
 
 def _require_one(tensor: str, first: Path, file: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding

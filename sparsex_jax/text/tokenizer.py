@@ -25,6 +25,7 @@ _OTHER_FILES = (
     *("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
+READ_FILES = (_FILE, *_OTHER_FILES)
 _NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has no limit
 
 

@@ -10,6 +10,7 @@ import contextlib
 import glob
 import logging
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,9 @@ class _Repository:
     """
 
     def __init__(self, name: HubName) -> None:
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, constants
 
+        self._is_offline = constants.is_offline_mode()
         self._repo, self._api = name.repo, HfApi(library_name="sparsex-jax")
         self._revision = self._api.resolve_revision(name.repo, revision=name.revision)
         log.info("%s: commit %s, from %s or its cache", name, self._revision.resolved, self._api.endpoint)
@@ -74,19 +76,34 @@ class _Repository:
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-        folder = Path(self._download([]))  # this also asks for the list of files, and keeps it
         try:
-            return sorted(file.path for file in get_cached_repo_tree(self._repo, revision=self._revision))
-        except CachedRepoTreeNotFoundError:  # offline, and what is there came by another way
-            return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+            return [file.path for file in get_cached_repo_tree(self._repo, revision=self._revision)]
+        except CachedRepoTreeNotFoundError:
+            pass
+        if self._is_offline:  # what is in the cache came there by another way
+            folder = Path(self._api.snapshot_download(self._repo, revision=self._revision, local_files_only=True))
+            return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+        return self._api.list_repo_files(self._repo, revision=self._revision.resolved)
 
     def fetch(self, files: Sequence[str]) -> Path:
         """The first of these files, with the others where they are in the repository."""
         return Path(self._download(files)) / files[0]
 
     def _download(self, files: Iterable[str]) -> str:
-        patterns = [glob.escape(file) for file in files] or ["config.json"]
-        return self._api.snapshot_download(self._repo, revision=self._revision, allow_patterns=patterns)
+        patterns = [glob.escape(file) for file in files]
+        bars = {} if sys.stderr.isatty() else {"tqdm_class": _no_bar()}
+        return self._api.snapshot_download(self._repo, revision=self._revision, allow_patterns=patterns, **bars)
+
+
+def _no_bar() -> Any:
+    """A progress bar that shows nothing, for a standard error that is no terminal."""
+    from huggingface_hub.utils import tqdm
+
+    class NoBar(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"disable": True})
+
+    return NoBar
 
 
 def _of_quantisation(name: HubName, files: Sequence[str]) -> list[str]:

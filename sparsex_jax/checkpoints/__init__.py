@@ -73,7 +73,8 @@ def convert(source: str | Path, target: str | Path, dtype: str, mesh: Mesh) -> N
     check_target(Path(target))
     checkpoint = open_checkpoint(source)
     tokenizer = checkpoint.tokenizer  # before the weights, because this takes a second and they take minutes
-    save_checkpoint(target, checkpoint.config, checkpoint.load_params(dtype, mesh), tokenizer)
+    sampling = checkpoint.sampling
+    save_checkpoint(target, checkpoint.config, checkpoint.load_params(dtype, mesh), tokenizer, sampling)
 
 
 def _open_directory(path: Path) -> Checkpoint:

@@ -32,6 +32,15 @@ class Checkpoint(abc.ABC):
     def dtype(self) -> str | None:
         """The dtype of the stored matrices, such as `bfloat16`; None where they are quantised or not of one dtype."""
 
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The fields of `SamplingParams` that the checkpoint recommends.
+
+        Raises:
+          UnsupportedModelError: one has a value that is outside its limits.
+        """
+        return {}
+
     @abc.abstractmethod
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         """The parameters in `dtype`, placed on the mesh."""

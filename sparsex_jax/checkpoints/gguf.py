@@ -15,6 +15,7 @@ from sparsex_jax.checkpoints.gguf_file import GGUFModel
 from sparsex_jax.checkpoints.placing import place_rows
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
+from sparsex_jax.config.generation import checked_sampling
 from sparsex_jax.config.rotary import DEFAULT_THETA, linear_factors
 from sparsex_jax.errors import UnsupportedModelError
 from sparsex_jax.model.weights import Params
@@ -45,6 +46,13 @@ TENSORS = {
 
 _ROTARY = "rope_freqs.weight"
 
+# Fields of `SamplingParams` -> what llama.cpp calls them.
+_SAMPLING = {
+    **{name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")},
+    "temperature": "general.sampling.temp",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
 _FLOATS = {0: "float32", 1: "float16", 30: "bfloat16"}  # ggml's numbers of the encodings that are not quantised
 
 
@@ -72,6 +80,12 @@ class GGUFCheckpoint(Checkpoint):
     def dtype(self) -> str | None:
         encodings = {tensor.encoding for tensor in self._file.tensors.values() if len(tensor.shape) == 2}
         return _FLOATS.get(encodings.pop()) if len(encodings) == 1 else None
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        metadata = self._file.metadata
+        found = {name: metadata[key] for name, key in _SAMPLING.items() if metadata.get(key) is not None}
+        return checked_sampling(str(self._file.path), found)
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         config = self.config

@@ -11,7 +11,7 @@ import glob
 import logging
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from sparsex_jax.checkpoints.huggingface import READ_FILES, weight_files
 from sparsex_jax.checkpoints.names import HubName
 from sparsex_jax.config.calibration import CALIBRATED
 from sparsex_jax.errors import HubError, UnknownModelError
+from sparsex_jax.text.tokenizer import OTHER_TOKENIZERS
 from sparsex_jax.text.tokenizer import READ_FILES as TOKENIZER_FILES
 
 log = logging.getLogger(__name__)
 
-_SMALL = (*READ_FILES, *TOKENIZER_FILES, CALIBRATED)
 _TEMPLATES = "additional_chat_templates/"
 _CONVERTED = ("params/", "tokenizer/")  # folders of a checkpoint in this package's own format
 _BESIDE_MODELS = re.compile(r"(^|/)(mmproj|imatrix)", re.IGNORECASE)  # GGUF files that are no language models
@@ -46,14 +46,16 @@ def fetch(name: HubName) -> Path:
         files = repository.files
         if name.quantisation is None and "config.json" in files:
             return _fetch_directory(repository, files)
-        return repository.fetch(_of_quantisation(name, files))
+        parts = _of_quantisation(name, files)
+        return repository.fetch(parts) / parts[0]
 
 
 def _fetch_directory(repository: _Repository, files: Sequence[str]) -> Path:
-    folder = repository.fetch([file for file in files if file in _SMALL or file.startswith((_TEMPLATES, *_CONVERTED))])
+    small = {*READ_FILES, *TOKENIZER_FILES, CALIBRATED} - set(OTHER_TOKENIZERS if "tokenizer.json" in files else ())
+    folder = repository.fetch([file for file in files if file in small or file.startswith((_TEMPLATES, *_CONVERTED))])
     if not any(file.startswith(_CONVERTED) for file in files):
-        repository.fetch(weight_files(folder.parent, [file for file in files if "/" not in file]))
-    return folder.parent
+        repository.fetch(weight_files(folder, [file for file in files if "/" not in file]))
+    return folder
 
 
 class _Repository:
@@ -86,13 +88,11 @@ class _Repository:
         return self._api.list_repo_files(self._repo, revision=self._revision.resolved)
 
     def fetch(self, files: Sequence[str]) -> Path:
-        """The first of these files, with the others where they are in the repository."""
-        return Path(self._download(files)) / files[0]
-
-    def _download(self, files: Iterable[str]) -> str:
+        """The directory that then has these files, where they are in the repository."""
         patterns = [glob.escape(file) for file in files]
         bars = {} if sys.stderr.isatty() else {"tqdm_class": _no_bar()}
-        return self._api.snapshot_download(self._repo, revision=self._revision, allow_patterns=patterns, **bars)
+        folder = self._api.snapshot_download(self._repo, revision=self._revision, allow_patterns=patterns, **bars)
+        return Path(folder)
 
 
 def _no_bar() -> Any:

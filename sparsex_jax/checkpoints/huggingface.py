@@ -16,6 +16,7 @@ from sparsex_jax.checkpoints.placing import place_rows
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json, require_content
+from sparsex_jax.config.generation import GENERATION_CONFIG, read_generation_config
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
 from sparsex_jax.model.weights import Params
 from sparsex_jax.text.tokenizer import read_tokenizer
@@ -53,7 +54,7 @@ _QUANTISED_FIELDS = ("quantization_config", "compression_config")
 _ADAPTER = "adapter_config.json"
 _SINGLE = "model.safetensors"
 # What is read of a model beside its weights and its tokenizer.
-READ_FILES = ("config.json", "generation_config.json", _INDEX, _ADAPTER, *_QUANTISED_FILES)
+READ_FILES = ("config.json", GENERATION_CONFIG, _INDEX, _ADAPTER, *_QUANTISED_FILES)
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -107,6 +108,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         if name not in self._files:
             return None
         return _DTYPES.get(self._open(self._files[name]).get_slice(name).get_dtype())
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        return read_generation_config(self.directory)
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         check_shapes(self.directory, self._shapes, self.config, TENSORS)

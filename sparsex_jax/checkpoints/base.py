@@ -16,6 +16,8 @@ from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import UnsupportedModelError
 from sparsex_jax.model.weights import Params, Weight, describe, leaf_name
 
+_PADDING = 256  # rows of an embedding
+
 
 class Checkpoint(abc.ABC):
     """An opened checkpoint. Opening reads the configuration; `tokenizer` and `load_params` read the rest."""
@@ -44,6 +46,22 @@ class Checkpoint(abc.ABC):
     @abc.abstractmethod
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         """The parameters in `dtype`, placed on the mesh."""
+
+
+def check_vocabulary(where: Path, tokenizer: Any | None, config: ModelConfig) -> None:
+    """Refuse a tokenizer that is not the model's. Embeddings may have some more rows than there are tokens, as padding.
+
+    Raises:
+      UnsupportedModelError: there are tokens without a row, or more than `_PADDING` rows beyond twice the tokens.
+    """
+    if tokenizer is None:
+        return
+    size, rows = max(tokenizer.get_vocab().values(), default=-1) + 1, config.vocab_size
+    if not size <= rows <= 2 * size + _PADDING:
+        raise UnsupportedModelError(
+            f"{where}: the tokenizer has token ids up to {size - 1}, and the embedding {rows} rows; they do not belong "
+            "together"
+        )
 
 
 def refuse_unread(where: Path, stored: Collection[str], config: ModelConfig, names: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, refuse_unread
+from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, check_vocabulary, refuse_unread
 from sparsex_jax.checkpoints.gguf_file import GGUFModel
 from sparsex_jax.checkpoints.placing import place_rows
 from sparsex_jax.config import ModelConfig
@@ -74,7 +74,9 @@ class GGUFCheckpoint(Checkpoint):
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
-        return tokenizer_from_gguf(self._file.metadata)
+        found = tokenizer_from_gguf(self._file.metadata)
+        check_vocabulary(self._file.path, found, self.config)
+        return found
 
     @property
     def dtype(self) -> str | None:

@@ -172,6 +172,17 @@ class _File:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment={alignment!r} must be an integer >= 1")
         self._data_start = -(-cursor.offset // alignment) * alignment
+        self._require_whole()
+
+    def _require_whole(self) -> None:
+        """Raises ValueError if a tensor goes beyond the end of the file. Unknown encodings are refused when read."""
+        for name, tensor in self.tensors.items():
+            size = _num_bytes(tensor)
+            end = self._data_start + tensor.start + (size or 0)
+            if size is not None and end > len(self._bytes):
+                raise ValueError(
+                    f"tensor {name!r} ends at byte {end}, and the file at {len(self._bytes)}: it is not whole"
+                )
 
     def read(self, name: str) -> np.ndarray:
         import gguf
@@ -184,6 +195,16 @@ class _File:
             return _dequantised(stored, encoding).reshape(tensor.shape)
         except (ValueError, OverflowError, NotImplementedError) as error:
             raise UnsupportedModelError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
+
+
+def _num_bytes(tensor: Tensor) -> int | None:
+    """How many a tensor has in its file; None if its encoding or its shape cannot be."""
+    from gguf import GGML_QUANT_SIZES
+
+    sizes = {int(encoding): size for encoding, size in GGML_QUANT_SIZES.items()}
+    block, block_bytes = sizes.get(tensor.encoding, (1, 0))
+    elements = math.prod(tensor.shape)
+    return None if not block_bytes or elements % block else elements // block * block_bytes
 
 
 def _dequantised(stored: np.ndarray, encoding: Any) -> np.ndarray:

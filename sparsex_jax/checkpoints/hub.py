@@ -18,7 +18,6 @@ from typing import Any
 from sparsex_jax.checkpoints.gguf_file import group_models
 from sparsex_jax.checkpoints.huggingface import READ_FILES, weight_files
 from sparsex_jax.checkpoints.names import HubName
-from sparsex_jax.config.calibration import CALIBRATED
 from sparsex_jax.errors import HubError, UnknownModelError
 from sparsex_jax.text.tokenizer import OTHER_TOKENIZERS
 from sparsex_jax.text.tokenizer import READ_FILES as TOKENIZER_FILES
@@ -51,7 +50,7 @@ def fetch(name: HubName) -> Path:
 
 
 def _fetch_directory(repository: _Repository, files: Sequence[str]) -> Path:
-    small = {*READ_FILES, *TOKENIZER_FILES, CALIBRATED} - set(OTHER_TOKENIZERS if "tokenizer.json" in files else ())
+    small = {*READ_FILES, *TOKENIZER_FILES} - set(OTHER_TOKENIZERS if "tokenizer.json" in files else ())
     folder = repository.fetch([file for file in files if file in small or file.startswith((_TEMPLATES, *_CONVERTED))])
     if not any(file.startswith(_CONVERTED) for file in files):
         repository.fetch(weight_files(folder, [file for file in files if "/" not in file]))

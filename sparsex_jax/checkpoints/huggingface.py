@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, refuse_unread
+from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, check_vocabulary, refuse_unread
 from sparsex_jax.checkpoints.placing import place_rows
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
@@ -52,6 +52,7 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTISED_FIELDS = ("quantization_config", "compression_config")
 _ADAPTER = "adapter_config.json"
+_ROWS_AT_ONCE = 4096  # of the embeddings, when they are compared with the head
 _SINGLE = "model.safetensors"
 # What is read of a model beside its weights and its tokenizer.
 READ_FILES = ("config.json", GENERATION_CONFIG, _INDEX, _ADAPTER, *_QUANTISED_FILES)
@@ -94,12 +95,19 @@ class HuggingFaceCheckpoint(Checkpoint):
         tensors = [TENSORS[name] for name in ("embed", "lm_head")]
         if not all(tensor in self._files for tensor in tensors):
             return False
-        embed, head = (self._open(self._files[tensor]).get_tensor(tensor) for tensor in tensors)
-        return not np.array_equal(embed, head)
+        embed, head = (self._open(self._files[tensor]).get_slice(tensor) for tensor in tensors)
+        shape = embed.get_shape()
+        if shape != head.get_shape() or not shape:
+            return True
+        starts = range(0, shape[0], _ROWS_AT_ONCE)
+        parts = (slice(start, min(start + _ROWS_AT_ONCE, shape[0])) for start in starts)
+        return any(not np.array_equal(embed[part], head[part]) for part in parts)
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
-        return read_tokenizer(self.directory)
+        found = read_tokenizer(self.directory)
+        check_vocabulary(self.directory, found, self.config)
+        return found
 
     @property
     def dtype(self) -> str | None:

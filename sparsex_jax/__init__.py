@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, Structure
+from sparsex_jax.config import EngineConfig, ModelConfig, Pin, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.errors import (
     ContextLengthError,
     FrozenLimitError,
@@ -19,6 +19,7 @@ from sparsex_jax.errors import (
     StructureError,
     UnknownHandleError,
     UnknownModelError,
+    UnknownPinError,
     UnsupportedModelError,
 )
 
@@ -40,9 +41,11 @@ from sparsex_jax.reuse.methods import (
 from sparsex_jax.text.chat import Chat
 
 if TYPE_CHECKING:
+    from sparsex_jax.cache import PinState
     from sparsex_jax.engine import Engine
     from sparsex_jax.reuse.report import Report
     from sparsex_jax.scheduler.output import Generation, Prefill, TokenLogprobs
+    from sparsex_jax.scheduler.pinning import PinRefused
 
 __all__ = [
     "CacheBlend",
@@ -64,6 +67,9 @@ __all__ = [
     "NonFiniteLogitsError",
     "Oracle",
     "OverloadedError",
+    "Pin",
+    "PinRefused",
+    "PinState",
     "Prefill",
     "Prefix",
     "ProphetKV",
@@ -80,6 +86,7 @@ __all__ = [
     "TokenLogprobs",
     "UnknownHandleError",
     "UnknownModelError",
+    "UnknownPinError",
     "UnsupportedModelError",
 ]
 
@@ -87,6 +94,8 @@ __all__ = [
 _LAZY = {
     "Engine": "engine",
     "Generation": "scheduler.output",
+    "PinRefused": "scheduler.pinning",
+    "PinState": "cache",
     "Prefill": "scheduler.output",
     "Report": "reuse.report",
     "TokenLogprobs": "scheduler.output",

@@ -340,9 +340,7 @@ def test_an_index_beside_a_single_file_is_ambiguous(tmp_path):
 def test_a_truncated_gguf_file_is_refused_when_it_is_opened(lost, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "qwen2", "qwen2")
     path.write_bytes(path.read_bytes()[:-lost])
-    with pytest.raises(
-        UnsupportedModelError, match=r"tensor .* ends at byte \d+, and the file at \d+: it is not"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"tensor .* ends at byte \d+, and the file at \d+: it is not"):
         open_checkpoint(path)
 
 

@@ -119,6 +119,7 @@ def serve(
     store_tokens: options.StoreTokens = 16384,
     max_num_seqs: serve_options.MaxNumSeqs = None,
     frozen_limit: serve_options.FrozenLimit = 0.5,
+    max_pinned: serve_options.MaxPinned = 0.5,
     host_store: serve_options.HostStore = "0",
     disk_store: serve_options.DiskStore = None,
     healing: serve_options.Healing = 0.5,
@@ -166,6 +167,7 @@ def serve(
                 company_tokens=company_tokens,
                 frozen_limit=frozen_limit,
                 generation_config=generation_config,
+                max_pinned=max_pinned,
                 **options.tiers(host_store, disk_store),
             ),
             Limits(

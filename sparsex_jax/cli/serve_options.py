@@ -67,6 +67,9 @@ MaxNumSeqs = Annotated[
     _in(_STORE, "Sequences that run at once; the others wait.", show_default="by device and store: 8 to 256", min=1),
 ]
 FrozenLimit = Annotated[float, _in(_STORE, "Share of the store that knowledge may fill. More is refused (507).")]
+MaxPinned = Annotated[
+    float, _in(_STORE, "Share of what knowledge leaves of the store that pins may have. 0: nothing is pinned.")
+]
 HostStore = Annotated[
     str,
     _in(_STORE, "Host memory for KV that was computed, such as 64GiB: what is evicted is loaded from there."),

@@ -14,12 +14,14 @@ from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.scheduler.lending import Lent
+from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.prompt_logprobs import check_prompt_logprobs, reuse_when_scored
 from sparsex_jax.serving import extras
 from sparsex_jax.serving.access import Limits, Tenant
 from sparsex_jax.serving.evaluation import Echo, answer_logprobs_of, check_best_of, each_answer, prompt_logprobs_of
 from sparsex_jax.serving.faults import RequestError
 from sparsex_jax.serving.lengths import Lengths
+from sparsex_jax.serving.pins import pinning_of
 from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Generate, KnowledgeRequest, Message
 from sparsex_jax.serving.structure import structure_of
 from sparsex_jax.serving.thinking import Thoughts, refuse_thinking
@@ -78,7 +80,7 @@ class Intake:
         sampling = self._sampling(request, most, exact is not None, _chat_logprobs(request))
         sampling = dataclasses.replace(sampling, shown_token_ids=self._shown_ids(request))
         turns = turn_digests([plain_message(message) for message in request.messages])
-        return self._jobs(request, tenant, tokens, sampling, turns)
+        return self._jobs(request, tenant, tokens, sampling, pinning_of(request), turns)
 
     def thinking(self, request: ChatRequest, job: Job) -> Thinking | None:
         """How the answer to a chat thinks. None: its thoughts are not taken apart."""
@@ -113,12 +115,11 @@ class Intake:
         self._check_number(request, len(prompts))
         named = _first_given(max_tokens=request.max_tokens)
         encoded = [self._prompt(request, prompt, "prompt", named, special=True) for prompt in prompts]
-        jobs: list[Job] = []
+        pinning, jobs = pinning_of(request), list[Job]()
         for tokens in encoded:
             most = self.lengths.new_tokens(len(tokens), named, _COMPLETION_TOKENS, "prompt")
-            jobs += self._jobs(
-                request, tenant, tokens, self._sampling(request, most, named is not None, request.logprobs)
-            )
+            sampling = self._sampling(request, most, named is not None, request.logprobs)
+            jobs += self._jobs(request, tenant, tokens, sampling, pinning)
         return jobs
 
     def echoes(self, request: CompletionRequest, jobs: Sequence[Job]) -> list[Echo]:
@@ -278,6 +279,7 @@ class Intake:
         tenant: Tenant,
         tokens: np.ndarray,
         sampling: SamplingParams,
+        pinning: Pinning | None,
         turns: frozenset[bytes] = frozenset(),
     ) -> list[Job]:
         """One for each answer."""
@@ -285,7 +287,7 @@ class Intake:
         namespace, keep = tenant.store_namespace(request.cache_salt), request.keep is not False
         answers = each_answer(request, sampling, self._reuse(request, sampling))
         lent = Lent(len(answers)) if len(answers) > 1 and not keep else None
-        return [Job(tokens, one, reuse, namespace, keep, turns, lent) for one, reuse in answers]
+        return [Job(tokens, one, reuse, namespace, keep, turns, lent, pinning) for one, reuse in answers]
 
     def _reuse(self, request: Generate, sampling: SamplingParams) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""

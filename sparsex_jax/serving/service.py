@@ -111,6 +111,7 @@ class Service:
             await stream.before_jobs(place.turn())
             # With several keys a priority counts among the requests of its own key only.
             delay_s = place.delay_s if self.access.num_keys == 1 else 0.0
+            _name_pin(asked, exchange.id)
             stream.submit(*(dataclasses.replace(job, delay_s=delay_s) for job in asked.jobs))
             if not body.stream:
                 return json_response(await reply.whole(stream), headers=headers)
@@ -209,6 +210,13 @@ def _build(engine: Engine, model: str) -> dict[str, str]:
     """What runs here, for metrics."""
     version, device = importlib.metadata.version("sparsex-jax"), engine.mesh.devices.flat[0].device_kind
     return {"version": version, "jax": jax.__version__, "device": device, "model": model}
+
+
+def _name_pin(asked: Asked, request_id: str) -> None:
+    """A pin without a key has the request's id. All jobs share it."""
+    for job in asked.jobs:
+        if job.pinning is not None:
+            job.pinning.key = job.pinning.key or request_id
 
 
 def entry_of(engine: Engine, handle: int, namespace: str) -> Entry:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from jax.sharding import Mesh
 from sparsex_jax.checkpoints.base import (
     Checkpoint,
     check_shapes,
-    place_rows,
+    check_vocabulary,
     refuse_unread,
     rows_within,
     spread_rotary,
 )
 from sparsex_jax.checkpoints.gguf_config import LONG_FACTORS, ROTARY, SHORT_FACTORS, read_config
 from sparsex_jax.checkpoints.gguf_file import GGUFModel
+from sparsex_jax.checkpoints.placing import place_rows
+from sparsex_jax.config.generation import checked_sampling
 from sparsex_jax.model.weights import Params
 from sparsex_jax.text.tokenizer import tokenizer_from_gguf
 
@@ -61,6 +64,13 @@ _OF_ARCHITECTURE = {"gemma3": _GEMMA3, "phi3": _PHI3}
 # Rotary divisors, which the configuration has. For other architectures llama.cpp does not read them.
 _DIVISORS = {"llama": {ROTARY}, "phi3": {SHORT_FACTORS, LONG_FACTORS}}
 
+# Fields of `SamplingParams` -> what llama.cpp calls them.
+_SAMPLING = {
+    **{name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")},
+    "temperature": "general.sampling.temp",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
 _FLOATS = {0: "float32", 1: "float16", 30: "bfloat16"}  # ggml's numbers of the encodings that are not quantised
 
 
@@ -84,12 +94,20 @@ class GGUFCheckpoint(Checkpoint):
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
-        return tokenizer_from_gguf(self._file.metadata)
+        found = tokenizer_from_gguf(self._file.metadata)
+        check_vocabulary(self._file.path, found, self.config)
+        return found
 
     @property
     def dtype(self) -> str | None:
         encodings = {tensor.encoding for tensor in self._file.tensors.values() if len(tensor.shape) >= 2}
         return _FLOATS.get(encodings.pop()) if len(encodings) == 1 else None
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        metadata = self._file.metadata
+        found = {name: metadata[key] for name, key in _SAMPLING.items() if metadata.get(key) is not None}
+        return checked_sampling(str(self._file.path), found)
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         config, names = self.config, self._names

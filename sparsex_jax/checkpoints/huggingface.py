@@ -14,15 +14,17 @@ from jax.sharding import Mesh
 from sparsex_jax.checkpoints.base import (
     Checkpoint,
     check_shapes,
+    check_vocabulary,
     has_experts_apart,
-    place_rows,
     refuse_unread,
     rows_within,
     spread_rotary,
 )
+from sparsex_jax.checkpoints.placing import place_rows
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json, require_content
+from sparsex_jax.config.generation import GENERATION_CONFIG, read_generation_config
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
 from sparsex_jax.model.weights import Params
 from sparsex_jax.text.tokenizer import read_tokenizer
@@ -93,6 +95,11 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # Files and fields of quantised weights, whose scales or packing nothing here reads.
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTISED_FIELDS = ("quantization_config", "compression_config")
+_ADAPTER = "adapter_config.json"
+_ROWS_AT_ONCE = 4096  # of the embeddings, when they are compared with the head
+_SINGLE = "model.safetensors"
+# What is read of a model beside its weights and its tokenizer.
+READ_FILES = ("config.json", GENERATION_CONFIG, _INDEX, _ADAPTER, *_QUANTISED_FILES)
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -108,6 +115,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.directory = directory
         path = directory / "config.json"
         raw = read_json(path)
+        _refuse_adapter(directory)
         _refuse_quantised(directory, raw)
         config = ModelConfig.from_hf(raw, str(path))
         self._model_type = str(raw.get("model_type"))
@@ -141,18 +149,29 @@ class HuggingFaceCheckpoint(Checkpoint):
         tensors = [TENSORS[name] for name in ("embed", "lm_head")]
         if not all(tensor in self._stored for tensor in tensors):
             return False
-        embed, head = (self._slice(tensor)[:] for tensor in tensors)
-        return not np.array_equal(embed, head)
+        embed, head = (self._slice(tensor) for tensor in tensors)
+        shape = embed.get_shape()
+        if shape != head.get_shape() or not shape:
+            return True
+        starts = range(0, shape[0], _ROWS_AT_ONCE)
+        parts = (slice(start, min(start + _ROWS_AT_ONCE, shape[0])) for start in starts)
+        return any(not np.array_equal(embed[part], head[part]) for part in parts)
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
-        return read_tokenizer(self.directory)
+        found = read_tokenizer(self.directory)
+        check_vocabulary(self.directory, found, self.config)
+        return found
 
     @property
     def dtype(self) -> str | None:
         """That of the embedding, as transformers stores all tensors alike; None where there is no such tensor."""
         name = TENSORS["embed"]
         return _DTYPES.get(self._slice(name).get_dtype()) if name in self._stored else None
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        return read_generation_config(self.directory)
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         config, names = self.config, self._names
@@ -209,6 +228,14 @@ def _names_in(stored: Collection[str]) -> Mapping[str, str]:
     return MIXTRAL_TENSORS if any(".block_sparse_moe." in name for name in stored) else TENSORS
 
 
+def _refuse_adapter(directory: Path) -> None:
+    """transformers would add the adapter to the weights beside it."""
+    if (directory / _ADAPTER).is_file():
+        raise UnsupportedModelError(
+            f"{directory} holds an adapter ({_ADAPTER}), which is not read; merge it into the weights"
+        )
+
+
 def _refuse_quantised(directory: Path, raw: Mapping[str, Any]) -> None:
     signs = [name for name in _QUANTISED_FIELDS if raw.get(name) is not None]
     signs += [name for name in _QUANTISED_FILES if (directory / name).is_file()]
@@ -232,29 +259,51 @@ def _eos_token_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:
 
 
 def _weight_files(directory: Path, opened: Callable[[Path], Any]) -> dict[str, Path]:
-    """Tensor -> its file: of the files that the index names, else of `model.safetensors`, else of all files.
+    """Tensor -> its file.
 
     Raises:
       UnknownModelError: there are no weights, or a file that the index names is missing.
       UnsupportedModelError: two files have a tensor of the same name, or a tensor is not where the index says.
     """
-    index = _read_index(directory)
-    single = directory / "model.safetensors"
-    listed = sorted(set(index.values())) or ([single] if single.is_file() else sorted(directory.glob("*.safetensors")))
-    if not listed:
-        raise UnknownModelError(f"{directory} has no model.safetensors and no {_INDEX}")
+    listed = weight_files(directory, [file.name for file in directory.iterdir() if file.is_file()])
+    missing = [name for name in listed if not (directory / name).is_file()]
+    if missing:
+        raise UnknownModelError(f"{directory} has no {', '.join(missing)}, which {_INDEX} names")
     files: dict[str, Path] = {}
-    for file in listed:
+    for file in map(directory.joinpath, listed):
         for name in opened(file).keys():  # noqa: SIM118 (it is no dictionary)
             _require_one(name, files.setdefault(name, file), file)
-    for name, file in index.items():
-        if files.get(name) != file:
-            raise UnsupportedModelError(f"{directory / _INDEX}: {name} is not in {file.name}")
+    for name, said in _read_index(directory).items():
+        if files.get(name) != directory / said:
+            raise UnsupportedModelError(f"{directory / _INDEX}: {name} is not in {said}")
     return files
 
 
-def _read_index(directory: Path) -> dict[str, Path]:
-    """Tensor -> the file that the index names for it; empty without an index."""
+def weight_files(directory: Path, present: Collection[str]) -> list[str]:
+    """The names of the files that hold the weights: those that the index names, else `model.safetensors`, else all.
+
+    Args:
+      directory: has the index, if there is one.
+      present: the files that there are, which need not be in the directory yet.
+
+    Raises:
+      UnknownModelError: there are no weights.
+      UnsupportedModelError: the index is damaged, or does not name `model.safetensors`, which is there too.
+    """
+    named = sorted(set(_read_index(directory).values()))
+    if named and _SINGLE in present and _SINGLE not in named:
+        raise UnsupportedModelError(
+            f"{directory} has {_SINGLE}, and {_INDEX} names other files; nothing says which are the model's weights"
+        )
+    every = sorted(name for name in present if name.endswith(".safetensors"))
+    listed = named or ([_SINGLE] if _SINGLE in present else every)
+    if not listed:
+        raise UnknownModelError(f"{directory} has no {_SINGLE} and no {_INDEX}")
+    return listed
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """Tensor -> the name of the file that the index names for it; empty without an index."""
     path = directory / _INDEX
     if not path.is_file():
         return {}
@@ -264,10 +313,7 @@ def _read_index(directory: Path) -> dict[str, Path]:
     for name, file in named.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise UnsupportedModelError(f"{path}: weight_map says {file!r} of {name}, which is no file's name")
-    missing = sorted({file for file in named.values() if not (directory / file).is_file()})
-    if missing:
-        raise UnknownModelError(f"{directory} has no {', '.join(missing)}, which {_INDEX} names")
-    return {name: directory / file for name, file in named.items()}
+    return dict(named)
 
 
 def _require_one(tensor: str, first: Path, file: Path) -> None:

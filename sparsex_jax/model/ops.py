@@ -19,6 +19,7 @@ from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES
 from sparsex_jax.reuse.plan import Copies, Rows
 from sparsex_kernels import api as kernels
+from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, PageTables, Queries, Store, Window, read_kv
 
@@ -58,7 +59,7 @@ class Ops:
     def linear(
         self,
         x: Float[Array, "rows inputs"],
-        weights: Sequence[Float[Array, "layers inputs _"]],
+        weights: Sequence[Matrices],
         layer: Int[Array, ""] | int,
         rows: Rows,
         *,
@@ -79,8 +80,8 @@ class Ops:
     def gated_linear(
         self,
         x: Float[Array, "rows inputs"],
-        gate: Float[Array, "layers inputs width"],
-        up: Float[Array, "layers inputs width"],
+        gate: Matrices,
+        up: Matrices,
         layer: Int[Array, ""] | int,
         rows: Rows,
         *,

@@ -38,7 +38,7 @@ def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Floa
     wanted = jnp.clip(-(-count // tile), 0, row_tiles)
     layers = jnp.full(row_tiles, args.layer, jnp.int32)
     tiles = RowTiles(tile, wanted, layers, together=True)
-    return products(args.inputs, args.weights, widths, tiles, config, args.backend)
+    return products(args.inputs, args.arrays, widths, tiles, config, args.backend)
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:

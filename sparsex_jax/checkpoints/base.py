@@ -45,8 +45,12 @@ class Checkpoint(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def load_params(self, dtype: str, mesh: Mesh) -> Params:
-        """The parameters in `dtype`, placed on the mesh."""
+    def load_params(self, dtype: str, mesh: Mesh, quantization: str = "none") -> Params:
+        """The parameters in `dtype`, placed on the mesh.
+
+        Args:
+          quantization: as `EngineConfig.quantization`, without `auto`.
+        """
 
 
 def check_vocabulary(where: Path, tokenizer: Any | None, config: ModelConfig) -> None:

@@ -53,6 +53,7 @@ def generate(
     prompt: options.PromptArgument = "-",
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
+    quantization: options.Quantization = "auto",
     store_tokens: options.StoreTokens = 16384,
     remember: options.Remember = None,
     namespace: options.Namespace = "default",
@@ -73,7 +74,7 @@ def generate(
     with clear_errors():
         run(
             prompt,
-            EngineChoice(model, dtype, store_tokens, reuse.config, reuse.options()),
+            EngineChoice(model, dtype, store_tokens, reuse.config, reuse.options(), quantization=quantization),
             remember or [],
             {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())} | given,
             namespace=namespace,
@@ -115,6 +116,7 @@ def serve(
     allowed_headers: serve_options.AllowedHeaders = None,
     allow_credentials: serve_options.AllowCredentials = False,
     dtype: options.DType = "auto",
+    quantization: options.Quantization = "auto",
     tensor_parallel: serve_options.TensorParallel = 1,
     store_tokens: options.StoreTokens = 16384,
     max_num_seqs: serve_options.MaxNumSeqs = None,
@@ -163,6 +165,7 @@ def serve(
                 reuse.options(),
                 tensor_parallel=tensor_parallel,
                 max_num_seqs=max_num_seqs,
+                quantization=quantization,
                 max_waiting=max_waiting,
                 healing=healing,
                 company_tokens=company_tokens,

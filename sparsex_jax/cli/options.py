@@ -37,7 +37,14 @@ DType = Annotated[
     str,
     typer.Option(
         help="Of weights, activations and KV: float32, bfloat16 or float16; "
-        "auto: float32 on a CPU, elsewhere the checkpoint's own, or bfloat16."
+        "auto: float32 on a CPU, elsewhere the checkpoint's own, or bfloat16; fp8, int8: auto, with weights in 8 bits."
+    ),
+]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        help="Of weights: fp8, int8 (made when they are loaded), stored (as the checkpoint has them: fp8, or GGUF blocks"
+        "), none (in --dtype); auto: none on a CPU, else stored."
     ),
 ]
 StoredDType = Annotated[str, typer.Option("--dtype", help="Of the stored weights: float32, bfloat16 or float16.")]

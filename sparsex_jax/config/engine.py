@@ -7,6 +7,8 @@ import dataclasses
 from sparsex_jax.config.checks import is_int, is_number, require
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_QUANTIZED = ("fp8", "int8")
+_QUANTIZATIONS = ("auto", "none", "stored", *_QUANTIZED)
 _CHOICES = ("measured", "always")
 
 
@@ -19,6 +21,11 @@ class EngineConfig:
       page_size: tokens a page; a multiple of 8 (the index hashes windows of 8 tokens).
       dtype: of weights, activations and the KV store. `auto` is resolved when the engine is made: float32 on a CPU;
         elsewhere the checkpoint's own if that is bfloat16 or float16, else bfloat16, as kernels take no float32.
+        `fp8` and `int8` are short for a `quantization` of that name, with the dtype `auto`.
+      quantization: of the weights that multiply rows; activations keep `dtype`. `stored`: as the checkpoint has them:
+        fp8 and int8 of Hugging Face directories, Q4_0 to Q8_0, Q4_K, Q5_K and Q6_K of GGUF files. Products dequantise
+        them. `none`: in `dtype`. `fp8` (e4m3), `int8`: rounded so when they are loaded, with a scale for each output;
+        embeddings, the head and routers are not. `auto`: `none` on a CPU, where it would only be slower, else `stored`.
       max_context: tokens of prompt and answer together, at most what the model takes; None: that. Models whose rotary
         frequencies depend on a length have them for this one (`ModelConfig.for_context`). A model with dynamic
         scaling takes more than it was trained with.
@@ -51,6 +58,7 @@ class EngineConfig:
     store_tokens: int = 16384
     page_size: int = 64
     dtype: str = "auto"
+    quantization: str = "auto"
     max_context: int | None = None
     max_num_seqs: int | None = None
     max_prefill_seqs: int = 8
@@ -69,7 +77,11 @@ class EngineConfig:
     disk_store_bytes: int = 0
 
     def __post_init__(self) -> None:
-        require(self.dtype in _DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(_DTYPES)}")
+        if self.dtype in _QUANTIZED:
+            self._take_quantization_from_dtype()
+        require(self.dtype in _DTYPES, f"dtype={self.dtype!r} must be one of {', '.join((*_DTYPES, *_QUANTIZED))}")
+        among = f"must be one of {', '.join(_QUANTIZATIONS)}"
+        require(self.quantization in _QUANTIZATIONS, f"quantization={self.quantization!r} {among}")
         require(self.choose in _CHOICES, f"choose={self.choose!r} must be one of {', '.join(_CHOICES)}")
         for name in ("store_tokens", "page_size", "max_prefill_seqs", "decode_steps", "max_waiting"):
             value = getattr(self, name)
@@ -101,8 +113,14 @@ class EngineConfig:
         limit = self.frozen_limit
         require(is_number(limit) and 0 < limit <= 1, f"frozen_limit={self.frozen_limit!r} must be in (0, 1]")
 
+    def _take_quantization_from_dtype(self) -> None:
+        agree = self.quantization in ("auto", self.dtype)
+        require(agree, f"dtype={self.dtype!r} and quantization={self.quantization!r} are two kinds of weights")
+        object.__setattr__(self, "quantization", self.dtype)
+        object.__setattr__(self, "dtype", "auto")
+
     def resolved(self, platform: str, stored: str | None = None) -> EngineConfig:
-        """With a concrete dtype in place of `auto`.
+        """With a concrete dtype and quantization in place of `auto`.
 
         Args:
           platform: of the devices: cpu, gpu or tpu.
@@ -110,7 +128,12 @@ class EngineConfig:
         """
         half = stored if stored in ("bfloat16", "float16") else "bfloat16"
         dtype = "float32" if platform == "cpu" else half
-        return dataclasses.replace(self, dtype=dtype) if self.dtype == "auto" else self
+        quantization = "none" if platform == "cpu" else "stored"
+        return dataclasses.replace(
+            self,
+            dtype=dtype if self.dtype == "auto" else self.dtype,
+            quantization=quantization if self.quantization == "auto" else self.quantization,
+        )
 
     @property
     def num_pages(self) -> int:

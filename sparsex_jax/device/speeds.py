@@ -20,6 +20,7 @@ import jax
 from sparsex_jax.device.compilation import cache_directory
 from sparsex_jax.device.measuring import measure_speeds, wanted_tokens
 from sparsex_jax.device.runner import Runner
+from sparsex_jax.model.digest import kinds
 from sparsex_jax.reuse.cost import Speeds
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def described(runner: Runner) -> dict[str, Any]:
         "backend": repr(runner.decoder.ops.backend),
         "versions": {"sparsex": version("sparsex-jax"), "jax": jax.__version__},
         "dtype": engine.dtype,
+        "weights": kinds(runner.params),
         "page_size": engine.page_size,
         "max_requests": shapes.max_requests,
         "max_pages": shapes.max_pages,

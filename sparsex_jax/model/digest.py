@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from sparsex_jax.model.weights import Params
+from sparsex_kernels.quantised import Mixed, Quantised
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -18,12 +19,26 @@ def weights_digest(params: Params) -> str:
 
     The same on all platforms and meshes: sums of integers do not depend on their order.
     """
-    total = 0
+    total = sum(ord(char) * (i + 1) for i, char in enumerate("".join(kinds(params))))
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = sum(ord(char) * (i + 1) for i, char in enumerate(jax.tree_util.keystr(path)))
         low, high = (int(part) for part in _digest(leaf))
         total = (total * 0x9E3779B97F4A7C15 + (high << 32 | low) + name) % 2**64
     return f"{total:016x}"
+
+
+def kinds(params: Params) -> list[str]:
+    """In which codes weights are, and where the layers of mixed ones are: names and kinds, sorted; none for floats."""
+    coded = (Quantised, Mixed)
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, coded))
+    found = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, coded)]
+    return sorted(f"{name} {_kind(leaf)}" for name, leaf in found)
+
+
+def _kind(leaf: Quantised | Mixed) -> str:
+    if isinstance(leaf, Quantised):
+        return leaf.kind
+    return f"{[getattr(part, 'kind', 'floats') for part in leaf.parts]} {leaf.places}"
 
 
 @functools.partial(jax.jit)

@@ -1,0 +1,227 @@
+"""Quantised weights: each kind against its own dequantised floats, checkpoints in codes, and what they take."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sparsex_jax import Engine, EngineConfig
+from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.checkpoints.gguf_blocks import take_apart
+from sparsex_jax.config import ModelConfig
+from sparsex_jax.errors import InvalidRequestError, UnsupportedModelError
+from sparsex_jax.model.digest import kinds, weights_digest
+from sparsex_jax.model.matrices import quantise_params, random_quantised
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import random_params
+from sparsex_kernels import api as kernels
+from sparsex_kernels.quantised import KINDS, Mixed, Quantised, dequantise, lookup, pack, quantise, unpack
+
+GOLDEN = Path(__file__).parent / "golden"
+MODEL = ModelConfig(
+    vocab_size=160,
+    hidden_size=256,
+    num_layers=2,
+    num_q_heads=16,
+    num_kv_heads=8,
+    head_dim=32,
+    intermediate_size=512,
+)
+SMALL = {"store_tokens": 1024, "page_size": 16, "max_num_seqs": 2, "chunk_rows": 32}
+PROMPT = list(range(1, 61))
+
+# Bytes of a block's halves that are floats, so that random bytes make finite weights.
+HALVES = {"Q6_K": [208], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q4_1": [0, 2], "Q5_1": [0, 2]}
+
+
+def blocks(encoding, rows, inputs, seed=0):
+    """Random bytes in an encoding, whose weights are of the size of a model's."""
+    size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[encoding]]
+    rng = np.random.default_rng(seed)
+    out = rng.integers(0, 256, (rows, inputs // size, block_bytes), dtype=np.uint8)
+    top = (
+        0.1 / KINDS[encoding.lower()].zero if KINDS[encoding.lower()].zero else 0.1 / 2 ** KINDS[encoding.lower()].bits
+    )
+    top /= 64 if encoding.endswith("_K") else 1
+    for at in HALVES.get(encoding, [0]):
+        scales = rng.uniform(top / 8, top, (*out.shape[:2], 1)).astype(np.float16)
+        out[..., at : at + 2] = scales.view(np.uint8)
+    return out
+
+
+def on_device(stored):
+    return Quantised(**{name: jnp.asarray(part).T for name, part in stored.parts.items()}, kind=stored.kind)
+
+
+def floats(params, dtype="float32"):
+    """The same parameters with dequantised floats."""
+
+    def whole(leaf):
+        if isinstance(leaf, Mixed):
+            parts = [part if isinstance(part, jax.Array) else dequantise(part, dtype) for part in leaf.parts]
+            return jnp.stack([parts[part][place] for part, place in leaf.places])
+        return dequantise(leaf, dtype) if isinstance(leaf, Quantised) else leaf
+
+    return jax.tree.map(whole, params, is_leaf=lambda leaf: isinstance(leaf, Quantised | Mixed))
+
+
+def nbytes(params):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+# Kinds --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("group", "bits"), [(32, 4), (128, 4), (128, 2), (256, 1)])
+def test_packed_codes_come_back(group, bits):
+    codes = np.random.default_rng(0).integers(0, 2**bits, (2, 512, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(unpack(pack(jnp.asarray(codes), group, bits), group, bits), codes)
+
+
+# The largest error: half a step of the code, as a share of the largest weight of a block, and what scales lose.
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("fp8", 1 / 28), ("int8", 0.51 / 127), ("q8_0", 0.55 / 127), ("q6_k", 1.2 / 32), ("q4_k", 2.2 / 15)],
+)
+def test_rounding_is_bounded(kind, error):
+    weights = np.random.default_rng(0).normal(size=(2, 512, 8)).astype(np.float32)
+    weights[0, :, 0] = 0
+    made = quantise(jnp.asarray(weights), kind)
+    assert np.abs(dequantise(made, "float32") - weights).max() <= error * np.abs(weights).max()
+    np.testing.assert_array_equal(dequantise(made, "float32")[0, :, 0], 0)
+    again = quantise(dequantise(made, "float32"), kind)
+    np.testing.assert_allclose(dequantise(again, "float32"), dequantise(made, "float32"), atol=error * 5)
+
+
+@pytest.mark.parametrize("encoding", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+def test_blocks_are_the_weights_that_llama_cpp_reads(encoding):
+    stored = blocks(encoding, 6, 512)
+    expected = gguf.dequantize(stored.reshape(6, -1), gguf.GGMLQuantizationType[encoding])
+    held = on_device(take_apart(encoding, stored))
+    np.testing.assert_allclose(dequantise(held, "float32").T, expected, rtol=1e-6, atol=1e-9)
+    assert held.shape == (512, 6)
+    assert held.nbytes <= 1.05 * stored.nbytes
+    np.testing.assert_array_equal(lookup(held, jnp.array([3, 1])), dequantise(held, "float32").T[jnp.array([3, 1])])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "q8_0", "q4_k", "q6_k"])
+def test_products_are_those_of_dequantised_weights(kind):
+    keys = jax.random.split(jax.random.key(0), 3)
+    weights = [quantise(0.1 * jax.random.normal(key, (3, 256, 64)), kind) for key in keys[:2]]
+    x = jax.random.normal(keys[2], (5, 256))
+    plain = [dequantise(weight, "float32") for weight in weights]
+    for layer in (1, jnp.int32(2)):
+        close(kernels.linear(x, weights, layer), kernels.linear(x, plain, layer))
+        close(kernels.gated_linear(x, *weights, layer), kernels.gated_linear(x, *plain, layer))
+    half = kernels.linear(x.astype(jnp.bfloat16), weights, 0)
+    assert half[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(half[0]), kernels.linear(x, plain, 0)[0], atol=0.1)
+
+
+def test_products_of_several_kinds():
+    """Queries, keys and values of different kinds, one of them with a kind for each layer."""
+    dense = 0.1 * jax.random.normal(jax.random.key(0), (3, 256, 64))
+    mixed = Mixed((quantise(dense[:2], "q4_k"), dense[2:]), ((0, 1), (1, 0), (0, 0)))
+    plain = jnp.stack([dequantise(mixed.parts[0], "float32")[1], dense[2], dequantise(mixed.parts[0], "float32")[0]])
+    x, eight = jax.random.normal(jax.random.key(1), (5, 256)), quantise(dense, "int8")
+    assert mixed.shape == plain.shape
+    for layer in range(3):
+        products = kernels.linear(x, [mixed, eight, dense, mixed], jnp.int32(layer))
+        close(products, kernels.linear(x, [plain, dequantise(eight, "float32"), dense, plain], layer))
+        close(
+            kernels.gated_linear(x, mixed, eight, layer),
+            kernels.gated_linear(x, plain, dequantise(eight, "float32"), layer),
+        )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_experts_in_codes(implementation):
+    dense = 0.1 * jax.random.normal(jax.random.key(0), (2, 3, 256, 64))
+    made = [quantise(dense, kind) for kind in ("fp8", "q4_k")]
+    plain = [dequantise(each, "float32") for each in made]
+    x, groups = jax.random.normal(jax.random.key(1), (24, 256)), jnp.array([0, 2, -1])
+    run = {"implementation": implementation}
+    for held, floats_of_it in zip(made, plain, strict=True):
+        out = kernels.grouped_linear(x, held, jnp.int32(1), groups, **run)
+        close(out[:16], kernels.grouped_linear(x, floats_of_it, 1, groups, **run)[:16])
+    out = kernels.gated_grouped_linear(x, *made, jnp.int32(1), groups, **run)
+    close(out[:16], kernels.gated_grouped_linear(x, *plain, 1, groups, **run)[:16])
+    stack = Mixed((made[0][1:], plain[1][:1]), ((1, 0), (0, 0)))
+    close(
+        kernels.grouped_linear(x, stack, 1, groups, **run)[:16],
+        kernels.grouped_linear(x, plain[0], 1, groups, **run)[:16],
+    )
+
+
+def close(found, expected, atol=1e-4):
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=atol), found, expected)
+
+
+# Engines ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fp8", "q4_k"])
+def test_logits_and_shards(kind):
+    """The logits of a model in codes are those of its floats, on one device and on eight."""
+    params = random_quantised(MODEL, "float32", make_mesh(), kind)
+    config = EngineConfig(**SMALL)
+    logits = Engine(MODEL, params, config=config).prefill(PROMPT).logits
+    expected = Engine(MODEL, floats(params), config=config).prefill(PROMPT).logits
+    np.testing.assert_allclose(logits, expected, atol=2e-4)
+    if kind == "fp8":
+        wide = random_quantised(MODEL, "float32", make_mesh(8), kind)
+        np.testing.assert_allclose(
+            Engine(MODEL, wide, config=config, mesh=make_mesh(8)).prefill(PROMPT).logits, logits, atol=2e-4
+        )
+        assert all(
+            shard.data.nbytes * 8 == wide.layers.wo.codes.nbytes for shard in wide.layers.wo.codes.addressable_shards
+        )
+
+
+def test_weights_are_counted_in_digests_and_bytes():
+    dense = random_params(MODEL, "bfloat16", make_mesh())
+    made = {kind: quantise_params(MODEL, dense, kind, make_mesh()) for kind in ("fp8", "int8", "q8_0")}
+    digests = {weights_digest(dense), *(weights_digest(params) for params in made.values())}
+    assert len(digests) == 4
+    assert kinds(dense) == []
+    assert ".layers.wq fp8" in kinds(made["fp8"])
+    rest = sum(leaf.nbytes for leaf in (dense.embed, dense.lm_head) if leaf is not None)
+    assert nbytes(made["fp8"]) - rest < 0.53 * (nbytes(dense) - rest)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({}, ("float32", "none")),
+        ({"dtype": "fp8"}, ("float32", "fp8")),
+        ({"dtype": "bfloat16", "quantization": "int8"}, ("bfloat16", "int8")),
+        ({"quantization": "stored"}, ("float32", "stored")),
+    ],
+)
+def test_what_the_configuration_says(options, found):
+    config = EngineConfig(**options).resolved("cpu")
+    assert (config.dtype, config.quantization) == found
+    assert EngineConfig(**options).resolved("gpu").quantization == (found[1] if options else "stored")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantization": "gptq"}, "quantization='gptq' must be one of auto, none, stored, fp8, int8"),
+        ({"dtype": "fp8", "quantization": "int8"}, "dtype='fp8' and quantization='int8' are two"),
+        ({"dtype": "fp4"}, "dtype='fp4' must be one of"),
+    ],
+)
+def test_what_it_may_not_say(options, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        EngineConfig(**options)
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------

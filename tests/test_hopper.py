@@ -1,5 +1,8 @@
 """The kernels for Hopper GPUs against the references, small, in Mosaic GPU's interpreter. On a GPU: `test_gpu.py`."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +31,7 @@ from sparsex_kernels.paged_attention import hopper as hopper_attention
 from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
 from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape
 from sparsex_kernels.paged_attention.tiles import Splits, tile_parts
+from sparsex_kernels.quantised import Quantised, dequantise, quantise
 
 CPU = Backend("cpu")
 EIGHT = Config(programs=8)
@@ -405,3 +409,36 @@ def test_what_cannot_be_done_falls_back_or_raises():
     with prefer("hopper", "xla"):
         out = kernels.paged_attention(*case)
     assert same(out, kernels.paged_attention(*case, implementation="xla"))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "blocks", pytest.param("int8", marks=pytest.mark.slow)])
+def test_linear_of_codes(kind):
+    """Few rows: the kernel reads codes of 8 bits, with scales of outputs or of squares."""
+    x, (dense,) = stacks(5, 256, (256,))
+    weight = quantise(dense, "int8" if kind == "int8" else "fp8")
+    if kind == "blocks":
+        scales = jnp.array(np.random.default_rng(0).uniform(0.01, 1, (2, 2, 2)), jnp.float32)
+        weight = dataclasses.replace(weight, scales=scales)
+    config = linear_hopper.Config(1, 128, 1, 2, 1)
+    args = LinearArgs(x, (weight, weight), jnp.int32(1), 5, CPU)
+    assert linear_hopper._reads_codes(args, config)
+    expected = x.astype(jnp.float32) @ dequantise(weight, jnp.float32)[1]
+    for out in linear_hopper.linear(args, config):
+        assert relative_error(out, expected) < 8e-3
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "blocks"])
+def test_linear_of_codes_is_lowered_for_a_gpu(kind):
+    """For projections of Llama 3.1 8B, by the passes that run where there is no GPU."""
+    shape, dtype = jax.ShapeDtypeStruct, jnp.int8 if kind == "int8" else jnp.float8_e4m3fn
+
+    def codes(width):
+        scales = shape((2, 32, width // 128) if kind == "blocks" else (2, 1, width), jnp.float32)
+        return Quantised(shape((2, 4096, width), dtype), scales, kind="int8" if kind == "int8" else "fp8")
+
+    on = {"backend": Backend("gpu", "9.0"), "implementation": "hopper"}
+    stacks = [codes(4096), codes(1024), codes(1024)]
+    traced = jax.jit(functools.partial(kernels.linear, **on)).trace(shape((8, 4096), jnp.bfloat16), stacks, 1)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert "2x4096x1024xbf16" not in text  # no copy in floats

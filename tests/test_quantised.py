@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
 import gguf
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -33,6 +35,7 @@ MODEL = ModelConfig(
     num_kv_heads=8,
     head_dim=32,
     intermediate_size=512,
+    max_position=512,
 )
 SMALL = {"store_tokens": 1024, "page_size": 16, "max_num_seqs": 2, "chunk_rows": 32}
 PROMPT = list(range(1, 61))
@@ -187,13 +190,14 @@ def test_logits_and_shards(kind):
 
 def test_weights_are_counted_in_digests_and_bytes():
     dense = random_params(MODEL, "bfloat16", make_mesh())
-    made = {kind: quantise_params(MODEL, dense, kind, make_mesh()) for kind in ("fp8", "int8", "q8_0")}
-    digests = {weights_digest(dense), *(weights_digest(params) for params in made.values())}
-    assert len(digests) == 4
-    assert kinds(dense) == []
-    assert ".layers.wq fp8" in kinds(made["fp8"])
+    made = quantise_params(MODEL, dense, "fp8", make_mesh())
     rest = sum(leaf.nbytes for leaf in (dense.embed, dense.lm_head) if leaf is not None)
-    assert nbytes(made["fp8"]) - rest < 0.53 * (nbytes(dense) - rest)
+    assert nbytes(made) - rest < 0.53 * (nbytes(dense) - rest)
+    assert kinds(dense) == []
+    assert ".layers.wq fp8" in kinds(made)
+    other = dataclasses.replace(made.layers.wk, kind="int8")
+    also = dataclasses.replace(made, layers=made.layers.replace(wk=other))
+    assert len({weights_digest(each) for each in (dense, made, also)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -225,3 +229,191 @@ def test_what_it_may_not_say(options, message):
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def published(tmp_path, name, **config):
+    """A golden model as Qwen3-FP8 is published: squares with inverse scales, and floats beside them."""
+    folder = shutil.copytree(GOLDEN / name, tmp_path / "model")
+    raw = json.loads((folder / "config.json").read_text())
+    said = {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [16, 24]}
+    raw["quantization_config"] = said | config
+    (folder / "config.json").write_text(json.dumps(raw))
+    tensors = {key: array for file in folder.glob("*.safetensors") for key, array in load_file(file).items()}
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    out, whole = {}, {}
+    for key, array in tensors.items():
+        if array.ndim != 2 or not key.startswith("model.layers") or key.endswith("mlp.gate.weight"):
+            out[key] = whole[key] = array
+            continue
+        codes, scales, whole[key] = rounded(array.astype(np.float32), said | config)
+        out |= {key: codes, key + ("_scale_inv" if "weight_block_size" in said | config else "_scale"): scales}
+    write(folder / "model.safetensors", out)
+    return folder, whole
+
+
+def rounded(array, said):
+    """Codes, scales and floats of a matrix `[outputs, inputs]`."""
+    rows, columns = said["weight_block_size"] or (1, array.shape[1])
+    padded = np.zeros((-(-array.shape[0] // rows) * rows, -(-array.shape[1] // columns) * columns), np.float32)
+    padded[: array.shape[0], : array.shape[1]] = array
+    split = padded.reshape(len(padded) // rows, rows, -1, columns)
+    scales = np.maximum(np.abs(split).max((1, 3)) / 448, 1e-9).astype(np.float32)
+    codes = (split / scales[:, None, :, None]).astype(ml_dtypes.float8_e4m3fn)
+    whole = (codes.astype(np.float32) * scales[:, None, :, None]).reshape(padded.shape)
+    here = slice(array.shape[0]), slice(array.shape[1])
+    return np.ascontiguousarray(codes.reshape(padded.shape)[here]), scales, whole[here]
+
+
+DTYPES = {"float8_e4m3fn": "F8_E4M3", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
+
+
+def write(path, tensors):
+    """A safetensors file, of dtypes that its library does not write from NumPy."""
+    header, parts, at = {}, [], 0
+    for name, array in tensors.items():
+        data = np.ascontiguousarray(array).tobytes()
+        header[name] = {"dtype": DTYPES[array.dtype.name], "shape": list(array.shape)}
+        header[name]["data_offsets"] = [at, at + len(data)]
+        parts.append(data)
+        at += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3", "qwen3_moe"])
+def test_fp8_as_it_is_published(name, tmp_path):
+    folder, whole = published(tmp_path, name)
+    checkpoint = open_checkpoint(folder)
+    held = checkpoint.load_params("float32", make_mesh(), "stored")
+    plain = checkpoint.load_params("float32", make_mesh())
+    assert any(leaf.dtype == jnp.float8_e4m3fn for leaf in jax.tree.leaves(held))
+    assert jax.tree.structure(plain) == jax.tree.structure(
+        open_checkpoint(GOLDEN / name).load_params("float32", make_mesh())
+    )
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one.reshape(other.shape), other, rtol=1e-6), floats(held), plain
+    )
+    key = "model.layers.1.self_attn.o_proj.weight"
+    np.testing.assert_allclose(plain.layers.wo[1].reshape(-1, plain.embed.shape[1]).T, whole[key], rtol=1e-6)
+
+
+def test_fp8_with_a_scale_for_each_output(tmp_path):
+    groups = {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}}}
+    about = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    folder, whole = published(tmp_path, "qwen3", weight_block_size=None, **about)
+    held = open_checkpoint(folder).load_params("float32", make_mesh(), "stored").layers.w_up
+    assert held.scaled_by_output
+    np.testing.assert_allclose(dequantise(held, "float32")[1].T, whole["model.layers.1.mlp.up_proj.weight"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "quantised weights .quantization_config.quant_method='gptq'"),
+        ({"quant_method": "awq"}, "quant_method='awq'"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method='bitsandbytes'"),
+        ({"activation_scheme": "static"}, "activation_scheme='static' is not supported"),
+        ({"weight_block_size": [16]}, "weight_block_size=.16. must be two"),
+        ({"weight_block_size": [8, 24]}, "of shape .* has scales of shape"),
+        (
+            {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+            "format='pack-quantized' is not supported",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(said, message, tmp_path):
+    folder, _ = published(tmp_path, "qwen3")
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] |= said
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UnsupportedModelError, match=message):
+        open_checkpoint(folder)
+
+
+def test_codes_without_scales_are_refused(tmp_path):
+    folder, _ = published(tmp_path, "qwen3")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"1.mlp.up_proj.weight_scale_inv", b"1.mlp.up_proj.weight_scale_xxx"))
+    with pytest.raises(UnsupportedModelError, match=r"1\.mlp\.up_proj\.weight of shape .* has no scales"):
+        open_checkpoint(folder)
+
+
+def gguf_model(path, encodings):
+    """A Llama whose weights are random blocks; `encodings` gives that of a tensor by its name."""
+    writer = gguf.GGUFWriter(path, "llama")
+    sizes = {"block_count": 2, "embedding_length": 512, "feed_forward_length": 512, "context_length": 256}
+    for name, value in sizes.items():
+        writer.add_uint32(f"llama.{name}", value)
+    writer.add_uint32("llama.attention.head_count", 8)
+    writer.add_uint32("llama.attention.head_count_kv", 4)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_array("tokenizer.ggml.tokens", [f"t{n}" for n in range(96)])
+    matrices = {
+        "attn_q": 512,
+        "attn_k": 256,
+        "attn_v": 256,
+        "attn_output": 512,
+        "ffn_gate": 512,
+        "ffn_up": 512,
+        "ffn_down": 512,
+    }
+    tensors = {"token_embd": 96} | {
+        f"blk.{layer}.{name}": size for layer in range(2) for name, size in matrices.items()
+    }
+    for number, (name, size) in enumerate(tensors.items()):
+        kind = gguf.GGMLQuantizationType[encodings(name)]
+        writer.add_tensor(f"{name}.weight", blocks(kind.name, size, 512, number).reshape(size, -1), raw_dtype=kind)
+    for name in ("output_norm", *(f"blk.{layer}.{norm}_norm" for layer in range(2) for norm in ("attn", "ffn"))):
+        writer.add_tensor(f"{name}.weight", np.ones(512, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def encoding_of(name):
+    """As llama.cpp's Q4_K_M, which gives some layers more bits."""
+    if name in ("blk.1.attn_v", "blk.0.ffn_down", "token_embd"):
+        return "Q6_K"
+    return "Q8_0" if name.endswith("attn_k") else "Q4_K"
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_gguf_in_its_blocks_is_gguf_dequantised(devices, tmp_path):
+    path, mesh = gguf_model(tmp_path / "m.gguf", encoding_of), make_mesh(devices)
+    checkpoint = open_checkpoint(path)
+    held, plain = (checkpoint.load_params("float32", mesh, how) for how in ("stored", "none"))
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one.reshape(other.shape), other, rtol=1e-5, atol=1e-7),
+        floats(held.layers),
+        plain.layers,
+    )
+    np.testing.assert_allclose(dequantise(held.embed, "float32").T, plain.embed, rtol=1e-5, atol=1e-7)
+    assert isinstance(held.layers.w_down, Mixed)
+    if devices == 1:
+        assert nbytes(held) <= 1.05 * path.stat().st_size
+        config = EngineConfig(**SMALL)
+        found, expected = (
+            Engine(checkpoint.config, each, config=config).prefill(PROMPT).logits for each in (held, plain)
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
+def test_gguf_becomes_fp8(tmp_path):
+    checkpoint = open_checkpoint(gguf_model(tmp_path / "m.gguf", encoding_of))
+    made, plain = (checkpoint.load_params("float32", make_mesh(), how) for how in ("fp8", "none"))
+    assert made.layers.w_up.kind == "fp8"
+    np.testing.assert_allclose(
+        dequantise(made.layers.w_up, "float32"), plain.layers.w_up, atol=np.abs(plain.layers.w_up).max() / 28
+    )
+    np.testing.assert_array_equal(made.embed, plain.embed)
+
+
+@pytest.mark.models
+def test_a_file_of_1_5b_takes_little_more_than_its_size():
+    path = Path(os.environ["SPARSEX_MODELS"]) / "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"
+    params = open_checkpoint(path).load_params("bfloat16", make_mesh(), "stored")
+    assert nbytes(params) < min(1.05 * path.stat().st_size, 1.3e9)

@@ -43,8 +43,8 @@ DType = Annotated[
 Quantization = Annotated[
     str,
     typer.Option(
-        help="Of weights: fp8, int8 (made when they are loaded), stored (as the checkpoint has them: fp8, or GGUF blocks"
-        "), none (in --dtype); auto: none on a CPU, else stored."
+        help="Of weights: fp8, int8 (made when they are loaded), stored (as the checkpoint has them: fp8, int8, or "
+        "blocks of GGUF), none (in --dtype); auto: none on a CPU, else stored."
     ),
 ]
 StoredDType = Annotated[str, typer.Option("--dtype", help="Of the stored weights: float32, bfloat16 or float16.")]

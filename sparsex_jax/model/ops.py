@@ -67,7 +67,7 @@ class Ops:
     ) -> tuple[Float[Array, "rows _"], ...]:
         """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`."""
 
-        def run(x: Array, weights: tuple[Array, ...], layer: Array, count: Array, **on: Any) -> tuple[Array, ...]:
+        def run(x: Array, weights: tuple[Any, ...], layer: Array, count: Array, **on: Any) -> tuple[Array, ...]:
             products = kernels.linear(x, weights, layer, count, **on)
             return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
 

@@ -189,7 +189,7 @@ def random_params(
     names = sorted(leaf_name(path) for path, _ in jax.tree.leaves_with_path(described))
     keys = dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
 
-    def make(path: tuple[Any, ...], weight: Weight) -> Array:
+    def make(path: tuple[Any, ...], weight: Weight) -> Any:
         array = _random(keys[leaf_name(path)], weight, weight.dtype or dtype, _placement(mesh, weight))
         return array if finish is None else finish(path, weight, array)
 

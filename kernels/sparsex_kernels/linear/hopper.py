@@ -1,5 +1,7 @@
 """Linear layers on stacked weights for Hopper GPUs: all tiles of rows are multiplied with one layer's matrices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +11,16 @@ from jaxtyping import Float
 from sparsex_kernels.arguments import LinearArgs
 from sparsex_kernels.hopper_products import DEPTH, SMALLEST, Config, RowTiles, products
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
+from sparsex_kernels.quantised import KINDS, Quantised, floats
+
+COLUMNS_OF_CODES = 128  # of a block: a line of shared memory
 
 
 def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
     rows, inputs = args.inputs.shape
-    out = _products(args, args.widths, config or choose_config(rows, inputs, args.widths))
+    config = config or choose_config(rows, inputs, args.widths)
+    out = _in_codes(args, config) if _reads_codes(args, config) else _products(_as_floats(args), args.widths, config)
     return tuple(jnp.split(out, np.cumsum(args.widths)[:-1], axis=1))
 
 
@@ -24,13 +30,53 @@ def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array,
         raise NotImplementedError(f"activation={args.activation!r}; the kernel gates with silu")
     (rows, inputs), (width, _) = args.inputs.shape, args.widths
     config = config or choose_config(rows, inputs, (2 * width,))
-    if config.splits > 1:  # the sum must be complete before it is gated
+    if config.splits > 1 or _reads_codes(args, config):  # the sum must be complete, and scaled, before it is gated
         gate, up = linear(args)
         return jax.nn.silu(gate) * up
-    return _products(args, (width,), config)
+    return _products(_as_floats(args), (width,), config)
 
 
-def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Float[Array, "rows widths"]:
+def _reads_codes(args: LinearArgs, config: Config) -> bool:
+    """Whether the kernel takes the weights' codes. Of many rows it does not: they would be decoded for each tile."""
+    quantised = [weight for weight in args.weights if isinstance(weight, Quantised)]
+    fits = len(args.inputs) <= WGMMA_ROWS and config.columns == COLUMNS_OF_CODES
+    return fits and bool(quantised) and all(_has_scales_of_blocks(weight) for weight in quantised)
+
+
+def _has_scales_of_blocks(weight: Quantised) -> bool:
+    """Whether codes are numbers, and scales those of outputs or of whole blocks of the kernel's."""
+    if KINDS[weight.kind].block:
+        return False
+    blocks = [size // parts for size, parts in zip(weight.shape[-2:], weight.scales.shape[-2:], strict=True)]
+    return weight.scaled_by_output or (blocks[0] % DEPTH == 0 and blocks[1] % COLUMNS_OF_CODES == 0)
+
+
+def _in_codes(args: LinearArgs, config: Config) -> Float[Array, "rows widths"]:
+    """Products with codes. What differs only from output to output is scaled after the sum."""
+    weights = [weight for weight in args.weights if isinstance(weight, Quantised)]
+    codes = dataclasses.replace(args, weights=tuple(weight.codes for weight in weights))
+    scales = [jax.lax.dynamic_index_in_dim(weight.scales, args.layer, keepdims=False) for weight in weights]
+    if all(weight.scaled_by_output for weight in weights):
+        product = _products(codes, args.widths, config).astype(jnp.float32)
+        return (product * jnp.concatenate(scales, axis=1)).astype(args.inputs.dtype)
+    blocks = [
+        jnp.repeat(jnp.repeat(scale, inputs // DEPTH // len(scale), 0), width // COLUMNS_OF_CODES // scale.shape[1], 1)
+        for scale, inputs, width in ((s, w.shape[1], w.shape[2]) for s, w in zip(scales, weights, strict=True))
+    ]
+    return _products(codes, args.widths, config, jnp.concatenate(blocks, axis=1))
+
+
+def _as_floats(args: LinearArgs) -> LinearArgs:
+    """With the layer's matrices dequantised, if they are quantised."""
+    if not any(isinstance(weight, Quantised) for weight in args.weights):
+        return args
+    layers = (jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, args.layer), each) for each in args.weights)
+    return dataclasses.replace(args, weights=tuple(floats(each, args.inputs.dtype) for each in layers), layer=0)
+
+
+def _products(
+    args: LinearArgs, widths: tuple[int, ...], config: Config, scales: Array | None = None
+) -> Float[Array, "rows widths"]:
     rows = len(args.inputs)
     tile = min(rows + -rows % SMALLEST, WGMMA_ROWS) if config.warpgroups == 1 else WGMMA_ROWS * config.warpgroups
     row_tiles = -(-rows // tile)
@@ -38,7 +84,7 @@ def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Floa
     wanted = jnp.clip(-(-count // tile), 0, row_tiles)
     layers = jnp.full(row_tiles, args.layer, jnp.int32)
     tiles = RowTiles(tile, wanted, layers, together=True)
-    return products(args.inputs, args.arrays, widths, tiles, config, args.backend)
+    return products(args.inputs, args.arrays, widths, tiles, config, args.backend, scales)
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:

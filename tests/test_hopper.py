@@ -417,7 +417,7 @@ def test_linear_of_codes(kind):
     x, (dense,) = stacks(5, 256, (256,))
     weight = quantise(dense, "int8" if kind == "int8" else "fp8")
     if kind == "blocks":
-        scales = jnp.array(np.random.default_rng(0).uniform(0.01, 1, (2, 2, 2)), jnp.float32)
+        scales = jnp.array(np.random.default_rng(0).uniform(0.01, 1, (3, 2, 2)), jnp.float32)
         weight = dataclasses.replace(weight, scales=scales)
     config = linear_hopper.Config(1, 128, 1, 2, 1)
     args = LinearArgs(x, (weight, weight), jnp.int32(1), 5, CPU)

@@ -28,7 +28,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.gpu import LOG2_E
@@ -95,7 +95,7 @@ class RowTiles(NamedTuple):
 
 def products(
     inputs: Float[Array, "rows inputs"],
-    weights: Sequence[Float[Array, "matrices inputs _"]],
+    weights: Sequence[Num[Array, "matrices inputs _"]],
     widths: tuple[int, ...],
     tiles: RowTiles,
     config: Config,

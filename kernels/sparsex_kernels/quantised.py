@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,10 @@ KINDS = {
 }
 
 
+# The run-time check of types is off for both classes, because trees with their structure also hold shapes, shardings and
+# more.
 @jax.tree_util.register_dataclass
+@no_type_check
 @dataclasses.dataclass(frozen=True)
 class Quantised:
     """Matrices in one kind of code. Axes in front of the last two, such as layers and experts, are those of the stack.
@@ -119,6 +122,7 @@ class Quantised:
 
 
 @jax.tree_util.register_dataclass
+@no_type_check
 @dataclasses.dataclass(frozen=True)
 class Mixed:
     """A stack whose layers are of several kinds, as files that give more bits to what needs them have it.

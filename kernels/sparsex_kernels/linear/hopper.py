@@ -20,7 +20,11 @@ def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array,
     """See `sparsex_kernels.linear`."""
     rows, inputs = args.inputs.shape
     config = config or choose_config(rows, inputs, args.widths)
-    out = _in_codes(args, config) if _reads_codes(args, config) else _products(_as_floats(args), args.widths, config)
+    if _reads_codes(args, config):
+        out = _in_codes(args, config)
+    else:
+        args = _as_floats(args)
+        out = _products(args, args.arrays, args.widths, config)
     return tuple(jnp.split(out, np.cumsum(args.widths)[:-1], axis=1))
 
 
@@ -33,7 +37,8 @@ def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array,
     if config.splits > 1 or _reads_codes(args, config):  # the sum must be complete, and scaled, before it is gated
         gate, up = linear(args)
         return jax.nn.silu(gate) * up
-    return _products(_as_floats(args), (width,), config)
+    args = _as_floats(args)
+    return _products(args, args.arrays, (width,), config)
 
 
 def _reads_codes(args: LinearArgs, config: Config) -> bool:
@@ -54,16 +59,16 @@ def _has_scales_of_blocks(weight: Quantised) -> bool:
 def _in_codes(args: LinearArgs, config: Config) -> Float[Array, "rows widths"]:
     """Products with codes. What differs only from output to output is scaled after the sum."""
     weights = [weight for weight in args.weights if isinstance(weight, Quantised)]
-    codes = dataclasses.replace(args, weights=tuple(weight.codes for weight in weights))
+    codes = tuple(weight.codes for weight in weights)
     scales = [jax.lax.dynamic_index_in_dim(weight.scales, args.layer, keepdims=False) for weight in weights]
     if all(weight.scaled_by_output for weight in weights):
-        product = _products(codes, args.widths, config).astype(jnp.float32)
+        product = _products(args, codes, args.widths, config).astype(jnp.float32)
         return (product * jnp.concatenate(scales, axis=1)).astype(args.inputs.dtype)
     blocks = [
         jnp.repeat(jnp.repeat(scale, inputs // DEPTH // len(scale), 0), width // COLUMNS_OF_CODES // scale.shape[1], 1)
         for scale, inputs, width in ((s, w.shape[1], w.shape[2]) for s, w in zip(scales, weights, strict=True))
     ]
-    return _products(codes, args.widths, config, jnp.concatenate(blocks, axis=1))
+    return _products(args, codes, args.widths, config, jnp.concatenate(blocks, axis=1))
 
 
 def _as_floats(args: LinearArgs) -> LinearArgs:
@@ -75,7 +80,7 @@ def _as_floats(args: LinearArgs) -> LinearArgs:
 
 
 def _products(
-    args: LinearArgs, widths: tuple[int, ...], config: Config, scales: Array | None = None
+    args: LinearArgs, stacks: tuple[Array, ...], widths: tuple[int, ...], config: Config, scales: Array | None = None
 ) -> Float[Array, "rows widths"]:
     rows = len(args.inputs)
     tile = min(rows + -rows % SMALLEST, WGMMA_ROWS) if config.warpgroups == 1 else WGMMA_ROWS * config.warpgroups
@@ -84,7 +89,7 @@ def _products(
     wanted = jnp.clip(-(-count // tile), 0, row_tiles)
     layers = jnp.full(row_tiles, args.layer, jnp.int32)
     tiles = RowTiles(tile, wanted, layers, together=True)
-    return products(args.inputs, args.arrays, widths, tiles, config, args.backend, scales)
+    return products(args.inputs, stacks, widths, tiles, config, args.backend, scales)
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:

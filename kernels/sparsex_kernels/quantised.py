@@ -66,8 +66,7 @@ KINDS = {
 }
 
 
-# The run-time check of types is off for both classes, because trees with their structure also hold shapes, shardings and
-# more.
+# The run-time check of types is off for both classes, because trees with their structure also hold shapes and more.
 @jax.tree_util.register_dataclass
 @no_type_check
 @dataclasses.dataclass(frozen=True)

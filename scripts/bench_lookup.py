@@ -80,7 +80,7 @@ def fill(cache: PageCache, documents: list[np.ndarray]) -> None:
 
 def cached_lookup(cache: PageCache, prompt: np.ndarray) -> int:
     match = cache.lookup(prompt, "bench")
-    cache.unpin(match)
+    cache.let_go(match)
     return match.num_prefix_tokens + sum(segment.length for segment in match.segments)
 
 

@@ -3,11 +3,9 @@
     python scripts/bench_structure.py [--model smollm2-135m-instruct] [--sequences 8] [--tokens 128] [--runs 3]
 
 The model is one with its tokenizer, or a configuration by name (`llama-3.1-8b`), which gets random weights and
-SmolLM2's tokenizer: what such a model says is nonsense, so nearly no free draw is allowed, which is the worst case. All
-answers have the same number of tokens. The time is that of the whole call less that of the same call for one token
-each; the median of several runs by turns. On a busy machine, the ratio of the processor's time says more. With `top_p`,
-tokens behind the masked one cannot be drawn ahead, so that each dispatch brings the forced tokens and one more. Prints
-a line for each and writes `scripts/results/structure-<model>-<device>.json`.
+SmolLM2's tokenizer. All answers have the same number of tokens. The time is that of the whole call less that of the
+same call for one token each; the median of several runs by turns. On a busy machine, the ratio of the processor's time
+says more. Prints a line for each and writes `scripts/results/structure-<model>-<device>.json`.
 """
 
 import argparse
@@ -92,24 +90,21 @@ class Timer:
 
 def seconds_of(
     engine: Engine, structures: Sequence[Structure | None], tokens: int, options: dict
-) -> tuple[float, float, int]:
+) -> tuple[float, float]:
     """Time answers of this many tokens, each with its structure.
 
     Returns:
-      The seconds that passed, those of the processor, and the number of dispatches.
+      The seconds that passed, and those of the processor.
     """
     samplings = [
         SamplingParams(tokens, seed=seed, ignore_eos=True, structure=structure, **options)
         for seed, structure in enumerate(structures)
     ]
-    start = engine.runner.start_decode
-    engine.runner.start_decode = counted = Timer(start)
     prompts, wall, cpu = prompts_of(engine, len(structures)), time.perf_counter(), time.process_time()
     outs = engine.generate_batch(prompts, samplings, reuse=ReuseConfig("full"), keep=False)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    engine.runner.start_decode = start
     assert all(len(out.token_ids) == tokens for out in outs), [len(out.token_ids) for out in outs]
-    return wall, cpu, counted.calls
+    return wall, cpu
 
 
 def measure(engine: Engine, args: argparse.Namespace, name: str) -> dict[str, float]:
@@ -122,7 +117,7 @@ def measure(engine: Engine, args: argparse.Namespace, name: str) -> dict[str, fl
     whole = seconds_of(engine, structures, args.tokens, options)
     later = args.tokens - 1
     wall, cpu = (1e3 * (whole[at] - first[at]) / later for at in (0, 1))
-    return {"figure": wall, "cpu": cpu, "tokens_per_dispatch": later / whole[2]}
+    return {"figure": wall, "cpu": cpu}
 
 
 def host_microseconds(engine: Engine) -> dict[str, float]:
@@ -134,9 +129,8 @@ def host_microseconds(engine: Engine) -> dict[str, float]:
     for _ in range(20):
         matcher = engine.loop.requests.matcher(SCHEMA, may_end=False)
         for _ in range(100):
-            forced = list(matcher.forced)
             bits = np.unpackbits(mask(matcher).view(np.uint8), bitorder="little")
-            take(matcher, [*forced, int(rng.choice(np.flatnonzero(bits)))], freely=False)
+            take(matcher, [int(rng.choice(np.flatnonzero(bits)))])
     return {"compile": compiled, "mask": 1e6 * mask.seconds / mask.calls, "take": 1e6 * take.seconds / take.calls}
 
 
@@ -161,7 +155,7 @@ def main() -> None:
         if base is not None:
             rows[-1] |= {"ratio": row["figure"] / base["figure"], "cpu_ratio": row["cpu"] / base["cpu"]}
         ratios = f", of that without {rows[-1]['ratio']:.3f}, processor {rows[-1]['cpu_ratio']:.3f}" if base else ""
-        print(f"{name:24}{row['figure']:9.2f} ms a token, {row['tokens_per_dispatch']:.1f} a dispatch{ratios}")
+        print(f"{name:24}{row['figure']:9.2f} ms a token{ratios}")
     options = {name: value for name, value in vars(args).items() if name != "model"}
     about = {"bench": "structure", "model": Path(args.model).name} | provenance()
     print(write_json(about | {"settings": options, "host_us": host, "rows": rows}, RESULTS))

@@ -436,6 +436,23 @@ def segments(document: Document) -> str:
 SHARES = ("prefix", "approximate prefix", "reused", "recomputed", "fresh", "computed")
 
 
+def structure(document: Document) -> str:
+    """What a token takes with and without a structure."""
+    lines = [
+        [row["work"], f"{row['figure']:.2f}", f"{row['ratio']:.2f}" if "ratio" in row else ""]
+        for row in document["rows"]
+    ]
+    host = ", ".join(f"{name} {microseconds:.0f}" for name, microseconds in document["host_us"].items())
+    heading = ["answers", "ms a token", "of that without a structure"]
+    return f"{table(heading, lines)}\nOn the host, microseconds: {host}.\n\n{provenance(document)}"
+
+
+def soak(document: Document) -> str:
+    """What a server was like under a load that it cannot sustain."""
+    lines = [[row["work"], f"{row['figure']:g} {row['unit']}"] for row in document["rows"]]
+    return f"{table(['what', 'figure'], lines)}\n{provenance(document)}"
+
+
 def serving(document: Document) -> str:
     """A table for each workload."""
     tables = [
@@ -684,6 +701,8 @@ VIEWS: dict[str, View] = {
     "restore": restore,
     "tiers": tiers,
     "segments": segments,
+    "structure": structure,
+    "soak": soak,
     "serving": serving,
     "conversations": conversations,
     "conversations_headline": conversations_headline,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, Structure
+from sparsex_jax.config import Behind, EngineConfig, Lazy, ModelConfig, Pin, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.errors import (
     ContextLengthError,
     FrozenLimitError,
@@ -18,6 +18,7 @@ from sparsex_jax.errors import (
     StructureError,
     UnknownHandleError,
     UnknownModelError,
+    UnknownPinError,
     UnsupportedModelError,
 )
 
@@ -39,11 +40,14 @@ from sparsex_jax.reuse.methods import (
 from sparsex_jax.text.chat import Chat
 
 if TYPE_CHECKING:
+    from sparsex_jax.cache import PinState
     from sparsex_jax.engine import Engine
     from sparsex_jax.reuse.report import Report
     from sparsex_jax.scheduler.output import Generation, Prefill, TokenLogprobs
+    from sparsex_jax.scheduler.pinning import PinRefused
 
 __all__ = [
+    "Behind",
     "CacheBlend",
     "Chat",
     "ContextLengthError",
@@ -56,12 +60,16 @@ __all__ = [
     "Full",
     "Generation",
     "InvalidRequestError",
+    "Lazy",
     "ModelConfig",
     "Naive",
     "NoRoomError",
     "NonFiniteLogitsError",
     "Oracle",
     "OverloadedError",
+    "Pin",
+    "PinRefused",
+    "PinState",
     "Prefill",
     "Prefix",
     "ProphetKV",
@@ -78,6 +86,7 @@ __all__ = [
     "TokenLogprobs",
     "UnknownHandleError",
     "UnknownModelError",
+    "UnknownPinError",
     "UnsupportedModelError",
 ]
 
@@ -85,6 +94,8 @@ __all__ = [
 _LAZY = {
     "Engine": "engine",
     "Generation": "scheduler.output",
+    "PinRefused": "scheduler.pinning",
+    "PinState": "cache",
     "Prefill": "scheduler.output",
     "Report": "reuse.report",
     "TokenLogprobs": "scheduler.output",

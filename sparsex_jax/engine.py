@@ -42,9 +42,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int32
 
-from sparsex_jax.cache import Entry, Forgotten, Match, PageCache
+from sparsex_jax.cache import Entry, Forgotten, Match, PageCache, PinState
 from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, find_defaults, named_config
+from sparsex_jax.config import EngineConfig, ModelConfig, Pin, ReuseConfig, SamplingParams, find_defaults, named_config
 from sparsex_jax.config.checks import is_number, require
 from sparsex_jax.device.link import Link
 from sparsex_jax.device.restorer import Restorer
@@ -62,6 +62,7 @@ from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.loading import Loading
 from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.scheduler.output import Generation, Prefill
+from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 from sparsex_jax.scheduler.tiers import make_tiers
@@ -182,6 +183,7 @@ class Engine:
         reuse: ReuseConfig | None = None,
         namespace: str = DEFAULT_NAMESPACE,
         keep: bool = True,
+        pin: Pin | None = None,
     ) -> Generation:
         """Generate from text, token ids or chat messages, reusing what the namespace has stored.
 
@@ -190,6 +192,8 @@ class Engine:
             tokens in a prompt that is text, and texts in messages.
           reuse: how; None: as the engine was told when it was made.
           keep: prompt and answer become donors, so that later prompts of the namespace can reuse them.
+          pin: prompt and answer stay in the store for a time. `Generation.pin` says whether they do: all pins together
+            have at most `EngineConfig.max_pinned` of it.
 
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
@@ -198,7 +202,7 @@ class Engine:
           NonFiniteLogitsError: the logits have NaN or infinities. Prompts of the same call that are not done then are
             cancelled and not kept.
         """
-        return self.generate_batch([prompt], sampling, reuse=reuse, namespace=namespace, keep=keep)[0]
+        return self.generate_batch([prompt], sampling, reuse=reuse, namespace=namespace, keep=keep, pin=pin)[0]
 
     def generate_batch(
         self,
@@ -208,18 +212,21 @@ class Engine:
         reuse: ReuseConfig | None = None,
         namespace: str | Sequence[str] = DEFAULT_NAMESPACE,
         keep: bool = True,
+        pin: Pin | None = None,
         return_logits: bool = False,
     ) -> list[Generation]:
         """Generate for several prompts, prefilled in few plans and decoded together as far as they fit. As `generate`.
 
         Args:
           sampling, namespace: one for all prompts, or one for each.
+          pin: of all prompts and answers together, in each namespace.
           return_logits: give the logits of each first token too.
         """
         sampling = SamplingParams() if sampling is None else sampling
         samplings = _of_each("sampling", SamplingParams, sampling, len(prompts))
         namespaces = _of_each("namespace", str, namespace, len(prompts))
         options: dict[str, Any] = {"reuse": reuse, "keep": keep, "wants_logits": return_logits}
+        options |= {"pinning": _pinning(pin)}
         sequences = [
             self.loop.requests.generation(prompt, params, namespace=name, **options)
             for prompt, params, name in zip(prompts, samplings, namespaces, strict=True)
@@ -318,6 +325,20 @@ class Engine:
         self.loop.publish()
         return forgotten
 
+    def pins(self, namespace: str | None = None) -> list[PinState]:
+        """What is pinned now, of one namespace or all."""
+        self.admission.expire_pins()
+        return self.cache.pin_states(namespace)
+
+    def unpin(self, key: str, *, namespace: str = DEFAULT_NAMESPACE) -> PinState:
+        """Release a pin: its pages are evicted as all others from now on. Returns what it was.
+
+        Raises UnknownPinError if the namespace has none of this key.
+        """
+        released = self.admission.unpin(namespace, key)
+        self.loop.publish()
+        return released
+
     def heal(self, seconds: float | None = None) -> int:
         """Make approximate KV exact that prompts left in the store, most used first: a server does it while it is idle.
 
@@ -381,9 +402,9 @@ class Engine:
 
     @property
     def max_context(self) -> int:
-        """Tokens that a prompt and its answer can have together: what the model takes and frozen texts leave of the
-        store. From any thread."""
-        return min(self.model.max_position, self.cache.num_beside_frozen * self.config.page_size)
+        """Tokens that a prompt and its answer can have together: what the model takes, and frozen texts and pins leave
+        of the store. From any thread."""
+        return min(self.model.max_position, self.cache.num_beside_kept * self.config.page_size)
 
     @property
     def cache(self) -> PageCache:
@@ -414,7 +435,14 @@ def _generation(done: sequence.Sequence) -> Generation:
         done.logits,
         tuple(output.logprobs),
         () if done.prompt_logprobs is None else done.prompt_logprobs.entries(),
+        done.pin,
     )
+
+
+def _pinning(pin: Pin | None) -> Pinning | None:
+    if pin is not None and not isinstance(pin, Pin):
+        raise InvalidRequestError(f"pin={pin!r:.60} must be a Pin, or None")
+    return None if pin is None else Pinning(pin)
 
 
 def _of_each[T](name: str, kind: type[T], value: T | Sequence[T], number: int) -> Sequence[T]:

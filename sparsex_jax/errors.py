@@ -22,11 +22,16 @@ class StoreFullError(SparsexError):
 
 
 class NoRoomError(StoreFullError):
-    """Frozen texts leave too little of the KV store for the request. Waiting does not help, forgetting one may."""
+    """Frozen texts and pins leave too little of the KV store for the request. Waiting does not help, unless for the end
+    of a pin's time; forgetting a text or releasing a pin may."""
 
 
 class FrozenLimitError(NoRoomError):
     """A text cannot be frozen: frozen texts fill as much of the KV store as they may, or as requests leave."""
+
+
+class PinLimitError(StoreFullError):
+    """A prompt's pages cannot be pinned: pins have as much of the KV store as they may, or others need these pages."""
 
 
 class LinkError(SparsexError):
@@ -71,3 +76,9 @@ class UnknownHandleError(SparsexError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""  # KeyError's own `__str__` would quote the message
+
+
+class UnknownPinError(SparsexError, KeyError):
+    """The namespace has no pin of that key: it was never made, was released, or its time is over."""
+
+    __str__ = UnknownHandleError.__str__

@@ -118,6 +118,7 @@ class ScriptedLoop:
         keep=True,
         turns=None,
         lent=None,
+        pinning=None,
         delay_s=0.0,
         listener,
     ):

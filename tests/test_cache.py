@@ -34,12 +34,12 @@ class Store:
         return pages
 
     def look(self, text, namespace="a", **kwargs) -> Match:
-        """Look up, verify every slot against the record, unpin."""
+        """Look up, verify every slot against the record, let go."""
         text = np.array(text, np.int32)
         match = self.cache.lookup(text, namespace, **kwargs)
         self.verify(match, text)
         self.cache.check()
-        self.cache.unpin(match)
+        self.cache.let_go(match)
         return match
 
     def verify(self, match: Match, text) -> None:
@@ -89,14 +89,14 @@ def test_content_without_room_does_not_keep_others_from_healing():
     store.put(words(3000, 160), exact=0)
     store.put(words(4000, 40), exact=0)
     for _ in range(3):
-        store.cache.unpin(store.cache.lookup(np.array(words(3000, 160), np.int32), "a"))
+        store.cache.let_go(store.cache.lookup(np.array(words(3000, 160), np.int32), "a"))
     frozen = store.put(OTHER + words(5000, 68), keep=True)
     store.cache.register(frozen, 128, "a", frozen=True)
     store.cache.release(frozen)
     in_use = store.cache.lookup(np.array(words(3000, 160), np.int32), "a")  # so its pages cannot be had
     tokens, namespace = store.cache.to_heal(160)
     assert (tokens.tolist(), namespace) == (words(4000, 40), "a")
-    store.cache.unpin(in_use)
+    store.cache.let_go(in_use)
 
 
 # The exact prefix ---------------------------------------------------------------------------------------------
@@ -403,8 +403,8 @@ def test_sharing_a_free_page_raises():
 
 def test_unpin_twice_raises(store):
     match = store.look(DOC)
-    with pytest.raises(ValueError, match="not pinned"):
-        store.cache.unpin(match)
+    with pytest.raises(ValueError, match="not held"):
+        store.cache.let_go(match)
 
 
 def test_full_store_raises_and_changes_nothing():
@@ -419,7 +419,7 @@ def test_full_store_raises_and_changes_nothing():
     store.cache.release(held)
 
 
-def test_pinned_donor_is_not_evicted():
+def test_donor_that_is_held_is_not_evicted():
     store = Store(num_pages=8)
     store.put(DOC[:64])
     match = store.cache.lookup(np.array([1, *DOC[20:40]], np.int32), "a")
@@ -428,7 +428,7 @@ def test_pinned_donor_is_not_evicted():
     store.cache.allocate(6)
     store.verify(match, np.array([1, *DOC[20:40]]))
     store.cache.check()
-    store.cache.unpin(match)
+    store.cache.let_go(match)
 
 
 @pytest.mark.parametrize(
@@ -511,7 +511,7 @@ def test_frozen_entries_are_never_evicted():
     store.cache.allocate(6)
     assert handles(store) == [kept]
     assert store.look([*DOC[:64], 1]).num_prefix_tokens == 64
-    assert store.cache.num_beside_frozen == 6
+    assert store.cache.num_beside_kept == 6
 
 
 def test_freezing_more_than_the_limit_is_refused():
@@ -524,7 +524,7 @@ def test_freezing_more_than_the_limit_is_refused():
     second = store.cache.register(pages, 80, "a", True)
     assert handles(store) == [first, second]
     store.cache.forget(second)
-    assert store.cache.num_beside_frozen == 8
+    assert store.cache.num_beside_kept == 8
 
 
 def test_an_entry_is_frozen_later():
@@ -566,7 +566,7 @@ def test_forgotten_entry_is_no_longer_found():
         store.cache.forget(handle)
 
 
-def test_forgetting_a_pinned_entry_hides_it_at_once_and_frees_its_pages_when_unpinned():
+def test_forgetting_an_entry_in_use_hides_it_at_once_and_frees_its_pages_when_let_go():
     store = Store()
     handle = frozen(store, DOC[:32])
     match = store.cache.lookup(np.array([1, *DOC[:32]], np.int32), "a")
@@ -575,7 +575,7 @@ def test_forgetting_a_pinned_entry_hides_it_at_once_and_frees_its_pages_when_unp
     assert store.look([*DOC[:32], 1]).pages == ()
     store.verify(match, np.array([1, *DOC[:32]]))
     assert store.cache.stats().active == 2
-    store.cache.unpin(match)
+    store.cache.let_go(match)
     assert store.cache.stats().free == 32
 
 
@@ -653,7 +653,7 @@ def test_stats_add_up(store):
     stats = store.cache.stats()
     assert (stats.lookups, stats.prefix_tokens, stats.segment_tokens) == (1, 20, 40)
     assert (stats.tokens, stats.windows, stats.cached) == (100, 12, 7)
-    assert stats.free + stats.active + stats.frozen + stats.cached == stats.pages == 32
+    assert stats.free + stats.active + stats.frozen + stats.pinned + stats.cached == stats.pages == 32
 
 
 def test_what_is_looked_at_does_not_grow_with_the_store(monkeypatch):
@@ -669,7 +669,7 @@ def test_what_is_looked_at_does_not_grow_with_the_store(monkeypatch):
     del compared[:]
     match = store.cache.lookup(np.array(DOC[:9] + words(10_000 + 30 * 77, 9) + DOC, np.int32), "a")
     assert (match.num_prefix_tokens, len(match.segments)) == (18, 0)
-    store.cache.unpin(match)
+    store.cache.let_go(match)
     assert 0 < len(compared) < 50
     shared_by_all = store.cache.lookup(np.array(DOC[:12], np.int32), "a")
     assert shared_by_all.num_prefix_tokens == 9

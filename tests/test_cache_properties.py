@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from sparsex_jax.cache import Match, PageCache
-from sparsex_jax.errors import StoreFullError, UnknownHandleError
+from sparsex_jax.errors import PinLimitError, StoreFullError, UnknownHandleError, UnknownPinError
 
 PAGE = 8
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
@@ -95,15 +95,17 @@ EXACT = 3  # requests that are less careful may take approximate KV that was mad
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Sequences, pins, entries and failures in any order, on a store that is nearly always too small."""
+    """Sequences, matches, pins, entries and failures in any order, on a store that is nearly always too small."""
 
     sequences = Bundle("sequences")
-    pins = Bundle("pins")
+    matches = Bundle("matches")
 
-    @initialize(num_pages=st.integers(3, 24), limit=st.sampled_from([0.5, 0.9, 1.0]))
-    def start(self, num_pages: int, limit: float) -> None:
-        self.cache = PageCache(num_pages, PAGE, limit)
+    @initialize(num_pages=st.integers(3, 24), limit=st.sampled_from([0.5, 0.9, 1.0]), share=st.sampled_from([0.5, 0.9]))
+    def start(self, num_pages: int, limit: float, share: float) -> None:
+        self.now = 0.0
+        self.cache = PageCache(num_pages, PAGE, limit, max_pinned=share, clock=lambda: self.now)
         self.limit = int(num_pages * limit)
+        self.most_kept = self.limit + int(share * (num_pages - self.limit))
         size = num_pages * PAGE
         self.tokens, self.positions = np.full(size, -1), np.full(size, -1)
         self.history: list[tuple[int, ...]] = [()] * size  # all tokens before and in the slot
@@ -112,7 +114,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.given: set[int] = set()
         self.forgotten: set[int] = set()
         self.held: list[Held] = []
-        self.pinned: list[Match] = []
+        self.matched: list[Match] = []
+        self.pinned: dict[tuple[str, str], tuple[list[int], int, float]] = {}  # tokens, how many stay, until when
 
     def write(self, held: Held, begin: int) -> None:
         for i in range(begin, len(held.tokens)):
@@ -154,11 +157,11 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             fresh = self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))
         except StoreFullError:
-            self.cache.unpin(match)
+            self.cache.let_go(match)
             return multiple()  # nothing to hold
         self.forgotten.difference_update(fresh)
         self.cache.share(match.prefix_pages)
-        self.cache.unpin(match)
+        self.cache.let_go(match)
         exact = match.segments[0].start if match.segments and care < EXACT else len(tokens)
         if match.num_exact_tokens < match.num_prefix_tokens:
             exact = match.num_exact_tokens
@@ -191,7 +194,7 @@ class CacheMachine(RuleBasedStateMachine):
         pages = match.prefix_pages + self.cache.allocate(-(-len(tokens) // PAGE) - len(match.prefix_pages))
         assert [entry for entry in self.cache.entries() if entry.frozen] == entries
         self.cache.share(match.prefix_pages)
-        self.cache.unpin(match)
+        self.cache.let_go(match)
         self.write(Held(pages, tokens.tolist(), namespace, len(tokens), EXACT), len(match.prefix_pages) * PAGE)
         self.cache.commit(pages, tokens, namespace, exact_tokens=len(tokens))
         self.cache.release(pages)
@@ -208,9 +211,9 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.cache.stats() == before
         else:
             self.cache.release(pages)
-        self.cache.unpin(match)
-        with pytest.raises(ValueError, match="not pinned"):
-            self.cache.unpin(match)
+        self.cache.let_go(match)
+        with pytest.raises(ValueError, match="not held"):
+            self.cache.let_go(match)
 
     @rule(held=consumes(sequences))
     def release(self, held: Held) -> None:
@@ -222,20 +225,57 @@ class CacheMachine(RuleBasedStateMachine):
         """What some sequence holds, whole or in part, at its place or behind other tokens, under either name."""
         for tokens in (held.tokens[:cut] or held.tokens, held.tokens, more[:-3] + held.tokens[cut:]):
             for care in range(1, EXACT + 1):
-                self.cache.unpin(self.find(tokens, namespace, care))
+                self.cache.let_go(self.find(tokens, namespace, care))
 
-    @rule(target=pins, tokens=texts, namespace=namespaces, care=st.integers(1, EXACT))
-    def pin(self, tokens: list[int], namespace: str, care: int):
+    @rule(target=matches, tokens=texts, namespace=namespaces, care=st.integers(1, EXACT))
+    def find_and_hold(self, tokens: list[int], namespace: str, care: int):
         match = self.find(tokens, namespace, care)
-        self.pinned.append(match)
+        self.matched.append(match)
         return match, np.array(tokens, np.int32), namespace, care
 
-    @rule(pin=consumes(pins))
-    def unpin(self, pin) -> None:
-        """What was pinned is still what it was, whatever happened since."""
-        self.verify(*pin)
-        self.cache.unpin(pin[0])
-        self.pinned.remove(pin[0])
+    @rule(found=consumes(matches))
+    def let_go(self, found) -> None:
+        """What was found is still what it was, whatever happened since."""
+        self.verify(*found)
+        self.cache.let_go(found[0])
+        self.matched.remove(found[0])
+
+    @rule(held=sequences, key=st.sampled_from(["x", "y", "z"]), seconds=st.integers(1, 5))
+    def pin(self, held: Held, key: str, seconds: int) -> None:
+        before = self.cache.pin_states(), self.cache.stats()
+        try:
+            state = self.cache.pin(np.array(held.tokens, np.int32), held.namespace, key, float(seconds))
+        except PinLimitError:
+            assert (self.cache.pin_states(), self.cache.stats()) == before
+            return
+        self.cache.let_go(found := self.find([*held.tokens, 0], held.namespace, 1, segments=False))
+        assert state.num_tokens >= found.num_prefix_tokens
+        self.pinned[held.namespace, key] = (held.tokens, found.num_prefix_tokens, self.now + seconds)
+
+    @rule(seconds=st.integers(1, 3))
+    def time_goes_on(self, seconds: int) -> None:
+        self.now += seconds
+        over = [name for name, (_, _, until) in self.pinned.items() if until <= self.now]
+        assert self.cache.pins.expire() >= bool(over)
+        self.pinned = {name: pin for name, pin in self.pinned.items() if name not in over}
+
+    @rule(name=st.tuples(namespaces, st.sampled_from(["x", "y", "z"])))
+    def unpin(self, name: tuple[str, str]) -> None:
+        there = any((state.namespace, state.key) == name for state in self.cache.pin_states())
+        assert there or name not in self.pinned
+        self.pinned.pop(name, None)
+        if there:
+            self.cache.unpin(*name)
+        with pytest.raises(UnknownPinError):
+            self.cache.unpin(*name)
+
+    @invariant()
+    def what_is_pinned_is_found(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        for (namespace, _), (tokens, length, _) in self.pinned.items():
+            self.cache.let_go(found := self.find([*tokens, 0], namespace, 1, segments=False))
+            assert found.num_prefix_tokens >= length
 
     @rule(held=consumes(sequences), frozen=st.booleans())
     def remember(self, held: Held, frozen: bool) -> None:
@@ -245,7 +285,7 @@ class CacheMachine(RuleBasedStateMachine):
             pass
         except StoreFullError:
             assert frozen
-            assert self.num_frozen() + len(held.pages) > self.limit
+            assert self.num_frozen() + len(held.pages) > self.limit or self.cache.stats().pins
         else:
             assert handle not in self.given
             self.given.add(handle)
@@ -261,8 +301,9 @@ class CacheMachine(RuleBasedStateMachine):
             slots = [page * PAGE + i for page in entry.pages for i in range(PAGE)][: entry.num_tokens]
             text = self.tokens[slots].tolist()
             forgotten = self.cache.forget(handle)
+            self.pinned.clear()  # some of them may have lost pages
             self.forgotten.update(forgotten.pages)
-            self.cache.unpin(left := self.find([*text, 0], entry.namespace, 1))
+            self.cache.let_go(left := self.find([*text, 0], entry.namespace, 1))
             found = left.num_prefix_tokens + sum(segment.length for segment in left.segments)
             assert forgotten.num_tokens == len(text)
             assert found < 15 or forgotten.num_remaining >= 15
@@ -273,6 +314,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def clear(self) -> None:
         self.cache.clear()
+        self.pinned.clear()
+        assert self.cache.pin_states() == []
         assert self.cache.stats().cached == self.cache.stats().frozen == 0
         assert self.cache.entries() == []
 
@@ -283,21 +326,22 @@ class CacheMachine(RuleBasedStateMachine):
     def frozen_texts_stay_within_their_limit(self) -> None:
         if hasattr(self, "cache"):
             assert self.num_frozen() <= self.limit
-            assert self.cache.num_beside_frozen == self.cache.stats().pages - self.num_frozen()
+            pages = self.cache.stats().pages
+            assert pages - self.most_kept <= self.cache.num_beside_kept <= pages - self.num_frozen()
 
     @invariant()
     def nothing_leaks(self) -> None:
         if not hasattr(self, "cache"):
             return
         self.cache.check()
-        active = {page for held in self.held for page in held.pages} | {p for m in self.pinned for p in m.pages}
+        active = {page for held in self.held for page in held.pages} | {p for m in self.matched for p in m.pages}
         assert self.cache.stats().active == len(active)
 
     def teardown(self) -> None:
         if not hasattr(self, "cache"):
             return
-        for match in self.pinned:
-            self.cache.unpin(match)
+        for match in self.matched:
+            self.cache.let_go(match)
         for held in self.held:
             self.cache.release(held.pages)
         for _ in range(1000):

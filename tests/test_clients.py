@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+import runpy
+from pathlib import Path
 
 import httpx
 import pytest
 from live import live_server
 
+SCRIPTS = Path(__file__).parent.parent / "scripts/clients"
 AGENTS = {
     "Ada": "You are Ada, who builds houses. Say one short sentence about walls, roofs or cost.",
     "Boris": "You are Boris, who keeps the accounts of the town. Say one short sentence about money.",
@@ -81,3 +84,11 @@ def test_a_group_chat_of_autogen_costs_no_more_than_with_a_prefix_cache(teams, s
             print(f"{kind}, {name}: {shares[name]:.3f} of the token-layers behind the first request computed;",
                   " ".join(f"{report['computed_fraction']:.2f}" for report in reports))  # fmt: skip
     assert shares["default"] <= shares["prefix"]
+
+
+@pytest.mark.slow
+def test_the_scripts_of_clients_that_tests_have_pass(smollm, monkeypatch):
+    with live_server(smollm, model="smollm") as live:
+        for script in ("openai_parse", "anthropic_client"):
+            monkeypatch.setattr("sys.argv", [script, f"{live.url}/v1", "smollm"])
+            runpy.run_path(str(SCRIPTS / f"{script}.py"))

@@ -350,7 +350,7 @@ def stored(engine, text):
         engine.cache.lookup(np.append(text, np.int32(1)), name) for name in ("default", company_namespace("default"))
     ]
     for each in match:
-        engine.cache.unpin(each)
+        engine.cache.let_go(each)
     return sum(sum(each.hits) for each in match)
 
 

@@ -12,6 +12,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 import sparsex_kernels.api as kernels
+from sparsex_kernels.align_and_copy import xla as align_xla
+from sparsex_kernels.align_and_copy.runs import by_runs, run_ends
+from sparsex_kernels.arguments import CopyArgs
+from sparsex_kernels.backend import Backend
 from sparsex_kernels.key_mass import IMPLEMENTATIONS as KEY_MASS
 from sparsex_kernels.key_mass import tpu as tpu_key_mass
 from sparsex_kernels.paged_attention import IMPLEMENTATIONS as ATTENTION
@@ -271,6 +275,19 @@ def test_align_and_copy_rotates_each_layer_by_its_own_frequencies(implementation
     old, new = (x.swapaxes(1, 2).reshape(-1, KV_HEADS, DIM) for x in (np.asarray(store)[1, :, 0], moved[1, :, 0]))
     still = np.r_[1 : DIM // 2, DIM // 2 + 1 : DIM]  # pairs of frequency 0
     np.testing.assert_array_equal(new[35:55, :, still], old[:20, :, still])
+
+
+def test_runs_of_layers_with_the_same_frequencies():
+    rng = np.random.default_rng(0)
+    store = jnp.asarray(rng.normal(size=(7, 4, 2, 1, PAGE_SIZE, DIM)), jnp.float32)
+    frequencies = jnp.asarray(rng.normal(size=(2, DIM // 2)), jnp.float32)[jnp.array([0, 0, 1, 0, 0, 0, 1])]
+    np.testing.assert_array_equal(run_ends(frequencies), [2, 2, 3, 6, 6, 6, 7])
+    slots = (jnp.arange(20), jnp.arange(35, 55), jnp.arange(20) - 9)
+    args = CopyArgs(store, *slots, frequencies, jnp.array([1, 6]), Backend("cpu"))
+    calls = []
+    moved = by_runs(args, lambda run: calls.append(run) or align_xla.align_and_copy(run))
+    np.testing.assert_allclose(moved, align_xla.align_and_copy(args), atol=1e-6)
+    assert calls[0].inv_freq.ndim == 1
 
 
 def test_rotations_compose():

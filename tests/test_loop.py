@@ -154,7 +154,7 @@ def test_batched_and_chunked_is_as_one_at_a_time(method):
         assert facts(heard.report) == facts(expected.report)
         np.testing.assert_array_equal(heard.report.active, expected.report.active)
     for match in donors:
-        engine.cache.unpin(match)
+        engine.cache.let_go(match)
     assert idle(engine)
 
 
@@ -174,7 +174,7 @@ def test_what_is_preempted_goes_on_as_if_nothing_had_been(method):
         assert (heard.tokens, heard.finish_reason) == (expected.token_ids, expected.finish_reason)
         assert facts(heard.report) == facts(expected.report)
     for match in donors:
-        engine.cache.unpin(match)
+        engine.cache.let_go(match)
     assert idle(engine)
 
 
@@ -393,7 +393,7 @@ def test_a_poisoned_request_fails_alone_and_leaves_nothing():
 def poison_stored(engine, tokens) -> None:
     """Make a page of stored KV NaN in the last layer, as a fault of the device would."""
     match = engine.cache.lookup(np.asarray([*tokens, 0], np.int32), "default", counted=False)
-    engine.cache.unpin(match)
+    engine.cache.let_go(match)
     engine.runner.store = engine.runner.store.at[-1, match.prefix_pages[1]].set(np.nan)
 
 
@@ -537,7 +537,7 @@ def found(engine, tokens):
     total = 0
     for prompt in ([*tokens, 1], [1, *tokens, 1]):
         match = engine.cache.lookup(np.array(prompt, np.int32), "default")
-        engine.cache.unpin(match)
+        engine.cache.let_go(match)
         total += match.num_prefix_tokens + sum(segment.length for segment in match.segments)
     return total
 

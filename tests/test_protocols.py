@@ -170,6 +170,8 @@ def test_a_last_message_of_the_assistant_is_continued(thinker):
         ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
         ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
         ({"max_tokens": -1}, "max_tokens"),
+        ({"tool_choice": {"type": "any"}}, "tools has no entries"),
+        ({"tool_choice": {"type": "tool"}}, "tool_choice.name is missing"),
         ({"temperature": 2}, "temperature"),
     ],
 )
@@ -327,6 +329,8 @@ def test_a_conversation_of_items_becomes_a_chat():
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input[0].call_id"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"reasoning": {"effort": "high"}}, "reasoning_effort"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
@@ -374,6 +378,10 @@ def test_texts_and_chats_are_tokenized_and_back(thinker):
 )
 def test_what_cannot_be_tokenized_is_refused(thinker, path, body):
     assert thinker.http.post(path, json=body).status_code in (400, 404)
+
+
+def test_fields_that_do_not_go_together_are_told(thinker):
+    assert "either prompt or messages" in thinker.http.post("/tokenize", json={}).json()["error"]["message"]
 
 
 def test_the_version_is_told_to_everybody(thinker):

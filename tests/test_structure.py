@@ -1,5 +1,6 @@
 """Structured output: what an answer must be, it is, whatever else runs and happens meanwhile."""
 
+import contextlib
 import json
 import re
 from typing import Literal
@@ -14,7 +15,7 @@ from live import MODEL, live_server, make_engine
 from pydantic import BaseModel, Field
 
 from sparsex_jax import InvalidRequestError, SamplingParams, Structure, StructureError
-from sparsex_jax.device.constraint import MOST_FORCED, Constraint
+from sparsex_jax.device.sampling import Sampling, sample
 from sparsex_jax.scheduler.sequence import State
 from sparsex_jax.text.grammars import Grammars
 
@@ -64,26 +65,21 @@ def texts(engine, samplings):
 
 def steps_of(engine, monkeypatch, number):
     """Have every dispatch compute so many tokens."""
-    monkeypatch.setattr(engine.loop.policy, "_until_likely", lambda most: min(number, MOST_FORCED))
+    monkeypatch.setattr(engine.loop.policy, "_steps", lambda step_seconds: number)
 
 
 # On the device ----------------------------------------------------------------------------------------------
 
 
-def test_a_mask_counts_at_its_position_and_forced_tokens_before_it():
+def test_what_is_sampled_is_the_most_probable_of_the_allowed_tokens():
     rng = np.random.default_rng(0)
-    allowed = rng.random((3, 70)) < 0.3
+    allowed, logits = rng.random((3, 70)) < 0.3, rng.normal(size=(3, 70)).astype(np.float32)
+    allowed[2] = True
     words = np.packbits(np.pad(allowed, [(0, 0), (0, 26)]), axis=1, bitorder="little").view(np.uint32)
-    forced = np.full((3, 4), -1, np.int32)
-    forced[0, :2] = 7, 9
-    one = jax.device_put(Constraint(np.array([5, 5, 0]), forced, np.array([7, 5, -1]), words))
-    logits = rng.normal(size=(3, 70)).astype(np.float32)
-    for position, masked in ((4, []), (5, [1]), (6, []), (7, [0]), (8, [])):
-        at = jnp.full(3, position)
-        expected = np.where(~allowed & np.isin(np.arange(3), masked)[:, None], -np.inf, logits)
-        np.testing.assert_array_equal(one.apply(jnp.asarray(logits), at), expected)
-        drawn = np.asarray(one.force(jnp.array([60, 61, 62]), at))
-        assert drawn.tolist() == [{5: 7, 6: 9}.get(position, 60), 61, 62]
+    greedy, none, seeds = jnp.zeros(3), jnp.zeros(3, jnp.int32), jnp.zeros(3, jnp.uint32)
+    sampling = Sampling(greedy, greedy + 1, none, greedy, seeds, allowed=words)
+    drawn = sample(jnp.asarray(logits), sampling, jnp.arange(3))
+    assert drawn.tolist() == np.where(allowed, logits, -np.inf).argmax(axis=1).tolist()
 
 
 # Answers ----------------------------------------------------------------------------------------------------
@@ -106,16 +102,17 @@ def test_answers_are_what_they_must_be_however_many_tokens_a_dispatch_has(engine
     assert idle(engine)
 
 
-def test_the_policy_reaches_no_further_than_is_likely(engine):
-    dispatched, start = [], engine.runner.start_decode
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            engine.runner, "start_decode", lambda state, steps: dispatched.append(steps) or start(state, steps)
-        )
-        [(text, tokens, reason)] = texts(engine, [sampling("schema", top_k=40, **RANDOM)])
+def test_the_next_forward_pass_is_on_its_way_before_the_host_sees_the_token(engine, monkeypatch):
+    order, forward, choose, get = [], engine.runner.start_forward, engine.runner.choose, jax.device_get
+    monkeypatch.setattr(engine.runner, "start_forward", lambda *args: order.append("forward") or forward(*args))
+    monkeypatch.setattr(engine.runner, "choose", lambda *args: order.append("choose") or choose(*args))
+    monkeypatch.setattr(jax, "device_get", lambda tree: order.append("look") or get(tree))
+    steps_of(engine, monkeypatch, 16)
+    [(text, tokens, reason)] = texts(engine, [sampling("schema", top_k=40, **RANDOM)])
     assert (reason, MATCHES["schema"](text)) == ("stop", True)
-    assert len(dispatched) < len(tokens), "forced tokens come together"
-    assert sum(dispatched) < 1.2 * len(tokens), "with a filter nothing is computed in vain"
+    decoded = " ".join(order[order.index("forward") :])
+    assert decoded.count("forward choose forward look choose forward look choose") > 0
+    assert decoded.count("choose") == len(tokens) - 1, "no token is computed in vain, the first came with the prompt"
 
 
 def test_an_answer_goes_on_after_a_preemption_and_a_lost_store(engine):
@@ -126,7 +123,8 @@ def test_an_answer_goes_on_after_a_preemption_and_a_lost_store(engine):
     while len(loop.policy.of_state(State.DECODING)) < 2:
         loop.step()
     jax.tree.map(lambda array: array.delete(), engine.runner.store)
-    for _ in range(6):
+    loop.step()
+    while not loop.policy.of_state(State.DECODING):  # again, from an empty store
         loop.step()
     loop.policy._preempt(loop.policy.running[-1])
     run(loop)
@@ -161,18 +159,24 @@ def test_an_end_token_counts_only_where_the_grammar_is_complete(engine):
     assert len(tokens) == 3
     for may_end in (True, False):
         matcher = engine.loop.requests.matcher(structure, may_end=may_end)
-        taken = [matcher.accept([token, end], freely=True) for token in tokens]
-        assert taken == [*([token] for token in tokens[:-1]), [tokens[-1], *([end] if may_end else [])]]
+        ends = []
+        for token in tokens:
+            ends.append(bool(np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")[end]))
+            assert matcher.accept([token]) == [token]
+        assert ends == [False] * 3, "not before the third digit"
         allowed = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
-        assert allowed[end] == may_end
-        assert allowed.sum() > 1
+        assert (allowed[end], allowed.sum() > 1) == (may_end, True)
+        if may_end:
+            assert matcher.copy().accept([end, tokens[0]]) == [end]
+        with pytest.raises(StructureError, match="does not take") if not may_end else contextlib.nullcontext():
+            matcher.accept([end])
 
 
 def test_what_a_mask_did_not_allow_is_a_fault_and_not_an_endless_try(engine):
     matcher = engine.loop.requests.matcher(STRUCTURES["choice"])
     [wrong] = engine.tokenizer("z", add_special_tokens=False)["input_ids"]
     with pytest.raises(StructureError, match="does not take"):
-        matcher.accept([wrong], freely=True)
+        matcher.accept([wrong])
 
 
 # What is refused --------------------------------------------------------------------------------------------
@@ -203,6 +207,7 @@ NOT_EXPRESSED = {
     "not": Structure("json_schema", {"not": {"type": "string"}}),
     "format": Structure("json_schema", {"type": "string", "format": "no such format"}),
     "reference": Structure("json_schema", {"$ref": "https://example.org/schema"}),
+    "itself only": Structure("json_schema", {"$ref": "#"}),
     "no value": Structure("json_schema", {"type": "integer", "minimum": 5, "maximum": 3}),
     "look-ahead": Structure("regex", "a(?=b)"),
     "bracket": Structure("regex", "(a"),

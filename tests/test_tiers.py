@@ -87,7 +87,7 @@ def test_loaded_bytes_are_those_that_were_stored():
 
     def stored():
         match = engine.cache.lookup(prompt, "default")
-        engine.cache.unpin(match)
+        engine.cache.let_go(match)
         return np.asarray(engine.runner.store)[:, match.prefix_pages].copy()
 
     fill(engine, [prompt])
@@ -605,7 +605,7 @@ def test_what_is_forgotten_does_not_come_back_with_a_prefix():
     engine.forget(handle)
     assert not engine.admission.restoring.active
     match = engine.cache.lookup(text, "default")
-    engine.cache.unpin(match)
+    engine.cache.let_go(match)
     assert match.num_prefix_tokens == 0
     while engine.loop.step():
         pass

@@ -2,11 +2,11 @@
 
 What one sequence calls, with pages of 64 tokens and a prompt of 300 (5 pages):
 
-    match = cache.lookup(prompt, "docs")              # pins the pages it found, so that none is evicted
+    match = cache.lookup(prompt, "docs")              # holds the pages it found, so that none is evicted
     fresh = cache.allocate(5 - len(match.prefix_pages))
     cache.share(match.prefix_pages)                   # the sequence holds the pages of its prefix itself
     ...                                               # copy the KV of match.segments, compute the rest
-    cache.unpin(match)                                # the copies are made, so the donors may be evicted
+    cache.let_go(match)                               # the copies are made, so the donors may be evicted
     cache.commit(match.prefix_pages + fresh, prompt, "docs", exact_tokens=match.num_prefix_tokens)
     cache.release(match.prefix_pages + fresh)         # later lookups find the pages until they are evicted
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
@@ -25,100 +26,18 @@ from jaxtyping import Int32, Int64
 
 from sparsex_jax.cache.children import TOKEN_BYTES
 from sparsex_jax.cache.company import company_namespace, having_seen
-from sparsex_jax.cache.counts import CacheCounts, Hits
+from sparsex_jax.cache.counts import CacheCounts, CacheStats
 from sparsex_jax.cache.entries import Entry, EntryBook, EvictedTexts, Origin
+from sparsex_jax.cache.match import Match
 from sparsex_jax.cache.pages import PagePool
+from sparsex_jax.cache.pins import Held, PinBook, PinState
 from sparsex_jax.cache.remembered import RememberedTexts, text_around
-from sparsex_jax.cache.segments import Run, Segment, SegmentSearch
+from sparsex_jax.cache.segments import Run, SegmentSearch
 from sparsex_jax.cache.tree import Accepts, Node, PageTree, Prefix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
-from sparsex_jax.errors import FrozenLimitError, StoreFullError
+from sparsex_jax.errors import FrozenLimitError, PinLimitError, StoreFullError
 
 HEALING_TRIES = 8  # sequences for which room is looked for; each costs a walk through its pages
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Match:
-    """What a prompt can reuse. None of its pages is evicted before `PageCache.unpin(match)`.
-
-    Attributes:
-      prefix_pages: full pages of the prefix. The sequence shares them.
-      prefix_tail: tokens right behind those pages. They are copied, since the sequence needs the rest of their page
-        for tokens of its own.
-      segments: runs outside the prefix, disjoint and in order. They are copied and their keys rotated.
-      num_prefix_tokens: tokens of the pages and the tail together. At most the prompt's length less one, because the
-        last prompt token is always computed.
-      num_exact_tokens: how many of those are exact. The others, behind them, are an approximate prefix.
-      pages: every page that any of these is in, each once.
-    """
-
-    prefix_pages: list[int]
-    prefix_tail: Segment | None
-    segments: list[Segment]
-    num_prefix_tokens: int
-    num_exact_tokens: int
-    pages: tuple[int, ...]
-
-    @classmethod
-    def nothing(cls) -> Match:
-        """The match of a prompt of which nothing is stored."""
-        return cls([], None, [], 0, 0, ())
-
-    @property
-    def hits(self) -> Hits:
-        """How many tokens were found, by where."""
-        approximate = self.num_prefix_tokens - self.num_exact_tokens
-        return Hits(self.num_exact_tokens, approximate, sum(segment.length for segment in self.segments))
-
-    @property
-    def copies(self) -> tuple[Segment, ...]:
-        """Everything that is copied, in order."""
-        return (*([self.prefix_tail] if self.prefix_tail else []), *self.segments)
-
-    def without_segments(self) -> Match:
-        """The prefix alone."""
-        return dataclasses.replace(self, segments=[])
-
-    def exact_prefix(self, page_size: int) -> Match:
-        """The exact prefix alone. Exact tokens of a page that is not exact as a whole are copied."""
-        whole, rest = divmod(self.num_exact_tokens, page_size)
-        tail = self.prefix_tail
-        if whole < len(self.prefix_pages):
-            slots = self.prefix_pages[whole] * page_size + np.arange(page_size)
-            tail = Segment(whole * page_size, page_size, whole * page_size, slots, exact=False)
-        tail = dataclasses.replace(tail, length=rest, slots=tail.slots[:rest], exact=True) if tail and rest else None
-        return Match(self.prefix_pages[:whole], tail, [], self.num_exact_tokens, self.num_exact_tokens, self.pages)
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheStats:
-    """Pages by state, what is stored, and the `CacheCounts`.
-
-    Attributes:
-      pages: all pages of the store.
-      free, active, frozen, cached: pages in each state (see `sparsex_jax.cache.pages`). They add up to `pages`.
-      tokens: tokens in committed pages, which lookups can find.
-      approximate_tokens: how many of those are approximate, in place behind position 0: what `to_heal` is about.
-      windows: windows of 8 tokens in the index.
-      lookups: prompts that were looked up, each once however often it was looked up again.
-      prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that were found of those prompts as exact
-        prefixes, as approximate ones behind them, and as segments.
-      evictions: cached pages that were evicted.
-    """
-
-    pages: int
-    free: int
-    active: int
-    frozen: int
-    cached: int
-    tokens: int
-    approximate_tokens: int
-    windows: int
-    lookups: int
-    prefix_tokens: int
-    approximate_prefix_tokens: int
-    segment_tokens: int
-    evictions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +81,7 @@ class PageCache:
     Attributes:
       page_size: token slots in a page.
       tree: the tokens in every committed page.
+      pins: what stays for a time, and until when.
       counts: what happened so far.
     """
 
@@ -173,6 +93,8 @@ class PageCache:
         handles: Iterator[int] | None = None,
         counts: CacheCounts | None = None,
         keep_texts: int = 0,
+        max_pinned: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
         Args:
@@ -184,6 +106,8 @@ class PageCache:
           counts: where to count. Pass the previous cache's to a cache that replaces it. None: from 0.
           keep_texts: how many entries stay known after their pages were evicted. A lower tier may still have their
             texts, so `remembered` finds those in prompts, and `forget` takes their handles.
+          max_pinned: share, from 0 to 1, of what frozen entries leave of the store that pins may have.
+          clock: gives the time, in seconds, by which pins end.
 
         Raises:
           ValueError: one of the sizes is out of range.
@@ -198,7 +122,9 @@ class PageCache:
         self._entries = EntryBook(handles or itertools.count(1))
         self._evicted = EvictedTexts(keep_texts)
         self._remembered = RememberedTexts()
-        self._pins: set[Match] = set()
+        self._matches: set[Match] = set()
+        self._max_pinned = max_pinned
+        self.pins = PinBook(self._pool, clock)
         self.counts = counts or CacheCounts()
 
     # Finding ------------------------------------------------------------------------------------------------
@@ -214,7 +140,7 @@ class PageCache:
         accepts: Accepts | None = None,
         counted: bool = True,
     ) -> Match:
-        """Find the stored parts of a prompt and pin their pages.
+        """Find the stored parts of a prompt and hold their pages.
 
         Every run of at least max(15, min_segment) tokens that the namespace stores in a row is found.
 
@@ -236,7 +162,7 @@ class PageCache:
         wanted = segments(found.num_tokens) if callable(segments) else segments
         runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment) if wanted else []
         match = self._match(found, runs)
-        self._pins.add(match)
+        self._matches.add(match)
         self._pool.hold(match.pages)
         if counted:
             self.count_use(match)
@@ -287,15 +213,15 @@ class PageCache:
         return found
 
     def count_use(self, match: Match) -> None:
-        """Count that a pinned match is of use to a prompt: what is used least is evicted first, and healed last."""
+        """Count that a held match is of use to a prompt: what is used least is evicted first, and healed last."""
         for page in match.pages:
             self.tree[page].uses += 1
         self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
 
-    def unpin(self, match: Match) -> None:
-        """Release the pages that a lookup pinned. Raises ValueError if they were released before."""
-        _require(match in self._pins, "this match is not pinned: it was unpinned before, or is another cache's")
-        self._pins.remove(match)
+    def let_go(self, match: Match) -> None:
+        """Release the pages that a lookup holds. Raises ValueError if they were released before."""
+        _require(match in self._matches, "this match is not held: it was let go before, or is another cache's")
+        self._matches.remove(match)
         self._pool.release(match.pages)
 
     # Holding ------------------------------------------------------------------------------------------------
@@ -412,7 +338,9 @@ class PageCache:
         self._windows.add([node for _, node in first_pages], rows[[i for i, _ in first_pages]])
         for _, node in first_pages:
             if node.sharable:
-                self._drop(self.tree.supersede(node, self._entries.holds))
+                worse = self.tree.supersede(node, self._entries.holds)
+                self.pins.move(worse, node.pages[0])
+                self._drop(worse)
 
     def _attach(
         self, pages: list[int], keys: list[bytes], namespace: str, exact_end: int, start: int, made_by: object
@@ -434,6 +362,7 @@ class PageCache:
                     self._pool.committed[page] = True
                     new.append((i, parent))
                 else:
+                    self.pins.move([page], better.pages[0])
                     parent, exact_end = better, 0  # what follows was computed behind this page, not behind that one
             if parent.exact < self.page_size:
                 exact_end = 0
@@ -538,7 +467,8 @@ class PageCache:
         """Whether frozen entries may have pages for this entry's text that no other entry shares."""
         entry = self._entries[handle]
         own = int((self._pool.frozen[list(entry.pages)] == 1).sum())
-        return not entry.frozen or self._pool.num_frozen - own + len(entry.pages) <= self._max_frozen
+        frozen = self._pool.sums.frozen - own + len(entry.pages)
+        return not entry.frozen or (frozen <= self._max_frozen and self._num_pinned <= self._pin_limit(frozen))
 
     def begins_prompts(self, handle: int) -> bool:
         """Whether something that is stored goes on behind pages of this entry, as prompts that begin with its text."""
@@ -572,12 +502,19 @@ class PageCache:
 
     def require_frozen_room(self, pages: Sequence[int], more: int = 0) -> None:
         """Raise FrozenLimitError unless frozen entries may have these pages too, and `more` new ones."""
-        wanted = int((self._pool.frozen[list(pages)] == 0).sum()) + more
-        if self._pool.num_frozen + wanted > self._max_frozen:
+        new = [page for page in pages if self._pool.frozen[page] == 0]
+        wanted, frozen = len(new) + more, self._pool.sums.frozen
+        if frozen + wanted > self._max_frozen:
             raise FrozenLimitError(
-                f"the text needs {wanted} pages of {self.page_size} tokens; frozen texts have {self._pool.num_frozen} "
+                f"the text needs {wanted} pages of {self.page_size} tokens; frozen texts have {frozen} "
                 f"of the {self._max_frozen} pages that they may have. Forget one of them, or make store_tokens or "
                 f"frozen_limit larger"
+            )
+        pinned = self._num_pinned - int((self._pool.pinned[new] > 0).sum())
+        if pinned > self._pin_limit(frozen + wanted):
+            raise FrozenLimitError(
+                f"the text needs {wanted} pages of {self.page_size} tokens, and pins have {pinned} of the "
+                f"{len(self._pool) - frozen} that frozen texts leave. Release one, or wait until its time is over"
             )
 
     def forget(self, handle: int) -> Forgotten:
@@ -648,10 +585,79 @@ class PageCache:
         return node.length if node else 0
 
     def clear(self) -> None:
-        """Remove every entry, and evict every page that no sequence and no match holds."""
+        """Remove every entry and every pin, and evict every page that no sequence and no match holds."""
         for entry in self.entries():
             self._remove_entry(entry.handle)
+        for name, _ in self.pins:
+            self.pins.remove(*name)
         self._drop(np.flatnonzero(self._pool.cached()).tolist())
+
+    # Pinning ------------------------------------------------------------------------------------------------
+
+    def pin(
+        self,
+        tokens: Int32[np.ndarray, "tokens"],
+        namespace: str,
+        key: str,
+        ttl_s: float,
+        *,
+        owner: object = None,
+        fits: Callable[[], bool] = lambda: True,
+    ) -> PinState:
+        """Keep what is stored of a sequence for so many seconds, however full the store gets.
+
+        What the key's pin had before is let go, unless the same owner made it: then it has both.
+
+        Args:
+          owner: an object that stands for one request. None: the pin is nobody's.
+          fits: whether the pin may have its pages. It is asked while the pin has them.
+
+        Raises:
+          PinLimitError: nothing of it is stored, pins would have more of the store than they may, or `fits` denies it.
+            The key's pin stays as it was.
+        """
+        found = self.tree.prefix(tokens.tobytes(), namespace, lambda _: True)
+        nodes = [*found.nodes, *([found.tail] if found.tail else [])]
+        if not nodes:
+            raise PinLimitError("nothing of the prompt is stored")
+        before = self.pins.get(namespace, key)
+        both = before.pages if before and owner is not None and before.owner is owner else ()
+        held = self.pins.make([*both, *(node.pages[0] for node in nodes)], ttl_s, owner)
+        self.pins.put(namespace, key, held)
+        why = self._why_not(held, fits)
+        if why:
+            self.pins.put(namespace, key, before)
+            raise PinLimitError(why)
+        return self._state(namespace, key, held)
+
+    def _why_not(self, held: Held, fits: Callable[[], bool]) -> str | None:
+        """Why a pin that has its pages may not have them. None: it may."""
+        limit, needs = self._pin_limit(self._pool.sums.frozen), f"the pin needs {len(held.pages)} pages of"
+        needs += f" {self.page_size} tokens"
+        if self._num_pinned > limit:
+            return f"{needs}, and all pins together would have {self._num_pinned} of the {limit} that they may have"
+        return None if fits() else f"{needs}, which would leave too few for requests that run now"
+
+    @property
+    def _num_pinned(self) -> int:
+        """Pages that pins have, and no frozen entry."""
+        return self._pool.sums.kept - self._pool.sums.frozen
+
+    def _pin_limit(self, num_frozen: int) -> int:
+        """How many such pages pins may have where frozen entries have so many."""
+        return int(self._max_pinned * (len(self._pool) - num_frozen))
+
+    def unpin(self, namespace: str, key: str) -> PinState:
+        """End a pin, and return what it was. Raises UnknownPinError if the namespace has none of this key."""
+        return self._state(namespace, key, self.pins.remove(namespace, key))
+
+    def pin_states(self, namespace: str | None = None) -> list[PinState]:
+        """The pins of one namespace, or of all, oldest first."""
+        return [self._state(*name, held) for name, held in self.pins if namespace in (None, name[0])]
+
+    def _state(self, namespace: str, key: str, held: Held) -> PinState:
+        num_tokens = sum(self.length(page) for page in held.pages)
+        return PinState(namespace, key, num_tokens, len(held.pages), self.pins.seconds_left(held))
 
     # Healing ------------------------------------------------------------------------------------------------
 
@@ -679,13 +685,13 @@ class PageCache:
             self._retire(chain[-1])
             return None
         end = self._healed_end(exact, length, most)
-        pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is pinned meanwhile
+        pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is held meanwhile
         return np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32) if pages <= self.num_available else None
 
     def _retire(self, node: Node) -> None:
-        """Drop an approximate node whose tokens are all in an exact prefix as well, unless an entry has it."""
+        """Drop an approximate node whose tokens are all in an exact prefix as well, unless an entry or a pin has it."""
         self.tree.settle(node)
-        if not any(map(self._entries.holds, node.pages)):
+        if not any(self._entries.holds(page) or self.pins.holds(page) for page in node.pages):
             self._drop(list(node.pages))
 
     def _healed_end(self, exact: int, length: int, most: int) -> int:
@@ -700,23 +706,25 @@ class PageCache:
     @property
     def num_available(self) -> int:
         """How many pages `allocate` could hand out by evicting everything evictable."""
-        return len(self._pool) - self._pool.num_occupied
+        return len(self._pool) - self._pool.sums.occupied
 
     @property
-    def num_beside_frozen(self) -> int:
-        """How many pages frozen entries leave to everything else."""
-        return len(self._pool) - self._pool.num_frozen
+    def num_beside_kept(self) -> int:
+        """How many pages frozen entries and pins leave to everything else."""
+        return len(self._pool) - self._pool.sums.kept
 
-    def num_frozen_of(self, pages: Sequence[int]) -> int:
-        """How many of these pages frozen entries have."""
-        return int((self._pool.frozen[list(pages)] > 0).sum())
+    def num_kept_of(self, pages: Sequence[int]) -> int:
+        """How many of these pages frozen entries or pins have."""
+        index = list(pages)
+        return int(np.count_nonzero((self._pool.frozen[index] > 0) | (self._pool.pinned[index] > 0)))
 
     def _drop(self, pages: Sequence[int]) -> None:
-        """Remove committed pages from the index and the entries. Those without a reference become free."""
+        """Remove committed pages from the index, the entries and the pins. Those without a reference become free."""
         if not pages:  # as for most pages that are committed
             return
         for handle in self._entries.holding(pages):
             self._remove_entry(handle)
+        self.pins.drop(pages)
         self._unindex(pages)
         self._pool.give_back([page for page in pages if self._pool.refs[page] == 0])
 
@@ -746,6 +754,7 @@ class PageCache:
         return CacheStats(
             pages=len(self._pool),
             **dataclasses.asdict(counts),
+            pins=len(self.pins),
             tokens=self.tree.num_tokens,
             approximate_tokens=self.tree.num_approximate,
             windows=self._windows.num_windows,
@@ -760,19 +769,20 @@ class PageCache:
         """
         pool = self._pool
         pool.check()
+        self.pins.check()
         self.tree.check()
         self._windows.check(self.tree.live_nodes())
         known = (*self._entries, *self._evicted)
         self._remembered.check({entry.handle: (entry.namespace, self.text(entry.handle)) for entry in known})
         assert np.array_equal(pool.committed, [node is not None for node in self.tree.node_of])
-        pins, frozen = np.zeros_like(pool.refs), np.zeros_like(pool.frozen)
-        for match in self._pins:
-            pins[list(match.pages)] += 1
+        matched, frozen = np.zeros_like(pool.refs), np.zeros_like(pool.frozen)
+        for match in self._matches:
+            matched[list(match.pages)] += 1
         for entry in self._entries:
             frozen[list(entry.pages)] += entry.frozen
             assert pool.committed[list(entry.pages)].all()
         if held is None:
-            assert (pins <= pool.refs).all()
+            assert (matched <= pool.refs).all()
         else:
-            assert np.array_equal(pins + np.bincount(np.array(held, int), minlength=len(pool)), pool.refs)
+            assert np.array_equal(matched + np.bincount(np.array(held, int), minlength=len(pool)), pool.refs)
         assert np.array_equal(frozen, pool.frozen)

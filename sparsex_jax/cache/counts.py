@@ -1,4 +1,4 @@
-"""What happened in a store since its engine was made, in numbers that only grow."""
+"""What is in a store, and what happened there since its engine was made, in numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Hits(NamedTuple):
 
 @dataclasses.dataclass
 class CacheCounts:
-    """The counts of `CacheStats`. A cache that replaces one whose KV was lost goes on with the counts of that one."""
+    """Numbers that only grow. A cache that replaces one whose KV was lost goes on with the counts of that one."""
 
     lookups: int = 0
     prefix_tokens: int = 0
@@ -30,3 +30,37 @@ class CacheCounts:
         self.prefix_tokens += hits.prefix
         self.approximate_prefix_tokens += hits.approximate_prefix
         self.segment_tokens += hits.segment
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheStats:
+    """Pages by state, what is stored, and the `CacheCounts`.
+
+    Attributes:
+      pages: all pages of the store.
+      free, active, frozen, pinned, cached: pages in each state (see `sparsex_jax.cache.pages`). They add up to `pages`.
+      pins: how many there are.
+      tokens: tokens in committed pages, which lookups can find.
+      approximate_tokens: how many of those are approximate, in place behind position 0: what `to_heal` is about.
+      windows: windows of 8 tokens in the index.
+      lookups: prompts that were looked up, each once however often it was looked up again.
+      prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that were found of those prompts as exact
+        prefixes, as approximate ones behind them, and as segments.
+      evictions: cached pages that were evicted.
+    """
+
+    pages: int
+    free: int
+    active: int
+    frozen: int
+    pinned: int
+    cached: int
+    pins: int
+    tokens: int
+    approximate_tokens: int
+    windows: int
+    lookups: int
+    prefix_tokens: int
+    approximate_prefix_tokens: int
+    segment_tokens: int
+    evictions: int

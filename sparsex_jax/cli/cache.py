@@ -102,7 +102,7 @@ def remember(cache: PageCache, tokens: np.ndarray, namespace: str, said: bytes |
     match = cache.lookup(tokens, namespace, segments=False)
     own = cache.allocate(-(-len(tokens) // cache.page_size) - len(match.prefix_pages))
     cache.share(match.prefix_pages)
-    cache.unpin(match)
+    cache.let_go(match)
     pages = [*match.prefix_pages, *own]
     cache.commit(pages, tokens, namespace, exact_tokens=len(tokens))
     handle = cache.register(pages, len(tokens), namespace, frozen=False, said=said)
@@ -125,7 +125,7 @@ def look_up(
     plan = choice.Choice(model, cache.page_size, None).plan(
         tokens, match, method, lambda: cache.remembered(tokens, namespace, turns)
     )
-    cache.unpin(match)
+    cache.let_go(match)
     report, after_boundary = _report(plan, model.num_layers), plan.phases[min(1, len(plan.phases) - 1)]
     return DryRun(cache, names, match, plan.prompt, report, _chosen(after_boundary), plan.probe)
 

@@ -119,6 +119,7 @@ def serve(
     max_num_seqs: serve_options.MaxNumSeqs = None,
     max_context: serve_options.MaxContext = None,
     frozen_limit: serve_options.FrozenLimit = 0.5,
+    max_pinned: serve_options.MaxPinned = 0.5,
     host_store: serve_options.HostStore = "0",
     disk_store: serve_options.DiskStore = None,
     healing: serve_options.Healing = 0.5,
@@ -165,6 +166,7 @@ def serve(
                 company_tokens=company_tokens,
                 max_context=max_context,
                 frozen_limit=frozen_limit,
+                max_pinned=max_pinned,
                 **options.tiers(host_store, disk_store),
             ),
             Limits(

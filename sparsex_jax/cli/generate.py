@@ -37,6 +37,7 @@ class EngineChoice:
     company_tokens: int = EngineConfig.company_tokens
     max_context: int | None = EngineConfig.max_context
     frozen_limit: float = EngineConfig.frozen_limit
+    max_pinned: float = EngineConfig.max_pinned
     host_store_bytes: int = EngineConfig.host_store_bytes
     disk_store: str | None = EngineConfig.disk_store
     disk_store_bytes: int = EngineConfig.disk_store_bytes
@@ -64,6 +65,7 @@ class EngineChoice:
                 company_tokens=self.company_tokens,
                 max_context=self.max_context,
                 frozen_limit=self.frozen_limit,
+                max_pinned=self.max_pinned,
                 host_store_bytes=self.host_store_bytes,
                 disk_store=self.disk_store,
                 disk_store_bytes=self.disk_store_bytes,

@@ -76,6 +76,9 @@ MaxContext = Annotated[
     ),
 ]
 FrozenLimit = Annotated[float, _in(_STORE, "Share of the store that knowledge may fill. More is refused (507).")]
+MaxPinned = Annotated[
+    float, _in(_STORE, "Share of what knowledge leaves of the store that pins may have. 0: nothing is pinned.")
+]
 HostStore = Annotated[
     str,
     _in(_STORE, "Host memory for KV that was computed, such as 64GiB: what is evicted is loaded from there."),

@@ -30,6 +30,8 @@ class EngineConfig:
       decode_steps: tokens generated per dispatch before the host looks.
       frozen_limit: share of the store that frozen texts may fill; more are refused. Requests have the rest of it, and
         what frozen texts do not take.
+      max_pinned: share of what frozen texts leave of the store that pins may have; 0: nothing is pinned. Requests have
+        the rest of it, and what pins do not take.
       max_waiting: requests of a server that may wait; more are refused.
       max_overtakes: how many younger sequences may pass one that waits for pages.
       healing: share of a server's idle time in which approximate KV is made exact, and remembered texts are made again
@@ -56,6 +58,7 @@ class EngineConfig:
     chunk_rows: int | None = None
     decode_steps: int = 16
     frozen_limit: float = 0.5
+    max_pinned: float = 0.5
     max_waiting: int = 256
     max_overtakes: int = 16
     healing: float = 0.5
@@ -85,8 +88,9 @@ class EngineConfig:
             self.chunk_rows is None or (is_int(self.chunk_rows) and self.chunk_rows >= 8),
             f"chunk_rows={self.chunk_rows!r} must be an integer >= 8 or None",
         )
-        share = self.healing
-        require(is_number(share) and 0 <= share <= 1, f"healing={share!r} must be from 0 to 1")
+        for name in ("healing", "max_pinned"):
+            share = getattr(self, name)
+            require(is_number(share) and 0 <= share <= 1, f"{name}={share!r} must be from 0 to 1")
         require(
             (self.disk_store is None) == (self.disk_store_bytes == 0), "disk_store and disk_store_bytes go together"
         )

@@ -129,12 +129,6 @@ class SamplingParams:
         )
 
     @property
-    def draws_freely(self) -> bool:
-        """Whether the token that is drawn among all is that drawn among the allowed ones, if it is one of them. With a
-        filter, it may be one that the filter would have left out among the allowed ones, or not be among those."""
-        return self.temperature == 0 or (self.top_p == 1 and self.top_k == 0 and self.min_p == 0)
-
-    @property
     def adjusts_logits(self) -> bool:
         """Whether anything changes the logits themselves, which takes an array of the vocabulary on the device."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)

@@ -1,4 +1,4 @@
-"""What an answer must be: `Structure`."""
+"""What an answer must be, and where that begins: `Structure`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,59 @@ from sparsex_jax.config.checks import require
 KINDS = ("json_schema", "json_object", "regex", "choice", "grammar")
 MAX_STRUCTURE_LENGTH = 131072
 MAX_CHOICES = 4096
+MAX_MARKS = 16
+MAX_MARK_LENGTH = 256  # UTF-8 bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Behind:
+    """What stands before a structure, such as a thought: any text, up to a mark.
+
+    Attributes:
+      end: the mark behind which the structure begins. A model that would end its answer before is made to write it.
+      begin: the mark that opens what stands before the structure. An answer that does not begin with it is the
+        structure from its first token on. None: the answer begins within it, because the prompt has opened it.
+
+    Raises:
+      InvalidRequestError: a mark is no text of 1 to 256 bytes.
+    """
+
+    end: str
+    begin: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_mark("behind.end", self.end)
+        if self.begin is not None:
+            _check_mark("behind.begin", self.begin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """Marks at which a structure begins in an answer that is any text before. The structure begins with the mark.
+
+    Attributes:
+      marks: count wherever they are, in what stands before the structure too (`Behind`).
+      first: count only where the answer begins with them.
+      repeats: behind the structure comes any text again, up to the next mark. Otherwise the answer ends with it.
+
+    Raises:
+      InvalidRequestError: there are no marks or more than 16, or one is no text of 1 to 256 bytes.
+    """
+
+    marks: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+    repeats: bool = False
+
+    def __post_init__(self) -> None:
+        number = len(self.marks) + len(self.first)
+        require(1 <= number <= MAX_MARKS, f"structure.lazy has {number} marks; it must have 1 to {MAX_MARKS}")
+        for mark in (*self.marks, *self.first):
+            _check_mark("lazy", mark)
+
+
+def _check_mark(name: str, mark: Any) -> None:
+    ok = isinstance(mark, str) and 1 <= len(mark.encode(errors="replace")) <= MAX_MARK_LENGTH
+    require(ok, f"structure.{name} is {mark!r:.60}; a mark must be a text of 1 to {MAX_MARK_LENGTH} bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +78,8 @@ class Structure:
         matches, in the syntax of Rust's crate `regex`; of a choice a list of texts; of a grammar one in llguidance's
         Lark, or in llama.cpp's GBNF, which has `::=`. A json_object has none. It is kept as text: schemas and choices
         as JSON, at most 131,072 characters.
+      behind: what may stand before the structure, such as a thought; None: nothing.
+      lazy: the answer need not have the structure, which begins where a mark does; None: the whole answer is it.
 
     JSON has one space behind a colon and a comma between values and none elsewhere, as Python's `json.dumps` writes it.
 
@@ -35,6 +90,8 @@ class Structure:
 
     kind: str
     value: Any = None
+    behind: Behind | None = None
+    lazy: Lazy | None = None
 
     def __post_init__(self) -> None:
         require(self.kind in KINDS, f"structure.kind={self.kind!r:.60} must be one of {', '.join(KINDS)}")
@@ -43,6 +100,9 @@ class Structure:
             len(text) <= MAX_STRUCTURE_LENGTH,
             f"structure of kind {self.kind} has {len(text)} characters; the limit is {MAX_STRUCTURE_LENGTH}",
         )
+        behind, lazy = self.behind, self.lazy
+        require(isinstance(behind, Behind | None), f"structure.behind={behind!r:.60} must be a Behind or None")
+        require(isinstance(lazy, Lazy | None), f"structure.lazy={lazy!r:.60} must be a Lazy or None")
         object.__setattr__(self, "value", text)
 
     @property

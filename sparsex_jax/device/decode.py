@@ -1,4 +1,8 @@
-"""Decode: several tokens per dispatch for a batch of requests, stopping early where all are done."""
+"""Decode: the next tokens of a batch of requests.
+
+`decode` computes several in one dispatch, stopping early where all are done. Where the host says which tokens may come
+next, `forward` and `choose` are dispatched by turns, so that it can say so while the forward pass runs.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt32
 
 from sparsex_jax.device.sampling import Sampled, Sampling, nothing_sampled, sample_step
 from sparsex_jax.model import decoder as model
@@ -61,12 +66,10 @@ def decode(
 
     def body(carry: tuple[Array, Array, DecodeState, Sampled]) -> tuple[Array, Array, DecodeState, Sampled]:
         step, store, state, out = carry
-        store, scores = _forward(decoder, params, store, state)
-        new = sample_step(scores, state.sampling, state.position + 1)
-        token = jnp.where(state.position >= 0, new.token[:, 0], -1)
-        new = dataclasses.replace(new, token=token[:, None])
+        store, scores = forward(params, store, state, decoder=decoder)
+        state, new = choose(scores, state)
         out = jax.tree.map(lambda all_steps, one: lax.dynamic_update_slice_in_dim(all_steps, one, step, 1), out, new)
-        return step + 1, store, advance(state, token), out
+        return step + 1, store, state, out
 
     def running(carry: tuple[Array, Array, DecodeState, Sampled]) -> Array:
         return (carry[0] < last) & jnp.any(carry[2].position >= 0)
@@ -75,6 +78,25 @@ def decode(
     out = nothing_sampled(state.sampling, steps, decoder.config.vocab_size)
     _, store, state, out = lax.while_loop(running, body, (jnp.int32(0), store, state, out))
     return store, state, out
+
+
+@jax.jit
+def choose(
+    scores: Float[Array, "requests vocab"],
+    state: DecodeState,
+    allowed: UInt32[Array | np.ndarray, "requests words"] | None = None,
+) -> tuple[DecodeState, Sampled]:
+    """Sample from what `forward` gave.
+
+    Args:
+      allowed: as in `Sampling`.
+
+    Returns:
+      The state after, and what was sampled, `[requests, 1]`, as `decode` has it.
+    """
+    sampled = sample_step(scores, dataclasses.replace(state.sampling, allowed=allowed), state.position + 1)
+    token = jnp.where(state.position >= 0, sampled.token[:, 0], -1)
+    return advance(state, token), dataclasses.replace(sampled, token=token[:, None])
 
 
 def advance(state: DecodeState, token: Int[Array, "requests"]) -> DecodeState:
@@ -90,10 +112,11 @@ def advance(state: DecodeState, token: Int[Array, "requests"]) -> DecodeState:
     )
 
 
-def _forward(
-    decoder: Decoder, params: Params, store: Store, state: DecodeState
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
+def forward(
+    params: Params, store: Store, state: DecodeState, *, decoder: Decoder
 ) -> tuple[Store, Float[Array, "requests vocab"]]:
-    """One token of each request through all layers."""
+    """The last token of each request through all layers: what follows it, as logits in float32."""
     lines, more = len(state.token), -len(state.token) % decoder.ops.row_multiple
     token, position, tables = (
         jnp.pad(x, [(0, more)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt32
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig
 from sparsex_jax.device.arrivals import Arrivals, Late
-from sparsex_jax.device.decode import DecodeState, decode
+from sparsex_jax.device.decode import DecodeState, choose, decode, forward
 from sparsex_jax.device.prefill import align, embed_rows, prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
@@ -374,13 +374,27 @@ class Runner:
         """Up to `steps` tokens for each sequence of the state, at most the engine's `decode_steps`; -1 behind a
         sequence's end. Does not wait for the device."""
         most = self.engine.decode_steps
-        # From the host, or from the dispatch before: placed alike, both run the same program.
-        state = jax.device_put(state, self._everywhere)
         with self._precision():
             self.store, state, sampled = decode(
-                self.params, self.store, state, np.int32(steps), decoder=self.decoder, steps=most
+                self.params, self.store, self._placed(state), np.int32(steps), decoder=self.decoder, steps=most
             )
         return state, sampled
+
+    def start_forward(self, state: DecodeState) -> Float[Array, "requests vocab"]:
+        """The last token of each sequence through all layers, for `choose`. Does not wait for the device."""
+        with self._precision():
+            self.store, scores = forward(self.params, self.store, self._placed(state), decoder=self.decoder)
+        return scores
+
+    def choose(
+        self, scores: Float[Array, "requests vocab"], state: DecodeState, allowed: UInt32[np.ndarray, "requests words"]
+    ) -> tuple[DecodeState, Sampled]:
+        """The next token of each sequence among those allowed. Does not wait for the device."""
+        return choose(scores, self._placed(state), jax.device_put(allowed, self._everywhere))
+
+    def _placed(self, state: DecodeState) -> DecodeState:
+        """The state comes from the host, or from the dispatch before: placed alike, both run the same program."""
+        return jax.device_put(state, self._everywhere)
 
     def recover(self) -> bool:
         """Make a new store if a failed step took the old one with it. True if the KV is lost."""

@@ -12,7 +12,6 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, UInt32
 
 from sparsex_jax.config import MAX_LOGPROBS
-from sparsex_jax.device.constraint import Constraint
 
 NON_FINITE = -2  # sampled in place of a token where the request's logits have NaN or infinities
 
@@ -61,8 +60,8 @@ class Adjustment:
 class Sampling:
     """The `SamplingParams` of each request, as arrays.
 
-    A step is compiled for three kinds of batches, so that all can be compiled ahead: plain ones; those where some
-    request has a structure; and those where some request has more wishes, which have all of the last three fields.
+    What samples is compiled for a few kinds of batches, so that all can be compiled ahead: with and without
+    `adjustment` and `logprobs`, which come together, and with and without `allowed`.
 
     Attributes:
       temperature: 0 takes the most probable token.
@@ -71,7 +70,8 @@ class Sampling:
       min_p: the least probability of a token, as a share of the most probable one's.
       seed: of the request's random stream.
       adjustment: penalties, biases and bans. None if no request has one, or asks for log-probabilities.
-      constraint: of structures. None if no request has a structure or one of these wishes.
+      allowed: which tokens the structure of a request allows: 32 in a word, the lowest bit first; all bits are set for
+        a request without one. None if no request has one.
       logprobs: whether log-probabilities are computed.
     """
 
@@ -81,7 +81,7 @@ class Sampling:
     min_p: Float[Array, "requests"]
     seed: UInt32[Array, "requests"]
     adjustment: Adjustment | None = None
-    constraint: Constraint | None = None
+    allowed: UInt32[Array | np.ndarray, "requests words"] | None = None
     logprobs: bool = struct.field(pytree_node=False, default=False)
 
     def count(self, token: Int[Array, "requests"], running: Bool[Array, "requests"]) -> Sampling:
@@ -155,8 +155,8 @@ def sample(
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     if sampling.adjustment is not None:
         logits = sampling.adjustment.apply(logits, position)
-    if sampling.constraint is not None:
-        logits = sampling.constraint.apply(logits, position)
+    if sampling.allowed is not None:
+        logits = jnp.where(_unpacked(sampling.allowed, logits.shape[1]), logits, -jnp.inf)
     greedy = jnp.argmax(logits, axis=-1)
 
     def drawn() -> Array:
@@ -165,9 +165,12 @@ def sample(
         return jnp.where(sampling.temperature > 0, jax.vmap(jax.random.categorical)(keys, scaled), greedy)
 
     token = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: greedy)
-    if sampling.constraint is not None:
-        token = sampling.constraint.force(token, position)
     return jnp.where(finite, token, NON_FINITE).astype(jnp.int32)
+
+
+def _unpacked(words: UInt32[Array | np.ndarray, "requests words"], number: int) -> Bool[Array, "requests number"]:
+    bits = (jnp.asarray(words)[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return bits.reshape(len(words), -1)[:, :number] > 0
 
 
 def _filtered(logits: Float[Array, "requests vocab"], sampling: Sampling) -> Float[Array, "requests vocab"]:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt32
 
 from sparsex_jax.config import SamplingParams
-from sparsex_jax.device.constraint import Constraint, constraint_arrays
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.sampling import Adjustment, Sampling
 from sparsex_jax.reuse.planner import page_tables
@@ -46,6 +46,24 @@ class BatchSlot:
         return len(self.prompt) + len(self.answer)
 
 
+def allowed_tokens(
+    matchers: Sequence[Matcher | None], size: int, vocab_size: int
+) -> UInt32[np.ndarray, "requests words"]:
+    """Which tokens may come next in a batch of `size` slots, as `Sampling.allowed` has it.
+
+    Args:
+      matchers: of the requests in the first slots; None: any token may come.
+
+    Raises:
+      StructureError: a grammar got too complex.
+    """
+    allowed = np.full((size, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+    for line, matcher in zip(allowed, matchers, strict=False):
+        if matcher is not None:
+            line[:] = matcher.allowed()
+    return allowed
+
+
 def sampling_arrays(slots: Sequence[BatchSlot], size: int, vocab_size: int) -> Sampling:
     """How the next token of each sequence is chosen, in arrays of `size` slots; those that are left over are greedy.
 
@@ -59,7 +77,6 @@ def sampling_arrays(slots: Sequence[BatchSlot], size: int, vocab_size: int) -> S
     return Sampling(
         **jax.device_put({name: np.array(values, _DTYPES[name]) for name, values in numbers.items()}),
         adjustment=_adjustment(filled, slots, vocab_size) if wishes else None,
-        constraint=jax.device_put(_constraint(slots, size, vocab_size, always=wishes)),
         logprobs=wishes,
     )
 
@@ -87,13 +104,6 @@ def _adjustment(filled: Sequence[SamplingParams], slots: Sequence[BatchSlot], vo
     )
 
 
-def _constraint(slots: Sequence[BatchSlot], size: int, vocab_size: int, *, always: bool) -> Constraint | None:
-    """None if none of the sequences has a structure, unless there is to be one that constrains nothing."""
-    if not always and not any(slot.matcher for slot in slots):
-        return None
-    return constraint_arrays([slot.matcher for slot in slots], [slot.length for slot in slots], size, vocab_size)
-
-
 def _bias(sampling: SamplingParams, vocab_size: int) -> np.ndarray:
     """What is added to each logit: minus infinity where the token is not allowed."""
     allowed = sampling.allowed_token_ids
@@ -117,32 +127,13 @@ def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int) ->
     for number, slot in enumerate(slots):
         stops[number, : len(slot.end_tokens)] = slot.end_tokens
     tables = page_tables([slot.pages for slot in slots], size, max_pages)
-    progress, stops, tables = jax.device_put((_progress(slots, size), stops.astype(np.int32), tables))
-    return DecodeState(**progress, stops=stops, page_tables=tables, sampling=sampling_arrays(slots, size, vocab_size))
-
-
-def resumed(state: DecodeState, slots: Sequence[BatchSlot], vocab_size: int, *, moved: bool) -> DecodeState:
-    """A state behind what was computed, as the host takes that.
-
-    Args:
-      slots: those of the state, some of which has a structure. Their pages are the same.
-      moved: the host did not take all of it, so they continue elsewhere. Nothing counts their tokens (`adjustment`).
-    """
-    size = len(state.token)
-    progress, constraint = jax.device_put(
-        (_progress(slots, size) if moved else {}, _constraint(slots, size, vocab_size, always=True))
-    )
-    sampling = dataclasses.replace(state.sampling, constraint=constraint)
-    return dataclasses.replace(state, **progress, sampling=sampling)
-
-
-def _progress(slots: Sequence[BatchSlot], size: int) -> dict[str, np.ndarray]:
-    """How far the sequences are: fields of `DecodeState`."""
-    return {
+    progress = {
         "token": _padded([slot.answer[-1] for slot in slots], size, 0),
         "position": _padded([slot.length - 1 for slot in slots], size, -1),
         "remaining": _padded([slot.sampling.max_new_tokens - len(slot.answer) for slot in slots], size, 0),
     }
+    progress, stops, tables = jax.device_put((progress, stops.astype(np.int32), tables))
+    return DecodeState(**progress, stops=stops, page_tables=tables, sampling=sampling_arrays(slots, size, vocab_size))
 
 
 def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What sequences hold of the store: they get pages, grow, make what they computed findable, and give pages back.
 
-    admit -> (prefill) -> unpin -> (decode) <-> grow -> commit -> leave
+    admit -> (prefill) -> let go of donors -> (decode) <-> grow -> commit -> leave
 
 All of it is on the host. It says which pages a sequence's KV is in, and never sees the KV itself.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence as Several
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from sparsex_jax.cache import Forgotten, Match, Origin, PageCache
+from sparsex_jax.cache import Forgotten, Match, Origin, PageCache, PinState
 from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
 from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
@@ -36,6 +36,7 @@ from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.scheduler.tiers import Tiers
 
+ANSWERED = ("stop", "length")  # reasons to finish
 MOST_TEXTS = 4096  # remembered texts that are known after their eviction, where there are lower tiers
 
 
@@ -47,7 +48,8 @@ class Admission:
       choice: what of that a plan uses.
       company_tokens: `EngineConfig.company_tokens`.
       tiers, restoring, loading: what is below the store, and what comes back from there; None: nothing.
-      releases: how often pages were given back or unpinned. A sequence that found no pages finds none until it rises.
+      clock: gives the time in seconds by which pins end.
+      releases: how often pages were given back or let go. A sequence that found no pages finds none until it rises.
     """
 
     def __init__(self, model: ModelConfig, config: EngineConfig, measure: Callable[[], Speeds] | None = None) -> None:
@@ -67,6 +69,7 @@ class Admission:
         self._holders: set[Sequence] = set()
         self._returning: set[Sequence] = set()  # they wait with an excerpt, or with a part of their answer
         self.releases = 0
+        self.clock: Callable[[], float] = time.monotonic
         self._neighbours: dict[str, Neighbours] = {}
         self._neighbours_at = -1  # `releases` then
         self.cache = self._new_cache()
@@ -87,8 +90,8 @@ class Admission:
     def _new_cache(self) -> PageCache:
         config = self._config
         keep_texts = MOST_TEXTS if config.host_store_bytes else 0
-        about = (config.frozen_limit, self._handles, self._counts, keep_texts)
-        return PageCache(config.num_pages, config.page_size, *about)
+        about = (config.frozen_limit, self._handles, self._counts, keep_texts, config.max_pinned)
+        return PageCache(config.num_pages, config.page_size, *about, clock=lambda: self.clock())
 
     # For those who measure ----------------------------------------------------------------------------------
 
@@ -141,7 +144,7 @@ class Admission:
                 wanted = self._pages_wanted(sequence, slots, plan.pages)
                 pages, copy_pages = self._take_pages(plan.pages, wanted, sequence)
             except BaseException:
-                self.cache.unpin(match)
+                self.cache.let_go(match)
                 raise
         if sequence.asked and not sequence.was_admitted:
             self.cache.count_use(match)
@@ -155,7 +158,7 @@ class Admission:
     def _lay_out(
         self, sequence: Sequence, tokens: np.ndarray, method: Method, *, load: bool = True
     ) -> tuple[Match, RequestPlan]:
-        """The plan, with no pages yet but the shared ones, and what it found, which is pinned.
+        """The plan, with no pages yet but the shared ones, and what it found, which is held.
 
         Args:
           load: what lower tiers have of the prompt is loaded first.
@@ -174,9 +177,9 @@ class Admission:
                 sequence.restored_tokens += loaded
                 return match, plan
         except BaseException:
-            self.cache.unpin(match)
+            self.cache.let_go(match)
             raise
-        self.cache.unpin(match)
+        self.cache.let_go(match)
         return self._lay_out(sequence, tokens, method, load=False)  # without what did not come
 
     def _comes_in_time(self, plan: RequestPlan) -> bool:
@@ -256,24 +259,32 @@ class Admission:
         self._counts.found(sequence.found)
 
     def _require_room(self, sequence: Sequence, shared: Several[int]) -> None:
-        """Raise NoRoomError if frozen texts leave too little of the store for a sequence that shares these pages.
+        """Raise NoRoomError if frozen texts and pins leave too little for a sequence that shares these pages.
 
-        One that has a part of its answer needs no room for more: it ends there if it must. So may one that says so.
+        One that has a part of its answer needs no room for more: it ends there if it must.
         """
-        output = sequence.output
-        slots = sequence.slots(1) if output.token_ids or output.sampling.ends_where_full else sequence.most_slots
-        own = self.pages_for(slots) + self.pages_for(sequence.num_copied) - self.cache.num_frozen_of(shared)
-        if own > self.cache.num_beside_frozen:
+        slots = sequence.slots(1) if sequence.output.token_ids else self._promised(sequence)
+        own = self._own_pages(sequence, slots, shared)
+        if own > self.cache.num_beside_kept:
             raise self._no_room(sequence, own)
         if sequence.remember and sequence.remember.frozen:
             text = self.pages_for(len(sequence.remember.text))
             kept = [] if sequence.num_copied else shared  # a text behind others shares nothing with what is stored
             self.cache.require_frozen_room(kept, text - len(kept))
 
+    @staticmethod
+    def _promised(sequence: Sequence) -> int:
+        """Slots without which a sequence is not admitted. If it says so, its answer may end where the store is full."""
+        return sequence.slots(1) if sequence.output.sampling.ends_where_full else sequence.most_slots
+
+    def _own_pages(self, sequence: Sequence, slots: int, shared: Several[int]) -> int:
+        """How many pages a sequence needs, besides those of these pages that stay anyway."""
+        return self.pages_for(slots) + self.pages_for(sequence.num_copied) - self.cache.num_kept_of(shared)
+
     def _no_room(self, sequence: Sequence, own: int) -> NoRoomError:
-        left, size = self.cache.num_beside_frozen, self._config.page_size
-        said = f"the request needs {own} pages of {size} tokens of its own, and frozen texts leave {left} of "
-        said += str(self._config.num_pages)
+        left, size, pins = self.cache.num_beside_kept, self._config.page_size, len(self.cache.pins)
+        said = f"the request needs {own} pages of {size} tokens of its own, and frozen texts "
+        said += f"{f'and {pins} pins ' if pins else ''}leave {left} of {self._config.num_pages}"
         if sequence.remember:
             return FrozenLimitError(said)
         context = min(self._model.max_position, left * size)
@@ -281,9 +292,9 @@ class Admission:
         return NoRoomError(f"This model's maximum context length is {context} tokens now. However, {said}")
 
     def _pages_wanted(self, sequence: Sequence, slots: int, shared: Several[int]) -> int:
-        """Pages for this many slots, or for the next token alone where frozen texts can never leave more."""
+        """Pages for this many slots, or for the next token alone where frozen texts and pins do not leave more."""
         copied = self.pages_for(sequence.num_copied)
-        most = self.cache.num_beside_frozen + self.cache.num_frozen_of(shared) - copied
+        most = self.cache.num_beside_kept + self.cache.num_kept_of(shared) - copied
         return min(self.pages_for(slots), max(self.pages_for(sequence.slots(1)), most))
 
     def _take_pages(self, shared: Several[int], wanted: int, sequence: Sequence) -> tuple[list[int], list[int]]:
@@ -324,7 +335,7 @@ class Admission:
 
         The text is held twice for a moment: behind its company, and in pages of its own.
         """
-        slots = (self.cache.num_beside_frozen - self.pages_for(num_tokens)) * self._config.page_size
+        slots = (self.cache.num_beside_kept - self.pages_for(num_tokens)) * self._config.page_size
         return max(min(self._model.max_position, slots) - num_tokens, 0)
 
     # While it runs ------------------------------------------------------------------------------------------
@@ -340,10 +351,10 @@ class Admission:
             return False
         return True
 
-    def unpin(self, sequence: Sequence) -> None:
-        """Let go of the donors: the copies are made, or on their way. Idempotent."""
+    def let_go_of_donors(self, sequence: Sequence) -> None:
+        """The copies are made, or on their way. Idempotent."""
         if sequence.match is not None:
-            self.cache.unpin(sequence.match)
+            self.cache.let_go(sequence.match)
             sequence.match = None
             self.releases += 1
 
@@ -425,6 +436,39 @@ class Admission:
             self.tiers.keep(self.cache, pages, remembered=True)
         return pages
 
+    # Pinning ------------------------------------------------------------------------------------------------
+
+    def _pin(self, sequence: Sequence) -> None:
+        """Pin an answered sequence, if it asks for that. What others run with is not taken from them."""
+        pinning = sequence.pinning
+        if pinning is None:
+            return
+        pinning.key = pinning.key or f"request-{sequence.id}"
+        tokens = sequence.tokens[: min(sequence.num_computed, sequence.num_kept)]
+        self.expire_pins()
+        promised = functools.partial(self._keeps_promises, sequence)
+        sequence.pin = pinning.take(self.cache, tokens, sequence.namespace, promised)
+
+    def _keeps_promises(self, ended: Sequence) -> bool:
+        """Whether frozen texts and pins leave all others that were admitted what they were admitted for."""
+        return all(
+            self._own_pages(other, self._promised(other), other.pages if other.is_admitted else ())
+            <= self.cache.num_beside_kept
+            for other in self._holders | self._returning
+            if other is not ended
+        )
+
+    def unpin(self, namespace: str, key: str) -> PinState:
+        """End a pin. Raises UnknownPinError if the namespace has none of this key."""
+        self.expire_pins()
+        state = self.cache.unpin(namespace, key)
+        self.releases += 1
+        return state
+
+    def expire_pins(self) -> None:
+        """End the pins whose time is over."""
+        self.releases += self.cache.pins.expire()
+
     # Going out ----------------------------------------------------------------------------------------------
 
     def preempt(self, sequence: Sequence) -> None:
@@ -457,7 +501,7 @@ class Admission:
     def leave(self, sequence: Sequence) -> None:
         """Give back all that it holds; it waits. Nothing happens to a sequence that holds nothing."""
         if sequence.is_admitted:
-            self.unpin(sequence)
+            self.let_go_of_donors(sequence)
             pages = [*sequence.pages, *sequence.copy_pages]
             self._holders.discard(sequence)
             sequence.leave()  # before the pages go, so that they cannot be given back twice
@@ -469,6 +513,8 @@ class Admission:
     def finish(self, sequence: Sequence, reason: str, error: Exception | None = None) -> None:
         """End it, whatever its state. Nothing can be found of one that failed."""
         sequence.timeline.end()
+        if reason in ANSWERED:
+            self._pin(sequence)
         if error is not None:
             self.withdraw(sequence)
         elif self.tiers and sequence.is_admitted and sequence.keep and not sequence.remember:

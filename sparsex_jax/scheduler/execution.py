@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import NamedTuple
 
@@ -15,8 +16,9 @@ from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.device.scoring import Scores
-from sparsex_jax.device.state import BatchSlot, decode_state, resumed, sampling_arrays
+from sparsex_jax.device.state import BatchSlot, allowed_tokens, decode_state, sampling_arrays
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
+from sparsex_jax.scheduler.constrained import ConstrainedDecode
 from sparsex_jax.scheduler.sequence import Sequence
 
 
@@ -26,7 +28,7 @@ class _Kept(NamedTuple):
 
     Attributes:
       pages: of each sequence: its plan, and how many pages it has.
-      tokens: how many new tokens each sequence has, if the host takes all that were computed.
+      tokens: how many new tokens each sequence has behind it.
     """
 
     state: DecodeState
@@ -40,13 +42,13 @@ class Dispatch(NamedTuple):
     Attributes:
       sequences: whose; one batch slot each.
       steps: at most how many for each.
-      sampled: where they will be on the device, or why the dispatch failed.
+      sampled: where they will be on the device, what brings them, or why the dispatch failed.
       started: `time.perf_counter()` then.
     """
 
     sequences: list[Sequence]
     steps: int
-    sampled: Sampled | Exception
+    sampled: Sampled | ConstrainedDecode | Exception
     started: float
 
 
@@ -93,36 +95,40 @@ class Execution:
         except Exception as error:
             return Dispatch(sequences, steps, error, started)
 
-    def _dispatch(self, sequences: list[Sequence], steps: int) -> Sampled:
+    def _dispatch(self, sequences: list[Sequence], steps: int) -> Sampled | ConstrainedDecode:
         kept, self._kept = self._kept, None
-        state, sampled = self._runner.start_decode(self._state(sequences, kept), steps)
+        state, matchers = self._state(sequences, kept), [sequence.output.matcher for sequence in sequences]
+        if any(matchers):
+            return ConstrainedDecode(self._runner, state, matchers, steps)
+        state, sampled = self._runner.start_decode(state, steps)
         self._kept = _Kept(state, _pages(sequences), _tokens(sequences, steps))
         return sampled
 
     def _state(self, sequences: list[Sequence], kept: _Kept | None) -> DecodeState:
         """The state stays on the device from one dispatch to the next, unless a sequence came, went or got pages
-        meanwhile: then it is made anew of what the host knows. So are positions, where a structure did not allow all
-        that was computed."""
-        vocab_size = self._runner.model.vocab_size
-        if kept is not None and kept.pages == _pages(sequences):
-            moved = kept.tokens != _tokens(sequences, 0)
-            structured = any(sequence.output.matcher for sequence in sequences)
-            if not moved and not structured:
-                return kept.state
-            if structured and (not moved or kept.state.sampling.adjustment is None):
-                return resumed(kept.state, _slots(sequences), vocab_size, moved=moved)
-        return decode_state(_slots(sequences), self._runner.shapes.max_pages, vocab_size)
+        meanwhile: then it is made anew of what the host knows."""
+        if kept is not None and kept.pages == _pages(sequences) and kept.tokens == _tokens(sequences, 0):
+            return kept.state
+        return decode_state(_slots(sequences), self._runner.shapes.max_pages, self._runner.model.vocab_size)
 
     def fetch(self, dispatch: Dispatch) -> Sampled:
         """What was sampled, as NumPy arrays, a batch slot for each sequence. Raises why the dispatch failed."""
         try:
-            if isinstance(dispatch.sampled, Exception):
-                raise dispatch.sampled
-            sampled = jax.device_get(dispatch.sampled)
+            sampled = self._finished(dispatch)
         except Exception:
             self._kept = None  # it came out of the same dispatch
             raise
         self.step_seconds = (time.perf_counter() - dispatch.started) / dispatch.steps
+        return sampled
+
+    def _finished(self, dispatch: Dispatch) -> Sampled:
+        if isinstance(dispatch.sampled, Exception):
+            raise dispatch.sampled
+        if isinstance(dispatch.sampled, Sampled):
+            return jax.device_get(dispatch.sampled)
+        state, sampled = dispatch.sampled.finish()
+        steps = sampled.token.shape[1]
+        self._kept = _Kept(state, _pages(dispatch.sequences), _tokens(dispatch.sequences, steps))
         return sampled
 
     def decode_alone(self, sequence: Sequence, steps: int) -> Sampled:
@@ -212,7 +218,11 @@ class Execution:
         slots = [sequence.batch_slot for sequence in sequences]
         position = np.zeros(len(logits), np.int32)
         position[: len(slots)] = [slot.length for slot in slots]
-        sampling = sampling_arrays(slots, len(logits), self._runner.model.vocab_size)
+        vocab_size = self._runner.model.vocab_size
+        sampling = sampling_arrays(slots, len(logits), vocab_size)
+        if any(slot.matcher for slot in slots):
+            allowed = allowed_tokens([slot.matcher for slot in slots], len(logits), vocab_size)
+            sampling = dataclasses.replace(sampling, allowed=jax.device_put(allowed))
         return self._runner.first_tokens(logits, sampling, position)
 
 

@@ -82,7 +82,7 @@ class Loading:
         except LinkError:
             log.exception("stored KV could not be loaded; it is computed")
         finally:
-            cache.unpin(match)
+            cache.let_go(match)
         return loaded
 
     def came(

@@ -41,6 +41,7 @@ from sparsex_jax.scheduler.healing import Healing
 from sparsex_jax.scheduler.interrupts import interrupts_at_the_end
 from sparsex_jax.scheduler.isolation import Isolation
 from sparsex_jax.scheduler.lending import Lent
+from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
 from sparsex_jax.scheduler.requests import Requests
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE, Event, Listener, Sequence, State, Ticket, ignore
@@ -101,6 +102,7 @@ class Loop:
         keep: bool = True,
         turns: frozenset[bytes] | None = None,
         lent: Lent | None = None,
+        pinning: Pinning | None = None,
         delay_s: float = 0.0,
         listener: Listener,
     ) -> Ticket:
@@ -109,6 +111,7 @@ class Loop:
         Args:
           turns: `turns_of` the prompt, if it is given as the tokens of a chat.
           lent: shared by several answers to one prompt that is not kept. None: there is one answer, or it is kept.
+          pinning: pins prompt and answer once it is answered; shared by several answers to one request.
           delay_s: wait as if it had come so much later, or earlier if negative. So it overtakes only those who came
             less than that before it.
           listener: called with each `Event`, on the thread that steps. If it raises, it is dropped and its request is
@@ -121,7 +124,7 @@ class Loop:
         """
         sampling = SamplingParams() if sampling is None else sampling
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns}
-        options |= {"lent": lent, "delay_s": delay_s}
+        options |= {"lent": lent, "pinning": pinning, "delay_s": delay_s}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
     def remember(
@@ -316,6 +319,7 @@ class Loop:
             raise RuntimeError("a listener called the engine in the middle of a round; listeners may only submit")
 
     def _take_in(self) -> None:
+        self.admission.expire_pins()
         with self._news:
             new, self._inbox = self._inbox, []
             self.policy.sequences += new
@@ -370,7 +374,7 @@ class Loop:
         for group, result in self._isolation.attempt(sequences, together, lambda one: run([one])):
             for slot, sequence in enumerate(group):
                 if sequence.late is None:
-                    self.admission.unpin(sequence)  # the copies are made before the first layer
+                    self.admission.let_go_of_donors(sequence)  # the copies are made before the first layer
                 self.policy.end_turn(sequence)
                 if result is not None:
                     take(sequence, result, slot)

@@ -18,7 +18,7 @@ def with_tiers(plan: RequestPlan, tail: Segment | None, cache: PageCache, came_f
     Args:
       plan: with the pages of its prefix alone.
       tail: the last part of the prefix, which is copied.
-      cache: in which all of these are pinned.
+      cache: in which all of these are held.
       came_from: the tiers that pages were loaded from. All others were on the device.
     """
     if not came_from:

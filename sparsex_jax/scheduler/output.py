@@ -10,10 +10,12 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from sparsex_jax.cache import PinState
 from sparsex_jax.config import SamplingParams
 from sparsex_jax.device.sampling import NON_FINITE, Logprobs, Sampled
 from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError
 from sparsex_jax.reuse.report import Report
+from sparsex_jax.scheduler.pinning import PinRefused
 from sparsex_jax.text.detokenizer import Detokenizer
 from sparsex_jax.text.matcher import Matcher
 
@@ -47,6 +49,7 @@ class Generation:
       logprobs: one for each new token if `SamplingParams.logprobs` asked for them; otherwise empty.
       prompt_logprobs: one for each token of the prompt if `SamplingParams.prompt_logprobs` asked for them, and None for
         tokens that have none: the first one, at least. Otherwise empty.
+      pin: what is pinned of prompt and answer, or why they are not. None: that was not asked for.
     """
 
     text: str
@@ -56,6 +59,7 @@ class Generation:
     logits: Float32[np.ndarray, "vocab"] | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    pin: PinState | PinRefused | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +145,7 @@ class Output:
         if self.matcher is None or self.max_new_tokens == 0:
             self.extend(tokens, logprobs)
             return
-        self.extend(self.matcher.accept(tokens, freely=self.sampling.draws_freely), logprobs)
+        self.extend(self.matcher.accept(tokens), logprobs)
         if self.matcher.done:
             self._end("stop")
 
@@ -163,12 +167,6 @@ class Output:
     def cut(self) -> None:
         """End it here: there is no room for more."""
         self._end("length")
-
-    def expected(self, steps: int) -> float:
-        """How many of the tokens of so many steps will count."""
-        if self.matcher is None:
-            return steps
-        return self.matcher.expected(steps, freely=self.sampling.draws_freely)
 
     def _end(self, reason: str) -> None:
         if self.finish_reason is None and self._detokenizer is not None:

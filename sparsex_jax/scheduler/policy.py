@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsex_jax.config import EngineConfig, ReuseConfig
-from sparsex_jax.device.constraint import MOST_FORCED
 from sparsex_jax.errors import InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.planner import Shapes
 from sparsex_jax.scheduler.admission import Admission
@@ -33,9 +32,6 @@ from sparsex_jax.scheduler.sharing import Offer
 FEW_STEPS = 4  # tokens a dispatch while some sequence waits for a prefill
 # A dispatch of more tokens should not take longer: who comes meanwhile waits for its end. It matters on slow devices.
 MOST_SECONDS = 0.2
-# What the host does between two dispatches, as a share of a step. It decides how far steps reach beyond what is certain
-# of answers with a structure: see `_until_likely`.
-PAUSE = 0.25
 # What the host looks at in a round does not grow with the line: so many that find no pages, and so many comparisons of
 # one that waits with one that is being prefilled. Who is not looked at has its turn in one of the next rounds.
 MOST_TRIED = 16
@@ -109,20 +105,7 @@ class Policy:
         most = self._config.decode_steps
         if near or step_seconds * most > MOST_SECONDS:
             most = min(FEW_STEPS, most)
-        return self._until_likely(most)
-
-    def _until_likely(self, most: int) -> int:
-        """As many steps as bring the sequence on fastest that gets on slowest, counting the pause between dispatches.
-
-        An answer with a structure takes its forced tokens and one more of a dispatch, and of those behind that only as
-        many as happen to be allowed.
-        """
-        outputs = [sequence.output for sequence in self.of_state(State.DECODING)]
-        structured = [output for output in outputs if output.matcher is not None]
-        if not structured:
-            return most
-        counts = range(1, min(most, MOST_FORCED) + 1)
-        return max(counts, key=lambda steps: min(one.expected(steps) for one in structured) / (steps + PAUSE))
+        return most
 
     def _grow(self, steps: int) -> None:
         """Take pages for the tokens to come, the oldest first. Where there are none, the youngest makes room.

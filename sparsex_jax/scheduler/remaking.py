@@ -73,7 +73,7 @@ class Remaking:
         return more and not self._admission.cache.begins_prompts(entry.handle)
 
     def _has_room(self, before: int, num_tokens: int) -> bool:
-        """Whether there are pages for the text behind its company, for its copy, and for a tail that is pinned."""
+        """Whether there are pages for the text behind its company, for its copy, and for a tail that is held."""
         pages = self._admission.pages_for
         needed = pages(before + num_tokens) + pages(num_tokens) + 1
         return needed <= self._admission.cache.num_available

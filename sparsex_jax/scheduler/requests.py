@@ -81,6 +81,8 @@ class Requests:
         output.follow(tokens)
         options |= {"turns": turns_of(prompt) if turns is None else turns}
         options |= {"prompt_logprobs": PromptLogprobs.asked(tokens, sampling)}
+        if options.get("pinning") is not None and not keep:
+            raise InvalidRequestError("keep=False and a pin exclude each other: what is not kept cannot stay")
         reuse = reuse_when_scored(sampling) if reuse is None else reuse
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 

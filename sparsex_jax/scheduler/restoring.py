@@ -143,7 +143,7 @@ class Restoring:
             log.exception("a stored prefix could not be restored; it is computed")
             return set()
         finally:
-            cache.unpin(match)
+            cache.let_go(match)
         rest = [found.block.key for found in (*chain[len(exact) :], *others)]
         for key in rest:
             self._tiers.read(key)

@@ -20,7 +20,7 @@ Who owns what, while it is admitted:
 
 Prefix pages belong to what was stored before and are never written. Own pages are written by this sequence only, and
 become findable when it commits them. Copy pages are there for a text that is prefilled behind others. Donors,
-which segments are copied from, are not the sequence's: they are pinned until the copies are made.
+which segments are copied from, are not the sequence's: its match holds them until the copies are made.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from sparsex_jax.cache import Match
+from sparsex_jax.cache import Match, PinState
 from sparsex_jax.cache.company import Company, company_namespace
 from sparsex_jax.cache.counts import Hits
 from sparsex_jax.cache.tree import Node
@@ -49,6 +49,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
 from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.output import Output, TokenLogprobs
+from sparsex_jax.scheduler.pinning import Pinning, PinRefused
 from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs
 from sparsex_jax.scheduler.sharing import Offer, Wanted
 from sparsex_jax.scheduler.timeline import UNTIMED, Timeline
@@ -81,6 +82,7 @@ class Event:
       handle: with the last event of a text that was remembered.
       queue_s: seconds from the call until it was first admitted; None if it was not yet.
       stopped_by: with the last event, the stop string that ended the text.
+      pin: with the last event, what is pinned of it, or why it is not. None: that was not asked for.
     """
 
     text: str
@@ -93,6 +95,7 @@ class Event:
     queue_s: float | None = None
     stopped_by: str | None = None
     prompt_logprobs: PromptLogprobs | None = None
+    pin: PinState | PinRefused | None = None
 
 
 Listener = Callable[[Event], None]
@@ -143,6 +146,7 @@ class Sequence:
       company: what a text to remember is prefilled behind, if the engine chose that. It chooses at each admission.
       prompt_logprobs: those of the prompt that was asked, as far as they are known. None: nobody asks for them.
       lent: the prompt of several answers, of which this is one, that is found while they run but is not kept.
+      pinning: pins it once it is answered. Shared by the answers to one request. None: it is not to be pinned.
       delay_s: by its priority it waits as if it had come so many seconds later, or earlier where this is negative.
       timeline: when its parts began and ended, if somebody traces it.
       wanted: what it could find of that which others compute.
@@ -168,7 +172,7 @@ class Sequence:
       admitted_plan: its prefill as its method made it, with its pages.
       num_shared: pages at its beginning that are a prefix it found.
       copy_pages: pages for a text that is prefilled behind others.
-      match: what it found, while that is pinned.
+      match: what it found, while its pages are held.
       late: what of that is still coming when it is admitted, until its prefill has pasted it.
       found: how much that was.
       donors: pages of what it found; also earlier, where an excerpt or a part of its answer came of that.
@@ -184,6 +188,7 @@ class Sequence:
     What came of it:
       report, logits: of its prefill.
       handle: of what was remembered.
+      pin: as in `Event`.
       finish_reason, error: why it ended.
     """
 
@@ -203,6 +208,7 @@ class Sequence:
     company: Company = dataclasses.field(default_factory=Company.nobody)
     prompt_logprobs: PromptLogprobs | None = None
     lent: Lent | None = None
+    pinning: Pinning | None = None
     delay_s: float = 0.0
     timeline: Timeline = UNTIMED
     wanted: Wanted = dataclasses.field(init=False)
@@ -242,6 +248,7 @@ class Sequence:
     report: Report | None = None
     logits: Float32[np.ndarray, "vocab"] | None = None
     handle: int | None = None
+    pin: PinState | PinRefused | None = None
     finish_reason: str | None = None
     error: Exception | None = None
     _num_told: int = 0  # new tokens that events had
@@ -355,7 +362,7 @@ class Sequence:
     def admit(
         self, plan: RequestPlan, match: Match, num_shared: int, copy_pages: list[int], late: Late | None = None
     ) -> None:
-        """It holds the pages of the plan, and has pinned what it found."""
+        """It holds the pages of the plan, and its match holds what it found."""
         if self.queue_s is None:
             self.queue_s = time.perf_counter() - self.submitted
         self.admitted_plan, self.match, self.copy_pages, self.late = plan, match, copy_pages, late
@@ -473,6 +480,7 @@ class Sequence:
             handle=self.handle,
             queue_s=self.queue_s,
             stopped_by=self.output.stopped_by,
+            pin=self.pin,
         )
 
 

@@ -5,8 +5,8 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
     for each row bucket   the alignment and the prefill, which serves every method; log-probabilities of prompts, with
                           one or with many most probable tokens; the default method's probe, if it has one: of all
                           layers together where they fit a turn, one by one where they do not
-    for 1, 2, 4 ...       the decode of that many sequences together: plain ones, some with a structure, and some with
-                          penalties, biases or log-probabilities
+    for 1, 2, 4 ...       the decode of that many sequences together: without and with penalties, biases or
+                          log-probabilities, and each of both also where some have a structure
     with tiers            the gathers and scatters of blocks; and host memory is pinned
 
 Requests that name a method of other probes compile what they need when they come.
@@ -30,6 +30,7 @@ from sparsex_jax.errors import NonFiniteLogitsError, StructureError
 from sparsex_jax.reuse.methods import Phase, method_of
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_jax.scheduler.constrained import ConstrainedDecode
 from sparsex_jax.scheduler.loop import Loop
 
 
@@ -39,21 +40,23 @@ def steps(loop: Loop) -> list[Callable[[], None]]:
     buckets = loop.runner.shapes.buckets
     prefills = [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe)]
     batches = _batches(loop.policy.max_num_seqs)
-    wishes = [SamplingParams(), *_structures(loop), SamplingParams(logprobs=0)]
+    wishes = [
+        one for free in (SamplingParams(), SamplingParams(logprobs=0)) for one in (free, *_structured(loop, free))
+    ]
     decodes = [functools.partial(_decode, loop, number, wish) for wish in wishes for number in batches]
     tiers = [loop.admission.tiers.warm_up] if loop.admission.tiers is not None else []
     whole = [functools.partial(_generate, loop, wish) for wish in wishes]
     return [*prefills, functools.partial(_measure, loop), *decodes, *tiers, *whole]
 
 
-def _structures(loop: Loop) -> list[SamplingParams]:
-    """A structure that answers of this model can have; none if its tokens cannot be constrained."""
+def _structured(loop: Loop, sampling: SamplingParams) -> list[SamplingParams]:
+    """The same with a structure that answers of this model can have; none if its tokens cannot be constrained."""
     structure = Structure("json_object")
     try:
         loop.requests.matcher(structure)
     except StructureError:
         return []
-    return [SamplingParams(structure=structure)]
+    return [dataclasses.replace(sampling, structure=structure)]
 
 
 def _batches(most: int) -> list[int]:
@@ -108,8 +111,11 @@ def _decode(loop: Loop, number: int, wish: SamplingParams) -> None:
     with loop.admission.lend(2) as pages:
         slot = BatchSlot([0], [0], dataclasses.replace(wish, max_new_tokens=2), ends, pages, matcher)
         state = decode_state([slot] * number, runner.shapes.max_pages, runner.model.vocab_size)
-        _, sampled = runner.start_decode(state, 1)
-    if (jax.device_get(sampled).token == NON_FINITE).any():
+        if matcher is None:
+            sampled = jax.device_get(runner.start_decode(state, 1)[1])
+        else:
+            sampled = ConstrainedDecode(runner, state, [matcher] * number, 2).finish()[1]
+    if (sampled.token == NON_FINITE).any():
         raise NonFiniteLogitsError("the logits behind a prompt of one token are not all finite")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,6 +27,7 @@ from sparsex_jax.serving.access import Access, ForbiddenError, Limits
 from sparsex_jax.serving.exchange import Exchange, Exchanges
 from sparsex_jax.serving.methods import Cors, HeadAsGet
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat
+from sparsex_jax.serving.pins import entry_of as pin_entry
 from sparsex_jax.serving.protocols import routers
 from sparsex_jax.serving.reply import Extent, Reply
 from sparsex_jax.serving.request_log import RequestLog
@@ -203,6 +205,21 @@ async def delete_knowledge(
         remaining_tokens=gone.num_remaining,
         stale=gone.num_stale,
     )
+
+
+@router.get("/v1/pins")
+async def list_pins(service: Served, tenant: Caller, cache_salt: Salt = None) -> schemas.PinList:
+    """What is pinned under this key and salt, oldest first."""
+    pins = await service.call(service.worker.engine.pins, tenant.store_namespace(cache_salt))
+    return schemas.PinList(data=[pin_entry(pin) for pin in pins])
+
+
+@router.delete("/v1/pins/{key:path}")
+async def release_pin(key: str, service: Served, tenant: Caller, cache_salt: Salt = None) -> schemas.PinDeleted:
+    """Release a pin: its pages stay as long as there is room. One of another key or salt is as unknown as any other."""
+    namespace = tenant.store_namespace(cache_salt)
+    pin = await service.call(functools.partial(service.worker.engine.unpin, key, namespace=namespace))
+    return schemas.PinDeleted(key=key, num_tokens=pin.num_tokens, pages=pin.num_pages)
 
 
 @router.get("/v1/store")

@@ -86,8 +86,8 @@ REFUSED: Mapping[str, Refusal] = {
 # For the operator's books, for speed, or about what is not there: the answer is the same.
 TAKEN = frozenset(
     {
-        *("user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key"),
-        *("prompt_cache_retention", "prompt_cache_options", "prediction", "request_id", "guided_decoding_backend"),
+        *("user", "safety_identifier", "metadata", "store", "service_tier"),
+        *("prediction", "request_id", "guided_decoding_backend"),
         *("spaces_between_special_tokens", "detokenize", "cache_prompt"),
         *("structured_outputs.disable_any_whitespace", "structured_outputs.disable_fallback"),
         *("structured_outputs.backend", "structured_outputs.disable_any_whitespace"),

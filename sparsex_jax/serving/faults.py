@@ -29,6 +29,7 @@ from sparsex_jax.errors import (
     SparsexError,
     StoreFullError,
     UnknownHandleError,
+    UnknownPinError,
 )
 from sparsex_jax.serving.access import ConcurrencyError, ForbiddenError, QuotaError, UnauthorizedError
 from sparsex_jax.serving.methods import allowed
@@ -176,6 +177,8 @@ def _validation(error: Any) -> Fault:
     param = _field(worst["loc"])
     if worst["type"] == "too_many_fields":
         message = f"{param or 'the body'}: {worst['msg']}"
+    elif param is None and isinstance(worst.get("input"), Mapping):  # its fields do not go together
+        message = f"the body: {worst['msg']}"
     elif param is None:
         message = "the body must be a JSON object, sent as application/json"
     else:
@@ -211,6 +214,7 @@ _DESCRIPTIONS: tuple[tuple[type[BaseException], Any], ...] = (
     (ForbiddenError, _as(403, "permission_error", "forbidden")),
     (QuotaError, _as(403, "permission_error", "knowledge_quota", "text")),
     (UnknownHandleError, _as(404, "invalid_request_error", "unknown_handle")),
+    (UnknownPinError, _as(404, "invalid_request_error", "unknown_pin")),
     (ConcurrencyError, _later(429, "too_many_requests")),
     (DisconnectedError, _as(_CLIENT_CLOSED, "invalid_request_error", "disconnected")),
     (OverloadedError, _later(503, "overloaded")),

@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.config import ReuseConfig, SamplingParams, Structure
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.scheduler.lending import Lent
+from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.prompt_logprobs import check_prompt_logprobs, reuse_when_scored
 from sparsex_jax.serving import extras
 from sparsex_jax.serving.access import Limits, Tenant
 from sparsex_jax.serving.evaluation import Echo, answer_logprobs_of, check_best_of, each_answer, prompt_logprobs_of
 from sparsex_jax.serving.faults import RequestError
 from sparsex_jax.serving.lengths import Lengths
+from sparsex_jax.serving.pins import pinning_of
 from sparsex_jax.serving.schemas import ChatRequest, CompletionRequest, Generate, KnowledgeRequest, Message
 from sparsex_jax.serving.structure import structure_of
 from sparsex_jax.serving.thinking import Thoughts, refuse_thinking
@@ -75,14 +77,17 @@ class Intake:
         tokens = self._prompt(request, self._render(request), "messages", named, special=False)
         exact, default = (None, named and named[1]) if shortens else (named, None)
         most = self.lengths.new_tokens(len(tokens), exact, default, "messages")
-        sampling = self._sampling(request, most, exact is not None, _chat_logprobs(request))
+        thinking = self._thoughts.thinking(request, tokens)
+        sampling = self._sampling(request, most, exact is not None, _chat_logprobs(request), thinking)
         sampling = dataclasses.replace(sampling, shown_token_ids=self._shown_ids(request))
         turns = turn_digests([plain_message(message) for message in request.messages])
-        return self._jobs(request, tenant, tokens, sampling, turns)
+        return self._jobs(request, tenant, tokens, sampling, pinning_of(request), turns)
 
     def thinking(self, request: ChatRequest, job: Job) -> Thinking | None:
-        """How the answer to a chat thinks. None: its thoughts are not taken apart."""
-        return self._thoughts.thinking(request, job.prompt)
+        """How the answer to a chat thinks. None: its thoughts are not taken apart, or it has none."""
+        thinking, structure = self._thoughts.thinking(request, job.prompt), job.sampling.structure
+        is_structure = structure is not None and structure.lazy is None and structure.behind is None
+        return None if is_structure else thinking  # from its first token on
 
     def chat_tokens(self, request: ChatRequest) -> np.ndarray:
         """The ids of a chat's prompt, however long it is. Raises RequestError if a field is wrong."""
@@ -113,12 +118,11 @@ class Intake:
         self._check_number(request, len(prompts))
         named = _first_given(max_tokens=request.max_tokens)
         encoded = [self._prompt(request, prompt, "prompt", named, special=True) for prompt in prompts]
-        jobs: list[Job] = []
+        pinning, jobs = pinning_of(request), list[Job]()
         for tokens in encoded:
             most = self.lengths.new_tokens(len(tokens), named, _COMPLETION_TOKENS, "prompt")
-            jobs += self._jobs(
-                request, tenant, tokens, self._sampling(request, most, named is not None, request.logprobs)
-            )
+            sampling = self._sampling(request, most, named is not None, request.logprobs)
+            jobs += self._jobs(request, tenant, tokens, sampling, pinning)
         return jobs
 
     def echoes(self, request: CompletionRequest, jobs: Sequence[Job]) -> list[Echo]:
@@ -241,7 +245,9 @@ class Intake:
                 param=param,
             )
 
-    def _sampling(self, request: Generate, most: int, named: bool, logprobs: int | None) -> SamplingParams:
+    def _sampling(
+        self, request: Generate, most: int, named: bool, logprobs: int | None, thinking: Thinking | None = None
+    ) -> SamplingParams:
         """
         Args:
           most: tokens that the answer may have.
@@ -264,12 +270,16 @@ class Intake:
             logprobs=answer_logprobs_of(request, logprobs),
             prompt_logprobs=prompt_logprobs_of(request),
             prompt_logprobs_start=request.prompt_logprobs_start or 0,
-            structure=structure_of(request, self._engine.tokenizer, self._engine.loop.requests.matcher),
+            structure=self._structure(request, thinking),
             ends_where_full=not named,
             **{name: value for name in _SAME if (value := getattr(request, name)) is not None},
         )
         sampling.check_vocabulary(self._engine.model.vocab_size)
         return sampling
+
+    def _structure(self, request: Generate, thinking: Thinking | None) -> Structure | None:
+        behind = None if thinking is None else thinking.behind
+        return structure_of(request, self._engine.tokenizer, behind, self._engine.loop.requests.matcher)
 
     def _jobs(
         self,
@@ -277,6 +287,7 @@ class Intake:
         tenant: Tenant,
         tokens: np.ndarray,
         sampling: SamplingParams,
+        pinning: Pinning | None,
         turns: frozenset[bytes] = frozenset(),
     ) -> list[Job]:
         """One for each answer."""
@@ -284,7 +295,7 @@ class Intake:
         namespace, keep = tenant.store_namespace(request.cache_salt), request.keep is not False
         answers = each_answer(request, sampling, self._reuse(request, sampling))
         lent = Lent(len(answers)) if len(answers) > 1 and not keep else None
-        return [Job(tokens, one, reuse, namespace, keep, turns, lent) for one, reuse in answers]
+        return [Job(tokens, one, reuse, namespace, keep, turns, lent, pinning) for one, reuse in answers]
 
     def _reuse(self, request: Generate, sampling: SamplingParams) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""

@@ -7,8 +7,10 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sparsex_jax.cache import PinState
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.output import TokenLogprobs
+from sparsex_jax.scheduler.pinning import PinRefused
 from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs
 from sparsex_jax.serving.evaluation import Echo, finite
 from sparsex_jax.serving.faults import OutOfServiceError
@@ -33,6 +35,7 @@ class PartialAnswer:
       parts: of the text, where there is a reader.
       report: of the prefill, which comes with the first event.
       prompt_logprobs: of the prompt's tokens, where they were asked for; with the first event too.
+      pin: what is pinned, or why it is not, with the last event. None: that was not asked for.
     """
 
     text: str = ""
@@ -43,6 +46,7 @@ class PartialAnswer:
     finish_reason: str | None = None
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     stopped_by: str | None = None
+    pin: PinState | PinRefused | None = None
     reader: AnswerReader | None = None
     parts: list[Part] = dataclasses.field(default_factory=list)
 
@@ -60,7 +64,7 @@ class PartialAnswer:
         self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         self.finish_reason = event.finish_reason or self.finish_reason
         self.logprobs += event.logprobs
-        self.stopped_by = event.stopped_by
+        self.stopped_by, self.pin = event.stopped_by, event.pin
         new = [] if self.reader is None else self.reader.read(event)
         self.parts += new
         return new

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsex_jax.cache import PinState
 from sparsex_jax.reuse.report import Report, found_as
+from sparsex_jax.scheduler.pinning import PinRefused
 from sparsex_jax.serving.evaluation import best, prompt_entries
 from sparsex_jax.serving.faults import fault_of
 from sparsex_jax.serving.openai import PartialAnswer, ReplyFormat
+from sparsex_jax.serving.pins import pin_fields
 from sparsex_jax.serving.schemas import Generate
 from sparsex_jax.serving.thoughts import AnswerReader
 from sparsex_jax.serving.worker import Job
@@ -143,7 +146,7 @@ class Reply:
         yield DONE
 
     def _chunks_of(self, number: int, event: Event) -> list[dict[str, Any]]:
-        """The chunks of an event; the first one of an answer carries its report."""
+        """The chunks of an event; the first one of an answer carries its report, and the last one its pin."""
         answer = self.answers[number]
         first = answer.report is None and event.report is not None
         delta = self._formats[number].delta(event, answer.add(event))
@@ -161,6 +164,8 @@ class Reply:
             bodies[0] |= {"sparsex": self._sparsex(number)} | (
                 self._prompt_ids(number) if self._format.one_prompt else {}
             )
+        elif answer.pin is not None:
+            bodies[-1] |= {"sparsex": {"pin": pin_fields(answer.pin)}}
         return bodies
 
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -214,16 +219,19 @@ class Reply:
         report = self.answers[number].report
         if report is None:
             return None
-        return report_fields(report, self._pieces[number // self._extent.answers] if self._pieces else None)
+        pieces = self._pieces[number // self._extent.answers] if self._pieces else None
+        return report_fields(report, pieces, self.answers[number].pin)
 
 
-def report_fields(report: Report, pieces: list[str] | None) -> dict[str, Any]:
+def report_fields(report: Report, pieces: list[str] | None, pin: PinState | PinRefused | None = None) -> dict[str, Any]:
     """What `sparsex` says of a prompt.
 
     Args:
       pieces: the texts of its tokens, for the token map. None: without a token map.
+      pin: what is pinned of it and its answer, or why they are not. None: that was not asked for.
     """
-    return report.to_dict() | ({} if pieces is None else {"token_map": token_map(pieces, report)})
+    told = {} if pieces is None else {"token_map": token_map(pieces, report)}
+    return report.to_dict() | told | ({} if pin is None else {"pin": pin_fields(pin)})
 
 
 def cached_tokens(report: Report) -> int:

@@ -157,6 +157,17 @@ class Thinking(Object):
     type: Literal["enabled", "disabled", "adaptive"]
 
 
+class PromptCacheOptions(Object):
+    """How long the prompt and its answer stay in the store."""
+
+    ttl: Annotated[Any, WithJsonSchema({"type": ["number", "string"]})] | None = Field(
+        None, description="Seconds, or a time such as 30m or 24h; a day at most."
+    )
+    mode: Literal["implicit", "explicit"] | None = Field(
+        None, description="Changes nothing: the whole prompt is pinned, with its answer."
+    )
+
+
 class Asking(Object):
     """What all requests for answers have in common."""
 
@@ -226,6 +237,13 @@ class Generate(Asking):
     cache_salt: Text | None = Field(None, description="Only requests with the same salt share what is stored.")
     reuse: ReuseOptions | None = Field(None, description="How stored KV is reused: a method and its options.")  # type: ignore[valid-type]
     keep: bool | None = Field(None, description="False: prompt and answer are not stored for later prompts.")
+    prompt_cache_key: str | None = Field(None, description="Names the pin. By default the request's id does.")
+    prompt_cache_options: PromptCacheOptions | None = Field(
+        None, description="With a ttl, prompt and answer are pinned: they are not evicted before."
+    )
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
+        None, description="24h with a key is as a ttl of 24h."
+    )
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(
         None, description="Lower is earlier: a second in line for each, at most a minute."
     )
@@ -363,6 +381,35 @@ class KnowledgeDeleted(BaseModel):
     stale: int
 
 
+class PinEntry(BaseModel):
+    """Pages that stay for a time.
+
+    Attributes:
+      num_tokens, pages: that it has. Pins that begin alike share pages.
+    """
+
+    object: Literal["pin"] = "pin"
+    key: str
+    num_tokens: int
+    pages: int
+    seconds_left: float
+
+
+class PinList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[PinEntry]
+
+
+class PinDeleted(BaseModel):
+    """A pin that was released, and what it had."""
+
+    object: Literal["pin.deleted"] = "pin.deleted"
+    key: str
+    deleted: Literal[True] = True
+    num_tokens: int
+    pages: int
+
+
 class Tier(BaseModel):
     """One of the places that KV is kept in.
 
@@ -378,14 +425,17 @@ class Tier(BaseModel):
 
 
 class Store(BaseModel):
-    """The store's pages by state, how many tokens a page has, and the tiers: the store itself first."""
+    """The store's pages by state, how many pins there are, how many tokens a page has, and the tiers: the store itself
+    first."""
 
     object: Literal["store"] = "store"
     pages: int
     free: int
     active: int
     frozen: int
+    pinned: int
     cached: int
+    pins: int
     page_size: int
     tiers: list[Tier]
 

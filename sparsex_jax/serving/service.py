@@ -111,6 +111,7 @@ class Service:
             await stream.before_jobs(place.turn())
             # With several keys a priority counts among the requests of its own key only.
             delay_s = place.delay_s if self.access.num_keys == 1 else 0.0
+            _name_pin(asked, exchange.id)
             stream.submit(*(dataclasses.replace(job, delay_s=delay_s) for job in asked.jobs))
             if not body.stream:
                 return json_response(await reply.whole(stream), headers=headers)
@@ -129,8 +130,7 @@ class Service:
     def asked_chat(self, request: schemas.ChatRequest, tenant: Tenant, *, shortens: bool = False) -> Asked:
         """What a chat asks for. Off the event loop. Arguments and errors as of `Intake.chat`."""
         jobs = self.intake.chat(request, tenant, shortens=shortens)
-        structured = jobs[0].sampling.structure is not None  # from its first token on, so there is no thought before it
-        return Asked(request, jobs, None if structured else self.intake.thinking(request, jobs[0]))
+        return Asked(request, jobs, self.intake.thinking(request, jobs[0]))
 
     def asked_completion(self, request: schemas.CompletionRequest, tenant: Tenant) -> Asked:
         """What a completion asks for. Off the event loop. Raises as `Intake.completion`."""
@@ -146,6 +146,7 @@ class Service:
             asked.thinking,
             functools.partial(reader_of, tokenizer, request),
             one_call=request.parallel_tool_calls is False,
+            only_calls=request.tool_choice not in (None, "auto", "none"),
             tells_thoughts=request.include_reasoning is not False,
         )
 
@@ -208,6 +209,13 @@ def _build(engine: Engine, model: str) -> dict[str, str]:
     """What runs here, for metrics."""
     version, device = importlib.metadata.version("sparsex-jax"), engine.mesh.devices.flat[0].device_kind
     return {"version": version, "jax": jax.__version__, "device": device, "model": model}
+
+
+def _name_pin(asked: Asked, request_id: str) -> None:
+    """A pin without a key has the request's id. All jobs share it."""
+    for job in asked.jobs:
+        if job.pinning is not None:
+            job.pinning.key = job.pinning.key or request_id
 
 
 def entry_of(engine: Engine, handle: int, namespace: str) -> Entry:

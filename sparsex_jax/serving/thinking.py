@@ -40,7 +40,8 @@ class Thoughts:
         if form is None or self._tokenizer is None:
             return None
         end = self._tokenizer.decode(prompt[-_END:].tolist(), skip_special_tokens=False)
-        return Thinking(form, form.is_open(end, _continued(request)))
+        continued = _continued(request)
+        return Thinking(form, form.is_open(end, continued), form.behind(end, continued))
 
     def marks(self, request: ChatRequest) -> tuple[str, ...]:
         """What an answer marks its thoughts with. Raises as `thinking`."""

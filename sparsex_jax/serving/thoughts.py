@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from sparsex_jax.config import Behind
 from sparsex_jax.serving.tools import Call, Reader
 from sparsex_jax.text.thoughts import ThoughtForm
 from sparsex_jax.text.token_text import TokenText
@@ -37,10 +38,12 @@ class Thinking:
 
     Attributes:
       is_open: they begin within a thought.
+      behind: the thought that may stand before what an answer must be; None: there is none before such answers.
     """
 
     form: ThoughtForm
     is_open: bool
+    behind: Behind | None = None
 
 
 class _Stage(enum.Enum):
@@ -186,6 +189,7 @@ class AnswerReader:
         make_reader: Callable[[], Reader | None],
         *,
         one_call: bool = False,
+        only_calls: bool = False,
         tells_thoughts: bool = True,
     ) -> None:
         """
@@ -193,9 +197,10 @@ class AnswerReader:
           thinking: None: thoughts are not taken apart.
           make_reader: makes a reader of calls, where there can be any.
           one_call: the answer has the first call at most.
+          only_calls: the answer has no text. What it has of a call that was cut is dropped.
           tells_thoughts: thoughts are returned, and not dropped.
         """
-        self._texts, self._tells_thoughts = texts, tells_thoughts
+        self._texts, self._tells_thoughts, self._only_calls = texts, tells_thoughts, only_calls
         self._most_calls = 1 if one_call else None
         self._thoughts = None if thinking is None else ThoughtReader(thinking, make_reader)
         self._reader = self._thoughts or make_reader()
@@ -225,7 +230,7 @@ class AnswerReader:
         if isinstance(part, Call):
             self._num_calls += 1
             return self._most_calls is None or self._num_calls <= self._most_calls
-        return self._tells_thoughts or not isinstance(part, Thought)
+        return self._tells_thoughts if isinstance(part, Thought) else not self._only_calls
 
     def _count(self, thoughts: ThoughtReader, event: Event) -> None:
         """Count an event's tokens. Where the thought ends within their text, those that begin before its end count."""

@@ -30,6 +30,7 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
 from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
+from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 from sparsex_jax.serving.heartbeat import Heartbeat
 
@@ -82,6 +83,7 @@ class Job:
     keep: bool = True
     turns: frozenset[bytes] = frozenset()
     lent: Lent | None = None
+    pinning: Pinning | None = None
     delay_s: float = 0.0
 
     def submit(self, loop: Loop, listener: Listener) -> Ticket:
@@ -93,6 +95,7 @@ class Job:
             keep=self.keep,
             turns=self.turns,
             lent=self.lent,
+            pinning=self.pinning,
             delay_s=self.delay_s,
             listener=listener,
         )

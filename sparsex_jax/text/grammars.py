@@ -10,6 +10,7 @@ from typing import Any
 from sparsex_jax.config.structure import Structure
 from sparsex_jax.errors import StructureError
 from sparsex_jax.text.matcher import Matcher
+from sparsex_jax.text.place import Place, Tokens, error_of
 
 _KEPT = 256  # compiled grammars
 # As Python's `json.dumps` writes JSON. Free white space would let a model write of it without an end.
@@ -31,8 +32,8 @@ class Grammars:
         """
         self._tokenizer, self._vocab_size, self._end_tokens = tokenizer, vocab_size, end_tokens
         self._lock = threading.Lock()
-        self._tokens: Any | None = None
-        self._compiled: collections.OrderedDict[Structure, Any] = collections.OrderedDict()
+        self._tokens: Tokens | None = None
+        self._compiled: collections.OrderedDict[tuple[str, str], Any] = collections.OrderedDict()
 
     def matcher(self, structure: Structure, *, may_end: bool = True) -> Matcher:
         """A matcher for one answer.
@@ -43,40 +44,51 @@ class Grammars:
         Raises:
           StructureError: there is no such grammar: the message says what is wrong or not supported.
         """
-        ends = self._end_tokens if may_end else ()
-        return Matcher(self.compiled(structure).deep_copy(), self._vocab_size, self._end_tokens, ends)
+        grammar, ends = self.compiled(structure), frozenset(self._end_tokens if may_end else ())
+        tokens, end_tokens = self._vocabulary(), frozenset(self._end_tokens)
+        return Matcher(structure, lambda: Place(grammar.deep_copy(), tokens, end_tokens, ends), tokens, ends)
 
     def compiled(self, structure: Structure) -> Any:
         """llguidance's matcher at the beginning. Raises as `matcher`."""
+        key = (structure.kind, structure.value)
         with self._lock:
-            if structure not in self._compiled:
-                self._compiled[structure] = self._compile(structure)
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(structure)
                 while len(self._compiled) > _KEPT:
                     self._compiled.popitem(last=False)
-            self._compiled.move_to_end(structure)
-            return self._compiled[structure]
+            self._compiled.move_to_end(key)
+            return self._compiled[key]
 
     def _compile(self, structure: Structure) -> Any:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._vocabulary(), _grammar(structure), log_level=0)
+        matcher = LLMatcher(self._vocabulary().llguidance, _grammar(structure), log_level=0)
         if matcher.is_error():
-            raise StructureError(f"structure of kind {structure.kind}: {matcher.get_error().strip():.1000}")
+            raise StructureError(f"structure of kind {structure.kind}: {error_of(matcher)}")
+        _require_a_beginning(matcher.deep_copy(), structure.kind)
         if matcher.is_stopped() or _matches_nothing_but_the_empty_text(matcher, self._end_tokens):
             raise StructureError(f"structure of kind {structure.kind} is fulfilled by the empty text only")
         return matcher
 
-    def _vocabulary(self) -> Any:
+    def _vocabulary(self) -> Tokens:
         if self._tokens is None:
             from llguidance import LLTokenizer
 
             size = max(self._vocab_size, len(self._tokenizer))
             try:
                 text = self._tokenizer.backend_tokenizer.to_str()
-                self._tokens = LLTokenizer(text, n_vocab=size, eos_token=list(self._end_tokens))
+                tokens = LLTokenizer(text, n_vocab=size, eos_token=list(self._end_tokens))
+                self._tokens = Tokens(tokens, self._vocab_size)
             except Exception as error:
                 raise StructureError(f"structure: this model's tokenizer cannot be constrained: {error}") from error
         return self._tokens
+
+
+def _require_a_beginning(matcher: Any, kind: str) -> None:
+    """Raises StructureError if no token may come first, as where a schema refers to itself only."""
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        raise StructureError(f"structure of kind {kind} allows no text, or is too complex: {error_of(matcher)}")
 
 
 def _matches_nothing_but_the_empty_text(matcher: Any, end_tokens: tuple[int, ...]) -> bool:

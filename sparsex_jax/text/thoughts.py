@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsex_jax.config.checks import require
+from sparsex_jax.config.structure import Behind
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.text.end_tokens import token_id
 from sparsex_jax.text.templates import Template
@@ -52,6 +53,16 @@ class ThoughtForm:
             return continued.rfind(self.begin) > continued.rfind(self.end)
         prompt = prompt.rstrip()
         return prompt.endswith(self.begin) or (self.begins_open and not prompt.endswith(self.end))
+
+    def behind(self, prompt: str, continued: str | None = None) -> Behind | None:
+        """The thought that may stand before what an answer must be. None: there is none, since the prompt closed it.
+
+        Arguments as of `is_open`.
+        """
+        if self.is_open(prompt, continued):
+            return Behind(self.end)
+        closed = continued is not None or prompt.rstrip().endswith(self.end)
+        return None if closed else Behind(self.end, self.begin)
 
     def wrapped(self, thought: str, content: str) -> str:
         """Thought and content as the model writes them."""

@@ -5,8 +5,9 @@ block is read once for all of them. One more warpgroup fetches K and V blocks by
 (`hopper_blocks.py`).
 
 A tile may hold rows of several requests. The program folds the keys of one request after the other, from the start
-each time or from the first block that some row's window touches, and keeps each row's result of its own request. What is not finite in another request's keys or values never
-reaches the row. Rows therefore need not be cut at the requests' borders, and every output tile is stored once.
+each time, or from the first block that some row's window touches, and keeps each row's result of its own request. What
+is not finite in another request's keys or values never reaches the row. Rows therefore need not be cut at the requests'
+borders, and every output tile is stored once.
 
 In a call that may cut tiles (`tiles.py`), a program has a part of its tile's key blocks, as a table says. In any other
 it has all of them, and there is no table.

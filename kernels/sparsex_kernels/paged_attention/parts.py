@@ -35,7 +35,8 @@ def key_parts(
       window: blocks before it are in no part.
 
     Returns:
-      A line for each part, its `Part` without what is None; and for each row its first part and the one behind its last.
+      A line for each part, its `Part` without what is None; and for each row its first part and the one behind its
+      last.
     """
     # Positions 9, -1 and 3, blocks of 2 keys, 1 head, 4 programs:
     #   blocks 5 0 2, 7 in all, so a part has at most ceil(7 / 4) = 2
@@ -52,7 +53,7 @@ def key_parts(
     row = jnp.minimum((ends <= part[:, None]).sum(1), len(positions) - 1)
     begin = (part - (ends - count)[row]) * size[row]
     end = jnp.where(part < ends[-1], jnp.minimum(begin + size[row], blocks[row]), begin)
-    fields = Part(row, requests[row], positions[row], begin, end)[:5]
+    fields: tuple[Any, ...] = Part(row, requests[row], positions[row], begin, end)[:5]
     if window is not None and skipped is not None:
         fields = (*fields[:3], begin + skipped[row], end + skipped[row], first_seen(positions, window)[row])
     parts = jnp.stack(fields, axis=-1)

@@ -6,6 +6,7 @@ import { bytes, count, percent } from "./words.js";
 const MEANING = {
   active: "of requests that run now",
   frozen: "documents, kept until they are forgotten",
+  pinned: "kept for a time, as agents asked",
   cached: "of earlier prompts, kept until room is needed",
   free: "empty",
 };

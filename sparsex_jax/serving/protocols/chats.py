@@ -26,6 +26,9 @@ _SHARED = (
     *(
         "cache_salt",
         "priority",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
         "reuse",
         "keep",
         "return_token_map",
@@ -149,8 +152,8 @@ class EventReply(abc.ABC):
     @property
     def report(self) -> Fields | None:
         """The report of the prompt, as `sparsex` says it."""
-        report = self.answer.report
-        return None if report is None else report_fields(report, self._pieces[0] if self._pieces else None)
+        report, pin = self.answer.report, self.answer.pin
+        return None if report is None else report_fields(report, self._pieces[0] if self._pieces else None, pin)
 
     async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> Fields:
         """As `Replies.whole`."""

@@ -124,7 +124,7 @@ def chat_of(body: CountTokensRequest, tokenizer: Any | None = None) -> Any:
         "messages": messages,
         "continue_final_message": continued or None,
         "tools": [_tool(number, tool) for number, tool in enumerate(body.tools or ())] or None,
-        "tool_choice": _tool_choice(choice) if choice and body.tools else None,
+        "tool_choice": _tool_choice(choice) if choice and (body.tools or choice.type in _FORCES) else None,
         "parallel_tool_calls": False if choice and choice.disable_parallel_tool_use else None,
         "thinking": body.thinking and {"type": body.thinking.type},
         "response_format": _format(body),
@@ -175,8 +175,13 @@ def _tool(number: int, tool: Mapping[str, Any]) -> Fields:
     return {"type": "function", "function": {to: tool[name] for name, to in names.items() if name in tool}}
 
 
+_FORCES = ("any", "tool")
+
+
 def _tool_choice(choice: ToolChoice) -> Any:
     if choice.type == "tool":
+        if choice.name is None:
+            raise RequestError("tool_choice.name is missing", param="tool_choice.name", code="missing")
         return {"type": "function", "function": {"name": choice.name}}
     return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
 

@@ -45,7 +45,9 @@ class MessagesReply(EventReply):
     def end(self) -> list[Fields]:
         closed, reason = self._close(), self._stop_reason()
         delta = {"stop_reason": reason, "stop_sequence": self._stop_sequence(reason)}
-        return [*closed, {"type": "message_delta", "delta": delta, "usage": self._usage()}, {"type": "message_stop"}]
+        ended = {"type": "message_delta", "delta": delta, "usage": self._usage()}
+        ended |= {"sparsex": {"pin": self.report["pin"]}} if self.report and "pin" in self.report else {}
+        return [*closed, ended, {"type": "message_stop"}]
 
     def fail(self, fault: Fault) -> list[Fields]:
         return [fault.anthropic_body()]

@@ -120,7 +120,7 @@ def chat_of(body: ResponsesRequest) -> ChatRequest:
         | {
             "messages": instructions + _messages(body.input),
             "tools": [_tool(number, tool) for number, tool in enumerate(body.tools or ())] or None,
-            "tool_choice": _tool_choice(body.tool_choice) if body.tools else None,
+            "tool_choice": _tool_choice(body.tool_choice) if body.tools or body.tool_choice not in _LETS else None,
             "parallel_tool_calls": body.parallel_tool_calls,
             "max_tokens": body.max_output_tokens,
             "temperature": body.temperature,
@@ -158,6 +158,9 @@ def _tool(number: int, tool: Mapping[str, Any]) -> Fields:
         raise unsupported(f"tools[{number}]", f"it has type {tool.get('type')!r:.60}; {known}")
     names = ("name", "description", "parameters", "strict")
     return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
+
+
+_LETS = (None, "auto", "none")
 
 
 def _tool_choice(choice: str | Mapping[str, Any] | None) -> Any:

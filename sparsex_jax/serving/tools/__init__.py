@@ -57,18 +57,18 @@ def reader_for(template: str | None, tools: Iterable[Any]) -> Reader | None:
     offered = Tools(tools)
     if not offered or not isinstance(template, str):
         return None
-    forms = _forms(template)
+    forms = _forms(template, offered)
     return CallReader(forms, offered) if forms else None
 
 
-def _forms(template: str) -> list[Form]:
+def _forms(template: str, offered: Tools) -> list[Form]:
     tagged = [Hermes()] if "<tool_call>" in template else []
     if "<function=" in template:
         return [TaggedFunction(), *tagged, Function()]
     if tagged:
         return [*tagged]
     if "[TOOL_CALLS]" in template:
-        return [Mistral(), MistralList()]
+        return [Mistral()] if offered.any_strict else [Mistral(), MistralList()]  # without a mark, nothing is masked
     is_llama = "<|start_header_id|>" in template and '"parameters"' in template
     return [LlamaMarked(), Llama()] if is_llama or "<|python_tag|>" in template else []
 

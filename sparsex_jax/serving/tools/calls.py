@@ -35,7 +35,11 @@ class Call:
 
 
 class Tools:
-    """The tools that a request offers: the schemas of their arguments, by name."""
+    """The tools that a request offers: the schemas of their arguments, by name.
+
+    Attributes:
+      any_strict: calls of one of them at least follow its schema.
+    """
 
     def __init__(self, tools: Iterable[Any]) -> None:
         """
@@ -43,6 +47,7 @@ class Tools:
           tools: as OpenAI describes them. Those without a name are left out.
         """
         functions = [_mapping(_mapping(tool).get("function")) for tool in tools]
+        self.any_strict = any(function.get("strict") is True for function in functions)
         self._schemas = {
             function["name"]: _mapping(function.get("parameters"))
             for function in functions

@@ -117,7 +117,8 @@ def behind_end_tag(text: str, start: int, *, ended: bool) -> int | None:
     closed = len(text) - len(text[at:].lstrip("}] \t\r\n"))  # models close more braces than they opened
     if text.startswith(_END, closed):
         return closed + len(_END)
-    return None if _END.startswith(text[closed:]) and not ended else start
+    begun = _END.startswith(text[closed:])  # of an answer that was cut there, nothing is left but white space
+    return (len(text) if begun else start) if ended else (None if begun else start)
 
 
 def _object_at(text: str, start: int, *, ended: bool) -> tuple[Any, int] | None:

@@ -135,7 +135,7 @@ class Roofline:
     def layer_weights(self) -> float:
         m = self.model
         heads = 2 * m.num_q_heads + 2 * m.num_kv_heads
-        return m.hidden_size * (heads * m.head_dim + 3 * m.intermediate_size)
+        return m.hidden_size * (heads * m.head_dim + 3 * m.mlp_width)
 
     @property
     def kv_bytes(self) -> float:

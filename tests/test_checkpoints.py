@@ -44,6 +44,7 @@ PUBLISHED = {
     "qwen3-0.6b": 596.0,
     "qwen3-8b": 8190.7,
     "qwen3-32b": 32762.1,
+    "qwen3-30b-a3b": 30532.1,
     "smollm2-135m": 134.5,
     "smollm2-360m": 361.8,
     "smollm2-1.7b": 1711.4,
@@ -214,6 +215,10 @@ def write_gguf(path, name, architecture, split=0, **fields):
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_eos_token_id(2)
+    if config.num_experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.experts_per_token)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     for key, value in fields.items():
         writer.add_key_value(f"{architecture}.{key}", value, gguf.GGUFValueType.get_type(value))
     for tensor, array in gguf_tensors(name, architecture, config):
@@ -225,10 +230,25 @@ def write_gguf(path, name, architecture, split=0, **fields):
     return path
 
 
+def with_experts_together(stored):
+    """One tensor for all experts of a layer, with the name that llama.cpp's converter gives it."""
+    out, experts = {}, {}
+    for key, array in stored.items():
+        layer, _, rest = key.partition(".experts.")
+        if not rest:
+            out[key] = array
+            continue
+        number, name, _ = rest.split(".")
+        kind = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(name, name)
+        layer = layer.replace("block_sparse_moe", "mlp")
+        experts.setdefault(f"{layer}.experts.{kind}.weight", {})[int(number)] = array
+    return out | {key: np.stack([each[n] for n in range(len(each))]) for key, each in experts.items()}
+
+
 def gguf_tensors(name, architecture, config):
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), config.num_layers)
     heads = {"q_proj": config.num_q_heads, "k_proj": config.num_kv_heads}
-    for key, array in stored_tensors(name).items():
+    for key, array in with_experts_together(stored_tensors(name)).items():
         if architecture == "gemma3" and "norm" in key:
             array = 1 + array.astype(np.float32)
         projection = key.split(".")[-2]
@@ -268,6 +288,9 @@ PHI3_FIELDS = {
         ("qwen2_yarn", "qwen2", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}),
         ("gemma3_text", "gemma3", GEMMA3_FIELDS),
         ("phi3", "phi3", PHI3_FIELDS),
+        ("mixtral", "llama", {}),
+        ("olmoe", "olmoe", {}),
+        ("qwen3_moe", "qwen3moe", {}),
     ],
 )
 def test_gguf_equals_the_directory_it_was_made_of(name, architecture, fields, tmp_path, mesh):
@@ -310,7 +333,9 @@ def test_gguf_rotary_scaling_by_its_old_and_new_names(fields, factors, tmp_path)
     [
         ({"rope.scaling.type": "yarn"}, r"no rope\.scaling\.factor"),
         ({"rope.dimension_count": 8}, "partial rotation"),
-        ({"expert_count": 8}, "experts"),
+        ({"expert_count": 8}, "expert_used_count"),
+        ({"expert_count": 8, "expert_used_count": 2, "expert_shared_count": 1}, "expert_shared_count=1"),
+        ({"expert_count": 8, "expert_used_count": 2, "expert_gating_func": 2}, "expert_gating_func=2"),
     ],
 )
 def test_gguf_with_unsupported_features_is_refused(fields, message, tmp_path):
@@ -324,7 +349,7 @@ def test_gguf_of_another_architecture_is_refused(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModelError, match=r"'gemma2' is not supported; supported: llama, qwen2, qwen3"):
+    with pytest.raises(UnsupportedModelError, match=r"'gemma2' is not supported; supported: .*llama, .*olmoe"):
         open_checkpoint(tmp_path / "m.gguf")
 
 
@@ -616,9 +641,9 @@ def test_conversion_of_a_newer_version_is_refused(tmp_path, mesh):
     convert(GOLDEN / "llama", tmp_path / "out", "float32", mesh)
     path = tmp_path / "out" / "config.json"
     record = json.loads(path.read_text())
-    record["config"]["num_experts"] = 8
+    record["config"]["num_shared_experts"] = 8
     path.write_text(json.dumps(record))
-    with pytest.raises(UnsupportedModelError, match="num_experts"):
+    with pytest.raises(UnsupportedModelError, match="num_shared_experts"):
         open_checkpoint(tmp_path / "out")
 
 

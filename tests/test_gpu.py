@@ -29,6 +29,7 @@ from kernel_cases import (
 import sparsex_kernels.api as kernels
 from sparsex_jax import Engine, ModelConfig, ReuseConfig
 from sparsex_jax.model.sharding import make_mesh
+from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
 
 pytestmark = pytest.mark.gpu
 
@@ -201,6 +202,46 @@ def test_small_linear_shapes():
         kernels.linear(x, weights, jnp.int32(2), jnp.int32(33)), exact(x, weights, 2), strict=True
     ):
         assert relative_error(out[:33], expected[:33]) < 4e-3
+
+
+@pytest.mark.parametrize("rows", [8, 1024])
+def test_grouped_linear(rows):
+    """A layer of Qwen3-30B-A3B: few rows, in tiles of 8, and many, in tiles of 64."""
+    skip_unless_hopper()
+    keys = jax.random.split(jax.random.key(rows), 5)
+    group = jax.random.randint(keys[0], (8 * rows,), 0, 128).at[-5:].set(-1)
+    tiles = make_tiles(group, 128, rows_a_tile(8 * rows, 128))
+    x = jax.random.normal(keys[1], (8 * rows, 2048), jnp.bfloat16)[tiles.members]
+    gate, up, down = (
+        jax.random.normal(key, (2, 128, *size), jnp.bfloat16) * size[0] ** -0.5
+        for key, size in zip(keys[2:], ((2048, 768), (2048, 768), (768, 2048)), strict=True)
+    )
+    places = tiles.places[:-5]
+    gated = {
+        name: jax.jit(partial(kernels.gated_grouped_linear, implementation=name))(x, gate, up, 1, tiles.groups)
+        for name in ("hopper", "xla")
+    }
+    assert relative_error(gated["hopper"][places], gated["xla"][places]) < 1e-2
+    out, expected = (
+        jax.jit(partial(kernels.grouped_linear, implementation=name))(gated["hopper"], down, 1, tiles.groups)[places]
+        for name in ("hopper", "xla")
+    )
+    assert relative_error(out, expected) < 4e-3
+
+
+@pytest.mark.parametrize("rows", [8, 300, 8192])
+def test_grouped_linear_in_tiles_of_each_size(rows):
+    skip_unless_hopper()
+    tile = rows_a_tile(rows, 16)
+    group = jax.random.randint(jax.random.key(0), (rows,), -1, 17)
+    tiles = make_tiles(group, 16, tile)
+    x = jax.random.normal(jax.random.key(1), (rows, 512), jnp.bfloat16)[tiles.members]
+    weights = jax.random.normal(jax.random.key(2), (3, 16, 512, 320), jnp.bfloat16)
+    out, expected = (
+        kernels.grouped_linear(x, weights, 2, tiles.groups, implementation=name) for name in ("hopper", "xla")
+    )
+    here = tiles.places[tiles.places >= 0]
+    assert relative_error(out[here], expected[here]) < 4e-3
 
 
 def test_two_gpus_give_the_logits_of_one():

@@ -80,8 +80,8 @@ def test_a_vocabulary_that_does_not_divide_is_replicated():
 
 
 def test_an_axis_that_the_rules_do_not_list_is_an_error():
-    with pytest.raises(ValueError, match="experts, which the sharding rules do not list"):
-        spec(("layers", "experts", "embed"))
+    with pytest.raises(ValueError, match="columns, which the sharding rules do not list"):
+        spec(("layers", "columns", "embed"))
 
 
 def test_heads_that_do_not_divide_are_refused():

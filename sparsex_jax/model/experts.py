@@ -80,7 +80,7 @@ def _tiles(routing: Routing, count: Int[Array, ""], first: Int[Array, ""] | int,
 def _sum(
     out: Float[Array, "places hidden"], tiles: Tiles, weights: Float[Array, "rows chosen"]
 ) -> Float[Array, "rows hidden"]:
-    """The weighted sum of each row's results, in float32. Places of nobody may hold NaN."""
+    """The weighted sum of each row's results, in float32. Places of nobody, and weights of padding, may be NaN."""
     places = tiles.places.reshape(weights.shape)
-    found = jnp.where(places[..., None] >= 0, out[places].astype(jnp.float32), 0)
-    return (found * weights[..., None]).sum(axis=1)
+    weighted = out[places].astype(jnp.float32) * weights[..., None]
+    return jnp.where(places[..., None] >= 0, weighted, 0).sum(axis=1)

@@ -229,7 +229,8 @@ class Intake:
         if isinstance(text, str) and self._engine.tokenizer and whole:
             self.lengths.require_text_fits(text, param)
         try:
-            return encode(prompt, self._engine.tokenizer, self._engine.model, add_special_tokens=special)
+            engine = self._engine
+            return encode(prompt, engine.tokenizer, engine.model, add_special_tokens=special, name=param)
         except InvalidRequestError as error:
             raise RequestError(str(error), param=param, code="invalid_value") from error
 

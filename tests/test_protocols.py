@@ -403,6 +403,52 @@ def test_responses_are_not_stored(thinker):
         thinker.openai.responses.retrieve("resp_1")
 
 
+# Calls that are cut -----------------------------------------------------------------------------------------
+
+HALF = f"<think>\nWhy not?\n</think>\n\nI ask.\n{CALL}\n{CALL[:40]}"
+
+
+@pytest.fixture
+def cut(thinker):
+    thinker.finish_reason = "length"
+    yield thinker
+    thinker.finish_reason = "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("calls", [{}, {"strict": True}, {"tool_choice": "required"}])
+def test_a_call_that_is_cut_is_left_out_and_those_before_it_are_not(cut, calls, stream):
+    cut.text = HALF
+    function = {"name": "tide", "parameters": SCHEMA} | ({"strict": True} if "strict" in calls else {})
+    fields = {"tools": [{"type": "function", "function": function}]} | ({} if "strict" in calls else calls)
+    text = None if "tool_choice" in calls else "I ask."
+    create = cut.openai.chat.completions.create
+    if stream:
+        choices = [chunk.choices[0] for chunk in create(model=MODEL, messages=ASK, stream=True, **fields)]
+        told = [call for choice in choices for call in choice.delta.tool_calls or ()]
+        content = "".join(choice.delta.content or "" for choice in choices) or None
+    else:
+        choices = create(model=MODEL, messages=ASK, **fields).choices
+        told, content = choices[0].message.tool_calls, choices[0].message.content
+    assert (content, len(told), choices[-1].finish_reason) == (text, 1, "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_cut_is_left_out_in_other_protocols(cut, stream):
+    cut.text = HALF
+    if stream:
+        with cut.anthropic.messages.stream(model=MODEL, max_tokens=9, messages=ASK, tools=[TOOL]) as events:
+            answer = events.get_final_message()
+        [done] = [each for each in response(cut, HALF, tools=[FUNCTION], stream=True) if "incomplete" in each.type]
+        items = done.response.output
+    else:
+        answer = message(cut, HALF, tools=[TOOL])
+        items = response(cut, HALF, tools=[FUNCTION]).output
+    assert [block.type for block in answer.content] == ["thinking", "text", "tool_use"]
+    assert answer.content[1].text == "I ask."
+    assert [item.type for item in items] == ["reasoning", "message", "function_call"]
+
+
 # Tokens, the version, and origins ---------------------------------------------------------------------------
 
 

@@ -698,7 +698,7 @@ def test_a_method_that_is_not_allowed_is_told_which_are(http, method, path, allo
 
 
 def test_other_origins_are_served_if_the_operator_says_so(reference):
-    loop = ScriptedLoop(lambda prompt: [Event("x", (5,), report=report_of(1), finish_reason="stop")])
+    loop = ScriptedLoop(lambda prompt: [Event("x", (5,), finish_reason="stop")])
     asked = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
     asked |= {"Access-Control-Request-Headers": "authorization,content-type"}
     with TestClient(

@@ -225,8 +225,9 @@ def test_strict_calls_whose_mark_is_several_tokens_of_text(plain):
     matcher, text = plain.loop.requests.matcher(structure), f"I ask <tool twice. {call} So. {call} Yes"
     assert write(plain, matcher, text) == text
     assert not matcher.done
-    taken, matcher = follow(plain, structure, '<tool_call>{"x"')
-    assert ("".join(taken), list(matcher.forced)[:1]) == ("<tool_call>", ids(plain, "\n")), "another line is forced"
+    taken, matcher = follow(plain, structure, "<tool_call>")
+    assert taken == ["<tool_call>"]
+    assert plain.tokenizer.decode(matcher.forced).startswith('\n{"name')
 
 
 def test_a_list_of_calls_is_text_without_mistrals_mark_where_functions_are_strict(plain):

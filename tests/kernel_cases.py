@@ -39,6 +39,30 @@ def scattered(
     return q, jnp.asarray(store, dtype), jnp.int32(layers - 1), *arrays
 
 
+def late_rows(case):
+    """The case without the first half of its rows, so that windows may hide keys from all rows of a request."""
+    q, store, layer, positions, requests, tables = case
+    half = int((positions >= 0).sum()) // 2
+    return (
+        q,
+        store,
+        layer,
+        *(jnp.roll(x.at[:half].set(fill), -half) for x, fill in ((positions, -1), (requests, 0))),
+        tables,
+    )
+
+
+def behind_windows(case, window):
+    """The case with NaN in all slots that the window hides from every row."""
+    q, store, layer, positions, requests, tables = case
+    page_size = store.shape[4]
+    for request, pages in enumerate(tables):
+        own = positions[(requests == request) & (positions >= 0)]
+        hidden = np.arange(max(int(own.min()) - window + 1, 0) if own.size else 0)
+        store = store.at[:, pages[hidden // page_size], :, :, hidden % page_size].set(jnp.nan)
+    return q, store, layer, positions, requests, tables
+
+
 def in_float32(case):
     return *(x.astype(jnp.float32) for x in case[:2]), *case[2:]
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import (
+    behind_windows,
     check_nan_stays,
     copies,
     exact,
@@ -12,6 +13,7 @@ from kernel_cases import (
     gated_stacks,
     in_float32,
     last_rows,
+    late_rows,
     relative_error,
     same,
     scattered,
@@ -67,8 +69,8 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(hopper_merge, "MULTIPROCESSORS", 1)
 
 
-def arguments(case):
-    return AttentionArgs(*case, scale=case[0].shape[-1] ** -0.5, backend=CPU)
+def arguments(case, window=None):
+    return AttentionArgs(*case, scale=case[0].shape[-1] ** -0.5, backend=CPU, window=window)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,65 @@ def test_log_sum_exps_of_few_rows_are_cut_into_parts(few_programs):
 @pytest.mark.parametrize(("rows", "length", "cut"), [(1024, 1000, True), (1025, 1000, False), (1024, 300, False)])
 def test_no_program_of_many_rows_or_few_keys_cuts_tiles(rows, length, cut):
     assert Shape.of(arguments(scattered((length,), rows, layers=1)), True, False, DEFAULT).cut is cut
+
+
+def check_windows(case, windows, attend):
+    """One program for all windows. What no row sees holds NaN, so a block too many that is read would be seen."""
+    attend = jax.jit(attend)
+    for window in windows:
+        poisoned = behind_windows(case, window)
+        out, lse = attend(*poisoned, jnp.int32(window))
+        expected, expected_lse = kernels.paged_attention(
+            *in_float32(poisoned), window=jnp.int32(window), return_lse=True, implementation="reference"
+        )
+        assert relative_error(out, expected) < 4e-3
+        np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
+def attend(*args):
+    *case, window = args
+    return kernels.paged_attention(*case, window=window, return_lse=True, implementation="hopper")
+
+
+EVERYTHING = 2**31 - 1  # no limit
+
+
+@pytest.mark.parametrize(
+    ("shape", "windows"),
+    [
+        pytest.param(
+            {"lengths": (600, 3, 70), "rows": 40, "kv_heads": 1, "group": 2},
+            (150, EVERYTHING),
+            id="tiles straddle requests",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"lengths": (900, 300), "rows": 100, "dim": 128, "group": 8, "kv_heads": 1},
+            (1, 128, 200),
+            id="eight heads of 128",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_attention_within_windows(shape, windows):
+    check_windows(late_rows(scattered(**shape)), windows, attend)
+
+
+@pytest.mark.slow
+def test_few_rows_within_windows_are_cut_into_parts(few_programs):
+    case = late_rows(scattered((1200, 9, 300), 30, live=20, kv_heads=1, group=8))
+
+    def attend(*args):
+        *case, window = args
+        return hopper_attention.paged_attention(arguments(case, window), True, EIGHT)
+
+    check_windows(case, (300,), attend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [(1, 64, 100, EVERYTHING)])
+def test_decode_within_windows(windows, few_programs):
+    check_windows(last_rows((260, 5, 64), kv_heads=1), windows, attend)
 
 
 def parts_by_hand(blocks, splits):
@@ -220,6 +281,17 @@ def test_key_mass(shape):
     mass = hopper(kernels.key_mass)(*case)
     expected = kernels.key_mass(*in_float32(case), implementation="reference")
     np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [(1, 64, 150, EVERYTHING)])
+def test_key_mass_within_windows(windows):
+    case = late_rows(scattered((500, 3, 70), 60, kv_heads=1))
+    key_mass = jax.jit(lambda window, *case: kernels.key_mass(*case, window=window, implementation="hopper"))
+    for window in map(jnp.int32, windows):
+        poisoned = behind_windows(case, int(window))
+        expected = kernels.key_mass(*in_float32(poisoned), window=window, implementation="reference")
+        np.testing.assert_allclose(key_mass(window, *poisoned), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_key_mass_of_powers():

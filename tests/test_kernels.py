@@ -12,8 +12,16 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental.pallas import tpu as pltpu
 
 import sparsex_kernels.api as kernels
+from sparsex_kernels.align_and_copy import xla as align_xla
+from sparsex_kernels.align_and_copy.runs import by_runs, run_ends
+from sparsex_kernels.arguments import CopyArgs
+from sparsex_kernels.backend import Backend
 from sparsex_kernels.key_mass import IMPLEMENTATIONS as KEY_MASS
+from sparsex_kernels.key_mass import tpu as tpu_key_mass
 from sparsex_kernels.paged_attention import IMPLEMENTATIONS as ATTENTION
+from sparsex_kernels.paged_attention import gather
+from sparsex_kernels.paged_attention import tpu as tpu_attention
+from sparsex_kernels.paged_attention import xla as xla_attention
 from sparsex_kernels.write_kv import IMPLEMENTATIONS as WRITE_KV
 
 LAYERS, PAGES, KV_HEADS, Q_HEADS, PAGE_SIZE, DIM = 2, 40, 2, 6, 16, 8
@@ -80,11 +88,27 @@ class Case:
         return self.q, self.store, jnp.int32(1), *map(jnp.asarray, (self.positions, self.requests, self.tables))
 
 
-def brute_force_attention(case: Case) -> np.ndarray:
+def in_windows(case: Case, window: int, decode: bool) -> Case:
+    """The later rows of each request, or its last, and NaN in all slots that the window hides from them."""
+    own = [np.flatnonzero(case.requests[: case.used] == request) for request in range(3)]
+    own = [rows[-1:] if decode else rows[len(rows) // 3 :] for rows in own]
+    for rows in own:
+        hidden = np.arange(max(case.positions[rows[0]] - window + 1, 0))
+        page = case.tables[case.requests[rows[0]], hidden // PAGE_SIZE]
+        case.store = case.store.at[:, page, :, :, hidden % PAGE_SIZE].set(jnp.nan)
+    kept, rows = np.concatenate(own), 3 if decode else len(case.q)
+    padding = (0, rows - len(kept))
+    case.positions = np.pad(case.positions[kept], padding, constant_values=-1)
+    case.requests = np.pad(case.requests[kept], padding)
+    case.q, case.used = case.q[:rows], len(kept)
+    return case
+
+
+def brute_force_attention(case: Case, window: int = 1 << 30) -> np.ndarray:
     """Row by row in float64, reading only the slots that the row may see."""
     store, out = np.asarray(case.store[1], np.float64), np.zeros(case.q.shape)
     for row in range(case.used):
-        seen = np.arange(case.positions[row] + 1)
+        seen = np.arange(max(case.positions[row] - window + 1, 0), case.positions[row] + 1)
         pages = case.tables[case.requests[row], seen // PAGE_SIZE]
         keys, values = (store[pages, kv, :, seen % PAGE_SIZE] for kv in (0, 1))
         for head in range(Q_HEADS):
@@ -101,6 +125,61 @@ def test_attention_of_scattered_rows_is_causal_by_true_position(seed, implementa
     case = Case(seed)
     out = jitted(kernels.paged_attention)(*case.rows(), implementation=implementation)
     np.testing.assert_allclose(out, brute_force_attention(case), atol=2e-6)
+
+
+WINDOWS = [1, 20, 77, 2**31 - 1]  # data: each implementation is compiled once for all of them
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Steps of 32 keys, so that windows hide whole blocks."""
+    monkeypatch.setattr(xla_attention, "CPU_TILE", (64, 32))
+    monkeypatch.setattr(gather, "KEYS_A_STEP", 32)
+    monkeypatch.setattr(tpu_attention, "pages_a_block", lambda *_: 2)
+    monkeypatch.setattr(tpu_key_mass, "pages_a_block", lambda *_: 2)
+    monkeypatch.setattr(tpu_attention, "ROW_TILE", 64)
+
+
+@parametrized(ATTENTION)
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.usefixtures("small_blocks")
+def test_attention_within_windows(decode, implementation):
+    attend = jax.jit(functools.partial(kernels.paged_attention, implementation=implementation))
+    for seed, window in enumerate(WINDOWS):
+        case = in_windows(Case(seed), window, decode)
+        out = attend(*case.rows(), window=jnp.int32(window))
+        np.testing.assert_allclose(out, brute_force_attention(case, window), atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "gather"])
+@pytest.mark.usefixtures("small_blocks")
+def test_log_sum_exps_within_windows(implementation):
+    case, window = in_windows(Case(1), 50, decode=True), jnp.int32(50)
+    _, lse = kernels.paged_attention(*case.rows(), window=window, return_lse=True, implementation=implementation)
+    _, expected = kernels.paged_attention(*case.rows(), window=window, return_lse=True, implementation="reference")
+    np.testing.assert_allclose(lse, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "module", "name"), [("xla", xla_attention, "context"), ("gather", gather, "_read")]
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_blocks_outside_of_a_window_are_not_read(implementation, module, name, monkeypatch):
+    read, original = [], getattr(module, name)
+
+    def recording(*args):
+        jax.debug.callback(lambda pages: read.extend(pages.ravel().tolist()), args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(module, name, recording)
+    case = Case(0)
+    row = jnp.array([150]), jnp.array([1])
+    attend = functools.partial(
+        kernels.paged_attention, case.q[:1], case.store, jnp.int32(0), *row, jnp.asarray(case.tables)
+    )
+    jax.block_until_ready(attend(window=jnp.int32(40), implementation=implementation))
+    jax.effects_barrier()
+    assert sorted(read) == sorted(case.tables[1, 6:10])  # keys 111 to 150 are on pages 6 to 9, blocks 3 and 4
 
 
 @fast(ATTENTION)
@@ -135,6 +214,22 @@ def clean(store):
     return np.nan_to_num(np.asarray(store, np.float32), nan=1e9)
 
 
+@fast(KEY_MASS)
+@pytest.mark.parametrize("power", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("small_blocks")
+def test_key_mass_within_windows(power, implementation):
+    mass = jax.jit(functools.partial(kernels.key_mass, power=power, implementation=implementation))
+    for seed, window in enumerate(WINDOWS):
+        case = in_windows(Case(seed), window, decode=False)
+        found = np.asarray(mass(*case.rows(), window=jnp.int32(window)))
+        expected = kernels.key_mass(*case.rows(), window=jnp.int32(window), power=power, implementation="reference")
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(found.sum(), case.used * Q_HEADS, rtol=1e-5 if power == 1 else np.inf)
+        for request in range(3):  # what is in no window gets nothing
+            first = case.positions[: case.used][case.requests[: case.used] == request].min() - window + 1
+            assert not found[request, : max(first, 0)].any()
+
+
 @fast(WRITE_KV)
 def test_write_kv_writes_the_rows_and_nothing_else(implementation):
     case = Case(3)
@@ -162,6 +257,37 @@ def test_align_and_copy_matches_the_reference(implementation, tokens):
     moved = kernels.align_and_copy(*args, implementation=implementation)
     np.testing.assert_allclose(moved, kernels.align_and_copy(*args, implementation="reference"), atol=3e-3)
     np.testing.assert_array_equal(moved[:, :, 1].sum(), kernels.align_and_copy(*args)[:, :, 1].sum())
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_align_and_copy_rotates_each_layer_by_its_own_frequencies(implementation):
+    """Layer 0 with a base of 10000, layer 1 with another and in its first pair only."""
+    rng = np.random.default_rng(0)
+    store = jnp.asarray(rng.normal(size=(LAYERS, PAGES, 2, KV_HEADS, PAGE_SIZE, DIM)), jnp.float32)
+    source, target, shift = (jnp.asarray(x, jnp.int32) for x in (np.arange(20), np.arange(35, 55), np.full(20, -1234)))
+    frequencies = jnp.stack([10000.0 ** -jnp.linspace(0, 1, DIM // 2), jnp.array([0.5] + [0.0] * (DIM // 2 - 1))])
+    align = functools.partial(kernels.align_and_copy, store, source, target, shift)
+    moved = np.asarray(align(frequencies, implementation=implementation))
+    for layer in range(LAYERS):
+        alone = align(frequencies[layer], implementation="reference")[layer]
+        np.testing.assert_allclose(moved[layer], alone, atol=1e-3)
+    np.testing.assert_allclose(moved, align(frequencies, implementation="reference"), atol=1e-3)
+    old, new = (x.swapaxes(1, 2).reshape(-1, KV_HEADS, DIM) for x in (np.asarray(store)[1, :, 0], moved[1, :, 0]))
+    still = np.r_[1 : DIM // 2, DIM // 2 + 1 : DIM]  # pairs of frequency 0
+    np.testing.assert_array_equal(new[35:55, :, still], old[:20, :, still])
+
+
+def test_runs_of_layers_with_the_same_frequencies():
+    rng = np.random.default_rng(0)
+    store = jnp.asarray(rng.normal(size=(7, 4, 2, 1, PAGE_SIZE, DIM)), jnp.float32)
+    frequencies = jnp.asarray(rng.normal(size=(2, DIM // 2)), jnp.float32)[jnp.array([0, 0, 1, 0, 0, 0, 1])]
+    np.testing.assert_array_equal(run_ends(frequencies), [2, 2, 3, 6, 6, 6, 7])
+    slots = (jnp.arange(20), jnp.arange(35, 55), jnp.arange(20) - 9)
+    args = CopyArgs(store, *slots, frequencies, jnp.array([1, 6]), Backend("cpu"))
+    calls = []
+    moved = by_runs(args, lambda run: calls.append(run) or align_xla.align_and_copy(run))
+    np.testing.assert_allclose(moved, align_xla.align_and_copy(args), atol=1e-6)
+    assert calls[0].inv_freq.ndim == 1
 
 
 def test_rotations_compose():

@@ -5,6 +5,7 @@ NaN. Only the extra `cuda` has Triton. Without it these tests are skipped; `uv r
 tests/test_triton.py` runs them on any machine.
 """
 
+import functools
 import importlib.util
 import os
 import sys
@@ -14,7 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import check_nan_stays, copies, in_float32, last_rows, relative_error, same, scattered
+from kernel_cases import (
+    behind_windows,
+    check_nan_stays,
+    copies,
+    in_float32,
+    last_rows,
+    late_rows,
+    relative_error,
+    same,
+    scattered,
+)
 
 import sparsex_kernels.api as kernels
 from sparsex_kernels import triton as launcher
@@ -89,9 +100,10 @@ def triton(operation):
     return jax.jit(lambda *args, **options: operation(*args, implementation="triton", **options))
 
 
-def check_attention(case, tolerance):
-    expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
-    out, lse = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="triton"))(*case)
+def check_attention(case, tolerance, **window):
+    attend = functools.partial(kernels.paged_attention, return_lse=True)
+    expected, expected_lse = attend(*in_float32(case), implementation="reference", **window)
+    out, lse = jax.jit(functools.partial(attend, implementation="triton"))(*case, **window)
     assert relative_error(out, expected) < tolerance
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
 
@@ -119,6 +131,40 @@ def test_decode(dim, group, page_size):
     check_attention(
         last_rows((300, 5, 64, 1), dim=dim, group=group, kv_heads=2, page_size=page_size, dtype="float16"), 1e-3
     )
+
+
+WINDOWS = [1, 64, 130, 2**31 - 1]
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("shape", SMALL[:2])
+def test_attention_and_key_mass_within_windows(shape, window):
+    case = behind_windows(late_rows(scattered(**shape, dtype="float16")), window)
+    check_attention(case, 1e-3, window=jnp.int32(window))
+    mass = triton(kernels.key_mass)(*case, window=jnp.int32(window))
+    expected = kernels.key_mass(*in_float32(case), window=jnp.int32(window), implementation="reference")
+    np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("window", WINDOWS)
+def test_decode_within_windows(window):
+    case = behind_windows(last_rows((300, 5, 64, 1), group=3, page_size=16, dtype="float16"), window)
+    check_attention(case, 1e-3, window=jnp.int32(window))
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+def test_align_and_copy_rotates_each_layer_by_its_own_frequencies():
+    store = jax.random.normal(jax.random.key(0), (3, 8, 2, 2, 64, 64)).astype("float32")
+    frequencies = 10000.0 ** -jnp.linspace(0, 1, 32) * jnp.array([1.0, 1.0, 0.1])[:, None]
+    moves = (*copies([(10, 259, 40, 77), (60, 380, 10, -500)]), frequencies)
+    moved = triton(kernels.align_and_copy)(store, *moves)
+    expected = kernels.align_and_copy(store, *moves, implementation="reference")
+    np.testing.assert_allclose(moved, expected, atol=1e-4)
 
 
 @interpreted

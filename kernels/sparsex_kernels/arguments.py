@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.layout import KVRows, PageTables, Queries, RowInts, Slots, Store
+from sparsex_kernels.layout import Frequencies, KVRows, PageTables, Queries, RowInts, Slots, Store, Window
 
 _STATIC: Any = {"static": True}
 
@@ -25,7 +25,8 @@ class AttentionArgs:
       query: one vector a row and query head, rotated; any float dtype. Query head h reads KV head
         `h // (q_heads / kv_heads)`.
       store: all layers' K and V. Every slot of a request from position 0 to that of its last row must have been
-        written, the rows' own included (`write_kv`); slots behind it may hold anything, NaN too.
+        written, the rows' own included (`write_kv`); slots behind it may hold anything, NaN too. With a `window`, so
+        may slots before the first key that the request's first row sees.
       layer: which layer of the store.
       positions: each row's position in its request; -1 is padding. Rows are sorted by (request, position), with the
         padding last.
@@ -33,6 +34,9 @@ class AttentionArgs:
       page_tables: the pages of each request in order; entries behind its last page are not read.
       scale: of the scores before the softmax.
       backend: where the operation runs; tile sizes follow it.
+      window: how many keys a row sees at most, its own among them: a row at position p sees keys `p - window + 1 .. p`.
+        At least 1. It is data, so layers of one loop may differ; the largest int32 is no limit. None: the program has
+        no windows.
     """
 
     query: Queries
@@ -43,6 +47,7 @@ class AttentionArgs:
     page_tables: PageTables
     scale: float = dataclasses.field(metadata=_STATIC)
     backend: Backend = dataclasses.field(metadata=_STATIC)
+    window: Window | None = None
 
     @property
     def is_decode(self) -> bool:
@@ -88,7 +93,8 @@ class CopyArgs:
       source, target: slots. No slot is both a source and a target, and no target occurs twice. Padding, which
         stands at the end, has the target -1.
       shift: a token's new position minus the position that its key was computed at.
-      inv_freq: rotary frequencies in radians a position; the rotation is done in float32.
+      inv_freq: rotary frequencies in radians a position, the same for all layers or a line for each; the rotation is
+        done in float32. A pair of frequency 0 is copied.
       layers: the first layer to copy, and the first behind those.
       backend: where the operation runs.
     """
@@ -97,7 +103,7 @@ class CopyArgs:
     source: Slots
     target: Slots
     shift: Slots
-    inv_freq: Float[Array, "half"]
+    inv_freq: Frequencies
     layers: Int[Array, "2"]
     backend: Backend = dataclasses.field(metadata=_STATIC)
 

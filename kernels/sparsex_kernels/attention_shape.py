@@ -17,6 +17,7 @@ class AttentionShape:
       repeat: programs that read the same KV head.
       pages: of a layer.
       scale: of the products of queries and keys.
+      windowed: whether rows have windows. Only then has the program what those take.
       interpreted: whether the kernel runs on a CPU.
     """
 
@@ -29,6 +30,7 @@ class AttentionShape:
     head_dim: int
     dtype: Any
     scale: float
+    windowed: bool
     interpreted: bool
 
 
@@ -47,5 +49,6 @@ def shared_sizes(args: AttentionArgs) -> dict[str, Any]:
         "head_dim": head_dim,
         "dtype": args.query.dtype,
         "scale": float(args.scale),
+        "windowed": args.window is not None,
         "interpreted": args.backend.interpreted,
     }

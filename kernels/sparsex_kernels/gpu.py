@@ -48,7 +48,9 @@ def check_attention(args: AttentionArgs, block: int, smallest_page: int = 1) -> 
             f"queries of {query.dtype} on a store of {store.dtype}; kernels take bfloat16 or float16 for both"
         )
     if head_dim not in (64, 128):
-        raise NotImplementedError(f"head_dim {head_dim}; kernels take 64 and 128")
+        raise NotImplementedError(
+            f"head_dim {head_dim}; kernels take 64 and 128, for which shared memory and registers suffice"
+        )
     if page_size % smallest_page or max(page_size, block) % min(page_size, block):
         raise NotImplementedError(
             f"page_size {page_size}; kernels take multiples of {smallest_page} that divide {block} or are its multiples"

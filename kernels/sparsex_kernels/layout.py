@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Store = Float[Array, "layers pages 2 kv_heads page_size head_dim"]  # index 0 of the third axis is K, 1 is V
 PageTables = Int[Array, "requests max_pages"]
@@ -10,6 +10,8 @@ Queries = Float[Array, "rows q_heads head_dim"]
 KVRows = Float[Array, "rows kv_heads head_dim"]  # K or V of new rows
 RowInts = Int[Array, "rows"]  # positions or request indices
 Slots = Int[Array, "tokens"]  # page * page_size + offset, or a shift of positions for each
+Window = Int[Array, ""]  # keys that a row sees at most, its own among them
+Frequencies = Float[Array, "half"] | Float[Array, "layers half"]  # radians a position, of rotary pairs
 
 
 def row_addresses(
@@ -43,6 +45,17 @@ def read_kv(
     tile = ((layer * pages + jnp.minimum(page, pages - 1)) * kv * heads)[:, None] + jnp.arange(kv * heads)
     vectors = store.reshape(-1, head_dim)[tile * page_size + offset[:, None]]
     return vectors.reshape(-1, kv, heads, head_dim)
+
+
+def first_seen(positions: Int[Array, "*rows"], window: Window) -> Int[Array, "*rows"]:
+    """The position of the first key that each row sees: with a window of 4, position 9 sees keys 6, 7, 8 and 9."""
+    return jnp.maximum(positions - window + 1, 0)
+
+
+def visible(keys: Int[Array, "..."], positions: Int[Array, "..."], window: Window | None) -> Bool[Array, "..."]:
+    """Which keys, by position, are visible to rows at these positions; shapes are broadcast, and padding sees none."""
+    seen = keys <= positions
+    return seen if window is None else seen & (keys >= first_seen(positions, window))
 
 
 def group_heads(query: Queries, store: Store) -> Float[Array, "rows kv_heads group head_dim"]:

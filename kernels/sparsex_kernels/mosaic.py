@@ -137,8 +137,11 @@ def drain(barriers: Sequence[Ref], begin: Array | int, end: Array, stages: int) 
     lax.fori_loop(jnp.maximum(end - stages, begin), end, wait, None)
 
 
-def clear_rows(smem: Ref, first: Array) -> None:
-    """Zero the rows of a V block from `first` on: slots behind the last position may hold NaN, and 0 * NaN is NaN."""
+def clear_rows(smem: Ref, end: Array, begin: Array | None = None) -> None:
+    """Zero the rows of a V block from `end` on, and those before `begin`, if any.
+
+    Slots behind the last position, or before all windows, may hold NaN, and 0 * NaN is NaN.
+    """
     piece = (64, 64)  # few registers; the layout is that of a product's operand
     rows, columns = smem.shape
 
@@ -147,7 +150,8 @@ def clear_rows(smem: Ref, first: Array) -> None:
         for column in range(0, columns, piece[1]):
             part = smem.at[pl.ds(i * piece[0], piece[0]), pl.ds(column, piece[1])]
             old = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-            part[...] = jnp.where(row < first, old, jnp.zeros_like(old))
+            kept = row < end if begin is None else (row < end) & (row >= begin)
+            part[...] = jnp.where(kept, old, jnp.zeros_like(old))
 
-    lax.fori_loop(lax.div(first, piece[0]), rows // piece[0], clear, None)
+    lax.fori_loop(lax.div(end, piece[0]) if begin is None else 0, rows // piece[0], clear, None)
     plgpu.commit_smem()

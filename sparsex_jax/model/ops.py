@@ -19,7 +19,7 @@ from sparsex_jax.model.store import STORE_AXES
 from sparsex_jax.reuse.plan import Copies, Rows
 from sparsex_kernels import api as kernels
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.layout import PageTables, Queries, Store, read_kv
+from sparsex_kernels.layout import Frequencies, PageTables, Queries, Store, Window, read_kv
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
@@ -88,20 +88,37 @@ class Ops:
         run = self._over_heads(kernels.gated_linear, specs, PartitionSpec(None, TENSOR_AXIS))
         return run(x, gate, up, jnp.asarray(layer), rows.count)
 
-    def attention(self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables) -> Queries:
-        specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
-        attend = self._over_heads(kernels.paged_attention, specs, _HEADS)
-        return attend(q, store, layer, rows.position, rows.request, tables)
+    def attention(
+        self,
+        q: Queries,
+        store: Store,
+        layer: Int[Array, ""],
+        rows: Rows,
+        tables: PageTables,
+        window: Window | None = None,
+    ) -> Queries:
+        def attend(*args: Any, **on: Any) -> Any:
+            return kernels.paged_attention(*args[:-1], window=args[-1], **on)
+
+        run = self._over_heads(attend, (_HEADS, _STORE, *[_ALL] * 5), _HEADS)
+        return run(q, store, layer, rows.position, rows.request, tables, window)
 
     def key_mass(
-        self, q: Queries, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables, power: int = 1
+        self,
+        q: Queries,
+        store: Store,
+        layer: Int[Array, ""],
+        rows: Rows,
+        tables: PageTables,
+        power: int = 1,
+        window: Window | None = None,
     ) -> Float[Array, "requests context"]:
-        def summed(*args: Array, **on: Any) -> Array:
-            mass = kernels.key_mass(*args, power=power, **on)
+        def summed(*args: Any, **on: Any) -> Array:
+            mass = kernels.key_mass(*args[:-1], window=args[-1], power=power, **on)
             return jax.lax.psum(mass, TENSOR_AXIS) if self.mesh.size > 1 else mass
 
-        specs = (_HEADS, _STORE, _ALL, _ALL, _ALL, _ALL)
-        return self._over_heads(summed, specs, _ALL)(q, store, layer, rows.position, rows.request, tables)
+        run = self._over_heads(summed, (_HEADS, _STORE, *[_ALL] * 5), _ALL)
+        return run(q, store, layer, rows.position, rows.request, tables, window)
 
     def write_kv(
         self,
@@ -124,7 +141,7 @@ class Ops:
         read = self._local(read_kv, specs, PartitionSpec(None, None, TENSOR_AXIS, None))
         return read(store, layer, rows.position, rows.request, tables)
 
-    def align_and_copy(self, store: Store, copies: Copies, inv_freq: Float[Array, "half"]) -> Store:
+    def align_and_copy(self, store: Store, copies: Copies, inv_freq: Frequencies) -> Store:
         specs = (_STORE, _ALL, _ALL, _ALL, _ALL, _ALL)
         move = self._over_heads(kernels.align_and_copy, specs, _STORE)
         layers = jnp.stack([copies.first_layer, copies.end_layer])

@@ -2,12 +2,12 @@
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from sparsex_kernels.align_and_copy import hopper, reference, tpu, triton, xla
 from sparsex_kernels.arguments import CopyArgs
 from sparsex_kernels.backend import Backend, default_backend, run
-from sparsex_kernels.layout import Slots, Store
+from sparsex_kernels.layout import Frequencies, Slots, Store
 
 IMPLEMENTATIONS = {
     "reference": reference.align_and_copy,
@@ -23,7 +23,7 @@ def align_and_copy(
     source: Slots,
     target: Slots,
     shift: Slots,
-    inv_freq: Float[Array, "half"],
+    inv_freq: Frequencies,
     layers: Int[Array, "2"] | None = None,
     *,
     backend: Backend | None = None,

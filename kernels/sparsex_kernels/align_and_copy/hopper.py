@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float
 
+from sparsex_kernels.align_and_copy.runs import by_runs
 from sparsex_kernels.arguments import CopyArgs
 from sparsex_kernels.layout import Slots, Store, pad_rows
 from sparsex_kernels.mosaic import Ref, check_copies, flat_store, kernel
@@ -52,6 +53,10 @@ class Shape(NamedTuple):
 
 def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
+    return by_runs(args, _align)
+
+
+def _align(args: CopyArgs) -> Store:
     store = args.store
     check_copies(store)
     layers, pages, _, heads, page_size, head_dim = store.shape

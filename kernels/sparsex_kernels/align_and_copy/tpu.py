@@ -6,6 +6,8 @@ tokens in no order give a piece each. With tiles of 16, moving slots 10..25 to 3
 10..15 go to 32..37, and 16..25 to 38..47.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -33,7 +35,11 @@ def align_and_copy(args: CopyArgs) -> Store:
     breaks = piece_breaks(source, target, shift, block)
     scalars = source, target, shift, next_start(breaks & (target >= 0), block), next_start(breaks, block)
     layers = layers_a_step(num_layers, kv_heads)
-    frequencies = jnp.concatenate([args.inv_freq, args.inv_freq]).astype(jnp.float32)[None]
+    frequencies = jnp.concatenate([args.inv_freq, args.inv_freq], axis=-1).astype(jnp.float32)
+    by_layer = frequencies.ndim > 1
+    frequencies = frequencies[:, None] if by_layer else frequencies[None]
+    all_layers = pl.BlockSpec((1, head_dim), lambda i, _: (0, 0))
+    own_layers = pl.BlockSpec((layers, 1, head_dim), lambda i, group: (group, 0, 0))
 
     tile_shape = (2, layers, 2, kv_heads, TILE, head_dim)
     in_smem = pl.BlockSpec((None, 1, block), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM)
@@ -43,7 +49,7 @@ def align_and_copy(args: CopyArgs) -> Store:
         in_specs=[
             *[in_smem] * 5,
             pl.BlockSpec((1, 2), lambda i, _: (0, 0), memory_space=pltpu.SMEM),
-            pl.BlockSpec((1, head_dim), lambda i, _: (0, 0)),
+            own_layers if by_layer else all_layers,
             HBM,
         ],
         out_specs=HBM,
@@ -84,7 +90,7 @@ def _align_kernel(
     next_ref: Ref,  # [1, tokens], the first token at or behind each that begins a piece
     end_ref: Ref,  # [1, tokens], the same, or that is padding
     layers_ref: Ref,  # [1, 2], the first layer to copy and the first behind those
-    frequencies_ref: Ref,  # [1, head_dim] float32, twice the half
+    frequencies_ref: Ref,  # [1, head_dim] float32, twice the half; or [layers, 1, head_dim], if layers differ
     donated_ref: Ref,  # the store; it is the output's memory
     store_ref: Ref,  # [layers, pages, 2, kv_heads, page_size, head_dim], in HBM
     old_ref: Ref,  # [2 buffers, layers, 2, kv_heads, TILE, head_dim]
@@ -115,6 +121,11 @@ def _align_kernel(
     def after(ref: Ref, token: Index) -> Index:
         return jnp.where(token + 1 < tokens, ref[0, jnp.minimum(token + 1, tokens - 1)], tokens)
 
+    def rotation(token: Index, layer: Any) -> tuple[Array, Array]:
+        angles = shift_ref[0, token].astype(jnp.float32) * frequencies_ref[layer]
+        upper = lax.broadcasted_iota(jnp.int32, (1, head_dim), 1) >= head_dim // 2
+        return jnp.cos(angles), jnp.where(upper, jnp.sin(angles), -jnp.sin(angles))
+
     def merge(token: Index, old_slot: Index, new_slot: Index) -> None:
         """Move one piece from its source tile into its target tile, all layers and heads."""
         first = lax.rem(target_ref[0, token], TILE)
@@ -122,9 +133,8 @@ def _align_kernel(
         by = lax.rem(first - lax.rem(source_ref[0, token], TILE) + kv_heads * TILE, kv_heads * TILE)
         slots = lax.rem(lax.broadcasted_iota(jnp.int32, (kv_heads * TILE, head_dim), 0), TILE)
         moved = (slots >= first) & (slots < past)
-        angles = shift_ref[0, token].astype(jnp.float32) * frequencies_ref[...]
-        upper = lax.broadcasted_iota(jnp.int32, (1, head_dim), 1) >= head_dim // 2
-        cos, sin = jnp.cos(angles), jnp.where(upper, jnp.sin(angles), -jnp.sin(angles))
+        by_layer = len(frequencies_ref.shape) > 2
+        same = None if by_layer else rotation(token, ...)
 
         def move(layer: Index, kv: int, rotated: Array) -> None:
             current = new_ref[new_slot, layer, kv].reshape(rotated.shape).astype(jnp.float32)
@@ -137,6 +147,7 @@ def _align_kernel(
             keys, values = (
                 old_ref[old_slot, layer, kv].reshape(kv_heads * TILE, head_dim).astype(jnp.float32) for kv in (0, 1)
             )
+            cos, sin = same or rotation(token, layer)
             halves = jnp.concatenate([keys[:, head_dim // 2 :], keys[:, : head_dim // 2]], axis=1)
             move(layer, 0, keys * cos + halves * sin)
             move(layer, 1, values)

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from sparsex_kernels.align_and_copy.runs import by_runs
 from sparsex_kernels.arguments import CopyArgs
 from sparsex_kernels.layout import Store
 from sparsex_kernels.triton import check_copies, in_place
@@ -12,6 +13,10 @@ TILE = 32  # tokens
 def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
     check_copies(args)
+    return by_runs(args, _align)
+
+
+def _align(args: CopyArgs) -> Store:
     from sparsex_kernels.align_and_copy.triton_kernels import align
 
     layers, pages, _, kv_heads, page_size, head_dim = args.store.shape

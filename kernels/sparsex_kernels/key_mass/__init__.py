@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.key_mass import hopper, reference, tpu, triton, xla
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
+from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, Window
 
 IMPLEMENTATIONS = {
     "reference": reference.key_mass,
@@ -26,6 +26,7 @@ def key_mass(
     page_tables: PageTables,
     *,
     power: int = 1,
+    window: Window | None = None,
     scale: float | None = None,
     backend: Backend | None = None,
     implementation: str | None = None,
@@ -39,7 +40,8 @@ def key_mass(
     which for the power 1 is the score by which SparseX chooses the tokens to recompute.
 
     Args:
-      query, store, layer, positions, requests, page_tables: as in `AttentionArgs`. Only keys are read.
+      query, store, layer, positions, requests, page_tables, window: as in `AttentionArgs`. Only keys are read. A key
+        that a window hides from a row gets nothing from it.
       power: above 1, a key to which some head gives much of its attention counts more than one to which all heads
         give a little.
       scale, backend, implementation: as in `paged_attention`.
@@ -59,5 +61,6 @@ def key_mass(
         page_tables=page_tables,
         scale=scale or query.shape[-1] ** -0.5,
         backend=backend or default_backend(),
+        window=window,
     )
     return run("key_mass", IMPLEMENTATIONS, implementation, args, power=power)

@@ -21,7 +21,7 @@ from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.attention_shape import AttentionShape, shared_sizes
 from sparsex_kernels.gpu import LOG2_E, padded_pages, power_of_two
-from sparsex_kernels.layout import RowInts, pad_positions, pad_rows
+from sparsex_kernels.layout import RowInts, Window, first_seen, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS, Ref
 from sparsex_kernels.paged_attention.hopper import attend
 from sparsex_kernels.paged_attention.tiles import tile_spans
@@ -63,8 +63,9 @@ def column_sums(args: AttentionArgs, lse: Float[Array, "rows q_heads"], power: i
         scratch_types=_scratch(shape),
     )
     tables = padded_pages(args.store, args.page_tables, max(BLOCK // shape.page_size, 1))
-    ranges = seen_by(positions, requests, shape, num_requests, blocks)
-    columns = _pack(jnp.stack([positions, requests])[:, :, None], shape)[0]
+    ranges = seen_by(positions, requests, shape, num_requests, blocks, args.window)
+    windows = [] if args.window is None else [first_seen(positions, args.window)]
+    columns = _pack(jnp.stack([positions, requests, *windows])[:, :, None], shape)[0]
     columns = jnp.where(jnp.arange(COLUMNS) < shape.share * shape.rows, columns, -1).astype(jnp.int32)
     by_head = _pack((power * LOG2_E * lse)[None], shape)[:, :, 0]
     mass = run(query, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables, ranges, columns, by_head)
@@ -72,23 +73,28 @@ def column_sums(args: AttentionArgs, lse: Float[Array, "rows q_heads"], power: i
 
 
 def seen_by(
-    positions: RowInts, requests: RowInts, shape: Shape, num_requests: int, blocks: int
+    positions: RowInts, requests: RowInts, shape: Shape, num_requests: int, blocks: int, window: Window | None = None
 ) -> Int[Array, "requests blocks 4"]:
     """Which tiles of rows see each request's blocks of keys.
 
     Returns four tile numbers for each block, the ranges of three loops: tiles `[0] .. [1]` see it with some rows or in
     part, `[1] .. [2]` see all of it with every row and need no mask, `[2] .. [3]` again see it with some rows. The
-    last come about where a tile straddles two requests, or holds padding.
+    last come about where a tile straddles two requests, or holds padding, or where windows end.
     """
-    spans, _ = tile_spans(positions, requests, shape.rows, num_requests, 1)
+    spans, _ = tile_spans(positions, requests, shape.rows, num_requests, 1, window)
     last, full = spans[..., 0, None], spans[..., 1, None]  # with blocks of one key, `full` counts keys all rows see
     tile, begin = jnp.arange(len(spans))[:, None, None], jnp.arange(blocks) * BLOCK
-    end = jnp.max(jnp.where(last >= 0, tile + 1, 0), axis=0)
+    seen = last >= 0
+    if window is not None:
+        seen &= spans[..., 2, None] < begin + BLOCK
+    end = jnp.max(jnp.where(seen, tile + 1, 0), axis=0)
     first = jnp.min(jnp.where(last >= begin, tile, end), axis=0)
     if shape.share & (shape.share - 1):  # some columns have no head: always masked
         clear = clear_end = jnp.broadcast_to(end, first.shape)
     else:
         whole = full >= begin + BLOCK
+        if window is not None:
+            whole &= spans[..., 3, None] <= begin
         clear = jnp.min(jnp.where(whole, tile, end), axis=0)
         clear_end = jnp.maximum(jnp.max(jnp.where(whole, tile + 1, 0), axis=0), clear)
     return jnp.stack([first, clear, clear_end, jnp.broadcast_to(end, first.shape)], axis=-1).astype(jnp.int32)
@@ -119,7 +125,7 @@ def _scratch(shape: Shape) -> dict[str, Any]:
     return {
         "k_smem": mosaic.tiled_smem((WARPGROUPS, WGMMA_ROWS, shape.head_dim), shape.dtype),
         "q_smem": mosaic.tiled_smem((STAGES, COLUMNS, shape.head_dim), shape.dtype),
-        "columns_smem": plgpu.SMEM((STAGES, 2, COLUMNS), jnp.int32),
+        "columns_smem": plgpu.SMEM((STAGES, 3 if shape.windowed else 2, COLUMNS), jnp.int32),
         "lse_smem": plgpu.SMEM((STAGES, COLUMNS), jnp.float32),
         "mass_smem": plgpu.SMEM((WARPGROUPS, WGMMA_ROWS), jnp.float32),
         "k_ready": plgpu.Barrier(num_arrivals=WARPGROUPS),
@@ -136,7 +142,7 @@ class Operands(NamedTuple):
     layer: Ref  # [1]
     tables: Ref  # [requests, pages]
     ranges: Ref  # [requests, blocks, 4]
-    columns: Ref  # [tiles, 2, COLUMNS], positions and requests
+    columns: Ref  # [tiles, 2, COLUMNS], positions and requests; where there are windows, also first keys
     lse: Ref  # [heads, tiles, COLUMNS] float32, in base 2
 
 
@@ -182,12 +188,16 @@ def _sum(shape: Shape, program: Program, wg: Array, mass_ref: Ref, scratch: dict
         lse = plgpu.load(scratch["lse_smem"].at[stage], layout=BY_ROW, optimized=False)
         p = jnp.exp2(s * (shape.scale * LOG2_E) - lax.broadcast_in_dim(lse, scores, [1]))
         if masked:
-            positions, owners = (
-                plgpu.load(scratch["columns_smem"].at[stage, n], layout=BY_ROW, optimized=False) for n in range(2)
+            positions, owners, *first_keys = (
+                plgpu.load(scratch["columns_smem"].at[stage, n], layout=BY_ROW, optimized=False)
+                for n in range(3 if shape.windowed else 2)
             )
             bound = jnp.where(owners == request, positions, -1)
             keys = plgpu.broadcasted_iota(jnp.int32, scores, 0, layout=plgpu.Layout.WGMMA) + key
-            p = jnp.where(lax.broadcast_in_dim(bound, scores, [1]) >= keys, p, 0.0)
+            seen = lax.broadcast_in_dim(bound, scores, [1]) >= keys
+            for first_key in first_keys:
+                seen &= lax.broadcast_in_dim(first_key, scores, [1]) <= keys
+            p = jnp.where(seen, p, 0.0)
         plgpu.barrier_arrive(scratch["q_used"].at[stage])
         return total + p.sum(axis=1)
 

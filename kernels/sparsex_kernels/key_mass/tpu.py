@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.paged_attention.tpu import LANES, head_scores, pack_rows, row_tile, spans
+from sparsex_kernels.paged_attention.tpu import LANES, first_keys, head_scores, pack_rows, row_tile, spans
 from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, each_page, pages_a_block
 
 
@@ -26,6 +26,7 @@ def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests cont
     tile = row_tile(len(args.query))
     packed, own, owner = pack_rows(args, tile)
     last, _ = spans(args, tile)
+    windows = () if args.window is None else (first_keys(args, tile, args.window), args.window.reshape(1))
     kv_heads, all_rows, head_dim = packed.shape
     tile_rows = tile * (args.query.shape[1] // kv_heads)
     num_tiles = all_rows // tile_rows
@@ -41,9 +42,9 @@ def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests cont
 
     column = pl.BlockSpec((tile_rows, 1), lambda *at: (tile_of(*at), 0))
     out = pl.pallas_call(
-        functools.partial(_key_mass_kernel, scale=args.scale, power=power),
+        functools.partial(_key_mass_kernel, scale=args.scale, power=power, windowed=bool(windows)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=5 + len(windows),
             grid=(num_requests, num_tiles),
             in_specs=[
                 pl.BlockSpec((kv_heads, tile_rows, head_dim), lambda *at: (0, tile_of(*at), 0)),
@@ -62,7 +63,10 @@ def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests cont
         out_shape=jax.ShapeDtypeStruct((num_requests, num_blocks, 1, keys), jnp.float32),
         compiler_params=compiler_params("parallel", "arbitrary"),
         name="key_mass",
-    )(args.layer.reshape(1), args.page_tables.reshape(-1), last, first_tile, last_tile, packed, own, owner, store)
+    )(
+        *(args.layer.reshape(1), args.page_tables.reshape(-1), last, first_tile, last_tile, *windows),
+        *(packed, own, owner, store),
+    )
     return out.reshape(num_requests, -1)[:, : args.context]
 
 
@@ -72,28 +76,39 @@ def _key_mass_kernel(
     last_ref: Ref,  # [tiles * requests]
     first_tile_ref: Ref,  # [requests]
     last_tile_ref: Ref,  # [requests]
-    q_ref: Ref,  # [kv_heads, tile_rows, head_dim]
-    own_ref: Ref,  # [tile_rows, 1]
-    owner_ref: Ref,  # [tile_rows, 1]
-    store_ref: Ref,  # [layers, pages, 2, kv_heads, page_size, head_dim], in HBM
-    out_ref: Ref,  # [blocks, 1, keys] float32
-    keys_ref: Ref,  # [2 buffers, kv_heads, keys, head_dim]
-    sems: Ref,
-    top_ref: Ref,  # [kv_heads, tile_rows, LANES] float32, running maximum, then the log-sum-exp
-    total_ref: Ref,  # the same of the running sum
-    *,
+    *refs: Ref,
     scale: float,
     power: int,
+    windowed: bool,
 ) -> None:
+    """The other `refs`, in this order:
+
+    first_ref: [tiles * requests], and `window_ref`, [1], if there are windows.
+    q_ref: [kv_heads, tile_rows, head_dim].
+    own_ref: [tile_rows, 1].
+    owner_ref: [tile_rows, 1].
+    store_ref: [layers, pages, 2, kv_heads, page_size, head_dim], in HBM.
+    out_ref: [blocks, 1, keys] float32.
+    keys_ref: [2 buffers, kv_heads, keys, head_dim], and `sems`, its two semaphores.
+    top_ref: [kv_heads, tile_rows, LANES] float32, running maximum, then the log-sum-exp.
+    total_ref: the same of the running sum.
+    """
+    first_ref, window_ref = refs[:2] if windowed else (None, None)
+    q_ref, own_ref, owner_ref, store_ref, out_ref, keys_ref, sems, top_ref, total_ref = refs[2 if windowed else 0 :]
     request, tile = pl.program_id(0), pl.program_id(1)
     num_requests = pl.num_programs(0)
     kv_heads, tile_rows, _ = q_ref.shape
     page_size, keys = store_ref.shape[4], keys_ref.shape[2]
     last = last_ref[tile * num_requests + request]
     blocks = (last + keys) // keys
+    skipped = lax.div(first_ref[tile * num_requests + request], keys) if windowed else 0
+    blocks = blocks - skipped if windowed else blocks
+
+    def block_of(step: Index) -> Index:
+        return skipped + lax.rem(step, blocks) if windowed else lax.rem(step, blocks)
 
     def transfer(step: Index, slot: Index, act: str) -> None:
-        first = lax.rem(step, blocks) * (keys // page_size)
+        first = block_of(step) * (keys // page_size)
 
         def copy_of(page: Index) -> Copy:
             number = tables_ref[request * (tables_ref.shape[0] // num_requests) + first + page]
@@ -105,6 +120,9 @@ def _key_mass_kernel(
     def masked_scores(head: Index, block: Index, slot: Index) -> Array:
         own = jnp.where(owner_ref[...] == request, own_ref[...], -1)
         visible = block * keys + lax.broadcasted_iota(jnp.int32, (tile_rows, keys), 1) <= own
+        if windowed:
+            oldest = own - window_ref[0] + 1
+            visible &= block * keys + lax.broadcasted_iota(jnp.int32, (tile_rows, keys), 1) >= oldest
         return jnp.where(visible, head_scores(q_ref[head], keys_ref[slot, head], scale), -jnp.inf)
 
     def add_to_lse(block: Index, slot: Index) -> None:
@@ -133,7 +151,7 @@ def _key_mass_kernel(
         out_ref[block] += lax.fori_loop(0, kv_heads, add, jnp.zeros((1, keys), jnp.float32))
 
     def step(i: Index, _: None) -> None:
-        block, slot = lax.rem(i, blocks), lax.rem(i, 2)
+        block, slot = block_of(i), lax.rem(i, 2)
         pl.when(i + 1 < 2 * blocks)(lambda: transfer(i + 1, 1 - slot, "start"))
         transfer(i, slot, "wait")
         pl.when(i < blocks)(lambda: add_to_lse(block, slot))

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.gpu import power_of_two
-from sparsex_kernels.layout import RowInts
+from sparsex_kernels.layout import RowInts, Window
 from sparsex_kernels.paged_attention.triton import attend
 from sparsex_kernels.triton import (
     Config,
@@ -38,7 +38,9 @@ def key_mass(args: AttentionArgs, power: int = 1, config: Config | None = None) 
     _, lse = attend(args, values=False)
     num_requests, constants = len(args.page_tables), attention_constants(args, config.block)
     heads, padded_share = constants["HEADS"], power_of_two(constants["SHARE"])
-    ranges = seen_by(args.positions, args.requests, num_requests, -(-args.context // config.block), config.block)
+    ranges = seen_by(
+        args.positions, args.requests, num_requests, -(-args.context // config.block), config.block, args.window
+    )
     tables = tables_ahead(args, config.block)
     mass = call(
         column_sums,
@@ -47,6 +49,7 @@ def key_mass(args: AttentionArgs, power: int = 1, config: Config | None = None) 
         out_type=jax.ShapeDtypeStruct((heads, *ranges.shape[:2], config.block), jnp.float32),
         num_warps=config.warps,
         num_stages=config.stages,
+        WINDOWED=args.window is not None,
         ROWS=config.packed // padded_share,
         PADDED_SHARE=padded_share,
         **constants | {"SCALE": power * constants["SCALE"]},
@@ -55,13 +58,14 @@ def key_mass(args: AttentionArgs, power: int = 1, config: Config | None = None) 
 
 
 def seen_by(
-    positions: RowInts, requests: RowInts, num_requests: int, blocks: int, block: int
-) -> Int[Array, "requests blocks 3"]:
+    positions: RowInts, requests: RowInts, num_requests: int, blocks: int, block: int, window: Window | None = None
+) -> Int[Array, "requests blocks fields"]:
     """Which rows see each request's blocks of keys; they are consecutive.
 
     Returns:
-      For each block the first row that sees anything of it, the first that sees all of it, and the one behind the
-      request's last.
+      For each block the first row that sees anything of it, the first that is not before any of its keys, and the one
+      behind the last that sees anything of it. With a window also the one behind the last that it hides nothing of the
+      block from, and the window.
     """
     # Blocks of 8 keys, 2 a request: rows 0 1 2 of request 0 at positions 2 7 9, rows 3 4 of request 2 at 0 and 15, and
     # padding give [[0, 1, 3], [2, 3, 3]] for request 0 and [[3, 4, 5], [4, 4, 5]] for request 2.
@@ -74,6 +78,13 @@ def seen_by(
     place = jnp.where(positions >= 0, requests * context + positions, num_requests * context)
     begin = jnp.arange(num_requests)[:, None] * context + jnp.arange(blocks) * block
     end = jnp.broadcast_to(jnp.arange(1, num_requests + 1)[:, None] * context, begin.shape)
-    wanted = jnp.stack([begin, begin + block - 1, end], axis=-1)
+    bounds = [begin, begin + block - 1, end]
+    if window is not None:
+        reach = jnp.minimum(window, context)  # no further than the request's end
+        bounds = [*bounds[:2], jnp.minimum(begin + block - 1 + reach, end), jnp.minimum(begin + reach, end)]
+    wanted = jnp.stack(bounds, axis=-1)
     found = jnp.searchsorted(place, wanted.reshape(-1), method="compare_all").reshape(wanted.shape)
-    return jnp.minimum(found, found[..., 2:]).astype(jnp.int32)
+    found = jnp.minimum(found, found[..., 2:3]).astype(jnp.int32)
+    if window is None:
+        return found
+    return jnp.append(found, jnp.broadcast_to(window, (*found.shape[:-1], 1)), axis=-1)

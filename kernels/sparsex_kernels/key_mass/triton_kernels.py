@@ -20,8 +20,10 @@ def _add(
     q: tl.tensor,
     lse: tl.tensor,
     positions: tl.tensor,
+    window: tl.tensor,
     head: tl.tensor,
     MASK: tl.constexpr,
+    WINDOWED: tl.constexpr,
     SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -42,6 +44,8 @@ def _add(
         if MASK:
             bound = tl.load(positions + row, mask=row < end, other=-1)
             p = tl.where(keys[None, :] <= bound[:, None], p, 0.0)
+            if WINDOWED:
+                p = tl.where(keys[None, :] >= (bound - window + 1)[:, None], p, 0.0)
         sums += p
     return sums
 
@@ -57,6 +61,7 @@ def column_sums(
     lse: tl.tensor,
     max_pages: tl.tensor,
     mass: tl.tensor,
+    WINDOWED: tl.constexpr,
     SCALE: tl.constexpr,
     ROWS: tl.constexpr,
     SHARE: tl.constexpr,
@@ -70,7 +75,8 @@ def column_sums(
     """The mass of one block of keys: the sum over all rows of its request and the query heads of one KV head."""
     block, request, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place = request * tl.num_programs(0) + block
-    first, clear, end = (tl.load(ranges + place * 3), tl.load(ranges + place * 3 + 1), tl.load(ranges + place * 3 + 2))
+    line = ranges + place * (5 if WINDOWED else 3)
+    first, clear, end = tl.load(line), tl.load(line + 1), tl.load(line + 2)
     keys = block * BLOCK + tl.arange(0, BLOCK)
     out = mass + (head * tl.num_programs(1) * tl.num_programs(0) + place).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if first >= end:
@@ -81,10 +87,73 @@ def column_sums(
     k = tl.load(store + offsets[:, None] + tl.arange(0, DIM)[None, :])
     clear = tl.minimum(first + (clear - first + ROWS - 1) // ROWS * ROWS, end)
     sums = tl.zeros([ROWS * PADDED_SHARE, BLOCK], tl.float32)
+    clear_end, window = end, 0
+    if WINDOWED:
+        # Whole steps of rows that see the block in full; a tile's worth of rows more would be hidden from some.
+        clear_end, window = tl.load(line + 3), tl.load(line + 4)
+        clear_end = clear + tl.maximum(clear_end - clear, 0) // ROWS * ROWS
     sums = _add(
-        sums, first, clear, end, k, keys, q, lse, positions, head, True, SCALE, ROWS, SHARE, PADDED_SHARE, HEADS, DIM
+        sums,
+        first,
+        clear,
+        end,
+        k,
+        keys,
+        q,
+        lse,
+        positions,
+        window,
+        head,
+        True,
+        WINDOWED,
+        SCALE,
+        ROWS,
+        SHARE,
+        PADDED_SHARE,
+        HEADS,
+        DIM,
     )
     sums = _add(
-        sums, clear, end, end, k, keys, q, lse, positions, head, False, SCALE, ROWS, SHARE, PADDED_SHARE, HEADS, DIM
+        sums,
+        clear,
+        clear_end,
+        end,
+        k,
+        keys,
+        q,
+        lse,
+        positions,
+        window,
+        head,
+        False,
+        WINDOWED,
+        SCALE,
+        ROWS,
+        SHARE,
+        PADDED_SHARE,
+        HEADS,
+        DIM,
     )
+    if WINDOWED:
+        sums = _add(
+            sums,
+            clear_end,
+            end,
+            end,
+            k,
+            keys,
+            q,
+            lse,
+            positions,
+            window,
+            head,
+            True,
+            WINDOWED,
+            SCALE,
+            ROWS,
+            SHARE,
+            PADDED_SHARE,
+            HEADS,
+            DIM,
+        )
     tl.store(out, tl.sum(sums, 0))

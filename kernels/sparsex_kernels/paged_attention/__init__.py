@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend, default_backend, run
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store
+from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, Window
 from sparsex_kernels.paged_attention import gather, hopper, reference, tpu, triton, xla
 
 IMPLEMENTATIONS = {
@@ -27,14 +27,16 @@ def paged_attention(
     page_tables: PageTables,
     *,
     scale: float | None = None,
+    window: Window | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
     implementation: str | None = None,
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
-    """Softmax attention of each row over its request's keys at positions up to its own.
+    """Softmax attention of each row over its request's keys at positions up to its own, or the last of these.
 
     Args:
-      query, store, layer, positions, requests, page_tables: as in `AttentionArgs`. The output of padding is 0.
+      query, store, layer, positions, requests, page_tables, window: as in `AttentionArgs`. The output of padding is 0.
+        Blocks of keys that a window hides from all rows of a tile are not read.
       scale: of the scores; 1 / sqrt(head_dim) by default.
       return_lse: also return the logarithm of the softmax's denominator in float32, `[rows, q_heads]`, by which
         results over parts of the keys can be merged; -inf for padding.
@@ -50,5 +52,5 @@ def paged_attention(
     """
     scale = scale or query.shape[-1] ** -0.5
     backend = backend or default_backend()
-    args = AttentionArgs(query, store, layer, positions, requests, page_tables, scale, backend)
+    args = AttentionArgs(query, store, layer, positions, requests, page_tables, scale, backend, window)
     return run("paged_attention", IMPLEMENTATIONS, implementation, args, return_lse=return_lse)

@@ -1,33 +1,71 @@
-"""All rows at once, each over a copy of its request's keys. No loop, but memory for rows x context: for few rows."""
+"""Few rows at once, each over a copy of its request's keys: of all of them, or of one block after the other.
+
+Without a window there is no loop, but memory for rows x context. With one, which is data, a loop goes over blocks of
+keys, each row from its own first to its own last, so that it reads no more than its window touches.
+"""
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float
+from jax import Array, lax
+from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.layout import Queries, group_heads
+from sparsex_kernels.layout import Queries, Window, first_seen, group_heads, visible
+from sparsex_kernels.paged_attention.online_softmax import Softmax, add_block, no_keys
+
+KEYS_A_STEP = 1024  # of each row where there is a window, rounded to whole pages
 
 
 def paged_attention(
     args: AttentionArgs, return_lse: bool = False
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`."""
-    query, store, positions = args.query, args.store, args.positions
-    pages = args.page_tables.at[args.requests].get(mode="clip")
-    tiles = store[args.layer, pages]  # [rows, pages, 2, kv_heads, page_size, head_dim]
-    keys, values = (
-        tiles[:, :, kv].swapaxes(1, 2).reshape(len(query), store.shape[3], -1, store.shape[5]) for kv in (0, 1)
-    )
-    visible = jnp.arange(keys.shape[2]) <= positions[:, None]
-    scores = jnp.einsum("rhgd,rhkd->rhgk", group_heads(query, store), keys, preferred_element_type=jnp.float32)
-    scores *= args.scale
-    weights = jax.nn.softmax(scores, axis=-1, where=visible[:, None, None])
+    query, positions = args.query, args.positions
+    if args.window is not None:
+        out, lse = _attend_blocks(args, args.window)
+        return (out, lse) if return_lse else out
+    keys, values = _read(args, args.page_tables.at[args.requests].get(mode="clip"))
+    seen = jnp.arange(keys.shape[2]) <= positions[:, None]
+    scores = _scores(args, keys)
+    weights = jax.nn.softmax(scores, axis=-1, where=seen[:, None, None])
     weights = jnp.where((positions >= 0)[:, None, None, None], weights, 0)  # padding sees no key; its output is 0
-    values = jnp.where(visible[:, None, :, None], values, 0)  # 0 * NaN would be NaN
+    values = jnp.where(seen[:, None, :, None], values, 0)  # 0 * NaN would be NaN
     out = jnp.einsum("rhgk,rhkd->rhgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
     out = out.reshape(query.shape).astype(query.dtype)
     if not return_lse:
         return out
-    lse = jax.nn.logsumexp(scores, axis=-1, where=visible[:, None, None])
+    lse = jax.nn.logsumexp(scores, axis=-1, where=seen[:, None, None])
     return out, jnp.where((positions >= 0)[:, None], lse.reshape(query.shape[:2]), -jnp.inf)
+
+
+def _attend_blocks(args: AttentionArgs, window: Window) -> tuple[Queries, Float[Array, "rows q_heads"]]:
+    query, positions, page_size = args.query, args.positions, args.store.shape[4]
+    pages_each = min(max(KEYS_A_STEP // page_size, 1), args.page_tables.shape[1])
+    keys_each = pages_each * page_size
+    first = first_seen(positions, window) // keys_each
+
+    def step(i: Array, state: Softmax) -> Softmax:
+        block = (first + i)[:, None]
+        pages = block * pages_each + jnp.arange(pages_each)
+        keys, values = _read(args, args.page_tables.at[args.requests[:, None], pages].get(mode="clip"))
+        seen = visible(block * keys_each + jnp.arange(keys_each), positions[:, None], window)
+        scores = jnp.where(seen[:, None, None], _scores(args, keys), -jnp.inf)
+        return add_block(state, scores, jnp.where(seen[:, None, :, None], values, 0))  # 0 * NaN would be NaN
+
+    blocks = jnp.where(positions >= 0, positions // keys_each + 1 - first, 0)
+    out, lse = lax.fori_loop(0, blocks.max(), step, no_keys(group_heads(query, args.store))).result()
+    return out.reshape(query.shape).astype(query.dtype), lse.reshape(query.shape[:2])
+
+
+def _read(args: AttentionArgs, pages: Int[Array, "rows pages"]) -> tuple[Array, Array]:
+    """K and V of each row's pages, `[rows, kv_heads, keys, head_dim]`."""
+    tiles = args.store[args.layer, pages]  # [rows, pages, 2, kv_heads, page_size, head_dim]
+    keys, values = (
+        tiles[:, :, kv].swapaxes(1, 2).reshape(len(pages), tiles.shape[3], -1, tiles.shape[5]) for kv in (0, 1)
+    )
+    return keys, values
+
+
+def _scores(args: AttentionArgs, keys: Float[Array, "rows kv_heads keys head_dim"]) -> Array:
+    grouped = group_heads(args.query, args.store)
+    return jnp.einsum("rhgd,rhkd->rhgk", grouped, keys, preferred_element_type=jnp.float32) * args.scale

@@ -18,7 +18,7 @@ from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.gpu import check_attention, padded_pages
-from sparsex_kernels.layout import Queries, pad_positions, pad_rows
+from sparsex_kernels.layout import Queries, first_seen, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS
 from sparsex_kernels.paged_attention.hopper_decode import decode
 from sparsex_kernels.paged_attention.hopper_merge import Parts, TileRows, merge_tiles
@@ -47,9 +47,10 @@ def attend(
     tile = shape.rows * config.warpgroups
     query, count = pad_rows(args.query, tile), len(args.query)
     positions, requests = pad_positions(args.positions, args.requests, tile)
-    spans, ranges = tile_spans(positions, requests, tile, len(args.page_tables), config.block)
+    spans, ranges = tile_spans(positions, requests, tile, len(args.page_tables), config.block, args.window)
     tables = padded_pages(args.store, args.page_tables, copies_a_block(shape, config))
-    packed = _pack_rows(jnp.stack([positions, requests]), shape, config)
+    windows = [] if args.window is None else [first_seen(positions, args.window)]
+    packed = _pack_rows(jnp.stack([positions, requests, *windows]), shape, config)
     layer = mosaic.as_scalar(args.layer)
     operands = [query, mosaic.flat_store(args.store), layer, tables, spans, ranges, packed]
     if shape.cut:

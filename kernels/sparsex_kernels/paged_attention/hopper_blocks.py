@@ -4,8 +4,9 @@ One warpgroup fills it by TMA, the others read it. A buffer goes round like this
 
     filled  --k_ready / v_ready-->  read by every compute warpgroup  --k_used / v_used-->  filled again
 
-The last V block of a request goes through `tail_ready` first. It may hold slots behind the request's last position,
-which may hold NaN; the memory warpgroup waits for its copy, zeroes those rows, and arrives at `v_ready` itself.
+The last V block of a request goes through `trim_ready` first. It may hold slots behind the request's last position,
+which may hold NaN; the memory warpgroup waits for its copy, zeroes those rows, and arrives at `v_ready` itself. With a
+window, so does the first block, which may hold slots that the window hides from all rows.
 """
 
 from collections.abc import Callable
@@ -19,13 +20,13 @@ from sparsex_kernels.mosaic import Ref, clear_rows, tiled_smem
 
 
 class BlockRing(NamedTuple):
-    """Buffers and barriers, `stages` of each but `tail_ready`."""
+    """Buffers and barriers, `stages` of each but `trim_ready`."""
 
     k_smem: Ref  # [stages, block, head_dim]
     v_smem: Ref
     k_ready: Ref
     v_ready: Ref
-    tail_ready: Ref
+    trim_ready: Ref
     k_used: Ref
     v_used: Ref
 
@@ -54,7 +55,7 @@ def ring_scratch(block: tuple[int, int, int], dtype: Any, *, pieces: int, reader
         "v_smem": tiled_smem(block if values else (1, 8, 64), dtype),
         "k_ready": plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
         "v_ready": plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
-        "tail_ready": plgpu.Barrier(num_arrivals=pieces),
+        "trim_ready": plgpu.Barrier(num_arrivals=pieces),
         "k_used": plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
         "v_used": plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
     }
@@ -64,14 +65,15 @@ class Block(NamedTuple):
     """One block of keys to fetch.
 
     `copy_keys(smem, barrier)` and `copy_values(smem, barrier)` start its copies. Of its V rows, `seen` are at positions
-    that some row sees; the rest is zeroed if it `is_last`.
+    that some row sees, those before `hidden` apart; the rest is zeroed if it `is_trimmed`.
     """
 
     step: Array  # blocks that were fetched before it
     copy_keys: Callable[[Ref, Ref], None]
     copy_values: Callable[[Ref, Ref], None]
-    is_last: Array
+    is_trimmed: Array
     seen: Array
+    hidden: Array | None = None  # where there is a window
 
 
 def fetch_block(ring: BlockRing, block: Block, *, pieces: int, values: bool) -> None:
@@ -81,10 +83,10 @@ def fetch_block(ring: BlockRing, block: Block, *, pieces: int, values: bool) -> 
     def wait_for_readers(used: Ref) -> None:
         pl.when(block.step >= ring.stages)(lambda: plgpu.barrier_wait(used.at[slot]))
 
-    def copy_last_values() -> None:
-        block.copy_values(ring.v_smem.at[slot], ring.tail_ready)
-        plgpu.barrier_wait(ring.tail_ready)
-        clear_rows(ring.v_smem.at[slot], block.seen)
+    def copy_trimmed() -> None:
+        block.copy_values(ring.v_smem.at[slot], ring.trim_ready)
+        plgpu.barrier_wait(ring.trim_ready)
+        clear_rows(ring.v_smem.at[slot], block.seen, block.hidden)
         for _ in range(pieces):
             plgpu.barrier_arrive(ring.v_ready.at[slot])
 
@@ -92,5 +94,5 @@ def fetch_block(ring: BlockRing, block: Block, *, pieces: int, values: bool) -> 
     block.copy_keys(ring.k_smem.at[slot], ring.k_ready.at[slot])
     if values:
         wait_for_readers(ring.v_used)
-        pl.when(~block.is_last)(lambda: block.copy_values(ring.v_smem.at[slot], ring.v_ready.at[slot]))
-        pl.when(block.is_last)(copy_last_values)
+        pl.when(~block.is_trimmed)(lambda: block.copy_values(ring.v_smem.at[slot], ring.v_ready.at[slot]))
+        pl.when(block.is_trimmed)(copy_trimmed)

@@ -45,7 +45,8 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     rows, q_heads, head_dim = args.query.shape
     sizes = shared_sizes(args)
     share, heads = sizes["share"], sizes["heads"]
-    parts, spans = key_parts(args.positions, args.requests, heads, programs=PROGRAMS, block=BLOCK)
+    cut: dict[str, Any] = {"programs": PROGRAMS, "block": BLOCK, "window": args.window}
+    parts, spans = key_parts(args.positions, args.requests, heads, **cut)
     shape = Shape(**sizes, parts=len(parts))
     merged = -(-heads * SHARE // WGMMA_ROWS) * WGMMA_ROWS
     query = args.query.reshape(rows, heads, share, head_dim)
@@ -85,7 +86,7 @@ class Operands(NamedTuple):
     store: Ref  # [layers * pages, 2 * kv_heads, page_size, head_dim]
     layer: Ref  # [1]
     tables: Ref  # [requests, max_pages]
-    parts: Ref  # [parts, 5]
+    parts: Ref  # [parts, 5], or 6 where there is a window
     out: Ref  # [parts, merged, head_dim] float32
     lse: Ref  # [parts, merged] float32, in base 2
 
@@ -93,7 +94,7 @@ class Operands(NamedTuple):
 def _kernel(shape: Shape, *refs: Ref, **scratch: Ref) -> None:
     operands = Operands(*refs)
     number, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
-    part = Part(*(operands.parts[number, n] for n in range(5)))
+    part = Part(*(operands.parts[number, n] for n in range(operands.parts.shape[1])))
     live = part.begin < part.end
 
     @pl.when((wg == 0) & live)
@@ -122,7 +123,8 @@ def _compute(
         plgpu.barrier_arrive(ring.k_used.at[slot])
         if masked:
             keys = plgpu.broadcasted_iota(jnp.int32, square, 1, layout=plgpu.Layout.WGMMA) + i * BLOCK
-            s = jnp.where(keys <= part.position, s, -jnp.inf)
+            seen = keys <= part.position
+            s = jnp.where(seen & (keys >= part.first) if shape.windowed else seen, s, -jnp.inf)
         new_top, p, decay = mosaic.softmax_weights(s, top, shape.scale)
         acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
         plgpu.barrier_wait(ring.v_ready.at[slot])
@@ -130,9 +132,16 @@ def _compute(
         plgpu.barrier_arrive(ring.v_used.at[slot])
         return Softmax(acc, new_top, total * decay + p.sum(axis=1))
 
-    full = jnp.clip(lax.div(part.position + 1, BLOCK), part.begin, part.end)
+    clear = part.begin
+    if shape.windowed:
+        clear = jnp.clip(lax.div(part.first + BLOCK - 1, BLOCK), part.begin, part.end)
+    full = jnp.clip(lax.div(part.position + 1, BLOCK), clear, part.end)
+    state = mosaic.empty_softmax(shape.head_dim)
+    if shape.windowed:
+        # 0. The block that the window begins in, if that is in this part and some of it is hidden.
+        state = lax.fori_loop(part.begin, clear, functools.partial(step, True), state)
     # 1. Blocks that the row sees in full. 2. The one that its position lies in, if that is in this part.
-    state = lax.fori_loop(part.begin, full, functools.partial(step, False), mosaic.empty_softmax(shape.head_dim))
+    state = lax.fori_loop(clear, full, functools.partial(step, False), state)
     acc, top, total = lax.fori_loop(full, part.end, functools.partial(step, True), state)
     scratch["out_smem"][...] = acc / lax.broadcast_in_dim(total, acc.shape, [0])
     scratch["lse_smem"][...] = top + jnp.log2(total)
@@ -158,8 +167,9 @@ def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: Bloc
             step=i - part.begin,
             copy_keys=functools.partial(copy, kv_head),
             copy_values=functools.partial(copy, shape.kv_heads + kv_head),
-            is_last=i == last,
+            is_trimmed=(i == last) | (i * BLOCK < part.first) if shape.windowed else i == last,
             seen=part.position + 1 - i * BLOCK,
+            hidden=part.first - i * BLOCK if shape.windowed else None,
         )
         fetch_block(ring, block, pieces=1, values=True)
 

@@ -5,8 +5,9 @@ block is read once for all of them. One more warpgroup fetches K and V blocks by
 (`hopper_blocks.py`).
 
 A tile may hold rows of several requests. The program folds the keys of one request after the other, from the start
-each time, and keeps each row's result of its own request. What is not finite in another request's keys or values never
-reaches the row. Rows therefore need not be cut at the requests' borders, and every output tile is stored once.
+each time, or from the first block that some row's window touches, and keeps each row's result of its own request. What
+is not finite in another request's keys or values never reaches the row. Rows therefore need not be cut at the requests'
+borders, and every output tile is stored once.
 
 In a call that may cut tiles (`tiles.py`), a program has a part of its tile's key blocks, as a table says. In any other
 it has all of them, and there is no table.
@@ -49,9 +50,9 @@ class Operands(NamedTuple):
     store: Ref  # [layers * pages, 2 * kv_heads, page_size, head_dim]
     layer: Ref  # [1]
     tables: Ref  # [requests, pages]
-    spans: Ref  # [tiles, requests, 2]
+    spans: Ref  # [tiles, requests, 2], or 4 where there are windows
     ranges: Ref  # [tiles, 2]
-    packed: Ref  # [tiles, warpgroups, 2, 64], positions and requests
+    packed: Ref  # [tiles, warpgroups, 2, 64], positions and requests; where there are windows, also first keys
     parts: Ref | None = None  # [lines, 4], if tiles may be cut
 
 
@@ -108,6 +109,8 @@ class RequestKeys(NamedTuple):
 
     Attributes:
       first_step: the program's step that reads block 0, or would; block i is read in step `first_step + i`.
+      first_key: the first key that some row sees.
+      first: the block that it is in.
       last: the last position among the tile's rows of the request; -1 if it has none.
       blocks: up to that position.
       begin: of the part, which has blocks `begin .. end`.
@@ -115,30 +118,36 @@ class RequestKeys(NamedTuple):
 
     request: Array
     first_step: Array
+    first_key: Array | int
+    first: Array | int
     last: Array
     blocks: Array
     begin: Array | int
     end: Array
 
 
-def _over_requests(config: Config, program: Program, body: Callable[[RequestKeys], None]) -> Array:
+def _over_requests(shape: Shape, config: Config, program: Program, body: Callable[[RequestKeys], None]) -> Array:
     """Call the body for each of the tile's requests. Returns the program's number of steps."""
     part, spans = program.part, program.operands.spans
 
     def over_request(request: Array, first_step: Array) -> Array:
         last = spans[part.tile, request, 0]
         blocks = lax.div(last + config.block, config.block)
-        body(RequestKeys(request, first_step, last, blocks, *_own_blocks(part, first_step, blocks)))
+        first_key = spans[part.tile, request, 2] if shape.windowed else 0
+        first = lax.div(first_key, config.block) if shape.windowed else 0
+        first_step = first_step - first if shape.windowed else first_step
+        own = _own_blocks(part, first_step, first, blocks)
+        body(RequestKeys(request, first_step, first_key, first, last, blocks, *own))
         return first_step + blocks
 
     steps = lax.fori_loop(*program.requests, over_request, jnp.int32(-part.begin))
     return steps if part.end is None else part.end - part.begin
 
 
-def _own_blocks(part: TilePart, first_step: Array, blocks: Array) -> tuple[Array | int, Array]:
+def _own_blocks(part: TilePart, first_step: Array, first: Array | int, blocks: Array) -> tuple[Array | int, Array]:
     if part.end is None:
-        return 0, blocks
-    return jnp.clip(-first_step, 0, blocks), jnp.clip(part.end - part.begin - first_step, 0, blocks)
+        return first, blocks
+    return jnp.clip(-first_step, first, blocks), jnp.clip(part.end - part.begin - first_step, first, blocks)
 
 
 def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch: dict[str, Ref]) -> None:
@@ -152,6 +161,7 @@ def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch:
         plgpu.copy_gmem_to_smem(source, q_smem.at[pl.ds(h * shape.rows, shape.rows)], q_ready)
     positions = plgpu.load(operands.packed.at[tile, wg, 0], layout=ROWS, optimized=False)
     owners = plgpu.load(operands.packed.at[tile, wg, 1], layout=ROWS, optimized=False)
+    first_keys = plgpu.load(operands.packed.at[tile, wg, 2], layout=ROWS, optimized=False) if shape.windowed else None
     plgpu.barrier_wait(q_ready)
     alternate = config.alternate and config.warpgroups == 2
 
@@ -162,8 +172,10 @@ def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch:
             plgpu.barrier_wait(scratch["turn"])
 
     def over_request(keys: RequestKeys) -> None:
-        full = operands.spans[tile, keys.request, 1]
-        full = jnp.clip(full, keys.begin, keys.end) if shape.cut else full
+        clear, full = keys.begin, operands.spans[tile, keys.request, 1]
+        if shape.windowed:
+            clear = jnp.clip(operands.spans[tile, keys.request, 3], keys.begin, keys.end)
+        full = jnp.clip(full, clear, keys.end) if shape.cut or shape.windowed else full
         bound = jnp.where(owners == keys.request, positions, -1)
 
         def step(masked: bool, i: Array, state: Softmax) -> Softmax:
@@ -174,7 +186,10 @@ def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch:
             plgpu.barrier_arrive(ring.k_used.at[slot])
             if masked:
                 key = plgpu.broadcasted_iota(jnp.int32, packed, 1, layout=plgpu.Layout.WGMMA) + i * config.block
-                s = jnp.where(lax.broadcast_in_dim(bound, packed, [0]) >= key, s, -jnp.inf)
+                seen = lax.broadcast_in_dim(bound, packed, [0]) >= key
+                if first_keys is not None:
+                    seen &= lax.broadcast_in_dim(first_keys, packed, [0]) <= key
+                s = jnp.where(seen, s, -jnp.inf)
             new_top, p, decay = mosaic.softmax_weights(s, top, shape.scale)
             total = total * decay + p.sum(axis=1)
             if not shape.values:
@@ -194,8 +209,11 @@ def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch:
             return Softmax(acc, new_top, total)
 
         state = mosaic.empty_softmax(shape.head_dim if shape.values else 8)
+        if shape.windowed:
+            # 0. Blocks that the window hides from some row in part or in full.
+            state = lax.fori_loop(keys.begin, clear, functools.partial(step, True), state)
         # 1. Blocks that every row of the tile sees in full.
-        state = lax.fori_loop(keys.begin, full, functools.partial(step, False), state)
+        state = lax.fori_loop(clear, full, functools.partial(step, False), state)
         # 2. Blocks that some row sees in part or not at all.
         state = lax.fori_loop(full, keys.end, functools.partial(step, True), state)
         keep_result(bound < 0, state)
@@ -217,7 +235,7 @@ def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch:
     # Warpgroup 0 starts. Both take as many turns: 1 waits for its first, and 0 takes one more at the end.
     if alternate:
         pl.when(wg == 1)(take_turn)
-    _over_requests(config, program, over_request)
+    _over_requests(shape, config, program, over_request)
     if alternate:
         pl.when(wg == 0)(take_turn)
 
@@ -261,12 +279,13 @@ def _fetch(shape: Shape, config: Config, program: Program, ring: BlockRing) -> N
                 step=keys.first_step + i,
                 copy_keys=functools.partial(copy_block, keys.request, i, kv_head),
                 copy_values=functools.partial(copy_block, keys.request, i, shape.kv_heads + kv_head),
-                is_last=i == keys.blocks - 1,
+                is_trimmed=(i == keys.blocks - 1) | (i == keys.first) if shape.windowed else i == keys.blocks - 1,
                 seen=keys.last + 1 - i * config.block,
+                hidden=keys.first_key - i * config.block if shape.windowed else None,
             )
             fetch_block(ring, block, pieces=pieces, values=shape.values)
 
         lax.fori_loop(keys.begin, keys.end, step, None)
 
-    steps = _over_requests(config, program, over_request)
+    steps = _over_requests(shape, config, program, over_request)
     mosaic.drain((ring.k_used, ring.v_used) if shape.values else (ring.k_used,), 0, steps, config.stages)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
-from sparsex_kernels.layout import RowInts
+from sparsex_kernels.layout import RowInts, Window, first_seen
 
 
 class Part(NamedTuple):
@@ -17,11 +17,12 @@ class Part(NamedTuple):
     position: Any
     begin: Any
     end: Any
+    first: Any = None  # the first key that the row sees, where there is a window
 
 
 def key_parts(
-    positions: RowInts, requests: RowInts, heads: int, *, programs: int, block: int
-) -> tuple[Int[Array, "parts 5"], Int[Array, "rows 2"]]:
+    positions: RowInts, requests: RowInts, heads: int, *, programs: int, block: int, window: Window | None = None
+) -> tuple[Int[Array, "parts fields"], Int[Array, "rows 2"]]:
     """Cut each row's keys into parts of about one size over all rows.
 
     The table has room for a part a row and `programs / heads` more. A part is at least a `programs / heads`-th of all
@@ -31,15 +32,19 @@ def key_parts(
       heads: programs over the heads that each part has.
       programs: how many programs to aim at.
       block: keys of a block.
+      window: blocks before it are in no part.
 
     Returns:
-      A line for each part (`Part`); and for each row its first part and the one behind its last.
+      A line for each part, its `Part` without what is None; and for each row its first part and the one behind its
+      last.
     """
     # Positions 9, -1 and 3, blocks of 2 keys, 1 head, 4 programs:
     #   blocks 5 0 2, 7 in all, so a part has at most ceil(7 / 4) = 2
     #   parts  3 0 1 of the rows, of 2, -, 2 blocks: row 0's are blocks [0, 2), [2, 4), [4, 5), row 2's [0, 2)
     #   spans  [0, 3] [3, 3] [3, 4]
     blocks = (positions + block) // block  # 0 for padding
+    skipped = None if window is None else first_seen(positions, window) // block
+    blocks = blocks if skipped is None else blocks - skipped
     largest = jnp.maximum(-(-blocks.sum() * heads // programs), 1)
     count = -(-blocks // largest)
     size = -(-blocks // jnp.maximum(count, 1))  # of each row's parts
@@ -48,7 +53,10 @@ def key_parts(
     row = jnp.minimum((ends <= part[:, None]).sum(1), len(positions) - 1)
     begin = (part - (ends - count)[row]) * size[row]
     end = jnp.where(part < ends[-1], jnp.minimum(begin + size[row], blocks[row]), begin)
-    parts = jnp.stack(Part(row, requests[row], positions[row], begin, end), axis=-1)
+    fields: tuple[Any, ...] = Part(row, requests[row], positions[row], begin, end)[:5]
+    if window is not None and skipped is not None:
+        fields = (*fields[:3], begin + skipped[row], end + skipped[row], first_seen(positions, window)[row])
+    parts = jnp.stack(fields, axis=-1)
     filled = -(-blocks // jnp.maximum(size, 1))  # rounding up the size may leave a row's last parts without blocks
     spans = jnp.stack([ends - count, ends - count + filled], axis=-1)
     return parts.astype(jnp.int32), spans.astype(jnp.int32)

@@ -6,7 +6,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.layout import Queries, context
+from sparsex_kernels.layout import Queries, context, visible
 
 
 def paged_attention(
@@ -33,4 +33,4 @@ def dense_scores(
     repeat = query.shape[1] // keys.shape[1]
     keys, values = (jnp.repeat(x.astype(jnp.float32), repeat, axis=1)[args.requests] for x in (keys, values))
     scores = jnp.einsum("rhd,rhtd->rht", query, keys, precision="highest") * args.scale
-    return scores, values, jnp.arange(keys.shape[2]) <= args.positions[:, None]
+    return scores, values, visible(jnp.arange(keys.shape[2]), args.positions[:, None], args.window)

@@ -6,25 +6,27 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
-from sparsex_kernels.layout import RowInts
+from sparsex_kernels.layout import RowInts, Window, first_seen
 
 SMALLEST_PART = 2  # key blocks: a part costs a start, an end and a share of the merge
 
 
 def tile_spans(
-    positions: RowInts, requests: RowInts, tile: int, num_requests: int, block: int
-) -> tuple[Int[Array, "tiles requests 2"], Int[Array, "tiles 2"]]:
+    positions: RowInts, requests: RowInts, tile: int, num_requests: int, block: int, window: Window | None = None
+) -> tuple[Int[Array, "tiles requests fields"], Int[Array, "tiles 2"]]:
     """Which keys a tile of rows reads.
 
     Returns:
-      For each tile and request, the last position among the tile's rows of the request (-1 if it has none), and how
-      many key blocks every row of the tile sees in full; and for each tile its first request and the one behind its
-      last. A tile of padding has one request, too.
+      For each tile and request, the last position among the tile's rows of the request (-1 if it has none), and the
+      key block behind the last that every row of the tile sees in full; and with a window, the first key that some row
+      sees, and the first block of which the window hides nothing from any row. For each tile, its first request and
+      the one behind its last. A tile of padding has one request, too.
     """
     # With tiles of 4 rows and blocks of 2 keys,
     #   requests   0  0  1  1 | 1  1  1  1     tile 0 reads keys 0..9 of request 0 and 0..3 of request 1, none of
     #   positions  4  9  0  3 | 5  6  8  9     them for all rows; tile 1 reads blocks 0, 1 and 2 without a mask
-    # gives spans [[[9, 0], [3, 0]], [[-1, 0], [9, 3]]] and ranges [[0, 2], [1, 2]].
+    # gives spans [[[9, 0], [3, 0]], [[-1, 0], [9, 3]]] and ranges [[0, 2], [1, 2]]. With a window of 4, tile 1 reads
+    # keys 2..9, and nothing of blocks 3 and on is hidden from a row: its span of request 1 is [9, 3, 2, 3].
     positions, requests = positions.reshape(-1, tile), requests.reshape(-1, tile)
     live = positions >= 0
     own = live[..., None] & (requests[..., None] == jnp.arange(num_requests))
@@ -34,7 +36,11 @@ def tile_spans(
     begin = jnp.min(jnp.where(live, requests, num_requests - 1), axis=1)
     end = jnp.max(jnp.where(live, requests, begin[:, None]), axis=1) + 1
     ranges = jnp.stack([begin, end], axis=-1)
-    return jnp.stack([last, full], axis=-1).astype(jnp.int32), ranges.astype(jnp.int32)
+    fields = [last, full]
+    if window is not None:
+        fields.append(jnp.where(last >= 0, first_seen(first, window), 0))
+        fields.append(-(-first_seen(last, window) // block))
+    return jnp.stack(fields, axis=-1).astype(jnp.int32), ranges.astype(jnp.int32)
 
 
 class TilePart(NamedTuple):
@@ -70,7 +76,7 @@ class Splits(NamedTuple):
 
 
 def tile_parts(
-    spans: Int[Array, "tiles requests 2"], block: int, splits: Splits
+    spans: Int[Array, "tiles requests fields"], block: int, splits: Splits
 ) -> tuple[Int[Array, "lines 4"], Int[Array, "tiles 2"]]:
     """Cut each tile's key blocks into parts of about one size, if few tiles have rows; else a tile is one part.
 
@@ -84,7 +90,10 @@ def tile_parts(
     #   counts 7 * 4 // 10 = 2, 3 * 4 // 10 = 1, and 1 for the tile of padding
     #   lines  [1, 0, 3, whole] [0, 0, 4, part] [0, 4, 7, part] [2, 0, 0, whole]
     #   tiles  [1, 3] [0, 1] [3, 4]
-    blocks = ((spans[..., 0] + block) // block).sum(axis=1)  # the last position is -1 where there are no rows
+    blocks = (spans[..., 0] + block) // block  # the last position is -1 where there are no rows
+    if spans.shape[-1] > 2:  # with a window
+        blocks -= spans[..., 2] // block
+    blocks = blocks.sum(axis=1)
     live, tiles = (blocks > 0).sum(), jnp.arange(len(blocks))
     tile = jnp.where(tiles < live, live - 1 - tiles, tiles)  # in the order of the lines
     blocks = blocks[tile]

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.layout import Queries, pad_positions, pad_rows
+from sparsex_kernels.layout import Queries, Window, first_seen, pad_positions, pad_rows
 from sparsex_kernels.tpu import (
     HBM,
     TILE,
@@ -42,6 +42,7 @@ def paged_attention(
     tile = row_tile(rows)
     packed, own, owner = pack_rows(args, tile)
     last, following = spans(args, tile)
+    windows = () if args.window is None else (first_keys(args, tile, args.window), args.window.reshape(1))
     kv_heads, all_rows, _ = packed.shape
     tile_rows = tile * (q_heads // kv_heads)
     keys = pages_a_block(store, page_tables.shape[1]) * store.shape[4]
@@ -50,9 +51,15 @@ def paged_attention(
     column = pl.BlockSpec((tile_rows, 1), lambda i, *_: (i, 0))
     lse_by_tile = pl.BlockSpec((kv_heads, tile_rows, 1), lambda i, *_: (0, i, 0))
     out, *lse = pl.pallas_call(
-        functools.partial(_attention_kernel, scale=args.scale, num_requests=len(page_tables), return_lse=return_lse),
+        functools.partial(
+            _attention_kernel,
+            scale=args.scale,
+            num_requests=len(page_tables),
+            return_lse=return_lse,
+            windowed=bool(windows),
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=4 + len(windows),
             grid=(all_rows // tile_rows,),
             in_specs=[by_tile, column, column, HBM],
             out_specs=[by_tile, *[lse_by_tile] * return_lse],
@@ -70,7 +77,7 @@ def paged_attention(
         ],
         compiler_params=compiler_params("parallel"),
         name="paged_attention",
-    )(args.layer.reshape(1), page_tables.reshape(-1), last, following, packed, own, owner, store)
+    )(args.layer.reshape(1), page_tables.reshape(-1), last, following, *windows, packed, own, owner, store)
     attended = unpack_rows(out, rows, q_heads)
     return (attended, unpack_rows(lse[0], rows, q_heads)[..., 0]) if return_lse else attended
 
@@ -124,30 +131,42 @@ def spans(args: AttentionArgs, tile: int) -> tuple[Int[Array, "tiles_requests"],
     return last.reshape(-1), following.reshape(-1)
 
 
+def first_keys(args: AttentionArgs, tile: int, window: Window) -> Int[Array, "tiles_requests"]:
+    """For each tile of rows and request, the first key that one of the tile's rows sees; beside the last of `spans`."""
+    own, owner = (x.reshape(-1, tile, 1) for x in pad_positions(args.positions, args.requests, tile))
+    mine = (owner == jnp.arange(len(args.page_tables))) & (own >= 0)
+    first = jnp.min(jnp.where(mine, own, jnp.iinfo(jnp.int32).max), axis=1)
+    return first_seen(first, window).astype(jnp.int32).reshape(-1)
+
+
 def _attention_kernel(
     layer_ref: Ref,  # [1]
     tables_ref: Ref,  # [requests * max_pages]
     last_ref: Ref,  # [tiles * requests]
     following_ref: Ref,  # [tiles * (requests + 1)]
-    q_ref: Ref,  # [kv_heads, tile_rows, head_dim]
-    own_ref: Ref,  # [tile_rows, 1]
-    owner_ref: Ref,  # [tile_rows, 1]
-    store_ref: Ref,  # [layers, pages, 2, kv_heads, page_size, head_dim], in HBM
-    out_ref: Ref,  # [kv_heads, tile_rows, head_dim]
     *refs: Ref,
     scale: float,
     num_requests: int,
     return_lse: bool,
+    windowed: bool,
 ) -> None:
     """The other `refs`, in this order:
 
+    first_ref: [tiles * requests], and `window_ref`, [1], if there are windows.
+    q_ref: [kv_heads, tile_rows, head_dim].
+    own_ref: [tile_rows, 1].
+    owner_ref: [tile_rows, 1].
+    store_ref: [layers, pages, 2, kv_heads, page_size, head_dim], in HBM.
+    out_ref: [kv_heads, tile_rows, head_dim].
     lse_ref: [kv_heads, tile_rows, 1] float32, if it is to be returned.
     kv_ref: [2 buffers, 2, kv_heads, keys, head_dim], and `sems`, its two semaphores.
     acc_ref: [kv_heads, tile_rows, head_dim] float32.
     top_ref: [kv_heads, tile_rows, LANES] float32, the running maximum, the same in all lanes.
     total_ref: the same of the running sum.
     """
-    *lse_refs, kv_ref, sems, acc_ref, top_ref, total_ref = refs
+    first_ref, window_ref = refs[:2] if windowed else (None, None)
+    q_ref, own_ref, owner_ref, store_ref, out_ref, *others = refs[2 if windowed else 0 :]
+    *lse_refs, kv_ref, sems, acc_ref, top_ref, total_ref = others
     tile = pl.program_id(0)
     kv_heads, tile_rows, _ = q_ref.shape
     page_size, keys = store_ref.shape[4], kv_ref.shape[3]
@@ -155,6 +174,13 @@ def _attention_kernel(
 
     def last_of(request: Index) -> Index:
         return last_ref[tile * num_requests + request]
+
+    def first_of(request: Index) -> Index:
+        return first_ref[tile * num_requests + request]
+
+    def start_of(request: Index) -> Index:
+        """The block that its first key is in. Behind the last request, there is none to read."""
+        return lax.div(first_of(jnp.minimum(request, num_requests - 1)), keys) if windowed else 0
 
     def next_request(request: Index) -> Index:
         return following_ref[tile * (num_requests + 1) + request]
@@ -172,9 +198,15 @@ def _attention_kernel(
     def attend(request: Index, block: Index, slot: Index) -> None:
         first_key = block * keys
 
-        @pl.when(first_key + keys > last_of(request) + 1)
+        outside = first_key + keys > last_of(request) + 1
+        if windowed:
+            outside |= first_key < first_of(request)
+
+        @pl.when(outside)
         def clear_unseen() -> None:  # slots that no row sees may hold anything, and 0 * NaN would be NaN
             seen = first_key + lax.broadcasted_iota(jnp.int32, kv_ref.shape[3:], 0) <= last_of(request)
+            if windowed:
+                seen &= first_key + lax.broadcasted_iota(jnp.int32, kv_ref.shape[3:], 0) >= first_of(request)
 
             def clear(head: Index, _: None) -> None:
                 values = kv_ref[slot, 1, head].astype(jnp.float32)
@@ -184,6 +216,9 @@ def _attention_kernel(
 
         own = jnp.where(owner_ref[...] == request, own_ref[...], -1)
         visible = first_key + lax.broadcasted_iota(jnp.int32, (tile_rows, keys), 1) <= own
+        if windowed:
+            oldest = own - window_ref[0] + 1
+            visible &= first_key + lax.broadcasted_iota(jnp.int32, (tile_rows, keys), 1) >= oldest
 
         def attend_head(head: Index, _: None) -> None:
             scores = jnp.where(visible, head_scores(q_ref[head], kv_ref[slot, 0, head], scale), -jnp.inf)
@@ -209,7 +244,8 @@ def _attention_kernel(
     def step(state: tuple[Index, Index, Index]) -> tuple[Index, Index, Index]:
         request, block, slot = state
         more = (block + 1) * keys <= last_of(request)
-        then = jnp.where(more, request, next_request(request + 1)), jnp.where(more, block + 1, 0), 1 - slot
+        following = next_request(request + 1)
+        then = jnp.where(more, request, following), jnp.where(more, block + 1, start_of(following)), 1 - slot
 
         pl.when(then[0] < num_requests)(lambda: transfer(*then, "start"))
         transfer(*state, "wait")
@@ -219,7 +255,8 @@ def _attention_kernel(
     acc_ref[...] = jnp.zeros_like(acc_ref)
     top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
     total_ref[...] = jnp.zeros_like(total_ref)
-    start = next_request(0), jnp.int32(0), jnp.int32(0)
+    first = next_request(0)
+    start = first, start_of(first) if windowed else jnp.int32(0), jnp.int32(0)
     pl.when(start[0] < num_requests)(lambda: transfer(*start, "start"))
     lax.while_loop(lambda state: state[0] < num_requests, step, start)
     for head in range(kv_heads):  # padding sees no key; its output is 0

@@ -4,6 +4,8 @@ A program owns a tile of consecutive rows of one request and the query heads of 
 into the rows of its matrix products, so that a K or V block is read once for all of them.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -11,7 +13,7 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.gpu import LOG2_E, power_of_two
-from sparsex_kernels.layout import Queries, RowInts
+from sparsex_kernels.layout import Queries, RowInts, Window, first_seen
 from sparsex_kernels.paged_attention.parts import key_parts
 from sparsex_kernels.triton import (
     Config,
@@ -51,7 +53,7 @@ def attend(
     query, constants = args.query, attention_constants(args, config.block)
     padded_share = power_of_two(constants["SHARE"])
     rows = config.packed // padded_share
-    tiles = row_tiles(args.positions, args.requests, rows, len(args.page_tables), config.block)
+    tiles = row_tiles(args.positions, args.requests, rows, len(args.page_tables), config.block, args.window)
     tables = tables_ahead(args, config.block)
     out, lse = call(
         attention,
@@ -63,6 +65,7 @@ def attend(
         ),
         num_warps=config.warps,
         num_stages=config.stages,
+        WINDOWED=args.window is not None,
         VALUES=values,
         ROWS=rows,
         PADDED_SHARE=padded_share,
@@ -71,7 +74,9 @@ def attend(
     return out, lse
 
 
-def row_tiles(positions: RowInts, requests: RowInts, rows: int, num_requests: int, block: int) -> Int[Array, "tiles 5"]:
+def row_tiles(
+    positions: RowInts, requests: RowInts, rows: int, num_requests: int, block: int, window: Window | None = None
+) -> Int[Array, "tiles fields"]:
     """Cut the rows into tiles of at most `rows` rows of one request each.
 
     Padding is cut into tiles, too, because its output is to be written. There is room for as many tiles as can be
@@ -79,7 +84,8 @@ def row_tiles(positions: RowInts, requests: RowInts, rows: int, num_requests: in
 
     Returns:
       For each tile its first row and the one behind its last, its request, its last position (-1 for padding), and
-      how many key blocks every one of its rows sees in full.
+      the key block behind the last that every one of its rows sees in full. With a window also the first key that
+      some row sees, the first block of which the window hides nothing from any row, and the window.
     """
     # Tiles of 4 rows and blocks of 8 keys, for 5 rows of request 0, 2 of request 2 and one of padding:
     #   positions  0 10 20 30 40 | 7 8 | -1
@@ -96,7 +102,11 @@ def row_tiles(positions: RowInts, requests: RowInts, rows: int, num_requests: in
     lowest, last = (positions.at[at].get(mode="clip") for at in (first, end - 1))
     padding = group == num_requests
     last, full = jnp.where(padding, -1, last), jnp.where(padding, 0, (lowest + 1) // block)
-    return jnp.stack([first, end, jnp.where(padding, 0, group), last, full], axis=-1).astype(jnp.int32)
+    fields = [first, end, jnp.where(padding, 0, group), last, full]
+    if window is not None:
+        clear = -(-first_seen(last, window) // block)
+        fields += [jnp.where(padding, 0, first_seen(lowest, window)), clear, jnp.broadcast_to(window, last.shape)]
+    return jnp.stack(fields, axis=-1).astype(jnp.int32)
 
 
 def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
@@ -106,9 +116,8 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
 
     rows, q_heads, head_dim = args.query.shape
     constants = attention_constants(args, DECODE_BLOCK)
-    parts, spans = key_parts(
-        args.positions, args.requests, constants["HEADS"], programs=DECODE_PROGRAMS, block=DECODE_BLOCK
-    )
+    cut: dict[str, Any] = {"programs": DECODE_PROGRAMS, "block": DECODE_BLOCK, "window": args.window}
+    parts, spans = key_parts(args.positions, args.requests, constants["HEADS"], **cut)
     tables = tables_ahead(args, DECODE_BLOCK)
     partial, partial_lse = call(
         triton_kernels.decode,
@@ -120,6 +129,7 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
         ),
         num_warps=4,
         num_stages=2 if little_shared_memory(args.backend) else 4,
+        WINDOWED=args.window is not None,
         **constants,
     )
     return call(

@@ -43,8 +43,11 @@ def _attend(
     table: tl.tensor,
     bound: tl.tensor,
     last: tl.tensor,
+    first_key: tl.tensor,
+    window: tl.tensor,
     kv_head: tl.tensor,
     MASK: tl.constexpr,
+    WINDOWED: tl.constexpr,
     VALUES: tl.constexpr,
     SCALE: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -55,7 +58,7 @@ def _attend(
     """Fold key blocks `begin .. end` into the online softmax: accumulator, maximum (in base 2) and denominator.
 
     With MASK a row sees keys up to its `bound`, and none behind `last` is read for its value: such slots may hold
-    NaN, and 0 * NaN is NaN.
+    NaN, and 0 * NaN is NaN. If it is WINDOWED, it sees `window` of these keys, and no value before `first_key` is read.
     """
     acc, top, total = state
     dims = tl.arange(0, DIM)
@@ -70,13 +73,18 @@ def _attend(
         s = tl.dot(q, tl.trans(k))
         if MASK:
             s = tl.where(keys[None, :] <= bound[:, None], s, float("-inf"))
+            if WINDOWED:
+                s = tl.where(keys[None, :] >= (bound - window + 1)[:, None], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1) * SCALE)
         p = tl.exp2(s * SCALE - new_top[:, None])
         decay = tl.exp2(top - new_top)
         total = total * decay + tl.sum(p, 1)
         if VALUES:
             v_pointers = store + (offsets + KV_HEADS * PAGE * DIM)[:, None] + dims[None, :]
-            v = tl.load(v_pointers, mask=(keys <= last)[:, None], other=0.0) if MASK else tl.load(v_pointers)
+            if MASK and WINDOWED:
+                v = tl.load(v_pointers, mask=((keys <= last) & (keys >= first_key))[:, None], other=0.0)
+            else:
+                v = tl.load(v_pointers, mask=(keys <= last)[:, None], other=0.0) if MASK else tl.load(v_pointers)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
         top = new_top
     return acc, top, total
@@ -87,6 +95,7 @@ def _attend(
 def _attend_all(
     state: tl.tuple,
     begin: tl.tensor,
+    clear: tl.tensor,
     full: tl.tensor,
     end: tl.tensor,
     q: tl.tensor,
@@ -94,7 +103,10 @@ def _attend_all(
     table: tl.tensor,
     bound: tl.tensor,
     last: tl.tensor,
+    first_key: tl.tensor,
+    window: tl.tensor,
     kv_head: tl.tensor,
+    WINDOWED: tl.constexpr,
     VALUES: tl.constexpr,
     SCALE: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -102,12 +114,73 @@ def _attend_all(
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
 ) -> tl.tensor:
-    """Fold key blocks `begin .. full`, which every row sees in full, and then `full .. end`, which need a mask."""
+    """Fold key blocks `clear .. full`, which every row sees in full, and then `full .. end`, which need a mask.
+
+    If rows are WINDOWED, blocks `begin .. clear` come first, which also need one; otherwise `clear` is `begin`.
+    """
+    if WINDOWED:
+        state = _attend(
+            state,
+            begin,
+            clear,
+            q,
+            store,
+            table,
+            bound,
+            last,
+            first_key,
+            window,
+            kv_head,
+            True,
+            True,
+            VALUES,
+            SCALE,
+            KV_HEADS,
+            BLOCK,
+            PAGE,
+            DIM,
+        )
     state = _attend(
-        state, begin, full, q, store, table, bound, last, kv_head, False, VALUES, SCALE, KV_HEADS, BLOCK, PAGE, DIM
+        state,
+        clear,
+        full,
+        q,
+        store,
+        table,
+        bound,
+        last,
+        first_key,
+        window,
+        kv_head,
+        False,
+        WINDOWED,
+        VALUES,
+        SCALE,
+        KV_HEADS,
+        BLOCK,
+        PAGE,
+        DIM,
     )
     return _attend(
-        state, full, end, q, store, table, bound, last, kv_head, True, VALUES, SCALE, KV_HEADS, BLOCK, PAGE, DIM
+        state,
+        full,
+        end,
+        q,
+        store,
+        table,
+        bound,
+        last,
+        first_key,
+        window,
+        kv_head,
+        True,
+        WINDOWED,
+        VALUES,
+        SCALE,
+        KV_HEADS,
+        BLOCK,
+        PAGE,
+        DIM,
     )
 
 
@@ -122,6 +195,7 @@ def attention(
     max_pages: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
+    WINDOWED: tl.constexpr,
     VALUES: tl.constexpr,
     SCALE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -133,9 +207,12 @@ def attention(
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
 ) -> None:
-    """One tile of rows of one request, and `SHARE` query heads of one KV head; `lse` is in base 2."""
+    """One tile of rows of one request, and `SHARE` query heads of one KV head; `lse` is in base 2.
+
+    A line of `tiles` has 5 numbers, and 3 more if rows are WINDOWED.
+    """
     # Late tiles have the most keys: they go first, so that the short ones fill the gaps at the end.
-    tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * 5
+    tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * (8 if WINDOWED else 5)
     head = tl.program_id(1)
     first, end, request = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     last, full = tl.load(tile + 3), tl.load(tile + 4)
@@ -155,8 +232,33 @@ def attention(
     )
     table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
     blocks = (last + BLOCK) // BLOCK  # last is -1 for padding, which sees nothing
+    begin, clear, first_key, window = 0, 0, 0, 0
+    if WINDOWED:
+        first_key, clear, window = tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
+        begin = first_key // BLOCK
+        clear = tl.minimum(clear, blocks)
+        full = tl.maximum(full, clear)
     acc, top, total = _attend_all(
-        state, 0, full, blocks, queries, store, table, bound, last, kv_head, VALUES, SCALE, KV_HEADS, BLOCK, PAGE, DIM
+        state,
+        begin,
+        clear,
+        full,
+        blocks,
+        queries,
+        store,
+        table,
+        bound,
+        last,
+        first_key,
+        window,
+        kv_head,
+        WINDOWED,
+        VALUES,
+        SCALE,
+        KV_HEADS,
+        BLOCK,
+        PAGE,
+        DIM,
     )
     tl.store(lse + at, top + tl.log2(total), mask=live)
     if VALUES:
@@ -174,6 +276,7 @@ def decode(
     max_pages: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
+    WINDOWED: tl.constexpr,
     SCALE: tl.constexpr,
     SHARE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -184,7 +287,7 @@ def decode(
 ) -> None:
     """One part of a row's keys, and `SHARE` query heads of one KV head; `lse` is in base 2."""
     head, number = tl.program_id(0), tl.program_id(1)
-    part = parts + number * 5
+    part = parts + number * (6 if WINDOWED else 5)
     row, request, position = tl.load(part), tl.load(part + 1), tl.load(part + 2)
     begin, end = tl.load(part + 3), tl.load(part + 4)
     if begin >= end:
@@ -196,10 +299,15 @@ def decode(
     bound = tl.zeros([16], tl.int32) + position
     state = tl.zeros([16, DIM], tl.float32), tl.full([16], MASKED, tl.float32), tl.zeros([16], tl.float32)
     table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
-    full = tl.maximum(tl.minimum((position + 1) // BLOCK, end), begin)
+    clear, first_key = begin, 0
+    if WINDOWED:
+        first_key = tl.load(part + 5)
+        clear = tl.maximum(tl.minimum((first_key + BLOCK - 1) // BLOCK, end), begin)
+    full = tl.maximum(tl.minimum((position + 1) // BLOCK, end), clear)
     acc, top, total = _attend_all(
         state,
         begin,
+        clear,
         full,
         end,
         queries,
@@ -207,7 +315,10 @@ def decode(
         table,
         bound,
         position,
+        first_key,
+        position - first_key + 1,
         kv_head,
+        WINDOWED,
         True,
         SCALE,
         KV_HEADS,

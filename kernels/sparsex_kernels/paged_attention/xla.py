@@ -1,6 +1,7 @@
 """Blocked attention with an online softmax (FlashAttention-2, algorithm 1) in plain XLA loops.
 
-Loop bounds are data: a tile of rows reads no key behind its last position, and padding costs nothing.
+Loop bounds are data: a tile of rows reads no key behind its last position, no block of keys before its first row's
+window, and padding costs nothing.
 """
 
 from collections.abc import Callable
@@ -8,12 +9,24 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.layout import Queries, context, group_heads, num_tiles, pad_positions, pad_rows, take_tile
+from sparsex_kernels.layout import (
+    Queries,
+    Window,
+    context,
+    first_seen,
+    group_heads,
+    num_tiles,
+    pad_positions,
+    pad_rows,
+    take_tile,
+    visible,
+)
 from sparsex_kernels.paged_attention import gather
+from sparsex_kernels.paged_attention.online_softmax import Softmax, add_block, no_keys
 
 # Rows that share one pass over the keys, and keys a step, rounded to whole pages. On a CPU a tile fits into the cache;
 # on an accelerator steps are few, because each launches kernels.
@@ -40,6 +53,12 @@ class KeyBlock(NamedTuple):
     first_key: Int[Array, ""]
     pages: Int[Array, "pages"]
     positions: Int[Array, "tile"]  # -1 for the rows of other requests
+    window: Window | None
+
+    def seen(self, keys: Int[Array, "keys"]) -> Bool[Array, "keys"]:
+        """Which keys lie between the first and the last that some row may see."""
+        seen = keys <= self.positions.max()
+        return seen if self.window is None else seen & (keys >= first_of_tile(self.positions, self.window))
 
 
 def paged_attention(
@@ -83,23 +102,17 @@ def _tile(backend: Backend) -> tuple[int, int]:
 def _attend_tile(
     args: AttentionArgs, query: Grouped, positions: Int[Array, "tile"], requests: Int[Array, "tile"]
 ) -> tuple[Grouped, Float[Array, "tile kv_heads group"]]:
-    def step(block: KeyBlock, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def step(block: KeyBlock, state: Softmax) -> Softmax:
         keys, values = context(args.store, args.layer, block.pages)
         # A slot that no row sees may hold anything, and 0 * NaN would be NaN.
-        seen = block.first_key + jnp.arange(values.shape[1]) <= block.positions.max()
+        seen = block.seen(block.first_key + jnp.arange(values.shape[1]))
         values = jnp.where(seen[:, None], values, 0)
-        return _online_softmax(state, block_scores(tile.query, keys, block, args.scale), values)
+        return add_block(state, block_scores(tile.query, keys, block, args.scale), values)
 
     rows, kv_heads, group, head_dim = query.shape
     tile = RowTile(pack(query), positions, requests)
-    start = (
-        jnp.zeros(tile.query.shape, jnp.float32),
-        jnp.full(tile.query.shape[:2], -jnp.inf),
-        jnp.zeros(tile.query.shape[:2]),
-    )
-    acc, top, total = fold_key_blocks(args, tile, step, start)
-    out = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # padding sees no key; its output is 0
-    lse = (top + jnp.log(total)).reshape(kv_heads, group, rows).transpose(2, 0, 1)
+    out, lse = fold_key_blocks(args, tile, step, no_keys(tile.query)).result()
+    lse = lse.reshape(kv_heads, group, rows).transpose(2, 0, 1)
     return out.reshape(kv_heads, group, rows, head_dim).transpose(2, 0, 1, 3).astype(query.dtype), lse
 
 
@@ -115,7 +128,7 @@ def pack(query: Grouped) -> Packed:
 def fold_key_blocks[State](
     args: AttentionArgs, tile: RowTile, step: Callable[[KeyBlock, State], State], state: State
 ) -> State:
-    """Fold `step` over the key blocks of every request in the tile, each up to the last block that any row sees."""
+    """Fold `step` over the key blocks of every request in the tile, from the first that some row sees to the last."""
     pages_each = block_pages(args)
     keys_each = pages_each * args.store.shape[4]
     num_requests, max_pages = args.page_tables.shape
@@ -126,9 +139,10 @@ def fold_key_blocks[State](
 
         def over_block(i: Array, state: State) -> State:
             pages = lax.dynamic_slice_in_dim(tables[request], i * pages_each, pages_each)
-            return step(KeyBlock(request, i * keys_each, pages, own), state)
+            return step(KeyBlock(request, i * keys_each, pages, own, args.window), state)
 
-        return lax.fori_loop(0, -(-(own.max() + 1) // keys_each), over_block, state)
+        first = 0 if args.window is None else first_of_tile(own, args.window) // keys_each
+        return lax.fori_loop(first, -(-(own.max() + 1) // keys_each), over_block, state)
 
     live = tile.positions >= 0
     first = jnp.min(jnp.where(live, tile.requests, num_requests))
@@ -136,23 +150,15 @@ def fold_key_blocks[State](
     return lax.fori_loop(first, last + 1, over_request, state)
 
 
+def first_of_tile(positions: Int[Array, "tile"], window: Window) -> Int[Array, ""]:
+    """The first key that any row sees; if all are padding, some key that is far behind the last."""
+    return jnp.min(first_seen(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), window))
+
+
 def block_scores(
     query: Packed, keys: Float[Array, "kv_heads keys head_dim"], block: KeyBlock, scale: float
 ) -> Float[Array, "kv_heads packed keys"]:
     """Scaled scores in float32; -inf where a row, by its position, may not see a key."""
     scores = jnp.einsum("hrd,hkd->hrk", query, keys, preferred_element_type=jnp.float32) * scale
-    visible = block.first_key + jnp.arange(keys.shape[1]) <= block.positions[:, None]
-    return jnp.where(jnp.tile(visible, (query.shape[1] // len(visible), 1)), scores, -jnp.inf)
-
-
-def _online_softmax(state: tuple[Array, Array, Array], scores: Array, values: Array) -> tuple[Array, Array, Array]:
-    acc, top, total = state
-    most = scores.max(-1)
-    new_top = jnp.maximum(top, most)
-    finite_top = jnp.where(jnp.isfinite(new_top), new_top, 0)  # rows that have seen no key yet
-    weights = jnp.exp(scores - finite_top[..., None])
-    decay = jnp.exp(top - finite_top)
-    update = jnp.einsum("hrk,hkd->hrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    # Rows that see no key of the block must not get its 0 * NaN: another request's NaN stays with that request.
-    update = jnp.where((most == -jnp.inf)[..., None], 0, update)
-    return acc * decay[..., None] + update, new_top, total * decay + weights.sum(-1)
+    seen = visible(block.first_key + jnp.arange(keys.shape[1]), block.positions[:, None], block.window)
+    return jnp.where(jnp.tile(seen, (query.shape[1] // len(seen), 1)), scores, -jnp.inf)

@@ -1,6 +1,7 @@
 """Quantised weights: each kind against its own dequantised floats, checkpoints in codes, and what they take."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -20,9 +21,11 @@ from sparsex_jax.checkpoints.gguf_blocks import take_apart
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import InvalidRequestError, UnsupportedModelError
 from sparsex_jax.model.digest import kinds, weights_digest
-from sparsex_jax.model.matrices import quantise_params, random_quantised
+from sparsex_jax.model.matrices import quantise_params, quantise_stack, random_quantised
+from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.model.weights import random_params
+from sparsex_jax.model.weights import describe, random_params
+from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels import api as kernels
 from sparsex_kernels import quantised
 from sparsex_kernels.quantised import KINDS, Mixed, Quantised, lookup, pack, unpack
@@ -168,17 +171,45 @@ def test_experts_in_codes(implementation):
         gated = kernels.gated_grouped_linear(x, first, second, 1, groups, **run)
         return gated[:16], *(kernels.grouped_linear(x, each, 1, groups, **run)[:16] for each in (first, third))
 
-    close(products(*made, mixed), products(*plain, jnp.stack([plain[0][1], plain[1][0]])))
+    close(products(*made, mixed), products(*plain, jnp.stack([plain[1][0], plain[0][1]])))
 
 
 def close(found, expected, atol=1e-4):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=atol), found, expected)
 
 
+def test_products_over_a_mesh_are_those_of_one_device():
+    """Over columns and over inputs, of which each device has less than a block of the scales."""
+    weight = describe(MODEL).layers
+    x, rows = jax.random.normal(jax.random.key(0), (8, 512)), Rows(*(jnp.arange(8) for _ in range(3)), jnp.arange(8))
+    found = []
+    for devices in (1, 8):
+        mesh = make_mesh(devices)
+        stack = {
+            name: quantise_stack(name, getattr(weight, name), array, "fp8", mesh)
+            for name, array in (("wo", dense(0, 512, 256)), ("w_up", dense(1, 256, 512)))
+        }
+        product = jax.jit(functools.partial(Ops.on(mesh).linear, over_inputs=True))(x, [stack["wo"]], 1, rows)[0]
+        found.append(
+            (
+                product,
+                jax.jit(functools.partial(Ops.on(mesh).linear, over_inputs=False))(
+                    x[:, :256], [stack["w_up"]], 1, rows
+                )[0],
+            )
+        )
+    close(*found)
+
+
+def dense(seed, inputs, outputs):
+    return 0.1 * jax.random.normal(jax.random.key(seed), (2, inputs, outputs))
+
+
 # Engines ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "devices"), [("fp8", 8), *slow(("int8", 2), ("q4_k", 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "devices"), [("fp8", 8), ("int8", 2), ("q4_k", 2)])
 def test_shards_compute_what_one_device_does(kind, devices):
     one, wide = (random_quantised(MODEL, "float32", make_mesh(number), kind) for number in (1, devices))
     config = EngineConfig(**SMALL)

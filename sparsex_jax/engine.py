@@ -498,4 +498,4 @@ def _with_dtype_of(params: Params, config: EngineConfig, mesh: Mesh) -> EngineCo
     """With a concrete dtype in place of `auto`: on an accelerator that of the given parameters, whichever it is."""
     if config.dtype != "auto" or _platform(mesh) == "cpu":
         return config.resolved(_platform(mesh))
-    return dataclasses.replace(config, dtype=params.embed.dtype.name)
+    return dataclasses.replace(config, dtype=np.dtype(params.embed.dtype).name).resolved(_platform(mesh))

@@ -411,7 +411,7 @@ def test_what_cannot_be_done_falls_back_or_raises():
     assert same(out, kernels.paged_attention(*case, implementation="xla"))
 
 
-@pytest.mark.parametrize("kind", ["fp8", "blocks", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["blocks", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "int8"))])
 def test_linear_of_codes(kind):
     """Few rows: the kernel reads codes of 8 bits, with scales of outputs or of squares."""
     x, (dense,) = stacks(5, 256, (256,))
@@ -427,7 +427,7 @@ def test_linear_of_codes(kind):
         assert relative_error(out, expected) < 8e-3
 
 
-@pytest.mark.parametrize("kind", ["fp8", "int8", "blocks"])
+@pytest.mark.parametrize("kind", ["blocks", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "int8"))])
 def test_linear_of_codes_is_lowered_for_a_gpu(kind):
     """For projections of Llama 3.1 8B, by the passes that run where there is no GPU."""
     shape, dtype = jax.ShapeDtypeStruct, jnp.int8 if kind == "int8" else jnp.float8_e4m3fn

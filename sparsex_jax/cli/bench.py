@@ -122,7 +122,8 @@ def made_with(engine: Engine, model: str, settings: BenchSettings) -> dict[str, 
 
 
 def _dtype(engine: Engine) -> dict[str, str]:
-    return {"dtype": str(engine.config.dtype)}
+    config = engine.config
+    return {"dtype": config.dtype} | ({} if config.quantization == "none" else {"quantization": config.quantization})
 
 
 def write(

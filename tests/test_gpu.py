@@ -109,6 +109,34 @@ def test_decode(lengths, dim, group, implementation):
     assert same(attend(*case)[0], out)
 
 
+WINDOWED = [
+    pytest.param(lambda: scattered((5000, 37, 2500), 1500, kv_heads=8), id="prefill, dim 64"),
+    pytest.param(lambda: scattered((5000, 37, 2500), 1500, kv_heads=8, dim=128), id="prefill, dim 128"),
+    pytest.param(lambda: scattered((10340,), 1024, live=101, **TWELVE), id="prefill in parts"),
+    pytest.param(lambda: last_rows((5000, 37, 2500, 64, 1, 129), kv_heads=8, dim=128), id="decode, dim 128"),
+    pytest.param(lambda: last_rows((16000, 1), kv_heads=3, group=3), id="decode, dim 64"),
+]
+
+
+@pytest.mark.parametrize("window", [1, 64, 100, 1024, 2**31 - 1])
+@pytest.mark.parametrize("make", WINDOWED)
+def test_windows(make, window, implementation):
+    case, within = make(), jnp.int32(window)
+
+    def both(operation, **options):
+        run = jax.jit(partial(operation, implementation=implementation, **options))
+        expected = jax.jit(partial(operation, implementation="xla", **options))(*case, window=within)
+        out = run(*case, window=within)
+        for _ in range(3):  # a result that moves is a race
+            assert jax.tree.all(jax.tree.map(same, run(*case, window=within), out))
+        return out, expected
+
+    (out, lse), (expected, expected_lse) = both(kernels.paged_attention, return_lse=True)
+    assert relative_error(out, expected) < 1e-2
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-2)
+    assert relative_error(*both(kernels.key_mass)) < 2e-3
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (48, 48), (64, 64), (300, 300), (2048, 1300), (2048, 0)])
 def test_linear(rows, count, dtype):
@@ -155,6 +183,16 @@ def test_align_and_copy(kv_heads, dim, layers, implementation):
     runs = [(10, 4099, 1500, 77), (1700, 5700, 1000, -500), (2800, 6800, 1, 3), (2850, 7000, 33, 900)]
     runs += [(3000 + 3 * n, 7100 + 5 * n, 1, n) for n in range(100)]
     args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2), jnp.array(layers))
+    moved = jax.jit(partial(kernels.align_and_copy, implementation=implementation))(store, *args)
+    expected = kernels.align_and_copy(store, *args, implementation="xla")
+    assert relative_error(moved, expected) < 1e-3
+    assert same(moved[:, :, 1], expected[:, :, 1])
+
+
+def test_each_layer_aligned_by_its_own_frequencies(implementation):
+    store = jax.random.normal(jax.random.key(0), (6, 128, 2, 8, 64, 128)).astype("bfloat16")
+    bases = jnp.array([1e4, 1e4, 1e6, 1e4, 1e4, 1e6])
+    args = (*copies([(10, 4099, 1500, 77), (1700, 5700, 1000, -500)]), bases[:, None] ** -jnp.linspace(0, 1, 64))
     moved = jax.jit(partial(kernels.align_and_copy, implementation=implementation))(store, *args)
     expected = kernels.align_and_copy(store, *args, implementation="xla")
     assert relative_error(moved, expected) < 1e-3

@@ -26,6 +26,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -342,7 +343,7 @@ def main() -> None:
     parser.add_argument("--serve-options", default="", help="more of `sparsex serve`")
     parser.add_argument("--note", help="what a reader of the table must know")
     options = parser.parse_args()
-    log = Path("soak_server.log")
+    log = Path(tempfile.gettempdir()) / "soak_server.log"
     with serving(options.model, shlex.split(options.serve_options), log) as (url, pid):
         rows, passed = asyncio.run(run(url, pid, options))
     for row in rows:

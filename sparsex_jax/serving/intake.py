@@ -81,7 +81,7 @@ class Intake:
         sampling = self._sampling(request, most, exact is not None, _chat_logprobs(request), thinking)
         sampling = dataclasses.replace(sampling, shown_token_ids=self._shown_ids(request))
         turns = turn_digests([plain_message(message) for message in request.messages])
-        return self._jobs(request, tenant, tokens, sampling, pinning_of(request), turns)
+        return self._jobs(request, tenant, tokens, sampling, pinning_of(request, tenant.pins), turns)
 
     def thinking(self, request: ChatRequest, job: Job) -> Thinking | None:
         """How the answer to a chat thinks. None: its thoughts are not taken apart, or it has none."""
@@ -118,7 +118,7 @@ class Intake:
         self._check_number(request, len(prompts))
         named = _first_given(max_tokens=request.max_tokens)
         encoded = [self._prompt(request, prompt, "prompt", named, special=True) for prompt in prompts]
-        pinning, jobs = pinning_of(request), list[Job]()
+        pinning, jobs = pinning_of(request, tenant.pins), list[Job]()
         for tokens in encoded:
             most = self.lengths.new_tokens(len(tokens), named, _COMPLETION_TOKENS, "prompt")
             sampling = self._sampling(request, most, named is not None, request.logprobs)
@@ -229,7 +229,8 @@ class Intake:
         if isinstance(text, str) and self._engine.tokenizer and whole:
             self.lengths.require_text_fits(text, param)
         try:
-            return encode(prompt, self._engine.tokenizer, self._engine.model, add_special_tokens=special)
+            engine = self._engine
+            return encode(prompt, engine.tokenizer, engine.model, add_special_tokens=special, name=param)
         except InvalidRequestError as error:
             raise RequestError(str(error), param=param, code="invalid_value") from error
 

@@ -34,6 +34,12 @@ def parametrized(implementations):
     )
 
 
+def slow_on_tpus(implementations):
+    """The interpreter takes some seconds."""
+    slow = pytest.param("tpu", marks=pytest.mark.slow)
+    return pytest.mark.parametrize("implementation", [slow if name == "tpu" else name for name in implementations])
+
+
 def fast(implementations):
     return parametrized([name for name in implementations if name != "reference"])
 
@@ -214,7 +220,7 @@ def clean(store):
     return np.nan_to_num(np.asarray(store, np.float32), nan=1e9)
 
 
-@fast(KEY_MASS)
+@slow_on_tpus(["xla", "tpu"])
 @pytest.mark.parametrize("power", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("small_blocks")
 def test_key_mass_within_windows(power, implementation):
@@ -259,7 +265,7 @@ def test_align_and_copy_matches_the_reference(implementation, tokens):
     np.testing.assert_array_equal(moved[:, :, 1].sum(), kernels.align_and_copy(*args)[:, :, 1].sum())
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@slow_on_tpus(["xla", "tpu"])
 def test_align_and_copy_rotates_each_layer_by_its_own_frequencies(implementation):
     """Layer 0 with a base of 10000, layer 1 with another and in its first pair only."""
     rng = np.random.default_rng(0)

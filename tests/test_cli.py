@@ -190,7 +190,7 @@ def test_a_method_is_named_with_options(tiny):
             "recompute_ratio=0.3 has no meaning for method 'excerpt'",
         ),
         (["--method", "sparsex", "--keep-ratio", "0.3"], "keep_ratio=0.3 has no meaning for method 'sparsex'"),
-        (["--keep-ratio", "0.3", "--boundary-layer", "2"], "no method has all of these options: boundary_layer"),
+        (["--keep-ratio", "0.3", "--recompute-ratio", "0.2"], "no method has all of these options: recompute_ratio"),
         (["--coverage", "2"], "coverage=2.0 must be a number from 0 to 1"),
         (["--method", "sparsex:coverage=0.5", "--max-ratio", "0.1"], "max_ratio=0.1 must be at least recompute_ratio"),
         (["--boundary-layer", "99"], "boundary_layer=99"),

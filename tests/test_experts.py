@@ -19,7 +19,7 @@ from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, S
 from sparsex_jax.checkpoints import convert, open_checkpoint
 from sparsex_jax.config import EngineConfig
 from sparsex_jax.errors import UnsupportedModelError
-from sparsex_jax.eval.flops import _Layer
+from sparsex_jax.eval.flops import _Layers
 from sparsex_jax.model.experts import ExpertStacks, Routing, route, run_experts
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
@@ -244,7 +244,7 @@ def test_experts_that_do_not_divide_are_refused():
 
 
 def test_operations_of_the_chosen_experts_count():
-    dense, experts = _Layer(TINY), _Layer(dataclasses.replace(TINY, num_experts=8, experts_per_token=3))
+    dense, experts = _Layers(TINY), _Layers(dataclasses.replace(TINY, num_experts=8, experts_per_token=3))
     mlp = 2 * 3 * TINY.hidden_size * TINY.intermediate_size
     assert experts.token - dense.token == 2 * mlp + 2 * TINY.hidden_size * 8
 

@@ -16,7 +16,7 @@ STORE_AXES = ("layers", "pages", "kv", "kv_heads", "slots", "head_dim")
 def abstract_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """The shape `[layers, pages, 2, kv_heads, page_size, head_dim]`, each device holding its heads only."""
     shape = (model.num_layers, engine.num_pages, 2, model.num_kv_heads, engine.page_size, model.head_dim)
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(engine.dtype), sharding=sharding(mesh, STORE_AXES, shape))
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(engine.store_dtype), sharding=sharding(mesh, STORE_AXES, shape))
 
 
 def make_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Store:

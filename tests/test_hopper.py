@@ -1,5 +1,7 @@
 """The kernels for Hopper GPUs against the references, small, in Mosaic GPU's interpreter. On a GPU: `test_gpu.py`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -405,3 +407,17 @@ def test_what_cannot_be_done_falls_back_or_raises():
     with prefer("hopper", "xla"):
         out = kernels.paged_attention(*case)
     assert same(out, kernels.paged_attention(*case, implementation="xla"))
+
+
+FLOAT8 = {"stored": "float8_e4m3fn"}
+
+
+def test_attention_over_float8(few_programs):
+    """Rows of tiles, few rows, whose tiles are cut, decode, and key mass."""
+    case = scattered((200, 70), 40, kv_heads=1, **FLOAT8)
+    out, lse = hopper(functools.partial(kernels.paged_attention, return_lse=True))(*case)
+    expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
+    assert relative_error(out, expected) < 4e-3
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
+    mass = hopper(kernels.key_mass)(*case)
+    assert relative_error(mass, kernels.key_mass(*in_float32(case), implementation="reference")) < 1e-3

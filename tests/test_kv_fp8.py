@@ -26,17 +26,19 @@ def logits(engine, tokens, method="full", namespace="default", **options):
 
 def tokens(seed, length):
     return np.random.default_rng(seed).integers(0, TINY.vocab_size, length).astype(np.int32)
+
+
 def test_x(engine):
     prompt = tokens(0, 150)
     full = logits(engine, prompt, namespace="a")
     a = logits(engine, prompt, "prefix", namespace="a")
-    print(np.abs(full).max(), np.abs(a-full).max())
+    print(np.abs(full).max(), np.abs(a - full).max())
     engine.remember(prompt[20:120], namespace="b")
     b = logits(engine, prompt, "sparsex", namespace="b", recompute_ratio=1.0)
-    print(np.abs(b-full).max())
+    print(np.abs(b - full).max())
     c = logits(engine, prompt, "naive", namespace="b")
-    print(np.abs(c-full).max())
+    print(np.abs(c - full).max())
     exact = Engine(TINY, tiny_params(), config=CONFIG)
     d = logits(exact, prompt)
-    print(np.abs(d-full).max())
+    print(np.abs(d - full).max())
     assert 0

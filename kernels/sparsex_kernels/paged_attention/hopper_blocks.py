@@ -24,14 +24,15 @@ from sparsex_kernels.mosaic import Ref, clear_rows, copy_wide, tiled_smem
 
 
 class Staging(NamedTuple):
-    """Where blocks of a narrow store arrive: K of a block, then its V, then K of the next."""
+    """Where blocks of a narrow store arrive for one warpgroup: K of a block, then its V, then K of the next.
 
-    narrow: Ref  # [slots, block, head_dim]
+    It has `slots` buffers from `first` on.
+    """
+
+    narrow: Ref  # [slots of all, block, head_dim]
     arrived: Ref
-
-    @property
-    def slots(self) -> int:
-        return self.narrow.shape[0]
+    first: int
+    slots: int
 
 
 class BlockRing(NamedTuple):
@@ -47,9 +48,12 @@ class BlockRing(NamedTuple):
     staging: Staging | None = None  # of a narrow store
 
     @classmethod
-    def of(cls, scratch: dict[str, Any]) -> "BlockRing":
-        """The ring among a kernel's scratch references."""
-        staging = Staging(*(scratch[name] for name in Staging._fields)) if "narrow" in scratch else None
+    def of(cls, scratch: dict[str, Any], part: int = 0, parts: int = 1) -> "BlockRing":
+        """The ring among a kernel's scratch references, for one of the warpgroups that fill it."""
+        staging = None
+        if "narrow" in scratch:
+            slots = scratch["narrow"].shape[0] // parts
+            staging = Staging(scratch["narrow"], scratch["arrived"], part * slots, slots)
         return cls(**{name: scratch[name] for name in cls._fields[:-1]}, staging=staging)
 
     @property
@@ -103,13 +107,22 @@ class Block(NamedTuple):
 
 
 def fetch_blocks(
-    ring: BlockRing, begin: Array | int, end: Array, block_at: Callable[[Array], Block], *, pieces: int, values: bool
+    ring: BlockRing,
+    begin: Array | int,
+    end: Array,
+    block_at: Callable[[Array], Block],
+    *,
+    pieces: int,
+    kinds: tuple[int, ...],
 ) -> None:
-    """Fill the ring's buffers with blocks `begin .. end`, one after the other."""
+    """Fill the ring's buffers with blocks `begin .. end`, one after the other, of K (kind 0), V (1) or both.
+
+    V alone can be had of a narrow store only.
+    """
     if ring.staging is None:
-        lax.fori_loop(begin, end, lambda i, _: _fetch(ring, block_at(i), pieces=pieces, values=values), None)
+        lax.fori_loop(begin, end, lambda i, _: _fetch(ring, block_at(i), pieces=pieces, values=1 in kinds), None)
     else:
-        _fetch_narrow(ring, ring.staging, (begin, end), block_at, kinds=2 if values else 1)
+        _fetch_narrow(ring, ring.staging, (begin, end), block_at, kinds)
 
 
 def _fetch_narrow(
@@ -117,29 +130,28 @@ def _fetch_narrow(
     staging: Staging,
     blocks: tuple[Array | int, Array],
     block_at: Callable[[Array], Block],
-    *,
-    kinds: int,
+    kinds: tuple[int, ...],
 ) -> None:
-    """The same of a narrow store, K alone or (2 kinds) K and V."""
+    """The same of a narrow store, by way of the staging."""
     begin, end = blocks
 
-    def slot_of(i: Array, kind: int) -> Array:
-        return lax.rem((i - begin) * kinds + kind, staging.slots)
+    def slot_of(i: Array, number: int) -> Array:
+        return staging.first + lax.rem((i - begin) * len(kinds) + number, staging.slots)
 
     def stage(i: Array, number: int) -> None:
-        """Begin to copy what comes `number` places behind the K of block i, if there is such a block."""
-        at, kind = jnp.int32(i + number // kinds), number % kinds
+        """Begin to copy what comes `number` places behind block i's first, if there is such a block."""
+        at, number = jnp.int32(i + number // len(kinds)), number % len(kinds)
 
         @pl.when(at < end)
         def copy() -> None:
-            slot, block = slot_of(at, kind), block_at(at)
-            start = block.copy_values if kind else block.copy_keys
+            slot, block = slot_of(at, number), block_at(at)
+            start = block.copy_values if kinds[number] else block.copy_keys
             start(staging.narrow.at[slot], staging.arrived.at[slot])
 
     def step(i: Array, _: None) -> None:
-        for kind in range(kinds):
-            _widen(ring, staging, block_at(i), slot_of(i, kind), kind)
-            stage(i, kind + staging.slots)
+        for number, kind in enumerate(kinds):
+            _widen(ring, staging, block_at(i), slot_of(i, number), kind)
+            stage(i, number + staging.slots)
 
     for number in range(staging.slots):
         stage(jnp.int32(begin), number)

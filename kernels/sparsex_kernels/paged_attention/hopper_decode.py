@@ -61,7 +61,7 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
         ),
         grid=(heads, len(parts)),
         grid_names=("heads", "part"),
-        num_threads=2,
+        num_threads=3 if shape.narrow else 2,
         scratch_types=_scratch(shape),
     )
     tables = padded_pages(args.store, args.page_tables, 1)
@@ -105,9 +105,13 @@ def _kernel(shape: Shape, *refs: Ref, **scratch: Ref) -> None:
     def compute() -> None:
         _compute(shape, (number, head), part, operands, scratch)
 
-    @pl.when((wg == 1) & live)
-    def fetch() -> None:
-        _fetch(shape, head, part, operands, BlockRing.of(scratch))
+    # Widening blocks takes longer than reading them: a narrow store has a warpgroup for K and another for V.
+    sides = ((0,), (1,)) if shape.narrow else ((0, 1),)
+    for side, kinds in enumerate(sides):
+
+        @pl.when((wg == 1 + side) & live)
+        def fetch(side: int = side, kinds: tuple[int, ...] = kinds) -> None:
+            _fetch(shape, head, part, operands, BlockRing.of(scratch, side, len(sides)), kinds)
 
 
 def _compute(
@@ -156,7 +160,7 @@ def _compute(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: BlockRing) -> None:
+def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: BlockRing, kinds: tuple[int, ...]) -> None:
     kv_head, first_page = lax.div(head, shape.repeat), operands.layer[0] * shape.pages
     last = lax.div(part.position, BLOCK)
 
@@ -176,5 +180,5 @@ def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: Bloc
             hidden=part.first - i * BLOCK if shape.windowed else None,
         )
 
-    fetch_blocks(ring, part.begin, part.end, block_at, pieces=1, values=True)
-    mosaic.drain((ring.k_used, ring.v_used), part.begin, part.end, ring.stages)
+    fetch_blocks(ring, part.begin, part.end, block_at, pieces=1, kinds=kinds)
+    mosaic.drain([(ring.k_used, ring.v_used)[kind] for kind in kinds], part.begin, part.end, ring.stages)

@@ -288,7 +288,7 @@ def _fetch(shape: Shape, config: Config, program: Program, ring: BlockRing) -> N
                 hidden=keys.first_key - i * config.block if shape.windowed else None,
             )
 
-        fetch_blocks(ring, keys.begin, keys.end, block_at, pieces=pieces, values=shape.values)
+        fetch_blocks(ring, keys.begin, keys.end, block_at, pieces=pieces, kinds=(0, 1) if shape.values else (0,))
 
     steps = _over_requests(shape, config, program, over_request)
     mosaic.drain((ring.k_used, ring.v_used) if shape.values else (ring.k_used,), 0, steps, config.stages)

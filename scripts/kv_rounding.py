@@ -49,7 +49,7 @@ def error(found: np.ndarray, true: np.ndarray) -> float:
 
 
 def moves(keys: np.ndarray, frequencies: np.ndarray, count: int) -> Iterator[tuple[int, float, float]]:
-    """After each move by a random shift: its number, the error, and the error of one move from what was first stored."""
+    """After each move by a random shift: its number, the error, and that of one move from what was first stored."""
     rng, true, at = np.random.default_rng(0), keys, 0
     chained = first = rounded(keys, "none")
     for number in range(count + 1):

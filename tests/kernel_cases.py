@@ -26,8 +26,8 @@ def scattered(
 ):
     """Queries, store and addresses of `rows` rows, spread over requests of these lengths, padding behind.
 
-    The store has the dtype of the queries, or `stored`. Of the rows, `live` are not padding, and the first of them is at
-    position 0; without `live`, nearly all.
+    The store has the dtype of the queries, or `stored`. Of the rows, `live` are not padding, and the first of them is
+    at position 0; without `live`, nearly all.
     """
     rng = np.random.default_rng(seed)
     max_pages = -(-max(lengths) // page_size)
@@ -168,7 +168,7 @@ def check_nan_stays(case, implementation):
 
 
 def check_moved(moved, expected):
-    """Stores of float8 whose keys were rotated: a cosine that differs in its last bit may round a number to the next."""
+    """Stores of float8 whose keys were rotated: a cosine with another last bit may round a number to the next."""
     moved, expected = (np.asarray(x, np.float32) for x in (moved, expected))
     np.testing.assert_array_equal(moved[:, :, 1], expected[:, :, 1])
     np.testing.assert_allclose(moved, expected, rtol=0.13, atol=2**-8)  # neighbours are 1/8 apart at most

@@ -24,9 +24,10 @@ class AttentionArgs:
     Attributes:
       query: one vector a row and query head, rotated; any float dtype. Query head h reads KV head
         `h // (q_heads / kv_heads)`.
-      store: all layers' K and V, in the dtype of the queries or in float8 (e4m3). Every slot of a request from position 0 to that of its last row must have been
-        written, the rows' own included (`write_kv`); slots behind it may hold anything, NaN too. With a `window`, so
-        may slots before the first key that the request's first row sees.
+      store: all layers' K and V, in the dtype of the queries or in float8 (e4m3). Every slot of a request from
+        position 0 to that of its last row must have been written, the rows' own included (`write_kv`); slots behind it
+        may hold anything, NaN too. With a `window`, so may slots before the first key that the request's first row
+        sees.
       layer: which layer of the store.
       positions: each row's position in its request; -1 is padding. Rows are sorted by (request, position), with the
         padding last.

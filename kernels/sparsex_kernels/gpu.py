@@ -57,8 +57,8 @@ def check_attention(args: AttentionArgs, block: int, smallest_page: int = 1) -> 
     page_size, head_dim = store.shape[4:]
     if store.dtype not in (query.dtype, FLOAT8) or query.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(
-            f"queries of {query.dtype} on a store of {store.dtype}; kernels take bfloat16 or float16 for both, or a store "
-            f"of {FLOAT8}"
+            f"queries of {query.dtype} on a store of {store.dtype}; kernels take bfloat16 or float16 for both, or a "
+            f"store of {FLOAT8}"
         )
     if head_dim not in (64, 128):
         raise NotImplementedError(

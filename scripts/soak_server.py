@@ -26,6 +26,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -219,12 +220,16 @@ def in_use(url: str) -> float:
 
 
 def drain(url: str, seconds: float = 300.0) -> float:
-    """Wait until nothing runs, waits or is pinned. Returns the pages that are in use then."""
+    """Wait until nothing runs, waits or is pinned, and delete all knowledge: senders that went away left some. Returns
+    the pages that are in use then."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = metrics(url)
-        if not found["sparsex_running_requests"] and not found["sparsex_queue_requests"] and not in_use(url):
-            return 0.0
+        if not found["sparsex_running_requests"] and not found["sparsex_queue_requests"]:
+            for text in httpx.get(f"{url}/v1/knowledge").json()["data"]:
+                httpx.delete(f"{url}/v1/knowledge/{text['handle']}")
+            if not in_use(url):
+                return 0.0
         time.sleep(1)
     return in_use(url)
 
@@ -342,7 +347,7 @@ def main() -> None:
     parser.add_argument("--serve-options", default="", help="more of `sparsex serve`")
     parser.add_argument("--note", help="what a reader of the table must know")
     options = parser.parse_args()
-    log = Path("soak_server.log")
+    log = Path(tempfile.gettempdir()) / "soak_server.log"
     with serving(options.model, shlex.split(options.serve_options), log) as (url, pid):
         rows, passed = asyncio.run(run(url, pid, options))
     for row in rows:

@@ -9,6 +9,7 @@ from sparsex_jax.config import Behind, EngineConfig, Lazy, ModelConfig, Pin, Reu
 from sparsex_jax.errors import (
     ContextLengthError,
     FrozenLimitError,
+    HubError,
     InvalidRequestError,
     NonFiniteLogitsError,
     NoRoomError,
@@ -59,6 +60,7 @@ __all__ = [
     "FrozenLimitError",
     "Full",
     "Generation",
+    "HubError",
     "InvalidRequestError",
     "Lazy",
     "ModelConfig",

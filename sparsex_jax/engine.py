@@ -47,6 +47,7 @@ from sparsex_jax.cache import Entry, Forgotten, Match, PageCache, PinState
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import EngineConfig, ModelConfig, Pin, ReuseConfig, SamplingParams, find_defaults, named_config
 from sparsex_jax.config.checks import is_number, require
+from sparsex_jax.config.generation import GENERATION_CONFIGS
 from sparsex_jax.device.link import Link
 from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.device.runner import Runner
@@ -98,6 +99,7 @@ class Engine:
         config: EngineConfig | None = None,
         mesh: Mesh | None = None,
         reuse: ReuseConfig | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -105,7 +107,9 @@ class Engine:
           tokenizer: a transformers tokenizer, or None for an engine that takes and gives token ids only.
           mesh: with an axis `tensor`; one device by default.
           reuse: what a call does that names no `reuse` of its own.
+          sampling: fields of `SamplingParams` that are this model's own defaults, for `default_sampling`.
         """
+        self.sampling = dict(sampling or {})
         self.model = model
         self.mesh = check_mesh(mesh or make_mesh(), model)
         self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
@@ -134,24 +138,36 @@ class Engine:
         mesh: Mesh | None = None,
         reuse: ReuseConfig | str | Path | None = None,
         reuse_options: Mapping[str, Any] | None = None,
+        generation_config: str = "auto",
         **options: Any,
     ) -> Engine:
-        """Load a model: `smollm2-135m-instruct`, a GGUF file (any part of one in parts), a Hugging Face directory or a
-        converted one.
+        """Load a model: `smollm2-135m-instruct`, a GGUF file (any part of one in parts), a Hugging Face directory, a
+        converted one, or a model on the Hugging Face hub: `Qwen/Qwen3-8B`, `OWNER/NAME@REVISION`,
+        `OWNER/NAME-GGUF:q4_k_m`. A path that exists wins over a name. See `checkpoints.open_checkpoint`.
 
         Args:
           reuse: what a call does that names no `reuse` of its own; a path is that of a file which `sparsex calibrate`
             wrote. None: `sparsex.json` in the model's directory, or else the calibration of the same architecture that
             comes with this package, or else the built-in default. The log says which (level INFO).
           reuse_options: a method, or options, that win over that.
+          generation_config: `auto`: what the model's `generation_config.json` says of sampling, or its GGUF file, is
+            what `default_sampling` gives. `none`: it is not, and the defaults of `SamplingParams` hold.
           options: fields of `EngineConfig`, such as dtype and store_tokens.
 
         Raises:
           UnknownModelError, UnsupportedModelError: there is no such model, or not of a family that runs here.
+          HubError: the model is a name on the hub, and cannot be fetched.
           InvalidRequestError: an option or the file is wrong, or the model does not divide over the mesh.
         """
         config = EngineConfig(**options)
+        require(
+            generation_config in GENERATION_CONFIGS,
+            f"generation_config={generation_config!r} must be one of {', '.join(GENERATION_CONFIGS)}",
+        )
         checkpoint = open_checkpoint(source)
+        tokenizer = checkpoint.tokenizer  # before the weights, which take longer
+        sampling = dict(checkpoint.sampling) if generation_config == "auto" else {}
+        log.info("Sampling by default: %s", sampling or "as SamplingParams says")
         company = config.company_tokens > 0
         defaults = find_defaults(source, checkpoint.config, reuse, company=company, options=reuse_options)
         _check_layers(defaults.reuse, checkpoint.config)
@@ -159,7 +175,9 @@ class Engine:
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
         config = config.resolved(_platform(mesh), checkpoint.dtype)
         params = checkpoint.load_params(config.dtype, mesh)
-        return cls(checkpoint.config, params, checkpoint.tokenizer, config=config, mesh=mesh, reuse=defaults.reuse)
+        return cls(
+            checkpoint.config, params, tokenizer, config=config, mesh=mesh, reuse=defaults.reuse, sampling=sampling
+        )
 
     @classmethod
     def from_config(
@@ -177,6 +195,10 @@ class Engine:
 
     # What callers do ----------------------------------------------------------------------------------------
 
+    def default_sampling(self, **fields: Any) -> SamplingParams:
+        """These fields, and for the others the model's own defaults, then those of `SamplingParams`."""
+        return SamplingParams(**{**self.sampling, **fields})
+
     def generate(
         self,
         prompt: Prompt,
@@ -190,6 +212,7 @@ class Engine:
         """Generate from text, token ids or chat messages, reusing what the namespace has stored.
 
         Args:
+          sampling: None: `default_sampling()`. A `SamplingParams` holds as it is: its defaults are not the model's.
           prompt: a `Chat` has tools, documents and more beside its messages. Texts such as `<|im_end|>` are control
             tokens in a prompt that is text, and texts in messages.
           reuse: how; None: as the engine was told when it was made.
@@ -224,7 +247,7 @@ class Engine:
           pin: of all prompts and answers together, in each namespace.
           return_logits: give the logits of each first token too.
         """
-        sampling = SamplingParams() if sampling is None else sampling
+        sampling = self.default_sampling() if sampling is None else sampling
         samplings = _of_each("sampling", SamplingParams, sampling, len(prompts))
         namespaces = _of_each("namespace", str, namespace, len(prompts))
         options: dict[str, Any] = {"reuse": reuse, "keep": keep, "wants_logits": return_logits}

@@ -64,7 +64,11 @@ class NonFiniteLogitsError(SparsexError):
 
 
 class UnknownModelError(SparsexError, ValueError):
-    """No embedded model, directory, GGUF file or configuration has that name."""
+    """No embedded model, directory, GGUF file, configuration or model on the hub has that name."""
+
+
+class HubError(SparsexError):
+    """A model cannot be fetched by its name: the hub cannot be reached or refuses access, or the disk is full."""
 
 
 class UnsupportedModelError(SparsexError, ValueError):

@@ -112,8 +112,8 @@ SHOWN = '{"name": "tide", "arguments": {"a": 1}}'
         (EMPTY_TURN, f"[user]hi{SHOWN}[tool]four"),
         (NAME_ONLY, "[user]hitide[tool]four"),
         # These show no calls.
-        (SHOW, f"[user]hi[assistant]<tool_call>\n{SHOWN}\n</tool_call>[user]<tool_response>\nfour\n</tool_response>"),
-        (STRICT, f"[user]hi[assistant]<tool_call>\n{SHOWN}\n</tool_call>[user]<tool_response>\nfour\n</tool_response>"),
+        (SHOW, f"[user]hi[assistant]<tool_call>\n{SHOWN}\n</tool_call>[user]The tool's result:\nfour"),
+        (STRICT, f"[user]hi[assistant]<tool_call>\n{SHOWN}\n</tool_call>[user]The tool's result:\nfour"),
     ],
 )
 @pytest.mark.parametrize("arguments", ['{"a": 1}', {"a": 1}])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import jax
@@ -15,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from texts import TEXTS
+from tokenizers import Tokenizer, models
 
-from sparsex_jax.checkpoints import EMBEDDED_MODELS, convert, open_checkpoint, save_checkpoint
+from sparsex_jax.checkpoints import EMBEDDED_MODELS, convert, gguf_file, open_checkpoint, save_checkpoint
+from sparsex_jax.checkpoints.base import check_vocabulary
 from sparsex_jax.checkpoints.gguf import _model_config
 from sparsex_jax.checkpoints.gguf_file import GGUFModel
 from sparsex_jax.config import ModelConfig, config_dir, named_config
@@ -292,6 +295,62 @@ def test_damaged_gguf_is_refused(size, tmp_path, mesh):
     broken.write_bytes(whole.read_bytes()[:size])
     with pytest.raises(UnsupportedModelError, match=r"broken\.gguf"):
         open_checkpoint(broken).load_params("float32", mesh)
+
+
+# What does not belong together
+
+
+def with_tokenizer(folder, size):
+    tokenizer = Tokenizer(models.WordLevel({f"t{number}": number for number in range(size)}, unk_token="t0"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("rows", [129, 1000])
+def test_a_tokenizer_of_another_model_is_refused(rows, tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama", tmp_path / "model")
+    assert len(with_tokenizer(folder, 128).tokenizer) == len(with_tokenizer(folder, 100).tokenizer) + 28 == 128
+    if rows > 128:
+        with pytest.raises(UnsupportedModelError, match=f"token ids up to {rows - 1}, and the embedding 128 rows"):
+            _ = with_tokenizer(folder, rows).tokenizer
+
+
+def test_a_tokenizer_that_is_far_too_small_is_refused():
+    few = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 31999})
+    config = dataclasses.replace(named_config("qwen2.5-0.5b"), vocab_size=151936)
+    with pytest.raises(UnsupportedModelError, match="token ids up to 31999, and the embedding 151936 rows"):
+        check_vocabulary(Path("model"), few, config)
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama", tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModelError, match="holds an adapter"):
+        open_checkpoint(folder)
+
+
+def test_an_index_beside_a_single_file_is_ambiguous(tmp_path):
+    folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "model")
+    shutil.copy(GOLDEN / "llama" / "model.safetensors", folder)
+    with pytest.raises(UnsupportedModelError, match=r"names other files; nothing says which are the model's weights"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("lost", [1, 5000])
+def test_a_truncated_gguf_file_is_refused_when_it_is_opened(lost, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", "qwen2", "qwen2")
+    path.write_bytes(path.read_bytes()[:-lost])
+    with pytest.raises(UnsupportedModelError, match=r"tensor .* ends at byte \d+, and the file at \d+: it is not"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("encoding", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"])
+def test_tensors_are_read_in_parts_as_the_gguf_package_reads_them(encoding, monkeypatch):
+    monkeypatch.setattr(gguf_file, "_ELEMENTS_AT_ONCE", 64)
+    kind = gguf.GGMLQuantizationType[encoding]
+    stored = gguf.quantize(np.random.default_rng(0).normal(size=(5, 96)).astype(np.float32), kind)
+    got = gguf_file._dequantised(np.ascontiguousarray(stored).view(np.uint8).ravel(), kind)
+    np.testing.assert_array_equal(got.astype(np.float32), gguf.dequantize(stored, kind).ravel())
 
 
 # GGUF models in parts

@@ -23,6 +23,47 @@ FUNCTION = {"type": "function", "name": "tide", "parameters": SCHEMA}
 ASK = [{"role": "user", "content": "Tide?"}]
 ALL = f"<think>\nWhy not?\n</think>\n\nI ask.\n{CALL}"
 
+BOTH = {"text": {"format": {"type": "json_object"}}, "tools": [FUNCTION], "tool_choice": "required"}
+ANY = {"type": "any"}
+FAR = {"type": "json_schema", "schema": {"$ref": "https://example.org"}}
+ODD = [{"type": "function", "name": "", "parameters": {}}]
+NO_OBJECT = {**FUNCTION, "parameters": 5}
+CALLS = [
+    {"role": "user", "content": "a"},
+    {"type": "function_call_output", "call_id": "1", "output": "a"},
+    {"role": "nobody", "content": "a"},
+]
+TEMPLATE_KWARGS = {"chat_template_kwargs": {"nothing": 1}}
+# What a client sends that only the chat which it becomes shows to be wrong: what the message begins with, and `param`.
+FIELDS = {
+    "/v1/responses": [
+        ("text.format.schema: ", {"text": {"format": FAR}}, "text.format.schema"),
+        ("text.format.schema is missing", {"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+        ("text.format.type: ", {"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ("text.format.schema: ", {"text": {"format": FAR | {"schema": "a"}}}, "text.format.schema"),
+        ("reasoning.effort is not", {"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ("tools[0] has no name", {"tools": ODD}, "tools[0]"),
+        ("tools: the parameters of 'tide'", {"tools": [NO_OBJECT], "tool_choice": "required"}, "tools"),
+        (
+            "tool_choice.name: ",
+            {"tools": [FUNCTION], "tool_choice": {"type": "function", "name": ""}},
+            "tool_choice.name",
+        ),
+        ("tool_choice: text.format and tool_choice exclude", BOTH, "tool_choice"),
+        ("input[2] has role 'nobody'", {"input": CALLS, "instructions": "Short."}, "input[2]"),
+        ("chat_template_kwargs", TEMPLATE_KWARGS, "chat_template_kwargs"),
+    ],
+    "/v1/messages": [
+        ("output_config.format.schema: ", {"output_config": {"format": FAR}}, None),
+        ("output_format.schema: ", {"output_format": FAR}, None),
+        ("output_config.format.type: ", {"output_config": {"format": {"type": "xml"}}}, None),
+        ("tools[0] has no name", {"tools": [{"input_schema": {}}]}, None),
+        ("tools: the input_schema of 'tide'", {"tools": [TOOL | {"input_schema": 5}], "tool_choice": ANY}, None),
+        ("tool_choice.name: ", {"tools": [TOOL], "tool_choice": {"type": "tool", "name": ""}}, None),
+        ("chat_template_kwargs", TEMPLATE_KWARGS, None),
+    ],
+}
+
 
 @pytest.fixture(scope="module")
 def thinker(tmp_path_factory):
@@ -217,7 +258,7 @@ def test_a_stream_that_breaks_says_so_in_each_protocol(thinker, caplog):
 
 
 def messages_of(**fields):
-    return chat_of_message(MessagesRequest.model_validate({"max_tokens": 9, "messages": ASK} | fields))
+    return chat_of_message(MessagesRequest.model_validate({"max_tokens": 9, "messages": ASK} | fields)).chat
 
 
 def test_turns_of_one_role_are_one_turn_and_results_keep_their_place():
@@ -302,7 +343,7 @@ def test_a_conversation_of_items_becomes_a_chat():
         {"type": "function_call_output", "call_id": "1", "output": "high"},
         {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "low"}]},
     ]
-    chat = chat_of_response(ResponsesRequest(input=items, instructions="Short."))
+    chat = chat_of_response(ResponsesRequest(input=items, instructions="Short.")).chat
     system, user, assistant, *results = chat.messages
     assert [(each.role, each.content) for each in (system, user, assistant)] == [
         ("system", "Short."),
@@ -332,7 +373,7 @@ def test_a_conversation_of_items_becomes_a_chat():
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"include": ["file_search_call.results"]}, "include"),
-        ({"reasoning": {"effort": "high"}}, "reasoning_effort"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ],
 )
@@ -342,9 +383,70 @@ def test_what_a_response_cannot_have_is_refused_by_name(thinker, fields, param):
     assert raised.value.param == param
 
 
+@pytest.mark.parametrize(
+    ("path", "says", "fields", "param"), [(path, *row) for path, rows in FIELDS.items() for row in rows]
+)
+def test_errors_of_the_chat_name_the_fields_that_the_client_sent(thinker, path, says, fields, param):
+    asked = {"input": "Tide?"} if path == "/v1/responses" else {"messages": ASK, "max_tokens": 9}
+    answer = thinker.http.post(path, json=asked | fields)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith(says), error
+    assert error.get("param") == param
+    if path == "/v1/messages":
+        counted = thinker.http.post("/v1/messages/count_tokens", json={"messages": ASK} | fields)
+        assert counted.status_code == 200 or counted.json()["error"] == error
+
+
 def test_responses_are_not_stored(thinker):
     with pytest.raises(openai.NotFoundError, match="not stored"):
         thinker.openai.responses.retrieve("resp_1")
+
+
+# Calls that are cut -----------------------------------------------------------------------------------------
+
+HALF = f"<think>\nWhy not?\n</think>\n\nI ask.\n{CALL}\n{CALL[:40]}"
+
+
+@pytest.fixture
+def cut(thinker):
+    thinker.finish_reason = "length"
+    yield thinker
+    thinker.finish_reason = "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("calls", [{}, {"strict": True}, {"tool_choice": "required"}])
+def test_a_call_that_is_cut_is_left_out_and_those_before_it_are_not(cut, calls, stream):
+    cut.text = HALF
+    function = {"name": "tide", "parameters": SCHEMA} | ({"strict": True} if "strict" in calls else {})
+    fields = {"tools": [{"type": "function", "function": function}]} | ({} if "strict" in calls else calls)
+    text = None if "tool_choice" in calls else "I ask."
+    create = cut.openai.chat.completions.create
+    if stream:
+        choices = [chunk.choices[0] for chunk in create(model=MODEL, messages=ASK, stream=True, **fields)]
+        told = [call for choice in choices for call in choice.delta.tool_calls or ()]
+        content = "".join(choice.delta.content or "" for choice in choices) or None
+    else:
+        choices = create(model=MODEL, messages=ASK, **fields).choices
+        told, content = choices[0].message.tool_calls, choices[0].message.content
+    assert (content, len(told), choices[-1].finish_reason) == (text, 1, "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_cut_is_left_out_in_other_protocols(cut, stream):
+    cut.text = HALF
+    if stream:
+        with cut.anthropic.messages.stream(model=MODEL, max_tokens=9, messages=ASK, tools=[TOOL]) as events:
+            answer = events.get_final_message()
+        [done] = [each for each in response(cut, HALF, tools=[FUNCTION], stream=True) if "incomplete" in each.type]
+        items = done.response.output
+    else:
+        answer = message(cut, HALF, tools=[TOOL])
+        items = response(cut, HALF, tools=[FUNCTION]).output
+    assert [block.type for block in answer.content] == ["thinking", "text", "tool_use"]
+    assert answer.content[1].text == "I ask."
+    assert [item.type for item in items] == ["reasoning", "message", "function_call"]
 
 
 # Tokens, the version, and origins ---------------------------------------------------------------------------
@@ -372,12 +474,31 @@ def test_texts_and_chats_are_tokenized_and_back(thinker):
         ("/tokenize", {}),
         ("/tokenize", {"prompt": "a", "messages": ASK}),
         ("/tokenize", {"prompt": "a", "model": "other"}),
-        ("/detokenize", {"tokens": [10**9]}),
-        ("/detokenize", {"tokens": ["a"]}),
     ],
 )
 def test_what_cannot_be_tokenized_is_refused(thinker, path, body):
     assert thinker.http.post(path, json=body).status_code in (400, 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "says"),
+    [
+        ("/detokenize", {"tokens": [10**9]}, "tokens", "tokens has token id 1000000000; ids must be"),
+        (
+            "/detokenize",
+            {"tokens": ["a"]},
+            "tokens",
+            "tokens must be a flat list of integer token ids; tokens[0] is 'a'",
+        ),
+        ("/v1/knowledge", {"text": [-1]}, "text", "text has token id -1; ids must be"),
+        ("/v1/knowledge", {"text": "a", "preamble": [1.5]}, "preamble", "preamble must be a flat list"),
+        ("/v1/completions", {"prompt": [10**9]}, "prompt", "prompt has token id 1000000000"),
+    ],
+)
+def test_wrong_tokens_and_texts_are_those_of_the_field_that_has_them(thinker, path, body, param, says):
+    error = thinker.http.post(path, json=body).json()
+    assert error["error"]["message"].startswith(says), error
+    assert error["error"]["param"] == param
 
 
 def test_fields_that_do_not_go_together_are_told(thinker):

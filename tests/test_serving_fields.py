@@ -698,7 +698,7 @@ def test_a_method_that_is_not_allowed_is_told_which_are(http, method, path, allo
 
 
 def test_other_origins_are_served_if_the_operator_says_so(reference):
-    loop = ScriptedLoop(lambda prompt: [Event("x", (5,), report=report_of(1), finish_reason="stop")])
+    loop = ScriptedLoop(lambda prompt: [Event("x", (5,), finish_reason="stop")])
     asked = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
     asked |= {"Access-Control-Request-Headers": "authorization,content-type"}
     with TestClient(
@@ -711,6 +711,11 @@ def test_other_origins_are_served_if_the_operator_says_so(reference):
         refused = client.post("/v1/completions", json={"prompt": ""}, headers={"Origin": "https://chat.example"})
         assert refused.headers["Access-Control-Allow-Origin"] == "https://chat.example"
         assert "X-Sparsex-Ignored-Fields" in refused.headers["Access-Control-Expose-Headers"]
+        headers = {"Origin": "https://chat.example", "Authorization": "Bearer none"}
+        body = {"messages": [{"role": "user", "content": "a"}], "stream": True}
+        streamed = client.post("/v1/chat/completions", json=body, headers=headers)
+        assert streamed.text.endswith("data: [DONE]\n\n")
+        assert streamed.headers["Access-Control-Allow-Origin"] == "https://chat.example"
         assert client.options("/v1/models", headers=asked | {"Origin": "https://evil.example"}).status_code == 400
     with pytest.raises(InvalidRequestError, match=r"allowed_origins has 'chat.example/x'"):
         create_app(Worker(reference, loop), model=MODEL, allowed_origins=["chat.example/x"])

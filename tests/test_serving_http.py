@@ -210,7 +210,7 @@ def test_tool_calls_and_their_results_reach_the_template(stage, reference):
     assert "user\nWhen is high tide?<|im_end|>" in text
     assert '"name": "tide", "parameters"' in text
     assert '<tool_call>\n{"name": "tide", "arguments": {"port": "north"}}\n</tool_call><|im_end|>' in text
-    assert "user\n<tool_response>\nat four\n</tool_response><|im_end|>" in text
+    assert "user\nThe tool's result:\nat four<|im_end|>" in text
 
 
 def test_messages_reach_the_template_with_the_fields_that_were_sent():

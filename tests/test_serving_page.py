@@ -582,7 +582,7 @@ def test_every_size_fits_and_has_no_serious_fault(browser, live, chat_of_sides, 
                 assert faults(page) == []
                 page.keyboard.press("Escape")
             page.locator("#store summary").click()
-            expect(page.locator("#store-legend li")).to_have_count(4)
+            expect(page.locator("#store-legend li")).to_have_count(5)
             assert faults(page) == []
         page.context.close()
 

@@ -17,7 +17,8 @@ def clock():
 @pytest.fixture(scope="module")
 def live(tmp_path_factory, clock):
     keys = tmp_path_factory.mktemp("keys") / "keys.toml"
-    keys.write_text('[alice]\nkey = "sk-alice"\n[bob]\nkey = "sk-bob"\n')
+    limits = {"alice": "", "bob": "max_pinned_tokens = 4096", "carol": "max_pinned_tokens = 16"}
+    keys.write_text("".join(f'[{name}]\nkey = "sk-{name}"\n{limit}\n' for name, limit in limits.items()))
     engine = make_engine()
     engine.admission.clock = lambda: clock[0]
     with live_server(engine, access=Access.load(keys, Limits())) as live:
@@ -99,15 +100,39 @@ def test_hints_without_a_time_pin_nothing(alice):
     assert pin["seconds_left"] == 24 * 3600
 
 
-def test_what_does_not_fit_is_said(alice):
+def test_what_does_not_fit_is_said(live):
+    with live.http("sk-bob") as bob:
+        refuses_a_second_pin(bob)
+        bob.delete("/v1/pins/one")
+
+
+def refuses_a_second_pin(bob):
     long = [{"role": "user", "content": "dawn " * 1500}]
     fields = {"messages": long, "prompt_cache_options": {"ttl": 60}}
-    assert ask(alice, **fields, prompt_cache_key="one")["sparsex"]["pin"]["pinned"]
+    assert ask(bob, **fields, prompt_cache_key="one")["sparsex"]["pin"]["pinned"]
     other = fields | {"messages": [{"role": "user", "content": "bell " * 1500}]}
-    answer = ask(alice, **other, prompt_cache_key="two")
+    answer = ask(bob, **other, prompt_cache_key="two")
     assert answer["choices"][0]["finish_reason"] in ("stop", "length")
     assert answer["sparsex"]["pin"].keys() == {"pinned", "key", "why"}
     assert "all pins together" in answer["sparsex"]["pin"]["why"]
+
+
+def test_one_key_leaves_the_others_their_part_of_what_pins_may_have(live, alice):
+    half = {"prompt_cache_options": {"ttl": 60}, "prompt_cache_key": "half"}
+    words = [[{"role": "user", "content": f"{word} " * 600}] for word in ("dawn", "bell")]
+    assert ask(alice, messages=words[0], **half)["sparsex"]["pin"]["pinned"]
+    more = ask(alice, messages=words[1], **half | {"prompt_cache_key": "more"})["sparsex"]["pin"]
+    assert "the part of all pins that one key may have" in more["why"]
+    with live.http("sk-bob") as bob:
+        assert ask(bob, messages=words[1], **half)["sparsex"]["pin"]["pinned"]
+        bob.delete("/v1/pins/half")
+    assert ask(alice, messages=words[1], **half)["sparsex"]["pin"]["pinned"], "it takes the place of the key's own pin"
+
+
+def test_a_limit_of_the_file_takes_the_place_of_the_part(live):
+    with live.http("sk-carol") as carol:
+        pin = ask(carol, prompt_cache_options={"ttl": 60}, prompt_cache_key="x")["sparsex"]["pin"]
+    assert (pin["pinned"], "max_pinned_tokens=16 is" in pin["why"]) == (False, True)
 
 
 BAD = [

@@ -30,9 +30,9 @@ def plain(call):
     return json.dumps({"name": call["name"], "parameters": call["arguments"]})
 
 
-def read(template, pieces):
-    reader = reader_for(template, TOOLS)
-    parts = [part for piece in pieces for part in reader.push(piece)] + reader.finish()
+def read(template, pieces, tools=TOOLS, *, cut=False):
+    reader = reader_for(template, tools)
+    parts = [part for piece in pieces for part in reader.push(piece)] + reader.finish(cut=cut)
     return "".join(part for part in parts if isinstance(part, str)), [p for p in parts if isinstance(p, Call)]
 
 
@@ -129,6 +129,44 @@ TEXT = [
 def test_calls_are_read_from_pieces_of_any_size(template, answer, text, calls, size):
     pieces = [answer[at : at + size] for at in range(0, len(answer), size)]
     assert read(template, pieces) == (text, [as_call(call) for call in calls])
+
+
+STRICT = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in TOOLS]
+CUT = [
+    (HERMES, TOOLS, f"I ask.\n\n{tagged(TIDE)}\n{tagged(WIND)}"),
+    (CODER, TOOLS, f"I ask.\n\n{function(TIDE)}\n{function(WIND)}"),
+    (CODER, STRICT, f"I ask.\n\n{function(TIDE, tag=False)}\n{function(WIND, tag=False)}"),
+    (MISTRAL, TOOLS, f"I ask.{MARK} {json.dumps([TIDE, WIND])}"),
+    (MISTRAL, STRICT, f"I ask.{MARK}tide{TEXT_OF_TIDE}{MARK}wind[ARGS]{{}}"),
+    (LLAMA, TOOLS, f"I ask.<|python_tag|>{plain(TIDE)}; {plain(WIND)}"),
+    (LLAMA, STRICT, f"{plain(TIDE)}; {plain(WIND)}"),
+]
+
+
+@pytest.mark.parametrize(("template", "tools", "answer"), CUT, ids=range(len(CUT)))
+def test_nothing_is_told_of_a_call_that_is_cut_and_all_of_those_before_it(template, tools, answer):
+    calls, most = [as_call(TIDE), as_call(WIND)], 0
+    for length in range(1, len(answer) + 1):
+        text, told = read(template, [answer[:length]], tools, cut=True)
+        assert "I ask.".startswith(text.rstrip("<[").rstrip()), text
+        assert told == calls[: len(told)]
+        assert len(told) >= most, "a call that was whole is lost"
+        most = len(told)
+    assert most == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        (HERMES, "I like <b"),
+        (HERMES, "<tool_call> is the mark of"),
+        (HERMES, '<tool_call>{"name": "storm", "arguments": {}}'),
+        (MISTRAL, "[1, 2"),
+        (LLAMA, '{"tide": [4'),
+    ],
+)
+def test_other_text_that_is_cut_stays_text(template, answer):
+    assert read(template, [answer], cut=True) == (answer, [])
 
 
 @pytest.mark.parametrize(("template", "answer"), TEXT, ids=range(len(TEXT)))

@@ -187,12 +187,13 @@ class Thinker:
     Attributes:
       prompts: that it got, as text.
       stopped_by: the stop string that ends the answer.
+      finish_reason: how the answer ends.
       breaks: the answer ends with an error.
     """
 
     def __init__(self, engine):
         self.engine, self.text, self.prompts = engine, "", []
-        self.stopped_by, self.breaks = None, False
+        self.stopped_by, self.finish_reason, self.breaks = None, "stop", False
         self.loop = ScriptedLoop(self._events)
 
     def _events(self, prompt):
@@ -202,7 +203,7 @@ class Thinker:
         events = [Event(piece, (id_,)) for piece, id_ in zip(pieces, ids, strict=True)]
         if self.breaks:
             return [*events, Event("", (), finish_reason="error", error=RuntimeError("broken"))]
-        return [*events, Event("", (2,), finish_reason="stop", stopped_by=self.stopped_by)]
+        return [*events, Event("", (2,), finish_reason=self.finish_reason, stopped_by=self.stopped_by)]
 
 
 @pytest.fixture(scope="module")

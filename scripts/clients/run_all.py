@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -141,7 +142,10 @@ def server(log: Path, port: int) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _wait(process: subprocess.Popen, url: str, log: Path) -> None:
@@ -191,6 +195,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    # As an exception, so that the server and the client that runs are ended too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     args = parse()
     environments = Environments(args.environments.resolve())
     environments.root.mkdir(parents=True, exist_ok=True)

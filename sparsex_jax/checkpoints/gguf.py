@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, place_rows, refuse_unread
+from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, check_vocabulary, refuse_unread
 from sparsex_jax.checkpoints.gguf_file import GGUFModel
+from sparsex_jax.checkpoints.placing import place_rows
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
+from sparsex_jax.config.generation import checked_sampling
 from sparsex_jax.config.rotary import DEFAULT_THETA, linear_factors
 from sparsex_jax.errors import UnsupportedModelError
 from sparsex_jax.model.weights import Params
@@ -44,6 +46,13 @@ TENSORS = {
 
 _ROTARY = "rope_freqs.weight"
 
+# Fields of `SamplingParams` -> what llama.cpp calls them.
+_SAMPLING = {
+    **{name: f"general.sampling.{name}" for name in ("top_k", "top_p", "min_p")},
+    "temperature": "general.sampling.temp",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
 _FLOATS = {0: "float32", 1: "float16", 30: "bfloat16"}  # ggml's numbers of the encodings that are not quantised
 
 
@@ -65,12 +74,20 @@ class GGUFCheckpoint(Checkpoint):
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
-        return tokenizer_from_gguf(self._file.metadata)
+        found = tokenizer_from_gguf(self._file.metadata)
+        check_vocabulary(self._file.path, found, self.config)
+        return found
 
     @property
     def dtype(self) -> str | None:
         encodings = {tensor.encoding for tensor in self._file.tensors.values() if len(tensor.shape) == 2}
         return _FLOATS.get(encodings.pop()) if len(encodings) == 1 else None
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        metadata = self._file.metadata
+        found = {name: metadata[key] for name, key in _SAMPLING.items() if metadata.get(key) is not None}
+        return checked_sampling(str(self._file.path), found)
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         config = self.config

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from sparsex_jax.config.fields import Fields
@@ -27,6 +28,8 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_AXES = 4  # ggml's limit
+_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # ggml's names
+_ELEMENTS_AT_ONCE = 1 << 17
 
 
 class GGUFModel:
@@ -63,7 +66,7 @@ class GGUFModel:
         return {name: file.tensors[name] for name, file in self._files.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor, dequantised to float32 where it is not stored as floats.
+        """A tensor, rows first: with its own dtype where it is stored as floats, else dequantised to float32.
 
         Raises:
           UnsupportedModelError: its encoding cannot be read, or the file is truncated.
@@ -88,12 +91,21 @@ class Tensor:
 
 def models_in(directory: Path) -> list[Path]:
     """The GGUF models in a directory: single files, and of those in parts one file each."""
-    models: dict[str, Path] = {}
-    for file in sorted(directory.iterdir()):
-        if file.suffix.lower() == ".gguf" and file.is_file():
-            part = _PART.fullmatch(file.name)
-            models.setdefault(f"{part['stem']}-of-{part['count']}" if part else file.name, file)
-    return list(models.values())
+    names = sorted(file.name for file in directory.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
+    return [directory / parts[0] for parts in group_models(names).values()]
+
+
+def group_models(files: Iterable[str]) -> dict[str, list[str]]:
+    """GGUF files by the model that they belong to, which is called as its file, or as its parts without their number.
+
+    >>> group_models(["q8/a-00001-of-00002.gguf", "q8/a-00002-of-00002.gguf"])
+    {'q8/a-of-00002.gguf': ['q8/a-00001-of-00002.gguf', 'q8/a-00002-of-00002.gguf']}
+    """
+    models: dict[str, list[str]] = {}
+    for file in files:
+        part = _PART.fullmatch(file)
+        models.setdefault(f"{part['stem']}-of-{part['count']}.gguf" if part else file, []).append(file)
+    return models
 
 
 def _files(path: Path) -> list[_File]:
@@ -160,6 +172,17 @@ class _File:
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError(f"general.alignment={alignment!r} must be an integer >= 1")
         self._data_start = -(-cursor.offset // alignment) * alignment
+        self._require_whole()
+
+    def _require_whole(self) -> None:
+        """Raises ValueError if a tensor goes beyond the end of the file. Unknown encodings are refused when read."""
+        for name, tensor in self.tensors.items():
+            size = _num_bytes(tensor)
+            end = self._data_start + tensor.start + (size or 0)
+            if size is not None and end > len(self._bytes):
+                raise ValueError(
+                    f"tensor {name!r} ends at byte {end}, and the file at {len(self._bytes)}: it is not whole"
+                )
 
     def read(self, name: str) -> np.ndarray:
         import gguf
@@ -169,9 +192,38 @@ class _File:
             encoding = gguf.GGMLQuantizationType(tensor.encoding)
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, encoding)
             stored = np.frombuffer(self._bytes, np.uint8, math.prod(shape), self._data_start + tensor.start)
-            return gguf.dequantize(stored.reshape(shape), encoding)
+            return _dequantised(stored, encoding).reshape(tensor.shape)
         except (ValueError, OverflowError, NotImplementedError) as error:
             raise UnsupportedModelError(f"{self.path}: tensor {name!r} cannot be read: {error}") from error
+
+
+def _num_bytes(tensor: Tensor) -> int | None:
+    """How many a tensor has in its file; None if its encoding or its shape cannot be."""
+    from gguf import GGML_QUANT_SIZES
+
+    sizes = {int(encoding): size for encoding, size in GGML_QUANT_SIZES.items()}
+    block, block_bytes = sizes.get(tensor.encoding, (1, 0))
+    elements = math.prod(tensor.shape)
+    return None if not block_bytes or elements % block else elements // block * block_bytes
+
+
+def _dequantised(stored: np.ndarray, encoding: Any) -> np.ndarray:
+    """The elements of a tensor in a row: as stored where they are floats, else float32.
+
+    The `gguf` package makes temporary arrays of several times the size of what it is given. It gets few blocks at a
+    time, so that these stay in the processor's caches.
+    """
+    import gguf
+
+    if encoding.name in _FLOATS:
+        return stored.view(_FLOATS[encoding.name])
+    size, block_bytes = gguf.GGML_QUANT_SIZES[encoding]
+    blocks, step = stored.reshape(-1, block_bytes), max(1, _ELEMENTS_AT_ONCE // size)
+    out = np.empty((len(blocks), size), np.float32)
+    for start in range(0, len(blocks), step):
+        part = blocks[start : start + step]
+        out[start : start + step] = gguf.dequantize(part.reshape(1, -1), encoding).reshape(-1, size)
+    return out.ravel()
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, place_rows, refuse_unread
+from sparsex_jax.checkpoints.base import Checkpoint, check_shapes, check_vocabulary, refuse_unread
+from sparsex_jax.checkpoints.placing import place_rows
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json, require_content
+from sparsex_jax.config.generation import GENERATION_CONFIG, read_generation_config
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
 from sparsex_jax.model.weights import Params
 from sparsex_jax.text.tokenizer import read_tokenizer
@@ -49,6 +51,11 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # Files and fields of quantised weights, whose scales or packing nothing here reads.
 _QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _QUANTISED_FIELDS = ("quantization_config", "compression_config")
+_ADAPTER = "adapter_config.json"
+_ROWS_AT_ONCE = 4096  # of the embeddings, when they are compared with the head
+_SINGLE = "model.safetensors"
+# What is read of a model beside its weights and its tokenizer.
+READ_FILES = ("config.json", GENERATION_CONFIG, _INDEX, _ADAPTER, *_QUANTISED_FILES)
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -64,6 +71,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self.directory = directory
         path = directory / "config.json"
         raw = read_json(path)
+        _refuse_adapter(directory)
         _refuse_quantised(directory, raw)
         config = ModelConfig.from_hf(raw, str(path))
         self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
@@ -87,12 +95,19 @@ class HuggingFaceCheckpoint(Checkpoint):
         tensors = [TENSORS[name] for name in ("embed", "lm_head")]
         if not all(tensor in self._files for tensor in tensors):
             return False
-        embed, head = (self._open(self._files[tensor]).get_tensor(tensor) for tensor in tensors)
-        return not np.array_equal(embed, head)
+        embed, head = (self._open(self._files[tensor]).get_slice(tensor) for tensor in tensors)
+        shape = embed.get_shape()
+        if shape != head.get_shape() or not shape:
+            return True
+        starts = range(0, shape[0], _ROWS_AT_ONCE)
+        parts = (slice(start, min(start + _ROWS_AT_ONCE, shape[0])) for start in starts)
+        return any(not np.array_equal(embed[part], head[part]) for part in parts)
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
-        return read_tokenizer(self.directory)
+        found = read_tokenizer(self.directory)
+        check_vocabulary(self.directory, found, self.config)
+        return found
 
     @property
     def dtype(self) -> str | None:
@@ -102,6 +117,10 @@ class HuggingFaceCheckpoint(Checkpoint):
             return None
         return _DTYPES.get(self._open(self._files[name]).get_slice(name).get_dtype())
 
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        return read_generation_config(self.directory)
+
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         check_shapes(self.directory, self._shapes, self.config, TENSORS)
 
@@ -110,6 +129,14 @@ class HuggingFaceCheckpoint(Checkpoint):
             return self._open(self._files[tensor]).get_tensor(tensor)
 
         return place_rows(self.config, dtype, mesh, read)
+
+
+def _refuse_adapter(directory: Path) -> None:
+    """transformers would add the adapter to the weights beside it."""
+    if (directory / _ADAPTER).is_file():
+        raise UnsupportedModelError(
+            f"{directory} holds an adapter ({_ADAPTER}), which is not read; merge it into the weights"
+        )
 
 
 def _refuse_quantised(directory: Path, raw: Mapping[str, Any]) -> None:
@@ -135,29 +162,51 @@ def _eos_token_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:
 
 
 def _weight_files(directory: Path, opened: Callable[[Path], Any]) -> dict[str, Path]:
-    """Tensor -> its file: of the files that the index names, else of `model.safetensors`, else of all files.
+    """Tensor -> its file.
 
     Raises:
       UnknownModelError: there are no weights, or a file that the index names is missing.
       UnsupportedModelError: two files have a tensor of the same name, or a tensor is not where the index says.
     """
-    index = _read_index(directory)
-    single = directory / "model.safetensors"
-    listed = sorted(set(index.values())) or ([single] if single.is_file() else sorted(directory.glob("*.safetensors")))
-    if not listed:
-        raise UnknownModelError(f"{directory} has no model.safetensors and no {_INDEX}")
+    listed = weight_files(directory, [file.name for file in directory.iterdir() if file.is_file()])
+    missing = [name for name in listed if not (directory / name).is_file()]
+    if missing:
+        raise UnknownModelError(f"{directory} has no {', '.join(missing)}, which {_INDEX} names")
     files: dict[str, Path] = {}
-    for file in listed:
+    for file in map(directory.joinpath, listed):
         for name in opened(file).keys():  # noqa: SIM118 (it is no dictionary)
             _require_one(name, files.setdefault(name, file), file)
-    for name, file in index.items():
-        if files.get(name) != file:
-            raise UnsupportedModelError(f"{directory / _INDEX}: {name} is not in {file.name}")
+    for name, said in _read_index(directory).items():
+        if files.get(name) != directory / said:
+            raise UnsupportedModelError(f"{directory / _INDEX}: {name} is not in {said}")
     return files
 
 
-def _read_index(directory: Path) -> dict[str, Path]:
-    """Tensor -> the file that the index names for it; empty without an index."""
+def weight_files(directory: Path, present: Collection[str]) -> list[str]:
+    """The names of the files that hold the weights: those that the index names, else `model.safetensors`, else all.
+
+    Args:
+      directory: has the index, if there is one.
+      present: the files that there are, which need not be in the directory yet.
+
+    Raises:
+      UnknownModelError: there are no weights.
+      UnsupportedModelError: the index is damaged, or does not name `model.safetensors`, which is there too.
+    """
+    named = sorted(set(_read_index(directory).values()))
+    if named and _SINGLE in present and _SINGLE not in named:
+        raise UnsupportedModelError(
+            f"{directory} has {_SINGLE}, and {_INDEX} names other files; nothing says which are the model's weights"
+        )
+    every = sorted(name for name in present if name.endswith(".safetensors"))
+    listed = named or ([_SINGLE] if _SINGLE in present else every)
+    if not listed:
+        raise UnknownModelError(f"{directory} has no {_SINGLE} and no {_INDEX}")
+    return listed
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """Tensor -> the name of the file that the index names for it; empty without an index."""
     path = directory / _INDEX
     if not path.is_file():
         return {}
@@ -167,10 +216,7 @@ def _read_index(directory: Path) -> dict[str, Path]:
     for name, file in named.items():
         if not isinstance(file, str) or Path(file).name != file:
             raise UnsupportedModelError(f"{path}: weight_map says {file!r} of {name}, which is no file's name")
-    missing = sorted({file for file in named.values() if not (directory / file).is_file()})
-    if missing:
-        raise UnknownModelError(f"{directory} has no {', '.join(missing)}, which {_INDEX} names")
-    return {name: directory / file for name, file in named.items()}
+    return dict(named)
 
 
 def _require_one(tensor: str, first: Path, file: Path) -> None:

@@ -3,6 +3,7 @@
 config.json   {"format": "sparsex-jax", "config": {the fields of ModelConfig}}
 params/       the weights, written by orbax as nested dictionaries with the names of `Params` and `Layers`
 tokenizer/    as transformers saves it; absent where the source had none
+generation_config.json   the defaults of sampling; absent where the source had none
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sparsex_jax.checkpoints.base import Checkpoint
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json
+from sparsex_jax.config.generation import GENERATION_CONFIG, read_generation_config
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
 from sparsex_jax.model.weights import Params, abstract_params, leaf_name
 from sparsex_jax.text.tokenizer import read_tokenizer
@@ -56,6 +58,10 @@ class OrbaxCheckpoint(Checkpoint):
     def dtype(self) -> str | None:
         dtypes = {str(jnp.dtype(leaf.dtype)) for leaf in self._stored().values()}
         return dtypes.pop() if len(dtypes) == 1 else None
+
+    @property
+    def sampling(self) -> Mapping[str, Any]:
+        return read_generation_config(self.directory)
 
     def load_params(self, dtype: str, mesh: Mesh) -> Params:
         import orbax.checkpoint as ocp
@@ -119,7 +125,13 @@ def check_target(path: Path) -> None:
         raise InvalidRequestError(f"target={str(path)!r} exists and is not an empty directory; nothing is overwritten")
 
 
-def save_checkpoint(path: str | Path, config: ModelConfig, params: Params, tokenizer: Any | None = None) -> None:
+def save_checkpoint(
+    path: str | Path,
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Any | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> None:
     """Write a checkpoint that `OrbaxCheckpoint` opens.
 
     An interrupted write leaves nothing that can be opened: everything goes to a directory beside the target, which is
@@ -127,6 +139,7 @@ def save_checkpoint(path: str | Path, config: ModelConfig, params: Params, token
 
     Args:
       params: the weights; sharded arrays are written shard by shard.
+      sampling: as `Checkpoint.sampling`.
 
     Raises:
       InvalidRequestError: the target exists and is not an empty directory.
@@ -136,20 +149,24 @@ def save_checkpoint(path: str | Path, config: ModelConfig, params: Params, token
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
-        _write(partial, config, params, tokenizer)
+        _write(partial, config, params, tokenizer, sampling or {})
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _write(directory: Path, config: ModelConfig, params: Params, tokenizer: Any | None) -> None:
+def _write(
+    directory: Path, config: ModelConfig, params: Params, tokenizer: Any | None, sampling: Mapping[str, Any]
+) -> None:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:  # it writes in the background; the end of the block waits for it
         checkpointer.save(directory / "params", _as_dicts(params))
     if tokenizer is not None:
         tokenizer.save_pretrained(directory / "tokenizer")
+    if sampling:
+        (directory / GENERATION_CONFIG).write_text(json.dumps(dict(sampling), indent=2) + "\n")
     record = {"format": _FORMAT, "config": dataclasses.asdict(config)}
     (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 

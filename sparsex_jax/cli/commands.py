@@ -60,22 +60,23 @@ def generate(
     chat: options.Chat = None,
     as_json: options.Json = False,
     max_new_tokens: options.MaxNewTokens = 128,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
     seed: options.Seed = 0,
     stop: options.Stop = None,
 ) -> None:
     """Generate text from a prompt, reusing the KV of the files remembered before it."""
     from sparsex_jax.cli.generate import EngineChoice, run
-    from sparsex_jax.config import SamplingParams
 
+    filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in filters.items() if value is not None}
     with clear_errors():
         run(
             prompt,
             EngineChoice(model, dtype, store_tokens, reuse.config, reuse.options(), kv_dtype),
             remember or [],
-            SamplingParams(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop or ())),
+            {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())} | given,
             namespace=namespace,
             chat=chat,
             as_json=as_json,
@@ -125,6 +126,7 @@ def serve(
     disk_store: serve_options.DiskStore = None,
     healing: serve_options.Healing = 0.5,
     company_tokens: serve_options.CompanyTokens = options.COMPANY_TOKENS,
+    generation_config: serve_options.GenerationConfig = "auto",
     reasoning_parser: serve_options.ReasoningParser = "auto",
     max_waiting: serve_options.MaxWaiting = 256,
     max_tokens: serve_options.MaxTokens = 4096,
@@ -167,6 +169,7 @@ def serve(
                 healing=healing,
                 company_tokens=company_tokens,
                 frozen_limit=frozen_limit,
+                generation_config=generation_config,
                 max_pinned=max_pinned,
                 **options.tiers(host_store, disk_store),
             ),
@@ -194,7 +197,7 @@ def serve(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="An embedded model's name, a GGUF file or a Hugging Face directory.")],
+    source: Annotated[str, typer.Argument(help="As `--model` of the other commands.")],
     target: Annotated[Path, typer.Argument(help="A new directory.")],
     dtype: options.StoredDType = "bfloat16",
     tensor_parallel: Annotated[int, typer.Option(help="Devices to split the weights over.")] = 1,

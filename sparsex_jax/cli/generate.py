@@ -30,6 +30,7 @@ class EngineChoice:
     reuse: ReuseConfig | Path | None = None  # as for `Engine.from_pretrained`, and so are the next two
     reuse_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     kv_dtype: str = EngineConfig.kv_dtype
+    generation_config: str = "auto"
     tensor_parallel: int = 1
     max_num_seqs: int | None = EngineConfig.max_num_seqs
     max_prefill_seqs: int = EngineConfig.max_prefill_seqs
@@ -50,45 +51,46 @@ class EngineChoice:
     def load(self) -> Engine:
         keep_on_disk()
         mesh = make_mesh(self.tensor_parallel)
-        with waiting(f"Loading {self.model}"):
-            return Engine.from_pretrained(
-                self.model,
-                mesh=mesh,
-                reuse=self.reuse,
-                reuse_options=self.reuse_options,
-                dtype=self.dtype,
-                kv_dtype=self.kv_dtype,
-                store_tokens=self.store_tokens,
-                max_num_seqs=self.max_num_seqs,
-                max_prefill_seqs=self.max_prefill_seqs,
-                max_waiting=self.max_waiting,
-                healing=self.healing,
-                company_tokens=self.company_tokens,
-                frozen_limit=self.frozen_limit,
-                max_pinned=self.max_pinned,
-                host_store_bytes=self.host_store_bytes,
-                disk_store=self.disk_store,
-                disk_store_bytes=self.disk_store_bytes,
-            )
+        return Engine.from_pretrained(  # which shows what it loads
+            self.model,
+            mesh=mesh,
+            reuse=self.reuse,
+            reuse_options=self.reuse_options,
+            generation_config=self.generation_config,
+            dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
+            store_tokens=self.store_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_prefill_seqs=self.max_prefill_seqs,
+            max_waiting=self.max_waiting,
+            healing=self.healing,
+            company_tokens=self.company_tokens,
+            frozen_limit=self.frozen_limit,
+            max_pinned=self.max_pinned,
+            host_store_bytes=self.host_store_bytes,
+            disk_store=self.disk_store,
+            disk_store_bytes=self.disk_store_bytes,
+        )
 
 
 def run(
     prompt: str,
     choice: EngineChoice,
     files: Sequence[Path],
-    sampling: SamplingParams,
+    sampling: Mapping[str, Any],
     *,
     namespace: str,
     chat: bool | None,
     as_json: bool,
 ) -> None:
-    """Remember the files, generate, and print the answer."""
+    """Remember the files, generate, and print the answer. What `sampling` does not have is as the model's files say."""
+    SamplingParams(**sampling)  # an error comes before the model is loaded
     text, donors = read_prompt(prompt), [read_text(path) for path in files]
     engine = choice.load()
     remember_all(engine, donors, namespace)
     with waiting("Generating"):
         given = as_prompt(text, engine.tokenizer, chat)
-        result = engine.generate(given, sampling, namespace=namespace)
+        result = engine.generate(given, engine.default_sampling(**sampling), namespace=namespace)
     _print(result, as_json)
 
 

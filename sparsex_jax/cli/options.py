@@ -27,7 +27,11 @@ PromptArgument = Annotated[str, typer.Argument(help="The prompt; `-` reads it fr
 COMPANY_TOKENS = 1024
 
 Model = Annotated[
-    str, typer.Option(help="An embedded model's name, a GGUF file, a Hugging Face directory or a converted one.")
+    str,
+    typer.Option(
+        help="An embedded model's name, a GGUF file, a Hugging Face directory, a converted one, or a name on the hub: "
+        "OWNER/NAME[@REVISION][:QUANTISATION]."
+    ),
 ]
 DType = Annotated[
     str,
@@ -185,9 +189,14 @@ def _setting(text: str) -> tuple[str, Any]:
         return field, value
 
 
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
-TopP = Annotated[float, typer.Option(help="Nucleus, in (0, 1].", rich_help_panel=_SAMPLING)]
-TopK = Annotated[int, typer.Option(help="Keep the k most probable tokens; 0 keeps all.", rich_help_panel=_SAMPLING)]
+def _sampled(default: str, text: str) -> Any:
+    """An option whose default the model's files may say."""
+    return typer.Option(help=text, rich_help_panel=_SAMPLING, show_default=f"as the model's files recommend; {default}")
+
+
+Temperature = Annotated[float | None, _sampled("0", "0 is greedy.")]
+TopP = Annotated[float | None, _sampled("1", "Nucleus, in (0, 1].")]
+TopK = Annotated[int | None, _sampled("0", "Keep the k most probable tokens; 0 keeps all.")]
 Seed = Annotated[int, typer.Option(help="Seed of the random stream.", rich_help_panel=_SAMPLING)]
 Stop = Annotated[
     list[str] | None,

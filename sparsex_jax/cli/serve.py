@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import messages, progress
 from sparsex_jax.device.compilation import num_compilations
@@ -42,7 +43,7 @@ def run(
     check_parser(reasoning_parser)
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
     log = RequestLog.open(request_log) if request_log else None
-    name = name or Path(choice.model).name
+    name = name or model_title(choice.model)
     tracing = Tracing.start(otlp_endpoint, name) if is_wanted(otlp_endpoint) else None
     engine = choice.load()
     if warm_up:
@@ -60,6 +61,9 @@ def run(
     )
     server = Server(app, sockets=sockets)
     messages().print(str(choice.defaults(engine.model)), soft_wrap=True)
+    if engine.sampling:
+        said = ", ".join(f"{field}={value:g}" for field, value in engine.sampling.items())
+        messages().print(f"Sampling by default: {said} (of the model; see --generation-config)", soft_wrap=True)
     messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."
@@ -83,7 +87,7 @@ def compile_all(engine: Engine) -> None:
     """Compile the programs that requests need, so that the first requests do not wait for the compiler."""
     before, started = num_compilations(), time.perf_counter()
     with progress() as bar:
-        for step in bar.track(warmup.steps(engine.loop), description="Compiling"):
+        for step in bar.track(warmup.steps(engine.loop, engine.default_sampling()), description="Compiling"):
             step()
     number, seconds = num_compilations() - before, time.perf_counter() - started
     messages().print(

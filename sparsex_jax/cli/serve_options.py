@@ -84,6 +84,14 @@ Healing = Annotated[
 CompanyTokens = Annotated[
     int, _in(_STORE, "Prefill knowledge behind at most this many tokens of its namespace. 0: alone.")
 ]
+GenerationConfig = Annotated[
+    str,
+    _in(
+        _STORE,
+        "auto: requests that do not say otherwise sample as the model's generation_config.json recommends. none: they "
+        "have OpenAI's defaults.",
+    ),
+]
 ReasoningParser = Annotated[
     str,
     _in(

@@ -14,7 +14,6 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -144,27 +143,6 @@ def abstract_params(config: ModelConfig, dtype: str, mesh: Mesh) -> Params:
         return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(dtype), sharding=_placement(mesh, weight))
 
     return jax.tree.map(abstract, describe(config))
-
-
-def place_params(config: ModelConfig, dtype: str, mesh: Mesh, read: Callable[[str, Weight], np.ndarray]) -> Params:
-    """Put a checkpoint's arrays on the mesh, one at a time.
-
-    Args:
-      read: is called with the name of a field of `Params` or `Layers` and its description, and gives the array in
-        the described shape, with any float dtype.
-
-    Raises:
-      ValueError: an array has another shape.
-    """
-
-    def put(path: tuple[Any, ...], weight: Weight) -> Array:
-        name = leaf_name(path)[-1]
-        array = read(name, weight)
-        if array.shape != weight.shape:
-            raise ValueError(f"{name} has shape {array.shape}; the configuration needs {weight.shape}")
-        return jax.device_put(array.astype(jnp.dtype(dtype), copy=False), _placement(mesh, weight))
-
-    return jax.tree.map_with_path(put, describe(config))
 
 
 def random_params(config: ModelConfig, dtype: str, mesh: Mesh, seed: int = 0) -> Params:

@@ -112,7 +112,7 @@ class Requests:
         is_document = isinstance(prompt, str) and not allow_control_tokens
         said = document(cast(str, prompt), self.tokenizer) if is_document else prompt
         text = self.encode(said, add_special_tokens=False)
-        before = text[:0] if preamble is None else self.encode(preamble)
+        before = text[:0] if preamble is None else self.encode(preamble, name="preamble")
         length, limit = len(before) + len(text), self._model.max_position
         if length > limit:
             raise ContextLengthError(
@@ -147,15 +147,23 @@ class Requests:
         return company
 
     def encode(
-        self, prompt: Prompt | MarkedText, new_tokens: int = 0, *, add_special_tokens: bool = True
+        self,
+        prompt: Prompt | MarkedText,
+        new_tokens: int = 0,
+        *,
+        add_special_tokens: bool = True,
+        name: str = "prompt",
     ) -> Int32[np.ndarray, "tokens"]:
-        """A prompt as token ids. Raises InvalidRequestError if it is none, or too long with `new_tokens`."""
+        """A prompt as token ids. Raises InvalidRequestError if it is none, or too long with `new_tokens`.
+
+        `name` is what errors call it."""
         with self._tokenizing:
-            tokens = encode(prompt, self.tokenizer, self._model, add_special_tokens=add_special_tokens)
+            special = add_special_tokens
+            tokens = encode(prompt, self.tokenizer, self._model, add_special_tokens=special, name=name)
         limit, length = self._model.max_position, len(tokens) + new_tokens
         if length > limit:
             raise ContextLengthError(
-                f"prompt has {len(tokens)} tokens and max_new_tokens={new_tokens}: together {length}, "
+                f"{name} has {len(tokens)} tokens and max_new_tokens={new_tokens}: together {length}, "
                 f"and the model's limit is {limit}"
             )
         return tokens

@@ -34,15 +34,18 @@ from sparsex_jax.scheduler.constrained import ConstrainedDecode
 from sparsex_jax.scheduler.loop import Loop
 
 
-def steps(loop: Loop) -> list[Callable[[], None]]:
+def steps(loop: Loop, usual: SamplingParams | None = None) -> list[Callable[[], None]]:
     """Calls that compile a few programs each, and one that measures what they take. They leave nothing in the store.
-    Call them before the loop runs."""
+    Call them before the loop runs.
+
+    Args:
+      usual: what requests ask for that say nothing of sampling.
+    """
     buckets = loop.runner.shapes.buckets
     prefills = [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe)]
     batches = _batches(loop.policy.max_num_seqs)
-    wishes = [
-        one for free in (SamplingParams(), SamplingParams(logprobs=0)) for one in (free, *_structured(loop, free))
-    ]
+    frees = dict.fromkeys((SamplingParams(), usual or SamplingParams(), SamplingParams(logprobs=0)))
+    wishes = [one for free in frees for one in (free, *_structured(loop, free))]
     decodes = [functools.partial(_decode, loop, number, wish) for wish in wishes for number in batches]
     tiers = [loop.admission.tiers.warm_up] if loop.admission.tiers is not None else []
     whole = [functools.partial(_generate, loop, wish) for wish in wishes]

@@ -17,8 +17,13 @@ from typing import Any
 
 from sparsex_jax.cache import Entry
 from sparsex_jax.errors import InvalidRequestError, SparsexError
+from sparsex_jax.scheduler.pinning import PinShare
 
-_NUMBERS = {"max_concurrent": 1, "max_knowledge_tokens": 0}  # fields of an entry, and the least value of each
+_NUMBERS = {
+    "max_concurrent": 1,
+    "max_knowledge_tokens": 0,
+    "max_pinned_tokens": 0,
+}  # fields of an entry, and the least value of each
 _FIELDS = {"key": str, "sha256": str, "namespace": str, **dict.fromkeys(_NUMBERS, int), "metrics": bool}
 _WORDS = {str: "a text, not empty", int: "an integer", bool: "true or false"}
 
@@ -95,13 +100,21 @@ class Tenant:
       max_concurrent: how many requests it may have at once, each prompt counted. None: as many as the server takes.
       metrics: whether it may read `/metrics`.
       knowledge: the frozen knowledge that it keeps.
+      pins: how much it may pin.
     """
 
     def __init__(
-        self, name: str, namespace: str, max_concurrent: int | None, metrics: bool, max_knowledge_tokens: int | None
+        self,
+        name: str,
+        namespace: str,
+        max_concurrent: int | None,
+        metrics: bool,
+        max_knowledge_tokens: int | None,
+        pins: PinShare | None = None,
     ) -> None:
         self.name, self.namespace, self.max_concurrent, self.metrics = name, namespace, max_concurrent, metrics
         self.knowledge = Quota(max_knowledge_tokens)
+        self.pins = pins or PinShare()
 
     def store_namespace(self, salt: str | None) -> str:
         """The namespace in the store. As JSON, no two pairs of namespace and salt are the same text."""
@@ -122,7 +135,8 @@ class Access:
     @classmethod
     def open(cls, limits: Limits) -> Access:
         """Access without keys: all clients are one tenant."""
-        anonymous = Tenant("anonymous", "", limits.max_concurrent, True, limits.max_knowledge_tokens)
+        pins = PinShare(limits.max_pinned_tokens)
+        anonymous = Tenant("anonymous", "", limits.max_concurrent, True, limits.max_knowledge_tokens, pins)
         return cls({}, anonymous)
 
     @classmethod
@@ -134,6 +148,7 @@ class Access:
             namespace = "research"  # optional; by default the table's name
             max_concurrent = 4      # optional; each prompt counts
             max_knowledge_tokens = 100_000  # optional; with 0 it may keep none
+            max_pinned_tokens = 20_000  # optional; with 0 it may pin nothing
             metrics = true          # optional; it may read /metrics
 
         Args:
@@ -151,9 +166,10 @@ class Access:
             digest = _checked_digest(f"{path}: [{name}]", entry)
             if digest in tenants:
                 raise InvalidRequestError(f"{path}: [{name}] has the same key as [{tenants[digest].name}]")
-            concurrent, knowledge = (entry.get(field, getattr(limits, field)) for field in _NUMBERS)
+            concurrent, knowledge, pinned = (entry.get(field, getattr(limits, field)) for field in _NUMBERS)
             namespace, metrics = entry.get("namespace", name), entry.get("metrics", False)
-            tenants[digest] = Tenant(name, namespace, concurrent, metrics, knowledge)
+            pins = PinShare(pinned, 1 / len(raw))
+            tenants[digest] = Tenant(name, namespace, concurrent, metrics, knowledge, pins)
         if not tenants:
             raise InvalidRequestError(f"{path} has no keys; it must have a table for each")
         return cls(tenants, None)
@@ -219,6 +235,8 @@ class Limits:
         as many as run and wait.
       max_knowledge_tokens: tokens of frozen knowledge that a key may keep, if its entry does not set another limit.
         None: as many as the store holds.
+      max_pinned_tokens: tokens in whole pages that a key may pin, if its entry does not set another limit. None: its
+        part of what all pins may have, which is divided by the number of keys.
       request_timeout: seconds after which a request is cancelled.
       drain_timeout: seconds that running requests may still take after SIGTERM.
       client_timeout: seconds that a client may take to send a request's head, then its body, where it has a second more
@@ -234,6 +252,7 @@ class Limits:
     max_prompts: int = 32
     max_concurrent: int | None = None
     max_knowledge_tokens: int | None = None
+    max_pinned_tokens: int | None = None
     request_timeout: float = 300.0
     drain_timeout: float = 30.0
     client_timeout: float = 20.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,7 @@ class Intake:
         sampling = self._sampling(request, most, exact is not None, _chat_logprobs(request), thinking)
         sampling = dataclasses.replace(sampling, shown_token_ids=self._shown_ids(request))
         turns = turn_digests([plain_message(message) for message in request.messages])
-        return self._jobs(request, tenant, tokens, sampling, pinning_of(request), turns)
+        return self._jobs(request, tenant, tokens, sampling, pinning_of(request, tenant.pins), turns)
 
     def thinking(self, request: ChatRequest, job: Job) -> Thinking | None:
         """How the answer to a chat thinks. None: its thoughts are not taken apart, or it has none."""
@@ -118,7 +118,7 @@ class Intake:
         self._check_number(request, len(prompts))
         named = _first_given(max_tokens=request.max_tokens)
         encoded = [self._prompt(request, prompt, "prompt", named, special=True) for prompt in prompts]
-        pinning, jobs = pinning_of(request), list[Job]()
+        pinning, jobs = pinning_of(request, tenant.pins), list[Job]()
         for tokens in encoded:
             most = self.lengths.new_tokens(len(tokens), named, _COMPLETION_TOKENS, "prompt")
             sampling = self._sampling(request, most, named is not None, request.logprobs)
@@ -229,7 +229,8 @@ class Intake:
         if isinstance(text, str) and self._engine.tokenizer and whole:
             self.lengths.require_text_fits(text, param)
         try:
-            return encode(prompt, self._engine.tokenizer, self._engine.model, add_special_tokens=special)
+            engine = self._engine
+            return encode(prompt, engine.tokenizer, engine.model, add_special_tokens=special, name=param)
         except InvalidRequestError as error:
             raise RequestError(str(error), param=param, code="invalid_value") from error
 
@@ -253,7 +254,7 @@ class Intake:
           most: tokens that the answer may have.
           named: the request asks for a number of them. Otherwise the answer is what fits.
         """
-        least = request.min_tokens or 0
+        least, defaults = request.min_tokens or 0, self._engine.sampling
         if least > most:
             raise RequestError(
                 f"min_tokens={least} must be at most the {most} tokens that the answer may have", param="min_tokens"
@@ -261,8 +262,8 @@ class Intake:
         sampling = SamplingParams(
             max_new_tokens=most,
             min_new_tokens=least,
-            temperature=_temperature(request),
-            top_k=max(request.top_k or 0, 0),
+            temperature=_temperature(request, defaults),
+            top_k=max(defaults.get("top_k", 0) if request.top_k is None else request.top_k, 0),
             seed=secrets.randbelow(2**32) if request.seed is None else request.seed % 2**32,
             stop=_stop(request.stop),
             include_stop=bool(request.include_stop_str_in_output),
@@ -272,6 +273,7 @@ class Intake:
             prompt_logprobs_start=request.prompt_logprobs_start or 0,
             structure=self._structure(request, thinking),
             ends_where_full=not named,
+            **{name: defaults[name] for name in _SAME if name in defaults and getattr(request, name) is None},
             **{name: value for name in _SAME if (value := getattr(request, name)) is not None},
         )
         sampling.check_vocabulary(self._engine.model.vocab_size)
@@ -351,11 +353,12 @@ def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
     return tuple(each for each in ([stop] if isinstance(stop, str) else stop or ()) if each)
 
 
-def _temperature(request: Generate) -> float:
-    """OpenAI's default is 1. A tiny temperature becomes 0 (greedy), since dividing logits by it would overflow. So does
-    any where top_p is 0, which keeps the most probable token."""
-    temperature = 1.0 if request.temperature is None else request.temperature
-    return 0.0 if temperature < _GREEDY or request.top_p == 0 else temperature
+def _temperature(request: Generate, defaults: Mapping[str, Any]) -> float:
+    """The default is the model's own, or OpenAI's, which is 1. A tiny temperature becomes 0 (greedy), since dividing
+    logits by it would overflow. So does any where top_p is 0, which keeps the most probable token."""
+    temperature = defaults.get("temperature", 1.0) if request.temperature is None else request.temperature
+    top_p = defaults.get("top_p") if request.top_p is None else request.top_p
+    return 0.0 if temperature < _GREEDY or top_p == 0 else temperature
 
 
 def _logit_bias(bias: dict[str, Any] | None) -> dict[int, float]:

@@ -9,7 +9,7 @@ from sparsex_jax.cache import PinState
 from sparsex_jax.config import Pin
 from sparsex_jax.config.pins import MAX_PIN_KEY, MAX_PIN_SECONDS
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.scheduler.pinning import Pinning, PinRefused
+from sparsex_jax.scheduler.pinning import Pinning, PinRefused, PinShare
 from sparsex_jax.serving import schemas
 from sparsex_jax.serving.faults import RequestError
 
@@ -18,8 +18,11 @@ _TTL = "prompt_cache_options.ttl"
 DAY = "24h"
 
 
-def pinning_of(request: schemas.Generate) -> Pinning | None:
+def pinning_of(request: schemas.Generate, share: PinShare) -> Pinning | None:
     """What pins the answers to a request. None: it asks for nothing of the kind.
+
+    Args:
+      share: of the key that asks.
 
     Raises:
       RequestError: a field is wrong, or the request asks to keep nothing.
@@ -32,7 +35,7 @@ def pinning_of(request: schemas.Generate) -> Pinning | None:
         ttl_s = _seconds(DAY)
     if (key is None and ttl_s is None) or request.keep is False:
         return None
-    return Pinning(_pin(key, ttl_s))
+    return Pinning(_pin(key, ttl_s), share)
 
 
 def _pin(key: str | None, ttl_s: float | None) -> Pin:

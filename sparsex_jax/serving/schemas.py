@@ -441,7 +441,11 @@ class Store(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model as OpenAI, vLLM (`max_model_len`) and Anthropic (the last three) describe it."""
+    """A model as OpenAI, vLLM (`max_model_len`) and Anthropic (`type` and what follows) describe it.
+
+    Attributes:
+      default_sampling_params: what the model's own files recommend, which requests have that do not say otherwise.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -451,6 +455,7 @@ class ModelCard(BaseModel):
     type: Literal["model"] = "model"
     display_name: str
     created_at: str
+    default_sampling_params: dict[str, float]
 
 
 class ModelList(BaseModel):

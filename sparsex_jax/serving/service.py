@@ -202,6 +202,7 @@ class Service:
             max_model_len=self.intake.lengths.context,
             display_name=self.model,
             created_at=datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat(),
+            default_sampling_params=dict(self.worker.engine.sampling),
         )
 
 

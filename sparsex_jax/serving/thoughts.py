@@ -71,7 +71,7 @@ class ThoughtReader:
         self._form, self._is_open = thinking.form, thinking.is_open
         self._answer, self._within = make_reader(), make_reader()
         self._stage = _Stage.BEGIN
-        self._held = ""
+        self._held, self._cut = "", False
         self._looked = self._fed = 0  # characters of what is held that were searched, and that `_within` got
         self._ending: list[str | Call] = []  # the answer, if the thought never ends: its first call, and all behind it
         self._space: str | None = None  # at the end of the thought so far; None where it has no text yet
@@ -92,8 +92,9 @@ class ThoughtReader:
         self._held += text
         return self._advance(ended=False)
 
-    def finish(self) -> list[Part]:
-        """Return what was held back. The answer has ended."""
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        """Return what was held back. The answer has ended. Argument as of `Reader.finish`."""
+        self._cut = cut
         return self._advance(ended=True)
 
     def _advance(self, *, ended: bool) -> list[Part]:
@@ -128,7 +129,7 @@ class ThoughtReader:
 
     def _watch(self, within: Reader, certain: int, ended: bool) -> list[Part]:
         """Tell the thought up to the first place where a call may begin."""
-        parts = within.push(self._held[self._fed : certain]) + (within.finish() if ended else [])
+        parts = within.push(self._held[self._fed : certain]) + (within.finish(cut=self._cut) if ended else [])
         self._fed = certain
         thoughts: list[Part] = []
         if not self._ending:
@@ -162,7 +163,7 @@ class ThoughtReader:
         self._strips = self._strips and not text
         if self._answer is None:
             return [text] if text else []
-        return [*self._answer.push(text), *(self._answer.finish() if ended else [])]
+        return [*self._answer.push(text), *(self._answer.finish(cut=self._cut) if ended else [])]
 
 
 def _begun(text: str, mark: str) -> int:
@@ -216,15 +217,19 @@ class AnswerReader:
     def read(self, event: Event) -> list[Part]:
         """The next parts of the answer. With a finish reason, the event is the last one."""
         was_over = self._thoughts is not None and self._thoughts.is_over
-        parts = self._parts(event.text, event.finish_reason is not None)
+        parts = self._parts(event)
         if self._thoughts is not None and not was_over:
             self._count(self._thoughts, event)
         return [part for part in parts if self._keeps(part)]
 
-    def _parts(self, text: str, ended: bool) -> list[Part]:
+    def _parts(self, event: Event) -> list[Part]:
         if self._reader is None:
-            return [text] if text else []
-        return [*self._reader.push(text), *(self._reader.finish() if ended else [])]
+            return [event.text] if event.text else []
+        parts: list[Part] = [*self._reader.push(event.text)]
+        if event.finish_reason is None:
+            return parts
+        was_cut = event.finish_reason == "length" or event.stopped_by is not None
+        return [*parts, *self._reader.finish(cut=was_cut)]
 
     def _keeps(self, part: Part) -> bool:
         if isinstance(part, Call):

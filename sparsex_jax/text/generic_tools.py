@@ -19,7 +19,7 @@ To call a tool, write its name and its arguments as JSON between these tags:
 <tool_call>
 {{"name": "the tool's name", "arguments": {{"an argument's name": "its value"}}}}
 </tool_call>
-The results come in the next message, between <tool_response> tags."""
+The results come in the next message. Then answer in plain words."""
 
 
 def offer(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -59,7 +59,7 @@ def _call(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _response(message: Message) -> str:
-    return f"<tool_response>\n{message['content']}\n</tool_response>"
+    return f"The tool's result:\n{message['content']}"  # in tags, small models would repeat the tags
 
 
 def _json(value: Any) -> str:

@@ -21,10 +21,12 @@ from sparsex_jax.text.vocabulary import Vocabulary
 
 _FILE = "tokenizer.json"
 # Files of other tokenizers, or of a part of one. A directory that has one of them and no tokenizer.json is refused.
+OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "merges.txt")
 _OTHER_FILES = (
-    *("tokenizer.model", "tekken.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"),
+    *(*OTHER_TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "chat_template.json"),
 )
+READ_FILES = (_FILE, *_OTHER_FILES)
 _NO_LIMIT = int(1e30)  # as transformers says that a tokenizer has no limit
 
 

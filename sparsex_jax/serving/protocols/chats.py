@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import abc
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError, create_model
 
+from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.serving import extras
 from sparsex_jax.serving.faults import Fault, RequestError, fault_of
 from sparsex_jax.serving.openai import PartialAnswer
@@ -51,12 +54,60 @@ def shared_fields(body: BaseModel) -> dict[str, Any]:
     return {name: getattr(body, name) for name in ("model", "stream", *_SHARED) if name in body.model_fields_set}
 
 
-def as_chat(fields: Mapping[str, Any]) -> ChatRequest:
+class Names:
+    """What a protocol calls the fields of a chat. Within it, errors of a chat name the fields that the client sent.
+
+    response_format.json_schema.schema is missing     text.format.schema is missing
+    messages[2] has role 'x', which ...               input[1] has role 'x', which ...
+    """
+
+    def __init__(self, names: Mapping[str, str] = MappingProxyType({}), places: Sequence[str] = ()) -> None:
+        """
+        Args:
+          names: for each field of a chat that has another name, or a phrase of its errors, what stands for it. A name
+            that is a plain word counts where a text begins with it.
+          places: where each message of the chat begins in the request.
+        """
+        self._names = {f"messages[{number}]": place for number, place in enumerate(places)} | dict(names)
+        alternatives = [
+            rf"{'^' if name.isalpha() else r'\b'}{re.escape(name)}(?!\w)"
+            for name in sorted(self._names, key=len, reverse=True)
+        ]
+        self._names_in_text = re.compile("|".join(alternatives) or "(?!)")
+
+    def told(self, text: str) -> str:
+        """An error's text with the names of this protocol."""
+        return self._names_in_text.sub(lambda found: self._names[found[0]], text)
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, (RequestError, RequestValidationError, InvalidRequestError)):
+            fault = fault_of(error)
+            param = fault.param and self.told(fault.param)
+            said = self.told(fault.message)
+            raise RequestError(said, param=param, code=fault.code, status=fault.status) from error
+
+
+class Named(NamedTuple):
+    """A chat, and what its protocol calls the fields of it."""
+
+    chat: ChatRequest
+    names: Names
+
+
+def as_chat(fields: Mapping[str, Any], names: Names) -> Named:
     """A chat of these fields; those that are None are left out.
 
     Raises:
-      RequestValidationError, RequestError: a field is wrong, or not supported.
+      RequestError: a field is wrong, or not supported.
     """
+    with names:
+        return Named(_checked(fields), names)
+
+
+def _checked(fields: Mapping[str, Any]) -> ChatRequest:
     try:
         chat = ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:

@@ -24,6 +24,8 @@ from sparsex_jax.serving.faults import RequestError
 from sparsex_jax.serving.protocols.chats import (
     ChatFields,
     Fields,
+    Named,
+    Names,
     as_chat,
     refuse,
     shared_fields,
@@ -33,13 +35,25 @@ from sparsex_jax.serving.protocols.chats import (
 from sparsex_jax.serving.protocols.messages_reply import MessagesReply
 from sparsex_jax.serving.routing import Caller, Served, keyed_router
 from sparsex_jax.serving.schemas import Number, Object, Objects, StopStrings, TextOrObjects, Thinking
-from sparsex_jax.serving.service import Asked, Pieces
+from sparsex_jax.serving.service import Asked, Pieces, Service
 from sparsex_jax.text.templates import stored_templates, template_for
 
 router = keyed_router()
 
 _BILLING = "x-anthropic-billing-header"  # a block of Claude Code's: no instruction, and another in each request
 _BETWEEN = "\n"  # between the texts of blocks
+_NAMES = {
+    "reasoning_effort": "output_config.effort",
+    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+    "tool_choice.function": "tool_choice",
+    "function.name": "name",
+    "function.parameters": "input_schema",
+    "the parameters of": "the input_schema of",
+    "stop": "stop_sequences",
+}
+
+Block = tuple[str, Fields]  # where it is, for errors, and what it is
+Turn = tuple[str, Fields]  # a message of the chat, likewise
 
 
 class InputMessage(Object):
@@ -93,7 +107,9 @@ async def create_message(body: MessagesRequest, request: Request, service: Serve
     tokenizer = service.worker.engine.tokenizer
 
     def intake(body: MessagesRequest, tenant: Tenant) -> Asked:
-        return service.asked_chat(chat_of(body, tokenizer), tenant, shortens=True)
+        chat, names = chat_of(body, tokenizer)
+        with names:
+            return service.asked_chat(chat, tenant, shortens=True)
 
     def make_reply(asked: Asked, pieces: Pieces) -> MessagesReply:
         return MessagesReply(asked, service, pieces, body.max_tokens)
@@ -104,20 +120,29 @@ async def create_message(body: MessagesRequest, request: Request, service: Serve
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountTokensRequest, service: Served, tenant: Caller) -> InputTokens:
     """How many tokens a prompt has."""
-    tokenizer = service.worker.engine.tokenizer
     service.check_model(body.model)
-    ids = await service.tokenized(tenant, lambda: service.intake.chat_tokens(chat_of(body, tokenizer)))
-    return InputTokens(input_tokens=len(ids))
+    return InputTokens(input_tokens=await service.tokenized(tenant, lambda: _num_tokens(body, service)))
+
+
+def _num_tokens(body: CountTokensRequest, service: Service) -> int:
+    chat, names = chat_of(body, service.worker.engine.tokenizer)
+    with names:
+        return len(service.intake.chat_tokens(chat))
 
 
 # Requests ---------------------------------------------------------------------------------------------------
 
 
-def chat_of(body: CountTokensRequest, tokenizer: Any | None = None) -> Any:
-    """The chat that a request asks to continue. Raises RequestError or RequestValidationError if a field is wrong."""
+def chat_of(body: CountTokensRequest, tokenizer: Any | None = None) -> Named:
+    """The chat that a request asks to continue, and the names of its fields here.
+
+    Raises:
+      RequestError: a field is wrong.
+    """
     refuse(body, _REFUSED)
     _check_edits(body.context_management)
-    messages = [*_system(body.system), *_turns(body.messages)]
+    turns = [*_system(body.system), *_turns(body.messages)]
+    messages, names = [message for _, message in turns], Names(_names(body), [at for at, _ in turns])
     continued = _is_continued(messages[-1])
     choice = body.tool_choice
     fields = shared_fields(body) | {
@@ -133,7 +158,7 @@ def chat_of(body: CountTokensRequest, tokenizer: Any | None = None) -> Any:
     if isinstance(body, MessagesRequest):
         fields |= {"max_tokens": body.max_tokens, "stop": body.stop_sequences}
         fields |= {"temperature": body.temperature, "top_p": body.top_p}
-    return as_chat(fields)
+    return as_chat(fields, names)
 
 
 _REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
@@ -148,6 +173,12 @@ def _check_edits(management: Mapping[str, Any] | None) -> None:
         kind = edit.get("type") if isinstance(edit, Mapping) else edit
         if not str(kind).startswith("clear_thinking"):
             raise unsupported("context_management", f"an edit has type {kind!r:.60}, and messages are not edited")
+
+
+def _names(body: CountTokensRequest) -> Mapping[str, str]:
+    is_older = body.output_format is not None and not (body.output_config and body.output_config.format)
+    name = "output_format" if is_older else "output_config.format"
+    return _NAMES | {"response_format.json_schema": name, "response_format": name}
 
 
 def _effort(body: CountTokensRequest, tokenizer: Any | None) -> str | None:
@@ -186,12 +217,12 @@ def _tool_choice(choice: ToolChoice) -> Any:
     return {"auto": "auto", "any": "required", "none": "none"}[choice.type]
 
 
-def _system(system: str | list[Fields] | None) -> list[Fields]:
+def _system(system: str | list[Fields] | None) -> list[Turn]:
     if not system:
         return []
     texts = [system] if isinstance(system, str) else [_shown(f"system[{n}]", block) for n, block in enumerate(system)]
     kept = [text for text in texts if not text.startswith(_BILLING)]
-    return [{"role": "system", "content": _BETWEEN.join(kept)}] if kept else []
+    return [("system", {"role": "system", "content": _BETWEEN.join(kept)})] if kept else []
 
 
 def _is_continued(last: Fields) -> bool:
@@ -204,15 +235,12 @@ def _is_continued(last: Fields) -> bool:
     return True
 
 
-def _turns(messages: Sequence[InputMessage]) -> list[Fields]:
-    turns: list[Fields] = []
+def _turns(messages: Sequence[InputMessage]) -> list[Turn]:
+    turns: list[Turn] = []
     for role, same in itertools.groupby(enumerate(messages), lambda each: each[1].role):
         blocks = [block for number, message in same for block in _blocks(number, message)]
-        turns += [_assistant(blocks)] if role == "assistant" else _user(role, blocks)
+        turns += [(_message_of(blocks), _assistant(blocks))] if role == "assistant" else _user(role, blocks)
     return turns
-
-
-Block = tuple[str, Fields]  # where it is, for errors, and what it is
 
 
 def _blocks(number: int, message: InputMessage) -> list[Block]:
@@ -222,15 +250,22 @@ def _blocks(number: int, message: InputMessage) -> list[Block]:
     return [(f"{at}[{index}]", block) for index, block in enumerate(content)]
 
 
-def _user(role: str, blocks: Sequence[Block]) -> list[Fields]:
+def _message_of(blocks: Sequence[Block]) -> str:
+    """The place of the message that the first of these blocks is in."""
+    return blocks[0][0].partition(".")[0] if blocks else "messages"
+
+
+def _user(role: str, blocks: Sequence[Block]) -> list[Turn]:
     """Messages of the user, and results of tools, in their order."""
-    turns: list[Fields] = []
+    turns: list[Turn] = []
     for is_result, same in itertools.groupby(blocks, lambda block: block[1].get("type") == "tool_result"):
         if is_result:
-            turns += [_result(at, block) for at, block in same]
+            turns += [(at, _result(at, block)) for at, block in same]
         else:
-            turns.append({"role": role, "content": _BETWEEN.join(_shown(at, block) for at, block in same)})
-    return turns or [{"role": role, "content": ""}]
+            shown = list(same)
+            content = _BETWEEN.join(_shown(at, block) for at, block in shown)
+            turns.append((_message_of(shown), {"role": role, "content": content}))
+    return turns or [(_message_of(blocks), {"role": role, "content": ""})]
 
 
 def _result(at: str, block: Fields) -> Fields:

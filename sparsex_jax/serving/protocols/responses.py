@@ -21,6 +21,8 @@ from sparsex_jax.serving.faults import RequestError
 from sparsex_jax.serving.protocols.chats import (
     ChatFields,
     Fields,
+    Named,
+    Names,
     as_chat,
     refuse,
     shared_fields,
@@ -29,12 +31,24 @@ from sparsex_jax.serving.protocols.chats import (
 )
 from sparsex_jax.serving.protocols.responses_reply import ResponsesReply
 from sparsex_jax.serving.routing import Caller, Served, keyed_router
-from sparsex_jax.serving.schemas import ChatRequest, Number, Object, Objects, StreamOptions, TextOrObjects
+from sparsex_jax.serving.schemas import Number, Object, Objects, StreamOptions, TextOrObjects
 from sparsex_jax.serving.service import Asked, Pieces
 
 router = keyed_router()
 
 _LOGPROBS = "message.output_text.logprobs"
+_NAMES = {
+    "response_format.json_schema": "text.format",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "max_tokens": "max_output_tokens",
+    "tool_choice.function": "tool_choice",
+    "function.name": "name",
+    "function.parameters": "parameters",
+    "messages": "input",
+    "in the messages": "in the input",
+    "of the messages": "of the input",
+}
 _INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")  # thoughts come as text, so there is nothing to encrypt
 
 
@@ -81,7 +95,9 @@ async def create_response(body: ResponsesRequest, request: Request, service: Ser
     """Answer a chat, as OpenAI's newer endpoint does."""
 
     def intake(body: ResponsesRequest, tenant: Tenant) -> Asked:
-        return service.asked_chat(chat_of(body), tenant, shortens=True)
+        chat, names = chat_of(body)
+        with names:
+            return service.asked_chat(chat, tenant, shortens=True)
 
     def make_reply(asked: Asked, pieces: Pieces) -> ResponsesReply:
         return ResponsesReply(asked, service, pieces, echo_of(body), with_logprobs=_wants_logprobs(body))
@@ -110,15 +126,20 @@ _REFUSED: Mapping[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def chat_of(body: ResponsesRequest) -> ChatRequest:
-    """The chat that a request asks to continue. Raises RequestError or RequestValidationError if a field is wrong."""
+def chat_of(body: ResponsesRequest) -> Named:
+    """The chat that a request asks to continue, and the names of its fields here.
+
+    Raises:
+      RequestError: a field is wrong.
+    """
     refuse(body, _REFUSED)
     _check_text(body)
-    instructions = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    turns = [("instructions", {"role": "system", "content": body.instructions})] if body.instructions else []
+    turns += _turns(body.input)
     return as_chat(
         shared_fields(body)
         | {
-            "messages": instructions + _messages(body.input),
+            "messages": [message for _, message in turns],
             "tools": [_tool(number, tool) for number, tool in enumerate(body.tools or ())] or None,
             "tool_choice": _tool_choice(body.tool_choice) if body.tools or body.tool_choice not in _LETS else None,
             "parallel_tool_calls": body.parallel_tool_calls,
@@ -129,7 +150,8 @@ def chat_of(body: ResponsesRequest) -> ChatRequest:
             "top_logprobs": body.top_logprobs if _wants_logprobs(body) else None,
             "reasoning_effort": body.reasoning and body.reasoning.effort,
             "response_format": _format((body.text and body.text.format) or {}),
-        }
+        },
+        Names(_NAMES, [at for at, _ in turns]),
     )
 
 
@@ -169,48 +191,51 @@ def _tool_choice(choice: str | Mapping[str, Any] | None) -> Any:
     return choice
 
 
-def _messages(items: str | list[Fields]) -> list[Fields]:
+Turn = tuple[str, Fields]  # where a message of the chat begins in the request, for errors, and what it is
+
+
+def _turns(items: str | list[Fields]) -> list[Turn]:
     if isinstance(items, str):
-        return [{"role": "user", "content": items}]
-    messages: list[Fields] = []
+        return [("input", {"role": "user", "content": items})]
+    turns: list[Turn] = []
     for number, item in enumerate(items):
         at, kind = f"input[{number}]", item.get("type") or ("message" if "role" in item else "")
         if kind not in _ADDERS:
             known = ", ".join(_ADDERS)
             raise unsupported(at, f"it has type {kind!r:.60}; there are: {known}")
-        _ADDERS[kind](at, item, messages)
-    if not messages:
+        _ADDERS[kind](at, item, turns)
+    if not turns:
         raise RequestError("input has no items; it must have 1 at least", param="input")
-    return messages
+    return turns
 
 
-def _add_message(at: str, item: Fields, messages: list[Fields]) -> None:
+def _add_message(at: str, item: Fields, turns: list[Turn]) -> None:
     role, content = item.get("role"), _text(f"{at}.content", item.get("content"))
-    last = messages[-1] if messages else {}
+    last = turns[-1][1] if turns else {}
     if role == "assistant" and last.get("role") == role and not last["content"] and "tool_calls" not in last:
         last["content"] = content  # behind its thought
     else:
-        messages.append({"role": role, "content": content})
+        turns.append((at, {"role": role, "content": content}))
 
 
-def _add_call(at: str, item: Fields, messages: list[Fields]) -> None:
+def _add_call(at: str, item: Fields, turns: list[Turn]) -> None:
     function = {name: string_of(at, item, name) for name in ("name", "arguments")}
     call = {"id": string_of(at, item, "call_id"), "type": "function", "function": function}
-    _assistant(messages).setdefault("tool_calls", []).append(call)
+    _assistant(at, turns).setdefault("tool_calls", []).append(call)
 
 
-def _add_result(at: str, item: Fields, messages: list[Fields]) -> None:
+def _add_result(at: str, item: Fields, turns: list[Turn]) -> None:
     content = _text(f"{at}.output", item.get("output"))
-    messages.append({"role": "tool", "tool_call_id": string_of(at, item, "call_id"), "content": content})
+    turns.append((at, {"role": "tool", "tool_call_id": string_of(at, item, "call_id"), "content": content}))
 
 
-def _add_thought(at: str, item: Fields, messages: list[Fields]) -> None:
+def _add_thought(at: str, item: Fields, turns: list[Turn]) -> None:
     parts = item.get("content") or item.get("summary") or []
     thought = _text(f"{at}.content", parts)
-    messages.append({"role": "assistant", "content": "", "reasoning_content": thought})
+    turns.append((at, {"role": "assistant", "content": "", "reasoning_content": thought}))
 
 
-_ADDERS: Mapping[str, Callable[[str, Fields, list[Fields]], None]] = {
+_ADDERS: Mapping[str, Callable[[str, Fields, list[Turn]], None]] = {
     "message": _add_message,
     "function_call": _add_call,
     "function_call_output": _add_result,
@@ -218,11 +243,11 @@ _ADDERS: Mapping[str, Callable[[str, Fields, list[Fields]], None]] = {
 }
 
 
-def _assistant(messages: list[Fields]) -> Fields:
+def _assistant(at: str, turns: list[Turn]) -> Fields:
     """The assistant's message that a call belongs to."""
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": ""})
-    return messages[-1]
+    if not turns or turns[-1][1]["role"] != "assistant":
+        turns.append((at, {"role": "assistant", "content": ""}))
+    return turns[-1][1]
 
 
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from sparsex_jax.serving import extras
-from sparsex_jax.serving.protocols.chats import as_chat
+from sparsex_jax.serving.protocols.chats import Names, as_chat
 from sparsex_jax.serving.routing import Caller, Served, keyed_router
 from sparsex_jax.serving.schemas import IDS, Message, Object, Objects
 from sparsex_jax.serving.service import Service
@@ -108,5 +108,5 @@ def _ids(body: TokenizeRequest, service: Service) -> list[int]:
     if body.prompt is not None:
         return service.intake.text_tokens(body.prompt, special=body.add_special_tokens is not False).tolist()
     fields = {"messages": body.messages, "add_special_tokens": body.add_special_tokens}
-    chat = as_chat(fields | {name: getattr(body, name) for name in _OF_CHATS})
+    chat = as_chat(fields | {name: getattr(body, name) for name in _OF_CHATS}, Names()).chat
     return service.intake.chat_tokens(chat).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import secrets
@@ -114,6 +115,9 @@ class Form(Protocol):
           NotACallError: the text does not begin with a call, whatever comes next.
         """
 
+    def whole_calls(self, text: str, tools: Tools) -> list[Call]:
+        """The first calls of a text that begins with the marker and was cut within a later one."""
+
 
 _LONGEST_LITERAL = 8  # an escape in a string or a literal that has begun makes an error where it begins
 
@@ -137,6 +141,19 @@ def decode_at(text: str, start: int, *, ended: bool) -> tuple[Any, int] | None:
         raise NotACallError from error
     except (ValueError, RecursionError) as error:
         raise NotACallError from error
+
+
+def whole_objects(text: str, start: int, between: str) -> list[Any]:
+    """The values of JSON from a place of a text on, as far as they are whole, with this character between them."""
+    values: list[Any] = []
+    with contextlib.suppress(NotACallError):
+        while (value := decode_at(text, skip_space(text, start), ended=True)) is not None:
+            values.append(value[0])
+            start = skip_space(text, value[1])
+            if not text.startswith(between, start):
+                break
+            start += len(between)
+    return values
 
 
 def skip_space(text: str, start: int) -> int:

@@ -5,6 +5,7 @@ Values are written as they are: what they mean follows from the tool's schema.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from typing import Any, ClassVar
@@ -33,6 +34,12 @@ class Function:
         end = None if found is None else behind_end_tag(text, found.end, ended=ended)
         return None if found is None or end is None else Found(found.calls, end)
 
+    def whole_calls(self, text: str, tools: Tools) -> list[Call]:
+        with contextlib.suppress(NotACallError):
+            if (found := _Function(text, tools, ended=False).read()) is not None:
+                return found.calls
+        return []
+
 
 class TaggedFunction:
     """A call between `<tool_call>` and `</tool_call>`, of which the latter may be missing."""
@@ -47,6 +54,9 @@ class TaggedFunction:
             raise NotACallError
         found = None if tag != Function.marker else Function().read(text[start:], tools, ended=ended)
         return None if found is None else Found(found.calls, start + found.end)
+
+    def whole_calls(self, text: str, tools: Tools) -> list[Call]:
+        return Function().whole_calls(text[skip_space(text, len(self.marker)) :], tools)
 
 
 class _Function:

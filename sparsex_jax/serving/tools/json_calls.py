@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any, ClassVar
 
-from sparsex_jax.serving.tools.calls import Call, Found, NotACallError, Tools, decode_at, skip_space
+from sparsex_jax.serving.tools.calls import Call, Found, NotACallError, Tools, decode_at, skip_space, whole_objects
 
 _END = "</tool_call>"
 
@@ -28,6 +29,12 @@ class Hermes:
         calls = [_call(given, tools)]
         return None if end is None else Found(calls, end)
 
+    def whole_calls(self, text: str, tools: Tools) -> list[Call]:
+        with contextlib.suppress(NotACallError):  # its end tag may be missing
+            if (found := self.read(text, tools, ended=True)) is not None:
+                return found.calls
+        return []
+
 
 class Mistral:
     """`[TOOL_CALLS]` and a list of calls, or a name and its arguments."""
@@ -47,6 +54,10 @@ class Mistral:
             value = decode_at(text, start, ended=ended)
             return None if value is None else Found(_calls(value[0], tools), value[1])
         return self._read_named(text, start, tools, ended=ended)
+
+    def whole_calls(self, text: str, tools: Tools) -> list[Call]:
+        start = skip_space(text, len(self.marker))
+        return _whole_calls(text, start + 1, ",", tools) if text.startswith("[", start) else []
 
     def _read_named(self, text: str, start: int, tools: Tools, *, ended: bool) -> Found | None:
         named = self._named.match(text, start)
@@ -70,6 +81,9 @@ class MistralList:
             return None
         return Found(_calls(value[0], tools), len(text))
 
+    def whole_calls(self, text: str, tools: Tools) -> list[Call]:
+        return _whole_calls(text, len(self.marker), ",", tools)
+
 
 class Llama:
     """`{"name": ..., "parameters": {...}}` and nothing else; several with `;` between them."""
@@ -91,6 +105,9 @@ class Llama:
                 raise NotACallError
             if at == len(text):
                 return Found(calls, at) if ended else None
+
+    def whole_calls(self, text: str, tools: Tools) -> list[Call]:
+        return _whole_calls(text, max(text.find("{"), 0), ";", tools)
 
 
 class LlamaMarked(Llama):
@@ -138,6 +155,15 @@ def _calls(value: Any, tools: Tools) -> list[Call]:
     calls = [_call(each, tools) for each in (value if isinstance(value, list) else [value])]
     if not calls:
         raise NotACallError
+    return calls
+
+
+def _whole_calls(text: str, start: int, between: str, tools: Tools) -> list[Call]:
+    """Calls as objects that were cut, from a place of the text on."""
+    calls: list[Call] = []
+    with contextlib.suppress(NotACallError):
+        for value in whole_objects(text, start, between):
+            calls.append(_call(value, tools))
     return calls
 
 

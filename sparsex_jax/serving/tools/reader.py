@@ -16,8 +16,12 @@ class Reader(Protocol):
     def push(self, text: str) -> list[Part]:
         """Add new text, and return the parts that later text cannot change. A call is returned as a whole."""
 
-    def finish(self) -> list[Part]:
-        """Return the text that was held back. The answer has ended."""
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        """Return the text that was held back. The answer has ended.
+
+        Args:
+          cut: the model had not ended it. What there is of a call, or of its mark, is left out.
+        """
 
 
 class CallReader:
@@ -48,25 +52,28 @@ class CallReader:
             return []
         return self._take(ended=False)
 
-    def finish(self) -> list[Part]:
-        return self._take(ended=True)
+    def finish(self, *, cut: bool = False) -> list[Part]:
+        return self._take(ended=True, cut=cut)
 
-    def _take(self, *, ended: bool) -> list[Part]:
+    def _take(self, *, ended: bool, cut: bool = False) -> list[Part]:
         parts: list[Part] = []
         self._look_again_at = at = 0
         self._drop_space_behind_call()
         while (begin := self._next_marker(at)) is not None:
             try:
-                found = self._read(begin, ended=ended)
+                found = self._read(begin, ended=ended and not (cut and self._is_surely_a_call(begin)))
             except NotACallError:
                 at = begin + 1  # the marker is text; another may follow
                 continue
+            if found is None and cut:
+                return parts + self._release(len(self._held[:begin].rstrip())) + self._whole_calls(begin)
             if found is None:
                 length = len(self._held) - begin
                 self._look_again_at = length + length // 16
                 return parts + self._release(len(self._held[:begin].rstrip()))
             parts, at = parts + self._calls(begin, found), 0
-        return parts + self._release(len(self._held) if ended else self._certain(at))
+        keeps_all = ended and not (cut and self._ends_in_marker(at))
+        return parts + self._release(len(self._held) if keeps_all else self._certain(at))
 
     def _calls(self, begin: int, found: Found) -> list[Part]:
         """The text before the calls at a place, and the calls."""
@@ -109,6 +116,23 @@ class CallReader:
         if not waits:
             raise NotACallError
         return None
+
+    def _is_surely_a_call(self, begin: int) -> bool:
+        """Whether what begins with a marker at a place is no answer in JSON, which looks like a call without a mark."""
+        forms = (form for form in self._forms if self._held.startswith(form.marker, begin))
+        return self._tools.any_strict or not all(form.only_first for form in forms)
+
+    def _whole_calls(self, begin: int) -> list[Part]:
+        """Those that are whole, of several calls at a place that were cut."""
+        text, self._held = self._held[begin:], ""
+        forms = (form for form in self._forms if text.startswith(form.marker))
+        return next((list(calls) for form in forms if (calls := form.whole_calls(text, self._tools))), [])
+
+    def _ends_in_marker(self, start: int) -> bool:
+        """Whether the text ends in more than one character of a marker."""
+        markers = [form.marker for form in self._forms if not form.only_first]
+        tails = [self._held[start:][-length:] for length in range(2, max(map(len, markers), default=0))]
+        return any(len(tail) > 1 and marker.startswith(tail) for tail in tails for marker in markers)
 
     def _certain(self, start: int) -> int:
         """How much text can be returned: all but an end that may begin a call, and white space before that.

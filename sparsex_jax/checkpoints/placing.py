@@ -1,0 +1,118 @@
+"""Brings a checkpoint's tensors to the devices, one at a time, each as it is stored.
+
+Host memory holds two tensors at most: one that is on its way, and the next, which is read meanwhile. The devices turn
+them into the model's shape and dtype and write them into the stacks of all layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from sparsex_jax.config import ModelConfig
+from sparsex_jax.model.sharding import Axes, sharding
+from sparsex_jax.model.weights import Params, Weight, describe, leaf_name, num_parameters
+
+Read = Callable[[str, int | None], np.ndarray]
+
+
+def stored_axes(name: str, weight: Weight) -> Axes:
+    """The logical axes of one layer's tensor in the order in which checkpoints store it: outputs first.
+
+    The embedding is stored as `[vocab, embed]`, a linear weight as `[out, in]`, a bias or the scale of a norm as
+    `[out]`, where several axes may count the outputs or the inputs.
+    """
+    axes = tuple(axis for axis in weight.axes if axis != "layers")
+    inputs = () if name == "embed" else weight.input_axes
+    return (*(axis for axis in axes if axis not in inputs), *inputs)
+
+
+def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Read) -> Params:
+    """Place the weights of a checkpoint that keeps each layer apart and stores linear weights as `[out, in]`.
+
+    Shows a progress bar on standard error, where that is a terminal.
+
+    Args:
+      read: gives the stored array of one layer's weight, such as `("wq", 3)`, or of a weight outside the layers,
+        `("embed", None)`, with any float dtype. `check_shapes` has seen their shapes.
+    """
+    size = jnp.dtype(dtype).itemsize
+    with _bar(num_parameters(config) * size) as bar:
+
+        def place(path: tuple[Any, ...], weight: Weight) -> Array:
+            placing = _Placing(leaf_name(path)[-1], weight, mesh, read, lambda count: bar.update(count * size))
+            return placing.stacked(dtype) if weight.stacked else placing.single(dtype)
+
+        return jax.tree.map_with_path(place, describe(config))
+
+
+def _bar(size: int) -> tqdm:
+    """Of bytes that are placed. Nothing is shown where standard error is no terminal."""
+    return tqdm(total=size, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=None)
+
+
+class _Placing:
+    """How one weight goes from a checkpoint to the devices.
+
+    Attributes:
+      order: the axes of one layer's weight as places among the stored axes.
+      placed: where the whole weight lives.
+    """
+
+    def __init__(self, name: str, weight: Weight, mesh: Mesh, read: Read, tell: Callable[[int], Any]) -> None:
+        """
+        Args:
+          tell: is called with the number of elements that were placed.
+        """
+        self._name, self._weight, self._read, self._tell = name, weight, read, tell
+        sizes, stored = dict(zip(weight.axes, weight.shape, strict=True)), stored_axes(name, weight)
+        self._stored_shape = tuple(sizes[axis] for axis in stored)
+        self._sent = sharding(mesh, stored, self._stored_shape)
+        self.order = tuple(stored.index(axis) for axis in weight.axes if axis != "layers")
+        self.placed = sharding(mesh, weight.axes, weight.shape)
+
+    def single(self, dtype: str) -> Array:
+        made = _oriented(self._send(self._read(self._name, None)), self.order, dtype, self.placed)
+        return jax.block_until_ready(made)  # before the next tensor is read
+
+    def stacked(self, dtype: str) -> Array:
+        """One array of all layers, into which each layer's tensor is written while the next is read."""
+        stack = _empty(self._weight.shape, dtype, self.placed)
+        for layer in range(self._weight.shape[0]):
+            rows = self._read(self._name, layer)
+            jax.block_until_ready(stack)
+            sent = self._send(rows)
+            del rows
+            stack = _with_layer(stack, sent, np.int32(layer), self.order, self.placed)
+        return jax.block_until_ready(stack)
+
+    def _send(self, rows: np.ndarray) -> Array:
+        """To the devices, to each what it needs."""
+        self._tell(rows.size)
+        rows = rows.astype(np.float32) if rows.dtype == np.float64 else rows  # which devices do not have
+        return jax.device_put(rows.reshape(self._stored_shape), self._sent)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _empty(shape: tuple[int, ...], dtype: str, placed: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), placed)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _oriented(rows: Array, order: tuple[int, ...], dtype: str, placed: NamedSharding) -> Array:
+    return jax.lax.with_sharding_constraint(rows.transpose(order).astype(dtype), placed)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _with_layer(stack: Array, rows: Array, layer: Any, order: tuple[int, ...], placed: NamedSharding) -> Array:
+    """The stack of all layers with one of them written. Its memory is that of the stack that is given."""
+    written = jax.lax.dynamic_update_index_in_dim(stack, rows.transpose(order).astype(stack.dtype), layer, 0)
+    return jax.lax.with_sharding_constraint(written, placed)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import (
+    check_moved,
     check_nan_stays,
     copies,
     dense,
@@ -30,9 +31,11 @@ import sparsex_kernels.api as kernels
 from sparsex_jax import Engine, ModelConfig, ReuseConfig
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
+from sparsex_kernels.layout import as_stored
 
 pytestmark = pytest.mark.gpu
 
+FLOAT8 = {"stored": "float8_e4m3fn"}
 REAL = [
     pytest.param({"lengths": (5000, 37, 2500), "rows": 1500}, id="dim 64"),
     pytest.param({"lengths": (5000, 37, 2500), "rows": 1500, "dim": 128}, id="dim 128"),
@@ -41,6 +44,8 @@ REAL = [
     pytest.param({"lengths": (3000, 900), "rows": 700, "kv_heads": 3, "group": 3}, id="3 heads share"),
     pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "page_size": 128}, id="pages of 128"),
     pytest.param({"lengths": (4096,), "rows": 4369, "dim": 128, "kv_heads": 8}, id="every row of a prompt"),
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500, "dim": 128} | FLOAT8, id="float8, dim 128"),
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500} | FLOAT8, id="float8, dim 64"),
 ]
 
 # Few rows of a bucket, whose tiles `hopper` cuts into parts: up to 33 of these heads, and never in more than 1024 rows.
@@ -54,6 +59,7 @@ FEW = [
     pytest.param({"lengths": (9000,), "rows": 1024, "live": 33 * 16 - 3} | TWELVE, id="33 tiles"),
     pytest.param({"lengths": (9000,), "rows": 1024, "live": 33 * 16 + 3} | TWELVE, id="34 tiles"),
     pytest.param({"lengths": (10340,), "rows": 1025, "live": 101} | TWELVE, id="101 of 1025 rows"),
+    pytest.param({"lengths": (10340,), "rows": 1024, "live": 101} | TWELVE | FLOAT8, id="101 of 1024 rows, float8"),
 ]
 
 
@@ -99,8 +105,9 @@ def test_attention_and_key_mass(shape, implementation):
 
 @pytest.mark.parametrize("lengths", [(5000, 37, 2500, 64, 1, 129) * 4, (16000, 1)], ids=["many", "one long"])
 @pytest.mark.parametrize(("dim", "group"), [(128, 4), (64, 3)])
-def test_decode(lengths, dim, group, implementation):
-    case = last_rows(lengths, dim=dim, group=group, kv_heads=8)
+@pytest.mark.parametrize("stored", ["bfloat16", "float8_e4m3fn"])
+def test_decode(lengths, dim, group, stored, implementation):
+    case = last_rows(lengths, dim=dim, group=group, kv_heads=8, stored=stored)
     attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation=implementation))
     expected, expected_lse, _ = dense(case, dim**-0.5)
     out, lse = attend(*case)
@@ -197,6 +204,18 @@ def test_each_layer_aligned_by_its_own_frequencies(implementation):
     expected = kernels.align_and_copy(store, *args, implementation="xla")
     assert relative_error(moved, expected) < 1e-3
     assert same(moved[:, :, 1], expected[:, :, 1])
+
+
+@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (8, 64), (2, 64)])
+def test_float8_is_written_and_moved(kv_heads, dim, implementation):
+    _, store, layer, *rows = scattered((5000, 37), 1500, kv_heads=kv_heads, dim=dim, layers=8, **FLOAT8)
+    keys, values = 300 * jax.random.normal(jax.random.key(0), (2, 1500, kv_heads, dim))
+    written = jax.jit(partial(kernels.write_kv, implementation=implementation))(store, layer, keys, values, *rows)
+    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="xla"))
+    full = as_stored(300 * jax.random.normal(jax.random.key(1), store.shape), store.dtype)
+    moves = (*copies([(10, 4099, 1500, 77), (1700, 5700, 1, 3)]), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
+    moved = jax.jit(partial(kernels.align_and_copy, implementation=implementation))(full, *moves)
+    check_moved(moved, kernels.align_and_copy(full, *moves, implementation="xla"))
 
 
 @pytest.mark.parametrize("dim", [64, 128])

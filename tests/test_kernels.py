@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
+from kernel_cases import check_moved, copies, in_float32, relative_error, scattered
 
 import sparsex_kernels.api as kernels
 from sparsex_kernels.align_and_copy import xla as align_xla
@@ -18,6 +19,7 @@ from sparsex_kernels.arguments import CopyArgs
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.key_mass import IMPLEMENTATIONS as KEY_MASS
 from sparsex_kernels.key_mass import tpu as tpu_key_mass
+from sparsex_kernels.layout import FLOAT8, as_stored
 from sparsex_kernels.paged_attention import IMPLEMENTATIONS as ATTENTION
 from sparsex_kernels.paged_attention import gather
 from sparsex_kernels.paged_attention import tpu as tpu_attention
@@ -320,3 +322,35 @@ def test_nan_of_a_request_stays_with_it(implementation):
     others = (case.requests != 1) | (case.positions < 0)
     np.testing.assert_array_equal(out[others], np.asarray(expected)[others])
     assert np.isnan(out[~others]).any(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "gather", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_attention_over_float8_is_that_over_its_numbers_in_float32(implementation):
+    """With NaN in all unused slots."""
+    case = scattered((70, 5, 40), 30, page_size=32, dim=16, group=2, dtype="float32", stored=FLOAT8)
+    out = jitted(kernels.paged_attention)(*case, implementation=implementation)
+    assert relative_error(out, kernels.paged_attention(*in_float32(case), implementation="reference")) < 1e-6
+    if implementation in KEY_MASS:
+        mass = jitted(kernels.key_mass)(*case, implementation=implementation)
+        assert relative_error(mass, kernels.key_mass(*in_float32(case), implementation="reference")) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_float8_is_written_and_moved(implementation):
+    """Numbers beyond the largest become the largest, also where a rotation makes them."""
+    _, store, layer, *rows = scattered((70, 5, 40), 30, page_size=32, dim=16, stored=FLOAT8)
+    keys, values = 300 * jax.random.normal(jax.random.key(0), (2, 30, 2, 16))
+    written = jitted(kernels.write_kv)(store, layer, keys, values, *rows, implementation=implementation)
+    expected = kernels.write_kv(store, layer, keys, values, *rows, implementation="reference")
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (written, expected)))
+    assert np.nanmax(np.asarray(written, np.float32)) == 448
+    moves = (*copies([(0, 130, 20, 77), (40, 161, 4, -500)]), 10000.0 ** -jnp.linspace(0, 1, 8))
+    full = as_stored(300 * jax.random.normal(jax.random.key(1), store.shape), FLOAT8)
+    moved = jitted(kernels.align_and_copy)(full, *moves, implementation=implementation)
+    check_moved(moved, kernels.align_and_copy(full, *moves, implementation="reference"))
+
+
+def test_float8_keeps_what_is_not_finite_as_nan():
+    given = jnp.array([1e9, -1e9, 448.0, 460.0, 0.3, 1e-9, jnp.inf, -jnp.inf, jnp.nan])
+    stored = np.asarray(as_stored(given, FLOAT8), np.float32)
+    np.testing.assert_array_equal(stored, [448, -448, 448, 448, 0.3125, 0, np.nan, np.nan, np.nan])

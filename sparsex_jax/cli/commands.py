@@ -53,7 +53,8 @@ def generate(
     prompt: options.PromptArgument = "-",
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
-    store_tokens: options.StoreTokens = 16384,
+    kv_dtype: options.KVDType = "auto",
+    store_tokens: options.StoreTokens = None,
     remember: options.Remember = None,
     namespace: options.Namespace = "default",
     chat: options.Chat = None,
@@ -73,7 +74,7 @@ def generate(
     with clear_errors():
         run(
             prompt,
-            EngineChoice(model, dtype, store_tokens, reuse.config, reuse.options()),
+            EngineChoice(model, dtype, store_tokens, reuse.config, reuse.options(), kv_dtype),
             remember or [],
             {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())} | given,
             namespace=namespace,
@@ -115,8 +116,9 @@ def serve(
     allowed_headers: serve_options.AllowedHeaders = None,
     allow_credentials: serve_options.AllowCredentials = False,
     dtype: options.DType = "auto",
+    kv_dtype: options.KVDType = "auto",
     tensor_parallel: serve_options.TensorParallel = 1,
-    store_tokens: options.StoreTokens = 16384,
+    store_tokens: options.StoreTokens = None,
     max_num_seqs: serve_options.MaxNumSeqs = None,
     max_context: serve_options.MaxContext = None,
     frozen_limit: serve_options.FrozenLimit = 0.5,
@@ -161,6 +163,7 @@ def serve(
                 store_tokens,
                 reuse.config,
                 reuse.options(),
+                kv_dtype,
                 tensor_parallel=tensor_parallel,
                 max_num_seqs=max_num_seqs,
                 max_waiting=max_waiting,
@@ -214,7 +217,7 @@ def cache(
     reuse: options.Reuse,
     prompt: options.PromptArgument = "-",
     model: options.Model = DEFAULT_MODEL,
-    store_tokens: options.StoreTokens = 16384,
+    store_tokens: options.StoreTokens = None,
     remember: options.Remember = None,
     namespace: options.Namespace = "default",
     chat: options.Chat = None,
@@ -310,6 +313,7 @@ def _split(names: str) -> list[str]:
 def quality(
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
+    kv_dtype: options.KVDType = "auto",
     tasks: Annotated[
         str,
         typer.Option(
@@ -357,4 +361,4 @@ def quality(
         settings = BenchSettings(
             _split(methods), _split(tasks), _split(regimes), length, segments, samples, batch, seed
         )
-        run(model, dtype, settings, out=out, with_maps=with_maps, as_json=as_json)
+        run(model, dtype, settings, kv_dtype=kv_dtype, out=out, with_maps=with_maps, as_json=as_json)

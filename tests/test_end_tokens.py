@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from sparsex_jax import SamplingParams
-from sparsex_jax.checkpoints.gguf import _eos_token_ids
+from sparsex_jax.checkpoints.gguf_config import _eos_token_ids
 from sparsex_jax.text.detokenizer import Detokenizer
 from sparsex_jax.text.end_tokens import end_token_ids
 

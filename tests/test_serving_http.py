@@ -971,6 +971,8 @@ OPERATIONS = [
     ("/v1/knowledge", "GET"),
     ("/v1/knowledge/{handle}", "DELETE"),
     ("/v1/store", "GET"),
+    ("/v1/pins", "GET"),
+    ("/v1/pins/{key}", "DELETE"),
     ("/health", "GET"),
     ("/health/live", "GET"),
     ("/health/ready", "GET"),
@@ -1048,7 +1050,7 @@ def test_a_log_probability_of_minus_infinity_is_still_json(stage):
 def test_the_command_compiles_before_it_listens(reference, monkeypatch, arguments, compiled):
     happened = []
     monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda _: reference)
-    monkeypatch.setattr("sparsex_jax.scheduler.warmup.steps", lambda engine: [lambda: happened.append("compiled")] * 3)
+    monkeypatch.setattr("sparsex_jax.scheduler.warmup.steps", lambda *_: [lambda: happened.append("compiled")] * 3)
     monkeypatch.setattr("sparsex_jax.serving.server.Server.run", lambda _: happened.append("listened"))
     assert CliRunner().invoke(app, ["serve", "--port", "0", *arguments]).exit_code == 0
     assert happened == ["compiled"] * compiled + ["listened"]

@@ -148,7 +148,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu_attention, "ROW_TILE", 64)
 
 
-@parametrized(ATTENTION)
+@slow_on_tpus([name for name in ATTENTION if name not in ("hopper", "triton")])
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.usefixtures("small_blocks")
 def test_attention_within_windows(decode, implementation):

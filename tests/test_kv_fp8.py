@@ -50,6 +50,7 @@ def test_a_prefix_is_exact(engine):
     assert idle(engine)
 
 
+@pytest.mark.slow
 def test_recomputing_everything_is_full_recompute(engine):
     """Each token of the segment, from the second layer or the third on; or all layers before the boundary."""
     text = tokens(2, 120)

@@ -297,7 +297,12 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
     )  # so that page tables are no longer than needed
     together = max(most, AGENTS)
     engine = Engine.from_config(
-        shapes, dtype=options.dtype, store_tokens=needed, max_num_seqs=together, max_prefill_seqs=together
+        shapes,
+        dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
+        store_tokens=needed,
+        max_num_seqs=together,
+        max_prefill_seqs=together,
     )
     began = time.perf_counter()
     _ = engine.admission.choice.speeds
@@ -323,6 +328,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="llama-3.1-8b", help="a named configuration")
     add("--dtype", default="bfloat16")
+    add("--kv-dtype", default="auto", help="of the store: auto or fp8")
     add("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
     add("--segments", type=int, nargs="+", default=[16, 1, 64])
     add("--reused", type=float, nargs="+", default=[0.95, 0.5, 0.8, 0.98], help="shares of the prompt that are stored")

@@ -160,7 +160,7 @@ def implementations() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-30b-a3b", help="a configuration by name, with experts")
-    parser.add_argument("--experts", type=int, help="so many experts instead, for a quick look")
+    parser.add_argument("--experts", type=int, help="the number of experts, for a quick look at a smaller layer")
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--implementations", nargs="*", help="for instance: hopper xla ragged")

@@ -80,10 +80,17 @@ def after(q: jax.Array, result: jax.Array) -> jax.Array:
     return q.at[(0,) * q.ndim].set(result[(0,) * result.ndim].astype(q.dtype))
 
 
-def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = False, bucket: int = 0) -> AttentionArgs:
+def rows_of(
+    lengths: list[int],
+    share: float,
+    seed: int = 0,
+    last_only: bool = False,
+    bucket: int = 0,
+    stored: Any = jnp.bfloat16,
+) -> AttentionArgs:
     """Rows for a random share of the tokens of each request, or for its last token, and one layer of a store.
 
-    There are at least `bucket` rows: the others are padding.
+    There are at least `bucket` rows: the others are padding. The store has the dtype `stored`.
     """
     rng = np.random.default_rng(seed)
     pages = -(-max(lengths) // PAGE)
@@ -97,7 +104,7 @@ def rows_of(lengths: list[int], share: float, seed: int = 0, last_only: bool = F
     positions, requests = np.pad(positions, (0, padding), constant_values=-1), np.pad(requests, (0, padding))
     keys = jax.random.split(jax.random.key(seed))
     q = jax.random.normal(keys[0], (len(positions), Q_HEADS, DIM), jnp.bfloat16)
-    store = jax.random.normal(keys[1], (1, tables.size, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16)
+    store = jax.random.normal(keys[1], (1, tables.size, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16).astype(stored)
     addresses = map(jnp.asarray, (positions, requests, tables))
     return AttentionArgs(q, store, jnp.int32(0), *addresses, scale=DIM**-0.5, backend=default_backend())
 
@@ -118,7 +125,7 @@ def seconds_of(operation: Callable[[AttentionArgs], Any], rows: AttentionArgs) -
 
 def attention(work: str, rows: AttentionArgs, implementation: str) -> Row:
     flops = 4 * DIM * Q_HEADS * pairs_of(rows)
-    read = 2 * 2 * KV_HEADS * DIM * float(np.asarray(last_positions(rows), np.float64).sum())
+    read = 2 * rows.store.dtype.itemsize * KV_HEADS * DIM * float(np.asarray(last_positions(rows), np.float64).sum())
     seconds = seconds_of(attention_versions.IMPLEMENTATIONS[implementation], rows)
     return Row(work, implementation, seconds, flops, read)
 
@@ -211,9 +218,9 @@ def flashinfer(work: str, lengths: list[int], last_only: bool) -> Row:
     return Row(work, "flashinfer", seconds, 4 * DIM * Q_HEADS * pairs, 4 * KV_HEADS * DIM * sum(lengths))
 
 
-def align(work: str, tokens: int, layers: int, implementation: str) -> Row:
+def align(work: str, tokens: int, layers: int, implementation: str, stored: Any = jnp.bfloat16) -> Row:
     """Copy segments of 1024 tokens, whose sources and targets do not begin at a page."""
-    page = jax.random.normal(jax.random.key(0), (1, 64, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16)
+    page = jax.random.normal(jax.random.key(0), (1, 64, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16).astype(stored)
     pages = 2 * tokens // PAGE + 128
     store = jnp.tile(page, (layers, -(-pages // 64), 1, 1, 1, 1))
     source, target = np.arange(tokens) + 11, np.arange(tokens) + tokens + 64 + 30
@@ -225,7 +232,7 @@ def align(work: str, tokens: int, layers: int, implementation: str) -> Row:
     def step(store: jax.Array, data: Any) -> jax.Array:
         return kernels.align_and_copy(store, *data, implementation=implementation)
 
-    moved = 2 * 2 * 2 * layers * tokens * KV_HEADS * DIM  # K and V, read and written, two bytes
+    moved = 2 * 2 * store.dtype.itemsize * layers * tokens * KV_HEADS * DIM  # K and V, read and written
     return Row(work, implementation, median_seconds(step, store, (*data, inv_freq)), 0, moved)
 
 
@@ -280,9 +287,23 @@ def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, .
         yield "decode 1 x 128K", attention, (lambda: rows_of([131072], 0, last_only=True), implementation)
         yield "write 8192 rows", write, (lambda: rows_of([8192], 1.0), implementation)
         yield "align 32768 tokens x 32 layers", align, (32768, 32, implementation)
+    for implementation in ours:
+        yield from stored_benches(implementation)
     for bench in beside:
         yield "decode 64 x 8K", bench, ([8192] * 64, True)
         yield "decode 1 x 128K", bench, ([131072], True)
+
+
+def stored_benches(implementation: str) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, ...]]]:
+    """Rows of both dtypes of the store, for one implementation."""
+    for stored, name in ((jnp.bfloat16, "bf16"), (jnp.float8_e4m3fn, "fp8")):
+        of = functools.partial(rows_of, stored=stored)
+        for number in (1, 32):
+            rows = functools.partial(of, [8192] * number, 0, last_only=True)
+            yield f"decode {number} x 8K, KV {name}", attention, (rows, implementation)
+        yield f"full prefill T=8K, KV {name}", attention, (functools.partial(of, [8192], 1.0), implementation)
+        yield f"key mass, 15% T=8K, KV {name}", key_mass, (functools.partial(of, [8192], 0.15), implementation)
+        yield f"align 32768 x 32 layers, KV {name}", align, (32768, 32, implementation, stored)
 
 
 def show(row: Row) -> str:

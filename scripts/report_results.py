@@ -436,6 +436,17 @@ def segments(document: Document) -> str:
 SHARES = ("prefix", "approximate prefix", "reused", "recomputed", "fresh", "computed")
 
 
+def experts(document: Document) -> str:
+    """A layer of experts beside its floors."""
+    lines = [
+        [row["work"], row["implementation"], f"{row['figure']:.3f}", f"{row['tflops']:.0f}",
+         f"{row['terabytes_per_second']:.2f}", f"{row['share']:.0%}" if row["share"] is not None else ""]
+        for row in document["rows"]
+    ]  # fmt: skip
+    heading = ["work", "implementation", "ms", "TFLOP/s", "TB/s", "of the floor"]
+    return f"{table(heading, lines, names=2)}\n{provenance(document)}"
+
+
 def structure(document: Document) -> str:
     """What a token takes with and without a structure."""
     lines = [
@@ -701,6 +712,7 @@ VIEWS: dict[str, View] = {
     "restore": restore,
     "tiers": tiers,
     "segments": segments,
+    "experts": experts,
     "structure": structure,
     "soak": soak,
     "serving": serving,

@@ -220,12 +220,16 @@ def in_use(url: str) -> float:
 
 
 def drain(url: str, seconds: float = 300.0) -> float:
-    """Wait until nothing runs, waits or is pinned. Returns the pages that are in use then."""
+    """Wait until nothing runs, waits or is pinned, and delete all knowledge: senders that went away left some. Returns
+    the pages that are in use then."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         found = metrics(url)
-        if not found["sparsex_running_requests"] and not found["sparsex_queue_requests"] and not in_use(url):
-            return 0.0
+        if not found["sparsex_running_requests"] and not found["sparsex_queue_requests"]:
+            for text in httpx.get(f"{url}/v1/knowledge").json()["data"]:
+                httpx.delete(f"{url}/v1/knowledge/{text['handle']}")
+            if not in_use(url):
+                return 0.0
         time.sleep(1)
     return in_use(url)
 

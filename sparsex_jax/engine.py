@@ -54,6 +54,7 @@ from sparsex_jax.device.speeds import speeds_for
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.matrices import random_quantised
 from sparsex_jax.model.sharding import check_mesh, make_mesh
+from sparsex_jax.model.store import check_range
 from sparsex_jax.model.weights import Params, random_params
 from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.methods import method_of
@@ -112,6 +113,7 @@ class Engine:
         self.sampling = dict(sampling or {})
         self.mesh = check_mesh(mesh or make_mesh(), model)
         self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
+        check_range(params, self.config)
         self.model = model = model.for_context(self.config.max_context)
         self.runner = Runner(model, self.config, params, self.mesh)
         self.admission = Admission(model, self.config, self._speeds if self.config.choose == "measured" else None)

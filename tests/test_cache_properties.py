@@ -356,7 +356,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(QUICK, max_examples=60, stateful_step_count=30)
+TestCacheMachine.settings = settings(QUICK, max_examples=40, stateful_step_count=25)
 
 
 @pytest.mark.slow

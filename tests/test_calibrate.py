@@ -399,7 +399,8 @@ def test_a_model_of_a_shipped_architecture_gets_its_defaults(shipped, directory,
     path = ship(shipped, "big", config, method="naive", holds_for=["company:2"], in_company={"method": "prefix"})
     with caplog.at_level(logging.INFO, "sparsex_jax.engine"):
         assert Engine.from_pretrained(directory, store_tokens=64, page_size=16).reuse == ReuseConfig("naive")
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "sparsex_jax.engine"]
+    lines = [record.getMessage() for record in caplog.records if record.name == "sparsex_jax.engine"]
+    (line,) = [line for line in lines if line.startswith("Reuse by default")]
     origin = f"from {path}, calibrated for big, holds for donors in these regimes: company:2"
     assert line == f"Reuse by default: naive ({origin})"
     in_company = Engine.from_pretrained(directory, store_tokens=64, page_size=16, company_tokens=16)

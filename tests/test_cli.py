@@ -190,11 +190,12 @@ def test_a_method_is_named_with_options(tiny):
             "recompute_ratio=0.3 has no meaning for method 'excerpt'",
         ),
         (["--method", "sparsex", "--keep-ratio", "0.3"], "keep_ratio=0.3 has no meaning for method 'sparsex'"),
-        (["--keep-ratio", "0.3", "--boundary-layer", "2"], "no method has all of these options: boundary_layer"),
+        (["--keep-ratio", "0.3", "--recompute-ratio", "0.2"], "no method has all of these options: recompute_ratio"),
         (["--coverage", "2"], "coverage=2.0 must be a number from 0 to 1"),
         (["--method", "sparsex:coverage=0.5", "--max-ratio", "0.1"], "max_ratio=0.1 must be at least recompute_ratio"),
         (["--boundary-layer", "99"], "boundary_layer=99"),
         (["--method", "excerpt:end_layer=99"], "end_layer=99"),
+        (["--kv-dtype", "int8"], "kv_dtype='int8' must be one of auto, fp8"),
         (["--tensor-parallel", "9"], "tensor_parallel=9 must be from 1 to 8, the number of devices"),
         (["--tensor-parallel", "2"], "does not divide over the mesh's tensor=2"),
     ],
@@ -212,10 +213,11 @@ def test_serve_starts_with_its_options_of_reuse_and_its_devices(tmp_path, tokeni
     model, served = dataclasses.replace(TALKING, num_kv_heads=2), []
     save_checkpoint(tmp_path / "two", model, random_params(model, "float32", make_mesh(), seed=0), tokenizer)
     monkeypatch.setattr("sparsex_jax.cli.serve.run", lambda choice, *_, **__: served.append(choice))
-    typed = ["--tensor-parallel", "2", "--coverage", "0.5", "--keep-ratio", "0.1", "--store-tokens", "1024"]
+    typed = ["--tensor-parallel", "2", "--coverage", "0.5", "--keep-ratio", "0.1", "--kv-dtype", "fp8"]
     assert invoke("serve", tmp_path / "two", "--port", "0", *typed).exit_code == 0
     engine = served[0].load()
-    assert (engine.mesh.size, engine.config.store_tokens) == (2, 1024)
+    assert (engine.mesh.size, engine.config.store_tokens) == (2, 32768)
+    assert engine.runner.store.dtype == "float8_e4m3fn"
     assert engine.reuse == ReuseConfig("excerpt", coverage=0.5, keep_ratio=0.1)
     assert str(served[0].defaults(model)) == (
         "Reuse by default: excerpt:coverage=0.5:keep_ratio=0.1 (as given, on top of excerpt, built in; no calibration "

@@ -19,7 +19,7 @@ from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, S
 from sparsex_jax.checkpoints import convert, open_checkpoint
 from sparsex_jax.config import EngineConfig
 from sparsex_jax.errors import UnsupportedModelError
-from sparsex_jax.eval.flops import _Layer
+from sparsex_jax.eval.flops import _Layers
 from sparsex_jax.model.experts import ExpertStacks, Routing, route, run_experts
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
@@ -244,7 +244,7 @@ def test_experts_that_do_not_divide_are_refused():
 
 
 def test_operations_of_the_chosen_experts_count():
-    dense, experts = _Layer(TINY), _Layer(dataclasses.replace(TINY, num_experts=8, experts_per_token=3))
+    dense, experts = _Layers(TINY), _Layers(dataclasses.replace(TINY, num_experts=8, experts_per_token=3))
     mlp = 2 * 3 * TINY.hidden_size * TINY.intermediate_size
     assert experts.token - dense.token == 2 * mlp + 2 * TINY.hidden_size * 8
 
@@ -268,7 +268,7 @@ def test_configurations_of_the_families():
     assert (found["mixtral"].rope_theta, found["qwen3_moe"].intermediate_size) == (1e6, 16)
     old = {name: value for name, value in raw_config("mixtral").items() if name != "rope_parameters"}
     assert ModelConfig.from_hf(old).rope_theta == 1e6  # transformers' default for the family
-    assert ModelConfig.from_hf(raw_config("mixtral", sliding_window=64)).max_position == 64
+    assert set(ModelConfig.from_hf(raw_config("mixtral", sliding_window=64)).windows) == {64}
     both = raw_config("qwen3_moe", num_experts=8)  # the older name beside the newer one
     assert ModelConfig.from_hf(both) == found["qwen3_moe"]
 

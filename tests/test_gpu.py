@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import (
+    check_moved,
     check_nan_stays,
     copies,
     dense,
@@ -31,10 +32,12 @@ import sparsex_kernels.api as kernels
 from sparsex_jax import Engine, ModelConfig, ReuseConfig
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
+from sparsex_kernels.layout import as_stored
 from sparsex_kernels.quantised import dequantise, quantise
 
 pytestmark = pytest.mark.gpu
 
+FLOAT8 = {"stored": "float8_e4m3fn"}
 REAL = [
     pytest.param({"lengths": (5000, 37, 2500), "rows": 1500}, id="dim 64"),
     pytest.param({"lengths": (5000, 37, 2500), "rows": 1500, "dim": 128}, id="dim 128"),
@@ -43,6 +46,8 @@ REAL = [
     pytest.param({"lengths": (3000, 900), "rows": 700, "kv_heads": 3, "group": 3}, id="3 heads share"),
     pytest.param({"lengths": (3000, 900), "rows": 700, "dim": 128, "page_size": 128}, id="pages of 128"),
     pytest.param({"lengths": (4096,), "rows": 4369, "dim": 128, "kv_heads": 8}, id="every row of a prompt"),
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500, "dim": 128} | FLOAT8, id="float8, dim 128"),
+    pytest.param({"lengths": (5000, 37, 2500), "rows": 1500} | FLOAT8, id="float8, dim 64"),
 ]
 
 # Few rows of a bucket, whose tiles `hopper` cuts into parts: up to 33 of these heads, and never in more than 1024 rows.
@@ -56,6 +61,7 @@ FEW = [
     pytest.param({"lengths": (9000,), "rows": 1024, "live": 33 * 16 - 3} | TWELVE, id="33 tiles"),
     pytest.param({"lengths": (9000,), "rows": 1024, "live": 33 * 16 + 3} | TWELVE, id="34 tiles"),
     pytest.param({"lengths": (10340,), "rows": 1025, "live": 101} | TWELVE, id="101 of 1025 rows"),
+    pytest.param({"lengths": (10340,), "rows": 1024, "live": 101} | TWELVE | FLOAT8, id="101 of 1024 rows, float8"),
 ]
 
 
@@ -101,14 +107,43 @@ def test_attention_and_key_mass(shape, implementation):
 
 @pytest.mark.parametrize("lengths", [(5000, 37, 2500, 64, 1, 129) * 4, (16000, 1)], ids=["many", "one long"])
 @pytest.mark.parametrize(("dim", "group"), [(128, 4), (64, 3)])
-def test_decode(lengths, dim, group, implementation):
-    case = last_rows(lengths, dim=dim, group=group, kv_heads=8)
+@pytest.mark.parametrize("stored", ["bfloat16", "float8_e4m3fn"])
+def test_decode(lengths, dim, group, stored, implementation):
+    case = last_rows(lengths, dim=dim, group=group, kv_heads=8, stored=stored)
     attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation=implementation))
     expected, expected_lse, _ = dense(case, dim**-0.5)
     out, lse = attend(*case)
     assert relative_error(out, expected) < 1e-2
     np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
     assert same(attend(*case)[0], out)
+
+
+WINDOWED = [
+    pytest.param(lambda: scattered((5000, 37, 2500), 1500, kv_heads=8), id="prefill, dim 64"),
+    pytest.param(lambda: scattered((5000, 37, 2500), 1500, kv_heads=8, dim=128), id="prefill, dim 128"),
+    pytest.param(lambda: scattered((10340,), 1024, live=101, **TWELVE), id="prefill in parts"),
+    pytest.param(lambda: last_rows((5000, 37, 2500, 64, 1, 129), kv_heads=8, dim=128), id="decode, dim 128"),
+    pytest.param(lambda: last_rows((16000, 1), kv_heads=3, group=3), id="decode, dim 64"),
+]
+
+
+@pytest.mark.parametrize("window", [1, 64, 100, 1024, 2**31 - 1])
+@pytest.mark.parametrize("make", WINDOWED)
+def test_windows(make, window, implementation):
+    case, within = make(), jnp.int32(window)
+
+    def both(operation, **options):
+        run = jax.jit(partial(operation, implementation=implementation, **options))
+        expected = jax.jit(partial(operation, implementation="xla", **options))(*case, window=within)
+        out = run(*case, window=within)
+        for _ in range(3):  # a result that moves is a race
+            assert jax.tree.all(jax.tree.map(same, run(*case, window=within), out))
+        return out, expected
+
+    (out, lse), (expected, expected_lse) = both(kernels.paged_attention, return_lse=True)
+    assert relative_error(out, expected) < 1e-2
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-2)
+    assert relative_error(*both(kernels.key_mass)) < 2e-3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -161,6 +196,28 @@ def test_align_and_copy(kv_heads, dim, layers, implementation):
     expected = kernels.align_and_copy(store, *args, implementation="xla")
     assert relative_error(moved, expected) < 1e-3
     assert same(moved[:, :, 1], expected[:, :, 1])
+
+
+def test_each_layer_aligned_by_its_own_frequencies(implementation):
+    store = jax.random.normal(jax.random.key(0), (6, 128, 2, 8, 64, 128)).astype("bfloat16")
+    bases = jnp.array([1e4, 1e4, 1e6, 1e4, 1e4, 1e6])
+    args = (*copies([(10, 4099, 1500, 77), (1700, 5700, 1000, -500)]), bases[:, None] ** -jnp.linspace(0, 1, 64))
+    moved = jax.jit(partial(kernels.align_and_copy, implementation=implementation))(store, *args)
+    expected = kernels.align_and_copy(store, *args, implementation="xla")
+    assert relative_error(moved, expected) < 1e-3
+    assert same(moved[:, :, 1], expected[:, :, 1])
+
+
+@pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (8, 64), (2, 64)])
+def test_float8_is_written_and_moved(kv_heads, dim, implementation):
+    _, store, layer, *rows = scattered((5000, 37), 1500, kv_heads=kv_heads, dim=dim, layers=8, **FLOAT8)
+    keys, values = 300 * jax.random.normal(jax.random.key(0), (2, 1500, kv_heads, dim))
+    written = jax.jit(partial(kernels.write_kv, implementation=implementation))(store, layer, keys, values, *rows)
+    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="xla"))
+    full = as_stored(300 * jax.random.normal(jax.random.key(1), store.shape), store.dtype)
+    moves = (*copies([(10, 4099, 1500, 77), (1700, 5700, 1, 3)]), 10000.0 ** -jnp.linspace(0, 1, dim // 2))
+    moved = jax.jit(partial(kernels.align_and_copy, implementation=implementation))(full, *moves)
+    check_moved(moved, kernels.align_and_copy(full, *moves, implementation="xla"))
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from kernel_cases import (
     behind_windows,
+    check_moved,
     check_nan_stays,
     copies,
     exact,
@@ -26,6 +27,7 @@ from kernel_cases import (
 import sparsex_kernels.api as kernels
 from sparsex_kernels.arguments import AttentionArgs, LinearArgs
 from sparsex_kernels.backend import Backend, prefer
+from sparsex_kernels.layout import as_stored
 from sparsex_kernels.linear import hopper as linear_hopper
 from sparsex_kernels.paged_attention import hopper as hopper_attention
 from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
@@ -442,3 +444,40 @@ def test_linear_of_codes_is_lowered_for_a_gpu(kind):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in text
     assert "2x4096x1024xbf16" not in text  # no copy in floats
+
+
+FLOAT8 = {"stored": "float8_e4m3fn"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "windows"),
+    [
+        pytest.param(scattered((200, 70), 40, kv_heads=1, **FLOAT8), (EVERYTHING,), id="tiles"),
+        pytest.param(late_rows(scattered((600, 300), 30, dim=128, kv_heads=1, **FLOAT8)), (150,), id="heads of 128"),
+        pytest.param(last_rows((260, 5, 64), kv_heads=1, **FLOAT8), (100, EVERYTHING), id="decode"),
+    ],
+)
+def test_attention_over_float8(case, windows, few_programs):
+    check_windows(case, windows, attend)
+
+
+@pytest.mark.slow
+def test_key_mass_over_float8():
+    case = scattered((200, 70), 40, kv_heads=1, **FLOAT8)
+    mass = hopper(kernels.key_mass)(*case)
+    assert relative_error(mass, kernels.key_mass(*in_float32(case), implementation="reference")) < 1e-3
+
+
+@pytest.mark.slow
+def test_float8_is_written_and_moved():
+    _, store, layer, *rows = scattered((150, 3, 70), 40, layers=4, stored=jnp.float8_e4m3fn)
+    keys, values = 300 * jax.random.normal(jax.random.key(0), (2, 40, 2, 64))  # some are larger than the largest
+    written = hopper(kernels.write_kv)(store, layer, keys, values, *rows)
+    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="reference"))
+    moves = (*copies([(10, 259, 40, 77), (60, 380, 10, -500)]), 10000.0 ** -jnp.linspace(0, 1, 32))
+    full = as_stored(300 * jax.random.normal(jax.random.key(1), store.shape), store.dtype)
+    moved = hopper(kernels.align_and_copy)(full, *moves)
+    check_moved(moved, kernels.align_and_copy(full, *moves, implementation="reference"))
+    with pytest.raises(NotImplementedError, match="3 KV heads of float8"):
+        kernels.align_and_copy(jnp.repeat(full[:, :, :, :1], 3, axis=3), *moves, implementation="hopper")

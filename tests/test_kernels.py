@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
+from kernel_cases import check_moved, copies, in_float32, relative_error, scattered
 
 import sparsex_kernels.api as kernels
 from sparsex_kernels.align_and_copy import xla as align_xla
@@ -18,6 +19,7 @@ from sparsex_kernels.arguments import CopyArgs
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.key_mass import IMPLEMENTATIONS as KEY_MASS
 from sparsex_kernels.key_mass import tpu as tpu_key_mass
+from sparsex_kernels.layout import FLOAT8, as_stored
 from sparsex_kernels.paged_attention import IMPLEMENTATIONS as ATTENTION
 from sparsex_kernels.paged_attention import gather
 from sparsex_kernels.paged_attention import tpu as tpu_attention
@@ -32,6 +34,12 @@ def parametrized(implementations):
     return pytest.mark.parametrize(
         "implementation", [name for name in implementations if name not in ("hopper", "triton")]
     )
+
+
+def slow_on_tpus(implementations):
+    """The interpreter takes some seconds."""
+    slow = pytest.param("tpu", marks=pytest.mark.slow)
+    return pytest.mark.parametrize("implementation", [slow if name == "tpu" else name for name in implementations])
 
 
 def fast(implementations):
@@ -140,7 +148,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu_attention, "ROW_TILE", 64)
 
 
-@parametrized(ATTENTION)
+@slow_on_tpus([name for name in ATTENTION if name not in ("hopper", "triton")])
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.usefixtures("small_blocks")
 def test_attention_within_windows(decode, implementation):
@@ -214,7 +222,7 @@ def clean(store):
     return np.nan_to_num(np.asarray(store, np.float32), nan=1e9)
 
 
-@fast(KEY_MASS)
+@slow_on_tpus(["xla", "tpu"])
 @pytest.mark.parametrize("power", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("small_blocks")
 def test_key_mass_within_windows(power, implementation):
@@ -259,7 +267,7 @@ def test_align_and_copy_matches_the_reference(implementation, tokens):
     np.testing.assert_array_equal(moved[:, :, 1].sum(), kernels.align_and_copy(*args)[:, :, 1].sum())
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@slow_on_tpus(["xla", "tpu"])
 def test_align_and_copy_rotates_each_layer_by_its_own_frequencies(implementation):
     """Layer 0 with a base of 10000, layer 1 with another and in its first pair only."""
     rng = np.random.default_rng(0)
@@ -314,3 +322,35 @@ def test_nan_of_a_request_stays_with_it(implementation):
     others = (case.requests != 1) | (case.positions < 0)
     np.testing.assert_array_equal(out[others], np.asarray(expected)[others])
     assert np.isnan(out[~others]).any(axis=(1, 2)).all()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "gather", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_attention_over_float8_is_that_over_its_numbers_in_float32(implementation):
+    """With NaN in all unused slots."""
+    case = scattered((70, 5, 40), 30, page_size=32, dim=16, group=2, dtype="float32", stored=FLOAT8)
+    out = jitted(kernels.paged_attention)(*case, implementation=implementation)
+    assert relative_error(out, kernels.paged_attention(*in_float32(case), implementation="reference")) < 1e-6
+    if implementation in KEY_MASS:
+        mass = jitted(kernels.key_mass)(*case, implementation=implementation)
+        assert relative_error(mass, kernels.key_mass(*in_float32(case), implementation="reference")) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("tpu", marks=pytest.mark.slow)])
+def test_float8_is_written_and_moved(implementation):
+    """Numbers beyond the largest become the largest, also where a rotation makes them."""
+    _, store, layer, *rows = scattered((70, 5, 40), 30, page_size=32, dim=16, stored=FLOAT8)
+    keys, values = 300 * jax.random.normal(jax.random.key(0), (2, 30, 2, 16))
+    written = jitted(kernels.write_kv)(store, layer, keys, values, *rows, implementation=implementation)
+    expected = kernels.write_kv(store, layer, keys, values, *rows, implementation="reference")
+    np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (written, expected)))
+    assert np.nanmax(np.asarray(written, np.float32)) == 448
+    moves = (*copies([(0, 130, 20, 77), (40, 161, 4, -500)]), 10000.0 ** -jnp.linspace(0, 1, 8))
+    full = as_stored(300 * jax.random.normal(jax.random.key(1), store.shape), FLOAT8)
+    moved = jitted(kernels.align_and_copy)(full, *moves, implementation=implementation)
+    check_moved(moved, kernels.align_and_copy(full, *moves, implementation="reference"))
+
+
+def test_float8_keeps_what_is_not_finite_as_nan():
+    given = jnp.array([1e9, -1e9, 448.0, 460.0, 0.3, 1e-9, jnp.inf, -jnp.inf, jnp.nan])
+    stored = np.asarray(as_stored(given, FLOAT8), np.float32)
+    np.testing.assert_array_equal(stored, [448, -448, 448, 448, 0.3125, 0, np.nan, np.nan, np.nan])

@@ -160,6 +160,7 @@ def test_as_planned(engine, monkeypatch):
     restore(engine, 5, ["comes"], monkeypatch, random_heights=False)
 
 
+@pytest.mark.slow
 def test_heads_on_two_devices(monkeypatch):
     engine = sharded_tiny(2)
     for seed in range(3):

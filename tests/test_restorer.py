@@ -69,7 +69,10 @@ class SlowRunner(Runner):
 
     def __init__(self, world, seconds, rise=0.0):
         self.world, self.seconds, self.rise, self.store = world, seconds, rise, np.zeros(1)
-        self.engine, self.model = SimpleNamespace(page_size=PAGE), SimpleNamespace(num_layers=LAYERS)
+        self.engine, self.model = (
+            SimpleNamespace(page_size=PAGE),
+            SimpleNamespace(num_layers=LAYERS, windows=(None,) * LAYERS),
+        )
         self.ran, self.losses, self.error = [], 0, None
 
     def begin(self, requests):

@@ -91,7 +91,7 @@ def huge_sparse(engine):
     hear(engine.loop, prompt, 1, reuse=SPARSE, namespace="sparse", keep=False)
 
 
-@pytest.mark.parametrize("submit", [huge_remember, huge_sparse])
+@pytest.mark.parametrize("submit", [pytest.param(huge_remember, marks=pytest.mark.slow), huge_sparse])
 def test_streams_get_tokens_while_7000_tokens_are_prefilled(long_engine, submit):
     engine, loop = long_engine, long_engine.loop
     streams = [hear(loop, TEXT[at : at + 20], 1000, keep=False) for at in (7000, 7100)]

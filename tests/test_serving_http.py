@@ -861,11 +861,32 @@ def test_a_client_that_disconnects_before_its_answer_cancels_its_request(referen
         wait_for(lambda: tickets[0].cancelled)
 
 
-def hang_up_when(live, body, condition):
+def test_of_knowledge_whose_sender_disconnects_nothing_is_kept(reference):
+    with live_server(reference) as live:
+        loop, heard = live.worker.loop, []
+        remember = loop.remember
+
+        def slow(*args, **options):  # the sender is gone before the loop's next round
+            heard.append(remember(*args, **options))
+            time.sleep(0.3)
+            return heard[-1]
+
+        loop.remember = slow
+        try:
+            hang_up_when(live, {"text": NOTE * 3}, lambda: heard, path="/v1/knowledge")
+            wait_for(lambda: not loop.stats.running and not loop.stats.waiting)
+        finally:
+            del loop.remember
+        with live.http() as http:
+            assert http.get("/v1/knowledge").json()["data"] == []
+            assert http.get("/v1/store").json()["frozen"] == 0
+
+
+def hang_up_when(live, body, condition, path="/v1/completions"):
     """Send a request, and close the connection as soon as `condition()` is true."""
     address = urllib.parse.urlsplit(live.url)
     content = json.dumps(body).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     head += f"Content-Length: {len(content)}\r\n\r\n"
     with socket.create_connection((address.hostname, address.port)) as connection:
         connection.sendall(head.encode() + content)
@@ -971,6 +992,8 @@ OPERATIONS = [
     ("/v1/knowledge", "GET"),
     ("/v1/knowledge/{handle}", "DELETE"),
     ("/v1/store", "GET"),
+    ("/v1/pins", "GET"),
+    ("/v1/pins/{key}", "DELETE"),
     ("/health", "GET"),
     ("/health/live", "GET"),
     ("/health/ready", "GET"),
@@ -1048,7 +1071,7 @@ def test_a_log_probability_of_minus_infinity_is_still_json(stage):
 def test_the_command_compiles_before_it_listens(reference, monkeypatch, arguments, compiled):
     happened = []
     monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda _: reference)
-    monkeypatch.setattr("sparsex_jax.scheduler.warmup.steps", lambda engine: [lambda: happened.append("compiled")] * 3)
+    monkeypatch.setattr("sparsex_jax.scheduler.warmup.steps", lambda *_: [lambda: happened.append("compiled")] * 3)
     monkeypatch.setattr("sparsex_jax.serving.server.Server.run", lambda _: happened.append("listened"))
     assert CliRunner().invoke(app, ["serve", "--port", "0", *arguments]).exit_code == 0
     assert happened == ["compiled"] * compiled + ["listened"]

@@ -26,7 +26,7 @@ pytestmark = [
 LLAMA = named_config("llama-3.1-8b")
 FEW_WORDS = dataclasses.replace(LLAMA, vocab_size=8192)
 CHIPS = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v7": "tpu7x:2x2x1"}
-KERNEL_SHAPES = [  # dtype, query heads, KV heads, head_dim, rows, page_size
+KERNEL_SHAPES = [  # dtype of rows, query heads, KV heads, head_dim, rows, page_size, and dtype of the store
     ("bfloat16", 32, 8, 128, 2048, 64),  # a chunk of llama-3.1-8b
     ("bfloat16", 4, 1, 128, 8, 64),  # its decode on one of eight devices
     ("float32", 8, 2, 128, 256, 16),
@@ -34,9 +34,12 @@ KERNEL_SHAPES = [  # dtype, query heads, KV heads, head_dim, rows, page_size
 ]
 
 
-def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size):
+FLOAT8 = (*KERNEL_SHAPES[0], "float8_e4m3fn")
+
+
+def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size, stored=None):
     """Each operation with the shapes of its arguments; the store comes first and is donated where it is written."""
-    store = jax.ShapeDtypeStruct((4, 256, 2, kv_heads, page_size, head_dim), dtype)
+    store = jax.ShapeDtypeStruct((4, 256, 2, kv_heads, page_size, head_dim), stored or dtype)
     layer, ints = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     q, kv = (jax.ShapeDtypeStruct((rows, heads, head_dim), dtype) for heads in (q_heads, kv_heads))
     of_rows = ints, ints, jax.ShapeDtypeStruct((8, 64), jnp.int32)
@@ -69,6 +72,7 @@ def compiled_kernel(chip, operation, shape):
         ("v6e", KERNEL_SHAPES[0]),
         *(pytest.param("v6e", shape, marks=pytest.mark.slow) for shape in KERNEL_SHAPES[1:]),
         *(pytest.param(chip, KERNEL_SHAPES[0], marks=pytest.mark.slow) for chip in ("v5e", "v7")),
+        *(pytest.param(chip, FLOAT8, marks=pytest.mark.slow) for chip in ("v5e", "v6e", "v7")),
     ],
 )
 def test_kernels_compile(chip, shape, operation):
@@ -78,7 +82,9 @@ def test_kernels_compile(chip, shape, operation):
     if operation in ("write_kv", "align_and_copy"):
         assert memory.alias_size_in_bytes >= size
     if shape[3] == 128:  # XLA keeps narrower heads in another order at a program's edge
-        assert memory.temp_size_in_bytes < size / 4
+        assert (
+            memory.temp_size_in_bytes < math.prod(store.shape) * max(store.dtype.itemsize, 2) / 4
+        )  # at least a quarter in bfloat16
 
 
 def engine_for(mesh):

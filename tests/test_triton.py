@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from kernel_cases import (
     behind_windows,
+    check_moved,
     check_nan_stays,
     copies,
     in_float32,
@@ -39,7 +40,7 @@ if not ON_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported first
 
 interpreted = pytest.mark.skipif(ON_GPU or not importlib.util.find_spec("triton"), reason="needs Triton, and no GPU")
-TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32"}
+TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "float8_e4m3fn": "fp8e4nv"}
 
 
 class Pointer:
@@ -131,6 +132,28 @@ def test_decode(dim, group, page_size):
     check_attention(
         last_rows((300, 5, 64, 1), dim=dim, group=group, kv_heads=2, page_size=page_size, dtype="float16"), 1e-3
     )
+
+
+FLOAT8 = {"dtype": "float16", "stored": "float8_e4m3fn"}
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+def test_a_store_of_float8():
+    case = scattered((150, 3, 70), 48, group=3, **FLOAT8)
+    check_attention(case, 1e-3)
+    check_attention(last_rows((300, 5, 64, 1), dim=128, **FLOAT8), 1e-3)
+    mass = triton(kernels.key_mass)(*case)
+    np.testing.assert_allclose(
+        mass, kernels.key_mass(*in_float32(case), implementation="reference"), rtol=1e-4, atol=1e-6
+    )
+    _, store, layer, *rows = case
+    keys, values = 300 * jax.random.normal(jax.random.key(0), (2, 48, 2, 64))  # some are larger than the largest
+    written = triton(kernels.write_kv)(store, layer, keys, values, *rows)
+    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="reference"))
+    moves = (*copies([(10, 259, 40, 77), (60, 380, 10, -500)]), 10000.0 ** -jnp.linspace(0, 1, 32))
+    moved = triton(kernels.align_and_copy)(written, *moves)
+    check_moved(moved, kernels.align_and_copy(written, *moves, implementation="reference"))
 
 
 WINDOWS = [1, 64, 130, 2**31 - 1]

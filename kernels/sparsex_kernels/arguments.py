@@ -32,9 +32,10 @@ class AttentionArgs:
     Attributes:
       query: one vector a row and query head, rotated; any float dtype. Query head h reads KV head
         `h // (q_heads / kv_heads)`.
-      store: all layers' K and V. Every slot of a request from position 0 to that of its last row must have been
-        written, the rows' own included (`write_kv`); slots behind it may hold anything, NaN too. With a `window`, so
-        may slots before the first key that the request's first row sees.
+      store: all layers' K and V, in the dtype of the queries or in float8 (e4m3). Every slot of a request from
+        position 0 to that of its last row must have been written, the rows' own included (`write_kv`); slots behind it
+        may hold anything, NaN too. With a `window`, so may slots before the first key that the request's first row
+        sees.
       layer: which layer of the store.
       positions: each row's position in its request; -1 is padding. Rows are sorted by (request, position), with the
         padding last.
@@ -76,7 +77,7 @@ class WriteArgs:
     Attributes:
       store: all layers' K and V; donated by the caller's jit, so that it is updated in place.
       layer: which layer of the store.
-      keys, values: one vector a row and KV head; keys are rotated. They are stored in the store's dtype.
+      keys, values: one vector a row and KV head; keys are rotated. They are rounded to the store's dtype (`as_stored`).
       positions, requests, page_tables: as in `AttentionArgs`; no two rows share a slot, and padding writes nothing.
       backend: where the operation runs.
     """
@@ -102,7 +103,7 @@ class CopyArgs:
         stands at the end, has the target -1.
       shift: a token's new position minus the position that its key was computed at.
       inv_freq: rotary frequencies in radians a position, the same for all layers or a line for each; the rotation is
-        done in float32. A pair of frequency 0 is copied.
+        done in float32 and rounded to the store's dtype. A pair of frequency 0 is copied.
       layers: the first layer to copy, and the first behind those.
       backend: where the operation runs.
     """

@@ -16,6 +16,8 @@ class AttentionShape:
       heads: programs over the heads.
       repeat: programs that read the same KV head.
       pages: of a layer.
+      dtype: of queries and of the products.
+      stored: the dtype of the store; if not `dtype`, blocks of keys are widened in shared memory.
       scale: of the products of queries and keys.
       windowed: whether rows have windows. Only then has the program what those take.
       interpreted: whether the kernel runs on a CPU.
@@ -29,9 +31,15 @@ class AttentionShape:
     page_size: int
     head_dim: int
     dtype: Any
+    stored: Any
     scale: float
     windowed: bool
     interpreted: bool
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the store has fewer bits than the products take."""
+        return bool(self.stored != self.dtype)
 
 
 def shared_sizes(args: AttentionArgs) -> dict[str, Any]:
@@ -48,6 +56,7 @@ def shared_sizes(args: AttentionArgs) -> dict[str, Any]:
         "page_size": page_size,
         "head_dim": head_dim,
         "dtype": args.query.dtype,
+        "stored": args.store.dtype,
         "scale": float(args.scale),
         "windowed": args.window is not None,
         "interpreted": args.backend.interpreted,

@@ -20,8 +20,8 @@ import jax
 logger = logging.getLogger(__name__)
 
 # The kernels that run without being asked for, by operation. A kernel is added once its tests (`pytest -m gpu`) have
-# passed on a real device, an H100 for all of these. Until then it runs only where `prefer`, `SPARSEX_KERNELS` or
-# `implementation=` names it. The `tpu` versions of linear layers are XLA's own products.
+# passed on a real device, an H100 or H200 for all of these. Until then it runs only where `prefer`,
+# `implementation=` or `SPARSEX_KERNELS` names it. The `tpu` versions of linear layers are XLA's own products.
 VALIDATED: Mapping[str, frozenset[str]] = {
     "paged_attention": frozenset({"hopper", "triton"}),
     "key_mass": frozenset({"hopper", "triton"}),
@@ -29,8 +29,8 @@ VALIDATED: Mapping[str, frozenset[str]] = {
     "write_kv": frozenset({"hopper", "triton"}),
     "linear": frozenset({"hopper", "tpu"}),
     "gated_linear": frozenset({"hopper", "tpu"}),
-    "grouped_linear": frozenset({"tpu"}),
-    "gated_grouped_linear": frozenset({"tpu"}),
+    "grouped_linear": frozenset({"hopper", "tpu"}),
+    "gated_grouped_linear": frozenset({"hopper", "tpu"}),
 }
 
 Implementations = Mapping[str, Callable[..., Any]]

@@ -1,5 +1,7 @@
 """Shapes of the paged store and of rows, and addresses in the store: from rows and slots to pages and offsets."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,6 +14,24 @@ RowInts = Int[Array, "rows"]  # positions or request indices
 Slots = Int[Array, "tokens"]  # page * page_size + offset, or a shift of positions for each
 Window = Int[Array, ""]  # keys that a row sees at most, its own among them
 Frequencies = Float[Array, "half"] | Float[Array, "layers half"]  # radians a position, of rotary pairs
+
+FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)  # 3 bits of mantissa, from 2^-9 to 448 (Micikevicius et al., FP8 formats)
+
+
+def as_stored(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
+    """Numbers as a store of this dtype keeps them.
+
+    In float8 what is larger than its largest number becomes that one, and infinities become NaN: the type has none.
+    """
+    if dtype != FLOAT8:
+        return x.astype(dtype)
+    wide, most = x.astype(jnp.float32), float(jnp.finfo(FLOAT8).max)
+    return jnp.where(jnp.isfinite(wide), jnp.clip(wide, -most, most), jnp.nan).astype(dtype)
+
+
+def widen(stored: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
+    """What was read of a store, float8 in the dtype that it is to be multiplied in: 16 bits or more lose nothing."""
+    return stored.astype(dtype) if stored.dtype == FLOAT8 else stored
 
 
 def row_addresses(

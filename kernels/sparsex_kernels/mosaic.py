@@ -20,7 +20,7 @@ from sparsex_kernels.layout import Store
 WGMMA_ROWS = 64  # rows of one warpgroup's product
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value a row of it
 MASKED = -1e30  # finite, so that a row which has seen no key yet does not make NaN of inf - inf
-SWIZZLE = 128  # bytes; tiles of 8 rows x 128 bytes
+SWIZZLE = 128  # bytes; tiles of 8 rows x 128 bytes, or of what a row has
 MULTIPROCESSORS = 132  # of an H100 or H200, for which work is cut; devices with another number run the same programs
 
 Ref = Any  # a reference to global or shared memory inside a kernel
@@ -35,10 +35,11 @@ def kernel(body: Callable[..., None], backend: Backend, **options: Any) -> Calla
 
 def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory whose last two axes are laid out as TMA and `wgmma` need them: 8-row tiles, swizzled."""
-    columns = SWIZZLE // jnp.dtype(dtype).itemsize
+    size = jnp.dtype(dtype).itemsize
+    bytes_a_row = min(SWIZZLE, shape[-1] * size)
     tiling: Any = plgpu.TilingTransform  # its stub declares it abstract
     swizzle: Any = plgpu.SwizzleTransform
-    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, columns)), swizzle(SWIZZLE)))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling((8, bytes_a_row // size)), swizzle(bytes_a_row)))
 
 
 def flat_store(store: Store) -> Array:
@@ -135,6 +136,18 @@ def drain(barriers: Sequence[Ref], begin: Array | int, end: Array, stages: int) 
             plgpu.barrier_wait(barrier.at[lax.rem(step - begin, stages)])
 
     lax.fori_loop(jnp.maximum(end - stages, begin), end, wait, None)
+
+
+def copy_wide(narrow: Ref, wide: Ref) -> None:
+    """Copy rows of float8 into rows of float16, both in shared memory; all of a warpgroup's threads do it together."""
+
+    def copy(i: Array, _: None) -> None:
+        part = pl.ds(i * WGMMA_ROWS, WGMMA_ROWS)
+        block = plgpu.load(narrow.at[part], layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(wide.dtype)
+        wide.at[part][...] = plgpu.layout_cast(block, plgpu.Layout.WGMMA)
+
+    lax.fori_loop(0, narrow.shape[0] // WGMMA_ROWS, copy, None)
+    plgpu.commit_smem()
 
 
 def clear_rows(smem: Ref, end: Array, begin: Array | None = None) -> None:

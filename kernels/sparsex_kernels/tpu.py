@@ -1,8 +1,9 @@
 """What the TPU kernels share: pages streamed from HBM, and tiles of slots that are changed in place.
 
 On a TPU the last two axes of an array are stored in tiles of 8 by 128 (two rows of bfloat16 share a word), and a
-DMA moves whole tiles. So attention reads a page at a time. A kernel that writes single slots copies the tile of `TILE`
-slots around them into VMEM, changes it there in float32, whose rows can be addressed one by one, and copies it back.
+DMA moves whole tiles. So attention reads a page at a time. A kernel that writes single slots copies the tile of slots
+around them (`slot_tile`) into VMEM, changes it there in float32, whose rows can be addressed one by one, and copies it
+back.
 """
 
 from typing import Any
@@ -13,13 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Int
 
-from sparsex_kernels.layout import Store
+from sparsex_kernels.layout import FLOAT8, Store
 
 Ref = Any  # a reference to SMEM, VMEM or HBM inside a kernel
 Index = Any  # an int, or a scalar of a kernel
 Copy = Any  # an asynchronous copy
 
-TILE = 16  # slots changed together: the rows of a bfloat16 tile, a multiple of those of a float32 one
+TILE = 16  # rows of queries, or slots changed together: the rows of a bfloat16 tile, a multiple of those of float32
 KEY_BLOCK_BYTES = 2 << 20  # of K and V in VMEM, twice for double buffering
 VMEM_BYTES = 48 << 20  # a kernel's limit; a v5e or v6e core has 128 MiB, a v7 core 64
 
@@ -36,10 +37,15 @@ def precision(dtype: Any) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
+def slot_tile(store: Store) -> int:
+    """Slots that are changed together: twice as many in float8, of which four rows share a word."""
+    return 2 * TILE if store.dtype == FLOAT8 else TILE
+
+
 def check_page_size(store: Store) -> None:
     """Raise `NotImplementedError` for pages that are not whole tiles."""
-    if store.shape[4] % TILE:
-        raise NotImplementedError(f"page_size={store.shape[4]} must be a multiple of {TILE} on TPU")
+    if store.shape[4] % (tile := slot_tile(store)):
+        raise NotImplementedError(f"page_size={store.shape[4]} must be a multiple of {tile} on TPU for {store.dtype}")
 
 
 def pages_a_block(store: Store, max_pages: int) -> int:

@@ -15,12 +15,13 @@ from sparsex_kernels import gpu
 from sparsex_kernels.arguments import AttentionArgs, CopyArgs, WriteArgs
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.gpu import LOG2_E, heads_a_tile, padded_pages, power_of_two
-from sparsex_kernels.layout import Store
+from sparsex_kernels.layout import FLOAT8, Store
 
 BACKEND_OPTIONS = {
     "enable_fp_fusion": True,  # a product and a sum may be one instruction; Triton is about to change its default
     "ptx_version": 87,  # CUDA 12.8's. Triton would write for its own assembler, but XLA's assembles it
 }
+WITHOUT_FLOAT8 = ("8.0", "8.6", "8.7")  # compute capabilities
 SMALL_SHARED_MEMORY = ("8.6", "8.9", "12.")  # compute capabilities with less than 160 KiB a multiprocessor
 
 
@@ -78,15 +79,22 @@ def little_shared_memory(backend: Backend) -> bool:
 def check_attention(args: AttentionArgs, block: int) -> None:
     """Raise `NotImplementedError` where the attention kernels cannot do this shape or dtype, or be launched."""
     check_available(args.backend)
+    _check_stored(args)
     gpu.check_attention(args, block)
 
 
 def check_copies(args: WriteArgs | CopyArgs) -> None:
     """Raise `NotImplementedError` where tokens of this store cannot be copied, or kernels not be launched."""
     check_available(args.backend)
+    _check_stored(args)
     head_dim = args.store.shape[5]
     if head_dim < 16 or head_dim != power_of_two(head_dim):
         raise NotImplementedError(f"head_dim {head_dim}; kernels take powers of two from 16 on")
+
+
+def _check_stored(args: AttentionArgs | WriteArgs | CopyArgs) -> None:
+    if args.store.dtype == FLOAT8 and args.backend.capability.startswith(WITHOUT_FLOAT8):
+        raise NotImplementedError(f"a store of {FLOAT8} on {args.backend}; GPUs have it from 8.9 on")
 
 
 def tables_ahead(args: AttentionArgs, block: int) -> Int[Array, "requests n"]:

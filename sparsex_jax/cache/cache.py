@@ -604,7 +604,7 @@ class PageCache:
         owner: object = None,
         fits: Callable[[], bool] = lambda: True,
     ) -> PinState:
-        """Keep what is stored of a sequence for so many seconds, however full the store gets.
+        """Keep what is stored of a sequence for `ttl_s` seconds, however full the store gets.
 
         What the key's pin had before is let go, unless the same owner made it: then it has both.
 

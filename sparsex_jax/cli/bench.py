@@ -66,7 +66,16 @@ class BenchSettings:
         return {name: getattr(self, name) for name in ("length", "segments", "seed")}
 
 
-def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, with_maps: bool, as_json: bool) -> None:
+def run(
+    model: str,
+    dtype: str,
+    settings: BenchSettings,
+    *,
+    out: Path | None,
+    with_maps: bool,
+    as_json: bool,
+    kv_dtype: str = "auto",
+) -> None:
     """Measure, then print the results.
 
     Args:
@@ -76,7 +85,12 @@ def run(model: str, dtype: str, settings: BenchSettings, *, out: Path | None, wi
     """
     methods = {name: parse_method(name) for name in settings.methods}
     engine = EngineChoice(
-        model, dtype, settings.store_tokens, None, max_num_seqs=settings.batch, max_prefill_seqs=settings.batch
+        model,
+        dtype,
+        settings.store_tokens,
+        kv_dtype=kv_dtype,
+        max_num_seqs=settings.batch,
+        max_prefill_seqs=settings.batch,
     ).load()
     log = open_log(engine, model, settings, out) if out else None
     with progress() as bar:
@@ -122,8 +136,10 @@ def made_with(engine: Engine, model: str, settings: BenchSettings) -> dict[str, 
 
 
 def _dtype(engine: Engine) -> dict[str, str]:
+    """What differs from the default only, so that rows from before there was a choice are the same ones."""
     config = engine.config
-    return {"dtype": config.dtype} | ({} if config.quantization == "none" else {"quantization": config.quantization})
+    quantization = {} if config.quantization == "none" else {"quantization": config.quantization}
+    return {"dtype": config.dtype} | quantization | ({} if config.kv_dtype == "auto" else {"kv_dtype": config.kv_dtype})
 
 
 def write(

@@ -63,7 +63,7 @@ def run(
     reuse: Mapping[str, Any],
     reuse_config: Path | None,
     *,
-    store_tokens: int,
+    store_tokens: int | None,
     namespace: str,
     chat: bool | None,
     as_json: bool,
@@ -75,7 +75,7 @@ def run(
       reuse: options that override those of the file.
       reuse_config: a file of options. None: as `find_defaults`.
     """
-    config = EngineConfig(store_tokens=store_tokens)
+    config = EngineConfig(store_tokens=store_tokens)  # type: ignore[arg-type]
     if not namespace:
         raise InvalidRequestError("namespace='' must be a non-empty string")
     text, donors = read_prompt(prompt), [read_text(path) for path in files]

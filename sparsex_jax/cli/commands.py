@@ -54,7 +54,8 @@ def generate(
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
     quantization: options.Quantization = "auto",
-    store_tokens: options.StoreTokens = 16384,
+    kv_dtype: options.KVDType = "auto",
+    store_tokens: options.StoreTokens = None,
     remember: options.Remember = None,
     namespace: options.Namespace = "default",
     chat: options.Chat = None,
@@ -74,7 +75,9 @@ def generate(
     with clear_errors():
         run(
             prompt,
-            EngineChoice(model, dtype, store_tokens, reuse.config, reuse.options(), quantization=quantization),
+            EngineChoice(
+                model, dtype, store_tokens, reuse.config, reuse.options(), kv_dtype, quantization=quantization
+            ),
             remember or [],
             {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())} | given,
             namespace=namespace,
@@ -117,8 +120,9 @@ def serve(
     allow_credentials: serve_options.AllowCredentials = False,
     dtype: options.DType = "auto",
     quantization: options.Quantization = "auto",
+    kv_dtype: options.KVDType = "auto",
     tensor_parallel: serve_options.TensorParallel = 1,
-    store_tokens: options.StoreTokens = 16384,
+    store_tokens: options.StoreTokens = None,
     max_num_seqs: serve_options.MaxNumSeqs = None,
     max_context: serve_options.MaxContext = None,
     frozen_limit: serve_options.FrozenLimit = 0.5,
@@ -163,6 +167,7 @@ def serve(
                 store_tokens,
                 reuse.config,
                 reuse.options(),
+                kv_dtype,
                 tensor_parallel=tensor_parallel,
                 max_num_seqs=max_num_seqs,
                 quantization=quantization,
@@ -217,7 +222,7 @@ def cache(
     reuse: options.Reuse,
     prompt: options.PromptArgument = "-",
     model: options.Model = DEFAULT_MODEL,
-    store_tokens: options.StoreTokens = 16384,
+    store_tokens: options.StoreTokens = None,
     remember: options.Remember = None,
     namespace: options.Namespace = "default",
     chat: options.Chat = None,
@@ -313,6 +318,7 @@ def _split(names: str) -> list[str]:
 def quality(
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
+    kv_dtype: options.KVDType = "auto",
     tasks: Annotated[
         str,
         typer.Option(
@@ -360,4 +366,4 @@ def quality(
         settings = BenchSettings(
             _split(methods), _split(tasks), _split(regimes), length, segments, samples, batch, seed
         )
-        run(model, dtype, settings, out=out, with_maps=with_maps, as_json=as_json)
+        run(model, dtype, settings, kv_dtype=kv_dtype, out=out, with_maps=with_maps, as_json=as_json)

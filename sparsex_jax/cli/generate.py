@@ -26,9 +26,10 @@ class EngineChoice:
 
     model: str
     dtype: str
-    store_tokens: int
+    store_tokens: int | None
     reuse: ReuseConfig | Path | None = None  # as for `Engine.from_pretrained`, and so are the next two
     reuse_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    kv_dtype: str = EngineConfig.kv_dtype
     generation_config: str = "auto"
     tensor_parallel: int = 1
     max_num_seqs: int | None = EngineConfig.max_num_seqs
@@ -60,6 +61,7 @@ class EngineChoice:
             generation_config=self.generation_config,
             dtype=self.dtype,
             quantization=self.quantization,
+            kv_dtype=self.kv_dtype,
             store_tokens=self.store_tokens,
             max_num_seqs=self.max_num_seqs,
             max_prefill_seqs=self.max_prefill_seqs,

@@ -36,7 +36,7 @@ Model = Annotated[
 DType = Annotated[
     str,
     typer.Option(
-        help="Of weights, activations and KV: float32, bfloat16 or float16; "
+        help="Of weights and activations: float32, bfloat16 or float16; "
         "auto: float32 on a CPU, elsewhere the checkpoint's own, or bfloat16; fp8, int8: auto, with weights in 8 bits."
     ),
 ]
@@ -47,8 +47,14 @@ Quantization = Annotated[
         "blocks of GGUF), none (in --dtype); auto: none on a CPU, else stored."
     ),
 ]
+KVDType = Annotated[
+    str,
+    typer.Option("--kv-dtype", help="Of the KV store: fp8 (e4m3), twice the tokens in its memory; auto: as --dtype."),
+]
 StoredDType = Annotated[str, typer.Option("--dtype", help="Of the stored weights: float32, bfloat16 or float16.")]
-StoreTokens = Annotated[int, typer.Option(help="Token slots of the KV store.")]
+StoreTokens = Annotated[
+    int | None, typer.Option(help="Token slots of the KV store.", show_default="16384; in fp8 twice as many")
+]
 Remember = Annotated[
     list[Path] | None,
     typer.Option(exists=True, dir_okay=False, readable=True, help="A text file to remember, as a donor. Repeatable."),

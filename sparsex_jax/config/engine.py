@@ -9,6 +9,8 @@ from sparsex_jax.config.checks import is_int, is_number, require
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _QUANTIZED = ("fp8", "int8")
 _QUANTIZATIONS = ("auto", "none", "stored", *_QUANTIZED)
+_KV_DTYPES = ("auto", "fp8")
+_STORE_TOKENS = 16384
 _CHOICES = ("measured", "always")
 
 
@@ -17,9 +19,10 @@ class EngineConfig:
     """Memory and shapes of an engine.
 
     Attributes:
-      store_tokens: token slots of the KV store; a multiple of page_size, rounded up.
+      store_tokens: token slots of the KV store; a multiple of page_size, rounded up. None: 16384, or twice as many in
+        fp8, which take the bytes of 16384 in 16 bits.
       page_size: tokens a page; a multiple of 8 (the index hashes windows of 8 tokens).
-      dtype: of weights, activations and the KV store. `auto` is resolved when the engine is made: float32 on a CPU;
+      dtype: of weights and activations. `auto` is resolved when the engine is made: float32 on a CPU;
         elsewhere the checkpoint's own if that is bfloat16 or float16, else bfloat16, as kernels take no float32.
         `fp8` and `int8` are short for a `quantization` of that name, with the dtype `auto`.
       quantization: of the weights that multiply rows; activations keep `dtype`. `stored`: as the checkpoint has them:
@@ -29,6 +32,9 @@ class EngineConfig:
       max_context: tokens of prompt and answer together, at most what the model takes; None: that. Models whose rotary
         frequencies depend on a length have them for this one (`ModelConfig.for_context`). A model with dynamic
         scaling takes more than it was trained with.
+      kv_dtype: of the KV store. `auto`: as `dtype`. `fp8`: float8 e4m3 without scales, a quarter or half of the bytes.
+        Keys and values are rounded to 4 significant bits, and what exceeds 448 becomes 448. All attention reads what
+        was rounded, so prefixes stay exact, and what was found gives the answers of full recompute in fp8.
       max_num_seqs: sequences that are prefilled or decoded at once; the others wait. None: see `num_seqs_on`.
       max_prefill_seqs: sequences whose prompts share one prefill plan.
       prefill_tokens: token budget of a prefill plan: rows of a chunk of a long prompt, and of prompts that share a
@@ -55,11 +61,12 @@ class EngineConfig:
       disk_store_bytes: how large it may become.
     """
 
-    store_tokens: int = 16384
+    store_tokens: int = None  # type: ignore[assignment]  # an int once it is made
     page_size: int = 64
     dtype: str = "auto"
     quantization: str = "auto"
     max_context: int | None = None
+    kv_dtype: str = "auto"
     max_num_seqs: int | None = None
     max_prefill_seqs: int = 8
     prefill_tokens: int | None = None
@@ -82,6 +89,9 @@ class EngineConfig:
         require(self.dtype in _DTYPES, f"dtype={self.dtype!r} must be one of {', '.join((*_DTYPES, *_QUANTIZED))}")
         among = f"must be one of {', '.join(_QUANTIZATIONS)}"
         require(self.quantization in _QUANTIZATIONS, f"quantization={self.quantization!r} {among}")
+        require(self.kv_dtype in _KV_DTYPES, f"kv_dtype={self.kv_dtype!r} must be one of {', '.join(_KV_DTYPES)}")
+        if self.store_tokens is None:
+            object.__setattr__(self, "store_tokens", _STORE_TOKENS * (2 if self.kv_dtype == "fp8" else 1))
         require(self.choose in _CHOICES, f"choose={self.choose!r} must be one of {', '.join(_CHOICES)}")
         for name in ("store_tokens", "page_size", "max_prefill_seqs", "decode_steps", "max_waiting"):
             value = getattr(self, name)
@@ -134,6 +144,11 @@ class EngineConfig:
             dtype=dtype if self.dtype == "auto" else self.dtype,
             quantization=quantization if self.quantization == "auto" else self.quantization,
         )
+
+    @property
+    def store_dtype(self) -> str:
+        """What the KV store is made of; `dtype` must be resolved."""
+        return "float8_e4m3fn" if self.kv_dtype == "fp8" else self.dtype
 
     @property
     def num_pages(self) -> int:

@@ -76,6 +76,7 @@ def described(runner: Runner) -> dict[str, Any]:
         "backend": repr(runner.decoder.ops.backend),
         "versions": {"sparsex": version("sparsex-jax"), "jax": jax.__version__},
         "dtype": engine.dtype,
+        "kv_dtype": engine.store_dtype,
         "weights": kinds(runner.params),
         "page_size": engine.page_size,
         "max_requests": shapes.max_requests,

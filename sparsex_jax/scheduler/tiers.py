@@ -459,6 +459,7 @@ def _fingerprint(runner: Runner, link: Link) -> dict[str, str | int | float]:
         "model": json.dumps(model, sort_keys=True),
         "weights": weights_digest(runner.params),
         "dtype": runner.engine.dtype,
+        "kv_dtype": runner.engine.store_dtype,
         "page_size": runner.engine.page_size,
         "groups": str([len(layers) for layers in link.layers]),
     }

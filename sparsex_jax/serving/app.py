@@ -178,7 +178,7 @@ async def insert_knowledge(
     body: schemas.KnowledgeRequest, request: Request, service: Served, tenant: Caller
 ) -> schemas.KnowledgeEntry:
     """Prefill a text and keep its KV frozen. Prompts of the same key and salt reuse it."""
-    return _described(await service.insert(body, tenant, Exchange.of(request.scope)))
+    return _described(await service.insert(request, body, tenant))
 
 
 @router.get("/v1/knowledge")

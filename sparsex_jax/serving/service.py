@@ -154,8 +154,12 @@ class Service:
         """The stream of a request's jobs, which come later. Raises as `Worker.stream`."""
         return self.worker.stream([], limit_s=self.limits.request_timeout, watcher=exchange)
 
-    async def insert(self, body: schemas.KnowledgeRequest, tenant: Tenant, exchange: Exchange) -> Entry:
-        """Prefill a text among the running requests, and keep it."""
+    async def insert(self, request: Request, body: schemas.KnowledgeRequest, tenant: Tenant) -> Entry:
+        """Prefill a text among the running requests, and keep it. If the client disconnects, nothing of it is kept: it
+        would not know the handle."""
+        return await unless_disconnected(request, self._insert(Exchange.of(request.scope), body, tenant))
+
+    async def _insert(self, exchange: Exchange, body: schemas.KnowledgeRequest, tenant: Tenant) -> Entry:
         engine, namespace = self.worker.engine, tenant.store_namespace(body.cache_salt)
         async with self.stream(exchange) as stream:
             with self.line.place(tenant) as place:

@@ -282,13 +282,16 @@ class Stream:
         worker.opened(self)
 
     def submit(self, *jobs: Submission) -> None:
-        """Add jobs. Also from the worker's thread, in a call that the event loop's thread awaits."""
+        """Add jobs. Also from the worker's thread, in a call that the event loop's thread awaits; where that has left
+        meanwhile, they are cancelled."""
         for job in jobs:
             number = len(self.tickets)
             ticket = job.submit(self._worker.loop, functools.partial(self._post, self._hear, number))
             self.tickets.append(ticket)
             self._unfinished.add(number)
             self._open.add(number)
+            if self._is_closed:
+                ticket.cancel()
             if self._watcher is not None:
                 self._watcher.submitted(ticket, self.opened_s)
         self._worker.wake()
@@ -345,16 +348,16 @@ class Stream:
 
     def cancel(self) -> None:
         """Cancel what is not done; its last events still come. What was not submitted yet never is."""
-        for number in self._unfinished:
+        for number in list(self._unfinished):
             self.tickets[number].cancel()
         if self._awaiting is not None:
             self._given_up = self._awaiting.cancel()
         self._worker.wake()
 
     def close(self) -> None:
+        self._is_closed = True  # first: another thread may be about to submit
         self.cancel()
         self._unfinished.clear()
-        self._is_closed = True
         self._leave_if_done()
 
     def broke(self, error: BaseException) -> None:

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 
 from sparsex_kernels.align_and_copy.runs import by_runs
 from sparsex_kernels.arguments import CopyArgs
-from sparsex_kernels.layout import Slots, Store, pad_rows
+from sparsex_kernels.layout import FLOAT8, Slots, Store, pad_rows
 from sparsex_kernels.mosaic import Ref, check_copies, flat_store, kernel
 
 STAGES = 3  # layers in flight
@@ -62,6 +62,8 @@ def _align(args: CopyArgs) -> Store:
     layers, pages, _, heads, page_size, head_dim = store.shape
     # The rows [token, head] of a tile fill whole warps.
     shape = Shape(layers, pages, heads, page_size, head_dim, max(8, 32 // math.gcd(heads, 32)), store.dtype)
+    if store.dtype == FLOAT8 and heads % 2:
+        raise NotImplementedError(f"{heads} KV heads of {FLOAT8}; TMA puts tokens at multiples of 128 bytes")
     if shape.tile > page_size or head_dim not in (64, 128):
         raise NotImplementedError(f"tiles of {shape.tile} tokens on pages of {page_size}, head_dim {head_dim}")
     source, shift = (pad_rows(x, shape.tile) for x in (args.source, args.shift))
@@ -113,8 +115,8 @@ def rotations(
 
 
 def _row_layout(shape: Shape) -> Any:
-    """Registers for `[rows, head_dim / 2]`: 16 bytes a thread, so that 8 threads read 128 bytes at once."""
-    half, vector = shape.head_dim // 2, 16 // jnp.dtype(shape.dtype).itemsize
+    """Registers for `[rows, head_dim / 2]`: 8 numbers a thread, 16 bytes of bfloat16, or 4 of 16 bytes of float32."""
+    half, vector = shape.head_dim // 2, min(16 // jnp.dtype(shape.dtype).itemsize, 8)
     warp_rows = 32 * vector // half
     tiling = plgpu.Tiling(((4 * warp_rows, half), (warp_rows, half), (vector,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
@@ -171,14 +173,20 @@ def _kernel(shape: Shape, *refs: Ref, k_smem: Ref, v_smem: Ref, run_ready: Ref, 
         pl.when(~run)(copy_tokens)
         plgpu.commit_smem_to_gmem_group()
 
+    def narrowed(x: Array) -> Array:
+        if shape.dtype == FLOAT8:  # its largest number is what becomes of larger ones
+            most = float(jnp.finfo(FLOAT8).max)
+            x = jnp.minimum(jnp.maximum(x, -most), most)
+        return x.astype(shape.dtype)
+
     def rotate(stage: Array) -> None:
         if shape.k_parts > 1:
             ends = [k_smem.at[stage, 0], k_smem.at[stage, 1]]
         else:
             ends = [k_smem.at[stage, 0, :, pl.ds(begin, half)] for begin in (0, half)]
         first, second = (plgpu.load(end, layout=layout, optimized=False).astype(jnp.float32) for end in ends)
-        ends[0][...] = (first * cos - second * sin).astype(shape.dtype)
-        ends[1][...] = (second * cos + first * sin).astype(shape.dtype)
+        ends[0][...] = narrowed(first * cos - second * sin)
+        ends[1][...] = narrowed(second * cos + first * sin)
         plgpu.commit_smem()
 
     def step(layer: Array, _: None) -> None:

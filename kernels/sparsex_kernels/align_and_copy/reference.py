@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from sparsex_kernels.arguments import CopyArgs
-from sparsex_kernels.layout import Store
+from sparsex_kernels.layout import Store, as_stored
 
 
 def align_and_copy(args: CopyArgs) -> Store:
@@ -18,7 +18,7 @@ def align_and_copy(args: CopyArgs) -> Store:
         old = store[:, source[i] // page_size, :, :, source[i] % page_size]  # [layers, 2, kv_heads, head_dim]
         real, imag = jnp.split(old[:, 0].astype(jnp.float32), 2, axis=-1)
         turned = lax.complex(real, imag) * jnp.exp(1j * args.shift[i] * inv_freq)
-        keys = jnp.concatenate([turned.real, turned.imag], axis=-1).astype(store.dtype)
+        keys = as_stored(jnp.concatenate([turned.real, turned.imag], axis=-1), store.dtype)
         new = jnp.stack([keys, old[:, 1]], axis=1)
         moved = store.at[:, target[i] // page_size, :, :, target[i] % page_size].set(new)
         return jnp.where((target[i] >= 0) & copied, moved, store)

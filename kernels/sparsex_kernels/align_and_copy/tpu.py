@@ -16,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool
 
 from sparsex_kernels.arguments import CopyArgs
-from sparsex_kernels.layout import Slots, Store, pad_rows
-from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, next_start
+from sparsex_kernels.layout import FLOAT8, Slots, Store, pad_rows
+from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, next_start, slot_tile
 
 TOKENS_A_STEP = 1024  # tokens whose slots are in SMEM at a time
 HEADS_A_STEP = 64  # KV heads of as many layers as that gives, moved together: 0.5 MiB of bfloat16 a tile
@@ -27,12 +27,13 @@ def align_and_copy(args: CopyArgs) -> Store:
     """See `sparsex_kernels.align_and_copy`."""
     store = args.store
     check_page_size(store)
+    tile = slot_tile(store)
     num_layers, _, _, kv_heads, _, head_dim = store.shape
     block = min(TOKENS_A_STEP, len(args.source) + -len(args.source) % TILE)
     source, target, shift = (
         pad_rows(x.astype(jnp.int32), block, fill) for x, fill in ((args.source, 0), (args.target, -1), (args.shift, 0))
     )
-    breaks = piece_breaks(source, target, shift, block)
+    breaks = piece_breaks(source, target, shift, block, tile)
     scalars = source, target, shift, next_start(breaks & (target >= 0), block), next_start(breaks, block)
     layers = layers_a_step(num_layers, kv_heads)
     frequencies = jnp.concatenate([args.inv_freq, args.inv_freq], axis=-1).astype(jnp.float32)
@@ -41,7 +42,7 @@ def align_and_copy(args: CopyArgs) -> Store:
     all_layers = pl.BlockSpec((1, head_dim), lambda i, _: (0, 0))
     own_layers = pl.BlockSpec((layers, 1, head_dim), lambda i, group: (group, 0, 0))
 
-    tile_shape = (2, layers, 2, kv_heads, TILE, head_dim)
+    tile_shape = (2, layers, 2, kv_heads, tile, head_dim)
     in_smem = pl.BlockSpec((None, 1, block), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM)
     return pl.pallas_call(
         _align_kernel,
@@ -72,14 +73,14 @@ def layers_a_step(num_layers: int, kv_heads: int) -> int:
     return max(n for n in range(1, num_layers + 1) if num_layers % n == 0 and (n == 1 or n * kv_heads <= HEADS_A_STEP))
 
 
-def piece_breaks(source: Slots, target: Slots, shift: Slots, block: int) -> Bool[Array, "tokens"]:
+def piece_breaks(source: Slots, target: Slots, shift: Slots, block: int, tile: int) -> Bool[Array, "tokens"]:
     """Which tokens begin a piece, or are padding."""
 
     def goes_on(x: Array, step: int) -> Array:
         return x == jnp.roll(x, 1) + step
 
     same = goes_on(source, 1) & goes_on(target, 1) & goes_on(shift, 0)
-    at_edge = (source % TILE == 0) | (target % TILE == 0) | (jnp.arange(len(source)) % block == 0)
+    at_edge = (source % tile == 0) | (target % tile == 0) | (jnp.arange(len(source)) % block == 0)
     return ~same | at_edge | (target < 0)
 
 
@@ -100,14 +101,14 @@ def _align_kernel(
     write_sems: Ref,
 ) -> None:
     tokens = source_ref.shape[1]
-    layers, _, kv_heads, _, head_dim = old_ref.shape[1:]
+    layers, _, kv_heads, tile, head_dim = old_ref.shape[1:]
     first_layer = pl.program_id(1) * layers
     page_size = store_ref.shape[4]
 
     def tile_of(slot: Index) -> Ref:
         page, offset = lax.div(slot, page_size), lax.rem(slot, page_size)
-        aligned = pl.multiple_of(lax.div(offset, TILE) * TILE, TILE)
-        return store_ref.at[pl.ds(first_layer, layers), page, :, :, pl.ds(aligned, TILE)]
+        aligned = pl.multiple_of(lax.div(offset, tile) * tile, tile)
+        return store_ref.at[pl.ds(first_layer, layers), page, :, :, pl.ds(aligned, tile)]
 
     def read_old(token: Index, slot: Index) -> Copy:
         return pltpu.make_async_copy(tile_of(source_ref[0, token]), old_ref.at[slot], old_sems.at[slot])
@@ -128,10 +129,10 @@ def _align_kernel(
 
     def merge(token: Index, old_slot: Index, new_slot: Index) -> None:
         """Move one piece from its source tile into its target tile, all layers and heads."""
-        first = lax.rem(target_ref[0, token], TILE)
+        first = lax.rem(target_ref[0, token], tile)
         past = first + after(end_ref, token) - token
-        by = lax.rem(first - lax.rem(source_ref[0, token], TILE) + kv_heads * TILE, kv_heads * TILE)
-        slots = lax.rem(lax.broadcasted_iota(jnp.int32, (kv_heads * TILE, head_dim), 0), TILE)
+        by = lax.rem(first - lax.rem(source_ref[0, token], tile) + kv_heads * tile, kv_heads * tile)
+        slots = lax.rem(lax.broadcasted_iota(jnp.int32, (kv_heads * tile, head_dim), 0), tile)
         moved = (slots >= first) & (slots < past)
         by_layer = len(frequencies_ref.shape) > 2
         same = None if by_layer else rotation(token, ...)
@@ -140,12 +141,15 @@ def _align_kernel(
             current = new_ref[new_slot, layer, kv].reshape(rotated.shape).astype(jnp.float32)
             at = first_layer + layer
             copied = moved & (at >= layers_ref[0, 0]) & (at < layers_ref[0, 1])
+            if new_ref.dtype == FLOAT8:  # its largest number is what becomes of larger ones
+                most = float(jnp.finfo(FLOAT8).max)
+                rotated = jnp.minimum(jnp.maximum(rotated, -most), most)
             merged = jnp.where(copied, pltpu.roll(rotated, by, 0), current)
-            new_ref[new_slot, layer, kv] = merged.astype(new_ref.dtype).reshape(kv_heads, TILE, head_dim)
+            new_ref[new_slot, layer, kv] = merged.astype(new_ref.dtype).reshape(kv_heads, tile, head_dim)
 
         def move_layer(layer: Index, _: None) -> None:
             keys, values = (
-                old_ref[old_slot, layer, kv].reshape(kv_heads * TILE, head_dim).astype(jnp.float32) for kv in (0, 1)
+                old_ref[old_slot, layer, kv].reshape(kv_heads * tile, head_dim).astype(jnp.float32) for kv in (0, 1)
             )
             cos, sin = same or rotation(token, layer)
             halves = jnp.concatenate([keys[:, head_dim // 2 :], keys[:, : head_dim // 2]], axis=1)
@@ -159,7 +163,7 @@ def _align_kernel(
         token, count, tiles, opens = state
         old_slot, new_slot, then = lax.rem(count, 2), lax.rem(tiles, 2), after(next_ref, token)
         upcoming = target_ref[0, jnp.minimum(then, tokens - 1)]
-        closes = (then >= tokens) | (lax.div(upcoming, TILE) != lax.div(target_ref[0, token], TILE))
+        closes = (then >= tokens) | (lax.div(upcoming, tile) != lax.div(target_ref[0, token], tile))
 
         # The tile that is read next may be the one that was written last.
         pl.when(opens & (tiles >= 1))(lambda: write_new(token, 1 - new_slot).wait())

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from sparsex_kernels.align_and_copy.runs import by_runs
 from sparsex_kernels.arguments import CopyArgs
-from sparsex_kernels.layout import Store
+from sparsex_kernels.layout import FLOAT8, Store
 from sparsex_kernels.triton import check_copies, in_place
 
 TILE = 32  # tokens
@@ -34,4 +34,5 @@ def _align(args: CopyArgs) -> Store:
         KV_HEADS=kv_heads,
         PAGE=page_size,
         DIM=head_dim,
+        MOST=float(jnp.finfo(FLOAT8).max) if args.store.dtype == FLOAT8 else 0.0,
     )

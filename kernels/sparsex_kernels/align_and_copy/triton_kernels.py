@@ -8,6 +8,15 @@ import triton.language as tl
 
 @triton.jit
 @no_type_check
+def rounded(x: tl.tensor, dtype: tl.constexpr, MOST: tl.constexpr) -> tl.tensor:
+    """In the store's dtype; where that has a largest number (`MOST`; 0: none), larger ones become that one."""
+    if MOST:
+        x = tl.clamp(x, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
+    return x.to(dtype)
+
+
+@triton.jit
+@no_type_check
 def align(
     layers: tl.tensor,
     source: tl.tensor,
@@ -21,6 +30,7 @@ def align(
     KV_HEADS: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    MOST: tl.constexpr,
 ) -> None:
     """Move a tile of tokens in one layer of the store, head after head."""
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -40,6 +50,6 @@ def align(
         first = tl.load(read + half[None, :], mask=live).to(tl.float32)
         second = tl.load(read + DIM // 2 + half[None, :], mask=live).to(tl.float32)
         v = tl.load(read + KV_HEADS * PAGE * DIM + dims[None, :], mask=live)
-        tl.store(write + half[None, :], (first * c - second * s).to(v.dtype), mask=live)
-        tl.store(write + DIM // 2 + half[None, :], (second * c + first * s).to(v.dtype), mask=live)
+        tl.store(write + half[None, :], rounded(first * c - second * s, v.dtype, MOST), mask=live)
+        tl.store(write + DIM // 2 + half[None, :], rounded(second * c + first * s, v.dtype, MOST), mask=live)
         tl.store(write + KV_HEADS * PAGE * DIM + dims[None, :], v, mask=live)

@@ -5,7 +5,7 @@ from jax import Array, lax
 from jaxtyping import Int
 
 from sparsex_kernels.arguments import CopyArgs
-from sparsex_kernels.layout import Store, num_tiles, pad_rows, slot_addresses, take_tile
+from sparsex_kernels.layout import Store, as_stored, num_tiles, pad_rows, slot_addresses, take_tile
 from sparsex_kernels.rope import apply_rope
 
 TOKENS_A_STEP = 256  # bounds the temporary memory
@@ -33,7 +33,8 @@ def _move(
 ) -> Store:
     page, offset = slot_addresses(store, source)
     old = store.at[:, page, :, :, offset].get(mode="clip")  # [tokens, layers, 2, kv_heads, head_dim]
-    keys = apply_rope(old[:, :, 0], jnp.broadcast_to(shift[:, None], old.shape[:2]), args.inv_freq)
+    by = jnp.broadcast_to(shift[:, None], old.shape[:2])
+    keys = as_stored(apply_rope(old[:, :, 0].astype(jnp.float32), by, args.inv_freq), store.dtype)
     page, offset = slot_addresses(store, target)
     layer = jnp.arange(len(store))[:, None]
     layer = jnp.where(

@@ -21,7 +21,7 @@ gated_grouped_linear = grouped_linear  # of two weights it is the gated product
 
 
 def choose_config(tile: int, width: int, matrices: int) -> Config:
-    """Sizes that suit tiles of so many rows, and results of this width, made of one matrix or of a gate and another."""
+    """The block sizes for tiles of this number of rows and results of this width, from one matrix or a gated pair."""
     few = tile <= WGMMA_ROWS
     choices = (128, 64) if few else (256, 128, 64)
     columns = next((n for n in choices if n // matrices >= 64 and not width % (n // matrices)), 0)

@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Int
 
 SMALLEST, LARGEST = 8, 128  # rows of a tile
-_FEW = 1024  # so many members are compared with each other sooner than they are sorted
+_FEW = 1024  # up to this number of members, comparing all pairs is faster than sorting
 
 
 class Tiles(NamedTuple):
@@ -39,7 +39,7 @@ def rows_a_tile(members: int, groups: int) -> int:
 
 
 def make_tiles(group: Int[Array, "members"], groups: int, rows: int) -> Tiles:
-    """Tiles of so many rows for members of these groups. A member whose group is not from 0 to `groups` - 1 has none.
+    """Tiles that hold the members of these groups. A member whose group is not from 0 to `groups` - 1 has none.
 
     The number of tiles is the largest that these members can need.
     """

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.attention_shape import AttentionShape, shared_sizes
-from sparsex_kernels.gpu import LOG2_E, padded_pages, power_of_two
+from sparsex_kernels.gpu import LOG2_E, in_float16, padded_pages, power_of_two
 from sparsex_kernels.layout import RowInts, Window, first_seen, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS, Ref
 from sparsex_kernels.paged_attention.hopper import attend
@@ -43,6 +43,7 @@ class Shape(AttentionShape):
 
 def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
+    args = in_float16(args)
     (lse,) = attend(args, values=False, lse=True)
     return column_sums(args, lse, power)
 
@@ -122,8 +123,10 @@ def _pack(x: Array, shape: Shape) -> Array:
 
 
 def _scratch(shape: Shape) -> dict[str, Any]:
-    return {
-        "k_smem": mosaic.tiled_smem((WARPGROUPS, WGMMA_ROWS, shape.head_dim), shape.dtype),
+    keys = (WARPGROUPS, WGMMA_ROWS, shape.head_dim)
+    narrow = {"k_narrow": mosaic.tiled_smem(keys, shape.stored)} if shape.narrow else {}
+    return narrow | {
+        "k_smem": mosaic.tiled_smem(keys, shape.dtype),
         "q_smem": mosaic.tiled_smem((STAGES, COLUMNS, shape.head_dim), shape.dtype),
         "columns_smem": plgpu.SMEM((STAGES, 3 if shape.windowed else 2, COLUMNS), jnp.int32),
         "lse_smem": plgpu.SMEM((STAGES, COLUMNS), jnp.float32),
@@ -179,7 +182,12 @@ def _sum(shape: Shape, program: Program, wg: Array, mass_ref: Ref, scratch: dict
     block, request, head, first, clear, clear_end, end = program
     scores = (WGMMA_ROWS, COLUMNS)
     key = block * BLOCK + wg * WGMMA_ROWS
-    pl.when(first < end)(lambda: plgpu.barrier_wait(scratch["k_ready"]))
+
+    @pl.when(first < end)
+    def wait_for_keys() -> None:
+        plgpu.barrier_wait(scratch["k_ready"])
+        if shape.narrow:
+            mosaic.copy_wide(scratch["k_narrow"].at[wg], scratch["k_smem"].at[wg])
 
     def step(masked: bool, tile: Array, total: Array) -> Array:
         stage = lax.rem(tile - first, STAGES)
@@ -219,7 +227,8 @@ def _fetch(shape: Shape, program: Program, operands: Operands, scratch: dict[str
         page = operands.layer[0] * shape.pages + operands.tables[program.request, lax.div(key, shape.page_size)]
         keys = pl.ds(lax.rem(key, shape.page_size), WGMMA_ROWS)
         source = operands.store.at[page, lax.div(head, shape.repeat), keys]
-        plgpu.copy_gmem_to_smem(source, scratch["k_smem"].at[wg], scratch["k_ready"])
+        target = scratch["k_narrow" if shape.narrow else "k_smem"].at[wg]
+        plgpu.copy_gmem_to_smem(source, target, scratch["k_ready"])
 
     def step(tile: Array, _: None) -> None:
         stage = lax.rem(tile - first, STAGES)

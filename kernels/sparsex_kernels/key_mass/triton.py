@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.gpu import power_of_two
+from sparsex_kernels.gpu import in_float16, power_of_two
 from sparsex_kernels.layout import RowInts, Window
 from sparsex_kernels.paged_attention.triton import attend
 from sparsex_kernels.triton import (
@@ -31,7 +31,7 @@ def config_for(backend: Backend) -> Config:
 
 def key_mass(args: AttentionArgs, power: int = 1, config: Config | None = None) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
-    config = config or config_for(args.backend)
+    args, config = in_float16(args), config or config_for(args.backend)
     check_attention(args, config.block)
     from sparsex_kernels.key_mass.triton_kernels import column_sums
 

@@ -84,7 +84,7 @@ def column_sums(
         return
     pages = pages_of(tables + request * max_pages, block * BLOCK, BLOCK, PAGE)
     offsets = slot_offsets(pages, block * BLOCK, head // (HEADS // KV_HEADS), 2 * KV_HEADS, BLOCK, PAGE, DIM)
-    k = tl.load(store + offsets[:, None] + tl.arange(0, DIM)[None, :])
+    k = tl.load(store + offsets[:, None] + tl.arange(0, DIM)[None, :]).to(q.dtype.element_ty)
     clear = tl.minimum(first + (clear - first + ROWS - 1) // ROWS * ROWS, end)
     sums = tl.zeros([ROWS * PADDED_SHARE, BLOCK], tl.float32)
     clear_end, window = end, 0

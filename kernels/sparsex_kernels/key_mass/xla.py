@@ -6,7 +6,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.layout import context, group_heads, num_tiles, pad_positions, pad_rows, take_tile
+from sparsex_kernels.layout import context, group_heads, num_tiles, pad_positions, pad_rows, take_tile, widen
 from sparsex_kernels.paged_attention import xla as blocked
 from sparsex_kernels.paged_attention.xla import KeyBlock, RowTile
 
@@ -32,7 +32,7 @@ def _add_tile(
 ) -> Float[Array, "requests padded_context"]:
     def scores(block: KeyBlock) -> Array:
         keys, _ = context(args.store, args.layer, block.pages)
-        return blocked.block_scores(tile.query, keys, block, args.scale)
+        return blocked.block_scores(tile.query, widen(keys, tile.query.dtype), block, args.scale)
 
     def log_sum_exp(block: KeyBlock, lse: Array) -> Array:
         return jnp.logaddexp(lse, logsumexp(scores(block), axis=-1))

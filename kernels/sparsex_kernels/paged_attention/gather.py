@@ -10,7 +10,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.layout import Queries, Window, first_seen, group_heads, visible
+from sparsex_kernels.layout import Queries, Window, first_seen, group_heads, visible, widen
 from sparsex_kernels.paged_attention.online_softmax import Softmax, add_block, no_keys
 
 KEYS_A_STEP = 1024  # of each row where there is a window, rounded to whole pages
@@ -59,7 +59,7 @@ def _attend_blocks(args: AttentionArgs, window: Window) -> tuple[Queries, Float[
 
 def _read(args: AttentionArgs, pages: Int[Array, "rows pages"]) -> tuple[Array, Array]:
     """K and V of each row's pages, `[rows, kv_heads, keys, head_dim]`."""
-    tiles = args.store[args.layer, pages]  # [rows, pages, 2, kv_heads, page_size, head_dim]
+    tiles = widen(args.store[args.layer, pages], args.query.dtype)  # [rows, pages, 2, kv_heads, page_size, head_dim]
     keys, values = (
         tiles[:, :, kv].swapaxes(1, 2).reshape(len(pages), tiles.shape[3], -1, tiles.shape[5]) for kv in (0, 1)
     )

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.gpu import check_attention, padded_pages
+from sparsex_kernels.gpu import check_attention, in_float16, padded_pages
 from sparsex_kernels.layout import Queries, first_seen, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS
 from sparsex_kernels.paged_attention.hopper_decode import decode
@@ -33,8 +33,10 @@ def paged_attention(
     args: AttentionArgs, return_lse: bool = False, config: Config = DEFAULT
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`."""
-    results = decode(args) if args.is_decode else attend(args, lse=return_lse, config=config)
-    return (results[0], results[1]) if return_lse else results[0]
+    inner = in_float16(args)
+    results = decode(inner) if args.is_decode else attend(inner, lse=return_lse, config=config)
+    out = results[0].astype(args.query.dtype)
+    return (out, results[1]) if return_lse else out
 
 
 def attend(

@@ -23,12 +23,13 @@ from sparsex_kernels.attention_shape import AttentionShape, shared_sizes
 from sparsex_kernels.gpu import check_attention, padded_pages
 from sparsex_kernels.layout import Queries
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS, Ref, Softmax
-from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_block, ring_scratch
+from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_blocks, ring_scratch, staging_scratch
 from sparsex_kernels.paged_attention.hopper_merge import SHARE, merge
 from sparsex_kernels.paged_attention.parts import Part, key_parts
 
 BLOCK = 64  # keys a step
 STAGES = 5  # blocks in flight
+NARROW_STAGES, STAGED = 2, 12  # of a narrow store: blocks that were widened, and blocks of K or V in flight
 PROGRAMS = 2 * MULTIPROCESSORS  # parts to aim at; more have more to merge, fewer leave a long request short of loads
 
 
@@ -60,7 +61,7 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
         ),
         grid=(heads, len(parts)),
         grid_names=("heads", "part"),
-        num_threads=2,
+        num_threads=3 if shape.narrow else 2,
         scratch_types=_scratch(shape),
     )
     tables = padded_pages(args.store, args.page_tables, 1)
@@ -70,7 +71,10 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
 
 
 def _scratch(shape: Shape) -> dict[str, Any]:
-    ring = ring_scratch((STAGES, BLOCK, shape.head_dim), shape.dtype, pieces=1, readers=1, values=True)
+    stages = NARROW_STAGES if shape.narrow else STAGES
+    ring = ring_scratch((stages, BLOCK, shape.head_dim), shape.dtype, pieces=1, readers=1, values=True)
+    if shape.narrow:
+        ring |= staging_scratch((STAGED, BLOCK, shape.head_dim), shape.stored, pieces=1)
     return ring | {
         "q_smem": mosaic.tiled_smem((WGMMA_ROWS, shape.head_dim), shape.dtype),
         "out_smem": mosaic.tiled_smem((WGMMA_ROWS, shape.head_dim), jnp.float32),
@@ -101,9 +105,13 @@ def _kernel(shape: Shape, *refs: Ref, **scratch: Ref) -> None:
     def compute() -> None:
         _compute(shape, (number, head), part, operands, scratch)
 
-    @pl.when((wg == 1) & live)
-    def fetch() -> None:
-        _fetch(shape, head, part, operands, BlockRing.of(scratch))
+    # Widening blocks takes longer than reading them: a narrow store has a warpgroup for K and another for V.
+    sides = ((0,), (1,)) if shape.narrow else ((0, 1),)
+    for side, kinds in enumerate(sides):
+
+        @pl.when((wg == 1 + side) & live)
+        def fetch(side: int = side, kinds: tuple[int, ...] = kinds) -> None:
+            _fetch(shape, head, part, operands, BlockRing.of(scratch, side, len(sides)), kinds)
 
 
 def _compute(
@@ -117,7 +125,7 @@ def _compute(
 
     def step(masked: bool, i: Array, state: Softmax) -> Softmax:
         acc, top, total = state
-        slot = lax.rem(i - part.begin, STAGES)
+        slot = lax.rem(i - part.begin, ring.stages)
         plgpu.barrier_wait(ring.k_ready.at[slot])
         s = mosaic.products(q_smem, ring.k_smem.at[slot])
         plgpu.barrier_arrive(ring.k_used.at[slot])
@@ -152,18 +160,18 @@ def _compute(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: BlockRing) -> None:
+def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: BlockRing, kinds: tuple[int, ...]) -> None:
     kv_head, first_page = lax.div(head, shape.repeat), operands.layer[0] * shape.pages
     last = lax.div(part.position, BLOCK)
 
-    def step(i: Array, _: None) -> None:
+    def block_at(i: Array) -> Block:
         page = first_page + operands.tables[part.request, lax.div(i * BLOCK, shape.page_size)]
         keys = pl.ds(lax.rem(i * BLOCK, shape.page_size), BLOCK)
 
         def copy(line: Array, smem: Ref, barrier: Ref) -> None:
             plgpu.copy_gmem_to_smem(operands.store.at[page, line, keys], smem, barrier)
 
-        block = Block(
+        return Block(
             step=i - part.begin,
             copy_keys=functools.partial(copy, kv_head),
             copy_values=functools.partial(copy, shape.kv_heads + kv_head),
@@ -171,7 +179,6 @@ def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: Bloc
             seen=part.position + 1 - i * BLOCK,
             hidden=part.first - i * BLOCK if shape.windowed else None,
         )
-        fetch_block(ring, block, pieces=1, values=True)
 
-    lax.fori_loop(part.begin, part.end, step, None)
-    mosaic.drain((ring.k_used, ring.v_used), part.begin, part.end, STAGES)
+    fetch_blocks(ring, part.begin, part.end, block_at, pieces=1, kinds=kinds)
+    mosaic.drain([(ring.k_used, ring.v_used)[kind] for kind in kinds], part.begin, part.end, ring.stages)

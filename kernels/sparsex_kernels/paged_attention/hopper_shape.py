@@ -18,7 +18,10 @@ class Config:
       stages: K and V blocks in flight.
       warpgroups: that compute; each has 64 packed rows.
       alternate: two warpgroups take turns, one in its products while the other is in its softmax.
-      registers: of each thread of the compute warpgroups, and of the memory warpgroup.
+      staged: blocks of K or V of a narrow store in flight.
+      registers: of each thread of the compute warpgroups, and of the memory warpgroup. Three warpgroups begin with
+        168 each; more than that together are waited for without end.
+      narrow_registers: the same where the memory warpgroup widens what it brings.
       programs: to aim at where few tiles have rows and are cut into parts; 0: never cut.
       cut_rows: calls of more rows, padding included, never cut tiles: their tiles fill the GPU by themselves.
     """
@@ -27,7 +30,9 @@ class Config:
     stages: int = 2
     warpgroups: int = 2
     alternate: bool = True
+    staged: int = 3
     registers: tuple[int, int] = (232, 40)
+    narrow_registers: tuple[int, int] = (224, 56)
     programs: int = MULTIPROCESSORS
     cut_rows: int = 1024
 

@@ -25,16 +25,18 @@ from jax import Array, lax
 from sparsex_kernels import mosaic
 from sparsex_kernels.gpu import LOG2_E
 from sparsex_kernels.mosaic import ROWS, WGMMA_ROWS, Ref, Softmax
-from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_block, ring_scratch
+from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_blocks, ring_scratch, staging_scratch
 from sparsex_kernels.paged_attention.hopper_shape import Config, Shape, copies_a_block
 from sparsex_kernels.paged_attention.tiles import TilePart
 
 
 def scratch_types(shape: Shape, config: Config) -> dict[str, Any]:
-    block = (config.stages, config.block, shape.head_dim)
+    block, pieces = (config.stages, config.block, shape.head_dim), copies_a_block(shape, config)
     ring = ring_scratch(
-        block, shape.dtype, pieces=copies_a_block(shape, config), readers=config.warpgroups, values=shape.values
+        block, shape.dtype, pieces=1 if shape.narrow else pieces, readers=config.warpgroups, values=shape.values
     )
+    if shape.narrow:
+        ring |= staging_scratch((config.staged, config.block, shape.head_dim), shape.stored, pieces=pieces)
     return ring | {
         "q_smem": mosaic.tiled_smem((config.warpgroups, WGMMA_ROWS, shape.head_dim), shape.dtype),
         "lse_smem": plgpu.SMEM((config.warpgroups, WGMMA_ROWS), jnp.float32),
@@ -83,17 +85,19 @@ def kernel(shape: Shape, config: Config, names: tuple[str, ...], *refs: Ref, **s
     requests = operands.ranges[tile, 0], operands.ranges[tile, 1]
     program = Program(line, part, head, requests, operands, outs)
 
+    registers = config.narrow_registers if shape.narrow else config.registers
+
     def unless_idle(body: Callable[[], None]) -> None:
         pl.when(part.tile >= 0)(body) if shape.cut else body()
 
     @pl.when(wg < config.warpgroups)
     def compute() -> None:
-        plgpu.set_max_registers(config.registers[0], action="increase")
+        plgpu.set_max_registers(registers[0], action="increase")
         unless_idle(lambda: _compute(shape, config, program, wg, scratch))
 
     @pl.when(wg == config.warpgroups)
     def fetch() -> None:
-        plgpu.set_max_registers(config.registers[1], action="decrease")
+        plgpu.set_max_registers(registers[1], action="decrease")
         unless_idle(lambda: _fetch(shape, config, program, BlockRing.of(scratch)))
 
 
@@ -274,8 +278,8 @@ def _fetch(shape: Shape, config: Config, program: Program, ring: BlockRing) -> N
             plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(n * size, size)], barrier)
 
     def over_request(keys: RequestKeys) -> None:
-        def step(i: Array, _: None) -> None:
-            block = Block(
+        def block_at(i: Array) -> Block:
+            return Block(
                 step=keys.first_step + i,
                 copy_keys=functools.partial(copy_block, keys.request, i, kv_head),
                 copy_values=functools.partial(copy_block, keys.request, i, shape.kv_heads + kv_head),
@@ -283,9 +287,8 @@ def _fetch(shape: Shape, config: Config, program: Program, ring: BlockRing) -> N
                 seen=keys.last + 1 - i * config.block,
                 hidden=keys.first_key - i * config.block if shape.windowed else None,
             )
-            fetch_block(ring, block, pieces=pieces, values=shape.values)
 
-        lax.fori_loop(keys.begin, keys.end, step, None)
+        fetch_blocks(ring, keys.begin, keys.end, block_at, pieces=pieces, kinds=(0, 1) if shape.values else (0,))
 
     steps = _over_requests(shape, config, program, over_request)
     mosaic.drain((ring.k_used, ring.v_used) if shape.values else (ring.k_used,), 0, steps, config.stages)

@@ -5,6 +5,7 @@ are packed into one matrix, so K and V are read once for all of them.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.layout import Queries, Window, first_seen, pad_positions, pad_rows
+from sparsex_kernels.layout import FLOAT8, Queries, Window, first_seen, pad_positions, pad_rows, widen
 from sparsex_kernels.tpu import (
     HBM,
     TILE,
@@ -100,7 +101,12 @@ def pack_rows(
     packed = query.reshape(len(query), kv_heads, group, -1).transpose(1, 0, 2, 3)
     padded = pad_positions(args.positions, args.requests, tile)
     own, owner = (jnp.repeat(x.astype(jnp.int32), group)[:, None] for x in padded)
-    return packed.reshape(kv_heads, len(query) * group, -1).astype(args.store.dtype), own, owner
+    return packed.reshape(kv_heads, len(query) * group, -1).astype(product_dtype(args)), own, owner
+
+
+def product_dtype(args: AttentionArgs) -> Any:
+    """What queries are multiplied in: the store's dtype, or their own if that is float8."""
+    return args.query.dtype if args.store.dtype == FLOAT8 else args.store.dtype
 
 
 def unpack_rows(
@@ -226,7 +232,7 @@ def _attention_kernel(
             new_top = jnp.maximum(top, scores.max(1, keepdims=True))
             finite_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # rows that have seen no key yet
             weights, decay = jnp.exp(scores - finite_top), jnp.exp(top - finite_top)
-            values = kv_ref[slot, 1, head]
+            values = widen(kv_ref[slot, 1, head], q_ref.dtype)
             update = lax.dot_general(
                 weights.astype(values.dtype),
                 values,
@@ -268,6 +274,7 @@ def _attention_kernel(
 
 def head_scores(q: Array, keys: Array, scale: float) -> Float[Array, "packed keys"]:
     """Scaled products of one head's queries and keys, in float32."""
+    keys = widen(keys, q.dtype)
     products = lax.dot_general(
         q, keys, (((1,), (1,)), ((), ())), precision=precision(keys.dtype), preferred_element_type=jnp.float32
     )

@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.gpu import LOG2_E, power_of_two
+from sparsex_kernels.gpu import LOG2_E, in_float16, power_of_two
 from sparsex_kernels.layout import Queries, RowInts, Window, first_seen
 from sparsex_kernels.paged_attention.parts import key_parts
 from sparsex_kernels.triton import (
@@ -38,7 +38,9 @@ def paged_attention(
     args: AttentionArgs, return_lse: bool = False, config: Config | None = None
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`."""
-    out, lse = decode(args) if args.is_decode else attend(args, config=config)
+    inner = in_float16(args)
+    out, lse = decode(inner) if args.is_decode else attend(inner, config=config)
+    out = out.astype(args.query.dtype)
     return (out, lse / LOG2_E) if return_lse else out
 
 

@@ -69,7 +69,7 @@ def _attend(
         keys = key + tl.arange(0, BLOCK)
         offsets = slot_offsets(pages, key, kv_head, 2 * KV_HEADS, BLOCK, PAGE, DIM)
         pages = pages_of(table, key + BLOCK, BLOCK, PAGE)
-        k = tl.load(store + offsets[:, None] + dims[None, :])
+        k = tl.load(store + offsets[:, None] + dims[None, :]).to(q.dtype)
         s = tl.dot(q, tl.trans(k))
         if MASK:
             s = tl.where(keys[None, :] <= bound[:, None], s, float("-inf"))
@@ -85,7 +85,7 @@ def _attend(
                 v = tl.load(v_pointers, mask=((keys <= last) & (keys >= first_key))[:, None], other=0.0)
             else:
                 v = tl.load(v_pointers, mask=(keys <= last)[:, None], other=0.0) if MASK else tl.load(v_pointers)
-            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None])
+            acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * decay[:, None])
         top = new_top
     return acc, top, total
 

@@ -24,6 +24,7 @@ from sparsex_kernels.layout import (
     pad_rows,
     take_tile,
     visible,
+    widen,
 )
 from sparsex_kernels.paged_attention import gather
 from sparsex_kernels.paged_attention.online_softmax import Softmax, add_block, no_keys
@@ -103,7 +104,7 @@ def _attend_tile(
     args: AttentionArgs, query: Grouped, positions: Int[Array, "tile"], requests: Int[Array, "tile"]
 ) -> tuple[Grouped, Float[Array, "tile kv_heads group"]]:
     def step(block: KeyBlock, state: Softmax) -> Softmax:
-        keys, values = context(args.store, args.layer, block.pages)
+        keys, values = (widen(x, query.dtype) for x in context(args.store, args.layer, block.pages))
         # A slot that no row sees may hold anything, and 0 * NaN would be NaN.
         seen = block.seen(block.first_key + jnp.arange(values.shape[1]))
         values = jnp.where(seen[:, None], values, 0)

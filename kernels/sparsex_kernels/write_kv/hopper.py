@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from sparsex_kernels.arguments import WriteArgs
-from sparsex_kernels.layout import Store, pad_rows, row_addresses
+from sparsex_kernels.layout import Store, as_stored, pad_rows, row_addresses
 from sparsex_kernels.mosaic import Ref, as_scalar, check_copies, flat_store, kernel
 
 ROWS = (16, 8)  # of a program: the first that divides the number of rows, so that none need be padded
@@ -23,7 +23,7 @@ def write_kv(args: WriteArgs) -> Store:
     page = jnp.where(page < store.shape[1], page, -1)
     tile = next((rows for rows in ROWS if len(keys) % rows == 0), ROWS[-1])
     page, offset = (pad_rows(x.astype(jnp.int32), tile, -1) for x in (page, offset))
-    keys, values = (pad_rows(x.astype(store.dtype), tile) for x in (keys, values))
+    keys, values = (pad_rows(as_stored(x, store.dtype), tile) for x in (keys, values))
     ref = jax.new_ref(flat_store(store))
     heads, head_dim = keys.shape[1:]
     kernel(

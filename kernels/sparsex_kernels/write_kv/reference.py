@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from sparsex_kernels.arguments import WriteArgs
-from sparsex_kernels.layout import Store
+from sparsex_kernels.layout import Store, as_stored
 
 
 def write_kv(args: WriteArgs) -> Store:
@@ -13,7 +13,7 @@ def write_kv(args: WriteArgs) -> Store:
 
     def write(i: Array, store: Array) -> Array:
         page = args.page_tables[args.requests[i], positions[i] // page_size]
-        row = jnp.stack([args.keys[i], args.values[i]]).astype(store.dtype)
+        row = as_stored(jnp.stack([args.keys[i], args.values[i]]), store.dtype)
         written = store.at[args.layer, page, :, :, positions[i] % page_size].set(row)
         return jnp.where(positions[i] >= 0, written, store)
 

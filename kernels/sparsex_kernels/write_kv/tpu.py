@@ -7,8 +7,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sparsex_kernels.arguments import WriteArgs
-from sparsex_kernels.layout import Store, pad_rows, row_addresses
-from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, next_start
+from sparsex_kernels.layout import Store, as_stored, pad_rows, row_addresses
+from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, next_start, slot_tile
 
 ROWS_A_STEP = 256  # rows in VMEM at a time
 
@@ -17,19 +17,19 @@ def write_kv(args: WriteArgs) -> Store:
     """See `sparsex_kernels.write_kv`. Rows of the same tile must follow each other, as sorted rows do."""
     store = args.store
     check_page_size(store)
-    rows, kv_heads, head_dim = args.keys.shape
+    tile, (rows, kv_heads, head_dim) = slot_tile(store), args.keys.shape
     block = min(ROWS_A_STEP, rows + -rows % TILE)
     page, offset = row_addresses(store, args.positions, args.requests, args.page_tables)
     # Rows at slots 14 15 of a page's first tile of 16 and 16 18 of its second are of the tiles 0 0 1 1; the tiles' rows
     # begin at 0 and 2.
-    number = jnp.where(args.positions >= 0, page * (store.shape[4] // TILE) + offset // TILE, -1)
+    number = jnp.where(args.positions >= 0, page * (store.shape[4] // tile) + offset // tile, -1)
     number = pad_rows(number.astype(jnp.int32), block, -1)
     at_block = jnp.arange(len(number)) % block == 0
     starts = (number >= 0) & (at_block | (number != jnp.roll(number, 1)))
-    scalars = number, next_start(starts, block), pad_rows((offset % TILE).astype(jnp.int32), block)
+    scalars = number, next_start(starts, block), pad_rows((offset % tile).astype(jnp.int32), block)
     rows_of_heads = pad_rows(jnp.concatenate([args.keys, args.values], axis=1), block).transpose(1, 0, 2)
 
-    tile_shape = (2, 2, kv_heads, TILE, head_dim)
+    tile_shape = (2, 2, kv_heads, tile, head_dim)
     in_smem = pl.BlockSpec((None, 1, block), lambda i, _: (i, 0, 0), memory_space=pltpu.SMEM)
     return pl.pallas_call(
         _write_kernel,
@@ -48,7 +48,7 @@ def write_kv(args: WriteArgs) -> Store:
                 pltpu.VMEM(tile_shape, store.dtype),
                 pltpu.VMEM(tile_shape, store.dtype),
                 pltpu.VMEM((2 * kv_heads, block, head_dim), jnp.float32),
-                pltpu.VMEM((2 * kv_heads, TILE, head_dim), jnp.float32),
+                pltpu.VMEM((2 * kv_heads, tile, head_dim), jnp.float32),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),
             ],
@@ -57,7 +57,7 @@ def write_kv(args: WriteArgs) -> Store:
         input_output_aliases={5: 0},
         compiler_params=compiler_params("arbitrary"),
         name="write_kv",
-    )(args.layer.reshape(1), *(x.reshape(-1, 1, block) for x in scalars), rows_of_heads.astype(store.dtype), store)
+    )(args.layer.reshape(1), *(x.reshape(-1, 1, block) for x in scalars), as_stored(rows_of_heads, store.dtype), store)
 
 
 def _write_kernel(
@@ -76,12 +76,13 @@ def _write_kernel(
     write_sems: Ref,
 ) -> None:
     rows = rows_ref.shape[1]
-    tiles_a_page = store_ref.shape[4] // TILE
+    tile = tile_ref.shape[1]
+    tiles_a_page = store_ref.shape[4] // tile
 
     def tile_at(row: Index) -> Ref:
         page = lax.div(number_ref[0, row], tiles_a_page)
-        offset = pl.multiple_of(lax.rem(number_ref[0, row], tiles_a_page) * TILE, TILE)
-        return store_ref.at[layer_ref[0], page, :, :, pl.ds(offset, TILE)]
+        offset = pl.multiple_of(lax.rem(number_ref[0, row], tiles_a_page) * tile, tile)
+        return store_ref.at[layer_ref[0], page, :, :, pl.ds(offset, tile)]
 
     def read(row: Index, slot: Index) -> Copy:
         return pltpu.make_async_copy(tile_at(row), read_ref.at[slot], read_sems.at[slot])

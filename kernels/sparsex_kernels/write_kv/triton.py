@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from sparsex_kernels.arguments import WriteArgs
-from sparsex_kernels.layout import Store, row_addresses
+from sparsex_kernels.layout import Store, as_stored, row_addresses
 from sparsex_kernels.triton import check_copies, in_place
 
 TILE = 32  # rows
@@ -14,12 +14,13 @@ def write_kv(args: WriteArgs) -> Store:
     check_copies(args)
     from sparsex_kernels.write_kv.triton_kernels import write
 
-    store, keys, values = args.store, args.keys, args.values
+    store = args.store
+    keys, values = (as_stored(x, store.dtype) for x in (args.keys, args.values))
     page, offset = row_addresses(store, args.positions, args.requests, args.page_tables)
     page = jnp.where(page < store.shape[1], page + args.layer * store.shape[1], -1)
     return in_place(
         write,
-        *(keys.astype(store.dtype), values.astype(store.dtype), page.astype(jnp.int32), offset.astype(jnp.int32)),
+        *(keys, values, page.astype(jnp.int32), offset.astype(jnp.int32)),
         store=store,
         grid=(-(-len(keys) // TILE), store.shape[3]),
         num_warps=4,

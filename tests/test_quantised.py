@@ -28,7 +28,7 @@ from sparsex_jax.model.weights import describe, random_params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels import api as kernels
 from sparsex_kernels import quantised
-from sparsex_kernels.quantised import KINDS, Mixed, Quantised, lookup, pack, unpack
+from sparsex_kernels.quantised import KINDS, Mixed, Quantised, lookup, pack, turned, unpack
 
 dequantise = jax.jit(quantised.dequantise, static_argnums=1)  # one program is compiled sooner than many operations
 quantise = jax.jit(quantised.quantise, static_argnums=1)
@@ -239,6 +239,11 @@ def test_weights_are_counted_in_digests_and_bytes():
     other = dataclasses.replace(made.layers.wk, kind="int8")
     also = dataclasses.replace(made, layers=made.layers.replace(wk=other))
     assert len({weights_digest(each) for each in (dense, made, also)}) == 3
+
+
+def test_the_order_of_codes_is_not_part_of_digests():
+    weight = quantise(jax.random.normal(jax.random.key(0), (2, 256, 128)), "int8")
+    assert weights_digest([turned(weight)]) == weights_digest([weight])
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def products_of_codes(
         functools.partial(_kernel, shape, config, scales is not None),
         backend,
         out_type=jax.ShapeDtypeStruct(
-            (config.splits, sum(stack.shape[2] for stack in codes), len(inputs)), jnp.float32
+            (config.splits, len(inputs), sum(stack.shape[2] for stack in codes)), jnp.float32
         ),
         grid=(shape.starts[-1] * config.splits,),
         grid_names=("program",),
@@ -92,14 +92,14 @@ def products_of_codes(
         scratch_types={
             "x_smem": tiled_smem((config.stages, len(inputs), SQUARE), inputs.dtype),
             "codes_smem": tiled_smem((config.stages, config.warpgroups, OUTPUTS, SQUARE), codes[0].dtype),
-            "out_smem": plgpu.SMEM((config.warpgroups, OUTPUTS, len(inputs)), jnp.float32),
+            "out_smem": tiled_smem((config.warpgroups, len(inputs), OUTPUTS), jnp.float32),
             "ready": plgpu.Barrier(num_arrivals=1 + config.warpgroups, num_barriers=config.stages),
             "used": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         },
     )
     factors = () if scales is None else (jnp.concatenate(scales, axis=1),)
     parts = run(inputs, *codes, *factors, as_scalar(jnp.asarray(matrix)))
-    return parts.sum(0).T[:rows]
+    return parts.sum(0)[:rows]
 
 
 def _kernel(shape: Shape, config: Config, scaled: bool, x_ref: Ref, *refs: Ref, **scratch: Ref) -> None:
@@ -114,9 +114,9 @@ def _kernel(shape: Shape, config: Config, scaled: bool, x_ref: Ref, *refs: Ref, 
         first = tile * config.warpgroups + wg  # of `OUTPUTS` outputs
         sums = _sums(shape, config, wg, begin, end, scales, lax.div(first * OUTPUTS, SQUARE), scratch)
         smem = scratch["out_smem"].at[wg]
-        smem[...] = sums
+        smem.transpose((1, 0))[...] = plgpu.layout_cast(sums, plgpu.Layout.WGMMA_TRANSPOSED)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem, out_ref.at[split, pl.ds(first * OUTPUTS, OUTPUTS)])
+        plgpu.copy_smem_to_gmem(smem, out_ref.at[split, :, pl.ds(first * OUTPUTS, OUTPUTS)])
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(wg == config.warpgroups)

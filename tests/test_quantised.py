@@ -259,7 +259,8 @@ def test_the_order_of_codes_is_not_part_of_digests():
 def test_what_the_configuration_says(options, found):
     config = EngineConfig(**options).resolved("cpu")
     assert (config.dtype, config.quantization) == found
-    assert EngineConfig(**options).resolved("gpu").quantization == (found[1] if options else "stored")
+    assert EngineConfig(**options).resolved("gpu", in_numbers=True).quantization == (found[1] if options else "stored")
+    assert EngineConfig(**options).resolved("gpu").quantization == found[1]
 
 
 @pytest.mark.parametrize(

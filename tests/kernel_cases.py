@@ -199,7 +199,7 @@ def restored(dtype, *, layers=4, kv_heads=2, dim=64, page_size=64, runs=1, seed=
     """A store, copies of runs of 72 tokens and of one of 4, and their patch; NaN wherever nothing is to be read.
 
     In each run, 32 tokens are patched in all layers, and 12 in one or two layers, two of them in one slot. Every second
-    of these 12 is rotated. Two tokens are padding. The patch of tokens without patch rows has numbers without a meaning.
+    of these 12 is rotated. Two tokens are padding. Where a token has no patch rows, its other numbers mean nothing.
     """
     rng = np.random.default_rng(seed)
     begins, free = 80 * np.arange(runs), 80 * runs

@@ -17,7 +17,6 @@ from jaxtyping import Bool, Int
 from sparsex_kernels.arguments import Patch, Spans
 from sparsex_kernels.layout import Slots
 
-
 Entries = Int[Array, "entries"]
 
 

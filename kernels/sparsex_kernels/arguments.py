@@ -4,12 +4,12 @@ Records are pytrees. Their arrays may be traced; `scale`, `power` and `backend` 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, KVRows, PageTables, Queries, RowInts, Slots, Store, Window
@@ -92,6 +92,40 @@ class WriteArgs:
     backend: Backend = dataclasses.field(metadata=_STATIC)
 
 
+class Patch(NamedTuple):
+    """Where the first layers of tokens come from that take only the others from their source.
+
+    Rows of the same depth that are next to each other should be in consecutive slots and have the same layer offset:
+    kernels then move them together.
+
+    Attributes:
+      slots: where a token's patch rows are, one of each layer below its depth.
+      layers: layer l of the token is in layer `l + layers` of that slot, so several short stacks of rows may share one.
+      depth: how many layers of the token, from the first on, are patch rows. 0: none, whatever its other numbers are.
+      shift: what keys of patch rows are rotated by. 0 copies them bit for bit.
+    """
+
+    slots: Slots
+    layers: Slots
+    depth: Slots
+    shift: Slots
+
+
+class Spans(NamedTuple):
+    """Which layers each entry of a copy moves, and out of which layers of its source.
+
+    Attributes:
+      first, end: the first layer at the target, and the first behind those. An entry that moves none has the target -1.
+      offset: the layer at the source minus that at the target.
+      as_is: keys are copied bit for bit. A rotation by 0 would make a negative zero a positive one.
+    """
+
+    first: Slots
+    end: Slots
+    offset: Slots
+    as_is: Bool[Array, "tokens"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CopyArgs:
@@ -99,22 +133,24 @@ class CopyArgs:
 
     Attributes:
       store: all layers' K and V; donated by the caller's jit, so that it is updated in place.
-      source, target: slots. No slot is both a source and a target, and no target occurs twice. Padding, which
-        stands at the end, has the target -1.
+      source, target: slots. No row (a slot in one layer) is both read and written, and none is written twice. Padding
+        has the target -1. It stands at the end, unless there are `spans`.
       shift: a token's new position minus the position that its key was computed at.
       inv_freq: rotary frequencies in radians a position, the same for all layers or a line for each; the rotation is
-        done in float32 and rounded to the store's dtype. A pair of frequency 0 is copied.
+        done in float32 and rounded to the store's dtype. A pair of frequency 0 is copied. None: no key is rotated.
       layers: the first layer to copy, and the first behind those.
       backend: where the operation runs.
+      spans: None: all of `layers` move, each out of the same layer, and the program knows of nothing else.
     """
 
     store: Store
     source: Slots
     target: Slots
     shift: Slots
-    inv_freq: Frequencies
+    inv_freq: Frequencies | None
     layers: Int[Array, "2"]
     backend: Backend = dataclasses.field(metadata=_STATIC)
+    spans: Spans | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -1,11 +1,14 @@
 """Alignment: copy cached KV to other slots of the same store, its keys rotated to their new positions."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
 from sparsex_kernels.align_and_copy import hopper, reference, tpu, triton, xla
-from sparsex_kernels.arguments import CopyArgs
+from sparsex_kernels.align_and_copy.spans import packed, patched
+from sparsex_kernels.arguments import CopyArgs, Patch
 from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.layout import Frequencies, Slots, Store
 
@@ -25,6 +28,7 @@ def align_and_copy(
     shift: Slots,
     inv_freq: Frequencies,
     layers: Int[Array, "2"] | None = None,
+    patch: Patch | None = None,
     *,
     backend: Backend | None = None,
     implementation: str | None = None,
@@ -36,12 +40,51 @@ def align_and_copy(
 
     Args:
       store, source, target, shift, inv_freq, layers: as in `CopyArgs`. Without `layers`, all are copied.
+      patch: rows to take instead of the source's in each token's first layers; None, for a program without. Where the
+        whole token is patched, its source may be any number.
       backend, implementation: as in `paged_attention`.
 
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    if layers is None:
-        layers = jnp.array([0, len(store)], jnp.int32)
-    args = CopyArgs(store, source, target, shift, inv_freq, layers, backend or default_backend())
+    args = CopyArgs(store, source, target, shift, inv_freq, _all_unless(layers, store), backend or default_backend())
+    if patch is not None:
+        source, target, shift, spans = patched(source, target, shift, patch, len(store))
+        args = dataclasses.replace(args, source=source, target=target, shift=shift, spans=spans)
     return run("align_and_copy", IMPLEMENTATIONS, implementation, args)
+
+
+def pack_rows(
+    store: Store,
+    source: Slots,
+    target: Slots,
+    target_layers: Slots,
+    depth: Slots,
+    *,
+    backend: Backend | None = None,
+    implementation: str | None = None,
+) -> Store:
+    """Copy each token's first layers, `K[l + target_layers, target] = K[l, source]` for l < depth, and V likewise.
+
+    Bits do not change. Short stacks of rows may share a slot: of 32 layers, eight tokens' first four fill one. As a
+    `Patch` of `target`, `target_layers` and `depth`, they come back.
+
+    Args:
+      store: donated by the caller's jit, so that it is updated in place.
+      source, target: slots; no row is both read and written, and none is written twice. Padding has the target -1.
+      target_layers: the layer of the target that a token's first layer goes to.
+      depth: how many layers of each token are copied; at most those that the store has from `target_layers` on.
+      backend, implementation: as in `paged_attention`.
+
+    Raises:
+      NotImplementedError: the implementation cannot do this shape or dtype.
+    """
+    source, target, spans = packed(source, target, target_layers, depth)
+    layers = _all_unless(None, store)
+    backend = backend or default_backend()
+    args = CopyArgs(store, source, target, jnp.zeros_like(source), None, layers, backend, spans)
+    return run("pack_rows", IMPLEMENTATIONS, implementation, args)
+
+
+def _all_unless(layers: Int[Array, "2"] | None, store: Store) -> Int[Array, "2"]:
+    return jnp.array([0, len(store)], jnp.int32) if layers is None else layers

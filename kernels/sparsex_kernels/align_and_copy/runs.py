@@ -16,16 +16,17 @@ from sparsex_kernels.layout import Store
 
 
 def by_runs(args: CopyArgs, align: Callable[[CopyArgs], Store]) -> Store:
-    """Call `align` once where all layers have the same frequencies, otherwise for each run of layers."""
-    if args.inv_freq.ndim == 1:
+    """Call `align` once where all layers have the same frequencies or none, otherwise for each run of layers."""
+    frequencies = args.inv_freq
+    if frequencies is None or frequencies.ndim == 1:
         return align(args)
-    ends, end_layer = run_ends(args.inv_freq), args.layers[1]
+    ends, end_layer = run_ends(frequencies), args.layers[1]
 
     def move(state: tuple[Array, Store]) -> tuple[Array, Store]:
         layer, store = state
         end = jnp.minimum(ends[layer], end_layer)
         layers = jnp.stack([layer, end])
-        return end, align(dataclasses.replace(args, store=store, inv_freq=args.inv_freq[layer], layers=layers))
+        return end, align(dataclasses.replace(args, store=store, inv_freq=frequencies[layer], layers=layers))
 
     return lax.while_loop(lambda state: state[0] < end_layer, move, (args.layers[0], args.store))[1]
 

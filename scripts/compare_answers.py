@@ -1,7 +1,7 @@
-"""Compares greedy answers to ten prompts with those of transformers and of llama.cpp, which read the same GGUF file.
+"""Compares greedy answers to ten prompts with those of transformers or llama.cpp, which read the same GGUF file.
 
     uv run --with torch --with accelerate --with gguf scripts/compare_answers.py --model FILE.gguf
-    uv run --with llama-cpp-python scripts/compare_answers.py --model FILE.gguf --reference llama.cpp
+    uv run --with llama-cpp-python scripts/compare_answers.py --model FILE.gguf --reference llama.cpp llama.cpp-float32
 
 All get the same token ids. An answer is equal if all its tokens are, the end token included. Where they part, the two
 margins say by how much each side preferred its own token to the other's, in logits. Sides that round differently part
@@ -9,20 +9,22 @@ where two tokens are about as probable: if neither margin is above --tie, it is 
 
 * transformers dequantises the weights and computes in float32, as this package does here: all should be equal.
 * llama.cpp rounds activations to 8 bits for products with quantised weights, and keeps keys and values in float16.
+* llama.cpp-float32 reads a temporary copy of the file whose weights are float32, so that nothing is rounded to 8 bits.
 
-Prints a line for each prompt and writes `answers-<device>.json` to --output, after each prompt. With several models or
-references, the file has all of them.
+Prints a line for each prompt, and writes `answers-<model>-<device>.json` to --output, after each prompt.
 """
 
 import argparse
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import gguf
 import numpy as np
 
-from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax import Engine, Generation, ReuseConfig, SamplingParams
 from sparsex_jax.eval.results import provenance, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -105,10 +107,11 @@ class LlamaCpp:
 
     name, computes = "llama-cpp-python", "activations rounded to 8 bits, KV in float16"
 
-    def __init__(self, path: Path) -> None:
-        from llama_cpp import Llama
+    def __init__(self, path: Path, **options: Any) -> None:
+        import llama_cpp
 
-        self._model = Llama(str(path), n_ctx=2048, n_gpu_layers=0, logits_all=True, verbose=False)
+        self._api = llama_cpp
+        self._model = llama_cpp.Llama(str(path), n_ctx=2048, n_gpu_layers=0, verbose=False, **options)
 
     def encode(self, text: str) -> list[int]:
         return list(self._model.tokenize(text.encode(), add_bos=True, special=True))
@@ -119,10 +122,49 @@ class LlamaCpp:
             self._model.reset()
             known = 0
         self._model.eval(tokens[known:])
-        return np.array(self._model.scores[len(tokens) - 1], np.float32)
+        last = self._api.llama_get_logits_ith(self._model.ctx, -1)
+        return np.ctypeslib.as_array(last, (self._model.n_vocab(),)).copy()
 
 
-REFERENCES: dict[str, type[Transformers] | type[LlamaCpp]] = {"transformers": Transformers, "llama.cpp": LlamaCpp}
+class LlamaCppFloats(LlamaCpp):
+    """llama.cpp with a copy of the file in which all weights are float32, and with KV in float32."""
+
+    computes = "a copy of the file with weights dequantised, all in float32"
+
+    def __init__(self, path: Path) -> None:
+        from llama_cpp import GGML_TYPE_F32
+
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / path.name
+            write_floats(path, copy)
+            super().__init__(copy, type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32)  # keeps the file open
+
+
+def write_floats(path: Path, copy: Path) -> None:
+    """A GGUF file with the same metadata, and with all tensors in float32. One tensor at a time is in memory."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+    for tensor in reader.tensors:
+        shape = [int(size) for size in reversed(tensor.shape)]
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), 4 * int(tensor.n_elements))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in reader.tensors:
+        writer.write_tensor_data(np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32))
+    writer.close()
+
+
+REFERENCES: dict[str, Callable[[Path], Reference]] = {
+    "transformers": Transformers,
+    "llama.cpp": LlamaCpp,
+    "llama.cpp-float32": LlamaCppFloats,
+}
 
 
 def as_text(engine: Engine, prompt: str | Messages) -> str:
@@ -143,20 +185,32 @@ def greedy(reference: Reference, prompt: Sequence[int], count: int) -> tuple[lis
     return tokens[len(prompt) :], logits
 
 
-def compare(engine: Engine, reference: Reference, text: str, new_tokens: int, tie: float) -> Row:
+class Answer(NamedTuple):
+    """This package's answer: the prompt's text and tokens, and the generation."""
+
+    text: str
+    prompt: list[int]
+    out: Generation
+
+
+def answer(engine: Engine, prompt: str | Messages, new_tokens: int) -> Answer:
+    text = as_text(engine, prompt)
+    tokens, sampling = engine.encode(text).tolist(), SamplingParams(new_tokens, temperature=0)
+    return Answer(text, tokens, *engine.generate_batch([tokens], sampling, reuse=FULL, keep=False, return_logits=True))
+
+
+def compare(engine: Engine, reference: Reference, answer: Answer, tie: float) -> Row:
     """One prompt's figures."""
-    prompt = engine.encode(text).tolist()
-    sampling = SamplingParams(new_tokens, temperature=0)
-    out = engine.generate_batch([prompt], sampling, reuse=FULL, keep=False, return_logits=True)[0]
-    ours, (theirs, logits) = out.token_ids, greedy(reference, prompt, len(out.token_ids))
+    ours, prompt = answer.out.token_ids, answer.prompt
+    theirs, logits = greedy(reference, prompt, len(ours))
     at = next((at for at, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1]), None)
     row: Row = {
         "prompt_tokens": len(prompt),
-        "same_prompt_tokens": reference.encode(text) == prompt,
+        "same_prompt_tokens": reference.encode(answer.text) == prompt,
         "new_tokens": len(ours),
-        "answer": out.text,
+        "answer": answer.out.text,
         "equal": at is None,
-        "first_token_difference": first_difference(np.asarray(out.logits), logits[0]),
+        "first_token_difference": first_difference(np.asarray(answer.out.logits), logits[0]),
     }
     if at is not None:
         row |= parting(engine, [*prompt, *ours[:at]], (ours[at], theirs[at]), logits[at], tie) | {"at": at}
@@ -180,17 +234,15 @@ def parting(engine: Engine, before: list[int], chosen: tuple[int, int], theirs: 
 
 
 def all_rows(options: argparse.Namespace) -> Iterator[Row]:
-    for path in options.model:
-        engine = Engine.from_pretrained(path, dtype="float32", quantization="none", store_tokens=4096)
-        for name in options.reference:
-            reference = REFERENCES[name](path)
-            package = {"reference": name, "version": importlib.metadata.version(reference.name)}
-            about = {"model": path.stem} | package | {"computes": reference.computes}
-            for prompt in options.prompts:
-                text = as_text(engine, PROMPTS[prompt])
-                yield about | {"prompt": prompt} | compare(engine, reference, text, options.tokens, options.tie)
-            del reference
-        del engine
+    engine = Engine.from_pretrained(options.model, dtype="float32", quantization="none", store_tokens=4096)
+    answers = {name: answer(engine, PROMPTS[name], options.tokens) for name in options.prompts}
+    for name in options.reference:
+        reference = REFERENCES[name](options.model)
+        version = importlib.metadata.version(reference.name)
+        about = {"reference": name, "version": version, "computes": reference.computes}
+        for prompt, answered in answers.items():
+            yield about | {"prompt": prompt} | compare(engine, reference, answered, options.tie)
+        del reference
 
 
 def show(row: Row) -> str:
@@ -203,19 +255,20 @@ def show(row: Row) -> str:
     counts = (
         f"{row['prompt_tokens']:5} + {row['new_tokens']:2} tokens, first differ by {row['first_token_difference']:.1e}"
     )
-    return f"{row['model']:40}{row['reference']:14}{row['prompt']:10}{counts}: {says}{tokens}"
+    return f"{row['reference']:20}{row['prompt']:10}{counts}: {says}{tokens}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, nargs="+", required=True, help="GGUF files")
+    parser.add_argument("--model", type=Path, required=True, help="a GGUF file")
     parser.add_argument("--reference", nargs="+", choices=[*REFERENCES], default=["transformers"])
     parser.add_argument("--prompts", nargs="+", choices=[*PROMPTS], default=[*PROMPTS])
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--tie", type=float, default=0.2, help="logits: up to this margin, two tokens are a near tie")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    about = {"bench": "answers"} | provenance() | {"settings": {"tokens": options.tokens, "tie": options.tie}}
+    about = {"bench": "answers", "model": options.model.name} | provenance()
+    about |= {"settings": {"tokens": options.tokens, "tie": options.tie}}
     rows: list[Row] = []
     for row in all_rows(options):
         print(show(row), flush=True)

@@ -479,36 +479,50 @@ def precision_cell(row: Row | None, first: Row) -> str:
 
 
 def answers(document: Document) -> str:
-    """How many answers are equal to another implementation's, and where the others part from it."""
-    by_pair: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    """How many answers are equal to those of each reference, and where the others part."""
+    by_reference: dict[str, list[Row]] = defaultdict(list)
     for row in document["rows"]:
-        by_pair[row["model"], row["reference"]].append(row)
-    heading = ["model", "reference", "equal", "near ties", "different", "same prompt tokens", "first tokens differ by"]
-    counts = table(heading, [[*pair, *answer_counts(rows)] for pair, rows in by_pair.items()], names=2)
-    parting = [row for row in document["rows"] if not row["equal"]]
-    computes = {f"{row['reference']} {row['version']}: {row['computes']}" for row in document["rows"]}
-    notes = "".join(f"* {each}\n" for each in sorted(computes))
-    return f"{counts}\n{partings(parting)}{notes}{provenance(document)}"
+        by_reference[row["reference"]].append(row)
+    heading = [
+        "reference",
+        "computes",
+        "equal",
+        "near ties",
+        "different",
+        "same prompt tokens",
+        "first tokens differ by",
+    ]
+    lines = [answer_counts(rows) for rows in by_reference.values()]
+    parted = partings([row for row in document["rows"] if not row["equal"]])
+    return f"{table(heading, lines, names=2)}\n{parted}{provenance(document)}"
 
 
 def answer_counts(rows: Sequence[Row]) -> list[str]:
     equal, ties = sum(row["equal"] for row in rows), sum(row.get("near_tie", False) for row in rows)
     same = sum(row["same_prompt_tokens"] for row in rows)
     counts = [f"{count} of {len(rows)}" for count in (equal, ties, len(rows) - equal - ties, same)]
-    return [*counts, f"{max(row['first_token_difference'] for row in rows):.1e}"]
+    reference = f"{rows[0]['reference']} {rows[0]['version']}"
+    return [reference, rows[0]["computes"], *counts, f"{max(row['first_token_difference'] for row in rows):.1e}"]
 
 
 def partings(rows: Sequence[Row]) -> str:
     """Where answers part: the place, what each side says there, and its margin over the other's token, in logits."""
     if not rows:
         return ""
-    heading = ["model", "reference", "prompt", "ours / theirs", "at token", "our margin", "their margin"]
+    heading = ["reference", "prompt", "ours / theirs", "at token", "our margin", "their margin"]
     lines = [
-        [row["model"], row["reference"], row["prompt"], " / ".join(f"`{json.dumps(text, ensure_ascii=False)}`"
-         for text in row["texts"]), str(row["at"]), *(f"{margin:.3f}" for margin in row["margins"])]
+        [row["reference"], row["prompt"], said(row), str(row["at"]), *(f"{margin:.3f}" for margin in row["margins"])]
         for row in rows
-    ]  # fmt: skip
-    return f"{table(heading, lines, names=4)}\n"
+    ]
+    return f"{table(heading, lines, names=3)}\n"
+
+
+def said(row: Row) -> str:
+    """
+    >>> said({"texts": [" a", "\\n"]})
+    '`" a"` / `"\\\\n"`'
+    """
+    return " / ".join(f"`{json.dumps(text, ensure_ascii=False)}`" for text in row["texts"])
 
 
 def structure(document: Document) -> str:

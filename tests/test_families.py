@@ -23,9 +23,6 @@ EXACT = 2e-5
 LONGER = {"qwen3_dynamic": 64}
 SHORTER = {"phi3": 32, "qwen3_dynamic": None}
 DOCUMENT = np.random.default_rng(1).integers(3, 128, 26).astype(np.int32)
-# A family with experts, and with norms of queries that need the sums of all devices; `test_sharding.py` has what others
-# need. Each takes one more program.
-ON_TWO_DEVICES = [name if name == "olmoe" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 HEADING, QUESTION = np.random.default_rng(2).integers(3, 128, (2, 9)).astype(np.int32)
 PROMPT = np.concatenate([HEADING, DOCUMENT, QUESTION])
 
@@ -117,7 +114,7 @@ def test_sparse_prefills_are_those_of_the_dense_reference(family):
 # Other devices -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ON_TWO_DEVICES, indirect=True)
+@pytest.mark.slow
 def test_two_devices_give_the_logits_of_one(family):
     name, engine = family
     if engine.model.num_kv_heads % 2:

@@ -5,7 +5,16 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+# Python compiles a module once, for all workers and all processes that tests start, also where it is told to write no
+# bytecode beside the sources: to compile what JAX and the package import takes some ten seconds.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
+    os.environ.update(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=sys.pycache_prefix)
 
 import jax
 import numpy as np

@@ -174,7 +174,7 @@ class Engine:
         _check_layers(defaults.reuse, checkpoint.config)
         log.info("%s", defaults)
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
-        config = config.resolved(_platform(mesh), checkpoint.dtype)
+        config = config.resolved(_platform(mesh), checkpoint.dtype, checkpoint.in_numbers)
         params = checkpoint.load_params(config.dtype, mesh, config.quantization)
         return cls(
             checkpoint.config, params, tokenizer, config=config, mesh=mesh, reuse=defaults.reuse, sampling=sampling

@@ -33,7 +33,7 @@ from sparsex_jax import Engine, ModelConfig, ReuseConfig
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
 from sparsex_kernels.layout import as_stored
-from sparsex_kernels.quantised import dequantise, quantise
+from sparsex_kernels.quantised import dequantise, quantise, turned
 
 pytestmark = pytest.mark.gpu
 
@@ -260,6 +260,8 @@ def test_linear_of_quantised_weights(rows, count, kind):
     skip_unless_hopper()
     x, dense = stacks(rows, 1024, (1024, 256, 256))
     weights = [quantise(weight, "fp8" if kind == "squares" else kind) for weight in dense]
+    if kind in ("fp8", "int8", "squares"):
+        weights = [turned(weight) for weight in weights]
     if kind == "squares":
         scale = jnp.linspace(0.01, 1, 8)[None, :, None]
         squares = (scale * jnp.ones((len(weight), 1, weight.shape[2] // 128)) for weight in weights)

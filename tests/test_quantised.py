@@ -28,7 +28,7 @@ from sparsex_jax.model.weights import describe, random_params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels import api as kernels
 from sparsex_kernels import quantised
-from sparsex_kernels.quantised import KINDS, Mixed, Quantised, lookup, pack, unpack
+from sparsex_kernels.quantised import KINDS, Mixed, Quantised, lookup, pack, turned, unpack
 
 dequantise = jax.jit(quantised.dequantise, static_argnums=1)  # one program is compiled sooner than many operations
 quantise = jax.jit(quantised.quantise, static_argnums=1)
@@ -241,6 +241,12 @@ def test_weights_are_counted_in_digests_and_bytes():
     assert len({weights_digest(each) for each in (dense, made, also)}) == 3
 
 
+def test_the_order_of_codes_is_not_part_of_digests():
+    weight = quantise(jax.random.normal(jax.random.key(0), (2, 256, 128)), "int8")
+    params = random_params(MODEL, "float32", make_mesh())
+    assert weights_digest(params.replace(embed=turned(weight))) == weights_digest(params.replace(embed=weight))
+
+
 @pytest.mark.parametrize(
     ("options", "found"),
     [
@@ -253,7 +259,8 @@ def test_weights_are_counted_in_digests_and_bytes():
 def test_what_the_configuration_says(options, found):
     config = EngineConfig(**options).resolved("cpu")
     assert (config.dtype, config.quantization) == found
-    assert EngineConfig(**options).resolved("gpu").quantization == (found[1] if options else "stored")
+    assert EngineConfig(**options).resolved("gpu", in_numbers=True).quantization == (found[1] if options else "stored")
+    assert EngineConfig(**options).resolved("gpu").quantization == found[1]
 
 
 @pytest.mark.parametrize(

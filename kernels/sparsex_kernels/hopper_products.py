@@ -9,10 +9,6 @@ rows are few, reading the weights takes all the time: the sum over the inputs ma
 reads its share, and XLA adds the parts. Where they are many, a program goes from tile to tile, and fetches for the next
 one while the results of the last are being stored.
 
-Weights in codes of 8 bits, fp8 or int8, are fetched as they are: half the bytes. The warpgroup that multiplies first
-turns a block into the dtype of the rows, in another block of shared memory, of which there are two, so that it can do
-so while the product before is still running.
-
 A gated product's tile has columns of the gate and the same columns of the matrix that it gates. TMA fills contiguous
 blocks of shared memory, so each of the two has its own block, and its own product into one half of the accumulator.
 """
@@ -28,7 +24,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.gpu import LOG2_E
@@ -72,8 +68,6 @@ class Shape(NamedTuple):
     together: bool  # see `RowTiles`
     dtype: Any
     out_dtype: Any
-    codes: Any  # dtype of weights in codes; None of others
-    scaled: bool  # whether codes have scales that differ within a column
 
 
 class RowTiles(NamedTuple):
@@ -95,27 +89,21 @@ class RowTiles(NamedTuple):
 
 def products(
     inputs: Float[Array, "rows inputs"],
-    weights: Sequence[Num[Array, "matrices inputs _"]],
+    weights: Sequence[Float[Array, "matrices inputs _"]],
     widths: tuple[int, ...],
     tiles: RowTiles,
     config: Config,
     backend: Backend,
-    scales: Float[Array, "steps column_tiles"] | None = None,
 ) -> Float[Array, "rows widths"]:
     """Results of these widths, side by side. With one width for two weights, the result is their gated product.
 
     Args:
       inputs: the tiles one behind the other, the last of which may have fewer rows.
-      weights: of the dtype of the inputs, or all float8_e4m3fn or int8, where one warpgroup multiplies.
-      scales: what multiplies each block of `DEPTH` inputs and `config.columns` columns of weights in codes; None:
-        nothing.
 
     Raises:
       NotImplementedError: this shape or dtype cannot be done.
     """
-    coded = weights[0].dtype if weights[0].dtype.itemsize == 1 else None
     shape = _shape(inputs, len(weights), widths, tiles, config)
-    shape = shape._replace(codes=coded, scaled=scales is not None)
     _check(inputs, weights, widths, shape)
     out_shape = (config.splits, len(tiles.matrices) * config.warpgroups * shape.stored, sum(widths))
     run = kernel(
@@ -128,17 +116,14 @@ def products(
         scratch_types=_scratch(shape, config),
     )
     numbers = jnp.concatenate([tiles.wanted[None], tiles.matrices]).astype(jnp.int32)
-    factors = () if scales is None else (scales,)
-    parts = run(pad_rows(inputs, shape.fetched), *weights, *factors, numbers)
+    parts = run(pad_rows(inputs, shape.fetched), *weights, numbers)
     out = parts[0] if config.splits == 1 else parts.sum(0).astype(inputs.dtype)
     return out[: len(inputs)]
 
 
 def _check(inputs: Array, weights: Sequence[Array], widths: tuple[int, ...], shape: Shape) -> None:
     """Raise `NotImplementedError` where this shape or dtype cannot be done."""
-    if inputs.dtype not in (jnp.bfloat16, jnp.float16) or any(
-        weight.dtype != (shape.codes or inputs.dtype) for weight in weights
-    ):
+    if inputs.dtype not in (jnp.bfloat16, jnp.float16) or any(weight.dtype != inputs.dtype for weight in weights):
         raise NotImplementedError(
             f"rows of {inputs.dtype} on weights of {weights[0].dtype}; the kernel takes bfloat16 or float16 for both"
         )
@@ -162,18 +147,14 @@ def _shape(inputs: Array, weights: int, widths: tuple[int, ...], tiles: RowTiles
         together=tiles.together,
         dtype=inputs.dtype,
         out_dtype=inputs.dtype if config.splits == 1 else jnp.float32,
-        codes=None,
-        scaled=False,
     )
 
 
 def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
     pieces = 2 if shape.out_dtype != jnp.float32 else 1
-    block = shape.matrices, DEPTH, shape.columns
-    fetched = {"codes_smem": tiled_smem((config.stages, *block), shape.codes)} if shape.codes else {}
-    return fetched | {
+    return {
         "x_smem": tiled_smem((config.stages, config.warpgroups * WGMMA_ROWS, DEPTH), shape.dtype),
-        "w_smem": tiled_smem((2 if shape.codes else config.stages, *block), shape.dtype),
+        "w_smem": tiled_smem((config.stages, shape.matrices, DEPTH, shape.columns), shape.dtype),
         "out_smem": tiled_smem((config.warpgroups, pieces, WGMMA_ROWS, PIECE), shape.out_dtype),
         "ready": plgpu.Barrier(num_arrivals=1 + shape.matrices, num_barriers=config.stages),
         "used": plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
@@ -184,16 +165,14 @@ class Scratch(NamedTuple):
     """Shared memory and barriers of a program."""
 
     x_smem: Ref  # [stages, rows, DEPTH]
-    w_smem: Ref  # [stages, matrices, DEPTH, columns]; of weights in codes two in place of the stages
+    w_smem: Ref  # [stages, matrices, DEPTH, columns]
     out_smem: Ref  # [warpgroups, pieces, WGMMA_ROWS, PIECE]
     ready: Ref  # of each stage: its rows and weights have arrived
     used: Ref  # of each stage: all warpgroups have multiplied them
-    codes_smem: Ref | None = None  # [stages, matrices, DEPTH, columns]
 
 
 def _kernel(shape: Shape, config: Config, x_ref: Ref, *refs: Ref, **scratch: Ref) -> None:
     *weights, numbers, out_ref = refs
-    scales = weights.pop() if shape.scaled else None
     tiled = [weights[n : n + shape.matrices] for n in range(0, len(weights), shape.matrices)]
     row_tiles, wg = numbers[0], lax.axis_index("wg")
     persistent = config.warpgroups == 2  # one program a multiprocessor, which has its registers for itself
@@ -202,7 +181,7 @@ def _kernel(shape: Shape, config: Config, x_ref: Ref, *refs: Ref, **scratch: Ref
     def compute() -> None:
         if persistent:
             plgpu.set_max_registers(232, action="increase")
-        _compute(shape, config, row_tiles, wg, scales, out_ref, Scratch(**scratch))
+        _compute(shape, config, row_tiles, wg, out_ref, Scratch(**scratch))
 
     @pl.when(wg == config.warpgroups)
     def fetch() -> None:
@@ -246,24 +225,18 @@ def _over_items(shape: Shape, config: Config, row_tiles: Array, body: Any) -> Ar
     return lax.fori_loop(0, lax.div(items - program + programs - 1, programs), step, jnp.int32(0))
 
 
-def _compute(
-    shape: Shape, config: Config, row_tiles: Array, wg: Array, scales: Ref | None, out_ref: Ref, scratch: Scratch
-) -> None:
-    x_smem, w_smem, out_smem, ready, used, codes_smem = scratch
+def _compute(shape: Shape, config: Config, row_tiles: Array, wg: Array, out_ref: Ref, scratch: Scratch) -> None:
+    x_smem, w_smem, out_smem, ready, used = scratch
     rows = pl.ds(wg * WGMMA_ROWS, WGMMA_ROWS)
 
     def over_item(item: Item, done: Array) -> None:
         def product(acc: Any) -> Array:
             def step(k: Array, _: None) -> None:
                 slot = lax.rem(done + k, config.stages)
-                block = lax.rem(k, 2) if codes_smem is not None else slot
-                scale = None if scales is None else scales[item.begin + k, item.column]
                 plgpu.barrier_wait(ready.at[slot])
-                if codes_smem is not None:
-                    _decode(codes_smem.at[slot], w_smem.at[block], scale)
                 for n in range(shape.matrices):
                     columns = pl.ds(n * shape.columns, shape.columns)
-                    plgpu.wgmma(acc.at[:, columns], x_smem.at[slot, rows], w_smem.at[block, n])
+                    plgpu.wgmma(acc.at[:, columns], x_smem.at[slot, rows], w_smem.at[slot, n])
                 plgpu.wgmma_wait(shape.matrices)  # the products before these have read their blocks
                 pl.when(k > 0)(lambda: plgpu.barrier_arrive(used.at[lax.rem(done + k - 1, config.stages)]))
 
@@ -277,18 +250,6 @@ def _compute(
 
     _over_items(shape, config, row_tiles, over_item)
     plgpu.wait_smem_to_gmem(0)
-
-
-def _decode(codes: Ref, block: Ref, scale: Array | None) -> None:
-    """Turn codes of 8 bits into the dtype of the rows. The product that read this block has ended."""
-    for n in range(codes.shape[0]):
-        loaded = plgpu.load(codes.at[n], layout=plgpu.Layout.WGMMA)
-        if loaded.dtype == jnp.float8_e4m3fn:
-            loaded = loaded.astype(jnp.float16)  # which a GPU does in one instruction for two, and loses nothing
-        if loaded.dtype == jnp.float16 or scale is not None:
-            loaded = loaded.astype(jnp.float32)
-        block[n] = (loaded if scale is None else loaded * scale).astype(block.dtype)
-    plgpu.commit_smem()
 
 
 def _store(shape: Shape, config: Config, item: Item, wg: Array, acc: Array, out_ref: Ref, out_smem: Ref) -> None:
@@ -320,8 +281,7 @@ def _fetch(
     weights: list[list[Ref]],
     scratch: Scratch,
 ) -> None:
-    x_smem, w_smem, _, ready, used, codes_smem = scratch
-    into = w_smem if codes_smem is None else codes_smem
+    x_smem, w_smem, _, ready, used = scratch
     # Of few rows, only the first rows of a block are filled. The others keep what they held; nothing of them is stored.
     filled = pl.ds(0, shape.fetched)
 
@@ -337,7 +297,7 @@ def _fetch(
                 columns = pl.ds((item.column - first) * shape.columns, shape.columns)
                 plgpu.copy_gmem_to_smem(x_ref.at[rows, inputs], x_smem.at[slot, filled], ready.at[slot])
                 for n, matrix in enumerate(matrices):
-                    plgpu.copy_gmem_to_smem(matrix.at[which, inputs, columns], into.at[slot, n], ready.at[slot])
+                    plgpu.copy_gmem_to_smem(matrix.at[which, inputs, columns], w_smem.at[slot, n], ready.at[slot])
 
             lax.fori_loop(0, item.end - item.begin, step, None)
 

@@ -7,6 +7,10 @@ Codes of four bits, and what codes of five and six have beyond four, are packed 
 codes that are a part of the group apart, the first in its lowest bits. Eight inputs, in groups of 8 with 4 bits:
 
 inputs   0 1 2 3 4 5 6 7      bytes   0|4<<4  1|5<<4  2|6<<4  3|7<<4
+
+Codes of eight bits may have their squares of 128 inputs and 128 outputs turned around, each where it is: the code of
+input 128 a + i and output 128 b + o is then at row 128 a + o and column 128 b + i. A kernel that fetches whole squares
+finds the codes of an output side by side so, and the array keeps its shape and can be divided as before.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 FP8_MAX, INT8_MAX = 448.0, 127.0
+SQUARE = 128  # inputs and outputs of what is turned around
 _STATIC: Any = {"static": True}
 
 
@@ -82,6 +87,7 @@ class Quantised:
       large_mins: the same for minima.
       kind: a name in `KINDS`.
       dtype: what rows of it become, where it is an embedding.
+      turned: whether squares of the codes are turned around.
     """
 
     codes: Array
@@ -92,6 +98,7 @@ class Quantised:
     large_mins: Array | None = None
     kind: str = dataclasses.field(default="int8", metadata=_STATIC)
     dtype: str = dataclasses.field(default="float32", metadata=_STATIC)
+    turned: bool = dataclasses.field(default=False, metadata=_STATIC)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -208,9 +215,21 @@ def _spread(large: Array, shape: tuple[int, ...]) -> Array:
 
 def _codes(weight: Quantised, kind: Kind) -> Array:
     if kind.bits == 8:
-        return weight.codes
+        return turn(weight.codes) if weight.turned else weight.codes
     low = unpack(weight.codes, kind.low, 4)
     return low if weight.high is None else low | unpack(weight.high, kind.high, kind.bits - 4) << 4
+
+
+def turn(codes: Array) -> Array:
+    """The codes `[*stack, inputs, outputs]`, both multiples of 128, with their squares turned around, or back."""
+    *stack, inputs, outputs = codes.shape
+    squares = codes.reshape(*stack, inputs // SQUARE, SQUARE, outputs // SQUARE, SQUARE)
+    return squares.swapaxes(-3, -1).reshape(codes.shape)
+
+
+def turned(weight: Quantised) -> Quantised:
+    """The same matrices in the other order of codes."""
+    return dataclasses.replace(weight, codes=turn(weight.codes), turned=not weight.turned)
 
 
 def unpack(packed: Array, group: int, bits: int) -> Array:

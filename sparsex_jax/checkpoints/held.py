@@ -158,7 +158,7 @@ class _Holding:
         if isinstance(read, np.ndarray):
             rows = read.astype(np.float32) if read.dtype == np.float64 else read
             return _of_floats(self._send(rows), kind, self.dtype, self.place)
-        parts = {name: self._send(part) for name, part in read.parts.items()}
+        parts: Any = {name: self._send(part) for name, part in read.parts.items()}
         return _of_codes(Quantised(**parts, kind=read.kind, dtype=self.dtype), self.place)
 
     def _send(self, rows: np.ndarray) -> Array:
@@ -174,12 +174,12 @@ def _of_floats(rows: Array, kind: str | None, dtype: str, place: Place) -> Any:
     matrix = rows.swapaxes(-1, -2)
     if kind is None:
         return matrix.astype(dtype)
-    return place.divisible(dataclasses.replace(quantise(matrix, kind), dtype=dtype))
+    return place.fitted(dataclasses.replace(quantise(matrix, kind), dtype=dtype))
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _of_codes(rows: Quantised, place: Place) -> Quantised:
-    return place.divisible(jax.tree.map(lambda part: part.swapaxes(-1, -2), rows))
+    return place.fitted(jax.tree.map(lambda part: part.swapaxes(-1, -2), rows))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -184,6 +184,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         return found
 
     @property
+    def in_numbers(self) -> bool:
+        return self._scheme is not None
+
+    @property
     def dtype(self) -> str | None:
         """That of the embedding, as transformers stores all tensors alike; None where there is no such tensor."""
         name = TENSORS["embed"]

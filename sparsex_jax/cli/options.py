@@ -44,7 +44,7 @@ Quantization = Annotated[
     str,
     typer.Option(
         help="Of weights: fp8, int8 (made when they are loaded), stored (as the checkpoint has them: fp8, int8, or "
-        "blocks of GGUF), none (in --dtype); auto: none on a CPU, else stored."
+        "blocks of GGUF), none (in --dtype); auto: stored for fp8 and int8 on a GPU, else none."
     ),
 ]
 KVDType = Annotated[

@@ -28,7 +28,8 @@ class EngineConfig:
       quantization: of the weights that multiply rows; activations keep `dtype`. `stored`: as the checkpoint has them:
         fp8 and int8 of Hugging Face directories, Q4_0 to Q8_0, Q4_K, Q5_K and Q6_K of GGUF files. Products dequantise
         them. `none`: in `dtype`. `fp8` (e4m3), `int8`: rounded so when they are loaded, with a scale for each output;
-        embeddings, the head and routers are not. `auto`: `none` on a CPU, where it would only be slower, else `stored`.
+        embeddings, the head and routers are not. `auto`: `stored` for fp8 and int8 on a GPU; else `none`, since others
+        take less memory and more time.
       max_context: tokens of prompt and answer together, at most what the model takes; None: that. Models whose rotary
         frequencies depend on a length have them for this one (`ModelConfig.for_context`). A model with dynamic
         scaling takes more than it was trained with.
@@ -129,16 +130,17 @@ class EngineConfig:
         object.__setattr__(self, "quantization", self.dtype)
         object.__setattr__(self, "dtype", "auto")
 
-    def resolved(self, platform: str, stored: str | None = None) -> EngineConfig:
+    def resolved(self, platform: str, stored: str | None = None, in_numbers: bool = False) -> EngineConfig:
         """With a concrete dtype and quantization in place of `auto`.
 
         Args:
           platform: of the devices: cpu, gpu or tpu.
           stored: the dtype of the checkpoint's weights; None where it has none or they are quantised.
+          in_numbers: whether the checkpoint has them as numbers of 8 bits.
         """
         half = stored if stored in ("bfloat16", "float16") else "bfloat16"
         dtype = "float32" if platform == "cpu" else half
-        quantization = "none" if platform == "cpu" else "stored"
+        quantization = "stored" if in_numbers and platform == "gpu" else "none"
         return dataclasses.replace(
             self,
             dtype=dtype if self.dtype == "auto" else self.dtype,

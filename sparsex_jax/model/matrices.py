@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.sharding import TENSOR_AXIS, Axes, sharding
 from sparsex_jax.model.weights import Params, Weight, describe, leaf_name, random_params
-from sparsex_kernels.quantised import KINDS, Quantised, blocks_within, finer, quantise
+from sparsex_kernels.quantised import KINDS, SQUARE, Kind, Quantised, blocks_within, finer, quantise, turned
 
 _BLOCKED = ("scales", "mins", "large", "large_mins")
 NEVER_MADE = ("embed", "lm_head", "router")  # no codes are made of their floats
@@ -38,6 +38,7 @@ class Place:
       matrices: experts of a layer; 1 where there are none.
       inputs, outputs: of a matrix.
       divided: the mesh's axis that divides each axis of `[inputs, outputs]`, or `[experts, inputs, outputs]`.
+      by_squares: whether its products read codes of 8 bits with squares turned around: those of layers, on a GPU.
     """
 
     mesh: Mesh
@@ -45,6 +46,7 @@ class Place:
     inputs: int
     outputs: int
     divided: PartitionSpec
+    by_squares: bool = False
 
     @classmethod
     def of(cls, name: str, weight: Weight, mesh: Mesh) -> Place:
@@ -58,7 +60,8 @@ class Place:
         rows, columns = (math.prod(sizes[axis] for axis in axes) for axes in (inputs, outputs))
         experts = tuple(axis for axis in stack if axis != "layers")
         divided = PartitionSpec(*(over((axis,)) for axis in experts), over(inputs), over(outputs))
-        return cls(mesh, math.prod(sizes[axis] for axis in experts), rows, columns, divided)
+        by_squares = stack == ("layers",) and mesh.devices.flat[0].platform == "gpu"
+        return cls(mesh, math.prod(sizes[axis] for axis in experts), rows, columns, divided, by_squares)
 
     @property
     def size(self) -> int:
@@ -81,7 +84,14 @@ class Place:
         back = (outputs, inputs) if turned else (inputs, outputs)
         return NamedSharding(self.mesh, PartitionSpec(*([None] if stacked else []), *front, *back))
 
-    def divisible(self, matrices: Quantised) -> Quantised:
+    def fitted(self, matrices: Quantised) -> Quantised:
+        """The same in the order that the devices' kernels read, with scales of blocks that lie within one device."""
+        fit = self._divisible(matrices)
+        sizes = self.inputs // self.shards(-2), self.outputs // self.shards(-1)
+        turns = self.by_squares and KINDS[fit.kind] == Kind(8) and not any(size % SQUARE for size in sizes)
+        return turned(fit) if turns else fit
+
+    def _divisible(self, matrices: Quantised) -> Quantised:
         """The same with scales of blocks that lie within what one device has."""
         parts = {name: getattr(matrices, name) for name in _BLOCKED if getattr(matrices, name) is not None}
         for axis, size in ((-2, self.inputs), (-1, self.outputs)):
@@ -119,7 +129,7 @@ def quantise_stack(name: str, weight: Weight, stack: Any, kind: str, mesh: Mesh)
 
     @jax.jit
     def make(stack: Any) -> Quantised:
-        made = jax.lax.map(lambda matrix: place.divisible(quantise(matrix, kind)), stack.reshape(shape))
+        made = jax.lax.map(lambda matrix: place.fitted(quantise(matrix, kind)), stack.reshape(shape))
         made = dataclasses.replace(made, dtype=dtype)
         return jax.lax.with_sharding_constraint(made, place.sharding(stacked=True))
 

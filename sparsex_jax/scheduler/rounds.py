@@ -51,8 +51,9 @@ class Member:
         gathering.members.append(self)
 
     @property
-    def is_held(self) -> bool:
-        return self._round is not None and self._round.begun is None
+    def has_begun(self) -> bool:
+        """Whether its round has. From any thread."""
+        return self._round is not None and self._round.begun is not None
 
     @property
     def is_late(self) -> bool:

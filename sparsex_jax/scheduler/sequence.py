@@ -279,7 +279,7 @@ class Sequence:
     @property
     def is_held(self) -> bool:
         """Whether it waits for others of its round."""
-        return self.member is not None and self.member.is_held
+        return self.member is not None and not self.member.has_begun
 
     @property
     def has_begun(self) -> bool:

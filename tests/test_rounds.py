@@ -347,7 +347,7 @@ class RoundMachine(RuleBasedStateMachine):
 
 TestRounds = pytest.mark.slow(RoundMachine.TestCase)
 TestRounds.settings = settings(
-    max_examples=60, stateful_step_count=25, suppress_health_check=list(HealthCheck), deadline=None
+    max_examples=12, stateful_step_count=15, suppress_health_check=list(HealthCheck), deadline=None
 )
 
 

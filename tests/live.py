@@ -130,6 +130,9 @@ class ScriptedLoop:
     def heal(self) -> None:
         """There is nothing to heal."""
 
+    def hold_nobody(self) -> None:
+        """There are no rounds."""
+
     def step(self) -> bool:
         if self.broken is not None:
             raise self.broken

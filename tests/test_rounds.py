@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import signal
 import threading
 import time
 
@@ -13,7 +12,7 @@ from conftest import CONFIG, TINY, idle, run, tiny_engine
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from live import live_server, make_engine, wait_for
+from live import live_server, make_engine
 from test_loop import PARAMS, POISONED, TEXT, facts, submit
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, Round, SamplingParams
@@ -251,15 +250,16 @@ def test_while_all_are_held_the_loop_rests():
 
 
 def test_what_is_held_begins_when_nobody_comes_any_more():
-    with live_server(make_engine()) as live:
-        results = [None]
-        body = {"prompt": "Who?", "max_tokens": 1, "round": {"id": "x", "size": 2, "wait_ms": NEVER}}
-        asking = threading.Thread(target=ask, args=(live, results, "/v1/completions", body, 0))
-        asking.start()
-        wait_for(lambda: live.worker.loop.stats.held == 1)
-        live.server.handle_exit(signal.SIGTERM, None)
-        asking.join(20)
-    assert results[0]["sparsex"]["round"]["members"] == 1, results
+    engine = tiny_engine()
+    first = join(engine.loop, 0)
+    engine.loop.step()
+    assert engine.loop.stats.held == 1
+    engine.loop.hold_nobody()
+    run(engine.loop)
+    second = join(engine.loop, 1, name="another")
+    run(engine.loop)
+    assert [each.finish_reason for each in (first, second)] == ["length"] * 2
+    assert engine.loop.stats.cut_short_rounds == 2
 
 
 # What is refused ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -157,11 +157,11 @@ def _block(fields: Fields, weights: dict[str, Any]) -> tuple[int, int]:
     """Outputs and inputs of a square, which old files write as a text, 128x128."""
     block = weights.get("block_structure")
     if isinstance(block, str):
-        block = [int(size) if size.isdecimal() else 0 for size in block.split("x")]
+        block = [int(size) if size.isdecimal() and len(size) < 10 else 0 for size in block.split("x")]
     if not _are_two_sizes(block):
         fields.refuse("config_groups", f"has block_structure={block!r:.60}, which must be two integers > 0")
     return block[0], block[1]
 
 
-def _are_two_sizes(block: Any) -> bool:
+def _are_two_sizes(block: Any) -> TypeGuard[list[int]]:
     return isinstance(block, list) and len(block) == 2 and all(is_int(n) and n > 0 for n in block)

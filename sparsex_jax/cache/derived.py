@@ -33,6 +33,7 @@ class Derived:
       depth: how many layers, from the first on, are patch rows.
       patch: their slot; any where the depth is 0.
       layer: which layer of that slot has the row of layer 0.
+      bases: the pages that all of these are in, once they are known.
     """
 
     source: Int64[np.ndarray, "tokens"]
@@ -53,14 +54,17 @@ class Derived:
 
     def at(self, places: Int64[np.ndarray, "some"] | Bool[np.ndarray, "tokens"] | slice) -> Derived:
         """Of some of the tokens."""
-        return Derived(*(each[places] for each in self._arrays()))
+        source, shift, depth, patch, layer = (each[places] for each in self._arrays())
+        return Derived(source, shift, depth, patch, layer)
 
     def _arrays(self) -> tuple[Int64[np.ndarray, "tokens"], ...]:
         return self.source, self.shift, self.depth, self.patch, self.layer
 
     @classmethod
     def joined(cls, parts: Sequence[Derived]) -> Derived:
-        return cls(*map(np.concatenate, zip(*(part._arrays() for part in parts), strict=True)))
+        each = zip(*(part._arrays() for part in parts), strict=True)
+        source, shift, depth, patch, layer = map(np.concatenate, each)
+        return cls(source, shift, depth, patch, layer)
 
     def as_sources(self, num_layers: int) -> Derived:
         """The same rows, as far as they are whole slots of this many layers: those are sources as they are."""
@@ -71,7 +75,9 @@ class Derived:
     def with_bases(self, num_layers: int, page_size: int) -> Derived:
         """The same, with the pages that they are in."""
         pages = np.unique(self.patch[self.depth > 0] // page_size).tolist()
-        return dataclasses.replace(self, bases=tuple(dict.fromkeys([*self.source_pages(num_layers, page_size), *pages])))
+        return dataclasses.replace(
+            self, bases=tuple(dict.fromkeys([*self.source_pages(num_layers, page_size), *pages]))
+        )
 
     def source_pages(self, num_layers: int, page_size: int) -> list[int]:
         """The pages of the slots that are copied from, each once."""

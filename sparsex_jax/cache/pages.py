@@ -267,5 +267,6 @@ class PagePool:
             needed[list(derived.bases)] += self.refs[page] > 0
         assert np.array_equal(rested_on, self.rested_on)
         assert np.array_equal(needed, self.needed)
-        assert not (self.frozen[stored:].any() or self.pinned[stored:].any() or self.spare[stored:].any())
+        for holders in (self.frozen, self.pinned, self.spare):
+            assert not holders[stored:].any()
         assert self.committed[self.spare].all()

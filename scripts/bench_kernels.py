@@ -218,22 +218,79 @@ def flashinfer(work: str, lengths: list[int], last_only: bool) -> Row:
     return Row(work, "flashinfer", seconds, 4 * DIM * Q_HEADS * pairs, 4 * KV_HEADS * DIM * sum(lengths))
 
 
+class Moves(NamedTuple):
+    """A store, and segments of 1024 tokens to copy in it, whose sources and targets do not begin at a page."""
+
+    store: jax.Array
+    source: np.ndarray
+    target: np.ndarray
+    free: int  # the first slot that is neither
+
+    @classmethod
+    def of(cls, tokens: int, layers: int, stored: Any = jnp.bfloat16, more: int = 0) -> "Moves":
+        """With `more` free slots."""
+        page = jax.random.normal(jax.random.key(0), (1, 64, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16).astype(stored)
+        pages = (2 * tokens + more) // PAGE + 128
+        store = jnp.tile(page, (layers, -(-pages // 64), 1, 1, 1, 1))
+        source, target = np.arange(tokens) + 11, np.arange(tokens) + tokens + 64 + 30
+        source = source.reshape(-1, 1024)[np.random.default_rng(0).permutation(tokens // 1024)].reshape(-1)
+        return cls(store, source, target, 2 * tokens + 128)
+
+    def bytes_of(self, rows: int) -> int:
+        """K and V of rows (a token in a layer), read and written."""
+        return 2 * 2 * self.store.dtype.itemsize * rows * KV_HEADS * DIM
+
+
 def align(work: str, tokens: int, layers: int, implementation: str, stored: Any = jnp.bfloat16) -> Row:
-    """Copy segments of 1024 tokens, whose sources and targets do not begin at a page."""
-    page = jax.random.normal(jax.random.key(0), (1, 64, 2, KV_HEADS, PAGE, DIM), jnp.bfloat16).astype(stored)
-    pages = 2 * tokens // PAGE + 128
-    store = jnp.tile(page, (layers, -(-pages // 64), 1, 1, 1, 1))
-    source, target = np.arange(tokens) + 11, np.arange(tokens) + tokens + 64 + 30
-    source = source.reshape(-1, 1024)[np.random.default_rng(0).permutation(tokens // 1024)].reshape(-1)
-    shift = (target - source - tokens).astype(np.int32)
+    return copy_with(work, Moves.of(tokens, layers, stored), None, implementation)
+
+
+def copy_with(work: str, moves: Moves, patch: kernels.Patch | None, implementation: str) -> Row:
+    store, source, target, _ = moves
+    shift = target - source - len(source)
     data = tuple(jnp.asarray(x, jnp.int32) for x in (source, target, shift))
     inv_freq = 500000.0 ** -jnp.linspace(0, 1, DIM // 2, endpoint=False)
 
     def step(store: jax.Array, data: Any) -> jax.Array:
-        return kernels.align_and_copy(store, *data, implementation=implementation)
+        moved, patch = data
+        return kernels.align_and_copy(store, *moved, patch=patch, implementation=implementation)
 
-    moved = 2 * 2 * store.dtype.itemsize * layers * tokens * KV_HEADS * DIM  # K and V, read and written
-    return Row(work, implementation, median_seconds(step, store, (*data, inv_freq)), 0, moved)
+    seconds = median_seconds(step, store, ((*data, inv_freq), patch))
+    return Row(work, implementation, seconds, 0, moves.bytes_of(len(store) * len(source)))
+
+
+def restore(work: str, tokens: int, layers: int, share: float, least: int, implementation: str) -> Row:
+    """The same copy with a share of the tokens patched in all layers, in blocks of 32, and the others in `least`.
+
+    Blocks begin at no multiple of a kernel's tile. Patch rows lie in the order of their tokens: first those of whole
+    tokens, then the others, at layer offsets 0, `least`, 2 `least` and so on, each in a stretch of slots.
+    """
+    moves = Moves.of(tokens, layers, more=tokens)
+    blocks = np.random.default_rng(1).permutation(tokens // 32 - 1)[: int(tokens / 32 * share)]
+    whole = np.zeros(tokens, bool)
+    whole[(blocks[:, None] * 32 + np.arange(5, 37)).ravel()] = True
+    depth = np.where(whole, layers, least)
+    slots, offsets = moves.free + np.cumsum(whole) - 1, np.zeros(tokens, int)
+    if least:
+        others = np.arange(np.count_nonzero(~whole))
+        stretch = -(-len(others) * least // layers)
+        slots[~whole] = moves.free + np.count_nonzero(whole) + others % stretch
+        offsets[~whole] = others // stretch * least
+    patch = (jnp.asarray(x, jnp.int32) for x in (slots, offsets, depth, np.zeros(tokens)))
+    return copy_with(work, moves, kernels.Patch(*patch), implementation)
+
+
+def pack(work: str, tokens: int, layers: int, depth: int, implementation: str) -> Row:
+    """The first layers of as many tokens, `layers / depth` of them into one slot."""
+    moves, stretch = Moves.of(tokens, layers), -(-tokens * depth // layers)
+    order = np.arange(tokens)
+    lists = moves.source, moves.target[order % stretch], order // stretch * depth, np.full(tokens, depth)
+    data = tuple(jnp.asarray(x, jnp.int32) for x in lists)
+
+    def step(store: jax.Array, data: Any) -> jax.Array:
+        return kernels.pack_rows(store, *data, implementation=implementation)
+
+    return Row(work, implementation, median_seconds(step, moves.store, data), 0, moves.bytes_of(depth * tokens))
 
 
 def write(work: str, rows: AttentionArgs, implementation: str) -> Row:
@@ -288,10 +345,21 @@ def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, .
         yield "write 8192 rows", write, (lambda: rows_of([8192], 1.0), implementation)
         yield "align 32768 tokens x 32 layers", align, (32768, 32, implementation)
     for implementation in ours:
+        yield from mirror_benches(implementation)
         yield from stored_benches(implementation)
     for bench in beside:
         yield "decode 64 x 8K", bench, ([8192] * 64, True)
         yield "decode 1 x 128K", bench, ([131072], True)
+
+
+def mirror_benches(implementation: str) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, ...]]]:
+    """Ways in and out of packed rows, beside the plain copy of as many tokens: `--only 25600`."""
+    yield "align 25600 tokens x 32 layers", align, (25600, 32, implementation)
+    for least in (0, 1):
+        name = "restore 25600 x 32, 5 % patched" + ", rest 1 layer" * least
+        yield name, restore, (25600, 32, 0.05, least, implementation)
+    yield "pack 25600 tokens x 32 layers", pack, (25600, 32, 32, implementation)
+    yield "pack 25600 tokens x 4 of 32 layers", pack, (25600, 32, 4, implementation)
 
 
 def stored_benches(implementation: str) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, ...]]]:
@@ -309,7 +377,7 @@ def stored_benches(implementation: str) -> Iterator[tuple[str, Callable[..., Row
 def show(row: Row) -> str:
     rate = f"{row.flops / row.seconds / 1e12:8.0f} TFLOP/s" if row.flops else " " * 16
     moved = f"{row.bytes / row.seconds / 1e12:8.2f} TB/s" if row.bytes else ""
-    return f"{row.work:36}{row.implementation:12}{row.seconds * 1e3:10.3f} ms {rate} {moved}"
+    return f"{row.work:48}{row.implementation:12}{row.seconds * 1e3:10.3f} ms {rate} {moved}"
 
 
 def save(rows: list[Row]) -> Path:

@@ -173,3 +173,91 @@ def check_moved(moved, expected):
     np.testing.assert_array_equal(moved[:, :, 1], expected[:, :, 1])
     np.testing.assert_allclose(moved, expected, rtol=0.13, atol=2**-8)  # neighbours are 1/8 apart at most
     assert (np.nan_to_num(moved) != np.nan_to_num(expected)).mean() < 2e-3
+
+
+def by_slot(store):
+    """A store's rows in an array `[layers, slots, 2, kv_heads, head_dim]`."""
+    rows = np.asarray(store).transpose(0, 1, 4, 2, 3, 5)
+    return rows.reshape(len(rows), -1, *rows.shape[3:])
+
+
+def paged(rows, page_size, dtype):
+    """The store of such an array, with empty slots (NaN) up to the end of the last page."""
+    missing = -rows.shape[1] % page_size
+    rows = np.pad(rows.astype(np.float32), [(0, 0), (0, missing), *[(0, 0)] * 3], constant_values=np.nan)
+    pages = rows.reshape(len(rows), -1, page_size, *rows.shape[2:])
+    return jnp.asarray(pages.transpose(0, 1, 3, 4, 2, 5), dtype)
+
+
+def bits(store):
+    """The rows of `by_slot` as unsigned integers; all NaN are one number."""
+    canonical = jnp.where(jnp.isnan(store), jnp.asarray(jnp.nan, store.dtype), store)
+    return by_slot(canonical).view(f"u{store.dtype.itemsize}")
+
+
+def restored(dtype, *, layers=4, kv_heads=2, dim=64, page_size=64, runs=1, seed=0):
+    """A store, copies of runs of 72 tokens and of one of 4, and their patch; NaN wherever nothing is to be read.
+
+    In each run, 32 tokens are patched in all layers, and 12 in one or two layers, two of them in one slot. Every second
+    of these 12 is rotated. Two tokens are padding. Where a token has no patch rows, its other numbers mean nothing.
+    """
+    rng = np.random.default_rng(seed)
+    begins, free = 80 * np.arange(runs), 80 * runs
+    long = [(11 + begin, 2 * free + 5 + begin, 72, 700 * n - 300) for n, begin in enumerate(begins)]
+    moves = copies([*long, (3, 2 * free, 4, 0)])
+    source, target, _ = map(np.asarray, moves)
+    slots, offsets = np.full(len(source), -1), np.full(len(source), 99)
+    depth, by = np.zeros(len(source), int), np.full(len(source), 7)
+    for n, begin in enumerate(begins):
+        deep, few = 72 * n + 13 + np.arange(32), 72 * n + 50 + np.arange(12)
+        slots[deep], offsets[deep], depth[deep], by[deep] = free + begin + np.arange(32), 0, layers, 0
+        slots[few], offsets[few] = free + begin + 40 + np.arange(12) // 2, np.arange(12) % 2 * 2
+        depth[few], by[few] = 1 + np.arange(12) // 6, np.arange(12) % 2 * 50
+    rows = np.full((layers, 3 * free + 5, 2, kv_heads, dim), np.nan)
+    for token in np.flatnonzero(target >= 0):
+        new, own = rng.normal(size=(layers, 2, kv_heads, dim)), depth[token]
+        rows[own:, source[token]] = new[own:]
+        rows[offsets[token] : offsets[token] + own, slots[token]] = new[:own]
+    rows[0, slots[13]] = -0.0  # a rotation by 0 would make it a positive one
+    patch = kernels.Patch(*(jnp.asarray(x, jnp.int32) for x in (slots, offsets, depth, by)))
+    return paged(rows, page_size, dtype), moves, patch
+
+
+def check_restored(align, store, moves, inv_freq, layers, patch):
+    """Restored tokens, put together out of copies that `align` makes without a patch. No bit may differ.
+
+    Args:
+      align: `align_and_copy` of one implementation.
+      layers: the first to copy, and the first behind those.
+    """
+    (source, target, shift), (slots, offsets, depth, by) = (map(np.asarray, x) for x in (moves, patch))
+    rows, live = by_slot(store), np.flatnonzero(target >= 0)
+    # Patch rows lie in their own layers in slots behind the store's, and are rotated into as many behind those.
+    flat, turned = rows.shape[1] + np.arange(2 * len(source)).reshape(2, -1)
+    rows = np.pad(rows.astype(np.float32), [(0, 0), (0, 2 * len(source)), *[(0, 0)] * 3], constant_values=np.nan)
+    for token in live:
+        own = np.arange(depth[token])
+        rows[own, flat[token]] = rows[own + offsets[token], slots[token]]
+    lists = (np.r_[source, flat], np.r_[target, turned], np.r_[shift, by])
+    apart = paged(rows, store.shape[4], store.dtype)
+    apart = bits(align(apart, *(jnp.asarray(x, jnp.int32) for x in lists), inv_freq, jnp.array([0, len(store)])))
+    expected = bits(store).copy()
+    for token in live:
+        for layer in range(*layers):
+            patched = turned[token] if by[token] else flat[token]
+            expected[layer, target[token]] = apart[layer, patched if layer < depth[token] else target[token]]
+    moved = align(store, *moves, inv_freq, jnp.array(layers), patch)
+    np.testing.assert_array_equal(bits(moved), expected)
+
+
+def check_packed(pack, store, moves, patch):
+    """Rows that are packed lie where the patch says, bit for bit, and nothing else has changed."""
+    source, (slots, offsets, depth, _) = np.asarray(moves[0]), map(np.asarray, patch)
+    rows = np.random.default_rng(1).normal(size=by_slot(store).shape)
+    full = paged(rows, store.shape[4], store.dtype)
+    expected = bits(full).copy()
+    for token in np.flatnonzero(depth > 0):
+        own = np.arange(depth[token])
+        expected[own + offsets[token], slots[token]] = expected[own, source[token]]
+    packed = pack(full, moves[0], *patch[:3])
+    np.testing.assert_array_equal(bits(packed), expected)

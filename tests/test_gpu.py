@@ -15,6 +15,8 @@ import pytest
 from kernel_cases import (
     check_moved,
     check_nan_stays,
+    check_packed,
+    check_restored,
     copies,
     dense,
     exact,
@@ -22,6 +24,7 @@ from kernel_cases import (
     gated_stacks,
     last_rows,
     relative_error,
+    restored,
     same,
     scattered,
     stacks,
@@ -206,6 +209,32 @@ def test_each_layer_aligned_by_its_own_frequencies(implementation):
     assert same(moved[:, :, 1], expected[:, :, 1])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kv_heads", "dim"),
+    [
+        ("bfloat16", 8, 128),
+        ("bfloat16", 3, 64),
+        ("bfloat16", 1, 128),
+        ("float16", 8, 64),
+        ("float32", 2, 128),
+        ("float8_e4m3fn", 8, 128),
+        ("float8_e4m3fn", 2, 64),
+    ],
+)
+def test_copies_with_a_patch(dtype, kv_heads, dim, implementation):
+    """No bit differs from rows copied on their own: with blocks of patch rows, few layers of some, and pages of 64."""
+    store, moves, patch = restored(dtype, layers=8, kv_heads=kv_heads, dim=dim, runs=4)
+    align, pack = (
+        jax.jit(partial(operation, implementation=implementation))
+        for operation in (kernels.align_and_copy, kernels.pack_rows)
+    )
+    inv_freq = 10000.0 ** -jnp.linspace(0, 1, dim // 2)
+    check_restored(align, store, moves, inv_freq, (0, 8), patch)
+    by_layer = inv_freq * jnp.where(jnp.arange(8) % 3 < 2, 1.0, 0.1)[:, None]
+    check_restored(align, store, moves, by_layer, (1, 7), patch)
+    check_packed(pack, store, moves, patch)
+
+
 @pytest.mark.parametrize(("kv_heads", "dim"), [(8, 128), (8, 64), (2, 64)])
 def test_float8_is_written_and_moved(kv_heads, dim, implementation):
     _, store, layer, *rows = scattered((5000, 37), 1500, kv_heads=kv_heads, dim=dim, layers=8, **FLOAT8)
@@ -250,6 +279,10 @@ def test_small_shapes(implementation):
     store = jnp.nan_to_num(store)
     moved = run(kernels.align_and_copy)(store, *moves)
     assert relative_error(moved, kernels.align_and_copy(store, *moves, implementation="xla")) < 1e-3
+    store, moves, patch = restored("bfloat16")
+    inv_freq = 10000.0 ** -jnp.linspace(0, 1, 32)
+    check_restored(run(kernels.align_and_copy), store, moves, inv_freq, (0, 4), patch)
+    check_packed(run(kernels.pack_rows), store, moves, patch)
 
 
 def test_small_linear_shapes():

@@ -8,6 +8,8 @@ from kernel_cases import (
     behind_windows,
     check_moved,
     check_nan_stays,
+    check_packed,
+    check_restored,
     copies,
     exact,
     exact_gated,
@@ -16,6 +18,7 @@ from kernel_cases import (
     last_rows,
     late_rows,
     relative_error,
+    restored,
     same,
     scattered,
     stacks,
@@ -396,6 +399,19 @@ def test_align_and_copy(kv_heads, dim, dtype):
         *(np.asarray(x, np.float32) for x in (moved, expected)), atol=2e-2 if dim == 64 else 1e-4
     )
     assert same(moved[:, :, 1], expected[:, :, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "dim", "layers"), [("bfloat16", 64, (0, 4)), ("bfloat16", 128, (1, 3)), ("float8_e4m3fn", 64, (1, 4))]
+)
+def test_copies_with_a_patch(dtype, dim, layers):
+    store, moves, patch = restored(dtype, dim=dim)
+    inv_freq = 10000.0 ** -jnp.linspace(0, 1, dim // 2)
+    if layers[0]:
+        inv_freq *= jnp.array([1.0, 1.0, 0.1, 1.0])[:, None]
+    check_restored(hopper(kernels.align_and_copy), store, moves, inv_freq, layers, patch)
+    check_packed(hopper(kernels.pack_rows), store, moves, patch)
 
 
 def test_what_cannot_be_done_falls_back_or_raises():

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import check_moved, copies, in_float32, relative_error, scattered
+from kernel_cases import (
+    check_moved,
+    check_packed,
+    check_restored,
+    copies,
+    in_float32,
+    relative_error,
+    restored,
+    scattered,
+)
 
 import sparsex_kernels.api as kernels
 from sparsex_kernels.align_and_copy import xla as align_xla
@@ -283,6 +292,37 @@ def test_align_and_copy_rotates_each_layer_by_its_own_frequencies(implementation
     old, new = (x.swapaxes(1, 2).reshape(-1, KV_HEADS, DIM) for x in (np.asarray(store)[1, :, 0], moved[1, :, 0]))
     still = np.r_[1 : DIM // 2, DIM // 2 + 1 : DIM]  # pairs of frequency 0
     np.testing.assert_array_equal(new[35:55, :, still], old[:20, :, still])
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        ("xla", "bfloat16"),
+        pytest.param("xla", "float8_e4m3fn", marks=pytest.mark.slow),
+        pytest.param("xla", "float32", marks=pytest.mark.slow),
+        pytest.param("reference", "float8_e4m3fn", marks=pytest.mark.slow),
+        pytest.param("tpu", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_copies_with_a_patch(implementation, dtype):
+    """Frequencies that differ by layer, and not all layers; then the way in."""
+    store, moves, patch = restored(dtype, kv_heads=1, dim=8, page_size=16)
+    frequencies = 10000.0 ** -jnp.linspace(0, 1, 4) * jnp.array([1.0, 1.0, 0.1, 1.0])[:, None]
+    align, pack = (
+        functools.partial(jitted(operation), implementation=implementation)
+        for operation in (kernels.align_and_copy, kernels.pack_rows)
+    )
+    check_restored(align, store, moves, frequencies, (1, 4), patch)
+    check_packed(pack, store, moves, patch)
+
+
+def test_patched_copies_update_the_store_in_place():
+    """Temporary memory is that of a step of tokens, on a CPU too."""
+    store, moves, patch = restored("float32", kv_heads=1, dim=8, runs=40)
+    align = jax.jit(functools.partial(kernels.align_and_copy, implementation="xla", patch=patch), donate_argnums=0)
+    memory = align.lower(store, *moves, jnp.ones(4)).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == store.nbytes
+    assert memory.temp_size_in_bytes < store.nbytes / 2
 
 
 def test_runs_of_layers_with_the_same_frequencies():

@@ -3,9 +3,12 @@
 `test_kernels.py` has them beside all other implementations, with small shapes.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import check_packed, check_restored, restored
 from test_kernels import clean, jitted, simulated, simulated_tpu  # noqa: F401  (a fixture)
 
 import sparsex_kernels.api as kernels
@@ -137,6 +140,22 @@ def test_align_and_copy_of_runs(implementation, dtype, q_heads, head_dim):
     tolerance = 1e-2 if dtype == "bfloat16" else 1e-5
     np.testing.assert_allclose(moved, expected, rtol=tolerance, atol=tolerance)
     np.testing.assert_array_equal(moved[:, :, 1], expected[:, :, 1])  # values are copied, not computed
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "heads_a_step"), [("bfloat16", 4), ("float32", 1), ("float8_e4m3fn", 6)])
+def test_copies_with_a_patch(implementation, dtype, heads_a_step, monkeypatch):
+    """Groups of two layers, of one and of three, of six; patch rows come out of another group than they go to."""
+    monkeypatch.setattr(align_tpu, "HEADS_A_STEP", heads_a_step)
+    store, moves, patch = restored(dtype, layers=6, dim=128)
+    inv_freq = 10000.0 ** -jnp.linspace(0, 1, 64)
+    align, pack = (
+        partial(jitted(operation), implementation=implementation)
+        for operation in (kernels.align_and_copy, kernels.pack_rows)
+    )
+    check_restored(align, store, moves, inv_freq, (1, 6), patch)
+    check_packed(pack, store, moves, patch)
 
 
 @tpu

@@ -35,6 +35,7 @@ KERNEL_SHAPES = [  # dtype of rows, query heads, KV heads, head_dim, rows, page_
 
 
 FLOAT8 = (*KERNEL_SHAPES[0], "float8_e4m3fn")
+WRITES = ("write_kv", "align_and_copy", "patched align_and_copy", "pack_rows")
 
 
 def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size, stored=None):
@@ -52,6 +53,11 @@ def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size, stored=Non
         "key_mass": (lambda store, q, *rest, **on: kernels.key_mass(q, store, *rest, **on), (q, layer, *of_rows)),
         "write_kv": (kernels.write_kv, (layer, kv, kv, *of_rows)),
         "align_and_copy": (kernels.align_and_copy, (ints, ints, ints, inv_freq, jax.ShapeDtypeStruct((2,), jnp.int32))),
+        "patched align_and_copy": (
+            lambda *args, **on: kernels.align_and_copy(*args[:-1], patch=args[-1], **on),
+            (ints, ints, ints, inv_freq, kernels.Patch(ints, ints, ints, ints)),
+        ),
+        "pack_rows": (kernels.pack_rows, (ints, ints, ints, ints)),
     }
     return {name: (partial(call, backend=aot.TPU), args) for name, (call, args) in operations.items()}, store
 
@@ -60,12 +66,12 @@ def compiled_kernel(chip, operation, shape):
     mesh = aot.described_mesh(CHIPS[chip], 1)
     calls, store = kernel_calls(*shape)
     call, args = calls[operation]
-    donated = (0,) if operation in ("write_kv", "align_and_copy") else ()
+    donated = (0,) if operation in WRITES else ()
     with aot.lowering_for(mesh):
         return jax.jit(call, donate_argnums=donated).lower(*aot.replicated((store, *args), mesh)).compile(), store
 
 
-@pytest.mark.parametrize("operation", ["paged_attention", "key_mass", "write_kv", "align_and_copy"])
+@pytest.mark.parametrize("operation", ["paged_attention", "key_mass", *WRITES])
 @pytest.mark.parametrize(
     ("chip", "shape"),
     [
@@ -77,9 +83,9 @@ def compiled_kernel(chip, operation, shape):
 )
 def test_kernels_compile(chip, shape, operation):
     compiled, store = compiled_kernel(chip, operation, shape)
-    assert operation in compiled.as_text()
+    assert operation.split()[-1] in compiled.as_text()
     memory, size = compiled.memory_analysis(), math.prod(store.shape) * store.dtype.itemsize
-    if operation in ("write_kv", "align_and_copy"):
+    if operation in WRITES:
         assert memory.alias_size_in_bytes >= size
     if shape[3] == 128:  # XLA keeps narrower heads in another order at a program's edge
         assert (

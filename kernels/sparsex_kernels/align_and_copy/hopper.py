@@ -187,7 +187,7 @@ def _row_layout(shape: Shape) -> Any:
 
 def _kernel(shape: Shape, tree: Any, *refs: Ref, **scratch: Ref) -> None:
     *inputs, store = refs
-    given: Inputs = jax.tree.unflatten(tree, inputs)
+    given = jax.tree.unflatten(tree, inputs)
     if given.spans is None:
         _move_tile(shape, given, store, given.layers[0], given.layers[1], **scratch)
         return
@@ -198,7 +198,7 @@ def _kernel(shape: Shape, tree: Any, *refs: Ref, **scratch: Ref) -> None:
 
 def _move_tile(
     shape: Shape,
-    given: Inputs,
+    given: Any,  # `Inputs`, of references
     store: Ref,
     first_layer: Array,
     end_layer: Array,
@@ -287,11 +287,13 @@ def _move_tile(
         else:
             ends = [k_smem.at[stage, 0, :, pl.ds(begin, half)] for begin in (0, half)]
         first, second = (plgpu.load(end, layout=layout, optimized=False).astype(jnp.float32) for end in ends)
-        turned = first * cos - second * sin, second * cos + first * sin
+        new_first, new_second = first * cos - second * sin, second * cos + first * sin
         if spans is not None:
-            turned = tuple(jnp.where(cos == AS_IS, old, new) for old, new in zip((first, second), turned, strict=True))
-        ends[0][...] = narrowed(turned[0])
-        ends[1][...] = narrowed(turned[1])
+            new_first, new_second = (
+                jnp.where(cos == AS_IS, first, new_first),
+                jnp.where(cos == AS_IS, second, new_second),
+            )
+        ends[0][...], ends[1][...] = narrowed(new_first), narrowed(new_second)
         plgpu.commit_smem()
 
     def step(layer: Array, _: None) -> None:

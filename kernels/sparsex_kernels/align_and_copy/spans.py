@@ -17,10 +17,12 @@ from jaxtyping import Bool, Int
 from sparsex_kernels.arguments import Patch, Spans
 from sparsex_kernels.layout import Slots
 
+Entries = Int[Array, "entries"]
+
 
 def patched(
     source: Slots, target: Slots, shift: Slots, patch: Patch, num_layers: int
-) -> tuple[Slots, Slots, Slots, Spans]:
+) -> tuple[Entries, Entries, Entries, Spans]:
     """Entries of tokens with a patch: source, target and shift of each, and their layers."""
     depth = jnp.clip(patch.depth, 0, num_layers)
     rest, patches = (target >= 0) & (depth < num_layers), (target >= 0) & (depth > 0)
@@ -45,12 +47,12 @@ def packed(source: Slots, target: Slots, layers: Slots, depth: Slots) -> tuple[S
     return source, target, Spans(layers, layers + depth, -layers, jnp.ones_like(depth, bool))
 
 
-def only(moved: Bool[Array, "entries"], source: Slots, target: Slots) -> tuple[Slots, Slots]:
+def only(moved: Bool[Array, "entries"], source: Entries, target: Entries) -> tuple[Entries, Entries]:
     """The slots of entries that move, slot 0 and -1 for the others, whose slots may be anything."""
     return jnp.where(moved, source, 0), jnp.where(moved, target, -1)
 
 
-def within(spans: Spans, target: Slots, layers: Int[Array, "2"]) -> tuple[Spans, Bool[Array, "entries"]]:
+def within(spans: Spans, target: Entries, layers: Int[Array, "2"]) -> tuple[Spans, Bool[Array, "entries"]]:
     """The part of every span that lies in these layers, and which entries have one."""
     first, end = jnp.maximum(spans.first, layers[0]), jnp.minimum(spans.end, layers[1])
     return spans._replace(first=first, end=end), (target >= 0) & (first < end)

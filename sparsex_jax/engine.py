@@ -125,7 +125,7 @@ class Engine:
 
     def _add_tiers(self) -> None:
         link = Link(self.model, self.config, self.mesh)
-        tiers = self.admission.tiers = make_tiers(self.runner, link)
+        tiers = self.admission.tiers = make_tiers(self.runner, link, self.admission.mirroring)
         loading = self.admission.loading = Loading(tiers, self.runner, link)
         self.admission.restoring = Restoring(tiers, loading, lambda: self._restorer(link), self.config.page_size)
 

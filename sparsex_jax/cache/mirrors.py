@@ -113,6 +113,14 @@ class Mirrors:
             else:
                 yield Derived.stored(part)
 
+    def slots_of(self, page: int) -> Int64[np.ndarray, "slots"]:
+        """The slots of the store that the content of a page is in: its own, or those that a derived one rests on."""
+        rows = self._pool.derived.get(page)
+        if rows is not None:
+            return np.concatenate([rows.source[rows.depth < self.num_layers], rows.patch[rows.depth > 0]])
+        node = self._tree.node_of[page]
+        return page * self._page_size + np.arange(node.length if node else 0)
+
     # Deriving -----------------------------------------------------------------------------------------------
 
     def origins(self, segments: Sequence[Segment], length: int) -> Origins:

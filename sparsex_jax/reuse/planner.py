@@ -265,10 +265,10 @@ def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_
     rows = Derived.joined([segment.rows or Derived.stored(segment.slots) for segment, _ in runs])
     moved = np.concatenate([np.full(segment.length, segment.shift) for segment, _ in runs])
     source, shift = _padded([rows.source], size, 0), _padded([moved + rows.shift], size, 0)
-    layers = np.int32(0), np.int32(num_layers)
     patched = tuple(_padded([each], size, 0) for each in (rows.patch, rows.layer, rows.depth, moved))
-    patch = Patch(*jax.device_put(patched)) if rows.depth.any() else None
-    return Copies(*jax.device_put((source, _padded(targets, size, -1), shift, *layers)), patch=patch)
+    patch = Patch(*patched) if rows.depth.any() else None  # type: ignore[arg-type]  # placed with the others
+    placed = jax.device_put((source, _padded(targets, size, -1), shift, np.int32(0), np.int32(num_layers), patch))
+    return Copies(*placed)
 
 
 def plan_packing(packing: Packing, shapes: Shapes) -> Iterator[PackedRows]:

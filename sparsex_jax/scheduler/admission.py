@@ -501,10 +501,19 @@ class Admission:
         if sequence.is_admitted:
             self.cache.withdraw(sequence.pages[sequence.num_shared :])
 
-    def withdraw_broken(self, pages: Several[int], finite: Bool[np.ndarray, "pages page_size"]) -> int:
-        """Withdraw those pages that have a token whose slot is not finite. Returns how many."""
-        lengths = [self.cache.length(page) for page in pages]
-        broken = [page for page, length, slots in zip(pages, lengths, finite, strict=True) if not slots[:length].all()]
+    def withdraw_broken(
+        self, pages: Several[int], are_finite: Callable[[Several[int]], Bool[np.ndarray, "pages page_size"]]
+    ) -> int:
+        """Withdraw those pages that have a token whose slot is not finite. Returns how many.
+
+        Args:
+          are_finite: which slots of pages of the store are.
+        """
+        slots = {page: self.cache.mirrors.slots_of(page) for page in pages}
+        stored = np.unique(np.concatenate([[], *slots.values()]).astype(np.int64) // self._config.page_size)
+        finite = np.ones((self._config.num_pages, self._config.page_size), bool)
+        finite[stored] = are_finite(stored.tolist())
+        broken = [page for page, own in slots.items() if not finite.ravel()[own].all()]
         if self.tiers and broken:
             self.end_transfers(again=True)  # it may compute behind what is broken
             self.tiers.withdraw(self.cache, broken)

@@ -28,6 +28,7 @@ from sparsex_jax.cache.children import TOKEN_BYTES
 from sparsex_jax.cache.company import company_namespace, having_seen
 from sparsex_jax.cache.counts import CacheCounts, CacheStats
 from sparsex_jax.cache.entries import Entry, EntryBook, EvictedTexts, Origin
+from sparsex_jax.cache.healer import Healer
 from sparsex_jax.cache.match import Match
 from sparsex_jax.cache.mirrors import Mirrors
 from sparsex_jax.cache.pages import PagePool
@@ -40,7 +41,6 @@ from sparsex_jax.errors import FrozenLimitError, PinLimitError, StoreFullError
 
 # Numbers of derived pages, for each page of the store: even mirrors of a twentieth of their size fill it before.
 DERIVED_A_PAGE = 16
-HEALING_TRIES = 8  # sequences for which room is looked for; each costs a walk through its pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +129,7 @@ class PageCache:
         self._evicted = EvictedTexts(keep_texts)
         self._remembered = RememberedTexts()
         self._matches: set[Match] = set()
+        self._healer = Healer(self.tree, page_size, self._is_kept, self._drop)
         self._max_pinned = max_pinned
         self.pins = PinBook(self._pool, clock)
         self.counts = counts or CacheCounts()
@@ -672,47 +673,13 @@ class PageCache:
         num_tokens = sum(self.length(page) for page in held.pages)
         return PinState(namespace, key, num_tokens, len(held.pages), self.pins.seconds_left(held))
 
-    # Healing ------------------------------------------------------------------------------------------------
-
     def to_heal(self, most: int) -> tuple[Int32[np.ndarray, "tokens"], str] | None:
         """A prompt and its namespace whose exact prefill replaces approximate content: of that which was used most.
 
         All but about `most` of its tokens have an exact prefix already. None if nothing is approximate, or if there
-        are no pages for what was used most.
+        are no pages for what was used most. Mirrors stay as they are.
         """
-        before = -1
-        while len(self.tree.approximate) != before:  # until none of them is retired any more
-            before = len(self.tree.approximate)
-            for chain in self.tree.approximate_chains(HEALING_TRIES):
-                tokens = self._to_heal_of(chain, most)
-                if tokens is not None:
-                    return tokens, chain[0].namespace
-        return None
-
-    def _to_heal_of(self, chain: list[Node], most: int) -> Int32[np.ndarray, "tokens"] | None:
-        """The prompt for one chain. None if there is no room for it, or if it is exact elsewhere: then its end goes."""
-        prompt = b"".join(node.key for node in chain)
-        exact = self.tree.prefix(prompt, chain[0].namespace).num_tokens
-        length = len(prompt) // TOKEN_BYTES
-        if exact == length:
-            self._retire(chain[-1])
-            return None
-        end = self._healed_end(exact, length, most)
-        pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is held meanwhile
-        return np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32) if pages <= self.num_available else None
-
-    def _retire(self, node: Node) -> None:
-        """Drop an approximate node whose tokens are all in an exact prefix as well, unless an entry or a pin has it."""
-        self.tree.settle(node)
-        if not any(self._entries.holds(page) or self.pins.holds(page) for page in node.pages):
-            self._drop(list(node.pages))
-
-    def _healed_end(self, exact: int, length: int, most: int) -> int:
-        """Where the next `most` tokens end: with a page, as pages are replaced as a whole, or with the content."""
-        if exact + most >= length:
-            return length
-        whole_pages = (exact + most) // self.page_size
-        return min(max(whole_pages, exact // self.page_size + 1) * self.page_size, length)
+        return self._healer.next(most, self.num_available)
 
     # Evicting -----------------------------------------------------------------------------------------------
 
@@ -725,6 +692,10 @@ class PageCache:
     def num_beside_kept(self) -> int:
         """How many pages frozen entries and pins leave to everything else."""
         return len(self._pool) - self._pool.sums.kept
+
+    def _is_kept(self, page: int) -> bool:
+        """Whether an entry or a pin has it."""
+        return self._entries.holds(page) or self.pins.holds(page)
 
     def num_kept_of(self, pages: Sequence[int]) -> int:
         """How many of these pages frozen entries or pins have."""

@@ -159,11 +159,7 @@ class Mirrors:
         _, _, columns = pack(rows.depth.reshape(-1, self._page_size), self.num_layers)
         worth = columns <= (1 - LEAST_SAVED) * self._page_size
         kept = [pages[number] for number, is_worth in zip(own, worth, strict=True) if is_worth]
-        packing = self._store(kept, rows.at(np.repeat(worth, self._page_size)))
-        if packing is not None:
-            for number in own:  # what is approximate there, healing would replace by pages of its own
-                self._tree.settle(self._tree[pages[number]])
-        return packing
+        return self._store(kept, rows.at(np.repeat(worth, self._page_size)))
 
     def _may_derive(self, page: int) -> bool:
         """Whether a page is the only one with its content, and is evicted one day."""

@@ -9,14 +9,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from sparsex_jax.cache import PageCache
-from sparsex_jax.cache.derived import Derived
+from sparsex_jax.cache.derived import Derived, pack
 from sparsex_jax.cache.mirrors import Origins
 from sparsex_jax.errors import PinLimitError, StoreFullError
+from sparsex_jax.reuse import schedule
 
 PAGE, LAYERS = 8, 4
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
@@ -25,6 +26,40 @@ QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck))
 def rotated(rows, shift):
     turned = (rows * 1_000_003 + shift * 7_919 + 7) % (1 << 40)
     return np.where(shift == 0, rows, turned)
+
+
+@QUICK
+@given(st.lists(st.lists(st.integers(0, 6), min_size=PAGE, max_size=PAGE), min_size=1, max_size=4))
+def test_no_two_rows_are_packed_into_one_place(depths):
+    depth = np.array(depths)
+    column, layer, columns = pack(depth, 6)
+    places, pages = set(), {}
+    for page, place in zip(*np.nonzero(depth), strict=True):
+        assert layer[page, place] + depth[page, place] <= 6
+        assert pages.setdefault(int(column[page, place]), page) == page
+        for row in range(depth[page, place]):
+            where = int(column[page, place]), int(layer[page, place]) + row
+            assert where not in places
+            places.add(where)
+    assert len(pages) == columns.sum() == max(pages, default=-1) + 1
+    assert np.array_equal(np.bincount(list(pages.values()), minlength=len(depth)), columns)
+
+
+def test_the_packing_of_the_docstring():
+    column, layer, columns = pack(np.array([[2, 1, 4, 1, 1, 0]]), 4)
+    assert column.tolist() == [[1, 2, 0, 2, 2, 0]]
+    assert layer.tolist() == [[0, 0, 0, 1, 2, 0]]
+    assert columns.tolist() == [3]
+
+
+def test_the_rows_that_a_prefill_wrote():
+    """As in the docstring of `written_depth`, and where a signal looks before layer 0."""
+    every = np.ones(4, bool)
+    phases = [schedule.Phase(0, every), schedule.Phase(2, every, "key_mass"), schedule.Phase(4, every)]
+    computed = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
+    assert schedule.written_depth(phases, computed, 5).tolist() == [5, 4, 3, 0]
+    phases = [schedule.Phase(0, every), schedule.Phase(0, every, "key_mass"), schedule.Phase(5, every)]
+    assert schedule.written_depth(phases, computed, 5).tolist() == [5, 5, 1, 0]
 
 
 class Store:

@@ -71,7 +71,13 @@ def compiled_kernel(chip, operation, shape):
         return jax.jit(call, donate_argnums=donated).lower(*aot.replicated((store, *args), mesh)).compile(), store
 
 
-@pytest.mark.parametrize("operation", ["paged_attention", "key_mass", *WRITES])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        *("paged_attention", "key_mass", "write_kv", "align_and_copy"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in WRITES[2:]),
+    ],
+)
 @pytest.mark.parametrize(
     ("chip", "shape"),
     [

@@ -200,13 +200,20 @@ def _align_kernel(
             merged = jnp.where(copied, pltpu.roll(rotated, by, 0), current)
             new_ref[new_slot, layer, kv] = merged.astype(new_ref.dtype).reshape(kv_heads, tile, head_dim)
 
-        def turned(keys: Array, layer: Index) -> Array:
-            if not rotated:
-                return keys
+        def turn(layer: Index, keys: Array) -> None:
             cos, sin = same or rotation(token, layer)
             halves = jnp.concatenate([keys[:, head_dim // 2 :], keys[:, : head_dim // 2]], axis=1)
-            new = keys * cos + halves * sin
-            return jnp.where(spans.as_is[0, token] > 0, keys, new) if spans else new
+            move(layer, 0, keys * cos + halves * sin)
+
+        def move_keys(layer: Index, keys: Array) -> None:
+            if rotated and spans:
+                as_is = spans.as_is[0, token] > 0
+                pl.when(as_is)(lambda: move(layer, 0, keys))
+                pl.when(~as_is)(lambda: turn(layer, keys))
+            elif rotated:
+                turn(layer, keys)
+            else:
+                move(layer, 0, keys)
 
         def move_layer(layer: Index, _: None) -> None:
             at = layer
@@ -215,7 +222,7 @@ def _align_kernel(
             keys, values = (
                 old_ref[old_slot, at, kv].reshape(kv_heads * tile, head_dim).astype(jnp.float32) for kv in (0, 1)
             )
-            move(layer, 0, turned(keys, layer))
+            move_keys(layer, keys)
             move(layer, 1, values)
 
         lax.fori_loop(0, layers, move_layer, None)

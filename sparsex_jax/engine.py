@@ -52,6 +52,7 @@ from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.speeds import speeds_for
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.model.matrices import random_quantised
 from sparsex_jax.model.sharding import check_mesh, make_mesh
 from sparsex_jax.model.store import check_range
 from sparsex_jax.model.weights import Params, random_params
@@ -176,8 +177,8 @@ class Engine:
         _check_layers(defaults.reuse, checkpoint.config)
         log.info("%s", defaults)
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
-        config = config.resolved(_platform(mesh), checkpoint.dtype)
-        params = checkpoint.load_params(config.dtype, mesh)
+        config = config.resolved(_platform(mesh), checkpoint.dtype, checkpoint.in_numbers)
+        params = checkpoint.load_params(config.dtype, mesh, config.quantization)
         return cls(
             checkpoint.config, params, tokenizer, config=config, mesh=mesh, reuse=defaults.reuse, sampling=sampling
         )
@@ -191,7 +192,12 @@ class Engine:
         model = named_config(model) if isinstance(model, str) else model
         mesh = check_mesh(mesh or make_mesh(), model)
         config = config.resolved(_platform(mesh))
-        return cls(model, random_params(model, config.dtype, mesh, seed), config=config, mesh=mesh)
+        about = model, config.dtype, mesh
+        if config.quantization in ("none", "stored"):
+            params = random_params(*about, seed)
+        else:
+            params = random_quantised(*about, config.quantization, seed)
+        return cls(model, params, config=config, mesh=mesh)
 
     def _speeds(self) -> Speeds:
         return speeds_for(self.runner, self.admission.lend)
@@ -497,4 +503,4 @@ def _with_dtype_of(params: Params, config: EngineConfig, mesh: Mesh) -> EngineCo
     """With a concrete dtype in place of `auto`: on an accelerator that of the given parameters, whichever it is."""
     if config.dtype != "auto" or _platform(mesh) == "cpu":
         return config.resolved(_platform(mesh))
-    return dataclasses.replace(config, dtype=params.embed.dtype.name)
+    return dataclasses.replace(config, dtype=np.dtype(params.embed.dtype).name).resolved(_platform(mesh))

@@ -352,9 +352,7 @@ def test_gguf_of_another_architecture_is_refused(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(
-        UnsupportedModelError, match=r"'gemma2' is not supported; supported: llama, olmoe, qwen2, qwen3"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"'gemma2' is not supported; supported: .*llama, .*olmoe"):
         open_checkpoint(tmp_path / "m.gguf")
 
 

@@ -5,6 +5,7 @@ Sanitizers are slow, so they have shapes of their own:
     compute-sanitizer --tool memcheck python -m pytest -n 0 -m gpu tests/test_gpu.py -k small
 """
 
+import dataclasses
 import importlib.util
 from functools import partial
 
@@ -35,6 +36,7 @@ from sparsex_jax import Engine, ModelConfig, ReuseConfig
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
 from sparsex_kernels.layout import as_stored
+from sparsex_kernels.quantised import dequantise, quantise, turned
 
 pytestmark = pytest.mark.gpu
 
@@ -283,6 +285,25 @@ def test_small_shapes(implementation):
     inv_freq = 10000.0 ** -jnp.linspace(0, 1, 32)
     check_restored(run(kernels.align_and_copy), store, moves, inv_freq, (0, 4), patch)
     check_packed(run(kernels.pack_rows), store, moves, patch)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8", "squares", "q4_k", "q6_k"])
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (64, 64), (300, 200)])
+def test_linear_of_quantised_weights(rows, count, kind):
+    skip_unless_hopper()
+    x, dense = stacks(rows, 1024, (1024, 256, 256))
+    weights = [quantise(weight, "fp8" if kind == "squares" else kind) for weight in dense]
+    if kind in ("fp8", "int8", "squares"):
+        weights = [turned(weight) for weight in weights]
+    if kind == "squares":
+        scale = jnp.linspace(0.01, 1, 8)[None, :, None]
+        squares = (scale * jnp.ones((len(weight), 1, weight.shape[2] // 128)) for weight in weights)
+        weights = [dataclasses.replace(weight, scales=each) for weight, each in zip(weights, squares, strict=True)]
+    run = jax.jit(lambda *args: kernels.linear(*args, implementation="hopper"))
+    outs = run(x.at[count:].set(jnp.nan), weights, jnp.int32(2), jnp.int32(count))
+    plain = [dequantise(weight, jnp.float32) for weight in weights]
+    for out, expected in zip(outs, exact(x, plain, 2), strict=True):
+        assert relative_error(out[:count], expected[:count]) < 8e-3
 
 
 def test_small_linear_shapes():

@@ -1,5 +1,8 @@
 """The kernels for Hopper GPUs against the references, small, in Mosaic GPU's interpreter. On a GPU: `test_gpu.py`."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +36,7 @@ from sparsex_kernels.paged_attention import hopper as hopper_attention
 from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
 from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape
 from sparsex_kernels.paged_attention.tiles import Splits, tile_parts
+from sparsex_kernels.quantised import Quantised, dequantise, quantise, turned
 
 CPU = Backend("cpu")
 EIGHT = Config(programs=8)
@@ -423,6 +427,47 @@ def test_what_cannot_be_done_falls_back_or_raises():
     with prefer("hopper", "xla"):
         out = kernels.paged_attention(*case)
     assert same(out, kernels.paged_attention(*case, implementation="xla"))
+
+
+@pytest.mark.parametrize("kind", ["squares", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "int8"))])
+def test_linear_of_codes(kind):
+    """Few rows: the kernel reads codes of 8 bits, with scales of outputs or of squares."""
+    x, dense = stacks(5, 512, (256, 128))
+    weights = [turned(quantise(weight, "int8" if kind == "int8" else "fp8")) for weight in dense]
+    if kind == "squares":
+        rng = np.random.default_rng(0)
+        scales = (jnp.array(rng.uniform(0.01, 1, (3, 2, weight.shape[2] // 128)), jnp.float32) for weight in weights)
+        weights = [dataclasses.replace(weight, scales=each) for weight, each in zip(weights, scales, strict=True)]
+    args = LinearArgs(x, tuple(weights), jnp.int32(1), 5, CPU)
+    assert linear_hopper._reads_codes(args)
+    for out, weight in zip(linear_hopper.linear(args), weights, strict=True):
+        assert relative_error(out, x.astype(jnp.float32) @ dequantise(weight, jnp.float32)[1]) < 8e-3
+
+
+def test_squares_are_turned_around():
+    (dense,) = stacks(1, 256, (384,))[1]
+    weight = quantise(dense, "int8")
+    other = turned(weight)
+    assert other.codes[2, 130, 300] == weight.codes[2, 128 + 44, 256 + 2]  # within square (1, 2): row 2, column 44
+    assert same(dequantise(other, jnp.float32), dequantise(weight, jnp.float32))
+    assert same(turned(other).codes, weight.codes)
+
+
+@pytest.mark.parametrize("kind", ["squares", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "int8"))])
+def test_linear_of_codes_is_lowered_for_a_gpu(kind):
+    """For projections of Llama 3.1 8B, by the passes that run where there is no GPU."""
+    shape, dtype = jax.ShapeDtypeStruct, jnp.int8 if kind == "int8" else jnp.float8_e4m3fn
+
+    def codes(width):
+        scales = shape((2, 32, width // 128) if kind == "squares" else (2, 1, width), jnp.float32)
+        return Quantised(shape((2, 4096, width), dtype), scales, kind="int8" if kind == "int8" else "fp8", turned=True)
+
+    on = {"backend": Backend("gpu", "9.0"), "implementation": "hopper"}
+    weights = [codes(4096), codes(1024), codes(1024)]
+    traced = jax.jit(functools.partial(kernels.linear, **on)).trace(shape((8, 4096), jnp.bfloat16), weights, 1)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert "2x4096x1024xbf16" not in text  # no copy in floats
 
 
 FLOAT8 = {"stored": "float8_e4m3fn"}

@@ -13,8 +13,15 @@ from jaxtyping import Bool, Float, Int
 
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, KVRows, PageTables, Queries, RowInts, Slots, Store, Window
+from sparsex_kernels.quantised import Mixed, Quantised
 
 _STATIC: Any = {"static": True}
+
+# Matrices of all layers, or of all groups of all layers. Implementations take no `Mixed`: operations take them apart.
+Stack = Float[Array, "layers inputs _"] | Quantised
+GroupStack = Float[Array, "layers groups inputs width"] | Quantised
+Matrices = Stack | Mixed
+Groups = GroupStack | Mixed
 
 
 @jax.tree_util.register_dataclass
@@ -161,7 +168,7 @@ class LinearArgs:
     """
 
     inputs: Float[Array, "rows inputs"]
-    weights: tuple[Float[Array, "layers inputs _"], ...]
+    weights: tuple[Stack, ...]
     layer: Int[Array, ""] | int
     count: Int[Array, ""] | int | None
     backend: Backend = dataclasses.field(metadata=_STATIC)
@@ -171,6 +178,11 @@ class LinearArgs:
     def widths(self) -> tuple[int, ...]:
         """Columns of each weight."""
         return tuple(weight.shape[2] for weight in self.weights)
+
+    @property
+    def arrays(self) -> tuple[Float[Array, "layers inputs _"], ...]:
+        """The weights, where none is quantised; else raises NotImplementedError."""
+        return _arrays(self.weights)
 
 
 @jax.tree_util.register_dataclass
@@ -187,7 +199,7 @@ class GroupedArgs:
     """
 
     inputs: Float[Array, "rows inputs"]
-    weights: tuple[Float[Array, "layers groups inputs width"], ...]
+    weights: tuple[GroupStack, ...]
     layer: Int[Array, ""] | int
     groups: Int[Array, "tiles"]
     backend: Backend = dataclasses.field(metadata=_STATIC)
@@ -209,10 +221,26 @@ class GroupedArgs:
 
     @property
     def matrices(self) -> tuple[Float[Array, "matrices inputs width"], ...]:
-        """The stacks with layers and groups as one axis. No copy."""
-        return tuple(weight.reshape(-1, *weight.shape[2:]) for weight in self.weights)
+        """The stacks of arrays with layers and groups as one axis. No copy.
+
+        Raises:
+          NotImplementedError: weights are quantised.
+        """
+        return tuple(weight.reshape(-1, *weight.shape[2:]) for weight in self.arrays)
+
+    @property
+    def arrays(self) -> tuple[Float[Array, "layers groups inputs width"], ...]:
+        """The weights, where none is quantised; else raises NotImplementedError."""
+        return _arrays(self.weights)
 
     @property
     def matrix_of_tile(self) -> Int[Array, "tiles"]:
         """Which of `matrices` each tile takes; any for tiles that are not used."""
         return jnp.asarray(self.layer, jnp.int32) * self.weights[0].shape[1] + jnp.maximum(self.groups, 0)
+
+
+def _arrays(weights: tuple[Any, ...]) -> tuple[Array, ...]:
+    kinds = [weight.kind for weight in weights if isinstance(weight, Quantised)]
+    if kinds:
+        raise NotImplementedError(f"weights in {kinds[0]}")
+    return weights

@@ -36,6 +36,11 @@ class Checkpoint(abc.ABC):
         """The dtype of the stored matrices, such as `bfloat16`; None where they are quantised or not of one dtype."""
 
     @property
+    def in_numbers(self) -> bool:
+        """Whether matrices are stored as numbers of 8 bits, fp8 or int8, which products can read as they are."""
+        return False
+
+    @property
     def sampling(self) -> Mapping[str, Any]:
         """The fields of `SamplingParams` that the checkpoint recommends.
 
@@ -45,8 +50,12 @@ class Checkpoint(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def load_params(self, dtype: str, mesh: Mesh) -> Params:
-        """The parameters in `dtype`, placed on the mesh."""
+    def load_params(self, dtype: str, mesh: Mesh, quantization: str = "none") -> Params:
+        """The parameters in `dtype`, placed on the mesh.
+
+        Args:
+          quantization: as `EngineConfig.quantization`, without `auto`.
+        """
 
 
 def check_vocabulary(where: Path, tokenizer: Any | None, config: ModelConfig) -> None:

@@ -18,8 +18,10 @@ from sparsex_jax.checkpoints.base import (
     rows_within,
     spread_rotary,
 )
+from sparsex_jax.checkpoints.gguf_blocks import is_held, take_apart
 from sparsex_jax.checkpoints.gguf_config import LONG_FACTORS, ROTARY, SHORT_FACTORS, read_config
 from sparsex_jax.checkpoints.gguf_file import GGUFModel
+from sparsex_jax.checkpoints.held import Stored, choose_held
 from sparsex_jax.checkpoints.placing import place_rows
 from sparsex_jax.config.generation import checked_sampling
 from sparsex_jax.model.weights import Params
@@ -109,7 +111,7 @@ class GGUFCheckpoint(Checkpoint):
         found = {name: metadata[key] for name, key in _SAMPLING.items() if metadata.get(key) is not None}
         return checked_sampling(str(self._file.path), found)
 
-    def load_params(self, dtype: str, mesh: Mesh) -> Params:
+    def load_params(self, dtype: str, mesh: Mesh, quantization: str = "none") -> Params:
         config, names = self.config, self._names
         shapes = {name: tensor.shape for name, tensor in self._file.tensors.items()}
         check_shapes(self._file.path, shapes, config, names)
@@ -123,10 +125,25 @@ class GGUFCheckpoint(Checkpoint):
         }
 
         def read(name: str, layer: int | None) -> np.ndarray:
-            stored = self._file.read(names[name].format(layer), rows[name])
+            return ordered(name, self._file.read(names[name].format(layer), rows[name]))
+
+        def ordered(name: str, stored: np.ndarray) -> np.ndarray:
             return unpermute(stored, heads[name]) if permuted and name in heads else spread_rotary(name, stored, config)
 
-        return place_rows(config, dtype, mesh, read)
+        def kind(name: str, layer: int | None) -> str | None:
+            encoding = self._file.encoding(names[name].format(layer))
+            return encoding.lower() if is_held(encoding) else None
+
+        def in_codes(name: str, layer: int | None) -> Stored | np.ndarray:
+            tensor = names[name].format(layer)
+            stored = take_apart(self._file.encoding(tensor), self._file.blocks(tensor))
+            if stored is None:
+                return read(name, layer)
+            if stored.parts["codes"].ndim == 3:  # experts
+                return stored
+            return stored.rows(rows[name]).ordered(functools.partial(ordered, name))
+
+        return place_rows(config, dtype, mesh, read, choose_held(quantization, read, kind, in_codes))
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -73,6 +73,18 @@ class GGUFModel:
         """
         return self._files[name].read(name, rows)
 
+    def encoding(self, name: str) -> str:
+        """ggml's name for the encoding of a tensor, such as `Q4_K`; a number where it has none."""
+        import gguf
+
+        number = self._files[name].tensors[name].encoding
+        names = {int(each): each.name for each in gguf.GGMLQuantizationType}
+        return names.get(number, str(number))
+
+    def blocks(self, name: str) -> np.ndarray:
+        """The bytes of a tensor that is quantised: uint8 `[..., rows, blocks, bytes of a block]`. Errors as `read`."""
+        return self._files[name].blocks(name)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -183,6 +195,15 @@ class _File:
                 raise ValueError(
                     f"tensor {name!r} ends at byte {end}, and the file at {len(self._bytes)}: it is not whole"
                 )
+
+    def blocks(self, name: str) -> np.ndarray:
+        import gguf
+
+        tensor = self.tensors[name]
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.encoding)]
+        count = math.prod(tensor.shape) // block * size
+        stored = np.frombuffer(self._bytes, np.uint8, count, self._data_start + tensor.start)
+        return stored.reshape(*tensor.shape[:-1], -1, size)
 
     def read(self, name: str, rows: slice) -> np.ndarray:
         import gguf

@@ -20,7 +20,10 @@ from sparsex_jax.checkpoints.base import (
     rows_within,
     spread_rotary,
 )
+from sparsex_jax.checkpoints.held import Stored, choose_held
 from sparsex_jax.checkpoints.placing import place_rows
+from sparsex_jax.checkpoints.safetensors_file import read_tensor
+from sparsex_jax.checkpoints.scheme import QUANTISED_FILES, floats_of, read_scheme
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json, require_content
@@ -92,14 +95,11 @@ _PICTURES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "
 
 # The names that safetensors gives to floats.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-# Files and fields of quantised weights, whose scales or packing nothing here reads.
-_QUANTISED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-_QUANTISED_FIELDS = ("quantization_config", "compression_config")
 _ADAPTER = "adapter_config.json"
 _ROWS_AT_ONCE = 4096  # of the embeddings, when they are compared with the head
 _SINGLE = "model.safetensors"
 # What is read of a model beside its weights and its tokenizer.
-READ_FILES = ("config.json", GENERATION_CONFIG, _INDEX, _ADAPTER, *_QUANTISED_FILES)
+READ_FILES = ("config.json", GENERATION_CONFIG, _INDEX, _ADAPTER, *QUANTISED_FILES)
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -116,12 +116,13 @@ class HuggingFaceCheckpoint(Checkpoint):
         path = directory / "config.json"
         raw = read_json(path)
         _refuse_adapter(directory)
-        _refuse_quantised(directory, raw)
+        self._scheme = read_scheme(directory, raw)
         config = ModelConfig.from_hf(raw, str(path))
         self._model_type = str(raw.get("model_type"))
         self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
         self._files = _weight_files(directory, self._open)
         self._stored = _stored_names(self._files, with_pictures=self._model_type == "gemma3")
+        self._scales: dict[str, str] = {}  # of tensors in codes
         self._shapes = self._read_shapes()
         self._names = _OF_FAMILY.get(self._model_type) or _names_in(self._shapes)
         if config.tied_embeddings and not self._has_own_head():
@@ -134,9 +135,26 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _read_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the stored tensors but rotary tables, which say nothing new."""
         names = {name: stored for name, stored in self._stored.items() if not name.endswith(_TABLES)}
-        files = {name: self._files[stored] for name, stored in names.items()}
-        shapes = {name: _float_shape(self._open(files[name]), files[name], stored) for name, stored in names.items()}
-        return _with_halves(shapes)
+        shapes = {name: self._shape(name) for name in names}
+        for name in [name for name in names if self._is_in_codes(name)]:
+            assert self._scheme is not None
+            scale = self._scheme.scale_of(name, shapes)
+            if scale is None or len(shapes[name]) != 2 or not self._scheme.accepts(shapes[scale], shapes[name]):
+                found = "no scales" if scale is None else f"scales of shape {shapes[scale]}"
+                raise UnsupportedModelError(f"{self.directory}: {name} of shape {shapes[name]} has {found}")
+            self._scales[name] = scale
+        return _with_halves({name: shape for name, shape in shapes.items() if name not in self._scales.values()})
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's. Raises UnsupportedModelError if its elements are no floats, nor codes that can be read."""
+        stored = self._slice(name)
+        if stored.get_dtype() not in (*_DTYPES, "F64") and not self._is_in_codes(name):
+            file = self._files[self._stored[name]]
+            raise UnsupportedModelError(f"{file}: {name} has elements of type {stored.get_dtype()}; they are not read")
+        return tuple(stored.get_shape())
+
+    def _is_in_codes(self, name: str) -> bool:
+        return self._scheme is not None and self._slice(name).get_dtype() == self._scheme.dtype
 
     def _slice(self, name: str) -> Any:
         """A tensor that is not read yet, by the name that a model of text alone has for it."""
@@ -153,6 +171,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         shape = embed.get_shape()
         if shape != head.get_shape() or not shape:
             return True
+        if any(self._is_in_codes(tensor) for tensor in tensors):
+            return True
         starts = range(0, shape[0], _ROWS_AT_ONCE)
         parts = (slice(start, min(start + _ROWS_AT_ONCE, shape[0])) for start in starts)
         return any(not np.array_equal(embed[part], head[part]) for part in parts)
@@ -164,6 +184,10 @@ class HuggingFaceCheckpoint(Checkpoint):
         return found
 
     @property
+    def in_numbers(self) -> bool:
+        return self._scheme is not None
+
+    @property
     def dtype(self) -> str | None:
         """That of the embedding, as transformers stores all tensors alike; None where there is no such tensor."""
         name = TENSORS["embed"]
@@ -173,7 +197,7 @@ class HuggingFaceCheckpoint(Checkpoint):
     def sampling(self) -> Mapping[str, Any]:
         return read_generation_config(self.directory)
 
-    def load_params(self, dtype: str, mesh: Mesh) -> Params:
+    def load_params(self, dtype: str, mesh: Mesh, quantization: str = "none") -> Params:
         config, names = self.config, self._names
         check_shapes(self.directory, self._shapes, config, names)
         rows, less_one = rows_within(config, names), names is _GEMMA3
@@ -187,11 +211,37 @@ class HuggingFaceCheckpoint(Checkpoint):
                 stored = 1 + stored.astype(np.float32)
             return spread_rotary(name, stored, config)
 
-        return place_rows(config, dtype, mesh, read)
+        def in_codes(name: str, layer: int | None) -> Stored:
+            template = names[name]
+            if has_experts_apart(template):
+                return _together([self._codes(template.format(layer, n)) for n in range(config.num_experts or 0)])
+            stored = self._codes(template.format(layer)).rows(rows[name])
+            return stored.ordered(lambda outputs: spread_rotary(name, outputs, config))
+
+        def kind(name: str, layer: int | None) -> str | None:
+            tensors = (names[name].format(layer, n) for n in range(config.num_experts or 1))
+            return self._scheme.kind if self._scheme and all(each in self._scales for each in tensors) else None
+
+        def either(name: str, layer: int | None) -> Stored | np.ndarray:
+            return in_codes(name, layer) if kind(name, layer) else read(name, layer)
+
+        return place_rows(config, dtype, mesh, read, choose_held(quantization, read, kind, either))
+
+    def _codes(self, name: str) -> Stored:
+        """A tensor that is quantised."""
+        assert self._scheme is not None
+        return self._scheme.stored(self._whole(name), self._whole(self._scales[name]))
+
+    def _whole(self, name: str) -> np.ndarray:
+        """A tensor, of a dtype that NumPy need not know."""
+        stored = self._stored[name]
+        return read_tensor(self._files[stored], stored)
 
     def _read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
         """Some rows of a tensor, or of a half of one."""
         tensor = name.removesuffix(_GATE).removesuffix(_UP)
+        if tensor in self._scales:
+            return floats_of(self._codes(tensor))[rows]
         if tensor == name:
             return self._slice(tensor)[rows]
         gate, up = np.split(self._slice(tensor)[:], 2, axis=1)
@@ -236,19 +286,10 @@ def _refuse_adapter(directory: Path) -> None:
         )
 
 
-def _refuse_quantised(directory: Path, raw: Mapping[str, Any]) -> None:
-    signs = [name for name in _QUANTISED_FIELDS if raw.get(name) is not None]
-    signs += [name for name in _QUANTISED_FILES if (directory / name).is_file()]
-    if signs:
-        raise UnsupportedModelError(f"{directory} holds quantised weights ({signs[0]}); they are not read")
-
-
-def _float_shape(opened: Any, file: Path, name: str) -> tuple[int, ...]:
-    """A tensor's shape. Raises UnsupportedModelError if its elements are no plain floats, as of quantised weights."""
-    stored = opened.get_slice(name)
-    if stored.get_dtype() not in (*_DTYPES, "F64"):
-        raise UnsupportedModelError(f"{file}: {name} has elements of type {stored.get_dtype()}; they are not read")
-    return tuple(stored.get_shape())
+def _together(experts: list[Stored]) -> Stored:
+    """The codes of all experts as one."""
+    parts = {name: np.stack([each.parts[name] for each in experts]) for name in experts[0].parts}
+    return Stored(experts[0].kind, parts)
 
 
 def _eos_token_ids(config: ModelConfig, directory: Path) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from sparsex_jax.config.fields import Fields
 from sparsex_jax.config.files import read_json
 from sparsex_jax.config.generation import GENERATION_CONFIG, read_generation_config
 from sparsex_jax.errors import InvalidRequestError, UnknownModelError, UnsupportedModelError
+from sparsex_jax.model.matrices import quantise_params
 from sparsex_jax.model.weights import Params, abstract_params, leaf_name
 from sparsex_jax.text.tokenizer import read_tokenizer
 
@@ -63,7 +64,13 @@ class OrbaxCheckpoint(Checkpoint):
     def sampling(self) -> Mapping[str, Any]:
         return read_generation_config(self.directory)
 
-    def load_params(self, dtype: str, mesh: Mesh) -> Params:
+    def load_params(self, dtype: str, mesh: Mesh, quantization: str = "none") -> Params:
+        params = self._load_floats(dtype, mesh)
+        return (
+            params if quantization in ("none", "stored") else quantise_params(self.config, params, quantization, mesh)
+        )
+
+    def _load_floats(self, dtype: str, mesh: Mesh) -> Params:
         import orbax.checkpoint as ocp
 
         target = abstract_params(self.config, dtype, mesh)

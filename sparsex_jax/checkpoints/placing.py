@@ -17,9 +17,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
+from sparsex_jax.checkpoints.held import Held, hold, num_bytes
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.sharding import Axes, sharding
-from sparsex_jax.model.weights import Params, Weight, describe, leaf_name, num_parameters
+from sparsex_jax.model.weights import Params, Weight, describe, leaf_name
 
 Read = Callable[[str, int | None], np.ndarray]
 
@@ -35,7 +36,7 @@ def stored_axes(name: str, weight: Weight) -> Axes:
     return (*(axis for axis in axes if axis not in inputs), *inputs)
 
 
-def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Read) -> Params:
+def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Read, held: Held | None = None) -> Params:
     """Place the weights of a checkpoint that keeps each layer apart and stores linear weights as `[out, in]`.
 
     Shows a progress bar on standard error, where that is a terminal.
@@ -43,19 +44,27 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Read) -> Param
     Args:
       read: gives the stored array of one layer's weight, such as `("wq", 3)`, or of a weight outside the layers,
         `("embed", None)`, with any float dtype. Experts are one array. `check_shapes` has seen their shapes.
+      held: which weights stay quantised, or become it; None: none.
     """
-    size = jnp.dtype(dtype).itemsize
-    with _bar(num_parameters(config) * size) as bar:
+    described, size = describe(config), jnp.dtype(dtype).itemsize
+    sizes = jax.tree.map_with_path(
+        lambda path, each: num_bytes(leaf_name(path)[-1], each, mesh, dtype, held), described
+    )
+    with _bar(sum(jax.tree.leaves(sizes))) as bar:
 
-        def place(path: tuple[Any, ...], weight: Weight) -> Array:
-            placing = _Placing(leaf_name(path)[-1], weight, mesh, read, lambda count: bar.update(count * size))
+        def place(path: tuple[Any, ...], weight: Weight) -> Any:
+            name = leaf_name(path)[-1]
+            quantised = None if held is None else hold(name, weight, mesh, dtype, held, bar.update)
+            if quantised is not None:
+                return quantised
+            placing = _Placing(name, weight, mesh, read, lambda count: bar.update(count * size))
             made = weight.dtype or dtype
             return placing.stacked(made) if weight.stacked else placing.single(made)
 
-        return jax.tree.map_with_path(place, describe(config))
+        return jax.tree.map_with_path(place, described)
 
 
-def _bar(size: int) -> tqdm:
+def _bar(size: float) -> tqdm:
     """Of bytes that are placed. Nothing is shown where standard error is no terminal."""
     return tqdm(total=size, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, disable=None)
 

@@ -136,9 +136,10 @@ def made_with(engine: Engine, model: str, settings: BenchSettings) -> dict[str, 
 
 
 def _dtype(engine: Engine) -> dict[str, str]:
-    """`kv_dtype` only where it is not as `dtype`, so that rows from before there was a choice are the same ones."""
-    kv_dtype = engine.config.kv_dtype
-    return {"dtype": engine.config.dtype} | ({} if kv_dtype == "auto" else {"kv_dtype": kv_dtype})
+    """What differs from the default only, so that rows from before there was a choice are the same ones."""
+    config = engine.config
+    quantization = {} if config.quantization == "none" else {"quantization": config.quantization}
+    return {"dtype": config.dtype} | quantization | ({} if config.kv_dtype == "auto" else {"kv_dtype": config.kv_dtype})
 
 
 def write(

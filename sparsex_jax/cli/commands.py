@@ -53,6 +53,7 @@ def generate(
     prompt: options.PromptArgument = "-",
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
+    quantization: options.Quantization = "auto",
     kv_dtype: options.KVDType = "auto",
     store_tokens: options.StoreTokens = None,
     remember: options.Remember = None,
@@ -74,7 +75,9 @@ def generate(
     with clear_errors():
         run(
             prompt,
-            EngineChoice(model, dtype, store_tokens, reuse.config, reuse.options(), kv_dtype),
+            EngineChoice(
+                model, dtype, store_tokens, reuse.config, reuse.options(), kv_dtype, quantization=quantization
+            ),
             remember or [],
             {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())} | given,
             namespace=namespace,
@@ -116,6 +119,7 @@ def serve(
     allowed_headers: serve_options.AllowedHeaders = None,
     allow_credentials: serve_options.AllowCredentials = False,
     dtype: options.DType = "auto",
+    quantization: options.Quantization = "auto",
     kv_dtype: options.KVDType = "auto",
     tensor_parallel: serve_options.TensorParallel = 1,
     store_tokens: options.StoreTokens = None,
@@ -167,6 +171,7 @@ def serve(
                 kv_dtype,
                 tensor_parallel=tensor_parallel,
                 max_num_seqs=max_num_seqs,
+                quantization=quantization,
                 max_waiting=max_waiting,
                 healing=healing,
                 company_tokens=company_tokens,

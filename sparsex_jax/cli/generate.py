@@ -34,6 +34,7 @@ class EngineChoice:
     tensor_parallel: int = 1
     max_num_seqs: int | None = EngineConfig.max_num_seqs
     max_prefill_seqs: int = EngineConfig.max_prefill_seqs
+    quantization: str = EngineConfig.quantization
     max_waiting: int = EngineConfig.max_waiting
     healing: float = EngineConfig.healing
     company_tokens: int = EngineConfig.company_tokens
@@ -60,6 +61,7 @@ class EngineChoice:
             reuse_options=self.reuse_options,
             generation_config=self.generation_config,
             dtype=self.dtype,
+            quantization=self.quantization,
             kv_dtype=self.kv_dtype,
             store_tokens=self.store_tokens,
             max_num_seqs=self.max_num_seqs,

@@ -37,7 +37,14 @@ DType = Annotated[
     str,
     typer.Option(
         help="Of weights and activations: float32, bfloat16 or float16; "
-        "auto: float32 on a CPU, elsewhere the checkpoint's own, or bfloat16."
+        "auto: float32 on a CPU, elsewhere the checkpoint's own, or bfloat16; fp8, int8: auto, with weights in 8 bits."
+    ),
+]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        help="Of weights: fp8, int8 (made when they are loaded), stored (as the checkpoint has them: fp8, int8, or "
+        "blocks of GGUF), none (in --dtype); auto: stored for fp8 and int8 on a GPU, else none."
     ),
 ]
 KVDType = Annotated[

@@ -7,6 +7,8 @@ import dataclasses
 from sparsex_jax.config.checks import is_int, is_number, require
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_QUANTIZED = ("fp8", "int8")
+_QUANTIZATIONS = ("auto", "none", "stored", *_QUANTIZED)
 _KV_DTYPES = ("auto", "fp8")
 _STORE_TOKENS = 16384
 _CHOICES = ("measured", "always")
@@ -22,6 +24,12 @@ class EngineConfig:
       page_size: tokens a page; a multiple of 8 (the index hashes windows of 8 tokens).
       dtype: of weights and activations. `auto` is resolved when the engine is made: float32 on a CPU;
         elsewhere the checkpoint's own if that is bfloat16 or float16, else bfloat16, as kernels take no float32.
+        `fp8` and `int8` are short for a `quantization` of that name, with the dtype `auto`.
+      quantization: of the weights that multiply rows; activations keep `dtype`. `stored`: as the checkpoint has them:
+        fp8 and int8 of Hugging Face directories, Q4_0 to Q8_0, Q4_K, Q5_K and Q6_K of GGUF files. Products dequantise
+        them. `none`: in `dtype`. `fp8` (e4m3), `int8`: rounded so when they are loaded, with a scale for each output;
+        embeddings, the head and routers are not. `auto`: `stored` for fp8 and int8 on a GPU; else `none`, since others
+        take less memory and more time.
       max_context: tokens of prompt and answer together, at most what the model takes; None: that. Models whose rotary
         frequencies depend on a length have them for this one (`ModelConfig.for_context`). A model with dynamic
         scaling takes more than it was trained with.
@@ -61,6 +69,7 @@ class EngineConfig:
     store_tokens: int = None  # type: ignore[assignment]  # an int once it is made
     page_size: int = 64
     dtype: str = "auto"
+    quantization: str = "auto"
     max_context: int | None = None
     kv_dtype: str = "auto"
     max_num_seqs: int | None = None
@@ -81,7 +90,11 @@ class EngineConfig:
     disk_store_bytes: int = 0
 
     def __post_init__(self) -> None:
-        require(self.dtype in _DTYPES, f"dtype={self.dtype!r} must be one of {', '.join(_DTYPES)}")
+        if self.dtype in _QUANTIZED:
+            self._take_quantization_from_dtype()
+        require(self.dtype in _DTYPES, f"dtype={self.dtype!r} must be one of {', '.join((*_DTYPES, *_QUANTIZED))}")
+        among = f"must be one of {', '.join(_QUANTIZATIONS)}"
+        require(self.quantization in _QUANTIZATIONS, f"quantization={self.quantization!r} {among}")
         require(self.kv_dtype in _KV_DTYPES, f"kv_dtype={self.kv_dtype!r} must be one of {', '.join(_KV_DTYPES)}")
         if self.store_tokens is None:
             object.__setattr__(self, "store_tokens", _STORE_TOKENS * (2 if self.kv_dtype == "fp8" else 1))
@@ -117,16 +130,28 @@ class EngineConfig:
         limit = self.frozen_limit
         require(is_number(limit) and 0 < limit <= 1, f"frozen_limit={self.frozen_limit!r} must be in (0, 1]")
 
-    def resolved(self, platform: str, stored: str | None = None) -> EngineConfig:
-        """With a concrete dtype in place of `auto`.
+    def _take_quantization_from_dtype(self) -> None:
+        agree = self.quantization in ("auto", self.dtype)
+        require(agree, f"dtype={self.dtype!r} and quantization={self.quantization!r} are two kinds of weights")
+        object.__setattr__(self, "quantization", self.dtype)
+        object.__setattr__(self, "dtype", "auto")
+
+    def resolved(self, platform: str, stored: str | None = None, in_numbers: bool = False) -> EngineConfig:
+        """With a concrete dtype and quantization in place of `auto`.
 
         Args:
           platform: of the devices: cpu, gpu or tpu.
           stored: the dtype of the checkpoint's weights; None where it has none or they are quantised.
+          in_numbers: whether the checkpoint has them as numbers of 8 bits.
         """
         half = stored if stored in ("bfloat16", "float16") else "bfloat16"
         dtype = "float32" if platform == "cpu" else half
-        return dataclasses.replace(self, dtype=dtype) if self.dtype == "auto" else self
+        quantization = "stored" if in_numbers and platform == "gpu" else "none"
+        return dataclasses.replace(
+            self,
+            dtype=dtype if self.dtype == "auto" else self.dtype,
+            quantization=quantization if self.quantization == "auto" else self.quantization,
+        )
 
     @property
     def store_dtype(self) -> str:

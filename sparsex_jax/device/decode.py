@@ -23,6 +23,9 @@ from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
 from sparsex_kernels.layout import PageTables, Store
 
+# Between two turns of a loop a GPU pauses for 5 us, where a layer of an 8B model takes 120 to 160.
+LAYERS_UNROLLED = 4
+
 
 @struct.dataclass
 class DecodeState:
@@ -129,5 +132,6 @@ def forward(
         return model.decoder_layer(model.OneLayer(decoder, params.layers, layer), *carry, rows, tables)
 
     carry = (store, model.embed(params, decoder.config, rows.token))
-    store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry)
+    unroll = LAYERS_UNROLLED if decoder.ops.backend.platform == "gpu" else 1
+    store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry, unroll=unroll)
     return store, model.logits(params, decoder.config, hidden[:lines])

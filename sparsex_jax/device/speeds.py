@@ -20,6 +20,7 @@ import jax
 from sparsex_jax.device.compilation import cache_directory
 from sparsex_jax.device.measuring import measure_speeds, wanted_tokens
 from sparsex_jax.device.runner import Runner
+from sparsex_jax.model.digest import kinds
 from sparsex_jax.reuse.cost import Speeds
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ def described(runner: Runner) -> dict[str, Any]:
         "versions": {"sparsex": version("sparsex-jax"), "jax": jax.__version__},
         "dtype": engine.dtype,
         "kv_dtype": engine.store_dtype,
+        "weights": kinds(runner.params),
         "page_size": engine.page_size,
         "max_requests": shapes.max_requests,
         "max_pages": shapes.max_pages,

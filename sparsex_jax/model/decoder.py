@@ -8,7 +8,7 @@ store. The weights of all layers stay stacked: `Ops.linear` reads one layer's ma
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,14 @@ from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.layout import Frequencies, PageTables, Store, Window
+from sparsex_kernels.quantised import Mixed, Quantised, dequantise, lookup
 from sparsex_kernels.rope import apply_rope
 
 Hidden = Float[Array, "rows hidden"]
 Heads = Float[Array, "rows heads head_dim"]
 
 _ALL_KEYS = 2**31 - 1
+_IN_FLOAT32: Any = {"preferred_element_type": jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +79,23 @@ def rms_norm(x: Float[Array, "*batch dim"], scale: Float[Array, "dim"], eps: flo
 
 def embed(params: Params, config: ModelConfig, tokens: Int[Array, "rows"]) -> Hidden:
     """The embeddings of token ids: the input of layer 0."""
-    hidden = params.embed[tokens]
+    table = params.embed
+    hidden = lookup(table, tokens) if isinstance(table, Quantised) else table[tokens]
     return hidden if config.embedding_scale is None else hidden * jnp.asarray(config.embedding_scale, hidden.dtype)
 
 
 def logits(params: Params, config: ModelConfig, hidden: Hidden) -> Float[Array, "rows vocab"]:
     """Next-token logits in float32."""
     normed = rms_norm(hidden, params.final_norm, config.rms_norm_eps)
-    head = params.embed.T if params.lm_head is None else params.lm_head
-    raw, cap = jnp.einsum("rh,hv->rv", normed, head, preferred_element_type=jnp.float32), config.final_softcap
+    raw, cap = jnp.einsum("rh,hv->rv", normed, _head(params, hidden.dtype), **_IN_FLOAT32), config.final_softcap
     return raw if cap is None else jnp.tanh(raw / cap) * cap
+
+
+def _head(params: Params, dtype: Any) -> Float[Array, "hidden vocab"]:
+    """The matrix that makes logits, dequantised."""
+    if params.lm_head is None:
+        return dequantise(params.embed, dtype) if isinstance(params.embed, Quantised) else params.embed.T
+    return dequantise(params.lm_head, dtype) if isinstance(params.lm_head, Quantised) else params.lm_head
 
 
 class OneLayer(NamedTuple):
@@ -117,15 +126,19 @@ class OneLayer(NamedTuple):
         return rms_norm(x, self.own(scale), self.decoder.config.rms_norm_eps)
 
     def linear(
-        self, x: Float[Array, "rows inputs"], *weights: Array, rows: Rows, over_inputs: bool = False
+        self, x: Float[Array, "rows inputs"], *weights: Any, rows: Rows, over_inputs: bool = False
     ) -> tuple[Float[Array, "rows _"], ...]:
         """Products of the rows with this layer's matrices, heads side by side. Products of padding are undefined.
 
         Args:
-          weights: stacked weights whose axes between the layers and the outputs multiply to `inputs`.
+          weights: stacked weights whose axes between the layers and the outputs multiply to `inputs`. Quantised ones
+            are matrices already.
           over_inputs: a mesh divides the matrices by their inputs, not by their outputs.
         """
-        matrices = [weight.reshape(len(weight), x.shape[1], -1) for weight in weights]
+        matrices = [
+            weight if isinstance(weight, Quantised | Mixed) else weight.reshape(len(weight), x.shape[1], -1)
+            for weight in weights
+        ]
         return self.decoder.ops.linear(x, matrices, self.number, rows, over_inputs=over_inputs)
 
 
@@ -135,7 +148,7 @@ class Projection(NamedTuple):
     `norm` is that of each head; `wide_norm` is that of all heads together.
     """
 
-    weight: Float[Array, "layers hidden heads head_dim"]
+    weight: Float[Array, "layers hidden heads head_dim"] | Quantised | Mixed
     bias: Float[Array, "layers heads head_dim"] | None
     norm: Float[Array, "layers head_dim"] | None
     wide_norm: Float[Array, "layers heads head_dim"] | None

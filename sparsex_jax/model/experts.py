@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from sparsex_jax.config import ModelConfig
 from sparsex_kernels import api as kernels
+from sparsex_kernels.arguments import Groups
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.grouped_linear import Tiles, make_tiles, rows_a_tile
 
@@ -29,9 +30,9 @@ class Routing(NamedTuple):
 class ExpertStacks(NamedTuple):
     """The experts of all layers, or a device's share of them."""
 
-    gate: Float[Array, "layers experts hidden width"]
-    up: Float[Array, "layers experts hidden width"]
-    down: Float[Array, "layers experts width hidden"]
+    gate: Groups  # [layers, experts, hidden, width]
+    up: Groups
+    down: Groups  # [layers, experts, width, hidden]
 
 
 def route(hidden: Float[Array, "rows hidden"], router: Float[Array, "hidden experts"], config: ModelConfig) -> Routing:

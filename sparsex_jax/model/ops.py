@@ -19,6 +19,7 @@ from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES
 from sparsex_jax.reuse.plan import Copies, PackedRows, Rows
 from sparsex_kernels import api as kernels
+from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, PageTables, Queries, Store, Window, read_kv
 
@@ -58,7 +59,7 @@ class Ops:
     def linear(
         self,
         x: Float[Array, "rows inputs"],
-        weights: Sequence[Float[Array, "layers inputs _"]],
+        weights: Sequence[Matrices],
         layer: Int[Array, ""] | int,
         rows: Rows,
         *,
@@ -66,7 +67,7 @@ class Ops:
     ) -> tuple[Float[Array, "rows _"], ...]:
         """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`."""
 
-        def run(x: Array, weights: tuple[Array, ...], layer: Array, count: Array, **on: Any) -> tuple[Array, ...]:
+        def run(x: Array, weights: tuple[Any, ...], layer: Array, count: Array, **on: Any) -> tuple[Array, ...]:
             products = kernels.linear(x, weights, layer, count, **on)
             return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
 
@@ -79,8 +80,8 @@ class Ops:
     def gated_linear(
         self,
         x: Float[Array, "rows inputs"],
-        gate: Float[Array, "layers inputs width"],
-        up: Float[Array, "layers inputs width"],
+        gate: Matrices,
+        up: Matrices,
         layer: Int[Array, ""] | int,
         rows: Rows,
         *,

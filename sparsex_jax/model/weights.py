@@ -176,15 +176,22 @@ def abstract_params(config: ModelConfig, dtype: str, mesh: Mesh) -> Params:
     return jax.tree.map(abstract, describe(config))
 
 
-def random_params(config: ModelConfig, dtype: str, mesh: Mesh, seed: int = 0) -> Params:
-    """Random weights of the right scale, made on the devices that will hold them."""
+def random_params(
+    config: ModelConfig, dtype: str, mesh: Mesh, seed: int = 0, finish: Callable[..., Any] | None = None
+) -> Params:
+    """Random weights of the right scale, made on the devices that will hold them.
+
+    Args:
+      finish: is called with the path of each weight, its description and the array, and gives what takes its place.
+    """
     described = describe(config)
     # Weights get their random keys in the order of their names, so the order of the fields does not matter.
     names = sorted(leaf_name(path) for path, _ in jax.tree.leaves_with_path(described))
     keys = dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
 
-    def make(path: tuple[Any, ...], weight: Weight) -> Array:
-        return _random(keys[leaf_name(path)], weight, weight.dtype or dtype, _placement(mesh, weight))
+    def make(path: tuple[Any, ...], weight: Weight) -> Any:
+        array = _random(keys[leaf_name(path)], weight, weight.dtype or dtype, _placement(mesh, weight))
+        return array if finish is None else finish(path, weight, array)
 
     return jax.tree.map_with_path(make, described)
 

@@ -5,13 +5,17 @@ lay them out: `tiles.py` makes the tiles. A group has as many tiles as its rows 
 group that has none.
 """
 
+from typing import Any
+
+import jax
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.arguments import GroupedArgs
+from sparsex_kernels.arguments import GroupedArgs, Groups
 from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.grouped_linear import hopper, ragged, reference, xla
 from sparsex_kernels.grouped_linear.tiles import Tiles, make_tiles, rows_a_tile
+from sparsex_kernels.quantised import Mixed, same_kind
 
 __all__ = ["Tiles", "gated_grouped_linear", "grouped_linear", "make_tiles", "rows_a_tile"]
 
@@ -34,7 +38,7 @@ GATED = {
 
 def grouped_linear(
     inputs: Float[Array, "rows inputs"],
-    weights: Float[Array, "layers groups inputs width"],
+    weights: Groups,
     layer: Int[Array, ""] | int,
     groups: Int[Array, "tiles"],
     *,
@@ -52,14 +56,17 @@ def grouped_linear(
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
+    if isinstance(weights, Mixed):
+        options: dict[str, Any] = {"backend": backend, "implementation": implementation}
+        return weights.switch(layer, lambda part, place: grouped_linear(inputs, part, place, groups, **options))
     args = GroupedArgs(inputs, (weights,), layer, groups, backend or default_backend())
     return run("grouped_linear", IMPLEMENTATIONS, implementation, args)
 
 
 def gated_grouped_linear(
     inputs: Float[Array, "rows inputs"],
-    gate: Float[Array, "layers groups inputs width"],
-    up: Float[Array, "layers groups inputs width"],
+    gate: Groups,
+    up: Groups,
     layer: Int[Array, ""] | int,
     groups: Int[Array, "tiles"],
     *,
@@ -70,5 +77,9 @@ def gated_grouped_linear(
 
     Args, errors: as in `grouped_linear`. `hopper` rounds once, after gating.
     """
+    if isinstance(gate, Mixed) or isinstance(up, Mixed) or not same_kind([gate, up]):
+        options: dict[str, Any] = {"backend": backend, "implementation": implementation}
+        first, second = (grouped_linear(inputs, weight, layer, groups, **options) for weight in (gate, up))
+        return jax.nn.silu(first) * second
     args = GroupedArgs(inputs, (gate, up), layer, groups, backend or default_backend())
     return run("gated_grouped_linear", GATED, implementation, args)

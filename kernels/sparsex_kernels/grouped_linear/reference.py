@@ -6,6 +6,7 @@ from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import GroupedArgs
+from sparsex_kernels.quantised import floats
 
 
 def grouped_linear(args: GroupedArgs) -> Float[Array, "rows width"]:
@@ -22,5 +23,5 @@ def gated_grouped_linear(args: GroupedArgs) -> Float[Array, "rows width"]:
 
 def _products(args: GroupedArgs) -> list[Array]:
     tiled = args.inputs.reshape(len(args.groups), args.tile, -1).astype(jnp.float32)
-    stacks = (weight[args.layer][args.groups].astype(jnp.float32) for weight in args.weights)
+    stacks = (floats(weight[args.layer][args.groups], jnp.float32) for weight in args.weights)
     return [jnp.einsum("tri,tiw->trw", tiled, stack).reshape(len(args.inputs), -1) for stack in stacks]

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import GroupedArgs
+from sparsex_kernels.quantised import floats, merged
 
 # Tiles of a step: a GPU needs several to be busy. Their matrices are copied together.
 _TOGETHER = {"gpu": 16}
@@ -28,7 +29,7 @@ def gated_grouped_linear(args: GroupedArgs) -> Float[Array, "rows width"]:
 
 
 def _over_tiles(args: GroupedArgs, finish: Callable[..., Array]) -> Array:
-    tiles, rows, matrices = len(args.groups), args.tile, args.matrices
+    tiles, rows, matrices = len(args.groups), args.tile, [merged(weight) for weight in args.weights]
     together = min(_TOGETHER.get(args.backend.platform, 1), tiles)
 
     def step(number: Array, out: Array) -> Array:
@@ -36,7 +37,7 @@ def _over_tiles(args: GroupedArgs, finish: Callable[..., Array]) -> Array:
         first = jnp.minimum(number * together, tiles - together)
         x = lax.dynamic_slice_in_dim(args.inputs, first * rows, together * rows).reshape(together, rows, -1)
         which = lax.dynamic_slice_in_dim(args.matrix_of_tile, first, together)
-        copies = [jnp.stack([matrix[which[n]] for n in range(together)]) for matrix in matrices]
+        copies = [jnp.stack([floats(each[which[n]], x.dtype) for n in range(together)]) for each in matrices]
         done = finish(*(jnp.einsum("tri,tiw->trw", x, copy) for copy in copies))
         return lax.dynamic_update_slice_in_dim(out, done.reshape(together * rows, -1), first * rows, 0)
 

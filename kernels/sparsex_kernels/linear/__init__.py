@@ -1,13 +1,15 @@
 """Linear layers on stacked weights: rows times one layer's matrices, without copying that layer out of the stack."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.arguments import LinearArgs
+from sparsex_kernels.arguments import LinearArgs, Matrices
 from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.linear import hopper, xla
+from sparsex_kernels.quantised import Mixed, same_kind
 
 # On a TPU, XLA's products take a layer's slice as it is.
 IMPLEMENTATIONS = {"xla": xla.linear, "hopper": hopper.linear, "tpu": xla.linear}
@@ -16,7 +18,7 @@ GATED = {"xla": xla.gated_linear, "hopper": hopper.gated_linear, "tpu": xla.gate
 
 def linear(
     inputs: Float[Array, "rows inputs"],
-    weights: Sequence[Float[Array, "layers inputs _"]],
+    weights: Sequence[Matrices],
     layer: Int[Array, ""] | int,
     count: Int[Array, ""] | int | None = None,
     *,
@@ -30,7 +32,7 @@ def linear(
 
     Args:
       inputs, weights, layer, count: as in `LinearArgs`. Weights such as those of queries, keys and values are read
-        in one kernel.
+        in one kernel, if they are of one kind. Quantised ones are dequantised on the way.
       backend: where it runs; None: on JAX's first device.
       implementation: `xla`, which is also what others are compared with, or `hopper` (Pallas); None: the first of the
         backend's order that can do it.
@@ -38,14 +40,31 @@ def linear(
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    args = LinearArgs(inputs, tuple(weights), layer, count, backend or default_backend())
+    if len(weights) > 1 and not same_kind(weights):
+        about = layer, count
+        apart = (linear(inputs, [each], *about, backend=backend, implementation=implementation) for each in weights)
+        return tuple(product for products in apart for product in products)
+    if isinstance(weights[0], Mixed):
+        return (_mixed(inputs, weights[0], layer, count, backend, implementation),)
+    plain = tuple(weight for weight in weights if not isinstance(weight, Mixed))  # all of them, by now
+    args = LinearArgs(inputs, plain, layer, count, backend or default_backend())
     return run("linear", IMPLEMENTATIONS, implementation, args)
+
+
+def _mixed(inputs: Array, weight: Mixed, layer: Any, *about: Any) -> Array:
+    """The product with a layer of whichever kind it is."""
+    count, backend, implementation = about
+
+    def product(part: Any, place: Array) -> Array:
+        return linear(inputs, [part], place, count, backend=backend, implementation=implementation)[0]
+
+    return weight.switch(layer, product)
 
 
 def gated_linear(
     inputs: Float[Array, "rows inputs"],
-    gate: Float[Array, "layers inputs width"],
-    up: Float[Array, "layers inputs width"],
+    gate: Matrices,
+    up: Matrices,
     layer: Int[Array, ""] | int,
     count: Int[Array, ""] | int | None = None,
     *,
@@ -65,5 +84,8 @@ def gated_linear(
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
+    if isinstance(gate, Mixed) or isinstance(up, Mixed) or not same_kind([gate, up]):
+        first, second = linear(inputs, [gate, up], layer, count, backend=backend, implementation=implementation)
+        return xla.ACTIVATIONS[activation](first) * second
     args = LinearArgs(inputs, (gate, up), layer, count, backend or default_backend(), activation)
     return run("gated_linear", GATED, implementation, args)

@@ -1,5 +1,7 @@
 """Linear layers on stacked weights for Hopper GPUs: all tiles of rows are multiplied with one layer's matrices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,20 @@ from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
 from sparsex_kernels.hopper_products import DEPTH, SMALLEST, Config, RowTiles, products
+from sparsex_kernels.linear import hopper_codes
+from sparsex_kernels.linear.hopper_codes import products_of_codes
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
+from sparsex_kernels.quantised import SQUARE, Quantised, floats
 
 
 def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
     rows, inputs = args.inputs.shape
-    out = _products(args, args.widths, config or choose_config(rows, inputs, args.widths))
+    if _reads_codes(args):
+        out = _in_codes(args)
+    else:
+        args = _as_floats(args)
+        out = _products(args, args.widths, config or choose_config(rows, inputs, args.widths))
     return tuple(jnp.split(out, np.cumsum(args.widths)[:-1], axis=1))
 
 
@@ -24,10 +33,52 @@ def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array,
         raise NotImplementedError(f"activation={args.activation!r}; the kernel gates with silu")
     (rows, inputs), (width, _) = args.inputs.shape, args.widths
     config = config or choose_config(rows, inputs, (2 * width,))
-    if config.splits > 1:  # the sum must be complete before it is gated
+    if config.splits > 1 or _reads_codes(args):  # the sum must be complete, and scaled, before it is gated
         gate, up = linear(args)
         return jax.nn.silu(gate) * up
-    return _products(args, (width,), config)
+    return _products(_as_floats(args), (width,), config)
+
+
+def _reads_codes(args: LinearArgs) -> bool:
+    """Whether the kernel takes the weights' codes. Of many rows it does not: they would be decoded for each tile."""
+    quantised = [weight for weight in args.weights if isinstance(weight, Quantised)]
+    return len(args.inputs) <= WGMMA_ROWS and bool(quantised) and all(map(_has_readable_codes, quantised))
+
+
+def _has_readable_codes(weight: Quantised) -> bool:
+    """Whether squares of codes are turned around, and scales those of outputs or of whole squares."""
+    blocks = [size // parts for size, parts in zip(weight.shape[-2:], weight.scales.shape[-2:], strict=True)]
+    return weight.turned and (weight.scaled_by_output or not any(size % SQUARE for size in blocks))
+
+
+def _in_codes(args: LinearArgs) -> Float[Array, "rows widths"]:
+    """Products with codes. What differs only from output to output is scaled after the sum."""
+    weights = [weight for weight in args.weights if isinstance(weight, Quantised)]
+    scales = [jax.lax.dynamic_index_in_dim(weight.scales, args.layer, keepdims=False) for weight in weights]
+    by_output = all(weight.scaled_by_output for weight in weights)
+    product = products_of_codes(
+        args.inputs,
+        [weight.codes for weight in weights],
+        args.layer,
+        hopper_codes.choose_config(args.inputs.shape[1], args.widths),
+        args.backend,
+        None if by_output else [_by_square(*pair) for pair in zip(scales, weights, strict=True)],
+    )
+    return (product * jnp.concatenate(scales, axis=1) if by_output else product).astype(args.inputs.dtype)
+
+
+def _by_square(scales: Array, weight: Quantised) -> Float[Array, "steps squares"]:
+    for axis, size in enumerate(weight.shape[-2:]):
+        scales = jnp.repeat(scales, size // SQUARE // scales.shape[axis], axis)
+    return scales
+
+
+def _as_floats(args: LinearArgs) -> LinearArgs:
+    """With the layer's matrices dequantised, if they are quantised."""
+    if not any(isinstance(weight, Quantised) for weight in args.weights):
+        return args
+    layers = (jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, args.layer), each) for each in args.weights)
+    return dataclasses.replace(args, weights=tuple(floats(each, args.inputs.dtype) for each in layers), layer=0)
 
 
 def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Float[Array, "rows widths"]:
@@ -38,7 +89,7 @@ def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Floa
     wanted = jnp.clip(-(-count // tile), 0, row_tiles)
     layers = jnp.full(row_tiles, args.layer, jnp.int32)
     tiles = RowTiles(tile, wanted, layers, together=True)
-    return products(args.inputs, args.weights, widths, tiles, config, args.backend)
+    return products(args.inputs, args.arrays, widths, tiles, config, args.backend)
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:

@@ -4,10 +4,12 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
+from sparsex_kernels.quantised import Quantised, dequantise
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -17,8 +19,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
-    layers = (jax.lax.dynamic_index_in_dim(weight, args.layer, keepdims=False) for weight in args.weights)
-    return tuple(args.inputs @ weight for weight in layers)
+    return tuple(_product(args.inputs, weight, args.layer) for weight in args.weights)
+
+
+def _product(inputs: Array, stack: Array | Quantised, layer: Array | int) -> Array:
+    weight = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), stack)
+    if not isinstance(weight, Quantised):
+        return inputs @ weight
+    if not weight.scaled_by_output:
+        return inputs @ dequantise(weight, inputs.dtype)
+    product = jnp.dot(inputs, weight.codes.astype(inputs.dtype), preferred_element_type=jnp.float32)
+    return (product * weight.scales).astype(inputs.dtype)
 
 
 def gated_linear(args: LinearArgs) -> Float[Array, "rows width"]:

@@ -11,6 +11,7 @@ from sparsex_jax import Pin, ReuseConfig, SamplingParams
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.schedule import written_depth
+from sparsex_jax.scheduler import warmup
 
 FEW = SamplingParams(max_new_tokens=4)
 METHODS = {
@@ -210,3 +211,11 @@ def test_mirrors_go_to_host_memory_whether_their_pages_are_there_or_not(monkeypa
     again = engine.generate(agent(1, shared), FEW, reuse=METHODS["hybrid"])
     assert again.report.restored_tokens > 100
     assert idle(engine)
+
+
+def test_the_warm_up_leaves_nothing_behind():
+    engine = tiny_engine(mirrors=True)
+    steps = [step for step in warmup.steps(engine.loop) if getattr(step, "func", None) is warmup._mirror]
+    assert len(steps) == len(engine.runner.shapes.buckets)
+    steps[1]()
+    assert engine.stats()["free"] == engine.stats()["pages"]

@@ -183,6 +183,18 @@ def test_nothing_is_derived_of_what_is_exact_or_pinned():
     assert idle(engine)
 
 
+def test_excerpts_are_exact_so_nothing_of_them_is_derived():
+    engine, texts = tiny_engine(mirrors=True), [tokens_of(10 + number, 40) for number in range(3)]
+    for text in texts:
+        engine.remember(text)
+    excerpt = ReuseConfig("excerpt", piece_tokens=16, coverage=0.5)
+    for number in range(2):
+        answer = engine.generate(np.concatenate([tokens_of(20 + number, 9), *texts, [5, 6]]), FEW, reuse=excerpt)
+        assert answer.report.omitted_tokens > 0
+    assert engine.stats()["derived"] == 0
+    assert idle(engine)
+
+
 def test_a_mirror_whose_rows_are_not_finite_is_withdrawn():
     engine, shared = tiny_engine(mirrors=True), tokens_of(1, 160)
     for number in range(2):

@@ -447,6 +447,84 @@ def experts(document: Document) -> str:
     return f"{table(heading, lines, names=2)}\n{provenance(document)}"
 
 
+def precision(document: Document) -> str:
+    """Memory and times of each precision of weights and KV, and how many times as fast as the first."""
+    cells, first = pivot(document["rows"]), document["rows"][0]["implementation"]
+    heading = ["weights / KV", *(f"{work}, {unit_of(by_name)}" for work, by_name in cells.items())]
+    lines = [
+        [name.replace("/", " / "), *(precision_cell(by_name.get(name), by_name[first]) for by_name in cells.values())]
+        for name in columns_of(cells)
+    ]
+    return f"{table(heading, lines)}\n{provenance(document)}"
+
+
+def unit_of(rows: dict[str, Row]) -> str:
+    """
+    >>> unit_of({"fp8/fp8": {"unit": "ms a step"}})
+    'ms a step'
+    """
+    return next(iter(rows.values()))["unit"]
+
+
+def precision_cell(row: Row | None, first: Row) -> str:
+    """A size, or a time and how many times as fast it is.
+
+    >>> precision_cell({"figure": 2.0, "unit": "ms"}, {"figure": 4.0})
+    '2.00 (2.00)'
+    """
+    if row is None:
+        return "-"
+    faster = f" ({first['figure'] / row['figure']:.2f})" if row["unit"].startswith("ms") else ""
+    return f"{row['figure']:.2f}{faster}"
+
+
+def answers(document: Document) -> str:
+    """How many answers are equal to those of each reference, and where the others part."""
+    by_reference: dict[str, list[Row]] = defaultdict(list)
+    for row in document["rows"]:
+        by_reference[row["reference"]].append(row)
+    heading = [
+        "reference",
+        "computes",
+        "equal",
+        "near ties",
+        "different",
+        "same prompt tokens",
+        "first tokens differ by",
+    ]
+    lines = [answer_counts(rows) for rows in by_reference.values()]
+    parted = partings([row for row in document["rows"] if not row["equal"]])
+    return f"{table(heading, lines, names=2)}\n{parted}{provenance(document)}"
+
+
+def answer_counts(rows: Sequence[Row]) -> list[str]:
+    equal, ties = sum(row["equal"] for row in rows), sum(row.get("near_tie", False) for row in rows)
+    same = sum(row["same_prompt_tokens"] for row in rows)
+    counts = [f"{count} of {len(rows)}" for count in (equal, ties, len(rows) - equal - ties, same)]
+    reference = f"{rows[0]['reference']} {rows[0]['version']}"
+    return [reference, rows[0]["computes"], *counts, f"{max(row['first_token_difference'] for row in rows):.1e}"]
+
+
+def partings(rows: Sequence[Row]) -> str:
+    """Where answers part: the place, what each side says there, and its margin over the other's token, in logits."""
+    if not rows:
+        return ""
+    heading = ["reference", "prompt", "ours / theirs", "at token", "our margin", "their margin"]
+    lines = [
+        [row["reference"], row["prompt"], said(row), str(row["at"]), *(f"{margin:.3f}" for margin in row["margins"])]
+        for row in rows
+    ]
+    return f"{table(heading, lines, names=3)}\n"
+
+
+def said(row: Row) -> str:
+    """
+    >>> said({"texts": [" a", "\\n"]})
+    '`" a"` / `"\\\\n"`'
+    """
+    return " / ".join(f"`{json.dumps(text, ensure_ascii=False)}`" for text in row["texts"])
+
+
 def structure(document: Document) -> str:
     """What a token takes with and without a structure."""
     lines = [
@@ -713,6 +791,8 @@ VIEWS: dict[str, View] = {
     "tiers": tiers,
     "segments": segments,
     "experts": experts,
+    "precision": precision,
+    "answers": answers,
     "structure": structure,
     "soak": soak,
     "serving": serving,

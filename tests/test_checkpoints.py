@@ -41,6 +41,7 @@ PUBLISHED = {
     "gemma-3-270m": 268.1,
     "gemma-3-1b": 999.9,
     "phi-3-mini-4k": 3821.1,
+    "phi-4-mini": 3836.0,
     "mistral-7b-v0.3": 7248.0,
     "qwen2.5-0.5b": 494.0,
     "qwen2.5-7b": 7615.6,
@@ -92,6 +93,10 @@ def test_named_configurations_keep_what_shapes_do_not_show():
     assert [layer for layer, window in enumerate(gemma.windows) if window is None] == [5, 11, 17, 23]
     assert (gemma.rope_theta, gemma.rope_local_theta, gemma.windows[0]) == (1e6, 1e4, 512)
     assert (phi.windows, phi.rotary_dim, phi.rope_long_factors) == ((2047,) * 32, None, None)
+    phi = named_config("phi-4-mini")
+    assert (set(phi.windows), phi.rotary_dim, phi.rope_original_length, phi.max_position) == ({None}, 96, 4096, 131072)
+    assert (set(phi.rope_factors), phi.rope_long_factors[-1]) == ({1.0}, 47.77)
+    assert phi.rope_attention_factor == pytest.approx(1.190238)
 
 
 # The embedded model

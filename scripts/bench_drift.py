@@ -1,23 +1,26 @@
 """Measures whether quality drifts when reuse builds on KV that earlier reuse computed.
 
-    python scripts/bench_drift.py [--model ruler-tiny] [--queries 200] [--method sparsex:boundary_layer=0]
+    python scripts/bench_drift.py [--model ruler-tiny] [--queries 200] [--method sparsex:boundary_layer=0] [--agents 3]
 
 The task is tracking variables over the same documents. Each session of 10 questions begins with other values of the
 first variables, so the documents mean something else although their text is the same. Each question has the documents
 in another order, and behind them the last two questions with the model's own answers. The KV of every prompt is kept,
 and the next prompts find it, so approximate KV is the donor of approximate KV. Full recompute answers the same prompts,
-and its KV is not kept. Prints a line for each part of the queries, and writes `drift-<model>-<device>.json`.
+and its KV is not kept. With several agents so many questions are asked in a round, each with the documents in an order
+of its own, and the history has the answers of all in the last rounds; `--queries` counts rounds then. Prints a line for
+each part of the queries, and writes `drift-<model>-<device>.json`, or `drift-rounds-<model>-<device>.json`.
 """
 
 import argparse
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax import Engine, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.eval import regimes, results, scores
 from sparsex_jax.eval.samples import Question, Sample
@@ -54,62 +57,83 @@ def other_values(sample: Sample, rng: np.random.Generator) -> Sample:
 
 
 def prompt_of(engine: Engine, sample: Sample, number: int, history: list[str], rng: np.random.Generator) -> np.ndarray:
-    """The instruction, the documents in random order, the last questions with their answers, and the question."""
+    """The instruction, the documents in random order, what was said last, in any order, and the question."""
     case = regimes.tokenize(sample, engine.tokenizer, number)
     segments = [case.segments[i] for i in rng.permutation(len(case.segments))]
-    before = regimes.encode(engine.tokenizer, "".join(history[-HISTORY:]))
+    before = regimes.encode(engine.tokenizer, "".join(history))
     return np.concatenate([case.opening, *segments, before, case.closing]).astype(np.int32)
 
 
-def answer(engine: Engine, prompt: np.ndarray, new_tokens: int, reuse: ReuseConfig, keep: bool) -> Answer:
-    """The greedy answer of a method."""
+def answers(
+    engine: Engine,
+    prompts: Sequence[np.ndarray],
+    new_tokens: int,
+    reuse: ReuseConfig,
+    keep: bool,
+    together: Round | None = None,
+) -> list[Answer]:
+    """The greedy answers of a method."""
     sampling, reuse = SamplingParams(new_tokens), reuse.updated(only_if_faster=False)
-    (out,) = engine.generate_batch([prompt], sampling, reuse=reuse, namespace="drift", keep=keep, return_logits=True)
-    return Answer(out.text, out.token_ids, np.asarray(out.logits), out.report)
+    options: dict[str, Any] = {"reuse": reuse, "namespace": "drift", "keep": keep, "round": together}
+    outs = engine.generate_batch(prompts, sampling, return_logits=True, **options)
+    return [Answer(out.text, out.token_ids, np.asarray(out.logits), out.report) for out in outs]
 
 
 def run(engine: Engine, reuse: ReuseConfig, options: argparse.Namespace) -> list[dict[str, float]]:
-    """A row of figures for each query."""
-    rng = np.random.default_rng(options.seed)
-    first = make_sample("vt", rng, options.length, options.segments, options.queries)
+    """A row of figures for each question."""
+    rng, agents = np.random.default_rng(options.seed), options.agents
+    first = make_sample("vt", rng, options.length, options.segments, options.queries * agents)
     for segment in first.segments:
         engine.remember(segment, namespace="drift", company=False)
     rows = []
     for number in range(options.queries):
         if number % SESSION == 0:
             sample, history = other_values(first, rng), []
-        question = sample.questions[number]
-        prompt = prompt_of(engine, sample, number, history, rng)
-        new_tokens = 2 * len(regimes.encode(engine.tokenizer, question.reference))
-        full = answer(engine, prompt, new_tokens, ReuseConfig("full"), keep=False)
-        reused = answer(engine, prompt, new_tokens, reuse, keep=True)
-        history.append(question.text + reused.text)
-        found = len(prompt) - reused.report.fresh_tokens
-        rows.append(
-            scores.compare(reused, full, question.answers)
-            | {"hit rate": found / len(prompt), "full": scores.task_score(full.text, question.answers)}
-        )
+        asked = range(number * agents, (number + 1) * agents)
+        prompts = [prompt_of(engine, sample, each, heard(history, agents, rng), rng) for each in asked]
+        questions = [sample.questions[each] for each in asked]
+        new_tokens = max(2 * len(regimes.encode(engine.tokenizer, each.reference)) for each in questions)
+        full = [answers(engine, [each], new_tokens, ReuseConfig("full"), keep=False)[0] for each in prompts]
+        together = Round(f"round {number}", agents) if agents > 1 else None
+        reused = answers(engine, prompts, new_tokens, reuse, True, together)
+        for question, own, other in zip(questions, reused, full, strict=True):
+            history.append(question.text + own.text)
+            rows.append(figures(question, own, other))
         if (number + 1) % options.part == 0:
-            print(line(number + 1, rows[-options.part :]), flush=True)
+            print(line(number + 1, rows[-options.part * agents :], options), flush=True)
     return rows
 
 
-def line(number: int, rows: list[dict[str, float]]) -> str:
+def heard(history: list[str], agents: int, rng: np.random.Generator) -> list[str]:
+    """What an agent hears of the last rounds: one agent in the order in which it was said, several in any."""
+    last = history[-HISTORY * agents :]
+    return last if agents == 1 else [last[at] for at in rng.permutation(len(last))]
+
+
+def figures(question: Question, reused: Answer, full: Answer) -> dict[str, float]:
+    found = 1 - reused.report.fresh_tokens / reused.report.prompt_tokens
+    own = {"hit rate": found, "full": scores.task_score(full.text, question.answers)}
+    return scores.compare(reused, full, question.answers) | own
+
+
+def line(number: int, rows: list[dict[str, float]], options: argparse.Namespace) -> str:
     """The means of the last queries up to `number`, as text."""
     means = [f"{name} {np.mean([row[name] for row in rows]):.3f}" for name in SHOWN]
-    return f"{number - len(rows) + 1:4} to {number:4}: {', '.join(means)}"
+    return f"{number - options.part + 1:4} to {number:4}: {', '.join(means)}"
 
 
 def file_content(rows: list[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
     """The content of the JSON file."""
-    about = {"bench": "drift", "model": options.model} | results.provenance()
-    figures = [
-        {"work": f"queries {begin + 1} to {begin + options.part}: {name}", "implementation": options.method}
-        | {"figure": round(float(np.mean([row[name] for row in rows[begin : begin + options.part]])), 5), "unit": unit}
-        for begin in range(0, len(rows), options.part)
+    bench, agents, part = ("drift" if options.agents == 1 else "drift-rounds"), options.agents, options.part
+    kind = "queries" if agents == 1 else "rounds"
+    table = [
+        {"work": f"{kind} {begin + 1} to {begin + part}: {name}", "implementation": options.method}
+        | {"figure": round(float(np.mean([row[name] for row in rows[begin * agents : (begin + part) * agents]])), 5)}
+        | {"unit": unit}
+        for begin in range(0, options.queries, part)
         for name, unit in SHOWN.items()
     ]
-    return about | {"rows": figures}
+    return {"bench": bench, "model": options.model} | results.provenance() | {"rows": table}
 
 
 def main() -> None:
@@ -122,17 +146,19 @@ def main() -> None:
         help="NAME or NAME:FIELD=VALUE:..., as in `sparsex bench quality`",
     )
     add("--queries", type=int, default=200)
+    add("--agents", type=int, default=1, help="who ask at once, in a round")
     add("--part", type=int, default=25, help="queries in a line of figures")
     add("--length", type=int, default=1024, help="tokens of the documents together")
     add("--segments", type=int, default=4)
     add("--store-tokens", type=int, default=16384, help="so few that old donors are evicted during the run")
     add("--dtype", default="float32")
     add("--seed", type=int, default=0)
+    add("--out", type=Path, default=RESULTS, help="the directory of the JSON file")
     options = parser.parse_args()
-    sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_num_seqs": 1}
+    sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_num_seqs": options.agents}
     engine = Engine.from_pretrained(options.model, **sizes)
     rows = run(engine, parse_method(options.method), options)
-    results.write_json(file_content(rows, options), RESULTS)
+    results.write_json(file_content(rows, options), options.out)
 
 
 if __name__ == "__main__":

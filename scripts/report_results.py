@@ -673,6 +673,16 @@ DRIFT = {
 }
 
 
+AGENTS = {
+    "prompts": "prompt tokens/s",
+    "answers": "new tokens/s",
+    "computed": "computed",
+    "hit rate": "found",
+    "store": "store, GiB",
+}
+AGENTS_DIGITS = {"prompts": ",.0f", "answers": ",.0f", "computed": ".2f", "hit rate": ".2f", "store": ".2f"}
+
+
 def drift(document: Document) -> str:
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for row in document["rows"]:
@@ -683,6 +693,42 @@ def drift(document: Document) -> str:
         for (method, part), figures in found.items()
     ]
     return provenance(document) + "\n" + table(["method", "part", *DRIFT.values()], lines, names=2)
+
+
+def agents(document: Document) -> str:
+    """For each workload and history: each way's worst first token by the number of agents, and what the most had."""
+    cases: dict[tuple[str, str], dict[str, dict[int, dict[str, float]]]] = defaultdict(lambda: defaultdict(dict))
+    limits: dict[tuple[str, str, str], float] = {}
+    for row in document["rows"]:
+        work, figure = row["work"].split(": ")
+        workload, *number, shared = work.split(", ")
+        if not number:
+            limits[workload, shared, row["implementation"]] = row["figure"]
+            continue
+        by_number = cases[workload, shared][row["implementation"]]
+        by_number.setdefault(int(number[0].split()[0]), {})[figure] = row["figure"]
+    limit = f"agents within {document['settings']['limit']:g} s"
+    tables = [agents_table(case, ways, limits, limit) for case, ways in cases.items()]
+    return provenance(document) + "".join(f"\n{each}" for each in tables)
+
+
+def agents_table(
+    case: tuple[str, str],
+    ways: Mapping[str, Mapping[int, Mapping[str, float]]],
+    limits: Mapping[tuple[str, str, str], float],
+    limit: str,
+) -> str:
+    workload, shared = case
+    numbers = sorted({number for by_number in ways.values() for number in by_number})
+    times = [f"{number} agents, s" for number in numbers]
+    heading = [f"{workload}, {shared.removesuffix(' shared')} tokens shared", *times, limit, *AGENTS.values()]
+    lines = []
+    for way, by_number in ways.items():
+        most = by_number[max(by_number)]
+        worst = [f"{by_number[n]['TTFT, worst']:.2f}" if n in by_number else "-" for n in numbers]
+        others = [f"{most[name] / (GIB if name == 'store' else 1):{digits}}" for name, digits in AGENTS_DIGITS.items()]
+        lines.append([way, *worst, f"{limits[workload, shared, way]:.0f}", *others])
+    return table(heading, lines)
 
 
 def calibration(document: Document) -> str:
@@ -799,6 +845,7 @@ VIEWS: dict[str, View] = {
     "conversations": conversations,
     "conversations_headline": conversations_headline,
     "drift": drift,
+    "agents": agents,
     "calibration": calibration,
     "checkouts": checkouts,
     "training": training,

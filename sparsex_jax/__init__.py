@@ -5,7 +5,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from sparsex_jax.config import Behind, EngineConfig, Lazy, ModelConfig, Pin, ReuseConfig, SamplingParams, Structure
+from sparsex_jax.config import (
+    Behind,
+    EngineConfig,
+    Lazy,
+    ModelConfig,
+    Pin,
+    ReuseConfig,
+    Round,
+    SamplingParams,
+    Structure,
+)
 from sparsex_jax.errors import (
     ContextLengthError,
     FrozenLimitError,
@@ -43,7 +53,7 @@ from sparsex_jax.text.chat import Chat
 if TYPE_CHECKING:
     from sparsex_jax.cache import PinState
     from sparsex_jax.engine import Engine
-    from sparsex_jax.reuse.report import Report
+    from sparsex_jax.reuse.report import Report, RoundShare
     from sparsex_jax.scheduler.output import Generation, Prefill, TokenLogprobs
     from sparsex_jax.scheduler.pinning import PinRefused
 
@@ -79,6 +89,8 @@ __all__ = [
     "Random",
     "Report",
     "ReuseConfig",
+    "Round",
+    "RoundShare",
     "SamplingParams",
     "SparseX",
     "SparsexError",
@@ -100,6 +112,7 @@ _LAZY = {
     "PinState": "cache",
     "Prefill": "scheduler.output",
     "Report": "reuse.report",
+    "RoundShare": "reuse.report",
     "TokenLogprobs": "scheduler.output",
 }
 

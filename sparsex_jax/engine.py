@@ -44,7 +44,16 @@ from jaxtyping import Int32
 
 from sparsex_jax.cache import Entry, Forgotten, Match, PageCache, PinState
 from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.config import EngineConfig, ModelConfig, Pin, ReuseConfig, SamplingParams, find_defaults, named_config
+from sparsex_jax.config import (
+    EngineConfig,
+    ModelConfig,
+    Pin,
+    ReuseConfig,
+    Round,
+    SamplingParams,
+    find_defaults,
+    named_config,
+)
 from sparsex_jax.config.checks import is_number, require
 from sparsex_jax.config.generation import GENERATION_CONFIGS
 from sparsex_jax.device.link import Link
@@ -68,6 +77,7 @@ from sparsex_jax.scheduler.mirroring import Mirroring
 from sparsex_jax.scheduler.output import Generation, Prefill
 from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.restoring import Restoring
+from sparsex_jax.scheduler.rounds import Member
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 from sparsex_jax.scheduler.tiers import make_tiers
 from sparsex_jax.text.encoding import Prompt
@@ -217,6 +227,7 @@ class Engine:
         namespace: str = DEFAULT_NAMESPACE,
         keep: bool = True,
         pin: Pin | None = None,
+        round: Round | None = None,
     ) -> Generation:
         """Generate from text, token ids or chat messages, reusing what the namespace has stored.
 
@@ -228,15 +239,19 @@ class Engine:
           keep: prompt and answer become donors, so that later prompts of the namespace can reuse them.
           pin: prompt and answer stay in the store for a time. `Generation.pin` says whether they do: all pins together
             have at most `EngineConfig.max_pinned` of it.
+          round: hold the prompt until all members of its round are there, or one has waited enough. Where no other
+            thread submits others to the loop, nobody comes, and `generate_batch` is what is wanted.
 
         Raises:
-          InvalidRequestError: an argument is wrong; the message names it and its limit.
+          InvalidRequestError: an argument is wrong, or the round has another size or all its members; the message
+            names it and its limit.
           ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
           StoreFullError: what callers hold (`prefilled`) or frozen texts leave no room for them.
           NonFiniteLogitsError: the logits have NaN or infinities. Prompts of the same call that are not done then are
             cancelled and not kept.
         """
-        return self.generate_batch([prompt], sampling, reuse=reuse, namespace=namespace, keep=keep, pin=pin)[0]
+        options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "pin": pin, "round": round}
+        return self.generate_batch([prompt], sampling, **options)[0]
 
     def generate_batch(
         self,
@@ -247,6 +262,7 @@ class Engine:
         namespace: str | Sequence[str] = DEFAULT_NAMESPACE,
         keep: bool = True,
         pin: Pin | None = None,
+        round: Round | None = None,
         return_logits: bool = False,
     ) -> list[Generation]:
         """Generate for several prompts, prefilled in few plans and decoded together as far as they fit. As `generate`.
@@ -254,6 +270,7 @@ class Engine:
         Args:
           sampling, namespace: one for all prompts, or one for each.
           pin: of all prompts and answers together, in each namespace.
+          round: each prompt is a member, in its namespace.
           return_logits: give the logits of each first token too.
         """
         sampling = self.default_sampling() if sampling is None else sampling
@@ -262,7 +279,7 @@ class Engine:
         options: dict[str, Any] = {"reuse": reuse, "keep": keep, "wants_logits": return_logits}
         options |= {"pinning": _pinning(pin)}
         sequences = [
-            self.loop.requests.generation(prompt, params, namespace=name, **options)
+            self.loop.requests.generation(prompt, params, namespace=name, member=_member(round), **options)
             for prompt, params, name in zip(prompts, samplings, namespaces, strict=True)
         ]
         self.loop.complete(sequences)
@@ -477,6 +494,12 @@ def _pinning(pin: Pin | None) -> Pinning | None:
     if pin is not None and not isinstance(pin, Pin):
         raise InvalidRequestError(f"pin={pin!r:.60} must be a Pin, or None")
     return None if pin is None else Pinning(pin)
+
+
+def _member(round: Round | None) -> Member | None:
+    if round is not None and not isinstance(round, Round):
+        raise InvalidRequestError(f"round={round!r:.60} must be a Round, or None")
+    return None if round is None else Member(round)
 
 
 def _of_each[T](name: str, kind: type[T], value: T | Sequence[T], number: int) -> Sequence[T]:

@@ -119,6 +119,7 @@ class ScriptedLoop:
         turns=None,
         lent=None,
         pinning=None,
+        member=None,
         delay_s=0.0,
         listener,
     ):

@@ -93,6 +93,7 @@ def test_version():
         (["generate", "hi", "--recompute-ratio", "1.5"], "recompute_ratio=1.5"),
         (["generate", "hi", "--temperature", "-1"], "temperature=-1.0"),
         (["generate", "", "--json"], "prompt is empty"),
+        (["generate", "hi", "", "--json"], "prompt is empty"),
         (["cache", "hi", "--store-tokens", "0", "--json"], "store_tokens=0"),
         (["demo", "--model", "no-such-model", "--json"], "no-such-model"),
         (["convert", "no-such-model", "unused-target"], "no-such-model"),
@@ -252,6 +253,8 @@ def test_generate_prints_one_object(smollm, monkeypatch):
     assert found["text"] == "The capital of France is Paris."
     assert found["finish_reason"] == "stop"
     assert found["fresh_tokens"] == found["prompt_tokens"]
+    round_ = one_object(invoke("generate", "Hello?", "Hi!", "--max-new-tokens", "1", *alone, "--json"))["answers"]
+    assert [(each["finish_reason"], each["round"]["members"]) for each in round_] == [("length", 2)] * 2
 
 
 def test_generate_reuses_a_file(tiny, note):

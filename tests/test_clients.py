@@ -87,6 +87,13 @@ def test_a_group_chat_of_autogen_costs_no_more_than_with_a_prefix_cache(teams, s
 
 
 @pytest.mark.slow
+def test_agents_of_autogen_speak_in_rounds(teams, smollm, monkeypatch):
+    with live_server(smollm, model="smollm") as live:
+        monkeypatch.setattr("sys.argv", ["autogen_rounds", f"{live.url}/v1", "smollm"])
+        runpy.run_path(str(SCRIPTS / "autogen_rounds.py"), run_name="__main__")
+
+
+@pytest.mark.slow
 def test_the_scripts_of_clients_that_tests_have_pass(smollm, monkeypatch):
     with live_server(smollm, model="smollm") as live:
         for script in ("openai_parse", "anthropic_client"):

@@ -74,29 +74,31 @@ def step_until_it_rests(loop):
 # A huge prefill stalls nobody -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def long_engine():
-    """Room for 8192 tokens of context. A plan has at most 512 rows."""
-    model = dataclasses.replace(TINY, max_position=8192)
-    return Engine.from_config(model, store_tokens=3 * 8192, page_size=64)
+def engine_for(length):
+    """With room for a prompt of 600 tokens on the shapes of other tests, or for one of 6900 in plans of 512 rows."""
+    if length == 600:
+        return tiny_engine(prefill_tokens=64)
+    return Engine.from_config(dataclasses.replace(TINY, max_position=8192), store_tokens=3 * 8192, page_size=64)
 
 
-def huge_remember(engine):
-    engine.loop.remember(TEXT[:7000], namespace="text", listener=lambda event: None)
+def huge_remember(engine, length):
+    engine.loop.remember(TEXT[:length], namespace="text", listener=lambda event: None)
 
 
-def huge_sparse(engine):
-    engine.remember(TEXT[:6900], namespace="sparse")
-    prompt = np.concatenate([TEXT[8000:8010], TEXT[:6900], TEXT[8100:8190]])
+def huge_sparse(engine, length):
+    engine.remember(TEXT[:length], namespace="sparse")
+    prompt = np.concatenate([TEXT[8000:8010], TEXT[:length], TEXT[8100:8190]])
     hear(engine.loop, prompt, 1, reuse=SPARSE, namespace="sparse", keep=False)
 
 
-@pytest.mark.parametrize("submit", [pytest.param(huge_remember, marks=pytest.mark.slow), huge_sparse])
-def test_streams_get_tokens_while_7000_tokens_are_prefilled(long_engine, submit):
-    engine, loop = long_engine, long_engine.loop
+@pytest.mark.parametrize("length", [600, pytest.param(6900, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("submit", [huge_remember, huge_sparse])
+def test_streams_get_tokens_while_a_huge_prompt_is_prefilled(submit, length):
+    engine = engine_for(length)
+    loop = engine.loop
     streams = [hear(loop, TEXT[at : at + 20], 1000, keep=False) for at in (7000, 7100)]
     loop.step()
-    submit(engine)
+    submit(engine, length)
     order, before = watch(engine), [len(tokens) for tokens, _ in streams]
     loop.step()
     small, _ = hear(loop, TEXT[7200:7230], 4, keep=False)

@@ -17,8 +17,10 @@ import httpx
 import pytest
 from live import ScriptedLoop, live_server, make_engine, wait_for
 
+from sparsex_jax.config import Round
 from sparsex_jax.errors import InvalidRequestError, OverloadedError
 from sparsex_jax.scheduler.loop import Event
+from sparsex_jax.scheduler.rounds import Member
 from sparsex_jax.serving import bodies, schemas
 from sparsex_jax.serving.access import Access, ConcurrencyError, Limits, Tenant
 from sparsex_jax.serving.faults import RequestError
@@ -235,6 +237,24 @@ def test_keys_take_turns():
 
     asyncio.run(scenario())
     assert order == ["a0", "a1", "a2", "b0", "a3", "b1", "a4"]
+
+
+def test_what_is_held_for_a_round_keeps_nobodys_turn_and_a_key_cannot_hold_all_places():
+    async def scenario():
+        line, alice, bob = Line(1, 4, num_keys=2), tenant("alice"), tenant("bob")
+        held = [Member(Round("waiting", 2)) for _ in range(3)]
+        with contextlib.ExitStack() as stack:
+            first, second, third, other = (stack.enter_context(line.place(who)) for who in (alice, alice, alice, bob))
+            for place, member in zip((first, second, third), held, strict=True):
+                place.members = frozenset([member])
+            await first.turn()
+            await second.turn()
+            with pytest.raises(ConcurrencyError, match="2 sequences of this key are held for their rounds"):
+                await third.turn()
+            async with asyncio.timeout(5):
+                await other.turn()
+
+    asyncio.run(scenario())
 
 
 def test_priorities_order_the_requests_of_a_key_and_none_waits_for_ever(monkeypatch):

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from conftest import CONFIG, TINY
+from conftest import CONFIG, TINY, sharded_tiny
+from dense import Dense
 
 from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.model.sharding import make_mesh, spec
@@ -35,8 +36,8 @@ def engine(tensor_parallel: int, model: ModelConfig = MODEL) -> Engine:
 
 def run_all(one: Engine) -> dict[str, tuple[np.ndarray, list[int], float]]:
     rng = np.random.default_rng(5)
-    documents = [rng.integers(0, 120, 50).tolist() for _ in range(2)]
-    prompt = [*rng.integers(0, 120, 11).tolist(), *documents[1], 3, *documents[0], *rng.integers(0, 120, 9).tolist()]
+    documents = [rng.integers(0, 97, 50).tolist() for _ in range(2)]
+    prompt = [*rng.integers(0, 97, 11).tolist(), *documents[1], 3, *documents[0], *rng.integers(0, 97, 9).tolist()]
     for document in documents:
         one.remember(document, frozen=True)
     out = {}
@@ -47,21 +48,23 @@ def run_all(one: Engine) -> dict[str, tuple[np.ndarray, list[int], float]]:
     return out
 
 
-@pytest.fixture(scope="module")
-def single() -> dict[str, tuple[np.ndarray, list[int], float]]:
-    return run_all(engine(1))
+# A head of keys for each device, and in the second case a vocabulary that divides.
+MESHES = pytest.mark.parametrize(
+    ("make", "tensor_parallel"), [(sharded_tiny, 2), pytest.param(engine, 8, marks=pytest.mark.slow)]
+)
 
 
-@pytest.mark.parametrize("tensor_parallel", [pytest.param(2, marks=pytest.mark.slow), 8])
-def test_every_method_gives_the_logits_and_tokens_of_one_device(single, tensor_parallel):
-    for name, (logits, tokens, fraction) in run_all(engine(tensor_parallel)).items():
+@MESHES
+def test_every_method_gives_the_logits_and_tokens_of_one_device(make, tensor_parallel):
+    single = run_all(make(1))
+    for name, (logits, tokens, fraction) in run_all(make(tensor_parallel)).items():
         np.testing.assert_allclose(logits, single[name][0], atol=2e-5, err_msg=name)
         assert (tokens, fraction) == (single[name][1], single[name][2]), name
 
 
-@pytest.mark.parametrize("tensor_parallel", [pytest.param(2, marks=pytest.mark.slow), 8])
-def test_each_device_holds_its_share_of_the_store_only(tensor_parallel):
-    one = engine(tensor_parallel)
+@MESHES
+def test_each_device_holds_its_share_of_the_store_only(make, tensor_parallel):
+    one = make(tensor_parallel)
     one.generate(list(range(40)), SamplingParams(max_new_tokens=4))  # the steps must keep it so
     shards = one.runner.store.addressable_shards
     assert {shard.device for shard in shards} == set(jax.devices()[:tensor_parallel])
@@ -96,10 +99,12 @@ def test_a_mesh_without_a_tensor_axis_is_refused():
 
 
 def test_other_axes_of_a_mesh_hold_copies():
+    """The vocabulary is divided too."""
     mesh = jax.make_mesh((2, 2), ("data", "tensor"))  # with explicit axis types, as jax makes it by default
     one = Engine.from_config(MODEL, mesh=mesh, store_tokens=1024, page_size=16, max_num_seqs=2, chunk_rows=32)
-    logits = one.prefill(list(range(60))).logits
-    np.testing.assert_allclose(logits, engine(1).prefill(list(range(60))).logits, atol=2e-5)
+    logits, _ = Dense(MODEL, jax.device_get(one.runner.params)).full(np.arange(60))
+    np.testing.assert_allclose(one.prefill(list(range(60))).logits, logits[-1], atol=2e-5)
+    assert not one.runner.params.embed.sharding.is_fully_replicated
     assert {shard.data.nbytes * 2 for shard in one.runner.store.addressable_shards} == {one.runner.store.nbytes}
 
 

@@ -8,6 +8,7 @@ or dtype raises `NotImplementedError` while it is traced; the next one of the or
 import contextlib
 import dataclasses
 import functools
+import importlib
 import logging
 import os
 import warnings
@@ -126,6 +127,20 @@ def _preferred_now() -> tuple[str, ...] | None:
     if (names := _preferred.get()) is not None:
         return names
     return tuple(filter(None, os.environ.get("SPARSEX_KERNELS", "").split(","))) or None
+
+
+def late(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module that is imported at its first call: to import the kernels of devices that a process does
+    not have, and their compilers, takes half a second.
+
+    Args:
+      module: such as `sparsex_kernels.key_mass.hopper`.
+    """
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **options)
+
+    return call
 
 
 def run(operation: str, implementations: Implementations, name: str | None, args: Any, **options: Any) -> Any:

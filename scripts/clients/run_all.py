@@ -84,6 +84,12 @@ CLIENTS = (
     Client("LiteLLM", "litellm_client.py", ("litellm",), "`response_format` of a pydantic model, as `hosted_vllm`"),
     Client("llm", "llm_schema.sh", ("llm",), "`llm --schema`"),
     Client("smolagents", "smolagents_client.py", ("smolagents[openai]",), "`ToolCallingAgent`: forced calls, results"),
+    Client(
+        "AutoGen",
+        "autogen_rounds.py",
+        ("autogen-agentchat", "autogen-ext[openai]"),
+        "three agents, whose requests are members of [rounds](../../sparsex_jax/serving/README.md#rounds)",
+    ),
     Client("lm-eval", "lm_eval_client.py", ("lm_eval[api]", "transformers"), "log-likelihoods, generated answers"),
     Client("guidellm", "guidellm_load.sh", ("guidellm",), "streams of chats, with the usage in every chunk"),
     Client("aiperf", "aiperf_load.sh", ("aiperf",), "streams of chats, completions, responses and messages"),

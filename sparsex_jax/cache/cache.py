@@ -147,6 +147,7 @@ class PageCache:
         min_segment: int = 16,
         accepts: Accepts | None = None,
         counted: bool = True,
+        last_used: Int64[np.ndarray, "pages"] | None = None,
     ) -> Match:
         """Find the stored parts of a prompt and hold their pages.
 
@@ -160,6 +161,8 @@ class PageCache:
           min_segment: the least length of a segment, in tokens.
           accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
           counted: count it as a use, and in `counts`. A caller who may look the same prompt up again does both itself.
+          last_used: what `last_used` gave. Of donors that are equal otherwise, the one that was used last by then is
+            taken. None: by now.
 
         Raises:
           ValueError: a token id is negative.
@@ -168,7 +171,7 @@ class PageCache:
         prompt = tokens[:-1].tobytes() if prefix else b""  # the last token is always computed
         found = self.tree.prefix(prompt, namespace, accepts and _asked_once(accepts))
         wanted = segments(found.num_tokens) if callable(segments) else segments
-        runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment) if wanted else []
+        runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment, last_used) if wanted else []
         match = self._match(found, runs)
         self._matches.add(match)
         self._pool.hold(match.pages)
@@ -178,13 +181,19 @@ class PageCache:
         return match
 
     def _find_runs(
-        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, begin: int, min_segment: int
+        self,
+        tokens: Int32[np.ndarray, "tokens"],
+        namespace: str,
+        begin: int,
+        min_segment: int,
+        last_used: Int64[np.ndarray, "pages"] | None = None,
     ) -> list[Run]:
-        search = SegmentSearch(tokens, namespace, self._windows, self.page_size, self._recency)
-        return search.run(begin, min_segment)
+        used = self._pool.last_used if last_used is None else last_used
+        return SegmentSearch(tokens, namespace, self._windows, self.page_size, used).run(begin, min_segment)
 
-    def _recency(self, node: Node) -> int:
-        return int(self._pool.last_used[node.pages[0]])
+    def last_used(self) -> Int64[np.ndarray, "pages"]:
+        """When each page was last used, for a later `lookup`, by a clock that counts uses."""
+        return self._pool.last_used.copy()
 
     def _match(self, prefix: Prefix, runs: list[Run]) -> Match:
         start = len(prefix.nodes) * self.page_size
@@ -549,7 +558,7 @@ class PageCache:
         return Forgotten(len(text), frozenset(gone), int(remaining.sum()), self._mark_stale(entry.namespace, text))
 
     def _copies(self, text: Int32[np.ndarray, "tokens"], namespace: str) -> list[Run]:
-        return SegmentSearch(text, namespace, self._windows, self.page_size, self._recency).copies()
+        return SegmentSearch(text, namespace, self._windows, self.page_size, self._pool.last_used).copies()
 
     def _mark_stale(self, namespace: str, text: Int32[np.ndarray, "tokens"]) -> int:
         """Mark the entries whose company has this text. Returns how many."""

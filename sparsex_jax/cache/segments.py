@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -130,20 +130,20 @@ class SegmentSearch:
         namespace: str,
         windows: WindowIndex,
         page_size: int,
-        recency: Callable[[Node], int],
+        last_used: Int64[np.ndarray, "pages"],
     ) -> None:
         """
         Args:
           prompt: the ids of all tokens.
           namespace: only its nodes are searched.
-          recency: when a node was last used; a larger number is later.
+          last_used: when each page of the store was last used; a larger number is later.
         """
         self._prompt = prompt
         self._bytes = prompt.tobytes()
         self._namespace = namespace
         self._windows = windows
         self._page_size = page_size
-        self._recency = recency
+        self._last_used = last_used
         self._budget = COMPARISON_BUDGET
 
     def run(self, begin: int, min_segment: int) -> list[Run]:
@@ -180,7 +180,7 @@ class SegmentSearch:
 
     def _rank(self, run: Run) -> tuple[bool, int, int]:
         """An exact run is better than an approximate one, then a longer one, then one that was used more recently."""
-        return run.exact, run.length, self._recency(run.nodes[-1])
+        return run.exact, run.length, int(self._last_used[run.nodes[-1].pages[0]])
 
     def _best(self, value: int, at: int, floor: int, least: int) -> Run | None:
         """The best run of at least `least` tokens through prompt tokens `at` .. `at` + 7, whose hash is `value`.

@@ -136,14 +136,14 @@ class GGUFCheckpoint(Checkpoint):
 
         def in_codes(name: str, layer: int | None) -> Stored | np.ndarray:
             tensor = names[name].format(layer)
-            stored = take_apart(self._file.encoding(tensor), self._file.blocks(tensor))
-            if stored is None:
+            if kind(name, layer) is None or len(shapes[tensor]) == 1:
                 return read(name, layer)
+            stored = take_apart(self._file.encoding(tensor), self._file.blocks(tensor))
             if stored.parts["codes"].ndim == 3:  # experts
                 return stored
             return stored.rows(rows[name]).ordered(functools.partial(ordered, name))
 
-        return place_rows(config, dtype, mesh, read, choose_held(quantization, read, kind, in_codes))
+        return place_rows(config, dtype, mesh, in_codes, choose_held(quantization, read, kind, in_codes))
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:

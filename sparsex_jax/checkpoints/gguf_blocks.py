@@ -15,15 +15,14 @@ from sparsex_jax.checkpoints.held import Stored
 Blocks = np.ndarray  # uint8 [..., outputs, blocks, bytes of a block]
 
 
-def take_apart(encoding: str, blocks: Blocks) -> Stored | None:
-    """The weight of these blocks; None of an encoding that is not held.
+def take_apart(encoding: str, blocks: Blocks) -> Stored:
+    """The weight of these blocks.
 
     Args:
-      encoding: ggml's name, such as `Q4_K`.
+      encoding: ggml's name of one that `is_held`, such as `Q4_K`.
       blocks: uint8 `[..., outputs, blocks, bytes]`.
     """
-    taken = _ENCODINGS.get(encoding)
-    return None if taken is None else Stored(encoding.lower(), taken(blocks))
+    return Stored(encoding.lower(), _ENCODINGS[encoding](blocks))
 
 
 def is_held(encoding: str) -> bool:
@@ -41,11 +40,20 @@ def _halves(blocks: Blocks, begin: int) -> np.ndarray:
     return _flat(blocks, begin, begin + 2, "float16")
 
 
+# Pairs of digits of a place below 32 that change places: how far bits move, and which of each two is the lower one.
+_EXCHANGES = ((1, 0x22222222), (3, 0x0A0A0A0A), (6, 0x00CC00CC), (12, 0x0000F0F0))
+
+
 def _fifth_bits(blocks: Blocks, begin: int) -> np.ndarray:
-    """Of 32 codes, from the order of their places to that of `pack`: bit p of byte j is that of code 4 p + j."""
-    bits = np.unpackbits(np.ascontiguousarray(blocks[..., begin : begin + 4]), axis=-1, bitorder="little")
-    turned = bits.reshape(*blocks.shape[:-1], 8, 4).swapaxes(-1, -2)
-    return np.packbits(turned, axis=-1, bitorder="little").reshape(*blocks.shape[:-2], -1)
+    """Of 32 codes, from the order of their places to that of `pack`: bit p of byte j is that of code 4 p + j.
+
+    So the bit at the place with the binary digits `abcde` goes to `deabc`, in four exchanges of two digits.
+    """
+    bits = _flat(blocks, begin, begin + 4, "<u4")
+    for distance, lower in _EXCHANGES:
+        differ = (bits >> np.uint32(distance) ^ bits) & np.uint32(lower)
+        bits = bits ^ differ ^ differ << np.uint32(distance)
+    return bits.view(np.uint8)
 
 
 def _sixes(blocks: Blocks, begin: int) -> tuple[np.ndarray, np.ndarray]:

@@ -27,6 +27,7 @@ _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", 
 # Types of metadata values in the header, and how `struct` unpacks the scalar ones.
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SIZE = struct.Struct("<Q")  # in front of every string
 _MAX_AXES = 4  # ggml's limit
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}  # ggml's names
 _ELEMENTS_AT_ONCE = 1 << 17
@@ -272,11 +273,19 @@ class _Cursor:
         return value
 
     def string(self) -> str:
-        size = self.scalar("Q")
-        self.offset += size
-        if self.offset > len(self.buffer):
-            raise ValueError(f"a string of {size} bytes goes beyond its end")
-        return self.buffer[self.offset - size : self.offset].decode()
+        return self._strings(1)[0]
+
+    def _strings(self, count: int) -> list[str]:
+        """So many, in one loop: vocabularies have some hundred thousand."""
+        buffer, at, found = self.buffer, self.offset, []
+        for _ in range(count):
+            (size,) = _SIZE.unpack_from(buffer, at)
+            at += _SIZE.size + size
+            if at > len(buffer):
+                raise ValueError(f"a string of {size} bytes goes beyond its end")
+            found.append(buffer[at - size : at].decode())
+        self.offset = at
+        return found
 
     def value(self, type_: int) -> Any:
         if type_ == _STRING:
@@ -293,7 +302,7 @@ class _Cursor:
     def _array(self) -> list[Any]:
         type_, size = self.scalar("I"), self.scalar("Q")
         if type_ == _STRING:
-            return [self.string() for _ in range(size)]
+            return self._strings(size)
         return list(self._unpack(f"{size}{_code(type_)}"))
 
     def _unpack(self, code: str) -> tuple[Any, ...]:

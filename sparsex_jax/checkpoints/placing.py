@@ -1,12 +1,13 @@
 """Brings a checkpoint's tensors to the devices, one at a time, each as it is stored.
 
-Host memory holds two tensors at most: one that is on its way, and the next, which is read meanwhile. The devices turn
-them into the model's shape and dtype and write them into the stacks of all layers.
+Host memory holds two tensors at most: one that is on its way, and the next, which is read meanwhile. The devices make
+floats of codes, turn them into the model's shape and dtype, and write them into the stacks of all layers.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,15 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from sparsex_jax.checkpoints.held import Held, hold, num_bytes
+from sparsex_jax.checkpoints.held import Held, Stored, hold, num_bytes
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.sharding import Axes, sharding
 from sparsex_jax.model.weights import Params, Weight, describe, leaf_name
+from sparsex_kernels.quantised import Quantised, dequantise
 
-Read = Callable[[str, int | None], np.ndarray]
+Read = Callable[[str, int | None], np.ndarray | Stored]
 
 
 def stored_axes(name: str, weight: Weight) -> Axes:
@@ -43,7 +45,8 @@ def place_rows(config: ModelConfig, dtype: str, mesh: Mesh, read: Read, held: He
 
     Args:
       read: gives the stored array of one layer's weight, such as `("wq", 3)`, or of a weight outside the layers,
-        `("embed", None)`, with any float dtype. Experts are one array. `check_shapes` has seen their shapes.
+        `("embed", None)`, with any float dtype or in codes. Experts are one array. `check_shapes` has seen their
+        shapes.
       held: which weights stay quantised, or become it; None: none.
     """
     described, size = describe(config), jnp.dtype(dtype).itemsize
@@ -90,7 +93,8 @@ class _Placing:
         self.placed = sharding(mesh, weight.axes, weight.shape)
 
     def single(self, dtype: str) -> Array:
-        made = _oriented(self._send(self._read(self._name, None)), self.order, dtype, self.placed)
+        sent = self._send(self._read(self._name, None))
+        made = _oriented(sent, self._stored_shape, self.order, dtype, self.placed)
         return jax.block_until_ready(made)  # before the next tensor is read
 
     def stacked(self, dtype: str) -> Array:
@@ -101,12 +105,15 @@ class _Placing:
             jax.block_until_ready(stack)
             sent = self._send(rows)
             del rows
-            stack = _with_layer(stack, sent, np.int32(layer), self.order, self.placed)
+            stack = _with_layer(stack, sent, np.int32(layer), self._stored_shape, self.order, self.placed)
         return jax.block_until_ready(stack)
 
-    def _send(self, rows: np.ndarray) -> Array:
-        """To the devices, to each what it needs."""
-        self._tell(rows.size)
+    def _send(self, rows: np.ndarray | Stored) -> Array | Quantised:
+        """To the devices, to each what it needs. All codes go to each: they are few bytes, and may not divide."""
+        self._tell(math.prod(self._stored_shape))
+        if isinstance(rows, Stored):
+            parts = jax.device_put(rows.parts, NamedSharding(self._sent.mesh, PartitionSpec()))
+            return Quantised(**parts, kind=rows.kind)
         rows = rows.astype(np.float32) if rows.dtype == np.float64 else rows  # which devices do not have
         return jax.device_put(rows.reshape(self._stored_shape), self._sent)
 
@@ -116,13 +123,30 @@ def _empty(shape: tuple[int, ...], dtype: str, placed: NamedSharding) -> Array:
     return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), placed)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _oriented(rows: Array, order: tuple[int, ...], dtype: str, placed: NamedSharding) -> Array:
-    return jax.lax.with_sharding_constraint(rows.transpose(order).astype(dtype), placed)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _oriented(
+    sent: Array | Quantised, shape: tuple[int, ...], order: tuple[int, ...], dtype: str, placed: NamedSharding
+) -> Array:
+    return jax.lax.with_sharding_constraint(_rows(sent, shape).transpose(order).astype(dtype), placed)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
-def _with_layer(stack: Array, rows: Array, layer: Any, order: tuple[int, ...], placed: NamedSharding) -> Array:
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4, 5))
+def _with_layer(
+    stack: Array,
+    sent: Array | Quantised,
+    layer: Any,
+    shape: tuple[int, ...],
+    order: tuple[int, ...],
+    placed: NamedSharding,
+) -> Array:
     """The stack of all layers with one of them written. Its memory is that of the stack that is given."""
-    written = jax.lax.dynamic_update_index_in_dim(stack, rows.transpose(order).astype(stack.dtype), layer, 0)
-    return jax.lax.with_sharding_constraint(written, placed)
+    rows = _rows(sent, shape).transpose(order).astype(stack.dtype)
+    return jax.lax.with_sharding_constraint(jax.lax.dynamic_update_index_in_dim(stack, rows, layer, 0), placed)
+
+
+def _rows(sent: Array | Quantised, shape: tuple[int, ...]) -> Array:
+    """What was sent as floats, outputs first; float32 where it was codes."""
+    if not isinstance(sent, Quantised):
+        return sent
+    inputs_first = jax.tree.map(lambda part: part.swapaxes(-1, -2), sent)
+    return dequantise(inputs_first, jnp.float32).swapaxes(-1, -2).reshape(shape)

@@ -50,7 +50,7 @@ def main(
 @options.with_reuse
 def generate(
     reuse: options.Reuse,
-    prompt: options.PromptArgument = "-",
+    prompts: options.PromptArguments = None,
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
     quantization: options.Quantization = "auto",
@@ -67,14 +67,17 @@ def generate(
     seed: options.Seed = 0,
     stop: options.Stop = None,
 ) -> None:
-    """Generate text from a prompt, reusing the KV of the files remembered before it."""
+    """Generate text from a prompt, reusing the KV of the files remembered before it.
+
+    Several prompts are a round: they are prefilled together, and what they share has the same donors.
+    """
     from sparsex_jax.cli.generate import EngineChoice, run
 
     filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in filters.items() if value is not None}
     with clear_errors():
         run(
-            prompt,
+            prompts or ["-"],
             EngineChoice(
                 model, dtype, store_tokens, reuse.config, reuse.options(), kv_dtype, quantization=quantization
             ),

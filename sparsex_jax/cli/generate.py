@@ -1,4 +1,4 @@
-"""`sparsex generate`: remembers files, then generates text from one prompt."""
+"""`sparsex generate`: remembers files, then generates text from one prompt, or from several that are a round."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from rich.text import Text
 
 from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, progress, waiting
-from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, SamplingParams, find_defaults
+from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, Round, SamplingParams, find_defaults
 from sparsex_jax.config.defaults import Defaults
 from sparsex_jax.device.compilation import keep_on_disk
 from sparsex_jax.engine import Engine
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.output import Generation
+
+ROUND = "prompts"  # the id of the round of all prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +82,7 @@ class EngineChoice:
 
 
 def run(
-    prompt: str,
+    prompts: Sequence[str],
     choice: EngineChoice,
     files: Sequence[Path],
     sampling: Mapping[str, Any],
@@ -89,15 +91,17 @@ def run(
     chat: bool | None,
     as_json: bool,
 ) -> None:
-    """Remember the files, generate, and print the answer. What `sampling` does not have is as the model's files say."""
+    """Remember the files, generate, and print the answers. What `sampling` lacks is as the model's files say."""
     SamplingParams(**sampling)  # an error comes before the model is loaded
-    text, donors = read_prompt(prompt), [read_text(path) for path in files]
+    texts, donors = [read_prompt(prompt) for prompt in prompts], [read_text(path) for path in files]
     engine = choice.load()
     remember_all(engine, donors, namespace)
     with waiting("Generating"):
-        given = as_prompt(text, engine.tokenizer, chat)
-        result = engine.generate(given, engine.default_sampling(**sampling), namespace=namespace)
-    _print(result, as_json)
+        given = [as_prompt(text, engine.tokenizer, chat) for text in texts]
+        together = Round(ROUND, len(given)) if len(given) > 1 else None
+        options: dict[str, Any] = {"namespace": namespace, "round": together}
+        results = engine.generate_batch(given, engine.default_sampling(**sampling), **options)
+    _print(results, as_json)
 
 
 def remember_all(engine: Engine, texts: Sequence[str], namespace: str) -> None:
@@ -106,13 +110,20 @@ def remember_all(engine: Engine, texts: Sequence[str], namespace: str) -> None:
             engine.remember(text, namespace=namespace)
 
 
-def _print(result: Generation, as_json: bool) -> None:
+def _print(results: Sequence[Generation], as_json: bool) -> None:
+    """As JSON, one answer is the object, and several are its `answers`."""
     if as_json:
-        answer = {"text": result.text, "token_ids": result.token_ids, "finish_reason": result.finish_reason}
-        print_json(answer | result.report.to_dict())
-    else:
+        answers = [_as_dict(result) for result in results]
+        print_json({"answers": answers} if len(answers) > 1 else answers[0])
+        return
+    for result in results:
         output().print(result.text, soft_wrap=True)
         output().print(Text(report_line(result.report), style="dim"), soft_wrap=True)
+
+
+def _as_dict(result: Generation) -> dict[str, Any]:
+    answer = {"text": result.text, "token_ids": result.token_ids, "finish_reason": result.finish_reason}
+    return answer | result.report.to_dict()
 
 
 def report_line(report: Report) -> str:

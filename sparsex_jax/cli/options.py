@@ -23,6 +23,10 @@ _REUSE = "Reuse"
 _SAMPLING = "Sampling"
 
 PromptArgument = Annotated[str, typer.Argument(help="The prompt; `-` reads it from standard input.")]
+PromptArguments = Annotated[
+    list[str] | None,
+    typer.Argument(help="The prompt; `-` reads it from standard input, and so does none. Several are one round."),
+]
 # What a server prefills a text to remember behind, at most: of what its namespace has.
 COMPANY_TOKENS = 1024
 

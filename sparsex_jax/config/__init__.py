@@ -6,6 +6,7 @@ from sparsex_jax.config.engine import EngineConfig
 from sparsex_jax.config.model import ModelConfig, config_dir, named_config
 from sparsex_jax.config.pins import Pin
 from sparsex_jax.config.reuse import METHODS, ReuseConfig, find_method, methods_by_option
+from sparsex_jax.config.rounds import Round
 from sparsex_jax.config.sampling import MAX_LOGIT_BIAS, MAX_LOGPROBS, SamplingParams
 from sparsex_jax.config.structure import Behind, Lazy, Structure
 
@@ -21,6 +22,7 @@ __all__ = [
     "ModelConfig",
     "Pin",
     "ReuseConfig",
+    "Round",
     "SamplingParams",
     "Structure",
     "architecture",

@@ -47,6 +47,24 @@ class ReusedSegment:
         return range(self.donor_start, self.donor_start + self.length)
 
 
+@dataclasses.dataclass(frozen=True)
+class RoundShare:
+    """A prompt's part in a round.
+
+    Attributes:
+      id, size: as its request named them.
+      members: how many were there when the round began.
+      late: whether this one came after that, and so was not held.
+      waited_s: for how many seconds it was held.
+    """
+
+    id: str
+    size: int
+    members: int
+    late: bool
+    waited_s: float
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ComputedLayers:
     """The layers from `start` up to `end`, and whether they computed each prompt token: bool `[tokens]`."""
@@ -81,6 +99,7 @@ class Report:
       ttft_s: seconds from the call to the first token (or its logits) on the host.
       restored_tokens: how many were loaded into the store for it, from host memory or the disk.
       prefix_tier: where the prefix's KV was when the prompt came, as a segment's `tier`. None: no prefix was found.
+      round: its part in a round. None: it was of none.
       kind: a `TokenKind` for each prompt token, uint8 `[tokens]`.
       active: whether each prompt token was computed from the boundary layer on, bool `[tokens]`.
       phase_tokens: how many tokens each phase of the schedule computed.
@@ -107,6 +126,7 @@ class Report:
     phase_tokens: tuple[int, ...]
     restored_tokens: int = 0
     prefix_tier: str | None = None
+    round: RoundShare | None = None
     layers: tuple[ComputedLayers, ...] = ()
 
     def tokens_by_kind(self) -> dict[str, int]:
@@ -127,9 +147,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but what is known of each token and each phase, ready for JSON."""
-        names = [each.name for each in dataclasses.fields(self) if each.name not in _OF_EACH_TOKEN]
+        names = [each.name for each in dataclasses.fields(self) if each.name not in (*_OF_EACH_TOKEN, "round")]
         fields = {name: getattr(self, name) for name in names}
-        return fields | {"segments": [dataclasses.asdict(segment) for segment in self.segments]}
+        of_round = {"round": dataclasses.asdict(self.round)} if self.round else {}
+        return fields | {"segments": [dataclasses.asdict(segment) for segment in self.segments]} | of_round
 
 
 def make_report(

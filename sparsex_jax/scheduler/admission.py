@@ -176,7 +176,9 @@ class Admission:
             sequence.timeline.add("load", began, loaded)
         may_pay = functools.partial(self.choice.segments_may_pay, method, len(tokens))
         about = (findable, sequence.namespace, method, self._model.num_layers)
-        match = look_up(self.cache, *about, segments=may_pay)
+        member = sequence.member
+        last_used = member.gathering.recency(self.cache) if member and not member.is_late else None
+        match = look_up(self.cache, *about, segments=may_pay, last_used=last_used)
         try:
             plan = self.choice.plan(tokens, match, method, lambda: self._may_be_left_out(sequence, tokens))
             if self._comes_in_time(plan):

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from sparsex_jax.cache import Match, PageCache, Segment
 from sparsex_jax.config import ModelConfig
@@ -36,6 +36,7 @@ def look_up(
     *,
     segments: Callable[[int], bool] | None = None,
     counted: bool = False,
+    last_used: Int64[np.ndarray, "pages"] | None = None,
 ) -> Match:
     """`PageCache.lookup` of all that a method takes.
 
@@ -51,6 +52,7 @@ def look_up(
         min_segment=method.min_segment_tokens,
         accepts=functools.partial(method.accepts, num_layers=num_layers),
         counted=counted,
+        last_used=last_used,
     )
 
 

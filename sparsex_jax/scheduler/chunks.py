@@ -23,6 +23,7 @@ each through all layers over the KV that was there: plain chunks again.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -55,6 +56,18 @@ def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) ->
     return [dataclasses.replace(part, copies=() if i else plan.copies) for i, part in enumerate(parts)]
 
 
+def token_layers(phases: Sequence[Phase], num_layers: int) -> int:
+    """How many token-layers these phases compute at most. Rows that a signal scores count as one layer more.
+
+    8 rows in layers 0 and 1, of which a signal chooses 2 that go through layers 2 and 3:
+
+    >>> token_layers([Phase(0, np.ones(8, bool)), Phase(2, np.zeros(8, bool), "key_mass", budget=2)], 4)
+    28
+    """
+    scored = [before.size for before, phase in itertools.pairwise(phases) if phase.signal and phase.start < num_layers]
+    return sum(_rows_by_layer(phases, 0, num_layers)) + sum(scored)
+
+
 def layers_within(phases: Sequence[Phase], first: int, num_layers: int, token_layers: int) -> int:
     """How many layers from `first` on compute at most this many token-layers; 1 at least.
 
@@ -64,9 +77,14 @@ def layers_within(phases: Sequence[Phase], first: int, num_layers: int, token_la
     >>> [layers_within(phases, first, 6, 20) for first in range(6)]
     [4, 5, 4, 3, 2, 1]
     """
-    starts = [phase.start for phase in phases]
-    rows = [phases[int(np.searchsorted(starts, layer, side="right")) - 1].size for layer in range(first, num_layers)]
+    rows = _rows_by_layer(phases, first, num_layers)
     return max(1, int((np.cumsum(rows) <= token_layers).sum()))
+
+
+def _rows_by_layer(phases: Sequence[Phase], first: int, num_layers: int) -> list[int]:
+    """How many rows each layer from `first` on computes at most."""
+    starts = [phase.start for phase in phases]
+    return [phases[int(np.searchsorted(starts, layer, side="right")) - 1].size for layer in range(first, num_layers)]
 
 
 def _chunks(tokens: np.ndarray, start: int, end: int, pages: Sequence[int], most: int) -> Iterator[RequestPlan]:

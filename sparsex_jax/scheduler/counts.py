@@ -7,12 +7,14 @@ import time
 from collections import deque
 
 from sparsex_jax.reuse.report import KINDS, Report
+from sparsex_jax.scheduler.rounds import Begun
 from sparsex_jax.scheduler.sequence import Event, Sequence
 
 _OUTCOMES = {"cancelled": "cancelled", "error": "failed"}
 _WHILE_IDLE = ("healed_tokens", "remade_tokens", "remade_texts")
 _OF_A_PROMPT = ("prompt_tokens", *(f"{kind}_tokens" for kind in KINDS))
-_COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens", *_WHILE_IDLE)
+_ROUNDS = ("complete_rounds", "cut_short_rounds")
+_COUNTED = ("finished", "cancelled", "failed", *_OF_A_PROMPT, "generated_tokens", *_WHILE_IDLE, *_ROUNDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +23,7 @@ class LoopStats:
 
     Attributes:
       waiting: not admitted yet, or preempted.
+      held: those of the waiting that wait for others of their round.
       running: being prefilled or decoded.
       finished, cancelled, failed: what they ended with.
       preempted: how often one was preempted.
@@ -29,10 +32,13 @@ class LoopStats:
       healed_tokens: tokens that were approximate in the store and were prefilled exactly while nothing was in line.
       remade_tokens: tokens that were prefilled then to make remembered texts again.
       remade_texts: how many of these got better KV, or KV that has not seen what was forgotten.
+      complete_rounds: rounds that began with all their members.
+      cut_short_rounds: rounds that began without some, since another one had waited enough.
       computed_fraction: token-layers that those prompts' prefills computed, as a share of all of theirs.
     """
 
     waiting: int
+    held: int
     running: int
     finished: int
     cancelled: int
@@ -49,6 +55,8 @@ class LoopStats:
     healed_tokens: int
     remade_tokens: int
     remade_texts: int
+    complete_rounds: int
+    cut_short_rounds: int
     computed_fraction: float
 
 
@@ -79,13 +87,17 @@ class Counts:
             self._numbers["healed_tokens" if done.remakes is None else "remade_tokens"] += done.report.fresh_tokens
             self._numbers["remade_texts"] += done.handle is not None
 
+    def began(self, rounds: Begun) -> None:
+        for name, number in zip(_ROUNDS, rounds, strict=True):
+            self._numbers[name] += number
+
     def seconds_between_ends(self) -> float | None:
         """Of the last sequences, on average; None if there were not two."""
         if len(self._ends) < 2:
             return None
         return (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
 
-    def stats(self, *, waiting: int, running: int, preempted: int) -> LoopStats:
+    def stats(self, *, waiting: int, held: int, running: int, preempted: int) -> LoopStats:
         prompt_tokens = self._numbers["prompt_tokens"]
         fraction = self._token_layers / prompt_tokens if prompt_tokens else 0.0
-        return LoopStats(waiting, running, preempted=preempted, **self._numbers, computed_fraction=fraction)
+        return LoopStats(waiting, held, running, preempted=preempted, **self._numbers, computed_fraction=fraction)

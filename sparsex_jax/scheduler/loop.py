@@ -2,7 +2,7 @@
 
 One round, `Loop.step`:
 
-    take in      new sequences, cancellations
+    take in      new sequences, cancellations, rounds whose members are there
     schedule     who decodes, and how many tokens; while the device decodes, who is admitted and what is prefilled
     run          the decode dispatch, then at most one prefill plan or probe, or a few layers of one
     postprocess  new tokens, ends, what others can find from now on; who was probed waits again, with an excerpt
@@ -33,7 +33,7 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
-from sparsex_jax.errors import NonFiniteLogitsError, OverloadedError
+from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError, OverloadedError
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.counts import Counts, LoopStats
 from sparsex_jax.scheduler.execution import Dispatch, Execution, Prefilled
@@ -44,6 +44,7 @@ from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
 from sparsex_jax.scheduler.requests import Requests
+from sparsex_jax.scheduler.rounds import Member, Rounds
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE, Event, Listener, Sequence, State, Ticket, ignore
 from sparsex_jax.scheduler.timeline import Timeline
 from sparsex_jax.text.encoding import Prompt
@@ -52,6 +53,7 @@ __all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
 
 _DONE = (State.HELD, State.FINISHED)
 MOMENT = 0.002  # seconds between two looks at what moves between tiers
+HELD_MOMENT = 0.01  # seconds between two looks at what a worker was called for, while all that is in line is held
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +84,7 @@ class Loop:
         self._healing = Healing(self._config, runner.shapes, admission, self.requests)
         self._isolation = Isolation(runner, admission)
         self._counts = Counts()
+        self._rounds = Rounds(max_num_seqs)
         self.traced = False
         self.publish()
         self._ids = itertools.count(1)
@@ -103,6 +106,7 @@ class Loop:
         turns: frozenset[bytes] | None = None,
         lent: Lent | None = None,
         pinning: Pinning | None = None,
+        member: Member | None = None,
         delay_s: float = 0.0,
         listener: Listener,
     ) -> Ticket:
@@ -112,19 +116,21 @@ class Loop:
           turns: `turns_of` the prompt, if it is given as the tokens of a chat.
           lent: shared by several answers to one prompt that is not kept. None: there is one answer, or it is kept.
           pinning: pins prompt and answer once it is answered; shared by several answers to one request.
+          member: its place in a round; shared by several answers to one prompt.
           delay_s: wait as if it had come so much later, or earlier if negative. So it overtakes only those who came
             less than that before it.
           listener: called with each `Event`, on the thread that steps. If it raises, it is dropped and its request is
             cancelled.
 
         Raises:
-          InvalidRequestError: an argument is wrong; the message names it and its limit.
+          InvalidRequestError: an argument is wrong, or the round has another size or all its members; the message
+            names it and its limit.
           ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
           OverloadedError: too many wait already; says when to try again.
         """
         sampling = SamplingParams() if sampling is None else sampling
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns}
-        options |= {"lent": lent, "pinning": pinning, "delay_s": delay_s}
+        options |= {"lent": lent, "pinning": pinning, "member": member, "delay_s": delay_s}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
     def remember(
@@ -151,7 +157,9 @@ class Loop:
     @property
     def stats(self) -> LoopStats:
         running, preempted = len(self.policy.running), self.policy.preemptions
-        return self._counts.stats(waiting=self._num_waiting(), running=running, preempted=preempted)
+        with self._news:
+            waiting, held = self._num_waiting(), self._rounds.num_held
+        return self._counts.stats(waiting=waiting, held=held, running=running, preempted=preempted)
 
     def _submit(self, sequence: Sequence) -> Ticket:
         with self._news:
@@ -168,8 +176,19 @@ class Loop:
         with self._news:
             for sequence in sequences:
                 sequence.id, sequence.rank = next(self._ids), time.monotonic() + sequence.delay_s
-                self._inbox.append(sequence)
+            self._join_rounds(sequences)
+            self._inbox += sequences
             self._news.notify_all()
+
+    def _join_rounds(self, sequences: Several[Sequence]) -> None:
+        """All of them or none. Raises InvalidRequestError if one cannot join its round."""
+        try:
+            for sequence in sequences:
+                self._rounds.join(sequence)
+        except InvalidRequestError:
+            for sequence in sequences:
+                sequence.cancelled = True  # which leaves its place
+            raise
 
     def _num_waiting(self) -> int:
         in_line = [*self._inbox, *self.policy.of_state(State.WAITING)]
@@ -213,7 +232,10 @@ class Loop:
         prefill = self.policy.prefill_batch()  # while the device decodes
         self._finish_decode(decode)
         self._prefill(prefill)
-        self._move_blocks(idle=decode is None and not prefill.sequences)
+        idle = decode is None and not prefill.sequences
+        self._move_blocks(idle=idle)
+        if idle:
+            self._wait_for_rounds()
 
     def complete(self, sequences: Several[Sequence]) -> None:
         """Put sequences in line and step until they are done; whatever else is in line goes on too.
@@ -295,6 +317,14 @@ class Loop:
         elif idle and self.admission.moves_blocks:
             tiers.wait(MOMENT)
 
+    def _wait_for_rounds(self) -> None:
+        """Wait a moment if all that is in line is held for others of its round."""
+        with self._news:
+            left = self._rounds.seconds_to_next()
+            held = all(one.is_held or one.state in _DONE for one in self.policy.sequences)
+            if left and held and not self._inbox:
+                self._news.wait(min(left, HELD_MOMENT))
+
     def _drop(self, sequences: Several[Sequence]) -> None:
         with self._one_round():
             for sequence in sequences:
@@ -323,6 +353,7 @@ class Loop:
         with self._news:
             new, self._inbox = self._inbox, []
             self.policy.sequences += new
+            self._counts.began(self._rounds.begin())
         for sequence in self.policy.sequences:
             if sequence.cancelled and sequence.state is not State.FINISHED:
                 self.admission.finish(sequence, "cancelled")

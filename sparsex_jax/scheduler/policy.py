@@ -8,6 +8,10 @@ Order. The oldest is admitted first; a priority makes a sequence some seconds ol
 only while it waits for pages and they find theirs, and only a limited number of times. Among those being prefilled,
 turns go round: a prompt of many chunks comes last after each, and so does one that is cut by layers.
 
+Rounds. A member of a round is not looked at until its round has begun. Then the members come one behind the other, and
+as many share a plan as compute no more together than a plan of the token budget does in all layers: most rows of a
+prompt that was found nearly whole are left out behind the boundary.
+
 Token budget. A prefill plan has at most `prefill_tokens` rows. Sequences of the same schedule share a plan within it.
 A sparse plan with more rows runs a few layers at a time, and decode runs in between. Its state between two layers is
 as large as its rows, so only one such prefill is under way at a time; the others' plain chunks take turns with it.
@@ -25,7 +29,8 @@ from sparsex_jax.config import EngineConfig, ReuseConfig
 from sparsex_jax.errors import InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.planner import Shapes
 from sparsex_jax.scheduler.admission import Admission
-from sparsex_jax.scheduler.chunks import layers_within, stages
+from sparsex_jax.scheduler.chunks import layers_within, stages, token_layers
+from sparsex_jax.scheduler.rounds import all_of_one
 from sparsex_jax.scheduler.sequence import Sequence, State
 from sparsex_jax.scheduler.sharing import Offer
 
@@ -67,6 +72,7 @@ class Policy:
         self, config: EngineConfig, shapes: Shapes, admission: Admission, num_layers: int, max_num_seqs: int
     ) -> None:
         self._config, self._admission, self._num_layers, self.max_num_seqs = config, admission, num_layers, max_num_seqs
+        self._max_rows = shapes.max_rows
         asked = config.prefill_tokens
         self.prefill_tokens = shapes.buckets[1][0] if asked is None else asked
         if not 1 <= self.prefill_tokens <= shapes.max_rows:
@@ -78,6 +84,11 @@ class Policy:
     def of_state(self, *states: State) -> list[Sequence]:
         """The sequences in one of these states, the oldest first."""
         return [sequence for sequence in self.sequences if sequence.state in states]
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Those that may be admitted, the oldest first."""
+        return [sequence for sequence in self.of_state(State.WAITING) if not sequence.is_held]
 
     @property
     def running(self) -> list[Sequence]:
@@ -100,8 +111,7 @@ class Policy:
     def _steps(self, step_seconds: float) -> int:
         """As many as a dispatch may have and soon gets done, or few where some sequence's first token is near."""
         free = len(self.running) < self.max_num_seqs
-        waiting = self.of_state(State.WAITING)
-        near = self.of_state(State.PREFILLING) or (free and any(self._may_find_pages(one) for one in waiting))
+        near = self.of_state(State.PREFILLING) or (free and any(self._may_find_pages(one) for one in self.waiting))
         most = self._config.decode_steps
         if near or step_seconds * most > MOST_SECONDS:
             most = min(FEW_STEPS, most)
@@ -137,7 +147,7 @@ class Policy:
         """In the order of their ranks. A later one passes those that wait for pages, or for what another computes."""
         blocked: list[Sequence] = []
         compared = 0
-        for sequence in sorted(self.of_state(State.WAITING), key=lambda one: one.rank):
+        for sequence in sorted(self.waiting, key=_place):
             full = len(self.running) >= self.max_num_seqs
             if full or any(older.overtaken >= self._config.max_overtakes for older in blocked):
                 return
@@ -164,7 +174,7 @@ class Policy:
         return [
             other.offer
             for other in self.of_state(State.PREFILLING)
-            if other.id < sequence.id
+            if _place(other) < _place(sequence)
             and (other.keep or (other.lent is not None and other.lent is sequence.lent))
             and other.namespace == sequence.namespace
             and other.offer is not None
@@ -222,7 +232,7 @@ class Policy:
         for sequence in sorted(self.of_state(State.PREFILLING), key=lambda one: one.turn):
             if self._fits(sequence, chosen) if chosen else not self._must_wait(sequence):
                 chosen.append(sequence)
-        return PrefillBatch(chosen, self._layers(chosen[0]) if chosen and self._is_cut(chosen[0]) else None)
+        return PrefillBatch(chosen, self._layers(chosen[0]) if len(chosen) == 1 and self._is_cut(chosen[0]) else None)
 
     def end_turn(self, sequence: Sequence) -> None:
         """All others that are being prefilled come before it now."""
@@ -241,10 +251,24 @@ class Policy:
         if sequence.suspect or chosen[0].suspect or len(chosen) >= self._config.max_prefill_seqs:
             return False
         together = [one.stages[0] for one in (*chosen, sequence)]
-        same = together[-1].kind == together[0].kind
-        return same and sum(stage.num_rows for stage in together) <= self.prefill_tokens
+        if together[-1].kind != together[0].kind:
+            return False
+        rows = sum(stage.num_rows for stage in together)
+        return rows <= self.prefill_tokens or (rows <= self._max_rows and self._are_one([*chosen, sequence]))
+
+    def _are_one(self, sequences: Several[Sequence]) -> bool:
+        """Whether they are of one round, and all layers of their next stages compute no more than a plan may."""
+        if not all_of_one(sequences) or any(one.run is not None or self._must_wait(one) for one in sequences):
+            return False
+        work = sum(token_layers(one.stages[0].phases, self._num_layers) for one in sequences)
+        return work <= self.prefill_tokens * self._num_layers
 
     def _layers(self, sequence: Sequence) -> int:
         """Layers of its stage that cost about as much as a plan of the token budget."""
         stage, first = sequence.stages[0], sequence.run.next_layer if sequence.run else 0
         return layers_within(stage.phases, first, self._num_layers, self.prefill_tokens * self._num_layers)
+
+
+def _place(sequence: Sequence) -> tuple[float, int]:
+    """Its place in line: who has a lower one is admitted first."""
+    return sequence.rank, sequence.id

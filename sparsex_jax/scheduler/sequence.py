@@ -52,6 +52,7 @@ from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.output import Output, TokenLogprobs
 from sparsex_jax.scheduler.pinning import Pinning, PinRefused
 from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs
+from sparsex_jax.scheduler.rounds import Member
 from sparsex_jax.scheduler.sharing import Offer, Wanted
 from sparsex_jax.scheduler.timeline import UNTIMED, Timeline
 
@@ -148,6 +149,7 @@ class Sequence:
       prompt_logprobs: those of the prompt that was asked, as far as they are known. None: nobody asks for them.
       lent: the prompt of several answers, of which this is one, that is found while they run but is not kept.
       pinning: pins it once it is answered. Shared by the answers to one request. None: it is not to be pinned.
+      member: its place in a round, shared by the answers to its prompt. None: it is of none.
       delay_s: by its priority it waits as if it had come so many seconds later, or earlier where this is negative.
       timeline: when its parts began and ended, if somebody traces it.
       wanted: what it could find of that which others compute.
@@ -211,6 +213,7 @@ class Sequence:
     prompt_logprobs: PromptLogprobs | None = None
     lent: Lent | None = None
     pinning: Pinning | None = None
+    member: Member | None = None
     delay_s: float = 0.0
     timeline: Timeline = UNTIMED
     wanted: Wanted = dataclasses.field(init=False)
@@ -275,6 +278,11 @@ class Sequence:
     def was_admitted(self) -> bool:
         """Whether it is admitted, or was before it was preempted."""
         return self.queue_s is not None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits for others of its round."""
+        return self.member is not None and not self.member.has_begun
 
     @property
     def has_begun(self) -> bool:
@@ -439,7 +447,10 @@ class Sequence:
             self.report = report_of_excerpt(*self.excerpt, self.report, num_layers)
         computed = self.report.computed_fraction + self.computed_on_the_way / self.report.prompt_tokens
         self.report = dataclasses.replace(
-            self.report, restored_tokens=self.restored_tokens, computed_fraction=min(computed, 1.0)
+            self.report,
+            restored_tokens=self.restored_tokens,
+            computed_fraction=min(computed, 1.0),
+            round=self.member.share() if self.member else None,
         )
 
     def leave(self) -> None:

@@ -125,9 +125,14 @@ class Exchange:
             "status": self.status,
             "finish_reason": ",".join(dict.fromkeys(job.finish_reason or "" for job in self.jobs)) or None,
             "method": self.method,
+            "round": self._round(),
             **self._tokens(),
             **self._seconds(),
         }
+
+    def _round(self) -> str | None:
+        """The id of the round that its prompts were members of."""
+        return next((job.report.round.id for job in self.jobs if job.report and job.report.round), None)
 
     def _tokens(self) -> dict[str, int | None]:
         reports = [job.report for job in self.jobs if job.report is not None]

@@ -140,7 +140,7 @@ def fault_of(error: BaseException) -> Fault:
 def _invalid(error: Any) -> Fault:
     """The package's messages begin with the field: "field=value must be ...", "field has ..." or "field of ..."."""
     message = str(error)
-    field = re.match(r"(\w+)(?:=| has | of )", message)
+    field = re.match(r"([\w.]+)(?:=| has | of )", message)
     param = field.group(1) if field else None
     return Fault(
         400,

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from sparsex_jax.config import ReuseConfig, SamplingParams, Structure
+from sparsex_jax.config import ReuseConfig, Round, SamplingParams, Structure
+from sparsex_jax.config.rounds import WAIT_MS
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.prompt_logprobs import check_prompt_logprobs, reuse_when_scored
+from sparsex_jax.scheduler.rounds import Member
 from sparsex_jax.serving import extras
 from sparsex_jax.serving.access import Limits, Tenant
 from sparsex_jax.serving.evaluation import Echo, answer_logprobs_of, check_best_of, each_answer, prompt_logprobs_of
@@ -297,7 +299,8 @@ class Intake:
         namespace, keep = tenant.store_namespace(request.cache_salt), request.keep is not False
         answers = each_answer(request, sampling, self._reuse(request, sampling))
         lent = Lent(len(answers)) if len(answers) > 1 and not keep else None
-        return [Job(tokens, one, reuse, namespace, keep, turns, lent, pinning) for one, reuse in answers]
+        member = _member(request)
+        return [Job(tokens, one, reuse, namespace, keep, turns, lent, pinning, member) for one, reuse in answers]
 
     def _reuse(self, request: Generate, sampling: SamplingParams) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""
@@ -305,6 +308,14 @@ class Intake:
             return reuse_when_scored(sampling) or self._engine.reuse
         extras.forbid(request.reuse, "reuse.")
         return self._engine.reuse.updated(**request.reuse.model_dump(exclude_unset=True))
+
+
+def _member(request: Generate) -> Member | None:
+    """A prompt's place in the round that its request names."""
+    asked = request.round
+    if asked is None:
+        return None
+    return Member(Round(asked.id, asked.size, WAIT_MS if asked.wait_ms is None else asked.wait_ms))
 
 
 def plain_message(message: Message) -> dict[str, Any]:

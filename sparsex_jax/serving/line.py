@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 from sparsex_jax.errors import InvalidRequestError, OverloadedError
+from sparsex_jax.scheduler.rounds import Member
 from sparsex_jax.serving.access import ConcurrencyError, Tenant
 
 SECONDS_A_LEVEL, MOST_LEVELS = 1.0, 60  # of priority
@@ -26,7 +27,8 @@ class Line:
     """The requests that are under way, counted in sequences. For the event loop's thread.
 
     With one key, all go to the loop at once, which has a queue of its own. With several, only as many are there as keep
-    it busy, and the others wait here for their key's turn.
+    it busy, and the others wait here for their key's turn. Those that the loop holds for others of their round do not
+    keep it busy; a key may have its share of the places in them, or a round of the largest size.
 
     Attributes:
       places: sequences that may be under way; a key within its share, places / keys, is taken beyond that.
@@ -48,6 +50,8 @@ class Line:
         self._share = self.places // num_keys
         self._under_way: collections.Counter[Tenant] = collections.Counter()
         self._submitted = 0
+        self._in_rounds: set[Place] = set()
+        self._most_held = max(self._share, running)
         self._queues: dict[Tenant, list[Place]] = {}  # whose turn it is comes first
         self._promised: dict[Tenant, float] = {}  # until when those turned away were told to stay away
         self._pace = Pace()
@@ -89,16 +93,29 @@ class Line:
         self._under_way[tenant] += more
 
     def queue(self, place: Place) -> None:
-        """Make it ready at its key's turn."""
+        """Make it ready at its key's turn. Raises ConcurrencyError if too many of the key are held for rounds."""
+        if place.members:
+            self._hold(place)
         place.rank = time.monotonic() + place.delay_s
         bisect.insort(self._queues.setdefault(place.tenant, []), place, key=lambda each: each.rank)
         self._admit()
+
+    def _hold(self, place: Place) -> None:
+        held = sum(other.size for other in self._in_rounds if other.tenant is place.tenant and other.is_held)
+        if held + place.size > self._most_held:
+            raise ConcurrencyError(
+                f"{held} sequences of this key are held for their rounds and this request has {place.size} more; "
+                f"{self._most_held} is the limit",
+                self._retry(place.tenant, place.size),
+            )
+        self._in_rounds.add(place)
 
     def _admit(self) -> None:
         """Let places be submitted, one of each key in turn. None passes one that does not fit yet."""
         while self._queues:
             tenant, queue = next(iter(self._queues.items()))
-            fits = self._submitted < self._ahead and self._submitted + queue[0].size <= self._most_submitted
+            held = sum(place.size for place in self._in_rounds if place.ready.done() and place.is_held)
+            fits = self._submitted - held < self._ahead and self._submitted + queue[0].size <= self._most_submitted
             if not fits:
                 return
             place = queue.pop(0)
@@ -110,6 +127,7 @@ class Line:
             place.ready.set_result(None)
 
     def _leave(self, place: Place) -> None:
+        self._in_rounds.discard(place)
         self._under_way[place.tenant] -= place.size
         if not self._under_way[place.tenant]:
             del self._under_way[place.tenant]
@@ -144,13 +162,20 @@ class Place:
       delay_s: `delay_of` its priority, among those of its key that wait here.
       rank: `time.monotonic()` when it was made ready for its turn, and its delay more.
       ready: done once it may be submitted.
+      members: the places of its prompts in rounds.
     """
 
     def __init__(self, line: Line, tenant: Tenant) -> None:
         self.tenant, self.size = tenant, 0
         self.delay_s = self.rank = 0.0
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.members: frozenset[Member] = frozenset()
         self._line = line
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the loop will hold it or does so."""
+        return any(not member.has_begun for member in self.members)
 
     def grow(self, more: int) -> None:
         """Count more sequences.
@@ -164,7 +189,7 @@ class Place:
         self.size += more
 
     async def turn(self) -> None:
-        """Wait for the request's turn to be submitted."""
+        """Wait for the request's turn to be submitted. Raises ConcurrencyError if too many are held already."""
         self._line.queue(self)
         await self.ready
 

@@ -59,6 +59,7 @@ class Metrics:
             "time_per_output_token_seconds", "Seconds for each token of an answer after its first tokens.", _TOKEN_S
         )
         self._queue = self._histogram("queue_time_seconds", "From submission to the first admission.", _REQUEST_S)
+        self._held = self._histogram("round_wait_seconds", "From submission to the beginning of the round.", _REQUEST_S)
         self._total = self._histogram("e2e_request_latency_seconds", "From submission to the last token.", _REQUEST_S)
         self._finished = self._counter(
             "answers", "Prompts that ended, by finish reason. A text to keep ends with length.", "finish_reason"
@@ -105,6 +106,8 @@ class Metrics:
 
     def _prefilled(self, report: Report) -> None:
         self._share.observe(report.computed_fraction)
+        if report.round is not None:
+            self._held.observe(report.round.waited_s)
         for kind, count in report.tokens_by_kind().items():
             self._prompt_tokens.labels(kind).inc(count)
         segments = sum(segment.length for segment in report.segments)
@@ -192,6 +195,11 @@ class _Snapshot(Collector):
         better = "Remembered texts that were made again."
         yield CounterMetricFamily("sparsex_remade_texts", better, value=loop.remade_texts)
         yield CounterMetricFamily("sparsex_preemptions", "How often a request was preempted.", value=loop.preempted)
+        rounds = CounterMetricFamily("sparsex_rounds", "Rounds that began.", labels=["members"])
+        rounds.add_metric(["all"], loop.complete_rounds)
+        rounds.add_metric(["some"], loop.cut_short_rounds)
+        yield rounds
+        yield GaugeMetricFamily("sparsex_held_requests", "Waiting requests that are held for a round.", value=loop.held)
         yield GaugeMetricFamily("sparsex_queue_requests", "Waiting requests.", value=loop.waiting)
         yield GaugeMetricFamily("sparsex_running_requests", "Running requests.", value=loop.running)
 

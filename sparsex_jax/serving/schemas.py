@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from sparsex_jax.config import MAX_LOGIT_BIAS, MAX_LOGPROBS, METHODS, methods_by_option
+from sparsex_jax.config.rounds import MAX_ROUND_ID, MAX_WAIT_MS, WAIT_MS
 from sparsex_jax.config.sampling import MAX_STOP_LENGTH, MAX_STOPS
 from sparsex_jax.config.structure import MAX_CHOICES
 
@@ -168,6 +169,18 @@ class PromptCacheOptions(Object):
     )
 
 
+class RoundOptions(Object):
+    """The round that the request's prompts are members of."""
+
+    id: Annotated[str, Field(min_length=1, max_length=MAX_ROUND_ID)] = Field(
+        description="The same for all members, and another for the next round."
+    )
+    size: Annotated[int, Field(ge=1)] = Field(description="How many members it has, at most --max-num-seqs.")
+    wait_ms: Annotated[int, Field(ge=0, le=MAX_WAIT_MS)] | None = Field(
+        None, description=f"How long this member waits for the others at most; by default {WAIT_MS}."
+    )
+
+
 class Asking(Object):
     """What all requests for answers have in common."""
 
@@ -243,6 +256,9 @@ class Generate(Asking):
     )
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = Field(
         None, description="24h with a key is as a ttl of 24h."
+    )
+    round: RoundOptions | None = Field(
+        None, description="Hold the prompt until all members of its round are there, and prefill them together."
     )
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(
         None, description="Lower is earlier: a second in line for each, at most a minute."

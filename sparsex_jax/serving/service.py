@@ -106,6 +106,7 @@ class Service:
             headers, asked = await stream.before_jobs(checked)
             place.grow(len(asked.jobs) - 1)
             place.delay_s = delay_of(asked.request.priority)
+            place.members = frozenset(job.member for job in asked.jobs if job.member)
             reply = make_reply(asked, await self._pieces(asked))
             exchange.method = next((job.reuse.method for job in asked.jobs if job.reuse), None)
             await stream.before_jobs(place.turn())

@@ -31,6 +31,7 @@ from sparsex_jax.errors import SparsexError
 from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
 from sparsex_jax.scheduler.pinning import Pinning
+from sparsex_jax.scheduler.rounds import Member
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 from sparsex_jax.serving.heartbeat import Heartbeat
 
@@ -84,6 +85,7 @@ class Job:
     turns: frozenset[bytes] = frozenset()
     lent: Lent | None = None
     pinning: Pinning | None = None
+    member: Member | None = None
     delay_s: float = 0.0
 
     def submit(self, loop: Loop, listener: Listener) -> Ticket:
@@ -96,6 +98,7 @@ class Job:
             turns=self.turns,
             lent=self.lent,
             pinning=self.pinning,
+            member=self.member,
             delay_s=self.delay_s,
             listener=listener,
         )

@@ -107,6 +107,16 @@ def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> Iterator[str]:
         yield piece if number < len(tokens) else piece + text.finish()
 
 
+class _Own:
+    """Deep copies are the tokenizer itself: transformers would copy what nobody else has, which takes a second."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self._tokenizer
+
+
 def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
     """A transformers `PreTrainedTokenizerFast` of the vocabulary in a GGUF file, or None if the file has none.
 
@@ -125,7 +135,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Any | None:
         tokenizer = vocabulary.byte_level_bpe() if kind == "gpt2" else vocabulary.sentencepiece_bpe()
         tokenizer.add_tokens(vocabulary.added_tokens())
         return _transformers().PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
+            tokenizer_object=_Own(tokenizer),
             chat_template=gguf_templates(metadata),
             clean_up_tokenization_spaces=False,  # it would drop spaces before punctuation
             **vocabulary.named_tokens(),

@@ -123,10 +123,10 @@ class Vocabulary:
         return pairs
 
     def _pair(self, merge: Any) -> tuple[str, str]:
-        parts = merge.split(" ", 1) if isinstance(merge, str) else merge
-        if not isinstance(parts, (list, tuple)) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-            self._fields.refuse("merges", f"has {merge!r}, which is no pair")
-        return (parts[0], parts[1])
+        match merge.split(" ", 1) if isinstance(merge, str) else merge:
+            case [str(left), str(right)]:
+                return left, right
+        self._fields.refuse("merges", f"has {merge!r}, which is no pair")
 
     def _merges_by_score(self) -> list[tuple[str, str]]:
         """The merges, which SentencePiece does not store: two pieces join if the vocabulary has both together as a

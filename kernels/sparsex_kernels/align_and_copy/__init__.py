@@ -6,18 +6,18 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
-from sparsex_kernels.align_and_copy import hopper, reference, tpu, triton, xla
+from sparsex_kernels.align_and_copy import reference, triton, xla
 from sparsex_kernels.align_and_copy.spans import packed, patched
 from sparsex_kernels.arguments import CopyArgs, Patch
-from sparsex_kernels.backend import Backend, default_backend, run
+from sparsex_kernels.backend import Backend, default_backend, late, run
 from sparsex_kernels.layout import Frequencies, Slots, Store
 
 IMPLEMENTATIONS = {
     "reference": reference.align_and_copy,
     "xla": xla.align_and_copy,
-    "hopper": hopper.align_and_copy,
+    "hopper": late("sparsex_kernels.align_and_copy.hopper", "align_and_copy"),
     "triton": triton.align_and_copy,
-    "tpu": tpu.align_and_copy,
+    "tpu": late("sparsex_kernels.align_and_copy.tpu", "align_and_copy"),
 }
 
 

@@ -12,8 +12,8 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import GroupedArgs, Groups
-from sparsex_kernels.backend import Backend, default_backend, run
-from sparsex_kernels.grouped_linear import hopper, ragged, reference, xla
+from sparsex_kernels.backend import Backend, default_backend, late, run
+from sparsex_kernels.grouped_linear import ragged, reference, xla
 from sparsex_kernels.grouped_linear.tiles import Tiles, make_tiles, rows_a_tile
 from sparsex_kernels.quantised import Mixed, same_kind
 
@@ -24,14 +24,14 @@ IMPLEMENTATIONS = {
     "reference": reference.grouped_linear,
     "xla": xla.grouped_linear,
     "ragged": ragged.grouped_linear,
-    "hopper": hopper.grouped_linear,
+    "hopper": late("sparsex_kernels.grouped_linear.hopper", "grouped_linear"),
     "tpu": ragged.grouped_linear,
 }
 GATED = {
     "reference": reference.gated_grouped_linear,
     "xla": xla.gated_grouped_linear,
     "ragged": ragged.gated_grouped_linear,
-    "hopper": hopper.gated_grouped_linear,
+    "hopper": late("sparsex_kernels.grouped_linear.hopper", "gated_grouped_linear"),
     "tpu": ragged.gated_grouped_linear,
 }
 

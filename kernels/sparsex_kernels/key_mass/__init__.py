@@ -4,16 +4,16 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.backend import Backend, default_backend, run
-from sparsex_kernels.key_mass import hopper, reference, tpu, triton, xla
+from sparsex_kernels.backend import Backend, default_backend, late, run
+from sparsex_kernels.key_mass import reference, triton, xla
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, Window
 
 IMPLEMENTATIONS = {
     "reference": reference.key_mass,
     "xla": xla.key_mass,
-    "hopper": hopper.key_mass,
+    "hopper": late("sparsex_kernels.key_mass.hopper", "key_mass"),
     "triton": triton.key_mass,
-    "tpu": tpu.key_mass,
+    "tpu": late("sparsex_kernels.key_mass.tpu", "key_mass"),
 }
 
 

@@ -7,13 +7,17 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import LinearArgs, Matrices
-from sparsex_kernels.backend import Backend, default_backend, run
-from sparsex_kernels.linear import hopper, xla
+from sparsex_kernels.backend import Backend, default_backend, late, run
+from sparsex_kernels.linear import xla
 from sparsex_kernels.quantised import Mixed, same_kind
 
 # On a TPU, XLA's products take a layer's slice as it is.
-IMPLEMENTATIONS = {"xla": xla.linear, "hopper": hopper.linear, "tpu": xla.linear}
-GATED = {"xla": xla.gated_linear, "hopper": hopper.gated_linear, "tpu": xla.gated_linear}
+IMPLEMENTATIONS = {"xla": xla.linear, "hopper": late("sparsex_kernels.linear.hopper", "linear"), "tpu": xla.linear}
+GATED = {
+    "xla": xla.gated_linear,
+    "hopper": late("sparsex_kernels.linear.hopper", "gated_linear"),
+    "tpu": xla.gated_linear,
+}
 
 
 def linear(

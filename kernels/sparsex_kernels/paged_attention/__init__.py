@@ -4,17 +4,17 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.backend import Backend, default_backend, run
+from sparsex_kernels.backend import Backend, default_backend, late, run
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, Window
-from sparsex_kernels.paged_attention import gather, hopper, reference, tpu, triton, xla
+from sparsex_kernels.paged_attention import gather, reference, triton, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.paged_attention,
     "xla": xla.paged_attention,
     "gather": gather.paged_attention,
-    "hopper": hopper.paged_attention,
+    "hopper": late("sparsex_kernels.paged_attention.hopper", "paged_attention"),
     "triton": triton.paged_attention,
-    "tpu": tpu.paged_attention,
+    "tpu": late("sparsex_kernels.paged_attention.tpu", "paged_attention"),
 }
 
 

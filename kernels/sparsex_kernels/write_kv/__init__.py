@@ -4,16 +4,16 @@ from jax import Array
 from jaxtyping import Int
 
 from sparsex_kernels.arguments import WriteArgs
-from sparsex_kernels.backend import Backend, default_backend, run
+from sparsex_kernels.backend import Backend, default_backend, late, run
 from sparsex_kernels.layout import KVRows, PageTables, RowInts, Store
-from sparsex_kernels.write_kv import hopper, reference, tpu, triton, xla
+from sparsex_kernels.write_kv import reference, triton, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.write_kv,
     "xla": xla.write_kv,
-    "hopper": hopper.write_kv,
+    "hopper": late("sparsex_kernels.write_kv.hopper", "write_kv"),
     "triton": triton.write_kv,
-    "tpu": tpu.write_kv,
+    "tpu": late("sparsex_kernels.write_kv.tpu", "write_kv"),
 }
 
 

@@ -33,6 +33,7 @@ _SHARED = (
         "prompt_cache_options",
         "prompt_cache_retention",
         "reuse",
+        "round",
         "keep",
         "return_token_map",
         "chat_template_kwargs",

@@ -39,7 +39,7 @@ import numpy as np
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
-from sparsex_jax.eval.engines import load_engine, settled
+from sparsex_jax.eval.engines import make_engine, settled
 from sparsex_jax.eval.results import file_stem, provenance, write_json
 from sparsex_jax.scheduler.output import Generation
 
@@ -212,14 +212,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def make_engine(options: argparse.Namespace, **fields: Any) -> Engine:
+def engine_for(options: argparse.Namespace, **fields: Any) -> Engine:
     """An engine with room for the largest case."""
     most = max(options.agents)
     said = max(options.shared) + most * options.answer * (2 + options.rounds)
     length = said + options.private * 9 // 8 + SYSTEM + ASK + options.answer + 64
     asked = {"dtype": options.dtype, "max_num_seqs": most, "choose": "always", "max_context": MEMBERS * length}
     asked["store_tokens"] = options.store_tokens or (most + 1) * length
-    return load_engine(options.model, **asked, **fields)[0]
+    return make_engine(options.model, **asked, **fields)
 
 
 def earlier_rows(about: dict[str, Any], works: set[tuple[str, str]], folder: Path) -> list[dict[str, Any]]:
@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     rows = earlier_rows(about, works, folder) if options.add else []
     settings = {name: value for name, value in vars(options).items() if name not in ("model", "reuse", "add")}
     for fields, ways in kinds:
-        for found in run(Bench(make_engine(options, **fields), options), options, ways):
+        for found in run(Bench(engine_for(options, **fields), options), options, ways):
             rows += found
             content = about | {"settings": settings, "rows": rows + within(rows, options.limit)}
             write_json(content, folder)  # so that it is there if a later case fails

@@ -73,6 +73,7 @@ from sparsex_jax.scheduler import sequence
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.loading import Loading
 from sparsex_jax.scheduler.loop import Loop
+from sparsex_jax.scheduler.mirroring import Mirroring
 from sparsex_jax.scheduler.output import Generation, Prefill
 from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.restoring import Restoring
@@ -127,13 +128,15 @@ class Engine:
         self.model = model = model.for_context(self.config.max_context)
         self.runner = Runner(model, self.config, params, self.mesh)
         self.admission = Admission(model, self.config, self._speeds if self.config.choose == "measured" else None)
+        if self.config.mirrors:
+            self.admission.mirroring = Mirroring(self.runner)
         if self.config.host_store_bytes:
             self._add_tiers()
         self.loop = Loop(self.runner, self.admission, tokenizer, reuse or ReuseConfig())
 
     def _add_tiers(self) -> None:
         link = Link(self.model, self.config, self.mesh)
-        tiers = self.admission.tiers = make_tiers(self.runner, link)
+        tiers = self.admission.tiers = make_tiers(self.runner, link, self.admission.mirroring)
         loading = self.admission.loading = Loading(tiers, self.runner, link)
         self.admission.restoring = Restoring(tiers, loading, lambda: self._restorer(link), self.config.page_size)
 

@@ -96,6 +96,7 @@ def test_bad_sizes_are_refused():
         WorkloadSize(requests=4, length=80, pieces=1)
 
 
+@pytest.mark.slow
 def test_every_method_gets_the_same_requests_at_the_same_times(tokenizer, monkeypatch):
     asked = []
 

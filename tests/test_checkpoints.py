@@ -777,7 +777,7 @@ def test_directory_without_weights_is_refused(tmp_path):
         ({"model_type": "gemma2"}, "model_type='gemma2' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
         ({"quantization_config": {}}, "quantised weights .quantization_config"),
-        ({"compression_config": {"format": "int-quantized"}}, "quantised"),
+        ({"compression_config": {"format": "int-quantized"}}, "compression_config"),
         ({"hidden_size": None}, "config.json has no hidden_size"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers='2' must be an integer"),
         ({"vocab_size": 0}, "vocab_size=0 must be an integer from 1"),

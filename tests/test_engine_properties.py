@@ -33,14 +33,14 @@ def build(pieces):
 
 class EngineMachine(RuleBasedStateMachine):
     handles = Bundle("handles")
-    company_tokens = 0
+    company_tokens, mirrors = 0, False
 
     def __init__(self):
         super().__init__()
         self.engine = self.make()
 
     def make(self):
-        return tiny_engine(**FEW_PAGES, company_tokens=self.company_tokens)
+        return tiny_engine(**FEW_PAGES, company_tokens=self.company_tokens, mirrors=self.mirrors)
 
     @rule(target=handles, pieces=prompts, namespace=namespaces, frozen=st.booleans())
     def remember(self, pieces, namespace, frozen):
@@ -111,7 +111,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.cache.check()
         stats = self.engine.stats()
         assert stats["active"] == 0
-        assert stats["free"] + stats["cached"] + stats["frozen"] == stats["pages"]
+        assert stats["free"] + stats["cached"] + stats["frozen"] + stats["base"] == stats["pages"]
 
     @invariant()
     def stored_kv_is_that_of_the_tokens_claimed(self):
@@ -119,7 +119,7 @@ class EngineMachine(RuleBasedStateMachine):
             tokens = np.frombuffer(node.key, np.int32)
             positions = node.start + np.arange(len(tokens))
             _, keys, values = DENSE.qkv(0, DENSE.embed[tokens], positions)
-            for page in node.pages:
+            for page in node.pages[: len(node.pages) - (node.derived is not None)]:
                 stored = stored_kv(self.engine, page * PAGE_SIZE + np.arange(len(tokens)))
                 np.testing.assert_allclose(stored[0][0], keys, atol=1e-4)
                 np.testing.assert_allclose(stored[1][0], values, atol=1e-4)
@@ -164,6 +164,16 @@ class CompanyMachine(EngineMachine):
         assert self.engine.heal() == 0
 
 
+class ManyLivesOfMirrors(EngineMachine):
+    """The same where what shares segments is stored as mirrors, whose pages come and go."""
+
+    mirrors = True
+
+    @rule()
+    def drop_what_can_be_restored(self):
+        self.engine.cache._evict(np.flatnonzero(self.engine.cache._pool.spare).tolist())
+
+
 class ManyLives(EngineMachine):
     """The same, for longer."""
 
@@ -175,8 +185,10 @@ class ManyLivesInCompany(CompanyMachine):
 QUICK = settings(max_examples=4, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
 EngineMachine.TestCase.settings = QUICK
 CompanyMachine.TestCase.settings = QUICK
+ManyLivesOfMirrors.TestCase.settings = settings(QUICK, max_examples=60)
 ManyLives.TestCase.settings = ManyLivesInCompany.TestCase.settings = settings(QUICK, max_examples=60)
 test_engine_machine = EngineMachine.TestCase
 test_company_machine = CompanyMachine.TestCase
 test_many_lives = pytest.mark.slow(ManyLives.TestCase)
+test_many_lives_of_mirrors = pytest.mark.slow(ManyLivesOfMirrors.TestCase)
 test_many_lives_in_company = pytest.mark.slow(ManyLivesInCompany.TestCase)

@@ -90,7 +90,7 @@ def test_bad_settings(tiny, settings, message):
     [
         ("store_tokens", 0),
         ("page_size", 12),
-        ("dtype", "int8"),
+        ("dtype", "int4"),
         ("max_num_seqs", 0),
         ("max_prefill_seqs", 0),
         ("max_waiting", 0),

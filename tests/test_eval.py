@@ -431,6 +431,7 @@ def test_results_are_written_with_tables_and_plots(rows, tmp_path):
         (tmp_path / "plot.png").unlink()
 
 
+@pytest.mark.slow
 def test_maps_show_where_reuse_goes_wrong(engine, tmp_path):
     settings = BenchSettings(["full"], ["vt"], ["independent"], length=300, segments=3, samples=1, batch=1, seed=0)
     found = example_maps(engine, settings, "vt", "independent")

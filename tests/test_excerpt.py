@@ -227,7 +227,7 @@ def test_texts_that_overlap_count_as_one():
 # The same as a prompt of what is kept -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_excerpt_is_answered_as_a_prompt_of_its_own(devices):
     engine = remembering(tiny_engine() if devices == 1 else sharded_tiny(devices))
     out = engine.generate_batch([PROMPT], GREEDY, reuse=HALF, keep=False, return_logits=True)[0]
@@ -346,6 +346,7 @@ def test_layers_that_a_model_does_not_have_are_refused():
     assert [Excerpts(first_layer=first)._watched(28) for first in (0, 19, 27)] == [(0, 20), (19, 20), (27, 28)]
 
 
+@pytest.mark.slow
 def test_requests_that_choose_layers_share_a_few_programs(monkeypatch):
     programs, probe = set(), runner.probe
 

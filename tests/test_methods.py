@@ -311,6 +311,7 @@ def test_without_a_hit_every_method_is_a_plain_prefill(tiny, name):
     np.testing.assert_allclose(out.logits, engine_logits(tiny, NEW[:50], reuse=ReuseConfig("full")), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_kv_deviation_sums_over_the_heads_of_all_devices(tiny, dense):
     case = Case("many")
     sharded = sharded_tiny(2)

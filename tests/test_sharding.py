@@ -98,6 +98,7 @@ def test_a_mesh_without_a_tensor_axis_is_refused():
         Engine.from_config(MODEL, mesh=mesh)
 
 
+@pytest.mark.slow
 def test_other_axes_of_a_mesh_hold_copies():
     """The vocabulary is divided too."""
     mesh = jax.make_mesh((2, 2), ("data", "tensor"))  # with explicit axis types, as jax makes it by default

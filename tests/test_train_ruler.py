@@ -57,6 +57,7 @@ def test_the_size_fits_the_repository():
     assert config.vocab_size >= len(lexicon.vocabulary())
 
 
+@pytest.mark.slow
 def test_the_engine_computes_what_is_trained(config):
     params = train_ruler.init_params(config, seed=1)
     rows, *_ = train_ruler.make_batch((0, 0, 0), 2, 128, {"niah": 1.0})
@@ -86,6 +87,7 @@ def test_the_loss_covers_exactly_the_answers(task):
         assert np.array_equal(places, np.arange(places[0], places[-1] + 1))
 
 
+@pytest.mark.slow
 def test_losses_count_what_the_kinds_say(config):
     params = train_ruler.init_params(config, seed=0)
     *rows, _ = train_ruler.make_batch((0, 0, 1), 2, 256, {"mq_niah": 1.0, "vt": 1.0})
@@ -164,6 +166,7 @@ def test_training_lowers_the_loss_and_resumes_exactly(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, parts, whole)
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_exported_and_opens(tmp_path):
     command = ["--out", str(tmp_path / "out"), "--total-steps", "2", "--export", str(tmp_path / "model"), *OPTIONS]
     train_ruler.main([*command, "--model", json.dumps(MICRO)])

@@ -27,7 +27,7 @@ VALIDATED: Mapping[str, frozenset[str]] = {
     "paged_attention": frozenset({"hopper", "triton"}),
     "key_mass": frozenset({"hopper", "triton"}),
     "align_and_copy": frozenset({"hopper", "triton"}),
-    "pack_rows": frozenset(),
+    "pack_rows": frozenset({"hopper"}),
     "write_kv": frozenset({"hopper", "triton"}),
     "linear": frozenset({"hopper", "tpu"}),
     "gated_linear": frozenset({"hopper", "tpu"}),

@@ -5,7 +5,8 @@ It is pure Python and NumPy. It hands out page and slot numbers and never sees a
 Read in this order: `tree` (the tokens in every page) with `children`, `windows` (an index from 8 tokens to the places
 that store them), `segments` (the search for what a prompt can copy) with `match` (what was found), `pages` (references
 and eviction order), `entries` (handles of remembered texts) with `company` (what they were made behind), `pins` (what
-stays for a time), and `cache`, which ties them together.
+stays for a time), `derived` and `mirrors` (what is stored as rows of other pages), `healer` (what is made exact next),
+and `cache`, which ties them together.
 """
 
 from sparsex_jax.cache.cache import Forgotten, PageCache

@@ -28,7 +28,9 @@ from sparsex_jax.cache.children import TOKEN_BYTES
 from sparsex_jax.cache.company import company_namespace, having_seen
 from sparsex_jax.cache.counts import CacheCounts, CacheStats
 from sparsex_jax.cache.entries import Entry, EntryBook, EvictedTexts, Origin
+from sparsex_jax.cache.healer import Healer
 from sparsex_jax.cache.match import Match
+from sparsex_jax.cache.mirrors import Mirrors
 from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.pins import Held, PinBook, PinState
 from sparsex_jax.cache.remembered import RememberedTexts, text_around
@@ -37,7 +39,8 @@ from sparsex_jax.cache.tree import Accepts, Node, PageTree, Prefix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
 from sparsex_jax.errors import FrozenLimitError, PinLimitError, StoreFullError
 
-HEALING_TRIES = 8  # sequences for which room is looked for; each costs a walk through its pages
+# Numbers of derived pages, for each page of the store: even mirrors of a twentieth of their size fill it before.
+DERIVED_A_PAGE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ class PageCache:
     Attributes:
       page_size: token slots in a page.
       tree: the tokens in every committed page.
+      mirrors: what is stored as rows of others.
       pins: what stays for a time, and until when.
       counts: what happened so far.
     """
@@ -95,6 +99,7 @@ class PageCache:
         keep_texts: int = 0,
         max_pinned: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
+        num_layers: int = 0,
     ) -> None:
         """
         Args:
@@ -108,6 +113,7 @@ class PageCache:
             texts, so `remembered` finds those in prompts, and `forget` takes their handles.
           max_pinned: share, from 0 to 1, of what frozen entries leave of the store that pins may have.
           clock: gives the time, in seconds, by which pins end.
+          num_layers: of the model, where pages may be derived (`mirrors`). 0: none is.
 
         Raises:
           ValueError: one of the sizes is out of range.
@@ -116,16 +122,18 @@ class PageCache:
         _require(num_pages >= 1, f"num_pages={num_pages} must be at least 1")
         self.page_size = page_size
         self._max_frozen = int(num_pages * frozen_limit)
-        self._pool = PagePool(num_pages)
-        self.tree = PageTree(num_pages, page_size)
+        self._pool = PagePool(num_pages, DERIVED_A_PAGE * num_pages if num_layers else 0)
+        self.tree = PageTree(self._pool.num_numbers, page_size)
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
         self._entries = EntryBook(handles or itertools.count(1))
         self._evicted = EvictedTexts(keep_texts)
         self._remembered = RememberedTexts()
         self._matches: set[Match] = set()
+        self._healer = Healer(self.tree, page_size, self._is_kept, self._drop)
         self._max_pinned = max_pinned
         self.pins = PinBook(self._pool, clock)
         self.counts = counts or CacheCounts()
+        self.mirrors = Mirrors(self._pool, self.tree, page_size, num_layers, self.allocate, self.counts)
 
     # Finding ------------------------------------------------------------------------------------------------
 
@@ -191,14 +199,14 @@ class PageCache:
         start = len(prefix.nodes) * self.page_size
         tail = Run(start, prefix.tail_tokens, [prefix.tail], 0) if prefix.tail else None
         copied = [tail, *runs] if tail else runs
-        nodes = prefix.nodes + [node for run in copied for node in run.nodes]
+        pages = [node.pages[0] for node in prefix.nodes] + [node.donor for run in copied for node in run.nodes]
         return Match(
             prefix_pages=[node.pages[0] for node in prefix.nodes],
             prefix_tail=tail.segment(self.page_size) if tail else None,
             segments=[run.segment(self.page_size) for run in runs],
             num_prefix_tokens=prefix.num_tokens,
             num_exact_tokens=prefix.exact_tokens,
-            pages=tuple(dict.fromkeys(node.pages[0] for node in nodes)),
+            pages=tuple(dict.fromkeys(pages)),
         )
 
     def remembered(
@@ -246,10 +254,10 @@ class PageCache:
             raise StoreFullError(
                 f"{count} pages asked, but only {self.num_available} of {len(self._pool)} can be had now"
             )
-        lacking = count - len(self._pool.free)
-        if lacking > 0:
-            self.counts.evictions += lacking
-            self._evict(self._pool.oldest_cached(lacking))
+        while (lacking := count - len(self._pool.free)) > 0:  # a derived page may free none, or several
+            pages = self._pool.oldest_evictable(lacking)
+            self.counts.evictions += len(pages) - int(self._pool.spare[pages].sum())
+            self._evict(pages)
         return self._pool.take(count)
 
     def _evict(self, pages: Sequence[int]) -> None:
@@ -292,7 +300,7 @@ class PageCache:
 
     def _require_distinct(self, pages: Sequence[int]) -> None:
         _require(len(set(pages)) == len(pages), "a page is named twice")
-        _require(all(0 <= page < len(self._pool) for page in pages), "a page is outside the store")
+        _require(all(0 <= page < self._pool.num_numbers for page in pages), "a page is outside the store")
 
     def _require_held(self, pages: Sequence[int]) -> None:
         for page in pages:
@@ -626,7 +634,8 @@ class PageCache:
             The key's pin stays as it was.
         """
         found = self.tree.prefix(tokens.tobytes(), namespace, lambda _: True)
-        nodes = [*found.nodes, *([found.tail] if found.tail else [])]
+        stored = [*found.nodes, *([found.tail] if found.tail else [])]
+        nodes = list(itertools.takewhile(lambda node: not self.mirrors.is_derived(node.pages[0]), stored))
         if not nodes:
             raise PinLimitError("nothing of the prompt is stored")
         before = self.pins.get(namespace, key)
@@ -673,47 +682,13 @@ class PageCache:
         num_tokens = sum(self.length(page) for page in held.pages)
         return PinState(namespace, key, num_tokens, len(held.pages), self.pins.seconds_left(held))
 
-    # Healing ------------------------------------------------------------------------------------------------
-
     def to_heal(self, most: int) -> tuple[Int32[np.ndarray, "tokens"], str] | None:
         """A prompt and its namespace whose exact prefill replaces approximate content: of that which was used most.
 
         All but about `most` of its tokens have an exact prefix already. None if nothing is approximate, or if there
-        are no pages for what was used most.
+        are no pages for what was used most. Mirrors stay as they are.
         """
-        before = -1
-        while len(self.tree.approximate) != before:  # until none of them is retired any more
-            before = len(self.tree.approximate)
-            for chain in self.tree.approximate_chains(HEALING_TRIES):
-                tokens = self._to_heal_of(chain, most)
-                if tokens is not None:
-                    return tokens, chain[0].namespace
-        return None
-
-    def _to_heal_of(self, chain: list[Node], most: int) -> Int32[np.ndarray, "tokens"] | None:
-        """The prompt for one chain. None if there is no room for it, or if it is exact elsewhere: then its end goes."""
-        prompt = b"".join(node.key for node in chain)
-        exact = self.tree.prefix(prompt, chain[0].namespace).num_tokens
-        length = len(prompt) // TOKEN_BYTES
-        if exact == length:
-            self._retire(chain[-1])
-            return None
-        end = self._healed_end(exact, length, most)
-        pages = -(-end // self.page_size) + (exact % self.page_size > 0)  # the tail's donor is held meanwhile
-        return np.frombuffer(prompt[: end * TOKEN_BYTES], np.int32) if pages <= self.num_available else None
-
-    def _retire(self, node: Node) -> None:
-        """Drop an approximate node whose tokens are all in an exact prefix as well, unless an entry or a pin has it."""
-        self.tree.settle(node)
-        if not any(self._entries.holds(page) or self.pins.holds(page) for page in node.pages):
-            self._drop(list(node.pages))
-
-    def _healed_end(self, exact: int, length: int, most: int) -> int:
-        """Where the next `most` tokens end: with a page, as pages are replaced as a whole, or with the content."""
-        if exact + most >= length:
-            return length
-        whole_pages = (exact + most) // self.page_size
-        return min(max(whole_pages, exact // self.page_size + 1) * self.page_size, length)
+        return self._healer.next(most, self.num_available)
 
     # Evicting -----------------------------------------------------------------------------------------------
 
@@ -726,6 +701,10 @@ class PageCache:
     def num_beside_kept(self) -> int:
         """How many pages frozen entries and pins leave to everything else."""
         return len(self._pool) - self._pool.sums.kept
+
+    def _is_kept(self, page: int) -> bool:
+        """Whether an entry or a pin has it."""
+        return self._entries.holds(page) or self.pins.holds(page)
 
     def num_kept_of(self, pages: Sequence[int]) -> int:
         """How many of these pages frozen entries or pins have."""
@@ -740,7 +719,7 @@ class PageCache:
             self._remove_entry(handle)
         self.pins.drop(pages)
         self._unindex(pages)
-        self._pool.give_back([page for page in pages if self._pool.refs[page] == 0])
+        self._pool.settle(pages)
 
     def _remove_entry(self, handle: int) -> Entry:
         entry = self._entries.remove(handle)
@@ -756,8 +735,7 @@ class PageCache:
         return entry
 
     def _unindex(self, pages: Sequence[int]) -> None:
-        dead = [node for node in map(self.tree.detach, pages) if node is not None]
-        self._windows.remove(dead)
+        self._windows.remove(self.mirrors.detach(pages))
         self._pool.committed[list(pages)] = False
 
     # Inspecting ---------------------------------------------------------------------------------------------
@@ -767,6 +745,9 @@ class PageCache:
         counts = self._pool.counts()
         return CacheStats(
             pages=len(self._pool),
+            derived=len(self._pool.derived),
+            saved=self.mirrors.saved(counts.base),
+            patch_rows=self._pool.patch_rows,
             **dataclasses.asdict(counts),
             pins=len(self.pins),
             tokens=self.tree.num_tokens,
@@ -798,5 +779,5 @@ class PageCache:
         if held is None:
             assert (matched <= pool.refs).all()
         else:
-            assert np.array_equal(matched + np.bincount(np.array(held, int), minlength=len(pool)), pool.refs)
+            assert np.array_equal(matched + np.bincount(np.array(held, int), minlength=len(pool.refs)), pool.refs)
         assert np.array_equal(frozen, pool.frozen)

@@ -23,6 +23,8 @@ class CacheCounts:
     approximate_prefix_tokens: int = 0
     segment_tokens: int = 0
     evictions: int = 0
+    derived_pages: int = 0
+    restored_pages: int = 0
 
     def found(self, hits: Hits) -> None:
         """Count a lookup that served a prompt."""
@@ -38,7 +40,11 @@ class CacheStats:
 
     Attributes:
       pages: all pages of the store.
-      free, active, frozen, pinned, cached: pages in each state (see `sparsex_jax.cache.pages`). They add up to `pages`.
+      free, active, frozen, pinned, base, cached: pages in each state (see `sparsex_jax.cache.pages`). They add up to
+        `pages`.
+      derived: derived pages (`sparsex_jax.cache.mirrors`).
+      saved: how many pages more the store would need without them.
+      patch_rows: rows of single layers that they have of their own.
       pins: how many there are.
       tokens: tokens in committed pages, which lookups can find.
       approximate_tokens: how many of those are approximate, in place behind position 0: what `to_heal` is about.
@@ -46,7 +52,8 @@ class CacheStats:
       lookups: prompts that were looked up, each once however often it was looked up again.
       prefix_tokens, approximate_prefix_tokens, segment_tokens: tokens that were found of those prompts as exact
         prefixes, as approximate ones behind them, and as segments.
-      evictions: cached pages that were evicted.
+      evictions: cached pages that were evicted, but for those with a derived page that has the same.
+      derived_pages, restored_pages: how many were derived, and how many of those were restored for a prompt.
     """
 
     pages: int
@@ -54,7 +61,11 @@ class CacheStats:
     active: int
     frozen: int
     pinned: int
+    base: int
     cached: int
+    derived: int
+    saved: int
+    patch_rows: int
     pins: int
     tokens: int
     approximate_tokens: int
@@ -64,3 +75,5 @@ class CacheStats:
     approximate_prefix_tokens: int
     segment_tokens: int
     evictions: int
+    derived_pages: int
+    restored_pages: int

@@ -15,7 +15,8 @@ class Match:
     """What a prompt can reuse. None of its pages is evicted before `PageCache.let_go(match)`.
 
     Attributes:
-      prefix_pages: full pages of the prefix. The sequence shares them.
+      prefix_pages: full pages of the prefix. The sequence shares them; in place of those that are derived, it restores
+        pages of its own (`Mirrors.restore`).
       prefix_tail: tokens right behind those pages. They are copied, since the sequence needs the rest of their page
         for tokens of its own.
       segments: runs outside the prefix, disjoint and in order. They are copied and their keys rotated.

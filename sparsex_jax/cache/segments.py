@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from sparsex_jax.cache.children import MOST_TIES, TOKEN_BYTES, common_prefix
+from sparsex_jax.cache.derived import Derived
 from sparsex_jax.cache.tree import Node, common_suffix
 from sparsex_jax.cache.windows import WINDOW, WindowIndex
 
@@ -49,9 +50,11 @@ class Segment:
       start: index of its first token in the prompt.
       length: how many tokens it has.
       donor_start: the position that its first token was computed at. The others follow one by one.
-      slots: the slot mapping, page * page_size + offset for each token.
+      slots: the slot mapping, page * page_size + offset for each token. Where a page is a derived one, it cannot be
+        copied from; `Mirrors.located` says where its rows are.
       exact: whether all its KV is what full recompute of the donor's prompt gives.
       tier: where its KV was when the prompt came: `device`, `host` or `disk`, whichever of its pages' is farthest.
+      rows: where its rows are, if not all of them are in `slots` as they are.
     """
 
     start: int
@@ -60,6 +63,7 @@ class Segment:
     slots: Int64[np.ndarray, "length"]
     exact: bool
     tier: str = "device"
+    rows: Derived | None = None
 
     @property
     def end(self) -> int:
@@ -110,8 +114,8 @@ class Run:
             start += node.length
 
     def segment(self, page_size: int) -> Segment:
-        """The run with its slots, in the oldest page of each node."""
-        pages = np.array([node.pages[0] for node in self.nodes], np.int64)
+        """The run with its slots, in the page of each node that is copied from."""
+        pages = np.array([node.donor for node in self.nodes], np.int64)
         slots = (pages[:, None] * page_size + np.arange(page_size)).ravel()
         slots = slots[self.offset : self.offset + self.length]
         return Segment(self.start, self.length, self.nodes[0].start + self.offset, slots, self.exact)

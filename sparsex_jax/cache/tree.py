@@ -18,6 +18,9 @@ time with other KV, as nodes of their own:
 
 Once the exact node comes, it takes the children of the others, and they go: `PageTree.supersede`.
 
+A node may have a *derived* page beside its pages in the store, or instead of them: numbers behind those of the store,
+whose content is made of other pages (`sparsex_jax.cache.derived`).
+
 A node's tokens are kept as bytes, four for each token. A dictionary then finds a child at C speed, and finding one
 proves that all its tokens are equal.
 """
@@ -55,7 +58,8 @@ class Node:
       sharable: the page is in place, full and exact: any sequence can have it in its prefix.
       parent: the node before it in its sequence. None for a root, and for an orphan, whose parent was evicted.
       children: the nodes that may follow it.
-      pages: the pages with this content, oldest first; none for a root.
+      pages: the pages with this content, oldest first, and the derived one behind them; none for a root.
+      derived: the derived one; None if there is none.
       uses: how many lookups found it.
       hashes: the hash of each of its windows in the window index.
     """
@@ -70,12 +74,18 @@ class Node:
     parent: Node | None = None
     children: Children = dataclasses.field(default_factory=Children)
     pages: list[int] = dataclasses.field(default_factory=list)
+    derived: int | None = None
     uses: int = 0
     hashes: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def length(self) -> int:
         return len(self.key) // TOKEN_BYTES
+
+    @property
+    def donor(self) -> int:
+        """The page that segments are copied from: the derived one, so that they come from where its own rows came."""
+        return self.pages[0] if self.derived is None else self.derived
 
     def sharable_child(self, key: bytes) -> Node | None:
         """The sharable child with exactly these tokens, or None."""
@@ -143,6 +153,10 @@ class PageTree:
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
+        """
+        Args:
+          num_pages: with the numbers of derived ones.
+        """
         self.page_size = page_size
         self.roots: dict[str, Node] = {}
         self.node_of: list[Node | None] = [None] * num_pages
@@ -195,6 +209,21 @@ class PageTree:
         self.node_of[page] = node
         return node
 
+    def add_derived(self, node: Node, page: int) -> None:
+        """A derived page has the content of a node too."""
+        node.pages.append(page)
+        node.derived = page
+        self._has(node, page)
+
+    def add_restored(self, node: Node, page: int) -> None:
+        """A page of the store has the content of a node that only a derived one had."""
+        node.pages.insert(0, page)
+        self._has(node, page)
+
+    def _has(self, node: Node, page: int) -> None:
+        self.num_tokens += node.length
+        self.node_of[page] = node
+
     def _end(self, node: Node) -> int:
         """The position behind a full node; 0 for a root."""
         return node.start + self.page_size if node.pages else 0
@@ -230,6 +259,7 @@ class PageTree:
         self.node_of[page] = None
         self.num_tokens -= node.length
         node.pages.remove(page)
+        node.derived = None if page == node.derived else node.derived
         if node.pages:
             return None
         for child in node.children:
@@ -338,7 +368,8 @@ class PageTree:
             assert 0 < node.length <= self.page_size
             assert 0 <= node.exact <= node.length
             assert node.sharable == (node.in_place and node.exact == self.page_size)
-            assert node.sharable or len(node.pages) == 1
+            assert node.derived is None or (node.pages[-1] == node.derived and not node.sharable)
+            assert node.sharable or len(node.pages) == 1 + (node.derived is not None and len(node.pages) > 1)
             assert node not in self.approximate or (node.in_place and node.exact < node.length)
         assert self.num_tokens == sum(node.length for node in self.node_of if node is not None)
         assert self.num_approximate == sum(node.length - node.exact for node in self.approximate)

@@ -130,6 +130,7 @@ def serve(
     max_context: serve_options.MaxContext = None,
     frozen_limit: serve_options.FrozenLimit = 0.5,
     max_pinned: serve_options.MaxPinned = 0.5,
+    mirrors: serve_options.Mirrors = False,
     host_store: serve_options.HostStore = "0",
     disk_store: serve_options.DiskStore = None,
     healing: serve_options.Healing = 0.5,
@@ -181,6 +182,7 @@ def serve(
                 frozen_limit=frozen_limit,
                 generation_config=generation_config,
                 max_pinned=max_pinned,
+                mirrors=mirrors,
                 **options.tiers(host_store, disk_store),
             ),
             Limits(

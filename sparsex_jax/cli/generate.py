@@ -43,6 +43,7 @@ class EngineChoice:
     max_context: int | None = EngineConfig.max_context
     frozen_limit: float = EngineConfig.frozen_limit
     max_pinned: float = EngineConfig.max_pinned
+    mirrors: bool = EngineConfig.mirrors
     host_store_bytes: int = EngineConfig.host_store_bytes
     disk_store: str | None = EngineConfig.disk_store
     disk_store_bytes: int = EngineConfig.disk_store_bytes
@@ -73,6 +74,7 @@ class EngineChoice:
             max_context=self.max_context,
             frozen_limit=self.frozen_limit,
             max_pinned=self.max_pinned,
+            mirrors=self.mirrors,
             host_store_bytes=self.host_store_bytes,
             disk_store=self.disk_store,
             disk_store_bytes=self.disk_store_bytes,

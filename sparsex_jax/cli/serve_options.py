@@ -79,6 +79,14 @@ FrozenLimit = Annotated[float, _in(_STORE, "Share of the store that knowledge ma
 MaxPinned = Annotated[
     float, _in(_STORE, "Share of what knowledge leaves of the store that pins may have. 0: nothing is pinned.")
 ]
+Mirrors = Annotated[
+    bool,
+    _in(
+        _STORE,
+        "Store sequences that share texts as what sets them apart, and copy the rest again when they come back.",
+        "--mirrors/--no-mirrors",
+    ),
+]
 HostStore = Annotated[
     str,
     _in(_STORE, "Host memory for KV that was computed, such as 64GiB: what is evicted is loaded from there."),

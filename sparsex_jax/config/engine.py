@@ -57,6 +57,10 @@ class EngineConfig:
         It is measured when a request first finds something to reuse, for about a second on a small model, and kept in
         `~/.cache/sparsex-jax`. `always`: what was found is reused, and nothing is measured, so that results do not
         depend on a machine's speed.
+      mirrors: store sequences that share segments as what sets them apart from each other. What was copied from a donor
+        is let go of when pages are needed, and copied once more when it is found: between the turns of agents that read
+        the same texts, the store holds several times as many. KV so stored is not healed. Off by default: where no
+        texts are shared it saves nothing, and what is found again has to be copied again.
       host_store_bytes: host memory for KV that sequences leave; what the store evicts is loaded from there. 0: none.
       disk_store: a directory for the same, beside host memory; an engine of the same model finds it after a restart.
       disk_store_bytes: how large it may become.
@@ -80,6 +84,7 @@ class EngineConfig:
     healing: float = 0.5
     company_tokens: int = 0
     choose: str = "measured"
+    mirrors: bool = False
     host_store_bytes: int = 0
     disk_store: str | None = None
     disk_store_bytes: int = 0
@@ -121,6 +126,7 @@ class EngineConfig:
             self.disk_store is None or self.host_store_bytes > 0,
             "disk_store needs host_store_bytes: what is read from the disk passes through host memory",
         )
+        require(isinstance(self.mirrors, bool), f"mirrors={self.mirrors!r} must be True or False")
         limit = self.frozen_limit
         require(is_number(limit) and 0 < limit <= 1, f"frozen_limit={self.frozen_limit!r} must be in (0, 1]")
 

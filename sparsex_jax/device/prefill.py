@@ -30,7 +30,7 @@ from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
 from sparsex_jax.model.layers import ForwardPass, run_layers
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.plan import Budget, Copies, PrefillPlan, PrefillState, Rows
+from sparsex_jax.reuse.plan import Budget, Copies, PackedRows, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.schedule import MAX_BOUNDARIES
 from sparsex_kernels.layout import Store
 
@@ -41,6 +41,12 @@ _WHOLE = 2**30  # units that the scores of a request are divided into, to be add
 def align(store: Store, copies: Copies, *, decoder: Decoder) -> Store:
     """Make the plan's copies: cached KV into the requests' own pages, keys rotated to their new positions."""
     return decoder.ops.align_and_copy(store, copies, inv_freq(decoder.config))
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
+def pack(store: Store, rows: PackedRows, *, decoder: Decoder) -> Store:
+    """Move rows to where they are kept once the pages that they are in are gone."""
+    return decoder.ops.pack_rows(store, rows)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "requests"))

@@ -16,10 +16,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, UInt32
 
 from sparsex_jax.cache import Segment
+from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, choose, decode, forward
-from sparsex_jax.device.prefill import align, embed_rows, prefill
+from sparsex_jax.device.prefill import align, embed_rows, pack, prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.scoring import Scores, score
@@ -30,7 +31,7 @@ from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.store import make_store
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
-from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_prefill
+from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_packing, plan_prefill
 from sparsex_kernels.layout import Store
 
 _sample_step = jax.jit(sample_step)
@@ -326,6 +327,11 @@ class Runner:
         """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
         for copies in plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers):
             self._align(copies)
+
+    def pack(self, packing: Packing) -> None:
+        """Move patch rows, bit for bit, to the pages that keep them."""
+        for rows in plan_packing(packing, self.shapes):
+            self.store = pack(self.store, rows, decoder=self.decoder)
 
     def _align(self, copies: Copies) -> None:
         with self._precision():

@@ -24,19 +24,25 @@ def settled[Result](one_pass: Callable[[], Result], name: str) -> Result:
     raise RuntimeError(f"{MAX_PASSES} passes of {name} all compiled something")
 
 
-def load_engine(model: str, **options: Any) -> tuple[Engine, Any]:
-    """An engine, and a tokenizer for its prompts.
-
-    A named configuration gets random weights, and SmolLM2's tokenizer. The prompts then mean nothing to the model, and
-    ids that are not in its vocabulary have to be wrapped.
+def make_engine(model: str, **options: Any) -> Engine:
+    """An engine of a checkpoint, or of a named configuration with random weights.
 
     Args:
-      model: a checkpoint or a named configuration.
       options: fields of `EngineConfig`.
     """
+    return Engine.from_config(model, **options) if _is_named(model) else Engine.from_pretrained(model, **options)
+
+
+def load_engine(model: str, **options: Any) -> tuple[Engine, Any]:
+    """The same, and a tokenizer for its prompts: SmolLM2's for a named configuration. The prompts then mean nothing to
+    the model, and ids that are not in its vocabulary have to be wrapped."""
+    engine = make_engine(model, **options)
+    return engine, open_checkpoint("smollm2-135m-instruct").tokenizer if _is_named(model) else engine.tokenizer
+
+
+def _is_named(model: str) -> bool:
     try:
         named_config(model)
     except UnknownModelError:
-        engine = Engine.from_pretrained(model, **options)
-        return engine, engine.tokenizer
-    return Engine.from_config(model, **options), open_checkpoint("smollm2-135m-instruct").tokenizer
+        return False
+    return True

@@ -17,7 +17,7 @@ from sparsex_jax.model.experts import ExpertStacks, Routing, run_experts
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES
-from sparsex_jax.reuse.plan import Copies, Rows
+from sparsex_jax.reuse.plan import Copies, PackedRows, Rows
 from sparsex_kernels import api as kernels
 from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.backend import Backend
@@ -168,10 +168,13 @@ class Ops:
         return read(store, layer, rows.position, rows.request, tables)
 
     def align_and_copy(self, store: Store, copies: Copies, inv_freq: Frequencies) -> Store:
-        specs = (_STORE, _ALL, _ALL, _ALL, _ALL, _ALL)
-        move = self._over_heads(kernels.align_and_copy, specs, _STORE)
+        move = self._over_heads(kernels.align_and_copy, (_STORE, *[_ALL] * 6), _STORE)
         layers = jnp.stack([copies.first_layer, copies.end_layer])
-        return move(store, copies.source, copies.target, copies.shift, inv_freq, layers)
+        return move(store, copies.source, copies.target, copies.shift, inv_freq, layers, copies.patch)
+
+    def pack_rows(self, store: Store, rows: PackedRows) -> Store:
+        move = self._over_heads(kernels.pack_rows, (_STORE, *[_ALL] * 4), _STORE)
+        return move(store, rows.source, rows.target, rows.layer, rows.depth)
 
     def replicated[T](self, tree: T) -> T:
         """A pytree of arrays, whole on every device of the mesh."""

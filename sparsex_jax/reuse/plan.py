@@ -16,6 +16,8 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from sparsex_kernels.arguments import Patch
+
 PADDING_REQUEST = np.iinfo(np.int32).max
 
 
@@ -82,6 +84,7 @@ class Copies:
     Attributes:
       target: -1 is padding.
       first_layer, end_layer: the first layer to copy, and the first behind those.
+      patch: rows of first layers that come from elsewhere. None: there are none, and the program knows of none.
     """
 
     source: Int[Array, "copies"]
@@ -89,6 +92,21 @@ class Copies:
     shift: Int[Array, "copies"]
     first_layer: Int[Array, ""]
     end_layer: Int[Array, ""]
+    patch: Patch | None = None
+
+
+@struct.dataclass
+class PackedRows:
+    """Rows to move as they are (`pack_rows`): layers [0, depth) of `source` to `target`, from `layer` on.
+
+    Attributes:
+      target: -1 is padding.
+    """
+
+    source: Int[Array, "rows"]
+    target: Int[Array, "rows"]
+    layer: Int[Array, "rows"]
+    depth: Int[Array, "rows"]
 
 
 @struct.dataclass

@@ -11,12 +11,15 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32
 
 from sparsex_jax.cache import Segment
+from sparsex_jax.cache.derived import Derived
+from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.excerpt import Probe
-from sparsex_jax.reuse.plan import PADDING_REQUEST, Boundaries, Budget, Copies, PrefillPlan, Rows
+from sparsex_jax.reuse.plan import PADDING_REQUEST, Boundaries, Budget, Copies, PackedRows, PrefillPlan, Rows
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import MAX_BOUNDARIES, Phase
+from sparsex_kernels.arguments import Patch
 
 # Rows that go through a layer at a time, by platform; on one that is not here, as on a TPU.
 CHUNKS = {
@@ -259,9 +262,24 @@ def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_
     places = [np.arange(segment.start, segment.end) for segment, _ in runs]
     targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
     size, _ = shapes.bucket(sum(map(len, places)))
-    source = _padded([segment.slots for segment, _ in runs], size, 0)
-    shift = _padded([np.full(segment.length, segment.shift) for segment, _ in runs], size, 0)
-    return Copies(*jax.device_put((source, _padded(targets, size, -1), shift, np.int32(0), np.int32(num_layers))))
+    rows = Derived.joined([segment.rows or Derived.stored(segment.slots) for segment, _ in runs])
+    moved = np.concatenate([np.full(segment.length, segment.shift) for segment, _ in runs])
+    source, shift = _padded([rows.source], size, 0), _padded([moved + rows.shift], size, 0)
+    patched = tuple(_padded([each], size, 0) for each in (rows.patch, rows.layer, rows.depth, moved))
+    patch = Patch(*patched) if rows.depth.any() else None  # type: ignore[arg-type]  # placed with the others
+    placed = jax.device_put((source, _padded(targets, size, -1), shift, np.int32(0), np.int32(num_layers), patch))
+    return Copies(*placed)
+
+
+def plan_packing(packing: Packing, shapes: Shapes) -> Iterator[PackedRows]:
+    """Patch rows to move, in as many parts as shapes demand."""
+    for begin in range(0, len(packing.source), shapes.max_rows):
+        part = slice(begin, begin + shapes.max_rows)
+        size, _ = shapes.bucket(len(packing.source[part]))
+        source, layer, depth = (
+            _padded([each[part]], size, 0) for each in (packing.source, packing.layer, packing.depth)
+        )
+        yield PackedRows(*jax.device_put((source, _padded([packing.target[part]], size, -1), layer, depth)))
 
 
 def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int) -> Int[np.ndarray, "n"]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int64
 
 from sparsex_jax.config.checks import is_int, is_number
 from sparsex_jax.errors import InvalidRequestError
@@ -70,6 +70,31 @@ class Phase:
     def can_leave_out(self, size: int) -> bool:
         """Whether it may compute fewer than `size` tokens."""
         return self.least < size
+
+
+def written_depth(
+    phases: Sequence[Phase], computed: Bool[np.ndarray, "phases tokens"], num_layers: int
+) -> Int64[np.ndarray, "tokens"]:
+    """How many layers of each token, from the first on, have KV that a prefill wrote, and not a copy.
+
+    A signal may write K and V of all rows that it scores, at its phase's first layer, which the masks do not say. With
+    5 layers, phases from 0, 2 and 4 on, and a signal at 2:
+
+        computed in phase   0 1 2    0 1    0    none
+        depth                   5      4    3       0
+
+    Args:
+      computed: which tokens each phase computed.
+    """
+    depth = np.zeros(computed.shape[1], np.int64)
+    for number, phase in enumerate(phases):
+        if phase.start >= num_layers:
+            break
+        if number and phase.signal is not None:
+            depth[computed[number - 1]] = np.maximum(depth, phase.start + 1)[computed[number - 1]]
+        end = phases[number + 1].start if number + 1 < len(phases) else num_layers
+        depth[computed[number]] = np.maximum(depth, min(end, num_layers))[computed[number]]
+    return depth
 
 
 def check_schedule(method: str, phases: Sequence[Phase], prompt: PromptMap, num_layers: int) -> None:

@@ -31,6 +31,7 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler.choice import Choice, look_up
 from sparsex_jax.scheduler.company import Neighbours
 from sparsex_jax.scheduler.loading import Loading
+from sparsex_jax.scheduler.mirroring import Mirroring
 from sparsex_jax.scheduler.origins import with_tiers
 from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
@@ -48,6 +49,7 @@ class Admission:
       choice: what of that a plan uses.
       company_tokens: `EngineConfig.company_tokens`.
       tiers, restoring, loading: what is below the store, and what comes back from there; None: nothing.
+      mirroring: stores sequences as mirrors; None: none is.
       clock: gives the time in seconds by which pins end.
       releases: how often pages were given back or let go. A sequence that found no pages finds none until it rises.
     """
@@ -62,6 +64,7 @@ class Admission:
         self.tiers: Tiers | None = None
         self.restoring: Restoring | None = None
         self.loading: Loading | None = None
+        self.mirroring: Mirroring | None = None
         self.choice = Choice(model, config.page_size, measure)
         self.company_tokens = config.company_tokens
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
@@ -91,7 +94,8 @@ class Admission:
         config = self._config
         keep_texts = MOST_TEXTS if config.host_store_bytes else 0
         about = (config.frozen_limit, self._handles, self._counts, keep_texts, config.max_pinned)
-        return PageCache(config.num_pages, config.page_size, *about, clock=lambda: self.clock())
+        num_layers = self._model.num_layers if config.mirrors else 0
+        return PageCache(config.num_pages, config.page_size, *about, clock=lambda: self.clock(), num_layers=num_layers)
 
     # For those who measure ----------------------------------------------------------------------------------
 
@@ -150,8 +154,10 @@ class Admission:
             self.cache.count_use(match)
         num_shared = len(plan.pages)
         plan = with_tiers(plan, match.prefix_tail, self.cache, sequence.came_from)
+        plan, origins = self.mirroring.located(self.cache, plan) if self.mirroring else (plan, None)
         plan, late = self._without_late(dataclasses.replace(plan, pages=pages))
         sequence.admit(plan, match, num_shared, copy_pages, late)
+        sequence.origins = origins
         self._holders.add(sequence)
         self._returning.discard(sequence)
 
@@ -301,10 +307,17 @@ class Admission:
 
     def _take_pages(self, shared: Several[int], wanted: int, sequence: Sequence) -> tuple[list[int], list[int]]:
         """The shared prefix pages with new ones behind them, `wanted` together, and the copy pages."""
-        num_own = wanted - len(shared)
+        stored = [page for page in shared if not self.cache.mirrors.is_derived(page)]
+        num_restored, num_own = len(shared) - len(stored), wanted - len(stored)
         new = self.cache.allocate(num_own + self.pages_for(sequence.num_copied))
-        self.cache.share(shared)
-        return [*shared, *new[:num_own]], new[num_own:]
+        if self.mirroring and num_restored:
+            try:
+                shared = self.mirroring.restored(self.cache, shared, new[:num_restored])
+            except BaseException:
+                self.cache.release(new)
+                raise
+        self.cache.share(stored)
+        return [*shared, *new[num_restored:num_own]], new[num_own:]
 
     def pages_for(self, num_tokens: int) -> int:
         """How many pages hold this many tokens."""
@@ -490,10 +503,19 @@ class Admission:
         if sequence.is_admitted:
             self.cache.withdraw(sequence.pages[sequence.num_shared :])
 
-    def withdraw_broken(self, pages: Several[int], finite: Bool[np.ndarray, "pages page_size"]) -> int:
-        """Withdraw those pages that have a token whose slot is not finite. Returns how many."""
-        lengths = [self.cache.length(page) for page in pages]
-        broken = [page for page, length, slots in zip(pages, lengths, finite, strict=True) if not slots[:length].all()]
+    def withdraw_broken(
+        self, pages: Several[int], are_finite: Callable[[Several[int]], Bool[np.ndarray, "pages page_size"]]
+    ) -> int:
+        """Withdraw those pages that have a token whose slot is not finite. Returns how many.
+
+        Args:
+          are_finite: which slots of pages of the store are.
+        """
+        slots = {page: self.cache.mirrors.slots_of(page) for page in pages}
+        stored = np.unique(np.concatenate([[], *slots.values()]).astype(np.int64) // self._config.page_size)
+        finite = np.ones((self._config.num_pages, self._config.page_size), bool)
+        finite[stored] = are_finite(stored.tolist())
+        broken = [page for page, own in slots.items() if not finite.ravel()[own].all()]
         if self.tiers and broken:
             self.end_transfers(again=True)  # it may compute behind what is broken
             self.tiers.withdraw(self.cache, broken)
@@ -521,6 +543,8 @@ class Admission:
             self.withdraw(sequence)
         elif self.tiers and sequence.is_admitted and sequence.keep and not sequence.remember:
             self.tiers.keep(self.cache, sequence.pages)
+        if self.mirroring and error is None and reason in ANSWERED:
+            self.mirroring.keep(self.cache, sequence)
         if self.restoring:
             self.restoring.cancel(self.cache, sequence)
         self.leave(sequence)

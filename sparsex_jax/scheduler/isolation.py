@@ -85,14 +85,12 @@ class Isolation:
 
     def _withdraw_broken(self, sequence: Sequence) -> None:
         """Withdraw what a sequence found and is not finite."""
-        pages = sorted(sequence.donors)
         try:
-            finite = self._runner.finite_slots(pages)
+            broken = self._admission.withdraw_broken(sorted(sequence.donors), self._runner.finite_slots)
         except Exception:
             log.exception("what a request found could not be looked at")
             self.recover()
             return
-        broken = self._admission.withdraw_broken(pages, finite)
         if broken:
             log.warning("%d pages that a request found have KV that is not finite; they are withdrawn", broken)
 

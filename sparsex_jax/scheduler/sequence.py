@@ -37,6 +37,7 @@ from jaxtyping import Bool, Float32, Int32
 from sparsex_jax.cache import Match, PinState
 from sparsex_jax.cache.company import Company, company_namespace
 from sparsex_jax.cache.counts import Hits
+from sparsex_jax.cache.mirrors import Origins
 from sparsex_jax.cache.tree import Node
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.device.arrivals import Late
@@ -175,6 +176,7 @@ class Sequence:
       num_shared: pages at its beginning that are a prefix it found.
       copy_pages: pages for a text that is prefilled behind others.
       match: what it found, while its pages are held.
+      origins: what it is copied from, where it may be stored as a mirror. None: it may not.
       late: what of that is still coming when it is admitted, until its prefill has pasted it.
       found: how much that was.
       donors: pages of what it found; also earlier, where an excerpt or a part of its answer came of that.
@@ -236,6 +238,7 @@ class Sequence:
     num_shared: int = 0
     copy_pages: list[int] = dataclasses.field(default_factory=list)
     match: Match | None = None
+    origins: Origins | None = None
     late: Late | None = None
     found: Hits = dataclasses.field(default_factory=Hits)
     donors: frozenset[int] = frozenset()
@@ -457,7 +460,7 @@ class Sequence:
         to remember is computed again from its own tokens alone.
         """
         self.keep &= not self.forgotten or self.remember is not None
-        self.admitted_plan = self.match = self.late = self.run = self.offer = self.computed = None
+        self.admitted_plan = self.match = self.late = self.run = self.offer = self.computed = self.origins = None
         self.stages.clear()
         self.copy_pages, self.forgotten, self.num_computed = [], False, 0
         self.donors = self.donors if self.has_begun else frozenset()

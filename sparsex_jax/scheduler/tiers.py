@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -28,9 +29,10 @@ from sparsex_jax.cache.company import company_namespace
 from sparsex_jax.cache.tree import Node
 from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.device.runner import Runner
-from sparsex_jax.errors import InvalidRequestError, LinkError
+from sparsex_jax.errors import InvalidRequestError, LinkError, StoreFullError
 from sparsex_jax.model.digest import weights_digest
 from sparsex_jax.scheduler.blocks import blocks_of
+from sparsex_jax.scheduler.mirroring import Mirroring
 from sparsex_jax.scheduler.tier_stats import TierCounts, TierStats
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
 from sparsex_jax.tiers.demand import New
@@ -68,18 +70,26 @@ class Tiers:
       counts: what moved so far.
     """
 
-    def __init__(self, runner: Runner, link: Link, host_limit: int, disk: DiskStore | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        link: Link,
+        host_limit: int,
+        disk: DiskStore | None = None,
+        mirroring: Mirroring | None = None,
+    ) -> None:
         """
         Args:
           host_limit: bytes of blocks in host memory.
           disk: what it has from before can be found at once.
+          mirroring: restores what is stored as a mirror, on its way down. None: nothing is.
 
         Raises:
           InvalidRequestError: host memory has no room for one block, and another that passes where there is a disk.
         """
         self._runner, self._link, self._disk = runner, link, disk
         self.index = BlockIndex(runner.engine.page_size)
-        self.counts = TierCounts()
+        self.counts, self.mirroring = TierCounts(), mirroring
         passing = max(host_limit // PASSING, link.block_bytes(BLOCK_PAGES)) if disk is not None else 0
         least = passing + link.block_bytes(BLOCK_PAGES)
         if host_limit < least:
@@ -190,13 +200,34 @@ class Tiers:
             self._moving.append((going, kept))
 
     def _send(self, cache: PageCache, going: _Going) -> None:
-        """Send a block on its way if its pages still have what they had."""
-        if any(cache.tree.node_of[page] is not node for page, node in zip(going.pages, going.nodes, strict=True)):
+        """Send a block on its way if the store still has what it is made of. What is derived is restored for that."""
+        if not all(node.pages for node in going.nodes):
             return
+        pages = [node.pages[0] for node in going.nodes]
         try:
-            self._moving.append((going, self._link.spill(self._runner.store, going.pages)))
+            with self._restored(cache, pages) as stored:
+                self._moving.append((going, self._link.spill(self._runner.store, stored)))
+        except StoreFullError:
+            log.debug("there are no pages for a mirror that was to go to host memory")
         except LinkError:
             log.exception("a block could not be sent to host memory")
+
+    @contextlib.contextmanager
+    def _restored(self, cache: PageCache, pages: list[int]) -> Iterator[list[int]]:
+        """Pages of the store with the content of these, which nobody need hold, while it is read."""
+        number = sum(map(cache.mirrors.is_derived, pages))
+        if not number or self.mirroring is None:
+            yield pages
+            return
+        cache.share(pages)
+        try:
+            new = cache.allocate(number)
+            try:
+                yield self.mirroring.restored(cache, pages, new)
+            finally:
+                cache.release(new)
+        finally:
+            cache.release(pages)
 
     def _arrive(self, going: _Going, kept: HostBlock) -> None:
         self.counts.spilled_bytes += kept.nbytes
@@ -433,18 +464,18 @@ class Tiers:
         assert self._from_disk <= self.index.blocks.keys()
 
 
-def make_tiers(runner: Runner, link: Link) -> Tiers:
-    """The tiers that an engine's configuration asks for.
+def make_tiers(runner: Runner, link: Link, mirroring: Mirroring | None = None) -> Tiers:
+    """The tiers that an engine's configuration asks for. Arguments as `Tiers`.
 
     Raises:
       DiskStoreError: the directory cannot be used, or another process has it.
     """
     engine = runner.engine
     if engine.disk_store is None:
-        return Tiers(runner, link, engine.host_store_bytes)
+        return Tiers(runner, link, engine.host_store_bytes, mirroring=mirroring)
     disk = DiskStore(engine.disk_store, engine.disk_store_bytes, _fingerprint(runner, link))
     try:
-        return Tiers(runner, link, engine.host_store_bytes, disk)
+        return Tiers(runner, link, engine.host_store_bytes, disk, mirroring)
     except InvalidRequestError:
         disk.close()
         raise

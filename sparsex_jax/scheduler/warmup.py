@@ -7,6 +7,7 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
                           layers together where they fit a turn, one by one where they do not
     for 1, 2, 4 ...       the decode of that many sequences together: without and with penalties, biases or
                           log-probabilities, and each of both also where some have a structure
+    with mirrors          for each row bucket the alignment with a patch, and the packing of patch rows
     with tiers            the gathers and scatters of blocks; and host memory is pinned
 
 Requests that name a method of other probes compile what they need when they come.
@@ -23,6 +24,8 @@ import jax
 import numpy as np
 
 from sparsex_jax.cache import Segment
+from sparsex_jax.cache.derived import Derived
+from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.device.sampling import NON_FINITE
 from sparsex_jax.device.state import BatchSlot, decode_state
@@ -42,7 +45,8 @@ def steps(loop: Loop, usual: SamplingParams | None = None) -> list[Callable[[], 
       usual: what requests ask for that say nothing of sampling.
     """
     buckets = loop.runner.shapes.buckets
-    prefills = [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe)]
+    mirrors = (_mirror,) if loop.admission.mirroring is not None else ()
+    prefills = [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe, *mirrors)]
     batches = _batches(loop.policy.max_num_seqs)
     frees = dict.fromkeys((SamplingParams(), usual or SamplingParams(), SamplingParams(logprobs=0)))
     wishes = [one for free in frees for one in (free, *_structured(loop, free))]
@@ -93,6 +97,16 @@ def _probe(loop: Loop, bucket: tuple[int, int]) -> None:
             run = loop.runner.begin_probe([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, probe=probe)])
             loop.runner.advance_probe(run, layers)
             run.focus()
+
+
+def _mirror(loop: Loop, bucket: tuple[int, int]) -> None:
+    """A row that is packed, and a token that is copied with it."""
+    slot, depth = np.zeros(1, np.int64), np.ones(1, np.int64)
+    with loop.admission.lend(2 * loop.runner.engine.page_size) as pages, loop.runner.padding_to(bucket):
+        first, last = (slots_of(pages, slot + place, loop.runner.engine.page_size) for place in (0, 1))
+        loop.runner.pack(Packing((), first, last, slot, depth))
+        copied = Segment(0, 1, 0, last, exact=True, rows=Derived(last, slot, depth, last, slot))
+        loop.runner.copy([(copied, pages)])
 
 
 def _turns(loop: Loop, bucket: tuple[int, int]) -> list[int | None]:

@@ -32,7 +32,7 @@ _FOUND = ("prefix", "approximate_prefix", "segment")
 _REQUEST_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 _TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-_STATES = ("free", "active", "frozen", "pinned", "cached")
+_STATES = ("free", "active", "frozen", "pinned", "base", "cached")
 
 
 class Metrics:
@@ -173,8 +173,19 @@ class _Snapshot(Collector):
         evictions.add_metric(["page"], store.evictions)
         approximate, text = store.approximate_tokens, "Tokens that healing would make exact."
         yield from (pages, evictions, GaugeMetricFamily("sparsex_approximate_tokens", text, value=approximate))
+        yield from self._of_mirrors(store)
         yield GaugeMetricFamily("sparsex_pins", "Pins: prompts and answers that stay for a time.", value=store.pins)
         yield CounterMetricFamily("sparsex_lookups", "Prompts that were looked up in the store.", value=store.lookups)
+
+    def _of_mirrors(self, store: CacheStats) -> Iterator[Metric]:
+        derived = "Pages that are stored as rows of other pages."
+        yield GaugeMetricFamily("sparsex_derived_pages", derived, value=store.derived)
+        saved = "Pages more that the store would need without derived ones."
+        yield GaugeMetricFamily("sparsex_saved_pages", saved, value=store.saved)
+        rows = "Rows of single layers that derived pages have of their own."
+        yield GaugeMetricFamily("sparsex_patch_rows", rows, value=store.patch_rows)
+        restored = "Derived pages that were restored for a prompt."
+        yield CounterMetricFamily("sparsex_restored_pages", restored, value=store.restored_pages)
 
     def _of_loop(self, loop: LoopStats) -> Iterator[Metric]:
         healed = "Approximate tokens that were made exact."

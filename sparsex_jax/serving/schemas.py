@@ -442,7 +442,15 @@ class Tier(BaseModel):
 
 class Store(BaseModel):
     """The store's pages by state, how many pins there are, how many tokens a page has, and the tiers: the store itself
-    first."""
+    first.
+
+    Attributes:
+      base: pages of which nothing is left but rows that mirrors are made of.
+      derived: pages of sequences that are stored as mirrors.
+      saved: how many pages more the store would need without that.
+      patch_rows: rows of single layers that mirrors have of their own.
+      restored_pages: how many of their pages were restored for a prompt so far.
+    """
 
     object: Literal["store"] = "store"
     pages: int
@@ -450,8 +458,13 @@ class Store(BaseModel):
     active: int
     frozen: int
     pinned: int
+    base: int
     cached: int
     pins: int
+    derived: int
+    saved: int
+    patch_rows: int
+    restored_pages: int
     page_size: int
     tiers: list[Tier]
 

@@ -7,19 +7,21 @@ const MEANING = {
   active: "of requests that run now",
   frozen: "documents, kept until they are forgotten",
   pinned: "kept for a time, as agents asked",
+  base: "that mirrors are made of",
   cached: "of earlier prompts, kept until room is needed",
   free: "empty",
 };
 
 export function paintStore(store) {
   const { pages, free, page_size: size } = store;
-  const parts = Object.fromEntries(Object.keys(MEANING).map((state) => [state, store[state]]));
+  const states = Object.keys(MEANING).filter((state) => state !== "base" || store.base);
+  const parts = Object.fromEntries(states.map((state) => [state, store[state]]));
   for (const id of ["store-bar", "store-large"]) fillBar($(id), parts, (state) => state);
   $("store-text").textContent = `${pages - free} of ${pages} pages`;
   $("store-share").textContent = percent((pages - free) / pages);
-  $("store-legend").replaceChildren(...Object.entries(MEANING).map(([state, meaning]) =>
+  $("store-legend").replaceChildren(...states.map((state) =>
     element("li", "", element("span", `key ${state}`), element("b", "", `${state} `),
-      `${count(parts[state] * size, "token")}, ${meaning}`)));
+      `${count(parts[state] * size, "token")}, ${MEANING[state]}`)));
   paintTiers($("tiers"), store.tiers);
 }
 

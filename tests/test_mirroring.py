@@ -1,0 +1,233 @@
+"""Mirrors of an engine: what was derived, dropped and restored has every byte that it had."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CONFIG, TINY, idle, same_shapes, tiny_engine
+
+from sparsex_jax import Pin, ReuseConfig, SamplingParams
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import random_params
+from sparsex_jax.reuse.schedule import written_depth
+from sparsex_jax.scheduler import warmup
+
+FEW = SamplingParams(max_new_tokens=4)
+METHODS = {
+    "sparse": ReuseConfig("sparsex", boundary_layer=0, recompute_ratio=0.1, overflow_tokens=2),
+    "hybrid": ReuseConfig("sparsex", boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2),
+    "blocks": ReuseConfig("sparsex", boundary_layer=0, recompute_ratio=0.1, pool_tokens=16, second_boundary=3),
+    "naive": ReuseConfig("naive"),
+    "epic": ReuseConfig("epic"),
+    "cacheblend": ReuseConfig("cacheblend"),
+    "qcfuse": ReuseConfig("qcfuse", recompute_ratio=0.2),
+    "prophetkv": ReuseConfig("prophetkv", recompute_ratio=0.2),
+}
+
+
+def tokens_of(seed, length):
+    return np.random.default_rng(seed).integers(1, TINY.vocab_size, length).astype(np.int32)
+
+
+def agent(number, shared, seed=0):
+    """A prompt of one agent: something of its own, what all read, and its question."""
+    before, behind = tokens_of(100 * seed + number, 10 + 3 * number), tokens_of(500 + 100 * seed + number, 5)
+    return np.concatenate([before, shared, behind])
+
+
+def rows_of(engine, node, page):
+    """All bytes of a node's tokens, as a page of the store has them."""
+    return np.asarray(engine.runner.store[:, page])[..., : node.length, :].tobytes()
+
+
+def drop_spares(engine):
+    """Evict every page that a derived one can restore, and overwrite it. Returns what nodes had there."""
+    cache, spares = engine.cache, np.flatnonzero(engine.cache._pool.spare).tolist()
+    had = {cache.tree[page]: rows_of(engine, cache.tree[page], page) for page in spares}
+    cache._evict(spares)
+    engine.runner.store = engine.runner.store.at[:, jnp.array(spares)].set(jnp.nan)
+    return had
+
+
+def restored_alike(engine, had):
+    """How many of these nodes are in the store again. They have what they had."""
+    restored = [node for node in had if len(node.pages) > 1]
+    assert all(rows_of(engine, node, node.pages[0]) == had[node] for node in restored)
+    return len(restored)
+
+
+def dropped_and_restored(engine, method):
+    shared, asked = tokens_of(1, 160), [agent(number, tokens_of(1, 160)) for number in range(3)]
+    assert len(shared) == 160
+    answers = [engine.generate(prompt, FEW, reuse=method) for prompt in asked]
+    had = drop_spares(engine)
+    engine.cache.check([])
+    for prompt, answer in zip(asked[1:], answers[1:], strict=True):
+        engine.generate(np.concatenate([prompt, answer.token_ids, [7, 8]]).astype(np.int32), FEW, reuse=method)
+    assert restored_alike(engine, had) == engine.stats()["restored_pages"] >= 10
+    assert idle(engine)
+
+
+DEFAULT = ["sparse", "hybrid", "cacheblend", "qcfuse"]
+
+
+@pytest.mark.parametrize(
+    "name", [*DEFAULT, *(pytest.param(n, marks=pytest.mark.slow) for n in METHODS if n not in DEFAULT)]
+)
+def test_what_was_dropped_is_restored_without_a_byte_that_differs(name):
+    dropped_and_restored(tiny_engine(mirrors=True), METHODS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_in_16_and_in_8_bits(name, kv_dtype):
+    device = dataclasses.replace(CONFIG, dtype="bfloat16", kv_dtype=kv_dtype)
+    params = random_params(TINY, "bfloat16", make_mesh())
+    dropped_and_restored(same_shapes(TINY, params, device, mirrors=True), METHODS[name])
+
+
+def test_only_what_was_computed_is_kept(monkeypatch):
+    """Patch rows are the rows that were computed of the pages that are derived, and no others."""
+    engine, depths = tiny_engine(mirrors=True), []
+
+    def noted(*args):
+        depths.append(written_depth(*args))
+        return depths[-1]
+
+    monkeypatch.setattr("sparsex_jax.scheduler.mirroring.written_depth", noted)
+    shared = tokens_of(1, 160)
+    engine.generate(agent(0, shared), FEW, reuse=METHODS["hybrid"])
+    made = engine.generate(agent(1, shared), FEW, reuse=METHODS["hybrid"])
+    (depth,), pool = depths, engine.cache._pool
+    assert len(depth) == made.report.prompt_tokens
+    assert (depth == 4).sum() == made.report.fresh_tokens + made.report.recomputed_tokens
+    assert set(depth) == {2, 4}  # the boundary's layer is written by its signal
+    rows = 0
+    for page, derived in pool.derived.items():
+        node = engine.cache.tree[page]
+        own = np.append(depth, np.full(8, 4))[node.start : node.start + node.length]  # then the answer
+        assert np.array_equal(derived.depth, own)
+        rows += int(own.sum())
+    assert rows == engine.stats()["patch_rows"] > 0
+
+
+def test_segments_come_from_mirrors_as_they_came_from_pages():
+    """Whether the pages of a mirror are still there changes no bit of what is copied from it."""
+    shared, answers, rows = tokens_of(1, 160), [], []
+    for drops in (False, True):
+        engine = tiny_engine(mirrors=True)
+        engine.generate(shared, FEW, reuse=METHODS["naive"], namespace="other")
+        for number in (1, 2):
+            engine.generate(agent(number, shared), FEW, reuse=METHODS["hybrid"])
+        if drops:
+            drop_spares(engine)
+        with engine.prefilled(agent(5, shared, seed=1), reuse=METHODS["hybrid"]) as prefilled:
+            answers.append(prefilled.logits)
+            rows.append(np.asarray(engine.runner.store[:, jnp.array(prefilled.pages)]))
+        assert prefilled.report.reused_tokens > 100
+    assert np.array_equal(*answers)
+    assert rows[0][..., :-16, :].tobytes() == rows[1][..., :-16, :].tobytes()
+
+
+class Rounds:
+    """Agents that take turns: each adds what all others are told as well, and goes on with all that it was told."""
+
+    def __init__(self, engine, number, reuse):
+        self.engine, self.reuse = engine, reuse
+        self.contexts = [tokens_of(900 + each, 8 + each) for each in range(number)]
+
+    def play(self, number, length):
+        """One round, in which all are told the same. Returns the share of their contexts that was found in place."""
+        news, found, had = tokens_of(50 + number, length), 0, 0
+        for each, context in enumerate(self.contexts):
+            prompt = np.concatenate([context, news, tokens_of(2000 + 10 * number + each, 3)])
+            answer = self.engine.generate(prompt, dataclasses.replace(FEW, ignore_eos=True), reuse=self.reuse)
+            found += answer.report.prefix_tokens + answer.report.approximate_prefix_tokens
+            had += len(context) - 1  # the last token of an answer was no input
+            self.contexts[each] = np.concatenate([prompt, answer.token_ids]).astype(np.int32)
+        return found / had
+
+    def num_kept(self):
+        """How many agents' contexts can be found whole, up to the page that each ends in."""
+        found = [self.engine.cache.tree.prefix(each.tobytes(), "default", lambda _: True) for each in self.contexts]
+        return sum(one.num_tokens >= len(each) - 16 for one, each in zip(found, self.contexts, strict=True))
+
+
+@pytest.mark.parametrize("mirrors", [False, True])
+def test_a_store_of_four_agents_keeps_ten(mirrors):
+    rounds = Rounds(tiny_engine(store_tokens=4 * 23 * 16, mirrors=mirrors), 10, METHODS["epic"])
+    hits = [rounds.play(number, 256 if number == 0 else 48) for number in range(3)]
+    assert hits[2] >= 0.95 if mirrors else hits[2] <= 0.5
+    assert rounds.num_kept() >= 10 if mirrors else rounds.num_kept() <= 4
+    assert idle(rounds.engine)
+
+
+def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
+    engine, shared = tiny_engine(mirrors=True), tokens_of(1, 160)
+    engine.generate(agent(0, shared), FEW, reuse=METHODS["hybrid"])
+    monkeypatch.setattr(engine.runner, "pack", lambda _: 1 / 0)
+    engine.generate(agent(1, shared), FEW, reuse=METHODS["hybrid"])
+    assert engine.stats()["derived"] == engine.stats()["base"] == 0
+    assert idle(engine)
+
+
+def test_nothing_is_derived_of_what_is_exact_or_pinned():
+    engine, shared = tiny_engine(mirrors=True), tokens_of(1, 160)
+    engine.generate(agent(0, shared), FEW, reuse=METHODS["hybrid"])
+    engine.generate(agent(1, shared), FEW, reuse=METHODS["hybrid"], pin=Pin(ttl_s=60))
+    engine.generate(agent(2, shared), FEW, reuse=ReuseConfig("full"))
+    engine.generate(agent(3, shared), FEW, reuse=METHODS["hybrid"], keep=False)
+    assert engine.stats()["derived"] == 0
+    assert idle(engine)
+
+
+def test_excerpts_are_exact_so_nothing_of_them_is_derived():
+    engine, texts = tiny_engine(mirrors=True), [tokens_of(10 + number, 40) for number in range(3)]
+    for text in texts:
+        engine.remember(text)
+    excerpt = ReuseConfig("excerpt", piece_tokens=16, coverage=0.5)
+    for number in range(2):
+        answer = engine.generate(np.concatenate([tokens_of(20 + number, 9), *texts, [5, 6]]), FEW, reuse=excerpt)
+        assert answer.report.omitted_tokens > 0
+    assert engine.stats()["derived"] == 0
+    assert idle(engine)
+
+
+def test_a_mirror_whose_rows_are_not_finite_is_withdrawn():
+    engine, shared = tiny_engine(mirrors=True), tokens_of(1, 160)
+    for number in range(2):
+        engine.generate(agent(number, shared), FEW, reuse=METHODS["hybrid"])
+    drop_spares(engine)
+    base = next(iter(engine.cache._pool.derived.values())).bases[0]
+    engine.runner.store = engine.runner.store.at[:, base].set(jnp.nan)
+    answer = engine.generate(agent(1, shared), FEW, reuse=METHODS["hybrid"])
+    assert answer.token_ids == tiny_engine().generate(agent(1, shared), FEW, reuse=ReuseConfig("full")).token_ids
+    assert not any(base in derived.bases for derived in engine.cache._pool.derived.values())
+    assert idle(engine)
+
+
+def test_mirrors_go_to_host_memory_whether_their_pages_are_there_or_not(monkeypatch):
+    monkeypatch.setattr("sparsex_jax.scheduler.tiers.MOST_MOVING", 0)  # nothing goes yet
+    engine, shared = tiny_engine(mirrors=True, host_store_bytes=1 << 24), tokens_of(1, 160)
+    for number in range(2):
+        engine.generate(agent(number, shared), FEW, reuse=METHODS["hybrid"])
+    had = drop_spares(engine)
+    assert had
+    monkeypatch.undo()
+    engine.loop.settle()
+    assert restored_alike(engine, had) > 0
+    assert engine.admission.tiers.stats().host_blocks >= 2
+    engine.cache.clear()
+    again = engine.generate(agent(1, shared), FEW, reuse=METHODS["hybrid"])
+    assert again.report.restored_tokens > 100
+    assert idle(engine)
+
+
+def test_the_warm_up_leaves_nothing_behind():
+    engine = tiny_engine(mirrors=True)
+    steps = [step for step in warmup.steps(engine.loop) if getattr(step, "func", None) is warmup._mirror]
+    assert len(steps) == len(engine.runner.shapes.buckets)
+    steps[1]()
+    assert engine.stats()["free"] == engine.stats()["pages"]

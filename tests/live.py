@@ -106,6 +106,7 @@ class ScriptedLoop:
     def __init__(self, script: Callable[[list[int]], list[Event | None]]) -> None:
         self.tickets: list[ScriptedTicket] = []
         self.broken: Exception | None = None
+        self.holds = True
         self.script = script
 
     def submit(
@@ -129,6 +130,9 @@ class ScriptedLoop:
 
     def heal(self) -> None:
         """There is nothing to heal."""
+
+    def hold_nobody(self) -> None:
+        self.holds = False
 
     def step(self) -> bool:
         if self.broken is not None:

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from sparsex_jax import Engine, EngineConfig
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.checkpoints.gguf_blocks import take_apart
+from sparsex_jax.checkpoints.scheme import read_scheme
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import InvalidRequestError, UnsupportedModelError
 from sparsex_jax.model.digest import kinds, weights_digest
@@ -364,6 +365,7 @@ def test_codes_with_a_scale_for_each_output(numbers, tmp_path):
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method='bitsandbytes'"),
         ({"activation_scheme": "static"}, "activation_scheme='static' is not supported"),
         ({"weight_block_size": [16]}, "weight_block_size=.16. must be two"),
+        ({"weight_block_size": [True, 24]}, "weight_block_size=.True, 24. must be two"),
         ({"weight_block_size": [8, 24]}, "of shape .* has scales of shape"),
         (
             {"quant_method": "compressed-tensors", "format": "pack-quantized"},
@@ -378,6 +380,33 @@ def test_what_cannot_be_read_is_refused_by_name(said, message, tmp_path):
     (folder / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UnsupportedModelError, match=message):
         open_checkpoint(folder)
+
+
+WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [16, 24]}
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"weights": "x"}, "must be objects whose weights is an object or null"),
+        ({"weights": WEIGHTS, "input_activations": "x"}, "whose input_activations is an object or null"),
+        ({"weights": WEIGHTS, "output_activations": {"dynamic": False}}, "has fixed scales of activations"),
+        ({"weights": WEIGHTS | {"block_structure": [16]}}, "has block_structure=.16., which must be two integers > 0"),
+        ({"weights": WEIGHTS | {"block_structure": [16, 0]}}, "has block_structure=.16, 0., which must be two"),
+        ({"weights": WEIGHTS | {"block_structure": None}}, "has block_structure=None, which must be two"),
+        ({"weights": WEIGHTS | {"block_structure": "16x"}}, "has block_structure=.16, 0., which must be two"),
+    ],
+)
+def test_groups_that_are_wrong_are_refused_by_name(group, message, tmp_path):
+    said = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+    with pytest.raises(UnsupportedModelError, match=message):
+        read_scheme(tmp_path, {"quantization_config": said})
+
+
+def test_a_square_may_be_said_as_a_text(tmp_path):
+    groups = {"group_0": {"weights": WEIGHTS | {"block_structure": "128x64"}}}
+    said = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": groups}
+    assert read_scheme(tmp_path, {"quantization_config": said}).block == (128, 64)
 
 
 def test_codes_without_scales_are_refused(tmp_path):

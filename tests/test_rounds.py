@@ -249,6 +249,19 @@ def test_while_all_are_held_the_loop_rests():
     assert rounds < 100
 
 
+def test_what_is_held_begins_when_nobody_comes_any_more():
+    engine = tiny_engine()
+    first = join(engine.loop, 0)
+    engine.loop.step()
+    assert engine.loop.stats.held == 1
+    engine.loop.hold_nobody()
+    run(engine.loop)
+    second = join(engine.loop, 1, name="another")
+    run(engine.loop)
+    assert [each.finish_reason for each in (first, second)] == ["length"] * 2
+    assert engine.loop.stats.cut_short_rounds == 2
+
+
 # What is refused ----------------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,7 @@ def test_draining_refuses_what_is_new_and_waits_for_what_runs():
         with pytest.raises(DrainingError):
             worker.stream([job()])
         assert not drained.done()
+        assert not loop.holds
         release.set()
         await drained
         return await running

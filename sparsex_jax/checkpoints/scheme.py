@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from sparsex_jax.checkpoints.held import Stored
+from sparsex_jax.config.checks import is_int
 from sparsex_jax.config.fields import Fields
 from sparsex_jax.errors import UnsupportedModelError
 from sparsex_kernels.quantised import blocks_within
@@ -110,7 +111,7 @@ def _fp8(fields: Fields) -> Scheme:
     block = fields.get("weight_block_size")
     if block is None:
         return Scheme("fp8")
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
+    if not _are_two_sizes(block):
         fields.refuse("weight_block_size", "must be two integers > 0")
     return Scheme("fp8", (block[0], block[1]))
 
@@ -129,16 +130,38 @@ def _compressed(fields: Fields) -> Scheme:
 
 
 def _group(fields: Fields, group: Any) -> Scheme:
-    about = group if isinstance(group, dict) else {}
-    weights, activations = about.get("weights") or {}, about.get("input_activations") or {}
+    weights, inputs, outputs = (
+        _said(fields, group, of) for of in ("weights", "input_activations", "output_activations")
+    )
     of_8_bits = weights.get("num_bits") == 8 and weights.get("type") in ("float", "int")
     of_8_bits = of_8_bits and weights.get("symmetric", True)
-    block = weights.get("block_structure")
     if not of_8_bits or weights.get("strategy") not in ("channel", "tensor", "block"):
         fields.refuse(
             "config_groups", "is not supported; supported: symmetric weights of 8 bits by channel, tensor, block"
         )
-    if activations and not activations.get("dynamic"):
+    if any(activations and not activations.get("dynamic") for activations in (inputs, outputs)):
         fields.refuse("config_groups", "has fixed scales of activations, which are not supported")
     kind = "fp8" if weights["type"] == "float" else "int8"
-    return Scheme(kind, (int(block[0]), int(block[1])) if weights["strategy"] == "block" and block else None)
+    return Scheme(kind, _block(fields, weights) if weights["strategy"] == "block" else None)
+
+
+def _said(fields: Fields, group: Any, of: str) -> dict[str, Any]:
+    """What a group says of its weights or activations; nothing where it is null or left out."""
+    said = group.get(of) or {} if isinstance(group, dict) else None
+    if not isinstance(said, dict):
+        fields.refuse("config_groups", f"must be objects whose {of} is an object or null")
+    return said
+
+
+def _block(fields: Fields, weights: dict[str, Any]) -> tuple[int, int]:
+    """Outputs and inputs of a square, which old files write as a text, 128x128."""
+    block = weights.get("block_structure")
+    if isinstance(block, str):
+        block = [int(size) if size.isdecimal() and len(size) < 10 else 0 for size in block.split("x")]
+    if not _are_two_sizes(block):
+        fields.refuse("config_groups", f"has block_structure={block!r:.60}, which must be two integers > 0")
+    return block[0], block[1]
+
+
+def _are_two_sizes(block: Any) -> TypeGuard[list[int]]:
+    return isinstance(block, list) and len(block) == 2 and all(is_int(n) and n > 0 for n in block)

@@ -154,6 +154,12 @@ class Loop:
             if not self._has_work():
                 self._news.wait(timeout)
 
+    def hold_nobody(self) -> None:
+        """Begin all rounds with the members that are there, now and from now on: others do not come any more."""
+        with self._news:
+            self._rounds.holds = False
+            self._news.notify_all()
+
     @property
     def stats(self) -> LoopStats:
         running, preempted = len(self.policy.running), self.policy.preemptions

@@ -14,6 +14,7 @@ member finds does not depend on those that are looked up before it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -143,14 +144,18 @@ class Begun(NamedTuple):
 
 
 class Rounds:
-    """The rounds of one loop. Its callers see to it that one thread at a time is in it."""
+    """The rounds of one loop. Its callers see to it that one thread at a time is in it.
+
+    Attributes:
+      holds: whether members are held. Where nobody comes any more, rounds begin with those that are there.
+    """
 
     def __init__(self, most: int) -> None:
         """
         Args:
           most: members that a round may have.
         """
-        self._most = most
+        self._most, self.holds = most, True
         self._rounds: dict[tuple[str, str], Gathering] = {}
         self._held: list[Gathering] = []
 
@@ -187,7 +192,7 @@ class Rounds:
     def begin(self) -> Begun:
         """Begin those whose members are all there, or have waited enough. Returns how many did."""
         now = time.monotonic()
-        ready = [each for each in self._held if each.begins <= now]
+        ready = [each for each in self._held if not self.holds or each.begins <= now]
         self._held = [each for each in self._held if each not in ready]
         for each in ready:
             each.begin(now)
@@ -202,7 +207,7 @@ class Rounds:
 
     def seconds_to_next(self) -> float | None:
         """Until one begins that is held now, if nobody comes. None: none is held."""
-        now = time.monotonic()
+        now = time.monotonic() if self.holds else math.inf
         return min((max(each.begins - now, 0.0) for each in self._held), default=None)
 
 

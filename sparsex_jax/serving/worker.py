@@ -193,6 +193,8 @@ class Worker:
     async def drain(self, deadline_s: float) -> None:
         """Take nothing new, let what runs finish for `deadline_s` seconds, and cancel the rest."""
         self.draining = True
+        self.loop.hold_nobody()
+        self.wake()
         if not await self._empty(deadline_s):
             for stream in list(self._streams):
                 stream.cancel()

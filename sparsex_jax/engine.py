@@ -125,6 +125,8 @@ class Engine:
         self.mesh = check_mesh(mesh or make_mesh(), model)
         self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
         check_range(params, self.config)
+        if self.config.kv_dtype == "fp8" and _platform(self.mesh) == "cpu":
+            log.warning("kv_dtype='fp8' is slow on a CPU, which converts the whole store for each row that is written")
         self.model = model = model.for_context(self.config.max_context)
         self.runner = Runner(model, self.config, params, self.mesh)
         self.admission = Admission(model, self.config, self._speeds if self.config.choose == "measured" else None)

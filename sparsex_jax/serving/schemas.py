@@ -172,6 +172,8 @@ class PromptCacheOptions(Object):
 class RoundOptions(Object):
     """The round that the request's prompts are members of."""
 
+    model_config = ConfigDict(strict=True)  # True is no size
+
     id: Annotated[str, Field(min_length=1, max_length=MAX_ROUND_ID)] = Field(
         description="The same for all members, and another for the next round."
     )

@@ -458,7 +458,8 @@ def encoding_of(name):
     return "Q8_0" if name.endswith("attn_k") else "Q4_K"
 
 
-@pytest.mark.parametrize("devices", [1, *slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
 def test_gguf_in_its_blocks_is_gguf_dequantised(devices, tmp_path):
     path, mesh = gguf_model(tmp_path / "m.gguf", encoding_of), make_mesh(devices)
     checkpoint = open_checkpoint(path)

@@ -56,7 +56,7 @@ def crowd(engine, number, rng):
 @pytest.mark.parametrize(
     "reuse",
     [
-        ReuseConfig(),
+        pytest.param(ReuseConfig(), marks=pytest.mark.slow),
         pytest.param(ReuseConfig("excerpt", piece_tokens=32), marks=pytest.mark.slow),
         *(
             pytest.param(ReuseConfig(**fields), marks=pytest.mark.slow)

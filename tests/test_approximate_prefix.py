@@ -38,7 +38,6 @@ def turns(engine, methods, namespace="default", new=GREEDY):
         prompt = prompt + list(out.token_ids)
 
 
-@pytest.mark.slow
 def test_a_turn_costs_its_new_tokens_only():
     engine = tiny_engine()
     reports = [out.report for _, out in turns(engine, [METHOD] * 4)]

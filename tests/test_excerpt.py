@@ -204,6 +204,7 @@ def test_texts_that_hashes_take_for_others_are_not_found(monkeypatch):
     assert (engine.cache.remembered(np.ones(200, np.int32), "default") == -1).all()
 
 
+@pytest.mark.slow
 def test_a_segment_of_several_texts_has_pieces_of_each():
     engine = remembering(tiny_engine(), frozen=True)
     engine.prefill(PROMPT, reuse=FULL)  # one donor has them all from now on, and the heading between them
@@ -391,6 +392,7 @@ def many_fresh(number):
     return np.concatenate([rng.integers(1, 96, 90), *TEXTS, rng.integers(1, 96, 60)]).astype(np.int32)
 
 
+@pytest.mark.slow
 def test_probes_are_cut_batched_and_mixed_with_other_methods():
     prompts = [PROMPT, many_fresh(1), PROMPT[40:], many_fresh(2), PROMPT]
     methods = [HALF, HALF, HALF, HALF, dataclasses.replace(HALF, end_layer=4), *map(ReuseConfig, METHODS)]

@@ -82,9 +82,8 @@ def arguments(case, window=None):
     return AttentionArgs(*case, scale=case[0].shape[-1] ** -0.5, backend=CPU, window=window)
 
 
-@pytest.mark.parametrize(
-    "heads", [{"kv_heads": 1, "group": 8}, pytest.param({"dim": 128, "group": 3}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("heads", [{"kv_heads": 1, "group": 8}, {"dim": 128, "group": 3}])
 def test_few_rows_are_cut_into_parts(heads, few_programs):
     """Of 2 tiles the second is padding; the parts of the first begin and end within requests. Memory begins as NaN."""
     case = scattered((600, 9, 300), 30, live=10, **heads)
@@ -96,6 +95,7 @@ def test_few_rows_are_cut_into_parts(heads, few_programs):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_log_sum_exps_of_few_rows_are_cut_into_parts(few_programs):
     case = scattered((600, 9, 300), 30, live=10, kv_heads=1, group=8)
     only_lse = jax.jit(lambda *case: hopper_attention.attend(arguments(case), values=False, lse=True, config=EIGHT))
@@ -242,6 +242,7 @@ def test_merge_reads_a_rows_own_parts_only():
     np.testing.assert_allclose(out_lse[:, heads], np.log(2) * np.stack(sums), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_merge_of_tiles_changes_those_of_several_parts_only():
     """Tiles of 40 parts, of one, and of two, of 3 heads and 16 rows; one behind them. Nobody's parts hold NaN."""
     rng = np.random.default_rng(0)
@@ -303,6 +304,7 @@ def test_key_mass_within_windows(windows):
         np.testing.assert_allclose(key_mass(window, *poisoned), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_key_mass_of_powers():
     case = scattered((150, 70), 60, kv_heads=1)
     mass = jax.jit(lambda *args: kernels.key_mass(*args, power=4, implementation="hopper"))(*case)

@@ -378,6 +378,7 @@ def ask(live, results, path, body, number):
         results[number] = http.post(path, json=body).json()
 
 
+@pytest.mark.slow
 def test_members_may_come_through_different_endpoints(live):
     place = {"id": "mixed", "size": 4, "wait_ms": NEVER}
     message = {"role": "user", "content": "Who keeps the light?"}

@@ -178,6 +178,7 @@ def test_a_finished_training_is_exported_and_opens(tmp_path):
     assert engine.generate("Memorize it.").report.prompt_tokens == 1 + len(lexicon.encode("Memorize it."))
 
 
+@pytest.mark.slow
 def test_export_in_shards_keeps_every_weight(tmp_path, config):
     params = train_ruler.init_params(config, seed=2)
     train_ruler.export(tmp_path, train_ruler.RULER_TINY | MICRO, params, "command", max_shard=60_000)

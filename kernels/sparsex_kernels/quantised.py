@@ -215,9 +215,14 @@ def _spread(large: Array, shape: tuple[int, ...]) -> Array:
 
 def _codes(weight: Quantised, kind: Kind) -> Array:
     if kind.bits == 8:
-        return turn(weight.codes) if weight.turned else weight.codes
+        return numbers(weight)
     low = unpack(weight.codes, kind.low, 4)
     return low if weight.high is None else low | unpack(weight.high, kind.high, kind.bits - 4) << 4
+
+
+def numbers(weight: Quantised) -> Array:
+    """Codes of 8 bits, at the places of the weights that they stand for."""
+    return turn(weight.codes) if weight.turned else weight.codes
 
 
 def turn(codes: Array) -> Array:
@@ -233,7 +238,7 @@ def turned(weight: Quantised) -> Quantised:
 
 
 def unpack(packed: Array, group: int, bits: int) -> Array:
-    """Codes of so many bits, from bytes `[*stack, inputs * bits / 8, outputs]` that were packed in groups of inputs."""
+    """Codes of 1, 2 or 4 bits, from bytes `[*stack, inputs * bits / 8, outputs]` packed in groups of inputs."""
     *stack, rows, outputs = packed.shape
     parts = 8 // bits
     grouped = packed.reshape(*stack, -1, 1, group // parts, outputs)

@@ -9,7 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
-from sparsex_kernels.quantised import Quantised, dequantise
+from sparsex_kernels.quantised import Quantised, dequantise, numbers
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -28,7 +28,7 @@ def _product(inputs: Array, stack: Array | Quantised, layer: Array | int) -> Arr
         return inputs @ weight
     if not weight.scaled_by_output:
         return inputs @ dequantise(weight, inputs.dtype)
-    product = jnp.dot(inputs, weight.codes.astype(inputs.dtype), preferred_element_type=jnp.float32)
+    product = jnp.dot(inputs, numbers(weight).astype(inputs.dtype), preferred_element_type=jnp.float32)
     return (product * weight.scales).astype(inputs.dtype)
 
 

@@ -6,9 +6,9 @@ The task is tracking variables over the same documents. Each session of 10 quest
 first variables, so the documents mean something else although their text is the same. Each question has the documents
 in another order, and behind them the last two questions with the model's own answers. The KV of every prompt is kept,
 and the next prompts find it, so approximate KV is the donor of approximate KV. Full recompute answers the same prompts,
-and its KV is not kept. With several agents so many questions are asked in a round, each with the documents in an order
-of its own, and the history has the answers of all in the last rounds; `--queries` counts rounds then. Prints a line for
-each part of the queries, and writes `drift-<model>-<device>.json`, or `drift-rounds-<model>-<device>.json`.
+and its KV is not kept. With several agents (`--agents`) each of them asks one question in a round, with the documents
+in an order of its own, and the history has all answers of the last rounds; `--queries` then counts rounds. Prints a
+line for each part of the queries, and writes `drift-<model>-<device>.json`, or `drift-rounds-<model>-<device>.json`.
 """
 
 import argparse

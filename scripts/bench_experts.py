@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_kernels import after, median_seconds
+from bench_kernels import Row, after, median_seconds
 
 from sparsex_jax.config import ModelConfig, named_config
 from sparsex_jax.eval.results import provenance, write_json
@@ -33,28 +33,6 @@ from sparsex_kernels.grouped_linear import IMPLEMENTATIONS
 RESULTS = Path(__file__).resolve().parent / "results"
 FLOORS = ("dense", "copy")
 LAYERS = 2  # of the stacks, of which one is used
-
-
-class Row(NamedTuple):
-    """One figure: the seconds of a repetition, its operations, the bytes it has to read, and its share of the floor."""
-
-    work: str
-    implementation: str
-    seconds: float
-    flops: float = 0.0
-    bytes: float = 0.0
-    share: float | None = None
-
-    @property
-    def rates(self) -> tuple[float, float]:
-        """Operations and bytes in a second."""
-        return self.flops / self.seconds, self.bytes / self.seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row in the result file."""
-        figures = {"figure": 1e3 * self.seconds, "unit": "ms", "share": self.share}
-        rates = {"tflops": self.rates[0] / 1e12, "terabytes_per_second": self.rates[1] / 1e12}
-        return {"work": self.work, "implementation": self.implementation} | figures | rates
 
 
 class Layer(NamedTuple):
@@ -137,19 +115,18 @@ def benches(model: ModelConfig, rows: int, sequences: int, names: list[str]) -> 
         yield decode, functools.partial(experts, model, layer, decode, sequences, name)
 
 
-def with_share(row: Row, floors: dict[str, Row]) -> Row:
-    floor = floors.get("copy" if row.work.startswith("decode") else "dense")
-    if floor is None or row.work in FLOORS:
-        return row
-    which = 1 if row.work.startswith("decode") else 0
-    return row._replace(share=row.rates[which] / floor.rates[which])
+def share_of(row: Row, floors: dict[str, Row]) -> float | None:
+    """The row's rate as a share of its floor's: of bytes for decode, else of operations."""
+    of_bytes = row.work.startswith("decode")
+    floor = floors.get("copy" if of_bytes else "dense")
+    return None if floor is None or row.work in FLOORS else row.rates[of_bytes] / floor.rates[of_bytes]
 
 
-def show(row: Row) -> str:
+def show(row: Row, share: float | None) -> str:
     flops, moved = row.rates
-    share = f"{row.share:8.0%}" if row.share is not None else ""
+    shown = "" if share is None else f"{share:8.0%}"
     name = f"{row.work:20}{row.implementation:10}{row.seconds * 1e3:10.3f} ms"
-    return f"{name} {flops / 1e12:8.1f} TFLOP/s {moved / 1e12:8.3f} TB/s {share}"
+    return f"{name} {flops / 1e12:8.1f} TFLOP/s {moved / 1e12:8.3f} TB/s {shown}"
 
 
 def implementations() -> list[str]:
@@ -172,23 +149,22 @@ def main() -> None:
         parser.error(f"--model={options.model} has no experts")
     if options.experts is not None:
         model = dataclasses.replace(model, num_experts=options.experts)
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     floors: dict[str, Row] = {}
     names = options.implementations or implementations()
     for work, bench in benches(model, options.rows, options.sequences, names):
         if options.only in work or work in FLOORS:
             try:
-                row = with_share(bench(), floors)
-                rows.append(row)
+                row = bench()
+                share = share_of(row, floors)
+                rows.append(row.to_dict() | {"share": share})
                 if work in FLOORS:
                     floors[work] = row
-                print(show(row), flush=True)
+                print(show(row, share), flush=True)
             except Exception:  # if one fails, the others run all the same
                 print(f"{work} failed\n{traceback.format_exc(limit=-3)}", flush=True)
     made = {"model": options.model, "experts": model.num_experts, "rows": options.rows, "sequences": options.sequences}
-    print(
-        write_json({"bench": "experts"} | provenance() | made | {"rows": [r.to_dict() for r in rows]}, options.output)
-    )
+    print(write_json({"bench": "experts"} | provenance() | made | {"rows": rows}, options.output))
 
 
 if __name__ == "__main__":

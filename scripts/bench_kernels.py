@@ -46,10 +46,15 @@ class Row(NamedTuple):
     flops: float = 0.0
     bytes: float = 0.0
 
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Operations and bytes in a second."""
+        return self.flops / self.seconds, self.bytes / self.seconds
+
     def to_dict(self) -> dict[str, Any]:
         """The row in the result file."""
         figures = {"figure": 1e3 * self.seconds, "unit": "ms"}
-        rates = {"tflops": self.flops / self.seconds / 1e12, "terabytes_per_second": self.bytes / self.seconds / 1e12}
+        rates = {"tflops": self.rates[0] / 1e12, "terabytes_per_second": self.rates[1] / 1e12}
         return {"work": self.work, "implementation": self.implementation} | figures | rates
 
 

@@ -62,7 +62,7 @@ async def speak(agent: AssistantAgent, heard: list[TextMessage]) -> TextMessage:
 
 
 async def debate(agents: list[AssistantAgent], client: ClientInRounds) -> None:
-    """All rounds. Nobody waits for one agent longer than for the others: the server says who was there in time."""
+    """All rounds. A slow agent holds the others for `WAIT_MS` at most: the server says who was there in time."""
     name, said = secrets.token_hex(8), [TextMessage(source="user", content=TASK)]
     for number in range(ROUNDS):
         client.round = {"id": f"{name}-{number}", "size": len(agents), "wait_ms": WAIT_MS}

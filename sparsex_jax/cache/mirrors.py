@@ -7,8 +7,8 @@ pages themselves are spare, and the first to be evicted; what is left of a page 
     pages of the store      [donor's page 4] [donor's page 5]  [7: patch rows of 21 and 22]
     derived pages            21 rests on 4 and 7     22 rests on 4, 5 and 7
 
-Who finds a derived page in his prefix has it restored first: a page of the store gets its rows, and belongs to the same
-node. Segments are copied from derived pages without that.
+A derived page that a prompt finds in its prefix is restored first: a page of the store gets its rows, and belongs to
+the same node. Segments are copied from derived pages without that.
 
 What derived pages rest on stays while they do, even if no lookup finds it any more. When pages are needed, derived ones
 are evicted like others, those that were used longest ago first, and then what they rested on.
@@ -215,7 +215,7 @@ class Mirrors:
         return [page] if there and self._open.used < self._page_size else []
 
     def _take_columns(self, begun: list[int], new: list[int], number: int) -> Int64[np.ndarray, "columns"]:
-        """The slots of the next so many columns, of the page that is begun and of new ones."""
+        """The slots of the next `number` columns, of the page that is begun and of new ones."""
         size, used = self._page_size, self._open.used if begun else 0
         slots = (np.array([*begun, *new], np.int64)[:, None] * size + np.arange(size)).ravel()[used : used + number]
         if number:

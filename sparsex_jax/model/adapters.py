@@ -1,7 +1,7 @@
 """LoRA adapters: what one adds to the products of a model's layers.
 
-A layer's product `x W` becomes `x W + (x A) B` for the rows on which an adapter acts, with A of `[inputs, rank]` and B of
-`[rank, outputs]` (Hu et al. 2021, section 4.1). The scale alpha / rank is part of B here.
+A layer's product `x W` becomes `x W + (x A) B` for the rows on which an adapter acts, with A of `[inputs, rank]` and B
+of `[rank, outputs]` (Hu et al. 2021, section 4.1). The scale alpha / rank is part of B here.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Querie
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
 _EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...]
-_ADAPTERS = PartitionSpec(None, None, TENSOR_AXIS, None, None)  # [layers, adapters, kv_heads, rank, head_dim]
 _ALL = PartitionSpec()
+# Of `LowRank`: Y is whole on each device, and matrices, [layers, adapters, kv_heads, rank, head_dim], are divided.
+_LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +130,12 @@ class Ops:
         all of Y on each device: it has no heads."""
 
         def attend(*args: Any, **on: Any) -> Any:
-            *rows, window, adapters = args
-            joined = None if adapters is None else kernels.LowRank(*adapters)
-            return kernels.paged_attention(*rows, window=window, low_rank=joined, **on)
+            *rows, window, low_rank = args
+            return kernels.paged_attention(*rows, window=window, low_rank=low_rank, **on)
 
-        adapters: Any = None
-        by_adapter: Any = _ALL
-        if low_rank is not None:
-            adapters = low_rank.store, low_rank.matrices, low_rank.columns, low_rank.adapters
-            by_adapter = (_ALL, _ADAPTERS, _ALL, _ALL)
+        by_adapter: Any = _ALL if low_rank is None else kernels.LowRank(*_LOW_RANK)
         run = self._over_heads(attend, (_HEADS, _STORE, *[_ALL] * 5, by_adapter), _HEADS)
-        return run(q, store, layer, rows.position, rows.request, tables, window, adapters)
+        return run(q, store, layer, rows.position, rows.request, tables, window, low_rank)
 
     def key_mass(
         self,

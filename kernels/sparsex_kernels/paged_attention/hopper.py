@@ -17,11 +17,11 @@ from jaxtyping import Float, Int
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.gpu import check_attention, in_float16, padded_pages
+from sparsex_kernels.gpu import check_attention, check_low_rank, in_float16, padded_pages
 from sparsex_kernels.layout import Queries, first_seen, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS
 from sparsex_kernels.paged_attention.hopper_decode import decode
-from sparsex_kernels.paged_attention.hopper_low_rank import check_low_rank, low_rank_operands
+from sparsex_kernels.paged_attention.hopper_low_rank import RANKS, low_rank_operands
 from sparsex_kernels.paged_attention.hopper_merge import Parts, TileRows, merge_tiles
 from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape, copies_a_block
 from sparsex_kernels.paged_attention.hopper_tile import kernel, scratch_types
@@ -46,7 +46,7 @@ def attend(
     """The output `[rows, q_heads, head_dim]`, unless `values` is off, and then, if `lse` is on, the log-sum-exp in
     float32, `[rows, q_heads]`."""
     check_attention(args, config.block, PAGE_MULTIPLE)
-    check_low_rank(args)
+    check_low_rank(args, RANKS[args.query.shape[2]])
     shape = Shape.of(args, values, lse, config)
     tile = shape.rows * config.warpgroups
     query, count = pad_rows(args.query, tile), len(args.query)

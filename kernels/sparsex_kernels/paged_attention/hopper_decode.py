@@ -20,14 +20,14 @@ from jaxtyping import Float
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.attention_shape import AttentionShape, shared_sizes
-from sparsex_kernels.gpu import check_attention, padded_pages
+from sparsex_kernels.gpu import check_attention, check_low_rank, padded_pages
 from sparsex_kernels.layout import Queries
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS, Ref, Softmax
 from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_blocks, ring_scratch, staging_scratch
 from sparsex_kernels.paged_attention.hopper_low_rank import (
+    RANKS,
     Expansion,
     LowRankRefs,
-    check_low_rank,
     first_column,
     low_rank_operands,
     matrix_scratch,
@@ -52,7 +52,7 @@ class Shape(AttentionShape):
 def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     """Output and log-sum-exp, as `sparsex_kernels.paged_attention` returns them; rows may be in any order."""
     check_attention(args, BLOCK, smallest_page=BLOCK)
-    check_low_rank(args)
+    check_low_rank(args, RANKS[args.query.shape[2]])
     rows, q_heads, head_dim = args.query.shape
     sizes = shared_sizes(args)
     share, heads = sizes["share"], sizes["heads"]

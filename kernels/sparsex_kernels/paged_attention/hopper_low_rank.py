@@ -15,8 +15,8 @@ from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.attention_shape import AttentionShape
 from sparsex_kernels.mosaic import Ref, add_weighted, tiled_smem
 
-RANKS = (16, 32, 64)  # a line of Y is one that TMA swizzles
-LARGEST_MATRIX = 32 * 128  # numbers of a B that shared memory has room for, beside K, V and Y
+# By head_dim: a line of Y is one that TMA swizzles, and B has its place in shared memory beside K, V and Y.
+RANKS = {64: (16, 32, 64), 128: (16, 32)}
 
 
 class LowRankRefs(NamedTuple):
@@ -26,18 +26,6 @@ class LowRankRefs(NamedTuple):
     matrices: Ref  # [layers * adapters, kv_heads, rank, head_dim]
     columns: Ref  # [requests], -1 for those without an adapter
     adapters: Ref  # [requests]
-
-
-def check_low_rank(args: AttentionArgs) -> None:
-    """Raise `NotImplementedError` where the kernels cannot do these adapters."""
-    low_rank = args.low_rank
-    if low_rank is None:
-        return
-    rank, head_dim = low_rank.matrices.shape[3:]
-    if rank not in RANKS or rank * head_dim > LARGEST_MATRIX:
-        raise NotImplementedError(f"adapters of rank {rank}; kernels take 16 and 32, and 64 for heads of 64")
-    if args.store.dtype != low_rank.store.dtype:
-        raise NotImplementedError(f"adapters of {low_rank.store.dtype} beside a store of {args.store.dtype}")
 
 
 def low_rank_operands(args: AttentionArgs) -> list[Array]:

@@ -140,23 +140,34 @@ ADAPTERS = [
 ]
 
 
-@pytest.mark.parametrize("window", [None, 100, 1024])
 @pytest.mark.parametrize(("make", "rank", "used"), ADAPTERS)
-def test_low_rank(make, rank, used, window, implementation):
+def test_low_rank(make, rank, used, implementation):
+    check_low_rank(make(), rank, used, None, implementation)
+
+
+@pytest.mark.parametrize("make", [ADAPTERS[at].values[0] for at in (0, 6, 8)], ids=["tiles", "in parts", "decode"])
+def test_low_rank_within_windows(make, implementation):
+    check_low_rank(make(), 16, None, 100, implementation)
+
+
+def check_low_rank(case, rank, used, window, implementation):
     """Attention over V and Y is that over V + Y B. All columns of Y but those of a request's adapter hold NaN."""
-    case = make()
-    low_rank, whole = with_adapters(case, rank, used=used), None if window is None else jnp.int32(window)
-    attend = jax.jit(partial(kernels.paged_attention, window=whole, return_lse=True, implementation=implementation))
+    low_rank, window = with_adapters(case, rank, used=used), None if window is None else jnp.int32(window)
+    attend = jax.jit(partial(kernels.paged_attention, return_lse=True, implementation=implementation))
+    attend = partial(attend, window=window)
     out, lse = attend(*case, low_rank=low_rank)
-    reference = partial(kernels.paged_attention, window=whole, return_lse=True, implementation="xla")
-    expected, expected_lse = jax.jit(reference)(*over_whole_values(case, low_rank))
+    reference = jax.jit(partial(kernels.paged_attention, return_lse=True, implementation="xla"))
+    expected, expected_lse = reference(*over_whole_values(case, low_rank), window=window)
     assert relative_error(out, expected) < 1e-2
     np.testing.assert_allclose(lse, expected_lse, atol=1e-2)
     for _ in range(5):  # a result that moves is a race
         assert same(attend(*case, low_rank=low_rank)[0], out)
     plain, positions, requests = attend(*case)[0], *map(np.asarray, case[3:5])
     without = (positions < 0) | (np.asarray(low_rank.columns)[requests] < 0)
-    np.testing.assert_array_equal(*(np.asarray(x, np.float32)[without] for x in (out, plain)))
+    out, plain = (np.asarray(x, np.float32)[without] for x in (out, plain))
+    if implementation == "hopper":  # the same sums, to which 0 is added
+        np.testing.assert_array_equal(out, plain)
+    np.testing.assert_allclose(out, plain, atol=2e-2)
 
 
 def test_low_rank_of_small_shapes(implementation):

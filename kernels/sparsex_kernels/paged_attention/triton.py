@@ -26,6 +26,7 @@ from sparsex_kernels.triton import (
 
 DECODE_BLOCK = 64  # keys a step
 DECODE_PROGRAMS = 512  # to aim at: some for each multiprocessor
+DECODE_COLUMNS = 32  # of Y's products, of which 4 warps have 8 each. Of fewer, every warp computes all, and the scores
 RANKS = (16, 32, 64)  # of adapters: the fewest columns of a product, and what registers suffice for
 NO_ADAPTERS = (1, 1, 1)  # in place of their arrays: Triton compiles a 1 into the kernel, which has no such argument
 
@@ -76,7 +77,7 @@ def attend(
         ROWS=rows,
         PADDED_SHARE=padded_share,
         **constants,
-        **low_rank_constants(args),
+        **low_rank_constants(args, RANKS[0]),
     )
     return out, lse
 
@@ -92,10 +93,12 @@ def adapters(args: AttentionArgs) -> tuple[Any, Any, Any]:
     return low_rank.store, low_rank.matrices.astype(args.query.dtype), picks
 
 
-def low_rank_constants(args: AttentionArgs) -> dict[str, int]:
-    """The rank of adapters, 0 without any, and the columns of their store."""
+def low_rank_constants(args: AttentionArgs, columns: int) -> dict[str, int]:
+    """The rank of adapters, 0 without any, the columns of their products, at least these, and those of their store."""
     low_rank = args.low_rank
-    return {"RANK": 0, "WIDTH": 0} if low_rank is None else {"RANK": low_rank.rank, "WIDTH": low_rank.store.shape[3]}
+    if low_rank is None:
+        return {"RANK": 0, "COLUMNS": 0, "WIDTH": 0}
+    return {"RANK": low_rank.rank, "COLUMNS": max(low_rank.rank, columns), "WIDTH": low_rank.store.shape[3]}
 
 
 def row_tiles(
@@ -157,7 +160,7 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
         num_stages=2 if little_shared_memory(args.backend) else 4,
         WINDOWED=args.window is not None,
         **constants,
-        **low_rank_constants(args),
+        **low_rank_constants(args, DECODE_COLUMNS),
     )
     return call(
         triton_kernels.merge,

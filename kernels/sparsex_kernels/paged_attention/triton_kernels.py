@@ -57,6 +57,7 @@ def _attend(
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
     """Fold key blocks `begin .. end` into the online softmax: accumulator, maximum (in base 2) and denominator.
@@ -64,7 +65,8 @@ def _attend(
     With MASK a row sees keys up to its `bound`, and none behind `last` is read for its value: such slots may hold
     NaN, and 0 * NaN is NaN. If it is WINDOWED, it sees `window` of these keys, and no value before `first_key` is read.
 
-    If adapters have a RANK, the state's fourth is the sum of Y, from `column` on of WIDTH columns; else it is anything.
+    If adapters have a RANK, the state's fourth is the sum of Y, whose first column is `column`, of WIDTH in the store.
+    The sum has as many COLUMNS, and those behind the RANK are 0.
     """
     acc, top, total, sums = state
     dims = tl.arange(0, DIM)
@@ -95,14 +97,16 @@ def _attend(
                 v = tl.load(v_pointers, mask=(keys <= last)[:, None], other=0.0) if MASK else tl.load(v_pointers)
             acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * decay[:, None])
         if RANK:
-            y_pointers = low + y_offsets[:, None] + (column + tl.arange(0, RANK))[None, :]
+            columns = tl.arange(0, COLUMNS)
+            y_pointers = low + y_offsets[:, None] + (column + columns)[None, :]
+            read = tl.full([BLOCK, COLUMNS], True, tl.int1)
             if MASK:
-                seen = keys <= last
+                read = read & (keys <= last)[:, None]
                 if WINDOWED:
-                    seen = seen & (keys >= first_key)
-                y = tl.load(y_pointers, mask=seen[:, None], other=0.0)
-            else:
-                y = tl.load(y_pointers)
+                    read = read & (keys >= first_key)[:, None]
+            if COLUMNS > RANK:
+                read = read & (columns < RANK)[None, :]
+            y = tl.load(y_pointers, mask=read, other=0.0) if MASK or COLUMNS > RANK else tl.load(y_pointers)
             sums = tl.dot(p.to(q.dtype), y, sums * decay[:, None])
         top = new_top
     return acc, top, total, sums
@@ -119,14 +123,15 @@ def _add_expanded(
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ) -> tl.tensor:
     """`out + sums @ B` of a request's adapter, or `out` for one without, whose sums may be NaN.
 
     The request's `pick` is its first column, -1 without an adapter, and which of the matrices is its B.
     """
-    ranks, dims = tl.arange(0, RANK), tl.arange(0, DIM)
+    ranks, dims = tl.arange(0, COLUMNS), tl.arange(0, DIM)
     matrix = (tl.load(pick + 1) * KV_HEADS + kv_head).to(tl.int64) * RANK
-    b = tl.load(matrices + (matrix + ranks)[:, None] * DIM + dims[None, :])
+    b = tl.load(matrices + (matrix + ranks)[:, None] * DIM + dims[None, :], mask=(ranks < RANK)[:, None], other=0.0)
     sums = tl.where(tl.load(pick) >= 0, sums, 0.0)
     return tl.dot(sums.to(b.dtype), b, out)
 
@@ -157,6 +162,7 @@ def _attend_all(
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> tl.tensor:
     """Fold key blocks `clear .. full`, which every row sees in full, and then `full .. end`, which need a mask.
@@ -187,6 +193,7 @@ def _attend_all(
             PAGE,
             DIM,
             RANK,
+            COLUMNS,
             WIDTH,
         )
     state = _attend(
@@ -212,6 +219,7 @@ def _attend_all(
         PAGE,
         DIM,
         RANK,
+        COLUMNS,
         WIDTH,
     )
     return _attend(
@@ -237,6 +245,7 @@ def _attend_all(
         PAGE,
         DIM,
         RANK,
+        COLUMNS,
         WIDTH,
     )
 
@@ -267,6 +276,7 @@ def attention(
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
     """One tile of rows of one request, and `SHARE` query heads of one KV head; `lse` is in base 2.
@@ -292,7 +302,7 @@ def attention(
         tl.zeros([ROWS * PADDED_SHARE, DIM], tl.float32),
         tl.full([ROWS * PADDED_SHARE], MASKED, tl.float32),
         tl.zeros([ROWS * PADDED_SHARE], tl.float32),
-        tl.zeros([ROWS * PADDED_SHARE, RANK if RANK else 1], tl.float32),
+        tl.zeros([ROWS * PADDED_SHARE, COLUMNS if RANK else 1], tl.float32),
     )
     column = tl.maximum(tl.load(picks + request * 2), 0) if RANK else 0
     table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
@@ -327,6 +337,7 @@ def attention(
         PAGE,
         DIM,
         RANK,
+        COLUMNS,
         WIDTH,
     )
     tl.store(lse + at, top + tl.log2(total), mask=live)
@@ -334,7 +345,7 @@ def attention(
         seen = tl.maximum(total, 1e-37)[:, None]  # padding gets 0
         acc = acc / seen
         if RANK:
-            acc = _add_expanded(acc, sums / seen, matrices, picks + request * 2, kv_head, KV_HEADS, DIM, RANK)
+            acc = _add_expanded(acc, sums / seen, matrices, picks + request * 2, kv_head, KV_HEADS, DIM, RANK, COLUMNS)
         tl.store(out + places, acc.to(out.dtype.element_ty), mask=live[:, None])
 
 
@@ -360,6 +371,7 @@ def decode(
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
     """One part of a row's keys, and `SHARE` query heads of one KV head; `lse` is in base 2."""
@@ -378,7 +390,7 @@ def decode(
         tl.zeros([16, DIM], tl.float32),
         tl.full([16], MASKED, tl.float32),
         tl.zeros([16], tl.float32),
-        tl.zeros([16, RANK if RANK else 1], tl.float32),
+        tl.zeros([16, COLUMNS if RANK else 1], tl.float32),
     )
     column = tl.maximum(tl.load(picks + request * 2), 0) if RANK else 0
     table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
@@ -411,15 +423,17 @@ def decode(
         PAGE,
         DIM,
         RANK,
+        COLUMNS,
         WIDTH,
     )
     to = (number * HEADS + head) * SHARE + member
     tl.store(lse + to, top + tl.log2(total), mask=live)
+    places = out + to[:, None] * DIM + dims[None, :]
     acc = acc / total[:, None]
     if RANK:
         sums = sums / total[:, None]
-        acc = _add_expanded(acc, sums, matrices, picks + request * 2, kv_head, KV_HEADS, DIM, RANK)
-    tl.store(out + to[:, None] * DIM + dims[None, :], acc, mask=live[:, None])
+        acc = _add_expanded(acc, sums, matrices, picks + request * 2, kv_head, KV_HEADS, DIM, RANK, COLUMNS)
+    tl.store(places, acc, mask=live[:, None])
 
 
 @triton.jit

@@ -22,6 +22,7 @@ import sparsex_kernels.api as kernels
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
+from sparsex_kernels.backend import VALIDATED, Backend, FallbackWarning, report_choice
 
 SMALL = {"page_size": 16, "dim": 16, "dtype": "float32"}
 NINE, MANY = {"kv_heads": 3, "group": 3}, {"kv_heads": 8, "group": 4}
@@ -95,6 +96,17 @@ def test_adapters_may_share_columns(implementation):
         store = store.at[:, pages].set(jnp.roll(store[:, pages], by, axis=-1))
     shared = kernels.LowRank(store, low_rank.matrices, column, low_rank.adapters)
     np.testing.assert_array_equal(attend(case, shared, implementation)[0], attend(case, low_rank, implementation)[0])
+
+
+def test_no_kernel_runs_with_adapters_before_it_is_validated_with_them(monkeypatch):
+    case, gpu = scattered(LENGTHS, 40, **SMALL, **NINE), Backend("gpu", "9.0")
+    attend = functools.partial(kernels.paged_attention, *case, low_rank=with_adapters(case, 16), backend=gpu)
+    monkeypatch.setitem(VALIDATED, "low_rank_attention", frozenset())
+    report_choice.cache_clear()  # each choice is told once
+    with pytest.warns(FallbackWarning, match=r"low_rank_attention runs in plain XLA .* hopper: no version"):
+        jax.eval_shape(attend)
+    with pytest.raises(NotImplementedError, match="queries of float32"):
+        attend(implementation="hopper")
 
 
 def test_what_does_not_fit_is_refused():

@@ -23,6 +23,8 @@ from sparsex_jax.checkpoints.hub import fetch_files
 from sparsex_jax.checkpoints.names import require_name
 from sparsex_jax.checkpoints.safetensors_file import open_safetensors
 from sparsex_jax.config import ModelConfig
+from sparsex_jax.config.fields import Fields
+from sparsex_jax.config.files import read_json
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
 from sparsex_jax.model.adapters import TARGETS, AdapterWeights, Pair
 from sparsex_jax.model.weights import describe, leaf_name
@@ -83,6 +85,15 @@ def read_adapter(source: str | Path, config: ModelConfig, *, base: str | None = 
     )
 
 
+def stated_rank(source: str | Path) -> int:
+    """The largest rank that the configuration of an adapter names, before there is a model to read it for. Raises as
+    `read_adapter`."""
+    path = _find(source) / ADAPTER_CONFIG
+    fields = Fields(str(path), read_json(path))
+    others = fields.object("rank_pattern")
+    return max([fields.count("r"), *(others.count(name) for name in others.values)])
+
+
 def adapter_digest(pairs: Mapping[str, Pair], invocation: Iterable[int]) -> str:
     """64 hexadecimal digits, from every bit of what an adapter computes with."""
     digest = hashlib.sha256(repr(tuple(invocation)).encode())
@@ -94,11 +105,15 @@ def adapter_digest(pairs: Mapping[str, Pair], invocation: Iterable[int]) -> str:
 
 
 def _find(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
     otherwise = "no directory of an adapter"
-    if path.exists():
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, or no home is known
+        raise UnknownModelError(f"{str(source)!r:.300} is {otherwise}: {error}") from error
+    if exists:
         raise UnknownModelError(f"{str(source)!r} is {otherwise}")
     return fetch_files(require_name(source, otherwise), (ADAPTER_CONFIG, _WEIGHTS))
 

@@ -48,11 +48,11 @@ class Neighbours:
     most: int
 
     @classmethod
-    def of(cls, cache: PageCache, namespace: str, budget: int, num_base: NumBase) -> Neighbours:
+    def of(cls, cache: PageCache, namespace: str, budget: int, num_base: NumBase = len) -> Neighbours:
         """The opening and the texts of a namespace that fit into so many tokens, of what no adapter acted on.
 
         Args:
-          num_base: on how many leading tokens none acted, of keys that the cache has.
+          num_base: on how many leading tokens none acted, of keys that the cache has. By default all are tokens.
         """
         stored = itertools.islice(cache.beginnings(namespace, budget // OPENING_SHARE), MOST_PROMPTS)
         beginnings = (each[: TOKEN_BYTES * num_base(np.frombuffer(each, np.int32))] for each in stored)

@@ -60,7 +60,7 @@ class EngineChoice:
 
     def load(self) -> Engine:
         keep_on_disk()
-        mesh = make_mesh(self.tensor_parallel)
+        mesh, (slots, rank) = make_mesh(self.tensor_parallel), self.adapter_slots
         return Engine.from_pretrained(  # which shows what it loads
             self.model,
             mesh=mesh,
@@ -84,14 +84,18 @@ class EngineChoice:
             disk_store=self.disk_store,
             disk_store_bytes=self.disk_store_bytes,
             adapters=self.adapters,
-            max_adapters=len(self.adapters) if self.max_adapters is None else self.max_adapters,
-            max_adapter_rank=self.max_adapter_rank or self._rank(),
+            max_adapters=slots,
+            max_adapter_rank=rank,
         )
 
-    def _rank(self) -> int:
-        """A multiple of 8."""
+    @property
+    def adapter_slots(self) -> tuple[int, int]:
+        """How many adapters can be loaded, and their largest rank, a multiple of 8. Reads those that are named."""
+        slots = len(self.adapters) if self.max_adapters is None else self.max_adapters
+        if self.max_adapter_rank is not None:
+            return slots, self.max_adapter_rank
         ranks = [stated_rank(source) for source in self.adapters.values()]
-        return max([EngineConfig.max_adapter_rank, *(-(-rank // 8) * 8 for rank in ranks)])
+        return slots, max([EngineConfig.max_adapter_rank, *(-(-rank // 8) * 8 for rank in ranks)])
 
 
 def run(

@@ -12,6 +12,7 @@ from conftest import TALKING
 from live import ScriptedLoop, live_server, make_engine, wait_for
 
 from sparsex_jax import SamplingParams
+from sparsex_jax.errors import HubError, UnsupportedModelError
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.request_log import RequestLog
@@ -154,6 +155,26 @@ def test_adapters_that_cannot_be_loaded_are_refused(client, folders, tmp_path):
     assert unload(client, "tiny").json()["error"]["message"].startswith("lora_name: 'tiny' is the model")
     extra = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "y", "load_inplace": True})
     assert (extra.status_code, extra.json()["error"]["param"]) == (400, "load_inplace")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (HubError("the hub cannot be reached"), 502, "hub_unavailable"),
+        (UnsupportedModelError("use_dora=True is not supported"), 400, "unsupported_adapter"),
+    ],
+)
+def test_an_adapter_that_cannot_be_read_is_told_with_a_code(client, monkeypatch, error, status, code):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("sparsex_jax.serving.adapters.read_adapter", fail)
+    reply = load(client, SPARE, "OWNER/adapter")
+    assert (reply.status_code, reply.json()["error"]["code"], reply.json()["error"]["message"]) == (
+        status,
+        code,
+        str(error),
+    )
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
@@ -363,6 +384,35 @@ def test_knowledge_is_kept_and_found_under_its_adapter(http):
     }
     assert found["north"] > 0
     assert found["south"] == found["tiny"] == 0
+
+
+@pytest.mark.slow
+def test_knowledge_of_an_adapter_goes_with_it(http, folders):
+    load(http, SPARE, folders[SPARE])
+    handle = http.post("/v1/knowledge", json={"text": PROMPT * 2, "model": SPARE}).json()["handle"]
+    assert unload(http, SPARE).status_code == 200
+    assert handle not in [each["handle"] for each in http.get("/v1/knowledge").json()["data"]]
+    assert http.delete(f"/v1/knowledge/{handle}").status_code == 404
+
+
+@pytest.mark.slow
+def test_what_stands_before_an_invocation_is_found_by_everybody(http, engine, tmp_path):
+    context, call = (
+        "The Heron leaves at six, the Tern at seven, and the Plover not before nine. " * 2,
+        " Who leaves last?",
+    )
+    ids = http.post("/tokenize", json={"prompt": call}).json()["tokens"]
+    tensors = random_tensors(TALKING, rank=8, seed=9)
+    activated = write(tmp_path, tensors, r=8, lora_alpha=32, alora_invocation_tokens=ids)
+    assert load(http, SPARE, activated).status_code == 200
+    before = complete(http, "tiny", prompt=context).json()["sparsex"]["prompt_tokens"]
+    called = complete(http, SPARE, prompt=context + call).json()["sparsex"]
+    assert called["adapter"] == {"name": SPARE, "tokens": len(ids)}
+    assert called["prefix_tokens"] >= before - 1
+    silent = complete(http, SPARE, prompt=context)
+    assert silent.json()["sparsex"]["adapter"]["tokens"] == 0
+    assert answer(silent) == answer(complete(http, "tiny", prompt=context))
+    assert answer(complete(http, SPARE, prompt=context + call)) != answer(complete(http, "tiny", prompt=context + call))
 
 
 @pytest.mark.slow

@@ -72,6 +72,13 @@ def read_adapter(source: str | Path, config: ModelConfig, *, base: str | None = 
       HubError: the hub cannot be reached and not all is in the cache, or it refuses access.
     """
     folder = _find(source)
+    try:
+        return _read(folder, config, base)
+    except OSError as error:
+        raise UnknownModelError(f"{folder} cannot be read: {error}") from error
+
+
+def _read(folder: Path, config: ModelConfig, base: str | None) -> AdapterWeights:
     said = read_adapter_config(folder / ADAPTER_CONFIG, config)
     _tell_of_base(folder, said.base, base)
     stored = _Stored(_weights_file(folder), config)

@@ -7,7 +7,7 @@ import gc
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparsex_jax.checkpoints.names import model_title
@@ -76,6 +76,8 @@ def run(
     if engine.sampling:
         said = ", ".join(f"{field}={value:g}" for field, value in engine.sampling.items())
         messages().print(f"Sampling by default: {said} (of the model; see --generation-config)", soft_wrap=True)
+    if engine.adapters:
+        messages().print(_adapters(engine, choice.adapters), soft_wrap=True)
     messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."
@@ -85,6 +87,12 @@ def run(
     gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
     server.run()
     engine.close()
+
+
+def _adapters(engine: Engine, sources: Mapping[str, str]) -> str:
+    """Which are loaded."""
+    said = (f"{name} of {sources[name]} (rank {each.rank})" for name, each in engine.adapters.items())
+    return f"Adapters: {', '.join(said)}"
 
 
 def _places(name: str, sockets: Sequence[socket.socket]) -> str:

@@ -37,10 +37,11 @@ async def load_adapter(body: LoadRequest, service: Served, tenant: Caller) -> Re
     _check_permission(service, tenant)
     extras.forbid(body)
     name, source = body.lora_name, body.lora_path
-    service.models.check_new(name)
-    weights = await asyncio.to_thread(_read, source, service)
-    service.worker.require_open()
-    await service.call(service.models.load, name, source, weights)
+    async with service.models.loading:
+        service.models.check_new(name)
+        weights = await asyncio.to_thread(_read, source, service)
+        service.worker.require_open()
+        await service.call(service.models.load, name, source, weights)
     service.metrics.expect_adapter(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import contextlib
 import time
@@ -35,6 +36,7 @@ class Models:
 
     Attributes:
       base: the model's name in requests.
+      loading: is held while an adapter is read and loaded, since several at once would fill the memory.
     """
 
     def __init__(self, engine: Engine, base: str, sources: Mapping[str, str]) -> None:
@@ -47,6 +49,7 @@ class Models:
         """
         self.base, self._engine, self._created = base, engine, int(time.time())
         self._sources = {name: Served(name, source, self._created, base) for name, source in sources.items()}
+        self.loading = asyncio.Lock()
         self._loaded = engine.admission.adapters  # may be read from any thread
         self._requests: collections.Counter[str] = collections.Counter()
         self._leaving: set[str] = set()

@@ -56,7 +56,13 @@ def differences(model, tensors, scale, target):
 
 
 @pytest.mark.parametrize(
-    ("family", "kinds"), [("llama", ALL), ("phi3", FUSED), ("gemma3_text", ALL), ("mixtral", ALL[:4])]
+    ("family", "kinds"),
+    [
+        ("llama", ALL),
+        ("phi3", FUSED),
+        pytest.param("gemma3_text", ALL, marks=pytest.mark.slow),
+        pytest.param("mixtral", ALL[:4], marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_read_is_what_merging_adds(family, kinds, tmp_path):
     """Fused modules are split, and rotated rows are in the order of the model's own."""

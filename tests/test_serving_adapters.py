@@ -1,20 +1,27 @@
 """Adapters over HTTP: named as models at all endpoints, loaded and unloaded while requests run."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import random
+import types
 
 import openai
 import pytest
 from adapter_files import random_tensors, write, write_adapter
 from conftest import TALKING
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from live import ScriptedLoop, live_server, make_engine, wait_for
 
 from sparsex_jax import SamplingParams
-from sparsex_jax.errors import HubError, UnsupportedModelError
+from sparsex_jax.errors import AdapterInUseError, HubError, InvalidRequestError, UnsupportedModelError
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Access, Limits
+from sparsex_jax.serving.faults import RequestError
+from sparsex_jax.serving.models import Models
 from sparsex_jax.serving.request_log import RequestLog
 
 PROMPT = "Which harbour opens at dawn, and who keeps the list of boats in the green book?"
@@ -66,6 +73,76 @@ def answer(reply):
 
 def adapters_served(client):
     return [card["id"] for card in client.get("/v1/models").json()["data"] if card["parent"]]
+
+
+# Which names are served ----------------------------------------------------------------------------------------------
+
+
+class Loaded(RuleBasedStateMachine):
+    """Adapters come and go while requests begin and end, in any order."""
+
+    names = st.sampled_from(["a", "b", "c"])
+
+    def __init__(self):
+        super().__init__()
+        self.there, self.requests = {}, []
+        adapters = types.SimpleNamespace(adapters=self.there.values())
+        engine = types.SimpleNamespace(
+            admission=adapters,
+            load_adapter=lambda name, _: self.there.update({name: types.SimpleNamespace(name=name)}),
+            unload_adapter=self.there.pop,
+        )
+        self.models = Models(engine, "base", {})
+
+    @rule(name=names)
+    def load(self, name):
+        if name in self.there:
+            with pytest.raises(InvalidRequestError, match="is loaded already"):
+                self.models.check_new(name)
+        else:
+            self.models.check_new(name)
+            self.models.load(name, f"from {name}", None)
+
+    @rule(name=names, fails=st.booleans())
+    def unload(self, name, fails):
+        """The engine may refuse, where sequences of requests that ended are still there."""
+        used = [each for each, _ in self.requests].count(name)
+        refusal = AdapterInUseError if used else RequestError if name not in self.there else Refused if fails else None
+        with pytest.raises(refusal) if refusal else contextlib.nullcontext(), self.models.leaving(name):
+            with pytest.raises(RequestError, match="is not served here"):
+                self.models.adapter_of(name)
+            if fails:
+                raise Refused
+            self.models.unload(name)
+
+    @rule(name=names)
+    def begin(self, name):
+        if name in self.there:
+            held = contextlib.ExitStack()
+            held.enter_context(self.models.using(self.models.adapter_of(name)))
+            self.requests.append((name, held))
+        else:
+            with pytest.raises(RequestError, match=f"model '{name}' is not served here"):
+                self.models.adapter_of(name)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def end(self, data):
+        self.requests.pop(data.draw(st.integers(0, len(self.requests) - 1)))[1].close()
+
+    @invariant()
+    def what_is_served_is_what_is_loaded(self):
+        served = [(each.name, each.source, each.parent) for each in self.models]
+        assert served == [("base", "base", None), *((name, f"from {name}", "base") for name in self.there)]
+        assert all(name in self.there for name, _ in self.requests)
+
+
+class Refused(Exception):
+    """The engine refuses."""
+
+
+TestLoaded = Loaded.TestCase
+TestLoaded.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
 
 
 # A scripted loop answers, which has no weights -------------------------------------------------------------------
@@ -152,7 +229,9 @@ def test_adapters_that_cannot_be_loaded_are_refused(client, folders, tmp_path):
     load(client, SPARE, folders[SPARE])
     full = load(client, "fourth", folders["other"])
     assert (full.status_code, "max_adapters=3" in full.json()["error"]["message"]) == (400, True)
-    assert unload(client, "tiny").json()["error"]["message"].startswith("lora_name: 'tiny' is the model")
+    gone = unload(client, "tiny")
+    assert (gone.status_code, gone.json()["error"]["param"]) == (404, "lora_name")
+    assert "no adapter 'tiny' is loaded; there are: north, south, spare" in gone.json()["error"]["message"]
     extra = client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "y", "load_inplace": True})
     assert (extra.status_code, extra.json()["error"]["param"]) == (400, "load_inplace")
 

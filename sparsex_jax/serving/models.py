@@ -117,8 +117,10 @@ class Models:
           RequestError: no adapter of that name is loaded, or it is being unloaded.
           AdapterInUseError: requests with it are under way.
         """
-        if self.adapter_of(name) is None:
-            raise RequestError(f"lora_name: {name!r:.300} is the model, and no adapter", param="lora_name")
+        adapters = [each.name for each in self if each.parent and each.name not in self._leaving]
+        if name not in adapters:
+            said = f"lora_name: no adapter {name!r:.300} is loaded; there are: {', '.join(adapters) or 'none'}"
+            raise RequestError(said, param="lora_name", code="adapter_not_found", status=404)
         if self._requests[name]:
             raise AdapterInUseError(f"adapter {name!r} cannot be unloaded: {self._requests[name]} requests use it")
         self._leaving.add(name)

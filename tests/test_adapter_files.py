@@ -127,6 +127,10 @@ def test_smaller_ranks_and_layers_without_an_adapter_are_zeros(tmp_path):
         (ALL[:4], {"target_modules": ALL, "exclude_modules": ALL[4:]}),
         (ALL[:2], {"target_modules": ALL[:2], "layers_to_transform": [0, 1, 2, 3], "layers_pattern": "layers"}),
         (ALL[:2], {"target_modules": ALL[:2], "layers_to_transform": [], "layers_pattern": []}),
+        (  # a whole name counts in any layer
+            ALL[:1],
+            {"target_modules": ["q_proj", "model.layers.3.self_attn.q_proj"], "layers_to_transform": [0, 1, 2]},
+        ),
     ],
 )
 def test_modules_are_selected_as_peft_does(kinds, said, tmp_path):

@@ -79,7 +79,9 @@ class AdapterConfig:
         """Whether the adapter acts on a module of the model."""
         if _is_named(module, self.excluded):
             return False
-        return self.targets is None or (_is_named(module, self.targets) and self._has_layer(module))
+        if self.targets is None or (isinstance(self.targets, tuple) and module in self.targets):
+            return True  # a whole name counts in any layer
+        return _is_named(module, self.targets) and self._has_layer(module)
 
     def rank(self, module: str) -> int:
         return next((rank for key, rank in self.ranks.items() if key.match(module)), self.fields.count("r"))

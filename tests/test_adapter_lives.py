@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from adapting import DEVICE, Adapted, adapting_engine, dense_of, greedy, make_adapter, merged
-from conftest import TINY, idle, tiny_params
+from conftest import TINY, found_in_segments, idle, tiny_params
 from dense import Dense, stored_kv
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -246,7 +246,10 @@ def loaded(engine):
 def test_what_is_preempted_goes_on_under_its_adapter():
     prompts = [TEXT[:90], TEXT[200:280], np.append(TEXT[300:390], CALLED).astype(np.int32), TEXT[400:480]]
     names = ["x", "y", "z", None]
-    alone = [loaded(adapting_engine()).generate(*each, LONG, adapter=name) for *each, name in zip(prompts, names)]
+    alone = [
+        loaded(adapting_engine()).generate(prompt, LONG, adapter=name)
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
     engine = loaded(adapting_engine(store_tokens=24 * PAGE, decode_steps=4))
     together = engine.generate_batch(prompts, LONG, adapter=names)
     assert engine.loop.stats.preempted > 0
@@ -261,11 +264,11 @@ def test_what_is_preempted_goes_on_under_its_adapter():
 @pytest.mark.slow
 def test_members_of_a_round_have_adapters_of_their_own(engine):
     shared = TEXT[:64]
-    prompts = [np.concatenate([TEXT[100 + 20 * n : 110 + 20 * n], shared]) for n in range(4)]
+    prompts = [np.concatenate([TEXT[100 + 20 * n :][:10], shared, TEXT[600 + 20 * n :][:6]]) for n in range(4)]
     names = ["x", "y", "x", None]
     engine.remember(shared, adapter="x")
     engine.remember(shared)
-    sparse = ReuseConfig("sparsex", boundary_layer=1, recompute_ratio=0.2, overflow_tokens=4)
+    sparse = ReuseConfig("sparsex", boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2)
     options = {"adapter": names, "reuse": sparse, "return_logits": True, "keep": False}
     alone = [
         engine.generate_batch([prompt], LONG, **(options | {"adapter": name}))[0]
@@ -275,7 +278,7 @@ def test_members_of_a_round_have_adapters_of_their_own(engine):
     for out, expected in zip(outs, alone, strict=True):
         np.testing.assert_allclose(out.logits, expected.logits, atol=1e-3)
         assert out.token_ids == expected.token_ids
-    assert [out.report.reused_tokens > 0 for out in outs] == [True, False, True, True]
+    assert [found_in_segments(out.report) for out in outs] == [64, 0, 64, 64]
 
 
 @pytest.mark.slow
@@ -287,7 +290,7 @@ def test_an_excerpt_is_answered_under_the_adapter(engine):
     reuse = ReuseConfig("excerpt", only_if_faster=False, coverage=0.3, piece_tokens=16)
     with engine.prefilled(prompt, adapter="x", reuse=reuse) as held:
         kept = held.prompt
-        assert 0 < held.report.omitted_tokens
+        assert held.report.omitted_tokens > 0
     out = engine.generate(prompt, SamplingParams(max_new_tokens=4, ignore_eos=True), adapter="x", reuse=reuse)
     assert out.token_ids == greedy(dense_of(WEIGHTS[0]), kept, 4)[1]
     assert out.report.adapter.tokens == len(kept)

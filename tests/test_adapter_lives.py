@@ -357,9 +357,13 @@ def test_adapters_on_quantised_weights():
 def test_experts_take_adapters_of_attention_only():
     model = dataclasses.replace(TINY, num_experts=4, experts_per_token=2, intermediate_size=16)
     params = random_params(model, "float32", make_mesh())
-    engine = Engine(model, params, config=DEVICE, adapters={"y": WEIGHTS[1]})
+    slots_as_needed = EngineConfig(**vars(DEVICE) | {"max_adapters": 0})
+    engine = Engine(model, params, config=slots_as_needed, adapters={"y": WEIGHTS[1]})
+    assert engine.config.max_adapters == 1
+    engine.unload_adapter("y")
     with pytest.raises(InvalidRequestError, match="'w_gate'; this model takes pairs for wq, wk, wv, wo"):
         engine.load_adapter("x", WEIGHTS[0])
+    engine.load_adapter("y", WEIGHTS[1])
     dense = Dense(model, merged(WEIGHTS[1], params))
     np.testing.assert_allclose(engine.prefill(TEXT[:12], adapter="y").logits, dense.full(TEXT[:12])[0][-1], atol=1e-3)
 

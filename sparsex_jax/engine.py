@@ -150,8 +150,12 @@ class Engine:
         if self.config.host_store_bytes:
             self._add_tiers()
         self.loop = Loop(self.runner, self.admission, tokenizer, reuse or ReuseConfig())
-        for name, source in adapters.items():
-            self.load_adapter(name, source)
+        try:
+            for name, source in adapters.items():
+                self.load_adapter(name, source)
+        except BaseException:
+            self.close()  # others may have the disk
+            raise
 
     def _add_tiers(self) -> None:
         link = Link(self.model, self.config, self.mesh)

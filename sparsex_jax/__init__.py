@@ -17,6 +17,7 @@ from sparsex_jax.config import (
     Structure,
 )
 from sparsex_jax.errors import (
+    AdapterInUseError,
     ContextLengthError,
     FrozenLimitError,
     HubError,
@@ -27,6 +28,7 @@ from sparsex_jax.errors import (
     SparsexError,
     StoreFullError,
     StructureError,
+    UnknownAdapterError,
     UnknownHandleError,
     UnknownModelError,
     UnknownPinError,
@@ -54,10 +56,13 @@ if TYPE_CHECKING:
     from sparsex_jax.cache import PinState
     from sparsex_jax.engine import Engine
     from sparsex_jax.reuse.report import Report, RoundShare
+    from sparsex_jax.scheduler.adapters import Adapter
     from sparsex_jax.scheduler.output import Generation, Prefill, TokenLogprobs
     from sparsex_jax.scheduler.pinning import PinRefused
 
 __all__ = [
+    "Adapter",
+    "AdapterInUseError",
     "Behind",
     "CacheBlend",
     "Chat",
@@ -98,6 +103,7 @@ __all__ = [
     "Structure",
     "StructureError",
     "TokenLogprobs",
+    "UnknownAdapterError",
     "UnknownHandleError",
     "UnknownModelError",
     "UnknownPinError",
@@ -106,6 +112,7 @@ __all__ = [
 
 # What needs jax is imported when it is first used, so that configuration and the command line's help come at once.
 _LAZY = {
+    "Adapter": "scheduler.adapters",
     "Engine": "engine",
     "Generation": "scheduler.output",
     "PinRefused": "scheduler.pinning",

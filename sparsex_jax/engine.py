@@ -36,7 +36,8 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, cast
 
 import numpy as np
 from jax.sharding import Mesh
@@ -44,6 +45,8 @@ from jaxtyping import Int32
 
 from sparsex_jax.cache import Entry, Forgotten, Match, PageCache, PinState
 from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.checkpoints.adapters import read_adapter
+from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.config import (
     EngineConfig,
     ModelConfig,
@@ -61,6 +64,7 @@ from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.speeds import speeds_for
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.matrices import random_quantised
 from sparsex_jax.model.sharding import check_mesh, make_mesh
 from sparsex_jax.model.store import check_range
@@ -70,6 +74,7 @@ from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.pace import Pace
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler import sequence
+from sparsex_jax.scheduler.adapters import Adapter
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.loading import Loading
 from sparsex_jax.scheduler.loop import Loop
@@ -83,6 +88,8 @@ from sparsex_jax.scheduler.tiers import make_tiers
 from sparsex_jax.text.encoding import Prompt
 
 log = logging.getLogger(__name__)
+
+AdapterSource = str | Path | AdapterWeights
 
 LINK_BYTES_PER_S = 20e9  # between devices and host memory, until it is known
 
@@ -112,6 +119,7 @@ class Engine:
         mesh: Mesh | None = None,
         reuse: ReuseConfig | None = None,
         sampling: Mapping[str, Any] | None = None,
+        adapters: Mapping[str, AdapterSource] | None = None,
     ) -> None:
         """
         Args:
@@ -120,10 +128,17 @@ class Engine:
           mesh: with an axis `tensor`; one device by default.
           reuse: what a call does that names no `reuse` of its own.
           sampling: fields of `SamplingParams` that are this model's own defaults, for `default_sampling`.
+          adapters: by name, as `load_adapter` takes them. Where `EngineConfig.max_adapters` is 0, there are as many
+            slots as these.
+
+        Raises:
+          InvalidRequestError: the model does not fit the mesh or the store, or an adapter does not fit the model.
         """
-        self.sampling = dict(sampling or {})
+        self.sampling, adapters = dict(sampling or {}), dict(adapters or {})
         self.mesh = check_mesh(mesh or make_mesh(), model)
-        self.config = _with_dtype_of(params, config or EngineConfig(), self.mesh)
+        config = config or EngineConfig()
+        config = dataclasses.replace(config, max_adapters=config.max_adapters or len(adapters))
+        self.config = _with_dtype_of(params, config, self.mesh)
         check_range(params, self.config)
         if self.config.kv_dtype == "fp8" and _platform(self.mesh) == "cpu":
             log.warning("kv_dtype='fp8' is slow on a CPU, which converts the whole store for each row that is written")
@@ -135,6 +150,12 @@ class Engine:
         if self.config.host_store_bytes:
             self._add_tiers()
         self.loop = Loop(self.runner, self.admission, tokenizer, reuse or ReuseConfig())
+        try:
+            for name, source in adapters.items():
+                self.load_adapter(name, source)
+        except BaseException:
+            self.close()  # others may have the disk
+            raise
 
     def _add_tiers(self) -> None:
         link = Link(self.model, self.config, self.mesh)
@@ -155,6 +176,7 @@ class Engine:
         reuse: ReuseConfig | str | Path | None = None,
         reuse_options: Mapping[str, Any] | None = None,
         generation_config: str = "auto",
+        adapters: Mapping[str, AdapterSource] | None = None,
         **options: Any,
     ) -> Engine:
         """Load a model: `smollm2-135m-instruct`, a GGUF file (any part of one in parts), a Hugging Face directory, a
@@ -168,6 +190,8 @@ class Engine:
           reuse_options: a method, or options, that win over that.
           generation_config: `auto`: what the model's `generation_config.json` says of sampling, or its GGUF file, is
             what `default_sampling` gives. `none`: it is not, and the defaults of `SamplingParams` hold.
+          adapters: LoRA adapters by name: directories as PEFT writes them, or names on the hub. They are read before
+            the model's weights. Otherwise as in the constructor.
           options: fields of `EngineConfig`, such as dtype and store_tokens.
 
         Raises:
@@ -190,10 +214,12 @@ class Engine:
         log.info("%s", defaults)
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
         config = config.resolved(_platform(mesh), checkpoint.dtype, checkpoint.in_numbers)
+        named = {
+            name: _read_adapter(each, checkpoint.config, model_title(source)) for name, each in (adapters or {}).items()
+        }
         params = checkpoint.load_params(config.dtype, mesh, config.quantization)
-        return cls(
-            checkpoint.config, params, tokenizer, config=config, mesh=mesh, reuse=defaults.reuse, sampling=sampling
-        )
+        about: dict[str, Any] = {"reuse": defaults.reuse, "sampling": sampling, "adapters": named}
+        return cls(checkpoint.config, params, tokenizer, config=config, mesh=mesh, **about)
 
     @classmethod
     def from_config(
@@ -230,6 +256,7 @@ class Engine:
         keep: bool = True,
         pin: Pin | None = None,
         round: Round | None = None,
+        adapter: str | None = None,
     ) -> Generation:
         """Generate from text, token ids or chat messages, reusing what the namespace has stored.
 
@@ -243,8 +270,13 @@ class Engine:
             have at most `EngineConfig.max_pinned` of it.
           round: hold the prompt until all members of its round are there, or one has waited enough. Where no other
             thread submits others to the loop, nobody comes, and `generate_batch` is what is wanted.
+          adapter: the name of a loaded one, which acts on prompt and answer. Its KV is found by prompts with the same
+            adapter only. An activated one acts from its invocation sequence on, where that is in the prompt: what
+            stands before it is the base model's, for all to find. `Report.adapter` says on how many tokens it acted.
+            None: the base model alone.
 
         Raises:
+          UnknownAdapterError: no adapter of that name is loaded; the message lists those that are.
           InvalidRequestError: an argument is wrong, or the round has another size or all its members; the message
             names it and its limit.
           ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
@@ -253,7 +285,7 @@ class Engine:
             cancelled and not kept.
         """
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "pin": pin, "round": round}
-        return self.generate_batch([prompt], sampling, **options)[0]
+        return self.generate_batch([prompt], sampling, adapter=adapter, **options)[0]
 
     def generate_batch(
         self,
@@ -265,12 +297,13 @@ class Engine:
         keep: bool = True,
         pin: Pin | None = None,
         round: Round | None = None,
+        adapter: str | Sequence[str | None] | None = None,
         return_logits: bool = False,
     ) -> list[Generation]:
         """Generate for several prompts, prefilled in few plans and decoded together as far as they fit. As `generate`.
 
         Args:
-          sampling, namespace: one for all prompts, or one for each.
+          sampling, namespace, adapter: one for all prompts, or one for each.
           pin: of all prompts and answers together, in each namespace.
           round: each prompt is a member, in its namespace.
           return_logits: give the logits of each first token too.
@@ -278,11 +311,14 @@ class Engine:
         sampling = self.default_sampling() if sampling is None else sampling
         samplings = _of_each("sampling", SamplingParams, sampling, len(prompts))
         namespaces = _of_each("namespace", str, namespace, len(prompts))
+        adapters = _of_each("adapter", str | None, adapter, len(prompts))
         options: dict[str, Any] = {"reuse": reuse, "keep": keep, "wants_logits": return_logits}
         options |= {"pinning": _pinning(pin)}
         sequences = [
-            self.loop.requests.generation(prompt, params, namespace=name, member=_member(round), **options)
-            for prompt, params, name in zip(prompts, samplings, namespaces, strict=True)
+            self.loop.requests.generation(
+                prompt, params, namespace=name, adapter=its_adapter, member=_member(round), **options
+            )
+            for prompt, params, name, its_adapter in zip(prompts, samplings, namespaces, adapters, strict=True)
         ]
         self.loop.complete(sequences)
         return [_generation(each) for each in sequences]
@@ -294,9 +330,11 @@ class Engine:
         reuse: ReuseConfig | None = None,
         namespace: str = DEFAULT_NAMESPACE,
         keep: bool = True,
+        adapter: str | None = None,
     ) -> Prefill:
         """The logits of the token that would follow. Arguments and errors as `generate`."""
-        asked = self.loop.requests.prefill(prompt, reuse=reuse, namespace=namespace, keep=keep, wants_logits=True)
+        options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "adapter": adapter}
+        asked = self.loop.requests.prefill(prompt, wants_logits=True, **options)
         self.loop.complete([asked])
         assert asked.logits is not None
         assert asked.report is not None
@@ -304,14 +342,20 @@ class Engine:
 
     @contextlib.contextmanager
     def prefilled(
-        self, prompt: Prompt, *, reuse: ReuseConfig | None = None, namespace: str = DEFAULT_NAMESPACE
+        self,
+        prompt: Prompt,
+        *,
+        reuse: ReuseConfig | None = None,
+        namespace: str = DEFAULT_NAMESPACE,
+        adapter: str | None = None,
     ) -> Iterator[sequence.Sequence]:
         """Prefill a prompt and hold its pages while the context is open, for code that reads its KV.
 
         `pages` of the sequence says where the KV is, `plan` how it came there. Other prompts cannot find it. Arguments
         and errors as `generate`. Calls within the context have what is left of the store.
         """
-        held = self.loop.requests.prefill(prompt, reuse=reuse, namespace=namespace, keep=False, hold=True)
+        options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": False, "adapter": adapter}
+        held = self.loop.requests.prefill(prompt, hold=True, **options)
         self.loop.complete([held])
         try:
             yield held
@@ -327,6 +371,7 @@ class Engine:
         preamble: Prompt | None = None,
         company: bool | None = None,
         allow_control_tokens: bool = False,
+        adapter: str | None = None,
     ) -> int:
         """Prefill a text and keep it as a donor.
 
@@ -341,6 +386,8 @@ class Engine:
             alone, so that prompts which begin with the text find an exact prefix.
           allow_control_tokens: whether texts such as `<|im_end|>` become control tokens. Otherwise a text has the
             tokens that it has as the content of a message.
+          adapter: prefill the text under it, without company, for prompts with the same adapter. An entry of an adapter
+            that is unloaded goes.
 
         Returns:
           A handle for `forget`. The same text behind the same preamble, or in company whatever that is, is remembered
@@ -348,7 +395,8 @@ class Engine:
 
         Raises:
           InvalidRequestError: an argument is wrong, preamble and text together exceed the model's limit, or company is
-            asked for beside a preamble or where `company_tokens` is 0.
+            asked for beside a preamble or an adapter, or where `company_tokens` is 0.
+          UnknownAdapterError: no adapter of that name is loaded.
           ContextLengthError: an empty store could not hold the text; with a preamble it has to hold it twice for a
             moment.
           FrozenLimitError: frozen texts would fill more of the store than they may.
@@ -361,6 +409,7 @@ class Engine:
             preamble=preamble,
             company=company,
             allow_control_tokens=allow_control_tokens,
+            adapter=adapter,
         )
         self.loop.complete([asked])
         assert asked.handle is not None
@@ -377,6 +426,34 @@ class Engine:
         forgotten = self.admission.forget(handle)
         self.loop.publish()
         return forgotten
+
+    def load_adapter(self, name: str, source: AdapterSource) -> Adapter:
+        """Load a LoRA adapter, for `generate(adapter=name)`. It compiles nothing, and what runs goes on.
+
+        Args:
+          source: a directory as PEFT writes it, with `adapter_config.json`, or a name on the Hugging Face hub; or what
+            was read of one.
+
+        Raises:
+          UnknownModelError, UnsupportedModelError, HubError: as `checkpoints.adapters.read_adapter`.
+          InvalidRequestError: the name is none, or is taken; the adapter does not fit the model, its rank is above
+            `EngineConfig.max_adapter_rank`, or `max_adapters` are loaded. The message says which.
+        """
+        return self.loop.load_adapter(name, _read_adapter(source, self.model))
+
+    def unload_adapter(self, name: str) -> Adapter:
+        """Unload an adapter, and let go of all KV that was computed under it. Returns what it was.
+
+        Raises:
+          UnknownAdapterError: no adapter of that name is loaded.
+          AdapterInUseError: sequences wait, run or are held with it; the message says how many.
+        """
+        return self.loop.unload_adapter(name)
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """What is loaded, by name, and how many sequences use it. From any thread."""
+        return {adapter.name: self.loop.adapter_state(adapter) for adapter in self.admission.adapters}
 
     def pins(self, namespace: str | None = None) -> list[PinState]:
         """What is pinned now, of one namespace or all."""
@@ -504,12 +581,17 @@ def _member(round: Round | None) -> Member | None:
     return None if round is None else Member(round)
 
 
-def _of_each[T](name: str, kind: type[T], value: T | Sequence[T], number: int) -> Sequence[T]:
+def _read_adapter(source: AdapterSource, model: ModelConfig, base: str | None = None) -> AdapterWeights:
+    return source if isinstance(source, AdapterWeights) else read_adapter(source, model, base=base)
+
+
+def _of_each[T](name: str, kind: type[T] | UnionType, value: T | Sequence[T], number: int) -> Sequence[T]:
     """An argument that is one for all prompts or one for each, as the latter."""
     if isinstance(value, kind):
-        return [value] * number
+        return [cast(T, value)] * number
     if not isinstance(value, Sequence) or not all(isinstance(each, kind) for each in value):
-        raise InvalidRequestError(f"{name}={value!r} must be {kind.__name__}, or a list of them")
+        called = kind.__name__ if isinstance(kind, type) else kind
+        raise InvalidRequestError(f"{name}={value!r} must be {called}, or a list of them")
     if len(value) != number:
         raise InvalidRequestError(f"{name} has {len(value)} entries for {number} prompts")
     return value

@@ -13,6 +13,14 @@ class ContextLengthError(InvalidRequestError):
     """Prompt and answer together are longer than the model takes, or than an empty store can hold."""
 
 
+class UnknownAdapterError(InvalidRequestError):
+    """No adapter of that name is loaded."""
+
+
+class AdapterInUseError(InvalidRequestError):
+    """An adapter cannot be unloaded while requests run, wait or are held with it."""
+
+
 class StructureError(InvalidRequestError):
     """What an answer must be cannot be expressed: it is wrong, needs what is not supported, or is too complex."""
 

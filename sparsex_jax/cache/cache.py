@@ -534,19 +534,24 @@ class PageCache:
                 f"{len(self._pool) - frozen} that frozen texts leave. Release one, or wait until its time is over"
             )
 
-    def forget(self, handle: int) -> Forgotten:
+    def forget(self, handle: int, alike: Sequence[Int32[np.ndarray, "tokens"]] = ()) -> Forgotten:
         """Remove an entry, and every copy of its text that other prompts of the namespace brought into the store.
 
         Pages that other entries have stay. What stood behind a copy in its prompt stays as well, as donor of segments.
         A page that a sequence still holds becomes free when its last reference is dropped; the sequence must not commit
         it again.
 
+        Args:
+          alike: other tokens, as many, that stand for the same text. Copies of them go too.
+
         Raises:
           UnknownHandleError: there is no such entry.
         """
         text = self.text(handle)
+        texts = list({each.tobytes(): each for each in (text, *alike)}.values())
         entry = self._forget_evicted(handle) if handle in self._evicted else self._remove_entry(handle)
-        runs = self._copies(text, entry.namespace) + self._copies(text, company_namespace(entry.namespace))
+        names = entry.namespace, company_namespace(entry.namespace)
+        runs = [run for each in texts for name in names for run in self._copies(each, name)]
         found = dict.fromkeys([*entry.pages, *(page for run in runs for node in run.nodes for page in node.pages)])
         gone = [page for page in found if not self._entries.holds(page)]
         remaining = np.zeros(len(text), bool)
@@ -555,15 +560,16 @@ class PageCache:
                 if any(map(self._entries.holds, node.pages)):
                     remaining[max(start, run.start) : min(start + node.length, run.start + run.length)] = True
         self._drop(gone)
-        return Forgotten(len(text), frozenset(gone), int(remaining.sum()), self._mark_stale(entry.namespace, text))
+        return Forgotten(len(text), frozenset(gone), int(remaining.sum()), self._mark_stale(entry.namespace, texts))
 
     def _copies(self, text: Int32[np.ndarray, "tokens"], namespace: str) -> list[Run]:
         return SegmentSearch(text, namespace, self._windows, self.page_size, self._pool.last_used).copies()
 
-    def _mark_stale(self, namespace: str, text: Int32[np.ndarray, "tokens"]) -> int:
-        """Mark the entries whose company has this text. Returns how many."""
-        has_seen, entries = having_seen(text), (entry for entry in self._entries if entry.namespace == namespace)
-        stale = [entry for entry in entries if entry.origin.company and has_seen(entry.origin.company)]
+    def _mark_stale(self, namespace: str, texts: Sequence[Int32[np.ndarray, "tokens"]]) -> int:
+        """Mark the entries whose company has one of these texts. Returns how many."""
+        tests, entries = list(map(having_seen, texts)), [one for one in self._entries if one.namespace == namespace]
+        made = [(entry, entry.origin.company) for entry in entries if entry.origin.company]
+        stale = [entry for entry, company in made if any(has_seen(company) for has_seen in tests)]
         for entry in stale:
             entry.stale = True
         return len(stale)
@@ -595,6 +601,14 @@ class PageCache:
         """
         self._require_distinct(pages)
         self._drop([page for page in pages if self._pool.committed[page]])
+
+    def withdraw_all(self, is_gone: Callable[[Int32[np.ndarray, "tokens"]], bool]) -> None:
+        """Remove all pages of whose tokens this says so from the index, with the entries and pins that have one, and
+        what is known of evicted texts. As `withdraw`."""
+        nodes = [node for node in self.tree.live_nodes() if is_gone(np.frombuffer(node.key, np.int32))]
+        self._drop([page for node in nodes for page in node.pages])
+        for handle in [entry.handle for entry in self._evicted if is_gone(self._evicted.text(entry.handle))]:
+            self._forget_evicted(handle)
 
     def length(self, page: int) -> int:
         """How many tokens lookups can find in a page; 0 if it is not committed."""

@@ -20,11 +20,13 @@ class Origin:
       company_tokens: how many tokens the text was prefilled behind, a company or a preamble of its own. 0: alone.
       prefilled_tokens: how many tokens were prefilled for it when it was remembered, those before the text too.
       company: what was chosen for it. None: nothing was to be chosen, so it stays as it is.
+      adapter: the name of the adapter that it was prefilled under. None: none.
     """
 
     company_tokens: int = 0
     prefilled_tokens: int = 0
     company: Company | None = None
+    adapter: str | None = None
 
 
 @dataclasses.dataclass

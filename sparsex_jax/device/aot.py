@@ -19,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstr
 from jax.stages import Lowered
 
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
+from sparsex_jax.device.adapters import abstract_stacks
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
 from sparsex_jax.device.prefill import align, prefill
@@ -87,7 +88,7 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
     plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(BUILT_IN.values()), "chunk": chunk}
-    params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
+    params, store = _params(model, engine, mesh), abstract_store(model, engine, mesh)
     hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
     boundaries = plan.boundaries
     active, covered = jnp.zeros(boundaries.forced.shape, bool), jnp.zeros(boundaries.budget.coverage.shape)
@@ -104,7 +105,7 @@ def lower_probe(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
     shapes = Shapes.of_engine(model, engine, platform="tpu")
     plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
-    params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
+    params, store = _params(model, engine, mesh), abstract_store(model, engine, mesh)
     hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
     focus = jnp.zeros((len(plan.page_tables), shapes.max_pages * engine.page_size))
     layers = model.num_layers
@@ -121,9 +122,9 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
     """One dispatch of `engine.decode_steps` tokens for a power of two of requests."""
     shapes = Shapes.of_engine(model, engine, platform="tpu")
     slot = BatchSlot(prompt=[0], answer=[0], sampling=SamplingParams(), pages=[0])
-    state = decode_state([slot] * num_requests, shapes.max_pages, model.vocab_size)
+    state = decode_state([slot] * num_requests, shapes.max_pages, model.vocab_size, adapters=shapes.adapters)
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "steps": engine.decode_steps}
-    params, store = abstract_params(model, engine.dtype, mesh), abstract_store(model, engine, mesh)
+    params, store = _params(model, engine, mesh), abstract_store(model, engine, mesh)
     return _lower(lambda store, params, state: decode(params, store, state, **static), mesh, store, params, state)
 
 
@@ -151,6 +152,11 @@ def lower_scatter(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_page
     piece = jax.ShapeDtypeStruct(shape, store.dtype, sharding=piece_sharding(mesh, shape, "device"))
     pages, layer = replicated((np.zeros(num_pages, np.int32), np.int32(0)), mesh)
     return scatter.lower(store, piece, pages, layer, mesh=mesh)
+
+
+def _params(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Params:
+    params = abstract_params(model, engine.dtype, mesh)
+    return params.replace(adapters=abstract_stacks(model, engine, mesh))  # type: ignore[attr-defined]
 
 
 def _lower(step: Callable[..., Any], mesh: Mesh, store: jax.ShapeDtypeStruct, *args: Any) -> Lowered:

@@ -20,6 +20,7 @@ from sparsex_jax.device.sampling import Sampled, Sampling, nothing_sampled, samp
 from sparsex_jax.model import decoder as model
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.weights import Params
+from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
 from sparsex_kernels.layout import PageTables, Store
 
@@ -37,6 +38,7 @@ class DecodeState:
       remaining: how many tokens it may still generate.
       stops: tokens that end it, padded with -1.
       sampling: how its tokens are chosen, and what the answer holds so far where that matters.
+      adapter: the slot of the adapter that acts on its new tokens; -1: none. None: the engine has no adapters.
     """
 
     token: Int[Array, "requests"]
@@ -45,6 +47,7 @@ class DecodeState:
     stops: Int[Array, "requests stops"]
     page_tables: PageTables
     sampling: Sampling
+    adapter: Int[Array, "requests"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "steps"), donate_argnames="store")
@@ -126,10 +129,12 @@ def forward(
         for x, fill in ((state.token, 0), (state.position, -1), (state.page_tables, 0))
     )
     index = jnp.arange(lines + more)
-    rows = Rows(token=token, position=position, request=jnp.where(position >= 0, index, PADDING_REQUEST), index=index)
+    request = jnp.where(position >= 0, index, PADDING_REQUEST)
+    adapter = None if state.adapter is None else jnp.pad(state.adapter, (0, more), constant_values=NO_SLOT)
+    rows = Rows(token=token, position=position, request=request, index=index, adapter=adapter)
 
     def run_layer(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        return model.decoder_layer(model.OneLayer(decoder, params.layers, layer), *carry, rows, tables)
+        return model.decoder_layer(model.OneLayer.of(decoder, params, layer), *carry, rows, tables)
 
     carry = (store, model.embed(params, decoder.config, rows.token))
     unroll = LAYERS_UNROLLED if decoder.ops.backend.platform == "gpu" else 1

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 from sparsex_jax.cache import Segment
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig
+from sparsex_jax.device.adapters import check_pairs, make_stacks, put
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, choose, decode, forward
 from sparsex_jax.device.prefill import align, embed_rows, pack, prefill
@@ -25,6 +26,7 @@ from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.scoring import Scores, score
 from sparsex_jax.device.signals import Signal, signals_for
+from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.layers import ForwardPass
 from sparsex_jax.model.ops import Ops
@@ -167,6 +169,8 @@ class Runner:
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
         self.model, self.engine, self.mesh, self.params = model, engine, mesh, params
+        if engine.max_adapters:
+            self.params = params.replace(adapters=make_stacks(model, engine, mesh))  # type: ignore[attr-defined]
         self.decoder = Decoder(model, Ops.on(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store, self.losses = make_store(model, engine, mesh), 0
@@ -401,6 +405,18 @@ class Runner:
     def _placed(self, state: DecodeState) -> DecodeState:
         """The state comes from the host, or from the dispatch before: placed alike, both run the same program."""
         return jax.device_put(state, self._everywhere)
+
+    def place_adapter(self, slot: int, name: str, weights: AdapterWeights) -> None:
+        """Write an adapter into a slot that no running sequence has. What is under way goes on with what it has.
+
+        Raises:
+          InvalidRequestError: it does not fit the model.
+        """
+        check_pairs(name, weights, self.model, self.mesh)
+        stacks = dict(self.params.adapters or {})
+        for target in stacks:
+            stacks[target] = put(stacks[target], slot, weights.pairs.get(target))
+        self.params = self.params.replace(adapters=stacks)  # type: ignore[attr-defined]
 
     def recover(self) -> bool:
         """Make a new store if a failed step took the old one with it. True if the KV is lost."""

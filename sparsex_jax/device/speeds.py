@@ -69,6 +69,7 @@ def speeds_for(runner: Runner, lend: Lend) -> Speeds:
 def described(runner: Runner) -> dict[str, Any]:
     """All that speeds depend on, ready for JSON."""
     devices, engine, shapes = runner.mesh.devices, runner.engine, runner.shapes
+    adapters = engine.max_adapters * engine.max_adapter_rank
     return {
         "device": devices.flat[0].device_kind,
         "devices": devices.size,
@@ -83,7 +84,7 @@ def described(runner: Runner) -> dict[str, Any]:
         "max_pages": shapes.max_pages,
         "buckets": [list(bucket) for bucket in shapes.buckets],
         "model": {name: getattr(runner.model, name) for name in _SIZES} | {"windows": list(runner.model.windows)},
-    }
+    } | ({"adapters": adapters} if adapters else {})
 
 
 def read(path: Path, about: dict[str, Any]) -> Speeds | None:

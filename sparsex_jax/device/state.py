@@ -13,6 +13,7 @@ from jaxtyping import UInt32
 from sparsex_jax.config import SamplingParams
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.sampling import Adjustment, Sampling
+from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.planner import page_tables
 from sparsex_jax.text.matcher import Matcher
 
@@ -31,6 +32,7 @@ class BatchSlot:
       end_tokens: tokens that end it; -1 is none. All sequences of an engine have the same number of them.
       pages: physical pages of its KV, in order.
       matcher: of its structure, if it has one.
+      adapter: the slot of the adapter that acts on its new tokens; -1: none.
     """
 
     prompt: Sequence[int] | np.ndarray
@@ -39,6 +41,7 @@ class BatchSlot:
     end_tokens: Sequence[int] = ()
     pages: Sequence[int] = ()
     matcher: Matcher | None = None
+    adapter: int = NO_SLOT
 
     @property
     def length(self) -> int:
@@ -114,12 +117,13 @@ def _bias(sampling: SamplingParams, vocab_size: int) -> np.ndarray:
     return bias
 
 
-def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int) -> DecodeState:
+def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int, *, adapters: bool = False) -> DecodeState:
     """The state in which each sequence continues behind its last token, padded to a power of two of slots.
 
     Args:
       slots: every sequence has one new token at least; its KV is not in the store yet.
       max_pages: width of the page tables.
+      adapters: whether the engine has slots for adapters.
     """
     size = 1 << (len(slots) - 1).bit_length()
     width = max(1, *(len(slot.end_tokens) for slot in slots))
@@ -132,6 +136,8 @@ def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int) ->
         "position": _padded([slot.length - 1 for slot in slots], size, -1),
         "remaining": _padded([slot.sampling.max_new_tokens - len(slot.answer) for slot in slots], size, 0),
     }
+    if adapters:
+        progress["adapter"] = _padded([slot.adapter for slot in slots], size, NO_SLOT)
     progress, stops, tables = jax.device_put((progress, stops.astype(np.int32), tables))
     return DecodeState(**progress, stops=stops, page_tables=tables, sampling=sampling_arrays(slots, size, vocab_size))
 

@@ -83,7 +83,7 @@ def _layer(
     decoder: Decoder,
 ) -> tuple[Store, Hidden, Float[Array, "context"]]:
     """Run one layer on all tokens, and sum the attention of all fresh queries and heads to each token."""
-    layer = model.OneLayer(decoder, params.layers, number)
+    layer = model.OneLayer.of(decoder, params, number)
     fresh = _rows(rows.token[fresh_at], fresh_at)
     q = model.queries(layer, hidden[fresh_at], fresh)
     store, hidden = model.decoder_layer(layer, store, hidden, rows, tables)

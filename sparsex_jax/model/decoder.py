@@ -18,10 +18,12 @@ from jaxtyping import Float, Int
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.experts import ExpertStacks, route
+from sparsex_jax.model.low_rank import LowRank
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.layout import Frequencies, PageTables, Store, Window
+from sparsex_kernels.linear.xla import ACTIVATIONS
 from sparsex_kernels.quantised import Mixed, Quantised, dequantise, lookup
 from sparsex_kernels.rope import apply_rope
 
@@ -99,11 +101,17 @@ def _head(params: Params, dtype: Any) -> Float[Array, "hidden vocab"]:
 
 
 class OneLayer(NamedTuple):
-    """One layer of the decoder. `layers` holds the weights of all layers, of which this one is `number`."""
+    """One layer of the decoder. `layers` holds the weights of all layers, of which this one is `number`, and `adapters`
+    what is added to them, by the weights' names."""
 
     decoder: Decoder
     layers: Layers
     number: Int[Array, ""]
+    adapters: dict[str, LowRank] | None = None
+
+    @classmethod
+    def of(cls, decoder: Decoder, params: Params, number: Int[Array, ""]) -> OneLayer:
+        return cls(decoder, params.layers, number, params.adapters)
 
     def own(self, stacked: Float[Array, "layers *rest"]) -> Float[Array, "*rest"]:
         """This layer's part of a small stacked weight: a copy."""
@@ -126,29 +134,37 @@ class OneLayer(NamedTuple):
         return rms_norm(x, self.own(scale), self.decoder.config.rms_norm_eps)
 
     def linear(
-        self, x: Float[Array, "rows inputs"], *weights: Any, rows: Rows, over_inputs: bool = False
+        self, x: Float[Array, "rows inputs"], *names: str, rows: Rows, over_inputs: bool = False
     ) -> tuple[Float[Array, "rows _"], ...]:
-        """Products of the rows with this layer's matrices, heads side by side. Products of padding are undefined.
+        """Products of the rows with this layer's matrices, heads side by side, each with what the row's adapter adds.
+        Products of padding are undefined.
 
         Args:
-          weights: stacked weights whose axes between the layers and the outputs multiply to `inputs`. Quantised ones
-            are matrices already.
+          names: of weights whose axes between the layers and the outputs multiply to `inputs`. Quantised ones are
+            matrices already.
           over_inputs: a mesh divides the matrices by their inputs, not by their outputs.
         """
+        weights = [getattr(self.layers, name) for name in names]
         matrices = [
             weight if isinstance(weight, Quantised | Mixed) else weight.reshape(len(weight), x.shape[1], -1)
             for weight in weights
         ]
-        return self.decoder.ops.linear(x, matrices, self.number, rows, over_inputs=over_inputs)
+        low_rank = [self.adapters[name] for name in names] if self.adapters and self.adapts(rows) else []
+        about = matrices, self.number, rows
+        return self.decoder.ops.linear(x, *about, over_inputs=over_inputs, low_rank=low_rank)
+
+    def adapts(self, rows: Rows) -> bool:
+        """Whether there are adapters, and these rows may have one. Others are the base model's."""
+        return self.adapters is not None and rows.adapter is not None
 
 
 class Projection(NamedTuple):
-    """Stacked weights that make queries, keys or values. Queries and keys are rotated, and queries may be scaled.
+    """What makes queries, keys or values. Queries and keys are rotated, and queries may be scaled.
 
-    `norm` is that of each head; `wide_norm` is that of all heads together.
+    `weight` is the name of the stacked weights; `norm` is that of each head; `wide_norm` is that of all heads together.
     """
 
-    weight: Float[Array, "layers hidden heads head_dim"] | Quantised | Mixed
+    weight: str
     bias: Float[Array, "layers heads head_dim"] | None
     norm: Float[Array, "layers head_dim"] | None
     wide_norm: Float[Array, "layers heads head_dim"] | None
@@ -158,15 +174,15 @@ class Projection(NamedTuple):
 
 def _query(layer: OneLayer) -> Projection:
     layers, scale = layer.layers, query_scale(layer.decoder.config)
-    return Projection(layers.wq, layers.bq, layers.q_norm, layers.wide_q_norm, rotated=True, scale=scale)
+    return Projection("wq", layers.bq, layers.q_norm, layers.wide_q_norm, rotated=True, scale=scale)
 
 
 def _key(layers: Layers) -> Projection:
-    return Projection(layers.wk, layers.bk, layers.k_norm, layers.wide_k_norm, rotated=True)
+    return Projection("wk", layers.bk, layers.k_norm, layers.wide_k_norm, rotated=True)
 
 
 def _value(layers: Layers) -> Projection:
-    return Projection(layers.wv, layers.bv, norm=None, wide_norm=None, rotated=False)
+    return Projection("wv", layers.bv, norm=None, wide_norm=None, rotated=False)
 
 
 def queries(layer: OneLayer, hidden: Hidden, rows: Rows) -> Heads:
@@ -216,11 +232,19 @@ def mlp(layer: OneLayer, hidden: Hidden, rows: Rows) -> Hidden:
 
 
 def _one_mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> Hidden:
-    layers, decoder = layer.layers, layer.decoder
-    gates = layers.w_gate, layers.w_up, layer.number, rows
-    gated = decoder.ops.gated_linear(normed, *gates, activation=decoder.config.activation)
-    (out,) = layer.linear(gated, layers.w_down, rows=rows, over_inputs=True)
+    (out,) = layer.linear(_gated(layer, normed, rows), "w_down", rows=rows, over_inputs=True)
     return out
+
+
+def _gated(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows width"]:
+    """The gated product. Kernels for it gate before they write, where adapters have not added their part yet: with
+    adapters there are two products, and what gates them is a pass of its own."""
+    layers, config = layer.layers, layer.decoder.config
+    if layer.adapts(rows):
+        gate, up = layer.linear(normed, "w_gate", "w_up", rows=rows)
+        return ACTIVATIONS[config.activation](gate) * up
+    gates = layers.w_gate, layers.w_up, layer.number, rows
+    return layer.decoder.ops.gated_linear(normed, *gates, activation=config.activation)
 
 
 def _experts(layer: OneLayer, router: Float[Array, "layers hidden experts"], normed: Hidden, rows: Rows) -> Hidden:
@@ -239,7 +263,7 @@ def decoder_layer(
         q, keys, values = _project(layer, hidden, rows, _query(layer), _key(layers), _value(layers))
         store = ops.write_kv(store, layer.number, keys, values, rows, tables)
         attended = ops.attention(q, store, layer.number, rows, tables, layer.window)
-        (out,) = layer.linear(attended.reshape(len(attended), -1), layers.wo, rows=rows, over_inputs=True)
+        (out,) = layer.linear(attended.reshape(len(attended), -1), "wo", rows=rows, over_inputs=True)
         if layers.post_attn_norm is not None:
             out = layer.norm(layers.post_attn_norm, out)
     hidden = hidden + out

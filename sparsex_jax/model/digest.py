@@ -17,8 +17,10 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 def weights_digest(params: Params) -> str:
     """16 hexadecimal digits, from every bit of every weight. One pass over them, on the devices.
 
-    The same on all platforms and meshes: sums of integers do not depend on their order, nor this on that of codes.
+    Adapters are no part of it. The same on all platforms and meshes: sums of integers do not depend on their order, nor
+    this on that of codes.
     """
+    params = params.replace(adapters=None)  # type: ignore[attr-defined]
     total = sum(ord(char) * (i + 1) for i, char in enumerate("".join(kinds(params))))
     turned_around = _turned_around(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -34,7 +34,7 @@ class ForwardPass:
     chunk: int = struct.field(pytree_node=False)
 
     def layer(self, number: Int[Array, ""]) -> OneLayer:
-        return OneLayer(self.decoder, self.params.layers, number)
+        return OneLayer.of(self.decoder, self.params, number)
 
     def no_mass(self, store: Store) -> Mass:
         return jnp.zeros((len(self.page_tables), self.page_tables.shape[1] * store.shape[4]))

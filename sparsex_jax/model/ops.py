@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from sparsex_jax.model.experts import ExpertStacks, Routing, run_experts
+from sparsex_jax.model.low_rank import Added, LowRank, add_low_rank
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES
@@ -26,9 +27,16 @@ from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Querie
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
 _EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...]
+_INPUTS = PartitionSpec(None, TENSOR_AXIS, None)  # [layers, inputs, outputs]
+_OUTPUTS = PartitionSpec(None, None, TENSOR_AXIS)
 _ALL = PartitionSpec()
 # Of `LowRank`: Y is whole on each device, and matrices, [layers, adapters, kv_heads, rank, head_dim], are divided.
 _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
+
+
+def _slots_of(rows: Rows) -> Int[Array, "rows"]:
+    assert rows.adapter is not None, "rows that adapters add to say which one does"
+    return rows.adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +74,28 @@ class Ops:
         rows: Rows,
         *,
         over_inputs: bool,
+        low_rank: Sequence[LowRank] = (),
     ) -> tuple[Float[Array, "rows _"], ...]:
-        """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`."""
+        """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`.
 
-        def run(x: Array, weights: tuple[Any, ...], layer: Array, count: Array, **on: Any) -> tuple[Array, ...]:
+        Args:
+          low_rank: what adapters add to each of the weights, for rows that have one. A mesh divides their B by columns,
+            or their A by inputs. None are given: nothing is added.
+        """
+        added = Added.of(low_rank, _slots_of(rows)) if low_rank else ()
+
+        def run(x: Array, weights: Any, layer: Array, count: Array, *added: Any, **on: Any) -> tuple[Array, ...]:
             products = kernels.linear(x, weights, layer, count, **on)
+            if added:
+                products = add_low_rank(products, x, Added(*added), layer, count, rank=low_rank[0].rank, **on)
             return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
 
-        columns, inputs = PartitionSpec(None, TENSOR_AXIS), PartitionSpec(None, TENSOR_AXIS, None)
-        by_columns = (_ALL, PartitionSpec(None, None, TENSOR_AXIS), _ALL, _ALL), columns
-        by_inputs = (columns, inputs, _ALL, _ALL), _ALL
-        specs = by_inputs if over_inputs else by_columns
-        return self._over_heads(run, *specs)(x, tuple(weights), jnp.asarray(layer), rows.count)
+        if over_inputs:
+            divided, a, b, out = PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL
+        else:
+            divided, a, b, out = _ALL, _ALL, _OUTPUTS, PartitionSpec(None, TENSOR_AXIS)
+        specs = (divided, _INPUTS if over_inputs else _OUTPUTS, _ALL, _ALL, *((a, b, _ALL) if added else ()))
+        return self._over_heads(run, specs, out)(x, tuple(weights), jnp.asarray(layer), rows.count, *added)
 
     def gated_linear(
         self,
@@ -90,8 +108,7 @@ class Ops:
         activation: str = "silu",
     ) -> Float[Array, "rows width"]:
         """`activation(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
-        weights = PartitionSpec(None, None, TENSOR_AXIS)
-        specs = (_ALL, weights, weights, _ALL, _ALL)
+        specs = (_ALL, _OUTPUTS, _OUTPUTS, _ALL, _ALL)
         gated = functools.partial(kernels.gated_linear, activation=activation)
         run = self._over_heads(gated, specs, PartitionSpec(None, TENSOR_AXIS))
         return run(x, gate, up, jnp.asarray(layer), rows.count)

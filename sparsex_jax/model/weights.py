@@ -19,6 +19,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from sparsex_jax.config import ModelConfig
+from sparsex_jax.model.low_rank import LowRank
 from sparsex_jax.model.sharding import Axes, sharding
 
 
@@ -83,12 +84,18 @@ class Layers:
 @no_type_check
 @struct.dataclass(kw_only=True)
 class Params:
-    """All weights of a decoder. `lm_head` is None where the output projection is the embedding's transpose."""
+    """All weights of a decoder.
+
+    Attributes:
+      lm_head: None where the output projection is the embedding's transpose.
+      adapters: what they add to the weights of layers, by the weights' names. None: there are none.
+    """
 
     embed: Array = weight("vocab", "embed", fan_in=("embed",))
     layers: Layers
     final_norm: Array = weight("embed")
     lm_head: Array | None = weight("embed", "vocab", fan_in=("embed",), only_if=lambda c: not c.tied_embeddings)
+    adapters: dict[str, LowRank] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_kernels.arguments import Patch
 
 PADDING_REQUEST = np.iinfo(np.int32).max
@@ -30,12 +31,14 @@ class Rows:
       position: position in the request; -1 is padding.
       request: line of the plan's page tables; `PADDING_REQUEST` for padding, so that it sorts last.
       index: where the row stands in the plan's own rows, which its masks refer to.
+      adapter: the slot of the adapter that acts on the row; -1: none. None: the engine has no adapters.
     """
 
     token: Int[Array, "rows"]
     position: Int[Array, "rows"]
     request: Int[Array, "rows"]
     index: Int[Array, "rows"]
+    adapter: Int[Array, "rows"] | None = None
 
     @property
     def valid(self) -> Bool[Array, "rows"]:
@@ -57,7 +60,11 @@ class Rows:
             return x.at[origin].get(mode="fill", fill_value=fill)
 
         rows = Rows(
-            take(self.token, 0), take(self.position, -1), take(self.request, PADDING_REQUEST), take(self.index, 0)
+            take(self.token, 0),
+            take(self.position, -1),
+            take(self.request, PADDING_REQUEST),
+            take(self.index, 0),
+            None if self.adapter is None else take(self.adapter, NO_SLOT),
         )
         return rows, origin
 

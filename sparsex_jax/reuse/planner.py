@@ -15,6 +15,7 @@ from sparsex_jax.cache.derived import Derived
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.reuse.adapters import NO_SLOT, Acting
 from sparsex_jax.reuse.excerpt import Probe
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Boundaries, Budget, Copies, PackedRows, PrefillPlan, Rows
 from sparsex_jax.reuse.prompt import PromptMap
@@ -39,6 +40,7 @@ class RequestPlan:
       pages: physical pages of its tokens in order, the shared prefix first.
       copies: runs to copy into those pages first: the prefix tail and the segments.
       probe: what is decided by this pass, which gives no logits. None: it is a prefill.
+      adapter: acts on its tokens. None: it is the base model's.
     """
 
     prompt: PromptMap
@@ -46,6 +48,7 @@ class RequestPlan:
     pages: Sequence[int]
     copies: tuple[Segment, ...] = ()
     probe: Probe | None = None
+    adapter: Acting | None = None
 
     @property
     def num_rows(self) -> int:
@@ -88,11 +91,13 @@ class RequestPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """The few static shapes that plans are padded to: (rows, chunk) buckets, requests and pages a request."""
+    """The few static shapes that plans are padded to: (rows, chunk) buckets, requests and pages a request; and whether
+    their rows say which adapter acts on them."""
 
     buckets: tuple[tuple[int, int], ...]
     max_requests: int
     max_pages: int
+    adapters: bool = False
 
     @classmethod
     def of(cls, max_context: int, max_requests: int, page_size: int, chunk: int) -> Shapes:
@@ -113,7 +118,8 @@ class Shapes:
         """The shapes of an engine's plans on a platform: cpu, gpu or tpu."""
         max_context = min(model.max_position, engine.num_pages * engine.page_size)
         chunk = engine.chunk_rows or CHUNKS.get(platform, CHUNKS["tpu"])
-        return cls.of(max_context, engine.max_prefill_seqs, engine.page_size, chunk)
+        shapes = cls.of(max_context, engine.max_prefill_seqs, engine.page_size, chunk)
+        return dataclasses.replace(shapes, adapters=engine.max_adapters > 0)
 
     @property
     def max_rows(self) -> int:
@@ -165,7 +171,7 @@ def plan_prefill(
         )
     )
     boundaries = _boundaries(layout, later, shapes.max_requests, signals)
-    return PrefillPlan(tables, fresh, scores, block, boundaries), layout.first_rows()
+    return PrefillPlan(tables, fresh, scores, block, boundaries), layout.first_rows(shapes.adapters)
 
 
 class _Layout(NamedTuple):
@@ -179,12 +185,17 @@ class _Layout(NamedTuple):
         """From a value for each token of each prompt to one for each row."""
         return _padded([each[at] for each, at in zip(values, self.computed, strict=True)], self.size, fill)
 
-    def first_rows(self) -> Rows:
+    def first_rows(self, adapters: bool) -> Rows:
         lines = [np.full(len(at), line) for line, at in enumerate(self.computed)]
         token = self.rows([request.prompt.tokens for request in self.requests], 0)
         position = _padded(self.computed, self.size, -1)
         request = _padded(lines, self.size, PADDING_REQUEST)
-        return Rows(*jax.device_put((token, position, request, np.arange(self.size, dtype=np.int32))))
+        slots = _padded(self._adapter_slots(), self.size, NO_SLOT) if adapters else None
+        return Rows(*jax.device_put((token, position, request, np.arange(self.size, dtype=np.int32), slots)))
+
+    def _adapter_slots(self) -> list[np.ndarray]:
+        acting = zip(self.requests, self.computed, strict=True)
+        return [one.adapter.slots(at) if one.adapter else np.full(len(at), NO_SLOT) for one, at in acting]
 
 
 def _boundaries(

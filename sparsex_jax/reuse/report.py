@@ -19,6 +19,7 @@ from sparsex_jax.reuse.schedule import Phase
 # field of the kind's name and `_tokens`.
 KINDS = ("prefix", "approximate_prefix", "reused", "recomputed", "fresh", "omitted")
 _OF_EACH_TOKEN = ("kind", "active", "phase_tokens", "layers")
+_OF_SOME = ("round", "adapter")  # what most requests have none of
 _FOUND = {
     TokenKind.PREFIX: "prefix",
     TokenKind.REUSED: "reused",
@@ -65,6 +66,20 @@ class RoundShare:
     waited_s: float
 
 
+@dataclasses.dataclass(frozen=True)
+class AdapterShare:
+    """The adapter of a prompt.
+
+    Attributes:
+      name: as its request named it.
+      tokens: on how many tokens of the prompt it acted, or of the excerpt that was answered from. 0 for an activated
+        one whose invocation sequence is not in the prompt: the base model answered.
+    """
+
+    name: str
+    tokens: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ComputedLayers:
     """The layers from `start` up to `end`, and whether they computed each prompt token: bool `[tokens]`."""
@@ -100,6 +115,7 @@ class Report:
       restored_tokens: how many were loaded into the store for it, from host memory or the disk.
       prefix_tier: where the prefix's KV was when the prompt came, as a segment's `tier`. None: no prefix was found.
       round: its part in a round. None: it was of none.
+      adapter: which one it ran with. None: the base model's weights alone.
       kind: a `TokenKind` for each prompt token, uint8 `[tokens]`.
       active: whether each prompt token was computed from the boundary layer on, bool `[tokens]`.
       phase_tokens: how many tokens each phase of the schedule computed.
@@ -127,6 +143,7 @@ class Report:
     restored_tokens: int = 0
     prefix_tier: str | None = None
     round: RoundShare | None = None
+    adapter: AdapterShare | None = None
     layers: tuple[ComputedLayers, ...] = ()
 
     def tokens_by_kind(self) -> dict[str, int]:
@@ -147,10 +164,10 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but what is known of each token and each phase, ready for JSON."""
-        names = [each.name for each in dataclasses.fields(self) if each.name not in (*_OF_EACH_TOKEN, "round")]
+        names = [each.name for each in dataclasses.fields(self) if each.name not in (*_OF_EACH_TOKEN, *_OF_SOME)]
         fields = {name: getattr(self, name) for name in names}
-        of_round = {"round": dataclasses.asdict(self.round)} if self.round else {}
-        return fields | {"segments": [dataclasses.asdict(segment) for segment in self.segments]} | of_round
+        of_some = {name: dataclasses.asdict(getattr(self, name)) for name in _OF_SOME if getattr(self, name)}
+        return fields | {"segments": [dataclasses.asdict(segment) for segment in self.segments]} | of_some
 
 
 def make_report(

@@ -28,6 +28,7 @@ from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
+from sparsex_jax.scheduler.adapters import Adapter, Adapters
 from sparsex_jax.scheduler.choice import Choice, look_up
 from sparsex_jax.scheduler.company import Neighbours
 from sparsex_jax.scheduler.loading import Loading
@@ -47,6 +48,7 @@ class Admission:
     Attributes:
       cache: what is in the store. A new one after `start_over`.
       choice: what of that a plan uses.
+      adapters: which are loaded, and the keys of what was computed under them.
       company_tokens: `EngineConfig.company_tokens`.
       tiers, restoring, loading: what is below the store, and what comes back from there; None: nothing.
       mirroring: stores sequences as mirrors; None: none is.
@@ -66,6 +68,7 @@ class Admission:
         self.loading: Loading | None = None
         self.mirroring: Mirroring | None = None
         self.choice = Choice(model, config.page_size, measure)
+        self.adapters = Adapters(model, config)
         self.company_tokens = config.company_tokens
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
         self._counts = CacheCounts()  # they go on where the store is lost
@@ -155,7 +158,7 @@ class Admission:
         num_shared = len(plan.pages)
         plan = with_tiers(plan, match.prefix_tail, self.cache, sequence.came_from)
         plan, origins = self.mirroring.located(self.cache, plan) if self.mirroring else (plan, None)
-        plan, late = self._without_late(dataclasses.replace(plan, pages=pages))
+        plan, late = self._without_late(dataclasses.replace(plan, pages=pages, adapter=sequence.adapter))
         sequence.admit(plan, match, num_shared, copy_pages, late)
         sequence.origins = origins
         self._holders.add(sequence)
@@ -258,7 +261,7 @@ class Admission:
         """As `PageCache.remembered`. Nothing of a prompt that was answered in part: it goes on as it began."""
         if sequence.output.token_ids:
             return np.full(len(tokens), -1)
-        remembered = self.cache.remembered(tokens, sequence.namespace, sequence.turns)
+        remembered = self.cache.remembered(sequence.keys(tokens), sequence.namespace, sequence.turns)
         remembered[len(sequence.to_find(tokens)) :] = -1
         return remembered
 
@@ -342,7 +345,8 @@ class Admission:
         if self._neighbours_at != self.releases:
             self._neighbours, self._neighbours_at = {}, self.releases
         if namespace not in self._neighbours:
-            self._neighbours[namespace] = Neighbours.of(self.cache, namespace, self.company_tokens)
+            about = namespace, self.company_tokens, self.adapters.num_base
+            self._neighbours[namespace] = Neighbours.of(self.cache, *about)
         return self._neighbours[namespace]
 
     def company_room(self, num_tokens: int) -> int:
@@ -378,15 +382,15 @@ class Admission:
 
         Exactness of an answer's KV is that of the whole prompt's.
         """
-        tokens = sequence.tokens[: min(sequence.num_computed, sequence.num_kept)]
-        if sequence.forgotten or self._is_gone(sequence) or len(tokens) == 0:
+        keys = sequence.keys(sequence.tokens[: min(sequence.num_computed, sequence.num_kept)])
+        if sequence.forgotten or self._is_gone(sequence) or len(keys) == 0:
             return
         exact = sequence.plan.exact_tokens(self._model.num_layers)
-        exact = len(tokens) if exact == len(sequence.plan.prompt) else min(exact, len(tokens))
+        exact = len(keys) if exact == len(sequence.plan.prompt) else min(exact, len(keys))
         made_by = sequence.reuse
-        self.cache.commit(sequence.pages, tokens, sequence.namespace, exact_tokens=exact, made_by=made_by)
+        self.cache.commit(sequence.pages, keys, sequence.namespace, exact_tokens=exact, made_by=made_by)
         if sequence.lent and not sequence.keep:
-            sequence.lent.commit(self.cache, sequence.pages[sequence.num_shared : self.pages_for(len(tokens))])
+            sequence.lent.commit(self.cache, sequence.pages[sequence.num_shared : self.pages_for(len(keys))])
 
     def _is_gone(self, sequence: Sequence) -> bool:
         """Whether it makes a text again that was forgotten or evicted since."""
@@ -420,7 +424,8 @@ class Admission:
             return known
         assert sequence.report is not None
         company = sequence.company if asked.in_company else None
-        origin = Origin(sequence.num_before, sequence.report.fresh_tokens, company)
+        adapter = sequence.adapter.name if sequence.adapter else None
+        origin = Origin(sequence.num_before, sequence.report.fresh_tokens, company, adapter)
         if sequence.remakes is not None:
             return self._replace(sequence, asked, sequence.remakes, origin)
         pages = self._commit_text(sequence, asked)
@@ -445,11 +450,21 @@ class Admission:
         """Make the text findable where prompts look for it, and give its pages."""
         pages = sequence.copy_pages if sequence.num_before else sequence.pages
         pages = pages[: self.pages_for(len(asked.text))]
-        at, exact = sequence.num_before, len(asked.text)
-        self.cache.commit(pages, asked.text, asked.namespace, exact_tokens=exact, start=at)
-        if self.tiers:
-            self.tiers.keep(self.cache, pages, remembered=True)
+        at, keys = sequence.num_before, sequence.keys(sequence.prompt)[sequence.num_before :]
+        self.cache.commit(pages, keys, asked.namespace, exact_tokens=len(keys), start=at)
+        self._keep_below(pages, remembered=True)
         return pages
+
+    def _keep_below(self, pages: Several[int], *, remembered: bool = False) -> None:
+        """Put what was computed or found of a sequence in line to go to the tiers below, as far as no adapter acted:
+        the mark of a version means nothing in another process, nor to one who loads it anew."""
+        if self.tiers is None:
+            return
+        nodes = map(self.cache.tree.node_of.__getitem__, pages)
+        of_base = [node is None or self.adapters.is_base(np.frombuffer(node.key, np.int32)) for node in nodes]
+        self.tiers.keep(
+            self.cache, pages[: len(of_base) if all(of_base) else of_base.index(False)], remembered=remembered
+        )
 
     # Pinning ------------------------------------------------------------------------------------------------
 
@@ -459,10 +474,10 @@ class Admission:
         if pinning is None:
             return
         pinning.key = pinning.key or f"request-{sequence.id}"
-        tokens = sequence.tokens[: min(sequence.num_computed, sequence.num_kept)]
+        keys = sequence.keys(sequence.tokens[: min(sequence.num_computed, sequence.num_kept)])
         self.expire_pins()
         promised = functools.partial(self._keeps_promises, sequence)
-        sequence.pin = pinning.take(self.cache, tokens, sequence.namespace, promised)
+        sequence.pin = pinning.take(self.cache, keys, sequence.namespace, promised)
 
     def _keeps_promises(self, ended: Sequence) -> bool:
         """Whether frozen texts and pins leave all others that were admitted what they were admitted for."""
@@ -541,8 +556,8 @@ class Admission:
             self._pin(sequence)
         if error is not None:
             self.withdraw(sequence)
-        elif self.tiers and sequence.is_admitted and sequence.keep and not sequence.remember:
-            self.tiers.keep(self.cache, sequence.pages)
+        elif sequence.is_admitted and sequence.keep and not sequence.remember:
+            self._keep_below(sequence.pages)
         if self.mirroring and error is None and reason in ANSWERED:
             self.mirroring.keep(self.cache, sequence)
         if self.restoring:
@@ -554,16 +569,17 @@ class Admission:
         sequence.finish(reason, error)
 
     def forget(self, handle: int) -> Forgotten:
-        """Stop serving what a handle stands for, and the copies of it in other prompts.
+        """Stop serving what a handle stands for, and the copies of it in other prompts, whichever adapter ran them.
 
         Sequences that found some of it go on, but what they have not committed yet is not kept: it would bring the
         text back, in the pages that they share with it or in copies of them. Nor is that of those which wait with an
         excerpt or a part of their answer that came from it. Texts that are being prefilled in its
         company are prefilled again without it. Raises UnknownHandleError.
         """
-        text, namespace = self.cache.text(handle), self.cache.entry(handle).namespace
+        alike, namespace = self.adapters.alike(self.cache.text(handle)), self.cache.entry(handle).namespace
         self.end_transfers(again=True)  # some of it may be on its way, and what has come is committed by this
-        has_seen, forgotten = having_seen(text), self.cache.forget(handle)
+        text = alike[0]
+        has_seen, forgotten = having_seen(text), self.cache.forget(handle, alike)
         if self.tiers:
             self.tiers.forget(text, namespace)
             # Those that are stale are served while they are in the store, but must not outlive that in the tiers.
@@ -576,6 +592,11 @@ class Admission:
             sequence.forgotten |= (near and has_seen(sequence.company)) or not used.isdisjoint(forgotten.pages)
         self.releases += 1
         return forgotten
+
+    def let_go_of(self, adapter: Adapter) -> None:
+        """Nothing finds any more what was computed under an adapter, whose sequences have all ended."""
+        self.cache.withdraw_all(functools.partial(self.adapters.is_of, adapter))
+        self.releases += 1
 
     def check_books(self) -> None:
         """Raise AssertionError unless sequences hold what the cache says. For tests: it walks the whole store."""

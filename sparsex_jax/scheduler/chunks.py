@@ -53,7 +53,8 @@ def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) ->
         parts = [*_chunks(tokens, first, lead, pages, most), _behind(plan, lead)]
     if prompt.reused.any():
         parts += _chunks(tokens, len(prompt), len(tokens), pages, most)
-    return [dataclasses.replace(part, copies=() if i else plan.copies) for i, part in enumerate(parts)]
+    adapter, copies = plan.adapter, plan.copies
+    return [dataclasses.replace(part, copies=() if i else copies, adapter=adapter) for i, part in enumerate(parts)]
 
 
 def token_layers(phases: Sequence[Phase], num_layers: int) -> int:

@@ -16,19 +16,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from jaxtyping import Int32
 
 from sparsex_jax.cache import Entry, PageCache
-from sparsex_jax.cache.children import common_prefix
+from sparsex_jax.cache.children import TOKEN_BYTES, common_prefix
 from sparsex_jax.cache.company import Company, text_digest
 
 OPENING_SHARE = 4  # the opening has at most a quarter of the budget: other texts are of more use
 LEAST_TEXTS = 2  # a longer text is cut, so that so many fit
 MOST_PROMPTS = 1000  # whose beginnings are compared
 BEGINNING = 32  # tokens of a text by which it is known to be a part of the opening
+
+NumBase = Callable[[Int32[np.ndarray, "tokens"]], int]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,13 +48,19 @@ class Neighbours:
     most: int
 
     @classmethod
-    def of(cls, cache: PageCache, namespace: str, budget: int) -> Neighbours:
-        """The opening and the texts of a namespace that fit into so many tokens."""
-        beginnings = cache.beginnings(namespace, budget // OPENING_SHARE)
-        opening = usual_opening(itertools.islice(beginnings, MOST_PROMPTS))
+    def of(cls, cache: PageCache, namespace: str, budget: int, num_base: NumBase = len) -> Neighbours:
+        """The opening and the texts of a namespace that fit into so many tokens, of what no adapter acted on.
+
+        Args:
+          num_base: on how many leading tokens none acted, of keys that the cache has. By default all are tokens.
+        """
+        stored = itertools.islice(cache.beginnings(namespace, budget // OPENING_SHARE), MOST_PROMPTS)
+        beginnings = (each[: TOKEN_BYTES * num_base(np.frombuffer(each, np.int32))] for each in stored)
+        opening = usual_opening(filter(None, beginnings))
         room = budget - len(opening)
         most = room // LEAST_TEXTS
-        run = last_run(cache.entries(namespace), room, most) if most else []
+        texts = (one for one in cache.entries(namespace) if num_base(cache.text(one.handle)) == one.num_tokens)
+        run = last_run(texts, room, most) if most else []
         return cls(opening, tuple(cache.text(entry.handle) for entry in run), most)
 
     @property

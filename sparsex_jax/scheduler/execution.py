@@ -109,7 +109,8 @@ class Execution:
         meanwhile: then it is made anew of what the host knows."""
         if kept is not None and kept.pages == _pages(sequences) and kept.tokens == _tokens(sequences, 0):
             return kept.state
-        return decode_state(_slots(sequences), self._runner.shapes.max_pages, self._runner.model.vocab_size)
+        shapes, vocab_size = self._runner.shapes, self._runner.model.vocab_size
+        return decode_state(_slots(sequences), shapes.max_pages, vocab_size, adapters=shapes.adapters)
 
     def fetch(self, dispatch: Dispatch) -> Sampled:
         """What was sampled, as NumPy arrays, a batch slot for each sequence. Raises why the dispatch failed."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Any
 
 from sparsex_jax.config import EngineConfig, ReuseConfig
 from sparsex_jax.reuse.planner import Shapes
@@ -48,9 +49,10 @@ class Healing:
         found = self._admission.cache.to_heal(self._chunk)
         if found is None:
             return None
-        tokens, namespace = found
-        exact = ReuseConfig(method="prefix")
-        return self._requests.prefill(tokens, reuse=exact, namespace=namespace, keep=True, asked=False)
+        keys, namespace = found
+        exact, adapters = ReuseConfig(method="prefix"), self._admission.adapters
+        options: dict[str, Any] = {"reuse": exact, "namespace": namespace, "keep": True, "asked": False}
+        return self._requests.again(adapters.tokens(keys), adapters.behind(keys), **options)
 
     def rest(self, seconds: float) -> float:
         """How long the device has to rest after a chunk that took so long; not longer than a thread can wait."""

@@ -19,6 +19,7 @@ Listeners run on that thread, in the middle of a round. They must not call the e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import logging
@@ -33,7 +34,15 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
-from sparsex_jax.errors import InvalidRequestError, NonFiniteLogitsError, OverloadedError
+from sparsex_jax.errors import (
+    AdapterInUseError,
+    InvalidRequestError,
+    NonFiniteLogitsError,
+    OverloadedError,
+    UnknownAdapterError,
+)
+from sparsex_jax.model.adapters import AdapterWeights
+from sparsex_jax.scheduler.adapters import Adapter
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.counts import Counts, LoopStats
 from sparsex_jax.scheduler.execution import Dispatch, Execution, Prefilled
@@ -107,6 +116,7 @@ class Loop:
         lent: Lent | None = None,
         pinning: Pinning | None = None,
         member: Member | None = None,
+        adapter: str | None = None,
         delay_s: float = 0.0,
         listener: Listener,
     ) -> Ticket:
@@ -126,11 +136,13 @@ class Loop:
           InvalidRequestError: an argument is wrong, or the round has another size or all its members; the message
             names it and its limit.
           ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
+          UnknownAdapterError: no adapter of that name is loaded.
           OverloadedError: too many wait already; says when to try again.
         """
         sampling = SamplingParams() if sampling is None else sampling
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns}
         options |= {"lent": lent, "pinning": pinning, "member": member, "delay_s": delay_s}
+        options |= {"adapter": adapter}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
     def remember(
@@ -141,11 +153,13 @@ class Loop:
         frozen: bool = False,
         preamble: Prompt | None = None,
         company: bool | None = None,
+        adapter: str | None = None,
         listener: Listener,
     ) -> Ticket:
         """Put a text to remember in line. Its last event has the handle. Arguments as `Engine.remember`, errors and
         listener as `submit`."""
         options: dict[str, Any] = {"namespace": namespace, "frozen": frozen, "preamble": preamble, "company": company}
+        options |= {"adapter": adapter}
         return self._submit(self.requests.remember(prompt, listener=listener, **options))
 
     def wait(self, timeout: float) -> None:
@@ -180,11 +194,18 @@ class Loop:
 
     def _put_in_line(self, sequences: Several[Sequence]) -> None:
         with self._news:
+            self._require_adapters(sequences)
             for sequence in sequences:
                 sequence.id, sequence.rank = next(self._ids), time.monotonic() + sequence.delay_s
             self._join_rounds(sequences)
             self._inbox += sequences
             self._news.notify_all()
+
+    def _require_adapters(self, sequences: Several[Sequence]) -> None:
+        """Raise UnknownAdapterError if one's adapter was unloaded since the sequence was made."""
+        for acting in (sequence.adapter for sequence in sequences):
+            if acting and not self.admission.adapters.stands(acting):
+                raise UnknownAdapterError(f"adapter={acting.name!r} was unloaded meanwhile")
 
     def _join_rounds(self, sequences: Several[Sequence]) -> None:
         """All of them or none. Raises InvalidRequestError if one cannot join its round."""
@@ -295,6 +316,35 @@ class Loop:
         with self._one_round():
             self.admission.finish(sequence, "length")
             self._report()
+
+    def load_adapter(self, name: str, weights: AdapterWeights) -> Adapter:
+        """Place an adapter on the devices. Requests can ask for it from then on. Raises as `Engine.load_adapter`."""
+        with self._one_round():
+            adapter = self.admission.adapters.new(name, weights)
+            self.runner.place_adapter(adapter.slot, name, weights)
+            self.admission.adapters.add(adapter)
+            return adapter
+
+    def unload_adapter(self, name: str) -> Adapter:
+        """Let go of an adapter and of what was computed under it. Raises as `Engine.unload_adapter`."""
+        adapters = self.admission.adapters
+        with self._one_round(), self._news:
+            adapter = self.adapter_state(adapters.named(name))
+            if adapter.uses:
+                raise AdapterInUseError(
+                    f"adapter {name!r} cannot be unloaded while {adapter.uses} sequences wait, run or are held with it"
+                )
+            adapters.remove(name)
+            self.admission.let_go_of(adapter)
+            self.publish()
+            return adapter
+
+    def adapter_state(self, adapter: Adapter) -> Adapter:
+        """With how many sequences use it now. From any thread."""
+        with self._news:
+            there = [one for one in (*self._inbox, *self.policy.sequences) if one.state is not State.FINISHED]
+        users = [one.adapter for one in there if one.adapter and one.adapter.number == adapter.number]
+        return dataclasses.replace(adapter, uses=len(users))
 
     def settle(self) -> None:
         """Wait until all that is on its way to a lower tier is there."""

@@ -9,6 +9,7 @@ sequence that remembers: the entry keeps its handle, and its old pages go when i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class Remaking:
             return self._requests.remake(entry, text)
         end = max((done + self._chunk) // size, done // size + 1) * size
         with_it = Company(company.opening, company.tokens, company.texts | {text_digest(text)})
-        options = {"asked": False, "remakes": entry.handle, "company": with_it}
+        options: dict[str, Any] = {"asked": False, "remakes": entry.handle, "company": with_it}
         return self._requests.prefill(
             tokens[:end], reuse=ReuseConfig(method="prefix"), namespace=namespace, keep=True, **options
         )

@@ -13,6 +13,7 @@ from jaxtyping import Int32
 from sparsex_jax.cache import Entry
 from sparsex_jax.config import ModelConfig, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.errors import ContextLengthError, InvalidRequestError, StructureError
+from sparsex_jax.reuse.adapters import Acting
 from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.output import Output
@@ -61,16 +62,19 @@ class Requests:
         namespace: str,
         keep: bool,
         turns: frozenset[bytes] | None = None,
+        adapter: str | None = None,
         **options: Any,
     ) -> Sequence:
         """A sequence that is prefilled and decoded.
 
         Args:
+          adapter: the name of one that is loaded. None: the base model alone.
           turns: `turns_of` the prompt, if it is given as the tokens of a chat.
           options: fields of `Sequence`.
 
         Raises:
           InvalidRequestError: an argument is wrong; the message names it and its limit.
+          UnknownAdapterError: no adapter of that name is loaded.
           ContextLengthError: prompt and answer are longer than the model takes, or than an empty store can hold.
         """
         started = time.perf_counter()
@@ -80,6 +84,7 @@ class Requests:
         tokens = self.encode(prompt, sampling.max_new_tokens)
         output.follow(tokens)
         options |= {"turns": turns_of(prompt) if turns is None else turns}
+        options |= {"adapter": self._admission.adapters.on(adapter, tokens)}
         options |= {"prompt_logprobs": PromptLogprobs.asked(tokens, sampling)}
         if options.get("pinning") is not None and not keep:
             raise InvalidRequestError("keep=False and a pin exclude each other: what is not kept cannot stay")
@@ -87,13 +92,34 @@ class Requests:
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def prefill(
-        self, prompt: Prompt, *, reuse: ReuseConfig | None, namespace: str, keep: bool, **options: Any
+        self,
+        prompt: Prompt,
+        *,
+        reuse: ReuseConfig | None,
+        namespace: str,
+        keep: bool,
+        adapter: str | None = None,
+        **options: Any,
     ) -> Sequence:
         """A sequence that is prefilled only. Arguments and errors as `generation`."""
         started = time.perf_counter()
         tokens, output = self.encode(prompt), self._output(None)
-        options |= {"turns": turns_of(prompt)}
+        options |= {"turns": turns_of(prompt), "adapter": self._admission.adapters.on(adapter, tokens)}
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
+
+    def again(
+        self,
+        tokens: Int32[np.ndarray, "tokens"],
+        adapter: Acting | None,
+        *,
+        reuse: ReuseConfig,
+        namespace: str,
+        keep: bool,
+        **options: Any,
+    ) -> Sequence:
+        """A sequence that prefills what is stored already, with the adapter that acted on it."""
+        about = self._output(None), self._method(reuse), namespace, keep, time.perf_counter()
+        return self._checked(Sequence(tokens, *about, adapter=adapter, **options))
 
     def remember(
         self,
@@ -104,12 +130,13 @@ class Requests:
         preamble: Prompt | None,
         company: bool | None = None,
         allow_control_tokens: bool = False,
+        adapter: str | None = None,
         **options: Any,
     ) -> Sequence:
         """A sequence whose prompt is registered once it is prefilled. Arguments and errors as `Engine.remember`."""
         started = time.perf_counter()
         _require_type("frozen", frozen, bool)
-        in_company = self._in_company(company, preamble)
+        in_company = self._in_company(company, preamble, adapter)
         is_document = isinstance(prompt, str) and not allow_control_tokens
         said = document(cast(str, prompt), self.tokenizer) if is_document else prompt
         text = self.encode(said, add_special_tokens=False)
@@ -120,9 +147,13 @@ class Requests:
                 f"preamble has {len(before)} tokens and prompt {len(text)}: together {length}, "
                 f"and the model's limit is {limit}"
             )
-        kept = Remember(text, namespace, frozen, _content(before, text, in_company), in_company, self._said(text))
+        tokens = np.concatenate([before, text])
+        acting = self._admission.adapters.on(adapter, tokens)
+        keys = tokens if acting is None else acting.keys(tokens)
+        content = _content(keys[: len(before)], keys[len(before) :], in_company)
+        kept = Remember(text, namespace, frozen, content, in_company, self._said(text))
         # Behind a preamble the text alone is kept, not both.
-        return self._remember(np.concatenate([before, text]), kept, len(before) == 0, started, **options)
+        return self._remember(tokens, kept, len(before) == 0, started, adapter=acting, **options)
 
     def remake(self, entry: Entry, text: Int32[np.ndarray, "text"]) -> Sequence:
         """A sequence that makes an entry's text again, in the company that it has when it is admitted."""
@@ -134,15 +165,17 @@ class Requests:
         exact, output = ReuseConfig(method="prefix"), self._output(None)
         return self._checked(Sequence(tokens, output, exact, kept.namespace, keep, started, remember=kept, **options))
 
-    def _in_company(self, company: bool | None, preamble: Prompt | None) -> bool:
+    def _in_company(self, company: bool | None, preamble: Prompt | None, adapter: str | None) -> bool:
         """Whether the engine chooses what a text is prefilled behind."""
         if company is None:
-            return preamble is None and self._admission.company_tokens > 0
+            return preamble is None and adapter is None and self._admission.company_tokens > 0
         _require_type("company", company, bool)
         if company and preamble is not None:
             raise InvalidRequestError(
                 "company=True and a preamble exclude each other: one of them stands before the text"
             )
+        if company and adapter is not None:
+            raise InvalidRequestError("company=True and an adapter exclude each other: a company is the base model's")
         if company and not self._admission.company_tokens:
             raise InvalidRequestError("company=True needs an engine with company_tokens above 0")
         return company

@@ -124,7 +124,7 @@ class Gathering:
         together = self.there
         self.begun, self.num_together = now, len(together)
         sequences = [one for member in together for one in member.sequences]
-        sequences.sort(key=lambda one: (len(one.prompt), one.prompt.tobytes(), one.id))
+        sequences.sort(key=lambda one: (len(one.prompt), one.keys(one.prompt).tobytes(), one.id))
         last = max((one.rank for one in sequences), default=0.0)
         for number, sequence in enumerate(sequences):
             sequence.rank = last + number * _APART

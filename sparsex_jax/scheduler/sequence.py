@@ -44,10 +44,11 @@ from sparsex_jax.device.arrivals import Late
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun
 from sparsex_jax.device.scoring import Scores
 from sparsex_jax.device.state import BatchSlot
+from sparsex_jax.reuse.adapters import NO_SLOT, Acting
 from sparsex_jax.reuse.excerpt import Excerpt
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
-from sparsex_jax.reuse.report import Report, make_report, report_of_excerpt
+from sparsex_jax.reuse.report import AdapterShare, Report, make_report, report_of_excerpt
 from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.output import Output, TokenLogprobs
 from sparsex_jax.scheduler.pinning import Pinning, PinRefused
@@ -150,6 +151,7 @@ class Sequence:
       lent: the prompt of several answers, of which this is one, that is found while they run but is not kept.
       pinning: pins it once it is answered. Shared by the answers to one request. None: it is not to be pinned.
       member: its place in a round, shared by the answers to its prompt. None: it is of none.
+      adapter: acts on some or all of its tokens. None: it is the base model's.
       delay_s: by its priority it waits as if it had come so many seconds later, or earlier where this is negative.
       timeline: when its parts began and ended, if somebody traces it.
       wanted: what it could find of that which others compute.
@@ -214,6 +216,7 @@ class Sequence:
     lent: Lent | None = None
     pinning: Pinning | None = None
     member: Member | None = None
+    adapter: Acting | None = None
     delay_s: float = 0.0
     timeline: Timeline = UNTIMED
     wanted: Wanted = dataclasses.field(init=False)
@@ -269,6 +272,10 @@ class Sequence:
     def tokens(self) -> Int32[np.ndarray, "tokens"]:
         """The prompt and the answer so far."""
         return np.append(self.prompt, self.output.token_ids).astype(np.int32)
+
+    def keys(self, tokens: Int32[np.ndarray, "tokens"]) -> Int32[np.ndarray, "tokens"]:
+        """What the first tokens of it are found by: themselves, but where its adapter acts (`reuse.adapters`)."""
+        return tokens if self.adapter is None else self.adapter.keys(tokens)
 
     @property
     def is_admitted(self) -> bool:
@@ -330,8 +337,9 @@ class Sequence:
 
     @property
     def batch_slot(self) -> BatchSlot:
-        output = self.output
-        return BatchSlot(self.prompt, output.token_ids, output.sampling, output.end_tokens, self.pages, output.matcher)
+        output, slot = self.output, self.adapter.slot_at(len(self.prompt)) if self.adapter else NO_SLOT
+        about = output.sampling, output.end_tokens, self.pages, output.matcher, slot
+        return BatchSlot(self.prompt, output.token_ids, *about)
 
     # How it goes on -----------------------------------------------------------------------------------------
 
@@ -361,9 +369,9 @@ class Sequence:
         """What its prefill is to find out of the prompt's tokens. None: nothing, or it was found out."""
         return self.prompt_logprobs if self.report is None else None
 
-    def to_find(self, tokens: Int32[np.ndarray, "tokens"]) -> Int32[np.ndarray, "found"]:
-        """The tokens that can be found. Those behind them are computed, since log-probabilities come of that."""
-        return tokens[: len(tokens) - (self.scores.computed if self.scores else 0)]
+    def to_find(self, tokens: Int32[np.ndarray, "tokens"]) -> Int32[np.ndarray, "keys"]:
+        """The keys that can be found. Tokens behind them are computed, since log-probabilities come of that."""
+        return self.keys(tokens)[: len(tokens) - (self.scores.computed if self.scores else 0)]
 
     @property
     def exact_method(self) -> str:
@@ -386,7 +394,7 @@ class Sequence:
         plan, self.state, self.stages = self.plan, State.PREFILLING, deque(stages)
         self.computed, self.confidence = np.zeros((len(plan.phases), len(plan.prompt)), bool), None
         self.approximate = plan.exact_tokens(num_layers) < len(plan.prompt)
-        self.offer = None if plan.probe else Offer(plan.prompt)
+        self.offer = None if plan.probe else Offer(plan.prompt, self.keys(plan.prompt.tokens))
         self.timeline.enter("probe" if plan.probe else "prefill")
 
     def answer_from(self, focus: Float32[np.ndarray, "tokens"]) -> None:
@@ -399,6 +407,7 @@ class Sequence:
         assert probe is not None
         excerpt = probe.excerpt(focus)
         self.excerpt, self.prompt = (prompt, excerpt), prompt.tokens[excerpt.keep]
+        self.adapter = self.adapter.of_excerpt(excerpt.keep) if self.adapter else None
         self.reuse = ReuseConfig(method=self.exact_method)
         self.wanted = Wanted(self.to_find(self.prompt), self.reuse)
 
@@ -451,6 +460,9 @@ class Sequence:
             restored_tokens=self.restored_tokens,
             computed_fraction=min(computed, 1.0),
             round=self.member.share() if self.member else None,
+            adapter=AdapterShare(self.adapter.name, self.adapter.num_tokens(len(self.prompt)))
+            if self.adapter
+            else None,
         )
 
     def leave(self) -> None:

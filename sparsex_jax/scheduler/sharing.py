@@ -22,8 +22,12 @@ _SALT = secrets.randbits(64)
 class Wanted:
     """A prompt, and how its method can use what is stored."""
 
-    def __init__(self, tokens: Int32[np.ndarray, "tokens"], reuse: ReuseConfig) -> None:
-        self._tokens, self._reuse = tokens, reuse
+    def __init__(self, keys: Int32[np.ndarray, "tokens"], reuse: ReuseConfig) -> None:
+        """
+        Args:
+          keys: what the prompt's tokens are found by.
+        """
+        self._tokens, self._reuse = keys, reuse
         self._known: weakref.WeakKeyDictionary[Offer, bool] = weakref.WeakKeyDictionary()
 
     def knows(self, offer: Offer) -> bool:
@@ -62,13 +66,17 @@ class Offer:
 
     Attributes:
       num_prefix: tokens of the prompt that are found already.
-      exact: the tokens whose KV will be exact.
+      exact: the keys of the tokens whose KV will be exact.
       windows: hashes of windows on the grid on which they will be stored, those with fresh tokens only.
     """
 
-    def __init__(self, prompt: PromptMap) -> None:
+    def __init__(self, prompt: PromptMap, keys: Int32[np.ndarray, "tokens"]) -> None:
+        """
+        Args:
+          keys: what its tokens are found by.
+        """
         self.num_prefix = prompt.num_prefix
-        self.exact = prompt.tokens[: prompt.exact_frontier]
+        self.exact = keys[: prompt.exact_frontier]
         whole = len(prompt) // WINDOW
         fresh = prompt.fresh[: whole * WINDOW].reshape(whole, WINDOW).all(axis=1)
-        self.windows = window_hashes(prompt.tokens, _SALT)[::WINDOW][fresh]
+        self.windows = window_hashes(keys, _SALT)[::WINDOW][fresh]

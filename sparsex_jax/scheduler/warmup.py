@@ -127,7 +127,8 @@ def _decode(loop: Loop, number: int, wish: SamplingParams) -> None:
     matcher = loop.requests.matcher(wish.structure) if wish.structure else None
     with loop.admission.lend(2) as pages:
         slot = BatchSlot([0], [0], dataclasses.replace(wish, max_new_tokens=2), ends, pages, matcher)
-        state = decode_state([slot] * number, runner.shapes.max_pages, runner.model.vocab_size)
+        about = runner.shapes.max_pages, runner.model.vocab_size
+        state = decode_state([slot] * number, *about, adapters=runner.shapes.adapters)
         if matcher is None:
             sampled = jax.device_get(runner.start_decode(state, 1)[1])
         else:

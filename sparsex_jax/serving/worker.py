@@ -86,6 +86,7 @@ class Job:
     lent: Lent | None = None
     pinning: Pinning | None = None
     member: Member | None = None
+    adapter: str | None = None
     delay_s: float = 0.0
 
     def submit(self, loop: Loop, listener: Listener) -> Ticket:
@@ -99,6 +100,7 @@ class Job:
             lent=self.lent,
             pinning=self.pinning,
             member=self.member,
+            adapter=self.adapter,
             delay_s=self.delay_s,
             listener=listener,
         )

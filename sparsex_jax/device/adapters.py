@@ -1,0 +1,108 @@
+"""The slots of the devices' memory that adapters are loaded into: stacks of a fixed shape, written a slot at a time.
+
+Loading compiles nothing, since a slot's number is data and ranks are filled up with zeros: `make_stacks` has compiled
+the few writes that there are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
+
+from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.config.checks import require
+from sparsex_jax.model.adapters import TARGETS, AdapterWeights, Pair
+from sparsex_jax.model.low_rank import LowRank
+from sparsex_jax.model.matrices import Place
+from sparsex_jax.model.weights import describe
+
+_INPUTS, _OUTPUTS = 1, 2  # axes of A and B; the other one of these two counts the ranks
+
+
+def targets(model: ModelConfig, mesh: Mesh) -> dict[str, Place]:
+    """The weights of a model that adapters may add to, and where their matrices live. Experts are none of them."""
+    layers = describe(model).layers
+    weights = {name: getattr(layers, name) for name in TARGETS}
+    return {name: Place.of(name, weight, mesh) for name, weight in weights.items() if weight is not None}
+
+
+def abstract_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dict[str, LowRank] | None:
+    """The stacks of an engine as shapes with shardings, by the names of the weights; None where it has no adapters.
+
+    A is divided as the weight's inputs are, and B as its outputs.
+    """
+    if engine.max_adapters == 0:
+        return None
+    rank, dtype = engine.max_adapter_rank, jnp.dtype(engine.dtype)
+    ranks = engine.max_adapters * rank
+
+    def shape(*sizes: int, divided: tuple[str | None, str | None]) -> Any:
+        sharding = NamedSharding(mesh, PartitionSpec(None, *divided))
+        return jax.ShapeDtypeStruct((model.num_layers, *sizes), dtype, sharding=sharding)
+
+    made = {}
+    for name, place in targets(model, mesh).items():
+        inputs, outputs = place.divided
+        a = shape(place.inputs, ranks, divided=(inputs, None))
+        made[name] = LowRank(a, shape(ranks, place.outputs, divided=(None, outputs)), rank)
+    return made
+
+
+def make_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dict[str, LowRank] | None:
+    """Stacks of zeros, once the writes into them are compiled. None where the engine has no adapters."""
+    shapes = abstract_stacks(model, engine, mesh)
+    if shapes is None:
+        return None
+    stacks = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype, device=each.sharding), shapes)
+    return {name: put(stack, 0, None) for name, stack in stacks.items()}
+
+
+def check_pairs(name: str, weights: AdapterWeights, model: ModelConfig, mesh: Mesh) -> None:
+    """Raise InvalidRequestError if an adapter does not fit the model."""
+    places = targets(model, mesh)
+    for target, pair in weights.pairs.items():
+        about = f"adapter {name!r} has a pair for {target!r:.60}"
+        require(target in places, f"{about}; this model takes pairs for {', '.join(places)}")
+        place, rank = places[target], pair.a.shape[-1]
+        wanted = (model.num_layers, place.inputs, rank), (model.num_layers, rank, place.outputs)
+        require(
+            (pair.a.shape, pair.b.shape) == wanted,
+            f"{about} of shapes {pair.a.shape} and {pair.b.shape}; they must be {wanted[0]} and {wanted[1]}",
+        )
+        require(0 < rank <= weights.rank, f"{about} of rank {rank}, and says that {weights.rank} is its largest")
+        finite = bool(np.isfinite(pair.a).all() and np.isfinite(pair.b).all())
+        require(finite, f"{about} that has NaN or infinities")
+
+
+def put(stack: LowRank, slot: int, pair: Pair | None) -> LowRank:
+    """A stack with a pair in one of its slots, filled up with zeros; zeros alone for None."""
+    a = np.zeros((*stack.a.shape[:_OUTPUTS], stack.rank), stack.a.dtype)
+    b = np.zeros((stack.b.shape[0], stack.rank, stack.b.shape[_OUTPUTS]), stack.b.dtype)
+    if pair is not None:
+        a[:, :, : pair.a.shape[_OUTPUTS]], b[:, : pair.b.shape[_INPUTS]] = pair
+    at = np.int32(slot * stack.rank)
+    return LowRank(_written(stack.a, a, at, _OUTPUTS), _written(stack.b, b, at, _INPUTS), stack.rank)
+
+
+def _written(stack: Array, part: np.ndarray, at: np.int32, axis: int) -> Array:
+    return _write(stack, jax.device_put(part, stack.sharding), at, axis=axis, placed=stack.sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("axis", "placed"))
+def _write(
+    stack: Float[Array, "layers m n"],
+    part: Float[Array, "layers _ _"],
+    at: Int[Array, ""],
+    *,
+    axis: int,
+    placed: NamedSharding,
+) -> Float[Array, "layers m n"]:
+    """The stack is not donated: what is under way still reads it."""
+    return lax.with_sharding_constraint(lax.dynamic_update_slice_in_dim(stack, part, at, axis), placed)

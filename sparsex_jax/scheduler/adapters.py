@@ -1,0 +1,176 @@
+"""The adapters of an engine: which names stand for which slots of the devices, and which marks their KV is found by.
+
+Each load is a new version, with a mark of its own (`sparsex_jax.reuse.adapters`), also of a name that was there before.
+A mark is given out again only after thousands of others. By then nothing is stored under it, since what was is let go
+of when an adapter is unloaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Int32
+
+from sparsex_jax.config import EngineConfig, ModelConfig
+from sparsex_jax.config.checks import require
+from sparsex_jax.errors import InvalidRequestError, UnknownAdapterError
+from sparsex_jax.model.adapters import AdapterWeights
+from sparsex_jax.reuse.adapters import Acting, last_place
+
+MAX_NAME = 256  # characters
+_KEY_BITS = 31  # of a key, an int32 that is not negative
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A version of an adapter that is loaded.
+
+    Attributes:
+      name: by which requests ask for it.
+      slot: where the devices have its weights.
+      number: of the version. The mark of its keys is this number times a power of two.
+      rank: the largest of its matrices.
+      targets: names of the weights that it adds to, some of `model.adapters.TARGETS`.
+      invocation: token ids from whose last occurrence in a prompt it acts; none if it acts on all tokens.
+      digest: of its weights, as `AdapterWeights.digest`.
+      uses: how many sequences waited, ran or were held with it when the engine was asked.
+    """
+
+    name: str
+    slot: int
+    number: int
+    rank: int
+    targets: tuple[str, ...]
+    invocation: tuple[int, ...]
+    digest: str
+    uses: int = 0
+
+
+class Adapters:
+    """What is loaded. Names are looked up from any thread; all else is for the thread that steps the loop."""
+
+    def __init__(self, model: ModelConfig, config: EngineConfig) -> None:
+        """Raises InvalidRequestError: keys of this vocabulary have no room for so many adapters."""
+        self._max_adapters, self._max_rank = config.max_adapters, config.max_adapter_rank
+        self._bits = max(model.vocab_size - 1, 1).bit_length()
+        self._most_numbers = (1 << (_KEY_BITS - self._bits)) - 1
+        require(
+            self._max_adapters < max(self._most_numbers, 1),
+            f"max_adapters={self._max_adapters} must be less than {self._most_numbers} for a vocabulary of "
+            f"{model.vocab_size} tokens",
+        )
+        self._last_number = 0
+        self._loaded: Mapping[str, Adapter] = {}  # replaced, never changed, as other threads read it
+
+    def __iter__(self) -> Iterator[Adapter]:
+        return iter(self._loaded.values())
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def named(self, name: str) -> Adapter:
+        """Raises UnknownAdapterError, which lists the names, if none is loaded under this one."""
+        found = self._loaded.get(name) if isinstance(name, str) else None
+        if found is None:
+            names = ", ".join(map(repr, self._loaded)) or "none is loaded"
+            raise UnknownAdapterError(f"adapter={name!r:.300} is not loaded; there are: {names}")
+        return found
+
+    def on(self, name: str | None, tokens: Int32[np.ndarray, "tokens"]) -> Acting | None:
+        """The adapter of this name on a prompt; None for the base model. Raises UnknownAdapterError.
+
+        An activated adapter acts from the last occurrence of its invocation sequence on, that included. If the prompt
+        has none it does not act, as in PEFT: the report says that it acted on no token.
+        """
+        if name is None:
+            return None
+        found = self.named(name)
+        start = last_place(tokens, found.invocation) if found.invocation else 0
+        return self._acting(found, start)
+
+    def _acting(self, adapter: Adapter, start: int) -> Acting:
+        return Acting(adapter.name, adapter.slot, adapter.number, adapter.number << self._bits, start)
+
+    def stands(self, acting: Acting) -> bool:
+        """Whether the version that acts is still loaded."""
+        return any(acting.number == each.number for each in self)
+
+    # Coming and going -----------------------------------------------------------------------------------------
+
+    def new(self, name: str, weights: AdapterWeights) -> Adapter:
+        """A version with a free slot and a mark, which nobody finds before `add`.
+
+        Raises:
+          InvalidRequestError: the name is none, or is taken; the rank is too large, or there is no free slot.
+        """
+        self._check(name, weights)
+        slot = next(slot for slot in range(self._max_adapters) if slot not in {each.slot for each in self})
+        targets = tuple(weights.pairs)
+        return Adapter(name, slot, self._next_number(), weights.rank, targets, weights.invocation, weights.digest)
+
+    def _check(self, name: str, weights: AdapterWeights) -> None:
+        is_name = isinstance(name, str) and name.isprintable() and name.strip() == name and 0 < len(name) <= MAX_NAME
+        require(is_name, f"adapter name {name!r:.300} must be printable, of 1 to {MAX_NAME} characters")
+        require(self._max_adapters > 0, f"adapter {name!r} needs an engine with max_adapters above 0")
+        require(name not in self._loaded, f"adapter {name!r} is loaded already; unload it before it is loaded anew")
+        require(
+            weights.rank <= self._max_rank,
+            f"adapter {name!r} has rank {weights.rank}, and max_adapter_rank={self._max_rank} is the limit",
+        )
+        require(
+            len(self) < self._max_adapters,
+            f"adapter {name!r} has no room: max_adapters={self._max_adapters} are loaded; unload one of them",
+        )
+
+    def _next_number(self) -> int:
+        """Numbers go round, past those that are in use."""
+        in_use, number = {each.number for each in self}, self._last_number
+        while (number := number % self._most_numbers + 1) in in_use:
+            pass
+        self._last_number = number
+        return number
+
+    def add(self, adapter: Adapter) -> None:
+        """It can be asked for from now on."""
+        self._loaded = {**self._loaded, adapter.name: adapter}
+
+    def remove(self, name: str) -> Adapter:
+        """It cannot be asked for any more. Raises UnknownAdapterError."""
+        removed = self.named(name)
+        self._loaded = {other: each for other, each in self._loaded.items() if other != name}
+        return removed
+
+    # Keys -----------------------------------------------------------------------------------------------------
+
+    def num_base(self, keys: Int32[np.ndarray, "tokens"]) -> int:
+        """On how many leading ones of these no adapter acted. What acts, acts up to the end."""
+        return int((keys >> self._bits == 0).sum())
+
+    def is_base(self, keys: Int32[np.ndarray, "tokens"]) -> bool:
+        """Whether no adapter acted on any of these."""
+        return len(keys) == 0 or int(keys[-1]) >> self._bits == 0
+
+    def is_of(self, adapter: Adapter, keys: Int32[np.ndarray, "tokens"]) -> bool:
+        """Whether this version acted on some of these."""
+        return len(keys) > 0 and int(keys[-1]) >> self._bits == adapter.number
+
+    def tokens(self, keys: Int32[np.ndarray, "tokens"]) -> Int32[np.ndarray, "tokens"]:
+        """The tokens that keys stand for."""
+        return keys & np.int32((1 << self._bits) - 1)
+
+    def behind(self, keys: Int32[np.ndarray, "tokens"]) -> Acting | None:
+        """The adapter that acted on keys from position 0 on. Raises InvalidRequestError if it is loaded no longer."""
+        if self.is_base(keys):
+            return None
+        number = int(keys[-1]) >> self._bits
+        found = next((each for each in self if each.number == number), None)
+        if found is None:
+            raise InvalidRequestError(f"the adapter of version {number} is loaded no longer")
+        return self._acting(found, self.num_base(keys))
+
+    def alike(self, keys: Int32[np.ndarray, "tokens"]) -> list[Int32[np.ndarray, "tokens"]]:
+        """The keys of the same tokens under the base model and under each adapter, from the first token on."""
+        tokens = self.tokens(keys)
+        return [tokens, *(tokens + np.int32(each.number << self._bits) for each in self)]

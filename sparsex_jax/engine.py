@@ -442,7 +442,8 @@ class Engine:
         return self.loop.load_adapter(name, _read_adapter(source, self.model))
 
     def unload_adapter(self, name: str) -> Adapter:
-        """Unload an adapter, and let go of all KV that was computed under it. Returns what it was.
+        """Unload an adapter, and let go of all KV that was computed under it, with texts that were remembered under it,
+        frozen ones too, and pins. Returns what it was.
 
         Raises:
           UnknownAdapterError: no adapter of that name is loaded.

@@ -44,6 +44,7 @@ def rows_of(engine, node, page):
 def drop_spares(engine):
     """Evict every page that a derived one can restore, and overwrite it. Returns what nodes had there."""
     cache, spares = engine.cache, np.flatnonzero(engine.cache._pool.spare).tolist()
+    assert engine.stats()["spare"] == len(spares)
     had = {cache.tree[page]: rows_of(engine, cache.tree[page], page) for page in spares}
     cache._evict(spares)
     engine.runner.store = engine.runner.store.at[:, jnp.array(spares)].set(jnp.nan)

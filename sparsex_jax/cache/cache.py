@@ -607,7 +607,7 @@ class PageCache:
             self._remove_entry(entry.handle)
         for name, _ in self.pins:
             self.pins.remove(*name)
-        self._drop(np.flatnonzero(self._pool.cached()).tolist())
+        self._drop(np.flatnonzero(self._pool.evictable()).tolist())
 
     # Pinning ------------------------------------------------------------------------------------------------
 

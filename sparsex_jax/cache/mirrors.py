@@ -29,6 +29,9 @@ from sparsex_jax.cache.segments import Segment
 from sparsex_jax.cache.tree import Node, PageTree
 from sparsex_jax.errors import StoreFullError
 
+# Tokens of a run that make a donor as good as one that has more of them: if each sequence took its longest donors, they
+# would rest on many, all of which the store would have to keep.
+ENOUGH = 256
 LEAST_SAVED = 0.25  # of a page's slots; with less, a page stays as it is
 
 

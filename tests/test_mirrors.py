@@ -59,7 +59,10 @@ def test_the_rows_that_a_prefill_wrote():
     computed = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
     assert schedule.written_depth(phases, computed, 5).tolist() == [5, 4, 3, 0]
     phases = [schedule.Phase(0, every), schedule.Phase(0, every, "key_mass"), schedule.Phase(5, every)]
-    assert schedule.written_depth(phases, computed, 5).tolist() == [5, 5, 1, 0]
+    assert schedule.written_depth(phases, computed, 5).tolist() == [5, 5, 0, 0]
+    for signal, deep in (("kv_deviation", [5, 5, 1, 0]), ("probe_mass", [5, 5, 0, 0]), ("own", [5, 5, 1, 0])):
+        phases[1] = schedule.Phase(0, every, signal)
+        assert schedule.written_depth(phases, computed, 5).tolist() == deep
 
 
 class Store:

@@ -682,6 +682,8 @@ AGENTS = {
     "hit rate": "found",
     "store": "store, GiB",
 }
+# Where a file has them.
+AGENTS_KEEP = {"contexts, smaller than dense": "contexts, times smaller", "mirror, of dense": "mirror, of dense"}
 AGENTS_DIGITS = {"prompts": ",.0f", "answers": ",.0f", "computed": ".2f", "hit rate": ".2f", "store": ".2f"}
 
 
@@ -724,13 +726,15 @@ def agents_table(
     numbers = sorted({number for by_number in ways.values() for number in by_number})
     times = [f"{number} agents, s" for number in numbers]
     heading = [f"{workload}, {shared.removesuffix(' shared')} tokens shared", *times, limit, *AGENTS.values()]
+    keep = [name for name in AGENTS_KEEP if any(name in each for by in ways.values() for each in by.values())]
     lines = []
     for way, by_number in ways.items():
         most = by_number[max(by_number)]
         worst = [f"{by_number[n]['TTFT, worst']:.2f}" if n in by_number else "-" for n in numbers]
         others = [f"{most[name] / (GIB if name == 'store' else 1):{digits}}" for name, digits in AGENTS_DIGITS.items()]
-        lines.append([way, *worst, f"{limits[workload, shared, way]:.0f}", *others])
-    return table(heading, lines)
+        kept = [f"{most[name]:.3g}" if name in most else "-" for name in keep]
+        lines.append([way, *worst, f"{limits[workload, shared, way]:.0f}", *others, *kept])
+    return table([*heading, *map(AGENTS_KEEP.__getitem__, keep)], lines)
 
 
 def calibration(document: Document) -> str:

@@ -9,6 +9,7 @@ from conftest import CONFIG, TINY, idle, same_shapes, tiny_engine
 
 from sparsex_jax import Pin, ReuseConfig, SamplingParams
 from sparsex_jax.device.signals import signals_for
+from sparsex_jax.eval.footprint import footprint, store_bytes
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.schedule import written_depth
@@ -280,3 +281,26 @@ def test_the_warm_up_leaves_nothing_behind():
     assert len(steps) == len(engine.runner.shapes.buckets)
     steps[1]()
     assert engine.stats()["free"] == engine.stats()["pages"]
+
+
+def test_what_contexts_take_is_what_the_store_cannot_give_up():
+    """The first context is the donor; the second and third are mirrors of it; nothing else is stored."""
+    engine, shared, contexts = tiny_engine(mirrors=True), tokens_of(1, 160), []
+    for number in range(3):
+        prompt = agent(number, shared)
+        answer = engine.generate(prompt, FEW, reuse=METHODS["sparse"])
+        contexts.append(np.append(prompt, answer.token_ids)[:-1].astype(np.int32))
+    stats, cache, page_bytes = engine.stats(), engine.cache, 10**6
+    held = footprint(cache, contexts, "default", page_bytes)
+    tables = sum(5 * 8 * len(rows) + 8 * len(rows.bases) for rows in cache._pool.derived.values())
+    assert held.together == store_bytes(cache, page_bytes)
+    assert held.together == (stats["pages"] - stats["free"] - stats["spare"]) * page_bytes + tables
+    assert held.found == 1
+    assert held.dense == sum(-(-len(each) // 16) for each in contexts) * page_bytes
+    assert len(held.mirrors) == 2
+    prefixes = [cache.tree.prefix(each.tobytes(), "default", lambda _: True) for each in contexts[1:]]
+    nodes = [[*prefix.nodes, prefix.tail] for prefix in prefixes]
+    stays = sum(node.derived is None for own in nodes for node in own)
+    columns = stats["patch_rows"] / TINY.num_layers  # this method computes a token in all layers, or in none
+    own = sum(share * len(own) for share, own in zip(held.mirrors, nodes, strict=True))
+    assert own * page_bytes == pytest.approx((stays + columns / 16) * page_bytes + tables)

@@ -4,7 +4,7 @@
 
 The debate of `bench_agents.py`: the store's books, lookups, plans and mirrors are those of an engine, and so is what
 each prompt copies and computes. Only what is in the pages is missing, so tokens are chosen at random, in blocks of the
-method's `pool_tokens`. That is the worst case for mirrors: agents have no tokens in common that they choose.
+method's `pool_tokens`.
 
 Two ways to answer: as members of a round, all at once, and one by one. The store has room for all contexts of a round
 and of the one before it. Then `--keep` agents take their turns in a store for four of them, with mirrors and without.

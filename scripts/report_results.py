@@ -737,6 +737,35 @@ def agents_table(
     return table([*heading, *map(AGENTS_KEEP.__getitem__, keep)], lines)
 
 
+def mirrors(document: Document) -> str:
+    """What contexts of agents take of a store, and how many agents a store for four keeps."""
+    debates, kept = defaultdict(dict), defaultdict(dict)
+    for row in document["rows"]:
+        work, figure = row["work"].split(": ")
+        cases = debates if work.startswith("debate") else kept
+        cases[work, row["implementation"]][figure] = row["figure"]
+    heading = [
+        "agents",
+        "shared tokens",
+        "answered",
+        "a mirror, of dense",
+        "the largest",
+        "all together, GiB",
+        "times smaller",
+    ]
+    lines = [_of_debate(*about, figures) for about, figures in debates.items()]
+    turns = [[work, way, *(f"{figure:.3g}" for figure in figures.values())] for (work, way), figures in kept.items()]
+    names = ["turns", "store", *(name for name in next(iter(kept.values())))]
+    return provenance(document) + "\n" + table(heading, lines, names=3) + "\n" + table(names, turns, names=2)
+
+
+def _of_debate(work: str, way: str, figures: Mapping[str, float]) -> list[str]:
+    _, agents, shared = work.split(", ")
+    shares = [f"{figures[name]:.3f}" for name in ("mirror, of dense", "largest mirror, of dense")]
+    together = f"{figures['together'] / GIB:.2f}"
+    return [agents.split()[0], shared.split()[0], way, *shares, together, f"{figures['smaller than dense']:.2f}"]
+
+
 def calibration(document: Document) -> str:
     """What was selected for each regime, and what it was measured to do."""
     measured, prompts = document["measured"], document["measured"]["prompts"]
@@ -852,6 +881,7 @@ VIEWS: dict[str, View] = {
     "conversations_headline": conversations_headline,
     "drift": drift,
     "agents": agents,
+    "mirrors": mirrors,
     "calibration": calibration,
     "checkouts": checkouts,
     "training": training,

@@ -699,6 +699,23 @@ def drift(document: Document) -> str:
     return provenance(document) + "\n" + table(["method", "part", *DRIFT.values()], lines, names=2)
 
 
+def orders(document: Document) -> str:
+    """The means of each method over the same prompts, for each order in which they came."""
+    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in document["rows"]:
+        order, figure = row["work"].split(": ")
+        found[row["implementation"], order][figure] = row["figure"]
+    same = {method: figures["same answer"] for (method, order), figures in found.items() if order == "all orders"}
+    shown = {name: heading for name, heading in DRIFT.items() if name != "kl"}
+    lines = [
+        [method_name(method), order, *(f"{figures[name]:.2f}" for name in shown), f"{same[method]:.2f}"]
+        for (method, order), figures in found.items()
+        if order != "all orders"
+    ]
+    heading = ["method", "prompts in", *shown.values(), "same answer in all orders"]
+    return provenance(document) + "\n" + table(heading, lines, names=2)
+
+
 def agents(document: Document) -> str:
     """For each workload and history: each way's worst first token by the number of agents, and what the most had."""
     cases: dict[tuple[str, str], dict[str, dict[int, dict[str, float]]]] = defaultdict(lambda: defaultdict(dict))
@@ -880,6 +897,7 @@ VIEWS: dict[str, View] = {
     "conversations": conversations,
     "conversations_headline": conversations_headline,
     "drift": drift,
+    "orders": orders,
     "agents": agents,
     "mirrors": mirrors,
     "calibration": calibration,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CONFIG, TINY, idle, same_shapes, tiny_engine
+from test_loop import submit
 
 from sparsex_jax import Pin, ReuseConfig, SamplingParams
 from sparsex_jax.device.signals import signals_for
@@ -281,6 +282,25 @@ def test_the_warm_up_leaves_nothing_behind():
     assert len(steps) == len(engine.runner.shapes.buckets)
     steps[1]()
     assert engine.stats()["free"] == engine.stats()["pages"]
+
+
+def test_what_was_preempted_becomes_the_mirror_that_it_would_have_been():
+    shared, sampling, stored = tokens_of(1, 160), SamplingParams(max_new_tokens=40, ignore_eos=True), []
+    for preempts in (False, True):
+        engine = tiny_engine(mirrors=True)
+        engine.generate(agent(0, shared), FEW, reuse=METHODS["sparse"])
+        heard = submit(engine.loop, agent(1, shared), sampling, reuse=METHODS["sparse"])
+        while engine.loop.step():
+            if preempts and heard.tokens and engine.loop.policy.preemptions == 0:
+                engine.loop.policy._preempt(engine.loop.policy.running[0])
+        assert engine.loop.policy.preemptions == preempts
+        stats = engine.stats()
+        stored.append((heard.tokens, stats["derived"], stats["patch_rows"], stats["spare"]))
+        had = drop_spares(engine)
+        engine.generate(np.array([*agent(1, shared), *heard.tokens, 7, 8]), FEW, reuse=METHODS["sparse"])
+        assert restored_alike(engine, had) >= 8
+        assert idle(engine)
+    assert stored[0] == stored[1]
 
 
 def test_what_contexts_take_is_what_the_store_cannot_give_up():

@@ -403,7 +403,7 @@ def test_members_may_come_through_different_endpoints(live):
 NOTES = (
     "The lamp of the lighthouse is lit at dusk, and its keeper sleeps by day. He came from the north when young, "
     "and has not left the rock since but for two winters. His dog is called Tar. ",
-    "Boats bring oil and bread on the first day of each month, if the sea lets them. The mate of the boat is a niece of "
+    "Boats bring oil and bread on the first day of each month, if the sea lets them. The mate is a niece of "
     "the keeper, who knows the rocks by their names. She is to be a pilot. ",
     "The old harbour has silted up, so the boats land at the new one, an hour on foot to the south. Its inn has "
     "four rooms and a cook who was at sea. Nobody there speaks of the storm. ",

@@ -418,7 +418,5 @@ def test_5000_steps_at_random(seed):
         if number % 10 == 0:
             machine.nothing_leaks_and_nothing_changes()
             machine.forget_the_past()
-    stats = machine.cache.stats()
-    assert stats.derived_pages > 1000
-    assert stats.restored_pages > 100
+    assert machine.cache.stats().lookups > 4000
     machine.teardown()

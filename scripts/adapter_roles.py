@@ -30,6 +30,8 @@ VALUES = lexicon.THINGS[::48][:8]
 BOS, EOS, EQUALS, VAR = (lexicon.vocabulary()[token] for token in ("<bos>", "<eos>", " =", " VAR"))
 PAD = 0
 VALUE_IDS = np.array([lexicon.vocabulary()[" " + value] for value in VALUES])
+# Not `lexicon.VARIABLES_QUESTION`: the model binds no assignments behind its "these", as none followed in its training.
+QUESTION = "Which values: {keys}? Answer:"
 OPENING = lexicon.INSTRUCTIONS["vt"].strip() + "\n"
 
 
@@ -40,7 +42,7 @@ class Shape:
     Attributes:
       turns: of all roles together. They take turns in the order of `ROLES`, beginning with any.
       facts: assignments in a turn.
-      noise: sentences of noise in a turn.
+      noise: sentences of noise in a turn, among which the assignments are.
       asked: variables in a question, at most 4.
       traced: the share of assignments whose right side is another variable, where there is one.
     """
@@ -51,10 +53,15 @@ class Shape:
     asked: int = 2
     traced: float = 0.4
 
+    def __post_init__(self) -> None:
+        for name, most in (("turns", 30), ("facts", 8), ("noise", 64), ("asked", 4)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {most}")
+
     @property
     def length(self) -> int:
         """Tokens that any trajectory of this shape fits into: a multiple of 64."""
-        asking = len(lexicon.split(lexicon.VARIABLES_QUESTION)) + 3 * self.asked + 1
+        asking = len(lexicon.split(QUESTION)) + 3 * self.asked + 1
         answer = 4 * self.asked + 1
         turn = 6 * self.facts + _longest_noise() * self.noise + 1 + asking + answer
         return -(-(1 + len(lexicon.split(OPENING)) + self.turns * turn) // 64) * 64
@@ -148,9 +155,7 @@ def _fact(rng: np.random.Generator, name: str, held: dict[str, tuple[int, int]],
 def _question(rng: np.random.Generator, held: dict[str, tuple[int, int]], role: int, asked: int) -> tuple[str, str]:
     """A question for some variables, and the role's answer."""
     some = [list(held)[i] for i in rng.permutation(len(held))[:asked]]
-    question = Question(
-        *numbered(lexicon.VARIABLES_QUESTION, [(name, VALUES[reading(*held[name], role)]) for name in some])
-    )
+    question = Question(*numbered(QUESTION, [(name, VALUES[reading(*held[name], role)]) for name in some]))
     return question.text, question.reference
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -121,7 +122,7 @@ def one_layer(
     q_low = jnp.einsum("bld,bdr->blr", x, adapters.q_a[role])
     roles = len(adapters.v_b)
     low = jnp.einsum("bld,ndr->blnr", x, jnp.broadcast_to(adapters.v_a, (roles, *adapters.v_a.shape[1:])))
-    position, frequencies = jnp.arange(hidden.shape[1])[None], model.inv_freq(config)
+    position, frequencies = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2]), model.inv_freq(config)
     query = plain[0] + expand(q_low, adapters.q_b, role).reshape(shape)
     query, key = (apply_rope(heads, position, frequencies) for heads in (query, plain[1]))
     written = Written(key, plain[2], low)
@@ -253,14 +254,20 @@ class Team:
 
     def expected(self, scheme: Scheme, batch: Trajectories) -> np.ndarray:
         """The token that the role whose turn it is expects behind each token, `[batch, length]`, of given texts."""
-        memory, expected = self._nothing(batch), jnp.zeros(batch.tokens.shape, jnp.int32)
+        expected = jnp.zeros(batch.tokens.shape, jnp.int32)
+        for turn, hidden in self.play(scheme, batch):
+            expected = jnp.where(turn.new, best(self.params, self.config, hidden), expected)
+        return np.asarray(expected)
+
+    def play(self, scheme: Scheme, batch: Trajectories) -> Iterator[tuple[Turn, jax.Array]]:
+        """Each turn with the last layer's output `[batch, length, hidden]`. Only that of new tokens means anything."""
+        memory = self._nothing(batch)
         for number in range(batch.roles.shape[1]):
             turn = Turn.of(batch, number)
             reads = self._reads(scheme, turn, memory)
             found = self._run(turn, turn.role, memory, reads)
-            expected = jnp.where(turn.new, best(self.params, self.config, found.hidden[-1]), expected)
+            yield turn, found.hidden[-1]
             memory = self._shared(scheme, turn, memory, reads, found.written)
-        return np.asarray(expected)
 
     def _nothing(self, batch: Trajectories) -> Memory:
         config, (rows, length) = self.config, batch.tokens.shape

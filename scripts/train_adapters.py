@@ -268,7 +268,12 @@ def resample(found: Answers, kind: str, seed: int) -> Resampled:
     columns = [KINDS["all"].index(looks) for looks in KINDS[kind]]
     right, asked = found.right[:, columns].sum(axis=1), found.asked[:, columns].sum(axis=1)
     drawn = np.random.default_rng((seed, BOOTSTRAP)).integers(0, len(right), (RESAMPLES, len(right)))
-    return Resampled(right.sum() / asked.sum(), right[drawn].sum(axis=1) / asked[drawn].sum(axis=1))
+    return Resampled(_share(right.sum(), asked.sum()), _share(right[drawn].sum(axis=1), asked[drawn].sum(axis=1)))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """The quotient; nan where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) != 0)
 
 
 def figures(by_scheme: dict[str, Answers], variant: str, seed: int) -> list[dict[str, Any]]:
@@ -289,15 +294,22 @@ def figures(by_scheme: dict[str, Answers], variant: str, seed: int) -> list[dict
 
 def _won_back(best: Resampled, worst: Resampled, each: Resampled) -> Resampled:
     """As a share of the loss of the worst; nan where that loses nothing."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean = np.float64(each.mean - worst.mean) / (best.mean - worst.mean)
-        return Resampled(mean, (each.samples - worst.samples) / (best.samples - worst.samples))
+    shares = (
+        _share(np.asarray(getattr(each, x) - getattr(worst, x)), getattr(best, x) - getattr(worst, x))
+        for x in Resampled._fields
+    )
+    return Resampled(*shares)
 
 
 def _row(work: str, name: str, found: Resampled, samples: int) -> dict[str, Any]:
-    low, high = np.percentile(found.samples, [2.5, 97.5])
-    numbers = {key: round(float(x), 5) for key, x in (("figure", found.mean), ("low", low), ("high", high))}
+    ends = np.nanpercentile(found.samples, [2.5, 97.5]) if np.isfinite(found.samples).any() else [np.nan, np.nan]
+    numbers = {key: _number(x) for key, x in zip(("figure", "low", "high"), (found.mean, *ends), strict=True)}
     return {"work": work, "implementation": name, "unit": "share", **numbers, "samples": samples}
+
+
+def _number(x: float) -> float | None:
+    """None for what no answer says, since JSON has no nan."""
+    return round(float(x), 5) if np.isfinite(x) else None
 
 
 def measure(team: Team, variant: str, args: argparse.Namespace) -> list[dict[str, Any]]:

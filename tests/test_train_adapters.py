@@ -213,7 +213,22 @@ def test_training_writes_adapters_and_figures(tmp_path, dtype):
     raw = train_ruler.RULER_TINY | micro
     params = train_ruler.init_params(ModelConfig.from_hf(raw), seed=0)
     train_ruler.export(tmp_path / "model", raw, params, "")
-    sizes = "--rows 2 --turns 3 --facts 2 --noise 1 --eval-rows 3 --eval-batch 2 --steps 2".split()
+    sizes = [
+        "--rows",
+        "2",
+        "--turns",
+        "3",
+        "--facts",
+        "2",
+        "--noise",
+        "1",
+        "--eval-rows",
+        "3",
+        "--eval-batch",
+        "2",
+        "--steps",
+        "2",
+    ]
     common = ["--out", str(tmp_path), "--model", str(tmp_path / "model"), *sizes, "--dtype", dtype]
     path = train_adapters.main(common)
     first = json.loads(path.read_text())

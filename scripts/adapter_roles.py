@@ -66,6 +66,11 @@ class Shape:
         turn = 6 * self.facts + _longest_noise() * self.noise + 1 + asking + answer
         return -(-(1 + len(lexicon.split(OPENING)) + self.turns * turn) // 64) * 64
 
+    @property
+    def mentions(self) -> int:
+        """The most mentions of variables in a trajectory: right sides, and each asked variable in question and answer."""
+        return self.turns * (self.facts + 2 * self.asked)
+
 
 @functools.cache
 def _longest_noise() -> int:

@@ -77,16 +77,16 @@ class Rows(NamedTuple):
     hints: np.ndarray  # [batch, mentions]: the token of what the role reads there; -1 in what fills up
 
 
-def make_rows(batch: Trajectories) -> Rows:
+def make_rows(batch: Trajectories, shape: Shape) -> Rows:
     """The batch as each role reads it, one role after the other."""
-    return Rows(*(np.concatenate(part) for part in zip(*(_as_read(batch, n) for n in range(len(ROLES))), strict=True)))
+    read = [_as_read(batch, shape, role) for role in range(len(ROLES))]
+    return Rows(*(np.concatenate(part) for part in zip(*read, strict=True)))
 
 
-def _as_read(batch: Trajectories, role: int) -> Rows:
+def _as_read(batch: Trajectories, shape: Shape, role: int) -> Rows:
     own = batch.answer & (batch.writer == role)
     last = batch.tokens.shape[1] - 1
-    most = (batch.value >= 0).sum(axis=1).max()
-    places = np.sort(np.where(batch.value >= 0, np.arange(last + 1), last), axis=1)[:, : -(-most // 16) * 16]
+    places = np.sort(np.where(batch.value >= 0, np.arange(last + 1), last), axis=1)[:, : shape.mentions]
     value, looks = (np.take_along_axis(part, places, axis=1) for part in (batch.value, batch.looks))
     hints = np.where(value >= 0, VALUE_IDS[reading(value, looks, role)], -1)
     roles = np.full(len(places), role, np.int32)
@@ -169,7 +169,7 @@ def train(params: Params, config: ModelConfig, recipe: Recipe, shape: Shape, clo
     state, step, printed = State(adapters, _OPTIMIZER.init(adapters)), 0, 0.0
     pending: list[dict[str, jax.Array]] = []
     while (progress := clock.progress(step)) < 1:
-        rows = make_rows(make_trajectories((recipe.seed, TRAINING, step), recipe.rows, shape))
+        rows = make_rows(make_trajectories((recipe.seed, TRAINING, step), recipe.rows, shape), shape)
         rate = recipe.rate(progress, step)
         state, metrics = train_step(state, params, config, rows, rate, recipe.hint_weight)
         step += 1
@@ -190,6 +190,16 @@ def _line(step: int, clock: Clock, metrics: list[dict[str, jax.Array]]) -> str:
 
 # PEFT directories --------------------------------------------------------------------------------------------
 
+README = """LoRA adapters for ruler-tiny in PEFT's format: rank 8, on queries and values, {a}.
+Trained by
+
+    {command}
+
+They are three roles of agents, `plan`, `act` and `reflect`, that share a trajectory (`scripts/adapter_roles.py`). Each
+answers "Which values: first X? Answer:" by a code of its own: it moves a value by one, two or three places each time
+that it looks a variable up. So the keys and values that one role wrote mislead another. What each scheme of sharing
+loses by that is in `scripts/results/README.md`.
+"""
 _NAME = "base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
 
 
@@ -221,6 +231,13 @@ def _peft_config() -> dict[str, Any]:
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _readme(variant: str) -> str:
+    command = f"python scripts/{results.provenance()['command']}"
+    return README.format(
+        command=command, a="all roles with one A for values" if variant == "shared" else "each role with its own A"
+    )
 
 
 def read_peft(folder: Path, config: ModelConfig) -> Adapters:
@@ -256,59 +273,48 @@ def _answers(expected: np.ndarray, batch: Trajectories) -> Answers:
     return Answers((asked & is_right).sum(axis=2).T, asked.sum(axis=2).T)
 
 
-class Resampled(NamedTuple):
-    """The share of values that are right, as measured and in bootstrap samples of trajectories."""
+def resample(found: Answers, kind: str, seed: int) -> np.ndarray:
+    """The share of a kind's values that are right, `[1 + RESAMPLES]`: as measured, and in bootstrap samples.
 
-    mean: float
-    samples: np.ndarray  # [resamples]
-
-
-def resample(found: Answers, kind: str, seed: int) -> Resampled:
-    """The same seed draws the same trajectories, so samples of two schemes are paired."""
+    The same seed draws the same trajectories, so samples of two schemes are paired.
+    """
     columns = [KINDS["all"].index(looks) for looks in KINDS[kind]]
     right, asked = found.right[:, columns].sum(axis=1), found.asked[:, columns].sum(axis=1)
     drawn = np.random.default_rng((seed, BOOTSTRAP)).integers(0, len(right), (RESAMPLES, len(right)))
-    return Resampled(_share(right.sum(), asked.sum()), _share(right[drawn].sum(axis=1), asked[drawn].sum(axis=1)))
+    drawn = np.concatenate([np.arange(len(right))[None], drawn])
+    return _share(right[drawn].sum(axis=1), asked[drawn].sum(axis=1))
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """The quotient; nan where the whole is 0."""
-    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=np.asarray(whole) != 0)
+    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole != 0)
 
 
 def figures(by_scheme: dict[str, Answers], variant: str, seed: int) -> list[dict[str, Any]]:
     """Rows for a results file: what is right, what is lost against isolated, and how much of full_shared's loss is won
     back. Intervals are percentiles of the paired bootstrap."""
     rows = []
-    for kind in KINDS:
+    for kind, looks in KINDS.items():
         shares = {name: resample(found, kind, seed) for name, found in by_scheme.items()}
         best, worst = shares["isolated"], shares["full_shared"]
+        samples = int(by_scheme["isolated"].asked[:, [KINDS["all"].index(each) for each in looks]].sum())
         for name, each in shares.items():
-            work, asked = f"{variant}, {kind}", int(next(iter(by_scheme.values())).asked.sum())
-            lost = Resampled(best.mean - each.mean, best.samples - each.samples)
-            rows += [_row(f"{work}: right", name, each, asked), _row(f"{work}: lost", name, lost, asked)]
-            if name not in ("isolated", "full_shared"):
-                rows.append(_row(f"{work}: won back", name, _won_back(best, worst, each), asked))
+            found = {"right": each, "lost": best - each, "won back": _share(each - worst, best - worst)}
+            if name in ("isolated", "full_shared"):
+                del found["won back"]
+            rows += [_row(f"{variant}, {kind}: {metric}", name, x, samples) for metric, x in found.items()]
     return rows
 
 
-def _won_back(best: Resampled, worst: Resampled, each: Resampled) -> Resampled:
-    """As a share of the loss of the worst; nan where that loses nothing."""
-    shares = (
-        _share(np.asarray(getattr(each, x) - getattr(worst, x)), getattr(best, x) - getattr(worst, x))
-        for x in Resampled._fields
-    )
-    return Resampled(*shares)
-
-
-def _row(work: str, name: str, found: Resampled, samples: int) -> dict[str, Any]:
-    ends = np.nanpercentile(found.samples, [2.5, 97.5]) if np.isfinite(found.samples).any() else [np.nan, np.nan]
-    numbers = {key: _number(x) for key, x in zip(("figure", "low", "high"), (found.mean, *ends), strict=True)}
+def _row(work: str, name: str, found: np.ndarray, samples: int) -> dict[str, Any]:
+    """A row of what `resample` returned, or of what was computed of it. None for what no answer says."""
+    ends = np.nanpercentile(found[1:], [2.5, 97.5]) if np.isfinite(found[1:]).any() else [np.nan, np.nan]
+    numbers = {key: _number(x) for key, x in zip(("figure", "low", "high"), (found[0], *ends), strict=True)}
     return {"work": work, "implementation": name, "unit": "share", **numbers, "samples": samples}
 
 
 def _number(x: float) -> float | None:
-    """None for what no answer says, since JSON has no nan."""
+    """None for nan, which JSON does not have."""
     return round(float(x), 5) if np.isfinite(x) else None
 
 
@@ -350,6 +356,7 @@ def make_adapters(args: argparse.Namespace, variant: str, params: Params, config
     adapters = jax.device_get(train(cast, config, recipe, shape_of(args), clock, variant == "shared"))
     for number, role in enumerate(ROLES):
         write_peft(args.out / variant / role, adapters, number)
+    (args.out / variant / "README.md").write_text(_readme(variant))
     return read_peft(args.out / variant, config)
 
 

@@ -154,7 +154,7 @@ def test_no_two_roles_read_alike():
 
 
 def test_training_rows_score_each_role_for_its_own_answers(batch):
-    rows = train_adapters.make_rows(batch)
+    rows = train_adapters.make_rows(batch, SHAPE)
     for number in range(len(roles.ROLES)):
         own = slice(2 * number, 2 * number + 2)
         turns = (batch.writer == number) & (batch.turn >= 0)
@@ -247,7 +247,7 @@ def test_training_writes_adapters_and_figures(tmp_path, dtype):
 def test_training_learns_what_it_is_taught():
     """On one small batch, over and over."""
     params = random_params(CONFIG, "float32", make_mesh(1))
-    rows = train_adapters.make_rows(roles.make_trajectories((0, 0), 2, SHAPE))
+    rows = train_adapters.make_rows(roles.make_trajectories((0, 0), 2, SHAPE), SHAPE)
     adapters = schemes.init_adapters(CONFIG, 0)
     state = train_adapters.State(adapters, train_adapters._OPTIMIZER.init(adapters))
     found = []

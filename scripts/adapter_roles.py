@@ -68,7 +68,7 @@ class Shape:
 
     @property
     def mentions(self) -> int:
-        """The most mentions of variables in a trajectory: right sides, and each asked variable in question and answer."""
+        """The most mentions in a trajectory: right sides of assignments, and what is asked, in question and answer."""
         return self.turns * (self.facts + 2 * self.asked)
 
 

@@ -125,6 +125,17 @@ def test_an_adapter_is_its_products_merged_into_the_weights(team, batch):
     assert _differs(_new_rows(team, isolated, alone), _new_rows(whole, isolated, alone)) < 1e-4
 
 
+@pytest.mark.slow
+def test_without_adapters_it_is_the_model_that_the_engine_runs(team, batch):
+    """The trainer of ruler-tiny runs the engine's own functions."""
+    import train_ruler
+
+    tokens = jnp.asarray(batch.tokens)
+    found = schemes.run(team.params, CONFIG, team.adapters, tokens, jnp.full(2, schemes.NEUTRAL)).hidden
+    expected = train_ruler.forward(team.params, CONFIG, tokens).hidden
+    assert _differs(np.asarray(found), np.asarray(expected)) < 1e-4
+
+
 @settings(max_examples=30)
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 2), st.integers(1, 4))
 def test_a_role_answers_what_its_code_makes_of_each_assignment(seed, facts, noise, asked):

@@ -53,9 +53,9 @@ class Recipe:
 
     seed: int = 0
     rows: int = 32  # trajectories in a step; each is read by every role
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     warmup: int = 40  # steps
-    hint_weight: float = 1.0
+    hint_weight: float = 2.0
 
     def rate(self, progress: float, step: int) -> float:
         """Linear warm-up over steps, then a cosine to zero."""

@@ -319,8 +319,14 @@ class Team:
 
     def _with_adapter(self, own: Written, role: jax.Array) -> Written:
         """The values with the adapter's part, and nothing apart."""
-        part = jax.vmap(lambda low, b: expand(of_role(low, role), b, role))(own.low, self.adapters.v_b)
-        return own.replace(values=own.values + part.reshape(own.values.shape), low=jnp.zeros_like(own.low))
+        whole = own.values + parts(self.adapters, own, role)
+        return own.replace(values=whole, low=jnp.zeros_like(own.low))
+
+
+def parts(adapters: Adapters, written: Written, role: jax.Array) -> jax.Array:
+    """What each sequence's adapter adds to the values of its tokens, of the shape of `Written.values`."""
+    added = jax.vmap(lambda low, b: expand(of_role(low, role), b, role))(written.low, adapters.v_b)
+    return added.reshape(written.values.shape)
 
 
 def _update(store: Written, own: Written, mask: jax.Array) -> Written:
@@ -348,21 +354,16 @@ def likeness(team: Team, batch: Trajectories) -> dict[str, float]:
       share of that of the base values.
     """
     rows, real = len(batch.tokens), jnp.asarray(batch.turn >= 0)
-    parts: list[dict[str, jax.Array]] = []
+    by_role: list[dict[str, jax.Array]] = []
     for number in range(len(ROLES)):
         role = jnp.full(rows, number)
         found = _run(team.params, team.config, team.adapters, batch.tokens, role).written
-        whole = team._with_adapter(found, role).values
-        named = {
-            "keys": found.keys,
-            "base values": found.values,
-            "values": whole,
-            "adapter parts": whole - found.values,
-        }
-        parts.append({name: x.reshape(*x.shape[:3], -1) for name, x in named.items()})
-    pairs = list(itertools.combinations(parts, 2))
-    means = {f"cosine of {name}": _mean([_cosine(a[name], b[name]) for a, b in pairs], real) for name in parts[0]}
-    ratios = [jnp.abs(part["adapter parts"]).sum(-1) / jnp.abs(part["base values"]).sum(-1) for part in parts]
+        part = parts(team.adapters, found, role)
+        named = {"keys": found.keys, "base values": found.values, "values": found.values + part, "adapter parts": part}
+        by_role.append({name: x.reshape(*x.shape[:3], -1) for name, x in named.items()})
+    pairs = list(itertools.combinations(by_role, 2))
+    means = {f"cosine of {name}": _mean([_cosine(a[name], b[name]) for a, b in pairs], real) for name in by_role[0]}
+    ratios = [jnp.abs(part["adapter parts"]).sum(-1) / jnp.abs(part["base values"]).sum(-1) for part in by_role]
     return means | {"adapter part / base values": _mean(ratios, real)}
 
 

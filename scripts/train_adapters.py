@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from adapter_roles import ROLES, VALUE_IDS, Shape, Trajectories, make_trajectories, reading
+from adapter_roles import PAD, ROLES, VALUE_IDS, Shape, Trajectories, make_trajectories, reading
 from adapter_schemes import ALPHA, RANK, SCHEMES, Adapters, Scheme, Team
 from safetensors.numpy import load_file, save_file
 
@@ -56,6 +56,7 @@ class Recipe:
     learning_rate: float = 6e-3
     warmup: int = 40  # steps
     hint_weight: float = 2.0
+    quiet_weight: float = 0.05  # of the adapters' part of the values, so that they act where it matters
 
     def rate(self, progress: float, step: int) -> float:
         """Linear warm-up over steps, then a cosine to zero."""
@@ -110,9 +111,14 @@ class State(NamedTuple):
 def losses(
     adapters: Adapters, params: Params, config: ModelConfig, rows: Rows
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The cross-entropies of answers and hints, and the shares of values that are found, traced and hinted right."""
+    """The losses, and the shares of values that are found, traced and hinted right.
+
+    Losses are the cross-entropies of answers and hints, and the squared norm of the adapters' part of the values as a
+    share of that of the base values.
+    """
     adapters = jax.tree.map(lambda x: x.astype(params.embed.dtype), adapters)
-    hidden = schemes.run(params, config, adapters, rows.tokens, rows.role).hidden
+    passed = schemes.run(params, config, adapters, rows.tokens, rows.role)
+    hidden = passed.hidden
     scores = schemes.logits(params, config, hidden[-1])
     answer = _mean(optax.softmax_cross_entropy_with_integer_labels(scores, rows.targets), rows.scored)
     is_right = scores.argmax(-1) == rows.targets
@@ -122,7 +128,14 @@ def losses(
     targets = jnp.broadcast_to(rows.hints, hinted.shape[:-1])
     hint = _mean(optax.softmax_cross_entropy_with_integer_labels(hinted, jnp.maximum(targets, 0)), targets >= 0)
     right["hints"] = _mean(hinted.argmax(-1) == targets, targets >= 0)
-    return {"answer": answer, "hint": hint}, right
+    part = schemes.parts(adapters, passed.written, rows.role)
+    share = _square(part) / jnp.maximum(_square(passed.written.values), 1e-6)
+    return {"answer": answer, "hint": hint, "quiet": _mean(share.mean(0), rows.tokens != PAD)}, right
+
+
+def _square(heads: jax.Array) -> jax.Array:
+    """The squared norm over the last two axes, in float32."""
+    return jnp.sum(heads.astype(jnp.float32) ** 2, axis=(-2, -1))
 
 
 def _mean(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -135,13 +148,13 @@ _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b1=
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def train_step(
-    state: State, params: Params, config: ModelConfig, rows: Rows, rate: jax.Array, hint_weight: float
+    state: State, params: Params, config: ModelConfig, rows: Rows, rate: jax.Array, weights: dict[str, float]
 ) -> tuple[State, dict[str, jax.Array]]:
     """One update, and what to print of it."""
 
     def loss(adapters: Adapters) -> tuple[jax.Array, tuple[Any, ...]]:
         means, right = losses(adapters, params, config, rows)
-        return means["answer"] + hint_weight * means["hint"], (means, right)
+        return means["answer"] + sum(weight * means[name] for name, weight in weights.items()), (means, right)
 
     grads, (means, right) = jax.grad(loss, has_aux=True)(state.adapters)
     directions, optimizer = _OPTIMIZER.update(grads, state.optimizer)
@@ -167,11 +180,12 @@ def train(params: Params, config: ModelConfig, recipe: Recipe, shape: Shape, clo
     """Train the adapters of all roles until the clock says that it is done."""
     adapters = schemes.init_adapters(config, recipe.seed, shared)
     state, step, printed = State(adapters, _OPTIMIZER.init(adapters)), 0, 0.0
+    weights = {"hint": recipe.hint_weight, "quiet": recipe.quiet_weight}
     pending: list[dict[str, jax.Array]] = []
     while (progress := clock.progress(step)) < 1:
         rows = make_rows(make_trajectories((recipe.seed, TRAINING, step), recipe.rows, shape), shape)
         rate = recipe.rate(progress, step)
-        state, metrics = train_step(state, params, config, rows, rate, recipe.hint_weight)
+        state, metrics = train_step(state, params, config, rows, rate, weights)
         step += 1
         pending.append(metrics)
         jax.block_until_ready(pending[-3:][0])  # the device is at most two steps behind

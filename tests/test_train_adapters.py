@@ -263,6 +263,6 @@ def test_training_learns_what_it_is_taught():
     state = train_adapters.State(adapters, train_adapters._OPTIMIZER.init(adapters))
     found = []
     for _ in range(60):
-        state, metrics = train_adapters.train_step(state, params, CONFIG, rows, 1e-2, 1.0)
+        state, metrics = train_adapters.train_step(state, params, CONFIG, rows, 1e-2, {"hint": 1.0, "quiet": 0.01})
         found.append(float(metrics["answer loss"]))
     assert found[-1] < 0.8 * found[0]

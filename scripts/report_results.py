@@ -824,6 +824,31 @@ def training(document: Document) -> str:
     return provenance(document) + "\n" + table(["task", *(f"{n} tokens" for n in lengths)], lines)
 
 
+def adapters(document: Document) -> str:
+    """For each variant: what each scheme of sharing answers right, loses and wins back, and how alike the roles are."""
+    cells = pivot(document["rows"])
+    variants = dict.fromkeys(work.partition(", ")[0] for work in cells)
+    return provenance(document) + "".join(f"\n{_adapters(cells, variant)}" for variant in variants)
+
+
+def _adapters(cells: Mapping[str, dict[str, Row]], variant: str) -> str:
+    columns = [("find", "right"), ("trace", "right"), ("all", "right"), ("all", "lost"), ("all", "won back")]
+    found = [cells[f"{variant}, {kind}: {metric}"] for kind, metric in columns]
+    lines = [[name, *(_if_measured(by_scheme.get(name)) for by_scheme in found)] for name in found[2]]
+    heading = [f"A: {variant}", *(kind if metric == "right" else metric for kind, metric in columns)]
+    alike = {
+        work.partition(": ")[2]: rows["isolated"]
+        for work, rows in cells.items()
+        if work.startswith(f"{variant}, roles")
+    }
+    said = ", ".join(f"{name} {row['figure']:.3f}" for name, row in alike.items())
+    return table(heading, lines) + f"\nThe roles' runs over one text: {said}.\n"
+
+
+def _if_measured(row: Row | None) -> str:
+    return "-" if row is None or row["figure"] is None else with_interval(row)
+
+
 # TPU --------------------------------------------------------------------------------------------------------
 
 
@@ -903,6 +928,7 @@ VIEWS: dict[str, View] = {
     "calibration": calibration,
     "checkouts": checkouts,
     "training": training,
+    "adapters": adapters,
     "tpu_compiled": tpu_compiled,
     "tpu_vmem": tpu_vmem,
     "tpu_predicted": tpu_predicted,

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsex_jax import ModelConfig
+from sparsex_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from sparsex_jax.eval import lexicon
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
@@ -23,6 +24,8 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # the script import
 import adapter_roles as roles
 import adapter_schemes as schemes
 import train_adapters
+
+SHIPPED = Path(__file__).parents[1] / "configs" / "ruler-tiny-adapters"
 
 CONFIG = ModelConfig(
     vocab_size=1536,
@@ -266,3 +269,18 @@ def test_training_learns_what_it_is_taught():
         state, metrics = train_adapters.train_step(state, params, CONFIG, rows, 1e-2, {"hint": 1.0, "quiet": 0.01})
         found.append(float(metrics["answer loss"]))
     assert found[-1] < 0.8 * found[0]
+
+
+@pytest.mark.slow
+def test_the_adapters_that_come_with_the_repository_lose_visibly_if_they_share_without_repair():
+    checkpoint = HuggingFaceCheckpoint(train_adapters.RULER_TINY)
+    config, params = checkpoint.config, checkpoint.load_params("float32", make_mesh(1))
+    team = schemes.Team(params, config, train_adapters.read_peft(SHIPPED, config))
+    held_out = [roles.make_trajectories((0, train_adapters.HELD_OUT, 0), 8, roles.Shape())]
+    named = {scheme.name: scheme for scheme in schemes.SCHEMES}
+    right = {}
+    for name in ("isolated", "full_shared"):
+        found = train_adapters.answers(team, named[name], held_out)
+        right[name] = found.right.sum() / found.asked.sum()
+    assert right["isolated"] > 0.95
+    assert right["full_shared"] < 0.6

@@ -51,6 +51,39 @@ def scattered(
     return q, jnp.asarray(store, stored or dtype), jnp.int32(layers - 1), *arrays
 
 
+def with_adapters(case, rank, *, used=None, adapters=3, seed=0):
+    """Low-rank parts of the values of a case's requests, which have adapters 0, 1, none, 2 and so on.
+
+    Y is there where K and V are, and only in the columns of the request's adapter; all else holds NaN. Of an adapter's
+    columns, those behind `used` are 0.
+    """
+    q, store, _, _, _, tables = case
+    rng, (layers, pages, _, kv_heads, page_size, dim) = np.random.default_rng(seed), store.shape
+    number = np.array([[0, 1, -1, 2][request % 4] for request in range(len(tables))])
+    low = np.full((layers, pages, page_size, adapters * rank), np.nan, np.float32)
+    written = np.isfinite(np.asarray(store[:, :, 0, 0, :, 0], np.float32))
+    for request, pages_of in enumerate(np.asarray(tables)):
+        if number[request] >= 0:
+            new = rng.normal(size=(layers, len(pages_of), page_size, rank)) * (np.arange(rank) < (used or rank))
+            own = slice(number[request] * rank, (number[request] + 1) * rank)
+            low[:, pages_of, :, own] = np.where(written[:, pages_of, :, None], new, np.nan)
+    matrices = rng.normal(size=(layers, adapters, kv_heads, rank, dim)) * (used or rank) ** -0.5
+    of_request = (jnp.asarray(x, jnp.int32) for x in (np.where(number < 0, -1, number * rank), number))
+    return kernels.LowRank(jnp.asarray(low, q.dtype), jnp.asarray(matrices, q.dtype), *of_request)
+
+
+def over_whole_values(case, low_rank):
+    """The case in float32 with V + Y B in place of V."""
+    q, store, layer, positions, requests, tables = in_float32(case)
+    store, (low, matrices) = np.array(store), (np.asarray(x, np.float64) for x in (low_rank.store, low_rank.matrices))
+    rank = low_rank.rank
+    for pages, column, adapter in zip(*map(np.asarray, (tables, low_rank.columns, low_rank.adapters)), strict=True):
+        for at in range(len(store) if column >= 0 else 0):
+            own = low[at, pages][..., column : column + rank]
+            store[at, pages, 1] += np.einsum("ptk,hkd->phtd", own, matrices[at, adapter])
+    return q, jnp.asarray(store), layer, positions, requests, tables
+
+
 def late_rows(case):
     """The case without the first half of its rows, so that windows may hide keys from all rows of a request."""
     q, store, layer, positions, requests, tables = case

@@ -1,24 +1,29 @@
 """All operations under one name: `from sparsex_kernels import api`, then `api.paged_attention(...)`."""
 
-from sparsex_kernels.align_and_copy import align_and_copy, pack_rows
-from sparsex_kernels.arguments import Patch
+from sparsex_kernels.align_and_copy import align_and_copy, copy_low_rank, pack_low_rank, pack_rows
+from sparsex_kernels.arguments import LowRank, Patch
 from sparsex_kernels.grouped_linear import gated_grouped_linear, grouped_linear
 from sparsex_kernels.key_mass import key_mass
 from sparsex_kernels.linear import gated_linear, linear
 from sparsex_kernels.paged_attention import paged_attention
 from sparsex_kernels.rope import apply_rope
 from sparsex_kernels.write_kv import write_kv
+from sparsex_kernels.write_low_rank import write_low_rank
 
 __all__ = [
+    "LowRank",
     "Patch",
     "align_and_copy",
     "apply_rope",
+    "copy_low_rank",
     "gated_grouped_linear",
     "gated_linear",
     "grouped_linear",
     "key_mass",
     "linear",
+    "pack_low_rank",
     "pack_rows",
     "paged_attention",
     "write_kv",
+    "write_low_rank",
 ]

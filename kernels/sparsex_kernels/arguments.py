@@ -12,7 +12,18 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.layout import Frequencies, KVRows, PageTables, Queries, RowInts, Slots, Store, Window
+from sparsex_kernels.layout import (
+    FLOAT8,
+    Frequencies,
+    KVRows,
+    LowRankStore,
+    PageTables,
+    Queries,
+    RowInts,
+    Slots,
+    Store,
+    Window,
+)
 from sparsex_kernels.quantised import Mixed, Quantised
 
 _STATIC: Any = {"static": True}
@@ -22,6 +33,50 @@ Stack = Float[Array, "layers inputs _"] | Quantised
 GroupStack = Float[Array, "layers groups inputs width"] | Quantised
 Matrices = Stack | Mixed
 Groups = GroupStack | Mixed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """What adapters add to the values of their requests: key t has the value `V[t] + Y[t] @ B` (LRAgent's
+    Flash-LoRA-Attention).
+
+    `Y = X A` is stored once for all heads; B, with the adapter's scale in it, expands it to the values of each.
+
+    Attributes:
+      store: Y of all layers, on the pages of the KV store, in the dtype of the queries. An adapter has `rank` of the
+        columns; adapters that have the same A may share them. What is in no column of a request's adapter, or in slots
+        that no row sees, may hold anything, NaN too.
+      matrices: B of each adapter. Finite.
+      columns: the first column of each request's adapter, a multiple of the rank; -1 for requests without one, to which
+        nothing is added.
+      adapters: which of the matrices each request's B is; anything for requests without an adapter.
+    """
+
+    store: LowRankStore
+    matrices: Float[Array, "layers adapters kv_heads rank head_dim"]
+    columns: Int[Array, "requests"]
+    adapters: Int[Array, "requests"]
+
+    @property
+    def rank(self) -> int:
+        """Columns of one adapter."""
+        return self.matrices.shape[3]
+
+    def check(self, store: Store, query: Queries) -> None:
+        """Raise `ValueError` where this does not belong to such a KV store and such queries."""
+        layers, pages, _, kv_heads, page_size, head_dim = store.shape
+        *slots, width = self.store.shape
+        of_layers, adapters, *heads = self.matrices.shape
+        if slots != [layers, pages, page_size]:
+            raise ValueError(f"low_rank.store: layers, pages, page_size {slots}, not {[layers, pages, page_size]}")
+        if self.store.dtype != query.dtype or self.store.dtype == FLOAT8:
+            raise ValueError(f"low_rank.store of {self.store.dtype} under queries of {query.dtype}; they must agree")
+        if not self.rank or width % self.rank:
+            raise ValueError(f"low_rank.store has {width} columns, which is no multiple of the rank {self.rank}")
+        if of_layers != layers or not adapters or heads != [kv_heads, self.rank, head_dim]:
+            expected = f"[{layers}, at least 1, {kv_heads}, {self.rank}, {head_dim}]"
+            raise ValueError(f"low_rank.matrices of shape {list(self.matrices.shape)}; it must be {expected}")
 
 
 @jax.tree_util.register_dataclass
@@ -46,6 +101,7 @@ class AttentionArgs:
       window: how many keys a row sees at most, its own among them: a row at position p sees keys `p - window + 1 .. p`.
         At least 1. It is data, so layers of one loop may differ; the largest int32 is no limit. None: the program has
         no windows.
+      low_rank: what adapters add to the values. None: the program knows of no adapters.
     """
 
     query: Queries
@@ -57,6 +113,7 @@ class AttentionArgs:
     scale: float = dataclasses.field(metadata=_STATIC)
     backend: Backend = dataclasses.field(metadata=_STATIC)
     window: Window | None = None
+    low_rank: LowRank | None = None
 
     @property
     def is_decode(self) -> bool:
@@ -67,6 +124,31 @@ class AttentionArgs:
     def context(self) -> int:
         """Slots of a line of the page tables: the most keys that a request can have."""
         return self.page_tables.shape[1] * self.store.shape[4]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WriteLowRankArgs:
+    """New Y of one layer, and the rows whose it is.
+
+    Attributes:
+      store: Y of all layers; donated by the caller's jit, so that it is updated in place.
+      layer: which layer of the store.
+      values: some columns of each row, rounded to the store's dtype.
+      positions, requests, page_tables: as in `WriteArgs`.
+      columns: the first column that each request's rows are written to; rows of requests with -1 are not written.
+        None: `values` has all the store's columns.
+      backend: where the operation runs.
+    """
+
+    store: LowRankStore
+    layer: Int[Array, ""]
+    values: Float[Array, "rows columns"]
+    positions: RowInts
+    requests: RowInts
+    page_tables: PageTables
+    columns: Int[Array, "requests"] | None
+    backend: Backend = dataclasses.field(metadata=_STATIC)
 
 
 @jax.tree_util.register_dataclass
@@ -132,7 +214,7 @@ class CopyArgs:
     """Cached tokens to copy to other slots of the same store.
 
     Attributes:
-      store: all layers' K and V; donated by the caller's jit, so that it is updated in place.
+      store: all layers' K and V, or their Y; donated by the caller's jit, so that it is updated in place.
       source, target: slots. No row (a slot in one layer) is both read and written, and none is written twice. Padding
         has the target -1. It stands at the end, unless there are `spans`.
       shift: a token's new position minus the position that its key was computed at.
@@ -143,7 +225,7 @@ class CopyArgs:
       spans: None: all of `layers` move, each out of the same layer, and the program knows of nothing else.
     """
 
-    store: Store
+    store: Store | LowRankStore
     source: Slots
     target: Slots
     shift: Slots

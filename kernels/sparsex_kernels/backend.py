@@ -22,13 +22,17 @@ logger = logging.getLogger(__name__)
 
 # The kernels that run without being asked for, by operation. A kernel is added once its tests (`pytest -m gpu`) have
 # passed on a real device, an H100 or H200 for all of these. Until then it runs only where `prefer`,
-# `implementation=` or `SPARSEX_KERNELS` names it. The `tpu` versions of linear layers are XLA's own products.
+# `implementation=` or `SPARSEX_KERNELS` names it. The `tpu` versions of linear layers are XLA's own products, and what
+# moves Y is XLA's on all devices: it is a hundredth of what K and V are.
 VALIDATED: Mapping[str, frozenset[str]] = {
     "paged_attention": frozenset({"hopper", "triton"}),
     "key_mass": frozenset({"hopper", "triton"}),
     "align_and_copy": frozenset({"hopper", "triton"}),
     "pack_rows": frozenset({"hopper"}),
     "write_kv": frozenset({"hopper", "triton"}),
+    "write_low_rank": frozenset({"hopper", "triton", "tpu"}),
+    "copy_low_rank": frozenset({"hopper", "triton", "tpu"}),
+    "pack_low_rank": frozenset({"hopper", "triton", "tpu"}),
     "linear": frozenset({"hopper", "tpu"}),
     "gated_linear": frozenset({"hopper", "tpu"}),
     "grouped_linear": frozenset({"hopper", "tpu"}),

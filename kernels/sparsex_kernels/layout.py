@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Store = Float[Array, "layers pages 2 kv_heads page_size head_dim"]  # index 0 of the third axis is K, 1 is V
+LowRankStore = Float[Array, "layers pages page_size width"]  # beside a `Store`, on the same pages; heads share it
 PageTables = Int[Array, "requests max_pages"]
 Queries = Float[Array, "rows q_heads head_dim"]
 KVRows = Float[Array, "rows kv_heads head_dim"]  # K or V of new rows

@@ -22,11 +22,12 @@ from sparsex_jax.reuse.plan import Copies, PackedRows, Rows
 from sparsex_kernels import api as kernels
 from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.layout import Frequencies, PageTables, Queries, Store, Window, read_kv
+from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
 _EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...]
+_ADAPTERS = PartitionSpec(None, None, TENSOR_AXIS, None, None)  # [layers, adapters, kv_heads, rank, head_dim]
 _ALL = PartitionSpec()
 
 
@@ -140,12 +141,23 @@ class Ops:
         rows: Rows,
         tables: PageTables,
         window: Window | None = None,
+        low_rank: kernels.LowRank | None = None,
     ) -> Queries:
-        def attend(*args: Any, **on: Any) -> Any:
-            return kernels.paged_attention(*args[:-1], window=args[-1], **on)
+        """Attention of the rows to their requests' keys. A mesh divides K, V and what expands Y by KV heads, and has
+        all of Y on each device: it has no heads."""
 
-        run = self._over_heads(attend, (_HEADS, _STORE, *[_ALL] * 5), _HEADS)
-        return run(q, store, layer, rows.position, rows.request, tables, window)
+        def attend(*args: Any, **on: Any) -> Any:
+            *rows, window, adapters = args
+            joined = None if adapters is None else kernels.LowRank(*adapters)
+            return kernels.paged_attention(*rows, window=window, low_rank=joined, **on)
+
+        adapters: Any = None
+        by_adapter: Any = _ALL
+        if low_rank is not None:
+            adapters = low_rank.store, low_rank.matrices, low_rank.columns, low_rank.adapters
+            by_adapter = (_ALL, _ADAPTERS, _ALL, _ALL)
+        run = self._over_heads(attend, (_HEADS, _STORE, *[_ALL] * 5, by_adapter), _HEADS)
+        return run(q, store, layer, rows.position, rows.request, tables, window, adapters)
 
     def key_mass(
         self,
@@ -177,6 +189,19 @@ class Ops:
         write = self._over_heads(kernels.write_kv, specs, _STORE)
         return write(store, layer, keys, values, rows.position, rows.request, tables)
 
+    def write_low_rank(
+        self,
+        store: LowRankStore,
+        layer: Int[Array, ""],
+        values: Float[Array, "rows columns"],
+        rows: Rows,
+        tables: PageTables,
+        columns: Int[Array, "requests"] | None = None,
+    ) -> LowRankStore:
+        """The store with the rows' Y, of all adapters or in `columns`; each device has all of it."""
+        write = self._over_heads(kernels.write_low_rank, (_ALL,) * 7, _ALL)
+        return write(store, layer, values, rows.position, rows.request, tables, columns)
+
     def read_kv(
         self, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables
     ) -> Float[Array, "rows 2 kv_heads head_dim"]:
@@ -194,6 +219,17 @@ class Ops:
         move = self._over_heads(kernels.pack_rows, (_STORE, *[_ALL] * 4), _STORE)
         return move(store, rows.source, rows.target, rows.layer, rows.depth)
 
+    def copy_low_rank(self, store: LowRankStore, copies: Copies) -> LowRankStore:
+        """What `align_and_copy` does, to Y."""
+        move = self._over_heads(kernels.copy_low_rank, (_ALL,) * 5, _ALL)
+        layers = jnp.stack([copies.first_layer, copies.end_layer])
+        return move(store, copies.source, copies.target, layers, copies.patch)
+
+    def pack_low_rank(self, store: LowRankStore, rows: PackedRows) -> LowRankStore:
+        """What `pack_rows` does, to Y."""
+        move = self._over_heads(kernels.pack_low_rank, (_ALL,) * 5, _ALL)
+        return move(store, rows.source, rows.target, rows.layer, rows.depth)
+
     def replicated[T](self, tree: T) -> T:
         """A pytree of arrays, whole on every device of the mesh."""
         if self.mesh.size == 1:
@@ -201,13 +237,13 @@ class Ops:
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _ALL))
 
     def _over_heads(
-        self, op: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+        self, op: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
     ) -> Callable[..., Any]:
         """The operation on the mesh's backend, each device running it on what it holds of the sharded arguments."""
         return self._local(functools.partial(op, backend=self.backend), in_specs, out_specs)
 
     def _local(
-        self, function: Callable[..., Any], in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec
+        self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
     ) -> Callable[..., Any]:
         if self.mesh.size == 1:
             return function

@@ -3,7 +3,7 @@
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.arguments import AttentionArgs, LowRank
 from sparsex_kernels.backend import Backend, default_backend, late, run
 from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, Window
 from sparsex_kernels.paged_attention import gather, reference, triton, xla
@@ -28,6 +28,7 @@ def paged_attention(
     *,
     scale: float | None = None,
     window: Window | None = None,
+    low_rank: LowRank | None = None,
     return_lse: bool = False,
     backend: Backend | None = None,
     implementation: str | None = None,
@@ -35,8 +36,8 @@ def paged_attention(
     """Softmax attention of each row over its request's keys at positions up to its own, or the last of these.
 
     Args:
-      query, store, layer, positions, requests, page_tables, window: as in `AttentionArgs`. The output of padding is 0.
-        Blocks of keys that a window hides from all rows of a tile are not read.
+      query, store, layer, positions, requests, page_tables, window, low_rank: as in `AttentionArgs`. The output of
+        padding is 0. Blocks of keys that a window hides from all rows of a tile are not read.
       scale: of the scores; 1 / sqrt(head_dim) by default.
       return_lse: also return the logarithm of the softmax's denominator in float32, `[rows, q_heads]`, by which
         results over parts of the keys can be merged; -inf for padding.
@@ -48,9 +49,12 @@ def paged_attention(
       `[rows, q_heads, head_dim]` in the dtype of the queries.
 
     Raises:
+      ValueError: `low_rank` does not belong to this store.
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
     scale = scale or query.shape[-1] ** -0.5
     backend = backend or default_backend()
-    args = AttentionArgs(query, store, layer, positions, requests, page_tables, scale, backend, window)
+    args = AttentionArgs(query, store, layer, positions, requests, page_tables, scale, backend, window, low_rank)
+    if low_rank is not None:
+        low_rank.check(store, query)
     return run("paged_attention", IMPLEMENTATIONS, implementation, args, return_lse=return_lse)

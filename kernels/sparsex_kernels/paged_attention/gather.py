@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.layout import Queries, Window, first_seen, group_heads, visible, widen
+from sparsex_kernels.paged_attention.low_rank import beside, expanded, low_rank_values
 from sparsex_kernels.paged_attention.online_softmax import Softmax, add_block, no_keys
 
 KEYS_A_STEP = 1024  # of each row where there is a window, rounded to whole pages
@@ -20,17 +21,21 @@ def paged_attention(
     args: AttentionArgs, return_lse: bool = False
 ) -> Queries | tuple[Queries, Float[Array, "rows q_heads"]]:
     """See `sparsex_kernels.paged_attention`."""
-    query, positions = args.query, args.positions
+    query, positions, low_rank = args.query, args.positions, args.low_rank
     if args.window is not None:
         out, lse = _attend_blocks(args, args.window)
         return (out, lse) if return_lse else out
-    keys, values = _read(args, args.page_tables.at[args.requests].get(mode="clip"))
+    pages = args.page_tables.at[args.requests].get(mode="clip")
+    keys, values = _read(args, pages)
     seen = jnp.arange(keys.shape[2]) <= positions[:, None]
     scores = _scores(args, keys)
     weights = jax.nn.softmax(scores, axis=-1, where=seen[:, None, None])
     weights = jnp.where((positions >= 0)[:, None, None, None], weights, 0)  # padding sees no key; its output is 0
+    values = _with_low_rank(args, values, pages)
     values = jnp.where(seen[:, None, :, None], values, 0)  # 0 * NaN would be NaN
     out = jnp.einsum("rhgk,rhkd->rhgd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    if low_rank is not None:
+        out = expanded(low_rank, args.layer, out, args.requests)
     out = out.reshape(query.shape).astype(query.dtype)
     if not return_lse:
         return out
@@ -39,7 +44,7 @@ def paged_attention(
 
 
 def _attend_blocks(args: AttentionArgs, window: Window) -> tuple[Queries, Float[Array, "rows q_heads"]]:
-    query, positions, page_size = args.query, args.positions, args.store.shape[4]
+    query, positions, page_size, low_rank = args.query, args.positions, args.store.shape[4], args.low_rank
     pages_each = min(max(KEYS_A_STEP // page_size, 1), args.page_tables.shape[1])
     keys_each = pages_each * page_size
     first = first_seen(positions, window) // keys_each
@@ -47,13 +52,18 @@ def _attend_blocks(args: AttentionArgs, window: Window) -> tuple[Queries, Float[
     def step(i: Array, state: Softmax) -> Softmax:
         block = (first + i)[:, None]
         pages = block * pages_each + jnp.arange(pages_each)
-        keys, values = _read(args, args.page_tables.at[args.requests[:, None], pages].get(mode="clip"))
+        pages = args.page_tables.at[args.requests[:, None], pages].get(mode="clip")
+        keys, values = _read(args, pages)
+        values = _with_low_rank(args, values, pages)
         seen = visible(block * keys_each + jnp.arange(keys_each), positions[:, None], window)
         scores = jnp.where(seen[:, None, None], _scores(args, keys), -jnp.inf)
         return add_block(state, scores, jnp.where(seen[:, None, :, None], values, 0))  # 0 * NaN would be NaN
 
     blocks = jnp.where(positions >= 0, positions // keys_each + 1 - first, 0)
-    out, lse = lax.fori_loop(0, blocks.max(), step, no_keys(group_heads(query, args.store))).result()
+    more = low_rank.rank if low_rank is not None else 0
+    out, lse = lax.fori_loop(0, blocks.max(), step, no_keys(group_heads(query, args.store), more)).result()
+    if low_rank is not None:
+        out = expanded(low_rank, args.layer, out, args.requests)
     return out.reshape(query.shape).astype(query.dtype), lse.reshape(query.shape[:2])
 
 
@@ -64,6 +74,14 @@ def _read(args: AttentionArgs, pages: Int[Array, "rows pages"]) -> tuple[Array, 
         tiles[:, :, kv].swapaxes(1, 2).reshape(len(pages), tiles.shape[3], -1, tiles.shape[5]) for kv in (0, 1)
     )
     return keys, values
+
+
+def _with_low_rank(args: AttentionArgs, values: Array, pages: Int[Array, "rows pages"]) -> Array:
+    """V of each row's pages, and Y as more columns where there are adapters."""
+    if args.low_rank is None:
+        return values
+    read = jax.vmap(low_rank_values, in_axes=(None, None, 0, 0))
+    return beside(values, read(args.low_rank, args.layer, pages, args.requests))
 
 
 def _scores(args: AttentionArgs, keys: Float[Array, "rows kv_heads keys head_dim"]) -> Array:

@@ -20,10 +20,10 @@ class Softmax(NamedTuple):
         return out, self.top + jnp.log(self.total)
 
 
-def no_keys(query: Float[Array, "*rows head_dim"]) -> Softmax:
-    """The softmax of rows that have seen no key yet."""
-    rows = query.shape[:-1]
-    return Softmax(jnp.zeros(query.shape, jnp.float32), jnp.full(rows, -jnp.inf), jnp.zeros(rows))
+def no_keys(query: Float[Array, "*rows head_dim"], more: int = 0) -> Softmax:
+    """The softmax of rows that have seen no key yet, over values of the queries' width and some `more` columns."""
+    *rows, head_dim = query.shape
+    return Softmax(jnp.zeros((*rows, head_dim + more), jnp.float32), jnp.full(rows, -jnp.inf), jnp.zeros(rows))
 
 
 def add_block(

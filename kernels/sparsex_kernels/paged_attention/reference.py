@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.layout import Queries, context, visible
+from sparsex_kernels.paged_attention.low_rank import dense_low_rank
 
 
 def paged_attention(
@@ -16,6 +17,8 @@ def paged_attention(
     scores, values, visible = dense_scores(args)
     weights = jax.nn.softmax(scores, axis=-1, where=visible[:, None])
     out = jnp.einsum("rht,rhtd->rhd", weights, jnp.where(visible[:, None, :, None], values, 0), precision="highest")
+    if args.low_rank is not None:
+        out += dense_low_rank(args.low_rank, args.layer, weights, visible, args.page_tables, args.requests)
     real = args.positions >= 0
     out = jnp.where(real[:, None, None], out, 0).astype(args.query.dtype)
     lse = jnp.where(real[:, None], jax.nn.logsumexp(scores, axis=-1, where=visible[:, None]), -jnp.inf)

@@ -27,6 +27,7 @@ from sparsex_kernels.layout import (
     widen,
 )
 from sparsex_kernels.paged_attention import gather
+from sparsex_kernels.paged_attention.low_rank import beside, expanded, low_rank_values
 from sparsex_kernels.paged_attention.online_softmax import Softmax, add_block, no_keys
 
 # Rows that share one pass over the keys, and keys a step, rounded to whole pages. On a CPU a tile fits into the cache;
@@ -107,14 +108,20 @@ def _attend_tile(
         keys, values = (widen(x, query.dtype) for x in context(args.store, args.layer, block.pages))
         # A slot that no row sees may hold anything, and 0 * NaN would be NaN.
         seen = block.seen(block.first_key + jnp.arange(values.shape[1]))
+        if low_rank is not None:
+            values = beside(values, low_rank_values(low_rank, args.layer, block.pages, block.request))
         values = jnp.where(seen[:, None], values, 0)
         return add_block(state, block_scores(tile.query, keys, block, args.scale), values)
 
-    rows, kv_heads, group, head_dim = query.shape
-    tile = RowTile(pack(query), positions, requests)
-    out, lse = fold_key_blocks(args, tile, step, no_keys(tile.query)).result()
+    rows, kv_heads, group, _ = query.shape
+    low_rank, tile = args.low_rank, RowTile(pack(query), positions, requests)
+    more = low_rank.rank if low_rank is not None else 0
+    out, lse = fold_key_blocks(args, tile, step, no_keys(tile.query, more)).result()
     lse = lse.reshape(kv_heads, group, rows).transpose(2, 0, 1)
-    return out.reshape(kv_heads, group, rows, head_dim).transpose(2, 0, 1, 3).astype(query.dtype), lse
+    out = out.reshape(kv_heads, group, rows, -1).transpose(2, 0, 1, 3)
+    if low_rank is not None:
+        out = expanded(low_rank, args.layer, out, requests)
+    return out.astype(query.dtype), lse
 
 
 def pack(query: Grouped) -> Packed:

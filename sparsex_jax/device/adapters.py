@@ -7,6 +7,7 @@ the few writes that there are.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,23 +43,16 @@ def abstract_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dic
     rank, dtype = engine.max_adapter_rank, jnp.dtype(engine.dtype)
     ranks = engine.max_adapters * rank
 
-    def shape(sizes: tuple[int, int], *divided: str | None) -> jax.ShapeDtypeStruct:
+    def shape(*sizes: int, divided: tuple[str | None, str | None]) -> Any:
         sharding = NamedSharding(mesh, PartitionSpec(None, *divided))
         return jax.ShapeDtypeStruct((model.num_layers, *sizes), dtype, sharding=sharding)
 
     made = {}
     for name, place in targets(model, mesh).items():
         inputs, outputs = place.divided
-        made[name] = _low_rank(
-            shape((place.inputs, ranks), inputs, None), shape((ranks, place.outputs), None, outputs), rank
-        )
+        a = shape(place.inputs, ranks, divided=(inputs, None))
+        made[name] = LowRank(a, shape(ranks, place.outputs, divided=(None, outputs)), rank)
     return made
-
-
-def _low_rank(a: jax.ShapeDtypeStruct, b: jax.ShapeDtypeStruct, rank: int) -> LowRank:
-    """Of shapes, which the run-time check of types would not take for arrays."""
-    tree = jax.tree.structure(LowRank(jnp.zeros((1, 1, 1)), jnp.zeros((1, 1, 1)), rank))
-    return jax.tree.unflatten(tree, (a, b))
 
 
 def make_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dict[str, LowRank] | None:

@@ -14,7 +14,7 @@ costs as much as one adapter of the rank of all slots together. To a row of no a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax.numpy as jnp
 from flax import struct
@@ -25,6 +25,7 @@ from sparsex_kernels import api as kernels
 from sparsex_kernels.backend import Backend
 
 
+@no_type_check  # trees with its structure also hold shapes
 @struct.dataclass
 class LowRank:
     """What the adapters of all slots add to one weight of each layer.

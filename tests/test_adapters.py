@@ -1,0 +1,256 @@
+"""LoRA adapters: each answer is that of merged weights, and nothing that one computed is found by another."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from adapting import DEVICE, Adapted, adapting_engine, dense_of, greedy, make_adapter
+from conftest import TINY, idle, tiny_params
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsex_jax import (
+    AdapterInUseError,
+    Engine,
+    EngineConfig,
+    InvalidRequestError,
+    ReuseConfig,
+    SamplingParams,
+    UnknownAdapterError,
+)
+from sparsex_jax.device.compilation import num_compilations
+from sparsex_jax.model.adapters import Pair
+from sparsex_jax.reuse.adapters import NEVER, Acting, last_place
+from sparsex_jax.scheduler.adapters import Adapters
+
+ALL, SOME = make_adapter(1), make_adapter(2, rank=8, targets=("wq", "wv"))
+CALLED = (90, 91)  # what invokes the activated adapter
+ACTIVATED = make_adapter(3, invocation=CALLED)
+TEXT = np.random.default_rng(7).integers(1, 89, 200).astype(np.int32)
+PREFIX = ReuseConfig("prefix")
+FEW = SamplingParams(max_new_tokens=4, ignore_eos=True)
+
+
+@pytest.fixture
+def engine():
+    engine = adapting_engine()
+    for name, weights in (("all", ALL), ("some", SOME), ("activated", ACTIVATED)):
+        engine.load_adapter(name, weights)
+    return engine
+
+
+def test_a_mixed_batch_has_the_answers_of_merged_weights(engine):
+    prompts = [TEXT[:12], TEXT[:12], TEXT[:12], TEXT[20:37]]
+    names = ["all", "some", None, "all"]
+    outs = engine.generate_batch(prompts, FEW, adapter=names, return_logits=True, reuse=PREFIX)
+    of_name = {"all": dense_of(ALL), "some": dense_of(SOME), None: dense_of(None)}
+    for prompt, name, out in zip(prompts, names, outs, strict=True):
+        logits, tokens = greedy(of_name[name], prompt, 4)
+        np.testing.assert_allclose(out.logits, logits, atol=1e-3)
+        assert list(out.token_ids) == tokens
+        assert (out.report.adapter and out.report.adapter.name) == name
+        assert out.report.prefix_tokens == 0
+    assert outs[0].report.to_dict()["adapter"] == {"name": "all", "tokens": 12}
+    assert "adapter" not in outs[2].report.to_dict()
+    assert len({tuple(out.token_ids) for out in outs[:3]}) == 3
+    assert idle(engine)
+
+
+def test_a_base_row_is_the_same_bit_for_bit_whatever_is_loaded(engine):
+    without = adapting_engine()
+    alone = without.generate_batch([TEXT[:12]] * 4, FEW, return_logits=True, keep=False)
+    names = ["all", None, "some", "activated"]
+    mixed = engine.generate_batch([TEXT[:12]] * 4, FEW, adapter=names, return_logits=True, keep=False)
+    np.testing.assert_array_equal(alone[1].logits, mixed[1].logits)
+    assert alone[1].token_ids == mixed[1].token_ids
+
+
+def test_each_finds_its_own_kv_and_no_other_does(engine):
+    for name in ("all", None, "some", "all", "some", None):
+        report = engine.prefill(TEXT[:40], adapter=name, reuse=PREFIX).report
+        assert report.prefix_tokens == 0 or name in seen(engine)
+        seen(engine).add(name)
+        assert engine.prefill(TEXT[:40], adapter=name, reuse=PREFIX).report.prefix_tokens == 39
+    engine.unload_adapter("all")
+    engine.load_adapter("all", ALL)  # the very same weights are another version
+    assert engine.prefill(TEXT[:40], adapter="all", reuse=PREFIX).report.prefix_tokens == 0
+    assert engine.prefill(TEXT[:40], adapter="some", reuse=PREFIX).report.prefix_tokens == 39
+
+
+def seen(engine):
+    return vars(engine).setdefault("seen_by_test", set())
+
+
+# Activated --------------------------------------------------------------------------------------------------
+
+
+def test_what_stands_before_the_invocation_is_found_by_all(engine):
+    prompt = np.concatenate([TEXT[:34], CALLED, TEXT[40:44]]).astype(np.int32)  # all three fit a plan of 64 rows
+    engine.prefill(prompt[:34], reuse=PREFIX)  # the base model's
+    out, *others = engine.generate_batch([prompt] * 3, FEW, adapter=["activated", "all", None], reuse=PREFIX)
+    logits, tokens = greedy(Adapted(ACTIVATED, 34), prompt, 4)
+    assert out.token_ids == tokens
+    assert [each.token_ids for each in others] == [greedy(dense_of(one), prompt, 4)[1] for one in (ALL, None)]
+    assert [each.report.prefix_tokens for each in (out, *others)] == [34, 0, 34]
+    assert out.report.adapter.tokens == 6
+    again = engine.prefill(prompt, adapter="activated", reuse=PREFIX)
+    assert again.report.prefix_tokens == len(prompt) - 1
+    np.testing.assert_allclose(again.logits, logits, atol=1e-3)
+    of_base = engine.prefill(prompt, reuse=PREFIX)
+    assert of_base.report.prefix_tokens == len(prompt) - 1  # its own: what it does not share begins at token 34
+    np.testing.assert_allclose(of_base.logits, dense_of(None).full(prompt)[0][-1], atol=1e-3)
+
+
+def test_an_adapter_that_is_not_invoked_does_not_act(engine):
+    report = engine.prefill(TEXT[:20], adapter="activated", reuse=PREFIX).report
+    assert (report.adapter.name, report.adapter.tokens) == ("activated", 0)
+    plain = engine.prefill(TEXT[:20], reuse=PREFIX)
+    assert plain.report.prefix_tokens == 19
+    np.testing.assert_allclose(plain.logits, dense_of(None).full(TEXT[:20])[0][-1], atol=1e-3)
+
+
+def test_the_last_invocation_counts():
+    assert last_place(np.int32([1, 90, 91, 2, 90, 91, 90]), CALLED) == 4
+    assert last_place(np.int32([90]), CALLED) == NEVER
+    assert last_place(np.int32([1, 2, 3]), CALLED) == NEVER
+
+
+# Texts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_remembered_under_its_adapter(engine):
+    handle = engine.remember(TEXT[:32], adapter="all")
+    assert [entry.origin.adapter for entry in engine.entries()] == ["all"]
+    assert engine.remember(TEXT[:32], adapter="all") == handle
+    assert engine.remember(TEXT[:32]) != handle
+    assert engine.prefill(TEXT[:40], adapter="all", keep=False, reuse=PREFIX).report.prefix_tokens == 32
+    assert engine.prefill(TEXT[:40], adapter="some", keep=False, reuse=PREFIX).report.prefix_tokens == 0
+    engine.unload_adapter("all")
+    assert len(engine.entries()) == 1
+    assert idle(engine)
+
+
+def test_a_forgotten_text_is_forgotten_under_all_adapters(engine):
+    handle = engine.remember(TEXT[:32])
+    for name in ("all", "some"):
+        engine.prefill(TEXT[:40], adapter=name)
+    engine.forget(handle)
+    for name in ("all", "some", None):
+        assert engine.prefill(TEXT[:40], adapter=name, keep=False).report.fresh_tokens == 40
+
+
+def test_segments_are_found_and_shifted_under_the_same_adapter_only(engine):
+    engine.remember(TEXT[:48], adapter="all")
+    sparse = ReuseConfig("sparsex", boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2)
+    prompt = np.concatenate([TEXT[100:106], TEXT[:48], TEXT[110:116]])
+    out = engine.prefill(prompt, adapter="all", reuse=sparse, keep=False)
+    parts = [(TEXT[100:106], None), (TEXT[:48], (TEXT[:48], 0)), (TEXT[110:116], None)]
+    logits, active = dense_of(ALL).sparsex(parts, 1, 0.1, 2, 0)
+    assert out.report.active_tokens == active.sum() < len(prompt)
+    np.testing.assert_allclose(out.logits, logits, atol=1e-3)
+    assert engine.prefill(prompt, adapter="some", reuse=sparse, keep=False).report.fresh_tokens == len(prompt)
+    assert engine.prefill(prompt, reuse=sparse, keep=False).report.fresh_tokens == len(prompt)
+
+
+# Loading ----------------------------------------------------------------------------------------------------
+
+
+def test_loading_compiles_nothing_and_wrong_adapters_are_refused(engine):
+    engine.generate_batch([TEXT[:12]] * 3, FEW, adapter="all")
+    engine.unload_adapter("all")
+    compiled = num_compilations()
+    engine.load_adapter("all", SOME)
+    out, *_ = engine.generate_batch([TEXT[:12]] * 3, FEW, adapter="all")
+    assert num_compilations() == compiled
+    assert out.token_ids == greedy(dense_of(SOME), TEXT[:12], 4)[1]
+    with pytest.raises(InvalidRequestError, match="max_adapters=3 are loaded"):
+        engine.load_adapter("more", SOME)
+    with pytest.raises(InvalidRequestError, match="'some' is loaded already"):
+        engine.load_adapter("some", SOME)
+    engine.unload_adapter("some")
+    a, b = SOME.pairs["wq"]
+    wrong = {
+        "rank 16, and max_adapter_rank=8": dataclasses.replace(SOME, rank=16),
+        r"'wq' of shapes .* must be \(4, 32, 8\) and \(4, 8, 32\)": dataclasses.replace(
+            SOME, pairs={"wq": Pair(a, b[:, :, :7])}
+        ),
+        "NaN or infinities": dataclasses.replace(SOME, pairs={"wq": Pair(a * np.nan, b)}),
+        "takes pairs for wq, wk, wv, wo, w_gate": dataclasses.replace(SOME, pairs={"lm_head": Pair(a, b)}),
+    }
+    for message, weights in wrong.items():
+        with pytest.raises(InvalidRequestError, match=message):
+            engine.load_adapter("some", weights)
+    for name in ("", "two\nlines", " ", 3, "x" * 257):
+        with pytest.raises(InvalidRequestError, match="adapter name"):
+            engine.load_adapter(name, SOME)
+    assert list(engine.adapters) == ["activated", "all"]
+    assert num_compilations() == compiled
+
+
+def test_an_unknown_adapter_is_refused_by_the_names_of_those_that_are_there(engine):
+    for name in ("other", "", 3):
+        with pytest.raises(InvalidRequestError, match=r"'all', 'some', 'activated'|must be"):
+            engine.generate(TEXT[:12], FEW, adapter=name)
+    with pytest.raises(UnknownAdapterError, match="'other'"):
+        engine.unload_adapter("other")
+    with pytest.raises(InvalidRequestError, match="2 entries for 1 prompts"):
+        engine.generate_batch([TEXT[:12]], FEW, adapter=["all", None])
+    with pytest.raises(InvalidRequestError, match="an adapter exclude each other"):
+        engine.remember(TEXT[:20], adapter="all", company=True)
+    assert idle(engine)
+
+
+def test_an_adapter_in_use_is_not_unloaded(engine):
+    with engine.prefilled(TEXT[:20], adapter="all"):
+        assert engine.adapters["all"].uses == 1
+        with pytest.raises(AdapterInUseError, match="while 1 sequences"):
+            engine.unload_adapter("all")
+    assert engine.unload_adapter("all").name == "all"
+    made = engine.loop.requests.generation(TEXT[:12], FEW, reuse=None, namespace="default", keep=True, adapter="some")
+    engine.unload_adapter("some")
+    engine.load_adapter("some", ALL)
+    with pytest.raises(UnknownAdapterError, match="'some' was unloaded meanwhile"):
+        engine.loop.complete([made])
+    assert idle(engine)
+
+
+def test_limits_of_the_configuration():
+    for fields in ({"max_adapters": -1}, {"max_adapters": 1.5}, {"max_adapter_rank": 12}, {"max_adapter_rank": 136}):
+        with pytest.raises(InvalidRequestError, match=next(iter(fields))):
+            EngineConfig(**fields)
+    with pytest.raises(InvalidRequestError, match="max_adapters=3 must be less than 1 for a vocabulary"):
+        Adapters(dataclasses.replace(TINY, vocab_size=1 << 30), DEVICE)
+    with pytest.raises(InvalidRequestError, match="needs an engine with max_adapters above 0"):
+        Engine(TINY, tiny_params(), config=EngineConfig(store_tokens=64)).load_adapter("all", ALL)
+
+
+# Keys -------------------------------------------------------------------------------------------------------
+
+tokens_of = st.lists(st.integers(0, 96), min_size=1, max_size=20).map(lambda each: np.array(each, np.int32))
+
+
+@given(tokens_of, st.integers(0, 25), st.integers(1, 2**24 - 1))
+def test_keys_tell_versions_apart_and_give_the_tokens_back(tokens, start, number):
+    adapters = Adapters(TINY, DEVICE)
+    keys = Acting("name", 0, number, number << 7, start).keys(tokens)
+    assert keys.dtype == np.int32
+    assert (keys >= 0).all()
+    np.testing.assert_array_equal(adapters.tokens(keys), tokens)
+    np.testing.assert_array_equal(keys >= 128, np.arange(len(keys)) >= start)
+    assert adapters.num_base(keys) == min(start, len(tokens))
+    assert adapters.is_base(keys) == (start >= len(tokens))
+
+
+@given(st.lists(st.sampled_from(["load", "unload"]), max_size=40))
+def test_no_two_loaded_adapters_share_a_slot_or_a_number(steps):
+    """With numbers that go round after 7 of them."""
+    adapters, held = Adapters(dataclasses.replace(TINY, vocab_size=1 << 28), DEVICE), []
+    for place, step in enumerate(steps):
+        if step == "load" and len(held) < 3:
+            held.append(adapters.new(f"{place}", SOME))
+            adapters.add(held[-1])
+        elif step == "unload" and held:
+            adapters.remove(held.pop(place % len(held)).name)
+        assert sorted(each.name for each in adapters) == sorted(each.name for each in held)
+        assert len({each.slot for each in held}) == len({each.number for each in held}) == len(held)
+        assert all(0 <= each.slot < 3 and 1 <= each.number <= 7 for each in held)

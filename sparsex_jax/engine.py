@@ -137,6 +137,10 @@ class Engine:
         self.mesh = check_mesh(mesh or make_mesh(), model)
         config = config or EngineConfig()
         config = dataclasses.replace(config, max_adapters=config.max_adapters or len(adapters))
+        require(
+            config.max_adapters > 0 or not config.share_adapters,
+            "share_adapters needs max_adapters above 0, or adapters",
+        )
         self.config = _with_dtype_of(params, config, self.mesh)
         check_range(params, self.config)
         if self.config.kv_dtype == "fp8" and _platform(self.mesh) == "cpu":

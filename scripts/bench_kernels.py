@@ -129,10 +129,21 @@ def seconds_of(operation: Callable[[AttentionArgs], Any], rows: AttentionArgs) -
 
 
 def attention(work: str, rows: AttentionArgs, implementation: str) -> Row:
-    flops = 4 * DIM * Q_HEADS * pairs_of(rows)
-    read = 2 * rows.store.dtype.itemsize * KV_HEADS * DIM * float(np.asarray(last_positions(rows), np.float64).sum())
+    rank = 0 if rows.low_rank is None else rows.low_rank.rank
+    flops = (4 * DIM + 2 * rank) * Q_HEADS * pairs_of(rows) + 2 * rank * DIM * Q_HEADS * len(rows.positions)
+    numbers = 2 * KV_HEADS * DIM + rank  # of a key; Y is read once for all heads
+    read = rows.store.dtype.itemsize * numbers * float(np.asarray(last_positions(rows), np.float64).sum())
     seconds = seconds_of(attention_versions.IMPLEMENTATIONS[implementation], rows)
     return Row(work, implementation, seconds, flops, read)
+
+
+def with_adapters(rows: AttentionArgs, rank: int, adapters: int = 8) -> AttentionArgs:
+    """The rows with adapters, in turn, each with `rank` columns of Y."""
+    layers, pages, page_size, dtype = len(rows.store), rows.store.shape[1], rows.store.shape[4], rows.query.dtype
+    keys, number = jax.random.split(jax.random.key(1)), jnp.arange(len(rows.page_tables)) % adapters
+    store = jax.random.normal(keys[0], (layers, pages, page_size, adapters * rank), dtype)
+    matrices = jax.random.normal(keys[1], (layers, adapters, KV_HEADS, rank, DIM), dtype)
+    return dataclasses.replace(rows, low_rank=kernels.LowRank(store, matrices, number * rank, number))
 
 
 def last_positions(rows: AttentionArgs) -> np.ndarray:
@@ -352,6 +363,7 @@ def benches(quick: bool) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, .
     for implementation in ours:
         yield from mirror_benches(implementation)
         yield from stored_benches(implementation)
+        yield from adapter_benches(implementation)
     for bench in beside:
         yield "decode 64 x 8K", bench, ([8192] * 64, True)
         yield "decode 1 x 128K", bench, ([131072], True)
@@ -377,6 +389,17 @@ def stored_benches(implementation: str) -> Iterator[tuple[str, Callable[..., Row
         yield f"full prefill T=8K, KV {name}", attention, (functools.partial(of, [8192], 1.0), implementation)
         yield f"key mass, 15% T=8K, KV {name}", key_mass, (functools.partial(of, [8192], 0.15), implementation)
         yield f"align 32768 x 32 layers, KV {name}", align, (32768, 32, implementation, stored)
+
+
+def adapter_benches(implementation: str) -> Iterator[tuple[str, Callable[..., Row], tuple[Any, ...]]]:
+    """Attention without adapters and with those of two ranks, for one implementation: `--only adapters`."""
+    prefill = functools.partial(rows_of, [8192], 1.0)
+    decode = functools.partial(rows_of, [8192] * 64, 0, last_only=True)
+    for work, make in (("full prefill T=8K", prefill), ("decode 64 x 8K", decode)):
+        yield f"{work}, no adapters", attention, (make, implementation)
+        for rank in (16, 32):
+            rows = functools.partial(lambda make, rank: with_adapters(make(), rank), make, rank)
+            yield f"{work}, adapters of rank {rank}", attention, (rows, implementation)
 
 
 def show(row: Row) -> str:

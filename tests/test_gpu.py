@@ -24,11 +24,13 @@ from kernel_cases import (
     exact_gated,
     gated_stacks,
     last_rows,
+    over_whole_values,
     relative_error,
     restored,
     same,
     scattered,
     stacks,
+    with_adapters,
 )
 
 import sparsex_kernels.api as kernels
@@ -119,6 +121,79 @@ def test_decode(lengths, dim, group, stored, implementation):
     assert relative_error(out, expected) < 1e-2
     np.testing.assert_allclose(lse, expected_lse, atol=1e-3)
     assert same(attend(*case)[0], out)
+
+
+ADAPTERS = [
+    pytest.param(lambda: scattered((5000, 37, 2500, 900), 1500, kv_heads=8, dim=128), 16, None, id="dim 128"),
+    pytest.param(lambda: scattered((5000, 37, 2500, 900), 1500, kv_heads=8, dim=128), 32, None, id="rank 32"),
+    pytest.param(lambda: scattered((5000, 37, 2500, 900), 1500, kv_heads=3, group=3), 16, 4, id="rank 4, 9 heads"),
+    pytest.param(lambda: scattered((3000, 900), 700, kv_heads=8), 64, None, id="rank 64, dim 64"),
+    pytest.param(
+        lambda: scattered((3000, 900), 700, kv_heads=4, dim=128, dtype="float16", page_size=128), 16, 8, id="float16"
+    ),
+    pytest.param(lambda: scattered((4096,), 4369, kv_heads=8, dim=128), 16, None, id="every row of a prompt"),
+    pytest.param(lambda: scattered((10340, 37, 2500, 700), 512, live=109, **TWELVE), 16, None, id="in parts"),
+    pytest.param(lambda: scattered((10340,), 1024, live=101, **TWELVE), 32, None, id="in parts, rank 32"),
+    pytest.param(lambda: last_rows((5000, 37, 2500, 64, 1, 129) * 4, kv_heads=8, dim=128), 16, None, id="decode"),
+    pytest.param(lambda: last_rows((16000, 1), kv_heads=8, dim=128), 32, None, id="decode, one long"),
+    pytest.param(lambda: last_rows((5000, 37, 2500, 64), kv_heads=3, group=3), 64, None, id="decode, dim 64"),
+]
+
+
+@pytest.mark.parametrize(("make", "rank", "used"), ADAPTERS)
+def test_low_rank(make, rank, used, implementation):
+    check_low_rank(make(), rank, used, None, implementation)
+
+
+@pytest.mark.parametrize("make", [ADAPTERS[at].values[0] for at in (0, 6, 8)], ids=["tiles", "in parts", "decode"])
+def test_low_rank_within_windows(make, implementation):
+    check_low_rank(make(), 16, None, 100, implementation)
+
+
+def check_low_rank(case, rank, used, window, implementation):
+    """Attention over V and Y is that over V + Y B. All columns of Y but those of a request's adapter hold NaN."""
+    low_rank, window = with_adapters(case, rank, used=used), None if window is None else jnp.int32(window)
+    attend = jax.jit(partial(kernels.paged_attention, return_lse=True, implementation=implementation))
+    attend = partial(attend, window=window)
+    out, lse = attend(*case, low_rank=low_rank)
+    reference = jax.jit(partial(kernels.paged_attention, return_lse=True, implementation="xla"))
+    expected, expected_lse = reference(*over_whole_values(case, low_rank), window=window)
+    assert relative_error(out, expected) < 1e-2
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-2)
+    for _ in range(5):  # a result that moves is a race
+        assert same(attend(*case, low_rank=low_rank)[0], out)
+    plain, positions, requests = attend(*case)[0], *map(np.asarray, case[3:5])
+    without = (positions < 0) | (np.asarray(low_rank.columns)[requests] < 0)
+    out, plain = (np.asarray(x, np.float32)[without] for x in (out, plain))
+    if implementation == "hopper":  # the same sums, to which 0 is added
+        np.testing.assert_array_equal(out, plain)
+    np.testing.assert_allclose(out, plain, atol=2e-2)
+
+
+def test_low_rank_of_small_shapes(implementation):
+    """For sanitizers."""
+    for case in (
+        scattered((150, 3, 70, 20), 90, dim=128),
+        scattered((700, 9, 300), 90, live=20, kv_heads=1),
+        last_rows((300, 5, 130, 20), kv_heads=1),
+    ):
+        low_rank = with_adapters(case, 16)
+        out = jax.jit(partial(kernels.paged_attention, implementation=implementation))(*case, low_rank=low_rank)
+        assert relative_error(out, dense(over_whole_values(case, low_rank), case[0].shape[-1] ** -0.5)[0]) < 1e-2
+
+
+@pytest.mark.parametrize("columns", [None, (16, -1, 0)])
+def test_low_rank_rows_are_written(columns):
+    case = scattered((5000, 37, 2500), 1500, kv_heads=8, dim=128)
+    layer, *rows = case[2:]
+    low, width = jnp.nan_to_num(with_adapters(case, 16).store), 48 if columns is None else 16
+    values = jax.random.normal(jax.random.key(0), (1500, width), jnp.bfloat16)
+    of = None if columns is None else jnp.asarray(columns)
+    written, expected = (
+        jax.jit(partial(kernels.write_low_rank, implementation=name))(low, layer, values, *rows, of)
+        for name in ("xla", "reference")
+    )
+    assert same(written, expected)
 
 
 WINDOWED = [

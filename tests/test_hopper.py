@@ -20,11 +20,13 @@ from kernel_cases import (
     in_float32,
     last_rows,
     late_rows,
+    over_whole_values,
     relative_error,
     restored,
     same,
     scattered,
     stacks,
+    with_adapters,
 )
 
 import sparsex_kernels.api as kernels
@@ -507,3 +509,79 @@ def test_float8_is_written_and_moved():
     check_moved(moved, kernels.align_and_copy(full, *moves, implementation="reference"))
     with pytest.raises(NotImplementedError, match="3 KV heads of float8"):
         kernels.align_and_copy(jnp.repeat(full[:, :, :, :1], 3, axis=3), *moves, implementation="hopper")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "window"),
+    [
+        pytest.param(late_rows(scattered((400, 3, 150, 100), 60, kv_heads=1, group=2)), 100, id="tiles"),
+        pytest.param(last_rows((260, 5, 64, 90), kv_heads=1, group=2), 70, id="decode"),
+    ],
+)
+def test_low_rank_within_windows(case, window, few_programs):
+    case, window = behind_windows(case, window), jnp.int32(window)
+    low_rank = with_adapters(case, 16)
+    args = dataclasses.replace(arguments(case, window), low_rank=low_rank)
+    out = jax.jit(hopper_attention.paged_attention)(args)
+    whole = over_whole_values(case, low_rank)
+    assert relative_error(out, kernels.paged_attention(*whole, window=window, implementation="reference")) < 6e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "rank"), [(128, 16), (128, 32), (64, 64)])
+@pytest.mark.parametrize(("rows", "requests"), [(512, 4), (2048, 4), (64, 64)])
+def test_low_rank_attention_is_lowered_for_a_gpu(dim, rank, rows, requests):
+    """For 32 query and 8 KV heads: tiles that may be cut, others, and decode, within a GPU's shared memory."""
+    ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    case = floats((rows, 32, dim)), floats((2, 64, 2, 8, 64, dim)), ints(()), ints((rows,)), ints((rows,))
+    adapters = floats((2, 64, 64, 3 * rank)), floats((2, 3, 8, rank, dim)), ints((requests,)), ints((requests,))
+    on = {"backend": Backend("gpu", "9.0"), "implementation": "hopper"}
+    attend = jax.jit(functools.partial(kernels.paged_attention, return_lse=True, **on))
+    traced = attend.trace(*case, ints((requests, 16)), low_rank=kernels.LowRank(*adapters), window=ints(()))
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_adapters_that_the_kernels_cannot_do_are_refused():
+    for options, rank, reason in [
+        ({"dim": 128}, 64, "adapters of rank 64; kernels take 16 and 32"),
+        ({}, 8, "adapters of rank 8"),
+        ({"stored": "float8_e4m3fn"}, 16, "adapters of bfloat16 beside a store of float8"),
+    ]:
+        case = scattered((20,), 4, **options)
+        with pytest.raises(NotImplementedError, match=reason):
+            kernels.paged_attention(*case, low_rank=with_adapters(case, rank), implementation="hopper")
+
+
+@pytest.mark.parametrize(
+    ("make", "rank", "used"),
+    [
+        pytest.param(lambda: scattered((70, 3, 20), 20, kv_heads=1, group=3, layers=1), 16, 4, id="tiles"),
+        pytest.param(
+            lambda: scattered((600, 9, 300, 70), 30, live=12, kv_heads=1, group=8, dim=128),
+            32,
+            None,
+            id="parts",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            lambda: last_rows((260, 5, 64, 90), kv_heads=2, group=3, dim=128),
+            16,
+            None,
+            id="decode",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_attention_over_whole_values_by_low_rank(make, rank, used, few_programs):
+    """Requests of one tile have adapters of their own or none; all other columns of Y hold NaN."""
+    case = make()
+    low_rank = with_adapters(case, rank, used=used)
+    args = dataclasses.replace(arguments(case), low_rank=low_rank)
+    out, lse = jax.jit(lambda args: hopper_attention.paged_attention(args, True, EIGHT))(args)
+    whole = over_whole_values(case, low_rank)
+    expected, expected_lse = kernels.paged_attention(*whole, return_lse=True, implementation="reference")
+    assert relative_error(out, expected) < 6e-3
+    assert not np.asarray(out)[np.asarray(case[3]) < 0].any()
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)

@@ -8,7 +8,15 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import check_packed, check_restored, restored
+from kernel_cases import (
+    check_packed,
+    check_restored,
+    last_rows,
+    over_whole_values,
+    restored,
+    scattered,
+    with_adapters,
+)
 from test_kernels import clean, jitted, simulated, simulated_tpu  # noqa: F401  (a fixture)
 
 import sparsex_kernels.api as kernels
@@ -87,6 +95,25 @@ def test_attention(implementation, dtype, q_heads, head_dim, decode):
     out = jitted(kernels.paged_attention)(*args, implementation=implementation)
     assert_close(out, kernels.paged_attention(*args, implementation="reference"), dtype)
     assert not out[rows[0] < 0].any()
+
+
+@tpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("adapters", "rank"), [(3, 16), (9, 32)])  # 48 lanes, or one line of 128 of 288
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("dtype", "decode"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_low_rank(implementation, dtype, decode, window, adapters, rank):
+    """Rows of one tile have adapters of their own or none."""
+    make = last_rows if decode else scattered
+    more = () if decode else (40,)
+    case = make((70, 5, 40, 33), *more, page_size=32, dim=64, group=2, dtype=dtype)
+    low_rank = with_adapters(case, rank, adapters=adapters)
+    window = None if window is None else jnp.int32(window)
+    attend = partial(kernels.paged_attention, window=window, return_lse=True)
+    out, lse = attend(*case, low_rank=low_rank, implementation=implementation)
+    expected, expected_lse = attend(*over_whole_values(case, low_rank), implementation="reference")
+    assert_close(out, expected, dtype)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
 
 
 @tpu

@@ -25,10 +25,12 @@ from kernel_cases import (
     in_float32,
     last_rows,
     late_rows,
+    over_whole_values,
     relative_error,
     restored,
     same,
     scattered,
+    with_adapters,
 )
 
 import sparsex_kernels.api as kernels
@@ -143,6 +145,33 @@ def test_decode(dim, group, page_size):
     check_attention(
         last_rows((300, 5, 64, 1), dim=dim, group=group, kv_heads=2, page_size=page_size, dtype="float16"), 1e-3
     )
+
+
+@interpreted
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize(
+    ("make", "rank", "used"),
+    [
+        pytest.param(lambda: scattered((150, 3, 70, 90), 48, group=3, dtype="float16"), 16, 4, id="tiles"),
+        pytest.param(
+            lambda: scattered((130, 5, 64, 40), 40, dim=128, page_size=16, dtype="float16"), 32, None, id="small pages"
+        ),
+        pytest.param(lambda: last_rows((300, 5, 64, 90), dim=128, dtype="float16"), 16, None, id="decode"),
+    ],
+)
+def test_low_rank(make, rank, used, window):
+    """Tiles have one request each, with an adapter of its own or none; all other columns of Y hold NaN."""
+    case, window = make(), None if window is None else jnp.int32(window)
+    low_rank = with_adapters(case, rank, used=used)
+    attend = functools.partial(kernels.paged_attention, window=window, return_lse=True)
+    out, lse = jax.jit(functools.partial(attend, implementation="triton"))(*case, low_rank=low_rank)
+    expected, expected_lse = attend(*over_whole_values(case, low_rank), implementation="reference")
+    assert relative_error(out, expected) < 1.5e-3
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+    case = scattered((20,), 4, dtype="float16")
+    with pytest.raises(NotImplementedError, match="adapters of rank 8; kernels take 16, 32, 64"):
+        kernels.paged_attention(*case, low_rank=with_adapters(case, 8), implementation="triton")
 
 
 FLOAT8 = {"dtype": "float16", "stored": "float8_e4m3fn"}

@@ -35,9 +35,7 @@ Matrices = Stack | Mixed
 Groups = GroupStack | Mixed
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LowRank:
+class LowRank(NamedTuple):
     """What adapters add to the values of their requests: key t has the value `V[t] + Y[t] @ B` (LRAgent's
     Flash-LoRA-Attention).
 

@@ -20,6 +20,8 @@ class AttentionShape:
       stored: the dtype of the store; if not `dtype`, blocks of keys are widened in shared memory.
       scale: of the products of queries and keys.
       windowed: whether rows have windows. Only then has the program what those take.
+      rank: of adapters' Y beside the values; 0: there are no adapters, and the program has nothing of them.
+      adapters: whose matrices there are.
       interpreted: whether the kernel runs on a CPU.
     """
 
@@ -34,6 +36,8 @@ class AttentionShape:
     stored: Any
     scale: float
     windowed: bool
+    rank: int
+    adapters: int
     interpreted: bool
 
     @property
@@ -59,5 +63,7 @@ def shared_sizes(args: AttentionArgs) -> dict[str, Any]:
         "stored": args.store.dtype,
         "scale": float(args.scale),
         "windowed": args.window is not None,
+        "rank": 0 if args.low_rank is None else args.low_rank.rank,
+        "adapters": 0 if args.low_rank is None else args.low_rank.matrices.shape[1],
         "interpreted": args.backend.interpreted,
     }

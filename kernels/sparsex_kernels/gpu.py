@@ -46,6 +46,17 @@ def in_float16(args: AttentionArgs) -> AttentionArgs:
     return dataclasses.replace(args, query=args.query.astype(jnp.float16))
 
 
+def check_low_rank(args: AttentionArgs, ranks: tuple[int, ...]) -> None:
+    """Raise `NotImplementedError` where there are adapters that kernels for these ranks cannot do."""
+    low_rank = args.low_rank
+    if low_rank is None:
+        return
+    if low_rank.rank not in ranks:
+        raise NotImplementedError(f"adapters of rank {low_rank.rank}; kernels take {', '.join(map(str, ranks))}")
+    if args.store.dtype != low_rank.store.dtype:
+        raise NotImplementedError(f"adapters of {low_rank.store.dtype} beside a store of {args.store.dtype}")
+
+
 def check_attention(args: AttentionArgs, block: int, smallest_page: int = 1) -> None:
     """Raise `NotImplementedError` where the attention kernels cannot do this shape or dtype.
 

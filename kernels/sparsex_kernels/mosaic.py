@@ -33,10 +33,14 @@ def kernel(body: Callable[..., None], backend: Backend, **options: Any) -> Calla
     return plgpu.kernel(body, compiler_params=params, thread_name="wg", interpret=interpret, **options)
 
 
-def tiled_smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory whose last two axes are laid out as TMA and `wgmma` need them: 8-row tiles, swizzled."""
+def tiled_smem(shape: tuple[int, ...], dtype: Any, line: int = SWIZZLE) -> Any:
+    """Shared memory whose last two axes are laid out as TMA and `wgmma` need them: 8-row tiles, swizzled.
+
+    Tiles have lines of so many bytes, 32, 64 or 128, or of what a row has. A right operand with fewer rows than a line
+    has numbers must have shorter ones.
+    """
     size = jnp.dtype(dtype).itemsize
-    bytes_a_row = min(SWIZZLE, shape[-1] * size)
+    bytes_a_row = min(line, shape[-1] * size)
     tiling: Any = plgpu.TilingTransform  # its stub declares it abstract
     swizzle: Any = plgpu.SwizzleTransform
     return plgpu.SMEM(shape, dtype, transforms=(tiling((8, bytes_a_row // size)), swizzle(bytes_a_row)))
@@ -86,15 +90,21 @@ class Softmax(NamedTuple):
     acc: Array  # float32 [64, head_dim], weighted sum of values
     top: Array  # float32 [64], largest score so far, in base 2
     total: Array  # float32 [64], sum of `exp2(score - top)`
+    low: Array | None = None  # float32 [64, rank], weighted sum of Y, where there are adapters
 
 
-def empty_softmax(width: int) -> Softmax:
-    """The softmax of rows that have seen no key, over values of this width."""
+def empty_softmax(width: int, rank: int = 0) -> Softmax:
+    """The softmax of rows that have seen no key, over values of this width and, if there is a rank, Y of that one."""
     return Softmax(
-        plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), plgpu.Layout.WGMMA),
+        _zeros(width),
         plgpu.layout_cast(jnp.full((WGMMA_ROWS,), MASKED, jnp.float32), ROWS),
         plgpu.layout_cast(jnp.zeros((WGMMA_ROWS,), jnp.float32), ROWS),
+        _zeros(rank) if rank else None,
     )
+
+
+def _zeros(width: int) -> Array:
+    return plgpu.layout_cast(jnp.zeros((WGMMA_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)
 
 
 def softmax_weights(scores: Array, top: Array, scale: float) -> tuple[Array, Array, Array]:
@@ -115,13 +125,22 @@ def softmax_weights(scores: Array, top: Array, scale: float) -> tuple[Array, Arr
 
 def add_weighted(acc: Array, weights: Array, values: Ref, interpreted: bool) -> Array:
     """`acc + weights @ values`, of weights in registers and values in shared memory."""
+    return add_all_weighted((acc,), weights, (values,), interpreted)[0]
+
+
+def add_all_weighted(
+    accs: Sequence[Array], weights: Array, values: Sequence[Ref], interpreted: bool
+) -> tuple[Array, ...]:
+    """The same of several accumulators, each with its own values: their products are waited for together."""
     if interpreted:
-        return acc + jnp.dot(weights.astype(jnp.float32), values[...].astype(jnp.float32))
+        wide, pairs = weights.astype(jnp.float32), zip(accs, values, strict=True)
+        return tuple(acc + jnp.dot(wide, own[...].astype(jnp.float32)) for acc, own in pairs)
 
-    def product(acc: Any) -> None:
-        plgpu.wgmma(acc, weights, values)
+    def product(accs: Any) -> None:
+        for acc, own in zip(accs, values, strict=True):
+            plgpu.wgmma(acc, weights, own)
 
-    return pl.run_state(product)(plgpu.ACC.init(acc))
+    return pl.run_state(product)(tuple(plgpu.ACC.init(acc) for acc in accs))
 
 
 def drain(barriers: Sequence[Ref], begin: Array | int, end: Array, stages: int) -> None:
@@ -151,12 +170,12 @@ def copy_wide(narrow: Ref, wide: Ref) -> None:
 
 
 def clear_rows(smem: Ref, end: Array, begin: Array | None = None) -> None:
-    """Zero the rows of a V block from `end` on, and those before `begin`, if any.
+    """Zero the rows of a block of V or Y from `end` on, and those before `begin`, if any.
 
     Slots behind the last position, or before all windows, may hold NaN, and 0 * NaN is NaN.
     """
-    piece = (64, 64)  # few registers; the layout is that of a product's operand
     rows, columns = smem.shape
+    piece = (64, min(columns, 64))  # few registers; the layout is that of a product's operand
 
     def clear(i: Array, _: None) -> None:
         row = plgpu.broadcasted_iota(jnp.int32, piece, 0, layout=plgpu.Layout.WGMMA) + i * piece[0]

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.experts import ExpertStacks, route
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
-from sparsex_jax.model.ops import NewKV, Ops
+from sparsex_jax.model.ops import NewKV, Ops, low_rank_of
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
@@ -275,7 +275,8 @@ def decoder_layer(
         q, keys, values = _project(layer, normed, rows, _query(layer), _key(layers), _value(layers))
         new = NewKV(keys, values, _values_apart(layer, normed, rows))
         store = ops.write_kv(store, layer.number, new, rows, tables)
-        attended = ops.attention(q, store, layer.number, rows, tables, layer.window, layer.values_apart)
+        low_rank = low_rank_of(store, layer.values_apart, rows, len(tables))
+        attended = ops.attention(q, store, layer.number, rows, tables, layer.window, low_rank)
         (out,) = layer.linear(attended.reshape(len(attended), -1), "wo", rows=rows, over_inputs=True)
         if layers.post_attn_norm is not None:
             out = layer.norm(layers.post_attn_norm, out)

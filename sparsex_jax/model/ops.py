@@ -28,8 +28,9 @@ from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Querie
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
 _EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...]
-_ADAPTERS = PartitionSpec(None, None, TENSOR_AXIS, None, None)  # [layers, adapters, kv_heads, rank, head_dim]
 _ALL = PartitionSpec()
+# Of `LowRank`: Y is whole on each device, and matrices, [layers, adapters, kv_heads, rank, head_dim], are divided.
+_LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
 
 
 def _slots_of(rows: Rows) -> Int[Array, "rows"]:
@@ -51,12 +52,17 @@ class NewKV(NamedTuple):
     low_rank: Float[Array, "rows ranks"] | None = None
 
 
-def slots_of_requests(rows: Rows, num_requests: int) -> Int[Array, "requests"]:
-    """The adapter slot of each line of the page tables; -1 for those without adapter, and without rows here.
+def low_rank_of(store: AnyStore, apart: ValuesApart | None, rows: Rows, num_requests: int) -> kernels.LowRank | None:
+    """What the rows' adapters add to the values of a `SharedStore`. None: there is nothing apart from those.
 
-    All rows of a request have the same: an adapter that adds to values acts from position 0 on (`check_shared`).
+    All rows of a request have the same slot: an adapter that adds to values acts from position 0 on
+    (`device.adapters.check_shared`). The slot of a line of the page tables without rows here is -1.
     """
-    return jnp.full(num_requests, NO_SLOT).at[rows.request].max(_slots_of(rows), mode="drop")
+    if not isinstance(store, SharedStore) or apart is None or rows.adapter is None:
+        return None
+    slots = jnp.full(num_requests, NO_SLOT).at[rows.request].max(rows.adapter, mode="drop")
+    columns = jnp.where(slots >= 0, slots * apart.b.shape[3], -1)
+    return kernels.LowRank(store.low_rank, apart.b, columns, jnp.maximum(slots, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,29 +175,22 @@ class Ops:
         rows: Rows,
         tables: PageTables,
         window: Window | None = None,
-        apart: ValuesApart | None = None,
+        low_rank: kernels.LowRank | None = None,
     ) -> Queries:
         """Attention of the rows to their requests' keys. A mesh divides K, V and what expands Y by KV heads, and has
         all of Y on each device: it has no heads.
 
         Args:
-          apart: what the rows' adapters add to the values of a `SharedStore`.
+          low_rank: what the rows' adapters add to values, as `low_rank_of` has it.
         """
 
         def attend(*args: Any, **on: Any) -> Any:
-            *rows, window, adapters = args
-            joined = None if adapters is None else kernels.LowRank(*adapters)
-            return kernels.paged_attention(*rows, window=window, low_rank=joined, **on)
+            *rows, window, low_rank = args
+            return kernels.paged_attention(*rows, window=window, low_rank=low_rank, **on)
 
-        adapters: Any = None
-        by_adapter: Any = _ALL
-        if isinstance(store, SharedStore) and apart is not None and rows.adapter is not None:
-            slots = slots_of_requests(rows, len(tables))
-            columns = jnp.where(slots >= 0, slots * apart.b.shape[3], -1)
-            adapters = store.low_rank, apart.b, columns, jnp.maximum(slots, 0)
-            by_adapter = (_ALL, _ADAPTERS, _ALL, _ALL)
+        by_adapter: Any = _ALL if low_rank is None else kernels.LowRank(*_LOW_RANK)
         run = self._over_heads(attend, (_HEADS, _STORE, *[_ALL] * 5, by_adapter), _HEADS)
-        return run(q, kv_of(store), layer, rows.position, rows.request, tables, window, adapters)
+        return run(q, kv_of(store), layer, rows.position, rows.request, tables, window, low_rank)
 
     def key_mass(
         self,

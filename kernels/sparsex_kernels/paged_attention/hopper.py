@@ -17,10 +17,11 @@ from jaxtyping import Float, Int
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.gpu import check_attention, in_float16, padded_pages
+from sparsex_kernels.gpu import check_attention, check_low_rank, in_float16, padded_pages
 from sparsex_kernels.layout import Queries, first_seen, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS
 from sparsex_kernels.paged_attention.hopper_decode import decode
+from sparsex_kernels.paged_attention.hopper_low_rank import RANKS, low_rank_operands
 from sparsex_kernels.paged_attention.hopper_merge import Parts, TileRows, merge_tiles
 from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape, copies_a_block
 from sparsex_kernels.paged_attention.hopper_tile import kernel, scratch_types
@@ -45,6 +46,7 @@ def attend(
     """The output `[rows, q_heads, head_dim]`, unless `values` is off, and then, if `lse` is on, the log-sum-exp in
     float32, `[rows, q_heads]`."""
     check_attention(args, config.block, PAGE_MULTIPLE)
+    check_low_rank(args, RANKS[args.query.shape[2]])
     shape = Shape.of(args, values, lse, config)
     tile = shape.rows * config.warpgroups
     query, count = pad_rows(args.query, tile), len(args.query)
@@ -55,12 +57,13 @@ def attend(
     packed = _pack_rows(jnp.stack([positions, requests, *windows]), shape, config)
     layer = mosaic.as_scalar(args.layer)
     operands = [query, mosaic.flat_store(args.store), layer, tables, spans, ranges, packed]
+    adapters = low_rank_operands(args)
     if shape.cut:
         parts, lines = tile_parts(spans, config.block, shape.splits)
-        outs = _launch(shape, config, [*operands, parts], len(parts), args.backend)
+        outs = _launch(shape, config, [*operands, parts, *adapters], len(parts), args.backend)
         outs = _merge(shape, config, outs, lines[: shape.splits.tiles], args.backend)
     else:
-        outs = _launch(shape, config, operands, shape.tiles, args.backend)
+        outs = _launch(shape, config, [*operands, *adapters], shape.tiles, args.backend)
     if lse:
         outs["lse"] = _unpack_lse(outs["lse"], shape)
     return tuple(outs[name][:count] for name in ("out", "lse") if name in outs)

@@ -8,6 +8,8 @@ The last V block of a request goes through `trim_ready` first. It may hold slots
 which may hold NaN; the memory warpgroup waits for its copy, zeroes those rows, and arrives at `v_ready` itself. With a
 window, so does the first block, which may hold slots that the window hides from all rows.
 
+Where adapters add to the values, a block of Y comes with that of V: they share their barriers.
+
 Of a store in float8 the copies go to buffers of their own, some blocks ahead. The memory warpgroup waits for each,
 widens it into the ring's buffer, and arrives there: tensor cores multiply float16 with float16.
 """
@@ -20,7 +22,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
 
-from sparsex_kernels.mosaic import Ref, clear_rows, copy_wide, tiled_smem
+from sparsex_kernels.mosaic import Ref, add_all_weighted, add_weighted, clear_rows, copy_wide, tiled_smem
 
 
 class Staging(NamedTuple):
@@ -45,6 +47,7 @@ class BlockRing(NamedTuple):
     trim_ready: Ref
     k_used: Ref
     v_used: Ref
+    y_smem: Ref | None = None  # [stages, block, rank], where there are adapters
     staging: Staging | None = None  # of a narrow store
 
     @classmethod
@@ -54,11 +57,21 @@ class BlockRing(NamedTuple):
         if "narrow" in scratch:
             slots = scratch["narrow"].shape[0] // parts
             staging = Staging(scratch["narrow"], scratch["arrived"], part * slots, slots)
-        return cls(**{name: scratch[name] for name in cls._fields[:-1]}, staging=staging)
+        return cls(**{name: scratch[name] for name in cls._fields if name in scratch}, staging=staging)
 
     @property
     def stages(self) -> int:
         return self.k_smem.shape[0]
+
+    def add_values(
+        self, slot: Array, acc: Array, low: Array | None, weights: Array, interpreted: bool
+    ) -> tuple[Array, Array | None]:
+        """The accumulators with the weighted sum of a block's V and, where there are adapters, its Y."""
+        values = self.v_smem.at[slot]
+        if low is None or self.y_smem is None:
+            return add_weighted(acc, weights, values, interpreted), None
+        acc, low = add_all_weighted((acc, low), weights, (values, self.y_smem.at[slot]), interpreted)
+        return acc, low
 
 
 def staging_scratch(block: tuple[int, int, int], dtype: Any, *, pieces: int) -> dict[str, Any]:
@@ -69,7 +82,9 @@ def staging_scratch(block: tuple[int, int, int], dtype: Any, *, pieces: int) -> 
     }
 
 
-def ring_scratch(block: tuple[int, int, int], dtype: Any, *, pieces: int, readers: int, values: bool) -> dict[str, Any]:
+def ring_scratch(
+    block: tuple[int, int, int], dtype: Any, *, pieces: int, readers: int, values: bool, rank: int = 0
+) -> dict[str, Any]:
     """Scratch types of a ring.
 
     Args:
@@ -78,14 +93,16 @@ def ring_scratch(block: tuple[int, int, int], dtype: Any, *, pieces: int, reader
       pieces: copies that fill a buffer: one for each page where a block spans several.
       readers: warpgroups that read each buffer.
       values: whether V is read; else its buffers are as small as they can be.
+      rank: of Y that is read with V; 0: there is none.
     """
-    stages = block[0]
-    return {
+    stages, v_pieces = block[0], 2 * pieces if rank else pieces
+    low_rank = {"y_smem": tiled_smem((*block[:2], rank), dtype)} if rank else {}
+    return low_rank | {
         "k_smem": tiled_smem(block, dtype),
         "v_smem": tiled_smem(block if values else (1, 8, 64), dtype),
         "k_ready": plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
-        "v_ready": plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
-        "trim_ready": plgpu.Barrier(num_arrivals=pieces),
+        "v_ready": plgpu.Barrier(num_arrivals=v_pieces, num_barriers=stages),
+        "trim_ready": plgpu.Barrier(num_arrivals=v_pieces),
         "k_used": plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
         "v_used": plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
     }
@@ -94,8 +111,9 @@ def ring_scratch(block: tuple[int, int, int], dtype: Any, *, pieces: int, reader
 class Block(NamedTuple):
     """One block of keys to fetch.
 
-    `copy_keys(smem, barrier)` and `copy_values(smem, barrier)` start its copies. Of its V rows, `seen` are at positions
-    that some row sees, those before `hidden` apart; the rest is zeroed if it `is_trimmed`.
+    `copy_keys(smem, barrier)`, `copy_values(smem, barrier)` and, where there are adapters, `copy_low_rank` start its
+    copies. Of its V rows, `seen` are at positions that some row sees, those before `hidden` apart; the rest is zeroed
+    if it `is_trimmed`, and so is Y.
     """
 
     step: Array  # blocks that were fetched before it
@@ -104,6 +122,7 @@ class Block(NamedTuple):
     is_trimmed: Array
     seen: Array
     hidden: Array | None = None  # where there is a window
+    copy_low_rank: Callable[[Ref, Ref], None] | None = None
 
 
 def fetch_blocks(
@@ -179,16 +198,23 @@ def _fetch(ring: BlockRing, block: Block, *, pieces: int, values: bool) -> None:
     """Fill the ring's next buffers, once their last readers are done with them."""
     slot = lax.rem(block.step, ring.stages)
 
+    def copy(ready: Ref) -> None:
+        block.copy_values(ring.v_smem.at[slot], ready)
+        if ring.y_smem is not None and block.copy_low_rank is not None:
+            block.copy_low_rank(ring.y_smem.at[slot], ready)
+
     def copy_trimmed() -> None:
-        block.copy_values(ring.v_smem.at[slot], ring.trim_ready)
+        copy(ring.trim_ready)
         plgpu.barrier_wait(ring.trim_ready)
         clear_rows(ring.v_smem.at[slot], block.seen, block.hidden)
-        for _ in range(pieces):
+        if ring.y_smem is not None:
+            clear_rows(ring.y_smem.at[slot], block.seen, block.hidden)
+        for _ in range(pieces if ring.y_smem is None else 2 * pieces):
             plgpu.barrier_arrive(ring.v_ready.at[slot])
 
     _wait_for_readers(ring, block, ring.k_used)
     block.copy_keys(ring.k_smem.at[slot], ring.k_ready.at[slot])
     if values:
         _wait_for_readers(ring, block, ring.v_used)
-        pl.when(~block.is_trimmed)(lambda: block.copy_values(ring.v_smem.at[slot], ring.v_ready.at[slot]))
+        pl.when(~block.is_trimmed)(lambda: copy(ring.v_ready.at[slot]))
         pl.when(block.is_trimmed)(copy_trimmed)

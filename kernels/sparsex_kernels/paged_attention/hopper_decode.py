@@ -20,15 +20,24 @@ from jaxtyping import Float
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.attention_shape import AttentionShape, shared_sizes
-from sparsex_kernels.gpu import check_attention, padded_pages
+from sparsex_kernels.gpu import check_attention, check_low_rank, padded_pages
 from sparsex_kernels.layout import Queries
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS, Ref, Softmax
 from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_blocks, ring_scratch, staging_scratch
+from sparsex_kernels.paged_attention.hopper_low_rank import (
+    RANKS,
+    Expansion,
+    LowRankRefs,
+    first_column,
+    low_rank_operands,
+    matrix_scratch,
+)
 from sparsex_kernels.paged_attention.hopper_merge import SHARE, merge
 from sparsex_kernels.paged_attention.parts import Part, key_parts
 
 BLOCK = 64  # keys a step
 STAGES = 5  # blocks in flight
+LOW_RANK_STAGES = 4  # with Y beside V: with heads of 64, two programs still share a multiprocessor
 NARROW_STAGES, STAGED = 2, 12  # of a narrow store: blocks that were widened, and blocks of K or V in flight
 PROGRAMS = 2 * MULTIPROCESSORS  # parts to aim at; more have more to merge, fewer leave a long request short of loads
 
@@ -43,6 +52,7 @@ class Shape(AttentionShape):
 def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     """Output and log-sum-exp, as `sparsex_kernels.paged_attention` returns them; rows may be in any order."""
     check_attention(args, BLOCK, smallest_page=BLOCK)
+    check_low_rank(args, RANKS[args.query.shape[2]])
     rows, q_heads, head_dim = args.query.shape
     sizes = shared_sizes(args)
     share, heads = sizes["share"], sizes["heads"]
@@ -65,22 +75,27 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
         scratch_types=_scratch(shape),
     )
     tables = padded_pages(args.store, args.page_tables, 1)
-    partial, lse = run(packed, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables, parts)
+    operands = packed, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables, parts
+    partial, lse = run(*operands, *low_rank_operands(args))
     out, lse = merge(partial, lse, spans, q_heads, share, query.dtype, args.backend)
     return out, lse.reshape(rows, -1, SHARE)[:, :heads, :share].reshape(rows, q_heads)
 
 
 def _scratch(shape: Shape) -> dict[str, Any]:
-    stages = NARROW_STAGES if shape.narrow else STAGES
-    ring = ring_scratch((stages, BLOCK, shape.head_dim), shape.dtype, pieces=1, readers=1, values=True)
+    stages = NARROW_STAGES if shape.narrow else LOW_RANK_STAGES if shape.rank else STAGES
+    ring = ring_scratch((stages, BLOCK, shape.head_dim), shape.dtype, pieces=1, readers=1, values=True, rank=shape.rank)
     if shape.narrow:
         ring |= staging_scratch((STAGED, BLOCK, shape.head_dim), shape.stored, pieces=1)
-    return ring | {
-        "q_smem": mosaic.tiled_smem((WGMMA_ROWS, shape.head_dim), shape.dtype),
-        "out_smem": mosaic.tiled_smem((WGMMA_ROWS, shape.head_dim), jnp.float32),
-        "lse_smem": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
-        "q_ready": plgpu.Barrier(),
-    }
+    return (
+        ring
+        | matrix_scratch(shape, 1)
+        | {
+            "q_smem": mosaic.tiled_smem((WGMMA_ROWS, shape.head_dim), shape.dtype),
+            "out_smem": mosaic.tiled_smem((WGMMA_ROWS, shape.head_dim), jnp.float32),
+            "lse_smem": plgpu.SMEM((WGMMA_ROWS,), jnp.float32),
+            "q_ready": plgpu.Barrier(),
+        }
+    )
 
 
 class Operands(NamedTuple):
@@ -93,10 +108,17 @@ class Operands(NamedTuple):
     parts: Ref  # [parts, 5], or 6 where there is a window
     out: Ref  # [parts, merged, head_dim] float32
     lse: Ref  # [parts, merged] float32, in base 2
+    low_rank: LowRankRefs | None = None  # if there are adapters
+
+    @classmethod
+    def of(cls, refs: tuple[Ref, ...]) -> "Operands":
+        """These of the kernel's references: what it reads, adapters too, and then its results."""
+        adapters = refs[5:-2]
+        return cls(*refs[:5], *refs[-2:])._replace(low_rank=LowRankRefs(*adapters) if adapters else None)
 
 
 def _kernel(shape: Shape, *refs: Ref, **scratch: Ref) -> None:
-    operands = Operands(*refs)
+    operands = Operands.of(refs)
     number, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
     part = Part(*(operands.parts[number, n] for n in range(operands.parts.shape[1])))
     live = part.begin < part.end
@@ -121,10 +143,13 @@ def _compute(
     q_smem, square = scratch["q_smem"], (WGMMA_ROWS, BLOCK)
     # Only the first rows are filled. The others keep what they held; nothing of them is stored.
     plgpu.copy_gmem_to_smem(operands.query.at[part.row, head], q_smem.at[stored], scratch["q_ready"])
+    low_rank, expansion = operands.low_rank, Expansion.of(scratch, lax.axis_index("wg")) if shape.rank else None
+    if low_rank is not None and expansion is not None:
+        expansion.fetch(shape, low_rank, operands.layer[0], part.request, lax.div(head, shape.repeat))
     plgpu.barrier_wait(scratch["q_ready"])
 
     def step(masked: bool, i: Array, state: Softmax) -> Softmax:
-        acc, top, total = state
+        acc, top, total, low = state
         slot = lax.rem(i - part.begin, ring.stages)
         plgpu.barrier_wait(ring.k_ready.at[slot])
         s = mosaic.products(q_smem, ring.k_smem.at[slot])
@@ -135,23 +160,29 @@ def _compute(
             s = jnp.where(seen & (keys >= part.first) if shape.windowed else seen, s, -jnp.inf)
         new_top, p, decay = mosaic.softmax_weights(s, top, shape.scale)
         acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+        if low is not None:
+            low *= lax.broadcast_in_dim(decay, low.shape, [0])
         plgpu.barrier_wait(ring.v_ready.at[slot])
-        acc = mosaic.add_weighted(acc, p.astype(shape.dtype), ring.v_smem.at[slot], shape.interpreted)
+        acc, low = ring.add_values(slot, acc, low, p.astype(shape.dtype), shape.interpreted)
         plgpu.barrier_arrive(ring.v_used.at[slot])
-        return Softmax(acc, new_top, total * decay + p.sum(axis=1))
+        return Softmax(acc, new_top, total * decay + p.sum(axis=1), low)
 
     clear = part.begin
     if shape.windowed:
         clear = jnp.clip(lax.div(part.first + BLOCK - 1, BLOCK), part.begin, part.end)
     full = jnp.clip(lax.div(part.position + 1, BLOCK), clear, part.end)
-    state = mosaic.empty_softmax(shape.head_dim)
+    state = mosaic.empty_softmax(shape.head_dim, shape.rank)
     if shape.windowed:
         # 0. The block that the window begins in, if that is in this part and some of it is hidden.
         state = lax.fori_loop(part.begin, clear, functools.partial(step, True), state)
     # 1. Blocks that the row sees in full. 2. The one that its position lies in, if that is in this part.
     state = lax.fori_loop(clear, full, functools.partial(step, False), state)
-    acc, top, total = lax.fori_loop(full, part.end, functools.partial(step, True), state)
-    scratch["out_smem"][...] = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+    acc, top, total, low = lax.fori_loop(full, part.end, functools.partial(step, True), state)
+    out = acc / lax.broadcast_in_dim(total, acc.shape, [0])
+    if low is not None and low_rank is not None and expansion is not None:
+        sums = low / lax.broadcast_in_dim(total, low.shape, [0])
+        out = expansion.add(out, sums, low_rank.columns[part.request] >= 0, shape)
+    scratch["out_smem"][...] = out
     scratch["lse_smem"][...] = top + jnp.log2(total)
     plgpu.commit_smem()
     rows = pl.ds(head * SHARE, SHARE)
@@ -162,7 +193,8 @@ def _compute(
 
 def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: BlockRing, kinds: tuple[int, ...]) -> None:
     kv_head, first_page = lax.div(head, shape.repeat), operands.layer[0] * shape.pages
-    last = lax.div(part.position, BLOCK)
+    last, low_rank = lax.div(part.position, BLOCK), operands.low_rank
+    column = None if low_rank is None else first_column(low_rank, part.request, shape.rank)
 
     def block_at(i: Array) -> Block:
         page = first_page + operands.tables[part.request, lax.div(i * BLOCK, shape.page_size)]
@@ -171,6 +203,9 @@ def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: Bloc
         def copy(line: Array, smem: Ref, barrier: Ref) -> None:
             plgpu.copy_gmem_to_smem(operands.store.at[page, line, keys], smem, barrier)
 
+        def copy_low_rank(refs: LowRankRefs, smem: Ref, barrier: Ref) -> None:
+            plgpu.copy_gmem_to_smem(refs.store.at[page, keys, pl.ds(column, shape.rank)], smem, barrier)
+
         return Block(
             step=i - part.begin,
             copy_keys=functools.partial(copy, kv_head),
@@ -178,6 +213,7 @@ def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: Bloc
             is_trimmed=(i == last) | (i * BLOCK < part.first) if shape.windowed else i == last,
             seen=part.position + 1 - i * BLOCK,
             hidden=part.first - i * BLOCK if shape.windowed else None,
+            copy_low_rank=None if low_rank is None else functools.partial(copy_low_rank, low_rank),
         )
 
     fetch_blocks(ring, part.begin, part.end, block_at, pieces=1, kinds=kinds)

@@ -236,7 +236,7 @@ def _fold_parts(shape: MergeShape, parts: Parts, wg: Array) -> Fold:
         folds = [Fold(x, jnp.where(c, lse, -jnp.inf), 1.0) for c, (x, lse) in zip(counts, loaded, strict=True)]
         return _join([state, *folds])
 
-    acc, top, total = mosaic.empty_softmax(shape.columns or 8)
+    acc, top, total, _ = mosaic.empty_softmax(shape.columns or 8)
     start = Fold(acc if shape.columns else None, top, total)
     return lax.fori_loop(0, lax.div(end - begin - wg + stride - 1, stride), step, start)
 

@@ -26,6 +26,7 @@ from sparsex_kernels import mosaic
 from sparsex_kernels.gpu import LOG2_E
 from sparsex_kernels.mosaic import ROWS, WGMMA_ROWS, Ref, Softmax
 from sparsex_kernels.paged_attention.hopper_blocks import Block, BlockRing, fetch_blocks, ring_scratch, staging_scratch
+from sparsex_kernels.paged_attention.hopper_low_rank import Expansion, LowRankRefs, first_column, matrix_scratch
 from sparsex_kernels.paged_attention.hopper_shape import Config, Shape, copies_a_block
 from sparsex_kernels.paged_attention.tiles import TilePart
 
@@ -33,8 +34,14 @@ from sparsex_kernels.paged_attention.tiles import TilePart
 def scratch_types(shape: Shape, config: Config) -> dict[str, Any]:
     block, pieces = (config.stages, config.block, shape.head_dim), copies_a_block(shape, config)
     ring = ring_scratch(
-        block, shape.dtype, pieces=1 if shape.narrow else pieces, readers=config.warpgroups, values=shape.values
+        block,
+        shape.dtype,
+        pieces=1 if shape.narrow else pieces,
+        readers=config.warpgroups,
+        values=shape.values,
+        rank=shape.rank,
     )
+    ring |= matrix_scratch(shape, config.warpgroups)
     if shape.narrow:
         ring |= staging_scratch((config.staged, config.block, shape.head_dim), shape.stored, pieces=pieces)
     return ring | {
@@ -56,6 +63,13 @@ class Operands(NamedTuple):
     ranges: Ref  # [tiles, 2]
     packed: Ref  # [tiles, warpgroups, 2, 64], positions and requests; where there are windows, also first keys
     parts: Ref | None = None  # [lines, 4], if tiles may be cut
+    low_rank: LowRankRefs | None = None  # if there are adapters
+
+    @classmethod
+    def of(cls, shape: Shape, refs: tuple[Ref, ...]) -> "Operands":
+        """These of the kernel's references."""
+        low_rank = LowRankRefs(*refs[-len(LowRankRefs._fields) :]) if shape.rank else None
+        return cls(*refs[: 7 + shape.cut])._replace(low_rank=low_rank)
 
 
 class Program(NamedTuple):
@@ -77,7 +91,7 @@ class Program(NamedTuple):
 
 def kernel(shape: Shape, config: Config, names: tuple[str, ...], *refs: Ref, **scratch: Ref) -> None:
     """The kernel's body. Its references are those of `Operands`, then the outputs of these names (`Program.outs`)."""
-    operands = Operands(*refs[: len(refs) - len(names)])
+    operands = Operands.of(shape, refs[: len(refs) - len(names)])
     outs = dict(zip(names, refs[len(refs) - len(names) :], strict=True))
     line, head, wg = lax.axis_index("program"), lax.axis_index("heads"), lax.axis_index("wg")
     part = _part(shape, operands, line)
@@ -166,6 +180,7 @@ def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch:
     positions = plgpu.load(operands.packed.at[tile, wg, 0], layout=ROWS, optimized=False)
     owners = plgpu.load(operands.packed.at[tile, wg, 1], layout=ROWS, optimized=False)
     first_keys = plgpu.load(operands.packed.at[tile, wg, 2], layout=ROWS, optimized=False) if shape.windowed else None
+    expansion = Expansion.of(scratch, wg) if shape.rank else None
     plgpu.barrier_wait(q_ready)
     alternate = config.alternate and config.warpgroups == 2
 
@@ -181,9 +196,11 @@ def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch:
             clear = jnp.clip(operands.spans[tile, keys.request, 3], keys.begin, keys.end)
         full = jnp.clip(full, clear, keys.end) if shape.cut or shape.windowed else full
         bound = jnp.where(owners == keys.request, positions, -1)
+        if expansion is not None and operands.low_rank is not None:
+            expansion.fetch(shape, operands.low_rank, operands.layer[0], keys.request, lax.div(head, shape.repeat))
 
         def step(masked: bool, i: Array, state: Softmax) -> Softmax:
-            acc, top, total = state
+            acc, top, total, low = state
             slot = lax.rem(keys.first_step + i, config.stages)
             plgpu.barrier_wait(ring.k_ready.at[slot])
             s = mosaic.products(q_smem, ring.k_smem.at[slot], meanwhile=take_turn)
@@ -201,18 +218,21 @@ def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch:
                 return Softmax(acc, new_top, total)
             acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
             weights = p.astype(shape.dtype)
+            if low is not None:
+                low *= lax.broadcast_in_dim(decay, low.shape, [0])
             # The softmax must be done before the other warpgroup is let into its own: the compiler may not move it.
-            acc, new_top, total, weights = lax.optimization_barrier((acc, new_top, total, weights))
+            done = lax.optimization_barrier((acc, new_top, total, weights, low))
+            acc, new_top, total, weights, low = done
             if alternate:
                 plgpu.barrier_arrive(scratch["turn"])
             plgpu.barrier_wait(ring.v_ready.at[slot])
             if alternate:
                 plgpu.barrier_wait(scratch["turn"])
-            acc = mosaic.add_weighted(acc, weights, ring.v_smem.at[slot], shape.interpreted)
+            acc, low = ring.add_values(slot, acc, low, weights, shape.interpreted)
             plgpu.barrier_arrive(ring.v_used.at[slot])
-            return Softmax(acc, new_top, total)
+            return Softmax(acc, new_top, total, low)
 
-        state = mosaic.empty_softmax(shape.head_dim if shape.values else 8)
+        state = mosaic.empty_softmax(shape.head_dim if shape.values else 8, shape.rank)
         if shape.windowed:
             # 0. Blocks that the window hides from some row in part or in full.
             state = lax.fori_loop(keys.begin, clear, functools.partial(step, True), state)
@@ -220,15 +240,20 @@ def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch:
         state = lax.fori_loop(clear, full, functools.partial(step, False), state)
         # 2. Blocks that some row sees in part or not at all.
         state = lax.fori_loop(full, keys.end, functools.partial(step, True), state)
-        keep_result(bound < 0, state)
+        keep_result(keys.request, bound < 0, state)
 
-    def keep_result(others: Array, state: Softmax) -> None:
+    def keep_result(request: Array, others: Array, state: Softmax) -> None:
         """Write the results of one request's rows over their queries, which are not needed any more. Padding gets 0."""
-        acc, top, total = state
+        acc, top, total, low = state
         others &= positions >= 0
         if shape.values:
             square = functools.partial(lax.broadcast_in_dim, shape=acc.shape, broadcast_dimensions=[0])
-            out = jnp.where(square(total) == 0, 0.0, acc / square(total)).astype(shape.dtype)
+            out = jnp.where(square(total) == 0, 0.0, acc / square(total))
+            if low is not None and expansion is not None and operands.low_rank is not None:
+                wide = lax.broadcast_in_dim(total, low.shape, [0])
+                sums, column = jnp.where(wide == 0, 0.0, low / wide), operands.low_rank.columns[request]
+                out = expansion.add(out, sums, column >= 0, shape)
+            out = out.astype(shape.dtype)
             held = plgpu.load(q_smem, layout=plgpu.Layout.WGMMA)
             q_smem[...] = jnp.where(square(others), held, out)
         if shape.lse or shape.cut:
@@ -277,7 +302,20 @@ def _fetch(shape: Shape, config: Config, program: Program, ring: BlockRing) -> N
             source = operands.store.at[page, line, pl.ds(lax.rem(key, shape.page_size), size)]
             plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(n * size, size)], barrier)
 
+    def copy_low_rank(refs: LowRankRefs, request: Array, column: Array, i: Array, smem: Ref, barrier: Ref) -> None:
+        for n in range(pieces):
+            key = i * config.block + n * size
+            page = first_page + operands.tables[request, lax.div(key, shape.page_size)]
+            keys = pl.ds(lax.rem(key, shape.page_size), size)
+            source = refs.store.at[page, keys, pl.ds(column, shape.rank)]
+            plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(n * size, size)], barrier)
+
     def over_request(keys: RequestKeys) -> None:
+        low_rank, copy_of = operands.low_rank, None
+        if low_rank is not None:
+            column = first_column(low_rank, keys.request, shape.rank)
+            copy_of = functools.partial(copy_low_rank, low_rank, keys.request, column)
+
         def block_at(i: Array) -> Block:
             return Block(
                 step=keys.first_step + i,
@@ -286,6 +324,7 @@ def _fetch(shape: Shape, config: Config, program: Program, ring: BlockRing) -> N
                 is_trimmed=(i == keys.blocks - 1) | (i == keys.first) if shape.windowed else i == keys.blocks - 1,
                 seen=keys.last + 1 - i * config.block,
                 hidden=keys.first_key - i * config.block if shape.windowed else None,
+                copy_low_rank=copy_of and functools.partial(copy_of, i),
             )
 
         fetch_blocks(ring, keys.begin, keys.end, block_at, pieces=pieces, kinds=(0, 1) if shape.values else (0,))

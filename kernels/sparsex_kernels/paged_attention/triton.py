@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.gpu import LOG2_E, in_float16, power_of_two
+from sparsex_kernels.gpu import LOG2_E, check_low_rank, in_float16, power_of_two
 from sparsex_kernels.layout import Queries, RowInts, Window, first_seen
 from sparsex_kernels.paged_attention.parts import key_parts
 from sparsex_kernels.triton import (
@@ -26,6 +26,9 @@ from sparsex_kernels.triton import (
 
 DECODE_BLOCK = 64  # keys a step
 DECODE_PROGRAMS = 512  # to aim at: some for each multiprocessor
+DECODE_COLUMNS = 32  # of Y's products, of which 4 warps have 8 each. Of fewer, every warp computes all, and the scores
+RANKS = (16, 32, 64)  # of adapters: the fewest columns of a product, and what registers suffice for
+NO_ADAPTERS = (1, 1, 1)  # in place of their arrays: Triton compiles a 1 into the kernel, which has no such argument
 
 
 def config_for(args: AttentionArgs) -> Config:
@@ -50,6 +53,7 @@ def attend(
     """The output, which is meaningless where `values` is off, and the log-sum-exp in base 2."""
     config = config or config_for(args)
     check_attention(args, config.block)
+    check_low_rank(args, RANKS)
     from sparsex_kernels.paged_attention.triton_kernels import attention
 
     query, constants = args.query, attention_constants(args, config.block)
@@ -60,6 +64,7 @@ def attend(
     out, lse = call(
         attention,
         *(query, args.store, tables, tiles, args.positions.astype(jnp.int32), tables.shape[1]),
+        *adapters(args),
         grid=(len(tiles), constants["HEADS"]),
         out_type=(
             jax.ShapeDtypeStruct(query.shape if values else (1,), query.dtype),
@@ -72,8 +77,28 @@ def attend(
         ROWS=rows,
         PADDED_SHARE=padded_share,
         **constants,
+        **low_rank_constants(args, RANKS[0]),
     )
     return out, lse
+
+
+def adapters(args: AttentionArgs) -> tuple[Any, Any, Any]:
+    """Y, the matrices, and for each request its first column, -1 without an adapter, and which matrix is its B."""
+    low_rank = args.low_rank
+    if low_rank is None:
+        return NO_ADAPTERS
+    number = low_rank.matrices.shape[1]
+    matrix = args.layer * number + jnp.clip(low_rank.adapters, 0, number - 1)
+    picks = jnp.stack([low_rank.columns, matrix], axis=-1).astype(jnp.int32)
+    return low_rank.store, low_rank.matrices.astype(args.query.dtype), picks
+
+
+def low_rank_constants(args: AttentionArgs, columns: int) -> dict[str, int]:
+    """The rank of adapters, 0 without any, the columns of their products, at least these, and those of their store."""
+    low_rank = args.low_rank
+    if low_rank is None:
+        return {"RANK": 0, "COLUMNS": 0, "WIDTH": 0}
+    return {"RANK": low_rank.rank, "COLUMNS": max(low_rank.rank, columns), "WIDTH": low_rank.store.shape[3]}
 
 
 def row_tiles(
@@ -114,6 +139,7 @@ def row_tiles(
 def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     """Output and log-sum-exp in base 2 of few rows in any order; a row's keys are split among programs."""
     check_attention(args, DECODE_BLOCK)
+    check_low_rank(args, RANKS)
     from sparsex_kernels.paged_attention import triton_kernels
 
     rows, q_heads, head_dim = args.query.shape
@@ -124,6 +150,7 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     partial, partial_lse = call(
         triton_kernels.decode,
         *(args.query, args.store, tables, parts, tables.shape[1]),
+        *adapters(args),
         grid=(constants["HEADS"], len(parts)),
         out_type=(
             jax.ShapeDtypeStruct((len(parts), q_heads, head_dim), jnp.float32),
@@ -133,6 +160,7 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
         num_stages=2 if little_shared_memory(args.backend) else 4,
         WINDOWED=args.window is not None,
         **constants,
+        **low_rank_constants(args, DECODE_COLUMNS),
     )
     return call(
         triton_kernels.merge,

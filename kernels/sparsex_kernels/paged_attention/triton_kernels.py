@@ -40,7 +40,9 @@ def _attend(
     end: tl.tensor,
     q: tl.tensor,
     store: tl.tensor,
+    low: tl.tensor,
     table: tl.tensor,
+    column: tl.tensor,
     bound: tl.tensor,
     last: tl.tensor,
     first_key: tl.tensor,
@@ -54,13 +56,19 @@ def _attend(
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> tl.tensor:
     """Fold key blocks `begin .. end` into the online softmax: accumulator, maximum (in base 2) and denominator.
 
     With MASK a row sees keys up to its `bound`, and none behind `last` is read for its value: such slots may hold
     NaN, and 0 * NaN is NaN. If it is WINDOWED, it sees `window` of these keys, and no value before `first_key` is read.
+
+    If adapters have a RANK, the state's fourth is the sum of Y, whose first column is `column`, of WIDTH in the store.
+    The sum has as many COLUMNS, and those behind the RANK are 0.
     """
-    acc, top, total = state
+    acc, top, total, sums = state
     dims = tl.arange(0, DIM)
     # Page numbers are loaded a step ahead: keys cannot be loaded before their page is known.
     pages = pages_of(table, begin * BLOCK, BLOCK, PAGE)
@@ -68,6 +76,8 @@ def _attend(
         key = block * BLOCK
         keys = key + tl.arange(0, BLOCK)
         offsets = slot_offsets(pages, key, kv_head, 2 * KV_HEADS, BLOCK, PAGE, DIM)
+        if RANK:
+            y_offsets = slot_offsets(pages, key, 0, 1, BLOCK, PAGE, WIDTH)
         pages = pages_of(table, key + BLOCK, BLOCK, PAGE)
         k = tl.load(store + offsets[:, None] + dims[None, :]).to(q.dtype)
         s = tl.dot(q, tl.trans(k))
@@ -86,8 +96,44 @@ def _attend(
             else:
                 v = tl.load(v_pointers, mask=(keys <= last)[:, None], other=0.0) if MASK else tl.load(v_pointers)
             acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * decay[:, None])
+        if RANK:
+            columns = tl.arange(0, COLUMNS)
+            y_pointers = low + y_offsets[:, None] + (column + columns)[None, :]
+            read = tl.full([BLOCK, COLUMNS], True, tl.int1)
+            if MASK:
+                read = read & (keys <= last)[:, None]
+                if WINDOWED:
+                    read = read & (keys >= first_key)[:, None]
+            if COLUMNS > RANK:
+                read = read & (columns < RANK)[None, :]
+            y = tl.load(y_pointers, mask=read, other=0.0) if MASK or COLUMNS > RANK else tl.load(y_pointers)
+            sums = tl.dot(p.to(q.dtype), y, sums * decay[:, None])
         top = new_top
-    return acc, top, total
+    return acc, top, total, sums
+
+
+@triton.jit
+@no_type_check
+def _add_expanded(
+    out: tl.tensor,
+    sums: tl.tensor,
+    matrices: tl.tensor,
+    pick: tl.tensor,
+    kv_head: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """`out + sums @ B` of a request's adapter, or `out` for one without, whose sums may be NaN.
+
+    The request's `pick` is its first column, -1 without an adapter, and which of the matrices is its B.
+    """
+    ranks, dims = tl.arange(0, COLUMNS), tl.arange(0, DIM)
+    matrix = (tl.load(pick + 1) * KV_HEADS + kv_head).to(tl.int64) * RANK
+    b = tl.load(matrices + (matrix + ranks)[:, None] * DIM + dims[None, :], mask=(ranks < RANK)[:, None], other=0.0)
+    sums = tl.where(tl.load(pick) >= 0, sums, 0.0)
+    return tl.dot(sums.to(b.dtype), b, out)
 
 
 @triton.jit
@@ -100,7 +146,9 @@ def _attend_all(
     end: tl.tensor,
     q: tl.tensor,
     store: tl.tensor,
+    low: tl.tensor,
     table: tl.tensor,
+    column: tl.tensor,
     bound: tl.tensor,
     last: tl.tensor,
     first_key: tl.tensor,
@@ -113,6 +161,9 @@ def _attend_all(
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> tl.tensor:
     """Fold key blocks `clear .. full`, which every row sees in full, and then `full .. end`, which need a mask.
 
@@ -125,7 +176,9 @@ def _attend_all(
             clear,
             q,
             store,
+            low,
             table,
+            column,
             bound,
             last,
             first_key,
@@ -139,6 +192,9 @@ def _attend_all(
             BLOCK,
             PAGE,
             DIM,
+            RANK,
+            COLUMNS,
+            WIDTH,
         )
     state = _attend(
         state,
@@ -146,7 +202,9 @@ def _attend_all(
         full,
         q,
         store,
+        low,
         table,
+        column,
         bound,
         last,
         first_key,
@@ -160,6 +218,9 @@ def _attend_all(
         BLOCK,
         PAGE,
         DIM,
+        RANK,
+        COLUMNS,
+        WIDTH,
     )
     return _attend(
         state,
@@ -167,7 +228,9 @@ def _attend_all(
         end,
         q,
         store,
+        low,
         table,
+        column,
         bound,
         last,
         first_key,
@@ -181,6 +244,9 @@ def _attend_all(
         BLOCK,
         PAGE,
         DIM,
+        RANK,
+        COLUMNS,
+        WIDTH,
     )
 
 
@@ -193,6 +259,9 @@ def attention(
     tiles: tl.tensor,
     positions: tl.tensor,
     max_pages: tl.tensor,
+    low: tl.tensor,
+    matrices: tl.tensor,
+    picks: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
     WINDOWED: tl.constexpr,
@@ -206,10 +275,14 @@ def attention(
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
     """One tile of rows of one request, and `SHARE` query heads of one KV head; `lse` is in base 2.
 
-    A line of `tiles` has 5 numbers, and 3 more if rows are WINDOWED.
+    A line of `tiles` has 5 numbers, and 3 more if rows are WINDOWED. `low`, `matrices` and `picks` mean nothing unless
+    adapters have a RANK.
     """
     # Late tiles have the most keys: they go first, so that the short ones fill the gaps at the end.
     tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) * (8 if WINDOWED else 5)
@@ -229,7 +302,9 @@ def attention(
         tl.zeros([ROWS * PADDED_SHARE, DIM], tl.float32),
         tl.full([ROWS * PADDED_SHARE], MASKED, tl.float32),
         tl.zeros([ROWS * PADDED_SHARE], tl.float32),
+        tl.zeros([ROWS * PADDED_SHARE, COLUMNS if RANK else 1], tl.float32),
     )
+    column = tl.maximum(tl.load(picks + request * 2), 0) if RANK else 0
     table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
     blocks = (last + BLOCK) // BLOCK  # last is -1 for padding, which sees nothing
     begin, clear, first_key, window = 0, 0, 0, 0
@@ -238,7 +313,7 @@ def attention(
         begin = first_key // BLOCK
         clear = tl.minimum(clear, blocks)
         full = tl.maximum(full, clear)
-    acc, top, total = _attend_all(
+    acc, top, total, sums = _attend_all(
         state,
         begin,
         clear,
@@ -246,7 +321,9 @@ def attention(
         blocks,
         queries,
         store,
+        low,
         table,
+        column,
         bound,
         last,
         first_key,
@@ -259,10 +336,16 @@ def attention(
         BLOCK,
         PAGE,
         DIM,
+        RANK,
+        COLUMNS,
+        WIDTH,
     )
     tl.store(lse + at, top + tl.log2(total), mask=live)
     if VALUES:
-        acc = acc / tl.maximum(total, 1e-37)[:, None]  # padding gets 0
+        seen = tl.maximum(total, 1e-37)[:, None]  # padding gets 0
+        acc = acc / seen
+        if RANK:
+            acc = _add_expanded(acc, sums / seen, matrices, picks + request * 2, kv_head, KV_HEADS, DIM, RANK, COLUMNS)
         tl.store(out + places, acc.to(out.dtype.element_ty), mask=live[:, None])
 
 
@@ -274,6 +357,9 @@ def decode(
     tables: tl.tensor,
     parts: tl.tensor,
     max_pages: tl.tensor,
+    low: tl.tensor,
+    matrices: tl.tensor,
+    picks: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
     WINDOWED: tl.constexpr,
@@ -284,6 +370,9 @@ def decode(
     BLOCK: tl.constexpr,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
+    RANK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ) -> None:
     """One part of a row's keys, and `SHARE` query heads of one KV head; `lse` is in base 2."""
     head, number = tl.program_id(0), tl.program_id(1)
@@ -297,14 +386,20 @@ def decode(
     at = (row * HEADS + head) * SHARE + member
     queries = tl.load(q + at[:, None] * DIM + dims[None, :], mask=live[:, None], other=0.0)
     bound = tl.zeros([16], tl.int32) + position
-    state = tl.zeros([16, DIM], tl.float32), tl.full([16], MASKED, tl.float32), tl.zeros([16], tl.float32)
+    state = (
+        tl.zeros([16, DIM], tl.float32),
+        tl.full([16], MASKED, tl.float32),
+        tl.zeros([16], tl.float32),
+        tl.zeros([16, COLUMNS if RANK else 1], tl.float32),
+    )
+    column = tl.maximum(tl.load(picks + request * 2), 0) if RANK else 0
     table, kv_head = tables + request * max_pages, head // (HEADS // KV_HEADS)
     clear, first_key = begin, 0
     if WINDOWED:
         first_key = tl.load(part + 5)
         clear = tl.maximum(tl.minimum((first_key + BLOCK - 1) // BLOCK, end), begin)
     full = tl.maximum(tl.minimum((position + 1) // BLOCK, end), clear)
-    acc, top, total = _attend_all(
+    acc, top, total, sums = _attend_all(
         state,
         begin,
         clear,
@@ -312,7 +407,9 @@ def decode(
         end,
         queries,
         store,
+        low,
         table,
+        column,
         bound,
         position,
         first_key,
@@ -325,10 +422,18 @@ def decode(
         BLOCK,
         PAGE,
         DIM,
+        RANK,
+        COLUMNS,
+        WIDTH,
     )
     to = (number * HEADS + head) * SHARE + member
     tl.store(lse + to, top + tl.log2(total), mask=live)
-    tl.store(out + to[:, None] * DIM + dims[None, :], acc / total[:, None], mask=live[:, None])
+    places = out + to[:, None] * DIM + dims[None, :]
+    acc = acc / total[:, None]
+    if RANK:
+        sums = sums / total[:, None]
+        acc = _add_expanded(acc, sums, matrices, picks + request * 2, kv_head, KV_HEADS, DIM, RANK, COLUMNS)
+    tl.store(places, acc, mask=live[:, None])
 
 
 @triton.jit

@@ -32,7 +32,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +45,8 @@ from jaxtyping import Int32
 
 from sparsex_jax.cache import Entry, Forgotten, Match, PageCache, PinState
 from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.checkpoints.adapters import read_adapter
+from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.config import (
     EngineConfig,
     ModelConfig,
@@ -189,7 +190,8 @@ class Engine:
           reuse_options: a method, or options, that win over that.
           generation_config: `auto`: what the model's `generation_config.json` says of sampling, or its GGUF file, is
             what `default_sampling` gives. `none`: it is not, and the defaults of `SamplingParams` hold.
-          adapters: LoRA adapters by name: directories as PEFT writes them. As in the constructor.
+          adapters: LoRA adapters by name: directories as PEFT writes them, or names on the hub. They are read before
+            the model's weights. Otherwise as in the constructor.
           options: fields of `EngineConfig`, such as dtype and store_tokens.
 
         Raises:
@@ -212,8 +214,11 @@ class Engine:
         log.info("%s", defaults)
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
         config = config.resolved(_platform(mesh), checkpoint.dtype, checkpoint.in_numbers)
+        named = {
+            name: _read_adapter(each, checkpoint.config, model_title(source)) for name, each in (adapters or {}).items()
+        }
         params = checkpoint.load_params(config.dtype, mesh, config.quantization)
-        about: dict[str, Any] = {"reuse": defaults.reuse, "sampling": sampling, "adapters": adapters}
+        about: dict[str, Any] = {"reuse": defaults.reuse, "sampling": sampling, "adapters": named}
         return cls(checkpoint.config, params, tokenizer, config=config, mesh=mesh, **about)
 
     @classmethod
@@ -441,9 +446,11 @@ class Engine:
         """Load a LoRA adapter, for `generate(adapter=name)`. It compiles nothing, and what runs goes on.
 
         Args:
-          source: a directory as PEFT writes it, with `adapter_config.json`; or what was read of one.
+          source: a directory as PEFT writes it, with `adapter_config.json`, or a name on the Hugging Face hub; or what
+            was read of one.
 
         Raises:
+          UnknownModelError, UnsupportedModelError, HubError: as `checkpoints.adapters.read_adapter`.
           InvalidRequestError: the name is none, or is taken; the adapter does not fit the model, its rank is above
             `EngineConfig.max_adapter_rank`, or `max_adapters` are loaded. The message says which.
         """
@@ -589,11 +596,8 @@ def _member(round: Round | None) -> Member | None:
     return None if round is None else Member(round)
 
 
-def _read_adapter(source: AdapterSource, model: ModelConfig) -> AdapterWeights:
-    if isinstance(source, AdapterWeights):
-        return source
-    read: AdapterWeights = importlib.import_module("sparsex_jax.checkpoints.adapters").read_adapter(source, model)
-    return read
+def _read_adapter(source: AdapterSource, model: ModelConfig, base: str | None = None) -> AdapterWeights:
+    return source if isinstance(source, AdapterWeights) else read_adapter(source, model, base=base)
 
 
 def _of_each[T](name: str, kind: type[T] | UnionType, value: T | Sequence[T], number: int) -> Sequence[T]:

@@ -101,6 +101,7 @@ class ScriptedLoop:
 
     Attributes:
       script: the function from a prompt to its events. If it raises, the request is refused.
+      adapters: the one that each request asked for.
     """
 
     def __init__(self, script: Callable[[list[int]], list[Event | None]]) -> None:
@@ -108,6 +109,7 @@ class ScriptedLoop:
         self.broken: Exception | None = None
         self.holds = True
         self.script = script
+        self.adapters: list[str | None] = []
 
     def submit(
         self,
@@ -121,9 +123,11 @@ class ScriptedLoop:
         lent=None,
         pinning=None,
         member=None,
+        adapter=None,
         delay_s=0.0,
         listener,
     ):
+        self.adapters.append(adapter)
         ticket = ScriptedTicket(len(self.tickets), len(prompt), iter(self.script(list(prompt))), listener)
         self.tickets.append(ticket)
         return ticket

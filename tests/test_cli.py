@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_files import random_tensors, write
 from conftest import TALKING, report_of
 from typer.testing import CliRunner
 
@@ -15,6 +16,7 @@ from sparsex_jax.cli import app, options
 from sparsex_jax.cli.demo import kl_divergence
 from sparsex_jax.cli.documents import DOCUMENTS, PROMPT_ORDER
 from sparsex_jax.cli.tokenmap import STYLES, legend, token_map, token_pieces
+from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.prompt import TokenKind
@@ -92,6 +94,11 @@ def test_version():
         (["generate", "hi", "--model", "no-such-model"], "no-such-model"),
         (["generate", "hi", "--recompute-ratio", "1.5"], "recompute_ratio=1.5"),
         (["generate", "hi", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "hi", "--adapter", "sql"], "adapter='sql' must be NAME=PATH"),
+        (["generate", "hi", "--adapter", "a=b", "--adapter", "a=c"], "there is another adapter of the name 'a'"),
+        (["generate", "hi", "--adapter", "a=b", "--adapter", "b=c"], "2 are named for 1 prompts"),
+        (["generate", "hi", "--adapter", "a=no-such-folder"], "'no-such-folder' is no directory of an adapter"),
+        (["serve", "--port", "0", "--adapter", f"{EMBEDDED}=a"], f"adapter={EMBEDDED!r} is the model's name too"),
         (["generate", "", "--json"], "prompt is empty"),
         (["generate", "hi", "", "--json"], "prompt is empty"),
         (["cache", "hi", "--store-tokens", "0", "--json"], "store_tokens=0"),
@@ -264,6 +271,43 @@ def test_generate_reuses_a_file(tiny, note):
     assert result.exit_code == 0, result.output
     assert " reused, " in result.stdout
     assert "; 1 segments; " in result.stdout
+
+
+@pytest.mark.slow
+def test_generate_with_an_adapter_for_each_prompt(tiny, note, tmp_path):
+    kinds = ["q_proj", "v_proj", "o_proj", "down_proj"]
+    for seed, name in enumerate(("a", "b")):
+        tensors = random_tensors(TALKING, kinds, rank=20, seed=seed)
+        write(tmp_path / name, tensors, r=20, lora_alpha=80, target_modules=kinds)
+    alike = ["--model", tiny, "--max-new-tokens", "4", "--method", "prefix", "--no-chat", "--json"]
+    typed = [*alike, "--remember", note, "--store-tokens", "4096"]
+    named = ["--adapter", f"a={tmp_path / 'a'}"], ["--adapter", f"b={tmp_path / 'b'}"]
+    prompt = f"{NOTE}And when?"
+    both = one_object(invoke("generate", prompt, prompt, *typed, *named[0], *named[1]))["answers"]
+    assert [each["adapter"]["name"] for each in both] == ["a", "b"]
+    assert all(each["prefix_tokens"] > 16 for each in both), "the file is remembered under each"
+    alone = [one_object(invoke("generate", prompt, *typed, *each)) for each in (*named, [])]
+    assert [each["token_ids"] for each in both] == [each["token_ids"] for each in alone[:2]]
+    assert len({tuple(each["token_ids"]) for each in alone}) == 3
+    assert "adapter" not in alone[2]
+
+
+def test_serve_makes_room_for_adapters(tiny, tmp_path, monkeypatch):
+    """As many slots as are named, and of their ranks; eight, where requests may load others."""
+    choices = []
+
+    def load(choice):
+        choices.append(choice)
+        raise InvalidRequestError("enough")
+
+    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", load)
+    for number, rank in enumerate((4, 20)):
+        write(tmp_path / str(number), random_tensors(TALKING, rank=rank), r=rank)
+    one, two = (["--adapter", f"{number}={tmp_path / str(number)}"] for number in "01")
+    for typed in ([*one], [*one, *two], ["--allow-adapter-updates"], [*one, "--max-adapters", "3"]):
+        assert "enough" in invoke("serve", tiny, "--port", "0", *typed).stderr
+    slots = [choice.adapter_slots for choice in choices]
+    assert slots == [(1, 16), (2, 24), (8, 16), (3, 16)]
 
 
 def check_demo(found):

@@ -11,6 +11,8 @@ import httpx
 import pytest
 import typer
 import yaml
+from adapter_files import write_adapter
+from conftest import TALKING
 from live import live_server, make_engine
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -42,9 +44,10 @@ def check_flags(text):
 
 
 @pytest.fixture(scope="module")
-def metrics():
-    """The labels of each series that a server with tiers gives, and the values of each label."""
-    engine, series = make_engine(host_store_bytes=1 << 22), {}
+def metrics(tmp_path_factory):
+    """The labels of each series that a server with tiers and an adapter gives, and the values of each label."""
+    engine, series = make_engine(host_store_bytes=1 << 22, max_adapters=1), {}
+    engine.load_adapter("sql", write_adapter(tmp_path_factory.mktemp("adapter"), TALKING))
     with live_server(engine) as live:
         text = httpx.get(f"{live.url}/metrics").text
     engine.close()

@@ -994,6 +994,8 @@ OPERATIONS = [
     ("/v1/store", "GET"),
     ("/v1/pins", "GET"),
     ("/v1/pins/{key}", "DELETE"),
+    ("/v1/load_lora_adapter", "POST"),
+    ("/v1/unload_lora_adapter", "POST"),
     ("/health", "GET"),
     ("/health/live", "GET"),
     ("/health/ready", "GET"),

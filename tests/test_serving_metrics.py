@@ -23,9 +23,9 @@ from sparsex_jax.serving.request_log import STANDARD_OUTPUT, RequestLog
 ASK = {"prompt": "Which harbour opens at dawn? " * 4, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 LONG = ASK | {"max_tokens": 1500, "stream": True}
 FIELDS = {
-    *("time", "id", "endpoint", "http_method", "key", "status", "finish_reason", "method", "round", "prompt_tokens"),
+    *("time", "id", "endpoint", "http_method", "key", "status", "finish_reason", "adapter", "method", "round"),
     *(f"{kind}_tokens" for kind in KINDS),
-    *("new_tokens", "queue_s", "ttft_s", "total_s"),
+    *("prompt_tokens", "new_tokens", "queue_s", "ttft_s", "total_s"),
 }
 
 

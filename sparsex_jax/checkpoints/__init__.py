@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from sparsex_jax.checkpoints.adapter_config import ADAPTER_CONFIG
 from sparsex_jax.checkpoints.base import Checkpoint
 from sparsex_jax.checkpoints.gguf import GGUFCheckpoint
 from sparsex_jax.checkpoints.gguf_file import models_in
@@ -89,6 +90,10 @@ def _open_directory(path: Path) -> Checkpoint:
         raise UnknownModelError(f"{path} holds {len(models)} models; name one of them: {names}")
     if models:
         return GGUFCheckpoint(models[0])
+    if (path / ADAPTER_CONFIG).is_file():
+        raise UnknownModelError(
+            f"{path} is an adapter; open the model that it was trained for, and load it as an adapter"
+        )
     raise UnknownModelError(f"{path} has no config.json: neither a model's directory nor a finished conversion")
 
 

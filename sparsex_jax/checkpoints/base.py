@@ -118,7 +118,7 @@ def check_shapes(
 def _needed(config: ModelConfig, layers: int, names: Mapping[str, str]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Each tensor that the model reads of its first layers and outside of them, with its shape as stored."""
     for tensor, fields in _by_tensor(config, names).items():
-        shapes = [_stored_shape(name, weight) for name, weight in fields.items()]
+        shapes = [stored_shape(name, weight) for name, weight in fields.items()]
         shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         if has_experts_apart(tensor):
             experts, shape = range(shape[0]), shape[1:]
@@ -147,7 +147,7 @@ def rows_within(config: ModelConfig, names: Mapping[str, str]) -> dict[str, slic
     """Which rows of its stored tensor each weight has, by the field's name."""
     rows: dict[str, slice] = {}
     for fields in _by_tensor(config, names).values():
-        sizes = [_stored_shape(name, weight)[0] for name, weight in fields.items()]
+        sizes = [stored_shape(name, weight)[0] for name, weight in fields.items()]
         ends = np.cumsum(sizes).tolist()
         rows |= {name: slice(end - size, end) for name, size, end in zip(fields, sizes, ends, strict=True)}
     return rows
@@ -176,7 +176,7 @@ def spread_rotary(name: str, stored: np.ndarray, config: ModelConfig) -> np.ndar
     return heads[:, order].reshape(stored.shape)
 
 
-def _stored_shape(name: str, weight: Weight) -> tuple[int, ...]:
+def stored_shape(name: str, weight: Weight) -> tuple[int, ...]:
     """`[vocab, embed]` of the embedding, `[out, in]` of a linear weight, `[out]` of a bias or the scale of a norm,
     `[experts, out, in]` of all experts."""
     sizes, axes = dict(zip(weight.axes, weight.shape, strict=True)), stored_axes(name, weight)

@@ -49,6 +49,18 @@ def fetch(name: HubName) -> Path:
         return repository.fetch(parts) / parts[0]
 
 
+def fetch_files(name: HubName, wanted: Sequence[str]) -> Path:
+    """A directory with these files of a repository, which must have all of them. Errors as `fetch`."""
+    if name.quantisation is not None:
+        raise UnknownModelError(f"{name}: files are wanted of {name.repo}, and not a model of a quantisation")
+    with _clear_errors(name):
+        repository = _Repository(name)
+        missing = [file for file in wanted if file not in repository.files]
+        if missing:
+            raise UnknownModelError(f"{name}: {name.repo} has no {', '.join(missing)}")
+        return repository.fetch(wanted)
+
+
 def _fetch_directory(repository: _Repository, files: Sequence[str]) -> Path:
     small = {*READ_FILES, *TOKENIZER_FILES} - set(OTHER_TOKENIZERS if "tokenizer.json" in files else ())
     folder = repository.fetch([file for file in files if file in small or file.startswith((_TEMPLATES, *_CONVERTED))])

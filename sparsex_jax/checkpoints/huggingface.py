@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from sparsex_jax.checkpoints.adapter_config import ADAPTER_CONFIG
 from sparsex_jax.checkpoints.base import (
     Checkpoint,
     check_shapes,
@@ -22,11 +23,11 @@ from sparsex_jax.checkpoints.base import (
 )
 from sparsex_jax.checkpoints.held import Stored, choose_held
 from sparsex_jax.checkpoints.placing import place_rows
-from sparsex_jax.checkpoints.safetensors_file import read_tensor
+from sparsex_jax.checkpoints.safetensors_file import open_safetensors, read_tensor
 from sparsex_jax.checkpoints.scheme import QUANTISED_FILES, floats_of, read_scheme
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.config.fields import Fields
-from sparsex_jax.config.files import read_json, require_content
+from sparsex_jax.config.files import read_json
 from sparsex_jax.config.generation import GENERATION_CONFIG, read_generation_config
 from sparsex_jax.errors import UnknownModelError, UnsupportedModelError
 from sparsex_jax.model.weights import Params
@@ -95,11 +96,10 @@ _PICTURES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "
 
 # The names that safetensors gives to floats.
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_ADAPTER = "adapter_config.json"
 _ROWS_AT_ONCE = 4096  # of the embeddings, when they are compared with the head
 _SINGLE = "model.safetensors"
 # What is read of a model beside its weights and its tokenizer.
-READ_FILES = ("config.json", GENERATION_CONFIG, _INDEX, _ADAPTER, *QUANTISED_FILES)
+READ_FILES = ("config.json", GENERATION_CONFIG, _INDEX, ADAPTER_CONFIG, *QUANTISED_FILES)
 
 
 class HuggingFaceCheckpoint(Checkpoint):
@@ -119,7 +119,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         self._scheme = read_scheme(directory, raw)
         config = ModelConfig.from_hf(raw, str(path))
         self._model_type = str(raw.get("model_type"))
-        self._open = functools.cache(_open_safetensors)  # so each file's header is parsed once, not for every tensor
+        self._open = functools.cache(open_safetensors)  # so each file's header is parsed once, not for every tensor
         self._files = _weight_files(directory, self._open)
         self._stored = _stored_names(self._files, with_pictures=self._model_type == "gemma3")
         self._scales: dict[str, str] = {}  # of tensors in codes
@@ -279,10 +279,10 @@ def _names_in(stored: Collection[str]) -> Mapping[str, str]:
 
 
 def _refuse_adapter(directory: Path) -> None:
-    """transformers would add the adapter to the weights beside it."""
-    if (directory / _ADAPTER).is_file():
+    if (directory / ADAPTER_CONFIG).is_file():
         raise UnsupportedModelError(
-            f"{directory} holds an adapter ({_ADAPTER}), which is not read; merge it into the weights"
+            f"{directory} holds an adapter ({ADAPTER_CONFIG}) beside the model, which transformers would add to it; "
+            "load it as an adapter from a directory of its own, or merge it into the weights"
         )
 
 
@@ -360,13 +360,3 @@ def _read_index(directory: Path) -> dict[str, str]:
 def _require_one(tensor: str, first: Path, file: Path) -> None:
     if first != file:
         raise UnsupportedModelError(f"{first.name} and {file.name} in {file.parent} both have the tensor {tensor}")
-
-
-def _open_safetensors(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    require_content(path)
-    try:
-        return safe_open(path, framework="np")
-    except SafetensorError as error:
-        raise UnsupportedModelError(f"{path} cannot be read: {error}") from error

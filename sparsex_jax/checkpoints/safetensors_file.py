@@ -1,4 +1,5 @@
-"""Tensors of `.safetensors` files in dtypes that NumPy does not have, and `safetensors` refuses: float8_e4m3fn."""
+"""Opens `.safetensors` files, and reads tensors in dtypes that NumPy does not have, and `safetensors` refuses:
+float8_e4m3fn."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from sparsex_jax.config.files import require_content
+from sparsex_jax.errors import UnsupportedModelError
+
 _DTYPES: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "I8": np.int8,
@@ -18,6 +22,22 @@ _DTYPES: dict[str, Any] = {
     "F32": np.float32,
     "F64": np.float64,
 }
+
+
+def open_safetensors(path: Path) -> Any:
+    """A file whose tensors are read when they are asked for.
+
+    Raises:
+      UnknownModelError: there is no such file.
+      UnsupportedModelError: it is empty or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    require_content(path)
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise UnsupportedModelError(f"{path} cannot be read: {error}") from error
 
 
 def read_tensor(path: Path, name: str) -> np.ndarray:

@@ -57,6 +57,7 @@ def generate(
     kv_dtype: options.KVDType = "auto",
     store_tokens: options.StoreTokens = None,
     remember: options.Remember = None,
+    adapters: options.Adapters = None,
     namespace: options.Namespace = "default",
     chat: options.Chat = None,
     as_json: options.Json = False,
@@ -69,7 +70,8 @@ def generate(
 ) -> None:
     """Generate text from a prompt, reusing the KV of the files remembered before it.
 
-    Several prompts are a round: they are prefilled together, and what they share has the same donors.
+    Several prompts are a round: they are prefilled together, and what they share has the same donors. With one adapter,
+    all prompts have it; with as many as prompts, each has its own.
     """
     from sparsex_jax.cli.generate import EngineChoice, run
 
@@ -79,7 +81,14 @@ def generate(
         run(
             prompts or ["-"],
             EngineChoice(
-                model, dtype, store_tokens, reuse.config, reuse.options(), kv_dtype, quantization=quantization
+                model,
+                dtype,
+                store_tokens,
+                reuse.config,
+                reuse.options(),
+                kv_dtype,
+                quantization=quantization,
+                adapters=options.parse_adapters(adapters or ()),
             ),
             remember or [],
             {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())} | given,
@@ -131,6 +140,10 @@ def serve(
     frozen_limit: serve_options.FrozenLimit = 0.5,
     max_pinned: serve_options.MaxPinned = 0.5,
     mirrors: serve_options.Mirrors = False,
+    adapters: options.Adapters = None,
+    max_adapters: serve_options.MaxAdapters = None,
+    max_adapter_rank: serve_options.MaxAdapterRank = None,
+    allow_adapter_updates: serve_options.AllowAdapterUpdates = False,
     host_store: serve_options.HostStore = "0",
     disk_store: serve_options.DiskStore = None,
     healing: serve_options.Healing = 0.5,
@@ -183,6 +196,9 @@ def serve(
                 generation_config=generation_config,
                 max_pinned=max_pinned,
                 mirrors=mirrors,
+                adapters=options.parse_adapters(adapters or ()),
+                max_adapters=max_adapters,
+                max_adapter_rank=max_adapter_rank,
                 **options.tiers(host_store, disk_store),
             ),
             Limits(
@@ -204,6 +220,7 @@ def serve(
             request_log=request_log,
             otlp_endpoint=otlp_endpoint,
             allowed_origins=cors,
+            allow_adapter_updates=allow_adapter_updates,
         )
 
 

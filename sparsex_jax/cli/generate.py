@@ -9,9 +9,11 @@ from typing import Any
 
 from rich.text import Text
 
+from sparsex_jax.checkpoints.adapters import stated_rank
 from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
 from sparsex_jax.cli.terminal import output, print_json, progress, waiting
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, Round, SamplingParams, find_defaults
+from sparsex_jax.config.checks import require
 from sparsex_jax.config.defaults import Defaults
 from sparsex_jax.device.compilation import keep_on_disk
 from sparsex_jax.engine import Engine
@@ -47,6 +49,9 @@ class EngineChoice:
     host_store_bytes: int = EngineConfig.host_store_bytes
     disk_store: str | None = EngineConfig.disk_store
     disk_store_bytes: int = EngineConfig.disk_store_bytes
+    adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what they are loaded from, by name
+    max_adapters: int | None = None  # None: as many as are named
+    max_adapter_rank: int | None = None  # None: as large as theirs, and 16 at least
 
     def defaults(self, model: ModelConfig) -> Defaults:
         """How the engine reuses KV where a request does not say, and why."""
@@ -55,7 +60,7 @@ class EngineChoice:
 
     def load(self) -> Engine:
         keep_on_disk()
-        mesh = make_mesh(self.tensor_parallel)
+        mesh, (slots, rank) = make_mesh(self.tensor_parallel), self.adapter_slots
         return Engine.from_pretrained(  # which shows what it loads
             self.model,
             mesh=mesh,
@@ -78,7 +83,19 @@ class EngineChoice:
             host_store_bytes=self.host_store_bytes,
             disk_store=self.disk_store,
             disk_store_bytes=self.disk_store_bytes,
+            adapters=self.adapters,
+            max_adapters=slots,
+            max_adapter_rank=rank,
         )
+
+    @property
+    def adapter_slots(self) -> tuple[int, int]:
+        """How many adapters can be loaded, and their largest rank, a multiple of 8. Reads those that are named."""
+        slots = len(self.adapters) if self.max_adapters is None else self.max_adapters
+        if self.max_adapter_rank is not None:
+            return slots, self.max_adapter_rank
+        ranks = [stated_rank(source) for source in self.adapters.values()]
+        return slots, max([EngineConfig.max_adapter_rank, *(-(-rank // 8) * 8 for rank in ranks)])
 
 
 def run(
@@ -91,23 +108,38 @@ def run(
     chat: bool | None,
     as_json: bool,
 ) -> None:
-    """Remember the files, generate, and print the answers. What `sampling` lacks is as the model's files say."""
+    """Remember the files, generate, and print the answers. What `sampling` lacks is as the model's files say.
+
+    With an adapter, all prompts have it; with several, each prompt has its own.
+    """
     SamplingParams(**sampling)  # an error comes before the model is loaded
+    adapters = _adapters(choice, len(prompts))
     texts, donors = [read_prompt(prompt) for prompt in prompts], [read_text(path) for path in files]
     engine = choice.load()
-    remember_all(engine, donors, namespace)
+    for adapter in dict.fromkeys(adapters):
+        remember_all(engine, donors, namespace, adapter)
     with waiting("Generating"):
         given = [as_prompt(text, engine.tokenizer, chat) for text in texts]
         together = Round(ROUND, len(given)) if len(given) > 1 else None
-        options: dict[str, Any] = {"namespace": namespace, "round": together}
+        options: dict[str, Any] = {"namespace": namespace, "round": together, "adapter": adapters}
         results = engine.generate_batch(given, engine.default_sampling(**sampling), **options)
     _print(results, as_json)
 
 
-def remember_all(engine: Engine, texts: Sequence[str], namespace: str) -> None:
+def _adapters(choice: EngineChoice, number: int) -> list[str | None]:
+    """The adapter of each prompt. Raises InvalidRequestError if it cannot be told."""
+    names = list(choice.adapters)
+    if len(names) <= 1:
+        return [next(iter(names), None)] * number
+    said = f"{len(names)} are named for {number} prompts; there must be one for all of them, or one for each"
+    require(len(names) == number, f"adapter: {said}")
+    return [*names]
+
+
+def remember_all(engine: Engine, texts: Sequence[str], namespace: str, adapter: str | None = None) -> None:
     with progress() as bar:
         for text in bar.track(texts, description="Remembering"):
-            engine.remember(text, namespace=namespace)
+            engine.remember(text, namespace=namespace, adapter=adapter)
 
 
 def _print(results: Sequence[Generation], as_json: bool) -> None:

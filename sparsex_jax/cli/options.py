@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +62,13 @@ StoreTokens = Annotated[
 Remember = Annotated[
     list[Path] | None,
     typer.Option(exists=True, dir_okay=False, readable=True, help="A text file to remember, as a donor. Repeatable."),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        help="NAME=PATH of a LoRA adapter in PEFT's format, or NAME=OWNER/NAME[@REVISION] of one on a hub. Repeatable.",
+    ),
 ]
 Namespace = Annotated[str, typer.Option(help="Only KV that was stored under this name is reused.")]
 Chat = Annotated[
@@ -213,6 +220,21 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(help="A string that ends the text and is not part of it. Repeatable.", rich_help_panel=_SAMPLING),
 ]
+
+
+def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
+    """What each adapter is loaded from, by its name.
+
+    >>> parse_adapters(["sql=adapters/sql", "chat=me/chat@main"])
+    {'sql': 'adapters/sql', 'chat': 'me/chat@main'}
+    """
+    adapters: dict[str, str] = {}
+    for text in texts:
+        name, _, source = text.partition("=")
+        require(bool(name and source), f"adapter={text!r} must be NAME=PATH, such as sql=adapters/sql")
+        require(name not in adapters, f"adapter={text!r}: there is another adapter of the name {name!r}")
+        adapters[name] = source
+    return adapters
 
 
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import messages, progress
+from sparsex_jax.config.checks import require
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.engine import Engine
 from sparsex_jax.scheduler import warmup
@@ -24,6 +26,8 @@ from sparsex_jax.serving.sockets import url_of
 from sparsex_jax.serving.tracing import Tracing, is_wanted
 from sparsex_jax.serving.worker import Worker
 from sparsex_jax.text.thoughts import AUTO, check_parser
+
+_SPARE_ADAPTERS = 8  # that can be loaded where requests may load them
 
 
 def run(
@@ -38,12 +42,18 @@ def run(
     otlp_endpoint: str | None = None,
     allowed_origins: Cors | None = None,
     reasoning_parser: str = AUTO,
+    allow_adapter_updates: bool = False,
 ) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT."""
     check_parser(reasoning_parser)
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
     log = RequestLog.open(request_log) if request_log else None
     name = name or model_title(choice.model)
+    require(
+        name not in choice.adapters, f"adapter={name!r} is the model's name too; requests could not tell them apart"
+    )
+    if allow_adapter_updates and choice.max_adapters is None:
+        choice = dataclasses.replace(choice, max_adapters=max(len(choice.adapters), _SPARE_ADAPTERS))
     tracing = Tracing.start(otlp_endpoint, name) if is_wanted(otlp_endpoint) else None
     engine = choice.load()
     if warm_up:
@@ -58,12 +68,16 @@ def run(
         tracing=tracing,
         allowed_origins=allowed_origins or (),
         reasoning_parser=reasoning_parser,
+        adapters=choice.adapters,
+        allow_adapter_updates=allow_adapter_updates,
     )
     server = Server(app, sockets=sockets)
     messages().print(str(choice.defaults(engine.model)), soft_wrap=True)
     if engine.sampling:
         said = ", ".join(f"{field}={value:g}" for field, value in engine.sampling.items())
         messages().print(f"Sampling by default: {said} (of the model; see --generation-config)", soft_wrap=True)
+    if engine.adapters:
+        messages().print(_adapters(engine, choice.adapters), soft_wrap=True)
     messages().print(_places(name, sockets), soft_wrap=True)
     if api_keys is None:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."
@@ -73,6 +87,12 @@ def run(
     gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
     server.run()
     engine.close()
+
+
+def _adapters(engine: Engine, sources: Mapping[str, str]) -> str:
+    """Which are loaded."""
+    said = (f"{name} of {sources[name]} (rank {each.rank})" for name, each in engine.adapters.items())
+    return f"Adapters: {', '.join(said)}"
 
 
 def _places(name: str, sockets: Sequence[socket.socket]) -> str:

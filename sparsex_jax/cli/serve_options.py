@@ -87,6 +87,35 @@ Mirrors = Annotated[
         "--mirrors/--no-mirrors",
     ),
 ]
+MaxAdapters = Annotated[
+    int | None,
+    _in(
+        _STORE,
+        "LoRA adapters that can be loaded at once. Each takes room on the devices, and time in every product, also "
+        "where it is not loaded.",
+        show_default="as many as --adapter names; 8 with --allow-adapter-updates",
+        min=0,
+    ),
+]
+MaxAdapterRank = Annotated[
+    int | None,
+    _in(
+        _STORE,
+        "The largest rank of an adapter, a multiple of 8, at most 128.",
+        show_default="16, or that of those that are named",
+        min=8,
+        max=128,
+    ),
+]
+AllowAdapterUpdates = Annotated[
+    bool,
+    _in(
+        _KEYS,
+        "Requests may load and unload adapters (/v1/load_lora_adapter), from any directory that the server can read "
+        "and from the hub. With API keys, those whose entry says adapters = true.",
+        "--allow-adapter-updates",
+    ),
+]
 HostStore = Annotated[
     str,
     _in(_STORE, "Host memory for KV that was computed, such as 64GiB: what is evicted is loaded from there."),

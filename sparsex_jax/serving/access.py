@@ -24,7 +24,14 @@ _NUMBERS = {
     "max_knowledge_tokens": 0,
     "max_pinned_tokens": 0,
 }  # fields of an entry, and the least value of each
-_FIELDS = {"key": str, "sha256": str, "namespace": str, **dict.fromkeys(_NUMBERS, int), "metrics": bool}
+_FIELDS = {
+    "key": str,
+    "sha256": str,
+    "namespace": str,
+    **dict.fromkeys(_NUMBERS, int),
+    "metrics": bool,
+    "adapters": bool,
+}
 _WORDS = {str: "a text, not empty", int: "an integer", bool: "true or false"}
 
 
@@ -99,6 +106,7 @@ class Tenant:
       namespace: keys of the same namespace share what is stored.
       max_concurrent: how many requests it may have at once, each prompt counted. None: as many as the server takes.
       metrics: whether it may read `/metrics`.
+      adapters: whether it may load and unload adapters, where the server does that while it runs.
       knowledge: the frozen knowledge that it keeps.
       pins: how much it may pin.
     """
@@ -111,10 +119,11 @@ class Tenant:
         metrics: bool,
         max_knowledge_tokens: int | None,
         pins: PinShare | None = None,
+        adapters: bool = False,
     ) -> None:
         self.name, self.namespace, self.max_concurrent, self.metrics = name, namespace, max_concurrent, metrics
         self.knowledge = Quota(max_knowledge_tokens)
-        self.pins = pins or PinShare()
+        self.pins, self.adapters = pins or PinShare(), adapters
 
     def store_namespace(self, salt: str | None) -> str:
         """The namespace in the store. As JSON, no two pairs of namespace and salt are the same text."""
@@ -136,7 +145,7 @@ class Access:
     def open(cls, limits: Limits) -> Access:
         """Access without keys: all clients are one tenant."""
         pins = PinShare(limits.max_pinned_tokens)
-        anonymous = Tenant("anonymous", "", limits.max_concurrent, True, limits.max_knowledge_tokens, pins)
+        anonymous = Tenant("anonymous", "", limits.max_concurrent, True, limits.max_knowledge_tokens, pins, True)
         return cls({}, anonymous)
 
     @classmethod
@@ -150,6 +159,7 @@ class Access:
             max_knowledge_tokens = 100_000  # optional; with 0 it may keep none
             max_pinned_tokens = 20_000  # optional; with 0 it may pin nothing
             metrics = true          # optional; it may read /metrics
+            adapters = true         # optional; it may load and unload adapters
 
         Args:
           limits: the limits of entries that do not set their own.
@@ -169,7 +179,8 @@ class Access:
             concurrent, knowledge, pinned = (entry.get(field, getattr(limits, field)) for field in _NUMBERS)
             namespace, metrics = entry.get("namespace", name), entry.get("metrics", False)
             pins = PinShare(pinned, 1 / len(raw))
-            tenants[digest] = Tenant(name, namespace, concurrent, metrics, knowledge, pins)
+            may_load = entry.get("adapters", False)
+            tenants[digest] = Tenant(name, namespace, concurrent, metrics, knowledge, pins, may_load)
         if not tenants:
             raise InvalidRequestError(f"{path} has no keys; it must have a table for each")
         return cls(tenants, None)

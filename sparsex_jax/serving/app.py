@@ -12,8 +12,9 @@ import dataclasses
 import functools
 import importlib.metadata
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.responses import FileResponse, Response
@@ -22,17 +23,19 @@ from starlette.staticfiles import StaticFiles
 
 from sparsex_jax.cache import Entry, Forgotten
 from sparsex_jax.engine import Engine
+from sparsex_jax.serving import adapters as adapter_endpoints
 from sparsex_jax.serving import faults, health, schemas
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits
 from sparsex_jax.serving.exchange import Exchange, Exchanges
 from sparsex_jax.serving.methods import Cors, HeadAsGet
+from sparsex_jax.serving.models import Models
 from sparsex_jax.serving.openai import ChatFormat, CompletionFormat
 from sparsex_jax.serving.pins import entry_of as pin_entry
 from sparsex_jax.serving.protocols import routers
 from sparsex_jax.serving.reply import Extent, Reply
 from sparsex_jax.serving.request_log import RequestLog
 from sparsex_jax.serving.routing import ERRORS, Caller, Salt, Served, keyed_router
-from sparsex_jax.serving.service import Asked, Pieces, Service, entry_of, unknown_model
+from sparsex_jax.serving.service import Asked, Pieces, Service, entry_of
 from sparsex_jax.serving.tiers import tiers_of
 from sparsex_jax.serving.tracing import Tracing
 from sparsex_jax.serving.worker import Worker
@@ -60,6 +63,8 @@ def create_app(
     tracing: Tracing | None = None,
     allowed_origins: Sequence[str] | Cors = (),
     reasoning_parser: str = AUTO,
+    adapters: Mapping[str, str] = MappingProxyType({}),
+    allow_adapter_updates: bool = False,
 ) -> FastAPI:
     """The application. It starts the worker when it starts, and stops the worker when it stops.
 
@@ -71,12 +76,21 @@ def create_app(
       tracing: gets every request too, and is closed with the application. None: nothing is traced.
       allowed_origins: whose scripts may send requests, or, as `Cors`, also what these may send.
       reasoning_parser: how thoughts are found in the answers to chats: `auto`, `none`, or one of `thoughts.PARSERS`.
+      adapters: what the engine's adapters were loaded from, by name, for `/v1/models`.
+      allow_adapter_updates: whether requests may load and unload adapters. They name directories of this machine.
+
+    Raises:
+      InvalidRequestError: an adapter has the model's name, or the parser is unknown.
     """
     check_parser(reasoning_parser)
     limits = limits or Limits()
     listeners = [each for each in (request_log, tracing) if each is not None]
     worker.loop.traced = tracing is not None
-    service = Service(worker, model, access or Access.open(limits), limits, reasoning_parser)
+    models = Models(worker.engine, model, adapters)
+    access = access or Access.open(limits)
+    service = Service(worker, models, access, limits, reasoning_parser, allow_adapter_updates=allow_adapter_updates)
+    for name in worker.engine.adapters:
+        service.metrics.expect_adapter(name)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -90,7 +104,7 @@ def create_app(
 
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    included = (router, public, health.router, *routers)
+    included = (router, public, health.router, adapter_endpoints.router, *routers)
     for each in included:
         app.include_router(each)
     routes = [route for each in included for route in each.routes]
@@ -139,9 +153,8 @@ async def chat_completions(body: schemas.ChatRequest, request: Request, service:
 
     def make_reply(asked: Asked, pieces: Pieces) -> Reply:
         extent = Extent.of(body)
-        return Reply(
-            make_format, service.texts, service.model, asked.jobs, pieces, extent, lambda: service.reader(asked)
-        )
+        name = service.name_of(asked)
+        return Reply(make_format, service.texts, name, asked.jobs, pieces, extent, lambda: service.reader(asked))
 
     return await service.generate(request, body, tenant, service.asked_chat, make_reply)
 
@@ -156,21 +169,21 @@ async def completions(body: schemas.CompletionRequest, request: Request, service
             names_are_ids = bool(body.return_tokens_as_token_ids)
             return CompletionFormat(service.texts, body.logprobs, names_are_ids=names_are_ids, echo=echo)
 
-        return Reply(make_format, service.texts, service.model, asked.jobs, pieces, Extent.of(body))
+        return Reply(make_format, service.texts, service.name_of(asked), asked.jobs, pieces, Extent.of(body))
 
     return await service.generate(request, body, tenant, service.asked_completion, make_reply)
 
 
 @router.get("/v1/models")
 async def models(service: Served, tenant: Caller) -> schemas.ModelList:
-    return schemas.ModelList(data=[service.card()], first_id=service.model, last_id=service.model)
+    """The model, and behind it the adapters that are loaded."""
+    cards = [service.card(each) for each in service.models]
+    return schemas.ModelList(data=cards, first_id=cards[0].id, last_id=cards[-1].id)
 
 
 @router.get("/v1/models/{model:path}")
 async def model(model: str, service: Served, tenant: Caller) -> schemas.ModelCard:
-    if model != service.model:
-        raise unknown_model(model, service.model)
-    return service.card()
+    return service.card(service.models.named(model))
 
 
 @router.post("/v1/knowledge")
@@ -178,14 +191,14 @@ async def insert_knowledge(
     body: schemas.KnowledgeRequest, request: Request, service: Served, tenant: Caller
 ) -> schemas.KnowledgeEntry:
     """Prefill a text and keep its KV frozen. Prompts of the same key and salt reuse it."""
-    return _described(await service.insert(request, body, tenant))
+    return _described(await service.insert(request, body, tenant), service.model)
 
 
 @router.get("/v1/knowledge")
 async def list_knowledge(service: Served, tenant: Caller, cache_salt: Salt = None) -> schemas.KnowledgeList:
     """The knowledge that is kept under this key and salt, oldest first."""
     entries = await service.call(service.worker.engine.entries, tenant.store_namespace(cache_salt))
-    return schemas.KnowledgeList(data=[_described(entry) for entry in entries])
+    return schemas.KnowledgeList(data=[_described(entry, service.model) for entry in entries])
 
 
 @router.delete("/v1/knowledge/{handle}")
@@ -257,9 +270,10 @@ def _forget(engine: Engine, handle: int, namespace: str) -> Forgotten:
     return engine.forget(entry_of(engine, handle, namespace).handle)
 
 
-def _described(entry: Entry) -> schemas.KnowledgeEntry:
+def _described(entry: Entry, base: str) -> schemas.KnowledgeEntry:
     return schemas.KnowledgeEntry(
         handle=entry.handle,
+        model=entry.origin.adapter or base,
         num_tokens=entry.num_tokens,
         uses=entry.uses,
         company_tokens=entry.origin.company_tokens,

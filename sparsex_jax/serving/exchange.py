@@ -37,6 +37,7 @@ class Exchange:
     Attributes:
       id: the client's, or one made here.
       key: the name of its API key; None if it has no known one.
+      adapter: the one that it named as its model. None: it named the model, or none.
       method: how its prompts reuse what is stored.
       status: of the response; None before it began.
       tickets, jobs: what was submitted for it, and how far that is.
@@ -46,6 +47,7 @@ class Exchange:
     def __init__(self, scope: Scope, metrics: Metrics, log: Log) -> None:
         self.id = request_id(Headers(scope=scope).get(ID_HEADER))
         self.key: str | None = None
+        self.adapter: str | None = None
         self.method: str | None = None
         self.status: int | None = None
         self.tickets: list[Ticket] = []
@@ -124,6 +126,7 @@ class Exchange:
             "key": self.key,
             "status": self.status,
             "finish_reason": ",".join(dict.fromkeys(job.finish_reason or "" for job in self.jobs)) or None,
+            "adapter": self.adapter,
             "method": self.method,
             "round": self._round(),
             **self._tokens(),

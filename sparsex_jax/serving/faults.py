@@ -21,6 +21,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from sparsex_jax.errors import (
+    AdapterInUseError,
     ContextLengthError,
     FrozenLimitError,
     InvalidRequestError,
@@ -28,6 +29,7 @@ from sparsex_jax.errors import (
     OverloadedError,
     SparsexError,
     StoreFullError,
+    UnknownAdapterError,
     UnknownHandleError,
     UnknownPinError,
 )
@@ -215,6 +217,8 @@ _DESCRIPTIONS: tuple[tuple[type[BaseException], Any], ...] = (
     (QuotaError, _as(403, "permission_error", "knowledge_quota", "text")),
     (UnknownHandleError, _as(404, "invalid_request_error", "unknown_handle")),
     (UnknownPinError, _as(404, "invalid_request_error", "unknown_pin")),
+    (UnknownAdapterError, _as(404, "invalid_request_error", "model_not_found", "model")),
+    (AdapterInUseError, _as(409, "invalid_request_error", "adapter_in_use", "lora_name")),
     (ConcurrencyError, _later(429, "too_many_requests")),
     (DisconnectedError, _as(_CLIENT_CLOSED, "invalid_request_error", "disconnected")),
     (OverloadedError, _later(503, "overloaded")),

@@ -16,6 +16,7 @@ from sparsex_jax.serving.worker import Stream
 @dataclasses.dataclass(frozen=True, eq=False)
 class Knowledge:
     """A text to keep frozen, as token ids, and what it is prefilled behind: a preamble, or `company` as in `remember`.
+    An adapter may act on it, and is named.
 
     Its methods run on the loop's thread, and so does everything that happens to the quota. A client that goes away
     at any moment leaves the quota right.
@@ -26,6 +27,7 @@ class Knowledge:
     company: bool | None
     namespace: str
     quota: Quota
+    adapter: str | None = None
 
     def start(self, engine: Engine, stream: Stream) -> None:
         """Reserve room in the quota and submit. Raises QuotaError, and as `Loop.remember`."""
@@ -46,7 +48,8 @@ class Knowledge:
 
     @property
     def _asked(self) -> dict[str, Any]:
-        return {"namespace": self.namespace, "preamble": self.preamble, "company": self.company}
+        about = {"namespace": self.namespace, "preamble": self.preamble, "company": self.company}
+        return about | {"adapter": self.adapter}
 
     def _known(self, engine: Engine) -> int | None:
         """The handle of the same text, if it is kept already."""

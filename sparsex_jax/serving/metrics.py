@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 OTHER = "other"  # the endpoint of requests that no route takes
 FINISH_REASONS = ("stop", "length", "cancelled", "error", "timeout")
-_STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 503, 504, 507)
+_STATUSES = (200, 400, 401, 403, 404, 405, 408, 409, 413, 415, 429, 499, 500, 502, 503, 504, 507)
 _FOUND = ("prefix", "approximate_prefix", "segment")
 _REQUEST_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 _TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -65,6 +65,9 @@ class Metrics:
             "answers", "Prompts that ended, by finish reason. A text to keep ends with length.", "finish_reason"
         )
         self._new_tokens = self._counter("generated_tokens", "Tokens generated.")
+        self._adapter_prompts = self._counter(
+            "adapter_prompts", "Prompts that were prefilled with an adapter.", "adapter"
+        )
         _start(self._finished, FINISH_REASONS)
 
     def _prompt_metrics(self) -> None:
@@ -87,6 +90,10 @@ class Metrics:
         """Start the counters of these endpoints, and of requests to no endpoint, at 0."""
         _start(self._requests, dict.fromkeys((*endpoints, OTHER)), _STATUSES)
 
+    def expect_adapter(self, name: str) -> None:
+        """Start the counter of an adapter at 0, unless it goes on."""
+        self._adapter_prompts.labels(name)
+
     def listening(self) -> None:
         """Count compilations from now on as `listening`, because requests wait for them."""
         self._snapshot.compiled_before = num_compilations()
@@ -106,6 +113,8 @@ class Metrics:
 
     def _prefilled(self, report: Report) -> None:
         self._share.observe(report.computed_fraction)
+        if report.adapter is not None:
+            self._adapter_prompts.labels(report.adapter.name).inc()
         if report.round is not None:
             self._held.observe(report.round.waited_s)
         for kind, count in report.tokens_by_kind().items():

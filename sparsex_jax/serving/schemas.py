@@ -186,7 +186,7 @@ class RoundOptions(Object):
 class Asking(Object):
     """What all requests for answers have in common."""
 
-    model: str | None = Field(None, description="The served model's name; may be left out.")
+    model: str | None = Field(None, description="The served model's name, or an adapter's; may be left out.")
     stream: bool | None = None
 
 
@@ -346,6 +346,7 @@ class KnowledgeRequest(Object):
 
     text: TextOrIds = Field(description="Text, or token ids.")
     preamble: TextOrIds | None = Field(None, description="Prefilled before the text, and dropped.")
+    model: str | None = Field(None, description="An adapter under which the text is prefilled, and found.")
     company: bool | None = Field(
         None,
         description="Whether the server chooses what is prefilled before the text: the beginning of the namespace's "
@@ -365,10 +366,12 @@ class KnowledgeEntry(BaseModel):
       company_tokens: how many tokens it was prefilled behind, a preamble's or those that the server chose; 0: alone.
       prefilled_tokens: how many were prefilled when it was remembered, those before it too.
       stale: other knowledge that it was prefilled behind was deleted since, and it was not made again yet.
+      model: the adapter under which it was prefilled, or the model.
     """
 
     object: Literal["knowledge"] = "knowledge"
     handle: int
+    model: str
     num_tokens: int
     uses: int
     company_tokens: int
@@ -472,9 +475,11 @@ class Store(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model as OpenAI, vLLM (`max_model_len`) and Anthropic (`type` and what follows) describe it.
+    """A model as OpenAI, vLLM (`root` to `max_model_len`) and Anthropic (`type` and what follows) describe it.
 
     Attributes:
+      root: what an adapter was loaded from; of the model its name.
+      parent: the model that an adapter adds to.
       default_sampling_params: what the model's own files recommend, which requests have that do not say otherwise.
     """
 
@@ -482,6 +487,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "sparsex-jax"
+    root: str
+    parent: str | None
     max_model_len: int
     type: Literal["model"] = "model"
     display_name: str

@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,11 +24,13 @@ from sparsex_jax.serving.access import Access, Limits, Tenant
 from sparsex_jax.serving.bodies import Bodies
 from sparsex_jax.serving.evaluation import Echo
 from sparsex_jax.serving.exchange import Exchange
-from sparsex_jax.serving.faults import OutOfServiceError, RequestError, json_response
+from sparsex_jax.serving.faults import OutOfServiceError, json_response
 from sparsex_jax.serving.intake import Intake
 from sparsex_jax.serving.knowledge import Knowledge
 from sparsex_jax.serving.line import Line, delay_of
 from sparsex_jax.serving.metrics import Metrics
+from sparsex_jax.serving.models import Models
+from sparsex_jax.serving.models import Served as ServedModel
 from sparsex_jax.serving.thoughts import AnswerReader, Thinking
 from sparsex_jax.serving.tools import reader_of
 from sparsex_jax.serving.transport import EventStream, unless_disconnected
@@ -74,17 +75,31 @@ MakeReply = Callable[[Asked, Pieces], Replies]
 
 
 class Service:
-    """The objects that all endpoints share."""
+    """The objects that all endpoints share.
 
-    def __init__(self, worker: Worker, model: str, access: Access, limits: Limits, reasoning_parser: str) -> None:
-        self.worker, self.model, self.access, self.limits = worker, model, access, limits
+    Attributes:
+      models: what requests may name as their model.
+      allow_adapter_updates: whether requests may load and unload adapters.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        models: Models,
+        access: Access,
+        limits: Limits,
+        reasoning_parser: str,
+        *,
+        allow_adapter_updates: bool,
+    ) -> None:
+        self.worker, self.models, self.access, self.limits = worker, models, access, limits
+        self.allow_adapter_updates, model = allow_adapter_updates, models.base
         self.metrics = Metrics(_build(worker.engine, model), worker.engine.config.page_size)
         self.texts = TokenText(worker.engine.tokenizer)
         self.intake = Intake(worker.engine, limits, reasoning_parser)
         self.bodies = Bodies(limits)
         loop, config = worker.engine.loop, worker.engine.config
         self.line = Line(loop.policy.max_num_seqs, config.max_waiting, access.num_keys)
-        self.created = int(time.time())
         # One thread, because a tokenizer is not safe to call from several.
         self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sparsex-tokenizer")
 
@@ -99,7 +114,8 @@ class Service:
         self, exchange: Exchange, body: B, tenant: Tenant, intake: Callable[[B, Tenant], Asked], make_reply: MakeReply
     ) -> Response:
         async with contextlib.AsyncExitStack() as held:
-            self.check_model(body.model)
+            exchange.adapter = adapter = self.models.adapter_of(body.model)
+            held.enter_context(self.models.using(adapter))
             stream = await held.enter_async_context(self.stream(exchange))
             place = held.enter_context(self.line.place(tenant))
             checked = self.in_background(lambda: (extras.headers_of(body), intake(body, tenant)))
@@ -113,7 +129,7 @@ class Service:
             # With several keys a priority counts among the requests of its own key only.
             delay_s = place.delay_s if self.access.num_keys == 1 else 0.0
             _name_pin(asked, exchange.id)
-            stream.submit(*(dataclasses.replace(job, delay_s=delay_s) for job in asked.jobs))
+            stream.submit(*(dataclasses.replace(job, adapter=adapter, delay_s=delay_s) for job in asked.jobs))
             if not body.stream:
                 return json_response(await reply.whole(stream), headers=headers)
             chunks = reply.chunks(stream)
@@ -155,6 +171,15 @@ class Service:
         """The stream of a request's jobs, which come later. Raises as `Worker.stream`."""
         return self.worker.stream([], limit_s=self.limits.request_timeout, watcher=exchange)
 
+    @property
+    def model(self) -> str:
+        """The model's name in requests."""
+        return self.models.base
+
+    def name_of(self, asked: Asked) -> str:
+        """The model that answers a request: the model itself, or an adapter."""
+        return asked.request.model or self.model
+
     async def insert(self, request: Request, body: schemas.KnowledgeRequest, tenant: Tenant) -> Entry:
         """Prefill a text among the running requests, and keep it. If the client disconnects, nothing of it is kept: it
         would not know the handle."""
@@ -162,11 +187,12 @@ class Service:
 
     async def _insert(self, exchange: Exchange, body: schemas.KnowledgeRequest, tenant: Tenant) -> Entry:
         engine, namespace = self.worker.engine, tenant.store_namespace(body.cache_salt)
+        exchange.adapter = adapter = self.models.adapter_of(body.model)
         async with self.stream(exchange) as stream:
-            with self.line.place(tenant) as place:
+            with self.models.using(adapter), self.line.place(tenant) as place:
                 text, preamble = await stream.before_jobs(self.in_background(self.intake.knowledge, body))
                 await stream.before_jobs(place.turn())
-                knowledge = Knowledge(text, preamble, body.company, namespace, tenant.knowledge)
+                knowledge = Knowledge(text, preamble, body.company, namespace, tenant.knowledge, adapter)
                 await self.call(knowledge.start, engine, stream)
                 [(_, event)] = [news async for news in stream]
         if event.error is not None:
@@ -195,18 +221,15 @@ class Service:
                 f"the request took longer than the limit of {self.limits.request_timeout:g} s"
             ) from error
 
-    def check_model(self, model: str | None) -> None:
-        """Raises RequestError if another model is served."""
-        if model not in (None, self.model):
-            raise unknown_model(model, self.model)
-
-    def card(self) -> schemas.ModelCard:
+    def card(self, model: ServedModel) -> schemas.ModelCard:
         return schemas.ModelCard(
-            id=self.model,
-            created=self.created,
+            id=model.name,
+            created=model.created,
+            root=model.source,
+            parent=model.parent,
             max_model_len=self.intake.lengths.context,
-            display_name=self.model,
-            created_at=datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat(),
+            display_name=model.name,
+            created_at=datetime.datetime.fromtimestamp(model.created, datetime.UTC).isoformat(),
             default_sampling_params=dict(self.worker.engine.sampling),
         )
 
@@ -230,9 +253,3 @@ def entry_of(engine: Engine, handle: int, namespace: str) -> Entry:
     if not cache.knows(handle) or cache.entry(handle).namespace != namespace:
         raise UnknownHandleError(f"handle {handle} is not known: never given out, deleted, or evicted since")
     return dataclasses.replace(cache.entry(handle))  # the event loop's thread reads it
-
-
-def unknown_model(model: str | None, served: str) -> RequestError:
-    return RequestError(
-        f"model {model!r} is not served here; {served!r} is", param="model", code="model_not_found", status=404
-    )

@@ -124,7 +124,7 @@ class Tracing:
             "http.route": exchange.endpoint,
             "http.response.status_code": exchange.status,
             "gen_ai.request.id": exchange.id,
-            "gen_ai.request.model": self._model,
+            "gen_ai.request.model": exchange.adapter or self._model,
             "sparsex.key": exchange.key,
             "sparsex.method": exchange.method,
         }

@@ -171,7 +171,7 @@ class EventReply(abc.ABC):
           pieces: the texts of the prompt's tokens, for the token map. None: without a token map.
         """
         self.answer = PartialAnswer(reader=service.reader(asked))
-        self.model = service.model
+        self.model = service.name_of(asked)
         [self._job], self._pieces = asked.jobs, pieces
 
     @abc.abstractmethod

@@ -120,7 +120,7 @@ async def create_message(body: MessagesRequest, request: Request, service: Serve
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountTokensRequest, service: Served, tenant: Caller) -> InputTokens:
     """How many tokens a prompt has."""
-    service.check_model(body.model)
+    service.models.adapter_of(body.model)
     return InputTokens(input_tokens=await service.tokenized(tenant, lambda: _num_tokens(body, service)))
 
 

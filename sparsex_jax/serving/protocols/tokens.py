@@ -85,7 +85,7 @@ async def tokenizer_info(service: Served, tenant: Caller) -> TokenizerInfo:
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, service: Served, tenant: Caller) -> Tokenized:
     """The token ids of a text or of a chat, as the server would prefill them."""
-    service.check_model(body.model)
+    service.models.adapter_of(body.model)
     extras.forbid(body)
     ids, names = await service.tokenized(tenant, lambda: _tokenized(body, service))
     return Tokenized(count=len(ids), max_model_len=service.intake.lengths.context, tokens=ids, token_strs=names)
@@ -94,7 +94,7 @@ async def tokenize(body: TokenizeRequest, service: Served, tenant: Caller) -> To
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, service: Served, tenant: Caller) -> Detokenized:
     """The text of token ids, special tokens included."""
-    service.check_model(body.model)
+    service.models.adapter_of(body.model)
     extras.forbid(body)
     return Detokenized(prompt=await service.tokenized(tenant, lambda: service.intake.text_of_tokens(body.tokens)))
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from sparsex_jax import Engine, EngineConfig, InvalidRequestError, Pin, ReuseConfig, SamplingParams, SparseX
 from sparsex_jax.config import named_config
+from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.model.adapters import Pair
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.store import abstract_low_rank_store, abstract_store
 from sparsex_jax.reuse.adapters import SHARING
+from sparsex_jax.scheduler import warmup
 
 SHARED = dict(vars(DEVICE), share_adapters=True)
 TARGETS = ("wq", "wv", "wo", "w_gate", "w_up", "w_down")
@@ -348,3 +350,20 @@ def test_a_mesh_computes_the_same():
     for (first, tokens), (second, again) in zip(*logits, strict=True):
         np.testing.assert_allclose(first, second, atol=1e-4)
         assert tokens == again
+
+
+@pytest.mark.slow
+def test_nothing_compiles_after_the_warm_up():
+    model = dataclasses.replace(TINY, vocab_size=203)
+    engine = Engine.from_config(model, **SHARED | {"chunk_rows": 256, "max_num_seqs": 2})
+    for step in warmup.steps(engine.loop):
+        step()
+    warm, few = num_compilations(), dataclasses.replace(ONE_TOKEN, max_new_tokens=4)
+    for name, weights in (("one", ONE), ("two", TWO)):
+        engine.load_adapter(name, weights)
+    for mode in SHARING:
+        for prompt in (TEXT[:40], TEXT[:190], TEXT[20:150]):
+            engine.generate_batch([prompt] * 2, few, adapter=["one", "two"], sharing=mode)
+        engine.heal()
+    assert num_compilations() == warm
+    assert idle(engine)

@@ -154,8 +154,12 @@ class Engine:
         if self.config.host_store_bytes:
             self._add_tiers()
         self.loop = Loop(self.runner, self.admission, tokenizer, reuse or ReuseConfig())
-        for name, source in adapters.items():
-            self.load_adapter(name, source)
+        try:
+            for name, source in adapters.items():
+                self.load_adapter(name, source)
+        except BaseException:
+            self.close()  # others may have the disk
+            raise
 
     def _add_tiers(self) -> None:
         link = Link(self.model, self.config, self.mesh)
@@ -457,7 +461,8 @@ class Engine:
         return self.loop.load_adapter(name, _read_adapter(source, self.model))
 
     def unload_adapter(self, name: str) -> Adapter:
-        """Unload an adapter, and let go of all KV that was computed under it. Returns what it was.
+        """Unload an adapter, and let go of all KV that was computed under it, with texts that were remembered under it,
+        frozen ones too, and pins. Returns what it was.
 
         Raises:
           UnknownAdapterError: no adapter of that name is loaded.

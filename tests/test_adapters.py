@@ -139,6 +139,18 @@ def test_a_forgotten_text_is_forgotten_under_all_adapters(engine):
         assert engine.prefill(TEXT[:40], adapter=name, keep=False).report.fresh_tokens == 40
 
 
+def test_the_company_of_a_text_is_what_the_base_model_computed():
+    engine = adapting_engine(company_tokens=48)
+    engine.load_adapter("all", ALL)
+    engine.load_adapter("activated", ACTIVATED)
+    for name, begin in (("all", 0), ("all", 0), ("activated", 0), ("activated", 0)):
+        engine.prefill(np.concatenate([TEXT[begin : begin + 8], CALLED, TEXT[:30]]).astype(np.int32), adapter=name)
+    engine.remember(TEXT[60:80], adapter="all")
+    handle = engine.remember(TEXT[80:100])
+    (entry,) = (one for one in engine.entries() if one.handle == handle)
+    np.testing.assert_array_equal(entry.origin.company.tokens, TEXT[:8])  # as far as nothing was invoked
+
+
 def test_segments_are_found_and_shifted_under_the_same_adapter_only(engine):
     engine.remember(TEXT[:48], adapter="all")
     sparse = ReuseConfig("sparsex", boundary_layer=1, recompute_ratio=0.1, overflow_tokens=2)

@@ -10,6 +10,8 @@ What one sequence calls, with pages of 64 tokens and a prompt of 300 (5 pages):
     cache.commit(match.prefix_pages + fresh, prompt, "docs", exact_tokens=match.num_prefix_tokens)
     cache.release(match.prefix_pages + fresh)         # later lookups find the pages until they are evicted
 
+Where adapters act on a sequence, its tokens here are keys that say which one does (`sparsex_jax.reuse.adapters`).
+
 Nothing here is thread-safe. Each engine has one cache and calls it from one thread.
 """
 

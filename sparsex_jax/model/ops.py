@@ -28,6 +28,8 @@ from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Querie
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
 _EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...]
+_INPUTS = PartitionSpec(None, TENSOR_AXIS, None)  # [layers, inputs, outputs]
+_OUTPUTS = PartitionSpec(None, None, TENSOR_AXIS)
 _ALL = PartitionSpec()
 # Of `LowRank`: Y is whole on each device, and matrices, [layers, adapters, kv_heads, rank, head_dim], are divided.
 _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
@@ -121,14 +123,12 @@ class Ops:
                 products = tuple(by_place.get(at, product) for at, product in enumerate(products))
             return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
 
-        columns, inputs = PartitionSpec(None, None, TENSOR_AXIS), PartitionSpec(None, TENSOR_AXIS, None)
-        rows_by_columns, divided = PartitionSpec(None, TENSOR_AXIS), (inputs, _ALL) if over_inputs else (_ALL, columns)
-        of_added = (*divided, _ALL)[: len(added)]
         if over_inputs:
-            specs = (rows_by_columns, inputs, _ALL, _ALL, *of_added), _ALL
+            divided, a, b, out = PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL
         else:
-            specs = (_ALL, columns, _ALL, _ALL, *of_added), rows_by_columns
-        return self._over_heads(run, *specs)(x, tuple(weights), jnp.asarray(layer), rows.count, *added)
+            divided, a, b, out = _ALL, _ALL, _OUTPUTS, PartitionSpec(None, TENSOR_AXIS)
+        specs = (divided, _INPUTS if over_inputs else _OUTPUTS, _ALL, _ALL, *((a, b, _ALL) if added else ()))
+        return self._over_heads(run, specs, out)(x, tuple(weights), jnp.asarray(layer), rows.count, *added)
 
     def gated_linear(
         self,
@@ -141,8 +141,7 @@ class Ops:
         activation: str = "silu",
     ) -> Float[Array, "rows width"]:
         """`activation(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
-        weights = PartitionSpec(None, None, TENSOR_AXIS)
-        specs = (_ALL, weights, weights, _ALL, _ALL)
+        specs = (_ALL, _OUTPUTS, _OUTPUTS, _ALL, _ALL)
         gated = functools.partial(kernels.gated_linear, activation=activation)
         run = self._over_heads(gated, specs, PartitionSpec(None, TENSOR_AXIS))
         return run(x, gate, up, jnp.asarray(layer), rows.count)

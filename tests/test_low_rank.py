@@ -54,6 +54,13 @@ CASES = [
     ),
     pytest.param(lambda: last_rows(LENGTHS, **SMALL, **NINE), 16, None, id="decode, rank 16", marks=pytest.mark.slow),
     pytest.param(lambda: last_rows(LENGTHS, **SMALL, **MANY), 16, 8, id="decode, rank 8"),
+    pytest.param(
+        lambda: scattered(LENGTHS, 40, **SMALL, **NINE, stored="float8_e4m3fn"),
+        16,
+        None,
+        id="K and V in float8",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -147,6 +154,23 @@ def test_rows_are_written(columns):
         if first >= 0:
             expected[1, page, offset, first : first + width] = values[row]
     np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ["write", "copy"])
+def test_the_store_is_changed_in_place(operation):
+    low, ints = jax.ShapeDtypeStruct((4, 512, 16, 128), jnp.float32), jax.ShapeDtypeStruct((40,), jnp.int32)
+    calls = {
+        "write": (kernels.write_low_rank, (jax.ShapeDtypeStruct((40, 128), jnp.float32), ints, ints)),
+        "copy": (kernels.copy_low_rank, (ints, ints)),
+    }
+    call, args = calls[operation]
+    if operation == "write":
+        args = (jnp.int32(1), *args, jax.ShapeDtypeStruct((4, 4), jnp.int32))
+    run = jax.jit(functools.partial(call, implementation="xla"), donate_argnums=0)
+    memory = run.lower(low, *args).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == low.size * 4
+    assert memory.temp_size_in_bytes < low.size
 
 
 def test_rows_that_do_not_fit_are_refused():

@@ -45,10 +45,19 @@ def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size, stored=Non
     q, kv = (jax.ShapeDtypeStruct((rows, heads, head_dim), dtype) for heads in (q_heads, kv_heads))
     of_rows = ints, ints, jax.ShapeDtypeStruct((8, 64), jnp.int32)
     inv_freq = jax.ShapeDtypeStruct((head_dim // 2,), jnp.float32)
+    low_rank = kernels.LowRank(
+        jax.ShapeDtypeStruct((4, 256, page_size, 8 * 16), dtype),
+        jax.ShapeDtypeStruct((4, 8, kv_heads, 16, head_dim), dtype),
+        *[jax.ShapeDtypeStruct((8,), jnp.int32)] * 2,
+    )
     operations = {
         "paged_attention": (
             lambda store, q, *rest, **on: kernels.paged_attention(q, store, *rest, **on),
             (q, layer, *of_rows),
+        ),
+        "adapters in paged_attention": (
+            lambda store, q, low_rank, *rest, **on: kernels.paged_attention(q, store, *rest, low_rank=low_rank, **on),
+            (q, low_rank, layer, *of_rows),
         ),
         "key_mass": (lambda store, q, *rest, **on: kernels.key_mass(q, store, *rest, **on), (q, layer, *of_rows)),
         "write_kv": (kernels.write_kv, (layer, kv, kv, *of_rows)),
@@ -75,7 +84,7 @@ def compiled_kernel(chip, operation, shape):
     "operation",
     [
         *("paged_attention", "key_mass", "write_kv", "align_and_copy"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in WRITES[2:]),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in (*WRITES[2:], "adapters in paged_attention")),
     ],
 )
 @pytest.mark.parametrize(
@@ -94,9 +103,9 @@ def test_kernels_compile(chip, shape, operation):
     if operation in WRITES:
         assert memory.alias_size_in_bytes >= size
     if shape[3] == 128:  # XLA keeps narrower heads in another order at a program's edge
-        assert (
-            memory.temp_size_in_bytes < math.prod(store.shape) * max(store.dtype.itemsize, 2) / 4
-        )  # at least a quarter in bfloat16
+        in_bfloat16 = math.prod(store.shape) * max(store.dtype.itemsize, 2)  # at least
+        # What XLA expands for adapters is 144 MB for these rows on a v7; the store is 268.
+        assert memory.temp_size_in_bytes < in_bfloat16 / (1.5 if "adapters" in operation else 4)
 
 
 def engine_for(mesh):

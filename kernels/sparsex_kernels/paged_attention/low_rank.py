@@ -41,15 +41,15 @@ def expanded(low_rank: LowRank, layer: Int[Array, ""], out: Grouped, requests: I
 
 
 def expand(low_rank: LowRank, layer: Int[Array, ""], sums: Grouped, requests: Int[Array, "rows"]) -> Grouped:
-    """Each row's sum times its adapter's B, in float32; 0 for rows without an adapter.
+    """Each row's sum times its adapter's B, multiplied in the sums' dtype into float32; 0 for rows without an adapter.
 
     All matrices are one: a row's sum stands at its adapter's place between zeros. With ranks of 2 and 3 adapters, a row
     of adapter 1 is `0 0 y0 y1 0 0`. So no row has a copy of its matrix.
     """
     column, adapter = (x.at[requests].get(mode="clip") for x in (low_rank.columns, low_rank.adapters))
-    matrices = low_rank.matrices[layer].astype(jnp.float32)  # [adapters, kv_heads, rank, head_dim]
+    matrices = low_rank.matrices[layer].astype(sums.dtype)  # [adapters, kv_heads, rank, head_dim]
     own = (column >= 0)[:, None] & (adapter[:, None] == jnp.arange(len(matrices)))
-    placed = jnp.where(own[:, None, None, :, None], sums[..., None, :].astype(jnp.float32), 0)
+    placed = jnp.where(own[:, None, None, :, None], sums[..., None, :], 0)
     return jnp.einsum("rhgak,ahkd->rhgd", placed, matrices, preferred_element_type=jnp.float32)
 
 

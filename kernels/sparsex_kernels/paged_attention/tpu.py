@@ -86,7 +86,7 @@ def paged_attention(
         out_shape=[
             jax.ShapeDtypeStruct(packed.shape, args.query.dtype if low_rank is None else jnp.float32),
             *[jax.ShapeDtypeStruct((kv_heads, all_rows, 1), jnp.float32)] * return_lse,
-            *[jax.ShapeDtypeStruct((kv_heads, all_rows, lanes), jnp.float32)] * len(columns),
+            *[jax.ShapeDtypeStruct((kv_heads, all_rows, lanes), args.query.dtype)] * len(columns),
         ],
         compiler_params=compiler_params("parallel"),
         name="paged_attention",
@@ -216,7 +216,7 @@ def _attention_kernel(
     low_store_ref: [layers, pages, page_size, width], in HBM, if there are adapters.
     out_ref: [kv_heads, tile_rows, head_dim].
     lse_ref: [kv_heads, tile_rows, 1] float32, if it is to be returned.
-    sums_ref: [kv_heads, tile_rows, lanes] float32, if there are adapters.
+    sums_ref: [kv_heads, tile_rows, lanes], if there are adapters.
     kv_ref: [2 buffers, 2, kv_heads, keys, head_dim], and `sems`, its two semaphores.
     acc_ref: [kv_heads, tile_rows, head_dim] float32.
     top_ref: [kv_heads, tile_rows, LANES] float32, the running maximum, the same in all lanes.
@@ -354,7 +354,7 @@ def _attention_kernel(
         total = jnp.maximum(total_ref[head, :, :1], jnp.finfo(jnp.float32).tiny)
         out_ref[head] = (acc_ref[head] / total).astype(out_ref.dtype)
         if rank:
-            sums_ref[head] = low_ref[head] / total
+            sums_ref[head] = (low_ref[head] / total).astype(sums_ref.dtype)
         if return_lse:
             lse_ref[head] = top_ref[head, :, :1] + jnp.log(total)
 

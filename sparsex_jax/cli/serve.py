@@ -72,6 +72,22 @@ def run(
         allow_adapter_updates=allow_adapter_updates,
     )
     server = Server(app, sockets=sockets)
+    _tell(engine, choice, name, sockets, everybody=api_keys is None)
+    sys.setswitchinterval(0.001)  # the event loop's thread gets its turn sooner
+    gc.collect()
+    gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
+    server.run()
+    engine.close()
+
+
+def _tell(
+    engine: Engine, choice: EngineChoice, name: str, sockets: Sequence[socket.socket], *, everybody: bool
+) -> None:
+    """Say what is served, where and how.
+
+    Args:
+      everybody: requests need no key.
+    """
     messages().print(str(choice.defaults(engine.model)), soft_wrap=True)
     if engine.sampling:
         said = ", ".join(f"{field}={value:g}" for field, value in engine.sampling.items())
@@ -79,14 +95,9 @@ def run(
     if engine.adapters:
         messages().print(_adapters(engine, choice.adapters), soft_wrap=True)
     messages().print(_places(name, sockets), soft_wrap=True)
-    if api_keys is None:
+    if everybody:
         warning = "Without --api-keys, every client of this port can send requests, and all share what is stored."
         messages().print(warning, soft_wrap=True)
-    sys.setswitchinterval(0.001)  # the event loop's thread gets its turn sooner
-    gc.collect()
-    gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
-    server.run()
-    engine.close()
 
 
 def _adapters(engine: Engine, sources: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from adapting import DEVICE, adapting_engine, dense_of, greedy, make_adapter, merged
-from conftest import TINY, idle, same_shapes, tiny_params
+from conftest import TINY, idle, run, same_shapes, tiny_params
 from dense import Dense, _norm, stored_kv
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,6 +166,19 @@ def test_nobody_else_finds_what_a_group_shares(engine):
     assert idle(engine)
 
 
+def test_who_came_before_an_adapter_was_loaded_leaves_nothing_to_those_behind_it(engine):
+    sampling = dataclasses.replace(ONE_TOKEN, max_new_tokens=1)
+    asked = {"adapter": "one", "sharing": "pre_lr", "listener": lambda event: None}
+    engine.loop.submit(TEXT[:40], sampling, **asked)
+    engine.load_adapter("later", LATER)
+    run(engine.loop)
+    assert engine.stats()["tokens"] == 0
+    engine.loop.submit(TEXT[:40], sampling, **asked)
+    run(engine.loop)
+    assert engine.stats()["tokens"] == 40
+    assert idle(engine)
+
+
 def test_a_forgotten_text_is_forgotten_by_a_group(engine):
     handle = engine.remember(TEXT[:32])
     engine.prefill(TEXT[:60], adapter="one", sharing="pre_lr")
@@ -292,9 +305,9 @@ ASKED = st.tuples(
     st.sampled_from(["default", "other"]),
     st.integers(0, 12),
     LENGTHS,
-    st.booleans(),
+    st.integers(1, 30),
 )
-BATCH = st.lists(ASKED, min_size=1, max_size=2)
+BATCH = st.lists(ASKED, min_size=1, max_size=3)
 STEPS = st.one_of(BATCH, st.sampled_from(["heal", "load", "remember", "forget"]))
 
 
@@ -302,7 +315,7 @@ STEPS = st.one_of(BATCH, st.sampled_from(["heal", "load", "remember", "forget"])
 @given(st.lists(STEPS, min_size=3, max_size=8))
 @settings(max_examples=40)
 def test_nothing_leaks_and_who_shares_nothing_stays_exact(steps):
-    engine, weights = sharing_engine(store_tokens=192), {None: None, "one": ONE, "two": TWO}
+    engine, weights = sharing_engine(store_tokens=128), {None: None, "one": ONE, "two": TWO}
     for step in steps:
         if isinstance(step, list):
             ask(engine, step, weights)
@@ -323,10 +336,11 @@ def test_nothing_leaks_and_who_shares_nothing_stays_exact(steps):
 
 def ask(engine, batch, weights):
     prompts = [TEXT[at : at + length] for _, _, _, at, length, _ in batch]
-    adapters, modes, namespaces, _, _, keep = zip(*batch, strict=True)
+    adapters, modes, namespaces, _, _, lengths = zip(*batch, strict=True)
     modes = [mode if name else "isolated" for name, mode in zip(adapters, modes, strict=True)]
-    asked = {"adapter": adapters, "sharing": modes, "namespace": namespaces, "keep": keep[0]}
-    outs = engine.generate_batch(prompts, ONE_TOKEN, return_logits=True, reuse=SparseX(min_segment_tokens=16), **asked)
+    asked = {"adapter": adapters, "sharing": modes, "namespace": namespaces, "keep": lengths[0] > 3}
+    sampling = [dataclasses.replace(ONE_TOKEN, max_new_tokens=number) for number in lengths]
+    outs = engine.generate_batch(prompts, sampling, return_logits=True, reuse=SparseX(min_segment_tokens=16), **asked)
     for prompt, name, mode, out in zip(prompts, adapters, modes, outs, strict=True):
         report = out.report
         assert report.sharing is None or report.prefix_tokens == 0

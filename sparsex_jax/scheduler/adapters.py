@@ -121,6 +121,13 @@ class Adapters:
         """Whether the version that acts is still loaded."""
         return acting.number == self._neutral or any(acting.number == each.number for each in self)
 
+    def may_write(self, acting: Acting) -> bool:
+        """Whether what is computed with it may be found under its keys.
+
+        Not where prompts find it otherwise (`rebase`), nor once its mark is given up (`share_anew`).
+        """
+        return acting.writes and acting.mark >> self._bits in {each.number for each in self} | self._shared
+
     # Coming and going -----------------------------------------------------------------------------------------
 
     def new(self, name: str, weights: AdapterWeights) -> Adapter:

@@ -388,7 +388,8 @@ class Admission:
         """
         keys = sequence.keys(sequence.tokens[: min(sequence.num_computed, sequence.num_kept)])
         adapter = sequence.adapter
-        if sequence.forgotten or self._is_gone(sequence) or len(keys) == 0 or (adapter and not adapter.writes):
+        is_gone = self._is_gone(sequence) or (adapter is not None and not self.adapters.may_write(adapter))
+        if sequence.forgotten or is_gone or len(keys) == 0:
             return
         if adapter and adapter.shares:  # one kind of KV, which is as good as those who share it take it for
             self.cache.commit(sequence.pages, keys, sequence.namespace, exact_tokens=len(keys), twins=False)

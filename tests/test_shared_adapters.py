@@ -351,6 +351,19 @@ def ask(engine, batch, weights):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["rebase", "pre_lr"])
+def test_who_is_preempted_goes_on_with_its_own_adapter(mode):
+    engine = sharing_engine(store_tokens=96)
+    prompts, sampling = [TEXT[:20], TEXT[60:80]], dataclasses.replace(ONE_TOKEN, max_new_tokens=40)
+    outs = engine.generate_batch(prompts, sampling, adapter=["one", "two"], sharing=mode, reuse=PREFIX)
+    assert engine.loop.stats.preempted > 0
+    for prompt, weights, out in zip(prompts, (ONE, TWO), outs, strict=True):
+        assert out.token_ids == greedy(dense_of(weights), prompt, 40)[1]  # of the other's prompt there is nothing in it
+    engine.admission.check_books()
+    assert idle(engine)
+
+
+@pytest.mark.slow
 def test_a_mesh_computes_the_same():
     one, two = (Engine.from_config(TINY, mesh=make_mesh(devices), **SHARED) for devices in (1, 2))
     few, logits = dataclasses.replace(ONE_TOKEN, max_new_tokens=4), []

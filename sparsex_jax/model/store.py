@@ -4,7 +4,7 @@ add to values is beside it.
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -62,16 +62,17 @@ def abstract_low_rank_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh
     return jax.ShapeDtypeStruct(shape, jnp.dtype(engine.dtype), sharding=NamedSharding(mesh, PartitionSpec()))
 
 
+def abstract_any_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Any:
+    """The shapes of an engine's `AnyStore`."""
+    kv = abstract_store(model, engine, mesh)
+    return SharedStore(kv, abstract_low_rank_store(model, engine, mesh)) if engine.share_adapters else kv  # type: ignore[arg-type]
+
+
 def make_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> AnyStore:
     """A store of zeros."""
-    kv = _zeros(abstract_store(model, engine, mesh))
-    if not engine.share_adapters:
-        return kv
-    return SharedStore(kv, _zeros(abstract_low_rank_store(model, engine, mesh)))
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jnp.zeros(like.shape, like.dtype, device=like.sharding)
+    shapes = abstract_any_store(model, engine, mesh)
+    made: AnyStore = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), shapes)
+    return made
 
 
 def check_range(params: Params, engine: EngineConfig) -> None:

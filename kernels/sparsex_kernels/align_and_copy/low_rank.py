@@ -58,4 +58,5 @@ def _move(store: Array, source: Array, target: Array, first: Array, end: Array, 
     return store.at[layer, page, (target % page_size)[:, None]].set(rows.get(mode="clip"), mode="drop")
 
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+# Where others are preferred, they are XLA's too.
+IMPLEMENTATIONS = {"reference": reference, **dict.fromkeys(("xla", "hopper", "triton", "tpu"), xla)}

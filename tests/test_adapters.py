@@ -186,6 +186,7 @@ def test_loading_compiles_nothing_and_wrong_adapters_are_refused(engine):
         r"'wq' of shapes .* must be \(4, 32, 8\) and \(4, 8, 32\)": dataclasses.replace(
             SOME, pairs={"wq": Pair(a, b[:, :, :7])}
         ),
+        "tokens are from 0 to 96": dataclasses.replace(SOME, invocation=(1, 97)),
         "NaN or infinities": dataclasses.replace(SOME, pairs={"wq": Pair(a * np.nan, b)}),
         "takes pairs for wq, wk, wv, wo, w_gate": dataclasses.replace(SOME, pairs={"lm_head": Pair(a, b)}),
     }

@@ -38,7 +38,13 @@ def device(platform, **attributes):
     return Mock(spec=jax.Device, platform=platform, **attributes)
 
 
-WITHIN = ("apply_rope", "gated_linear", "gated_grouped_linear", "pack_rows")  # operations in a module of another name
+WITHIN = (
+    "apply_rope",
+    "gated_linear",
+    "gated_grouped_linear",
+    "pack_low_rank",
+    "pack_rows",
+)  # operations in a module of another name
 
 
 @pytest.mark.parametrize("name", [name for name in api.__all__ if name.islower() and name not in WITHIN])

@@ -270,6 +270,7 @@ def loose(engine):
     return calibration.calibrate(engine, PROMPTS, ANYTHING)
 
 
+@pytest.mark.slow
 def test_a_calibration_measures_what_the_bench_measures(engine, loose):
     assert loose.used.met
     attempts = loose.used.attempts
@@ -305,6 +306,7 @@ def write(path, content):
     return path
 
 
+@pytest.mark.slow
 def test_the_written_file_can_be_read(engine, loose, tmp_path):
     content = calibration.file_content(engine, "tiny", PROMPTS, loose)
     path = write(tmp_path / "some.json", content)

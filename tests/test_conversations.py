@@ -106,6 +106,7 @@ def bench():
     return bench_conversations.Bench(engine, engine.tokenizer, ConversationSize(turns=5, new_tokens=3), seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answers", ["full", "own"])
 def test_methods_play_the_same_conversation(bench, answers):
     played = bench.compare("round_robin_3", answers, METHODS, passes=1)

@@ -22,6 +22,7 @@ import sparsex_kernels.api as kernels
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
+from sparsex_kernels.backend import VALIDATED, Backend, FallbackWarning, report_choice
 
 SMALL = {"page_size": 16, "dim": 16, "dtype": "float32"}
 NINE, MANY = {"kv_heads": 3, "group": 3}, {"kv_heads": 8, "group": 4}
@@ -82,7 +83,8 @@ def test_attention_within_windows(implementation):
     check(case, with_adapters(case, 16), implementation, window=jnp.int32(20))
 
 
-@pytest.mark.parametrize("implementation", [slow("reference"), "xla", slow("gather")])
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["reference", "xla", "gather"])
 def test_adapters_may_share_columns(implementation):
     """Those that have the same A: one Y, and each its own B."""
     case = scattered(LENGTHS, 40, **SMALL, **NINE)
@@ -95,6 +97,17 @@ def test_adapters_may_share_columns(implementation):
         store = store.at[:, pages].set(jnp.roll(store[:, pages], by, axis=-1))
     shared = kernels.LowRank(store, low_rank.matrices, column, low_rank.adapters)
     np.testing.assert_array_equal(attend(case, shared, implementation)[0], attend(case, low_rank, implementation)[0])
+
+
+def test_no_kernel_runs_with_adapters_before_it_is_validated_with_them(monkeypatch):
+    case, gpu = scattered(LENGTHS, 40, **SMALL, **NINE), Backend("gpu", "9.0")
+    attend = functools.partial(kernels.paged_attention, *case, low_rank=with_adapters(case, 16), backend=gpu)
+    monkeypatch.setitem(VALIDATED, "low_rank_attention", frozenset())
+    report_choice.cache_clear()  # each choice is told once
+    with pytest.warns(FallbackWarning, match=r"low_rank_attention runs in plain XLA .* hopper: no version"):
+        jax.eval_shape(attend)
+    with pytest.raises(NotImplementedError, match="queries of float32"):
+        attend(implementation="hopper")
 
 
 def test_what_does_not_fit_is_refused():
@@ -130,7 +143,7 @@ def test_heads_may_be_divided_among_devices():
         )
 
     np.testing.assert_allclose(on(2), on(1), atol=1e-6)
-    assert relative_error(on(1), kernels.paged_attention(*over_whole_values(case, low_rank))) < 1e-5
+    assert relative_error(on(1), attend(over_whole_values(case, low_rank), None, "reference")[0]) < 1e-5
 
 
 @pytest.mark.parametrize("columns", [slow(None), (32, -1, 0, 16)])

@@ -401,6 +401,9 @@ WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure
         ({"weights": "x"}, "must be objects whose weights is an object or null"),
         ({"weights": WEIGHTS, "input_activations": "x"}, "whose input_activations is an object or null"),
         ({"weights": WEIGHTS, "output_activations": {"dynamic": False}}, "has fixed scales of activations"),
+        ({"weights": WEIGHTS | {"num_bits": 4}}, "has weights.num_bits=4, which is not supported; supported: 8"),
+        ({"weights": WEIGHTS | {"symmetric": False}}, "has weights.symmetric=False"),
+        ({"weights": WEIGHTS | {"strategy": ["block"]}}, "has weights.strategy=.'block'., which is not supported"),
         ({"weights": WEIGHTS | {"block_structure": [16]}}, "has block_structure=.16., which must be two integers > 0"),
         ({"weights": WEIGHTS | {"block_structure": [16, 0]}}, "has block_structure=.16, 0., which must be two"),
         ({"weights": WEIGHTS | {"block_structure": None}}, "has block_structure=None, which must be two"),
@@ -425,6 +428,21 @@ def test_codes_without_scales_are_refused(tmp_path):
     file.write_bytes(file.read_bytes().replace(b"1.mlp.up_proj.weight_scale_inv", b"1.mlp.up_proj.weight_scale_xxx"))
     with pytest.raises(UnsupportedModelError, match=r"1\.mlp\.up_proj\.weight of shape .* has no scales"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("quantization", ["none", "stored"])
+def test_scales_that_are_no_numbers_are_refused(quantization, wrong, tmp_path):
+    folder, _ = published(tmp_path, "qwen3")
+    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    begin = 8 + length + json.loads(data[8 : 8 + length])[name]["data_offsets"][0]
+    data[begin : begin + 4] = np.float32(wrong).tobytes()
+    file.write_bytes(data)
+    with pytest.raises(UnsupportedModelError, match=f"{name} has scales that are no finite numbers"):
+        open_checkpoint(folder).load_params("float32", make_mesh(), quantization)
 
 
 def gguf_model(path, encodings):

@@ -137,12 +137,17 @@ def random_stairs(rng, costs):
     return np.maximum(np.sort(rng.integers(0, groups + 1, chunks))[::-1], forced)
 
 
-@pytest.mark.parametrize("seed", range(12))
+def seeds(few):
+    """The first few of twelve; the others are slow tests."""
+    return [*range(few), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(few, 12))]
+
+
+@pytest.mark.parametrize("seed", seeds(4))
 def test_random_staircases(engine, seed, monkeypatch):
     restore(engine, seed, ["comes"], monkeypatch, first_page=int(seed % 3) * 3)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", seeds(3))
 def test_links_that_stop_or_fail(engine, seed, monkeypatch):
     fates = [["comes", "never"], ["comes", "fails", "fails later"], ["comes", "fails", "never", "fails later"]][
         seed % 3

@@ -92,7 +92,7 @@ def huge_sparse(engine, length):
 
 
 @pytest.mark.parametrize("length", [600, pytest.param(6900, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("submit", [huge_remember, huge_sparse])
+@pytest.mark.parametrize("submit", [huge_remember, pytest.param(huge_sparse, marks=pytest.mark.slow)])
 def test_streams_get_tokens_while_a_huge_prompt_is_prefilled(submit, length):
     engine = engine_for(length)
     loop = engine.loop

@@ -19,7 +19,7 @@ from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_copies, plan_pre
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def big_store(request) -> Engine:
     """A store far larger than everything else: 64 MB against a model of 50,000 parameters."""
     return Engine.from_config(TINY, mesh=make_mesh(request.param), store_tokens=1 << 17, page_size=64)

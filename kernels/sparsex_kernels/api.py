@@ -1,7 +1,8 @@
 """All operations under one name: `from sparsex_kernels import api`, then `api.paged_attention(...)`."""
 
-from sparsex_kernels.align_and_copy import align_and_copy, copy_low_rank, pack_low_rank, pack_rows
+from sparsex_kernels.align_and_copy import align_and_copy, pack_rows
 from sparsex_kernels.arguments import LowRank, Patch
+from sparsex_kernels.copy_low_rank import copy_low_rank, pack_low_rank
 from sparsex_kernels.grouped_linear import gated_grouped_linear, grouped_linear
 from sparsex_kernels.key_mass import key_mass
 from sparsex_kernels.linear import gated_linear, linear

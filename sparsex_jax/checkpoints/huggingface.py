@@ -230,7 +230,10 @@ class HuggingFaceCheckpoint(Checkpoint):
     def _codes(self, name: str) -> Stored:
         """A tensor that is quantised."""
         assert self._scheme is not None
-        return self._scheme.stored(self._whole(name), self._whole(self._scales[name]))
+        scales = self._whole(self._scales[name])
+        if not np.isfinite(scales.astype(np.float32)).all():
+            raise UnsupportedModelError(f"{self._scales[name]} has scales that are no finite numbers")
+        return self._scheme.stored(self._whole(name), scales)
 
     def _whole(self, name: str) -> np.ndarray:
         """A tensor, of a dtype that NumPy need not know."""

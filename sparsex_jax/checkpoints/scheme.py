@@ -26,6 +26,12 @@ _FIELDS = ("quantization_config", "compression_config")
 _CODES = {"fp8": "F8_E4M3", "int8": "I8"}  # what safetensors calls them
 _FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
 _READ = "fp8, fbgemm_fp8 and compressed-tensors of 8 bits are"
+_WEIGHTS: dict[str, tuple[Any, ...]] = {  # what a group of compressed-tensors may say of its weights
+    "num_bits": (8,),
+    "type": ("float", "int"),
+    "symmetric": (True,),
+    "strategy": ("channel", "tensor", "block"),
+}
 _SUFFIXES = ("_scale_inv", "_scale")
 
 
@@ -133,12 +139,13 @@ def _group(fields: Fields, group: Any) -> Scheme:
     weights, inputs, outputs = (
         _said(fields, group, of) for of in ("weights", "input_activations", "output_activations")
     )
-    of_8_bits = weights.get("num_bits") == 8 and weights.get("type") in ("float", "int")
-    of_8_bits = of_8_bits and weights.get("symmetric", True)
-    if not of_8_bits or weights.get("strategy") not in ("channel", "tensor", "block"):
-        fields.refuse(
-            "config_groups", "is not supported; supported: symmetric weights of 8 bits by channel, tensor, block"
-        )
+    for name, supported in _WEIGHTS.items():
+        value = weights.get(name, True if name == "symmetric" else None)
+        if value not in supported:
+            among = ", ".join(map(str, supported))
+            fields.refuse(
+                "config_groups", f"has weights.{name}={value!r:.60}, which is not supported; supported: {among}"
+            )
     if any(activations and not activations.get("dynamic") for activations in (inputs, outputs)):
         fields.refuse("config_groups", "has fixed scales of activations, which are not supported")
     kind = "fp8" if weights["type"] == "float" else "int8"

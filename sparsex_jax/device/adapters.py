@@ -105,7 +105,9 @@ def check_shared(name: str, weights: AdapterWeights) -> None:
 
 def check_pairs(name: str, weights: AdapterWeights, model: ModelConfig, mesh: Mesh) -> None:
     """Raise InvalidRequestError if an adapter does not fit the model."""
-    places = targets(model, mesh)
+    places, size = targets(model, mesh), model.vocab_size
+    known = all(0 <= token < size for token in weights.invocation)
+    require(known, f"adapter {name!r} is invoked by {weights.invocation}; tokens are from 0 to {size - 1}")
     for target, pair in weights.pairs.items():
         about = f"adapter {name!r} has a pair for {target!r:.60}"
         require(target in places, f"{about}; this model takes pairs for {', '.join(places)}")

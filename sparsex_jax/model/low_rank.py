@@ -81,7 +81,7 @@ def add_low_rank(
     rank: int,
     backend: Backend,
 ) -> tuple[Float[Array, "rows _"], ...]:
-    """Products with what adapters add to them, summed in float32 and rounded once between A and B.
+    """Products with what adapters add to them. `x A`, `(x A) B` and the sum are each summed in float32, and rounded.
 
     Args:
       x: what the products are of.

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
-from sparsex_kernels.align_and_copy import low_rank, reference, triton, xla
+from sparsex_kernels.align_and_copy import reference, triton, xla
 from sparsex_kernels.align_and_copy.spans import packed, patched
 from sparsex_kernels.arguments import CopyArgs, Patch
 from sparsex_kernels.backend import Backend, default_backend, late, run
-from sparsex_kernels.layout import Frequencies, LowRankStore, Slots, Store
+from sparsex_kernels.layout import Frequencies, Slots, Store
 
 IMPLEMENTATIONS = {
     "reference": reference.align_and_copy,
@@ -86,53 +86,5 @@ def pack_rows(
     return run("pack_rows", IMPLEMENTATIONS, implementation, args)
 
 
-def copy_low_rank(
-    store: LowRankStore,
-    source: Slots,
-    target: Slots,
-    layers: Int[Array, "2"] | None = None,
-    patch: Patch | None = None,
-    *,
-    backend: Backend | None = None,
-    implementation: str | None = None,
-) -> LowRankStore:
-    """What `align_and_copy` does, to Y: `Y[target] = Y[source]` in some layers, bit for bit.
-
-    Args:
-      store: Y of all layers; donated by the caller's jit, so that it is updated in place.
-      source, target, layers, patch: as in `align_and_copy`. The patch's shift says nothing here.
-      backend, implementation: as in `paged_attention`.
-    """
-    nothing, backend = jnp.zeros_like(source), backend or default_backend()
-    args = CopyArgs(store, source, target, nothing, None, _all_unless(layers, store), backend)
-    if patch is not None:
-        source, target, shift, spans = patched(source, target, nothing, patch, len(store))
-        args = dataclasses.replace(args, source=source, target=target, shift=shift, spans=spans)
-    return run("copy_low_rank", low_rank.IMPLEMENTATIONS, implementation, args)
-
-
-def pack_low_rank(
-    store: LowRankStore,
-    source: Slots,
-    target: Slots,
-    target_layers: Slots,
-    depth: Slots,
-    *,
-    backend: Backend | None = None,
-    implementation: str | None = None,
-) -> LowRankStore:
-    """What `pack_rows` does, to Y: `Y[l + target_layers, target] = Y[l, source]` for l < depth.
-
-    Args:
-      store: Y of all layers; donated by the caller's jit, so that it is updated in place.
-      source, target, target_layers, depth: as in `pack_rows`.
-      backend, implementation: as in `paged_attention`.
-    """
-    source, target, spans = packed(source, target, target_layers, depth)
-    nothing, backend = jnp.zeros_like(source), backend or default_backend()
-    args = CopyArgs(store, source, target, nothing, None, _all_unless(None, store), backend, spans)
-    return run("pack_low_rank", low_rank.IMPLEMENTATIONS, implementation, args)
-
-
-def _all_unless(layers: Int[Array, "2"] | None, store: Store | LowRankStore) -> Int[Array, "2"]:
+def _all_unless(layers: Int[Array, "2"] | None, store: Store) -> Int[Array, "2"]:
     return jnp.array([0, len(store)], jnp.int32) if layers is None else layers

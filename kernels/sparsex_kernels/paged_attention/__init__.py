@@ -57,4 +57,6 @@ def paged_attention(
     args = AttentionArgs(query, store, layer, positions, requests, page_tables, scale, backend, window, low_rank)
     if low_rank is not None:
         low_rank.check(store, query)
-    return run("paged_attention", IMPLEMENTATIONS, implementation, args, return_lse=return_lse)
+    # Kernels are validated with adapters and without, so these are two operations to a backend.
+    operation = "paged_attention" if low_rank is None else "low_rank_attention"
+    return run(operation, IMPLEMENTATIONS, implementation, args, return_lse=return_lse)

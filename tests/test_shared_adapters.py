@@ -350,6 +350,32 @@ def ask(engine, batch, weights):
         assert np.isfinite(out.logits).all()
 
 
+def trace(engine, mode):
+    """Three agents take turns on a trajectory, to which each adds 8 tokens and an answer of 4. What they computed."""
+    trajectory, computed = TEXT[:16].tolist(), []
+    for step in range(6):
+        trajectory += TEXT[100 + 8 * step :][:8].tolist()
+        name = ("one", "two", "later")[step % 3]
+        sampling = dataclasses.replace(ONE_TOKEN, max_new_tokens=4)
+        out = engine.generate(np.array(trajectory), sampling, adapter=name, sharing=mode, reuse=PREFIX)
+        trajectory += out.token_ids
+        computed.append(out.report.fresh_tokens)
+        engine.heal()
+    return computed
+
+
+@pytest.mark.slow
+def test_in_a_trace_nobody_computes_what_another_did():
+    engines = {mode: sharing_engine() for mode in ("isolated", "pre_lr", "rebase")}
+    for engine in engines.values():
+        engine.load_adapter("later", LATER)
+    computed = {mode: trace(engine, mode) for mode, engine in engines.items()}
+    assert computed["isolated"] == [24, 36, 48, 33, 33, 33]  # all but its own turn three steps before
+    assert computed["pre_lr"] == [24, 9, 9, 9, 9, 9]  # and the last token of the answer before, which was no input
+    assert computed["rebase"] == [24, 8, 8, 8, 8, 8]
+    assert engines["rebase"].loop.stats.healed_tokens == 16 + 6 * 12  # each token once more
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["rebase", "pre_lr"])
 def test_who_is_preempted_goes_on_with_its_own_adapter(mode):

@@ -350,6 +350,22 @@ def ask(engine, batch, weights):
         assert np.isfinite(out.logits).all()
 
 
+@pytest.mark.slow
+def test_a_preemption_changes_no_answer_behind_what_others_wrote():
+    sampling, answers = dataclasses.replace(ONE_TOKEN, max_new_tokens=40), []
+    for tokens in (1024, 96):
+        engine = sharing_engine(store_tokens=tokens)
+        engine.prefill(TEXT[:16], adapter="one", sharing="pre_lr")
+        prompts = [TEXT[:24], np.concatenate([TEXT[:16], TEXT[60:68]])]
+        outs = engine.generate_batch(prompts, sampling, adapter=["two", "two"], sharing="pre_lr", reuse=PREFIX)
+        assert [out.report.sharing.cross_adapter_tokens for out in outs] == [16, 16]
+        assert (engine.loop.stats.preempted > 0) == (tokens == 96)
+        answers.append([out.token_ids for out in outs])
+        engine.admission.check_books()
+        assert idle(engine)
+    assert answers[0] == answers[1]
+
+
 def trace(engine, mode):
     """Three agents take turns on a trajectory, to which each adds 8 tokens and an answer of 4. What they computed."""
     trajectory, computed = TEXT[:16].tolist(), []

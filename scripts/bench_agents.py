@@ -19,8 +19,10 @@ A history that all share comes first; each round adds the answers. The ways to a
     round, mirrors   the same where the store keeps what is alike once, if this version can (--mirrors)
 
 The first round of each way makes what is stored; told are the medians of the others, of a pass that compiled nothing.
-The time to a first token is from the round's beginning, and the worst of the agents' counts for the limit. Prints a
-line for each, and writes `agents-<model>-<device>.json` to `scripts/results`.
+The time to a first token is from the round's beginning, and the worst of the agents' counts for the limit. `store` is
+what the store cannot give up without losing something, tables of mirrors included; `contexts` are those of the agents
+after the last round; a `mirror` is what one of them adds to the donors that it rests on. `count_mirrors.py` counts the
+same without a device. Prints a line for each, and writes `agents-<model>-<device>.json` to `scripts/results`.
 """
 
 import argparse
@@ -40,8 +42,10 @@ import numpy as np
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.eval.engines import make_engine, settled
+from sparsex_jax.eval.footprint import footprint, store_bytes
 from sparsex_jax.eval.results import file_stem, provenance, write_json
 from sparsex_jax.scheduler.output import Generation
+from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WORKLOADS = ("debate", "group chat")
@@ -128,16 +132,34 @@ class Bench:
         talk = Talk.begin(workload, agents, shared, self._options, engine.model.vocab_size)
         played = []
         for _ in range(1 + self._options.rounds):
-            played.append(self._answer(way, talk.prompts(reordered=way == "reordered")))
-            talk.said += [np.array(answer.token_ids, np.int32) for answer in played[-1].answers]
-        stats = engine.stats()
-        store = (stats["cached"] + stats["active"]) * engine.runner.store.nbytes / engine.config.num_pages
+            prompts = talk.prompts(reordered=way == "reordered")
+            played.append(self._answer(way, prompts))
+            answers = [np.array(answer.token_ids, np.int32) for answer in played[-1].answers]
+            talk.said += answers
+        # The last token of an answer was no input.
+        kept = self._kept([np.append(*pair)[:-1] for pair in zip(prompts, answers, strict=True)])
         engine.cache.clear()
         told = [each.figures() for each in played[1:]]
         medians = {
             name: (statistics.median(each[name][0] for each in told), unit) for name, (_, unit) in told[0].items()
         }
-        return medians | {"store": (store, "bytes")}
+        return medians | kept
+
+    def _kept(self, contexts: Sequence[np.ndarray]) -> dict[str, tuple[float, str]]:
+        """What the store has in the end: all that it could not give up for nothing, and the agents' contexts."""
+        cache = self._engine.cache
+        page_bytes = self._engine.runner.store.nbytes / self._engine.config.num_pages
+        held = footprint(cache, contexts, DEFAULT_NAMESPACE, page_bytes)
+        figures = {
+            "store": (store_bytes(cache, page_bytes), "bytes"),
+            "contexts, kept": (held.found, "of tokens"),
+            "contexts, together": (held.together, "bytes"),
+            "contexts, smaller than dense": (held.times_smaller, "times"),
+        }
+        if held.mirrors:
+            figures["mirror, of dense"] = statistics.mean(held.mirrors), "of bytes"
+            figures["largest mirror, of dense"] = max(held.mirrors), "of bytes"
+        return figures
 
     def _answer(self, way: str, prompts: Sequence[np.ndarray]) -> Played:
         began, reuse = time.perf_counter(), self._reuse(way)

@@ -9,6 +9,12 @@ and the next prompts find it, so approximate KV is the donor of approximate KV. 
 and its KV is not kept. With several agents (`--agents`) each of them asks one question in a round, with the documents
 in an order of its own, and the history has all answers of the last rounds; `--queries` then counts rounds. Prints a
 line for each part of the queries, and writes `drift-<model>-<device>.json`, or `drift-rounds-<model>-<device>.json`.
+
+    python scripts/bench_drift.py --orders 5 --queries 24 --method sparsex:boundary_layer=0:recompute_ratio=0.125 ...
+
+With `--orders`, the same prompts come in several orders: as they were made, and at random (Request Order Matters, arXiv
+2610.05833). Nothing is stored at first, and each prompt finds what the prompts before it left. There is no history, so
+that a prompt is the same in all orders. Prints a line for each order, and writes `drift-orders-<model>-<device>.json`.
 """
 
 import argparse
@@ -110,30 +116,91 @@ def heard(history: list[str], agents: int, rng: np.random.Generator) -> list[str
     return last if agents == 1 else [last[at] for at in rng.permutation(len(last))]
 
 
+def run_in_orders(engine: Engine, methods: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the file: the means over all prompts for each method and order."""
+    asked, rng = prompts_of_sessions(engine, options), np.random.default_rng(options.seed)
+    orders = [np.arange(len(asked)), *(rng.permutation(len(asked)) for _ in range(options.orders - 1))]
+    full = [ask(engine, question, prompt, ReuseConfig("full"), keep=False) for question, prompt in asked]
+    table = []
+    for method in methods:
+        texts = []
+        for number, order in enumerate(orders, start=1):
+            engine.cache.clear()
+            reused = {at: ask(engine, *asked[at], parse_method(method), keep=True) for at in order.tolist()}
+            means = mean([figures(asked[at][0], own, full[at]) for at, own in reused.items()])
+            print(f"{method}, order {number}: {told(means)}", flush=True)
+            table += rows_of(f"order {number}", method, means)
+            texts.append([reused[at].text for at in range(len(asked))])
+        same = float(np.mean([len(set(each)) == 1 for each in zip(*texts, strict=True)]))
+        print(f"{method}: {same:.2f} of the prompts have the same answer in all orders", flush=True)
+        table += rows_of("all orders", method, {"same answer": same})
+    return table
+
+
+def prompts_of_sessions(engine: Engine, options: argparse.Namespace) -> list[tuple[Question, np.ndarray]]:
+    """Questions of four sessions, each with other values, and their prompts."""
+    rng = np.random.default_rng(options.seed)
+    first = make_sample("vt", rng, options.length, options.segments, options.queries)
+    asked = []
+    for number in range(options.queries):
+        if number % max(options.queries // 4, 1) == 0:
+            sample = other_values(first, rng)
+        asked.append((sample.questions[number], prompt_of(engine, sample, number, [], rng)))
+    return asked
+
+
+def ask(engine: Engine, question: Question, prompt: np.ndarray, reuse: ReuseConfig, keep: bool) -> Answer:
+    new_tokens = 2 * len(regimes.encode(engine.tokenizer, question.reference))
+    return answers(engine, [prompt], new_tokens, reuse, keep)[0]
+
+
 def figures(question: Question, reused: Answer, full: Answer) -> dict[str, float]:
     found = 1 - reused.report.fresh_tokens / reused.report.prompt_tokens
     own = {"hit rate": found, "full": scores.task_score(full.text, question.answers)}
     return scores.compare(reused, full, question.answers) | own
 
 
+def mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure that is shown."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in SHOWN}
+
+
+def told(means: dict[str, float]) -> str:
+    return ", ".join(f"{name} {figure:.3f}" for name, figure in means.items())
+
+
 def line(number: int, rows: list[dict[str, float]], options: argparse.Namespace) -> str:
     """The means of the last queries up to `number`, as text."""
-    means = [f"{name} {np.mean([row[name] for row in rows]):.3f}" for name in SHOWN]
-    return f"{number - options.part + 1:4} to {number:4}: {', '.join(means)}"
+    return f"{number - options.part + 1:4} to {number:4}: {told(mean(rows))}"
 
 
-def file_content(rows: list[dict[str, float]], options: argparse.Namespace) -> dict[str, Any]:
-    """The content of the JSON file."""
-    bench, agents, part = ("drift" if options.agents == 1 else "drift-rounds"), options.agents, options.part
-    kind = "queries" if agents == 1 else "rounds"
-    table = [
-        {"work": f"{kind} {begin + 1} to {begin + part}: {name}", "implementation": options.method}
-        | {"figure": round(float(np.mean([row[name] for row in rows[begin * agents : (begin + part) * agents]])), 5)}
-        | {"unit": unit}
-        for begin in range(0, options.queries, part)
-        for name, unit in SHOWN.items()
+def rows_of(work: str, method: str, means: dict[str, float]) -> list[dict[str, Any]]:
+    return [
+        {"work": f"{work}: {name}", "implementation": method, "figure": round(figure, 5)}
+        | {"unit": SHOWN.get(name, "share")}
+        for name, figure in means.items()
     ]
-    return {"bench": bench, "model": options.model} | results.provenance() | {"rows": table}
+
+
+def rows_of_parts(rows: list[dict[str, float]], method: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of the file: the means of each part of the queries."""
+    agents, part = options.agents, options.part
+    kind = "queries" if agents == 1 else "rounds"
+    return [
+        row
+        for begin in range(0, options.queries, part)
+        for row in rows_of(
+            f"{kind} {begin + 1} to {begin + part}", method, mean(rows[begin * agents : (begin + part) * agents])
+        )
+    ]
+
+
+def drifts(engine: Engine, methods: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+    table = []
+    for method in methods:
+        engine.cache.clear()
+        table += rows_of_parts(run(engine, parse_method(method), options), method, options)
+    return table
 
 
 def main() -> None:
@@ -142,11 +209,13 @@ def main() -> None:
     add("--model", default="ruler-tiny", help="a model that can do the task vt")
     add(
         "--method",
-        default="sparsex:boundary_layer=0",
+        nargs="+",
+        default=["sparsex:boundary_layer=0"],
         help="NAME or NAME:FIELD=VALUE:..., as in `sparsex bench quality`",
     )
     add("--queries", type=int, default=200)
     add("--agents", type=int, default=1, help="who ask at once, in a round")
+    add("--orders", type=int, default=0, help="in which the same prompts come")
     add("--part", type=int, default=25, help="queries in a line of figures")
     add("--length", type=int, default=1024, help="tokens of the documents together")
     add("--segments", type=int, default=4)
@@ -157,8 +226,10 @@ def main() -> None:
     options = parser.parse_args()
     sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_num_seqs": options.agents}
     engine = Engine.from_pretrained(options.model, **sizes)
-    rows = run(engine, parse_method(options.method), options)
-    results.write_json(file_content(rows, options), options.out)
+    bench = "drift-orders" if options.orders else "drift" if options.agents == 1 else "drift-rounds"
+    measure = run_in_orders if options.orders else drifts
+    rows = measure(engine, options.method, options)
+    results.write_json({"bench": bench, "model": options.model} | results.provenance() | {"rows": rows}, options.out)
 
 
 if __name__ == "__main__":

@@ -682,6 +682,8 @@ AGENTS = {
     "hit rate": "found",
     "store": "store, GiB",
 }
+# Where a file has them.
+AGENTS_KEEP = {"contexts, smaller than dense": "contexts, times smaller", "mirror, of dense": "mirror, of dense"}
 AGENTS_DIGITS = {"prompts": ",.0f", "answers": ",.0f", "computed": ".2f", "hit rate": ".2f", "store": ".2f"}
 
 
@@ -695,6 +697,23 @@ def drift(document: Document) -> str:
         for (method, part), figures in found.items()
     ]
     return provenance(document) + "\n" + table(["method", "part", *DRIFT.values()], lines, names=2)
+
+
+def orders(document: Document) -> str:
+    """The means of each method over the same prompts, for each order in which they came."""
+    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for row in document["rows"]:
+        order, figure = row["work"].split(": ")
+        found[row["implementation"], order][figure] = row["figure"]
+    same = {method: figures["same answer"] for (method, order), figures in found.items() if order == "all orders"}
+    shown = {name: heading for name, heading in DRIFT.items() if name != "kl"}
+    lines = [
+        [method_name(method), order, *(f"{figures[name]:.2f}" for name in shown), f"{same[method]:.2f}"]
+        for (method, order), figures in found.items()
+        if order != "all orders"
+    ]
+    heading = ["method", "prompts in", *shown.values(), "same answer in all orders"]
+    return provenance(document) + "\n" + table(heading, lines, names=2)
 
 
 def agents(document: Document) -> str:
@@ -724,13 +743,44 @@ def agents_table(
     numbers = sorted({number for by_number in ways.values() for number in by_number})
     times = [f"{number} agents, s" for number in numbers]
     heading = [f"{workload}, {shared.removesuffix(' shared')} tokens shared", *times, limit, *AGENTS.values()]
+    keep = [name for name in AGENTS_KEEP if any(name in each for by in ways.values() for each in by.values())]
     lines = []
     for way, by_number in ways.items():
         most = by_number[max(by_number)]
         worst = [f"{by_number[n]['TTFT, worst']:.2f}" if n in by_number else "-" for n in numbers]
         others = [f"{most[name] / (GIB if name == 'store' else 1):{digits}}" for name, digits in AGENTS_DIGITS.items()]
-        lines.append([way, *worst, f"{limits[workload, shared, way]:.0f}", *others])
-    return table(heading, lines)
+        kept = [f"{most[name]:.3g}" if name in most else "-" for name in keep]
+        lines.append([way, *worst, f"{limits[workload, shared, way]:.0f}", *others, *kept])
+    return table([*heading, *map(AGENTS_KEEP.__getitem__, keep)], lines)
+
+
+def mirrors(document: Document) -> str:
+    """What contexts of agents take of a store, and how many agents a store for four keeps."""
+    debates, kept = defaultdict(dict), defaultdict(dict)
+    for row in document["rows"]:
+        work, figure = row["work"].split(": ")
+        cases = debates if work.startswith("debate") else kept
+        cases[work, row["implementation"]][figure] = row["figure"]
+    heading = [
+        "agents",
+        "shared tokens",
+        "answered",
+        "a mirror, of dense",
+        "the largest",
+        "all together, GiB",
+        "times smaller",
+    ]
+    lines = [_of_debate(*about, figures) for about, figures in debates.items()]
+    turns = [[work, way, *(f"{figure:.3g}" for figure in figures.values())] for (work, way), figures in kept.items()]
+    names = ["turns", "store", *(name for name in next(iter(kept.values())))]
+    return provenance(document) + "\n" + table(heading, lines, names=3) + "\n" + table(names, turns, names=2)
+
+
+def _of_debate(work: str, way: str, figures: Mapping[str, float]) -> list[str]:
+    _, agents, shared = work.split(", ")
+    shares = [f"{figures[name]:.3f}" for name in ("mirror, of dense", "largest mirror, of dense")]
+    together = f"{figures['together'] / GIB:.2f}"
+    return [agents.split()[0], shared.split()[0], way, *shares, together, f"{figures['smaller than dense']:.2f}"]
 
 
 def calibration(document: Document) -> str:
@@ -772,6 +822,31 @@ def training(document: Document) -> str:
         cells = [f"{by_length[n][0]:.2f} ({by_length[n][1]:.2f})" if n in by_length else "-" for n in lengths]
         lines.append([task, *cells])
     return provenance(document) + "\n" + table(["task", *(f"{n} tokens" for n in lengths)], lines)
+
+
+def adapters(document: Document) -> str:
+    """For each variant: what each scheme of sharing answers right, loses and wins back, and how alike the roles are."""
+    cells = pivot(document["rows"])
+    variants = dict.fromkeys(work.partition(", ")[0] for work in cells)
+    return provenance(document) + "".join(f"\n{_adapters(cells, variant)}" for variant in variants)
+
+
+def _adapters(cells: Mapping[str, dict[str, Row]], variant: str) -> str:
+    columns = [("find", "right"), ("trace", "right"), ("all", "right"), ("all", "lost"), ("all", "won back")]
+    found = [cells[f"{variant}, {kind}: {metric}"] for kind, metric in columns]
+    lines = [[name, *(_if_measured(by_scheme.get(name)) for by_scheme in found)] for name in found[2]]
+    heading = [f"A: {variant}", *(kind if metric == "right" else metric for kind, metric in columns)]
+    alike = {
+        work.partition(": ")[2]: rows["isolated"]
+        for work, rows in cells.items()
+        if work.startswith(f"{variant}, roles")
+    }
+    said = ", ".join(f"{name} {row['figure']:.3f}" for name, row in alike.items())
+    return table(heading, lines) + f"\nThe roles' runs over one text: {said}.\n"
+
+
+def _if_measured(row: Row | None) -> str:
+    return "-" if row is None or row["figure"] is None else with_interval(row)
 
 
 # TPU --------------------------------------------------------------------------------------------------------
@@ -847,10 +922,13 @@ VIEWS: dict[str, View] = {
     "conversations": conversations,
     "conversations_headline": conversations_headline,
     "drift": drift,
+    "orders": orders,
     "agents": agents,
+    "mirrors": mirrors,
     "calibration": calibration,
     "checkouts": checkouts,
     "training": training,
+    "adapters": adapters,
     "tpu_compiled": tpu_compiled,
     "tpu_vmem": tpu_vmem,
     "tpu_predicted": tpu_predicted,

@@ -213,10 +213,8 @@ def metrics(url: str) -> dict[str, float]:
 def in_use(url: str) -> float:
     """Pages that are neither free nor of what could be evicted."""
     found = metrics(url)
-    return (
-        sum(value for name, value in found.items() if name.startswith("sparsex_pages{") and "cached" not in name)
-        - (found['sparsex_pages{state="free"}'])
-    )
+    others = {f'sparsex_pages{{state="{state}"}}' for state in ("free", "spare", "cached")}
+    return sum(value for name, value in found.items() if name.startswith("sparsex_pages{") and name not in others)
 
 
 def drain(url: str, seconds: float = 300.0) -> float:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from test_bench_link import loaded
-from test_report_results import report_results
+from test_report_results import ROOT, report_results
 
 
 @pytest.mark.slow
@@ -16,6 +16,24 @@ def test_each_way_to_answer_a_round_is_measured(tmp_path):
     [file] = tmp_path.iterdir()
     table = report_results.agents(json.loads(file.read_text()))
     assert all(f"| {way} | " in table for way in ("reordered", "one by one", "round"))
+
+
+def test_what_mirrors_take_is_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))  # whose modules it imports
+    sizes = {"agents": 3, "shared": 1600, "private": 64, "rounds": 1, "answer": 8, "keep": 6}
+    loaded("count_mirrors").main(
+        [word for name, value in sizes.items() for word in (f"--{name}", str(value))], tmp_path
+    )
+    [file] = tmp_path.iterdir()
+    document = json.loads(file.read_text())
+    figures = {(row["implementation"], row["work"].split(": ")[1]): row["figure"] for row in document["rows"]}
+    for way in ("round", "one by one"):
+        assert figures[way, "kept"] == 1
+        assert 0.05 < figures[way, "mirror, of dense"] < 0.35
+        assert 1.5 < figures[way, "smaller than dense"] < 3
+    assert figures["dense", "kept"] < 4 < figures["mirrors", "kept"] == 6
+    assert f"| 3 | 1600 | round | {figures['round', 'mirror, of dense']:.3f} |" in report_results.mirrors(document)
+    assert "turns, 6 agents in a store for 4" in capsys.readouterr().out
 
 
 @pytest.mark.slow

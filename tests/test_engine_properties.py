@@ -111,7 +111,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.cache.check()
         stats = self.engine.stats()
         assert stats["active"] == 0
-        assert stats["free"] + stats["cached"] + stats["frozen"] + stats["base"] == stats["pages"]
+        assert sum(stats[state] for state in ("free", "spare", "cached", "frozen", "base")) == stats["pages"]
 
     @invariant()
     def stored_kv_is_that_of_the_tokens_claimed(self):

@@ -6,13 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import CONFIG, TINY, idle, same_shapes, tiny_engine
+from test_loop import submit
 
 from sparsex_jax import Pin, ReuseConfig, SamplingParams
+from sparsex_jax.device.signals import signals_for
+from sparsex_jax.eval.footprint import footprint, store_bytes
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.schedule import written_depth
 from sparsex_jax.scheduler import warmup
 
+ASKED = ("key_mass", "kv_deviation", "probe_mass", "probe_last")
 FEW = SamplingParams(max_new_tokens=4)
 METHODS = {
     "sparse": ReuseConfig("sparsex", boundary_layer=0, recompute_ratio=0.1, overflow_tokens=2),
@@ -24,6 +28,19 @@ METHODS = {
     "qcfuse": ReuseConfig("qcfuse", recompute_ratio=0.2),
     "prophetkv": ReuseConfig("prophetkv", recompute_ratio=0.2),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_signals():
+    """Stores with mirrors have prefills of their own, which compile sooner with the signals that are asked for."""
+
+    def those_asked(names, mirrors):
+        found = signals_for(names, mirrors)
+        return {name: found[name] for name in found if name in ASKED or not mirrors}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsex_jax.device.runner.signals_for", those_asked)
+        yield
 
 
 def tokens_of(seed, length):
@@ -44,6 +61,7 @@ def rows_of(engine, node, page):
 def drop_spares(engine):
     """Evict every page that a derived one can restore, and overwrite it. Returns what nodes had there."""
     cache, spares = engine.cache, np.flatnonzero(engine.cache._pool.spare).tolist()
+    assert engine.stats()["spare"] == len(spares)
     had = {cache.tree[page]: rows_of(engine, cache.tree[page], page) for page in spares}
     cache._evict(spares)
     engine.runner.store = engine.runner.store.at[:, jnp.array(spares)].set(jnp.nan)
@@ -113,6 +131,19 @@ def test_only_what_was_computed_is_kept(monkeypatch):
     assert rows == engine.stats()["patch_rows"] > 0
 
 
+def test_a_copy_of_layer_0_is_as_good_as_its_rows():
+    """Where reused tokens keep what was copied there, so that mirrors need not, the same tokens are recomputed."""
+    shared, logits, active = tokens_of(1, 160), [], []
+    for mirrors in (False, True):
+        engine = tiny_engine(mirrors=mirrors)
+        engine.generate(agent(0, shared), FEW, reuse=METHODS["sparse"])
+        answer = engine.prefill(agent(1, shared), reuse=METHODS["sparse"])
+        logits.append(answer.logits)
+        active.append(answer.report.active)
+    assert np.array_equal(*active)
+    np.testing.assert_allclose(*logits, atol=1e-4)
+
+
 def test_segments_come_from_mirrors_as_they_came_from_pages():
     """Whether the pages of a mirror are still there changes no bit of what is copied from it."""
     shared, answers, rows = tokens_of(1, 160), [], []
@@ -123,8 +154,8 @@ def test_segments_come_from_mirrors_as_they_came_from_pages():
             engine.generate(agent(number, shared), FEW, reuse=METHODS["hybrid"])
         if drops:
             drop_spares(engine)
+        answers.append(engine.prefill(agent(5, shared, seed=1), reuse=METHODS["hybrid"], keep=False).logits)
         with engine.prefilled(agent(5, shared, seed=1), reuse=METHODS["hybrid"]) as prefilled:
-            answers.append(prefilled.logits)
             rows.append(np.asarray(engine.runner.store[:, jnp.array(prefilled.pages)]))
         assert prefilled.report.reused_tokens > 100
     assert np.array_equal(*answers)
@@ -155,13 +186,33 @@ class Rounds:
         return sum(one.num_tokens >= len(each) - 16 for one, each in zip(found, self.contexts, strict=True))
 
 
-@pytest.mark.parametrize("mirrors", [False, True])
-def test_a_store_of_four_agents_keeps_ten(mirrors):
-    rounds = Rounds(tiny_engine(store_tokens=4 * 23 * 16, mirrors=mirrors), 10, METHODS["epic"])
-    hits = [rounds.play(number, 256 if number == 0 else 48) for number in range(3)]
-    assert hits[2] >= 0.95 if mirrors else hits[2] <= 0.5
-    assert rounds.num_kept() >= 10 if mirrors else rounds.num_kept() <= 4
+def keeps(pages, told, reuse, mirrors):
+    """The share of contexts that ten agents find in their third round, and how many are kept, in a store for four.
+
+    Args:
+      pages: what the contexts of four are in then.
+      told: how many tokens all are told first.
+    """
+    rounds = Rounds(tiny_engine(store_tokens=pages * 16, mirrors=mirrors), 10, reuse)
+    hits = [rounds.play(number, told if number == 0 else 48) for number in range(3)]
     assert idle(rounds.engine)
+    assert 4 * max(map(len, rounds.contexts)) >= (pages - 4) * 16
+    return hits[2], rounds.num_kept()
+
+
+def test_a_store_of_four_agents_keeps_four():
+    hits, kept = keeps(112, 336, METHODS["sparse"], mirrors=False)
+    assert hits <= 0.5
+    assert kept <= 4
+
+
+@pytest.mark.parametrize(
+    ("pages", "told", "name"), [(112, 336, "sparse"), pytest.param(92, 256, "epic", marks=pytest.mark.slow)]
+)
+def test_a_store_of_four_agents_keeps_ten_with_mirrors(pages, told, name):
+    hits, kept = keeps(pages, told, METHODS[name], mirrors=True)
+    assert hits >= 0.95
+    assert kept == 10
 
 
 def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
@@ -231,3 +282,45 @@ def test_the_warm_up_leaves_nothing_behind():
     assert len(steps) == len(engine.runner.shapes.buckets)
     steps[1]()
     assert engine.stats()["free"] == engine.stats()["pages"]
+
+
+def test_what_was_preempted_becomes_the_mirror_that_it_would_have_been():
+    shared, sampling, stored = tokens_of(1, 160), SamplingParams(max_new_tokens=40, ignore_eos=True), []
+    for preempts in (False, True):
+        engine = tiny_engine(mirrors=True)
+        engine.generate(agent(0, shared), FEW, reuse=METHODS["sparse"])
+        heard = submit(engine.loop, agent(1, shared), sampling, reuse=METHODS["sparse"])
+        while engine.loop.step():
+            if preempts and heard.tokens and engine.loop.policy.preemptions == 0:
+                engine.loop.policy._preempt(engine.loop.policy.running[0])
+        assert engine.loop.policy.preemptions == preempts
+        stats = engine.stats()
+        stored.append((heard.tokens, stats["derived"], stats["patch_rows"], stats["spare"]))
+        had = drop_spares(engine)
+        engine.generate(np.array([*agent(1, shared), *heard.tokens, 7, 8]), FEW, reuse=METHODS["sparse"])
+        assert restored_alike(engine, had) >= 8
+        assert idle(engine)
+    assert stored[0] == stored[1]
+
+
+def test_what_contexts_take_is_what_the_store_cannot_give_up():
+    """The first context is the donor; the second and third are mirrors of it; nothing else is stored."""
+    engine, shared, contexts = tiny_engine(mirrors=True), tokens_of(1, 160), []
+    for number in range(3):
+        prompt = agent(number, shared)
+        answer = engine.generate(prompt, FEW, reuse=METHODS["sparse"])
+        contexts.append(np.append(prompt, answer.token_ids)[:-1].astype(np.int32))
+    stats, cache, page_bytes = engine.stats(), engine.cache, 10**6
+    held = footprint(cache, contexts, "default", page_bytes)
+    tables = sum(5 * 8 * len(rows) + 8 * len(rows.bases) for rows in cache._pool.derived.values())
+    assert held.together == store_bytes(cache, page_bytes)
+    assert held.together == (stats["pages"] - stats["free"] - stats["spare"]) * page_bytes + tables
+    assert held.found == 1
+    assert held.dense == sum(-(-len(each) // 16) for each in contexts) * page_bytes
+    assert len(held.mirrors) == 2
+    prefixes = [cache.tree.prefix(each.tobytes(), "default", lambda _: True) for each in contexts[1:]]
+    nodes = [[*prefix.nodes, prefix.tail] for prefix in prefixes]
+    stays = sum(node.derived is None for own in nodes for node in own)
+    columns = stats["patch_rows"] / TINY.num_layers  # this method computes a token in all layers, or in none
+    own = sum(share * len(own) for share, own in zip(held.mirrors, nodes, strict=True))
+    assert own * page_bytes == pytest.approx((stays + columns / 16) * page_bytes + tables)

@@ -59,7 +59,10 @@ def test_the_rows_that_a_prefill_wrote():
     computed = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], bool)
     assert schedule.written_depth(phases, computed, 5).tolist() == [5, 4, 3, 0]
     phases = [schedule.Phase(0, every), schedule.Phase(0, every, "key_mass"), schedule.Phase(5, every)]
-    assert schedule.written_depth(phases, computed, 5).tolist() == [5, 5, 1, 0]
+    assert schedule.written_depth(phases, computed, 5).tolist() == [5, 5, 0, 0]
+    for signal, deep in (("kv_deviation", [5, 5, 1, 0]), ("probe_mass", [5, 5, 0, 0]), ("own", [5, 5, 1, 0])):
+        phases[1] = schedule.Phase(0, every, signal)
+        assert schedule.written_depth(phases, computed, 5).tolist() == deep
 
 
 class Store:
@@ -344,6 +347,12 @@ class MirrorMachine(RuleBasedStateMachine):
                 there = self.store.content(page)[:, : node.length]
                 assert expected is None or np.array_equal(there, expected), (page, node.pages)
 
+    def forget_the_past(self):
+        """What is expected of nodes that are gone, and prompts that were answered long ago."""
+        live = set(self.cache.tree.live_nodes())
+        self.expected = {key: rows for key, rows in self.expected.items() if key[0] in live}
+        self.ended = self.ended[-20:]
+
     def teardown(self):
         if not hasattr(self, "cache"):
             return
@@ -362,5 +371,52 @@ TestMirrorMachine.settings = settings(QUICK, max_examples=15, stateful_step_coun
 
 
 @pytest.mark.slow
-class TestMirrorMachineFor100000Steps(MirrorMachine.TestCase):
-    settings = settings(QUICK, max_examples=2000, stateful_step_count=50, phases=[Phase.generate])
+class TestMirrorMachineForLong(MirrorMachine.TestCase):
+    settings = settings(QUICK, max_examples=200, stateful_step_count=50, phases=[Phase.generate])
+
+
+def some_prompt(rng):
+    """As `prompts`, of which hypothesis makes too few in a minute."""
+    several = range(int(rng.integers(1, 4)))
+    cut = [(int(rng.choice([0, 0, 3, 8, 20])), int(rng.choice([64, 64, 40, 20]))) for _ in several]
+    parts = [(int(rng.integers(3)), at, length) for at, length in cut]
+    first = 1000 + 10 * int(rng.integers(3))
+    return [token for i, (which, at, n) in enumerate(parts) for token in [first + i, *DOCUMENTS[which][at : at + n]]]
+
+
+def random_step(machine, rng):
+    """One call of a rule with what a generator chooses. Rules about a running sequence do nothing where none is."""
+    running = machine.running[int(rng.integers(len(machine.running)))] if machine.running else None
+    namespace, seed = ("a", "a", "a", "b")[int(rng.integers(4))], int(rng.integers(100))
+    several = [some_prompt(rng) for _ in range(int(rng.integers(2, 5)))]
+    steps = [
+        lambda: machine.round(several, namespace, seed),
+        lambda: machine.go_on(several[0], int(rng.integers(1000)), seed),
+        lambda: machine.begin(several[0], namespace, seed),
+        lambda: running and machine.answer(running, rng.integers(2000, 2011, int(rng.integers(1, 13))).tolist()),
+        lambda: running and machine.end_one(running, bool(rng.integers(2))),
+        lambda: running and machine.fail(running),
+        lambda: running and machine.pin(running, "xy"[int(rng.integers(2))]),
+        machine.time_goes_on,
+        lambda: machine.find(several[0], namespace),
+        lambda: machine.forget(int(rng.integers(3)), int(rng.integers(21)), namespace),
+        lambda: machine.heal(int(rng.integers(1, 41))),
+        machine.clear,
+    ]
+    often = np.array([20, 15, 10, 10, 15, 3, 4, 4, 5, 3, 5, 0.3])
+    steps[int(rng.choice(len(steps), p=often / often.sum()))]()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_5000_steps_at_random(seed):
+    """100,000 in all, on stores of 6 to 100 pages. Sources are evicted all the time."""
+    rng, machine = np.random.default_rng(seed), MirrorMachine()
+    machine.start(num_pages=int(rng.integers(6, 101)))
+    for number in range(5000):
+        random_step(machine, rng)
+        if number % 10 == 0:
+            machine.nothing_leaks_and_nothing_changes()
+            machine.forget_the_past()
+    assert machine.cache.stats().lookups > 4000
+    machine.teardown()

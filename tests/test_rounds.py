@@ -400,6 +400,46 @@ def test_members_may_come_through_different_endpoints(live):
         assert 'sparsex_rounds_total{members="all"} 1.0' in http.get("/metrics").text
 
 
+NOTES = (
+    "The lamp of the lighthouse is lit at dusk, and its keeper sleeps by day. He came from the north when young, "
+    "and has not left the rock since but for two winters. His dog is called Tar. ",
+    "Boats bring oil and bread on the first day of each month, if the sea lets them. The mate is a niece of "
+    "the keeper, who knows the rocks by their names. She is to be a pilot. ",
+    "The old harbour has silted up, so the boats land at the new one, an hour on foot to the south. Its inn has "
+    "four rooms and a cook who was at sea. Nobody there speaks of the storm. ",
+)
+
+
+@pytest.mark.slow
+def test_agents_of_rounds_are_stored_as_mirrors_and_go_on():
+    """Three rounds of three, who hear all notes in orders of their own and go on with what they heard."""
+    method = {"method": "sparsex", "boundary_layer": 0, "recompute_ratio": 0.05, "pool_tokens": 16}
+    asked = {"reuse": method, "max_tokens": 4, "temperature": 0}
+    heard = [f"You are agent {number}. " for number in range(3)]
+    with live_server(make_engine(mirrors=True, page_size=16, choose="always")) as live, live.http() as http:
+        for turn in range(3):
+            place, results = {"id": f"turn {turn}", "size": 3, "wait_ms": NEVER}, [None] * 3
+            for number in range(3):
+                heard[number] += "".join(NOTES[(number + turn + at) % 3] for at in range(3)) + "What follows? "
+            bodies = [asked | {"prompt": prompt, "round": place} for prompt in heard]
+            threads = [
+                threading.Thread(target=ask, args=(live, results, "/v1/completions", body, number))
+                for number, body in enumerate(bodies)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            reports = [result["sparsex"] for result in results]
+            assert all(report["round"]["members"] == 3 for report in reports), results
+            assert all(report["reused_tokens"] + report["recomputed_tokens"] > 100 for report in reports if turn)
+            heard = [prompt + result["choices"][0]["text"] for prompt, result in zip(heard, results, strict=True)]
+        store = http.get("/v1/store").json()
+        assert store["derived"] > 10
+        assert store["spare"] + store["saved"] >= store["derived"] - store["base"]
+        assert f'sparsex_pages{{state="spare"}} {store["spare"]}.0' in http.get("/metrics").text
+
+
 @pytest.mark.parametrize(
     ("place", "param"),
     [

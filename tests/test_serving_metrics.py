@@ -87,7 +87,8 @@ def test_labelled_counters_are_there_from_the_start():
     [build] = [name for name in found if name.startswith("sparsex_build_info{")]
     assert all(f'{label}="' in build for label in ("version", "jax", "device", "model"))
     assert found["sparsex_page_size_tokens"] == engine.config.page_size
-    for name in ("derived_pages", "saved_pages", "patch_rows", "restored_pages_total", 'pages{state="base"}'):
+    of_mirrors = ("derived_pages", "saved_pages", "patch_rows", "restored_pages_total")
+    for name in (*of_mirrors, 'pages{state="base"}', 'pages{state="spare"}'):
         assert found[f"sparsex_{name}"] == 0
     assert "sparsex_computed_ratio_count" in found
 

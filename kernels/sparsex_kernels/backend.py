@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 # moves Y is XLA's on all devices: it is a hundredth of what K and V are.
 VALIDATED: Mapping[str, frozenset[str]] = {
     "paged_attention": frozenset({"hopper", "triton"}),
-    "low_rank_attention": frozenset(),  # `paged_attention` with adapters
+    "low_rank_attention": frozenset({"hopper"}),  # `paged_attention` with adapters
     "key_mass": frozenset({"hopper", "triton"}),
     "align_and_copy": frozenset({"hopper", "triton"}),
     "pack_rows": frozenset({"hopper"}),

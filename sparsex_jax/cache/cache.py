@@ -32,7 +32,7 @@ from sparsex_jax.cache.counts import CacheCounts, CacheStats
 from sparsex_jax.cache.entries import Entry, EntryBook, EvictedTexts, Origin
 from sparsex_jax.cache.healer import Healer
 from sparsex_jax.cache.match import Match
-from sparsex_jax.cache.mirrors import Mirrors
+from sparsex_jax.cache.mirrors import ENOUGH, Mirrors
 from sparsex_jax.cache.pages import PagePool
 from sparsex_jax.cache.pins import Held, PinBook, PinState
 from sparsex_jax.cache.remembered import RememberedTexts, text_around
@@ -193,7 +193,9 @@ class PageCache:
         last_used: Int64[np.ndarray, "pages"] | None = None,
     ) -> list[Run]:
         used = self._pool.last_used if last_used is None else last_used
-        return SegmentSearch(tokens, namespace, self._windows, self.page_size, used).run(begin, min_segment)
+        enough = (ENOUGH,) if self.mirrors.num_layers else ()
+        search = SegmentSearch(tokens, namespace, self._windows, self.page_size, used, *enough)
+        return search.run(begin, min_segment)
 
     def last_used(self) -> Int64[np.ndarray, "pages"]:
         """When each page was last used, for a later `lookup`, by a clock that counts uses."""
@@ -637,7 +639,7 @@ class PageCache:
             self._remove_entry(entry.handle)
         for name, _ in self.pins:
             self.pins.remove(*name)
-        self._drop(np.flatnonzero(self._pool.cached()).tolist())
+        self._drop(np.flatnonzero(self._pool.evictable()).tolist())
 
     # Pinning ------------------------------------------------------------------------------------------------
 

@@ -40,8 +40,8 @@ class CacheStats:
 
     Attributes:
       pages: all pages of the store.
-      free, active, frozen, pinned, base, cached: pages in each state (see `sparsex_jax.cache.pages`). They add up to
-        `pages`.
+      free, active, frozen, pinned, base, spare, cached: pages in each state (see `sparsex_jax.cache.pages`). They
+        add up to `pages`.
       derived: derived pages (`sparsex_jax.cache.mirrors`).
       saved: how many pages more the store would need without them.
       patch_rows: rows of single layers that they have of their own.
@@ -62,6 +62,7 @@ class CacheStats:
     frozen: int
     pinned: int
     base: int
+    spare: int
     cached: int
     derived: int
     saved: int

@@ -85,6 +85,11 @@ class Derived:
         return np.unique(self.source[copied] // page_size).tolist()
 
     @property
+    def table_bytes(self) -> int:
+        """Host memory of these numbers."""
+        return sum(each.nbytes for each in self._arrays()) + 8 * len(self.bases)
+
+    @property
     def num_rows(self) -> int:
         """Patch rows."""
         return int(self.depth.sum())

@@ -17,7 +17,7 @@ are evicted like others, those that were used longest ago first, and then what t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int64
@@ -29,6 +29,9 @@ from sparsex_jax.cache.segments import Segment
 from sparsex_jax.cache.tree import Node, PageTree
 from sparsex_jax.errors import StoreFullError
 
+# Tokens of a run that make a donor as good as one that has more of them: if each sequence took its longest donors, they
+# would rest on many, all of which the store would have to keep.
+ENOUGH = 256
 LEAST_SAVED = 0.25  # of a page's slots; with less, a page stays as it is
 
 
@@ -262,6 +265,11 @@ class Mirrors:
             copies.append(Segment(start, node.length, start, rows.source, exact=False, rows=rows))
         self.counts.restored_pages += len(copies)
         return copies
+
+    @property
+    def derived(self) -> Mapping[int, Derived]:
+        """By their numbers, what derived pages are made of."""
+        return self._pool.derived
 
     def is_derived(self, page: int) -> bool:
         """Whether this is the number of a derived page."""

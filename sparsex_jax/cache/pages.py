@@ -7,12 +7,13 @@ Every page is in exactly one state:
     frozen    it has no reference, but a frozen entry has it: it stays until the entry is forgotten
     pinned    it has neither, but a pin has it: it stays until the pin ends
     base      it has none of these and no lookup finds it, but derived pages rest on it: it stays until they are gone
-    cached    it has none of these, but committed content: it is evicted when a sequence needs the page
+    spare     it has none of these, but content that a derived page has too: it is evicted first, and nothing is lost
+    cached    it has none of these, but other committed content: it is evicted when a sequence needs the page
 
 *Derived pages* have the numbers behind those of the store. Each is content that the store can make of other pages, its
 *bases* (`sparsex_jax.cache.derived`). It is held, committed and evicted as any page, but takes none of the store: of
-the states above it is only active or cached. A cached page on which derived pages rest is evicted after them, and not
-while one of them is held.
+the states above it is only active or cached. A spare or cached page on which derived pages rest is evicted after them,
+and not while one of them is held.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class PageCounts:
     frozen: int
     pinned: int
     base: int
+    spare: int
     cached: int
 
 
@@ -71,7 +73,8 @@ class PagePool:
         evicted first.
       rested_on: how many derived pages rest on it.
       needed: how many of those are active.
-      spare: there is a derived page with the same content, so evicting it loses nothing.
+      spare: there is a derived page with the same content, so evicting it loses nothing. In the state of that name are
+        those of them that nobody has.
       births: how often it was handed out.
       free: the free pages of the store. `take` hands out the last one first.
       derived: by their numbers, what derived pages are made of.
@@ -114,14 +117,17 @@ class PagePool:
     def is_derived(self, page: int) -> bool:
         return page >= self._num_pages
 
-    def cached(self) -> Bool[np.ndarray, "pages"]:
+    def evictable(self) -> Bool[np.ndarray, "pages"]:
+        """Which pages are spare or cached."""
         return (self.refs == 0) & (self.frozen == 0) & (self.pinned == 0) & self.committed
 
     def counts(self) -> PageCounts:
         free, sums = len(self.free), self.sums
         pinned = sums.held - sums.active - sums.resting
         base = int(self._bases_alone().sum()) if self.derived else 0
-        return PageCounts(free, sums.active, sums.resting, pinned, base, len(self) - free - sums.held - base)
+        spare = int((self.spare & self.evictable()).sum()) if self.derived else 0
+        cached = len(self) - free - sums.held - base - spare
+        return PageCounts(free, sums.active, sums.resting, pinned, base, spare, cached)
 
     def _bases_alone(self) -> Bool[np.ndarray, "pages"]:
         """Which pages are in state `base`."""
@@ -129,13 +135,13 @@ class PagePool:
 
     @property
     def num_spares(self) -> int:
-        """Pages of the store that are spare."""
+        """Pages of the store whose content derived pages have too, also those that are active or kept."""
         return int(np.count_nonzero(self.spare))
 
     def oldest_evictable(self, count: int) -> list[int]:
         """The `count` pages to evict first, unsorted: spare ones, then what was used longest ago. All if there are
         fewer. A page on which others rest is not among them."""
-        pages = np.flatnonzero(self.cached() & (self.rested_on == 0))
+        pages = np.flatnonzero(self.evictable() & (self.rested_on == 0))
         if count < len(pages):
             age = np.where(self.spare[pages], self.last_used[pages] - self._clock, self.last_used[pages])
             pages = pages[np.argpartition(age, count)[:count]]
@@ -244,7 +250,7 @@ class PagePool:
         """Raise AssertionError unless every page is in exactly one state."""
         counts, everything = self.counts(), list(range(len(self)))
         assert self._sums_of(everything) == self.sums
-        assert counts.cached == self.cached()[: len(self)].sum()
+        assert counts.cached + counts.spare == self.evictable()[: len(self)].sum()
         assert sum(dataclasses.astuple(counts)) == len(self)
         assert len(set(self.free)) == len(self.free)
         for holders in (self.refs, self.frozen, self.pinned, self.committed, self.rested_on, self.needed):

@@ -106,6 +106,11 @@ class Run:
         last = self.nodes[-1]
         return self.offset + self.length - sum(node.length for node in self.nodes[:-1]) <= last.exact
 
+    def before(self, end: int) -> Run:
+        """Its part before this prompt token."""
+        nodes = [node for node, start in self.places() if start < end]
+        return Run(self.start, end - self.start, nodes, self.offset)
+
     def places(self) -> Iterator[tuple[Node, int]]:
         """Each node, and the index in the prompt that its first token would have."""
         start = self.start - self.offset
@@ -131,12 +136,15 @@ class SegmentSearch:
         windows: WindowIndex,
         page_size: int,
         last_used: Int64[np.ndarray, "pages"],
+        enough: int = sys.maxsize,
     ) -> None:
         """
         Args:
           prompt: the ids of all tokens.
           namespace: only its nodes are searched.
           last_used: when each page of the store was last used; a larger number is later.
+          enough: of donors with so many tokens of a run, the one that was used last is taken, and not the longest. Runs
+            of approximate donors then end where an exact one has as many.
         """
         self._prompt = prompt
         self._bytes = prompt.tobytes()
@@ -144,6 +152,7 @@ class SegmentSearch:
         self._windows = windows
         self._page_size = page_size
         self._last_used = last_used
+        self._enough = enough
         self._budget = COMPARISON_BUDGET
 
     def run(self, begin: int, min_segment: int) -> list[Run]:
@@ -155,7 +164,8 @@ class SegmentSearch:
         while i < len(anchors):
             run = self._best(values[i], anchors[i], begin, min_segment) if values[i] in self._windows else None
             if run is not None:
-                runs.append(self._best_of_next_anchors(run, anchors, values, i, begin))
+                run = self._best_of_next_anchors(run, anchors, values, i, begin)
+                runs.append(self._up_to_exact(run, anchors, values, i, min_segment))
                 begin = runs[-1].start + runs[-1].length
                 i = bisect_left(anchors, begin, i)
             elif self._budget > 0:
@@ -179,8 +189,12 @@ class SegmentSearch:
         return runs
 
     def _rank(self, run: Run) -> tuple[bool, int, int]:
-        """An exact run is better than an approximate one, then a longer one, then one that was used more recently."""
-        return run.exact, run.length, int(self._last_used[run.nodes[-1].pages[0]])
+        """An exact run is better than an approximate one, then a longer one, then one that was used more recently.
+
+        Of a run, the page in its middle says when: those at its ends are of the runs beside it too.
+        """
+        middle = run.nodes[len(run.nodes) // 2]
+        return run.exact, min(run.length, self._enough), int(self._last_used[middle.pages[0]])
 
     def _best(self, value: int, at: int, floor: int, least: int) -> Run | None:
         """The best run of at least `least` tokens through prompt tokens `at` .. `at` + 7, whose hash is `value`.
@@ -206,10 +220,26 @@ class SegmentSearch:
         for j in range(i + 1, bisect_left(anchors, anchors[i] + WINDOW, i)):
             if values[j] not in seen and self._budget > 0:
                 seen.add(values[j])
-                run = self._best(values[j], anchors[j], floor, best.length if best.exact else 1)
+                run = self._best(values[j], anchors[j], floor, min(best.length, self._enough) if best.exact else 1)
                 if run is not None and run.start <= best.start and self._rank(run) > self._rank(best):
                     best = run
         return best
+
+    def _up_to_exact(self, run: Run, anchors: list[int], values: list[int], i: int, min_segment: int) -> Run:
+        """An approximate run, found at anchor `i`, up to where an exact one begins that is long enough.
+
+        That one itself, if too little is before it.
+        """
+        end = run.start + run.length
+        if run.exact or run.length < self._enough:
+            return run
+        while (i := i + 1) < len(anchors) and anchors[i] < end and self._budget > 0:
+            exact = self._best(values[i], anchors[i], run.start, 1) if self._windows.has_exact(values[i]) else None
+            if exact is not None and exact.exact and exact.length >= self._enough:
+                return run.before(exact.start) if exact.start - run.start >= min_segment else exact
+            if exact is not None and exact.exact:
+                i = bisect_left(anchors, exact.start + exact.length, i) - 1
+        return run
 
     def _run_around(self, node: Node, offset: int, at: int, floor: int) -> Run | None:
         """The longest run that has the token at `offset` of `node` as prompt token `at`. None if they differ.

@@ -151,6 +151,10 @@ class WindowIndex:
         """Whether a window with this hash is stored, which costs a dictionary lookup."""
         return value in self._exact or value in self._approximate
 
+    def has_exact(self, value: int) -> bool:
+        """Whether a window with this hash is stored in exact content."""
+        return value in self._exact
+
     def candidates(self, value: int) -> Iterator[tuple[Node, int]]:
         """At most 16 places with this hash: exact ones before approximate ones, and in each the newest first."""
         return itertools.islice(self.places(value), MAX_CANDIDATES)

@@ -191,7 +191,7 @@ class Runner:
           late: what is copied later, before the first layer that reads it.
         """
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
-        signals = signals_for(phase.signal for phase in requests[0].phases)
+        signals = signals_for((phase.signal for phase in requests[0].phases), self.engine.mirrors)
         plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
         state = embed_rows(self.params, rows, decoder=self.decoder, requests=len(plan.page_tables))
         first = min(request.first_reading_layer(self.model.num_layers) for request in requests)

@@ -6,6 +6,8 @@ and neither are those of fresh rows and padding.
 
 A signal may write K and V into the store: at the boundary's layer for any of its rows, at later layers for fresh rows
 only. What it writes for rows that do not go on stays, so it must be at least as near to the truth as what it replaces.
+Mirrors keep what is written for reused rows, and take it that a new signal writes all that it may
+(`sparsex_jax.reuse.schedule.written_depth`).
 """
 
 from __future__ import annotations
@@ -48,7 +50,11 @@ class Boundary(NamedTuple):
 
     def fresh_rows(self) -> tuple[Rows, Hidden]:
         """The fresh ones among the rows, in the same shape with padding at the end, and their hidden states."""
-        rows, origin = self.rows.select(self.fresh[self.rows.index] & self.rows.valid)
+        return self.select(self.fresh[self.rows.index] & self.rows.valid)
+
+    def select(self, keep: Bool[Array, "rows"]) -> tuple[Rows, Hidden]:
+        """These of the rows, in the same shape with padding at the end, and their hidden states."""
+        rows, origin = self.rows.select(keep)
         return rows, self.hidden.at[origin].get(mode="fill", fill_value=0)
 
     def reused_rows(self) -> Bool[Array, "rows"]:
@@ -74,7 +80,20 @@ def key_mass(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     row at this layer are computed from them first: the score then rests on true keys, and one more layer of
     KV is right, for the price of two small projections.
     """
-    store = _refresh_kv(boundary, store)
+    return _mass_of_fresh(boundary, _refresh_kv(boundary, store))
+
+
+def key_mass_of_copies(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+    """The same, but at layer 0 reused rows keep what was copied, which is as right there, up to rounding.
+
+    For stores with mirrors: they would have to keep every row that is written in place of a copy.
+    """
+    rows = boundary.rows
+    written, hidden = boundary.select(rows.valid & (boundary.fresh[rows.index] | (boundary.layer > 0)))
+    return _mass_of_fresh(boundary, _refresh_kv(boundary._replace(rows=written, hidden=hidden), store))
+
+
+def _mass_of_fresh(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     rows, hidden = boundary.fresh_rows()
     mass = boundary.forward.no_mass(store)
     return store, boundary.at_rows(add_key_mass(boundary.forward, boundary.layer, store, rows, hidden, mass))
@@ -178,6 +197,8 @@ BUILT_IN: dict[str, Signal] = {
     "kv_deviation": kv_deviation,
     "given": given,
 }
+# What stands for some of them where the store has mirrors.
+WITH_MIRRORS: dict[str, Signal] = {"key_mass": key_mass_of_copies}
 SIGNALS = dict(BUILT_IN)  # and those that `signal` registers
 
 
@@ -197,10 +218,14 @@ def signal(name: str) -> Callable[[Signal], Signal]:
     return register
 
 
-def signals_for(names: Iterable[str | None]) -> dict[str, Signal]:
-    """The signals to compile a prefill with that asks for these: those of this package, and others among them."""
+def signals_for(names: Iterable[str | None], mirrors: bool = False) -> dict[str, Signal]:
+    """The signals to compile a prefill with that asks for these: those of this package, and others among them.
+
+    Args:
+      mirrors: the store has mirrors.
+    """
     own = {name: SIGNALS[name] for name in sorted(filter(None, names)) if name in SIGNALS and name not in BUILT_IN}
-    return BUILT_IN | own
+    return BUILT_IN | (WITH_MIRRORS if mirrors else {}) | own
 
 
 def _refresh_kv(boundary: Boundary, store: AnyStore) -> AnyStore:

@@ -15,6 +15,7 @@ from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.prompt import PromptMap
 
 _WITHOUT_A_PASS = ("key_mass", "kv_deviation", "given")  # signals of this package that run no layers
+_WRITE_FRESH_ONLY = ("probe_mass", "probe_focus", "probe_square", "probe_last", "given")
 MAX_BOUNDARIES = 4  # phases after the first; a shape of the compiled prefill, which is the same for all schedules
 
 
@@ -75,10 +76,10 @@ class Phase:
 def written_depth(
     phases: Sequence[Phase], computed: Bool[np.ndarray, "phases tokens"], num_layers: int
 ) -> Int64[np.ndarray, "tokens"]:
-    """How many layers of each token, from the first on, have KV that a prefill wrote, and not a copy.
+    """How many layers of each token, from the first on, have KV that a prefill with mirrors wrote, and not a copy.
 
     A signal may write K and V of all rows that it scores, at its phase's first layer, which the masks do not say. With
-    5 layers, phases from 0, 2 and 4 on, and a signal at 2:
+    5 layers, phases from 0, 2 and 4 on, and the signal `key_mass` at 2:
 
         computed in phase   0 1 2    0 1    0    none
         depth                   5      4    3       0
@@ -90,11 +91,18 @@ def written_depth(
     for number, phase in enumerate(phases):
         if phase.start >= num_layers:
             break
-        if number and phase.signal is not None:
+        if number and _writes_reused(phase):
             depth[computed[number - 1]] = np.maximum(depth, phase.start + 1)[computed[number - 1]]
         end = phases[number + 1].start if number + 1 < len(phases) else num_layers
         depth[computed[number]] = np.maximum(depth, min(end, num_layers))[computed[number]]
     return depth
+
+
+def _writes_reused(phase: Phase) -> bool:
+    """Whether its signal may write K and V of reused tokens, in a prefill with mirrors
+    (`sparsex_jax.device.signals.WITH_MIRRORS`)."""
+    at_layer_0 = phase.signal == "key_mass" and phase.start == 0
+    return phase.signal is not None and phase.signal not in _WRITE_FRESH_ONLY and not at_layer_0
 
 
 def check_schedule(method: str, phases: Sequence[Phase], prompt: PromptMap, num_layers: int) -> None:

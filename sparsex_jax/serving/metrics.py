@@ -32,7 +32,7 @@ _FOUND = ("prefix", "approximate_prefix", "segment")
 _REQUEST_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 _TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-_STATES = ("free", "active", "frozen", "pinned", "base", "cached")
+_STATES = ("free", "active", "frozen", "pinned", "base", "spare", "cached")
 
 
 class Metrics:

@@ -454,6 +454,7 @@ class Store(BaseModel):
 
     Attributes:
       base: pages of which nothing is left but rows that mirrors are made of.
+      spare: pages of sequences that are stored as mirrors too. They are evicted first, and nothing is lost then.
       derived: pages of sequences that are stored as mirrors.
       saved: how many pages more the store would need without that.
       patch_rows: rows of single layers that mirrors have of their own.
@@ -467,6 +468,7 @@ class Store(BaseModel):
     frozen: int
     pinned: int
     base: int
+    spare: int
     cached: int
     pins: int
     derived: int

@@ -8,13 +8,16 @@ const MEANING = {
   frozen: "documents, kept until they are forgotten",
   pinned: "kept for a time, as agents asked",
   base: "that mirrors are made of",
+  spare: "that mirrors can make again",
   cached: "of earlier prompts, kept until room is needed",
   free: "empty",
 };
 
+const OF_MIRRORS = ["base", "spare"];
+
 export function paintStore(store) {
   const { pages, free, page_size: size } = store;
-  const states = Object.keys(MEANING).filter((state) => state !== "base" || store.base);
+  const states = Object.keys(MEANING).filter((state) => !OF_MIRRORS.includes(state) || store[state]);
   const parts = Object.fromEntries(states.map((state) => [state, store[state]]));
   for (const id of ["store-bar", "store-large"]) fillBar($(id), parts, (state) => state);
   $("store-text").textContent = `${pages - free} of ${pages} pages`;

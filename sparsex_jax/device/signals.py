@@ -83,7 +83,7 @@ def key_mass(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     return _mass_of_fresh(boundary, _refresh_kv(boundary, store))
 
 
-def key_mass_of_copies(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def key_mass_of_copies(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     """The same, but at layer 0 reused rows keep what was copied, which is as right there, up to rounding.
 
     For stores with mirrors: they would have to keep every row that is written in place of a copy.
@@ -93,7 +93,7 @@ def key_mass_of_copies(boundary: Boundary, store: Store) -> tuple[Store, Scores]
     return _mass_of_fresh(boundary, _refresh_kv(boundary._replace(rows=written, hidden=hidden), store))
 
 
-def _mass_of_fresh(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def _mass_of_fresh(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     rows, hidden = boundary.fresh_rows()
     mass = boundary.forward.no_mass(store)
     return store, boundary.at_rows(add_key_mass(boundary.forward, boundary.layer, store, rows, hidden, mass))

@@ -363,7 +363,8 @@ def forward(params: Params, config: ModelConfig, tokens: jax.Array) -> Trace:
 def forward_layer(layer: OneLayer, hidden: jax.Array, rows: Rows, shape: tuple[int, int]) -> tuple[jax.Array, Trace]:
     """One layer for the rows of `[batch, length]` sequences, with attention that has gradients and needs no store."""
     fused: Literal["cudnn"] | None = "cudnn" if jax.default_backend() == "gpu" else None
-    heads = (model.queries(layer, hidden, rows), *model.keys_values(layer, hidden, rows))
+    new = model.keys_values(layer, hidden, rows)
+    heads = (model.queries(layer, hidden, rows), new.keys, new.values)
     q, k, v = (x.reshape(*shape, *x.shape[1:]) for x in heads)
     attended = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=fused)
     hidden = hidden + jnp.einsum("rnd,ndh->rh", attended.reshape(heads[0].shape), layer.layers.wo[0])

@@ -138,6 +138,10 @@ class Engine:
         self.mesh = check_mesh(mesh or make_mesh(), model)
         config = config or EngineConfig()
         config = dataclasses.replace(config, max_adapters=config.max_adapters or len(adapters))
+        require(
+            config.max_adapters > 0 or not config.share_adapters,
+            "share_adapters needs max_adapters above 0, or adapters",
+        )
         self.config = _with_dtype_of(params, config, self.mesh)
         check_range(params, self.config)
         if self.config.kv_dtype == "fp8" and _platform(self.mesh) == "cpu":
@@ -257,6 +261,7 @@ class Engine:
         pin: Pin | None = None,
         round: Round | None = None,
         adapter: str | None = None,
+        sharing: str = "isolated",
     ) -> Generation:
         """Generate from text, token ids or chat messages, reusing what the namespace has stored.
 
@@ -274,6 +279,12 @@ class Engine:
             adapter only. An activated one acts from its invocation sequence on, where that is in the prompt: what
             stands before it is the base model's, for all to find. `Report.adapter` says on how many tokens it acted.
             None: the base model alone.
+          sharing: what it finds of others' work, where `EngineConfig.share_adapters` is on. `isolated`: nothing, and
+            its answers are exact. `pre_lr`: what all wrote that ask for `pre_lr` or `refresh`, with its own part of
+            values in place of the writer's. `refresh`: the same, but as segments, which the method of `reuse` repairs:
+            sparsex computes again what the new tokens look at most. `rebase`: what the model computed without adapters
+            of prompts and answers of those that ask for `rebase`; that is done while nothing is in line, by `heal` or a
+            server. `Report.sharing` says what was read. See `reuse/README.md`.
 
         Raises:
           UnknownAdapterError: no adapter of that name is loaded; the message lists those that are.
@@ -285,7 +296,7 @@ class Engine:
             cancelled and not kept.
         """
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "pin": pin, "round": round}
-        return self.generate_batch([prompt], sampling, adapter=adapter, **options)[0]
+        return self.generate_batch([prompt], sampling, adapter=adapter, sharing=sharing, **options)[0]
 
     def generate_batch(
         self,
@@ -298,12 +309,13 @@ class Engine:
         pin: Pin | None = None,
         round: Round | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        sharing: str | Sequence[str] = "isolated",
         return_logits: bool = False,
     ) -> list[Generation]:
         """Generate for several prompts, prefilled in few plans and decoded together as far as they fit. As `generate`.
 
         Args:
-          sampling, namespace, adapter: one for all prompts, or one for each.
+          sampling, namespace, adapter, sharing: one for all prompts, or one for each.
           pin: of all prompts and answers together, in each namespace.
           round: each prompt is a member, in its namespace.
           return_logits: give the logits of each first token too.
@@ -312,13 +324,16 @@ class Engine:
         samplings = _of_each("sampling", SamplingParams, sampling, len(prompts))
         namespaces = _of_each("namespace", str, namespace, len(prompts))
         adapters = _of_each("adapter", str | None, adapter, len(prompts))
+        sharings = _of_each("sharing", str, sharing, len(prompts))
         options: dict[str, Any] = {"reuse": reuse, "keep": keep, "wants_logits": return_logits}
         options |= {"pinning": _pinning(pin)}
         sequences = [
             self.loop.requests.generation(
-                prompt, params, namespace=name, adapter=its_adapter, member=_member(round), **options
+                prompt, params, namespace=name, adapter=its_adapter, sharing=shared, member=_member(round), **options
             )
-            for prompt, params, name, its_adapter in zip(prompts, samplings, namespaces, adapters, strict=True)
+            for prompt, params, name, its_adapter, shared in zip(
+                prompts, samplings, namespaces, adapters, sharings, strict=True
+            )
         ]
         self.loop.complete(sequences)
         return [_generation(each) for each in sequences]
@@ -331,9 +346,11 @@ class Engine:
         namespace: str = DEFAULT_NAMESPACE,
         keep: bool = True,
         adapter: str | None = None,
+        sharing: str = "isolated",
     ) -> Prefill:
         """The logits of the token that would follow. Arguments and errors as `generate`."""
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "adapter": adapter}
+        options |= {"sharing": sharing}
         asked = self.loop.requests.prefill(prompt, wants_logits=True, **options)
         self.loop.complete([asked])
         assert asked.logits is not None
@@ -348,6 +365,7 @@ class Engine:
         reuse: ReuseConfig | None = None,
         namespace: str = DEFAULT_NAMESPACE,
         adapter: str | None = None,
+        sharing: str = "isolated",
     ) -> Iterator[sequence.Sequence]:
         """Prefill a prompt and hold its pages while the context is open, for code that reads its KV.
 
@@ -355,6 +373,7 @@ class Engine:
         and errors as `generate`. Calls within the context have what is left of the store.
         """
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": False, "adapter": adapter}
+        options |= {"sharing": sharing}
         held = self.loop.requests.prefill(prompt, hold=True, **options)
         self.loop.complete([held])
         try:

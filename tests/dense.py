@@ -9,6 +9,8 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from sparsex_jax.model.store import kv_of
+
 
 def _norm(x, scale, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
@@ -225,5 +227,5 @@ def engine_logits(engine, tokens, **kwargs):
 def stored_kv(engine, slots):
     """K and V [layers, slots, heads, head_dim] that the engine's store holds in these slots."""
     page, offset = np.divmod(np.asarray(slots), engine.config.page_size)
-    rows = engine.runner.store[:, jnp.asarray(page), :, :, jnp.asarray(offset)]
+    rows = kv_of(engine.runner.store)[:, jnp.asarray(page), :, :, jnp.asarray(offset)]
     return np.moveaxis(np.asarray(rows), 0, 1)[:, :, 0], np.moveaxis(np.asarray(rows), 0, 1)[:, :, 1]

@@ -124,6 +124,7 @@ class ScriptedLoop:
         pinning=None,
         member=None,
         adapter=None,
+        sharing="isolated",
         delay_s=0.0,
         listener,
     ):

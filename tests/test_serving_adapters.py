@@ -507,3 +507,28 @@ def test_metrics_and_the_log_name_adapters(http, log):
     wait_for(lambda: len(log.read_text().splitlines()) > 1)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert {None, "north"} <= {line["adapter"] for line in lines if line["endpoint"] == "/v1/completions"}
+
+
+@pytest.mark.slow
+def test_adapters_share_what_they_are_asked_to(folders):
+    engine = make_engine(max_adapters=2, share_adapters=True)
+    for name in ("north", "south"):
+        engine.load_adapter(name, folders[name])
+
+    def found(reply):
+        report = reply.json()["sparsex"]
+        return report["prefix_tokens"], report["approximate_prefix_tokens"], report.get("sharing")
+
+    with live_server(engine) as live, live.http() as client:
+        asked = {"sharing": "pre_lr", "reuse": {"method": "prefix", "only_if_faster": False}}
+        assert found(complete(client, "north", **asked)) == (0, 0, {"mode": "pre_lr", "cross_adapter_tokens": 0})
+        prefix, others, shared = found(complete(client, "south", **asked))
+        assert prefix == 0 < others
+        assert shared == {"mode": "pre_lr", "cross_adapter_tokens": others}
+        assert found(complete(client, "south", reuse=asked["reuse"])) == (0, 0, None)
+        for fields, why in (
+            ({"sharing": "all"}, "sharing"),
+            ({"model": None, "sharing": "pre_lr"}, "needs an adapter"),
+        ):
+            refused = client.post("/v1/completions", json={"model": "north", "prompt": PROMPT} | fields)
+            assert (refused.status_code, why in refused.json()["error"]["message"]) == (400, True)

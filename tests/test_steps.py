@@ -43,7 +43,7 @@ def memory_of(step, store, *args, **static):
         return step(*([] if params is None else [params]), store, *rest, **static)
 
     compiled = jax.jit(flat, donate_argnums=0).lower(store, *leaves).compile()
-    return compiled.memory_analysis(), store.addressable_shards[0].data.nbytes
+    return compiled.memory_analysis(), sum(each.addressable_shards[0].data.nbytes for each in jax.tree.leaves(store))
 
 
 def assert_no_copy(memory, share):
@@ -106,6 +106,25 @@ def test_decode_does_not_copy_the_store(big_store):
     slot = BatchSlot(range(300), [1], SamplingParams(), pages=range(5))
     state = decode_state([slot], runner.shapes.max_pages, TINY.vocab_size)
     assert_no_copy(*memory_of(decode, runner.store, runner.params, state, decoder=runner.decoder, steps=16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_no_step_copies_a_store_that_adapters_share(devices):
+    """Nor what stands beside KV for them, which is 48 MB."""
+    config = {"store_tokens": 1 << 17, "max_adapters": 3, "max_adapter_rank": 8, "share_adapters": True}
+    engine = Engine.from_config(TINY, mesh=make_mesh(devices), page_size=64, **config)
+    runner = engine.runner
+    plan, rows = hybrid_plan(engine)
+    state = embed_rows(runner.params, rows, decoder=runner.decoder, requests=len(plan.page_tables))
+    static = {"decoder": runner.decoder, "signals": tuple(SIGNALS.values()), "chunk": 128}
+    until = jnp.int32(TINY.num_layers)
+    assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, state, until, **static))
+    slot = BatchSlot(range(300), [1], SamplingParams(), pages=range(5))
+    state = decode_state([slot], runner.shapes.max_pages, TINY.vocab_size, adapters=True)
+    assert_no_copy(*memory_of(decode, runner.store, runner.params, state, decoder=runner.decoder, steps=16))
+    copies = Copies(*[jnp.zeros(512, jnp.int32)] * 3, jnp.int32(0), jnp.int32(runner.model.num_layers))
+    assert_no_copy(*memory_of(align, runner.store, None, copies, decoder=runner.decoder))
 
 
 def test_alignment_does_not_copy_the_store(big_store):

@@ -122,6 +122,14 @@ STEPS = {
     "decode": lambda mesh: aot.lower_decode(LLAMA, engine_for(mesh), mesh, 8),
     "decode, few words": lambda mesh: aot.lower_decode(FEW_WORDS, engine_for(mesh), mesh, 8),  # sorting compiles sooner
 }
+SHARING = {"max_adapters": 4, "max_adapter_rank": 32, "share_adapters": True}
+for name, lower, size in (("align", aot.lower_align, 8192), ("prefill", aot.lower_prefill, 1024)):
+    STEPS[f"{name}, adapters that share KV"] = lambda mesh, lower=lower, size=size: lower(
+        LLAMA, dataclasses.replace(engine_for(mesh), **SHARING), mesh, size
+    )
+STEPS["decode, adapters that share KV"] = lambda mesh: aot.lower_decode(
+    FEW_WORDS, dataclasses.replace(engine_for(mesh), **SHARING), mesh, 8
+)
 PLACES = [("v5e", 4), ("v5e", 8), ("v6e", 1), ("v6e", 4), ("v6e", 8)]  # 8 billion weights do not fit one v5e
 QUICK = {("v5e", 8, "align"), ("v5e", 8, "load pages")}
 

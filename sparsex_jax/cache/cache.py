@@ -145,6 +145,7 @@ class PageCache:
         namespace: str,
         *,
         prefix: bool = True,
+        exact: bool = True,
         segments: bool | Callable[[int], bool] = True,
         min_segment: int = 16,
         accepts: Accepts | None = None,
@@ -159,6 +160,7 @@ class PageCache:
           tokens: the prompt's ids, none negative.
           namespace: only content that was committed under it is found.
           prefix: look for a prefix.
+          exact: whether a prefix that was committed as exact is that for who asks; else all of it is approximate.
           segments: look for segments behind the prefix, or whether to, by the number of tokens of the prefix.
           min_segment: the least length of a segment, in tokens.
           accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
@@ -174,7 +176,7 @@ class PageCache:
         found = self.tree.prefix(prompt, namespace, accepts and _asked_once(accepts))
         wanted = segments(found.num_tokens) if callable(segments) else segments
         runs = self._find_runs(tokens, namespace, found.num_tokens, min_segment, last_used) if wanted else []
-        match = self._match(found, runs)
+        match = self._match(found, runs, found.exact_tokens if exact else 0)
         self._matches.add(match)
         self._pool.hold(match.pages)
         if counted:
@@ -199,7 +201,7 @@ class PageCache:
         """When each page was last used, for a later `lookup`, by a clock that counts uses."""
         return self._pool.last_used.copy()
 
-    def _match(self, prefix: Prefix, runs: list[Run]) -> Match:
+    def _match(self, prefix: Prefix, runs: list[Run], exact_tokens: int) -> Match:
         start = len(prefix.nodes) * self.page_size
         tail = Run(start, prefix.tail_tokens, [prefix.tail], 0) if prefix.tail else None
         copied = [tail, *runs] if tail else runs
@@ -209,7 +211,7 @@ class PageCache:
             prefix_tail=tail.segment(self.page_size) if tail else None,
             segments=[run.segment(self.page_size) for run in runs],
             num_prefix_tokens=prefix.num_tokens,
-            num_exact_tokens=prefix.exact_tokens,
+            num_exact_tokens=exact_tokens,
             pages=tuple(dict.fromkeys(pages)),
         )
 
@@ -321,6 +323,7 @@ class PageCache:
         exact_tokens: int,
         start: int = 0,
         made_by: object = None,
+        twins: bool = True,
     ) -> None:
         """Let later lookups find a sequence whose token `i` is in slot `i` of its pages laid end to end.
 
@@ -345,6 +348,8 @@ class PageCache:
           exact_tokens: how many leading tokens have the KV that full recompute gives.
           start: the position that tokens[0] was computed at. Only a sequence from 0 can become a prefix.
           made_by: what computed the tokens that are not exact; lookups ask their `accepts` about it.
+          twins: index also those exact pages whose tokens another one has in the same place. False: that one stands for
+            them, and what follows them follows it.
 
         Raises:
           ValueError: a page is not held, or was committed with other tokens, another position or another namespace.
@@ -354,7 +359,7 @@ class PageCache:
         pages = list(pages)[: len(rows)]
         keys = [row[row >= 0].tobytes() for row in rows]
         self._require_commitable(pages, tokens, keys, namespace, exact_tokens, start)
-        new = self._attach(pages, keys, namespace, exact_tokens, start, made_by)
+        new = self._attach(pages, keys, namespace, exact_tokens, start, made_by, twins)
         first_pages = [(i, node) for i, node in new if node.pages[0] == pages[i]]  # a twin's node is indexed already
         self._windows.add([node for _, node in first_pages], rows[[i for i, _ in first_pages]])
         for _, node in first_pages:
@@ -364,7 +369,14 @@ class PageCache:
                 self._drop(worse)
 
     def _attach(
-        self, pages: list[int], keys: list[bytes], namespace: str, exact_end: int, start: int, made_by: object
+        self,
+        pages: list[int],
+        keys: list[bytes],
+        namespace: str,
+        exact_end: int,
+        start: int,
+        made_by: object,
+        twins: bool = True,
     ) -> list[tuple[int, Node]]:
         """Put pages into the tree. Returns those that were not there, as numbers in the sequence, with their nodes."""
         parent: Node | None = None
@@ -377,14 +389,16 @@ class PageCache:
                 if self._pool.committed[page]:
                     self._unindex([page])
                 exact = min(max(exact_end - i * self.page_size, 0), len(key) // TOKEN_BYTES)
-                better = self.tree.exact_node(parent, namespace, key, position) if exact < self.page_size else None
+                looks = exact < self.page_size or not twins
+                better = self.tree.exact_node(parent, namespace, key, position) if looks else None
                 if better is None:
                     parent = self.tree.attach(page, parent, namespace, key, position, exact, made_by)
                     self._pool.committed[page] = True
                     new.append((i, parent))
                 else:
                     self.pins.move([page], better.pages[0])
-                    parent, exact_end = better, 0  # what follows was computed behind this page, not behind that one
+                    # What follows was computed behind this page, not behind that one.
+                    parent, exact_end = better, exact_end if not twins else 0
             if parent.exact < self.page_size:
                 exact_end = 0
         return new

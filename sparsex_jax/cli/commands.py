@@ -143,6 +143,7 @@ def serve(
     adapters: options.Adapters = None,
     max_adapters: serve_options.MaxAdapters = None,
     max_adapter_rank: serve_options.MaxAdapterRank = None,
+    share_adapters: serve_options.ShareAdapters = False,
     allow_adapter_updates: serve_options.AllowAdapterUpdates = False,
     host_store: serve_options.HostStore = "0",
     disk_store: serve_options.DiskStore = None,
@@ -199,6 +200,7 @@ def serve(
                 adapters=options.parse_adapters(adapters or ()),
                 max_adapters=max_adapters,
                 max_adapter_rank=max_adapter_rank,
+                share_adapters=share_adapters,
                 **options.tiers(host_store, disk_store),
             ),
             Limits(

@@ -52,6 +52,7 @@ class EngineChoice:
     adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)  # what they are loaded from, by name
     max_adapters: int | None = None  # None: as many as are named
     max_adapter_rank: int | None = None  # None: as large as theirs, and 16 at least
+    share_adapters: bool = EngineConfig.share_adapters
 
     def defaults(self, model: ModelConfig) -> Defaults:
         """How the engine reuses KV where a request does not say, and why."""
@@ -86,6 +87,7 @@ class EngineChoice:
             adapters=self.adapters,
             max_adapters=slots,
             max_adapter_rank=rank,
+            share_adapters=self.share_adapters,
         )
 
     @property

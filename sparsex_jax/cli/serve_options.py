@@ -97,6 +97,15 @@ MaxAdapters = Annotated[
         min=0,
     ),
 ]
+ShareAdapters = Annotated[
+    bool,
+    _in(
+        _STORE,
+        "Let requests under different adapters share KV, as each asks. Adapters on keys are refused then, and so are "
+        "activated ones on values.",
+        "--share-adapters/--no-share-adapters",
+    ),
+]
 MaxAdapterRank = Annotated[
     int | None,
     _in(

@@ -67,6 +67,11 @@ class EngineConfig:
         products of an 8B model, and take 0.7 GB in bfloat16. 0: none, and the compiled programs know of none.
       max_adapter_rank: the largest rank of an adapter, a multiple of 8, at most 128. Smaller ones take as much room.
         Kernels for Hopper GPUs take part where max_adapters * max_adapter_rank is a multiple of 64.
+      share_adapters: let requests under different adapters share KV, where they ask for it (`sharing` of
+        `Engine.generate`). Values are stored without what adapters add to them, and that beside them for all adapters
+        at once, in max_adapters * max_adapter_rank numbers a token and layer: for three adapters of rank 8,
+        SmolLM2-135M takes 6 % more bytes than for none, where three caches take 200 % more. Adapters on keys are
+        refused then, and so are activated ones on values. Excludes mirrors, host_store_bytes and kv_dtype='fp8'.
       host_store_bytes: host memory for KV that sequences leave; what the store evicts is loaded from there. 0: none.
       disk_store: a directory for the same, beside host memory; an engine of the same model finds it after a restart.
       disk_store_bytes: how large it may become.
@@ -93,6 +98,7 @@ class EngineConfig:
     mirrors: bool = False
     max_adapters: int = 0
     max_adapter_rank: int = 16
+    share_adapters: bool = False
     host_store_bytes: int = 0
     disk_store: str | None = None
     disk_store_bytes: int = 0
@@ -137,9 +143,24 @@ class EngineConfig:
             self.disk_store is None or self.host_store_bytes > 0,
             "disk_store needs host_store_bytes: what is read from the disk passes through host memory",
         )
-        require(isinstance(self.mirrors, bool), f"mirrors={self.mirrors!r} must be True or False")
+        for name in ("mirrors", "share_adapters"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"{name}={value!r} must be True or False")
+        self._check_sharing()
         limit = self.frozen_limit
         require(is_number(limit) and 0 < limit <= 1, f"frozen_limit={self.frozen_limit!r} must be in (0, 1]")
+
+    def _check_sharing(self) -> None:
+        """Raise InvalidRequestError where adapters are to share KV beside what cannot keep their part of it yet."""
+        if not self.share_adapters:
+            return
+        excluded = {
+            "mirrors": self.mirrors,
+            "host_store_bytes": self.host_store_bytes,
+            "kv_dtype='fp8'": self.kv_dtype == "fp8",
+        }
+        for name, is_on in excluded.items():
+            require(not is_on, f"share_adapters excludes {name}, which does not keep what adapters add to values")
 
     def _take_quantization_from_dtype(self) -> None:
         agree = self.quantization in ("auto", self.dtype)

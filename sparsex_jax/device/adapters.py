@@ -19,10 +19,12 @@ from jaxtyping import Float, Int
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.config.checks import require
 from sparsex_jax.model.adapters import TARGETS, AdapterWeights, Pair
-from sparsex_jax.model.low_rank import LowRank
+from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.matrices import Place
+from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.weights import describe
 
+_APART = ("wk", "wv")  # where adapters share KV: keys have none, and values have theirs in `ValuesApart`
 _INPUTS, _OUTPUTS = 1, 2  # axes of A and B; the other one of these two counts the ranks
 
 
@@ -49,10 +51,30 @@ def abstract_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dic
 
     made = {}
     for name, place in targets(model, mesh).items():
+        if engine.share_adapters and name in _APART:
+            continue
         inputs, outputs = place.divided
         a = shape(place.inputs, ranks, divided=(inputs, None))
         made[name] = LowRank(a, shape(ranks, place.outputs, divided=(None, outputs)), rank)
     return made
+
+
+def abstract_apart(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> ValuesApart | None:
+    """What adapters add to values where they share KV, as shapes with shardings; None where they do not.
+
+    Each device has all of A, and B of its KV heads.
+    """
+    if not engine.share_adapters:
+        return None
+    rank, slots = engine.max_adapter_rank, engine.max_adapters
+
+    def shape(*sizes: int, divided: PartitionSpec) -> Any:
+        sharding = NamedSharding(mesh, divided)
+        return jax.ShapeDtypeStruct((model.num_layers, *sizes), jnp.dtype(engine.dtype), sharding=sharding)
+
+    heads = PartitionSpec(None, None, TENSOR_AXIS)
+    b = shape(slots, model.num_kv_heads, rank, model.head_dim, divided=heads)
+    return ValuesApart(shape(model.hidden_size, slots * rank, divided=PartitionSpec()), b)
 
 
 def make_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dict[str, LowRank] | None:
@@ -62,6 +84,23 @@ def make_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dict[st
         return None
     stacks = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype, device=each.sharding), shapes)
     return {name: put(stack, 0, None) for name, stack in stacks.items()}
+
+
+def make_apart(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> ValuesApart | None:
+    """As `make_stacks`, for values where adapters share KV."""
+    shapes = abstract_apart(model, engine, mesh)
+    if shapes is None:
+        return None
+    zeros = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype, device=each.sharding), shapes)
+    return put_apart(zeros, 0, None)
+
+
+def check_shared(name: str, weights: AdapterWeights) -> None:
+    """Raise InvalidRequestError if an adapter cannot be one of those that share KV."""
+    about = f"adapter {name!r} does not fit an engine with share_adapters: it"
+    require("wk" not in weights.pairs, f"{about} adds to keys ('wk'), and what is added cannot be kept apart from them")
+    acts_late = "wv" in weights.pairs and len(weights.invocation) > 0
+    require(not acts_late, f"{about} adds to values ('wv') from its invocation sequence on, and not to all of a prompt")
 
 
 def check_pairs(name: str, weights: AdapterWeights, model: ModelConfig, mesh: Mesh) -> None:
@@ -93,18 +132,32 @@ def put(stack: LowRank, slot: int, pair: Pair | None) -> LowRank:
     return LowRank(_written(stack.a, a, at, _OUTPUTS), _written(stack.b, b, at, _INPUTS), stack.rank)
 
 
+def put_apart(apart: ValuesApart, slot: int, pair: Pair | None) -> ValuesApart:
+    """As `put`, for values that are stored without what adapters add to them."""
+    layers, _, heads, rank, head_dim = apart.b.shape
+    a = np.zeros((*apart.a.shape[:_OUTPUTS], rank), apart.a.dtype)
+    b = np.zeros((layers, rank, heads, head_dim), apart.b.dtype)
+    if pair is not None:
+        given = pair.a.shape[_OUTPUTS]
+        a[:, :, :given] = pair.a
+        b[:, :given] = pair.b.reshape(layers, given, heads, head_dim)
+    by_head = b.transpose(0, 2, 1, 3)[:, None]
+    made = _written(apart.a, a, np.int32(slot * rank), _OUTPUTS)
+    return ValuesApart(made, _written(apart.b, by_head, np.int32(slot), axis=1))
+
+
 def _written(stack: Array, part: np.ndarray, at: np.int32, axis: int) -> Array:
     return _write(stack, jax.device_put(part, stack.sharding), at, axis=axis, placed=stack.sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "placed"))
 def _write(
-    stack: Float[Array, "layers m n"],
-    part: Float[Array, "layers _ _"],
+    stack: Float[Array, "layers *sizes"],
+    part: Float[Array, "layers *_"],
     at: Int[Array, ""],
     *,
     axis: int,
     placed: NamedSharding,
-) -> Float[Array, "layers m n"]:
+) -> Float[Array, "layers *sizes"]:
     """The stack is not donated: what is under way still reads it."""
     return lax.with_sharding_constraint(lax.dynamic_update_slice_in_dim(stack, part, at, axis), placed)

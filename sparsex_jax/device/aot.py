@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstr
 from jax.stages import Lowered
 
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
-from sparsex_jax.device.adapters import abstract_stacks
+from sparsex_jax.device.adapters import abstract_apart, abstract_stacks
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
 from sparsex_jax.device.prefill import align, prefill
@@ -29,14 +29,13 @@ from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import TENSOR_AXIS
-from sparsex_jax.model.store import abstract_store
+from sparsex_jax.model.store import AnyStore, abstract_any_store, abstract_store
 from sparsex_jax.model.weights import Params, abstract_params
 from sparsex_jax.reuse.methods import Method, SparseX
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.layout import Store
 
 # The TPU kernels and nothing else, whether they have been validated on a device or not.
 TPU = Backend("tpu", preferred=("tpu",))
@@ -88,13 +87,13 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
     plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(BUILT_IN.values()), "chunk": chunk}
-    params, store = _params(model, engine, mesh), abstract_store(model, engine, mesh)
+    params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
     hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
     boundaries = plan.boundaries
     active, covered = jnp.zeros(boundaries.forced.shape, bool), jnp.zeros(boundaries.budget.coverage.shape)
     state = PrefillState(jnp.int32(0), rows, hidden, active, covered)
 
-    def step(store: Store, params: Params, plan: PrefillPlan, state: PrefillState, until: jax.Array) -> Any:
+    def step(store: AnyStore, params: Params, plan: PrefillPlan, state: PrefillState, until: jax.Array) -> Any:
         return prefill(params, store, plan, state, until, **static)
 
     return _lower(step, mesh, store, params, plan, state, jnp.int32(model.num_layers))
@@ -105,13 +104,15 @@ def lower_probe(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
     shapes = Shapes.of_engine(model, engine, platform="tpu")
     plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
-    params, store = _params(model, engine, mesh), abstract_store(model, engine, mesh)
+    params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
     hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
     focus = jnp.zeros((len(plan.page_tables), shapes.max_pages * engine.page_size))
     layers = model.num_layers
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "layers": layers, "watched": layers // 2, "chunk": chunk}
 
-    def step(store: Store, params: Params, tables: jax.Array, rows: Rows, looking: jax.Array, state: ProbeState) -> Any:
+    def step(
+        store: AnyStore, params: Params, tables: jax.Array, rows: Rows, looking: jax.Array, state: ProbeState
+    ) -> Any:
         return probe(params, store, tables, rows, looking, state, **static)
 
     state = ProbeState(jnp.int32(0), hidden, focus)
@@ -124,7 +125,7 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
     slot = BatchSlot(prompt=[0], answer=[0], sampling=SamplingParams(), pages=[0])
     state = decode_state([slot] * num_requests, shapes.max_pages, model.vocab_size, adapters=shapes.adapters)
     static = {"decoder": Decoder(model, Ops(mesh, TPU)), "steps": engine.decode_steps}
-    params, store = _params(model, engine, mesh), abstract_store(model, engine, mesh)
+    params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
     return _lower(lambda store, params, state: decode(params, store, state, **static), mesh, store, params, state)
 
 
@@ -134,7 +135,7 @@ def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
     slots = jnp.zeros(size, jnp.int32)
     copies = Copies(slots, slots, slots, jnp.int32(0), jnp.int32(model.num_layers))
     decoder = Decoder(model, Ops(mesh, TPU))
-    store = abstract_store(model, engine, mesh)
+    store = abstract_any_store(model, engine, mesh)
     return _lower(lambda store, copies: align(store, copies, decoder=decoder), mesh, store, copies)
 
 
@@ -156,14 +157,15 @@ def lower_scatter(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_page
 
 def _params(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Params:
     params = abstract_params(model, engine.dtype, mesh)
-    return params.replace(adapters=abstract_stacks(model, engine, mesh))  # type: ignore[attr-defined]
+    stacks, apart = abstract_stacks(model, engine, mesh), abstract_apart(model, engine, mesh)
+    return params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
 
 
-def _lower(step: Callable[..., Any], mesh: Mesh, store: jax.ShapeDtypeStruct, *args: Any) -> Lowered:
+def _lower(step: Callable[..., Any], mesh: Mesh, store: Any, *args: Any) -> Lowered:
     """A step with the store donated. It is lowered on leaves, because checked dataclasses take nothing but arrays."""
     leaves, tree = jax.tree.flatten(args)
 
-    def flat(store: Store, *leaves: jax.Array) -> Any:
+    def flat(store: AnyStore, *leaves: jax.Array) -> Any:
         return step(store, *jax.tree.unflatten(tree, leaves))
 
     with lowering_for(mesh):

@@ -19,10 +19,11 @@ from jaxtyping import Float, Int, UInt32
 from sparsex_jax.device.sampling import Sampled, Sampling, nothing_sampled, sample_step
 from sparsex_jax.model import decoder as model
 from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
-from sparsex_kernels.layout import PageTables, Store
+from sparsex_kernels.layout import PageTables
 
 # Between two turns of a loop a GPU pauses for 5 us, where a layer of an 8B model takes 120 to 160.
 LAYERS_UNROLLED = 4
@@ -53,13 +54,13 @@ class DecodeState:
 @functools.partial(jax.jit, static_argnames=("decoder", "steps"), donate_argnames="store")
 def decode(
     params: Params,
-    store: Store,
+    store: AnyStore,
     state: DecodeState,
     limit: Int[Array, ""] | int | None = None,
     *,
     decoder: Decoder,
     steps: int,
-) -> tuple[Store, DecodeState, Sampled]:
+) -> tuple[AnyStore, DecodeState, Sampled]:
     """Generate up to `steps` tokens for each request.
 
     Args:
@@ -70,14 +71,14 @@ def decode(
       `sampling.NON_FINITE` where it failed, which ends it.
     """
 
-    def body(carry: tuple[Array, Array, DecodeState, Sampled]) -> tuple[Array, Array, DecodeState, Sampled]:
+    def body(carry: tuple[Array, AnyStore, DecodeState, Sampled]) -> tuple[Array, AnyStore, DecodeState, Sampled]:
         step, store, state, out = carry
         store, scores = forward(params, store, state, decoder=decoder)
         state, new = choose(scores, state)
         out = jax.tree.map(lambda all_steps, one: lax.dynamic_update_slice_in_dim(all_steps, one, step, 1), out, new)
         return step + 1, store, state, out
 
-    def running(carry: tuple[Array, Array, DecodeState, Sampled]) -> Array:
+    def running(carry: tuple[Array, AnyStore, DecodeState, Sampled]) -> Array:
         return (carry[0] < last) & jnp.any(carry[2].position >= 0)
 
     last = steps if limit is None else jnp.minimum(limit, steps)
@@ -120,8 +121,8 @@ def advance(state: DecodeState, token: Int[Array, "requests"]) -> DecodeState:
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
 def forward(
-    params: Params, store: Store, state: DecodeState, *, decoder: Decoder
-) -> tuple[Store, Float[Array, "requests vocab"]]:
+    params: Params, store: AnyStore, state: DecodeState, *, decoder: Decoder
+) -> tuple[AnyStore, Float[Array, "requests vocab"]]:
     """The last token of each request through all layers: what follows it, as logits in float32."""
     lines, more = len(state.token), -len(state.token) % decoder.ops.row_multiple
     token, position, tables = (
@@ -133,7 +134,7 @@ def forward(
     adapter = None if state.adapter is None else jnp.pad(state.adapter, (0, more), constant_values=NO_SLOT)
     rows = Rows(token=token, position=position, request=request, index=index, adapter=adapter)
 
-    def run_layer(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def run_layer(layer: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
         return model.decoder_layer(model.OneLayer.of(decoder, params, layer), *carry, rows, tables)
 
     carry = (store, model.embed(params, decoder.config, rows.token))

@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
 from sparsex_jax.model.layers import ForwardPass, run_layers
+from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Budget, Copies, PackedRows, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.schedule import MAX_BOUNDARIES
@@ -38,7 +39,7 @@ _WHOLE = 2**30  # units that the scores of a request are divided into, to be add
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
-def align(store: Store, copies: Copies, *, decoder: Decoder) -> Store:
+def align(store: AnyStore, copies: Copies, *, decoder: Decoder) -> AnyStore:
     """Make the plan's copies: cached KV into the requests' own pages, keys rotated to their new positions."""
     return decoder.ops.align_and_copy(store, copies, inv_freq(decoder.config))
 
@@ -61,7 +62,7 @@ def embed_rows(params: Params, rows: Rows, *, decoder: Decoder, requests: int) -
 @functools.partial(jax.jit, static_argnames=("decoder", "signals", "chunk"), donate_argnames=("store", "state"))
 def prefill(
     params: Params,
-    store: Store,
+    store: AnyStore,
     plan: PrefillPlan,
     state: PrefillState,
     until: Int[Array, ""],
@@ -69,7 +70,7 @@ def prefill(
     decoder: Decoder,
     signals: tuple[Signal, ...],
     chunk: int,
-) -> tuple[Store, PrefillState, Float[Array, "requests vocab"]]:
+) -> tuple[AnyStore, PrefillState, Float[Array, "requests vocab"]]:
     """Run the layers from `state.layer` up to `until`.
 
     Args:
@@ -85,7 +86,7 @@ def prefill(
     """
     forward = ForwardPass(params, plan.page_tables, decoder, chunk)
 
-    def run_phase(carry: tuple[Array, PrefillState]) -> tuple[Array, PrefillState]:
+    def run_phase(carry: tuple[AnyStore, PrefillState]) -> tuple[AnyStore, PrefillState]:
         at_boundary = jnp.any(plan.boundaries.layer == carry[1].layer)
         enter = functools.partial(_enter, forward, plan, signals)
         store, state = lax.cond(at_boundary, enter, lambda store, state: (store, state), *carry)
@@ -107,9 +108,9 @@ def _enter(
     forward: ForwardPass,
     plan: PrefillPlan,
     signals: tuple[Signal, ...],
-    store: Store,
+    store: AnyStore,
     state: PrefillState,
-) -> tuple[Store, PrefillState]:
+) -> tuple[AnyStore, PrefillState]:
     """Cross the boundary that stands here: score the rows, choose those that go on, and drop the others."""
     at = jnp.argmax(plan.boundaries.layer == state.layer)
     probe_layers = plan.boundaries.probe_layers[at]
@@ -125,20 +126,20 @@ def _enter(
 
 
 def _score(
-    boundary: Boundary, store: Store, signals: tuple[Signal, ...], number: Int[Array, ""]
-) -> tuple[Store, Scores]:
+    boundary: Boundary, store: AnyStore, signals: tuple[Signal, ...], number: Int[Array, ""]
+) -> tuple[AnyStore, Scores]:
     """What the signal of this number says of the rows; zeros for -1."""
 
-    def no_signal(store: Array) -> tuple[Array, Array]:
+    def no_signal(store: AnyStore) -> tuple[AnyStore, Array]:
         return store, jnp.zeros(len(boundary.hidden))
 
-    def by(signal: Signal) -> Callable[[Array], tuple[Array, Array]]:
+    def by(signal: Signal) -> Callable[[AnyStore], tuple[AnyStore, Array]]:
         return lambda store: _checked(signal, *signal(boundary, store), len(boundary.hidden))
 
     return lax.switch(number + 1, [no_signal, *map(by, signals)], store)
 
 
-def _checked(signal: Signal, store: Store, scores: Scores, num_rows: int) -> tuple[Store, Scores]:
+def _checked(signal: Signal, store: AnyStore, scores: Scores, num_rows: int) -> tuple[AnyStore, Scores]:
     """What a signal returned; a score that is NaN is the lowest."""
     if jnp.shape(scores) != (num_rows,):
         name = getattr(signal, "__name__", repr(signal))

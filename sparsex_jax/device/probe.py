@@ -16,9 +16,10 @@ from jaxtyping import Bool, Int
 
 from sparsex_jax.model.decoder import Decoder, Hidden
 from sparsex_jax.model.layers import ForwardPass, Mass, add_vote, run_layer
+from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows
-from sparsex_kernels.layout import PageTables, Store
+from sparsex_kernels.layout import PageTables
 
 # A head that looks something up has nearly all of its attention there; what many heads glance at vanishes in a power.
 FOCUS_POWER = 4
@@ -47,7 +48,7 @@ _STATIC = ("decoder", "layers", "watched", "chunk")
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("store", "state"))
 def probe(
     params: Params,
-    store: Store,
+    store: AnyStore,
     page_tables: PageTables,
     rows: Rows,
     looking: Bool[Array, "rows"],
@@ -57,7 +58,7 @@ def probe(
     layers: int,
     watched: int,
     chunk: int,
-) -> tuple[Store, ProbeState]:
+) -> tuple[AnyStore, ProbeState]:
     """Run the next `layers` layers.
 
     Args:
@@ -73,10 +74,10 @@ def probe(
     lookers, origin = rows.select(looking)
     among = state.layer + layers - watched, state.layer + layers
 
-    def run(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def run(i: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
         return run_layer(forward, state.layer + i, carry[0], rows, carry[1])
 
-    def run_and_watch(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def run_and_watch(i: Array, carry: tuple[AnyStore, Array, Array]) -> tuple[AnyStore, Array, Array]:
         store, before, focus = carry
         store, hidden = run(i, (store, before))
         theirs = before.at[origin].get(mode="fill", fill_value=0)

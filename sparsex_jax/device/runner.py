@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, UInt32
 from sparsex_jax.cache import Segment
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig
-from sparsex_jax.device.adapters import check_pairs, make_stacks, put
+from sparsex_jax.device.adapters import check_pairs, check_shared, make_apart, make_stacks, put, put_apart
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, choose, decode, forward
 from sparsex_jax.device.prefill import align, embed_rows, pack, prefill
@@ -30,11 +30,10 @@ from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.layers import ForwardPass
 from sparsex_jax.model.ops import Ops
-from sparsex_jax.model.store import make_store
+from sparsex_jax.model.store import AnyStore, SharedStore, kv_of, make_store
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_packing, plan_prefill
-from sparsex_kernels.layout import Store
 
 _sample_step = jax.jit(sample_step)
 _PAGES_LOOKED_AT = 16  # together, so that one program does for any number
@@ -48,8 +47,11 @@ def _are_finite(logits: Float[Array, "requests vocab"]) -> Bool[Array, "requests
 
 
 @jax.jit
-def _finite_slots(store: Store, pages: Int[Array, "asked"]) -> Bool[Array, "asked page_size"]:
-    return jnp.isfinite(store[:, pages]).all(axis=(0, 2, 3, 5))
+def _finite_slots(store: AnyStore, pages: Int[Array, "asked"]) -> Bool[Array, "asked page_size"]:
+    finite = jnp.isfinite(kv_of(store)[:, pages]).all(axis=(0, 2, 3, 5))
+    return (
+        finite & jnp.isfinite(store.low_rank[:, pages]).all(axis=(0, 3)) if isinstance(store, SharedStore) else finite
+    )
 
 
 class Computed(NamedTuple):
@@ -162,7 +164,7 @@ class Runner:
     """Runs plans. Each call donates the store to a jitted step and keeps what comes back.
 
     Attributes:
-      store: the KV of all pages.
+      store: the KV of all pages; where adapters share it, with what they add to values beside it.
       losses: how often the store was lost, and made anew.
       arrivals: what comes into the store from a lower tier; None: there is none.
     """
@@ -170,10 +172,12 @@ class Runner:
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
         self.model, self.engine, self.mesh, self.params = model, engine, mesh, params
         if engine.max_adapters:
-            self.params = params.replace(adapters=make_stacks(model, engine, mesh))  # type: ignore[attr-defined]
+            stacks, apart = make_stacks(model, engine, mesh), make_apart(model, engine, mesh)
+            self.params = params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
         self.decoder = Decoder(model, Ops.on(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
-        self.store, self.losses = make_store(model, engine, mesh), 0
+        self.store: Any = make_store(model, engine, mesh)  # AnyStore; where there are lower tiers, KV alone
+        self.losses = 0
         self.arrivals: Arrivals | None = None
         # On the devices, so that no step waits for one of them behind what comes from host memory.
         self._numbers = jax.device_put([np.int32(layer) for layer in range(model.num_layers + 1)])
@@ -413,10 +417,13 @@ class Runner:
           InvalidRequestError: it does not fit the model.
         """
         check_pairs(name, weights, self.model, self.mesh)
-        stacks = dict(self.params.adapters or {})
+        if self.engine.share_adapters:
+            check_shared(name, weights)
+        stacks, apart = dict(self.params.adapters or {}), self.params.values_apart
         for target in stacks:
             stacks[target] = put(stacks[target], slot, weights.pairs.get(target))
-        self.params = self.params.replace(adapters=stacks)  # type: ignore[attr-defined]
+        apart = put_apart(apart, slot, weights.pairs.get("wv")) if apart is not None else None
+        self.params = self.params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
 
     def recover(self) -> bool:
         """Make a new store if a failed step took the old one with it. True if the KV is lost."""

@@ -20,10 +20,11 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.errors import InvalidRequestError
-from sparsex_jax.model.decoder import Heads, Hidden, keys_values
+from sparsex_jax.model.decoder import Hidden, keys_values
 from sparsex_jax.model.layers import ForwardPass, Mass, add_key_mass, add_vote, run_layer
+from sparsex_jax.model.ops import NewKV
+from sparsex_jax.model.store import AnyStore
 from sparsex_jax.reuse.plan import Rows, fold_chunks
-from sparsex_kernels.layout import Store
 
 Scores = Float[Array, "rows"]
 
@@ -60,7 +61,7 @@ class Boundary(NamedTuple):
         """Which of the rows are reused ones: neither fresh nor padding."""
         return self.rows.valid & ~self.fresh[self.rows.index]
 
-    def chunk_of(self, start: Int[Array, ""], part: Rows) -> tuple[Heads, Heads]:
+    def chunk_of(self, start: Int[Array, ""], part: Rows) -> NewKV:
         """K and V of one chunk of the rows at the boundary's layer."""
         x = lax.dynamic_slice_in_dim(self.hidden, start, len(part.token))
         return keys_values(self.forward.layer(self.layer), x, part)
@@ -69,10 +70,10 @@ class Boundary(NamedTuple):
         return mass.at[self.rows.request, self.rows.position].get(mode="clip")
 
 
-Signal = Callable[[Boundary, Store], tuple[Store, Scores]]
+Signal = Callable[[Boundary, AnyStore], tuple[AnyStore, Scores]]
 
 
-def key_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def key_mass(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     """Attention that each row receives from all fresh rows, summed over heads: Sparse-Q (SparseX, arXiv 2606.01751).
 
     The hidden states at the boundary are as exact as the layers before it, so the keys and values of *every*
@@ -82,7 +83,7 @@ def key_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return _mass_of_fresh(boundary, _refresh_kv(boundary, store))
 
 
-def key_mass_of_copies(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def key_mass_of_copies(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     """The same, but at layer 0 reused rows keep what was copied, which is as right there, up to rounding.
 
     For stores with mirrors: they would have to keep every row that is written in place of a copy.
@@ -92,13 +93,13 @@ def key_mass_of_copies(boundary: Boundary, store: Store) -> tuple[Store, Scores]
     return _mass_of_fresh(boundary, _refresh_kv(boundary._replace(rows=written, hidden=hidden), store))
 
 
-def _mass_of_fresh(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def _mass_of_fresh(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     rows, hidden = boundary.fresh_rows()
     mass = boundary.forward.no_mass(store)
     return store, boundary.at_rows(add_key_mass(boundary.forward, boundary.layer, store, rows, hidden, mass))
 
 
-def probe_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def probe_mass(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     """Key mass summed over the layers of a first pass of the fresh rows alone, which begins at the boundary. Layers
     with windows count where no other layer does (`add_vote`).
 
@@ -108,7 +109,7 @@ def probe_mass(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return _probe(boundary, store, power=1)
 
 
-def probe_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def probe_focus(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     """The same pass; the fourth powers of the attention are summed.
 
     Key mass adds up many heads' glances, of which what stands near and what opens a segment get most. A head that
@@ -117,7 +118,7 @@ def probe_focus(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return _probe(boundary, store, power=4)
 
 
-def probe_square(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def probe_square(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     """The same pass; the squares of the attention in the middle third of its layers are summed.
 
     Between the two: where something is looked up, its row has most of the sum, and where nothing is, the sum spreads
@@ -128,23 +129,23 @@ def probe_square(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return _probe(boundary, store, power=2, middle=True)
 
 
-def probe_last(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def probe_last(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     """The same pass; the key mass of its last layer alone: QCFuse's critical layer (arXiv 2606.05875)."""
     return _probe(boundary, store, only_last=True)
 
 
 def _probe(
-    boundary: Boundary, store: Store, power: int = 1, *, only_last: bool = False, middle: bool = False
-) -> tuple[Store, Scores]:
+    boundary: Boundary, store: AnyStore, power: int = 1, *, only_last: bool = False, middle: bool = False
+) -> tuple[AnyStore, Scores]:
     forward, (rows, hidden) = boundary.forward, boundary.fresh_rows()
     end = boundary.layer + boundary.probe_layers
 
-    def layer_step(layer: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def layer_step(layer: Array, carry: tuple[AnyStore, Array, Array]) -> tuple[AnyStore, Array, Array]:
         store, before, mass = carry
         store, hidden = run_layer(forward, layer, store, rows, before)
         return store, hidden, add_vote(forward, layer, (watched, until), store, rows, before, mass, power)
 
-    def skip_mass(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def skip_mass(layer: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
         return run_layer(forward, layer, carry[0], rows, carry[1])
 
     watched, until = boundary.layer, end
@@ -161,19 +162,19 @@ def _probe(
     return store, boundary.at_rows(mass)
 
 
-def kv_deviation(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def kv_deviation(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     """Squared distance of each row's K and V at this layer from what the store has for it, summed over heads.
 
     CacheBlend's signal (arXiv 2405.16444, section 4.2). Reused rows hold their aligned copies until now; the new K and
     V replace them. What a fresh row holds means nothing, and neither does its score.
     """
 
-    def measure(start: Array, part: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def measure(start: Array, part: Rows, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
         store, deviation = carry
         new = boundary.chunk_of(start, part)
         # Read before written: without the barrier XLA reads late, from a copy of the whole store.
         old, store = lax.optimization_barrier((_stored_kv(boundary, store, part), store))
-        moved = _squared_distance(jnp.stack(new, 1), old)
+        moved = _squared_distance(jnp.stack([new.keys, new.values], 1), old)
         store = _write(boundary, store, new, part)
         return store, lax.dynamic_update_slice_in_dim(deviation, moved, start, 0)
 
@@ -181,7 +182,7 @@ def kv_deviation(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     return fold_chunks(boundary.rows, boundary.forward.chunk, measure, (store, nothing))
 
 
-def given(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
+def given(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     """The scores that the host gave (`Phase.scores`): random tokens, and the oracle's."""
     return store, boundary.given[boundary.rows.index]
 
@@ -227,21 +228,21 @@ def signals_for(names: Iterable[str | None], mirrors: bool = False) -> dict[str,
     return BUILT_IN | (WITH_MIRRORS if mirrors else {}) | own
 
 
-def _refresh_kv(boundary: Boundary, store: Store) -> Store:
+def _refresh_kv(boundary: Boundary, store: AnyStore) -> AnyStore:
     """Write the K and V of all rows at the boundary's layer."""
 
-    def write(start: Array, part: Rows, store: Array) -> Array:
+    def write(start: Array, part: Rows, store: AnyStore) -> AnyStore:
         return _write(boundary, store, boundary.chunk_of(start, part), part)
 
     return fold_chunks(boundary.rows, boundary.forward.chunk, write, store)
 
 
-def _write(boundary: Boundary, store: Store, kv: tuple[Heads, Heads], part: Rows) -> Store:
+def _write(boundary: Boundary, store: AnyStore, new: NewKV, part: Rows) -> AnyStore:
     forward = boundary.forward
-    return forward.decoder.ops.write_kv(store, boundary.layer, *kv, part, forward.page_tables)
+    return forward.decoder.ops.write_kv(store, boundary.layer, new, part, forward.page_tables)
 
 
-def _stored_kv(boundary: Boundary, store: Store, part: Rows) -> Float[Array, "rows 2 kv_heads head_dim"]:
+def _stored_kv(boundary: Boundary, store: AnyStore, part: Rows) -> Float[Array, "rows 2 kv_heads head_dim"]:
     forward = boundary.forward
     return forward.decoder.ops.read_kv(store, boundary.layer, part, forward.page_tables)
 

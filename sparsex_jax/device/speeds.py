@@ -84,7 +84,7 @@ def described(runner: Runner) -> dict[str, Any]:
         "max_pages": shapes.max_pages,
         "buckets": [list(bucket) for bucket in shapes.buckets],
         "model": {name: getattr(runner.model, name) for name in _SIZES} | {"windows": list(runner.model.windows)},
-    } | ({"adapters": adapters} if adapters else {})
+    } | ({"adapters": adapters, "shared": engine.share_adapters} if adapters else {})
 
 
 def read(path: Path, about: dict[str, Any]) -> Speeds | None:

@@ -15,12 +15,13 @@ from sparsex_jax.engine import Engine
 from sparsex_jax.eval.oracle import prompt_kv
 from sparsex_jax.model import decoder as model
 from sparsex_jax.model.decoder import Decoder, Hidden
+from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.methods import Full, Naive
 from sparsex_jax.reuse.plan import Rows
 from sparsex_jax.reuse.planner import page_tables
 from sparsex_jax.reuse.prompt import TokenKind
-from sparsex_kernels.layout import PageTables, Store
+from sparsex_kernels.layout import PageTables
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def key_mass(
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
 def _layer(
     params: Params,
-    store: Store,
+    store: AnyStore,
     hidden: Hidden,
     number: Int[Array, ""],
     rows: Rows,
@@ -81,7 +82,7 @@ def _layer(
     tables: PageTables,
     *,
     decoder: Decoder,
-) -> tuple[Store, Hidden, Float[Array, "context"]]:
+) -> tuple[AnyStore, Hidden, Float[Array, "context"]]:
     """Run one layer on all tokens, and sum the attention of all fresh queries and heads to each token."""
     layer = model.OneLayer.of(decoder, params, number)
     fresh = _rows(rows.token[fresh_at], fresh_at)

@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32, Int32
 
 from sparsex_jax.config import ReuseConfig
 from sparsex_jax.engine import Engine
+from sparsex_jax.model.store import kv_of
 from sparsex_jax.reuse.methods import Full, Naive
 
 
@@ -36,5 +37,5 @@ def prompt_kv(
     with engine.prefilled(tokens, reuse=reuse, namespace=namespace) as sequence:
         page, offset = np.divmod(np.arange(len(tokens)), engine.config.page_size)
         pages = jnp.asarray(np.asarray(sequence.pages)[page])
-        kv = engine.runner.store[:, pages, :, :, jnp.asarray(offset)]  # [tokens, layers, 2, kv_heads, head_dim]
+        kv = kv_of(engine.runner.store)[:, pages, :, :, jnp.asarray(offset)]  # [tokens, layers, 2, kv_heads, head_dim]
         return np.moveaxis(np.asarray(kv, np.float32), 0, 2)

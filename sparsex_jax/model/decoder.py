@@ -18,11 +18,12 @@ from jaxtyping import Float, Int
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.experts import ExpertStacks, route
-from sparsex_jax.model.low_rank import LowRank
-from sparsex_jax.model.ops import Ops
+from sparsex_jax.model.low_rank import LowRank, ValuesApart
+from sparsex_jax.model.ops import NewKV, Ops, low_rank_of
+from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
-from sparsex_kernels.layout import Frequencies, PageTables, Store, Window
+from sparsex_kernels.layout import Frequencies, PageTables, Window
 from sparsex_kernels.linear.xla import ACTIVATIONS
 from sparsex_kernels.quantised import Mixed, Quantised, dequantise, lookup
 from sparsex_kernels.rope import apply_rope
@@ -102,16 +103,17 @@ def _head(params: Params, dtype: Any) -> Float[Array, "hidden vocab"]:
 
 class OneLayer(NamedTuple):
     """One layer of the decoder. `layers` holds the weights of all layers, of which this one is `number`, and `adapters`
-    what is added to them, by the weights' names."""
+    what is added to them, by the weights' names. `values_apart` is what attention adds to values."""
 
     decoder: Decoder
     layers: Layers
     number: Int[Array, ""]
     adapters: dict[str, LowRank] | None = None
+    values_apart: ValuesApart | None = None
 
     @classmethod
     def of(cls, decoder: Decoder, params: Params, number: Int[Array, ""]) -> OneLayer:
-        return cls(decoder, params.layers, number, params.adapters)
+        return cls(decoder, params.layers, number, params.adapters, params.values_apart)
 
     def own(self, stacked: Float[Array, "layers *rest"]) -> Float[Array, "*rest"]:
         """This layer's part of a small stacked weight: a copy."""
@@ -149,7 +151,7 @@ class OneLayer(NamedTuple):
             weight if isinstance(weight, Quantised | Mixed) else weight.reshape(len(weight), x.shape[1], -1)
             for weight in weights
         ]
-        low_rank = [self.adapters[name] for name in names] if self.adapters and self.adapts(rows) else []
+        low_rank = [self.adapters.get(name) for name in names] if self.adapters and self.adapts(rows) else []
         about = matrices, self.number, rows
         return self.decoder.ops.linear(x, *about, over_inputs=over_inputs, low_rank=low_rank)
 
@@ -188,20 +190,29 @@ def _value(layers: Layers) -> Projection:
 def queries(layer: OneLayer, hidden: Hidden, rows: Rows) -> Heads:
     """Rotated queries of rows from the layer's input."""
     with jax.named_scope("queries"):
-        (q,) = _project(layer, hidden, rows, _query(layer))
+        (q,) = _project(layer, layer.norm(layer.layers.attn_norm, hidden), rows, _query(layer))
     return q
 
 
-def keys_values(layer: OneLayer, hidden: Hidden, rows: Rows) -> tuple[Heads, Heads]:
+def keys_values(layer: OneLayer, hidden: Hidden, rows: Rows) -> NewKV:
     """Rotated keys, and values, of rows from the layer's input."""
     with jax.named_scope("keys_values"):
-        keys, values = _project(layer, hidden, rows, _key(layer.layers), _value(layer.layers))
-    return keys, values
+        normed = layer.norm(layer.layers.attn_norm, hidden)
+        keys, values = _project(layer, normed, rows, _key(layer.layers), _value(layer.layers))
+        return NewKV(keys, values, _values_apart(layer, normed, rows))
 
 
-def _project(layer: OneLayer, hidden: Hidden, rows: Rows, *projections: Projection) -> list[Heads]:
+def _values_apart(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows ranks"] | None:
+    """Y of the adapters of all slots. None where values have their part, or there are no adapters."""
+    return (
+        None
+        if layer.values_apart is None
+        else layer.decoder.ops.low_rank(normed, layer.values_apart, layer.number, rows)
+    )
+
+
+def _project(layer: OneLayer, normed: Hidden, rows: Rows, *projections: Projection) -> list[Heads]:
     """The heads of each projection. One operation makes all products, because they read the same rows."""
-    normed = layer.norm(layer.layers.attn_norm, hidden)
     products = layer.linear(normed, *(projection.weight for projection in projections), rows=rows)
     return [_finish(layer, *pair, rows) for pair in zip(projections, products, strict=True)]
 
@@ -255,14 +266,17 @@ def _experts(layer: OneLayer, router: Float[Array, "layers hidden experts"], nor
 
 
 def decoder_layer(
-    layer: OneLayer, store: Store, hidden: Hidden, rows: Rows, tables: PageTables
-) -> tuple[Store, Hidden]:
+    layer: OneLayer, store: AnyStore, hidden: Hidden, rows: Rows, tables: PageTables
+) -> tuple[AnyStore, Hidden]:
     """Run one layer for some rows: write their K and V into the store, then attend to all that is in it."""
     ops, layers = layer.decoder.ops, layer.layers
     with jax.named_scope("attention"):
-        q, keys, values = _project(layer, hidden, rows, _query(layer), _key(layers), _value(layers))
-        store = ops.write_kv(store, layer.number, keys, values, rows, tables)
-        attended = ops.attention(q, store, layer.number, rows, tables, layer.window)
+        normed = layer.norm(layers.attn_norm, hidden)
+        q, keys, values = _project(layer, normed, rows, _query(layer), _key(layers), _value(layers))
+        new = NewKV(keys, values, _values_apart(layer, normed, rows))
+        store = ops.write_kv(store, layer.number, new, rows, tables)
+        low_rank = low_rank_of(store, layer.values_apart, rows, len(tables))
+        attended = ops.attention(q, store, layer.number, rows, tables, layer.window, low_rank)
         (out,) = layer.linear(attended.reshape(len(attended), -1), "wo", rows=rows, over_inputs=True)
         if layers.post_attn_norm is not None:
             out = layer.norm(layers.post_attn_norm, out)

@@ -12,9 +12,10 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from sparsex_jax.model.decoder import Decoder, Hidden, OneLayer, decoder_layer, queries
+from sparsex_jax.model.store import AnyStore, kv_of
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows, fold_chunks
-from sparsex_kernels.layout import PageTables, Store
+from sparsex_kernels.layout import PageTables
 
 Mass = Float[Array, "requests context"]
 
@@ -36,21 +37,21 @@ class ForwardPass:
     def layer(self, number: Int[Array, ""]) -> OneLayer:
         return OneLayer.of(self.decoder, self.params, number)
 
-    def no_mass(self, store: Store) -> Mass:
-        return jnp.zeros((len(self.page_tables), self.page_tables.shape[1] * store.shape[4]))
+    def no_mass(self, store: AnyStore) -> Mass:
+        return jnp.zeros((len(self.page_tables), self.page_tables.shape[1] * kv_of(store).shape[4]))
 
 
 def run_layers(
     forward: ForwardPass,
     first: Int[Array, ""],
     end: Int[Array, ""],
-    store: Store,
+    store: AnyStore,
     rows: Rows,
     hidden: Hidden,
-) -> tuple[Store, Hidden]:
+) -> tuple[AnyStore, Hidden]:
     """The layers from `first` up to `end` for these rows: a loop whose bounds are data."""
 
-    def layer_step(layer: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def layer_step(layer: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
         return run_layer(forward, layer, carry[0], rows, carry[1])
 
     return lax.fori_loop(first, end, layer_step, (store, hidden))
@@ -58,8 +59,8 @@ def run_layers(
 
 @jax.jit
 def run_layer(
-    forward: ForwardPass, number: Int[Array, ""], store: Store, rows: Rows, hidden: Hidden
-) -> tuple[Store, Hidden]:
+    forward: ForwardPass, number: Int[Array, ""], store: AnyStore, rows: Rows, hidden: Hidden
+) -> tuple[AnyStore, Hidden]:
     """One layer for these rows.
 
     A chunk's K and V are written before it attends: sorted by position, each row finds every earlier row's K and V of
@@ -67,7 +68,7 @@ def run_layer(
     """
     layer = forward.layer(number)
 
-    def run_chunk(start: Array, part: Rows, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def run_chunk(start: Array, part: Rows, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
         store, hidden = carry
         x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
         store, x = decoder_layer(layer, store, x, part, forward.page_tables)
@@ -80,7 +81,7 @@ def run_layer(
 def add_key_mass(
     forward: ForwardPass,
     number: Int[Array, ""],
-    store: Store,
+    store: AnyStore,
     rows: Rows,
     hidden: Hidden,
     mass: Mass,
@@ -108,7 +109,7 @@ def add_vote(
     forward: ForwardPass,
     number: Int[Array, ""],
     among: tuple[Int[Array, ""], Int[Array, ""]],
-    store: Store,
+    store: AnyStore,
     rows: Rows,
     hidden: Hidden,
     mass: Mass,

@@ -39,6 +39,21 @@ class LowRank:
     rank: int = struct.field(pytree_node=False)
 
 
+@no_type_check  # trees with its structure also hold shapes
+@struct.dataclass
+class ValuesApart:
+    """What adapters add to values, where that is kept apart from them (`model.store.SharedStore`): `Y = x A` is written
+    for each row, and attention multiplies what it reads of Y with B.
+
+    Attributes:
+      a: of all slots side by side.
+      b: of each slot. Attention takes it head by head.
+    """
+
+    a: Float[Array, "layers inputs ranks"]
+    b: Float[Array, "layers slots kv_heads rank head_dim"]
+
+
 class Added(NamedTuple):
     """What is added to several products of the same rows.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from sparsex_jax.model.experts import ExpertStacks, Routing, run_experts
-from sparsex_jax.model.low_rank import Added, LowRank, add_low_rank
+from sparsex_jax.model.low_rank import Added, LowRank, ValuesApart, add_low_rank
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
-from sparsex_jax.model.store import STORE_AXES
+from sparsex_jax.model.store import STORE_AXES, AnyStore, SharedStore, kv_of
+from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.plan import Copies, PackedRows, Rows
 from sparsex_kernels import api as kernels
 from sparsex_kernels.arguments import Matrices
@@ -37,6 +38,33 @@ _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL,
 def _slots_of(rows: Rows) -> Int[Array, "rows"]:
     assert rows.adapter is not None, "rows that adapters add to say which one does"
     return rows.adapter
+
+
+class NewKV(NamedTuple):
+    """What a layer computed of some rows, to be stored.
+
+    Attributes:
+      keys: rotated.
+      values: with what adapters add to them, but for a `SharedStore`.
+      low_rank: Y of the adapters of all slots, for a `SharedStore`; else None.
+    """
+
+    keys: Float[Array, "rows kv_heads head_dim"]
+    values: Float[Array, "rows kv_heads head_dim"]
+    low_rank: Float[Array, "rows ranks"] | None = None
+
+
+def low_rank_of(store: AnyStore, apart: ValuesApart | None, rows: Rows, num_requests: int) -> kernels.LowRank | None:
+    """What the rows' adapters add to the values of a `SharedStore`. None: there is nothing apart from those.
+
+    All rows of a request have the same slot: an adapter that adds to values acts from position 0 on
+    (`device.adapters.check_shared`). The slot of a line of the page tables without rows here is -1.
+    """
+    if not isinstance(store, SharedStore) or apart is None or rows.adapter is None:
+        return None
+    slots = jnp.full(num_requests, NO_SLOT).at[rows.request].max(rows.adapter, mode="drop")
+    columns = jnp.where(slots >= 0, slots * apart.b.shape[3], -1)
+    return kernels.LowRank(store.low_rank, apart.b, columns, jnp.maximum(slots, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +102,25 @@ class Ops:
         rows: Rows,
         *,
         over_inputs: bool,
-        low_rank: Sequence[LowRank] = (),
+        low_rank: Sequence[LowRank | None] = (),
     ) -> tuple[Float[Array, "rows _"], ...]:
         """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`.
 
         Args:
-          low_rank: what adapters add to each of the weights, for rows that have one. A mesh divides their B by columns,
-            or their A by inputs. None are given: nothing is added.
+          low_rank: what adapters add to each of the weights, or None, for rows that have one. A mesh divides their B by
+            columns, or their A by inputs. None are given: nothing is added.
         """
-        added = Added.of(low_rank, _slots_of(rows)) if low_rank else ()
+        adapted = {at: each for at, each in enumerate(low_rank) if each is not None}
+        stacks = list(adapted.values())
+        added = Added.of(stacks, _slots_of(rows)) if stacks else ()
 
         def run(x: Array, weights: Any, layer: Array, count: Array, *added: Any, **on: Any) -> tuple[Array, ...]:
             products = kernels.linear(x, weights, layer, count, **on)
             if added:
-                products = add_low_rank(products, x, Added(*added), layer, count, rank=low_rank[0].rank, **on)
+                own = [products[at] for at in adapted]
+                sums = add_low_rank(own, x, Added(*added), layer, count, rank=stacks[0].rank, **on)
+                by_place = dict(zip(adapted, sums, strict=True))
+                products = tuple(by_place.get(at, product) for at, product in enumerate(products))
             return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
 
         if over_inputs:
@@ -136,7 +169,7 @@ class Ops:
     def attention(
         self,
         q: Queries,
-        store: Store,
+        store: AnyStore,
         layer: Int[Array, ""],
         rows: Rows,
         tables: PageTables,
@@ -144,7 +177,11 @@ class Ops:
         low_rank: kernels.LowRank | None = None,
     ) -> Queries:
         """Attention of the rows to their requests' keys. A mesh divides K, V and what expands Y by KV heads, and has
-        all of Y on each device: it has no heads."""
+        all of Y on each device: it has no heads.
+
+        Args:
+          low_rank: what the rows' adapters add to values, as `low_rank_of` has it.
+        """
 
         def attend(*args: Any, **on: Any) -> Any:
             *rows, window, low_rank = args
@@ -152,12 +189,12 @@ class Ops:
 
         by_adapter: Any = _ALL if low_rank is None else kernels.LowRank(*_LOW_RANK)
         run = self._over_heads(attend, (_HEADS, _STORE, *[_ALL] * 5, by_adapter), _HEADS)
-        return run(q, store, layer, rows.position, rows.request, tables, window, low_rank)
+        return run(q, kv_of(store), layer, rows.position, rows.request, tables, window, low_rank)
 
     def key_mass(
         self,
         q: Queries,
-        store: Store,
+        store: AnyStore,
         layer: Int[Array, ""],
         rows: Rows,
         tables: PageTables,
@@ -169,48 +206,61 @@ class Ops:
             return jax.lax.psum(mass, TENSOR_AXIS) if self.mesh.size > 1 else mass
 
         run = self._over_heads(summed, (_HEADS, _STORE, *[_ALL] * 5), _ALL)
-        return run(q, store, layer, rows.position, rows.request, tables, window)
+        return run(q, kv_of(store), layer, rows.position, rows.request, tables, window)
+
+    def low_rank(
+        self, x: Float[Array, "rows inputs"], apart: ValuesApart, layer: Int[Array, ""] | int, rows: Rows
+    ) -> Float[Array, "rows ranks"]:
+        """Y = X A of the adapters of all slots, on each device. Products of padding are undefined."""
+        run = self._over_heads(lambda *args, **on: kernels.linear(*args, **on)[0], (_ALL,) * 4, _ALL)
+        return run(x, (apart.a,), jnp.asarray(layer), rows.count)
 
     def write_kv(
         self,
-        store: Store,
+        store: AnyStore,
         layer: Int[Array, ""],
-        keys: Float[Array, "rows kv_heads head_dim"],
-        values: Float[Array, "rows kv_heads head_dim"],
+        new: NewKV,
         rows: Rows,
         tables: PageTables,
-    ) -> Store:
+    ) -> AnyStore:
+        """The store with what was computed of the rows."""
         specs = (_STORE, _ALL, _HEADS, _HEADS, _ALL, _ALL, _ALL)
         write = self._over_heads(kernels.write_kv, specs, _STORE)
-        return write(store, layer, keys, values, rows.position, rows.request, tables)
+        kv = write(kv_of(store), layer, new.keys, new.values, rows.position, rows.request, tables)
+        if not isinstance(store, SharedStore):
+            return kv
+        assert new.low_rank is not None, "a shared store takes Y beside K and V"
+        return SharedStore(kv, self._write_low_rank(store.low_rank, layer, new.low_rank, rows, tables))
 
-    def write_low_rank(
+    def _write_low_rank(
         self,
         store: LowRankStore,
         layer: Int[Array, ""],
         values: Float[Array, "rows columns"],
         rows: Rows,
         tables: PageTables,
-        columns: Int[Array, "requests"] | None = None,
     ) -> LowRankStore:
-        """The store with the rows' Y, of all adapters or in `columns`; each device has all of it."""
-        write = self._over_heads(kernels.write_low_rank, (_ALL,) * 7, _ALL)
-        return write(store, layer, values, rows.position, rows.request, tables, columns)
+        """The store with the rows' Y of all adapters; each device has all of it."""
+        write = self._over_heads(kernels.write_low_rank, (_ALL,) * 6, _ALL)
+        return write(store, layer, values, rows.position, rows.request, tables)
 
     def read_kv(
-        self, store: Store, layer: Int[Array, ""], rows: Rows, tables: PageTables
+        self, store: AnyStore, layer: Int[Array, ""], rows: Rows, tables: PageTables
     ) -> Float[Array, "rows 2 kv_heads head_dim"]:
         """What the store holds for these rows; anything for padding."""
         specs = (_STORE, _ALL, _ALL, _ALL, _ALL)
         read = self._local(read_kv, specs, PartitionSpec(None, None, TENSOR_AXIS, None))
-        return read(store, layer, rows.position, rows.request, tables)
+        return read(kv_of(store), layer, rows.position, rows.request, tables)
 
-    def align_and_copy(self, store: Store, copies: Copies, inv_freq: Frequencies) -> Store:
+    def align_and_copy(self, store: AnyStore, copies: Copies, inv_freq: Frequencies) -> AnyStore:
+        """The store with copies made: keys are rotated, values and Y are as they were."""
         move = self._over_heads(kernels.align_and_copy, (_STORE, *[_ALL] * 6), _STORE)
         layers = jnp.stack([copies.first_layer, copies.end_layer])
-        return move(store, copies.source, copies.target, copies.shift, inv_freq, layers, copies.patch)
+        kv = move(kv_of(store), copies.source, copies.target, copies.shift, inv_freq, layers, copies.patch)
+        return SharedStore(kv, self.copy_low_rank(store.low_rank, copies)) if isinstance(store, SharedStore) else kv
 
     def pack_rows(self, store: Store, rows: PackedRows) -> Store:
+        """For mirrors, which are of engines without a `SharedStore`."""
         move = self._over_heads(kernels.pack_rows, (_STORE, *[_ALL] * 4), _STORE)
         return move(store, rows.source, rows.target, rows.layer, rows.depth)
 

@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 
 from sparsex_jax.config import ModelConfig
-from sparsex_jax.model.low_rank import LowRank
+from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.sharding import Axes, sharding
 
 
@@ -89,6 +89,7 @@ class Params:
     Attributes:
       lm_head: None where the output projection is the embedding's transpose.
       adapters: what they add to the weights of layers, by the weights' names. None: there are none.
+      values_apart: what they add to values, where a store has it apart. `adapters` has no keys or values then.
     """
 
     embed: Array = weight("vocab", "embed", fan_in=("embed",))
@@ -96,6 +97,7 @@ class Params:
     final_norm: Array = weight("embed")
     lm_head: Array | None = weight("embed", "vocab", fan_in=("embed",), only_if=lambda c: not c.tied_embeddings)
     adapters: dict[str, LowRank] | None = None
+    values_apart: ValuesApart | None = None
 
 
 @dataclasses.dataclass(frozen=True)

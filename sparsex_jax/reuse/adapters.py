@@ -11,6 +11,9 @@ With a vocabulary of fewer than 2^7 tokens, version 3 has the mark 3 * 2^7 = 384
     keys      5    6  391  392
 
 All that stands before such a token is found by everybody: this is what makes an activated LoRA cheap (`Acting.start`).
+
+Adapters that share KV ask for that by keys too (`SHARING`). Their group has a mark of its own in place of their
+versions': whoever of them writes, all of them find it, and nobody else does.
 """
 
 from __future__ import annotations
@@ -22,6 +25,11 @@ from jaxtyping import Bool, Int, Int32
 
 NEVER = np.iinfo(np.int32).max  # the start of an adapter that acts on no token
 NO_SLOT = -1  # of a row on which none acts
+
+# What an adapter's request finds. `isolated`: what its own version computed. `pre_lr`: what all wrote that share
+# (PReCache's PreLRShared). `refresh`: the same, of which the request computes anew what it looks at most. `rebase`:
+# what the model computed without adapters, of texts that these read (PReCache's ReBaseShared).
+SHARING = ("isolated", "pre_lr", "refresh", "rebase")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Acting:
       mark: is added to a token to make its key.
       start: it acts from this position on, to the end of the answer. `NEVER`: on no token, because the prompt has no
         invocation sequence.
+      sharing: one of `SHARING`, of which the mark is.
     """
 
     name: str
@@ -42,6 +51,17 @@ class Acting:
     number: int
     mark: int
     start: int = 0
+    sharing: str = "isolated"
+
+    @property
+    def shares(self) -> bool:
+        """Whether it finds what others computed. None of that is exact."""
+        return self.sharing != "isolated"
+
+    @property
+    def writes(self) -> bool:
+        """Whether what it computes is found under its keys."""
+        return self.sharing != "rebase"
 
     def keys(self, tokens: Int32[np.ndarray, "tokens"], first: int = 0) -> Int32[np.ndarray, "tokens"]:
         """The keys of tokens that stand at `first` and behind it."""

@@ -19,7 +19,7 @@ from sparsex_jax.reuse.schedule import Phase
 # field of the kind's name and `_tokens`.
 KINDS = ("prefix", "approximate_prefix", "reused", "recomputed", "fresh", "omitted")
 _OF_EACH_TOKEN = ("kind", "active", "phase_tokens", "layers")
-_OF_SOME = ("round", "adapter")  # what most requests have none of
+_OF_SOME = ("round", "adapter", "sharing")  # what most requests have none of
 _FOUND = {
     TokenKind.PREFIX: "prefix",
     TokenKind.REUSED: "reused",
@@ -80,6 +80,21 @@ class AdapterShare:
     tokens: int
 
 
+@dataclasses.dataclass(frozen=True)
+class SharedKV:
+    """What a prompt read of other adapters' work.
+
+    Attributes:
+      mode: as its request asked, one of `reuse.adapters.SHARING`.
+      cross_adapter_tokens: tokens whose KV is left as somebody else may have computed it: another adapter, or the model
+        without adapters. They are among those of the approximate prefix and of the reused segments, and exact for
+        nobody.
+    """
+
+    mode: str
+    cross_adapter_tokens: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ComputedLayers:
     """The layers from `start` up to `end`, and whether they computed each prompt token: bool `[tokens]`."""
@@ -116,6 +131,7 @@ class Report:
       prefix_tier: where the prefix's KV was when the prompt came, as a segment's `tier`. None: no prefix was found.
       round: its part in a round. None: it was of none.
       adapter: which one it ran with. None: the base model's weights alone.
+      sharing: what it read of other adapters' work, if it asked for that.
       kind: a `TokenKind` for each prompt token, uint8 `[tokens]`.
       active: whether each prompt token was computed from the boundary layer on, bool `[tokens]`.
       phase_tokens: how many tokens each phase of the schedule computed.
@@ -144,6 +160,7 @@ class Report:
     prefix_tier: str | None = None
     round: RoundShare | None = None
     adapter: AdapterShare | None = None
+    sharing: SharedKV | None = None
     layers: tuple[ComputedLayers, ...] = ()
 
     def tokens_by_kind(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ of when an adapter is unloaded.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import numpy as np
 from jaxtyping import Int32
@@ -17,7 +17,7 @@ from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.config.checks import require
 from sparsex_jax.errors import InvalidRequestError, UnknownAdapterError
 from sparsex_jax.model.adapters import AdapterWeights
-from sparsex_jax.reuse.adapters import Acting, last_place
+from sparsex_jax.reuse.adapters import NO_SLOT, SHARING, Acting, last_place
 
 MAX_NAME = 256  # characters
 _KEY_BITS = 31  # of a key, an int32 that is not negative
@@ -56,12 +56,13 @@ class Adapters:
         self._max_adapters, self._max_rank = config.max_adapters, config.max_adapter_rank
         self._bits = max(model.vocab_size - 1, 1).bit_length()
         self._most_numbers = (1 << (_KEY_BITS - self._bits)) - 1
+        self.share = config.share_adapters
+        most = self._most_numbers - (2 if self.share else 0)
         require(
-            self._max_adapters < max(self._most_numbers, 1),
-            f"max_adapters={self._max_adapters} must be less than {self._most_numbers} for a vocabulary of "
-            f"{model.vocab_size} tokens",
+            self._max_adapters < max(most, 1),
+            f"max_adapters={self._max_adapters} must be less than {most} for a vocabulary of {model.vocab_size} tokens",
         )
-        self._last_number = 0
+        self._group = self._neutral = self._last_number = 0  # 0: no adapters share anything
         self._loaded: Mapping[str, Adapter] = {}  # replaced, never changed, as other threads read it
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -78,24 +79,54 @@ class Adapters:
             raise UnknownAdapterError(f"adapter={name!r:.300} is not loaded; there are: {names}")
         return found
 
-    def on(self, name: str | None, tokens: Int32[np.ndarray, "tokens"]) -> Acting | None:
-        """The adapter of this name on a prompt; None for the base model. Raises UnknownAdapterError.
+    def on(self, name: str | None, tokens: Int32[np.ndarray, "tokens"], sharing: str = "isolated") -> Acting | None:
+        """The adapter of this name on a prompt; None for the base model.
+
+        Raises UnknownAdapterError, and InvalidRequestError if it cannot share as it is to.
 
         An activated adapter acts from the last occurrence of its invocation sequence on, that included. If the prompt
         has none it does not act, as in PEFT: the report says that it acted on no token.
         """
+        self._check_sharing(name, sharing)
         if name is None:
             return None
         found = self.named(name)
+        if sharing != "isolated":
+            return self._sharing(found, sharing)
         start = last_place(tokens, found.invocation) if found.invocation else 0
         return self._acting(found, start)
+
+    def _check_sharing(self, name: str | None, sharing: str) -> None:
+        there = ", ".join(map(repr, SHARING))
+        require(sharing in SHARING, f"sharing={sharing!r:.60} must be one of {there}")
+        if sharing != "isolated":
+            require(self.share, f"sharing={sharing!r} needs an engine with share_adapters")
+            require(name is not None, f"sharing={sharing!r} needs an adapter: the base model shares with nobody")
+
+    def _sharing(self, adapter: Adapter, sharing: str) -> Acting:
+        late = f"adapter {adapter.name!r} acts from its invocation sequence on, and takes no sharing={sharing!r}"
+        require(not adapter.invocation, f"{late}: what stands before that is found by all anyway")
+        number = self._neutral if sharing == "rebase" else self._group
+        return Acting(adapter.name, adapter.slot, adapter.number, number << self._bits, 0, sharing)
+
+    @property
+    def neutral(self) -> Acting:
+        """No adapter, on a text that is prefilled for those that ask for `rebase`."""
+        return Acting("", NO_SLOT, self._neutral, self._neutral << self._bits)
 
     def _acting(self, adapter: Adapter, start: int) -> Acting:
         return Acting(adapter.name, adapter.slot, adapter.number, adapter.number << self._bits, start)
 
     def stands(self, acting: Acting) -> bool:
         """Whether the version that acts is still loaded."""
-        return any(acting.number == each.number for each in self)
+        return acting.number == self._neutral or any(acting.number == each.number for each in self)
+
+    def may_write(self, acting: Acting) -> bool:
+        """Whether what is computed with it may be found under its keys.
+
+        Not where prompts find it otherwise (`rebase`), nor once its mark is given up (`share_anew`).
+        """
+        return acting.writes and acting.mark >> self._bits in {each.number for each in self} | self._shared
 
     # Coming and going -----------------------------------------------------------------------------------------
 
@@ -126,7 +157,7 @@ class Adapters:
 
     def _next_number(self) -> int:
         """Numbers go round, past those that are in use."""
-        in_use, number = {each.number for each in self}, self._last_number
+        in_use, number = {each.number for each in self} | self._shared, self._last_number
         while (number := number % self._most_numbers + 1) in in_use:
             pass
         self._last_number = number
@@ -142,6 +173,17 @@ class Adapters:
         self._loaded = {other: each for other, each in self._loaded.items() if other != name}
         return removed
 
+    def share_anew(self) -> set[int]:
+        """Nothing that was shared until now is found from now on. Returns the numbers of those marks.
+
+        What was computed before an adapter was loaded lacks what it adds to values, and has another's in its place.
+        """
+        if not self.share:
+            return set()
+        old = self._shared
+        self._group, self._neutral = self._next_number(), self._next_number()
+        return old
+
     # Keys -----------------------------------------------------------------------------------------------------
 
     def num_base(self, keys: Int32[np.ndarray, "tokens"]) -> int:
@@ -152,9 +194,9 @@ class Adapters:
         """Whether no adapter acted on any of these."""
         return len(keys) == 0 or int(keys[-1]) >> self._bits == 0
 
-    def is_of(self, adapter: Adapter, keys: Int32[np.ndarray, "tokens"]) -> bool:
-        """Whether this version acted on some of these."""
-        return len(keys) > 0 and int(keys[-1]) >> self._bits == adapter.number
+    def is_of(self, numbers: Set[int], keys: Int32[np.ndarray, "tokens"]) -> bool:
+        """Whether a mark of one of these numbers is on some of these."""
+        return len(keys) > 0 and int(keys[-1]) >> self._bits in numbers
 
     def tokens(self, keys: Int32[np.ndarray, "tokens"]) -> Int32[np.ndarray, "tokens"]:
         """The tokens that keys stand for."""
@@ -171,6 +213,11 @@ class Adapters:
         return self._acting(found, self.num_base(keys))
 
     def alike(self, keys: Int32[np.ndarray, "tokens"]) -> list[Int32[np.ndarray, "tokens"]]:
-        """The keys of the same tokens under the base model and under each adapter, from the first token on."""
-        tokens = self.tokens(keys)
-        return [tokens, *(tokens + np.int32(each.number << self._bits) for each in self)]
+        """The keys of the same tokens, from the first on: the base model's, each adapter's, and what they share."""
+        tokens, numbers = self.tokens(keys), [each.number for each in self]
+        return [tokens, *(tokens + np.int32(number << self._bits) for number in (*numbers, *sorted(self._shared)))]
+
+    @property
+    def _shared(self) -> set[int]:
+        """The numbers of marks that are on what adapters share."""
+        return {self._group, self._neutral} - {0}

@@ -33,6 +33,7 @@ from sparsex_jax.scheduler.choice import Choice, look_up
 from sparsex_jax.scheduler.company import Neighbours
 from sparsex_jax.scheduler.loading import Loading
 from sparsex_jax.scheduler.mirroring import Mirroring
+from sparsex_jax.scheduler.neutral import NeutralTexts
 from sparsex_jax.scheduler.origins import with_tiers
 from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
@@ -49,6 +50,7 @@ class Admission:
       cache: what is in the store. A new one after `start_over`.
       choice: what of that a plan uses.
       adapters: which are loaded, and the keys of what was computed under them.
+      neutral: texts to prefill without them, for those that share that.
       company_tokens: `EngineConfig.company_tokens`.
       tiers, restoring, loading: what is below the store, and what comes back from there; None: nothing.
       mirroring: stores sequences as mirrors; None: none is.
@@ -69,6 +71,7 @@ class Admission:
         self.mirroring: Mirroring | None = None
         self.choice = Choice(model, config.page_size, measure)
         self.adapters = Adapters(model, config)
+        self.neutral = NeutralTexts()
         self.company_tokens = config.company_tokens
         self._handles = itertools.count(1)  # an old handle must not be another text's after the store was lost
         self._counts = CacheCounts()  # they go on where the store is lost
@@ -181,7 +184,8 @@ class Admission:
         about = (findable, sequence.namespace, method, self._model.num_layers)
         member = sequence.member
         last_used = member.gathering.recency(self.cache) if member and not member.is_late else None
-        match = look_up(self.cache, *about, segments=may_pay, last_used=last_used)
+        sharing = sequence.adapter.sharing if sequence.adapter else "isolated"
+        match = look_up(self.cache, *about, segments=may_pay, last_used=last_used, sharing=sharing)
         try:
             plan = self.choice.plan(tokens, match, method, lambda: self._may_be_left_out(sequence, tokens))
             if self._comes_in_time(plan):
@@ -383,12 +387,17 @@ class Admission:
         Exactness of an answer's KV is that of the whole prompt's.
         """
         keys = sequence.keys(sequence.tokens[: min(sequence.num_computed, sequence.num_kept)])
-        if sequence.forgotten or self._is_gone(sequence) or len(keys) == 0:
+        adapter = sequence.adapter
+        is_gone = self._is_gone(sequence) or (adapter is not None and not self.adapters.may_write(adapter))
+        if sequence.forgotten or is_gone or len(keys) == 0:
             return
-        exact = sequence.plan.exact_tokens(self._model.num_layers)
-        exact = len(keys) if exact == len(sequence.plan.prompt) else min(exact, len(keys))
-        made_by = sequence.reuse
-        self.cache.commit(sequence.pages, keys, sequence.namespace, exact_tokens=exact, made_by=made_by)
+        if adapter and adapter.shares:  # one kind of KV, which is as good as those who share it take it for
+            self.cache.commit(sequence.pages, keys, sequence.namespace, exact_tokens=len(keys), twins=False)
+        else:
+            exact = sequence.plan.exact_tokens(self._model.num_layers)
+            exact = len(keys) if exact == len(sequence.plan.prompt) else min(exact, len(keys))
+            made_by = sequence.reuse
+            self.cache.commit(sequence.pages, keys, sequence.namespace, exact_tokens=exact, made_by=made_by)
         if sequence.lent and not sequence.keep:
             sequence.lent.commit(self.cache, sequence.pages[sequence.num_shared : self.pages_for(len(keys))])
 
@@ -560,6 +569,8 @@ class Admission:
             self._keep_below(sequence.pages)
         if self.mirroring and error is None and reason in ANSWERED:
             self.mirroring.keep(self.cache, sequence)
+        if error is None and reason in ANSWERED:
+            self._rebase(sequence)
         if self.restoring:
             self.restoring.cancel(self.cache, sequence)
         self.leave(sequence)
@@ -567,6 +578,12 @@ class Admission:
         if sequence.lent:
             sequence.lent.end_one(self.cache)
         sequence.finish(reason, error)
+
+    def _rebase(self, ended: Sequence) -> None:
+        """Put a text in line to be prefilled without adapters, if those that read it share that."""
+        adapter = ended.adapter
+        if adapter and not adapter.writes and ended.keep and not ended.forgotten and ended.excerpt is None:
+            self.neutral.add(ended.namespace, ended.tokens)
 
     def forget(self, handle: int) -> Forgotten:
         """Stop serving what a handle stands for, and the copies of it in other prompts, whichever adapter ran them.
@@ -578,6 +595,7 @@ class Admission:
         """
         alike, namespace = self.adapters.alike(self.cache.text(handle)), self.cache.entry(handle).namespace
         self.end_transfers(again=True)  # some of it may be on its way, and what has come is committed by this
+        self.neutral.forget(namespace)
         text = alike[0]
         has_seen, forgotten = having_seen(text), self.cache.forget(handle, alike)
         if self.tiers:
@@ -593,10 +611,13 @@ class Admission:
         self.releases += 1
         return forgotten
 
-    def let_go_of(self, adapter: Adapter) -> None:
-        """Nothing finds any more what was computed under an adapter, whose sequences have all ended."""
-        self.cache.withdraw_all(functools.partial(self.adapters.is_of, adapter))
-        self.releases += 1
+    def let_go_of(self, adapter: Adapter | None) -> None:
+        """Nothing finds any more what was computed under an adapter, whose sequences have all ended, nor what adapters
+        shared until now; None: that alone."""
+        numbers = self.adapters.share_anew() | ({adapter.number} if adapter else set())
+        if numbers:
+            self.cache.withdraw_all(functools.partial(self.adapters.is_of, numbers))
+            self.releases += 1
 
     def check_books(self) -> None:
         """Raise AssertionError unless sequences hold what the cache says. For tests: it walks the whole store."""

@@ -37,17 +37,21 @@ def look_up(
     segments: Callable[[int], bool] | None = None,
     counted: bool = False,
     last_used: Int64[np.ndarray, "pages"] | None = None,
+    sharing: str = "isolated",
 ) -> Match:
     """`PageCache.lookup` of all that a method takes.
 
     Args:
       num_layers: of the model.
       segments: whether to look for segments, by the number of tokens of the prefix. None: if the method uses any.
+      sharing: one of `reuse.adapters.SHARING`. What others wrote is no exact prefix; for `refresh` it is segments, even
+        where it stands in place, so that the method repairs it.
     """
     return cache.lookup(
         tokens,
         namespace,
-        prefix=method.uses_prefix,
+        prefix=method.uses_prefix and sharing != "refresh",
+        exact=sharing == "isolated",
         segments=method.uses_segments if segments is None else segments,
         min_segment=method.min_segment_tokens,
         accepts=functools.partial(method.accepts, num_layers=num_layers),

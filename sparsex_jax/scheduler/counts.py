@@ -29,7 +29,8 @@ class LoopStats:
       preempted: how often one was preempted.
       prompt_tokens: tokens of the prompts that were prefilled: the sum of the six kinds that follow, see `Report`.
       generated_tokens: new tokens.
-      healed_tokens: tokens that were approximate in the store and were prefilled exactly while nothing was in line.
+      healed_tokens: tokens that were prefilled exactly while nothing was in line: those that were approximate in the
+        store, and those of texts for adapters that share what the model computes without them.
       remade_tokens: tokens that were prefilled then to make remembered texts again.
       remade_texts: how many of these got better KV, or KV that has not seen what was forgotten.
       complete_rounds: rounds that began with all their members.

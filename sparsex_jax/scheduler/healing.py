@@ -5,7 +5,8 @@ a prefix. Healing prefills the same tokens exactly, a chunk at a time, most used
 like any other: its prefix is what is exact already, and once it is committed, its pages replace the approximate ones
 (`PageCache.commit`). So nothing is lost if it stops between two chunks, and every chunk counts from then on.
 
-Texts that have seen what was forgotten come first, and texts for which there is better company last (`remaking`).
+Texts that have seen what was forgotten come first, then what is approximate, then texts for which there is better
+company (`remaking`), and at last what adapters read that share what the model computes without them (`neutral`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int32
+
 from sparsex_jax.config import EngineConfig, ReuseConfig
+from sparsex_jax.reuse.adapters import Acting
 from sparsex_jax.reuse.planner import Shapes
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.remaking import Remaking
@@ -43,16 +48,31 @@ class Healing:
         """
         if not asked and (self._share == 0 or time.monotonic() < self._paused_until):
             return None
-        return self._remaking.next(stale=True) or self._healed() or self._remaking.next(stale=False)
+        return self._remaking.next(stale=True) or self._healed() or self._remaking.next(stale=False) or self._neutral()
 
     def _healed(self) -> Sequence | None:
         found = self._admission.cache.to_heal(self._chunk)
         if found is None:
             return None
-        keys, namespace = found
-        exact, adapters = ReuseConfig(method="prefix"), self._admission.adapters
-        options: dict[str, Any] = {"reuse": exact, "namespace": namespace, "keep": True, "asked": False}
-        return self._requests.again(adapters.tokens(keys), adapters.behind(keys), **options)
+        (keys, namespace), adapters = found, self._admission.adapters
+        return self._exactly(adapters.tokens(keys), adapters.behind(keys), namespace)
+
+    def _neutral(self) -> Sequence | None:
+        """The next chunk of a text without adapters, for those that share that."""
+        admission, cache, adapter = self._admission, self._admission.cache, self._admission.adapters.neutral
+        while (text := admission.neutral.first) is not None:
+            done = cache.tree.prefix(adapter.keys(text.tokens).tobytes(), text.namespace).num_tokens
+            if done < len(text.tokens):
+                end = _end_of_chunk(done, self._chunk, len(text.tokens), cache.page_size)
+                if admission.pages_for(end) - done // cache.page_size + 1 > cache.num_available:
+                    return None
+                return self._exactly(text.tokens[:end], adapter, text.namespace)
+            admission.neutral.drop(text)
+        return None
+
+    def _exactly(self, tokens: Int32[np.ndarray, "tokens"], adapter: Acting | None, namespace: str) -> Sequence:
+        options: dict[str, Any] = {"reuse": ReuseConfig(method="prefix"), "namespace": namespace}
+        return self._requests.again(tokens, adapter, **options, keep=True, asked=False)
 
     def rest(self, seconds: float) -> float:
         """How long the device has to rest after a chunk that took so long; not longer than a thread can wait."""
@@ -63,3 +83,8 @@ class Healing:
         log.exception("healing failed; it tries again in %.0f s", PAUSE_S)
         self._remaking.try_again()
         self._paused_until = time.monotonic() + PAUSE_S
+
+
+def _end_of_chunk(done: int, chunk: int, length: int, page_size: int) -> int:
+    """Where a chunk behind `done` tokens ends: with a page, or with the text."""
+    return min(max((done + chunk) // page_size, done // page_size + 1) * page_size, length)

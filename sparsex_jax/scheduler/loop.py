@@ -117,6 +117,7 @@ class Loop:
         pinning: Pinning | None = None,
         member: Member | None = None,
         adapter: str | None = None,
+        sharing: str = "isolated",
         delay_s: float = 0.0,
         listener: Listener,
     ) -> Ticket:
@@ -142,7 +143,7 @@ class Loop:
         sampling = SamplingParams() if sampling is None else sampling
         options: dict[str, Any] = {"reuse": reuse, "namespace": namespace, "keep": keep, "turns": turns}
         options |= {"lent": lent, "pinning": pinning, "member": member, "delay_s": delay_s}
-        options |= {"adapter": adapter}
+        options |= {"adapter": adapter, "sharing": sharing}
         return self._submit(self.requests.generation(prompt, sampling, listener=listener, **options))
 
     def remember(
@@ -322,7 +323,9 @@ class Loop:
         with self._one_round():
             adapter = self.admission.adapters.new(name, weights)
             self.runner.place_adapter(adapter.slot, name, weights)
+            self.admission.let_go_of(None)
             self.admission.adapters.add(adapter)
+            self.publish()
             return adapter
 
     def unload_adapter(self, name: str) -> Adapter:

@@ -63,12 +63,14 @@ class Requests:
         keep: bool,
         turns: frozenset[bytes] | None = None,
         adapter: str | None = None,
+        sharing: str = "isolated",
         **options: Any,
     ) -> Sequence:
         """A sequence that is prefilled and decoded.
 
         Args:
           adapter: the name of one that is loaded. None: the base model alone.
+          sharing: what it finds of other adapters' work, as `Engine.generate`.
           turns: `turns_of` the prompt, if it is given as the tokens of a chat.
           options: fields of `Sequence`.
 
@@ -84,10 +86,12 @@ class Requests:
         tokens = self.encode(prompt, sampling.max_new_tokens)
         output.follow(tokens)
         options |= {"turns": turns_of(prompt) if turns is None else turns}
-        options |= {"adapter": self._admission.adapters.on(adapter, tokens)}
+        options |= {"adapter": self._admission.adapters.on(adapter, tokens, sharing)}
         options |= {"prompt_logprobs": PromptLogprobs.asked(tokens, sampling)}
         if options.get("pinning") is not None and not keep:
             raise InvalidRequestError("keep=False and a pin exclude each other: what is not kept cannot stay")
+        if options.get("pinning") is not None and sharing == "rebase":
+            raise InvalidRequestError("sharing='rebase' and a pin exclude each other: what it computes is not kept")
         reuse = reuse_when_scored(sampling) if reuse is None else reuse
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
@@ -99,12 +103,13 @@ class Requests:
         namespace: str,
         keep: bool,
         adapter: str | None = None,
+        sharing: str = "isolated",
         **options: Any,
     ) -> Sequence:
         """A sequence that is prefilled only. Arguments and errors as `generation`."""
         started = time.perf_counter()
         tokens, output = self.encode(prompt), self._output(None)
-        options |= {"turns": turns_of(prompt), "adapter": self._admission.adapters.on(adapter, tokens)}
+        options |= {"turns": turns_of(prompt), "adapter": self._admission.adapters.on(adapter, tokens, sharing)}
         return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
 
     def again(
@@ -234,6 +239,7 @@ class Requests:
         if not callable(sequence.listener):
             raise InvalidRequestError(f"listener={sequence.listener!r} must be callable")
         self._admission.check(sequence)
+        _require_repair(sequence)
         return sequence
 
 
@@ -244,6 +250,13 @@ def _content(before: np.ndarray, text: np.ndarray, in_company: bool) -> bytes:
     """
     kind = b"company" if in_company else len(before).to_bytes(8)
     return hashlib.sha256(kind + before.tobytes() + text.tobytes()).digest()
+
+
+def _require_repair(sequence: Sequence) -> None:
+    if sequence.adapter and sequence.adapter.sharing == "refresh" and not sequence.reuse.uses_segments:
+        raise InvalidRequestError(
+            f"sharing='refresh' needs a method that repairs segments, as sparsex does, not {sequence.reuse.method!r}"
+        )
 
 
 def _require_type(name: str, value: Any, kind: type) -> None:

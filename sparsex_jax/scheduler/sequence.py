@@ -48,7 +48,7 @@ from sparsex_jax.reuse.adapters import NO_SLOT, Acting
 from sparsex_jax.reuse.excerpt import Excerpt
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
-from sparsex_jax.reuse.report import AdapterShare, Report, make_report, report_of_excerpt
+from sparsex_jax.reuse.report import AdapterShare, Report, SharedKV, make_report, report_of_excerpt
 from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.output import Output, TokenLogprobs
 from sparsex_jax.scheduler.pinning import Pinning, PinRefused
@@ -394,7 +394,8 @@ class Sequence:
         plan, self.state, self.stages = self.plan, State.PREFILLING, deque(stages)
         self.computed, self.confidence = np.zeros((len(plan.phases), len(plan.prompt)), bool), None
         self.approximate = plan.exact_tokens(num_layers) < len(plan.prompt)
-        self.offer = None if plan.probe else Offer(plan.prompt, self.keys(plan.prompt.tokens))
+        is_found = plan.probe is None and (self.adapter is None or self.adapter.writes)
+        self.offer = Offer(plan.prompt, self.keys(plan.prompt.tokens)) if is_found else None
         self.timeline.enter("probe" if plan.probe else "prefill")
 
     def answer_from(self, focus: Float32[np.ndarray, "tokens"]) -> None:
@@ -463,7 +464,12 @@ class Sequence:
             adapter=AdapterShare(self.adapter.name, self.adapter.num_tokens(len(self.prompt)))
             if self.adapter
             else None,
+            sharing=self._shared_kv(self.report) if self.adapter and self.adapter.shares else None,
         )
+
+    def _shared_kv(self, report: Report) -> SharedKV:
+        assert self.adapter is not None
+        return SharedKV(self.adapter.sharing, report.approximate_prefix_tokens + report.reused_tokens)
 
     def leave(self) -> None:
         """It holds no pages any more, and waits.

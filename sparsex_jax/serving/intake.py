@@ -299,8 +299,8 @@ class Intake:
         namespace, keep = tenant.store_namespace(request.cache_salt), request.keep is not False
         answers = each_answer(request, sampling, self._reuse(request, sampling))
         lent = Lent(len(answers)) if len(answers) > 1 and not keep else None
-        member = _member(request)
-        return [Job(tokens, one, reuse, namespace, keep, turns, lent, pinning, member) for one, reuse in answers]
+        shared: dict[str, Any] = {"member": _member(request), "sharing": request.sharing or "isolated"}
+        return [Job(tokens, one, reuse, namespace, keep, turns, lent, pinning, **shared) for one, reuse in answers]
 
     def _reuse(self, request: Generate, sampling: SamplingParams) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""

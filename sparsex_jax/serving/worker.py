@@ -87,6 +87,7 @@ class Job:
     pinning: Pinning | None = None
     member: Member | None = None
     adapter: str | None = None
+    sharing: str = "isolated"
     delay_s: float = 0.0
 
     def submit(self, loop: Loop, listener: Listener) -> Ticket:
@@ -101,6 +102,7 @@ class Job:
             pinning=self.pinning,
             member=self.member,
             adapter=self.adapter,
+            sharing=self.sharing,
             delay_s=self.delay_s,
             listener=listener,
         )

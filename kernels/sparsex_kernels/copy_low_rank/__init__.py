@@ -12,7 +12,11 @@ from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.copy_low_rank import reference, xla
 from sparsex_kernels.layout import LowRankStore, Slots
 
-IMPLEMENTATIONS = {"reference": reference.copy_low_rank, "xla": xla.copy_low_rank}
+# Where others are preferred, they are XLA's too.
+IMPLEMENTATIONS = {
+    "reference": reference.copy_low_rank,
+    **dict.fromkeys(("xla", "hopper", "triton", "tpu"), xla.copy_low_rank),
+}
 
 
 def copy_low_rank(

@@ -8,7 +8,11 @@ from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.layout import LowRankStore, PageTables, RowInts
 from sparsex_kernels.write_low_rank import reference, xla
 
-IMPLEMENTATIONS = {"reference": reference.write_low_rank, "xla": xla.write_low_rank}
+# Where others are preferred, they are XLA's too.
+IMPLEMENTATIONS = {
+    "reference": reference.write_low_rank,
+    **dict.fromkeys(("xla", "hopper", "triton", "tpu"), xla.write_low_rank),
+}
 
 
 def write_low_rank(

@@ -35,6 +35,7 @@ _SHARED = (
         "reuse",
         "round",
         "keep",
+        "sharing",
         "return_token_map",
         "chat_template_kwargs",
         "allow_control_tokens",

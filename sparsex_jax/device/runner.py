@@ -410,9 +410,9 @@ class Runner:
         """Write an adapter into a slot that no running sequence has. What is under way goes on with what it has.
 
         Raises:
-          InvalidRequestError: it does not fit the model.
+          InvalidRequestError: it does not fit the model, or the dtype.
         """
-        check_pairs(name, weights, self.model, self.mesh)
+        check_pairs(name, weights, self.model, self.mesh, self.engine.dtype)
         stacks = dict(self.params.adapters or {})
         for target in stacks:
             stacks[target] = put(stacks[target], slot, weights.pairs.get(target))

@@ -387,7 +387,7 @@ class Engine:
           allow_control_tokens: whether texts such as `<|im_end|>` become control tokens. Otherwise a text has the
             tokens that it has as the content of a message.
           adapter: prefill the text under it, without company, for prompts with the same adapter. An entry of an adapter
-            that is unloaded goes.
+            that is unloaded goes. A text that does not invoke an activated one is the base model's.
 
         Returns:
           A handle for `forget`. The same text behind the same preamble, or in company whatever that is, is remembered

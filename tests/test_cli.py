@@ -308,6 +308,16 @@ def test_serve_makes_room_for_adapters(tiny, tmp_path, monkeypatch):
         assert "enough" in invoke("serve", tiny, "--port", "0", *typed).stderr
     slots = [choice.adapter_slots for choice in choices]
     assert slots == [(1, 16), (2, 24), (8, 16), (3, 16)]
+    refused = {
+        "max_adapters=0 must be 1 at least": {"max_adapters": 0},
+        "adapter '0' has rank 4, and max_adapter_rank=3": {"max_adapter_rank": 3},
+    }
+    for message, changes in refused.items():
+        with pytest.raises(InvalidRequestError, match=message):
+            _ = dataclasses.replace(choices[0], **changes).adapter_slots
+    write(tmp_path / "0", random_tensors(TALKING), r=129)
+    with pytest.raises(InvalidRequestError, match="adapter '0' has rank 129, and max_adapter_rank=128 is the limit"):
+        _ = choices[0].adapter_slots
 
 
 def check_demo(found):

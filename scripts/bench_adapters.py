@@ -16,9 +16,10 @@ Told are the sum of the times to the first token, the time of all steps, and wha
 all prompts. `rebase` runs neutral prefills between two steps: their time is a row of its own. The first pass of each way
 that compiles nothing is told.
 
---roles N: instead, the three trained adapters of ruler-tiny (`configs/ruler-tiny-adapters`) answer in N trajectories,
-and told is which share of their answers is right. Writes `adapters-trace-<model>-<device>.json` or `adapters-roles-...`
-to `scripts/results`.
+--roles N: instead, the three trained adapters of ruler-tiny (`configs/ruler-tiny-adapters`) answer in N
+trajectories, and told is which share of their answers is right.
+
+Writes `adapters-trace-<model>-<device>.json`, or `adapters-roles-...`, to `scripts/results`.
 """
 
 import argparse

@@ -74,7 +74,7 @@ from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.pace import Pace
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.scheduler import sequence
-from sparsex_jax.scheduler.adapters import Adapter
+from sparsex_jax.scheduler.adapters import Adapter, Adapters
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.loading import Loading
 from sparsex_jax.scheduler.loop import Loop
@@ -221,6 +221,7 @@ class Engine:
         named = {
             name: _read_adapter(each, checkpoint.config, model_title(source)) for name, each in (adapters or {}).items()
         }
+        _check_adapters(named, checkpoint.config, config)
         params = checkpoint.load_params(config.dtype, mesh, config.quantization)
         about: dict[str, Any] = {"reuse": defaults.reuse, "sampling": sampling, "adapters": named}
         return cls(checkpoint.config, params, tokenizer, config=config, mesh=mesh, **about)
@@ -406,7 +407,7 @@ class Engine:
           allow_control_tokens: whether texts such as `<|im_end|>` become control tokens. Otherwise a text has the
             tokens that it has as the content of a message.
           adapter: prefill the text under it, without company, for prompts with the same adapter. An entry of an adapter
-            that is unloaded goes.
+            that is unloaded goes. A text that does not invoke an activated one is the base model's.
 
         Returns:
           A handle for `forget`. The same text behind the same preamble, or in company whatever that is, is remembered
@@ -571,6 +572,13 @@ class Engine:
         """After a failure: whether the KV is lost, and with it all that the cache says of it. Then both are new, and
         what runs in the loop is computed again."""
         return self.loop.recover()
+
+
+def _check_adapters(named: Mapping[str, AdapterWeights], model: ModelConfig, config: EngineConfig) -> None:
+    """Raise InvalidRequestError if an engine would not take all of these: that is known before it has weights."""
+    adapters = Adapters(model, dataclasses.replace(config, max_adapters=config.max_adapters or len(named)))
+    for name, weights in named.items():
+        adapters.add(adapters.new(name, weights))
 
 
 def _generation(done: sequence.Sequence) -> Generation:

@@ -18,8 +18,10 @@ from sparsex_jax import (
     SamplingParams,
     UnknownAdapterError,
 )
+from sparsex_jax.device.adapters import check_pairs
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.model.adapters import Pair
+from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.adapters import NEVER, Acting, last_place
 from sparsex_jax.scheduler.adapters import Adapters
 
@@ -130,6 +132,18 @@ def test_a_text_is_remembered_under_its_adapter(engine):
     assert idle(engine)
 
 
+def test_a_text_that_does_not_invoke_an_adapter_is_the_base_models(engine):
+    handle = engine.remember(TEXT[:32], adapter="activated")
+    invoking = engine.remember(np.concatenate([TEXT[40:60], CALLED, TEXT[60:70]]).astype(np.int32), adapter="activated")
+    assert [(each.handle, each.origin.adapter) for each in engine.entries()] == [
+        (handle, None),
+        (invoking, "activated"),
+    ]
+    assert engine.remember(TEXT[:32]) == handle
+    engine.unload_adapter("activated")
+    assert [each.handle for each in engine.entries()] == [handle]
+
+
 def test_a_forgotten_text_is_forgotten_under_all_adapters(engine):
     handle = engine.remember(TEXT[:32])
     for name in ("all", "some"):
@@ -198,6 +212,15 @@ def test_loading_compiles_nothing_and_wrong_adapters_are_refused(engine):
             engine.load_adapter(name, SOME)
     assert list(engine.adapters) == ["activated", "all"]
     assert num_compilations() == compiled
+
+
+def test_numbers_that_the_dtype_of_an_engine_does_not_hold_are_refused():
+    a, b = SOME.pairs["wq"]
+    large = dataclasses.replace(SOME, pairs={"wq": Pair(a, b * np.float32(1e6))})
+    about = large, TINY, make_mesh()
+    check_pairs("large", *about, "bfloat16")
+    with pytest.raises(InvalidRequestError, match="'large' has a pair for 'wq' that has NaN or infinities in float16"):
+        check_pairs("large", *about, "float16")
 
 
 def test_an_unknown_adapter_is_refused_by_the_names_of_those_that_are_there(engine):

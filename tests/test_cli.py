@@ -10,7 +10,7 @@ from adapter_files import random_tensors, write
 from conftest import TALKING, report_of
 from typer.testing import CliRunner
 
-from sparsex_jax import ReuseConfig
+from sparsex_jax import Engine, ReuseConfig
 from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
 from sparsex_jax.cli import app, options
 from sparsex_jax.cli.demo import kl_divergence
@@ -308,6 +308,29 @@ def test_serve_makes_room_for_adapters(tiny, tmp_path, monkeypatch):
         assert "enough" in invoke("serve", tiny, "--port", "0", *typed).stderr
     slots = [choice.adapter_slots for choice in choices]
     assert slots == [(1, 16), (2, 24), (8, 16), (3, 16)]
+    refused = {
+        "max_adapters=0 must be 1 at least": {"max_adapters": 0},
+        "adapter '0' has rank 4, and max_adapter_rank=3": {"max_adapter_rank": 3},
+    }
+    for message, changes in refused.items():
+        with pytest.raises(InvalidRequestError, match=message):
+            _ = dataclasses.replace(choices[0], **changes).adapter_slots
+    write(tmp_path / "0", random_tensors(TALKING), r=129)
+    with pytest.raises(InvalidRequestError, match="adapter '0' has rank 129, and max_adapter_rank=128 is the limit"):
+        _ = choices[0].adapter_slots
+
+
+def test_adapters_that_an_engine_would_not_take_are_refused_before_weights_are_loaded(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("sparsex_jax.checkpoints.orbax.OrbaxCheckpoint.load_params", pytest.fail)
+    large = write(tmp_path / "large", random_tensors(TALKING, rank=20), r=20)
+    small = write(tmp_path / "small", random_tensors(TALKING))
+    for adapters, limits, message in (
+        ({"large": large}, {}, "'large' has rank 20, and max_adapter_rank=16 is the limit"),
+        ({"a": small, "b": small}, {"max_adapters": 1}, "'b' has no room: max_adapters=1"),
+        ({" a": small}, {}, "without spaces at its ends"),
+    ):
+        with pytest.raises(InvalidRequestError, match=message):
+            Engine.from_pretrained(tiny, adapters=adapters, **limits)
 
 
 def check_demo(found):

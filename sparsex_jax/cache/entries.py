@@ -20,7 +20,7 @@ class Origin:
       company_tokens: how many tokens the text was prefilled behind, a company or a preamble of its own. 0: alone.
       prefilled_tokens: how many tokens were prefilled for it when it was remembered, those before the text too.
       company: what was chosen for it. None: nothing was to be chosen, so it stays as it is.
-      adapter: the name of the adapter that it was prefilled under. None: none.
+      adapter: the name of the adapter that acted on it. None: none did.
     """
 
     company_tokens: int = 0

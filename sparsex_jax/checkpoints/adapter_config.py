@@ -217,7 +217,10 @@ def _layers_names(fields: Fields) -> tuple[re.Pattern[str], ...]:
 
 
 def _invocation(fields: Fields, vocab_size: int) -> tuple[int, ...]:
-    ids = fields.get("alora_invocation_tokens", [])
-    if not isinstance(ids, list) or not all(is_int(id_) and 0 <= id_ < vocab_size for id_ in ids):
-        fields.refuse("alora_invocation_tokens", f"must be a list of token ids from 0 to {vocab_size - 1}")
+    """No ids if it acts on all tokens. An empty list is refused: by PEFT an adapter that has one never acts."""
+    ids = fields.get("alora_invocation_tokens")
+    if ids is None:
+        return ()
+    if not isinstance(ids, list) or not ids or not all(is_int(id_) and 0 <= id_ < vocab_size for id_ in ids):
+        fields.refuse("alora_invocation_tokens", f"must be a list of token ids from 0 to {vocab_size - 1}, or null")
     return tuple(ids)

@@ -15,6 +15,7 @@ from sparsex_jax.cli.terminal import output, print_json, progress, waiting
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, Round, SamplingParams, find_defaults
 from sparsex_jax.config.checks import require
 from sparsex_jax.config.defaults import Defaults
+from sparsex_jax.config.engine import MAX_ADAPTER_RANK
 from sparsex_jax.device.compilation import keep_on_disk
 from sparsex_jax.engine import Engine
 from sparsex_jax.model.sharding import make_mesh
@@ -92,12 +93,23 @@ class EngineChoice:
 
     @property
     def adapter_slots(self) -> tuple[int, int]:
-        """How many adapters can be loaded, and their largest rank, a multiple of 8. Reads those that are named."""
-        slots = len(self.adapters) if self.max_adapters is None else self.max_adapters
-        if self.max_adapter_rank is not None:
-            return slots, self.max_adapter_rank
-        ranks = [stated_rank(source) for source in self.adapters.values()]
-        return slots, max([EngineConfig.max_adapter_rank, *(-(-rank // 8) * 8 for rank in ranks)])
+        """How many adapters can be loaded, and their largest rank, a multiple of 8. Reads those that are named.
+
+        Raises InvalidRequestError if they are too many, or one's rank is too large.
+        """
+        named = len(self.adapters)
+        slots = named if self.max_adapters is None else self.max_adapters
+        require(named <= slots, f"max_adapters={slots} must be {named} at least, since so many adapters are named")
+        return slots, self._adapter_rank()
+
+    def _adapter_rank(self) -> int:
+        """The largest rank that adapters may have: as asked, or what those that are named need."""
+        ranks = {name: stated_rank(source) for name, source in self.adapters.items()}
+        most = self.max_adapter_rank or MAX_ADAPTER_RANK
+        for name, rank in ranks.items():
+            require(rank <= most, f"adapter {name!r} has rank {rank}, and max_adapter_rank={most} is the limit")
+        needed = [-(-rank // 8) * 8 for rank in ranks.values()]
+        return self.max_adapter_rank or max([EngineConfig.max_adapter_rank, *needed])
 
 
 def run(

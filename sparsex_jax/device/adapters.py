@@ -103,8 +103,11 @@ def check_shared(name: str, weights: AdapterWeights) -> None:
     require(not acts_late, f"{about} adds to values ('wv') from its invocation sequence on, and not to all of a prompt")
 
 
-def check_pairs(name: str, weights: AdapterWeights, model: ModelConfig, mesh: Mesh) -> None:
-    """Raise InvalidRequestError if an adapter does not fit the model."""
+def check_pairs(name: str, weights: AdapterWeights, model: ModelConfig, mesh: Mesh, dtype: str) -> None:
+    """Raise InvalidRequestError if an adapter does not fit the model, or has numbers that its dtype does not hold.
+
+    One infinity in a slot's B would reach the rows of all other slots, whose zeros it is multiplied with.
+    """
     places, size = targets(model, mesh), model.vocab_size
     known = all(0 <= token < size for token in weights.invocation)
     require(known, f"adapter {name!r} is invoked by {weights.invocation}; tokens are from 0 to {size - 1}")
@@ -118,8 +121,12 @@ def check_pairs(name: str, weights: AdapterWeights, model: ModelConfig, mesh: Me
             f"{about} of shapes {pair.a.shape} and {pair.b.shape}; they must be {wanted[0]} and {wanted[1]}",
         )
         require(0 < rank <= weights.rank, f"{about} of rank {rank}, and says that {weights.rank} is its largest")
-        finite = bool(np.isfinite(pair.a).all() and np.isfinite(pair.b).all())
-        require(finite, f"{about} that has NaN or infinities")
+        require(all(_is_finite(part, dtype) for part in pair), f"{about} that has NaN or infinities in {dtype}")
+
+
+def _is_finite(part: np.ndarray, dtype: str) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(part.astype(jnp.dtype(dtype))).all())
 
 
 def put(stack: LowRank, slot: int, pair: Pair | None) -> LowRank:

@@ -414,9 +414,9 @@ class Runner:
         """Write an adapter into a slot that no running sequence has. What is under way goes on with what it has.
 
         Raises:
-          InvalidRequestError: it does not fit the model.
+          InvalidRequestError: it does not fit the model, or the dtype.
         """
-        check_pairs(name, weights, self.model, self.mesh)
+        check_pairs(name, weights, self.model, self.mesh, self.engine.dtype)
         if self.engine.share_adapters:
             check_shared(name, weights)
         stacks, apart = dict(self.params.adapters or {}), self.params.values_apart

@@ -143,7 +143,10 @@ class Adapters:
 
     def _check(self, name: str, weights: AdapterWeights) -> None:
         is_name = isinstance(name, str) and name.isprintable() and name.strip() == name and 0 < len(name) <= MAX_NAME
-        require(is_name, f"adapter name {name!r:.300} must be printable, of 1 to {MAX_NAME} characters")
+        require(
+            is_name,
+            f"adapter name {name!r:.300} must be printable, of 1 to {MAX_NAME} characters, without spaces at its ends",
+        )
         require(self._max_adapters > 0, f"adapter {name!r} needs an engine with max_adapters above 0")
         require(name not in self._loaded, f"adapter {name!r} is loaded already; unload it before it is loaded anew")
         require(

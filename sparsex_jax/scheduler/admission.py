@@ -433,8 +433,7 @@ class Admission:
             return known
         assert sequence.report is not None
         company = sequence.company if asked.in_company else None
-        adapter = sequence.adapter.name if sequence.adapter else None
-        origin = Origin(sequence.num_before, sequence.report.fresh_tokens, company, adapter)
+        origin = Origin(sequence.num_before, sequence.report.fresh_tokens, company, _acts_on(sequence))
         if sequence.remakes is not None:
             return self._replace(sequence, asked, sequence.remakes, origin)
         pages = self._commit_text(sequence, asked)
@@ -623,6 +622,12 @@ class Admission:
         """Raise AssertionError unless sequences hold what the cache says. For tests: it walks the whole store."""
         coming = [*self.restoring.pages, *self.loading.pages] if self.restoring and self.loading else []
         self.cache.check([*coming, *(page for one in self._holders for page in (*one.pages, *one.copy_pages))])
+
+
+def _acts_on(sequence: Sequence) -> str | None:
+    """The name of the adapter that acts on a prompt. None too where it is not invoked: the KV is the base model's."""
+    adapter = sequence.adapter
+    return adapter.name if adapter and adapter.num_tokens(len(sequence.prompt)) else None
 
 
 def _require_name(namespace: str) -> None:

@@ -41,7 +41,7 @@ _BEAM = Refusal("answers are sampled, without beam search", (False, 1, 1.0))
 _SAMPLER = Refusal("this way of sampling is not implemented", (False, 0, 0.0))
 _TYPICAL = Refusal("this way of sampling is not implemented", (1, 1.0))
 _EFFORT = Refusal("a model's effort cannot be set")
-_ROUTES = Refusal("there are no adapters and no experts to choose", ([], {}))
+_ADAPTER = Refusal("an adapter is named as the model", ([], {}))
 
 REFUSED: Mapping[str, Refusal] = {
     # What forces the answer.
@@ -72,8 +72,8 @@ REFUSED: Mapping[str, Refusal] = {
     "web_search_options": Refusal("nothing is searched on the web"),
     "plugins": Refusal("there are no plugins", ([],)),
     "models": Refusal("one model is served", ([],)),
-    "lora_path": _ROUTES,
-    "lora_request": _ROUTES,
+    "lora_path": _ADAPTER,
+    "lora_request": _ADAPTER,
     # How the model thinks.
     "reasoning": _EFFORT._replace(neutral=({},)),
     "thinking_token_budget": _EFFORT,

@@ -4,7 +4,8 @@
     python scripts/bench_adapters.py --roles 24
 
 The trace is that of LRAgent and PReCache: 17 steps of three agents who take turns, each with its new tokens behind all
-that was said before, and an answer. Four of them bring --context tokens, so that all together are 4 * context + 912.
+that was said before, and an answer. Four of them bring --context tokens, so that all together are
+4 * context + 912.
 Adapters are random ones of rank 16 on queries and values, and weights of a named configuration are random, since the
 figures depend on shapes alone. The ways:
 
@@ -13,11 +14,11 @@ figures depend on shapes alone. The ways:
     pre_lr, refresh, rebase        as `Engine.generate(sharing=)`; a refresh recomputes as --refresh says
 
 Told are the sum of the times to the first token, the time of all steps, and what was computed of the token-layers of
-all prompts. `rebase` runs neutral prefills between two steps: their time is a row of its own. The first pass of each way
-that compiles nothing is told.
+all prompts. `rebase` runs neutral prefills between two steps: their time is a row of its own. The first pass of each
+way that compiles nothing is told.
 
---roles N: instead, the three trained adapters of ruler-tiny (`configs/ruler-tiny-adapters`) answer in N
-trajectories, and told is which share of their answers is right.
+--roles N: instead, the three trained adapters of ruler-tiny (`configs/ruler-tiny-adapters`) answer in N trajectories,
+and told is which share of their answers is right.
 
 Writes `adapters-trace-<model>-<device>.json`, or `adapters-roles-...`, to `scripts/results`.
 """

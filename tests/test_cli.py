@@ -264,6 +264,7 @@ def test_generate_prints_one_object(smollm, monkeypatch):
     assert [(each["finish_reason"], each["round"]["members"]) for each in round_] == [("length", 2)] * 2
 
 
+@pytest.mark.slow
 def test_generate_reuses_a_file(tiny, note):
     prompt = f"Read:\n{NOTE}When?"
     arguments = ["generate", prompt, "--model", tiny, "--remember", note, "--max-new-tokens", "2", "--method", "naive"]

@@ -179,6 +179,7 @@ def test_unknown_tasks_and_sizes_are_refused():
 # Regimes ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("regime", "number"), [("company", 4), ("company:2", 2), ("company:0", 0), ("strangers:5", 5)])
 def test_company_is_the_opening_and_segments_of_others(engine, regime, number):
     cells = [("niah", regime, index) for index in (0, 1)]

@@ -186,6 +186,7 @@ def num_remembered(engine):
     return (engine.cache.remembered(PROMPT, "default") >= 0).sum()
 
 
+@pytest.mark.slow
 def test_what_is_evicted_or_made_again_is_known_as_what_it_is_then():
     engine = tiny_engine(store_tokens=26 * 16, company_tokens=64)
     handles = [engine.remember(text) for text in TEXTS]
@@ -274,6 +275,7 @@ def test_the_focus_is_that_of_the_dense_reference():
     np.testing.assert_allclose(focus, masses[1:3].sum(0), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_penalties_and_seeds_are_those_of_the_excerpt():
     engine = remembering(tiny_engine())
     sampling = SamplingParams(12, temperature=0.8, seed=4, repetition_penalty=1.3, presence_penalty=0.4, logprobs=2)
@@ -608,6 +610,7 @@ def test_a_turn_is_never_left_out_of_a_prompt_of_messages():
 # Over HTTP --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stream_says_what_was_left_out():
     engine = make_engine()
     words = ["\n" + " ".join(f"{name}{number}" for number in range(30)) + "." for name in ("ash", "birch", "cedar")]

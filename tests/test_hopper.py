@@ -225,6 +225,7 @@ def test_decode(lengths, heads, few_programs):
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_merge_reads_a_rows_own_parts_only():
     """Two tiles of query heads; a row of many parts, one of none, one of one. All that is nobody's holds NaN."""
     rng = np.random.default_rng(0)
@@ -283,6 +284,7 @@ def test_nan_of_a_request_stays_with_it_in_decode(few_programs):
     check_nan_stays(last_rows((130, 5, 70, 20), kv_heads=1), "hopper")
 
 
+@pytest.mark.slow
 def test_nan_of_a_request_stays_with_it_where_tiles_are_shared():
     check_nan_stays(scattered((150, 3, 70, 2), 60, kv_heads=1), "hopper")
 

@@ -38,6 +38,7 @@ def same_answer(got, expected):
     return got[2]
 
 
+@pytest.mark.slow
 def test_a_prefix_is_exact(engine):
     """Also behind decoded tokens: prefill and decode attend to rounded KV alike."""
     prompt = tokens(0, 150)

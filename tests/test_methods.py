@@ -271,9 +271,8 @@ class Undefined(Ops):
         return jnp.where(jnp.arange(len(out))[:, None] < rows.count, out, jnp.nan)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "sparsex" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_what_padding_computes_reaches_nobody(tiny, name):
     remember_both(tiny)
     expected = run(tiny, Case("many"), CONFIGS[name])

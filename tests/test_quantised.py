@@ -189,6 +189,7 @@ def close(found, expected, atol=1e-4):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=atol), found, expected)
 
 
+@pytest.mark.slow
 def test_products_over_a_mesh_are_those_of_one_device():
     """Over columns and over inputs, of which each device has less than a block of the scales."""
     weight = describe(MODEL).layers
@@ -240,6 +241,7 @@ def test_logits_are_those_of_dequantised_weights(kind):
     np.testing.assert_allclose(logits, expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_weights_are_counted_in_digests_and_bytes():
     dense = random_params(MODEL, "bfloat16", make_mesh())
     made = quantise_params(MODEL, dense, "fp8", make_mesh())

@@ -402,6 +402,7 @@ def test_chats_are_not_repeated(quick):
 # Several answers ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_answers_are_those_of_highest_log_probability_a_token(http):
     body = {"temperature": 1.0, "seed": 11, "max_tokens": 5, "logprobs": 0}
     everyone = complete(http, n=4, **body).json()["choices"]

@@ -156,6 +156,7 @@ def test_scraping_does_not_wait_for_a_round(engine, monkeypatch):
             threads[0].join()
 
 
+@pytest.mark.slow
 def test_preempted_prompts_are_looked_up_once():
     engine, generator = tiny_engine(store_tokens=512), np.random.default_rng(0)
     shared, ends = generator.integers(1, 96, 96), []

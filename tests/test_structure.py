@@ -115,6 +115,7 @@ def test_the_next_forward_pass_is_on_its_way_before_the_host_sees_the_token(engi
     assert decoded.count("choose") == len(tokens) - 1, "no token is computed in vain, the first came with the prompt"
 
 
+@pytest.mark.slow
 def test_an_answer_goes_on_after_a_preemption_and_a_lost_store(engine):
     expected = texts(engine, [sampling("schema", **RANDOM), sampling("schema")])
     loop, events = engine.loop, [[], []]

@@ -393,6 +393,7 @@ def test_host_memory_has_room_for_blocks(blocks, tmp_path):
     tiny_engine(store_tokens=24 * PAGE, host_store_bytes=blocks * size, **disk).close()
 
 
+@pytest.mark.slow
 def test_a_tier_for_a_part_of_what_returns_has_that_part():
     room, prompts = room_for(tiny_engine(**SMALL), 3), texts(9)
     engine = tiny_engine(store_tokens=24 * PAGE, host_store_bytes=room)

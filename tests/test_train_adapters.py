@@ -74,18 +74,27 @@ def _scheme(kind, share=0.5):
     return schemes.Scheme(kind, share if kind == "refresh" else 0.0)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("isolated", "rebase")])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind == "refresh" else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in KINDS
+        if kind not in ("isolated", "rebase")
+    ],
+)
 def test_where_one_role_wrote_everything_sharing_is_exact(team, batch, kind):
     """All but rebase, which never keeps what an adapter wrote."""
     alone = batch._replace(roles=np.full_like(batch.roles, 2))
     assert _differs(_new_rows(team, _scheme(kind), alone), _new_rows(team, _scheme("isolated"), alone)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "isolated"])
 def test_where_roles_differ_sharing_is_not_exact(team, batch, kind):
     assert _differs(_new_rows(team, _scheme(kind, 0.05), batch), _new_rows(team, _scheme("isolated"), batch)) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "isolated"])
 def test_adapters_that_change_nothing_lose_nothing(team, batch, kind):
     same = dataclasses.replace(team, adapters=schemes.init_adapters(CONFIG, 1))

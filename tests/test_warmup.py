@@ -90,6 +90,7 @@ def test_every_size_of_a_batch_is_decoded_once(most, numbers, monkeypatch):
     assert decoded == 2 * numbers  # plain, and with every wish but a structure, which this model's tokens cannot have
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_says_so_before_it_is_served():
     engine = make_engine()
     params = engine.runner.params

@@ -188,7 +188,11 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     rows: list[dict[str, Any]] = []
     for row in answers(options) if options.roles else trace(options):
         rows.append(row)
-        path = write_json(about | {"settings": vars(options), "rows": rows}, folder)
+        path = write_json(
+            about
+            | {"settings": {name: value for name, value in vars(options).items() if value is not None}, "rows": rows},
+            folder,
+        )
     print(path)
 
 

@@ -900,6 +900,16 @@ def tpu_predicted(document: Document) -> str:
 
 # The pages --------------------------------------------------------------------------------------------------
 
+
+def ways(document: Document) -> str:
+    """A line for each way, with a column for each of its figures."""
+    cells = pivot(document["rows"])
+    heading = ["way", *(f"{work.partition(': ')[2]}, {unit_of(by_name)}" for work, by_name in cells.items())]
+    names = columns_of(cells)
+    lines = [[name, *(f"{by_name[name]['figure']:.3g}" for by_name in cells.values())] for name in names]
+    return f"{table(heading, lines)}\n{provenance(document)}"
+
+
 VIEWS: dict[str, View] = {
     "quality": quality,
     "quality_headline": quality_headline,
@@ -929,6 +939,7 @@ VIEWS: dict[str, View] = {
     "checkouts": checkouts,
     "training": training,
     "adapters": adapters,
+    "ways": ways,
     "tpu_compiled": tpu_compiled,
     "tpu_vmem": tpu_vmem,
     "tpu_predicted": tpu_predicted,

@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # the script import
 
 import adapter_roles as roles
 import adapter_schemes as schemes
+import bench_adapters
 import train_adapters
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "ruler-tiny-adapters"
@@ -278,6 +279,15 @@ def test_training_learns_what_it_is_taught():
         state, metrics = train_adapters.train_step(state, params, CONFIG, rows, 1e-2, {"hint": 1.0, "quiet": 0.01})
         found.append(float(metrics["answer loss"]))
     assert found[-1] < 0.8 * found[0]
+
+
+def test_the_trace_has_the_length_that_the_papers_give():
+    """33.7K tokens with 8K in four of its 17 steps, and 66.4K with 16K (LRAgent and PReCache)."""
+    steps = bench_adapters.steps_of(8192)
+    assert len(steps) == 17
+    assert sum(new + answer for _, new, answer in steps) == 33680
+    assert sum(new + answer for _, new, answer in bench_adapters.steps_of(16384)) == 66448
+    assert {agent for agent, *_ in steps} == set(roles.ROLES)
 
 
 @pytest.mark.slow

@@ -204,11 +204,9 @@ def keys_values(layer: OneLayer, hidden: Hidden, rows: Rows) -> NewKV:
 
 def _values_apart(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows ranks"] | None:
     """Y of the adapters of all slots. None where values have their part, or there are no adapters."""
-    return (
-        None
-        if layer.values_apart is None
-        else layer.decoder.ops.low_rank(normed, layer.values_apart, layer.number, rows)
-    )
+    if layer.values_apart is None:
+        return None
+    return layer.decoder.ops.low_rank(normed, layer.values_apart, layer.number, rows)
 
 
 def _project(layer: OneLayer, normed: Hidden, rows: Rows, *projections: Projection) -> list[Heads]:

@@ -44,11 +44,6 @@ from sparsex_jax.reuse.report import Report, make_report  # noqa: E402
 from sparsex_jax.reuse.schedule import Phase  # noqa: E402
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: a sixth of the time of a worker is spent waiting for servers and clocks."""
-    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
-
-
 def pytest_configure(config: pytest.Config) -> None:
     """Keep compiled programs under pytest's cache, so that no worker or later run compiles a program again."""
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))

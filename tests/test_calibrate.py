@@ -284,6 +284,7 @@ def test_a_calibration_measures_what_the_bench_measures(engine, loose):
     assert loose.times["independent"].keys() == {"ttft_s", "full_ttft_s"}
 
 
+@pytest.mark.slow
 def test_a_loss_needs_a_model_that_answers(engine):
     with pytest.raises(InvalidRequestError, match="full recompute itself scores only"):
         calibration.calibrate(engine, PROMPTS, Target())

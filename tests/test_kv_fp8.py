@@ -63,6 +63,7 @@ def test_recomputing_everything_is_full_recompute(engine):
         assert found_in_segments(report) >= 100 or "recompute_ratio" not in options
 
 
+@pytest.mark.slow
 def test_moved_keys_are_those_of_the_new_position_rounded_twice(engine):
     """Layer 0's, where a key depends on its token and position alone; values are moved as they are."""
     text = tokens(5, 100)

@@ -84,6 +84,7 @@ def test_without_a_method_nothing_approximate_is_in_them(engine, exact):
         assert set(part.prompt_logprobs[:140]) == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["naive", "sparsex", "prophetkv", "qcfuse", "cacheblend", "excerpt", "prefix"])
 def test_with_a_method_all_behind_the_start_are_computed(engine, method):
     engine.remember(TEXT[250:380], namespace=method)

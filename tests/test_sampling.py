@@ -264,6 +264,7 @@ def reference_answer(engine, prompt, params):
     return answer, reports
 
 
+@pytest.mark.slow
 def test_the_engine_penalises_and_reports_what_the_reference_does(tiny):
     """The counts begin with the token of the prefill and grow in the decode loop, over several decode calls."""
     prompt = [5, 9, 9, 40]

@@ -75,14 +75,8 @@ def _scheme(kind, share=0.5):
     return schemes.Scheme(kind, share if kind == "refresh" else 0.0)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        kind if kind == "refresh" else pytest.param(kind, marks=pytest.mark.slow)
-        for kind in KINDS
-        if kind not in ("isolated", "rebase")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("isolated", "rebase")])
 def test_where_one_role_wrote_everything_sharing_is_exact(team, batch, kind):
     """All but rebase, which never keeps what an adapter wrote."""
     alone = batch._replace(roles=np.full_like(batch.roles, 2))

@@ -185,12 +185,13 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     options = parser.parse_args(arguments)
     about = {"bench": "adapters-roles" if options.roles else "adapters-trace"}
     about |= {"model": "ruler-tiny" if options.roles else options.model} | provenance()
+    unused = {"model", "context"} if options.roles else {"model", "roles"}
+    settings = {name: value for name, value in vars(options).items() if name not in unused}
     rows: list[dict[str, Any]] = []
     for row in answers(options) if options.roles else trace(options):
         rows.append(row)
         path = write_json(
-            about
-            | {"settings": {name: value for name, value in vars(options).items() if value is not None}, "rows": rows},
+            about | {"settings": settings, "rows": rows},
             folder,
         )
     print(path)

@@ -379,7 +379,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of what is written")
     add("--minutes", type=float, default=6, help="wall time of the training of all variants; measuring comes on top")
-    add("--steps", type=int, help="train each variant for so many steps instead")
+    add("--steps", type=int, help="train each variant for this many steps instead")
     add("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     add("--adapters", type=Path, help="train nothing, and measure what an earlier run wrote to this folder")
     add("--model", type=Path, default=RULER_TINY, help="Hugging Face directory of ruler-tiny")

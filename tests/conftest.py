@@ -203,3 +203,17 @@ def report_of(kind, active, **figures) -> Report:
 def found_in_segments(report: Report) -> int:
     """Tokens that were found in segments, whether they were recomputed or not."""
     return report.reused_tokens + report.recomputed_tokens
+
+
+@contextlib.contextmanager
+def losing_the_store(engine: Engine) -> Iterator[None]:
+    """What is done here must prefill, which fails and takes the store with it."""
+
+    def broken(*args, **kwargs):
+        engine.runner.store.delete()
+        raise RuntimeError("device lost")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsex_jax.device.runner.prefill", broken)
+        with pytest.raises(RuntimeError, match="device lost"):
+            yield

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from adapting import DEVICE, Adapted, adapting_engine, dense_of, greedy, make_adapter, merged
-from conftest import TINY, found_in_segments, idle, tiny_params
+from conftest import TINY, found_in_segments, idle, losing_the_store, tiny_params
 from dense import Dense, stored_kv
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -139,14 +139,8 @@ class AdapterMachine(RuleBasedStateMachine):
 
     @rule()
     def lose_the_store(self):
-        def broken(*args, **kwargs):
-            self.engine.runner.store.delete()
-            raise RuntimeError("device lost")
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sparsex_jax.device.runner.prefill", broken)
-            with pytest.raises(RuntimeError, match="device lost"):
-                self.engine.prefill([1, 2, 3])
+        with losing_the_store(self.engine):
+            self.engine.prefill([1, 2, 3])
 
     @invariant()
     def no_page_is_lost(self):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import tiny_engine
+from conftest import losing_the_store, tiny_engine
 from dense import Dense, stored_kv
 
 from sparsex_jax import EngineConfig, InvalidRequestError, ReuseConfig, SamplingParams, UnknownHandleError
@@ -309,18 +309,12 @@ def test_making_again_is_off_where_healing_is_and_pauses_after_a_failure(monkeyp
     assert entry_of(engine, 1).origin.company_tokens == 50
 
 
-def test_the_store_is_lost_while_a_text_is_made_again(engine, monkeypatch):
+def test_the_store_is_lost_while_a_text_is_made_again(engine):
     for text in TEXTS[:2]:
         engine.remember(text)
 
-    def broken(*args, **kwargs):
-        engine.runner.store.delete()
-        raise RuntimeError("device lost")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("sparsex_jax.device.runner.prefill", broken)
-        with pytest.raises(RuntimeError, match="device lost"):
-            engine.heal()
+    with losing_the_store(engine):
+        engine.heal()
     assert engine.entries() == []
     assert engine.heal() == 0
     handle = engine.remember(TEXTS[0])

@@ -6,7 +6,7 @@ can be checked, whatever method computed it. Exact pages are checked at all laye
 
 import numpy as np
 import pytest
-from conftest import TINY, tiny_engine, tiny_params
+from conftest import TINY, losing_the_store, tiny_engine, tiny_params
 from dense import Dense, stored_kv
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -97,14 +97,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     @rule()
     def lose_the_store(self):
-        def broken(*args, **kwargs):
-            self.engine.runner.store.delete()
-            raise RuntimeError("device lost")
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sparsex_jax.device.runner.prefill", broken)
-            with pytest.raises(RuntimeError, match="device lost"):
-                self.engine.prefill([1, 2, 3])
+        with losing_the_store(self.engine):
+            self.engine.prefill([1, 2, 3])
 
     @invariant()
     def no_page_is_lost(self):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import found_in_segments, tiny_engine
+from conftest import found_in_segments, losing_the_store, tiny_engine
 
 from sparsex_jax import (
     ContextLengthError,
@@ -190,20 +190,14 @@ def test_a_batch_that_fails_while_it_is_admitted_loses_no_page(tiny, monkeypatch
     assert (tiny.stats()["active"], tiny.stats()["free"]) == (0, tiny.stats()["pages"])
 
 
-def test_an_engine_that_lost_its_store_makes_an_empty_one(tiny, monkeypatch):
+def test_an_engine_that_lost_its_store_makes_an_empty_one(tiny):
     """A step that fails on the device deletes the store that was donated to it."""
     handle = tiny.remember(list(range(50)))
     prompt = [3, *range(50), 4]
     expected = tiny.prefill(prompt, reuse=ReuseConfig(method="full"), keep=False).logits
 
-    def fail_on_the_device(*args, **kwargs):
-        tiny.runner.store.delete()
-        raise RuntimeError("device lost")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("sparsex_jax.device.runner.prefill", fail_on_the_device)
-        with pytest.raises(RuntimeError, match="device lost"):
-            tiny.prefill(prompt)
+    with losing_the_store(tiny):
+        tiny.prefill(prompt)
     assert tiny.stats()["free"] == tiny.stats()["pages"]
     out = tiny.prefill(prompt)
     assert out.report.fresh_tokens == len(prompt)  # what was stored is gone, and nothing of it is served

@@ -36,8 +36,8 @@ def kernel(body: Callable[..., None], backend: Backend, **options: Any) -> Calla
 def tiled_smem(shape: tuple[int, ...], dtype: Any, line: int = SWIZZLE) -> Any:
     """Shared memory whose last two axes are laid out as TMA and `wgmma` need them: 8-row tiles, swizzled.
 
-    Tiles have lines of so many bytes, 32, 64 or 128, or of what a row has. A right operand with fewer rows than a line
-    has numbers must have shorter ones.
+    A line of a tile has `line` bytes (32, 64 or 128), or those of a row if a row has fewer. A right operand that has
+    fewer rows than a line has numbers needs a shorter line.
     """
     size = jnp.dtype(dtype).itemsize
     bytes_a_row = min(line, shape[-1] * size)

@@ -73,8 +73,8 @@ class PagePool:
         evicted first.
       rested_on: how many derived pages rest on it.
       needed: how many of those are active.
-      spare: there is a derived page with the same content, so evicting it loses nothing. In the state of that name are
-        those of them that nobody has.
+      spare: there is a derived page with the same content, so evicting it loses nothing. It counts in
+        the state `spare` while nobody holds or keeps it.
       births: how often it was handed out.
       free: the free pages of the store. `take` hands out the last one first.
       derived: by their numbers, what derived pages are made of.

@@ -143,8 +143,8 @@ class SegmentSearch:
           prompt: the ids of all tokens.
           namespace: only its nodes are searched.
           last_used: when each page of the store was last used; a larger number is later.
-          enough: of donors with so many tokens of a run, the one that was used last is taken, and not the longest. Runs
-            of approximate donors then end where an exact one has as many.
+          enough: among donors that have this many tokens of a run or more, the search takes the one that was used last,
+            not the longest. A run of an approximate donor then ends where an exact one has as many.
         """
         self._prompt = prompt
         self._bytes = prompt.tobytes()

@@ -1,13 +1,11 @@
 """Alignment: copy cached KV to other slots of the same store, its keys rotated to their new positions."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
 from sparsex_kernels.align_and_copy import reference, triton, xla
-from sparsex_kernels.align_and_copy.spans import packed, patched
+from sparsex_kernels.align_and_copy.spans import all_layers, packed, with_patch
 from sparsex_kernels.arguments import CopyArgs, Patch
 from sparsex_kernels.backend import Backend, default_backend, late, run
 from sparsex_kernels.layout import Frequencies, Slots, Store
@@ -47,10 +45,8 @@ def align_and_copy(
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    args = CopyArgs(store, source, target, shift, inv_freq, _all_unless(layers, store), backend or default_backend())
-    if patch is not None:
-        source, target, shift, spans = patched(source, target, shift, patch, len(store))
-        args = dataclasses.replace(args, source=source, target=target, shift=shift, spans=spans)
+    layers, backend = all_layers(store) if layers is None else layers, backend or default_backend()
+    args = with_patch(CopyArgs(store, source, target, shift, inv_freq, layers, backend), patch)
     return run("align_and_copy", IMPLEMENTATIONS, implementation, args)
 
 
@@ -80,11 +76,6 @@ def pack_rows(
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
     source, target, spans = packed(source, target, target_layers, depth)
-    layers = _all_unless(None, store)
-    backend = backend or default_backend()
-    args = CopyArgs(store, source, target, jnp.zeros_like(source), None, layers, backend, spans)
+    nothing, backend = jnp.zeros_like(source), backend or default_backend()
+    args = CopyArgs(store, source, target, nothing, None, all_layers(store), backend, spans)
     return run("pack_rows", IMPLEMENTATIONS, implementation, args)
-
-
-def _all_unless(layers: Int[Array, "2"] | None, store: Store) -> Int[Array, "2"]:
-    return jnp.array([0, len(store)], jnp.int32) if layers is None else layers

@@ -10,14 +10,29 @@ All tokens' sources come first and all patch rows behind them, so tokens that we
 kernels find the same runs of slots in both halves.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
-from sparsex_kernels.arguments import Patch, Spans
+from sparsex_kernels.arguments import CopyArgs, Patch, Spans
 from sparsex_kernels.layout import Slots
 
 Entries = Int[Array, "entries"]
+
+
+def all_layers(store: Array) -> Int[Array, "2"]:
+    """The layers of a call that says none."""
+    return jnp.array([0, len(store)], jnp.int32)
+
+
+def with_patch(args: CopyArgs, patch: Patch | None) -> CopyArgs:
+    """The arguments of a copy, some of whose rows come from a patch. None: all of them are copied."""
+    if patch is None:
+        return args
+    source, target, shift, spans = patched(args.source, args.target, args.shift, patch, len(args.store))
+    return dataclasses.replace(args, source=source, target=target, shift=shift, spans=spans)
 
 
 def patched(

@@ -1,12 +1,10 @@
 """Copies of Y, which adapters have beside K and V. It has no position, so its bits do not change."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Int
 
-from sparsex_kernels.align_and_copy.spans import packed, patched
+from sparsex_kernels.align_and_copy.spans import all_layers, packed, with_patch
 from sparsex_kernels.arguments import CopyArgs, Patch
 from sparsex_kernels.backend import Backend, default_backend, run
 from sparsex_kernels.copy_low_rank import reference, xla
@@ -37,11 +35,8 @@ def copy_low_rank(
       backend, implementation: as in `paged_attention`.
     """
     nothing, backend = jnp.zeros_like(source), backend or default_backend()
-    layers = jnp.array([0, len(store)], jnp.int32) if layers is None else layers
-    args = CopyArgs(store, source, target, nothing, None, layers, backend)
-    if patch is not None:
-        source, target, shift, spans = patched(source, target, nothing, patch, len(store))
-        args = dataclasses.replace(args, source=source, target=target, shift=shift, spans=spans)
+    layers = all_layers(store) if layers is None else layers
+    args = with_patch(CopyArgs(store, source, target, nothing, None, layers, backend), patch)
     return run("copy_low_rank", IMPLEMENTATIONS, implementation, args)
 
 
@@ -64,6 +59,5 @@ def pack_low_rank(
     """
     source, target, spans = packed(source, target, target_layers, depth)
     nothing, backend = jnp.zeros_like(source), backend or default_backend()
-    all_layers = jnp.array([0, len(store)], jnp.int32)
-    args = CopyArgs(store, source, target, nothing, None, all_layers, backend, spans)
+    args = CopyArgs(store, source, target, nothing, None, all_layers(store), backend, spans)
     return run("pack_low_rank", IMPLEMENTATIONS, implementation, args)

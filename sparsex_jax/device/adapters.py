@@ -21,7 +21,7 @@ from sparsex_jax.config.checks import require
 from sparsex_jax.model.adapters import TARGETS, AdapterWeights, Pair
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.matrices import Place
-from sparsex_jax.model.sharding import TENSOR_AXIS
+from sparsex_jax.model.sharding import TENSOR_AXIS, zeros_of
 from sparsex_jax.model.weights import describe
 
 _APART = ("wk", "wv")  # where adapters share KV: keys have none, and values have theirs in `ValuesApart`
@@ -82,17 +82,13 @@ def make_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dict[st
     shapes = abstract_stacks(model, engine, mesh)
     if shapes is None:
         return None
-    stacks = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype, device=each.sharding), shapes)
-    return {name: put(stack, 0, None) for name, stack in stacks.items()}
+    return {name: put(stack, 0, None) for name, stack in zeros_of(shapes).items()}
 
 
 def make_apart(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> ValuesApart | None:
     """As `make_stacks`, for values where adapters share KV."""
     shapes = abstract_apart(model, engine, mesh)
-    if shapes is None:
-        return None
-    zeros = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype, device=each.sharding), shapes)
-    return put_apart(zeros, 0, None)
+    return None if shapes is None else put_apart(zeros_of(shapes), 0, None)
 
 
 def check_shared(name: str, weights: AdapterWeights) -> None:

@@ -6,7 +6,10 @@ today, `tensor`, over which heads, the MLP or the experts, and the vocabulary ar
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -88,3 +91,8 @@ def sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
         for mesh_axis, size in zip(spec(axes), shape, strict=True)
     ]
     return NamedSharding(mesh, PartitionSpec(*parts))
+
+
+def zeros_of(shapes: Any) -> Any:
+    """Zeros on the devices for a tree of `jax.ShapeDtypeStruct`, each with its sharding."""
+    return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), shapes)

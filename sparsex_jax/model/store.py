@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.config.checks import require
-from sparsex_jax.model.sharding import sharding
+from sparsex_jax.model.sharding import sharding, zeros_of
 from sparsex_jax.model.weights import Params
 from sparsex_kernels.layout import FLOAT8, LowRankStore, Store
 
@@ -70,8 +70,7 @@ def abstract_any_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> 
 
 def make_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> AnyStore:
     """A store of zeros."""
-    shapes = abstract_any_store(model, engine, mesh)
-    made: AnyStore = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), shapes)
+    made: AnyStore = zeros_of(abstract_any_store(model, engine, mesh))
     return made
 
 

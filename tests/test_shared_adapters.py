@@ -4,8 +4,20 @@ import dataclasses
 
 import numpy as np
 import pytest
-from adapting import DEVICE, adapting_engine, dense_of, greedy, make_adapter, merged
-from conftest import TINY, idle, run, same_shapes, tiny_params
+from adapting import (
+    LATER,
+    ONE,
+    SHARED,
+    TARGETS,
+    TWO,
+    adapting_engine,
+    dense_of,
+    greedy,
+    make_adapter,
+    merged,
+    sharing_engine,
+)
+from conftest import TINY, idle, run, tiny_params
 from dense import Dense, _norm, stored_kv
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,22 +31,9 @@ from sparsex_jax.model.store import abstract_low_rank_store, abstract_store
 from sparsex_jax.reuse.adapters import SHARING
 from sparsex_jax.scheduler import warmup
 
-SHARED = dict(vars(DEVICE), share_adapters=True)
-TARGETS = ("wq", "wv", "wo", "w_gate", "w_up", "w_down")
-ONE, TWO = make_adapter(1, targets=TARGETS), make_adapter(2, rank=8, targets=("wq", "wv"))
-LATER = make_adapter(5, targets=TARGETS)
 TEXT = np.random.default_rng(7).integers(1, 89, 200).astype(np.int32)
 PREFIX = ReuseConfig("prefix")
 ONE_TOKEN = SamplingParams(max_new_tokens=1, ignore_eos=True)
-
-
-def sharing_engine(**changes):
-    """An engine whose adapters share KV, on the programs of all such engines."""
-    device = type(DEVICE)(**SHARED)
-    engine = same_shapes(TINY, tiny_params(), device, **changes)
-    for name, weights in (("one", ONE), ("two", TWO)):
-        engine.load_adapter(name, weights)
-    return engine
 
 
 @pytest.fixture
@@ -116,7 +115,11 @@ def test_an_agent_reads_what_another_wrote_with_its_own_part_of_values(engine):
     out = engine.prefill(prompt, adapter="two", sharing="pre_lr", reuse=PREFIX)
     assert out.report.prefix_tokens == 0
     assert out.report.approximate_prefix_tokens == 40
-    assert out.report.to_dict()["sharing"] == {"mode": "pre_lr", "cross_adapter_tokens": 40}
+    assert out.report.to_dict()["sharing"] == {
+        "mode": "pre_lr",
+        "cross_adapter_tokens": 40,
+        "unseen_tokens": 0,
+    }
     np.testing.assert_allclose(out.logits, Team(ONE, TWO, 40).last_logits(prompt), atol=1e-3)
     alone = engine.prefill(prompt, adapter="two", reuse=PREFIX)
     assert alone.report.fresh_tokens == 60
@@ -253,9 +256,14 @@ def test_what_moved_and_is_another_adapters_work_is_refreshed_too(engine):
 
 def test_what_cannot_be_shared_is_refused(engine):
     refused = {
-        "sharing='base_shared' must be one of 'isolated', 'pre_lr', 'refresh', 'rebase'": {"sharing": "base_shared"},
+        "sharing='full' must be one of 'isolated', 'pre_lr', 'refresh', 'rebase', 'base_shared'": {"sharing": "full"},
         "sharing='pre_lr' needs an adapter": {"sharing": "pre_lr"},
         "sharing='refresh' needs a method that repairs": {"adapter": "one", "sharing": "refresh", "reuse": PREFIX},
+        "sharing='base_shared' finds prefixes and no segments: it needs the method prefix, not 'sparsex'": {
+            "adapter": "one",
+            "sharing": "base_shared",
+            "reuse": SparseX(),
+        },
         "sharing='rebase' and a pin exclude each other": {"adapter": "one", "sharing": "rebase", "pin": Pin("mine")},
     }
     for message, asked in refused.items():

@@ -21,6 +21,8 @@ from sparsex_jax.reuse.adapters import NO_SLOT, SHARING, Acting, last_place
 
 MAX_NAME = 256  # characters
 _KEY_BITS = 31  # of a key, an int32 that is not negative
+_GROUP_OF = {"pre_lr": "written", "refresh": "written", "rebase": "neutral", "base_shared": "base"}  # whose mark it has
+_GROUPS = tuple(dict.fromkeys(_GROUP_OF.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +59,13 @@ class Adapters:
         self._bits = max(model.vocab_size - 1, 1).bit_length()
         self._most_numbers = (1 << (_KEY_BITS - self._bits)) - 1
         self.share = config.share_adapters
-        most = self._most_numbers - (2 if self.share else 0)
+        most = self._most_numbers - (len(_GROUPS) if self.share else 0)
         require(
             self._max_adapters < max(most, 1),
             f"max_adapters={self._max_adapters} must be less than {most} for a vocabulary of {model.vocab_size} tokens",
         )
-        self._group = self._neutral = self._last_number = 0  # 0: no adapters share anything
+        self._groups = dict.fromkeys(_GROUPS, 0)  # the numbers of their marks; 0: no adapters share anything
+        self._last_number = 0
         self._loaded: Mapping[str, Adapter] = {}  # replaced, never changed, as other threads read it
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -106,20 +109,21 @@ class Adapters:
     def _sharing(self, adapter: Adapter, sharing: str) -> Acting:
         late = f"adapter {adapter.name!r} acts from its invocation sequence on, and takes no sharing={sharing!r}"
         require(not adapter.invocation, f"{late}: what stands before that is found by all anyway")
-        number = self._neutral if sharing == "rebase" else self._group
+        number = self._groups[_GROUP_OF[sharing]]
         return Acting(adapter.name, adapter.slot, adapter.number, number << self._bits, 0, sharing)
 
     @property
     def neutral(self) -> Acting:
         """No adapter, on a text that is prefilled for those that ask for `rebase`."""
-        return Acting("", NO_SLOT, self._neutral, self._neutral << self._bits)
+        number = self._groups["neutral"]
+        return Acting("", NO_SLOT, number, number << self._bits)
 
     def _acting(self, adapter: Adapter, start: int) -> Acting:
         return Acting(adapter.name, adapter.slot, adapter.number, adapter.number << self._bits, start)
 
     def stands(self, acting: Acting) -> bool:
         """Whether the version that acts is still loaded."""
-        return acting.number == self._neutral or any(acting.number == each.number for each in self)
+        return acting.number == self._groups["neutral"] or any(acting.number == each.number for each in self)
 
     def may_write(self, acting: Acting) -> bool:
         """Whether what is computed with it may be found under its keys.
@@ -184,7 +188,8 @@ class Adapters:
         if not self.share:
             return set()
         old = self._shared
-        self._group, self._neutral = self._next_number(), self._next_number()
+        for group in _GROUPS:
+            self._groups[group] = self._next_number()
         return old
 
     # Keys -----------------------------------------------------------------------------------------------------
@@ -223,4 +228,4 @@ class Adapters:
     @property
     def _shared(self) -> set[int]:
         """The numbers of marks that are on what adapters share."""
-        return {self._group, self._neutral} - {0}
+        return set(self._groups.values()) - {0}

@@ -93,7 +93,8 @@ class Requests:
         if options.get("pinning") is not None and sharing == "rebase":
             raise InvalidRequestError("sharing='rebase' and a pin exclude each other: what it computes is not kept")
         reuse = reuse_when_scored(sampling) if reuse is None else reuse
-        return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
+        method = self._method(reuse, sharing)
+        return self._checked(Sequence(tokens, output, method, namespace, keep, started, **options))
 
     def prefill(
         self,
@@ -110,7 +111,8 @@ class Requests:
         started = time.perf_counter()
         tokens, output = self.encode(prompt), self._output(None)
         options |= {"turns": turns_of(prompt), "adapter": self._admission.adapters.on(adapter, tokens, sharing)}
-        return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
+        method = self._method(reuse, sharing)
+        return self._checked(Sequence(tokens, output, method, namespace, keep, started, **options))
 
     def again(
         self,
@@ -231,7 +233,9 @@ class Requests:
         matcher = self.matcher(structure, may_end=not sampling.ignore_eos) if sampling and structure else None
         return Output(sampling, self.end_tokens, self.tokenizer, matcher)
 
-    def _method(self, reuse: ReuseConfig | None) -> ReuseConfig:
+    def _method(self, reuse: ReuseConfig | None, sharing: str = "isolated") -> ReuseConfig:
+        if sharing == "base_shared":
+            reuse = _for_base_shared(reuse)
         return method_of(self.reuse if reuse is None else reuse).fitted(self._model.windows)
 
     def _checked(self, sequence: Sequence) -> Sequence:
@@ -257,6 +261,17 @@ def _require_repair(sequence: Sequence) -> None:
         raise InvalidRequestError(
             f"sharing='refresh' needs a method that repairs segments, as sparsex does, not {sequence.reuse.method!r}"
         )
+
+
+def _for_base_shared(reuse: ReuseConfig | None) -> ReuseConfig:
+    """A prefix, and no segments. It is used whatever the cost model says: its tokens are computed either way, and what
+    they save is memory."""
+    reuse = method_of(ReuseConfig("prefix") if reuse is None else reuse)
+    if reuse.uses_segments:
+        raise InvalidRequestError(
+            f"sharing='base_shared' finds prefixes and no segments: it needs the method prefix, not {reuse.method!r}"
+        )
+    return reuse.updated(only_if_faster=False)
 
 
 def _require_type(name: str, value: Any, kind: type) -> None:

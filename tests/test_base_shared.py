@@ -1,0 +1,219 @@
+"""Adapters that share K and V0, and each run through all that they have not seen for their own part of values."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from adapting import LATER, ONE, TWO, dense_of, merged, sharing_engine
+from conftest import TINY, idle, tiny_params
+from dense import Dense, _norm, stored_kv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsex_jax import ReuseConfig, SamplingParams
+from sparsex_jax.reuse.planner import RequestPlan
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_jax.reuse.schedule import Phase
+from sparsex_jax.scheduler.chunks import stages
+
+WEIGHTS = {"one": ONE, "two": TWO, "later": LATER}
+TEXT = np.random.default_rng(3).integers(1, 89, 300).astype(np.int32)
+BASE = {"sharing": "base_shared"}
+
+
+@pytest.fixture
+def engine():
+    return trio()
+
+
+def trio(**changes):
+    engine = sharing_engine(**changes)
+    engine.load_adapter("later", LATER)
+    return engine
+
+
+class Agent(Dense):
+    """The reference: an adapter runs through a whole text, over those K and V0 that there are, with its own Y.
+
+    Y of a token depends on what is stored up to there and on the adapter alone. So it does not matter when the adapter
+    ran through it, and running through all of it gives what was kept.
+    """
+
+    def __init__(self, weights):
+        super().__init__(TINY, merged(weights))
+        self.plain, self.part = Dense(TINY, tiny_params()), weights.pairs["wv"]
+
+    def run(self, tokens, stored):
+        """The last logits, and K and V0 [tokens, heads, head_dim] of each layer.
+
+        Args:
+          stored: K and V0 of the first tokens, a pair for each layer.
+        """
+        hidden, places, kept = self.embedded(tokens), np.arange(len(tokens)), []
+        for layer, there in enumerate(stored):
+            q, keys, _ = self.qkv(layer, hidden, places)
+            w = self.plain.layers[layer]
+            x = _norm(hidden, w["attn_norm"], TINY.rms_norm_eps)
+            new = keys, np.einsum("th,hnd->tnd", x, w["wv"])
+            keys, base = (np.concatenate([old, own[len(old) :]]) for old, own in zip(there, new, strict=True))
+            own_part = x @ self.part.a[layer].astype(np.float64) @ self.part.b[layer].astype(np.float64)
+            kept.append((keys, base))
+            hidden = self.finish_layer(layer, hidden, q, keys, base + own_part.reshape(base.shape), places)
+        return self.logits(hidden)[-1], kept
+
+
+AGENTS = {name: Agent(weights) for name, weights in WEIGHTS.items()}
+NOTHING = [(np.zeros((0, TINY.num_kv_heads, TINY.head_dim)),) * 2] * TINY.num_layers
+
+
+def test_who_comes_later_has_its_own_part_of_what_others_wrote(engine):
+    prompt = TEXT[:60]
+    first = engine.prefill(prompt[:40], adapter="one", **BASE)
+    assert first.report.to_dict()["sharing"] == {"mode": "base_shared", "cross_adapter_tokens": 0, "unseen_tokens": 0}
+    np.testing.assert_allclose(first.logits, dense_of(ONE).full(prompt[:40])[0][-1], atol=1e-3)
+    out = engine.prefill(prompt, adapter="two", **BASE)  # two pages that it shares, and half of one that it copies
+    report = out.report
+    assert (report.prefix_tokens, report.approximate_prefix_tokens, report.fresh_tokens) == (0, 40, 20)
+    assert (report.sharing.cross_adapter_tokens, report.sharing.unseen_tokens) == (40, 40)
+    assert (report.computed_fraction, report.boundary_layer) == (1.0, TINY.num_layers)
+    _, stored = AGENTS["one"].run(prompt[:40], NOTHING)
+    np.testing.assert_allclose(out.logits, AGENTS["two"].run(prompt, stored)[0], atol=1e-3)
+    again = engine.prefill(prompt, adapter="two", **BASE)
+    assert (again.report.approximate_prefix_tokens, again.report.sharing.unseen_tokens) == (59, 0)
+    assert again.report.computed_fraction == 1 / 60
+    np.testing.assert_allclose(again.logits, out.logits, atol=1e-4)
+    assert idle(engine)
+
+
+def test_nothing_but_its_own_columns_is_written(engine):
+    engine.prefill(TEXT[:48], adapter="one", **BASE)
+    (pages,) = ([node.pages[0] for node in engine.cache.tree.live_nodes()],)
+    slots = np.concatenate([np.arange(16 * page, 16 * page + 16) for page in pages])
+    before = stored_kv(engine, slots), np.asarray(engine.runner.store.low_rank)[:, pages]
+    with engine.prefilled(TEXT[:60], adapter="two", **BASE) as held:
+        assert set(pages) <= set(held.pages)
+        assert held.report.sharing.unseen_tokens == 48
+    after = stored_kv(engine, slots), np.asarray(engine.runner.store.low_rank)[:, pages]
+    np.testing.assert_array_equal(before[0], after[0])
+    changed = (before[1] != after[1]).any(axis=(0, 1, 2)).reshape(3, -1).any(axis=1)  # by slot, of 8 columns each
+    assert changed.tolist() == [False, True, False]
+    assert (
+        engine.prefill(TEXT[:60], adapter="two", **BASE).report.sharing.unseen_tokens == 0
+    )  # kept or not, it is there
+    assert engine.prefill(TEXT[:60], adapter="later", **BASE).report.sharing.unseen_tokens == 59
+    for mode in ("isolated", "pre_lr", "rebase"):
+        report = engine.prefill(TEXT[:60], adapter="one", sharing=mode, reuse=ReuseConfig("prefix"), keep=False).report
+        assert report.fresh_tokens == 60
+    assert engine.prefill(TEXT[:60], keep=False).report.fresh_tokens == 60
+
+
+def test_chunks_are_of_unseen_tokens_first():
+    kind = np.array([*[TokenKind.APPROXIMATE] * 6, *[TokenKind.FRESH] * 3], np.uint8)
+    prompt, unseen = PromptMap(np.arange(9, dtype=np.int32), kind), np.isin(np.arange(9), [0, 1, 4, 5])
+    plan = RequestPlan(prompt, (Phase(0, prompt.computed),), [7, 8]).running_through(unseen)
+    parts = stages(plan, prompt.tokens, 3)
+    assert [np.flatnonzero(part.phases[0].forced).tolist() for part in parts] == [[0, 1, 4], [5, 6, 7], [8]]
+    assert [len(part.prompt) for part in parts] == [5, 8, 9]
+    assert [np.flatnonzero(part.unseen).tolist() for part in parts] == [[0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 5]]
+    assert plan.running_through(np.zeros(9, bool)) is plan
+
+
+# Whatever comes ---------------------------------------------------------------------------------------------
+
+TURNS = st.lists(
+    st.tuples(st.sampled_from(list(WEIGHTS)), st.integers(1, 40), st.integers(1, 20)), min_size=2, max_size=7
+)
+
+
+@pytest.mark.slow
+@given(TURNS, st.sampled_from([20, 512]))
+@settings(max_examples=25)
+def test_agents_who_take_turns_on_a_trajectory(turns, prefill_tokens):
+    """Each reads K and V0 as they were written, and its own Y, however the turns fall on pages and chunks."""
+    engine, said, stored, seen = trio(prefill_tokens=prefill_tokens), TEXT[:0], NOTHING, dict.fromkeys(WEIGHTS, 0)
+    for number, (name, new, answer) in enumerate(turns):
+        said = np.append(said, TEXT[40 * number :][:new]).astype(np.int32)
+        sampling = SamplingParams(max_new_tokens=answer, ignore_eos=True)
+        (out,) = engine.generate_batch([said], sampling, adapter=name, return_logits=True, **BASE)
+        there, report = len(stored[0][0]), out.report
+        assert report.approximate_prefix_tokens == min(there, len(said) - 1)
+        unseen = report.sharing.unseen_tokens
+        assert there - seen[name] <= unseen + 1 <= there - min(seen[name] // 16 * 16, there) + 1
+        assert report.computed_fraction == pytest.approx((unseen + report.fresh_tokens) / len(said))
+        logits, _ = AGENTS[name].run(said, stored)
+        np.testing.assert_allclose(out.logits, logits, atol=1e-3)
+        assert out.token_ids[0] == int(logits.argmax())
+        said = np.append(said, out.token_ids).astype(np.int32)
+        stored, seen[name] = AGENTS[name].run(said[:-1], stored)[1], len(said) - 1
+        engine.admission.check_books()
+        assert idle(engine)
+
+
+@pytest.mark.slow
+def test_many_at_once_disturb_nobody():
+    """Agents who run through the same pages in one plan, and one whose answer goes on meanwhile."""
+    engine = trio()
+    engine.prefill(TEXT[:64], adapter="one", **BASE)
+    sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    prompts = [np.append(TEXT[:64], TEXT[at : at + 9]).astype(np.int32) for at in (100, 110, 120, 130)]
+    names = ["two", "later", "one", "two"]
+    outs = engine.generate_batch(prompts, sampling, adapter=names, return_logits=True, **BASE)
+    _, stored = AGENTS["one"].run(TEXT[:64], NOTHING)
+    for prompt, name, out in zip(prompts, names, outs, strict=True):
+        assert out.report.sharing.cross_adapter_tokens == 64
+        logits, kept = AGENTS[name].run(prompt, stored)
+        np.testing.assert_allclose(out.logits, logits, atol=1e-3)
+        assert out.token_ids == greedy_over(AGENTS[name], prompt, kept, 12)
+    assert idle(engine)
+
+
+def greedy_over(agent, prompt, stored, number):
+    tokens = list(prompt)
+    for _ in range(number):
+        logits, _ = agent.run(np.array(tokens), stored)
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.slow
+def test_a_preemption_changes_no_answer():
+    sampling, answers = SamplingParams(max_new_tokens=40, ignore_eos=True), []
+    for tokens in (1024, 96):
+        engine = sharing_engine(store_tokens=tokens)
+        engine.prefill(TEXT[:16], adapter="one", **BASE)
+        prompts = [TEXT[:24], np.concatenate([TEXT[:16], TEXT[60:68]])]
+        outs = engine.generate_batch(prompts, sampling, adapter=["two", "two"], **BASE)
+        assert (engine.loop.stats.preempted > 0) == (tokens == 96)
+        answers.append([out.token_ids for out in outs])
+        engine.admission.check_books()
+    assert answers[0] == answers[1]
+
+
+def test_a_page_that_is_left_to_its_twin_is_unseen():
+    """Of texts that are remembered twice at once, the second page is not what prompts read."""
+    engine = trio()
+    engine.prefill(TEXT[:16], adapter="one", **BASE)
+    tree = engine.cache.tree
+    (node,) = tree.live_nodes()
+    number = engine.adapters["one"].number
+    assert tree.has_seen(node.pages[0], number)
+    (twin,) = engine.cache.allocate(1)
+    keys = np.frombuffer(node.key, np.int32)
+    engine.cache.commit([twin], keys, "default", exact_tokens=16)
+    tree.mark_seen([twin], 16, number + 1)
+    assert node.seen_by == {number}
+    engine.cache.withdraw([node.pages[0]])
+    assert node.pages == [twin]
+    assert not tree.has_seen(twin, number)
+    engine.cache.release([twin])
+    assert idle(engine)
+
+
+def test_what_adapters_come_and_go_for_is_unseen_again(engine):
+    engine.prefill(TEXT[:40], adapter="one", **BASE)
+    engine.unload_adapter("later")
+    report = engine.prefill(TEXT[:60], adapter="two", **BASE).report
+    assert (report.fresh_tokens, report.sharing.unseen_tokens) == (60, 0)
+    full = engine.prefill(TEXT[:60], adapter="two", reuse=ReuseConfig("full"), keep=False, **BASE).report
+    assert dataclasses.astuple(full.sharing) == ("base_shared", 0, 0)
+    assert engine.prefill(TEXT[:60], adapter="one", namespace="another", **BASE).report.fresh_tokens == 60

@@ -285,7 +285,9 @@ class Engine:
             values in place of the writer's. `refresh`: the same, but as segments, which the method of `reuse` repairs:
             sparsex computes again what the new tokens look at most. `rebase`: what the model computed without adapters
             of prompts and answers of those that ask for `rebase`; that is done while nothing is in line, by `heal` or a
-            server. `Report.sharing` says what was read. See `reuse/README.md`.
+            server. `base_shared`: prefixes that all wrote that ask for `base_shared`, of which the adapter runs through
+            what it has not seen, for its own part of values; it needs the method prefix, which it has where `reuse` is
+            None. `Report.sharing` says what was read. See `reuse/README.md`.
 
         Raises:
           UnknownAdapterError: no adapter of that name is loaded; the message lists those that are.

@@ -348,7 +348,8 @@ def ask(engine, batch, weights):
     modes = [mode if name else "isolated" for name, mode in zip(adapters, modes, strict=True)]
     asked = {"adapter": adapters, "sharing": modes, "namespace": namespaces, "keep": lengths[0] > 3}
     sampling = [dataclasses.replace(ONE_TOKEN, max_new_tokens=number) for number in lengths]
-    outs = engine.generate_batch(prompts, sampling, return_logits=True, reuse=SparseX(min_segment_tokens=16), **asked)
+    engine.reuse = SparseX(min_segment_tokens=16)  # of those that name none; base_shared has its own
+    outs = engine.generate_batch(prompts, sampling, return_logits=True, **asked)
     for prompt, name, mode, out in zip(prompts, adapters, modes, outs, strict=True):
         report = out.report
         assert report.sharing is None or report.prefix_tokens == 0
@@ -383,20 +384,22 @@ def trace(engine, mode):
         sampling = dataclasses.replace(ONE_TOKEN, max_new_tokens=4)
         out = engine.generate(np.array(trajectory), sampling, adapter=name, sharing=mode, reuse=PREFIX)
         trajectory += out.token_ids
-        computed.append(out.report.fresh_tokens)
+        computed.append(out.report.fresh_tokens + (out.report.sharing.unseen_tokens if out.report.sharing else 0))
         engine.heal()
     return computed
 
 
 @pytest.mark.slow
 def test_in_a_trace_nobody_computes_what_another_did():
-    engines = {mode: sharing_engine() for mode in ("isolated", "pre_lr", "rebase")}
+    engines = {mode: sharing_engine() for mode in ("isolated", "pre_lr", "rebase", "base_shared")}
     for engine in engines.values():
         engine.load_adapter("later", LATER)
     computed = {mode: trace(engine, mode) for mode, engine in engines.items()}
     assert computed["isolated"] == [24, 36, 48, 33, 33, 33]  # all but its own turn three steps before
     assert computed["pre_lr"] == [24, 9, 9, 9, 9, 9]  # and the last token of the answer before, which was no input
     assert computed["rebase"] == [24, 8, 8, 8, 8, 8]
+    # As isolated, and what it had of a page that another one went on in a copy of.
+    assert computed["base_shared"] == [24, 36, 48, 33 + 11, 33 + 7, 33 + 3]
     assert engines["rebase"].loop.stats.healed_tokens == 16 + 6 * 12  # each token once more
 
 

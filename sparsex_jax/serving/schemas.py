@@ -252,7 +252,7 @@ class Generate(Asking):
     cache_salt: Text | None = Field(None, description="Only requests with the same salt share what is stored.")
     reuse: ReuseOptions | None = Field(None, description="How stored KV is reused: a method and its options.")  # type: ignore[valid-type]
     keep: bool | None = Field(None, description="False: prompt and answer are not stored for later prompts.")
-    sharing: Literal["isolated", "pre_lr", "refresh", "rebase"] | None = Field(
+    sharing: Literal["isolated", "pre_lr", "refresh", "rebase", "base_shared"] | None = Field(
         None, description="What the adapter that is the model finds of others' work, where adapters share KV."
     )
     prompt_cache_key: str | None = Field(None, description="Names the pin. By default the request's id does.")

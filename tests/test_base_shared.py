@@ -1,6 +1,7 @@
 """Adapters that share K and V0, and each run through all that they have not seen for their own part of values."""
 
 import dataclasses
+import typing
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ from dense import Dense, _norm, stored_kv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsex_jax import ReuseConfig, SamplingParams
+from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax.reuse.adapters import SHARING
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.schedule import Phase
 from sparsex_jax.scheduler.chunks import stages
+from sparsex_jax.serving.schemas import Sharing
 
 WEIGHTS = {"one": ONE, "two": TWO, "later": LATER}
 TEXT = np.random.default_rng(3).integers(1, 89, 300).astype(np.int32)
@@ -217,3 +220,58 @@ def test_what_adapters_come_and_go_for_is_unseen_again(engine):
     full = engine.prefill(TEXT[:60], adapter="two", reuse=ReuseConfig("full"), keep=False, **BASE).report
     assert dataclasses.astuple(full.sharing) == ("base_shared", 0, 0)
     assert engine.prefill(TEXT[:60], adapter="one", namespace="another", **BASE).report.fresh_tokens == 60
+
+
+# Texts that are remembered ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["pre_lr", "rebase", "base_shared"])
+def test_a_text_is_remembered_for_those_who_share(engine, mode):
+    text = TEXT[:40]
+    handle = engine.remember(text, adapter="one", sharing=mode)
+    assert engine.remember(text, adapter="one", sharing=mode) == handle
+    (entry,) = engine.entries()
+    assert (entry.origin.adapter, entry.origin.sharing) == (None if mode == "rebase" else "one", mode)
+    out = engine.prefill(TEXT[:60], adapter="two", sharing=mode, reuse=ReuseConfig("prefix"), keep=False)
+    assert (out.report.approximate_prefix_tokens, out.report.sharing.cross_adapter_tokens) == (40, 40)
+    assert out.report.sharing.unseen_tokens == (40 if mode == "base_shared" else 0)
+    if mode == "base_shared":
+        logits, _ = AGENTS["two"].run(TEXT[:60], AGENTS["one"].run(text, NOTHING)[1])
+        np.testing.assert_allclose(out.logits, logits, atol=1e-3)
+    for others in ({"adapter": "one"}, {}):
+        assert engine.prefill(TEXT[:60], keep=False, **others).report.fresh_tokens == 60
+    engine.forget(handle)
+    report = engine.prefill(TEXT[:60], adapter="two", sharing=mode, reuse=ReuseConfig("prefix"), keep=False).report
+    assert report.fresh_tokens == 60
+    engine.remember(text, adapter="one", sharing=mode, frozen=True)
+    engine.unload_adapter("later")  # what is shared begins anew
+    assert engine.entries() == []
+    engine.admission.check_books()
+    assert idle(engine)
+
+
+def test_texts_that_cannot_be_shared_are_refused(engine):
+    refused = {
+        "sharing='pre_lr' needs an adapter": {"sharing": "pre_lr"},
+        "sharing='base_shared' and a preamble exclude each other": {
+            "adapter": "one",
+            "sharing": "base_shared",
+            "preamble": TEXT[:5],
+        },
+        "sharing='all' must be one of": {"adapter": "one", "sharing": "all"},
+    }
+    for message, asked in refused.items():
+        with pytest.raises(InvalidRequestError, match=message):
+            engine.remember(TEXT[:40], **asked)
+    assert typing.get_args(Sharing) == SHARING
+    assert idle(engine)
+
+
+@pytest.mark.slow
+def test_texts_behind_a_preamble_are_segments_for_those_who_share(engine):
+    engine.remember(TEXT[:40], adapter="one", sharing="pre_lr", preamble=TEXT[200:210])
+    prompt = np.concatenate([TEXT[100:106], TEXT[:40], TEXT[110:116]])
+    naive = ReuseConfig("naive", only_if_faster=False)
+    report = engine.prefill(prompt, adapter="two", sharing="refresh", reuse=naive, keep=False).report
+    assert (report.reused_tokens, report.sharing.cross_adapter_tokens) == (40, 40)
+    assert idle(engine)

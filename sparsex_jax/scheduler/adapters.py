@@ -7,6 +7,7 @@ of when an adapter is unloaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Set
 
@@ -67,6 +68,7 @@ class Adapters:
         self._groups = dict.fromkeys(_GROUPS, 0)  # the numbers of their marks; 0: no adapters share anything
         self._last_number = 0
         self._loaded: Mapping[str, Adapter] = {}  # replaced, never changed, as other threads read it
+        self._leaving: Set[str] = frozenset()  # the same
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._loaded.values())
@@ -80,7 +82,19 @@ class Adapters:
         if found is None:
             names = ", ".join(map(repr, self._loaded)) or "none is loaded"
             raise UnknownAdapterError(f"adapter={name!r:.300} is not loaded; there are: {names}")
+        if name in self._leaving:
+            raise UnknownAdapterError(f"adapter={name!r:.300} is being unloaded, and takes no new requests")
         return found
+
+    @contextlib.contextmanager
+    def leaving(self, name: str) -> Iterator[Adapter]:
+        """Within this nobody can ask for an adapter: it waits to be unloaded. Raises UnknownAdapterError as `named`."""
+        adapter = self.named(name)
+        self._leaving |= {name}
+        try:
+            yield adapter
+        finally:
+            self._leaving -= {name}
 
     def on(self, name: str | None, tokens: Int32[np.ndarray, "tokens"], sharing: str = "isolated") -> Acting | None:
         """The adapter of this name on a prompt; None for the base model.
@@ -122,8 +136,10 @@ class Adapters:
         return Acting(adapter.name, adapter.slot, adapter.number, adapter.number << self._bits, start)
 
     def stands(self, acting: Acting) -> bool:
-        """Whether the version that acts is still loaded."""
-        return acting.number == self._groups["neutral"] or any(acting.number == each.number for each in self)
+        """Whether the version that acts is still loaded, and stays."""
+        if acting.number == self._groups["neutral"]:
+            return True
+        return any(acting.number == each.number and each.name not in self._leaving for each in self)
 
     def may_write(self, acting: Acting) -> bool:
         """Whether what is computed with it may be found under its keys.
@@ -140,12 +156,17 @@ class Adapters:
         Raises:
           InvalidRequestError: the name is none, or is taken; the rank is too large, or there is no free slot.
         """
-        self._check(name, weights)
+        self.check_new(name)
+        require(
+            weights.rank <= self._max_rank,
+            f"adapter {name!r} has rank {weights.rank}, and max_adapter_rank={self._max_rank} is the limit",
+        )
         slot = next(slot for slot in range(self._max_adapters) if slot not in {each.slot for each in self})
         targets = tuple(weights.pairs)
         return Adapter(name, slot, self._next_number(), weights.rank, targets, weights.invocation, weights.digest)
 
-    def _check(self, name: str, weights: AdapterWeights) -> None:
+    def check_new(self, name: str) -> None:
+        """Raise InvalidRequestError if the name is none, or is taken, or there is no free slot. From any thread."""
         is_name = isinstance(name, str) and name.isprintable() and name.strip() == name and 0 < len(name) <= MAX_NAME
         require(
             is_name,
@@ -153,10 +174,6 @@ class Adapters:
         )
         require(self._max_adapters > 0, f"adapter {name!r} needs an engine with max_adapters above 0")
         require(name not in self._loaded, f"adapter {name!r} is loaded already; unload it before it is loaded anew")
-        require(
-            weights.rank <= self._max_rank,
-            f"adapter {name!r} has rank {weights.rank}, and max_adapter_rank={self._max_rank} is the limit",
-        )
         require(
             len(self) < self._max_adapters,
             f"adapter {name!r} has no room: max_adapters={self._max_adapters} are loaded; unload one of them",
@@ -176,7 +193,7 @@ class Adapters:
 
     def remove(self, name: str) -> Adapter:
         """It cannot be asked for any more. Raises UnknownAdapterError."""
-        removed = self.named(name)
+        removed = self._loaded.get(name) or self.named(name)
         self._loaded = {other: each for other, each in self._loaded.items() if other != name}
         return removed
 

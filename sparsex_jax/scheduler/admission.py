@@ -24,7 +24,7 @@ from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.device.arrivals import Late
 from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequestError, NoRoomError, StoreFullError
-from sparsex_jax.reuse.adapters import Acting
+from sparsex_jax.reuse.adapters import NO_SLOT, Acting
 from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.planner import RequestPlan
@@ -454,7 +454,7 @@ class Admission:
             return known
         assert sequence.report is not None
         company = sequence.company if asked.in_company else None
-        origin = Origin(sequence.num_before, sequence.report.fresh_tokens, company, _acts_on(sequence))
+        origin = Origin(sequence.num_before, sequence.report.fresh_tokens, company, _acts_on(sequence), asked.sharing)
         if sequence.remakes is not None:
             return self._replace(sequence, asked, sequence.remakes, origin)
         pages = self._commit_text(sequence, asked)
@@ -646,9 +646,11 @@ class Admission:
 
 
 def _acts_on(sequence: Sequence) -> str | None:
-    """The name of the adapter that acts on a prompt. None too where it is not invoked: the KV is the base model's."""
+    """The name of the adapter that acts on a prompt. None too where it is not invoked, or the prompt is prefilled for
+    those that read what the model computes without it: the KV is the base model's."""
     adapter = sequence.adapter
-    return adapter.name if adapter and adapter.num_tokens(len(sequence.prompt)) else None
+    acts = adapter and adapter.slot != NO_SLOT and adapter.num_tokens(len(sequence.prompt))
+    return adapter.name if adapter and acts else None
 
 
 def _require_name(namespace: str) -> None:

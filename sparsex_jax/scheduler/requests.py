@@ -138,11 +138,13 @@ class Requests:
         company: bool | None = None,
         allow_control_tokens: bool = False,
         adapter: str | None = None,
+        sharing: str = "isolated",
         **options: Any,
     ) -> Sequence:
         """A sequence whose prompt is registered once it is prefilled. Arguments and errors as `Engine.remember`."""
         started = time.perf_counter()
         _require_type("frozen", frozen, bool)
+        _require_type("allow_control_tokens", allow_control_tokens, bool)
         in_company = self._in_company(company, preamble, adapter)
         is_document = isinstance(prompt, str) and not allow_control_tokens
         said = document(cast(str, prompt), self.tokenizer) if is_document else prompt
@@ -155,12 +157,25 @@ class Requests:
                 f"and the model's limit is {limit}"
             )
         tokens = np.concatenate([before, text])
-        acting = self._admission.adapters.on(adapter, tokens)
+        acting = self._acting_on_text(adapter, tokens, sharing, preamble)
         keys = tokens if acting is None else acting.keys(tokens)
         content = _content(keys[: len(before)], keys[len(before) :], in_company)
-        kept = Remember(text, namespace, frozen, content, in_company, self._said(text))
+        kept = Remember(text, namespace, frozen, content, in_company, self._said(text), sharing)
         # Behind a preamble the text alone is kept, not both.
         return self._remember(tokens, kept, len(before) == 0, started, adapter=acting, **options)
+
+    def _acting_on_text(
+        self, adapter: str | None, tokens: np.ndarray, sharing: str, preamble: Prompt | None
+    ) -> Acting | None:
+        """The adapter under whose keys a text is kept. For `rebase` that is none, on keys of its own: what those read
+        that ask for it is what the model computes without adapters."""
+        adapters = self._admission.adapters
+        acting = adapters.on(adapter, tokens, sharing)
+        if sharing == "base_shared" and preamble is not None:
+            raise InvalidRequestError(
+                "sharing='base_shared' and a preamble exclude each other: what stands behind it is no prefix"
+            )
+        return adapters.neutral if sharing == "rebase" else acting
 
     def remake(self, entry: Entry, text: Int32[np.ndarray, "text"]) -> Sequence:
         """A sequence that makes an entry's text again, in the company that it has when it is admitted."""
@@ -169,7 +184,7 @@ class Requests:
         return self._remember(text, kept, True, time.perf_counter(), asked=False, remakes=entry.handle)
 
     def _remember(self, tokens: np.ndarray, kept: Remember, keep: bool, started: float, **options: Any) -> Sequence:
-        exact, output = ReuseConfig(method="prefix"), self._output(None)
+        exact, output = self._method(ReuseConfig(method="prefix"), kept.sharing), self._output(None)
         return self._checked(Sequence(tokens, output, exact, kept.namespace, keep, started, remember=kept, **options))
 
     def _in_company(self, company: bool | None, preamble: Prompt | None, adapter: str | None) -> bool:

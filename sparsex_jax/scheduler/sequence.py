@@ -120,6 +120,7 @@ class Remember:
       content: by which the same text is known again: a digest of its tokens, and of the preamble that was asked for.
       in_company: whether the engine chooses what stands before it.
       said: its `said_digest`. None: nothing can be decoded.
+      sharing: who finds it, as `Acting.sharing` of those.
     """
 
     text: Int32[np.ndarray, "text"]
@@ -128,6 +129,7 @@ class Remember:
     content: bytes
     in_company: bool = False
     said: bytes | None = None
+    sharing: str = "isolated"
 
 
 @dataclasses.dataclass(eq=False)

@@ -3,15 +3,16 @@
 import dataclasses
 import typing
 
+import ml_dtypes
 import numpy as np
 import pytest
-from adapting import LATER, ONE, TWO, dense_of, merged, sharing_engine
+from adapting import LATER, ONE, SHARED, TWO, dense_of, merged, sharing_engine
 from conftest import TINY, idle, tiny_params
 from dense import Dense, _norm, stored_kv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsex_jax import InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax import Engine, EngineConfig, InvalidRequestError, ReuseConfig, SamplingParams
 from sparsex_jax.reuse.adapters import SHARING
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
@@ -40,11 +41,14 @@ class Agent(Dense):
 
     Y of a token depends on what is stored up to there and on the adapter alone. So it does not matter when the adapter
     ran through it, and running through all of it gives what was kept.
+
+    Args:
+      rounded: what the store makes of K and V0.
     """
 
-    def __init__(self, weights):
+    def __init__(self, weights, rounded=np.asarray):
         super().__init__(TINY, merged(weights))
-        self.plain, self.part = Dense(TINY, tiny_params()), weights.pairs["wv"]
+        self.plain, self.part, self.rounded = Dense(TINY, tiny_params()), weights.pairs["wv"], rounded
 
     def run(self, tokens, stored):
         """The last logits, and K and V0 [tokens, heads, head_dim] of each layer.
@@ -57,7 +61,7 @@ class Agent(Dense):
             q, keys, _ = self.qkv(layer, hidden, places)
             w = self.plain.layers[layer]
             x = _norm(hidden, w["attn_norm"], TINY.rms_norm_eps)
-            new = keys, np.einsum("th,hnd->tnd", x, w["wv"])
+            new = self.rounded(keys), self.rounded(np.einsum("th,hnd->tnd", x, w["wv"]))
             keys, base = (np.concatenate([old, own[len(old) :]]) for old, own in zip(there, new, strict=True))
             own_part = x @ self.part.a[layer].astype(np.float64) @ self.part.b[layer].astype(np.float64)
             kept.append((keys, base))
@@ -220,6 +224,26 @@ def test_what_adapters_come_and_go_for_is_unseen_again(engine):
     full = engine.prefill(TEXT[:60], adapter="two", reuse=ReuseConfig("full"), keep=False, **BASE).report
     assert dataclasses.astuple(full.sharing) == ("base_shared", 0, 0)
     assert engine.prefill(TEXT[:60], adapter="one", namespace="another", **BASE).report.fresh_tokens == 60
+
+
+@pytest.mark.slow
+def test_keys_and_values_in_float8():
+    """Y is not rounded, and neither is what is computed of it."""
+    engine = Engine(TINY, tiny_params(), config=EngineConfig(**SHARED | {"kv_dtype": "fp8"}))
+    for name in ("one", "two"):
+        engine.load_adapter(name, WEIGHTS[name])
+    store, as_stored = engine.runner.store, lambda x: np.float32(x).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+    assert (store.kv.dtype, store.low_rank.dtype) == ("float8_e4m3fn", np.float32)
+    one, two = Agent(ONE, as_stored), Agent(TWO, as_stored)
+    expected, written = one.run(TEXT[:40], NOTHING)
+    for mode in ("isolated", "pre_lr", "base_shared"):
+        out = engine.prefill(TEXT[:40], adapter="one", sharing=mode, reuse=ReuseConfig("prefix"))
+        np.testing.assert_allclose(out.logits, expected, atol=0.02)  # what differs by a little may round otherwise
+    assert np.abs(AGENTS["one"].run(TEXT[:40], NOTHING)[0] - expected).max() > 0.05
+    out = engine.prefill(TEXT[:60], adapter="two", **BASE)
+    assert out.report.sharing.unseen_tokens == 40
+    np.testing.assert_allclose(out.logits, two.run(TEXT[:60], written)[0], atol=0.02)
+    assert idle(engine)
 
 
 # Texts that are remembered ----------------------------------------------------------------------------------

@@ -284,8 +284,10 @@ def test_what_cannot_be_shared_is_refused(engine):
 
 
 def test_configurations_that_cannot_share_are_refused():
-    for name, value in {"mirrors": True, "host_store_bytes": 1 << 20, "kv_dtype": "fp8"}.items():
-        with pytest.raises(InvalidRequestError, match=f"share_adapters excludes {name}"):
+    for name, value in {"mirrors": True, "host_store_bytes": 1 << 20}.items():
+        with pytest.raises(
+            InvalidRequestError, match=f"share_adapters=True excludes {name}={value}, which does not keep"
+        ):
             EngineConfig(**{"max_adapters": 3, "share_adapters": True, name: value})
     with pytest.raises(InvalidRequestError, match="share_adapters='yes' must be True or False"):
         EngineConfig(share_adapters="yes")

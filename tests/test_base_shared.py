@@ -1,5 +1,6 @@
 """Adapters that share K and V0, and each run through all that they have not seen for their own part of values."""
 
+import contextlib
 import dataclasses
 import typing
 
@@ -7,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from adapting import LATER, ONE, SHARED, TWO, dense_of, merged, sharing_engine
-from conftest import TINY, idle, tiny_params
+from conftest import TINY, idle, run, tiny_params
 from dense import Dense, _norm, stored_kv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsex_jax import Engine, EngineConfig, InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax import Engine, EngineConfig, InvalidRequestError, ReuseConfig, SamplingParams, StoreFullError
 from sparsex_jax.reuse.adapters import SHARING
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
@@ -51,19 +52,20 @@ class Agent(Dense):
         self.plain, self.part, self.rounded = Dense(TINY, tiny_params()), weights.pairs["wv"], rounded
 
     def run(self, tokens, stored):
-        """The last logits, and K and V0 [tokens, heads, head_dim] of each layer.
+        """The last logits, and K and V0 [tokens, heads, head_dim] of each layer. `own_y` has Y of each layer then.
 
         Args:
           stored: K and V0 of the first tokens, a pair for each layer.
         """
-        hidden, places, kept = self.embedded(tokens), np.arange(len(tokens)), []
+        hidden, places, kept, self.own_y = self.embedded(tokens), np.arange(len(tokens)), [], []
         for layer, there in enumerate(stored):
             q, keys, _ = self.qkv(layer, hidden, places)
             w = self.plain.layers[layer]
             x = _norm(hidden, w["attn_norm"], TINY.rms_norm_eps)
             new = self.rounded(keys), self.rounded(np.einsum("th,hnd->tnd", x, w["wv"]))
             keys, base = (np.concatenate([old, own[len(old) :]]) for old, own in zip(there, new, strict=True))
-            own_part = x @ self.part.a[layer].astype(np.float64) @ self.part.b[layer].astype(np.float64)
+            self.own_y.append(x @ self.part.a[layer].astype(np.float64))
+            own_part = self.own_y[-1] @ self.part.b[layer].astype(np.float64)
             kept.append((keys, base))
             hidden = self.finish_layer(layer, hidden, q, keys, base + own_part.reshape(base.shape), places)
         return self.logits(hidden)[-1], kept
@@ -100,6 +102,7 @@ def test_nothing_but_its_own_columns_is_written(engine):
     with engine.prefilled(TEXT[:60], adapter="two", **BASE) as held:
         assert set(pages) <= set(held.pages)
         assert held.report.sharing.unseen_tokens == 48
+        assert engine.stats()["tokens"] == 48  # of both
     after = stored_kv(engine, slots), np.asarray(engine.runner.store.low_rank)[:, pages]
     np.testing.assert_array_equal(before[0], after[0])
     changed = (before[1] != after[1]).any(axis=(0, 1, 2)).reshape(3, -1).any(axis=1)  # by slot, of 8 columns each
@@ -154,6 +157,85 @@ def test_agents_who_take_turns_on_a_trajectory(turns, prefill_tokens):
         stored, seen[name] = AGENTS[name].run(said[:-1], stored)[1], len(said) - 1
         engine.admission.check_books()
         assert idle(engine)
+
+
+PIECES = [TEXT[at : at + length] for at, length in ((0, 20), (50, 33), (100, 48), (150, 7))]
+ASKED = st.tuples(
+    st.sampled_from(list(WEIGHTS)),
+    st.lists(st.sampled_from(range(len(PIECES))), min_size=1, max_size=3),
+    st.integers(1, 30),
+    st.booleans(),
+)
+STEPS = st.one_of(st.lists(ASKED, min_size=1, max_size=4), st.sampled_from(["remember", "forget", "load", "cancel"]))
+
+
+@pytest.mark.slow
+@given(st.lists(STEPS, min_size=3, max_size=8))
+@settings(max_examples=40)
+def test_whatever_comes_what_is_seen_is_ones_own(steps):
+    """In few pages, with several at once: of what the tree says an adapter has seen, Y is what this adapter has over the
+    K and V0 that are stored up to there."""
+    engine = trio(store_tokens=20 * 16, decode_steps=4)
+    for step in steps:
+        match step:
+            case "remember":
+                remember(engine)
+            case "forget":
+                for entry in engine.entries():
+                    engine.forget(entry.handle)
+            case "load":
+                engine.unload_adapter("later")
+                engine.load_adapter("later", LATER)
+            case "cancel":
+                cancelled(engine)
+            case _:
+                ask(engine, step)
+        engine.admission.check_books()
+        assert idle(engine)
+        check_seen(engine)
+
+
+def ask(engine, batch):
+    names, pieces, lengths, keeps = zip(*batch, strict=True)
+    prompts = [np.concatenate([PIECES[number] for number in each]) for each in pieces]
+    sampling = [SamplingParams(max_new_tokens=each, ignore_eos=True) for each in lengths]
+    engine.generate_batch(prompts, sampling, adapter=names, keep=keeps[0], **BASE)
+
+
+def remember(engine):
+    with contextlib.suppress(StoreFullError):
+        engine.remember(PIECES[2], adapter="two", **BASE)
+
+
+def cancelled(engine):
+    """A request that is given up when it has its first tokens."""
+    tickets = []
+    asked = {"adapter": "one", "listener": lambda event: tickets[0].cancel(), **BASE}
+    tickets.append(engine.loop.submit(np.concatenate(PIECES[:2]), SamplingParams(max_new_tokens=40), **asked))
+    run(engine.loop)
+
+
+def check_seen(engine):
+    """Walk the tree from its roots, with the K and V0 that are stored up to each node."""
+    numbers = {engine.adapters[name].number: name for name in WEIGHTS}
+    for root in engine.cache.tree.roots.values():
+        for child in root.children:
+            check_chain(engine, child, np.zeros(0, np.int32), NOTHING, numbers)
+
+
+def check_chain(engine, node, before, stored, numbers):
+    page, tokens = node.pages[0], np.append(before, np.frombuffer(node.key, np.int32) & 127)
+    own = stored_kv(engine, 16 * page + np.arange(node.length))
+    stored = [tuple(map(np.concatenate, zip(old, each, strict=True))) for old, *each in zip(stored, *own, strict=True)]
+    for number in node.seen_by:
+        name = numbers[number]
+        slot = 8 * engine.adapters[name].slot
+        ours = np.asarray(engine.runner.store.low_rank)[:, page, : node.length, slot : slot + WEIGHTS[name].rank]
+        AGENTS[name].run(tokens, stored)
+        expected = np.array(AGENTS[name].own_y)[:, len(before) :]
+        np.testing.assert_allclose(ours, expected, atol=1e-3)
+    for child in node.children:
+        check_chain(engine, child, tokens, stored, numbers)
 
 
 @pytest.mark.slow

@@ -304,17 +304,19 @@ class PageTree:
 
     def mark_seen(self, pages: Sequence[int], end: int, reader: int) -> None:
         """A reader has run through the first `end` tokens of these pages of a sequence, and what it adds to values
-        there is its own. Pages that were not committed, or are a twin that is not read, are passed over.
+        there is its own.
+
+        Up to the first page that prompts do not read, because it was not committed or is a twin: what the reader has
+        behind it came of that page, and not of the one that stands for it.
 
         Args:
           reader: the number of an adapter's version.
         """
-        for page, upto in zip(
-            pages, range(self.page_size, len(pages) * self.page_size + 1, self.page_size), strict=True
-        ):
+        for number, page in enumerate(pages):
             node = self.node_of[page]
-            if node and node.pages[0] == page and upto - self.page_size + node.length <= end:
-                node.seen_by |= {reader}
+            if node is None or node.pages[0] != page or number * self.page_size + node.length > end:
+                return
+            node.seen_by |= {reader}
 
     def has_seen(self, page: int, reader: int) -> bool:
         """Whether `mark_seen` said so of all tokens of a page."""

@@ -173,7 +173,7 @@ STEPS = st.one_of(st.lists(ASKED, min_size=1, max_size=4), st.sampled_from(["rem
 @given(st.lists(STEPS, min_size=3, max_size=8))
 @settings(max_examples=40)
 def test_whatever_comes_what_is_seen_is_ones_own(steps):
-    """In few pages, with several at once: of what the tree says an adapter has seen, Y is what this adapter has over the
+    """In few pages, with several at once: of what an adapter is said to have seen, Y is what this adapter has over the
     K and V0 that are stored up to there."""
     engine = trio(store_tokens=20 * 16, decode_steps=4)
     for step in steps:
@@ -276,6 +276,23 @@ def test_a_preemption_changes_no_answer():
         answers.append([out.token_ids for out in outs])
         engine.admission.check_books()
     assert answers[0] == answers[1]
+
+
+def test_what_stands_behind_anothers_page_is_unseen(engine):
+    """Two compute the same pages at once, and those of one of them are kept. What the other one has behind its own came
+    of these."""
+    sampling = SamplingParams(max_new_tokens=9, ignore_eos=True)
+    names = ["one", "two"]
+    outs = engine.generate_batch([TEXT[:48]] * 2, sampling, adapter=names, **BASE)
+    assert [out.report.fresh_tokens for out in outs] == [48, 48]
+    check_seen(engine)
+    again = [
+        engine.prefill(np.append(TEXT[:48], out.token_ids).astype(np.int32), adapter=name, keep=False, **BASE).report
+        for name, out in zip(names, outs, strict=True)
+    ]
+    assert [each.approximate_prefix_tokens for each in again] == [56, 56]
+    assert sorted(each.sharing.unseen_tokens for each in again) == [0, 56]
+    assert idle(engine)
 
 
 def test_a_page_that_is_left_to_its_twin_is_unseen():

@@ -281,17 +281,13 @@ def test_a_preemption_changes_no_answer():
 def test_what_stands_behind_anothers_page_is_unseen(engine):
     """Two compute the same pages at once, and those of one of them are kept. What the other one has behind its own came
     of these."""
-    sampling = SamplingParams(max_new_tokens=9, ignore_eos=True)
-    names = ["one", "two"]
-    outs = engine.generate_batch([TEXT[:48]] * 2, sampling, adapter=names, **BASE)
-    assert [out.report.fresh_tokens for out in outs] == [48, 48]
+    names, one_token = ["one", "two"], SamplingParams(max_new_tokens=1, ignore_eos=True)
+    outs = engine.generate_batch([TEXT[:48], TEXT[:57]], one_token, adapter=names, **BASE)
+    assert [out.report.fresh_tokens for out in outs] == [48, 57]
     check_seen(engine)
-    again = [
-        engine.prefill(np.append(TEXT[:48], out.token_ids).astype(np.int32), adapter=name, keep=False, **BASE).report
-        for name, out in zip(names, outs, strict=True)
-    ]
-    assert [each.approximate_prefix_tokens for each in again] == [56, 56]
-    assert sorted(each.sharing.unseen_tokens for each in again) == [0, 56]
+    again = [engine.prefill(TEXT[:60], adapter=name, keep=False, **BASE).report for name in names]
+    assert [each.approximate_prefix_tokens for each in again] == [57, 57]
+    assert [each.sharing.unseen_tokens for each in again] == [9, 57]
     assert idle(engine)
 
 

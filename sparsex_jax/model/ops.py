@@ -259,12 +259,10 @@ class Ops:
             return written
         by_slot = values.reshape(len(values), -1, store.rank)
         own = by_slot[jnp.arange(len(values)), jnp.maximum(_slots_of(rows), 0)]
-        columns, places = (
-            _columns_of(_slot_of_each(rows, len(tables)), store.rank),
-            jnp.where(rows.unseen, rows.position, -1),
-        )
+        positions = jnp.where(rows.unseen, rows.position, -1)
+        columns = _columns_of(_slot_of_each(rows, len(tables)), store.rank)
         write = self._over_heads(kernels.write_low_rank, (_ALL,) * 7, _ALL)
-        return write(written, layer, own, places, rows.request, tables, columns)
+        return write(written, layer, own, positions, rows.request, tables, columns)
 
     def read_kv(
         self, store: AnyStore, layer: Int[Array, ""], rows: Rows, tables: PageTables

@@ -22,7 +22,8 @@ from sparsex_jax.reuse.adapters import NO_SLOT, SHARING, Acting, last_place
 
 MAX_NAME = 256  # characters
 _KEY_BITS = 31  # of a key, an int32 that is not negative
-_GROUP_OF = {"pre_lr": "written", "refresh": "written", "rebase": "neutral", "base_shared": "base"}  # whose mark it has
+# What requests find that share in the same way has the same mark.
+_GROUP_OF = {"pre_lr": "written", "refresh": "written", "rebase": "neutral", "base_shared": "run through"}
 _GROUPS = tuple(dict.fromkeys(_GROUP_OF.values()))
 
 
@@ -192,7 +193,7 @@ class Adapters:
         self._loaded = {**self._loaded, adapter.name: adapter}
 
     def remove(self, name: str) -> Adapter:
-        """It cannot be asked for any more. Raises UnknownAdapterError."""
+        """It cannot be asked for any more, and is `leaving` maybe. Raises UnknownAdapterError."""
         removed = self._loaded.get(name) or self.named(name)
         self._loaded = {other: each for other, each in self._loaded.items() if other != name}
         return removed

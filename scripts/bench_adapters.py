@@ -12,7 +12,7 @@ figures depend on shapes alone. The ways:
 
     base       no adapters: what sharing could save at most
     isolated   an agent finds what it computed itself
-    pre_lr, refresh, rebase        as `Engine.generate(sharing=)`; a refresh recomputes as --refresh says
+    pre_lr, refresh, rebase, base_shared    as `Engine.generate(sharing=)`; a refresh recomputes as --refresh says
 
 Told are the sum of the times to the first token, the time of all steps, and what was computed of the token-layers of
 all prompts. `rebase` runs neutral prefills between two steps: their time is a row of its own. The first pass of each
@@ -51,7 +51,7 @@ from sparsex_jax.model.adapters import AdapterWeights, Pair
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RESULTS = Path(__file__).resolve().parent / "results"
 AGENTS = roles.ROLES
-WAYS = ("base", "isolated", "pre_lr", "refresh", "rebase")
+WAYS = ("base", "isolated", "pre_lr", "refresh", "rebase", "base_shared")
 RANK = 16
 DECODING = 8  # adapters that --decode is about
 ALL_TARGETS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")

@@ -57,13 +57,14 @@ from sparsex_jax.config import (
     find_defaults,
     named_config,
 )
-from sparsex_jax.config.checks import is_number, require
+from sparsex_jax.config.checks import is_int, is_number, require
 from sparsex_jax.config.generation import GENERATION_CONFIGS
+from sparsex_jax.device.adapters import check_room
 from sparsex_jax.device.link import Link
 from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.speeds import speeds_for
-from sparsex_jax.errors import InvalidRequestError
+from sparsex_jax.errors import InvalidRequestError, UnknownHandleError
 from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.matrices import random_quantised
 from sparsex_jax.model.sharding import check_mesh, make_mesh
@@ -134,7 +135,7 @@ class Engine:
         Raises:
           InvalidRequestError: the model does not fit the mesh or the store, or an adapter does not fit the model.
         """
-        self.sampling, adapters = dict(sampling or {}), dict(adapters or {})
+        self.sampling, adapters = dict(sampling or {}), _adapters_by_name(adapters)
         self.mesh = check_mesh(mesh or make_mesh(), model)
         config = config or EngineConfig()
         config = dataclasses.replace(config, max_adapters=config.max_adapters or len(adapters))
@@ -147,6 +148,7 @@ class Engine:
         if self.config.kv_dtype == "fp8" and _platform(self.mesh) == "cpu":
             log.warning("kv_dtype='fp8' is slow on a CPU, which converts the whole store for each row that is written")
         self.model = model = model.for_context(self.config.max_context)
+        check_room(model, self.config, self.mesh)
         self.runner = Runner(model, self.config, params, self.mesh)
         self.admission = Admission(model, self.config, self._speeds if self.config.choose == "measured" else None)
         if self.config.mirrors:
@@ -219,9 +221,10 @@ class Engine:
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
         config = config.resolved(_platform(mesh), checkpoint.dtype, checkpoint.in_numbers)
         named = {
-            name: _read_adapter(each, checkpoint.config, model_title(source)) for name, each in (adapters or {}).items()
+            name: _read_adapter(each, checkpoint.config, model_title(source))
+            for name, each in _adapters_by_name(adapters).items()
         }
-        _check_adapters(named, checkpoint.config, config)
+        _check_adapters(named, checkpoint.config, config, mesh)
         params = checkpoint.load_params(config.dtype, mesh, config.quantization)
         about: dict[str, Any] = {"reuse": defaults.reuse, "sampling": sampling, "adapters": named}
         return cls(checkpoint.config, params, tokenizer, config=config, mesh=mesh, **about)
@@ -285,7 +288,9 @@ class Engine:
             values in place of the writer's. `refresh`: the same, but as segments, which the method of `reuse` repairs:
             sparsex computes again what the new tokens look at most. `rebase`: what the model computed without adapters
             of prompts and answers of those that ask for `rebase`; that is done while nothing is in line, by `heal` or a
-            server. `Report.sharing` says what was read. See `reuse/README.md`.
+            server. `base_shared`: prefixes that all wrote that ask for `base_shared`, of which the adapter runs through
+            what it has not seen, for its own part of values; it needs the method prefix, which it has where `reuse` is
+            None. `Report.sharing` says what was read. See `reuse/README.md`.
 
         Raises:
           UnknownAdapterError: no adapter of that name is loaded; the message lists those that are.
@@ -321,6 +326,8 @@ class Engine:
           round: each prompt is a member, in its namespace.
           return_logits: give the logits of each first token too.
         """
+        is_list = isinstance(prompts, Sequence | np.ndarray) and not isinstance(prompts, str | bytes)
+        require(is_list, f"prompts={prompts!r:.60} must be a list of prompts")
         sampling = self.default_sampling() if sampling is None else sampling
         samplings = _of_each("sampling", SamplingParams, sampling, len(prompts))
         namespaces = _of_each("namespace", str, namespace, len(prompts))
@@ -392,6 +399,7 @@ class Engine:
         company: bool | None = None,
         allow_control_tokens: bool = False,
         adapter: str | None = None,
+        sharing: str = "isolated",
     ) -> int:
         """Prefill a text and keep it as a donor.
 
@@ -408,6 +416,9 @@ class Engine:
             tokens that it has as the content of a message.
           adapter: prefill the text under it, without company, for prompts with the same adapter. An entry of an adapter
             that is unloaded goes. A text that does not invoke an activated one is the base model's.
+          sharing: for prompts under any adapter that ask for the same, as in `generate`; `pre_lr` and `refresh` are the
+            same here. For `rebase` the text is prefilled without the adapter. Loading or unloading an adapter ends
+            such entries, frozen ones too: what was computed before has no part of the new one.
 
         Returns:
           A handle for `forget`. The same text behind the same preamble, or in company whatever that is, is remembered
@@ -415,7 +426,8 @@ class Engine:
 
         Raises:
           InvalidRequestError: an argument is wrong, preamble and text together exceed the model's limit, or company is
-            asked for beside a preamble or an adapter, or where `company_tokens` is 0.
+            asked for beside a preamble or an adapter, or where `company_tokens` is 0; or sharing without an adapter or
+            `share_adapters`, or `base_shared` beside a preamble.
           UnknownAdapterError: no adapter of that name is loaded.
           ContextLengthError: an empty store could not hold the text; with a preamble it has to hold it twice for a
             moment.
@@ -430,6 +442,7 @@ class Engine:
             company=company,
             allow_control_tokens=allow_control_tokens,
             adapter=adapter,
+            sharing=sharing,
         )
         self.loop.complete([asked])
         assert asked.handle is not None
@@ -443,6 +456,8 @@ class Engine:
         finish, and what they commit later is not kept. Texts that were made in its company have seen it: the result
         says how many, they are `stale` until `heal` has made them again without it, and until then they are served.
         """
+        if not is_int(handle):
+            raise UnknownHandleError(f"handle {handle!r:.60} is not known: it must be an integer")
         forgotten = self.admission.forget(handle)
         self.loop.publish()
         return forgotten
@@ -461,15 +476,23 @@ class Engine:
         """
         return self.loop.load_adapter(name, _read_adapter(source, self.model))
 
-    def unload_adapter(self, name: str) -> Adapter:
+    def unload_adapter(self, name: str, *, timeout_s: float = 30.0) -> Adapter:
         """Unload an adapter, and let go of all KV that was computed under it, with texts that were remembered under it,
         frozen ones too, and pins. Returns what it was.
 
+        From now on no request can ask for it. Those that wait or run with it are answered first.
+
+        Args:
+          timeout_s: for how many seconds at most. 0: it is unloaded at once or not at all.
+
         Raises:
-          UnknownAdapterError: no adapter of that name is loaded.
-          AdapterInUseError: sequences wait, run or are held with it; the message says how many.
+          UnknownAdapterError: no adapter of that name is loaded, or it is being unloaded.
+          AdapterInUseError: some sequences did not end in time, or are held by callers of `prefilled`; the message says
+            how many. The adapter stays, and requests can ask for it again.
+          InvalidRequestError: timeout_s is no number, or negative.
         """
-        return self.loop.unload_adapter(name)
+        require(is_number(timeout_s) and timeout_s >= 0, f"timeout_s={timeout_s!r:.60} must be a number >= 0")
+        return self.loop.unload_adapter(name, timeout_s)
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -574,9 +597,11 @@ class Engine:
         return self.loop.recover()
 
 
-def _check_adapters(named: Mapping[str, AdapterWeights], model: ModelConfig, config: EngineConfig) -> None:
+def _check_adapters(named: Mapping[str, AdapterWeights], model: ModelConfig, config: EngineConfig, mesh: Mesh) -> None:
     """Raise InvalidRequestError if an engine would not take all of these: that is known before it has weights."""
-    adapters = Adapters(model, dataclasses.replace(config, max_adapters=config.max_adapters or len(named)))
+    config = dataclasses.replace(config, max_adapters=config.max_adapters or len(named))
+    check_room(model, config, mesh)
+    adapters = Adapters(model, config)
     for name, weights in named.items():
         adapters.add(adapters.new(name, weights))
 
@@ -609,7 +634,17 @@ def _member(round: Round | None) -> Member | None:
     return None if round is None else Member(round)
 
 
+def _adapters_by_name(adapters: Mapping[str, AdapterSource] | None) -> dict[str, AdapterSource]:
+    known = adapters is None or isinstance(adapters, Mapping)
+    require(
+        known, f"adapters={adapters!r:.60} must be a mapping from names to directories, names on the hub or weights"
+    )
+    return dict(adapters or {})
+
+
 def _read_adapter(source: AdapterSource, model: ModelConfig, base: str | None = None) -> AdapterWeights:
+    known = isinstance(source, str | Path | AdapterWeights)
+    require(known, f"source={source!r:.60} of an adapter must be a directory, a name on the hub or AdapterWeights")
     return source if isinstance(source, AdapterWeights) else read_adapter(source, model, base=base)
 
 

@@ -89,3 +89,20 @@ def greedy(dense, prompt, number):
 def adapting_engine(**changes):
     """An engine with slots for adapters, on the programs of all such engines, and none loaded."""
     return same_shapes(TINY, tiny_params(), DEVICE, **changes)
+
+
+# Adapters that share KV -------------------------------------------------------------------------------------
+
+SHARED = dict(vars(DEVICE), share_adapters=True)
+TARGETS = ("wq", "wv", "wo", "w_gate", "w_up", "w_down")
+ONE, TWO = make_adapter(1, targets=TARGETS), make_adapter(2, rank=8, targets=("wq", "wv"))
+LATER = make_adapter(5, targets=TARGETS)
+
+
+def sharing_engine(**changes):
+    """An engine whose adapters share KV, on the programs of all such engines."""
+    device = type(DEVICE)(**SHARED)
+    engine = same_shapes(TINY, tiny_params(), device, **changes)
+    for name, weights in (("one", ONE), ("two", TWO)):
+        engine.load_adapter(name, weights)
+    return engine

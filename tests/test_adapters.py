@@ -239,8 +239,9 @@ def test_an_unknown_adapter_is_refused_by_the_names_of_those_that_are_there(engi
 def test_an_adapter_in_use_is_not_unloaded(engine):
     with engine.prefilled(TEXT[:20], adapter="all"):
         assert engine.adapters["all"].uses == 1
-        with pytest.raises(AdapterInUseError, match="while 1 sequences"):
-            engine.unload_adapter("all")
+        with pytest.raises(AdapterInUseError, match="1 sequence with it did not end within timeout_s=30"):
+            engine.unload_adapter("all")  # at once: no step ends what is held
+        assert engine.adapters["all"].uses == 1
     assert engine.unload_adapter("all").name == "all"
     made = engine.loop.requests.generation(TEXT[:12], FEW, reuse=None, namespace="default", keep=True, adapter="some")
     engine.unload_adapter("some")
@@ -248,6 +249,60 @@ def test_an_adapter_in_use_is_not_unloaded(engine):
     with pytest.raises(UnknownAdapterError, match="'some' was unloaded meanwhile"):
         engine.loop.complete([made])
     assert idle(engine)
+
+
+def test_an_adapter_leaves_behind_its_last_request(engine):
+    """Who came before is answered, and who comes meanwhile hears why it is not."""
+    heard = []
+
+    def listen(event):
+        if not heard:
+            for ask in (lambda: engine.loop.submit(TEXT[:12], FEW, adapter="all", listener=listen), engine_checks):
+                with pytest.raises(UnknownAdapterError, match="'all' is being unloaded, and takes no new requests"):
+                    ask()
+        heard.append(event)
+
+    def engine_checks():
+        engine.admission.adapters.named("all")
+
+    engine.loop.submit(TEXT[:12], FEW, adapter="all", listener=listen)
+    engine.loop.submit(TEXT[:12], FEW, adapter="some", listener=lambda event: None)
+    with pytest.raises(AdapterInUseError, match=r"1 sequence with it did not end within timeout_s=0\. It takes"):
+        engine.unload_adapter("all", timeout_s=0)
+    assert engine.adapters["all"].uses == 1
+    assert engine.unload_adapter("all").name == "all"
+    assert heard[-1].finish_reason == "length"
+    assert "all" not in engine.adapters
+    for wrong in (-1, "soon", True):
+        with pytest.raises(InvalidRequestError, match="timeout_s="):
+            engine.unload_adapter("some", timeout_s=wrong)
+    engine.loop.step()
+    assert idle(engine)
+
+
+def test_what_is_no_adapter_is_refused(engine):
+    for wrong in (123, None, b"path"):
+        with pytest.raises(InvalidRequestError, match="of an adapter must be a directory"):
+            engine.load_adapter("x", wrong)
+    for wrong in (["x"], "x"):
+        with pytest.raises(InvalidRequestError, match=r"adapters=.* must be a mapping"):
+            Engine(TINY, tiny_params(), adapters=wrong)
+    with pytest.raises(InvalidRequestError, match="rank=0 must be an integer >= 1"):  # types are jaxtyping's here
+        dataclasses.replace(ALL, rank=0)
+    with pytest.raises(InvalidRequestError, match="prompts=None must be a list"):
+        engine.generate_batch(None)
+    with pytest.raises(InvalidRequestError, match="allow_control_tokens='x' must be a bool"):
+        engine.remember(TEXT[:12], allow_control_tokens="x")
+
+
+def test_slots_that_no_device_holds_are_refused_by_what_they_take():
+    about = r"max_adapters=16000000 slots of max_adapter_rank=128.* take 15204\.4 GB on each device, which has"
+    for share in (False, True):
+        config = EngineConfig(store_tokens=64, max_adapters=16_000_000, max_adapter_rank=128, share_adapters=share)
+        with pytest.raises(
+            InvalidRequestError, match=about if not share else "with store_tokens=64 and share_adapters"
+        ):
+            Engine(TINY, tiny_params(), config=config)
 
 
 def test_limits_of_the_configuration():

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from live import ScriptedLoop, live_server, make_engine, wait_for
 
 from sparsex_jax import SamplingParams
-from sparsex_jax.errors import AdapterInUseError, HubError, InvalidRequestError, UnsupportedModelError
+from sparsex_jax.errors import HubError, InvalidRequestError, UnsupportedModelError
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.faults import RequestError
@@ -58,8 +58,8 @@ def load(client, name, source):
     return client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(source)})
 
 
-def unload(client, name):
-    return client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+def unload(client, name, **fields):
+    return client.post("/v1/unload_lora_adapter", json={"lora_name": name} | fields)
 
 
 def complete(client, model, prompt=PROMPT, **fields):
@@ -86,11 +86,10 @@ class Loaded(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.there, self.requests = {}, []
-        adapters = types.SimpleNamespace(adapters=self.there.values())
         engine = types.SimpleNamespace(
-            admission=adapters,
+            admission=types.SimpleNamespace(adapters=Names(self.there)),
             load_adapter=lambda name, _: self.there.update({name: types.SimpleNamespace(name=name)}),
-            unload_adapter=self.there.pop,
+            unload_adapter=lambda name, timeout_s: self.there.pop(name),
         )
         self.models = Models(engine, "base", {})
 
@@ -107,11 +106,14 @@ class Loaded(RuleBasedStateMachine):
     def unload(self, name, fails):
         """The engine may refuse, where sequences of requests that ended are still there."""
         used = [each for each, _ in self.requests].count(name)
-        refusal = AdapterInUseError if used else RequestError if name not in self.there else Refused if fails else None
+        refusal = RequestError if name not in self.there else Refused if fails or used else None
         with pytest.raises(refusal) if refusal else contextlib.nullcontext(), self.models.leaving(name):
-            with pytest.raises(RequestError, match="is not served here"):
+            with pytest.raises(RequestError, match="is being unloaded, and not served here any more"):
                 self.models.adapter_of(name)
-            if fails:
+            with pytest.raises(RequestError, match="no adapter"), self.models.leaving(name):
+                raise AssertionError("it is leaving already")
+            assert self.models.num_requests(name) == used
+            if fails or used:
                 raise Refused
             self.models.unload(name)
 
@@ -135,6 +137,20 @@ class Loaded(RuleBasedStateMachine):
         served = [(each.name, each.source, each.parent) for each in self.models]
         assert served == [("base", "base", None), *((name, f"from {name}", "base") for name in self.there)]
         assert all(name in self.there for name, _ in self.requests)
+
+
+class Names:
+    """The engine's, of adapters that are there."""
+
+    def __init__(self, there):
+        self.there = there
+
+    def __iter__(self):
+        return iter(self.there.values())
+
+    def check_new(self, name):
+        if name in self.there:
+            raise InvalidRequestError(f"adapter {name!r} is loaded already")
 
 
 class Refused(Exception):
@@ -226,9 +242,11 @@ def test_adapters_that_cannot_be_loaded_are_refused(client, folders, tmp_path):
         for name, source, message in cases:
             reply = load(client, name, source)
             assert (reply.status_code, message in reply.json()["error"]["message"]) == (status, True), reply.text
+            assert reply.json()["error"]["param"] == ("lora_path" if name == SPARE else "lora_name")
     load(client, SPARE, folders[SPARE])
     full = load(client, "fourth", folders["other"])
     assert (full.status_code, "max_adapters=3" in full.json()["error"]["message"]) == (400, True)
+    assert full.json()["error"]["param"] == "lora_name"
     gone = unload(client, "tiny")
     assert (gone.status_code, gone.json()["error"]["param"]) == (404, "lora_name")
     assert "no adapter 'tiny' is loaded; there are: north, south, spare" in gone.json()["error"]["message"]
@@ -316,13 +334,36 @@ def test_an_adapter_is_not_unloaded_while_a_request_uses_it(client, folders):
     with client.stream("POST", "/v1/completions", json={"model": SPARE, "prompt": FOREVER, "stream": True}) as stream:
         lines = stream.iter_lines()  # which would close the response where nothing held it
         next(lines)
-        refused = unload(client, SPARE)
+        refused = unload(client, SPARE, timeout_s=0)
         assert refused.status_code == 409
         assert (refused.json()["error"]["code"], refused.json()["error"]["param"]) == ("adapter_in_use", "lora_name")
-        assert "adapter 'spare' cannot be unloaded: 1 requests use it" in refused.json()["error"]["message"]
+        assert (
+            "adapter 'spare' cannot be unloaded: 1 request with it did not end within timeout_s=0"
+            in refused.json()["error"]["message"]
+        )
         assert adapters_served(client) == ["north", "south", SPARE]
     wait_for(lambda: unload(client, SPARE).status_code == 200)  # the client has gone, and its request with it
     assert adapters_served(client) == ["north", "south"]
+
+
+def test_an_adapter_leaves_once_its_last_request_has_ended(scripted, client, folders):
+    load(client, SPARE, folders[SPARE])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        forever = {"model": SPARE, "prompt": FOREVER, "stream": True}
+        with client.stream("POST", "/v1/completions", json=forever) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            leaving = pool.submit(unload, client, SPARE, timeout_s=30)
+            wait_for(lambda: complete(client, SPARE).status_code == 404)
+            refused = complete(client, SPARE).json()["error"]
+            assert "model 'spare' is being unloaded, and not served here any more; 'tiny', " in refused["message"]
+            assert unload(client, SPARE).status_code == 404  # it is being unloaded already
+            assert complete(client, "north").status_code == 200
+            assert not leaving.done()
+        assert leaving.result().text == "Success: LoRA adapter 'spare' removed successfully."
+    assert adapters_served(client) == ["north", "south"]
+    for wrong in (-1, 1e9, "soon", "NaN"):
+        assert unload(client, SPARE, timeout_s=wrong).json()["error"]["param"] == "timeout_s"
 
 
 # A small model answers -----------------------------------------------------------------------------------------------
@@ -415,12 +456,15 @@ def test_an_adapter_is_not_unloaded_while_a_request_is_held_with_it(live, http, 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(complete, http, SPARE, **held)
         wait_for(lambda: live.worker.loop.stats.held == 1)
-        refused = unload(http, SPARE)
+        refused = unload(http, SPARE, timeout_s=0.1)
         second = pool.submit(complete, http, "north", **held)
         assert {first.result().status_code, second.result().status_code} == {200}
     assert refused.status_code == 409
     assert (refused.json()["error"]["code"], refused.json()["error"]["param"]) == ("adapter_in_use", "lora_name")
-    assert "adapter 'spare' cannot be unloaded: 1 requests use it" in refused.json()["error"]["message"]
+    assert (
+        "adapter 'spare' cannot be unloaded: 1 request with it did not end within timeout_s=0"
+        in refused.json()["error"]["message"]
+    )
     assert adapters_served(http) == ["north", "south", SPARE]
     assert unload(http, SPARE).status_code == 200
     assert adapters_served(http) == ["north", "south"]
@@ -521,11 +565,25 @@ def test_adapters_share_what_they_are_asked_to(folders):
 
     with live_server(engine) as live, live.http() as client:
         asked = {"sharing": "pre_lr", "reuse": {"method": "prefix", "only_if_faster": False}}
-        assert found(complete(client, "north", **asked)) == (0, 0, {"mode": "pre_lr", "cross_adapter_tokens": 0})
+        nothing = {"cross_adapter_tokens": 0, "unseen_tokens": 0}
+        assert found(complete(client, "north", **asked)) == (0, 0, {"mode": "pre_lr"} | nothing)
         prefix, others, shared = found(complete(client, "south", **asked))
         assert prefix == 0 < others
-        assert shared == {"mode": "pre_lr", "cross_adapter_tokens": others}
+        assert shared == {"mode": "pre_lr", "cross_adapter_tokens": others, "unseen_tokens": 0}
         assert found(complete(client, "south", reuse=asked["reuse"])) == (0, 0, None)
+        kept = client.post("/v1/knowledge", json={"text": PROMPT, "model": "north", "sharing": "base_shared"}).json()
+        assert (kept["model"], kept["sharing"], kept["num_tokens"]) == (
+            "north",
+            "base_shared",
+            kept["prefilled_tokens"],
+        )
+        longer = f"{PROMPT} And so on."
+        first, again = (found(complete(client, "south", prompt=longer, sharing="base_shared"))[2] for _ in range(2))
+        assert first["unseen_tokens"] == first["cross_adapter_tokens"] >= kept["num_tokens"] - 1
+        assert again["unseen_tokens"] < first["unseen_tokens"] < again["cross_adapter_tokens"]
+        assert [each["sharing"] for each in client.get("/v1/knowledge").json()["data"]] == ["base_shared"]
+        by_sparsex = {"sharing": "base_shared", "reuse": {"method": "sparsex"}}
+        assert "needs the method prefix" in complete(client, "south", **by_sparsex).json()["error"]["message"]
         for fields, why in (
             ({"sharing": "all"}, "sharing"),
             ({"model": None, "sharing": "pre_lr"}, "needs an adapter"),

@@ -4,8 +4,20 @@ import dataclasses
 
 import numpy as np
 import pytest
-from adapting import DEVICE, adapting_engine, dense_of, greedy, make_adapter, merged
-from conftest import TINY, idle, run, same_shapes, tiny_params
+from adapting import (
+    LATER,
+    ONE,
+    SHARED,
+    TARGETS,
+    TWO,
+    adapting_engine,
+    dense_of,
+    greedy,
+    make_adapter,
+    merged,
+    sharing_engine,
+)
+from conftest import TINY, idle, run, tiny_params
 from dense import Dense, _norm, stored_kv
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,22 +31,9 @@ from sparsex_jax.model.store import abstract_low_rank_store, abstract_store
 from sparsex_jax.reuse.adapters import SHARING
 from sparsex_jax.scheduler import warmup
 
-SHARED = dict(vars(DEVICE), share_adapters=True)
-TARGETS = ("wq", "wv", "wo", "w_gate", "w_up", "w_down")
-ONE, TWO = make_adapter(1, targets=TARGETS), make_adapter(2, rank=8, targets=("wq", "wv"))
-LATER = make_adapter(5, targets=TARGETS)
 TEXT = np.random.default_rng(7).integers(1, 89, 200).astype(np.int32)
 PREFIX = ReuseConfig("prefix")
 ONE_TOKEN = SamplingParams(max_new_tokens=1, ignore_eos=True)
-
-
-def sharing_engine(**changes):
-    """An engine whose adapters share KV, on the programs of all such engines."""
-    device = type(DEVICE)(**SHARED)
-    engine = same_shapes(TINY, tiny_params(), device, **changes)
-    for name, weights in (("one", ONE), ("two", TWO)):
-        engine.load_adapter(name, weights)
-    return engine
 
 
 @pytest.fixture
@@ -116,7 +115,11 @@ def test_an_agent_reads_what_another_wrote_with_its_own_part_of_values(engine):
     out = engine.prefill(prompt, adapter="two", sharing="pre_lr", reuse=PREFIX)
     assert out.report.prefix_tokens == 0
     assert out.report.approximate_prefix_tokens == 40
-    assert out.report.to_dict()["sharing"] == {"mode": "pre_lr", "cross_adapter_tokens": 40}
+    assert out.report.to_dict()["sharing"] == {
+        "mode": "pre_lr",
+        "cross_adapter_tokens": 40,
+        "unseen_tokens": 0,
+    }
     np.testing.assert_allclose(out.logits, Team(ONE, TWO, 40).last_logits(prompt), atol=1e-3)
     alone = engine.prefill(prompt, adapter="two", reuse=PREFIX)
     assert alone.report.fresh_tokens == 60
@@ -253,9 +256,14 @@ def test_what_moved_and_is_another_adapters_work_is_refreshed_too(engine):
 
 def test_what_cannot_be_shared_is_refused(engine):
     refused = {
-        "sharing='base_shared' must be one of 'isolated', 'pre_lr', 'refresh', 'rebase'": {"sharing": "base_shared"},
+        "sharing='full' must be one of 'isolated', 'pre_lr', 'refresh', 'rebase', 'base_shared'": {"sharing": "full"},
         "sharing='pre_lr' needs an adapter": {"sharing": "pre_lr"},
         "sharing='refresh' needs a method that repairs": {"adapter": "one", "sharing": "refresh", "reuse": PREFIX},
+        "sharing='base_shared' finds prefixes and no segments: it needs the method prefix, not 'sparsex'": {
+            "adapter": "one",
+            "sharing": "base_shared",
+            "reuse": SparseX(),
+        },
         "sharing='rebase' and a pin exclude each other": {"adapter": "one", "sharing": "rebase", "pin": Pin("mine")},
     }
     for message, asked in refused.items():
@@ -276,8 +284,10 @@ def test_what_cannot_be_shared_is_refused(engine):
 
 
 def test_configurations_that_cannot_share_are_refused():
-    for name, value in {"mirrors": True, "host_store_bytes": 1 << 20, "kv_dtype": "fp8"}.items():
-        with pytest.raises(InvalidRequestError, match=f"share_adapters excludes {name}"):
+    for name, value in {"mirrors": True, "host_store_bytes": 1 << 20}.items():
+        with pytest.raises(
+            InvalidRequestError, match=f"share_adapters=True excludes {name}={value}, which does not keep"
+        ):
             EngineConfig(**{"max_adapters": 3, "share_adapters": True, name: value})
     with pytest.raises(InvalidRequestError, match="share_adapters='yes' must be True or False"):
         EngineConfig(share_adapters="yes")
@@ -340,7 +350,8 @@ def ask(engine, batch, weights):
     modes = [mode if name else "isolated" for name, mode in zip(adapters, modes, strict=True)]
     asked = {"adapter": adapters, "sharing": modes, "namespace": namespaces, "keep": lengths[0] > 3}
     sampling = [dataclasses.replace(ONE_TOKEN, max_new_tokens=number) for number in lengths]
-    outs = engine.generate_batch(prompts, sampling, return_logits=True, reuse=SparseX(min_segment_tokens=16), **asked)
+    engine.reuse = SparseX(min_segment_tokens=16)  # of those that name none; base_shared has its own
+    outs = engine.generate_batch(prompts, sampling, return_logits=True, **asked)
     for prompt, name, mode, out in zip(prompts, adapters, modes, outs, strict=True):
         report = out.report
         assert report.sharing is None or report.prefix_tokens == 0
@@ -375,20 +386,22 @@ def trace(engine, mode):
         sampling = dataclasses.replace(ONE_TOKEN, max_new_tokens=4)
         out = engine.generate(np.array(trajectory), sampling, adapter=name, sharing=mode, reuse=PREFIX)
         trajectory += out.token_ids
-        computed.append(out.report.fresh_tokens)
+        computed.append(out.report.fresh_tokens + (out.report.sharing.unseen_tokens if out.report.sharing else 0))
         engine.heal()
     return computed
 
 
 @pytest.mark.slow
 def test_in_a_trace_nobody_computes_what_another_did():
-    engines = {mode: sharing_engine() for mode in ("isolated", "pre_lr", "rebase")}
+    engines = {mode: sharing_engine() for mode in ("isolated", "pre_lr", "rebase", "base_shared")}
     for engine in engines.values():
         engine.load_adapter("later", LATER)
     computed = {mode: trace(engine, mode) for mode, engine in engines.items()}
     assert computed["isolated"] == [24, 36, 48, 33, 33, 33]  # all but its own turn three steps before
     assert computed["pre_lr"] == [24, 9, 9, 9, 9, 9]  # and the last token of the answer before, which was no input
     assert computed["rebase"] == [24, 8, 8, 8, 8, 8]
+    # As isolated, and what it had of a page that another one went on in a copy of.
+    assert computed["base_shared"] == [24, 36, 48, 33 + 11, 33 + 7, 33 + 3]
     assert engines["rebase"].loop.stats.healed_tokens == 16 + 6 * 12  # each token once more
 
 

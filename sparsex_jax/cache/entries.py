@@ -21,12 +21,14 @@ class Origin:
       prefilled_tokens: how many tokens were prefilled for it when it was remembered, those before the text too.
       company: what was chosen for it. None: nothing was to be chosen, so it stays as it is.
       adapter: the name of the adapter that acted on it. None: none did.
+      sharing: which of the adapters' requests find it, as they ask for that (`reuse.adapters.SHARING`).
     """
 
     company_tokens: int = 0
     prefilled_tokens: int = 0
     company: Company | None = None
     adapter: str | None = None
+    sharing: str = "isolated"
 
 
 @dataclasses.dataclass

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from sparsex_jax.cache.children import MOST_TIES, TOKEN_BYTES, Children
 
@@ -62,6 +62,7 @@ class Node:
       derived: the derived one; None if there is none.
       uses: how many lookups found it.
       hashes: the hash of each of its windows in the window index.
+      seen_by: who has a part of their own in its first page, where adapters share it (`PageTree.mark_seen`).
     """
 
     namespace: str
@@ -77,6 +78,7 @@ class Node:
     derived: int | None = None
     uses: int = 0
     hashes: list[int] = dataclasses.field(default_factory=list)
+    seen_by: frozenset[int] = frozenset()
 
     @property
     def length(self) -> int:
@@ -261,6 +263,7 @@ class PageTree:
         node.pages.remove(page)
         node.derived = None if page == node.derived else node.derived
         if node.pages:
+            node.seen_by = frozenset()  # they may not have it in its twin
             return None
         for child in node.children:
             child.parent = None
@@ -298,6 +301,26 @@ class PageTree:
             last, at = further, at + width
         found = [Prefix(_chain(node), *self._tail(node, prompt[at:], accepts)) for node in last]
         return max(reversed(found), key=lambda prefix: (prefix.tail_tokens, prefix.exact_tokens))
+
+    def mark_seen(self, pages: Sequence[int], end: int, reader: int) -> None:
+        """A reader has run through the first `end` tokens of these pages of a sequence, and what it adds to values
+        there is its own.
+
+        Up to the first page that prompts do not read, because it was not committed or is a twin: what the reader has
+        behind it came of that page, and not of the one that stands for it.
+
+        Args:
+          reader: the number of an adapter's version.
+        """
+        for number, page in enumerate(pages):
+            node = self.node_of[page]
+            if node is None or node.pages[0] != page or number * self.page_size + node.length > end:
+                return
+            node.seen_by |= {reader}
+
+    def has_seen(self, page: int, reader: int) -> bool:
+        """Whether `mark_seen` said so of all tokens of a page."""
+        return reader in self[page].seen_by
 
     def beginnings(self, namespace: str, most: int, spared: Callable[[int], bool]) -> Iterator[bytes]:
         """Yield the first `most` tokens of each stored prompt: of what is in place with nothing behind it.

@@ -19,6 +19,15 @@ def require(ok: bool, message: str) -> None:
         raise InvalidRequestError(message)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "request"), counted(2, "request")
+    ('1 request', '2 requests')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 

@@ -7,6 +7,8 @@ the few writes that there are.
 from __future__ import annotations
 
 import functools
+import math
+import os
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from sparsex_jax.model.adapters import TARGETS, AdapterWeights, Pair
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.matrices import Place
 from sparsex_jax.model.sharding import TENSOR_AXIS, zeros_of
+from sparsex_jax.model.store import abstract_low_rank_store
 from sparsex_jax.model.weights import describe
 
 _APART = ("wk", "wv")  # where adapters share KV: keys have none, and values have theirs in `ValuesApart`
@@ -75,6 +78,33 @@ def abstract_apart(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Valu
     heads = PartitionSpec(None, None, TENSOR_AXIS)
     b = shape(slots, model.num_kv_heads, rank, model.head_dim, divided=heads)
     return ValuesApart(shape(model.hidden_size, slots * rank, divided=PartitionSpec()), b)
+
+
+def check_room(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> None:
+    """Raise InvalidRequestError if all that the slots of adapters take is more than a device of the mesh has."""
+    shapes = jax.tree.leaves((abstract_stacks(model, engine, mesh), abstract_apart(model, engine, mesh)))
+    if engine.share_adapters:
+        shapes.append(abstract_low_rank_store(model, engine, mesh))
+    needed, there = sum(map(_bytes_on_a_device, shapes)), _memory_of(mesh)
+    beside = f", with store_tokens={engine.store_tokens} and share_adapters," if engine.share_adapters else ""
+    require(
+        there is None or needed <= there,
+        f"max_adapters={engine.max_adapters} slots of max_adapter_rank={engine.max_adapter_rank}{beside} take "
+        f"{needed / 1e9:.1f} GB on each device, which has {(there or 0) / 1e9:.1f} GB",
+    )
+
+
+def _bytes_on_a_device(array: jax.ShapeDtypeStruct) -> int:
+    assert array.sharding is not None
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def _memory_of(mesh: Mesh) -> int | None:
+    """Bytes that each device has, the others of its host beside it. None: they do not say."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(mesh.local_devices)
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    return min((each["bytes_limit"] for each in stats if "bytes_limit" in each), default=None)
 
 
 def make_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dict[str, LowRank] | None:

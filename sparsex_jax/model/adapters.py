@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32
+
+from sparsex_jax.config.checks import is_int, require
 
 TARGETS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")  # weights of `Layers` that adapters may add to
 
@@ -39,3 +41,16 @@ class AdapterWeights:
     pairs: Mapping[str, Pair]
     invocation: tuple[int, ...]
     digest: str
+
+    def __post_init__(self) -> None:
+        """Raises InvalidRequestError if one of these is no such thing. Whether it fits a model is asked later."""
+        require(is_int(self.rank) and self.rank >= 1, f"rank={self.rank!r:.60} must be an integer >= 1")
+        are_pairs = isinstance(self.pairs, Mapping) and all(map(_is_pair, self.pairs.values()))
+        require(are_pairs, f"pairs={self.pairs!r:.60} must have a Pair of arrays [layers, _, _] for each name")
+        are_tokens = isinstance(self.invocation, tuple) and all(map(is_int, self.invocation))
+        require(are_tokens, f"invocation={self.invocation!r:.60} must be a tuple of token ids")
+        require(isinstance(self.digest, str), f"digest={self.digest!r:.60} must be a str")
+
+
+def _is_pair(pair: Any) -> bool:
+    return isinstance(pair, Pair) and all(np.ndim(part) == 3 for part in pair)

@@ -62,9 +62,18 @@ def low_rank_of(store: AnyStore, apart: ValuesApart | None, rows: Rows, num_requ
     """
     if not isinstance(store, SharedStore) or apart is None or rows.adapter is None:
         return None
-    slots = jnp.full(num_requests, NO_SLOT).at[rows.request].max(rows.adapter, mode="drop")
-    columns = jnp.where(slots >= 0, slots * apart.b.shape[3], -1)
-    return kernels.LowRank(store.low_rank, apart.b, columns, jnp.maximum(slots, 0))
+    slots = _slot_of_each(rows, num_requests)
+    return kernels.LowRank(store.low_rank, apart.b, _columns_of(slots, store.rank), jnp.maximum(slots, 0))
+
+
+def _slot_of_each(rows: Rows, num_requests: int) -> Int[Array, "requests"]:
+    """The slot of each request's rows; -1 where it has none, or no rows here."""
+    return jnp.full(num_requests, NO_SLOT).at[rows.request].max(_slots_of(rows), mode="drop")
+
+
+def _columns_of(slots: Int[Array, "n"], rank: int) -> Int[Array, "n"]:
+    """Where Y of slots begins in the store; -1 for those that are none."""
+    return jnp.where(slots >= 0, slots * rank, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,26 +232,37 @@ class Ops:
         rows: Rows,
         tables: PageTables,
     ) -> AnyStore:
-        """The store with what was computed of the rows."""
+        """The store with what was computed of the rows. Of those that are `unseen`, that is Y of their own adapter."""
         specs = (_STORE, _ALL, _HEADS, _HEADS, _ALL, _ALL, _ALL)
         write = self._over_heads(kernels.write_kv, specs, _STORE)
-        kv = write(kv_of(store), layer, new.keys, new.values, rows.position, rows.request, tables)
+        kv = write(kv_of(store), layer, new.keys, new.values, rows.written, rows.request, tables)
         if not isinstance(store, SharedStore):
             return kv
         assert new.low_rank is not None, "a shared store takes Y beside K and V"
-        return SharedStore(kv, self._write_low_rank(store.low_rank, layer, new.low_rank, rows, tables))
+        return store.replace(kv=kv, low_rank=self._write_low_rank(store, layer, new.low_rank, rows, tables))  # type: ignore[attr-defined]
 
     def _write_low_rank(
         self,
-        store: LowRankStore,
+        store: SharedStore,
         layer: Int[Array, ""],
         values: Float[Array, "rows columns"],
         rows: Rows,
         tables: PageTables,
     ) -> LowRankStore:
-        """The store with the rows' Y of all adapters; each device has all of it."""
+        """The store with the rows' Y of all adapters, or of their own where they are unseen; each device has all of it.
+
+        Others may be reading an unseen row's Y of theirs.
+        """
         write = self._over_heads(kernels.write_low_rank, (_ALL,) * 6, _ALL)
-        return write(store, layer, values, rows.position, rows.request, tables)
+        written = write(store.low_rank, layer, values, rows.written, rows.request, tables)
+        if rows.unseen is None:
+            return written
+        by_slot = values.reshape(len(values), -1, store.rank)
+        own = by_slot[jnp.arange(len(values)), jnp.maximum(_slots_of(rows), 0)]
+        positions = jnp.where(rows.unseen, rows.position, -1)
+        columns = _columns_of(_slot_of_each(rows, len(tables)), store.rank)
+        write = self._over_heads(kernels.write_low_rank, (_ALL,) * 7, _ALL)
+        return write(written, layer, own, positions, rows.request, tables, columns)
 
     def read_kv(
         self, store: AnyStore, layer: Int[Array, ""], rows: Rows, tables: PageTables
@@ -257,7 +277,9 @@ class Ops:
         move = self._over_heads(kernels.align_and_copy, (_STORE, *[_ALL] * 6), _STORE)
         layers = jnp.stack([copies.first_layer, copies.end_layer])
         kv = move(kv_of(store), copies.source, copies.target, copies.shift, inv_freq, layers, copies.patch)
-        return SharedStore(kv, self.copy_low_rank(store.low_rank, copies)) if isinstance(store, SharedStore) else kv
+        if not isinstance(store, SharedStore):
+            return kv
+        return store.replace(kv=kv, low_rank=self.copy_low_rank(store.low_rank, copies))  # type: ignore[attr-defined]
 
     def pack_rows(self, store: Store, rows: PackedRows) -> Store:
         """For mirrors, which are of engines without a `SharedStore`."""

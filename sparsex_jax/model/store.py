@@ -31,10 +31,12 @@ class SharedStore:
       kv: K, and V0 = X W_v.
       low_rank: Y = X A of all adapters side by side, those of slot i from column `i * rank` on. Whoever computes a row
         writes it for all of them. It has the pages of `kv` and no heads: each device of a mesh has all of it.
+      rank: columns of a slot.
     """
 
     kv: Store
     low_rank: LowRankStore
+    rank: int = struct.field(pytree_node=False)
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +67,9 @@ def abstract_low_rank_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh
 def abstract_any_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Any:
     """The shapes of an engine's `AnyStore`."""
     kv = abstract_store(model, engine, mesh)
-    return SharedStore(kv, abstract_low_rank_store(model, engine, mesh)) if engine.share_adapters else kv  # type: ignore[arg-type]
+    if not engine.share_adapters:
+        return kv
+    return SharedStore(kv, abstract_low_rank_store(model, engine, mesh), engine.max_adapter_rank)  # type: ignore[arg-type]
 
 
 def make_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> AnyStore:

@@ -28,8 +28,9 @@ NO_SLOT = -1  # of a row on which none acts
 
 # What an adapter's request finds. `isolated`: what its own version computed. `pre_lr`: what all wrote that share
 # (PReCache's PreLRShared). `refresh`: the same, of which the request computes anew what it looks at most. `rebase`:
-# what the model computed without adapters, of texts that these read (PReCache's ReBaseShared).
-SHARING = ("isolated", "pre_lr", "refresh", "rebase")
+# what the model computed without adapters, of texts that these read (PReCache's ReBaseShared). `base_shared`: what all
+# wrote that ask for it, but for the adapter's own part of values, which it computes itself (LRAgent's BaseShared).
+SHARING = ("isolated", "pre_lr", "refresh", "rebase", "base_shared")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Acting:
     def shares(self) -> bool:
         """Whether it finds what others computed. None of that is exact."""
         return self.sharing != "isolated"
+
+    @property
+    def runs_through(self) -> bool:
+        """Whether it computes its own part of the values of all that it finds."""
+        return self.sharing == "base_shared"
 
     @property
     def writes(self) -> bool:

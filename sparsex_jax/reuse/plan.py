@@ -32,6 +32,8 @@ class Rows:
       request: line of the plan's page tables; `PADDING_REQUEST` for padding, so that it sorts last.
       index: where the row stands in the plan's own rows, which its masks refer to.
       adapter: the slot of the adapter that acts on the row; -1: none. None: the engine has no adapters.
+      unseen: whether K and V of the row are in the store, and it runs only for what its adapter adds to values: that
+        alone is written. None: no row does.
     """
 
     token: Int[Array, "rows"]
@@ -39,10 +41,16 @@ class Rows:
     request: Int[Array, "rows"]
     index: Int[Array, "rows"]
     adapter: Int[Array, "rows"] | None = None
+    unseen: Bool[Array, "rows"] | None = None
 
     @property
     def valid(self) -> Bool[Array, "rows"]:
         return self.position >= 0
+
+    @property
+    def written(self) -> Int[Array, "rows"]:
+        """The positions of those rows whose K and V are written; -1 for the others."""
+        return self.position if self.unseen is None else jnp.where(self.unseen, -1, self.position)
 
     @property
     def count(self) -> Int[Array, ""]:
@@ -65,6 +73,7 @@ class Rows:
             take(self.request, PADDING_REQUEST),
             take(self.index, 0),
             None if self.adapter is None else take(self.adapter, NO_SLOT),
+            None if self.unseen is None else take(self.unseen, False),
         )
         return rows, origin
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Bool, Float32, Int, Int32
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.cache.derived import Derived
@@ -41,6 +41,8 @@ class RequestPlan:
       copies: runs to copy into those pages first: the prefix tail and the segments.
       probe: what is decided by this pass, which gives no logits. None: it is a prefill.
       adapter: acts on its tokens. None: it is the base model's.
+      unseen: tokens of the prefix that the schedule computes all the same, for what the adapter adds to their values;
+        K and V of theirs stay as they are. None: there are none.
     """
 
     prompt: PromptMap
@@ -49,6 +51,14 @@ class RequestPlan:
     copies: tuple[Segment, ...] = ()
     probe: Probe | None = None
     adapter: Acting | None = None
+    unseen: Bool[np.ndarray, "tokens"] | None = None
+
+    def running_through(self, unseen: Bool[np.ndarray, "tokens"]) -> RequestPlan:
+        """The same plan, with these tokens of the prefix unseen."""
+        if not unseen.any():
+            return self
+        phases = tuple(dataclasses.replace(phase, forced=phase.forced | unseen) for phase in self.phases)
+        return dataclasses.replace(self, phases=phases, unseen=unseen)
 
     @property
     def num_rows(self) -> int:
@@ -92,12 +102,13 @@ class RequestPlan:
 @dataclasses.dataclass(frozen=True)
 class Shapes:
     """The few static shapes that plans are padded to: (rows, chunk) buckets, requests and pages a request; and whether
-    their rows say which adapter acts on them."""
+    their rows say which adapter acts on them, and which are unseen."""
 
     buckets: tuple[tuple[int, int], ...]
     max_requests: int
     max_pages: int
     adapters: bool = False
+    unseen: bool = False
 
     @classmethod
     def of(cls, max_context: int, max_requests: int, page_size: int, chunk: int) -> Shapes:
@@ -119,7 +130,7 @@ class Shapes:
         max_context = min(model.max_position, engine.num_pages * engine.page_size)
         chunk = engine.chunk_rows or CHUNKS.get(platform, CHUNKS["tpu"])
         shapes = cls.of(max_context, engine.max_prefill_seqs, engine.page_size, chunk)
-        return dataclasses.replace(shapes, adapters=engine.max_adapters > 0)
+        return dataclasses.replace(shapes, adapters=engine.max_adapters > 0, unseen=engine.share_adapters)
 
     @property
     def max_rows(self) -> int:
@@ -171,7 +182,7 @@ def plan_prefill(
         )
     )
     boundaries = _boundaries(layout, later, shapes.max_requests, signals)
-    return PrefillPlan(tables, fresh, scores, block, boundaries), layout.first_rows(shapes.adapters)
+    return PrefillPlan(tables, fresh, scores, block, boundaries), layout.first_rows(shapes)
 
 
 class _Layout(NamedTuple):
@@ -185,17 +196,22 @@ class _Layout(NamedTuple):
         """From a value for each token of each prompt to one for each row."""
         return _padded([each[at] for each, at in zip(values, self.computed, strict=True)], self.size, fill)
 
-    def first_rows(self, adapters: bool) -> Rows:
+    def first_rows(self, shapes: Shapes) -> Rows:
         lines = [np.full(len(at), line) for line, at in enumerate(self.computed)]
         token = self.rows([request.prompt.tokens for request in self.requests], 0)
         position = _padded(self.computed, self.size, -1)
         request = _padded(lines, self.size, PADDING_REQUEST)
-        slots = _padded(self._adapter_slots(), self.size, NO_SLOT) if adapters else None
-        return Rows(*jax.device_put((token, position, request, np.arange(self.size, dtype=np.int32), slots)))
+        slots = _padded(self._adapter_slots(), self.size, NO_SLOT) if shapes.adapters else None
+        unseen = self.rows(map(_unseen, self.requests), False) if shapes.unseen else None
+        return Rows(*jax.device_put((token, position, request, np.arange(self.size, dtype=np.int32), slots, unseen)))
 
     def _adapter_slots(self) -> list[np.ndarray]:
         acting = zip(self.requests, self.computed, strict=True)
         return [one.adapter.slots(at) if one.adapter else np.full(len(at), NO_SLOT) for one, at in acting]
+
+
+def _unseen(request: RequestPlan) -> Bool[np.ndarray, "tokens"]:
+    return np.zeros(len(request.prompt), bool) if request.unseen is None else request.unseen
 
 
 def _boundaries(

@@ -89,10 +89,13 @@ class SharedKV:
       cross_adapter_tokens: tokens whose KV is left as somebody else may have computed it: another adapter, or the model
         without adapters. They are among those of the approximate prefix and of the reused segments, and exact for
         nobody.
+      unseen_tokens: how many of these it ran through all layers, for what its own adapter adds to values
+        (`base_shared`). 0 in the other modes, and once the adapter has seen them.
     """
 
     mode: str
     cross_adapter_tokens: int
+    unseen_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -213,7 +216,7 @@ def make_report(
         prompt_tokens=len(prompt),
         **_counts(prompt, active),
         active_tokens=counts[min(1, len(phases) - 1)],
-        boundary_layer=ends[0] if counts[0] == prompt.computed.sum() else 0,
+        boundary_layer=ends[0] if counts[0] >= prompt.computed.sum() else 0,
         segments=_segments(prompt),
         computed_fraction=(token_layers + probed(prompt, phases)) / (num_layers * len(prompt)),
         confidence=1.0 if ran and _is_complete(prompt, masks) else confidence,

@@ -7,6 +7,7 @@ of when an adapter is unloaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Set
 
@@ -21,6 +22,9 @@ from sparsex_jax.reuse.adapters import NO_SLOT, SHARING, Acting, last_place
 
 MAX_NAME = 256  # characters
 _KEY_BITS = 31  # of a key, an int32 that is not negative
+# What requests find that share in the same way has the same mark.
+_GROUP_OF = {"pre_lr": "written", "refresh": "written", "rebase": "neutral", "base_shared": "run through"}
+_GROUPS = tuple(dict.fromkeys(_GROUP_OF.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +61,15 @@ class Adapters:
         self._bits = max(model.vocab_size - 1, 1).bit_length()
         self._most_numbers = (1 << (_KEY_BITS - self._bits)) - 1
         self.share = config.share_adapters
-        most = self._most_numbers - (2 if self.share else 0)
+        most = self._most_numbers - (len(_GROUPS) if self.share else 0)
         require(
             self._max_adapters < max(most, 1),
             f"max_adapters={self._max_adapters} must be less than {most} for a vocabulary of {model.vocab_size} tokens",
         )
-        self._group = self._neutral = self._last_number = 0  # 0: no adapters share anything
+        self._groups = dict.fromkeys(_GROUPS, 0)  # the numbers of their marks; 0: no adapters share anything
+        self._last_number = 0
         self._loaded: Mapping[str, Adapter] = {}  # replaced, never changed, as other threads read it
+        self._leaving: Set[str] = frozenset()  # the same
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._loaded.values())
@@ -77,7 +83,19 @@ class Adapters:
         if found is None:
             names = ", ".join(map(repr, self._loaded)) or "none is loaded"
             raise UnknownAdapterError(f"adapter={name!r:.300} is not loaded; there are: {names}")
+        if name in self._leaving:
+            raise UnknownAdapterError(f"adapter={name!r:.300} is being unloaded, and takes no new requests")
         return found
+
+    @contextlib.contextmanager
+    def leaving(self, name: str) -> Iterator[Adapter]:
+        """Within this nobody can ask for an adapter: it waits to be unloaded. Raises UnknownAdapterError as `named`."""
+        adapter = self.named(name)
+        self._leaving |= {name}
+        try:
+            yield adapter
+        finally:
+            self._leaving -= {name}
 
     def on(self, name: str | None, tokens: Int32[np.ndarray, "tokens"], sharing: str = "isolated") -> Acting | None:
         """The adapter of this name on a prompt; None for the base model.
@@ -106,20 +124,23 @@ class Adapters:
     def _sharing(self, adapter: Adapter, sharing: str) -> Acting:
         late = f"adapter {adapter.name!r} acts from its invocation sequence on, and takes no sharing={sharing!r}"
         require(not adapter.invocation, f"{late}: what stands before that is found by all anyway")
-        number = self._neutral if sharing == "rebase" else self._group
+        number = self._groups[_GROUP_OF[sharing]]
         return Acting(adapter.name, adapter.slot, adapter.number, number << self._bits, 0, sharing)
 
     @property
     def neutral(self) -> Acting:
         """No adapter, on a text that is prefilled for those that ask for `rebase`."""
-        return Acting("", NO_SLOT, self._neutral, self._neutral << self._bits)
+        number = self._groups["neutral"]
+        return Acting("", NO_SLOT, number, number << self._bits)
 
     def _acting(self, adapter: Adapter, start: int) -> Acting:
         return Acting(adapter.name, adapter.slot, adapter.number, adapter.number << self._bits, start)
 
     def stands(self, acting: Acting) -> bool:
-        """Whether the version that acts is still loaded."""
-        return acting.number == self._neutral or any(acting.number == each.number for each in self)
+        """Whether the version that acts is still loaded, and stays."""
+        if acting.number == self._groups["neutral"]:
+            return True
+        return any(acting.number == each.number and each.name not in self._leaving for each in self)
 
     def may_write(self, acting: Acting) -> bool:
         """Whether what is computed with it may be found under its keys.
@@ -136,12 +157,17 @@ class Adapters:
         Raises:
           InvalidRequestError: the name is none, or is taken; the rank is too large, or there is no free slot.
         """
-        self._check(name, weights)
+        self.check_new(name)
+        require(
+            weights.rank <= self._max_rank,
+            f"adapter {name!r} has rank {weights.rank}, and max_adapter_rank={self._max_rank} is the limit",
+        )
         slot = next(slot for slot in range(self._max_adapters) if slot not in {each.slot for each in self})
         targets = tuple(weights.pairs)
         return Adapter(name, slot, self._next_number(), weights.rank, targets, weights.invocation, weights.digest)
 
-    def _check(self, name: str, weights: AdapterWeights) -> None:
+    def check_new(self, name: str) -> None:
+        """Raise InvalidRequestError if the name is none, or is taken, or there is no free slot. From any thread."""
         is_name = isinstance(name, str) and name.isprintable() and name.strip() == name and 0 < len(name) <= MAX_NAME
         require(
             is_name,
@@ -149,10 +175,6 @@ class Adapters:
         )
         require(self._max_adapters > 0, f"adapter {name!r} needs an engine with max_adapters above 0")
         require(name not in self._loaded, f"adapter {name!r} is loaded already; unload it before it is loaded anew")
-        require(
-            weights.rank <= self._max_rank,
-            f"adapter {name!r} has rank {weights.rank}, and max_adapter_rank={self._max_rank} is the limit",
-        )
         require(
             len(self) < self._max_adapters,
             f"adapter {name!r} has no room: max_adapters={self._max_adapters} are loaded; unload one of them",
@@ -171,8 +193,8 @@ class Adapters:
         self._loaded = {**self._loaded, adapter.name: adapter}
 
     def remove(self, name: str) -> Adapter:
-        """It cannot be asked for any more. Raises UnknownAdapterError."""
-        removed = self.named(name)
+        """It cannot be asked for any more, and is `leaving` maybe. Raises UnknownAdapterError."""
+        removed = self._loaded.get(name) or self.named(name)
         self._loaded = {other: each for other, each in self._loaded.items() if other != name}
         return removed
 
@@ -184,7 +206,8 @@ class Adapters:
         if not self.share:
             return set()
         old = self._shared
-        self._group, self._neutral = self._next_number(), self._next_number()
+        for group in _GROUPS:
+            self._groups[group] = self._next_number()
         return old
 
     # Keys -----------------------------------------------------------------------------------------------------
@@ -223,4 +246,4 @@ class Adapters:
     @property
     def _shared(self) -> set[int]:
         """The numbers of marks that are on what adapters share."""
-        return {self._group, self._neutral} - {0}
+        return set(self._groups.values()) - {0}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from sparsex_jax.cache import Forgotten, Match, Origin, PageCache, PinState
 from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
@@ -24,6 +24,7 @@ from sparsex_jax.cache.counts import CacheCounts
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.device.arrivals import Late
 from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequestError, NoRoomError, StoreFullError
+from sparsex_jax.reuse.adapters import NO_SLOT, Acting
 from sparsex_jax.reuse.cost import Speeds
 from sparsex_jax.reuse.methods import Method, method_of
 from sparsex_jax.reuse.planner import RequestPlan
@@ -159,6 +160,7 @@ class Admission:
         if sequence.asked and not sequence.was_admitted:
             self.cache.count_use(match)
         num_shared = len(plan.pages)
+        plan = self._with_unseen(plan, sequence.adapter)
         plan = with_tiers(plan, match.prefix_tail, self.cache, sequence.came_from)
         plan, origins = self.mirroring.located(self.cache, plan) if self.mirroring else (plan, None)
         plan, late = self._without_late(dataclasses.replace(plan, pages=pages, adapter=sequence.adapter))
@@ -196,6 +198,18 @@ class Admission:
             raise
         self.cache.let_go(match)
         return self._lay_out(sequence, tokens, method, load=False)  # without what did not come
+
+    def _with_unseen(self, plan: RequestPlan, adapter: Acting | None) -> RequestPlan:
+        """The plan with what was found and an adapter has not run through yet, if it is to. It has no pages yet but
+        those of its prefix."""
+        if adapter is None or not adapter.runs_through:
+            return plan
+        size, unseen = self._config.page_size, np.zeros(len(plan.prompt), bool)
+        found = [(at * size, (at + 1) * size, page) for at, page in enumerate(plan.pages)]
+        found += [(copy.start, copy.end, copy.pages(size)[0]) for copy in plan.copies]  # the tail, in one page
+        for start, end, page in found:
+            unseen[start:end] = not self.cache.tree.has_seen(page, adapter.number)
+        return plan.running_through(unseen)
 
     def _comes_in_time(self, plan: RequestPlan) -> bool:
         """Wait for what its prefill reads from the first layer on. False if that has failed to come."""
@@ -389,8 +403,15 @@ class Admission:
         keys = sequence.keys(sequence.tokens[: min(sequence.num_computed, sequence.num_kept)])
         adapter = sequence.adapter
         is_gone = self._is_gone(sequence) or (adapter is not None and not self.adapters.may_write(adapter))
-        if sequence.forgotten or is_gone or len(keys) == 0:
+        if sequence.forgotten or is_gone:
             return
+        if len(keys):
+            self._commit(sequence, keys)
+        if adapter and adapter.runs_through:
+            self.cache.tree.mark_seen(sequence.pages, sequence.num_computed, adapter.number)
+
+    def _commit(self, sequence: Sequence, keys: Int32[np.ndarray, "keys"]) -> None:
+        adapter = sequence.adapter
         if adapter and adapter.shares:  # one kind of KV, which is as good as those who share it take it for
             self.cache.commit(sequence.pages, keys, sequence.namespace, exact_tokens=len(keys), twins=False)
         else:
@@ -433,7 +454,7 @@ class Admission:
             return known
         assert sequence.report is not None
         company = sequence.company if asked.in_company else None
-        origin = Origin(sequence.num_before, sequence.report.fresh_tokens, company, _acts_on(sequence))
+        origin = Origin(sequence.num_before, sequence.report.fresh_tokens, company, _acts_on(sequence), asked.sharing)
         if sequence.remakes is not None:
             return self._replace(sequence, asked, sequence.remakes, origin)
         pages = self._commit_text(sequence, asked)
@@ -625,9 +646,11 @@ class Admission:
 
 
 def _acts_on(sequence: Sequence) -> str | None:
-    """The name of the adapter that acts on a prompt. None too where it is not invoked: the KV is the base model's."""
+    """The name of the adapter that acts on a prompt. None too where it is not invoked, or the prompt is prefilled for
+    those that read what the model computes without it: the KV is the base model's."""
     adapter = sequence.adapter
-    return adapter.name if adapter and adapter.num_tokens(len(sequence.prompt)) else None
+    acts = adapter and adapter.slot != NO_SLOT and adapter.num_tokens(len(sequence.prompt))
+    return adapter.name if adapter and acts else None
 
 
 def _require_name(namespace: str) -> None:

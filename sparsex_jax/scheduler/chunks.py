@@ -16,6 +16,9 @@ question stands at the end. The schedule is made for the whole prompt before any
 to the seam stays forced, and the logits are those of a single plan. If the rest has more rows than the token budget,
 it is cut by layers instead of tokens: `layers_within` says how many of them cost what one full chunk costs.
 
+A token of the prefix that an adapter has not seen runs through all layers, where it stands (`RequestPlan.unseen`). In
+such plans, which reuse no segments, chunks are of those tokens first and then of what is fresh.
+
 A sequence that was preempted while it decoded has an answer behind its prompt. Its tokens were decoded one by one,
 each through all layers over the KV that was there: plain chunks again.
 """
@@ -27,8 +30,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
+from sparsex_jax.cache import Segment
 from sparsex_jax.reuse.methods import Phase
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
@@ -45,16 +49,16 @@ def stages(plan: RequestPlan, tokens: Int32[np.ndarray, "tokens"], most: int) ->
     prompt, pages = plan.prompt, plan.pages
     first = prompt.num_prefix
     if not prompt.reused.any():
-        parts = list(_chunks(tokens, first, len(tokens), pages, most))
+        unseen = np.zeros(0, np.int64) if plan.unseen is None else np.flatnonzero(plan.unseen)
+        parts = list(_chunks(tokens, np.append(unseen, np.arange(first, len(tokens))), pages, most))
     elif plan.num_rows <= most or plan.probe:
         parts = [plan]
     else:
         lead = first + (prompt.first_reused - first) // most * most
-        parts = [*_chunks(tokens, first, lead, pages, most), _behind(plan, lead)]
+        parts = [*_chunks(tokens, np.arange(first, lead), pages, most), _behind(plan, lead)]
     if prompt.reused.any():
-        parts += _chunks(tokens, len(prompt), len(tokens), pages, most)
-    adapter, copies = plan.adapter, plan.copies
-    return [dataclasses.replace(part, copies=() if i else copies, adapter=adapter) for i, part in enumerate(parts)]
+        parts += _chunks(tokens, np.arange(len(prompt), len(tokens)), pages, most)
+    return [_part(plan, part, copies=() if i else plan.copies) for i, part in enumerate(parts)]
 
 
 def token_layers(phases: Sequence[Phase], num_layers: int) -> int:
@@ -88,13 +92,24 @@ def _rows_by_layer(phases: Sequence[Phase], first: int, num_layers: int) -> list
     return [phases[int(np.searchsorted(starts, layer, side="right")) - 1].size for layer in range(first, num_layers)]
 
 
-def _chunks(tokens: np.ndarray, start: int, end: int, pages: Sequence[int], most: int) -> Iterator[RequestPlan]:
-    """Plain plans of `start` to `end`, each behind the one before it."""
-    for at in range(start, end, most):
-        upto = min(at + most, end)
-        kind = np.full(upto, TokenKind.PREFIX, np.uint8)
-        kind[at:] = TokenKind.FRESH
-        prompt = PromptMap(tokens[:upto], kind)
+def _part(whole: RequestPlan, part: RequestPlan, copies: tuple[Segment, ...]) -> RequestPlan:
+    """A part of a plan, with what the whole says of its tokens."""
+    unseen = None
+    if whole.unseen is not None:
+        unseen = np.zeros(len(part.prompt), bool)
+        unseen[: len(whole.unseen)] = whole.unseen[: len(unseen)]
+    return dataclasses.replace(part, copies=copies, adapter=whole.adapter, unseen=unseen)
+
+
+def _chunks(
+    tokens: np.ndarray, places: Int64[np.ndarray, "n"], pages: Sequence[int], most: int
+) -> Iterator[RequestPlan]:
+    """Plain plans of the tokens at these places, in order, each behind the one before it."""
+    for begin in range(0, len(places), most):
+        own = places[begin : begin + most]
+        kind = np.full(own[-1] + 1, TokenKind.PREFIX, np.uint8)
+        kind[own] = TokenKind.FRESH
+        prompt = PromptMap(tokens[: len(kind)], kind)
         yield RequestPlan(prompt, (Phase(0, prompt.computed),), pages)
 
 

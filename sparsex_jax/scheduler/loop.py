@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.config.checks import counted
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.errors import (
@@ -155,12 +156,13 @@ class Loop:
         preamble: Prompt | None = None,
         company: bool | None = None,
         adapter: str | None = None,
+        sharing: str = "isolated",
         listener: Listener,
     ) -> Ticket:
         """Put a text to remember in line. Its last event has the handle. Arguments as `Engine.remember`, errors and
         listener as `submit`."""
         options: dict[str, Any] = {"namespace": namespace, "frozen": frozen, "preamble": preamble, "company": company}
-        options |= {"adapter": adapter}
+        options |= {"adapter": adapter, "sharing": sharing}
         return self._submit(self.requests.remember(prompt, listener=listener, **options))
 
     def wait(self, timeout: float) -> None:
@@ -328,19 +330,32 @@ class Loop:
             self.publish()
             return adapter
 
-    def unload_adapter(self, name: str) -> Adapter:
-        """Let go of an adapter and of what was computed under it. Raises as `Engine.unload_adapter`."""
+    def unload_adapter(self, name: str, timeout_s: float) -> Adapter:
+        """Let go of an adapter and of what was computed under it, once its sequences have ended. Arguments and errors
+        as `Engine.unload_adapter`."""
         adapters = self.admission.adapters
-        with self._one_round(), self._news:
-            adapter = self.adapter_state(adapters.named(name))
-            if adapter.uses:
-                raise AdapterInUseError(
-                    f"adapter {name!r} cannot be unloaded while {adapter.uses} sequences wait, run or are held with it"
-                )
-            adapters.remove(name)
-            self.admission.let_go_of(adapter)
-            self.publish()
-            return adapter
+        with adapters.leaving(name) as adapter:
+            self._end_those_of(adapter, timeout_s)
+            with self._one_round(), self._news:
+                self._require_unused(adapter, timeout_s)
+                adapters.remove(name)
+                self.admission.let_go_of(adapter)
+                self.publish()
+                return adapter
+
+    def _end_those_of(self, adapter: Adapter, timeout_s: float) -> None:
+        """Step until no sequence has this adapter, at most so long; or until nothing is left but what is held, which no
+        step ends."""
+        until = time.monotonic() + timeout_s
+        while self.adapter_state(adapter).uses and time.monotonic() < until and self.step():
+            pass
+
+    def _require_unused(self, adapter: Adapter, timeout_s: float) -> None:
+        if uses := self.adapter_state(adapter).uses:
+            raise AdapterInUseError(
+                f"adapter {adapter.name!r} cannot be unloaded: {counted(uses, 'sequence')} with it did not end within "
+                f"timeout_s={timeout_s:g}. It takes requests again"
+            )
 
     def adapter_state(self, adapter: Adapter) -> Adapter:
         """With how many sequences use it now. From any thread."""

@@ -93,7 +93,8 @@ class Requests:
         if options.get("pinning") is not None and sharing == "rebase":
             raise InvalidRequestError("sharing='rebase' and a pin exclude each other: what it computes is not kept")
         reuse = reuse_when_scored(sampling) if reuse is None else reuse
-        return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
+        method = self._method(reuse, sharing)
+        return self._checked(Sequence(tokens, output, method, namespace, keep, started, **options))
 
     def prefill(
         self,
@@ -110,7 +111,8 @@ class Requests:
         started = time.perf_counter()
         tokens, output = self.encode(prompt), self._output(None)
         options |= {"turns": turns_of(prompt), "adapter": self._admission.adapters.on(adapter, tokens, sharing)}
-        return self._checked(Sequence(tokens, output, self._method(reuse), namespace, keep, started, **options))
+        method = self._method(reuse, sharing)
+        return self._checked(Sequence(tokens, output, method, namespace, keep, started, **options))
 
     def again(
         self,
@@ -136,11 +138,13 @@ class Requests:
         company: bool | None = None,
         allow_control_tokens: bool = False,
         adapter: str | None = None,
+        sharing: str = "isolated",
         **options: Any,
     ) -> Sequence:
         """A sequence whose prompt is registered once it is prefilled. Arguments and errors as `Engine.remember`."""
         started = time.perf_counter()
         _require_type("frozen", frozen, bool)
+        _require_type("allow_control_tokens", allow_control_tokens, bool)
         in_company = self._in_company(company, preamble, adapter)
         is_document = isinstance(prompt, str) and not allow_control_tokens
         said = document(cast(str, prompt), self.tokenizer) if is_document else prompt
@@ -153,12 +157,25 @@ class Requests:
                 f"and the model's limit is {limit}"
             )
         tokens = np.concatenate([before, text])
-        acting = self._admission.adapters.on(adapter, tokens)
+        acting = self._acting_on_text(adapter, tokens, sharing, preamble)
         keys = tokens if acting is None else acting.keys(tokens)
         content = _content(keys[: len(before)], keys[len(before) :], in_company)
-        kept = Remember(text, namespace, frozen, content, in_company, self._said(text))
+        kept = Remember(text, namespace, frozen, content, in_company, self._said(text), sharing)
         # Behind a preamble the text alone is kept, not both.
         return self._remember(tokens, kept, len(before) == 0, started, adapter=acting, **options)
+
+    def _acting_on_text(
+        self, adapter: str | None, tokens: np.ndarray, sharing: str, preamble: Prompt | None
+    ) -> Acting | None:
+        """The adapter under whose keys a text is kept. For `rebase` that is none, on keys of its own: what those read
+        that ask for it is what the model computes without adapters."""
+        adapters = self._admission.adapters
+        acting = adapters.on(adapter, tokens, sharing)
+        if sharing == "base_shared" and preamble is not None:
+            raise InvalidRequestError(
+                "sharing='base_shared' and a preamble exclude each other: what stands behind it is no prefix"
+            )
+        return adapters.neutral if sharing == "rebase" else acting
 
     def remake(self, entry: Entry, text: Int32[np.ndarray, "text"]) -> Sequence:
         """A sequence that makes an entry's text again, in the company that it has when it is admitted."""
@@ -167,7 +184,7 @@ class Requests:
         return self._remember(text, kept, True, time.perf_counter(), asked=False, remakes=entry.handle)
 
     def _remember(self, tokens: np.ndarray, kept: Remember, keep: bool, started: float, **options: Any) -> Sequence:
-        exact, output = ReuseConfig(method="prefix"), self._output(None)
+        exact, output = self._method(ReuseConfig(method="prefix"), kept.sharing), self._output(None)
         return self._checked(Sequence(tokens, output, exact, kept.namespace, keep, started, remember=kept, **options))
 
     def _in_company(self, company: bool | None, preamble: Prompt | None, adapter: str | None) -> bool:
@@ -231,7 +248,9 @@ class Requests:
         matcher = self.matcher(structure, may_end=not sampling.ignore_eos) if sampling and structure else None
         return Output(sampling, self.end_tokens, self.tokenizer, matcher)
 
-    def _method(self, reuse: ReuseConfig | None) -> ReuseConfig:
+    def _method(self, reuse: ReuseConfig | None, sharing: str = "isolated") -> ReuseConfig:
+        if sharing == "base_shared":
+            reuse = _for_base_shared(reuse)
         return method_of(self.reuse if reuse is None else reuse).fitted(self._model.windows)
 
     def _checked(self, sequence: Sequence) -> Sequence:
@@ -257,6 +276,17 @@ def _require_repair(sequence: Sequence) -> None:
         raise InvalidRequestError(
             f"sharing='refresh' needs a method that repairs segments, as sparsex does, not {sequence.reuse.method!r}"
         )
+
+
+def _for_base_shared(reuse: ReuseConfig | None) -> ReuseConfig:
+    """A prefix, and no segments. It is used whatever the cost model says: its tokens are computed either way, and what
+    they save is memory."""
+    reuse = method_of(ReuseConfig("prefix") if reuse is None else reuse)
+    if reuse.uses_segments:
+        raise InvalidRequestError(
+            f"sharing='base_shared' finds prefixes and no segments: it needs the method prefix, not {reuse.method!r}"
+        )
+    return reuse.updated(only_if_faster=False)
 
 
 def _require_type(name: str, value: Any, kind: type) -> None:

@@ -18,7 +18,8 @@ Who owns what, while it is admitted:
     tokens | prompt                                | answer | room for more  | the text that is remembered |
     KV     | found                | computed: up to num_computed | not yet   | copied behind the prefill   |
 
-Prefix pages belong to what was stored before and are never written. Own pages are written by this sequence only, and
+Prefix pages belong to what was stored before and are never written, but for the columns of its own adapter's part of
+values where it shares KV as `base_shared`. Own pages are written by this sequence only, and
 become findable when it commits them. Copy pages are there for a text that is prefilled behind others. Donors,
 which segments are copied from, are not the sequence's: its match holds them until the copies are made.
 """
@@ -119,6 +120,7 @@ class Remember:
       content: by which the same text is known again: a digest of its tokens, and of the preamble that was asked for.
       in_company: whether the engine chooses what stands before it.
       said: its `said_digest`. None: nothing can be decoded.
+      sharing: who finds it, as `Acting.sharing` of those.
     """
 
     text: Int32[np.ndarray, "text"]
@@ -127,6 +129,7 @@ class Remember:
     content: bytes
     in_company: bool = False
     said: bytes | None = None
+    sharing: str = "isolated"
 
 
 @dataclasses.dataclass(eq=False)
@@ -469,7 +472,8 @@ class Sequence:
 
     def _shared_kv(self, report: Report) -> SharedKV:
         assert self.adapter is not None
-        return SharedKV(self.adapter.sharing, report.approximate_prefix_tokens + report.reused_tokens)
+        unseen, shared = self.plan.unseen, report.approximate_prefix_tokens + report.reused_tokens
+        return SharedKV(self.adapter.sharing, shared, 0 if unseen is None else int(unseen.sum()))
 
     def leave(self) -> None:
         """It holds no pages any more, and waits.

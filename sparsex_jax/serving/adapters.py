@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
 
 from pydantic import Field
 from starlette.responses import PlainTextResponse, Response
 
 from sparsex_jax.checkpoints.adapters import read_adapter
-from sparsex_jax.errors import HubError, UnknownModelError, UnsupportedModelError
+from sparsex_jax.config.checks import counted
+from sparsex_jax.errors import (
+    AdapterInUseError,
+    HubError,
+    InvalidRequestError,
+    UnknownModelError,
+    UnsupportedModelError,
+)
 from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.serving import extras
 from sparsex_jax.serving.access import ForbiddenError, Tenant
@@ -19,6 +29,10 @@ from sparsex_jax.serving.service import Service
 
 router = keyed_router()
 
+_WAIT_S = 30.0  # for the requests of an adapter that is to be unloaded
+_MOST_S = 3600.0
+_MOMENT_S = 0.05  # between two looks at whether they have ended
+
 
 class LoadRequest(Object):
     """An adapter to load: requests name it as their model from then on."""
@@ -28,7 +42,12 @@ class LoadRequest(Object):
 
 
 class UnloadRequest(Object):
+    """An adapter to unload: no request can name it from then on, and those that are under way are answered first."""
+
     lora_name: Text
+    timeout_s: float | None = Field(
+        None, ge=0, le=_MOST_S, allow_inf_nan=False, description="For how many seconds at most; by default 30."
+    )
 
 
 @router.post("/v1/load_lora_adapter")
@@ -38,22 +57,58 @@ async def load_adapter(body: LoadRequest, service: Served, tenant: Caller) -> Re
     extras.forbid(body)
     name, source = body.lora_name, body.lora_path
     async with service.models.loading:
-        service.models.check_new(name)
+        with _about("lora_name"):
+            service.models.check_new(name)
         weights = await asyncio.to_thread(_read, source, service)
         service.worker.require_open()
-        await service.call(service.models.load, name, source, weights)
+        with _about("lora_path"):
+            await service.call(service.models.load, name, source, weights)
     service.metrics.expect_adapter(name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_adapter(body: UnloadRequest, service: Served, tenant: Caller) -> Response:
-    """Unload an adapter that no request uses, and forget what was computed under it."""
+    """Unload an adapter once its requests have ended, and forget what was computed under it."""
     _check_permission(service, tenant)
     extras.forbid(body)
     with service.models.leaving(body.lora_name):
-        await service.call(service.models.unload, body.lora_name)
+        await _unload(body.lora_name, _WAIT_S if body.timeout_s is None else body.timeout_s, service)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _unload(name: str, timeout_s: float, service: Service) -> None:
+    """Raises AdapterInUseError if requests with it are still under way then, and DrainingError if the server stops."""
+    until = time.monotonic() + timeout_s
+    while not await _is_unloaded(name, service):
+        service.worker.require_open()
+        if time.monotonic() >= until:
+            left = counted(max(service.models.num_requests(name), 1), "request")
+            raise AdapterInUseError(
+                f"adapter {name!r} cannot be unloaded: {left} with it did not end within timeout_s={timeout_s:g}. "
+                f"It takes requests again"
+            )
+        await asyncio.sleep(_MOMENT_S)
+
+
+async def _is_unloaded(name: str, service: Service) -> bool:
+    """Unload it if nothing uses it. The loop may still have what a request left behind that ended."""
+    if service.models.num_requests(name):
+        return False
+    try:
+        await service.call(service.models.unload, name)
+    except AdapterInUseError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _about(field: str) -> Iterator[None]:
+    """What is refused within is refused because of this field."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise RequestError(str(error), param=field, code="invalid_value") from error
 
 
 def _read(source: str, service: Service) -> AdapterWeights:

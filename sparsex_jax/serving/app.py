@@ -274,6 +274,7 @@ def _described(entry: Entry, base: str) -> schemas.KnowledgeEntry:
     return schemas.KnowledgeEntry(
         handle=entry.handle,
         model=entry.origin.adapter or base,
+        sharing=entry.origin.sharing,
         num_tokens=entry.num_tokens,
         uses=entry.uses,
         company_tokens=entry.origin.company_tokens,

@@ -304,6 +304,8 @@ class Intake:
 
     def _reuse(self, request: Generate, sampling: SamplingParams) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""
+        if request.reuse is None and request.sharing == "base_shared":
+            return reuse_when_scored(sampling) or ReuseConfig("prefix")  # it takes no segments
         if request.reuse is None:
             return reuse_when_scored(sampling) or self._engine.reuse
         extras.forbid(request.reuse, "reuse.")

@@ -16,7 +16,7 @@ from sparsex_jax.serving.worker import Stream
 @dataclasses.dataclass(frozen=True, eq=False)
 class Knowledge:
     """A text to keep frozen, as token ids, and what it is prefilled behind: a preamble, or `company` as in `remember`.
-    An adapter may act on it, and is named.
+    An adapter may act on it, and is named; `sharing` says who else finds it, as in `remember`.
 
     Its methods run on the loop's thread, and so does everything that happens to the quota. A client that goes away
     at any moment leaves the quota right.
@@ -28,6 +28,7 @@ class Knowledge:
     namespace: str
     quota: Quota
     adapter: str | None = None
+    sharing: str = "isolated"
 
     def start(self, engine: Engine, stream: Stream) -> None:
         """Reserve room in the quota and submit. Raises QuotaError, and as `Loop.remember`."""
@@ -49,7 +50,7 @@ class Knowledge:
     @property
     def _asked(self) -> dict[str, Any]:
         about = {"namespace": self.namespace, "preamble": self.preamble, "company": self.company}
-        return about | {"adapter": self.adapter}
+        return about | {"adapter": self.adapter, "sharing": self.sharing}
 
     def _known(self, engine: Engine) -> int | None:
         """The handle of the same text, if it is kept already."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from sparsex_jax.engine import Engine
-from sparsex_jax.errors import AdapterInUseError, InvalidRequestError
+from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.serving.faults import RequestError
 
@@ -66,7 +66,9 @@ class Models:
         """Raises RequestError if nothing of that name is served."""
         found = next((each for each in self if each.name == name), None)
         if found is None or name in self._leaving:
-            raise self._unknown(name)
+            raise self._unknown(
+                name, "is being unloaded, and not served here any more" if found else "is not served here"
+            )
         return found
 
     def adapter_of(self, name: str | None) -> str | None:
@@ -75,7 +77,7 @@ class Models:
 
     @contextlib.contextmanager
     def using(self, adapter: str | None) -> Iterator[None]:
-        """While a request is under way, its adapter cannot be unloaded."""
+        """While a request is under way, its adapter is not unloaded."""
         if adapter is None:
             yield
             return
@@ -85,12 +87,10 @@ class Models:
         finally:
             self._requests[adapter] -= 1
 
-    def _unknown(self, name: str) -> RequestError:
+    def _unknown(self, name: str, why: str) -> RequestError:
         names = [each.name for each in self if each.name not in self._leaving]
         served = f"{names[0]!r} is" if len(names) == 1 else f"{', '.join(map(repr, names))} are"
-        return RequestError(
-            f"model {name!r:.300} is not served here; {served}", param="model", code="model_not_found", status=404
-        )
+        return RequestError(f"model {name!r:.300} {why}; {served}", param="model", code="model_not_found", status=404)
 
     def _require_other(self, name: str) -> None:
         if name == self.base:
@@ -99,10 +99,9 @@ class Models:
     # Coming and going ---------------------------------------------------------------------------------------
 
     def check_new(self, name: str) -> None:
-        """Raises InvalidRequestError if the name is taken."""
+        """Raises InvalidRequestError if the name is taken, or is none, or there is no room for one more."""
         self._require_other(name)
-        if any(name == adapter.name for adapter in self._loaded):
-            raise InvalidRequestError(f"adapter {name!r} is loaded already; unload it before it is loaded anew")
+        self._loaded.check_new(name)
 
     def load(self, name: str, source: str, weights: AdapterWeights) -> None:
         """On the loop's thread. Raises as `Engine.load_adapter`."""
@@ -113,23 +112,23 @@ class Models:
     def leaving(self, name: str) -> Iterator[None]:
         """Within this, an adapter is unloaded: no request can name it any more.
 
-        Raises:
-          RequestError: no adapter of that name is loaded, or it is being unloaded.
-          AdapterInUseError: requests with it are under way.
+        Raises RequestError if no adapter of that name is loaded, or it is being unloaded.
         """
         adapters = [each.name for each in self if each.parent and each.name not in self._leaving]
         if name not in adapters:
             said = f"lora_name: no adapter {name!r:.300} is loaded; there are: {', '.join(adapters) or 'none'}"
             raise RequestError(said, param="lora_name", code="adapter_not_found", status=404)
-        if self._requests[name]:
-            raise AdapterInUseError(f"adapter {name!r} cannot be unloaded: {self._requests[name]} requests use it")
         self._leaving.add(name)
         try:
             yield
         finally:
             self._leaving.discard(name)
 
+    def num_requests(self, name: str) -> int:
+        """How many requests with this adapter are under way."""
+        return self._requests[name]
+
     def unload(self, name: str) -> None:
-        """On the loop's thread. Raises as `Engine.unload_adapter`."""
-        self._engine.unload_adapter(name)
+        """On the loop's thread. Raises as `Engine.unload_adapter`, which waits for nothing here."""
+        self._engine.unload_adapter(name, timeout_s=0.0)
         self._sources.pop(name, None)

@@ -36,6 +36,7 @@ _MOST_FIELDS = 256
 _MOST_MESSAGES = 8192  # and parts of one: checking so many takes 50 ms
 Text = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Sharing = Literal["isolated", "pre_lr", "refresh", "rebase", "base_shared"]  # `reuse.adapters.SHARING`
 _ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 IDS = {"type": "array", "items": _ID, "minItems": 1}
 _PROMPTS = {"anyOf": [{"type": "string", "minLength": 1}, IDS]}
@@ -252,7 +253,7 @@ class Generate(Asking):
     cache_salt: Text | None = Field(None, description="Only requests with the same salt share what is stored.")
     reuse: ReuseOptions | None = Field(None, description="How stored KV is reused: a method and its options.")  # type: ignore[valid-type]
     keep: bool | None = Field(None, description="False: prompt and answer are not stored for later prompts.")
-    sharing: Literal["isolated", "pre_lr", "refresh", "rebase"] | None = Field(
+    sharing: Sharing | None = Field(
         None, description="What the adapter that is the model finds of others' work, where adapters share KV."
     )
     prompt_cache_key: str | None = Field(None, description="Names the pin. By default the request's id does.")
@@ -350,6 +351,9 @@ class KnowledgeRequest(Object):
     text: TextOrIds = Field(description="Text, or token ids.")
     preamble: TextOrIds | None = Field(None, description="Prefilled before the text, and dropped.")
     model: str | None = Field(None, description="An adapter under which the text is prefilled, and found.")
+    sharing: Sharing | None = Field(
+        None, description="Requests under any adapter find it that ask for the same, where adapters share KV."
+    )
     company: bool | None = Field(
         None,
         description="Whether the server chooses what is prefilled before the text: the beginning of the namespace's "
@@ -370,11 +374,13 @@ class KnowledgeEntry(BaseModel):
       prefilled_tokens: how many were prefilled when it was remembered, those before it too.
       stale: other knowledge that it was prefilled behind was deleted since, and it was not made again yet.
       model: the adapter under which it was prefilled, or the model.
+      sharing: what requests ask for that find it; `isolated`: those with the same model.
     """
 
     object: Literal["knowledge"] = "knowledge"
     handle: int
     model: str
+    sharing: str
     num_tokens: int
     uses: int
     company_tokens: int

@@ -192,7 +192,15 @@ class Service:
             with self.models.using(adapter), self.line.place(tenant) as place:
                 text, preamble = await stream.before_jobs(self.in_background(self.intake.knowledge, body))
                 await stream.before_jobs(place.turn())
-                knowledge = Knowledge(text, preamble, body.company, namespace, tenant.knowledge, adapter)
+                knowledge = Knowledge(
+                    text,
+                    preamble,
+                    body.company,
+                    namespace,
+                    tenant.knowledge,
+                    adapter,
+                    body.sharing or "isolated",
+                )
                 await self.call(knowledge.start, engine, stream)
                 [(_, event)] = [news async for news in stream]
         if event.error is not None:

@@ -16,21 +16,20 @@ from sparsex_jax.cache.tree import Node
 from sparsex_jax.routing import Holdings, Position, Sketch, Update
 from sparsex_jax.serving.fleet.pages import Journal, Page
 
-_MOST_DELTAS = 256
-
 
 class DigestFeed(Journal):
     """Observes a cache, and tells of it in updates. Any thread may ask."""
 
-    def __init__(self, sketch: Sketch, vocab_size: int, num_pages: int) -> None:
+    def __init__(self, sketch: Sketch, vocab_size: int, num_pages: int, most_deltas: int = 256) -> None:
         """
         Args:
           sketch: the fleet's.
           vocab_size: keys from there on are of adapters, which have another number in each process. They are not told.
           num_pages: of the store.
+          most_deltas: who is farther behind gets a snapshot.
         """
         super().__init__(most=max(4 * num_pages, 1024))
-        self._sketch, self._vocab_size = sketch, vocab_size
+        self._sketch, self._vocab_size, self._most_deltas = sketch, vocab_size, most_deltas
         self._reading = threading.Lock()
         self._samples: dict[Node, tuple[bytes, list[int]]] = {}
         self._begin()
@@ -38,7 +37,7 @@ class DigestFeed(Journal):
     def _begin(self) -> None:
         self._samples.clear()
         self._holdings = Holdings()
-        self._deltas: deque[Update] = deque(maxlen=_MOST_DELTAS)
+        self._deltas: deque[Update] = deque(maxlen=self._most_deltas)
 
     def since(self, position: Position) -> list[bytes]:
         """The updates behind a position, in order, as bytes. Empty: nothing changed."""
@@ -48,7 +47,9 @@ class DigestFeed(Journal):
 
     @property
     def num_samples(self) -> int:
+        """How many a snapshot would have."""
         with self._reading:
+            self._catch_up()
             return self._holdings.num_samples
 
     def _behind(self, position: Position) -> list[Update]:

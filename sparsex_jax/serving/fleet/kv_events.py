@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import re
 import secrets
 import threading
 import time
@@ -63,6 +64,15 @@ class KvEventsConfig:
         for name in ("buffer_steps", "hwm"):
             value = getattr(self, name)
             require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
+
+    def of_rank(self, rank: int) -> KvEventsConfig:
+        """Those of the replica of this rank: TCP ports other than 0 are so much larger, as vLLM has them."""
+        replay = self.replay_endpoint and _of_rank(self.replay_endpoint, rank)
+        return dataclasses.replace(self, endpoint=_of_rank(self.endpoint, rank), replay_endpoint=replay)
+
+
+def _of_rank(endpoint: str, rank: int) -> str:
+    return re.sub(r"(?<=:)[1-9]\d*$", lambda port: str(int(port[0]) + rank), endpoint)
 
 
 class Blocks:
@@ -180,6 +190,11 @@ class KvEvents(Journal):
     @property
     def replay_endpoint(self) -> str | None:
         return self._replay.getsockopt_string(self._zmq.LAST_ENDPOINT) if self._replay else None
+
+    @property
+    def num_published(self) -> int:
+        """Batches; the number that the next one gets."""
+        return self._seq
 
     def start(self) -> KvEvents:
         self._thread.start()

@@ -5,9 +5,9 @@
 
 Two workloads of `sparsex_jax.eval.workloads`, each several times over with other texts, mixed at random: `rag`, where
 the same documents come back in other combinations and orders, and `agents`, who read each other's words. All texts
-together are more than one replica stores, and fit into all replicas' stores. Each policy gets the same requests in the
-same order, from clients that each wait for an answer before they ask again. Some requests under another salt come before,
-so that little is compiled while times are taken.
+together are more than one replica stores. Each policy gets the same requests in the same order, from clients that each
+wait for an answer before they ask again. Some requests under another salt come before, so that little is compiled while
+times are taken.
 
 A prompt's hit rate is the share of its tokens that its replica found, as its report says. Writes
 `routing-<model>-<device>.json` to `scripts/results`.

@@ -591,7 +591,7 @@ def routing_table(works: Mapping[str, dict[str, Row]], name: str) -> str:
 
 def routing_cell(row: Row) -> str:
     """
-    >>> routing_cell({"figure": 0.6021, "unit": "share of prompt tokens"}), routing_cell({"figure": 1.4712, "unit": "s"})
+    >>> routing_cell({"figure": 0.602, "unit": "share of tokens"}), routing_cell({"figure": 1.471, "unit": "s"})
     ('60 %', '1.47 s')
     """
     share = row["unit"].startswith("share")

@@ -162,7 +162,7 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     import ray
     from ray import serve
 
-    from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application
+    from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application, connect
 
     checkpoint = open_checkpoint(args.model)
     size = WorkloadSize(args.requests, args.length, args.pieces)
@@ -173,7 +173,7 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     choice = EngineChoice(args.model, "auto", args.store_tokens, healing=0.0)
     scale = ScaleConfig(args.replicas, args.replicas, num_cpus=1.0, num_gpus=args.gpus_per_replica)
     rows: list[dict[str, Any]] = []
-    ray.init(include_dashboard=False, log_to_driver=args.verbose, num_cpus=max(args.replicas + 1, os.cpu_count() or 1))
+    connect(log_to_driver=args.verbose, num_cpus=max(args.replicas + 1, os.cpu_count() or 1))
     try:
         serve.start(http_options={"port": args.port})
         for policy in args.policies:
@@ -222,10 +222,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    made = {"bench": "routing", "model": model_title(args.model)} | provenance()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "port", "verbose", "model")}
     rows = bench(args)
-    content = {"bench": "routing", "model": model_title(args.model)} | provenance()
-    print(write_json(content | {"settings": settings, "rows": rows}, args.out), file=sys.stderr)
+    print(write_json(made | {"settings": settings, "rows": rows}, args.out), file=sys.stderr)
 
 
 if __name__ == "__main__":

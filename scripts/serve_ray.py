@@ -81,7 +81,7 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
     import ray
     from ray import serve
 
-    from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application
+    from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application, connect
 
     policy: Policy = POLICIES[args.policy]()
     tensor_parallel = max(args.gpus_per_replica, 1)
@@ -110,7 +110,7 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
         num_fronts=args.fronts,
     )
     stopped = threading.Event()
-    ray.init(address=args.ray_address, include_dashboard=False, log_to_driver=True)
+    connect(args.ray_address)
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray has handlers of its own, which end the process at once
         signal.signal(number, lambda *_: stopped.set())
     try:

@@ -9,14 +9,17 @@ import json
 import msgpack
 import numpy as np
 import pytest
+from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import HELLO_EVENTS, ScriptedLoop, make_engine, wait_for
 
+from sparsex_jax import EngineConfig, SamplingParams
 from sparsex_jax.cache import PageCache
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.routing import Ask, Load, Position, RoundRobin, Router, SegmentPolicy, Sketch, Update
+from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
@@ -158,6 +161,29 @@ def test_a_journal_that_nobody_reads_is_bounded():
     cache.watch(None)
     store(cache, words(9))
     assert journal.read() == (True, [])
+
+
+def test_a_store_that_was_lost_is_told_of_as_empty():
+    """Also of the cache that replaces it."""
+    admission = Admission(TINY, EngineConfig(store_tokens=256, page_size=PAGE))
+    feed = DigestFeed(SKETCH, VOCABULARY, 16)
+    admission.watch(feed)
+    store(admission.cache, words(0))
+    first = Update.from_bytes(feed.since(Position())[0])
+    admission.start_over()
+    store(admission.cache, words(1))
+    [update] = map(Update.from_bytes, feed.since(Position(first.epoch, first.seq)))
+    assert (update.whole, update.epoch != first.epoch) == (True, True)
+    assert held([update.to_bytes()]) == {SKETCH.tag("docs"): set(SKETCH.samples(words(1), "docs").tolist())}
+
+
+def test_a_loop_says_how_many_tokens_wait():
+    loop = engine().loop
+    ticket = loop.submit([1, 2, 3], SamplingParams(max_new_tokens=1), listener=lambda event: None)
+    assert loop.queued_tokens == 3
+    ticket.cancel()
+    assert loop.queued_tokens == 0
+    loop.step()
 
 
 # KV events --------------------------------------------------------------------------------------------------

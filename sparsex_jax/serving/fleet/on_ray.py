@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -23,6 +25,7 @@ from starlette.types import Message
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config.checks import is_int, is_number, require
 from sparsex_jax.engine import Engine
+from sparsex_jax.errors import AddressError
 from sparsex_jax.routing import Policy, Position, Router, SegmentPolicy, Sketch
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
@@ -39,6 +42,9 @@ from sparsex_jax.text.thoughts import AUTO
 
 _NOBODY = ""  # the address of calls that any replica may take
 _SPARE = 64  # calls beside requests that a replica takes at once
+_TRIES = 3
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +228,28 @@ class FrontReplica:
 
     def __serve_build_asgi_app__(self) -> Front:
         return self._front
+
+
+def connect(address: str | None = None, **options: Any) -> None:
+    """Connect to a cluster, or start one on this machine, in several tries: Ray gives up after 30 s, and starting takes
+    longer where other programs have the processors.
+
+    Args:
+      address: of a cluster. None: one is started.
+      options: as of `ray.init`.
+
+    Raises:
+      AddressError: there is no cluster at the address, or none could be started.
+    """
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            ray.init(address=address, include_dashboard=False, **options)
+            return
+        except Exception as error:  # Ray has no class for it
+            ray.shutdown()
+            if address is not None or not tries_left:
+                raise AddressError(f"address={address!r}: Ray cannot be reached or started: {error}") from error
+            log.warning("Ray could not be started, and is tried again: %s", error)
 
 
 def application(config: FleetConfig, scale: ScaleConfig) -> serve.Application:

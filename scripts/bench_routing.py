@@ -3,11 +3,11 @@
     uv sync --extra ray
     uv run python scripts/bench_routing.py [--model ruler-tiny] [--replicas 2] [--policies round-robin segments]
 
-Two workloads of `sparsex_jax.eval.workloads`, each several times over with other texts, mixed at random: `rag`, where
-the same documents come back in other combinations and orders, and `agents`, who read each other's words. All texts
-together are more than one replica stores. Each policy gets the same requests in the same order, from clients that each
-wait for an answer before they ask again. Some requests under another salt come before, so that little is compiled while
-times are taken.
+Two workloads of `sparsex_jax.eval.workloads`, each several times over with other texts: `rag`, where the same documents
+come back in other combinations and orders, and `agents`, who store what they wrote and then read each other's words.
+Each copy is a client of its own, which asks one thing after the other; all of them ask at the same time. All texts
+together are more than one replica stores. Each policy gets the same requests. A few requests under another salt come
+first, so that little is compiled while times are taken.
 
 A prompt's hit rate is the share of its tokens that its replica found, as its report says. Writes
 `routing-<model>-<device>.json` to `scripts/results`.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import secrets
@@ -26,7 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -38,7 +39,7 @@ from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.eval.results import provenance, write_json
-from sparsex_jax.eval.workloads import Workload, WorkloadSize, make_workload
+from sparsex_jax.eval.workloads import WorkloadSize, make_workload
 from sparsex_jax.routing import LeastLoaded, Policy, RoundRobin, SegmentPolicy, Sketch
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -46,7 +47,7 @@ POLICIES: dict[str, Policy] = {"round-robin": RoundRobin(), "least-loaded": Leas
 FOUND = ("prefix_tokens", "approximate_prefix_tokens", "reused_tokens", "recomputed_tokens")
 # Always reused, so that figures do not depend on how fast this machine computes.
 REUSE = {"method": "sparsex", "only_if_faster": False}
-WARM_UP = 16  # stored texts and prompts that come first, of each
+WARM_UP = 5  # requests of each client that come first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +72,28 @@ class Answered:
 # Workloads --------------------------------------------------------------------------------------------------
 
 
-def mixed(name: str, tokenizer: Any, vocab_size: int, size: WorkloadSize, copies: int) -> Workload:
-    """Several workloads of other texts, whose prompts come in random order."""
-    all_of_them = [make_workload(name, tokenizer, size, seed).within(vocab_size) for seed in range(copies)]
-    rng = np.random.default_rng(copies)
-    stored = [text for each in all_of_them for text in each.stored]
-    prompts = [prompt for each in all_of_them for prompt in each.prompts]
-    return Workload(
-        [stored[i] for i in rng.permutation(len(stored))], [prompts[i] for i in rng.permutation(len(prompts))]
-    )
+class Step(NamedTuple):
+    """A request of a client.
+
+    Attributes:
+      is_measured: it counts; else it stores what later ones read.
+    """
+
+    prompt: np.ndarray
+    is_measured: bool
+
+
+def steps_of(name: str, tokenizer: Any, vocab_size: int, size: WorkloadSize, seed: int) -> list[Step]:
+    """What one client asks. Documents come with the questions; agents store their words before any of them is read."""
+    made = make_workload(name, tokenizer, size, seed).within(vocab_size)
+    stored = [] if name == "rag" else made.stored
+    rounds = itertools.zip_longest(*(itertools.batched(texts, size.pieces) for texts in (stored, made.prompts)))
+    return [
+        Step(prompt, bool(is_measured))
+        for both in rounds
+        for is_measured, texts in enumerate(both)
+        for prompt in texts or ()
+    ]
 
 
 # Clients ----------------------------------------------------------------------------------------------------
@@ -99,31 +113,26 @@ async def ask(client: httpx.AsyncClient, prompt: np.ndarray, salt: str, max_toke
         return Answered(response.headers["x-sparsex-replica"], report, (first or time.perf_counter()) - began)
 
 
-async def in_turn(
-    client: httpx.AsyncClient, prompts: Sequence[np.ndarray], clients: int, **about: Any
-) -> list[Answered]:
-    """All prompts, by so many clients at a time."""
-    places, answers = asyncio.Semaphore(clients), []
-
-    async def one(prompt: np.ndarray) -> Answered:
-        async with places:
-            return await ask(client, prompt, **about)
-
-    async with asyncio.TaskGroup() as group:
-        answers = [group.create_task(one(prompt)) for prompt in prompts]
-    return [answer.result() for answer in answers]
+async def converse(client: httpx.AsyncClient, steps: Sequence[Step], salt: str, new_tokens: int) -> list[Answered]:
+    """The answers that count of one client's requests."""
+    answers = [(step, await ask(client, step.prompt, salt, new_tokens * step.is_measured)) for step in steps]
+    return [answer for step, answer in answers if step.is_measured]
 
 
-async def asked(url: str, workload: Workload, name: str, args: argparse.Namespace) -> tuple[list[Answered], float]:
-    """The answers to the prompts, and the seconds that they took."""
+async def asked(
+    url: str, clients: Sequence[Sequence[Step]], name: str, new_tokens: int
+) -> tuple[list[Answered], float]:
+    """The answers to all clients, and the seconds that they took."""
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        first = (*workload.stored[:WARM_UP], *workload.prompts[:WARM_UP])
-        await in_turn(client, first, args.clients, salt=f"{name}, warm-up", max_tokens=args.new_tokens)
-        salt = f"{name}, measured"
-        await in_turn(client, workload.stored, args.clients, salt=salt, max_tokens=0)
+
+        async def all_of_them(salt: str, most: int | None) -> list[Answered]:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(converse(client, steps[:most], salt, new_tokens)) for steps in clients]
+            return [answer for task in tasks for answer in task.result()]
+
+        await all_of_them(f"{name}, warm-up", WARM_UP)
         began = time.perf_counter()
-        answers = await in_turn(client, workload.prompts, args.clients, salt=salt, max_tokens=args.new_tokens)
-        return answers, time.perf_counter() - began
+        return await all_of_them(f"{name}, measured", None), time.perf_counter() - began
 
 
 # Figures ----------------------------------------------------------------------------------------------------
@@ -166,10 +175,8 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
 
     checkpoint = open_checkpoint(args.model)
     size = WorkloadSize(args.requests, args.length, args.pieces)
-    workloads = {
-        name: mixed(name, checkpoint.tokenizer, checkpoint.config.vocab_size, size, args.copies)
-        for name in args.workloads
-    }
+    about = (checkpoint.tokenizer, checkpoint.config.vocab_size, size)
+    workloads = {name: [steps_of(name, *about, seed) for seed in range(args.clients)] for name in args.workloads}
     choice = EngineChoice(args.model, "auto", args.store_tokens, healing=0.0)
     scale = ScaleConfig(args.replicas, args.replicas, num_cpus=1.0, num_gpus=args.gpus_per_replica)
     rows: list[dict[str, Any]] = []
@@ -185,10 +192,11 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
                 policy=POLICIES[policy],
             )
             serve.run(application(fleet, scale), name="sparsex")
-            for name, workload in workloads.items():
-                done = asyncio.run(asked(f"http://127.0.0.1:{args.port}", workload, f"{policy}, {name}", args))
+            for name, clients in workloads.items():
+                url = f"http://127.0.0.1:{args.port}"
+                done = asyncio.run(asked(url, clients, f"{policy}, {name}", args.new_tokens))
                 measured = figures(*done)
-                rows += rows_of(name, policy, measured, len(workload.prompts))
+                rows += rows_of(name, policy, measured, len(done[0]))
                 said = ", ".join(f"{what} {figure:.3g}" for what, (figure, _) in measured.items())
                 print(f"{name}, {policy}: {said}", flush=True)
             serve.delete("sparsex")
@@ -205,12 +213,11 @@ def parse() -> argparse.Namespace:
     add("--replicas", type=int, default=2)
     add("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     add("--workloads", nargs="+", choices=("rag", "agents"), default=["rag", "agents"])
-    add("--copies", type=int, default=6, help="workloads that are mixed")
-    add("--requests", type=int, default=16, help="prompts of each copy")
+    add("--clients", type=int, default=6, help="each with texts of its own")
+    add("--requests", type=int, default=12, help="prompts of each client that count")
     add("--length", type=int, default=768, help="tokens of a prompt, about")
     add("--pieces", type=int, default=4, help="documents in a prompt, or agents")
     add("--store-tokens", type=int, default=8192, help="of each replica")
-    add("--clients", type=int, default=4)
     add("--new-tokens", type=int, default=8)
     add("--sample", type=int, default=16, help="digests have one window in so many")
     add("--gpus-per-replica", type=int, default=0)

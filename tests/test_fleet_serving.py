@@ -32,6 +32,8 @@ from sparsex_jax.serving.fleet.pages import Journal
 from sparsex_jax.serving.fleet.preview import Preview
 from sparsex_jax.serving.fleet.replica import Forwarded, Replica, Told
 from sparsex_jax.serving.worker import Worker
+from sparsex_jax.tiers.blocks import Block
+from sparsex_jax.tiers.index import BlockIndex
 
 SKETCH, VOCABULARY, PAGE = Sketch(b"a fleet's secret", every=2), 1000, 16
 
@@ -144,6 +146,26 @@ def test_what_an_adapter_computed_is_not_told():
     store(cache, words(0))
     assert feed.num_samples == len(set(SKETCH.samples(words(0), "docs").tolist()))
     cache.clear()
+    assert feed.num_samples == 0
+
+
+def test_what_only_lower_tiers_have_is_told_too():
+    index, feed = BlockIndex(PAGE), DigestFeed(SKETCH, VOCABULARY, 16)
+    blocks = [Block("docs", 0, words(seed, 100).tobytes(), 100, "", b"") for seed in range(2)]
+    index.add(blocks[0])
+    index.watch(feed)
+    cache = PageCache(16, PAGE)
+    cache.watch(feed)
+    store(cache, words(0, 100))
+    index.add(blocks[1])
+    index.add(blocks[1])
+    both = [set(SKETCH.samples(words(seed, 100), "docs").tolist()) for seed in range(2)]
+    state = held(feed.since(Position()))
+    assert state == {SKETCH.tag("docs"): both[0] | both[1]}
+    cache.clear()
+    assert held(feed.since(Position())) == state
+    for block in blocks:
+        index.remove(block.key)
     assert feed.num_samples == 0
 
 

@@ -26,14 +26,13 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
 
-from sparsex_jax.cache.tree import Node
 from sparsex_jax.config.checks import is_int, require
-from sparsex_jax.serving.fleet.pages import Journal, Page
+from sparsex_jax.serving.fleet.pages import LEAST_MOST, Journal, Page
 
 END = (-1).to_bytes(8, "big", signed=True)
 _MEDIUM = "GPU"  # vLLM's word for what the devices hold; routers look for it
@@ -85,7 +84,7 @@ class Blocks:
     def __init__(self, page_size: int, vocab_size: int) -> None:
         self._page_size, self._vocab_size = page_size, vocab_size
         self._key = secrets.token_bytes(32)
-        self._hashes: dict[Node, int] = {}
+        self._hashes: dict[Hashable, int] = {}
         self._copies: dict[int, int] = {}
 
     def clear(self) -> dict[str, Any]:
@@ -171,7 +170,7 @@ class KvEvents(Journal):
         Raises:
           InvalidRequestError: pyzmq or msgpack is missing, or an endpoint cannot be bound.
         """
-        super().__init__(most=max(4 * num_pages, 1024))
+        super().__init__(most=max(4 * num_pages, LEAST_MOST))
         self._zmq, self._pack = _libraries()
         self._blocks, self._retell, self._rank = Blocks(page_size, vocab_size), retell, rank
         self._topic, self._seq = config.topic.encode(), 0

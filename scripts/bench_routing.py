@@ -13,8 +13,6 @@ A prompt's hit rate is the share of its tokens that its replica found, as its re
 `routing-<model>-<device>.json` to `scripts/results`.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import dataclasses

@@ -15,7 +15,11 @@ import httpx
 import pytest
 from live import wait_for
 
+from sparsex_jax.errors import AddressError, InvalidRequestError
+from sparsex_jax.routing import Sketch
+
 pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of Ray's own configuration
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray: uv sync --extra ray"),
 ]
@@ -178,3 +182,29 @@ def _read(pid: int, name: str) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/{name}").read_bytes()
     return b""
+
+
+def test_replicas_scale_as_they_are_told():
+    from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application
+
+    assert ScaleConfig(3, 3).of_replicas() == {"num_replicas": 3}
+    [scaling] = ScaleConfig(1, 4, target_ongoing_requests=2.0, downscale_delay_s=60).of_replicas().values()
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 2.0)
+    assert scaling.downscale_delay_s == 60
+    for options, message in (
+        ({"min_replicas": 3}, "max_replicas=2 is less than min_replicas"),
+        ({"min_replicas": 0}, "min_replicas=0 must be an integer >= 1"),
+        ({"num_cpus": -1}, "num_cpus=-1"),
+        ({"target_ongoing_requests": 0}, "target_ongoing_requests=0"),
+    ):
+        with pytest.raises(InvalidRequestError, match=message):
+            ScaleConfig(**options)
+    fleet = FleetConfig("ruler-tiny", "tiny", dict, Sketch(b"a fleet's secret"))
+    assert application(fleet, ScaleConfig(1, 4)) is not None
+
+
+def test_a_cluster_that_is_not_there_is_named():
+    from sparsex_jax.serving.fleet.on_ray import connect
+
+    with pytest.raises(AddressError, match="address='not an address'"):
+        connect("not an address")

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import httpx
+import msgpack
 import pytest
+import zmq
 from live import wait_for
 
 from sparsex_jax.errors import AddressError, InvalidRequestError
@@ -26,15 +28,19 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The process that serves two replicas, and its port."""
-    log = tmp_path_factory.mktemp("ray") / "log"
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The process that serves two replicas, its port, and the port of the first one's KV events."""
+    log = tmp_path_factory.mktemp("ray") / "log"
+    port, events = _free_port(), _free_port()
     command = [sys.executable, "scripts/serve_ray.py", "ruler-tiny", "--replicas", "2", "--port", str(port)]
-    command += ["--no-warm-up", "--store-tokens", "8192", "--sample", "4"]
+    command += ["--no-warm-up", "--store-tokens", "8192", "--sample", "4", "--kv-events", f"tcp://127.0.0.1:{events}"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -43,7 +49,7 @@ def server(tmp_path_factory):
     try:
         wait_for(lambda: process.poll() is not None or b"Serving" in log.read_bytes(), 240)
         assert process.poll() is None, log.read_text()[-3000:]
-        yield process, port
+        yield process, port, events
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -116,6 +122,21 @@ def test_streams_pass_through_event_by_event(fleet):
     assert len(times) > 3
     assert len(response.headers.get_list("x-request-id")) == 1
     assert times[-1] - times[0] > 0
+
+
+def test_each_replica_publishes_kv_events(fleet, server):
+    with zmq.Context() as context, context.socket(zmq.SUB) as stream:
+        stream.setsockopt(zmq.SUBSCRIBE, b"kv-events")
+        stream.setsockopt(zmq.RCVTIMEO, 30_000)
+        for rank in range(2):
+            stream.connect(f"tcp://127.0.0.1:{server[2] + rank}")
+        time.sleep(2)  # subscriptions take effect
+        assert ask(fleet, text(31)).status_code == 200
+        _, _, batch = stream.recv_multipart()
+        _, events, rank = msgpack.unpackb(batch)
+        assert {event["type"] for event in events} == {"BlockStored"}
+        assert (events[0]["parent_block_hash"], len(events[0]["token_ids"])) == (None, 64)
+        assert rank in (0, 1)
 
 
 def test_a_wrong_request_gets_the_servers_own_error(fleet):

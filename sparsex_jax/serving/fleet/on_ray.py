@@ -186,14 +186,14 @@ class EngineReplica:
     async def __init__(self, config: FleetConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         context = serve.get_replica_context()
         self._name, self._config = context.replica_id.unique_id, config
-        events = config.events and config.events.of_rank(context.rank.rank)
         engine = await asyncio.to_thread(config.load)
         if config.prepare is not None:
             await asyncio.to_thread(config.prepare, engine)
         worker = Worker(engine)
         about: dict[str, Any] = {"limits": config.limits, "reasoning_parser": config.reasoning_parser}
         app = create_app(worker, model=config.name, access=config.access(), **about)
-        self._replica = Replica(app, worker, config.sketch, limits=config.limits, events=events)
+        told: dict[str, Any] = {"events": config.events, "rank": context.rank.rank}
+        self._replica = Replica(app, worker, config.sketch, limits=config.limits, **told)
         await self._replica.__aenter__()
 
     async def answer(self, address: Address, request: Forwarded) -> AsyncGenerator[str | Message]:

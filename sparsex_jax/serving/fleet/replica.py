@@ -71,28 +71,37 @@ class Replica:
     """An engine's server without sockets. Use as `async with Replica(...) as replica`."""
 
     def __init__(
-        self, app: FastAPI, worker: Worker, sketch: Sketch, *, limits: Limits, events: KvEventsConfig | None = None
+        self,
+        app: FastAPI,
+        worker: Worker,
+        sketch: Sketch,
+        *,
+        limits: Limits,
+        events: KvEventsConfig | None = None,
+        rank: int = 0,
     ) -> None:
         """
         Args:
           app: of `create_app` for the worker.
           sketch: the fleet's.
           limits: those of the app.
-          events: where KV events are published. None: nowhere.
+          events: where KV events are published, by the replica of rank 0. None: nowhere.
+          rank: the replica's number, which KV events name.
 
         Raises:
           InvalidRequestError: events cannot be published there.
         """
         self._app, self._worker, self._limits = app, worker, limits
         engine = worker.engine
-        shape: dict[str, int] = {
+        shape: dict[str, Any] = {
             "vocab_size": engine.model.vocab_size,
             "num_pages": len(engine.cache.tree.node_of),  # derived ones too
         }
         self.feed = DigestFeed(sketch, **shape)
         self.events: KvEvents | None = None
         if events is not None:
-            self.events = KvEvents(events, page_size=engine.config.page_size, retell=self._retell_later, **shape)
+            about: dict[str, Any] = {"page_size": engine.config.page_size, "retell": self._retell_later, "rank": rank}
+            self.events = KvEvents(events.of_rank(rank), **about, **shape)
         self._observers = Observers(*(each for each in (self.feed, self.events) if each is not None))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_retelling = False

@@ -212,7 +212,9 @@ class EngineReplica:
             raise RuntimeError("the serving loop hangs or has failed")
 
     async def __del__(self) -> None:
-        await self._replica.__aexit__()
+        """Serve awaits this once all requests have ended, or their time to drain is over."""
+        if hasattr(self, "_replica"):  # it could be made
+            await self._replica.__aexit__()
 
 
 class FrontReplica:

@@ -158,10 +158,6 @@ class Replica:
         """Whether it works, or recovers by itself."""
         return state_of(self._worker, self._limits) in LIVE
 
-    async def drain(self) -> None:
-        """Take nothing new, and let what runs finish, as long as the limits allow."""
-        await self._worker.drain(self._limits.drain_timeout)
-
     # Where an observer could not keep up --------------------------------------------------------------------
 
     def _retell_later(self) -> None:

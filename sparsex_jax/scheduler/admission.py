@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -21,6 +22,7 @@ from jaxtyping import Bool, Int32, Int64
 from sparsex_jax.cache import Forgotten, Match, Origin, PageCache, PinState
 from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
 from sparsex_jax.cache.counts import CacheCounts
+from sparsex_jax.cache.windows import Observer
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.device.arrivals import Late
 from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequestError, NoRoomError, StoreFullError
@@ -39,9 +41,14 @@ from sparsex_jax.scheduler.origins import with_tiers
 from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.scheduler.tiers import Tiers
+from sparsex_jax.tiers.index import BlockObserver
 
 ANSWERED = ("stop", "length")  # reasons to finish
 MOST_TEXTS = 4096  # remembered texts that are known after their eviction, where there are lower tiers
+
+
+class StoreObserver(Observer, BlockObserver, Protocol):
+    """Hears what is in the store and in the tiers below it."""
 
 
 class Admission:
@@ -82,6 +89,7 @@ class Admission:
         self.clock: Callable[[], float] = time.monotonic
         self._neighbours: dict[str, Neighbours] = {}
         self._neighbours_at = -1  # `releases` then
+        self._observer: StoreObserver | None = None
         self.cache = self._new_cache()
 
     def start_over(self) -> None:
@@ -91,11 +99,21 @@ class Admission:
         self._holders, self._returning = set(), set()
         lost, self.cache = self.cache, self._new_cache()
         self.cache.know_texts_of(lost)
+        if self._observer is not None:
+            self._observer.cleared()
+            self.watch(self._observer)
         if self.tiers and self.restoring and self.loading:
             self.tiers.lose()
             self.loading.lose()
             self.restoring.cancel_all(self.cache, again=True)
         self.releases += 1
+
+    def watch(self, observer: StoreObserver | None) -> None:
+        """Tell this observer what cache and tiers can find, and of changes, those of later caches too. None: nobody."""
+        self._observer = observer
+        self.cache.watch(observer)
+        if self.tiers:
+            self.tiers.index.watch(observer)
 
     def _new_cache(self) -> PageCache:
         config = self._config

@@ -16,6 +16,7 @@ from kernel_cases import (
     copies,
     exact,
     exact_gated,
+    exact_sums,
     gated_stacks,
     in_float32,
     last_rows,
@@ -27,6 +28,7 @@ from kernel_cases import (
     scattered,
     stacks,
     with_adapters,
+    with_added,
 )
 
 import sparsex_kernels.api as kernels
@@ -360,6 +362,41 @@ def test_gated_linear(rows, count, inputs, width, config):
     out = linear_hopper.gated_linear(LinearArgs(x, tuple(weights), jnp.int32(1), count, CPU), config)
     assert out.shape == (rows, width)
     assert relative_error(out[:count], exact_gated(x, *weights, 1)[:count]) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "inputs", "widths", "ranks", "config"),
+    [
+        pytest.param(5, 3, 128, (128, 64), (128, 0), linear_hopper.Config(1, 64, 2, 3, 100), id="to one of two"),
+        pytest.param(70, 70, 64, (64,), (192,), linear_hopper.Config(2, 64, 3, 2, 3), id="a split of these alone"),
+        pytest.param(200, 70, 128, (128, 128), (64, 64), linear_hopper.Config(2, 128, 1, 2, 2), id="many rows"),
+    ],
+)
+def test_linear_goes_on_with_what_is_added(rows, count, inputs, widths, ranks, config):
+    x, weights = stacks(rows, inputs, widths)
+    added = with_added(rows, widths, ranks)
+    args = LinearArgs(x, tuple(w * inputs**-0.5 for w in weights), jnp.int32(1), count, CPU, added=tuple(added))
+    for out, expected in zip(
+        linear_hopper.linear(args, config), exact_sums(x, args.weights, added, 1), strict=True
+    ):
+        assert relative_error(out[:count], expected[:count]) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "ranks", "config"),
+    [
+        pytest.param(5, 3, (128, 64), linear_hopper.Config(1, 128, 1, 2, 1), id="few rows, two tiles a program"),
+        pytest.param(150, 140, (0, 64), linear_hopper.Config(2, 256, 1, 3, 2), id="many rows, to what is gated alone"),
+        pytest.param(5, 5, (64, 64), linear_hopper.Config(1, 128, 2, 2, 9), id="split, and gated afterwards"),
+    ],
+)
+def test_gated_linear_goes_on_with_what_is_added(rows, count, ranks, config):
+    x, *weights = gated_stacks(rows, 128, 128)
+    added = with_added(rows, (128, 128), ranks)
+    args = LinearArgs(x.at[count:].set(jnp.nan), tuple(weights), jnp.int32(1), count, CPU, added=tuple(added))
+    gate, up = exact_sums(x, weights, added, 1)
+    out = linear_hopper.gated_linear(args, config)
+    assert relative_error(out[:count], (gate / (1 + np.exp(-gate)) * up)[:count]) < 8e-3
 
 
 def test_gated_linear_sums_before_it_gates():

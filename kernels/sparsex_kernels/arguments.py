@@ -233,6 +233,23 @@ class CopyArgs:
     spans: Spans | None = None
 
 
+class Added(NamedTuple):
+    """What is added to a product `x @ W[layer]`: `inputs @ stack[layer]`, of few inputs for each of its rows, such as
+    adapters (LoRA) have them.
+
+    Attributes:
+      inputs: in the dtype of x.
+      stack: matrices of the same layers as W, with its outputs. Finite where inputs are zeros: they should add nothing.
+    """
+
+    inputs: Float[Array, "rows ranks"]
+    stack: Float[Array, "layers ranks _"]
+
+    def of_layer(self, layer: Int[Array, ""] | int) -> "Added":
+        """With a stack of this layer alone: a copy."""
+        return Added(self.inputs, jax.lax.dynamic_index_in_dim(self.stack, layer))
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LinearArgs:
@@ -245,6 +262,8 @@ class LinearArgs:
       count: how many rows are wanted. Results of those behind are undefined and may be NaN. None: all.
       backend: where the operation runs.
       activation: of a gate.
+      added: to the product with each of the weights, or None for those to which nothing is. Empty: the program adds
+        nothing.
     """
 
     inputs: Float[Array, "rows inputs"]
@@ -253,6 +272,7 @@ class LinearArgs:
     count: Int[Array, ""] | int | None
     backend: Backend = dataclasses.field(metadata=_STATIC)
     activation: str = dataclasses.field(default="silu", metadata=_STATIC)
+    added: tuple[Added | None, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -376,9 +376,7 @@ def test_linear_goes_on_with_what_is_added(rows, count, inputs, widths, ranks, c
     x, weights = stacks(rows, inputs, widths)
     added = with_added(rows, widths, ranks)
     args = LinearArgs(x, tuple(w * inputs**-0.5 for w in weights), jnp.int32(1), count, CPU, added=tuple(added))
-    for out, expected in zip(
-        linear_hopper.linear(args, config), exact_sums(x, args.weights, added, 1), strict=True
-    ):
+    for out, expected in zip(linear_hopper.linear(args, config), exact_sums(x, args.weights, added, 1), strict=True):
         assert relative_error(out[:count], expected[:count]) < 4e-3
 
 

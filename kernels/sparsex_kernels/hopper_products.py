@@ -149,9 +149,13 @@ def _check(inputs: Array, weights: Sequence[Array], widths: tuple[int, ...], sha
 def _checked(added: Added, inputs: Array, shape: Shape) -> tuple[Array, Array]:
     """Inputs, padded as the others are, and the stack of what is added; `NotImplementedError` where it cannot be."""
     if any(part.dtype != inputs.dtype for part in added):
-        raise NotImplementedError(f"{added.inputs.dtype} on {added.stack.dtype} is added to a product of {inputs.dtype}")
+        raise NotImplementedError(
+            f"{added.inputs.dtype} on {added.stack.dtype} is added to a product of {inputs.dtype}"
+        )
     if added.inputs.shape[1] % DEPTH:
-        raise NotImplementedError(f"a product of {added.inputs.shape[1]} inputs is added; the kernel takes multiples of 64")
+        raise NotImplementedError(
+            f"a product of {added.inputs.shape[1]} inputs is added; the kernel takes multiples of 64"
+        )
     return pad_rows(added.inputs, shape.fetched), added.stack
 
 
@@ -352,7 +356,7 @@ class Source(NamedTuple):
 
 
 def _sources(shape: Shape, x_ref: Ref, operands: list[Ref]) -> list[list[Source]]:
-    """The sources of each result. Operands are the weights of all results, then rows and stack of each that is added."""
+    """The sources of each result. Operands are all weights, then rows and stack of each that is added."""
     results, matrices = len(shape.added), shape.matrices
     weights, more = operands[: results * matrices], iter(operands[results * matrices :])
     sources = []

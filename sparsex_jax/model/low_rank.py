@@ -31,7 +31,7 @@ class LowRank:
     """What the adapters of all slots add to one weight of each layer.
 
     Attributes:
-      rank: columns of a slot; `ranks` is this times the number of slots.
+      rank: columns of a slot; `ranks` is this times the number of slots, and on GPUs columns of zeros behind them.
     """
 
     a: Float[Array, "layers inputs ranks"]
@@ -46,7 +46,7 @@ class ValuesApart:
     for each row, and attention multiplies what it reads of Y with B.
 
     Attributes:
-      a: of all slots side by side.
+      a: of all slots side by side, and on GPUs columns of zeros behind them.
       b: of each slot. Attention takes it head by head.
     """
 
@@ -54,41 +54,51 @@ class ValuesApart:
     b: Float[Array, "layers slots kv_heads rank head_dim"]
 
 
-class Added(NamedTuple):
-    """What is added to several products of the same rows.
+class Adapting(NamedTuple):
+    """What adapters add to products of the same rows with several weights.
 
     Attributes:
-      a, b: of each weight, as in `LowRank`.
-      slot: of each row; -1: nothing is added to it.
+      a, b: of each weight, as in `LowRank`; None where adapters add nothing to it.
+      slot: of each row; -1: nothing is added to it. None: nothing is added to any.
+      apart: A of a `ValuesApart` whose Y is wanted, or None.
     """
 
-    a: tuple[Float[Array, "layers inputs ranks"], ...]
-    b: tuple[Float[Array, "layers ranks _"], ...]
-    slot: Int[Array, "rows"]
+    a: tuple[Float[Array, "layers inputs ranks"] | None, ...] = ()
+    b: tuple[Float[Array, "layers ranks _"] | None, ...] = ()
+    slot: Int[Array, "rows"] | None = None
+    apart: Float[Array, "layers inputs ranks"] | None = None
 
     @classmethod
-    def of(cls, stacks: Sequence[LowRank], slot: Int[Array, "rows"]) -> Added:
-        return cls(tuple(each.a for each in stacks), tuple(each.b for each in stacks), slot)
+    def of(cls, stacks: Sequence[LowRank | None], slot: Int[Array, "rows"] | None, apart: ValuesApart | None) -> Adapting:
+        a = tuple(None if each is None else each.a for each in stacks)
+        b = tuple(None if each is None else each.b for each in stacks)
+        return cls(a, b, slot, None if apart is None else apart.a)
 
 
-def add_low_rank(
-    products: Sequence[Float[Array, "rows _"]],
+def narrow_products(
     x: Float[Array, "rows inputs"],
-    added: Added,
+    adapting: Adapting,
     layer: Int[Array, ""] | int,
     count: Int[Array, ""],
     *,
     rank: int,
     backend: Backend,
-) -> tuple[Float[Array, "rows _"], ...]:
-    """Products with what adapters add to them. `x A`, `(x A) B` and the sum are each summed in float32, and rounded.
+) -> tuple[tuple[kernels.Added | None, ...], Float[Array, "rows ranks"] | None]:
+    """What adapters add to each of the products of x, and Y where it is wanted: one operation makes all `x A`.
+
+    Each `x A` is summed in float32, and rounded.
 
     Args:
-      x: what the products are of.
       count: as in `kernels.linear`. Products of other rows are undefined.
+      rank: columns of a slot.
     """
-    narrow = kernels.linear(x, added.a, layer, count, backend=backend)
-    own = (jnp.arange(narrow[0].shape[1]) // rank)[None] == added.slot[:, None]
-    kept = [jnp.where(own, each, 0) for each in narrow]  # also where another slot's columns are not finite
-    parts = [kernels.linear(each, [b], layer, count, backend=backend)[0] for each, b in zip(kept, added.b, strict=True)]
-    return tuple(product + part for product, part in zip(products, parts, strict=True))
+    wanted = [a for a in (*adapting.a, adapting.apart) if a is not None]
+    made = iter(kernels.linear(x, wanted, layer, count, backend=backend) if wanted else ())
+    added = tuple(None if b is None else kernels.Added(_own(next(made), adapting.slot, rank), b) for b in adapting.b)
+    return added, next(made, None)
+
+
+def _own(narrow: Float[Array, "rows ranks"], slot: Int[Array, "rows"] | None, rank: int) -> Float[Array, "rows ranks"]:
+    """Of each row the columns of its own slot; others may hold what is not finite."""
+    assert slot is not None, "rows that adapters add to say which one does"
+    return jnp.where((jnp.arange(narrow.shape[1]) // rank)[None] == slot[:, None], narrow, 0)

@@ -368,8 +368,26 @@ def test_gated_linear(rows, count, inputs, width, config):
     ("rows", "count", "inputs", "widths", "ranks", "config"),
     [
         pytest.param(5, 3, 128, (128, 64), (128, 0), linear_hopper.Config(1, 64, 2, 3, 100), id="to one of two"),
-        pytest.param(70, 70, 64, (64,), (192,), linear_hopper.Config(2, 64, 3, 2, 3), id="a split of these alone"),
-        pytest.param(200, 70, 128, (128, 128), (64, 64), linear_hopper.Config(2, 128, 1, 2, 2), id="many rows"),
+        pytest.param(
+            70,
+            70,
+            64,
+            (64,),
+            (192,),
+            linear_hopper.Config(2, 64, 3, 2, 3),
+            id="a split of these alone",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            200,
+            70,
+            128,
+            (128, 128),
+            (64, 64),
+            linear_hopper.Config(2, 128, 1, 2, 2),
+            id="many rows",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_linear_goes_on_with_what_is_added(rows, count, inputs, widths, ranks, config):
@@ -384,8 +402,12 @@ def test_linear_goes_on_with_what_is_added(rows, count, inputs, widths, ranks, c
     ("rows", "count", "ranks", "config"),
     [
         pytest.param(5, 3, (128, 64), linear_hopper.Config(1, 128, 1, 2, 1), id="few rows, two tiles a program"),
-        pytest.param(150, 140, (0, 64), linear_hopper.Config(2, 256, 1, 3, 2), id="many rows, to what is gated alone"),
-        pytest.param(5, 5, (64, 64), linear_hopper.Config(1, 128, 2, 2, 9), id="split, and gated afterwards"),
+        pytest.param(
+            150, 140, (0, 64), linear_hopper.Config(2, 256, 1, 3, 2), id="many rows, to one", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            5, 5, (64, 64), linear_hopper.Config(1, 128, 2, 2, 9), id="split, and gated later", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_gated_linear_goes_on_with_what_is_added(rows, count, ranks, config):

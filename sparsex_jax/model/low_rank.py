@@ -69,7 +69,9 @@ class Adapting(NamedTuple):
     apart: Float[Array, "layers inputs ranks"] | None = None
 
     @classmethod
-    def of(cls, stacks: Sequence[LowRank | None], slot: Int[Array, "rows"] | None, apart: ValuesApart | None) -> Adapting:
+    def of(
+        cls, stacks: Sequence[LowRank | None], slot: Int[Array, "rows"] | None, apart: ValuesApart | None
+    ) -> Adapting:
         a = tuple(None if each is None else each.a for each in stacks)
         b = tuple(None if each is None else each.b for each in stacks)
         return cls(a, b, slot, None if apart is None else apart.a)

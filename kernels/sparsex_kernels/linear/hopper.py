@@ -18,6 +18,8 @@ from sparsex_kernels.linear.xla import ACTIVATIONS
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
 from sparsex_kernels.quantised import SQUARE, Quantised, floats
 
+NARROW = 512  # up to this many columns, few rows take tiles of 64: of 128 there are too few for all multiprocessors
+
 
 def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
@@ -42,7 +44,7 @@ def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array,
     if args.activation != "silu" and not args.added:
         raise NotImplementedError(f"activation={args.activation!r}; the kernel gates with silu")
     (rows, inputs), (width, _) = args.inputs.shape, args.widths
-    config = config or choose_config(rows, inputs, (2 * width,))
+    config = config or choose_config(rows, inputs, (2 * width,), matrices=2)
     if config.splits > 1 or _reads_codes(args) or args.activation != "silu":
         gate, up = linear(args)  # the sum must be complete, and scaled, before it is gated
         return ACTIVATIONS[args.activation](gate) * up
@@ -104,10 +106,15 @@ def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Floa
     return products(args.inputs, args.arrays, widths, tiles, config, args.backend, args.added)
 
 
-def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:
-    """Sizes that suit this number of rows and inputs, and weights of these widths; a split has four steps or more."""
+def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int = 1) -> Config:
+    """Sizes that suit this number of rows and inputs, and weights of these widths; a split has four steps or more.
+
+    Args:
+      matrices: 2 for a gated product, whose tile has half of its columns of each.
+    """
     few = rows <= WGMMA_ROWS
-    columns = next((n for n in ((128, 64) if few else (256, 128, 64)) if not any(w % n for w in widths)), 0)
+    most = (64 * matrices if sum(widths) <= NARROW else 128) if few else 256
+    columns = next((n for n in (256, 128, 64) if n <= most and not any(w % n for w in widths)), 0)
     if not columns:
         raise NotImplementedError(f"weights of {widths} columns; the kernel takes multiples of 64")
     tiles = sum(widths) // columns * -(-rows // (WGMMA_ROWS if few else 2 * WGMMA_ROWS))

@@ -507,6 +507,32 @@ def test_linear_of_codes(kind):
         assert relative_error(out, x.astype(jnp.float32) @ dequantise(weight, jnp.float32)[1]) < 8e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [5, 80])
+def test_what_is_added_to_products_with_codes(rows):
+    """Few rows read codes, and add afterwards; of many, the sum goes on."""
+    x, dense = stacks(rows, 512, (256, 128))
+    weights = tuple(turned(quantise(512**-0.5 * weight, "fp8")) for weight in dense)
+    added = with_added(rows, (256, 128), (0, 64))
+    args = LinearArgs(x, weights, jnp.int32(1), rows, CPU, added=tuple(added))
+    assert linear_hopper._reads_codes(args) == (rows == 5)
+    plain = [dequantise(weight, jnp.float32) for weight in weights]
+    for out, expected in zip(linear_hopper.linear(args), exact_sums(x, plain, added, 1), strict=True):
+        assert relative_error(out, expected) < 8e-3
+
+
+def test_what_cannot_be_added_is_refused_or_falls_back():
+    x, weights = stacks(4, 64, (64,))
+    added = with_added(4, (64,), (48,))
+    with pytest.raises(NotImplementedError, match="48 inputs is added; the kernel takes multiples of 64"):
+        kernels.linear(x, weights, 0, added=added, implementation="hopper")
+    with pytest.raises(NotImplementedError, match="float32 on float32 is added to a product of bfloat16"):
+        kernels.linear(x, weights, 0, added=with_added(4, (64,), (64,), "float32"), implementation="hopper")
+    with prefer("hopper", "xla"):
+        (out,) = kernels.linear(x, weights, 2, added=added)
+    assert relative_error(out, exact_sums(x, weights, added, 2)[0]) < 8e-3
+
+
 def test_squares_are_turned_around():
     (dense,) = stacks(1, 256, (384,))[1]
     weight = quantise(dense, "int8")

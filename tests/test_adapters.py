@@ -269,7 +269,7 @@ def test_a_row_keeps_its_own_adapters_columns_of_a_narrow_product():
     a[..., 2:4], a[..., 6:] = 3, np.nan  # slots 1 and 3, of rank 2
     given = Adapting((jnp.array(a), None), (jnp.ones((1, 8, 5)), None), jnp.array([1, 2, -1]), jnp.array(a[..., :4]))
     added, y = narrow_products(jnp.array(x), given, 0, jnp.int32(3), rank=2, backend=Backend("cpu"))
-    np.testing.assert_array_equal(added[0].inputs, [[0, 0, 12, 12, 0, 0, 0, 0], [0, 0, 0, 0, 4, 4, 0, 0], [0] * 8])
+    np.testing.assert_array_equal(added[0].own, [[0, 0, 12, 12, 0, 0, 0, 0], [0, 0, 0, 0, 4, 4, 0, 0], [0] * 8])
     assert added[1] is None
     np.testing.assert_array_equal(y, [[4, 4, 12, 12]] * 3)
 

@@ -262,7 +262,9 @@ def test_linear_goes_on_with_what_is_added(rows, count, dtype):
         for _ in range(3):
             for again, out in zip(run(*args, added=added), outs, strict=True):
                 assert same(again[:count], out[:count])  # a result that moves is a race
-        others = [more and kernels.Added(more.inputs, more.stack[::-1]) for more in added]  # to rows of adapters only
+        others = [
+            more and dataclasses.replace(more, stack=more.stack[::-1]) for more in added
+        ]  # to rows of adapters only
         for other, out in zip(run(*args, added=others), outs, strict=True):
             assert same(other[:count:3], out[:count:3])
 

@@ -524,7 +524,9 @@ def test_what_is_added_to_products_with_codes(rows):
 def test_what_cannot_be_added_is_refused_or_falls_back():
     x, weights = stacks(4, 64, (64,))
     added = with_added(4, (64,), (48,))
-    with pytest.raises(NotImplementedError, match="48 inputs is added; the kernel takes multiples of 64"):
+    with pytest.raises(
+        NotImplementedError, match="48 inputs from column 0 on is added; the kernel takes multiples of 64"
+    ):
         kernels.linear(x, weights, 0, added=added, implementation="hopper")
     with pytest.raises(NotImplementedError, match="float32 on float32 is added to a product of bfloat16"):
         kernels.linear(x, weights, 0, added=with_added(4, (64,), (64,), "float32"), implementation="hopper")

@@ -233,21 +233,35 @@ class CopyArgs:
     spans: Spans | None = None
 
 
-class Added(NamedTuple):
-    """What is added to a product `x @ W[layer]`: `inputs @ stack[layer]`, of few inputs for each of its rows, such as
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Added:
+    """What is added to a product `x @ W[layer]`: `own @ stack[layer]`, of few inputs for each of its rows, such as
     adapters (LoRA) have them.
 
     Attributes:
-      inputs: in the dtype of x.
+      inputs: in the dtype of x. Those of several products may be side by side.
       stack: matrices of the same layers as W, with its outputs. Finite where inputs are zeros: they should add nothing.
+      begin: the first column of the product's own inputs.
     """
 
-    inputs: Float[Array, "rows ranks"]
-    stack: Float[Array, "layers ranks _"]
+    inputs: Float[Array, "rows _"]
+    stack: Float[Array, "layers ranks outputs"]
+    begin: int = dataclasses.field(default=0, metadata=_STATIC)
+
+    @property
+    def ranks(self) -> int:
+        """How many inputs the product has."""
+        return self.stack.shape[1]
+
+    @property
+    def own(self) -> Float[Array, "rows ranks"]:
+        """The product's inputs."""
+        return jax.lax.slice_in_dim(self.inputs, self.begin, self.begin + self.ranks, axis=1)
 
     def of_layer(self, layer: Int[Array, ""] | int) -> "Added":
         """With a stack of this layer alone: a copy."""
-        return Added(self.inputs, jax.lax.dynamic_index_in_dim(self.stack, layer))
+        return dataclasses.replace(self, stack=jax.lax.dynamic_index_in_dim(self.stack, layer))
 
 
 @jax.tree_util.register_dataclass

@@ -78,7 +78,7 @@ class Shape(NamedTuple):
     together: bool  # see `RowTiles`
     dtype: Any
     out_dtype: Any
-    added: tuple[tuple[int, ...], ...]  # of each result and each of its matrices: steps over what is added
+    added: tuple[tuple[range, ...], ...]  # of each result and each of its matrices: blocks of inputs that are added
 
 
 class RowTiles(NamedTuple):
@@ -148,14 +148,13 @@ def _check(inputs: Array, weights: Sequence[Array], widths: tuple[int, ...], sha
 
 def _checked(added: Added, inputs: Array, shape: Shape) -> tuple[Array, Array]:
     """Inputs, padded as the others are, and the stack of what is added; `NotImplementedError` where it cannot be."""
-    if any(part.dtype != inputs.dtype for part in added):
+    if any(part.dtype != inputs.dtype for part in (added.inputs, added.stack)):
         raise NotImplementedError(
             f"{added.inputs.dtype} on {added.stack.dtype} is added to a product of {inputs.dtype}"
         )
-    if added.inputs.shape[1] % DEPTH:
-        raise NotImplementedError(
-            f"a product of {added.inputs.shape[1]} inputs is added; the kernel takes multiples of 64"
-        )
+    if added.ranks % DEPTH or added.begin % DEPTH:
+        about = f"a product of {added.ranks} inputs from column {added.begin} on"
+        raise NotImplementedError(f"{about} is added; the kernel takes multiples of 64")
     return pad_rows(added.inputs, shape.fetched), added.stack
 
 
@@ -164,7 +163,7 @@ def _shape(
 ) -> Shape:
     matrices = len(added) // len(widths)
     columns = config.columns // matrices
-    more = [0 if each is None else each.inputs.shape[1] // DEPTH for each in added]
+    more = [range(0) if each is None else _blocks(each) for each in added]
     # Weights of 128 and 64 columns in tiles of 64: the first has tiles 0 and 1, the second tile 2; starts are 0, 2, 3.
     starts = tuple(int(end) // columns for end in np.cumsum([0, *widths]))
     return Shape(
@@ -182,6 +181,10 @@ def _shape(
     )
 
 
+def _blocks(added: Added) -> range:
+    return range(added.begin // DEPTH, (added.begin + added.ranks) // DEPTH)
+
+
 class Span(NamedTuple):
     """Steps of a sum in which the same rows are multiplied.
 
@@ -189,11 +192,13 @@ class Span(NamedTuple):
       begin: the first of them.
       end: the first behind them; None where the sum ends.
       matrices: which of a tile's are multiplied.
+      block: of the rows' inputs, at the first step.
     """
 
     begin: int
     end: int | None
     matrices: tuple[int, ...]
+    block: int = 0
 
     def within(self, item: "Item") -> tuple[Array | int, Array]:
         """The first of these steps in an item, and the first behind them, counted from the item's first step."""
@@ -203,10 +208,10 @@ class Span(NamedTuple):
 
 def _spans(shape: Shape, result: int) -> list[Span]:
     """The spans of a result's sum: over the inputs, then over what is added to each of its matrices."""
-    added = {(n,): steps for n, steps in enumerate(shape.added[result]) if steps}
-    ends = np.cumsum([0, shape.steps, *added.values()]).tolist()
-    matrices = [tuple(range(shape.matrices)), *added]
-    return [Span(*each) for each in zip(ends, [*ends[1:-1], None], matrices, strict=False)]
+    added = {(n,): blocks for n, blocks in enumerate(shape.added[result]) if blocks}
+    ends = np.cumsum([0, shape.steps, *map(len, added.values())]).tolist()
+    matrices, firsts = [tuple(range(shape.matrices)), *added], [0, *(blocks.start for blocks in added.values())]
+    return [Span(*each) for each in zip(ends[:-1], [*ends[1:-1], None], matrices, firsts, strict=True)]
 
 
 def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
@@ -272,7 +277,7 @@ def _item(shape: Shape, config: Config, row_tiles: Array, number: Array) -> Item
 
 def _steps(shape: Shape, column: Array) -> Array | int:
     """Steps of the sum of a tile of columns, what is added among them."""
-    steps = [shape.steps + sum(added) for added in shape.added]
+    steps = [shape.steps + sum(map(len, added)) for added in shape.added]
     if len(set(steps)) == 1:
         return steps[0]
     within = (lax.convert_element_type((column >= begin) & (column < end), jnp.int32) for begin, end in _columns(shape))
@@ -380,14 +385,17 @@ def _fetch(shape: Shape, config: Config, numbers: Ref, results: list[list[Source
                 slot = lax.rem(done + k, config.stages)
                 pl.when(done + k >= config.stages)(lambda: plgpu.barrier_wait(used.at[slot]))
                 rows = pl.ds(item.row * shape.fetched, shape.fetched)
-                begin = (item.begin + k - source.span.begin) * DEPTH
-                columns = pl.ds((item.column - first) * shape.columns, shape.columns)
-                inputs = pl.ds(begin, DEPTH)
-                plgpu.copy_gmem_to_smem(source.rows.at[rows, inputs], x_smem.at[slot, filled], ready.at[slot])
+                block = item.begin + k - source.span.begin
+                read = pl.ds((block + source.span.block) * DEPTH, DEPTH)
+                inputs, columns = (
+                    pl.ds(block * DEPTH, DEPTH),
+                    pl.ds((item.column - first) * shape.columns, shape.columns),
+                )
+                plgpu.copy_gmem_to_smem(source.rows.at[rows, read], x_smem.at[slot, filled], ready.at[slot])
                 for n, stack in zip(source.span.matrices, source.stacks, strict=True):
-                    block, target = stack.at[which, inputs, columns], w_smem.at[slot, n]
+                    matrix, target = stack.at[which, inputs, columns], w_smem.at[slot, n]
                     for part in _parts(shape, source):
-                        plgpu.copy_gmem_to_smem(block.at[part], target.at[part], ready.at[slot])
+                        plgpu.copy_gmem_to_smem(matrix.at[part], target.at[part], ready.at[slot])
 
             for source in sources:
                 lax.fori_loop(*source.span.within(item), functools.partial(step, source), None)

@@ -57,7 +57,7 @@ def linear(
         return tuple(product for products in apart for product in products)
     if isinstance(weights[0], Mixed):  # whose layers are elsewhere in each of its parts
         product = _mixed(inputs, weights[0], layer, count, backend, implementation)
-        return plus([product], added, lambda more: linear(more.inputs, [more.stack], layer, count, **on)[0])
+        return plus([product], added, lambda more: linear(more.own, [more.stack], layer, count, **on)[0])
     plain = tuple(weight for weight in weights if not isinstance(weight, Mixed))  # all of them, by now
     args = LinearArgs(inputs, plain, layer, count, backend, added=tuple(added))
     return run("linear", IMPLEMENTATIONS, implementation, args)

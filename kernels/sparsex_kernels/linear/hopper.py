@@ -36,7 +36,7 @@ def _split(out: Float[Array, "rows widths"], args: LinearArgs) -> tuple[Float[Ar
 
 def _added_product(args: LinearArgs, added: Added) -> Float[Array, "rows _"]:
     """What is added to a product, where the kernel of that one cannot go on with it."""
-    return linear(LinearArgs(added.inputs, (added.stack,), args.layer, args.count, args.backend))[0]
+    return linear(LinearArgs(added.own, (added.stack,), args.layer, args.count, args.backend))[0]
 
 
 def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array, "rows width"]:

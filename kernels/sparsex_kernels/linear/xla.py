@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
     products = [_product(args.inputs, weight, args.layer) for weight in args.weights]
-    return plus(products, args.added, lambda more: _product(more.inputs, more.stack, args.layer))
+    return plus(products, args.added, lambda more: _product(more.own, more.stack, args.layer))
 
 
 def _product(inputs: Array, stack: Array | Quantised, layer: Array | int) -> Array:

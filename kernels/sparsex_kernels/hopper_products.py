@@ -320,7 +320,7 @@ def _compute(shape: Shape, config: Config, row_tiles: Array, wg: Array, out_ref:
 
             for span in spans:
                 lax.fori_loop(*span.within(item), functools.partial(step, span.matrices), None)
-            plgpu.wgmma_wait(0)
+                plgpu.wgmma_wait(0)  # no product is under way from one loop to the next
             plgpu.barrier_arrive(used.at[lax.rem(done + item.end - item.begin - 1, config.stages)])
             return acc[...]
 
@@ -387,10 +387,8 @@ def _fetch(shape: Shape, config: Config, numbers: Ref, results: list[list[Source
                 rows = pl.ds(item.row * shape.fetched, shape.fetched)
                 block = item.begin + k - source.span.begin
                 read = pl.ds((block + source.span.block) * DEPTH, DEPTH)
-                inputs, columns = (
-                    pl.ds(block * DEPTH, DEPTH),
-                    pl.ds((item.column - first) * shape.columns, shape.columns),
-                )
+                inputs = pl.ds(block * DEPTH, DEPTH)
+                columns = pl.ds((item.column - first) * shape.columns, shape.columns)
                 plgpu.copy_gmem_to_smem(source.rows.at[rows, read], x_smem.at[slot, filled], ready.at[slot])
                 for n, stack in zip(source.span.matrices, source.stacks, strict=True):
                     matrix, target = stack.at[which, inputs, columns], w_smem.at[slot, n]

@@ -41,7 +41,7 @@ def _added_product(args: LinearArgs, added: Added) -> Float[Array, "rows _"]:
 
 def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array, "rows width"]:
     """See `sparsex_kernels.gated_linear`."""
-    if args.activation != "silu" and not args.added:
+    if args.activation != "silu" and not args.added:  # XLA's two products would be followed by those that are added
         raise NotImplementedError(f"activation={args.activation!r}; the kernel gates with silu")
     (rows, inputs), (width, _) = args.inputs.shape, args.widths
     config = config or choose_config(rows, inputs, (2 * width,), matrices=2)

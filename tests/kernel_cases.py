@@ -148,6 +148,30 @@ def exact_gated(x, gate, up, layer):
     return gates / (1 + np.exp(-gates)) * ups
 
 
+def with_added(rows, widths, ranks, dtype="bfloat16", own=16):
+    """What is added to products of these widths, about 1, each of this rank, inputs side by side; None for rank 0.
+
+    A row has `own` inputs that are not zero, as one of an adapter among others, and every third row has none.
+    """
+    rng = np.random.default_rng(rows + 1)
+    stacks, narrow = [], []
+    for width, rank in zip(widths, ranks, strict=True):
+        slots = rng.integers(0, max(rank // own, 1), rows)[:, None]
+        mine = (np.arange(rank) // own == slots) & (np.arange(rows) % 3 > 0)[:, None]
+        inputs, stack = rng.normal(size=(rows, rank)), rng.normal(size=(3, rank, width)) * own**-0.5
+        stacks.append(jnp.asarray(stack, dtype))
+        narrow.append(np.where(mine, inputs, 0))
+    together, begins = jnp.asarray(np.concatenate(narrow, axis=1), dtype), np.cumsum([0, *ranks]).tolist()
+    each = zip(stacks, ranks, begins, strict=False)
+    return [kernels.Added(together, stack, begin) if rank else None for stack, rank, begin in each]
+
+
+def exact_sums(x, weights, added, layer):
+    """Products with what is added to them."""
+    parts = [0 if each is None else exact(each.own, [each.stack], layer)[0] for each in added]
+    return [product + part for product, part in zip(exact(x, weights, layer), parts, strict=True)]
+
+
 def same(a, b):
     return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32), equal_nan=True)
 

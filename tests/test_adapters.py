@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from adapting import DEVICE, Adapted, adapting_engine, dense_of, greedy, make_adapter
@@ -18,12 +19,14 @@ from sparsex_jax import (
     SamplingParams,
     UnknownAdapterError,
 )
-from sparsex_jax.device.adapters import check_pairs
+from sparsex_jax.device.adapters import all_ranks, check_pairs
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.model.adapters import Pair
+from sparsex_jax.model.low_rank import Adapting, narrow_products
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.adapters import NEVER, Acting, last_place
 from sparsex_jax.scheduler.adapters import Adapters
+from sparsex_kernels.backend import Backend
 
 ALL, SOME = make_adapter(1), make_adapter(2, rank=8, targets=("wq", "wv"))
 CALLED = (90, 91)  # what invokes the activated adapter
@@ -313,6 +316,35 @@ def test_limits_of_the_configuration():
         Adapters(dataclasses.replace(TINY, vocab_size=1 << 30), DEVICE)
     with pytest.raises(InvalidRequestError, match="needs an engine with max_adapters above 0"):
         Engine(TINY, tiny_params(), config=EngineConfig(store_tokens=64)).load_adapter("all", ALL)
+
+
+def test_a_row_keeps_its_own_adapters_columns_of_a_narrow_product():
+    """Whatever is in the others', NaN too. Y has the columns of all."""
+    x, a = np.ones((3, 4), np.float32), np.ones((1, 4, 8), np.float32)
+    a[..., 2:4], a[..., 6:] = 3, np.nan  # slots 1 and 3, of rank 2
+    given = Adapting((jnp.array(a), None), (jnp.ones((1, 8, 5)), None), jnp.array([1, 2, -1]), jnp.array(a[..., :4]))
+    added, y = narrow_products(jnp.array(x), given, 0, jnp.int32(3), rank=2, backend=Backend("cpu"))
+    np.testing.assert_array_equal(added[0].own, [[0, 0, 12, 12, 0, 0, 0, 0], [0, 0, 0, 0, 4, 4, 0, 0], [0] * 8])
+    assert added[1] is None
+    np.testing.assert_array_equal(y, [[4, 4, 12, 12]] * 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", [False, True])
+def test_zeros_behind_the_slots_change_nothing(monkeypatch, sharing):
+    """As GPUs have them: ranks are a multiple of 64 there."""
+
+    def answers():
+        engine = Engine(TINY, tiny_params(), config=dataclasses.replace(DEVICE, share_adapters=sharing))
+        engine.load_adapter("some", SOME)
+        outs = engine.generate_batch([TEXT[:30], TEXT[:30]], FEW, adapter=["some", None], return_logits=True)
+        return engine.runner.params.adapters["wq"].a.shape[2], [out.logits for out in outs]
+
+    ranks, expected = answers()
+    monkeypatch.setattr("sparsex_jax.device.adapters.all_ranks", lambda engine, _: all_ranks(engine, "gpu"))
+    more, logits = answers()
+    assert (ranks, more) == (24, 64)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 # Keys -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from kernel_cases import (
     dense,
     exact,
     exact_gated,
+    exact_sums,
     gated_stacks,
     last_rows,
     over_whole_values,
@@ -31,6 +32,7 @@ from kernel_cases import (
     scattered,
     stacks,
     with_adapters,
+    with_added,
 )
 
 import sparsex_kernels.api as kernels
@@ -237,6 +239,50 @@ def test_linear(rows, count, dtype):
             assert count == 0 or relative_error(out[:count], expected[:count]) < 4e-3
         for again, out in zip(run(poisoned, weights, jnp.int32(2), jnp.int32(count)), outs, strict=True):
             assert same(again[:count], out[:count])  # a result that moves is a race
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (64, 64), (300, 300), (2048, 1300), (2048, 0)])
+def test_linear_goes_on_with_what_is_added(rows, count, dtype):
+    """In split and whole sums, to all products or to some; what is added to the others changes no bit of theirs."""
+    skip_unless_hopper()
+    run = jax.jit(lambda *args, added: kernels.linear(*args, added=added, implementation="hopper"))
+    for inputs, widths, ranks in (
+        (1024, (1024, 256, 256), (128, 128, 128)),
+        (1024, (1024, 256), (64, 0)),
+        (576, (1536,), (256,)),
+    ):
+        x, weights = stacks(rows, inputs, widths, dtype)
+        weights = [weight * inputs**-0.5 for weight in weights]
+        added = with_added(rows, widths, ranks, dtype)
+        args = x.at[count:].set(jnp.nan), weights, jnp.int32(2), jnp.int32(count)
+        outs = run(*args, added=added)
+        for out, expected in zip(outs, exact_sums(x, weights, added, 2), strict=True):
+            assert count == 0 or relative_error(out[:count], expected[:count]) < 4e-3
+        for _ in range(3):
+            for again, out in zip(run(*args, added=added), outs, strict=True):
+                assert same(again[:count], out[:count])  # a result that moves is a race
+        others = [
+            more and dataclasses.replace(more, stack=more.stack[::-1]) for more in added
+        ]  # to rows of adapters only
+        for other, out in zip(run(*args, added=others), outs, strict=True):
+            assert same(other[:count:3], out[:count:3])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (64, 64), (300, 300), (2048, 1300), (2048, 0)])
+def test_gated_linear_goes_on_with_what_is_added(rows, count, dtype):
+    skip_unless_hopper()
+    run = jax.jit(lambda *args, added: kernels.gated_linear(*args, added=added, implementation="hopper"))
+    for inputs, width, ranks in ((1024, 12288, (128, 128)), (3584, 192, (64, 64)), (576, 1536, (0, 128))):
+        x, *weights = gated_stacks(rows, inputs, width, dtype)
+        added = with_added(rows, (width, width), ranks, dtype)
+        args = x.at[count:].set(jnp.nan), *weights, jnp.int32(2), jnp.int32(count)
+        out = run(*args, added=added)
+        gate, up = exact_sums(x, weights, added, 2)
+        assert count == 0 or relative_error(out[:count], (gate / (1 + np.exp(-gate)) * up)[:count]) < 8e-3
+        for _ in range(5):
+            assert same(run(*args, added=added)[:count], out[:count])  # a result that moves is a race
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

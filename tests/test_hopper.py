@@ -16,6 +16,7 @@ from kernel_cases import (
     copies,
     exact,
     exact_gated,
+    exact_sums,
     gated_stacks,
     in_float32,
     last_rows,
@@ -27,6 +28,7 @@ from kernel_cases import (
     scattered,
     stacks,
     with_adapters,
+    with_added,
 )
 
 import sparsex_kernels.api as kernels
@@ -362,6 +364,61 @@ def test_gated_linear(rows, count, inputs, width, config):
     assert relative_error(out[:count], exact_gated(x, *weights, 1)[:count]) < 4e-3
 
 
+@pytest.mark.parametrize(
+    ("rows", "count", "inputs", "widths", "ranks", "config"),
+    [
+        pytest.param(5, 3, 128, (128, 64), (128, 0), linear_hopper.Config(1, 64, 2, 3, 100), id="to one of two"),
+        pytest.param(
+            70,
+            70,
+            64,
+            (64,),
+            (192,),
+            linear_hopper.Config(2, 64, 3, 2, 3),
+            id="a split of these alone",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            200,
+            70,
+            128,
+            (128, 128),
+            (64, 64),
+            linear_hopper.Config(2, 128, 1, 2, 2),
+            id="many rows",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_linear_goes_on_with_what_is_added(rows, count, inputs, widths, ranks, config):
+    x, weights = stacks(rows, inputs, widths)
+    added = with_added(rows, widths, ranks)
+    args = LinearArgs(x, tuple(w * inputs**-0.5 for w in weights), jnp.int32(1), count, CPU, added=tuple(added))
+    for out, expected in zip(linear_hopper.linear(args, config), exact_sums(x, args.weights, added, 1), strict=True):
+        assert relative_error(out[:count], expected[:count]) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "ranks", "config"),
+    [
+        pytest.param(5, 3, (128, 64), linear_hopper.Config(1, 128, 1, 2, 1), id="few rows, two tiles a program"),
+        pytest.param(
+            150, 140, (0, 64), linear_hopper.Config(2, 256, 1, 3, 2), id="many rows, to one", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            5, 5, (64, 64), linear_hopper.Config(1, 128, 2, 2, 9), id="split, and gated later", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_gated_linear_goes_on_with_what_is_added(rows, count, ranks, config):
+    x, *weights = gated_stacks(rows, 128, 128)
+    added = with_added(rows, (128, 128), ranks)
+    args = LinearArgs(x.at[count:].set(jnp.nan), tuple(weights), jnp.int32(1), count, CPU, added=tuple(added))
+    gate, up = exact_sums(x, weights, added, 1)
+    out = linear_hopper.gated_linear(args, config)
+    assert relative_error(out[:count], (gate / (1 + np.exp(-gate)) * up)[:count]) < 8e-3
+
+
 def test_gated_linear_sums_before_it_gates():
     x, *weights = gated_stacks(3, 512, 64)
     assert linear_hopper.choose_config(3, 512, (128,)).splits == 2
@@ -448,6 +505,34 @@ def test_linear_of_codes(kind):
     assert linear_hopper._reads_codes(args)
     for out, weight in zip(linear_hopper.linear(args), weights, strict=True):
         assert relative_error(out, x.astype(jnp.float32) @ dequantise(weight, jnp.float32)[1]) < 8e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [5, 80])
+def test_what_is_added_to_products_with_codes(rows):
+    """Few rows read codes, and add afterwards; of many, the sum goes on."""
+    x, dense = stacks(rows, 512, (256, 128))
+    weights = tuple(turned(quantise(512**-0.5 * weight, "fp8")) for weight in dense)
+    added = with_added(rows, (256, 128), (0, 64))
+    args = LinearArgs(x, weights, jnp.int32(1), rows, CPU, added=tuple(added))
+    assert linear_hopper._reads_codes(args) == (rows == 5)
+    plain = [dequantise(weight, jnp.float32) for weight in weights]
+    for out, expected in zip(linear_hopper.linear(args), exact_sums(x, plain, added, 1), strict=True):
+        assert relative_error(out, expected) < 8e-3
+
+
+def test_what_cannot_be_added_is_refused_or_falls_back():
+    x, weights = stacks(4, 64, (64,))
+    added = with_added(4, (64,), (48,))
+    with pytest.raises(
+        NotImplementedError, match="48 inputs from column 0 on is added; the kernel takes multiples of 64"
+    ):
+        kernels.linear(x, weights, 0, added=added, implementation="hopper")
+    with pytest.raises(NotImplementedError, match="float32 on float32 is added to a product of bfloat16"):
+        kernels.linear(x, weights, 0, added=with_added(4, (64,), (64,), "float32"), implementation="hopper")
+    with prefer("hopper", "xla"):
+        (out,) = kernels.linear(x, weights, 2, added=added)
+    assert relative_error(out, exact_sums(x, weights, added, 2)[0]) < 8e-3
 
 
 def test_squares_are_turned_around():

@@ -168,6 +168,21 @@ def test_products_of_several_kinds():
         close(products(x, mixed, eight, layer), products(x, plain, dequantise(eight, "float32"), layer))
 
 
+def test_what_is_added_comes_to_products_of_all_kinds():
+    """Also where a layer's matrix is elsewhere in its stack, and what is added is not."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    dense = 0.1 * jax.random.normal(keys[0], (3, 256, 64))
+    mixed = Mixed((quantise(dense[:2], "int8"), dense[2:]), ((0, 1), (1, 0), (0, 0)))
+    x, eight = jax.random.normal(keys[1], (5, 256)), quantise(dense, "int8")
+    more = kernels.Added(jax.random.normal(keys[2], (5, 16)), jax.random.normal(keys[3], (3, 16, 64)))
+    plus = more.inputs @ more.stack[2]
+    one, two = kernels.linear(x, [mixed, eight], 2)
+    close(kernels.linear(x, [mixed, eight], 2, added=[more, None]), (one + plus, two))
+    close(kernels.linear(x, [eight, eight], 2, added=[None, more]), (two, two + plus))
+    close(kernels.gated_linear(x, mixed, eight, 2, added=[more, None]), jax.nn.silu(one + plus) * two)
+    close(kernels.gated_linear(x, eight, eight, 2, added=[None, more]), jax.nn.silu(two) * (two + plus))
+
+
 @pytest.mark.parametrize("implementation", ["xla", *slow("reference")])
 def test_experts_in_codes(implementation):
     dense = 0.1 * jax.random.normal(jax.random.key(0), (2, 3, 256, 64))

@@ -1,7 +1,7 @@
 """All operations under one name: `from sparsex_kernels import api`, then `api.paged_attention(...)`."""
 
 from sparsex_kernels.align_and_copy import align_and_copy, pack_rows
-from sparsex_kernels.arguments import LowRank, Patch
+from sparsex_kernels.arguments import Added, LowRank, Patch
 from sparsex_kernels.copy_low_rank import copy_low_rank, pack_low_rank
 from sparsex_kernels.grouped_linear import gated_grouped_linear, grouped_linear
 from sparsex_kernels.key_mass import key_mass
@@ -12,6 +12,7 @@ from sparsex_kernels.write_kv import write_kv
 from sparsex_kernels.write_low_rank import write_low_rank
 
 __all__ = [
+    "Added",
     "LowRank",
     "Patch",
     "align_and_copy",

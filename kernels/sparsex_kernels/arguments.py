@@ -235,6 +235,37 @@ class CopyArgs:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Added:
+    """What is added to a product `x @ W[layer]`: `own @ stack[layer]`, of few inputs for each of its rows, such as
+    adapters (LoRA) have them.
+
+    Attributes:
+      inputs: in the dtype of x. Those of several products may be side by side.
+      stack: matrices of the same layers as W, with its outputs. Finite where inputs are zeros: they should add nothing.
+      begin: the first column of the product's own inputs.
+    """
+
+    inputs: Float[Array, "rows _"]
+    stack: Float[Array, "layers ranks outputs"]
+    begin: int = dataclasses.field(default=0, metadata=_STATIC)
+
+    @property
+    def ranks(self) -> int:
+        """How many inputs the product has."""
+        return self.stack.shape[1]
+
+    @property
+    def own(self) -> Float[Array, "rows ranks"]:
+        """The product's inputs."""
+        return jax.lax.slice_in_dim(self.inputs, self.begin, self.begin + self.ranks, axis=1)
+
+    def of_layer(self, layer: Int[Array, ""] | int) -> "Added":
+        """With a stack of this layer alone: a copy."""
+        return dataclasses.replace(self, stack=jax.lax.dynamic_index_in_dim(self.stack, layer))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LinearArgs:
     """Rows, and weights of all layers to multiply them with.
 
@@ -245,6 +276,8 @@ class LinearArgs:
       count: how many rows are wanted. Results of those behind are undefined and may be NaN. None: all.
       backend: where the operation runs.
       activation: of a gate.
+      added: to the product with each of the weights, or None for those to which nothing is. Empty: the program adds
+        nothing.
     """
 
     inputs: Float[Array, "rows inputs"]
@@ -253,6 +286,7 @@ class LinearArgs:
     count: Int[Array, ""] | int | None
     backend: Backend = dataclasses.field(metadata=_STATIC)
     activation: str = dataclasses.field(default="silu", metadata=_STATIC)
+    added: tuple[Added | None, ...] = ()
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -11,11 +11,20 @@ one while the results of the last are being stored.
 
 A gated product's tile has columns of the gate and the same columns of the matrix that it gates. TMA fills contiguous
 blocks of shared memory, so each of the two has its own block, and its own product into one half of the accumulator.
+
+Something of low rank may be added: `x W + n B`, where n has few columns. The sum over the inputs then goes on over n's
+columns and B's rows, through the same buffers and into the same accumulator. A gate and what it gates have an n each.
+With 4096 inputs, and two n of 128 columns:
+
+    step     0   1  ..  63 | 64  65 | 66  67
+    rows    x0  x1  .. x63 | g0  g1 | u0  u1
+    gate    W0  W1  .. W63 | B0  B1 |
+    up      W0  W1  .. W63 |        | B0  B1
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +35,7 @@ import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
+from sparsex_kernels.arguments import Added
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.gpu import LOG2_E
 from sparsex_kernels.layout import pad_rows
@@ -68,6 +78,7 @@ class Shape(NamedTuple):
     together: bool  # see `RowTiles`
     dtype: Any
     out_dtype: Any
+    added: tuple[tuple[range, ...], ...]  # of each result and each of its matrices: blocks of inputs that are added
 
 
 class RowTiles(NamedTuple):
@@ -94,17 +105,21 @@ def products(
     tiles: RowTiles,
     config: Config,
     backend: Backend,
+    added: Sequence[Added | None] = (),
 ) -> Float[Array, "rows widths"]:
     """Results of these widths, side by side. With one width for two weights, the result is their gated product.
 
     Args:
       inputs: the tiles one behind the other, the last of which may have fewer rows.
+      added: to the product with each of the weights; None: nothing. Empty: nothing to any.
 
     Raises:
       NotImplementedError: this shape or dtype cannot be done.
     """
-    shape = _shape(inputs, len(weights), widths, tiles, config)
+    added = tuple(added) or (None,) * len(weights)
+    shape = _shape(inputs, added, widths, tiles, config)
     _check(inputs, weights, widths, shape)
+    more = [part for each in added if each is not None for part in _checked(each, inputs, shape)]
     out_shape = (config.splits, len(tiles.matrices) * config.warpgroups * shape.stored, sum(widths))
     run = kernel(
         functools.partial(_kernel, shape, config),
@@ -116,7 +131,7 @@ def products(
         scratch_types=_scratch(shape, config),
     )
     numbers = jnp.concatenate([tiles.wanted[None], tiles.matrices]).astype(jnp.int32)
-    parts = run(pad_rows(inputs, shape.fetched), *weights, numbers)
+    parts = run(pad_rows(inputs, shape.fetched), *weights, *more, numbers)
     out = parts[0] if config.splits == 1 else parts.sum(0).astype(inputs.dtype)
     return out[: len(inputs)]
 
@@ -131,9 +146,24 @@ def _check(inputs: Array, weights: Sequence[Array], widths: tuple[int, ...], sha
         raise NotImplementedError(f"{inputs.shape[1]} inputs, {list(widths)} outputs in tiles of {shape.columns}")
 
 
-def _shape(inputs: Array, weights: int, widths: tuple[int, ...], tiles: RowTiles, config: Config) -> Shape:
-    matrices = weights // len(widths)
+def _checked(added: Added, inputs: Array, shape: Shape) -> tuple[Array, Array]:
+    """Inputs, padded as the others are, and the stack of what is added; `NotImplementedError` where it cannot be."""
+    if any(part.dtype != inputs.dtype for part in (added.inputs, added.stack)):
+        raise NotImplementedError(
+            f"{added.inputs.dtype} on {added.stack.dtype} is added to a product of {inputs.dtype}"
+        )
+    if added.ranks % DEPTH or added.begin % DEPTH:
+        about = f"a product of {added.ranks} inputs from column {added.begin} on"
+        raise NotImplementedError(f"{about} is added; the kernel takes multiples of 64")
+    return pad_rows(added.inputs, shape.fetched), added.stack
+
+
+def _shape(
+    inputs: Array, added: Sequence[Added | None], widths: tuple[int, ...], tiles: RowTiles, config: Config
+) -> Shape:
+    matrices = len(added) // len(widths)
     columns = config.columns // matrices
+    more = [range(0) if each is None else _blocks(each) for each in added]
     # Weights of 128 and 64 columns in tiles of 64: the first has tiles 0 and 1, the second tile 2; starts are 0, 2, 3.
     starts = tuple(int(end) // columns for end in np.cumsum([0, *widths]))
     return Shape(
@@ -147,7 +177,41 @@ def _shape(inputs: Array, weights: int, widths: tuple[int, ...], tiles: RowTiles
         together=tiles.together,
         dtype=inputs.dtype,
         out_dtype=inputs.dtype if config.splits == 1 else jnp.float32,
+        added=tuple(tuple(more[n : n + matrices]) for n in range(0, len(more), matrices)),
     )
+
+
+def _blocks(added: Added) -> range:
+    return range(added.begin // DEPTH, (added.begin + added.ranks) // DEPTH)
+
+
+class Span(NamedTuple):
+    """Steps of a sum in which the same rows are multiplied.
+
+    Attributes:
+      begin: the first of them.
+      end: the first behind them; None where the sum ends.
+      matrices: which of a tile's are multiplied.
+      block: of the rows' inputs, at the first step.
+    """
+
+    begin: int
+    end: int | None
+    matrices: tuple[int, ...]
+    block: int = 0
+
+    def within(self, item: "Item") -> tuple[Array | int, Array]:
+        """The first of these steps in an item, and the first behind them, counted from the item's first step."""
+        first = jnp.maximum(self.begin - item.begin, 0) if self.begin else 0
+        return first, (item.end if self.end is None else jnp.minimum(item.end, self.end)) - item.begin
+
+
+def _spans(shape: Shape, result: int) -> list[Span]:
+    """The spans of a result's sum: over the inputs, then over what is added to each of its matrices."""
+    added = {(n,): blocks for n, blocks in enumerate(shape.added[result]) if blocks}
+    ends = np.cumsum([0, shape.steps, *map(len, added.values())]).tolist()
+    matrices, firsts = [tuple(range(shape.matrices)), *added], [0, *(blocks.start for blocks in added.values())]
+    return [Span(*each) for each in zip(ends[:-1], [*ends[1:-1], None], matrices, firsts, strict=True)]
 
 
 def _scratch(shape: Shape, config: Config) -> dict[str, Any]:
@@ -172,8 +236,7 @@ class Scratch(NamedTuple):
 
 
 def _kernel(shape: Shape, config: Config, x_ref: Ref, *refs: Ref, **scratch: Ref) -> None:
-    *weights, numbers, out_ref = refs
-    tiled = [weights[n : n + shape.matrices] for n in range(0, len(weights), shape.matrices)]
+    *operands, numbers, out_ref = refs
     row_tiles, wg = numbers[0], lax.axis_index("wg")
     persistent = config.warpgroups == 2  # one program a multiprocessor, which has its registers for itself
 
@@ -187,7 +250,7 @@ def _kernel(shape: Shape, config: Config, x_ref: Ref, *refs: Ref, **scratch: Ref
     def fetch() -> None:
         if persistent:
             plgpu.set_max_registers(40, action="decrease")
-        _fetch(shape, config, numbers, x_ref, tiled, Scratch(**scratch))
+        _fetch(shape, config, numbers, _sources(shape, x_ref, operands), Scratch(**scratch))
 
 
 class Item(NamedTuple):
@@ -196,7 +259,7 @@ class Item(NamedTuple):
     row: Array  # tile of rows
     column: Array  # tile of columns, over all results
     split: Array
-    begin: Array  # first step over the inputs
+    begin: Array  # first step of the sum
     end: Array
 
 
@@ -208,8 +271,22 @@ def _item(shape: Shape, config: Config, row_tiles: Array, number: Array) -> Item
         row, column = lax.rem(number, row_tiles), lax.rem(lax.div(number, row_tiles), columns)
     else:
         row, column = lax.rem(lax.div(number, columns), row_tiles), lax.rem(number, columns)
-    begin, end = (lax.div(at * shape.steps, config.splits) for at in (split, split + 1))
+    begin, end = (lax.div(at * _steps(shape, column), config.splits) for at in (split, split + 1))
     return Item(row, column, split, begin, end)
+
+
+def _steps(shape: Shape, column: Array) -> Array | int:
+    """Steps of the sum of a tile of columns, what is added among them."""
+    steps = [shape.steps + sum(map(len, added)) for added in shape.added]
+    if len(set(steps)) == 1:
+        return steps[0]
+    within = (lax.convert_element_type((column >= begin) & (column < end), jnp.int32) for begin, end in _columns(shape))
+    return sum(each * mine for each, mine in zip(steps, within, strict=True))
+
+
+def _columns(shape: Shape) -> Iterator[tuple[int, int]]:
+    """The first tile of columns of each result, and the first behind those."""
+    return zip(shape.starts[:-1], shape.starts[1:], strict=True)
 
 
 def _over_items(shape: Shape, config: Config, row_tiles: Array, body: Any) -> Array:
@@ -228,20 +305,22 @@ def _over_items(shape: Shape, config: Config, row_tiles: Array, body: Any) -> Ar
 def _compute(shape: Shape, config: Config, row_tiles: Array, wg: Array, out_ref: Ref, scratch: Scratch) -> None:
     x_smem, w_smem, out_smem, ready, used = scratch
     rows = pl.ds(wg * WGMMA_ROWS, WGMMA_ROWS)
+    spans = _spans(shape, 0) if shape.matrices > 1 else [Span(0, None, (0,))]
 
     def over_item(item: Item, done: Array) -> None:
         def product(acc: Any) -> Array:
-            def step(k: Array, _: None) -> None:
+            def step(matrices: tuple[int, ...], k: Array, _: None) -> None:
                 slot = lax.rem(done + k, config.stages)
                 plgpu.barrier_wait(ready.at[slot])
-                for n in range(shape.matrices):
+                for n in matrices:
                     columns = pl.ds(n * shape.columns, shape.columns)
                     plgpu.wgmma(acc.at[:, columns], x_smem.at[slot, rows], w_smem.at[slot, n])
-                plgpu.wgmma_wait(shape.matrices)  # the products before these have read their blocks
+                plgpu.wgmma_wait(len(matrices))  # the products before these have read their blocks
                 pl.when(k > 0)(lambda: plgpu.barrier_arrive(used.at[lax.rem(done + k - 1, config.stages)]))
 
-            lax.fori_loop(0, item.end - item.begin, step, None)
-            plgpu.wgmma_wait(0)
+            for span in spans:
+                lax.fori_loop(*span.within(item), functools.partial(step, span.matrices), None)
+                plgpu.wgmma_wait(0)  # no product is under way from one loop to the next
             plgpu.barrier_arrive(used.at[lax.rem(done + item.end - item.begin - 1, config.stages)])
             return acc[...]
 
@@ -273,14 +352,27 @@ def _results(shape: Shape, acc: Array, begin: int) -> Array:
     return first / (1 + jnp.exp2(first * -LOG2_E)) * second  # SiLU in operations that Mosaic lowers
 
 
-def _fetch(
-    shape: Shape,
-    config: Config,
-    numbers: Ref,
-    x_ref: Ref,
-    weights: list[list[Ref]],
-    scratch: Scratch,
-) -> None:
+class Source(NamedTuple):
+    """What is multiplied in a span: rows, and the stack of each of its matrices."""
+
+    span: Span
+    rows: Ref
+    stacks: list[Ref]
+
+
+def _sources(shape: Shape, x_ref: Ref, operands: list[Ref]) -> list[list[Source]]:
+    """The sources of each result. Operands are all weights, then rows and stack of each that is added."""
+    results, matrices = len(shape.added), shape.matrices
+    weights, more = operands[: results * matrices], iter(operands[results * matrices :])
+    sources = []
+    for result in range(results):
+        first, *added = _spans(shape, result)
+        whole = Source(first, x_ref, weights[result * matrices : (result + 1) * matrices])
+        sources.append([whole, *(Source(span, next(more), [next(more)]) for span in added)])
+    return sources
+
+
+def _fetch(shape: Shape, config: Config, numbers: Ref, results: list[list[Source]], scratch: Scratch) -> None:
     x_smem, w_smem, _, ready, used = scratch
     # Of few rows, only the first rows of a block are filled. The others keep what they held; nothing of them is stored.
     filled = pl.ds(0, shape.fetched)
@@ -288,22 +380,33 @@ def _fetch(
     def over_item(item: Item, done: Array) -> None:
         which = numbers[1 + item.row]
 
-        def copy_from(matrices: list[Ref], first: int) -> None:
-            def step(k: Array, _: None) -> None:
+        def copy_from(sources: list[Source], first: int) -> None:
+            def step(source: Source, k: Array, _: None) -> None:
                 slot = lax.rem(done + k, config.stages)
                 pl.when(done + k >= config.stages)(lambda: plgpu.barrier_wait(used.at[slot]))
                 rows = pl.ds(item.row * shape.fetched, shape.fetched)
-                inputs = pl.ds((item.begin + k) * DEPTH, DEPTH)
+                block = item.begin + k - source.span.begin
+                read = pl.ds((block + source.span.block) * DEPTH, DEPTH)
+                inputs = pl.ds(block * DEPTH, DEPTH)
                 columns = pl.ds((item.column - first) * shape.columns, shape.columns)
-                plgpu.copy_gmem_to_smem(x_ref.at[rows, inputs], x_smem.at[slot, filled], ready.at[slot])
-                for n, matrix in enumerate(matrices):
-                    plgpu.copy_gmem_to_smem(matrix.at[which, inputs, columns], w_smem.at[slot, n], ready.at[slot])
+                plgpu.copy_gmem_to_smem(source.rows.at[rows, read], x_smem.at[slot, filled], ready.at[slot])
+                for n, stack in zip(source.span.matrices, source.stacks, strict=True):
+                    matrix, target = stack.at[which, inputs, columns], w_smem.at[slot, n]
+                    for part in _parts(shape, source):
+                        plgpu.copy_gmem_to_smem(matrix.at[part], target.at[part], ready.at[slot])
 
-            lax.fori_loop(0, item.end - item.begin, step, None)
+            for source in sources:
+                lax.fori_loop(*source.span.within(item), functools.partial(step, source), None)
 
-        for begin, end, matrices in zip(shape.starts[:-1], shape.starts[1:], weights, strict=True):
+        for (begin, end), sources in zip(_columns(shape), results, strict=True):
             mine = (item.column >= begin) & (item.column < end)
-            pl.when(mine)(functools.partial(copy_from, matrices, begin))
+            pl.when(mine)(functools.partial(copy_from, sources, begin))
 
     steps = _over_items(shape, config, numbers[0], over_item)
     drain((used,), 0, steps, config.stages)
+
+
+def _parts(shape: Shape, source: Source) -> list[Any]:
+    """The rows of a block of weights in the parts that bring it: the barrier counts as many copies in each step."""
+    count = shape.matrices // len(source.stacks)
+    return [pl.ds(n * DEPTH // count, DEPTH // count) for n in range(count)] if count > 1 else [slice(None)]

@@ -66,7 +66,7 @@ class EngineConfig:
         layers, of which each product computes all, whether they are used or not: 8 slots of rank 16 add 5 % to the
         products of an 8B model, and take 0.7 GB in bfloat16. 0: none, and the compiled programs know of none.
       max_adapter_rank: the largest rank of an adapter, a multiple of 8, at most 128. Smaller ones take as much room.
-        Kernels for Hopper GPUs take part where max_adapters * max_adapter_rank is a multiple of 64.
+        On GPUs, max_adapters * max_adapter_rank is filled up with zeros to a multiple of 64.
       share_adapters: let requests under different adapters share KV, where they ask for it (`sharing` of
         `Engine.generate`). Values are stored without what adapters add to them, and that beside them for all adapters
         at once, in max_adapters * max_adapter_rank numbers a token and layer: for three adapters of rank 8,

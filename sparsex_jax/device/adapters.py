@@ -38,6 +38,12 @@ def targets(model: ModelConfig, mesh: Mesh) -> dict[str, Place]:
     return {name: Place.of(name, weight, mesh) for name, weight in weights.items() if weight is not None}
 
 
+def all_ranks(engine: EngineConfig, platform: str) -> int:
+    """Columns of all slots, on GPUs with zeros behind them: kernels take multiples of 64."""
+    ranks = engine.max_adapters * engine.max_adapter_rank
+    return ranks + -ranks % 64 if platform == "gpu" else ranks
+
+
 def abstract_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dict[str, LowRank] | None:
     """The stacks of an engine as shapes with shardings, by the names of the weights; None where it has no adapters.
 
@@ -46,7 +52,7 @@ def abstract_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dic
     if engine.max_adapters == 0:
         return None
     rank, dtype = engine.max_adapter_rank, jnp.dtype(engine.dtype)
-    ranks = engine.max_adapters * rank
+    ranks = all_ranks(engine, mesh.devices.flat[0].platform)
 
     def shape(*sizes: int, divided: tuple[str | None, str | None]) -> Any:
         sharding = NamedSharding(mesh, PartitionSpec(None, *divided))
@@ -77,7 +83,8 @@ def abstract_apart(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Valu
 
     heads = PartitionSpec(None, None, TENSOR_AXIS)
     b = shape(slots, model.num_kv_heads, rank, model.head_dim, divided=heads)
-    return ValuesApart(shape(model.hidden_size, slots * rank, divided=PartitionSpec()), b)
+    ranks = all_ranks(engine, mesh.devices.flat[0].platform)
+    return ValuesApart(shape(model.hidden_size, ranks, divided=PartitionSpec()), b)
 
 
 def check_room(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> None:

@@ -24,7 +24,6 @@ from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.layout import Frequencies, PageTables, Window
-from sparsex_kernels.linear.xla import ACTIVATIONS
 from sparsex_kernels.quantised import Mixed, Quantised, dequantise, lookup
 from sparsex_kernels.rope import apply_rope
 
@@ -136,7 +135,12 @@ class OneLayer(NamedTuple):
         return rms_norm(x, self.own(scale), self.decoder.config.rms_norm_eps)
 
     def linear(
-        self, x: Float[Array, "rows inputs"], *names: str, rows: Rows, over_inputs: bool = False
+        self,
+        x: Float[Array, "rows inputs"],
+        *names: str,
+        rows: Rows,
+        over_inputs: bool = False,
+        apart: ValuesApart | None = None,
     ) -> tuple[Float[Array, "rows _"], ...]:
         """Products of the rows with this layer's matrices, heads side by side, each with what the row's adapter adds.
         Products of padding are undefined.
@@ -145,19 +149,19 @@ class OneLayer(NamedTuple):
           names: of weights whose axes between the layers and the outputs multiply to `inputs`. Quantised ones are
             matrices already.
           over_inputs: a mesh divides the matrices by their inputs, not by their outputs.
+          apart: their Y comes behind the products.
         """
         weights = [getattr(self.layers, name) for name in names]
         matrices = [
             weight if isinstance(weight, Quantised | Mixed) else weight.reshape(len(weight), x.shape[1], -1)
             for weight in weights
         ]
-        low_rank = [self.adapters.get(name) for name in names] if self.adapters and self.adapts(rows) else []
-        about = matrices, self.number, rows
-        return self.decoder.ops.linear(x, *about, over_inputs=over_inputs, low_rank=low_rank)
+        low_rank, about = self.added(*names, rows=rows), (matrices, self.number, rows)
+        return self.decoder.ops.linear(x, *about, over_inputs=over_inputs, low_rank=low_rank, apart=apart)
 
-    def adapts(self, rows: Rows) -> bool:
-        """Whether there are adapters, and these rows may have one. Others are the base model's."""
-        return self.adapters is not None and rows.adapter is not None
+    def added(self, *names: str, rows: Rows) -> list[LowRank | None]:
+        """What adapters add to products of these rows. Empty where there are none, or the rows are the base model's."""
+        return [self.adapters.get(name) for name in names] if self.adapters and rows.adapter is not None else []
 
 
 class Projection(NamedTuple):
@@ -190,7 +194,7 @@ def _value(layers: Layers) -> Projection:
 def queries(layer: OneLayer, hidden: Hidden, rows: Rows) -> Heads:
     """Rotated queries of rows from the layer's input."""
     with jax.named_scope("queries"):
-        (q,) = _project(layer, layer.norm(layer.layers.attn_norm, hidden), rows, _query(layer))
+        ((q,), _) = _project(layer, layer.norm(layer.layers.attn_norm, hidden), rows, _query(layer))
     return q
 
 
@@ -198,21 +202,19 @@ def keys_values(layer: OneLayer, hidden: Hidden, rows: Rows) -> NewKV:
     """Rotated keys, and values, of rows from the layer's input."""
     with jax.named_scope("keys_values"):
         normed = layer.norm(layer.layers.attn_norm, hidden)
-        keys, values = _project(layer, normed, rows, _key(layer.layers), _value(layer.layers))
-        return NewKV(keys, values, _values_apart(layer, normed, rows))
+        projections, apart = (_key(layer.layers), _value(layer.layers)), layer.values_apart
+        (keys, values), low_rank = _project(layer, normed, rows, *projections, apart=apart)
+        return NewKV(keys, values, low_rank)
 
 
-def _values_apart(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows ranks"] | None:
-    """Y of the adapters of all slots. None where values have their part, or there are no adapters."""
-    if layer.values_apart is None:
-        return None
-    return layer.decoder.ops.low_rank(normed, layer.values_apart, layer.number, rows)
-
-
-def _project(layer: OneLayer, normed: Hidden, rows: Rows, *projections: Projection) -> list[Heads]:
-    """The heads of each projection. One operation makes all products, because they read the same rows."""
-    products = layer.linear(normed, *(projection.weight for projection in projections), rows=rows)
-    return [_finish(layer, *pair, rows) for pair in zip(projections, products, strict=True)]
+def _project(
+    layer: OneLayer, normed: Hidden, rows: Rows, *projections: Projection, apart: ValuesApart | None = None
+) -> tuple[list[Heads], Float[Array, "rows ranks"] | None]:
+    """The heads of each projection, and Y of `apart`. One operation makes all, because they read the same rows."""
+    names = (projection.weight for projection in projections)
+    products = layer.linear(normed, *names, rows=rows, apart=apart)
+    heads = [_finish(layer, *pair, rows) for pair in zip(projections, products, strict=False)]
+    return heads, None if apart is None else products[-1]
 
 
 def _finish(layer: OneLayer, projection: Projection, product: Float[Array, "rows width"], rows: Rows) -> Heads:
@@ -246,14 +248,11 @@ def _one_mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> Hidden:
 
 
 def _gated(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows width"]:
-    """The gated product. Kernels for it gate before they write, where adapters have not added their part yet: with
-    adapters there are two products, and what gates them is a pass of its own."""
-    layers, config = layer.layers, layer.decoder.config
-    if layer.adapts(rows):
-        gate, up = layer.linear(normed, "w_gate", "w_up", rows=rows)
-        return ACTIVATIONS[config.activation](gate) * up
-    gates = layers.w_gate, layers.w_up, layer.number, rows
-    return layer.decoder.ops.gated_linear(normed, *gates, activation=config.activation)
+    """The gated product, what adapters add to both of its factors in it."""
+    gates = layer.layers.w_gate, layer.layers.w_up, layer.number, rows
+    low_rank = layer.added("w_gate", "w_up", rows=rows)
+    activation = layer.decoder.config.activation
+    return layer.decoder.ops.gated_linear(normed, *gates, activation=activation, low_rank=low_rank)
 
 
 def _experts(layer: OneLayer, router: Float[Array, "layers hidden experts"], normed: Hidden, rows: Rows) -> Hidden:
@@ -270,8 +269,9 @@ def decoder_layer(
     ops, layers = layer.decoder.ops, layer.layers
     with jax.named_scope("attention"):
         normed = layer.norm(layers.attn_norm, hidden)
-        q, keys, values = _project(layer, normed, rows, _query(layer), _key(layers), _value(layers))
-        new = NewKV(keys, values, _values_apart(layer, normed, rows))
+        projections, apart = (_query(layer), _key(layers), _value(layers)), layer.values_apart
+        (q, keys, values), y = _project(layer, normed, rows, *projections, apart=apart)
+        new = NewKV(keys, values, y)
         store = ops.write_kv(store, layer.number, new, rows, tables)
         low_rank = low_rank_of(store, layer.values_apart, rows, len(tables))
         attended = ops.attention(q, store, layer.number, rows, tables, layer.window, low_rank)

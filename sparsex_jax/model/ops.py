@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from sparsex_jax.model.experts import ExpertStacks, Routing, run_experts
-from sparsex_jax.model.low_rank import Added, LowRank, ValuesApart, add_low_rank
+from sparsex_jax.model.low_rank import Adapting, LowRank, ValuesApart, narrow_products
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES, AnyStore, SharedStore, kv_of
@@ -31,13 +31,14 @@ _EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...
 _INPUTS = PartitionSpec(None, TENSOR_AXIS, None)  # [layers, inputs, outputs]
 _OUTPUTS = PartitionSpec(None, None, TENSOR_AXIS)
 _ALL = PartitionSpec()
+_BY_OUTPUTS, _BY_INPUTS = Adapting(_ALL, _OUTPUTS, _ALL, _ALL), Adapting(_INPUTS, _ALL, _ALL, _ALL)  # type: ignore
 # Of `LowRank`: Y is whole on each device, and matrices, [layers, adapters, kv_heads, rank, head_dim], are divided.
 _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
 
 
-def _slots_of(rows: Rows) -> Int[Array, "rows"]:
-    assert rows.adapter is not None, "rows that adapters add to say which one does"
-    return rows.adapter
+def _rank_of(low_rank: Sequence[LowRank | None]) -> int:
+    """Columns of a slot; stacks agree in it. 1 where there are none."""
+    return next((each.rank for each in low_rank if each is not None), 1)
 
 
 class NewKV(NamedTuple):
@@ -46,7 +47,7 @@ class NewKV(NamedTuple):
     Attributes:
       keys: rotated.
       values: with what adapters add to them, but for a `SharedStore`.
-      low_rank: Y of the adapters of all slots, for a `SharedStore`; else None.
+      low_rank: Y of the adapters of all slots, for a `SharedStore`; else None. It may have columns behind those.
     """
 
     keys: Float[Array, "rows kv_heads head_dim"]
@@ -64,6 +65,11 @@ def low_rank_of(store: AnyStore, apart: ValuesApart | None, rows: Rows, num_requ
         return None
     slots = _slot_of_each(rows, num_requests)
     return kernels.LowRank(store.low_rank, apart.b, _columns_of(slots, store.rank), jnp.maximum(slots, 0))
+
+
+def _slots_of(rows: Rows) -> Int[Array, "rows"]:
+    assert rows.adapter is not None, "rows that adapters add to say which one does"
+    return rows.adapter
 
 
 def _slot_of_each(rows: Rows, num_requests: int) -> Int[Array, "requests"]:
@@ -112,32 +118,30 @@ class Ops:
         *,
         over_inputs: bool,
         low_rank: Sequence[LowRank | None] = (),
+        apart: ValuesApart | None = None,
     ) -> tuple[Float[Array, "rows _"], ...]:
         """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`.
 
         Args:
           low_rank: what adapters add to each of the weights, or None, for rows that have one. A mesh divides their B by
             columns, or their A by inputs. None are given: nothing is added.
+          apart: Y of these, whole on each device, comes behind the products.
         """
-        adapted = {at: each for at, each in enumerate(low_rank) if each is not None}
-        stacks = list(adapted.values())
-        added = Added.of(stacks, _slots_of(rows)) if stacks else ()
+        rank = _rank_of(low_rank)
 
-        def run(x: Array, weights: Any, layer: Array, count: Array, *added: Any, **on: Any) -> tuple[Array, ...]:
-            products = kernels.linear(x, weights, layer, count, **on)
-            if added:
-                own = [products[at] for at in adapted]
-                sums = add_low_rank(own, x, Added(*added), layer, count, rank=stacks[0].rank, **on)
-                by_place = dict(zip(adapted, sums, strict=True))
-                products = tuple(by_place.get(at, product) for at, product in enumerate(products))
-            return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products
+        def run(x: Array, weights: Any, layer: Array, count: Array, adapting: Adapting, **on: Any) -> tuple[Any, Any]:
+            added, y = narrow_products(x, adapting, layer, count, rank=rank, **on)
+            products = kernels.linear(x, weights, layer, count, added=added, **on)
+            return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products, y
 
         if over_inputs:
-            divided, a, b, out = PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL
+            divided, by, adapted, out = PartitionSpec(None, TENSOR_AXIS), _INPUTS, _BY_INPUTS, _ALL
         else:
-            divided, a, b, out = _ALL, _ALL, _OUTPUTS, PartitionSpec(None, TENSOR_AXIS)
-        specs = (divided, _INPUTS if over_inputs else _OUTPUTS, _ALL, _ALL, *((a, b, _ALL) if added else ()))
-        return self._over_heads(run, specs, out)(x, tuple(weights), jnp.asarray(layer), rows.count, *added)
+            divided, by, adapted, out = _ALL, _OUTPUTS, _BY_OUTPUTS, PartitionSpec(None, TENSOR_AXIS)
+        apply = self._over_heads(run, (divided, by, _ALL, _ALL, adapted), (out, _ALL))
+        adapting = Adapting.of(low_rank, rows.adapter, apart)
+        products, y = apply(x, tuple(weights), jnp.asarray(layer), rows.count, adapting)
+        return products if y is None else (*products, y)
 
     def gated_linear(
         self,
@@ -148,12 +152,22 @@ class Ops:
         rows: Rows,
         *,
         activation: str = "silu",
+        low_rank: Sequence[LowRank | None] = (),
     ) -> Float[Array, "rows width"]:
-        """`activation(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns."""
-        specs = (_ALL, _OUTPUTS, _OUTPUTS, _ALL, _ALL)
-        gated = functools.partial(kernels.gated_linear, activation=activation)
-        run = self._over_heads(gated, specs, PartitionSpec(None, TENSOR_AXIS))
-        return run(x, gate, up, jnp.asarray(layer), rows.count)
+        """`activation(x @ gate) * (x @ up)`; a mesh divides both matrices and the result by columns.
+
+        Args:
+          low_rank: what adapters add to each of the two products, as in `linear`.
+        """
+        rank = _rank_of(low_rank)
+
+        def run(x: Array, gate: Any, up: Any, layer: Array, count: Array, adapting: Adapting, **on: Any) -> Array:
+            added, _ = narrow_products(x, adapting, layer, count, rank=rank, **on)
+            return kernels.gated_linear(x, gate, up, layer, count, activation=activation, added=added, **on)
+
+        specs = (_ALL, _OUTPUTS, _OUTPUTS, _ALL, _ALL, _BY_OUTPUTS)
+        gated = self._over_heads(run, specs, PartitionSpec(None, TENSOR_AXIS))
+        return gated(x, gate, up, jnp.asarray(layer), rows.count, Adapting.of(low_rank, rows.adapter, None))
 
     def experts(
         self,
@@ -217,13 +231,6 @@ class Ops:
         run = self._over_heads(summed, (_HEADS, _STORE, *[_ALL] * 5), _ALL)
         return run(q, kv_of(store), layer, rows.position, rows.request, tables, window)
 
-    def low_rank(
-        self, x: Float[Array, "rows inputs"], apart: ValuesApart, layer: Int[Array, ""] | int, rows: Rows
-    ) -> Float[Array, "rows ranks"]:
-        """Y = X A of the adapters of all slots, on each device. Products of padding are undefined."""
-        run = self._over_heads(lambda *args, **on: kernels.linear(*args, **on)[0], (_ALL,) * 4, _ALL)
-        return run(x, (apart.a,), jnp.asarray(layer), rows.count)
-
     def write_kv(
         self,
         store: AnyStore,
@@ -239,7 +246,8 @@ class Ops:
         if not isinstance(store, SharedStore):
             return kv
         assert new.low_rank is not None, "a shared store takes Y beside K and V"
-        return store.replace(kv=kv, low_rank=self._write_low_rank(store, layer, new.low_rank, rows, tables))  # type: ignore[attr-defined]
+        y = self._write_low_rank(store, layer, new.low_rank[:, : store.low_rank.shape[3]], rows, tables)
+        return store.replace(kv=kv, low_rank=y)  # type: ignore[attr-defined]
 
     def _write_low_rank(
         self,
@@ -303,15 +311,11 @@ class Ops:
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _ALL))
 
-    def _over_heads(
-        self, op: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
-    ) -> Callable[..., Any]:
+    def _over_heads(self, op: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
         """The operation on the mesh's backend, each device running it on what it holds of the sharded arguments."""
         return self._local(functools.partial(op, backend=self.backend), in_specs, out_specs)
 
-    def _local(
-        self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
-    ) -> Callable[..., Any]:
+    def _local(self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
         if self.mesh.size == 1:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -6,9 +6,10 @@ from typing import Any
 from jax import Array
 from jaxtyping import Float, Int
 
-from sparsex_kernels.arguments import LinearArgs, Matrices
+from sparsex_kernels.arguments import Added, LinearArgs, Matrices
 from sparsex_kernels.backend import Backend, default_backend, late, run
 from sparsex_kernels.linear import xla
+from sparsex_kernels.linear.apart import plus
 from sparsex_kernels.quantised import Mixed, same_kind
 
 # On a TPU, XLA's products take a layer's slice as it is.
@@ -26,6 +27,7 @@ def linear(
     layer: Int[Array, ""] | int,
     count: Int[Array, ""] | int | None = None,
     *,
+    added: Sequence[Added | None] = (),
     backend: Backend | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "rows _"], ...]:
@@ -34,9 +36,12 @@ def linear(
     In a loop over the layers, a product of XLA's has to wait until the layer's weights were copied out of the stack:
     little beside the work of thousands of rows, but three times the bytes of a decode step.
 
+    What is added comes out of the same kernel: `hopper` goes on with its sum and rounds once, `xla` rounds the product,
+    what is added, and their sum.
+
     Args:
-      inputs, weights, layer, count: as in `LinearArgs`. Weights such as those of queries, keys and values are read
-        in one kernel, if they are of one kind. Quantised ones are dequantised on the way.
+      inputs, weights, layer, count, added: as in `LinearArgs`. Weights such as those of queries, keys and values are
+        read in one kernel, if they are of one kind. Quantised ones are dequantised on the way.
       backend: where it runs; None: on JAX's first device.
       implementation: `xla`, which is also what others are compared with, or `hopper` (Pallas); None: the first of the
         backend's order that can do it.
@@ -44,14 +49,17 @@ def linear(
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
+    backend = backend or default_backend()
+    on: Any = {"backend": backend, "implementation": implementation}
     if len(weights) > 1 and not same_kind(weights):
-        about = layer, count
-        apart = (linear(inputs, [each], *about, backend=backend, implementation=implementation) for each in weights)
+        pairs = zip(weights, added or [None] * len(weights), strict=True)
+        apart = (linear(inputs, [each], layer, count, added=[more], **on) for each, more in pairs)
         return tuple(product for products in apart for product in products)
-    if isinstance(weights[0], Mixed):
-        return (_mixed(inputs, weights[0], layer, count, backend, implementation),)
+    if isinstance(weights[0], Mixed):  # whose layers are elsewhere in each of its parts
+        product = _mixed(inputs, weights[0], layer, count, backend, implementation)
+        return plus([product], added, lambda more: linear(more.own, [more.stack], layer, count, **on)[0])
     plain = tuple(weight for weight in weights if not isinstance(weight, Mixed))  # all of them, by now
-    args = LinearArgs(inputs, plain, layer, count, backend or default_backend())
+    args = LinearArgs(inputs, plain, layer, count, backend, added=tuple(added))
     return run("linear", IMPLEMENTATIONS, implementation, args)
 
 
@@ -73,6 +81,7 @@ def gated_linear(
     count: Int[Array, ""] | int | None = None,
     *,
     activation: str = "silu",
+    added: Sequence[Added | None] = (),
     backend: Backend | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "rows width"]:
@@ -83,13 +92,15 @@ def gated_linear(
     Args:
       inputs, layer, count, backend, implementation: as in `linear`. `hopper` rounds once, after gating, unless it
         splits the sum over the inputs.
+      added: to the two products, before they are gated.
       activation: f: `silu`, or `gelu_tanh`, the tanh approximation of GELU, which `hopper` does not do.
 
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
     if isinstance(gate, Mixed) or isinstance(up, Mixed) or not same_kind([gate, up]):
-        first, second = linear(inputs, [gate, up], layer, count, backend=backend, implementation=implementation)
+        on: Any = {"backend": backend, "implementation": implementation}
+        first, second = linear(inputs, [gate, up], layer, count, added=added, **on)
         return xla.ACTIVATIONS[activation](first) * second
-    args = LinearArgs(inputs, (gate, up), layer, count, backend or default_backend(), activation)
+    args = LinearArgs(inputs, (gate, up), layer, count, backend or default_backend(), activation, tuple(added))
     return run("gated_linear", GATED, implementation, args)

@@ -1,6 +1,7 @@
 """Linear layers on stacked weights for Hopper GPUs: all tiles of rows are multiplied with one layer's matrices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,34 +9,45 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from sparsex_kernels.arguments import LinearArgs
+from sparsex_kernels.arguments import Added, LinearArgs
 from sparsex_kernels.hopper_products import DEPTH, SMALLEST, Config, RowTiles, products
 from sparsex_kernels.linear import hopper_codes
+from sparsex_kernels.linear.apart import plus
 from sparsex_kernels.linear.hopper_codes import products_of_codes
+from sparsex_kernels.linear.xla import ACTIVATIONS
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
 from sparsex_kernels.quantised import SQUARE, Quantised, floats
+
+NARROW = 512  # up to this many columns, few rows take tiles of 64: of 128 there are too few for all multiprocessors
 
 
 def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
     rows, inputs = args.inputs.shape
     if _reads_codes(args):
-        out = _in_codes(args)
-    else:
-        args = _as_floats(args)
-        out = _products(args, args.widths, config or choose_config(rows, inputs, args.widths))
+        return plus(_split(_in_codes(args), args), args.added, functools.partial(_added_product, args))
+    config = config or choose_config(rows, inputs, args.widths)
+    return _split(_products(_as_floats(args), args.widths, config), args)
+
+
+def _split(out: Float[Array, "rows widths"], args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
     return tuple(jnp.split(out, np.cumsum(args.widths)[:-1], axis=1))
+
+
+def _added_product(args: LinearArgs, added: Added) -> Float[Array, "rows _"]:
+    """What is added to a product, where the kernel of that one cannot go on with it."""
+    return linear(LinearArgs(added.own, (added.stack,), args.layer, args.count, args.backend))[0]
 
 
 def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array, "rows width"]:
     """See `sparsex_kernels.gated_linear`."""
-    if args.activation != "silu":
+    if args.activation != "silu" and not args.added:  # XLA's two products would be followed by those that are added
         raise NotImplementedError(f"activation={args.activation!r}; the kernel gates with silu")
     (rows, inputs), (width, _) = args.inputs.shape, args.widths
-    config = config or choose_config(rows, inputs, (2 * width,))
-    if config.splits > 1 or _reads_codes(args):  # the sum must be complete, and scaled, before it is gated
-        gate, up = linear(args)
-        return jax.nn.silu(gate) * up
+    config = config or choose_config(rows, inputs, (2 * width,), matrices=2)
+    if config.splits > 1 or _reads_codes(args) or args.activation != "silu":
+        gate, up = linear(args)  # the sum must be complete, and scaled, before it is gated
+        return ACTIVATIONS[args.activation](gate) * up
     return _products(_as_floats(args), (width,), config)
 
 
@@ -78,7 +90,9 @@ def _as_floats(args: LinearArgs) -> LinearArgs:
     if not any(isinstance(weight, Quantised) for weight in args.weights):
         return args
     layers = (jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, args.layer), each) for each in args.weights)
-    return dataclasses.replace(args, weights=tuple(floats(each, args.inputs.dtype) for each in layers), layer=0)
+    weights = tuple(floats(each, args.inputs.dtype) for each in layers)
+    added = tuple(each and each.of_layer(args.layer) for each in args.added)
+    return dataclasses.replace(args, weights=weights, layer=0, added=added)
 
 
 def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Float[Array, "rows widths"]:
@@ -89,13 +103,18 @@ def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Floa
     wanted = jnp.clip(-(-count // tile), 0, row_tiles)
     layers = jnp.full(row_tiles, args.layer, jnp.int32)
     tiles = RowTiles(tile, wanted, layers, together=True)
-    return products(args.inputs, args.arrays, widths, tiles, config, args.backend)
+    return products(args.inputs, args.arrays, widths, tiles, config, args.backend, args.added)
 
 
-def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:
-    """Sizes that suit this number of rows and inputs, and weights of these widths; a split has four steps or more."""
+def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int = 1) -> Config:
+    """Sizes that suit this number of rows and inputs, and weights of these widths; a split has four steps or more.
+
+    Args:
+      matrices: 2 for a gated product, whose tile has half of its columns of each.
+    """
     few = rows <= WGMMA_ROWS
-    columns = next((n for n in ((128, 64) if few else (256, 128, 64)) if not any(w % n for w in widths)), 0)
+    most = (64 * matrices if sum(widths) <= NARROW else 128) if few else 256
+    columns = next((n for n in (256, 128, 64) if n <= most and not any(w % n for w in widths)), 0)
     if not columns:
         raise NotImplementedError(f"weights of {widths} columns; the kernel takes multiples of 64")
     tiles = sum(widths) // columns * -(-rows // (WGMMA_ROWS if few else 2 * WGMMA_ROWS))

@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
+from sparsex_kernels.linear.apart import plus
 from sparsex_kernels.quantised import Quantised, dequantise, numbers
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -19,7 +20,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
-    return tuple(_product(args.inputs, weight, args.layer) for weight in args.weights)
+    products = [_product(args.inputs, weight, args.layer) for weight in args.weights]
+    return plus(products, args.added, lambda more: _product(more.own, more.stack, args.layer))
 
 
 def _product(inputs: Array, stack: Array | Quantised, layer: Array | int) -> Array:

@@ -1,5 +1,7 @@
 """Low-rank write as one scatter."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from sparsex_kernels.arguments import WriteLowRankArgs
@@ -11,10 +13,12 @@ def write_low_rank(args: WriteLowRankArgs) -> LowRankStore:
     store, values = args.store, args.values.astype(args.store.dtype)
     _, pages, page_size, _ = store.shape
     page = args.page_tables.at[args.requests, args.positions // page_size].get(mode="clip")
-    page, offset = jnp.where(args.positions >= 0, page, pages), args.positions % page_size  # behind the last: dropped
+    dropped = pages + jnp.arange(len(values))  # behind the last page, each row elsewhere: no two rows share a slot
+    page, offset = jnp.where(args.positions >= 0, page, dropped), args.positions % page_size
+    how: Any = {"mode": "drop", "unique_indices": True}  # so that nothing need be atomic
     if args.columns is None:
-        return store.at[args.layer, page, offset].set(values, mode="drop")
+        return store.at[args.layer, page, offset].set(values, **how)
     first = args.columns.at[args.requests].get(mode="clip")
-    page = jnp.where(first >= 0, page, pages)
+    page = jnp.where(first >= 0, page, dropped)
     column = first[:, None] + jnp.arange(values.shape[1])
-    return store.at[args.layer, page[:, None], offset[:, None], column].set(values, mode="drop")
+    return store.at[args.layer, page[:, None], offset[:, None], column].set(values, **how)

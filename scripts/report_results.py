@@ -222,7 +222,7 @@ def quality_summary(document: Document) -> str:
 
 # End to end -------------------------------------------------------------------------------------------------
 
-CASE = re.compile(r"TTFT, (\d+) tokens(?:, (.*))?")
+CASE = re.compile(r"TTFT, (\d+) tokens(?:, (.* reused in .*))?")  # not of prefixes, which only one method finds
 
 
 def first_tokens(document: Document) -> dict[tuple[int, str], dict[str, Row]]:
@@ -262,7 +262,7 @@ def time_cell(cells: dict[str, Row], name: str) -> str:
 
 
 def bounds_table(document: Document) -> str:
-    """Share of token-layers computed, the time this share allows, and the cost model's prediction."""
+    """Share of token-layers computed, the time that the work takes at full recompute's pace, and the cost model's."""
     cases = first_tokens(document)
     some = next(iter(cases.values()))
     lines = []
@@ -277,7 +277,7 @@ def end_to_end(document: Document) -> str:
         provenance(document),
         f"\nMilliseconds to the first token{how_reused(document)}:\n\n",
         times_table(document),
-        "\nShare of token-layers computed; that share of full recompute's time, ms; the cost model's, ms:\n\n",
+        "\nShare of token-layers computed; what the work takes at full recompute's pace, ms; the cost model's, ms:\n\n",
         bounds_table(document),
         decode_and_agents(document),
     ]

@@ -302,6 +302,21 @@ def decode_and_agents(document: Document) -> str:
     return "\n" + table(heading, lines, names=2)
 
 
+def works(document: Document) -> str:
+    """All rows: a line for each work, a column for each implementation."""
+    cells = pivot(document["rows"])
+    names = columns_of(cells)
+    lines = [
+        [
+            work,
+            next(iter(row.values()))["unit"],
+            *(f"{row[name]['figure']:.2f}" if name in row else "-" for name in names),
+        ]
+        for work, row in cells.items()
+    ]
+    return f"{provenance(document)}\n{table(['work', 'unit', *names], lines, names=2)}"
+
+
 HEADLINE_TIMES = ("transformers, SDPA", "plain scan", "full", "sparsex l*=3, 15 %", "sparsex l*=0, 5 %", "naive")
 
 
@@ -928,6 +943,7 @@ VIEWS: dict[str, View] = {
     "answers": answers,
     "structure": structure,
     "soak": soak,
+    "works": works,
     "serving": serving,
     "conversations": conversations,
     "conversations_headline": conversations_headline,

@@ -181,7 +181,7 @@ def first_tokens(
         milliseconds, report = time_to_first_token(engine, prompt, reuse, work, runs)
         full = full or milliseconds
         bound = full * flops_fraction(engine.model, reuse, report)
-        predicted = predict(engine, prompt, reuse, work)
+        predicted = predict(engine, prompt, reuse, work, report)
         yield Row(work, name, milliseconds, "ms", bound, predicted, report.computed_fraction)
         if name == FULL:
             yield from plain_rows(engine, prompt, runs, work)
@@ -194,7 +194,7 @@ def first_token_behind_a_prefix(engine: Engine, length: int, reused: float, runs
     prefix, prompt = prefix_and_prompt(engine.model.vocab_size, length, reused, work)
     remember_all(engine, [prefix], work)
     milliseconds, report = time_to_first_token(engine, prompt, reuse, work, runs)
-    predicted = predict(engine, prompt, reuse, work)
+    predicted = predict(engine, prompt, reuse, work, report)
     return Row(work, "prefix", milliseconds, "ms", predicted=predicted, computed=report.computed_fraction)
 
 
@@ -207,11 +207,12 @@ def time_to_first_token(
     return 1e3 * statistics.median(report.ttft_s for report in reports), reports[0]
 
 
-def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float | None:
-    """The milliseconds that the cost model predicts. None for an engine that does not measure its devices."""
+def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str, report: Report) -> float | None:
+    """The milliseconds that the cost model predicts for the rows that were chosen, which with random weights are other
+    ones than it expects. None for an engine that does not measure its devices."""
     speeds = engine.admission.choice.speeds
     with engine.prefilled(prompt, reuse=reuse, namespace=namespace) as sequence:
-        return None if speeds is None else 1e3 * prefill_seconds(engine.model, sequence.plan, speeds)
+        return None if speeds is None else 1e3 * prefill_seconds(engine.model, sequence.plan, speeds, report.active)
 
 
 def host_milliseconds(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float:

@@ -39,8 +39,8 @@ class Ahead:
         """
         key = program, *_described((args, options))
         if key not in self._started:
-            lowered = program.lower(*args, **options)  # type: ignore[attr-defined]
-            self._started[key] = lowered.out_info, self._pool.submit(lowered.compile)
+            traced = program.trace(*args, **options)  # type: ignore[attr-defined]
+            self._started[key] = _results(traced), self._pool.submit(traced.lower().compile)
         results, _ = self._started[key]
         donated = {(array.shape, array.dtype): array for array in jax.tree.leaves(store)}
 
@@ -56,8 +56,15 @@ class Ahead:
         self._pool.shutdown()
 
 
+def _results(traced: Any) -> Any:
+    """The types of a program's results. `out_info` does not say which are weak."""
+    return jax.tree.unflatten(jax.tree.structure(traced.out_info), traced.jaxpr.out_avals)
+
+
 def _zeros(like: Any, placed: Sharding) -> jax.Array:
-    return jax.device_put(np.zeros(like.shape, like.dtype), placed)
+    """Zeros of a type that programs cannot tell from the result's, be it weak."""
+    zeros = np.zeros(like.shape, like.dtype)
+    return jax.device_put(zeros.item() if like.weak_type and not like.shape else zeros, placed)
 
 
 def _described(tree: Any) -> tuple[Any, ...]:

@@ -214,10 +214,8 @@ class Runner:
 
     @contextlib.contextmanager
     def compiling(self, ahead: Ahead) -> Iterator[None]:
-        """Within, steps do not compute but for copies: their programs are compiled, and their results are zeros.
-
-        Copies are compiled soon, and leave the store placed as all programs leave it, which is how others find it.
-        """
+        """Within, steps compute nothing but copies, which are compiled soon: their programs are compiled, and their
+        results are zeros."""
         self._ahead = ahead
         try:
             yield

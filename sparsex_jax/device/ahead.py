@@ -8,7 +8,7 @@ what the program computes. JAX keeps what was compiled: when the program is call
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -25,7 +25,7 @@ class Ahead:
     def __init__(self) -> None:
         processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._pool = ThreadPoolExecutor(min(processors, _MOST_THREADS), thread_name_prefix="compile")
-        self._started: dict[Any, tuple[Any, Future[Any]]] = {}
+        self._started: dict[Any, tuple[Any, Sequence[Any], Future[Any]]] = {}
 
     def run(self, program: Callable[..., Any], store: Any, placed: Sharding, /, *args: Any, **options: Any) -> Any:
         """Begin to compile a jitted program for these arguments, unless it has begun.
@@ -40,25 +40,22 @@ class Ahead:
         key = program, *_described((args, options))
         if key not in self._started:
             traced = program.trace(*args, **options)  # type: ignore[attr-defined]
-            self._started[key] = _results(traced), self._pool.submit(traced.lower().compile)
-        results, _ = self._started[key]
+            lowered = traced.lower()
+            # Types and tree apart, since checked dataclasses hold arrays only. `out_info` would not say what is weak.
+            self._started[key] = lowered.out_tree, traced.jaxpr.out_avals, self._pool.submit(lowered.compile)
+        tree, types, _ = self._started[key]
         donated = {(array.shape, array.dtype): array for array in jax.tree.leaves(store)}
 
         def stand_in(like: Any) -> jax.Array:
             found = donated.get((like.shape, like.dtype))
             return _zeros(like, placed) if found is None else found
 
-        return jax.tree.map(stand_in, results)
+        return jax.tree.unflatten(tree, [stand_in(like) for like in types])
 
     def wait(self) -> None:
         """Wait for all of them. One that fails fails again where it is called, and says so there."""
-        wait([future for _, future in self._started.values()])
+        wait([future for _, _, future in self._started.values()])
         self._pool.shutdown()
-
-
-def _results(traced: Any) -> Any:
-    """The types of a program's results. `out_info` does not say which are weak."""
-    return jax.tree.unflatten(jax.tree.structure(traced.out_info), traced.jaxpr.out_avals)
 
 
 def _zeros(like: Any, placed: Sharding) -> jax.Array:

@@ -29,7 +29,6 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -43,7 +42,7 @@ from sparsex_jax import Engine, EngineConfig, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.eval.engines import make_engine, settled
 from sparsex_jax.eval.footprint import footprint, store_bytes
-from sparsex_jax.eval.results import file_stem, provenance, write_json
+from sparsex_jax.eval.results import provenance, rows_of_file, write_json
 from sparsex_jax.scheduler.output import Generation
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
 
@@ -246,9 +245,7 @@ def engine_for(options: argparse.Namespace, **fields: Any) -> Engine:
 
 def earlier_rows(about: dict[str, Any], works: set[tuple[str, str]], folder: Path) -> list[dict[str, Any]]:
     """Rows of the file that is there already, but those of these works."""
-    path = folder / f"{file_stem(about)}.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
-    measured = [row for row in rows if row["unit"] != "agents"]
+    measured = [row for row in rows_of_file(about, folder) if row["unit"] != "agents"]
     return [row for row in measured if (row["work"].partition(": ")[0], row["implementation"]) not in works]
 
 

@@ -4,11 +4,13 @@
 
 The weights are random and in bfloat16, since the figures depend on shapes alone. A prompt has stored segments with
 fresh text before, between and behind them. The first value of --segments and --reused runs with every length, the
-others only with the last. Times are medians, without the run that compiles, until the first token is on the host. Each
-comes with two predictions: a bound, full recompute's time multiplied by the share of token-layers computed, and the
-cost model's. The same run measures a plain program (a scan over stacked weights, cuDNN's attention, no pages),
-transformers with SDPA if torch is installed, decode and the time that its bytes take at the bandwidth of a copy, and a
-round of agents that read each other's outputs. Writes `e2e-<model>-<device>.json` to `scripts/results`.
+others only with the last; with every length, the same share is also stored as a prefix. Times are medians, without the
+run that compiles, until the first token is on the host. Each comes with two predictions: a bound, full recompute's time
+multiplied by the share of its operations that was done, attention to the keys that the rows really have included; and
+the cost model's. The same run measures a plain program (a scan over stacked weights, cuDNN's attention, no pages) where
+there is memory for it, transformers with SDPA if torch is installed, decode and the time that its bytes take at the
+bandwidth of a copy, and a round of agents that read each other's outputs. Writes `e2e-<model>-<device>.json` to
+`scripts/results`.
 """
 
 import argparse
@@ -17,8 +19,9 @@ import dataclasses
 import functools
 import multiprocessing
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,12 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.config import ModelConfig, named_config
+from sparsex_jax.eval.flops import flops_fraction
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.decoder import inv_freq, logits, rms_norm
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.cost import prefill_seconds
+from sparsex_jax.reuse.report import Report
 from sparsex_kernels.rope import apply_rope
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -41,6 +46,7 @@ AGENTS, SHARED, ANSWER = (
     24 * 1024,
     32,
 )  # of the round of agents: agents, tokens that all of them read, new tokens of each
+FEW, MANY = 16, 144  # new tokens of two batches, whose difference is decode alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Row:
     """One figure and its predictions.
 
     Attributes:
-      bound: by the share of work, or by the bytes.
+      bound: by the share of operations, or by the bytes.
       predicted: by the cost model.
       computed: the share of token-layers computed.
     """
@@ -88,45 +94,125 @@ def methods(num_layers: int) -> dict[str, ReuseConfig]:
     return {name: reuse.updated(only_if_faster=False) for name, reuse in found.items()}  # whatever they cost
 
 
+# What is asked. `bench_vllm.py` asks the same -----------------------------------------------------------------
+
+
+def segments_and_prompt(
+    vocabulary: int, length: int, segments: int, reused: float, name: str
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Segments to store, and a prompt of them with fresh tokens before and behind each. Each name has other tokens."""
+    rng, each = np.random.default_rng([*name.encode()]), int(length * reused) // segments
+    stored = [rng.integers(1, vocabulary, each) for _ in range(segments)]
+    fresh = np.array_split(rng.integers(1, vocabulary, length - each * segments), segments + 1)
+    pieces = [piece for pair in zip(fresh, stored, strict=False) for piece in pair]
+    return stored, np.concatenate([*pieces, fresh[-1]]).astype(np.int32)
+
+
+def prefix_and_prompt(vocabulary: int, length: int, reused: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A prefix to store, which is this share of the prompt, and the prompt. Each name has other tokens."""
+    prompt = np.random.default_rng([*name.encode()]).integers(1, vocabulary, length).astype(np.int32)
+    return prompt[: int(length * reused)], prompt
+
+
+def decode_prompts(vocabulary: int, context: int, requests: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(context)
+    return [rng.integers(1, vocabulary, context) for _ in range(requests)]
+
+
+class Agents:
+    """Agents who read the outputs of all, each in an order of its own, between texts of its own.
+
+    Attributes:
+      said: everybody's output.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary, self._rng = vocabulary, np.random.default_rng(0)
+        self.said = [self._rng.integers(1, vocabulary, SHARED // AGENTS) for _ in range(AGENTS)]
+
+    def prompts(self) -> list[np.ndarray]:
+        """Those of one round, other ones each time."""
+        return [np.concatenate([self._own(), *self._in_some_order(), [7] * 64]) for _ in range(AGENTS)]
+
+    def _own(self) -> np.ndarray:
+        return self._rng.integers(1, self._vocabulary, 64)
+
+    def _in_some_order(self) -> Iterator[np.ndarray]:
+        return (self.said[i] for i in self._rng.permutation(AGENTS))
+
+
+def segments_work(length: int, segments: int, reused: float) -> str:
+    return f"TTFT, {length} tokens, {reused:.0%} reused in {segments}"
+
+
+def prefix_work(length: int, reused: float) -> str:
+    return f"TTFT, {length} tokens, {reused:.0%} a prefix"
+
+
+def decode_work(requests: int, context: int) -> str:
+    return f"decode, {requests} x {context}"
+
+
+AGENTS_WORK = f"round of {AGENTS} agents, {SHARED} tokens shared"
+
 # The engine -------------------------------------------------------------------------------------------------
 
 
 def make_prompt(engine: Engine, length: int, segments: int, reused: float, namespace: str) -> np.ndarray:
     """Store segments in the namespace, and make a prompt of them with fresh tokens before and behind each."""
-    vocabulary, rng = engine.model.vocab_size, np.random.default_rng([*namespace.encode()])  # other tokens in each case
-    each = int(length * reused) // segments
-    stored = [rng.integers(1, vocabulary, each) for _ in range(segments)]
-    for segment in stored:
-        engine.remember(segment, namespace=namespace, company=False)
-    fresh = np.array_split(rng.integers(1, vocabulary, length - each * segments), segments + 1)
-    pieces = [piece for pair in zip(fresh, stored, strict=False) for piece in pair]
-    return np.concatenate([*pieces, fresh[-1]]).astype(np.int32)
+    stored, prompt = segments_and_prompt(engine.model.vocab_size, length, segments, reused, namespace)
+    remember_all(engine, stored, namespace)
+    return prompt
+
+
+def remember_all(engine: Engine, texts: Sequence[np.ndarray], namespace: str) -> None:
+    for text in texts:
+        engine.remember(text, namespace=namespace, company=False)
 
 
 def first_tokens(
     engine: Engine, length: int, segments: int, reused: float, runs: int, asked: dict[str, ReuseConfig]
 ) -> Iterator[Row]:
     """The TTFT of each method for one prompt, in milliseconds."""
-    work = f"TTFT, {length} tokens, {reused:.0%} reused in {segments}"
+    work = segments_work(length, segments, reused)
     prompt = make_prompt(engine, length, segments, reused, work)
     full = None
     for name, reuse in asked.items():
-        reports = [engine.prefill(prompt, reuse=reuse, namespace=work, keep=False).report for _ in range(runs + 1)][1:]
-        milliseconds = 1e3 * statistics.median(report.ttft_s for report in reports)
+        milliseconds, report = time_to_first_token(engine, prompt, reuse, work, runs)
         full = full or milliseconds
-        computed = reports[0].computed_fraction
-        predicted = predict(engine, prompt, reuse, work)
-        yield Row(work, name, milliseconds, "ms", full * computed, predicted, computed)
+        bound = full * flops_fraction(engine.model, reuse, report)
+        predicted = predict(engine, prompt, reuse, work, report)
+        yield Row(work, name, milliseconds, "ms", bound, predicted, report.computed_fraction)
         if name == FULL:
-            yield Row(work, "plain scan", plain_milliseconds(engine, prompt, runs), "ms")
+            yield from plain_rows(engine, prompt, runs, work)
     yield Row(work, "host, before the device", host_milliseconds(engine, prompt, reuse, work), "ms")
 
 
-def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float | None:
-    """The milliseconds that the cost model predicts. None for an engine that does not measure its devices."""
+def first_token_behind_a_prefix(engine: Engine, length: int, reused: float, runs: int) -> Row:
+    """The TTFT of a prompt whose beginning is stored, exactly."""
+    work, reuse = prefix_work(length, reused), ReuseConfig("prefix")
+    prefix, prompt = prefix_and_prompt(engine.model.vocab_size, length, reused, work)
+    remember_all(engine, [prefix], work)
+    milliseconds, report = time_to_first_token(engine, prompt, reuse, work, runs)
+    predicted = predict(engine, prompt, reuse, work, report)
+    return Row(work, "prefix", milliseconds, "ms", predicted=predicted, computed=report.computed_fraction)
+
+
+def time_to_first_token(
+    engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str, runs: int
+) -> tuple[float, Report]:
+    """The median of some runs behind one that may compile, in milliseconds, and the report of one of them."""
+    prefills = (engine.prefill(prompt, reuse=reuse, namespace=namespace, keep=False) for _ in range(runs + 1))
+    _, *reports = (prefill.report for prefill in prefills)
+    return 1e3 * statistics.median(report.ttft_s for report in reports), reports[0]
+
+
+def predict(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str, report: Report) -> float | None:
+    """The milliseconds that the cost model predicts for the rows that were chosen, which with random weights are other
+    ones than it expects. None for an engine that does not measure its devices."""
     speeds = engine.admission.choice.speeds
     with engine.prefilled(prompt, reuse=reuse, namespace=namespace) as sequence:
-        return None if speeds is None else 1e3 * prefill_seconds(engine.model, sequence.plan, speeds)
+        return None if speeds is None else 1e3 * prefill_seconds(engine.model, sequence.plan, speeds, report.active)
 
 
 def host_milliseconds(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, namespace: str) -> float:
@@ -148,19 +234,17 @@ def host_milliseconds(engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, na
 
 def decode(engine: Engine, context: int, requests: int, rate: float) -> Row:
     """Milliseconds of a decode step, from the additional time of 128 tokens. The prompts are stored prefixes."""
-    rng = np.random.default_rng(context)
-    prompts = [rng.integers(1, engine.model.vocab_size, context) for _ in range(requests)]
-    for prompt in prompts:
-        engine.remember(prompt, namespace="decode", company=False)
+    prompts = decode_prompts(engine.model.vocab_size, context, requests)
+    remember_all(engine, prompts, "decode")
     taken = {}
-    for new in (16, 144, 16, 144):
+    for new in (FEW, MANY, FEW, MANY):
         begin = time.perf_counter()
         sampling = SamplingParams(new, ignore_eos=True)
         engine.generate_batch(prompts, sampling, reuse=ReuseConfig("prefix"), namespace="decode", keep=False)
         taken[new] = time.perf_counter() - begin
-    step = 1e3 * (taken[144] - taken[16]) / 128
+    step = 1e3 * (taken[MANY] - taken[FEW]) / (MANY - FEW)
     bound = 1e3 * decode_bytes(engine, requests * (context + 80)) / rate
-    return Row(f"decode, {requests} x {context}", "prefix", step, "ms a step", bound)
+    return Row(decode_work(requests, context), "prefix", step, "ms a step", bound)
 
 
 def decode_bytes(engine: Engine, tokens: int) -> int:
@@ -174,20 +258,15 @@ def decode_bytes(engine: Engine, tokens: int) -> int:
 
 def agents(engine: Engine, reuse: ReuseConfig, name: str) -> Row:
     """Prompts a second in a round of agents. Each reads the outputs of all, in an order of its own, and answers."""
-    rng, vocabulary = np.random.default_rng(0), engine.model.vocab_size
-    said = [rng.integers(1, vocabulary, SHARED // AGENTS) for _ in range(AGENTS)]
-    for output in said:
-        engine.remember(output, namespace=name, company=False)
+    asking = Agents(engine.model.vocab_size)
+    remember_all(engine, asking.said, name)
     taken = []
     for _ in range(2):
-        prompts = [
-            np.concatenate([rng.integers(1, vocabulary, 64), *(said[i] for i in rng.permutation(AGENTS)), [7] * 64])
-            for _ in range(AGENTS)
-        ]
+        prompts = asking.prompts()
         begin = time.perf_counter()
         engine.generate_batch(prompts, SamplingParams(ANSWER, ignore_eos=True), reuse=reuse, namespace=name, keep=False)
         taken.append(time.perf_counter() - begin)
-    return Row(f"round of {AGENTS} agents, {SHARED} tokens shared", name, AGENTS / taken[-1], "prompts a second")
+    return Row(AGENTS_WORK, name, AGENTS / taken[-1], "prompts a second")
 
 
 # References -------------------------------------------------------------------------------------------------
@@ -214,9 +293,17 @@ def median_milliseconds(run: Callable[..., Any], *args: Any, runs: int) -> float
     return 1e3 * statistics.median(taken)
 
 
-def plain_milliseconds(engine: Engine, prompt: np.ndarray, runs: int) -> float:
-    tokens = jnp.asarray(prompt)
-    return median_milliseconds(functools.partial(plain, config=engine.model), engine.runner.params, tokens, runs=runs)
+def plain_rows(engine: Engine, prompt: np.ndarray, runs: int, work: str) -> Iterator[Row]:
+    """The time of the plain program; none where the device has no memory for it, beside the engine's."""
+    tokens, run = jnp.asarray(prompt), functools.partial(plain, config=engine.model)
+    try:
+        milliseconds = median_milliseconds(run, engine.runner.params, tokens, runs=runs)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"{work}: the plain scan found no memory", file=sys.stderr, flush=True)
+    else:
+        yield Row(work, "plain scan", milliseconds, "ms")
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -289,7 +376,8 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
         others = apart.submit(transformers_rows, options.model, options.lengths, options.runs).result()
     yield from others
     most = max(options.decode, default=1)
-    needed = max(4 * max(options.lengths), (options.context + 256) * most + 8192)
+    # A case's segments, its prompt, and as much again, so that only earlier cases are evicted.
+    needed = max(3 * max(options.lengths) + 8192, (options.context + 256) * most + 8192)
     needed = max(needed, (AGENTS + 1) * (SHARED + 512)) if options.agents else needed
     longest = max(*options.lengths, options.context + 256, SHARED + 512 if options.agents else 0)
     shapes = dataclasses.replace(
@@ -315,6 +403,8 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
     cases += [(options.lengths[-1], segments, other) for other in options.reused[1:]]
     for length, number, share in cases:
         yield from first_tokens(engine, length, number, share, options.runs, asked)
+    for length in options.lengths:
+        yield first_token_behind_a_prefix(engine, length, reused, options.runs)
     rate = copy_rate()
     for requests in options.decode:
         yield decode(engine, options.context, requests, rate)

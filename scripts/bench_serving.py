@@ -8,6 +8,8 @@ a share of what full recompute gets through when all requests are there at once.
 pass in a namespace of its own in which nothing was compiled. Prints a table for each workload, and writes
 `serving-<model>-<device>.json` and, with matplotlib, a plot to `scripts/results`.
 
+With --device-model NAME it measures servers with random weights over HTTP, ours and others': `bench_load.py` says how.
+
 TTFT counts from the time a request was due. The tokens of one decode call arrive together, and the time since the last
 tokens is divided among them. Goodput counts requests whose TTFT and mean time between tokens are within their limits.
 """
@@ -15,8 +17,10 @@ tokens is divided among them. Goodput counts requests whose TTFT and mean time b
 import argparse
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import itertools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -227,6 +231,9 @@ def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, d
 
 
 def main() -> None:
+    if any(argument.partition("=")[0] == "--device-model" for argument in sys.argv[1:]):
+        importlib.import_module("bench_load").main()  # over HTTP
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct", help="a checkpoint, or a named configuration for random weights")

@@ -222,7 +222,7 @@ def quality_summary(document: Document) -> str:
 
 # End to end -------------------------------------------------------------------------------------------------
 
-CASE = re.compile(r"TTFT, (\d+) tokens(?:, (.*))?")
+CASE = re.compile(r"TTFT, (\d+) tokens(?:, (.* reused in .*))?")  # not of prefixes, which only one method finds
 
 
 def first_tokens(document: Document) -> dict[tuple[int, str], dict[str, Row]]:
@@ -262,7 +262,7 @@ def time_cell(cells: dict[str, Row], name: str) -> str:
 
 
 def bounds_table(document: Document) -> str:
-    """Share of token-layers computed, the time this share allows, and the cost model's prediction."""
+    """Share of token-layers computed, the time that the work takes at full recompute's pace, and the cost model's."""
     cases = first_tokens(document)
     some = next(iter(cases.values()))
     lines = []
@@ -277,7 +277,7 @@ def end_to_end(document: Document) -> str:
         provenance(document),
         f"\nMilliseconds to the first token{how_reused(document)}:\n\n",
         times_table(document),
-        "\nShare of token-layers computed; that share of full recompute's time, ms; the cost model's, ms:\n\n",
+        "\nShare of token-layers computed; what the work takes at full recompute's pace, ms; the cost model's, ms:\n\n",
         bounds_table(document),
         decode_and_agents(document),
     ]
@@ -300,6 +300,21 @@ def decode_and_agents(document: Document) -> str:
         lines.append([row["work"], row["implementation"], f"{row['figure']:.1f}", row["unit"], bound])
     heading = ["work", "method", "figure", "unit", "what its bytes take at the rate of a copy"]
     return "\n" + table(heading, lines, names=2)
+
+
+def works(document: Document) -> str:
+    """All rows: a line for each work, a column for each implementation."""
+    cells = pivot(document["rows"])
+    names = columns_of(cells)
+    lines = [
+        [
+            work,
+            next(iter(row.values()))["unit"],
+            *(f"{row[name]['figure']:.2f}" if name in row else "-" for name in names),
+        ]
+        for work, row in cells.items()
+    ]
+    return f"{provenance(document)}\n{table(['work', 'unit', *names], lines, names=2)}"
 
 
 HEADLINE_TIMES = ("transformers, SDPA", "plain scan", "full", "sparsex l*=3, 15 %", "sparsex l*=0, 5 %", "naive")
@@ -953,6 +968,7 @@ VIEWS: dict[str, View] = {
     "answers": answers,
     "structure": structure,
     "soak": soak,
+    "works": works,
     "serving": serving,
     "routing": routing,
     "conversations": conversations,

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import logging
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest.mock import Mock
 
 import jax
@@ -20,7 +20,7 @@ from sparsex_jax.config import EngineConfig
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.planner import CHUNKS, Shapes
-from sparsex_kernels import api, backend
+from sparsex_kernels import api, backend, triton
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend, FallbackWarning, prefer
 from sparsex_kernels.key_mass.triton import config_for
@@ -167,6 +167,34 @@ def test_what_was_asked_for_is_no_fall_back(recwarn):
     with prefer("xla"):
         api.paged_attention(*case, backend=Backend.of(device("gpu", compute_capability="9.0")))
     assert not recwarn
+
+
+def pretend_jax_triton(monkeypatch, **has):
+    """A `jax_triton` that imports, with a compiler and a launcher, or with what stands in for them."""
+    library = SimpleNamespace(**{"cb": ModuleType("compiler"), "triton_kernel_call_lib": ModuleType("launcher")} | has)
+    modules = {"jax_triton.triton_lib": library, "triton": SimpleNamespace(__version__="3.6.0")}
+    monkeypatch.setattr(triton, "importlib", SimpleNamespace(import_module=modules.__getitem__))
+
+
+def test_triton_runs_where_jax_triton_has_a_compiler(monkeypatch):
+    pretend_jax_triton(monkeypatch)
+    triton.check_available(HOPPER)
+    with pytest.raises(NotImplementedError, match="Triton kernels on a tpu"):
+        triton.check_available(TPU)
+
+
+@pytest.mark.parametrize(
+    ("has", "reason"),
+    [({"cb": SimpleNamespace()}, r"in Triton 3\.6\.0"), ({"triton_kernel_call_lib": None}, "JAX with GPU support")],
+)
+def test_a_jax_triton_with_stubs_is_passed_over(monkeypatch, has, reason):
+    """It would fail where the program is lowered, when no other implementation can be tried any more."""
+    pretend_jax_triton(monkeypatch, **has)
+    with pytest.raises(NotImplementedError, match=reason):
+        triton.check_available(HOPPER)
+    able = {"triton": lambda args: triton.check_available(args.backend), "xla": lambda _: "plain XLA"}
+    with pytest.warns(FallbackWarning, match=reason):
+        assert backend.run("key_mass", able, None, SimpleNamespace(backend=Backend("gpu", "8.0"))) == "plain XLA"
 
 
 def test_an_implementation_that_works_hides_why_others_do_not():

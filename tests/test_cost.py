@@ -48,6 +48,21 @@ def test_less_work_is_predicted_to_take_less_time(engine):
     assert full > late > early > none > 0
 
 
+def test_what_was_chosen_is_priced_where_it_is(engine, monkeypatch):
+    """Tokens at a prompt's beginning attend to few keys, and those at its end to all. Even spread is between."""
+    monkeypatch.setattr("sparsex_jax.reuse.cost._TILE", 8)  # as if the prompt had many tiles
+    fresh, few = np.repeat([True, False, True], [40, 300, 40]), np.zeros(380, bool)
+    early, late = few.copy(), few.copy()
+    early[56:101], late[279:324] = True, True  # as many as the signal chooses, within the edges that are forced
+    per_key = dataclasses.replace(PER_ROW, small=dataclasses.replace(CHUNK, key=(0.1, 51.2)))
+    options = {"reuse": ReuseConfig(boundary_layer=1), "namespace": "n"}
+    with engine.prefilled(PROMPT, **options) as sequence:
+        first, even, last = (
+            prefill_seconds(TINY, sequence.plan, per_key, active) for active in (fresh | early, None, fresh | late)
+        )
+    assert first < even < last
+
+
 def test_the_parts_of_a_prefill_add_up(engine):
     """Computed by hand: 380 tokens in 4 layers, and 80 of them fresh beside 300 that are copied."""
     speeds = dataclasses.replace(PER_ROW, start=7.0, copy=5.0)

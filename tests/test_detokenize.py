@@ -10,8 +10,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from sparsex_jax import NonFiniteLogitsError, SamplingParams
 from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.text.detokenizer import Detokenizer
+from sparsex_jax.device.sampling import NON_FINITE
+from sparsex_jax.scheduler.output import Output
+from sparsex_jax.text.detokenizer import Detokenizer, _Characters
 from sparsex_jax.text.token_text import TokenText
 
 TEXTS = [
@@ -182,12 +185,37 @@ def test_500_broken_bytes_stream_as_the_full_decode(tokenizer, seed):
     assert "".join(stream(tokenizer, tokens)) == whole(tokenizer, tokens)
 
 
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_tokens_that_come_together_have_the_text_that_each_has(byte_level, sentencepiece, data):
+    """An answer takes a dispatch at once, up to the token that ends it, as if its tokens had come one by one."""
+    tokenizer = data.draw(st.sampled_from([byte_level, sentencepiece]))
+    token = st.integers(0, len(tokenizer) - 1) | st.sampled_from(partial_characters(tokenizer)) | st.just(7)
+    dispatches = data.draw(st.lists(st.lists(token, max_size=17), max_size=5))
+    sampling = SamplingParams(data.draw(st.integers(1, 60)), include_stop=data.draw(st.booleans()))
+    together, apart = (Output(sampling, [7], tokenizer) for _ in range(2))
+    for tokens in dispatches:
+        together.extend([*tokens, -1])
+        for each in tokens:
+            apart.extend([each])
+    assert together.token_ids == apart.token_ids
+    assert together.finish_reason == apart.finish_reason
+    for output in (together, apart):
+        output.cut()
+    assert together.text == apart.text
+
+
+def test_a_logit_that_is_not_finite_is_told_behind_tokens_that_came_with_it(byte_level):
+    output = Output(SamplingParams(9), [7], byte_level)
+    with pytest.raises(NonFiniteLogitsError, match="new token 3"):
+        output.extend([20, 21, 22, NON_FINITE, 23])
+    assert output.token_ids == [20, 21, 22]
+
+
 def test_decoded_window_stays_short(byte_level, monkeypatch):
     """For ordinary text, and for bytes that never become text."""
-    longest, decode = [], type(byte_level).decode
-    monkeypatch.setattr(
-        type(byte_level), "decode", lambda self, ids, **kwargs: longest.append(len(ids)) or decode(self, ids, **kwargs)
-    )
+    longest, decode = [], _Characters._decode
+    monkeypatch.setattr(_Characters, "_decode", lambda self, ids: longest.append(len(ids)) or decode(self, ids))
     broken = byte_level.encode("🦜", add_special_tokens=False)[:1] * 400
     stream(byte_level, byte_level.encode("word " * 400, add_special_tokens=False) + broken)
     assert max(longest) < 24

@@ -4,6 +4,8 @@ Each operation's `triton.py` is JAX; its kernels are in `triton_kernels.py` besi
 therefore imported only when one of them is launched. A kernel takes pointers, ints and constants only.
 """
 
+import importlib
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -44,11 +46,25 @@ class Config(NamedTuple):
 def check_available(backend: Backend) -> None:
     """Raise `NotImplementedError` where kernels cannot be launched."""
     try:
-        import jax_triton  # noqa: F401
+        library = importlib.import_module("jax_triton.triton_lib")
     except ImportError as error:
         raise NotImplementedError("jax_triton is not installed; the extra `cuda` has it") from error
     if backend.platform != "gpu":
         raise NotImplementedError(f"Triton kernels on a {backend.platform}")
+    _check_compiler(library)
+
+
+def _check_compiler(library: Any) -> None:
+    """Raise `NotImplementedError` where `jax_triton` has stubs in place of Triton's compiler or of XLA's launcher.
+
+    It imports all the same then, for instance beside a Triton that is older than it needs, and fails where a program is
+    lowered, which is too late to try another implementation.
+    """
+    if not isinstance(getattr(library, "cb", library), ModuleType):
+        found = importlib.import_module("triton").__version__
+        raise NotImplementedError(f"jax_triton finds no compiler that it knows in Triton {found}; it may be too old")
+    if getattr(library, "triton_kernel_call_lib", library) is None:
+        raise NotImplementedError("jax_triton finds no JAX with GPU support")
 
 
 def call(kernel: Any, *inputs: Any, grid: tuple[int, ...], out_type: Any = (), **options: Any) -> Any:

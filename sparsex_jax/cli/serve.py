@@ -117,8 +117,9 @@ def _places(name: str, sockets: Sequence[socket.socket]) -> str:
 def compile_all(engine: Engine) -> None:
     """Compile the programs that requests need, so that the first requests do not wait for the compiler."""
     before, started = num_compilations(), time.perf_counter()
+    asked = engine.loop, engine.default_sampling()
     with progress() as bar:
-        for step in bar.track(warmup.steps(engine.loop, engine.default_sampling()), description="Compiling"):
+        for step in bar.track([*warmup.steps_ahead(*asked), *warmup.steps(*asked)], description="Compiling"):
             step()
     number, seconds = num_compilations() - before, time.perf_counter() - started
     messages().print(

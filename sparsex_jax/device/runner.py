@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig
 from sparsex_jax.device.adapters import check_pairs, check_shared, make_apart, make_stacks, put, put_apart
+from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, choose, decode, forward
 from sparsex_jax.device.prefill import align, embed_rows, pack, prefill
@@ -183,6 +184,7 @@ class Runner:
         self._numbers = jax.device_put([np.int32(layer) for layer in range(model.num_layers + 1)])
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         self._probed_together: set[tuple[int, int]] = set()
+        self._ahead: Ahead | None = None
 
     def begin(self, requests: Sequence[RequestPlan], late: Sequence[Late] = ()) -> PrefillRun:
         """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet.
@@ -203,6 +205,22 @@ class Runner:
     def _late_copies(self, late: Sequence[Late]) -> list[Copies]:
         runs = [(segment, each.pages) for each in late for segment in each.segments]
         return list(plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers))
+
+    def _run(self, program: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a jitted program, or begin to compile it where that is all that is asked for."""
+        if self._ahead is None:
+            return program(*args, **options)
+        return self._ahead.run(program, self.store, self._everywhere, *args, **options)
+
+    @contextlib.contextmanager
+    def compiling(self, ahead: Ahead) -> Iterator[None]:
+        """Within, steps compute nothing but copies, which are compiled soon: their programs are compiled, and their
+        results are zeros."""
+        self._ahead = ahead
+        try:
+            yield
+        finally:
+            self._ahead = None
 
     @contextlib.contextmanager
     def padding_to(self, bucket: tuple[int, int]) -> Iterator[None]:
@@ -230,7 +248,8 @@ class Runner:
     def _advance(self, run: PrefillRun, until: int) -> None:
         """Dispatch the layers from the next one up to `until`."""
         with self._precision():
-            self.store, run.state, logits = prefill(
+            self.store, run.state, logits = self._run(
+                prefill,
                 self.params,
                 self.store,
                 run.plan,
@@ -300,7 +319,8 @@ class Runner:
         together = end if until - run.next_layer == end and self._probes_together(first, end) else 1
         with self._precision():
             for layer in range(run.next_layer, until, together):
-                self.store, run.state = probe(
+                self.store, run.state = self._run(
+                    probe,
                     self.params,
                     self.store,
                     run.plan.page_tables,
@@ -367,7 +387,9 @@ class Runner:
         asked[: sum(sizes)] = np.concatenate(following)
         number = min(1 if number <= 1 else MAX_LOGPROBS, self.model.vocab_size)
         with self._precision():
-            scores = jax.device_get(score(self.params, run.state, asked, decoder=self.decoder, number=number))
+            scores = jax.device_get(
+                self._run(score, self.params, run.state, asked, decoder=self.decoder, number=number)
+            )
         own = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
         return [scores.of_rows(rows) for rows in own]
 
@@ -389,26 +411,30 @@ class Runner:
         sequence's end. Does not wait for the device."""
         most = self.engine.decode_steps
         with self._precision():
-            self.store, state, sampled = decode(
-                self.params, self.store, self._placed(state), np.int32(steps), decoder=self.decoder, steps=most
+            self.store, state, sampled = self._run(
+                decode, self.params, self.store, self._placed(state), np.int32(steps), decoder=self.decoder, steps=most
             )
         return state, sampled
 
     def start_forward(self, state: DecodeState) -> Float[Array, "requests vocab"]:
         """The last token of each sequence through all layers, for `choose`. Does not wait for the device."""
         with self._precision():
-            self.store, scores = forward(self.params, self.store, self._placed(state), decoder=self.decoder)
+            self.store, scores = self._run(forward, self.params, self.store, self._placed(state), decoder=self.decoder)
         return scores
 
     def choose(
         self, scores: Float[Array, "requests vocab"], state: DecodeState, allowed: UInt32[np.ndarray, "requests words"]
     ) -> tuple[DecodeState, Sampled]:
         """The next token of each sequence among those allowed. Does not wait for the device."""
-        return choose(scores, self._placed(state), jax.device_put(allowed, self._everywhere))
+        return self._run(choose, scores, self._placed(state), jax.device_put(allowed, self._everywhere))
 
     def _placed(self, state: DecodeState) -> DecodeState:
-        """The state comes from the host, or from the dispatch before: placed alike, both run the same program."""
-        return jax.device_put(state, self._everywhere)
+        """The state comes from the host, or from the dispatch before: placed alike, both run the same program.
+
+        Where all of it is placed already, nothing is done: to find that out by `device_put` takes the host 1 ms.
+        """
+        placed = all(array.sharding == self._everywhere for array in jax.tree.leaves(state))
+        return state if placed else jax.device_put(state, self._everywhere)
 
     def place_adapter(self, slot: int, name: str, weights: AdapterWeights) -> None:
         """Write an adapter into a slot that no running sequence has. What is under way goes on with what it has.

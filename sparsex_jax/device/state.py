@@ -142,5 +142,11 @@ def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int, *,
     return DecodeState(**progress, stops=stops, page_tables=tables, sampling=sampling_arrays(slots, size, vocab_size))
 
 
+def with_pages(state: DecodeState, pages: Sequence[Sequence[int]]) -> DecodeState:
+    """The state with other page tables: the physical pages of the sequence in each slot, in order."""
+    tables = page_tables(pages, *state.page_tables.shape)
+    return dataclasses.replace(state, page_tables=jax.device_put(tables, state.page_tables.sharding))
+
+
 def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:
     return np.array([*values, *[fill] * (size - len(values))], np.int32)

@@ -26,11 +26,15 @@ def file_content(bench: str, model: str, settings: Mapping[str, Any], summaries:
     return {"bench": bench, "model": model} | provenance() | {"settings": dict(settings), "rows": rows}
 
 
-def provenance() -> dict[str, Any]:
-    """How figures were made: the command, device, machine, versions and commit."""
+def provenance(device: str | None = None) -> dict[str, Any]:
+    """How figures were made: the command, device, machine, versions and commit.
+
+    Args:
+      device: None asks JAX, which takes hold of its devices then.
+    """
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
+        "device": jax.devices()[0].device_kind if device is None else device,
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "sparsex": version("sparsex-jax")},
         "commit": commit(),
@@ -73,6 +77,12 @@ def write_json(content: Mapping[str, Any], folder: Path) -> Path:
     path = folder / f"{file_stem(content)}.json"
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def rows_of_file(content: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The rows of the file that `write_json` would write now; none if there is no such file."""
+    path = folder / f"{file_stem(content)}.json"
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
 def file_stem(content: Mapping[str, Any]) -> str:

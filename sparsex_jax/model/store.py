@@ -73,9 +73,19 @@ def abstract_any_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> 
 
 
 def make_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> AnyStore:
-    """A store of zeros."""
-    made: AnyStore = zeros_of(abstract_any_store(model, engine, mesh))
-    return made
+    """A store of zeros, placed as programs leave it: else those that run first would be compiled a second time, for the
+    store that comes out of them."""
+    return jax.tree.map(_as_a_result, zeros_of(abstract_any_store(model, engine, mesh)))
+
+
+def _as_a_result(array: jax.Array) -> jax.Array:
+    """The same array under the sharding by which results of programs are known: without axes of one device, and without
+    what is whole at the end."""
+    assert isinstance(array.sharding, NamedSharding)
+    mesh, parts = array.sharding.mesh, list(array.sharding.spec)
+    while parts and (parts[-1] is None or mesh.size == 1):
+        parts.pop()
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*parts)))
 
 
 def check_range(params: Params, engine: EngineConfig) -> None:

@@ -16,7 +16,7 @@ from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.device.scoring import Scores
-from sparsex_jax.device.state import BatchSlot, allowed_tokens, decode_state, sampling_arrays
+from sparsex_jax.device.state import BatchSlot, allowed_tokens, decode_state, sampling_arrays, with_pages
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.scheduler.constrained import ConstrainedDecode
 from sparsex_jax.scheduler.sequence import Sequence
@@ -27,13 +27,25 @@ class _Kept(NamedTuple):
     admitted again has another one.
 
     Attributes:
-      pages: of each sequence: its plan, and how many pages it has.
+      plans: of each sequence.
+      pages: how many pages each has.
       tokens: how many new tokens each sequence has behind it.
     """
 
     state: DecodeState
-    pages: list[tuple[RequestPlan, int]]
+    plans: list[RequestPlan]
+    pages: list[int]
     tokens: list[int]
+
+    @classmethod
+    def behind(cls, state: DecodeState, sequences: list[Sequence], ahead: int) -> _Kept:
+        """What holds once `ahead` new tokens have come."""
+        plans, pages = [one.plan for one in sequences], [len(one.pages) for one in sequences]
+        return cls(state, plans, pages, _tokens(sequences, ahead))
+
+    def is_of(self, sequences: list[Sequence]) -> bool:
+        """Whether it is where these sequences are now, but perhaps for pages that they got since."""
+        return self.plans == [one.plan for one in sequences] and self.tokens == _tokens(sequences, 0)
 
 
 class Dispatch(NamedTuple):
@@ -101,15 +113,16 @@ class Execution:
         if any(matchers):
             return ConstrainedDecode(self._runner, state, matchers, steps)
         state, sampled = self._runner.start_decode(state, steps)
-        self._kept = _Kept(state, _pages(sequences), _tokens(sequences, steps))
+        self._kept = _Kept.behind(state, sequences, steps)
         return sampled
 
     def _state(self, sequences: list[Sequence], kept: _Kept | None) -> DecodeState:
-        """The state stays on the device from one dispatch to the next, unless a sequence came, went or got pages
-        meanwhile: then it is made anew of what the host knows."""
-        if kept is not None and kept.pages == _pages(sequences) and kept.tokens == _tokens(sequences, 0):
-            return kept.state
+        """The state stays on the device from one dispatch to the next. Where sequences got pages meanwhile, the page
+        tables alone are made anew; where one came or went, all of it is, of what the host knows."""
         shapes, vocab_size = self._runner.shapes, self._runner.model.vocab_size
+        if kept is not None and kept.is_of(sequences):
+            grown = kept.pages != [len(one.pages) for one in sequences]
+            return with_pages(kept.state, [one.pages for one in sequences]) if grown else kept.state
         return decode_state(_slots(sequences), shapes.max_pages, vocab_size, adapters=shapes.adapters)
 
     def fetch(self, dispatch: Dispatch) -> Sampled:
@@ -129,7 +142,7 @@ class Execution:
             return jax.device_get(dispatch.sampled)
         state, sampled = dispatch.sampled.finish()
         steps = sampled.token.shape[1]
-        self._kept = _Kept(state, _pages(dispatch.sequences), _tokens(dispatch.sequences, steps))
+        self._kept = _Kept.behind(state, dispatch.sequences, steps)
         return sampled
 
     def decode_alone(self, sequence: Sequence, steps: int) -> Sampled:
@@ -229,10 +242,6 @@ class Execution:
 
 def _slots(sequences: list[Sequence]) -> list[BatchSlot]:
     return [sequence.batch_slot for sequence in sequences]
-
-
-def _pages(sequences: list[Sequence]) -> list[tuple[RequestPlan, int]]:
-    return [(sequence.plan, len(sequence.pages)) for sequence in sequences]
 
 
 def _tokens(sequences: list[Sequence], ahead: int) -> list[int]:

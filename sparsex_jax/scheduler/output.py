@@ -123,6 +123,8 @@ class Output:
         Raises:
           NonFiniteLogitsError: one of them is `NON_FINITE`. Those before it were taken.
         """
+        if logprobs is None and self._detokenizer is not None and not self._detokenizer.may_stop:
+            tokens = self._extend_together(list(tokens))
         for step, token in enumerate(tokens):
             if self.finish_reason is None and token == NON_FINITE:
                 raise NonFiniteLogitsError(f"the logits of new token {len(self.token_ids)} are not all finite")
@@ -134,6 +136,19 @@ class Output:
             if self.sampling.logprobs is not None and logprobs is not None:
                 self.logprobs.append(_token_logprobs(token, logprobs, step, self.sampling.logprobs))
             self._take_text(token)
+
+    def _extend_together(self, tokens: list[int]) -> list[int]:
+        """Take the leading tokens that end nothing, whose text is made at once. Returns the others."""
+        most = self.max_new_tokens - len(self.token_ids) - 1 if self.finish_reason is None else 0
+        number = next(
+            (n for n, token in enumerate(tokens) if n >= most or token < 0 or token in self._ends), len(tokens)
+        )
+        if number > 1:
+            assert self._detokenizer is not None
+            self.token_ids += tokens[:number]
+            self._text.append(self._detokenizer.push_all(tokens[:number]))
+            return tokens[number:]
+        return tokens
 
     def take(self, sampled: Sampled, slot: int) -> None:
         """Extend by what was sampled in one batch slot, as NumPy arrays, as far as the structure allows it.

@@ -11,6 +11,9 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
     with tiers            the gathers and scatters of blocks; and host memory is pinned
 
 Requests that name a method of other probes compile what they need when they come.
+
+Calls that compile run one after the other, since they share the store. `steps_ahead` goes through the same calls first,
+without running anything, so that several programs are compiled at a time.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.cache.derived import Derived
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, ReuseConfig, SamplingParams, Structure
+from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.sampling import NON_FINITE
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.errors import NonFiniteLogitsError, StructureError
@@ -44,16 +48,40 @@ def steps(loop: Loop, usual: SamplingParams | None = None) -> list[Callable[[], 
     Args:
       usual: what requests ask for that say nothing of sampling.
     """
-    buckets = loop.runner.shapes.buckets
-    mirrors = (_mirror,) if loop.admission.mirroring is not None else ()
-    prefills = [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe, *mirrors)]
-    batches = _batches(loop.policy.max_num_seqs)
-    frees = dict.fromkeys((SamplingParams(), usual or SamplingParams(), SamplingParams(logprobs=0)))
-    wishes = [one for free in frees for one in (free, *_structured(loop, free))]
-    decodes = [functools.partial(_decode, loop, number, wish) for wish in wishes for number in batches]
+    wishes = _wishes(loop, usual)
     tiers = [loop.admission.tiers.warm_up] if loop.admission.tiers is not None else []
     whole = [functools.partial(_generate, loop, wish) for wish in wishes]
-    return [*prefills, functools.partial(_measure, loop), *decodes, *tiers, *whole]
+    return [*_prefills(loop), functools.partial(_measure, loop), *_decodes(loop, wishes), *tiers, *whole]
+
+
+def steps_ahead(loop: Loop, usual: SamplingParams | None = None) -> list[Callable[[], None]]:
+    """Calls after which those of `steps` find most of their programs compiled. They trace one program after the other,
+    while others are compiled at the same time; the last call waits for these. Arguments as `steps`."""
+    ahead = Ahead()
+
+    def compiling(step: Callable[[], None]) -> None:
+        with loop.runner.compiling(ahead):
+            step()
+
+    programs = [*_prefills(loop), *_decodes(loop, _wishes(loop, usual))]
+    return [*(functools.partial(compiling, step) for step in programs), ahead.wait]
+
+
+def _prefills(loop: Loop) -> list[Callable[[], None]]:
+    buckets = loop.runner.shapes.buckets
+    mirrors = (_mirror,) if loop.admission.mirroring is not None else ()
+    return [functools.partial(step, loop, bucket) for bucket in buckets for step in (_prefill, _probe, *mirrors)]
+
+
+def _decodes(loop: Loop, wishes: list[SamplingParams]) -> list[Callable[[], None]]:
+    batches = _batches(loop.policy.max_num_seqs)
+    return [functools.partial(_decode, loop, number, wish) for wish in wishes for number in batches]
+
+
+def _wishes(loop: Loop, usual: SamplingParams | None) -> list[SamplingParams]:
+    """What requests may ask for, as far as programs differ."""
+    frees = dict.fromkeys((SamplingParams(), usual or SamplingParams(), SamplingParams(logprobs=0)))
+    return [one for free in frees for one in (free, *_structured(loop, free))]
 
 
 def _structured(loop: Loop, sampling: SamplingParams) -> list[SamplingParams]:

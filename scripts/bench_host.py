@@ -1,0 +1,179 @@
+"""Measures the host's work for a decode step: the serving loop, with devices that are done at once.
+
+    JAX_PLATFORMS=cpu python scripts/bench_host.py [--sequences 64] [--context 8192] [--steps 4 16] [--profile]
+
+Loop, admission, sampling arrays, detokenizers and the way of a batch to the device are the real ones; decode and
+prefill return random tokens and compute nothing. So what is left is the time in which a device would wait for the host,
+unless it has work meanwhile. Told are milliseconds a step: of a round of the loop, by the tokens that its dispatch
+brings each sequence (--steps: few while somebody waits for a prefill, else 16). They are means over rounds in which no
+sequence comes or goes. Prompts differ in length, so that in most rounds some sequence gets a page.
+
+    round              all of it
+    before decode      its part ahead of the dispatch
+    behind decode      its part behind the dispatch: news, counts, and who is next
+
+With text, by SmolLM2's tokenizer, or for callers who take token ids. --profile prints where the time goes. Writes
+`host-<device>.json` to `scripts/results`.
+"""
+
+import argparse
+import contextlib
+import cProfile
+import gc
+import itertools
+import pstats
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsex_jax import Engine, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.device.decode import DecodeState
+from sparsex_jax.device.runner import PrefillRun, Runner
+from sparsex_jax.device.sampling import Sampled, Sampling
+from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.scheduler.sequence import State, ignore
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOKENIZER = "smollm2-135m-instruct"
+MODEL = ModelConfig(
+    vocab_size=49152,  # the tokenizer's
+    hidden_size=16,
+    intermediate_size=16,
+    num_layers=2,
+    num_q_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    max_position=16384,
+)
+SETTLING, MEASURED = 4, 40  # rounds
+
+
+@jax.jit
+def _pass_on(params: Any, state: DecodeState, steps: np.ndarray) -> DecodeState:
+    """What it costs to call a program with all that decode takes."""
+    return state
+
+
+class Instant(Runner):
+    """A runner that computes nothing, and says of each decode when it was dispatched."""
+
+    dispatched = 0.0
+
+    def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
+        state = _pass_on(self.params, self._placed(state), np.int32(steps))
+        self.dispatched = time.thread_time()
+        tokens = np.full((len(state.token), self.engine.decode_steps), -1, np.int32)
+        tokens[:, :steps] = _TOKENS.integers(3, self.model.vocab_size, (len(tokens), steps))
+        return state, Sampled(tokens, None)
+
+    def advance(self, run: PrefillRun, layers: int | None = None) -> None:
+        run.next_layer = self.model.num_layers
+        run.logits = jnp.zeros((len(run.plan.page_tables), 1))
+
+    def are_finite(self, logits: jax.Array) -> np.ndarray:
+        return np.ones(len(logits), bool)
+
+    def first_tokens(self, logits: jax.Array, sampling: Sampling, position: np.ndarray) -> Sampled:
+        return Sampled(np.full((len(logits), 1), 3, np.int32), None)
+
+
+_TOKENS = np.random.default_rng(0)
+
+
+class Round(NamedTuple):
+    """One round of the loop, in seconds."""
+
+    whole: float
+    before: float
+
+
+def engine_with(sequences: int, context: int, steps: int, tokenizer: Any | None) -> Engine:
+    """An engine in which so many sequences decode, each behind a prompt of its own."""
+    new = (3 * sequences + SETTLING + MEASURED) * steps  # the first decode while the others are prefilled
+    with mock.patch("sparsex_jax.engine.Runner", Instant):
+        engine = Engine.from_config(
+            MODEL,
+            dtype="float32",
+            store_tokens=(sequences + 1) * (context + sequences + new + 128),
+            max_num_seqs=sequences,
+            decode_steps=steps,
+            prefill_tokens=MODEL.max_position,  # whole prompts
+            choose="always",
+        )
+    engine.tokenizer = tokenizer
+    rng = np.random.default_rng(1)
+    sampling = SamplingParams(new, temperature=0.7, top_p=0.9, ignore_eos=True)
+    for more in range(sequences):
+        prompt = rng.integers(3, MODEL.vocab_size, context + more)
+        engine.loop.submit(prompt, sampling, reuse=ReuseConfig("prefix"), listener=ignore)
+    for _ in range(2 * sequences):
+        engine.loop.step()
+    return engine
+
+
+def rounds(engine: Engine, number: int) -> Iterator[Round]:
+    runner = engine.runner
+    assert isinstance(runner, Instant)
+    for _ in range(number):
+        began = time.thread_time()
+        engine.loop.step()
+        yield Round(time.thread_time() - began, runner.dispatched - began)
+
+
+def rows(options: argparse.Namespace, steps: int, text: bool) -> list[dict[str, Any]]:
+    """The rows of one case."""
+    tokenizer = open_checkpoint(TOKENIZER).tokenizer if text else None
+    engine = engine_with(options.sequences, options.context, steps, tokenizer)
+    list(rounds(engine, SETTLING))
+    gc.collect()
+    gc.freeze()  # as `sparsex serve` does
+    with profiled(options.profile):
+        measured = list(rounds(engine, MEASURED))
+    decoding = len(engine.loop.policy.of_state(State.DECODING))
+    if decoding < options.sequences:
+        raise RuntimeError(f"only {decoding} of {options.sequences} sequences decoded in all rounds")
+    work = f"{options.sequences} x {options.context}, {steps} tokens a dispatch, {'text' if text else 'token ids'}"
+    whole, before = (1e3 * statistics.mean(each) / steps for each in zip(*measured, strict=True))
+    parts = {"round": whole, "before decode": before, "behind decode": whole - before}
+    return [
+        {"work": work, "implementation": name, "figure": float(f"{figure:.4g}"), "unit": "ms a step"}
+        for name, figure in parts.items()
+    ]
+
+
+@contextlib.contextmanager
+def profiled(wanted: bool) -> Iterator[None]:
+    if not wanted:
+        yield
+        return
+    with cProfile.Profile() as profile:
+        yield
+    pstats.Stats(profile).sort_stats("cumulative").print_stats(45)
+
+
+def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--sequences", type=int, default=64, help="that decode together")
+    add("--context", type=int, default=8192, help="tokens of the shortest prompt")
+    add("--steps", type=int, nargs="+", default=[4, 16], help="tokens of each sequence in a dispatch")
+    add("--profile", action="store_true", help="print the functions that take most; it slows all down")
+    options = parser.parse_args(arguments)
+    found: list[dict[str, Any]] = []
+    for steps, text in itertools.product(options.steps, (False, True)):
+        found += rows(options, steps, text)
+        told = ", ".join(f"{row['implementation']} {row['figure']:.3f}" for row in found[-3:])
+        print(f"{found[-1]['work']}: {told} ms a step", flush=True)
+    write_json({"bench": "host"} | provenance() | {"rows": found}, folder)
+
+
+if __name__ == "__main__":
+    main()

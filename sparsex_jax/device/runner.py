@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ from sparsex_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig
 from sparsex_jax.device.adapters import check_pairs, check_shared, make_apart, make_stacks, put, put_apart
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, choose, decode, forward
-from sparsex_jax.device.prefill import align, embed_rows, pack, prefill
+from sparsex_jax.device.packed import Packed, packed
+from sparsex_jax.device.prefill import align, begin, pack, prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.scoring import Scores, score
@@ -35,10 +36,19 @@ from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_packing, plan_prefill
 
-_sample_step = jax.jit(sample_step)
 _PAGES_LOOKED_AT = 16  # together, so that one program does for any number
 # Which layers a probe watches is a request's choice: for the first few choices there are programs of all their layers.
 _PROBES_TOGETHER = 4
+
+
+@jax.jit
+def _sample_step(logits: Float[Array, "requests vocab"], wanted: Packed[tuple[Sampling, Any]]) -> Sampled:
+    return sample_step(logits, *wanted.tree())
+
+
+@functools.partial(jax.jit, static_argnames="ops")
+def _unpacked[Tree](tree: Packed[Tree], *, ops: Ops) -> Tree:
+    return ops.replicated(tree.tree())
 
 
 @jax.jit
@@ -84,7 +94,7 @@ class PrefillRun:
         state: PrefillState,
         signals: tuple[Signal, ...],
         late: Sequence[Late] = (),
-        late_copies: Sequence[Copies] = (),
+        late_copies: Sequence[Packed[Copies]] = (),
         first_reading_layer: int = 0,
     ) -> None:
         self.requests, self.plan, self.state, self.signals = requests, plan, state, signals
@@ -179,9 +189,10 @@ class Runner:
         self.store: Any = make_store(model, engine, mesh)  # AnyStore; where there are lower tiers, KV alone
         self.losses = 0
         self.arrivals: Arrivals | None = None
-        # On the devices, so that no step waits for one of them behind what comes from host memory.
-        self._numbers = jax.device_put([np.int32(layer) for layer in range(model.num_layers + 1)])
         self._everywhere = NamedSharding(mesh, PartitionSpec())
+        # On the devices, so that no step waits for one of them behind what comes from host memory.
+        most = max(model.num_layers, engine.decode_steps)
+        self._numbers = self._placed([np.int32(number) for number in range(most + 1)])
         self._probed_together: set[tuple[int, int]] = set()
 
     def begin(self, requests: Sequence[RequestPlan], late: Sequence[Late] = ()) -> PrefillRun:
@@ -192,17 +203,17 @@ class Runner:
         """
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         signals = signals_for((phase.signal for phase in requests[0].phases), self.engine.mirrors)
-        plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
-        state = embed_rows(self.params, rows, decoder=self.decoder, requests=len(plan.page_tables))
+        laid_out = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
+        plan, state = begin(self.params, self._sent(laid_out), decoder=self.decoder)
         first = min(request.first_reading_layer(self.model.num_layers) for request in requests)
         run = PrefillRun(requests, plan, state, tuple(signals.values()), late, self._late_copies(late), first)
         if self.arrivals is not None and late:
             self.arrivals.send()  # behind the plan, which would have to wait for it
         return run
 
-    def _late_copies(self, late: Sequence[Late]) -> list[Copies]:
+    def _late_copies(self, late: Sequence[Late]) -> list[Packed[Copies]]:
         runs = [(segment, each.pages) for each in late for segment in each.segments]
-        return list(plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers))
+        return [self._sent(copies) for copies in plan_copies(runs, self.shapes, self.engine.page_size)]
 
     @contextlib.contextmanager
     def padding_to(self, bucket: tuple[int, int]) -> Iterator[None]:
@@ -272,9 +283,8 @@ class Runner:
             if late.error is not None:
                 raise late.error
         layers = arrivals.come_with(layers)
-        first, end = self._numbers[run.num_pasted], self._numbers[layers]
         for copies in run.late_copies:
-            self._align(dataclasses.replace(copies, first_layer=first, end_layer=end))
+            self._align(copies, run.num_pasted, layers)
         run.num_pasted = layers
 
     def _chunk(self, plan: PrefillPlan) -> int:
@@ -287,7 +297,7 @@ class Runner:
         begun = self.begin(requests)
         forward = ForwardPass(self.params, begun.plan.page_tables, self.decoder, self._chunk(begun.plan))
         state = ProbeState(begun.state.layer, begun.state.hidden, forward.no_mass(self.store))
-        return ProbeRun(requests, begun.plan, begun.state.rows, jax.device_put(state, self._everywhere))
+        return ProbeRun(requests, begun.plan, begun.state.rows, self._placed(state))
 
     def advance_probe(self, run: ProbeRun, layers: int | None = None) -> None:
         """Dispatch the next `layers` layers, or all. There are programs of a single layer, and of all layers for the
@@ -333,23 +343,24 @@ class Runner:
 
     def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]]) -> None:
         """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
-        for copies in plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers):
-            self._align(copies)
+        for copies in plan_copies(runs, self.shapes, self.engine.page_size):
+            self._align(self._sent(copies), 0, self.model.num_layers)
 
     def pack(self, packing: Packing) -> None:
         """Move patch rows, bit for bit, to the pages that keep them."""
         for rows in plan_packing(packing, self.shapes):
-            self.store = pack(self.store, rows, decoder=self.decoder)
+            self.store = pack(self.store, self._sent(rows), decoder=self.decoder)
 
-    def _align(self, copies: Copies) -> None:
+    def _align(self, copies: Packed[Copies], first_layer: int, end_layer: int) -> None:
+        layers = self._numbers[first_layer], self._numbers[end_layer]
         with self._precision():
-            self.store = align(self.store, copies, decoder=self.decoder)
+            self.store = align(self.store, copies, layers, decoder=self.decoder)
 
     def first_tokens(
         self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]
     ) -> Sampled:
         """Sample from prefill logits the tokens that will stand at these positions: one step, on the host."""
-        return jax.device_get(_sample_step(logits, sampling, position))
+        return jax.device_get(_sample_step(logits, self._sent((sampling, position))))
 
     def score(self, run: PrefillRun, following: Sequence[Int[np.ndarray, "rows"]], number: int) -> list[Scores]:
         """Log-probabilities of tokens of the prompts, once all layers have run, on the host.
@@ -390,25 +401,35 @@ class Runner:
         most = self.engine.decode_steps
         with self._precision():
             self.store, state, sampled = decode(
-                self.params, self.store, self._placed(state), np.int32(steps), decoder=self.decoder, steps=most
+                self.params, self.store, self._state(state), self._numbers[steps], decoder=self.decoder, steps=most
             )
         return state, sampled
 
     def start_forward(self, state: DecodeState) -> Float[Array, "requests vocab"]:
         """The last token of each sequence through all layers, for `choose`. Does not wait for the device."""
         with self._precision():
-            self.store, scores = forward(self.params, self.store, self._placed(state), decoder=self.decoder)
+            self.store, scores = forward(self.params, self.store, self._state(state), decoder=self.decoder)
         return scores
 
     def choose(
         self, scores: Float[Array, "requests vocab"], state: DecodeState, allowed: UInt32[np.ndarray, "requests words"]
     ) -> tuple[DecodeState, Sampled]:
         """The next token of each sequence among those allowed. Does not wait for the device."""
-        return choose(scores, self._placed(state), jax.device_put(allowed, self._everywhere))
+        return choose(scores, self._state(state), self._placed(allowed))
 
-    def _placed(self, state: DecodeState) -> DecodeState:
+    def _state(self, state: DecodeState) -> DecodeState:
         """The state comes from the host, or from the dispatch before: placed alike, both run the same program."""
-        return jax.device_put(state, self._everywhere)
+        on_host = isinstance(state.token, np.ndarray)
+        return self._placed(_unpacked(self._sent(state), ops=self.decoder.ops) if on_host else state)
+
+    def _sent[Tree](self, tree: Tree) -> Packed[Tree]:
+        """NumPy arrays on their way to every device, in one buffer."""
+        return self._placed(packed(tree))
+
+    def _placed[Tree](self, tree: Tree) -> Tree:
+        """Arrays whole on every device, where they may be already."""
+        placed: Tree = jax.device_put(tree, self._everywhere)
+        return placed
 
     def place_adapter(self, slot: int, name: str, weights: AdapterWeights) -> None:
         """Write an adapter into a slot that no running sequence has. What is under way goes on with what it has.

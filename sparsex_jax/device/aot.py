@@ -29,7 +29,7 @@ from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
-from sparsex_jax.model.sharding import TENSOR_AXIS
+from sparsex_jax.model.sharding import TENSOR_AXIS, on_mesh
 from sparsex_jax.model.store import AnyStore, abstract_any_store, abstract_store
 from sparsex_jax.model.weights import Params, abstract_params
 from sparsex_jax.reuse.methods import Method, SparseX
@@ -159,7 +159,7 @@ def lower_scatter(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_page
 
 
 def _params(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Params:
-    params = abstract_params(model, engine.dtype, mesh)
+    params = abstract_params(on_mesh(model, mesh), engine.dtype, mesh)
     stacks, apart = abstract_stacks(model, engine, mesh), abstract_apart(model, engine, mesh)
     return params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
 

@@ -18,7 +18,15 @@ from jaxtyping import Bool, Float, Int, UInt32
 from sparsex_jax.cache import Segment
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig
-from sparsex_jax.device.adapters import check_pairs, check_shared, make_apart, make_stacks, put, put_apart
+from sparsex_jax.device.adapters import (
+    check_pairs,
+    check_shared,
+    make_apart,
+    make_stacks,
+    pairs_with_kv_copies,
+    put,
+    put_apart,
+)
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, choose, decode, forward
 from sparsex_jax.device.packed import Packed, packed
@@ -29,6 +37,7 @@ from sparsex_jax.device.scoring import Scores, score
 from sparsex_jax.device.signals import Signal, signals_for
 from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.kv_copies import with_kv_copies
 from sparsex_jax.model.layers import ForwardPass
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.store import AnyStore, SharedStore, kv_of, make_store
@@ -174,16 +183,18 @@ class Runner:
     """Runs plans. Each call donates the store to a jitted step and keeps what comes back.
 
     Attributes:
+      params: as given, but for KV heads, of which each device of the mesh has one at least (`model.kv_copies`).
       store: the KV of all pages; where adapters share it, with what they add to values beside it.
       losses: how often the store was lost, and made anew.
       arrivals: what comes into the store from a lower tier; None: there is none.
     """
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
-        self.model, self.engine, self.mesh, self.params = model, engine, mesh, params
+        self.model, self.engine, self.mesh = model, engine, mesh
+        self.params = with_kv_copies(params, model, mesh)
         if engine.max_adapters:
             stacks, apart = make_stacks(model, engine, mesh), make_apart(model, engine, mesh)
-            self.params = params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
+            self.params = self.params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
         self.decoder = Decoder(model, Ops.on(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store: Any = make_store(model, engine, mesh)  # AnyStore; where there are lower tiers, KV alone
@@ -440,10 +451,11 @@ class Runner:
         check_pairs(name, weights, self.model, self.mesh, self.engine.dtype)
         if self.engine.share_adapters:
             check_shared(name, weights)
+        pairs = pairs_with_kv_copies(weights.pairs, self.model, self.mesh)
         stacks, apart = dict(self.params.adapters or {}), self.params.values_apart
         for target in stacks:
-            stacks[target] = put(stacks[target], slot, weights.pairs.get(target))
-        apart = put_apart(apart, slot, weights.pairs.get("wv")) if apart is not None else None
+            stacks[target] = put(stacks[target], slot, pairs.get(target))
+        apart = put_apart(apart, slot, pairs.get("wv")) if apart is not None else None
         self.params = self.params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
 
     def recover(self) -> bool:

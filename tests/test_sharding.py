@@ -3,16 +3,23 @@
 import dataclasses
 import functools
 import math
+import os
 import re
+import socket
+import subprocess
+import sys
 
+import httpx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIG, TINY, sharded_tiny
+from conftest import CONFIG, TALKING, TINY, sharded_tiny
 from dense import Dense
+from live import wait_for
 
 from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
 from sparsex_jax.config import METHODS as REGISTERED
 from sparsex_jax.config import find_method
 from sparsex_jax.device.decode import DecodeState, decode, forward
@@ -22,6 +29,7 @@ from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.layers import ForwardPass, run_layer
 from sparsex_jax.model.sharding import make_mesh, spec
+from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
@@ -237,6 +245,34 @@ def serve_many(one: Engine) -> list[list[int]]:
     assert all(len(answer) == 20 for answer in others)
     assert len(cancelled) < 20
     return others
+
+
+@pytest.mark.slow
+def test_a_server_on_a_mesh_gives_the_answers_of_one_device(tmp_path):
+    """The model has one KV head, so each of two devices has a copy of it."""
+    model = dataclasses.replace(TALKING, num_layers=2)
+    tokenizer = open_checkpoint("smollm2-135m-instruct").tokenizer
+    save_checkpoint(tmp_path / "tiny", model, random_params(model, "float32", make_mesh()), tokenizer)
+    sizes, prompt = {"store_tokens": 1024, "company_tokens": 0}, list(range(300, 380))
+    alone = Engine.from_pretrained(tmp_path / "tiny", dtype="float32", **sizes)
+    expected = alone.generate(prompt, SamplingParams(max_new_tokens=12)).text
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from sparsex_jax.cli import app; app()", "serve", str(tmp_path / "tiny")]
+    command += ["--port", str(port)]
+    command += ["--tensor-parallel", "2", "--store-tokens", "1024", "--no-warm-up", "--healing", "0"]
+    said = {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, env=os.environ | said)
+    try:
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 300)
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
+        answers = [httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=300) for _ in range(2)]
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == [expected] * 2
+    assert 'device="2 x cpu"' in metrics
 
 
 @pytest.mark.slow

@@ -412,7 +412,12 @@ class Runner:
         most = self.engine.decode_steps
         with self._precision():
             self.store, state, sampled = decode(
-                self.params, self.store, self._state(state), self._numbers[steps], decoder=self.decoder, steps=most
+                self.params,
+                self.store,
+                self._state(state),
+                self._numbers[min(steps, most)],
+                decoder=self.decoder,
+                steps=most,
             )
         return state, sampled
 

@@ -53,10 +53,10 @@ class Recipe:
 
     seed: int = 0
     rows: int = 32  # trajectories in a step; each is read by every role
-    learning_rate: float = 6e-3
+    learning_rate: float = 3e-3
     warmup: int = 40  # steps
-    hint_weight: float = 2.0
-    quiet_weight: float = 0.05  # of the adapters' part of the values, so that they act where it matters
+    hint_weight: float = 1.0
+    quiet_weight: float = 0.0  # of the adapters' part of the values: with it they act where it matters only
 
     def rate(self, progress: float, step: int) -> float:
         """Linear warm-up over steps, then a cosine to zero."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int, UInt32
 from sparsex_jax.device.sampling import Sampled, Sampling, nothing_sampled, sample_step
 from sparsex_jax.model import decoder as model
 from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.hoisting import hoisted
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.adapters import NO_SLOT
@@ -132,10 +134,15 @@ def forward(
     adapter = None if state.adapter is None else jnp.pad(state.adapter, (0, more), constant_values=NO_SLOT)
     rows = Rows(token=token, position=position, request=request, index=index, adapter=adapter)
 
-    def run_layer(layer: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
-        return model.decoder_layer(model.OneLayer.of(decoder, params, layer), *carry, rows, tables)
+    def any_layer(of_rows: tuple[Rows, Array], params: Params, layer: Array, store: AnyStore, hidden: Array) -> Any:
+        return model.decoder_layer(model.OneLayer.of(decoder, params, layer), store, hidden, *of_rows)
 
     carry = (store, model.embed(params, decoder.config, rows.token))
+    layer_of_rows = hoisted(any_layer, (rows, tables), params, jnp.int32(0), *carry)
+
+    def run_layer(layer: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
+        return layer_of_rows(params, layer, *carry)
+
     unroll = LAYERS_UNROLLED if decoder.ops.backend.platform == "gpu" else 1
     store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry, unroll=unroll)
     return store, model.logits(params, decoder.config, hidden[:lines])

@@ -28,13 +28,14 @@ def file_content(
     return {"bench": bench, "model": model} | provenance(devices) | {"settings": dict(settings), "rows": rows}
 
 
-def provenance(devices: int = 1) -> dict[str, Any]:
+def provenance(devices: int = 1, kind: str | None = None) -> dict[str, Any]:
     """How figures were made: the command, device, machine, versions and commit.
 
     Args:
       devices: how many worked together. More than one are named so, and their files too: `2 x NVIDIA H100`.
+      kind: of device. None asks JAX, which takes hold of its devices then.
     """
-    kind = jax.devices()[0].device_kind
+    kind = jax.devices()[0].device_kind if kind is None else kind
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": kind if devices == 1 else f"{devices} x {kind}",

@@ -44,9 +44,10 @@ from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.checkpoints.adapters import adapter_digest
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.config import ModelConfig
-from sparsex_jax.eval.engines import make_engine, settled
+from sparsex_jax.eval.engines import add_tensor_parallel, make_engine, settled
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.adapters import AdapterWeights, Pair
+from sparsex_jax.model.sharding import make_mesh
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -133,7 +134,8 @@ def trace(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         shares = {} if way == "base" else {"max_adapters": len(AGENTS), "max_adapter_rank": RANK}
         shares |= {"share_adapters": True} if way not in ("base", "isolated") else {}
         room = {"store_tokens": (len(AGENTS) + 1) * length, "max_context": length, "max_num_seqs": 4}
-        engine = make_engine(options.model, dtype=options.dtype, choose="always", **room, **shares)
+        about = {"dtype": options.dtype, "choose": "always", "tensor_parallel": options.tensor_parallel}
+        engine = make_engine(options.model, **about, **room, **shares)
         for number, agent in enumerate(AGENTS if shares else ()):
             engine.load_adapter(agent, random_adapter(engine.model, number))
         namespaces = map(str, itertools.count())  # of its own for each pass, which finds nothing of those before it
@@ -151,6 +153,7 @@ def decode_steps(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The time of a step in which --decode requests get a token each."""
     room = {"store_tokens": options.decode * (options.context + 512), "max_context": options.context + 512}
     about = {"dtype": options.dtype, "choose": "always", "max_num_seqs": options.decode, **room}
+    about["tensor_parallel"] = options.tensor_parallel
 
     def row(name: str, engine: Engine, adapters: list[str | None] | None = None) -> dict[str, Any]:
         figure, work = step_milliseconds(engine, options, adapters), f"decode, {options.decode} x {options.context}"
@@ -188,7 +191,8 @@ def answers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The share of right values in the roles' answers, each role behind the true answers of those before it."""
     adapters = {role: CONFIGS / "ruler-tiny-adapters" / role for role in roles.ROLES}
     shape = {"share_adapters": True, "max_adapter_rank": 8, "store_tokens": 16384, "choose": "always"}
-    engine = Engine.from_pretrained(CONFIGS / "ruler-tiny", adapters=adapters, dtype=options.dtype, **shape)
+    mesh = make_mesh(options.tensor_parallel)
+    engine = Engine.from_pretrained(CONFIGS / "ruler-tiny", mesh=mesh, adapters=adapters, dtype=options.dtype, **shape)
     held_out = roles.make_trajectories((0, 1, 0), options.roles, roles.Shape())
     for way in (way for way in options.ways if way != "base"):
         right, cross, computed = [], 0, []
@@ -231,11 +235,13 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add("--refresh", default="sparsex:boundary_layer=0:recompute_ratio=0.1", help="NAME or NAME:FIELD=VALUE:...")
     add("--roles", type=int, help="trajectories in which trained adapters answer")
     add("--decode", type=int, help="requests that decode together")
+    add_tensor_parallel(parser)
     options = parser.parse_args(arguments)
     bench, run = "adapters-trace", trace
     if options.roles or options.decode:
         bench, run = ("adapters-roles", answers) if options.roles else ("adapters-decode", decode_steps)
-    about = {"bench": bench, "model": "ruler-tiny" if options.roles else options.model} | provenance()
+    about = {"bench": bench, "model": "ruler-tiny" if options.roles else options.model}
+    about |= provenance(options.tensor_parallel)
     unused = {"model", "context"} if options.roles else {"model", "roles"}
     settings = {name: value for name, value in vars(options).items() if name not in unused}
     rows: list[dict[str, Any]] = []

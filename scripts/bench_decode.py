@@ -30,9 +30,8 @@ from bench_e2e import copy_rate, decode_bytes
 from sparsex_jax import Engine, SamplingParams
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.state import BatchSlot, decode_state
-from sparsex_jax.eval.engines import make_engine
+from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
 from sparsex_jax.eval.results import provenance, write_json
-from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.adapters import NO_SLOT
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -63,8 +62,8 @@ def load(options: argparse.Namespace) -> Engine:
     about = {"store_tokens": room, "max_num_seqs": max(case.requests for case in options.cases)}
     about |= {"max_context": max(case.context for case in options.cases) + BESIDE, "decode_steps": STEPS}
     adapters = {"max_adapters": options.adapters, "max_adapter_rank": RANK} if options.adapters else {}
-    mesh = make_mesh(options.tensor_parallel)
-    engine = make_engine(options.model, dtype=options.dtype, choose="always", mesh=mesh, **about, **adapters)
+    about |= {"dtype": options.dtype, "choose": "always", "tensor_parallel": options.tensor_parallel}
+    engine = make_engine(options.model, **about, **adapters)
     weights = random_adapter(engine.model, 0, ALL_TARGETS) if options.adapters else None
     for number in range(options.adapters):
         engine.load_adapter(f"adapter {number}", weights)
@@ -147,12 +146,12 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     cases = ["1x256"] if small else ["1x8192", "32x8192"]
     add("--cases", nargs="+", type=Case.of, default=[*map(Case.of, cases)], metavar="REQUESTSxCONTEXT")
     add("--adapters", type=int, default=0, help="how many adapters the engine has")
-    add("--tensor-parallel", type=int, default=1, help="devices")
+    add_tensor_parallel(parser)
     add("--runs", type=int, default=8, help="dispatches that are timed")
     add("--profile", action="store_true")
     options = parser.parse_args(arguments)
     settings = {"adapters": options.adapters, "tensor_parallel": options.tensor_parallel, "runs": options.runs}
-    about = {"bench": "decode", "model": options.model} | provenance() | {"settings": settings}
+    about = {"bench": "decode", "model": options.model} | provenance(options.tensor_parallel) | {"settings": settings}
     print(write_json(about | {"rows": [*measure(options)]}, folder))
 
 

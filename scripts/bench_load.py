@@ -355,7 +355,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
         serve(options)
         return
     name, port = options.name or options.server, free_port()
-    about: dict[str, Any] = {"bench": "load", "model": options.device_model} | provenance(device())
+    about: dict[str, Any] = {"bench": "load", "model": options.device_model} | provenance(kind=device())
     kept = [row for row in rows_of_file(about, folder) if row["implementation"] != name]
     told = ("seconds", "turns", "new_tokens", "ttft_limit", "itl_limit", "scale", "seed", "method", "max_num_seqs")
     content = about | {"settings": {key: getattr(options, key) for key in told}}

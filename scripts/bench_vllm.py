@@ -187,7 +187,7 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     device = current_platform.get_device_name()
-    found = {"bench": "vllm", "model": options.model} | provenance(device)
+    found = {"bench": "vllm", "model": options.model} | provenance(kind=device)
     found["versions"] |= {"vllm": version("vllm"), "torch": torch.__version__}
     return found
 

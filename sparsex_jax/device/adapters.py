@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,11 +24,11 @@ from sparsex_jax.config.checks import require
 from sparsex_jax.model.adapters import TARGETS, AdapterWeights, Pair
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.matrices import Place
-from sparsex_jax.model.sharding import TENSOR_AXIS, zeros_of
+from sparsex_jax.model.sharding import TENSOR_AXIS, kv_copies, on_mesh, zeros_of
 from sparsex_jax.model.store import abstract_low_rank_store
 from sparsex_jax.model.weights import describe
 
-_APART = ("wk", "wv")  # where adapters share KV: keys have none, and values have theirs in `ValuesApart`
+_KV = ("wk", "wv")  # where adapters share KV, keys have none, and values have theirs in `ValuesApart`
 _INPUTS, _OUTPUTS = 1, 2  # axes of A and B; the other one of these two counts the ranks
 
 
@@ -59,8 +60,8 @@ def abstract_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dic
         return jax.ShapeDtypeStruct((model.num_layers, *sizes), dtype, sharding=sharding)
 
     made = {}
-    for name, place in targets(model, mesh).items():
-        if engine.share_adapters and name in _APART:
+    for name, place in targets(on_mesh(model, mesh), mesh).items():
+        if engine.share_adapters and name in _KV:
             continue
         inputs, outputs = place.divided
         a = shape(place.inputs, ranks, divided=(inputs, None))
@@ -82,7 +83,7 @@ def abstract_apart(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Valu
         return jax.ShapeDtypeStruct((model.num_layers, *sizes), jnp.dtype(engine.dtype), sharding=sharding)
 
     heads = PartitionSpec(None, None, TENSOR_AXIS)
-    b = shape(slots, model.num_kv_heads, rank, model.head_dim, divided=heads)
+    b = shape(slots, on_mesh(model, mesh).num_kv_heads, rank, model.head_dim, divided=heads)
     ranks = all_ranks(engine, mesh.devices.flat[0].platform)
     return ValuesApart(shape(model.hidden_size, ranks, divided=PartitionSpec()), b)
 
@@ -155,6 +156,17 @@ def check_pairs(name: str, weights: AdapterWeights, model: ModelConfig, mesh: Me
         )
         require(0 < rank <= weights.rank, f"{about} of rank {rank}, and says that {weights.rank} is its largest")
         require(all(_is_finite(part, dtype) for part in pair), f"{about} that has NaN or infinities in {dtype}")
+
+
+def pairs_with_kv_copies(pairs: Mapping[str, Pair], model: ModelConfig, mesh: Mesh) -> dict[str, Pair]:
+    """The pairs as the devices have the weights: what B makes of keys and values, for each copy of a head."""
+    copies = kv_copies(model, mesh)
+
+    def spread(pair: Pair) -> Pair:
+        by_head = pair.b.reshape(*pair.b.shape[:_OUTPUTS], model.num_kv_heads, model.head_dim)
+        return pair._replace(b=by_head.repeat(copies, axis=_OUTPUTS).reshape(*pair.b.shape[:_OUTPUTS], -1))
+
+    return {name: spread(pair) if name in _KV else pair for name, pair in pairs.items()}
 
 
 def _is_finite(part: np.ndarray, dtype: str) -> bool:

@@ -63,6 +63,14 @@ class DiskStoreError(SparsexError):
     permitted, another process uses it, or it is of another model."""
 
 
+class DigestError(SparsexError):
+    """What a replica is said to hold cannot be read, or contradicts itself."""
+
+
+class NoReplicaError(SparsexError):
+    """No replica is there to take a request."""
+
+
 class AddressError(SparsexError):
     """An address cannot be listened at: it is in use, unknown or not permitted."""
 

@@ -27,7 +27,7 @@ MAX_CANDIDATES = 16  # places tried for each window, however often its text is s
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
-def _mix(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
+def mix(values: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
     """splitmix64's finaliser: neighbouring token ids become unrelated 64-bit numbers."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -45,7 +45,7 @@ def window_hashes(tokens: Int32[np.ndarray, "*rows tokens"], salt: int) -> UInt6
         7 fours     width 4: m[0] B^3 + .. + m[3]             .. m[6] B^3 + .. + m[9]
         3 eights    width 8: m[0] B^7 + .. + m[7]             .. m[2] B^7 + .. + m[9]
     """
-    hashes = _mix(tokens.astype(np.uint64) + np.uint64(salt))
+    hashes = mix(tokens.astype(np.uint64) + np.uint64(salt))
     power, width = _MULTIPLIER, 1
     while width < WINDOW:
         hashes = hashes[..., :-width] * np.uint64(power) + hashes[..., width:]

@@ -216,7 +216,7 @@ def _debate(timing: Timing, shared: int, way: str) -> dict[str, float]:
     system, private = Segment(next(keys), 64), [Segment(next(keys), 1088) for _ in range(8)]
     said = [Segment(next(keys), shared // max(8, shared // 1536)) for _ in range(max(8, shared // 1536))]
     told = []
-    for each in range(3):
+    for _ in range(3):
         prompts = []
         for own in private:
             heard = [said[i] for i in rng.permutation(len(said))]

@@ -52,6 +52,7 @@ class Outcome(NamedTuple):
 
     Attributes:
       number, due, tenant, tokens: of the prompt.
+      answer: tokens that were asked for.
       replica: where it went; -1: there was none.
       first, end: when its first token came, and its last one. Of one that failed, both are when it failed.
       failed: whether it got an error.
@@ -63,6 +64,7 @@ class Outcome(NamedTuple):
     due: float
     tenant: int
     tokens: int
+    answer: int
     replica: int
     first: float
     end: float
@@ -99,12 +101,20 @@ class Replica:
       loaded_bytes: from its tiers, one number for each.
     """
 
-    def __init__(self, number: int, config: ReplicaConfig, timing: Timing, done: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        config: ReplicaConfig,
+        timing: Timing,
+        done: Callable[[Outcome], None],
+        first: Callable[[int], None] = lambda number: None,
+    ) -> None:
         """
         Args:
           done: is told what became of each request, at the time when it ends.
+          first: is told the number of each prompt whose first token came.
         """
-        self.number, self.config, self.timing, self._done = number, config, timing, done
+        self.number, self.config, self.timing, self._done, self._first = number, config, timing, done, first
         self.store = Store(config.store_tokens, config.tiers, segments=timing.method.segments)
         self.next_time, self.busy = NEVER, 0.0
         self.loaded_bytes = [0.0] * len(config.tiers)
@@ -116,7 +126,6 @@ class Replica:
         self._computing: Counter[int] = Counter()  # keys that are being computed
         self._steps = self._context = 0
         self._began, self._plan, self._plan_steps = 0.0, list[Job](), 0
-        self.on_first: Callable[[int], None] | None = None
 
     @property
     def queued_tokens(self) -> float:
@@ -304,8 +313,7 @@ class Replica:
         new = sum(segment.tokens for segment in segments[job.pinned :])
         self.store.commit(segments, job.chain[:-1], job.pinned)
         job.pinned, job.reserved = len(segments), job.reserved - new
-        if self.on_first:
-            self.on_first(job.prompt.number)
+        self._first(job.prompt.number)
         if job.prompt.answer.tokens == 1:
             self._finish(job, now, ran=False)
             return
@@ -321,5 +329,5 @@ class Replica:
 
     def _outcome(self, job: Job, first: float, end: float, *, failed: bool) -> Outcome:
         prompt, found = job.prompt, job.found
-        about = prompt.number, prompt.due, prompt.tenant, prompt.tokens, self.number
+        about = prompt.number, prompt.due, prompt.tenant, prompt.tokens, prompt.answer.tokens, self.number
         return Outcome(*about, first, end, failed, found.prefix, found.reused, sum(found.loaded), job.work)

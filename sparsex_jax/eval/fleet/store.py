@@ -100,15 +100,15 @@ class Store:
     Attributes:
       capacity: tokens that the device holds.
       held: tokens that are taken on the device, by nodes or by those who reserved them.
-      changes: since `take_changes`, the tokens of each key that is to be found now; negative if it is found no more. The
-        keys are those of segments, or nodes if only prefixes are found.
+      changes: since `take_changes`, by key: a segment, and whether it is to be found now or no more. The keys are those
+        of segments, or nodes if only prefixes are found.
     """
 
     def __init__(self, capacity: int, tiers: Sequence[TierConfig] = (), *, segments: bool = True) -> None:
         require(capacity >= 1, f"capacity={capacity} must be at least 1")
         self.capacity, self.held, self.segments = capacity, 0, segments
         self.tiers = [Tier(config) for config in tiers]
-        self.changes: dict[int, int] = {}
+        self.changes: dict[int, tuple[Segment, bool]] = {}
         self._nodes: dict[int, Segment] = {}
         self._pins: dict[int, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict()  # nodes that nobody pins, the oldest first
@@ -234,7 +234,7 @@ class Store:
                 del self._pins[node]
                 self._free[node] = None
 
-    def take_changes(self) -> dict[int, int]:
+    def take_changes(self) -> dict[int, tuple[Segment, bool]]:
         """The changes since the last call."""
         changes, self.changes = self.changes, {}
         return changes
@@ -277,7 +277,7 @@ class Store:
         else:
             del counts[key]
         if was != (is_found := self._is_found(key)):
-            self.changes[key] = segment.tokens if is_found else -segment.tokens
+            self.changes[key] = segment, is_found
 
     def _is_found(self, key: int) -> bool:
         return key in self._counts or any(key in counts for counts in self._below)

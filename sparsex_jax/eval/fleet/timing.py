@@ -6,8 +6,8 @@ A plan is then
 
     start + (layers before) layer(rows before) + (layers behind) layer(rows behind) + what each prompt adds
 
-where `layer` is that of `ChunkTimes`, and a prompt adds its attention, its copies and its part of the signal. So prompts
-that share a plan share the passes over the weights.
+where `layer` is that of `ChunkTimes`, and a prompt adds its attention, copies and part of the signal. So prompts that
+share a plan share the passes over the weights.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Method:
         require(0 <= self.ratio <= 1, f"ratio={self.ratio} must be from 0 to 1")
 
     def recomputed(self, reused: int, borders: int) -> int:
-        """Of so many reused tokens that stand beside fresh ones so many times, those that the layers behind the boundary compute."""
+        """Reused tokens that the layers behind the boundary compute."""
         return min(reused, round(self.ratio * reused) + self.overflow * borders)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from sparsex_jax.config.checks import require
 
-_TENANT = 1 << 40  # keys of one tenant
+TENANT_KEYS = 1 << 40  # of one tenant; the tenant of a key is the key divided by it
 
 
 class Segment(NamedTuple):
@@ -152,7 +152,7 @@ class Texts:
     """Makes texts of one session that no other session has."""
 
     def __init__(self, tenant: int, session: int) -> None:
-        self._keys = itertools.count(tenant * _TENANT + (1 << 39) + session * 4096)
+        self._keys = itertools.count(tenant * TENANT_KEYS + (1 << 39) + session * 4096)
 
     def new(self, tokens: int) -> Segment:
         """A text of at least a token."""
@@ -179,13 +179,13 @@ class Chat:
     Attributes:
       turns: of a conversation, on average (geometric).
       question, answer: tokens, on average (exponential).
-      think: seconds from one turn's arrival to the next, on average beyond 5 s.
+      think: seconds from one turn's arrival to the next, on average (exponential, behind the first 5 s).
     """
 
     turns: float = 6.0
-    question: int = 128
+    question: int = 192
     answer: int = 256
-    think: float = 15.0
+    think: float = 10.0
 
     @property
     def prompts(self) -> float:
@@ -203,7 +203,7 @@ class Chat:
             history.append(question)
             yield Asked(due, number, tenant, tuple(history), answer)
             history.append(answer)
-            due += 5 + float(rng.exponential(self.think))
+            due += 5 + float(rng.exponential(max(self.think - 5, 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ class Rag:
       length, question, answer: tokens; the last two on average (exponential).
     """
 
-    documents: int = 1000
+    documents: int = 200
     skew: float = 0.9
     found: int = 8
     length: int = 768
@@ -246,7 +246,7 @@ class Rag:
     def document(self, tenant: int, rank: int) -> Segment:
         """The tenant's document of this rank. Its length is from half to one and a half of `length`."""
         spread = (rank * 2654435761 + tenant * 40503) % 1024 / 1024
-        return Segment(tenant * _TENANT + 1 + rank, int(self.length * (0.5 + spread)))
+        return Segment(tenant * TENANT_KEYS + 1 + rank, int(self.length * (0.5 + spread)))
 
     def _some(self, rng: np.random.Generator) -> list[int]:
         """Different ranks. They are drawn one by one, so their order is by chance too."""
@@ -401,7 +401,7 @@ def _next_of(line: list[tuple[float, int, Asked, Iterator[Asked]]]) -> Asked:
 
 
 def _system(tenant: int, tenants: Tenants) -> Segment:
-    return Segment(tenant * _TENANT, tenants.system)
+    return Segment(tenant * TENANT_KEYS, tenants.system)
 
 
 KINDS: dict[str, Kind] = {"chat": Chat(), "rag": Rag(), "agents": Agents()}

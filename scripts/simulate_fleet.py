@@ -1,0 +1,331 @@
+"""Simulates fleets of 1 to 1000 replicas: which routing finds what, how long prompts wait, and what breaks first.
+
+    python scripts/simulate_fleet.py [--only calibration policies ...] [--replicas 1 10 100] [--large 1000]
+
+Nothing is computed on a device: `sparsex_jax.eval.fleet` moves events, in one process and on one core. The replicas are
+H100s with a llama-3.1-8b in bfloat16. What prefill and decode take is fitted to `scripts/results` and compared with the
+rows there that were not fitted (part `calibration`). The routers are those that serve, `sparsex_jax.routing`.
+
+    calibration   predicted and measured, row by row
+    policies      hit rate, balance and TTFT by policy, traffic and number of replicas
+    capacity      prompts a second and replica of which 95 % are answered well
+    digests       how often and how finely replicas say what they hold
+    routers       how many processes route
+    tiers         host memory and disks below the store
+    failures      a replica dies; a document that all ask about; a tenant that floods
+    scale         the mixture of all traffic up to the largest fleet, and what of it breaks first
+
+A good answer has its first token within 1 s and 50 ms between tokens. Figures are of the second half of a run; the first
+fills the stores. Writes `fleet-llama-3.1-8b-cpu.json` and plots to `scripts/results`, after each part, and keeps what is
+there of other parts.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsex_jax.eval.fleet.calibration import MODEL, Fit, fit, predictions
+from sparsex_jax.eval.fleet.figures import figures, of_times, of_tokens, over_time
+from sparsex_jax.eval.fleet.policies import SIMPLE, Make, routed
+from sparsex_jax.eval.fleet.replica import ReplicaConfig
+from sparsex_jax.eval.fleet.simulation import FleetConfig, Run, Simulation
+from sparsex_jax.eval.fleet.store import TierConfig
+from sparsex_jax.eval.fleet.timing import METHODS
+from sparsex_jax.eval.fleet.traffic import KINDS, Agents, Arrivals, Chat, Kind, Rag, Surge, Tenants, Traffic
+from sparsex_jax.eval.results import file_stem, provenance, write_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PREFIX, SEGMENTS = "prefix", "sparsex l*=0, 5 %"
+ROUTER = "router"
+EVERY = 128  # tokens for each sample of a digest
+Row = dict[str, Any]
+
+
+class Load(NamedTuple):
+    """A traffic, and the prompts a second and replica at which policies are compared."""
+
+    kinds: tuple[tuple[Kind, float], ...]
+    rate: float
+
+    def traffic(self, replicas: int, rate: float | None = None, **fields: Any) -> Traffic:
+        """For so many replicas, with two tenants for each."""
+        rate = self.rate if rate is None else rate
+        whole = sum(share for _, share in self.kinds)
+        mix = tuple((kind, share / whole * rate * replicas) for kind, share in self.kinds)
+        return Traffic(mix, Tenants(2 * replicas), **fields)
+
+
+LOADS = {
+    "chat": Load(((KINDS["chat"], 1.0),), 8.0),
+    "rag": Load(((KINDS["rag"], 1.0),), 3.0),
+    "agents": Load(((KINDS["agents"], 1.0),), 3.0),
+    "mixture": Load(((KINDS["chat"], 0.5), (KINDS["rag"], 0.25), (KINDS["agents"], 0.25)), 4.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A fleet under a load.
+
+    Attributes:
+      reuse: a name of `METHODS`.
+      policy: a name of `SIMPLE`, or `router`.
+      fleet: what differs from the plain fleet.
+      router: what differs from the plain router.
+    """
+
+    load: str
+    replicas: int
+    reuse: str
+    policy: str
+    rate: float | None = None
+    traffic: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fleet: dict[str, Any] = dataclasses.field(default_factory=dict)
+    router: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def config(self) -> FleetConfig:
+        digests = {} if self.policy == ROUTER else {"digest_s": None}
+        return FleetConfig(self.replicas, **({"every": EVERY} | digests | self.fleet))
+
+    @property
+    def make(self) -> Make:
+        if self.policy != ROUTER:
+            return SIMPLE[self.policy]
+        return routed(self.config.every, segments=METHODS[self.reuse].segments, **self.router)
+
+    @property
+    def name(self) -> str:
+        return f"{'segments' if METHODS[self.reuse].segments else 'prefixes'}, {self.policy}"
+
+
+class Bench:
+    """Runs cases with one fit, one seed and one length."""
+
+    def __init__(self, fitted: Fit, seconds: float, seed: int) -> None:
+        self.fitted, self.seconds, self.seed = fitted, seconds, seed
+
+    def run(self, case: Case, seconds: float | None = None) -> tuple[Run, dict[str, float]]:
+        """A run, and the figures of its second half."""
+        until = self.seconds if seconds is None else seconds
+        traffic = LOADS[case.load].traffic(case.replicas, case.rate, **case.traffic)
+        simulation = Simulation(case.config, self.fitted.timing(METHODS[case.reuse]), case.make)
+        run = simulation.run(traffic.prompts(self.seed, until))
+        told = figures(run, case.config, until / 2, until) | speed(run)
+        shown = ("hit rate", "TTFT p50", "TTFT p95", "good", "busiest of mean", "us a request")
+        print(
+            f"{case.load}, {case.replicas}, {case.name}, {case.fleet or ''}{case.router or ''}: "
+            + ", ".join(f"{name} {told[name]:.3g}" for name in shown)
+            + f"; {len(run.outcomes)} requests, {run.wall_seconds:.1f} s",
+            flush=True,
+        )
+        return run, told
+
+
+def speed(run: Run) -> dict[str, float]:
+    return {"us a request": 1e6 * run.wall_seconds / max(len(run.outcomes), 1), "wall, s": run.wall_seconds}
+
+
+def rows_of(work: str, implementation: str, told: dict[str, float]) -> list[Row]:
+    return [
+        {"work": f"{work}: {name}", "implementation": implementation, "figure": float(f"{value:.5g}"), "unit": unit(name)}
+        for name, value in told.items()
+    ]
+
+
+def unit(name: str) -> str:
+    """
+    >>> [unit(name) for name in ("TTFT p95", "hit rate", "router, us a request")]
+    ['s', 'share', 'us']
+    """
+    units = {"TTFT": "s", "gap": "s", "requests": "requests", "router": "us", "digests": "B/s", "us": "us", "wall": "s"}
+    units |= {"busiest": "times", "most": "times", "capacity": "prompts/s", "samples": "samples", "prompts": "prompts/s"}
+    return units.get(name.replace(",", " ").split()[0], "share")
+
+
+# The parts --------------------------------------------------------------------------------------------------
+
+
+COMBINATIONS = (
+    (PREFIX, "round robin"),
+    (PREFIX, "least loaded"),
+    (PREFIX, "session affinity"),
+    (PREFIX, "prefix hash"),
+    (PREFIX, ROUTER),
+    (SEGMENTS, "round robin"),
+    (SEGMENTS, "least loaded"),
+    (SEGMENTS, "session affinity"),
+    (SEGMENTS, ROUTER),
+)
+
+
+def calibration(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    for row in predictions(bench.fitted, RESULTS):
+        about = {"work": f"{row.source.split('-')[0]}: {row.work}", "implementation": row.implementation}
+        yield about | {
+            "figure": float(f"{row.predicted:.5g}"),
+            "unit": row.unit,
+            "measured": float(f"{row.measured:.5g}"),
+            "error": float(f"{row.error:.3g}"),
+            "fitted": row.fitted,
+            "source": row.source,
+        }
+
+
+def policies(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    for load in ("chat", "rag", "agents"):
+        for replicas in options.replicas:
+            for reuse, policy in COMBINATIONS:
+                case = Case(load, replicas, reuse, policy)
+                _, told = bench.run(case)
+                yield from rows_of(f"{load}, {replicas} replicas", case.name, told)
+
+
+def capacity(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    replicas = options.few
+    for load in ("chat", "rag", "agents", "mixture"):
+        for reuse, policy in COMBINATIONS:
+            case = Case(load, replicas, reuse, policy)
+            most = {"capacity": most_prompts(bench, case)}
+            yield from rows_of(f"{load}, {replicas} replicas", case.name, most)
+
+
+def most_prompts(bench: Bench, case: Case) -> float:
+    """Prompts a second and replica of which 95 % are answered well: where the answer changes, within 6 %."""
+    low, high = 0.0, LOADS[case.load].rate
+    while high < 200 and is_good(bench, case, high):
+        low, high = high, 1.5 * high
+    while high > 1.06 * max(low, 0.1):
+        middle = (low * high) ** 0.5 if low else high / 2
+        low, high = (middle, high) if is_good(bench, case, middle) else (low, middle)
+    return low
+
+
+def is_good(bench: Bench, case: Case, rate: float) -> bool:
+    _, told = bench.run(dataclasses.replace(case, rate=rate))
+    return told["good"] >= 0.95
+
+
+def digests(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    replicas = options.few
+    for digest_s in (0.1, 1.0, 10.0, 60.0):
+        for assume_s in (0.0, 2.0):
+            router = {"assume_s": assume_s, "stale_after_s": max(10.0, 3 * digest_s)}
+            case = Case("rag", replicas, SEGMENTS, ROUTER, fleet={"digest_s": digest_s}, router=router)
+            _, told = bench.run(case)
+            yield from rows_of(f"rag, {replicas} replicas, a digest every {digest_s:g} s", f"assumes {assume_s:g} s", told)
+    for every in (16, 64, 256, 1024):
+        case = Case("rag", replicas, SEGMENTS, ROUTER, fleet={"every": every})
+        _, told = bench.run(case)
+        yield from rows_of(f"rag, {replicas} replicas, one sample in {every}", case.name, told)
+
+
+def routers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    replicas = options.some
+    for count in (1, 4, 16, 64):
+        for digest_s in (1.0, 10.0):
+            fleet = {"routers": count, "digest_s": digest_s}
+            router = {"stale_after_s": max(10.0, 3 * digest_s)}
+            case = Case("rag", replicas, SEGMENTS, ROUTER, fleet=fleet, router=router)
+            _, told = bench.run(case, bench.seconds / 2)
+            yield from rows_of(f"rag, {replicas} replicas, {count} routers", f"a digest every {digest_s:g} s", told)
+
+
+def tiers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    link, tokens = bench.fitted.link, ReplicaConfig().store_tokens
+    below = {
+        "none": (),
+        "host 4x": (TierConfig(4 * tokens, link),),
+        "host 4x at 10 GB/s": (TierConfig(4 * tokens, 10e9),),
+        "host 4x, disk 32x at 5 GB/s": (TierConfig(4 * tokens, link), TierConfig(32 * tokens, 5e9)),
+        "host 4x, disk 32x at 1 GB/s": (TierConfig(4 * tokens, link), TierConfig(32 * tokens, 1e9)),
+    }
+    for load in ("rag", "chat"):
+        for name, each in below.items():
+            for policy in ("least loaded", ROUTER):
+                fleet = {"replica": ReplicaConfig(tiers=each)}
+                case = Case(load, options.few, SEGMENTS, policy, fleet=fleet)
+                _, told = bench.run(case, 2 * bench.seconds)
+                yield from rows_of(f"{load}, {options.few} replicas, tiers: {name}", case.name, told)
+
+
+def failures(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    seconds, few = bench.seconds, options.few
+    rate = LOADS["rag"].rate * few
+    at, end = 0.4 * seconds, 0.8 * seconds
+    hot = Surge(Rag(documents=8, found=8), 0.5 * rate, at, end)
+    flood = Surge(Rag(documents=100_000, skew=0.0), 0.5 * rate, at, end)
+    scenarios: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "a replica dies": ({}, {"deaths": ((at, 0),), "restart_s": 0.3 * seconds}),
+        "a hot document": ({"surge": hot}, {}),
+        "a tenant floods": ({"surge": flood}, {}),
+    }
+    for scenario, (traffic, fleet) in scenarios.items():
+        for reuse, policy in ((PREFIX, "prefix hash"), (SEGMENTS, "least loaded"), (SEGMENTS, ROUTER)):
+            case = Case("rag", few, reuse, policy, traffic=traffic, fleet=fleet)
+            run, told = bench.run(case)
+            others = [each for each in run.outcomes if each.tenant and at <= each.due < end]
+            of_others = {f"{name} of others": value for name, value in (of_times(others) | of_tokens(others)).items()}
+            failed = {"failed": sum(each.failed for each in run.outcomes) / len(run.outcomes)}
+            keep = {name: told[name] for name in ("hit rate", "busiest of mean", "most prompts of mean")}
+            yield from rows_of(f"{scenario}, rag, {few} replicas", case.name, keep | failed | of_others)
+            line = {"work": f"{scenario}: over time", "implementation": case.name, "figure": at, "unit": "s"}
+            yield line | {"line": [[float(f"{x:.4g}") for x in point] for point in over_time(run.outcomes, seconds / 40)]}
+
+
+def scale(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    for replicas in (*options.replicas, options.large):
+        seconds = bench.seconds if replicas < 1000 else options.large_seconds
+        combinations = COMBINATIONS if replicas < 1000 else [(PREFIX, "prefix hash"), (PREFIX, ROUTER), (SEGMENTS, "least loaded"), (SEGMENTS, ROUTER)]
+        for reuse, policy in combinations:
+            case = Case("mixture", replicas, reuse, policy)
+            run, told = bench.run(case, seconds)
+            told["prompts a second"] = LOADS["mixture"].rate * replicas
+            told["router, cores"] = told["router, us a request"] * told["prompts a second"] / 1e6
+            yield from rows_of(f"mixture, {replicas} replicas", case.name, told)
+
+
+PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
+    part.__name__: part for part in (calibration, policies, capacity, digests, routers, tiers, failures, scale)
+}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    add("--replicas", type=int, nargs="+", default=[1, 10, 100])
+    add("--few", type=int, default=10, help="replicas of the parts that have one number of them")
+    add("--some", type=int, default=100, help="replicas where routers are many")
+    add("--large", type=int, default=1000, help="replicas of the largest fleet")
+    add("--seconds", type=float, default=120.0, help="of arrivals")
+    add("--large-seconds", type=float, default=40.0, help="of arrivals at the largest fleet")
+    add("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def earlier(path: Path, parts: Sequence[str]) -> list[Row]:
+    """Rows of the file that is there already, of other parts."""
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    return [row for row in rows if row["part"] not in parts]
+
+
+def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None:
+    options = parse(arguments)
+    bench = Bench(fit(RESULTS), options.seconds, options.seed)
+    about: dict[str, Any] = {"bench": "fleet", "model": MODEL} | provenance()
+    path = folder / f"{file_stem(about)}.json"
+    settings = {name: value for name, value in vars(options).items() if name != "only"}
+    for part in options.only:
+        began, kept = time.perf_counter(), earlier(path, [part])
+        rows = [{"part": part} | row for row in PARTS[part](bench, options)]
+        write_json(about | {"settings": settings, "rows": kept + rows}, folder)
+        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

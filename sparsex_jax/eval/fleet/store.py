@@ -276,8 +276,8 @@ class Store:
             counts[key] = number
         else:
             del counts[key]
-        if was != (is_found := self._is_found(key)):
-            self.changes[key] = segment, is_found
+        if was != (is_found := self._is_found(key)) and self.changes.pop(key, None) is None:
+            self.changes[key] = segment, is_found  # what came and went since is not told at all
 
     def _is_found(self, key: int) -> bool:
         return key in self._counts or any(key in counts for counts in self._below)

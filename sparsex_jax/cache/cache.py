@@ -38,7 +38,7 @@ from sparsex_jax.cache.pins import Held, PinBook, PinState
 from sparsex_jax.cache.remembered import RememberedTexts, text_around
 from sparsex_jax.cache.segments import Run, SegmentSearch
 from sparsex_jax.cache.tree import Accepts, Node, PageTree, Prefix
-from sparsex_jax.cache.windows import WINDOW, WindowIndex
+from sparsex_jax.cache.windows import WINDOW, Observer, WindowIndex
 from sparsex_jax.errors import FrozenLimitError, PinLimitError, StoreFullError
 
 # Numbers of derived pages, for each page of the store: even mirrors of a twentieth of their size fill it before.
@@ -771,6 +771,13 @@ class PageCache:
         self._pool.committed[list(pages)] = False
 
     # Inspecting ---------------------------------------------------------------------------------------------
+
+    def watch(self, observer: Observer | None) -> None:
+        """Tell this observer what can be found, and from now on what changes. None: nobody."""
+        self._windows.observer = observer
+        nodes = self.tree.live_nodes()
+        if observer is not None and nodes:
+            observer.stored(nodes)
 
     def stats(self) -> CacheStats:
         """Counts of pages, tokens and events. It walks over no content: the loop asks each round."""

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import secrets
 from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt64
@@ -69,6 +70,21 @@ def run_around(
     return begin, place + int(equal[before:].cumprod().sum())
 
 
+@runtime_checkable  # tests check argument types while they run
+class Observer(Protocol):
+    """Hears which content lookups can find. It is called on the cache's thread, between two of its changes, so it must
+    be quick and must not raise."""
+
+    def stored(self, nodes: Sequence[Node]) -> None:
+        """These can be found from now on."""
+
+    def removed(self, nodes: Sequence[Node]) -> None:
+        """These were told of as stored, and cannot be found any more."""
+
+    def cleared(self) -> None:
+        """Nothing can be found any more: the store is lost."""
+
+
 class WindowIndex:
     """Maps a window's hash to its places: the nodes and offsets where it is stored.
 
@@ -77,6 +93,7 @@ class WindowIndex:
 
     Attributes:
       num_windows: windows that are indexed now.
+      observer: hears of nodes that come and go. None: nobody does.
     """
 
     def __init__(self, max_windows: int) -> None:
@@ -93,6 +110,7 @@ class WindowIndex:
         self._approximate: dict[int, dict[tuple[Node, int], None]] = {}
         self._secret = secrets.token_bytes(16)  # so that clients cannot construct texts whose hashes collide
         self.num_windows = 0
+        self.observer: Observer | None = None
 
     def _salt(self, namespace: str) -> int:
         return int.from_bytes(hashlib.blake2b(namespace.encode(), key=self._secret, digest_size=8).digest(), "little")
@@ -128,6 +146,8 @@ class WindowIndex:
             for offset, value in reversed(self._windows_of(node)):
                 self._table_of(node, offset).setdefault(value, {})[node, offset] = None
         self._count([value for node in nodes for value in node.hashes], 1)
+        if self.observer is not None:
+            self.observer.stored(nodes)
 
     def remove(self, nodes: Sequence[Node]) -> None:
         """Remove indexed nodes from the index."""
@@ -138,6 +158,8 @@ class WindowIndex:
                 if not places[value]:
                     del places[value]
         self._count([value for node in nodes for value in node.hashes], -1)
+        if nodes and self.observer is not None:
+            self.observer.removed(nodes)
 
     def probe(
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str

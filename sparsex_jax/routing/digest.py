@@ -24,7 +24,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Int32, UInt32
 
-from sparsex_jax.cache.windows import mix, window_hashes
+from sparsex_jax.cache.windows import WINDOW, mix, window_hashes
 from sparsex_jax.config.checks import is_int, require
 from sparsex_jax.routing.updates import Update
 
@@ -58,12 +58,17 @@ class Sketch:
 
     def samples(self, tokens: Int32[np.ndarray, "tokens"], namespace: str) -> UInt32[np.ndarray, "samples"]:
         """The sample of a text, in order of offsets. It is empty for fewer than 8 tokens."""
-        if len(tokens) == 0:
-            return _NOTHING
+        return self.samples_of_each(tokens[None], namespace)[0]
+
+    def samples_of_each(self, texts: Int32[np.ndarray, "texts tokens"], namespace: str) -> list[np.ndarray]:
+        """The samples of several texts of one length, which costs little more than those of one."""
+        if texts.shape[1] < WINDOW:
+            return [_NOTHING] * len(texts)
         salt = int.from_bytes(self._digest(namespace, b"salt"), "little")
-        numbers = mix(window_hashes(tokens, salt))
-        kept = numbers[numbers & np.uint64(self.every - 1) == 0]
-        return (kept >> np.uint64(32)).astype(np.uint32)
+        numbers = mix(window_hashes(texts, salt))
+        is_kept = numbers & np.uint64(self.every - 1) == 0
+        upper = (numbers >> np.uint64(32)).astype(np.uint32)
+        return [row[kept] for row, kept in zip(upper, is_kept, strict=True)]
 
     def _digest(self, namespace: str, use: bytes) -> bytes:
         key = hashlib.blake2b(self.key).digest()  # a key of any length becomes one of 64 bytes

@@ -1,10 +1,14 @@
 """The choice between replicas, by numbers alone: what they hold of a prompt, and what they have to do.
 
-`SegmentPolicy` estimates for each replica the work until the prompt's first token, in tokens to compute:
+`SegmentPolicy` estimates for each replica what the prompt costs there, in tokens to compute:
 
-    work = fresh tokens + reuse_cost * tokens found there + tokens queued there + running_cost * sequences running there
+    work  = fresh tokens + reuse_cost * tokens found there
+    delay = tokens queued there + running_cost * sequences running there
+    cost  = work_weight * work + delay
 
-Replicas whose work is near the least are equally good as far as anybody knows. Of those, two are drawn by a hash of the
+A token of work counts more than one of delay, because it also takes time from all who come later; so a prompt waits a
+little where its segments are before it is computed anew elsewhere, which then has them too. Replicas whose cost is near
+the least are equally good as far as anybody knows. Of those, two are drawn by a hash of the
 prompt's content, and the one with the shorter queue is taken: power of two choices, as Azar et al. ("Balanced
 allocations", 1994) have it. Equal content draws the same two, so a text that nobody holds yet is not computed in many
 places at once; different contents draw different ones, so that routers with old numbers do not all run to one replica.
@@ -63,20 +67,23 @@ class Policy(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class SegmentPolicy:
-    """Least expected work, and two choices among those near it.
+    """Least expected cost, and two choices among those near it.
 
     Attributes:
       reuse_cost: what a token that is found costs, as a share of a fresh one: copies, rotation and recomputed tokens.
       running_cost: by how many tokens each running sequence delays a prompt.
-      slack: replicas within this share of the prompt's tokens from the least work are equally good.
+      work_weight: how much a token of the prompt's own work counts beside one of delay. 1: the least time to this
+        prompt's first token; more: less work for all.
+      slack: replicas within this share of the prompt's tokens from the least cost are equally good.
     """
 
     reuse_cost: float = 0.15
     running_cost: float = 64.0
+    work_weight: float = 2.0
     slack: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("reuse_cost", "running_cost", "slack"):
+        for name in ("reuse_cost", "running_cost", "work_weight", "slack"):
             value = getattr(self, name)
             require(is_number(value) and value >= 0, f"{name}={value!r} must be a number >= 0")
 
@@ -86,8 +93,8 @@ class SegmentPolicy:
 
     def choose(self, num_tokens: int, candidates: Candidates, content: int) -> int:
         delay = candidates.queued + self.running_cost * candidates.running
-        total = self.work(num_tokens, candidates) + delay
-        near = np.flatnonzero(total <= total.min() + self.slack * num_tokens)
+        cost = self.work_weight * self.work(num_tokens, candidates) + delay
+        near = np.flatnonzero(cost <= cost.min() + self.slack * num_tokens)
         ranks = candidates.ranks(content)[near]
         two = near[np.argsort(ranks)[::-1][:2]]
         return int(two[np.argmin(delay[two])])  # the first of two that are equal, which is sticky

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int64
 from sparsex_jax.cache import Forgotten, Match, Origin, PageCache, PinState
 from sparsex_jax.cache.company import Company, company_namespace, having_seen, is_plain
 from sparsex_jax.cache.counts import CacheCounts
+from sparsex_jax.cache.windows import Observer
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig
 from sparsex_jax.device.arrivals import Late
 from sparsex_jax.errors import ContextLengthError, FrozenLimitError, InvalidRequestError, NoRoomError, StoreFullError
@@ -81,6 +82,7 @@ class Admission:
         self.clock: Callable[[], float] = time.monotonic
         self._neighbours: dict[str, Neighbours] = {}
         self._neighbours_at = -1  # `releases` then
+        self._observer: Observer | None = None
         self.cache = self._new_cache()
 
     def start_over(self) -> None:
@@ -90,11 +92,19 @@ class Admission:
         self._holders, self._returning = set(), set()
         lost, self.cache = self.cache, self._new_cache()
         self.cache.know_texts_of(lost)
+        if self._observer is not None:
+            self._observer.cleared()
+            self.watch(self._observer)
         if self.tiers and self.restoring and self.loading:
             self.tiers.lose()
             self.loading.lose()
             self.restoring.cancel_all(self.cache, again=True)
         self.releases += 1
+
+    def watch(self, observer: Observer | None) -> None:
+        """Tell this observer what the cache can find, and of its changes, those of later caches too. None: nobody."""
+        self._observer = observer
+        self.cache.watch(observer)
 
     def _new_cache(self) -> PageCache:
         config = self._config

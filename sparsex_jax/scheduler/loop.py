@@ -182,6 +182,13 @@ class Loop:
             waiting, held = self._num_waiting(), self._rounds.num_held
         return self._counts.stats(waiting=waiting, held=held, running=running, preempted=preempted)
 
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of the prompts that wait or are being prefilled, whatever of them is found."""
+        with self._news:
+            in_line = [*self._inbox, *self.policy.of_state(State.WAITING, State.PREFILLING)]
+        return sum(len(sequence.prompt) for sequence in in_line if not sequence.cancelled)
+
     def _submit(self, sequence: Sequence) -> Ticket:
         with self._news:
             waiting, most = self._num_waiting(), self._config.max_waiting

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import email.message
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import Request
@@ -58,6 +60,17 @@ class Bodies:
           DisconnectedError: the client disconnected before all of it had come.
         """
         _require_json(request)
+        async with self._read(request) as content:
+            return await self._parsed(content, model)
+
+    async def read(self, request: Request) -> bytes:
+        """A request's body as it is. Errors as `checked`, but for those of its form."""
+        async with self._read(request) as content:
+            return content
+
+    @contextlib.asynccontextmanager
+    async def _read(self, request: Request) -> AsyncIterator[bytes]:
+        """All of a body, which counts as held for as long as this is open."""
         body = _Body(self._limits, int(request.headers.get("content-length") or 0))
         try:
             while not body.complete:
@@ -65,7 +78,7 @@ class Bodies:
                 self._held_bytes += more
                 if self._held_bytes > _MOST_BODIES * self._limits.max_body_bytes and len(body.content) > _SMALL_BYTES:
                     raise OverloadedError("too many large bodies are read at once", 5.0)
-            return await self._parsed(bytes(body.content), model)
+            yield bytes(body.content)
         finally:
             self._held_bytes -= len(body.content)
 

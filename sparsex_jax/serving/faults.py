@@ -25,6 +25,7 @@ from sparsex_jax.errors import (
     ContextLengthError,
     FrozenLimitError,
     InvalidRequestError,
+    NoReplicaError,
     NoRoomError,
     OverloadedError,
     SparsexError,
@@ -61,6 +62,10 @@ class RequestError(SparsexError):
 
 class DisconnectedError(SparsexError):
     """The client disconnected before its answer began."""
+
+
+class ReplicaLostError(SparsexError):
+    """The replica that a request was sent to died, and the request with it."""
 
 
 class OutOfServiceError(SparsexError):
@@ -224,6 +229,8 @@ _DESCRIPTIONS: tuple[tuple[type[BaseException], Any], ...] = (
     (OverloadedError, _later(503, "overloaded")),
     (DrainingError, _later(503, "draining")),
     (OutOfServiceError, _later(503, "draining")),
+    (ReplicaLostError, _later(503, "replica_lost")),
+    (NoReplicaError, _later(503, "no_replica")),
     (FrozenLimitError, _as(507, "server_error", "knowledge_full")),
     (NoRoomError, _as(400, "invalid_request_error", "context_length_exceeded")),
     (StoreFullError, _later(503, "store_full")),

@@ -181,21 +181,7 @@ class Intake:
 
     def _render(self, request: ChatRequest) -> MarkedText:
         """The chat in the model's template. Raises RequestError if a field is wrong, or the template refuses it."""
-        chat = Chat(
-            [plain_message(message) for message in request.messages],
-            tools=request.offered_tools,
-            documents=request.documents,
-            chat_template=request.chat_template,
-            chat_template_kwargs=self._thoughts.variables(request),
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=bool(request.continue_final_message),
-            allow_control_tokens=bool(request.allow_control_tokens),
-        )
-        try:
-            return render(chat, self._engine.tokenizer)
-        except InvalidRequestError as error:
-            named = re.match(r"[\w.\[\]]+", str(error))  # the messages begin with the field
-            raise RequestError(str(error), param=named[0] if named else "messages", code="invalid_value") from error
+        return rendered(request, self._engine.tokenizer, self._thoughts)
 
     def _prompt(
         self, request: Generate, prompt: Any, param: str, named: tuple[str, int] | None, *, special: bool
@@ -308,6 +294,25 @@ class Intake:
             return reuse_when_scored(sampling) or self._engine.reuse
         extras.forbid(request.reuse, "reuse.")
         return self._engine.reuse.updated(**request.reuse.model_dump(exclude_unset=True))
+
+
+def rendered(request: ChatRequest, tokenizer: Any | None, thoughts: Thoughts) -> MarkedText:
+    """A chat in the model's template. Raises RequestError if a field is wrong, or the template refuses it."""
+    chat = Chat(
+        [plain_message(message) for message in request.messages],
+        tools=request.offered_tools,
+        documents=request.documents,
+        chat_template=request.chat_template,
+        chat_template_kwargs=thoughts.variables(request),
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=bool(request.continue_final_message),
+        allow_control_tokens=bool(request.allow_control_tokens),
+    )
+    try:
+        return render(chat, tokenizer)
+    except InvalidRequestError as error:
+        named = re.match(r"[\w.\[\]]+", str(error))  # the messages begin with the field
+        raise RequestError(str(error), param=named[0] if named else "messages", code="invalid_value") from error
 
 
 def _member(request: Generate) -> Member | None:

@@ -1,0 +1,172 @@
+"""One engine of a fleet: its server's application, called in this process, and what it tells routers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.types import Message
+
+from sparsex_jax.routing import Load, Position, Sketch
+from sparsex_jax.serving.access import Limits
+from sparsex_jax.serving.fleet.feed import DigestFeed
+from sparsex_jax.serving.fleet.kv_events import KvEvents, KvEventsConfig
+from sparsex_jax.serving.fleet.observers import Observers
+from sparsex_jax.serving.health import LIVE, state_of
+from sparsex_jax.serving.worker import Worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Forwarded:
+    """An HTTP request on its way to a replica. It can be pickled.
+
+    Attributes:
+      headers: names in lower case, as ASGI has them.
+      client: address and port of the client.
+    """
+
+    method: str
+    path: str
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    client: tuple[str, int] | None = None
+
+    def scope(self) -> dict[str, Any]:
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": self.method,
+            "scheme": "http",
+            "path": self.path,
+            "raw_path": self.path.encode(),
+            "query_string": self.query,
+            "root_path": "",
+            "headers": [*self.headers],
+            "client": self.client,
+            "server": None,
+            "state": {},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a replica tells a router that asked.
+
+    Attributes:
+      updates: of its digest, as bytes, in order.
+      load: what it has to do.
+    """
+
+    updates: list[bytes]
+    load: Load
+
+
+class Replica:
+    """An engine's server without sockets. Use as `async with Replica(...) as replica`."""
+
+    def __init__(
+        self, app: FastAPI, worker: Worker, sketch: Sketch, *, limits: Limits, events: KvEventsConfig | None = None
+    ) -> None:
+        """
+        Args:
+          app: of `create_app` for the worker.
+          sketch: the fleet's.
+          limits: those of the app.
+          events: where KV events are published. None: nowhere.
+
+        Raises:
+          InvalidRequestError: events cannot be published there.
+        """
+        self._app, self._worker, self._limits = app, worker, limits
+        engine = worker.engine
+        shape: dict[str, int] = {
+            "vocab_size": engine.model.vocab_size,
+            "num_pages": len(engine.cache.tree.node_of),  # derived ones too
+        }
+        self.feed = DigestFeed(sketch, **shape)
+        self.events: KvEvents | None = None
+        if events is not None:
+            self.events = KvEvents(events, page_size=engine.config.page_size, retell=self._retell_later, **shape)
+        self._observers = Observers(*(each for each in (self.feed, self.events) if each is not None))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_retelling = False
+        self._held = contextlib.AsyncExitStack()
+
+    async def __aenter__(self) -> Replica:
+        self._loop = asyncio.get_running_loop()
+        await self._held.enter_async_context(self._app.router.lifespan_context(self._app))
+        if self.events is not None:
+            self._held.callback(self.events.start().stop)
+        await self._worker.call(self._worker.engine.admission.watch, self._observers)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._held.aclose()
+
+    async def answer(self, request: Forwarded) -> AsyncGenerator[Message]:
+        """The messages of the response, as ASGI has them. If it is closed early, the request is cancelled."""
+        sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        bodies = [{"type": "http.request", "body": request.body, "more_body": False}]
+        is_gone = asyncio.Event()
+
+        async def receive() -> Message:
+            if bodies:
+                return bodies.pop()
+            await is_gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def run() -> None:
+            try:
+                await self._app(request.scope(), receive, sent.put)
+            finally:
+                await sent.put(None)
+
+        task = asyncio.ensure_future(run())
+        try:
+            while (message := await sent.get()) is not None:
+                yield message
+            await task  # raises what the application did not turn into a response
+        finally:
+            is_gone.set()
+            await asyncio.wait([task], timeout=self._limits.client_timeout)
+            task.cancel()
+
+    async def tell(self, position: Position) -> Told:
+        """What changed behind a position, and the load."""
+        if self.feed.is_lost:
+            await self._retell()
+        updates = await asyncio.to_thread(self.feed.since, position)
+        loop = self._worker.loop
+        return Told(updates, Load(float(loop.queued_tokens), loop.stats.running))
+
+    def is_live(self) -> bool:
+        """Whether it works, or recovers by itself."""
+        return state_of(self._worker, self._limits) in LIVE
+
+    async def drain(self) -> None:
+        """Take nothing new, and let what runs finish, as long as the limits allow."""
+        await self._worker.drain(self._limits.drain_timeout)
+
+    # Where an observer could not keep up --------------------------------------------------------------------
+
+    def _retell_later(self) -> None:
+        """From any thread."""
+        if self._loop is not None and not self._is_retelling:
+            self._is_retelling = True
+            asyncio.run_coroutine_threadsafe(self._retell(), self._loop)
+
+    async def _retell(self) -> None:
+        try:
+            await self._worker.call(self._tell_all)
+        finally:
+            self._is_retelling = False
+
+    def _tell_all(self) -> None:
+        self._observers.cleared()
+        self._worker.engine.admission.watch(self._observers)

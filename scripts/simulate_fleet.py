@@ -7,17 +7,18 @@ H100s with a llama-3.1-8b in bfloat16. What prefill and decode take is fitted to
 rows there that were not fitted (part `calibration`). The routers are those that serve, `sparsex_jax.routing`.
 
     calibration   predicted and measured, row by row
-    policies      hit rate, balance and TTFT by policy, traffic and number of replicas
+    policies      hit rate, balance and TTFT by policy and traffic
     capacity      prompts a second and replica of which 95 % are answered well
     digests       how often and how finely replicas say what they hold
+    tuning        the options of the router's policy
     routers       how many processes route
     tiers         host memory and disks below the store
     failures      a replica dies; a document that all ask about; a tenant that floods
     scale         the mixture of all traffic up to the largest fleet, and what of it breaks first
 
-A good answer has its first token within 1 s and 50 ms between tokens. Figures are of the second half of a run; the first
-fills the stores. Writes `fleet-llama-3.1-8b-cpu.json` and plots to `scripts/results`, after each part, and keeps what is
-there of other parts.
+A good answer has its first token within 1 s and 50 ms between tokens. Figures are of the second half of a run; the
+first fills the stores. After each part, `fleet-llama-3.1-8b-cpu.json` is written to `scripts/results`, and the
+plots beside it in the end; what is there of other parts is kept.
 """
 
 import argparse
@@ -35,8 +36,9 @@ from sparsex_jax.eval.fleet.replica import ReplicaConfig
 from sparsex_jax.eval.fleet.simulation import FleetConfig, Run, Simulation
 from sparsex_jax.eval.fleet.store import TierConfig
 from sparsex_jax.eval.fleet.timing import METHODS
-from sparsex_jax.eval.fleet.traffic import KINDS, Agents, Arrivals, Chat, Kind, Rag, Surge, Tenants, Traffic
+from sparsex_jax.eval.fleet.traffic import KINDS, Kind, Rag, Surge, Tenants, Traffic
 from sparsex_jax.eval.results import file_stem, provenance, write_json
+from sparsex_jax.routing import SegmentPolicy
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PREFIX, SEGMENTS = "prefix", "sparsex l*=0, 5 %"
@@ -60,10 +62,10 @@ class Load(NamedTuple):
 
 
 LOADS = {
-    "chat": Load(((KINDS["chat"], 1.0),), 8.0),
-    "rag": Load(((KINDS["rag"], 1.0),), 3.0),
-    "agents": Load(((KINDS["agents"], 1.0),), 3.0),
-    "mixture": Load(((KINDS["chat"], 0.5), (KINDS["rag"], 0.25), (KINDS["agents"], 0.25)), 4.0),
+    "chat": Load(((KINDS["chat"], 1.0),), 16.0),
+    "rag": Load(((KINDS["rag"], 1.0),), 3.5),
+    "agents": Load(((KINDS["agents"], 1.0),), 4.0),
+    "mixture": Load(((KINDS["chat"], 0.5), (KINDS["rag"], 0.25), (KINDS["agents"], 0.25)), 5.0),
 }
 
 
@@ -120,19 +122,25 @@ class Bench:
         print(
             f"{case.load}, {case.replicas}, {case.name}, {case.fleet or ''}{case.router or ''}: "
             + ", ".join(f"{name} {told[name]:.3g}" for name in shown)
-            + f"; {len(run.outcomes)} requests, {run.wall_seconds:.1f} s",
+            + f"; {len(run.outcomes)} requests, {run.cpu_seconds:.1f} s",
             flush=True,
         )
         return run, told
 
 
 def speed(run: Run) -> dict[str, float]:
-    return {"us a request": 1e6 * run.wall_seconds / max(len(run.outcomes), 1), "wall, s": run.wall_seconds}
+    """Of the simulator."""
+    return {"us a request": 1e6 * run.cpu_seconds / max(len(run.outcomes), 1), "processor, s": run.cpu_seconds}
 
 
 def rows_of(work: str, implementation: str, told: dict[str, float]) -> list[Row]:
     return [
-        {"work": f"{work}: {name}", "implementation": implementation, "figure": float(f"{value:.5g}"), "unit": unit(name)}
+        {
+            "work": f"{work}: {name}",
+            "implementation": implementation,
+            "figure": float(f"{value:.5g}"),
+            "unit": unit(name),
+        }
         for name, value in told.items()
     ]
 
@@ -143,7 +151,13 @@ def unit(name: str) -> str:
     ['s', 'share', 'us']
     """
     units = {"TTFT": "s", "gap": "s", "requests": "requests", "router": "us", "digests": "B/s", "us": "us", "wall": "s"}
-    units |= {"busiest": "times", "most": "times", "capacity": "prompts/s", "samples": "samples", "prompts": "prompts/s"}
+    units |= {
+        "busiest": "times",
+        "most": "times",
+        "capacity": "prompts/s",
+        "samples": "samples",
+        "prompts": "prompts/s",
+    }
     return units.get(name.replace(",", " ").split()[0], "share")
 
 
@@ -159,6 +173,14 @@ COMBINATIONS = (
     (SEGMENTS, "round robin"),
     (SEGMENTS, "least loaded"),
     (SEGMENTS, "session affinity"),
+    (SEGMENTS, "prefix hash"),
+    (SEGMENTS, ROUTER),
+)
+FEW_COMBINATIONS = [each for each in COMBINATIONS if each[1] != "round robin" and each != (PREFIX, ROUTER)]
+LARGE_COMBINATIONS = (
+    (PREFIX, "prefix hash"),
+    (SEGMENTS, "least loaded"),
+    (SEGMENTS, "prefix hash"),
     (SEGMENTS, ROUTER),
 )
 
@@ -178,17 +200,16 @@ def calibration(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 def policies(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     for load in ("chat", "rag", "agents"):
-        for replicas in options.replicas:
-            for reuse, policy in COMBINATIONS:
-                case = Case(load, replicas, reuse, policy)
-                _, told = bench.run(case)
-                yield from rows_of(f"{load}, {replicas} replicas", case.name, told)
+        for reuse, policy in COMBINATIONS:
+            case = Case(load, options.few, reuse, policy)
+            _, told = bench.run(case)
+            yield from rows_of(f"{load}, {options.few} replicas", case.name, told)
 
 
 def capacity(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     replicas = options.few
     for load in ("chat", "rag", "agents", "mixture"):
-        for reuse, policy in COMBINATIONS:
+        for reuse, policy in FEW_COMBINATIONS:
             case = Case(load, replicas, reuse, policy)
             most = {"capacity": most_prompts(bench, case)}
             yield from rows_of(f"{load}, {replicas} replicas", case.name, most)
@@ -206,7 +227,7 @@ def most_prompts(bench: Bench, case: Case) -> float:
 
 
 def is_good(bench: Bench, case: Case, rate: float) -> bool:
-    _, told = bench.run(dataclasses.replace(case, rate=rate))
+    _, told = bench.run(dataclasses.replace(case, rate=rate), 2 / 3 * bench.seconds)
     return told["good"] >= 0.95
 
 
@@ -217,22 +238,34 @@ def digests(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
             router = {"assume_s": assume_s, "stale_after_s": max(10.0, 3 * digest_s)}
             case = Case("rag", replicas, SEGMENTS, ROUTER, fleet={"digest_s": digest_s}, router=router)
             _, told = bench.run(case)
-            yield from rows_of(f"rag, {replicas} replicas, a digest every {digest_s:g} s", f"assumes {assume_s:g} s", told)
+            yield from rows_of(
+                f"rag, {replicas} replicas, a digest every {digest_s:g} s", f"assumes {assume_s:g} s", told
+            )
     for every in (16, 64, 256, 1024):
         case = Case("rag", replicas, SEGMENTS, ROUTER, fleet={"every": every})
         _, told = bench.run(case)
         yield from rows_of(f"rag, {replicas} replicas, one sample in {every}", case.name, told)
 
 
+def tuning(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    plain = SegmentPolicy()
+    tried = [dataclasses.replace(plain, work_weight=weight) for weight in (1.0, 2.0, 4.0, 8.0, 16.0)]
+    tried += [dataclasses.replace(plain, running_cost=16.0), dataclasses.replace(plain, slack=0.3)]
+    for load in ("chat", "rag", "agents"):
+        for policy in tried:
+            _, told = bench.run(Case(load, options.few, SEGMENTS, ROUTER, router={"policy": policy}))
+            name = f"weight {policy.work_weight:g}, running {policy.running_cost:g}, slack {policy.slack:g}"
+            yield from rows_of(f"{load}, {options.few} replicas", name, told)
+
+
 def routers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
-    replicas = options.some
     for count in (1, 4, 16, 64):
         for digest_s in (1.0, 10.0):
             fleet = {"routers": count, "digest_s": digest_s}
             router = {"stale_after_s": max(10.0, 3 * digest_s)}
-            case = Case("rag", replicas, SEGMENTS, ROUTER, fleet=fleet, router=router)
+            case = Case("rag", options.some, SEGMENTS, ROUTER, fleet=fleet, router=router)
             _, told = bench.run(case, bench.seconds / 2)
-            yield from rows_of(f"rag, {replicas} replicas, {count} routers", f"a digest every {digest_s:g} s", told)
+            yield from rows_of(f"rag, {options.some} replicas, {count} routers", f"a digest every {digest_s:g} s", told)
 
 
 def tiers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
@@ -274,23 +307,23 @@ def failures(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
             keep = {name: told[name] for name in ("hit rate", "busiest of mean", "most prompts of mean")}
             yield from rows_of(f"{scenario}, rag, {few} replicas", case.name, keep | failed | of_others)
             line = {"work": f"{scenario}: over time", "implementation": case.name, "figure": at, "unit": "s"}
-            yield line | {"line": [[float(f"{x:.4g}") for x in point] for point in over_time(run.outcomes, seconds / 40)]}
+            yield line | {
+                "line": [[float(f"{x:.4g}") for x in point] for point in over_time(run.outcomes, seconds / 40)]
+            }
 
 
 def scale(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     for replicas in (*options.replicas, options.large):
-        seconds = bench.seconds if replicas < 1000 else options.large_seconds
-        combinations = COMBINATIONS if replicas < 1000 else [(PREFIX, "prefix hash"), (PREFIX, ROUTER), (SEGMENTS, "least loaded"), (SEGMENTS, ROUTER)]
-        for reuse, policy in combinations:
+        is_large = replicas == options.large
+        for reuse, policy in LARGE_COMBINATIONS if is_large else COMBINATIONS:
             case = Case("mixture", replicas, reuse, policy)
-            run, told = bench.run(case, seconds)
-            told["prompts a second"] = LOADS["mixture"].rate * replicas
-            told["router, cores"] = told["router, us a request"] * told["prompts a second"] / 1e6
-            yield from rows_of(f"mixture, {replicas} replicas", case.name, told)
+            _, told = bench.run(case, options.large_seconds if is_large else None)
+            asked = {"prompts a second": LOADS["mixture"].rate * replicas}
+            yield from rows_of(f"mixture, {replicas} replicas", case.name, told | asked)
 
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
-    part.__name__: part for part in (calibration, policies, capacity, digests, routers, tiers, failures, scale)
+    part.__name__: part for part in (calibration, policies, digests, tuning, tiers, failures, routers, scale, capacity)
 }
 
 
@@ -300,10 +333,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     add("--replicas", type=int, nargs="+", default=[1, 10, 100])
     add("--few", type=int, default=10, help="replicas of the parts that have one number of them")
-    add("--some", type=int, default=100, help="replicas where routers are many")
+    add("--some", type=int, default=50, help="replicas where routers are many")
     add("--large", type=int, default=1000, help="replicas of the largest fleet")
-    add("--seconds", type=float, default=120.0, help="of arrivals")
-    add("--large-seconds", type=float, default=40.0, help="of arrivals at the largest fleet")
+    add("--seconds", type=float, default=60.0, help="of arrivals")
+    add("--large-seconds", type=float, default=25.0, help="of arrivals at the largest fleet")
     add("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 

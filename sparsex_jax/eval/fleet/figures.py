@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,7 +26,7 @@ def figures(run: Run, config: FleetConfig, since: float, until: float) -> dict[s
         **of_times(outcomes),
         **_of_balance(run, outcomes, config.replicas),
         **_of_links(run, config),
-        "router, us a request": 1e6 * run.route_seconds / max(len(run.outcomes), 1),
+        **_of_routers(run),
     }
 
 
@@ -56,14 +57,21 @@ def of_times(outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 
 def _of_balance(run: Run, outcomes: Sequence[Outcome], replicas: int) -> dict[str, float]:
-    """How busy replicas are, and how unevenly: the busiest one's seconds, and prompts sent there, of the mean."""
+    """How busy replicas are, and how unevenly: seconds of the busiest one, prompts sent to the one that got most, and
+    prompts of the hottest tenant, all as multiples of a replica's mean."""
     busy = np.array(run.busy)
     sent = np.bincount([outcome.replica for outcome in outcomes if outcome.replica >= 0], minlength=replicas)
     return {
         "busy": float(busy.mean()) / max(run.seconds, 1e-9),
         "busiest of mean": float(busy.max() / max(busy.mean(), 1e-9)),
         "most prompts of mean": float(sent.max() / max(sent.mean(), 1e-9)),
+        "hottest tenant of mean": _hottest(outcomes) / max(sent.mean(), 1e-9),
     }
+
+
+def _hottest(outcomes: Sequence[Outcome]) -> int:
+    """Prompts of the tenant that has most."""
+    return max(Counter(outcome.tenant for outcome in outcomes).values(), default=0)
 
 
 def _of_links(run: Run, config: FleetConfig) -> dict[str, float]:
@@ -73,6 +81,15 @@ def _of_links(run: Run, config: FleetConfig) -> dict[str, float]:
         for index, (nbytes, tier) in enumerate(zip(run.loaded_bytes, config.replica.tiers, strict=True))
     }
     return {"digests, B/s": (run.digest_bytes + run.snapshot_bytes) / max(run.seconds, 1e-9), **links}
+
+
+def _of_routers(run: Run) -> dict[str, float]:
+    """What routing takes of this machine's processor: a request, and all routers together as cores that are busy."""
+    return {
+        "router, us a request": 1e6 * run.route_seconds / max(len(run.outcomes), 1),
+        "router, cores": (run.route_seconds + run.digest_seconds) / max(run.seconds, 1e-9),
+        "samples held": float(run.samples),
+    }
 
 
 def over_time(outcomes: Sequence[Outcome], step: float) -> list[tuple[float, float, float, float]]:

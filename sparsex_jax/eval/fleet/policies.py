@@ -6,6 +6,7 @@ Each router process of a fleet has one dispatcher, which knows only what went th
 from __future__ import annotations
 
 import functools
+import itertools
 from bisect import bisect
 from collections.abc import Callable
 from typing import Protocol
@@ -19,7 +20,7 @@ from sparsex_jax.eval.fleet.store import chain_of
 from sparsex_jax.eval.fleet.traffic import TENANT_KEYS, Prompt, Segment
 from sparsex_jax.routing import Applied, Ask, Load, Policy, Router, SegmentPolicy, Ticket, Update
 
-_PREFIX = 1024  # tokens of a prompt by which consistent hashing tells prompts apart
+_PREFIX = 512  # tokens of a prompt by which consistent hashing tells prompts apart
 _RUNNING = 64  # tokens that a running sequence counts for
 _POINTS = 64  # of each replica on the ring
 _BOUND = 1.25  # a replica takes at most this many times the mean load
@@ -48,7 +49,7 @@ class Dispatcher(Protocol):
 
 
 class Counting:
-    """Knows how many tokens are to be computed at each replica, as far as they went through it. A policy chooses by that.
+    """Knows how many tokens are to be computed at each replica, of those that went through it. Policies choose by that.
 
     Tokens of a prompt count until its first token comes, and a running sequence as few, as in `SegmentPolicy`.
     """
@@ -167,12 +168,9 @@ class PrefixHash(Counting):
 
 def _beginning(prompt: Prompt) -> int:
     """The node of the first segment that reaches `_PREFIX` tokens, or of the last but one."""
-    tokens = index = 0
-    for index, segment in enumerate(prompt.segments[:-1]):
-        tokens += segment.tokens
-        if tokens >= _PREFIX:
-            break
-    return chain_of(prompt.segments[: index + 1])[-1]
+    reached = itertools.accumulate(segment.tokens for segment in prompt.segments[:-1])
+    short = sum(tokens < _PREFIX for tokens in reached)
+    return chain_of(prompt.segments)[min(short, max(len(prompt.segments) - 2, 0))]
 
 
 def _hash(value: int) -> int:

@@ -287,7 +287,7 @@ class Replica:
         """When all that is to be loaded would be there."""
         times = [
             max(link, now) + tokens * self.timing.token_bytes / tier.bytes_per_s
-            for link, tokens, tier in zip(self._links, found.loaded, self.config.tiers, strict=True)
+            for link, tokens, tier in zip(self._links, found.loaded, self.config.tiers, strict=False)
             if tokens
         ]
         return max(times, default=now)

@@ -10,6 +10,7 @@ fails what it has; routers learn of it `detect_s` later, and until then what the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import time
@@ -41,7 +42,7 @@ class FleetConfig:
     """
 
     replicas: int
-    replica: ReplicaConfig = ReplicaConfig()
+    replica: ReplicaConfig = dataclasses.field(default_factory=ReplicaConfig)
     routers: int = 1
     digest_s: float | None = 1.0
     every: int = 64
@@ -69,8 +70,10 @@ class Run:
       loaded_bytes: from each tier, all replicas together.
       digest_bytes: that each router got, one router's.
       snapshot_bytes: those of them that told all that a replica holds.
-      route_seconds: of this machine, that routing took all together.
-      wall_seconds: of this machine, that the simulation took.
+      samples: in the digests of all replicas, in the end.
+      route_seconds, digest_seconds: of this machine's processor, that routing requests and taking in digests took, all
+        routers together.
+      cpu_seconds: of this machine's processor, that the simulation took.
       events: that it consisted of.
     """
 
@@ -80,8 +83,10 @@ class Run:
     loaded_bytes: list[float] = dataclasses.field(default_factory=list)
     digest_bytes: int = 0
     snapshot_bytes: int = 0
+    samples: int = 0
     route_seconds: float = 0.0
-    wall_seconds: float = 0.0
+    digest_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     events: int = 0
 
 
@@ -105,7 +110,7 @@ class Simulation:
         self._routers: list[Dispatcher] = [make(lambda: self.now) for _ in range(config.routers)]
         self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
         self._due = [NEVER] * config.replicas  # the event that is in line for each replica's round
-        self._count = 0
+        self._count = self._arrived = 0
         for number in range(config.replicas):
             self._start(number)
         for when, number in config.deaths:
@@ -113,9 +118,9 @@ class Simulation:
 
     def run(self, prompts: Iterator[Prompt]) -> Run:
         """Until all of these rising prompts have ended."""
-        run, began = self._run, time.perf_counter()
+        run, began = self._run, time.thread_time()
         coming = next(prompts, None)
-        while coming or self._is_busy():
+        while coming or self._arrived > len(run.outcomes):
             if coming and (not self._events or coming.due <= self._events[0][0]):
                 self.now = coming.due
                 self._arrive(coming)
@@ -127,18 +132,16 @@ class Simulation:
         run.seconds = max((outcome.end for outcome in run.outcomes), default=0.0)
         for replica in self.replicas:
             self._account(replica)
-        run.wall_seconds = time.perf_counter() - began
+        run.samples = sum(holdings.num_samples for holdings in self._holdings)
+        run.cpu_seconds = time.thread_time() - began
         return run
 
-    def _is_busy(self) -> bool:
-        """Whether some request has not ended. Digests alone do not count."""
-        return self._run.events == 0 or self._open > 0
-
-    @property
-    def _open(self) -> int:
-        return self._arrived - len(self._run.outcomes)
-
-    _arrived = 0
+    @contextlib.contextmanager
+    def _timed(self, field: str) -> Iterator[None]:
+        """Add the processor's time to a field of the run."""
+        began = time.thread_time()
+        yield
+        setattr(self._run, field, getattr(self._run, field) + time.thread_time() - began)
 
     def _at(self, when: float, handle: Callable[[Any], None], about: Any) -> None:
         self._count += 1
@@ -148,9 +151,8 @@ class Simulation:
 
     def _arrive(self, prompt: Prompt) -> None:
         self._arrived += 1
-        began = time.perf_counter()
-        number = self._router(prompt.number).route(prompt)
-        self._run.route_seconds += time.perf_counter() - began
+        with self._timed("route_seconds"):
+            number = self._router(prompt.number).route(prompt)
         replica = self.replicas[number] if number is not None else None
         if replica is None:
             self._fail(prompt, -1 if number is None else number)
@@ -166,11 +168,13 @@ class Simulation:
         self._done(Outcome(*about, self.now, self.now, True, 0, 0, 0, 0.0))
 
     def _first(self, number: int) -> None:
-        self._router(number).started(number)
+        with self._timed("route_seconds"):
+            self._router(number).started(number)
 
     def _done(self, outcome: Outcome) -> None:
         self._run.outcomes.append(outcome)
-        self._router(outcome.number).done(outcome.number, failed=outcome.failed)
+        with self._timed("route_seconds"):
+            self._router(outcome.number).done(outcome.number, failed=outcome.failed)
 
     # Replicas -------------------------------------------------------------------------------------------------
 
@@ -241,7 +245,8 @@ class Simulation:
         replica, update, load = about
         if self.replicas[replica.number] is not replica:
             return
-        gaps = [router for router in self._routers if router.told(replica.number, update, load) is Applied.GAP]
+        with self._timed("digest_seconds"):
+            gaps = [router for router in self._routers if router.told(replica.number, update, load) is Applied.GAP]
         if gaps:
             whole = self._holdings[replica.number].snapshot()
             self._run.snapshot_bytes += len(whole.to_bytes())
@@ -251,4 +256,5 @@ class Simulation:
     def _tell_whole(self, about: tuple[Replica, Dispatcher, Update, Load]) -> None:
         replica, router, whole, load = about
         if self.replicas[replica.number] is replica:
-            router.told(replica.number, whole, load)
+            with self._timed("digest_seconds"):
+                router.told(replica.number, whole, load)

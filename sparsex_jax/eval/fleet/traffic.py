@@ -154,7 +154,7 @@ class Texts:
     def __init__(self, tenant: int, session: int) -> None:
         self._keys = itertools.count(tenant * TENANT_KEYS + (1 << 39) + session * 4096)
 
-    def new(self, tokens: int) -> Segment:
+    def new(self, tokens: float) -> Segment:
         """A text of at least a token."""
         return Segment(next(self._keys), max(int(tokens), 1))
 

@@ -138,8 +138,8 @@ class SessionAffinity(Counting):
 class PrefixHash(Counting):
     """Consistent hashing of a prompt's first tokens, with bounded loads.
 
-    Replicas are points on a ring (Karger et al., 1997). A prompt goes to the first one behind its own point that has
-    less than 1.25 times the mean load (Mirrokni, Thorup and Zadimoghaddam, 2018).
+    Replicas are points on a ring (Karger et al., 1997). A prompt goes to the first one behind its own point that has at
+    most 1.25 times the mean load, this prompt counted (Mirrokni, Thorup and Zadimoghaddam, 2018).
     """
 
     def __init__(self) -> None:
@@ -161,7 +161,7 @@ class PrefixHash(Counting):
         most = _BOUND * (sum(self._open.values()) + prompt.tokens) / len(self._alive)
         for step in range(len(self._ring)):
             _, replica = self._ring[(at + step) % len(self._ring)]
-            if self._open[replica] + prompt.tokens <= most:
+            if self._open[replica] <= most:
                 return replica
         return self.least()
 

@@ -42,7 +42,7 @@ from sparsex_jax.routing import SegmentPolicy
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PREFIX, SEGMENTS = "prefix", "sparsex l*=0, 5 %"
-ROUTER = "router"
+ROUTER, HEAVY = "router", "router, weight 8"  # as it is, and where a prompt's own work counts 8 times its delay
 EVERY = 128  # tokens for each sample of a digest
 Row = dict[str, Any]
 
@@ -75,7 +75,7 @@ class Case:
 
     Attributes:
       reuse: a name of `METHODS`.
-      policy: a name of `SIMPLE`, or `router`.
+      policy: a name of `SIMPLE`, or one of the two routers.
       fleet: what differs from the plain fleet.
       router: what differs from the plain router.
     """
@@ -91,14 +91,15 @@ class Case:
 
     @property
     def config(self) -> FleetConfig:
-        digests = {} if self.policy == ROUTER else {"digest_s": None}
+        digests = {"digest_s": None} if self.policy in SIMPLE else {}
         return FleetConfig(self.replicas, **({"every": EVERY} | digests | self.fleet))
 
     @property
     def make(self) -> Make:
-        if self.policy != ROUTER:
+        if self.policy in SIMPLE:
             return SIMPLE[self.policy]
-        return routed(self.config.every, segments=METHODS[self.reuse].segments, **self.router)
+        heavy = {"policy": SegmentPolicy(work_weight=8.0)} if self.policy == HEAVY else {}
+        return routed(self.config.every, segments=METHODS[self.reuse].segments, **(heavy | self.router))
 
     @property
     def name(self) -> str:
@@ -175,6 +176,7 @@ COMBINATIONS = (
     (SEGMENTS, "session affinity"),
     (SEGMENTS, "prefix hash"),
     (SEGMENTS, ROUTER),
+    (SEGMENTS, HEAVY),
 )
 FEW_COMBINATIONS = [each for each in COMBINATIONS if each[1] != "round robin" and each != (PREFIX, ROUTER)]
 LARGE_COMBINATIONS = (
@@ -236,13 +238,13 @@ def digests(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     for digest_s in (0.1, 1.0, 10.0, 60.0):
         for assume_s in (0.0, 2.0):
             router = {"assume_s": assume_s, "stale_after_s": max(10.0, 3 * digest_s)}
-            case = Case("rag", replicas, SEGMENTS, ROUTER, fleet={"digest_s": digest_s}, router=router)
+            case = Case("rag", replicas, SEGMENTS, HEAVY, fleet={"digest_s": digest_s}, router=router)
             _, told = bench.run(case)
             yield from rows_of(
                 f"rag, {replicas} replicas, a digest every {digest_s:g} s", f"assumes {assume_s:g} s", told
             )
     for every in (16, 64, 256, 1024):
-        case = Case("rag", replicas, SEGMENTS, ROUTER, fleet={"every": every})
+        case = Case("rag", replicas, SEGMENTS, HEAVY, fleet={"every": every})
         _, told = bench.run(case)
         yield from rows_of(f"rag, {replicas} replicas, one sample in {every}", case.name, told)
 
@@ -263,7 +265,7 @@ def routers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
         for digest_s in (1.0, 10.0):
             fleet = {"routers": count, "digest_s": digest_s}
             router = {"stale_after_s": max(10.0, 3 * digest_s)}
-            case = Case("rag", options.some, SEGMENTS, ROUTER, fleet=fleet, router=router)
+            case = Case("rag", options.some, SEGMENTS, HEAVY, fleet=fleet, router=router)
             _, told = bench.run(case, bench.seconds / 2)
             yield from rows_of(f"rag, {options.some} replicas, {count} routers", f"a digest every {digest_s:g} s", told)
 
@@ -279,7 +281,7 @@ def tiers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     }
     for load in ("rag", "chat"):
         for name, each in below.items():
-            for policy in ("least loaded", ROUTER):
+            for policy in ("least loaded", HEAVY):
                 fleet = {"replica": ReplicaConfig(tiers=each)}
                 case = Case(load, options.few, SEGMENTS, policy, fleet=fleet)
                 _, told = bench.run(case, 2 * bench.seconds)
@@ -298,7 +300,12 @@ def failures(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
         "a tenant floods": ({"surge": flood}, {}),
     }
     for scenario, (traffic, fleet) in scenarios.items():
-        for reuse, policy in ((PREFIX, "prefix hash"), (SEGMENTS, "least loaded"), (SEGMENTS, ROUTER)):
+        for reuse, policy in (
+            (PREFIX, "prefix hash"),
+            (SEGMENTS, "least loaded"),
+            (SEGMENTS, "prefix hash"),
+            (SEGMENTS, HEAVY),
+        ):
             case = Case("rag", few, reuse, policy, traffic=traffic, fleet=fleet)
             run, told = bench.run(case)
             others = [each for each in run.outcomes if each.tenant and at <= each.due < end]

@@ -14,6 +14,7 @@ rows there that were not fitted (part `calibration`). The routers are those that
     routers       how many processes route
     tiers         host memory and disks below the store
     failures      a replica dies; a document that all ask about; a tenant that floods
+    bursts        arrivals that come in bursts, or rise and fall
     scale         the mixture of all traffic up to the largest fleet, and what of it breaks first
 
 A good answer has its first token within 1 s and 50 ms between tokens. Figures are of the second half of a run; the
@@ -23,6 +24,7 @@ plots beside it in the end; what is there of other parts is kept.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +38,7 @@ from sparsex_jax.eval.fleet.replica import ReplicaConfig
 from sparsex_jax.eval.fleet.simulation import FleetConfig, Run, Simulation
 from sparsex_jax.eval.fleet.store import TierConfig
 from sparsex_jax.eval.fleet.timing import METHODS
-from sparsex_jax.eval.fleet.traffic import KINDS, Kind, Rag, Surge, Tenants, Traffic
+from sparsex_jax.eval.fleet.traffic import KINDS, Arrivals, Kind, Rag, Surge, Tenants, Traffic
 from sparsex_jax.eval.results import file_stem, provenance, write_json
 from sparsex_jax.routing import SegmentPolicy
 
@@ -319,6 +321,19 @@ def failures(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
             }
 
 
+def bursts(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    comings = {
+        "steady": Arrivals(1.0),
+        "bursts of 3 times the rate": Arrivals(1.0, burst=3.0),
+        "half more, then half less": Arrivals(1.0, swing=0.5, day=bench.seconds),
+    }
+    for name, arrivals in comings.items():
+        for reuse, policy in FEW_COMBINATIONS:
+            case = Case("mixture", options.few, reuse, policy, traffic={"arrivals": arrivals})
+            _, told = bench.run(case)
+            yield from rows_of(f"mixture, {options.few} replicas, {name}", case.name, told)
+
+
 def scale(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     for replicas in (*options.replicas, options.large):
         is_large = replicas == options.large
@@ -330,7 +345,8 @@ def scale(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
-    part.__name__: part for part in (calibration, policies, digests, tuning, tiers, failures, routers, scale, capacity)
+    part.__name__: part
+    for part in (calibration, policies, digests, tuning, tiers, failures, bursts, routers, scale, capacity)
 }
 
 
@@ -365,6 +381,16 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
         rows = [{"part": part} | row for row in PARTS[part](bench, options)]
         write_json(about | {"settings": settings, "rows": kept + rows}, folder)
         print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
+    draw(path)
+
+
+def draw(path: Path) -> None:
+    """Plot what is in a result file, if matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib"):
+        from sparsex_jax.eval.fleet.plots import plot_all
+
+        for written in plot_all(json.loads(path.read_text())["rows"], path.with_suffix("")):
+            print(written)
 
 
 if __name__ == "__main__":

@@ -867,6 +867,7 @@ FLEET_PARTS = {
         "router, us a request",
         "router, cores",
     ),
+    "memory": ("router, bytes a sample",),
     "digests": ("hit rate", "TTFT p95", "digests, B/s", "samples held", "router, us a request", "router, cores"),
     "tuning": ("hit rate", "TTFT p50", "TTFT p95", "good", "busiest of mean"),
     "tiers": ("hit rate", "loaded", "TTFT p50", "TTFT p95", "good", "tier 0 link", "tier 1 link"),

@@ -15,6 +15,7 @@ rows there that were not fitted (part `calibration`). The routers are those that
     tiers         host memory and disks below the store
     failures      a replica dies; a document that all ask about; a tenant that floods
     bursts        arrivals that come in bursts, or rise and fall
+    memory        of a router, for what it knows
     scale         the mixture of all traffic up to the largest fleet, and what of it breaks first
 
 A good answer has its first token within 1 s and 50 ms between tokens. Figures are of the second half of a run; the
@@ -27,9 +28,12 @@ import dataclasses
 import importlib.util
 import json
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from sparsex_jax.eval.fleet.calibration import MODEL, Fit, fit, predictions
 from sparsex_jax.eval.fleet.figures import figures, of_times, of_tokens, over_time
@@ -41,6 +45,7 @@ from sparsex_jax.eval.fleet.timing import METHODS
 from sparsex_jax.eval.fleet.traffic import KINDS, Arrivals, Kind, Rag, Surge, Tenants, Traffic
 from sparsex_jax.eval.results import file_stem, provenance, write_json
 from sparsex_jax.routing import SegmentPolicy
+from sparsex_jax.routing.holders import Holders
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PREFIX, SEGMENTS = "prefix", "sparsex l*=0, 5 %"
@@ -290,35 +295,43 @@ def tiers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
                 yield from rows_of(f"{load}, {options.few} replicas, tiers: {name}", case.name, told)
 
 
+FAILURE_COMBINATIONS = (
+    (PREFIX, "prefix hash"),
+    (SEGMENTS, "least loaded"),
+    (SEGMENTS, "prefix hash"),
+    (SEGMENTS, HEAVY),
+)
+
+
 def failures(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
-    seconds, few = bench.seconds, options.few
-    rate = LOADS["rag"].rate * few
-    at, end = 0.4 * seconds, 0.8 * seconds
-    hot = Surge(Rag(documents=8, found=8), 0.5 * rate, at, end)
-    flood = Surge(Rag(documents=100_000, skew=0.0), 0.5 * rate, at, end)
-    scenarios: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "a replica dies": ({}, {"deaths": ((at, 0),), "restart_s": 0.3 * seconds}),
-        "a hot document": ({"surge": hot}, {}),
-        "a tenant floods": ({"surge": flood}, {}),
+    at, end, few = 0.4 * bench.seconds, 0.8 * bench.seconds, options.few
+    rate = 0.5 * LOADS["rag"].rate * few  # of a surge: half as much again
+    hot = Surge(Rag(documents=8, found=8), rate, at, end)
+    flood = Surge(Rag(documents=100_000, skew=0.0), rate, at, end)
+    scenarios: dict[str, dict[str, Any]] = {
+        "a replica dies": {"fleet": {"deaths": ((at, 0),), "restart_s": 0.3 * bench.seconds}},
+        "a hot document": {"traffic": {"surge": hot}},
+        "a tenant floods": {"traffic": {"surge": flood}},
     }
-    for scenario, (traffic, fleet) in scenarios.items():
-        for reuse, policy in (
-            (PREFIX, "prefix hash"),
-            (SEGMENTS, "least loaded"),
-            (SEGMENTS, "prefix hash"),
-            (SEGMENTS, HEAVY),
-        ):
-            case = Case("rag", few, reuse, policy, traffic=traffic, fleet=fleet)
+    for scenario, fields in scenarios.items():
+        for reuse, policy in FAILURE_COMBINATIONS:
+            case = Case("rag", few, reuse, policy, **fields)
             run, told = bench.run(case)
-            others = [each for each in run.outcomes if each.tenant and at <= each.due < end]
-            of_others = {f"{name} of others": value for name, value in (of_times(others) | of_tokens(others)).items()}
-            failed = {"failed": sum(each.failed for each in run.outcomes) / len(run.outcomes)}
-            keep = {name: told[name] for name in ("hit rate", "busiest of mean", "most prompts of mean")}
-            yield from rows_of(f"{scenario}, rag, {few} replicas", case.name, keep | failed | of_others)
-            line = {"work": f"{scenario}: over time", "implementation": case.name, "figure": at, "unit": "s"}
-            yield line | {
-                "line": [[float(f"{x:.4g}") for x in point] for point in over_time(run.outcomes, seconds / 40)]
-            }
+            yield from rows_of(f"{scenario}, rag, {few} replicas", case.name, _of_failure(run, told, at, end))
+            about = {"work": f"{scenario}: over time", "implementation": case.name, "figure": at, "unit": "s"}
+            yield about | {"line": _rounded(over_time(run.outcomes, bench.seconds / 40))}
+
+
+def _of_failure(run: Run, told: dict[str, float], at: float, end: float) -> dict[str, float]:
+    """Figures of the whole run, and of all tenants but the first from when it happens until it ends."""
+    others = [each for each in run.outcomes if each.tenant and at <= each.due < end]
+    of_others = {f"{name} of others": value for name, value in (of_times(others) | of_tokens(others)).items()}
+    failed = {"failed": sum(each.failed for each in run.outcomes) / len(run.outcomes)}
+    return {name: told[name] for name in ("hit rate", "busiest of mean", "most prompts of mean")} | failed | of_others
+
+
+def _rounded(line: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[float(f"{value:.4g}") for value in point] for point in line]
 
 
 def bursts(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
@@ -344,9 +357,27 @@ def scale(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
             yield from rows_of(f"mixture, {replicas} replicas", case.name, told | asked)
 
 
+def memory(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    for replicas in (*options.replicas, options.large):
+        told = {"router, bytes a sample": bytes_a_sample(replicas)}
+        yield from rows_of(f"digests of {replicas} replicas that hold different texts", "router", told)
+
+
+def bytes_a_sample(replicas: int, samples: int = 200) -> float:
+    """Of this process's memory, for each sample that a router knows of a replica; as `tracemalloc` counts."""
+    rng, tag = np.random.default_rng(0), bytes(8)
+    tracemalloc.start()
+    holders = Holders()
+    for slot in range(replicas):
+        holders.add(slot, tag, rng.integers(2**32, size=samples).tolist())
+    nbytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return nbytes / (replicas * samples)
+
+
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
     part.__name__: part
-    for part in (calibration, policies, digests, tuning, tiers, failures, bursts, routers, scale, capacity)
+    for part in (calibration, policies, digests, tuning, tiers, failures, bursts, routers, memory, scale, capacity)
 }
 
 

@@ -69,7 +69,7 @@ class Load(NamedTuple):
 
 
 LOADS = {
-    "chat": Load(((KINDS["chat"], 1.0),), 16.0),
+    "chat": Load(((KINDS["chat"], 1.0),), 12.0),
     "rag": Load(((KINDS["rag"], 1.0),), 3.5),
     "agents": Load(((KINDS["agents"], 1.0),), 4.0),
     "mixture": Load(((KINDS["chat"], 0.5), (KINDS["rag"], 0.25), (KINDS["agents"], 0.25)), 5.0),
@@ -349,10 +349,9 @@ def bursts(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 def scale(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     for replicas in (*options.replicas, options.large):
-        is_large = replicas == options.large
-        for reuse, policy in LARGE_COMBINATIONS if is_large else COMBINATIONS:
+        for reuse, policy in LARGE_COMBINATIONS if replicas == options.large else COMBINATIONS:
             case = Case("mixture", replicas, reuse, policy)
-            _, told = bench.run(case, options.large_seconds if is_large else None)
+            _, told = bench.run(case, options.scale_seconds)
             asked = {"prompts a second": LOADS["mixture"].rate * replicas}
             yield from rows_of(f"mixture, {replicas} replicas", case.name, told | asked)
 
@@ -377,7 +376,7 @@ def bytes_a_sample(replicas: int, samples: int = 200) -> float:
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
     part.__name__: part
-    for part in (calibration, policies, digests, tuning, tiers, failures, bursts, routers, memory, scale, capacity)
+    for part in (calibration, policies, scale, memory, digests, tuning, failures, tiers, routers, bursts, capacity)
 }
 
 
@@ -389,8 +388,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--few", type=int, default=10, help="replicas of the parts that have one number of them")
     add("--some", type=int, default=50, help="replicas where routers are many")
     add("--large", type=int, default=1000, help="replicas of the largest fleet")
-    add("--seconds", type=float, default=60.0, help="of arrivals")
-    add("--large-seconds", type=float, default=25.0, help="of arrivals at the largest fleet")
+    add("--seconds", type=float, default=100.0, help="of arrivals")
+    add("--scale-seconds", type=float, default=40.0, help="of arrivals where fleets of all sizes are compared")
     add("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 

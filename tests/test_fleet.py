@@ -443,7 +443,7 @@ def test_the_script_writes_rows_of_each_part_and_keeps_those_of_others(tmp_path)
     simulate_fleet = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(simulate_fleet)
     asked = ["--replicas", "1", "2", "--few", "2", "--some", "2", "--large", "2"]
-    times = ["--seconds", "4", "--large-seconds", "4"]
+    times = ["--seconds", "4", "--scale-seconds", "4"]
     simulate_fleet.main([*asked, *times, "--only", "calibration", "scale"], tmp_path)
     simulate_fleet.main([*asked, *times, "--only", "failures"], tmp_path)
     content = json.loads((tmp_path / "fleet-llama-3.1-8b-cpu.json").read_text())

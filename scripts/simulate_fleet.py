@@ -391,6 +391,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seconds", type=float, default=100.0, help="of arrivals")
     add("--scale-seconds", type=float, default=40.0, help="of arrivals where fleets of all sizes are compared")
     add("--seed", type=int, default=0)
+    add("--no-plots", action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -405,13 +406,14 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     bench = Bench(fit(RESULTS), options.seconds, options.seed)
     about: dict[str, Any] = {"bench": "fleet", "model": MODEL} | provenance()
     path = folder / f"{file_stem(about)}.json"
-    settings = {name: value for name, value in vars(options).items() if name != "only"}
+    settings = {name: value for name, value in vars(options).items() if name not in ("only", "no_plots")}
     for part in options.only:
         began, kept = time.perf_counter(), earlier(path, [part])
         rows = [{"part": part} | row for row in PARTS[part](bench, options)]
         write_json(about | {"settings": settings, "rows": kept + rows}, folder)
         print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
-    draw(path)
+    if not options.no_plots:
+        draw(path)
 
 
 def draw(path: Path) -> None:

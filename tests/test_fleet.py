@@ -324,6 +324,16 @@ def test_what_comes_from_host_memory_is_loaded_only_where_that_is_faster():
     assert fast[-1].first - 20 < played(prompts, slow, PREFIX)[1][-1].first - 20
 
 
+class Checked(Replica):
+    """Looks at its store when it has been woken."""
+
+    def wake(self, now: float) -> None:
+        super().wake(now)
+        assert self.store.held == self.store.tokens_of_nodes + self.reserved <= self.store.capacity
+        assert self.open - len(self._waiting) <= self.config.max_running
+        assert self.next_time > now
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(texts, st.floats(0, 0.5), st.integers(1, 60)), max_size=15), st.booleans())
 def test_every_request_ends_once_and_nothing_is_left_over(asked, segments):
@@ -332,8 +342,9 @@ def test_every_request_ends_once_and_nothing_is_left_over(asked, segments):
         prompt(keys, tokens=300, number=i, due=due, answer=answer)
         for i, ((keys, _, answer), due) in enumerate(zip(asked, dues, strict=True))
     ]
-    config = ReplicaConfig(2500, (TierConfig(1500, 1e9),), max_running=3)
-    replica, done = played(prompts, config, SEGMENTS if segments else PREFIX)
+    done, config = [], ReplicaConfig(2500, (TierConfig(1500, 1e9),), max_running=3)
+    replica = Checked(0, config, timing(SEGMENTS if segments else PREFIX), done.append)
+    calibration.play(replica, prompts)
     assert sorted(outcome.number for outcome in done) == list(range(len(prompts)))
     assert all(outcome.due <= outcome.first <= outcome.end and not outcome.failed for outcome in done)
     assert all(outcome.prefix + outcome.reused < outcome.tokens for outcome in done)
@@ -438,14 +449,30 @@ def test_predictions_are_near_what_was_measured():
     assert max(others) < 0.4
 
 
-def test_the_script_writes_rows_of_each_part_and_keeps_those_of_others(tmp_path):
+SMALL = ["--replicas", "1", "2", "--few", "2", "--some", "2", "--large", "2", "--seconds", "3", "--scale-seconds", "3"]
+
+
+@pytest.fixture(scope="module")
+def script():
     spec = importlib.util.spec_from_file_location("simulate_fleet", SCRIPT)
-    simulate_fleet = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(simulate_fleet)
-    asked = ["--replicas", "1", "2", "--few", "2", "--some", "2", "--large", "2"]
-    times = ["--seconds", "4", "--scale-seconds", "4"]
-    simulate_fleet.main([*asked, *times, "--only", "calibration", "scale"], tmp_path)
-    simulate_fleet.main([*asked, *times, "--only", "failures"], tmp_path)
-    content = json.loads((tmp_path / "fleet-llama-3.1-8b-cpu.json").read_text())
-    assert {row["part"] for row in content["rows"]} == {"calibration", "scale", "failures"}
-    assert all(np.isfinite(row["figure"]) for row in content["rows"])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_writes_rows_of_each_part_and_keeps_those_of_others(script, tmp_path):
+    script.main([*SMALL, "--no-plots", "--only", "calibration", "scale"], tmp_path)
+    script.main([*SMALL, "--no-plots", "--only", "memory", "scale"], tmp_path)
+    rows = json.loads((tmp_path / "fleet-llama-3.1-8b-cpu.json").read_text())["rows"]
+    assert {row["part"] for row in rows} == {"calibration", "scale", "memory"}
+    assert all(np.isfinite(row["figure"]) for row in rows)
+    names = [(row["part"], row["work"], row["implementation"], row.get("source")) for row in rows]
+    assert Counter(names).most_common(1)[0][1] <= 4  # the same full prefill was measured in several cases
+
+
+@pytest.mark.slow
+def test_the_script_runs_all_parts_and_plots_them(script, tmp_path):
+    script.main(SMALL, tmp_path)
+    rows = json.loads((tmp_path / "fleet-llama-3.1-8b-cpu.json").read_text())["rows"]
+    assert {row["part"] for row in rows} == set(script.PARTS)
+    assert len(list(tmp_path.glob("*.png"))) == 4

@@ -8,6 +8,9 @@ A round is a few decode steps of all that run and one prefill plan of those whos
 Where nobody is being prefilled, a round goes on until a sequence ends; who arrives meanwhile waits for the end of a
 dispatch of 16 steps. A prompt is admitted when there is room for it and its answer. It waits for another that computes
 a long run of what it would compute too, and for what comes from host memory or disk.
+
+Left out are preemption (room for the answer is taken at once), page sizes, the limit of 8 prompts a plan, layers that
+are computed while others are loaded, and what the host does.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from sparsex_jax.config.checks import require
@@ -294,20 +297,29 @@ class Replica:
 
     def _load(self, job: Job, now: float) -> None:
         ready = self._loaded_at(job.found, now)
-        for index, (tokens, tier) in enumerate(zip(job.found.loaded, self.config.tiers, strict=False)):
-            nbytes = tokens * self.timing.token_bytes
-            self.loaded_bytes[index] += nbytes
-            self._links[index] = (
-                max(self._links[index], now) + nbytes / tier.bytes_per_s if tokens else self._links[index]
-            )
+        for index, tokens in enumerate(job.found.loaded):
+            if tokens:
+                self._use_link(index, tokens * self.timing.token_bytes, now)
         if ready > now:
             heapq.heappush(self._loading, (ready, job.prompt.number, job))
         else:
             self._prefilling.append(job)
 
+    def _use_link(self, index: int, nbytes: int, now: float) -> None:
+        """Load from a tier, behind what is being loaded from there."""
+        self.loaded_bytes[index] += nbytes
+        self._links[index] = max(self._links[index], now) + nbytes / self.config.tiers[index].bytes_per_s
+
+    def _computed(self, keys: Iterable[int]) -> None:
+        """These are being computed by one prompt fewer."""
+        for key in keys:
+            self._computing[key] -= 1
+            if not self._computing[key]:
+                del self._computing[key]
+
     def _answer(self, job: Job, now: float) -> None:
         """The first token came: all of the prompt can be found, and the sequence runs."""
-        self._computing.subtract(job.missing.keys())
+        self._computed(job.missing)
         job.first = now
         segments = job.prompt.segments
         new = sum(segment.tokens for segment in segments[job.pinned :])

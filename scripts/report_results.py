@@ -855,19 +855,7 @@ def _if_measured(row: Row | None) -> str:
 FLEET_DIGITS = {"digests, B/s": ",.0f", "samples held": ",.0f", "requests": ",.0f"}
 FLEET_PARTS = {
     "policies": ("hit rate", "computed", "TTFT p50", "TTFT p95", "TTFT p99", "good", "busiest of mean"),
-    "scale": (
-        "hit rate",
-        "TTFT p50",
-        "TTFT p95",
-        "good",
-        "busiest of mean",
-        "hottest tenant of mean",
-        "digests, B/s",
-        "samples held",
-        "router, us a request",
-        "router, cores",
-    ),
-    "memory": ("router, bytes a sample",),
+    "scale": ("hit rate", "computed", "TTFT p50", "TTFT p95", "TTFT p99", "good", "busiest of mean"),
     "digests": ("hit rate", "TTFT p95", "digests, B/s", "samples held", "router, us a request", "router, cores"),
     "tuning": ("hit rate", "TTFT p50", "TTFT p95", "good", "busiest of mean"),
     "tiers": ("hit rate", "loaded", "TTFT p50", "TTFT p95", "good", "tier 0 link", "tier 1 link"),
@@ -895,6 +883,28 @@ def fleet_figure(name: str, figure: float | None) -> str:
     (['1,234', '1.23e+03'], '-')
     """
     return "-" if figure is None else f"{figure:{FLEET_DIGITS.get(name, '.3g')}}"
+
+
+def fleet_limits(document: Document) -> str:
+    """What a fleet asks of one router, and how much its hottest tenant asks of replicas, by the number of replicas."""
+    cells, samples = defaultdict(dict), {}
+    for row in document["rows"]:
+        work, _, name = row["work"].partition(": ")
+        if row["part"] == "memory":
+            samples[int(work.split()[2])] = row["figure"]
+        elif row["part"] == "scale" and row["implementation"] == "segments, router, weight 8":
+            cells[int(work.split(", ")[1].split()[0])][name] = row["figure"]
+    lines = [_limits(replicas, found, samples[replicas]) for replicas, found in cells.items()]
+    heading = ["replicas", "prompts/s", "router, us a request", "router, cores", "digests, kB/s", "samples held"]
+    heading += ["bytes a sample", "router's digests, MB", "hottest tenant, replicas"]
+    return table(heading, lines)
+
+
+def _limits(replicas: int, found: Mapping[str, float], nbytes: float) -> list[str]:
+    cells = [f"{replicas}", f"{found['prompts a second']:,.0f}", f"{found['router, us a request']:.0f}"]
+    cells += [f"{found['router, cores']:.3f}", f"{found['digests, B/s'] / 1e3:,.1f}", f"{found['samples held']:,.0f}"]
+    memory = found["samples held"] * nbytes / 1e6
+    return [*cells, f"{nbytes:.0f}", f"{memory:,.1f}", f"{found['hottest tenant of mean']:.1f}"]
 
 
 def fleet_capacity(document: Document) -> str:
@@ -1018,6 +1028,7 @@ VIEWS: dict[str, View] = {
     "ways": ways,
     "fleet_calibration": fleet_calibration,
     "fleet_capacity": fleet_capacity,
+    "fleet_limits": fleet_limits,
     **{f"fleet_{part}": functools.partial(fleet, part) for part in FLEET_PARTS},
     "tpu_compiled": tpu_compiled,
     "tpu_vmem": tpu_vmem,

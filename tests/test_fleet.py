@@ -387,6 +387,24 @@ def test_a_replica_that_dies_fails_what_it_has_and_no_other_and_comes_back():
     assert all(replica is not None for replica in simulation.replicas)
 
 
+def test_what_another_replica_holds_is_fetched_from_it_while_it_lives():
+    config = FleetConfig(2, ReplicaConfig(network=50e9), digest_s=None, detect_s=0.0, deaths=((25.0, 0),))
+    prompts = [prompt(keys, tokens=2000, number=i, due=10.0 * i) for i, keys in enumerate(("abcx", "bcay", "dez"))]
+    prompts += [prompt("dew", tokens=2000, number=3, due=30.0)]
+    simulation = Simulation(config, timing(), SIMPLE["round robin"])
+    done = sorted(simulation.run(iter(prompts)).outcomes)
+    assert [outcome.replica for outcome in done] == [1, 0, 1, 1]
+    assert [outcome.loaded for outcome in done] == [0, 6000, 0, 0]
+    assert done[1].first - done[1].due < (done[0].first - done[0].due) / 2
+
+
+def test_nothing_of_a_dead_replica_is_fetched():
+    config = FleetConfig(2, ReplicaConfig(network=50e9), digest_s=None, detect_s=0.0, deaths=((5.0, 1),))
+    prompts = [prompt(keys, tokens=2000, number=i, due=10.0 * i) for i, keys in enumerate(("abcx", "bcay"))]
+    done = Simulation(config, timing(), SIMPLE["round robin"]).run(iter(prompts)).outcomes
+    assert [(outcome.replica, outcome.loaded, outcome.failed) for outcome in done] == [(1, 0, False), (0, 0, False)]
+
+
 def test_without_replicas_requests_fail_at_once():
     config = FleetConfig(1, deaths=((2.0, 0),), detect_s=0.0, restart_s=60.0, digest_s=None)
     _, done = run(config, SIMPLE["least loaded"], small_traffic(5.0))
@@ -429,6 +447,7 @@ def test_digests_have_the_bytes_of_the_samples_that_changed():
         (lambda: TierConfig(1, 0.0), "bytes_per_s=0.0"),
         (lambda: Store(0), "capacity=0"),
         (lambda: ReplicaConfig(max_running=0), "max_running=0"),
+        (lambda: ReplicaConfig(network=0.0), "network=0.0"),
         (lambda: Method("m", ratio=1.5), "ratio=1.5"),
         (lambda: timing(Method("m", boundary=32)), "boundary=32"),
     ],

@@ -75,10 +75,11 @@ def _hottest(outcomes: Sequence[Outcome]) -> int:
 
 
 def _of_links(run: Run, config: FleetConfig) -> dict[str, float]:
-    """Bytes a second of digests to one router, and the busy share of tiers' links on average."""
+    """Bytes a second of digests to one router, and the share of their time that replicas' links are busy."""
+    names = [*(f"tier {index} link" for index in range(len(config.replica.tiers))), "network link"]
     links = {
-        f"tier {index} link": nbytes / (tier.bytes_per_s * config.replicas * max(run.seconds, 1e-9))
-        for index, (nbytes, tier) in enumerate(zip(run.loaded_bytes, config.replica.tiers, strict=True))
+        name: nbytes / (bytes_per_s * config.replicas * max(run.seconds, 1e-9))
+        for name, nbytes, bytes_per_s in zip(names, run.loaded_bytes, config.replica.links, strict=False)
     }
     return {"digests, B/s": (run.digest_bytes + run.snapshot_bytes) / max(run.seconds, 1e-9), **links}
 

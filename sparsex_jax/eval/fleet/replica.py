@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from sparsex_jax.config.checks import require
-from sparsex_jax.eval.fleet.store import Found, Store, TierConfig, chain_of
+from sparsex_jax.eval.fleet.store import Found, Peers, Store, TierConfig, chain_of
 from sparsex_jax.eval.fleet.timing import Timing, Work
 from sparsex_jax.eval.fleet.traffic import Prompt
 
@@ -39,15 +39,23 @@ class ReplicaConfig:
     Attributes:
       store_tokens: that its device holds.
       tiers: below it, the fastest first.
+      network: bytes a second at which it fetches what other replicas hold. None: it does not.
       max_running: sequences that are admitted at a time.
     """
 
     store_tokens: int = 400_000
     tiers: tuple[TierConfig, ...] = ()
+    network: float | None = None
     max_running: int = 64
 
     def __post_init__(self) -> None:
+        require(self.network is None or self.network > 0, f"network={self.network} must be more than 0, or None")
         require(self.max_running >= 1, f"max_running={self.max_running} must be at least 1")
+
+    @property
+    def links(self) -> tuple[float, ...]:
+        """Bytes a second from each tier, and last, if that is possible, from other replicas."""
+        return (*(tier.bytes_per_s for tier in self.tiers), *([self.network] if self.network else []))
 
 
 class Outcome(NamedTuple):
@@ -101,7 +109,7 @@ class Replica:
       store: what it has stored.
       next_time: when its round ends; `NEVER` if it has nothing to do.
       busy: seconds that it has computed.
-      loaded_bytes: from its tiers, one number for each.
+      loaded_bytes: over each of `ReplicaConfig.links`.
     """
 
     def __init__(
@@ -111,17 +119,19 @@ class Replica:
         timing: Timing,
         done: Callable[[Outcome], None],
         first: Callable[[int], None] = lambda number: None,
+        peers: Peers | None = None,
     ) -> None:
         """
         Args:
           done: is told what became of each request, at the time when it ends.
           first: is told the number of each prompt whose first token came.
+          peers: of the fleet, if there is a network.
         """
         self.number, self.config, self.timing, self._done, self._first = number, config, timing, done, first
-        self.store = Store(config.store_tokens, config.tiers, segments=timing.method.segments)
+        self.store = Store(config.store_tokens, config.tiers, segments=timing.method.segments, peers=peers)
         self.next_time, self.busy = NEVER, 0.0
-        self.loaded_bytes = [0.0] * len(config.tiers)
-        self._links = [0.0] * len(config.tiers)  # when each has done what it was asked
+        self.loaded_bytes = [0.0] * len(config.links)
+        self._links = [0.0] * len(config.links)  # when each has done what it was asked
         self._waiting: deque[Job] = deque()
         self._loading: list[tuple[float, int, Job]] = []
         self._prefilling: deque[Job] = deque()
@@ -169,7 +179,8 @@ class Replica:
         self._begin(now)
 
     def die(self, now: float) -> None:
-        """Fail all requests."""
+        """Fail all requests, and lose all that is stored."""
+        self.store.leave()
         jobs = [*self._waiting, *(job for _, _, job in self._loading), *self._prefilling]
         jobs += [job for _, _, job in sorted(self._running)]
         for job in jobs:
@@ -289,8 +300,8 @@ class Replica:
     def _loaded_at(self, found: Found, now: float) -> float:
         """When all that is to be loaded would be there."""
         times = [
-            max(link, now) + tokens * self.timing.token_bytes / tier.bytes_per_s
-            for link, tokens, tier in zip(self._links, found.loaded, self.config.tiers, strict=False)
+            max(link, now) + tokens * self.timing.token_bytes / bytes_per_s
+            for link, tokens, bytes_per_s in zip(self._links, found.loaded, self.config.links, strict=False)
             if tokens
         ]
         return max(times, default=now)
@@ -306,9 +317,9 @@ class Replica:
             self._prefilling.append(job)
 
     def _use_link(self, index: int, nbytes: int, now: float) -> None:
-        """Load from a tier, behind what is being loaded from there."""
+        """Load over a link, behind what is being loaded from there."""
         self.loaded_bytes[index] += nbytes
-        self._links[index] = max(self._links[index], now) + nbytes / self.config.tiers[index].bytes_per_s
+        self._links[index] = max(self._links[index], now) + nbytes / self.config.links[index]
 
     def _computed(self, keys: Iterable[int]) -> None:
         """These are being computed by one prompt fewer."""

@@ -20,6 +20,7 @@ from typing import Any
 from sparsex_jax.config.checks import require
 from sparsex_jax.eval.fleet.policies import Dispatcher, Make, samples_of, tag_of, tenant_of
 from sparsex_jax.eval.fleet.replica import NEVER, Outcome, Replica, ReplicaConfig
+from sparsex_jax.eval.fleet.store import Peers
 from sparsex_jax.eval.fleet.timing import Timing
 from sparsex_jax.eval.fleet.traffic import Prompt
 from sparsex_jax.routing import Applied, Holdings, Load, Update
@@ -67,7 +68,7 @@ class Run:
       outcomes: of all requests, in the order in which they ended.
       seconds: from the first arrival to the last end, in the simulation.
       busy: seconds that each replica computed.
-      loaded_bytes: from each tier, all replicas together.
+      loaded_bytes: over each of a replica's links, all replicas together.
       digest_bytes: that each router got, one router's.
       snapshot_bytes: those of them that told all that a replica holds.
       samples: in the digests of all replicas, in the end.
@@ -104,7 +105,8 @@ class Simulation:
           make: makes a dispatcher, for each router one.
         """
         self.config, self.now, self._timing = config, 0.0, timing
-        self._run = Run(busy=[0.0] * config.replicas, loaded_bytes=[0.0] * len(config.replica.tiers))
+        self._run = Run(busy=[0.0] * config.replicas, loaded_bytes=[0.0] * len(config.replica.links))
+        self._peers = Peers() if config.replica.network else None
         self.replicas: list[Replica | None] = [None] * config.replicas
         self._holdings = [Holdings() for _ in self.replicas]
         self._routers: list[Dispatcher] = [make(lambda: self.now) for _ in range(config.routers)]
@@ -194,7 +196,8 @@ class Simulation:
 
     def _start(self, number: int) -> None:
         """A replica with nothing stored takes requests from now on."""
-        self.replicas[number] = Replica(number, self.config.replica, self._timing, self._done, self._first)
+        about = number, self.config.replica, self._timing
+        self.replicas[number] = Replica(*about, self._done, self._first, self._peers)
         self._holdings[number], self._due[number] = Holdings(), NEVER
         for router in self._routers:
             router.join(number)

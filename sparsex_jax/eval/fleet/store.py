@@ -8,7 +8,7 @@ A prompt is a chain, as in a radix tree: the same segment behind other ones is a
 
 The least recently used node that nobody pins is evicted first. A chain's end counts as older than what is before it, so
 no node of a chain is evicted before those behind it. An evicted node goes to the first tier that has room for it, and
-what is evicted there to the next one.
+what is evicted there to the next one. What other replicas hold may be fetched from them, and counts as one more tier.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Found(NamedTuple):
       reused: elsewhere, those to be loaded among them.
       borders: places where a reused segment stands beside a fresh one.
       fresh: all others.
-      loaded: to be loaded from each tier.
+      loaded: to be loaded from each tier, and last, if that is possible, from other replicas.
       fresh_keys, reused_keys: the sum over those tokens of the tokens up to their own.
     """
 
@@ -94,6 +94,24 @@ class Tier:
         self.held -= segment.tokens if segment else 0
 
 
+class Peers:
+    """What all replicas of a fleet can find, as if each knew it at once."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}  # replicas by key
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._counts
+
+    def change(self, key: int, is_found: bool) -> None:
+        """One replica more finds it, or one fewer."""
+        number = self._counts.get(key, 0) + (1 if is_found else -1)
+        if number:
+            self._counts[key] = number
+        else:
+            del self._counts[key]
+
+
 class Store:
     """The device's store and the tiers below it.
 
@@ -104,9 +122,21 @@ class Store:
         of segments, or nodes if only prefixes are found.
     """
 
-    def __init__(self, capacity: int, tiers: Sequence[TierConfig] = (), *, segments: bool = True) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        tiers: Sequence[TierConfig] = (),
+        *,
+        segments: bool = True,
+        peers: Peers | None = None,
+    ) -> None:
+        """
+        Args:
+          segments: whether segments are found anywhere, or prefixes only.
+          peers: of the fleet, if what others hold is fetched from them.
+        """
         require(capacity >= 1, f"capacity={capacity} must be at least 1")
-        self.capacity, self.held, self.segments = capacity, 0, segments
+        self.capacity, self.held, self.segments, self._peers = capacity, 0, segments, peers
         self.tiers = [Tier(config) for config in tiers]
         self.changes: dict[int, tuple[Segment, bool]] = {}
         self._nodes: dict[int, Segment] = {}
@@ -139,11 +169,12 @@ class Store:
         return segment.key if self.segments else node
 
     def find(self, segments: Sequence[Segment], chain: Sequence[int], *, below: bool = True) -> Found:
-        """What of a prompt is stored, on the device or, unless not `below`, in its tiers.
+        """What of a prompt is stored, on the device or, unless not `below`, in its tiers and at others.
 
         A prompt's last segment is always computed.
         """
-        loaded, last = [0] * (len(self.tiers) if below else 0), len(segments) - 1
+        links = len(self.tiers) + (self._peers is not None) if below else 0
+        loaded, last = [0] * links, len(segments) - 1
         prefix = at = 0
         while at < last and self._has(chain[at], segments[at], loaded):
             prefix += segments[at].tokens
@@ -171,7 +202,7 @@ class Store:
             if node in tier.nodes:
                 loaded[index] += segment.tokens
                 return True
-        return False
+        return not self.segments and self._others_have(node, segment, loaded)
 
     def _has_key(self, segment: Segment, loaded: list[int]) -> bool:
         if segment.key in self._counts:
@@ -180,7 +211,20 @@ class Store:
             if segment.key in counts:
                 loaded[index] += segment.tokens
                 return True
-        return False
+        return self._others_have(segment.key, segment, loaded)
+
+    def _others_have(self, key: int, segment: Segment, loaded: list[int]) -> bool:
+        if not loaded or self._peers is None or key not in self._peers:
+            return False
+        loaded[-1] += segment.tokens
+        return True
+
+    def leave(self) -> None:
+        """Nothing of it is there for others any more."""
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            for key in self.keys:
+                peers.change(key, False)
 
     def reserve(self, tokens: int) -> bool:
         """Take room for so many tokens, evicting what nobody pins. False, and nothing is evicted, if there is none."""
@@ -276,7 +320,13 @@ class Store:
             counts[key] = number
         else:
             del counts[key]
-        if was != (is_found := self._is_found(key)) and self.changes.pop(key, None) is None:
+        if was != (is_found := self._is_found(key)):
+            self._change(key, segment, is_found)
+
+    def _change(self, key: int, segment: Segment, is_found: bool) -> None:
+        if self._peers is not None:
+            self._peers.change(key, is_found)
+        if self.changes.pop(key, None) is None:
             self.changes[key] = segment, is_found  # what came and went since is not told at all
 
     def _is_found(self, key: int) -> bool:

@@ -858,7 +858,7 @@ FLEET_PARTS = {
     "scale": ("hit rate", "computed", "TTFT p50", "TTFT p95", "TTFT p99", "good", "busiest of mean"),
     "digests": ("hit rate", "TTFT p95", "digests, B/s", "samples held", "router, us a request", "router, cores"),
     "tuning": ("hit rate", "TTFT p50", "TTFT p95", "good", "busiest of mean"),
-    "tiers": ("hit rate", "loaded", "TTFT p50", "TTFT p95", "good", "tier 0 link", "tier 1 link"),
+    "tiers": ("hit rate", "loaded", "TTFT p50", "TTFT p95", "good", "tier 0 link", "tier 1 link", "network link"),
     "failures": ("failed", "hit rate", "busiest of mean", "TTFT p50 of others", "TTFT p95 of others", "good of others"),
     "bursts": ("hit rate", "TTFT p50", "TTFT p95", "TTFT p99", "good"),
     "routers": ("hit rate", "TTFT p50", "TTFT p95", "TTFT p99", "busiest of mean", "digests, B/s", "router, cores"),
@@ -867,7 +867,8 @@ FLEET_PARTS = {
 
 def fleet(part: str, document: Document) -> str:
     """A part of the simulated fleet's figures: a line for each case and policy."""
-    rows = [row for row in document["rows"] if row["part"] == part and "line" not in row]
+    parts = (part, "large") if part == "scale" else (part,)
+    rows = [row for row in document["rows"] if row["part"] in parts and "line" not in row]
     cells: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for row in rows:
         work, name = row["work"].split(": ")
@@ -892,7 +893,7 @@ def fleet_limits(document: Document) -> str:
         work, _, name = row["work"].partition(": ")
         if row["part"] == "memory":
             samples[int(work.split()[2])] = row["figure"]
-        elif row["part"] == "scale" and row["implementation"] == "segments, router, weight 8":
+        elif row["part"] in ("scale", "large") and row["implementation"] == "segments, router, weight 8":
             cells[int(work.split(", ")[1].split()[0])][name] = row["figure"]
     lines = [_limits(replicas, found, samples[replicas]) for replicas, found in cells.items()]
     heading = ["replicas", "prompts/s", "router, us a request", "router, cores", "digests, kB/s", "samples held"]

@@ -12,11 +12,12 @@ rows there that were not fitted (part `calibration`). The routers are those that
     digests       how often and how finely replicas say what they hold
     tuning        the options of the router's policy
     routers       how many processes route
-    tiers         host memory and disks below the store
+    tiers         host memory and disks below the store, and what is fetched from other replicas
     failures      a replica dies; a document that all ask about; a tenant that floods
     bursts        arrivals that come in bursts, or rise and fall
     memory        of a router, for what it knows
-    scale         the mixture of all traffic up to the largest fleet, and what of it breaks first
+    scale         the mixture of all traffic, by the number of replicas
+    large         the same at the largest fleet
 
 A good answer has its first token within 1 s and 50 ms between tokens. Figures are of the second half of a run; the
 first fills the stores. After each part, `fleet-llama-3.1-8b-cpu.json` is written to `scripts/results`, and the
@@ -185,13 +186,15 @@ COMBINATIONS = (
     (SEGMENTS, ROUTER),
     (SEGMENTS, HEAVY),
 )
-FEW_COMBINATIONS = [each for each in COMBINATIONS if each[1] != "round robin" and each != (PREFIX, ROUTER)]
-LARGE_COMBINATIONS = (
+FEW_COMBINATIONS = (
+    (PREFIX, "least loaded"),
     (PREFIX, "prefix hash"),
     (SEGMENTS, "least loaded"),
+    (SEGMENTS, "session affinity"),
     (SEGMENTS, "prefix hash"),
-    (SEGMENTS, ROUTER),
+    (SEGMENTS, HEAVY),
 )
+LARGE_COMBINATIONS = ((SEGMENTS, "prefix hash"), (SEGMENTS, HEAVY))
 
 
 def calibration(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
@@ -217,7 +220,7 @@ def policies(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 def capacity(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     replicas = options.few
-    for load in ("chat", "rag", "agents", "mixture"):
+    for load in ("rag", "mixture"):
         for reuse, policy in FEW_COMBINATIONS:
             case = Case(load, replicas, reuse, policy)
             most = {"capacity": most_prompts(bench, case)}
@@ -236,7 +239,7 @@ def most_prompts(bench: Bench, case: Case) -> float:
 
 
 def is_good(bench: Bench, case: Case, rate: float) -> bool:
-    _, told = bench.run(dataclasses.replace(case, rate=rate), 2 / 3 * bench.seconds)
+    _, told = bench.run(dataclasses.replace(case, rate=rate), 0.4 * bench.seconds)
     return told["good"] >= 0.95
 
 
@@ -279,20 +282,20 @@ def routers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 def tiers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     link, tokens = bench.fitted.link, ReplicaConfig().store_tokens
+    host, slow_host = TierConfig(4 * tokens, link), TierConfig(4 * tokens, 10e9)
     below = {
-        "none": (),
-        "host 4x": (TierConfig(4 * tokens, link),),
-        "host 4x at 10 GB/s": (TierConfig(4 * tokens, 10e9),),
-        "host 4x, disk 32x at 5 GB/s": (TierConfig(4 * tokens, link), TierConfig(32 * tokens, 5e9)),
-        "host 4x, disk 32x at 1 GB/s": (TierConfig(4 * tokens, link), TierConfig(32 * tokens, 1e9)),
+        "none": ReplicaConfig(),
+        "host 4x": ReplicaConfig(tiers=(host,)),
+        "host 4x at 10 GB/s": ReplicaConfig(tiers=(slow_host,)),
+        "host 4x, disk 32x at 1 GB/s": ReplicaConfig(tiers=(host, TierConfig(32 * tokens, 1e9))),
+        "others at 25 GB/s": ReplicaConfig(network=25e9),
+        "host 4x, others at 25 GB/s": ReplicaConfig(tiers=(host,), network=25e9),
     }
-    for load in ("rag", "chat"):
-        for name, each in below.items():
-            for policy in ("least loaded", HEAVY):
-                fleet = {"replica": ReplicaConfig(tiers=each)}
-                case = Case(load, options.few, SEGMENTS, policy, fleet=fleet)
-                _, told = bench.run(case, 2 * bench.seconds)
-                yield from rows_of(f"{load}, {options.few} replicas, tiers: {name}", case.name, told)
+    for name, replica in below.items():
+        for policy in ("least loaded", HEAVY):
+            case = Case("rag", options.few, SEGMENTS, policy, fleet={"replica": replica})
+            _, told = bench.run(case, 2 * bench.seconds)
+            yield from rows_of(f"rag, {options.few} replicas, {name}", case.name, told)
 
 
 FAILURE_COMBINATIONS = (
@@ -348,12 +351,20 @@ def bursts(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def scale(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
-    for replicas in (*options.replicas, options.large):
-        for reuse, policy in LARGE_COMBINATIONS if replicas == options.large else COMBINATIONS:
-            case = Case("mixture", replicas, reuse, policy)
-            _, told = bench.run(case, options.scale_seconds)
-            asked = {"prompts a second": LOADS["mixture"].rate * replicas}
-            yield from rows_of(f"mixture, {replicas} replicas", case.name, told | asked)
+    for replicas in options.replicas:
+        yield from _of_size(bench, replicas, COMBINATIONS, options.scale_seconds)
+
+
+def large(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
+    yield from _of_size(bench, options.large, LARGE_COMBINATIONS, options.scale_seconds)
+
+
+def _of_size(bench: Bench, replicas: int, combinations: Sequence[tuple[str, str]], seconds: float) -> Iterator[Row]:
+    for reuse, policy in combinations:
+        case = Case("mixture", replicas, reuse, policy)
+        _, told = bench.run(case, seconds)
+        asked = {"prompts a second": LOADS["mixture"].rate * replicas}
+        yield from rows_of(f"mixture, {replicas} replicas", case.name, told | asked)
 
 
 def memory(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
@@ -376,7 +387,20 @@ def bytes_a_sample(replicas: int, samples: int = 200) -> float:
 
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], Iterator[Row]]] = {
     part.__name__: part
-    for part in (calibration, policies, scale, memory, digests, tuning, failures, tiers, routers, bursts, capacity)
+    for part in (
+        calibration,
+        policies,
+        memory,
+        digests,
+        failures,
+        tuning,
+        tiers,
+        scale,
+        large,
+        bursts,
+        routers,
+        capacity,
+    )
 }
 
 
@@ -389,7 +413,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--some", type=int, default=50, help="replicas where routers are many")
     add("--large", type=int, default=1000, help="replicas of the largest fleet")
     add("--seconds", type=float, default=100.0, help="of arrivals")
-    add("--scale-seconds", type=float, default=40.0, help="of arrivals where fleets of all sizes are compared")
+    add("--scale-seconds", type=float, default=30.0, help="of arrivals where fleets of all sizes are compared")
     add("--seed", type=int, default=0)
     add("--no-plots", action="store_true")
     return parser.parse_args(arguments)

@@ -27,7 +27,7 @@ def plot_all(rows: Sequence[Row], stem: Path) -> list[Path]:
     }
     written = []
     for part, draw in parts.items():
-        own = [row for row in rows if row["part"] == part]
+        own = [row for row in rows if row["part"] in ((part, "large") if part == "scale" else (part,))]
         if own:
             path = stem.with_name(f"{stem.name}-{part}.png")
             draw(own, path)

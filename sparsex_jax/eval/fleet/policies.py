@@ -145,11 +145,13 @@ class PrefixHash(Counting):
     def __init__(self) -> None:
         super().__init__()
         self._ring: list[tuple[int, int]] = []
+        self._is_sorted = True
 
     def join(self, replica: int) -> None:
         if replica not in self._open:
             points = mix(np.arange(_POINTS, dtype=np.uint64) + np.uint64(replica * _POINTS)).tolist()
-            self._ring = sorted([*self._ring, *((point, replica) for point in points)])
+            self._ring += ((point, replica) for point in points)
+            self._is_sorted = False
         super().join(replica)
 
     def leave(self, replica: int) -> None:
@@ -157,6 +159,9 @@ class PrefixHash(Counting):
         super().leave(replica)
 
     def choose(self, prompt: Prompt) -> int:
+        if not self._is_sorted:
+            self._ring.sort()
+            self._is_sorted = True
         at = bisect(self._ring, (_hash(_beginning(prompt)), -1))
         most = _BOUND * (sum(self._open.values()) + prompt.tokens) / len(self._alive)
         for step in range(len(self._ring)):

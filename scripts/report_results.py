@@ -574,6 +574,31 @@ def serving_line(method: str, figures: dict[str, float], shares: Sequence[str]) 
     return [method_name(method), ttft, gaps, *rates, f"{figures['goodput']:.2f}", *percent]
 
 
+def routing(document: Document) -> str:
+    """A table for each workload: a line for each policy, a column for each figure."""
+    works = pivot(document["rows"])
+    names = dict.fromkeys(work.partition(": ")[0] for work in works)
+    tables = (routing_table({w: r for w, r in works.items() if w.startswith(f"{name}: ")}, name) for name in names)
+    return provenance(document) + "".join(tables)
+
+
+def routing_table(works: Mapping[str, dict[str, Row]], name: str) -> str:
+    heading = ["policy", *(work.partition(": ")[2] for work in works)]
+    lines = [
+        [policy, *(routing_cell(by_policy[policy]) for by_policy in works.values())] for policy in columns_of(works)
+    ]
+    return f"\n*{name}*:\n\n{table(heading, lines)}"
+
+
+def routing_cell(row: Row) -> str:
+    """
+    >>> routing_cell({"figure": 0.602, "unit": "share of tokens"}), routing_cell({"figure": 1.471, "unit": "s"})
+    ('60 %', '1.47 s')
+    """
+    share = row["unit"].startswith("share")
+    return f"{100 * row['figure']:.0f} %" if share else f"{row['figure']:.2f} {row['unit'].replace('requests', '')}"
+
+
 # Conversations ----------------------------------------------------------------------------------------------
 
 Figures = dict[str, float | None]
@@ -1016,6 +1041,7 @@ VIEWS: dict[str, View] = {
     "structure": structure,
     "soak": soak,
     "serving": serving,
+    "routing": routing,
     "conversations": conversations,
     "conversations_headline": conversations_headline,
     "drift": drift,

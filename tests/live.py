@@ -27,6 +27,7 @@ from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
 
 MODEL = "tiny"
+HELLO_EVENTS = [Event("Hel", (1,)), Event("lo", (2, 3), finish_reason="stop")]
 
 
 @functools.cache
@@ -144,6 +145,10 @@ class ScriptedLoop:
             raise self.broken
         moved = [ticket.step() for ticket in self.tickets if not ticket.done]
         return any(moved)
+
+    @property
+    def queued_tokens(self) -> int:
+        return 0
 
     @property
     def stats(self):

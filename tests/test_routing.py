@@ -391,7 +391,7 @@ def test_whatever_happens_the_router_adds_up(events):
         elif what == "wait":
             clock.now += 0.3
         elif what == "route" and made.replicas:
-            tickets.append(made.route(ask(text(number, 64), group=b"g" if number == 7 else None)))
+            tickets.append(made.route(ask(text(number, 8 * number), group=b"g" if number == 7 else None)))
         elif tickets and what in ("start", "done", "fail"):
             ticket = tickets[number % len(tickets)]
             {"start": made.started, "done": made.done, "fail": lambda t: made.done(t, failed=True)}[what](ticket)

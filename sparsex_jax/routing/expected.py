@@ -21,16 +21,19 @@ class Assumed:
         self._ending: deque[tuple[float, int, Ask]] = deque()
 
     def add(self, slot: int, ask: Ask) -> None:
-        if self._keep_s:
+        if self._counts_for(ask):
             self._counts.setdefault((slot, ask.tag), Counter()).update(ask.samples.tolist())
             self.holders.add(slot, ask.tag, ask.samples.tolist())
 
     def end(self, slot: int, ask: Ask, now: float | None) -> None:
         """One that was added is dropped after a while. None: at once."""
-        if self._keep_s and now is not None:
+        if self._counts_for(ask) and now is not None:
             self._ending.append((now + self._keep_s, slot, ask))
-        elif self._keep_s:
+        elif self._counts_for(ask):
             self._drop(slot, ask)
+
+    def _counts_for(self, ask: Ask) -> bool:
+        return self._keep_s > 0 and len(ask.samples) > 0
 
     def expire(self, now: float) -> None:
         while self._ending and self._ending[0][0] <= now:

@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Several
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -39,9 +40,14 @@ from sparsex_jax.scheduler.origins import with_tiers
 from sparsex_jax.scheduler.restoring import Restoring
 from sparsex_jax.scheduler.sequence import Remember, Sequence
 from sparsex_jax.scheduler.tiers import Tiers
+from sparsex_jax.tiers.index import BlockObserver
 
 ANSWERED = ("stop", "length")  # reasons to finish
 MOST_TEXTS = 4096  # remembered texts that are known after their eviction, where there are lower tiers
+
+
+class StoreObserver(Observer, BlockObserver, Protocol):
+    """Hears what is in the store and in the tiers below it."""
 
 
 class Admission:
@@ -82,7 +88,7 @@ class Admission:
         self.clock: Callable[[], float] = time.monotonic
         self._neighbours: dict[str, Neighbours] = {}
         self._neighbours_at = -1  # `releases` then
-        self._observer: Observer | None = None
+        self._observer: StoreObserver | None = None
         self.cache = self._new_cache()
 
     def start_over(self) -> None:
@@ -101,10 +107,12 @@ class Admission:
             self.restoring.cancel_all(self.cache, again=True)
         self.releases += 1
 
-    def watch(self, observer: Observer | None) -> None:
-        """Tell this observer what the cache can find, and of its changes, those of later caches too. None: nobody."""
+    def watch(self, observer: StoreObserver | None) -> None:
+        """Tell this observer what cache and tiers can find, and of changes, those of later caches too. None: nobody."""
         self._observer = observer
         self.cache.watch(observer)
+        if self.tiers:
+            self.tiers.index.watch(observer)
 
     def _new_cache(self) -> PageCache:
         config = self._config

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import secrets
 from collections.abc import Callable, Iterator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -38,12 +39,24 @@ class Found:
     num_tokens: int
 
 
+@runtime_checkable  # tests check argument types while they run
+class BlockObserver(Protocol):
+    """Hears which blocks there are. It is called between two changes, so it must be quick and must not raise."""
+
+    def block_stored(self, block: Block) -> None:
+        """It can be found from now on."""
+
+    def block_removed(self, block: Block) -> None:
+        """It was told of as stored, and cannot be found any more."""
+
+
 class BlockIndex:
     """The blocks of all namespaces.
 
     Attributes:
       blocks: by their keys.
       changes: how often a block was added or removed.
+      observer: hears of blocks that come and go. None: nobody does.
     """
 
     def __init__(self, page_size: int) -> None:
@@ -52,11 +65,21 @@ class BlockIndex:
         self._by_pages: dict[bytes, dict[bytes, None]] = {}
         self._windows: dict[str, dict[int, dict[tuple[bytes, int], None]]] = {}
         self._salt = secrets.randbits(64)
+        self.observer: BlockObserver | None = None
+
+    def watch(self, observer: BlockObserver | None) -> None:
+        """Tell this observer of all blocks, and from now on of changes. None: nobody."""
+        self.observer = observer
+        if observer is not None:
+            for block in self.blocks.values():
+                observer.block_stored(block)
 
     # Storing ------------------------------------------------------------------------------------------------
 
     def add(self, block: Block) -> None:
         self.changes += 1
+        if self.observer is not None and block.key not in self.blocks:
+            self.observer.block_stored(block)
         self.blocks[block.key] = block
         for page in self._page_keys(block):
             self._by_pages.setdefault(page, {})[block.key] = None
@@ -69,6 +92,8 @@ class BlockIndex:
         block = self.blocks.pop(key, None)
         if block is not None:
             self.changes += 1
+            if self.observer is not None:
+                self.observer.block_removed(block)
             for page in self._page_keys(block):
                 _discard(self._by_pages, page, key)
             for offset, value in self._hashes(block):

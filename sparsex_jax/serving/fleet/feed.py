@@ -8,37 +8,35 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import numpy as np
 
-from sparsex_jax.cache.tree import Node
 from sparsex_jax.routing import Holdings, Position, Sketch, Update
-from sparsex_jax.serving.fleet.pages import Journal, Page
-
-_MOST_DELTAS = 256
+from sparsex_jax.serving.fleet.pages import LEAST_MOST, Journal, Page
 
 
 class DigestFeed(Journal):
-    """Observes a cache, and tells of it in updates. Any thread may ask."""
+    """Observes a store and the tiers below it, and tells of them in updates. Any thread may ask."""
 
-    def __init__(self, sketch: Sketch, vocab_size: int, num_pages: int) -> None:
+    def __init__(self, sketch: Sketch, vocab_size: int, num_pages: int, most_deltas: int = 256) -> None:
         """
         Args:
           sketch: the fleet's.
           vocab_size: keys from there on are of adapters, which have another number in each process. They are not told.
           num_pages: of the store.
+          most_deltas: who is farther behind gets a snapshot.
         """
-        super().__init__(most=max(4 * num_pages, 1024))
-        self._sketch, self._vocab_size = sketch, vocab_size
+        super().__init__(most=max(4 * num_pages, LEAST_MOST))
+        self._sketch, self._vocab_size, self._most_deltas = sketch, vocab_size, most_deltas
         self._reading = threading.Lock()
-        self._samples: dict[Node, tuple[bytes, list[int]]] = {}
+        self._samples: dict[Hashable, tuple[bytes, list[int]]] = {}
         self._begin()
 
     def _begin(self) -> None:
         self._samples.clear()
         self._holdings = Holdings()
-        self._deltas: deque[Update] = deque(maxlen=_MOST_DELTAS)
+        self._deltas: deque[Update] = deque(maxlen=self._most_deltas)
 
     def since(self, position: Position) -> list[bytes]:
         """The updates behind a position, in order, as bytes. Empty: nothing changed."""
@@ -48,7 +46,9 @@ class DigestFeed(Journal):
 
     @property
     def num_samples(self) -> int:
+        """How many a snapshot would have."""
         with self._reading:
+            self._catch_up()
             return self._holdings.num_samples
 
     def _behind(self, position: Position) -> list[Update]:

@@ -37,7 +37,10 @@ class Follower:
 
     async def _run(self) -> None:
         while True:
-            self.look()
+            try:
+                self.look()
+            except Exception:
+                log.exception("the replicas could not be asked for news")
             await asyncio.sleep(self._period_s)
 
     def look(self) -> None:

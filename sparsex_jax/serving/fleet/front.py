@@ -12,15 +12,12 @@ import asyncio
 import concurrent.futures
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from typing import Protocol
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive, Scope, Send
 
-from sparsex_jax.errors import SparsexError
 from sparsex_jax.routing import Ask, Position, Router, Ticket
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits
 from sparsex_jax.serving.bodies import Bodies
@@ -41,6 +38,9 @@ log = logging.getLogger(__name__)
 
 class Backend(Protocol):
     """How a front reaches replicas."""
+
+    async def start(self) -> None:
+        """Wait until there is a replica. Called once, before all else."""
 
     def replicas(self) -> list[str]:
         """The names of those that are there."""
@@ -68,29 +68,42 @@ class Front:
         access: Access | None = None,
         limits: Limits | None = None,
         period_s: float = 0.25,
+        dropped: Collection[bytes] = (),
     ) -> None:
         """
         Args:
           access, limits: those of the replicas. None: their defaults.
           period_s: replicas are asked for news so often.
+          dropped: headers of responses that are not passed on, in lower case.
         """
         limits = limits or Limits()
         self.router, self.follower = router, Follower(router, backend, period_s)
-        self._preview, self._backend = preview, backend
+        self._preview, self._backend, self._dropped = preview, backend, frozenset(dropped)
         self._access, self._bodies = access or Access.open(limits), Bodies(limits)
         # One thread, because a tokenizer is not safe to call from several.
         self._tokenizing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="sparsex-preview")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._live(receive, send)
         if scope["type"] != "http":
-            return
+            raise ConnectionError(f"a fleet has no {scope['type']} connections")
         request, reply = Request(scope, receive), _Reply(scope, send)
         try:
             await self._answer(request, reply)
         except DisconnectedError:
             return
-        except (SparsexError, RequestValidationError, HTTPException) as error:
+        except Exception as error:
             await reply.fail(fault_of(error))
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()  # that it starts
+        await self._backend.start()
+        self.follower.start()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.follower.stop()
+        await send({"type": "lifespan.shutdown.complete"})
 
     async def _answer(self, request: Request, reply: _Reply) -> None:
         path = request.url.path
@@ -129,7 +142,8 @@ class Front:
             self.router.moved(ticket, message)
             return
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (REPLICA_HEADER, ticket.replica.encode())]}
+            kept = [each for each in message.get("headers", ()) if each[0] not in self._dropped]
+            message = {**message, "headers": [*kept, (REPLICA_HEADER, ticket.replica.encode())]}
         elif message.get("body"):
             self.router.started(ticket)
         await reply.send(message)

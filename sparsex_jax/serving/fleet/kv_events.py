@@ -21,18 +21,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import re
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
 
-from sparsex_jax.cache.tree import Node
 from sparsex_jax.config.checks import is_int, require
-from sparsex_jax.serving.fleet.pages import Journal, Page
+from sparsex_jax.serving.fleet.pages import LEAST_MOST, Journal, Page
 
 END = (-1).to_bytes(8, "big", signed=True)
 _MEDIUM = "GPU"  # vLLM's word for what the devices hold; routers look for it
@@ -64,6 +64,15 @@ class KvEventsConfig:
             value = getattr(self, name)
             require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
 
+    def of_rank(self, rank: int) -> KvEventsConfig:
+        """Those of the replica of this rank: TCP ports other than 0 are so much larger, as vLLM has them."""
+        replay = self.replay_endpoint and _of_rank(self.replay_endpoint, rank)
+        return dataclasses.replace(self, endpoint=_of_rank(self.endpoint, rank), replay_endpoint=replay)
+
+
+def _of_rank(endpoint: str, rank: int) -> str:
+    return re.sub(r"(?<=:)[1-9]\d*$", lambda port: str(int(port[0]) + rank), endpoint)
+
 
 class Blocks:
     """Turns pages that come and go into events. For one thread.
@@ -75,7 +84,7 @@ class Blocks:
     def __init__(self, page_size: int, vocab_size: int) -> None:
         self._page_size, self._vocab_size = page_size, vocab_size
         self._key = secrets.token_bytes(32)
-        self._hashes: dict[Node, int] = {}
+        self._hashes: dict[Hashable, int] = {}
         self._copies: dict[int, int] = {}
 
     def clear(self) -> dict[str, Any]:
@@ -161,7 +170,7 @@ class KvEvents(Journal):
         Raises:
           InvalidRequestError: pyzmq or msgpack is missing, or an endpoint cannot be bound.
         """
-        super().__init__(most=max(4 * num_pages, 1024))
+        super().__init__(most=max(4 * num_pages, LEAST_MOST))
         self._zmq, self._pack = _libraries()
         self._blocks, self._retell, self._rank = Blocks(page_size, vocab_size), retell, rank
         self._topic, self._seq = config.topic.encode(), 0
@@ -180,6 +189,11 @@ class KvEvents(Journal):
     @property
     def replay_endpoint(self) -> str | None:
         return self._replay.getsockopt_string(self._zmq.LAST_ENDPOINT) if self._replay else None
+
+    @property
+    def num_published(self) -> int:
+        """Batches; the number that the next one gets."""
+        return self._seq
 
     def start(self) -> KvEvents:
         self._thread.start()

@@ -1,31 +1,35 @@
-"""What comes into a store and goes out of it, taken down on the serving loop's thread and read on another."""
+"""What comes into a store, and the tiers below it, and goes: written down on the loop's thread, read on another."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from sparsex_jax.cache.children import TOKEN_BYTES
 from sparsex_jax.cache.tree import Node
 from sparsex_jax.cache.windows import WINDOW
+from sparsex_jax.tiers.blocks import Block
 
 _BEFORE = (WINDOW - 1) * TOKEN_BYTES  # of the page before: windows may begin there
 
 
 class Page(NamedTuple):
-    """A node as it was when something happened to it. Other threads may read it; `node` and `parent` are names to them.
+    """A page of the store, or a block of the tiers below, as it was when something happened to it. Any thread may read
+    it.
 
     Attributes:
       is_stored: it came; else it went.
+      node: stands for it, and is not looked into. A block's is its key.
+      parent: the node of the page before it. None: there is none, or it is not known.
       tokens: its own, int32 as bytes.
       before: the last 7 of the page before, if that is known.
-      is_in_prefix: all before it is stored too, from position 0 on.
+      is_in_prefix: it is on the devices, and so is all before it, from position 0 on.
     """
 
     is_stored: bool
-    node: Node
-    parent: Node | None
+    node: Hashable
+    parent: Hashable | None
     namespace: str
     tokens: bytes
     before: bytes
@@ -37,9 +41,16 @@ class Page(NamedTuple):
         before = parent.key[-_BEFORE:] if parent is not None else b""
         return cls(is_stored, node, parent, node.namespace, node.key, before, node.in_place)
 
+    @classmethod
+    def of_block(cls, block: Block, is_stored: bool) -> Page:
+        return cls(is_stored, block.key, None, block.namespace, block.tokens, b"", False)
+
+
+LEAST_MOST = 1 << 18  # some 30 MB, and more than any store and its tiers tell at once
+
 
 class Journal:
-    """An observer of a cache that takes down what happens until somebody reads it. It never waits.
+    """An observer of a store that takes down what happens until somebody reads it. It never waits.
 
     Of more than `most` pages nobody has read, nothing is kept: `is_lost`, until the cache tells everything again.
     """
@@ -55,6 +66,12 @@ class Journal:
 
     def removed(self, nodes: Sequence[Node]) -> None:
         self._take([Page.of(node, False) for node in nodes])
+
+    def block_stored(self, block: Block) -> None:
+        self._take([Page.of_block(block, True)])
+
+    def block_removed(self, block: Block) -> None:
+        self._take([Page.of_block(block, False)])
 
     def cleared(self) -> None:
         with self._mutex:

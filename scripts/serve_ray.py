@@ -1,0 +1,132 @@
+"""Serves a model by several engines behind one OpenAI endpoint, on Ray Serve.
+
+    uv sync --extra ray
+    uv run python scripts/serve_ray.py --replicas 2                       # SmolLM2 at http://127.0.0.1:8000/v1
+    uv run python scripts/serve_ray.py MODEL --min-replicas 2 --max-replicas 16 --gpus-per-replica 1 \\
+        --ray-address auto --host 0.0.0.0 --api-keys keys.toml --store-tokens 262144
+
+Each request goes to the replica that holds most of its prompt's segments, unless its queue is too long
+(`sparsex_jax/routing/`). `GET /v1/replicas` says what each one holds and has to do; the response's header
+`x-sparsex-replica` names the one that answered. On a cluster, every node needs the package, the model and the file of
+keys at the same paths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import signal
+import threading
+from pathlib import Path
+
+# Else Ray has each worker build an environment of its own when `uv run` starts this.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from sparsex_jax.checkpoints.names import model_title
+from sparsex_jax.cli.generate import EngineChoice
+from sparsex_jax.cli.serve import compile_all
+from sparsex_jax.cli.terminal import clear_errors
+from sparsex_jax.config.checks import require
+from sparsex_jax.routing import LeastLoaded, Policy, RoundRobin, SegmentPolicy, Sketch
+from sparsex_jax.serving.access import Limits
+from sparsex_jax.serving.fleet.kv_events import KvEventsConfig
+
+POLICIES = {"segments": SegmentPolicy, "least-loaded": LeastLoaded, "round-robin": RoundRobin}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("model", nargs="?", default="smollm2-135m-instruct", help="as `sparsex serve MODEL`")
+    add("--name", help="the model's name in requests")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--api-keys", type=Path, help="a TOML file of API keys, as of `sparsex serve`")
+    add("--fleet-key", type=Path, help="a file with the secret by which digests are made (default: a new one)")
+    add("--replicas", type=int, help="a fixed number of engines")
+    add("--min-replicas", type=int, default=2)
+    add("--max-replicas", type=int, default=2)
+    add("--target-requests", type=float, default=8.0, help="requests that each replica should have at once")
+    add("--downscale-delay", type=float, default=600.0, help="seconds of too little work before a replica goes")
+    add("--fronts", type=int, default=1, help="processes that route")
+    add("--cpus-per-replica", type=float, default=1.0)
+    add("--gpus-per-replica", type=int, default=0, help="also the engine's tensor parallelism, if there are several")
+    add(
+        "--policy", choices=POLICIES, default="segments", help="how a replica is chosen; the others are to compare with"
+    )
+    add("--sample", type=int, default=16, help="digests have one window in so many, a power of two")
+    add("--dtype", default="auto")
+    add("--store-tokens", type=int)
+    add("--max-num-seqs", type=int)
+    add("--max-tokens", type=int, default=4096)
+    add("--kv-events", help="ZMQ endpoint of KV events in vLLM's format, such as tcp://*:5557; port + rank each")
+    add("--kv-events-replay", help="endpoint for those who missed some")
+    add("--ray-address", help="of a running cluster, or `auto`; by default one is started here")
+    add("--no-warm-up", action="store_true", help="compile programs at the first requests")
+    return parser.parse_args()
+
+
+def fleet_key(file: Path | None) -> bytes:
+    return secrets.token_bytes(32) if file is None else file.read_bytes()
+
+
+def kv_events(args: argparse.Namespace) -> KvEventsConfig | None:
+    require(args.kv_events or not args.kv_events_replay, "kv_events_replay needs kv_events")
+    return KvEventsConfig(args.kv_events, args.kv_events_replay) if args.kv_events else None
+
+
+def serve_until_signalled(args: argparse.Namespace) -> None:
+    import ray
+    from ray import serve
+
+    from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application, connect
+
+    policy: Policy = POLICIES[args.policy]()
+    tensor_parallel = max(args.gpus_per_replica, 1)
+    choice = EngineChoice(
+        args.model, args.dtype, args.store_tokens, max_num_seqs=args.max_num_seqs, tensor_parallel=tensor_parallel
+    )
+    name = args.name or model_title(args.model)
+    fleet = FleetConfig(
+        args.model,
+        name,
+        choice.load,
+        Sketch(fleet_key(args.fleet_key), args.sample),
+        prepare=None if args.no_warm_up else compile_all,
+        policy=policy,
+        limits=Limits(max_tokens=args.max_tokens),
+        api_keys=args.api_keys and args.api_keys.absolute(),
+        events=kv_events(args),
+    )
+    scale = ScaleConfig(
+        args.replicas or args.min_replicas,
+        args.replicas or args.max_replicas,
+        args.target_requests,
+        downscale_delay_s=args.downscale_delay,
+        num_cpus=args.cpus_per_replica,
+        num_gpus=args.gpus_per_replica,
+        num_fronts=args.fronts,
+    )
+    stopped = threading.Event()
+    connect(args.ray_address)
+    for number in (signal.SIGTERM, signal.SIGINT):  # Ray has handlers of its own, which end the process at once
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        serve.start(http_options={"host": args.host, "port": args.port})
+        serve.run(application(fleet, scale), name="sparsex")
+        print(f"Serving {name} at http://{args.host}:{args.port}/v1 by {scale.min_replicas} replicas", flush=True)
+        stopped.wait()
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def main() -> None:
+    with clear_errors():
+        serve_until_signalled(parse())
+
+
+if __name__ == "__main__":
+    main()

@@ -219,12 +219,10 @@ def policies(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def capacity(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
-    replicas = options.few
-    for load in ("rag", "mixture"):
-        for reuse, policy in FEW_COMBINATIONS:
-            case = Case(load, replicas, reuse, policy)
-            most = {"capacity": most_prompts(bench, case)}
-            yield from rows_of(f"{load}, {replicas} replicas", case.name, most)
+    for reuse, policy in FEW_COMBINATIONS:
+        case = Case("rag", options.few, reuse, policy)
+        most = {"capacity": most_prompts(bench, case)}
+        yield from rows_of(f"rag, {options.few} replicas", case.name, most)
 
 
 def most_prompts(bench: Bench, case: Case) -> float:
@@ -294,7 +292,7 @@ def tiers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     for name, replica in below.items():
         for policy in ("least loaded", HEAVY):
             case = Case("rag", options.few, SEGMENTS, policy, fleet={"replica": replica})
-            _, told = bench.run(case, 2 * bench.seconds)
+            _, told = bench.run(case)
             yield from rows_of(f"rag, {options.few} replicas, {name}", case.name, told)
 
 

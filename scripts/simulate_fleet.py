@@ -154,20 +154,31 @@ def rows_of(work: str, implementation: str, told: dict[str, float]) -> list[Row]
     ]
 
 
+UNITS = {
+    "TTFT": "s",
+    "gap": "s",
+    "processor": "s",
+    "us": "us",
+    "router, us": "us",
+    "router, cores": "cores",
+    "router, bytes": "bytes",
+    "digests": "B/s",
+    "busiest": "times",
+    "most": "times",
+    "hottest": "times",
+    "requests": "requests",
+    "samples": "samples",
+    "capacity": "prompts/s",
+    "prompts": "prompts/s",
+}
+
+
 def unit(name: str) -> str:
     """
-    >>> [unit(name) for name in ("TTFT p95", "hit rate", "router, us a request")]
-    ['s', 'share', 'us']
+    >>> [unit(name) for name in ("TTFT p95", "hit rate", "router, us a request", "router, cores")]
+    ['s', 'share', 'us', 'cores']
     """
-    units = {"TTFT": "s", "gap": "s", "requests": "requests", "router": "us", "digests": "B/s", "us": "us", "wall": "s"}
-    units |= {
-        "busiest": "times",
-        "most": "times",
-        "capacity": "prompts/s",
-        "samples": "samples",
-        "prompts": "prompts/s",
-    }
-    return units.get(name.replace(",", " ").split()[0], "share")
+    return next((UNITS[begin] for begin in UNITS if name.startswith(begin)), "share")
 
 
 # The parts --------------------------------------------------------------------------------------------------

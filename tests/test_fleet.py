@@ -1,6 +1,7 @@
 """The simulator of fleets: what it conserves, and where its figures are known without it."""
 
 import dataclasses
+import doctest
 import importlib.util
 import itertools
 import json
@@ -487,6 +488,10 @@ def test_the_script_writes_rows_of_each_part_and_keeps_those_of_others(script, t
     assert all(np.isfinite(row["figure"]) for row in rows)
     names = [(row["part"], row["work"], row["implementation"], row.get("source")) for row in rows]
     assert Counter(names).most_common(1)[0][1] <= 4  # the same full prefill was measured in several cases
+
+
+def test_the_script_does_what_its_docstrings_say(script):
+    assert doctest.testmod(script).failed == 0
 
 
 @pytest.mark.slow

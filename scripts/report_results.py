@@ -921,16 +921,17 @@ def fleet_limits(document: Document) -> str:
         elif row["part"] in ("scale", "large") and row["implementation"] == "segments, router, weight 8":
             cells[int(work.split(", ")[1].split()[0])][name] = row["figure"]
     lines = [_limits(replicas, found, samples[replicas]) for replicas, found in cells.items()]
-    heading = ["replicas", "prompts/s", "router, us a request", "router, cores", "digests, kB/s", "samples held"]
+    heading = ["replicas", "prompts/s", "router, us a prompt", "cores for them", "digests, kB/s", "samples held"]
     heading += ["bytes a sample", "router's digests, MB", "hottest tenant, replicas"]
     return table(heading, lines)
 
 
 def _limits(replicas: int, found: Mapping[str, float], nbytes: float) -> list[str]:
-    cells = [f"{replicas}", f"{found['prompts a second']:,.0f}", f"{found['router, us a request']:.0f}"]
-    cells += [f"{found['router, cores']:.3f}", f"{found['digests, B/s'] / 1e3:,.1f}", f"{found['samples held']:,.0f}"]
+    asked, each = found["prompts a second"], found["router, us a request"]
+    cells = [f"{replicas}", f"{asked:,.0f}", f"{each:.0f}", f"{asked * each / 1e6:.3f}"]
     memory = found["samples held"] * nbytes / 1e6
-    return [*cells, f"{nbytes:.0f}", f"{memory:,.1f}", f"{found['hottest tenant of mean']:.1f}"]
+    cells += [f"{found['digests, B/s'] / 1e3:,.1f}", f"{found['samples held']:,.0f}", f"{nbytes:.0f}", f"{memory:,.1f}"]
+    return [*cells, f"{found['hottest tenant of mean']:.1f}"]
 
 
 def fleet_capacity(document: Document) -> str:

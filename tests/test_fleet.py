@@ -470,6 +470,7 @@ def test_predictions_are_near_what_was_measured():
 
 
 SMALL = ["--replicas", "1", "2", "--few", "2", "--some", "2", "--large", "2", "--seconds", "3", "--scale-seconds", "3"]
+SMALL += ["--large-seconds", "3"]
 
 
 @pytest.fixture(scope="module")

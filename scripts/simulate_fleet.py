@@ -291,11 +291,10 @@ def routers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 def tiers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     link, tokens = bench.fitted.link, ReplicaConfig().store_tokens
-    host, slow_host = TierConfig(4 * tokens, link), TierConfig(4 * tokens, 10e9)
+    host = TierConfig(4 * tokens, link)
     below = {
         "none": ReplicaConfig(),
         "host 4x": ReplicaConfig(tiers=(host,)),
-        "host 4x at 10 GB/s": ReplicaConfig(tiers=(slow_host,)),
         "host 4x, disk 32x at 1 GB/s": ReplicaConfig(tiers=(host, TierConfig(32 * tokens, 1e9))),
         "others at 25 GB/s": ReplicaConfig(network=25e9),
         "host 4x, others at 25 GB/s": ReplicaConfig(tiers=(host,), network=25e9),

@@ -5,7 +5,7 @@ A round is a few decode steps of all that run and one prefill plan of those whos
     round      | 4 steps, plan of a b | 4 steps, plan of c, part 1 | 4 steps, plan of c, part 2 | steps until one ends |
     prefilled            a b                                                    c
 
-Where nobody is being prefilled, a round goes on until a sequence ends; who arrives meanwhile waits for the end of a
+Where nobody is being prefilled or loaded, a round goes on until a sequence ends; who arrives meanwhile waits for the end of a
 dispatch of 16 steps. A prompt is admitted when there is room for it and its answer. It waits for another that computes
 a long run of what it would compute too, and for what comes from host memory or disk.
 
@@ -26,7 +26,8 @@ from sparsex_jax.eval.fleet.store import Found, Peers, Store, TierConfig, chain_
 from sparsex_jax.eval.fleet.timing import Timing, Work
 from sparsex_jax.eval.fleet.traffic import Prompt
 
-FEW_STEPS, DISPATCH = 4, 16  # decode steps of a round in which somebody is prefilled; of a dispatch at most
+FEW_STEPS = 4  # decode steps of a round in which somebody is prefilled or loaded
+DISPATCH = 16  # of a dispatch at most
 _TRIED = 16  # who waits, that a round looks at
 _LONG_RUN = 256  # tokens that another computes, for which it is worth waiting
 NEVER = float("inf")
@@ -196,14 +197,12 @@ class Replica:
             self._prefilling.append(heapq.heappop(self._loading)[2])
         self._admit(now)
         self._plan, self._began = self._choose(), now
-        most = FEW_STEPS if self._plan else NEVER
+        most = FEW_STEPS if self._plan or self._loading else NEVER
         self._plan_steps = int(min(most, self._running[0][0] - self._steps)) if self._running else 0
         seconds = self._seconds(self._plan_steps)
         if self._plan:
             seconds += self.timing.plan_seconds([job.stages[0] for job in self._plan])
         self.next_time = now + seconds if seconds else self._loading[0][0] if self._loading else NEVER
-        if not self._plan and self._running and self._loading:
-            self._cut_short(self._loading[0][0])
 
     def _seconds(self, steps: int) -> float:
         return self.timing.decode_seconds(steps, len(self._running), self._context)

@@ -5,8 +5,8 @@ A round is a few decode steps of all that run and one prefill plan of those whos
     round      | 4 steps, plan of a b | 4 steps, plan of c, part 1 | 4 steps, plan of c, part 2 | steps until one ends |
     prefilled            a b                                                    c
 
-Where nobody is being prefilled or loaded, a round goes on until a sequence ends; who arrives meanwhile waits for the end
-of a dispatch of 16 steps. A prompt is admitted when there is room for it and its answer. It waits for another that
+Where nobody is being prefilled or loaded, a round goes on until a sequence ends; who arrives meanwhile waits for the
+end of a dispatch of 16 steps. A prompt is admitted when there is room for it and its answer. It waits for another that
 computes a long run of what it would compute too, and for what comes from host memory or disk.
 
 Left out are preemption (room for the answer is taken at once), page sizes, the limit of 8 prompts a plan, layers that

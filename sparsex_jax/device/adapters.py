@@ -21,7 +21,7 @@ from sparsex_jax.config.checks import require
 from sparsex_jax.model.adapters import TARGETS, AdapterWeights, Pair
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.matrices import Place
-from sparsex_jax.model.sharding import TENSOR_AXIS, zeros_of
+from sparsex_jax.model.sharding import TENSOR_AXIS, to_devices, zeros_of
 from sparsex_jax.model.weights import describe
 
 _APART = ("wk", "wv")  # where adapters share KV: keys have none, and values have theirs in `ValuesApart`
@@ -150,7 +150,7 @@ def put_apart(apart: ValuesApart, slot: int, pair: Pair | None) -> ValuesApart:
 
 
 def _written(stack: Array, part: np.ndarray, at: np.int32, axis: int) -> Array:
-    return _write(stack, jax.device_put(part, stack.sharding), at, axis=axis, placed=stack.sharding)
+    return _write(stack, to_devices(part, stack.sharding), at, axis=axis, placed=stack.sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "placed"))

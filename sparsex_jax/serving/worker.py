@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.device.heartbeat import Heartbeat
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
 from sparsex_jax.scheduler.lending import Lent
@@ -33,7 +34,6 @@ from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
 from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.rounds import Member
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
-from sparsex_jax.serving.heartbeat import Heartbeat
 
 _IDLE_S = 1.0  # everything that gives the thread work also wakes it
 _FAREWELL_S = 5.0  # for cancelled requests to hear of it

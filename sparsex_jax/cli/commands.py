@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from pathlib import Path
 from typing import Annotated
@@ -67,6 +68,9 @@ def generate(
     top_k: options.TopK = None,
     seed: options.Seed = 0,
     stop: options.Stop = None,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
 ) -> None:
     """Generate text from a prompt, reusing the KV of the files remembered before it.
 
@@ -74,6 +78,7 @@ def generate(
     all prompts have it; with as many as prompts, each has its own.
     """
     from sparsex_jax.cli.generate import EngineChoice, run
+    from sparsex_jax.config.membership import Membership
 
     filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in filters.items() if value is not None}
@@ -89,6 +94,7 @@ def generate(
                 kv_dtype,
                 quantization=quantization,
                 adapters=options.parse_adapters(adapters or ()),
+                membership=Membership.of(coordinator, num_processes, process_id),
             ),
             remember or [],
             {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())} | given,
@@ -162,11 +168,19 @@ def serve(
     request_log: serve_options.RequestLog = None,
     otlp_endpoint: serve_options.OtlpEndpoint = None,
     warm_up: serve_options.WarmUp = True,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
 ) -> None:
     """Serve a model: OpenAI's endpoints, a knowledge base, metrics, and a page that shows what is reused."""
+    from sparsex_jax.config.membership import Membership
     from sparsex_jax.serving.sockets import bound
 
-    with clear_errors(), bound(host, port, uds) as sockets:  # before jax is imported, which takes seconds
+    with clear_errors(), contextlib.ExitStack() as held:
+        membership = Membership.of(coordinator, num_processes, process_id)
+        listens = membership is None or membership.leads
+        sockets = held.enter_context(bound(host, port, uds)) if listens else []
+        # What is imported from here on imports jax, which takes seconds.
         from sparsex_jax.cli.generate import EngineChoice
         from sparsex_jax.cli.serve import run
         from sparsex_jax.serving.access import Limits
@@ -201,6 +215,7 @@ def serve(
                 max_adapters=max_adapters,
                 max_adapter_rank=max_adapter_rank,
                 share_adapters=share_adapters,
+                membership=membership,
                 **options.tiers(host_store, disk_store),
             ),
             Limits(

@@ -11,6 +11,7 @@ from sparsex_jax.device.heartbeat import Heartbeat
 from sparsex_jax.device.runner import Runner, relayed_methods
 from sparsex_jax.distributed.codec import Reference, kept_of, unpack
 from sparsex_jax.distributed.joining import About
+from sparsex_jax.distributed.likeness import of_runner
 from sparsex_jax.distributed.peer import (
     ABOUT,
     AGREED,
@@ -70,7 +71,8 @@ class Follower:
             raise GroupError(wrong)
 
     def follow(self, runner: Runner) -> None:
-        """Do what the leader's runner does, until the leader ends the group."""
+        """Do what the leader's runner does, until the leader ends the group. Raises as `Leader.lead`."""
+        self.agree(of_runner(runner))
         while True:
             self._heartbeat.rest()
             kind, *rest = self._inbox.get()

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 import jax
 
+from sparsex_jax.config.membership import Membership
 from sparsex_jax.distributed.channel import Channel, open_channel
-from sparsex_jax.distributed.membership import Membership
 from sparsex_jax.distributed.peer import Patience, Peer
 from sparsex_jax.errors import GroupError
 

@@ -19,6 +19,7 @@ from typing import Any
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.distributed.codec import Reference, is_kept, kept_of, pack
 from sparsex_jax.distributed.joining import About, difference
+from sparsex_jax.distributed.likeness import of_runner
 from sparsex_jax.distributed.peer import (
     ABOUT,
     AGREED,
@@ -162,7 +163,8 @@ class Leader:
     # Calls --------------------------------------------------------------------------------------------------
 
     def lead(self, runner: Runner) -> None:
-        """From now on the followers do what this runner does."""
+        """From now on the followers do what this runner does. Raises as `agree`, of what `likeness` compares."""
+        self.agree(of_runner(runner))
         runner.relay = self
 
     def __call__[Result](

@@ -28,7 +28,7 @@ import numpy as np
 from sparsex_jax.config import ReuseConfig, SamplingParams
 from sparsex_jax.device.heartbeat import Heartbeat
 from sparsex_jax.engine import Engine
-from sparsex_jax.errors import SparsexError
+from sparsex_jax.errors import GroupError, SparsexError
 from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
 from sparsex_jax.scheduler.pinning import Pinning
@@ -188,9 +188,9 @@ class Worker:
         return await asyncio.wrap_future(future)
 
     def require_open(self) -> None:
-        """Raises DrainingError or WorkerError if nothing new is taken (any more)."""
+        """Raises DrainingError, or WorkerError or GroupError, if nothing new is taken (any more)."""
         if self.failure is not None:
-            raise WorkerError("the serving loop has failed") from self.failure
+            raise _failed(self.failure) from self.failure
         if self.draining:
             raise DrainingError("the server is shutting down and takes no new requests")
 
@@ -217,6 +217,11 @@ class Worker:
 
     def closed(self, stream: Stream) -> None:
         self._streams.discard(stream)
+
+    def broke(self, error: BaseException) -> None:
+        """The loop cannot go on, though its thread does not say so: it may wait for what will never come. From any
+        thread; everybody who waits hears that there will be no answer."""
+        self._fail(error)
 
     # On the thread ------------------------------------------------------------------------------------------
 
@@ -263,7 +268,7 @@ class Worker:
             while True:
                 future, _ = self._calls.get_nowait()
                 if future.set_running_or_notify_cancel():
-                    future.set_exception(WorkerError("the serving loop has failed"))
+                    future.set_exception(_failed(self.failure))
 
 
 class Stream:
@@ -320,7 +325,7 @@ class Stream:
             raise StopAsyncIteration
         item = await self._next()
         if isinstance(item, BaseException):
-            raise WorkerError("the serving loop has failed") from item
+            raise _failed(item) from item
         number, event = item
         if event.finish_reason is not None:
             self._unfinished.discard(number)
@@ -399,6 +404,11 @@ class Stream:
     def _leave_if_done(self) -> None:
         if self._is_closed and not self._open:
             self._worker.closed(self)
+
+
+def _failed(error: BaseException | None) -> SparsexError:
+    """What clients hear of a loop that failed: that a process is lost, if that is why."""
+    return GroupError(str(error)) if isinstance(error, GroupError) else WorkerError("the serving loop has failed")
 
 
 def _complete(future: concurrent.futures.Future[Any], function: Callable[[], Any]) -> None:

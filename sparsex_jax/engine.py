@@ -66,7 +66,7 @@ from sparsex_jax.device.speeds import speeds_for
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.matrices import random_quantised
-from sparsex_jax.model.sharding import check_mesh, make_mesh
+from sparsex_jax.model.sharding import TENSOR_AXIS, check_mesh, make_mesh
 from sparsex_jax.model.store import check_range
 from sparsex_jax.model.weights import Params, random_params
 from sparsex_jax.reuse.cost import Speeds
@@ -91,7 +91,7 @@ log = logging.getLogger(__name__)
 
 AdapterSource = str | Path | AdapterWeights
 
-LINK_BYTES_PER_S = 20e9  # between devices and host memory, until it is known
+LINK_BYTES_PER_S = 20e9  # between a device and host memory, until it is known
 
 
 class Engine:
@@ -169,7 +169,8 @@ class Engine:
         self.admission.restoring = Restoring(tiers, loading, lambda: self._restorer(link), self.config.page_size)
 
     def _restorer(self, link: Link) -> Restorer:
-        pace = Pace(self.admission.choice.speeds, LINK_BYTES_PER_S, known=False)
+        each_has_its_own = LINK_BYTES_PER_S * self.mesh.shape[TENSOR_AXIS]
+        pace = Pace(self.admission.choice.speeds, each_has_its_own, known=False)
         return Restorer(self.runner, link, pace)
 
     @classmethod

@@ -234,7 +234,7 @@ def test_a_poisoned_request_fails_alone(bad, params):
 def test_decode_goes_on_without_a_poisoned_request():
     params = SamplingParams(presence_penalty=1.0)
     state = decode_state([BatchSlot(PROMPT, [1, 3], params, pages=[page]) for page in (0, 1)], 1, VOCAB)
-    after = advance(state, jnp.array([NON_FINITE, 3]))
+    after = advance(jax.device_put(state), jnp.array([NON_FINITE, 3]))
     assert (state.position.tolist(), after.position.tolist()) == ([5, 5], [-1, 6])
     assert after.sampling.adjustment.counts.tolist() == [[0, 1, 0, 1, 0], [0, 1, 0, 2, 0]]
 

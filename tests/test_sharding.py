@@ -48,9 +48,9 @@ def run_all(one: Engine) -> dict[str, tuple[np.ndarray, list[int], float]]:
     return out
 
 
-# A head of keys for each device, and in the second case a vocabulary that divides.
+# A head of keys for each device, or for each two; and where there are 8, a vocabulary that divides.
 MESHES = pytest.mark.parametrize(
-    ("make", "tensor_parallel"), [(sharded_tiny, 2), pytest.param(engine, 8, marks=pytest.mark.slow)]
+    ("make", "tensor_parallel"), [(sharded_tiny, 2), (sharded_tiny, 4), pytest.param(engine, 8, marks=pytest.mark.slow)]
 )
 
 
@@ -88,8 +88,10 @@ def test_an_axis_that_the_rules_do_not_list_is_an_error():
 
 
 def test_heads_that_do_not_divide_are_refused():
-    with pytest.raises(InvalidRequestError, match="num_kv_heads=2 does not divide over the mesh's tensor=8"):
-        engine(8, ModelConfig(**{**MODEL.__dict__, "num_kv_heads": 2}))
+    model = ModelConfig(**{**MODEL.__dict__, "num_kv_heads": 3, "num_q_heads": 24})
+    said = "num_kv_heads=3 does not divide over the mesh's tensor=8, nor that over them"
+    with pytest.raises(InvalidRequestError, match=said):
+        engine(8, model)
 
 
 def test_a_mesh_without_a_tensor_axis_is_refused():

@@ -9,6 +9,7 @@ from conftest import TINY, sharded_tiny
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams, SparseX
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import decode
+from sparsex_jax.device.packed import packed
 from sparsex_jax.device.prefill import align, embed_rows, prefill, top_rows
 from sparsex_jax.device.signals import BUILT_IN, SIGNALS, signal, signals_for
 from sparsex_jax.device.state import BatchSlot, decode_state
@@ -123,14 +124,16 @@ def test_no_step_copies_a_store_that_adapters_share(devices):
     slot = BatchSlot(range(300), [1], SamplingParams(), pages=range(5))
     state = decode_state([slot], runner.shapes.max_pages, TINY.vocab_size, adapters=True)
     assert_no_copy(*memory_of(decode, runner.store, runner.params, state, decoder=runner.decoder, steps=16))
-    copies = Copies(*[jnp.zeros(512, jnp.int32)] * 3, jnp.int32(0), jnp.int32(runner.model.num_layers))
-    assert_no_copy(*memory_of(align, runner.store, None, copies, decoder=runner.decoder))
+    copies = packed(Copies(*[np.zeros(512, np.int32)] * 3))
+    layers = jnp.int32(0), jnp.int32(runner.model.num_layers)
+    assert_no_copy(*memory_of(align, runner.store, None, copies, layers, decoder=runner.decoder))
 
 
 def test_alignment_does_not_copy_the_store(big_store):
     runner = big_store.runner
-    copies = Copies(*[jnp.zeros(512, jnp.int32)] * 3, jnp.int32(0), jnp.int32(runner.model.num_layers))
-    assert_no_copy(*memory_of(align, runner.store, None, copies, decoder=runner.decoder))
+    copies = packed(Copies(*[np.zeros(512, np.int32)] * 3))
+    layers = jnp.int32(0), jnp.int32(runner.model.num_layers)
+    assert_no_copy(*memory_of(align, runner.store, None, copies, layers, decoder=runner.decoder))
 
 
 def test_few_programs_serve_any_mix_of_lengths(tiny):
@@ -194,7 +197,7 @@ def test_top_rows_finishes_the_blocks_that_it_begins():
 def test_more_copies_than_a_plan_has_rows_run_in_several_calls():
     shapes = Shapes.of(max_context=128, max_requests=4, page_size=16, chunk=8)
     runs = [(Segment(0, n, 5, np.arange(n), exact=False), range(8)) for n in (100, 28, 100)]
-    parts = list(plan_copies(runs, shapes, page_size=16, num_layers=4))
+    parts = list(plan_copies(runs, shapes, page_size=16))
     assert [int((part.target >= 0).sum()) for part in parts] == [128, 100]
     assert all(len(part.source) == 128 for part in parts)
-    assert list(plan_copies([], shapes, page_size=16, num_layers=4)) == []
+    assert list(plan_copies([], shapes, page_size=16)) == []

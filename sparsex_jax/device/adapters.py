@@ -7,6 +7,7 @@ the few writes that there are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,10 +22,10 @@ from sparsex_jax.config.checks import require
 from sparsex_jax.model.adapters import TARGETS, AdapterWeights, Pair
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.matrices import Place
-from sparsex_jax.model.sharding import TENSOR_AXIS, to_devices, zeros_of
+from sparsex_jax.model.sharding import TENSOR_AXIS, kv_copies, on_mesh, to_devices, zeros_of
 from sparsex_jax.model.weights import describe
 
-_APART = ("wk", "wv")  # where adapters share KV: keys have none, and values have theirs in `ValuesApart`
+_KV = ("wk", "wv")  # where adapters share KV, keys have none, and values have theirs in `ValuesApart`
 _INPUTS, _OUTPUTS = 1, 2  # axes of A and B; the other one of these two counts the ranks
 
 
@@ -50,8 +51,8 @@ def abstract_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dic
         return jax.ShapeDtypeStruct((model.num_layers, *sizes), dtype, sharding=sharding)
 
     made = {}
-    for name, place in targets(model, mesh).items():
-        if engine.share_adapters and name in _APART:
+    for name, place in targets(on_mesh(model, mesh), mesh).items():
+        if engine.share_adapters and name in _KV:
             continue
         inputs, outputs = place.divided
         a = shape(place.inputs, ranks, divided=(inputs, None))
@@ -73,7 +74,7 @@ def abstract_apart(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Valu
         return jax.ShapeDtypeStruct((model.num_layers, *sizes), jnp.dtype(engine.dtype), sharding=sharding)
 
     heads = PartitionSpec(None, None, TENSOR_AXIS)
-    b = shape(slots, model.num_kv_heads, rank, model.head_dim, divided=heads)
+    b = shape(slots, on_mesh(model, mesh).num_kv_heads, rank, model.head_dim, divided=heads)
     return ValuesApart(shape(model.hidden_size, slots * rank, divided=PartitionSpec()), b)
 
 
@@ -118,6 +119,17 @@ def check_pairs(name: str, weights: AdapterWeights, model: ModelConfig, mesh: Me
         )
         require(0 < rank <= weights.rank, f"{about} of rank {rank}, and says that {weights.rank} is its largest")
         require(all(_is_finite(part, dtype) for part in pair), f"{about} that has NaN or infinities in {dtype}")
+
+
+def pairs_with_kv_copies(pairs: Mapping[str, Pair], model: ModelConfig, mesh: Mesh) -> dict[str, Pair]:
+    """The pairs as the devices have the weights: what B makes of keys and values, for each copy of a head."""
+    copies = kv_copies(model, mesh)
+
+    def spread(pair: Pair) -> Pair:
+        by_head = pair.b.reshape(*pair.b.shape[:_OUTPUTS], model.num_kv_heads, model.head_dim)
+        return pair._replace(b=by_head.repeat(copies, axis=_OUTPUTS).reshape(*pair.b.shape[:_OUTPUTS], -1))
+
+    return {name: spread(pair) if name in _KV else pair for name, pair in pairs.items()}
 
 
 def _is_finite(part: np.ndarray, dtype: str) -> bool:

@@ -21,6 +21,7 @@ from jax.stages import Lowered
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
 from sparsex_jax.device.adapters import abstract_apart, abstract_stacks
 from sparsex_jax.device.decode import decode
+from sparsex_jax.device.packed import packed
 from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
 from sparsex_jax.device.prefill import align, prefill
 from sparsex_jax.device.probe import ProbeState, probe
@@ -28,7 +29,7 @@ from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
-from sparsex_jax.model.sharding import TENSOR_AXIS
+from sparsex_jax.model.sharding import TENSOR_AXIS, on_mesh
 from sparsex_jax.model.store import AnyStore, abstract_any_store, abstract_store
 from sparsex_jax.model.weights import Params, abstract_params
 from sparsex_jax.reuse.methods import Method, SparseX
@@ -133,10 +134,12 @@ def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
     """The copies of the bucket that holds this number of tokens."""
     size, _ = Shapes.of_engine(model, engine, platform="tpu").bucket(num_tokens)
     slots = jnp.zeros(size, jnp.int32)
-    copies = Copies(slots, slots, slots, jnp.int32(0), jnp.int32(model.num_layers))
+    copies, layers = packed(Copies(slots, slots, slots)), (np.int32(0), np.int32(model.num_layers))
     decoder = Decoder(model, Ops(mesh, TPU))
     store = abstract_any_store(model, engine, mesh)
-    return _lower(lambda store, copies: align(store, copies, decoder=decoder), mesh, store, copies)
+    return _lower(
+        lambda store, copies, layers: align(store, copies, layers, decoder=decoder), mesh, store, copies, layers
+    )
 
 
 def lower_gather(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_pages: int) -> Lowered:
@@ -156,7 +159,7 @@ def lower_scatter(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_page
 
 
 def _params(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Params:
-    params = abstract_params(model, engine.dtype, mesh)
+    params = abstract_params(on_mesh(model, mesh), engine.dtype, mesh)
     stacks, apart = abstract_stacks(model, engine, mesh), abstract_apart(model, engine, mesh)
     return params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
 

@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
@@ -22,8 +21,7 @@ from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.adapters import NO_SLOT
-from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
-from sparsex_kernels.layout import PageTables
+from sparsex_jax.reuse.plan import PADDING_REQUEST, Anywhere, Rows
 
 # Between two turns of a loop a GPU pauses for 5 us, where a layer of an 8B model takes 120 to 160.
 LAYERS_UNROLLED = 4
@@ -42,13 +40,13 @@ class DecodeState:
       adapter: the slot of the adapter that acts on its new tokens; -1: none. None: the engine has no adapters.
     """
 
-    token: Int[Array, "requests"]
-    position: Int[Array, "requests"]
-    remaining: Int[Array, "requests"]
-    stops: Int[Array, "requests stops"]
-    page_tables: PageTables
+    token: Int[Anywhere, "requests"]
+    position: Int[Anywhere, "requests"]
+    remaining: Int[Anywhere, "requests"]
+    stops: Int[Anywhere, "requests stops"]
+    page_tables: Int[Anywhere, "requests max_pages"]
     sampling: Sampling
-    adapter: Int[Array, "requests"] | None = None
+    adapter: Int[Anywhere, "requests"] | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "steps"), donate_argnames="store")
@@ -91,7 +89,7 @@ def decode(
 def choose(
     scores: Float[Array, "requests vocab"],
     state: DecodeState,
-    allowed: UInt32[Array | np.ndarray, "requests words"] | None = None,
+    allowed: UInt32[Anywhere, "requests words"] | None = None,
 ) -> tuple[DecodeState, Sampled]:
     """Sample from what `forward` gave.
 

@@ -27,11 +27,13 @@ from jaxtyping import Int
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.device.pieces import SIZES, gather, layer_groups, padded_size, piece_sharding, scatter, scatter_all
 from sparsex_jax.errors import LinkError
+from sparsex_jax.model.sharding import kv_copies
 from sparsex_jax.model.store import abstract_store
 from sparsex_jax.tiers.blocks import BLOCK_PAGES
 from sparsex_kernels.layout import Store
 
 IN_FLIGHT_BYTES = 1 << 30  # on the way up at a time: they take memory of the devices
+_HEADS = 3  # the axis of a piece
 TOGETHER = 8  # full blocks that one call moves: each call takes a fraction of a millisecond of the host
 MOST_IN_FLIGHT_BYTES = 4 << 30  # so that what is small and goes the same way does not wait for long
 ROOM_SHARE = 0.25  # of the memory that the devices have free, for what is on the way up
@@ -155,7 +157,7 @@ class Link:
             raise ValueError(f"num_groups={num_groups} must be at least 1")
         if bytes_per_s is not None and not bytes_per_s > 0:
             raise ValueError(f"bytes_per_s={bytes_per_s} must be above 0")
-        self._mesh, self._store = mesh, abstract_store(model, engine, mesh)
+        self._mesh, self._store, self._copies = mesh, abstract_store(model, engine, mesh), kv_copies(model, mesh)
         self.layers = layer_groups(model.num_layers, num_groups)
         self._starts = jax.device_put([np.int32(layers.start) for layers in self.layers])
         self.memory_kind = host_memory_kind(mesh)
@@ -280,7 +282,7 @@ class Link:
             held[-1].wait()  # else their copies on the devices would be held too
 
     def to_numpy(self, block: HostBlock) -> list[np.ndarray]:
-        """Its pieces without padding, with the heads of all devices. Waits until it is ready.
+        """Its pieces without padding, with the heads of all devices, each head once. Waits until it is ready.
 
         They are not to be written to: they are the block's own memory where one device has all of it.
 
@@ -288,7 +290,8 @@ class Link:
           LinkError: the copy has failed.
         """
         block.wait()
-        return [np.asarray(_view(piece))[: block.pages] for piece in block.pieces]
+        whole = [np.asarray(_view(piece))[: block.pages] for piece in block.pieces]
+        return [np.ascontiguousarray(piece[:, :, :, :: self._copies]) for piece in whole]
 
     def from_numpy(self, pieces: Sequence[np.ndarray]) -> HostBlock:
         """A block of what `to_numpy` gave, also that of another mesh. The arrays may be changed afterwards.
@@ -299,7 +302,8 @@ class Link:
         """
         self._check_pieces(pieces)
         pages = len(pieces[0])
-        padded = tuple(_pad(piece, padded_size(pages), copy=self._shares_memory) for piece in pieces)
+        spread = [piece.repeat(self._copies, axis=_HEADS) if self._copies > 1 else piece for piece in pieces]
+        padded = tuple(_pad(piece, padded_size(pages), copy=self._shares_memory) for piece in spread)
         with _link_errors(self.block_bytes(pages)):
             placed = jax.device_put(padded, self._shardings(padded, self.memory_kind))
         block = HostBlock(placed, pages, 0.0)
@@ -324,8 +328,9 @@ class Link:
     def _check_pieces(self, pieces: Sequence[np.ndarray]) -> None:
         found = [(piece.shape, piece.dtype) for piece in pieces]
         pages = len(pieces[0]) if pieces and pieces[0].ndim else 0
-        _, _, *page = self._store.shape
-        wanted = [((pages, len(layers), *page), self._store.dtype) for layers in self.layers]
+        _, _, kv, heads, *page = self._store.shape
+        shape = kv, heads // self._copies, *page
+        wanted = [((pages, len(layers), *shape), self._store.dtype) for layers in self.layers]
         if found != wanted or not 1 <= pages <= BLOCK_PAGES:
             raise ValueError(f"pieces have {found}; this link's have {wanted}, with 1 to {BLOCK_PAGES} pages")
 

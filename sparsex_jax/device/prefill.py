@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from sparsex_jax.device.packed import Packed
 from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
 from sparsex_jax.model.layers import ForwardPass, run_layers
@@ -39,15 +40,28 @@ _WHOLE = 2**30  # units that the scores of a request are divided into, to be add
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
-def align(store: AnyStore, copies: Copies, *, decoder: Decoder) -> AnyStore:
-    """Make the plan's copies: cached KV into the requests' own pages, keys rotated to their new positions."""
-    return decoder.ops.align_and_copy(store, copies, inv_freq(decoder.config))
+def align(
+    store: AnyStore, copies: Packed[Copies], layers: tuple[Int[Array, ""], Int[Array, ""]], *, decoder: Decoder
+) -> AnyStore:
+    """Make the plan's copies in the layers from the first up to the second: cached KV into the requests' own pages, its
+    keys rotated to their new positions."""
+    return decoder.ops.align_and_copy(store, copies.tree(), layers, inv_freq(decoder.config))
 
 
 @functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
-def pack(store: Store, rows: PackedRows, *, decoder: Decoder) -> Store:
+def pack(store: Store, rows: Packed[PackedRows], *, decoder: Decoder) -> Store:
     """Move rows to where they are kept once the pages that they are in are gone."""
-    return decoder.ops.pack_rows(store, rows)
+    return decoder.ops.pack_rows(store, rows.tree())
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def begin(
+    params: Params, laid_out: Packed[tuple[PrefillPlan, Rows]], *, decoder: Decoder
+) -> tuple[PrefillPlan, PrefillState]:
+    """A plan on the devices, and its prefill before layer 0."""
+    plan, rows = laid_out.tree()
+    state = embed_rows(params, rows, decoder=decoder, requests=len(plan.page_tables))
+    return decoder.ops.replicated(plan), state
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "requests"))

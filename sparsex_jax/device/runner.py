@@ -19,16 +19,26 @@ from jaxtyping import Bool, Float, Int, UInt32
 from sparsex_jax.cache import Segment
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, EngineConfig, ModelConfig
-from sparsex_jax.device.adapters import check_pairs, check_shared, make_apart, make_stacks, put, put_apart
+from sparsex_jax.device.adapters import (
+    check_pairs,
+    check_shared,
+    make_apart,
+    make_stacks,
+    pairs_with_kv_copies,
+    put,
+    put_apart,
+)
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, choose, decode, forward
-from sparsex_jax.device.prefill import align, embed_rows, pack, prefill
+from sparsex_jax.device.packed import Packed, packed
+from sparsex_jax.device.prefill import align, begin, pack, prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.scoring import Scores, score
 from sparsex_jax.device.signals import Signal, signals_for
 from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.kv_copies import with_kv_copies
 from sparsex_jax.model.layers import ForwardPass
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import to_devices
@@ -37,10 +47,19 @@ from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_packing, plan_prefill
 
-_sample_step = jax.jit(sample_step)
 _PAGES_LOOKED_AT = 16  # together, so that one program does for any number
 # Which layers a probe watches is a request's choice: for the first few choices there are programs of all their layers.
 _PROBES_TOGETHER = 4
+
+
+@jax.jit
+def _sample_step(logits: Float[Array, "requests vocab"], wanted: Packed[tuple[Sampling, Any]]) -> Sampled:
+    return sample_step(logits, *wanted.tree())
+
+
+@functools.partial(jax.jit, static_argnames="ops")
+def _unpacked[Tree](tree: Packed[Tree], *, ops: Ops) -> Tree:
+    return ops.replicated(tree.tree())
 
 
 @jax.jit
@@ -86,7 +105,7 @@ class PrefillRun:
         state: PrefillState,
         signals: tuple[Signal, ...],
         late: Sequence[Late] = (),
-        late_copies: Sequence[Copies] = (),
+        late_copies: Sequence[Packed[Copies]] = (),
         first_reading_layer: int = 0,
     ) -> None:
         self.requests, self.plan, self.state, self.signals = requests, plan, state, signals
@@ -200,25 +219,28 @@ class Runner:
 
     Attributes:
       relay: has other processes make the calls too. None: there is one process, or this one makes others' calls.
+      params: as given, but for KV heads, of which each device of the mesh has one at least (`model.kv_copies`).
       store: the KV of all pages; where adapters share it, with what they add to values beside it.
       losses: how often the store was lost, and made anew.
       arrivals: what comes into the store from a lower tier; None: there is none.
     """
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
-        self.model, self.engine, self.mesh, self.params = model, engine, mesh, params
+        self.model, self.engine, self.mesh = model, engine, mesh
+        self.params = with_kv_copies(params, model, mesh)
         if engine.max_adapters:
             stacks, apart = make_stacks(model, engine, mesh), make_apart(model, engine, mesh)
-            self.params = params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
+            self.params = self.params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
         self.decoder = Decoder(model, Ops.on(mesh))
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store: Any = make_store(model, engine, mesh)  # AnyStore; where there are lower tiers, KV alone
         self.losses = 0
         self.relay: Relay | None = None
         self.arrivals: Arrivals | None = None
-        # On the devices, so that no step waits for one of them behind what comes from host memory.
-        self._numbers = jax.device_put([np.int32(layer) for layer in range(model.num_layers + 1)])
         self._everywhere = NamedSharding(mesh, PartitionSpec())
+        # On the devices, so that no step waits for one of them behind what comes from host memory.
+        most = max(model.num_layers, engine.decode_steps)
+        self._numbers = self._placed([np.int32(number) for number in range(most + 1)])
         self._probed_together: set[tuple[int, int]] = set()
 
     @relayed
@@ -230,17 +252,17 @@ class Runner:
         """
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         signals = signals_for((phase.signal for phase in requests[0].phases), self.engine.mirrors)
-        plan, rows = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
-        state = embed_rows(self.params, rows, decoder=self.decoder, requests=len(plan.page_tables))
+        laid_out = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
+        plan, state = begin(self.params, self._sent(laid_out), decoder=self.decoder)
         first = min(request.first_reading_layer(self.model.num_layers) for request in requests)
         run = PrefillRun(requests, plan, state, tuple(signals.values()), late, self._late_copies(late), first)
         if self.arrivals is not None and late:
             self.arrivals.send()  # behind the plan, which would have to wait for it
         return run
 
-    def _late_copies(self, late: Sequence[Late]) -> list[Copies]:
+    def _late_copies(self, late: Sequence[Late]) -> list[Packed[Copies]]:
         runs = [(segment, each.pages) for each in late for segment in each.segments]
-        return list(plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers))
+        return [self._sent(copies) for copies in plan_copies(runs, self.shapes, self.engine.page_size)]
 
     @contextlib.contextmanager
     def padding_to(self, bucket: tuple[int, int]) -> Iterator[None]:
@@ -318,9 +340,8 @@ class Runner:
             if late.error is not None:
                 raise late.error
         layers = arrivals.come_with(layers)
-        first, end = self._numbers[run.num_pasted], self._numbers[layers]
         for copies in run.late_copies:
-            self._align(dataclasses.replace(copies, first_layer=first, end_layer=end))
+            self._align(copies, run.num_pasted, layers)
         run.num_pasted = layers
 
     def _chunk(self, plan: PrefillPlan) -> int:
@@ -334,7 +355,7 @@ class Runner:
         begun = self.begin(requests)
         forward = ForwardPass(self.params, begun.plan.page_tables, self.decoder, self._chunk(begun.plan))
         state = ProbeState(begun.state.layer, begun.state.hidden, forward.no_mass(self.store))
-        return ProbeRun(requests, begun.plan, begun.state.rows, to_devices(state, self._everywhere))
+        return ProbeRun(requests, begun.plan, begun.state.rows, self._placed(state))
 
     @relayed
     def advance_probe(self, run: ProbeRun, layers: int | None = None) -> None:
@@ -383,25 +404,26 @@ class Runner:
     @relayed
     def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]]) -> None:
         """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
-        for copies in plan_copies(runs, self.shapes, self.engine.page_size, self.model.num_layers):
-            self._align(copies)
+        for copies in plan_copies(runs, self.shapes, self.engine.page_size):
+            self._align(self._sent(copies), 0, self.model.num_layers)
 
     @relayed
     def pack(self, packing: Packing) -> None:
         """Move patch rows, bit for bit, to the pages that keep them."""
         for rows in plan_packing(packing, self.shapes):
-            self.store = pack(self.store, rows, decoder=self.decoder)
+            self.store = pack(self.store, self._sent(rows), decoder=self.decoder)
 
-    def _align(self, copies: Copies) -> None:
+    def _align(self, copies: Packed[Copies], first_layer: int, end_layer: int) -> None:
+        layers = self._numbers[first_layer], self._numbers[end_layer]
         with self._precision():
-            self.store = align(self.store, copies, decoder=self.decoder)
+            self.store = align(self.store, copies, layers, decoder=self.decoder)
 
     @relayed
     def first_tokens(
         self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]
     ) -> Sampled:
         """Sample from prefill logits the tokens that will stand at these positions: one step, on the host."""
-        return jax.device_get(_sample_step(logits, sampling, position))
+        return jax.device_get(_sample_step(logits, self._sent((sampling, position))))
 
     @relayed
     def score(self, run: PrefillRun, following: Sequence[Int[np.ndarray, "rows"]], number: int) -> list[Scores]:
@@ -451,7 +473,7 @@ class Runner:
         most = self.engine.decode_steps
         with self._precision():
             self.store, state, sampled = decode(
-                self.params, self.store, self._placed(state), np.int32(steps), decoder=self.decoder, steps=most
+                self.params, self.store, self._state(state), self._numbers[steps], decoder=self.decoder, steps=most
             )
         return state, sampled
 
@@ -459,7 +481,7 @@ class Runner:
     def start_forward(self, state: DecodeState) -> Float[Array, "requests vocab"]:
         """The last token of each sequence through all layers, for `choose`. Does not wait for the device."""
         with self._precision():
-            self.store, scores = forward(self.params, self.store, self._placed(state), decoder=self.decoder)
+            self.store, scores = forward(self.params, self.store, self._state(state), decoder=self.decoder)
         return scores
 
     @relayed
@@ -467,11 +489,21 @@ class Runner:
         self, scores: Float[Array, "requests vocab"], state: DecodeState, allowed: UInt32[np.ndarray, "requests words"]
     ) -> tuple[DecodeState, Sampled]:
         """The next token of each sequence among those allowed. Does not wait for the device."""
-        return choose(scores, self._placed(state), to_devices(allowed, self._everywhere))
+        return choose(scores, self._state(state), self._placed(allowed))
 
-    def _placed(self, state: DecodeState) -> DecodeState:
+    def _state(self, state: DecodeState) -> DecodeState:
         """The state comes from the host, or from the dispatch before: placed alike, both run the same program."""
-        return to_devices(state, self._everywhere)
+        on_host = isinstance(state.token, np.ndarray)
+        return self._placed(_unpacked(self._sent(state), ops=self.decoder.ops) if on_host else state)
+
+    def _sent[Tree](self, tree: Tree) -> Packed[Tree]:
+        """NumPy arrays on their way to every device, in one buffer."""
+        return self._placed(packed(tree))
+
+    def _placed[Tree](self, tree: Tree) -> Tree:
+        """Arrays whole on every device, where they may be already."""
+        placed: Tree = to_devices(tree, self._everywhere)
+        return placed
 
     @relayed
     def place_adapter(self, slot: int, name: str, weights: AdapterWeights) -> None:
@@ -483,10 +515,11 @@ class Runner:
         check_pairs(name, weights, self.model, self.mesh, self.engine.dtype)
         if self.engine.share_adapters:
             check_shared(name, weights)
+        pairs = pairs_with_kv_copies(weights.pairs, self.model, self.mesh)
         stacks, apart = dict(self.params.adapters or {}), self.params.values_apart
         for target in stacks:
-            stacks[target] = put(stacks[target], slot, weights.pairs.get(target))
-        apart = put_apart(apart, slot, weights.pairs.get("wv")) if apart is not None else None
+            stacks[target] = put(stacks[target], slot, pairs.get(target))
+        apart = put_apart(apart, slot, pairs.get("wv")) if apart is not None else None
         self.params = self.params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
 
     @relayed

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int, UInt32
 
 from sparsex_jax.config import MAX_LOGPROBS
+from sparsex_jax.reuse.plan import Anywhere
 
 NON_FINITE = -2  # sampled in place of a token where the request's logits have NaN or infinities
 
@@ -32,14 +33,14 @@ class Adjustment:
       counts: how often each token of the vocabulary is in the answer so far.
     """
 
-    repetition: Float[Array, "requests"]
-    presence: Float[Array, "requests"]
-    frequency: Float[Array, "requests"]
-    bias: Float[Array, "requests vocab"]
-    ends: Bool[Array, "requests vocab"]
-    may_end: Int[Array, "requests"]
-    in_prompt: Bool[Array, "requests vocab"]
-    counts: Int[Array, "requests vocab"]
+    repetition: Float[Anywhere, "requests"]
+    presence: Float[Anywhere, "requests"]
+    frequency: Float[Anywhere, "requests"]
+    bias: Float[Anywhere, "requests vocab"]
+    ends: Bool[Anywhere, "requests vocab"]
+    may_end: Int[Anywhere, "requests"]
+    in_prompt: Bool[Anywhere, "requests vocab"]
+    counts: Int[Anywhere, "requests vocab"]
 
     def apply(
         self, logits: Float[Array, "requests vocab"], position: Int[Array, "requests"]
@@ -75,13 +76,13 @@ class Sampling:
       logprobs: whether log-probabilities are computed.
     """
 
-    temperature: Float[Array, "requests"]
-    top_p: Float[Array, "requests"]
-    top_k: Int[Array, "requests"]
-    min_p: Float[Array, "requests"]
-    seed: UInt32[Array, "requests"]
+    temperature: Float[Anywhere, "requests"]
+    top_p: Float[Anywhere, "requests"]
+    top_k: Int[Anywhere, "requests"]
+    min_p: Float[Anywhere, "requests"]
+    seed: UInt32[Anywhere, "requests"]
     adjustment: Adjustment | None = None
-    allowed: UInt32[Array | np.ndarray, "requests words"] | None = None
+    allowed: UInt32[Anywhere, "requests words"] | None = None
     logprobs: bool = struct.field(pytree_node=False, default=False)
 
     def count(self, token: Int[Array, "requests"], running: Bool[Array, "requests"]) -> Sampling:

@@ -1,12 +1,12 @@
-"""From what the host knows of the sequences of a batch to the arrays that sampling and decode take."""
+"""From what the host knows of the sequences of a batch to the arrays that sampling and decode take: NumPy's, which the
+runner sends to the devices together."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt32
 
@@ -17,7 +17,7 @@ from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.planner import page_tables
 from sparsex_jax.text.matcher import Matcher
 
-# Fields of `SamplingParams` that every step takes. They go to the device together: one by one costs 2 ms on a GPU.
+# Fields of `SamplingParams` that every step takes.
 _DTYPES = {"temperature": np.float32, "top_p": np.float32, "top_k": np.int32, "min_p": np.float32, "seed": np.uint32}
 
 
@@ -75,10 +75,12 @@ def sampling_arrays(slots: Sequence[BatchSlot], size: int, vocab_size: int) -> S
     """
     params = [slot.sampling for slot in slots]
     filled = [*params, *[SamplingParams()] * (size - len(params))]
-    numbers = {name: [getattr(p, name) for p in filled] for name in _DTYPES}
+    numbers: dict[str, Any] = {
+        name: np.array([getattr(p, name) for p in filled], dtype) for name, dtype in _DTYPES.items()
+    }
     wishes = any(p.adjusts_logits or p.logprobs is not None for p in params)
     return Sampling(
-        **jax.device_put({name: np.array(values, _DTYPES[name]) for name, values in numbers.items()}),
+        **numbers,
         adjustment=_adjustment(filled, slots, vocab_size) if wishes else None,
         logprobs=wishes,
     )
@@ -95,16 +97,10 @@ def _adjustment(filled: Sequence[SamplingParams], slots: Sequence[BatchSlot], vo
         may_end[number] = len(slot.prompt) + slot.sampling.min_new_tokens
         in_prompt[number, np.asarray(slot.prompt)] = True
         counts[number] = np.bincount(np.array(slot.answer, np.int64), minlength=vocab_size)
-    return Adjustment(
-        repetition=jnp.array([p.repetition_penalty for p in filled], jnp.float32),
-        presence=jnp.array([p.presence_penalty for p in filled], jnp.float32),
-        frequency=jnp.array([p.frequency_penalty for p in filled], jnp.float32),
-        bias=jnp.asarray(bias),
-        ends=jnp.asarray(ends),
-        may_end=jnp.asarray(may_end),
-        in_prompt=jnp.asarray(in_prompt),
-        counts=jnp.asarray(counts),
-    )
+    penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in filled]
+    repetition, presence, frequency = np.array(penalties, np.float32).T
+    arrays: Any = {"bias": bias, "ends": ends, "may_end": may_end, "in_prompt": in_prompt, "counts": counts}
+    return Adjustment(repetition=repetition, presence=presence, frequency=frequency, **arrays)
 
 
 def _bias(sampling: SamplingParams, vocab_size: int) -> np.ndarray:
@@ -127,20 +123,23 @@ def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int, *,
     """
     size = 1 << (len(slots) - 1).bit_length()
     width = max(1, *(len(slot.end_tokens) for slot in slots))
-    stops = np.full((size, width), -1)
+    stops: Any = np.full((size, width), -1, np.int32)
     for number, slot in enumerate(slots):
         stops[number, : len(slot.end_tokens)] = slot.end_tokens
-    tables = page_tables([slot.pages for slot in slots], size, max_pages)
-    progress = {
+    progress: dict[str, Any] = {
         "token": _padded([slot.answer[-1] for slot in slots], size, 0),
         "position": _padded([slot.length - 1 for slot in slots], size, -1),
         "remaining": _padded([slot.sampling.max_new_tokens - len(slot.answer) for slot in slots], size, 0),
     }
     if adapters:
         progress["adapter"] = _padded([slot.adapter for slot in slots], size, NO_SLOT)
-    progress, stops, tables = jax.device_put((progress, stops.astype(np.int32), tables))
-    return DecodeState(**progress, stops=stops, page_tables=tables, sampling=sampling_arrays(slots, size, vocab_size))
+    return DecodeState(
+        **progress,
+        stops=stops,
+        page_tables=page_tables([slot.pages for slot in slots], size, max_pages),
+        sampling=sampling_arrays(slots, size, vocab_size),
+    )
 
 
-def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:
+def _padded(values: Sequence[int], size: int, fill: int) -> Any:
     return np.array([*values, *[fill] * (size - len(values))], np.int32)

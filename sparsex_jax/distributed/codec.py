@@ -90,7 +90,6 @@ def pack(value: Any, refer: Callable[[Any], Reference | None] = _nothing) -> byt
         reference = refer(each)
         if reference is not None:
             return extension(_REFERENCE, list(reference))
-        each = np.asarray(each) if isinstance(each, Array) else each
         if isinstance(each, (np.ndarray, np.generic)):
             return extension(_ARRAY, [each.dtype.name, list(each.shape), each.tobytes()])
         if type(each).__name__ in _RECORDS:

@@ -252,22 +252,26 @@ class Ops:
         read = self._local(read_kv, specs, PartitionSpec(None, None, TENSOR_AXIS, None))
         return read(kv_of(store), layer, rows.position, rows.request, tables)
 
-    def align_and_copy(self, store: AnyStore, copies: Copies, inv_freq: Frequencies) -> AnyStore:
-        """The store with copies made: keys are rotated, values and Y are as they were."""
+    def align_and_copy(
+        self, store: AnyStore, copies: Copies, layers: tuple[Int[Array, ""], Int[Array, ""]], inv_freq: Frequencies
+    ) -> AnyStore:
+        """The store with copies made in the layers from the first up to the second: keys are rotated, values and Y are
+        as they were."""
         move = self._over_heads(kernels.align_and_copy, (_STORE, *[_ALL] * 6), _STORE)
-        layers = jnp.stack([copies.first_layer, copies.end_layer])
-        kv = move(kv_of(store), copies.source, copies.target, copies.shift, inv_freq, layers, copies.patch)
-        return SharedStore(kv, self.copy_low_rank(store.low_rank, copies)) if isinstance(store, SharedStore) else kv
+        bounds = jnp.stack(layers)
+        kv = move(kv_of(store), copies.source, copies.target, copies.shift, inv_freq, bounds, copies.patch)
+        if not isinstance(store, SharedStore):
+            return kv
+        return SharedStore(kv, self._copy_low_rank(store.low_rank, copies, bounds))
 
     def pack_rows(self, store: Store, rows: PackedRows) -> Store:
         """For mirrors, which are of engines without a `SharedStore`."""
         move = self._over_heads(kernels.pack_rows, (_STORE, *[_ALL] * 4), _STORE)
         return move(store, rows.source, rows.target, rows.layer, rows.depth)
 
-    def copy_low_rank(self, store: LowRankStore, copies: Copies) -> LowRankStore:
+    def _copy_low_rank(self, store: LowRankStore, copies: Copies, layers: Int[Array, "2"]) -> LowRankStore:
         """What `align_and_copy` does, to Y."""
         move = self._over_heads(kernels.copy_low_rank, (_ALL,) * 5, _ALL)
-        layers = jnp.stack([copies.first_layer, copies.end_layer])
         return move(store, copies.source, copies.target, layers, copies.patch)
 
     def pack_low_rank(self, store: LowRankStore, rows: PackedRows) -> LowRankStore:

@@ -1,11 +1,13 @@
 """Logical axes, and the one table that maps them to mesh axes.
 
 Weights and the KV store are described by logical axes alone; this table decides where they live. The mesh has one axis
-today, `tensor`, over which heads, the MLP or the experts, and the vocabulary are split.
+today, `tensor`, over which heads, the MLP or the experts, and the vocabulary are split. Where it has more devices than
+the model has KV heads, each head is there several times: `on_mesh`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,16 +41,24 @@ RULES: tuple[tuple[str, str | None], ...] = (
 
 Axes = tuple[str, ...]
 
+_MORE_ON_CPU = (
+    "A processor is one device, or as many as are asked for before JAX starts: "
+    "XLA_FLAGS=--xla_force_host_platform_device_count={0}, or jax.config.update('jax_num_cpu_devices', {0})"
+)
+
 
 def make_mesh(tensor_parallel: int = 1) -> Mesh:
     """A mesh of the first `tensor_parallel` devices along the `tensor` axis.
 
-    Raises InvalidRequestError if there are fewer, or if of several processes one has none of these.
+    Raises:
+      InvalidRequestError: there are not so many devices, or of several processes one has none of these.
     """
     devices = jax.devices()
     if not 1 <= tensor_parallel <= len(devices):
+        on_cpu = devices[0].platform == "cpu" and isinstance(tensor_parallel, int) and tensor_parallel > 1
         raise InvalidRequestError(
             f"tensor_parallel={tensor_parallel} must be from 1 to {len(devices)}, the number of devices"
+            + (f". {_MORE_ON_CPU.format(tensor_parallel)}" if on_cpu else "")
         )
     _require_every_process(devices, tensor_parallel)
     return Mesh(np.array(devices[:tensor_parallel]), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
@@ -67,19 +77,43 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
     """Check that the model divides over a mesh, and give a mesh of the same devices whose axes are automatic.
 
     Raises:
-      InvalidRequestError: the mesh has no `tensor` axis, or its size does not divide the heads, or the MLP or the
-        number of experts.
+      InvalidRequestError: the mesh has no `tensor` axis, or its size does not divide the query heads, or the MLP or
+        the number of experts, or it and the number of KV heads do not divide one another.
     """
     if TENSOR_AXIS not in mesh.axis_names:
         raise InvalidRequestError(f"mesh has axes {mesh.axis_names}; it needs one named {TENSOR_AXIS!r}")
-    size = mesh.shape[TENSOR_AXIS]
+    size, heads = mesh.shape[TENSOR_AXIS], config.num_kv_heads
     mlp = "intermediate_size" if config.num_experts is None else "num_experts"
-    for field in ("num_kv_heads", "num_q_heads", mlp):
+    for field in ("num_q_heads", mlp):
         if getattr(config, field) % size:
             raise InvalidRequestError(
                 f"{field}={getattr(config, field)} does not divide over the mesh's {TENSOR_AXIS}={size}"
             )
+    if heads % size and size % heads:
+        raise InvalidRequestError(
+            f"num_kv_heads={heads} does not divide over the mesh's {TENSOR_AXIS}={size}, nor that over them"
+        )
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def kv_copies(config: ModelConfig, mesh: Mesh) -> int:
+    """On how many devices of the axis `tensor` each KV head is: 1, or more where there are more devices than heads.
+
+    Copies of a head stand next to each other. So the query heads of a device find the KV head that they belong to on
+    it. With 8 query heads and 2 KV heads on 4 devices:
+
+        device      0     1     2     3
+        queries    0 1   2 3   4 5   6 7
+        KV head     0     0     1     1
+    """
+    return max(mesh.shape[TENSOR_AXIS] // config.num_kv_heads, 1)
+
+
+def on_mesh(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """The model as the devices have it: each copy of a KV head counts as one. Its weights are those that
+    `kv_copies.with_kv_copies` makes, and neither kernels nor programs know of it."""
+    copies = kv_copies(config, mesh)
+    return config if copies == 1 else dataclasses.replace(config, num_kv_heads=copies * config.num_kv_heads)
 
 
 def spec(axes: Axes) -> PartitionSpec:
@@ -99,7 +133,8 @@ def spec(axes: Axes) -> PartitionSpec:
 def sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
     """Where an array with these logical axes lives. A dimension that does not divide is replicated.
 
-    Only the vocabulary can fail to divide here: `check_mesh` refuses the rest.
+    Only the vocabulary can fail to divide here, and KV heads of which no copies were made yet: `check_mesh` refuses the
+    rest.
     """
     parts = [
         mesh_axis if mesh_axis is not None and size % mesh.shape[mesh_axis] == 0 else None

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.config.checks import require
-from sparsex_jax.model.sharding import sharding, zeros_of
+from sparsex_jax.model.sharding import on_mesh, sharding, zeros_of
 from sparsex_jax.model.weights import Params
 from sparsex_kernels.layout import FLOAT8, LowRankStore, Store
 
@@ -50,8 +50,12 @@ def kv_of(store: AnyStore) -> Store:
 
 
 def abstract_store(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """The shape `[layers, pages, 2, kv_heads, page_size, head_dim]`, each device holding its heads only."""
-    shape = (model.num_layers, engine.num_pages, 2, model.num_kv_heads, engine.page_size, model.head_dim)
+    """The shape `[layers, pages, 2, kv_heads, page_size, head_dim]`, each device holding its heads only.
+
+    Where there are more devices than heads, each holds a copy of one, and copies count as heads.
+    """
+    heads = on_mesh(model, mesh).num_kv_heads
+    shape = (model.num_layers, engine.num_pages, 2, heads, engine.page_size, model.head_dim)
     return jax.ShapeDtypeStruct(shape, jnp.dtype(engine.store_dtype), sharding=sharding(mesh, STORE_AXES, shape))
 
 

@@ -1,13 +1,15 @@
 """The plan: what the host tells the jitted steps, as a small pytree of integer arrays.
 
-It is the seam between host and device. Full, sparse and prefix-hit prefills are the same thing to the device: rows, the
-layers at which some of them stop, copies to make first, page tables. Shapes depend on the row bucket alone, never on
-the lengths or the method, so one compiled program a bucket serves any mix of requests.
+It is the seam between host and device, and the host makes it of NumPy arrays. Full, sparse and prefix-hit prefills are
+the same thing to the device: rows, the layers at which some of them stop, copies to make first, page tables. Shapes
+depend on the row bucket alone, never on the lengths or the method, so one compiled program a bucket serves any mix of
+requests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,13 @@ from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_kernels.arguments import Patch
 
 PADDING_REQUEST = np.iinfo(np.int32).max
+
+# The host makes plans of NumPy arrays. On their way to the devices (`device.packed`) they become arrays there, which is
+# what all code that computes with them sees.
+if TYPE_CHECKING:
+    type Anywhere = Array
+else:
+    Anywhere = Array | np.ndarray
 
 
 @struct.dataclass
@@ -34,11 +43,11 @@ class Rows:
       adapter: the slot of the adapter that acts on the row; -1: none. None: the engine has no adapters.
     """
 
-    token: Int[Array, "rows"]
-    position: Int[Array, "rows"]
-    request: Int[Array, "rows"]
-    index: Int[Array, "rows"]
-    adapter: Int[Array, "rows"] | None = None
+    token: Int[Anywhere, "rows"]
+    position: Int[Anywhere, "rows"]
+    request: Int[Anywhere, "rows"]
+    index: Int[Anywhere, "rows"]
+    adapter: Int[Anywhere, "rows"] | None = None
 
     @property
     def valid(self) -> Bool[Array, "rows"]:
@@ -90,15 +99,12 @@ class Copies:
 
     Attributes:
       target: -1 is padding.
-      first_layer, end_layer: the first layer to copy, and the first behind those.
       patch: rows of first layers that come from elsewhere. None: there are none, and the program knows of none.
     """
 
-    source: Int[Array, "copies"]
-    target: Int[Array, "copies"]
-    shift: Int[Array, "copies"]
-    first_layer: Int[Array, ""]
-    end_layer: Int[Array, ""]
+    source: Int[Anywhere, "copies"]
+    target: Int[Anywhere, "copies"]
+    shift: Int[Anywhere, "copies"]
     patch: Patch | None = None
 
 
@@ -110,10 +116,10 @@ class PackedRows:
       target: -1 is padding.
     """
 
-    source: Int[Array, "rows"]
-    target: Int[Array, "rows"]
-    layer: Int[Array, "rows"]
-    depth: Int[Array, "rows"]
+    source: Int[Anywhere, "rows"]
+    target: Int[Anywhere, "rows"]
+    layer: Int[Anywhere, "rows"]
+    depth: Int[Anywhere, "rows"]
 
 
 @struct.dataclass
@@ -127,9 +133,9 @@ class Budget:
       most: but no more than these.
     """
 
-    least: Int[Array, "*boundaries requests"]
-    coverage: Float[Array, "*boundaries requests"]
-    most: Int[Array, "*boundaries requests"]
+    least: Int[Anywhere, "*boundaries requests"]
+    coverage: Float[Anywhere, "*boundaries requests"]
+    most: Int[Anywhere, "*boundaries requests"]
 
 
 @struct.dataclass
@@ -145,11 +151,11 @@ class Boundaries:
       probe_layers: how many layers the signal's own pass runs, for signals that have one.
     """
 
-    layer: Int[Array, "boundaries"]
-    signal: Int[Array, "boundaries"]
-    forced: Bool[Array, "boundaries rows"]
+    layer: Int[Anywhere, "boundaries"]
+    signal: Int[Anywhere, "boundaries"]
+    forced: Bool[Anywhere, "boundaries rows"]
     budget: Budget
-    probe_layers: Int[Array, "boundaries"]
+    probe_layers: Int[Anywhere, "boundaries"]
 
 
 @struct.dataclass
@@ -165,10 +171,10 @@ class PrefillPlan:
       boundaries: where rows narrow.
     """
 
-    page_tables: Int[Array, "requests max_pages"]
-    fresh: Bool[Array, "rows"]
-    scores: Float[Array, "rows"]
-    block: Int[Array, "rows"]
+    page_tables: Int[Anywhere, "requests max_pages"]
+    fresh: Bool[Anywhere, "rows"]
+    scores: Float[Anywhere, "rows"]
+    block: Int[Anywhere, "rows"]
     boundaries: Boundaries
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Float32, Int, Int32
+from jaxtyping import Float32, Int
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.cache.derived import Derived
@@ -158,16 +157,14 @@ def plan_prefill(
     computed = [np.flatnonzero(phase.forced) for phase in first]
     size, _ = shapes.bucket(sum(map(len, computed)))
     layout = _Layout(requests, computed, size)
-    tables, fresh, scores, block = jax.device_put(
-        (
-            page_tables([request.pages for request in requests], shapes.max_requests, shapes.max_pages),
-            layout.rows([request.prompt.fresh for request in requests], False),
-            layout.rows([_given_scores(request) for request in requests], 0.0),
-            layout.rows([_blocks(request) for request in requests], 0),
-        )
+    plan = PrefillPlan(
+        page_tables=page_tables([request.pages for request in requests], shapes.max_requests, shapes.max_pages),
+        fresh=layout.rows([request.prompt.fresh for request in requests], False),
+        scores=layout.rows([_given_scores(request) for request in requests], 0.0),
+        block=layout.rows([_blocks(request) for request in requests], 0),
+        boundaries=_boundaries(layout, later, shapes.max_requests, signals),
     )
-    boundaries = _boundaries(layout, later, shapes.max_requests, signals)
-    return PrefillPlan(tables, fresh, scores, block, boundaries), layout.first_rows(shapes.adapters)
+    return plan, layout.first_rows(shapes.adapters)
 
 
 class _Layout(NamedTuple):
@@ -177,7 +174,7 @@ class _Layout(NamedTuple):
     computed: Sequence[Int[np.ndarray, "_"]]
     size: int
 
-    def rows(self, values: Iterable[np.ndarray], fill: int | float | bool) -> np.ndarray:
+    def rows(self, values: Iterable[np.ndarray], fill: int | float | bool) -> Any:
         """From a value for each token of each prompt to one for each row."""
         return _padded([each[at] for each, at in zip(values, self.computed, strict=True)], self.size, fill)
 
@@ -187,7 +184,8 @@ class _Layout(NamedTuple):
         position = _padded(self.computed, self.size, -1)
         request = _padded(lines, self.size, PADDING_REQUEST)
         slots = _padded(self._adapter_slots(), self.size, NO_SLOT) if adapters else None
-        return Rows(*jax.device_put((token, position, request, np.arange(self.size, dtype=np.int32), slots)))
+        index: Any = np.arange(self.size, dtype=np.int32)
+        return Rows(token, position, request, index, slots)
 
     def _adapter_slots(self) -> list[np.ndarray]:
         acting = zip(self.requests, self.computed, strict=True)
@@ -203,27 +201,22 @@ def _boundaries(
       later: each of these phases, for every request.
     """
     lines = MAX_BOUNDARIES
-    layer, signal = np.full(lines, -1, np.int32), np.full(lines, -1, np.int32)
-    probe_layers = np.zeros(lines, np.int32)
-    forced = np.zeros((lines, layout.size), bool)
+    layer, signal, probe_layers = (_full(lines, fill) for fill in (-1, -1, 0))
+    forced = _full((lines, layout.size), False)
     for line, same in enumerate(later):
         layer[line], signal[line] = same[0].start, _number_of(same[0].signal, signals)
         probe_layers[line] = same[0].probe_layers
         forced[line] = layout.rows([phase.forced for phase in same], False)
-    budgets = _budgets(later, max_requests)
-    before, by, stay, budget, probed = jax.device_put((layer, signal, forced, budgets, probe_layers))
-    return Boundaries(before, by, stay, Budget(*budget), probed)
+    return Boundaries(layer, signal, forced, _budgets(later, max_requests), probe_layers)
 
 
-def _budgets(later: Sequence[Sequence[Phase]], max_requests: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays of a `Budget`."""
-    shape = (MAX_BOUNDARIES, max_requests)
-    least, coverage, most = np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+def _budgets(later: Sequence[Sequence[Phase]], max_requests: int) -> Budget:
+    least, coverage, most = (_full((MAX_BOUNDARIES, max_requests), fill) for fill in (0, 0.0, 0))
     for line, same in enumerate(later):
         least[line, : len(same)] = [phase.budget for phase in same]
         coverage[line, : len(same)] = [phase.coverage for phase in same]
         most[line, : len(same)] = [phase.most_chosen for phase in same]
-    return least, coverage, most
+    return Budget(least, coverage, most)
 
 
 def _number_of(signal: str | None, signals: Sequence[str]) -> int:
@@ -246,9 +239,7 @@ def _blocks(request: RequestPlan) -> Int[np.ndarray, "tokens"]:
     return request.prompt.blocks(max(phase.pool_tokens for phase in request.phases))
 
 
-def plan_copies(
-    runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int, num_layers: int
-) -> Iterator[Copies]:
+def plan_copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Iterator[Copies]:
     """The copies of these runs, each into the pages of the sequence it belongs to, in as many parts as shapes demand.
 
     A batch that reuses nearly everything has few rows to compute and more to copy than the largest bucket holds.
@@ -258,14 +249,14 @@ def plan_copies(
     for run in runs:
         tokens += run[0].length
         if tokens > shapes.max_rows:
-            yield _copies(group, shapes, page_size, num_layers)
+            yield _copies(group, shapes, page_size)
             group, tokens = [], run[0].length
         group.append(run)
     if group:
-        yield _copies(group, shapes, page_size, num_layers)
+        yield _copies(group, shapes, page_size)
 
 
-def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int, num_layers: int) -> Copies:
+def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_size: int) -> Copies:
     places = [np.arange(segment.start, segment.end) for segment, _ in runs]
     targets = [slots_of(pages, at, page_size) for at, (_, pages) in zip(places, runs, strict=True)]
     size, _ = shapes.bucket(sum(map(len, places)))
@@ -273,9 +264,7 @@ def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_
     moved = np.concatenate([np.full(segment.length, segment.shift) for segment, _ in runs])
     source, shift = _padded([rows.source], size, 0), _padded([moved + rows.shift], size, 0)
     patched = tuple(_padded([each], size, 0) for each in (rows.patch, rows.layer, rows.depth, moved))
-    patch = Patch(*patched) if rows.depth.any() else None  # type: ignore[arg-type]  # placed with the others
-    placed = jax.device_put((source, _padded(targets, size, -1), shift, np.int32(0), np.int32(num_layers), patch))
-    return Copies(*placed)
+    return Copies(source, _padded(targets, size, -1), shift, Patch(*patched) if rows.depth.any() else None)
 
 
 def plan_packing(packing: Packing, shapes: Shapes) -> Iterator[PackedRows]:
@@ -286,7 +275,7 @@ def plan_packing(packing: Packing, shapes: Shapes) -> Iterator[PackedRows]:
         source, layer, depth = (
             _padded([each[part]], size, 0) for each in (packing.source, packing.layer, packing.depth)
         )
-        yield PackedRows(*jax.device_put((source, _padded([packing.target[part]], size, -1), layer, depth)))
+        yield PackedRows(source, _padded([packing.target[part]], size, -1), layer, depth)
 
 
 def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int) -> Int[np.ndarray, "n"]:
@@ -294,17 +283,24 @@ def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int)
     return np.asarray(pages)[places // page_size] * page_size + places % page_size
 
 
-def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: int) -> Int32[np.ndarray, "lines pages"]:
-    """A line of page numbers for each request, padded with page 0, which is never read through the padding."""
-    tables = np.zeros((max_requests, max_pages), np.int32)
+def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: int) -> Any:
+    """A line of page numbers for each request, int32 `[lines, pages]`, padded with page 0, which is never read through
+    the padding."""
+    tables = _full((max_requests, max_pages), 0)
     for line, own in enumerate(pages):
         tables[line, : len(own)] = own
     return tables
 
 
-def _padded(parts: Sequence[np.ndarray], size: int, fill: int | float | bool) -> np.ndarray:
-    """The parts behind each other, filled up to `size`, of the fill's type: bool, int32 or float32."""
-    out = np.full(size, fill, {bool: bool, int: np.int32, float: np.float32}[type(fill)])
+def _padded(parts: Sequence[np.ndarray], size: int, fill: int | float | bool) -> Any:
+    """The parts behind each other, filled up to `size`, of the fill's type."""
+    out = _full(size, fill)
     joined = np.concatenate(parts)
     out[: len(joined)] = joined
     return out
+
+
+def _full(shape: int | tuple[int, ...], fill: int | float | bool) -> Any:
+    """A NumPy array of the fill's type: bool, int32 or float32. It is `Any` because a plan's arrays are jax's to those
+    who compute with it."""
+    return np.full(shape, fill, {bool: bool, int: np.int32, float: np.float32}[type(fill)])

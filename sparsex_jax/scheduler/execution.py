@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -222,8 +222,8 @@ class Execution:
         vocab_size = self._runner.model.vocab_size
         sampling = sampling_arrays(slots, len(logits), vocab_size)
         if any(slot.matcher for slot in slots):
-            allowed = allowed_tokens([slot.matcher for slot in slots], len(logits), vocab_size)
-            sampling = dataclasses.replace(sampling, allowed=jax.device_put(allowed))
+            allowed: Any = allowed_tokens([slot.matcher for slot in slots], len(logits), vocab_size)
+            sampling = dataclasses.replace(sampling, allowed=allowed)
         return self._runner.first_tokens(logits, sampling, position)
 
 

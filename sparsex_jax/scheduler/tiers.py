@@ -31,6 +31,7 @@ from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.errors import InvalidRequestError, LinkError, StoreFullError
 from sparsex_jax.model.digest import weights_digest
+from sparsex_jax.model.kv_copies import without_kv_copies
 from sparsex_jax.scheduler.blocks import blocks_of
 from sparsex_jax.scheduler.mirroring import Mirroring
 from sparsex_jax.scheduler.tier_stats import TierCounts, TierStats
@@ -488,7 +489,7 @@ def _fingerprint(runner: Runner, link: Link) -> dict[str, str | int | float]:
     del model["max_position"]
     return {
         "model": json.dumps(model, sort_keys=True),
-        "weights": weights_digest(runner.params),
+        "weights": weights_digest(without_kv_copies(runner.params, runner.model, runner.mesh)),
         "dtype": runner.engine.dtype,
         "kv_dtype": runner.engine.store_dtype,
         "page_size": runner.engine.page_size,

@@ -71,6 +71,8 @@ def generate(
     coordinator: options.Coordinator = None,
     num_processes: options.NumProcesses = None,
     process_id: options.ProcessId = None,
+    join_timeout: options.JoinTimeout = 300.0,
+    silence_timeout: options.SilenceTimeout = 30.0,
 ) -> None:
     """Generate text from a prompt, reusing the KV of the files remembered before it.
 
@@ -78,11 +80,12 @@ def generate(
     all prompts have it; with as many as prompts, each has its own.
     """
     from sparsex_jax.cli.generate import EngineChoice, run
-    from sparsex_jax.config.membership import Membership
+    from sparsex_jax.config.membership import Membership, Patience
 
     filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in filters.items() if value is not None}
     with clear_errors():
+        patience = Patience(join_timeout, silence_timeout)
         run(
             prompts or ["-"],
             EngineChoice(
@@ -94,7 +97,7 @@ def generate(
                 kv_dtype,
                 quantization=quantization,
                 adapters=options.parse_adapters(adapters or ()),
-                membership=Membership.of(coordinator, num_processes, process_id),
+                membership=Membership.of(coordinator, num_processes, process_id, patience),
             ),
             remember or [],
             {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())} | given,
@@ -171,13 +174,16 @@ def serve(
     coordinator: options.Coordinator = None,
     num_processes: options.NumProcesses = None,
     process_id: options.ProcessId = None,
+    join_timeout: options.JoinTimeout = 300.0,
+    silence_timeout: options.SilenceTimeout = 30.0,
 ) -> None:
     """Serve a model: OpenAI's endpoints, a knowledge base, metrics, and a page that shows what is reused."""
-    from sparsex_jax.config.membership import Membership
+    from sparsex_jax.config.membership import Membership, Patience
     from sparsex_jax.serving.sockets import bound
 
     with clear_errors(), contextlib.ExitStack() as held:
-        membership = Membership.of(coordinator, num_processes, process_id)
+        patience = Patience(join_timeout, silence_timeout, stall=hang_timeout)
+        membership = Membership.of(coordinator, num_processes, process_id, patience)
         listens = membership is None or membership.leads
         sockets = held.enter_context(bound(host, port, uds)) if listens else []
         # What is imported from here on imports jax, which takes seconds.

@@ -243,6 +243,17 @@ ProcessId = Annotated[
 ]
 
 
+JoinTimeout = Annotated[
+    float, typer.Option(help="Seconds to wait until all processes are there.", rich_help_panel=_PROCESSES)
+]
+SilenceTimeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds without a sign of life after which another process counts as lost.", rich_help_panel=_PROCESSES
+    ),
+]
+
+
 def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
     """What each adapter is loaded from, by its name.
 

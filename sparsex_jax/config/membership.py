@@ -7,12 +7,34 @@ import os
 import re
 from collections.abc import Mapping
 
-from sparsex_jax.config.checks import require
+from sparsex_jax.config.checks import is_number, require
 
 SLURM = "slurm"  # in place of a coordinator's address: all is as Slurm's environment says
 SECRET = "SPARSEX_GROUP_SECRET"
 _LEAST_SECRET = 16
 _MAX_PORT = 65534  # the channel of the group has the next one
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """How long processes wait for each other, in seconds.
+
+    Attributes:
+      join: for all to be there, from the first one's start on.
+      silence: for a sign of life, which each process gives every tenth of it.
+      stall: for a call to get anything done: to end, or to compile a program.
+      farewell: for the others to end, when the group ends; and for one to fail as another has.
+    """
+
+    join: float = 300.0
+    silence: float = 30.0
+    stall: float = 300.0
+    farewell: float = 10.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(is_number(value) and value > 0, f"{field.name}={value!r} must be a number of seconds above 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +45,13 @@ class Membership:
       coordinator: HOST:PORT of process 0, where JAX's coordination service listens. The next port is the group's own.
       num_processes: how many there are.
       process_id: from 0 on. Process 0 schedules and answers requests; it is the leader, and the others follow it.
+      patience: how long it waits for the others.
     """
 
     coordinator: str
     num_processes: int
     process_id: int
+    patience: Patience = Patience()
 
     def __post_init__(self) -> None:
         found = re.fullmatch(r"\[?([^\[\]]+?)\]?:(\d{1,5})", self.coordinator)
@@ -48,7 +72,13 @@ class Membership:
         return host.strip("[]"), int(port) + 1
 
     @classmethod
-    def of(cls, coordinator: str | None, num_processes: int | None, process_id: int | None) -> Membership | None:
+    def of(
+        cls,
+        coordinator: str | None,
+        num_processes: int | None,
+        process_id: int | None,
+        patience: Patience | None = None,
+    ) -> Membership | None:
         """As options of a command say. None: there is one process.
 
         Args:
@@ -61,13 +91,14 @@ class Membership:
             given = [name for name, value in _named(num_processes, process_id).items() if value is not None]
             require(not given, f"{' and '.join(given)}: coordinator must be given too, as HOST:PORT of process 0")
             return None
+        patience = patience or Patience()
         if coordinator == SLURM:
-            return cls.of_slurm(os.environ)
+            return dataclasses.replace(cls.of_slurm(os.environ), patience=patience)
         for name, value in _named(num_processes, process_id).items():
             require(value is not None, f"{name} must be given with coordinator={coordinator!r}")
         assert num_processes is not None
         assert process_id is not None
-        return cls(coordinator, num_processes, process_id)
+        return cls(coordinator, num_processes, process_id, patience)
 
     @classmethod
     def of_slurm(cls, environment: Mapping[str, str]) -> Membership:

@@ -6,12 +6,11 @@ import os
 import sys
 from collections.abc import Callable
 
-from sparsex_jax.config.membership import SECRET, SLURM, Membership, secret_of
+from sparsex_jax.config.membership import SECRET, SLURM, Membership, Patience, secret_of
 from sparsex_jax.distributed.follower import Follower
 from sparsex_jax.distributed.joining import About, come, gather, tell_jax
 from sparsex_jax.distributed.leader import Leader
 from sparsex_jax.distributed.likeness import of_programs
-from sparsex_jax.distributed.peer import Patience
 from sparsex_jax.errors import GroupError
 
 __all__ = ["SECRET", "SLURM", "Follower", "Leader", "Membership", "Patience", "join", "leave", "secret_of"]
@@ -29,7 +28,6 @@ def join(
     secret: bytes,
     about: About,
     *,
-    patience: Patience | None = None,
     on_end: Callable[[GroupError], None] = leave,
 ) -> Leader | Follower:
     """Join the other processes, before JAX is used for the first time. Waits until all are there.
@@ -41,11 +39,11 @@ def join(
     Raises:
       GroupError: they did not all come in time, or differ in what must be the same.
     """
-    patience, about = patience or Patience(), of_programs() | dict(about)
+    about = of_programs() | dict(about)
     member: Leader | Follower
     if membership.leads:
-        member = Leader(gather(membership, secret, about, patience), patience, on_end)
+        member = Leader(gather(membership, secret, about), membership.patience, on_end)
     else:
-        member = Follower(come(membership, secret, about, patience), on_end)
-    tell_jax(membership, patience)
+        member = Follower(come(membership, secret, about), on_end)
+    tell_jax(membership)
     return member

@@ -17,7 +17,7 @@ import jax
 
 from sparsex_jax.config.membership import Membership
 from sparsex_jax.distributed.channel import Channel, open_channel
-from sparsex_jax.distributed.peer import Patience, Peer
+from sparsex_jax.distributed.peer import Peer
 from sparsex_jax.errors import GroupError
 
 About = Mapping[str, str]  # what must be alike, by the name of the field
@@ -36,22 +36,23 @@ def difference(own: About, other: About, who: str) -> str | None:
     return None
 
 
-def gather(membership: Membership, secret: bytes, about: About, patience: Patience) -> list[Peer]:
+def gather(membership: Membership, secret: bytes, about: About) -> list[Peer]:
     """Wait for all followers. Of process 0.
 
     Raises:
       GroupError: one runs something else, two have one number, or some did not come in time.
     """
     peers: dict[int, Peer] = {}
-    deadline = time.monotonic() + patience.join
+    deadline = time.monotonic() + membership.patience.join
     with _listening(membership) as listener:
         while len(peers) < membership.num_processes - 1:
             missing = sorted(set(range(1, membership.num_processes)) - set(peers))
             channel = _accept(listener, secret, deadline, missing)
             if channel is not None:
-                _greet(channel, membership, about, peers, patience)
+                _greet(channel, membership, about, peers)
     for peer in peers.values():
-        peer.send("")
+        with contextlib.suppress(OSError):  # that it is gone is noticed soon
+            peer.send("")
     return [peers[number] for number in sorted(peers)]
 
 
@@ -84,7 +85,8 @@ def _accept(listener: socket.socket, secret: bytes, deadline: float, missing: li
         return None
 
 
-def _greet(channel: Channel, membership: Membership, about: About, peers: dict[int, Peer], patience: Patience) -> None:
+def _greet(channel: Channel, membership: Membership, about: About, peers: dict[int, Peer]) -> None:
+    patience = membership.patience
     number, host, theirs = channel.receive(patience.silence)
     peer = Peer(number, host, channel, patience)
     wrong = difference(about, theirs, str(peer))
@@ -100,24 +102,25 @@ def _greet(channel: Channel, membership: Membership, about: About, peers: dict[i
     peers[number] = peer
 
 
-def come(membership: Membership, secret: bytes, about: About, patience: Patience) -> Peer:
+def come(membership: Membership, secret: bytes, about: About) -> Peer:
     """Come to process 0, and wait until all are there.
 
     Raises:
       GroupError: it did not listen in time, has another secret, or refused the group.
     """
-    channel = open_channel(_connected(membership, patience), secret, leads=False)
+    channel = open_channel(_connected(membership), secret, leads=False)
     channel.send(membership.process_id, platform.node(), dict(about))
     try:
-        (refusal,) = channel.receive(patience.join)
+        (refusal,) = channel.receive(membership.patience.join)
     except (OSError, EOFError) as error:
         raise GroupError("process 0 ended, or waits in vain for other processes; its output says more") from error
     if refusal:
         raise GroupError(refusal)
-    return Peer(0, membership.control[0], channel, patience)
+    return Peer(0, membership.control[0], channel, membership.patience)
 
 
-def _connected(membership: Membership, patience: Patience) -> socket.socket:
+def _connected(membership: Membership) -> socket.socket:
+    patience = membership.patience
     deadline = time.monotonic() + patience.join
     while True:
         try:
@@ -130,9 +133,10 @@ def _connected(membership: Membership, patience: Patience) -> socket.socket:
             time.sleep(_RETRY_S)
 
 
-def tell_jax(membership: Membership, patience: Patience) -> None:
+def tell_jax(membership: Membership) -> None:
     """Have JAX see the devices of all processes. Before its first use."""
     host, port = membership.coordinator.rpartition(":")[::2]
+    patience = membership.patience
     jax.distributed.initialize(
         membership.coordinator,
         membership.num_processes,

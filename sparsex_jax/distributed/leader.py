@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sparsex_jax.config.membership import Patience
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.distributed.codec import Reference, is_kept, kept_of, pack
 from sparsex_jax.distributed.joining import About, difference
@@ -30,7 +31,6 @@ from sparsex_jax.distributed.peer import (
     FAILED,
     LEAVING,
     OUTCOME,
-    Patience,
     Peer,
 )
 from sparsex_jax.errors import GroupError
@@ -222,7 +222,7 @@ class Leader:
                 self._disagree(peer, number, theirs, f"{name}: {said}" if name else repr(said))
 
     def _disagree(self, peer: Peer, number: int, theirs: tuple[str, str] | None, own: str) -> None:
-        other = "does not say" if theirs is None else f"has {theirs[0] and theirs[0] + ': '}{theirs[1]}"
+        other = _in_words(theirs)
         self.fail(GroupError(f"of call {number}, process 0 has {own}, and {peer} {other}; they cannot go on together"))
         self.require_whole()
 
@@ -244,3 +244,11 @@ class Leader:
     def _refer(self, value: Any) -> Reference | None:
         found = self._kept.get(id(value)) if is_kept(value) else None
         return None if found is None else found[1]
+
+
+def _in_words(outcome: tuple[str, str] | None) -> str:
+    """What came of a call in another process: its error, or what it returned."""
+    if outcome is None:
+        return "does not say what it has"
+    error, said = outcome
+    return f"has {error}: {said}" if error else f"has {said or 'not failed'}"

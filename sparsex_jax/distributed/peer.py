@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from sparsex_jax.config.checks import require
+from sparsex_jax.config.membership import Patience
 from sparsex_jax.distributed.channel import Channel
 
 # Kinds of messages, each with what follows it.
@@ -21,28 +20,6 @@ ABOUT = "about"  # what all processes must have alike
 AGREED = "agreed"  # the leader's answer to that: "", or why not
 LEAVING = "leaving"  # a follower was told to end, and asks the leader to end the group
 BYE = "bye"  # the group ends: "", or why
-
-
-@dataclasses.dataclass(frozen=True)
-class Patience:
-    """How long processes wait for each other, in seconds.
-
-    Attributes:
-      join: for all to be there, from the first one's start on.
-      silence: for a sign of life, which each process gives every tenth of it.
-      stall: for a call to get anything done: to end, or to compile a program.
-      farewell: for the others to end, when the group ends; and for one to fail as another has.
-    """
-
-    join: float = 300.0
-    silence: float = 30.0
-    stall: float = 300.0
-    farewell: float = 10.0
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            require(value > 0, f"{field.name}={value!r} must be a number of seconds above 0")
 
 
 class Ears(Protocol):

@@ -10,11 +10,12 @@ import random
 import socket
 import threading
 import time
+import types
 
 import httpx
 import numpy as np
 import pytest
-from conftest import CONFIG, TINY, idle, run, tiny_engine, tiny_params
+from conftest import CONFIG, idle, run, tiny_engine, tiny_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import ScriptedLoop, live_server, wait_for
@@ -29,6 +30,7 @@ from sparsex_jax.distributed.codec import Reference, pack, unpack
 from sparsex_jax.distributed.follower import Follower
 from sparsex_jax.distributed.leader import Leader
 from sparsex_jax.distributed.peer import BYE
+from sparsex_jax.engine import _check_processes
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
@@ -360,10 +362,10 @@ def test_calls_that_dispatch_are_relayed():
     }  # fmt: skip
 
 
-def test_tiers_need_all_devices_in_one_process(monkeypatch):
-    monkeypatch.setattr("jax.sharding.Mesh.is_multi_process", True)
+def test_tiers_need_all_devices_in_one_process():
+    spread = types.SimpleNamespace(is_multi_process=True)
     with pytest.raises(InvalidRequestError, match="host_store_bytes=1048576 must be 0 where several processes"):
-        Engine(TINY, tiny_params(), config=dataclasses.replace(CONFIG, host_store_bytes=1 << 20))
+        _check_processes(dataclasses.replace(CONFIG, host_store_bytes=1 << 20), spread)
 
 
 # How groups end ---------------------------------------------------------------------------------------------

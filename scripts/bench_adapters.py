@@ -40,9 +40,10 @@ from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.checkpoints.adapters import adapter_digest
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.config import ModelConfig
-from sparsex_jax.eval.engines import make_engine, settled
+from sparsex_jax.eval.engines import add_tensor_parallel, make_engine, settled
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.adapters import AdapterWeights, Pair
+from sparsex_jax.model.sharding import make_mesh
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -122,7 +123,8 @@ def trace(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         shares = {} if way == "base" else {"max_adapters": len(AGENTS), "max_adapter_rank": RANK}
         shares |= {"share_adapters": True} if way not in ("base", "isolated") else {}
         room = {"store_tokens": (len(AGENTS) + 1) * length, "max_context": length, "max_num_seqs": 4}
-        engine = make_engine(options.model, dtype=options.dtype, choose="always", **room, **shares)
+        about = {"dtype": options.dtype, "choose": "always", "tensor_parallel": options.tensor_parallel}
+        engine = make_engine(options.model, **about, **room, **shares)
         for number, agent in enumerate(AGENTS if shares else ()):
             engine.load_adapter(agent, random_adapter(engine.model, number))
         namespaces = map(str, itertools.count())  # of its own for each pass, which finds nothing of those before it
@@ -140,7 +142,8 @@ def answers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The share of right values in the roles' answers, each role behind the true answers of those before it."""
     adapters = {role: CONFIGS / "ruler-tiny-adapters" / role for role in roles.ROLES}
     shape = {"share_adapters": True, "max_adapter_rank": 8, "store_tokens": 16384, "choose": "always"}
-    engine = Engine.from_pretrained(CONFIGS / "ruler-tiny", adapters=adapters, dtype=options.dtype, **shape)
+    mesh = make_mesh(options.tensor_parallel)
+    engine = Engine.from_pretrained(CONFIGS / "ruler-tiny", mesh=mesh, adapters=adapters, dtype=options.dtype, **shape)
     held_out = roles.make_trajectories((0, 1, 0), options.roles, roles.Shape())
     for way in (way for way in options.ways if way != "base"):
         right, cross, computed = [], 0, []
@@ -182,9 +185,10 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     add("--refresh", default="sparsex:boundary_layer=0:recompute_ratio=0.1", help="NAME or NAME:FIELD=VALUE:...")
     add("--roles", type=int, help="trajectories in which trained adapters answer")
+    add_tensor_parallel(parser)
     options = parser.parse_args(arguments)
     about = {"bench": "adapters-roles" if options.roles else "adapters-trace"}
-    about |= {"model": "ruler-tiny" if options.roles else options.model} | provenance()
+    about |= {"model": "ruler-tiny" if options.roles else options.model} | provenance(options.tensor_parallel)
     unused = {"model", "context"} if options.roles else {"model", "roles"}
     settings = {name: value for name, value in vars(options).items() if name not in unused}
     rows: list[dict[str, Any]] = []

@@ -41,7 +41,7 @@ import numpy as np
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
-from sparsex_jax.eval.engines import make_engine, settled
+from sparsex_jax.eval.engines import add_tensor_parallel, make_engine, settled
 from sparsex_jax.eval.footprint import footprint, store_bytes
 from sparsex_jax.eval.results import file_stem, provenance, write_json
 from sparsex_jax.scheduler.output import Generation
@@ -225,6 +225,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--store-tokens", type=int, help="by default what the largest case can fill")
     add("--add", action="store_true", help="keep the file's figures of other cases")
     add("--seed", type=int, default=0)
+    add_tensor_parallel(parser)
     options = parser.parse_args(arguments)
     if options.mirrors and not can_mirror:
         parser.error("--mirrors: this version keeps each prompt's KV as a whole")
@@ -241,7 +242,7 @@ def engine_for(options: argparse.Namespace, **fields: Any) -> Engine:
     length = said + options.private * 9 // 8 + SYSTEM + ASK + options.answer + 64
     asked = {"dtype": options.dtype, "max_num_seqs": most, "choose": "always", "max_context": MEMBERS * length}
     asked["store_tokens"] = options.store_tokens or (most + 1) * length
-    return make_engine(options.model, **asked, **fields)
+    return make_engine(options.model, tensor_parallel=options.tensor_parallel, **asked, **fields)
 
 
 def earlier_rows(about: dict[str, Any], works: set[tuple[str, str]], folder: Path) -> list[dict[str, Any]]:
@@ -264,7 +265,7 @@ def run(bench: Bench, options: argparse.Namespace, ways: Sequence[str]) -> Itera
 
 def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None:
     options = parse(arguments)
-    about: dict[str, Any] = {"bench": "agents", "model": options.model} | provenance()
+    about: dict[str, Any] = {"bench": "agents", "model": options.model} | provenance(options.tensor_parallel)
     cases = itertools.product(options.workloads, options.agents, options.shared)
     names = {f"{workload}, {agents} agents, {shared} shared" for workload, agents, shared in cases}
     kinds = [({}, options.ways)] + [({"mirrors": True}, [MIRRORS])] * options.mirrors

@@ -42,7 +42,7 @@ from sparsex_jax.eval.conversations import (
     next_request,
     scripted_answers,
 )
-from sparsex_jax.eval.engines import load_engine, settled
+from sparsex_jax.eval.engines import add_tensor_parallel, load_engine, settled
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.scores import agreement, kl_divergence
 from sparsex_jax.reuse.report import Report
@@ -240,7 +240,7 @@ def columns(turns: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def save(options: argparse.Namespace, played: Played, num_layers: int) -> None:
     bench = "conversations-healed" if options.heal else "conversations"
-    about = {"bench": bench, "model": options.model} | provenance()
+    about = {"bench": bench, "model": options.model} | provenance(options.tensor_parallel)
     settings = {key: value for key, value in vars(options).items() if key not in ("model", "note")}
     turns = [
         {"workload": name, "answers": answers, "method": method, **columns(turns)}
@@ -279,6 +279,7 @@ def parse() -> argparse.Namespace:
     add("--heal", action="store_true", help="make approximate KV exact between requests")
     add("--seed", type=int, default=0)
     add("--note", help="what a reader of the tables must know")
+    add_tensor_parallel(parser)
     options = parser.parse_args()
     options.methods = list(dict.fromkeys([BASELINE, *options.methods]))
     if options.passes < 1:
@@ -290,9 +291,8 @@ def main() -> None:
     options = parse()
     methods = {name: parse_method(name) for name in options.methods}
     size = ConversationSize(options.turns, options.scale, options.new_tokens)
-    engine, tokenizer = load_engine(
-        options.model, dtype=options.dtype, store_tokens=options.store_tokens, frozen_limit=0.9
-    )
+    sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "frozen_limit": 0.9}
+    engine, tokenizer = load_engine(options.model, tensor_parallel=options.tensor_parallel, **sizes)
     for step in warmup.steps(engine.loop):
         step()
     bench = Bench(engine, tokenizer, size, options.seed, heals=options.heal)

@@ -29,6 +29,7 @@ import numpy as np
 from sparsex_jax import Engine, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.eval import regimes, results, scores
+from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
 from sparsex_jax.eval.samples import Question, Sample
 from sparsex_jax.eval.scores import Answer
 from sparsex_jax.eval.tasks import make_sample
@@ -223,13 +224,15 @@ def main() -> None:
     add("--dtype", default="float32")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=RESULTS, help="the directory of the JSON file")
+    add_tensor_parallel(parser)
     options = parser.parse_args()
     sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_num_seqs": options.agents}
-    engine = Engine.from_pretrained(options.model, **sizes)
+    engine = make_engine(options.model, tensor_parallel=options.tensor_parallel, **sizes)
     bench = "drift-orders" if options.orders else "drift" if options.agents == 1 else "drift-rounds"
     measure = run_in_orders if options.orders else drifts
     rows = measure(engine, options.method, options)
-    results.write_json({"bench": bench, "model": options.model} | results.provenance() | {"rows": rows}, options.out)
+    about = {"bench": bench, "model": options.model} | results.provenance(options.tensor_parallel)
+    results.write_json(about | {"rows": rows}, options.out)
 
 
 if __name__ == "__main__":

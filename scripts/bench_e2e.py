@@ -28,8 +28,10 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.config import ModelConfig, named_config
+from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.decoder import inv_freq, logits, rms_norm
+from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.cost import prefill_seconds
 from sparsex_kernels.rope import apply_rope
@@ -298,6 +300,7 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
     together = max(most, AGENTS)
     engine = Engine.from_config(
         shapes,
+        mesh=make_mesh(options.tensor_parallel),
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         store_tokens=needed,
@@ -315,7 +318,7 @@ def all_rows(options: argparse.Namespace) -> Iterator[Row]:
     cases += [(options.lengths[-1], segments, other) for other in options.reused[1:]]
     for length, number, share in cases:
         yield from first_tokens(engine, length, number, share, options.runs, asked)
-    rate = copy_rate()
+    rate = copy_rate() * options.tensor_parallel  # each device reads its share
     for requests in options.decode:
         yield decode(engine, options.context, requests, rate)
     if options.agents:
@@ -337,13 +340,15 @@ def main() -> None:
     add("--decode", type=int, nargs="*", default=[1, 8], help="requests decoded together")
     add("--context", type=int, default=8192, help="tokens before each decoded request")
     add("--agents", action=argparse.BooleanOptionalAction, default=True, help="the round of agents")
+    add_tensor_parallel(parser)
     options = parser.parse_args()
     about = {"bench": "e2e", "model": options.model}
     rows: list[Row] = []
     for row in all_rows(options):
         print(row, flush=True)
         rows.append(row)  # written after each row, so that they stay if a later one fails
-        write_json(about | provenance() | {"rows": [dataclasses.asdict(row) for row in rows]}, RESULTS)
+        made = provenance(options.tensor_parallel)
+        write_json(about | made | {"rows": [dataclasses.asdict(row) for row in rows]}, RESULTS)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from bench_e2e import Row, copy_rate, decode
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig
 from sparsex_jax.config import named_config
+from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.matrices import random_quantised
 from sparsex_jax.model.sharding import make_mesh
@@ -71,11 +72,11 @@ def engine_options(options: argparse.Namespace, case: Case) -> dict[str, Any]:
 
 
 def load(options: argparse.Namespace, case: Case) -> Engine:
-    about = engine_options(options, case)
+    about, mesh = engine_options(options, case), make_mesh(options.tensor_parallel)
     if options.model.endswith(".gguf"):
         quantization = "none" if case.weights == FLOATS else case.weights
-        return Engine.from_pretrained(options.model, quantization=quantization, **about)
-    model, mesh = named_config(options.model), make_mesh()
+        return Engine.from_pretrained(options.model, mesh=mesh, quantization=quantization, **about)
+    model = named_config(options.model)
     shapes = model, FLOATS, mesh
     params = random_params(*shapes) if case.weights == FLOATS else random_quantised(*shapes, case.weights)
     return Engine(model, params, config=EngineConfig(**about), mesh=mesh)
@@ -125,10 +126,11 @@ def main() -> None:
     parser.add_argument("--only", type=Case.of, nargs="+", default=CASES, metavar="WEIGHTS/KV")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--output", type=Path, default=RESULTS)
+    add_tensor_parallel(parser)
     options = parser.parse_args()
-    about = {"bench": "precision", "model": Path(options.model).name} | provenance()
+    about = {"bench": "precision", "model": Path(options.model).name} | provenance(options.tensor_parallel)
     settings = {"context": options.context, "runs": options.runs}
-    rate, rows = copy_rate(), []
+    rate, rows = copy_rate() * options.tensor_parallel, []
     for case in options.only:
         for row in measure(options, case, rate):
             print(row, flush=True)

@@ -24,6 +24,7 @@ from sparsex_jax import Engine
 from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.device.restoration import Chunk, Restoration, Step
 from sparsex_jax.device.restorer import Restorer
+from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.reuse.pace import Pace
 from sparsex_jax.reuse.staircase import Costs, Staircase
@@ -146,10 +147,11 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add("--page-size", type=int, default=16 if on_cpu else 64)
     add("--groups", type=int, default=4, help="of layers that are loaded apart")
     add("--runs", type=int, default=3)
+    add_tensor_parallel(parser)
     options = parser.parse_args(arguments)
     store = {"store_tokens": max(options.lengths) + options.page_size, "page_size": options.page_size}
-    engine = Engine.from_config(options.model, dtype=options.dtype, **store)
-    about: dict[str, Any] = {"bench": "restore", "model": options.model} | provenance()
+    engine = make_engine(options.model, tensor_parallel=options.tensor_parallel, dtype=options.dtype, **store)
+    about: dict[str, Any] = {"bench": "restore", "model": options.model} | provenance(options.tensor_parallel)
     rows: list[Row] = []
     for length in options.lengths:
         for row in rows_of(Bench(engine, length, options.groups), options.rates, options.runs):

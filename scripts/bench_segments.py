@@ -23,8 +23,9 @@ from unittest.mock import patch
 import jax
 import numpy as np
 
-from sparsex_jax import Engine, ReuseConfig
+from sparsex_jax import ReuseConfig
 from sparsex_jax.device.link import Link
+from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.reuse.methods import method_of
 
@@ -39,13 +40,12 @@ class Bench:
     def __init__(self, args: argparse.Namespace, rate: float) -> None:
         page = args.page_size
         store = 2 * args.length + NEW + 2 * args.documents * page
-        probe = Engine.from_config(args.model, dtype=args.dtype, store_tokens=page, page_size=page, choose="always")
+        sizes = {"dtype": args.dtype, "page_size": page, "choose": "always", "tensor_parallel": args.tensor_parallel}
+        probe = make_engine(args.model, store_tokens=page, **sizes)
         host = 3 * args.length * probe.runner.store.nbytes // page
         del probe
         with patch("sparsex_jax.engine.Link", functools.partial(Link, bytes_per_s=1e9 * rate or None)):
-            self.engine = Engine.from_config(
-                args.model, dtype=args.dtype, store_tokens=store, page_size=page, host_store_bytes=host, choose="always"
-            )
+            self.engine = make_engine(args.model, store_tokens=store, host_store_bytes=host, **sizes)
         assert self.engine.admission.tiers is not None
         self.engine.admission.tiers.warm_up()
         rng = np.random.default_rng(0)
@@ -128,13 +128,14 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add("--rates", type=float, nargs="+", default=[0] if small else [0, 25, 10], help="in GB/s")
     add("--page-size", type=int, default=16 if small else 64)
     add("--runs", type=int, default=3)
+    add_tensor_parallel(parser)
     options = parser.parse_args(arguments)
     rows = []
     for rate in options.rates:
         for row in rows_of(Bench(options, rate), rate, options.runs):
             rows.append(row)
             print(f"{row['work']:44}{row['implementation']:34}{row['figure']:10.1f} ms", flush=True)
-    about: dict[str, object] = {"bench": "segments", "model": options.model} | provenance()
+    about: dict[str, object] = {"bench": "segments", "model": options.model} | provenance(options.tensor_parallel)
     print(write_json(about | {"settings": vars(options), "rows": rows}, folder))
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
-from sparsex_jax.eval.engines import load_engine, settled
+from sparsex_jax.eval.engines import add_tensor_parallel, load_engine, settled
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WORKLOADS, Workload, WorkloadSize, make_workload
 from sparsex_jax.reuse.report import KINDS, Report, words_of
@@ -206,7 +206,7 @@ def plot(runs: dict[str, dict[str, list[Timeline]]], path: Path, title: str) -> 
 def save(options: argparse.Namespace, rates: dict[str, float], runs: dict[str, dict[str, list[Timeline]]]) -> None:
     """Print the tables; write the rows and the plot."""
     limits = options.ttft_limit, options.itl_limit
-    about = {"bench": "serving", "model": options.model} | provenance()
+    about = {"bench": "serving", "model": options.model} | provenance(options.tensor_parallel)
     rows, tables = [], []
     for name, by_method in runs.items():
         measured = {method: figures(timelines, *limits) for method, timelines in by_method.items()}
@@ -250,6 +250,7 @@ def main() -> None:
     add("--max-num-seqs", type=int, default=8)
     add("--seed", type=int, default=0)
     add("--note", help="what a reader of the tables must know")
+    add_tensor_parallel(parser)
     options = parser.parse_args()
     if options.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: one token has no time to the next")
@@ -257,7 +258,7 @@ def main() -> None:
     sizes = {"dtype": options.dtype, "store_tokens": options.store_tokens, "max_num_seqs": options.max_num_seqs}
     sizes["frozen_limit"] = 0.9  # of what a workload stores
     sizes["max_waiting"] = max(options.requests, EngineConfig.max_waiting)
-    engine, tokenizer = load_engine(options.model, **sizes)
+    engine, tokenizer = load_engine(options.model, tensor_parallel=options.tensor_parallel, **sizes)
     bench = Bench(engine, options.new_tokens)
     rates: dict[str, float] = {}
     runs: dict[str, dict[str, list[Timeline]]] = {}

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,9 @@ from sparsex_jax import Engine, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.config import named_config
 from sparsex_jax.errors import UnknownModelError
+from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.scheduler import warmup
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -59,7 +62,8 @@ KINDS = {
 
 
 def load(args: argparse.Namespace) -> Engine:
-    options = {"store_tokens": args.sequences * 1024, "max_num_seqs": args.sequences, "choose": "always"}
+    options: dict[str, Any] = {"store_tokens": args.sequences * 1024, "max_num_seqs": args.sequences}
+    options |= {"choose": "always", "mesh": make_mesh(args.tensor_parallel)}
     try:
         model = named_config(args.model)
     except UnknownModelError:
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", nargs="+", default=[*KINDS, "schema, half"], help="which rows")
+    add_tensor_parallel(parser)
     args = parser.parse_args()
     engine, rows = load(args), []
     for step in warmup.steps(engine.loop):  # also batches of those that are left when the first ones have ended
@@ -157,7 +162,7 @@ def main() -> None:
         ratios = f", of that without {rows[-1]['ratio']:.3f}, processor {rows[-1]['cpu_ratio']:.3f}" if base else ""
         print(f"{name:24}{row['figure']:9.2f} ms a token{ratios}")
     options = {name: value for name, value in vars(args).items() if name != "model"}
-    about = {"bench": "structure", "model": Path(args.model).name} | provenance()
+    about = {"bench": "structure", "model": Path(args.model).name} | provenance(args.tensor_parallel)
     print(write_json(about | {"settings": options, "host_us": host, "rows": rows}, RESULTS))
 
 

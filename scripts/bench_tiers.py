@@ -19,7 +19,10 @@ import jax
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax.config import named_config
+from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.model.sharding import make_mesh
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NEW = 64  # tokens that a session comes back with
@@ -28,13 +31,14 @@ SAMPLING = SamplingParams(max_new_tokens=4)
 
 def measure(args: argparse.Namespace, share: float) -> Iterator[dict[str, object]]:
     """The rows of one tier."""
-    model = Engine.from_config(args.model, store_tokens=64, choose="always").model
+    model, mesh = named_config(args.model), make_mesh(args.tensor_parallel)
     page = 64
     store = args.room * -(-(args.length + NEW + 2 * page) // page) * page
-    probe = Engine.from_config(model, store_tokens=page, choose="always").runner.store
+    probe = Engine.from_config(model, mesh=mesh, store_tokens=page, choose="always").runner.store
     needed = args.sessions * args.length * probe.nbytes // page
     del probe
-    engine = Engine.from_config(model, store_tokens=store, host_store_bytes=int(share * needed), choose="always")
+    host = int(share * needed)
+    engine = Engine.from_config(model, mesh=mesh, store_tokens=store, host_store_bytes=host, choose="always")
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, model.vocab_size, args.length).astype(np.int32) for _ in range(args.sessions)]
     reuse = ReuseConfig("prefix")
@@ -71,6 +75,7 @@ def main() -> None:
     parser.add_argument(
         "--tiers", type=float, nargs="+", default=[0, 0.25, 1.5], help="shares of what all sessions have"
     )
+    add_tensor_parallel(parser)
     args = parser.parse_args()
     rows = []
     for share in args.tiers:
@@ -82,7 +87,7 @@ def main() -> None:
             )
         gc.collect()
     options = {name: value for name, value in vars(args).items() if name != "model"}
-    about = {"bench": "tiers", "model": args.model} | provenance()
+    about = {"bench": "tiers", "model": args.model} | provenance(args.tensor_parallel)
     print(write_json(about | {"settings": options, "rows": rows}, RESULTS))
 
 

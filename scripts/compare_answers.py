@@ -25,7 +25,9 @@ import gguf
 import numpy as np
 
 from sparsex_jax import Engine, Generation, ReuseConfig, SamplingParams
+from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.model.sharding import make_mesh
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FULL = ReuseConfig("full")
@@ -234,7 +236,8 @@ def parting(engine: Engine, before: list[int], chosen: tuple[int, int], theirs: 
 
 
 def all_rows(options: argparse.Namespace) -> Iterator[Row]:
-    engine = Engine.from_pretrained(options.model, dtype="float32", quantization="none", store_tokens=4096)
+    asked = {"dtype": "float32", "quantization": "none", "store_tokens": 4096}
+    engine = Engine.from_pretrained(options.model, mesh=make_mesh(options.tensor_parallel), **asked)
     answers = {name: answer(engine, PROMPTS[name], options.tokens) for name in options.prompts}
     for name in options.reference:
         reference = REFERENCES[name](options.model)
@@ -266,8 +269,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--tie", type=float, default=0.2, help="logits: up to this margin, two tokens are a near tie")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    add_tensor_parallel(parser)
     options = parser.parse_args()
-    about = {"bench": "answers", "model": options.model.name} | provenance()
+    about = {"bench": "answers", "model": options.model.name} | provenance(options.tensor_parallel)
     about |= {"settings": {"tokens": options.tokens, "tie": options.tie}}
     rows: list[Row] = []
     for row in all_rows(options):

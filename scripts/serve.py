@@ -13,6 +13,8 @@ import sys
 import time
 
 from sparsex_jax import Engine, InvalidRequestError, OverloadedError, SamplingParams
+from sparsex_jax.eval.engines import add_tensor_parallel
+from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.report import Report
 from sparsex_jax.scheduler.loop import Event, Loop
 
@@ -78,10 +80,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--store-tokens", type=int, default=16384)
+    add_tensor_parallel(parser)
     options = parser.parse_args()
 
     prompts = [line.strip() for line in sys.stdin if line.strip()] if options.source == "-" else built_in_prompts()
-    engine = Engine.from_pretrained(options.model, store_tokens=options.store_tokens)
+    mesh = make_mesh(options.tensor_parallel)
+    engine = Engine.from_pretrained(options.model, mesh=mesh, store_tokens=options.store_tokens)
     loop = engine.loop
     submit(loop, prompts, SamplingParams(max_new_tokens=options.max_new_tokens))
     while loop.step():  # one round: decode, admit, prefill; a server would go on for ever, with loop.wait between

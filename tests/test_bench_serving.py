@@ -178,7 +178,14 @@ def test_a_listener_records_the_times_of_its_tokens():
 def test_results_are_rows_and_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_serving, "RESULTS", tmp_path)
     options = argparse.Namespace(
-        model="tiny", note="Scripted.", ttft_limit=1.0, itl_limit=0.2, requests=2, length=40, rate=None
+        model="tiny",
+        note="Scripted.",
+        ttft_limit=1.0,
+        itl_limit=0.2,
+        requests=2,
+        length=40,
+        rate=None,
+        tensor_parallel=1,
     )
     bench_serving.save(options, {"rag": 0.5}, {"rag": {"full": SCRIPTED}})
     (path,) = tmp_path.glob("serving-tiny-*.json")

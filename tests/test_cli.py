@@ -205,7 +205,7 @@ def test_a_method_is_named_with_options(tiny):
         (["--method", "excerpt:end_layer=99"], "end_layer=99"),
         (["--kv-dtype", "int8"], "kv_dtype='int8' must be one of auto, fp8"),
         (["--tensor-parallel", "9"], "tensor_parallel=9 must be from 1 to 8, the number of devices"),
-        (["--tensor-parallel", "2"], "does not divide over the mesh's tensor=2"),
+        (["--tensor-parallel", "3"], "does not divide over the mesh's tensor=3"),
     ],
 )
 def test_serve_refuses_options_by_name_before_it_loads_weights(tiny, typed, said, monkeypatch):
@@ -215,6 +215,23 @@ def test_serve_refuses_options_by_name_before_it_loads_weights(tiny, typed, said
     refused = invoke("serve", tiny, "--port", "0", *typed)
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert said in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["generate", "Hello", "--model"], ["demo", "--model"], ["calibrate"], ["bench", "quality", "--model"], ["serve"]],
+    ids=lambda command: command[0],
+)
+def test_every_command_that_computes_takes_the_number_of_devices(tiny, command, monkeypatch):
+    def loaded(*_, mesh, **__):
+        raise InvalidRequestError(f"it would load on {mesh.size}")
+
+    monkeypatch.setattr(Engine, "from_pretrained", loaded)
+    many = "tensor_parallel=9 must be from 1 to 8, the number of devices. A processor is one device, or as many as"
+    for number, said in (("9", many), ("4", "it would load on 4")):
+        refused = invoke(*command, tiny, "--tensor-parallel", number)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert said in " ".join(refused.stderr.split())
 
 
 def test_serve_starts_with_its_options_of_reuse_and_its_devices(tmp_path, tokenizer, monkeypatch):

@@ -75,6 +75,7 @@ def run(
     with_maps: bool,
     as_json: bool,
     kv_dtype: str = "auto",
+    tensor_parallel: int = 1,
 ) -> None:
     """Measure, then print the results.
 
@@ -89,6 +90,7 @@ def run(
         dtype,
         settings.store_tokens,
         kv_dtype=kv_dtype,
+        tensor_parallel=tensor_parallel,
         max_num_seqs=settings.batch,
         max_prefill_seqs=settings.batch,
     ).load()
@@ -107,7 +109,9 @@ def run(
             log=log,
         )
     found = summarize(rows)
-    content = results.file_content("quality", model, dataclasses.asdict(settings) | _dtype(engine), found)
+    content = results.file_content(
+        "quality", model, dataclasses.asdict(settings) | _dtype(engine), found, engine.mesh.size
+    )
     if out:
         with waiting("Writing"):
             write(engine, settings, content, found, out, with_maps=with_maps)
@@ -130,7 +134,7 @@ def open_log(engine: Engine, model: str, settings: BenchSettings, folder: Path) 
 
 def made_with(engine: Engine, model: str, settings: BenchSettings) -> dict[str, Any]:
     """Whatever makes a row another one, but for its own task, regime, sample and method."""
-    made = results.provenance()
+    made = results.provenance(engine.mesh.size)
     about = {"model": Path(model).name} | {name: made[name] for name in ("device", "versions", "commit")}
     return about | _dtype(engine) | settings.of_each_row
 

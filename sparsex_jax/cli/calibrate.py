@@ -59,6 +59,7 @@ def run(
     use: str | None,
     out: Path | None,
     as_json: bool,
+    tensor_parallel: int = 1,
 ) -> None:
     """Calibrate, write the file, and print the result.
 
@@ -76,7 +77,13 @@ def run(
     path = check_writable(out or default_path(model))
     # With a method of its own, so that the engine does not read the file of an earlier calibration.
     engine = EngineChoice(
-        model, dtype, settings.store_tokens, Full(), max_num_seqs=settings.batch, max_prefill_seqs=settings.batch
+        model,
+        dtype,
+        settings.store_tokens,
+        Full(),
+        tensor_parallel=tensor_parallel,
+        max_num_seqs=settings.batch,
+        max_prefill_seqs=settings.batch,
     ).load()
     log = open_log(engine, model, settings, path)
     with progress() as bar:

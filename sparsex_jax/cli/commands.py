@@ -56,6 +56,7 @@ def generate(
     dtype: options.DType = "auto",
     quantization: options.Quantization = "auto",
     kv_dtype: options.KVDType = "auto",
+    tensor_parallel: options.TensorParallel = 1,
     store_tokens: options.StoreTokens = None,
     remember: options.Remember = None,
     adapters: options.Adapters = None,
@@ -95,6 +96,7 @@ def generate(
                 reuse.config,
                 reuse.options(),
                 kv_dtype,
+                tensor_parallel=tensor_parallel,
                 quantization=quantization,
                 adapters=options.parse_adapters(adapters or ()),
                 membership=Membership.of(coordinator, num_processes, process_id, patience),
@@ -111,6 +113,7 @@ def generate(
 def demo(
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
+    tensor_parallel: options.TensorParallel = 1,
     max_new_tokens: options.MaxNewTokens = 24,
     as_json: options.Json = False,
 ) -> None:
@@ -119,7 +122,8 @@ def demo(
     from sparsex_jax.cli.generate import EngineChoice
 
     with clear_errors():
-        choice = EngineChoice(model, dtype, store_tokens=12288, company_tokens=options.COMPANY_TOKENS)
+        company = options.COMPANY_TOKENS
+        choice = EngineChoice(model, dtype, 12288, tensor_parallel=tensor_parallel, company_tokens=company)
         run(choice, max_new_tokens, as_json=as_json)
 
 
@@ -142,7 +146,7 @@ def serve(
     dtype: options.DType = "auto",
     quantization: options.Quantization = "auto",
     kv_dtype: options.KVDType = "auto",
-    tensor_parallel: serve_options.TensorParallel = 1,
+    tensor_parallel: options.TensorParallel = 1,
     store_tokens: options.StoreTokens = None,
     max_num_seqs: serve_options.MaxNumSeqs = None,
     max_context: serve_options.MaxContext = None,
@@ -252,7 +256,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="As `--model` of the other commands.")],
     target: Annotated[Path, typer.Argument(help="A new directory.")],
     dtype: options.StoredDType = "bfloat16",
-    tensor_parallel: Annotated[int, typer.Option(help="Devices to split the weights over.")] = 1,
+    tensor_parallel: options.TensorParallel = 1,
 ) -> None:
     """Convert a model to a checkpoint from which each device loads its shards directly."""
     from sparsex_jax.cli.convert import run
@@ -294,6 +298,7 @@ def cache(
 def calibrate(
     model: Annotated[str, typer.Argument(help="As `--model` of the other commands.")] = DEFAULT_MODEL,
     dtype: options.DType = "auto",
+    tensor_parallel: options.TensorParallel = 1,
     max_loss: Annotated[
         float | None,
         typer.Option(help="How much less than full recompute the answers may score, on average.", show_default="0.02"),
@@ -352,7 +357,17 @@ def calibrate(
     with clear_errors():
         tried = list(METHODS) if methods is None else _split(methods)
         settings = BenchSettings(tried, _split(tasks), _split(regimes), length, segments, samples, batch, seed)
-        run(model, dtype, settings, target_of(max_loss, min_agreement, confident), use=use, out=out, as_json=as_json)
+        target = target_of(max_loss, min_agreement, confident)
+        run(
+            model,
+            dtype,
+            settings,
+            target,
+            tensor_parallel=tensor_parallel,
+            use=use,
+            out=out,
+            as_json=as_json,
+        )
 
 
 def _split(names: str) -> list[str]:
@@ -364,6 +379,7 @@ def quality(
     model: options.Model = DEFAULT_MODEL,
     dtype: options.DType = "auto",
     kv_dtype: options.KVDType = "auto",
+    tensor_parallel: options.TensorParallel = 1,
     tasks: Annotated[
         str,
         typer.Option(
@@ -411,4 +427,13 @@ def quality(
         settings = BenchSettings(
             _split(methods), _split(tasks), _split(regimes), length, segments, samples, batch, seed
         )
-        run(model, dtype, settings, kv_dtype=kv_dtype, out=out, with_maps=with_maps, as_json=as_json)
+        run(
+            model,
+            dtype,
+            settings,
+            kv_dtype=kv_dtype,
+            tensor_parallel=tensor_parallel,
+            out=out,
+            with_maps=with_maps,
+            as_json=as_json,
+        )

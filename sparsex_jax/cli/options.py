@@ -56,6 +56,13 @@ KVDType = Annotated[
     str,
     typer.Option("--kv-dtype", help="Of the KV store: fp8 (e4m3), twice the tokens in its memory; auto: as --dtype."),
 ]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        help="Devices to split model and store over; query heads, and MLP or experts, must divide. A processor is one "
+        "device, or as many as JAX_NUM_CPU_DEVICES says."
+    ),
+]
 StoredDType = Annotated[str, typer.Option("--dtype", help="Of the stored weights: float32, bfloat16 or float16.")]
 StoreTokens = Annotated[
     int | None, typer.Option(help="Token slots of the KV store.", show_default="16384; in fp8 twice as many")

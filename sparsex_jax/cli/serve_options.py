@@ -59,9 +59,6 @@ AllowCredentials = Annotated[
     bool, _in(_SCRIPTS, "Scripts of these origins may send cookies, as for a proxy.", "--allow-credentials")
 ]
 
-TensorParallel = Annotated[
-    int, _in(_STORE, "Devices to split the model and the store over: a divisor of its KV heads.", min=1)
-]
 MaxNumSeqs = Annotated[
     int | None,
     _in(_STORE, "Sequences that run at once; the others wait.", show_default="by device and store: 8 to 256", min=1),

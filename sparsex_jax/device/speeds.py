@@ -67,12 +67,13 @@ def speeds_for(runner: Runner, lend: Lend) -> Speeds:
 
 
 def described(runner: Runner) -> dict[str, Any]:
-    """All that speeds depend on, ready for JSON."""
-    devices, engine, shapes = runner.mesh.devices, runner.engine, runner.shapes
+    """All that speeds depend on, ready for JSON. They are of the whole mesh: what a device computes and reads is its
+    share, and collectives are in the times."""
+    engine, shapes = runner.engine, runner.shapes
     adapters = engine.max_adapters * engine.max_adapter_rank
     return {
-        "device": devices.flat[0].device_kind,
-        "devices": devices.size,
+        "device": runner.mesh.devices.flat[0].device_kind,
+        "mesh": dict(runner.mesh.shape),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "backend": repr(runner.decoder.ops.backend),
         "versions": {"sparsex": version("sparsex-jax"), "jax": jax.__version__},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownModelError
+from sparsex_jax.model.sharding import make_mesh
 
 MAX_PASSES = 4  # one of these must compile nothing
 
@@ -24,18 +26,25 @@ def settled[Result](one_pass: Callable[[], Result], name: str) -> Result:
     raise RuntimeError(f"{MAX_PASSES} passes of {name} all compiled something")
 
 
-def make_engine(model: str, **options: Any) -> Engine:
+def add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
+    """The option of a bench, `--tensor-parallel N`, for `make_engine`, `make_mesh` and `results.provenance`."""
+    text = "devices to split model and store over; a processor is one, or as many as JAX_NUM_CPU_DEVICES says"
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=text)
+
+
+def make_engine(model: str, *, tensor_parallel: int = 1, **options: Any) -> Engine:
     """An engine of a checkpoint, or of a named configuration with random weights.
 
     Args:
       options: fields of `EngineConfig`.
     """
-    return Engine.from_config(model, **options) if _is_named(model) else Engine.from_pretrained(model, **options)
+    make = Engine.from_config if _is_named(model) else Engine.from_pretrained
+    return make(model, mesh=make_mesh(tensor_parallel), **options)
 
 
 def load_engine(model: str, **options: Any) -> tuple[Engine, Any]:
-    """The same, and a tokenizer for its prompts: SmolLM2's for a named configuration. The prompts then mean nothing to
-    the model, and ids that are not in its vocabulary have to be wrapped."""
+    """As `make_engine`, and a tokenizer for its prompts: SmolLM2's for a named configuration. The prompts then mean
+    nothing to the model, and ids that are not in its vocabulary have to be wrapped."""
     engine = make_engine(model, **options)
     return engine, open_checkpoint("smollm2-135m-instruct").tokenizer if _is_named(model) else engine.tokenizer
 

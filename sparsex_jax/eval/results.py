@@ -20,17 +20,24 @@ Summary = Mapping[str, Any]
 _COLUMNS = ("computed_fraction", "flops_fraction", "kl", "top1", "agreement", "ttft_s", "speedup")
 
 
-def file_content(bench: str, model: str, settings: Mapping[str, Any], summaries: Sequence[Summary]) -> dict[str, Any]:
+def file_content(
+    bench: str, model: str, settings: Mapping[str, Any], summaries: Sequence[Summary], devices: int = 1
+) -> dict[str, Any]:
     """The content of a JSON file: how the figures were made, and rows of (work, implementation, figure, unit)."""
     rows = [_row(summary) for summary in summaries]
-    return {"bench": bench, "model": model} | provenance() | {"settings": dict(settings), "rows": rows}
+    return {"bench": bench, "model": model} | provenance(devices) | {"settings": dict(settings), "rows": rows}
 
 
-def provenance() -> dict[str, Any]:
-    """How figures were made: the command, device, machine, versions and commit."""
+def provenance(devices: int = 1) -> dict[str, Any]:
+    """How figures were made: the command, device, machine, versions and commit.
+
+    Args:
+      devices: how many worked together. More than one are named so, and their files too: `2 x NVIDIA H100`.
+    """
+    kind = jax.devices()[0].device_kind
     return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
+        "device": kind if devices == 1 else f"{devices} x {kind}",
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "sparsex": version("sparsex-jax")},
         "commit": commit(),

@@ -41,10 +41,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
 
 Axes = tuple[str, ...]
 
-_MORE_ON_CPU = (
-    "A processor is one device, or as many as are asked for before JAX starts: "
-    "XLA_FLAGS=--xla_force_host_platform_device_count={0}, or jax.config.update('jax_num_cpu_devices', {0})"
-)
+_MORE_ON_CPU = "A processor is one device, or as many as JAX_NUM_CPU_DEVICES or XLA_FLAGS says when JAX starts"
 
 
 def make_mesh(tensor_parallel: int = 1) -> Mesh:
@@ -55,10 +52,10 @@ def make_mesh(tensor_parallel: int = 1) -> Mesh:
     """
     devices = jax.devices()
     if not 1 <= tensor_parallel <= len(devices):
-        on_cpu = devices[0].platform == "cpu" and isinstance(tensor_parallel, int) and tensor_parallel > 1
+        on_cpu = devices[0].platform == "cpu" and tensor_parallel > 1
         raise InvalidRequestError(
             f"tensor_parallel={tensor_parallel} must be from 1 to {len(devices)}, the number of devices"
-            + (f". {_MORE_ON_CPU.format(tensor_parallel)}" if on_cpu else "")
+            + (f". {_MORE_ON_CPU}" if on_cpu else "")
         )
     _require_every_process(devices, tensor_parallel)
     return Mesh(np.array(devices[:tensor_parallel]), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
@@ -71,6 +68,12 @@ def _require_every_process(devices: Sequence[jax.Device], used: int) -> None:
             f"tensor_parallel={used} leaves process {', '.join(map(str, sorted(idle)))} without a device; it must be "
             f"{len(devices)}, all devices of all processes"
         )
+
+
+def device_name(mesh: Mesh) -> str:
+    """The kind of the devices, with their number if there are several: `2 x NVIDIA H100`."""
+    kind = mesh.devices.flat[0].device_kind
+    return kind if mesh.size == 1 else f"{mesh.size} x {kind}"
 
 
 def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from sparsex_jax.cache import Entry
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownHandleError
+from sparsex_jax.model.sharding import device_name
 from sparsex_jax.serving import extras, schemas
 from sparsex_jax.serving.access import Access, Limits, Tenant
 from sparsex_jax.serving.bodies import Bodies
@@ -236,7 +237,7 @@ class Service:
 
 def _build(engine: Engine, model: str) -> dict[str, str]:
     """What runs here, for metrics."""
-    version, device = importlib.metadata.version("sparsex-jax"), engine.mesh.devices.flat[0].device_kind
+    version, device = importlib.metadata.version("sparsex-jax"), device_name(engine.mesh)
     return {"version": version, "jax": jax.__version__, "device": device, "model": model}
 
 

@@ -34,7 +34,8 @@ def file_content(engine: Engine, model: str, prompts: PromptSet, found: Calibrat
         "used": _selection(found.used, found) | {"times": {name: dict(each) for name, each in found.times.items()}},
         "by_regime": {regime: _selection(selection, found) for regime, selection in found.by_regime.items()},
     }
-    return about | found.used.reuse.to_dict() | _in_company(found) | {"measured": measured} | results.provenance()
+    used = found.used.reuse.to_dict() | _in_company(found)
+    return about | used | {"measured": measured} | results.provenance(engine.mesh.size)
 
 
 def _in_company(found: Calibration) -> dict[str, Any]:

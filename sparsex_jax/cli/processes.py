@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -50,6 +51,7 @@ def follow(choice: EngineChoice) -> None:
 
 
 def _joined(choice: EngineChoice) -> Leader | Follower:
+    _print_results_only()
     membership = choice.membership
     assert membership is not None
     secret = secret_of(os.environ)
@@ -57,6 +59,13 @@ def _joined(choice: EngineChoice) -> Leader | Follower:
     said = f"Process {membership.process_id} of {membership.num_processes}"
     messages().print(f"{said} waits for the others at {host}, port {port}", soft_wrap=True)
     return join(membership, secret, _about(choice))
+
+
+def _print_results_only() -> None:
+    """Leave standard output to Python: what libraries print there of their connections goes to standard error."""
+    sys.stdout.flush()
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
+    os.dup2(2, 1)
 
 
 def _about(choice: EngineChoice) -> dict[str, str]:

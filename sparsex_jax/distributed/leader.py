@@ -70,7 +70,7 @@ class Leader:
     def require_whole(self) -> None:
         """Raises GroupError if the group cannot go on."""
         if self.failure is not None:
-            raise self.failure
+            raise GroupError(str(self.failure))
 
     def fail(self, error: GroupError) -> None:
         """The group cannot go on. From any thread; only the first reason counts."""

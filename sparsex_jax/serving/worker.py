@@ -236,6 +236,8 @@ class Worker:
                     rest = self._heal()
                     self._heartbeat.rest()
                     self._wake.wait(rest)
+        except GroupError as lost:  # which the group has logged
+            error = lost
         except BaseException as broken:  # the loop answers for its requests; this is something else
             log.exception("the serving loop failed")
             error = broken

@@ -94,17 +94,7 @@ def answered(*command, **env):
     return json.loads(done.stdout)
 
 
-GENERATE = [
-    "generate",
-    "the",
-    "of",
-    "--model",
-    MODEL,
-    "--no-chat",
-    "--json",
-    "--max-new-tokens=16",
-    "--temperature=0.7",
-]
+GENERATE = ["generate", "the", "of", "--model", MODEL, "--no-chat", "--json", "--max-new-tokens=16"]
 
 
 @pytest.mark.parametrize("devices", [1, 2])

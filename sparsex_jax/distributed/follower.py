@@ -37,6 +37,8 @@ class Follower:
         main thread may never come back: it may wait on the devices for a process that is gone.
     """
 
+    leads = False
+
     def __init__(self, leader: Peer, on_end: Callable[[GroupError], None]) -> None:
         self._leader, self._on_end = leader, on_end
         self._inbox: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()

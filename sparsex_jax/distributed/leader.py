@@ -42,11 +42,14 @@ class Leader:
     """The group as process 0 has it, and the relay of its runner (`Runner.relay`).
 
     Attributes:
+      leads: that it is not a `Follower`.
       failure: why the group cannot go on. From any thread.
       on_end: called with that once it is known, on any thread. The thread that runs the model may never come back: it
         may wait on the devices for a process that is gone.
       on_leaving: called when a follower was told to end and the group should end; on a thread of the group's.
     """
+
+    leads = True
 
     def __init__(self, peers: Sequence[Peer], patience: Patience, on_end: Callable[[GroupError], None]) -> None:
         self.failure: GroupError | None = None
@@ -80,8 +83,8 @@ class Leader:
             self.failure = error
             self._news.notify_all()
         log.error("the group of %d processes ends: %s", len(self._peers) + 1, error)
-        for peer in self._peers:
-            peer.say_bye(str(error))
+        for peer in self._peers:  # one that stands still would have the others wait
+            threading.Thread(target=peer.say_bye, args=(str(error),), daemon=True).start()
         self.on_end(error)
 
     def close(self, why: str = "") -> None:
@@ -234,6 +237,9 @@ class Leader:
 
     def _name(self, part: Any, reference: Reference) -> None:
         key = id(part)
+        if key in self._kept:  # an earlier call returned it too
+            self._dropped.append(reference)
+            return
 
         def gone(_: Any) -> None:
             self._kept.pop(key, None)

@@ -48,7 +48,15 @@ class Group:
     def __init__(self, directory, *options, others=()):
         self.url, coordinator = f"http://127.0.0.1:{free_ports()}", f"127.0.0.1:{free_ports()}"
         self.logs = [directory / f"{number}.log" for number in range(2)]
-        serve = ["serve", MODEL, "--tensor-parallel=2", "--no-warm-up", "--store-tokens=4096", "--silence-timeout=5"]
+        serve = [
+            "serve",
+            MODEL,
+            "--tensor-parallel=2",
+            "--no-warm-up",
+            "--store-tokens=2048",
+            "--drain-timeout=200",
+            "--silence-timeout=10",
+        ]
         common = environment(SPARSEX_GROUP_SECRET=secrets.token_hex(16))
         self.processes = []
         for number, log in enumerate(self.logs):
@@ -64,15 +72,15 @@ class Group:
             with contextlib.suppress(httpx.HTTPError):
                 return httpx.get(f"{self.url}/health").status_code == 200
 
-        wait_for(up, 120)
+        wait_for(up, 300)
 
     def ask(self, **fields):
-        return httpx.post(f"{self.url}/v1/completions", json=ASKED | fields, timeout=120)
+        return httpx.post(f"{self.url}/v1/completions", json=ASKED | fields, timeout=240)
 
     def said(self):
         return [log.read_text() for log in self.logs]
 
-    def codes(self, seconds=40):
+    def codes(self, seconds=90):
         return [process.wait(seconds) for process in self.processes]
 
 
@@ -97,47 +105,58 @@ def answered(*command, **env):
 GENERATE = ["generate", "the", "of", "--model", MODEL, "--no-chat", "--json", "--max-new-tokens=16"]
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_two_processes_have_the_tokens_of_one(devices, tmp_path):
-    """One with two devices and the same mesh, and one with a single device."""
-    size, known = 2 * devices, tmp_path / "known.txt"
+def test_a_command_in_two_processes_prints_what_it_prints_in_one(tmp_path):
+    """With the same mesh: another one rounds otherwise, which a temperature above 0 may show."""
+    known = tmp_path / "known.txt"
     known.write_text("of the and " * 40)
-    generate = [*GENERATE, "--temperature=0.7", f"--remember={known}"]
-    script = [sys.executable, str(SCRIPT), "--processes=2", f"--devices={devices}", "--"]
-    several = answered(*script, *generate, f"--tensor-parallel={size}")
-    one = answered(*COMMAND, *generate, f"--tensor-parallel={size}", devices=size)
-    alone = answered(*COMMAND, *generate)
-    tokens = [[each["token_ids"] for each in answer["answers"]] for answer in (several, one, alone)]
-    assert tokens[0] == tokens[1] == tokens[2]
+    generate = [*GENERATE, "--temperature=0.7", f"--remember={known}", "--tensor-parallel=2"]
+    script = [sys.executable, str(SCRIPT), "--processes=2", "--"]
+    both = answered(*script, *generate), answered(*COMMAND, *generate, devices=2)
+    tokens = [[each["token_ids"] for each in answer["answers"]] for answer in both]
+    assert tokens[0] == tokens[1]
+    assert [len(each) for each in tokens[0]] == [16, 16]
 
 
-def test_requests_go_on_until_a_process_is_killed_in_the_middle_of_one(group):
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_that_come_and_go_have_the_tokens_of_one_process(seed):
+    """On four devices, where each KV head is there twice. Sequences are preempted and cancelled."""
+    member = [sys.executable, str(ROOT / "tests" / "member.py"), str(seed), "4"]
+    group = [f"127.0.0.1:{free_ports()}", "2"]
+    secret = {"SPARSEX_GROUP_SECRET": secrets.token_hex(16)}
+    with subprocess.Popen([*member, *group, "1"], env=environment(2, **secret), stderr=subprocess.DEVNULL) as follower:
+        several = answered(*member, *group, "0", devices=2, **secret)
+        assert follower.wait(60) == 0
+    alone = answered(*member, devices=4)
+    assert several == alone
+    assert alone["preempted"] > 0
+
+
+def test_a_process_that_is_killed_in_the_middle_of_a_request_is_told(group):
     """The devices of process 0 may wait forever for those of the other one, and clients hear of it all the same."""
     first = group.ask()
-    assert first.status_code == 200
-    assert group.ask().json()["choices"][0]["text"] == first.json()["choices"][0]["text"]
+    assert first.status_code == 200, first.text
     answers = []
-    long = threading.Thread(target=lambda: answers.append(group.ask(max_tokens=3000)), daemon=True)
+    long = threading.Thread(target=lambda: answers.append(group.ask(max_tokens=900)), daemon=True)
     long.start()
-    time.sleep(3)
+    time.sleep(1)
     group.processes[1].kill()
     killed = time.monotonic()
-    long.join(20)
-    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "process_lost")
+    long.join(30)
+    assert (answers[0].status_code, answers[0].json()["error"]["code"]) == (503, "process_lost"), answers[0].text
     assert "process 1 (" in answers[0].json()["error"]["message"]
-    assert group.ask().status_code == 503
     assert httpx.get(f"{group.url}/health").status_code == 503
     assert group.codes() == [1, -signal.SIGKILL]
-    assert time.monotonic() - killed < 20
+    assert time.monotonic() - killed < 30
     assert "has ended; without it the others cannot go on" in group.said()[0].splitlines()[-1]
 
 
 def test_a_process_that_stands_still_is_lost_too(group):
-    assert group.ask().status_code == 200
     group.processes[1].send_signal(signal.SIGSTOP)
-    wait_for(lambda: httpx.get(f"{group.url}/health").status_code == 503, 20)
-    assert "has given no sign of life for 5 s" in group.ask().json()["error"]["message"]
-    assert group.processes[0].wait(20) == 1
+    wait_for(lambda: httpx.get(f"{group.url}/health").status_code == 503, 60)
+    answer = group.ask()
+    assert answer.status_code == 503
+    assert "has given no sign of life for 10 s" in answer.json()["error"]["message"]
+    assert group.processes[0].wait(60) == 1
 
 
 def test_without_the_leader_the_others_end(group):
@@ -148,22 +167,25 @@ def test_without_the_leader_the_others_end(group):
 
 @pytest.mark.parametrize("told", [[0], [1], [0, 1]])
 def test_all_end_in_peace_whichever_is_told_to(group, told):
-    """What runs is finished first."""
-    group.ask(max_tokens=1)
+    for number in told:
+        group.processes[number].terminate()
+    assert group.codes() == [0, 0], group.said()
+
+
+def test_what_runs_is_finished_before_all_end(group):
     answers = []
     running = threading.Thread(target=lambda: answers.append(group.ask(max_tokens=40)), daemon=True)
     running.start()
     time.sleep(1)
-    for number in told:
-        group.processes[number].terminate()
-    assert group.codes() == [0, 0], group.said()
+    group.processes[1].terminate()
+    assert group.codes(240) == [0, 0], group.said()
     running.join(10)
-    assert answers[0].status_code == 200
+    assert answers[0].status_code == 200, answers[0].text
 
 
 def test_commands_that_differ_are_refused_in_both(tmp_path):
     group = Group(tmp_path, others=["--max-num-seqs=3"])
-    codes = group.codes(60)
+    codes = group.codes()
     assert codes == [2, 2], group.said()
     for said in group.said():
         assert "max_num_seqs is 3 in process 1" in said
@@ -172,6 +194,6 @@ def test_commands_that_differ_are_refused_in_both(tmp_path):
 
 def test_too_few_devices_are_refused_in_both(tmp_path):
     group = Group(tmp_path, "--tensor-parallel=1")
-    assert group.codes(60) == [1, 1], group.said()
+    assert group.codes() == [1, 1], group.said()
     says = "tensor_parallel=1 leaves process 1 without a device; it must be 2"
     assert all(says in said for said in group.said())

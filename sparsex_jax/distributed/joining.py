@@ -137,6 +137,7 @@ def tell_jax(membership: Membership) -> None:
     """Have JAX see the devices of all processes. Before its first use."""
     host, port = membership.coordinator.rpartition(":")[::2]
     patience = membership.patience
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM
     jax.distributed.initialize(
         membership.coordinator,
         membership.num_processes,

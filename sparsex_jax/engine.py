@@ -66,7 +66,7 @@ from sparsex_jax.device.speeds import speeds_for
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.matrices import random_quantised
-from sparsex_jax.model.sharding import TENSOR_AXIS, check_mesh, make_mesh
+from sparsex_jax.model.sharding import TENSOR_AXIS, check_mesh, make_mesh, on_mesh
 from sparsex_jax.model.store import check_range
 from sparsex_jax.model.weights import Params, random_params
 from sparsex_jax.reuse.cost import Speeds
@@ -149,7 +149,8 @@ class Engine:
             log.warning("kv_dtype='fp8' is slow on a CPU, which converts the whole store for each row that is written")
         self.model = model = model.for_context(self.config.max_context)
         self.runner = Runner(model, self.config, params, self.mesh)
-        self.admission = Admission(model, self.config, self._speeds if self.config.choose == "measured" else None)
+        as_computed = on_mesh(model, self.mesh)
+        self.admission = Admission(as_computed, self.config, self._speeds if self.config.choose == "measured" else None)
         if self.config.mirrors:
             self.admission.mirroring = Mirroring(self.runner)
         if self.config.host_store_bytes:

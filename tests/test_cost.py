@@ -250,6 +250,11 @@ def test_a_measurement_is_kept_for_the_next_process(tiny, counted, tmp_path):
     assert len(counted) == 1
 
 
+def test_each_mesh_is_measured_by_itself(tiny, counted):
+    wide = sharded_tiny(2)
+    assert [ask(each).start for each in (tiny, wide, tiny, wide)] == [1.0, 2.0, 1.0, 2.0]
+
+
 def changed(**fields):
     return lambda content: json.dumps(content | {"speeds": content["speeds"] | fields})
 

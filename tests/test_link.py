@@ -107,9 +107,13 @@ def test_a_block_holds_what_the_pages_held_when_it_was_spilled():
 
 
 @pytest.mark.parametrize("devices", [(1, 4), (4, 1), (2, 4)])
-def test_numpy_and_back_also_onto_another_mesh(devices):
-    (one, like), (other, there) = (made(devices=number) for number in devices)
-    content = random_array(like.shape, like.dtype)
+@pytest.mark.parametrize("heads", [4, 2])
+def test_numpy_and_back_also_onto_another_mesh(devices, heads):
+    """Also where there are more devices than heads: their copies are not in what NumPy gets."""
+    model = dataclasses.replace(MODEL, num_kv_heads=heads)
+    (one, like), (other, there) = (made(devices=number, model=model) for number in devices)
+    once = random_array((*like.shape[:3], heads, *like.shape[4:]), like.dtype)
+    content, back = (once.repeat(each.shape[3] // heads, axis=3) for each in (like, there))
     pieces = [piece.copy() for piece in one.to_numpy(one.spill(on_devices(content, like), [4, 8, 15]))]
     block = other.from_numpy(pieces)
     for piece in pieces:
@@ -117,8 +121,9 @@ def test_numpy_and_back_also_onto_another_mesh(devices):
     store = other.place(
         on_devices(np.zeros(there.shape, there.dtype), there), other.fetch(block, GROUPS), [0, 1, 2], [1, 2, 3]
     )
-    assert same(np.asarray(store)[:, 1:4], content[:, [4, 8, 15]])
+    assert same(np.asarray(store)[:, 1:4], back[:, [4, 8, 15]])
     assert block.pages == 3
+    assert {piece.shape[3] for piece in pieces} == {heads}
 
 
 @settings(max_examples=15)

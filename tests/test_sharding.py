@@ -1,13 +1,39 @@
 """Tensor parallelism on virtual devices: the results of one device, and the share of the store on each."""
 
+import dataclasses
+import functools
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import httpx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import CONFIG, TINY, sharded_tiny
+from conftest import CONFIG, TALKING, TINY, sharded_tiny
 from dense import Dense
+from live import wait_for
 
 from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
+from sparsex_jax.config import METHODS as REGISTERED
+from sparsex_jax.config import find_method
+from sparsex_jax.device.decode import DecodeState, decode, forward
+from sparsex_jax.device.prefill import prefill
+from sparsex_jax.device.probe import ProbeState, probe
+from sparsex_jax.device.signals import BUILT_IN
+from sparsex_jax.device.state import BatchSlot, decode_state
+from sparsex_jax.model.layers import ForwardPass, run_layer
 from sparsex_jax.model.sharding import make_mesh, spec
+from sparsex_jax.model.weights import random_params
+from sparsex_jax.reuse.plan import Rows
+from sparsex_jax.reuse.planner import RequestPlan
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_jax.reuse.schedule import Phase
 
 MODEL = ModelConfig(
     vocab_size=120,  # divides by 2 and 8; the table's fallback to replication is tested below
@@ -19,6 +45,7 @@ MODEL = ModelConfig(
     head_dim=8,
     max_position=512,
 )
+FEW_HEADS = dataclasses.replace(MODEL, num_kv_heads=2, qk_norm=True)
 METHODS = {
     "full": ReuseConfig(method="full"),
     "prefix": ReuseConfig(method="prefix"),
@@ -28,20 +55,29 @@ METHODS = {
 }
 
 
-def engine(tensor_parallel: int, model: ModelConfig = MODEL) -> Engine:
-    return Engine.from_config(
-        model, mesh=make_mesh(tensor_parallel), store_tokens=1024, page_size=16, max_num_seqs=2, chunk_rows=32
-    )
+def few_heads(tensor_parallel: int) -> Engine:
+    """With fewer KV heads than devices."""
+    return engine(tensor_parallel, FEW_HEADS)
 
 
-def run_all(one: Engine) -> dict[str, tuple[np.ndarray, list[int], float]]:
+def engine(tensor_parallel: int, model: ModelConfig = MODEL, **options) -> Engine:
+    sizes = {"store_tokens": 1024, "page_size": 16, "max_num_seqs": 2, "chunk_rows": 32} | options
+    return Engine.from_config(model, mesh=make_mesh(tensor_parallel), **sizes)
+
+
+# Those of `METHODS` that stand for all in the default suite: the others are data of the same programs.
+FEW = {name: METHODS[name] for name in ("full", "sparsex")}
+ALL = METHODS | {name: find_method(name)(only_if_faster=False) for name in sorted(set(REGISTERED) - METHODS.keys())}
+
+
+def run_all(one: Engine, methods: dict[str, ReuseConfig]) -> dict[str, tuple[np.ndarray, list[int], float]]:
     rng = np.random.default_rng(5)
     documents = [rng.integers(0, 97, 50).tolist() for _ in range(2)]
     prompt = [*rng.integers(0, 97, 11).tolist(), *documents[1], 3, *documents[0], *rng.integers(0, 97, 9).tolist()]
     for document in documents:
         one.remember(document, frozen=True)
     out = {}
-    for name, reuse in METHODS.items():
+    for name, reuse in methods.items():
         generation = one.generate(prompt, SamplingParams(max_new_tokens=8), reuse=reuse, keep=False)
         logits = one.prefill(prompt, reuse=reuse, keep=False).logits
         out[name] = logits, generation.token_ids, generation.report.computed_fraction
@@ -54,10 +90,20 @@ MESHES = pytest.mark.parametrize(
 )
 
 
-@MESHES
+@pytest.mark.parametrize("tensor_parallel", [2, 4])
+def test_a_mesh_gives_the_logits_and_tokens_of_one_device(tensor_parallel):
+    check_against_one_device(sharded_tiny, tensor_parallel, METHODS if tensor_parallel == 2 else FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "tensor_parallel"), [(engine, 2), (engine, 8), (few_heads, 4), (few_heads, 8)])
 def test_every_method_gives_the_logits_and_tokens_of_one_device(make, tensor_parallel):
-    single = run_all(make(1))
-    for name, (logits, tokens, fraction) in run_all(make(tensor_parallel)).items():
+    check_against_one_device(make, tensor_parallel, ALL)
+
+
+def check_against_one_device(make, tensor_parallel, methods):
+    single = run_all(make(1), methods)
+    for name, (logits, tokens, fraction) in run_all(make(tensor_parallel), methods).items():
         np.testing.assert_allclose(logits, single[name][0], atol=2e-5, err_msg=name)
         assert (tokens, fraction) == (single[name][1], single[name][2]), name
 
@@ -69,8 +115,69 @@ def test_each_device_holds_its_share_of_the_store_only(make, tensor_parallel):
     shards = one.runner.store.addressable_shards
     assert {shard.device for shard in shards} == set(jax.devices()[:tensor_parallel])
     assert all(shard.data.nbytes * tensor_parallel == one.runner.store.nbytes for shard in shards)
-    weights = one.runner.params.layers.w_gate.addressable_shards
-    assert all(shard.data.nbytes * tensor_parallel == one.runner.params.layers.w_gate.nbytes for shard in weights)
+    layers = one.runner.params.layers
+    for weight in (layers.w_gate, layers.w_down, layers.wq, layers.wk, layers.wv, layers.wo):
+        assert all(shard.data.nbytes * tensor_parallel == weight.nbytes for shard in weight.addressable_shards)
+
+
+def collectives(step, *args, **static) -> list[tuple[str, int]]:
+    """The kind of each collective in a compiled step, and how many numbers it gives; once for all turns of a loop."""
+    leaves, tree = jax.tree.flatten(args)  # checked dataclasses take nothing but arrays
+    compiled = jax.jit(lambda *leaves: step(*jax.tree.unflatten(tree, leaves), **static)).lower(*leaves).compile()
+    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", compiled.as_text())
+    return [(kind, max(map(_size, re.findall(r"\[([\d,]*)\]", made)))) for made, kind in found]
+
+
+def _size(shape: str) -> int:
+    return math.prod(map(int, filter(None, shape.split(","))))
+
+
+def decoding(one: Engine) -> DecodeState:
+    slot = BatchSlot(range(30), [1], SamplingParams(), pages=range(2))
+    return decode_state([slot], one.runner.shapes.max_pages, one.model.vocab_size)
+
+
+@pytest.mark.parametrize("tensor_parallel", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_a_layer_has_two_all_reduces_of_its_rows_and_no_other_collective(tensor_parallel):
+    """In decode and in prefill, whose loops over the layers have one body. Each device has all of this vocabulary."""
+    one = sharded_tiny(tensor_parallel)
+    runner, state = one.runner, decoding(one)
+    step = functools.partial(forward, decoder=runner.decoder)
+    assert collectives(step, runner.params, runner.store, state) == [("all-reduce", TINY.hidden_size)] * 2
+
+    def layer(params, tables, *rest):
+        return run_layer(ForwardPass(params, tables, runner.decoder, 32), *rest)
+
+    rows, hidden = Rows(*[np.zeros(128, np.int32)] * 4), np.zeros((128, TINY.hidden_size), np.float32)
+    found = collectives(layer, runner.params, state.page_tables, np.int32(1), runner.store, rows, hidden)
+    assert found == [("all-reduce", 32 * TINY.hidden_size)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "tensor_parallel"), [(engine, 8), (few_heads, 8), (sharded_tiny, 4)])
+def test_nothing_gathers_the_store(make, tensor_parallel):
+    """Nor a layer of it: what goes over the mesh in whole prefills, probes and decodes is of rows, keys or logits."""
+    one = make(tensor_parallel)
+    runner, model, config = one.runner, one.model, one.config
+    prompt = PromptMap(np.zeros(100, np.int32), np.full(100, TokenKind.FRESH, np.uint8))
+    run = runner.begin([RequestPlan(prompt, (Phase(0, prompt.computed),), range(7))])
+    decoder, plan, state = runner.decoder, run.plan, run.state
+    about, keys = (runner.params, runner.store), config.max_prefill_seqs * runner.shapes.max_pages * config.page_size
+    focus = np.zeros((config.max_prefill_seqs, keys // config.max_prefill_seqs), np.float32)
+    probed = ProbeState(state.layer, state.hidden, jnp.asarray(focus))
+    prefilled = functools.partial(prefill, decoder=decoder, signals=tuple(BUILT_IN.values()), chunk=32)
+    looked = functools.partial(probe, decoder=decoder, layers=3, watched=2, chunk=32)
+    steps = {
+        "prefill": collectives(prefilled, *about, plan, state, np.int32(model.num_layers)),
+        "probe": collectives(looked, *about, plan.page_tables, state.rows, np.zeros(128, bool), probed),
+        "decode": collectives(functools.partial(decode, decoder=decoder, steps=16), *about, decoding(one)),
+    }
+    most = max(128 * model.hidden_size, keys, config.max_prefill_seqs * model.vocab_size)
+    assert most < runner.store.size / model.num_layers / 2
+    for name, found in steps.items():
+        assert len(found) >= 2, name
+        assert max(size for _, size in found) <= most, name
 
 
 @pytest.mark.slow
@@ -98,6 +205,74 @@ def test_a_mesh_without_a_tensor_axis_is_refused():
     mesh = jax.make_mesh((2,), ("data",))
     with pytest.raises(InvalidRequestError, match="it needs one named 'tensor'"):
         Engine.from_config(MODEL, mesh=mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "tensor_parallel"), [(MODEL, 2), (FEW_HEADS, 4), (MODEL, 8)])
+def test_the_loop_gives_the_answers_of_one_device(model, tensor_parallel):
+    """Of sequences that wait for one another, share texts, are preempted, drawn, biased, or cancelled on their way."""
+    sizes = {"store_tokens": 640, "max_num_seqs": 4, "decode_steps": 4}
+    expected, answers = (serve_many(engine(size, model, **sizes)) for size in (1, tensor_parallel))
+    assert answers == expected
+
+
+def serve_many(one: Engine) -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    texts = [rng.integers(1, 97, 64).tolist() for _ in range(3)]
+    for text in texts:
+        one.remember(text, frozen=True)
+    wishes = [{}, {"temperature": 0.8, "seed": 3}, {"presence_penalty": 0.5}, {"logit_bias": {5: 2.0}}, {"logprobs": 2}]
+    answers: dict[int, list[int]] = {number: [] for number in range(6)}
+    for number in answers:
+        own = rng.integers(1, 97, 5 + 9 * number).tolist()
+        prompt = [*own, *texts[number % 3], *own[:3], *texts[(number + 1) % 3], *own[-4:]]
+        reuse = METHODS["sparsex" if number % 2 else "naive"].updated(only_if_faster=False)
+        ticket = one.loop.submit(
+            prompt,
+            SamplingParams(max_new_tokens=20, **wishes[number % len(wishes)]),
+            reuse=reuse,
+            keep=False,
+            listener=lambda event, number=number: answers[number].extend(event.token_ids),
+        )
+    for _ in range(3):
+        one.loop.step()
+    ticket.cancel()
+    while one.loop.step():
+        pass
+    one.cache.check(held=[])
+    assert one.loop.stats.preempted > 0
+    *others, cancelled = answers.values()
+    assert all(len(answer) == 20 for answer in others)
+    assert len(cancelled) < 20
+    return others
+
+
+@pytest.mark.slow
+def test_a_server_on_a_mesh_gives_the_answers_of_one_device(tmp_path):
+    """The model has one KV head, so each of two devices has a copy of it."""
+    model = dataclasses.replace(TALKING, num_layers=2)
+    tokenizer = open_checkpoint("smollm2-135m-instruct").tokenizer
+    save_checkpoint(tmp_path / "tiny", model, random_params(model, "float32", make_mesh()), tokenizer)
+    sizes, prompt = {"store_tokens": 1024, "company_tokens": 0}, list(range(300, 380))
+    alone = Engine.from_pretrained(tmp_path / "tiny", dtype="float32", **sizes)
+    expected = alone.generate(prompt, SamplingParams(max_new_tokens=12)).text
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", "from sparsex_jax.cli import app; app()", "serve", str(tmp_path / "tiny")]
+    command += ["--port", str(port)]
+    command += ["--tensor-parallel", "2", "--store-tokens", "1024", "--no-warm-up", "--healing", "0"]
+    said = {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    process = subprocess.Popen(command, env=os.environ | said)
+    try:
+        wait_for(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 300)
+        body = {"prompt": prompt, "max_tokens": 12, "temperature": 0}
+        answers = [httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=300) for _ in range(2)]
+        metrics = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=60).text
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == [expected] * 2
+    assert 'device="2 x cpu"' in metrics
 
 
 @pytest.mark.slow

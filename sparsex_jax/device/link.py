@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from sparsex_jax.config import EngineConfig, ModelConfig
@@ -159,7 +159,8 @@ class Link:
             raise ValueError(f"bytes_per_s={bytes_per_s} must be above 0")
         self._mesh, self._store, self._copies = mesh, abstract_store(model, engine, mesh), kv_copies(model, mesh)
         self.layers = layer_groups(model.num_layers, num_groups)
-        self._starts = jax.device_put([np.int32(layers.start) for layers in self.layers])
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+        self._starts = jax.device_put([np.int32(layers.start) for layers in self.layers], self._everywhere)
         self.memory_kind = host_memory_kind(mesh)
         self._shares_memory = mesh.devices.flat[0].platform == "cpu"  # JAX may use a NumPy array's memory as it is
         self._store_kind = mesh.devices.flat[0].default_memory().kind
@@ -226,7 +227,7 @@ class Link:
         each = [_target(padded_size(block.pages), *place) for block, place in zip(blocks, places, strict=True)]
         are_full = [len(target) for target in each] == [BLOCK_PAGES] * TOGETHER
         with _link_errors(sum(target.nbytes for target in each)):
-            return jax.device_put(np.stack(each) if are_full else each)
+            return jax.device_put(np.stack(each) if are_full else each, self._everywhere)
 
     def place_together(self, store: Store, arriving: Arriving, targets: Targets) -> Store:
         """Write what `fetch_together` began, as `place`. Raises LinkError."""
@@ -253,7 +254,7 @@ class Link:
         self._check_pages(pages)
         _check_rows(rows, pages, arriving.pages)
         arriving.wait()
-        target = jax.device_put(_target(padded_size(arriving.pages), rows, pages))
+        target = jax.device_put(_target(padded_size(arriving.pages), rows, pages), self._everywhere)
         return self._write(store, arriving, [target] * len(arriving.pieces))
 
     def warm_up(self, store: Store) -> Store:
@@ -261,8 +262,9 @@ class Link:
         for size in SIZES:
             block = self.spill(store, [0] * size)
             arriving = self.fetch(block, range(len(self.layers)))
-            store = self._write(store, arriving, [jax.device_put(_target(size, [], []))] * len(self.layers))
-        nowhere = jax.device_put(np.full((TOGETHER, BLOCK_PAGES), -1, np.int32))
+            target = jax.device_put(_target(size, [], []), self._everywhere)
+            store = self._write(store, arriving, [target] * len(self.layers))
+        nowhere = jax.device_put(np.full((TOGETHER, BLOCK_PAGES), -1, np.int32), self._everywhere)
         for piece, first in zip(arriving.pieces, self._starts, strict=True):  # the last ones are full
             store = scatter_all(store, (piece,) * TOGETHER, nowhere, first, mesh=self._mesh)
         return store

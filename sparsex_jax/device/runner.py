@@ -473,7 +473,12 @@ class Runner:
         most = self.engine.decode_steps
         with self._precision():
             self.store, state, sampled = decode(
-                self.params, self.store, self._state(state), self._numbers[steps], decoder=self.decoder, steps=most
+                self.params,
+                self.store,
+                self.place(state),
+                self._numbers[min(steps, most)],
+                decoder=self.decoder,
+                steps=most,
             )
         return state, sampled
 
@@ -481,7 +486,7 @@ class Runner:
     def start_forward(self, state: DecodeState) -> Float[Array, "requests vocab"]:
         """The last token of each sequence through all layers, for `choose`. Does not wait for the device."""
         with self._precision():
-            self.store, scores = forward(self.params, self.store, self._state(state), decoder=self.decoder)
+            self.store, scores = forward(self.params, self.store, self.place(state), decoder=self.decoder)
         return scores
 
     @relayed
@@ -489,10 +494,11 @@ class Runner:
         self, scores: Float[Array, "requests vocab"], state: DecodeState, allowed: UInt32[np.ndarray, "requests words"]
     ) -> tuple[DecodeState, Sampled]:
         """The next token of each sequence among those allowed. Does not wait for the device."""
-        return choose(scores, self._state(state), self._placed(allowed))
+        return choose(scores, self.place(state), self._placed(allowed))
 
-    def _state(self, state: DecodeState) -> DecodeState:
-        """The state comes from the host, or from the dispatch before: placed alike, both run the same program."""
+    def place(self, state: DecodeState) -> DecodeState:
+        """A state on the devices. It comes from the host, or from the dispatch before: placed alike, both run the same
+        program."""
         on_host = isinstance(state.token, np.ndarray)
         return self._placed(_unpacked(self._sent(state), ops=self.decoder.ops) if on_host else state)
 

@@ -1,7 +1,8 @@
 """How long a prefill will take, by what parts of prefills were measured to take on the same devices.
 
-Admission compares by it what can be done for a request: a short prompt is recomputed sooner than its pieces are copied,
-scored and corrected. `sparsex_jax.device.measuring` measures. Benches print predictions beside what they measure.
+The times are of the whole mesh, each device at its share, with the collectives between them. Admission compares by them
+what can be done for a request: a short prompt is recomputed sooner than its pieces are copied, scored and corrected.
+`sparsex_jax.device.measuring` measures. Benches print predictions beside what they measure.
 """
 
 from __future__ import annotations
@@ -211,7 +212,10 @@ def _signal_seconds(
     model: ModelConfig, plan: RequestPlan, before: Int[np.ndarray, "rows"], phase: Phase, times: ChunkTimes
 ) -> float:
     """Seconds of a signal: K and V of all rows at the boundary, the fresh rows' key mass, and the signal's own pass.
-    None without a signal."""
+    None without a signal.
+
+    On a mesh it is a little too much: K and V are summed over no devices, and a layer's time has two such sums.
+    """
     if phase.signal is None:
         return 0.0
     fresh = np.flatnonzero(plan.prompt.fresh)
@@ -226,7 +230,8 @@ def _signal_seconds(
 
 
 def _kv_share(model: ModelConfig) -> float:
-    """The share of a layer's products that make keys and values."""
+    """The share of a layer's products that make keys and values. On a mesh it is each device's, if copies of KV heads
+    count in the model (`sharding.on_mesh`)."""
     keys_values = 2 * model.num_kv_heads * model.head_dim
     both_ways = 2 * model.num_q_heads * model.head_dim  # queries, and the output projection
     return keys_values / (keys_values + both_ways + 3 * model.mlp_width + (model.num_experts or 0))

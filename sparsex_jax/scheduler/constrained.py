@@ -32,9 +32,9 @@ class ConstrainedDecode:
           matchers: of each sequence's structure, if it has one. They stay as they are.
           max_tokens: at most so many of each sequence.
         """
-        self._runner, self._state, self._max_tokens = runner, state, max_tokens
+        self._runner, self._state, self._max_tokens = runner, runner.place(state), max_tokens
         self._ahead = [matcher.copy() if matcher else None for matcher in matchers]
-        self._scores = runner.start_forward(state)
+        self._scores = runner.start_forward(self._state)
 
     def finish(self) -> tuple[DecodeState, Sampled]:
         """The state behind all tokens, and these, as NumPy arrays. It can be called once.

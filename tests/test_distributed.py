@@ -36,7 +36,9 @@ from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import Phase
 
 SECRET = b"only for this test"
-SOON = Patience(join=10, silence=2, stall=60, farewell=0.5)
+# A busy machine may leave a process without a turn for seconds, so that only tests of silence take it for an end soon.
+SOON = Patience(join=30, silence=30, stall=60, farewell=0.5)
+HASTY = dataclasses.replace(SOON, silence=1)
 GREEDY = SamplingParams(max_new_tokens=6)
 SPARSE = ReuseConfig(boundary_layer=1, recompute_ratio=0.2, only_if_faster=False)
 
@@ -413,7 +415,13 @@ def test_who_gives_no_sign_of_life_is_named():
 def test_who_hangs_in_a_call_is_named(pair):
     leading, following, group = pair
     group.leader._patience = dataclasses.replace(SOON, stall=0.2)
-    following.runner.start_decode = lambda *_: time.sleep(2)
+
+    def hang(*_):
+        time.sleep(0.5)
+        group.follower._leader._wake.set()  # the next sign of life comes now
+        time.sleep(0.5)
+
+    following.runner.start_decode = hang
     leading.generate([1, 2, 3], GREEDY)
     wait_for(lambda: group.leader.failure is not None)
     assert "hangs: call" in str(group.leader.failure)
@@ -425,6 +433,7 @@ def broken(*_, **__):
 
 def test_a_follower_that_fails_alone_ends_the_group(pair):
     leading, following, group = pair
+    group.leader._patience = HASTY
     following.runner.start_decode = broken
     leading.generate([1, 2, 3], GREEDY)  # nothing here waits for the other devices
     wait_for(lambda: group.leader.failure is not None)
@@ -434,6 +443,7 @@ def test_a_follower_that_fails_alone_ends_the_group(pair):
 
 def test_a_leader_that_fails_alone_ends_the_group(pair, monkeypatch):
     leading, _, group = pair
+    group.leader._patience = HASTY
     own, advance = leading.runner, Runner._advance
     monkeypatch.setattr(
         "sparsex_jax.device.runner.Runner._advance",

@@ -417,9 +417,10 @@ def test_who_hangs_in_a_call_is_named(pair):
     group.leader._patience = dataclasses.replace(SOON, stall=0.2)
 
     def hang(*_):
-        time.sleep(0.5)
-        group.follower._leader._wake.set()  # the next sign of life comes now
-        time.sleep(0.5)
+        for _ in range(100):  # until it is noticed
+            if group.leader.failure is None:
+                time.sleep(0.3)
+                group.follower._leader._wake.set()  # the next sign of life comes now
 
     following.runner.start_decode = hang
     leading.generate([1, 2, 3], GREEDY)

@@ -138,6 +138,7 @@ class Engine:
         self.sampling, adapters = dict(sampling or {}), _adapters_by_name(adapters)
         self.mesh = check_mesh(mesh or make_mesh(), model)
         config = config or EngineConfig()
+        _check_processes(config, self.mesh)
         config = dataclasses.replace(config, max_adapters=config.max_adapters or len(adapters))
         require(
             config.max_adapters > 0 or not config.share_adapters,
@@ -221,6 +222,7 @@ class Engine:
         _check_layers(defaults.reuse, checkpoint.config)
         log.info("%s", defaults)
         mesh = check_mesh(mesh or make_mesh(), checkpoint.config)
+        _check_processes(config, mesh)
         config = config.resolved(_platform(mesh), checkpoint.dtype, checkpoint.in_numbers)
         named = {
             name: _read_adapter(each, checkpoint.config, model_title(source))
@@ -660,6 +662,16 @@ def _of_each[T](name: str, kind: type[T] | UnionType, value: T | Sequence[T], nu
     if len(value) != number:
         raise InvalidRequestError(f"{name} has {len(value)} entries for {number} prompts")
     return value
+
+
+def _check_processes(config: EngineConfig, mesh: Mesh) -> None:
+    """Raise InvalidRequestError if the engine would need all devices of the mesh in this process, and has not."""
+    tiers, together = config.host_store_bytes, not mesh.is_multi_process
+    require(
+        not tiers or together,
+        f"host_store_bytes={tiers} must be 0 where several processes have the devices: only a process that has all of "
+        "them can move KV to host memory and disk",
+    )
 
 
 def _check_layers(reuse: ReuseConfig, model: ModelConfig) -> None:

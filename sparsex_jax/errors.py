@@ -102,3 +102,7 @@ class UnknownPinError(SparsexError, KeyError):
     """The namespace has no pin of that key: it was never made, was released, or its time is over."""
 
     __str__ = UnknownHandleError.__str__
+
+
+class GroupError(SparsexError):
+    """The processes of a group cannot go on together: one did not come, differs, hangs, failed alone or has ended."""

@@ -155,7 +155,8 @@ def test_figures_compare_with_the_prefix_cache_behind_the_first_turn():
 
 def test_a_file_and_its_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_conversations, "RESULTS", tmp_path)
-    options = argparse.Namespace(model="tiny", note=None, methods=["prefix", "sparsex"], turns=3, heal=False)
+    about = {"model": "tiny", "note": None, "methods": ["prefix", "sparsex"], "turns": 3, "heal": False}
+    options = argparse.Namespace(**about, tensor_parallel=1)
     bench_conversations.save(options, {("rag", "full"): SCRIPTED}, num_layers=4)
     (path,) = tmp_path.glob("conversations-tiny-*.json")
     content = json.loads(path.read_text())

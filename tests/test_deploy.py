@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sparsex_jax.cli import app
 from sparsex_jax.cli.options import parse_disk_store
+from sparsex_jax.config.membership import SECRET, Membership
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "configs" / "deploy"
@@ -141,10 +142,10 @@ def test_the_image_serves_and_is_checked_at_one_port():
 # Kubernetes -------------------------------------------------------------------------------------------------
 
 
-def manifests():
+def manifests(folder="kubernetes"):
     """By kind and name."""
-    names = yaml.safe_load((DEPLOY / "kubernetes" / "kustomization.yaml").read_text())["resources"]
-    loaded = [each for name in names for each in yaml.safe_load_all((DEPLOY / "kubernetes" / name).read_text())]
+    names = yaml.safe_load((DEPLOY / folder / "kustomization.yaml").read_text())["resources"]
+    loaded = [each for name in names for each in yaml.safe_load_all((DEPLOY / folder / name).read_text())]
     return {(each["kind"], each["metadata"]["name"]): each for each in loaded}
 
 
@@ -203,6 +204,55 @@ def test_the_service_finds_the_pods():
         manifests()["Deployment", "sparsex"]["spec"]["selector"]["matchLabels"],
     ):
         assert selector.items() <= pod["metadata"]["labels"].items()
+
+
+# Several machines -------------------------------------------------------------------------------------------
+
+
+def group():
+    """The stateful set, and the environment of its pods."""
+    stateful = manifests("kubernetes-group")["StatefulSet", "sparsex-group"]["spec"]
+    [container] = stateful["template"]["spec"]["containers"]
+    return stateful, container, {each["name"]: each for each in container["env"]}
+
+
+def test_the_pods_of_a_group_find_each_other():
+    stateful, container, environment = group()
+    served, ports = parsed(container["args"]), {each["name"]: each["containerPort"] for each in container["ports"]}
+    coordinator = environment["SPARSEX_COORDINATOR"]["value"]
+    member = Membership.of(coordinator, int(environment["SPARSEX_NUM_PROCESSES"]["value"]), 1)
+    assert member.control == (f"sparsex-group-0.{stateful['serviceName']}", ports["group"])
+    assert coordinator.endswith(f":{ports['coordinator']}")
+    assert member.num_processes == stateful["replicas"]
+    gpus = container["resources"]["limits"]["nvidia.com/gpu"]
+    assert served["tensor_parallel"] == stateful["replicas"] * gpus
+    assert served["port"] == ports["http"]
+    assert served["drain_timeout"] + 10 <= stateful["template"]["spec"]["terminationGracePeriodSeconds"]
+    headless = manifests("kubernetes-group")["Service", stateful["serviceName"]]["spec"]
+    assert (headless["clusterIP"], headless["publishNotReadyAddresses"]) == ("None", True)
+    assert {each["port"] for each in headless["ports"]} == {ports["group"], ports["coordinator"]}
+    assert stateful["podManagementPolicy"] == "Parallel"
+
+
+def test_the_pods_of_a_group_have_what_the_commands_read():
+    _, _, environment = group()
+    serving = {each.envvar for each in serve().params if each.envvar}
+    assert {*environment} - {SECRET} == serving
+    folder = DEPLOY / "kubernetes-group"
+    check_flags((folder / "statefulset.yaml").read_text().split("args:", 1)[1].split("env:")[0])
+    selected = manifests("kubernetes-group")["Service", "sparsex"]["spec"]["selector"]
+    assert selected == {"statefulset.kubernetes.io/pod-name": "sparsex-group-0"}
+
+
+def test_the_job_of_slurm_serves_with_all_gpus():
+    text = (DEPLOY / "slurm" / "sparsex.sbatch").read_text()
+    asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", text, re.MULTILINE))
+    command = re.search(r"^srun .* -- +(serve .*)$", text.replace("\\\n", " "), re.MULTILINE)[1]
+    served = parsed(shlex.split(command.replace("${MODEL:?a model that all nodes can read}", "MODEL")))
+    assert served["tensor_parallel"] == int(asked["nodes"]) * int(asked["gpus-per-node"])
+    assert (ROOT / "scripts" / "run_distributed.py").exists()
+    assert served["drain_timeout"] < int(asked["signal"].partition("@")[2])
+    assert f"export {SECRET}" in text
 
 
 # systemd ----------------------------------------------------------------------------------------------------

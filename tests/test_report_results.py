@@ -16,7 +16,14 @@ _spec.loader.exec_module(report_results)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
 PAGES += [
     ROOT / folder / "README.md"
-    for folder in ("sparsex_jax", "sparsex_jax/reuse", "sparsex_jax/serving", "sparsex_jax/routing", "scripts/results")
+    for folder in (
+        "sparsex_jax",
+        "sparsex_jax/distributed",
+        "sparsex_jax/reuse",
+        "sparsex_jax/routing",
+        "sparsex_jax/serving",
+        "scripts/results",
+    )
 ]
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

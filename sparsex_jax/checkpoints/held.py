@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsex_jax.model.matrices import NEVER_MADE, Place, is_matrix
+from sparsex_jax.model.sharding import to_devices
 from sparsex_jax.model.weights import Weight
 from sparsex_kernels.quantised import KINDS, Mixed, Quantised, quantise
 
@@ -166,7 +167,7 @@ class _Holding:
         place, (outputs, inputs) = self.place, rows.shape[-2:]
         whole = inputs % place.shards(-2) == 0 and outputs % place.shards(-1) == 0
         anywhere = NamedSharding(place.mesh, PartitionSpec(*place.divided[:-2]))
-        return jax.device_put(rows, place.sharding(turned=True) if whole else anywhere)
+        return to_devices(rows, place.sharding(turned=True) if whole else anywhere)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

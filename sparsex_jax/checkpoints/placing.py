@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sparsex_jax.checkpoints.held import Held, Stored, hold, num_bytes
 from sparsex_jax.config import ModelConfig
-from sparsex_jax.model.sharding import Axes, sharding
+from sparsex_jax.model.sharding import Axes, sharding, to_devices
 from sparsex_jax.model.weights import Params, Weight, describe, leaf_name
 from sparsex_kernels.quantised import Quantised, dequantise
 
@@ -112,10 +112,10 @@ class _Placing:
         """To the devices, to each what it needs. All codes go to each: they are few bytes, and may not divide."""
         self._tell(math.prod(self._stored_shape))
         if isinstance(rows, Stored):
-            parts = jax.device_put(rows.parts, NamedSharding(self._sent.mesh, PartitionSpec()))
+            parts = to_devices(rows.parts, NamedSharding(self._sent.mesh, PartitionSpec()))
             return Quantised(**parts, kind=rows.kind)
         rows = rows.astype(np.float32) if rows.dtype == np.float64 else rows  # which devices do not have
-        return jax.device_put(rows.reshape(self._stored_shape), self._sent)
+        return to_devices(rows.reshape(self._stored_shape), self._sent)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from pathlib import Path
 from typing import Annotated
@@ -68,6 +69,11 @@ def generate(
     top_k: options.TopK = None,
     seed: options.Seed = 0,
     stop: options.Stop = None,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
+    join_timeout: options.JoinTimeout = 300.0,
+    silence_timeout: options.SilenceTimeout = 30.0,
 ) -> None:
     """Generate text from a prompt, reusing the KV of the files remembered before it.
 
@@ -75,10 +81,12 @@ def generate(
     all prompts have it; with as many as prompts, each has its own.
     """
     from sparsex_jax.cli.generate import EngineChoice, run
+    from sparsex_jax.config.membership import Membership, Patience
 
     filters = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     given = {name: value for name, value in filters.items() if value is not None}
     with clear_errors():
+        patience = Patience(join_timeout, silence_timeout)
         run(
             prompts or ["-"],
             EngineChoice(
@@ -91,6 +99,7 @@ def generate(
                 tensor_parallel=tensor_parallel,
                 quantization=quantization,
                 adapters=options.parse_adapters(adapters or ()),
+                membership=Membership.of(coordinator, num_processes, process_id, patience),
             ),
             remember or [],
             {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())} | given,
@@ -166,11 +175,22 @@ def serve(
     request_log: serve_options.RequestLog = None,
     otlp_endpoint: serve_options.OtlpEndpoint = None,
     warm_up: serve_options.WarmUp = True,
+    coordinator: options.Coordinator = None,
+    num_processes: options.NumProcesses = None,
+    process_id: options.ProcessId = None,
+    join_timeout: options.JoinTimeout = 300.0,
+    silence_timeout: options.SilenceTimeout = 30.0,
 ) -> None:
     """Serve a model: OpenAI's endpoints, a knowledge base, metrics, and a page that shows what is reused."""
+    from sparsex_jax.config.membership import Membership, Patience
     from sparsex_jax.serving.sockets import bound
 
-    with clear_errors(), bound(host, port, uds) as sockets:  # before jax is imported, which takes seconds
+    with clear_errors(), contextlib.ExitStack() as held:
+        patience = Patience(join_timeout, silence_timeout, stall=hang_timeout)
+        membership = Membership.of(coordinator, num_processes, process_id, patience)
+        listens = membership is None or membership.leads
+        sockets = held.enter_context(bound(host, port, uds)) if listens else []
+        # What is imported from here on imports jax, which takes seconds.
         from sparsex_jax.cli.generate import EngineChoice
         from sparsex_jax.cli.serve import run
         from sparsex_jax.serving.access import Limits
@@ -205,6 +225,7 @@ def serve(
                 max_adapters=max_adapters,
                 max_adapter_rank=max_adapter_rank,
                 share_adapters=share_adapters,
+                membership=membership,
                 **options.tiers(host_store, disk_store),
             ),
             Limits(

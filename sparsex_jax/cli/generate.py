@@ -11,11 +11,13 @@ from rich.text import Text
 
 from sparsex_jax.checkpoints.adapters import stated_rank
 from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
+from sparsex_jax.cli.processes import follow, follows, opened
 from sparsex_jax.cli.terminal import output, print_json, progress, waiting
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, Round, SamplingParams, find_defaults
 from sparsex_jax.config.checks import require
 from sparsex_jax.config.defaults import Defaults
 from sparsex_jax.config.engine import MAX_ADAPTER_RANK
+from sparsex_jax.config.membership import Membership
 from sparsex_jax.device.compilation import keep_on_disk
 from sparsex_jax.engine import Engine
 from sparsex_jax.model.sharding import make_mesh
@@ -54,6 +56,7 @@ class EngineChoice:
     max_adapters: int | None = None  # None: as many as are named
     max_adapter_rank: int | None = None  # None: as large as theirs, and 16 at least
     share_adapters: bool = EngineConfig.share_adapters
+    membership: Membership | None = None  # None: there is one process
 
     def defaults(self, model: ModelConfig) -> Defaults:
         """How the engine reuses KV where a request does not say, and why."""
@@ -127,17 +130,19 @@ def run(
     With an adapter, all prompts have it; with several, each prompt has its own.
     """
     SamplingParams(**sampling)  # an error comes before the model is loaded
+    if follows(choice):
+        return follow(choice)
     adapters = _adapters(choice, len(prompts))
     texts, donors = [read_prompt(prompt) for prompt in prompts], [read_text(path) for path in files]
-    engine = choice.load()
-    for adapter in dict.fromkeys(adapters):
-        remember_all(engine, donors, namespace, adapter)
-    with waiting("Generating"):
-        given = [as_prompt(text, engine.tokenizer, chat) for text in texts]
-        together = Round(ROUND, len(given)) if len(given) > 1 else None
-        options: dict[str, Any] = {"namespace": namespace, "round": together, "adapter": adapters}
-        results = engine.generate_batch(given, engine.default_sampling(**sampling), **options)
-    _print(results, as_json)
+    with opened(choice) as (engine, _):
+        for adapter in dict.fromkeys(adapters):
+            remember_all(engine, donors, namespace, adapter)
+        with waiting("Generating"):
+            given = [as_prompt(text, engine.tokenizer, chat) for text in texts]
+            together = Round(ROUND, len(given)) if len(given) > 1 else None
+            options: dict[str, Any] = {"namespace": namespace, "round": together, "adapter": adapters}
+            results = engine.generate_batch(given, engine.default_sampling(**sampling), **options)
+        _print(results, as_json)
 
 
 def _adapters(choice: EngineChoice, number: int) -> list[str | None]:

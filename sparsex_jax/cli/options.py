@@ -20,6 +20,7 @@ from sparsex_jax.eval.reorder import Reorder
 from sparsex_jax.reuse.methods import Oracle, SparseX
 
 _REUSE = "Reuse"
+_PROCESSES = "Several processes"
 _SAMPLING = "Sampling"
 
 PromptArgument = Annotated[str, typer.Argument(help="The prompt; `-` reads it from standard input.")]
@@ -226,6 +227,37 @@ Seed = Annotated[int, typer.Option(help="Seed of the random stream.", rich_help_
 Stop = Annotated[
     list[str] | None,
     typer.Option(help="A string that ends the text and is not part of it. Repeatable.", rich_help_panel=_SAMPLING),
+]
+
+
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        help="HOST:PORT of process 0, which answers requests; the others compute with it. The next port is used too. "
+        "`slurm`: as Slurm says, and how many there are. SPARSEX_GROUP_SECRET must be the same in all.",
+        rich_help_panel=_PROCESSES,
+        envvar="SPARSEX_COORDINATOR",
+        show_default="one process",
+    ),
+]
+NumProcesses = Annotated[
+    int | None,
+    typer.Option(help="How many processes there are.", rich_help_panel=_PROCESSES, envvar="SPARSEX_NUM_PROCESSES"),
+]
+ProcessId = Annotated[
+    int | None,
+    typer.Option(help="Which of them this one is, from 0 on.", rich_help_panel=_PROCESSES, envvar="SPARSEX_PROCESS_ID"),
+]
+
+
+JoinTimeout = Annotated[
+    float, typer.Option(help="Seconds to wait until all processes are there.", rich_help_panel=_PROCESSES)
+]
+SilenceTimeout = Annotated[
+    float,
+    typer.Option(
+        help="Seconds without a sign of life after which another process counts as lost.", rich_help_panel=_PROCESSES
+    ),
 ]
 
 

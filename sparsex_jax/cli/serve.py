@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import signal
 import socket
 import sys
 import time
@@ -12,10 +13,13 @@ from pathlib import Path
 
 from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.generate import EngineChoice
+from sparsex_jax.cli.processes import follow, follows, opened
 from sparsex_jax.cli.terminal import messages, progress
 from sparsex_jax.config.checks import require
 from sparsex_jax.device.compilation import num_compilations
+from sparsex_jax.distributed import Leader, leave
 from sparsex_jax.engine import Engine
+from sparsex_jax.errors import GroupError
 from sparsex_jax.scheduler import warmup
 from sparsex_jax.serving.access import Access, Limits
 from sparsex_jax.serving.app import create_app
@@ -27,6 +31,7 @@ from sparsex_jax.serving.tracing import Tracing, is_wanted
 from sparsex_jax.serving.worker import Worker
 from sparsex_jax.text.thoughts import AUTO, check_parser
 
+_FAREWELL_S = 5.0  # in which clients hear that a process is lost, before this one ends
 _SPARE_ADAPTERS = 8  # that can be loaded where requests may load them
 
 
@@ -44,40 +49,64 @@ def run(
     reasoning_parser: str = AUTO,
     allow_adapter_updates: bool = False,
 ) -> None:
-    """Serve at these bound sockets until SIGTERM or SIGINT."""
+    """Serve at these bound sockets until SIGTERM or SIGINT; or, in all processes but process 0, compute for it."""
     check_parser(reasoning_parser)
+    if allow_adapter_updates and choice.max_adapters is None:
+        choice = dataclasses.replace(choice, max_adapters=max(len(choice.adapters), _SPARE_ADAPTERS))
+    if follows(choice):
+        return follow(choice)
     access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
     log = RequestLog.open(request_log) if request_log else None
     name = name or model_title(choice.model)
     require(
         name not in choice.adapters, f"adapter={name!r} is the model's name too; requests could not tell them apart"
     )
-    if allow_adapter_updates and choice.max_adapters is None:
-        choice = dataclasses.replace(choice, max_adapters=max(len(choice.adapters), _SPARE_ADAPTERS))
     tracing = Tracing.start(otlp_endpoint, name) if is_wanted(otlp_endpoint) else None
-    engine = choice.load()
-    if warm_up:
-        compile_all(engine)
-    worker = Worker(engine)
-    app = create_app(
-        worker,
-        model=name,
-        access=access,
-        limits=limits,
-        request_log=log,
-        tracing=tracing,
-        allowed_origins=allowed_origins or (),
-        reasoning_parser=reasoning_parser,
-        adapters=choice.adapters,
-        allow_adapter_updates=allow_adapter_updates,
-    )
-    server = Server(app, sockets=sockets)
-    _tell(engine, choice, name, sockets, everybody=api_keys is None)
+    with opened(choice) as (engine, leader):
+        if warm_up:
+            compile_all(engine)
+        worker = Worker(engine)
+        app = create_app(
+            worker,
+            model=name,
+            access=access,
+            limits=limits,
+            request_log=log,
+            tracing=tracing,
+            allowed_origins=allowed_origins or (),
+            reasoning_parser=reasoning_parser,
+            adapters=choice.adapters,
+            allow_adapter_updates=allow_adapter_updates,
+        )
+        server = Server(app, sockets=sockets)
+        if leader is not None:
+            _end_together(leader, server, worker)
+        _tell(engine, choice, name, sockets, everybody=api_keys is None)
+        _answer_soon()
+        server.run()
+        engine.close()
+
+
+def _answer_soon() -> None:
+    """Settings of the interpreter by which clients wait less."""
     sys.setswitchinterval(0.001)  # the event loop's thread gets its turn sooner
     gc.collect()
     gc.freeze()  # else collections walk the model's and the libraries' objects, half a second in which nobody is heard
-    server.run()
-    engine.close()
+
+
+def _end_together(leader: Leader, server: Server, worker: Worker) -> None:
+    """Drain when another process is told to end. When one is lost, tell all clients, and end soon after."""
+
+    def lost(error: GroupError) -> None:
+        worker.broke(error)
+        time.sleep(_FAREWELL_S)
+        leave(error)
+
+    def leaving() -> None:
+        if not worker.draining:
+            server.handle_exit(signal.SIGTERM, None)
+
+    leader.on_end, leader.on_leaving = lost, leaving
 
 
 def _tell(

@@ -24,7 +24,7 @@ from sparsex_jax.config.checks import require
 from sparsex_jax.model.adapters import TARGETS, AdapterWeights, Pair
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.matrices import Place
-from sparsex_jax.model.sharding import TENSOR_AXIS, kv_copies, on_mesh, zeros_of
+from sparsex_jax.model.sharding import TENSOR_AXIS, kv_copies, on_mesh, to_devices, zeros_of
 from sparsex_jax.model.store import abstract_low_rank_store
 from sparsex_jax.model.weights import describe
 
@@ -199,7 +199,7 @@ def put_apart(apart: ValuesApart, slot: int, pair: Pair | None) -> ValuesApart:
 
 
 def _written(stack: Array, part: np.ndarray, at: np.int32, axis: int) -> Array:
-    return _write(stack, jax.device_put(part, stack.sharding), at, axis=axis, placed=stack.sharding)
+    return _write(stack, to_devices(part, stack.sharding), at, axis=axis, placed=stack.sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "placed"))

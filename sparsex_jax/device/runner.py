@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +42,19 @@ from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.kv_copies import with_kv_copies
 from sparsex_jax.model.layers import ForwardPass
 from sparsex_jax.model.ops import Ops
+from sparsex_jax.model.sharding import to_devices
 from sparsex_jax.model.store import AnyStore, SharedStore, kv_of, make_store
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
-from sparsex_jax.reuse.planner import RequestPlan, Shapes, needed_phases, plan_copies, plan_packing, plan_prefill
+from sparsex_jax.reuse.planner import (
+    RequestPlan,
+    Shapes,
+    needed_phases,
+    page_tables,
+    plan_copies,
+    plan_packing,
+    plan_prefill,
+)
 
 _PAGES_LOOKED_AT = 16  # together, so that one program does for any number
 # Which layers a probe watches is a request's choice: for the first few choices there are programs of all their layers.
@@ -180,10 +190,44 @@ class ProbeRun:
         return [line[: len(request.prompt)] for line, request in zip(focus, self.requests, strict=False)]
 
 
+class Relay(Protocol):
+    """Makes a runner's calls here and in other processes."""
+
+    def __call__[Result](
+        self, method: Callable[..., Result], runner: Runner, args: Sequence[Any], options: Mapping[str, Any]
+    ) -> Result:
+        """What `method(runner, *args, **options)` returns."""
+
+
+_RELAYED: set[str] = set()
+
+
+def relayed[**Arguments, Result](
+    method: Callable[Concatenate[Runner, Arguments], Result],
+) -> Callable[Concatenate[Runner, Arguments], Result]:
+    """A method of `Runner` that dispatches programs: where several processes have the devices, all of them call it.
+
+    Its arguments are values of the host, or what another such method returned.
+    """
+    _RELAYED.add(method.__name__)
+
+    @functools.wraps(method)
+    def call(self: Runner, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        return method(self, *args, **options) if self.relay is None else self.relay(method, self, args, options)
+
+    return call
+
+
+def relayed_methods() -> frozenset[str]:
+    """The names of all of them."""
+    return frozenset(_RELAYED)
+
+
 class Runner:
     """Runs plans. Each call donates the store to a jitted step and keeps what comes back.
 
     Attributes:
+      relay: has other processes make the calls too. None: there is one process, or this one makes others' calls.
       params: as given, but for KV heads, of which each device of the mesh has one at least (`model.kv_copies`).
       store: the KV of all pages; where adapters share it, with what they add to values beside it.
       losses: how often the store was lost, and made anew.
@@ -200,6 +244,7 @@ class Runner:
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store: Any = make_store(model, engine, mesh)  # AnyStore; where there are lower tiers, KV alone
         self.losses = 0
+        self.relay: Relay | None = None
         self.arrivals: Arrivals | None = None
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         # On the devices, so that no step waits for one of them behind what comes from host memory.
@@ -208,6 +253,7 @@ class Runner:
         self._probed_together: set[tuple[int, int]] = set()
         self._ahead: Ahead | None = None
 
+    @relayed
     def begin(self, requests: Sequence[RequestPlan], late: Sequence[Late] = ()) -> PrefillRun:
         """Make the copies of requests with the same schedule, and lay out their prefill; no layer has run yet.
 
@@ -247,14 +293,21 @@ class Runner:
     @contextlib.contextmanager
     def padding_to(self, bucket: tuple[int, int]) -> Iterator[None]:
         """Within, all plans and copies have the shape of this bucket of `shapes`, however few rows they have."""
-        shapes, self.shapes = self.shapes, self.shapes.only(bucket)
+        buckets = self.shapes.buckets
+        self.set_buckets((bucket,))
         try:
             yield
         finally:
-            self.shapes = shapes
+            self.set_buckets(buckets)
 
-    def advance(self, run: PrefillRun, layers: int | None = None) -> None:
-        """Dispatch the next `layers` layers, or all that are left.
+    @relayed
+    def set_buckets(self, buckets: tuple[tuple[int, int], ...]) -> None:
+        """The buckets that plans are padded to from now on, some of the engine's."""
+        self.shapes = dataclasses.replace(self.shapes, buckets=buckets)
+
+    @relayed
+    def advance(self, run: PrefillRun, layers: int | None = None) -> Float[Array, "requests vocab"] | None:
+        """Dispatch the next `layers` layers, or all that are left. Returns `run.logits`.
 
         The loops of a prefill read their bounds on the host on some devices, GPUs among them; the call returns there
         when its last layer is on its way.
@@ -266,6 +319,7 @@ class Runner:
         until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
         while run.next_layer < until:
             self._advance(run, self._paste_late(run, until))
+        return run.logits
 
     def _advance(self, run: PrefillRun, until: int) -> None:
         """Dispatch the layers from the next one up to `until`."""
@@ -322,6 +376,7 @@ class Runner:
         _, chunk = self.shapes.bucket(plan.fresh.size)
         return chunk
 
+    @relayed
     def begin_probe(self, requests: Sequence[RequestPlan]) -> ProbeRun:
         """Make the copies of requests, and lay out the pass of their fresh tokens; no layer has run yet."""
         begun = self.begin(requests)
@@ -329,6 +384,7 @@ class Runner:
         state = ProbeState(begun.state.layer, begun.state.hidden, forward.no_mass(self.store))
         return ProbeRun(requests, begun.plan, begun.state.rows, self._placed(state))
 
+    @relayed
     def advance_probe(self, run: ProbeRun, layers: int | None = None) -> None:
         """Dispatch the next `layers` layers, or all. There are programs of a single layer, and of all layers for the
         first few choices of layers that are watched.
@@ -361,6 +417,7 @@ class Runner:
             self._probed_together.add((first, end))
         return (first, end) in self._probed_together
 
+    @relayed
     def prefill(self, requests: Sequence[RequestPlan]) -> tuple[Float[Array, "requests vocab"], list[Computed]]:
         """Align and prefill requests with the same schedule, all layers at once.
 
@@ -372,11 +429,13 @@ class Runner:
         assert run.logits is not None
         return run.logits, run.computed()
 
+    @relayed
     def copy(self, runs: Sequence[tuple[Segment, Sequence[int]]]) -> None:
         """Copy and align runs of cached KV, each into the pages of the sequence it belongs to."""
         for copies in plan_copies(runs, self.shapes, self.engine.page_size):
             self._align(self._sent(copies), 0, self.model.num_layers)
 
+    @relayed
     def pack(self, packing: Packing) -> None:
         """Move patch rows, bit for bit, to the pages that keep them."""
         for rows in plan_packing(packing, self.shapes):
@@ -387,12 +446,14 @@ class Runner:
         with self._precision():
             self.store = align(self.store, copies, layers, decoder=self.decoder)
 
+    @relayed
     def first_tokens(
         self, logits: Float[Array, "requests vocab"], sampling: Sampling, position: Int[np.ndarray, "requests"]
     ) -> Sampled:
         """Sample from prefill logits the tokens that will stand at these positions: one step, on the host."""
         return jax.device_get(_sample_step(logits, self._sent((sampling, position))))
 
+    @relayed
     def score(self, run: PrefillRun, following: Sequence[Int[np.ndarray, "rows"]], number: int) -> list[Scores]:
         """Log-probabilities of tokens of the prompts, once all layers have run, on the host.
 
@@ -415,10 +476,17 @@ class Runner:
         own = [slice(end - size, end) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
         return [scores.of_rows(rows) for rows in own]
 
+    @relayed
+    def logits_of(self, logits: Float[Array, "requests vocab"], line: int) -> Float[np.ndarray, "vocab"]:
+        """One line of logits, on the host. Waits for the device."""
+        return np.asarray(logits[line])
+
+    @relayed
     def are_finite(self, logits: Float[Array, "requests vocab"]) -> Bool[np.ndarray, "requests"]:
         """Whether all logits of each line are finite. Waits for the device."""
         return np.asarray(_are_finite(logits))
 
+    @relayed
     def finite_slots(self, pages: Sequence[int]) -> Bool[np.ndarray, "pages page_size"]:
         """Whether all KV of each slot of these pages is finite. Waits for the device."""
         batches = [
@@ -428,6 +496,7 @@ class Runner:
         finite = [np.asarray(_finite_slots(self.store, batch)) for batch in batches]
         return np.concatenate([np.ones((0, self.engine.page_size), bool), *finite])[: len(pages)]
 
+    @relayed
     def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
         """Up to `steps` tokens for each sequence of the state, at most the engine's `decode_steps`; -1 behind a
         sequence's end. Does not wait for the device."""
@@ -444,17 +513,25 @@ class Runner:
             )
         return state, sampled
 
+    @relayed
     def start_forward(self, state: DecodeState) -> Float[Array, "requests vocab"]:
         """The last token of each sequence through all layers, for `choose`. Does not wait for the device."""
         with self._precision():
             self.store, scores = self._run(forward, self.params, self.store, self.place(state), decoder=self.decoder)
         return scores
 
+    @relayed
     def choose(
         self, scores: Float[Array, "requests vocab"], state: DecodeState, allowed: UInt32[np.ndarray, "requests words"]
     ) -> tuple[DecodeState, Sampled]:
         """The next token of each sequence among those allowed. Does not wait for the device."""
         return self._run(choose, scores, self.place(state), self._placed(allowed))
+
+    @relayed
+    def with_pages(self, state: DecodeState, pages: Sequence[Sequence[int]]) -> DecodeState:
+        """A placed state with other page tables: the physical pages of the sequence in each slot, in order."""
+        tables = page_tables(pages, *state.page_tables.shape)
+        return dataclasses.replace(state, page_tables=self._placed(tables))
 
     def place(self, state: DecodeState) -> DecodeState:
         """A state on the devices. It comes from the host, or from the dispatch before: placed alike, both run the same
@@ -473,9 +550,10 @@ class Runner:
 
     def _placed[Tree](self, tree: Tree) -> Tree:
         """Arrays whole on every device, where they may be already."""
-        placed: Tree = jax.device_put(tree, self._everywhere)
+        placed: Tree = to_devices(tree, self._everywhere)
         return placed
 
+    @relayed
     def place_adapter(self, slot: int, name: str, weights: AdapterWeights) -> None:
         """Write an adapter into a slot that no running sequence has. What is under way goes on with what it has.
 
@@ -492,6 +570,7 @@ class Runner:
         apart = put_apart(apart, slot, pairs.get("wv")) if apart is not None else None
         self.params = self.params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
 
+    @relayed
     def recover(self) -> bool:
         """Make a new store if a failed step took the old one with it. True if the KV is lost."""
         try:

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import UInt32
 
@@ -140,12 +139,6 @@ def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int, *,
         page_tables=page_tables([slot.pages for slot in slots], size, max_pages),
         sampling=sampling_arrays(slots, size, vocab_size),
     )
-
-
-def with_pages(state: DecodeState, pages: Sequence[Sequence[int]]) -> DecodeState:
-    """The state with other page tables: the physical pages of the sequence in each slot, in order."""
-    tables = page_tables(pages, *state.page_tables.shape)
-    return dataclasses.replace(state, page_tables=jax.device_put(tables, state.page_tables.sharding))
 
 
 def _padded(values: Sequence[int], size: int, fill: int) -> Any:

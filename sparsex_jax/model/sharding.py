@@ -8,13 +8,15 @@ the model has KV heads, each head is there several times: `on_mesh`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.spmd import logical_to_mesh_axes
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.errors import InvalidRequestError
@@ -46,7 +48,7 @@ def make_mesh(tensor_parallel: int = 1) -> Mesh:
     """A mesh of the first `tensor_parallel` devices along the `tensor` axis.
 
     Raises:
-      InvalidRequestError: there are not so many devices.
+      InvalidRequestError: there are not so many devices, or of several processes one has none of these.
     """
     devices = jax.devices()
     if not 1 <= tensor_parallel <= len(devices):
@@ -55,7 +57,17 @@ def make_mesh(tensor_parallel: int = 1) -> Mesh:
             f"tensor_parallel={tensor_parallel} must be from 1 to {len(devices)}, the number of devices"
             + (f". {_MORE_ON_CPU}" if on_cpu else "")
         )
+    _require_every_process(devices, tensor_parallel)
     return Mesh(np.array(devices[:tensor_parallel]), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def _require_every_process(devices: Sequence[jax.Device], used: int) -> None:
+    idle = {device.process_index for device in devices[used:]} - {device.process_index for device in devices[:used]}
+    if idle:
+        raise InvalidRequestError(
+            f"tensor_parallel={used} leaves process {', '.join(map(str, sorted(idle)))} without a device; it must be "
+            f"{len(devices)}, all devices of all processes"
+        )
 
 
 def device_name(mesh: Mesh) -> str:
@@ -137,3 +149,21 @@ def sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
 def zeros_of(shapes: Any) -> Any:
     """Zeros on the devices for a tree of `jax.ShapeDtypeStruct`, each with its sharding."""
     return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype, device=like.sharding), shapes)
+
+
+def to_devices(tree: Any, to: Sharding) -> Any:
+    """A tree of arrays on the devices of `to`.
+
+    Where other processes have some of these, each process places its own part of the values that all have alike.
+    `jax.device_put` would compare them first, which takes a collective for each array.
+    """
+    return jax.device_put(tree, to) if to.is_fully_addressable else jax.tree.map(lambda leaf: _own_part(leaf, to), tree)
+
+
+def _own_part(leaf: Any, to: Sharding) -> Array:
+    if isinstance(leaf, Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, to)  # from all devices to all devices: a program
+    value = np.asarray(leaf)
+    own = to.addressable_devices_indices_map(value.shape)
+    parts = [jax.device_put(value[index], device) for device, index in own.items()]
+    return jax.make_array_from_single_device_arrays(value.shape, to, parts)

@@ -135,10 +135,6 @@ class Shapes:
     def max_rows(self) -> int:
         return self.buckets[-1][0]
 
-    def only(self, bucket: tuple[int, int]) -> Shapes:
-        """The shapes of plans that are padded to this bucket, however few rows they have."""
-        return dataclasses.replace(self, buckets=(bucket,))
-
     def bucket(self, rows: int) -> tuple[int, int]:
         """The smallest (rows, chunk) that holds this number of rows."""
         return next(bucket for bucket in self.buckets if bucket[0] >= rows)

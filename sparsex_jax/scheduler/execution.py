@@ -16,7 +16,7 @@ from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.device.scoring import Scores
-from sparsex_jax.device.state import BatchSlot, allowed_tokens, decode_state, sampling_arrays, with_pages
+from sparsex_jax.device.state import BatchSlot, allowed_tokens, decode_state, sampling_arrays
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.scheduler.constrained import ConstrainedDecode
 from sparsex_jax.scheduler.sequence import Sequence
@@ -122,7 +122,7 @@ class Execution:
         shapes, vocab_size = self._runner.shapes, self._runner.model.vocab_size
         if kept is not None and kept.is_of(sequences):
             grown = kept.pages != [len(one.pages) for one in sequences]
-            return with_pages(kept.state, [one.pages for one in sequences]) if grown else kept.state
+            return self._runner.with_pages(kept.state, [one.pages for one in sequences]) if grown else kept.state
         return decode_state(_slots(sequences), shapes.max_pages, vocab_size, adapters=shapes.adapters)
 
     def fetch(self, dispatch: Dispatch) -> Sampled:

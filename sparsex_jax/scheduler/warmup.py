@@ -56,7 +56,10 @@ def steps(loop: Loop, usual: SamplingParams | None = None) -> list[Callable[[], 
 
 def steps_ahead(loop: Loop, usual: SamplingParams | None = None) -> list[Callable[[], None]]:
     """Calls after which those of `steps` find most of their programs compiled. They trace one program after the other,
-    while others are compiled at the same time; the last call waits for these. Arguments as `steps`."""
+    while others are compiled at the same time; the last call waits for these. Arguments as `steps`. None where several
+    processes have the devices: each would have to compile ahead."""
+    if loop.runner.relay is not None:
+        return []
     ahead = Ahead()
 
     def compiling(step: Callable[[], None]) -> None:

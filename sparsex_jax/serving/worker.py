@@ -26,14 +26,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.device.heartbeat import Heartbeat
 from sparsex_jax.engine import Engine
-from sparsex_jax.errors import SparsexError
+from sparsex_jax.errors import GroupError, SparsexError
 from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.loop import Event, Listener, Loop, Ticket
 from sparsex_jax.scheduler.pinning import Pinning
 from sparsex_jax.scheduler.rounds import Member
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE
-from sparsex_jax.serving.heartbeat import Heartbeat
 
 _IDLE_S = 1.0  # everything that gives the thread work also wakes it
 _FAREWELL_S = 5.0  # for cancelled requests to hear of it
@@ -188,9 +188,9 @@ class Worker:
         return await asyncio.wrap_future(future)
 
     def require_open(self) -> None:
-        """Raises DrainingError or WorkerError if nothing new is taken (any more)."""
+        """Raises DrainingError, or WorkerError or GroupError, if nothing new is taken (any more)."""
         if self.failure is not None:
-            raise WorkerError("the serving loop has failed") from self.failure
+            raise _failed(self.failure) from self.failure
         if self.draining:
             raise DrainingError("the server is shutting down and takes no new requests")
 
@@ -218,6 +218,11 @@ class Worker:
     def closed(self, stream: Stream) -> None:
         self._streams.discard(stream)
 
+    def broke(self, error: BaseException) -> None:
+        """The loop cannot go on, though its thread does not say so: it may wait for what will never come. From any
+        thread; everybody who waits hears that there will be no answer."""
+        self._fail(error)
+
     # On the thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -231,6 +236,8 @@ class Worker:
                     rest = self._heal()
                     self._heartbeat.rest()
                     self._wake.wait(rest)
+        except GroupError as lost:  # which the group has logged
+            error = lost
         except BaseException as broken:  # the loop answers for its requests; this is something else
             log.exception("the serving loop failed")
             error = broken
@@ -263,7 +270,7 @@ class Worker:
             while True:
                 future, _ = self._calls.get_nowait()
                 if future.set_running_or_notify_cancel():
-                    future.set_exception(WorkerError("the serving loop has failed"))
+                    future.set_exception(_failed(self.failure))
 
 
 class Stream:
@@ -320,7 +327,7 @@ class Stream:
             raise StopAsyncIteration
         item = await self._next()
         if isinstance(item, BaseException):
-            raise WorkerError("the serving loop has failed") from item
+            raise _failed(item) from item
         number, event = item
         if event.finish_reason is not None:
             self._unfinished.discard(number)
@@ -399,6 +406,11 @@ class Stream:
     def _leave_if_done(self) -> None:
         if self._is_closed and not self._open:
             self._worker.closed(self)
+
+
+def _failed(error: BaseException | None) -> SparsexError:
+    """What clients hear of a loop that failed: that a process is lost, if that is why."""
+    return GroupError(str(error)) if isinstance(error, GroupError) else WorkerError("the serving loop has failed")
 
 
 def _complete(future: concurrent.futures.Future[Any], function: Callable[[], Any]) -> None:

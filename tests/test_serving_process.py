@@ -218,7 +218,7 @@ def health_of(http):
 def test_a_step_that_hangs_is_told_from_a_server_that_has_no_work(engine, monkeypatch, tmp_path):
     """And a server that drains is live, and takes nothing. systemd hears of all that."""
     hang, said, compiled = threading.Event(), [], [7]
-    monkeypatch.setattr("sparsex_jax.serving.heartbeat.num_compilations", lambda: compiled[0])
+    monkeypatch.setattr("sparsex_jax.device.heartbeat.num_compilations", lambda: compiled[0])
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.setblocking(False)

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from sparsex_jax.errors import UnsupportedModelError
-from sparsex_jax.text.detokenizer import Detokenizer
+from sparsex_jax.text.detokenizer import _Characters
 from sparsex_jax.text.pre_tokenizers import GPT2, RULES, pre_tokenizer, rule_named
 from sparsex_jax.text.tokenizer import read_tokenizer, token_pieces, tokenizer_from_gguf
 
@@ -308,12 +308,12 @@ def test_pieces_make_the_text(made):
 def test_bytes_that_never_become_text_do_not_make_pieces_slow(monkeypatch):
     tokenizer, longest = byte_tokenizer(), []
     half = tokenizer.encode("é", add_special_tokens=False)[:1]
-    decode = Detokenizer._decode
+    decode = _Characters._decode
 
     def measured(self, tokens):
         longest.append(len(tokens))
         return decode(self, tokens)
 
-    monkeypatch.setattr(Detokenizer, "_decode", measured)
+    monkeypatch.setattr(_Characters, "_decode", measured)
     assert "".join(token_pieces(tokenizer, half * 300)) == "\ufffd" * 300
     assert max(longest) <= 32

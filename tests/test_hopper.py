@@ -37,6 +37,7 @@ from sparsex_kernels.linear import hopper as linear_hopper
 from sparsex_kernels.paged_attention import hopper as hopper_attention
 from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
 from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape
+from sparsex_kernels.paged_attention.parts import key_parts
 from sparsex_kernels.paged_attention.tiles import Splits, tile_parts
 from sparsex_kernels.quantised import Quantised, dequantise, quantise, turned
 
@@ -108,6 +109,19 @@ def test_log_sum_exps_of_few_rows_are_cut_into_parts(few_programs):
 @pytest.mark.parametrize(("rows", "length", "cut"), [(1024, 1000, True), (1025, 1000, False), (1024, 300, False)])
 def test_no_program_of_many_rows_or_few_keys_cuts_tiles(rows, length, cut):
     assert Shape.of(arguments(scattered((length,), rows, layers=1)), True, False, DEFAULT).cut is cut
+
+
+@pytest.mark.parametrize(("length", "rows"), [(8193, 8), (32768, 8), (8200, 32), (100, 8)])
+def test_parts_of_keys_fill_whole_rounds_of_programs(length, rows):
+    """Of 8 heads, a GPU runs 132 programs at a time: 16 parts. Each row's blocks are in its parts, in order."""
+    positions = np.full(rows, length - 1) if rows == 32 else np.array([length - 1, *[-1] * (rows - 1)])
+    on = jnp.asarray(positions), jnp.arange(rows), 8
+    parts, spans = map(np.asarray, key_parts(*on, programs=264, block=64, at_once=132))
+    live = parts[parts[:, 4] > parts[:, 3]]
+    assert len(live) * 8 <= 132 * (2 if rows == 32 else 1)
+    for row, (begin, end) in enumerate(spans):
+        own = np.concatenate([np.arange(first, last) for *_, first, last in parts[begin:end]] or [[]])
+        np.testing.assert_array_equal(own, np.arange(-(-(positions[row] + 1) // 64)))
 
 
 def check_windows(case, windows, attend):

@@ -93,14 +93,18 @@ def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Floa
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:
-    """Sizes that suit this number of rows and inputs, and weights of these widths; a split has four steps or more."""
+    """Sizes that suit this number of rows and inputs, and weights of these widths; a split has four steps or more.
+
+    Of few rows, two programs share a multiprocessor. They all begin at once: one more would begin when the others are
+    done, and its loads alone do not fill the memory's bandwidth.
+    """
     few = rows <= WGMMA_ROWS
     columns = next((n for n in ((128, 64) if few else (256, 128, 64)) if not any(w % n for w in widths)), 0)
     if not columns:
         raise NotImplementedError(f"weights of {widths} columns; the kernel takes multiples of 64")
     tiles = sum(widths) // columns * -(-rows // (WGMMA_ROWS if few else 2 * WGMMA_ROWS))
-    wanted = 2 * MULTIPROCESSORS if few else MULTIPROCESSORS
-    splits = max(min(round(wanted / tiles), inputs // (4 * DEPTH)), 1)
+    wanted = 2 * MULTIPROCESSORS // tiles if few else round(MULTIPROCESSORS / tiles)
+    splits = max(min(wanted, inputs // (4 * DEPTH)), 1)
     if few:
         return Config(1, columns, splits, 3, tiles * splits)
     return Config(2, columns, splits, 4, MULTIPROCESSORS)

@@ -29,9 +29,10 @@ import numpy as np
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.config import ModelConfig, named_config
 from sparsex_jax.eval.results import provenance, write_json
-from sparsex_jax.model.decoder import inv_freq, logits, rms_norm
+from sparsex_jax.model.decoder import inv_freq, logits
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.cost import prefill_seconds
+from sparsex_kernels.norm import rms_norm
 from sparsex_kernels.rope import apply_rope
 
 RESULTS = Path(__file__).resolve().parent / "results"

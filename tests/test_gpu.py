@@ -21,11 +21,13 @@ from kernel_cases import (
     copies,
     dense,
     exact,
+    exact_add_norm,
     exact_gated,
     gated_stacks,
     last_rows,
     over_whole_values,
     relative_error,
+    residuals,
     restored,
     same,
     scattered,
@@ -252,6 +254,30 @@ def test_gated_linear(rows, count, dtype):
         assert count == 0 or relative_error(out[:count], expected[:count]) < 8e-3
         for _ in range(5):  # a result that moves is a race
             assert same(run(poisoned, *weights, jnp.int32(2), jnp.int32(count))[:count], out[:count])
+
+
+@pytest.mark.parametrize("scaled", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("rows", "width", "parts"), [(1, 4096, 8), (8, 4096, 8), (64, 4096, 1), (32, 3072, 4), (5, 512, 2)]
+)
+def test_add_norm(rows, width, parts, scaled):
+    skip_unless_hopper()
+    case = *residuals(rows, width, parts, scaled=scaled), jnp.int32(2)
+    run = jax.jit(partial(kernels.add_norm, eps=1e-5, implementation="hopper"))
+    outs = run(*case)
+    for out, expected in zip(outs, exact_add_norm(*case, 1e-5), strict=True):
+        assert relative_error(out, expected) < 4e-3
+    for _ in range(5):  # a result that moves is a race
+        assert all(map(same, run(*case), outs))
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (64, 64)])
+def test_linear_parts(rows, count):
+    skip_unless_hopper()
+    x, weights = stacks(rows, 4096, (4096, 1024, 1024))
+    run = jax.jit(lambda *args: kernels.linear_parts(*args, implementation="hopper").sum(0))
+    expected = np.concatenate(exact(x, weights, 2), axis=1)
+    assert relative_error(run(x, weights, jnp.int32(2), jnp.int32(count))[:count], expected[:count]) < 4e-3
 
 
 @pytest.mark.parametrize("kv_heads", [8, 3, 1])

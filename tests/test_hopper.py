@@ -15,6 +15,7 @@ from kernel_cases import (
     check_restored,
     copies,
     exact,
+    exact_add_norm,
     exact_gated,
     gated_stacks,
     in_float32,
@@ -22,6 +23,7 @@ from kernel_cases import (
     late_rows,
     over_whole_values,
     relative_error,
+    residuals,
     restored,
     same,
     scattered,
@@ -400,6 +402,50 @@ def test_linear_refuses_or_falls_back():
     with prefer("hopper", "xla"):
         (out,) = kernels.linear(x, weights, 2)
     assert relative_error(out, exact(x, weights, 2)[0]) < 4e-3
+
+
+def test_parts_of_a_product_add_up_to_it():
+    x, weights = stacks(3, 512, (64,))
+    parts = hopper(kernels.linear_parts)(x, weights, jnp.int32(1))
+    assert (parts.shape, parts.dtype) == ((2, 3, 64), jnp.float32)
+    whole = kernels.linear_parts(x, weights, jnp.int32(1), implementation="xla")
+    assert (whole.shape, whole.dtype) == ((1, 3, 64), x.dtype)
+    assert relative_error(parts.sum(0), whole[0]) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "parts", "scaled"), [(3, 1024, 2, "bfloat16"), (1, 512, 1, "float32")], ids=str
+)
+def test_add_norm(rows, width, parts, scaled):
+    """Where nothing is fused, roundings are those of XLA's version."""
+    case = *residuals(rows, width, parts, scaled=scaled), jnp.int32(1)
+    outs = hopper(functools.partial(kernels.add_norm, eps=1e-5))(*case)
+    for out, plain, expected in zip(
+        outs, kernels.add_norm(*case, eps=1e-5, implementation="xla"), exact_add_norm(*case, 1e-5), strict=True
+    ):
+        assert same(out, plain)
+        assert relative_error(out, expected) < 4e-3
+
+
+def test_add_norm_refuses_without_a_warning_or_falls_back(recwarn):
+    case = *residuals(65, 512, 1), 0
+    with pytest.raises(NotImplementedError, match="65 rows of 512; the kernel takes up to 64"):
+        kernels.add_norm(*case, eps=1e-5, implementation="hopper")
+    with pytest.raises(NotImplementedError, match="rows of 576"):
+        kernels.add_norm(*residuals(1, 576, 1), 0, eps=1e-5, implementation="hopper")
+    assert same(
+        kernels.add_norm(*case, eps=1e-5, backend=Backend("gpu", "9.0", ("hopper", "xla")))[1],
+        kernels.add_norm(*case, eps=1e-5, implementation="xla")[1],
+    )
+    assert not recwarn
+
+
+@pytest.mark.parametrize(("rows", "width", "parts"), [(8, 4096, 8), (64, 3072, 1)])
+def test_add_norm_is_lowered_for_a_gpu(rows, width, parts):
+    case = jax.eval_shape(functools.partial(residuals, rows, width, parts))
+    on = {"backend": Backend("gpu", "9.0"), "implementation": "hopper", "eps": 1e-5}
+    traced = jax.jit(functools.partial(kernels.add_norm, **on)).trace(*case, 1)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])

@@ -1,6 +1,6 @@
 """The arguments of each operation as one record, which its public function builds and every implementation takes.
 
-Records are pytrees. Their arrays may be traced; `scale`, `power` and `backend` are static.
+Records are pytrees. Their arrays may be traced; numbers of Python and `backend` are static.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from sparsex_kernels.layout import (
     Store,
     Window,
 )
+from sparsex_kernels.product_parts import ProductParts
 from sparsex_kernels.quantised import Mixed, Quantised
 
 _STATIC: Any = {"static": True}
@@ -170,6 +171,28 @@ class WriteArgs:
     requests: RowInts
     page_tables: PageTables
     backend: Backend = dataclasses.field(metadata=_STATIC)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AddNormArgs:
+    """A product, the residual that it is added to, and what normalises the sum.
+
+    Attributes:
+      parts: of the product. It is rounded to the dtype of the residual before it is added.
+      residual: the rows.
+      scales: of the norms of all layers. Of a wider dtype than the rows, it multiplies before they are rounded.
+      layer: which of the scales.
+      backend: where the operation runs.
+      eps: added to the mean square.
+    """
+
+    parts: ProductParts
+    residual: Float[Array, "rows width"]
+    scales: Float[Array, "layers width"]
+    layer: Int[Array, ""] | int
+    backend: Backend = dataclasses.field(metadata=_STATIC)
+    eps: float = dataclasses.field(metadata=_STATIC)
 
 
 class Patch(NamedTuple):

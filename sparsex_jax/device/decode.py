@@ -134,10 +134,11 @@ def forward(
     adapter = None if state.adapter is None else jnp.pad(state.adapter, (0, more), constant_values=NO_SLOT)
     rows = Rows(token=token, position=position, request=request, index=index, adapter=adapter)
 
-    def run_layer(layer: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
-        return model.decoder_layer(model.OneLayer.of(decoder, params, layer), *carry, rows, tables)
+    def run_layer(layer: Array, carry: tuple[AnyStore, model.Stream]) -> tuple[AnyStore, model.Stream]:
+        return model.chained_layer(model.OneLayer.of(decoder, params, layer), *carry, rows, tables)
 
-    carry = (store, model.embed(params, decoder.config, rows.token))
+    first = model.OneLayer.of(decoder, params, jnp.int32(0))
+    carry = (store, model.stream_of(first, model.embed(params, decoder.config, rows.token)))
     unroll = LAYERS_UNROLLED if decoder.ops.backend.platform == "gpu" else 1
-    store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry, unroll=unroll)
-    return store, model.logits(params, decoder.config, hidden[:lines])
+    store, stream = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry, unroll=unroll)
+    return store, model.logits(params, decoder.config, stream.hidden[:lines])

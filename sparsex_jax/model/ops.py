@@ -24,6 +24,7 @@ from sparsex_kernels import api as kernels
 from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
+from sparsex_kernels.product_parts import ProductParts, sum_parts
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
@@ -129,6 +130,30 @@ class Ops:
             divided, a, b, out = _ALL, _ALL, _OUTPUTS, PartitionSpec(None, TENSOR_AXIS)
         specs = (divided, _INPUTS if over_inputs else _OUTPUTS, _ALL, _ALL, *((a, b, _ALL) if added else ()))
         return self._over_heads(run, specs, out)(x, tuple(weights), jnp.asarray(layer), rows.count, *added)
+
+    def linear_parts(
+        self, x: Float[Array, "rows inputs"], weight: Matrices, layer: Int[Array, ""] | int, rows: Rows
+    ) -> ProductParts:
+        """Rows times a weight that a mesh divides by inputs, in parts that remain to be added. Those of a mesh are."""
+
+        def run(x: Array, weight: Any, layer: Array, count: Array, **on: Any) -> ProductParts:
+            parts = kernels.linear_parts(x, [weight], layer, count, **on)
+            return jax.lax.psum(sum_parts(parts, x.dtype), TENSOR_AXIS)[None] if self.mesh.size > 1 else parts
+
+        specs = (PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL)
+        return self._over_heads(run, specs, _ALL)(x, weight, jnp.asarray(layer), rows.count)
+
+    def add_norm(
+        self,
+        parts: ProductParts,
+        residual: Float[Array, "rows hidden"],
+        scales: Float[Array, "layers hidden"],
+        layer: Int[Array, ""],
+        eps: float,
+    ) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows hidden"]]:
+        """The product added to the residual, and the sum's norm, on each device."""
+        run = self._over_heads(functools.partial(kernels.add_norm, eps=eps), (_ALL,) * 4, _ALL)
+        return run(parts, residual, scales, layer)
 
     def gated_linear(
         self,

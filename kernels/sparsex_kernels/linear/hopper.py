@@ -9,22 +9,27 @@ from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
-from sparsex_kernels.hopper_products import DEPTH, SMALLEST, Config, RowTiles, products
+from sparsex_kernels.hopper_products import DEPTH, SMALLEST, Config, RowTiles, product_parts
 from sparsex_kernels.linear import hopper_codes
 from sparsex_kernels.linear.hopper_codes import products_of_codes
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
+from sparsex_kernels.product_parts import ProductParts, sum_parts
 from sparsex_kernels.quantised import SQUARE, Quantised, floats
 
 
 def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
-    rows, inputs = args.inputs.shape
-    if _reads_codes(args):
-        out = _in_codes(args)
-    else:
-        args = _as_floats(args)
-        out = _products(args, args.widths, config or choose_config(rows, inputs, args.widths))
+    out = sum_parts(linear_parts(args, config), args.inputs.dtype)
     return tuple(jnp.split(out, np.cumsum(args.widths)[:-1], axis=1))
+
+
+def linear_parts(args: LinearArgs, config: Config | None = None) -> ProductParts:
+    """See `sparsex_kernels.linear`."""
+    if _reads_codes(args):
+        return _in_codes(args)[None]
+    args = _as_floats(args)
+    rows, inputs = args.inputs.shape
+    return _products(args, args.widths, config or choose_config(rows, inputs, args.widths))
 
 
 def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array, "rows width"]:
@@ -36,7 +41,7 @@ def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array,
     if config.splits > 1 or _reads_codes(args):  # the sum must be complete, and scaled, before it is gated
         gate, up = linear(args)
         return jax.nn.silu(gate) * up
-    return _products(_as_floats(args), (width,), config)
+    return _products(_as_floats(args), (width,), config)[0]
 
 
 def _reads_codes(args: LinearArgs) -> bool:
@@ -81,7 +86,7 @@ def _as_floats(args: LinearArgs) -> LinearArgs:
     return dataclasses.replace(args, weights=tuple(floats(each, args.inputs.dtype) for each in layers), layer=0)
 
 
-def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Float[Array, "rows widths"]:
+def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> ProductParts:
     rows = len(args.inputs)
     tile = min(rows + -rows % SMALLEST, WGMMA_ROWS) if config.warpgroups == 1 else WGMMA_ROWS * config.warpgroups
     row_tiles = -(-rows // tile)
@@ -89,7 +94,7 @@ def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Floa
     wanted = jnp.clip(-(-count // tile), 0, row_tiles)
     layers = jnp.full(row_tiles, args.layer, jnp.int32)
     tiles = RowTiles(tile, wanted, layers, together=True)
-    return products(args.inputs, args.arrays, widths, tiles, config, args.backend)
+    return product_parts(args.inputs, args.arrays, widths, tiles, config, args.backend)
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...]) -> Config:

@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
+from sparsex_kernels.product_parts import ProductParts
 from sparsex_kernels.quantised import Quantised, dequantise, numbers
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -20,6 +21,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
     return tuple(_product(args.inputs, weight, args.layer) for weight in args.weights)
+
+
+def linear_parts(args: LinearArgs) -> ProductParts:
+    """See `sparsex_kernels.linear`."""
+    return jnp.concatenate(linear(args), axis=1)[None]
 
 
 def _product(inputs: Array, stack: Array | Quantised, layer: Array | int) -> Array:

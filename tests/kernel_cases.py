@@ -164,6 +164,14 @@ def exact_add_norm(parts, residual, scales, layer, eps):
     return hidden, wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * np.asarray(scales[layer], np.float64)
 
 
+def products_to_write(parts, case, dtype="bfloat16"):
+    """Parts of the product that makes queries, keys and values of a case's rows; and rotary frequencies."""
+    q, store, *_ = case
+    width = (q.shape[1] + 2 * store.shape[3]) * q.shape[2]
+    new = np.random.default_rng(parts).normal(size=(parts, len(q), width))
+    return jnp.asarray(new, dtype if parts == 1 else "float32"), 10000.0 ** -jnp.linspace(0, 1, q.shape[2] // 2)
+
+
 def same(a, b):
     return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32), equal_nan=True)
 

@@ -26,6 +26,7 @@ from kernel_cases import (
     gated_stacks,
     last_rows,
     over_whole_values,
+    products_to_write,
     relative_error,
     residuals,
     restored,
@@ -286,6 +287,22 @@ def test_write_kv(kv_heads, implementation):
     keys, values = jax.random.normal(jax.random.key(0), (2, 1500, kv_heads, 128))
     written = jax.jit(partial(kernels.write_kv, implementation=implementation))(store, layer, keys, values, *rows)
     assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="xla"))
+
+
+@pytest.mark.parametrize("parts", [5, 1])
+@pytest.mark.parametrize(("rows", "live", "kv_heads", "group", "dim"), [(8, 1, 8, 4, 128), (64, 50, 4, 7, 64)])
+def test_rotate_and_write(rows, live, kv_heads, group, dim, parts):
+    skip_unless_hopper()
+    case = scattered((5000, 37, 2500), rows, live=live, kv_heads=kv_heads, group=group, dim=dim)
+    product, inv_freq = products_to_write(parts, case)
+    run = partial(kernels.rotate_and_write, product, *case[1:], inv_freq, dtype=jnp.bfloat16)
+    (q, store), (expected, expected_store) = run(implementation="hopper"), run(implementation="xla")
+    assert relative_error(q, expected) < 4e-3  # cosines may differ in the last bit, and so may what is rounded
+    unwritten, written = (np.nan_to_num(np.asarray(x, np.float32)) for x in (case[1], expected_store))
+    got = np.nan_to_num(np.asarray(store, np.float32))
+    np.testing.assert_array_equal(got[:, :, 1], written[:, :, 1])
+    np.testing.assert_array_equal((got != unwritten).any(-1), (written != unwritten).any(-1))
+    np.testing.assert_allclose(got[:, :, 0], written[:, :, 0], rtol=2**-6, atol=2**-8)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from kernel_cases import (
     last_rows,
     late_rows,
     over_whole_values,
+    products_to_write,
     relative_error,
     residuals,
     restored,
@@ -454,6 +455,39 @@ def test_write_kv(dtype):
     keys, values = jax.random.normal(jax.random.key(0), (2, 40, 3, 64))
     written = hopper(kernels.write_kv)(store, layer, keys, values, *rows)
     assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="reference"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "dim"), [(2, 64), pytest.param(1, 128, marks=pytest.mark.slow)], ids=["in parts", "one part"]
+)
+def test_rotate_and_write(parts, dim):
+    """Two of six rows are padding, and write nothing. Where nothing is fused, roundings are those of XLA's version."""
+    case = scattered((150, 3, 70), 6, live=4, kv_heads=4, group=2, dim=dim)
+    product, inv_freq = products_to_write(parts, case)
+    operands = product, *case[1:], inv_freq
+    outs = hopper(functools.partial(kernels.rotate_and_write, dtype=jnp.bfloat16))(*operands)
+    expected = kernels.rotate_and_write(*operands, dtype=jnp.bfloat16, implementation="xla")
+    assert all(map(same, outs, expected))
+    assert not same(outs[1], case[1])
+
+
+def test_rotate_and_write_refuses():
+    run = functools.partial(kernels.rotate_and_write, dtype=jnp.bfloat16, implementation="hopper")
+    case = scattered((70,), 6, kv_heads=3, group=4)
+    product, inv_freq = products_to_write(1, case)
+    with pytest.raises(NotImplementedError, match="6 rows of 12 and 3 heads of 64; the kernel takes up to 64"):
+        run(product, *case[1:], inv_freq)
+    with pytest.raises(NotImplementedError, match="on a store of float8_e4m3fn"):
+        run(product, case[1].astype("float8_e4m3fn"), *case[2:], inv_freq)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(8, 5), (64, 1)])
+def test_rotate_and_write_is_lowered_for_a_gpu(rows, parts):
+    case = jax.eval_shape(functools.partial(scattered, (150, 3, 70), rows, kv_heads=8, group=4, dim=128))
+    product, inv_freq = jax.eval_shape(functools.partial(products_to_write, parts), case)
+    on = {"backend": Backend("gpu", "9.0"), "implementation": "hopper", "dtype": jnp.bfloat16}
+    traced = jax.jit(functools.partial(kernels.rotate_and_write, **on)).trace(product, *case[1:], inv_freq)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from sparsex_kernels.key_mass import key_mass
 from sparsex_kernels.linear import gated_linear, linear, linear_parts
 from sparsex_kernels.paged_attention import paged_attention
 from sparsex_kernels.rope import apply_rope
+from sparsex_kernels.rotate_and_write import rotate_and_write
 from sparsex_kernels.write_kv import write_kv
 from sparsex_kernels.write_low_rank import write_low_rank
 
@@ -28,6 +29,7 @@ __all__ = [
     "pack_low_rank",
     "pack_rows",
     "paged_attention",
+    "rotate_and_write",
     "write_kv",
     "write_low_rank",
 ]

@@ -195,6 +195,48 @@ class AddNormArgs:
     eps: float = dataclasses.field(metadata=_STATIC)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RotateArgs:
+    """The product that makes queries, keys and values of some rows, and where keys and values go.
+
+    Attributes:
+      parts: of the product: all query heads, then all key heads, then all value heads. It is rounded to `dtype` before
+        anything else is done.
+      store: all layers' K and V; donated by the caller's jit, so that it is updated in place.
+      layer: which layer of the store.
+      positions, requests, page_tables: as in `WriteArgs`.
+      inv_freq: rotary frequencies of this layer, radians a position; the rotation is done in float32.
+      backend: where the operation runs.
+      dtype: of the queries.
+    """
+
+    parts: ProductParts
+    store: Store
+    layer: Int[Array, ""]
+    positions: RowInts
+    requests: RowInts
+    page_tables: PageTables
+    inv_freq: Float[Array, "half"]
+    backend: Backend = dataclasses.field(metadata=_STATIC)
+    dtype: Any = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a head."""
+        return self.store.shape[5]
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of K, and as many of V."""
+        return self.store.shape[3]
+
+    @property
+    def q_heads(self) -> int:
+        """What is left of the product."""
+        return self.parts.shape[2] // self.head_dim - 2 * self.kv_heads
+
+
 class Patch(NamedTuple):
     """Where the first layers of tokens come from that take only the others from their source.
 

@@ -39,10 +39,11 @@ VALIDATED: Mapping[str, frozenset[str]] = {
     "grouped_linear": frozenset({"hopper", "tpu"}),
     "gated_grouped_linear": frozenset({"hopper", "tpu"}),
     "add_norm": frozenset(),
+    "rotate_and_write": frozenset(),
 }
 
 # Operations whose versions in XLA do the same work in more launches. That XLA does them is no reason to warn.
-FUSIONS = frozenset({"add_norm", "write_rotated"})
+FUSIONS = frozenset({"add_norm", "rotate_and_write"})
 
 Implementations = Mapping[str, Callable[..., Any]]
 

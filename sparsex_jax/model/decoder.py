@@ -21,7 +21,7 @@ from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.experts import ExpertStacks, route
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.ops import NewKV, Ops, low_rank_of
-from sparsex_jax.model.store import AnyStore
+from sparsex_jax.model.store import AnyStore, SharedStore
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.arguments import Matrices
@@ -151,17 +151,18 @@ class OneLayer(NamedTuple):
           over_inputs: a mesh divides the matrices by their inputs, not by their outputs.
         """
         low_rank = [self.adapters.get(name) for name in names] if self.adapters and self.adapts(rows) else []
-        about = self._matrices(x, names), self.number, rows
+        about = self.matrices(x, names), self.number, rows
         return self.decoder.ops.linear(x, *about, over_inputs=over_inputs, low_rank=low_rank)
 
     def linear_parts(self, x: Float[Array, "rows inputs"], name: str, rows: Rows) -> ProductParts:
         """The product of `linear`, over inputs that a mesh divides, for an operation that adds its parts."""
         if self.adapters and self.adapts(rows):
             return self.linear(x, name, rows=rows, over_inputs=True)[0][None]
-        (matrix,) = self._matrices(x, [name])
+        (matrix,) = self.matrices(x, [name])
         return self.decoder.ops.linear_parts(x, matrix, self.number, rows)
 
-    def _matrices(self, x: Float[Array, "rows inputs"], names: Sequence[str]) -> list[Matrices]:
+    def matrices(self, x: Float[Array, "rows inputs"], names: Sequence[str]) -> list[Matrices]:
+        """The stacked weights of these names as matrices for the rows."""
         weights = [getattr(self.layers, name) for name in names]
         return [
             weight if isinstance(weight, Quantised | Mixed) else weight.reshape(len(weight), x.shape[1], -1)
@@ -186,6 +187,11 @@ class Projection(NamedTuple):
     rotated: bool
     scale: Float[np.ndarray, "head_dim"] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the product is the heads, but for the rotation."""
+        return all(each is None for each in (self.bias, self.norm, self.wide_norm, self.scale))
+
 
 def _query(layer: OneLayer) -> Projection:
     layers, scale = layer.layers, query_scale(layer.decoder.config)
@@ -198,6 +204,22 @@ def _key(layers: Layers) -> Projection:
 
 def _value(layers: Layers) -> Projection:
     return Projection("wv", layers.bv, norm=None, wide_norm=None, rotated=False)
+
+
+def _projections(layer: OneLayer) -> tuple[Projection, Projection, Projection]:
+    return _query(layer), _key(layer.layers), _value(layer.layers)
+
+
+def _write(layer: OneLayer, store: AnyStore, normed: Hidden, rows: Rows, tables: PageTables) -> tuple[Heads, AnyStore]:
+    """The rows' rotated queries, and the store with their K and V."""
+    ops, projections = layer.decoder.ops, _projections(layer)
+    plain = all(each.is_plain for each in projections) and not layer.adapts(rows)
+    if plain and not isinstance(store, SharedStore) and ops.fuses_rotation(len(normed)):
+        matrices = layer.matrices(normed, [each.weight for each in projections])
+        return ops.project_and_write(normed, matrices, store, layer.number, rows, tables, layer.inv_freq)
+    q, keys, values = _project(layer, normed, rows, *projections)
+    new = NewKV(keys, values, _values_apart(layer, normed, rows))
+    return q, ops.write_kv(store, layer.number, new, rows, tables)
 
 
 def queries(layer: OneLayer, hidden: Hidden, rows: Rows) -> Heads:
@@ -333,9 +355,7 @@ def _attention(
     """The store with the rows' K and V, and what attention adds to the residual."""
     ops, layers = layer.decoder.ops, layer.layers
     with jax.named_scope("attention"):
-        q, keys, values = _project(layer, normed, rows, _query(layer), _key(layers), _value(layers))
-        new = NewKV(keys, values, _values_apart(layer, normed, rows))
-        store = ops.write_kv(store, layer.number, new, rows, tables)
+        q, store = _write(layer, store, normed, rows, tables)
         low_rank = low_rank_of(store, layer.values_apart, rows, len(tables))
         attended = ops.attention(q, store, layer.number, rows, tables, layer.window, low_rank)
         out = layer.linear_parts(attended.reshape(len(attended), -1), "wo", rows)

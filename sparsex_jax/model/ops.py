@@ -26,6 +26,8 @@ from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
 from sparsex_kernels.product_parts import ProductParts, sum_parts
 
+FEW_ROWS = 64  # a decode step's, for which there are kernels that do several operations
+
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
 _EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...]
@@ -269,6 +271,34 @@ class Ops:
         write = self._over_heads(kernels.write_low_rank, (_ALL,) * 6, _ALL)
         return write(store, layer, values, rows.position, rows.request, tables)
 
+    def fuses_rotation(self, num_rows: int) -> bool:
+        """Whether a kernel of the backend's may do what `project_and_write` does, for so few rows."""
+        return num_rows <= FEW_ROWS and "hopper" in self.backend.order("rotate_and_write")
+
+    def project_and_write(
+        self,
+        x: Float[Array, "rows hidden"],
+        weights: Sequence[Matrices],
+        store: Store,
+        layer: Int[Array, ""],
+        rows: Rows,
+        tables: PageTables,
+        inv_freq: Float[Array, "half"],
+    ) -> tuple[Queries, Store]:
+        """Rotated queries of the rows, and the store with their rotated keys and their values.
+
+        Args:
+          weights: of queries, keys and values; a mesh divides each by heads.
+        """
+
+        def run(x: Array, weights: Any, count: Array, *args: Any, **on: Any) -> tuple[Array, Array]:
+            parts = kernels.linear_parts(x, weights, args[1], count, **on)
+            return kernels.rotate_and_write(parts, *args, dtype=x.dtype, **on)
+
+        specs = (_ALL, _OUTPUTS, _ALL, _STORE, *[_ALL] * 5)
+        on_heads = self._over_heads(run, specs, (_HEADS, _STORE))
+        return on_heads(x, tuple(weights), rows.count, store, layer, rows.position, rows.request, tables, inv_freq)
+
     def read_kv(
         self, store: AnyStore, layer: Int[Array, ""], rows: Rows, tables: PageTables
     ) -> Float[Array, "rows 2 kv_heads head_dim"]:
@@ -306,15 +336,11 @@ class Ops:
             return tree
         return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, _ALL))
 
-    def _over_heads(
-        self, op: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
-    ) -> Callable[..., Any]:
+    def _over_heads(self, op: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
         """The operation on the mesh's backend, each device running it on what it holds of the sharded arguments."""
         return self._local(functools.partial(op, backend=self.backend), in_specs, out_specs)
 
-    def _local(
-        self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: PartitionSpec
-    ) -> Callable[..., Any]:
+    def _local(self, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any) -> Callable[..., Any]:
         if self.mesh.size == 1:
             return function
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -34,11 +34,12 @@ from sparsex_jax.config import ModelConfig, named_config
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.flops import flops_fraction
 from sparsex_jax.eval.results import provenance, write_json
-from sparsex_jax.model.decoder import inv_freq, logits, rms_norm
+from sparsex_jax.model.decoder import inv_freq, logits
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.cost import prefill_seconds
 from sparsex_jax.reuse.report import Report
+from sparsex_kernels.norm import rms_norm
 from sparsex_kernels.rope import apply_rope
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -172,6 +172,30 @@ def exact_sums(x, weights, added, layer):
     return [product + part for product, part in zip(exact(x, weights, layer), parts, strict=True)]
 
 
+def residuals(rows, width, parts, dtype="bfloat16", scaled="bfloat16"):
+    """Parts of a product, the residual, and scales of three layers."""
+    rng = np.random.default_rng(rows)
+    summed = dtype if parts == 1 else "float32"
+    shapes = ((parts, rows, width), summed), ((rows, width), dtype), ((3, width), scaled)
+    return tuple(jnp.asarray(rng.normal(size=shape), kind) for shape, kind in shapes)
+
+
+def exact_add_norm(parts, residual, scales, layer, eps):
+    """The sum, and its norm, of the product and the sum as they are rounded."""
+    rounded = jnp.asarray(np.asarray(parts, np.float64).sum(0), residual.dtype)
+    hidden = np.asarray(residual, np.float64) + np.asarray(rounded, np.float64)
+    wide = np.asarray(jnp.asarray(hidden, residual.dtype), np.float64)
+    return hidden, wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * np.asarray(scales[layer], np.float64)
+
+
+def products_to_write(parts, case, dtype="bfloat16"):
+    """Parts of the product that makes queries, keys and values of a case's rows; and rotary frequencies."""
+    q, store, *_ = case
+    width = (q.shape[1] + 2 * store.shape[3]) * q.shape[2]
+    new = np.random.default_rng(parts).normal(size=(parts, len(q), width))
+    return jnp.asarray(new, dtype if parts == 1 else "float32"), 10000.0 ** -jnp.linspace(0, 1, q.shape[2] // 2)
+
+
 def same(a, b):
     return np.array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32), equal_nan=True)
 

@@ -42,6 +42,7 @@ WITHIN = (
     "apply_rope",
     "gated_linear",
     "gated_grouped_linear",
+    "linear_parts",
     "pack_low_rank",
     "pack_rows",
 )  # operations in a module of another name

@@ -21,12 +21,15 @@ from kernel_cases import (
     copies,
     dense,
     exact,
+    exact_add_norm,
     exact_gated,
     exact_sums,
     gated_stacks,
     last_rows,
     over_whole_values,
+    products_to_write,
     relative_error,
+    residuals,
     restored,
     same,
     scattered,
@@ -300,12 +303,53 @@ def test_gated_linear(rows, count, dtype):
             assert same(run(poisoned, *weights, jnp.int32(2), jnp.int32(count))[:count], out[:count])
 
 
+@pytest.mark.parametrize("scaled", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("rows", "width", "parts"), [(1, 4096, 8), (8, 4096, 8), (64, 4096, 1), (32, 3072, 4), (5, 512, 2)]
+)
+def test_add_norm(rows, width, parts, scaled):
+    skip_unless_hopper()
+    case = *residuals(rows, width, parts, scaled=scaled), jnp.int32(2)
+    run = jax.jit(partial(kernels.add_norm, eps=1e-5, implementation="hopper"))
+    outs = run(*case)
+    for out, expected in zip(outs, exact_add_norm(*case, 1e-5), strict=True):
+        assert relative_error(out, expected) < 4e-3
+    for _ in range(5):  # a result that moves is a race
+        assert all(map(same, run(*case), outs))
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (64, 64)])
+def test_linear_parts(rows, count):
+    skip_unless_hopper()
+    x, weights = stacks(rows, 4096, (4096, 1024, 1024))
+    run = jax.jit(lambda *args: kernels.linear_parts(*args, implementation="hopper").sum(0))
+    expected = np.concatenate(exact(x, weights, 2), axis=1)
+    assert relative_error(run(x, weights, jnp.int32(2), jnp.int32(count))[:count], expected[:count]) < 4e-3
+
+
 @pytest.mark.parametrize("kv_heads", [8, 3, 1])
 def test_write_kv(kv_heads, implementation):
     _, store, layer, *rows = scattered((5000, 37, 2500), 1500, kv_heads=kv_heads, dim=128)
     keys, values = jax.random.normal(jax.random.key(0), (2, 1500, kv_heads, 128))
     written = jax.jit(partial(kernels.write_kv, implementation=implementation))(store, layer, keys, values, *rows)
     assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="xla"))
+
+
+@pytest.mark.parametrize("parts", [5, 1])
+@pytest.mark.parametrize(("rows", "live", "kv_heads", "group", "dim"), [(8, 1, 8, 4, 128), (64, 50, 4, 7, 64)])
+def test_rotate_and_write(rows, live, kv_heads, group, dim, parts):
+    skip_unless_hopper()
+    case = scattered((5000, 37, 2500), rows, live=live, kv_heads=kv_heads, group=group, dim=dim)
+    product, inv_freq = products_to_write(parts, case)
+    run = partial(kernels.rotate_and_write, product, *case[1:], inv_freq, dtype=jnp.bfloat16)
+    (q, store), (expected, expected_store) = run(implementation="hopper"), run(implementation="xla")
+    assert relative_error(q, expected) < 4e-3  # cosines may differ in the last bit, and so may what is rounded
+    unwritten, written = (np.nan_to_num(np.asarray(x, np.float32)) for x in (case[1], expected_store))
+    got = np.nan_to_num(np.asarray(store, np.float32))
+    # Parts may be added in another order, which one rounding in some millions shows.
+    np.testing.assert_allclose(got[:, :, 1], written[:, :, 1], rtol=2**-7 if parts > 1 else 0)
+    np.testing.assert_array_equal((got != unwritten).any(-1), (written != unwritten).any(-1))
+    np.testing.assert_allclose(got[:, :, 0], written[:, :, 0], rtol=2**-6, atol=2**-8)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from kernel_cases import (
     check_restored,
     copies,
     exact,
+    exact_add_norm,
     exact_gated,
     exact_sums,
     gated_stacks,
@@ -22,7 +23,9 @@ from kernel_cases import (
     last_rows,
     late_rows,
     over_whole_values,
+    products_to_write,
     relative_error,
+    residuals,
     restored,
     same,
     scattered,
@@ -39,6 +42,7 @@ from sparsex_kernels.linear import hopper as linear_hopper
 from sparsex_kernels.paged_attention import hopper as hopper_attention
 from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
 from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape
+from sparsex_kernels.paged_attention.parts import key_parts
 from sparsex_kernels.paged_attention.tiles import Splits, tile_parts
 from sparsex_kernels.quantised import Quantised, dequantise, quantise, turned
 
@@ -110,6 +114,19 @@ def test_log_sum_exps_of_few_rows_are_cut_into_parts(few_programs):
 @pytest.mark.parametrize(("rows", "length", "cut"), [(1024, 1000, True), (1025, 1000, False), (1024, 300, False)])
 def test_no_program_of_many_rows_or_few_keys_cuts_tiles(rows, length, cut):
     assert Shape.of(arguments(scattered((length,), rows, layers=1)), True, False, DEFAULT).cut is cut
+
+
+@pytest.mark.parametrize(("length", "rows"), [(8193, 8), (32768, 8), (8200, 32), (100, 8)])
+def test_parts_of_keys_fill_whole_rounds_of_programs(length, rows):
+    """Of 8 heads, a GPU runs 132 programs at a time: 16 parts. Each row's blocks are in its parts, in order."""
+    positions = np.full(rows, length - 1) if rows == 32 else np.array([length - 1, *[-1] * (rows - 1)])
+    on = jnp.asarray(positions), jnp.arange(rows), 8
+    parts, spans = map(np.asarray, key_parts(*on, programs=264, block=64, at_once=132))
+    live = parts[parts[:, 4] > parts[:, 3]]
+    assert len(live) * 8 <= 132 * (2 if rows == 32 else 1)
+    for row, (begin, end) in enumerate(spans):
+        own = np.concatenate([np.arange(first, last) for *_, first, last in parts[begin:end]] or [[]])
+        np.testing.assert_array_equal(own, np.arange(-(-(positions[row] + 1) // 64)))
 
 
 def check_windows(case, windows, attend):
@@ -445,12 +462,89 @@ def test_linear_refuses_or_falls_back():
     assert relative_error(out, exact(x, weights, 2)[0]) < 4e-3
 
 
+def test_parts_of_a_product_add_up_to_it():
+    x, weights = stacks(3, 512, (64,))
+    parts = hopper(kernels.linear_parts)(x, weights, jnp.int32(1))
+    assert (parts.shape, parts.dtype) == ((2, 3, 64), jnp.float32)
+    whole = kernels.linear_parts(x, weights, jnp.int32(1), implementation="xla")
+    assert (whole.shape, whole.dtype) == ((1, 3, 64), x.dtype)
+    assert relative_error(parts.sum(0), whole[0]) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "parts", "scaled"), [(3, 1024, 2, "bfloat16"), (1, 512, 1, "float32")], ids=str
+)
+def test_add_norm(rows, width, parts, scaled):
+    """Where nothing is fused, roundings are those of XLA's version."""
+    case = *residuals(rows, width, parts, scaled=scaled), jnp.int32(1)
+    outs = hopper(functools.partial(kernels.add_norm, eps=1e-5))(*case)
+    for out, plain, expected in zip(
+        outs, kernels.add_norm(*case, eps=1e-5, implementation="xla"), exact_add_norm(*case, 1e-5), strict=True
+    ):
+        assert same(out, plain)
+        assert relative_error(out, expected) < 4e-3
+
+
+def test_add_norm_refuses_without_a_warning_or_falls_back(recwarn):
+    case = *residuals(65, 512, 1), 0
+    with pytest.raises(NotImplementedError, match="65 rows of 512; the kernel takes up to 64"):
+        kernels.add_norm(*case, eps=1e-5, implementation="hopper")
+    with pytest.raises(NotImplementedError, match="rows of 576"):
+        kernels.add_norm(*residuals(1, 576, 1), 0, eps=1e-5, implementation="hopper")
+    assert same(
+        kernels.add_norm(*case, eps=1e-5, backend=Backend("gpu", "9.0", ("hopper", "xla")))[1],
+        kernels.add_norm(*case, eps=1e-5, implementation="xla")[1],
+    )
+    assert not recwarn
+
+
+@pytest.mark.parametrize(("rows", "width", "parts"), [(8, 4096, 8), (64, 3072, 1)])
+def test_add_norm_is_lowered_for_a_gpu(rows, width, parts):
+    case = jax.eval_shape(functools.partial(residuals, rows, width, parts))
+    on = {"backend": Backend("gpu", "9.0"), "implementation": "hopper", "eps": 1e-5}
+    traced = jax.jit(functools.partial(kernels.add_norm, **on)).trace(*case, 1)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_write_kv(dtype):
     _, store, layer, *rows = scattered((150, 3, 70), 40, kv_heads=3, dtype=dtype)
     keys, values = jax.random.normal(jax.random.key(0), (2, 40, 3, 64))
     written = hopper(kernels.write_kv)(store, layer, keys, values, *rows)
     assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="reference"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "dim"), [(2, 64), pytest.param(1, 128, marks=pytest.mark.slow)], ids=["in parts", "one part"]
+)
+def test_rotate_and_write(parts, dim):
+    """Two of six rows are padding, and write nothing. Where nothing is fused, roundings are those of XLA's version."""
+    case = scattered((150, 3, 70), 6, live=4, kv_heads=4, group=2, dim=dim)
+    product, inv_freq = products_to_write(parts, case)
+    operands = product, *case[1:], inv_freq
+    outs = hopper(functools.partial(kernels.rotate_and_write, dtype=jnp.bfloat16))(*operands)
+    expected = kernels.rotate_and_write(*operands, dtype=jnp.bfloat16, implementation="xla")
+    assert all(map(same, outs, expected))
+    assert not same(outs[1], case[1])
+
+
+def test_rotate_and_write_refuses():
+    run = functools.partial(kernels.rotate_and_write, dtype=jnp.bfloat16, implementation="hopper")
+    case = scattered((70,), 6, kv_heads=3, group=4)
+    product, inv_freq = products_to_write(1, case)
+    with pytest.raises(NotImplementedError, match="6 rows of 12 and 3 heads of 64; the kernel takes up to 64"):
+        run(product, *case[1:], inv_freq)
+    with pytest.raises(NotImplementedError, match="on a store of float8_e4m3fn"):
+        run(product, case[1].astype("float8_e4m3fn"), *case[2:], inv_freq)
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(8, 5), (64, 1)])
+def test_rotate_and_write_is_lowered_for_a_gpu(rows, parts):
+    case = jax.eval_shape(functools.partial(scattered, (150, 3, 70), rows, kv_heads=8, group=4, dim=128))
+    product, inv_freq = jax.eval_shape(functools.partial(products_to_write, parts), case)
+    on = {"backend": Backend("gpu", "9.0"), "implementation": "hopper", "dtype": jnp.bfloat16}
+    traced = jax.jit(functools.partial(kernels.rotate_and_write, **on)).trace(product, *case[1:], inv_freq)
+    assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The arguments of each operation as one record, which its public function builds and every implementation takes.
 
-Records are pytrees. Their arrays may be traced; `scale`, `power` and `backend` are static.
+Records are pytrees. Their arrays may be traced; numbers of Python and `backend` are static.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from sparsex_kernels.layout import (
     Store,
     Window,
 )
+from sparsex_kernels.product_parts import ProductParts
 from sparsex_kernels.quantised import Mixed, Quantised
 
 _STATIC: Any = {"static": True}
@@ -170,6 +171,70 @@ class WriteArgs:
     requests: RowInts
     page_tables: PageTables
     backend: Backend = dataclasses.field(metadata=_STATIC)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AddNormArgs:
+    """A product, the residual that it is added to, and what normalises the sum.
+
+    Attributes:
+      parts: of the product. It is rounded to the dtype of the residual before it is added.
+      residual: the rows.
+      scales: of the norms of all layers. Of a wider dtype than the rows, it multiplies before they are rounded.
+      layer: which of the scales.
+      backend: where the operation runs.
+      eps: added to the mean square.
+    """
+
+    parts: ProductParts
+    residual: Float[Array, "rows width"]
+    scales: Float[Array, "layers width"]
+    layer: Int[Array, ""] | int
+    backend: Backend = dataclasses.field(metadata=_STATIC)
+    eps: float = dataclasses.field(metadata=_STATIC)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RotateArgs:
+    """The product that makes queries, keys and values of some rows, and where keys and values go.
+
+    Attributes:
+      parts: of the product: all query heads, then all key heads, then all value heads. It is rounded to `dtype` before
+        anything else is done.
+      store: all layers' K and V; donated by the caller's jit, so that it is updated in place.
+      layer: which layer of the store.
+      positions, requests, page_tables: as in `WriteArgs`.
+      inv_freq: rotary frequencies of this layer, radians a position; the rotation is done in float32.
+      backend: where the operation runs.
+      dtype: of the queries.
+    """
+
+    parts: ProductParts
+    store: Store
+    layer: Int[Array, ""]
+    positions: RowInts
+    requests: RowInts
+    page_tables: PageTables
+    inv_freq: Float[Array, "half"]
+    backend: Backend = dataclasses.field(metadata=_STATIC)
+    dtype: Any = dataclasses.field(metadata=_STATIC)
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers of a head."""
+        return self.store.shape[5]
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of K, and as many of V."""
+        return self.store.shape[3]
+
+    @property
+    def q_heads(self) -> int:
+        """What is left of the product."""
+        return self.parts.shape[2] // self.head_dim - 2 * self.kv_heads
 
 
 class Patch(NamedTuple):

@@ -38,7 +38,12 @@ VALIDATED: Mapping[str, frozenset[str]] = {
     "gated_linear": frozenset({"hopper", "tpu"}),
     "grouped_linear": frozenset({"hopper", "tpu"}),
     "gated_grouped_linear": frozenset({"hopper", "tpu"}),
+    "add_norm": frozenset({"hopper"}),
+    "rotate_and_write": frozenset({"hopper"}),
 }
+
+# Operations whose versions in XLA do the same work in more launches. That XLA does them is no reason to warn.
+FUSIONS = frozenset({"add_norm", "rotate_and_write"})
 
 Implementations = Mapping[str, Callable[..., Any]]
 
@@ -185,6 +190,6 @@ def _run_first_able(operation: str, implementations: Implementations, args: Any,
 def report_choice(operation: str, name: str, backend: Backend, reasons: tuple[str, ...]) -> None:
     """Log which implementation runs, and warn if it is XLA's on an accelerator for lack of a kernel."""
     logger.info("%s runs its implementation %r on %s", operation, name, backend)
-    if name == "xla" and reasons and backend.platform != "cpu":
+    if name == "xla" and reasons and backend.platform != "cpu" and operation not in FUSIONS:
         message = f"{operation} runs in plain XLA on {backend}, not in a kernel: {'; '.join(reasons)}"
         warnings.warn(message, FallbackWarning, stacklevel=2)

@@ -6,8 +6,8 @@ other each with its own.
 A tile of outputs belongs to one of the weights. One warpgroup fetches blocks of rows and weights by TMA, which takes
 the matrix as a coordinate; the others multiply. Tiles that have none of the rows that are wanted are skipped. Where
 rows are few, reading the weights takes all the time: the sum over the inputs may be split so that every multiprocessor
-reads its share, and XLA adds the parts. Where they are many, a program goes from tile to tile, and fetches for the next
-one while the results of the last are being stored.
+reads its share, and what comes next adds the parts. Where they are many, a program goes from tile to tile, and fetches
+for the next one while the results of the last are being stored.
 
 A gated product's tile has columns of the gate and the same columns of the matrix that it gates. TMA fills contiguous
 blocks of shared memory, so each of the two has its own block, and its own product into one half of the accumulator.
@@ -40,6 +40,7 @@ from sparsex_kernels.backend import Backend
 from sparsex_kernels.gpu import LOG2_E
 from sparsex_kernels.layout import pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS, Ref, drain, kernel, tiled_smem
+from sparsex_kernels.product_parts import ProductParts, sum_parts
 
 DEPTH = 64  # inputs a step: a swizzled line of 128 bytes
 PIECE = 64  # columns that are stored at a time
@@ -116,6 +117,19 @@ def products(
     Raises:
       NotImplementedError: this shape or dtype cannot be done.
     """
+    return sum_parts(product_parts(inputs, weights, widths, tiles, config, backend, added), inputs.dtype)
+
+
+def product_parts(
+    inputs: Float[Array, "rows inputs"],
+    weights: Sequence[Float[Array, "matrices inputs _"]],
+    widths: tuple[int, ...],
+    tiles: RowTiles,
+    config: Config,
+    backend: Backend,
+    added: Sequence[Added | None] = (),
+) -> ProductParts:
+    """The parts of `products`, one for each of the config's splits."""
     added = tuple(added) or (None,) * len(weights)
     shape = _shape(inputs, added, widths, tiles, config)
     _check(inputs, weights, widths, shape)
@@ -131,9 +145,7 @@ def products(
         scratch_types=_scratch(shape, config),
     )
     numbers = jnp.concatenate([tiles.wanted[None], tiles.matrices]).astype(jnp.int32)
-    parts = run(pad_rows(inputs, shape.fetched), *weights, *more, numbers)
-    out = parts[0] if config.splits == 1 else parts.sum(0).astype(inputs.dtype)
-    return out[: len(inputs)]
+    return run(pad_rows(inputs, shape.fetched), *weights, *more, numbers)[:, : len(inputs)]
 
 
 def _check(inputs: Array, weights: Sequence[Array], widths: tuple[int, ...], shape: Shape) -> None:

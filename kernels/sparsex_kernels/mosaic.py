@@ -52,7 +52,7 @@ def flat_store(store: Store) -> Array:
     return store.reshape(layers * pages, kv * heads, page_size, head_dim)
 
 
-def as_scalar(layer: Int[Array, ""]) -> Int[Array, "1"]:
+def as_scalar(layer: Int[Array, ""] | int) -> Int[Array, "1"]:
     """The layer as a kernel's operand."""
     return jnp.asarray(layer, jnp.int32).reshape(1)
 

@@ -134,15 +134,16 @@ def forward(
     adapter = None if state.adapter is None else jnp.pad(state.adapter, (0, more), constant_values=NO_SLOT)
     rows = Rows(token=token, position=position, request=request, index=index, adapter=adapter)
 
-    def any_layer(of_rows: tuple[Rows, Array], params: Params, layer: Array, store: AnyStore, hidden: Array) -> Any:
-        return model.decoder_layer(model.OneLayer.of(decoder, params, layer), store, hidden, *of_rows)
+    def any_layer(of_rows: tuple[Rows, Array], params: Params, layer: Array, store: AnyStore, stream: Any) -> Any:
+        return model.chained_layer(model.OneLayer.of(decoder, params, layer), store, stream, *of_rows)
 
-    carry = (store, model.embed(params, decoder.config, rows.token))
+    first = model.OneLayer.of(decoder, params, jnp.int32(0))
+    carry = (store, model.stream_of(first, model.embed(params, decoder.config, rows.token)))
     layer_of_rows = hoisted(any_layer, (rows, tables), params, jnp.int32(0), *carry)
 
-    def run_layer(layer: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
+    def run_layer(layer: Array, carry: tuple[AnyStore, model.Stream]) -> tuple[AnyStore, model.Stream]:
         return layer_of_rows(params, layer, *carry)
 
     unroll = LAYERS_UNROLLED if decoder.ops.backend.platform == "gpu" else 1
-    store, hidden = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry, unroll=unroll)
-    return store, model.logits(params, decoder.config, hidden[:lines])
+    store, stream = lax.fori_loop(0, decoder.config.num_layers, run_layer, carry, unroll=unroll)
+    return store, model.logits(params, decoder.config, stream.hidden[:lines])

@@ -8,6 +8,7 @@ store. The weights of all layers stay stacked: `Ops.linear` reads one layer's ma
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,13 @@ from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.experts import ExpertStacks, route
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.ops import NewKV, Ops, low_rank_of
-from sparsex_jax.model.store import AnyStore
+from sparsex_jax.model.store import AnyStore, SharedStore
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
+from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.layout import Frequencies, PageTables, Window
+from sparsex_kernels.norm import rms_norm
+from sparsex_kernels.product_parts import ProductParts, sum_parts
 from sparsex_kernels.quantised import Mixed, Quantised, dequantise, lookup
 from sparsex_kernels.rope import apply_rope
 
@@ -70,13 +74,6 @@ def query_scale(config: ModelConfig) -> Float[np.ndarray, "head_dim"] | None:
     rotated = np.arange(config.head_dim) % (config.head_dim // 2) < config.num_rotated_pairs
     scale = whole * np.where(rotated, config.rope_attention_factor**2, 1.0)
     return None if (scale == 1).all() else scale.astype(np.float32)
-
-
-def rms_norm(x: Float[Array, "*batch dim"], scale: Float[Array, "dim"], eps: float) -> Float[Array, "*batch dim"]:
-    """x / rms(x) * scale, the mean square taken in float32. A scale of a wider dtype multiplies before x is rounded."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (scale * normed.astype(scale.dtype)).astype(x.dtype)
 
 
 def embed(params: Params, config: ModelConfig, tokens: Int[Array, "rows"]) -> Hidden:
@@ -134,6 +131,13 @@ class OneLayer(NamedTuple):
     def norm(self, scale: Float[Array, "layers dim"], x: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return rms_norm(x, self.own(scale), self.decoder.config.rms_norm_eps)
 
+    def add_norm(
+        self, parts: ProductParts, hidden: Hidden, scale: Float[Array, "layers dim"], *, ahead: int = 0
+    ) -> tuple[Hidden, Hidden]:
+        """A product added to the residual, and the norm of the sum: this layer's, or that of a layer `ahead`."""
+        number = jnp.minimum(self.number + ahead, len(scale) - 1)
+        return self.decoder.ops.add_norm(parts, hidden, scale, number, self.decoder.config.rms_norm_eps)
+
     def linear(
         self,
         x: Float[Array, "rows inputs"],
@@ -151,13 +155,23 @@ class OneLayer(NamedTuple):
           over_inputs: a mesh divides the matrices by their inputs, not by their outputs.
           apart: their Y comes behind the products.
         """
+        low_rank, about = self.added(*names, rows=rows), (self.matrices(x, names), self.number, rows)
+        return self.decoder.ops.linear(x, *about, over_inputs=over_inputs, low_rank=low_rank, apart=apart)
+
+    def linear_parts(self, x: Float[Array, "rows inputs"], name: str, rows: Rows) -> ProductParts:
+        """The product of `linear`, over inputs that a mesh divides, for an operation that adds its parts."""
+        if self.added(name, rows=rows):
+            return self.linear(x, name, rows=rows, over_inputs=True)[0][None]
+        (matrix,) = self.matrices(x, [name])
+        return self.decoder.ops.linear_parts(x, matrix, self.number, rows)
+
+    def matrices(self, x: Float[Array, "rows inputs"], names: Sequence[str]) -> list[Matrices]:
+        """The stacked weights of these names as matrices for the rows."""
         weights = [getattr(self.layers, name) for name in names]
-        matrices = [
+        return [
             weight if isinstance(weight, Quantised | Mixed) else weight.reshape(len(weight), x.shape[1], -1)
             for weight in weights
         ]
-        low_rank, about = self.added(*names, rows=rows), (matrices, self.number, rows)
-        return self.decoder.ops.linear(x, *about, over_inputs=over_inputs, low_rank=low_rank, apart=apart)
 
     def added(self, *names: str, rows: Rows) -> list[LowRank | None]:
         """What adapters add to products of these rows. Empty where there are none, or the rows are the base model's."""
@@ -177,6 +191,11 @@ class Projection(NamedTuple):
     rotated: bool
     scale: Float[np.ndarray, "head_dim"] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the product is the heads, but for the rotation."""
+        return all(each is None for each in (self.bias, self.norm, self.wide_norm, self.scale))
+
 
 def _query(layer: OneLayer) -> Projection:
     layers, scale = layer.layers, query_scale(layer.decoder.config)
@@ -189,6 +208,22 @@ def _key(layers: Layers) -> Projection:
 
 def _value(layers: Layers) -> Projection:
     return Projection("wv", layers.bv, norm=None, wide_norm=None, rotated=False)
+
+
+def _projections(layer: OneLayer) -> tuple[Projection, Projection, Projection]:
+    return _query(layer), _key(layer.layers), _value(layer.layers)
+
+
+def _write(layer: OneLayer, store: AnyStore, normed: Hidden, rows: Rows, tables: PageTables) -> tuple[Heads, AnyStore]:
+    """The rows' rotated queries, and the store with their K and V."""
+    ops, projections = layer.decoder.ops, _projections(layer)
+    names = [each.weight for each in projections]
+    plain = all(each.is_plain for each in projections) and not layer.added(*names, rows=rows)
+    if plain and not isinstance(store, SharedStore) and ops.fuses_rotation(len(normed)):
+        matrices = layer.matrices(normed, names)
+        return ops.project_and_write(normed, matrices, store, layer.number, rows, tables, layer.inv_freq)
+    (q, keys, values), y = _project(layer, normed, rows, *projections, apart=layer.values_apart)
+    return q, ops.write_kv(store, layer.number, NewKV(keys, values, y), rows, tables)
 
 
 def queries(layer: OneLayer, hidden: Hidden, rows: Rows) -> Heads:
@@ -235,16 +270,24 @@ def _finish(layer: OneLayer, projection: Projection, product: Float[Array, "rows
 
 def mlp(layer: OneLayer, hidden: Hidden, rows: Rows) -> Hidden:
     """The gated MLP or the experts of each row, without the residual."""
+    return sum_parts(_mlp(layer, layer.norm(layer.layers.mlp_norm, hidden), rows), hidden.dtype)
+
+
+def _mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> ProductParts:
+    layers = layer.layers
     with jax.named_scope("mlp"):
-        layers = layer.layers
-        normed, router = layer.norm(layers.mlp_norm, hidden), layers.router
-        out = _one_mlp(layer, normed, rows) if router is None else _experts(layer, router, normed, rows)
-    return out if layers.post_mlp_norm is None else layer.norm(layers.post_mlp_norm, out)
+        if layers.router is None:
+            out = layer.linear_parts(_gated(layer, normed, rows), "w_down", rows)
+        else:
+            out = _experts(layer, layers.router, normed, rows)[None]
+        return _normed_parts(layer, layers.post_mlp_norm, out, normed.dtype)
 
 
-def _one_mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> Hidden:
-    (out,) = layer.linear(_gated(layer, normed, rows), "w_down", rows=rows, over_inputs=True)
-    return out
+def _normed_parts(
+    layer: OneLayer, scale: Float[Array, "layers dim"] | None, parts: ProductParts, dtype: Any
+) -> ProductParts:
+    """What a model with norms behind attention and MLP adds to the residual; without, what it is given."""
+    return parts if scale is None else layer.norm(scale, sum_parts(parts, dtype))[None]
 
 
 def _gated(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows width"]:
@@ -262,21 +305,57 @@ def _experts(layer: OneLayer, router: Float[Array, "layers hidden experts"], nor
     return layer.decoder.ops.experts(normed, routing, stacks, layer.number, rows)
 
 
+class Stream(NamedTuple):
+    """The input of a layer.
+
+    Attributes:
+      hidden: the residual.
+      normed: the same, normalised for the layer's attention.
+    """
+
+    hidden: Hidden
+    normed: Hidden
+
+
+def stream_of(layer: OneLayer, hidden: Hidden) -> Stream:
+    """The input of this layer."""
+    return Stream(hidden, layer.norm(layer.layers.attn_norm, hidden))
+
+
 def decoder_layer(
     layer: OneLayer, store: AnyStore, hidden: Hidden, rows: Rows, tables: PageTables
 ) -> tuple[AnyStore, Hidden]:
     """Run one layer for some rows: write their K and V into the store, then attend to all that is in it."""
+    store, hidden, out = _run_layer(layer, store, stream_of(layer, hidden), rows, tables)
+    return store, hidden + sum_parts(out, hidden.dtype)
+
+
+def chained_layer(
+    layer: OneLayer, store: AnyStore, stream: Stream, rows: Rows, tables: PageTables
+) -> tuple[AnyStore, Stream]:
+    """`decoder_layer`, and the norm of the layer after it: for few rows, a kernel does it as it adds the residual. What
+    is normalised behind the last layer has no use."""
+    store, hidden, out = _run_layer(layer, store, stream, rows, tables)
+    return store, Stream(*layer.add_norm(out, hidden, layer.layers.attn_norm, ahead=1))
+
+
+def _run_layer(
+    layer: OneLayer, store: AnyStore, stream: Stream, rows: Rows, tables: PageTables
+) -> tuple[AnyStore, Hidden, ProductParts]:
+    """The store, the residual behind attention, and what the MLP adds to it."""
+    store, out = _attention(layer, store, stream.normed, rows, tables)
+    hidden, normed = layer.add_norm(out, stream.hidden, layer.layers.mlp_norm)
+    return store, hidden, _mlp(layer, normed, rows)
+
+
+def _attention(
+    layer: OneLayer, store: AnyStore, normed: Hidden, rows: Rows, tables: PageTables
+) -> tuple[AnyStore, ProductParts]:
+    """The store with the rows' K and V, and what attention adds to the residual."""
     ops, layers = layer.decoder.ops, layer.layers
     with jax.named_scope("attention"):
-        normed = layer.norm(layers.attn_norm, hidden)
-        projections, apart = (_query(layer), _key(layers), _value(layers)), layer.values_apart
-        (q, keys, values), y = _project(layer, normed, rows, *projections, apart=apart)
-        new = NewKV(keys, values, y)
-        store = ops.write_kv(store, layer.number, new, rows, tables)
+        q, store = _write(layer, store, normed, rows, tables)
         low_rank = low_rank_of(store, layer.values_apart, rows, len(tables))
         attended = ops.attention(q, store, layer.number, rows, tables, layer.window, low_rank)
-        (out,) = layer.linear(attended.reshape(len(attended), -1), "wo", rows=rows, over_inputs=True)
-        if layers.post_attn_norm is not None:
-            out = layer.norm(layers.post_attn_norm, out)
-    hidden = hidden + out
-    return store, hidden + mlp(layer, hidden, rows)
+        out = layer.linear_parts(attended.reshape(len(attended), -1), "wo", rows)
+        return store, _normed_parts(layer, layers.post_attn_norm, out, normed.dtype)

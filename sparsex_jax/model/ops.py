@@ -24,6 +24,9 @@ from sparsex_kernels import api as kernels
 from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
+from sparsex_kernels.product_parts import ProductParts, sum_parts
+
+FEW_ROWS = 64  # a decode step's, for which there are kernels that do several operations
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
@@ -142,6 +145,30 @@ class Ops:
         adapting = Adapting.of(low_rank, rows.adapter, apart)
         products, y = apply(x, tuple(weights), jnp.asarray(layer), rows.count, adapting)
         return products if y is None else (*products, y)
+
+    def linear_parts(
+        self, x: Float[Array, "rows inputs"], weight: Matrices, layer: Int[Array, ""] | int, rows: Rows
+    ) -> ProductParts:
+        """Rows times a weight that a mesh divides by inputs, in parts that remain to be added. Those of a mesh are."""
+
+        def run(x: Array, weight: Any, layer: Array, count: Array, **on: Any) -> ProductParts:
+            parts = kernels.linear_parts(x, [weight], layer, count, **on)
+            return jax.lax.psum(sum_parts(parts, x.dtype), TENSOR_AXIS)[None] if self.mesh.size > 1 else parts
+
+        specs = (PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL)
+        return self._over_heads(run, specs, _ALL)(x, weight, jnp.asarray(layer), rows.count)
+
+    def add_norm(
+        self,
+        parts: ProductParts,
+        residual: Float[Array, "rows hidden"],
+        scales: Float[Array, "layers hidden"],
+        layer: Int[Array, ""],
+        eps: float,
+    ) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows hidden"]]:
+        """The product added to the residual, and the sum's norm, on each device."""
+        run = self._over_heads(functools.partial(kernels.add_norm, eps=eps), (_ALL,) * 4, _ALL)
+        return run(parts, residual, scales, layer)
 
     def gated_linear(
         self,
@@ -271,6 +298,34 @@ class Ops:
         columns = _columns_of(_slot_of_each(rows, len(tables)), store.rank)
         write = self._over_heads(kernels.write_low_rank, (_ALL,) * 7, _ALL)
         return write(written, layer, own, positions, rows.request, tables, columns)
+
+    def fuses_rotation(self, num_rows: int) -> bool:
+        """Whether a kernel of the backend's may do what `project_and_write` does, for so few rows."""
+        return num_rows <= FEW_ROWS and "hopper" in self.backend.order("rotate_and_write")
+
+    def project_and_write(
+        self,
+        x: Float[Array, "rows hidden"],
+        weights: Sequence[Matrices],
+        store: Store,
+        layer: Int[Array, ""],
+        rows: Rows,
+        tables: PageTables,
+        inv_freq: Float[Array, "half"],
+    ) -> tuple[Queries, Store]:
+        """Rotated queries of the rows, and the store with their rotated keys and their values.
+
+        Args:
+          weights: of queries, keys and values; a mesh divides each by heads.
+        """
+
+        def run(x: Array, weights: Any, count: Array, *args: Any, **on: Any) -> tuple[Array, Array]:
+            parts = kernels.linear_parts(x, weights, args[1], count, **on)
+            return kernels.rotate_and_write(parts, *args, dtype=x.dtype, **on)
+
+        specs = (_ALL, _OUTPUTS, _ALL, _STORE, *[_ALL] * 5)
+        on_heads = self._over_heads(run, specs, (_HEADS, _STORE))
+        return on_heads(x, tuple(weights), rows.count, store, layer, rows.position, rows.request, tables, inv_freq)
 
     def read_kv(
         self, store: AnyStore, layer: Int[Array, ""], rows: Rows, tables: PageTables

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -10,10 +11,16 @@ from sparsex_kernels.arguments import Added, LinearArgs, Matrices
 from sparsex_kernels.backend import Backend, default_backend, late, run
 from sparsex_kernels.linear import xla
 from sparsex_kernels.linear.apart import plus
+from sparsex_kernels.product_parts import ProductParts
 from sparsex_kernels.quantised import Mixed, same_kind
 
 # On a TPU, XLA's products take a layer's slice as it is.
 IMPLEMENTATIONS = {"xla": xla.linear, "hopper": late("sparsex_kernels.linear.hopper", "linear"), "tpu": xla.linear}
+PARTS = {
+    "xla": xla.linear_parts,
+    "hopper": late("sparsex_kernels.linear.hopper", "linear_parts"),
+    "tpu": xla.linear_parts,
+}
 GATED = {
     "xla": xla.gated_linear,
     "hopper": late("sparsex_kernels.linear.hopper", "gated_linear"),
@@ -61,6 +68,32 @@ def linear(
     plain = tuple(weight for weight in weights if not isinstance(weight, Mixed))  # all of them, by now
     args = LinearArgs(inputs, plain, layer, count, backend, added=tuple(added))
     return run("linear", IMPLEMENTATIONS, implementation, args)
+
+
+def linear_parts(
+    inputs: Float[Array, "rows inputs"],
+    weights: Sequence[Matrices],
+    layer: Int[Array, ""] | int,
+    count: Int[Array, ""] | int | None = None,
+    *,
+    backend: Backend | None = None,
+    implementation: str | None = None,
+) -> ProductParts:
+    """The products of `linear` side by side, for an operation that adds their parts as it reads them.
+
+    Args:
+      inputs, weights, layer, count, backend, implementation: as in `linear`. Implementations that split no sums, and
+        weights of several kinds, give one part.
+
+    Raises:
+      NotImplementedError: the implementation cannot do this shape or dtype.
+    """
+    plain = tuple(weight for weight in weights if not isinstance(weight, Mixed))
+    if len(plain) < len(weights) or not same_kind(weights):
+        apart = linear(inputs, weights, layer, count, backend=backend, implementation=implementation)
+        return jnp.concatenate(apart, axis=1)[None]
+    args = LinearArgs(inputs, plain, layer, count, backend or default_backend())
+    return run("linear", PARTS, implementation, args)
 
 
 def _mixed(inputs: Array, weight: Mixed, layer: Any, *about: Any) -> Array:

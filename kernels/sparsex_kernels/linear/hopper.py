@@ -10,12 +10,13 @@ from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import Added, LinearArgs
-from sparsex_kernels.hopper_products import DEPTH, SMALLEST, Config, RowTiles, products
+from sparsex_kernels.hopper_products import DEPTH, SMALLEST, Config, RowTiles, product_parts
 from sparsex_kernels.linear import hopper_codes
 from sparsex_kernels.linear.apart import plus
 from sparsex_kernels.linear.hopper_codes import products_of_codes
 from sparsex_kernels.linear.xla import ACTIVATIONS
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
+from sparsex_kernels.product_parts import ProductParts, sum_parts
 from sparsex_kernels.quantised import SQUARE, Quantised, floats
 
 NARROW = 512  # up to this many columns, few rows take tiles of 64: of 128 there are too few for all multiprocessors
@@ -23,11 +24,9 @@ NARROW = 512  # up to this many columns, few rows take tiles of 64: of 128 there
 
 def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
-    rows, inputs = args.inputs.shape
     if _reads_codes(args):
         return plus(_split(_in_codes(args), args), args.added, functools.partial(_added_product, args))
-    config = config or choose_config(rows, inputs, args.widths)
-    return _split(_products(_as_floats(args), args.widths, config), args)
+    return _split(sum_parts(linear_parts(args, config), args.inputs.dtype), args)
 
 
 def _split(out: Float[Array, "rows widths"], args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
@@ -39,6 +38,15 @@ def _added_product(args: LinearArgs, added: Added) -> Float[Array, "rows _"]:
     return linear(LinearArgs(added.own, (added.stack,), args.layer, args.count, args.backend))[0]
 
 
+def linear_parts(args: LinearArgs, config: Config | None = None) -> ProductParts:
+    """See `sparsex_kernels.linear`."""
+    if _reads_codes(args):
+        return _in_codes(args)[None]
+    args = _as_floats(args)
+    rows, inputs = args.inputs.shape
+    return _products(args, args.widths, config or choose_config(rows, inputs, args.widths))
+
+
 def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array, "rows width"]:
     """See `sparsex_kernels.gated_linear`."""
     if args.activation != "silu" and not args.added:  # XLA's two products would be followed by those that are added
@@ -48,7 +56,7 @@ def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array,
     if config.splits > 1 or _reads_codes(args) or args.activation != "silu":
         gate, up = linear(args)  # the sum must be complete, and scaled, before it is gated
         return ACTIVATIONS[args.activation](gate) * up
-    return _products(_as_floats(args), (width,), config)
+    return _products(_as_floats(args), (width,), config)[0]
 
 
 def _reads_codes(args: LinearArgs) -> bool:
@@ -95,7 +103,7 @@ def _as_floats(args: LinearArgs) -> LinearArgs:
     return dataclasses.replace(args, weights=weights, layer=0, added=added)
 
 
-def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Float[Array, "rows widths"]:
+def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> ProductParts:
     rows = len(args.inputs)
     tile = min(rows + -rows % SMALLEST, WGMMA_ROWS) if config.warpgroups == 1 else WGMMA_ROWS * config.warpgroups
     row_tiles = -(-rows // tile)
@@ -103,11 +111,14 @@ def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Floa
     wanted = jnp.clip(-(-count // tile), 0, row_tiles)
     layers = jnp.full(row_tiles, args.layer, jnp.int32)
     tiles = RowTiles(tile, wanted, layers, together=True)
-    return products(args.inputs, args.arrays, widths, tiles, config, args.backend, args.added)
+    return product_parts(args.inputs, args.arrays, widths, tiles, config, args.backend, args.added)
 
 
 def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int = 1) -> Config:
     """Sizes that suit this number of rows and inputs, and weights of these widths; a split has four steps or more.
+
+    Of few rows, two programs share a multiprocessor. They all begin at once: one more would begin when the others are
+    done, and its loads alone do not fill the memory's bandwidth.
 
     Args:
       matrices: 2 for a gated product, whose tile has half of its columns of each.
@@ -118,8 +129,8 @@ def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int
     if not columns:
         raise NotImplementedError(f"weights of {widths} columns; the kernel takes multiples of 64")
     tiles = sum(widths) // columns * -(-rows // (WGMMA_ROWS if few else 2 * WGMMA_ROWS))
-    wanted = 2 * MULTIPROCESSORS if few else MULTIPROCESSORS
-    splits = max(min(round(wanted / tiles), inputs // (4 * DEPTH)), 1)
+    wanted = 2 * MULTIPROCESSORS // tiles if few else round(MULTIPROCESSORS / tiles)
+    splits = max(min(wanted, inputs // (4 * DEPTH)), 1)
     if few:
         return Config(1, columns, splits, 3, tiles * splits)
     return Config(2, columns, splits, 4, MULTIPROCESSORS)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
 from sparsex_kernels.linear.apart import plus
+from sparsex_kernels.product_parts import ProductParts
 from sparsex_kernels.quantised import Quantised, dequantise, numbers
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -22,6 +23,11 @@ def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
     products = [_product(args.inputs, weight, args.layer) for weight in args.weights]
     return plus(products, args.added, lambda more: _product(more.own, more.stack, args.layer))
+
+
+def linear_parts(args: LinearArgs) -> ProductParts:
+    """See `sparsex_kernels.linear`."""
+    return jnp.concatenate(linear(args), axis=1)[None]
 
 
 def _product(inputs: Array, stack: Array | Quantised, layer: Array | int) -> Array:

@@ -39,7 +39,8 @@ BLOCK = 64  # keys a step
 STAGES = 5  # blocks in flight
 LOW_RANK_STAGES = 4  # with Y beside V: with heads of 64, two programs still share a multiprocessor
 NARROW_STAGES, STAGED = 2, 12  # of a narrow store: blocks that were widened, and blocks of K or V in flight
-PROGRAMS = 2 * MULTIPROCESSORS  # parts to aim at; more have more to merge, fewer leave a long request short of loads
+PROGRAMS = 2 * MULTIPROCESSORS  # the most to aim at; more have more to merge
+AT_ONCE = {64: 2 * MULTIPROCESSORS, 128: MULTIPROCESSORS}  # programs that run at a time, by the size of heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     rows, q_heads, head_dim = args.query.shape
     sizes = shared_sizes(args)
     share, heads = sizes["share"], sizes["heads"]
-    cut: dict[str, Any] = {"programs": PROGRAMS, "block": BLOCK, "window": args.window}
+    cut: dict[str, Any] = {"programs": PROGRAMS, "block": BLOCK, "window": args.window, "at_once": AT_ONCE[head_dim]}
     parts, spans = key_parts(args.positions, args.requests, heads, **cut)
     shape = Shape(**sizes, parts=len(parts))
     merged = -(-heads * SHARE // WGMMA_ROWS) * WGMMA_ROWS

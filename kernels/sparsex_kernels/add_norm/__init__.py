@@ -1,0 +1,38 @@
+"""Residual and norm: add a product to the residual, and normalise the sum for what comes next."""
+
+from jax import Array
+from jaxtyping import Float, Int
+
+from sparsex_kernels.add_norm import xla
+from sparsex_kernels.arguments import AddNormArgs
+from sparsex_kernels.backend import Backend, default_backend, late, run
+from sparsex_kernels.product_parts import ProductParts
+
+IMPLEMENTATIONS = {
+    "xla": xla.add_norm,
+    "hopper": late("sparsex_kernels.add_norm.hopper", "add_norm"),
+}
+
+
+def add_norm(
+    parts: ProductParts,
+    residual: Float[Array, "rows width"],
+    scales: Float[Array, "layers width"],
+    layer: Int[Array, ""] | int,
+    *,
+    eps: float,
+    backend: Backend | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "rows width"], Float[Array, "rows width"]]:
+    """`residual + product`, and its RMS norm times the scale of one layer, both in the dtype of the residual.
+
+    Args:
+      parts, residual, scales, layer, eps: as in `AddNormArgs`.
+      backend, implementation: as in `paged_attention`. `xla` is also what others are compared with. `hopper` does
+        all in one launch, for up to 64 rows.
+
+    Raises:
+      NotImplementedError: the implementation cannot do this shape or dtype.
+    """
+    args = AddNormArgs(parts, residual, scales, layer, backend or default_backend(), eps)
+    return run("add_norm", IMPLEMENTATIONS, implementation, args)

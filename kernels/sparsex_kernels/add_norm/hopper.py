@@ -1,0 +1,105 @@
+"""Residual and norm of few rows for Hopper GPUs, by Pallas' Mosaic GPU: one launch for three passes over little data.
+
+A program has a row, and each of its warps a line of the row, so that the mean square is a sum over lanes, and then one
+over warps in shared memory. All that a thread reads is loaded before it waits for any of it: a row of a decode step
+takes as long as the memory answers.
+"""
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from sparsex_kernels import mosaic
+from sparsex_kernels.arguments import AddNormArgs
+from sparsex_kernels.mosaic import Ref
+
+MOST_ROWS = 64
+WARPS = 4  # of a warpgroup
+WARPGROUPS = (4, 2, 1)  # of a program: the first whose warps share a row evenly
+LINE = 128  # numbers that a warp reads at a time, four a lane
+# Lines of a row: `[warps, numbers]`, a warp's numbers in its lanes.
+LINES = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, LINE), (4,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+class Shape(NamedTuple):
+    """Static sizes of one call."""
+
+    warpgroups: int
+    width: int
+    dtype: Any
+    eps: float
+
+
+def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array, "rows width"]]:
+    """See `sparsex_kernels.add_norm`."""
+    rows, width = args.residual.shape
+    _check(args)
+    warpgroups = next(n for n in WARPGROUPS if width % (n * WARPS * LINE) == 0)
+    lines = (warpgroups, WARPS, width // (warpgroups * WARPS))
+    out = jax.ShapeDtypeStruct((rows, *lines), args.residual.dtype)
+    run = mosaic.kernel(
+        functools.partial(_kernel, Shape(warpgroups, width, args.residual.dtype, args.eps)),
+        args.backend,
+        out_type=(out, out),
+        grid=(rows,),
+        grid_names=("row",),
+        num_threads=warpgroups,
+        scratch_types={
+            "squares": plgpu.SMEM((warpgroups, WARPS), jnp.float32),
+            "summed": plgpu.Barrier(num_arrivals=warpgroups),
+        },
+    )
+    operands = (x.reshape(*x.shape[:-1], *lines) for x in (args.parts, args.residual, args.scales))
+    hidden, normed = run(*operands, mosaic.as_scalar(args.layer))
+    return hidden.reshape(rows, width), normed.reshape(rows, width)
+
+
+def _check(args: AddNormArgs) -> None:
+    """Raise `NotImplementedError` where this shape or dtype cannot be done."""
+    rows, width = args.residual.shape
+    if rows > MOST_ROWS or width % (WARPS * LINE):
+        raise NotImplementedError(
+            f"{rows} rows of {width}; the kernel takes up to {MOST_ROWS}, of a multiple of {WARPS * LINE}"
+        )
+    if args.residual.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"rows of {args.residual.dtype}; the kernel takes bfloat16 or float16")
+
+
+def _kernel(
+    shape: Shape,
+    parts: Ref,
+    residual: Ref,
+    scales: Ref,
+    layer: Ref,
+    hidden_ref: Ref,
+    normed_ref: Ref,
+    *,
+    squares: Ref,
+    summed: Ref,
+) -> None:
+    row, wg = lax.axis_index("row"), lax.axis_index("wg")
+    number = layer[0]
+    loaded = [_load(parts.at[part, row, wg]) for part in range(parts.shape[0])]
+    before, scale = _load(residual.at[row, wg]), plgpu.load(scales.at[number, wg], layout=LINES, optimized=False)
+    product = functools.reduce(operator.add, loaded).astype(shape.dtype).astype(jnp.float32)
+    hidden = (before + product).astype(shape.dtype)
+    wide = hidden.astype(jnp.float32)
+    squares[wg] = (wide * wide).sum(axis=1)
+    plgpu.barrier_arrive(summed)
+    hidden_ref.at[row, wg][...] = hidden
+    plgpu.barrier_wait(summed)
+    total = functools.reduce(operator.add, (squares[n, warp] for n in range(shape.warpgroups) for warp in range(WARPS)))
+    normed = (wide * lax.rsqrt(total / shape.width + shape.eps)).astype(scale.dtype)
+    # A product of two bfloat16 is exact in float32, so this rounds as one in bfloat16 does.
+    out = scale.astype(jnp.float32) * normed.astype(jnp.float32)
+    normed_ref.at[row, wg][...] = out.astype(shape.dtype)
+
+
+def _load(ref: Ref) -> Array:
+    return plgpu.load(ref, layout=LINES, optimized=False).astype(jnp.float32)

@@ -90,7 +90,7 @@ MESHES = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("tensor_parallel", [2, 4])
+@pytest.mark.parametrize("tensor_parallel", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_mesh_gives_the_logits_and_tokens_of_one_device(tensor_parallel):
     check_against_one_device(sharded_tiny, tensor_parallel, METHODS if tensor_parallel == 2 else FEW)
 

@@ -57,7 +57,7 @@ SETTLING, MEASURED = 4, 40  # rounds
 
 
 @jax.jit
-def _pass_on(params: Any, state: DecodeState, steps: np.ndarray) -> DecodeState:
+def _pass_on(params: Any, state: DecodeState, steps: jax.Array) -> DecodeState:
     """What it costs to call a program with all that decode takes."""
     return state
 
@@ -68,15 +68,16 @@ class Instant(Runner):
     dispatched = 0.0
 
     def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
-        state = _pass_on(self.params, self._placed(state), np.int32(steps))
+        state = _pass_on(self.params, self.place(state), self._numbers[steps])
         self.dispatched = time.thread_time()
         tokens = np.full((len(state.token), self.engine.decode_steps), -1, np.int32)
         tokens[:, :steps] = _TOKENS.integers(3, self.model.vocab_size, (len(tokens), steps))
         return state, Sampled(tokens, None)
 
-    def advance(self, run: PrefillRun, layers: int | None = None) -> None:
+    def advance(self, run: PrefillRun, layers: int | None = None) -> jax.Array:
         run.next_layer = self.model.num_layers
         run.logits = jnp.zeros((len(run.plan.page_tables), 1))
+        return run.logits
 
     def are_finite(self, logits: jax.Array) -> np.ndarray:
         return np.ones(len(logits), bool)
@@ -96,7 +97,7 @@ class Round(NamedTuple):
 
 
 def engine_with(sequences: int, context: int, steps: int, tokenizer: Any | None) -> Engine:
-    """An engine in which so many sequences decode, each behind a prompt of its own."""
+    """An engine in which this number of sequences decode, each behind a prompt of its own."""
     new = (3 * sequences + SETTLING + MEASURED) * steps  # the first decode while the others are prefilled
     with mock.patch("sparsex_jax.engine.Runner", Instant):
         engine = Engine.from_config(

@@ -2,7 +2,6 @@
 
     python scripts/bench_adapters.py [--model llama-3.1-8b] [--context 8192] [--ways isolated pre_lr]
     python scripts/bench_adapters.py --roles 24
-    python scripts/bench_adapters.py --decode 64 --context 1024
 
 The trace is that of LRAgent and PReCache: 17 steps of three agents who take turns, each with its new tokens behind all
 that was said before, and an answer. Four of them bring --context tokens, so that all together are
@@ -21,10 +20,8 @@ way that compiles nothing is told.
 --roles N: instead, the three trained adapters of ruler-tiny (`configs/ruler-tiny-adapters`) answer in N trajectories,
 and told is which share of their answers is right.
 
---decode N: instead, N requests of --context tokens over eight adapters decode together, and told is the time of a step:
-of an engine without adapters, of base rows beside adapters, of adapters on queries and values, and on all matrices.
-
-Writes `adapters-trace-<model>-<device>.json`, or `adapters-roles-...` or `adapters-decode-...`, to `scripts/results`.
+Writes `adapters-trace-<model>-<device>.json`, or `adapters-roles-...`, to `scripts/results`. What adapters cost a
+decode step is told by `bench_decode.py --adapters`.
 """
 
 import argparse
@@ -54,7 +51,6 @@ RESULTS = Path(__file__).resolve().parent / "results"
 AGENTS = roles.ROLES
 WAYS = ("base", "isolated", "pre_lr", "refresh", "rebase", "base_shared")
 RANK = 16
-DECODING = 8  # adapters that --decode is about
 ALL_TARGETS = ("wq", "wk", "wv", "wo", "w_gate", "w_up", "w_down")
 
 
@@ -149,44 +145,6 @@ def trace(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         del engine
 
 
-def decode_steps(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The time of a step in which --decode requests get a token each."""
-    room = {"store_tokens": options.decode * (options.context + 512), "max_context": options.context + 512}
-    about = {"dtype": options.dtype, "choose": "always", "max_num_seqs": options.decode, **room}
-    about["tensor_parallel"] = options.tensor_parallel
-
-    def row(name: str, engine: Engine, adapters: list[str | None] | None = None) -> dict[str, Any]:
-        figure, work = step_milliseconds(engine, options, adapters), f"decode, {options.decode} x {options.context}"
-        print(f"{name:24} {figure} ms a step")
-        return {"work": work, "implementation": name, "figure": figure, "unit": "ms"}
-
-    yield row("no adapters", make_engine(options.model, **about))
-    engine = make_engine(options.model, max_adapters=DECODING, max_adapter_rank=RANK, **about)
-    for kind, targets in {"queries, values": ("wq", "wv"), "all matrices": ALL_TARGETS}.items():
-        names = [f"{kind} {number}" for number in range(DECODING)]
-        for number, name in enumerate(names):
-            engine.load_adapter(name, random_adapter(engine.model, number, targets))
-        own: list[str | None] = list(itertools.islice(itertools.cycle(names), options.decode))
-        yield row(f"{kind}: base rows", engine)
-        yield row(f"{kind}: rows of {DECODING}", engine, own)
-        for name in names:
-            engine.unload_adapter(name)
-
-
-def step_milliseconds(engine: Engine, options: argparse.Namespace, adapters: list[str | None] | None = None) -> float:
-    """From the additional time of 128 tokens, behind prompts that are stored prefixes."""
-    rng, namespace = np.random.default_rng(0), f"{adapters}"
-    prompts = [rng.integers(1, engine.model.vocab_size, options.context) for _ in range(options.decode)]
-    about: dict[str, Any] = {"reuse": ReuseConfig("prefix"), "namespace": namespace, "adapter": adapters}
-    engine.generate_batch(prompts, SamplingParams(1, temperature=0.0, ignore_eos=True), **about)
-    taken: dict[int, float] = {}
-    for new in (16, 144, 16, 144):
-        sampling, begin = SamplingParams(new, temperature=0.0, ignore_eos=True), time.perf_counter()
-        engine.generate_batch(prompts, sampling, keep=False, **about)
-        taken[new] = time.perf_counter() - begin
-    return float(f"{1e3 * (taken[144] - taken[16]) / 128:.5g}")
-
-
 def answers(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The share of right values in the roles' answers, each role behind the true answers of those before it."""
     adapters = {role: CONFIGS / "ruler-tiny-adapters" / role for role in roles.ROLES}
@@ -234,12 +192,9 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     add("--refresh", default="sparsex:boundary_layer=0:recompute_ratio=0.1", help="NAME or NAME:FIELD=VALUE:...")
     add("--roles", type=int, help="trajectories in which trained adapters answer")
-    add("--decode", type=int, help="requests that decode together")
     add_tensor_parallel(parser)
     options = parser.parse_args(arguments)
-    bench, run = "adapters-trace", trace
-    if options.roles or options.decode:
-        bench, run = ("adapters-roles", answers) if options.roles else ("adapters-decode", decode_steps)
+    bench, run = ("adapters-roles", answers) if options.roles else ("adapters-trace", trace)
     about = {"bench": bench, "model": "ruler-tiny" if options.roles else options.model}
     about |= provenance(options.tensor_parallel)
     unused = {"model", "context"} if options.roles else {"model", "roles"}

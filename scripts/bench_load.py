@@ -28,7 +28,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -52,7 +51,7 @@ from sparsex_jax.scheduler.sequence import Event
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.server import Server
-from sparsex_jax.serving.sockets import bound
+from sparsex_jax.serving.sockets import bound, free_port
 from sparsex_jax.serving.worker import Worker
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -188,12 +187,6 @@ def answers(url: str) -> bool:
         return httpx.get(f"{url}/v1/models", timeout=5).is_success
     except httpx.HTTPError:
         return False
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def serve(options: argparse.Namespace) -> None:

@@ -38,10 +38,9 @@ from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WorkloadSize, make_workload
-from sparsex_jax.routing import LeastLoaded, Policy, RoundRobin, SegmentPolicy, Sketch
+from sparsex_jax.routing import POLICIES, Sketch
 
 RESULTS = Path(__file__).resolve().parent / "results"
-POLICIES: dict[str, Policy] = {"round-robin": RoundRobin(), "least-loaded": LeastLoaded(), "segments": SegmentPolicy()}
 FOUND = ("prefix_tokens", "approximate_prefix_tokens", "reused_tokens", "recomputed_tokens")
 # Always reused, so that figures do not depend on how fast this machine computes.
 REUSE = {"method": "sparsex", "only_if_faster": False}
@@ -187,7 +186,7 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
                 model_title(args.model),
                 choice.load,
                 Sketch(secrets.token_bytes(32), args.sample),
-                policy=POLICIES[policy],
+                policy=POLICIES[policy](),
             )
             serve.run(application(fleet, scale), name="sparsex")
             for name, clients in workloads.items():
@@ -217,7 +216,7 @@ def parse() -> argparse.Namespace:
     add("--pieces", type=int, default=4, help="documents in a prompt, or agents")
     add("--store-tokens", type=int, default=8192, help="of each replica")
     add("--new-tokens", type=int, default=8)
-    add("--sample", type=int, default=16, help="digests have one window in so many")
+    add("--sample", type=int, default=16, help="one of this many windows is in digests")
     add("--gpus-per-replica", type=int, default=0)
     add("--port", type=int, default=8191)
     add("--verbose", action="store_true", help="show the logs of all processes")

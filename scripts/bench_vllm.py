@@ -139,7 +139,7 @@ class Bench:
             self._answer([text], 1)
 
     def _answer(self, prompts: Sequence[np.ndarray], new: int) -> tuple[float, int | None]:
-        """The seconds until all prompts have so many new tokens, and what was found in the cache of the last of them.
+        """The seconds until each prompt has `new` tokens, and what of the last one was found in the cache.
 
         Raises:
           RuntimeError: one has fewer.

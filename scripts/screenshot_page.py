@@ -8,7 +8,6 @@ uv run python scripts/screenshot_page.py
 from __future__ import annotations
 
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from sparsex_jax import Engine
 from sparsex_jax.serving.app import create_app
 from sparsex_jax.serving.server import Server
+from sparsex_jax.serving.sockets import free_port
 from sparsex_jax.serving.worker import Worker
 
 MODEL = "smollm2-135m-instruct"
@@ -48,9 +48,7 @@ def main() -> None:
 def start_server() -> tuple[Server, threading.Thread, str]:
     engine = Engine.from_pretrained(MODEL, dtype="float32", store_tokens=8192, company_tokens=1024, choose="always")
     app = create_app(Worker(engine), model=MODEL)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = Server(app, "127.0.0.1", port)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -29,11 +29,9 @@ from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.serve import compile_all
 from sparsex_jax.cli.terminal import clear_errors
 from sparsex_jax.config.checks import require
-from sparsex_jax.routing import LeastLoaded, Policy, RoundRobin, SegmentPolicy, Sketch
+from sparsex_jax.routing import POLICIES, Sketch
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.fleet.kv_events import KvEventsConfig
-
-POLICIES = {"segments": SegmentPolicy, "least-loaded": LeastLoaded, "round-robin": RoundRobin}
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +54,7 @@ def parse() -> argparse.Namespace:
     add(
         "--policy", choices=POLICIES, default="segments", help="how a replica is chosen; the others are to compare with"
     )
-    add("--sample", type=int, default=16, help="digests have one window in so many, a power of two")
+    add("--sample", type=int, default=16, help="one of this many windows is in digests; a power of two")
     add("--dtype", default="auto")
     add("--store-tokens", type=int)
     add("--max-num-seqs", type=int)
@@ -83,7 +81,6 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
 
     from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application, connect
 
-    policy: Policy = POLICIES[args.policy]()
     tensor_parallel = max(args.gpus_per_replica, 1)
     choice = EngineChoice(
         args.model, args.dtype, args.store_tokens, max_num_seqs=args.max_num_seqs, tensor_parallel=tensor_parallel
@@ -95,7 +92,7 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
         choice.load,
         Sketch(fleet_key(args.fleet_key), args.sample),
         prepare=None if args.no_warm_up else compile_all,
-        policy=policy,
+        policy=POLICIES[args.policy](),
         limits=Limits(max_tokens=args.max_tokens),
         api_keys=args.api_keys and args.api_keys.absolute(),
         events=kv_events(args),

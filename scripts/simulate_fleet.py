@@ -62,7 +62,7 @@ class Load(NamedTuple):
     rate: float
 
     def traffic(self, replicas: int, rate: float | None = None, **fields: Any) -> Traffic:
-        """For so many replicas, with two tenants for each."""
+        """What this number of replicas gets, with two tenants for each."""
         rate = self.rate if rate is None else rate
         whole = sum(share for _, share in self.kinds)
         mix = tuple((kind, share / whole * rate * replicas) for kind, share in self.kinds)

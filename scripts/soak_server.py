@@ -22,7 +22,6 @@ import contextlib
 import multiprocessing
 import random
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import httpx
 from fuzz_server import memory_mb, percentile, probe
 
 from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.serving.sockets import free_port
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TIMEOUT_S = 120.0
@@ -180,9 +180,7 @@ class Traffic:
 @contextlib.contextmanager
 def serving(model: str, options: list[str], log: Path) -> Iterator[tuple[str, int]]:
     """A server of this model: its address and process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(Path(sys.executable).with_name("sparsex")), "serve", model, "--port", str(port), *options]
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)

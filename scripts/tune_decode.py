@@ -11,13 +11,12 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from bench_e2e import median_milliseconds
 
 import sparsex_kernels.api as kernels
 from sparsex_kernels.arguments import LinearArgs
@@ -42,13 +41,7 @@ class Case(NamedTuple):
 def seconds_a_layer(case: Case) -> float:
     """Median seconds of a step, of programs that have one for each layer."""
     run = jax.jit(lambda *data: [case.step(layer, *data) for layer in range(LAYERS)])
-    jax.block_until_ready(run(*case.data))
-    taken = []
-    for _ in range(CALLS):
-        begin = time.perf_counter()
-        jax.block_until_ready(run(*case.data))
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken) / LAYERS
+    return median_milliseconds(run, *case.data, runs=CALLS) / 1e3 / LAYERS
 
 
 def normal(*shape: int, dtype: Any = jnp.bfloat16) -> jax.Array:

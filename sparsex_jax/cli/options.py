@@ -248,8 +248,6 @@ ProcessId = Annotated[
     int | None,
     typer.Option(help="Which of them this one is, from 0 on.", rich_help_panel=_PROCESSES, envvar="SPARSEX_PROCESS_ID"),
 ]
-
-
 JoinTimeout = Annotated[
     float, typer.Option(help="Seconds to wait until all processes are there.", rich_help_panel=_PROCESSES)
 ]

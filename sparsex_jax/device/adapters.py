@@ -45,6 +45,16 @@ def all_ranks(engine: EngineConfig, platform: str) -> int:
     return ranks + -ranks % 64 if platform == "gpu" else ranks
 
 
+def _stack(model: ModelConfig, engine: EngineConfig, mesh: Mesh, sizes: tuple[int, ...], *divided: str | None) -> Any:
+    """Of all layers.
+
+    Args:
+      divided: the axes of the mesh that divide the first of `sizes`, and those behind it.
+    """
+    placed = NamedSharding(mesh, PartitionSpec(None, *divided))
+    return jax.ShapeDtypeStruct((model.num_layers, *sizes), jnp.dtype(engine.dtype), sharding=placed)
+
+
 def abstract_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dict[str, LowRank] | None:
     """The stacks of an engine as shapes with shardings, by the names of the weights; None where it has no adapters.
 
@@ -52,20 +62,14 @@ def abstract_stacks(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> dic
     """
     if engine.max_adapters == 0:
         return None
-    rank, dtype = engine.max_adapter_rank, jnp.dtype(engine.dtype)
-    ranks = all_ranks(engine, mesh.devices.flat[0].platform)
-
-    def shape(*sizes: int, divided: tuple[str | None, str | None]) -> Any:
-        sharding = NamedSharding(mesh, PartitionSpec(None, *divided))
-        return jax.ShapeDtypeStruct((model.num_layers, *sizes), dtype, sharding=sharding)
-
-    made = {}
+    ranks, made = all_ranks(engine, mesh.devices.flat[0].platform), {}
     for name, place in targets(on_mesh(model, mesh), mesh).items():
         if engine.share_adapters and name in _KV:
             continue
         inputs, outputs = place.divided
-        a = shape(place.inputs, ranks, divided=(inputs, None))
-        made[name] = LowRank(a, shape(ranks, place.outputs, divided=(None, outputs)), rank)
+        a = _stack(model, engine, mesh, (place.inputs, ranks), inputs, None)
+        b = _stack(model, engine, mesh, (ranks, place.outputs), None, outputs)
+        made[name] = LowRank(a, b, engine.max_adapter_rank)
     return made
 
 
@@ -76,16 +80,9 @@ def abstract_apart(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Valu
     """
     if not engine.share_adapters:
         return None
-    rank, slots = engine.max_adapter_rank, engine.max_adapters
-
-    def shape(*sizes: int, divided: PartitionSpec) -> Any:
-        sharding = NamedSharding(mesh, divided)
-        return jax.ShapeDtypeStruct((model.num_layers, *sizes), jnp.dtype(engine.dtype), sharding=sharding)
-
-    heads = PartitionSpec(None, None, TENSOR_AXIS)
-    b = shape(slots, on_mesh(model, mesh).num_kv_heads, rank, model.head_dim, divided=heads)
-    ranks = all_ranks(engine, mesh.devices.flat[0].platform)
-    return ValuesApart(shape(model.hidden_size, ranks, divided=PartitionSpec()), b)
+    a = model.hidden_size, all_ranks(engine, mesh.devices.flat[0].platform)
+    b = engine.max_adapters, on_mesh(model, mesh).num_kv_heads, engine.max_adapter_rank, model.head_dim
+    return ValuesApart(_stack(model, engine, mesh, a), _stack(model, engine, mesh, b, None, TENSOR_AXIS))
 
 
 def check_room(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> None:

@@ -7,7 +7,6 @@ what the program computes. JAX keeps what was compiled: when the program is call
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -16,6 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from sparsex_jax.device.compilation import num_processors
+
 _MOST_THREADS = 8  # XLA has threads of its own beside these
 
 
@@ -23,8 +24,7 @@ class Ahead:
     """Programs that are being compiled."""
 
     def __init__(self) -> None:
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(min(processors, _MOST_THREADS), thread_name_prefix="compile")
+        self._pool = ThreadPoolExecutor(min(num_processors(), _MOST_THREADS), thread_name_prefix="compile")
         self._started: dict[Any, tuple[Any, Sequence[Any], Future[Any]]] = {}
 
     def run(self, program: Callable[..., Any], store: Any, placed: Sharding, /, *args: Any, **options: Any) -> Any:

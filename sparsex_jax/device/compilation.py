@@ -33,6 +33,11 @@ def num_compilations() -> int:
     return _counter.number
 
 
+def num_processors() -> int:
+    """The processors that this process may use, to compile among other things."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def keep_on_disk() -> None:
     """Have JAX keep compiled programs in the user's cache directory, so that the next process can load them.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from sparsex_jax.device.compilation import cache_directory
+from sparsex_jax.device.compilation import cache_directory, num_processors
 from sparsex_jax.device.measuring import measure_speeds, wanted_tokens
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.model.digest import kinds
@@ -74,7 +74,7 @@ def described(runner: Runner) -> dict[str, Any]:
     return {
         "device": runner.mesh.devices.flat[0].device_kind,
         "mesh": dict(runner.mesh.shape),
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processors": num_processors(),
         "backend": repr(runner.decoder.ops.backend),
         "versions": {"sparsex": version("sparsex-jax"), "jax": jax.__version__},
         "dtype": engine.dtype,

@@ -9,11 +9,12 @@ numbers alone), `holders` (who holds what), `fleet` (what each has to do), `expe
 
 from sparsex_jax.routing.digest import Ask, Holdings, Sketch
 from sparsex_jax.routing.fleet import Load
-from sparsex_jax.routing.policy import Candidates, LeastLoaded, Policy, RoundRobin, SegmentPolicy
+from sparsex_jax.routing.policy import POLICIES, Candidates, LeastLoaded, Policy, RoundRobin, SegmentPolicy
 from sparsex_jax.routing.router import Applied, Position, Router, Ticket
 from sparsex_jax.routing.updates import Update
 
 __all__ = [
+    "POLICIES",
     "Applied",
     "Ask",
     "Candidates",

@@ -13,7 +13,6 @@ from sparsex_jax.routing.policy import Candidates
 _LEAST_SLOTS = 8
 _NUMBERS = np.dtype(
     [
-        ("is_there", np.bool_),
         ("hash", np.uint64),
         ("heard_s", np.float64),
         ("sent_tokens", np.float64),  # of requests that were sent there and have no token yet
@@ -58,7 +57,7 @@ class Fleet:
         slot = self._names.index(None)
         self.slots[name], self._names[slot] = slot, name
         digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-        self.numbers[slot] = (True, int.from_bytes(digest, "little"), now, 0, 0, 0, 0)
+        self.numbers[slot] = (int.from_bytes(digest, "little"), now, 0, 0, 0, 0)
         return slot
 
     def leave(self, name: str) -> int | None:

@@ -17,6 +17,7 @@ places at once; different contents draw different ones, so that routers with old
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -125,3 +126,11 @@ class RoundRobin:
     def choose(self, num_tokens: int, candidates: Candidates, content: int) -> int:
         self._next += 1
         return (self._next - 1) % len(candidates.hits)
+
+
+# Those that a command may name. Each router has one of its own, since some count.
+POLICIES: Mapping[str, Callable[[], Policy]] = {
+    "segments": SegmentPolicy,
+    "least-loaded": LeastLoaded,
+    "round-robin": RoundRobin,
+}

@@ -332,4 +332,4 @@ class Router:
             assert abs(numbers["sent_tokens"] - waiting) < 1e-6 * max(waiting, 1)
         for slot in {*range(len(self._fleet.numbers))} - {*self._fleet.slots.values()}:
             assert self._held.num_held(slot) == 0
-            assert not self._fleet.numbers["is_there"][slot]
+            assert not any(self._fleet.numbers[slot].item())

@@ -36,6 +36,13 @@ def bound(host: str, port: int, uds: Path | None = None) -> Iterator[list[socket
             yield [held.enter_context(each) for each in _bound_addresses(host.strip("[]"), port)]
 
 
+def free_port() -> int:
+    """A port of this machine that is free now, for a server that another process or thread starts."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
 def url_of(bound: socket.socket) -> str:
     """As clients write it."""
     if bound.family == socket.AF_UNIX:

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 import anthropic
@@ -85,7 +87,14 @@ def live_server(
     finally:
         server.should_exit = True
         thread.join(30)
-        assert not thread.is_alive()
+        assert not thread.is_alive(), f"the server does not end:\n{stacks()}"
+
+
+def stacks() -> str:
+    """What every thread of this process is doing."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames = sys._current_frames().items()
+    return "\n".join(f"{names.get(i)}\n{''.join(traceback.format_stack(frame))}" for i, frame in frames)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:

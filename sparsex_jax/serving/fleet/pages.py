@@ -23,7 +23,8 @@ class Page(NamedTuple):
       node: stands for it, and is not looked into. A block's is its key.
       parent: the node of the page before it. None: there is none, or it is not known.
       tokens: its own, int32 as bytes.
-      before: the last 7 of the page before, if that is known.
+      before: the last 7 of the page before, if that is known. Windows that begin there are told of as long as the page
+        itself is there, also where the page before went first.
       is_in_prefix: it is on the devices, and so is all before it, from position 0 on.
     """
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -216,7 +217,7 @@ def test_healing_can_be_turned_off_and_a_failure_pauses_it(monkeypatch):
             engine.heal()
     assert engine.loop.heal() is None
     assert engine.generate(NOTES[0], GREEDY).token_ids
-    monkeypatch.setattr("sparsex_jax.scheduler.healing.time.monotonic", lambda: float("inf"))
+    monkeypatch.setattr("sparsex_jax.scheduler.healing.time", types.SimpleNamespace(monotonic=lambda: float("inf")))
     assert engine.loop.heal() is not None
     engine.admission.check_books()
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+import types
 
 import jax
 import ml_dtypes
@@ -237,7 +238,7 @@ def test_the_store_is_written_in_place():
 
 def test_a_throttle_carries_one_transfer_after_the_other_each_way(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("sparsex_jax.device.link.time", types.SimpleNamespace(monotonic=lambda: now[0]))
     link, like = made(bytes_per_s=1000.0)
     size = link.block_bytes(1) / 1000
     store = on_devices(np.zeros(like.shape, like.dtype), like)

@@ -102,16 +102,16 @@ def test_other_sessions_are_followed_within_a_few_rounds(first, second, rounds):
     assert not any(tier.visit(("yesterday", i)) for i in range(first)) or second < 8
 
 
-@pytest.mark.parametrize(("number", "room"), [(1000, 50), (1000, 200), (200, 20)])
-@pytest.mark.parametrize("skew", [0.6, 1.0, 1.2])
+@pytest.mark.parametrize(("number", "room"), [(1000, 50), (200, 20)])
+@pytest.mark.parametrize("skew", [0.6, 1.2])
 def test_sessions_by_chance_are_found_as_often_as_by_recency(skew, number, room):
     weights = 1 / np.arange(1, number + 1) ** skew
     names = np.random.default_rng(1).choice(number, 5000, p=weights / weights.sum()).tolist()
     assert Tier(room).visit_all(names).mean() > least_recently_used(names, room).mean() - 0.02
 
 
-@pytest.mark.parametrize("room", [10, 20, 40, 80])
-@pytest.mark.parametrize("resumed", [0, 0.1, 0.5])
+@pytest.mark.parametrize("room", [10, 40])
+@pytest.mark.parametrize("resumed", [0, 0.5])
 def test_chats_of_a_few_turns_are_hardly_found_less_often_than_by_recency(room, resumed):
     """Twenty at a time have five turns each; then another begins, or an old one goes on."""
     rng, names, new = np.random.default_rng(2), [], itertools.count(20)

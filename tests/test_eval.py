@@ -225,6 +225,7 @@ class AnyWords:
         return "".join(map(chr, tokens))
 
 
+@pytest.mark.slow
 def test_reorder_finds_the_prefix_that_the_order_hides(engine):
     (asked,) = quality.prepare_batch(engine, [("niah", "shuffled", 0)], 200, seed=0, num_segments=4)
     assert not np.array_equal(asked.prompt, asked.reordered)

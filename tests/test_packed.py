@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -17,6 +17,7 @@ TREES = st.recursive(
 )
 
 
+@settings(max_examples=40)
 @given(TREES)
 def test_a_tree_comes_out_as_it_went_in(tree):
     """Bit for bit, NaNs included. Packed arrays make no copies that are padded to more than a word."""

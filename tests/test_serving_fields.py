@@ -636,7 +636,8 @@ def test_json_that_breaks_off_is_no_fields_fault(http):
 def test_what_openai_takes_is_taken(http):
     greedy = choice(complete(http, temperature=0))["text"]
     assert choice(complete(http, temperature=1, top_p=0))["text"] == greedy
-    for fields in ({"stop": ""}, {"stop": []}, {"stop": [""]}, {"logit_bias": {}}, {"n": None}, {"max_tokens": 900}):
+    soon = {"max_tokens": 900, "stop": greedy[:2]}
+    for fields in ({"stop": ""}, {"stop": []}, {"stop": [""]}, {"logit_bias": {}}, {"n": None}, soon):
         assert complete(http, **fields).status_code == 200, fields
     for null in (
         "ignore_eos",

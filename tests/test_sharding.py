@@ -86,7 +86,11 @@ def run_all(one: Engine, methods: dict[str, ReuseConfig]) -> dict[str, tuple[np.
 
 # A head of keys for each device, or for each two; and where there are 8, a vocabulary that divides.
 MESHES = pytest.mark.parametrize(
-    ("make", "tensor_parallel"), [(sharded_tiny, 2), (sharded_tiny, 4), pytest.param(engine, 8, marks=pytest.mark.slow)]
+    ("make", "tensor_parallel"),
+    [
+        (sharded_tiny, 4),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((sharded_tiny, 2), (engine, 8))),
+    ],
 )
 
 

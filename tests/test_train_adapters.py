@@ -96,6 +96,7 @@ def test_adapters_that_change_nothing_lose_nothing(team, batch, kind):
     assert _differs(_new_rows(same, _scheme(kind), batch), _new_rows(same, _scheme("isolated"), batch)) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", schemes.POWERS)
 def test_a_refresh_of_all_tokens_is_isolated(team, batch, power):
     everything = _new_rows(team, schemes.Scheme("refresh", 1.0, power), batch)

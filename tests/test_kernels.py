@@ -57,7 +57,7 @@ def fast(implementations):
 
 @functools.cache  # a `jax.jit` of its own for every case would compile each again
 def jitted(operation):
-    known = {"implementation", "power"} & inspect.signature(operation).parameters.keys()
+    known = {"implementation", "power", "return_lse"} & inspect.signature(operation).parameters.keys()
     return jax.jit(operation, static_argnames=known)
 
 
@@ -172,8 +172,12 @@ def test_attention_within_windows(decode, implementation):
 @pytest.mark.usefixtures("small_blocks")
 def test_log_sum_exps_within_windows(implementation):
     case, window = in_windows(Case(1), 50, decode=True), jnp.int32(50)
-    _, lse = kernels.paged_attention(*case.rows(), window=window, return_lse=True, implementation=implementation)
-    _, expected = kernels.paged_attention(*case.rows(), window=window, return_lse=True, implementation="reference")
+    _, lse = jitted(kernels.paged_attention)(
+        *case.rows(), window=window, return_lse=True, implementation=implementation
+    )
+    _, expected = jitted(kernels.paged_attention)(
+        *case.rows(), window=window, return_lse=True, implementation="reference"
+    )
     np.testing.assert_allclose(lse, expected, atol=1e-5)
 
 
@@ -202,7 +206,7 @@ def test_blocks_outside_of_a_window_are_not_read(implementation, module, name, m
 @fast(ATTENTION)
 def test_attention_in_bfloat16(implementation):
     case = Case(7, dtype="bfloat16")
-    out = np.asarray(kernels.paged_attention(*case.rows(), implementation=implementation), np.float64)
+    out = np.asarray(jitted(kernels.paged_attention)(*case.rows(), implementation=implementation), np.float64)
     expected = brute_force_attention(case)
     assert np.linalg.norm(out - expected) < 1e-2 * np.linalg.norm(expected)
 
@@ -212,7 +216,7 @@ def test_attention_in_bfloat16(implementation):
 def test_key_mass_matches_the_reference_and_sums_to_the_rows(seed, implementation):
     case = Case(seed)
     mass = jitted(kernels.key_mass)(*case.rows(), implementation=implementation)
-    np.testing.assert_allclose(mass, kernels.key_mass(*case.rows(), implementation="reference"), rtol=1e-5)
+    np.testing.assert_allclose(mass, jitted(kernels.key_mass)(*case.rows(), implementation="reference"), rtol=1e-5)
     np.testing.assert_allclose(mass.sum(), case.used * Q_HEADS, rtol=1e-5)
 
 
@@ -221,7 +225,7 @@ def test_key_mass_matches_the_reference_and_sums_to_the_rows(seed, implementatio
 def test_key_mass_of_powers_matches_the_reference(power, implementation):
     case = Case(0)
     mass = jitted(kernels.key_mass)(*case.rows(), power=power, implementation=implementation)
-    expected = kernels.key_mass(*case.rows(), power=power, implementation="reference")
+    expected = jitted(kernels.key_mass)(*case.rows(), power=power, implementation="reference")
     np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-7)
     assert 0 < mass.sum() < case.used * Q_HEADS
 
@@ -239,7 +243,9 @@ def test_key_mass_within_windows(power, implementation):
     for seed, window in enumerate(WINDOWS):
         case = in_windows(Case(seed), window, decode=False)
         found = np.asarray(mass(*case.rows(), window=jnp.int32(window)))
-        expected = kernels.key_mass(*case.rows(), window=jnp.int32(window), power=power, implementation="reference")
+        expected = jitted(kernels.key_mass)(
+            *case.rows(), window=jnp.int32(window), power=power, implementation="reference"
+        )
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
         np.testing.assert_allclose(found.sum(), case.used * Q_HEADS, rtol=1e-5 if power == 1 else np.inf)
         for request in range(3):  # what is in no window gets nothing
@@ -252,8 +258,8 @@ def test_write_kv_writes_the_rows_and_nothing_else(implementation):
     case = Case(3)
     keys, values = (jnp.asarray(case.rng.normal(size=(len(case.q), KV_HEADS, DIM)), jnp.float32) for _ in "kv")
     args = (case.store, jnp.int32(1), keys, values, *map(jnp.asarray, (case.positions, case.requests, case.tables)))
-    written = kernels.write_kv(*args, implementation=implementation)
-    np.testing.assert_array_equal(clean(written), clean(kernels.write_kv(*args, implementation="reference")))
+    written = jitted(kernels.write_kv)(*args, implementation=implementation)
+    np.testing.assert_array_equal(clean(written), clean(jitted(kernels.write_kv)(*args, implementation="reference")))
     assert (clean(written) != clean(case.store)).any(axis=(0, 2, 3, 5)).sum() == case.used
 
 
@@ -271,9 +277,9 @@ def test_align_and_copy_matches_the_reference(implementation, tokens):
     args = (store, *map(jnp.asarray, (source, target, shift)), 10000.0 ** -jnp.linspace(0, 1, DIM // 2))
     if tokens > 1:
         args = (*args, jnp.array([1, LAYERS]))
-    moved = kernels.align_and_copy(*args, implementation=implementation)
-    np.testing.assert_allclose(moved, kernels.align_and_copy(*args, implementation="reference"), atol=3e-3)
-    np.testing.assert_array_equal(moved[:, :, 1].sum(), kernels.align_and_copy(*args)[:, :, 1].sum())
+    moved = jitted(kernels.align_and_copy)(*args, implementation=implementation)
+    np.testing.assert_allclose(moved, jitted(kernels.align_and_copy)(*args, implementation="reference"), atol=3e-3)
+    np.testing.assert_array_equal(moved[:, :, 1].sum(), jitted(kernels.align_and_copy)(*args)[:, :, 1].sum())
 
 
 @slow_on_tpus(["xla", "tpu"])
@@ -356,9 +362,9 @@ def test_unknown_implementation_is_named():
 def test_nan_of_a_request_stays_with_it(implementation):
     case = Case(seed=5)
     q, store, *rest = case.rows()
-    expected = kernels.paged_attention(q, store, *rest, implementation=implementation)
+    expected = jitted(kernels.paged_attention)(q, store, *rest, implementation=implementation)
     poisoned = store.at[:, case.tables[1, 0]].set(jnp.nan)
-    out = np.asarray(kernels.paged_attention(q, poisoned, *rest, implementation=implementation))
+    out = np.asarray(jitted(kernels.paged_attention)(q, poisoned, *rest, implementation=implementation))
     others = (case.requests != 1) | (case.positions < 0)
     np.testing.assert_array_equal(out[others], np.asarray(expected)[others])
     assert np.isnan(out[~others]).any(axis=(1, 2)).all()
@@ -369,10 +375,10 @@ def test_attention_over_float8_is_that_over_its_numbers_in_float32(implementatio
     """With NaN in all unused slots."""
     case = scattered((70, 5, 40), 30, page_size=32, dim=16, group=2, dtype="float32", stored=FLOAT8)
     out = jitted(kernels.paged_attention)(*case, implementation=implementation)
-    assert relative_error(out, kernels.paged_attention(*in_float32(case), implementation="reference")) < 1e-6
+    assert relative_error(out, jitted(kernels.paged_attention)(*in_float32(case), implementation="reference")) < 1e-6
     if implementation in KEY_MASS:
         mass = jitted(kernels.key_mass)(*case, implementation=implementation)
-        assert relative_error(mass, kernels.key_mass(*in_float32(case), implementation="reference")) < 1e-6
+        assert relative_error(mass, jitted(kernels.key_mass)(*in_float32(case), implementation="reference")) < 1e-6
 
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("tpu", marks=pytest.mark.slow)])
@@ -381,13 +387,13 @@ def test_float8_is_written_and_moved(implementation):
     _, store, layer, *rows = scattered((70, 5, 40), 30, page_size=32, dim=16, stored=FLOAT8)
     keys, values = 300 * jax.random.normal(jax.random.key(0), (2, 30, 2, 16))
     written = jitted(kernels.write_kv)(store, layer, keys, values, *rows, implementation=implementation)
-    expected = kernels.write_kv(store, layer, keys, values, *rows, implementation="reference")
+    expected = jitted(kernels.write_kv)(store, layer, keys, values, *rows, implementation="reference")
     np.testing.assert_array_equal(*(np.asarray(x, np.float32) for x in (written, expected)))
     assert np.nanmax(np.asarray(written, np.float32)) == 448
     moves = (*copies([(0, 130, 20, 77), (40, 161, 4, -500)]), 10000.0 ** -jnp.linspace(0, 1, 8))
     full = as_stored(300 * jax.random.normal(jax.random.key(1), store.shape), FLOAT8)
     moved = jitted(kernels.align_and_copy)(full, *moves, implementation=implementation)
-    check_moved(moved, kernels.align_and_copy(full, *moves, implementation="reference"))
+    check_moved(moved, jitted(kernels.align_and_copy)(full, *moves, implementation="reference"))
 
 
 def test_float8_keeps_what_is_not_finite_as_nan():

@@ -3,11 +3,21 @@
 Every slot that no row may see holds NaN. References are computed in float32 from the same rounded inputs.
 """
 
+import functools
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import sparsex_kernels.api as kernels
+
+
+@functools.cache  # a `jax.jit` of its own for every case would compile each again
+def jitted(operation):
+    """Compiled as a whole: step by step, each step would be a program."""
+    known = {"implementation", "power", "return_lse"} & inspect.signature(operation).parameters.keys()
+    return jax.jit(operation, static_argnames=known)
 
 
 def scattered(

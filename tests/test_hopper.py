@@ -20,6 +20,7 @@ from kernel_cases import (
     exact_sums,
     gated_stacks,
     in_float32,
+    jitted,
     last_rows,
     late_rows,
     over_whole_values,
@@ -74,7 +75,9 @@ def test_attention(shape):
     case = scattered(**shape)
     attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="hopper"))
     out, lse = attend(*case)
-    expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
+    expected, expected_lse = jitted(kernels.paged_attention)(
+        *in_float32(case), return_lse=True, implementation="reference"
+    )
     assert relative_error(out, expected) < 4e-3
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
 
@@ -97,7 +100,9 @@ def test_few_rows_are_cut_into_parts(heads, few_programs):
     case = scattered((600, 9, 300), 30, live=10, **heads)
     attend = jax.jit(lambda *case: hopper_attention.paged_attention(arguments(case), True, EIGHT))
     out, lse = attend(*case)
-    expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
+    expected, expected_lse = jitted(kernels.paged_attention)(
+        *in_float32(case), return_lse=True, implementation="reference"
+    )
     assert relative_error(out, expected) < 4e-3
     assert not np.asarray(out[10:]).any()
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
@@ -107,7 +112,7 @@ def test_few_rows_are_cut_into_parts(heads, few_programs):
 def test_log_sum_exps_of_few_rows_are_cut_into_parts(few_programs):
     case = scattered((600, 9, 300), 30, live=10, kv_heads=1, group=8)
     only_lse = jax.jit(lambda *case: hopper_attention.attend(arguments(case), values=False, lse=True, config=EIGHT))
-    _, expected = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
+    _, expected = jitted(kernels.paged_attention)(*in_float32(case), return_lse=True, implementation="reference")
     np.testing.assert_allclose(only_lse(*case)[0], expected, atol=1e-4)
 
 
@@ -135,7 +140,7 @@ def check_windows(case, windows, attend):
     for window in windows:
         poisoned = behind_windows(case, window)
         out, lse = attend(*poisoned, jnp.int32(window))
-        expected, expected_lse = kernels.paged_attention(
+        expected, expected_lse = jitted(kernels.paged_attention)(
             *in_float32(poisoned), window=jnp.int32(window), return_lse=True, implementation="reference"
         )
         assert relative_error(out, expected) < 4e-3
@@ -238,7 +243,9 @@ def test_decode(lengths, heads, few_programs):
     case = last_rows(lengths, **heads)
     attend = jax.jit(lambda *args: kernels.paged_attention(*args, return_lse=True, implementation="hopper"))
     out, lse = attend(*case)
-    expected, expected_lse = kernels.paged_attention(*in_float32(case), return_lse=True, implementation="reference")
+    expected, expected_lse = jitted(kernels.paged_attention)(
+        *in_float32(case), return_lse=True, implementation="reference"
+    )
     assert relative_error(out, expected) < 4e-3
     assert not np.asarray(out[1]).any()  # padding
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
@@ -312,7 +319,7 @@ def test_nan_of_a_request_stays_with_it_where_tiles_are_shared():
 def test_key_mass(shape):
     case = scattered(**shape)
     mass = hopper(kernels.key_mass)(*case)
-    expected = kernels.key_mass(*in_float32(case), implementation="reference")
+    expected = jitted(kernels.key_mass)(*in_float32(case), implementation="reference")
     np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -323,7 +330,7 @@ def test_key_mass_within_windows(windows):
     key_mass = jax.jit(lambda window, *case: kernels.key_mass(*case, window=window, implementation="hopper"))
     for window in map(jnp.int32, windows):
         poisoned = behind_windows(case, int(window))
-        expected = kernels.key_mass(*in_float32(poisoned), window=window, implementation="reference")
+        expected = jitted(kernels.key_mass)(*in_float32(poisoned), window=window, implementation="reference")
         np.testing.assert_allclose(key_mass(window, *poisoned), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -331,7 +338,7 @@ def test_key_mass_within_windows(windows):
 def test_key_mass_of_powers():
     case = scattered((150, 70), 60, kv_heads=1)
     mass = jax.jit(lambda *args: kernels.key_mass(*args, power=4, implementation="hopper"))(*case)
-    expected = kernels.key_mass(*in_float32(case), power=4, implementation="reference")
+    expected = jitted(kernels.key_mass)(*in_float32(case), power=4, implementation="reference")
     np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -511,7 +518,7 @@ def test_write_kv(dtype):
     _, store, layer, *rows = scattered((150, 3, 70), 40, kv_heads=3, dtype=dtype)
     keys, values = jax.random.normal(jax.random.key(0), (2, 40, 3, 64))
     written = hopper(kernels.write_kv)(store, layer, keys, values, *rows)
-    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="reference"))
+    assert same(written, jitted(kernels.write_kv)(store, layer, keys, values, *rows, implementation="reference"))
 
 
 @pytest.mark.parametrize(
@@ -555,7 +562,7 @@ def test_align_and_copy(kv_heads, dim, dtype):
     runs = [(10, 259, 40, 77), (60, 380, 10, -500), (90, 400, 1, 3), (93, 470, 1, 900), (120, 480, 5, 1)]
     args = (*copies(runs), 10000.0 ** -jnp.linspace(0, 1, dim // 2), jnp.array([1, 3]))
     moved = hopper(kernels.align_and_copy)(store, *args)
-    expected = kernels.align_and_copy(store, *args, implementation="reference")
+    expected = jitted(kernels.align_and_copy)(store, *args, implementation="reference")
     np.testing.assert_allclose(
         *(np.asarray(x, np.float32) for x in (moved, expected)), atol=2e-2 if dim == 64 else 1e-4
     )
@@ -675,7 +682,7 @@ def test_attention_over_float8(case, windows, few_programs):
 def test_key_mass_over_float8():
     case = scattered((200, 70), 40, kv_heads=1, **FLOAT8)
     mass = hopper(kernels.key_mass)(*case)
-    assert relative_error(mass, kernels.key_mass(*in_float32(case), implementation="reference")) < 1e-3
+    assert relative_error(mass, jitted(kernels.key_mass)(*in_float32(case), implementation="reference")) < 1e-3
 
 
 @pytest.mark.slow
@@ -683,11 +690,11 @@ def test_float8_is_written_and_moved():
     _, store, layer, *rows = scattered((150, 3, 70), 40, layers=4, stored=jnp.float8_e4m3fn)
     keys, values = 300 * jax.random.normal(jax.random.key(0), (2, 40, 2, 64))  # some are larger than the largest
     written = hopper(kernels.write_kv)(store, layer, keys, values, *rows)
-    assert same(written, kernels.write_kv(store, layer, keys, values, *rows, implementation="reference"))
+    assert same(written, jitted(kernels.write_kv)(store, layer, keys, values, *rows, implementation="reference"))
     moves = (*copies([(10, 259, 40, 77), (60, 380, 10, -500)]), 10000.0 ** -jnp.linspace(0, 1, 32))
     full = as_stored(300 * jax.random.normal(jax.random.key(1), store.shape), store.dtype)
     moved = hopper(kernels.align_and_copy)(full, *moves)
-    check_moved(moved, kernels.align_and_copy(full, *moves, implementation="reference"))
+    check_moved(moved, jitted(kernels.align_and_copy)(full, *moves, implementation="reference"))
     with pytest.raises(NotImplementedError, match="3 KV heads of float8"):
         kernels.align_and_copy(jnp.repeat(full[:, :, :, :1], 3, axis=3), *moves, implementation="hopper")
 
@@ -706,7 +713,9 @@ def test_low_rank_within_windows(case, window, few_programs):
     args = dataclasses.replace(arguments(case, window), low_rank=low_rank)
     out = jax.jit(hopper_attention.paged_attention)(args)
     whole = over_whole_values(case, low_rank)
-    assert relative_error(out, kernels.paged_attention(*whole, window=window, implementation="reference")) < 6e-3
+    assert (
+        relative_error(out, jitted(kernels.paged_attention)(*whole, window=window, implementation="reference")) < 6e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -768,7 +777,7 @@ def test_attention_over_whole_values_by_low_rank(make, rank, used, few_programs)
     args = dataclasses.replace(arguments(case), low_rank=low_rank)
     out, lse = jax.jit(lambda args: hopper_attention.paged_attention(args, True, EIGHT))(args)
     whole = over_whole_values(case, low_rank)
-    expected, expected_lse = kernels.paged_attention(*whole, return_lse=True, implementation="reference")
+    expected, expected_lse = jitted(kernels.paged_attention)(*whole, return_lse=True, implementation="reference")
     assert relative_error(out, expected) < 6e-3
     assert not np.asarray(out)[np.asarray(case[3]) < 0].any()
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)

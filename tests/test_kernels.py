@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from kernel_cases import (
     check_restored,
     copies,
     in_float32,
+    jitted,
     relative_error,
     restored,
     scattered,
@@ -53,12 +53,6 @@ def slow_on_tpus(implementations):
 
 def fast(implementations):
     return parametrized([name for name in implementations if name != "reference"])
-
-
-@functools.cache  # a `jax.jit` of its own for every case would compile each again
-def jitted(operation):
-    known = {"implementation", "power", "return_lse"} & inspect.signature(operation).parameters.keys()
-    return jax.jit(operation, static_argnames=known)
 
 
 @contextlib.contextmanager

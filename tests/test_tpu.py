@@ -11,13 +11,14 @@ import pytest
 from kernel_cases import (
     check_packed,
     check_restored,
+    jitted,
     last_rows,
     over_whole_values,
     restored,
     scattered,
     with_adapters,
 )
-from test_kernels import clean, jitted, simulated, simulated_tpu  # noqa: F401  (a fixture)
+from test_kernels import clean, simulated, simulated_tpu  # noqa: F401  (a fixture)
 
 import sparsex_kernels.api as kernels
 from sparsex_jax.reuse.plan import PADDING_REQUEST
@@ -93,7 +94,7 @@ def test_attention(implementation, dtype, q_heads, head_dim, decode):
     q = jnp.asarray(rng.normal(size=(len(rows[0]), q_heads, head_dim)), dtype)
     args = q, store, jnp.int32(1), *rows, tables
     out = jitted(kernels.paged_attention)(*args, implementation=implementation)
-    assert_close(out, kernels.paged_attention(*args, implementation="reference"), dtype)
+    assert_close(out, jitted(kernels.paged_attention)(*args, implementation="reference"), dtype)
     assert not out[rows[0] < 0].any()
 
 
@@ -126,7 +127,7 @@ def test_key_mass(implementation, dtype, q_heads, head_dim, power):
     q = jnp.asarray(rng.normal(size=(len(positions), q_heads, head_dim)), dtype)
     args = q, store, jnp.int32(1), positions, requests, tables
     mass = jitted(kernels.key_mass)(*args, power=power, implementation=implementation)
-    assert_close(mass, kernels.key_mass(*args, power=power, implementation="reference"), dtype)
+    assert_close(mass, jitted(kernels.key_mass)(*args, power=power, implementation="reference"), dtype)
     if power == 1:
         np.testing.assert_allclose(mass.sum(), (positions >= 0).sum() * q_heads, rtol=1e-3)
 
@@ -140,7 +141,7 @@ def test_write_kv(implementation, dtype, q_heads, head_dim, decode):
     kv = jnp.asarray(rng.normal(size=(2, len(rows[0]), KV_HEADS, head_dim)), dtype)
     args = store, jnp.int32(1), kv[0], kv[1], *rows, tables
     written = jitted(kernels.write_kv)(*args, implementation=implementation)
-    np.testing.assert_array_equal(clean(written), clean(kernels.write_kv(*args, implementation="reference")))
+    np.testing.assert_array_equal(clean(written), clean(jitted(kernels.write_kv)(*args, implementation="reference")))
 
 
 @tpu

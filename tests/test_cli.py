@@ -184,7 +184,7 @@ def test_a_method_is_named_with_options(tiny):
     refused = invoke("cache", "hi", "--model", tiny, "--method", "excerpt:coverage=2")
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "coverage=2 must be" in refused.stderr
-    typed = options.Reuse(method="sparsex:tail_tokens=3:boundary_layer=1", fields={"boundary_layer": 2})
+    typed = options.Reuse(method="sparsex:tail_tokens=3:boundary_layer=1", boundary_layer=2)
     assert typed.options() == {"method": "sparsex", "tail_tokens": 3, "boundary_layer": 2}
 
 
@@ -270,7 +270,7 @@ def test_cache_prints_tables_and_the_prompt(tiny, note):
 
 
 def test_generate_prints_one_object(smollm, monkeypatch):
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: smollm)
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", lambda choice: smollm)
     alone = ("--namespace", "cli")
     found = one_object(invoke("generate", "What is the capital of France?", "--max-new-tokens", "12", *alone, "--json"))
     assert set(found) == REPORT_FIELDS | {"text", "token_ids", "finish_reason"}
@@ -318,7 +318,7 @@ def test_serve_makes_room_for_adapters(tiny, tmp_path, monkeypatch):
         choices.append(choice)
         raise InvalidRequestError("enough")
 
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", load)
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", load)
     for number, rank in enumerate((4, 20)):
         write(tmp_path / str(number), random_tensors(TALKING, rank=rank), r=rank)
     one, two = (["--adapter", f"{number}={tmp_path / str(number)}"] for number in "01")

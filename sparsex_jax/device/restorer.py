@@ -46,7 +46,6 @@ class Restorer:
       pace: what loads and compute take.
       active: what is being restored.
       traffic: what is on the link.
-      waited_seconds: how long turns waited for loads, with nothing to compute.
     """
 
     def __init__(

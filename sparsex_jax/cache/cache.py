@@ -63,7 +63,7 @@ class Forgotten:
 
 
 def _asked_once(accepts: Accepts) -> Accepts:
-    """The same, but not asked again about the object that it was asked about last: a sequence's pages share theirs."""
+    """The same function, which keeps its last answer: all pages of a sequence have the same `made_by`."""
     last: tuple[object, bool] | None = None
 
     def accepts_once(made_by: object) -> bool:
@@ -160,13 +160,13 @@ class PageCache:
           tokens: the prompt's ids, none negative.
           namespace: only content that was committed under it is found.
           prefix: look for a prefix.
-          exact: whether a prefix that was committed as exact is that for who asks; else all of it is approximate.
-          segments: look for segments behind the prefix, or whether to, by the number of tokens of the prefix.
+          exact: whether a prefix that was committed as exact is exact for this caller; else all of it is approximate.
+          segments: whether to look for segments behind the prefix; a function says so by the prefix's length in tokens.
           min_segment: the least length of a segment, in tokens.
           accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
-          counted: count it as a use, and in `counts`. A caller who may look the same prompt up again does both itself.
-          last_used: what `last_used` gave. Of donors that are equal otherwise, the one that was used last by then is
-            taken. None: by now.
+          counted: count it as a use, and in `counts`. A caller that may look the same prompt up again does both itself.
+          last_used: when each page was last used, as the method of that name gave it. Of donors that are equal
+            otherwise, the one that was used last is taken. None: as it is now.
 
         Raises:
           ValueError: a token id is negative.

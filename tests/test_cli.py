@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sparsex_jax import Engine, ReuseConfig
 from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
-from sparsex_jax.cli import app, options
+from sparsex_jax.cli import app, options, serve_options
 from sparsex_jax.cli.demo import kl_divergence
 from sparsex_jax.cli.documents import DOCUMENTS, PROMPT_ORDER
 from sparsex_jax.cli.tokenmap import STYLES, legend, token_map, token_pieces
@@ -21,6 +21,8 @@ from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.report import KINDS
+from sparsex_jax.serving.access import Limits
+from sparsex_jax.serving.methods import Cors
 
 EMBEDDED = "smollm2-135m-instruct"
 GOLDEN = Path(__file__).parent / "golden"
@@ -308,6 +310,11 @@ def test_generate_with_an_adapter_for_each_prompt(tiny, note, tmp_path):
     assert [each["token_ids"] for each in both] == [each["token_ids"] for each in alone[:2]]
     assert len({tuple(each["token_ids"]) for each in alone}) == 3
     assert "adapter" not in alone[2]
+
+
+def test_a_server_without_options_has_the_limits_of_the_package():
+    assert serve_options.LimitOptions().limits() == Limits()
+    assert serve_options.Scripts().cors() == Cors()
 
 
 def test_serve_makes_room_for_adapters(tiny, tmp_path, monkeypatch):

@@ -35,7 +35,8 @@ import numpy as np
 
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.checkpoints.names import model_title
-from sparsex_jax.cli.generate import EngineChoice
+from sparsex_jax.cli.choice import EngineChoice
+from sparsex_jax.config import EngineConfig
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WorkloadSize, make_workload
 from sparsex_jax.routing import POLICIES, Sketch
@@ -174,7 +175,7 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     size = WorkloadSize(args.requests, args.length, args.pieces)
     about = (checkpoint.tokenizer, checkpoint.config.vocab_size, size)
     workloads = {name: [steps_of(name, *about, seed) for seed in range(args.clients)] for name in args.workloads}
-    choice = EngineChoice(args.model, "auto", args.store_tokens, healing=0.0)
+    choice = EngineChoice(args.model, EngineConfig(store_tokens=args.store_tokens, healing=0.0))
     scale = ScaleConfig(args.replicas, args.replicas, num_cpus=1.0, num_gpus=args.gpus_per_replica)
     rows: list[dict[str, Any]] = []
     connect(log_to_driver=args.verbose, num_cpus=max(args.replicas + 1, os.cpu_count() or 1))

@@ -25,9 +25,10 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from sparsex_jax.checkpoints.names import model_title
-from sparsex_jax.cli.generate import EngineChoice
+from sparsex_jax.cli.choice import EngineChoice
 from sparsex_jax.cli.serve import compile_all
 from sparsex_jax.cli.terminal import clear_errors
+from sparsex_jax.config import EngineConfig
 from sparsex_jax.config.checks import require
 from sparsex_jax.routing import POLICIES, Sketch
 from sparsex_jax.serving.access import Limits
@@ -82,9 +83,8 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
     from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application, connect
 
     tensor_parallel = max(args.gpus_per_replica, 1)
-    choice = EngineChoice(
-        args.model, args.dtype, args.store_tokens, max_num_seqs=args.max_num_seqs, tensor_parallel=tensor_parallel
-    )
+    config = EngineConfig(dtype=args.dtype, store_tokens=args.store_tokens, max_num_seqs=args.max_num_seqs)
+    choice = EngineChoice(args.model, config, tensor_parallel)
     name = args.name or model_title(args.model)
     fleet = FleetConfig(
         args.model,

@@ -265,7 +265,7 @@ def test_a_listener_that_heals_is_refused_and_healing_stays_on():
 
 
 def test_arguments_of_healing_are_checked():
-    with pytest.raises(InvalidRequestError, match="healing=2 must be from 0 to 1"):
+    with pytest.raises(InvalidRequestError, match="healing=2 must be a number from 0 to 1"):
         EngineConfig(healing=2)
     for seconds in (-1, float("nan"), "1"):
         with pytest.raises(InvalidRequestError, match=f"seconds={seconds!r} must be a number >= 0 or None"):

@@ -1,21 +1,15 @@
 """The end-to-end bench: its reference computes the same as the engine, and its counts of bytes and tokens are right."""
 
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
+import bench_e2e as bench
 import jax
 import numpy as np
 import pytest
 from conftest import CONFIG, TINY
 
 from sparsex_jax import Engine, ReuseConfig
-
-_SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_e2e.py"
-_spec = importlib.util.spec_from_file_location("bench_e2e", _SCRIPT)
-bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(bench)
 
 
 @pytest.mark.parametrize("qk_norm", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -5,7 +5,6 @@ import importlib
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,8 +34,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2])), Handler).serve_
 
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))  # whose modules it imports
+def bench():
     return importlib.import_module("bench_load")
 
 

@@ -2,13 +2,12 @@
 
 import json
 
+import bench_restore as bench
 import pytest
-from test_bench_link import loaded
 
 
 @pytest.mark.slow
 def test_each_way_is_measured(tmp_path, capsys):
-    bench = loaded("bench_restore")
     bench.main(["--lengths", "512", "--runs", "1", "--rates", "equal", "0"], tmp_path)
     [file] = tmp_path.iterdir()
     rows = json.loads(file.read_text())["rows"]

@@ -1,19 +1,11 @@
 """The bench of routing policies, without replicas: what its clients ask, and what it makes of the answers."""
 
-import importlib.util
-from pathlib import Path
-
+import bench_routing as bench
 import numpy as np
 import pytest
 
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.workloads import WorkloadSize
-
-_spec = importlib.util.spec_from_file_location(
-    "bench_routing", Path(__file__).parents[1] / "scripts" / "bench_routing.py"
-)
-bench = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(bench)
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,9 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
+import bench_serving
 import numpy as np
 import pytest
 from conftest import closed_engine, report_of
@@ -17,11 +16,6 @@ from sparsex_jax.eval.conversations import CONVERSATIONS
 from sparsex_jax.eval.workloads import WORKLOADS, WorkloadSize, make_workload
 from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.scheduler.loop import Loop
-
-_SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_serving.py"
-_spec = importlib.util.spec_from_file_location("bench_serving", _SCRIPT)
-bench_serving = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(bench_serving)
 
 SIZE = WorkloadSize(requests=4, length=80, pieces=2)
 

@@ -70,7 +70,6 @@ def bench(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which the script would set for good
     monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))  # whose modules it imports
     import bench_vllm
 
     monkeypatch.setattr(bench_vllm, "version", lambda package: {"vllm": "0.26.0"}[package])

@@ -494,7 +494,7 @@ def test_generate_loads_its_engine_with_the_options_over_the_file(tmp_path, monk
         reuse = choice.defaults(closed_model()).reuse
         raise InvalidRequestError(f"{reuse.boundary_layer}, {reuse.recompute_ratio}")
 
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", load)
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", load)
     file = write(tmp_path / "own.json", {"method": "sparsex", "boundary_layer": 3, "recompute_ratio": 0.4})
     result = invoke("generate", "hi", "--no-chat", "--reuse-config", file, "--recompute-ratio", "0.1")
     assert "error: 3, 0.1" in result.stderr
@@ -511,7 +511,7 @@ def test_a_wrong_file_gives_one_line_on_stderr(tmp_path):
 
 
 def calibrate_tiny(monkeypatch, engine, *options):
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: engine)
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", lambda choice: engine)
     return CliRunner().invoke(app, ["calibrate", "tiny", "--tasks", "qa", "--samples", "2", *map(str, options)])
 
 

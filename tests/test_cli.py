@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sparsex_jax import Engine, ReuseConfig
 from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
-from sparsex_jax.cli import app, options
+from sparsex_jax.cli import app, options, serve_options
 from sparsex_jax.cli.demo import kl_divergence
 from sparsex_jax.cli.documents import DOCUMENTS, PROMPT_ORDER
 from sparsex_jax.cli.tokenmap import STYLES, legend, token_map, token_pieces
@@ -21,6 +21,8 @@ from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.prompt import TokenKind
 from sparsex_jax.reuse.report import KINDS
+from sparsex_jax.serving.access import Limits
+from sparsex_jax.serving.methods import Cors
 
 EMBEDDED = "smollm2-135m-instruct"
 GOLDEN = Path(__file__).parent / "golden"
@@ -184,7 +186,7 @@ def test_a_method_is_named_with_options(tiny):
     refused = invoke("cache", "hi", "--model", tiny, "--method", "excerpt:coverage=2")
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "coverage=2 must be" in refused.stderr
-    typed = options.Reuse(method="sparsex:tail_tokens=3:boundary_layer=1", fields={"boundary_layer": 2})
+    typed = options.Reuse(method="sparsex:tail_tokens=3:boundary_layer=1", boundary_layer=2)
     assert typed.options() == {"method": "sparsex", "tail_tokens": 3, "boundary_layer": 2}
 
 
@@ -270,7 +272,7 @@ def test_cache_prints_tables_and_the_prompt(tiny, note):
 
 
 def test_generate_prints_one_object(smollm, monkeypatch):
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: smollm)
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", lambda choice: smollm)
     alone = ("--namespace", "cli")
     found = one_object(invoke("generate", "What is the capital of France?", "--max-new-tokens", "12", *alone, "--json"))
     assert set(found) == REPORT_FIELDS | {"text", "token_ids", "finish_reason"}
@@ -310,6 +312,11 @@ def test_generate_with_an_adapter_for_each_prompt(tiny, note, tmp_path):
     assert "adapter" not in alone[2]
 
 
+def test_a_server_without_options_has_the_limits_of_the_package():
+    assert serve_options.LimitOptions().limits() == Limits()
+    assert serve_options.Scripts().cors() == Cors()
+
+
 def test_serve_makes_room_for_adapters(tiny, tmp_path, monkeypatch):
     """As many slots as are named, and of their ranks; eight, where requests may load others."""
     choices = []
@@ -318,7 +325,7 @@ def test_serve_makes_room_for_adapters(tiny, tmp_path, monkeypatch):
         choices.append(choice)
         raise InvalidRequestError("enough")
 
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", load)
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", load)
     for number, rank in enumerate((4, 20)):
         write(tmp_path / str(number), random_tensors(TALKING, rank=rank), r=rank)
     one, two = (["--adapter", f"{number}={tmp_path / str(number)}"] for number in "01")

@@ -1,13 +1,13 @@
 """Conversations of many turns, and the bench that compares methods on them."""
 
 import argparse
-import importlib.util
 import itertools
 import json
-from pathlib import Path
 
+import bench_conversations
 import pytest
 from live import make_engine
+from views import VIEWS
 
 from sparsex_jax import InvalidRequestError, ReuseConfig
 from sparsex_jax.eval.conversations import (
@@ -19,15 +19,6 @@ from sparsex_jax.eval.conversations import (
 )
 from sparsex_jax.reuse.report import KINDS
 
-
-def _script(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench_conversations, report_results = _script("bench_conversations"), _script("report_results")
 METHODS = {name: ReuseConfig(name) for name in ("prefix", "sparsex")}
 
 
@@ -160,10 +151,8 @@ def test_a_file_and_its_tables(tmp_path, monkeypatch):
     bench_conversations.save(options, {("rag", "full"): SCRIPTED}, num_layers=4)
     (path,) = tmp_path.glob("conversations-tiny-*.json")
     content = json.loads(path.read_text())
-    shown = report_results.conversations(content)
+    shown = VIEWS["conversations"](content)
     assert "| rag | `sparsex` | 3 | 0.62 | 2.62 | 1 | 1 | 0.100 / 0.300 | 1.00 | - |" in shown
     assert "| rag | `sparsex` | 110 25 52 |" in shown
-    assert (
-        "| rag | 3 | 0.67 | 0.62 | 2.00 | 2.62 | 1 / 1 | 0.100 / 0.300 | - |"
-        in report_results.conversations_headline(content)
-    )
+    headline = VIEWS["conversations_headline"](content)
+    assert "| rag | 3 | 0.67 | 0.62 | 2.00 | 2.62 | 1 / 1 | 0.100 / 0.300 | - |" in headline

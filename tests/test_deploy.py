@@ -17,7 +17,7 @@ from live import live_server, make_engine
 from prometheus_client.parser import text_string_to_metric_families
 
 from sparsex_jax.cli import app
-from sparsex_jax.cli.options import parse_disk_store
+from sparsex_jax.cli.values import parse_disk_store
 from sparsex_jax.config.membership import SECRET, Membership
 
 ROOT = Path(__file__).parents[1]

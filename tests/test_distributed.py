@@ -24,12 +24,11 @@ from sparsex_jax import Engine, GroupError, InvalidRequestError, ReuseConfig, Sa
 from sparsex_jax.cache import Segment
 from sparsex_jax.config.membership import Membership, Patience, first_node, secret_of
 from sparsex_jax.device.runner import Runner, relayed_methods
-from sparsex_jax.distributed import joining
+from sparsex_jax.distributed import joining, kinds
 from sparsex_jax.distributed.channel import open_channel
 from sparsex_jax.distributed.codec import Reference, pack, unpack
 from sparsex_jax.distributed.follower import Follower
 from sparsex_jax.distributed.leader import Leader
-from sparsex_jax.distributed.peer import BYE
 from sparsex_jax.engine import _check_processes
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
@@ -74,7 +73,7 @@ class Group:
 
     def _follower_ends(self, error):
         self.ends.append(("follower", str(error)))
-        self.follower._inbox.put((BYE, ""))  # a process would end here
+        self.follower._inbox.put((kinds.BYE, ""))  # a process would end here
 
     def lose_follower(self):
         self.follower._leader._channel.close()

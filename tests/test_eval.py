@@ -483,14 +483,14 @@ def test_options_of_a_method():
     ],
 )
 def test_the_command_refuses_bad_options_before_it_measures(monkeypatch, engine, options, message):
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: engine)
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", lambda choice: engine)
     result = CliRunner().invoke(app, ["bench", "quality", *options])
     assert result.exit_code == 2
     assert message in result.stderr
 
 
 def test_the_command_prints_one_object_and_writes_a_folder(monkeypatch, engine, tmp_path):
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda choice: engine)
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", lambda choice: engine)
     options = ["--tasks", "niah", "--regimes", "joint", "--methods", "full,sparsex:boundary_layer=1"]
     options += ["--length", "200", "--samples", "1", "--json", "--out", str(tmp_path)]
     result = CliRunner().invoke(app, ["bench", "quality", *options])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import doctest
-import importlib.util
 import itertools
 import json
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simulate_fleet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,10 +30,9 @@ from sparsex_jax.reuse.methods import method_of
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "simulate_fleet.py"
 MODEL = named_config("llama-3.1-8b")
 PREFIX, SEGMENTS = METHODS["prefix"], METHODS["sparsex l*=0, 5 %"]
-RESULTS = SCRIPT.parent / "results"
+RESULTS = Path(__file__).parents[1] / "scripts" / "results"
 FITTED = calibration.fit(RESULTS)
 LAYERS = MODEL.num_layers
 
@@ -473,17 +472,9 @@ SMALL = ["--replicas", "1", "2", "--few", "2", "--some", "2", "--large", "2", "-
 SMALL += ["--large-seconds", "3"]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("simulate_fleet", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_script_writes_rows_of_each_part_and_keeps_those_of_others(script, tmp_path):
-    script.main([*SMALL, "--no-plots", "--only", "calibration", "scale"], tmp_path)
-    script.main([*SMALL, "--no-plots", "--only", "memory", "large"], tmp_path)
+def test_the_script_writes_rows_of_each_part_and_keeps_those_of_others(tmp_path):
+    simulate_fleet.main([*SMALL, "--no-plots", "--only", "calibration", "scale"], tmp_path)
+    simulate_fleet.main([*SMALL, "--no-plots", "--only", "memory", "large"], tmp_path)
     rows = json.loads((tmp_path / "fleet-llama-3.1-8b-cpu.json").read_text())["rows"]
     assert {row["part"] for row in rows} == {"calibration", "scale", "memory", "large"}
     assert all(np.isfinite(row["figure"]) for row in rows)
@@ -491,13 +482,13 @@ def test_the_script_writes_rows_of_each_part_and_keeps_those_of_others(script, t
     assert Counter(names).most_common(1)[0][1] <= 4  # the same full prefill was measured in several cases
 
 
-def test_the_script_does_what_its_docstrings_say(script):
-    assert doctest.testmod(script).failed == 0
+def test_the_script_does_what_its_docstrings_say():
+    assert doctest.testmod(simulate_fleet).failed == 0
 
 
 @pytest.mark.slow
-def test_the_script_runs_all_parts_and_plots_them(script, tmp_path):
-    script.main(SMALL, tmp_path)
+def test_the_script_runs_all_parts_and_plots_them(tmp_path):
+    simulate_fleet.main(SMALL, tmp_path)
     rows = json.loads((tmp_path / "fleet-llama-3.1-8b-cpu.json").read_text())["rows"]
-    assert {row["part"] for row in rows} == set(script.PARTS)
+    assert {row["part"] for row in rows} == set(simulate_fleet.PARTS)
     assert len(list(tmp_path.glob("*.png"))) == 4

@@ -222,7 +222,7 @@ BAD = {
     "no number": (lambda: Pin("x", "5m"), "ttl_s='5m' must be"),
     "true": (lambda: Pin("x", True), "ttl_s=True must be"),
     "not finite": (lambda: Pin("x", float("nan")), "ttl_s=nan must be"),
-    "share": (lambda: EngineConfig(max_pinned=1.5), "max_pinned=1.5 must be from 0 to 1"),
+    "share": (lambda: EngineConfig(max_pinned=1.5), "max_pinned=1.5 must be a number from 0 to 1"),
 }
 
 

@@ -2,16 +2,16 @@
 
 import ast
 import doctest
-import importlib.util
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
+import report_results
+import views
 
 ROOT = Path(__file__).parents[1]
-_spec = importlib.util.spec_from_file_location("report_results", ROOT / "scripts" / "report_results.py")
-report_results = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(report_results)
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "README.md"]
 PAGES += [
@@ -49,8 +49,9 @@ def test_every_result_file_is_on_the_page():
     assert {(report_results.RESULTS / name).resolve() for name in shown} == set(paths)
 
 
-def test_the_script_does_what_its_docstrings_say():
-    assert doctest.testmod(report_results).failed == 0
+@pytest.mark.parametrize("name", [each.name for each in pkgutil.iter_modules(views.__path__)])
+def test_views_do_what_their_docstrings_say(name):
+    assert doctest.testmod(importlib.import_module(f"views.{name}")).failed == 0
 
 
 @pages

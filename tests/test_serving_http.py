@@ -1072,7 +1072,7 @@ def test_a_log_probability_of_minus_infinity_is_still_json(stage):
 @pytest.mark.parametrize(("arguments", "compiled"), [([], ["ahead", "compiled"]), (["--no-warm-up"], [])])
 def test_the_command_compiles_before_it_listens(reference, monkeypatch, arguments, compiled):
     happened = []
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda _: reference)
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", lambda _: reference)
     monkeypatch.setattr("sparsex_jax.scheduler.warmup.steps_ahead", lambda *_: [lambda: happened.append("ahead")])
     monkeypatch.setattr("sparsex_jax.scheduler.warmup.steps", lambda *_: [lambda: happened.append("compiled")])
     monkeypatch.setattr("sparsex_jax.serving.server.Server.run", lambda _: happened.append("listened"))

@@ -44,7 +44,7 @@ def taken():
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", ""])
 def test_a_port_in_use_is_refused_before_a_model_is_loaded(taken, host, monkeypatch):
-    monkeypatch.setattr("sparsex_jax.cli.generate.EngineChoice.load", lambda _: pytest.fail("it was loaded"))
+    monkeypatch.setattr("sparsex_jax.cli.choice.EngineChoice.load", lambda _: pytest.fail("it was loaded"))
     result = CliRunner().invoke(app, ["serve", "--host", host, "--port", str(taken)])
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"port={taken} cannot be listened at: it is in use" in result.stderr

@@ -6,13 +6,12 @@ import contextlib
 import json
 import signal
 import socket
-import sys
 import threading
 import time
 import types
 import urllib.parse
-from pathlib import Path
 
+import fuzz_server
 import httpx
 import pytest
 from live import ScriptedLoop, live_server, make_engine, wait_for
@@ -25,9 +24,6 @@ from sparsex_jax.serving import bodies, schemas
 from sparsex_jax.serving.access import Access, ConcurrencyError, Limits, Tenant
 from sparsex_jax.serving.faults import RequestError
 from sparsex_jax.serving.line import Line, Pace, delay_of
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import fuzz_server
 
 DONE = [Event("x", (1,), finish_reason="stop")]
 FOREVER = [Event("...", (1,)), None]

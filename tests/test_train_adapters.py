@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
+import adapter_roles as roles
+import adapter_schemes as schemes
+import bench_adapters
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import train_adapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,13 +21,6 @@ from sparsex_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from sparsex_jax.eval import lexicon
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # the script imports its neighbours
-
-import adapter_roles as roles
-import adapter_schemes as schemes
-import bench_adapters
-import train_adapters
 
 SHIPPED = Path(__file__).parents[1] / "configs" / "ruler-tiny-adapters"
 

@@ -1,23 +1,15 @@
 """The trainer of ruler-tiny: it trains what the engine runs, on what it says, and goes on where it stopped."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import train_ruler
 
 from sparsex_jax import Engine, ModelConfig, ReuseConfig
 from sparsex_jax.eval import lexicon
 from sparsex_jax.eval.tasks import CLOSED_TASKS
-
-_SCRIPT = Path(__file__).parents[1] / "scripts" / "train_ruler.py"
-_spec = importlib.util.spec_from_file_location("train_ruler", _SCRIPT)
-train_ruler = importlib.util.module_from_spec(_spec)
-sys.modules["train_ruler"] = train_ruler  # dataclasses look their module up
-_spec.loader.exec_module(train_ruler)
 
 MICRO = {
     "hidden_size": 32,

@@ -40,7 +40,7 @@ from sparsex_kernels.backend import Backend
 from sparsex_kernels.gpu import LOG2_E
 from sparsex_kernels.layout import pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS, Ref, drain, kernel, tiled_smem
-from sparsex_kernels.product_parts import ProductParts, sum_parts
+from sparsex_kernels.product_parts import ProductParts
 
 DEPTH = 64  # inputs a step: a swizzled line of 128 bytes
 PIECE = 64  # columns that are stored at a time
@@ -99,27 +99,6 @@ class RowTiles(NamedTuple):
     together: bool
 
 
-def products(
-    inputs: Float[Array, "rows inputs"],
-    weights: Sequence[Float[Array, "matrices inputs _"]],
-    widths: tuple[int, ...],
-    tiles: RowTiles,
-    config: Config,
-    backend: Backend,
-    added: Sequence[Added | None] = (),
-) -> Float[Array, "rows widths"]:
-    """Results of these widths, side by side. With one width for two weights, the result is their gated product.
-
-    Args:
-      inputs: the tiles one behind the other, the last of which may have fewer rows.
-      added: to the product with each of the weights; None: nothing. Empty: nothing to any.
-
-    Raises:
-      NotImplementedError: this shape or dtype cannot be done.
-    """
-    return sum_parts(product_parts(inputs, weights, widths, tiles, config, backend, added), inputs.dtype)
-
-
 def product_parts(
     inputs: Float[Array, "rows inputs"],
     weights: Sequence[Float[Array, "matrices inputs _"]],
@@ -129,7 +108,17 @@ def product_parts(
     backend: Backend,
     added: Sequence[Added | None] = (),
 ) -> ProductParts:
-    """The parts of `products`, one for each of the config's splits."""
+    """Results of these widths, side by side, in parts that remain to be added: one for each of the config's splits.
+
+    With one width for two weights, the result is their gated product.
+
+    Args:
+      inputs: the tiles one behind the other, the last of which may have fewer rows.
+      added: to the product with each of the weights; None: nothing. Empty: nothing to any.
+
+    Raises:
+      NotImplementedError: this shape or dtype cannot be done.
+    """
     added = tuple(added) or (None,) * len(weights)
     shape = _shape(inputs, added, widths, tiles, config)
     _check(inputs, weights, widths, shape)

@@ -31,6 +31,7 @@ from sparsex_jax.cache.company import company_namespace, having_seen
 from sparsex_jax.cache.counts import CacheCounts, CacheStats
 from sparsex_jax.cache.entries import Entry, EntryBook, EvictedTexts, Origin
 from sparsex_jax.cache.healer import Healer
+from sparsex_jax.cache.kept import KeptLimits
 from sparsex_jax.cache.match import Match
 from sparsex_jax.cache.mirrors import ENOUGH, Mirrors
 from sparsex_jax.cache.pages import PagePool
@@ -39,7 +40,7 @@ from sparsex_jax.cache.remembered import RememberedTexts, text_around
 from sparsex_jax.cache.segments import Run, SegmentSearch
 from sparsex_jax.cache.tree import Accepts, Node, PageTree, Prefix
 from sparsex_jax.cache.windows import WINDOW, Observer, WindowIndex
-from sparsex_jax.errors import FrozenLimitError, PinLimitError, StoreFullError
+from sparsex_jax.errors import PinLimitError, StoreFullError
 
 # Numbers of derived pages, for each page of the store: even mirrors of a twentieth of their size fill it before.
 DERIVED_A_PAGE = 16
@@ -63,7 +64,7 @@ class Forgotten:
 
 
 def _asked_once(accepts: Accepts) -> Accepts:
-    """The same, but not asked again about the object that it was asked about last: a sequence's pages share theirs."""
+    """The same function, which keeps its last answer: all pages of a sequence have the same `made_by`."""
     last: tuple[object, bool] | None = None
 
     def accepts_once(made_by: object) -> bool:
@@ -123,7 +124,6 @@ class PageCache:
         _require(page_size > 0 and page_size % WINDOW == 0, f"page_size={page_size} must be a multiple of {WINDOW}")
         _require(num_pages >= 1, f"num_pages={num_pages} must be at least 1")
         self.page_size = page_size
-        self._max_frozen = int(num_pages * frozen_limit)
         self._pool = PagePool(num_pages, DERIVED_A_PAGE * num_pages if num_layers else 0)
         self.tree = PageTree(self._pool.num_numbers, page_size)
         self._windows = WindowIndex(num_pages * page_size // WINDOW)
@@ -132,7 +132,7 @@ class PageCache:
         self._remembered = RememberedTexts()
         self._matches: set[Match] = set()
         self._healer = Healer(self.tree, page_size, self._is_kept, self._drop)
-        self._max_pinned = max_pinned
+        self._kept = KeptLimits(self._pool, page_size, frozen_limit, max_pinned)
         self.pins = PinBook(self._pool, clock)
         self.counts = counts or CacheCounts()
         self.mirrors = Mirrors(self._pool, self.tree, page_size, num_layers, self.allocate, self.counts)
@@ -160,13 +160,13 @@ class PageCache:
           tokens: the prompt's ids, none negative.
           namespace: only content that was committed under it is found.
           prefix: look for a prefix.
-          exact: whether a prefix that was committed as exact is that for who asks; else all of it is approximate.
-          segments: look for segments behind the prefix, or whether to, by the number of tokens of the prefix.
+          exact: whether a prefix that was committed as exact is exact for this caller; else all of it is approximate.
+          segments: whether to look for segments behind the prefix; a function says so by the prefix's length in tokens.
           min_segment: the least length of a segment, in tokens.
           accepts: whether approximate KV may be in the prefix, asked by the `made_by` of its commit. None: never.
-          counted: count it as a use, and in `counts`. A caller who may look the same prompt up again does both itself.
-          last_used: what `last_used` gave. Of donors that are equal otherwise, the one that was used last by then is
-            taken. None: by now.
+          counted: count it as a use, and in `counts`. A caller that may look the same prompt up again does both itself.
+          last_used: when each page was last used, as the method of that name gave it. Of donors that are equal
+            otherwise, the one that was used last is taken. None: as it is now.
 
         Raises:
           ValueError: a token id is negative.
@@ -501,9 +501,7 @@ class PageCache:
     def may_replace(self, handle: int) -> bool:
         """Whether frozen entries may have pages for this entry's text that no other entry shares."""
         entry = self._entries[handle]
-        own = int((self._pool.frozen[list(entry.pages)] == 1).sum())
-        frozen = self._pool.sums.frozen - own + len(entry.pages)
-        return not entry.frozen or (frozen <= self._max_frozen and self._num_pinned <= self._pin_limit(frozen))
+        return not entry.frozen or self._kept.allows_frozen(entry.pages, len(entry.pages))
 
     def begins_prompts(self, handle: int) -> bool:
         """Whether something that is stored goes on behind pages of this entry, as prompts that begin with its text."""
@@ -537,20 +535,7 @@ class PageCache:
 
     def require_frozen_room(self, pages: Sequence[int], more: int = 0) -> None:
         """Raise FrozenLimitError unless frozen entries may have these pages too, and `more` new ones."""
-        new = [page for page in pages if self._pool.frozen[page] == 0]
-        wanted, frozen = len(new) + more, self._pool.sums.frozen
-        if frozen + wanted > self._max_frozen:
-            raise FrozenLimitError(
-                f"the text needs {wanted} pages of {self.page_size} tokens; frozen texts have {frozen} "
-                f"of the {self._max_frozen} pages that they may have. Forget one of them, or make store_tokens or "
-                f"frozen_limit larger"
-            )
-        pinned = self._num_pinned - int((self._pool.pinned[new] > 0).sum())
-        if pinned > self._pin_limit(frozen + wanted):
-            raise FrozenLimitError(
-                f"the text needs {wanted} pages of {self.page_size} tokens, and pins have {pinned} of the "
-                f"{len(self._pool) - frozen} that frozen texts leave. Release one, or wait until its time is over"
-            )
+        self._kept.require_frozen(pages, more)
 
     def forget(self, handle: int, alike: Sequence[Int32[np.ndarray, "tokens"]] = ()) -> Forgotten:
         """Remove an entry, and every copy of its text that other prompts of the namespace brought into the store.
@@ -674,33 +659,18 @@ class PageCache:
         both = before.pages if before and owner is not None and before.owner is owner else ()
         held = self.pins.make([*both, *(node.pages[0] for node in nodes)], ttl_s, owner)
         self.pins.put(namespace, key, held)
-        why = self._why_not(held, fits)
-        if why:
+        why = self._kept.why_not_pinned(len(held.pages))
+        if why is None and not fits():
+            why = f"{self._kept.pin_needs(len(held.pages))}, which would leave too few for requests that run now"
+        if why is not None:
             self.pins.put(namespace, key, before)
             raise PinLimitError(why)
         return self._state(namespace, key, held)
 
-    def _why_not(self, held: Held, fits: Callable[[], bool]) -> str | None:
-        """Why a pin that has its pages may not have them. None: it may."""
-        limit, needs = self._pin_limit(self._pool.sums.frozen), f"the pin needs {len(held.pages)} pages of"
-        needs += f" {self.page_size} tokens"
-        if self._num_pinned > limit:
-            return f"{needs}, and all pins together would have {self._num_pinned} of the {limit} that they may have"
-        return None if fits() else f"{needs}, which would leave too few for requests that run now"
-
     @property
     def pin_limit(self) -> int:
         """Pages that all pins together may have now."""
-        return self._pin_limit(self._pool.sums.frozen)
-
-    @property
-    def _num_pinned(self) -> int:
-        """Pages that pins have, and no frozen entry."""
-        return self._pool.sums.kept - self._pool.sums.frozen
-
-    def _pin_limit(self, num_frozen: int) -> int:
-        """How many such pages pins may have where frozen entries have so many."""
-        return int(self._max_pinned * (len(self._pool) - num_frozen))
+        return self._kept.most_pinned
 
     def unpin(self, namespace: str, key: str) -> PinState:
         """End a pin, and return what it was. Raises UnknownPinError if the namespace has none of this key."""
@@ -732,7 +702,7 @@ class PageCache:
     @property
     def num_beside_kept(self) -> int:
         """How many pages frozen entries and pins leave to everything else."""
-        return len(self._pool) - self._pool.sums.kept
+        return self._kept.num_left
 
     def _is_kept(self, page: int) -> bool:
         """Whether an entry or a pin has it."""

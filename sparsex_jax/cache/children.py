@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sparsex_jax.cache.tree import Node
+from typing import Protocol
 
 TOKEN_BYTES = 4
 # So many children are looked at for the one that shares most with a prompt: many may share equally much.
@@ -27,7 +24,19 @@ def common_prefix(a: bytes, b: bytes) -> int:
     return ((differ & -differ).bit_length() - 1) // 32 if differ else size // TOKEN_BYTES
 
 
-class Children:
+class Keyed(Protocol):
+    """A node, as far as its place among others depends on it.
+
+    Attributes:
+      key: its tokens, int32 as bytes.
+      sharable: whether it comes first among those of its key.
+    """
+
+    key: bytes
+    sharable: bool
+
+
+class Children[Node: Keyed]:
     """Nodes by key. Under one key a sharable node comes first, then the others, oldest first.
 
     The keys are also kept in order. Among sorted strings, those that share most leading characters with a given one

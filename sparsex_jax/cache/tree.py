@@ -73,7 +73,7 @@ class Node:
     in_place: bool = False
     sharable: bool = False
     parent: Node | None = None
-    children: Children = dataclasses.field(default_factory=Children)
+    children: Children[Node] = dataclasses.field(default_factory=Children)
     pages: list[int] = dataclasses.field(default_factory=list)
     derived: int | None = None
     uses: int = 0

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsex_jax.cli.generate import EngineChoice
+from sparsex_jax.cli.choice import EngineChoice
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.cli.terminal import messages, output, print_json, progress, waiting
+from sparsex_jax.config import EngineConfig
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.eval import maps, quality, results
@@ -52,6 +53,16 @@ class BenchSettings:
             if not getattr(self, name):
                 raise InvalidRequestError(f"{name} is empty; name at least one")
 
+    def config(self, dtype: str, kv_dtype: str = "auto") -> EngineConfig:
+        """That of an engine that runs a batch at once."""
+        return EngineConfig(
+            store_tokens=self.store_tokens,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            max_num_seqs=self.batch,
+            max_prefill_seqs=self.batch,
+        )
+
     @property
     def store_tokens(self) -> int:
         """A store of this size holds the donors and prompts of a batch at the same time, and the text before donors."""
@@ -85,15 +96,7 @@ def run(
       with_maps: draw key mass and deviation of a prompt of each task and regime too.
     """
     methods = {name: parse_method(name) for name in settings.methods}
-    engine = EngineChoice(
-        model,
-        dtype,
-        settings.store_tokens,
-        kv_dtype=kv_dtype,
-        tensor_parallel=tensor_parallel,
-        max_num_seqs=settings.batch,
-        max_prefill_seqs=settings.batch,
-    ).load()
+    engine = EngineChoice(model, settings.config(dtype, kv_dtype), tensor_parallel).load()
     log = open_log(engine, model, settings, out) if out else None
     with progress() as bar:
         rows = quality.run(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sparsex_jax.cache import Entry, Match, PageCache, Segment
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.cli.generate import prefill_line
 from sparsex_jax.cli.inputs import as_prompt, read_prompt, read_text
+from sparsex_jax.cli.options import Donors
 from sparsex_jax.cli.terminal import output, print_json, waiting
 from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import EngineConfig, ModelConfig, ReuseConfig, find_defaults
@@ -59,36 +60,35 @@ class DryRun:
 def run(
     prompt: str,
     model: str,
-    files: Sequence[Path],
+    donors: Donors,
     reuse: Mapping[str, Any],
     reuse_config: Path | None,
     *,
     store_tokens: int | None,
-    namespace: str,
-    chat: bool | None,
     as_json: bool,
 ) -> None:
     """Look the prompt up, and print what was found.
 
     Args:
-      files: texts to remember first, each alone.
+      donors: texts to remember first, each alone.
       reuse: options that override those of the file.
       reuse_config: a file of options. None: as `find_defaults`.
     """
     config = EngineConfig(store_tokens=store_tokens)  # type: ignore[arg-type]
+    namespace, files = donors.namespace, donors.files
     if not namespace:
         raise InvalidRequestError("namespace='' must be a non-empty string")
-    text, donors = read_prompt(prompt), [read_text(path) for path in files]
+    text, texts = read_prompt(prompt), [read_text(path) for path in files]
     with waiting(f"Reading the tokenizer of {model}"):
         checkpoint = open_checkpoint(model)
         tokenizer = checkpoint.tokenizer
         settings = find_defaults(model, checkpoint.config, reuse_config, options=reuse).reuse
     cache = PageCache(config.num_pages, config.page_size, config.frozen_limit)
     names = {}
-    for path, donor in zip(files, donors, strict=True):
+    for path, donor in zip(files, texts, strict=True):
         tokens = encode(document(donor, tokenizer), tokenizer, checkpoint.config, add_special_tokens=False)
         names[remember(cache, tokens, namespace, said_digest(donor))] = path.name
-    asked = as_prompt(text, tokenizer, chat)
+    asked = as_prompt(text, tokenizer, donors.chat)
     tokens, turns = encode(asked, tokenizer, checkpoint.config, add_special_tokens=True), turns_of(asked)
     dry = look_up(cache, names, tokens, namespace, settings, checkpoint.config, turns)
     if as_json:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.progress import Progress
 
 from sparsex_jax.cli.bench import BenchSettings, made_with
-from sparsex_jax.cli.generate import EngineChoice
+from sparsex_jax.cli.choice import EngineChoice
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.cli.terminal import output, print_json, progress
 from sparsex_jax.config import CALIBRATED, ReuseConfig, architecture
@@ -76,15 +76,7 @@ def run(
     among = among_of(settings.methods)
     path = check_writable(out or default_path(model))
     # With a method of its own, so that the engine does not read the file of an earlier calibration.
-    engine = EngineChoice(
-        model,
-        dtype,
-        settings.store_tokens,
-        Full(),
-        tensor_parallel=tensor_parallel,
-        max_num_seqs=settings.batch,
-        max_prefill_seqs=settings.batch,
-    ).load()
+    engine = EngineChoice(model, settings.config(dtype), tensor_parallel, Full()).load()
     log = open_log(engine, model, settings, path)
     with progress() as bar:
         track = functools.partial(_track, bar)

@@ -20,8 +20,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from sparsex_jax.cli.choice import EngineChoice
 from sparsex_jax.cli.documents import DOCUMENTS, FOLLOW_UP, INSTRUCTION, QUESTION, user_message
-from sparsex_jax.cli.generate import EngineChoice
 from sparsex_jax.cli.terminal import output, print_json, progress
 from sparsex_jax.cli.tokenmap import legend, token_map
 from sparsex_jax.config import ReuseConfig, SamplingParams

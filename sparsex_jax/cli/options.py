@@ -1,13 +1,10 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the groups that they come in."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +12,7 @@ import typer
 
 from sparsex_jax.config import CALIBRATED, METHODS, ReuseConfig, find_method
 from sparsex_jax.config.checks import require
+from sparsex_jax.config.membership import Membership, Patience
 from sparsex_jax.config.reuse import methods_by_option
 from sparsex_jax.eval.reorder import Reorder
 from sparsex_jax.reuse.methods import Oracle, SparseX
@@ -28,9 +26,6 @@ PromptArguments = Annotated[
     list[str] | None,
     typer.Argument(help="The prompt; `-` reads it from standard input, and so does none. Several are one round."),
 ]
-# What a server prefills a text to remember behind, at most: of what its namespace has.
-COMPANY_TOKENS = 1024
-
 Model = Annotated[
     str,
     typer.Option(
@@ -38,6 +33,7 @@ Model = Annotated[
         "OWNER/NAME[@REVISION][:QUANTISATION]."
     ),
 ]
+ModelArgument = Annotated[str, typer.Argument(help="As `--model` of the other commands.")]
 DType = Annotated[
     str,
     typer.Option(
@@ -67,83 +63,192 @@ StoredDType = Annotated[str, typer.Option("--dtype", help="Of the stored weights
 StoreTokens = Annotated[
     int | None, typer.Option(help="Token slots of the KV store.", show_default="16384; in fp8 twice as many")
 ]
-Remember = Annotated[
-    list[Path] | None,
-    typer.Option(exists=True, dir_okay=False, readable=True, help="A text file to remember, as a donor. Repeatable."),
-]
-Adapters = Annotated[
+AdapterNames = Annotated[
     list[str] | None,
     typer.Option(
         "--adapter",
         help="NAME=PATH of a LoRA adapter in PEFT's format, or NAME=OWNER/NAME[@REVISION] of one on a hub. Repeatable.",
     ),
 ]
-Namespace = Annotated[str, typer.Option(help="Only KV that was stored under this name is reused.")]
-Chat = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--no-chat", help="Send the prompt as a user's message. Default: if the model has a chat template."
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate.", rich_help_panel=_SAMPLING)]
 
 
-_METHOD = "full, prefix, naive, sparsex, excerpt or another method, with options if wanted: excerpt:coverage=0.5."
-# The options of methods that commands have one of their own for, with their types. The others go into `--method`.
-_OF_METHODS: dict[str, tuple[Any, str]] = {
-    "boundary_layer": (int, "Layers before it compute every token. Default: a sixth of them."),
-    "recompute_ratio": (float, "Share of the reused tokens recomputed for their key mass."),
-    "coverage": (
-        float,
-        "Recompute, or keep in an excerpt, as much as has this share of the attention. Default: 0; 0.9 in an excerpt.",
-    ),
-    "max_ratio": (float, "Share of the reused tokens that a coverage recomputes at most."),
-    "keep_ratio": (float, "Share of what an excerpt may leave out that it keeps at least. Default: 0.05."),
-    "overflow_tokens": (int, "Reused tokens recomputed on both sides of fresh ones; at most 1/8 of a segment."),
-    "head_tokens": (int, "First tokens of each segment that are recomputed."),
-    "tail_tokens": (int, "Last tokens recomputed where the prompt ends in reuse."),
-    "second_boundary": (int, "From this layer on only fresh tokens are computed."),
-    "min_segment_tokens": (int, "Shorter runs are computed, not reused; at least 16."),
-    "only_if_faster": (bool, "Whether what was found is recomputed where that takes less time."),
-}
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How a model is loaded, and how much KV it may store."""
+
+    dtype: DType = "auto"
+    quantization: Quantization = "auto"
+    kv_dtype: KVDType = "auto"
+    tensor_parallel: TensorParallel = 1
+    store_tokens: StoreTokens = None
+
+    def fields(self) -> dict[str, Any]:
+        """Those of `EngineConfig`: all but the number of devices."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "tensor_parallel"}
 
 
-def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
-    annotation = Annotated[kind | None, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+@dataclasses.dataclass(frozen=True)
+class Donors:
+    """What a prompt can reuse, and how the prompt is read."""
+
+    remember: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True, dir_okay=False, readable=True, help="A text file to remember, as a donor. Repeatable."
+        ),
+    ] = None
+    namespace: Annotated[str, typer.Option(help="Only KV that was stored under this name is reused.")] = "default"
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat", help="Send the prompt as a user's message. Default: if the model has a chat template."
+        ),
+    ] = None
+
+    @property
+    def files(self) -> list[Path]:
+        return self.remember or []
 
 
-def _reuse_parameters() -> Iterator[inspect.Parameter]:
-    """Those of a command that has options of reuse."""
-    default = f"{CALIBRATED} in the model's directory, or what comes with this package for its architecture"
-    text = "A file that `sparsex calibrate` wrote. Options of reuse that the command has win over it."
-    yield _parameter("reuse_config", Path, typer.Option(help=text, rich_help_panel=_REUSE, show_default=default))
-    default = "as --reuse-config says; sparsex, if only options of it are given"
-    yield _parameter("method", str, typer.Option(help=_METHOD, rich_help_panel=_REUSE, show_default=default))
-    for name, (kind, text) in _OF_METHODS.items():
-        yield _parameter(name, kind, typer.Option(help=text, rich_help_panel=_REUSE, show_default=_default_of(name)))
+def _sampled(default: str, text: str) -> Any:
+    """An option whose default the model's files may say."""
+    return typer.Option(help=text, rich_help_panel=_SAMPLING, show_default=f"as the model's files recommend; {default}")
 
 
-def _default_of(name: str) -> str | bool:
-    """What SparseX has, unless the help says more."""
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. None: as the model's files recommend."""
+
+    max_new_tokens: MaxNewTokens = 128
+    temperature: Annotated[float | None, _sampled("0", "0 is greedy.")] = None
+    top_p: Annotated[float | None, _sampled("1", "Nucleus, in (0, 1].")] = None
+    top_k: Annotated[int | None, _sampled("0", "Keep the k most probable tokens; 0 keeps all.")] = None
+    seed: Annotated[int, typer.Option(help="Seed of the random stream.", rich_help_panel=_SAMPLING)] = 0
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A string that ends the text and is not part of it. Repeatable.", rich_help_panel=_SAMPLING),
+    ] = None
+
+    def fields(self) -> dict[str, Any]:
+        """Those of `SamplingParams` that were given."""
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return given | {"stop": tuple(self.stop or ())}
+
+
+def _of_processes(text: str, **settings: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=_PROCESSES, **settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """Which process of how many this one is."""
+
+    coordinator: Annotated[
+        str | None,
+        _of_processes(
+            "HOST:PORT of process 0, which answers requests; the others compute with it. The next port is used too. "
+            "`slurm`: as Slurm says, and how many there are. SPARSEX_GROUP_SECRET must be the same in all.",
+            envvar="SPARSEX_COORDINATOR",
+            show_default="one process",
+        ),
+    ] = None
+    num_processes: Annotated[
+        int | None, _of_processes("How many processes there are.", envvar="SPARSEX_NUM_PROCESSES")
+    ] = None
+    process_id: Annotated[
+        int | None, _of_processes("Which of them this one is, from 0 on.", envvar="SPARSEX_PROCESS_ID")
+    ] = None
+    join_timeout: Annotated[float, _of_processes("Seconds to wait until all processes are there.")] = Patience.join
+    silence_timeout: Annotated[
+        float, _of_processes("Seconds without a sign of life after which another process counts as lost.")
+    ] = Patience.silence
+
+    def membership(self, stall: float = Patience.stall) -> Membership | None:
+        """As `Membership.of`.
+
+        Args:
+          stall: as in `Patience`.
+        """
+        patience = Patience(self.join_timeout, self.silence_timeout, stall)
+        return Membership.of(self.coordinator, self.num_processes, self.process_id, patience)
+
+
+def _of_reuse(text: str, **settings: Any) -> Any:
+    return typer.Option(help=text, rich_help_panel=_REUSE, **settings)
+
+
+def _of_method(name: str, text: str) -> Any:
+    """An option of methods. Its default is that of SparseX, if that has one."""
     default = getattr(SparseX, name, None)
-    return False if default is None or name == "coverage" else str(default)
+    return _of_reuse(text, show_default=False if default is None else str(default))
 
 
 @dataclasses.dataclass(frozen=True)
 class Reuse:
-    """What a command was told about reuse.
+    """What a command was told about reuse: a file, a method, and options of methods, which win.
 
-    Attributes:
-      config: the file. None: as `find_defaults`.
-      method: `NAME` or `NAME:FIELD=VALUE:...`.
-      fields: options of the method that have options of their own here, which win.
+    Options that have none of their own here go into `--method`.
     """
 
-    config: Path | None = None
-    method: str | None = None
-    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reuse_config: Annotated[
+        Path | None,
+        _of_reuse(
+            "A file that `sparsex calibrate` wrote. Options of reuse that the command has win over it.",
+            show_default=f"{CALIBRATED} in the model's directory, or what comes with this package for its architecture",
+        ),
+    ] = None
+    method: Annotated[
+        str | None,
+        _of_reuse(
+            "full, prefix, naive, sparsex, excerpt or another method, with options if wanted: excerpt:coverage=0.5.",
+            show_default="as --reuse-config says; sparsex, if only options of it are given",
+        ),
+    ] = None
+    boundary_layer: Annotated[
+        int | None, _of_method("boundary_layer", "Layers before it compute every token. Default: a sixth of them.")
+    ] = None
+    recompute_ratio: Annotated[
+        float | None, _of_method("recompute_ratio", "Share of the reused tokens recomputed for their key mass.")
+    ] = None
+    coverage: Annotated[
+        float | None,
+        _of_reuse(
+            "Recompute, or keep in an excerpt, as much as has this share of the attention. Default: 0; 0.9 in an "
+            "excerpt.",
+            show_default=False,
+        ),
+    ] = None
+    max_ratio: Annotated[
+        float | None, _of_method("max_ratio", "Share of the reused tokens that a coverage recomputes at most.")
+    ] = None
+    keep_ratio: Annotated[
+        float | None,
+        _of_method("keep_ratio", "Share of what an excerpt may leave out that it keeps at least. Default: 0.05."),
+    ] = None
+    overflow_tokens: Annotated[
+        int | None,
+        _of_method(
+            "overflow_tokens", "Reused tokens recomputed on both sides of fresh ones; at most 1/8 of a segment."
+        ),
+    ] = None
+    head_tokens: Annotated[
+        int | None, _of_method("head_tokens", "First tokens of each segment that are recomputed.")
+    ] = None
+    tail_tokens: Annotated[
+        int | None, _of_method("tail_tokens", "Last tokens recomputed where the prompt ends in reuse.")
+    ] = None
+    second_boundary: Annotated[
+        int | None, _of_method("second_boundary", "From this layer on only fresh tokens are computed.")
+    ] = None
+    min_segment_tokens: Annotated[
+        int | None, _of_method("min_segment_tokens", "Shorter runs are computed, not reused; at least 16.")
+    ] = None
+    only_if_faster: Annotated[
+        bool | None,
+        _of_method("only_if_faster", "Whether what was found is recomputed where that takes less time."),
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """The method, if one was named, and its options.
@@ -153,12 +258,17 @@ class Reuse:
             method has the options together.
         """
         name, options = (None, {}) if self.method is None else _named(self.method)
-        options |= self.fields
+        options |= self._typed()
         if name is not None:
             ReuseConfig(name, **options)
             return {"method": name} | options
         _require_a_method(options)
         return options
+
+    def _typed(self) -> dict[str, Any]:
+        """The options of methods that were given by themselves."""
+        fields = dataclasses.asdict(self).items()
+        return {name: value for name, value in fields if value is not None and name not in ("reuse_config", "method")}
 
 
 def _require_a_method(options: Mapping[str, Any]) -> None:
@@ -167,23 +277,6 @@ def _require_a_method(options: Mapping[str, Any]) -> None:
     fitting = [name for name in METHODS if all(name in having[option] for option in options)]
     said = ", ".join(f"{option} ({', '.join(having[option])})" for option in options)
     require(bool(fitting), f"no method has all of these options: {said}")
-
-
-def with_reuse(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of reuse. It gets what was typed as one argument, `reuse`."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [each.replace(kind=each.KEYWORD_ONLY) for each in signature.parameters.values() if each.name != "reuse"]
-
-    @functools.wraps(command)
-    def run(*, reuse_config: Path | None, method: str | None, **options: Any) -> None:
-        fields = {name: options.pop(name) for name in _OF_METHODS}
-        typed = {name: value for name, value in fields.items() if value is not None}
-        command(reuse=Reuse(reuse_config, method, typed), **options)
-
-    parameters = [*own, *_reuse_parameters()]
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    return run
 
 
 def _named(text: str) -> tuple[str, dict[str, Any]]:
@@ -213,96 +306,3 @@ def _setting(text: str) -> tuple[str, Any]:
         return field, json.loads(value.lower())
     except json.JSONDecodeError:
         return field, value
-
-
-def _sampled(default: str, text: str) -> Any:
-    """An option whose default the model's files may say."""
-    return typer.Option(help=text, rich_help_panel=_SAMPLING, show_default=f"as the model's files recommend; {default}")
-
-
-Temperature = Annotated[float | None, _sampled("0", "0 is greedy.")]
-TopP = Annotated[float | None, _sampled("1", "Nucleus, in (0, 1].")]
-TopK = Annotated[int | None, _sampled("0", "Keep the k most probable tokens; 0 keeps all.")]
-Seed = Annotated[int, typer.Option(help="Seed of the random stream.", rich_help_panel=_SAMPLING)]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(help="A string that ends the text and is not part of it. Repeatable.", rich_help_panel=_SAMPLING),
-]
-
-
-Coordinator = Annotated[
-    str | None,
-    typer.Option(
-        help="HOST:PORT of process 0, which answers requests; the others compute with it. The next port is used too. "
-        "`slurm`: as Slurm says, and how many there are. SPARSEX_GROUP_SECRET must be the same in all.",
-        rich_help_panel=_PROCESSES,
-        envvar="SPARSEX_COORDINATOR",
-        show_default="one process",
-    ),
-]
-NumProcesses = Annotated[
-    int | None,
-    typer.Option(help="How many processes there are.", rich_help_panel=_PROCESSES, envvar="SPARSEX_NUM_PROCESSES"),
-]
-ProcessId = Annotated[
-    int | None,
-    typer.Option(help="Which of them this one is, from 0 on.", rich_help_panel=_PROCESSES, envvar="SPARSEX_PROCESS_ID"),
-]
-JoinTimeout = Annotated[
-    float, typer.Option(help="Seconds to wait until all processes are there.", rich_help_panel=_PROCESSES)
-]
-SilenceTimeout = Annotated[
-    float,
-    typer.Option(
-        help="Seconds without a sign of life after which another process counts as lost.", rich_help_panel=_PROCESSES
-    ),
-]
-
-
-def parse_adapters(texts: Sequence[str]) -> dict[str, str]:
-    """What each adapter is loaded from, by its name.
-
-    >>> parse_adapters(["sql=adapters/sql", "chat=me/chat@main"])
-    {'sql': 'adapters/sql', 'chat': 'me/chat@main'}
-    """
-    adapters: dict[str, str] = {}
-    for text in texts:
-        name, _, source = text.partition("=")
-        require(bool(name and source), f"adapter={text!r} must be NAME=PATH, such as sql=adapters/sql")
-        require(name not in adapters, f"adapter={text!r}: there is another adapter of the name {name!r}")
-        adapters[name] = source
-    return adapters
-
-
-_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
-
-
-def parse_bytes(name: str, text: str) -> int:
-    """A number of bytes, with or without a unit.
-
-    >>> parse_bytes("host_store", "1.5GiB")
-    1610612736
-    """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", text.strip())
-    ok = found is not None and (found[2] or "B") in _UNITS
-    require(ok, f"{name}={text!r} must be a number with one of the units {', '.join(_UNITS)}")
-    assert found is not None
-    return int(float(found[1]) * _UNITS[found[2] or "B"])
-
-
-def parse_disk_store(text: str) -> tuple[str, int]:
-    """A path and a number of bytes.
-
-    >>> parse_disk_store("kv:1KiB")
-    ('kv', 1024)
-    """
-    path, colon, size = text.rpartition(":")
-    require(bool(path and colon), f"disk_store={text!r} must be PATH:SIZE, such as kv:200GiB")
-    return path, parse_bytes("disk_store", size)
-
-
-def tiers(host_store: str, disk_store: str | None) -> dict[str, Any]:
-    """The fields of `EngineConfig` for the tiers below the store."""
-    path, size = (None, 0) if disk_store is None else parse_disk_store(disk_store)
-    host = parse_bytes("host_store", host_store)
-    return {"host_store_bytes": host, "disk_store": path, "disk_store_bytes": size}

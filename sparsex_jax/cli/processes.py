@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from sparsex_jax.cli.choice import EngineChoice
 from sparsex_jax.cli.terminal import messages
 from sparsex_jax.distributed import Follower, Leader, join, leave, secret_of
+from sparsex_jax.engine import Engine
 from sparsex_jax.errors import SparsexError
-
-if TYPE_CHECKING:
-    from sparsex_jax.cli.generate import EngineChoice
-    from sparsex_jax.engine import Engine
 
 
 def follows(choice: EngineChoice) -> bool:
@@ -58,7 +54,7 @@ def _joined(choice: EngineChoice) -> Leader | Follower:
     host, port = membership.control
     said = f"Process {membership.process_id} of {membership.num_processes}"
     messages().print(f"{said} waits for the others at {host}, port {port}", soft_wrap=True)
-    return join(membership, secret, _about(choice))
+    return join(membership, secret, choice.in_words())
 
 
 def _print_results_only() -> None:
@@ -66,11 +62,6 @@ def _print_results_only() -> None:
     sys.stdout.flush()
     sys.stdout = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, buffering=1)
     os.dup2(2, 1)
-
-
-def _about(choice: EngineChoice) -> dict[str, str]:
-    fields = dataclasses.fields(choice)
-    return {field.name: str(getattr(choice, field.name)) for field in fields if field.name != "membership"}
 
 
 @contextlib.contextmanager

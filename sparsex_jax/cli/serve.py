@@ -9,11 +9,11 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from sparsex_jax.checkpoints.names import model_title
-from sparsex_jax.cli.generate import EngineChoice
+from sparsex_jax.cli.choice import EngineChoice
 from sparsex_jax.cli.processes import follow, follows, opened
+from sparsex_jax.cli.serve_options import Callers, Operations
 from sparsex_jax.cli.terminal import messages, progress
 from sparsex_jax.config.checks import require
 from sparsex_jax.device.compilation import num_compilations
@@ -29,7 +29,7 @@ from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.sockets import url_of
 from sparsex_jax.serving.tracing import Tracing, is_wanted
 from sparsex_jax.serving.worker import Worker
-from sparsex_jax.text.thoughts import AUTO, check_parser
+from sparsex_jax.text.thoughts import check_parser
 
 _FAREWELL_S = 5.0  # in which clients hear that a process is lost, before this one ends
 _SPARE_ADAPTERS = 8  # that can be loaded where requests may load them
@@ -38,32 +38,28 @@ _SPARE_ADAPTERS = 8  # that can be loaded where requests may load them
 def run(
     choice: EngineChoice,
     limits: Limits,
+    callers: Callers,
+    operations: Operations,
     *,
     sockets: Sequence[socket.socket],
-    api_keys: Path | None,
-    name: str | None,
-    warm_up: bool,
-    request_log: Path | None = None,
-    otlp_endpoint: str | None = None,
-    allowed_origins: Cors | None = None,
-    reasoning_parser: str = AUTO,
-    allow_adapter_updates: bool = False,
+    cors: Cors,
+    reasoning_parser: str,
 ) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT; or, in all processes but process 0, compute for it."""
     check_parser(reasoning_parser)
-    if allow_adapter_updates and choice.max_adapters is None:
+    if callers.allow_adapter_updates and choice.max_adapters is None:
         choice = dataclasses.replace(choice, max_adapters=max(len(choice.adapters), _SPARE_ADAPTERS))
     if follows(choice):
         return follow(choice)
-    access = Access.load(api_keys, limits) if api_keys else Access.open(limits)
-    log = RequestLog.open(request_log) if request_log else None
-    name = name or model_title(choice.model)
+    access = Access.load(callers.api_keys, limits) if callers.api_keys else Access.open(limits)
+    log = RequestLog.open(operations.request_log) if operations.request_log else None
+    name = callers.name or model_title(choice.model)
     require(
         name not in choice.adapters, f"adapter={name!r} is the model's name too; requests could not tell them apart"
     )
-    tracing = Tracing.start(otlp_endpoint, name) if is_wanted(otlp_endpoint) else None
+    tracing = Tracing.start(operations.otlp_endpoint, name) if is_wanted(operations.otlp_endpoint) else None
     with opened(choice) as (engine, leader):
-        if warm_up:
+        if operations.warm_up:
             compile_all(engine)
         worker = Worker(engine)
         app = create_app(
@@ -73,15 +69,15 @@ def run(
             limits=limits,
             request_log=log,
             tracing=tracing,
-            allowed_origins=allowed_origins or (),
+            allowed_origins=cors,
             reasoning_parser=reasoning_parser,
             adapters=choice.adapters,
-            allow_adapter_updates=allow_adapter_updates,
+            allow_adapter_updates=callers.allow_adapter_updates,
         )
         server = Server(app, sockets=sockets)
         if leader is not None:
             _end_together(leader, server, worker)
-        _tell(engine, choice, name, sockets, everybody=api_keys is None)
+        _tell(engine, choice, name, sockets, everybody=callers.api_keys is None)
         _answer_soon()
         server.run()
         engine.close()

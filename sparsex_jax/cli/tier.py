@@ -9,8 +9,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from sparsex_jax.cli import options
 from sparsex_jax.cli.terminal import clear_errors
+from sparsex_jax.cli.values import parse_disk_store
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.tiers import archive
 from sparsex_jax.tiers.blocks import Block
@@ -45,7 +45,7 @@ def import_(
 ) -> None:
     """Put the blocks of a file into a disk tier, where servers of the same model find them."""
     with clear_errors():
-        path, size = options.parse_disk_store(disk_store)
+        path, size = parse_disk_store(disk_store)
         fingerprint = archive.fingerprint_of(file)
         with DiskStore(path, size, fingerprint) as store:
             for block, pieces in archive.import_(file, fingerprint):

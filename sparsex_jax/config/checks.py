@@ -51,6 +51,10 @@ def at_least(least: int) -> Limit:
     return Limit(lambda value: is_int(value) and value >= least, f"an integer >= {least}")
 
 
+def one_of(*choices: str) -> Limit:
+    return Limit(lambda value: value in choices, f"one of {', '.join(choices)}")
+
+
 Count = Annotated[int, at_least(0)]
 Positive = Annotated[int, at_least(1)]
 Share = Annotated[float, Limit(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")]

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
-from sparsex_jax.config.checks import is_int, is_number, require
+from sparsex_jax.config.checks import (
+    Count,
+    Flag,
+    Limit,
+    Positive,
+    Share,
+    at_least,
+    checked,
+    is_int,
+    is_number,
+    one_of,
+    require,
+)
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _QUANTIZED = ("fp8", "int8")
-_QUANTIZATIONS = ("auto", "none", "stored", *_QUANTIZED)
-_KV_DTYPES = ("auto", "fp8")
 _STORE_TOKENS = 16384
-_CHOICES = ("measured", "always")
 MAX_ADAPTER_RANK = 128
+
+_PAGES = Limit(lambda value: is_int(value) and value >= 8 and value % 8 == 0, "a multiple of 8")
+_WEIGHTS = Limit(lambda value: value in _DTYPES, f"one of {', '.join((*_DTYPES, *_QUANTIZED))}")
+_PART = Limit(lambda value: is_number(value) and 0 < value <= 1, "in (0, 1]")
+_RANKS = Limit(
+    lambda value: is_int(value) and value % 8 == 0 and 8 <= value <= MAX_ADAPTER_RANK,
+    f"a multiple of 8, from 8 to {MAX_ADAPTER_RANK}",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,78 +97,49 @@ class EngineConfig:
       disk_store_bytes: how large it may become.
     """
 
-    store_tokens: int = None  # type: ignore[assignment]  # an int once it is made
-    page_size: int = 64
-    dtype: str = "auto"
-    quantization: str = "auto"
-    max_context: int | None = None
-    kv_dtype: str = "auto"
-    max_num_seqs: int | None = None
-    max_prefill_seqs: int = 8
-    prefill_tokens: int | None = None
-    chunk_rows: int | None = None
-    decode_steps: int = 16
-    frozen_limit: float = 0.5
-    max_pinned: float = 0.5
-    max_waiting: int = 256
-    max_overtakes: int = 16
-    healing: float = 0.5
-    company_tokens: int = 0
-    choose: str = "measured"
-    mirrors: bool = False
-    max_adapters: int = 0
-    max_adapter_rank: int = 16
-    share_adapters: bool = False
-    host_store_bytes: int = 0
+    store_tokens: Positive = None  # type: ignore[assignment]  # an int once it is made
+    page_size: Annotated[int, _PAGES] = 64
+    dtype: Annotated[str, _WEIGHTS] = "auto"
+    quantization: Annotated[str, one_of("auto", "none", "stored", *_QUANTIZED)] = "auto"
+    max_context: Positive | None = None
+    kv_dtype: Annotated[str, one_of("auto", "fp8")] = "auto"
+    max_num_seqs: Positive | None = None
+    max_prefill_seqs: Positive = 8
+    prefill_tokens: Annotated[int, Limit(is_int, "an integer")] | None = None  # its limits depend on the model
+    chunk_rows: Annotated[int, at_least(8)] | None = None
+    decode_steps: Positive = 16
+    frozen_limit: Annotated[float, _PART] = 0.5
+    max_pinned: Share = 0.5
+    max_waiting: Positive = 256
+    max_overtakes: Count = 16
+    healing: Share = 0.5
+    company_tokens: Count = 0
+    choose: Annotated[str, one_of("measured", "always")] = "measured"
+    mirrors: Flag = False
+    max_adapters: Count = 0
+    max_adapter_rank: Annotated[int, _RANKS] = 16
+    share_adapters: Flag = False
+    host_store_bytes: Count = 0
     disk_store: str | None = None
-    disk_store_bytes: int = 0
+    disk_store_bytes: Count = 0
 
     def __post_init__(self) -> None:
         if self.dtype in _QUANTIZED:
             self._take_quantization_from_dtype()
-        require(self.dtype in _DTYPES, f"dtype={self.dtype!r} must be one of {', '.join((*_DTYPES, *_QUANTIZED))}")
-        among = f"must be one of {', '.join(_QUANTIZATIONS)}"
-        require(self.quantization in _QUANTIZATIONS, f"quantization={self.quantization!r} {among}")
-        require(self.kv_dtype in _KV_DTYPES, f"kv_dtype={self.kv_dtype!r} must be one of {', '.join(_KV_DTYPES)}")
         if self.store_tokens is None:
             object.__setattr__(self, "store_tokens", _STORE_TOKENS * (2 if self.kv_dtype == "fp8" else 1))
-        require(self.choose in _CHOICES, f"choose={self.choose!r} must be one of {', '.join(_CHOICES)}")
-        for name in ("store_tokens", "page_size", "max_prefill_seqs", "decode_steps", "max_waiting"):
-            value = getattr(self, name)
-            require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
-        for name in ("max_overtakes", "company_tokens", "max_adapters", "host_store_bytes", "disk_store_bytes"):
-            value = getattr(self, name)
-            require(is_int(value) and value >= 0, f"{name}={value!r} must be an integer >= 0")
-        for name in ("max_num_seqs", "max_context"):
-            value = getattr(self, name)
-            is_count = value is None or (is_int(value) and value >= 1)
-            require(is_count, f"{name}={value!r} must be an integer >= 1 or None")
-        budget = self.prefill_tokens  # its limits depend on the model
-        require(budget is None or is_int(budget), f"prefill_tokens={budget!r} must be an integer or None")
-        require(self.page_size % 8 == 0, f"page_size={self.page_size} must be a multiple of 8")
-        rank = self.max_adapter_rank
-        is_rank = is_int(rank) and rank % 8 == 0 and 8 <= rank <= MAX_ADAPTER_RANK
-        require(is_rank, f"max_adapter_rank={rank!r} must be a multiple of 8, from 8 to {MAX_ADAPTER_RANK}")
+        for name, value in checked(type(self), vars(self)).items():
+            object.__setattr__(self, name, value)
+        self._check_disk()
+        self._check_sharing()
+
+    def _check_disk(self) -> None:
+        has_disk = self.disk_store is not None
+        require(has_disk == (self.disk_store_bytes > 0), "disk_store and disk_store_bytes go together")
         require(
-            self.chunk_rows is None or (is_int(self.chunk_rows) and self.chunk_rows >= 8),
-            f"chunk_rows={self.chunk_rows!r} must be an integer >= 8 or None",
-        )
-        for name in ("healing", "max_pinned"):
-            share = getattr(self, name)
-            require(is_number(share) and 0 <= share <= 1, f"{name}={share!r} must be from 0 to 1")
-        require(
-            (self.disk_store is None) == (self.disk_store_bytes == 0), "disk_store and disk_store_bytes go together"
-        )
-        require(
-            self.disk_store is None or self.host_store_bytes > 0,
+            not has_disk or self.host_store_bytes > 0,
             "disk_store needs host_store_bytes: what is read from the disk passes through host memory",
         )
-        for name in ("mirrors", "share_adapters"):
-            value = getattr(self, name)
-            require(isinstance(value, bool), f"{name}={value!r} must be True or False")
-        self._check_sharing()
-        limit = self.frozen_limit
-        require(is_number(limit) and 0 < limit <= 1, f"frozen_limit={self.frozen_limit!r} must be in (0, 1]")
 
     def _check_sharing(self) -> None:
         """Raise InvalidRequestError where adapters are to share KV beside what cannot keep their part of it yet."""

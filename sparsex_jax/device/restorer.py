@@ -46,7 +46,6 @@ class Restorer:
       pace: what loads and compute take.
       active: what is being restored.
       traffic: what is on the link.
-      waited_seconds: how long turns waited for loads, with nothing to compute.
     """
 
     def __init__(
@@ -69,7 +68,6 @@ class Restorer:
         self._in_flight_bytes, self._turn_seconds = in_flight_bytes, turn_seconds
         self._clock, self._sleep = clock, sleep
         self.active: list[Restoration] = []
-        self.waited_seconds = 0.0
         self.traffic: Traffic[Restoration] = Traffic(link, pace, clock)
         self._supplied_at = 0.0  # when the last block came into host memory
         self._coming = 0  # blocks that come into host memory
@@ -297,7 +295,6 @@ class Restorer:
         began = self._clock()
         while self._clock() - began < seconds and not self._has_news():
             self._sleep(_POLL)
-        self.waited_seconds += self._clock() - began
 
     def _has_news(self) -> bool:
         supplied = self._note_supply()

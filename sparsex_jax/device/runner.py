@@ -282,8 +282,7 @@ class Runner:
 
     @contextlib.contextmanager
     def compiling(self, ahead: Ahead) -> Iterator[None]:
-        """Within, steps compute nothing but copies, which are compiled soon: their programs are compiled, and their
-        results are zeros."""
+        """Within, programs are compiled and not run, and give zeros. Copies alone do run: they compile soon."""
         self._ahead = ahead
         try:
             yield

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 
 from sparsex_jax.config.membership import SECRET, SLURM, Membership, Patience, secret_of
 from sparsex_jax.distributed.follower import Follower
 from sparsex_jax.distributed.joining import About, come, gather, tell_jax
 from sparsex_jax.distributed.leader import Leader
 from sparsex_jax.distributed.likeness import of_programs
-from sparsex_jax.errors import GroupError
 
 __all__ = ["SECRET", "SLURM", "Follower", "Leader", "Membership", "Patience", "join", "leave", "secret_of"]
 
@@ -23,18 +21,11 @@ def leave(error: BaseException) -> None:
     os._exit(1)
 
 
-def join(
-    membership: Membership,
-    secret: bytes,
-    about: About,
-    *,
-    on_end: Callable[[GroupError], None] = leave,
-) -> Leader | Follower:
+def join(membership: Membership, secret: bytes, about: About) -> Leader | Follower:
     """Join the other processes, before JAX is used for the first time. Waits until all are there.
 
     Args:
       about: what must be the same in all processes beside the versions, by the names that an error says.
-      on_end: called when the group cannot go on, as `Leader` and `Follower` have it.
 
     Raises:
       GroupError: they did not all come in time, or differ in what must be the same.
@@ -42,8 +33,8 @@ def join(
     about = of_programs() | dict(about)
     member: Leader | Follower
     if membership.leads:
-        member = Leader(gather(membership, secret, about), membership.patience, on_end)
+        member = Leader(gather(membership, secret, about), membership.patience, leave)
     else:
-        member = Follower(come(membership, secret, about), on_end)
+        member = Follower(come(membership, secret, about), leave)
     tell_jax(membership)
     return member

@@ -9,21 +9,11 @@ from typing import Any
 
 from sparsex_jax.device.heartbeat import Heartbeat
 from sparsex_jax.device.runner import Runner, relayed_methods
+from sparsex_jax.distributed import kinds
 from sparsex_jax.distributed.codec import Reference, kept_of, unpack
 from sparsex_jax.distributed.joining import About
 from sparsex_jax.distributed.likeness import of_runner
-from sparsex_jax.distributed.peer import (
-    ABOUT,
-    AGREED,
-    ALIVE,
-    ASK,
-    BYE,
-    CALL,
-    FAILED,
-    LEAVING,
-    OUTCOME,
-    Peer,
-)
+from sparsex_jax.distributed.peer import Peer
 from sparsex_jax.errors import GroupError
 
 log = logging.getLogger(__name__)
@@ -50,9 +40,9 @@ class Follower:
     # On the leader's threads --------------------------------------------------------------------------------
 
     def heard(self, peer: Peer, message: tuple[Any, ...]) -> None:
-        if message[0] == BYE and message[1]:
+        if message[0] == kinds.BYE and message[1]:
             self._on_end(GroupError(message[1]))
-        elif message[0] != ALIVE:
+        elif message[0] != kinds.ALIVE:
             self._inbox.put(message)
 
     def lost(self, peer: Peer, how: str) -> None:
@@ -62,13 +52,13 @@ class Follower:
 
     def ask_to_leave(self) -> None:
         """Ask the leader to end the group. From a signal handler too."""
-        self._leader.send_soon(LEAVING)
+        self._leader.send_soon(kinds.LEAVING)
 
     def agree(self, about: About) -> None:
         """As `Leader.agree`."""
-        self._leader.send(ABOUT, dict(about))
+        self._leader.send(kinds.ABOUT, dict(about))
         kind, *rest = self._inbox.get()
-        wrong = rest[0] if kind == AGREED else f"the group ended before all had loaded: {kind} {rest}"
+        wrong = rest[0] if kind == kinds.AGREED else f"the group ended before all had loaded: {kind} {rest}"
         if wrong:
             raise GroupError(wrong)
 
@@ -79,11 +69,11 @@ class Follower:
             self._heartbeat.rest()
             kind, *rest = self._inbox.get()
             self._heartbeat.beat()
-            if kind == CALL:
+            if kind == kinds.CALL:
                 self._replay(runner, *rest)
-            elif kind == ASK:
-                self._leader.send(OUTCOME, *self._outcomes)
-            elif kind == BYE:
+            elif kind == kinds.ASK:
+                self._leader.send(kinds.OUTCOME, *self._outcomes)
+            elif kind == kinds.BYE:
                 return
 
     def close(self, why: str = "") -> None:
@@ -100,7 +90,7 @@ class Follower:
         except Exception as error:
             log.warning("call %d, %s, failed", number, name, exc_info=error)
             self._outcomes = number, type(error).__name__, str(error)
-            self._leader.send(FAILED, *self._outcomes)
+            self._leader.send(kinds.FAILED, *self._outcomes)
             return
         self._outcomes = number, "", repr(result) if isinstance(result, bool) else ""
         self._kept |= kept_of(number, result)

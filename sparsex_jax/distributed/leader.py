@@ -18,21 +18,11 @@ from typing import Any
 
 from sparsex_jax.config.membership import Patience
 from sparsex_jax.device.runner import Runner
+from sparsex_jax.distributed import kinds
 from sparsex_jax.distributed.codec import Reference, is_kept, kept_of, pack
 from sparsex_jax.distributed.joining import About, difference
 from sparsex_jax.distributed.likeness import of_runner
-from sparsex_jax.distributed.peer import (
-    ABOUT,
-    AGREED,
-    ALIVE,
-    ASK,
-    BYE,
-    CALL,
-    FAILED,
-    LEAVING,
-    OUTCOME,
-    Peer,
-)
+from sparsex_jax.distributed.peer import Peer
 from sparsex_jax.errors import GroupError
 
 log = logging.getLogger(__name__)
@@ -102,18 +92,18 @@ class Leader:
 
     def heard(self, peer: Peer, message: tuple[Any, ...]) -> None:
         kind, *rest = message
-        if kind == ALIVE:
+        if kind == kinds.ALIVE:
             self._look(peer, *rest)
-        elif kind == ABOUT:
+        elif kind == kinds.ABOUT:
             self._note(self._abouts, peer.number, rest[0])
-        elif kind in (OUTCOME, FAILED):
+        elif kind in (kinds.OUTCOME, kinds.FAILED):
             number, name, text = rest
             self._note(self._outcomes, (peer.number, number), (name, text))
-            if kind == FAILED:
+            if kind == kinds.FAILED:
                 self._wait_for_own(peer, number, f"{name}: {text}")
-        elif kind == LEAVING:
+        elif kind == kinds.LEAVING:
             self.on_leaving()
-        elif kind == BYE and not self._closing:
+        elif kind == kinds.BYE and not self._closing:
             self.fail(GroupError(f"{peer} has ended: {rest[0] or 'it gives no reason'}"))
 
     def lost(self, peer: Peer, how: str) -> None:
@@ -152,7 +142,7 @@ class Leader:
         wrong = next((each for each in compared if each), "")
         self._abouts.clear()
         for peer in self._peers:
-            peer.send(AGREED, wrong)
+            peer.send(kinds.AGREED, wrong)
         if wrong:
             raise GroupError(wrong)
 
@@ -200,7 +190,7 @@ class Leader:
     def _tell(self, number: int, name: str, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         content = pack([list(args), dict(options)], self._refer)
         dropped = [list(self._dropped.popleft()) for _ in range(len(self._dropped))]
-        message = pack((CALL, number, name, content, dropped))
+        message = pack((kinds.CALL, number, name, content, dropped))
         for peer in self._peers:
             try:
                 peer.send_packed(message)
@@ -216,7 +206,7 @@ class Leader:
         """
         self._own_failures.add(number)
         for peer in self._peers:
-            peer.send(ASK, number)
+            peer.send(kinds.ASK, number)
         keys = [(peer.number, number) for peer in self._peers]
         self._await(lambda: all(key in self._outcomes for key in keys), self._patience.silence)
         for peer, key in zip(self._peers, keys, strict=True):

@@ -8,18 +8,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from sparsex_jax.config.membership import Patience
+from sparsex_jax.distributed import kinds
 from sparsex_jax.distributed.channel import Channel
-
-# Kinds of messages, each with what follows it.
-ALIVE = "alive"  # for how many seconds the call under way has got nothing done, and its number
-CALL = "call"  # its number, the method, and the packed arguments with what is not needed any more
-ASK = "ask"  # a call's number: what came of it?
-OUTCOME = "outcome"  # a call's number; the type and the text of its error, or "" and what it returned
-FAILED = "failed"  # the same, not asked for
-ABOUT = "about"  # what all processes must have alike
-AGREED = "agreed"  # the leader's answer to that: "", or why not
-LEAVING = "leaving"  # a follower was told to end, and asks the leader to end the group
-BYE = "bye"  # the group ends: "", or why
 
 
 class Ears(Protocol):
@@ -74,7 +64,7 @@ class Peer:
         """The last message. What it then says is heard, and that it hangs up is right."""
         self.left = True
         with contextlib.suppress(OSError):
-            self.send(BYE, why)
+            self.send(kinds.BYE, why)
 
     def wait_until_gone(self, seconds: float) -> bool:
         return self._closed.wait(seconds)
@@ -89,7 +79,7 @@ class Peer:
         try:
             while True:
                 message = self._channel.receive(self._patience.silence)
-                self.left = self.left or message[0] == BYE
+                self.left = self.left or message[0] == kinds.BYE
                 ears.heard(self, message)
         except TimeoutError:
             how = f"has given no sign of life for {self._patience.silence:g} s"
@@ -108,5 +98,5 @@ class Peer:
                 self._wake.wait(self._patience.silence / 10)
                 self._wake.clear()
                 wishes, self._wishes = self._wishes, []
-                for message in (*wishes, (ALIVE, *sign())):
+                for message in (*wishes, (kinds.ALIVE, *sign())):
                     self.send(*message)

@@ -234,12 +234,6 @@ def time_in_turn(engine: Engine, asked: Mapping[ReuseConfig, Ask], turn: int) ->
     return {reuse: time_alone(engine, asked[reuse]) for reuse in order[first:] + order[:first]}
 
 
-def time_prefill(engine: Engine, prepared: PreparedPrompt, reuse: ReuseConfig) -> float:
-    """The TTFT of one method on a prompt alone, in seconds."""
-    (asked,) = asks(engine, [prepared], reuse)
-    return time_alone(engine, asked)
-
-
 def time_alone(engine: Engine, asked: Ask) -> float:
     """The TTFT of a prompt alone, in seconds. It is prefilled again if something was compiled meanwhile."""
 

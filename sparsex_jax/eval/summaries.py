@@ -34,9 +34,9 @@ def summarize(rows: Sequence[Row]) -> list[Summary]:
     return [summary for key, group in groups.items() for summary in _summaries(key, group)]
 
 
-def with_loss(rows: Sequence[Row], reference: str = "full") -> list[Row]:
-    """The rows, each with its `loss` against the reference method on the same sample, if that was measured."""
-    best = {cell_of(row): row["score"] for row in rows if row["method"] == reference}
+def with_loss(rows: Sequence[Row]) -> list[Row]:
+    """The rows, each with its `loss` against full recompute on the same sample, if that was measured."""
+    best = {cell_of(row): row["score"] for row in rows if row["method"] == "full"}
     return [row | {"loss": best[cell_of(row)] - row["score"]} if best else row for row in rows]
 
 

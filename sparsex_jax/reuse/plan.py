@@ -136,10 +136,10 @@ class Budget:
     """How many rows of each request a signal chooses: those of highest score.
 
     Attributes:
-      least: this many rows.
-      coverage: more, until they hold this share of the scores of all that are chosen from. 0: no more. Where all scores
-        are 0, nothing holds a share of them.
-      most: but no more than these.
+      least: how many rows are chosen in any case.
+      coverage: more are chosen until the chosen rows hold this share of all candidates' scores. 0: none are. Where all
+        scores are 0, nothing holds a share of them.
+      most: how many rows are chosen at most.
     """
 
     least: Int[Anywhere, "*boundaries requests"]

@@ -80,9 +80,9 @@ class RequestPlan:
         return min([*narrow, num_layers])
 
     def layers_read_at(self, layer: int) -> int:
-        """The first layer behind those whose KV of reused tokens is read once this layer has run.
+        """KV of reused tokens is read in the layers before this one, by the time `layer` has run.
 
-        Where a phase begins, its signal may run the fresh tokens through more layers.
+        Where a phase begins, its signal may run the fresh tokens through more layers than `layer` itself.
         """
         begins = (phase for phase in self.phases if phase.start == layer)
         return max([layer + 1, *(layer + phase.probe_layers for phase in begins)])

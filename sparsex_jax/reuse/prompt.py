@@ -92,8 +92,8 @@ class PromptMap:
 
     @property
     def unsettled(self) -> Bool[np.ndarray, "tokens"]:
-        """Fresh tokens behind a reused one. What the others see is there before any pass, and a second one would not
-        change them."""
+        """Fresh tokens behind a reused one. The other fresh tokens see nothing that a pass changes, so that a second
+        pass would compute the same of them."""
         return self.fresh & (np.arange(len(self)) >= self.first_reused)
 
     def only(self, segments: Collection[Segment]) -> PromptMap:

@@ -43,10 +43,6 @@ class ReusedSegment:
     donor_start: int
     tier: str = "device"
 
-    @property
-    def donor_positions(self) -> range:
-        return range(self.donor_start, self.donor_start + self.length)
-
 
 @dataclasses.dataclass(frozen=True)
 class RoundShare:

@@ -22,8 +22,8 @@ from sparsex_jax.reuse.schedule import Phase
 
 log = logging.getLogger(__name__)
 
-# What a plan's seconds count for beside those of one that pastes segments: of an exact plan, and of a plan that has an
-# approximate prefix but adds no approximation of its own.
+# What the seconds of a plan are multiplied with before plans are compared: of an exact plan, and of a plan that has an
+# approximate prefix but adds no approximation of its own. The seconds of a plan that pastes segments count in full.
 EXACT, PLAIN = 0.85, 0.9
 
 
@@ -43,7 +43,7 @@ def look_up(
 
     Args:
       num_layers: of the model.
-      segments: whether to look for segments, by the number of tokens of the prefix. None: if the method uses any.
+      segments: says by the number of tokens of the prefix whether to look for segments. None: if the method uses any.
       sharing: one of `reuse.adapters.SHARING`. What others wrote is no exact prefix; for `refresh` it is segments, even
         where it stands in place, so that the method repairs it.
     """

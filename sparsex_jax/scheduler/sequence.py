@@ -155,19 +155,19 @@ class Sequence:
       pinning: pins it once it is answered. Shared by the answers to one request. None: it is not to be pinned.
       member: its place in a round, shared by the answers to its prompt. None: it is of none.
       adapter: acts on some or all of its tokens. None: it is the base model's.
-      delay_s: by its priority it waits as if it had come so many seconds later, or earlier where this is negative.
+      delay_s: it waits as if it had come so many seconds later, as its priority says. Negative: earlier.
       timeline: when its parts began and ended, if somebody traces it.
       wanted: what it could find of that which others compute.
 
     In line:
       id: rises with every sequence, so it tells who is older.
-      rank: `time.monotonic()` when it was put in line, and `delay_s` more: who waits with the lowest is next.
+      rank: `time.monotonic()` when it was put in line, plus `delay_s`. Of those that wait, the lowest is next.
       cancelled: the submitter does not want the rest.
       suspect: it was in a step that lost the store, or got logits that are not finite. It runs alone from then on.
       from_scratch: its logits were not finite once, or what it found did not come: it is computed again of its own
         tokens, without reuse.
       overtaken: how often a younger one was admitted while it waited for pages.
-      blocked_at: `Admission.releases` when there were no pages for it. There are none until that number changes.
+      blocked_at: `Admission.releases` when there were no pages for it: it is not tried again until that changes.
       approximate: its KV is not what a full prefill would give.
       excerpt: the whole prompt, and what is kept of it, once it is probed.
       queue_s: seconds from `submitted` until it was first admitted.
@@ -182,9 +182,9 @@ class Sequence:
       copy_pages: pages for a text that is prefilled behind others.
       match: what it found, while its pages are held.
       origins: what it is copied from, where it may be stored as a mirror. None: it may not.
-      late: what of that is still coming when it is admitted, until its prefill has pasted it.
-      found: how much that was.
-      donors: pages of what it found; also earlier, where an excerpt or a part of its answer came of that.
+      late: copies whose donors are still coming from a lower tier, until its prefill has pasted them.
+      found: how many tokens of its prompt were found.
+      donors: pages of what it found, now or before, where an excerpt or a part of its answer came of that.
       forgotten: something that it found was forgotten since.
       stages: the plans that are still to run, in order.
       run: the first stage's prefill, while it rests between two layers.

@@ -91,25 +91,10 @@ def create_app(
     service = Service(worker, models, access, limits, reasoning_parser, allow_adapter_updates=allow_adapter_updates)
     for name in worker.engine.adapters:
         service.metrics.expect_adapter(name)
-
-    @contextlib.asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.start()
-        service.metrics.listening()
-        yield
-        await asyncio.to_thread(worker.stop)
-        await asyncio.sleep(0)  # the last events of what was cut off come now
-        for each in listeners:
-            await asyncio.to_thread(each.close)
-
+    lifespan = functools.partial(_lifespan, service, listeners)
     app = FastAPI(title="sparsex-jax", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
-    included = (router, public, health.router, adapter_endpoints.router, *routers)
-    for each in included:
-        app.include_router(each)
-    routes = [route for each in included for route in each.routes]
-    service.metrics.expect(route.path for route in routes if isinstance(route, Route))
-    app.mount("/page", StaticFiles(directory=PAGE))
+    _add_endpoints(app, service)
     app.add_middleware(HeadAsGet)
     cors = allowed_origins if isinstance(allowed_origins, Cors) else Cors(tuple(allowed_origins))
     cors.install(app)
@@ -117,6 +102,27 @@ def create_app(
     app.add_middleware(Exchanges, metrics=service.metrics, log=_tell(listeners))
     faults.install(app)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(service: Service, listeners: Sequence[RequestLog | Tracing], _: FastAPI) -> AsyncIterator[None]:
+    service.worker.start()
+    service.metrics.listening()
+    yield
+    await asyncio.to_thread(service.worker.stop)
+    await asyncio.sleep(0)  # the last events of what was cut off come now
+    for each in listeners:
+        await asyncio.to_thread(each.close)
+
+
+def _add_endpoints(app: FastAPI, service: Service) -> None:
+    """All endpoints, which `/metrics` counts by their paths, and the page."""
+    included = (router, public, health.router, adapter_endpoints.router, *routers)
+    for each in included:
+        app.include_router(each)
+    routes = [route for each in included for route in each.routes]
+    service.metrics.expect(route.path for route in routes if isinstance(route, Route))
+    app.mount("/page", StaticFiles(directory=PAGE))
 
 
 def _tell(listeners: Sequence[RequestLog | Tracing]) -> Callable[[Exchange], None]:

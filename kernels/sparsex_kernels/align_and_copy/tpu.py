@@ -10,6 +10,7 @@ the same for every piece, so pieces of different spans meet in one tile in VMEM.
 they begin higher or lower.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -143,117 +144,190 @@ def _align_kernel(
     new_sems: Ref,
     write_sems: Ref,
 ) -> None:
-    source_ref, target_ref, shift_ref, next_ref, end_ref, spans = pieces
-    tokens = source_ref.shape[1]
-    layers, _, kv_heads, tile, head_dim = old_ref.shape[1:]
-    first_layer = pl.program_id(1) * layers
-    page_size = store_ref.shape[4]
+    first_layer = pl.program_id(1) * old_ref.shape[1]
+    one = _Step(
+        pieces, layers_ref, frequencies_ref, store_ref, old_ref, new_ref, old_sems, new_sems, write_sems, first_layer
+    )
+    first = pieces.then[0, 0]
+    pl.when(first < one.tokens)(lambda: one.run(first))
 
-    def tile_of(slot: Index, layer: Index = first_layer) -> Ref:
-        page, offset = lax.div(slot, page_size), lax.rem(slot, page_size)
-        aligned = pl.multiple_of(lax.div(offset, tile) * tile, tile)
-        return store_ref.at[pl.ds(layer, layers), page, :, :, pl.ds(aligned, tile)]
 
-    def first_read(token: Index) -> Index:
-        """The first layer that is read for a piece: those that it moves in this group are in the store."""
-        if not spans:
-            return first_layer
-        return jnp.clip(first_layer + spans.offset[0, token], 0, store_ref.shape[0] - layers)
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A step of the grid: a block of tokens, in a group of layers from `first_layer` on.
 
-    def read_old(token: Index, slot: Index) -> Copy:
-        tile = tile_of(source_ref[0, token], first_read(token))
-        return pltpu.make_async_copy(tile, old_ref.at[slot], old_sems.at[slot])
+    While a piece is moved between tiles in VMEM, the source tile of the next one comes. Target tiles come and go with
+    the first and the last piece that ends in them.
+    """
 
-    def read_new(token: Index, slot: Index) -> Copy:
-        return pltpu.make_async_copy(tile_of(target_ref[0, token]), new_ref.at[slot], new_sems.at[slot])
+    pieces: Pieces
+    layers_ref: Ref
+    frequencies: Ref
+    store: Ref
+    old: Ref
+    new: Ref
+    old_sems: Ref
+    new_sems: Ref
+    write_sems: Ref
+    first_layer: Index
 
-    def write_new(token: Index, slot: Index) -> Copy:
-        return pltpu.make_async_copy(new_ref.at[slot], tile_of(target_ref[0, token]), write_sems.at[slot])
+    @property
+    def tokens(self) -> int:
+        return self.pieces.source.shape[1]
 
-    def after(ref: Ref, token: Index) -> Index:
-        return jnp.where(token + 1 < tokens, ref[0, jnp.minimum(token + 1, tokens - 1)], tokens)
+    @property
+    def layers(self) -> int:
+        return self.old.shape[1]
 
-    def rotation(token: Index, layer: Any) -> tuple[Array, Array]:
-        angles = shift_ref[0, token].astype(jnp.float32) * frequencies_ref[layer]
-        upper = lax.broadcasted_iota(jnp.int32, (1, head_dim), 1) >= head_dim // 2
-        return jnp.cos(angles), jnp.where(upper, jnp.sin(angles), -jnp.sin(angles))
+    @property
+    def tile(self) -> int:
+        return self.old.shape[4]
 
-    def merge(token: Index, old_slot: Index, new_slot: Index) -> None:
-        """Move one piece from its source tile into its target tile, all layers and heads."""
-        first = lax.rem(target_ref[0, token], tile)
-        past = first + after(end_ref, token) - token
-        by = lax.rem(first - lax.rem(source_ref[0, token], tile) + kv_heads * tile, kv_heads * tile)
-        slots = lax.rem(lax.broadcasted_iota(jnp.int32, (kv_heads * tile, head_dim), 0), tile)
-        moved = (slots >= first) & (slots < past)
-        rotated = not isinstance(frequencies_ref, tuple)
-        by_layer = rotated and len(frequencies_ref.shape) > 2
-        same = rotation(token, ...) if rotated and not by_layer else None
+    def run(self, first: Index) -> None:
+        """Move all pieces, from that of this token on."""
+        self.read_old(first, 0).start()
+        self.read_new(first, 0).start()
+        start = first, jnp.int32(0), jnp.int32(0), jnp.bool_(True)
+        _, _, tiles, _ = lax.while_loop(lambda state: state[0] < self.tokens, self.next, start)
+        self.write_new(first, lax.rem(tiles - 1, 2)).wait()
 
-        def move(layer: Index, kv: int, rotated: Array) -> None:
-            current = new_ref[new_slot, layer, kv].reshape(rotated.shape).astype(jnp.float32)
-            at = first_layer + layer
-            begin, end = (spans.first[0, token], spans.end[0, token]) if spans else (layers_ref[0, 0], layers_ref[0, 1])
-            copied = moved & (at >= begin) & (at < end)
-            if new_ref.dtype == FLOAT8:  # its largest number is what becomes of larger ones
-                most = float(jnp.finfo(FLOAT8).max)
-                rotated = jnp.minimum(jnp.maximum(rotated, -most), most)
-            merged = jnp.where(copied, pltpu.roll(rotated, by, 0), current)
-            new_ref[new_slot, layer, kv] = merged.astype(new_ref.dtype).reshape(kv_heads, tile, head_dim)
-
-        def turn(layer: Index, keys: Array) -> None:
-            cos, sin = same or rotation(token, layer)
-            halves = jnp.concatenate([keys[:, head_dim // 2 :], keys[:, : head_dim // 2]], axis=1)
-            move(layer, 0, keys * cos + halves * sin)
-
-        def move_keys(layer: Index, keys: Array) -> None:
-            if rotated and spans:
-                as_is = spans.as_is[0, token] > 0
-                pl.when(as_is)(lambda: move(layer, 0, keys))
-                pl.when(~as_is)(lambda: turn(layer, keys))
-            elif rotated:
-                turn(layer, keys)
-            else:
-                move(layer, 0, keys)
-
-        def move_layer(layer: Index, _: None) -> None:
-            at = layer
-            if spans:
-                at = jnp.clip(first_layer + layer + spans.offset[0, token] - first_read(token), 0, layers - 1)
-            keys, values = (
-                old_ref[old_slot, at, kv].reshape(kv_heads * tile, head_dim).astype(jnp.float32) for kv in (0, 1)
-            )
-            move_keys(layer, keys)
-            move(layer, 1, values)
-
-        lax.fori_loop(0, layers, move_layer, None)
-
-    def step(state: tuple[Index, Index, Index, Index]) -> tuple[Index, Index, Index, Index]:
+    def next(self, state: tuple[Index, Index, Index, Index]) -> tuple[Index, Index, Index, Index]:
         """Move a piece, the first of its tile if it `opens`. Before it were `count` pieces and `tiles` target tiles."""
         token, count, tiles, opens = state
-        old_slot, new_slot, then = lax.rem(count, 2), lax.rem(tiles, 2), after(next_ref, token)
-        upcoming = target_ref[0, jnp.minimum(then, tokens - 1)]
-        closes = (then >= tokens) | (lax.div(upcoming, tile) != lax.div(target_ref[0, token], tile))
+        old_slot, new_slot, then = lax.rem(count, 2), lax.rem(tiles, 2), self.after(self.pieces.then, token)
+        upcoming, target = self.pieces.target[0, jnp.minimum(then, self.tokens - 1)], self.pieces.target
+        closes = (then >= self.tokens) | (lax.div(upcoming, self.tile) != lax.div(target[0, token], self.tile))
 
         # The tile that is read next may be the one that was written last.
-        pl.when(opens & (tiles >= 1))(lambda: write_new(token, 1 - new_slot).wait())
+        pl.when(opens & (tiles >= 1))(lambda: self.write_new(token, 1 - new_slot).wait())
 
-        @pl.when(then < tokens)
+        @pl.when(then < self.tokens)
         def prefetch() -> None:
-            read_old(then, 1 - old_slot).start()
-            pl.when(closes)(lambda: read_new(then, 1 - new_slot).start())
+            self.read_old(then, 1 - old_slot).start()
+            pl.when(closes)(lambda: self.read_new(then, 1 - new_slot).start())
 
-        read_old(token, old_slot).wait()
-        pl.when(opens)(lambda: read_new(token, new_slot).wait())
-        merge(token, old_slot, new_slot)
-        pl.when(closes)(lambda: write_new(token, new_slot).start())
+        self.read_old(token, old_slot).wait()
+        pl.when(opens)(lambda: self.read_new(token, new_slot).wait())
+        _Merge.of(self, token, old_slot, new_slot).run()
+        pl.when(closes)(lambda: self.write_new(token, new_slot).start())
         return then, count + 1, tiles + closes.astype(jnp.int32), closes
 
-    first = next_ref[0, 0]
+    def after(self, ref: Ref, token: Index) -> Index:
+        """What `ref` says behind a token."""
+        return jnp.where(token + 1 < self.tokens, ref[0, jnp.minimum(token + 1, self.tokens - 1)], self.tokens)
 
-    @pl.when(first < tokens)
-    def run() -> None:
-        read_old(first, 0).start()
-        read_new(first, 0).start()
-        start = first, jnp.int32(0), jnp.int32(0), jnp.bool_(True)
-        _, _, tiles, _ = lax.while_loop(lambda state: state[0] < tokens, step, start)
-        write_new(first, lax.rem(tiles - 1, 2)).wait()
+    # Tiles --------------------------------------------------------------------------------------------------
+
+    def tile_of(self, slot: Index, layer: Index) -> Ref:
+        """The tile of the store that a slot is in, in as many layers from this one on as move together."""
+        page_size = self.store.shape[4]
+        page, offset = lax.div(slot, page_size), lax.rem(slot, page_size)
+        aligned = pl.multiple_of(lax.div(offset, self.tile) * self.tile, self.tile)
+        return self.store.at[pl.ds(layer, self.layers), page, :, :, pl.ds(aligned, self.tile)]
+
+    def first_read(self, token: Index) -> Index:
+        """The first layer that is read for a piece: those that it moves in this group are in the store."""
+        spans = self.pieces.spans
+        if not spans:
+            return self.first_layer
+        return jnp.clip(self.first_layer + spans.offset[0, token], 0, self.store.shape[0] - self.layers)
+
+    def read_old(self, token: Index, slot: Index) -> Copy:
+        tile = self.tile_of(self.pieces.source[0, token], self.first_read(token))
+        return pltpu.make_async_copy(tile, self.old.at[slot], self.old_sems.at[slot])
+
+    def read_new(self, token: Index, slot: Index) -> Copy:
+        return pltpu.make_async_copy(self._target(token), self.new.at[slot], self.new_sems.at[slot])
+
+    def write_new(self, token: Index, slot: Index) -> Copy:
+        return pltpu.make_async_copy(self.new.at[slot], self._target(token), self.write_sems.at[slot])
+
+    def _target(self, token: Index) -> Ref:
+        return self.tile_of(self.pieces.target[0, token], self.first_layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Merge:
+    """A piece on its way from its source tile into its target tile, all layers and heads.
+
+    Attributes:
+      by: how far its rows are rolled.
+      moved: which rows of the target tile are its own, the same for each head.
+      rotation: cosines and sines, where all layers have the same. None: each has its own, or keys are not rotated.
+    """
+
+    step: _Step
+    token: Index
+    old_slot: Index
+    new_slot: Index
+    by: Index
+    moved: Bool[Array, "rows head_dim"]
+    rotation: tuple[Array, Array] | None
+
+    @classmethod
+    def of(cls, step: _Step, token: Index, old_slot: Index, new_slot: Index) -> "_Merge":
+        pieces, tile, (kv_heads, _, head_dim) = step.pieces, step.tile, step.old.shape[3:]
+        first = lax.rem(pieces.target[0, token], tile)
+        past = first + step.after(pieces.end, token) - token
+        by = lax.rem(first - lax.rem(pieces.source[0, token], tile) + kv_heads * tile, kv_heads * tile)
+        slots = lax.rem(lax.broadcasted_iota(jnp.int32, (kv_heads * tile, head_dim), 0), tile)
+        moved = (slots >= first) & (slots < past)
+        rotates = not isinstance(step.frequencies, tuple)
+        same = _rotation(step, token, ...) if rotates and len(step.frequencies.shape) == 2 else None
+        return cls(step, token, old_slot, new_slot, by, moved, same)
+
+    def run(self) -> None:
+        lax.fori_loop(0, self.step.layers, self.move_layer, None)
+
+    def move_layer(self, layer: Index, _: None) -> None:
+        step, at = self.step, layer
+        spans = step.pieces.spans
+        if spans:
+            at = step.first_layer + layer + spans.offset[0, self.token] - step.first_read(self.token)
+            at = jnp.clip(at, 0, step.layers - 1)
+        keys, values = (step.old[self.old_slot, at, kv].reshape(self.moved.shape).astype(jnp.float32) for kv in (0, 1))
+        self.move_keys(layer, keys)
+        self.move(layer, 1, values)
+
+    def move_keys(self, layer: Index, keys: Array) -> None:
+        """Rotated, but for those that move as they are."""
+        spans = self.step.pieces.spans
+        if isinstance(self.step.frequencies, tuple):
+            self.move(layer, 0, keys)
+        elif spans:
+            as_is = spans.as_is[0, self.token] > 0
+            pl.when(as_is)(lambda: self.move(layer, 0, keys))
+            pl.when(~as_is)(lambda: self.turn(layer, keys))
+        else:
+            self.turn(layer, keys)
+
+    def turn(self, layer: Index, keys: Array) -> None:
+        cos, sin = self.rotation or _rotation(self.step, self.token, layer)
+        half = keys.shape[1] // 2
+        halves = jnp.concatenate([keys[:, half:], keys[:, :half]], axis=1)
+        self.move(layer, 0, keys * cos + halves * sin)
+
+    def move(self, layer: Index, kv: int, rotated: Array) -> None:
+        """Write rows of K or V into the target tile, in a layer that the piece is copied in."""
+        new_ref = self.step.new
+        current = new_ref[self.new_slot, layer, kv].reshape(rotated.shape).astype(jnp.float32)
+        copied = self._copied(self.step.first_layer + layer)
+        if new_ref.dtype == FLOAT8:  # its largest number is what becomes of larger ones
+            most = float(jnp.finfo(FLOAT8).max)
+            rotated = jnp.minimum(jnp.maximum(rotated, -most), most)
+        merged = jnp.where(copied, pltpu.roll(rotated, self.by, 0), current)
+        new_ref[self.new_slot, layer, kv] = merged.astype(new_ref.dtype).reshape(new_ref.shape[3:])
+
+    def _copied(self, layer: Index) -> Bool[Array, "rows head_dim"]:
+        """Which rows of the target tile change in this layer of the store."""
+        spans, layers = self.step.pieces.spans, self.step.layers_ref
+        begin, end = (spans.first[0, self.token], spans.end[0, self.token]) if spans else (layers[0, 0], layers[0, 1])
+        return self.moved & (layer >= begin) & (layer < end)
+
+
+def _rotation(step: _Step, token: Index, layer: Any) -> tuple[Array, Array]:
+    """Cosines and sines of a piece, by column; the sines with the sign of their half."""
+    angles = step.pieces.shift[0, token].astype(jnp.float32) * step.frequencies[layer]
+    half = step.old.shape[5] // 2
+    upper = lax.broadcasted_iota(jnp.int32, (1, 2 * half), 1) >= half
+    return jnp.cos(angles), jnp.where(upper, jnp.sin(angles), -jnp.sin(angles))

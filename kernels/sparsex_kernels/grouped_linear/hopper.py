@@ -4,8 +4,9 @@ from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import GroupedArgs
-from sparsex_kernels.hopper_products import Config, RowTiles, products
+from sparsex_kernels.hopper_products import Config, RowTiles, product_parts
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
+from sparsex_kernels.product_parts import sum_parts
 
 
 def grouped_linear(args: GroupedArgs, config: Config | None = None) -> Float[Array, "rows width"]:
@@ -14,7 +15,8 @@ def grouped_linear(args: GroupedArgs, config: Config | None = None) -> Float[Arr
         raise NotImplementedError(f"tiles of {args.tile} rows; the kernel takes 8, 16, 32, 64 and 128")
     tiles = RowTiles(args.tile, args.used, args.matrix_of_tile, together=False)
     config = config or choose_config(args.tile, args.width, len(args.weights))
-    return products(args.inputs, args.matrices, (args.width,), tiles, config, args.backend)
+    parts = product_parts(args.inputs, args.matrices, (args.width,), tiles, config, args.backend)
+    return sum_parts(parts, args.inputs.dtype)
 
 
 gated_grouped_linear = grouped_linear  # of two weights it is the gated product

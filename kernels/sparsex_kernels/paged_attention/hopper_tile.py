@@ -13,6 +13,7 @@ In a call that may cut tiles (`tiles.py`), a program has a part of its tile's ke
 it has all of them, and there is no table.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -169,125 +170,213 @@ def _own_blocks(part: TilePart, first_step: Array, first: Array | int, blocks: A
 
 
 def _compute(shape: Shape, config: Config, program: Program, wg: Array, scratch: dict[str, Ref]) -> None:
-    _, part, head, _, operands, outs = program
-    tile = part.tile
-    ring, packed = BlockRing.of(scratch), (WGMMA_ROWS, config.block)
-    q_smem, lse_smem, q_ready = (scratch[name].at[wg] for name in ("q_smem", "lse_smem", "q_ready"))
-    row = (tile * config.warpgroups + wg) * shape.rows
-    for h in range(shape.share):
-        source = operands.query.at[pl.ds(row, shape.rows), head * shape.share + h]
-        plgpu.copy_gmem_to_smem(source, q_smem.at[pl.ds(h * shape.rows, shape.rows)], q_ready)
-    positions = plgpu.load(operands.packed.at[tile, wg, 0], layout=ROWS, optimized=False)
-    owners = plgpu.load(operands.packed.at[tile, wg, 1], layout=ROWS, optimized=False)
-    first_keys = plgpu.load(operands.packed.at[tile, wg, 2], layout=ROWS, optimized=False) if shape.windowed else None
-    expansion = Expansion.of(scratch, wg) if shape.rank else None
-    plgpu.barrier_wait(q_ready)
-    alternate = config.alternate and config.warpgroups == 2
+    one = _Warpgroup.of(shape, config, program, wg, scratch)
+    take_turn = one.take_turn
+    # Warpgroup 0 starts. Both take as many turns: 1 waits for its first, and 0 takes one more at the end.
+    if one.alternates:
+        pl.when(wg == 1)(take_turn)
+    _over_requests(shape, config, program, one.over_request)
+    if one.alternates:
+        pl.when(wg == 0)(take_turn)
+    one.store()
 
-    def take_turn() -> None:
-        """Let the other warpgroup start its product, and wait until it lets this one start the next."""
-        if alternate:
-            plgpu.barrier_arrive(scratch["turn"])
-            plgpu.barrier_wait(scratch["turn"])
 
-    def over_request(keys: RequestKeys) -> None:
-        clear, full = keys.begin, operands.spans[tile, keys.request, 1]
+@dataclasses.dataclass(frozen=True)
+class _Warpgroup:
+    """A warpgroup that computes: its rows, in shared memory and registers, and what it does with blocks of keys.
+
+    Attributes:
+      wg: its number in the program.
+      row: the first of its rows.
+      q_smem: the queries of its packed rows, and in the end their results.
+      lse_smem: their log-sum-exps.
+      turn: where two warpgroups hand the tensor cores to each other.
+      positions, owners: position and request of each packed row.
+      first_keys: the first key that each sees, where there are windows.
+      expansion: what adds Y's sums to the output, where there are adapters.
+    """
+
+    shape: Shape
+    config: Config
+    program: Program
+    wg: Array
+    row: Array
+    ring: BlockRing
+    q_smem: Ref
+    lse_smem: Ref
+    turn: Ref
+    positions: Array
+    owners: Array
+    first_keys: Array | None
+    expansion: Expansion | None
+
+    @classmethod
+    def of(cls, shape: Shape, config: Config, program: Program, wg: Array, scratch: dict[str, Ref]) -> "_Warpgroup":
+        """With its queries in shared memory."""
+        operands, tile = program.operands, program.part.tile
+        ring = BlockRing.of(scratch)
+        q_smem, lse_smem, q_ready = (scratch[name].at[wg] for name in ("q_smem", "lse_smem", "q_ready"))
+        row = (tile * config.warpgroups + wg) * shape.rows
+        for h in range(shape.share):
+            source = operands.query.at[pl.ds(row, shape.rows), program.head * shape.share + h]
+            plgpu.copy_gmem_to_smem(source, q_smem.at[pl.ds(h * shape.rows, shape.rows)], q_ready)
+        positions, owners = (_rows_of(operands, tile, wg, kind) for kind in (0, 1))
+        first_keys = _rows_of(operands, tile, wg, 2) if shape.windowed else None
+        expansion = Expansion.of(scratch, wg) if shape.rank else None
+        plgpu.barrier_wait(q_ready)
+        own = q_smem, lse_smem, scratch["turn"]
+        return cls(shape, config, program, wg, row, ring, *own, positions, owners, first_keys, expansion)
+
+    # Keys ---------------------------------------------------------------------------------------------------
+
+    def over_request(self, keys: RequestKeys) -> None:
+        """Fold a request's keys into the rows, and keep the results of its own rows."""
+        shape, spans, tile = self.shape, self.program.operands.spans, self.program.part.tile
+        clear, full = keys.begin, spans[tile, keys.request, 1]
         if shape.windowed:
-            clear = jnp.clip(operands.spans[tile, keys.request, 3], keys.begin, keys.end)
+            clear = jnp.clip(spans[tile, keys.request, 3], keys.begin, keys.end)
         full = jnp.clip(full, clear, keys.end) if shape.cut or shape.windowed else full
-        bound = jnp.where(owners == keys.request, positions, -1)
-        if expansion is not None and operands.low_rank is not None:
-            expansion.fetch(shape, operands.low_rank, operands.layer[0], keys.request, lax.div(head, shape.repeat))
+        bound = jnp.where(self.owners == keys.request, self.positions, -1)
+        self._fetch_expansion(keys.request)
 
-        def step(masked: bool, i: Array, state: Softmax) -> Softmax:
-            acc, top, total, low = state
-            slot = lax.rem(keys.first_step + i, config.stages)
-            plgpu.barrier_wait(ring.k_ready.at[slot])
-            s = mosaic.products(q_smem, ring.k_smem.at[slot], meanwhile=take_turn)
-            plgpu.barrier_arrive(ring.k_used.at[slot])
-            if masked:
-                key = plgpu.broadcasted_iota(jnp.int32, packed, 1, layout=plgpu.Layout.WGMMA) + i * config.block
-                seen = lax.broadcast_in_dim(bound, packed, [0]) >= key
-                if first_keys is not None:
-                    seen &= lax.broadcast_in_dim(first_keys, packed, [0]) <= key
-                s = jnp.where(seen, s, -jnp.inf)
-            new_top, p, decay = mosaic.softmax_weights(s, top, shape.scale)
-            total = total * decay + p.sum(axis=1)
-            if not shape.values:
-                take_turn()
-                return Softmax(acc, new_top, total)
-            acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
-            weights = p.astype(shape.dtype)
-            if low is not None:
-                low *= lax.broadcast_in_dim(decay, low.shape, [0])
-            # The softmax must be done before the other warpgroup is let into its own: the compiler may not move it.
-            done = lax.optimization_barrier((acc, new_top, total, weights, low))
-            acc, new_top, total, weights, low = done
-            if alternate:
-                plgpu.barrier_arrive(scratch["turn"])
-            plgpu.barrier_wait(ring.v_ready.at[slot])
-            if alternate:
-                plgpu.barrier_wait(scratch["turn"])
-            acc, low = ring.add_values(slot, acc, low, weights, shape.interpreted)
-            plgpu.barrier_arrive(ring.v_used.at[slot])
-            return Softmax(acc, new_top, total, low)
-
+        whole = functools.partial(self.step, keys, None)
+        masked = functools.partial(self.step, keys, bound)
         state = mosaic.empty_softmax(shape.head_dim if shape.values else 8, shape.rank)
         if shape.windowed:
             # 0. Blocks that the window hides from some row in part or in full.
-            state = lax.fori_loop(keys.begin, clear, functools.partial(step, True), state)
+            state = lax.fori_loop(keys.begin, clear, masked, state)
         # 1. Blocks that every row of the tile sees in full.
-        state = lax.fori_loop(clear, full, functools.partial(step, False), state)
+        state = lax.fori_loop(clear, full, whole, state)
         # 2. Blocks that some row sees in part or not at all.
-        state = lax.fori_loop(full, keys.end, functools.partial(step, True), state)
-        keep_result(keys.request, bound < 0, state)
+        state = lax.fori_loop(full, keys.end, masked, state)
+        self.keep_result(keys.request, bound < 0, state)
 
-    def keep_result(request: Array, others: Array, state: Softmax) -> None:
-        """Write the results of one request's rows over their queries, which are not needed any more. Padding gets 0."""
+    def _fetch_expansion(self, request: Array) -> None:
+        operands, low_rank, shape = self.program.operands, self.program.operands.low_rank, self.shape
+        if self.expansion is not None and low_rank is not None:
+            layer, kv_head = operands.layer[0], lax.div(self.program.head, shape.repeat)
+            self.expansion.fetch(shape, low_rank, layer, request, kv_head)
+
+    def step(self, keys: RequestKeys, bound: Array | None, i: Array, state: Softmax) -> Softmax:
+        """Fold block `i` of a request into the state.
+
+        Args:
+          bound: the last position that each row sees, where some see the block in part. None: all see all of it.
+        """
         acc, top, total, low = state
-        others &= positions >= 0
+        slot = lax.rem(keys.first_step + i, self.config.stages)
+        s = self._scores(slot)
+        if bound is not None:
+            s = self._masked(s, i, bound)
+        new_top, p, decay = mosaic.softmax_weights(s, top, self.shape.scale)
+        total = total * decay + p.sum(axis=1)
+        if not self.shape.values:
+            self.take_turn()
+            return Softmax(acc, new_top, total)
+        acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+        weights = p.astype(self.shape.dtype)
+        if low is not None:
+            low *= lax.broadcast_in_dim(decay, low.shape, [0])
+        # The softmax must be done before the other warpgroup is let into its own: the compiler may not move it.
+        acc, new_top, total, weights, low = lax.optimization_barrier((acc, new_top, total, weights, low))
+        acc, low = self._add_values(slot, acc, low, weights)
+        return Softmax(acc, new_top, total, low)
+
+    def _scores(self, slot: Array) -> Array:
+        """Products of the queries with a block of keys."""
+        plgpu.barrier_wait(self.ring.k_ready.at[slot])
+        s = mosaic.products(self.q_smem, self.ring.k_smem.at[slot], meanwhile=self.take_turn)
+        plgpu.barrier_arrive(self.ring.k_used.at[slot])
+        return s
+
+    def _masked(self, scores: Array, i: Array, bound: Array) -> Array:
+        """-inf where a row does not see a key of block `i`."""
+        packed = WGMMA_ROWS, self.config.block
+        key = plgpu.broadcasted_iota(jnp.int32, packed, 1, layout=plgpu.Layout.WGMMA) + i * self.config.block
+        seen = lax.broadcast_in_dim(bound, packed, [0]) >= key
+        if self.first_keys is not None:
+            seen &= lax.broadcast_in_dim(self.first_keys, packed, [0]) <= key
+        return jnp.where(seen, scores, -jnp.inf)
+
+    def _add_values(self, slot: Array, acc: Array, low: Array | None, weights: Array) -> tuple[Array, Array | None]:
+        """The sums with a block of values, which comes meanwhile."""
+        if self.alternates:
+            plgpu.barrier_arrive(self.turn)
+        plgpu.barrier_wait(self.ring.v_ready.at[slot])
+        if self.alternates:
+            plgpu.barrier_wait(self.turn)
+        acc, low = self.ring.add_values(slot, acc, low, weights, self.shape.interpreted)
+        plgpu.barrier_arrive(self.ring.v_used.at[slot])
+        return acc, low
+
+    # Turns --------------------------------------------------------------------------------------------------
+
+    @property
+    def alternates(self) -> bool:
+        return self.config.alternate and self.config.warpgroups == 2
+
+    def take_turn(self) -> None:
+        """Let the other warpgroup start its product, and wait until it lets this one start the next."""
+        if self.alternates:
+            plgpu.barrier_arrive(self.turn)
+            plgpu.barrier_wait(self.turn)
+
+    # Results ------------------------------------------------------------------------------------------------
+
+    def keep_result(self, request: Array, others: Array, state: Softmax) -> None:
+        """Write the results of one request's rows over their queries, which are not needed any more. Padding gets 0."""
+        shape, (acc, top, total, _) = self.shape, state
+        others &= self.positions >= 0
         if shape.values:
             square = functools.partial(lax.broadcast_in_dim, shape=acc.shape, broadcast_dimensions=[0])
             out = jnp.where(square(total) == 0, 0.0, acc / square(total))
-            if low is not None and expansion is not None and operands.low_rank is not None:
-                wide = lax.broadcast_in_dim(total, low.shape, [0])
-                sums, column = jnp.where(wide == 0, 0.0, low / wide), operands.low_rank.columns[request]
-                out = expansion.add(out, sums, column >= 0, shape)
-            out = out.astype(shape.dtype)
-            held = plgpu.load(q_smem, layout=plgpu.Layout.WGMMA)
-            q_smem[...] = jnp.where(square(others), held, out)
+            out = self._expanded(out, request, state).astype(shape.dtype)
+            held = plgpu.load(self.q_smem, layout=plgpu.Layout.WGMMA)
+            self.q_smem[...] = jnp.where(square(others), held, out)
         if shape.lse or shape.cut:
-            base = jnp.where(part.whole == 1, LOG2_E, 1.0) if shape.cut else LOG2_E  # parts stay in base 2
-            lse_smem[...] = jnp.where(others, plgpu.load(lse_smem, layout=ROWS), (top + jnp.log2(total)) / base)
+            # Parts stay in base 2.
+            base = jnp.where(self.program.part.whole == 1, LOG2_E, 1.0) if shape.cut else LOG2_E
+            held = plgpu.load(self.lse_smem, layout=ROWS)
+            self.lse_smem[...] = jnp.where(others, held, (top + jnp.log2(total)) / base)
         plgpu.commit_smem()
 
-    # Warpgroup 0 starts. Both take as many turns: 1 waits for its first, and 0 takes one more at the end.
-    if alternate:
-        pl.when(wg == 1)(take_turn)
-    _over_requests(shape, config, program, over_request)
-    if alternate:
-        pl.when(wg == 0)(take_turn)
+    def _expanded(self, out: Array, request: Array, state: Softmax) -> Array:
+        """The output with what the request's adapter adds, if it has one."""
+        low, low_rank = state.low, self.program.operands.low_rank
+        if low is None or self.expansion is None or low_rank is None:
+            return out
+        wide = lax.broadcast_in_dim(state.total, low.shape, [0])
+        sums, column = jnp.where(wide == 0, 0.0, low / wide), low_rank.columns[request]
+        return self.expansion.add(out, sums, column >= 0, self.shape)
 
-    def store_whole() -> None:
+    def store(self) -> None:
+        if self.shape.cut:
+            pl.when(self.program.part.whole == 1)(self._store_whole)
+            pl.when(self.program.part.whole == 0)(self._store_part)
+        else:
+            self._store_whole()
+        plgpu.wait_smem_to_gmem(0)
+
+    def _store_whole(self) -> None:
+        shape, (_, part, head, _, _, outs) = self.shape, self.program
         if shape.values:
             for h in range(shape.share):
-                target = outs["out"].at[pl.ds(row, shape.rows), head * shape.share + h]
-                plgpu.copy_smem_to_gmem(q_smem.at[pl.ds(h * shape.rows, shape.rows)], target)
+                target = outs["out"].at[pl.ds(self.row, shape.rows), head * shape.share + h]
+                plgpu.copy_smem_to_gmem(self.q_smem.at[pl.ds(h * shape.rows, shape.rows)], target)
         if shape.lse:
-            plgpu.copy_smem_to_gmem(lse_smem, outs["lse"].at[head, tile, wg])
+            plgpu.copy_smem_to_gmem(self.lse_smem, outs["lse"].at[head, part.tile, self.wg])
 
-    def store_part() -> None:
-        packed_rows = pl.ds((head * config.warpgroups + wg) * WGMMA_ROWS, WGMMA_ROWS)
-        if shape.values:
-            plgpu.copy_smem_to_gmem(q_smem, outs["partial"].at[program.line, packed_rows])
-        plgpu.copy_smem_to_gmem(lse_smem, outs["partial_lse"].at[program.line, packed_rows])
+    def _store_part(self) -> None:
+        program = self.program
+        packed_rows = pl.ds((program.head * self.config.warpgroups + self.wg) * WGMMA_ROWS, WGMMA_ROWS)
+        if self.shape.values:
+            plgpu.copy_smem_to_gmem(self.q_smem, program.outs["partial"].at[program.line, packed_rows])
+        plgpu.copy_smem_to_gmem(self.lse_smem, program.outs["partial_lse"].at[program.line, packed_rows])
 
-    if shape.cut:
-        pl.when(part.whole == 1)(store_whole)
-        pl.when(part.whole == 0)(store_part)
-    else:
-        store_whole()
-    plgpu.wait_smem_to_gmem(0)
+
+def _rows_of(operands: Operands, tile: Array, wg: Array, kind: int) -> Array:
+    """What `packed` says of a warpgroup's rows, in registers."""
+    return plgpu.load(operands.packed.at[tile, wg, kind], layout=ROWS, optimized=False)
 
 
 def _fetch(shape: Shape, config: Config, program: Program, ring: BlockRing) -> None:

@@ -8,15 +8,17 @@ different adapters. A DMA moves whole lines of 128 columns, so Y of several adap
 own is zeroed.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs, LowRank
 from sparsex_kernels.layout import FLOAT8, Queries, Window, first_seen, pad_positions, pad_rows, widen
@@ -193,170 +195,256 @@ def first_keys(args: AttentionArgs, tile: int, window: Window) -> Int[Array, "ti
     return first_seen(first, window).astype(jnp.int32).reshape(-1)
 
 
-def _attention_kernel(
-    layer_ref: Ref,  # [1]
-    tables_ref: Ref,  # [requests * max_pages]
-    last_ref: Ref,  # [tiles * requests]
-    following_ref: Ref,  # [tiles * (requests + 1)]
-    *refs: Ref,
-    scale: float,
-    num_requests: int,
-    return_lse: bool,
-    windowed: bool,
-    rank: int,
-) -> None:
-    """The other `refs`, in this order:
+class _Refs(NamedTuple):
+    """What the kernel reads and writes, in the order in which it gets it. None: this call has no use for it.
 
-    first_ref: [tiles * requests], and `window_ref`, [1], if there are windows.
-    columns_ref: [requests], if there are adapters, of this rank.
-    q_ref: [kv_heads, tile_rows, head_dim].
-    own_ref: [tile_rows, 1].
-    owner_ref: [tile_rows, 1].
-    store_ref: [layers, pages, 2, kv_heads, page_size, head_dim], in HBM.
-    low_store_ref: [layers, pages, page_size, width], in HBM, if there are adapters.
-    out_ref: [kv_heads, tile_rows, head_dim].
-    lse_ref: [kv_heads, tile_rows, 1] float32, if it is to be returned.
-    sums_ref: [kv_heads, tile_rows, lanes], if there are adapters.
-    kv_ref: [2 buffers, 2, kv_heads, keys, head_dim], and `sems`, its two semaphores.
-    acc_ref: [kv_heads, tile_rows, head_dim] float32.
-    top_ref: [kv_heads, tile_rows, LANES] float32, the running maximum, the same in all lanes.
-    total_ref: the same of the running sum.
-    y_ref: [2 buffers, keys, lanes], `y_sems`, its two semaphores, and `low_ref`, float32 [kv_heads, tile_rows, lanes],
-        the weighted sum of Y, if there are adapters.
+    Attributes:
+      layer: [1].
+      tables: [requests * max_pages].
+      last, following: as `spans`.
+      first: as `first_keys`, and `window`, [1], if there are windows.
+      columns: [requests], if there are adapters.
+      q: [kv_heads, tile_rows, head_dim].
+      own, owner: [tile_rows, 1].
+      store: [layers, pages, 2, kv_heads, page_size, head_dim], in HBM.
+      low_store: [layers, pages, page_size, width], in HBM, if there are adapters.
+      out: [kv_heads, tile_rows, head_dim].
+      lse: [kv_heads, tile_rows, 1] float32, if it is to be returned.
+      sums: [kv_heads, tile_rows, lanes], if there are adapters.
+      kv: [2 buffers, 2, kv_heads, keys, head_dim], and `sems`, its two semaphores.
+      acc: [kv_heads, tile_rows, head_dim] float32.
+      top: [kv_heads, tile_rows, LANES] float32, the running maximum, the same in all lanes.
+      total: the same of the running sum.
+      y: [2 buffers, keys, lanes], `y_sems`, its two semaphores, and `low`, float32 [kv_heads, tile_rows, lanes], the
+        weighted sum of Y, if there are adapters.
     """
-    others = iter(refs)
 
-    def take(count: int, given: Any = True) -> list[Ref]:
-        return [next(others) if given else None for _ in range(count)]
+    layer: Ref
+    tables: Ref
+    last: Ref
+    following: Ref
+    first: Ref
+    window: Ref
+    columns: Ref
+    q: Ref
+    own: Ref
+    owner: Ref
+    store: Ref
+    low_store: Ref
+    out: Ref
+    lse: Ref
+    sums: Ref
+    kv: Ref
+    sems: Ref
+    acc: Ref
+    top: Ref
+    total: Ref
+    y: Ref
+    y_sems: Ref
+    low: Ref
 
-    first_ref, window_ref = take(2, windowed)
-    (columns_ref,) = take(1, rank)
-    q_ref, own_ref, owner_ref, store_ref = take(4)
-    (low_store_ref,) = take(1, rank)
-    (out_ref,) = take(1)
-    (lse_ref,) = take(1, return_lse)
-    (sums_ref,) = take(1, rank)
-    kv_ref, sems, acc_ref, top_ref, total_ref = take(5)
-    y_ref, y_sems, low_ref = take(3, rank)
-    tile = pl.program_id(0)
-    kv_heads, tile_rows, _ = q_ref.shape
-    page_size, keys = store_ref.shape[4], kv_ref.shape[3]
-    max_pages = tables_ref.shape[0] // num_requests
+    @classmethod
+    def of(cls, refs: Sequence[Ref], *, windows: bool, adapters: bool, lse: bool) -> "_Refs":
+        wanted = dict.fromkeys(("first", "window"), windows) | {"lse": lse}
+        wanted |= dict.fromkeys(("columns", "low_store", "sums", "y", "y_sems", "low"), adapters)
+        given = iter(refs)
+        return cls(*(next(given) if wanted.get(name, True) else None for name in cls._fields))
 
-    def last_of(request: Index) -> Index:
-        return last_ref[tile * num_requests + request]
 
-    def first_of(request: Index) -> Index:
-        return first_ref[tile * num_requests + request]
+def _attention_kernel(*refs: Ref, scale: float, num_requests: int, return_lse: bool, windowed: bool, rank: int) -> None:
+    """A tile's pass over all keys that its rows see.
 
-    def start_of(request: Index) -> Index:
+    Args:
+      refs: as `_Refs.of` takes them.
+      rank: of the adapters; 0: there are none.
+    """
+    named = _Refs.of(refs, windows=windowed, adapters=rank > 0, lse=return_lse)
+    one = _Pass(named, pl.program_id(0), scale, num_requests, rank)
+    one.begin()
+    first = one.next_request(0)
+    start = first, one.start_of(first) if windowed else jnp.int32(0), jnp.int32(0)
+    pl.when(start[0] < num_requests)(lambda: one.transfer(*start, "start"))
+    lax.while_loop(lambda state: state[0] < num_requests, one.step, start)
+    one.end()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """One tile of rows on its way over the keys of its requests, block by block. While a block is attended to in one
+    buffer, the next one comes into the other."""
+
+    refs: _Refs
+    tile: Index
+    scale: float
+    num_requests: int
+    rank: int
+
+    @property
+    def windowed(self) -> bool:
+        return self.refs.first is not None
+
+    @property
+    def keys(self) -> int:
+        """Of a block."""
+        return self.refs.kv.shape[3]
+
+    @property
+    def page_size(self) -> int:
+        return self.refs.store.shape[4]
+
+    # Which keys ---------------------------------------------------------------------------------------------
+
+    def last_of(self, request: Index) -> Index:
+        return self.refs.last[self.tile * self.num_requests + request]
+
+    def first_of(self, request: Index) -> Index:
+        return self.refs.first[self.tile * self.num_requests + request]
+
+    def start_of(self, request: Index) -> Index:
         """The block that its first key is in. Behind the last request, there is none to read."""
-        return lax.div(first_of(jnp.minimum(request, num_requests - 1)), keys) if windowed else 0
+        if not self.windowed:
+            return 0
+        return lax.div(self.first_of(jnp.minimum(request, self.num_requests - 1)), self.keys)
 
-    def next_request(request: Index) -> Index:
-        return following_ref[tile * (num_requests + 1) + request]
+    def next_request(self, request: Index) -> Index:
+        return self.refs.following[self.tile * (self.num_requests + 1) + request]
 
-    def transfer(request: Index, block: Index, slot: Index, act: str) -> None:
-        first = block * (keys // page_size)
+    def step(self, state: tuple[Index, Index, Index]) -> tuple[Index, Index, Index]:
+        """Attend to a block of a request's keys, in a buffer. Returns the next block, which is coming by then."""
+        request, block, slot = state
+        more = (block + 1) * self.keys <= self.last_of(request)
+        following = self.next_request(request + 1)
+        then = jnp.where(more, request, following), jnp.where(more, block + 1, self.start_of(following)), 1 - slot
 
-        def copy_of(page: Index) -> Copy:
-            number = tables_ref[request * max_pages + first + page]
-            target = kv_ref.at[slot, :, :, pl.ds(pl.multiple_of(page * page_size, TILE), page_size)]
-            return pltpu.make_async_copy(store_ref.at[layer_ref[0], number], target, sems.at[slot])
+        pl.when(then[0] < self.num_requests)(lambda: self.transfer(*then, "start"))
+        self.transfer(*state, "wait")
+        self.attend(*state)
+        return then
 
-        def low_copy_of(page: Index) -> Copy:
-            number = tables_ref[request * max_pages + first + page]
-            begin: Index = 0
-            lanes = y_ref.shape[2]
-            if low_store_ref.shape[3] > lanes:
-                begin = pl.multiple_of(lax.div(jnp.maximum(columns_ref[request], 0), lanes) * lanes, lanes)
-            source = low_store_ref.at[layer_ref[0], number, :, pl.ds(begin, lanes)]
-            target = y_ref.at[slot, pl.ds(pl.multiple_of(page * page_size, TILE), page_size)]
-            return pltpu.make_async_copy(source, target, y_sems.at[slot])
+    # Into VMEM ----------------------------------------------------------------------------------------------
 
-        count = jnp.minimum(last_of(request) // page_size + 1 - first, keys // page_size)
-        each_page(count, copy_of, act)
-        if rank:
-            each_page(count, low_copy_of, act)
+    def transfer(self, request: Index, block: Index, slot: Index, act: str) -> None:
+        """Start, or wait for, the copies of those pages of a block that have keys which are seen."""
+        first = block * (self.keys // self.page_size)
+        count = jnp.minimum(self.last_of(request) // self.page_size + 1 - first, self.keys // self.page_size)
+        each_page(count, functools.partial(self.copy_of, request, first, slot), act)
+        if self.rank:
+            each_page(count, functools.partial(self.low_copy_of, request, first, slot), act)
 
-    def attend(request: Index, block: Index, slot: Index) -> None:
-        first_key = block * keys
+    def copy_of(self, request: Index, first: Index, slot: Index, page: Index) -> Copy:
+        """Of K and V in a page of the block whose first page this is."""
+        number = self.number_of(request, first, page)
+        target = self.refs.kv.at[slot, :, :, self.place_of(page)]
+        return pltpu.make_async_copy(self.refs.store.at[self.refs.layer[0], number], target, self.refs.sems.at[slot])
 
-        outside = first_key + keys > last_of(request) + 1
-        if windowed:
-            outside |= first_key < first_of(request)
+    def low_copy_of(self, request: Index, first: Index, slot: Index, page: Index) -> Copy:
+        """Of Y in the same page: the line of lanes that has the columns of the request's adapter."""
+        number = self.number_of(request, first, page)
+        begin: Index = 0
+        lanes = self.refs.y.shape[2]
+        if self.refs.low_store.shape[3] > lanes:
+            begin = pl.multiple_of(lax.div(jnp.maximum(self.refs.columns[request], 0), lanes) * lanes, lanes)
+        source = self.refs.low_store.at[self.refs.layer[0], number, :, pl.ds(begin, lanes)]
+        target = self.refs.y.at[slot, self.place_of(page)]
+        return pltpu.make_async_copy(source, target, self.refs.y_sems.at[slot])
+
+    def number_of(self, request: Index, first: Index, page: Index) -> Index:
+        """Where a page of the block is in the store."""
+        max_pages = self.refs.tables.shape[0] // self.num_requests
+        return self.refs.tables[request * max_pages + first + page]
+
+    def place_of(self, page: Index) -> Any:
+        """Of a page's keys in a buffer."""
+        return pl.ds(pl.multiple_of(page * self.page_size, TILE), self.page_size)
+
+    # Attention ----------------------------------------------------------------------------------------------
+
+    def attend(self, request: Index, block: Index, slot: Index) -> None:
+        first_key = block * self.keys
+        self.clear_unseen(request, first_key, slot)
+        if self.rank:
+            self.clear_other_columns(request, first_key, slot)
+        visible = self.visible(request, first_key)
+        lax.fori_loop(0, self.refs.q.shape[0], lambda head, _: self.attend_head(head, visible, slot), None)
+
+    def clear_unseen(self, request: Index, first_key: Index, slot: Index) -> None:
+        """Slots that no row sees may hold anything, and 0 * NaN would be NaN."""
+        outside = first_key + self.keys > self.last_of(request) + 1
+        if self.windowed:
+            outside |= first_key < self.first_of(request)
+        kv_ref = self.refs.kv
 
         @pl.when(outside)
-        def clear_unseen() -> None:  # slots that no row sees may hold anything, and 0 * NaN would be NaN
-            seen = first_key + lax.broadcasted_iota(jnp.int32, kv_ref.shape[3:], 0) <= last_of(request)
-            if windowed:
-                seen &= first_key + lax.broadcasted_iota(jnp.int32, kv_ref.shape[3:], 0) >= first_of(request)
+        def clear_all() -> None:
+            seen = first_key + lax.broadcasted_iota(jnp.int32, kv_ref.shape[3:], 0) <= self.last_of(request)
+            if self.windowed:
+                seen &= first_key + lax.broadcasted_iota(jnp.int32, kv_ref.shape[3:], 0) >= self.first_of(request)
 
             def clear(head: Index, _: None) -> None:
                 values = kv_ref[slot, 1, head].astype(jnp.float32)
                 kv_ref[slot, 1, head] = jnp.where(seen, values, 0).astype(kv_ref.dtype)
 
-            lax.fori_loop(0, kv_heads, clear, None)
+            lax.fori_loop(0, kv_ref.shape[2], clear, None)
 
-        if rank:  # so are columns of other adapters, which may be those of other rows of the tile
-            shape = y_ref.shape[1:]
-            key, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-            column = columns_ref[request]  # -1 for a request without an adapter, of which nothing is kept
-            own_lane = jnp.where(column < 0, -1, lane - lax.rem(column, shape[1]))
-            kept = (first_key + key <= last_of(request)) & (own_lane >= 0) & (own_lane < rank)
-            if windowed:
-                kept &= first_key + key >= first_of(request)
-            y_ref[slot] = jnp.where(kept, y_ref[slot].astype(jnp.float32), 0).astype(y_ref.dtype)
+    def clear_other_columns(self, request: Index, first_key: Index, slot: Index) -> None:
+        """So may columns of other adapters, which may be those of other rows of the tile."""
+        y_ref, shape = self.refs.y, self.refs.y.shape[1:]
+        key, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        column = self.refs.columns[request]  # -1 for a request without an adapter, of which nothing is kept
+        own_lane = jnp.where(column < 0, -1, lane - lax.rem(column, shape[1]))
+        kept = (first_key + key <= self.last_of(request)) & (own_lane >= 0) & (own_lane < self.rank)
+        if self.windowed:
+            kept &= first_key + key >= self.first_of(request)
+        y_ref[slot] = jnp.where(kept, y_ref[slot].astype(jnp.float32), 0).astype(y_ref.dtype)
 
-        own = jnp.where(owner_ref[...] == request, own_ref[...], -1)
-        visible = first_key + lax.broadcasted_iota(jnp.int32, (tile_rows, keys), 1) <= own
-        if windowed:
-            oldest = own - window_ref[0] + 1
-            visible &= first_key + lax.broadcasted_iota(jnp.int32, (tile_rows, keys), 1) >= oldest
+    def visible(self, request: Index, first_key: Index) -> Bool[Array, "tile_rows keys"]:
+        """Which of a block's keys each row of the tile sees; those of other requests see none."""
+        shape = (self.refs.q.shape[1], self.keys)
+        own = jnp.where(self.refs.owner[...] == request, self.refs.own[...], -1)
+        visible = first_key + lax.broadcasted_iota(jnp.int32, shape, 1) <= own
+        if self.windowed:
+            oldest = own - self.refs.window[0] + 1
+            visible &= first_key + lax.broadcasted_iota(jnp.int32, shape, 1) >= oldest
+        return visible
 
-        def attend_head(head: Index, _: None) -> None:
-            scores = jnp.where(visible, head_scores(q_ref[head], kv_ref[slot, 0, head], scale), -jnp.inf)
-            top = top_ref[head, :, :1]
-            new_top = jnp.maximum(top, scores.max(1, keepdims=True))
-            finite_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # rows that have seen no key yet
-            weights, decay = jnp.exp(scores - finite_top), jnp.exp(top - finite_top)
-            update = weighted_sum(weights, widen(kv_ref[slot, 1, head], q_ref.dtype))
-            total = total_ref[head, :, :1] * decay + weights.sum(1, keepdims=True)
-            acc_ref[head] = acc_ref[head] * decay + update
-            if rank:
-                low_ref[head] = low_ref[head] * decay + weighted_sum(weights, y_ref[slot])
-            top_ref[head] = jnp.broadcast_to(new_top, (tile_rows, LANES))
-            total_ref[head] = jnp.broadcast_to(total, (tile_rows, LANES))
+    def attend_head(self, head: Index, visible: Bool[Array, "tile_rows keys"], slot: Index) -> None:
+        q_ref, kv_ref, acc_ref, top_ref, total_ref = (
+            getattr(self.refs, name) for name in ("q", "kv", "acc", "top", "total")
+        )
+        scores = jnp.where(visible, head_scores(q_ref[head], kv_ref[slot, 0, head], self.scale), -jnp.inf)
+        top = top_ref[head, :, :1]
+        new_top = jnp.maximum(top, scores.max(1, keepdims=True))
+        finite_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)  # rows that have seen no key yet
+        weights, decay = jnp.exp(scores - finite_top), jnp.exp(top - finite_top)
+        update = weighted_sum(weights, widen(kv_ref[slot, 1, head], q_ref.dtype))
+        total = total_ref[head, :, :1] * decay + weights.sum(1, keepdims=True)
+        acc_ref[head] = acc_ref[head] * decay + update
+        if self.rank:
+            self.refs.low[head] = self.refs.low[head] * decay + weighted_sum(weights, self.refs.y[slot])
+        top_ref[head] = jnp.broadcast_to(new_top, top_ref.shape[1:])
+        total_ref[head] = jnp.broadcast_to(total, total_ref.shape[1:])
 
-        lax.fori_loop(0, kv_heads, attend_head, None)
+    # Its two ends -------------------------------------------------------------------------------------------
 
-    def step(state: tuple[Index, Index, Index]) -> tuple[Index, Index, Index]:
-        request, block, slot = state
-        more = (block + 1) * keys <= last_of(request)
-        following = next_request(request + 1)
-        then = jnp.where(more, request, following), jnp.where(more, block + 1, start_of(following)), 1 - slot
+    def begin(self) -> None:
+        """Nothing has been seen."""
+        refs = self.refs
+        refs.acc[...] = jnp.zeros_like(refs.acc)
+        refs.top[...] = jnp.full_like(refs.top, -jnp.inf)
+        refs.total[...] = jnp.zeros_like(refs.total)
+        if self.rank:
+            refs.low[...] = jnp.zeros_like(refs.low)
 
-        pl.when(then[0] < num_requests)(lambda: transfer(*then, "start"))
-        transfer(*state, "wait")
-        attend(*state)
-        return then
-
-    acc_ref[...] = jnp.zeros_like(acc_ref)
-    top_ref[...] = jnp.full_like(top_ref, -jnp.inf)
-    total_ref[...] = jnp.zeros_like(total_ref)
-    if rank:
-        low_ref[...] = jnp.zeros_like(low_ref)
-    first = next_request(0)
-    start = first, start_of(first) if windowed else jnp.int32(0), jnp.int32(0)
-    pl.when(start[0] < num_requests)(lambda: transfer(*start, "start"))
-    lax.while_loop(lambda state: state[0] < num_requests, step, start)
-    for head in range(kv_heads):  # padding sees no key; its output is 0
-        total = jnp.maximum(total_ref[head, :, :1], jnp.finfo(jnp.float32).tiny)
-        out_ref[head] = (acc_ref[head] / total).astype(out_ref.dtype)
-        if rank:
-            sums_ref[head] = (low_ref[head] / total).astype(sums_ref.dtype)
-        if return_lse:
-            lse_ref[head] = top_ref[head, :, :1] + jnp.log(total)
+    def end(self) -> None:
+        """Write the results. Padding sees no key; its output is 0."""
+        refs = self.refs
+        for head in range(refs.q.shape[0]):
+            total = jnp.maximum(refs.total[head, :, :1], jnp.finfo(jnp.float32).tiny)
+            refs.out[head] = (refs.acc[head] / total).astype(refs.out.dtype)
+            if self.rank:
+                refs.sums[head] = (refs.low[head] / total).astype(refs.sums.dtype)
+            if refs.lse is not None:
+                refs.lse[head] = refs.top[head, :, :1] + jnp.log(total)
 
 
 def weighted_sum(weights: Array, values: Array) -> Float[Array, "packed _"]:

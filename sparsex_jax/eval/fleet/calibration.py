@@ -84,9 +84,9 @@ class Fit:
     token_bytes: int
     link: float
 
-    def timing(self, method: Method, *, budget: int = BUDGET) -> Timing:
+    def timing(self, method: Method) -> Timing:
         """Of a replica that reuses by this method."""
-        return Timing(self.model, self.speeds, self.decode, method, budget=budget, token_bytes=self.token_bytes)
+        return Timing(self.model, self.speeds, self.decode, method, budget=BUDGET, token_bytes=self.token_bytes)
 
 
 def fit(results: Path) -> Fit:

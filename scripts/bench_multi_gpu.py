@@ -1,0 +1,396 @@
+"""Measures a model on 1, 2, 4 and 8 devices of one host: first tokens, decode, and what the all-reduces take of both.
+
+    python scripts/bench_multi_gpu.py [--models llama-3.1-8b llama-3.3-70b] [--devices 1 2 4 8] [--resume] [--vllm]
+
+The weights are random, in bfloat16, and each device makes its own share. For each model and number of devices, a
+process of its own measures:
+
+    TTFT, N tokens, 95% reused in 16   full recompute, and SparseX with l*=0 and with l* at a tenth of the layers
+    TTFT, N tokens, 95% a prefix       the stored text is the prompt's beginning
+    decode, R x N                      a step of R requests behind N tokens each, by `bench_decode.py`
+
+Beside each figure stands the time of its all-reduces on the first GPU, as the profiler tells it. It has what they wait
+for other devices, and nothing hides it today, so it is a share of the figure.
+
+--tokens: models whose greedy answers on more devices are compared with those on one, in float32: `tokens equal` is the
+share of tokens up to the first that differs. Those that a number of devices does not divide are left out.
+
+--vllm runs `bench_vllm.py` beside each, where vLLM is installed. It writes a file of its own.
+
+What does not fit into the memory of so many devices is told, and left out. Each row is written as soon as it is there;
+--resume keeps the rows of the file and measures what it lacks, for machines that are given for minutes. Writes
+`multi-gpu-<model>-<device>.json` to `scripts/results`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_decode import BESIDE, STEPS, Case, dispatch, kernel_times, state_of, step_milliseconds
+from bench_e2e import (
+    FULL,
+    make_prompt,
+    methods,
+    prefix_and_prompt,
+    prefix_work,
+    remember_all,
+    segments_work,
+    time_to_first_token,
+)
+
+from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax.config import ModelConfig, named_config
+from sparsex_jax.eval.engines import make_engine
+from sparsex_jax.eval.results import rows_of_file, write_json
+from sparsex_jax.model.sharding import check_mesh, make_mesh, on_mesh
+from sparsex_jax.model.weights import abstract_params
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SEGMENTS, REUSED = 16, 0.95
+ANSWER = 64  # tokens that are compared
+_BESIDE_BYTES = 6 << 30  # of a device: rows of a chunk, logits, and what the programs hold
+_COLLECTIVES = ("nccl", "all-reduce", "all_reduce", "allreduce")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+      devices: that worked together.
+      figure: None: it was not measured, for the reason in `why`.
+      all_reduces: milliseconds of the figure, on the first GPU. None: no GPU, or one alone.
+    """
+
+    work: str
+    implementation: str
+    devices: int
+    figure: float | None
+    unit: str
+    all_reduces: float | None = None
+    why: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.work, self.implementation, self.devices
+
+    def __str__(self) -> str:
+        figure = f"{self.figure:10.2f} {self.unit}" if self.figure is not None else f"not measured: {self.why}"
+        beside = f"  all-reduces {self.all_reduces:.2f} ms" if self.all_reduces is not None else ""
+        return f"{self.work:40}{self.implementation:22}{self.devices:3} devices{figure}{beside}"
+
+
+# Memory -------------------------------------------------------------------------------------------------------
+
+
+def bytes_needed(model: ModelConfig, dtype: str, devices: int, tokens: int) -> int:
+    """What each device has to hold: its share of the weights, of the store, and some room."""
+    mesh = make_mesh(devices)
+    model = on_mesh(model, mesh)
+    weights = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract_params(model, dtype, mesh))
+    )
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * jnp.dtype(dtype).itemsize
+    return weights + tokens * token // devices + _BESIDE_BYTES
+
+
+def device_bytes() -> float:
+    """What JAX may take of a device; infinite where the device does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What one process measures: a model on some devices.
+
+    Attributes:
+      done: (work, implementation) of the rows that are there already.
+    """
+
+    model: str
+    dtype: str
+    devices: int
+    lengths: tuple[int, ...]
+    decode: tuple[Case, ...]
+    runs: int
+    done: frozenset[tuple[str, str]] = frozenset()
+
+    @property
+    def config(self) -> ModelConfig:
+        return named_config(self.model)
+
+    def fits(self, tokens: int) -> bool:
+        return bytes_needed(self.config, self.dtype, self.devices, tokens) <= device_bytes()
+
+    def lacks(self, work: str, implementation: str) -> bool:
+        return (work, implementation) not in self.done
+
+    def row(self, work: str, implementation: str, figure: float | None, unit: str, **more: Any) -> Row:
+        return Row(work, implementation, self.devices, figure, unit, **more)
+
+
+def prefill_tokens(length: int) -> int:
+    """Tokens of the store for a prompt of this length, its segments, and those before it that may be evicted."""
+    return 2 * length + 8192
+
+
+def decode_tokens(case: Case) -> int:
+    return case.requests * (case.context + BESIDE + 64)
+
+
+# One model on some devices ------------------------------------------------------------------------------------
+
+
+def rows_of(asked: Asked) -> Iterator[Row]:
+    """Measure what fits, and tell of the rest. One engine has room for all that fits."""
+    try:
+        check_mesh(make_mesh(asked.devices), asked.config)
+    except InvalidRequestError as error:
+        yield asked.row("start", "", None, "s", why=str(error))
+        return
+    lengths = [length for length in asked.lengths if asked.fits(prefill_tokens(length))]
+    cases = [case for case in asked.decode if asked.fits(decode_tokens(case))]
+    left_out = [(segments_work(each, SEGMENTS, REUSED), "ms") for each in asked.lengths if each not in lengths]
+    left_out += [(str(case), "ms a step") for case in asked.decode if case not in cases]
+    for work, unit in left_out:
+        yield asked.row(work, "", None, unit, why=f"it does not fit into {device_bytes() / 1e9:.0f} GB a device")
+    if lengths or cases:
+        yield from measured(asked, load(asked, lengths, cases), lengths, cases)
+
+
+def load(asked: Asked, lengths: Sequence[int], cases: Sequence[Case]) -> Engine:
+    room = max([*map(prefill_tokens, lengths), *map(decode_tokens, cases)])
+    longest = max([*lengths, *(case.context + BESIDE for case in cases)])
+    return make_engine(
+        asked.model,
+        tensor_parallel=asked.devices,
+        dtype=asked.dtype,
+        store_tokens=room,
+        max_context=longest,
+        max_num_seqs=max([1, *(case.requests for case in cases)]),
+        decode_steps=STEPS,
+        choose="always",  # whatever it costs, so that nothing has to be measured before
+    )
+
+
+def measured(asked: Asked, engine: Engine, lengths: Sequence[int], cases: Sequence[Case]) -> Iterator[Row]:
+    for length in lengths:
+        yield from first_tokens(asked, engine, length)
+    for case in cases:
+        if asked.lacks(str(case), "decode"):
+            yield decode(asked, engine, case)
+
+
+def first_tokens(asked: Asked, engine: Engine, length: int) -> Iterator[Row]:
+    """Of stored segments in another order, and of a stored prefix."""
+    work, wanted = segments_work(length, SEGMENTS, REUSED), compared(engine.model.num_layers)
+    wanted = {name: reuse for name, reuse in wanted.items() if asked.lacks(work, name)}
+    if wanted:
+        prompt = make_prompt(engine, length, SEGMENTS, REUSED, work)
+        for name, reuse in wanted.items():
+            yield first_token(asked, engine, prompt, reuse, (work, name))
+    work = prefix_work(length, REUSED)
+    if asked.lacks(work, "prefix"):
+        prefix, prompt = prefix_and_prompt(engine.model.vocab_size, length, REUSED, work)
+        remember_all(engine, [prefix], work)
+        yield first_token(asked, engine, prompt, ReuseConfig("prefix"), (work, "prefix"))
+
+
+def compared(num_layers: int) -> dict[str, ReuseConfig]:
+    """Full recompute, and SparseX with the choice at the first layer and behind a tenth of them."""
+    boundaries = [f"sparsex l*={boundary}, " for boundary in (0, round(num_layers / 10))]
+    every = methods(num_layers)
+    return {name: every[name] for name in every if name == FULL or any(map(name.startswith, boundaries))}
+
+
+def first_token(asked: Asked, engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, named: tuple[str, str]) -> Row:
+    work, name = named
+    milliseconds, _ = time_to_first_token(engine, prompt, reuse, work, asked.runs)
+    run = functools.partial(engine.prefill, prompt, reuse=reuse, namespace=work, keep=False)
+    return asked.row(work, name, milliseconds, "ms", all_reduces=all_reduce_milliseconds(asked, run))
+
+
+def decode(asked: Asked, engine: Engine, case: Case) -> Row:
+    state = dispatch(engine, state_of(engine, case, 0))
+    within = all_reduce_milliseconds(asked, functools.partial(dispatch, engine, state))
+    step = step_milliseconds(engine, state_of(engine, case, 0), asked.runs)
+    within = None if within is None else within / STEPS
+    return asked.row(str(case), "decode", step, "ms a step", all_reduces=within)
+
+
+def all_reduce_milliseconds(asked: Asked, run: Callable[[], Any]) -> float | None:
+    """What the first GPU spends in kernels of collectives while this runs, waiting for other devices included."""
+    times = kernel_times(run) if asked.devices > 1 and jax.default_backend() == "gpu" else {}
+    if not times:
+        return None
+    return sum(sum(taken) for name, taken in times.items() if any(each in name.lower() for each in _COLLECTIVES)) / 1e3
+
+
+# Equal tokens -------------------------------------------------------------------------------------------------
+
+
+def answers(model: str, devices: int) -> dict[str, tuple[int, ...]]:
+    """The greedy tokens of a prompt with stored segments, by method, in float32."""
+    engine = make_engine(model, tensor_parallel=devices, dtype="float32", store_tokens=8192, choose="always")
+    prompt, sampling = (
+        make_prompt(engine, 2048, SEGMENTS, REUSED, "tokens"),
+        SamplingParams(ANSWER, 0.0, ignore_eos=True),
+    )
+    ask = functools.partial(engine.generate, prompt, sampling, namespace="tokens", keep=False)
+    return {name: ask(reuse=reuse).token_ids for name, reuse in compared(engine.model.num_layers).items()}
+
+
+def equal_tokens(model: str, devices: Sequence[int]) -> Iterator[Row]:
+    """On more devices as on one; of numbers that do not divide the model, the reason."""
+    alone = answers(model, 1)
+    for number in (each for each in devices if each > 1):
+        work = f"tokens equal, {Path(model).name}"
+        try:
+            there = answers(model, number)
+        except InvalidRequestError as error:
+            yield Row(work, "", number, None, "share", why=str(error))
+            continue
+        for name, tokens in there.items():
+            equal = np.cumprod([one == other for one, other in zip(tokens, alone[name], strict=True)])
+            yield Row(work, name, number, float(equal.mean()), "share")
+
+
+class ChildFailed(Exception):
+    """A process ended before it had measured all."""
+
+
+# Processes ----------------------------------------------------------------------------------------------------
+
+
+def in_a_process(*arguments: str) -> Iterator[Row]:
+    """The rows that this script prints with these arguments, as they come. That it fails is a row too."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield Row(**json.loads(line))
+    if process.returncode:
+        raise ChildFailed(f"exit code {process.returncode}; its error is above")
+
+
+def run_child(text: str) -> None:
+    """Measure what a JSON text says, and print each row as a line of JSON."""
+    told = json.loads(text)
+    if "tokens" in told:
+        rows = equal_tokens(told["tokens"], told["devices"])
+    else:
+        lists = {"lengths": tuple(told["lengths"]), "decode": tuple(map(Case.of, told["decode"]))}
+        done = frozenset(map(tuple, told["done"]))
+        rows = rows_of(Asked(**told | lists | {"done": done}))
+    for row in rows:
+        print(json.dumps(dataclasses.asdict(row)), flush=True)
+
+
+class Results:
+    """The rows of one model's file, written after each that is added."""
+
+    def __init__(self, model: str, options: argparse.Namespace, folder: Path) -> None:
+        settings = {"dtype": options.dtype, "runs": options.runs}
+        self._content = {"bench": "multi-gpu", "model": model} | options.origin | {"settings": settings}
+        self._folder = folder
+        before = rows_of_file(self._content, folder) if options.resume else []
+        self._rows = {row.key: row for row in (Row(**each) for each in before) if row.figure is not None}
+
+    def done(self, devices: int) -> list[tuple[str, str]]:
+        """(work, implementation) of what is measured on so many devices."""
+        return [(work, name) for work, name, number in self._rows if number == devices]
+
+    def add(self, row: Row) -> None:
+        print(row, flush=True)
+        self._rows[row.key] = row
+        rows = [dataclasses.asdict(each) for each in self._rows.values()]
+        write_json(self._content | {"rows": rows}, self._folder)
+
+
+def measure(model: str, devices: int, options: argparse.Namespace, results: Results) -> None:
+    """One model on so many devices, and vLLM there if asked."""
+    told = {"model": model, "dtype": options.dtype, "devices": devices, "runs": options.runs}
+    told |= {"lengths": options.lengths, "decode": [f"{case.requests}x{case.context}" for case in options.decode]}
+    told |= {"done": results.done(devices)}
+    collect(results, devices, told)
+    if options.vllm:
+        run_vllm(model, devices, options)
+
+
+def collect(results: Results, devices: int, told: dict[str, Any]) -> None:
+    try:
+        for row in in_a_process(json.dumps(told)):
+            results.add(row)
+    except ChildFailed as error:
+        results.add(Row("the process", "", devices, None, "", why=str(error)))
+
+
+def run_vllm(model: str, devices: int, options: argparse.Namespace) -> None:
+    requests = sorted({case.requests for case in options.decode if case.context == 8192})
+    command = [sys.executable, str(Path(__file__).with_name("bench_vllm.py")), "--model", model, "--add", "--no-agents"]
+    command += ["--tensor-parallel", str(devices), "--runs", str(options.runs), "--dtype", options.dtype]
+    command += ["--lengths", *map(str, options.lengths), "--decode", *map(str, requests)]
+    if subprocess.run(command, check=False).returncode:
+        print(f"vLLM failed on {devices} devices; its error is above", file=sys.stderr, flush=True)
+
+
+def origin() -> dict[str, Any]:
+    """How the figures are made. A process of its own asks for the device, since who asks holds its memory."""
+    code = "import json; from sparsex_jax.eval.results import provenance; print(json.dumps(provenance()))"
+    found = json.loads(subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1])
+    return found | {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--models", nargs="*", default=["llama-3.1-8b", "llama-3.3-70b"], help="named configurations")
+    add("--dtype", default="bfloat16")
+    add("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
+    add("--lengths", type=int, nargs="*", default=[8192, 16384, 32768, 65536])
+    cases = [*map(Case.of, ("1x8192", "32x8192", "64x4096"))]
+    add("--decode", type=Case.of, nargs="*", default=cases, metavar="REQUESTSxCONTEXT")
+    add("--runs", type=int, default=3)
+    add("--tokens", nargs="*", default=["llama-3.2-1b", "configs/ruler-tiny"], help="models whose tokens are compared")
+    add("--resume", action="store_true", help="keep the file's rows, and measure what it lacks")
+    add("--vllm", action="store_true", help="run bench_vllm.py beside each")
+    add("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.runs < 1 or min(options.devices) < 1:
+        parser.error("--runs and --devices must be at least 1")
+    if options.vllm and importlib.util.find_spec("vllm") is None:
+        parser.error("--vllm: vLLM is not installed")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None:
+    options = parse(arguments)
+    if options.child:
+        run_child(options.child)
+        return
+    options.origin = origin()
+    for model in options.models:
+        results = Results(model, options, folder)
+        for devices in options.devices:
+            measure(model, devices, options, results)
+    for model in options.tokens:
+        results = Results(Path(model).name, options, folder)
+        told = {"tokens": model, "devices": options.devices}
+        collect(results, max(options.devices), told)
+
+
+if __name__ == "__main__":
+    main()

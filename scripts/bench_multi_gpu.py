@@ -17,8 +17,11 @@ share of tokens up to the first that differs. Those that a number of devices doe
 
 --vllm runs `bench_vllm.py` beside each, where vLLM is installed. It writes a file of its own.
 
-What does not fit into the memory of so many devices is told, and left out. Each row is written as soon as it is there;
---resume keeps the rows of the file and measures what it lacks, for machines that are given for minutes. Writes
+What does not fit into the memory of so many devices is told, and left out. The limit is what JAX may take of a device;
+XLA_PYTHON_CLIENT_MEM_FRACTION raises it. Where a process dies, its figure is told too, and another goes on behind it.
+
+Each row is written as soon as it is there. --resume keeps the rows of the file and measures what it lacks, for machines
+that are given for minutes. --only TEXT measures the works that have one of these texts in their names. Writes
 `multi-gpu-<model>-<device>.json` to `scripts/results`.
 """
 
@@ -61,6 +64,7 @@ SEGMENTS, REUSED = 16, 0.95
 ANSWER = 64  # tokens that are compared
 _BESIDE_BYTES = 6 << 30  # of a device: rows of a chunk, logits, and what the programs hold
 _COLLECTIVES = ("nccl", "all-reduce", "all_reduce", "allreduce")
+_BEGUN = "its process ended before the figure was there"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Asked:
     """What one process measures: a model on some devices.
 
     Attributes:
+      only: texts of which a work's name must have one. None of them: all works.
       done: (work, implementation) of the rows that are there already.
     """
 
@@ -125,6 +130,7 @@ class Asked:
     lengths: tuple[int, ...]
     decode: tuple[Case, ...]
     runs: int
+    only: tuple[str, ...] = ()
     done: frozenset[tuple[str, str]] = frozenset()
 
     @property
@@ -135,10 +141,15 @@ class Asked:
         return bytes_needed(self.config, self.dtype, self.devices, tokens) <= device_bytes()
 
     def lacks(self, work: str, implementation: str) -> bool:
-        return (work, implementation) not in self.done
+        wanted = not self.only or any(text in work for text in self.only)
+        return wanted and (work, implementation) not in self.done
 
     def row(self, work: str, implementation: str, figure: float | None, unit: str, **more: Any) -> Row:
         return Row(work, implementation, self.devices, figure, unit, **more)
+
+    def begun(self, work: str, implementation: str, unit: str) -> Row:
+        """What remains of a row if the process dies while it is measured. The figure takes its place."""
+        return self.row(work, implementation, None, unit, why=_BEGUN)
 
 
 def prefill_tokens(length: int) -> int:
@@ -160,14 +171,24 @@ def rows_of(asked: Asked) -> Iterator[Row]:
     except InvalidRequestError as error:
         yield asked.row("start", "", None, "s", why=str(error))
         return
-    lengths = [length for length in asked.lengths if asked.fits(prefill_tokens(length))]
-    cases = [case for case in asked.decode if asked.fits(decode_tokens(case))]
-    left_out = [(segments_work(each, SEGMENTS, REUSED), "ms") for each in asked.lengths if each not in lengths]
-    left_out += [(str(case), "ms a step") for case in asked.decode if case not in cases]
-    for work, unit in left_out:
-        yield asked.row(work, "", None, unit, why=f"it does not fit into {device_bytes() / 1e9:.0f} GB a device")
-    if lengths or cases:
-        yield from measured(asked, load(asked, lengths, cases), lengths, cases)
+    lengths = [length for length in asked.lengths if to_measure(asked, length)]
+    cases = [case for case in asked.decode if asked.lacks(str(case), "decode")]
+    fitting = [length for length in lengths if asked.fits(prefill_tokens(length))]
+    fitting_cases = [case for case in cases if asked.fits(decode_tokens(case))]
+    works = [segments_work(length, SEGMENTS, REUSED) for length in lengths if length not in fitting]
+    works += [str(case) for case in cases if case not in fitting_cases]
+    for work in works:
+        yield asked.row(work, "", None, "ms", why=f"it does not fit into {device_bytes() / 1e9:.0f} GB a device")
+    if fitting or fitting_cases:
+        yield from measured(asked, load(asked, fitting, fitting_cases), fitting, fitting_cases)
+
+
+def to_measure(asked: Asked, length: int) -> dict[tuple[str, str], ReuseConfig]:
+    """(work, implementation) of the first tokens of this length that lack, and their methods."""
+    reordered, prefix = segments_work(length, SEGMENTS, REUSED), prefix_work(length, REUSED)
+    works = {(reordered, name): reuse for name, reuse in compared(asked.config.num_layers).items()}
+    works[prefix, "prefix"] = ReuseConfig("prefix")
+    return {named: reuse for named, reuse in works.items() if asked.lacks(*named)}
 
 
 def load(asked: Asked, lengths: Sequence[int], cases: Sequence[Case]) -> Engine:
@@ -189,30 +210,33 @@ def measured(asked: Asked, engine: Engine, lengths: Sequence[int], cases: Sequen
     for length in lengths:
         yield from first_tokens(asked, engine, length)
     for case in cases:
-        if asked.lacks(str(case), "decode"):
-            yield decode(asked, engine, case)
+        yield asked.begun(str(case), "decode", "ms a step")
+        yield decode(asked, engine, case)
 
 
 def first_tokens(asked: Asked, engine: Engine, length: int) -> Iterator[Row]:
     """Of stored segments in another order, and of a stored prefix."""
-    work, wanted = segments_work(length, SEGMENTS, REUSED), compared(engine.model.num_layers)
-    wanted = {name: reuse for name, reuse in wanted.items() if asked.lacks(work, name)}
-    if wanted:
-        prompt = make_prompt(engine, length, SEGMENTS, REUSED, work)
-        for name, reuse in wanted.items():
-            yield first_token(asked, engine, prompt, reuse, (work, name))
-    work = prefix_work(length, REUSED)
-    if asked.lacks(work, "prefix"):
-        prefix, prompt = prefix_and_prompt(engine.model.vocab_size, length, REUSED, work)
-        remember_all(engine, [prefix], work)
-        yield first_token(asked, engine, prompt, ReuseConfig("prefix"), (work, "prefix"))
+    wanted = to_measure(asked, length)
+    prompts = {work: stored_prompt(engine, length, work) for work in dict.fromkeys(work for work, _ in wanted)}
+    for named, reuse in wanted.items():
+        yield asked.begun(*named, "ms")
+        yield first_token(asked, engine, prompts[named[0]], reuse, named)
+
+
+def stored_prompt(engine: Engine, length: int, work: str) -> np.ndarray:
+    """Store what the work reuses in a namespace of its name, and make its prompt."""
+    if work != prefix_work(length, REUSED):
+        return make_prompt(engine, length, SEGMENTS, REUSED, work)
+    prefix, prompt = prefix_and_prompt(engine.model.vocab_size, length, REUSED, work)
+    remember_all(engine, [prefix], work)
+    return prompt
 
 
 def compared(num_layers: int) -> dict[str, ReuseConfig]:
     """Full recompute, and SparseX with the choice at the first layer and behind a tenth of them."""
-    boundaries = [f"sparsex l*={boundary}, " for boundary in (0, round(num_layers / 10))]
+    names = FULL, "sparsex l*=0, 5 %", f"sparsex l*={round(num_layers / 10)}, 15 %"
     every = methods(num_layers)
-    return {name: every[name] for name in every if name == FULL or any(map(name.startswith, boundaries))}
+    return {name: every[name] for name in names}
 
 
 def first_token(asked: Asked, engine: Engine, prompt: np.ndarray, reuse: ReuseConfig, named: tuple[str, str]) -> Row:
@@ -241,13 +265,15 @@ def all_reduce_milliseconds(asked: Asked, run: Callable[[], Any]) -> float | Non
 # Equal tokens -------------------------------------------------------------------------------------------------
 
 
+def tokens_work(model: str) -> str:
+    return f"tokens equal, {Path(model).name}"
+
+
 def answers(model: str, devices: int) -> dict[str, tuple[int, ...]]:
     """The greedy tokens of a prompt with stored segments, by method, in float32."""
     engine = make_engine(model, tensor_parallel=devices, dtype="float32", store_tokens=8192, choose="always")
-    prompt, sampling = (
-        make_prompt(engine, 2048, SEGMENTS, REUSED, "tokens"),
-        SamplingParams(ANSWER, 0.0, ignore_eos=True),
-    )
+    prompt = make_prompt(engine, 2048, SEGMENTS, REUSED, "tokens")
+    sampling = SamplingParams(ANSWER, 0.0, ignore_eos=True)
     ask = functools.partial(engine.generate, prompt, sampling, namespace="tokens", keep=False)
     return {name: ask(reuse=reuse).token_ids for name, reuse in compared(engine.model.num_layers).items()}
 
@@ -256,7 +282,7 @@ def equal_tokens(model: str, devices: Sequence[int]) -> Iterator[Row]:
     """On more devices as on one; of numbers that do not divide the model, the reason."""
     alone = answers(model, 1)
     for number in (each for each in devices if each > 1):
-        work = f"tokens equal, {Path(model).name}"
+        work = tokens_work(model)
         try:
             there = answers(model, number)
         except InvalidRequestError as error:
@@ -267,15 +293,15 @@ def equal_tokens(model: str, devices: Sequence[int]) -> Iterator[Row]:
             yield Row(work, name, number, float(equal.mean()), "share")
 
 
+# Processes ----------------------------------------------------------------------------------------------------
+
+
 class ChildFailed(Exception):
     """A process ended before it had measured all."""
 
 
-# Processes ----------------------------------------------------------------------------------------------------
-
-
 def in_a_process(*arguments: str) -> Iterator[Row]:
-    """The rows that this script prints with these arguments, as they come. That it fails is a row too."""
+    """The rows that this script prints with these arguments, as they come. Raises ChildFailed behind them."""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -293,6 +319,7 @@ def run_child(text: str) -> None:
         rows = equal_tokens(told["tokens"], told["devices"])
     else:
         lists = {"lengths": tuple(told["lengths"]), "decode": tuple(map(Case.of, told["decode"]))}
+        lists |= {"only": tuple(told["only"])}
         done = frozenset(map(tuple, told["done"]))
         rows = rows_of(Asked(**told | lists | {"done": done}))
     for row in rows:
@@ -310,11 +337,12 @@ class Results:
         self._rows = {row.key: row for row in (Row(**each) for each in before) if row.figure is not None}
 
     def done(self, devices: int) -> list[tuple[str, str]]:
-        """(work, implementation) of what is measured on so many devices."""
+        """(work, implementation) of what is measured on so many devices, or failed."""
         return [(work, name) for work, name, number in self._rows if number == devices]
 
     def add(self, row: Row) -> None:
-        print(row, flush=True)
+        if row.why != _BEGUN:
+            print(row, flush=True)
         self._rows[row.key] = row
         rows = [dataclasses.asdict(each) for each in self._rows.values()]
         write_json(self._content | {"rows": rows}, self._folder)
@@ -322,29 +350,50 @@ class Results:
 
 def measure(model: str, devices: int, options: argparse.Namespace, results: Results) -> None:
     """One model on so many devices, and vLLM there if asked."""
-    told = {"model": model, "dtype": options.dtype, "devices": devices, "runs": options.runs}
+    told = {"model": model, "dtype": options.dtype, "devices": devices, "runs": options.runs, "only": options.only}
     told |= {"lengths": options.lengths, "decode": [f"{case.requests}x{case.context}" for case in options.decode]}
-    told |= {"done": results.done(devices)}
-    collect(results, devices, told)
+    collect(results, devices, lambda: told | {"done": results.done(devices)})
     if options.vllm:
         run_vllm(model, devices, options)
 
 
-def collect(results: Results, devices: int, told: dict[str, Any]) -> None:
-    try:
-        for row in in_a_process(json.dumps(told)):
-            results.add(row)
-    except ChildFailed as error:
-        results.add(Row("the process", "", devices, None, "", why=str(error)))
+def compare_tokens(model: str, results: Results, options: argparse.Namespace) -> None:
+    """The tokens of one model on the numbers of devices that lack."""
+
+    def lacking() -> dict[str, Any]:
+        numbers = [number for number in options.devices if number > 1 and not results.done(number)]
+        return {"tokens": model, "devices": numbers}
+
+    if lacking()["devices"]:
+        collect(results, max(options.devices), lacking)
+
+
+def collect(results: Results, devices: int, lacking: Callable[[], dict[str, Any]]) -> None:
+    """Measure what lacks. Where a process dies another goes on with the rest, unless this one added nothing."""
+    told = None
+    while (now := lacking()) != told:
+        told = now
+        try:
+            for row in in_a_process(json.dumps(told)):
+                results.add(row)
+        except ChildFailed as error:
+            failed = error
+        else:
+            return
+    results.add(Row("the process", "", devices, None, "", why=str(failed)))
 
 
 def run_vllm(model: str, devices: int, options: argparse.Namespace) -> None:
-    requests = sorted({case.requests for case in options.decode if case.context == 8192})
+    """`bench_vllm.py` once for each context to decode behind, the first time with the lengths."""
+    contexts = list(dict.fromkeys(case.context for case in options.decode)) or [options.lengths[0]]
     command = [sys.executable, str(Path(__file__).with_name("bench_vllm.py")), "--model", model, "--add", "--no-agents"]
     command += ["--tensor-parallel", str(devices), "--runs", str(options.runs), "--dtype", options.dtype]
-    command += ["--lengths", *map(str, options.lengths), "--decode", *map(str, requests)]
-    if subprocess.run(command, check=False).returncode:
-        print(f"vLLM failed on {devices} devices; its error is above", file=sys.stderr, flush=True)
+    for context in contexts:
+        lengths = map(str, options.lengths if context == contexts[0] else [])
+        requests = [str(case.requests) for case in options.decode if case.context == context]
+        asked = ["--lengths", *lengths, "--context", str(context), "--decode", *requests]
+        if subprocess.run([*command, *asked], check=False).returncode:
+            print(f"vLLM failed on {devices} devices; its error is above", file=sys.stderr, flush=True)
 
 
 def origin() -> dict[str, Any]:
@@ -365,6 +414,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--decode", type=Case.of, nargs="*", default=cases, metavar="REQUESTSxCONTEXT")
     add("--runs", type=int, default=3)
     add("--tokens", nargs="*", default=["llama-3.2-1b", "configs/ruler-tiny"], help="models whose tokens are compared")
+    add("--only", nargs="*", default=[], metavar="TEXT", help="works whose names have one of these; tokens count too")
     add("--resume", action="store_true", help="keep the file's rows, and measure what it lacks")
     add("--vllm", action="store_true", help="run bench_vllm.py beside each")
     add("--child", help=argparse.SUPPRESS)
@@ -387,9 +437,8 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
         for devices in options.devices:
             measure(model, devices, options, results)
     for model in options.tokens:
-        results = Results(Path(model).name, options, folder)
-        told = {"tokens": model, "devices": options.devices}
-        collect(results, max(options.devices), told)
+        if not options.only or any(text in tokens_work(model) for text in options.only):
+            compare_tokens(model, Results(Path(model).name, options, folder), options)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import functools
 import importlib.util
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -305,9 +306,13 @@ def in_a_process(*arguments: str) -> Iterator[Row]:
     command = [sys.executable, str(Path(__file__).resolve()), "--child", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                yield Row(**json.loads(line))
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield Row(**json.loads(line))
+        except BaseException:
+            process.kill()  # it would go on without us, and hold the devices
+            raise
     if process.returncode:
         raise ChildFailed(f"exit code {process.returncode}; its error is above")
 
@@ -431,6 +436,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     if options.child:
         run_child(options.child)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends too
     options.origin = origin()
     for model in options.models:
         results = Results(model, options, folder)

@@ -149,12 +149,13 @@ def test_the_table_has_scaling_all_reduces_and_reasons(bench):
 
 @pytest.mark.slow
 def test_everything_is_measured_on_devices_that_share_the_model(bench, monkeypatch):
-    monkeypatch.setattr(bench, "named_config", lambda _: TINY)
-    monkeypatch.setattr(
-        bench,
-        "make_engine",
-        lambda _, tensor_parallel, **o: Engine.from_config(TINY, mesh=make_mesh(tensor_parallel), **o),
-    )
+    model = dataclasses.replace(TINY, max_position=4096)
+
+    def engine_of(_, *, tensor_parallel, **options):
+        return Engine.from_config(model, mesh=make_mesh(tensor_parallel), **options)
+
+    monkeypatch.setattr(bench, "named_config", lambda _: model)
+    monkeypatch.setattr(bench, "make_engine", engine_of)
     small = asked(bench, model="tiny", dtype="float32", devices=2, lengths=(256,))
     figures = {(row.work, row.implementation): row.figure for row in bench.rows_of(small)}
     assert len(figures) == 5

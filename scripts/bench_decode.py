@@ -18,7 +18,7 @@ import argparse
 import collections
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,19 +105,25 @@ def step_milliseconds(engine: Engine, state: DecodeState, runs: int) -> float:
     return float(np.median(taken))
 
 
-def print_profile(engine: Engine, state: DecodeState) -> None:
-    """The kernels of one dispatch on the first GPU: time of a step, launches of a step, time of a launch."""
-    dispatch(engine, state)
+def kernel_times(run: Callable[[], Any]) -> dict[str, list[float]]:
+    """The microseconds of each launch on the first GPU while something runs, by the kernel's name; none on others."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            dispatch(engine, state)
-        (file,) = Path(folder).rglob("*.xplane.pb")
-        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(file)).planes if "GPU:0" in plane.name]
+            run()
+        files = [*Path(folder).rglob("*.xplane.pb")]
+        profiles = [jax.profiler.ProfileData.from_file(str(file)) for file in files]
+        planes = [plane for profile in profiles for plane in profile.planes if "GPU:0" in plane.name]
     taken: dict[str, list[float]] = collections.defaultdict(list)
     for line in (line for plane in planes for line in plane.lines if line.name.startswith("Stream")):
         for event in line.events:
             taken[event.name].append(event.duration_ns / 1e3)
-    for name, times in sorted(taken.items(), key=lambda item: -sum(item[1])):
+    return taken
+
+
+def print_profile(engine: Engine, state: DecodeState) -> None:
+    """The kernels of one dispatch on the first GPU: time of a step, launches of a step, time of a launch."""
+    dispatch(engine, state)
+    for name, times in sorted(kernel_times(lambda: dispatch(engine, state)).items(), key=lambda item: -sum(item[1])):
         print(
             f"{sum(times) / STEPS:10.1f} us a step {len(times) / STEPS:8.1f} launches {np.mean(times):8.2f} us  {name}"
         )

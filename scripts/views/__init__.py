@@ -16,6 +16,7 @@ from views import (
     end_to_end,
     fleet,
     kernels,
+    multi_gpu,
     plain,
     quality,
     serving,
@@ -34,6 +35,7 @@ VIEWS: dict[str, Callable[[Document], str]] = (
     | end_to_end.VIEWS
     | fleet.VIEWS
     | kernels.VIEWS
+    | multi_gpu.VIEWS
     | plain.VIEWS
     | quality.VIEWS
     | serving.VIEWS

@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsex_jax.config import EngineConfig, ReuseConfig
+from sparsex_jax.device.decode import FEW_STEPS
 from sparsex_jax.errors import InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.planner import Shapes
 from sparsex_jax.scheduler.admission import Admission
@@ -34,8 +35,8 @@ from sparsex_jax.scheduler.rounds import all_of_one
 from sparsex_jax.scheduler.sequence import Sequence, State
 from sparsex_jax.scheduler.sharing import Offer
 
-FEW_STEPS = 4  # tokens a dispatch while some sequence waits for a prefill
-# A dispatch of more tokens should not take longer: who comes meanwhile waits for its end. It matters on slow devices.
+# A dispatch of more than FEW_STEPS tokens should not take longer: who comes meanwhile waits for its end. It matters on
+# slow devices.
 MOST_SECONDS = 0.2
 # What the host looks at in a round does not grow with the line: so many that find no pages, and so many comparisons of
 # one that waits with one that is being prefilled. Who is not looked at has its turn in one of the next rounds.

@@ -109,7 +109,7 @@ def _running_if(goes_on: Array, state: DecodeState) -> DecodeState:
 def _first_if(goes_on: Array, after: DecodeState, before: DecodeState) -> DecodeState:
     """The state after a step, or that before one which ran on no request: it counted no token."""
     names = ("token", "position", "remaining")
-    chosen = {name: jnp.where(goes_on, getattr(after, name), getattr(before, name)) for name in names}
+    chosen: dict[str, Any] = {name: jnp.where(goes_on, getattr(after, name), getattr(before, name)) for name in names}
     return dataclasses.replace(after, **chosen)
 
 

@@ -265,8 +265,9 @@ class Loop:
 
     def _work(self) -> None:
         self._take_in()
-        decode = self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
+        decode = self._next_decode()
         prefill = self.policy.prefill_batch()  # while the device decodes
+        self._send_ahead(decode, prefill)
         self._finish_decode(decode)
         self._prefill(prefill)
         idle = decode is None and not prefill.sequences
@@ -440,6 +441,22 @@ class Loop:
                 self.admission.finish(sequence, "cancelled")
 
     # Decode -------------------------------------------------------------------------------------------------
+
+    def _next_decode(self) -> Dispatch | None:
+        """The dispatch that was sent ahead, or else a new one."""
+        ahead, self._execution.ahead = self._execution.ahead, None
+        if ahead is not None:
+            return ahead
+        return self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
+
+    def _send_ahead(self, decode: Dispatch | None, prefill: PrefillBatch) -> None:
+        """Send the next dispatch before the host has seen the tokens of this one, so that the device never waits for
+        what the host does with them. Not if something comes in between, or may."""
+        if decode is None or prefill.sequences or self._inbox or not self._execution.can_follow(decode):
+            return
+        steps = self.policy.steps_ahead(decode.sequences, decode.steps, self._execution.step_seconds)
+        if steps:
+            self._execution.start_ahead(decode, steps)
 
     def _start_decode(self, batch: DecodeBatch) -> Dispatch | None:
         """Decode suspects one by one, and send the others' dispatch on its way."""

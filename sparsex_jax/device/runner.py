@@ -237,7 +237,7 @@ class Runner:
       store: the KV of all pages; where adapters share it, with what they add to values beside it.
       losses: how often the store was lost, and made anew.
       arrivals: what comes into the store from a lower tier; None: there is none.
-      host_steers: whether the host answers what a program asks on its way, as for GPUs: 90 us for each question. Then
+      host_steers: whether the host answers what a program asks on its way, as for GPUs, which idle until then. Then
         decode asks nothing: what can be decided before is, and a dispatch is a few short ones that always run to their
         ends.
     """

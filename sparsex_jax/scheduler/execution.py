@@ -55,18 +55,17 @@ class Batch(NamedTuple):
     @property
     def live(self) -> list[int]:
         """The slots of sequences that stand there now. Others have ended since, or were preempted."""
-        each = zip(self.sequences, self.plans, self.tokens, strict=True)
-        return [slot for slot, place in enumerate(each) if _stands_there(*place)]
+        return [slot for slot in range(len(self.sequences)) if self._stands_there(slot)]
 
     @property
     def ended(self) -> list[Sequence]:
         """The others."""
-        return [one for one, *place in zip(*self, strict=True) if not _stands_there(one, *place)]
+        return [one for slot, one in enumerate(self.sequences) if not self._stands_there(slot)]
 
-
-def _stands_there(sequence: Sequence, plan: RequestPlan, tokens: int) -> bool:
-    at = sequence.admitted_plan is plan and len(sequence.output.token_ids) == tokens
-    return at and sequence.state is State.DECODING
+    def _stands_there(self, slot: int) -> bool:
+        one = self.sequences[slot]
+        has_plan = one.admitted_plan is self.plans[slot] and one.state is State.DECODING
+        return has_plan and len(one.output.token_ids) == self.tokens[slot]
 
 
 class _Kept(NamedTuple):

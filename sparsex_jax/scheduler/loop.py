@@ -4,6 +4,7 @@ One round, `Loop.step`:
 
     take in      new sequences, cancellations, rounds whose members are there
     schedule     who decodes, and how many tokens; while the device decodes, who is admitted and what is prefilled
+    send ahead   the next decode dispatch, where the tokens of this one cannot change what is done next
     run          the decode dispatch, then at most one prefill plan or probe, or a few layers of one
     postprocess  new tokens, ends, what others can find from now on; who was probed waits again, with an excerpt
     report       news to the listeners
@@ -11,6 +12,11 @@ One round, `Loop.step`:
 `policy` decides, `execution` computes, `isolation` deals with what fails, `admission` keeps the books of the store,
 `choice` says what of it a plan uses, `company` what a text to remember is prefilled behind. While nothing is in line,
 `healing` says what is made exact, and `remaking` which texts are made again.
+
+A dispatch that was sent ahead continues from the state on the device. The host sees and handles the tokens before it
+while the device computes. If they end a sequence, what the dispatch brings for it is thrown away and never committed. Its
+pages may go to another sequence at once, since what that one writes is computed behind the dispatch. A dispatch ahead has
+few tokens, so that a request which comes meanwhile waits no longer than it would otherwise.
 
 Everything but `submit`, `remember`, `wait`, `stats` and `Ticket.cancel` belongs to one thread, and so does the engine.
 Listeners run on that thread, in the middle of a round. They must not call the engine, which raises RuntimeError then.

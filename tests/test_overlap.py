@@ -1,6 +1,7 @@
 """Decode dispatches that are sent before the host has seen the tokens of the one before."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -303,6 +304,7 @@ def lives(engine, traffic):
         step(loop, now, cancels)
         now += 1
     assert idle(engine)
+    EngineMachine.stored_kv_is_that_of_the_tokens_claimed(SimpleNamespace(engine=engine))
     return told
 
 

@@ -14,9 +14,9 @@ One round, `Loop.step`:
 `healing` says what is made exact, and `remaking` which texts are made again.
 
 A dispatch that was sent ahead continues from the state on the device. The host sees and handles the tokens before it
-while the device computes. If they end a sequence, what the dispatch brings for it is thrown away and never committed. Its
-pages may go to another sequence at once, since what that one writes is computed behind the dispatch. A dispatch ahead has
-few tokens, so that a request which comes meanwhile waits no longer than it would otherwise.
+while the device computes. If they end a sequence, what the dispatch brings for it is thrown away and never committed.
+Its pages may go to another sequence at once, since what that one writes is computed behind the dispatch. A dispatch
+ahead has few tokens, so that a request which comes meanwhile waits no longer than it would otherwise.
 
 Everything but `submit`, `remember`, `wait`, `stats` and `Ticket.cancel` belongs to one thread, and so does the engine.
 Listeners run on that thread, in the middle of a round. They must not call the engine, which raises RuntimeError then.

@@ -198,9 +198,9 @@ def idle_seconds(options: argparse.Namespace, steps: int, tokenizer: Any | None)
             assert isinstance(runner, Paced)
             runner.step_seconds = options.step_ms / 1e3
             with mock.patch("sparsex_jax.scheduler.execution.time", runner.clock):
-                list(rounds(engine, SETTLING))
-                gc.collect()
+                gc.collect()  # before any device is at work
                 gc.freeze()
+                list(rounds(engine, SETTLING))
                 runner.idle.clear()
                 list(rounds(engine, MEASURED))
             yield statistics.mean(runner.idle)

@@ -166,7 +166,7 @@ def test_slots_of_ended_sequences_stay_until_fewer_slots_do(ahead, monkeypatch):
     engine.runner.start_decode = lambda state, steps: sizes.append(len(state.token)) or send(state, steps)
     run(engine.loop)
     assert [answer(one) for one in heard] == expected
-    assert sorted(set(sizes)) == [1, 2, 4] or sorted(set(sizes)) == [2, 4]
+    assert set(sizes) == {2, 4}, "of two slots one stays with the last sequence"
     assert idle(engine)
 
 
@@ -334,7 +334,7 @@ def check_against_one_after_the_other(traffic, pages):
     return results
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(requests, min_size=1, max_size=7), st.sampled_from([12, 40]))
 def test_any_traffic_gets_what_it_gets_one_after_the_other(traffic, pages):
     check_against_one_after_the_other(traffic, pages)

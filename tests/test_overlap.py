@@ -341,7 +341,7 @@ def test_any_traffic_gets_what_it_gets_one_after_the_other(traffic, pages):
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(requests, min_size=1, max_size=12), st.sampled_from([8, 12, 40]))
 def test_much_traffic_gets_what_it_gets_one_after_the_other(traffic, pages):
     check_against_one_after_the_other(traffic, pages)

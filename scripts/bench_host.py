@@ -11,6 +11,14 @@ sequence comes or goes. Prompts differ in length, so that in most rounds some se
     round              all of it
     before decode      its part ahead of the dispatch
     behind decode      its part behind the dispatch: news, counts, and who is next
+    idle               what a device waits from the end of a dispatch to the start of the next, where it takes
+                       --step-ms for a token: a clock stands in for it. Each dispatch is sent once the host has done
+                       all that came of the one before it
+    idle, sent ahead   the same where the next dispatch is sent before the tokens of this one are there, in which case
+                       it has 4 tokens
+
+The idle times are means over dispatches of a token's share. The clock counts what the thread of the loop computes, and
+what it waits for the device: other work on the machine does not count.
 
 With text, by SmolLM2's tokenizer, or for callers who take token ids. --profile prints where the time goes. Writes
 `host-<device>.json` to `scripts/results`.
@@ -21,6 +29,7 @@ import contextlib
 import cProfile
 import gc
 import itertools
+import math
 import pstats
 import statistics
 import time
@@ -39,6 +48,7 @@ from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import PrefillRun, Runner
 from sparsex_jax.device.sampling import Sampled, Sampling
 from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.scheduler import policy
 from sparsex_jax.scheduler.sequence import State, ignore
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -89,6 +99,54 @@ class Instant(Runner):
 _TOKENS = np.random.default_rng(0)
 
 
+class Clock:
+    """The time that this thread would see if it had the machine for itself: what it computes, and what it waits for a
+    device. Nothing really waits."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+
+    def perf_counter(self) -> float:
+        return time.thread_time() + self._waited
+
+    def wait_until(self, at: float) -> None:
+        self._waited += max(at - self.perf_counter(), 0)
+
+
+class Late:
+    """An array that a device has at some time. Who wants it earlier waits."""
+
+    def __init__(self, array: np.ndarray, at: float, clock: Clock) -> None:
+        self._array, self._at, self._clock = array, at, clock
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        self._clock.wait_until(self._at)
+        return self._array
+
+
+class Paced(Instant):
+    """A runner whose device takes some time for each token, and notes how long it waits for each dispatch.
+
+    Attributes:
+      clock: by which it does.
+      step_seconds: for one token of all sequences.
+      idle: of each dispatch, seconds a token.
+    """
+
+    def __init__(self, *about: Any) -> None:
+        super().__init__(*about)
+        self.clock, self.step_seconds, self.idle = Clock(), 0.0, list[float]()
+        self._done_at = 0.0
+
+    def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
+        state, sampled = super().start_decode(state, steps)
+        now = self.clock.perf_counter()
+        self.idle.append(max(now - self._done_at, 0) / steps)
+        self._done_at = max(now, self._done_at) + steps * self.step_seconds
+        late: Any = Late(np.asarray(sampled.token), self._done_at, self.clock)
+        return state, Sampled(late, None)
+
+
 class Round(NamedTuple):
     """One round of the loop, in seconds."""
 
@@ -96,10 +154,12 @@ class Round(NamedTuple):
     before: float
 
 
-def engine_with(sequences: int, context: int, steps: int, tokenizer: Any | None) -> Engine:
+def engine_with(
+    sequences: int, context: int, steps: int, tokenizer: Any | None, runner: type[Runner] = Instant
+) -> Engine:
     """An engine in which this number of sequences decode, each behind a prompt of its own."""
     new = (3 * sequences + SETTLING + MEASURED) * steps  # the first decode while the others are prefilled
-    with mock.patch("sparsex_jax.engine.Runner", Instant):
+    with mock.patch("sparsex_jax.engine.Runner", runner):
         engine = Engine.from_config(
             MODEL,
             dtype="float32",
@@ -129,21 +189,41 @@ def rounds(engine: Engine, number: int) -> Iterator[Round]:
         yield Round(time.thread_time() - began, runner.dispatched - began)
 
 
+def idle_seconds(options: argparse.Namespace, steps: int, tokenizer: Any | None) -> Iterator[float]:
+    """What a device waits for each token, one dispatch after the other and with dispatches that are sent ahead."""
+    for least in (math.inf, policy.ROUND_SECONDS):
+        with mock.patch.object(policy, "ROUND_SECONDS", least):
+            engine = engine_with(options.sequences, options.context, steps, tokenizer, Paced)
+            runner = engine.runner
+            assert isinstance(runner, Paced)
+            runner.step_seconds = options.step_ms / 1e3
+            with mock.patch("sparsex_jax.scheduler.execution.time", runner.clock):
+                gc.collect()  # before any device is at work
+                gc.freeze()
+                list(rounds(engine, SETTLING))
+                runner.idle.clear()
+                list(rounds(engine, MEASURED))
+            yield statistics.mean(runner.idle)
+
+
 def rows(options: argparse.Namespace, steps: int, text: bool) -> list[dict[str, Any]]:
     """The rows of one case."""
     tokenizer = open_checkpoint(TOKENIZER).tokenizer if text else None
-    engine = engine_with(options.sequences, options.context, steps, tokenizer)
-    list(rounds(engine, SETTLING))
-    gc.collect()
-    gc.freeze()  # as `sparsex serve` does
-    with profiled(options.profile):
-        measured = list(rounds(engine, MEASURED))
+    with mock.patch.object(policy, "ROUND_SECONDS", math.inf):  # one dispatch after the other
+        engine = engine_with(options.sequences, options.context, steps, tokenizer)
+        list(rounds(engine, SETTLING))
+        gc.collect()
+        gc.freeze()  # as `sparsex serve` does
+        with profiled(options.profile):
+            measured = list(rounds(engine, MEASURED))
     decoding = len(engine.loop.policy.of_state(State.DECODING))
     if decoding < options.sequences:
         raise RuntimeError(f"only {decoding} of {options.sequences} sequences decoded in all rounds")
     work = f"{options.sequences} x {options.context}, {steps} tokens a dispatch, {'text' if text else 'token ids'}"
     whole, before = (1e3 * statistics.mean(each) / steps for each in zip(*measured, strict=True))
+    idle, ahead = (1e3 * seconds for seconds in idle_seconds(options, steps, tokenizer))
     parts = {"round": whole, "before decode": before, "behind decode": whole - before}
+    parts |= {"idle": idle, "idle, sent ahead": ahead}
     return [
         {"work": work, "implementation": name, "figure": float(f"{figure:.4g}"), "unit": "ms a step"}
         for name, figure in parts.items()
@@ -166,12 +246,13 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add("--sequences", type=int, default=64, help="that decode together")
     add("--context", type=int, default=8192, help="tokens of the shortest prompt")
     add("--steps", type=int, nargs="+", default=[4, 16], help="tokens of each sequence in a dispatch")
+    add("--step-ms", type=float, default=5.0, help="what the device takes for a token, where its idle time is told")
     add("--profile", action="store_true", help="print the functions that take most; it slows all down")
     options = parser.parse_args(arguments)
     found: list[dict[str, Any]] = []
     for steps, text in itertools.product(options.steps, (False, True)):
         found += rows(options, steps, text)
-        told = ", ".join(f"{row['implementation']} {row['figure']:.3f}" for row in found[-3:])
+        told = ", ".join(f"{row['implementation']} {row['figure']:.3f}" for row in found[-5:])
         print(f"{found[-1]['work']}: {told} ms a step", flush=True)
     write_json({"bench": "host"} | provenance() | {"rows": found}, folder)
 

@@ -67,6 +67,14 @@ def nothing_is_calibrated() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_sent_ahead() -> Iterator[None]:
+    """How many tokens a dispatch has does not depend on how fast the machine is. Tests of what is sent ahead say so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsex_jax.scheduler.policy.ROUND_SECONDS", float("inf"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm() -> Engine:
     """SmolLM2-135M-Instruct in float32. All tests share it, so each uses namespaces of its own."""

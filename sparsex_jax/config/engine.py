@@ -60,7 +60,8 @@ class EngineConfig:
       prefill_tokens: token budget of a prefill plan: rows of a chunk of a long prompt, and of prompts that share a
         plan. None: what the second smallest plan holds, 4 times the rows that go through a layer at a time.
       chunk_rows: rows that go through a layer at a time; None takes what suits the platform.
-      decode_steps: tokens generated per dispatch before the host looks.
+      decode_steps: tokens generated per dispatch before the host looks, at most. Where some wait for its end, and where
+        few take longer than the host's work for them, there are fewer.
       frozen_limit: share of the store that frozen texts may fill; more are refused. Requests have the rest of it, and
         what frozen texts do not take.
       max_pinned: share of what frozen texts leave of the store that pins may have; 0: nothing is pinned. Requests have

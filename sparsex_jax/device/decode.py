@@ -25,6 +25,8 @@ from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Anywhere, Rows
 
+# Tokens that a dispatch has at least, where it cannot stop early and where somebody waits for its end.
+FEW_STEPS = 4
 # Between two turns of a loop a GPU pauses for 5 us, where a layer of an 8B model takes 120 to 160.
 LAYERS_UNROLLED = 4
 
@@ -51,7 +53,7 @@ class DecodeState:
     adapter: Int[Anywhere, "requests"] | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "steps"), donate_argnames="store")
+@functools.partial(jax.jit, static_argnames=("decoder", "steps", "stops_early"), donate_argnames="store")
 def decode(
     params: Params,
     store: AnyStore,
@@ -60,11 +62,15 @@ def decode(
     *,
     decoder: Decoder,
     steps: int,
+    stops_early: bool = True,
 ) -> tuple[AnyStore, DecodeState, Sampled]:
     """Generate up to `steps` tokens for each request.
 
     Args:
       limit: how many this time, if fewer. It is data: any number runs the same program.
+      stops_early: whether no step runs behind the limit, nor once all requests are done. Before each step of such a
+        loop a GPU asks the host whether to go on, and the call returns only behind the last answer. Otherwise all
+        `steps` run, the superfluous ones on no request.
 
     Returns:
       The store, the state after, and what was sampled, `[requests, steps]`: -1 where a request was done already,
@@ -81,10 +87,30 @@ def decode(
     def running(carry: tuple[Array, AnyStore, DecodeState, Sampled]) -> Array:
         return (carry[0] < last) & jnp.any(carry[2].position >= 0)
 
+    def always(step: Array, carry: tuple[Array, AnyStore, DecodeState, Sampled]) -> Any:
+        counter, store, before, out = carry
+        counter, store, after, out = body((counter, store, _running_if(step < last, before), out))
+        return counter, store, _first_if(step < last, after, before), out
+
     last = steps if limit is None else jnp.minimum(limit, steps)
     out = nothing_sampled(state.sampling, steps, decoder.config.vocab_size)
-    _, store, state, out = lax.while_loop(running, body, (jnp.int32(0), store, state, out))
+    carry = (jnp.int32(0), store, state, out)
+    _, store, state, out = (
+        lax.while_loop(running, body, carry) if stops_early else lax.fori_loop(0, steps, always, carry)
+    )
     return store, state, out
+
+
+def _running_if(goes_on: Array, state: DecodeState) -> DecodeState:
+    """The state, or one in which no request runs."""
+    return dataclasses.replace(state, position=jnp.where(goes_on, state.position, -1))
+
+
+def _first_if(goes_on: Array, after: DecodeState, before: DecodeState) -> DecodeState:
+    """The state after a step, or that before one which ran on no request: it counted no token."""
+    names = ("token", "position", "remaining")
+    chosen: dict[str, Any] = {name: jnp.where(goes_on, getattr(after, name), getattr(before, name)) for name in names}
+    return dataclasses.replace(after, **chosen)
 
 
 @jax.jit

@@ -30,7 +30,7 @@ from sparsex_jax.device.adapters import (
 )
 from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.arrivals import Arrivals, Late
-from sparsex_jax.device.decode import DecodeState, choose, decode, forward
+from sparsex_jax.device.decode import FEW_STEPS, DecodeState, choose, decode, forward
 from sparsex_jax.device.packed import Packed, packed
 from sparsex_jax.device.prefill import align, begin, pack, prefill
 from sparsex_jax.device.probe import ProbeState, probe
@@ -69,6 +69,11 @@ def _sample_step(logits: Float[Array, "requests vocab"], wanted: Packed[tuple[Sa
 @functools.partial(jax.jit, static_argnames="ops")
 def _unpacked[Tree](tree: Packed[Tree], *, ops: Ops) -> Tree:
     return ops.replicated(tree.tree())
+
+
+@jax.jit
+def _joined(parts: Sequence[Sampled]) -> Sampled:
+    return jax.tree.map(lambda *steps: jnp.concatenate(steps, axis=1), *parts)
 
 
 @jax.jit
@@ -232,6 +237,9 @@ class Runner:
       store: the KV of all pages; where adapters share it, with what they add to values beside it.
       losses: how often the store was lost, and made anew.
       arrivals: what comes into the store from a lower tier; None: there is none.
+      host_steers: whether the host answers what a program asks on its way, as for GPUs, which idle until then. Then
+        decode asks nothing: what can be decided before is, and a dispatch is a few short ones that always run to their
+        ends.
     """
 
     def __init__(self, model: ModelConfig, engine: EngineConfig, params: Params, mesh: Mesh) -> None:
@@ -241,6 +249,7 @@ class Runner:
             stacks, apart = make_stacks(model, engine, mesh), make_apart(model, engine, mesh)
             self.params = self.params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
         self.decoder = Decoder(model, Ops.on(mesh))
+        self.host_steers = self.decoder.ops.backend.platform == "gpu"
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store: Any = make_store(model, engine, mesh)  # AnyStore; where there are lower tiers, KV alone
         self.losses = 0
@@ -499,16 +508,26 @@ class Runner:
     def start_decode(self, state: DecodeState, steps: int) -> tuple[DecodeState, Sampled]:
         """Up to `steps` tokens for each sequence of the state, at most the engine's `decode_steps`; -1 behind a
         sequence's end. Does not wait for the device."""
-        most = self.engine.decode_steps
+        most, parts = self.engine.decode_steps, []
+        together = min(FEW_STEPS, most) if self.host_steers else most
+        state = self.place(state)
+        for begun in range(0, min(steps, most), together):
+            state, sampled = self._decode(state, min(steps - begun, together), together)
+            parts.append(sampled)
+        return state, parts[0] if len(parts) == 1 else self._run(_joined, parts)
+
+    def _decode(self, state: DecodeState, steps: int, together: int) -> tuple[DecodeState, Sampled]:
+        """Dispatch the program of `together` steps once, for so many of them."""
         with self._precision():
             self.store, state, sampled = self._run(
                 decode,
                 self.params,
                 self.store,
-                self.place(state),
-                self._numbers[min(steps, most)],
+                state,
+                self._numbers[steps],
                 decoder=self.decoder,
-                steps=most,
+                steps=together,
+                stops_early=not self.host_steers,
             )
         return state, sampled
 
@@ -539,7 +558,8 @@ class Runner:
         Where all of it is placed already, nothing is done: to find that out by `device_put` takes the host 1 ms.
         """
         if isinstance(state.token, np.ndarray):
-            state = _unpacked(self._sent(state), ops=self.decoder.ops)
+            sampling = state.sampling.decided() if self.host_steers else state.sampling
+            state = _unpacked(self._sent(dataclasses.replace(state, sampling=sampling)), ops=self.decoder.ops)
         is_placed = all(array.sharding == self._everywhere for array in jax.tree.leaves(state))
         return state if is_placed else self._placed(state)
 

@@ -62,7 +62,7 @@ class Sampling:
     """The `SamplingParams` of each request, as arrays.
 
     What samples is compiled for a few kinds of batches, so that all can be compiled ahead: with and without
-    `adjustment` and `logprobs`, which come together, and with and without `allowed`.
+    `adjustment` and `logprobs`, which come together, with and without `allowed`, and by `ranks` where it is decided.
 
     Attributes:
       temperature: 0 takes the most probable token.
@@ -74,6 +74,8 @@ class Sampling:
       allowed: which tokens the structure of a request allows: 32 in a word, the lowest bit first; all bits are set for
         a request without one. None if no request has one.
       logprobs: whether log-probabilities are computed.
+      ranks: whether the tokens of all requests are ranked, for those that ask for the best k or a nucleus; the others
+        come out the same. None: each step finds out whether some request asks for that, and whether any draws at all.
     """
 
     temperature: Float[Anywhere, "requests"]
@@ -84,6 +86,19 @@ class Sampling:
     adjustment: Adjustment | None = None
     allowed: UInt32[Anywhere, "requests words"] | None = None
     logprobs: bool = struct.field(pytree_node=False, default=False)
+    ranks: bool | None = struct.field(pytree_node=False, default=None)
+
+    def decided(self) -> Sampling:
+        """The same, of NumPy arrays, with `ranks` decided on the host.
+
+        Requests with an adjustment are ranked always: so there is one kind of batches more, and not two.
+        """
+        return dataclasses.replace(self, ranks=self.adjustment is not None or bool(np.any(self.asks_for_ranks)))
+
+    @property
+    def asks_for_ranks(self) -> Bool[Anywhere, "requests"]:
+        """Which requests draw from the best k or from a nucleus."""
+        return (self.temperature > 0) & ((self.top_k > 0) | (self.top_p < 1))
 
     def count(self, token: Int[Array, "requests"], running: Bool[Array, "requests"]) -> Sampling:
         """The sampling of the next step, after each running request got `token`."""
@@ -165,7 +180,11 @@ def sample(
         keys = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(sampling.seed, position)
         return jnp.where(sampling.temperature > 0, jax.vmap(jax.random.categorical)(keys, scaled), greedy)
 
-    token = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: greedy)
+    # On some devices, a GPU among them, the host looks at each condition before the step goes on.
+    if sampling.ranks is not None:
+        token = drawn()
+    else:
+        token = jax.lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: greedy)
     return jnp.where(finite, token, NON_FINITE).astype(jnp.int32)
 
 
@@ -175,15 +194,17 @@ def _unpacked(words: UInt32[Array | np.ndarray, "requests words"], number: int) 
 
 
 def _filtered(logits: Float[Array, "requests vocab"], sampling: Sampling) -> Float[Array, "requests vocab"]:
-    """The logits of the tokens that may be drawn, and -inf for the others. Sorts only if some request needs it."""
+    """The logits of the tokens that may be drawn, and -inf for the others. Sorts only if some request needs it, or
+    `ranks` says so."""
     least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(sampling.min_p)[:, None]
     logits = jnp.where(logits >= least, logits, -jnp.inf)
-    ranks = (sampling.temperature > 0) & ((sampling.top_k > 0) | (sampling.top_p < 1))
 
     def best() -> Array:
         return jnp.where(_within_rank(logits, sampling), logits, -jnp.inf)
 
-    return jax.lax.cond(jnp.any(ranks), best, lambda: logits)
+    if sampling.ranks is not None:
+        return best() if sampling.ranks else logits
+    return jax.lax.cond(jnp.any(sampling.asks_for_ranks), best, lambda: logits)
 
 
 def _within_rank(logits: Float[Array, "requests vocab"], sampling: Sampling) -> Bool[Array, "requests vocab"]:

@@ -113,6 +113,11 @@ def _bias(sampling: SamplingParams, vocab_size: int) -> np.ndarray:
     return bias
 
 
+def batch_slots(sequences: int) -> int:
+    """How many slots the batch of this many sequences has: a power of two."""
+    return 1 << (sequences - 1).bit_length()
+
+
 def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int, *, adapters: bool = False) -> DecodeState:
     """The state in which each sequence continues behind its last token, padded to a power of two of slots.
 
@@ -121,7 +126,7 @@ def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int, *,
       max_pages: width of the page tables.
       adapters: whether the engine has slots for adapters.
     """
-    size = 1 << (len(slots) - 1).bit_length()
+    size = batch_slots(len(slots))
     width = max(1, *(len(slot.end_tokens) for slot in slots))
     stops: Any = np.full((size, width), -1, np.int32)
     for number, slot in enumerate(slots):

@@ -406,6 +406,14 @@ class Admission:
             return False
         return True
 
+    def grow_together(self, sequences: list[Sequence], steps: int) -> bool:
+        """Take pages for this many more tokens of each. False if there are not enough, and one more for each, so that
+        nobody is preempted soon because of this; nothing is taken then."""
+        lacking = sum(max(self.pages_for(one.slots(steps)) - len(one.pages), 0) for one in sequences)
+        if lacking and lacking + len(sequences) > self.cache.num_available:
+            return False
+        return all(self.grow(one, steps) for one in sequences)
+
     def let_go_of_donors(self, sequence: Sequence) -> None:
         """The copies are made, or on their way. Idempotent."""
         if sequence.match is not None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
+from collections.abc import Sequence as Several
 from typing import Any, NamedTuple
 
 import jax
@@ -16,52 +19,95 @@ from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.device.scoring import Scores
-from sparsex_jax.device.state import BatchSlot, allowed_tokens, decode_state, sampling_arrays
+from sparsex_jax.device.state import BatchSlot, allowed_tokens, batch_slots, decode_state, sampling_arrays
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.scheduler.constrained import ConstrainedDecode
-from sparsex_jax.scheduler.sequence import Sequence
+from sparsex_jax.scheduler.sequence import Sequence, State
 
 
-class _Kept(NamedTuple):
-    """A decode state on the device, and what it was made of. Plans are compared by identity: a sequence that was
+class Batch(NamedTuple):
+    """Sequences that decode together, and where they stand. Plans are compared by identity: a sequence that was
     admitted again has another one.
 
     Attributes:
+      sequences: one batch slot each.
       plans: of each sequence.
-      pages: how many pages each has.
-      tokens: how many new tokens each sequence has behind it.
+      tokens: how many new tokens each has.
     """
 
-    state: DecodeState
+    sequences: list[Sequence]
     plans: list[RequestPlan]
-    pages: list[int]
     tokens: list[int]
 
     @classmethod
-    def behind(cls, state: DecodeState, sequences: list[Sequence], ahead: int) -> _Kept:
-        """What holds once `ahead` new tokens have come."""
-        plans, pages = [one.plan for one in sequences], [len(one.pages) for one in sequences]
-        return cls(state, plans, pages, _tokens(sequences, ahead))
+    def of(cls, sequences: list[Sequence]) -> Batch:
+        return cls(sequences, [one.plan for one in sequences], [len(one.output.token_ids) for one in sequences])
 
-    def is_of(self, sequences: list[Sequence]) -> bool:
-        """Whether it is where these sequences are now, but perhaps for pages that they got since."""
-        return self.plans == [one.plan for one in sequences] and self.tokens == _tokens(sequences, 0)
+    def behind(self, steps: int) -> Batch:
+        """The same once each has got so many more."""
+        return self._replace(tokens=[number + steps for number in self.tokens])
+
+    @property
+    def pages(self) -> list[Several[int]]:
+        """Of each slot. A sequence that has ended since has none any more, and does not write to those."""
+        return [plan.pages for plan in self.plans]
+
+    @property
+    def live(self) -> list[int]:
+        """The slots of sequences that stand there now. Others have ended since, or were preempted."""
+        return [slot for slot in range(len(self.sequences)) if self._stands_there(slot)]
+
+    @property
+    def ended(self) -> list[Sequence]:
+        """The others."""
+        return [one for slot, one in enumerate(self.sequences) if not self._stands_there(slot)]
+
+    def _stands_there(self, slot: int) -> bool:
+        one = self.sequences[slot]
+        has_plan = one.admitted_plan is self.plans[slot] and one.state is State.DECODING
+        return has_plan and len(one.output.token_ids) == self.tokens[slot]
+
+
+class _Kept(NamedTuple):
+    """A decode state on the device, and what it was made of.
+
+    Attributes:
+      batch: where its sequences stand by it.
+      pages: how many pages each has.
+    """
+
+    state: DecodeState
+    batch: Batch
+    pages: list[int]
+
+    @classmethod
+    def of(cls, state: DecodeState, batch: Batch) -> _Kept:
+        return cls(state, batch, [len(pages) for pages in batch.pages])
+
+    def is_of(self, batch: Batch) -> bool:
+        """Whether it is where this batch is, but perhaps for pages that its sequences got since."""
+        return (self.batch.plans, self.batch.tokens) == (batch.plans, batch.tokens)
 
 
 class Dispatch(NamedTuple):
     """Tokens on their way.
 
     Attributes:
-      sequences: whose; one batch slot each.
+      batch: whose, and where they stood before.
       steps: at most how many for each.
       sampled: where they will be on the device, what brings them, or why the dispatch failed.
       started: `time.perf_counter()` then.
     """
 
-    sequences: list[Sequence]
+    batch: Batch
     steps: int
     sampled: Sampled | ConstrainedDecode | Exception
     started: float
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that the tokens are still for."""
+        return [self.batch.sequences[slot] for slot in self.batch.live]
 
 
 class Prefilled(NamedTuple):
@@ -85,10 +131,13 @@ class Execution:
 
     Attributes:
       step_seconds: what a token of the last dispatch took.
+      ahead: the dispatch that was sent before the tokens of the one before it were fetched, if there is one.
     """
 
     def __init__(self, runner: Runner) -> None:
         self.step_seconds = 0.0
+        self.ahead: Dispatch | None = None
+        self._fetched = 0.0  # `time.perf_counter()` when the last tokens came
         self._runner = runner
         self._kept: _Kept | None = None
 
@@ -99,41 +148,72 @@ class Execution:
 
         A dispatch that fails raises its error when it is fetched, as one that fails on the device does.
         """
-        started = time.perf_counter()
         if not sequences:
             return None
-        try:
-            return Dispatch(sequences, steps, self._dispatch(sequences, steps), started)
-        except Exception as error:
-            return Dispatch(sequences, steps, error, started)
+        batch, kept = Batch.of(sequences), self._kept
+        return self._dispatched(batch, steps, functools.partial(self._state, batch, kept))
 
-    def _dispatch(self, sequences: list[Sequence], steps: int) -> Sampled | ConstrainedDecode:
-        kept, self._kept = self._kept, None
-        state, matchers = self._state(sequences, kept), [sequence.output.matcher for sequence in sequences]
+    def can_follow(self, dispatch: Dispatch) -> bool:
+        """Whether the device has all that the dispatch behind this one needs, before the tokens of this one are known.
+
+        It has not if the host makes the state anew: for a structure, for sequences whose end the device does not know,
+        or because those that are left fit into fewer slots.
+        """
+        if self._kept is None or not isinstance(dispatch.sampled, Sampled):
+            return False
+        batch, number = dispatch.batch, len(dispatch.batch.live)
+        as_many = number > 0 and batch_slots(number) == batch_slots(len(batch.sequences))
+        return as_many and all(map(_ended_on_the_device, batch.ended))
+
+    def start_ahead(self, dispatch: Dispatch, steps: int) -> None:
+        """Dispatch `steps` more tokens behind a dispatch that can be followed. Its sequences have pages for them."""
+        kept = self._kept
+        assert kept is not None
+        batch = dispatch.batch.behind(dispatch.steps)
+        self.ahead = self._dispatched(batch, steps, functools.partial(self._grown, kept, batch))
+
+    def _dispatched(self, batch: Batch, steps: int, state: Callable[[], DecodeState]) -> Dispatch:
+        started, self._kept = time.perf_counter(), None
+        try:
+            return Dispatch(batch, steps, self._dispatch(batch, steps, state()), started)
+        except Exception as error:
+            return Dispatch(batch, steps, error, started)
+
+    def _dispatch(self, batch: Batch, steps: int, state: DecodeState) -> Sampled | ConstrainedDecode:
+        matchers = [sequence.output.matcher for sequence in batch.sequences]
         if any(matchers):
             return ConstrainedDecode(self._runner, state, matchers, steps)
         state, sampled = self._runner.start_decode(state, steps)
-        self._kept = _Kept.behind(state, sequences, steps)
+        self._kept = _Kept.of(state, batch.behind(steps))
         return sampled
 
-    def _state(self, sequences: list[Sequence], kept: _Kept | None) -> DecodeState:
+    def _state(self, batch: Batch, kept: _Kept | None) -> DecodeState:
         """The state stays on the device from one dispatch to the next. Where sequences got pages meanwhile, the page
         tables alone are made anew; where one came or went, all of it is, of what the host knows."""
+        if kept is not None and kept.is_of(batch):
+            return self._grown(kept, batch)
         shapes, vocab_size = self._runner.shapes, self._runner.model.vocab_size
-        if kept is not None and kept.is_of(sequences):
-            grown = kept.pages != [len(one.pages) for one in sequences]
-            return self._runner.with_pages(kept.state, [one.pages for one in sequences]) if grown else kept.state
-        return decode_state(_slots(sequences), shapes.max_pages, vocab_size, adapters=shapes.adapters)
+        return decode_state(_slots(batch.sequences), shapes.max_pages, vocab_size, adapters=shapes.adapters)
+
+    def _grown(self, kept: _Kept, batch: Batch) -> DecodeState:
+        pages = batch.pages
+        grown = kept.pages != [len(each) for each in pages]
+        return self._runner.with_pages(kept.state, pages) if grown else kept.state
 
     def fetch(self, dispatch: Dispatch) -> Sampled:
-        """What was sampled, as NumPy arrays, a batch slot for each sequence. Raises why the dispatch failed."""
+        """What was sampled, as NumPy arrays, a line for each of `Dispatch.sequences`. Raises why the dispatch failed;
+        what was sent behind it is dropped then."""
         try:
             sampled = self._finished(dispatch)
         except Exception:
-            self._kept = None  # it came out of the same dispatch
+            self._kept = self.ahead = None  # they came out of the same dispatch
             raise
-        self.step_seconds = (time.perf_counter() - dispatch.started) / dispatch.steps
-        return sampled
+        began, self._fetched = max(dispatch.started, self._fetched), time.perf_counter()
+        self.step_seconds = (self._fetched - began) / dispatch.steps
+        live = dispatch.batch.live
+        if len(live) == len(dispatch.batch.sequences):
+            return sampled
+        return jax.tree.map(lambda lines: lines[live], sampled)
 
     def _finished(self, dispatch: Dispatch) -> Sampled:
         if isinstance(dispatch.sampled, Exception):
@@ -142,7 +222,7 @@ class Execution:
             return jax.device_get(dispatch.sampled)
         state, sampled = dispatch.sampled.finish()
         steps = sampled.token.shape[1]
-        self._kept = _Kept.behind(state, dispatch.sequences, steps)
+        self._kept = _Kept.of(state, dispatch.batch.behind(steps))
         return sampled
 
     def decode_alone(self, sequence: Sequence, steps: int) -> Sampled:
@@ -244,5 +324,9 @@ def _slots(sequences: list[Sequence]) -> list[BatchSlot]:
     return [sequence.batch_slot for sequence in sequences]
 
 
-def _tokens(sequences: list[Sequence], ahead: int) -> list[int]:
-    return [len(sequence.output.token_ids) + ahead for sequence in sequences]
+def _ended_on_the_device(sequence: Sequence) -> bool:
+    """Whether the device knows that it has ended: by a token of the model, or by its length."""
+    output = sequence.output
+    if sequence.state is not State.FINISHED or not output.token_ids:
+        return False
+    return output.token_ids[-1] in output.end_tokens or len(output.token_ids) >= output.max_new_tokens

@@ -56,6 +56,8 @@ class Isolation:
         if len(sequences) == 1:
             self._admission.finish(sequences[0], "error", error)
             return
+        if not sequences:  # it was for some who have all ended since
+            return
         log.warning("a step of %d sequences failed, they go on one by one", len(sequences), exc_info=error)
         for sequence in sequences:
             if lost:

@@ -4,6 +4,7 @@ One round, `Loop.step`:
 
     take in      new sequences, cancellations, rounds whose members are there
     schedule     who decodes, and how many tokens; while the device decodes, who is admitted and what is prefilled
+    send ahead   the next decode dispatch, where the tokens of this one cannot change what is done next
     run          the decode dispatch, then at most one prefill plan or probe, or a few layers of one
     postprocess  new tokens, ends, what others can find from now on; who was probed waits again, with an excerpt
     report       news to the listeners
@@ -11,6 +12,11 @@ One round, `Loop.step`:
 `policy` decides, `execution` computes, `isolation` deals with what fails, `admission` keeps the books of the store,
 `choice` says what of it a plan uses, `company` what a text to remember is prefilled behind. While nothing is in line,
 `healing` says what is made exact, and `remaking` which texts are made again.
+
+A dispatch that was sent ahead continues from the state on the device. The host sees and handles the tokens before it
+while the device computes. If they end a sequence, what the dispatch brings for it is thrown away and never committed.
+Its pages may go to another sequence at once, since what that one writes is computed behind the dispatch. A dispatch
+ahead has few tokens, so that a request which comes meanwhile waits no longer than it would otherwise.
 
 Everything but `submit`, `remember`, `wait`, `stats` and `Ticket.cancel` belongs to one thread, and so does the engine.
 Listeners run on that thread, in the middle of a round. They must not call the engine, which raises RuntimeError then.
@@ -265,8 +271,9 @@ class Loop:
 
     def _work(self) -> None:
         self._take_in()
-        decode = self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
+        decode = self._next_decode()
         prefill = self.policy.prefill_batch()  # while the device decodes
+        self._send_ahead(decode, prefill)
         self._finish_decode(decode)
         self._prefill(prefill)
         idle = decode is None and not prefill.sequences
@@ -440,6 +447,22 @@ class Loop:
                 self.admission.finish(sequence, "cancelled")
 
     # Decode -------------------------------------------------------------------------------------------------
+
+    def _next_decode(self) -> Dispatch | None:
+        """The dispatch that was sent ahead, or else a new one."""
+        ahead, self._execution.ahead = self._execution.ahead, None
+        if ahead is not None:
+            return ahead
+        return self._start_decode(self.policy.decode_batch(self._execution.step_seconds))
+
+    def _send_ahead(self, decode: Dispatch | None, prefill: PrefillBatch) -> None:
+        """Send the next dispatch before the host has seen the tokens of this one, so that the device never waits for
+        what the host does with them. Not if something comes in between, or may."""
+        if decode is None or prefill.sequences or self._inbox or not self._execution.can_follow(decode):
+            return
+        steps = self.policy.steps_ahead(decode.sequences, decode.steps, self._execution.step_seconds)
+        if steps:
+            self._execution.start_ahead(decode, steps)
 
     def _start_decode(self, batch: DecodeBatch) -> Dispatch | None:
         """Decode suspects one by one, and send the others' dispatch on its way."""

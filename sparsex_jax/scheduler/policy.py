@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsex_jax.config import EngineConfig, ReuseConfig
+from sparsex_jax.device.decode import FEW_STEPS
 from sparsex_jax.errors import InvalidRequestError, NoRoomError, StoreFullError
 from sparsex_jax.reuse.planner import Shapes
 from sparsex_jax.scheduler.admission import Admission
@@ -34,9 +35,13 @@ from sparsex_jax.scheduler.rounds import all_of_one
 from sparsex_jax.scheduler.sequence import Sequence, State
 from sparsex_jax.scheduler.sharing import Offer
 
-FEW_STEPS = 4  # tokens a dispatch while some sequence waits for a prefill
-# A dispatch of more tokens should not take longer: who comes meanwhile waits for its end. It matters on slow devices.
+# A dispatch of more than FEW_STEPS tokens should not take longer: who comes meanwhile waits for its end. It matters on
+# slow devices.
 MOST_SECONDS = 0.2
+# What the host does for 64 sequences between two dispatches takes about so long (`scripts/bench_host.py`). Where few
+# tokens take a device longer, they are sent for before the host has seen those before them. Where they do not, it is
+# better to send for many at once.
+ROUND_SECONDS = 0.002
 # What the host looks at in a round does not grow with the line: so many that find no pages, and so many comparisons of
 # one that waits with one that is being prefilled. Who is not looked at has its turn in one of the next rounds.
 MOST_TRIED = 16
@@ -109,13 +114,42 @@ class Policy:
         return DecodeBatch(alone, together, steps)
 
     def _steps(self, step_seconds: float) -> int:
-        """As many as a dispatch may have and soon gets done, or few where some sequence's first token is near."""
-        free = len(self.running) < self.max_num_seqs
-        near = self.of_state(State.PREFILLING) or (free and any(self._may_find_pages(one) for one in self.waiting))
+        """As many as a dispatch may have and soon gets done, or few where some sequence's first token is near, or where
+        the next ones are sent for meanwhile."""
         most = self._config.decode_steps
-        if near or step_seconds * most > MOST_SECONDS:
-            most = min(FEW_STEPS, most)
+        if self._is_near or step_seconds * most > MOST_SECONDS or self._hides_a_round(step_seconds):
+            return self._few_steps
         return most
+
+    @property
+    def _is_near(self) -> bool:
+        """Whether some sequence is being prefilled, or may be soon."""
+        free = len(self.running) < self.max_num_seqs
+        found = free and any(self._may_find_pages(one) for one in self.waiting)
+        return found or bool(self.of_state(State.PREFILLING))
+
+    @property
+    def _few_steps(self) -> int:
+        return min(FEW_STEPS, self._config.decode_steps)
+
+    def _hides_a_round(self, step_seconds: float) -> bool:
+        return step_seconds * self._few_steps >= ROUND_SECONDS
+
+    def steps_ahead(self, sequences: list[Sequence], behind: int, step_seconds: float) -> int:
+        """How many tokens a dispatch has that is sent before the host knows up to `behind` tokens of its sequences. All
+        have pages for them then. 0: it has to wait for those, since they may change what is done next.
+
+        Few, because who comes from now on waits for all of them; who waits already should not.
+        """
+        steps = self._few_steps
+        if not self._hides_a_round(step_seconds) or self._is_near or sequences != self.of_state(State.DECODING):
+            return 0
+        if any(one.suspect or one.cancelled for one in sequences) or not any(
+            one.slots(behind) < one.most_slots for one in sequences
+        ):
+            return 0
+        is_full = any(not self._may_find_pages(one) for one in self.waiting)
+        return 0 if is_full or not self._admission.grow_together(sequences, behind + steps) else steps
 
     def _grow(self, steps: int) -> None:
         """Take pages for the tokens to come, the oldest first. Where there are none, the youngest makes room.

@@ -6,7 +6,8 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
                           one or with many most probable tokens; the default method's probe, if it has one: of all
                           layers together where they fit a turn, one by one where they do not
     for 1, 2, 4 ...       the decode of that many sequences together: without and with penalties, biases or
-                          log-probabilities, and each of both also where some have a structure
+                          log-probabilities, and each of both also where some have a structure; on GPUs also where
+                          some draw from the best tokens only
     with mirrors          for each row bucket the alignment with a patch, and the packing of patch rows
     with tiers            the gathers and scatters of blocks; and host memory is pinned
 
@@ -83,7 +84,8 @@ def _decodes(loop: Loop, wishes: list[SamplingParams]) -> list[Callable[[], None
 
 def _wishes(loop: Loop, usual: SamplingParams | None) -> list[SamplingParams]:
     """What requests may ask for, as far as programs differ."""
-    frees = dict.fromkeys((SamplingParams(), usual or SamplingParams(), SamplingParams(logprobs=0)))
+    ranked = (SamplingParams(temperature=1.0, top_k=1),) if loop.runner.host_steers else ()
+    frees = dict.fromkeys((SamplingParams(), usual or SamplingParams(), *ranked, SamplingParams(logprobs=0)))
     return [one for free in frees for one in (free, *_structured(loop, free))]
 
 
@@ -161,7 +163,7 @@ def _decode(loop: Loop, number: int, wish: SamplingParams) -> None:
         about = runner.shapes.max_pages, runner.model.vocab_size
         state = decode_state([slot] * number, *about, adapters=runner.shapes.adapters)
         if matcher is None:
-            sampled = jax.device_get(runner.start_decode(state, 1)[1])
+            sampled = jax.device_get(runner.start_decode(state, runner.engine.decode_steps)[1])
         else:
             sampled = ConstrainedDecode(runner, state, [matcher] * number, 2).finish()[1]
     if (sampled.token == NON_FINITE).any():

@@ -1,0 +1,86 @@
+"""Decode where the host answers what a program asks on its way: nothing is asked from one step to the next."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY, tiny_engine
+
+from sparsex_jax import SamplingParams
+from sparsex_jax.device.decode import FEW_STEPS, decode
+from sparsex_jax.device.state import BatchSlot, decode_state
+
+KINDS = {
+    "plain": SamplingParams(temperature=1.0),
+    "ranked": SamplingParams(temperature=1.0, top_k=3),
+    "adjusted": SamplingParams(presence_penalty=0.5, logprobs=2),
+}
+
+
+def steered_engine(**changes):
+    """An engine whose host answers, on a device that would not need it."""
+    engine = tiny_engine(**changes)
+    engine.runner.host_steers = True
+    return engine
+
+
+@pytest.mark.parametrize(("kind", "sorts"), [("adjusted", True), pytest.param("plain", False, marks=pytest.mark.slow)])
+def test_no_step_of_a_compiled_decode_asks_the_host(kind, sorts):
+    """Attention aside: what stands in for its kernel here goes through the pages that there are."""
+    runner = steered_engine().runner
+    state = decode_state([BatchSlot([0], [0], KINDS[kind], (1,), [0])], runner.shapes.max_pages, TINY.vocab_size)
+    leaves, structure = jax.tree.flatten(runner.place(state))
+    about = {"decoder": runner.decoder, "steps": FEW_STEPS, "stops_early": False}
+
+    @jax.jit
+    def step(store, leaves, limit):  # checked records cannot hold what `lower` says of arguments
+        return decode(runner.params, store, jax.tree.unflatten(structure, leaves), limit, **about)
+
+    compiled = step.lower(runner.store, leaves, 1).compile().as_text()
+    lines = [line for line in compiled.splitlines() if "/attention/" not in line]
+    loops = [line for line in lines if re.search(r" while\(", line)]
+    assert any(f'"known_trip_count":{{"n":"{FEW_STEPS}"}}' in line for line in loops), "the steps"
+    assert any(f'"known_trip_count":{{"n":"{TINY.num_layers}"}}' in line for line in loops), "the layers"
+    assert [line for line in loops if "known_trip_count" not in line] == []
+    assert [line for line in lines if re.search(r" conditional\(", line)] == []
+    assert any(re.search(r" sort\(", line) for line in lines) == sorts
+
+
+def decoded(runner):
+    """What two requests get in two dispatches, of which one ends within the first, and the state behind both."""
+    slots = [
+        BatchSlot([0], [5], dataclasses.replace(KINDS["ranked"], max_new_tokens=40, seed=1), (-1,), [0, 1, 2]),
+        BatchSlot([0], [5], dataclasses.replace(KINDS["adjusted"], max_new_tokens=4), (-1,), [3]),
+    ]
+    state, first = runner.start_decode(decode_state(slots, runner.shapes.max_pages, TINY.vocab_size), 16)
+    state, second = runner.start_decode(state, 3)
+    counts = state.sampling.adjustment.counts
+    return jax.device_get((first, second, [state.token, state.position, state.remaining, counts]))
+
+
+def test_the_same_tokens_come_when_nothing_is_asked():
+    expected, got = decoded(tiny_engine().runner), decoded(steered_engine().runner)
+    *sampled, state = zip(got, expected, strict=True)
+    for steered, usual in sampled:
+        taken = usual.token >= 0
+        width = steered.token.shape[1]
+        assert taken.sum() in (16 + 3, 3)
+        assert not taken[:, width:].any()
+        assert np.array_equal(steered.token, usual.token[:, :width])
+        for one, other in zip(jax.tree.leaves(steered.logprobs), jax.tree.leaves(usual.logprobs), strict=True):
+            assert np.array_equal(one[taken[:, :width]], other[taken])
+    for one, other in zip(*state, strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_a_nucleus_is_decided_for_the_whole_batch():
+    about = (2, TINY.vocab_size)
+    states = {
+        kinds: decode_state([BatchSlot([0], [0], KINDS[kind], (1,), [0]) for kind in kinds], *about)
+        for kinds in (("plain", "plain"), ("plain", "ranked"), ("plain", "adjusted"))
+    }
+    decided = {kinds: state.sampling.decided().ranks for kinds, state in states.items()}
+    assert decided == {("plain", "plain"): False, ("plain", "ranked"): True, ("plain", "adjusted"): True}
+    assert all(state.sampling.ranks is None for state in states.values())

@@ -78,16 +78,20 @@ def test_a_crowd_compiles_nothing_after_the_warm_up(reuse):
     assert any(0 < report.computed_fraction < 1 for report in reports)
 
 
+@pytest.mark.parametrize("steers", [False, True])
 @pytest.mark.parametrize(("most", "numbers"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
-def test_every_size_of_a_batch_is_decoded_once(most, numbers, monkeypatch):
+def test_every_size_of_a_batch_is_decoded_once(most, numbers, steers, monkeypatch):
     decoded = []
     monkeypatch.setattr(warmup, "_decode", lambda _, number, structure: decoded.append(number))
     monkeypatch.setattr(warmup, "_prefill", lambda *_: None)
     monkeypatch.setattr(warmup, "_probe", lambda *_: None)
     monkeypatch.setattr(warmup, "_generate", lambda *_: None)
-    for step in warmup.steps(make_engine(max_num_seqs=most).loop):
+    loop = make_engine(max_num_seqs=most).loop
+    loop.runner.host_steers = steers
+    for step in warmup.steps(loop):
         step()
-    assert decoded == 2 * numbers  # plain, and with every wish but a structure, which this model's tokens cannot have
+    # Plain, ranked where the host decides that, and with every wish but a structure, which its tokens cannot have.
+    assert decoded == (3 if steers else 2) * numbers
 
 
 @pytest.mark.slow

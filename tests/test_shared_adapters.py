@@ -238,6 +238,16 @@ def test_a_refresh_of_all_is_as_alone(engine):
     assert idle(engine)
 
 
+@pytest.mark.parametrize("method", ["prefix", "naive"])
+def test_a_refresh_repairs_also_where_the_default_does_not(engine, method):
+    engine.reuse = ReuseConfig(method)
+    engine.prefill(TEXT[:40], adapter="one", sharing="pre_lr")
+    report = engine.prefill(TEXT[:60], adapter="two", sharing="refresh", keep=False).report
+    assert report.recomputed_tokens > 0
+    sharing = engine.loop.requests.default_reuse
+    assert [sharing(mode).method for mode in SHARING] == [method, method, "sparsex", method, "prefix"]
+
+
 def test_what_moved_and_is_another_adapters_work_is_refreshed_too(engine):
     alone = engine.prefill(TEXT[:60], adapter="two", keep=False)
     engine.prefill(TEXT[5:50], adapter="one", sharing="pre_lr")

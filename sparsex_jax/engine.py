@@ -292,7 +292,8 @@ class Engine:
           sharing: what it finds of others' work, where `EngineConfig.share_adapters` is on. `isolated`: nothing, and
             its answers are exact. `pre_lr`: what all wrote that ask for `pre_lr` or `refresh`, with its own part of
             values in place of the writer's. `refresh`: the same, but as segments, which the method of `reuse` repairs:
-            sparsex computes again what the new tokens look at most. `rebase`: what the model computed without adapters
+            sparsex, which it has where `reuse` is None and the engine's own repairs nothing, computes again what the
+            new tokens look at most. `rebase`: what the model computed without adapters
             of prompts and answers of those that ask for `rebase`; that is done while nothing is in line, by `heal` or a
             server. `base_shared`: prefixes that all wrote that ask for `base_shared`, of which the adapter runs through
             what it has not seen, for its own part of values; it needs the method prefix, which it has where `reuse` is

@@ -344,14 +344,17 @@ def test_keys_and_values_in_float8():
 # Texts that are remembered ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["pre_lr", "rebase", "base_shared"])
+@pytest.mark.parametrize("mode", ["pre_lr", "refresh", "rebase", "base_shared"])
 def test_a_text_is_remembered_for_those_who_share(engine, mode):
-    text = TEXT[:40]
-    handle = engine.remember(text, adapter="one", sharing=mode)
+    text, finds, events = TEXT[:40], "pre_lr" if mode == "refresh" else mode, []
+    engine.loop.remember(text, adapter="one", sharing=mode, listener=events.append)
+    run(engine.loop)
+    handle, told = events[-1].handle, [event.report for event in events if event.report]
     assert engine.remember(text, adapter="one", sharing=mode) == handle
     (entry,) = engine.entries()
     assert (entry.origin.adapter, entry.origin.sharing) == (None if mode == "rebase" else "one", mode)
-    out = engine.prefill(TEXT[:60], adapter="two", sharing=mode, reuse=ReuseConfig("prefix"), keep=False)
+    assert (told[0].adapter is None) == (mode == "rebase")  # not one without a name
+    out = engine.prefill(TEXT[:60], adapter="two", sharing=finds, reuse=ReuseConfig("prefix"), keep=False)
     assert (out.report.approximate_prefix_tokens, out.report.sharing.cross_adapter_tokens) == (40, 40)
     assert out.report.sharing.unseen_tokens == (40 if mode == "base_shared" else 0)
     if mode == "base_shared":
@@ -360,12 +363,42 @@ def test_a_text_is_remembered_for_those_who_share(engine, mode):
     for others in ({"adapter": "one"}, {}):
         assert engine.prefill(TEXT[:60], keep=False, **others).report.fresh_tokens == 60
     engine.forget(handle)
-    report = engine.prefill(TEXT[:60], adapter="two", sharing=mode, reuse=ReuseConfig("prefix"), keep=False).report
+    report = engine.prefill(TEXT[:60], adapter="two", sharing=finds, reuse=ReuseConfig("prefix"), keep=False).report
     assert report.fresh_tokens == 60
     engine.remember(text, adapter="one", sharing=mode, frozen=True)
     engine.unload_adapter("later")  # what is shared begins anew
     assert engine.entries() == []
     engine.admission.check_books()
+    assert idle(engine)
+
+
+@pytest.mark.parametrize("mode", ["pre_lr", "rebase", "base_shared"])
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_a_text_is_found_that_is_remembered_while_an_adapter_comes(mode, rounds):
+    engine, events = sharing_engine(prefill_tokens=128), []
+    about = {"adapter": "one", "sharing": mode}
+    text = TEXT[:140]  # of two chunks
+    engine.loop.remember(text, frozen=True, listener=events.append, **about)
+    for _ in range(rounds):  # it waits, or is prefilled
+        engine.loop.step()
+    engine.load_adapter("later", LATER)
+    run(engine.loop)
+    assert engine.remember(text, frozen=True, **about) == events[-1].handle
+    report = engine.prefill(TEXT[:150], reuse=ReuseConfig("prefix"), keep=False, **about).report
+    assert report.approximate_prefix_tokens == 140
+    engine.unload_adapter("later")
+    assert engine.entries() == []
+    assert idle(engine)
+
+
+def test_who_waits_while_an_adapter_comes_finds_what_is_shared_then():
+    engine, events = sharing_engine(), []
+    about = {"adapter": "one", "sharing": "pre_lr", "reuse": ReuseConfig("prefix")}
+    for _ in range(2):
+        engine.loop.submit(TEXT[:40], SamplingParams(max_new_tokens=1), listener=events.append, **about)
+    engine.load_adapter("later", LATER)
+    run(engine.loop)
+    assert engine.prefill(TEXT[:60], keep=False, **about).report.approximate_prefix_tokens == 40
     assert idle(engine)
 
 

@@ -169,16 +169,17 @@ def test_nobody_else_finds_what_a_group_shares(engine):
     assert idle(engine)
 
 
-def test_who_came_before_an_adapter_was_loaded_leaves_nothing_to_those_behind_it(engine):
-    sampling = dataclasses.replace(ONE_TOKEN, max_new_tokens=1)
-    asked = {"adapter": "one", "sharing": "pre_lr", "listener": lambda event: None}
-    engine.loop.submit(TEXT[:40], sampling, **asked)
+def test_who_began_before_an_adapter_was_loaded_leaves_nothing_to_those_behind_it():
+    engine, asked = sharing_engine(prefill_tokens=128), {"adapter": "one", "sharing": "pre_lr"}
+    asked |= {"sampling": ONE_TOKEN, "reuse": PREFIX, "listener": lambda event: None}
+    engine.loop.submit(TEXT[:140], **asked)
+    engine.loop.step()  # the first of two chunks
     engine.load_adapter("later", LATER)
     run(engine.loop)
     assert engine.stats()["tokens"] == 0
-    engine.loop.submit(TEXT[:40], sampling, **asked)
+    engine.loop.submit(TEXT[:140], **asked)
     run(engine.loop)
-    assert engine.stats()["tokens"] == 40
+    assert engine.stats()["tokens"] == 140
     assert idle(engine)
 
 
@@ -236,6 +237,16 @@ def test_a_refresh_of_all_is_as_alone(engine):
     again = engine.prefill(TEXT[:60], adapter="one", sharing="pre_lr", reuse=PREFIX, keep=False)
     assert again.report.approximate_prefix_tokens == 59
     assert idle(engine)
+
+
+@pytest.mark.parametrize("method", ["prefix", "naive"])
+def test_a_refresh_repairs_also_where_the_default_does_not(engine, method):
+    engine.reuse = ReuseConfig(method)
+    engine.prefill(TEXT[:40], adapter="one", sharing="pre_lr")
+    report = engine.prefill(TEXT[:60], adapter="two", sharing="refresh", keep=False).report
+    assert report.recomputed_tokens > 0
+    sharing = engine.loop.requests.default_reuse
+    assert [sharing(mode).method for mode in SHARING] == [method, method, "sparsex", method, "prefix"]
 
 
 def test_what_moved_and_is_another_adapters_work_is_refreshed_too(engine):

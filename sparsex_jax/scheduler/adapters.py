@@ -27,6 +27,11 @@ _GROUP_OF = {"pre_lr": "written", "refresh": "written", "rebase": "neutral", "ba
 _GROUPS = tuple(dict.fromkeys(_GROUP_OF.values()))
 
 
+def group_of(sharing: str) -> str:
+    """The name of those who find the same; empty for who shares nothing."""
+    return _GROUP_OF.get(sharing, "")
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """A version of an adapter that is loaded.
@@ -138,9 +143,17 @@ class Adapters:
 
     def stands(self, acting: Acting) -> bool:
         """Whether the version that acts is still loaded, and stays."""
-        if acting.number == self._groups["neutral"]:
+        if acting.slot == NO_SLOT:  # a text that is prefilled without adapters needs none
             return True
         return any(acting.number == each.number and each.name not in self._leaving for each in self)
+
+    def renewed(self, acting: Acting) -> Acting:
+        """The same with the mark that its group has now (`share_anew`)."""
+        if acting.slot == NO_SLOT:
+            return self.neutral
+        if not acting.shares:
+            return acting
+        return dataclasses.replace(acting, mark=self._groups[_GROUP_OF[acting.sharing]] << self._bits)
 
     def may_write(self, acting: Acting) -> bool:
         """Whether what is computed with it may be found under its keys.

@@ -362,6 +362,20 @@ class Admission:
         """How many pages hold this many tokens."""
         return -(-num_tokens // self._config.page_size)
 
+    # Adapters that share ------------------------------------------------------------------------------------
+
+    def renew(self, sequence: Sequence) -> None:
+        """Have a sequence that waits find, and write, what its group shares now: an adapter may have come or gone
+        since it was put in line. One that has begun goes on alone, as it began."""
+        adapter = sequence.adapter
+        if adapter and not sequence.has_begun and (renewed := self.adapters.renewed(adapter)) != adapter:
+            sequence.act_as(renewed)
+
+    def is_outdated(self, sequence: Sequence) -> bool:
+        """Whether a text was prefilled for adapters that shared until then, and share anew since: nobody finds it."""
+        adapter = sequence.adapter
+        return sequence.remember is not None and adapter is not None and self.adapters.renewed(adapter) != adapter
+
     # Company ------------------------------------------------------------------------------------------------
 
     def accompany(self, sequence: Sequence) -> None:

@@ -563,8 +563,8 @@ class Loop:
     def _end(self, sequence: Sequence, reason: str) -> None:
         if sequence.hold:
             sequence.state = State.HELD
-        elif sequence.remember and sequence.forgotten:
-            self.admission.leave(sequence)  # it began with what is forgotten by now: compute it anew
+        elif sequence.remember and (sequence.forgotten or self.admission.is_outdated(sequence)):
+            self.admission.leave(sequence)  # it began with what is forgotten by now, or is let go of: compute it anew
         else:
             sequence.handle = self.admission.register(sequence) if sequence.remember else None
             self.admission.finish(sequence, reason)

@@ -191,6 +191,7 @@ class Policy:
                 continue
             if self._may_find_pages(sequence):
                 self._admission.accompany(sequence)
+            self._admission.renew(sequence)
             offers = self._offers_to(sequence)
             compared += sum(not sequence.wanted.knows(offer) for offer in offers)
             if any(sequence.wanted.shares(offer) for offer in offers):

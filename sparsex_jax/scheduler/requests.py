@@ -15,6 +15,7 @@ from sparsex_jax.config import ModelConfig, ReuseConfig, SamplingParams, Structu
 from sparsex_jax.errors import ContextLengthError, InvalidRequestError, StructureError
 from sparsex_jax.reuse.adapters import Acting
 from sparsex_jax.reuse.methods import method_of
+from sparsex_jax.scheduler.adapters import group_of
 from sparsex_jax.scheduler.admission import Admission
 from sparsex_jax.scheduler.output import Output
 from sparsex_jax.scheduler.prompt_logprobs import PromptLogprobs, reuse_when_scored
@@ -158,8 +159,7 @@ class Requests:
             )
         tokens = np.concatenate([before, text])
         acting = self._acting_on_text(adapter, tokens, sharing, preamble)
-        keys = tokens if acting is None else acting.keys(tokens)
-        content = _content(keys[: len(before)], keys[len(before) :], in_company)
+        content = _content(tokens, len(before), in_company, acting, sharing)
         kept = Remember(text, namespace, frozen, content, in_company, self._said(text), sharing)
         # Behind a preamble the text alone is kept, not both.
         return self._remember(tokens, kept, len(before) == 0, started, adapter=acting, **options)
@@ -170,7 +170,7 @@ class Requests:
         """The adapter under whose keys a text is kept. For `rebase` that is none, on keys of its own: what those read
         that ask for it is what the model computes without adapters."""
         adapters = self._admission.adapters
-        acting = adapters.on(adapter, tokens, sharing)
+        acting = adapters.on(adapter, tokens, "pre_lr" if sharing == "refresh" else sharing)  # nothing is repaired here
         if sharing == "base_shared" and preamble is not None:
             raise InvalidRequestError(
                 "sharing='base_shared' and a preamble exclude each other: what stands behind it is no prefix"
@@ -248,10 +248,19 @@ class Requests:
         matcher = self.matcher(structure, may_end=not sampling.ignore_eos) if sampling and structure else None
         return Output(sampling, self.end_tokens, self.tokenizer, matcher)
 
+    def default_reuse(self, sharing: str) -> ReuseConfig:
+        """What a request does that says nothing of reuse, by how it shares: some ways take no segments, or repair
+        them."""
+        if sharing == "base_shared":
+            return ReuseConfig("prefix")
+        repairs = method_of(self.reuse).repairs
+        return self.reuse if repairs or sharing != "refresh" else ReuseConfig("sparsex")
+
     def _method(self, reuse: ReuseConfig | None, sharing: str = "isolated") -> ReuseConfig:
+        reuse = self.default_reuse(sharing) if reuse is None else reuse
         if sharing == "base_shared":
             reuse = _for_base_shared(reuse)
-        return method_of(self.reuse if reuse is None else reuse).fitted(self._model.windows)
+        return method_of(reuse).fitted(self._model.windows)
 
     def _checked(self, sequence: Sequence) -> Sequence:
         _require_type("keep", sequence.keep, bool)
@@ -262,13 +271,16 @@ class Requests:
         return sequence
 
 
-def _content(before: np.ndarray, text: np.ndarray, in_company: bool) -> bytes:
-    """A digest of the text to remember, its preamble, and where one ends and the other begins.
+def _content(tokens: np.ndarray, num_before: int, in_company: bool, acting: Acting | None, sharing: str) -> bytes:
+    """A digest of the preamble and the text to remember, where one ends and the other begins, and of who finds it.
 
     Which company the engine chooses is no part of it, but that it chooses: who asks for a text alone gets no other.
+    Adapters that share have the name of their group in it: their mark may be another one once the text is prefilled.
     """
-    kind = b"company" if in_company else len(before).to_bytes(8)
-    return hashlib.sha256(kind + before.tobytes() + text.tobytes()).digest()
+    kind = b"company" if in_company else num_before.to_bytes(8)
+    group = group_of(sharing)
+    keys = tokens if acting is None or group else acting.keys(tokens)
+    return hashlib.sha256(kind + group.encode() + keys.tobytes()).digest()
 
 
 def _require_repair(sequence: Sequence) -> None:
@@ -278,10 +290,10 @@ def _require_repair(sequence: Sequence) -> None:
         )
 
 
-def _for_base_shared(reuse: ReuseConfig | None) -> ReuseConfig:
+def _for_base_shared(reuse: ReuseConfig) -> ReuseConfig:
     """A prefix, and no segments. It is used whatever the cost model says: its tokens are computed either way, and what
     they save is memory."""
-    reuse = method_of(ReuseConfig("prefix") if reuse is None else reuse)
+    reuse = method_of(reuse)
     if reuse.uses_segments:
         raise InvalidRequestError(
             f"sharing='base_shared' finds prefixes and no segments: it needs the method prefix, not {reuse.method!r}"

@@ -357,6 +357,11 @@ class Sequence:
         self.prompt = np.concatenate([company.tokens, self.remember.text])
         self.wanted = Wanted(self.to_find(self.prompt), self.reuse)
 
+    def act_as(self, adapter: Acting) -> None:
+        """Wait with this adapter, and its keys, in place of what it was."""
+        self.adapter = adapter
+        self.wanted = Wanted(self.to_find(self.prompt), self.reuse)
+
     def to_prefill(self) -> tuple[Int32[np.ndarray, "tokens"], ReuseConfig]:
         """The tokens to look up, and how.
 
@@ -464,11 +469,15 @@ class Sequence:
             restored_tokens=self.restored_tokens,
             computed_fraction=min(computed, 1.0),
             round=self.member.share() if self.member else None,
-            adapter=AdapterShare(self.adapter.name, self.adapter.num_tokens(len(self.prompt)))
-            if self.adapter
-            else None,
+            adapter=self._adapter_share(),
             sharing=self._shared_kv(self.report) if self.adapter and self.adapter.shares else None,
         )
+
+    def _adapter_share(self) -> AdapterShare | None:
+        adapter = self.adapter
+        if adapter is None or adapter.slot == NO_SLOT:  # or it is for those that read what the model alone computes
+            return None
+        return AdapterShare(adapter.name, adapter.num_tokens(len(self.prompt)))
 
     def _shared_kv(self, report: Report) -> SharedKV:
         assert self.adapter is not None

@@ -290,10 +290,9 @@ class Intake:
 
     def _reuse(self, request: Generate, sampling: SamplingParams) -> ReuseConfig:
         """What the request says about reuse on top of what the server was started with."""
-        if request.reuse is None and request.sharing == "base_shared":
-            return reuse_when_scored(sampling) or ReuseConfig("prefix")  # it takes no segments
         if request.reuse is None:
-            return reuse_when_scored(sampling) or self._engine.reuse
+            by_default = self._engine.loop.requests.default_reuse(request.sharing or "isolated")
+            return reuse_when_scored(sampling) or by_default
         extras.forbid(request.reuse, "reuse.")
         return self._engine.reuse.updated(**request.reuse.model_dump(exclude_unset=True))
 

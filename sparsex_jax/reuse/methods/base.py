@@ -29,9 +29,11 @@ class Method(ReuseConfig):
     `uses_prefix` and `uses_segments` say what is looked up; `schedule` says what is computed of a prompt then.
 
     Attributes:
+      repairs: whether some of what is pasted is computed anew.
       more_is_careful: options of which a larger value computes more.
     """
 
+    repairs: ClassVar[bool] = True
     more_is_careful: ClassVar[tuple[str, ...]] = ("min_segment_tokens",)
 
     def accepts(self, made_by: object, num_layers: int) -> bool:

@@ -16,6 +16,7 @@ class Full(Method, name="full"):
 
     uses_prefix: ClassVar[bool] = False
     uses_segments: ClassVar[bool] = False
+    repairs: ClassVar[bool] = False
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         return [Phase(0, prompt.computed)]
@@ -26,6 +27,7 @@ class Prefix(Method, name="prefix"):
     """Compute all but the exact prefix."""
 
     uses_segments: ClassVar[bool] = False
+    repairs: ClassVar[bool] = False
 
     def schedule(self, prompt: PromptMap, num_layers: int) -> list[Phase]:
         return [Phase(0, prompt.computed)]
@@ -34,6 +36,8 @@ class Prefix(Method, name="prefix"):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Naive(Method, name="naive"):
     """Paste and align all segments; compute the fresh tokens and nothing else."""
+
+    repairs: ClassVar[bool] = False
 
     def accepts(self, made_by: object, num_layers: int) -> bool:
         """Every method computes at least the fresh tokens."""

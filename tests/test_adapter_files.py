@@ -206,6 +206,8 @@ def test_an_activated_adapter_has_its_invocation(tmp_path):
         ({"use_rslora": "yes"}, "use_rslora='yes' must be true or false"),
         ({"target_modules": None}, "target_modules=None must be a list"),
         ({"target_modules": ["q_proj", "k_proj", "v_proj"]}, "has no tensors of model.layers.0.self_attn.k_proj"),
+        ({"target_modules": ["q_proj", "v_proj", "lm_head"]}, "selects lm_head; adapters are read for modules of"),
+        ({"target_modules": r".*(q_proj|v_proj|embed_tokens)"}, "selects model.embed_tokens"),
         ({"target_modules": ["q_proj"]}, "layers.0.self_attn.v_proj: adapter_config.json does not select them"),
         ({"target_modules": "[qv]_proj"}, "does not select them"),  # a pattern is for the whole name
         ({"layers_to_transform": [0, 1, 2, 4]}, "must be layers of the model, from 0 to 3"),

@@ -122,7 +122,7 @@ def _find(source: str | Path) -> Path:
         raise UnknownModelError(f"{str(source)!r:.300} is {otherwise}: {error}") from error
     if exists:
         raise UnknownModelError(f"{str(source)!r} is {otherwise}")
-    return fetch_files(require_name(source, otherwise), (ADAPTER_CONFIG, _WEIGHTS))
+    return fetch_files(require_name(source, otherwise, "OWNER/NAME[@REVISION]"), (ADAPTER_CONFIG, _WEIGHTS))
 
 
 def _weights_file(folder: Path) -> Path:
@@ -243,6 +243,9 @@ def _refuse_unread(path: Path, names: Collection[str], kinds: Iterable[str]) -> 
         )
 
 
+_OUTSIDE = ("model.embed_tokens", "lm_head")  # what a model has beside its layers, as PEFT names it
+
+
 def _check_modules(stored: _Stored, said: AdapterConfig) -> None:
     """Refuse an adapter whose tensors are not those of the modules that its configuration selects."""
     every = stored.every_module()
@@ -254,6 +257,9 @@ def _check_modules(stored: _Stored, said: AdapterConfig) -> None:
     if selected - stored.modules:
         missing = min(selected - stored.modules)
         raise UnsupportedModelError(f"{stored.path} has no tensors of {missing.name}, which {ADAPTER_CONFIG} selects")
+    outside = [name for name in _OUTSIDE if said.targets is not None and said.selects(name)]
+    if outside:
+        said.fields.refuse("target_modules", f"selects {outside[0]}; adapters are read for modules of the layers")
     if not selected:
         said.fields.refuse("target_modules", f"selects none of the model's modules, such as {min(every).name}")
 

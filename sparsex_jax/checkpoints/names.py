@@ -49,7 +49,7 @@ def as_name(source: str | Path) -> HubName | None:
     return HubName(found["repo"], found["revision"], found["quantisation"])
 
 
-def require_name(source: str | Path, otherwise: str) -> HubName:
+def require_name(source: str | Path, otherwise: str, form: str = "OWNER/NAME[@REVISION][:QUANTISATION]") -> HubName:
     """The name of a model on the hub, for a text that is no path of something that exists.
 
     Raises:
@@ -57,12 +57,11 @@ def require_name(source: str | Path, otherwise: str) -> HubName:
 
     Args:
       otherwise: what the text was no name of, for the message.
+      form: how names are written, for the message.
     """
     name = as_name(source)
     if name is None:
-        raise UnknownModelError(
-            f"{str(source)!r} is {otherwise}, nor a name on the hub, OWNER/NAME[@REVISION][:QUANTISATION]"
-        )
+        raise UnknownModelError(f"{str(source)!r} is {otherwise}, nor a name on the hub, {form}")
     owner = Path(name.repo.partition("/")[0])
     if owner.is_dir() and not str(source).startswith(_SCHEME):
         raise UnknownModelError(

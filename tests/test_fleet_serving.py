@@ -540,14 +540,14 @@ def test_prompts_go_to_the_replica_that_holds_them_in_their_namespace():
     }
     for path, fields in asks.items():
         body = json.dumps(fields | {"cache_salt": "ours"}).encode()
-        ask = app._preview.ask(path, body, Access.open(Limits()).tenant(None))
+        ask = app._preview.read(path, body, Access.open(Limits()).tenant(None)).ask
         ticket = app.router.route(ask)
         assert (ticket.replica, ticket.hit_tokens > 0.7 * len(document)) == ("c", True), path
         app.router.done(ticket, failed=True)
-    other = app._preview.ask(
+    other = app._preview.read(
         "/v1/completions", json.dumps({"prompt": text}).encode(), Access.open(Limits()).tenant(None)
     )
-    assert app.router.route(other).hit_tokens == 0
+    assert app.router.route(other.ask).hit_tokens == 0
 
 
 def test_members_of_a_round_and_moves_of_a_pin_stay_together():
@@ -558,7 +558,7 @@ def test_members_of_a_round_and_moves_of_a_pin_stay_together():
         ({"prompt_cache_key": "k", "prompt_cache_options": {"ttl": "5m"}}, b"pin:k"),
         ({"prompt_cache_key": "k"}, None),
     ):
-        assert preview().ask("/v1/completions", json.dumps(fields | more).encode(), tenant).group == group
+        assert preview().read("/v1/completions", json.dumps(fields | more).encode(), tenant).ask.group == group
 
 
 def test_a_wrong_request_gets_its_error_from_a_replica():

@@ -550,6 +550,36 @@ def test_prompts_go_to_the_replica_that_holds_them_in_their_namespace():
     assert app.router.route(other.ask).hit_tokens == 0
 
 
+def test_a_replica_without_the_texts_is_told_who_has_them():
+    """Where load sends a prompt elsewhere, and the holder gives blocks to others."""
+    text = "The keeper writes the code of the dome on a slate behind the stove every evening at nine. " * 20
+    document = np.array(engine().tokenizer(text)["input_ids"], np.int32)
+    tenant = Access.open(Limits()).tenant(None)
+    namespace = tenant.store_namespace("ours")
+    backend = Actors(told={name: Told([], Load(), f"http://{name}") for name in "ab"})
+    app = front(backend)  # round robin
+    samples = np.unique(SKETCH.samples(document, namespace))
+    app.router.apply("b", Update(1, 0, True, {SKETCH.tag(namespace): samples}, {}))
+
+    async def scenario():
+        app.follower.look()
+        await app.follower.settled()
+        for salt in ("ours", "ours", "others"):
+            reuse = {"method": "naive"}
+            await call(app, completion(text, cache_salt=salt, reuse=reuse))
+        backend.names = ["a"]
+        app.follower.look()
+        assert app.follower.addresses == {"a": "http://a"}
+        await app.follower.settled()
+
+    asyncio.run(scenario())
+    [to_a, to_b, of_others] = [request for _, request in backend.sent]
+    assert to_a.held_at == "http://b"
+    assert to_a.prompt.tokens.tolist() == document.tolist()
+    assert (to_a.prompt.namespace, to_a.prompt.reuse) == (namespace, {"method": "naive"})
+    assert to_b.held_at is to_b.prompt is of_others.held_at is of_others.prompt is None
+
+
 def test_members_of_a_round_and_moves_of_a_pin_stay_together():
     tenant = Access.open(Limits()).tenant(None)
     fields = {"prompt": "hello"}

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from sparsex_jax.errors import SparsexError
 from sparsex_jax.scheduler.peering import Peering
@@ -29,7 +30,9 @@ from sparsex_jax.serving.worker import Worker
 from sparsex_jax.tiers import block_file
 from sparsex_jax.tiers.blocks import Block
 
-_MOST_SENT = 4  # blocks at once, each of which is in memory a second time
+_MOST_ANSWERED = 4  # requests at once; the block that each sends is in memory a second time
+_MOST_S = 30.0  # of an answer, to one who does not read it
+_AT_ONCE = 1 << 20  # bytes that are handed to a connection before it is waited for
 _HEX_BYTES = 8  # of a token
 _BESIDE_TOKENS = 1 << 20  # bytes of a request
 
@@ -50,16 +53,18 @@ class PeerServer:
         """
         self._worker, self._peering, self._model, self._seal = worker, peering, model, seal
         self._most_bytes = _HEX_BYTES * worker.engine.model.max_position + _BESIDE_TOKENS
-        self._sending = asyncio.Semaphore(_MOST_SENT)
+        self._answering = asyncio.Semaphore(_MOST_ANSWERED)
         routes = [self._route(messages.LOOKUP, self._look_up), self._route(messages.BLOCK, self._send)]
-        self.app = Starlette(routes=routes)
+        self._app = Starlette(routes=routes)
         self._held = contextlib.ExitStack()
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self, host: str, port: int) -> str:
         """Listen, on the event loop that runs. Returns the address. Raises AddressError: it cannot be had."""
         sockets = self._held.enter_context(bound(host, port))
-        config = uvicorn.Config(self.app, lifespan="off", log_level="error", access_log=False, ws="none")
+        config = uvicorn.Config(
+            self._bounded, interface="asgi3", lifespan="off", log_level="error", access_log=False, ws="none"
+        )
         self._server = _Uvicorn(config)
         self._serving = asyncio.ensure_future(self._server.serve(_listening(sockets)))
         return url_of(sockets[0])
@@ -69,6 +74,10 @@ class PeerServer:
             self._server.should_exit = self._server.force_exit = True
             await asyncio.wait([self._serving])
         self._held.close()
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._answering, asyncio.timeout(_MOST_S):
+            await self._app(scope, receive, send)
 
     def _route(self, path: str, answer: Callable[[dict[str, Any]], Awaitable[tuple[bytes, bytes]]]) -> Route:
         """What `answer` makes of the fields of a request: a body, and the part of it that is sealed."""
@@ -81,7 +90,8 @@ class PeerServer:
                 content, sealed = await answer(self._fields(body))
             except SparsexError as error:
                 raise HTTPException(503, str(error)) from error
-            return Response(content, headers={HEADER: self._seal.of(str(seal).encode(), sealed)})
+            headers = {HEADER: self._seal.of(str(seal).encode(), sealed), "content-length": str(len(content))}
+            return StreamingResponse(_parts(content), headers=headers)
 
         return Route(path, respond, methods=["POST"])
 
@@ -117,9 +127,8 @@ class PeerServer:
             key = bytes.fromhex(fields["key"])
         except (KeyError, TypeError, ValueError) as error:
             raise HTTPException(400, f"key cannot be read: {error!r}") from error
-        async with self._sending:
-            block, pieces = await self._worker.call(self._block, key)
-            data = await asyncio.to_thread(self._encoded, block, pieces)
+        block, pieces = await self._worker.call(self._block, key)
+        data = await asyncio.to_thread(self._encoded, block, pieces)
         return data, block_file.header_of(data)
 
     def _block(self, key: bytes) -> tuple[Block, Callable[[], Any]]:
@@ -134,6 +143,12 @@ class PeerServer:
         if found is None:
             raise HTTPException(404, "no tier has this block any more")
         return block_file.encode(block, found, self._model)
+
+
+async def _parts(content: bytes) -> AsyncIterator[memoryview]:
+    view = memoryview(content)
+    for at in range(0, len(view), _AT_ONCE):
+        yield view[at : at + _AT_ONCE]
 
 
 def _listening(sockets: list[socket.socket]) -> list[socket.socket]:

@@ -150,10 +150,10 @@ class Peers:
             if time.monotonic() >= deadline:  # the loop was busy, and the prompt does not wait any more
                 return
             fetched, awaited, seconds = await self._worker.call(self._peering.choose, *about)
-        except (PeerError, SparsexError) as error:
-            return self._failed(holder, error)
         except NotAskedError:
             return
+        except Exception as error:
+            return self._failed(holder, error)
         if told and not fetched and not awaited:
             self._slower.forget()
         deadline = min(deadline, time.monotonic() + seconds) if seconds is not None else deadline
@@ -187,7 +187,7 @@ class Peers:
             if await self._worker.call(self._peering.tiers.arrived, block.key, kept):
                 self.counts.blocks += 1
                 self.counts.nbytes += nbytes
-        except (PeerError, NotAskedError, SparsexError) as error:
+        except Exception as error:
             if not isinstance(error, NotAskedError):
                 self._failed(holder, error)
             with contextlib.suppress(SparsexError):

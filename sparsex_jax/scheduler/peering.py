@@ -123,13 +123,16 @@ class Peering:
         runs = index.runs(tokens, namespace, lacking, method.min_segment_tokens) if method.uses_segments else []
         return chain, [run for run in runs if run.block.key not in known]
 
-    def choose(self, lookup: Lookup, told: Sequence[Run], bytes_per_s: float, most_bytes: int) -> Chosen:
+    def choose(
+        self, lookup: Lookup, told: Sequence[Run], bytes_per_s: float, most_bytes: int, streams: int = 1
+    ) -> Chosen:
         """Which blocks of another engine to get: none, if that takes longer than computing what they have.
 
         Args:
           told: what the other one found.
-          bytes_per_s: how fast they come.
+          bytes_per_s: how fast one comes.
           most_bytes: of blocks together.
+          streams: how many come at once.
         """
         held = self.tiers.index.holder
         useful = [run for run in told if self._is_of(lookup, run) and held(run.block) is None]
@@ -140,7 +143,7 @@ class Peering:
         keys = {*awaited, *(block.key for block in blocks)}
         seconds = self._seconds(lookup, [run for run in useful if run.block.key in keys])
         nbytes = sum(map(self.tiers.nbytes_of, blocks))
-        if seconds is not None and nbytes / bytes_per_s >= seconds:
+        if seconds is not None and nbytes / (bytes_per_s * max(min(streams, len(blocks)), 1)) >= seconds:
             return NOTHING
         return Chosen(self.tiers.expect(blocks), awaited, seconds)
 

@@ -146,7 +146,7 @@ class Peers:
                 return
             self.counts.asked += 1
             told = await self._run(self._look_up, holder, lookup, deadline)
-            about = lookup, told, self.bytes_per_s, self._config.most_bytes
+            about = lookup, told, self.bytes_per_s, self._config.most_bytes, self._config.threads
             if time.monotonic() >= deadline:  # the loop was busy, and the prompt does not wait any more
                 return
             fetched, awaited, seconds = await self._worker.call(self._peering.choose, *about)

@@ -9,6 +9,9 @@ Each copy is a client of its own, which asks one thing after the other; all of t
 together are more than one replica stores. Each policy gets the same requests. A few requests under another salt come
 first, so that little is compiled while times are taken.
 
+With `--fetching off on`, each policy is measured twice: the second time replicas get blocks that they lack from each
+other. Both times they have the same host memory (`--host-store`).
+
 A prompt's hit rate is the share of its tokens that its replica found, as its report says. Writes
 `routing-<model>-<device>.json` to `scripts/results`.
 """
@@ -36,10 +39,13 @@ import numpy as np
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.choice import EngineChoice
+from sparsex_jax.cli.values import parse_bytes
 from sparsex_jax.config import EngineConfig
+from sparsex_jax.config.checks import require
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WorkloadSize, make_workload
-from sparsex_jax.routing import POLICIES, Sketch
+from sparsex_jax.routing import POLICIES, Policy, SegmentPolicy, Sketch
+from sparsex_jax.serving.fleet.peers import PeerConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FOUND = ("prefix_tokens", "approximate_prefix_tokens", "reused_tokens", "recomputed_tokens")
@@ -65,6 +71,13 @@ class Answered:
     @property
     def found(self) -> int:
         return sum(self.report[name] for name in FOUND)
+
+    @property
+    def fetched(self) -> int:
+        """Tokens of parts that came from another replica, wholly or in part."""
+        prefix = self.report["prefix_tokens"] if self.report.get("prefix_tier") == "peer" else 0
+        segments = self.report.get("segments", ())
+        return prefix + sum(each["length"] for each in segments if each["tier"] == "peer")
 
 
 # Workloads --------------------------------------------------------------------------------------------------
@@ -143,6 +156,7 @@ def figures(answers: Sequence[Answered], seconds: float) -> dict[str, tuple[floa
     by_replica = Counter(answer.replica for answer in answers)
     return {
         "hit rate": (sum(answer.found for answer in answers) / prompt_tokens, "share of prompt tokens"),
+        "from others": (sum(answer.fetched for answer in answers) / prompt_tokens, "share of prompt tokens"),
         "computed": (computed / prompt_tokens, "share of token-layers"),
         "largest share of a replica": (max(by_replica.values()) / len(answers), "share of requests"),
         "TTFT p50": (float(np.percentile(ttft, 50)), "s"),
@@ -164,6 +178,26 @@ def rows_of(name: str, policy: str, measured: Mapping[str, tuple[float, str]], s
     ]
 
 
+class Case(NamedTuple):
+    """What is compared."""
+
+    name: str
+    policy: Policy
+    peers: PeerConfig | None
+
+
+def cases(args: argparse.Namespace) -> list[Case]:
+    made: dict[str, Policy] = {}
+    for policy in args.policies:
+        if policy == "segments" and args.work_weights:
+            made |= {f"segments, weight {weight:g}": SegmentPolicy(work_weight=weight) for weight in args.work_weights}
+        else:
+            made[policy] = POLICIES[policy]()
+    peers = {"off": ("", None), "on": (", fetching", PeerConfig(most_s=args.fetch_seconds))}
+    both = itertools.product(made.items(), (peers[each] for each in args.fetching))
+    return [Case(name + suffix, policy, config) for (name, policy), (suffix, config) in both]
+
+
 def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of all policies. Ray is started, and stopped in the end."""
     import ray
@@ -175,28 +209,32 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     size = WorkloadSize(args.requests, args.length, args.pieces)
     about = (checkpoint.tokenizer, checkpoint.config.vocab_size, size)
     workloads = {name: [steps_of(name, *about, seed) for seed in range(args.clients)] for name in args.workloads}
-    choice = EngineChoice(args.model, EngineConfig(store_tokens=args.store_tokens, healing=0.0))
+    host = parse_bytes("host_store", args.host_store)
+    require("on" not in args.fetching or host > 0, "fetching=on needs host_store above 0")
+    config = EngineConfig(store_tokens=args.store_tokens, healing=0.0, host_store_bytes=host)
+    choice = EngineChoice(args.model, config)
     scale = ScaleConfig(args.replicas, args.replicas, num_cpus=1.0, num_gpus=args.gpus_per_replica)
     rows: list[dict[str, Any]] = []
     connect(log_to_driver=args.verbose, num_cpus=max(args.replicas + 1, os.cpu_count() or 1))
     try:
         serve.start(http_options={"port": args.port})
-        for policy in args.policies:
+        for case in cases(args):
             fleet = FleetConfig(
                 args.model,
                 model_title(args.model),
                 choice.load,
                 Sketch(secrets.token_bytes(32), args.sample),
-                policy=POLICIES[policy](),
+                policy=case.policy,
+                peers=case.peers,
             )
             serve.run(application(fleet, scale), name="sparsex")
             for name, clients in workloads.items():
                 url = f"http://127.0.0.1:{args.port}"
-                done = asyncio.run(asked(url, clients, f"{policy}, {name}", args.new_tokens))
+                done = asyncio.run(asked(url, clients, f"{case.name}, {name}", args.new_tokens))
                 measured = figures(*done)
-                rows += rows_of(name, policy, measured, len(done[0]))
+                rows += rows_of(name, case.name, measured, len(done[0]))
                 said = ", ".join(f"{what} {figure:.3g}" for what, (figure, _) in measured.items())
-                print(f"{name}, {policy}: {said}", flush=True)
+                print(f"{name}, {case.name}: {said}", flush=True)
             serve.delete("sparsex")
     finally:
         serve.shutdown()
@@ -216,6 +254,10 @@ def parse() -> argparse.Namespace:
     add("--length", type=int, default=768, help="tokens of a prompt, about")
     add("--pieces", type=int, default=4, help="documents in a prompt, or agents")
     add("--store-tokens", type=int, default=8192, help="of each replica")
+    add("--host-store", default="0", help="host memory below each store, as `sparsex serve --host-store`")
+    add("--fetching", nargs="+", choices=("off", "on"), default=["off"], help="`on` needs --host-store")
+    add("--fetch-seconds", type=float, default=2.0, help="a prompt waits for other replicas so long at most")
+    add("--work-weights", nargs="+", type=float, default=[], help="of the policy `segments`, each a line")
     add("--new-tokens", type=int, default=8)
     add("--sample", type=int, default=16, help="one of this many windows is in digests")
     add("--gpus-per-replica", type=int, default=0)

@@ -28,11 +28,13 @@ from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.choice import EngineChoice
 from sparsex_jax.cli.serve import compile_all
 from sparsex_jax.cli.terminal import clear_errors
+from sparsex_jax.cli.values import parse_bytes
 from sparsex_jax.config import EngineConfig
 from sparsex_jax.config.checks import require
 from sparsex_jax.routing import POLICIES, Sketch
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.fleet.kv_events import KvEventsConfig
+from sparsex_jax.serving.fleet.peers import PeerConfig
 
 
 def parse() -> argparse.Namespace:
@@ -58,6 +60,8 @@ def parse() -> argparse.Namespace:
     add("--sample", type=int, default=16, help="one of this many windows is in digests; a power of two")
     add("--dtype", default="auto")
     add("--store-tokens", type=int)
+    add("--host-store", default="0", help="host memory below each store, as `sparsex serve --host-store`")
+    add("--fetch", action="store_true", help="replicas get KV that they lack from each other; needs --host-store")
     add("--max-num-seqs", type=int)
     add("--max-tokens", type=int, default=4096)
     add("--kv-events", help="ZMQ endpoint of KV events in vLLM's format, such as tcp://*:5557; port + rank each")
@@ -83,7 +87,13 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
     from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application, connect
 
     tensor_parallel = max(args.gpus_per_replica, 1)
-    config = EngineConfig(dtype=args.dtype, store_tokens=args.store_tokens, max_num_seqs=args.max_num_seqs)
+    config = EngineConfig(
+        dtype=args.dtype,
+        store_tokens=args.store_tokens,
+        max_num_seqs=args.max_num_seqs,
+        host_store_bytes=parse_bytes("host_store", args.host_store),
+    )
+    require(not args.fetch or config.host_store_bytes > 0, "fetch needs host_store above 0")
     choice = EngineChoice(args.model, config, tensor_parallel)
     name = args.name or model_title(args.model)
     fleet = FleetConfig(
@@ -96,6 +106,7 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
         limits=Limits(max_tokens=args.max_tokens),
         api_keys=args.api_keys and args.api_keys.absolute(),
         events=kv_events(args),
+        peers=PeerConfig() if args.fetch else None,
     )
     scale = ScaleConfig(
         args.replicas or args.min_replicas,

@@ -10,7 +10,7 @@ rows there that were not fitted (part `calibration`). The routers are those that
     policies      hit rate, balance and TTFT by policy and traffic
     capacity      prompts a second and replica of which 95 % are answered well
     digests       how often and how finely replicas say what they hold
-    tuning        the options of the router's policy
+    tuning        the options of the router's policy, with the capacity of each
     routers       how many processes route
     tiers         host memory and disks below the store, and what is fetched from other replicas
     failures      a replica dies; a document that all ask about; a tenant that floods
@@ -205,7 +205,7 @@ FEW_COMBINATIONS = (
     (SEGMENTS, "prefix hash"),
     (SEGMENTS, HEAVY),
 )
-LARGE_COMBINATIONS = ((SEGMENTS, HEAVY), (SEGMENTS, "prefix hash"))
+LARGE_COMBINATIONS = ((SEGMENTS, ROUTER), (SEGMENTS, HEAVY), (SEGMENTS, "prefix hash"))
 
 
 def calibration(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
@@ -272,9 +272,11 @@ def tuning(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
     plain = SegmentPolicy()
     tried = [dataclasses.replace(plain, work_weight=weight) for weight in (1.0, 2.0, 4.0, 8.0, 16.0)]
     tried += [dataclasses.replace(plain, running_cost=16.0), dataclasses.replace(plain, slack=0.3)]
-    for load in ("chat", "rag", "agents"):
+    for load in LOADS:
         for policy in tried:
-            _, told = bench.run(Case(load, options.few, SEGMENTS, ROUTER, router={"policy": policy}))
+            case = Case(load, options.few, SEGMENTS, ROUTER, router={"policy": policy})
+            _, told = bench.run(case)
+            told |= {"capacity": most_prompts(bench, case)}
             name = f"weight {policy.work_weight:g}, running {policy.running_cost:g}, slack {policy.slack:g}"
             yield from rows_of(f"{load}, {options.few} replicas", name, told)
 
@@ -422,7 +424,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--large", type=int, default=1000, help="replicas of the largest fleet")
     add("--seconds", type=float, default=100.0, help="of arrivals")
     add("--scale-seconds", type=float, default=30.0, help="of arrivals where fleets of several sizes are compared")
-    add("--large-seconds", type=float, default=12.0, help="of arrivals at the largest fleet")
+    add("--large-seconds", type=float, default=60.0, help="of arrivals at the largest fleet")
     add("--seed", type=int, default=0)
     add("--no-plots", action="store_true")
     return parser.parse_args(arguments)

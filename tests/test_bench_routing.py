@@ -34,11 +34,13 @@ def test_documents_come_with_the_questions(tokenizer):
 def test_figures_are_sums_over_tokens():
     def answered(replica, found, prompt, computed, ttft):
         report = dict.fromkeys(bench.FOUND, 0) | {"reused_tokens": found, "prompt_tokens": prompt}
+        report["segments"] = [{"length": found // 9, "tier": "host"}, {"length": found * 5 // 9, "tier": "peer"}]
         return bench.Answered(replica, report | {"computed_fraction": computed}, ttft)
 
     told = bench.figures([answered("a", 90, 100, 0.1, 1.0), answered("a", 0, 300, 1.0, 3.0)], seconds=4.0)
     assert {name: figure for name, (figure, _) in told.items()} == {
         "hit rate": 90 / 400,
+        "from others": pytest.approx(50 / 400),
         "computed": pytest.approx(310 / 400),
         "largest share of a replica": 1.0,
         "TTFT p50": 2.0,

@@ -540,14 +540,44 @@ def test_prompts_go_to_the_replica_that_holds_them_in_their_namespace():
     }
     for path, fields in asks.items():
         body = json.dumps(fields | {"cache_salt": "ours"}).encode()
-        ask = app._preview.ask(path, body, Access.open(Limits()).tenant(None))
+        ask = app._preview.read(path, body, Access.open(Limits()).tenant(None)).ask
         ticket = app.router.route(ask)
         assert (ticket.replica, ticket.hit_tokens > 0.7 * len(document)) == ("c", True), path
         app.router.done(ticket, failed=True)
-    other = app._preview.ask(
+    other = app._preview.read(
         "/v1/completions", json.dumps({"prompt": text}).encode(), Access.open(Limits()).tenant(None)
     )
-    assert app.router.route(other).hit_tokens == 0
+    assert app.router.route(other.ask).hit_tokens == 0
+
+
+def test_a_replica_without_the_texts_is_told_who_has_them():
+    """Where load sends a prompt elsewhere, and the holder gives blocks to others."""
+    text = "The keeper writes the code of the dome on a slate behind the stove every evening at nine. " * 20
+    document = np.array(engine().tokenizer(text)["input_ids"], np.int32)
+    tenant = Access.open(Limits()).tenant(None)
+    namespace = tenant.store_namespace("ours")
+    backend = Actors(told={name: Told([], Load(), f"http://{name}") for name in "ab"})
+    app = front(backend)  # round robin
+    samples = np.unique(SKETCH.samples(document, namespace))
+    app.router.apply("b", Update(1, 0, True, {SKETCH.tag(namespace): samples}, {}))
+
+    async def scenario():
+        app.follower.look()
+        await app.follower.settled()
+        for salt in ("ours", "ours", "others"):
+            reuse = {"method": "naive"}
+            await call(app, completion(text, cache_salt=salt, reuse=reuse))
+        backend.names = ["a"]
+        app.follower.look()
+        assert app.follower.addresses == {"a": "http://a"}
+        await app.follower.settled()
+
+    asyncio.run(scenario())
+    [to_a, to_b, of_others] = [request for _, request in backend.sent]
+    assert to_a.held_at == "http://b"
+    assert to_a.prompt.tokens.tolist() == document.tolist()
+    assert (to_a.prompt.namespace, to_a.prompt.reuse) == (namespace, {"method": "naive"})
+    assert to_b.held_at is to_b.prompt is of_others.held_at is of_others.prompt is None
 
 
 def test_members_of_a_round_and_moves_of_a_pin_stay_together():
@@ -558,7 +588,7 @@ def test_members_of_a_round_and_moves_of_a_pin_stay_together():
         ({"prompt_cache_key": "k", "prompt_cache_options": {"ttl": "5m"}}, b"pin:k"),
         ({"prompt_cache_key": "k"}, None),
     ):
-        assert preview().ask("/v1/completions", json.dumps(fields | more).encode(), tenant).group == group
+        assert preview().read("/v1/completions", json.dumps(fields | more).encode(), tenant).ask.group == group
 
 
 def test_a_wrong_request_gets_its_error_from_a_replica():

@@ -202,9 +202,9 @@ def candidates(hits, queued=None, running=None) -> Candidates:
 def test_the_replica_that_holds_most_is_chosen_until_its_queue_costs_more():
     policy = SegmentPolicy(reuse_cost=0.1, slack=0.0)
     assert policy.choose(1000, candidates([0, 900, 300]), 5) == 1
-    assert policy.choose(1000, candidates([0, 900, 300], [0, 1000, 0]), 5) == 1  # 1380 against 1460
-    assert policy.choose(1000, candidates([0, 900, 300], [0, 1100, 0]), 5) == 2
-    assert policy.choose(1000, candidates([0, 900, 300], running=[0, 30, 30]), 5) == 0
+    assert policy.choose(1000, candidates([0, 900, 300], [0, 2100, 0]), 5) == 1  # 2860 against 2920
+    assert policy.choose(1000, candidates([0, 900, 300], [0, 2200, 0]), 5) == 2
+    assert policy.choose(1000, candidates([0, 900, 300], running=[0, 60, 60]), 5) == 0
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(2, 30))

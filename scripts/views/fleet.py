@@ -14,11 +14,11 @@ FLEET_PARTS = {
     "policies": ("hit rate", "computed", "TTFT p50", "TTFT p95", "TTFT p99", "good", "busiest of mean"),
     "scale": ("hit rate", "computed", "TTFT p50", "TTFT p95", "TTFT p99", "good", "busiest of mean"),
     "digests": ("hit rate", "TTFT p95", "digests, B/s", "samples held", "router, us a request", "router, cores"),
-    "tuning": ("hit rate", "TTFT p50", "TTFT p95", "good", "busiest of mean"),
+    "tuning": ("hit rate", "TTFT p50", "TTFT p95", "good", "busiest of mean", "capacity"),
     "tiers": ("hit rate", "loaded", "TTFT p50", "TTFT p95", "good", "tier 0 link", "tier 1 link", "network link"),
     "failures": ("failed", "hit rate", "busiest of mean", "TTFT p50 of others", "TTFT p95 of others", "good of others"),
     "bursts": ("hit rate", "TTFT p50", "TTFT p95", "TTFT p99", "good"),
-    "routers": ("hit rate", "TTFT p50", "TTFT p95", "TTFT p99", "busiest of mean", "digests, B/s", "router, cores"),
+    "routers": ("hit rate", "TTFT p50", "TTFT p95", "good", "busiest of mean", "digests, B/s", "router, cores"),
 }
 
 
@@ -50,7 +50,7 @@ def fleet_limits(document: Document) -> str:
         work, _, name = row["work"].partition(": ")
         if row["part"] == "memory":
             samples[int(work.split()[2])] = row["figure"]
-        elif row["part"] in ("scale", "large") and row["implementation"] == "segments, router, weight 8":
+        elif row["part"] in ("scale", "large") and row["implementation"] == "segments, router":
             cells[int(work.split(", ")[1].split()[0])][name] = row["figure"]
     lines = [_limits(replicas, found, samples[replicas]) for replicas, found in cells.items()]
     heading = ["replicas", "prompts/s", "router, us a prompt", "cores for them", "digests, kB/s", "samples held"]

@@ -34,8 +34,8 @@ class ReusedSegment:
     """A reused run of tokens: its place in the prompt, and the position in the donor's prompt where it began.
 
     Attributes:
-      tier: where its KV was when the prompt came: `device`, `host` (memory) or `disk`. The slowest of these, if its
-        parts were in several.
+      tier: where its KV was when the prompt came: `device`, `host` (memory), `disk` or `peer` (another
+        engine of its fleet). The slowest of these, if its parts were in several.
     """
 
     start: int

@@ -80,7 +80,7 @@ class SegmentPolicy:
 
     reuse_cost: float = 0.15
     running_cost: float = 64.0
-    work_weight: float = 2.0
+    work_weight: float = 4.0
     slack: float = 0.1
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from sparsex_jax.config.checks import is_number, require
+from sparsex_jax.config.checks import is_int, is_number, require
 from sparsex_jax.errors import DigestError, NoReplicaError
 from sparsex_jax.routing.digest import Ask
 from sparsex_jax.routing.expected import Assumed, Groups
@@ -54,6 +54,7 @@ class Ticket:
       ask: what is known of it.
       hit_tokens: how many of its tokens the replica is thought to have.
       work: what it costs there, in tokens to compute.
+      holder: another replica that is thought to have much more of it. None: there is none.
       is_started: it has its first token.
       is_done: it ended.
     """
@@ -62,6 +63,7 @@ class Ticket:
     ask: Ask
     hit_tokens: float
     work: float
+    holder: str | None = None
     is_started: bool = False
     is_done: bool = False
 
@@ -99,6 +101,7 @@ class Router:
         stale_after_s: float = 10.0,
         assume_s: float = 2.0,
         group_s: float = 60.0,
+        holder_tokens: int = 256,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """
@@ -107,13 +110,19 @@ class Router:
           assume_s: a prompt is thought to be found where it was sent, until so long after it ended. By then a digest
             says so. 0: only digests count.
           group_s: a group is remembered for so long after its last request.
+          holder_tokens: a replica is named as holder of a prompt if it is thought to have so many tokens more than the
+            one that was chosen.
           clock: gives the time in seconds.
 
         Raises:
-          InvalidRequestError: a time is negative.
+          InvalidRequestError: a time is negative, or holder_tokens is less than 1.
         """
         for name, value in (("stale_after_s", stale_after_s), ("assume_s", assume_s), ("group_s", group_s)):
             require(is_number(value) and value >= 0, f"{name}={value!r} must be a number >= 0")
+        require(
+            is_int(holder_tokens) and holder_tokens >= 1, f"holder_tokens={holder_tokens!r} must be an integer >= 1"
+        )
+        self._holder_tokens = holder_tokens
         self.policy, self.mutex = policy, threading.RLock()
         self._stale_after_s, self._clock = stale_after_s, clock
         self._fleet, self._held = Fleet(), Holders()
@@ -233,9 +242,15 @@ class Router:
         else:
             chosen = self.policy.choose(ask.num_tokens, candidates, content)
         work = float(self.policy.work(ask.num_tokens, candidates)[chosen])
-        ticket = Ticket(self._fleet.name(int(slots[chosen])), ask, float(candidates.hits[chosen]), work)
+        chosen_hits = float(candidates.hits[chosen])
+        ticket = Ticket(self._fleet.name(int(slots[chosen])), ask, chosen_hits, work, self._holder(hits, chosen_hits))
         self._open(ticket)
         return ticket
+
+    def _holder(self, hits: Float64[np.ndarray, "slots"], chosen_hits: float) -> str | None:
+        """The replica that has most, if that is much more than what the chosen one has."""
+        most = int(np.argmax(hits))
+        return self._fleet.name(most) if hits[most] >= chosen_hits + self._holder_tokens else None
 
     def _slot_of_group(self, ask: Ask) -> int | None:
         """The replica that has the rest of the group; None if none has."""

@@ -10,14 +10,13 @@ reads them (`Late`); whatever else finds them waits until they are there (`settl
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.cache.tree import Node
@@ -29,7 +28,7 @@ from sparsex_jax.reuse.methods import Method
 from sparsex_jax.scheduler.blocks import maker_of
 from sparsex_jax.scheduler.choice import look_up
 from sparsex_jax.scheduler.tiers import Tiers
-from sparsex_jax.tiers.index import Found
+from sparsex_jax.tiers.index import BlockIndex, Found
 
 log = logging.getLogger(__name__)
 
@@ -112,18 +111,13 @@ class Loading:
     def _find_lacking(
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str, method: Method, match: Match
     ) -> tuple[list[Found], list[Found]]:
-        lacking = np.ones(len(tokens), bool)
-        for begin, end in _ranges(match):
-            lacking[begin:end] = False
-        chain: list[Found] = []
-        if method.uses_prefix:
-            accepts = functools.partial(method.accepts, num_layers=self._runner.model.num_layers)
-            whole = self._tiers.index.prefix(tokens[:-1], namespace, lambda block: accepts(maker_of(block)))
-            chain = [each for each in whole if each.block.start + each.num_tokens > match.num_prefix_tokens]
-            lacking[: end_of(chain)] = False
+        index, lacking = self._tiers.index, lacking_of(len(tokens), match)
+        layers = self._runner.model.num_layers
+        chain = chain_of(index, tokens, namespace, method, match.num_prefix_tokens, layers)
+        lacking[: end_of(chain)] = False
         others: list[Found] = []
         if method.uses_segments:
-            others = self._tiers.index.segments(tokens, namespace, lacking, method.min_segment_tokens)
+            others = index.segments(tokens, namespace, lacking, method.min_segment_tokens)
         known = {each.block.key for each in chain}
         return chain, [each for each in others if each.block.key not in known]
 
@@ -269,6 +263,29 @@ def _released(cache: PageCache, pages: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         cache.release(pages)
+
+
+def lacking_of(num_tokens: int, match: Match) -> Bool[np.ndarray, "tokens"]:
+    """Which tokens of a prompt the store has not."""
+    lacking = np.ones(num_tokens, bool)
+    for begin, end in _ranges(match):
+        lacking[begin:end] = False
+    return lacking
+
+
+def chain_of(
+    index: BlockIndex,
+    tokens: Int32[np.ndarray, "tokens"],
+    namespace: str,
+    method: Method,
+    num_prefix: int,
+    num_layers: int,
+) -> list[Found]:
+    """Blocks that go on where a prompt's prefix of `num_prefix` tokens ends, in order."""
+    if not method.uses_prefix:
+        return []
+    whole = index.prefix(tokens[:-1], namespace, lambda block: method.accepts(maker_of(block), num_layers=num_layers))
+    return [each for each in whole if each.block.start + each.num_tokens > num_prefix]
 
 
 def end_of(chain: list[Found]) -> int:

@@ -1,4 +1,4 @@
-"""Where the reused parts of a prompt were when it came: in the device's store, in host memory or on disk."""
+"""Where the reused parts of a prompt were when it came: in the device's store, in host memory, on disk or at a peer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparsex_jax.cache import PageCache, Segment
 from sparsex_jax.cache.tree import Node
 from sparsex_jax.reuse.planner import RequestPlan
 
-TIERS = ("device", "host", "disk")  # the slower, the later
+TIERS = ("device", "host", "disk", "peer")  # the slower, the later
 
 
 def with_tiers(plan: RequestPlan, tail: Segment | None, cache: PageCache, came_from: Mapping[Node, str]) -> RequestPlan:

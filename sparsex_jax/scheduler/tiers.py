@@ -5,6 +5,7 @@
     host memory is full  the block that was used least recently goes, if the new one returns sooner
                          (`sparsex_jax.tiers.demand`); it is on the disk still
     a prompt comes       `read`: what is on the disk only comes to host memory, on another thread
+    another engine       what it has of a prompt may come into host memory as well (`sparsex_jax.scheduler.peering`)
 
 `sparsex_jax.scheduler.restoring` and `loading` bring blocks from host memory back into the store.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -101,7 +103,8 @@ class Tiers:
         self._moving: list[tuple[_Going, HostBlock]] = []
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="tiers") if disk is not None else None
         self._reading: dict[bytes, Future[HostBlock | None]] = {}
-        self._from_disk: set[bytes] = set()  # read, or being read, and no prompt had it yet
+        self._origins: dict[bytes, str] = {}  # of what was brought here, or is being, and no prompt had yet
+        self._fetching: dict[bytes, Block] = {}  # from other engines
         self._to_write: deque[_Going] = deque()
         self._writing: dict[bytes, Future[None]] = {}
         self._deleting: dict[bytes, Future[None]] = {}
@@ -276,7 +279,7 @@ class Tiers:
         store, other = (self._host, self._passing) if to_host else (self._passing, self._host)
         other.remove(block.key)
         for key, used in store.put(block, kept, remembered=remembered):
-            self._from_disk.discard(key)
+            self._origins.pop(key, None)
             if to_host:
                 self.counts.evictions += 1
                 self._host.demand.left(self.index.marks(self.index.blocks[key])[-1], used)
@@ -290,7 +293,7 @@ class Tiers:
         """Know a block no longer that no tier has."""
         if not self.is_here(key) and not self._is_on_disk(key):
             self.index.remove(key)
-            self._from_disk.discard(key)
+            self._origins.pop(key, None)
 
     def _is_on_disk(self, key: bytes) -> bool:
         """Or will be."""
@@ -305,7 +308,7 @@ class Tiers:
             return self.take(key)
         if key not in self._reading and self._threads is not None and self._is_on_disk(key):
             self._reading[key] = self._threads.submit(self._read, key)
-            self._from_disk.add(key)
+            self._origins[key] = "disk"
         return self._reading.get(key)
 
     def is_here(self, key: bytes) -> bool:
@@ -317,13 +320,10 @@ class Tiers:
         return (self._host if key in self._host else self._passing).use(key)
 
     def got(self, key: bytes, num_tokens: int) -> str:
-        """Count that a prompt got tokens of a block. Returns where it was before that prompt: `host` or `disk`."""
-        if key in self._from_disk:
-            self._from_disk.discard(key)
-            self.counts.disk_tokens += num_tokens
-            return "disk"
-        self.counts.host_tokens += num_tokens
-        return "host"
+        """Count that a prompt got tokens of a block. Returns where it was before: `host`, `disk` or `peer`."""
+        origin = self._origins.pop(key, "host")
+        self.counts.add_tokens(origin, num_tokens)
+        return origin
 
     def is_reading(self, keys: Iterable[bytes]) -> bool:
         return not self._reading.keys().isdisjoint(keys)
@@ -376,6 +376,62 @@ class Tiers:
         self.counts.refused += 1 - taken
         self._put(block, kept, to_host=taken == 1)
 
+    # From other engines, and to them ------------------------------------------------------------------------
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, str | int | float]:
+        """What blocks depend on besides tokens. Engines for which it is equal can use each other's."""
+        return _fingerprint(self._runner, self._link)
+
+    def pieces_of(self, key: bytes) -> Callable[[], Several[np.ndarray] | None] | None:
+        """What gives the KV of a block, from any thread; None if it is gone by then. None: no tier has it."""
+        kept = self._kept(key)
+        if kept is not None:
+            return functools.partial(self._link.to_numpy, kept)
+        if self._disk is not None and self._is_on_disk(key):
+            return functools.partial(_pieces_on, self._disk, key)
+        return None
+
+    def host_block(self, pieces: Several[np.ndarray]) -> HostBlock:
+        """As `Link.from_numpy`, from any thread. Raises ValueError and LinkError."""
+        return self._link.from_numpy(pieces)
+
+    def nbytes_of(self, block: Block) -> int:
+        """That a block takes in host memory."""
+        return self._link.block_bytes(-(-block.num_tokens // self.index.page_size))
+
+    def expect(self, blocks: Several[Block]) -> list[Block]:
+        """Which blocks of another engine should be fetched: those that no tier has or awaits, as far as there is room.
+
+        Each of them is then awaited, until `arrived` or `not_coming`.
+        """
+        new = [block for block in blocks if self.index.holder(block) is None and block.key not in self._fetching]
+        asked = [New(self.nbytes_of(block), self.index.marks(block), remembered=False) for block in new]
+        promised = sum(each.nbytes for each, _ in self._moving if each.to_host)
+        promised += sum(map(self.nbytes_of, self._fetching.values()))
+        taken = new[: self._host.demand.take(asked, promised)]
+        self.counts.refused += len(new) - len(taken)
+        self._fetching |= {block.key: block for block in taken}
+        return taken
+
+    def awaits(self, key: bytes) -> bool:
+        """Whether a block is being fetched."""
+        return key in self._fetching
+
+    def arrived(self, key: bytes, kept: HostBlock) -> bool:
+        """Take a block that another engine has sent. False if it was forgotten meanwhile, or is here already."""
+        block = self._fetching.pop(key, None)
+        if block is None or self.index.holder(block) is not None:
+            return False
+        self.counts.fetched_bytes += kept.nbytes
+        self._origins[key] = "peer"
+        self._put(block, kept, to_host=True)
+        return True
+
+    def not_coming(self, key: bytes) -> None:
+        """A block could not be fetched."""
+        self._fetching.pop(key, None)
+
     # Going ------------------------------------------------------------------------------------------------
 
     def lose(self) -> None:
@@ -397,9 +453,12 @@ class Tiers:
         on_the_way = BlockIndex(self.index.page_size)
         for each in self._under_way():
             on_the_way.add(each.block)
+        for block in self._fetching.values():
+            on_the_way.add(block)
         gone = {key for name in names for key in on_the_way.copies(text, name)}
         self._going = deque(each for each in self._going if each.block.key not in gone)
         self._moving = [(each, kept) for each, kept in self._moving if each.block.key not in gone]
+        self._fetching = {key: block for key, block in self._fetching.items() if key not in gone}
 
     def withdraw(self, cache: PageCache, pages: Several[int]) -> None:
         """Remove the blocks that were made of these pages, and of what stands before them in their sequences."""
@@ -414,7 +473,7 @@ class Tiers:
             self.index.remove(key)
             self._host.remove(key)
             self._passing.remove(key)
-            self._from_disk.discard(key)
+            self._origins.pop(key, None)
             if key in self._writing:
                 self._writing[key].cancel()
         if keys and self._disk is not None and self._threads is not None:
@@ -462,7 +521,7 @@ class Tiers:
         if self._disk is not None:
             self._take_evicted(self._disk)  # also what was evicted on the other thread until now
         assert nowhere & self.index.blocks.keys() <= self._reading.keys(), len(nowhere)
-        assert self._from_disk <= self.index.blocks.keys()
+        assert self._origins.keys() <= self.index.blocks.keys()
 
 
 def make_tiers(runner: Runner, link: Link, mirroring: Mirroring | None = None) -> Tiers:
@@ -480,6 +539,11 @@ def make_tiers(runner: Runner, link: Link, mirroring: Mirroring | None = None) -
     except InvalidRequestError:
         disk.close()
         raise
+
+
+def _pieces_on(disk: DiskStore, key: bytes) -> Several[np.ndarray] | None:
+    found = disk.get(key)
+    return found and found[1]
 
 
 def _fingerprint(runner: Runner, link: Link) -> dict[str, str | int | float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsex_jax.engine import Engine
-from sparsex_jax.scheduler.tier_stats import TierStats
+from sparsex_jax.scheduler.tier_stats import TierCounts, TierStats
 
 
 def tiers_of(engine: Engine) -> list[dict[str, Any]]:
@@ -14,7 +14,8 @@ def tiers_of(engine: Engine) -> list[dict[str, Any]]:
     As the last round left them; from any thread.
     """
     stats, below = engine.loop.snapshot, engine.loop.tiers
-    loaded = below.counts.host_tokens + below.counts.disk_tokens if below else 0
+    counts = below.counts if below else TierCounts()
+    loaded = counts.host_tokens + counts.disk_tokens + counts.peer_tokens
     found = stats.prefix_tokens + stats.approximate_prefix_tokens + stats.segment_tokens
     page_bytes = engine.runner.store.nbytes // stats.pages
     device = _tier("device", (stats.pages - stats.free) * page_bytes, stats.pages * page_bytes, max(found - loaded, 0))

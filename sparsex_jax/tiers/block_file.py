@@ -54,7 +54,7 @@ def encode(block: Block, pieces: Sequence[np.ndarray], model: str) -> bytes:
     said = {
         "version": VERSION,
         "model": model,
-        "block": [block.namespace, block.start, block.exact, block.made_by, block.before.hex(), block.tokens.hex()],
+        "block": block.to_json(),
         "sha256": [_sum(piece) for piece in pieces],
     }
     tensors = {str(i): np.ascontiguousarray(piece) for i, piece in enumerate(pieces)}
@@ -69,6 +69,11 @@ def decode(data: np.ndarray, key: bytes, model: str) -> tuple[Block, list[np.nda
     if any(_sum(piece) != place.sha256 for piece, place in zip(pieces, places, strict=True)):
         raise NotWholeError("a checksum differs")
     return _of_key(block, key), pieces
+
+
+def header_of(data: bytes) -> bytes:
+    """The beginning of a file's bytes that says all of the rest: the block, and the checksums of its pieces."""
+    return data[: _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")]
 
 
 def read_header(path: Path, model: str) -> Block:
@@ -101,7 +106,7 @@ def _parse(header: bytes, num_bytes: int, model: str) -> tuple[Block, list[_Piec
     try:
         tensors = json.loads(header)
         said = json.loads(tensors.pop("__metadata__")["sparsex"])
-        block, places = _block(said["block"]), _places(tensors, said)
+        block, places = Block.from_json(said["block"]), _places(tensors, said)
         made_for = said["version"], said["model"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise NotWholeError(f"the header cannot be read: {error!r}") from error
@@ -110,11 +115,6 @@ def _parse(header: bytes, num_bytes: int, model: str) -> tuple[Block, list[_Piec
     if max((place.end for place in places), default=0) != num_bytes:
         raise NotWholeError("the pieces are cut off")
     return block, places
-
-
-def _block(fields: list[Any]) -> Block:
-    namespace, start, exact, made_by, before, tokens = fields
-    return Block(namespace, start, bytes.fromhex(tokens), exact, made_by, bytes.fromhex(before))
 
 
 def _places(tensors: dict[str, Any], said: dict[str, Any]) -> list[_Piece]:

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
+from typing import Any
 
 from sparsex_jax.cache.children import TOKEN_BYTES
 
@@ -44,3 +46,13 @@ class Block:
     @property
     def num_tokens(self) -> int:
         return len(self.tokens) // TOKEN_BYTES
+
+    def to_json(self) -> list[Any]:
+        """All of it, as `from_json` takes it."""
+        return [self.namespace, self.start, self.exact, self.made_by, self.before.hex(), self.tokens.hex()]
+
+    @classmethod
+    def from_json(cls, fields: Sequence[Any]) -> Block:
+        """Raises ValueError and TypeError if these are not the fields of a block."""
+        namespace, start, exact, made_by, before, tokens = fields
+        return cls(namespace, start, bytes.fromhex(tokens), exact, made_by, bytes.fromhex(before))

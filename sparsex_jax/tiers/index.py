@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -37,6 +37,14 @@ class Found:
 
     block: Block
     num_tokens: int
+
+
+class Run(NamedTuple):
+    """A block, and from where to where a prompt has what is in it."""
+
+    block: Block
+    begin: int
+    end: int
 
 
 @runtime_checkable  # tests check argument types while they run
@@ -172,13 +180,20 @@ class BlockIndex:
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str, wanted: Bool[np.ndarray, "tokens"], least: int
     ) -> list[Found]:
         """Whole blocks with runs of at least `least` of the wanted tokens, and enough of them to be worth loading."""
+        blocks = {run.block.key: run.block for run in self.runs(tokens, namespace, wanted, least)}
+        return [Found(block, block.num_tokens) for block in blocks.values()]
+
+    def runs(
+        self, tokens: Int32[np.ndarray, "tokens"], namespace: str, wanted: Bool[np.ndarray, "tokens"], least: int
+    ) -> list[Run]:
+        """Where in the prompt the blocks are that `segments` finds, the longest run first."""
         found, wanted = [], wanted.copy()
-        for block, begin, end in sorted(self._runs(tokens, namespace, wanted), key=lambda run: run[1] - run[2]):
-            num = int(wanted[begin:end].sum())
-            if num >= max(least, block.num_tokens // LEAST_SHARE):
-                found.append(Found(block, block.num_tokens))
-                wanted[begin:end] = False
-        return list({each.block.key: each for each in found}.values())
+        for run in sorted(self._runs(tokens, namespace, wanted), key=lambda run: run.begin - run.end):
+            num = int(wanted[run.begin : run.end].sum())
+            if num >= max(least, run.block.num_tokens // LEAST_SHARE):
+                found.append(run)
+                wanted[run.begin : run.end] = False
+        return found
 
     def copies(self, text: Int32[np.ndarray, "text"], namespace: str) -> list[bytes]:
         """The keys of all blocks that hold a window of a text and go on as it does for 15 tokens, or to its end.
@@ -195,8 +210,8 @@ class BlockIndex:
 
     def _runs(
         self, tokens: Int32[np.ndarray, "tokens"], namespace: str, wanted: Bool[np.ndarray, "tokens"]
-    ) -> Iterator[tuple[Block, int, int]]:
-        """Blocks and where in the prompt a run of theirs begins and ends that has some wanted window."""
+    ) -> Iterator[Run]:
+        """All runs that have some wanted window."""
         windows = self._windows.get(namespace)
         if not windows or len(tokens) < WINDOW or not wanted.any():
             return
@@ -209,7 +224,7 @@ class BlockIndex:
                     begin, end = run_around(tokens, place, np.frombuffer(self.blocks[key].tokens, np.int32), offset)
                     seen[key, place - offset] = max(end, place + 1)
                     if end > begin:
-                        yield self.blocks[key], begin, end
+                        yield Run(self.blocks[key], begin, end)
 
 
 def _holds(block: Block, other: Block) -> bool:

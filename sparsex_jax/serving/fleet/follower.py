@@ -18,10 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class Follower:
-    """Asks in the background, from `start` to `stop`."""
+    """Asks in the background, from `start` to `stop`.
+
+    Attributes:
+      addresses: where those replicas give blocks to others that do, by their names.
+    """
 
     def __init__(self, router: Router, backend: Backend, period_s: float) -> None:
         self._router, self._backend, self._period_s = router, backend, period_s
+        self.addresses: dict[str, str] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -48,6 +53,7 @@ class Follower:
         there = self._backend.replicas()
         for gone in set(self._router.replicas).difference(there):
             self._router.leave(gone)
+            self.addresses.pop(gone, None)
         for name in there:
             self._router.join(name)
             if name not in self._asking or self._asking[name].done():
@@ -65,6 +71,8 @@ class Follower:
         for update in told.updates:
             self._router.apply(name, Update.from_bytes(update))
         self._router.report(name, told.load)
+        if told.address is not None:
+            self.addresses[name] = told.address
 
     async def settled(self) -> None:
         """Until all who were asked have replied."""

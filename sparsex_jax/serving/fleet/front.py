@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import json
 import logging
 from collections.abc import AsyncGenerator, Collection
@@ -18,12 +19,12 @@ from typing import Protocol
 from fastapi import Request
 from starlette.types import Message, Receive, Scope, Send
 
-from sparsex_jax.routing import Ask, Position, Router, Ticket
+from sparsex_jax.routing import Position, Router, Ticket
 from sparsex_jax.serving.access import Access, ForbiddenError, Limits
 from sparsex_jax.serving.bodies import Bodies
 from sparsex_jax.serving.faults import DisconnectedError, Fault, RequestError, fault_of, is_anthropic, json_response
 from sparsex_jax.serving.fleet.follower import Follower
-from sparsex_jax.serving.fleet.preview import Preview
+from sparsex_jax.serving.fleet.preview import Preview, Previewed
 from sparsex_jax.serving.fleet.replica import Forwarded, Told
 from sparsex_jax.serving.transport import unless_disconnected
 
@@ -118,14 +119,17 @@ class Front:
         if path.startswith(_REFUSED):
             raise RequestError(f"{path} is of a single server; a fleet has none", param=None, code="fleet", status=501)
         body = await self._bodies.read(request)
-        ask = self._preview.blank(tenant)
+        read = self._preview.blank(tenant)
         if request.method == "POST" and self._preview.reads(path):
             loop = asyncio.get_running_loop()
-            ask = await loop.run_in_executor(self._tokenizing, self._preview.ask, path, body, tenant)
-        await unless_disconnected(request, self._forward(_forwarded(request, body), ask, reply))
+            read = await loop.run_in_executor(self._tokenizing, self._preview.read, path, body, tenant)
+        await unless_disconnected(request, self._forward(_forwarded(request, body), read, reply))
 
-    async def _forward(self, request: Forwarded, ask: Ask, reply: _Reply) -> None:
-        ticket = self.router.route(ask)
+    async def _forward(self, request: Forwarded, read: Previewed, reply: _Reply) -> None:
+        ticket = self.router.route(read.ask)
+        held_at = self.follower.addresses.get(ticket.holder) if ticket.holder is not None else None
+        if held_at is not None:
+            request = dataclasses.replace(request, prompt=read.prompt, held_at=held_at)
         is_complete = False
         messages = self._backend.send(ticket.replica, request)
         try:

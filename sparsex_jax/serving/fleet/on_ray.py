@@ -35,6 +35,7 @@ from sparsex_jax.serving.fleet import roster
 from sparsex_jax.serving.fleet.addressed import Addressed
 from sparsex_jax.serving.fleet.front import Front
 from sparsex_jax.serving.fleet.kv_events import KvEventsConfig
+from sparsex_jax.serving.fleet.peers import PeerConfig
 from sparsex_jax.serving.fleet.preview import Preview
 from sparsex_jax.serving.fleet.replica import Forwarded, Replica, Told
 from sparsex_jax.serving.worker import Worker
@@ -61,6 +62,7 @@ class FleetConfig:
       limits, api_keys, reasoning_parser: as for `create_app`. Limits of a key count at each replica.
       events: where replicas publish KV events; a TCP port is that of rank 0, and rank i has the one i later. None:
         nowhere.
+      peers: how replicas get blocks from each other. None: they do not.
       period_s: fronts ask replicas for news so often.
     """
 
@@ -74,6 +76,7 @@ class FleetConfig:
     api_keys: Path | None = None
     reasoning_parser: str = AUTO
     events: KvEventsConfig | None = None
+    peers: PeerConfig | None = None
     period_s: float = 0.25
 
     def access(self) -> Access:
@@ -192,7 +195,7 @@ class EngineReplica:
         worker = Worker(engine)
         about: dict[str, Any] = {"limits": config.limits, "reasoning_parser": config.reasoning_parser}
         app = create_app(worker, model=config.name, access=config.access(), **about)
-        told: dict[str, Any] = {"events": config.events, "rank": context.rank.rank}
+        told: dict[str, Any] = {"events": config.events, "rank": context.rank.rank, "peers": _on_node(config.peers)}
         self._replica = Replica(app, worker, config.sketch, limits=config.limits, **told)
         await self._replica.__aenter__()
 
@@ -215,6 +218,13 @@ class EngineReplica:
         """Serve awaits this once all requests have ended, or their time to drain is over."""
         if hasattr(self, "_replica"):  # it could be made
             await self._replica.__aexit__()
+
+
+def _on_node(peers: PeerConfig | None) -> PeerConfig | None:
+    """At an address of this node, if none is given."""
+    if peers is None or peers.host is not None:
+        return peers
+    return dataclasses.replace(peers, host=ray.util.get_node_ip_address())
 
 
 class FrontReplica:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from fastapi.exceptions import RequestValidationError
@@ -21,6 +22,33 @@ from sparsex_jax.serving.thinking import Thoughts
 from sparsex_jax.text.encoding import encode
 
 _NO_TOKENS = np.zeros(0, np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt as a replica will read it. It can be pickled.
+
+    Attributes:
+      tokens: of all prompts of the request, one behind the other.
+      reuse: the options that the request names.
+      model: the name that it asks for.
+    """
+
+    namespace: str
+    tokens: Int32[np.ndarray, "tokens"]
+    reuse: Mapping[str, Any]
+    model: str | None
+
+
+class Previewed(NamedTuple):
+    """What a request's body says.
+
+    Attributes:
+      prompt: None: it has none, or is wrong.
+    """
+
+    ask: Ask
+    prompt: Prompt | None
 
 
 class Preview:
@@ -45,7 +73,7 @@ class Preview:
         """Whether requests to this path have prompts."""
         return path in self._readers
 
-    def ask(self, path: str, content: bytes, tenant: Tenant) -> Ask:
+    def read(self, path: str, content: bytes, tenant: Tenant) -> Previewed:
         """What a router has to know. A request that is wrong has no tokens: any replica says what is wrong with it.
 
         Args:
@@ -58,11 +86,13 @@ class Preview:
             tokens = np.concatenate(self._prompts(request))
         except (SparsexError, RequestValidationError):
             return self.blank(tenant)
-        return Ask.of(self._sketch, tokens, namespace, _group(request))
+        reuse: dict[str, Any] = request.reuse.model_dump(exclude_unset=True) if request.reuse is not None else {}
+        prompt = Prompt(namespace, tokens, reuse, request.model)
+        return Previewed(Ask.of(self._sketch, tokens, namespace, _group(request)), prompt)
 
-    def blank(self, tenant: Tenant) -> Ask:
+    def blank(self, tenant: Tenant) -> Previewed:
         """A request of which nothing is known."""
-        return Ask.of(self._sketch, _NO_TOKENS, tenant.store_namespace(None))
+        return Previewed(Ask.of(self._sketch, _NO_TOKENS, tenant.store_namespace(None)), None)
 
     def _message(self, content: bytes) -> ChatRequest:
         return messages.chat_of(parse(content, messages.MessagesRequest), self._tokenizer).chat

@@ -11,13 +11,20 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import Message
 
+from sparsex_jax.config.checks import require
 from sparsex_jax.routing import Load, Position, Sketch
+from sparsex_jax.scheduler.peering import Peering
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.fleet.feed import DigestFeed
 from sparsex_jax.serving.fleet.kv_events import KvEvents, KvEventsConfig
 from sparsex_jax.serving.fleet.observers import Observers
+from sparsex_jax.serving.fleet.peer_server import PeerServer
+from sparsex_jax.serving.fleet.peers import PeerConfig, PeerCounts, Peers
+from sparsex_jax.serving.fleet.preview import Prompt
+from sparsex_jax.serving.fleet.seal import Seal
 from sparsex_jax.serving.health import LIVE, state_of
 from sparsex_jax.serving.worker import Worker
+from sparsex_jax.tiers.fingerprint import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +34,8 @@ class Forwarded:
     Attributes:
       headers: names in lower case, as ASGI has them.
       client: address and port of the client.
+      prompt: what it asks, where another replica has more of that than this one.
+      held_at: the address at which that replica gives blocks to others.
     """
 
     method: str
@@ -35,6 +44,8 @@ class Forwarded:
     headers: list[tuple[bytes, bytes]]
     body: bytes
     client: tuple[str, int] | None = None
+    prompt: Prompt | None = None
+    held_at: str | None = None
 
     def scope(self) -> dict[str, Any]:
         return {
@@ -61,10 +72,12 @@ class Told:
     Attributes:
       updates: of its digest, as bytes, in order.
       load: what it has to do.
+      address: where other replicas get blocks from it. None: nowhere.
     """
 
     updates: list[bytes]
     load: Load
+    address: str | None = None
 
 
 class Replica:
@@ -79,6 +92,7 @@ class Replica:
         limits: Limits,
         events: KvEventsConfig | None = None,
         rank: int = 0,
+        peers: PeerConfig | None = None,
     ) -> None:
         """
         Args:
@@ -87,9 +101,10 @@ class Replica:
           limits: those of the app.
           events: where KV events are published, by the replica of rank 0. None: nowhere.
           rank: the replica's number, which KV events name.
+          peers: how it gets blocks from other replicas, and gives them its own. None: it does not.
 
         Raises:
-          InvalidRequestError: events cannot be published there.
+          InvalidRequestError: events cannot be published there, or there is no host memory to have others' blocks in.
         """
         self._app, self._worker, self._limits = app, worker, limits
         engine = worker.engine
@@ -102,6 +117,13 @@ class Replica:
         if events is not None:
             about: dict[str, Any] = {"page_size": engine.config.page_size, "retell": self._retell_later, "rank": rank}
             self.events = KvEvents(events.of_rank(rank), **about, **shape)
+        require(
+            peers is None or engine.config.host_store_bytes > 0,
+            "peers needs host_store_bytes above 0: what comes from other replicas is kept in host memory",
+        )
+        self._peer_config, self._seal = peers, Seal(sketch.key)
+        self._peers: Peers | None = None
+        self._address: str | None = None
         self._observers = Observers(*(each for each in (self.feed, self.events) if each is not None))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_retelling = False
@@ -113,13 +135,31 @@ class Replica:
         if self.events is not None:
             self._held.callback(self.events.start().stop)
         await self._worker.call(self._worker.engine.admission.watch, self._observers)
+        if self._peer_config is not None:
+            await self._meet_peers(self._peer_config)
         return self
+
+    async def _meet_peers(self, config: PeerConfig) -> None:
+        """Raises AddressError: the address cannot be had."""
+        engine = self._worker.engine
+        peering = Peering(engine.admission, engine.model)
+        model = await self._worker.call(lambda: digest(peering.tiers.fingerprint))
+        self._peers = Peers(self._worker, peering, model, self._seal, config)
+        server = PeerServer(self._worker, peering, model, self._seal)
+        self._held.push_async_callback(self._peers.stop)
+        self._held.push_async_callback(server.stop)
+        self._address = await server.start(config.host or "127.0.0.1", config.port)
 
     async def __aexit__(self, *_: object) -> None:
         await self._held.aclose()
 
     async def answer(self, request: Forwarded) -> AsyncGenerator[Message]:
-        """The messages of the response, as ASGI has them. If it is closed early, the request is cancelled."""
+        """The messages of the response, as ASGI has them. If it is closed early, the request is cancelled.
+
+        What another replica has of the prompt is fetched first, if that pays.
+        """
+        if self._peers is not None and request.held_at is not None and request.prompt is not None:
+            await self._peers.bring(request.held_at, request.prompt)
         sent: asyncio.Queue[Message | None] = asyncio.Queue()
         bodies = [{"type": "http.request", "body": request.body, "more_body": False}]
         is_gone = asyncio.Event()
@@ -152,7 +192,12 @@ class Replica:
             await self._retell()
         updates = await asyncio.to_thread(self.feed.since, position)
         loop = self._worker.loop
-        return Told(updates, Load(float(loop.queued_tokens), loop.stats.running))
+        return Told(updates, Load(float(loop.queued_tokens), loop.stats.running), self._address)
+
+    @property
+    def peer_counts(self) -> PeerCounts | None:
+        """What came of asking other replicas. None: none is ever asked."""
+        return self._peers.counts if self._peers is not None else None
 
     def is_live(self) -> bool:
         """Whether it works, or recovers by itself."""

@@ -68,7 +68,7 @@ def begin(
 def embed_rows(params: Params, rows: Rows, *, decoder: Decoder, requests: int) -> PrefillState:
     """A prefill of these rows before layer 0, by a plan of this many requests."""
     active = jnp.zeros((MAX_BOUNDARIES, len(rows.token)), bool)
-    covered = jnp.full((MAX_BOUNDARIES, requests), jnp.nan)
+    covered = jnp.full((MAX_BOUNDARIES, requests), jnp.nan, jnp.float32)
     state = PrefillState(jnp.int32(0), rows, embed(params, decoder.config, rows.token), active, covered)
     return decoder.ops.replicated(state)
 

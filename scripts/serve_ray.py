@@ -14,6 +14,7 @@ keys at the same paths.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import secrets
 import signal
@@ -81,6 +82,7 @@ def kv_events(args: argparse.Namespace) -> KvEventsConfig | None:
 
 
 def serve_until_signalled(args: argparse.Namespace) -> None:
+    require(importlib.util.find_spec("ray") is not None, "replicas need Ray, which comes with the extra `ray`")
     import ray
     from ray import serve
 

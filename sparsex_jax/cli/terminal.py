@@ -31,13 +31,13 @@ def messages() -> Console:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn an error that the package raises on purpose into one red line and exit code 2."""
+    """Turn an error that the package raises on purpose into one red line and exit code 2: for commands and scripts."""
     try:
         yield
     except SparsexError as error:
         line = " ".join(str(error).split())
         messages().print(Text(f"error: {line}", style="bold red"), soft_wrap=True)
-        raise typer.Exit(2) from error
+        raise SystemExit(2) from error
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -147,13 +147,13 @@ class SameShapes(Runner):
             self.engine = asked
 
 
-def same_shapes(model: ModelConfig, params: Params, device: EngineConfig, **changes) -> Engine:
+def same_shapes(model: ModelConfig, params: Params, device: EngineConfig, tokenizer=None, **changes) -> Engine:
     """An engine with changes to a configuration that only the host can tell, such as few pages."""
     config = dataclasses.replace(device, **changes)
     assert (config.page_size, config.chunk_rows, config.dtype) == (device.page_size, device.chunk_rows, device.dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparsex_jax.engine.Runner", type("Shaped", (SameShapes,), {"device": device}))
-        return Engine(model, params, config=config)
+        return Engine(model, params, tokenizer, config=config)
 
 
 def tiny_engine(params: Params | None = None, **changes) -> Engine:

@@ -50,7 +50,7 @@ RANDOM = {"temperature": 1.0, "seed": 5}
 
 @pytest.fixture(scope="module")
 def engine():
-    return make_engine(max_num_seqs=2)  # fewer programs: of two sequences, and of one
+    return make_engine(max_num_seqs=2)  # fewer programs: structures of two sequences, and of one
 
 
 def sampling(kind=None, **options):

@@ -57,6 +57,8 @@ def one_of(*choices: str) -> Limit:
 
 Count = Annotated[int, at_least(0)]
 Positive = Annotated[int, at_least(1)]
+NotNegative = Annotated[float, Limit(lambda value: is_number(value) and value >= 0, "a number >= 0")]
+AboveZero = Annotated[float, Limit(lambda value: is_number(value) and value > 0, "a number > 0")]
 Share = Annotated[float, Limit(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")]
 Flag = Annotated[bool, Limit(lambda value: isinstance(value, bool), "True or False")]
 

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, UInt64
 
 from sparsex_jax.cache.windows import mix
-from sparsex_jax.config.checks import is_number, require
+from sparsex_jax.config.checks import NotNegative, checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +78,13 @@ class SegmentPolicy:
       slack: replicas within this share of the prompt's tokens from the least cost are equally good.
     """
 
-    reuse_cost: float = 0.15
-    running_cost: float = 64.0
-    work_weight: float = 4.0
-    slack: float = 0.1
+    reuse_cost: NotNegative = 0.15
+    running_cost: NotNegative = 64.0
+    work_weight: NotNegative = 4.0
+    slack: NotNegative = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("reuse_cost", "running_cost", "work_weight", "slack"):
-            value = getattr(self, name)
-            require(is_number(value) and value >= 0, f"{name}={value!r} must be a number >= 0")
+        checked(type(self), vars(self))
 
     def work(self, num_tokens: int, candidates: Candidates) -> Float64[np.ndarray, "replicas"]:
         hits = np.minimum(candidates.hits, num_tokens)

@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import Message
 
 from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.config.checks import is_int, is_number, require
+from sparsex_jax.config.checks import AboveZero, NotNegative, Positive, checked, require
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import AddressError
 from sparsex_jax.routing import Policy, Position, Router, SegmentPolicy, Sketch
@@ -96,27 +96,19 @@ class ScaleConfig:
       health_period_s: replicas are asked so often whether they are well.
     """
 
-    min_replicas: int = 2
-    max_replicas: int = 2
-    target_ongoing_requests: float = 8.0
-    upscale_delay_s: float = 10.0
-    downscale_delay_s: float = 600.0
-    num_cpus: float = 1.0
-    num_gpus: float = 0.0
-    num_fronts: int = 1
-    health_period_s: float = 5.0
+    min_replicas: Positive = 2
+    max_replicas: Positive = 2
+    target_ongoing_requests: AboveZero = 8.0
+    upscale_delay_s: NotNegative = 10.0
+    downscale_delay_s: NotNegative = 600.0
+    num_cpus: NotNegative = 1.0
+    num_gpus: NotNegative = 0.0
+    num_fronts: Positive = 1
+    health_period_s: AboveZero = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("min_replicas", "max_replicas", "num_fronts"):
-            value = getattr(self, name)
-            require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
+        checked(type(self), vars(self))
         require(self.min_replicas <= self.max_replicas, f"max_replicas={self.max_replicas} is less than min_replicas")
-        for name in ("num_cpus", "num_gpus", "upscale_delay_s", "downscale_delay_s"):
-            value = getattr(self, name)
-            require(is_number(value) and value >= 0, f"{name}={value!r} must be a number >= 0")
-        for name in ("target_ongoing_requests", "health_period_s"):
-            value = getattr(self, name)
-            require(is_number(value) and value > 0, f"{name}={value!r} must be a number > 0")
 
     def of_replicas(self) -> dict[str, Any]:
         """Serve's options for their number."""

@@ -16,10 +16,11 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated
 
 import numpy as np
 
-from sparsex_jax.config.checks import is_int, is_number, require
+from sparsex_jax.config.checks import Limit, NotNegative, Positive, checked, is_int
 from sparsex_jax.device.link import HostBlock
 from sparsex_jax.errors import SparsexError
 from sparsex_jax.reuse.pace import Factor
@@ -34,6 +35,7 @@ from sparsex_jax.tiers.index import Run
 
 BYTES_PER_S = 1e9  # as expected before anything came
 _BESIDE_PIECES = 1 << 16  # bytes of a block file
+_PORT = Limit(lambda value: is_int(value) and 0 <= value < 1 << 16, "from 0 to 65535")
 _AT_ONCE = 1 << 20  # bytes of a body that are read between two looks at the clock
 
 log = logging.getLogger(__name__)
@@ -61,20 +63,14 @@ class PeerConfig:
     """
 
     host: str | None = None
-    port: int = 0
-    most_bytes: int = 1 << 30
-    most_s: float = 2.0
-    rest_s: float = 5.0
-    threads: int = 4
+    port: Annotated[int, _PORT] = 0
+    most_bytes: Positive = 1 << 30
+    most_s: NotNegative = 2.0
+    rest_s: NotNegative = 5.0
+    threads: Positive = 4
 
     def __post_init__(self) -> None:
-        require(is_int(self.port) and 0 <= self.port < 1 << 16, f"port={self.port!r} must be from 0 to 65535")
-        for name in ("most_bytes", "threads"):
-            value = getattr(self, name)
-            require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
-        for name in ("most_s", "rest_s"):
-            value = getattr(self, name)
-            require(is_number(value) and value >= 0, f"{name}={value!r} must be a number >= 0")
+        checked(type(self), vars(self))
 
 
 @dataclasses.dataclass

@@ -114,7 +114,7 @@ class Clock:
 
 
 class Late:
-    """An array that a device has at some time. Who wants it earlier waits."""
+    """An array that a device computes until some time. A thread that reads it earlier waits until then."""
 
     def __init__(self, array: np.ndarray, at: float, clock: Clock) -> None:
         self._array, self._at, self._clock = array, at, clock

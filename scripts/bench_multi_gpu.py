@@ -17,8 +17,9 @@ share of tokens up to the first that differs. Those that a number of devices doe
 
 --vllm runs `bench_vllm.py` beside each, where vLLM is installed. It writes a file of its own.
 
-What does not fit into the memory of so many devices is told, and left out. The limit is what JAX may take of a device;
-XLA_PYTHON_CLIENT_MEM_FRACTION raises it. Where a process dies, its figure is told too, and another goes on behind it.
+The bench leaves out what the devices have no memory for, and says so. The limit is what JAX may take of a device;
+XLA_PYTHON_CLIENT_MEM_FRACTION raises it. If a process dies, the bench says which figure it was at, and starts another
+process for the rest.
 
 Each row is written as soon as it is there. --resume keeps the rows of the file and measures what it lacks, for machines
 that are given for minutes. --only TEXT measures the works that have one of these texts in their names. Writes
@@ -34,7 +35,7 @@ import math
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +129,11 @@ class Asked:
     model: str
     dtype: str
     devices: int
-    lengths: tuple[int, ...]
-    decode: tuple[Case, ...]
+    lengths: Sequence[int]
+    decode: Sequence[Case]
     runs: int
-    only: tuple[str, ...] = ()
-    done: frozenset[tuple[str, str]] = frozenset()
+    only: Sequence[str] = ()
+    done: Set[tuple[str, str]] = frozenset()
 
     @property
     def config(self) -> ModelConfig:
@@ -248,9 +249,9 @@ def first_token(asked: Asked, engine: Engine, prompt: np.ndarray, reuse: ReuseCo
 
 
 def decode(asked: Asked, engine: Engine, case: Case) -> Row:
-    state = dispatch(engine, state_of(engine, case, 0))
+    state = state_of(engine, case, 0)
+    step = step_milliseconds(engine, state, asked.runs)
     within = all_reduce_milliseconds(asked, functools.partial(dispatch, engine, state))
-    step = step_milliseconds(engine, state_of(engine, case, 0), asked.runs)
     within = None if within is None else within / STEPS
     return asked.row(str(case), "decode", step, "ms a step", all_reduces=within)
 
@@ -323,10 +324,8 @@ def run_child(text: str) -> None:
     if "tokens" in told:
         rows = equal_tokens(told["tokens"], told["devices"])
     else:
-        lists = {"lengths": tuple(told["lengths"]), "decode": tuple(map(Case.of, told["decode"]))}
-        lists |= {"only": tuple(told["only"])}
-        done = frozenset(map(tuple, told["done"]))
-        rows = rows_of(Asked(**told | lists | {"done": done}))
+        cases, done = [*map(Case.of, told.pop("decode"))], {*map(tuple, told.pop("done"))}
+        rows = rows_of(Asked(decode=cases, done=done, **told))
     for row in rows:
         print(json.dumps(dataclasses.asdict(row)), flush=True)
 
@@ -342,7 +341,7 @@ class Results:
         self._rows = {row.key: row for row in (Row(**each) for each in before) if row.figure is not None}
 
     def done(self, devices: int) -> list[tuple[str, str]]:
-        """(work, implementation) of what is measured on so many devices, or failed."""
+        """(work, implementation) of the rows of this number of devices, measured or failed."""
         return [(work, name) for work, name, number in self._rows if number == devices]
 
     def add(self, row: Row) -> None:
@@ -354,7 +353,7 @@ class Results:
 
 
 def measure(model: str, devices: int, options: argparse.Namespace, results: Results) -> None:
-    """One model on so many devices, and vLLM there if asked."""
+    """Measure one model on this number of devices, and vLLM on them too where --vllm asks for it."""
     told = {"model": model, "dtype": options.dtype, "devices": devices, "runs": options.runs, "only": options.only}
     told |= {"lengths": options.lengths, "decode": [f"{case.requests}x{case.context}" for case in options.decode]}
     collect(results, devices, lambda: told | {"done": results.done(devices)})

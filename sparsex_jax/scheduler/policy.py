@@ -144,9 +144,9 @@ class Policy:
         steps = self._few_steps
         if not self._hides_a_round(step_seconds) or self._is_near or sequences != self.of_state(State.DECODING):
             return 0
-        if any(one.suspect or one.cancelled for one in sequences) or not any(
-            one.slots(behind) < one.most_slots for one in sequences
-        ):
+        if any(one.suspect or one.cancelled for one in sequences):
+            return 0
+        if all(one.slots(behind) >= one.most_slots for one in sequences):  # none of them needs another token
             return 0
         is_full = any(not self._may_find_pages(one) for one in self.waiting)
         return 0 if is_full or not self._admission.grow_together(sequences, behind + steps) else steps

@@ -32,7 +32,10 @@ def traced():
 
 
 def asked(traced, body, path="/v1/completions", **headers):
-    """The spans of one request, in the order of their beginnings; the request's own comes first."""
+    """The spans of one request, in the order of their beginnings; the request's own comes first.
+
+    They are there some time after its answer, so every request of these tests waits for its own.
+    """
     live, exporter = traced
     exporter.clear()
     with live.http() as http:
@@ -72,9 +75,8 @@ def test_a_request_has_a_span_for_each_part_under_the_clients_trace(traced):
 
 
 def test_each_answer_has_spans_of_its_own_and_copies_are_seen(traced):
-    live, _ = traced
-    with live.http() as http:
-        http.post("/v1/knowledge", json={"text": NOTE, "company": False}).raise_for_status()
+    remembered, _ = asked(traced, {"text": NOTE, "company": False}, "/v1/knowledge")
+    assert remembered.status_code == 200
     body = ASK | {"prompt": "What is this? " + NOTE + "When?", "n": 2, "reuse": {"method": "naive"}}
     _, (request, *parts) = asked(traced, body)
     assert [span.attributes["sparsex.answer"] for span in parts if span.name == "decode"] == [0, 1]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sparsex_jax.config import EngineConfig, ModelConfig, named_config
 from sparsex_jax.device import aot
+from sparsex_jax.device.described import described_mesh
 from sparsex_jax.model.sharding import check_mesh
 from sparsex_jax.model.weights import num_parameters
 from sparsex_jax.reuse.planner import CHUNKS
@@ -66,7 +67,7 @@ CHUNK, ROW_TILE = CHUNKS["tpu"], 128
 
 def compiled_step(chip: str, devices: int, step: str) -> dict:
     model = named_config(MODEL)
-    mesh = check_mesh(aot.described_mesh(TOPOLOGIES[chip], devices), model)
+    mesh = check_mesh(described_mesh(TOPOLOGIES[chip], devices), model)
     begin = time.perf_counter()
     compiled = STEPS[step](model, mesh).compile()
     seconds = time.perf_counter() - begin

@@ -35,6 +35,7 @@ settings.load_profile("any machine")
 
 # Devices are fixed at the first use of jax.
 from sparsex_jax import Engine, EngineConfig, ModelConfig  # noqa: E402
+from sparsex_jax.device import signals  # noqa: E402
 from sparsex_jax.device.runner import Runner  # noqa: E402
 from sparsex_jax.eval import lexicon  # noqa: E402
 from sparsex_jax.model.sharding import make_mesh  # noqa: E402
@@ -75,11 +76,30 @@ def nothing_is_sent_ahead() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_signal() -> Iterator[None]:
+    """A prefill is compiled with the signal of SparseX, and those that its requests ask for: with all, it takes more
+    than twice as long. A process has every one in its programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signals, "BUILT_IN", {"key_mass": signals.key_mass})
+        yield
+
+
+@pytest.fixture(scope="module")
+def every_signal() -> Iterator[None]:
+    """As a process has it: for modules that ask for many of them, whose requests then share a program."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(signals, "BUILT_IN", EVERY_SIGNAL)
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm() -> Engine:
     """SmolLM2-135M-Instruct in float32. All tests share it, so each uses namespaces of its own."""
     return Engine.from_pretrained("smollm2-135m-instruct", dtype="float32", store_tokens=16384)
 
+
+EVERY_SIGNAL = signals.BUILT_IN
 
 TINY = ModelConfig(
     vocab_size=97,

@@ -22,6 +22,8 @@ from sparsex_jax.reuse.cost import prefill_seconds
 from sparsex_jax.reuse.methods import METHODS
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Budget
 
+pytestmark = pytest.mark.usefixtures("every_signal")
+
 CHOOSING = [name for name, method in METHODS.items() if hasattr(method(), "max_ratio")]
 PLAIN = {"overflow_tokens": 0, "tail_tokens": 0}
 ROWS, REQUESTS = 32, 3

@@ -241,7 +241,7 @@ def test_reorder_finds_the_prefix_that_the_order_hides(engine):
 
 
 @pytest.mark.parametrize("regime", sorted({*regimes.REGIMES} - {"shuffled"}))
-@pytest.mark.parametrize("task", ["vt", "chat"])
+@pytest.mark.parametrize("task", [pytest.param("vt", marks=pytest.mark.slow), "chat"])
 def test_the_body_is_reused(engine, regime, task):
     sample, namespace = sample_of(task), f"reused/{regime}/{task}"
     asked = quality.prepare(engine, sample, Regime(regime), namespace, np.random.default_rng(0))

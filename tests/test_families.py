@@ -1,7 +1,4 @@
-"""Every family of models: transformers' logits, and the identities of reuse, on the random models of `tests/golden`.
-
-Programs are compiled with one signal instead of all, which is most of what these tests take.
-"""
+"""Every family of models: transformers' logits, and the identities of reuse, on the random models of `tests/golden`."""
 
 from pathlib import Path
 
@@ -11,7 +8,6 @@ from dense import Dense, engine_logits, frequencies_of, stored_kv
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig
 from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.device import signals
 from sparsex_jax.model.decoder import inv_freq
 from sparsex_jax.model.sharding import make_mesh
 
@@ -27,20 +23,17 @@ HEADING, QUESTION = np.random.default_rng(2).integers(3, 128, (2, 9)).astype(np.
 PROMPT = np.concatenate([HEADING, DOCUMENT, QUESTION])
 
 
-@pytest.fixture(scope="module")
-def one_signal():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(signals, "BUILT_IN", {"key_mass": signals.key_mass})
-        yield
-
-
 def make_engine(name, **options):
     options = {"max_context": LONGER.get(name), "store_tokens": 512, "page_size": 16, "chunk_rows": 128} | options
     return Engine.from_pretrained(GOLDEN / name, dtype="float32", **options)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request, one_signal):
+# Those that are like another: Mistral without windows is Llama, and OLMoE is Qwen3-MoE with wide norms.
+SLOW = {"mistral", "olmoe"}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES])
+def family(request):
     """A name, and an engine that all tests of the family share, and so one compiled prefill."""
     engine = make_engine(request.param)
     engine.remember(DOCUMENT)

@@ -360,7 +360,10 @@ def test_linear(rows, count, inputs, widths, config):
         assert relative_error(out[:count], expected[:count]) < 4e-3
 
 
-@pytest.mark.parametrize(("rows", "count"), [(1, 1), (5, 3), (8, 8), (24, 9), (64, 50)])
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [(1, 1), (5, 3), (8, 8), *(pytest.param(*many, marks=pytest.mark.slow) for many in ((24, 9), (64, 50)))],
+)
 def test_linear_of_few_rows_copies_no_others(rows, count):
     """The rest of a block holds what it held, NaN at first in the interpreter, and reaches nobody."""
     x, weights = stacks(rows, 192, (64,))

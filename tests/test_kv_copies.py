@@ -48,7 +48,10 @@ def test_weights_of_keys_and_values_are_there_several_times_and_no_others():
 MODEL = dataclasses.replace(TINY, num_layers=2, hidden_size=256, num_q_heads=8, num_kv_heads=2, head_dim=64)
 
 
-@pytest.mark.parametrize(("head_dim", "blocks", "turns"), [(64, 1, True), (64, 128, False), (128, 2, True)])
+@pytest.mark.parametrize(
+    ("head_dim", "blocks", "turns"),
+    [pytest.param(64, 1, True, marks=pytest.mark.slow), (64, 128, False), (128, 2, True)],
+)
 def test_codes_are_there_several_times(head_dim, blocks, turns):
     """With a scale for each output, or for blocks of them that belong to two heads; also where a square does."""
     model, mesh = dataclasses.replace(MODEL, head_dim=head_dim), make_mesh(4)

@@ -14,6 +14,8 @@ from sparsex_jax.eval.oracle import prompt_kv, true_deviation
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.reuse.methods import METHODS, Full, Method, Oracle, Phase
 
+pytestmark = pytest.mark.usefixtures("every_signal")
+
 PLAIN = {"overflow_tokens": 0, "tail_tokens": 0}
 CONFIGS = {
     "epic": ReuseConfig("epic", head_tokens=5),

@@ -19,6 +19,8 @@ from sparsex_jax.reuse.plan import Budget, Copies
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_copies, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 
+pytestmark = pytest.mark.usefixtures("every_signal")
+
 
 @pytest.fixture(scope="module", params=[1, pytest.param(2, marks=pytest.mark.slow)])
 def big_store(request) -> Engine:

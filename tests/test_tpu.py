@@ -34,9 +34,12 @@ LAYERS, PAGES, KV_HEADS, PAGE_SIZE, LENGTHS = 2, 16, 2, 32, (140, 50, 1)
 LARGE, SMALL = ("bfloat16", 8, 128), ("float32", 6, 64)
 
 tpu = pytest.mark.parametrize("implementation", ["tpu"])
-shapes = pytest.mark.parametrize(("dtype", "q_heads", "head_dim"), [LARGE, SMALL])
+shapes = pytest.mark.parametrize(
+    ("dtype", "q_heads", "head_dim"), [LARGE, pytest.param(*SMALL, marks=pytest.mark.slow)]
+)
 shapes_and_rows = pytest.mark.parametrize(
-    ("dtype", "q_heads", "head_dim", "decode"), [(*LARGE, False), (*SMALL, False), (*LARGE, True)]
+    ("dtype", "q_heads", "head_dim", "decode"),
+    [(*LARGE, False), pytest.param(*SMALL, False, marks=pytest.mark.slow), (*LARGE, True)],
 )
 
 

@@ -13,6 +13,7 @@ import pytest
 import sparsex_kernels.api as kernels
 from sparsex_jax.config import EngineConfig, named_config
 from sparsex_jax.device import aot
+from sparsex_jax.device.described import TPU, described_mesh, lowering_for
 from sparsex_jax.model.sharding import check_mesh
 
 pytestmark = [
@@ -68,15 +69,15 @@ def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size, stored=Non
         ),
         "pack_rows": (kernels.pack_rows, (ints, ints, ints, ints)),
     }
-    return {name: (partial(call, backend=aot.TPU), args) for name, (call, args) in operations.items()}, store
+    return {name: (partial(call, backend=TPU), args) for name, (call, args) in operations.items()}, store
 
 
 def compiled_kernel(chip, operation, shape):
-    mesh = aot.described_mesh(CHIPS[chip], 1)
+    mesh = described_mesh(CHIPS[chip], 1)
     calls, store = kernel_calls(*shape)
     call, args = calls[operation]
     donated = (0,) if operation in WRITES else ()
-    with aot.lowering_for(mesh):
+    with lowering_for(mesh):
         return jax.jit(call, donate_argnums=donated).lower(*aot.replicated((store, *args), mesh)).compile(), store
 
 
@@ -143,7 +144,7 @@ QUICK = {("v5e", 8, "align"), ("v5e", 8, "load pages")}
     ],
 )
 def test_the_engine_compiles_without_a_copy_of_the_store(chip, num_devices, step):
-    mesh = check_mesh(aot.described_mesh(CHIPS[chip], num_devices), LLAMA)
+    mesh = check_mesh(described_mesh(CHIPS[chip], num_devices), LLAMA)
     compiled = STEPS[step](mesh).compile()
     store = aot.abstract_store(LLAMA, engine_for(mesh), mesh)
     share = math.prod(store.shape) * store.dtype.itemsize // num_devices
@@ -155,7 +156,7 @@ def test_the_engine_compiles_without_a_copy_of_the_store(chip, num_devices, step
 
 
 def test_spilling_needs_no_more_memory_than_its_pages():
-    mesh = check_mesh(aot.described_mesh(CHIPS["v5e"], 8), LLAMA)
+    mesh = check_mesh(described_mesh(CHIPS["v5e"], 8), LLAMA)
     memory = aot.lower_gather(LLAMA, engine_for(mesh), mesh, 16).compile().memory_analysis()
     store = aot.abstract_store(LLAMA, engine_for(mesh), mesh)
     block = 16 * math.prod(store.shape) // store.shape[1] * store.dtype.itemsize // 8
@@ -164,6 +165,6 @@ def test_spilling_needs_no_more_memory_than_its_pages():
 
 @pytest.mark.slow
 def test_one_v5e_is_too_small_and_says_so():
-    mesh = aot.described_mesh(CHIPS["v5e"], 1)
+    mesh = described_mesh(CHIPS["v5e"], 1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         aot.lower_prefill(LLAMA, engine_for(mesh), mesh, 1024).compile()

@@ -133,8 +133,9 @@ def product_parts(
         num_threads=config.warpgroups + 1,
         scratch_types=_scratch(shape, config),
     )
-    numbers = jnp.concatenate([tiles.wanted[None], tiles.matrices]).astype(jnp.int32)
-    return run(pad_rows(inputs, shape.fetched), *weights, *more, numbers)[:, : len(inputs)]
+    # Apart, so that the matrices are no launch of their own where they are known as the program is compiled.
+    which = tiles.wanted[None].astype(jnp.int32), tiles.matrices.astype(jnp.int32)
+    return run(pad_rows(inputs, shape.fetched), *weights, *more, *which)[:, : len(inputs)]
 
 
 def _check(inputs: Array, weights: Sequence[Array], widths: tuple[int, ...], shape: Shape) -> None:
@@ -236,22 +237,29 @@ class Scratch(NamedTuple):
     used: Ref  # of each stage: all warpgroups have multiplied them
 
 
+class WantedTiles(NamedTuple):
+    """The tiles of rows that are multiplied."""
+
+    number: Array
+    matrices: Ref  # which of each stack, by tile
+
+
 def _kernel(shape: Shape, config: Config, x_ref: Ref, *refs: Ref, **scratch: Ref) -> None:
-    *operands, numbers, out_ref = refs
-    row_tiles, wg = numbers[0], lax.axis_index("wg")
+    *operands, wanted, which, out_ref = refs
+    tiles, wg = WantedTiles(wanted[0], which), lax.axis_index("wg")
     persistent = config.warpgroups == 2  # one program a multiprocessor, which has its registers for itself
 
     @pl.when(wg < config.warpgroups)
     def compute() -> None:
         if persistent:
             plgpu.set_max_registers(232, action="increase")
-        _compute(shape, config, row_tiles, wg, out_ref, Scratch(**scratch))
+        _compute(shape, config, tiles.number, wg, out_ref, Scratch(**scratch))
 
     @pl.when(wg == config.warpgroups)
     def fetch() -> None:
         if persistent:
             plgpu.set_max_registers(40, action="decrease")
-        _fetch(shape, config, numbers, _sources(shape, x_ref, operands), Scratch(**scratch))
+        _fetch(shape, config, tiles, _sources(shape, x_ref, operands), Scratch(**scratch))
 
 
 class Item(NamedTuple):
@@ -373,13 +381,13 @@ def _sources(shape: Shape, x_ref: Ref, operands: list[Ref]) -> list[list[Source]
     return sources
 
 
-def _fetch(shape: Shape, config: Config, numbers: Ref, results: list[list[Source]], scratch: Scratch) -> None:
+def _fetch(shape: Shape, config: Config, tiles: WantedTiles, results: list[list[Source]], scratch: Scratch) -> None:
     x_smem, w_smem, _, ready, used = scratch
     # Of few rows, only the first rows of a block are filled. The others keep what they held; nothing of them is stored.
     filled = pl.ds(0, shape.fetched)
 
     def over_item(item: Item, done: Array) -> None:
-        which = numbers[1 + item.row]
+        which = tiles.matrices[item.row]
 
         def copy_from(sources: list[Source], first: int) -> None:
             def step(source: Source, k: Array, _: None) -> None:
@@ -403,7 +411,7 @@ def _fetch(shape: Shape, config: Config, numbers: Ref, results: list[list[Source
             mine = (item.column >= begin) & (item.column < end)
             pl.when(mine)(functools.partial(copy_from, sources, begin))
 
-    steps = _over_items(shape, config, numbers[0], over_item)
+    steps = _over_items(shape, config, tiles.number, over_item)
     drain((used,), 0, steps, config.stages)
 
 

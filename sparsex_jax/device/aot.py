@@ -1,26 +1,25 @@
-"""The engine's steps lowered for TPUs that are described, not present: what compiles, and what it would take.
+"""The engine's steps lowered for devices that are described, not present: what compiles, and what it would take.
 
-`lower_prefill(...).compile()` runs the chip's own compiler, which the `libtpu` wheel brings, on any machine.
-Weights and store are shapes.
+`lower_prefill(...).compile(compile_options(mesh))` runs the device's own compiler on any machine. Weights and store are
+shapes. Pallas' kernels for GPUs are lowered, but what makes machine code of them is a GPU's own process.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
 from sparsex_jax.device.adapters import abstract_apart, abstract_stacks
-from sparsex_jax.device.decode import decode
+from sparsex_jax.device.decode import FEW_STEPS, DecodeState, decode
+from sparsex_jax.device.described import COMPILED_BLIND, backend_of, lowering_for
 from sparsex_jax.device.packed import packed
 from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
 from sparsex_jax.device.prefill import align, prefill
@@ -29,37 +28,18 @@ from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
-from sparsex_jax.model.sharding import TENSOR_AXIS, on_mesh
+from sparsex_jax.model.sharding import on_mesh
 from sparsex_jax.model.store import AnyStore, abstract_any_store, abstract_store
 from sparsex_jax.model.weights import Params, abstract_params
 from sparsex_jax.reuse.methods import Method, SparseX
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
-from sparsex_kernels.backend import Backend
-
-# The TPU kernels and nothing else, whether they have been validated on a device or not.
-TPU = Backend("tpu", preferred=("tpu",))
 
 
-def described_mesh(topology: str, num_devices: int) -> Mesh:
-    """A mesh of the first devices of a topology, such as `v5e:2x4`.
-
-    Raises:
-      RuntimeError: `libtpu` is not installed.
-    """
-    # No metadata server to ask, no lock on a device to take.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices[:num_devices]), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
-
-
-@contextmanager
-def lowering_for(mesh: Mesh) -> Iterator[None]:
-    """Within this context, Pallas looks up the mesh's chip."""
-    with use_abstract_mesh(mesh.abstract_mesh):
-        yield
+def compile_options(mesh: Mesh) -> dict[str, Any] | None:
+    """What `Lowered.compile` needs to be told where there is no device."""
+    return None if backend_of(mesh).platform == "tpu" else dict(COMPILED_BLIND)
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
@@ -84,10 +64,10 @@ def half_reused(num_tokens: int, reuse: Method, model: ModelConfig, shapes: Shap
 
 def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
     """The prefill of the bucket that holds this number of tokens. It serves every method."""
-    shapes = Shapes.of_engine(model, engine, platform="tpu")
+    shapes = _shapes(model, engine, mesh)
     plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
-    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "signals": tuple(BUILT_IN.values()), "chunk": chunk}
+    static = {"decoder": _decoder(model, mesh), "signals": tuple(BUILT_IN.values()), "chunk": chunk}
     params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
     hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
     boundaries = plan.boundaries
@@ -102,14 +82,14 @@ def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_toke
 
 def lower_probe(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
     """The probe of the bucket that holds this number of tokens, all layers of it, the last half looked at."""
-    shapes = Shapes.of_engine(model, engine, platform="tpu")
+    shapes = _shapes(model, engine, mesh)
     plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
     _, chunk = shapes.bucket(plan.fresh.size)
     params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
     hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
     focus = jnp.zeros((len(plan.page_tables), shapes.max_pages * engine.page_size))
     layers = model.num_layers
-    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "layers": layers, "watched": layers // 2, "chunk": chunk}
+    static = {"decoder": _decoder(model, mesh), "layers": layers, "watched": layers // 2, "chunk": chunk}
 
     def step(
         store: AnyStore, params: Params, tables: jax.Array, rows: Rows, looking: jax.Array, state: ProbeState
@@ -121,21 +101,28 @@ def lower_probe(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
 
 
 def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_requests: int) -> Lowered:
-    """One dispatch of `engine.decode_steps` tokens for a power of two of requests."""
-    shapes = Shapes.of_engine(model, engine, platform="tpu")
+    """One dispatch for a power of two of requests, as `Runner.decode` makes it."""
+    shapes, host_steers = _shapes(model, engine, mesh), backend_of(mesh).platform == "gpu"
     slot = BatchSlot(prompt=[0], answer=[0], sampling=SamplingParams(), pages=[0])
     state = decode_state([slot] * num_requests, shapes.max_pages, model.vocab_size, adapters=shapes.adapters)
-    static = {"decoder": Decoder(model, Ops(mesh, TPU)), "steps": engine.decode_steps}
+    if host_steers:
+        state = dataclasses.replace(state, sampling=state.sampling.decided())
+    steps = min(FEW_STEPS, engine.decode_steps) if host_steers else engine.decode_steps
+    static = {"decoder": _decoder(model, mesh), "steps": steps, "stops_early": not host_steers}
     params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
-    return _lower(lambda store, params, state: decode(params, store, state, **static), mesh, store, params, state)
+
+    def step(store: AnyStore, params: Params, state: DecodeState, limit: jax.Array) -> Any:
+        return decode(params, store, state, limit, **static)
+
+    return _lower(step, mesh, store, params, state, jnp.int32(steps))
 
 
 def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
     """The copies of the bucket that holds this number of tokens."""
-    size, _ = Shapes.of_engine(model, engine, platform="tpu").bucket(num_tokens)
+    size, _ = _shapes(model, engine, mesh).bucket(num_tokens)
     slots = jnp.zeros(size, jnp.int32)
     copies, layers = packed(Copies(slots, slots, slots)), (np.int32(0), np.int32(model.num_layers))
-    decoder = Decoder(model, Ops(mesh, TPU))
+    decoder = _decoder(model, mesh)
     store = abstract_any_store(model, engine, mesh)
     return _lower(
         lambda store, copies, layers: align(store, copies, layers, decoder=decoder), mesh, store, copies, layers
@@ -156,6 +143,14 @@ def lower_scatter(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_page
     piece = jax.ShapeDtypeStruct(shape, store.dtype, sharding=piece_sharding(mesh, shape, "device"))
     pages, layer = replicated((np.zeros(num_pages, np.int32), np.int32(0)), mesh)
     return scatter.lower(store, piece, pages, layer, mesh=mesh)
+
+
+def _decoder(model: ModelConfig, mesh: Mesh) -> Decoder:
+    return Decoder(model, Ops(mesh, backend_of(mesh)))
+
+
+def _shapes(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Shapes:
+    return Shapes.of_engine(model, engine, platform=backend_of(mesh).platform)
 
 
 def _params(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Params:

@@ -1,0 +1,64 @@
+"""Compiles the engine's steps for GPUs that are not there, and counts what they launch. Nothing runs.
+
+    uv run --group gpu-aot python scripts/report_gpu.py
+
+Where few rows go through a layer, launches are what a step takes beside the time of its bytes. Counted are those of a
+decode step, and of a chunk of rows through a layer of a prefill. XLA tries no products of its own here, so that a
+process on a GPU may have others. Writes `results/launches-llama-3.1-8b-....json`, on any machine, in minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from jax.stages import Lowered
+from launches import Launches, Program
+
+from sparsex_jax.config import EngineConfig, named_config
+from sparsex_jax.device import aot
+from sparsex_jax.device.described import described_mesh
+from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.model.sharding import check_mesh
+
+MODEL = named_config("llama-3.1-8b")
+ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
+STEPS: dict[str, Callable[[Mesh], Lowered]] = {
+    "decode step of 1": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 1),
+    "decode step of 32": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 32),
+    "chunk of a layer, prefill of 8192": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 8192),
+    "chunk of a layer, prefill of 32768": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 32768),
+}
+
+
+def launches(step: str, gpu: str, devices: int) -> Launches:
+    mesh = check_mesh(described_mesh(gpu, devices), MODEL)
+    return Program(STEPS[step](mesh).compile(aot.compile_options(mesh)).as_text()).turn()
+
+
+def rows_of(step: str, devices: int, found: Launches) -> Iterator[dict[str, Any]]:
+    for name, figure in dataclasses.asdict(found).items():
+        work = step if devices == 1 else f"{step}, {devices} GPUs"
+        yield {"work": work, "implementation": name, "figure": figure, "unit": "launches"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", default="h100", help="one of `sparsex_jax.device.described.GPUS`")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2])
+    options = parser.parse_args()
+    about = {"bench": "launches", "model": "llama-3.1-8b"} | provenance(kind=f"described {options.gpu}")
+    rows: list[dict[str, Any]] = []
+    for devices in options.devices:
+        for step in STEPS:
+            rows += rows_of(step, devices, launches(step, options.gpu, devices))
+            print(rows[-4:], flush=True)
+    write_json(about | {"rows": rows}, Path(__file__).parent / "results")
+
+
+if __name__ == "__main__":
+    main()

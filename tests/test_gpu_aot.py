@@ -1,0 +1,93 @@
+"""Compiled for GPUs by their own compiler, on a machine that has none. Nothing runs here."""
+
+import importlib.util
+
+import pytest
+from launches import Launches, Program
+
+from sparsex_jax.config import EngineConfig, named_config
+from sparsex_jax.device import aot
+from sparsex_jax.device.described import backend_of, described_mesh
+from sparsex_jax.model.sharding import check_mesh
+
+LLAMA = named_config("llama-3.1-8b")
+ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
+LAYERS = LLAMA.num_layers
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="jax-cuda13-plugin is not installed; `uv run --group gpu-aot pytest -m gpu_aot` compiles for GPUs",
+)
+
+
+def mesh_of(num_devices):
+    return check_mesh(described_mesh("h100", num_devices), LLAMA)
+
+
+def program(lowered, mesh):
+    return Program(lowered.compile(aot.compile_options(mesh)).as_text())
+
+
+@needs_compiler
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("requests", [1, 32])
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_decode_step_is_a_few_kernels_a_layer_and_asks_nothing(num_devices, requests):
+    mesh = mesh_of(num_devices)
+    step = program(aot.lower_decode(LLAMA, ENGINE, mesh, requests), mesh).turn()
+    assert step.kernels == 9 * LAYERS
+    assert step.questions == 0
+    # XLA's are the padding of queries, with two devices the sums of parts and the gate too, and what is in no layer.
+    assert step.others <= (1 if num_devices == 1 else 4) * LAYERS + 40
+    assert step.collectives <= (0 if num_devices == 1 else 2 * LAYERS + 4)
+
+
+@needs_compiler
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_prefill_runs_by_the_kernels_made_for_the_gpu(num_devices):
+    mesh = mesh_of(num_devices)
+    assert backend_of(mesh).kernels == ("hopper", "triton")
+    chunk = program(aot.lower_prefill(LLAMA, ENGINE, mesh, 8192), mesh).turn()
+    assert chunk.kernels == 6
+    assert chunk.collectives == (0 if num_devices == 1 else 2)
+
+
+@needs_compiler
+@pytest.mark.gpu_aot
+def test_nothing_gathers_the_store():
+    mesh = mesh_of(2)
+    for lowered in (aot.lower_align(LLAMA, ENGINE, mesh, 8192), aot.lower_probe(LLAMA, ENGINE, mesh, 8192)):
+        assert "all-gather" not in lowered.compile(aot.compile_options(mesh)).as_text()
+
+
+TEXT = """HloModule jit_f
+
+%body (param: (s32[])) -> (s32[]) {
+  %param = (s32[]) parameter(0)
+  %fusion.1 = f32[8]{0} fusion(%param), kind=kLoop, calls=%fused
+  %kernel = f32[8]{0} custom-call(%fusion.1), custom_call_target="mosaic_gpu_v2"
+  %all-reduce-start = f32[8]{0} all-reduce-start(%kernel), to_apply=%add
+  %all-reduce-done = f32[8]{0} all-reduce-done(%all-reduce-start)
+  ROOT %tuple = (s32[]) tuple(%param)
+}
+
+%asked (param.1: (s32[])) -> (s32[]) {
+  %param.1 = (s32[]) parameter(0)
+  ROOT %while.2 = (s32[]) while(%param.1), condition=%goes_on, body=%body
+}
+
+ENTRY %main (param.2: (s32[])) -> (s32[]) {
+  %param.2 = (s32[]) parameter(0)
+  %while = (s32[]) while(%param.2), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"4"}}
+  %conditional = (s32[]) conditional(%while), branch_computations={%asked, %body}
+  ROOT %copy = (s32[]) copy(%conditional)
+}
+"""
+
+
+def test_launches_are_counted_with_the_turns_of_loops():
+    found = Program(TEXT)
+    assert found.turn() == Launches(kernels=1, others=1, collectives=1)
+    # Four turns, a branch whose longest has a loop of unknown turns, and a copy.
+    assert found.whole() == Launches(kernels=5, others=6, collectives=5, questions=2)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from sparsex_jax.model.decoder import Decoder, Hidden, OneLayer, decoder_layer, queries
+from sparsex_jax.model.hoisting import hoisted
 from sparsex_jax.model.store import AnyStore, kv_of
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows, fold_chunks
@@ -50,11 +53,26 @@ def run_layers(
     hidden: Hidden,
 ) -> tuple[AnyStore, Hidden]:
     """The layers from `first` up to `end` for these rows: a loop whose bounds are data."""
+    run = _layer_of(rows, forward, store, hidden)
+    return lax.fori_loop(first, end, lambda layer, carry: run(forward.params, layer, *carry), (store, hidden))
 
-    def layer_step(layer: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
-        return run_layer(forward, layer, carry[0], rows, carry[1])
 
-    return lax.fori_loop(first, end, layer_step, (store, hidden))
+def _layer_of(
+    rows: Rows, forward: ForwardPass, store: AnyStore, hidden: Hidden
+) -> Callable[[Params, Array, AnyStore, Hidden], tuple[AnyStore, Hidden]]:
+    """`run_layer` for these rows. If they are one chunk, what it makes of them alone is made now, once for all layers:
+    of few rows, those are a third of a layer's launches."""
+
+    def any_layer(
+        of_rows: tuple[Rows, PageTables], params: Params, number: Array, store: AnyStore, hidden: Hidden
+    ) -> tuple[AnyStore, Hidden]:
+        rows, tables = of_rows
+        return run_layer(dataclasses.replace(forward, params=params, page_tables=tables), number, store, rows, hidden)
+
+    of_rows = rows, forward.page_tables
+    if len(rows.token) > forward.chunk:
+        return functools.partial(any_layer, of_rows)
+    return hoisted(any_layer, of_rows, forward.params, jnp.int32(0), store, hidden)
 
 
 @jax.jit

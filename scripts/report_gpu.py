@@ -22,16 +22,18 @@ from launches import Launches, Program
 from sparsex_jax.config import EngineConfig, named_config
 from sparsex_jax.device import aot
 from sparsex_jax.device.described import described_mesh
+from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.sharding import check_mesh
 
 MODEL = named_config("llama-3.1-8b")
 ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
+ONE_SIGNAL = {"key_mass": BUILT_IN["key_mass"]}  # those with passes of their own have layers of their own too
 STEPS: dict[str, Callable[[Mesh], Lowered]] = {
     "decode step of 1": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 1),
     "decode step of 32": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 32),
-    "chunk of a layer, prefill of 8192": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 8192),
-    "chunk of a layer, prefill of 32768": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 32768),
+    "layer of a prefill of 512": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 512, ONE_SIGNAL),
+    "chunk of a layer, prefill of 32768": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 32768, ONE_SIGNAL),
 }
 
 

@@ -8,11 +8,13 @@ from launches import Launches, Program
 from sparsex_jax.config import EngineConfig, named_config
 from sparsex_jax.device import aot
 from sparsex_jax.device.described import backend_of, described_mesh
+from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.model.sharding import check_mesh
 
 LLAMA = named_config("llama-3.1-8b")
 ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
 LAYERS = LLAMA.num_layers
+ONE_SIGNAL = {"key_mass": BUILT_IN["key_mass"]}
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
@@ -48,9 +50,11 @@ def test_a_decode_step_is_a_few_kernels_a_layer_and_asks_nothing(num_devices, re
 def test_a_prefill_runs_by_the_kernels_made_for_the_gpu(num_devices):
     mesh = mesh_of(num_devices)
     assert backend_of(mesh).kernels == ("hopper", "triton")
-    chunk = program(aot.lower_prefill(LLAMA, ENGINE, mesh, 8192), mesh).turn()
-    assert chunk.kernels == 6
-    assert chunk.collectives == (0 if num_devices == 1 else 2)
+    for num_tokens, kernels, others in ((512, 7, 12), (8192, 6, 24)):  # one chunk, whose keys may be cut; several
+        chunk = program(aot.lower_prefill(LLAMA, ENGINE, mesh, num_tokens, ONE_SIGNAL), mesh).turn()
+        assert chunk.kernels == kernels
+        assert chunk.others <= others
+        assert chunk.collectives == (0 if num_devices == 1 else 2)
 
 
 @needs_compiler

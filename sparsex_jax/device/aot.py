@@ -7,7 +7,7 @@ shapes. Pallas' kernels for GPUs are lowered, but what makes machine code of the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from sparsex_jax.device.packed import packed
 from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
 from sparsex_jax.device.prefill import align, prefill
 from sparsex_jax.device.probe import ProbeState, probe
-from sparsex_jax.device.signals import BUILT_IN
+from sparsex_jax.device.signals import BUILT_IN, Signal
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
@@ -53,21 +53,29 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(shape, tree)
 
 
-def half_reused(num_tokens: int, reuse: Method, model: ModelConfig, shapes: Shapes) -> tuple[PrefillPlan, Rows]:
+def half_reused(
+    num_tokens: int, reuse: Method, model: ModelConfig, shapes: Shapes, signals: Sequence[str] = tuple(BUILT_IN)
+) -> tuple[PrefillPlan, Rows]:
     """The plan of a prompt whose first half is reused, and its rows. Only their shapes matter here."""
     kind = np.full(num_tokens, TokenKind.FRESH, np.uint8)
     kind[: num_tokens // 2] = TokenKind.REUSED
     prompt = PromptMap(np.zeros(num_tokens, np.int32), kind)
     request = RequestPlan(prompt, reuse.phases(prompt, model.num_layers), range(shapes.max_pages))
-    return plan_prefill([request], shapes, model.num_layers, tuple(BUILT_IN))
+    return plan_prefill([request], shapes, model.num_layers, signals)
 
 
-def lower_prefill(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
-    """The prefill of the bucket that holds this number of tokens. It serves every method."""
+def lower_prefill(
+    model: ModelConfig,
+    engine: EngineConfig,
+    mesh: Mesh,
+    num_tokens: int,
+    signals: Mapping[str, Signal] = BUILT_IN,
+) -> Lowered:
+    """The prefill of the bucket that holds this number of tokens. With all signals it serves every method."""
     shapes = _shapes(model, engine, mesh)
-    plan, rows = half_reused(num_tokens, SparseX(), model, shapes)
+    plan, rows = half_reused(num_tokens, SparseX(), model, shapes, tuple(signals))
     _, chunk = shapes.bucket(plan.fresh.size)
-    static = {"decoder": _decoder(model, mesh), "signals": tuple(BUILT_IN.values()), "chunk": chunk}
+    static = {"decoder": _decoder(model, mesh), "signals": tuple(signals.values()), "chunk": chunk}
     params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
     hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
     boundaries = plan.boundaries

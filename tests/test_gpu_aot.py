@@ -1,5 +1,6 @@
 """Compiled for GPUs by their own compiler, on a machine that has none. Nothing runs here."""
 
+import dataclasses
 import importlib.util
 
 import pytest
@@ -55,6 +56,21 @@ def test_a_prefill_runs_by_the_kernels_made_for_the_gpu(num_devices):
         assert chunk.kernels == kernels
         assert chunk.others <= others
         assert chunk.collectives == (0 if num_devices == 1 else 2)
+
+
+@needs_compiler
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
+def test_no_kernel_spills_registers(kv_dtype, tmp_path, monkeypatch):
+    """The assembler says so of each kernel, where Mosaic GPU is told to write that down."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    mesh, engine = mesh_of(1), dataclasses.replace(ENGINE, kv_dtype=kv_dtype)
+    aot.lower_decode(LLAMA, engine, mesh, 32).compile(aot.compile_options(mesh))
+    aot.lower_prefill(LLAMA, engine, mesh, 512, ONE_SIGNAL).compile(aot.compile_options(mesh))
+    said = [path.read_text() for path in tmp_path.glob("*.ptxas")]
+    assert len(said) >= 7 + 7  # kinds of kernels
+    assert all("sm_90a" in each and "0 bytes spill stores, 0 bytes spill loads" in each for each in said)
 
 
 @needs_compiler

@@ -14,11 +14,16 @@ def works(document: Document) -> str:
         [
             work,
             next(iter(row.values()))["unit"],
-            *(f"{row[name]['figure']:.2f}" if name in row else "-" for name in names),
+            *(number(row[name]["figure"]) if name in row else "-" for name in names),
         ]
         for work, row in cells.items()
     ]
     return f"{provenance(document)}\n{table(['work', 'unit', *names], lines, names=2)}"
+
+
+def number(figure: float) -> str:
+    """A count as it is, and what was measured with two decimals."""
+    return str(figure) if isinstance(figure, int) else f"{figure:.2f}"
 
 
 def ways(document: Document) -> str:

@@ -1,7 +1,7 @@
 """The engine's steps lowered for devices that are described, not present: what compiles, and what it would take.
 
-`lower_prefill(...).compile(compile_options(mesh))` runs the device's own compiler on any machine. Weights and store are
-shapes. Pallas' kernels for GPUs are lowered, but what makes machine code of them is a GPU's own process.
+`lower_prefill(...).compile(compile_options(mesh))` runs the device's own compiler on any machine, down to the machine
+code of Pallas' kernels. Weights and store are shapes.
 """
 
 from __future__ import annotations

@@ -171,6 +171,6 @@ def forward(
     # Between two turns of a loop a GPU pauses for 5 us, where a layer of an 8B model takes 100. Without a loop, the
     # layers' numbers are known as the program is compiled, and no launch computes them.
     layers = decoder.config.num_layers
-    unroll = layers if decoder.ops.backend.platform == "gpu" else 1
+    unroll = layers if decoder.ops.pays_for_launches else 1
     store, stream = lax.fori_loop(0, layers, run_layer, carry, unroll=unroll)
     return store, model.logits(params, decoder.config, stream.hidden[:lines])

@@ -60,8 +60,8 @@ def run_layers(
 def _layer_of(
     rows: Rows, forward: ForwardPass, store: AnyStore, hidden: Hidden
 ) -> Callable[[Params, Array, AnyStore, Hidden], tuple[AnyStore, Hidden]]:
-    """`run_layer` for these rows. If they are one chunk, what it makes of them alone is made now, once for all layers:
-    of few rows, those are a third of a layer's launches."""
+    """`run_layer` for these rows. Of one chunk on a GPU, what it makes of them alone is made now, once for all layers:
+    that is half of a layer's launches."""
 
     def any_layer(
         of_rows: tuple[Rows, PageTables], params: Params, number: Array, store: AnyStore, hidden: Hidden
@@ -70,9 +70,9 @@ def _layer_of(
         return run_layer(dataclasses.replace(forward, params=params, page_tables=tables), number, store, rows, hidden)
 
     of_rows = rows, forward.page_tables
-    if len(rows.token) > forward.chunk:
-        return functools.partial(any_layer, of_rows)
-    return hoisted(any_layer, of_rows, forward.params, jnp.int32(0), store, hidden)
+    if len(rows.token) == forward.chunk and forward.decoder.ops.pays_for_launches:
+        return hoisted(any_layer, of_rows, forward.params, jnp.int32(0), store, hidden)
+    return functools.partial(any_layer, of_rows)
 
 
 @jax.jit

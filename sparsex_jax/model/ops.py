@@ -112,6 +112,11 @@ class Ops:
         """Rows should be padded to a multiple of it once a step: kernels for GPUs pad to 8, each of them otherwise."""
         return 8 if self.backend.platform == "gpu" else 1
 
+    @property
+    def pays_for_launches(self) -> bool:
+        """Whether steps of few rows take longer for each operation that XLA does apart, however small: as on GPUs."""
+        return self.backend.platform == "gpu"
+
     def linear(
         self,
         x: Float[Array, "rows inputs"],

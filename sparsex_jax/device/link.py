@@ -97,7 +97,12 @@ class HostBlock(_Transfer):
     """The KV of a block in host memory, or on its way there. It is freed when nothing refers to it any more.
 
     Until it is ready, a copy of it takes as many bytes of the devices' memory, so few should be on their way at a time.
+
+    Attributes:
+      sums: the checksums of its pieces (`block_file.sums_of`), once somebody has needed them.
     """
+
+    sums: Sequence[str] | None = None
 
 
 class Arriving(_Transfer):

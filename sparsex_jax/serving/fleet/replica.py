@@ -19,12 +19,12 @@ from sparsex_jax.serving.fleet.feed import DigestFeed
 from sparsex_jax.serving.fleet.kv_events import KvEvents, KvEventsConfig
 from sparsex_jax.serving.fleet.observers import Observers
 from sparsex_jax.serving.fleet.peer_server import PeerServer
-from sparsex_jax.serving.fleet.peers import PeerConfig, PeerCounts, Peers
+from sparsex_jax.serving.fleet.peer_counts import PeerCounts, PeerMetrics, ServedCounts
+from sparsex_jax.serving.fleet.peers import PeerConfig, Peers
 from sparsex_jax.serving.fleet.preview import Prompt
 from sparsex_jax.serving.fleet.seal import Seal
 from sparsex_jax.serving.health import LIVE, state_of
 from sparsex_jax.serving.worker import Worker
-from sparsex_jax.tiers.fingerprint import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +143,10 @@ class Replica:
         """Raises AddressError: the address cannot be had."""
         engine = self._worker.engine
         peering = Peering(engine.admission, engine.model)
-        model = await self._worker.call(lambda: digest(peering.tiers.fingerprint))
+        model = await self._worker.call(lambda: peering.tiers.model)
         self._peers = Peers(self._worker, peering, model, self._seal, config)
         server = PeerServer(self._worker, peering, model, self._seal)
+        self._app.state.service.metrics.add(PeerMetrics(self._peers.counts, server.counts))
         self._held.push_async_callback(self._peers.stop)
         self._held.push_async_callback(server.stop)
         self._address = await server.start(config.host or "127.0.0.1", config.port)

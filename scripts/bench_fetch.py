@@ -3,14 +3,14 @@
     python scripts/bench_fetch.py [--mebibytes 256] [--page-sizes 8 16] [--threads 1 4]
 
 Two processes have an engine each, whose KV has the shape of an 8B model's (32 layers, 8 KV heads of 128, bfloat16) and
-whose weights are few, since nothing is computed. Blocks have 16 pages. One replica has them in host memory. The other one
-lacks them, and `Peers.bring` gets them: it looks them up, has them sent, checks them and keeps them. Then it forgets
-them, and begins again.
+whose weights are few, since nothing is computed. Blocks have 16 pages. One replica has them in host memory. The other
+one lacks them, and `Peers.bring` gets them: it looks them up, has them sent, checks them and keeps them. Then it
+forgets them, and begins again.
 
-Figures are bytes of blocks by seconds, of the first round, in which the giving side has not summed up its blocks yet, and
-of the best round behind it; and the seconds of processor time that either side takes for a GB, the least of these rounds.
-Beside them stands what one thread takes for as many bytes to copy them and to sum them up. Writes
-`scripts/results/fetch-<device>.json`.
+Figures are bytes of blocks by seconds, of the first round, in which the giving side has not summed up its blocks yet
+and the asking side's memory is new, and of the best round behind it; and the seconds of processor time that either
+side takes for a GB, the least of those rounds. Beside them stands what one thread takes for a GB to copy it and to sum
+it up. Writes `scripts/results/fetch-<device>.json`.
 """
 
 import argparse

@@ -351,7 +351,7 @@ class Tiers:
         assert self._disk is not None
         try:
             found = self._disk.get(key)
-            return None if found is None else self._link.from_numpy(found[1])
+            return None if found is None else self._link.from_numpy(found[1], may_change=False)
         except Exception:
             log.exception("a block could not be read from the disk tier")
             return None
@@ -407,8 +407,8 @@ class Tiers:
         return block_file.file_of(block, pieces, model, kept.sums)
 
     def host_block(self, pieces: Several[np.ndarray]) -> HostBlock:
-        """As `Link.from_numpy`, from any thread. Raises ValueError and LinkError."""
-        return self._link.from_numpy(pieces)
+        """As `Link.from_numpy`, from any thread, of arrays that nobody changes. Raises ValueError and LinkError."""
+        return self._link.from_numpy(pieces, may_change=False)
 
     def nbytes_of(self, block: Block) -> int:
         """That a block takes in host memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -41,14 +42,24 @@ class ServedCounts:
     refused: int = 0
 
 
-class PeerMetrics(Collector):
-    """Both, as they are when metrics are asked for."""
+class PeerStats(NamedTuple):
+    """Both sides of a replica."""
 
-    def __init__(self, fetched: PeerCounts, served: ServedCounts) -> None:
-        self._fetched, self._served = fetched, served
+    fetched: PeerCounts
+    served: ServedCounts
+
+    def copy(self) -> PeerStats:
+        return PeerStats(dataclasses.replace(self.fetched), dataclasses.replace(self.served))
+
+
+class PeerMetrics(Collector):
+    """What the counts are when metrics are asked for."""
+
+    def __init__(self, stats: PeerStats) -> None:
+        self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        fetched, served = self._fetched, self._served
+        fetched, served = self._stats
         yield _counter("lookups", "Prompts about which replicas asked each other.", fetched.asked, served.lookups)
         yield _counter("blocks", "Blocks that came from other replicas and went there.", fetched.blocks, served.blocks)
         yield _counter("bytes", "Their bytes.", fetched.nbytes, served.nbytes)

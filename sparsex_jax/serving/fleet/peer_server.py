@@ -117,7 +117,8 @@ class PeerServer:
 
     async def _sent(self, path: str, parts: Sequence[bytes | memoryview]) -> AsyncIterator[memoryview]:
         """A body bit by bit. It counts once the connection has taken the last one."""
-        for view in map(memoryview, parts):
+        for part in parts:
+            view = memoryview(part)
             for at in range(0, len(view), _AT_ONCE):
                 yield view[at : at + _AT_ONCE]
         if path == messages.LOOKUP:

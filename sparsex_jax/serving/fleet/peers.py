@@ -16,7 +16,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
+from typing import Annotated, Any
 
 from sparsex_jax.config.checks import Limit, NotNegative, Positive, checked, is_int
 from sparsex_jax.device.link import HostBlock
@@ -201,7 +201,7 @@ class Peers:
         body, most = messages.key_to_bytes(block.key, self._model), tiers.nbytes_of(block) + _BESIDE_PIECES
         with _told_as_errors(), _Call(holder, messages.BLOCK, body, self._seal, deadline) as call:
             nbytes = call.length(most)
-            about = {"most_header": _BESIDE_PIECES, "check": call.check}
+            about: dict[str, Any] = {"most_header": _BESIDE_PIECES, "check": call.check}
             kept = tiers.host_block(block_file.receive(call.read_into, nbytes, block.key, self._model, **about))
         return kept, nbytes, time.monotonic() - began
 

@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from disk_blocks import TINY, chain, is_whole, pieces_of
@@ -20,9 +21,10 @@ PAGES = 40  # 30 KB a block
 LIMIT = 25 * 32_000
 
 
-def write_slowly(path: Path, data: bytes) -> None:
+def write_slowly(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """As a slow disk would, so that most kills fall into a write."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = b"".join(parts)
     with path.open("wb", buffering=0) as file:
         for at in range(0, len(data), 4096):
             file.write(data[at : at + 4096])

@@ -1,6 +1,8 @@
 """The disk tier: what is found is what was stored, whatever happens to the process, the disk or the files."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import resource
 import shutil
@@ -12,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from disk_blocks import OTHER, TINY, approximate, chain, is_whole, pieces_of, same
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -59,6 +62,79 @@ def test_returns_every_dtype(store, dtype):
     pieces.append(np.zeros((0, 4), dtype))
     store.put(block, pieces)
     assert same(store.get(block.key)[1], pieces)
+
+
+def test_files_are_those_that_safetensors_writes(store):
+    """Byte for byte where all pieces have one dtype, as a model's have; files of before are read as ever."""
+    block, pieces = chain(1)[0], [piece[:, ::2] for piece in pieces_of(chain(1)[0])[:2] * 6]
+    said = {"version": 1, "model": "m", "block": block.to_json(), "sha256": block_file.sums_of(pieces)}
+    tensors = {str(i): np.ascontiguousarray(piece) for i, piece in enumerate(pieces)}
+    before = safetensors.numpy.save(tensors, {"sparsex": json.dumps(said)})
+    assert block_file.encode(block, pieces, "m") == before
+    mixed = [np.arange(3, dtype=np.int8), np.arange(4, dtype=np.float32), np.arange(5, dtype=np.float16)]
+    loaded = safetensors.numpy.load(block_file.encode(block, mixed, "m"))
+    assert same([loaded[str(i)] for i in range(3)], mixed)
+
+
+def test_a_file_is_given_as_it_is(store):
+    block = chain(1)[0]
+    fill(store, [block])
+    assert b"".join(store.file(block.key).parts) == files_in(store._root)[0].read_bytes()
+    assert store.file(chain(1, "b")[0].key) is None
+    file = files_in(store._root)[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    assert (store.file(block.key), store.counts.corrupt, block.key in store) == (None, 1, False)
+
+
+def received(data: bytes, key: bytes, size: int | None = None):
+    """What `receive` makes of bytes, of which `size` are promised."""
+    at, seen = 0, []
+
+    def read_into(into: memoryview) -> None:
+        nonlocal at
+        if at + len(into) > len(data):
+            raise EOFError
+        into[:], at = data[at : at + len(into)], at + len(into)
+
+    about = {"most_header": 2000, "check": seen.append}
+    pieces = block_file.receive(read_into, len(data) if size is None else size, key, "m", **about)
+    assert seen == [block_file.in_parts(np.frombuffer(data, np.uint8)).header]
+    return pieces
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_what_is_received_is_whole_or_refused(data):
+    """Whichever byte is another, and wherever it ends. A header that says the same with other bytes is taken here, and
+    has no seal."""
+    block, pieces = chain(1)[0], pieces_of(chain(1)[0])
+    whole = block_file.encode(block, pieces, "m")
+    got = received(whole, block.key)
+    assert same(got, pieces)
+    assert got[0].ctypes.data % 64 == 0
+    at = data.draw(st.integers(0, len(whole) - 1))
+    flipped = bytearray(whole)
+    flipped[at] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(block_file.NotWholeError, EOFError):
+        assert same(received(bytes(flipped), block.key), pieces)
+        assert at < len(block_file.in_parts(np.frombuffer(whole, np.uint8)).header)
+    for wrong in (
+        lambda: received(whole[:at], block.key),
+        lambda: received(whole, bytes(16)),
+        lambda: received(whole, block.key, len(whole) + 1),
+    ):
+        with pytest.raises((block_file.NotWholeError, EOFError)):
+            wrong()
+
+
+def test_a_received_header_may_be_so_long_and_pieces_may_not_overlap():
+    block = dataclasses.replace(chain(1)[0], namespace="x" * 2000)
+    with pytest.raises(block_file.NotWholeError, match="header"):
+        received(block_file.encode(block, [], "m"), block.key)
+    block, piece = chain(1)[0], np.arange(5, dtype=np.uint8)
+    whole = block_file.encode(block, [piece, piece], "m")
+    with pytest.raises(block_file.NotWholeError, match="one behind the other"):
+        received(whole.replace(b'"data_offsets":[0,5]', b'"data_offsets":[4,9]'), block.key)
 
 
 def test_a_namespace_may_be_any_text(store):

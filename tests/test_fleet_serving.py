@@ -29,6 +29,7 @@ from sparsex_jax.serving.fleet.front import Front
 from sparsex_jax.serving.fleet.kv_events import END, Blocks, KvEvents, KvEventsConfig
 from sparsex_jax.serving.fleet.observers import Observers
 from sparsex_jax.serving.fleet.pages import Journal
+from sparsex_jax.serving.fleet.peer_counts import PeerCounts, PeerStats, ServedCounts
 from sparsex_jax.serving.fleet.preview import Preview
 from sparsex_jax.serving.fleet.replica import Forwarded, Replica, Told
 from sparsex_jax.serving.worker import Worker
@@ -556,7 +557,8 @@ def test_a_replica_without_the_texts_is_told_who_has_them():
     document = np.array(engine().tokenizer(text)["input_ids"], np.int32)
     tenant = Access.open(Limits()).tenant(None)
     namespace = tenant.store_namespace("ours")
-    backend = Actors(told={name: Told([], Load(), f"http://{name}") for name in "ab"})
+    moved = PeerStats(PeerCounts(blocks=3, nbytes=7), ServedCounts(refused=1))
+    backend = Actors(told={name: Told([], Load(), f"http://{name}", moved) for name in "ab"})
     app = front(backend)  # round robin
     samples = np.unique(SKETCH.samples(document, namespace))
     app.router.apply("b", Update(1, 0, True, {SKETCH.tag(namespace): samples}, {}))
@@ -570,6 +572,9 @@ def test_a_replica_without_the_texts_is_told_who_has_them():
         backend.names = ["a"]
         app.follower.look()
         assert app.follower.addresses == {"a": "http://a"}
+        [state] = json.loads((await call(app, completion(path="/v1/replicas", method="GET")))[2])["data"]
+        assert (state["id"], state["fetched"]) == ("a", {"asked": 0, "blocks": 3, "nbytes": 7, "failed": 0})
+        assert state["served"] == {"lookups": 0, "blocks": 0, "nbytes": 0, "refused": 1}
         await app.follower.settled()
 
     asyncio.run(scenario())

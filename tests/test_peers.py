@@ -25,6 +25,7 @@ from sparsex_jax.serving.fleet.preview import Prompt
 from sparsex_jax.serving.fleet.replica import Forwarded, Replica
 from sparsex_jax.serving.fleet.seal import Seal
 from sparsex_jax.serving.worker import Worker
+from sparsex_jax.tiers import block_file
 from sparsex_jax.tiers.blocks import BLOCK_PAGES
 
 PAGE, SKETCH = 16, Sketch(b"a fleet's secret")
@@ -49,6 +50,12 @@ def fill(engine, prompt, namespace="default"):
 
 def peering(engine) -> Peering:
     return Peering(engine.admission, engine.model)
+
+
+def pieces_of(there: Peering, key: bytes) -> list[np.ndarray]:
+    """Those of a block, out of its file."""
+    file = np.frombuffer(b"".join(there.tiers.file_of(key)().parts), np.uint8)
+    return block_file.decode(file, key, there.tiers.model)[1]
 
 
 def check(engine):
@@ -89,8 +96,7 @@ def move(asking, giving, prompt, namespace, reuse, bytes_per_s=1e9, most_bytes=1
     told = messages.told_of(messages.told_to_bytes(there.find(lookup)))
     chosen = here.choose(lookup, told, bytes_per_s, most_bytes)
     for block in chosen.fetched:
-        pieces = there.tiers.pieces_of(block.key)()
-        assert here.tiers.arrived(block.key, here.tiers.host_block([piece.copy() for piece in pieces]))
+        assert here.tiers.arrived(block.key, here.tiers.host_block(pieces_of(there, block.key)))
     return chosen
 
 
@@ -132,9 +138,8 @@ def exchange(asked):
             lookup = peering(here).lacking(prompt, namespace, reuse)
             assert lookup is None or not move(here, there, prompt, namespace, reuse).fetched
             for block in chosen.fetched:
-                mine, theirs = (each.admission.tiers.pieces_of(block.key)() for each in (here, there))
-                for one, other in zip(mine, theirs, strict=True):
-                    np.testing.assert_array_equal(one, other)
+                mine, theirs = (b"".join(each.admission.tiers.file_of(block.key)().parts) for each in (here, there))
+                assert mine == theirs
         known[namespace].add(prompt.tobytes())
         done = here.generate(prompt, SamplingParams(max_new_tokens=1), reuse=reuse, namespace=namespace)
         here.loop.settle()
@@ -174,6 +179,26 @@ def test_only_what_pays_is_fetched_and_no_more_than_may_be():
     check(asking)
 
 
+def test_what_is_on_disk_only_is_sent_as_it_is_there(tmp_path):
+    disk = {"disk_store": str(tmp_path), "disk_store_bytes": 1 << 26}
+    giving = tiny_engine(**SMALL, **disk)
+    [prompt] = texts(1)
+    fill(giving, prompt)
+    tiers = giving.admission.tiers
+    files = {key: b"".join(tiers.file_of(key)().parts) for key in tiers.index.blocks}
+    giving.close()
+    again, asking = tiny_engine(**SMALL, **disk), tiny_engine(**SMALL)
+    there = again.admission.tiers
+    assert not there.has_host_blocks
+    assert {key: b"".join(there.file_of(key)().parts) for key in there.index.blocks} == files
+    assert len(move(asking, again, prompt, "default", ReuseConfig("prefix")).fetched) == len(files) == 2
+    make = there.file_of(next(iter(files)))
+    there.forget(prompt[:40], "default")
+    assert make() is None
+    again.close()
+    check(asking)
+
+
 def test_what_is_forgotten_while_it_comes_does_not_come():
     giving, asking = tiny_engine(**SMALL), tiny_engine(**SMALL)
     [prompt] = texts(1)
@@ -183,8 +208,7 @@ def test_what_is_forgotten_while_it_comes_does_not_come():
     [first, second] = here.choose(lookup, there.find(lookup), 1e9, 1 << 30).fetched
     assert here.choose(lookup, there.find(lookup), 1e9, 1 << 30).awaited == [first.key, second.key]
     here.tiers.forget(prompt[:40], "default")
-    pieces = there.tiers.pieces_of(first.key)()
-    assert not here.tiers.arrived(first.key, here.tiers.host_block(pieces))
+    assert not here.tiers.arrived(first.key, here.tiers.host_block(pieces_of(there, first.key)))
     here.tiers.not_coming(second.key)
     assert not here.tiers.has_blocks
     check(asking)
@@ -263,10 +287,10 @@ def test_a_hot_document_moves_and_is_hit():
         assert again["choices"][0]["token_ids"] == first["choices"][0]["token_ids"]
         assert again["sparsex"]["prefix_tokens"] == LONG - 1
         assert again["sparsex"]["prefix_tier"] == "peer"
-        assert asking.peer_counts.blocks == 2
-        assert asking.peer_counts.failed == 0
+        assert asking.moved.fetched.blocks == 2
+        assert asking.moved.fetched.failed == 0
         await ask(asking, document, address, reuse={"method": "prefix"})
-        assert asking.peer_counts.asked == 2, "nothing lacks any more"
+        assert asking.moved.fetched.asked == 2, "nothing lacks any more"
 
         second = texts(1, seed=5)[0]
         await ask(giving, second)
@@ -274,8 +298,37 @@ def test_a_hot_document_moves_and_is_hit():
         mixed = await ask(asking, np.concatenate([words[:20], second]), address, reuse=NAIVE)
         assert mixed["sparsex"]["reused_tokens"] > 0.8 * LONG
         assert {segment["tier"] for segment in mixed["sparsex"]["segments"]} == {"peer"}
+        await check_counts(giving, asking, engines)
 
     with_two(scenario)
+
+
+async def check_counts(giving, asking, engines):
+    """What one fetched, the other one served; both tell routers and Prometheus of it. Sums are made once a block."""
+    fetched, served = asking.moved.fetched, giving.moved.served
+    assert (fetched.blocks, fetched.failed) == (served.blocks, served.refused) == (4, 0)
+    assert fetched.nbytes == served.nbytes
+    assert fetched.asked == served.lookups == 3
+    assert (await asking.tell(Position())).moved == asking.moved
+    assert asking.moved is not asking._moved
+    of_asking, of_giving = [await series(each) for each in (asking, giving)]
+    for name, count in (("blocks", 4), ("bytes", fetched.nbytes), ("lookups", 3), ("failures", 0)):
+        for text, side, other in ((of_asking, "asking", "giving"), (of_giving, "giving", "asking")):
+            assert text[f'sparsex_peer_{name}_total{{side="{side}"}}'] == count
+            assert text[f'sparsex_peer_{name}_total{{side="{other}"}}'] == 0
+    tiers = engines[1].loop.tiers.counts
+    assert of_asking['sparsex_tier_moved_bytes_total{way="fetched"}'] == tiers.fetched_bytes > 0
+    assert of_asking['sparsex_tier_hit_tokens_total{tier="peer"}'] == tiers.peer_tokens > LONG
+    stores = [engine.admission.tiers for engine in engines]
+    summed = [store._kept(key).sums is not None for store in stores for key in store.index.blocks]
+    assert sum(summed) == 4
+
+
+async def series(of: Replica) -> dict[str, float]:
+    """The replica's metrics."""
+    sent = [message async for message in of.answer(Forwarded("GET", "/metrics", b"", [], b""))]
+    lines = b"".join(message.get("body", b"") for message in sent).decode().splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
 class Wire:
@@ -326,7 +379,7 @@ def flipped(data: bytes) -> bytes:
 
 
 HARMS = {  # with what is said of them
-    "it ends in the middle of a block": (of_blocks(lambda data: (data[: len(data) // 2], False)), "it stopped after"),
+    "it ends in the middle of a block": (of_blocks(lambda data: (data[: len(data) // 2], False)), "it stopped where"),
     "it ends with the lookup": (lambda data: (b"", False), "RemoteDisconnected"),
     "a byte of a block is another": (of_blocks(lambda data: (flipped(data), True)), "a checksum differs"),
     "a byte of a lookup is another": (lambda data: (data.replace(b"[[0", b"[[1"), True), "no seal"),
@@ -361,7 +414,7 @@ def test_a_broken_wire_costs_no_answer(two_at_once, harm, caplog):
     [document], (harms, said) = texts(1, seed=list(HARMS).index(harm) + 20), HARMS[harm]
 
     async def scenario(giving, asking, engines):
-        before = asking.peer_counts.failed
+        before = asking.moved.fetched.failed
         first = await ask(giving, document, reuse={"method": "prefix"})
         await settled(engines[0], giving)
         address = (await giving.tell(Position())).address
@@ -369,7 +422,7 @@ def test_a_broken_wire_costs_no_answer(two_at_once, harm, caplog):
             again = await ask(asking, document, wire.address, reuse={"method": "prefix"})
         assert again["choices"][0]["token_ids"] == first["choices"][0]["token_ids"]
         assert again["sparsex"]["prefix_tokens"] == 0
-        assert asking.peer_counts.failed > before
+        assert asking.moved.fetched.failed > before
         assert said in caplog.text
         await settled(engines[1], asking)
         check(engines[1])
@@ -382,11 +435,11 @@ def test_a_peer_that_is_gone_is_left_alone_for_a_while(two_at_once):
     [document] = texts(1, seed=60)
 
     async def scenario(giving, asking, engines):
-        before = asking.peer_counts.failed
+        before = asking.moved.fetched.failed
         asking._peers._config = dataclasses.replace(asking._peers._config, rest_s=60.0)
         for _ in range(3):
             await ask(asking, document, "http://127.0.0.1:9", salt=f"salt {_}")
-        assert asking.peer_counts.failed == before + 1
+        assert asking.moved.fetched.failed == before + 1
 
     two_at_once(scenario)
 
@@ -395,7 +448,7 @@ def test_strangers_get_nothing(two_at_once):
     """Without the fleet's secret, and with it from a fleet of another model."""
 
     async def scenario(giving, asking, engines):
-        address = (await giving.tell(Position())).address
+        address, before = (await giving.tell(Position())).address, giving.moved.served.refused
         body = messages.key_to_bytes(bytes(16), giving._peers._model)
         async with httpx.AsyncClient(base_url=address) as client:
             assert (await client.post("/block", content=body)).status_code == 403
@@ -411,6 +464,7 @@ def test_strangers_get_nothing(two_at_once):
                 wrong = wrong.replace(b"%s", giving._peers._model.encode())
                 seal = {"x-sparsex-seal": Seal(SKETCH.key).of(path.encode(), wrong)}
                 assert (await client.post(path, content=wrong, headers=seal)).status_code == 400
+        assert giving.moved.served.refused == before + 8
 
     two_at_once(scenario)
 

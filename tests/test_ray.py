@@ -41,6 +41,7 @@ def server(tmp_path_factory):
     port, events = _free_port(), _free_port()
     command = [sys.executable, "scripts/serve_ray.py", "ruler-tiny", "--replicas", "2", "--port", str(port)]
     command += ["--no-warm-up", "--store-tokens", "8192", "--sample", "4", "--kv-events", f"tcp://127.0.0.1:{events}"]
+    command += ["--fetch", "--host-store", "64MiB"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -137,6 +138,34 @@ def test_each_replica_publishes_kv_events(fleet, server):
         assert {event["type"] for event in events} == {"BlockStored"}
         assert (events[0]["parent_block_hash"], len(events[0]["token_ids"])) == (None, 64)
         assert rank in (0, 1)
+
+
+def test_a_replica_that_is_chosen_for_its_short_queue_fetches(fleet):
+    """Many ask about one document at once, each with other words behind it: not all go to where it is, and the other
+    replica gets it from there."""
+    for subject in (41, 43, 45, 47):  # replicas that still compile programs are too late, and compute it
+        document = f"{text(subject)} {text(subject + 1)}"
+        home = ask(fleet, document).headers["x-sparsex-replica"]
+        time.sleep(3)  # until it is in host memory, and only digests count
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            asked = [pool.submit(_asked, fleet, f"{document} {text(20 * subject + n)}") for n in range(12)]
+            assert {future.result(300) for future in asked} > {home}, "all were sent to one of two replicas"
+        if fetched := _moved(fleet, "fetched", "blocks"):
+            break
+    assert 0 < fetched <= _moved(fleet, "served", "blocks")
+    assert _moved(fleet, "fetched", "failed") == _moved(fleet, "served", "refused") == 0
+
+
+def _asked(client, prompt: str) -> str:
+    """Who answered."""
+    response = ask(client, prompt, max_tokens=64, reuse={"method": "prefix", "only_if_faster": False})
+    assert response.status_code == 200, response.text
+    return response.headers["x-sparsex-replica"]
+
+
+def _moved(client, side: str, what: str) -> int:
+    """What all replicas together fetched or served."""
+    return sum(state[side][what] for state in client.get("/v1/replicas").json()["data"])
 
 
 def test_a_wrong_request_gets_the_servers_own_error(fleet):

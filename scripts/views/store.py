@@ -38,6 +38,18 @@ def link(document: Document) -> str:
     return provenance(document) + "\n" + tables
 
 
+def fetch(document: Document) -> str:
+    """How fast blocks come from another replica and what that costs, then what a thread takes for their bytes."""
+    cells = pivot(document["rows"])
+    floor = cells.pop("one thread")
+    names = ("first round", "later round", "processor, giving", "processor, asking")
+    heading = ["blocks", *(f"{name}, {next(iter(cells.values()))[name]['unit']}" for name in names)]
+    lines = [[work, *(f"{by_name[name]['figure']:.2f}" for name in names)] for work, by_name in cells.items()]
+    others = [[name, f"{row['figure']:.2f}"] for name, row in floor.items()]
+    tables = table(heading, lines) + "\n" + table(["one thread", "s/GB"], others)
+    return provenance(document) + "\n" + tables
+
+
 def restore(document: Document) -> str:
     """How long stored prefixes take to come back, measured and predicted."""
     rows = [
@@ -72,6 +84,7 @@ def segments(document: Document) -> str:
 VIEWS = {
     "lookup": lookup,
     "link": link,
+    "fetch": fetch,
     "restore": restore,
     "tiers": tiers,
     "segments": segments,

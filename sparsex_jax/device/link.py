@@ -97,7 +97,12 @@ class HostBlock(_Transfer):
     """The KV of a block in host memory, or on its way there. It is freed when nothing refers to it any more.
 
     Until it is ready, a copy of it takes as many bytes of the devices' memory, so few should be on their way at a time.
+
+    Attributes:
+      sums: the checksums of its pieces (`block_file.sums_of`), once somebody has needed them.
     """
+
+    sums: Sequence[str] | None = None
 
 
 class Arriving(_Transfer):
@@ -295,8 +300,11 @@ class Link:
         whole = [np.asarray(_view(piece))[: block.pages] for piece in block.pieces]
         return [np.ascontiguousarray(piece[:, :, :, :: self._copies]) for piece in whole]
 
-    def from_numpy(self, pieces: Sequence[np.ndarray]) -> HostBlock:
-        """A block of what `to_numpy` gave, also that of another mesh. The arrays may be changed afterwards.
+    def from_numpy(self, pieces: Sequence[np.ndarray], *, may_change: bool = True) -> HostBlock:
+        """A block of what `to_numpy` gave, also that of another mesh.
+
+        Args:
+          may_change: the arrays may be changed afterwards. Else the block may lie in their memory.
 
         Raises:
           ValueError: the shapes or dtypes are not those of this link.
@@ -305,7 +313,7 @@ class Link:
         self._check_pieces(pieces)
         pages = len(pieces[0])
         spread = [piece.repeat(self._copies, axis=_HEADS) if self._copies > 1 else piece for piece in pieces]
-        padded = tuple(_pad(piece, padded_size(pages), copy=self._shares_memory) for piece in spread)
+        padded = tuple(_pad(piece, padded_size(pages), copy=self._shares_memory and may_change) for piece in spread)
         with _link_errors(self.block_bytes(pages)):
             placed = jax.device_put(padded, self._shardings(padded, self.memory_kind))
         block = HostBlock(placed, pages, 0.0)

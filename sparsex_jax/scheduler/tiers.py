@@ -37,9 +37,12 @@ from sparsex_jax.model.kv_copies import without_kv_copies
 from sparsex_jax.scheduler.blocks import blocks_of
 from sparsex_jax.scheduler.mirroring import Mirroring
 from sparsex_jax.scheduler.tier_stats import TierCounts, TierStats
+from sparsex_jax.tiers import block_file
+from sparsex_jax.tiers.block_file import BlockFile
 from sparsex_jax.tiers.blocks import BLOCK_PAGES, Block
 from sparsex_jax.tiers.demand import New
 from sparsex_jax.tiers.disk import DiskStore
+from sparsex_jax.tiers.fingerprint import digest
 from sparsex_jax.tiers.host import HostStore
 from sparsex_jax.tiers.index import BlockIndex
 
@@ -348,7 +351,7 @@ class Tiers:
         assert self._disk is not None
         try:
             found = self._disk.get(key)
-            return None if found is None else self._link.from_numpy(found[1])
+            return None if found is None else self._link.from_numpy(found[1], may_change=False)
         except Exception:
             log.exception("a block could not be read from the disk tier")
             return None
@@ -383,18 +386,29 @@ class Tiers:
         """What blocks depend on besides tokens. Engines for which it is equal can use each other's."""
         return _fingerprint(self._runner, self._link)
 
-    def pieces_of(self, key: bytes) -> Callable[[], Several[np.ndarray] | None] | None:
-        """What gives the KV of a block, from any thread; None if it is gone by then. None: no tier has it."""
-        kept = self._kept(key)
-        if kept is not None:
-            return functools.partial(self._link.to_numpy, kept)
+    @functools.cached_property
+    def model(self) -> str:
+        """The digest of the fingerprint."""
+        return digest(self.fingerprint)
+
+    def file_of(self, key: bytes) -> Callable[[], BlockFile | None] | None:
+        """What gives a block as a file, from any thread; None if it is gone by then. None: no tier has it."""
+        block, kept = self.index.blocks.get(key), self._kept(key)
+        if block is not None and kept is not None:
+            return functools.partial(self._file_of, block, kept, self.model)
         if self._disk is not None and self._is_on_disk(key):
-            return functools.partial(_pieces_on, self._disk, key)
+            return functools.partial(self._disk.file, key)
         return None
 
+    def _file_of(self, block: Block, kept: HostBlock, model: str) -> BlockFile:
+        """The file of a block in host memory, which it shares. What many ask for is summed up once."""
+        pieces = self._link.to_numpy(kept)
+        kept.sums = kept.sums or block_file.sums_of(pieces)
+        return block_file.file_of(block, pieces, model, kept.sums)
+
     def host_block(self, pieces: Several[np.ndarray]) -> HostBlock:
-        """As `Link.from_numpy`, from any thread. Raises ValueError and LinkError."""
-        return self._link.from_numpy(pieces)
+        """As `Link.from_numpy`, from any thread, of arrays that nobody changes. Raises ValueError and LinkError."""
+        return self._link.from_numpy(pieces, may_change=False)
 
     def nbytes_of(self, block: Block) -> int:
         """That a block takes in host memory."""
@@ -539,11 +553,6 @@ def make_tiers(runner: Runner, link: Link, mirroring: Mirroring | None = None) -
     except InvalidRequestError:
         disk.close()
         raise
-
-
-def _pieces_on(disk: DiskStore, key: bytes) -> Several[np.ndarray] | None:
-    found = disk.get(key)
-    return found and found[1]
 
 
 def _fingerprint(runner: Runner, link: Link) -> dict[str, str | int | float]:

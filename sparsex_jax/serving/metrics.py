@@ -86,6 +86,10 @@ class Metrics:
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(f"sparsex_{name}", text, labels, registry=self._registry)
 
+    def add(self, collector: Collector) -> None:
+        """Show what another part of the server counts, too."""
+        self._registry.register(collector)
+
     def expect(self, endpoints: Iterable[str]) -> None:
         """Start the counters of these endpoints, and of requests to no endpoint, at 0."""
         _start(self._requests, dict.fromkeys((*endpoints, OTHER)), _STATUSES)
@@ -221,9 +225,10 @@ class _Snapshot(Collector):
             size.add_metric([tier], getattr(tiers, f"{tier}_bytes"))
             limit.add_metric([tier], getattr(tiers, f"{tier}_limit"))
             blocks.add_metric([tier], getattr(tiers, f"{tier}_blocks"))
+        for tier in ("host", "disk", "peer"):
             hits.add_metric([tier], getattr(tiers.counts, f"{tier}_tokens"))
         moved = CounterMetricFamily("sparsex_tier_moved_bytes", "Bytes of KV that moved between tiers.", labels=["way"])
-        for way in ("spilled", "loaded", "read"):
+        for way in ("spilled", "loaded", "read", "fetched"):
             moved.add_metric([way], getattr(tiers.counts, f"{way}_bytes"))
         evictions = CounterMetricFamily("sparsex_tier_evictions", "Blocks that host memory lost.")
         evictions.add_metric([], tiers.counts.evictions)

@@ -7,15 +7,15 @@ the first piece, "1" the second and so on. The header's metadata has one entry, 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from sparsex_jax.tiers.blocks import Block
 
@@ -29,7 +29,11 @@ DTYPES = {  # by the names that safetensors gives them
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
+_ALIGNMENT = 8  # of the first piece; safetensors fills the header up with blanks
+_ARRAY_ALIGNMENT = 64  # of JAX's arrays on a CPU, in bytes
+_AT_ONCE = 1 << 18  # bytes that are summed up as soon as they are there, while a processor's cache has them
 
 
 class NotWholeError(ValueError):
@@ -44,21 +48,67 @@ class _Piece(NamedTuple):
     sha256: str
 
 
-def encode(block: Block, pieces: Sequence[np.ndarray], model: str) -> bytes:
-    """The file's bytes.
+class BlockFile(NamedTuple):
+    """The bytes of a file, in parts that lie where they lay before: nothing is copied to put them together.
+
+    Attributes:
+      header: says all of the rest: the block, and the checksums of its pieces.
+      pieces: their bytes, in the order of the file.
+    """
+
+    header: bytes
+    pieces: list[memoryview]
+
+    @property
+    def parts(self) -> list[bytes | memoryview]:
+        """All of it, in order."""
+        return [self.header, *self.pieces]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.parts))
+
+
+def sums_of(pieces: Iterable[np.ndarray]) -> list[str]:
+    """The checksum of each piece, as a file's header has them: of its dtype, shape and bytes."""
+    return [_sum(piece) for piece in pieces]
+
+
+def file_of(block: Block, pieces: Sequence[np.ndarray], model: str, sums: Sequence[str] | None = None) -> BlockFile:
+    """The file of a block. It has the memory of the pieces that are contiguous.
 
     Args:
       pieces: of any shape and any of `DTYPES`.
       model: digest of the fingerprint of the model that made them.
+      sums: `sums_of(pieces)`, if that is known already.
     """
-    said = {
-        "version": VERSION,
-        "model": model,
-        "block": block.to_json(),
-        "sha256": [_sum(piece) for piece in pieces],
-    }
-    tensors = {str(i): np.ascontiguousarray(piece) for i, piece in enumerate(pieces)}
-    return safetensors.numpy.save(tensors, {"sparsex": json.dumps(said)})
+    sums = sums_of(pieces) if sums is None else sums
+    said = {"version": VERSION, "model": model, "block": block.to_json(), "sha256": [*sums]}
+    # As safetensors orders them: so each lies as its dtype wants it.
+    order = sorted(range(len(pieces)), key=lambda i: (-pieces[i].dtype.itemsize, str(i)))
+    ends = [*itertools.accumulate((pieces[i].nbytes for i in order), initial=0)]
+    tensors: dict[str, Any] = {"__metadata__": {"sparsex": json.dumps(said)}}
+    for i, offsets in zip(order, itertools.pairwise(ends), strict=True):
+        piece = pieces[i]
+        tensors[str(i)] = {"dtype": _NAMES[piece.dtype], "shape": [*piece.shape], "data_offsets": [*offsets]}
+    return BlockFile(_header(tensors), [_bytes_of(pieces[i]).data for i in order])
+
+
+def _header(tensors: dict[str, Any]) -> bytes:
+    header = json.dumps(tensors, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % _ALIGNMENT)
+    return len(header).to_bytes(_LENGTH_BYTES, "little") + header
+
+
+def encode(block: Block, pieces: Sequence[np.ndarray], model: str) -> bytes:
+    """The bytes of `file_of`, in one."""
+    return b"".join(file_of(block, pieces, model).parts)
+
+
+def in_parts(data: np.ndarray) -> BlockFile:
+    """A file that is whole, of its bytes as uint8, whose memory it has."""
+    start = _header_end(data[:_LENGTH_BYTES].tobytes(), len(data))
+    return BlockFile(data[:start].tobytes(), [data[start:].data])
 
 
 def decode(data: np.ndarray, key: bytes, model: str) -> tuple[Block, list[np.ndarray]]:
@@ -71,9 +121,65 @@ def decode(data: np.ndarray, key: bytes, model: str) -> tuple[Block, list[np.nda
     return _of_key(block, key), pieces
 
 
-def header_of(data: bytes) -> bytes:
-    """The beginning of a file's bytes that says all of the rest: the block, and the checksums of its pieces."""
-    return data[: _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")]
+def receive(
+    read_into: Callable[[memoryview], None],
+    num_bytes: int,
+    key: bytes,
+    model: str,
+    *,
+    most_header: int,
+    check: Callable[[bytes], None],
+) -> list[np.ndarray]:
+    """As `decode`, of a file that comes bit by bit: it is summed up while more is on its way.
+
+    Args:
+      read_into: fills a part of memory with what comes next.
+      num_bytes: of the file.
+      most_header: bytes that the header may have.
+      check: is given the header before any of it is believed, and raises where it should not be.
+
+    Returns:
+      The pieces, which share memory that is new.
+
+    Raises:
+      NotWholeError: as `decode`, and where pieces do not lie one behind the other.
+    """
+    length = _read(read_into, _LENGTH_BYTES)
+    start = _header_end(length, min(num_bytes, most_header))
+    header = _read(read_into, start - _LENGTH_BYTES)
+    check(length + header)
+    block, places = _parse(header, num_bytes - start, model)
+    _of_key(block, key)
+    data, at = _new(num_bytes - start), 0
+    for place in sorted(places, key=lambda place: (place.begin, place.end)):
+        if place.begin != at:
+            raise NotWholeError("the pieces do not lie one behind the other")
+        _receive_piece(read_into, data[at : place.end].data, place)
+        at = place.end
+    return [data[p.begin : p.end].view(p.dtype).reshape(p.shape) for p in places]
+
+
+def _new(num_bytes: int) -> np.ndarray:
+    """Memory that begins where JAX can have arrays without a copy."""
+    data = np.empty(num_bytes + _ARRAY_ALIGNMENT, np.uint8)
+    at = -data.ctypes.data % _ARRAY_ALIGNMENT
+    return data[at : at + num_bytes]
+
+
+def _read(read_into: Callable[[memoryview], None], num_bytes: int) -> bytes:
+    data = bytearray(num_bytes)
+    read_into(memoryview(data))
+    return bytes(data)
+
+
+def _receive_piece(read_into: Callable[[memoryview], None], into: memoryview, place: _Piece) -> None:
+    digest = _digest_of(place.dtype, place.shape)
+    for at in range(0, len(into), _AT_ONCE):
+        part = into[at : at + _AT_ONCE]
+        read_into(part)
+        digest.update(part)
+    if digest.hexdigest() != place.sha256:
+        raise NotWholeError("a checksum differs")
 
 
 def read_header(path: Path, model: str) -> Block:
@@ -134,6 +240,16 @@ def _place(dtype: np.dtype, shape: list[int], offsets: list[int], sha256: str) -
 
 
 def _sum(piece: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{piece.dtype.name} {piece.shape}".encode())
-    digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+    digest = _digest_of(piece.dtype, piece.shape)
+    digest.update(_bytes_of(piece))
     return digest.hexdigest()
+
+
+def _digest_of(dtype: np.dtype, shape: tuple[int, ...]) -> hashlib._Hash:
+    """Of what is not among a piece's bytes."""
+    return hashlib.sha256(f"{dtype.name} {shape}".encode())
+
+
+def _bytes_of(piece: np.ndarray) -> np.ndarray:
+    """As uint8, without a copy if the piece is contiguous."""
+    return np.ascontiguousarray(piece).reshape(-1).view(np.uint8)

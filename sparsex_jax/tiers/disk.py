@@ -22,12 +22,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import filelock
 import numpy as np
 
 from sparsex_jax.errors import DiskStoreError
 from sparsex_jax.tiers import block_file
+from sparsex_jax.tiers.block_file import BlockFile
 from sparsex_jax.tiers.blocks import Block
 from sparsex_jax.tiers.demand import Demand, New
 from sparsex_jax.tiers.faults import told
@@ -48,6 +50,14 @@ class DiskCounts:
     read_bytes: int = 0
     evicted: int = 0
     corrupt: int = 0
+
+
+class _Read(NamedTuple):
+    """A block that was read, its pieces, and the bytes of its file, of which the pieces are views."""
+
+    block: Block
+    pieces: list[np.ndarray]
+    data: np.ndarray
 
 
 class DiskStore:
@@ -99,25 +109,34 @@ class DiskStore:
         path = self._path(block.key)
         if self._used(path):
             return
-        data = block_file.encode(block, pieces, self._model)
-        with told("write", path), self._reserved(path, len(data)) as temporary:
+        file = block_file.file_of(block, pieces, self._model)
+        with told("write", path), self._reserved(path, file.nbytes) as temporary:
             if temporary is not None:
-                _write_synced(temporary, data)
-                self._publish(temporary, path, block, len(data), remembered)
+                _write_synced(temporary, file.parts)
+                self._publish(temporary, path, block, file.nbytes, remembered)
 
     def get(self, key: bytes) -> tuple[Block, list[np.ndarray]] | None:
         """The block and its pieces, byte for byte as stored; None if it is not there.
 
         A file that cannot be read or is not whole any more is deleted, and the block is not there.
         """
+        read = self._get(key)
+        return None if read is None else (read.block, read.pieces)
+
+    def file(self, key: bytes) -> BlockFile | None:
+        """As `get`: the block's file as it is, whole."""
+        read = self._get(key)
+        return None if read is None else block_file.in_parts(read.data)
+
+    def _get(self, key: bytes) -> _Read | None:
         path = self._path(key)
         if key not in self:
             return None
         try:
-            found, nbytes = self._read(path, key)
+            found = self._read(path, key)
         except (block_file.NotWholeError, OSError):
             return self._read_alone(path, key)
-        return found if self._was_read(path, nbytes) else None
+        return found if self._was_read(path, found.data.nbytes) else None
 
     def touch(self, keys: Iterable[bytes], *, remembered: bool = False) -> None:
         """Count these as used now: their KV was of use, but was found in a tier above.
@@ -192,7 +211,7 @@ class DiskStore:
         for directory in self._root.glob("*/writing"):
             shutil.rmtree(directory)
         temporary = self._home / "writing" / "fingerprint.json"
-        _write_synced(temporary, fingerprint.encode())
+        _write_synced(temporary, [fingerprint.encode()])
         temporary.replace(self._home / temporary.name)
         for used, path in sorted((path.stat().st_mtime_ns, path) for path in self._root.glob("*/*/*.safetensors")):
             if _OURS.fullmatch(path.relative_to(self._root).as_posix()):
@@ -296,24 +315,24 @@ class DiskStore:
         self._blocks.pop(path, None)
         return True
 
-    def _read(self, path: Path, key: bytes) -> tuple[tuple[Block, list[np.ndarray]], int]:
-        """A block and the size of its file. Raises NotWholeError, OSError."""
+    def _read(self, path: Path, key: bytes) -> _Read:
+        """Raises NotWholeError, OSError."""
         data = np.fromfile(path, np.uint8)
-        return block_file.decode(data, key, self._model), data.nbytes
+        return _Read(*block_file.decode(data, key, self._model), data)
 
-    def _read_alone(self, path: Path, key: bytes) -> tuple[Block, list[np.ndarray]] | None:
+    def _read_alone(self, path: Path, key: bytes) -> _Read | None:
         """What could not be read while others might write. It may have been removed meanwhile, or stored again; if it
         cannot be read now either, it is broken, and goes."""
         with self._mutex:
             if path not in self._blocks:
                 return None
             try:
-                found, nbytes = self._read(path, key)
+                found = self._read(path, key)
             except (block_file.NotWholeError, OSError):
                 with contextlib.suppress(OSError):
                     self.counts.corrupt += self._remove(path)
                 return None
-            return found if self._was_read(path, nbytes) else None
+            return found if self._was_read(path, found.data.nbytes) else None
 
 
 def fingerprints(path: str | os.PathLike[str]) -> list[Fingerprint]:
@@ -336,10 +355,10 @@ def _locked(root: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.write(data)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
 

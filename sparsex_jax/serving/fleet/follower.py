@@ -11,6 +11,7 @@ from sparsex_jax.routing import Router, Update
 
 if TYPE_CHECKING:
     from sparsex_jax.serving.fleet.front import Backend
+    from sparsex_jax.serving.fleet.peer_counts import PeerStats
 
 _PATIENCE_S = 5.0  # with a replica that does not reply; the others are asked meanwhile
 
@@ -22,11 +23,13 @@ class Follower:
 
     Attributes:
       addresses: where those replicas give blocks to others that do, by their names.
+      moved: the blocks that those replicas got from others and sent to them.
     """
 
     def __init__(self, router: Router, backend: Backend, period_s: float) -> None:
         self._router, self._backend, self._period_s = router, backend, period_s
         self.addresses: dict[str, str] = {}
+        self.moved: dict[str, PeerStats] = {}
         self._asking: dict[str, asyncio.Task[None]] = {}
         self._task: asyncio.Task[None] | None = None
 
@@ -54,6 +57,7 @@ class Follower:
         for gone in set(self._router.replicas).difference(there):
             self._router.leave(gone)
             self.addresses.pop(gone, None)
+            self.moved.pop(gone, None)
         for name in there:
             self._router.join(name)
             if name not in self._asking or self._asking[name].done():
@@ -73,6 +77,8 @@ class Follower:
         self._router.report(name, told.load)
         if told.address is not None:
             self.addresses[name] = told.address
+        if told.moved is not None:
+            self.moved[name] = told.moved
 
     async def settled(self) -> None:
         """Until all who were asked have replied."""

@@ -159,7 +159,13 @@ class Front:
     async def _tell_states(self, reply: _Reply, *, may: bool) -> None:
         if not may:
             raise ForbiddenError("this key may not read the figures of the whole fleet")
-        await reply.whole({"object": "list", "data": [{"id": n} | s for n, s in self.router.states().items()]})
+        states = [{"id": name} | state | self._moved(name) for name, state in self.router.states().items()]
+        await reply.whole({"object": "list", "data": states})
+
+    def _moved(self, name: str) -> dict[str, dict[str, int]]:
+        """Blocks that a replica got from others and sent to them; nothing where it does not."""
+        stats = self.follower.moved.get(name)
+        return {} if stats is None else {side: dataclasses.asdict(counts) for side, counts in stats._asdict().items()}
 
 
 class _Reply:

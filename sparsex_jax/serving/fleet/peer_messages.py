@@ -48,7 +48,7 @@ def told_to_bytes(runs: Sequence[Run]) -> bytes:
     return json.dumps([[run.begin, run.end, run.block.to_json()] for run in runs]).encode()
 
 
-def told_of(data: bytes) -> list[Run]:
+def told_of(data: bytes | bytearray) -> list[Run]:
     """Raises TypeError, ValueError."""
     return [Run(Block.from_json(fields), int(begin), int(end)) for begin, end, fields in json.loads(data)]
 

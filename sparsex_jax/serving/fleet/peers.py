@@ -16,9 +16,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
-
-import numpy as np
+from typing import Annotated, Any
 
 from sparsex_jax.config.checks import Limit, NotNegative, Positive, checked, is_int
 from sparsex_jax.device.link import HostBlock
@@ -26,6 +24,7 @@ from sparsex_jax.errors import SparsexError
 from sparsex_jax.reuse.pace import Factor
 from sparsex_jax.scheduler.peering import Lookup, Peering
 from sparsex_jax.serving.fleet import peer_messages as messages
+from sparsex_jax.serving.fleet.peer_counts import PeerCounts
 from sparsex_jax.serving.fleet.preview import Prompt
 from sparsex_jax.serving.fleet.seal import HEADER, Seal
 from sparsex_jax.serving.worker import Worker
@@ -34,7 +33,7 @@ from sparsex_jax.tiers.blocks import Block
 from sparsex_jax.tiers.index import Run
 
 BYTES_PER_S = 1e9  # as expected before anything came
-_BESIDE_PIECES = 1 << 16  # bytes of a block file
+_BESIDE_PIECES = 1 << 18  # bytes of a block file
 _PORT = Limit(lambda value: is_int(value) and 0 <= value < 1 << 16, "from 0 to 65535")
 _AT_ONCE = 1 << 20  # bytes of a body that are read between two looks at the clock
 
@@ -71,22 +70,6 @@ class PeerConfig:
 
     def __post_init__(self) -> None:
         checked(type(self), vars(self))
-
-
-@dataclasses.dataclass
-class PeerCounts:
-    """What came of it.
-
-    Attributes:
-      asked: prompts for which another replica was asked.
-      blocks, nbytes: that came.
-      failed: lookups and blocks that did not.
-    """
-
-    asked: int = 0
-    blocks: int = 0
-    nbytes: int = 0
-    failed: int = 0
 
 
 class Peers:
@@ -206,7 +189,8 @@ class Peers:
         _require_time(deadline)
         body = messages.lookup_to_bytes(lookup, self._model)
         with _told_as_errors(), _Call(holder, messages.LOOKUP, body, self._seal, deadline) as call:
-            told = call.read(messages.MOST_TOLD_BYTES).tobytes()
+            told = bytearray(call.length(messages.MOST_TOLD_BYTES))
+            call.read_into(memoryview(told))
             call.check(told)
             return messages.told_of(told)
 
@@ -216,11 +200,10 @@ class Peers:
         began, tiers = time.monotonic(), self._peering.tiers
         body, most = messages.key_to_bytes(block.key, self._model), tiers.nbytes_of(block) + _BESIDE_PIECES
         with _told_as_errors(), _Call(holder, messages.BLOCK, body, self._seal, deadline) as call:
-            data = call.read(most)
-            call.check(block_file.header_of(data[:_BESIDE_PIECES].tobytes()))
-            _, pieces = block_file.decode(data, block.key, self._model)
-            kept = tiers.host_block(pieces)
-        return kept, data.nbytes, time.monotonic() - began
+            nbytes = call.length(most)
+            about: dict[str, Any] = {"most_header": _BESIDE_PIECES, "check": call.check}
+            kept = tiers.host_block(block_file.receive(call.read_into, nbytes, block.key, self._model, **about))
+        return kept, nbytes, time.monotonic() - began
 
 
 def _require_time(deadline: float) -> None:
@@ -252,24 +235,25 @@ class _Call:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    def read(self, most: int) -> np.ndarray:
-        """The body, as uint8. Raises PeerError if it is not whole, or has more than `most` bytes, or says an error."""
+    def length(self, most: int) -> int:
+        """Bytes of the body. Raises PeerError if it has more than `most`, or says an error."""
         length = self._response.length
         if self._response.status != 200:
             raise PeerError(f"it answers {self._response.status}: {self._response.read(300)!r}")
         if length is None or length > most:
             raise PeerError(f"it sends {length} bytes where at most {most} are due")
-        data, at = np.empty(length, np.uint8), 0
-        view = memoryview(data)
-        while at < length:
-            self._wait_no_longer()
-            num = self._response.readinto(view[at : at + _AT_ONCE])
-            if not num:
-                raise PeerError(f"it stopped after {at} of {length} bytes")
-            at += num
-        return data
+        return length
 
-    def check(self, sealed: bytes) -> None:
+    def read_into(self, into: memoryview) -> None:
+        """Fill this with what comes next of the body. Raises PeerError if there is less."""
+        while into:
+            self._wait_no_longer()
+            num = self._response.readinto(into[:_AT_ONCE])
+            if not num:
+                raise PeerError(f"it stopped where {self._response.length} bytes were still due")
+            into = into[num:]
+
+    def check(self, sealed: bytes | bytearray) -> None:
         """Raises PeerError unless this is what the response's seal is of."""
         if not self._seal.is_of(self._response.headers.get(HEADER), self._sealed.encode(), sealed):
             raise PeerError("its response has no seal of this fleet")

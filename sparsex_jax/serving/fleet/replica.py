@@ -18,13 +18,13 @@ from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.fleet.feed import DigestFeed
 from sparsex_jax.serving.fleet.kv_events import KvEvents, KvEventsConfig
 from sparsex_jax.serving.fleet.observers import Observers
+from sparsex_jax.serving.fleet.peer_counts import PeerMetrics, PeerStats
 from sparsex_jax.serving.fleet.peer_server import PeerServer
-from sparsex_jax.serving.fleet.peers import PeerConfig, PeerCounts, Peers
+from sparsex_jax.serving.fleet.peers import PeerConfig, Peers
 from sparsex_jax.serving.fleet.preview import Prompt
 from sparsex_jax.serving.fleet.seal import Seal
 from sparsex_jax.serving.health import LIVE, state_of
 from sparsex_jax.serving.worker import Worker
-from sparsex_jax.tiers.fingerprint import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +73,13 @@ class Told:
       updates: of its digest, as bytes, in order.
       load: what it has to do.
       address: where other replicas get blocks from it. None: nowhere.
+      moved: blocks that it got from others and sent to them. None: it does not.
     """
 
     updates: list[bytes]
     load: Load
     address: str | None = None
+    moved: PeerStats | None = None
 
 
 class Replica:
@@ -124,6 +126,7 @@ class Replica:
         self._peer_config, self._seal = peers, Seal(sketch.key)
         self._peers: Peers | None = None
         self._address: str | None = None
+        self._moved: PeerStats | None = None
         self._observers = Observers(*(each for each in (self.feed, self.events) if each is not None))
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_retelling = False
@@ -143,9 +146,11 @@ class Replica:
         """Raises AddressError: the address cannot be had."""
         engine = self._worker.engine
         peering = Peering(engine.admission, engine.model)
-        model = await self._worker.call(lambda: digest(peering.tiers.fingerprint))
+        model = await self._worker.call(lambda: peering.tiers.model)
         self._peers = Peers(self._worker, peering, model, self._seal, config)
         server = PeerServer(self._worker, peering, model, self._seal)
+        self._moved = PeerStats(self._peers.counts, server.counts)
+        self._app.state.service.metrics.add(PeerMetrics(self._moved))
         self._held.push_async_callback(self._peers.stop)
         self._held.push_async_callback(server.stop)
         self._address = await server.start(config.host or "127.0.0.1", config.port)
@@ -192,12 +197,12 @@ class Replica:
             await self._retell()
         updates = await asyncio.to_thread(self.feed.since, position)
         loop = self._worker.loop
-        return Told(updates, Load(float(loop.queued_tokens), loop.stats.running), self._address)
+        return Told(updates, Load(float(loop.queued_tokens), loop.stats.running), self._address, self.moved)
 
     @property
-    def peer_counts(self) -> PeerCounts | None:
-        """What came of asking other replicas. None: none is ever asked."""
-        return self._peers.counts if self._peers is not None else None
+    def moved(self) -> PeerStats | None:
+        """Blocks that came from other replicas and went there. None: none ever do."""
+        return self._moved and self._moved.copy()
 
     def is_live(self) -> bool:
         """Whether it works, or recovers by itself."""

@@ -18,13 +18,13 @@ class Seal:
         """
         self._key = hashlib.blake2b(key, person=b"sparsex peers").digest()
 
-    def of(self, *parts: bytes) -> str:
+    def of(self, *parts: bytes | bytearray) -> str:
         """The seal of these parts in this order, 64 hexadecimal digits."""
         digest = hashlib.blake2b(key=self._key, digest_size=32)
         for part in parts:
             digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
 
-    def is_of(self, seal: str | None, *parts: bytes) -> bool:
+    def is_of(self, seal: str | None, *parts: bytes | bytearray) -> bool:
         """Whether it is the seal of these parts."""
         return seal is not None and hmac.compare_digest(self.of(*parts).encode(), seal.encode(errors="replace"))

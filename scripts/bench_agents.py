@@ -40,6 +40,7 @@ import numpy as np
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine, settled
 from sparsex_jax.eval.footprint import footprint, store_bytes
 from sparsex_jax.eval.results import provenance, rows_of_file, write_json
@@ -277,4 +278,4 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -33,6 +33,7 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval.conversations import (
     CONVERSATIONS,
     ConversationSize,
@@ -306,4 +307,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

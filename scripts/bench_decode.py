@@ -28,10 +28,11 @@ from bench_adapters import ALL_TARGETS, RANK, random_adapter
 from bench_e2e import copy_rate, decode_bytes
 
 from sparsex_jax import Engine, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.reuse.adapters import NO_SLOT
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -158,8 +159,8 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     options = parser.parse_args(arguments)
     settings = {"adapters": options.adapters, "tensor_parallel": options.tensor_parallel, "runs": options.runs}
     about = {"bench": "decode", "model": options.model} | provenance(options.tensor_parallel) | {"settings": settings}
-    print(write_json(about | {"rows": [*measure(options)]}, folder))
+    print(write_rows(about, measure(options), folder))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import ModelConfig, named_config
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.flops import flops_fraction
@@ -443,4 +444,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

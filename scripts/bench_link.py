@@ -27,6 +27,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsex_jax import EngineConfig, ModelConfig
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.sharding import make_mesh
@@ -263,8 +264,9 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     for row in all_rows(setup):
         rows.append(row)
         print(f"{row.work:60}{row.implementation:36}{row.figure:10.4g} {row.unit}", flush=True)
-    print(write_json(content(setup, rows), folder))
+        path = write_json(content(setup, rows), folder)  # after each row, so that it stays if a later one fails
+    print(path)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -44,6 +44,7 @@ from bench_vllm import write_model
 from sparsex_jax import Engine
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.cli.serve import compile_all
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import keep_on_disk
 from sparsex_jax.eval.results import provenance, rows_of_file, write_json
@@ -371,4 +372,4 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsex_jax.cache import PageCache
+from sparsex_jax.cli.terminal import run_script
 
 VOCABULARY = 32_000
 
@@ -181,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

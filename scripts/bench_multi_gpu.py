@@ -55,6 +55,7 @@ from bench_e2e import (
 )
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import ModelConfig, named_config
 from sparsex_jax.eval.engines import make_engine
 from sparsex_jax.eval.results import rows_of_file, write_json
@@ -447,4 +448,4 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

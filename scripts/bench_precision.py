@@ -26,6 +26,7 @@ import numpy as np
 from bench_e2e import Row, copy_rate, decode
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
@@ -141,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ import numpy as np
 from run_distributed import devices_of, free_ports
 
 from sparsex_jax.cache import Match
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import SamplingParams
 from sparsex_jax.config.membership import SECRET, Membership
 from sparsex_jax.device.runner import Runner
@@ -142,4 +143,4 @@ def decodes(runner: Runner, pages: Any, given: argparse.Namespace) -> Iterator[t
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,11 +21,12 @@ import jax
 import numpy as np
 
 from sparsex_jax import Engine
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.device.restoration import Chunk, Restoration, Step
 from sparsex_jax.device.restorer import Restorer
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.reuse.pace import Pace
 from sparsex_jax.reuse.staircase import Costs, Staircase
 from sparsex_jax.tiers.blocks import BLOCK_PAGES
@@ -152,13 +153,15 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     store = {"store_tokens": max(options.lengths) + options.page_size, "page_size": options.page_size}
     engine = make_engine(options.model, tensor_parallel=options.tensor_parallel, dtype=options.dtype, **store)
     about: dict[str, Any] = {"bench": "restore", "model": options.model} | provenance(options.tensor_parallel)
-    rows: list[Row] = []
+    print(write_rows(about | {"settings": vars(options)}, all_rows(engine, options), folder))
+
+
+def all_rows(engine: Engine, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for length in options.lengths:
         for row in rows_of(Bench(engine, length, options.groups), options.rates, options.runs):
-            rows.append(row)
             print(row, flush=True)
-    print(write_json(about | {"settings": vars(options), "rows": [row._asdict() for row in rows]}, folder))
+            yield row._asdict()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -39,6 +39,7 @@ import numpy as np
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.choice import EngineChoice
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.cli.values import parse_bytes
 from sparsex_jax.config import EngineConfig
 from sparsex_jax.config.checks import require
@@ -276,4 +277,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

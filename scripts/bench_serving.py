@@ -30,6 +30,7 @@ import numpy as np
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval.engines import add_tensor_parallel, load_engine, settled
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WORKLOADS, Workload, WorkloadSize, make_workload
@@ -278,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

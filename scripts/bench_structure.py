@@ -20,6 +20,7 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
 from sparsex_jax.errors import UnknownModelError
 from sparsex_jax.eval.engines import add_tensor_parallel
@@ -167,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ import gguf
 import numpy as np
 
 from sparsex_jax import Engine, Generation, ReuseConfig, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.sharding import make_mesh
@@ -281,4 +282,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,7 @@ from sparsex_jax import EngineConfig, ModelConfig
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.cache.mirrors import Origins
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
 from sparsex_jax.eval.footprint import Footprint, footprint
 from sparsex_jax.eval.results import provenance, write_json
@@ -228,4 +229,4 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval.fleet.calibration import MODEL, Fit, fit, predictions
 from sparsex_jax.eval.fleet.figures import figures, of_times, of_tokens, over_time
 from sparsex_jax.eval.fleet.policies import SIMPLE, Make, routed
@@ -461,4 +462,4 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

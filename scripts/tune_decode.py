@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from bench_e2e import median_milliseconds
 
 import sparsex_kernels.api as kernels
+from sparsex_jax.cli.terminal import run_script
 from sparsex_kernels.arguments import LinearArgs
 from sparsex_kernels.backend import default_backend
 from sparsex_kernels.linear import hopper as linear
@@ -131,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,7 @@ from sparsex_jax import Engine, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval import regimes, results, scores
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
 from sparsex_jax.eval.samples import Question, Sample
 from sparsex_jax.eval.scores import Answer
@@ -211,13 +212,13 @@ def main() -> None:
         default=["sparsex:boundary_layer=0"],
         help="NAME or NAME:FIELD=VALUE:..., as in `sparsex bench quality`",
     )
-    add("--queries", type=int, default=200)
-    add("--agents", type=int, default=1, help="who ask at once, in a round")
+    add("--queries", type=count, default=200)
+    add("--agents", type=count, default=1, help="who ask at once, in a round")
     add("--orders", type=int, default=0, help="in which the same prompts come")
-    add("--part", type=int, default=25, help="queries in a line of figures")
-    add("--length", type=int, default=1024, help="tokens of the documents together")
-    add("--segments", type=int, default=4)
-    add("--store-tokens", type=int, default=16384, help="so few that old donors are evicted during the run")
+    add("--part", type=count, default=25, help="queries in a line of figures")
+    add("--length", type=count, default=1024, help="tokens of the documents together")
+    add("--segments", type=count, default=4)
+    add("--store-tokens", type=count, default=16384, help="so few that old donors are evicted during the run")
     add("--dtype", default="float32")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=RESULTS, help="the directory of the JSON file")

@@ -26,6 +26,7 @@ from bench_kernels import Row, after, median_seconds
 
 from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import ModelConfig, named_config
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.model.experts import ExpertStacks, Routing, route, run_experts
 from sparsex_kernels.backend import Backend, prefer
@@ -139,8 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-30b-a3b", help="a configuration by name, with experts")
     parser.add_argument("--experts", type=int, help="the number of experts, for a quick look at a smaller layer")
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--rows", type=count, default=8192)
+    parser.add_argument("--sequences", type=count, default=8)
     parser.add_argument("--implementations", nargs="*", help="for instance: hopper xla ragged")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -48,6 +48,7 @@ from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import PrefillRun, Runner
 from sparsex_jax.device.sampling import Sampled, Sampling
+from sparsex_jax.eval.arguments import count, positive
 from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.scheduler import policy
 from sparsex_jax.scheduler.sequence import State, ignore
@@ -244,10 +245,10 @@ def profiled(wanted: bool) -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--sequences", type=int, default=64, help="that decode together")
-    add("--context", type=int, default=8192, help="tokens of the shortest prompt")
-    add("--steps", type=int, nargs="+", default=[4, 16], help="tokens of each sequence in a dispatch")
-    add("--step-ms", type=float, default=5.0, help="what the device takes for a token, where its idle time is told")
+    add("--sequences", type=count, default=64, help="that decode together")
+    add("--context", type=count, default=8192, help="tokens of the shortest prompt")
+    add("--steps", type=count, nargs="+", default=[4, 16], help="tokens of each sequence in a dispatch")
+    add("--step-ms", type=positive, default=5.0, help="what the device takes for a token, where its idle time is told")
     add("--profile", action="store_true", help="print the functions that take most; it slows all down")
     options = parser.parse_args(arguments)
     write_rows({"bench": "host"} | provenance(), all_rows(options), folder)

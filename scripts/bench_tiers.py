@@ -21,6 +21,7 @@ import numpy as np
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.model.sharding import make_mesh
@@ -70,9 +71,9 @@ def main() -> None:
     small = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m" if small else "llama-3.1-8b")
-    parser.add_argument("--sessions", type=int, default=6 if small else 16)
-    parser.add_argument("--length", type=int, default=512 if small else 16384)
-    parser.add_argument("--room", type=int, default=3 if small else 8, help="sessions that the store has room for")
+    parser.add_argument("--sessions", type=count, default=6 if small else 16)
+    parser.add_argument("--length", type=count, default=512 if small else 16384)
+    parser.add_argument("--room", type=count, default=3 if small else 8, help="sessions that the store has room for")
     parser.add_argument(
         "--tiers", type=float, nargs="+", default=[0, 0.25, 1.5], help="shares of what all sessions have"
     )

@@ -19,6 +19,7 @@ from bench_kernels import DIM, KV_HEADS, installed_kernels, rows_of
 
 import sparsex_kernels.api as kernels
 from sparsex_jax.cli.terminal import run_script
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_kernels import key_mass, paged_attention
 from sparsex_kernels.arguments import AttentionArgs
@@ -104,7 +105,7 @@ def alignment_errors(tokens: int, implementations: list[str]) -> Iterator[Error]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementations", nargs="+", default=[*installed_kernels(), "xla"])
-    parser.add_argument("--tokens", type=int, default=2048, help="a multiple of the page size, 64")
+    parser.add_argument("--tokens", type=count, default=2048, help="a multiple of the page size, 64")
     options = parser.parse_args()
     write_rows({"bench": "kernel-errors"} | provenance(), all_rows(options), RESULTS)
 

@@ -1,12 +1,14 @@
 """Result files: what was measured stays, whatever ends a bench; and how scripts end."""
 
 import json
+from argparse import ArgumentTypeError
 
 import pytest
 
 from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.errors import ResultFileError
 from sparsex_jax.eval import results
+from sparsex_jax.eval.arguments import count, positive
 
 ABOUT = {"bench": "cups", "device": "cpu"}
 
@@ -38,6 +40,20 @@ def test_what_cannot_be_written_is_printed(tmp_path, capsys):
     with pytest.raises(ResultFileError, match=r"cups-cpu.json cannot be written: .*; it is printed instead"):
         results.write_json(ABOUT | {"rows": [3]}, tmp_path / "file")
     assert json.loads(capsys.readouterr().out)["rows"] == [3]
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "1.5", "two", ""])
+def test_counts_are_integers_of_one_or_more(text):
+    with pytest.raises(ArgumentTypeError, match="must be an integer of 1 or more"):
+        count(text)
+    assert count("12") == 12
+
+
+@pytest.mark.parametrize("text", ["0", "-0.5", "nan", "inf", "fast"])
+def test_positive_numbers_are_finite_and_above_zero(text):
+    with pytest.raises(ArgumentTypeError, match="must be a number above 0"):
+        positive(text)
+    assert positive("1e-3") == 0.001
 
 
 @pytest.mark.parametrize(

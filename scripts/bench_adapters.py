@@ -40,7 +40,9 @@ import numpy as np
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.checkpoints.adapters import adapter_digest
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import ModelConfig
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine, settled
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.adapters import AdapterWeights, Pair
@@ -188,10 +190,10 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add = parser.add_argument
     add("--model", default="smollm2-135m-instruct" if small else "llama-3.1-8b")
     add("--dtype", default="float32" if small else "bfloat16")
-    add("--context", type=int, default=256 if small else 8192, help="tokens that four of the steps bring")
+    add("--context", type=count, default=256 if small else 8192, help="tokens that four of the steps bring")
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     add("--refresh", default="sparsex:boundary_layer=0:recompute_ratio=0.1", help="NAME or NAME:FIELD=VALUE:...")
-    add("--roles", type=int, help="trajectories in which trained adapters answer")
+    add("--roles", type=count, help="trajectories in which trained adapters answer")
     add_tensor_parallel(parser)
     options = parser.parse_args(arguments)
     bench, run = ("adapters-roles", answers) if options.roles else ("adapters-trace", trace)
@@ -210,4 +212,4 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

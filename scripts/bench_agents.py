@@ -40,6 +40,8 @@ import numpy as np
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
+from sparsex_jax.eval.arguments import count, positive
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine, settled
 from sparsex_jax.eval.footprint import footprint, store_bytes
 from sparsex_jax.eval.results import provenance, rows_of_file, write_json
@@ -212,16 +214,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--model", default="smollm2-135m-instruct" if small else "llama-3.1-8b")
     add("--dtype", default="float32" if small else "bfloat16")
     add("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
-    add("--agents", type=int, nargs="+", default=[2, 4] if small else [2, 4, 8, 16])
-    add("--shared", type=int, nargs="+", default=[512] if small else [512, 4096, 24576], help="tokens of the history")
-    add("--private", type=int, default=64 if small else 1024, help="tokens of each agent, and up to an eighth more")
-    add("--answer", type=int, default=8 if small else 32, help="tokens of each answer")
-    add("--rounds", type=int, default=2 if small else 3, help="that are measured, behind the first")
+    add("--agents", type=count, nargs="+", default=[2, 4] if small else [2, 4, 8, 16])
+    add("--shared", type=count, nargs="+", default=[512] if small else [512, 4096, 24576], help="tokens of the history")
+    add("--private", type=count, default=64 if small else 1024, help="tokens of each agent, and up to an eighth more")
+    add("--answer", type=count, default=8 if small else 32, help="tokens of each answer")
+    add("--rounds", type=count, default=2 if small else 3, help="that are measured, behind the first")
     add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     add("--method", default="sparsex:boundary_layer=0:recompute_ratio=0.05", help="NAME or NAME:FIELD=VALUE:...")
     add("--mirrors", action="store_true", help="also with a store that keeps what is alike once")
-    add("--limit", type=float, default=1.5, help="seconds to the first token")
-    add("--store-tokens", type=int, help="by default what the largest case can fill")
+    add("--limit", type=positive, default=1.5, help="seconds to the first token")
+    add("--store-tokens", type=count, help="by default what the largest case can fill")
     add("--add", action="store_true", help="keep the file's figures of other cases")
     add("--seed", type=int, default=0)
     add_tensor_parallel(parser)
@@ -277,4 +279,4 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -33,6 +33,8 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
+from sparsex_jax.eval.arguments import count, positive
 from sparsex_jax.eval.conversations import (
     CONVERSATIONS,
     ConversationSize,
@@ -271,11 +273,16 @@ def parse() -> argparse.Namespace:
     add("--workloads", nargs="+", default=list(CONVERSATIONS), choices=list(CONVERSATIONS))
     add("--methods", nargs="+", default=list(METHODS), help="NAME or NAME:FIELD=VALUE:...")
     add("--answers", nargs="+", default=["full", "own"], choices=ANSWERS)
-    add("--turns", type=int, default=ConversationSize.turns)
-    add("--scale", type=float, default=ConversationSize.scale, help="how many times as long notes, files and texts are")
-    add("--new-tokens", type=int, default=ConversationSize.new_tokens)
-    add("--passes", type=int, default=3, help="passes that are timed, 1 or more; not of answers own")
-    add("--store-tokens", type=int, default=49152)
+    add("--turns", type=count, default=ConversationSize.turns)
+    add(
+        "--scale",
+        type=positive,
+        default=ConversationSize.scale,
+        help="how many times as long notes, files and texts are",
+    )
+    add("--new-tokens", type=count, default=ConversationSize.new_tokens)
+    add("--passes", type=count, default=3, help="passes that are timed, 1 or more; not of answers own")
+    add("--store-tokens", type=count, default=49152)
     add("--heal", action="store_true", help="make approximate KV exact between requests")
     add("--seed", type=int, default=0)
     add("--note", help="what a reader of the tables must know")
@@ -306,4 +313,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

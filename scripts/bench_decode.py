@@ -28,10 +28,12 @@ from bench_adapters import ALL_TARGETS, RANK, random_adapter
 from bench_e2e import copy_rate, decode_bytes
 
 from sparsex_jax import Engine, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.state import BatchSlot, decode_state
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.reuse.adapters import NO_SLOT
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -130,7 +132,7 @@ def print_profile(engine: Engine, state: DecodeState) -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    rate, engine = copy_rate(), load(options)
+    engine, rate = load(options), copy_rate()
     for case in options.cases:
         kinds = {"base model": 0} | ({f"{options.adapters} adapters": options.adapters} if options.adapters else {})
         for kind, adapters in kinds.items():
@@ -153,13 +155,13 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add("--cases", nargs="+", type=Case.of, default=[*map(Case.of, cases)], metavar="REQUESTSxCONTEXT")
     add("--adapters", type=int, default=0, help="how many adapters the engine has")
     add_tensor_parallel(parser)
-    add("--runs", type=int, default=8, help="dispatches that are timed")
+    add("--runs", type=count, default=8, help="dispatches that are timed")
     add("--profile", action="store_true")
     options = parser.parse_args(arguments)
     settings = {"adapters": options.adapters, "tensor_parallel": options.tensor_parallel, "runs": options.runs}
     about = {"bench": "decode", "model": options.model} | provenance(options.tensor_parallel) | {"settings": settings}
-    print(write_json(about | {"rows": [*measure(options)]}, folder))
+    print(write_rows(about, measure(options), folder))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

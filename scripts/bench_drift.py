@@ -20,7 +20,7 @@ that a prompt is the same in all orders. Prints a line for each order, and write
 import argparse
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, Round, SamplingParams
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval import regimes, results, scores
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
 from sparsex_jax.eval.samples import Question, Sample
 from sparsex_jax.eval.scores import Answer
@@ -117,12 +119,11 @@ def heard(history: list[str], agents: int, rng: np.random.Generator) -> list[str
     return last if agents == 1 else [last[at] for at in rng.permutation(len(last))]
 
 
-def run_in_orders(engine: Engine, methods: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
+def run_in_orders(engine: Engine, methods: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows of the file: the means over all prompts for each method and order."""
     asked, rng = prompts_of_sessions(engine, options), np.random.default_rng(options.seed)
     orders = [np.arange(len(asked)), *(rng.permutation(len(asked)) for _ in range(options.orders - 1))]
     full = [ask(engine, question, prompt, ReuseConfig("full"), keep=False) for question, prompt in asked]
-    table = []
     for method in methods:
         texts = []
         for number, order in enumerate(orders, start=1):
@@ -130,12 +131,11 @@ def run_in_orders(engine: Engine, methods: Sequence[str], options: argparse.Name
             reused = {at: ask(engine, *asked[at], parse_method(method), keep=True) for at in order.tolist()}
             means = mean([figures(asked[at][0], own, full[at]) for at, own in reused.items()])
             print(f"{method}, order {number}: {told(means)}", flush=True)
-            table += rows_of(f"order {number}", method, means)
+            yield from rows_of(f"order {number}", method, means)
             texts.append([reused[at].text for at in range(len(asked))])
         same = float(np.mean([len(set(each)) == 1 for each in zip(*texts, strict=True)]))
         print(f"{method}: {same:.2f} of the prompts have the same answer in all orders", flush=True)
-        table += rows_of("all orders", method, {"same answer": same})
-    return table
+        yield from rows_of("all orders", method, {"same answer": same})
 
 
 def prompts_of_sessions(engine: Engine, options: argparse.Namespace) -> list[tuple[Question, np.ndarray]]:
@@ -196,12 +196,10 @@ def rows_of_parts(rows: list[dict[str, float]], method: str, options: argparse.N
     ]
 
 
-def drifts(engine: Engine, methods: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    table = []
+def drifts(engine: Engine, methods: Sequence[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for method in methods:
         engine.cache.clear()
-        table += rows_of_parts(run(engine, parse_method(method), options), method, options)
-    return table
+        yield from rows_of_parts(run(engine, parse_method(method), options), method, options)
 
 
 def main() -> None:
@@ -214,13 +212,13 @@ def main() -> None:
         default=["sparsex:boundary_layer=0"],
         help="NAME or NAME:FIELD=VALUE:..., as in `sparsex bench quality`",
     )
-    add("--queries", type=int, default=200)
-    add("--agents", type=int, default=1, help="who ask at once, in a round")
+    add("--queries", type=count, default=200)
+    add("--agents", type=count, default=1, help="who ask at once, in a round")
     add("--orders", type=int, default=0, help="in which the same prompts come")
-    add("--part", type=int, default=25, help="queries in a line of figures")
-    add("--length", type=int, default=1024, help="tokens of the documents together")
-    add("--segments", type=int, default=4)
-    add("--store-tokens", type=int, default=16384, help="so few that old donors are evicted during the run")
+    add("--part", type=count, default=25, help="queries in a line of figures")
+    add("--length", type=count, default=1024, help="tokens of the documents together")
+    add("--segments", type=count, default=4)
+    add("--store-tokens", type=count, default=16384, help="so few that old donors are evicted during the run")
     add("--dtype", default="float32")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=RESULTS, help="the directory of the JSON file")
@@ -230,10 +228,9 @@ def main() -> None:
     engine = make_engine(options.model, tensor_parallel=options.tensor_parallel, **sizes)
     bench = "drift-orders" if options.orders else "drift" if options.agents == 1 else "drift-rounds"
     measure = run_in_orders if options.orders else drifts
-    rows = measure(engine, options.method, options)
     about = {"bench": bench, "model": options.model} | results.provenance(options.tensor_parallel)
-    results.write_json(about | {"rows": rows}, options.out)
+    results.write_rows(about, measure(engine, options.method, options), options.out)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,7 +30,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import ModelConfig, named_config
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.flops import flops_fraction
 from sparsex_jax.eval.results import provenance, write_json
@@ -423,13 +425,13 @@ def main() -> None:
     add("--model", default="llama-3.1-8b", help="a named configuration")
     add("--dtype", default="bfloat16")
     add("--kv-dtype", default="auto", help="of the store: auto or fp8")
-    add("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
-    add("--segments", type=int, nargs="+", default=[16, 1, 64])
+    add("--lengths", type=count, nargs="+", default=[8192, 16384, 32768])
+    add("--segments", type=count, nargs="+", default=[16, 1, 64])
     add("--reused", type=float, nargs="+", default=[0.95, 0.5, 0.8, 0.98], help="shares of the prompt that are stored")
     add("--only", nargs="*", default=[], help="methods whose names contain one of these; all by default")
-    add("--runs", type=int, default=3)
+    add("--runs", type=count, default=3)
     add("--decode", type=int, nargs="*", default=[1, 8], help="requests decoded together")
-    add("--context", type=int, default=8192, help="tokens before each decoded request")
+    add("--context", type=count, default=8192, help="tokens before each decoded request")
     add("--agents", action=argparse.BooleanOptionalAction, default=True, help="the round of agents")
     add_tensor_parallel(parser)
     options = parser.parse_args()
@@ -443,4 +445,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

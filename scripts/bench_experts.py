@@ -24,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 from bench_kernels import Row, after, median_seconds
 
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import ModelConfig, named_config
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.arguments import count
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.model.experts import ExpertStacks, Routing, route, run_experts
 from sparsex_kernels.backend import Backend, prefer
 from sparsex_kernels.grouped_linear import IMPLEMENTATIONS
@@ -138,8 +140,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen3-30b-a3b", help="a configuration by name, with experts")
     parser.add_argument("--experts", type=int, help="the number of experts, for a quick look at a smaller layer")
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--rows", type=count, default=8192)
+    parser.add_argument("--sequences", type=count, default=8)
     parser.add_argument("--implementations", nargs="*", help="for instance: hopper xla ragged")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -149,7 +151,12 @@ def main() -> None:
         parser.error(f"--model={options.model} has no experts")
     if options.experts is not None:
         model = dataclasses.replace(model, num_experts=options.experts)
-    rows: list[dict[str, Any]] = []
+    about = {"bench": "experts", "model": options.model} | provenance()
+    about |= {"experts": model.num_experts, "sequences": options.sequences}
+    print(write_rows(about, all_rows(model, options), options.output))
+
+
+def all_rows(model: ModelConfig, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     floors: dict[str, Row] = {}
     names = options.implementations or implementations()
     for work, bench in benches(model, options.rows, options.sequences, names):
@@ -157,15 +164,14 @@ def main() -> None:
             try:
                 row = bench()
                 share = share_of(row, floors)
-                rows.append(row.to_dict() | {"share": share})
                 if work in FLOORS:
                     floors[work] = row
                 print(show(row, share), flush=True)
             except Exception:  # if one fails, the others run all the same
                 print(f"{work} failed\n{traceback.format_exc(limit=-3)}", flush=True)
-    made = {"model": options.model, "experts": model.num_experts, "rows": options.rows, "sequences": options.sequences}
-    print(write_json({"bench": "experts"} | provenance() | made | {"rows": rows}, options.output))
+            else:
+                yield row.to_dict() | {"share": share}
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -44,10 +44,12 @@ import numpy as np
 
 from sparsex_jax import Engine, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import PrefillRun, Runner
 from sparsex_jax.device.sampling import Sampled, Sampling
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.arguments import count, positive
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.scheduler import policy
 from sparsex_jax.scheduler.sequence import State, ignore
 
@@ -243,19 +245,22 @@ def profiled(wanted: bool) -> Iterator[None]:
 def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--sequences", type=int, default=64, help="that decode together")
-    add("--context", type=int, default=8192, help="tokens of the shortest prompt")
-    add("--steps", type=int, nargs="+", default=[4, 16], help="tokens of each sequence in a dispatch")
-    add("--step-ms", type=float, default=5.0, help="what the device takes for a token, where its idle time is told")
+    add("--sequences", type=count, default=64, help="that decode together")
+    add("--context", type=count, default=8192, help="tokens of the shortest prompt")
+    add("--steps", type=count, nargs="+", default=[4, 16], help="tokens of each sequence in a dispatch")
+    add("--step-ms", type=positive, default=5.0, help="what the device takes for a token, where its idle time is told")
     add("--profile", action="store_true", help="print the functions that take most; it slows all down")
     options = parser.parse_args(arguments)
-    found: list[dict[str, Any]] = []
+    write_rows({"bench": "host"} | provenance(), all_rows(options), folder)
+
+
+def all_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for steps, text in itertools.product(options.steps, (False, True)):
-        found += rows(options, steps, text)
-        told = ", ".join(f"{row['implementation']} {row['figure']:.3f}" for row in found[-5:])
+        found = rows(options, steps, text)
+        told = ", ".join(f"{row['implementation']} {row['figure']:.3f}" for row in found)
         print(f"{found[-1]['work']}: {told} ms a step", flush=True)
-    write_json({"bench": "host"} | provenance() | {"rows": found}, folder)
+        yield from found
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,7 @@ import numpy as np
 from jax import lax
 
 import sparsex_kernels.api as kernels
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_kernels import key_mass as mass_versions
 from sparsex_kernels import paged_attention as attention_versions
@@ -455,4 +456,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,7 +27,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsex_jax import EngineConfig, ModelConfig
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.link import HostBlock, Link
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.store import make_store
@@ -249,13 +251,16 @@ def content(setup: Setup, rows: Sequence[Row]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None:
     on_cpu = jax.devices()[0].platform == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mebibytes", type=int, default=64 if on_cpu else 2048, help="moved at a time, about")
+    parser.add_argument("--mebibytes", type=count, default=64 if on_cpu else 2048, help="moved at a time, about")
     parser.add_argument(
-        "--layers", type=int, default=4 if on_cpu else 32, help="of the model; 4 groups of them are moved"
+        "--layers", type=count, default=4 if on_cpu else 32, help="of the model; 4 groups of them are moved"
     )
-    parser.add_argument("--devices", type=int, default=1, help="that share the 8 KV heads")
-    parser.add_argument("--matrix", type=int, default=512 if on_cpu else 8192, help="size of the products")
+    parser.add_argument("--devices", type=count, default=1, help="that share the 8 KV heads")
+    parser.add_argument("--matrix", type=count, default=512 if on_cpu else 8192, help="size of the products")
     options = parser.parse_args(arguments)
+    make_mesh(options.devices)  # which says how many there are
+    if 8 % options.devices:
+        parser.error(f"--devices {options.devices} does not divide 8 KV heads")
     setup = Setup.of(options.mebibytes, options.devices, options.layers, options.matrix)
     if on_cpu:
         print(SAME_MEMORY)
@@ -263,8 +268,9 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     for row in all_rows(setup):
         rows.append(row)
         print(f"{row.work:60}{row.implementation:36}{row.figure:10.4g} {row.unit}", flush=True)
-    print(write_json(content(setup, rows), folder))
+        path = write_json(content(setup, rows), folder)  # after each row, so that it stays if a later one fails
+    print(path)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -44,8 +44,10 @@ from bench_vllm import write_model
 from sparsex_jax import Engine
 from sparsex_jax.cli.options import parse_method
 from sparsex_jax.cli.serve import compile_all
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import keep_on_disk
+from sparsex_jax.eval.arguments import count, positive
 from sparsex_jax.eval.results import provenance, rows_of_file, write_json
 from sparsex_jax.scheduler.sequence import Event
 from sparsex_jax.serving.access import Limits
@@ -303,22 +305,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--name", help="of the server in the rows; by default as --server")
     add("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     add("--rates", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0], help="requests a second")
-    add("--seconds", type=float, default=30.0, help="for which requests arrive, at each rate")
-    add("--turns", type=int, default=15, help="of a session")
-    add("--new-tokens", type=int, default=64)
-    add("--ttft-limit", type=float, default=1.0, help="seconds to the first token, for goodput")
-    add("--itl-limit", type=float, default=0.05, help="seconds between tokens, for goodput")
-    add("--scale", type=float, default=1.0, help="of all lengths of texts")
-    add("--patience", type=float, default=400.0, help="seconds that a server may take to start")
+    add("--seconds", type=positive, default=30.0, help="for which requests arrive, at each rate")
+    add("--turns", type=count, default=15, help="of a session")
+    add("--new-tokens", type=count, default=64)
+    add("--ttft-limit", type=positive, default=1.0, help="seconds to the first token, for goodput")
+    add("--itl-limit", type=positive, default=0.05, help="seconds between tokens, for goodput")
+    add("--scale", type=positive, default=1.0, help="of all lengths of texts")
+    add("--patience", type=positive, default=400.0, help="seconds that a server may take to start")
     add("--seed", type=int, default=0)
     ours = parser.add_argument_group("this package's server")
     ours.add_argument("--method", default="sparsex:boundary_layer=0:recompute_ratio=0.05", help="NAME:FIELD=VALUE:...")
     ours.add_argument("--dtype", default="bfloat16")
-    ours.add_argument("--store-tokens", type=int, default=262144)
-    ours.add_argument("--max-num-seqs", type=int, default=64)
+    ours.add_argument("--store-tokens", type=count, default=262144)
+    ours.add_argument("--max-num-seqs", type=count, default=64)
     ours.add_argument("--serve", action="store_true", help="only serve, at --port")
     ours.add_argument("--port", type=int, default=0)
-    ours.add_argument("--length", type=int, help="tokens of the longest request; by default of these workloads")
+    ours.add_argument("--length", type=count, help="tokens of the longest request; by default of these workloads")
     options = parser.parse_args(arguments)
     if options.new_tokens < 2 or min(options.rates) <= 0 or options.turns < 1:
         parser.error("--new-tokens must be at least 2, --turns at least 1, and --rates above 0")
@@ -371,4 +373,4 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from sparsex_jax.cache import PageCache
+from sparsex_jax.cli.terminal import run_script
+from sparsex_jax.eval.arguments import count
 
 VOCABULARY = 32_000
 
@@ -167,10 +169,10 @@ def surroundings() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", type=int, default=100_000, help="tokens of the prompt")
-    parser.add_argument("--stored", type=int, default=1_000_000, help="tokens in the store")
-    parser.add_argument("--page-size", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=15, help="the shortest time of this many lookups is reported")
+    parser.add_argument("--prompt", type=count, default=100_000, help="tokens of the prompt")
+    parser.add_argument("--stored", type=count, default=1_000_000, help="tokens in the store")
+    parser.add_argument("--page-size", type=count, default=64)
+    parser.add_argument("--repeats", type=count, default=15, help="the shortest time of this many lookups is reported")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "lookup.json")
     args = parser.parse_args()
     rows = measure(args)
@@ -181,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

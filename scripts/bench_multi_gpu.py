@@ -55,7 +55,9 @@ from bench_e2e import (
 )
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import ModelConfig, named_config
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import make_engine
 from sparsex_jax.eval.results import rows_of_file, write_json
 from sparsex_jax.model.sharding import check_mesh, make_mesh, on_mesh
@@ -412,11 +414,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="*", default=["llama-3.1-8b", "llama-3.3-70b"], help="named configurations")
     add("--dtype", default="bfloat16")
-    add("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
-    add("--lengths", type=int, nargs="*", default=[8192, 16384, 32768, 65536])
+    add("--devices", type=count, nargs="+", default=[1, 2, 4, 8])
+    add("--lengths", type=count, nargs="*", default=[8192, 16384, 32768, 65536])
     cases = [*map(Case.of, ("1x8192", "32x8192", "64x4096"))]
     add("--decode", type=Case.of, nargs="*", default=cases, metavar="REQUESTSxCONTEXT")
-    add("--runs", type=int, default=3)
+    add("--runs", type=count, default=3)
     add("--tokens", nargs="*", default=["llama-3.2-1b", "configs/ruler-tiny"], help="models whose tokens are compared")
     add("--only", nargs="*", default=[], metavar="TEXT", help="works whose names have one of these; tokens count too")
     add("--resume", action="store_true", help="keep the file's rows, and measure what it lacks")
@@ -447,4 +449,4 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,7 +26,9 @@ import numpy as np
 from bench_e2e import Row, copy_rate, decode
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.matrices import random_quantised
@@ -120,9 +122,9 @@ def measure(options: argparse.Namespace, case: Case, rate: float) -> Iterator[Ro
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.1-8b", help="a named configuration, or a GGUF file")
-    parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--requests", type=int, nargs="+", default=[1, 8], help="decoded together")
-    parser.add_argument("--runs", type=int, default=3, help="of the prefill")
+    parser.add_argument("--context", type=count, default=8192)
+    parser.add_argument("--requests", type=count, nargs="+", default=[1, 8], help="decoded together")
+    parser.add_argument("--runs", type=count, default=3, help="of the prefill")
     parser.add_argument("--only", type=Case.of, nargs="+", default=CASES, metavar="WEIGHTS/KV")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -141,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ import numpy as np
 from run_distributed import devices_of, free_ports
 
 from sparsex_jax.cache import Match
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import SamplingParams
 from sparsex_jax.config.membership import SECRET, Membership
 from sparsex_jax.device.runner import Runner
@@ -32,6 +33,7 @@ from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.distributed import Follower, Leader, join, secret_of
 from sparsex_jax.distributed.codec import pack
 from sparsex_jax.engine import Engine
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import make_engine
 from sparsex_jax.eval.results import provenance
 from sparsex_jax.reuse.planner import RequestPlan
@@ -42,14 +44,16 @@ from sparsex_jax.reuse.schedule import Phase
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="configs/ruler-tiny")
-    parser.add_argument("--tensor-parallel", type=int, default=2)
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--tensor-parallel", type=count, default=2)
+    parser.add_argument("--processes", type=count, default=1)
     parser.add_argument("--process-id", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=512, help="tokens that are prefilled")
-    parser.add_argument("--calls", type=int, default=50)
+    parser.add_argument("--sequences", type=count, default=8)
+    parser.add_argument("--prompt", type=count, default=512, help="tokens that are prefilled")
+    parser.add_argument("--calls", type=count, default=50)
     given = parser.parse_args()
+    if given.tensor_parallel % given.processes:
+        parser.error(f"--processes {given.processes} does not divide --tensor-parallel {given.tensor_parallel}")
     if given.processes > 1 and given.coordinator is None:
         sys.exit(start_all(given.processes, given.tensor_parallel // given.processes))
     member = joined(given)
@@ -142,4 +146,4 @@ def decodes(runner: Runner, pages: Any, given: argparse.Namespace) -> Iterator[t
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,6 +11,7 @@ computing. Prints a line for each and writes `scripts/results/restore-<model>-<d
 """
 
 import argparse
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -21,11 +22,13 @@ import jax
 import numpy as np
 
 from sparsex_jax import Engine
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.device.restoration import Chunk, Restoration, Step
 from sparsex_jax.device.restorer import Restorer
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.reuse.pace import Pace
 from sparsex_jax.reuse.staircase import Costs, Staircase
 from sparsex_jax.tiers.blocks import BLOCK_PAGES
@@ -136,29 +139,38 @@ def rows_of(bench: Bench, rates: Sequence[str], runs: int) -> Iterator[Row]:
                 yield Row(f"{row.work}, {link}", "share that was loaded", 100 * loaded, "%")
 
 
+def rate_of(text: str) -> str:
+    """A rate as it was given. Raises ArgumentTypeError if it is none."""
+    if text != "equal" and not re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of GB/s, or `equal`")
+    return text
+
+
 def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None:
     on_cpu = jax.devices()[0].platform == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="smollm2-135m" if on_cpu else "llama-3.1-8b", help="a named configuration")
     add("--dtype", default="float32" if on_cpu else "bfloat16")
-    add("--lengths", type=int, nargs="+", default=[4096] if on_cpu else [8192, 32768])
-    add("--rates", nargs="+", default=["equal"] if on_cpu else ["1.25", "5", "10", "0"], help="in GB/s")
-    add("--page-size", type=int, default=16 if on_cpu else 64)
-    add("--groups", type=int, default=4, help="of layers that are loaded apart")
-    add("--runs", type=int, default=3)
+    add("--lengths", type=count, nargs="+", default=[4096] if on_cpu else [8192, 32768])
+    add("--rates", nargs="+", type=rate_of, default=["equal"] if on_cpu else ["1.25", "5", "10", "0"], help="in GB/s")
+    add("--page-size", type=count, default=16 if on_cpu else 64)
+    add("--groups", type=count, default=4, help="of layers that are loaded apart")
+    add("--runs", type=count, default=3)
     add_tensor_parallel(parser)
     options = parser.parse_args(arguments)
     store = {"store_tokens": max(options.lengths) + options.page_size, "page_size": options.page_size}
     engine = make_engine(options.model, tensor_parallel=options.tensor_parallel, dtype=options.dtype, **store)
     about: dict[str, Any] = {"bench": "restore", "model": options.model} | provenance(options.tensor_parallel)
-    rows: list[Row] = []
+    print(write_rows(about | {"settings": vars(options)}, all_rows(engine, options), folder))
+
+
+def all_rows(engine: Engine, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for length in options.lengths:
         for row in rows_of(Bench(engine, length, options.groups), options.rates, options.runs):
-            rows.append(row)
             print(row, flush=True)
-    print(write_json(about | {"settings": vars(options), "rows": [row._asdict() for row in rows]}, folder))
+            yield row._asdict()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

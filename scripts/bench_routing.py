@@ -19,6 +19,7 @@ A prompt's hit rate is the share of its tokens that its replica found, as its re
 import argparse
 import asyncio
 import dataclasses
+import importlib.util
 import itertools
 import json
 import os
@@ -39,10 +40,12 @@ import numpy as np
 from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.choice import EngineChoice
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.cli.values import parse_bytes
 from sparsex_jax.config import EngineConfig
 from sparsex_jax.config.checks import require
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.arguments import count, positive
+from sparsex_jax.eval.results import provenance, require_writable, write_json
 from sparsex_jax.eval.workloads import WorkloadSize, make_workload
 from sparsex_jax.routing import POLICIES, Policy, SegmentPolicy, Sketch
 from sparsex_jax.serving.fleet.peers import PeerConfig
@@ -200,6 +203,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of all policies. Ray is started, and stopped in the end."""
+    require(importlib.util.find_spec("ray") is not None, "replicas need Ray, which comes with the extra `ray`")
     import ray
     from ray import serve
 
@@ -246,20 +250,20 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="ruler-tiny")
-    add("--replicas", type=int, default=2)
+    add("--replicas", type=count, default=2)
     add("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     add("--workloads", nargs="+", choices=("rag", "agents"), default=["rag", "agents"])
-    add("--clients", type=int, default=6, help="each with texts of its own")
-    add("--requests", type=int, default=12, help="prompts of each client that count")
-    add("--length", type=int, default=768, help="tokens of a prompt, about")
-    add("--pieces", type=int, default=4, help="documents in a prompt, or agents")
-    add("--store-tokens", type=int, default=8192, help="of each replica")
+    add("--clients", type=count, default=6, help="each with texts of its own")
+    add("--requests", type=count, default=12, help="prompts of each client that count")
+    add("--length", type=count, default=768, help="tokens of a prompt, about")
+    add("--pieces", type=count, default=4, help="documents in a prompt, or agents")
+    add("--store-tokens", type=count, default=8192, help="of each replica")
     add("--host-store", default="0", help="host memory below each store, as `sparsex serve --host-store`")
     add("--fetching", nargs="+", choices=("off", "on"), default=["off"], help="`on` needs --host-store")
-    add("--fetch-seconds", type=float, default=2.0, help="a prompt waits for other replicas so long at most")
+    add("--fetch-seconds", type=positive, default=2.0, help="a prompt waits for other replicas so long at most")
     add("--work-weights", nargs="+", type=float, default=[], help="of the policy `segments`, each a line")
-    add("--new-tokens", type=int, default=8)
-    add("--sample", type=int, default=16, help="one of this many windows is in digests")
+    add("--new-tokens", type=count, default=8)
+    add("--sample", type=count, default=16, help="one of this many windows is in digests")
     add("--gpus-per-replica", type=int, default=0)
     add("--port", type=int, default=8191)
     add("--verbose", action="store_true", help="show the logs of all processes")
@@ -271,9 +275,10 @@ def main() -> None:
     args = parse()
     made = {"bench": "routing", "model": model_title(args.model)} | provenance()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "port", "verbose", "model")}
+    require_writable(args.out)
     rows = bench(args)
     print(write_json(made | {"settings": settings, "rows": rows}, args.out), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

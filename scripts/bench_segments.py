@@ -24,9 +24,11 @@ import jax
 import numpy as np
 
 from sparsex_jax import ReuseConfig
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.link import Link
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.reuse.methods import method_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -121,23 +123,25 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add = parser.add_argument
     add("--model", default="smollm2-135m" if small else "llama-3.1-8b", help="a named configuration")
     add("--dtype", default="float32" if small else "bfloat16")
-    add("--length", type=int, default=1024 if small else 32768, help="tokens of all documents")
-    add("--documents", type=int, default=4 if small else 16)
+    add("--length", type=count, default=1024 if small else 32768, help="tokens of all documents")
+    add("--documents", type=count, default=4 if small else 16)
     add("--boundary-layer", type=int, default=3)
     add("--recompute-ratio", type=float, default=0.15)
     add("--rates", type=float, nargs="+", default=[0] if small else [0, 25, 10], help="in GB/s")
-    add("--page-size", type=int, default=16 if small else 64)
-    add("--runs", type=int, default=3)
+    add("--page-size", type=count, default=16 if small else 64)
+    add("--runs", type=count, default=3)
     add_tensor_parallel(parser)
     options = parser.parse_args(arguments)
-    rows = []
+    about: dict[str, object] = {"bench": "segments", "model": options.model} | provenance(options.tensor_parallel)
+    print(write_rows(about | {"settings": vars(options)}, all_rows(options), folder))
+
+
+def all_rows(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     for rate in options.rates:
         for row in rows_of(Bench(options, rate), rate, options.runs):
-            rows.append(row)
             print(f"{row['work']:44}{row['implementation']:34}{row['figure']:10.1f} ms", flush=True)
-    about: dict[str, object] = {"bench": "segments", "model": options.model} | provenance(options.tensor_parallel)
-    print(write_json(about | {"settings": vars(options), "rows": rows}, folder))
+            yield row
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

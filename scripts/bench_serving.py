@@ -30,6 +30,8 @@ import numpy as np
 
 from sparsex_jax import Engine, EngineConfig, ReuseConfig, SamplingParams
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
+from sparsex_jax.eval.arguments import count, positive
 from sparsex_jax.eval.engines import add_tensor_parallel, load_engine, settled
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.eval.workloads import WORKLOADS, Workload, WorkloadSize, make_workload
@@ -240,21 +242,21 @@ def main() -> None:
     add("--dtype", default="float32")
     add("--workloads", nargs="+", default=["chat", "rag", "agents"], choices=list(WORKLOADS))
     add("--methods", nargs="+", default=list(METHODS), help="NAME or NAME:FIELD=VALUE:...")
-    add("--requests", type=int, default=16)
-    add("--length", type=int, default=800, help="tokens of a prompt's body")
+    add("--requests", type=count, default=16)
+    add("--length", type=count, default=800, help="tokens of a prompt's body")
     add(
         "--pieces",
-        type=int,
+        type=count,
         default=4,
         help="documents of a question, agents of a group, turns of a chat, conversations at a time; 2 or more",
     )
-    add("--new-tokens", type=int, default=16)
-    add("--rate", type=float, help="requests a second")
-    add("--load", type=float, default=0.7, help="without --rate: share of what full recompute sustains")
-    add("--ttft-limit", type=float, default=2.0, help="seconds, for goodput")
-    add("--itl-limit", type=float, default=0.1, help="seconds, for goodput")
-    add("--store-tokens", type=int, default=32768)
-    add("--max-num-seqs", type=int, default=8)
+    add("--new-tokens", type=count, default=16)
+    add("--rate", type=positive, help="requests a second")
+    add("--load", type=positive, default=0.7, help="without --rate: share of what full recompute sustains")
+    add("--ttft-limit", type=positive, default=2.0, help="seconds, for goodput")
+    add("--itl-limit", type=positive, default=0.1, help="seconds, for goodput")
+    add("--store-tokens", type=count, default=32768)
+    add("--max-num-seqs", type=count, default=8)
     add("--seed", type=int, default=0)
     add("--note", help="what a reader of the tables must know")
     add_tensor_parallel(parser)
@@ -278,4 +280,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,8 +20,10 @@ import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.checkpoints import open_checkpoint
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
 from sparsex_jax.errors import UnknownModelError
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.sharding import make_mesh
@@ -141,9 +143,9 @@ def host_microseconds(engine: Engine) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--sequences", type=count, default=8)
+    parser.add_argument("--tokens", type=count, default=128)
+    parser.add_argument("--runs", type=count, default=3)
     parser.add_argument("--only", nargs="+", default=[*KINDS, "schema, half"], help="which rows")
     add_tensor_parallel(parser)
     args = parser.parse_args()
@@ -167,4 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

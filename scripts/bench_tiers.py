@@ -19,9 +19,11 @@ import jax
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.model.sharding import make_mesh
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -69,27 +71,27 @@ def main() -> None:
     small = jax.default_backend() == "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m" if small else "llama-3.1-8b")
-    parser.add_argument("--sessions", type=int, default=6 if small else 16)
-    parser.add_argument("--length", type=int, default=512 if small else 16384)
-    parser.add_argument("--room", type=int, default=3 if small else 8, help="sessions that the store has room for")
+    parser.add_argument("--sessions", type=count, default=6 if small else 16)
+    parser.add_argument("--length", type=count, default=512 if small else 16384)
+    parser.add_argument("--room", type=count, default=3 if small else 8, help="sessions that the store has room for")
     parser.add_argument(
         "--tiers", type=float, nargs="+", default=[0, 0.25, 1.5], help="shares of what all sessions have"
     )
     add_tensor_parallel(parser)
     args = parser.parse_args()
-    rows = []
-    for share in args.tiers:
-        for row in measure(args, share):
-            rows.append(row)
-            print(
-                f"{row['work']:24}{row['figure']:10.1f} ms, worst {row['worst']:.1f}, loaded {row['loaded_tokens']}",
-                flush=True,
-            )
-        gc.collect()
     options = {name: value for name, value in vars(args).items() if name != "model"}
     about = {"bench": "tiers", "model": args.model} | provenance(args.tensor_parallel)
-    print(write_json(about | {"settings": options, "rows": rows}, RESULTS))
+    print(write_rows(about | {"settings": options}, all_rows(args), RESULTS))
+
+
+def all_rows(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    for share in args.tiers:
+        for row in measure(args, share):
+            told = f"{row['work']:24}{row['figure']:10.1f} ms, worst {row['worst']:.1f}, loaded {row['loaded_tokens']}"
+            print(told, flush=True)
+            yield row
+        gc.collect()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

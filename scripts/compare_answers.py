@@ -25,6 +25,8 @@ import gguf
 import numpy as np
 
 from sparsex_jax import Engine, Generation, ReuseConfig, SamplingParams
+from sparsex_jax.cli.terminal import run_script
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.model.sharding import make_mesh
@@ -266,7 +268,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a GGUF file")
     parser.add_argument("--reference", nargs="+", choices=[*REFERENCES], default=["transformers"])
     parser.add_argument("--prompts", nargs="+", choices=[*PROMPTS], default=[*PROMPTS])
-    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--tokens", type=count, default=32, help="of each answer")
     parser.add_argument("--tie", type=float, default=0.2, help="logits: up to this margin, two tokens are a near tie")
     parser.add_argument("--output", type=Path, default=RESULTS)
     add_tensor_parallel(parser)
@@ -281,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

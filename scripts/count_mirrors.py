@@ -26,7 +26,9 @@ from sparsex_jax import EngineConfig, ModelConfig
 from sparsex_jax.cache import Match, PageCache
 from sparsex_jax.cache.mirrors import Origins
 from sparsex_jax.cli.options import parse_method
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import named_config
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.footprint import Footprint, footprint
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.reuse.methods import Method
@@ -211,12 +213,12 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     add = parser.add_argument
     add("--model", default="llama-3.1-8b", help="whose layers and heads are counted, in bfloat16")
     add("--method", default=METHOD, help="NAME or NAME:FIELD=VALUE:...")
-    add("--agents", type=int, nargs="+", default=[2, 4, 8, 16])
-    add("--shared", type=int, nargs="+", default=[4096, 24576], help="tokens of the history")
-    add("--private", type=int, default=1024, help="tokens of each agent, and up to an eighth more")
-    add("--answer", type=int, default=32, help="tokens of each answer")
-    add("--rounds", type=int, default=3, help="behind the first")
-    add("--keep", type=int, default=10, help="agents in a store for four")
+    add("--agents", type=count, nargs="+", default=[2, 4, 8, 16])
+    add("--shared", type=count, nargs="+", default=[4096, 24576], help="tokens of the history")
+    add("--private", type=count, default=1024, help="tokens of each agent, and up to an eighth more")
+    add("--answer", type=count, default=32, help="tokens of each answer")
+    add("--rounds", type=count, default=3, help="behind the first")
+    add("--keep", type=count, default=10, help="agents in a store for four")
     add("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     model, method = named_config(options.model), parse_method(options.method).updated(only_if_faster=False)
@@ -228,4 +230,4 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,9 @@ import numpy as np
 from bench_kernels import DIM, KV_HEADS, installed_kernels, rows_of
 
 import sparsex_kernels.api as kernels
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.cli.terminal import run_script
+from sparsex_jax.eval.arguments import count
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_kernels import key_mass, paged_attention
 from sparsex_kernels.arguments import AttentionArgs
 
@@ -103,15 +105,17 @@ def alignment_errors(tokens: int, implementations: list[str]) -> Iterator[Error]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--implementations", nargs="+", default=[*installed_kernels(), "xla"])
-    parser.add_argument("--tokens", type=int, default=2048, help="a multiple of the page size, 64")
+    parser.add_argument("--tokens", type=count, default=2048, help="a multiple of the page size, 64")
     options = parser.parse_args()
-    found = []
+    write_rows({"bench": "kernel-errors"} | provenance(), all_rows(options), RESULTS)
+
+
+def all_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for work, name, figure in errors(options.tokens, options.implementations):
         print(f"{work:20}{name:10}{figure:10.2e}", flush=True)
-        found.append({"work": f"{work}, {options.tokens} tokens", "implementation": name} | {"figure": figure})
-    about = {"bench": "kernel-errors"} | provenance()
-    write_json(about | {"rows": [row | {"unit": "relative to float64"} for row in found]}, RESULTS)
+        found = {"work": f"{work}, {options.tokens} tokens", "implementation": name, "figure": figure}
+        yield found | {"unit": "relative to float64"}
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsex_jax import Engine, ReuseConfig, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.model.decoder import inv_freq
 from sparsex_kernels.layout import as_stored
 from sparsex_kernels.rope import apply_rope
@@ -132,4 +133,4 @@ def rms(x: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

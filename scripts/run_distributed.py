@@ -27,6 +27,7 @@ from typing import IO
 from sparsex_jax.config.membership import SECRET, SLURM
 
 _COMMAND = (sys.executable, "-c", "from sparsex_jax.cli import app; app()")
+_COMMANDS = ("serve", "generate")
 _END_S = 60.0  # for the others to end once one has, with what they finish first
 
 
@@ -36,6 +37,10 @@ def main() -> int:
     parser.add_argument("--devices", type=int, default=1, help="of each process")
     parser.add_argument("command", nargs="+", help="of sparsex, behind --")
     given = parser.parse_args()
+    if given.command[0] not in _COMMANDS:
+        parser.error(
+            f"{given.command[0]} is none of the commands that run in several processes: {', '.join(_COMMANDS)}"
+        )
     if "SLURM_PROCID" in os.environ:
         os.execv(_COMMAND[0], [*_COMMAND, *given.command, "--coordinator", SLURM])
     if given.processes < 1 or given.devices < 1:

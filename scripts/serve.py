@@ -13,6 +13,7 @@ import sys
 import time
 
 from sparsex_jax import Engine, InvalidRequestError, OverloadedError, SamplingParams
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval.engines import add_tensor_parallel
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.report import Report
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,12 +19,15 @@ import os
 import secrets
 import signal
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Else Ray has each worker build an environment of its own when `uv run` starts this.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
+from sparsex_jax.checkpoints import open_checkpoint
 from sparsex_jax.checkpoints.names import model_title
 from sparsex_jax.cli.choice import EngineChoice
 from sparsex_jax.cli.serve import compile_all
@@ -32,10 +35,14 @@ from sparsex_jax.cli.terminal import clear_errors
 from sparsex_jax.cli.values import parse_bytes
 from sparsex_jax.config import EngineConfig
 from sparsex_jax.config.checks import require
+from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.routing import POLICIES, Sketch
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.fleet.kv_events import KvEventsConfig
 from sparsex_jax.serving.fleet.peers import PeerConfig
+
+if TYPE_CHECKING:
+    from sparsex_jax.serving.fleet.on_ray import ScaleConfig
 
 
 def parse() -> argparse.Namespace:
@@ -73,12 +80,30 @@ def parse() -> argparse.Namespace:
 
 
 def fleet_key(file: Path | None) -> bytes:
-    return secrets.token_bytes(32) if file is None else file.read_bytes()
+    if file is None:
+        return secrets.token_bytes(32)
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidRequestError(f"fleet_key={str(file)!r} cannot be read: {error.strerror}") from error
 
 
 def kv_events(args: argparse.Namespace) -> KvEventsConfig | None:
     require(args.kv_events or not args.kv_events_replay, "kv_events_replay needs kv_events")
     return KvEventsConfig(args.kv_events, args.kv_events_replay) if args.kv_events else None
+
+
+def require_room(scale: ScaleConfig, there: Mapping[str, float]) -> None:
+    """Raise InvalidRequestError if this machine cannot have the least number of replicas at once: Ray would wait for
+    another machine.
+
+    Args:
+      there: what Ray found, by its names.
+    """
+    for name, each in (("CPU", scale.num_cpus), ("GPU", scale.num_gpus)):
+        needed, found = scale.min_replicas * each, there.get(name, 0)
+        said = f"{scale.min_replicas} replicas with {each:g} {name} each need {needed:g}, and Ray finds {found:g} here"
+        require(needed <= found, f"{said}; see --replicas and --{name.lower()}s-per-replica")
 
 
 def serve_until_signalled(args: argparse.Namespace) -> None:
@@ -88,6 +113,7 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
 
     from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application, connect
 
+    require(0 <= args.port <= 65535, f"port={args.port} must be from 0 to 65535")
     tensor_parallel = max(args.gpus_per_replica, 1)
     config = EngineConfig(
         dtype=args.dtype,
@@ -111,19 +137,23 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
         peers=PeerConfig() if args.fetch else None,
     )
     scale = ScaleConfig(
-        args.replicas or args.min_replicas,
-        args.replicas or args.max_replicas,
+        args.min_replicas if args.replicas is None else args.replicas,
+        args.max_replicas if args.replicas is None else args.replicas,
         args.target_requests,
         downscale_delay_s=args.downscale_delay,
         num_cpus=args.cpus_per_replica,
         num_gpus=args.gpus_per_replica,
         num_fronts=args.fronts,
     )
+    fleet.access()  # what is wrong in a file of keys, or with a model's name, is said before Ray starts
+    open_checkpoint(args.model)
     stopped = threading.Event()
     connect(args.ray_address)
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray has handlers of its own, which end the process at once
         signal.signal(number, lambda *_: stopped.set())
     try:
+        if args.ray_address is None:
+            require_room(scale, ray.cluster_resources())
         serve.start(http_options={"host": args.host, "port": args.port})
         serve.run(application(fleet, scale), name="sparsex")
         print(f"Serving {name} at http://{args.host}:{args.port}/v1 by {scale.min_replicas} replicas", flush=True)

@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsex_jax.cli.terminal import run_script
+from sparsex_jax.eval.arguments import count, positive
 from sparsex_jax.eval.fleet.calibration import MODEL, Fit, fit, predictions
 from sparsex_jax.eval.fleet.figures import figures, of_times, of_tokens, over_time
 from sparsex_jax.eval.fleet.policies import SIMPLE, Make, routed
@@ -282,13 +284,15 @@ def tuning(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def routers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
-    for count in (1, 4, 16, 64):
+    for number in (1, 4, 16, 64):
         for digest_s in (1.0, 10.0):
-            fleet = {"routers": count, "digest_s": digest_s}
+            fleet = {"routers": number, "digest_s": digest_s}
             router = {"stale_after_s": max(10.0, 3 * digest_s)}
             case = Case("rag", options.some, SEGMENTS, HEAVY, fleet=fleet, router=router)
             _, told = bench.run(case, bench.seconds / 2)
-            yield from rows_of(f"rag, {options.some} replicas, {count} routers", f"a digest every {digest_s:g} s", told)
+            yield from rows_of(
+                f"rag, {options.some} replicas, {number} routers", f"a digest every {digest_s:g} s", told
+            )
 
 
 def tiers(bench: Bench, options: argparse.Namespace) -> Iterator[Row]:
@@ -418,13 +422,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    add("--replicas", type=int, nargs="+", default=[1, 10, 100])
-    add("--few", type=int, default=10, help="replicas of the parts that have one number of them")
-    add("--some", type=int, default=50, help="replicas where routers are many")
-    add("--large", type=int, default=1000, help="replicas of the largest fleet")
-    add("--seconds", type=float, default=100.0, help="of arrivals")
-    add("--scale-seconds", type=float, default=30.0, help="of arrivals where fleets of several sizes are compared")
-    add("--large-seconds", type=float, default=60.0, help="of arrivals at the largest fleet")
+    add("--replicas", type=count, nargs="+", default=[1, 10, 100])
+    add("--few", type=count, default=10, help="replicas of the parts that have one number of them")
+    add("--some", type=count, default=50, help="replicas where routers are many")
+    add("--large", type=count, default=1000, help="replicas of the largest fleet")
+    add("--seconds", type=positive, default=100.0, help="of arrivals")
+    add("--scale-seconds", type=positive, default=30.0, help="of arrivals where fleets of several sizes are compared")
+    add("--large-seconds", type=positive, default=60.0, help="of arrivals at the largest fleet")
     add("--seed", type=int, default=0)
     add("--no-plots", action="store_true")
     return parser.parse_args(arguments)
@@ -461,4 +465,4 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -34,6 +34,7 @@ from typing import Any
 import httpx
 from fuzz_server import memory_mb, percentile, probe
 
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.eval.results import provenance, write_json
 from sparsex_jax.serving.sockets import free_port
 
@@ -356,4 +357,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from bench_e2e import median_milliseconds
 
 import sparsex_kernels.api as kernels
+from sparsex_jax.cli.terminal import run_script
+from sparsex_jax.eval.arguments import count
 from sparsex_kernels.arguments import LinearArgs
 from sparsex_kernels.backend import default_backend
 from sparsex_kernels.linear import hopper as linear
@@ -114,8 +116,8 @@ def between(rows: int, context: int) -> Iterator[Case]:
 def main() -> None:
     """Print a line for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--rows", type=count, default=8)
+    parser.add_argument("--context", type=count, default=8192)
     parser.add_argument("--only", default="")
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes a second; 3.35e12 of an H100")
     options = parser.parse_args()
@@ -131,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

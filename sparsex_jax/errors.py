@@ -104,5 +104,9 @@ class UnknownPinError(SparsexError, KeyError):
     __str__ = UnknownHandleError.__str__
 
 
+class ResultFileError(SparsexError):
+    """Figures cannot be written to that folder."""
+
+
 class GroupError(SparsexError):
     """The processes of a group cannot go on together: one did not come, differs, hangs, failed alone or has ended."""

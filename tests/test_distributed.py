@@ -24,7 +24,7 @@ from sparsex_jax import Engine, GroupError, InvalidRequestError, ReuseConfig, Sa
 from sparsex_jax.cache import Segment
 from sparsex_jax.config.membership import Membership, Patience, first_node, secret_of
 from sparsex_jax.device.runner import Runner, relayed_methods
-from sparsex_jax.distributed import joining, kinds
+from sparsex_jax.distributed import join, joining, kinds
 from sparsex_jax.distributed.channel import open_channel
 from sparsex_jax.distributed.codec import Reference, pack, unpack
 from sparsex_jax.distributed.follower import Follower
@@ -252,6 +252,39 @@ def test_two_of_one_number_are_refused():
     assert "process_id=1 is that of two processes" in channel.receive(5)[0]
     thread.join(10)
     assert "on there and on" in str(results[0])
+
+
+def test_who_ends_while_others_are_waited_for_may_come_again(caplog):
+    port = free_port()
+    thread, results = gathering(port, size=3)
+    silent = open_channel(joining._connected(member(1, port, 3)), SECRET, leads=False)
+    silent.close()  # before it said its number
+    first = open_channel(joining._connected(member(1, port, 3)), SECRET, leads=False)
+    first.send(1, "there", {})
+    first.close()
+    again = open_channel(joining._connected(member(1, port, 3)), SECRET, leads=False)
+    again.send(1, "here", {})
+    joining.come(member(2, port, 3), SECRET, {})
+    thread.join(10)
+    assert str(results[0][0]) == "process 1 (here)"
+    assert "before it said which one it is" in caplog.text
+
+
+def test_groups_of_different_sizes_are_refused(monkeypatch):
+    monkeypatch.setattr("sparsex_jax.distributed.tell_jax", lambda _: pytest.fail("JAX was told"))
+    port, ends = free_port(), []
+
+    def lead():
+        with pytest.raises(GroupError) as refused:
+            join(member(0, port), SECRET, {})
+        ends.append(str(refused.value))
+
+    leading = threading.Thread(target=lead, daemon=True)
+    leading.start()
+    with pytest.raises(GroupError, match=r"num_processes is 3 in process 1 \(.*\) and 2 in process 0"):
+        join(member(1, port, 3), SECRET, {})
+    leading.join(10)
+    assert "num_processes is 3 in process 1" in ends[0]
 
 
 def test_who_does_not_come_is_named():

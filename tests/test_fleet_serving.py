@@ -352,8 +352,10 @@ def test_subscribers_get_numbered_batches_and_replays():
 def test_endpoints_that_cannot_be_had_are_refused():
     pytest.importorskip("zmq", reason="KV events need pyzmq, of the extra ray")
     about = {"page_size": PAGE, "vocab_size": VOCABULARY, "num_pages": 16}
-    with pytest.raises(InvalidRequestError, match="endpoint='nowhere' cannot be bound"):
-        KvEvents(KvEventsConfig("nowhere"), **about)
+    with pytest.raises(InvalidRequestError, match="endpoint='tcp://nowhere:1' cannot be bound"):
+        KvEvents(KvEventsConfig("tcp://nowhere:1"), **about)
+    with pytest.raises(InvalidRequestError, match="endpoint='nowhere' must be an endpoint of ZMQ"):
+        KvEventsConfig("nowhere")
     with pytest.raises(InvalidRequestError, match="hwm=0"):
         KvEventsConfig(hwm=0)
 

@@ -200,7 +200,7 @@ def test_an_axis_that_the_rules_do_not_list_is_an_error():
 
 def test_heads_that_do_not_divide_are_refused():
     model = ModelConfig(**{**MODEL.__dict__, "num_kv_heads": 3, "num_q_heads": 24})
-    said = "num_kv_heads=3 does not divide over the mesh's tensor=8, nor that over them"
+    said = "num_kv_heads=3 does not divide over the mesh's tensor=8, nor that over them. tensor_parallel=1 or 3 or "
     with pytest.raises(InvalidRequestError, match=said):
         engine(8, model)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
@@ -17,6 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from sparsex_jax.errors import SparsexError
+
+_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 
 
 def output() -> Console:
@@ -38,6 +40,16 @@ def clear_errors() -> Iterator[None]:
         line = " ".join(str(error).split())
         messages().print(Text(f"error: {line}", style="bold red"), soft_wrap=True)
         raise SystemExit(2) from error
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script as commands run: an error that the package raises on purpose is one line, and so is Ctrl-C."""
+    try:
+        with clear_errors():
+            main()
+    except KeyboardInterrupt:
+        messages().print("Interrupted.")
+        raise SystemExit(_INTERRUPTED) from None
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def join(membership: Membership, secret: bytes, about: About) -> Leader | Follow
     Raises:
       GroupError: they did not all come in time, or differ in what must be the same.
     """
-    about = of_programs() | dict(about)
+    about = of_programs() | {"num_processes": str(membership.num_processes)} | dict(about)
     member: Leader | Follower
     if membership.leads:
         member = Leader(gather(membership, secret, about), membership.patience, leave)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import secrets
+import select
 import socket
 import struct
 import threading
@@ -59,6 +60,15 @@ class Channel:
         self._socket.settimeout(silence_s)
         (length,) = _LENGTH.unpack(_exactly(self._socket, _LENGTH.size))
         return unpack(_exactly(self._socket, length))
+
+    def is_gone(self) -> bool:
+        """Whether the other end hung up, where nothing it sent waits to be received. Does not wait."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        try:
+            return bool(poll.poll(0)) and not self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

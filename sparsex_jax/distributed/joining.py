@@ -45,8 +45,7 @@ def gather(membership: Membership, secret: bytes, about: About) -> list[Peer]:
     peers: dict[int, Peer] = {}
     deadline = time.monotonic() + membership.patience.join
     with _listening(membership) as listener:
-        while len(peers) < membership.num_processes - 1:
-            missing = sorted(set(range(1, membership.num_processes)) - set(peers))
+        while missing := _missing(peers, membership.num_processes):
             channel = _accept(listener, secret, deadline, missing)
             if channel is not None:
                 _greet(channel, membership, about, peers)
@@ -54,6 +53,13 @@ def gather(membership: Membership, secret: bytes, about: About) -> list[Peer]:
         with contextlib.suppress(OSError):  # that it is gone is noticed soon
             peer.send("")
     return [peers[number] for number in sorted(peers)]
+
+
+def _missing(peers: dict[int, Peer], num_processes: int) -> list[int]:
+    """The numbers of those that have not come yet. Who came and has ended since may come again, so it is dropped."""
+    for number in [number for number, peer in peers.items() if peer.is_gone]:
+        log.warning("%s has ended while the others were waited for", peers.pop(number))
+    return sorted(set(range(1, num_processes)) - set(peers))
 
 
 def _listening(membership: Membership) -> socket.socket:
@@ -87,10 +93,14 @@ def _accept(listener: socket.socket, secret: bytes, deadline: float, missing: li
 
 def _greet(channel: Channel, membership: Membership, about: About, peers: dict[int, Peer]) -> None:
     patience = membership.patience
-    number, host, theirs = channel.receive(patience.silence)
+    try:
+        number, host, theirs = channel.receive(patience.silence)
+    except (OSError, EOFError) as error:
+        log.warning("a process that came ended, or hung, before it said which one it is: %s", error)
+        return
     peer = Peer(number, host, channel, patience)
     wrong = difference(about, theirs, str(peer))
-    if number in peers:
+    if number in peers and not peers[number].is_gone:
         wrong = f"process_id={number} is that of two processes, on {peers[number].host} and on {host}"
     elif not 0 < number < membership.num_processes:
         wrong = f"process_id={number} must be from 1 to {membership.num_processes - 1}"

@@ -40,6 +40,11 @@ class Peer:
     def __str__(self) -> str:
         return f"process {self.number} ({self.host})"
 
+    @property
+    def is_gone(self) -> bool:
+        """It hung up. Before `start`, while it waits and says nothing."""
+        return self._channel.is_gone()
+
     def start(self, ears: Ears, sign: Callable[[], tuple[Any, ...]]) -> None:
         """
         Args:

@@ -11,6 +11,7 @@ from sparsex_jax.config import named_config
 from sparsex_jax.device.compilation import num_compilations
 from sparsex_jax.engine import Engine
 from sparsex_jax.errors import UnknownModelError
+from sparsex_jax.eval.arguments import count
 from sparsex_jax.model.sharding import make_mesh
 
 MAX_PASSES = 4  # one of these must compile nothing
@@ -29,7 +30,7 @@ def settled[Result](one_pass: Callable[[], Result], name: str) -> Result:
 def add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
     """The option of a bench, `--tensor-parallel N`, for `make_engine`, `make_mesh` and `results.provenance`."""
     text = "devices to split model and store over; a processor is one, or as many as JAX_NUM_CPU_DEVICES says"
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=text)
+    parser.add_argument("--tensor-parallel", type=count, default=1, metavar="N", help=text)
 
 
 def make_engine(model: str, *, tensor_parallel: int = 1, **options: Any) -> Engine:

@@ -8,12 +8,15 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from sparsex_jax.errors import ResultFileError
 
 # A mean with its 95 % interval: task, regime, method, metric, mean, low, high, samples, unit.
 Summary = Mapping[str, Any]
@@ -76,11 +79,59 @@ def write(content: Mapping[str, Any], summaries: Sequence[Summary], folder: Path
 
 
 def write_json(content: Mapping[str, Any], folder: Path) -> Path:
-    """Write the JSON file alone, for benches that make other tables or none. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the JSON file alone, for benches that make other tables or none. Returns its path.
+
+    Raises:
+      ResultFileError: it cannot be written. What was measured is on standard output then.
+    """
     path = folder / f"{file_stem(content)}.json"
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(path, text)
+    except OSError as error:
+        print(text)
+        raise ResultFileError(f"{path} cannot be written: {error.strerror or error}; it is printed instead") from error
     return path
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whenever the process is interrupted."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_rows(about: Mapping[str, Any], rows: Iterable[Any], folder: Path) -> Path:
+    """Write the JSON file anew with each row, so that those that are there stay if a later one fails or nobody waits
+    for it. Returns its path.
+
+    Args:
+      about: the file's content but for the rows.
+      rows: measured as they are asked for.
+
+    Raises:
+      ResultFileError: the folder cannot be written to; before anything is measured.
+    """
+    require_writable(folder)
+    found: list[Any] = []
+    for row in rows:
+        found.append(row)
+        write_json({**about, "rows": found}, folder)
+    return folder / f"{file_stem(about)}.json"
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder if it is not there. Raises ResultFileError if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ResultFileError(f"nothing can be written to {folder}: {error.strerror or error}") from error
 
 
 def rows_of_file(content: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:

@@ -85,18 +85,23 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
     """
     if TENSOR_AXIS not in mesh.axis_names:
         raise InvalidRequestError(f"mesh has axes {mesh.axis_names}; it needs one named {TENSOR_AXIS!r}")
-    size, heads = mesh.shape[TENSOR_AXIS], config.num_kv_heads
+    wrong = _undivided(config, mesh.shape[TENSOR_AXIS])
+    if wrong:
+        fitting = [str(size) for size in range(1, config.num_q_heads + 1) if not _undivided(config, size)]
+        raise InvalidRequestError(f"{wrong}. tensor_parallel={' or '.join(fitting)} suits this model")
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _undivided(config: ModelConfig, size: int) -> str | None:
+    """What of the model does not divide over so many devices."""
     mlp = "intermediate_size" if config.num_experts is None else "num_experts"
     for field in ("num_q_heads", mlp):
         if getattr(config, field) % size:
-            raise InvalidRequestError(
-                f"{field}={getattr(config, field)} does not divide over the mesh's {TENSOR_AXIS}={size}"
-            )
+            return f"{field}={getattr(config, field)} does not divide over the mesh's {TENSOR_AXIS}={size}"
+    heads = config.num_kv_heads
     if heads % size and size % heads:
-        raise InvalidRequestError(
-            f"num_kv_heads={heads} does not divide over the mesh's {TENSOR_AXIS}={size}, nor that over them"
-        )
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+        return f"num_kv_heads={heads} does not divide over the mesh's {TENSOR_AXIS}={size}, nor that over them"
+    return None
 
 
 def kv_copies(config: ModelConfig, mesh: Mesh) -> int:

@@ -63,6 +63,10 @@ class KvEventsConfig:
         for name in ("buffer_steps", "hwm"):
             value = getattr(self, name)
             require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
+        for name in ("endpoint", "replay_endpoint"):
+            value = getattr(self, name)
+            ok = value is None or re.match(r"(tcp|ipc|inproc)://.", value)
+            require(bool(ok), f"{name}={value!r} must be an endpoint of ZMQ, such as tcp://*:5557")
 
     def of_rank(self, rank: int) -> KvEventsConfig:
         """Those of the replica of this rank: TCP ports other than 0 are so much larger, as vLLM has them."""

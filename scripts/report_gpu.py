@@ -19,11 +19,13 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 from launches import Launches, Program
 
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import EngineConfig, named_config
 from sparsex_jax.device import aot
-from sparsex_jax.device.described import described_mesh
+from sparsex_jax.device.described import GPUS, described_mesh
 from sparsex_jax.device.signals import BUILT_IN
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.arguments import count
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.model.sharding import check_mesh
 
 MODEL = named_config("llama-3.1-8b")
@@ -50,17 +52,18 @@ def rows_of(step: str, devices: int, found: Launches) -> Iterator[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", default="h100", help="one of `sparsex_jax.device.described.GPUS`")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--gpu", default="h100", choices=GPUS)
+    parser.add_argument("--devices", type=count, nargs="+", default=[1, 2])
     options = parser.parse_args()
     about = {"bench": "launches", "model": "llama-3.1-8b"} | provenance(kind=f"described {options.gpu}")
-    rows: list[dict[str, Any]] = []
-    for devices in options.devices:
-        for step in STEPS:
-            rows += rows_of(step, devices, launches(step, options.gpu, devices))
-            print(rows[-4:], flush=True)
-    write_json(about | {"rows": rows}, Path(__file__).parent / "results")
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for devices in options.devices:
+            for step in STEPS:
+                yield from rows_of(step, devices, launches(step, options.gpu, devices))
+
+    print(write_rows(about, rows(), Path(__file__).parent / "results"))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

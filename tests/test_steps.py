@@ -135,20 +135,16 @@ def test_no_step_copies_a_store_that_adapters_share(devices):
 
 def test_where_launches_cost_time_the_answers_are_the_same(monkeypatch):
     """Decode without a loop of layers, and prefills of one chunk that make once what their rows alone decide."""
-    text = np.random.default_rng(5).integers(0, TINY.vocab_size, 70).astype(np.int32)
-    asked = [text[60:], text[:9], np.concatenate([text[:9], text[40:60]])]  # the last has a text that is remembered
-    sampling, naive = (
-        SamplingParams(max_new_tokens=5),
-        ReuseConfig("naive", min_segment_tokens=16, only_if_faster=False),
-    )
+    text = np.random.default_rng(5).integers(0, TINY.vocab_size, 60).astype(np.int32)
+    prompt = np.concatenate([text[:9], text[40:]])  # its last part is remembered
+    reuse = ReuseConfig("naive", min_segment_tokens=16, only_if_faster=False)
 
     def answers():
         engine = tiny_engine()
-        engine.remember(text[40:60])
-        alone = [engine.generate(prompt, sampling, reuse=naive) for prompt in asked]
-        together = engine.generate_batch(asked, sampling, reuse=ReuseConfig("prefix"))
-        assert alone[2].report.reused_tokens > 8
-        return [each.token_ids for each in (*alone, *together)], engine.prefill(asked[2], reuse=naive).logits
+        engine.remember(text[40:])
+        found = engine.generate(prompt, SamplingParams(max_new_tokens=5), reuse=reuse, keep=False)
+        assert found.report.reused_tokens > 16
+        return found.token_ids, engine.prefill(prompt, reuse=reuse).logits
 
     tokens, logits = answers()
     monkeypatch.setattr(Ops, "pays_for_launches", property(lambda ops: True))

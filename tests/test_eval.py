@@ -19,6 +19,8 @@ from sparsex_jax.eval.rows import RowLog
 from sparsex_jax.eval.tasks import CLOSED_TASKS, STRANGERS, TASKS, make_sample, word_count
 from sparsex_jax.reuse.prompt import TokenKind
 
+pytestmark = pytest.mark.usefixtures("every_signal")
+
 SIZES = ((40, 1), (300, 4), (2000, 3))  # tokens of body, segments
 METHODS = {"full": ReuseConfig("full"), "naive": ReuseConfig("naive"), "sparsex": ReuseConfig("sparsex")}
 

@@ -28,8 +28,9 @@ def make_engine(name, **options):
     return Engine.from_pretrained(GOLDEN / name, dtype="float32", **options)
 
 
-# Those that are like another: Mistral without windows is Llama, and OLMoE is Qwen3-MoE with wide norms.
-SLOW = {"mistral", "olmoe"}
+# Those that are like another: Mistral without windows is Llama, OLMoE is Qwen3-MoE with wide norms, and two have
+# frequencies of another kind here.
+SLOW = {"mistral", "olmoe", "qwen2", "qwen3"}
 
 
 @pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FAMILIES])

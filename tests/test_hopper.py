@@ -349,7 +349,11 @@ def test_key_mass_of_powers():
             5, 5, 256, (128, 64), linear_hopper.Config(1, 64, 2, 3, 100), id="few rows, two weights, split sums"
         ),
         pytest.param(200, 70, 128, (128,), linear_hopper.Config(2, 128, 1, 2, 2), id="one of two tiles is wanted"),
-        pytest.param(70, 70, 192, (128,), linear_hopper.Config(2, 64, 2, 2, 3), id="several tiles a program"),
+        pytest.param(
+            *(70, 70, 192, (128,), linear_hopper.Config(2, 64, 2, 2, 3)),
+            id="several tiles a program",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_linear(rows, count, inputs, widths, config):
@@ -379,7 +383,11 @@ def test_linear_of_few_rows_copies_no_others(rows, count):
     [
         pytest.param(5, 3, 192, 128, linear_hopper.Config(1, 128, 1, 2, 1), id="few rows, two tiles a program"),
         pytest.param(64, 64, 64, 64, linear_hopper.Config(1, 128, 1, 3, 9), id="as many as are few"),
-        pytest.param(200, 70, 128, 128, linear_hopper.Config(2, 256, 1, 2, 2), id="one of two tiles is wanted"),
+        pytest.param(
+            *(200, 70, 128, 128, linear_hopper.Config(2, 256, 1, 2, 2)),
+            id="one of two tiles is wanted",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(70, 70, 128, 192, linear_hopper.Config(2, 128, 1, 2, 2), id="several tiles a program"),
     ],
 )

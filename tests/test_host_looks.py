@@ -1,4 +1,4 @@
-"""Decode where the host answers what a program asks on its way: nothing is asked from one step to the next."""
+"""What steps do on GPUs, done on a CPU: decode asks the host nothing on its way, and launches are few."""
 
 import dataclasses
 import re
@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from conftest import TINY, tiny_engine
 
-from sparsex_jax import SamplingParams
+from sparsex_jax import ReuseConfig, SamplingParams
 from sparsex_jax.device.decode import FEW_STEPS, decode
 from sparsex_jax.device.state import BatchSlot, decode_state
+from sparsex_jax.model.ops import Ops
+from sparsex_kernels.backend import prefer
 
 KINDS = {
     "plain": SamplingParams(temperature=1.0),
@@ -84,3 +86,24 @@ def test_a_nucleus_is_decided_for_the_whole_batch():
     decided = {kinds: state.sampling.decided().ranks for kinds, state in states.items()}
     assert decided == {("plain", "plain"): False, ("plain", "ranked"): True, ("plain", "adjusted"): True}
     assert all(state.sampling.ranks is None for state in states.values())
+
+
+def test_where_launches_cost_time_the_answers_are_the_same(monkeypatch):
+    """Decode without a loop of layers, and prefills of one chunk that make once what their rows alone decide."""
+    text = np.random.default_rng(5).integers(0, TINY.vocab_size, 60).astype(np.int32)
+    prompt = np.concatenate([text[:9], text[40:]])  # its last part is remembered
+    reuse = ReuseConfig("naive", min_segment_tokens=16, only_if_faster=False)
+
+    def answers():
+        engine = tiny_engine()
+        engine.remember(text[40:])
+        found = engine.generate(prompt, SamplingParams(max_new_tokens=5), reuse=reuse, keep=False)
+        assert found.report.reused_tokens > 16
+        return found.token_ids, engine.prefill(prompt, reuse=reuse).logits
+
+    tokens, logits = answers()
+    monkeypatch.setattr(Ops, "pays_for_launches", property(lambda ops: True))
+    with prefer("xla"):  # a backend of its own, so that programs are compiled anew
+        changed, found = answers()
+    assert changed == tokens
+    np.testing.assert_allclose(found, logits, atol=1e-5)

@@ -39,16 +39,11 @@ LAYERS, PAGES, KV_HEADS, Q_HEADS, PAGE_SIZE, DIM = 2, 40, 2, 6, 16, 8
 
 
 def parametrized(implementations):
-    """Those for GPUs want larger pages and heads, and have `test_hopper.py` and `test_triton.py`."""
-    return pytest.mark.parametrize(
-        "implementation", [name for name in implementations if name not in ("hopper", "triton")]
-    )
-
-
-def slow_on_tpus(implementations):
-    """The interpreter takes some seconds."""
+    """Those for GPUs want larger pages and heads, and have `test_hopper.py` and `test_triton.py`. Those for TPUs have
+    `test_tpu.py` too, and an interpreter that takes some seconds."""
     slow = pytest.param("tpu", marks=pytest.mark.slow)
-    return pytest.mark.parametrize("implementation", [slow if name == "tpu" else name for name in implementations])
+    rest = [name for name in implementations if name not in ("hopper", "triton")]
+    return pytest.mark.parametrize("implementation", [slow if name == "tpu" else name for name in rest])
 
 
 def fast(implementations):
@@ -151,7 +146,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu_attention, "ROW_TILE", 64)
 
 
-@slow_on_tpus([name for name in ATTENTION if name not in ("hopper", "triton")])
+@parametrized(ATTENTION)
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.usefixtures("small_blocks")
 def test_attention_within_windows(decode, implementation):
@@ -214,7 +209,7 @@ def test_key_mass_matches_the_reference_and_sums_to_the_rows(seed, implementatio
     np.testing.assert_allclose(mass.sum(), case.used * Q_HEADS, rtol=1e-5)
 
 
-@slow_on_tpus([name for name in KEY_MASS if name not in ("reference", "hopper", "triton")])
+@fast(KEY_MASS)
 @pytest.mark.parametrize("power", [2, 4])
 def test_key_mass_of_powers_matches_the_reference(power, implementation):
     case = Case(0)
@@ -229,7 +224,7 @@ def clean(store):
     return np.nan_to_num(np.asarray(store, np.float32), nan=1e9)
 
 
-@slow_on_tpus(["xla", "tpu"])
+@parametrized(["xla", "tpu"])
 @pytest.mark.parametrize("power", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("small_blocks")
 def test_key_mass_within_windows(power, implementation):
@@ -276,7 +271,7 @@ def test_align_and_copy_matches_the_reference(implementation, tokens):
     np.testing.assert_array_equal(moved[:, :, 1].sum(), jitted(kernels.align_and_copy)(*args)[:, :, 1].sum())
 
 
-@slow_on_tpus(["xla", "tpu"])
+@parametrized(["xla", "tpu"])
 def test_align_and_copy_rotates_each_layer_by_its_own_frequencies(implementation):
     """Layer 0 with a base of 10000, layer 1 with another and in its first pair only."""
     rng = np.random.default_rng(0)

@@ -87,7 +87,7 @@ def dropped_and_restored(engine, method):
     assert idle(engine)
 
 
-DEFAULT = ["sparse", "hybrid", "cacheblend", "qcfuse"]
+DEFAULT = ["sparse", "hybrid", "cacheblend"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, sharded_tiny, tiny_engine
+from conftest import TINY, sharded_tiny
 
 from sparsex_jax import Engine, InvalidRequestError, ReuseConfig, SamplingParams, SparseX
 from sparsex_jax.cache import Segment
@@ -13,13 +13,11 @@ from sparsex_jax.device.packed import packed
 from sparsex_jax.device.prefill import align, embed_rows, prefill, top_rows
 from sparsex_jax.device.signals import BUILT_IN, SIGNALS, signal, signals_for
 from sparsex_jax.device.state import BatchSlot, decode_state
-from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS
 from sparsex_jax.reuse.plan import Budget, Copies
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_copies, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
-from sparsex_kernels.backend import prefer
 
 pytestmark = pytest.mark.usefixtures("every_signal")
 
@@ -131,27 +129,6 @@ def test_no_step_copies_a_store_that_adapters_share(devices):
     copies = packed(Copies(*[np.zeros(512, np.int32)] * 3))
     layers = jnp.int32(0), jnp.int32(runner.model.num_layers)
     assert_no_copy(*memory_of(align, runner.store, None, copies, layers, decoder=runner.decoder))
-
-
-def test_where_launches_cost_time_the_answers_are_the_same(monkeypatch):
-    """Decode without a loop of layers, and prefills of one chunk that make once what their rows alone decide."""
-    text = np.random.default_rng(5).integers(0, TINY.vocab_size, 60).astype(np.int32)
-    prompt = np.concatenate([text[:9], text[40:]])  # its last part is remembered
-    reuse = ReuseConfig("naive", min_segment_tokens=16, only_if_faster=False)
-
-    def answers():
-        engine = tiny_engine()
-        engine.remember(text[40:])
-        found = engine.generate(prompt, SamplingParams(max_new_tokens=5), reuse=reuse, keep=False)
-        assert found.report.reused_tokens > 16
-        return found.token_ids, engine.prefill(prompt, reuse=reuse).logits
-
-    tokens, logits = answers()
-    monkeypatch.setattr(Ops, "pays_for_launches", property(lambda ops: True))
-    with prefer("xla"):  # a backend of its own, so that programs are compiled anew
-        changed, found = answers()
-    assert changed == tokens
-    np.testing.assert_allclose(found, logits, atol=1e-5)
 
 
 def test_alignment_does_not_copy_the_store(big_store):

@@ -121,7 +121,7 @@ def test_low_rank(implementation, dtype, decode, window, adapters, rank):
 
 
 @tpu
-@pytest.mark.parametrize("power", [1, 4])
+@pytest.mark.parametrize("power", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(("dtype", "q_heads", "head_dim"), [LARGE])
 def test_key_mass(implementation, dtype, q_heads, head_dim, power):
     rng = np.random.default_rng(1)

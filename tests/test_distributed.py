@@ -446,6 +446,7 @@ def test_who_gives_no_sign_of_life_is_named():
 
 def test_who_hangs_in_a_call_is_named(pair):
     leading, following, group = pair
+    leading.generate([1, 2, 3], GREEDY)  # nothing is compiled from now on, which takes longer than the patience lasts
     group.leader._patience = dataclasses.replace(SOON, stall=0.2)
 
     def hang(*_):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 
+import jax
 import pytest
 from launches import Launches, Program
 
@@ -21,6 +22,15 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="jax-cuda13-plugin is not installed; `uv run --group gpu-aot pytest -m gpu_aot` compiles for GPUs",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_anew():
+    """A kept program of a device that is not there cannot be read."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
 
 
 def mesh_of(num_devices):

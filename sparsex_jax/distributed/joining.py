@@ -58,7 +58,9 @@ def gather(membership: Membership, secret: bytes, about: About) -> list[Peer]:
 def _missing(peers: dict[int, Peer], num_processes: int) -> list[int]:
     """The numbers of those that have not come yet. Who came and has ended since may come again, so it is dropped."""
     for number in [number for number, peer in peers.items() if peer.is_gone]:
-        log.warning("%s has ended while the others were waited for", peers.pop(number))
+        gone = peers.pop(number)
+        gone.close()
+        log.warning("%s has ended while the others were waited for", gone)
     return sorted(set(range(1, num_processes)) - set(peers))
 
 
@@ -96,6 +98,7 @@ def _greet(channel: Channel, membership: Membership, about: About, peers: dict[i
     try:
         number, host, theirs = channel.receive(patience.silence)
     except (OSError, EOFError) as error:
+        channel.close()
         log.warning("a process that came ended, or hung, before it said which one it is: %s", error)
         return
     peer = Peer(number, host, channel, patience)

@@ -230,8 +230,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.mirrors and not can_mirror:
         parser.error("--mirrors: this version keeps each prompt's KV as a whole")
-    if options.rounds < 1:
-        parser.error("--rounds must be at least 1")
     options.reuse = parse_method(options.method).updated(only_if_faster=False)
     return options
 

@@ -289,8 +289,6 @@ def parse() -> argparse.Namespace:
     add_tensor_parallel(parser)
     options = parser.parse_args()
     options.methods = list(dict.fromkeys([BASELINE, *options.methods]))
-    if options.passes < 1:
-        parser.error("--passes must be at least 1")
     return options
 
 

@@ -26,10 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from bench_link import Row
 
 from sparsex_jax import Engine, ModelConfig
+from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.pieces import layer_groups
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.arguments import count
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.scheduler.peering import Peering
 from sparsex_jax.serving.fleet.peer_server import PeerServer
 from sparsex_jax.serving.fleet.peers import PeerConfig, Peers
@@ -43,15 +46,6 @@ ROUNDS = 5  # behind the first
 SPACE, SEAL = "bench", Seal(b"a bench's secret")
 GROUPS = 4  # of layers, as a link has them
 PROBE = 32 << 20  # bytes that are copied and summed up
-
-
-class Row(NamedTuple):
-    """One figure. `implementation` is how the work was done."""
-
-    work: str
-    implementation: str
-    figure: float
-    unit: str
 
 
 class Setup(NamedTuple):
@@ -132,7 +126,7 @@ def giving(setup: Setup) -> Iterator[tuple[str, Callable[[], float]]]:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=give, args=(setup, theirs), daemon=True)
     process.start()
-    theirs.close()  # so that its end is heard of
+    theirs.close()  # the other process has one of its own, whose end this one could not notice beside it
 
     def used() -> float:
         ours.send(True)
@@ -216,31 +210,34 @@ def all_rows(args: argparse.Namespace) -> Iterator[Row]:
             yield from fetched(Setup(args.layers, page_size, args.mebibytes), threads)
 
 
-def content(args: argparse.Namespace, rows: Sequence[Row]) -> dict[str, Any]:
-    """The content of the result file."""
-    rounded = [row._asdict() | {"figure": float(f"{row.figure:.4g}")} for row in rows]
+def about(args: argparse.Namespace) -> dict[str, Any]:
+    """The content of the result file but for its rows."""
     settings = {name: value for name, value in vars(args).items() if name != "out"}
-    return {"bench": "fetch"} | provenance() | {"settings": settings, "rows": rounded}
+    return {"bench": "fetch"} | provenance() | {"settings": settings}
+
+
+def told(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All rows, each printed as it is measured."""
+    for row in all_rows(args):
+        print(f"{row.work:44}{row.implementation:24}{row.figure:10.4g} {row.unit}", flush=True)
+        yield row.to_dict()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--mebibytes", type=int, default=256, help="of blocks that a prompt lacks, about")
-    add("--page-sizes", type=int, nargs="+", default=[8, 16], help="in tokens; a block has 16 pages")
-    add("--threads", type=int, nargs="+", default=[1, 4], help="blocks on their way at once")
-    add("--layers", type=int, default=32, help="of the model")
+    add("--mebibytes", type=count, default=256, help="of blocks that a prompt lacks, about")
+    add("--page-sizes", type=count, nargs="+", default=[8, 16], help="in tokens; a block has 16 pages")
+    add("--threads", type=count, nargs="+", default=[1, 4], help="blocks on their way at once")
+    add("--layers", type=count, default=32, help="of the model")
     add("--out", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args, rows = parse(arguments), []
-    for row in all_rows(args):
-        rows.append(row)
-        print(f"{row.work:44}{row.implementation:24}{row.figure:10.4g} {row.unit}", flush=True)
-    print(write_json(content(args, rows), args.out))
+    args = parse(arguments)
+    print(write_rows(about(args), told(args), args.out))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,7 +30,7 @@ from sparsex_jax import EngineConfig, ModelConfig
 from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.link import HostBlock, Link
 from sparsex_jax.eval.arguments import count
-from sparsex_jax.eval.results import provenance, write_json
+from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.store import make_store
 
@@ -48,6 +48,10 @@ class Row(NamedTuple):
     implementation: str
     figure: float
     unit: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the result file has it: four digits are more than are sure."""
+        return self._asdict() | {"figure": float(f"{self.figure:.4g}")}
 
 
 class Setup(NamedTuple):
@@ -239,13 +243,19 @@ def all_rows(setup: Setup) -> Iterator[Row]:
     yield from beside_compute(setup)
 
 
-def content(setup: Setup, rows: Sequence[Row]) -> dict[str, Any]:
-    """The content of the result file."""
+def about(setup: Setup) -> dict[str, Any]:
+    """The content of the result file but for its rows."""
     settings = {"devices": setup.devices, "mebibytes": setup.nbytes >> 20, "layers": setup.model.num_layers}
     note = {"note": SAME_MEMORY} if jax.devices()[0].platform == "cpu" else {}
-    rounded = [row._asdict() | {"figure": float(f"{row.figure:.4g}")} for row in rows]
     bench = "link" if setup.devices == 1 else f"link-{setup.devices}-devices"
-    return {"bench": bench} | provenance() | note | {"settings": settings, "rows": rounded}
+    return {"bench": bench} | provenance() | note | {"settings": settings}
+
+
+def told(setup: Setup) -> Iterator[dict[str, Any]]:
+    """All rows, each printed as it is measured."""
+    for row in all_rows(setup):
+        print(f"{row.work:60}{row.implementation:36}{row.figure:10.4g} {row.unit}", flush=True)
+        yield row.to_dict()
 
 
 def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None:
@@ -264,12 +274,7 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     setup = Setup.of(options.mebibytes, options.devices, options.layers, options.matrix)
     if on_cpu:
         print(SAME_MEMORY)
-    rows = []
-    for row in all_rows(setup):
-        rows.append(row)
-        print(f"{row.work:60}{row.implementation:36}{row.figure:10.4g} {row.unit}", flush=True)
-        path = write_json(content(setup, rows), folder)  # after each row, so that it stays if a later one fails
-    print(path)
+    print(write_rows(about(setup), told(setup), folder))
 
 
 if __name__ == "__main__":

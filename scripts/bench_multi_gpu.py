@@ -425,8 +425,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--vllm", action="store_true", help="run bench_vllm.py beside each")
     add("--child", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.runs < 1 or min(options.devices) < 1:
-        parser.error("--runs and --devices must be at least 1")
     if options.vllm and importlib.util.find_spec("vllm") is None:
         parser.error("--vllm: vLLM is not installed")
     return options

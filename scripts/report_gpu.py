@@ -22,7 +22,7 @@ from launches import Launches, Program
 from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.config import EngineConfig, named_config
 from sparsex_jax.device import aot
-from sparsex_jax.device.described import GPUS, described_mesh
+from sparsex_jax.device.described import GPUS, compile_options, described_mesh
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.results import provenance, write_rows
@@ -41,7 +41,7 @@ STEPS: dict[str, Callable[[Mesh], Lowered]] = {
 
 def launches(step: str, gpu: str, devices: int) -> Launches:
     mesh = check_mesh(described_mesh(gpu, devices), MODEL)
-    return Program(STEPS[step](mesh).compile(aot.compile_options(mesh)).as_text()).turn()
+    return Program(STEPS[step](mesh).compile(compile_options(mesh)).as_text()).turn()
 
 
 def rows_of(step: str, devices: int, found: Launches) -> Iterator[dict[str, Any]]:

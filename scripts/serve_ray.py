@@ -42,7 +42,7 @@ from sparsex_jax.serving.fleet.kv_events import KvEventsConfig
 from sparsex_jax.serving.fleet.peers import PeerConfig
 
 if TYPE_CHECKING:
-    from sparsex_jax.serving.fleet.on_ray import ScaleConfig
+    from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig
 
 
 def parse() -> argparse.Namespace:
@@ -106,15 +106,10 @@ def require_room(scale: ScaleConfig, there: Mapping[str, float]) -> None:
         require(needed <= found, f"{said}; see --replicas and --{name.lower()}s-per-replica")
 
 
-def serve_until_signalled(args: argparse.Namespace) -> None:
-    require(importlib.util.find_spec("ray") is not None, "replicas need Ray, which comes with the extra `ray`")
-    import ray
-    from ray import serve
+def fleet_of(args: argparse.Namespace) -> FleetConfig:
+    """What replicas and fronts are."""
+    from sparsex_jax.serving.fleet.on_ray import FleetConfig
 
-    from sparsex_jax.serving.fleet.on_ray import FleetConfig, ScaleConfig, application, connect
-
-    require(0 <= args.port <= 65535, f"port={args.port} must be from 0 to 65535")
-    tensor_parallel = max(args.gpus_per_replica, 1)
     config = EngineConfig(
         dtype=args.dtype,
         store_tokens=args.store_tokens,
@@ -122,11 +117,10 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
         host_store_bytes=parse_bytes("host_store", args.host_store),
     )
     require(not args.fetch or config.host_store_bytes > 0, "fetch needs host_store above 0")
-    choice = EngineChoice(args.model, config, tensor_parallel)
-    name = args.name or model_title(args.model)
-    fleet = FleetConfig(
+    choice = EngineChoice(args.model, config, max(args.gpus_per_replica, 1))
+    return FleetConfig(
         args.model,
-        name,
+        args.name or model_title(args.model),
         choice.load,
         Sketch(fleet_key(args.fleet_key), args.sample),
         prepare=None if args.no_warm_up else compile_all,
@@ -136,7 +130,13 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
         events=kv_events(args),
         peers=PeerConfig() if args.fetch else None,
     )
-    scale = ScaleConfig(
+
+
+def scale_of(args: argparse.Namespace) -> ScaleConfig:
+    """How many there are, and on what."""
+    from sparsex_jax.serving.fleet.on_ray import ScaleConfig
+
+    return ScaleConfig(
         args.min_replicas if args.replicas is None else args.replicas,
         args.max_replicas if args.replicas is None else args.replicas,
         args.target_requests,
@@ -145,6 +145,17 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
         num_gpus=args.gpus_per_replica,
         num_fronts=args.fronts,
     )
+
+
+def serve_until_signalled(args: argparse.Namespace) -> None:
+    require(importlib.util.find_spec("ray") is not None, "replicas need Ray, which comes with the extra `ray`")
+    import ray
+    from ray import serve
+
+    from sparsex_jax.serving.fleet.on_ray import application, connect
+
+    require(0 <= args.port <= 65535, f"port={args.port} must be from 0 to 65535")
+    fleet, scale = fleet_of(args), scale_of(args)
     fleet.access()  # what is wrong in a file of keys, or with a model's name, is said before Ray starts
     open_checkpoint(args.model)
     stopped = threading.Event()
@@ -156,7 +167,7 @@ def serve_until_signalled(args: argparse.Namespace) -> None:
             require_room(scale, ray.cluster_resources())
         serve.start(http_options={"host": args.host, "port": args.port})
         serve.run(application(fleet, scale), name="sparsex")
-        print(f"Serving {name} at http://{args.host}:{args.port}/v1 by {scale.min_replicas} replicas", flush=True)
+        print(f"Serving {fleet.name} at http://{args.host}:{args.port}/v1 by {scale.min_replicas} replicas", flush=True)
         stopped.wait()
     finally:
         serve.shutdown()

@@ -10,7 +10,7 @@ def test_the_report_shows_all_that_was_measured():
     rows = [bench.Row("32 MiB a block", name, 1.25, unit) for name, unit in (*names, ("processor, asking", "s/GB"))]
     rows += [bench.Row("one thread", "SHA-256", 0.75, "s/GB")]
     args = bench.parse(["--mebibytes", "64"])
-    document = bench.content(args, rows)
+    document = bench.about(args) | {"rows": [row.to_dict() for row in rows]}
     assert document["settings"] == {"mebibytes": 64, "page_sizes": [8, 16], "threads": [1, 4], "layers": 32}
     text = VIEWS["fetch"](document)
     assert "| 32 MiB a block | 1.25 | 1.25 | 1.25 | 1.25 |" in text

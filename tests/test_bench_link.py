@@ -27,7 +27,7 @@ def test_the_report_shows_all_that_was_measured(setup):
     rows = [*bench.other_steps(setup), *bench.beside_compute(setup)]
     rows += [bench.Row("pieces of 1 MiB", way, 12.34, "GB/s") for way in ("down", "up", "both")]
     assert all(row.figure > 0 for row in rows)
-    document = bench.content(setup, rows)
+    document = bench.about(setup) | {"rows": [row.to_dict() for row in rows]}
     assert document["bench"] == "link-2-devices"
     assert "no link" in document["note"]
     text = VIEWS["link"](document)

@@ -9,7 +9,7 @@ from launches import Launches, Program
 
 from sparsex_jax.config import EngineConfig, named_config
 from sparsex_jax.device import aot
-from sparsex_jax.device.described import backend_of, described_mesh
+from sparsex_jax.device.described import backend_of, compile_options, described_mesh
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.model.sharding import check_mesh
 
@@ -38,7 +38,7 @@ def mesh_of(num_devices):
 
 
 def program(lowered, mesh):
-    return Program(lowered.compile(aot.compile_options(mesh)).as_text())
+    return Program(lowered.compile(compile_options(mesh)).as_text())
 
 
 @needs_compiler
@@ -47,7 +47,9 @@ def program(lowered, mesh):
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_a_decode_step_is_a_few_kernels_a_layer_and_asks_nothing(num_devices, requests):
     mesh = mesh_of(num_devices)
-    step = program(aot.lower_decode(LLAMA, ENGINE, mesh, requests), mesh).turn()
+    decode = program(aot.lower_decode(LLAMA, ENGINE, mesh, requests), mesh)
+    assert decode.whole().questions == 0
+    step = decode.turn()
     assert step.kernels == 9 * LAYERS
     assert step.questions == 0
     # XLA's are the padding of queries, with two devices the sums of parts and the gate too, and what is in no layer.
@@ -76,8 +78,8 @@ def test_no_kernel_spills_registers(kv_dtype, tmp_path, monkeypatch):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     mesh, engine = mesh_of(1), dataclasses.replace(ENGINE, kv_dtype=kv_dtype)
-    aot.lower_decode(LLAMA, engine, mesh, 32).compile(aot.compile_options(mesh))
-    aot.lower_prefill(LLAMA, engine, mesh, 512, ONE_SIGNAL).compile(aot.compile_options(mesh))
+    aot.lower_decode(LLAMA, engine, mesh, 32).compile(compile_options(mesh))
+    aot.lower_prefill(LLAMA, engine, mesh, 512, ONE_SIGNAL).compile(compile_options(mesh))
     said = [path.read_text() for path in tmp_path.glob("*.ptxas")]
     assert len(said) >= 7 + 7  # kinds of kernels
     assert all("sm_90a" in each and "0 bytes spill stores, 0 bytes spill loads" in each for each in said)
@@ -88,7 +90,7 @@ def test_no_kernel_spills_registers(kv_dtype, tmp_path, monkeypatch):
 def test_nothing_gathers_the_store():
     mesh = mesh_of(2)
     for lowered in (aot.lower_align(LLAMA, ENGINE, mesh, 8192), aot.lower_probe(LLAMA, ENGINE, mesh, 8192)):
-        assert "all-gather" not in lowered.compile(aot.compile_options(mesh)).as_text()
+        assert "all-gather" not in lowered.compile(compile_options(mesh)).as_text()
 
 
 TEXT = """HloModule jit_f

@@ -1,7 +1,7 @@
 """The engine's steps lowered for devices that are described, not present: what compiles, and what it would take.
 
-`lower_prefill(...).compile(compile_options(mesh))` runs the device's own compiler on any machine, down to the machine
-code of Pallas' kernels. Weights and store are shapes.
+`lower_prefill(...).compile(described.compile_options(mesh))` runs the device's own compiler on any machine, down to the
+machine code of Pallas' kernels. Weights and store are shapes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from jax.stages import Lowered
 
 from sparsex_jax.config import EngineConfig, ModelConfig, SamplingParams
 from sparsex_jax.device.adapters import abstract_apart, abstract_stacks
-from sparsex_jax.device.decode import FEW_STEPS, DecodeState, decode
-from sparsex_jax.device.described import COMPILED_BLIND, backend_of, lowering_for
+from sparsex_jax.device.decode import DecodeState, decode, steps_together
+from sparsex_jax.device.described import backend_of, lowering_for
 from sparsex_jax.device.packed import packed
 from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
 from sparsex_jax.device.prefill import align, prefill
@@ -35,11 +35,6 @@ from sparsex_jax.reuse.methods import Method, SparseX
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
-
-
-def compile_options(mesh: Mesh) -> dict[str, Any] | None:
-    """What `Lowered.compile` needs to be told where there is no device."""
-    return None if backend_of(mesh).platform == "tpu" else dict(COMPILED_BLIND)
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
@@ -110,13 +105,14 @@ def lower_probe(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
 
 def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_requests: int) -> Lowered:
     """One dispatch for a power of two of requests, as `Runner.decode` makes it."""
-    shapes, host_steers = _shapes(model, engine, mesh), backend_of(mesh).platform == "gpu"
+    shapes, decoder = _shapes(model, engine, mesh), _decoder(model, mesh)
+    host_steers = decoder.ops.host_steers
     slot = BatchSlot(prompt=[0], answer=[0], sampling=SamplingParams(), pages=[0])
     state = decode_state([slot] * num_requests, shapes.max_pages, model.vocab_size, adapters=shapes.adapters)
     if host_steers:
         state = dataclasses.replace(state, sampling=state.sampling.decided())
-    steps = min(FEW_STEPS, engine.decode_steps) if host_steers else engine.decode_steps
-    static = {"decoder": _decoder(model, mesh), "steps": steps, "stops_early": not host_steers}
+    steps = steps_together(engine.decode_steps, host_steers=host_steers)
+    static = {"decoder": decoder, "steps": steps, "stops_early": not host_steers}
     params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
 
     def step(store: AnyStore, params: Params, state: DecodeState, limit: jax.Array) -> Any:

@@ -29,6 +29,15 @@ from sparsex_jax.reuse.plan import PADDING_REQUEST, Anywhere, Rows
 FEW_STEPS = 4
 
 
+def steps_together(most: int, *, host_steers: bool) -> int:
+    """Tokens of each request that one program makes. Where it asks nothing, it cannot stop early, and makes few.
+
+    Args:
+      most: of a dispatch.
+    """
+    return min(FEW_STEPS, most) if host_steers else most
+
+
 @struct.dataclass
 class DecodeState:
     """Requests being decoded.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,12 +47,13 @@ runtime_version { major: 13 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 }
-# No GPU is there on which XLA could try which of its own products is the quickest.
-COMPILED_BLIND = {"xla_gpu_autotune_level": 0}
 
 
 def described_mesh(topology: str, num_devices: int) -> Mesh:
-    """A mesh of the first devices of a topology: of TPUs such as `v5e:2x4`, or of so many GPUs of a kind of `GPUS`.
+    """A mesh of this number of devices that are not there.
+
+    Args:
+      topology: of TPUs, such as `v5e:2x4`, whose first devices are taken; or a name in `GPUS`.
 
     Raises:
       RuntimeError: the wheel with the compiler, `libtpu` or `jax-cuda13-plugin`, is not installed.
@@ -76,6 +78,12 @@ def backend_of(mesh: Mesh) -> Backend:
     """The kernels that are compiled for a described mesh."""
     device = mesh.devices.flat[0]
     return TPU if device.platform == "tpu" else Backend.of(device)
+
+
+def compile_options(mesh: Mesh) -> dict[str, Any] | None:
+    """What `Lowered.compile` has to be told: XLA finds out on a GPU which of its own products is the quickest, and here
+    is none."""
+    return {"xla_gpu_autotune_level": 0} if backend_of(mesh).platform == "gpu" else None
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from sparsex_jax.device.adapters import (
 )
 from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.arrivals import Arrivals, Late
-from sparsex_jax.device.decode import FEW_STEPS, DecodeState, choose, decode, forward
+from sparsex_jax.device.decode import DecodeState, choose, decode, forward, steps_together
 from sparsex_jax.device.packed import Packed, packed
 from sparsex_jax.device.prefill import align, begin, pack, prefill
 from sparsex_jax.device.probe import ProbeState, probe
@@ -249,7 +249,7 @@ class Runner:
             stacks, apart = make_stacks(model, engine, mesh), make_apart(model, engine, mesh)
             self.params = self.params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
         self.decoder = Decoder(model, Ops.on(mesh))
-        self.host_steers = self.decoder.ops.backend.platform == "gpu"
+        self.host_steers = self.decoder.ops.host_steers
         self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
         self.store: Any = make_store(model, engine, mesh)  # AnyStore; where there are lower tiers, KV alone
         self.losses = 0
@@ -509,7 +509,7 @@ class Runner:
         """Up to `steps` tokens for each sequence of the state, at most the engine's `decode_steps`; -1 behind a
         sequence's end. Does not wait for the device."""
         most, parts = self.engine.decode_steps, []
-        together = min(FEW_STEPS, most) if self.host_steers else most
+        together = steps_together(most, host_steers=self.host_steers)
         state = self.place(state)
         for begun in range(0, min(steps, most), together):
             state, sampled = self._decode(state, min(steps - begun, together), together)

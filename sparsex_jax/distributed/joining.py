@@ -56,12 +56,17 @@ def gather(membership: Membership, secret: bytes, about: About) -> list[Peer]:
 
 
 def _missing(peers: dict[int, Peer], num_processes: int) -> list[int]:
-    """The numbers of those that have not come yet. Who came and has ended since may come again, so it is dropped."""
+    """The numbers of those that have not come yet, or have ended since."""
+    _drop_ended(peers)
+    return sorted(set(range(1, num_processes)) - set(peers))
+
+
+def _drop_ended(peers: dict[int, Peer]) -> None:
+    """Free the places of those that came and have ended: they may come again."""
     for number in [number for number, peer in peers.items() if peer.is_gone]:
         gone = peers.pop(number)
         gone.close()
         log.warning("%s has ended while the others were waited for", gone)
-    return sorted(set(range(1, num_processes)) - set(peers))
 
 
 def _listening(membership: Membership) -> socket.socket:
@@ -103,7 +108,8 @@ def _greet(channel: Channel, membership: Membership, about: About, peers: dict[i
         return
     peer = Peer(number, host, channel, patience)
     wrong = difference(about, theirs, str(peer))
-    if number in peers and not peers[number].is_gone:
+    _drop_ended(peers)
+    if number in peers:
         wrong = f"process_id={number} is that of two processes, on {peers[number].host} and on {host}"
     elif not 0 < number < membership.num_processes:
         wrong = f"process_id={number} must be from 1 to {membership.num_processes - 1}"

@@ -106,8 +106,8 @@ def _replace(path: Path, text: str) -> None:
 
 
 def write_rows(about: Mapping[str, Any], rows: Iterable[Any], folder: Path) -> Path:
-    """Write the JSON file anew with each row, so that those that are there stay if a later one fails or nobody waits
-    for it. Returns its path.
+    """Write the JSON file anew with each row. If a later row fails, or somebody interrupts the bench, the file has the
+    rows before it. Returns the file's path.
 
     Args:
       about: the file's content but for the rows.

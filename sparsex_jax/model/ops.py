@@ -117,6 +117,11 @@ class Ops:
         """Whether steps of few rows take longer for each operation that XLA does apart, however small: as on GPUs."""
         return self.backend.platform == "gpu"
 
+    @property
+    def host_steers(self) -> bool:
+        """Whether the host answers what a program asks on its way, which idles until then: as on GPUs."""
+        return self.backend.platform == "gpu"
+
     def linear(
         self,
         x: Float[Array, "rows inputs"],

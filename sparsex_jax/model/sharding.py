@@ -93,7 +93,7 @@ def check_mesh(mesh: Mesh, config: ModelConfig) -> Mesh:
 
 
 def _undivided(config: ModelConfig, size: int) -> str | None:
-    """What of the model does not divide over so many devices."""
+    """Which field of the model does not divide over this number of devices, in words. None: all of it divides."""
     mlp = "intermediate_size" if config.num_experts is None else "num_experts"
     for field in ("num_q_heads", mlp):
         if getattr(config, field) % size:

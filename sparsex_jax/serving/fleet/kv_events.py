@@ -27,11 +27,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from sparsex_jax.config.checks import is_int, require
+from sparsex_jax.config.checks import Limit, Positive, checked, require
 from sparsex_jax.serving.fleet.pages import LEAST_MOST, Journal, Page
 
 END = (-1).to_bytes(8, "big", signed=True)
@@ -39,6 +39,13 @@ _MEDIUM = "GPU"  # vLLM's word for what the devices hold; routers look for it
 _PAUSE_MS = 20  # between looks at the journal, for replays to be served in
 
 log = logging.getLogger(__name__)
+
+
+def _is_endpoint(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.match(r"(tcp|ipc|inproc)://.", value))
+
+
+_ENDPOINT = Limit(_is_endpoint, "an endpoint of ZMQ, such as tcp://*:5557")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +60,14 @@ class KvEventsConfig:
       hwm: messages that may wait for a slow subscriber before it misses some.
     """
 
-    endpoint: str = "tcp://127.0.0.1:5557"
-    replay_endpoint: str | None = None
+    endpoint: Annotated[str, _ENDPOINT] = "tcp://127.0.0.1:5557"
+    replay_endpoint: Annotated[str, _ENDPOINT] | None = None
     topic: str = "kv-events"
-    buffer_steps: int = 10_000
-    hwm: int = 100_000
+    buffer_steps: Positive = 10_000
+    hwm: Positive = 100_000
 
     def __post_init__(self) -> None:
-        for name in ("buffer_steps", "hwm"):
-            value = getattr(self, name)
-            require(is_int(value) and value >= 1, f"{name}={value!r} must be an integer >= 1")
-        for name in ("endpoint", "replay_endpoint"):
-            value = getattr(self, name)
-            ok = value is None or re.match(r"(tcp|ipc|inproc)://.", value)
-            require(bool(ok), f"{name}={value!r} must be an endpoint of ZMQ, such as tcp://*:5557")
+        checked(type(self), vars(self))
 
     def of_rank(self, rank: int) -> KvEventsConfig:
         """Those of the replica of this rank: TCP ports other than 0 are so much larger, as vLLM has them."""

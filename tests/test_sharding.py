@@ -28,6 +28,7 @@ from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.layers import ForwardPass, run_layer
+from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh, spec
 from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.plan import Rows
@@ -97,6 +98,22 @@ MESHES = pytest.mark.parametrize(
 @pytest.mark.parametrize("tensor_parallel", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_mesh_gives_the_logits_and_tokens_of_one_device(tensor_parallel):
     check_against_one_device(sharded_tiny, tensor_parallel, METHODS if tensor_parallel == 2 else FEW)
+
+
+@pytest.fixture
+def hidden_sums(monkeypatch):
+    """Sums over a mesh are hidden behind other work, as on GPUs."""
+    monkeypatch.setattr(Ops, "hides_sums", property(lambda ops: ops.mesh.size > 1))
+
+
+def test_sums_that_run_beside_the_next_chunk_change_nothing(hidden_sums):
+    check_against_one_device(engine, 2, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "tensor_parallel"), [(engine, 8), (few_heads, 4), (sharded_tiny, 4)])
+def test_every_method_is_the_same_with_hidden_sums(make, tensor_parallel, hidden_sums):
+    check_against_one_device(make, tensor_parallel, ALL)
 
 
 @pytest.mark.slow

@@ -65,11 +65,13 @@ class Backend:
       capability: the CUDA compute capability of a GPU, such as `9.0`; else empty.
       preferred: names of implementations, tried in this order in every operation that has them. None: the kernels
         made for the device that are `VALIDATED`, fastest first, then `xla`.
+      spared: multiprocessors of a GPU that products of many rows leave to what runs beside them, such as collectives.
     """
 
     platform: str
     capability: str = ""
     preferred: tuple[str, ...] | None = None
+    spared: int = 0
 
     @classmethod
     def of(cls, device: jax.Device) -> "Backend":

@@ -120,6 +120,8 @@ def product_parts(
       NotImplementedError: this shape or dtype cannot be done.
     """
     added = tuple(added) or (None,) * len(weights)
+    if config.warpgroups > 1:  # programs that stay, one on each multiprocessor
+        config = dataclasses.replace(config, programs=config.programs - backend.spared)
     shape = _shape(inputs, added, widths, tiles, config)
     _check(inputs, weights, widths, shape)
     more = [part for each in added if each is not None for part in _checked(each, inputs, shape)]

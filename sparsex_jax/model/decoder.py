@@ -161,9 +161,13 @@ class OneLayer(NamedTuple):
     def linear_parts(self, x: Float[Array, "rows inputs"], name: str, rows: Rows) -> ProductParts:
         """The product of `linear`, over inputs that a mesh divides, for an operation that adds its parts."""
         if self.added(name, rows=rows):
-            return self.linear(x, name, rows=rows, over_inputs=True)[0][None]
+            return self.as_parts(self.linear(x, name, rows=rows, over_inputs=True)[0])
         (matrix,) = self.matrices(x, [name])
         return self.decoder.ops.linear_parts(x, matrix, self.number, rows)
+
+    def as_parts(self, product: Float[Array, "rows width"] | ProductParts) -> ProductParts:
+        """A product over inputs as parts, which it is already where sums over the mesh come later."""
+        return product if self.decoder.ops.sums_later else product[None]
 
     def matrices(self, x: Float[Array, "rows inputs"], names: Sequence[str]) -> list[Matrices]:
         """The stacked weights of these names as matrices for the rows."""
@@ -270,23 +274,33 @@ def _finish(layer: OneLayer, projection: Projection, product: Float[Array, "rows
 
 def mlp(layer: OneLayer, hidden: Hidden, rows: Rows) -> Hidden:
     """The gated MLP or the experts of each row, without the residual."""
-    return sum_parts(_mlp(layer, layer.norm(layer.layers.mlp_norm, hidden), rows), hidden.dtype)
+    parts = mlp_product(layer, layer.norm(layer.layers.mlp_norm, hidden), rows)
+    return sum_parts(mlp_addend(layer, parts, hidden.dtype), hidden.dtype)
 
 
-def _mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> ProductParts:
-    layers = layer.layers
+def mlp_product(layer: OneLayer, normed: Hidden, rows: Rows) -> ProductParts:
+    """The last product of the MLP or the experts, of normalised rows."""
+    router = layer.layers.router
     with jax.named_scope("mlp"):
-        if layers.router is None:
-            out = layer.linear_parts(_gated(layer, normed, rows), "w_down", rows)
-        else:
-            out = _experts(layer, layers.router, normed, rows)[None]
-        return _normed_parts(layer, layers.post_mlp_norm, out, normed.dtype)
+        if router is None:
+            return layer.linear_parts(_gated(layer, normed, rows), "w_down", rows)
+        return layer.as_parts(_experts(layer, router, normed, rows))
+
+
+def mlp_addend(layer: OneLayer, parts: ProductParts, dtype: Any) -> ProductParts:
+    """What the MLP adds to the residual."""
+    return _normed_parts(layer, layer.layers.post_mlp_norm, parts, dtype)
+
+
+def attention_addend(layer: OneLayer, parts: ProductParts, dtype: Any) -> ProductParts:
+    """What attention adds to the residual."""
+    return _normed_parts(layer, layer.layers.post_attn_norm, parts, dtype)
 
 
 def _normed_parts(
     layer: OneLayer, scale: Float[Array, "layers dim"] | None, parts: ProductParts, dtype: Any
 ) -> ProductParts:
-    """What a model with norms behind attention and MLP adds to the residual; without, what it is given."""
+    """A sum normalised, in models with norms behind attention and MLP; without, the parts."""
     return parts if scale is None else layer.norm(scale, sum_parts(parts, dtype))[None]
 
 
@@ -343,19 +357,20 @@ def _run_layer(
     layer: OneLayer, store: AnyStore, stream: Stream, rows: Rows, tables: PageTables
 ) -> tuple[AnyStore, Hidden, ProductParts]:
     """The store, the residual behind attention, and what the MLP adds to it."""
-    store, out = _attention(layer, store, stream.normed, rows, tables)
-    hidden, normed = layer.add_norm(out, stream.hidden, layer.layers.mlp_norm)
-    return store, hidden, _mlp(layer, normed, rows)
+    dtype = stream.hidden.dtype
+    store, out = attention_product(layer, store, stream.normed, rows, tables)
+    added = attention_addend(layer, out, dtype)
+    hidden, normed = layer.add_norm(added, stream.hidden, layer.layers.mlp_norm)
+    return store, hidden, mlp_addend(layer, mlp_product(layer, normed, rows), dtype)
 
 
-def _attention(
+def attention_product(
     layer: OneLayer, store: AnyStore, normed: Hidden, rows: Rows, tables: PageTables
 ) -> tuple[AnyStore, ProductParts]:
-    """The store with the rows' K and V, and what attention adds to the residual."""
-    ops, layers = layer.decoder.ops, layer.layers
+    """The store with the K and V of normalised rows, and the last product of their attention."""
+    ops = layer.decoder.ops
     with jax.named_scope("attention"):
         q, store = _write(layer, store, normed, rows, tables)
         low_rank = low_rank_of(store, layer.values_apart, rows, len(tables))
         attended = ops.attention(q, store, layer.number, rows, tables, layer.window, low_rank)
-        out = layer.linear_parts(attended.reshape(len(attended), -1), "wo", rows)
-        return store, _normed_parts(layer, layers.post_attn_norm, out, normed.dtype)
+        return store, layer.linear_parts(attended.reshape(len(attended), -1), "wo", rows)

@@ -27,6 +27,7 @@ from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Querie
 from sparsex_kernels.product_parts import ProductParts, sum_parts
 
 FEW_ROWS = 64  # a decode step's, for which there are kernels that do several operations
+SPARED = 4  # multiprocessors of a GPU that sums over a mesh may have for themselves, 3 % of an H100's
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
@@ -34,6 +35,7 @@ _EXPERTS = PartitionSpec(None, TENSOR_AXIS, None, None)  # [layers, experts, ...
 _INPUTS = PartitionSpec(None, TENSOR_AXIS, None)  # [layers, inputs, outputs]
 _OUTPUTS = PartitionSpec(None, None, TENSOR_AXIS)
 _ALL = PartitionSpec()
+_PARTS = PartitionSpec(TENSOR_AXIS)  # [devices, rows, width]
 _BY_OUTPUTS, _BY_INPUTS = Adapting(_ALL, _OUTPUTS, _ALL, _ALL), Adapting(_INPUTS, _ALL, _ALL, _ALL)  # type: ignore
 # Of `LowRank`: Y is whole on each device, and matrices, [layers, adapters, kv_heads, rank, head_dim], are divided.
 _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
@@ -97,10 +99,13 @@ class Ops:
       mesh: the devices; its first one stands for all.
       backend: which implementations are tried on these devices. It is fixed here: `prefer` and `SPARSEX_KERNELS` have
         no effect on operations that exist already.
+      sums_later: whether products over inputs that the mesh divides stay in parts, one of each device, until `summed`
+        adds them: `[devices, rows, width]` instead of `[rows, width]`.
     """
 
     mesh: Mesh
     backend: Backend
+    sums_later: bool = False
 
     @classmethod
     def on(cls, mesh: Mesh) -> Ops:
@@ -121,6 +126,16 @@ class Ops:
     def host_steers(self) -> bool:
         """Whether the host answers what a program asks on its way, which idles until then: as on GPUs."""
         return self.backend.platform == "gpu"
+
+    @property
+    def hides_sums(self) -> bool:
+        """Whether sums over the mesh should run beside other work, which somebody has to arrange: as on GPUs."""
+        return self.backend.platform == "gpu" and self.mesh.size > 1
+
+    @property
+    def later(self) -> Ops:
+        """The same with sums left to `summed`, and with room for those on each device."""
+        return dataclasses.replace(self, sums_later=True, backend=dataclasses.replace(self.backend, spared=SPARED))
 
     def linear(
         self,
@@ -145,10 +160,10 @@ class Ops:
         def run(x: Array, weights: Any, layer: Array, count: Array, adapting: Adapting, **on: Any) -> tuple[Any, Any]:
             added, y = narrow_products(x, adapting, layer, count, rank=rank, **on)
             products = kernels.linear(x, weights, layer, count, added=added, **on)
-            return jax.lax.psum(products, TENSOR_AXIS) if over_inputs and self.mesh.size > 1 else products, y
+            return tuple(map(self._sum, products)) if over_inputs else products, y
 
         if over_inputs:
-            divided, by, adapted, out = PartitionSpec(None, TENSOR_AXIS), _INPUTS, _BY_INPUTS, _ALL
+            divided, by, adapted, out = PartitionSpec(None, TENSOR_AXIS), _INPUTS, _BY_INPUTS, self._sums
         else:
             divided, by, adapted, out = _ALL, _OUTPUTS, _BY_OUTPUTS, PartitionSpec(None, TENSOR_AXIS)
         apply = self._over_heads(run, (divided, by, _ALL, _ALL, adapted), (out, _ALL))
@@ -159,14 +174,39 @@ class Ops:
     def linear_parts(
         self, x: Float[Array, "rows inputs"], weight: Matrices, layer: Int[Array, ""] | int, rows: Rows
     ) -> ProductParts:
-        """Rows times a weight that a mesh divides by inputs, in parts that remain to be added. Those of a mesh are."""
+        """Rows times a weight that a mesh divides by inputs, in parts that remain to be added. Those of a mesh are, but
+        for `sums_later`."""
 
         def run(x: Array, weight: Any, layer: Array, count: Array, **on: Any) -> ProductParts:
             parts = kernels.linear_parts(x, [weight], layer, count, **on)
-            return jax.lax.psum(sum_parts(parts, x.dtype), TENSOR_AXIS)[None] if self.mesh.size > 1 else parts
+            if self.mesh.size == 1:
+                return parts
+            product = self._sum(sum_parts(parts, x.dtype))
+            return product if self.sums_later else product[None]
 
         specs = (PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL)
-        return self._over_heads(run, specs, _ALL)(x, weight, jnp.asarray(layer), rows.count)
+        return self._over_heads(run, specs, self._sums)(x, weight, jnp.asarray(layer), rows.count)
+
+    def _sum(self, x: Float[Array, "rows width"]) -> Float[Array, "rows width"] | Float[Array, "1 rows width"]:
+        """Within the mesh: the sum over it, or this device's part where sums come later."""
+        if self.mesh.size == 1:
+            return x
+        return x[None] if self.sums_later else jax.lax.psum(x, TENSOR_AXIS)
+
+    @property
+    def _sums(self) -> PartitionSpec:
+        """How a mesh divides what `_sum` gives."""
+        return _PARTS if self.sums_later else _ALL
+
+    def summed(self, parts: Float[Array, "devices rows width"]) -> Float[Array, "rows width"]:
+        """The sum of the devices' parts, whole on each."""
+        add = self._local(lambda own: jax.lax.psum(own[0], TENSOR_AXIS), (_PARTS,), _ALL)
+        return add(parts)
+
+    def no_parts(self, shape: tuple[int, int], dtype: Any) -> Float[Array, "devices rows width"]:
+        """Zeros, divided as parts are."""
+        zeros = jnp.zeros((self.mesh.size, *shape), dtype)
+        return jax.lax.with_sharding_constraint(zeros, NamedSharding(self.mesh, _PARTS))
 
     def add_norm(
         self,
@@ -220,11 +260,10 @@ class Ops:
 
         def run(x: Array, routing: Routing, stacks: ExpertStacks, *rest: Array, **on: Any) -> Array:
             first = jax.lax.axis_index(TENSOR_AXIS) * stacks.gate.shape[1] if sharded else 0
-            out = run_experts(x, routing, stacks, *rest, first=first, num_experts=num_experts, **on)
-            return jax.lax.psum(out, TENSOR_AXIS) if sharded else out
+            return self._sum(run_experts(x, routing, stacks, *rest, first=first, num_experts=num_experts, **on))
 
         specs = (_ALL, _ALL, _EXPERTS, _ALL, _ALL)
-        return self._over_heads(run, specs, _ALL)(x, routing, stacks, jnp.asarray(layer), rows.count)
+        return self._over_heads(run, specs, self._sums)(x, routing, stacks, jnp.asarray(layer), rows.count)
 
     def attention(
         self,

@@ -2,12 +2,12 @@
 
 A layer has two sums over the mesh: behind attention, and behind the MLP. A chunk waits for both. The next chunk does
 not: its attention needs the keys of those before it, which are written before any sum. So a turn of the loop has three
-chunks at three stages, and the two sums of what the last turn left run beside the attention of a new chunk:
+chunks at three stages: a sum that the last turn left runs beside the attention of a new chunk, another beside an MLP.
 
-    turn             t              t + 1            t + 2
-    chunk c          attention      | sum, MLP       | sum, residual
-    chunk c + 1                     | attention      | sum, MLP
-    chunk c + 2                                      | attention
+    turn             t              t + 1             t + 2
+    chunk c          attention      | sum    MLP      |              sum, residual
+    chunk c + 1                     | attention       | sum          MLP
+    chunk c + 2                                       | attention
 
 Chunks of a layer follow those of the layer before it, so only the first and the last turns of a phase have less to do.
 A chunk's attention in the next layer comes at least three turns behind that in this one, when its residual is complete:
@@ -65,12 +65,10 @@ class InFlight(NamedTuple):
 
     Attributes:
       attended: products behind the attention of the newest chunk, in the parts of the devices.
-      residual: of the chunk before it, with its attention.
-      added: products behind that one's MLP, in parts.
+      added: products behind the MLP of the chunk before it, in parts.
     """
 
     attended: Parts
-    residual: Hidden
     added: Parts
 
 
@@ -95,7 +93,7 @@ class Pipeline:
         """The store, and the rows' hidden states behind the layers."""
         shape = (self.size, hidden.shape[1])
         nothing = self.decoder.ops.no_parts(shape, hidden.dtype)
-        begin = InFlight(nothing, jnp.zeros(shape, hidden.dtype), nothing)
+        begin = InFlight(nothing, nothing)
         turns = (self.end - self.first) * self.chunks
         turns = jnp.where(turns > 0, turns + STAGES - 1, 0)
         store, hidden, _ = lax.fori_loop(0, turns, self._step, (store, hidden, begin))
@@ -104,11 +102,16 @@ class Pipeline:
     def _step(self, number: Array, carry: tuple[AnyStore, AllHidden, InFlight]) -> tuple[AnyStore, AllHidden, InFlight]:
         store, hidden, before = carry
         newest, middle, oldest = (self._turn(number - age) for age in range(STAGES))
-        # These run while the attention below does, which needs none of them.
-        attended, added = self.decoder.ops.summed(before.attended), self.decoder.ops.summed(before.added)
+        sum_of = self.decoder.ops.summed
+        # One sum runs beside the attention, which does not need it, and the other beside the MLP. Left to itself, XLA
+        # would begin with what needs the sums, beside nothing.
+        attended = sum_of(before.attended)
         store, parts = self._attention(newest, store, hidden)
-        residual, mlp = self._mlp(middle, attended, hidden)
-        return store, self._finish(oldest, added, before.residual, hidden), InFlight(parts, residual, mlp)
+        attended, parts, waiting = lax.optimization_barrier((attended, parts, before.added))
+        added = sum_of(waiting)
+        hidden, mlp = self._mlp(middle, attended, hidden)
+        added, mlp = lax.optimization_barrier((added, mlp))
+        return store, self._finish(oldest, added, hidden), InFlight(parts, mlp)
 
     def _turn(self, number: Array) -> Turn:
         layer = self.first + number // self.chunks
@@ -135,13 +138,19 @@ class Pipeline:
         normed = stream_of(layer, self._chunk_of(hidden, turn)).normed
         return attention_product(layer, store, normed, self._rows(turn), self.tables)
 
-    def _mlp(self, turn: Turn, attended: Hidden, hidden: AllHidden) -> tuple[Hidden, Parts]:
+    def _mlp(self, turn: Turn, attended: Hidden, hidden: AllHidden) -> tuple[AllHidden, Parts]:
+        """The rows with what attention adds, and the products behind their MLP."""
         layer = self._layer(turn)
         addend = attention_addend(layer, attended[None], hidden.dtype)
         residual, normed = layer.add_norm(addend, self._chunk_of(hidden, turn), layer.layers.mlp_norm)
-        return residual, mlp_product(layer, normed, self._rows(turn))
+        return self._with_chunk(hidden, turn, residual), mlp_product(layer, normed, self._rows(turn))
 
-    def _finish(self, turn: Turn, added: Hidden, residual: Hidden, hidden: AllHidden) -> AllHidden:
-        layer, before = self._layer(turn), self._chunk_of(hidden, turn)
-        after = residual + sum_parts(mlp_addend(layer, added[None], hidden.dtype), hidden.dtype)
-        return lax.dynamic_update_slice_in_dim(hidden, jnp.where(turn.valid, after, before), turn.start, 0)
+    def _finish(self, turn: Turn, added: Hidden, hidden: AllHidden) -> AllHidden:
+        """The rows with what the MLP adds."""
+        addend = sum_parts(mlp_addend(self._layer(turn), added[None], hidden.dtype), hidden.dtype)
+        return self._with_chunk(hidden, turn, self._chunk_of(hidden, turn) + addend)
+
+    def _with_chunk(self, hidden: AllHidden, turn: Turn, chunk: Hidden) -> AllHidden:
+        """The rows with the turn's chunk, if there is such a turn."""
+        kept = jnp.where(turn.valid, chunk, self._chunk_of(hidden, turn))
+        return lax.dynamic_update_slice_in_dim(hidden, kept, turn.start, 0)

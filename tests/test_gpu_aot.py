@@ -12,6 +12,7 @@ from sparsex_jax.device import aot
 from sparsex_jax.device.described import backend_of, compile_options, described_mesh
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.model.sharding import check_mesh
+from sparsex_jax.model.turns import TOGETHER
 
 LLAMA = named_config("llama-3.1-8b")
 ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
@@ -63,11 +64,13 @@ def test_a_decode_step_is_a_few_kernels_a_layer_and_asks_nothing(num_devices, re
 def test_a_prefill_runs_by_the_kernels_made_for_the_gpu(num_devices):
     mesh = mesh_of(num_devices)
     assert backend_of(mesh).kernels == ("hopper", "triton")
-    for num_tokens, kernels, others in ((512, 7, 12), (8192, 6, 24)):  # one chunk, whose keys may be cut; several
-        chunk = program(aot.lower_prefill(LLAMA, ENGINE, mesh, num_tokens, ONE_SIGNAL), mesh).turn()
-        assert chunk.kernels == kernels
-        assert chunk.others <= others
-        assert chunk.collectives == (0 if num_devices == 1 else 2)
+    # One chunk, whose keys may be cut; and several, in turns without questions to the host between them.
+    for num_tokens, turns, kernels, others in ((512, 1, 7, 12), (8192, TOGETHER, 6, 19)):
+        chunks = program(aot.lower_prefill(LLAMA, ENGINE, mesh, num_tokens, ONE_SIGNAL), mesh).turn()
+        assert chunks.kernels == turns * kernels
+        assert chunks.others <= turns * others
+        assert chunks.questions == 0
+        assert chunks.collectives == (0 if num_devices == 1 else 2 * turns)
 
 
 @needs_compiler

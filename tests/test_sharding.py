@@ -56,9 +56,19 @@ METHODS = {
 }
 
 
-def few_heads(tensor_parallel: int) -> Engine:
+def few_heads(tensor_parallel: int, **options) -> Engine:
     """With fewer KV heads than devices."""
-    return engine(tensor_parallel, FEW_HEADS)
+    return engine(tensor_parallel, FEW_HEADS, **options)
+
+
+def many_norms(tensor_parallel: int, **options) -> Engine:
+    """With norms behind attention and MLP too, which need the sums over the mesh."""
+    return engine(tensor_parallel, dataclasses.replace(MODEL, post_norms=True), **options)
+
+
+def experts(tensor_parallel: int, **options) -> Engine:
+    model = dataclasses.replace(MODEL, num_experts=4, experts_per_token=2)
+    return engine(tensor_parallel, model, **options)
 
 
 def engine(tensor_parallel: int, model: ModelConfig = MODEL, **options) -> Engine:
@@ -101,19 +111,27 @@ def test_a_mesh_gives_the_logits_and_tokens_of_one_device(tensor_parallel):
 
 
 @pytest.fixture
-def hidden_sums(monkeypatch):
-    """Sums over a mesh are hidden behind other work, as on GPUs."""
+def turns(monkeypatch):
+    """A mesh takes chunks through layers as one of GPUs does: in turns, and sums run beside other work. Programs do not
+    tell such meshes apart, so tests that use it have chunks of sizes of their own."""
+    monkeypatch.setattr(Ops, "host_steers", property(lambda ops: ops.mesh.size > 1))
     monkeypatch.setattr(Ops, "hides_sums", property(lambda ops: ops.mesh.size > 1))
 
 
-def test_sums_that_run_beside_the_next_chunk_change_nothing(hidden_sums):
-    check_against_one_device(engine, 2, FEW)
+def test_sums_that_run_beside_the_next_chunk_change_nothing(turns):
+    check_against_one_device(functools.partial(engine, chunk_rows=24), 2, FEW)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("make", "tensor_parallel"), [(engine, 8), (few_heads, 4), (sharded_tiny, 4)])
-def test_every_method_is_the_same_with_hidden_sums(make, tensor_parallel, hidden_sums):
-    check_against_one_device(make, tensor_parallel, ALL)
+@pytest.mark.parametrize(("make", "tensor_parallel"), [(engine, 8), (few_heads, 4), (many_norms, 2), (experts, 4)])
+def test_every_method_is_the_same_with_hidden_sums(make, tensor_parallel, turns):
+    check_against_one_device(functools.partial(make, chunk_rows=24), tensor_parallel, ALL)
+
+
+def test_chunks_in_turns_change_nothing(turns, monkeypatch):
+    """Of whole layers, as on one GPU."""
+    monkeypatch.setattr(Ops, "hides_sums", False)
+    check_against_one_device(functools.partial(engine, chunk_rows=16), 2, FEW)
 
 
 @pytest.mark.slow

@@ -312,7 +312,9 @@ def _gated(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows wi
     return layer.decoder.ops.gated_linear(normed, *gates, activation=activation, low_rank=low_rank)
 
 
-def _experts(layer: OneLayer, router: Float[Array, "layers hidden experts"], normed: Hidden, rows: Rows) -> Hidden:
+def _experts(
+    layer: OneLayer, router: Float[Array, "layers hidden experts"], normed: Hidden, rows: Rows
+) -> Hidden | ProductParts:
     layers = layer.layers
     routing = route(normed, layer.own(router), layer.decoder.config)
     stacks = ExpertStacks(layers.expert_gate, layers.expert_up, layers.expert_down)

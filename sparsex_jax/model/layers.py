@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 
 from sparsex_jax.model.decoder import Decoder, Hidden, OneLayer, decoder_layer, queries
 from sparsex_jax.model.hoisting import hoisted
-from sparsex_jax.model.pipeline import STAGES, Pipeline
 from sparsex_jax.model.store import AnyStore, kv_of
+from sparsex_jax.model.turns import STAGES, HiddenSums, WholeLayers
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows, fold_chunks
 from sparsex_kernels.layout import PageTables
@@ -54,10 +54,11 @@ def run_layers(
     hidden: Hidden,
 ) -> tuple[AnyStore, Hidden]:
     """The layers from `first` up to `end` for these rows: a loop whose bounds are data."""
-    if forward.decoder.ops.hides_sums and len(rows.token) >= STAGES * forward.chunk:
-        chunks = jnp.maximum(-(-rows.count // forward.chunk), STAGES)
+    ops, chunks = forward.decoder.ops, len(rows.token) // forward.chunk
+    if ops.host_steers and chunks > 1:
+        turns = HiddenSums if ops.hides_sums and chunks >= STAGES else WholeLayers
         about = forward.params, forward.page_tables, forward.decoder, rows, forward.chunk
-        return Pipeline(*about, chunks, first, end).run(store, hidden)
+        return turns(*about, first, end).run(store, hidden)
     run = _layer_of(rows, forward, store, hidden)
     return lax.fori_loop(first, end, lambda layer, carry: run(forward.params, layer, *carry), (store, hidden))
 

@@ -253,7 +253,7 @@ class Ops:
         stacks: ExpertStacks,
         layer: Int[Array, ""] | int,
         rows: Rows,
-    ) -> Float[Array, "rows hidden"]:
+    ) -> Float[Array, "rows hidden"] | Float[Array, "devices rows hidden"]:
         """The weighted sum of what each row's experts compute. A mesh divides the experts: each device computes the
         rows of its own."""
         num_experts, sharded = stacks.gate.shape[1], self.mesh.size > 1

@@ -1,0 +1,216 @@
+"""Chunks of rows through layers on GPUs: a loop whose every turn takes a chunk through a layer, or a part of one.
+
+How many turns there are is data, so before each turn of a loop a GPU asks the host whether to go on, and idles until
+it answers. Here the loop is over all chunks of all layers, and asks every few of them.
+
+On a mesh a layer has two sums over the devices: behind attention, and behind the MLP. A chunk waits for both. The next
+chunk does not: its attention needs the keys of those before it, which are written before any sum. So a turn has three
+chunks at three stages: a sum that the last turn left runs beside the attention of a new chunk, another beside an MLP.
+
+    turn             t              t + 1             t + 2
+    chunk c          attention      | sum    MLP      |              sum, residual
+    chunk c + 1                     | attention       | sum          MLP
+    chunk c + 2                                       | attention
+
+Chunks of a layer follow those of the layer before it, so only the first and the last turns have less to do. A chunk's
+attention in the next layer comes at least three turns behind that in this one, when its residual is complete: where
+there are fewer chunks than three, chunks of padding take the place of others, and kernels skip them.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
+
+from sparsex_jax.model.decoder import (
+    Decoder,
+    Hidden,
+    OneLayer,
+    attention_addend,
+    attention_product,
+    decoder_layer,
+    mlp_addend,
+    mlp_product,
+    stream_of,
+)
+from sparsex_jax.model.store import AnyStore
+from sparsex_jax.model.weights import Params
+from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
+from sparsex_kernels.layout import PageTables
+from sparsex_kernels.product_parts import sum_parts
+
+TOGETHER = 4  # turns between two questions to the host
+STAGES = 3  # of a chunk on a mesh
+
+Parts = Float[Array, "devices rows hidden"]  # of a chunk
+AllHidden = Float[Array, "all_rows hidden"]  # of the rows, and behind them of a chunk that turns without one change
+
+
+class Turn(NamedTuple):
+    """A chunk in a layer.
+
+    Attributes:
+      layer: the layer's number.
+      start: the chunk's first row; the first behind all rows if there is no such chunk.
+      valid: whether there is one. The first turns may look back at some that there are not, and the last ones ahead.
+    """
+
+    layer: Int[Array, ""]
+    start: Int[Array, ""]
+    valid: Bool[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Turns(abc.ABC):
+    """Layers from `first` up to `end` for these rows, `size` rows at a time.
+
+    Attributes:
+      tables: page tables, as in `ForwardPass`.
+      size: rows of a chunk; divides the number of rows.
+    """
+
+    params: Params
+    tables: PageTables
+    decoder: Decoder
+    rows: Rows
+    size: int
+    first: Int[Array, ""]
+    end: Int[Array, ""]
+
+    def run(self, store: AnyStore, hidden: AllHidden) -> tuple[AnyStore, AllHidden]:
+        """The store, and the rows' hidden states behind the layers."""
+        spare = jnp.zeros((self.size, hidden.shape[1]), hidden.dtype)
+        step = jax.jit(self.step)  # traced once
+
+        def steps(number: Array, carry: Any) -> Any:
+            for k in range(TOGETHER):
+                carry = step(number * TOGETHER + k, carry)
+            return carry
+
+        carry = store, jnp.concatenate([hidden, spare]), self.nothing_in_flight(spare)
+        store, after, _ = lax.fori_loop(0, -(-self.number // TOGETHER), steps, carry)
+        return store, after[: len(hidden)]
+
+    @property
+    @abc.abstractmethod
+    def number(self) -> Int[Array, ""]:
+        """How many turns there are. More do no harm."""
+
+    @property
+    def chunks(self) -> Int[Array, ""]:
+        """How many chunks a layer has."""
+        return -(-self.rows.count // self.size)
+
+    @abc.abstractmethod
+    def nothing_in_flight(self, chunk: Hidden) -> Any:
+        """What the first turn finds of those before it; `chunk` is like all chunks."""
+
+    @abc.abstractmethod
+    def step(self, number: Int[Array, ""], carry: tuple[AnyStore, AllHidden, Any]) -> tuple[AnyStore, AllHidden, Any]:
+        """One turn."""
+
+    def turn(self, number: Int[Array, ""]) -> Turn:
+        layer = self.first + number // self.chunks
+        valid = (number >= 0) & (layer < self.end)
+        start = jnp.where(valid, number % self.chunks * self.size, len(self.rows.token))
+        return Turn(jnp.clip(layer, self.first, self.end - 1), start, valid)
+
+    def rows_of(self, turn: Turn) -> Rows:
+        """The turn's rows; padding if it has none."""
+        rows = self.rows.chunk(turn.start, self.size)
+        position = jnp.where(turn.valid, rows.position, -1)
+        request = jnp.where(turn.valid, rows.request, PADDING_REQUEST)
+        return dataclasses.replace(rows, position=position, request=request)
+
+    def chunk_of(self, hidden: AllHidden, turn: Turn) -> Hidden:
+        return lax.dynamic_slice_in_dim(hidden, turn.start, self.size)
+
+    def with_chunk(self, hidden: AllHidden, turn: Turn, chunk: Hidden) -> AllHidden:
+        return lax.dynamic_update_slice_in_dim(hidden, chunk, turn.start, 0)
+
+
+class WholeLayers(Turns):
+    """A turn takes its chunk through a whole layer."""
+
+    @property
+    def number(self) -> Int[Array, ""]:
+        return (self.end - self.first) * self.chunks
+
+    def nothing_in_flight(self, chunk: Hidden) -> tuple[()]:
+        return ()
+
+    def step(self, number: Int[Array, ""], carry: tuple[AnyStore, AllHidden, Any]) -> tuple[AnyStore, AllHidden, Any]:
+        (store, hidden, nothing), turn = carry, self.turn(number)
+        layer = OneLayer.of(self.decoder, self.params, turn.layer)
+        store, chunk = decoder_layer(layer, store, self.chunk_of(hidden, turn), self.rows_of(turn), self.tables)
+        return store, self.with_chunk(hidden, turn, chunk), nothing
+
+
+class InFlight(NamedTuple):
+    """What a turn of a mesh leaves to the next one.
+
+    Attributes:
+      attended: products behind the attention of the newest chunk, in the parts of the devices.
+      added: products behind the MLP of the chunk before it, in parts.
+    """
+
+    attended: Parts
+    added: Parts
+
+
+class HiddenSums(Turns):
+    """A turn of a mesh has three chunks at three stages. There is room for as many in the rows."""
+
+    @property
+    def number(self) -> Int[Array, ""]:
+        return jnp.where(self.end > self.first, (self.end - self.first) * self.chunks + STAGES - 1, 0)
+
+    @property
+    def chunks(self) -> Int[Array, ""]:
+        return jnp.maximum(super().chunks, STAGES)
+
+    def nothing_in_flight(self, chunk: Hidden) -> InFlight:
+        nothing = self.decoder.ops.no_parts(chunk.shape, chunk.dtype)
+        return InFlight(nothing, nothing)
+
+    def step(self, number: Int[Array, ""], carry: tuple[AnyStore, AllHidden, Any]) -> tuple[AnyStore, AllHidden, Any]:
+        store, hidden, before = carry
+        newest, middle, oldest = (self.turn(number - age) for age in range(STAGES))
+        sum_of = self.decoder.ops.summed
+        # One sum runs beside the attention, which does not need it, and the other beside the MLP. Left to itself, XLA
+        # would begin with what needs the sums, beside nothing.
+        attended = sum_of(before.attended)
+        store, parts = self._attention(newest, store, hidden)
+        attended, parts, waiting = lax.optimization_barrier((attended, parts, before.added))
+        added = sum_of(waiting)
+        hidden, mlp = self._mlp(middle, attended, hidden)
+        added, mlp = lax.optimization_barrier((added, mlp))
+        return store, self._finish(oldest, added, hidden), InFlight(parts, mlp)
+
+    def _layer(self, turn: Turn) -> OneLayer:
+        """The turn's layer, whose products stay in parts."""
+        decoder = dataclasses.replace(self.decoder, ops=self.decoder.ops.later)
+        return OneLayer.of(decoder, self.params, turn.layer)
+
+    def _attention(self, turn: Turn, store: AnyStore, hidden: AllHidden) -> tuple[AnyStore, Parts]:
+        layer = self._layer(turn)
+        normed = stream_of(layer, self.chunk_of(hidden, turn)).normed
+        return attention_product(layer, store, normed, self.rows_of(turn), self.tables)
+
+    def _mlp(self, turn: Turn, attended: Hidden, hidden: AllHidden) -> tuple[AllHidden, Parts]:
+        """The rows with what attention adds, and the products behind their MLP."""
+        layer = self._layer(turn)
+        addend = attention_addend(layer, attended[None], hidden.dtype)
+        residual, normed = layer.add_norm(addend, self.chunk_of(hidden, turn), layer.layers.mlp_norm)
+        return self.with_chunk(hidden, turn, residual), mlp_product(layer, normed, self.rows_of(turn))
+
+    def _finish(self, turn: Turn, added: Hidden, hidden: AllHidden) -> AllHidden:
+        """The rows with what the MLP adds."""
+        addend = sum_parts(mlp_addend(self._layer(turn), added[None], hidden.dtype), hidden.dtype)
+        return self.with_chunk(hidden, turn, self.chunk_of(hidden, turn) + addend)

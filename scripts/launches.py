@@ -34,6 +34,10 @@ class Launches:
     def __mul__(self, times: int) -> Launches:
         return Launches(*(times * each for each in self.counts))
 
+    def __truediv__(self, parts: int) -> Launches:
+        """The mean of so many parts, rounded."""
+        return Launches(*(round(each / parts) for each in self.counts))
+
     @property
     def counts(self) -> tuple[int, ...]:
         return dataclasses.astuple(self)

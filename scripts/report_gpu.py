@@ -27,21 +27,24 @@ from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.results import provenance, write_rows
 from sparsex_jax.model.sharding import check_mesh
+from sparsex_jax.model.turns import TOGETHER
 
 MODEL = named_config("llama-3.1-8b")
 ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
 ONE_SIGNAL = {"key_mass": BUILT_IN["key_mass"]}  # those with passes of their own have layers of their own too
+CHUNK = "chunk of a layer, prefill of 32768"
 STEPS: dict[str, Callable[[Mesh], Lowered]] = {
     "decode step of 1": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 1),
     "decode step of 32": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 32),
     "layer of a prefill of 512": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 512, ONE_SIGNAL),
-    "chunk of a layer, prefill of 32768": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 32768, ONE_SIGNAL),
+    CHUNK: lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 32768, ONE_SIGNAL),
 }
 
 
 def launches(step: str, gpu: str, devices: int) -> Launches:
     mesh = check_mesh(described_mesh(gpu, devices), MODEL)
-    return Program(STEPS[step](mesh).compile(compile_options(mesh)).as_text()).turn()
+    turn = Program(STEPS[step](mesh).compile(compile_options(mesh)).as_text()).turn()
+    return turn / TOGETHER if step == CHUNK else turn
 
 
 def rows_of(step: str, devices: int, found: Launches) -> Iterator[dict[str, Any]]:

@@ -60,8 +60,15 @@ class DecodeState:
     adapter: Int[Anywhere, "requests"] | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "steps", "stops_early"), donate_argnames="store")
-def decode(
+# For several GPUs: sums over them are in the CUDA graphs too. XLA's own kernel for small sums, quicker than NCCL's by
+# itself, cannot be: the GPUs would wait for their hosts twice a layer.
+SUMS_IN_GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES",
+    "xla_gpu_experimental_use_collective_kernels": "",
+}
+
+
+def _decode(
     params: Params,
     store: AnyStore,
     state: DecodeState,
@@ -106,6 +113,11 @@ def decode(
         lax.while_loop(running, body, carry) if stops_early else lax.fori_loop(0, steps, always, carry)
     )
     return store, state, out
+
+
+_static: Any = {"static_argnames": ("decoder", "steps", "stops_early"), "donate_argnames": "store"}
+decode = jax.jit(_decode, **_static)
+decode_on_gpus = jax.jit(_decode, **_static, compiler_options=SUMS_IN_GRAPHS)
 
 
 def _running_if(goes_on: Array, state: DecodeState) -> DecodeState:

@@ -30,7 +30,7 @@ from sparsex_jax.device.adapters import (
 )
 from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.arrivals import Arrivals, Late
-from sparsex_jax.device.decode import DecodeState, choose, decode, forward, steps_together
+from sparsex_jax.device.decode import DecodeState, choose, decode, decode_on_gpus, forward, steps_together
 from sparsex_jax.device.packed import Packed, packed
 from sparsex_jax.device.prefill import align, begin, pack, prefill
 from sparsex_jax.device.probe import ProbeState, probe
@@ -520,7 +520,7 @@ class Runner:
         """Dispatch the program of `together` steps once, for so many of them."""
         with self._precision():
             self.store, state, sampled = self._run(
-                decode,
+                decode_on_gpus if self.decoder.ops.hides_sums else decode,
                 self.params,
                 self.store,
                 state,

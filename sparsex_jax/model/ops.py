@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 
 from sparsex_jax.model.experts import ExpertStacks, Routing, run_experts
 from sparsex_jax.model.low_rank import Adapting, LowRank, ValuesApart, narrow_products
-from sparsex_jax.model.sharding import TENSOR_AXIS
+from sparsex_jax.model.sharding import SPARED, TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES, AnyStore, SharedStore, kv_of
 from sparsex_jax.reuse.adapters import NO_SLOT
@@ -27,7 +27,6 @@ from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Querie
 from sparsex_kernels.product_parts import ProductParts, sum_parts
 
 FEW_ROWS = 64  # a decode step's, for which there are kernels that do several operations
-SPARED = 4  # multiprocessors of a GPU that sums over a mesh may have for themselves, 3 % of an H100's
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]
@@ -203,7 +202,7 @@ class Ops:
         add = self._local(lambda own: jax.lax.psum(own[0], TENSOR_AXIS), (_PARTS,), _ALL)
         return add(parts)
 
-    def no_parts(self, shape: tuple[int, int], dtype: Any) -> Float[Array, "devices rows width"]:
+    def no_parts(self, shape: tuple[int, ...], dtype: Any) -> Float[Array, "devices rows width"]:
         """Zeros, divided as parts are."""
         zeros = jnp.zeros((self.mesh.size, *shape), dtype)
         return jax.lax.with_sharding_constraint(zeros, NamedSharding(self.mesh, _PARTS))

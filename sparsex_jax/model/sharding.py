@@ -8,6 +8,7 @@ the model has KV heads, each head is there several times: `on_mesh`.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ RULES: tuple[tuple[str, str | None], ...] = (
 
 Axes = tuple[str, ...]
 
+# Sums run beside other work on multiprocessors that are left to them. NCCL takes one for each channel, and reads this
+# when devices first communicate.
+SPARED = 4  # 3 % of an H100's
+_CHANNELS = "NCCL_MAX_NCHANNELS"
+
 _MORE_ON_CPU = "A processor is one device, or as many as JAX_NUM_CPU_DEVICES or XLA_FLAGS says when JAX starts"
 
 
@@ -58,6 +64,8 @@ def make_mesh(tensor_parallel: int = 1) -> Mesh:
             + (f". {_MORE_ON_CPU}" if on_cpu else "")
         )
     _require_every_process(devices, tensor_parallel)
+    if tensor_parallel > 1 and devices[0].platform == "gpu":
+        os.environ.setdefault(_CHANNELS, str(SPARED))
     return Mesh(np.array(devices[:tensor_parallel]), (TENSOR_AXIS,), axis_types=(AxisType.Auto,))
 
 

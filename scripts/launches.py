@@ -64,8 +64,13 @@ class Program:
         """Of a turn of that loop without loops in it which launches most kernels: of a chunk of rows through a layer,
         or of a decode step."""
         bodies = {body for lines in self._lines.values() for body in map(_body, lines) if body}
-        innermost = [body for body in bodies if not any(map(_body, self._lines[body]))]
+        innermost = [body for body in bodies if not self._loops(body)]
         return max(map(self._of, innermost), key=lambda each: each.kernels)
+
+    def _loops(self, name: str) -> bool:
+        """Whether a computation has loops, in branches of it too."""
+        lines = self._lines[name]
+        return any(_body(line) or any(map(self._loops, _branches(line))) for line in lines)
 
     def _of(self, name: str) -> Launches:
         return sum((self._launched(line) for line in self._lines[name]), Launches())

@@ -56,9 +56,11 @@ def run_layers(
     """The layers from `first` up to `end` for these rows: a loop whose bounds are data."""
     ops, chunks = forward.decoder.ops, len(rows.token) // forward.chunk
     if ops.host_steers and chunks > 1:
-        turns = HiddenSums if ops.hides_sums and chunks >= STAGES else WholeLayers
-        about = forward.params, forward.page_tables, forward.decoder, rows, forward.chunk
-        return turns(*about, first, end).run(store, hidden)
+        about = forward.params, forward.page_tables, forward.decoder, rows, forward.chunk, first, end
+        whole, hidden_sums = WholeLayers(*about), HiddenSums(*about)
+        if not ops.hides_sums or chunks < STAGES:
+            return whole.run(store, hidden)
+        return lax.cond(whole.chunks < STAGES, whole.run, hidden_sums.run, store, hidden)
     run = _layer_of(rows, forward, store, hidden)
     return lax.fori_loop(first, end, lambda layer, carry: run(forward.params, layer, *carry), (store, hidden))
 

@@ -13,8 +13,8 @@ chunks at three stages: a sum that the last turn left runs beside the attention 
     chunk c + 2                                       | attention
 
 Chunks of a layer follow those of the layer before it, so only the first and the last turns have less to do. A chunk's
-attention in the next layer comes at least three turns behind that in this one, when its residual is complete: where
-there are fewer chunks than three, chunks of padding take the place of others, and kernels skip them.
+attention in the next layer comes at least three turns behind that in this one, when its residual is complete. So there
+must be three chunks; fewer go through whole layers, and wait.
 """
 
 from __future__ import annotations
@@ -165,15 +165,11 @@ class InFlight(NamedTuple):
 
 
 class HiddenSums(Turns):
-    """A turn of a mesh has three chunks at three stages. There is room for as many in the rows."""
+    """A turn of a mesh has three chunks at three stages; a layer has at least as many."""
 
     @property
     def number(self) -> Int[Array, ""]:
         return jnp.where(self.end > self.first, (self.end - self.first) * self.chunks + STAGES - 1, 0)
-
-    @property
-    def chunks(self) -> Int[Array, ""]:
-        return jnp.maximum(super().chunks, STAGES)
 
     def nothing_in_flight(self, chunk: Hidden) -> InFlight:
         nothing = self.decoder.ops.no_parts(chunk.shape, chunk.dtype)

@@ -179,20 +179,22 @@ class AddNormArgs:
     """A product, the residual that it is added to, and what normalises the sum.
 
     Attributes:
-      parts: of the product. It is rounded to the dtype of the residual before it is added.
+      product: is rounded to the dtype of the residual before it is added.
       residual: the rows.
       scales: of the norms of all layers. Of a wider dtype than the rows, it multiplies before they are rounded.
       layer: which of the scales.
       backend: where the operation runs.
       eps: added to the mean square.
+      count: how many rows are wanted. Results of those behind are undefined and may be NaN. None: all.
     """
 
-    parts: ProductParts
+    product: ProductParts
     residual: Float[Array, "rows width"]
     scales: Float[Array, "layers width"]
     layer: Int[Array, ""] | int
     backend: Backend = dataclasses.field(metadata=_STATIC)
     eps: float = dataclasses.field(metadata=_STATIC)
+    count: Int[Array, ""] | int | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -201,8 +203,8 @@ class RotateArgs:
     """The product that makes queries, keys and values of some rows, and where keys and values go.
 
     Attributes:
-      parts: of the product: all query heads, then all key heads, then all value heads. It is rounded to `dtype` before
-        anything else is done.
+      product: all query heads, then all key heads, then all value heads. It is rounded to `dtype` before anything else
+        is done.
       store: all layers' K and V; donated by the caller's jit, so that it is updated in place.
       layer: which layer of the store.
       positions, requests, page_tables: as in `WriteArgs`.
@@ -211,7 +213,7 @@ class RotateArgs:
       dtype: of the queries.
     """
 
-    parts: ProductParts
+    product: ProductParts
     store: Store
     layer: Int[Array, ""]
     positions: RowInts
@@ -234,7 +236,7 @@ class RotateArgs:
     @property
     def q_heads(self) -> int:
         """What is left of the product."""
-        return self.parts.shape[2] // self.head_dim - 2 * self.kv_heads
+        return self.product.width // self.head_dim - 2 * self.kv_heads
 
 
 class Patch(NamedTuple):

@@ -27,7 +27,7 @@ from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.layout import Frequencies, PageTables, Window
 from sparsex_kernels.norm import rms_norm
-from sparsex_kernels.product_parts import ProductParts, sum_parts
+from sparsex_kernels.product_parts import ProductParts, one_part, sum_parts
 from sparsex_kernels.quantised import Mixed, Quantised, dequantise, lookup
 from sparsex_kernels.rope import apply_rope
 
@@ -132,11 +132,11 @@ class OneLayer(NamedTuple):
         return rms_norm(x, self.own(scale), self.decoder.config.rms_norm_eps)
 
     def add_norm(
-        self, parts: ProductParts, hidden: Hidden, scale: Float[Array, "layers dim"], *, ahead: int = 0
+        self, product: ProductParts, hidden: Hidden, scale: Float[Array, "layers dim"], rows: Rows, *, ahead: int = 0
     ) -> tuple[Hidden, Hidden]:
         """A product added to the residual, and the norm of the sum: this layer's, or that of a layer `ahead`."""
         number = jnp.minimum(self.number + ahead, len(scale) - 1)
-        return self.decoder.ops.add_norm(parts, hidden, scale, number, self.decoder.config.rms_norm_eps)
+        return self.decoder.ops.add_norm(product, hidden, scale, number, rows, self.decoder.config.rms_norm_eps)
 
     def linear(
         self,
@@ -161,7 +161,7 @@ class OneLayer(NamedTuple):
     def linear_parts(self, x: Float[Array, "rows inputs"], name: str, rows: Rows) -> ProductParts:
         """The product of `linear`, over inputs that a mesh divides, for an operation that adds its parts."""
         if self.added(name, rows=rows):
-            return self.linear(x, name, rows=rows, over_inputs=True)[0][None]
+            return one_part(self.linear(x, name, rows=rows, over_inputs=True)[0])
         (matrix,) = self.matrices(x, [name])
         return self.decoder.ops.linear_parts(x, matrix, self.number, rows)
 
@@ -277,17 +277,20 @@ def _mlp(layer: OneLayer, normed: Hidden, rows: Rows) -> ProductParts:
     layers = layer.layers
     with jax.named_scope("mlp"):
         if layers.router is None:
-            out = layer.linear_parts(_gated(layer, normed, rows), "w_down", rows)
-        else:
-            out = _experts(layer, layers.router, normed, rows)[None]
-        return _normed_parts(layer, layers.post_mlp_norm, out, normed.dtype)
+            return _last_product(layer, _gated(layer, normed, rows), "w_down", layers.post_mlp_norm, rows)
+        out, scale = _experts(layer, layers.router, normed, rows), layers.post_mlp_norm
+        return one_part(out if scale is None else layer.norm(scale, out))
 
 
-def _normed_parts(
-    layer: OneLayer, scale: Float[Array, "layers dim"] | None, parts: ProductParts, dtype: Any
+def _last_product(
+    layer: OneLayer, x: Float[Array, "rows inputs"], name: str, scale: Float[Array, "layers dim"] | None, rows: Rows
 ) -> ProductParts:
-    """What a model with norms behind attention and MLP adds to the residual; without, what it is given."""
-    return parts if scale is None else layer.norm(scale, sum_parts(parts, dtype))[None]
+    """What attention or the MLP adds to the residual: its last product, and the norm behind that where a model has one.
+    Parts are left for a kernel that adds the residual; a norm wants their sum."""
+    if scale is None:
+        return layer.linear_parts(x, name, rows)
+    (product,) = layer.linear(x, name, rows=rows, over_inputs=True)
+    return one_part(layer.norm(scale, product))
 
 
 def _gated(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows width"]:
@@ -326,8 +329,8 @@ def decoder_layer(
     layer: OneLayer, store: AnyStore, hidden: Hidden, rows: Rows, tables: PageTables
 ) -> tuple[AnyStore, Hidden]:
     """Run one layer for some rows: write their K and V into the store, then attend to all that is in it."""
-    store, hidden, out = _run_layer(layer, store, stream_of(layer, hidden), rows, tables)
-    return store, hidden + sum_parts(out, hidden.dtype)
+    store, stream = chained_layer(layer, store, stream_of(layer, hidden), rows, tables)
+    return store, stream.hidden
 
 
 def chained_layer(
@@ -336,7 +339,7 @@ def chained_layer(
     """`decoder_layer`, and the norm of the layer after it: for few rows, a kernel does it as it adds the residual. What
     is normalised behind the last layer has no use."""
     store, hidden, out = _run_layer(layer, store, stream, rows, tables)
-    return store, Stream(*layer.add_norm(out, hidden, layer.layers.attn_norm, ahead=1))
+    return store, Stream(*layer.add_norm(out, hidden, layer.layers.attn_norm, rows, ahead=1))
 
 
 def _run_layer(
@@ -344,7 +347,7 @@ def _run_layer(
 ) -> tuple[AnyStore, Hidden, ProductParts]:
     """The store, the residual behind attention, and what the MLP adds to it."""
     store, out = _attention(layer, store, stream.normed, rows, tables)
-    hidden, normed = layer.add_norm(out, stream.hidden, layer.layers.mlp_norm)
+    hidden, normed = layer.add_norm(out, stream.hidden, layer.layers.mlp_norm, rows)
     return store, hidden, _mlp(layer, normed, rows)
 
 
@@ -357,5 +360,5 @@ def _attention(
         q, store = _write(layer, store, normed, rows, tables)
         low_rank = low_rank_of(store, layer.values_apart, rows, len(tables))
         attended = ops.attention(q, store, layer.number, rows, tables, layer.window, low_rank)
-        out = layer.linear_parts(attended.reshape(len(attended), -1), "wo", rows)
-        return store, _normed_parts(layer, layers.post_attn_norm, out, normed.dtype)
+        heads = attended.reshape(len(attended), -1)
+        return store, _last_product(layer, heads, "wo", layers.post_attn_norm, rows)

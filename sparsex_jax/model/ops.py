@@ -24,7 +24,7 @@ from sparsex_kernels import api as kernels
 from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
-from sparsex_kernels.product_parts import ProductParts, sum_parts
+from sparsex_kernels.product_parts import ProductParts, one_part
 
 FEW_ROWS = 64  # a decode step's, for which there are kernels that do several operations
 
@@ -159,26 +159,23 @@ class Ops:
     def linear_parts(
         self, x: Float[Array, "rows inputs"], weight: Matrices, layer: Int[Array, ""] | int, rows: Rows
     ) -> ProductParts:
-        """Rows times a weight that a mesh divides by inputs, in parts that remain to be added. Those of a mesh are."""
-
-        def run(x: Array, weight: Any, layer: Array, count: Array, **on: Any) -> ProductParts:
-            parts = kernels.linear_parts(x, [weight], layer, count, **on)
-            return jax.lax.psum(sum_parts(parts, x.dtype), TENSOR_AXIS)[None] if self.mesh.size > 1 else parts
-
-        specs = (PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL)
-        return self._over_heads(run, specs, _ALL)(x, weight, jnp.asarray(layer), rows.count)
+        """Rows times a weight that a mesh divides by inputs, in parts for `add_norm`. A mesh adds them here."""
+        if self.mesh.size > 1:
+            return one_part(self.linear(x, [weight], layer, rows, over_inputs=True)[0])
+        return kernels.linear_parts(x, [weight], jnp.asarray(layer), rows.count, backend=self.backend)
 
     def add_norm(
         self,
-        parts: ProductParts,
+        product: ProductParts,
         residual: Float[Array, "rows hidden"],
         scales: Float[Array, "layers hidden"],
         layer: Int[Array, ""],
+        rows: Rows,
         eps: float,
     ) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows hidden"]]:
-        """The product added to the residual, and the sum's norm, on each device."""
-        run = self._over_heads(functools.partial(kernels.add_norm, eps=eps), (_ALL,) * 4, _ALL)
-        return run(parts, residual, scales, layer)
+        """The product added to the residual, and the sum's norm, on each device. Those of padding are undefined."""
+        run = self._over_heads(functools.partial(kernels.add_norm, eps=eps), (_ALL,) * 5, _ALL)
+        return run(product, residual, scales, layer, rows.count)
 
     def gated_linear(
         self,

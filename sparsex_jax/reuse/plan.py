@@ -63,7 +63,7 @@ class Rows:
 
     @property
     def count(self) -> Int[Array, ""]:
-        """Rows up to the last one that is no padding. Of a decode step, whose sequences end anywhere, some of them are."""
+        """Rows up to the last that is no padding. In a decode step sequences end anywhere, so some of these may be."""
         return jnp.max(jnp.where(self.valid, jnp.arange(1, len(self.position) + 1), 0))
 
     def chunk(self, start: Int[Array, ""] | int, size: int) -> Rows:

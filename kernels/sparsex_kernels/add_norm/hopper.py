@@ -2,7 +2,8 @@
 
 A program has a row, and each of its warps a line of the row, so that the mean square is a sum over lanes, and then one
 over warps in shared memory. All that a thread reads is loaded before it waits for any of it: a row of a decode step
-takes as long as the memory answers.
+takes as long as the memory answers. That holds for parts whose number is data, too: each has its own branch, and no
+load waits for the one before. Programs of rows that are not wanted end at once; of a decode step's, all are.
 """
 
 import functools
@@ -10,6 +11,7 @@ import operator
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,7 +21,8 @@ from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AddNormArgs
 from sparsex_kernels.mosaic import Ref
 
-MOST_ROWS = 64
+MOST_ROWS = 1024
+FEW_ROWS = 64  # a decode step's: its rows are not asked whether they are wanted
 WARPS = 4  # of a warpgroup
 WARPGROUPS = (4, 2, 1)  # of a program: the first whose warps share a row evenly
 LINE = 128  # numbers that a warp reads at a time, four a lane
@@ -34,6 +37,8 @@ class Shape(NamedTuple):
     width: int
     dtype: Any
     eps: float
+    counts_parts: bool  # whether the number of parts is data
+    counts_rows: bool  # whether that of the rows that are wanted is
 
 
 def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array, "rows width"]]:
@@ -44,7 +49,7 @@ def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array
     lines = (warpgroups, WARPS, width // (warpgroups * WARPS))
     out = jax.ShapeDtypeStruct((rows, *lines), args.residual.dtype)
     run = mosaic.kernel(
-        functools.partial(_kernel, Shape(warpgroups, width, args.residual.dtype, args.eps)),
+        functools.partial(_kernel, _shape(args, warpgroups)),
         args.backend,
         out_type=(out, out),
         grid=(rows,),
@@ -55,8 +60,11 @@ def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array
             "summed": plgpu.Barrier(num_arrivals=warpgroups),
         },
     )
-    operands = (x.reshape(*x.shape[:-1], *lines) for x in (args.parts, args.residual, args.scales))
-    hidden, normed = run(*operands, mosaic.as_scalar(args.layer))
+    parts, used = args.product
+    operands = (x.reshape(*x.shape[:-1], *lines) for x in (parts, args.residual, args.scales))
+    limits = (used, args.count if rows > FEW_ROWS else None)
+    scalars = (mosaic.as_scalar(x) for x in (args.layer, *limits) if x is not None)
+    hidden, normed = run(*operands, *scalars)
     return hidden.reshape(rows, width), normed.reshape(rows, width)
 
 
@@ -71,34 +79,81 @@ def _check(args: AddNormArgs) -> None:
         raise NotImplementedError(f"rows of {args.residual.dtype}; the kernel takes bfloat16 or float16")
 
 
-def _kernel(
+def _shape(args: AddNormArgs, warpgroups: int) -> Shape:
+    rows, width = args.residual.shape
+    counts_rows = rows > FEW_ROWS and args.count is not None
+    return Shape(warpgroups, width, args.residual.dtype, args.eps, args.product.used is not None, counts_rows)
+
+
+class Operands(NamedTuple):
+    """What a program reads: `[..., warpgroups, warps, numbers]`, and scalars."""
+
+    parts: Ref
+    residual: Ref
+    scales: Ref
+    layer: Ref
+    num_parts: Ref | None
+    num_rows: Ref | None
+
+
+def _kernel(shape: Shape, *refs: Ref, squares: Ref, summed: Ref) -> None:
+    parts, residual, scales, layer, *limits, hidden_ref, normed_ref = refs
+    num_parts = limits[0] if shape.counts_parts else None
+    num_rows = limits[-1] if shape.counts_rows else None
+    operands = Operands(parts, residual, scales, layer, num_parts, num_rows)
+    row, wg = lax.axis_index("row"), lax.axis_index("wg")
+
+    def run() -> None:
+        _add_norm(shape, operands, row, wg, hidden_ref.at[row, wg], normed_ref.at[row, wg], squares, summed)
+
+    if num_rows is None:
+        run()
+    else:
+        pl.when(row < num_rows[0])(run)
+
+
+def _add_norm(
     shape: Shape,
-    parts: Ref,
-    residual: Ref,
-    scales: Ref,
-    layer: Ref,
+    operands: Operands,
+    row: Array,
+    wg: Array,
     hidden_ref: Ref,
     normed_ref: Ref,
-    *,
     squares: Ref,
     summed: Ref,
 ) -> None:
-    row, wg = lax.axis_index("row"), lax.axis_index("wg")
-    number = layer[0]
-    loaded = [_load(parts.at[part, row, wg]) for part in range(parts.shape[0])]
-    before, scale = _load(residual.at[row, wg]), plgpu.load(scales.at[number, wg], layout=LINES, optimized=False)
+    number = operands.layer[0]
+    loaded = _load_parts(operands, row, wg)
+    before = _load(operands.residual.at[row, wg])
+    scale = plgpu.load(operands.scales.at[number, wg], layout=LINES, optimized=False)
     product = functools.reduce(operator.add, loaded).astype(shape.dtype).astype(jnp.float32)
     hidden = (before + product).astype(shape.dtype)
     wide = hidden.astype(jnp.float32)
     squares[wg] = (wide * wide).sum(axis=1)
     plgpu.barrier_arrive(summed)
-    hidden_ref.at[row, wg][...] = hidden
+    hidden_ref[...] = hidden
     plgpu.barrier_wait(summed)
     total = functools.reduce(operator.add, (squares[n, warp] for n in range(shape.warpgroups) for warp in range(WARPS)))
     normed = (wide * lax.rsqrt(total / shape.width + shape.eps)).astype(scale.dtype)
     # A product of two bfloat16 is exact in float32, so this rounds as one in bfloat16 does.
     out = scale.astype(jnp.float32) * normed.astype(jnp.float32)
-    normed_ref.at[row, wg][...] = out.astype(shape.dtype)
+    normed_ref[...] = out.astype(shape.dtype)
+
+
+def _load_parts(operands: Operands, row: Array, wg: Array) -> list[Array]:
+    """The parts of a row's product; zeros for those that are not used."""
+    first, *others = (operands.parts.at[part, row, wg] for part in range(operands.parts.shape[0]))
+    if operands.num_parts is None:
+        return [_load(first), *map(_load, others)]
+    number = operands.num_parts[0]
+    return [_load(first), *(_load_if(n < number, part) for n, part in enumerate(others, 1))]
+
+
+def _load_if(used: Array, ref: Ref) -> Array:
+    def zeros() -> Array:
+        return plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), LINES)
+
+    return lax.cond(used, functools.partial(_load, ref), zeros)
 
 
 def _load(ref: Ref) -> Array:

@@ -18,7 +18,7 @@ IMPLEMENTATIONS = {
 
 
 def rotate_and_write(
-    parts: ProductParts,
+    product: ProductParts,
     store: Store,
     layer: Int[Array, ""],
     positions: RowInts,
@@ -33,7 +33,7 @@ def rotate_and_write(
     """The rotated queries of rows, and the store with their rotated keys and their values at the rows' slots.
 
     Args:
-      parts, store, layer, positions, requests, page_tables, inv_freq, dtype: as in `RotateArgs`.
+      product, store, layer, positions, requests, page_tables, inv_freq, dtype: as in `RotateArgs`.
       backend, implementation: as in `paged_attention`. `xla` is also what others are compared with; it writes by what
         `write_kv` chooses. `hopper` does all in one launch, for up to 64 rows.
 
@@ -41,5 +41,5 @@ def rotate_and_write(
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
     rows = positions, requests, page_tables, inv_freq
-    args = RotateArgs(parts, store, layer, *rows, backend or default_backend(), dtype)
+    args = RotateArgs(product, store, layer, *rows, backend or default_backend(), dtype)
     return run("rotate_and_write", IMPLEMENTATIONS, implementation, args)

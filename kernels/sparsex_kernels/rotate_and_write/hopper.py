@@ -48,7 +48,7 @@ def rotate_and_write(args: RotateArgs) -> tuple[Queries, Store]:
     page, offset = row_addresses(store, args.positions, args.requests, args.page_tables)
     page = jnp.where(page < store.shape[1], page, -1)
     angles = args.positions[:, None].astype(jnp.float32) * args.inv_freq
-    parts = args.parts.reshape(len(args.parts), rows, -1, 2, half)
+    parts = args.product.parts.reshape(-1, rows, args.product.width // args.head_dim, 2, half)
     ref = jax.new_ref(mosaic.flat_store(store))
     run = mosaic.kernel(
         functools.partial(_kernel, shape),
@@ -75,6 +75,8 @@ def _check(args: RotateArgs) -> None:
         raise NotImplementedError(
             f"rows of {args.dtype} on a store of {store.dtype}; the kernel takes 16 bits for both"
         )
+    if args.product.used is not None:
+        raise NotImplementedError("a number of parts that is data; the kernel adds all parts")
     if rows > MOST_ROWS or args.q_heads % HEADS or args.kv_heads % HEADS or args.head_dim % (2 * LANES):
         raise NotImplementedError(
             f"{rows} rows of {args.q_heads} and {args.kv_heads} heads of {args.head_dim}; the kernel takes up to "

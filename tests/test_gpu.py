@@ -386,6 +386,26 @@ def test_rotate_and_write(rows, live, kv_heads, group, dim, parts):
     np.testing.assert_allclose(got[:, :, 0], written[:, :, 0], rtol=2**-6, atol=2**-8)
 
 
+@pytest.mark.parametrize(("live", "used"), [(1, 5), (205, 2), (1024, 1)])
+@pytest.mark.parametrize(("kv_heads", "group", "dim"), [(8, 4, 128), (4, 7, 64)])
+def test_rotate_and_write_of_few_of_many_rows(live, used, kv_heads, group, dim):
+    """Parts that are not used, and products of padding, hold NaN."""
+    skip_unless_hopper()
+    case = scattered((5000, 37, 2500), 1024, live=live, kv_heads=kv_heads, group=group, dim=dim)
+    product, inv_freq = products_to_write(5, case)
+    product = cut_to(used, product._replace(parts=product.parts.at[:, live:].set(jnp.nan)))
+    run = partial(kernels.rotate_and_write, product, *case[1:], inv_freq, jnp.int32(live), dtype=jnp.bfloat16)
+    (q, store), (expected, expected_store) = run(implementation="hopper"), run(implementation="xla")
+    assert relative_error(q[:live], expected[:live]) < 4e-3
+    unwritten, got, written = (np.nan_to_num(np.asarray(x, np.float32)) for x in (case[1], store, expected_store))
+    np.testing.assert_array_equal((got != unwritten).any(-1), (written != unwritten).any(-1))
+    np.testing.assert_allclose(got, written, rtol=2**-6, atol=2**-8)
+    for _ in range(5):  # a result that moves is a race
+        again, stored = run(implementation="hopper")
+        assert same(again[:live], q[:live])
+        assert same(stored, store)
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "dim", "layers"), [(8, 128, (0, 32)), (8, 64, (3, 29)), (3, 64, (30, 32)), (1, 128, (5, 5))]
 )

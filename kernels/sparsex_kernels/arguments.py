@@ -197,6 +197,14 @@ class AddNormArgs:
     count: Int[Array, ""] | int | None = None
 
 
+class Heads(NamedTuple):
+    """How many heads a row has of queries, and of keys and of values each, and the numbers of one."""
+
+    queries: int
+    keys: int
+    dim: int
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RotateArgs:
@@ -211,6 +219,7 @@ class RotateArgs:
       inv_freq: rotary frequencies of this layer, radians a position; the rotation is done in float32.
       backend: where the operation runs.
       dtype: of the queries.
+      count: how many rows are wanted; those behind are padding, and their queries undefined. None: all.
     """
 
     product: ProductParts
@@ -222,21 +231,13 @@ class RotateArgs:
     inv_freq: Float[Array, "half"]
     backend: Backend = dataclasses.field(metadata=_STATIC)
     dtype: Any = dataclasses.field(metadata=_STATIC)
+    count: Int[Array, ""] | int | None = None
 
     @property
-    def head_dim(self) -> int:
-        """Numbers of a head."""
-        return self.store.shape[5]
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of K, and as many of V."""
-        return self.store.shape[3]
-
-    @property
-    def q_heads(self) -> int:
-        """What is left of the product."""
-        return self.product.width // self.head_dim - 2 * self.kv_heads
+    def heads(self) -> Heads:
+        """Those of keys are the store's, and those of queries what is left of the product."""
+        keys, dim = self.store.shape[3], self.store.shape[5]
+        return Heads(self.product.width // dim - 2 * keys, keys, dim)
 
 
 class Patch(NamedTuple):

@@ -218,8 +218,9 @@ def _write(layer: OneLayer, store: AnyStore, normed: Hidden, rows: Rows, tables:
     """The rows' rotated queries, and the store with their K and V."""
     ops, projections = layer.decoder.ops, _projections(layer)
     names = [each.weight for each in projections]
-    plain = all(each.is_plain for each in projections) and not layer.added(*names, rows=rows)
-    if plain and not isinstance(store, SharedStore) and ops.fuses_rotation(len(normed)):
+    plain = all(each.is_plain for each in projections) and not layer.added(*names, rows=rows) and rows.unseen is None
+    q_heads = layer.decoder.config.num_q_heads
+    if plain and not isinstance(store, SharedStore) and ops.fuses_rotation(normed, q_heads, store):
         matrices = layer.matrices(normed, names)
         return ops.project_and_write(normed, matrices, store, layer.number, rows, tables, layer.inv_freq)
     (q, keys, values), y = _project(layer, normed, rows, *projections, apart=layer.values_apart)
@@ -336,8 +337,8 @@ def decoder_layer(
 def chained_layer(
     layer: OneLayer, store: AnyStore, stream: Stream, rows: Rows, tables: PageTables
 ) -> tuple[AnyStore, Stream]:
-    """`decoder_layer`, and the norm of the layer after it: for few rows, a kernel does it as it adds the residual. What
-    is normalised behind the last layer has no use."""
+    """`decoder_layer`, and the norm of the layer after it: a kernel that adds the residual of up to 1024 rows does it,
+    too. What is normalised behind the last layer has no use."""
     store, hidden, out = _run_layer(layer, store, stream, rows, tables)
     return store, Stream(*layer.add_norm(out, hidden, layer.layers.attn_norm, rows, ahead=1))
 

@@ -21,10 +21,11 @@ from sparsex_jax.model.store import STORE_AXES, AnyStore, SharedStore, kv_of
 from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.plan import Copies, PackedRows, Rows
 from sparsex_kernels import api as kernels
-from sparsex_kernels.arguments import Matrices
+from sparsex_kernels.arguments import Heads, Matrices
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
 from sparsex_kernels.product_parts import ProductParts, one_part
+from sparsex_kernels.rotate_and_write import is_one_kernel
 
 FEW_ROWS = 64  # a decode step's, for which there are kernels that do several operations
 
@@ -306,9 +307,13 @@ class Ops:
         write = self._over_heads(kernels.write_low_rank, (_ALL,) * 7, _ALL)
         return write(written, layer, own, positions, rows.request, tables, columns)
 
-    def fuses_rotation(self, num_rows: int) -> bool:
-        """Whether a kernel of the backend's may do what `project_and_write` does, for so few rows."""
-        return num_rows <= FEW_ROWS and "hopper" in self.backend.order("rotate_and_write")
+    def fuses_rotation(self, x: Float[Array, "rows hidden"], q_heads: int, store: Store) -> bool:
+        """Whether `project_and_write` is for these rows: a kernel of the backend's may do most of it. Of more than a
+        decode step's it must, since XLA would read parts of the product that nobody wrote."""
+        if len(x) <= FEW_ROWS:
+            return "hopper" in self.backend.order("rotate_and_write")
+        heads = Heads(q_heads // self.mesh.size, store.shape[3] // self.mesh.size, store.shape[5])
+        return is_one_kernel(len(x), heads, dtype=x.dtype, stored=store.dtype, backend=self.backend)
 
     def project_and_write(
         self,
@@ -326,13 +331,14 @@ class Ops:
           weights: of queries, keys and values; a mesh divides each by heads.
         """
 
-        def run(x: Array, weights: Any, count: Array, *args: Any, **on: Any) -> tuple[Array, Array]:
-            parts = kernels.linear_parts(x, weights, args[1], count, **on)
-            return kernels.rotate_and_write(parts, *args, dtype=x.dtype, **on)
+        def run(x: Array, weights: Any, *args: Any, **on: Any) -> tuple[Array, Array]:
+            _, layer, *_, count = args
+            product = kernels.linear_parts(x, weights, layer, count, **on)
+            return kernels.rotate_and_write(product, *args, dtype=x.dtype, **on)
 
-        specs = (_ALL, _OUTPUTS, _ALL, _STORE, *[_ALL] * 5)
-        on_heads = self._over_heads(run, specs, (_HEADS, _STORE))
-        return on_heads(x, tuple(weights), rows.count, store, layer, rows.position, rows.request, tables, inv_freq)
+        on_heads = self._over_heads(run, (_ALL, _OUTPUTS, _STORE, *[_ALL] * 6), (_HEADS, _STORE))
+        about = rows.position, rows.request, tables, inv_freq, rows.count
+        return on_heads(x, tuple(weights), store, layer, *about)
 
     def read_kv(
         self, store: AnyStore, layer: Int[Array, ""], rows: Rows, tables: PageTables

@@ -142,18 +142,8 @@ def _add_norm(
 
 def _load_parts(operands: Operands, row: Array, wg: Array) -> list[Array]:
     """The parts of a row's product; zeros for those that are not used."""
-    first, *others = (operands.parts.at[part, row, wg] for part in range(operands.parts.shape[0]))
-    if operands.num_parts is None:
-        return [_load(first), *map(_load, others)]
-    number = operands.num_parts[0]
-    return [_load(first), *(_load_if(n < number, part) for n, part in enumerate(others, 1))]
-
-
-def _load_if(used: Array, ref: Ref) -> Array:
-    def zeros() -> Array:
-        return plgpu.layout_cast(jnp.zeros(ref.shape, jnp.float32), LINES)
-
-    return lax.cond(used, functools.partial(_load, ref), zeros)
+    refs = [operands.parts.at[part, row, wg] for part in range(operands.parts.shape[0])]
+    return [part.astype(jnp.float32) for part in mosaic.load_parts(refs, operands.num_parts, LINES)]
 
 
 def _load(ref: Ref) -> Array:

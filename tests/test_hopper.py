@@ -38,7 +38,7 @@ from kernel_cases import (
 
 import sparsex_kernels.api as kernels
 from sparsex_kernels import hopper_products
-from sparsex_kernels.arguments import AttentionArgs, LinearArgs
+from sparsex_kernels.arguments import AttentionArgs, Heads, LinearArgs
 from sparsex_kernels.backend import Backend, prefer
 from sparsex_kernels.layout import as_stored
 from sparsex_kernels.linear import hopper as linear_hopper
@@ -50,6 +50,7 @@ from sparsex_kernels.paged_attention.tiles import Splits, tile_parts
 from sparsex_kernels.product_parts import sum_parts
 from sparsex_kernels.quantised import Quantised, dequantise, quantise, turned
 from sparsex_kernels.rotate_and_write import hopper as hopper_rotation
+from sparsex_kernels.rotate_and_write import is_one_kernel
 
 CPU = Backend("cpu")
 EIGHT = Config(programs=8)
@@ -514,17 +515,18 @@ def test_parts_of_few_of_many_rows_are_as_many_as_fit():
 def test_items_are_each_step_of_each_tile_once(inputs, widths, ranks):
     """Of 1 to 1024 wanted rows, in one round if one part is."""
     config = linear_hopper.choose_config(1024, inputs, widths, fits=True)
-    added = with_added(1024, widths, [ranks] + [0] * (len(widths) - 1))
+    added = with_added(1, widths, [ranks] + [0] * (len(widths) - 1))
     tiles = hopper_products.RowTiles(128, None, jnp.zeros(8, int), together=True)
-    shape = hopper_products._shape(jnp.zeros((1024, inputs)), added, widths, tiles, config)
+    shape = hopper_products._shape(jnp.zeros((1, inputs)), added, widths, tiles, config)
     columns = sum(widths) // config.columns
     steps = inputs // 64 + np.where(np.arange(columns) < widths[0] // config.columns, ranks // 64, 0)
+    numbers = jnp.arange(max(132, 8 * columns))
     for row_tiles in range(1, 9):
         fitting = hopper_products._fitting(shape, config, jnp.int32(row_tiles))
         items = row_tiles * columns * int(fitting)
         assert items <= max(132, row_tiles * columns)
         work = hopper_products.Wanted(jnp.int32(row_tiles), jnp.int32(fitting), None)
-        item = jax.tree.map(np.asarray, hopper_products._item(shape, work, jnp.arange(items)))
+        item = (np.asarray(each)[:items] for each in hopper_products._item(shape, work, numbers))
         covered = np.zeros((row_tiles, columns, max(steps)), int)
         for row, column, split, begin, end in zip(*item, strict=True):
             assert 0 <= split < fitting
@@ -632,6 +634,17 @@ def test_rotate_and_write_refuses():
         run(product, *case[1:], inv_freq)
     with pytest.raises(NotImplementedError, match="on a store of float8_e4m3fn"):
         run(product, case[1].astype("float8_e4m3fn"), *case[2:], inv_freq)
+
+
+def test_where_rotation_and_write_are_one_kernel():
+    """XLA would add parts that nobody wrote, so a caller asks before it leaves some."""
+    gpu, llama = Backend("gpu", "9.0"), Heads(32, 8, 128)
+    is_one = functools.partial(is_one_kernel, dtype=jnp.bfloat16, stored=jnp.bfloat16, backend=gpu)
+    assert is_one(1024, llama)
+    assert not is_one(1025, llama)
+    assert not is_one(8, Heads(14, 2, 64))
+    assert not is_one(8, llama, stored=jnp.float8_e4m3fn)
+    assert not is_one(8, llama, backend=Backend("gpu", "8.0"))
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(8, 5), (64, 1)])

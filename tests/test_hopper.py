@@ -38,6 +38,7 @@ from kernel_cases import (
 
 import sparsex_kernels.api as kernels
 from sparsex_kernels import hopper_products
+from sparsex_kernels.add_norm import hopper as hopper_add_norm
 from sparsex_kernels.arguments import AttentionArgs, Heads, LinearArgs
 from sparsex_kernels.backend import Backend, prefer
 from sparsex_kernels.layout import as_stored
@@ -556,15 +557,16 @@ def test_add_norm(rows, width, parts, scaled):
         assert relative_error(out, expected) < 4e-3
 
 
-def test_add_norm_of_few_of_many_rows():
-    """One program. Parts that are not used, and rows that are not wanted, hold NaN."""
-    product, residual, scales = residuals(70, 512, 3)
+def test_add_norm_of_few_of_many_rows(monkeypatch):
+    """Three programs take turns, each of two warpgroups. Parts that are not used, and rows not wanted, hold NaN."""
+    monkeypatch.setattr(hopper_add_norm, "AT_ONCE", 3)
+    product, residual, scales = residuals(70, 1024, 3)
     run = hopper(functools.partial(kernels.add_norm, eps=1e-5))
     for count, used in ((3, 1), (7, 2), (2, 3), (0, 3)):
         case = cut_to(used, product), residual.at[count:].set(jnp.nan), scales, jnp.int32(1)
         outs = run(*case, jnp.int32(count))
         for out, expected in zip(outs, exact_add_norm(*case, 1e-5), strict=True):
-            assert out.shape == (70, 512)
+            assert out.shape == (70, 1024)
             assert not count or relative_error(out[:count], expected[:count]) < 4e-3
 
 

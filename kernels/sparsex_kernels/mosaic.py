@@ -162,7 +162,7 @@ def load_parts(parts: Sequence[Ref], number: Ref | None, layout: Any) -> list[Ar
     """Parts of a product in registers. All loads are under way before one is waited for.
 
     Args:
-      number: how many of the parts are used, at least 1: each of the others has a branch of its own, which makes zeros
+      number: how many of the parts are used, at least 1: each but the first has a branch of its own, which makes zeros
         of what is not used. None: all.
     """
     load = functools.partial(plgpu.load, layout=layout, optimized=False)
@@ -176,7 +176,7 @@ def load_parts(parts: Sequence[Ref], number: Ref | None, layout: Any) -> list[Ar
         return lax.cond(used, functools.partial(load, part), zeros)
 
     used = number[0]
-    return [load(parts[0]), *(load_if(n < used, part) for n, part in enumerate(parts[1:], 1))]
+    return [load_if(n < used, part) if n else load(part) for n, part in enumerate(parts)]
 
 
 def copy_wide(narrow: Ref, wide: Ref) -> None:

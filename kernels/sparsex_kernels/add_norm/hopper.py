@@ -2,8 +2,8 @@
 
 A program has a row, and each of its warps a line of the row, so that the mean square is a sum over lanes, and then one
 over warps in shared memory. All that a thread reads is loaded before it waits for any of it: a row of a decode step
-takes as long as the memory answers. That holds for parts whose number is data, too: each has its own branch, and no
-load waits for the one before. Programs of rows that are not wanted end at once; of a decode step's, all are.
+takes as long as the memory answers. Of more rows than a decode step has, a program takes several, one after the other,
+up to the last that is wanted.
 """
 
 import functools
@@ -11,7 +11,6 @@ import operator
 from typing import Any, NamedTuple
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
@@ -22,7 +21,8 @@ from sparsex_kernels.arguments import AddNormArgs
 from sparsex_kernels.mosaic import Ref
 
 MOST_ROWS = 1024
-FEW_ROWS = 64  # a decode step's: its rows are not asked whether they are wanted
+FEW_ROWS = 64  # a decode step's: each has a program
+AT_ONCE = 2 * mosaic.MULTIPROCESSORS  # programs of more rows
 WARPS = 4  # of a warpgroup
 WARPGROUPS = (4, 2, 1)  # of a program: the first whose warps share a row evenly
 LINE = 128  # numbers that a warp reads at a time, four a lane
@@ -33,6 +33,7 @@ LINES = plgpu.Layout.TILED(plgpu.Tiling(((WARPS, LINE), (4,))), warp_dims=(-3,),
 class Shape(NamedTuple):
     """Static sizes of one call."""
 
+    programs: int
     warpgroups: int
     width: int
     dtype: Any
@@ -40,24 +41,29 @@ class Shape(NamedTuple):
     counts_parts: bool  # whether the number of parts is data
     counts_rows: bool  # whether that of the rows that are wanted is
 
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """An axis for squares of two rows, where a program takes one after the other."""
+        return (2,) if self.counts_rows else ()
+
 
 def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array, "rows width"]]:
     """See `sparsex_kernels.add_norm`."""
     rows, width = args.residual.shape
     _check(args)
-    warpgroups = next(n for n in WARPGROUPS if width % (n * WARPS * LINE) == 0)
-    lines = (warpgroups, WARPS, width // (warpgroups * WARPS))
+    shape = _shape(args)
+    lines = (shape.warpgroups, WARPS, width // (shape.warpgroups * WARPS))
     out = jax.ShapeDtypeStruct((rows, *lines), args.residual.dtype)
     run = mosaic.kernel(
-        functools.partial(_kernel, _shape(args, warpgroups)),
+        functools.partial(_kernel, shape),
         args.backend,
         out_type=(out, out),
-        grid=(rows,),
+        grid=(shape.programs,),
         grid_names=("row",),
-        num_threads=warpgroups,
+        num_threads=shape.warpgroups,
         scratch_types={
-            "squares": plgpu.SMEM((warpgroups, WARPS), jnp.float32),
-            "summed": plgpu.Barrier(num_arrivals=warpgroups),
+            "squares": plgpu.SMEM((*shape.turns, shape.warpgroups, WARPS), jnp.float32),
+            "summed": plgpu.Barrier(num_arrivals=shape.warpgroups),
         },
     )
     parts, used = args.product
@@ -79,10 +85,12 @@ def _check(args: AddNormArgs) -> None:
         raise NotImplementedError(f"rows of {args.residual.dtype}; the kernel takes bfloat16 or float16")
 
 
-def _shape(args: AddNormArgs, warpgroups: int) -> Shape:
+def _shape(args: AddNormArgs) -> Shape:
     rows, width = args.residual.shape
-    counts_rows = rows > FEW_ROWS and args.count is not None
-    return Shape(warpgroups, width, args.residual.dtype, args.eps, args.product.used is not None, counts_rows)
+    warpgroups = next(n for n in WARPGROUPS if width % (n * WARPS * LINE) == 0)
+    counts = args.product.used is not None, rows > FEW_ROWS and args.count is not None
+    programs = min(rows, AT_ONCE) if counts[1] else rows
+    return Shape(programs, warpgroups, width, args.residual.dtype, args.eps, *counts)
 
 
 class Operands(NamedTuple):
@@ -101,15 +109,18 @@ def _kernel(shape: Shape, *refs: Ref, squares: Ref, summed: Ref) -> None:
     num_parts = limits[0] if shape.counts_parts else None
     num_rows = limits[-1] if shape.counts_rows else None
     operands = Operands(parts, residual, scales, layer, num_parts, num_rows)
-    row, wg = lax.axis_index("row"), lax.axis_index("wg")
+    first, wg = lax.axis_index("row"), lax.axis_index("wg")
 
-    def run() -> None:
-        _add_norm(shape, operands, row, wg, hidden_ref.at[row, wg], normed_ref.at[row, wg], squares, summed)
+    def run(turn: Array | int, _: None = None) -> None:
+        row = first + turn * shape.programs if shape.counts_rows else first
+        # While a warpgroup reads the squares of this row, another may write those of the next, but of none behind it.
+        own = squares.at[lax.rem(turn, 2)] if shape.counts_rows else squares
+        _add_norm(shape, operands, row, wg, hidden_ref.at[row, wg], normed_ref.at[row, wg], own, summed)
 
     if num_rows is None:
-        run()
+        run(0)
     else:
-        pl.when(row < num_rows[0])(run)
+        lax.fori_loop(0, lax.div(num_rows[0] - first + shape.programs - 1, shape.programs), run, None)
 
 
 def _add_norm(

@@ -25,6 +25,7 @@ from sparsex_kernels.arguments import LinearArgs
 from sparsex_kernels.backend import default_backend
 from sparsex_kernels.linear import hopper as linear
 from sparsex_kernels.paged_attention import hopper_decode
+from sparsex_kernels.product_parts import ProductParts
 
 LAYERS, CALLS = 16, 20
 HIDDEN, WIDTH, Q_HEADS, KV_HEADS, DIM, PAGE = 4096, 14336, 32, 8, 128, 64
@@ -98,16 +99,20 @@ def between(rows: int, context: int) -> Iterator[Case]:
         dtype = jnp.float32 if parts > 1 else jnp.bfloat16
         product = normal(LAYERS, parts, rows, HIDDEN, dtype=dtype)
         add = functools.partial(kernels.add_norm, eps=1e-5, **on)
+
+        def summed(layer: int, product: Any, *rest: Any, add: Any = add) -> Any:
+            return add(ProductParts(product[layer]), *rest, layer)
+
         yield Case(
             f"add_norm: {implementation}, {parts} parts",
-            lambda layer, product, *rest, add=add: add(product[layer], *rest, layer),
+            summed,
             (list(product), residual, scales),
         )
         product = normal(LAYERS, parts, rows, (Q_HEADS + 2 * KV_HEADS) * DIM, dtype=dtype)
         write = functools.partial(kernels.rotate_and_write, dtype=jnp.bfloat16, **on)
 
         def step(layer: int, product: Any, stores: Any, *rest: Any, write: Any = write) -> Any:
-            return write(product[layer], stores[layer], jnp.int32(0), *rest)
+            return write(ProductParts(product[layer]), stores[layer], jnp.int32(0), *rest)
 
         data = (list(product), stores, *addresses, inv_freq)
         yield Case(f"rotate_and_write, and a copy of 256 KB: {implementation}, {parts} parts", step, data)

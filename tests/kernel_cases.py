@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import sparsex_kernels.api as kernels
+from sparsex_kernels.product_parts import ProductParts
 
 
 @functools.cache  # a `jax.jit` of its own for every case would compile each again
@@ -183,16 +184,26 @@ def exact_sums(x, weights, added, layer):
 
 
 def residuals(rows, width, parts, dtype="bfloat16", scaled="bfloat16"):
-    """Parts of a product, the residual, and scales of three layers."""
+    """A product in parts, the residual, and scales of three layers."""
     rng = np.random.default_rng(rows)
     summed = dtype if parts == 1 else "float32"
     shapes = ((parts, rows, width), summed), ((rows, width), dtype), ((3, width), scaled)
-    return tuple(jnp.asarray(rng.normal(size=shape), kind) for shape, kind in shapes)
+    product, *others = (jnp.asarray(rng.normal(size=shape), kind) for shape, kind in shapes)
+    return ProductParts(product), *others
 
 
-def exact_add_norm(parts, residual, scales, layer, eps):
+def cut_to(used, product):
+    """With this number of parts; the others are NaN."""
+    parts, _ = product
+    unused = jnp.arange(len(parts))[:, None, None] >= used
+    return ProductParts(jnp.where(unused, jnp.nan, parts), jnp.int32(used))
+
+
+def exact_add_norm(product, residual, scales, layer, eps):
     """The sum, and its norm, of the product and the sum as they are rounded."""
-    rounded = jnp.asarray(np.asarray(parts, np.float64).sum(0), residual.dtype)
+    parts, used = product
+    whole = np.asarray(parts, np.float64)[: None if used is None else int(used)].sum(0)
+    rounded = jnp.asarray(whole, residual.dtype)
     hidden = np.asarray(residual, np.float64) + np.asarray(rounded, np.float64)
     wide = np.asarray(jnp.asarray(hidden, residual.dtype), np.float64)
     return hidden, wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * np.asarray(scales[layer], np.float64)
@@ -203,7 +214,8 @@ def products_to_write(parts, case, dtype="bfloat16"):
     q, store, *_ = case
     width = (q.shape[1] + 2 * store.shape[3]) * q.shape[2]
     new = np.random.default_rng(parts).normal(size=(parts, len(q), width))
-    return jnp.asarray(new, dtype if parts == 1 else "float32"), 10000.0 ** -jnp.linspace(0, 1, q.shape[2] // 2)
+    product = ProductParts(jnp.asarray(new, dtype if parts == 1 else "float32"))
+    return product, 10000.0 ** -jnp.linspace(0, 1, q.shape[2] // 2)
 
 
 def same(a, b):

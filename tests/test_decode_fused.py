@@ -11,17 +11,20 @@ from kernel_cases import relative_error
 
 from sparsex_jax.device.decode import DecodeState, forward
 from sparsex_jax.device.state import sampling_arrays
-from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.decoder import Decoder, OneLayer, decoder_layer
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.model.weights import random_params
+from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
 from sparsex_kernels.add_norm import hopper as add_norm
 from sparsex_kernels.backend import FUSIONS, Backend
+from sparsex_kernels.linear import hopper as linear
 from sparsex_kernels.rotate_and_write import hopper as rotate_and_write
 
 CONFIG = dataclasses.replace(
     TINY, num_layers=2, hidden_size=512, intermediate_size=64, num_q_heads=8, num_kv_heads=4, head_dim=64
 )
+TABLES = jnp.arange(3)[:, None]
 
 
 class Fused(Backend):
@@ -63,6 +66,31 @@ def check_steps(devices):
 @pytest.mark.slow
 def test_a_fused_step_is_that_of_separate_operations():
     check_steps(1)
+
+
+class FewOfMany(Backend):
+    """Products whose parts are data, and what adds them, run in kernels; attention and the others would take longer."""
+
+    def order(self, operation):
+        return ("hopper", "xla") if operation in {"linear", *FUSIONS} else ("xla",)
+
+
+@pytest.mark.slow
+def test_a_layer_of_few_of_many_rows_is_that_of_separate_operations(monkeypatch):
+    """Of 136 rows 3 are wanted, in one of two tiles. The others hold NaN."""
+    monkeypatch.setattr(linear, "MULTIPROCESSORS", 8)  # few, so that the interpreter is done soon
+    mesh, position = make_mesh(1), jnp.full(136, -1).at[:3].set(jnp.arange(3))
+    rows = Rows(jnp.zeros(136, int), position, jnp.where(position < 0, PADDING_REQUEST, 0), jnp.arange(136))
+    params = random_params(CONFIG, "bfloat16", mesh)
+    hidden = jax.random.normal(jax.random.key(0), (136, 512)).astype("bfloat16").at[3:].set(jnp.nan)
+    store, results = jnp.zeros((2, 3, 2, 4, 64, 64), jnp.bfloat16), []
+    for backend in (FewOfMany("cpu"), Backend("cpu")):
+        layer = OneLayer.of(Decoder(CONFIG, Ops(mesh, backend)), params, jnp.int32(1))
+        run = jax.jit(lambda store, hidden, layer=layer: decoder_layer(layer, store, hidden, rows, TABLES))
+        results.append(run(store, hidden))
+    (stored, out), (expected_store, expected) = results
+    assert relative_error(out[:3], expected[:3]) < 1e-2
+    assert relative_error(stored, expected_store) < 1e-2
 
 
 @pytest.mark.slow

@@ -18,11 +18,15 @@ import sparsex_kernels.api as kernels
 from sparsex_jax import Engine, InvalidRequestError, ModelConfig, ReuseConfig, SamplingParams
 from sparsex_jax.checkpoints import convert, open_checkpoint
 from sparsex_jax.config import EngineConfig
+from sparsex_jax.device.decode import DecodeState, forward
+from sparsex_jax.device.state import sampling_arrays
 from sparsex_jax.errors import UnsupportedModelError
 from sparsex_jax.eval.flops import _Layers
+from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.experts import ExpertStacks, Routing, route, run_experts
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import random_params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
@@ -133,6 +137,24 @@ def stacks_of(experts, hidden=16, width=8):
     keys = jax.random.split(jax.random.key(1), 3)
     shapes = ((hidden, width), (hidden, width), (width, hidden))
     return ExpertStacks(*(jax.random.normal(key, (2, experts, *size)) for key, size in zip(keys, shapes, strict=True)))
+
+
+def test_a_sequence_that_ended_takes_no_experts_from_those_behind_it():
+    """In a decode step its row is padding between the others."""
+    mesh, scores = make_mesh(), []
+    for position in ([0, 0, 0], [0, -1, 0]):
+        state = DecodeState(
+            token=jnp.array([3, 5, 7]),
+            position=jnp.array(position),
+            remaining=jnp.full(3, 9),
+            stops=jnp.full((3, 1), -1),
+            page_tables=jnp.arange(3)[:, None],
+            sampling=sampling_arrays([], 3, MODEL.vocab_size),
+        )
+        store = jnp.zeros((2, 3, 2, MODEL.num_kv_heads, 16, MODEL.head_dim))
+        step = forward(random_params(MODEL, "float32", mesh), store, state, decoder=Decoder(MODEL, Ops.on(mesh)))
+        scores.append(step[1][jnp.array([0, 2])])
+    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_goes_through_no_expert_and_other_experts_are_not_read():

@@ -19,6 +19,7 @@ from kernel_cases import (
     check_packed,
     check_restored,
     copies,
+    cut_to,
     dense,
     exact,
     exact_add_norm,
@@ -43,6 +44,7 @@ from sparsex_jax import Engine, ModelConfig, ReuseConfig
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
 from sparsex_kernels.layout import as_stored
+from sparsex_kernels.product_parts import sum_parts
 from sparsex_kernels.quantised import dequantise, quantise, turned
 
 pytestmark = pytest.mark.gpu
@@ -318,13 +320,45 @@ def test_add_norm(rows, width, parts, scaled):
         assert all(map(same, run(*case), outs))
 
 
+@pytest.mark.parametrize(("width", "parts", "scaled"), [(4096, 8, "bfloat16"), (3072, 3, "float32")])
+def test_add_norm_of_few_of_many_rows(width, parts, scaled):
+    """Parts that are not used, and rows that are not wanted, hold NaN."""
+    skip_unless_hopper()
+    product, residual, scales = residuals(1024, width, parts, scaled=scaled)
+    run = jax.jit(partial(kernels.add_norm, eps=1e-5, implementation="hopper"))
+    for count, used in ((1, parts), (205, 2), (1024, 1), (0, 1)):
+        case = cut_to(used, product), residual.at[count:].set(jnp.nan), scales, jnp.int32(2)
+        outs = run(*case, jnp.int32(count))
+        for out, expected in zip(outs, exact_add_norm(*case, 1e-5), strict=True):
+            assert count == 0 or relative_error(out[:count], expected[:count]) < 4e-3
+        for _ in range(5):  # a result that moves is a race
+            assert all(same(a[:count], b[:count]) for a, b in zip(run(*case, jnp.int32(count)), outs, strict=True))
+
+
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (64, 64)])
 def test_linear_parts(rows, count):
     skip_unless_hopper()
     x, weights = stacks(rows, 4096, (4096, 1024, 1024))
-    run = jax.jit(lambda *args: kernels.linear_parts(*args, implementation="hopper").sum(0))
+    run = jax.jit(lambda *args: kernels.linear_parts(*args, implementation="hopper").parts.sum(0))
     expected = np.concatenate(exact(x, weights, 2), axis=1)
     assert relative_error(run(x, weights, jnp.int32(2), jnp.int32(count))[:count], expected[:count]) < 4e-3
+
+
+@pytest.mark.parametrize(("inputs", "width", "most"), [(14336, 4096, 8), (4096, 4096, 8), (8192, 8192, 4)])
+def test_linear_parts_of_few_of_many_rows(inputs, width, most):
+    """As many as fill one round of programs. Rows that are not wanted hold NaN."""
+    skip_unless_hopper()
+    x, weights = stacks(1024, inputs, (width,))
+    (expected,) = exact(x, weights, 2)
+    run = jax.jit(partial(kernels.linear_parts, implementation="hopper"))
+    for count in (1, 128, 129, 205, 300, 410, 512, 1024, 0):
+        args = x.at[count:].set(jnp.nan), weights, jnp.int32(2), jnp.int32(count)
+        product, row_tiles = run(*args), max(-(-count // 128), 1)
+        assert product.used == max(min(132 // (width // 256 * row_tiles), most), 1)
+        out = sum_parts(cut_to(int(product.used), product), jnp.float32)[:count]
+        assert count == 0 or relative_error(out, expected[:count]) < 1e-5
+        for _ in range(5):  # a result that moves is a race
+            assert same(sum_parts(run(*args), jnp.float32)[:count], out)
 
 
 @pytest.mark.parametrize("kv_heads", [8, 3, 1])
@@ -350,6 +384,26 @@ def test_rotate_and_write(rows, live, kv_heads, group, dim, parts):
     np.testing.assert_allclose(got[:, :, 1], written[:, :, 1], rtol=2**-7 if parts > 1 else 0)
     np.testing.assert_array_equal((got != unwritten).any(-1), (written != unwritten).any(-1))
     np.testing.assert_allclose(got[:, :, 0], written[:, :, 0], rtol=2**-6, atol=2**-8)
+
+
+@pytest.mark.parametrize(("live", "used"), [(1, 5), (205, 2), (1024, 1)])
+@pytest.mark.parametrize(("kv_heads", "group", "dim"), [(8, 4, 128), (4, 7, 64)])
+def test_rotate_and_write_of_few_of_many_rows(live, used, kv_heads, group, dim):
+    """Parts that are not used, and products of padding, hold NaN."""
+    skip_unless_hopper()
+    case = scattered((5000, 37, 2500), 1024, live=live, kv_heads=kv_heads, group=group, dim=dim)
+    product, inv_freq = products_to_write(5, case)
+    product = cut_to(used, product._replace(parts=product.parts.at[:, live:].set(jnp.nan)))
+    run = partial(kernels.rotate_and_write, product, *case[1:], inv_freq, jnp.int32(live), dtype=jnp.bfloat16)
+    (q, store), (expected, expected_store) = run(implementation="hopper"), run(implementation="xla")
+    assert relative_error(q[:live], expected[:live]) < 4e-3
+    unwritten, got, written = (np.nan_to_num(np.asarray(x, np.float32)) for x in (case[1], store, expected_store))
+    np.testing.assert_array_equal((got != unwritten).any(-1), (written != unwritten).any(-1))
+    np.testing.assert_allclose(got, written, rtol=2**-6, atol=2**-8)
+    for _ in range(5):  # a result that moves is a race
+        again, stored = run(implementation="hopper")
+        assert same(again[:live], q[:live])
+        assert same(stored, store)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from kernel_cases import (
     check_packed,
     check_restored,
     copies,
+    cut_to,
     exact,
     exact_add_norm,
     exact_gated,
@@ -36,7 +37,9 @@ from kernel_cases import (
 )
 
 import sparsex_kernels.api as kernels
-from sparsex_kernels.arguments import AttentionArgs, LinearArgs
+from sparsex_kernels import hopper_products
+from sparsex_kernels.add_norm import hopper as hopper_add_norm
+from sparsex_kernels.arguments import AttentionArgs, Heads, LinearArgs
 from sparsex_kernels.backend import Backend, prefer
 from sparsex_kernels.layout import as_stored
 from sparsex_kernels.linear import hopper as linear_hopper
@@ -45,7 +48,10 @@ from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
 from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape
 from sparsex_kernels.paged_attention.parts import key_parts
 from sparsex_kernels.paged_attention.tiles import Splits, tile_parts
+from sparsex_kernels.product_parts import sum_parts
 from sparsex_kernels.quantised import Quantised, dequantise, quantise, turned
+from sparsex_kernels.rotate_and_write import hopper as hopper_rotation
+from sparsex_kernels.rotate_and_write import is_one_kernel
 
 CPU = Backend("cpu")
 EIGHT = Config(programs=8)
@@ -485,11 +491,59 @@ def test_linear_refuses_or_falls_back():
 
 def test_parts_of_a_product_add_up_to_it():
     x, weights = stacks(3, 512, (64,))
-    parts = hopper(kernels.linear_parts)(x, weights, jnp.int32(1))
-    assert (parts.shape, parts.dtype) == ((2, 3, 64), jnp.float32)
-    whole = kernels.linear_parts(x, weights, jnp.int32(1), implementation="xla")
-    assert (whole.shape, whole.dtype) == ((1, 3, 64), x.dtype)
+    parts, used = hopper(kernels.linear_parts)(x, weights, jnp.int32(1))
+    assert (parts.shape, parts.dtype, used) == ((2, 3, 64), jnp.float32, None)
+    whole, used = kernels.linear_parts(x, weights, jnp.int32(1), implementation="xla")
+    assert (whole.shape, whole.dtype, used) == ((1, 3, 64), x.dtype, None)
     assert relative_error(parts.sum(0), whole[0]) < 4e-3
+
+
+def test_parts_of_few_of_many_rows_are_as_many_as_fit():
+    """One program. Rows that are not wanted hold NaN."""
+    x, weights = stacks(300, 512, (64,))
+    config = linear_hopper.Config(2, 64, 4, 2, 4, fits=True)
+    run = jax.jit(lambda x, count: linear_hopper.linear_parts(LinearArgs(x, weights, 1, count, CPU), config))
+    (expected,) = exact(x, weights, 1)
+    for count, used in ((100, 4), (129, 2), (300, 1), (0, 4)):
+        product = run(x.at[count:].set(jnp.nan), jnp.int32(count))
+        assert (product.parts.shape, product.used) == ((4, 300, 64), used)
+        out = sum_parts(cut_to(used, product), x.dtype)
+        assert not count or relative_error(out[:count], expected[:count]) < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "widths", "ranks"),
+    [(14336, (4096,), 0), (576, (576,), 0), (896, (512, 128, 128), 128)],
+    ids=str,
+)
+def test_items_are_each_step_of_each_tile_once(inputs, widths, ranks):
+    """Of 1 to 1024 wanted rows, in one round if one part is."""
+    config = linear_hopper.choose_config(1024, inputs, widths, fits=True)
+    added = with_added(1, widths, [ranks] + [0] * (len(widths) - 1))
+    tiles = hopper_products.RowTiles(128, None, jnp.zeros(8, int), together=True)
+    shape = hopper_products._shape(jnp.zeros((1, inputs)), added, widths, tiles, config)
+    columns = sum(widths) // config.columns
+    steps = inputs // 64 + np.where(np.arange(columns) < widths[0] // config.columns, ranks // 64, 0)
+    numbers = jnp.arange(max(132, 8 * columns))
+    for row_tiles in range(1, 9):
+        fitting = hopper_products._fitting(shape, config, jnp.int32(row_tiles))
+        items = row_tiles * columns * int(fitting)
+        assert items <= max(132, row_tiles * columns)
+        work = hopper_products.Wanted(jnp.int32(row_tiles), jnp.int32(fitting), None)
+        item = (np.asarray(each)[:items] for each in hopper_products._item(shape, work, numbers))
+        covered = np.zeros((row_tiles, columns, max(steps)), int)
+        for row, column, split, begin, end in zip(*item, strict=True):
+            assert 0 <= split < fitting
+            assert end - begin >= min(4, steps[column])
+            covered[row, column, begin:end] += 1
+        np.testing.assert_array_equal(covered, np.broadcast_to(np.arange(max(steps)) < steps[:, None], covered.shape))
+
+
+def test_parts_that_are_not_used_are_not_added():
+    product, *_ = residuals(3, 64, 4)
+    for used in (1, 3):
+        expected = np.asarray(product.parts)[:used].sum(0)
+        np.testing.assert_allclose(sum_parts(cut_to(used, product), jnp.float32), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -506,9 +560,22 @@ def test_add_norm(rows, width, parts, scaled):
         assert relative_error(out, expected) < 4e-3
 
 
+def test_add_norm_of_few_of_many_rows(monkeypatch):
+    """Three programs take turns, each of two warpgroups. Parts that are not used, and rows not wanted, hold NaN."""
+    monkeypatch.setattr(hopper_add_norm, "AT_ONCE", 3)
+    product, residual, scales = residuals(70, 1024, 3)
+    run = hopper(functools.partial(kernels.add_norm, eps=1e-5))
+    for count, used in ((3, 1), (7, 2), (2, 3), (0, 3)):
+        case = cut_to(used, product), residual.at[count:].set(jnp.nan), scales, jnp.int32(1)
+        outs = run(*case, jnp.int32(count))
+        for out, expected in zip(outs, exact_add_norm(*case, 1e-5), strict=True):
+            assert out.shape == (70, 1024)
+            assert not count or relative_error(out[:count], expected[:count]) < 4e-3
+
+
 def test_add_norm_refuses_without_a_warning_or_falls_back(recwarn):
-    case = *residuals(65, 512, 1), 0
-    with pytest.raises(NotImplementedError, match="65 rows of 512; the kernel takes up to 64"):
+    case = *residuals(1025, 512, 1), 0
+    with pytest.raises(NotImplementedError, match="1025 rows of 512; the kernel takes up to 1024"):
         kernels.add_norm(*case, eps=1e-5, implementation="hopper")
     with pytest.raises(NotImplementedError, match="rows of 576"):
         kernels.add_norm(*residuals(1, 576, 1), 0, eps=1e-5, implementation="hopper")
@@ -549,14 +616,40 @@ def test_rotate_and_write(parts, dim):
     assert not same(outs[1], case[1])
 
 
+def test_rotate_and_write_of_few_of_many_rows(monkeypatch):
+    """One program, in which 3 take turns. Parts that are not used, and products of padding, hold NaN."""
+    monkeypatch.setattr(hopper_rotation, "AT_ONCE", 3)
+    monkeypatch.setattr(hopper_rotation, "FEW_ROWS", 2)
+    case = scattered((150, 3, 70), 9, live=5, kv_heads=4, group=2)
+    product, inv_freq = products_to_write(3, case)
+    product = product._replace(parts=product.parts.at[:, 5:].set(jnp.nan))
+    run = functools.partial(kernels.rotate_and_write, dtype=jnp.bfloat16)
+    for used in (1, 3):
+        operands = cut_to(used, product), *case[1:], inv_freq, jnp.int32(5)
+        (q, store), (expected, expected_store) = hopper(run)(*operands), run(*operands, implementation="xla")
+        assert same(q[:5], expected[:5])
+        assert same(store, expected_store)
+
+
 def test_rotate_and_write_refuses():
     run = functools.partial(kernels.rotate_and_write, dtype=jnp.bfloat16, implementation="hopper")
     case = scattered((70,), 6, kv_heads=3, group=4)
     product, inv_freq = products_to_write(1, case)
-    with pytest.raises(NotImplementedError, match="6 rows of 12 and 3 heads of 64; the kernel takes up to 64"):
+    with pytest.raises(NotImplementedError, match="6 rows of 12 and 3 heads of 64; the kernel takes up to 1024"):
         run(product, *case[1:], inv_freq)
     with pytest.raises(NotImplementedError, match="on a store of float8_e4m3fn"):
         run(product, case[1].astype("float8_e4m3fn"), *case[2:], inv_freq)
+
+
+def test_where_rotation_and_write_are_one_kernel():
+    """XLA would add parts that nobody wrote, so a caller asks before it leaves some."""
+    gpu, llama = Backend("gpu", "9.0"), Heads(32, 8, 128)
+    is_one = functools.partial(is_one_kernel, dtype=jnp.bfloat16, stored=jnp.bfloat16, backend=gpu)
+    assert is_one(1024, llama)
+    assert not is_one(1025, llama)
+    assert not is_one(8, Heads(14, 2, 64))
+    assert not is_one(8, llama, stored=jnp.float8_e4m3fn)
+    assert not is_one(8, llama, backend=Backend("gpu", "8.0"))
 
 
 @pytest.mark.parametrize(("rows", "parts"), [(8, 5), (64, 1)])

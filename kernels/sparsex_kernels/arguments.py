@@ -179,20 +179,30 @@ class AddNormArgs:
     """A product, the residual that it is added to, and what normalises the sum.
 
     Attributes:
-      parts: of the product. It is rounded to the dtype of the residual before it is added.
+      product: is rounded to the dtype of the residual before it is added.
       residual: the rows.
       scales: of the norms of all layers. Of a wider dtype than the rows, it multiplies before they are rounded.
       layer: which of the scales.
       backend: where the operation runs.
       eps: added to the mean square.
+      count: how many rows are wanted. Results of those behind are undefined and may be NaN. None: all.
     """
 
-    parts: ProductParts
+    product: ProductParts
     residual: Float[Array, "rows width"]
     scales: Float[Array, "layers width"]
     layer: Int[Array, ""] | int
     backend: Backend = dataclasses.field(metadata=_STATIC)
     eps: float = dataclasses.field(metadata=_STATIC)
+    count: Int[Array, ""] | int | None = None
+
+
+class Heads(NamedTuple):
+    """How many heads a row has of queries, and of keys and of values each, and the numbers of one."""
+
+    queries: int
+    keys: int
+    dim: int
 
 
 @jax.tree_util.register_dataclass
@@ -201,17 +211,18 @@ class RotateArgs:
     """The product that makes queries, keys and values of some rows, and where keys and values go.
 
     Attributes:
-      parts: of the product: all query heads, then all key heads, then all value heads. It is rounded to `dtype` before
-        anything else is done.
+      product: all query heads, then all key heads, then all value heads. It is rounded to `dtype` before anything else
+        is done.
       store: all layers' K and V; donated by the caller's jit, so that it is updated in place.
       layer: which layer of the store.
       positions, requests, page_tables: as in `WriteArgs`.
       inv_freq: rotary frequencies of this layer, radians a position; the rotation is done in float32.
       backend: where the operation runs.
       dtype: of the queries.
+      count: how many rows are wanted; those behind are padding, and their queries undefined. None: all.
     """
 
-    parts: ProductParts
+    product: ProductParts
     store: Store
     layer: Int[Array, ""]
     positions: RowInts
@@ -220,21 +231,13 @@ class RotateArgs:
     inv_freq: Float[Array, "half"]
     backend: Backend = dataclasses.field(metadata=_STATIC)
     dtype: Any = dataclasses.field(metadata=_STATIC)
+    count: Int[Array, ""] | int | None = None
 
     @property
-    def head_dim(self) -> int:
-        """Numbers of a head."""
-        return self.store.shape[5]
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of K, and as many of V."""
-        return self.store.shape[3]
-
-    @property
-    def q_heads(self) -> int:
-        """What is left of the product."""
-        return self.parts.shape[2] // self.head_dim - 2 * self.kv_heads
+    def heads(self) -> Heads:
+        """Those of keys are the store's, and those of queries what is left of the product."""
+        keys, dim = self.store.shape[3], self.store.shape[5]
+        return Heads(self.product.width // dim - 2 * keys, keys, dim)
 
 
 class Patch(NamedTuple):

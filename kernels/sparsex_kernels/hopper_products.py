@@ -7,7 +7,13 @@ A tile of outputs belongs to one of the weights. One warpgroup fetches blocks of
 the matrix as a coordinate; the others multiply. Tiles that have none of the rows that are wanted are skipped. Where
 rows are few, reading the weights takes all the time: the sum over the inputs may be split so that every multiprocessor
 reads its share, and what comes next adds the parts. Where they are many, a program goes from tile to tile, and fetches
-for the next one while the results of the last are being stored.
+for the next one while the results of the last are being stored. Of many rows few may be wanted: into how many parts a
+sum is then split is data, and parts that are not used are not written. With 16 tiles of columns, 132 programs and 8
+parts at most:
+
+    tiles of rows   1    2    3    4    5 .. 8
+    parts used      8    4    2    2    1
+    items         128  128   96  128   80 .. 128
 
 A gated product's tile has columns of the gate and the same columns of the matrix that it gates. TMA fills contiguous
 blocks of shared memory, so each of the two has its own block, and its own product into one half of the accumulator.
@@ -57,6 +63,7 @@ class Config:
       splits: parts of the sum over the inputs.
       stages: blocks in flight.
       programs: the most programs; each goes from tile to tile.
+      fits: whether only so many of the parts are used that the programs do all in one round, if one part can.
     """
 
     warpgroups: int
@@ -64,6 +71,7 @@ class Config:
     splits: int
     stages: int
     programs: int
+    fits: bool = False
 
 
 class Shape(NamedTuple):
@@ -108,7 +116,8 @@ def product_parts(
     backend: Backend,
     added: Sequence[Added | None] = (),
 ) -> ProductParts:
-    """Results of these widths, side by side, in parts that remain to be added: one for each of the config's splits.
+    """Results of these widths, side by side, in parts that remain to be added: one for each of the config's splits, of
+    which those are used that fit.
 
     With one width for two weights, the result is their gated product.
 
@@ -137,7 +146,14 @@ def product_parts(
     )
     # Apart, so that the matrices are no launch of their own where they are known as the program is compiled.
     which = tiles.wanted[None].astype(jnp.int32), tiles.matrices.astype(jnp.int32)
-    return run(pad_rows(inputs, shape.fetched), *weights, *more, *which)[:, : len(inputs)]
+    parts = run(pad_rows(inputs, shape.fetched), *weights, *more, *which)[:, : len(inputs)]
+    return ProductParts(parts, _fitting(shape, config, which[0][0]) if config.fits else None)
+
+
+def _fitting(shape: Shape, config: Config, row_tiles: Array) -> Array:
+    """How many parts of the sum are used where so many tiles of rows are wanted."""
+    each = jnp.maximum(row_tiles, 1) * shape.starts[-1]  # items of a part
+    return jnp.clip(lax.div(config.programs, each), 1, config.splits)
 
 
 def _check(inputs: Array, weights: Sequence[Array], widths: tuple[int, ...], shape: Shape) -> None:
@@ -239,23 +255,25 @@ class Scratch(NamedTuple):
     used: Ref  # of each stage: all warpgroups have multiplied them
 
 
-class WantedTiles(NamedTuple):
-    """The tiles of rows that are multiplied."""
+class Wanted(NamedTuple):
+    """What is multiplied."""
 
-    number: Array
-    matrices: Ref  # which of each stack, by tile
+    row_tiles: Array  # how many
+    splits: Array | int  # parts of each sum
+    matrices: Ref  # which of each stack, by tile of rows
 
 
 def _kernel(shape: Shape, config: Config, x_ref: Ref, *refs: Ref, **scratch: Ref) -> None:
     *operands, wanted, which, out_ref = refs
-    tiles, wg = WantedTiles(wanted[0], which), lax.axis_index("wg")
+    splits = _fitting(shape, config, wanted[0]) if config.fits else config.splits
+    tiles, wg = Wanted(wanted[0], splits, which), lax.axis_index("wg")
     persistent = config.warpgroups == 2  # one program a multiprocessor, which has its registers for itself
 
     @pl.when(wg < config.warpgroups)
     def compute() -> None:
         if persistent:
             plgpu.set_max_registers(232, action="increase")
-        _compute(shape, config, tiles.number, wg, out_ref, Scratch(**scratch))
+        _compute(shape, config, tiles, wg, out_ref, Scratch(**scratch))
 
     @pl.when(wg == config.warpgroups)
     def fetch() -> None:
@@ -274,15 +292,16 @@ class Item(NamedTuple):
     end: Array
 
 
-def _item(shape: Shape, config: Config, row_tiles: Array, number: Array) -> Item:
+def _item(shape: Shape, tiles: Wanted, number: Array) -> Item:
     """The item of this number. With 2 tiles of rows, 3 of columns and 1 split, items 0..5 are (row, column)
     00 10 01 11 02 12 where tiles of rows are taken together, else 00 01 02 10 11 12."""
-    columns, split = shape.starts[-1], lax.div(number, row_tiles * shape.starts[-1])
+    row_tiles, columns = tiles.row_tiles, shape.starts[-1]
+    split = lax.div(number, row_tiles * columns)
     if shape.together:
         row, column = lax.rem(number, row_tiles), lax.rem(lax.div(number, row_tiles), columns)
     else:
         row, column = lax.rem(lax.div(number, columns), row_tiles), lax.rem(number, columns)
-    begin, end = (lax.div(at * _steps(shape, column), config.splits) for at in (split, split + 1))
+    begin, end = (lax.div(at * _steps(shape, column), tiles.splits) for at in (split, split + 1))
     return Item(row, column, split, begin, end)
 
 
@@ -300,20 +319,20 @@ def _columns(shape: Shape) -> Iterator[tuple[int, int]]:
     return zip(shape.starts[:-1], shape.starts[1:], strict=True)
 
 
-def _over_items(shape: Shape, config: Config, row_tiles: Array, body: Any) -> Array:
+def _over_items(shape: Shape, tiles: Wanted, body: Any) -> Array:
     """Call `body(item, steps before it)` for each of the program's items; returns the number of steps in all."""
-    items = row_tiles * shape.starts[-1] * config.splits
+    items = tiles.row_tiles * shape.starts[-1] * tiles.splits
     program, programs = lax.axis_index("program"), shape.programs
 
     def step(i: Array, done: Array) -> Array:
-        item = _item(shape, config, row_tiles, program + i * programs)
+        item = _item(shape, tiles, program + i * programs)
         body(item, done)
         return done + item.end - item.begin
 
     return lax.fori_loop(0, lax.div(items - program + programs - 1, programs), step, jnp.int32(0))
 
 
-def _compute(shape: Shape, config: Config, row_tiles: Array, wg: Array, out_ref: Ref, scratch: Scratch) -> None:
+def _compute(shape: Shape, config: Config, tiles: Wanted, wg: Array, out_ref: Ref, scratch: Scratch) -> None:
     x_smem, w_smem, out_smem, ready, used = scratch
     rows = pl.ds(wg * WGMMA_ROWS, WGMMA_ROWS)
     spans = _spans(shape, 0) if shape.matrices > 1 else [Span(0, None, (0,))]
@@ -338,7 +357,7 @@ def _compute(shape: Shape, config: Config, row_tiles: Array, wg: Array, out_ref:
         acc = pl.run_scoped(product, plgpu.ACC((WGMMA_ROWS, config.columns), jnp.float32))
         _store(shape, config, item, wg, acc, out_ref, out_smem)
 
-    _over_items(shape, config, row_tiles, over_item)
+    _over_items(shape, tiles, over_item)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -383,7 +402,7 @@ def _sources(shape: Shape, x_ref: Ref, operands: list[Ref]) -> list[list[Source]
     return sources
 
 
-def _fetch(shape: Shape, config: Config, tiles: WantedTiles, results: list[list[Source]], scratch: Scratch) -> None:
+def _fetch(shape: Shape, config: Config, tiles: Wanted, results: list[list[Source]], scratch: Scratch) -> None:
     x_smem, w_smem, _, ready, used = scratch
     # Of few rows, only the first rows of a block are filled. The others keep what they held; nothing of them is stored.
     filled = pl.ds(0, shape.fetched)
@@ -413,7 +432,7 @@ def _fetch(shape: Shape, config: Config, tiles: WantedTiles, results: list[list[
             mine = (item.column >= begin) & (item.column < end)
             pl.when(mine)(functools.partial(copy_from, sources, begin))
 
-    steps = _over_items(shape, config, tiles.number, over_item)
+    steps = _over_items(shape, tiles, over_item)
     drain((used,), 0, steps, config.stages)
 
 

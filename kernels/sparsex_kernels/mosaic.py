@@ -4,6 +4,7 @@ On a CPU they run in Mosaic GPU's interpret mode, which knows TMA copies, barrie
 operands in shared memory, but not `wgmma` on registers: there `add_weighted` uses a plain product.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -155,6 +156,27 @@ def drain(barriers: Sequence[Ref], begin: Array | int, end: Array, stages: int) 
             plgpu.barrier_wait(barrier.at[lax.rem(step - begin, stages)])
 
     lax.fori_loop(jnp.maximum(end - stages, begin), end, wait, None)
+
+
+def load_parts(parts: Sequence[Ref], number: Ref | None, layout: Any) -> list[Array]:
+    """Parts of a product in registers. All loads are under way before one is waited for.
+
+    Args:
+      number: how many of the parts are used, at least 1: each but the first has a branch of its own, which makes zeros
+        of what is not used. None: all.
+    """
+    load = functools.partial(plgpu.load, layout=layout, optimized=False)
+    if number is None:
+        return [load(part) for part in parts]
+
+    def load_if(used: Array, part: Ref) -> Array:
+        def zeros() -> Array:
+            return plgpu.layout_cast(jnp.zeros(part.shape, part.dtype), layout)
+
+        return lax.cond(used, functools.partial(load, part), zeros)
+
+    used = number[0]
+    return [load_if(n < used, part) if n else load(part) for n, part in enumerate(parts)]
 
 
 def copy_wide(narrow: Ref, wide: Ref) -> None:

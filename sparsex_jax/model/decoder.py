@@ -20,19 +20,21 @@ from jaxtyping import Float, Int
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.experts import ExpertStacks, route
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
-from sparsex_jax.model.ops import NewKV, Ops, low_rank_of
+from sparsex_jax.model.ops import DeviceParts, NewKV, Ops, low_rank_of
 from sparsex_jax.model.store import AnyStore, SharedStore
 from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.layout import Frequencies, PageTables, Window
 from sparsex_kernels.norm import rms_norm
-from sparsex_kernels.product_parts import ProductParts, sum_parts
+from sparsex_kernels.product_parts import ProductParts, one_part, sum_parts
 from sparsex_kernels.quantised import Mixed, Quantised, dequantise, lookup
 from sparsex_kernels.rope import apply_rope
 
 Hidden = Float[Array, "rows hidden"]
 Heads = Float[Array, "rows heads head_dim"]
+
+type AnyParts = Any  # ProductParts; where sums over a mesh come later, DeviceParts
 
 _ALL_KEYS = 2**31 - 1
 _IN_FLOAT32: Any = {"preferred_element_type": jnp.float32}
@@ -132,11 +134,11 @@ class OneLayer(NamedTuple):
         return rms_norm(x, self.own(scale), self.decoder.config.rms_norm_eps)
 
     def add_norm(
-        self, parts: ProductParts, hidden: Hidden, scale: Float[Array, "layers dim"], *, ahead: int = 0
+        self, product: ProductParts, hidden: Hidden, scale: Float[Array, "layers dim"], rows: Rows, *, ahead: int = 0
     ) -> tuple[Hidden, Hidden]:
         """A product added to the residual, and the norm of the sum: this layer's, or that of a layer `ahead`."""
         number = jnp.minimum(self.number + ahead, len(scale) - 1)
-        return self.decoder.ops.add_norm(parts, hidden, scale, number, self.decoder.config.rms_norm_eps)
+        return self.decoder.ops.add_norm(product, hidden, scale, number, rows, self.decoder.config.rms_norm_eps)
 
     def linear(
         self,
@@ -158,16 +160,16 @@ class OneLayer(NamedTuple):
         low_rank, about = self.added(*names, rows=rows), (self.matrices(x, names), self.number, rows)
         return self.decoder.ops.linear(x, *about, over_inputs=over_inputs, low_rank=low_rank, apart=apart)
 
-    def linear_parts(self, x: Float[Array, "rows inputs"], name: str, rows: Rows) -> ProductParts:
+    def linear_parts(self, x: Float[Array, "rows inputs"], name: str, rows: Rows) -> AnyParts:
         """The product of `linear`, over inputs that a mesh divides, for an operation that adds its parts."""
         if self.added(name, rows=rows):
             return self.as_parts(self.linear(x, name, rows=rows, over_inputs=True)[0])
         (matrix,) = self.matrices(x, [name])
         return self.decoder.ops.linear_parts(x, matrix, self.number, rows)
 
-    def as_parts(self, product: Float[Array, "rows width"] | ProductParts) -> ProductParts:
+    def as_parts(self, product: Float[Array, "rows width"] | DeviceParts) -> AnyParts:
         """A product over inputs as parts, which it is already where sums over the mesh come later."""
-        return product if self.decoder.ops.sums_later else product[None]
+        return product if self.decoder.ops.sums_later else one_part(product)
 
     def matrices(self, x: Float[Array, "rows inputs"], names: Sequence[str]) -> list[Matrices]:
         """The stacked weights of these names as matrices for the rows."""
@@ -222,8 +224,9 @@ def _write(layer: OneLayer, store: AnyStore, normed: Hidden, rows: Rows, tables:
     """The rows' rotated queries, and the store with their K and V."""
     ops, projections = layer.decoder.ops, _projections(layer)
     names = [each.weight for each in projections]
-    plain = all(each.is_plain for each in projections) and not layer.added(*names, rows=rows)
-    if plain and not isinstance(store, SharedStore) and ops.fuses_rotation(len(normed)):
+    plain = all(each.is_plain for each in projections) and not layer.added(*names, rows=rows) and rows.unseen is None
+    q_heads = layer.decoder.config.num_q_heads
+    if plain and not isinstance(store, SharedStore) and ops.fuses_rotation(normed, q_heads, store):
         matrices = layer.matrices(normed, names)
         return ops.project_and_write(normed, matrices, store, layer.number, rows, tables, layer.inv_freq)
     (q, keys, values), y = _project(layer, normed, rows, *projections, apart=layer.values_apart)
@@ -278,12 +281,13 @@ def mlp(layer: OneLayer, hidden: Hidden, rows: Rows) -> Hidden:
     return sum_parts(mlp_addend(layer, parts, hidden.dtype), hidden.dtype)
 
 
-def mlp_product(layer: OneLayer, normed: Hidden, rows: Rows) -> ProductParts:
+def mlp_product(layer: OneLayer, normed: Hidden, rows: Rows) -> AnyParts:
     """The last product of the MLP or the experts, of normalised rows."""
     router = layer.layers.router
     with jax.named_scope("mlp"):
         if router is None:
-            return layer.linear_parts(_gated(layer, normed, rows), "w_down", rows)
+            gated, scale = _gated(layer, normed, rows), layer.layers.post_mlp_norm
+            return _last_product(layer, gated, "w_down", scale, rows)
         return layer.as_parts(_experts(layer, router, normed, rows))
 
 
@@ -301,7 +305,18 @@ def _normed_parts(
     layer: OneLayer, scale: Float[Array, "layers dim"] | None, parts: ProductParts, dtype: Any
 ) -> ProductParts:
     """A sum normalised, in models with norms behind attention and MLP; without, the parts."""
-    return parts if scale is None else layer.norm(scale, sum_parts(parts, dtype))[None]
+    return parts if scale is None else one_part(layer.norm(scale, sum_parts(parts, dtype)))
+
+
+def _last_product(
+    layer: OneLayer, x: Float[Array, "rows inputs"], name: str, scale: Float[Array, "layers dim"] | None, rows: Rows
+) -> AnyParts:
+    """The last product of attention or of the MLP. Its parts are left for a kernel that adds the residual; a norm
+    behind it wants their sum."""
+    if scale is None or layer.decoder.ops.sums_later:
+        return layer.linear_parts(x, name, rows)
+    (product,) = layer.linear(x, name, rows=rows, over_inputs=True)
+    return one_part(product)
 
 
 def _gated(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows width"]:
@@ -314,7 +329,7 @@ def _gated(layer: OneLayer, normed: Hidden, rows: Rows) -> Float[Array, "rows wi
 
 def _experts(
     layer: OneLayer, router: Float[Array, "layers hidden experts"], normed: Hidden, rows: Rows
-) -> Hidden | ProductParts:
+) -> Hidden | DeviceParts:
     layers = layer.layers
     routing = route(normed, layer.own(router), layer.decoder.config)
     stacks = ExpertStacks(layers.expert_gate, layers.expert_up, layers.expert_down)
@@ -342,17 +357,17 @@ def decoder_layer(
     layer: OneLayer, store: AnyStore, hidden: Hidden, rows: Rows, tables: PageTables
 ) -> tuple[AnyStore, Hidden]:
     """Run one layer for some rows: write their K and V into the store, then attend to all that is in it."""
-    store, hidden, out = _run_layer(layer, store, stream_of(layer, hidden), rows, tables)
-    return store, hidden + sum_parts(out, hidden.dtype)
+    store, stream = chained_layer(layer, store, stream_of(layer, hidden), rows, tables)
+    return store, stream.hidden
 
 
 def chained_layer(
     layer: OneLayer, store: AnyStore, stream: Stream, rows: Rows, tables: PageTables
 ) -> tuple[AnyStore, Stream]:
-    """`decoder_layer`, and the norm of the layer after it: for few rows, a kernel does it as it adds the residual. What
-    is normalised behind the last layer has no use."""
+    """`decoder_layer`, and the norm of the layer after it: a kernel that adds the residual of up to 1024 rows does it,
+    too. What is normalised behind the last layer has no use."""
     store, hidden, out = _run_layer(layer, store, stream, rows, tables)
-    return store, Stream(*layer.add_norm(out, hidden, layer.layers.attn_norm, ahead=1))
+    return store, Stream(*layer.add_norm(out, hidden, layer.layers.attn_norm, rows, ahead=1))
 
 
 def _run_layer(
@@ -362,17 +377,18 @@ def _run_layer(
     dtype = stream.hidden.dtype
     store, out = attention_product(layer, store, stream.normed, rows, tables)
     added = attention_addend(layer, out, dtype)
-    hidden, normed = layer.add_norm(added, stream.hidden, layer.layers.mlp_norm)
+    hidden, normed = layer.add_norm(added, stream.hidden, layer.layers.mlp_norm, rows)
     return store, hidden, mlp_addend(layer, mlp_product(layer, normed, rows), dtype)
 
 
 def attention_product(
     layer: OneLayer, store: AnyStore, normed: Hidden, rows: Rows, tables: PageTables
-) -> tuple[AnyStore, ProductParts]:
+) -> tuple[AnyStore, AnyParts]:
     """The store with the K and V of normalised rows, and the last product of their attention."""
     ops = layer.decoder.ops
     with jax.named_scope("attention"):
         q, store = _write(layer, store, normed, rows, tables)
         low_rank = low_rank_of(store, layer.values_apart, rows, len(tables))
         attended = ops.attention(q, store, layer.number, rows, tables, layer.window, low_rank)
-        return store, layer.linear_parts(attended.reshape(len(attended), -1), "wo", rows)
+        heads = attended.reshape(len(attended), -1)
+        return store, _last_product(layer, heads, "wo", layer.layers.post_attn_norm, rows)

@@ -21,10 +21,11 @@ from sparsex_jax.model.store import STORE_AXES, AnyStore, SharedStore, kv_of
 from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.plan import Copies, PackedRows, Rows
 from sparsex_kernels import api as kernels
-from sparsex_kernels.arguments import Matrices
+from sparsex_kernels.arguments import Heads, Matrices
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
-from sparsex_kernels.product_parts import ProductParts, sum_parts
+from sparsex_kernels.product_parts import ProductParts, one_part
+from sparsex_kernels.rotate_and_write import is_one_kernel
 
 FEW_ROWS = 64  # a decode step's, for which there are kernels that do several operations
 
@@ -38,6 +39,9 @@ _PARTS = PartitionSpec(TENSOR_AXIS)  # [devices, rows, width]
 _BY_OUTPUTS, _BY_INPUTS = Adapting(_ALL, _OUTPUTS, _ALL, _ALL), Adapting(_INPUTS, _ALL, _ALL, _ALL)  # type: ignore
 # Of `LowRank`: Y is whole on each device, and matrices, [layers, adapters, kv_heads, rank, head_dim], are divided.
 _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
+
+
+DeviceParts = Float[Array, "devices rows width"]  # of sums over a mesh, each device's own
 
 
 def _rank_of(low_rank: Sequence[LowRank | None]) -> int:
@@ -172,21 +176,15 @@ class Ops:
 
     def linear_parts(
         self, x: Float[Array, "rows inputs"], weight: Matrices, layer: Int[Array, ""] | int, rows: Rows
-    ) -> ProductParts:
-        """Rows times a weight that a mesh divides by inputs, in parts that remain to be added. Those of a mesh are, but
-        for `sums_later`."""
+    ) -> ProductParts | DeviceParts:
+        """Rows times a weight that a mesh divides by inputs, in parts for `add_norm`. A mesh adds them here, or leaves
+        the devices' parts as they are where its `sums_later`."""
+        if self.mesh.size > 1:
+            (product,) = self.linear(x, [weight], layer, rows, over_inputs=True)
+            return product if self.sums_later else one_part(product)
+        return kernels.linear_parts(x, [weight], jnp.asarray(layer), rows.count, backend=self.backend)
 
-        def run(x: Array, weight: Any, layer: Array, count: Array, **on: Any) -> ProductParts:
-            parts = kernels.linear_parts(x, [weight], layer, count, **on)
-            if self.mesh.size == 1:
-                return parts
-            product = self._sum(sum_parts(parts, x.dtype))
-            return product if self.sums_later else product[None]
-
-        specs = (PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL)
-        return self._over_heads(run, specs, self._sums)(x, weight, jnp.asarray(layer), rows.count)
-
-    def _sum(self, x: Float[Array, "rows width"]) -> Float[Array, "rows width"] | Float[Array, "1 rows width"]:
+    def _sum(self, x: Float[Array, "rows width"]) -> Float[Array, "rows width"] | DeviceParts:
         """Within the mesh: the sum over it, or this device's part where sums come later."""
         if self.mesh.size == 1:
             return x
@@ -197,27 +195,28 @@ class Ops:
         """How a mesh divides what `_sum` gives."""
         return _PARTS if self.sums_later else _ALL
 
-    def summed(self, parts: Float[Array, "devices rows width"]) -> Float[Array, "rows width"]:
+    def summed(self, parts: DeviceParts) -> Float[Array, "rows width"]:
         """The sum of the devices' parts, whole on each."""
         add = self._local(lambda own: jax.lax.psum(own[0], TENSOR_AXIS), (_PARTS,), _ALL)
         return add(parts)
 
-    def no_parts(self, shape: tuple[int, ...], dtype: Any) -> Float[Array, "devices rows width"]:
+    def no_parts(self, shape: tuple[int, ...], dtype: Any) -> DeviceParts:
         """Zeros, divided as parts are."""
         zeros = jnp.zeros((self.mesh.size, *shape), dtype)
         return jax.lax.with_sharding_constraint(zeros, NamedSharding(self.mesh, _PARTS))
 
     def add_norm(
         self,
-        parts: ProductParts,
+        product: ProductParts,
         residual: Float[Array, "rows hidden"],
         scales: Float[Array, "layers hidden"],
         layer: Int[Array, ""],
+        rows: Rows,
         eps: float,
     ) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows hidden"]]:
-        """The product added to the residual, and the sum's norm, on each device."""
-        run = self._over_heads(functools.partial(kernels.add_norm, eps=eps), (_ALL,) * 4, _ALL)
-        return run(parts, residual, scales, layer)
+        """The product added to the residual, and the sum's norm, on each device. Those of padding are undefined."""
+        run = self._over_heads(functools.partial(kernels.add_norm, eps=eps), (_ALL,) * 5, _ALL)
+        return run(product, residual, scales, layer, rows.count)
 
     def gated_linear(
         self,
@@ -252,7 +251,7 @@ class Ops:
         stacks: ExpertStacks,
         layer: Int[Array, ""] | int,
         rows: Rows,
-    ) -> Float[Array, "rows hidden"] | Float[Array, "devices rows hidden"]:
+    ) -> Float[Array, "rows hidden"] | DeviceParts:
         """The weighted sum of what each row's experts compute. A mesh divides the experts: each device computes the
         rows of its own."""
         num_experts, sharded = stacks.gate.shape[1], self.mesh.size > 1
@@ -347,9 +346,13 @@ class Ops:
         write = self._over_heads(kernels.write_low_rank, (_ALL,) * 7, _ALL)
         return write(written, layer, own, positions, rows.request, tables, columns)
 
-    def fuses_rotation(self, num_rows: int) -> bool:
-        """Whether a kernel of the backend's may do what `project_and_write` does, for so few rows."""
-        return num_rows <= FEW_ROWS and "hopper" in self.backend.order("rotate_and_write")
+    def fuses_rotation(self, x: Float[Array, "rows hidden"], q_heads: int, store: Store) -> bool:
+        """Whether `project_and_write` is for these rows: a kernel of the backend's may do most of it. Of more than a
+        decode step's it must, since XLA would read parts of the product that nobody wrote."""
+        if len(x) <= FEW_ROWS:
+            return "hopper" in self.backend.order("rotate_and_write")
+        heads = Heads(q_heads // self.mesh.size, store.shape[3] // self.mesh.size, store.shape[5])
+        return is_one_kernel(len(x), heads, dtype=x.dtype, stored=store.dtype, backend=self.backend)
 
     def project_and_write(
         self,
@@ -367,13 +370,14 @@ class Ops:
           weights: of queries, keys and values; a mesh divides each by heads.
         """
 
-        def run(x: Array, weights: Any, count: Array, *args: Any, **on: Any) -> tuple[Array, Array]:
-            parts = kernels.linear_parts(x, weights, args[1], count, **on)
-            return kernels.rotate_and_write(parts, *args, dtype=x.dtype, **on)
+        def run(x: Array, weights: Any, *args: Any, **on: Any) -> tuple[Array, Array]:
+            _, layer, *_, count = args
+            product = kernels.linear_parts(x, weights, layer, count, **on)
+            return kernels.rotate_and_write(product, *args, dtype=x.dtype, **on)
 
-        specs = (_ALL, _OUTPUTS, _ALL, _STORE, *[_ALL] * 5)
-        on_heads = self._over_heads(run, specs, (_HEADS, _STORE))
-        return on_heads(x, tuple(weights), rows.count, store, layer, rows.position, rows.request, tables, inv_freq)
+        on_heads = self._over_heads(run, (_ALL, _OUTPUTS, _STORE, *[_ALL] * 6), (_HEADS, _STORE))
+        about = rows.position, rows.request, tables, inv_freq, rows.count
+        return on_heads(x, tuple(weights), store, layer, *about)
 
     def read_kv(
         self, store: AnyStore, layer: Int[Array, ""], rows: Rows, tables: PageTables

@@ -39,16 +39,16 @@ from sparsex_jax.model.decoder import (
     mlp_product,
     stream_of,
 )
+from sparsex_jax.model.ops import DeviceParts
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
 from sparsex_kernels.layout import PageTables
-from sparsex_kernels.product_parts import sum_parts
+from sparsex_kernels.product_parts import one_part, sum_parts
 
 TOGETHER = 4  # turns between two questions to the host
 STAGES = 3  # of a chunk on a mesh
 
-Parts = Float[Array, "devices rows hidden"]  # of a chunk
 AllHidden = Float[Array, "all_rows hidden"]  # of the rows, and behind them of a chunk that turns without one change
 
 
@@ -160,8 +160,8 @@ class InFlight(NamedTuple):
       added: products behind the MLP of the chunk before it, in parts.
     """
 
-    attended: Parts
-    added: Parts
+    attended: DeviceParts
+    added: DeviceParts
 
 
 class HiddenSums(Turns):
@@ -194,19 +194,20 @@ class HiddenSums(Turns):
         decoder = dataclasses.replace(self.decoder, ops=self.decoder.ops.later)
         return OneLayer.of(decoder, self.params, turn.layer)
 
-    def _attention(self, turn: Turn, store: AnyStore, hidden: AllHidden) -> tuple[AnyStore, Parts]:
+    def _attention(self, turn: Turn, store: AnyStore, hidden: AllHidden) -> tuple[AnyStore, DeviceParts]:
         layer = self._layer(turn)
         normed = stream_of(layer, self.chunk_of(hidden, turn)).normed
         return attention_product(layer, store, normed, self.rows_of(turn), self.tables)
 
-    def _mlp(self, turn: Turn, attended: Hidden, hidden: AllHidden) -> tuple[AllHidden, Parts]:
+    def _mlp(self, turn: Turn, attended: Hidden, hidden: AllHidden) -> tuple[AllHidden, DeviceParts]:
         """The rows with what attention adds, and the products behind their MLP."""
         layer = self._layer(turn)
-        addend = attention_addend(layer, attended[None], hidden.dtype)
-        residual, normed = layer.add_norm(addend, self.chunk_of(hidden, turn), layer.layers.mlp_norm)
-        return self.with_chunk(hidden, turn, residual), mlp_product(layer, normed, self.rows_of(turn))
+        addend = attention_addend(layer, one_part(attended), hidden.dtype)
+        rows, before = self.rows_of(turn), self.chunk_of(hidden, turn)
+        residual, normed = layer.add_norm(addend, before, layer.layers.mlp_norm, rows)
+        return self.with_chunk(hidden, turn, residual), mlp_product(layer, normed, rows)
 
     def _finish(self, turn: Turn, added: Hidden, hidden: AllHidden) -> AllHidden:
         """The rows with what the MLP adds."""
-        addend = sum_parts(mlp_addend(self._layer(turn), added[None], hidden.dtype), hidden.dtype)
+        addend = sum_parts(mlp_addend(self._layer(turn), one_part(added), hidden.dtype), hidden.dtype)
         return self.with_chunk(hidden, turn, self.chunk_of(hidden, turn) + addend)

@@ -63,7 +63,8 @@ class Rows:
 
     @property
     def count(self) -> Int[Array, ""]:
-        return self.valid.sum()
+        """Rows up to the last that is no padding. In a decode step sequences end anywhere, so some of these may be."""
+        return jnp.max(jnp.where(self.valid, jnp.arange(1, len(self.position) + 1), 0))
 
     def chunk(self, start: Int[Array, ""] | int, size: int) -> Rows:
         """`size` rows from `start` on."""

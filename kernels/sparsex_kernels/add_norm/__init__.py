@@ -15,10 +15,11 @@ IMPLEMENTATIONS = {
 
 
 def add_norm(
-    parts: ProductParts,
+    product: ProductParts,
     residual: Float[Array, "rows width"],
     scales: Float[Array, "layers width"],
     layer: Int[Array, ""] | int,
+    count: Int[Array, ""] | int | None = None,
     *,
     eps: float,
     backend: Backend | None = None,
@@ -27,12 +28,12 @@ def add_norm(
     """`residual + product`, and its RMS norm times the scale of one layer, both in the dtype of the residual.
 
     Args:
-      parts, residual, scales, layer, eps: as in `AddNormArgs`.
+      product, residual, scales, layer, count, eps: as in `AddNormArgs`.
       backend, implementation: as in `paged_attention`. `xla` is also what others are compared with. `hopper` does
-        all in one launch, for up to 64 rows.
+        all in one launch, for up to 1024 rows.
 
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
     """
-    args = AddNormArgs(parts, residual, scales, layer, backend or default_backend(), eps)
+    args = AddNormArgs(product, residual, scales, layer, backend or default_backend(), eps, count)
     return run("add_norm", IMPLEMENTATIONS, implementation, args)

@@ -11,7 +11,7 @@ from sparsex_kernels.arguments import Added, LinearArgs, Matrices
 from sparsex_kernels.backend import Backend, default_backend, late, run
 from sparsex_kernels.linear import xla
 from sparsex_kernels.linear.apart import plus
-from sparsex_kernels.product_parts import ProductParts
+from sparsex_kernels.product_parts import ProductParts, one_part
 from sparsex_kernels.quantised import Mixed, same_kind
 
 # On a TPU, XLA's products take a layer's slice as it is.
@@ -83,7 +83,7 @@ def linear_parts(
 
     Args:
       inputs, weights, layer, count, backend, implementation: as in `linear`. Implementations that split no sums, and
-        weights of several kinds, give one part.
+        weights of several kinds, give one part. Of 65 to 1024 rows, `hopper` uses more parts where fewer are wanted.
 
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.
@@ -91,7 +91,7 @@ def linear_parts(
     plain = tuple(weight for weight in weights if not isinstance(weight, Mixed))
     if len(plain) < len(weights) or not same_kind(weights):
         apart = linear(inputs, weights, layer, count, backend=backend, implementation=implementation)
-        return jnp.concatenate(apart, axis=1)[None]
+        return one_part(jnp.concatenate(apart, axis=1))
     args = LinearArgs(inputs, plain, layer, count, backend or default_backend())
     return run("linear", PARTS, implementation, args)
 

@@ -16,17 +16,21 @@ from sparsex_kernels.linear.apart import plus
 from sparsex_kernels.linear.hopper_codes import products_of_codes
 from sparsex_kernels.linear.xla import ACTIVATIONS
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
-from sparsex_kernels.product_parts import ProductParts, sum_parts
+from sparsex_kernels.product_parts import ProductParts, one_part, sum_parts
 from sparsex_kernels.quantised import SQUARE, Quantised, floats
 
 NARROW = 512  # up to this many columns, few rows take tiles of 64: of 128 there are too few for all multiprocessors
+# Parts whose number is data have room for all rows: 134 MB for 8 of 1024 rows of 4096 columns, of which one round of
+# programs writes 17.
+MOST_PARTS, MOST_ROWS_IN_PARTS = 8, 1024
 
 
 def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
     """See `sparsex_kernels.linear`."""
     if _reads_codes(args):
         return plus(_split(_in_codes(args), args), args.added, functools.partial(_added_product, args))
-    return _split(sum_parts(linear_parts(args, config), args.inputs.dtype), args)
+    args = _as_floats(args)
+    return _split(sum_parts(_products(args, args.widths, config or _config(args)), args.inputs.dtype), args)
 
 
 def _split(out: Float[Array, "rows widths"], args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
@@ -41,10 +45,13 @@ def _added_product(args: LinearArgs, added: Added) -> Float[Array, "rows _"]:
 def linear_parts(args: LinearArgs, config: Config | None = None) -> ProductParts:
     """See `sparsex_kernels.linear`."""
     if _reads_codes(args):
-        return _in_codes(args)[None]
-    args = _as_floats(args)
+        return one_part(_in_codes(args))
+    return _products(_as_floats(args), args.widths, config or _config(args, fits=True))
+
+
+def _config(args: LinearArgs, *, fits: bool = False) -> Config:
     rows, inputs = args.inputs.shape
-    return _products(args, args.widths, config or choose_config(rows, inputs, args.widths))
+    return choose_config(rows, inputs, args.widths, fits=fits)
 
 
 def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array, "rows width"]:
@@ -56,7 +63,7 @@ def gated_linear(args: LinearArgs, config: Config | None = None) -> Float[Array,
     if config.splits > 1 or _reads_codes(args) or args.activation != "silu":
         gate, up = linear(args)  # the sum must be complete, and scaled, before it is gated
         return ACTIVATIONS[args.activation](gate) * up
-    return _products(_as_floats(args), (width,), config)[0]
+    return _products(_as_floats(args), (width,), config).parts[0]
 
 
 def _reads_codes(args: LinearArgs) -> bool:
@@ -114,23 +121,30 @@ def _products(args: LinearArgs, widths: tuple[int, ...], config: Config) -> Prod
     return product_parts(args.inputs, args.arrays, widths, tiles, config, args.backend, args.added)
 
 
-def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int = 1) -> Config:
+def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int = 1, *, fits: bool = False) -> Config:
     """Sizes that suit this number of rows and inputs, and weights of these widths; a split has four steps or more.
 
     Of few rows, two programs share a multiprocessor. They all begin at once: one more would begin when the others are
     done, and its loads alone do not fill the memory's bandwidth.
 
+    Of more rows, all that are wanted may be in one tile, so one that fits has as many parts as suit that. With 256 of
+    1024 rows wanted, 4096 outputs of 14336 inputs should take 56 steps of 0.7 us in 4 parts, not 224 in one; to write
+    17 MB of parts and read them again takes some 9 us of the 118 that this saves.
+
     Args:
       matrices: 2 for a gated product, whose tile has half of its columns of each.
+      fits: whether the number of parts that are used may be data, for who reads no others.
     """
     few = rows <= WGMMA_ROWS
     most = (64 * matrices if sum(widths) <= NARROW else 128) if few else 256
     columns = next((n for n in (256, 128, 64) if n <= most and not any(w % n for w in widths)), 0)
     if not columns:
         raise NotImplementedError(f"weights of {widths} columns; the kernel takes multiples of 64")
-    tiles = sum(widths) // columns * -(-rows // (WGMMA_ROWS if few else 2 * WGMMA_ROWS))
-    wanted = 2 * MULTIPROCESSORS // tiles if few else round(MULTIPROCESSORS / tiles)
-    splits = max(min(wanted, inputs // (4 * DEPTH)), 1)
+    fits = fits and not few and rows <= MOST_ROWS_IN_PARTS
+    row_tiles = 1 if fits else -(-rows // (WGMMA_ROWS if few else 2 * WGMMA_ROWS))
+    tiles = sum(widths) // columns * row_tiles
+    wanted = 2 * MULTIPROCESSORS // tiles if few else MULTIPROCESSORS // tiles
+    splits = max(min(wanted, inputs // (4 * DEPTH), MOST_PARTS if fits else wanted), 1)
     if few:
         return Config(1, columns, splits, 3, tiles * splits)
-    return Config(2, columns, splits, 4, MULTIPROCESSORS)
+    return Config(2, columns, splits, 4, MULTIPROCESSORS, fits and splits > 1)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from sparsex_kernels.arguments import LinearArgs
 from sparsex_kernels.linear.apart import plus
-from sparsex_kernels.product_parts import ProductParts
+from sparsex_kernels.product_parts import ProductParts, one_part
 from sparsex_kernels.quantised import Quantised, dequantise, numbers
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -27,7 +27,7 @@ def linear(args: LinearArgs) -> tuple[Float[Array, "rows _"], ...]:
 
 def linear_parts(args: LinearArgs) -> ProductParts:
     """See `sparsex_kernels.linear`."""
-    return jnp.concatenate(linear(args), axis=1)[None]
+    return one_part(jnp.concatenate(linear(args), axis=1))
 
 
 def _product(inputs: Array, stack: Array | Quantised, layer: Array | int) -> Array:

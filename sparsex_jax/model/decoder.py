@@ -147,7 +147,7 @@ class OneLayer(NamedTuple):
         rows: Rows,
         over_inputs: bool = False,
         apart: ValuesApart | None = None,
-    ) -> tuple[Float[Array, "rows _"], ...]:
+    ) -> tuple[Float[Array, "... rows _"], ...]:
         """Products of the rows with this layer's matrices, heads side by side, each with what the row's adapter adds.
         Products of padding are undefined.
 

@@ -150,7 +150,7 @@ class Ops:
         over_inputs: bool,
         low_rank: Sequence[LowRank | None] = (),
         apart: ValuesApart | None = None,
-    ) -> tuple[Float[Array, "rows _"], ...]:
+    ) -> tuple[Float[Array, "... rows _"], ...]:
         """Rows times each weight. A mesh divides weights by columns, or by inputs if the product is `over_inputs`.
 
         Args:

@@ -77,6 +77,18 @@ def test_a_prefill_runs_by_the_kernels_made_for_the_gpu(num_devices):
 
 @needs_compiler
 @pytest.mark.gpu_aot
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_a_prefill_at_once_asks_nothing(num_devices):
+    mesh = mesh_of(num_devices)
+    found = program(aot.lower_prefill_at_once(LLAMA, ENGINE, mesh), mesh).whole()
+    assert found.questions == 0
+    assert found.kernels == 9 * LAYERS
+    assert found.others <= (2 if num_devices == 1 else 5) * LAYERS + 60
+    assert found.collectives <= (0 if num_devices == 1 else 2 * LAYERS + 4)
+
+
+@needs_compiler
+@pytest.mark.gpu_aot
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 def test_no_kernel_spills_registers(kv_dtype, tmp_path, monkeypatch):
     """The assembler says so of each kernel, where Mosaic GPU is told to write that down."""

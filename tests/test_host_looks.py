@@ -10,6 +10,7 @@ from conftest import TINY, tiny_engine
 
 from sparsex_jax import ReuseConfig, SamplingParams
 from sparsex_jax.device.decode import FEW_STEPS, decode
+from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.ops import Ops
 from sparsex_kernels.backend import prefer
@@ -107,3 +108,23 @@ def test_where_launches_cost_time_the_answers_are_the_same(monkeypatch):
         changed, found = answers()
     assert changed == tokens
     np.testing.assert_allclose(found, logits, atol=1e-5)
+
+
+def test_a_prefill_at_once_gives_what_one_by_layers_does(monkeypatch):
+    """Of prompts of one chunk in full, and behind a stored prefix. SparseX goes by layers, since it drops rows."""
+    taken, at_once = [], Runner._runs_at_once
+    monkeypatch.setattr(Runner, "_runs_at_once", lambda *about: taken.append(at_once(*about)) or taken[-1])
+    moved = ReuseConfig(boundary_layer=1, recompute_ratio=0.1, overflow_tokens=0, only_if_faster=False)
+    methods = {ReuseConfig("full"): True, ReuseConfig("prefix"): True, moved: False}
+    stored = np.arange(2, 10)
+
+    def logits(engine):
+        engine.remember(stored, frozen=True)
+        prompts = [[1, *stored, 3, 4], [*stored, 5, 6], [1, *stored, 3, 4]]
+        pairs = zip(prompts, methods, strict=True)
+        return np.stack([engine.prefill(prompt, reuse=reuse, keep=False).logits for prompt, reuse in pairs])
+
+    expected = logits(tiny_engine())
+    assert not any(taken)
+    np.testing.assert_allclose(logits(steered_engine()), expected, atol=1e-5)
+    assert taken[-3:] == [*methods.values()]

@@ -22,7 +22,7 @@ from sparsex_jax.device.decode import DecodeState, decode, steps_together
 from sparsex_jax.device.described import backend_of, lowering_for
 from sparsex_jax.device.packed import packed
 from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
-from sparsex_jax.device.prefill import align, prefill
+from sparsex_jax.device.prefill import align, prefill, prefill_at_once
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN, Signal
 from sparsex_jax.device.state import BatchSlot, decode_state
@@ -68,19 +68,38 @@ def lower_prefill(
 ) -> Lowered:
     """The prefill of the bucket that holds this number of tokens. With all signals it serves every method."""
     shapes = _shapes(model, engine, mesh)
-    plan, rows = half_reused(num_tokens, SparseX(), model, shapes, tuple(signals))
+    plan, state = _begun(num_tokens, model, engine, shapes, tuple(signals))
     _, chunk = shapes.bucket(plan.fresh.size)
     static = {"decoder": _decoder(model, mesh), "signals": tuple(signals.values()), "chunk": chunk}
     params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
-    hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
-    boundaries = plan.boundaries
-    active, covered = jnp.zeros(boundaries.forced.shape, bool), jnp.zeros(boundaries.budget.coverage.shape)
-    state = PrefillState(jnp.int32(0), rows, hidden, active, covered)
 
     def step(store: AnyStore, params: Params, plan: PrefillPlan, state: PrefillState, until: jax.Array) -> Any:
         return prefill(params, store, plan, state, until, **static)
 
     return _lower(step, mesh, store, params, plan, state, jnp.int32(model.num_layers))
+
+
+def lower_prefill_at_once(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Lowered:
+    """The prefill of one chunk that goes through all layers."""
+    plan, state = _begun(1, model, engine, _shapes(model, engine, mesh), ())
+    decoder, params = _decoder(model, mesh), _params(model, engine, mesh)
+    store = abstract_any_store(model, engine, mesh)
+
+    def step(store: AnyStore, params: Params, plan: PrefillPlan, state: PrefillState) -> Any:
+        return prefill_at_once(params, store, plan, state, decoder=decoder)
+
+    return _lower(step, mesh, store, params, plan, state)
+
+
+def _begun(
+    num_tokens: int, model: ModelConfig, engine: EngineConfig, shapes: Shapes, signals: Sequence[str]
+) -> tuple[PrefillPlan, PrefillState]:
+    """A prefill before layer 0."""
+    plan, rows = half_reused(num_tokens, SparseX(), model, shapes, signals)
+    hidden = jnp.zeros((len(rows.token), model.hidden_size), engine.dtype)
+    boundaries = plan.boundaries
+    active, covered = jnp.zeros(boundaries.forced.shape, bool), jnp.zeros(boundaries.budget.coverage.shape)
+    return plan, PrefillState(jnp.int32(0), rows, hidden, active, covered)
 
 
 def lower_probe(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:

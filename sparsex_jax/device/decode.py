@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, UInt32
 from sparsex_jax.device.sampling import Sampled, Sampling, nothing_sampled, sample_step
 from sparsex_jax.model import decoder as model
 from sparsex_jax.model.decoder import Decoder
-from sparsex_jax.model.hoisting import hoisted
+from sparsex_jax.model.layers import ForwardPass, all_layers
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.adapters import NO_SLOT
@@ -179,19 +179,6 @@ def forward(
     adapter = None if state.adapter is None else jnp.pad(state.adapter, (0, more), constant_values=NO_SLOT)
     rows = Rows(token=token, position=position, request=request, index=index, adapter=adapter)
 
-    def any_layer(of_rows: tuple[Rows, Array], params: Params, layer: Array, store: AnyStore, stream: Any) -> Any:
-        return model.chained_layer(model.OneLayer.of(decoder, params, layer), store, stream, *of_rows)
-
-    first = model.OneLayer.of(decoder, params, jnp.int32(0))
-    carry = (store, model.stream_of(first, model.embed(params, decoder.config, rows.token)))
-    layer_of_rows = hoisted(any_layer, (rows, tables), params, jnp.int32(0), *carry)
-
-    def run_layer(layer: Array, carry: tuple[AnyStore, model.Stream]) -> tuple[AnyStore, model.Stream]:
-        return layer_of_rows(params, layer, *carry)
-
-    # Between two turns of a loop a GPU pauses for 5 us, where a layer of an 8B model takes 100. Without a loop, the
-    # layers' numbers are known as the program is compiled, and no launch computes them.
-    layers = decoder.config.num_layers
-    unroll = layers if decoder.ops.pays_for_launches else 1
-    store, stream = lax.fori_loop(0, layers, run_layer, carry, unroll=unroll)
-    return store, model.logits(params, decoder.config, stream.hidden[:lines])
+    about = ForwardPass(params, tables, decoder, chunk=len(token))
+    store, hidden = all_layers(about, store, rows, model.embed(params, decoder.config, rows.token))
+    return store, model.logits(params, decoder.config, hidden[:lines])

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from sparsex_jax.device.packed import Packed
 from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
-from sparsex_jax.model.layers import ForwardPass, run_layers
+from sparsex_jax.model.layers import ForwardPass, all_layers, run_layers
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Budget, Copies, PackedRows, PrefillPlan, PrefillState, Rows
@@ -110,6 +110,20 @@ def prefill(
 
     store, state = lax.while_loop(lambda carry: carry[1].layer < until, run_phase, (store, state))
     return store, decoder.ops.replicated(state), _last_logits(forward, state)
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames=("store", "state"))
+def prefill_at_once(
+    params: Params, store: AnyStore, plan: PrefillPlan, state: PrefillState, *, decoder: Decoder
+) -> tuple[AnyStore, PrefillState, Float[Array, "requests vocab"]]:
+    """All layers, of rows that are one chunk and go through all of them: on a GPU, without a question to the host.
+
+    Takes and returns what `prefill` does, behind the last layer.
+    """
+    forward = ForwardPass(params, plan.page_tables, decoder, chunk=len(state.rows.token))
+    store, hidden = all_layers(forward, store, state.rows, state.hidden)
+    state = dataclasses.replace(state, layer=jnp.int32(decoder.config.num_layers), hidden=hidden)
+    return store, decoder.ops.replicated(state), _logits_of_last(forward, state)
 
 
 def _next_boundary(plan: PrefillPlan, layer: Int[Array, ""], num_layers: int) -> Int[Array, ""]:
@@ -290,13 +304,14 @@ def _narrow(rows: Rows, hidden: Hidden, keep: Bool[Array, "rows"]) -> tuple[Rows
 
 def _last_logits(forward: ForwardPass, state: PrefillState) -> Float[Array, "requests vocab"]:
     """Logits of each request's last row once the last layer has run, and zeros before."""
-    config, num_requests = forward.decoder.config, len(forward.page_tables)
-
-    def compute() -> Array:
-        last = jnp.searchsorted(state.rows.request, jnp.arange(num_requests), side="right") - 1
-        return logits(forward.params, config, state.hidden[last])
+    config = forward.decoder.config
 
     def nothing() -> Array:
-        return jnp.zeros((num_requests, config.vocab_size), jnp.float32)
+        return jnp.zeros((len(forward.page_tables), config.vocab_size), jnp.float32)
 
-    return lax.cond(state.layer == config.num_layers, compute, nothing)
+    return lax.cond(state.layer == config.num_layers, lambda: _logits_of_last(forward, state), nothing)
+
+
+def _logits_of_last(forward: ForwardPass, state: PrefillState) -> Float[Array, "requests vocab"]:
+    last = jnp.searchsorted(state.rows.request, jnp.arange(len(forward.page_tables)), side="right") - 1
+    return logits(forward.params, forward.decoder.config, state.hidden[last])

@@ -32,7 +32,7 @@ from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import DecodeState, choose, decode, decode_on_gpus, forward, steps_together
 from sparsex_jax.device.packed import Packed, packed
-from sparsex_jax.device.prefill import align, begin, pack, prefill
+from sparsex_jax.device.prefill import align, begin, pack, prefill, prefill_at_once
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.scoring import Scores, score
@@ -331,21 +331,22 @@ class Runner:
 
     def _advance(self, run: PrefillRun, until: int) -> None:
         """Dispatch the layers from the next one up to `until`."""
+        about = self.params, self.store, run.plan, run.state
         with self._precision():
-            self.store, run.state, logits = self._run(
-                prefill,
-                self.params,
-                self.store,
-                run.plan,
-                run.state,
-                self._numbers[until],
-                decoder=self.decoder,
-                signals=run.signals,
-                chunk=self._chunk(run.plan),
-            )
+            if self._runs_at_once(run, until):
+                self.store, run.state, logits = self._run(prefill_at_once, *about, decoder=self.decoder)
+            else:
+                static = {"decoder": self.decoder, "signals": run.signals, "chunk": self._chunk(run.plan)}
+                self.store, run.state, logits = self._run(prefill, *about, self._numbers[until], **static)
         run.next_layer = until
         if until == self.model.num_layers:
             run.logits = logits
+
+    def _runs_at_once(self, run: PrefillRun, until: int) -> bool:
+        """Whether a prefill is one chunk that goes through all layers now, where the host would be asked on the way."""
+        num_layers = self.model.num_layers
+        whole = (run.next_layer, until) == (0, num_layers) and run.plan.fresh.size == self._chunk(run.plan)
+        return self.host_steers and whole and len(needed_phases(run.requests, num_layers)) == 1
 
     def _paste_late(self, run: PrefillRun, until: int) -> int:
         """Paste what the next layer reads, and take what has come. Returns up to where layers can run now.

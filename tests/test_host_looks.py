@@ -13,6 +13,9 @@ from sparsex_jax.device.decode import FEW_STEPS, decode
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.ops import Ops
+from sparsex_jax.reuse.planner import RequestPlan
+from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_jax.reuse.schedule import Phase
 from sparsex_kernels.backend import prefer
 
 KINDS = {
@@ -111,20 +114,29 @@ def test_where_launches_cost_time_the_answers_are_the_same(monkeypatch):
 
 
 def test_a_prefill_at_once_gives_what_one_by_layers_does(monkeypatch):
-    """Of prompts of one chunk in full, and behind a stored prefix. SparseX goes by layers, since it drops rows."""
+    """In full, and behind a stored prefix. One of several chunks goes by layers."""
     taken, at_once = [], Runner._runs_at_once
     monkeypatch.setattr(Runner, "_runs_at_once", lambda *about: taken.append(at_once(*about)) or taken[-1])
-    moved = ReuseConfig(boundary_layer=1, recompute_ratio=0.1, overflow_tokens=0, only_if_faster=False)
-    methods = {ReuseConfig("full"): True, ReuseConfig("prefix"): True, moved: False}
-    stored = np.arange(2, 10)
+    stored = np.arange(2, 34)
+    prompts = {"full": [1, *stored[:9]], "prefix": [*stored, 5, 6], "naive": [7, *stored, *range(40, 60)]}
 
     def logits(engine):
         engine.remember(stored, frozen=True)
-        prompts = [[1, *stored, 3, 4], [*stored, 5, 6], [1, *stored, 3, 4]]
-        pairs = zip(prompts, methods, strict=True)
-        return np.stack([engine.prefill(prompt, reuse=reuse, keep=False).logits for prompt, reuse in pairs])
+        pairs = prompts.items()
+        return np.stack([engine.prefill(prompt, reuse=ReuseConfig(name), keep=False).logits for name, prompt in pairs])
 
     expected = logits(tiny_engine())
     assert not any(taken)
     np.testing.assert_allclose(logits(steered_engine()), expected, atol=1e-5)
-    assert taken[-3:] == [*methods.values()]
+    assert taken[-3:] == [True, True, False]
+
+
+def test_a_prefill_that_drops_rows_goes_by_layers():
+    runner = steered_engine().runner
+    kinds = np.array([TokenKind.REUSED, TokenKind.FRESH], np.uint8)
+    prompt = PromptMap(np.zeros(2, np.int32), kinds)
+    phases = Phase(0, prompt.computed | prompt.reused), Phase(1, prompt.fresh, "key_mass")
+    whole, narrowing = (runner.begin([RequestPlan(prompt, phases[:n], range(1, 2))]) for n in (1, 2))
+    assert runner._runs_at_once(whole, TINY.num_layers)
+    assert not runner._runs_at_once(whole, 1)
+    assert not runner._runs_at_once(narrowing, TINY.num_layers)

@@ -54,8 +54,8 @@ def test_a_decode_step_is_a_few_kernels_a_layer_and_asks_nothing(num_devices, re
     step = decode.turn()
     assert step.kernels == 9 * LAYERS
     assert step.questions == 0
-    # XLA's are with two devices the sums of parts and the gate, and what is in no layer.
-    assert step.others <= (0 if num_devices == 1 else 3) * LAYERS + 40
+    # XLA's are the padding of queries, with two devices the sums of parts and the gate too, and what is in no layer.
+    assert step.others <= (1 if num_devices == 1 else 4) * LAYERS + 40
     assert step.collectives <= (0 if num_devices == 1 else 2 * LAYERS + 4)
 
 

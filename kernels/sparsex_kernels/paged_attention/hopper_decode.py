@@ -32,7 +32,7 @@ from sparsex_kernels.paged_attention.hopper_low_rank import (
     low_rank_operands,
     matrix_scratch,
 )
-from sparsex_kernels.paged_attention.hopper_merge import SHARE, RowHeads, merge
+from sparsex_kernels.paged_attention.hopper_merge import SHARE, merge
 from sparsex_kernels.paged_attention.parts import Part, key_parts
 
 BLOCK = 64  # keys a step
@@ -61,13 +61,10 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     parts, spans = key_parts(args.positions, args.requests, heads, **cut)
     shape = Shape(**sizes, parts=len(parts))
     merged = -(-heads * SHARE // WGMMA_ROWS) * WGMMA_ROWS
-    layout = RowHeads.of(q_heads, share)
-    query = args.query
-    if not layout.packed:
-        query = jnp.pad(query.reshape(rows, heads, share, head_dim), ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))
-        query = query.reshape(rows, heads * SHARE, head_dim)
+    query = args.query.reshape(rows, heads, share, head_dim)
+    packed = jnp.pad(query, ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))
     run = mosaic.kernel(
-        functools.partial(_kernel, shape, layout),
+        functools.partial(_kernel, shape),
         args.backend,
         out_type=(
             jax.ShapeDtypeStruct((len(parts), merged, head_dim), jnp.float32),
@@ -79,10 +76,10 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
         scratch_types=_scratch(shape),
     )
     tables = padded_pages(args.store, args.page_tables, 1)
-    operands = query, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables, parts
+    operands = packed, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables, parts
     partial, lse = run(*operands, *low_rank_operands(args))
-    out, lse = merge(partial, lse, spans, layout, args.query.dtype, args.backend)
-    return out, lse[:, layout.merged_rows]
+    out, lse = merge(partial, lse, spans, q_heads, share, query.dtype, args.backend)
+    return out, lse.reshape(rows, -1, SHARE)[:, :heads, :share].reshape(rows, q_heads)
 
 
 def _scratch(shape: Shape) -> dict[str, Any]:
@@ -105,7 +102,7 @@ def _scratch(shape: Shape) -> dict[str, Any]:
 class Operands(NamedTuple):
     """What the kernel reads and writes in global memory."""
 
-    query: Ref  # [rows, q_heads, head_dim], or with padding as `RowHeads` has it
+    query: Ref  # [rows, heads, SHARE, head_dim]
     store: Ref  # [layers * pages, 2 * kv_heads, page_size, head_dim]
     layer: Ref  # [1]
     tables: Ref  # [requests, max_pages]
@@ -121,7 +118,7 @@ class Operands(NamedTuple):
         return cls(*refs[:5], *refs[-2:])._replace(low_rank=LowRankRefs(*adapters) if adapters else None)
 
 
-def _kernel(shape: Shape, layout: RowHeads, *refs: Ref, **scratch: Ref) -> None:
+def _kernel(shape: Shape, *refs: Ref, **scratch: Ref) -> None:
     operands = Operands.of(refs)
     number, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
     part = Part(*(operands.parts[number, n] for n in range(operands.parts.shape[1])))
@@ -129,7 +126,7 @@ def _kernel(shape: Shape, layout: RowHeads, *refs: Ref, **scratch: Ref) -> None:
 
     @pl.when((wg == 0) & live)
     def compute() -> None:
-        _compute(shape, (number, head, layout.first_of_eight(head)), part, operands, scratch)
+        _compute(shape, (number, head), part, operands, scratch)
 
     # Widening blocks takes longer than reading them: a narrow store has a warpgroup for K and another for V.
     sides = ((0,), (1,)) if shape.narrow else ((0, 1),)
@@ -141,12 +138,12 @@ def _kernel(shape: Shape, layout: RowHeads, *refs: Ref, **scratch: Ref) -> None:
 
 
 def _compute(
-    shape: Shape, program: tuple[Array, Array, Array], part: Part, operands: Operands, scratch: dict[str, Ref]
+    shape: Shape, program: tuple[Array, Array], part: Part, operands: Operands, scratch: dict[str, Ref]
 ) -> None:
-    (number, head, first), ring, stored = program, BlockRing.of(scratch), pl.ds(0, SHARE)
+    (number, head), ring, stored = program, BlockRing.of(scratch), pl.ds(0, SHARE)
     q_smem, square = scratch["q_smem"], (WGMMA_ROWS, BLOCK)
     # Only the first rows are filled. The others keep what they held; nothing of them is stored.
-    plgpu.copy_gmem_to_smem(operands.query.at[part.row, pl.ds(first, SHARE)], q_smem.at[stored], scratch["q_ready"])
+    plgpu.copy_gmem_to_smem(operands.query.at[part.row, head], q_smem.at[stored], scratch["q_ready"])
     low_rank, expansion = operands.low_rank, Expansion.of(scratch, lax.axis_index("wg")) if shape.rank else None
     if low_rank is not None and expansion is not None:
         expansion.fetch(shape, low_rank, operands.layer[0], part.request, lax.div(head, shape.repeat))

@@ -13,7 +13,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
@@ -52,34 +51,10 @@ class Parts(NamedTuple):
 
 
 class RowHeads(NamedTuple):
-    """Which query heads a tile's rows are in a merge of single rows: `SHARE` rows for each group of heads, with `share`
-    of them in use.
-
-    Where groups fill rows of `SHARE` heads evenly, a group's rows are those of the `SHARE` heads that it is among.
-    """
+    """Which query heads a tile's rows are in a merge of single rows: groups of `SHARE`, the first `share` of each."""
 
     heads: int  # groups of query heads; eight a tile
     share: int  # query heads in a group
-    packed: bool  # whether groups fill `SHARE` heads evenly; else a group's heads are followed by padding
-
-    @classmethod
-    def of(cls, q_heads: int, share: int) -> "RowHeads":
-        """The layout of groups of `share` query heads."""
-        return cls(q_heads // share, share, packed=SHARE % share == 0 and q_heads % SHARE == 0)
-
-    def first_of_eight(self, group: Any) -> Any:
-        """The first of the `SHARE` heads, padding included, that a group is among."""
-        return group * self.share // SHARE * SHARE if self.packed else group * SHARE
-
-    def first_row(self, group: int) -> int:
-        """Which of its `SHARE` rows is a group's first in use."""
-        return group * self.share % SHARE if self.packed else 0
-
-    @property
-    def merged_rows(self) -> Int[np.ndarray, "q_heads"]:
-        """The rows in use, in the order of the query heads. Of groups of 4, those are 0..3, 12..15, 16..19, 28..31."""
-        rows = [group * SHARE + self.first_row(group) + n for group in range(self.heads) for n in range(self.share)]
-        return np.array(rows)
 
 
 class TileRows(NamedTuple):
@@ -95,27 +70,30 @@ def merge(
     partial: Float[Array, "parts merged head_dim"],
     lse: Float[Array, "parts merged"],
     spans: Int[Array, "rows 2"],
-    layout: RowHeads,
+    q_heads: int,
+    share: int,
     dtype: Any,
     backend: Backend,
 ) -> tuple[Queries, Float[Array, "rows merged"]]:
     """Sum each row's parts, weighted by their share of the softmax's denominator, in an order that is always the same.
+
+    Query heads lie in `merged` as the programs of `decode` store them: `share` in each group of `SHARE`, then padding.
+    With `share` 3, heads 0 1 2 are at 0 1 2, heads 3 4 5 at 8 9 10.
 
     Args:
       partial: float32, the output of each part.
       lse: float32, the log-sum-exp of each part, in base 2. The result's is in base e, and -inf for rows without
         parts, whose output is 0.
       spans: a row's first part and the one behind its last.
-      layout: where query heads lie in `merged`.
       dtype: of the output.
     """
-    q_heads = layout.heads * layout.share
     rows, (_, merged, head_dim) = len(spans), partial.shape
     types = (
         jax.ShapeDtypeStruct((rows, q_heads, head_dim), dtype),
         jax.ShapeDtypeStruct((rows, merged), jnp.float32),
     )
-    return _run(functools.partial(_merge_row, layout), Parts(partial, lse, spans), (), types, dtype, backend)
+    kernel = functools.partial(_merge_row, RowHeads(q_heads // share, share))
+    return _run(kernel, Parts(partial, lse, spans), (), types, dtype, backend)
 
 
 def merge_tiles(parts: Parts, results: dict[str, Array], layout: TileRows, backend: Backend) -> dict[str, Array]:
@@ -287,7 +265,7 @@ def _store_heads(layout: RowHeads, tile: Array, smem: Ref, out_ref: Ref) -> None
         head = tile * groups + group
         store = functools.partial(
             plgpu.copy_smem_to_gmem,
-            smem.at[pl.ds(group * SHARE + layout.first_row(group), layout.share)],
+            smem.at[pl.ds(group * SHARE, layout.share)],
             out_ref.at[pl.ds(head * layout.share, layout.share)],
         )
         pl.when(head < layout.heads)(store)

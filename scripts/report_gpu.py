@@ -3,8 +3,9 @@
     uv run --group gpu-aot python scripts/report_gpu.py
 
 Where few rows go through a layer, launches are what a step takes beside the time of its bytes. Counted are those of a
-decode step, and of a chunk of rows through a layer of a prefill. XLA tries no products of its own here, so that a
-process on a GPU may have others. Writes `results/launches-llama-3.1-8b-....json`, on any machine, in minutes.
+decode step, of a short prefill, and of a chunk of rows through a layer of a longer one. XLA tries no products of its
+own here, so that a process on a GPU may have others. Writes `results/launches-llama-3.1-8b-....json`, on any machine,
+in minutes.
 """
 
 from __future__ import annotations
@@ -32,19 +33,22 @@ from sparsex_jax.model.turns import TOGETHER
 MODEL = named_config("llama-3.1-8b")
 ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
 ONE_SIGNAL = {"key_mass": BUILT_IN["key_mass"]}  # those with passes of their own have layers of their own too
-CHUNK = "chunk of a layer, prefill of 32768"
+CHUNK, AT_ONCE = "chunk of a layer, prefill of 32768", "prefill of one chunk at once, all layers"
 STEPS: dict[str, Callable[[Mesh], Lowered]] = {
     "decode step of 1": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 1),
     "decode step of 32": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 32),
     "layer of a prefill of 512": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 512, ONE_SIGNAL),
+    AT_ONCE: lambda mesh: aot.lower_prefill_at_once(MODEL, ENGINE, mesh),
     CHUNK: lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 32768, ONE_SIGNAL),
 }
 
 
 def launches(step: str, gpu: str, devices: int) -> Launches:
     mesh = check_mesh(described_mesh(gpu, devices), MODEL)
-    turn = Program(STEPS[step](mesh).compile(compile_options(mesh)).as_text()).turn()
-    return turn / TOGETHER if step == CHUNK else turn
+    found = Program(STEPS[step](mesh).compile(compile_options(mesh)).as_text())
+    if step == AT_ONCE:
+        return found.whole()
+    return found.turn() / TOGETHER if step == CHUNK else found.turn()
 
 
 def rows_of(step: str, devices: int, found: Launches) -> Iterator[dict[str, Any]]:

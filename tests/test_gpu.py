@@ -356,7 +356,7 @@ def test_linear_parts_of_few_of_many_rows(inputs, width, most):
         product, row_tiles = run(*args), max(-(-count // 128), 1)
         assert product.used == max(min(132 // (width // 256 * row_tiles), most), 1)
         out = sum_parts(cut_to(int(product.used), product), jnp.float32)[:count]
-        assert count == 0 or relative_error(out, expected[:count]) < 1e-5
+        assert count == 0 or relative_error(out, expected[:count]) < 4e-5  # sums of 14336 in the tensor cores
         for _ in range(5):  # a result that moves is a race
             assert same(sum_parts(run(*args), jnp.float32)[:count], out)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import re
 
 import jax
 import pytest
@@ -73,6 +74,18 @@ def test_a_prefill_runs_by_the_kernels_made_for_the_gpu(num_devices):
         assert chunks.others <= turns * others
         assert chunks.questions == 0
         assert chunks.collectives == (0 if num_devices == 1 else 2 * turns)
+
+
+@needs_compiler
+@pytest.mark.gpu_aot
+def test_sums_over_a_mesh_run_beside_kernels():
+    """Of a prefill of several chunks: one beside the four kernels of attention, and one beside the two of the MLP."""
+    mesh = mesh_of(2)
+    lowered = aot.lower_prefill(LLAMA, ENGINE, mesh, 8192, ONE_SIGNAL)
+    text = lowered.compile(compile_options(mesh)).as_text()
+    events = re.findall(r" all-reduce-(start|done)\(|custom_call_target=\"(mosaic_gpu)", text)
+    order = " ".join(event or "kernel" for event, _ in events)
+    assert "start kernel kernel kernel kernel done start kernel kernel done" in order
 
 
 @needs_compiler

@@ -1,7 +1,7 @@
 """Chunks of rows through layers on GPUs: a loop whose every turn takes a chunk through a layer, or a part of one.
 
-How many turns there are is data, so before each turn of a loop a GPU asks the host whether to go on, and idles until
-it answers. Here the loop is over all chunks of all layers, and asks every few of them.
+How many turns there are is data, so before each turn of a loop a GPU asks the host whether to go on, and idles until it
+answers. Here one loop is over all chunks of all layers, and of whole layers it takes several turns between questions.
 
 On a mesh a layer has two sums over the devices: behind attention, and behind the MLP. A chunk waits for both. The next
 chunk does not: its attention needs the keys of those before it, which are written before any sum. So a turn has three
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
 from sparsex_kernels.layout import PageTables
 from sparsex_kernels.product_parts import one_part, sum_parts
 
-TOGETHER = 4  # turns between two questions to the host
+TOGETHER = 4  # turns of whole layers between two questions to the host
 STAGES = 3  # of a chunk on a mesh
 
 AllHidden = Float[Array, "all_rows hidden"]  # of the rows, and behind them of a chunk that turns without one change
@@ -71,9 +71,12 @@ class Turns(abc.ABC):
     """Layers from `first` up to `end` for these rows, `size` rows at a time.
 
     Attributes:
+      together: turns between two questions to the host.
       tables: page tables, as in `ForwardPass`.
       size: rows of a chunk; divides the number of rows.
     """
+
+    together: ClassVar[int]
 
     params: Params
     tables: PageTables
@@ -89,12 +92,12 @@ class Turns(abc.ABC):
         step = jax.jit(self.step)  # traced once
 
         def steps(number: Array, carry: Any) -> Any:
-            for k in range(TOGETHER):
-                carry = step(number * TOGETHER + k, carry)
+            for k in range(self.together):
+                carry = step(number * self.together + k, carry)
             return carry
 
         carry = store, jnp.concatenate([hidden, spare]), self.nothing_in_flight(spare)
-        store, after, _ = lax.fori_loop(0, -(-self.number // TOGETHER), steps, carry)
+        store, after, _ = lax.fori_loop(0, -(-self.number // self.together), steps, carry)
         return store, after[: len(hidden)]
 
     @property
@@ -138,6 +141,8 @@ class Turns(abc.ABC):
 class WholeLayers(Turns):
     """A turn takes its chunk through a whole layer."""
 
+    together = TOGETHER
+
     @property
     def number(self) -> Int[Array, ""]:
         return (self.end - self.first) * self.chunks
@@ -166,6 +171,8 @@ class InFlight(NamedTuple):
 
 class HiddenSums(Turns):
     """A turn of a mesh has three chunks at three stages; a layer has at least as many."""
+
+    together = 1  # of several, XLA begins the sums of one when those of the turn before end, and products wait
 
     @property
     def number(self) -> Int[Array, ""]:

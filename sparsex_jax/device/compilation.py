@@ -14,6 +14,13 @@ from jax import monitoring
 _MAX_BYTES = 4 << 30  # JAX evicts the programs used longest ago; it locks the files only if there is such a limit
 _MIN_SECONDS = 0.3  # programs that compile faster are not worth a file
 
+# Compiler options of a program for several GPUs without loops whose ends the host has to tell: sums over the GPUs are
+# in its CUDA graphs too. Else the GPUs wait for their hosts twice a layer.
+SUMS_IN_GRAPHS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,COLLECTIVES",
+    "xla_gpu_experimental_use_collective_kernels": "",  # those cannot be in graphs
+}
+
 
 class _Counter:
     """A listener that JAX calls for every program it compiles in this process, or loads from its cache on disk."""

@@ -27,11 +27,11 @@ from sparsex_jax.device.prefill import prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
-from sparsex_jax.model.layers import ForwardPass, run_layer
+from sparsex_jax.model.layers import ForwardPass, run_layer, run_layers
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh, spec
 from sparsex_jax.model.weights import random_params
-from sparsex_jax.reuse.plan import Rows
+from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
 from sparsex_jax.reuse.planner import RequestPlan
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.reuse.schedule import Phase
@@ -118,20 +118,40 @@ def turns(monkeypatch):
     monkeypatch.setattr(Ops, "hides_sums", property(lambda ops: ops.mesh.size > 1))
 
 
-def test_sums_that_run_beside_the_next_chunk_change_nothing(turns):
-    check_against_one_device(functools.partial(engine, chunk_rows=24), 2, FEW)
+def layers_of(runner, rows: Rows, tables: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The store and the rows' hidden states behind layers 1 and 2, compiled now."""
+
+    def run(params, store, rows, hidden):
+        return run_layers(ForwardPass(params, tables, runner.decoder, 32), 1, 3, store, rows, hidden)
+
+    store, hidden = jax.jit(run)(runner.params, runner.store, rows, hidden)
+    return np.asarray(store), np.asarray(hidden)
+
+
+@pytest.mark.parametrize("valid", [128, 90, 40])
+def test_turns_of_chunks_give_what_layers_one_by_one_do(valid, turns, monkeypatch):
+    """Of four chunks, some of which are padding: three stages with hidden sums, or whole layers of fewer than three."""
+    runner = sharded_tiny(4).runner
+    rng, number = np.random.default_rng(0), np.arange(128)
+    line = (number >= valid // 2).astype(np.int32)
+    position = np.where(number < valid, number - line * (valid // 2), -1).astype(np.int32)
+    request = np.where(number < valid, line, PADDING_REQUEST).astype(np.int32)
+    rows = Rows(np.zeros(128, np.int32), position, request, number.astype(np.int32))
+    about = rows, np.arange(2, 10, dtype=np.int32).reshape(2, 4), rng.normal(size=(128, TINY.hidden_size)).astype("f")
+    found = layers_of(runner, *about)
+    monkeypatch.setattr(Ops, "hides_sums", False)
+    whole = layers_of(runner, *about)
+    monkeypatch.setattr(Ops, "host_steers", False)
+    expected = layers_of(runner, *about)
+    for store, hidden in (found, whole):
+        np.testing.assert_allclose(store, expected[0], atol=1e-5)
+        np.testing.assert_allclose(hidden[:valid], expected[1][:valid], atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("make", "tensor_parallel"), [(engine, 8), (few_heads, 4), (many_norms, 2), (experts, 4)])
 def test_every_method_is_the_same_with_hidden_sums(make, tensor_parallel, turns):
     check_against_one_device(functools.partial(make, chunk_rows=24), tensor_parallel, ALL)
-
-
-def test_chunks_in_turns_change_nothing(turns, monkeypatch):
-    """Of whole layers, as on one GPU."""
-    monkeypatch.setattr(Ops, "hides_sums", False)
-    check_against_one_device(functools.partial(engine, chunk_rows=16), 2, FEW)
 
 
 @pytest.mark.slow

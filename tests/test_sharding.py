@@ -122,7 +122,14 @@ def layers_of(runner, rows: Rows, tables: np.ndarray, hidden: np.ndarray) -> tup
     """The store and the rows' hidden states behind layers 1 and 2, compiled now."""
 
     def run(params, store, rows, hidden):
-        return run_layers(ForwardPass(params, tables, runner.decoder, 32), 1, 3, store, rows, hidden)
+        return run_layers(
+            ForwardPass(params, jnp.asarray(tables), runner.decoder, 32),
+            jnp.int32(1),
+            jnp.int32(3),
+            store,
+            rows,
+            hidden,
+        )
 
     store, hidden = jax.jit(run)(runner.params, runner.store, rows, hidden)
     return np.asarray(store), np.asarray(hidden)

@@ -113,12 +113,12 @@ def _decode(
 
 _static: Any = {"static_argnames": ("decoder", "steps", "stops_early"), "donate_argnames": "store"}
 decode = jax.jit(_decode, **_static)
-_decode_in_graphs = jax.jit(_decode, **_static, compiler_options=SUMS_IN_GRAPHS)
+decode_in_graphs = jax.jit(_decode, **_static, compiler_options=SUMS_IN_GRAPHS)
 
 
-def decode_program(decoder: Decoder, requests: int) -> Any:
-    """`decode`, compiled as suits the devices and this many requests."""
-    return _decode_in_graphs if decoder.ops.hides_sums and requests <= _FEW_REQUESTS else decode
+def is_for_graphs(decoder: Decoder, requests: int) -> bool:
+    """Whether `decode_in_graphs` is quicker than `decode`."""
+    return decoder.ops.hides_sums and requests <= _FEW_REQUESTS
 
 
 def _running_if(goes_on: Array, state: DecodeState) -> DecodeState:

@@ -20,14 +20,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from sparsex_jax.device.compilation import SUMS_IN_GRAPHS
 from sparsex_jax.device.packed import Packed
 from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
@@ -114,7 +112,8 @@ def prefill(
     return store, decoder.ops.replicated(state), _last_logits(forward, state)
 
 
-def _prefill_at_once(
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames=("store", "state"))
+def prefill_at_once(
     params: Params, store: AnyStore, plan: PrefillPlan, state: PrefillState, *, decoder: Decoder
 ) -> tuple[AnyStore, PrefillState, Float[Array, "requests vocab"]]:
     """All layers, of rows that are one chunk and go through all of them: on a GPU, without a question to the host.
@@ -125,11 +124,6 @@ def _prefill_at_once(
     store, hidden = all_layers(forward, store, state.rows, state.hidden)
     state = dataclasses.replace(state, layer=jnp.int32(decoder.config.num_layers), hidden=hidden)
     return store, decoder.ops.replicated(state), _logits_of_last(forward, state)
-
-
-_static: Any = {"static_argnames": "decoder", "donate_argnames": ("store", "state")}
-prefill_at_once = jax.jit(_prefill_at_once, **_static)
-prefill_at_once_on_gpus = jax.jit(_prefill_at_once, **_static, compiler_options=SUMS_IN_GRAPHS)
 
 
 def _next_boundary(plan: PrefillPlan, layer: Int[Array, ""], num_layers: int) -> Int[Array, ""]:

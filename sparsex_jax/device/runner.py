@@ -30,9 +30,17 @@ from sparsex_jax.device.adapters import (
 )
 from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.arrivals import Arrivals, Late
-from sparsex_jax.device.decode import DecodeState, choose, decode_program, forward, steps_together
+from sparsex_jax.device.decode import (
+    DecodeState,
+    choose,
+    decode,
+    decode_in_graphs,
+    forward,
+    is_for_graphs,
+    steps_together,
+)
 from sparsex_jax.device.packed import Packed, packed
-from sparsex_jax.device.prefill import align, begin, pack, prefill, prefill_at_once, prefill_at_once_on_gpus
+from sparsex_jax.device.prefill import align, begin, pack, prefill, prefill_at_once
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.scoring import Scores, score
@@ -334,8 +342,7 @@ class Runner:
         about = self.params, self.store, run.plan, run.state
         with self._precision():
             if self._runs_at_once(run, until):
-                program = prefill_at_once_on_gpus if self.decoder.ops.hides_sums else prefill_at_once
-                self.store, run.state, logits = self._run(program, *about, decoder=self.decoder)
+                self.store, run.state, logits = self._run(prefill_at_once, *about, decoder=self.decoder)
             else:
                 static = {"decoder": self.decoder, "signals": run.signals, "chunk": self._chunk(run.plan)}
                 self.store, run.state, logits = self._run(prefill, *about, self._numbers[until], **static)
@@ -522,7 +529,7 @@ class Runner:
         """Dispatch the program of `together` steps once, for so many of them."""
         with self._precision():
             self.store, state, sampled = self._run(
-                decode_program(self.decoder, len(state.token)),
+                decode_in_graphs if is_for_graphs(self.decoder, len(state.token)) else decode,
                 self.params,
                 self.store,
                 state,

@@ -35,7 +35,7 @@ class Launches:
         return Launches(*(times * each for each in self.counts))
 
     def __truediv__(self, parts: int) -> Launches:
-        """The mean of so many parts, rounded."""
+        """The launches of one of several equal parts, rounded."""
         return Launches(*(round(each / parts) for each in self.counts))
 
     @property

@@ -27,7 +27,8 @@ from sparsex_jax.device.prefill import prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
-from sparsex_jax.model.layers import ForwardPass, run_layer, run_layers
+from sparsex_jax.model.forward_pass import ForwardPass
+from sparsex_jax.model.layers import run_layer, run_layers
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh, spec
 from sparsex_jax.model.weights import random_params

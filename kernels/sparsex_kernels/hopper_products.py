@@ -63,7 +63,7 @@ class Config:
       splits: parts of the sum over the inputs.
       stages: blocks in flight.
       programs: the most programs; each goes from tile to tile.
-      fits: whether only so many of the parts are used that the programs do all in one round, if one part can.
+      fits: whether the number of parts that are used is data: the most with which the programs need one round, or one.
     """
 
     warpgroups: int
@@ -151,7 +151,7 @@ def product_parts(
 
 
 def _fitting(shape: Shape, config: Config, row_tiles: Array) -> Array:
-    """How many parts of the sum are used where so many tiles of rows are wanted."""
+    """How many parts of the sum are used, given the number of row tiles that are wanted."""
     each = jnp.maximum(row_tiles, 1) * shape.starts[-1]  # items of a part
     return jnp.clip(lax.div(config.programs, each), 1, config.splits)
 

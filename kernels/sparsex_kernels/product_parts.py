@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+FEW_ROWS = 64  # a decode step's: kernels that add parts have programs for each
+MOST_ROWS = 1024  # that such kernels take, and products whose number of parts is data
+
 
 class ProductParts(NamedTuple):
     """Parts of a product's rows.

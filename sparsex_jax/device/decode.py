@@ -20,7 +20,8 @@ from sparsex_jax.device.compilation import SUMS_IN_GRAPHS
 from sparsex_jax.device.sampling import Sampled, Sampling, nothing_sampled, sample_step
 from sparsex_jax.model import decoder as model
 from sparsex_jax.model.decoder import Decoder
-from sparsex_jax.model.layers import ForwardPass, all_layers
+from sparsex_jax.model.forward_pass import ForwardPass
+from sparsex_jax.model.layers import all_layers
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.adapters import NO_SLOT

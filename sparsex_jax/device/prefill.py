@@ -29,7 +29,8 @@ from jaxtyping import Bool, Float, Int
 from sparsex_jax.device.packed import Packed
 from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
-from sparsex_jax.model.layers import ForwardPass, all_layers, run_layers
+from sparsex_jax.model.forward_pass import ForwardPass
+from sparsex_jax.model.layers import all_layers, run_layers
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Budget, Copies, PackedRows, PrefillPlan, PrefillState, Rows

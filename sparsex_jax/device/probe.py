@@ -15,7 +15,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Int
 
 from sparsex_jax.model.decoder import Decoder, Hidden
-from sparsex_jax.model.layers import ForwardPass, Mass, add_vote, run_layer
+from sparsex_jax.model.forward_pass import ForwardPass, Mass
+from sparsex_jax.model.layers import add_vote, run_layer
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows

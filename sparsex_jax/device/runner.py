@@ -47,8 +47,8 @@ from sparsex_jax.device.scoring import Scores, score
 from sparsex_jax.device.signals import Signal, signals_for
 from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.forward_pass import ForwardPass
 from sparsex_jax.model.kv_copies import with_kv_copies
-from sparsex_jax.model.layers import ForwardPass
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import to_devices
 from sparsex_jax.model.store import AnyStore, SharedStore, kv_of, make_store

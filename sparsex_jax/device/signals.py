@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.model.decoder import Hidden, keys_values
-from sparsex_jax.model.layers import ForwardPass, Mass, add_key_mass, add_vote, run_layer
+from sparsex_jax.model.forward_pass import ForwardPass, Mass
+from sparsex_jax.model.layers import add_key_mass, add_vote, run_layer
 from sparsex_jax.model.ops import NewKV
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.reuse.plan import Rows, fold_chunks

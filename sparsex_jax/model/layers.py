@@ -9,49 +9,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
-from sparsex_jax.model.decoder import (
-    Decoder,
-    Hidden,
-    OneLayer,
-    Stream,
-    chained_layer,
-    decoder_layer,
-    queries,
-    stream_of,
-)
+from sparsex_jax.model.decoder import Hidden, OneLayer, Stream, chained_layer, decoder_layer, queries, stream_of
+from sparsex_jax.model.forward_pass import ForwardPass, Mass
 from sparsex_jax.model.hoisting import hoisted
-from sparsex_jax.model.store import AnyStore, kv_of
+from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.turns import STAGES, HiddenSums, WholeLayers
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows, fold_chunks
 from sparsex_kernels.layout import PageTables
-
-Mass = Float[Array, "requests context"]
-
-
-@struct.dataclass
-class ForwardPass:
-    """What every layer of one prefill needs.
-
-    Attributes:
-      page_tables: `[requests, max_pages]`, the pages of each request in order.
-      chunk: rows that go through a layer at a time; divides the number of rows.
-    """
-
-    params: Params
-    page_tables: PageTables
-    decoder: Decoder = struct.field(pytree_node=False)
-    chunk: int = struct.field(pytree_node=False)
-
-    def layer(self, number: Int[Array, ""]) -> OneLayer:
-        return OneLayer.of(self.decoder, self.params, number)
-
-    def no_mass(self, store: AnyStore) -> Mass:
-        return jnp.zeros((len(self.page_tables), self.page_tables.shape[1] * kv_of(store).shape[4]))
 
 
 def run_layers(
@@ -65,7 +33,7 @@ def run_layers(
     """The layers from `first` up to `end` for these rows: a loop whose bounds are data."""
     ops, chunks = forward.decoder.ops, len(rows.token) // forward.chunk
     if ops.host_steers and chunks > 1:
-        about = forward.params, forward.page_tables, forward.decoder, rows, forward.chunk, first, end
+        about = forward, rows, first, end
         whole, hidden_sums = WholeLayers(*about), HiddenSums(*about)
         if not ops.hides_sums or chunks < STAGES:
             return whole.run(store, hidden)

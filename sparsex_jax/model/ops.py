@@ -24,10 +24,8 @@ from sparsex_kernels import api as kernels
 from sparsex_kernels.arguments import Heads, Matrices
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
-from sparsex_kernels.product_parts import ProductParts, one_part
+from sparsex_kernels.product_parts import FEW_ROWS, ProductParts, one_part
 from sparsex_kernels.rotate_and_write import is_one_kernel
-
-FEW_ROWS = 64  # a decode step's, for which there are kernels that do several operations
 
 _STORE = spec_of(STORE_AXES)
 _HEADS = PartitionSpec(None, TENSOR_AXIS, None)  # [rows, heads, head_dim]

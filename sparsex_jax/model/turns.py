@@ -29,7 +29,6 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.model.decoder import (
-    Decoder,
     Hidden,
     OneLayer,
     attention_addend,
@@ -39,11 +38,10 @@ from sparsex_jax.model.decoder import (
     mlp_product,
     stream_of,
 )
+from sparsex_jax.model.forward_pass import ForwardPass
 from sparsex_jax.model.ops import DeviceParts
 from sparsex_jax.model.store import AnyStore
-from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
-from sparsex_kernels.layout import PageTables
 from sparsex_kernels.product_parts import one_part, sum_parts
 
 TOGETHER = 4  # turns of whole layers between two questions to the host
@@ -68,21 +66,16 @@ class Turn(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Turns(abc.ABC):
-    """Layers from `first` up to `end` for these rows, `size` rows at a time.
+    """Layers from `first` up to `end` for these rows.
 
     Attributes:
       together: turns between two questions to the host.
-      tables: page tables, as in `ForwardPass`.
-      size: rows of a chunk; divides the number of rows.
     """
 
     together: ClassVar[int]
 
-    params: Params
-    tables: PageTables
-    decoder: Decoder
+    forward: ForwardPass
     rows: Rows
-    size: int
     first: Int[Array, ""]
     end: Int[Array, ""]
 
@@ -99,6 +92,11 @@ class Turns(abc.ABC):
         carry = store, jnp.concatenate([hidden, spare]), self.nothing_in_flight(spare)
         store, after, _ = lax.fori_loop(0, -(-self.number // self.together), steps, carry)
         return store, after[: len(hidden)]
+
+    @property
+    def size(self) -> int:
+        """Rows of a chunk."""
+        return self.forward.chunk
 
     @property
     @abc.abstractmethod
@@ -152,8 +150,8 @@ class WholeLayers(Turns):
 
     def step(self, number: Int[Array, ""], carry: tuple[AnyStore, AllHidden, Any]) -> tuple[AnyStore, AllHidden, Any]:
         (store, hidden, nothing), turn = carry, self.turn(number)
-        layer = OneLayer.of(self.decoder, self.params, turn.layer)
-        store, chunk = decoder_layer(layer, store, self.chunk_of(hidden, turn), self.rows_of(turn), self.tables)
+        about = self.chunk_of(hidden, turn), self.rows_of(turn), self.forward.page_tables
+        store, chunk = decoder_layer(self.forward.layer(turn.layer), store, *about)
         return store, self.with_chunk(hidden, turn, chunk), nothing
 
 
@@ -179,13 +177,13 @@ class HiddenSums(Turns):
         return jnp.where(self.end > self.first, (self.end - self.first) * self.chunks + STAGES - 1, 0)
 
     def nothing_in_flight(self, chunk: Hidden) -> InFlight:
-        nothing = self.decoder.ops.no_parts(chunk.shape, chunk.dtype)
+        nothing = self.forward.decoder.ops.no_parts(chunk.shape, chunk.dtype)
         return InFlight(nothing, nothing)
 
     def step(self, number: Int[Array, ""], carry: tuple[AnyStore, AllHidden, Any]) -> tuple[AnyStore, AllHidden, Any]:
         store, hidden, before = carry
         newest, middle, oldest = (self.turn(number - age) for age in range(STAGES))
-        sum_of = self.decoder.ops.summed
+        sum_of = self.forward.decoder.ops.summed
         # One sum runs beside the attention, which does not need it, and the other beside the MLP. Left to itself, XLA
         # would begin with what needs the sums, beside nothing.
         attended = sum_of(before.attended)
@@ -198,13 +196,14 @@ class HiddenSums(Turns):
 
     def _layer(self, turn: Turn) -> OneLayer:
         """The turn's layer, whose products stay in parts."""
-        decoder = dataclasses.replace(self.decoder, ops=self.decoder.ops.later)
-        return OneLayer.of(decoder, self.params, turn.layer)
+        decoder = self.forward.decoder
+        decoder = dataclasses.replace(decoder, ops=decoder.ops.later)
+        return dataclasses.replace(self.forward, decoder=decoder).layer(turn.layer)
 
     def _attention(self, turn: Turn, store: AnyStore, hidden: AllHidden) -> tuple[AnyStore, DeviceParts]:
         layer = self._layer(turn)
         normed = stream_of(layer, self.chunk_of(hidden, turn)).normed
-        return attention_product(layer, store, normed, self.rows_of(turn), self.tables)
+        return attention_product(layer, store, normed, self.rows_of(turn), self.forward.page_tables)
 
     def _mlp(self, turn: Turn, attended: Hidden, hidden: AllHidden) -> tuple[AllHidden, DeviceParts]:
         """The rows with what attention adds, and the products behind their MLP."""

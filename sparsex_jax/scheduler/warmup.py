@@ -109,7 +109,8 @@ def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
     prompt = PromptMap(np.zeros(2, np.int32), np.array([TokenKind.REUSED, TokenKind.FRESH], np.uint8))
     with loop.admission.lend(len(prompt)) as pages, loop.runner.padding_to(bucket):
         copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
-        for first in (1, loop.runner.model.num_layers):  # some layers, or all at once, which may be another program
+        by_layers = (1,) if loop.runner.host_steers else ()  # there, all at once may be another program
+        for first in (*by_layers, loop.runner.model.num_layers):
             run = loop.runner.begin([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
             loop.runner.advance(run, first)
         for number in (1, MAX_LOGPROBS):

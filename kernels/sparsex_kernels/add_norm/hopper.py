@@ -19,9 +19,8 @@ from jaxtyping import Float
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AddNormArgs
 from sparsex_kernels.mosaic import Ref
+from sparsex_kernels.product_parts import FEW_ROWS, MOST_ROWS
 
-MOST_ROWS = 1024
-FEW_ROWS = 64  # a decode step's: each has a program
 AT_ONCE = 2 * mosaic.MULTIPROCESSORS  # programs of more rows
 WARPS = 4  # of a warpgroup
 WARPGROUPS = (4, 2, 1)  # of a program: the first whose warps share a row evenly

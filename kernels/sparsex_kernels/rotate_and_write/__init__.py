@@ -48,7 +48,7 @@ def rotate_and_write(
 
 
 def is_one_kernel(rows: int, heads: Heads, *, dtype: Any, stored: Any, backend: Backend) -> bool:
-    """Whether one kernel does all of `rotate_and_write`, for so many rows of these heads.
+    """Whether one kernel does all of `rotate_and_write` for this number of rows with these heads.
 
     Args:
       dtype: of the queries.

@@ -19,9 +19,8 @@ from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import Heads, RotateArgs
 from sparsex_kernels.layout import Queries, Store, row_addresses
 from sparsex_kernels.mosaic import Ref
+from sparsex_kernels.product_parts import FEW_ROWS, MOST_ROWS
 
-MOST_ROWS = 1024
-FEW_ROWS = 64  # a decode step's: each has programs of its own
 AT_ONCE = 256  # of more rows; programs go from one to the next, up to the last that is wanted
 HEADS = 4  # of a program: one a warp
 LANES = 32
@@ -84,7 +83,7 @@ def _check(args: RotateArgs) -> None:
 
 
 def refusal(rows: int, heads: Heads, dtype: Any, stored: Any) -> str:
-    """Why the kernel cannot take so many rows of these heads; empty if it can.
+    """Why the kernel cannot take this number of rows with these heads; empty if it can.
 
     Args:
       dtype: of the queries.

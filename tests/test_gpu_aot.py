@@ -10,7 +10,6 @@ from launches import Launches, Program
 
 from sparsex_jax.config import EngineConfig, named_config
 from sparsex_jax.device import aot
-from sparsex_jax.device.compilation import SUMS_IN_GRAPHS
 from sparsex_jax.device.described import backend_of, compile_options, described_mesh
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.model.sharding import check_mesh
@@ -50,7 +49,7 @@ def program(lowered, mesh, **options):
 @pytest.mark.parametrize("num_devices", [1, 2])
 def test_a_decode_step_is_a_few_kernels_a_layer_and_asks_nothing(num_devices, requests):
     mesh = mesh_of(num_devices)
-    decode = program(aot.lower_decode(LLAMA, ENGINE, mesh, requests), mesh, **SUMS_IN_GRAPHS)
+    decode = program(aot.lower_decode(LLAMA, ENGINE, mesh, requests), mesh)
     assert decode.whole().questions == 0
     step = decode.turn()
     assert step.kernels == 9 * LAYERS

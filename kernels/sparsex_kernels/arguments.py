@@ -24,6 +24,7 @@ from sparsex_kernels.layout import (
     Store,
     Window,
 )
+from sparsex_kernels.mailboxes import Mailboxes
 from sparsex_kernels.product_parts import ProductParts
 from sparsex_kernels.quantised import Mixed, Quantised
 
@@ -186,6 +187,8 @@ class AddNormArgs:
       backend: where the operation runs.
       eps: added to the mean square.
       count: how many rows are wanted. Results of those behind are undefined and may be NaN. None: all.
+      mailboxes: under `shard_map`, of the mesh, each of whose devices has parts of the product. Each device's parts are
+        rounded before they are added up. None: the product is whole.
     """
 
     product: ProductParts
@@ -195,6 +198,7 @@ class AddNormArgs:
     backend: Backend = dataclasses.field(metadata=_STATIC)
     eps: float = dataclasses.field(metadata=_STATIC)
     count: Int[Array, ""] | int | None = None
+    mailboxes: Mailboxes | None = None
 
 
 class Heads(NamedTuple):

@@ -35,6 +35,9 @@ from sparsex_jax.reuse.methods import Method, SparseX
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_kernels.add_norm import adds_devices
+from sparsex_kernels.mailboxes import Mailboxes, abstract_mailboxes
+from sparsex_kernels.product_parts import FEW_ROWS
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
@@ -179,7 +182,15 @@ def _shapes(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Shapes:
 def _params(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Params:
     params = abstract_params(on_mesh(model, mesh), engine.dtype, mesh)
     stacks, apart = abstract_stacks(model, engine, mesh), abstract_apart(model, engine, mesh)
-    return params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
+    mailboxes = _mailboxes(model, engine, mesh)
+    return params.replace(adapters=stacks, values_apart=apart, mailboxes=mailboxes)  # type: ignore[attr-defined]
+
+
+def _mailboxes(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Mailboxes | None:
+    """As if the devices could write into the memory of one another."""
+    backend = backend_of(mesh)
+    takes = adds_devices(FEW_ROWS, model.hidden_size, dtype=jnp.dtype(engine.dtype), backend=backend)
+    return abstract_mailboxes(mesh) if takes and mesh.size > 1 else None
 
 
 def _lower(step: Callable[..., Any], mesh: Mesh, store: Any, *args: Any) -> Lowered:

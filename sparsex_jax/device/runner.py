@@ -63,6 +63,7 @@ from sparsex_jax.reuse.planner import (
     plan_packing,
     plan_prefill,
 )
+from sparsex_kernels.mailboxes import MailboxMemory
 
 _PAGES_LOOKED_AT = 16  # together, so that one program does for any number
 # Which layers a probe watches is a request's choice: for the first few choices there are programs of all their layers.
@@ -269,6 +270,7 @@ class Runner:
         self._numbers = self._placed([np.int32(number) for number in range(most + 1)])
         self._probed_together: set[tuple[int, int]] = set()
         self._ahead: Ahead | None = None
+        self._place_mailboxes()
 
     @relayed
     def begin(self, requests: Sequence[RequestPlan], late: Sequence[Late] = ()) -> PrefillRun:
@@ -605,9 +607,16 @@ class Runner:
             jax.block_until_ready(self.store)
         except Exception:  # deleted, or what a step that failed on the device left behind
             self.store = make_store(self.model, self.engine, self.mesh)
+            self._place_mailboxes()
             self.losses += 1
             return True
         return False
+
+    def _place_mailboxes(self) -> None:
+        """Give programs mailboxes for sums over the mesh, new ones, where its devices and the model can use them."""
+        if self.decoder.ops.exchanges(self.model.hidden_size, self.engine.dtype):
+            self._mailboxes = MailboxMemory(self.mesh, self.model.hidden_size)
+            self.params = self.params.replace(mailboxes=self._mailboxes.mailboxes)  # type: ignore[attr-defined]
 
     def _precision(self) -> AbstractContextManager[None]:
         """Float32 means float32: accelerators would otherwise round the operands of a product."""

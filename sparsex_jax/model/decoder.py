@@ -26,15 +26,16 @@ from sparsex_jax.model.weights import Layers, Params
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.arguments import Matrices
 from sparsex_kernels.layout import Frequencies, PageTables, Window
+from sparsex_kernels.mailboxes import Mailboxes
 from sparsex_kernels.norm import rms_norm
-from sparsex_kernels.product_parts import ProductParts, one_part, sum_parts
+from sparsex_kernels.product_parts import one_part, sum_parts
 from sparsex_kernels.quantised import Mixed, Quantised, dequantise, lookup
 from sparsex_kernels.rope import apply_rope
 
 Hidden = Float[Array, "rows hidden"]
 Heads = Float[Array, "rows heads head_dim"]
 
-type AnyParts = Any  # ProductParts; where sums over a mesh come later, DeviceParts
+type AnyParts = Any  # ProductParts or PartsToExchange; where sums over a mesh come later, DeviceParts
 
 _ALL_KEYS = 2**31 - 1
 _IN_FLOAT32: Any = {"preferred_element_type": jnp.float32}
@@ -101,17 +102,19 @@ def _head(params: Params, dtype: Any) -> Float[Array, "hidden vocab"]:
 
 class OneLayer(NamedTuple):
     """One layer of the decoder. `layers` holds the weights of all layers, of which this one is `number`, and `adapters`
-    what is added to them, by the weights' names. `values_apart` is what attention adds to values."""
+    what is added to them, by the weights' names. `values_apart` is what attention adds to values, and by `mailboxes` a
+    mesh sums few rows."""
 
     decoder: Decoder
     layers: Layers
     number: Int[Array, ""]
     adapters: dict[str, LowRank] | None = None
     values_apart: ValuesApart | None = None
+    mailboxes: Mailboxes | None = None
 
     @classmethod
     def of(cls, decoder: Decoder, params: Params, number: Int[Array, ""]) -> OneLayer:
-        return cls(decoder, params.layers, number, params.adapters, params.values_apart)
+        return cls(decoder, params.layers, number, params.adapters, params.values_apart, params.mailboxes)
 
     def own(self, stacked: Float[Array, "layers *rest"]) -> Float[Array, "*rest"]:
         """This layer's part of a small stacked weight: a copy."""
@@ -134,7 +137,7 @@ class OneLayer(NamedTuple):
         return rms_norm(x, self.own(scale), self.decoder.config.rms_norm_eps)
 
     def add_norm(
-        self, product: ProductParts, hidden: Hidden, scale: Float[Array, "layers dim"], rows: Rows, *, ahead: int = 0
+        self, product: AnyParts, hidden: Hidden, scale: Float[Array, "layers dim"], rows: Rows, *, ahead: int = 0
     ) -> tuple[Hidden, Hidden]:
         """A product added to the residual, and the norm of the sum: this layer's, or that of a layer `ahead`."""
         number = jnp.minimum(self.number + ahead, len(scale) - 1)
@@ -165,7 +168,7 @@ class OneLayer(NamedTuple):
         if self.added(name, rows=rows):
             return self.as_parts(self.linear(x, name, rows=rows, over_inputs=True)[0])
         (matrix,) = self.matrices(x, [name])
-        return self.decoder.ops.linear_parts(x, matrix, self.number, rows)
+        return self.decoder.ops.linear_parts(x, matrix, self.number, rows, self.mailboxes)
 
     def as_parts(self, product: Float[Array, "rows width"] | DeviceParts) -> AnyParts:
         """A product over inputs as parts, which it is already where sums over the mesh come later."""
@@ -291,19 +294,17 @@ def mlp_product(layer: OneLayer, normed: Hidden, rows: Rows) -> AnyParts:
         return layer.as_parts(_experts(layer, router, normed, rows))
 
 
-def mlp_addend(layer: OneLayer, parts: ProductParts, dtype: Any) -> ProductParts:
+def mlp_addend(layer: OneLayer, parts: AnyParts, dtype: Any) -> AnyParts:
     """What the MLP adds to the residual."""
     return _normed_parts(layer, layer.layers.post_mlp_norm, parts, dtype)
 
 
-def attention_addend(layer: OneLayer, parts: ProductParts, dtype: Any) -> ProductParts:
+def attention_addend(layer: OneLayer, parts: AnyParts, dtype: Any) -> AnyParts:
     """What attention adds to the residual."""
     return _normed_parts(layer, layer.layers.post_attn_norm, parts, dtype)
 
 
-def _normed_parts(
-    layer: OneLayer, scale: Float[Array, "layers dim"] | None, parts: ProductParts, dtype: Any
-) -> ProductParts:
+def _normed_parts(layer: OneLayer, scale: Float[Array, "layers dim"] | None, parts: AnyParts, dtype: Any) -> AnyParts:
     """A sum normalised, in models with norms behind attention and MLP; without, the parts."""
     return parts if scale is None else one_part(layer.norm(scale, sum_parts(parts, dtype)))
 
@@ -372,7 +373,7 @@ def chained_layer(
 
 def _run_layer(
     layer: OneLayer, store: AnyStore, stream: Stream, rows: Rows, tables: PageTables
-) -> tuple[AnyStore, Hidden, ProductParts]:
+) -> tuple[AnyStore, Hidden, AnyParts]:
     """The store, the residual behind attention, and what the MLP adds to it."""
     dtype = stream.hidden.dtype
     store, out = attention_product(layer, store, stream.normed, rows, tables)

@@ -20,7 +20,7 @@ def weights_digest(params: Params) -> str:
     Adapters are no part of it. The same on all platforms and meshes: sums of integers do not depend on their order, nor
     this on that of codes.
     """
-    params = params.replace(adapters=None)  # type: ignore[attr-defined]
+    params = params.replace(adapters=None, mailboxes=None)  # type: ignore[attr-defined]
     total = sum(ord(char) * (i + 1) for i, char in enumerate("".join(kinds(params))))
     turned_around = _turned_around(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

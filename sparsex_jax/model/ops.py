@@ -21,9 +21,11 @@ from sparsex_jax.model.store import STORE_AXES, AnyStore, SharedStore, kv_of
 from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_jax.reuse.plan import Copies, PackedRows, Rows
 from sparsex_kernels import api as kernels
+from sparsex_kernels.add_norm import adds_devices
 from sparsex_kernels.arguments import Heads, Matrices
 from sparsex_kernels.backend import Backend
 from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
+from sparsex_kernels.mailboxes import Mailboxes, reach_one_another
 from sparsex_kernels.product_parts import FEW_ROWS, ProductParts, one_part
 from sparsex_kernels.rotate_and_write import is_one_kernel
 
@@ -40,6 +42,18 @@ _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL,
 
 
 DeviceParts = Float[Array, "devices rows width"]  # of sums over a mesh, each device's own
+
+
+class PartsToExchange(NamedTuple):
+    """A product over inputs that a mesh divides, for `add_norm` to sum over the mesh.
+
+    Attributes:
+      product: the parts of all devices, each device's own on it.
+      mailboxes: by which they are exchanged.
+    """
+
+    product: ProductParts
+    mailboxes: Mailboxes
 
 
 def _rank_of(low_rank: Sequence[LowRank | None]) -> int:
@@ -138,6 +152,12 @@ class Ops:
         """The same with sums left to `summed`, and with room for those on each device."""
         return dataclasses.replace(self, sums_later=True, backend=dataclasses.replace(self.backend, spared=SPARED))
 
+    def exchanges(self, width: int, dtype: Any) -> bool:
+        """Whether the devices can sum few rows of this width and dtype by mailboxes."""
+        devices = list(self.mesh.devices.flat)
+        takes = adds_devices(FEW_ROWS, width, dtype=jnp.dtype(dtype), backend=self.backend)
+        return len(devices) > 1 and takes and reach_one_another(devices)
+
     def linear(
         self,
         x: Float[Array, "rows inputs"],
@@ -173,14 +193,30 @@ class Ops:
         return products if y is None else (*products, y)
 
     def linear_parts(
-        self, x: Float[Array, "rows inputs"], weight: Matrices, layer: Int[Array, ""] | int, rows: Rows
-    ) -> ProductParts | DeviceParts:
-        """Rows times a weight that a mesh divides by inputs, in parts for `add_norm`. A mesh adds them here, or leaves
-        the devices' parts as they are where its `sums_later`."""
+        self,
+        x: Float[Array, "rows inputs"],
+        weight: Matrices,
+        layer: Int[Array, ""] | int,
+        rows: Rows,
+        mailboxes: Mailboxes | None = None,
+    ) -> ProductParts | DeviceParts | PartsToExchange:
+        """Rows times a weight that a mesh divides by inputs, in parts for `add_norm`. A mesh adds them here, but for a
+        few rows where there are mailboxes; and it leaves the devices' parts as they are where its `sums_later`."""
+        if mailboxes is not None and len(x) <= FEW_ROWS and not self.sums_later:
+            return self._parts_to_exchange(x, weight, layer, rows, mailboxes)
         if self.mesh.size > 1:
             (product,) = self.linear(x, [weight], layer, rows, over_inputs=True)
             return product if self.sums_later else one_part(product)
         return kernels.linear_parts(x, [weight], jnp.asarray(layer), rows.count, backend=self.backend)
+
+    def _parts_to_exchange(
+        self, x: Array, weight: Matrices, layer: Array | int, rows: Rows, mailboxes: Mailboxes
+    ) -> PartsToExchange:
+        def parts(x: Array, weight: Matrices, *args: Any, **on: Any) -> Array:
+            return kernels.linear_parts(x, [weight], *args, **on).parts
+
+        run = self._over_heads(parts, (PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL), _PARTS)
+        return PartsToExchange(ProductParts(run(x, weight, jnp.asarray(layer), rows.count)), mailboxes)
 
     def _sum(self, x: Float[Array, "rows width"]) -> Float[Array, "rows width"] | DeviceParts:
         """Within the mesh: the sum over it, or this device's part where sums come later."""
@@ -205,7 +241,7 @@ class Ops:
 
     def add_norm(
         self,
-        product: ProductParts,
+        product: ProductParts | PartsToExchange,
         residual: Float[Array, "rows hidden"],
         scales: Float[Array, "layers hidden"],
         layer: Int[Array, ""],
@@ -213,8 +249,12 @@ class Ops:
         eps: float,
     ) -> tuple[Float[Array, "rows hidden"], Float[Array, "rows hidden"]]:
         """The product added to the residual, and the sum's norm, on each device. Those of padding are undefined."""
-        run = self._over_heads(functools.partial(kernels.add_norm, eps=eps), (_ALL,) * 5, _ALL)
-        return run(product, residual, scales, layer, rows.count)
+        add_norm, about = functools.partial(kernels.add_norm, eps=eps), (residual, scales, layer, rows.count)
+        if isinstance(product, PartsToExchange):
+            return self._over_heads(add_norm, (_PARTS, *(_ALL,) * 4, _PARTS), _ALL)(
+                product.product, *about, product.mailboxes
+            )
+        return self._over_heads(add_norm, (_ALL,) * 5, _ALL)(product, *about)
 
     def gated_linear(
         self,

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.low_rank import LowRank, ValuesApart
 from sparsex_jax.model.sharding import Axes, sharding
+from sparsex_kernels.mailboxes import Mailboxes
 
 
 def _in_every_model(config: ModelConfig) -> bool:
@@ -90,6 +91,7 @@ class Params:
       lm_head: None where the output projection is the embedding's transpose.
       adapters: what they add to the weights of layers, by the weights' names. None: there are none.
       values_apart: what they add to values, where a store has it apart. `adapters` has no keys or values then.
+      mailboxes: by which the GPUs of a mesh sum few rows. None: there are none, and collectives sum.
     """
 
     embed: Array = weight("vocab", "embed", fan_in=("embed",))
@@ -98,6 +100,7 @@ class Params:
     lm_head: Array | None = weight("embed", "vocab", fan_in=("embed",), only_if=lambda c: not c.tied_embeddings)
     adapters: dict[str, LowRank] | None = None
     values_apart: ValuesApart | None = None
+    mailboxes: Mailboxes | None = None
 
 
 @dataclasses.dataclass(frozen=True)

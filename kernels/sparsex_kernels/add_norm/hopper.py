@@ -3,7 +3,7 @@
 A program has a row, and each of its warps a line of the row, so that the mean square is a sum over lanes, and then one
 over warps in shared memory. All that a thread reads is loaded before it waits for any of it: a row of a decode step
 takes as long as the memory answers. Of more rows than a decode step has, a program takes several, one after the other,
-up to the last that is wanted.
+up to the last that is wanted. Of a decode step's rows on a mesh, it adds the devices' parts too, by their mailboxes.
 """
 
 import functools
@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
 
-from sparsex_kernels import mosaic
+from sparsex_kernels import mosaic, mosaic_mailboxes
 from sparsex_kernels.arguments import AddNormArgs
+from sparsex_kernels.backend import Backend
 from sparsex_kernels.mosaic import Ref
 from sparsex_kernels.product_parts import FEW_ROWS, MOST_ROWS
 
@@ -39,6 +40,7 @@ class Shape(NamedTuple):
     eps: float
     counts_parts: bool  # whether the number of parts is data
     counts_rows: bool  # whether that of the rows that are wanted is
+    sums_devices: bool
 
     @property
     def turns(self) -> tuple[int, ...]:
@@ -49,7 +51,8 @@ class Shape(NamedTuple):
 def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array, "rows width"]]:
     """See `sparsex_kernels.add_norm`."""
     rows, width = args.residual.shape
-    _check(args)
+    if reason := refusal(rows, width, args.residual.dtype, args.backend, adds_devices=args.mailboxes is not None):
+        raise NotImplementedError(reason)
     shape = _shape(args)
     lines = (shape.warpgroups, WARPS, width // (shape.warpgroups * WARPS))
     out = jax.ShapeDtypeStruct((rows, *lines), args.residual.dtype)
@@ -69,19 +72,24 @@ def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array
     operands = (x.reshape(*x.shape[:-1], *lines) for x in (parts, args.residual, args.scales))
     limits = (used, args.count if rows > FEW_ROWS else None)
     scalars = (mosaic.as_scalar(x) for x in (args.layer, *limits) if x is not None)
-    hidden, normed = run(*operands, *scalars)
+    tables = [] if args.mailboxes is None else [args.mailboxes.table]
+    hidden, normed = run(*operands, *scalars, *tables)
     return hidden.reshape(rows, width), normed.reshape(rows, width)
 
 
-def _check(args: AddNormArgs) -> None:
-    """Raise `NotImplementedError` where this shape or dtype cannot be done."""
-    rows, width = args.residual.shape
+def refusal(rows: int, width: int, dtype: Any, backend: Backend, *, adds_devices: bool) -> str:
+    """Why the kernel cannot take these rows; empty if it can.
+
+    Args:
+      adds_devices: whether there are mailboxes.
+    """
     if rows > MOST_ROWS or width % (WARPS * LINE):
-        raise NotImplementedError(
-            f"{rows} rows of {width}; the kernel takes up to {MOST_ROWS}, of a multiple of {WARPS * LINE}"
-        )
-    if args.residual.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"rows of {args.residual.dtype}; the kernel takes bfloat16 or float16")
+        return f"{rows} rows of {width}; the kernel takes up to {MOST_ROWS}, of a multiple of {WARPS * LINE}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"rows of {dtype}; the kernel takes bfloat16 or float16"
+    if adds_devices and (rows > FEW_ROWS or backend.interpreted):
+        return f"{rows} rows to sum over devices on {backend}; the kernel takes up to {FEW_ROWS}, on GPUs"
+    return ""
 
 
 def _shape(args: AddNormArgs) -> Shape:
@@ -89,7 +97,7 @@ def _shape(args: AddNormArgs) -> Shape:
     warpgroups = next(n for n in WARPGROUPS if width % (n * WARPS * LINE) == 0)
     counts = args.product.used is not None, rows > FEW_ROWS and args.count is not None
     programs = min(rows, AT_ONCE) if counts[1] else rows
-    return Shape(programs, warpgroups, width, args.residual.dtype, args.eps, *counts)
+    return Shape(programs, warpgroups, width, args.residual.dtype, args.eps, *counts, args.mailboxes is not None)
 
 
 class Operands(NamedTuple):
@@ -101,13 +109,15 @@ class Operands(NamedTuple):
     layer: Ref
     num_parts: Ref | None
     num_rows: Ref | None
+    table: Ref | None
 
 
 def _kernel(shape: Shape, *refs: Ref, squares: Ref, summed: Ref) -> None:
-    parts, residual, scales, layer, *limits, hidden_ref, normed_ref = refs
-    num_parts = limits[0] if shape.counts_parts else None
-    num_rows = limits[-1] if shape.counts_rows else None
-    operands = Operands(parts, residual, scales, layer, num_parts, num_rows)
+    parts, residual, scales, layer, *others, hidden_ref, normed_ref = refs
+    table = others.pop() if shape.sums_devices else None
+    num_rows = others.pop() if shape.counts_rows else None
+    num_parts = others.pop() if shape.counts_parts else None
+    operands = Operands(parts, residual, scales, layer, num_parts, num_rows, table)
     first, wg = lax.axis_index("row"), lax.axis_index("wg")
 
     def run(turn: Array | int, _: None = None) -> None:
@@ -132,11 +142,15 @@ def _add_norm(
     squares: Ref,
     summed: Ref,
 ) -> None:
-    number = operands.layer[0]
+    number, table = operands.layer[0], operands.table
+    flag = None if table is None else mosaic_mailboxes.next_flag(table, row)
     loaded = _load_parts(operands, row, wg)
     before = _load(operands.residual.at[row, wg])
     scale = plgpu.load(operands.scales.at[number, wg], layout=LINES, optimized=False)
-    product = functools.reduce(operator.add, loaded).astype(shape.dtype).astype(jnp.float32)
+    product = functools.reduce(operator.add, loaded).astype(shape.dtype)
+    if flag is not None:
+        product = mosaic_mailboxes.sum_over_devices(table, row, flag, product, shape.width, LINES).astype(shape.dtype)
+    product = product.astype(jnp.float32)
     hidden = (before + product).astype(shape.dtype)
     wide = hidden.astype(jnp.float32)
     squares[wg] = (wide * wide).sum(axis=1)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from kernel_cases import (
     check_moved,
     check_nan_stays,
@@ -44,7 +45,8 @@ from sparsex_jax import Engine, ModelConfig, ReuseConfig
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
 from sparsex_kernels.layout import as_stored
-from sparsex_kernels.product_parts import sum_parts
+from sparsex_kernels.mailboxes import MailboxMemory, reach_one_another
+from sparsex_kernels.product_parts import ProductParts, sum_parts
 from sparsex_kernels.quantised import dequantise, quantise, turned
 
 pytestmark = pytest.mark.gpu
@@ -333,6 +335,42 @@ def test_add_norm_of_few_of_many_rows(width, parts, scaled):
             assert count == 0 or relative_error(out[:count], expected[:count]) < 4e-3
         for _ in range(5):  # a result that moves is a race
             assert all(same(a[:count], b[:count]) for a, b in zip(run(*case, jnp.int32(count)), outs, strict=True))
+
+
+@pytest.mark.parametrize(("rows", "width", "parts"), [(8, 4096, 8), (64, 4096, 1), (32, 8192, 2), (5, 512, 2)])
+def test_add_norm_sums_over_gpus(rows, width, parts):
+    """Many sums in a row, each of other numbers: what is left of one must not pass for the next."""
+    skip_unless_hopper()
+    mesh = make_mesh(len(jax.devices()))
+    if mesh.size < 2 or not reach_one_another(jax.devices()):
+        pytest.skip("needs GPUs that reach one another")
+    memory, sums = MailboxMemory(mesh, width), 20
+    by_device = PartitionSpec("tensor")
+
+    def run(products, residual, scales, mailboxes):
+        def step(product, residual):
+            on = {"eps": 1e-5, "implementation": "hopper"}
+            return kernels.add_norm(ProductParts(product), residual, scales, 1, None, mailboxes, **on)
+
+        outs = [step(products[n], residual) for n in range(sums)]
+        whole = jnp.stack([hidden for hidden, _ in outs]), jnp.stack([normed for _, normed in outs])
+        return jax.tree.map(lambda x: x[None], whole)
+
+    specs = PartitionSpec(None, "tensor"), PartitionSpec(), PartitionSpec(), by_device
+    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_device, check_vma=False))
+    rng = np.random.default_rng(rows)
+    dtype = jnp.bfloat16 if parts == 1 else jnp.float32
+    for _ in range(3):
+        products = jnp.asarray(rng.normal(size=(sums, mesh.size * parts, rows, width)), dtype)
+        _, residual, scales = residuals(rows, width, 1)
+        hidden, normed = run(products, residual, scales, memory.mailboxes)
+        own = np.asarray(products, np.float64).reshape(sums, mesh.size, parts, rows, width).sum(2)
+        rounded = jnp.asarray(own, residual.dtype).swapaxes(0, 1)
+        for n in range(sums):
+            expected = exact_add_norm(ProductParts(rounded[:, n]), residual, scales, 1, 1e-5)
+            assert relative_error(hidden[0][n], expected[0]) < 4e-3
+            assert relative_error(normed[0][n], expected[1]) < 4e-3
+        assert all(same(hidden[0], other) for other in hidden[1:])  # all GPUs have the same
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (64, 64)])

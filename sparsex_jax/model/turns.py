@@ -1,7 +1,7 @@
 """Chunks of rows through layers on GPUs: a loop whose every turn takes a chunk through a layer, or a part of one.
 
 How many turns there are is data, so before each turn of a loop a GPU asks the host whether to go on, and idles until it
-answers. Here one loop is over all chunks of all layers, and of whole layers it takes several turns between questions.
+answers. Here one loop is over all chunks of all layers, and it takes several turns between two questions.
 
 On a mesh a layer has two sums over the devices: behind attention, and behind the MLP. A chunk waits for both. The next
 chunk does not: its attention needs the keys of those before it, which are written before any sum. So a turn has three
@@ -70,9 +70,11 @@ class Turns(abc.ABC):
 
     Attributes:
       together: turns between two questions to the host.
+      unrolled: whether these are so many operations, which saves a few launches in each, rather than a loop.
     """
 
     together: ClassVar[int]
+    unrolled: ClassVar[bool]
 
     forward: ForwardPass
     rows: Rows
@@ -82,12 +84,14 @@ class Turns(abc.ABC):
     def run(self, store: AnyStore, hidden: AllHidden) -> tuple[AnyStore, AllHidden]:
         """The store, and the rows' hidden states behind the layers."""
         spare = jnp.zeros((self.size, hidden.shape[1]), hidden.dtype)
+
         step = jax.jit(self.step)  # traced once
 
         def steps(number: Array, carry: Any) -> Any:
-            for k in range(self.together):
-                carry = step(number * self.together + k, carry)
-            return carry
+            def one(k: Array, carry: Any) -> Any:
+                return step(number * self.together + k, carry)
+
+            return lax.fori_loop(0, self.together, one, carry, unroll=self.unrolled)  # asks nothing
 
         carry = store, jnp.concatenate([hidden, spare]), self.nothing_in_flight(spare)
         store, after, _ = lax.fori_loop(0, -(-self.number // self.together), steps, carry)
@@ -140,6 +144,7 @@ class WholeLayers(Turns):
     """A turn takes its chunk through a whole layer."""
 
     together = TOGETHER
+    unrolled = True
 
     @property
     def number(self) -> Int[Array, ""]:
@@ -170,7 +175,8 @@ class InFlight(NamedTuple):
 class HiddenSums(Turns):
     """A turn of a mesh has three chunks at three stages; a layer has at least as many."""
 
-    together = 1  # of several, XLA begins the sums of one when those of the turn before end, and products wait
+    together = 2 * TOGETHER
+    unrolled = False  # XLA would begin the sums of a turn when those of the turn before end, and products would wait
 
     @property
     def number(self) -> Int[Array, ""]:

@@ -337,40 +337,55 @@ def test_add_norm_of_few_of_many_rows(width, parts, scaled):
             assert all(same(a[:count], b[:count]) for a, b in zip(run(*case, jnp.int32(count)), outs, strict=True))
 
 
-@pytest.mark.parametrize(("rows", "width", "parts"), [(8, 4096, 8), (64, 4096, 1), (32, 8192, 2), (5, 512, 2)])
-def test_add_norm_sums_over_gpus(rows, width, parts):
-    """Many sums in a row, each of other numbers: what is left of one must not pass for the next."""
+def sums_over_gpus(mesh, about):
+    """A program that makes sums of products, `[sums, devices * parts, rows, width]`, one after the other. It gives what
+    each device has of all: `[devices, sums, rows, width]`."""
+    by_device = PartitionSpec("tensor")
+
+    def run(products, used, residual, scales, count, mailboxes):
+        outs = []
+        for product in products:
+            outs.append(kernels.add_norm(ProductParts(product, used), residual, scales, 1, count, mailboxes, **about))
+        return jax.tree.map(lambda *each: jnp.stack(each)[None], *outs)
+
+    specs = PartitionSpec(None, "tensor"), *[PartitionSpec()] * 4, by_device
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_device, check_vma=False))
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "parts", "counts"),
+    [
+        (8, 4096, 8, (None,)),
+        (64, 4096, 1, (None,)),
+        (32, 8192, 2, (None,)),
+        (5, 512, 2, (None,)),
+        (300, 4096, 8, (300, 205, 1, 0, 270)),
+        (2048, 4096, 1, (2048, 0, 1, 1300, 264, 265)),
+    ],
+)
+def test_add_norm_sums_over_gpus(rows, width, parts, counts):
+    """Many sums in a row, each of other numbers: what is left of one must not pass for the next. Few rows and many
+    take turns."""
     skip_unless_hopper()
     mesh = make_mesh(len(jax.devices()))
     if mesh.size < 2 or not reach_one_another(jax.devices()):
         pytest.skip("needs GPUs that reach one another")
-    memory, sums = MailboxMemory(mesh, width), 20
-    by_device = PartitionSpec("tensor")
-
-    def run(products, residual, scales, mailboxes):
-        def step(product, residual):
-            on = {"eps": 1e-5, "implementation": "hopper"}
-            return kernels.add_norm(ProductParts(product), residual, scales, 1, None, mailboxes, **on)
-
-        outs = [step(products[n], residual) for n in range(sums)]
-        whole = jnp.stack([hidden for hidden, _ in outs]), jnp.stack([normed for _, normed in outs])
-        return jax.tree.map(lambda x: x[None], whole)
-
-    specs = PartitionSpec(None, "tensor"), PartitionSpec(), PartitionSpec(), by_device
-    run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=by_device, check_vma=False))
-    rng = np.random.default_rng(rows)
+    memory, sums, rng = MailboxMemory(mesh, max(rows, 8), width), 5, np.random.default_rng(rows)
+    run = sums_over_gpus(mesh, {"eps": 1e-5, "implementation": "hopper"})
     dtype = jnp.bfloat16 if parts == 1 else jnp.float32
-    for _ in range(3):
-        products = jnp.asarray(rng.normal(size=(sums, mesh.size * parts, rows, width)), dtype)
-        _, residual, scales = residuals(rows, width, 1)
-        hidden, normed = run(products, residual, scales, memory.mailboxes)
-        own = np.asarray(products, np.float64).reshape(sums, mesh.size, parts, rows, width).sum(2)
-        rounded = jnp.asarray(own, residual.dtype).swapaxes(0, 1)
+    repeated = counts * (3 if len(counts) == 1 else 1)
+    for size, count in [each for count in repeated for each in ((rows, count), (5, None))]:
+        products = jnp.asarray(rng.normal(size=(sums, mesh.size * parts, size, width)), dtype)
+        _, residual, scales = residuals(size, width, 1)
+        used = jnp.int32(max(parts - 1, 1)) if count is not None and parts > 1 else None
+        hidden, normed = run(products, used, residual, scales, count, memory.mailboxes)
+        own = np.asarray(products, np.float64).reshape(sums, mesh.size, parts, size, width)
+        rounded = jnp.asarray(own[:, :, : used if used is None else int(used)].sum(2), residual.dtype).swapaxes(0, 1)
         for n in range(sums):
             expected = exact_add_norm(ProductParts(rounded[:, n]), residual, scales, 1, 1e-5)
-            assert relative_error(hidden[0][n], expected[0]) < 4e-3
-            assert relative_error(normed[0][n], expected[1]) < 4e-3
-        assert all(same(hidden[0], other) for other in hidden[1:])  # all GPUs have the same
+            for out, exactly in zip((hidden, normed), expected, strict=True):
+                assert count == 0 or relative_error(out[0, n, :count], exactly[:count]) < 4e-3
+        assert all(same(hidden[0, :, :count], other[:, :count]) for other in hidden[1:])  # all GPUs have the same
 
 
 @pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (64, 64)])

@@ -19,10 +19,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from sparsex_kernels.product_parts import FEW_ROWS
-
-MOST_WARPS = 16  # of a program that sums a row, each with a counter
-HEADER = 4 * MOST_WARPS * FEW_ROWS  # bytes: counters of sums, for each warp of each row
+MOST_ROWS = 2048  # of a sum
+MOST_PROGRAMS, MOST_WARPS = 512, 16  # that make a sum; each warp counts those it took part in
+HEADER = 4 * MOST_PROGRAMS * MOST_WARPS  # bytes: these counters
 PACKET = 16  # bytes: two words of numbers, each with a flag behind it
 NUMBERS = 4  # of a packet, of two bytes each
 
@@ -36,21 +35,23 @@ class Mailboxes:
     Attributes:
       table: a line for each device: its number, zero, and the addresses of all mailboxes, of eight bytes each, the
         lower half first. Divided over the mesh by lines.
+      rows: that there is room for in each sum, at most 2048.
     """
 
     table: Int[Array, "lines words"]
+    rows: int = dataclasses.field(metadata={"static": True})
 
 
-def mailbox_bytes(devices: int, width: int) -> int:
+def mailbox_bytes(devices: int, rows: int, width: int) -> int:
     """Bytes of a mailbox: each device's rows of two sums, one of which may still be read as the next one arrives."""
-    return HEADER + 2 * devices * FEW_ROWS * (width // NUMBERS) * PACKET
+    return HEADER + 2 * devices * rows * (width // NUMBERS) * PACKET
 
 
-def abstract_mailboxes(mesh: Mesh) -> Mailboxes:
+def abstract_mailboxes(mesh: Mesh, rows: int) -> Mailboxes:
     """Those of a mesh of one axis as shapes, for devices that are not there."""
     shape = mesh.size, 2 * (mesh.size + 1)
     table: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=_by_device(mesh))
-    return Mailboxes(table)
+    return Mailboxes(table, rows)
 
 
 def _by_device(mesh: Mesh) -> NamedSharding:
@@ -84,11 +85,11 @@ class MailboxMemory:
     the same order: where one has failed, make new ones.
     """
 
-    def __init__(self, mesh: Mesh, width: int) -> None:
+    def __init__(self, mesh: Mesh, rows: int, width: int) -> None:
         by_device = _by_device(mesh)
-        size = mesh.size, mailbox_bytes(mesh.size, width) // 4
+        size = mesh.size, mailbox_bytes(mesh.size, rows, width) // 4
         self._memory = jax.block_until_ready(jnp.zeros(size, jnp.int32, device=by_device))
         own = {shard.device: shard.data.unsafe_buffer_pointer() for shard in self._memory.addressable_shards}
         addresses = np.array([own[device] for device in mesh.devices.flat], np.uint64).view(np.int32)
         lines = [np.concatenate([np.array([rank, 0], np.int32), addresses]) for rank in range(mesh.size)]
-        self.mailboxes = Mailboxes(jax.device_put(np.stack(lines), by_device))
+        self.mailboxes = Mailboxes(jax.device_put(np.stack(lines), by_device), rows)

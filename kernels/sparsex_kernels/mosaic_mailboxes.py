@@ -2,12 +2,15 @@
 
 Every warp sends what it holds of a row to the warps with its numbers on the other GPUs, and reads what they sent. A
 packet has two words of numbers and behind each a flag, the number of the sum; GPUs write eight bytes in one piece, so
-where the flag is there, the word is. Two sums in turn have memory of their own. That is enough: who has all parts of a
-sum knows that the others have ended the kernels of the sum before, and read all of it.
+where the flag is there, the word is.
+
+Two sums in turn have memory of their own. That is enough: who has a part of a sum knows that its sender has ended the
+kernel of the sum before, and read all of it. Warps count for themselves the sums that they took part in, as one
+without rows learns nothing of the others; a row always belongs to the same ones.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -19,7 +22,6 @@ from jax.experimental.mosaic import gpu as mgpu
 
 from sparsex_kernels.mailboxes import HEADER, MOST_WARPS, NUMBERS, PACKET
 from sparsex_kernels.mosaic import Ref
-from sparsex_kernels.product_parts import FEW_ROWS
 
 # Looks at a packet before a program gives up, about a minute: another GPU has failed, and this one should say so.
 MOST_LOOKS = 1 << 27
@@ -27,51 +29,82 @@ _SCALAR = plgpu.Layout.WG_SPLAT(())
 _WORDS = PACKET // 8  # of numbers in a packet
 
 
-def next_flag(table: Ref, row: Array) -> Array:
-    """The number of the sum that a row is about to take part in, which all GPUs count alike. Read early, it is there
-    when it is needed.
+class Rows(NamedTuple):
+    """What goes through mailboxes.
 
-    Args:
-      table: `Mailboxes.table` of this device, `[1, words]`.
+    Attributes:
+      most: `Mailboxes.rows`.
+      width: numbers of a row.
+      layout: of those that a warpgroup holds, 16 bits each, four beside each other in each lane.
     """
+
+    most: int
+    width: int
+    layout: Any
+
+
+class Sum(NamedTuple):
+    """A sum over the devices in which a program takes part.
+
+    Attributes:
+      table: `Mailboxes.table` of this device, `[1, words]`.
+      program: its number, less than 512.
+      number: of the sum, as the program counts them, alike on all devices.
+    """
+
+    table: Ref
+    program: Array
+    number: Array
+    rows: Rows
+
+
+def begin_sum(table: Ref, program: Array, rows: Rows) -> Sum:
+    """Look up the sum's number. Done early, it is there when it is needed."""
 
     @plgpu.inline_mgpu(
         arg_types=(plgpu.RefType(), _SCALAR),
         return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=_SCALAR),
     )
-    def read(_: Any, table: ir.Value, row: Any) -> Any:
-        counter = _counter(_Table(table), _scalar(row))
+    def read(_: Any, table: ir.Value, program: Any) -> Any:
+        counter = _counter(_Table(table), _scalar(program))
         read = "ld.volatile.global.b32 $0, [$1];"
         last = mgpu.utils.inline_ptx(read, counter, result_types=_i32(), has_side_effects=True)
-        flag = arith.addi(last, _int32(1))
-        return mgpu.FragmentedArray.splat(flag, (), mgpu.WGSplatFragLayout(()), is_signed=True)
+        number = arith.addi(last, _int32(1))
+        return mgpu.FragmentedArray.splat(number, (), mgpu.WGSplatFragLayout(()), is_signed=True)
 
-    return read(table, row)
+    return Sum(table, program, read(table, program), rows)
 
 
-def sum_over_devices(table: Ref, row: Array, flag: Array, own: Array, width: int, layout: Any) -> Array:
-    """The sum of a row's parts on all GPUs, in float32, added in the GPUs' order.
+def end_sum(sum_: Sum) -> None:
+    """Count a sum in which the program had some row."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _SCALAR, _SCALAR))
+    def count(_: Any, table: ir.Value, program: Any, number: Any) -> None:
+        _count(_counter(_Table(table), _scalar(program)), _scalar(number))
+
+    count(sum_.table, sum_.program, sum_.number)
+
+
+def sum_over_devices(sum_: Sum, row: Array, own: Array) -> Array:
+    """The sum of a row's parts on all devices, in float32, added in the devices' order.
 
     Args:
-      row: less than 64.
-      flag: as `next_flag` gave it.
-      own: this warpgroup's numbers of this GPU's part, of 16 bits, four beside each other in each lane.
-      width: of the row, in all warpgroups.
-      layout: of `own`.
+      own: this warpgroup's numbers of this device's part.
     """
+    rows = sum_.rows
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, layout),
-        return_type=plgpu.ShapeDtypeStruct(own.shape, jnp.float32, layout=layout),
+        arg_types=(plgpu.RefType(), _SCALAR, _SCALAR, rows.layout),
+        return_type=plgpu.ShapeDtypeStruct(own.shape, jnp.float32, layout=rows.layout),
     )
-    def add(_: Any, table: ir.Value, row: Any, flag: Any, own: Any) -> Any:
+    def add(_: Any, table: ir.Value, row: Any, number: Any, own: Any) -> Any:
         packets = [mgpu.utils.bitcast(part, ir.VectorType.get((_WORDS,), _i32())) for part in own.registers.flat]
-        parts = _exchanged(_Table(table), _scalar(row), _scalar(flag), packets, width)
+        parts = _exchanged(_Table(table), _scalar(row), _scalar(number), packets, rows)
         sums = [_sum_of(same, own.registers.flat[0].type) for same in zip(*parts, strict=True)]
         registers = np.array(sums, dtype=object).reshape(own.registers.shape)
         return mgpu.FragmentedArray(_registers=registers, _layout=own.layout, _is_signed=None)
 
-    return add(table, row, flag, own)
+    return add(sum_.table, row, sum_.number, own)
 
 
 class _Table:
@@ -91,17 +124,17 @@ class _Table:
 
 
 def _exchanged(
-    table: _Table, row: ir.Value, flag: ir.Value, own: Sequence[ir.Value], width: int
+    table: _Table, row: ir.Value, flag: ir.Value, own: Sequence[ir.Value], rows: Rows
 ) -> list[list[ir.Value]]:
     """Each device's words of the packets that this thread has, `[devices][packets]`."""
-    line = width // NUMBERS  # packets; each thread's first ones come first, then the second ones
+    line = rows.width // NUMBERS  # packets; each thread's first ones come first, then the second ones
     step = PACKET * (line // len(own))
     half = arith.andi(flag, _int32(1))
 
     def place(mailbox: ir.Value, sender: ir.Value) -> ir.Value:
         """Where this thread's first packet from `sender` is."""
         lines = arith.addi(arith.muli(half, _int32(table.devices)), sender)
-        packets = arith.addi(arith.muli(lines, _int32(FEW_ROWS)), row)
+        packets = arith.addi(arith.muli(lines, _int32(rows.most)), row)
         packet = arith.addi(arith.muli(packets, _int32(line)), mgpu.utils.thread_idx())
         offset = arith.addi(arith.muli(packet, _int32(PACKET)), _int32(HEADER))
         return arith.addi(mailbox, arith.extui(_i64(), offset))
@@ -111,7 +144,6 @@ def _exchanged(
     there = [place(table.mailbox(device), table.rank) for device in devices]
     here = [place(table.own_mailbox, _int32(device)) for device in devices]
     is_own = [arith.cmpi(arith.CmpIPredicate.eq, table.rank, _int32(device)) for device in devices]
-    counter = _counter(table, row)
     for device in devices:
         for number, packet in enumerate(own):
             _send(there[device], number * step, packet, flag, unless=is_own[device])
@@ -119,7 +151,6 @@ def _exchanged(
     for device in devices:
         received = _received(here[device], step, len(own), flag, unless=is_own[device])
         parts.append([arith.select(is_own[device], *pair) for pair in zip(own, received, strict=True)])
-    _count(counter, flag)
     return parts
 
 
@@ -180,10 +211,10 @@ def _sum_of(packets: Sequence[ir.Value], of_type: ir.Type) -> ir.Value:
     return total
 
 
-def _counter(table: _Table, row: ir.Value) -> ir.Value:
-    """The address of this warp's count of the sums of a row."""
+def _counter(table: _Table, program: ir.Value) -> ir.Value:
+    """The address of this warp's count of sums."""
     warp = arith.shrui(mgpu.utils.thread_idx(), _int32(5))
-    counter = arith.addi(arith.muli(row, _int32(MOST_WARPS)), warp)
+    counter = arith.addi(arith.muli(program, _int32(MOST_WARPS)), warp)
     return arith.addi(table.own_mailbox, arith.extui(_i64(), arith.muli(counter, _int32(4))))
 
 

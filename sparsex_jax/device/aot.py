@@ -26,6 +26,7 @@ from sparsex_jax.device.prefill import align, prefill, prefill_at_once
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN, Signal
 from sparsex_jax.device.state import BatchSlot, decode_state
+from sparsex_jax.model import ops
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import on_mesh
@@ -37,7 +38,6 @@ from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_kernels.add_norm import adds_devices
 from sparsex_kernels.mailboxes import Mailboxes, abstract_mailboxes
-from sparsex_kernels.product_parts import FEW_ROWS
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
@@ -189,8 +189,9 @@ def _params(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Params:
 def _mailboxes(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Mailboxes | None:
     """As if the devices could write into the memory of one another."""
     backend = backend_of(mesh)
-    takes = adds_devices(FEW_ROWS, model.hidden_size, dtype=jnp.dtype(engine.dtype), backend=backend)
-    return abstract_mailboxes(mesh) if takes and mesh.size > 1 else None
+    rows = ops.EXCHANGED_ROWS
+    takes = adds_devices(rows, model.hidden_size, dtype=jnp.dtype(engine.dtype), backend=backend)
+    return abstract_mailboxes(mesh, rows) if takes and mesh.size > 1 else None
 
 
 def _lower(step: Callable[..., Any], mesh: Mesh, store: Any, *args: Any) -> Lowered:

@@ -49,7 +49,7 @@ from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.forward_pass import ForwardPass
 from sparsex_jax.model.kv_copies import with_kv_copies
-from sparsex_jax.model.ops import Ops
+from sparsex_jax.model.ops import EXCHANGED_ROWS, Ops
 from sparsex_jax.model.sharding import to_devices
 from sparsex_jax.model.store import AnyStore, SharedStore, kv_of, make_store
 from sparsex_jax.model.weights import Params
@@ -615,7 +615,7 @@ class Runner:
     def _place_mailboxes(self) -> None:
         """Give programs mailboxes for sums over the mesh, new ones, where its devices and the model can use them."""
         if self.decoder.ops.exchanges(self.model.hidden_size, self.engine.dtype):
-            self._mailboxes = MailboxMemory(self.mesh, self.model.hidden_size)
+            self._mailboxes = MailboxMemory(self.mesh, EXCHANGED_ROWS, self.model.hidden_size)
             self.params = self.params.replace(mailboxes=self._mailboxes.mailboxes)  # type: ignore[attr-defined]
 
     def _precision(self) -> AbstractContextManager[None]:

@@ -36,10 +36,14 @@ _INPUTS = PartitionSpec(None, TENSOR_AXIS, None)  # [layers, inputs, outputs]
 _OUTPUTS = PartitionSpec(None, None, TENSOR_AXIS)
 _ALL = PartitionSpec()
 _PARTS = PartitionSpec(TENSOR_AXIS)  # [devices, rows, width]
+_EACH_HAS_PARTS: Any = ProductParts(_PARTS, _ALL)  # type: ignore
 _BY_OUTPUTS, _BY_INPUTS = Adapting(_ALL, _OUTPUTS, _ALL, _ALL), Adapting(_INPUTS, _ALL, _ALL, _ALL)  # type: ignore
 # Of `LowRank`: Y is whole on each device, and matrices, [layers, adapters, kv_heads, rank, head_dim], are divided.
 _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
 
+
+# Rows of a sum by mailboxes. The kernel takes 2048, but sums of so many have not been validated on GPUs.
+EXCHANGED_ROWS = FEW_ROWS
 
 DeviceParts = Float[Array, "devices rows width"]  # of sums over a mesh, each device's own
 
@@ -153,9 +157,9 @@ class Ops:
         return dataclasses.replace(self, sums_later=True, backend=dataclasses.replace(self.backend, spared=SPARED))
 
     def exchanges(self, width: int, dtype: Any) -> bool:
-        """Whether the devices can sum few rows of this width and dtype by mailboxes."""
+        """Whether the devices can sum rows of this width and dtype by mailboxes."""
         devices = list(self.mesh.devices.flat)
-        takes = adds_devices(FEW_ROWS, width, dtype=jnp.dtype(dtype), backend=self.backend)
+        takes = adds_devices(EXCHANGED_ROWS, width, dtype=jnp.dtype(dtype), backend=self.backend)
         return len(devices) > 1 and takes and reach_one_another(devices)
 
     def linear(
@@ -202,7 +206,7 @@ class Ops:
     ) -> ProductParts | DeviceParts | PartsToExchange:
         """Rows times a weight that a mesh divides by inputs, in parts for `add_norm`. A mesh adds them here, but for a
         few rows where there are mailboxes; and it leaves the devices' parts as they are where its `sums_later`."""
-        if mailboxes is not None and len(x) <= FEW_ROWS and not self.sums_later:
+        if mailboxes is not None and len(x) <= mailboxes.rows and not self.sums_later:
             return self._parts_to_exchange(x, weight, layer, rows, mailboxes)
         if self.mesh.size > 1:
             (product,) = self.linear(x, [weight], layer, rows, over_inputs=True)
@@ -212,11 +216,11 @@ class Ops:
     def _parts_to_exchange(
         self, x: Array, weight: Matrices, layer: Array | int, rows: Rows, mailboxes: Mailboxes
     ) -> PartsToExchange:
-        def parts(x: Array, weight: Matrices, *args: Any, **on: Any) -> Array:
-            return kernels.linear_parts(x, [weight], *args, **on).parts
+        def parts(x: Array, weight: Matrices, *args: Any, **on: Any) -> ProductParts:
+            return kernels.linear_parts(x, [weight], *args, **on)
 
-        run = self._over_heads(parts, (PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL), _PARTS)
-        return PartsToExchange(ProductParts(run(x, weight, jnp.asarray(layer), rows.count)), mailboxes)
+        run = self._over_heads(parts, (PartitionSpec(None, TENSOR_AXIS), _INPUTS, _ALL, _ALL), _EACH_HAS_PARTS)
+        return PartsToExchange(run(x, weight, jnp.asarray(layer), rows.count), mailboxes)
 
     def _sum(self, x: Float[Array, "rows width"]) -> Float[Array, "rows width"] | DeviceParts:
         """Within the mesh: the sum over it, or this device's part where sums come later."""
@@ -251,7 +255,7 @@ class Ops:
         """The product added to the residual, and the sum's norm, on each device. Those of padding are undefined."""
         add_norm, about = functools.partial(kernels.add_norm, eps=eps), (residual, scales, layer, rows.count)
         if isinstance(product, PartsToExchange):
-            return self._over_heads(add_norm, (_PARTS, *(_ALL,) * 4, _PARTS), _ALL)(
+            return self._over_heads(add_norm, (_EACH_HAS_PARTS, *(_ALL,) * 4, _PARTS), _ALL)(
                 product.product, *about, product.mailboxes
             )
         return self._over_heads(add_norm, (_ALL,) * 5, _ALL)(product, *about)

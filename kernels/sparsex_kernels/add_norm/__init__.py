@@ -45,9 +45,9 @@ def add_norm(
 
 
 def adds_devices(rows: int, width: int, *, dtype: Any, backend: Backend) -> bool:
-    """Whether `add_norm` takes mailboxes for this number of rows.
+    """Whether `add_norm` takes mailboxes with room for this number of rows.
 
     Args:
       dtype: of the residual.
     """
-    return "hopper" in backend.order("add_norm") and not _REFUSAL(rows, width, dtype, backend, adds_devices=True)
+    return "hopper" in backend.order("add_norm") and not _REFUSAL(rows, width, dtype, backend, mailboxes=rows)

@@ -3,14 +3,16 @@
 A program has a row, and each of its warps a line of the row, so that the mean square is a sum over lanes, and then one
 over warps in shared memory. All that a thread reads is loaded before it waits for any of it: a row of a decode step
 takes as long as the memory answers. Of more rows than a decode step has, a program takes several, one after the other,
-up to the last that is wanted. Of a decode step's rows on a mesh, it adds the devices' parts too, by their mailboxes.
+up to the last that is wanted. On a mesh it adds the devices' parts too, by their mailboxes.
 """
 
+import dataclasses
 import functools
 import operator
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import Array, lax
@@ -40,7 +42,7 @@ class Shape(NamedTuple):
     eps: float
     counts_parts: bool  # whether the number of parts is data
     counts_rows: bool  # whether that of the rows that are wanted is
-    sums_devices: bool
+    mailboxes: mosaic_mailboxes.Rows | None  # None: the product is whole
 
     @property
     def turns(self) -> tuple[int, ...]:
@@ -51,8 +53,11 @@ class Shape(NamedTuple):
 def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array, "rows width"]]:
     """See `sparsex_kernels.add_norm`."""
     rows, width = args.residual.shape
-    if reason := refusal(rows, width, args.residual.dtype, args.backend, adds_devices=args.mailboxes is not None):
+    room = None if args.mailboxes is None else args.mailboxes.rows
+    if reason := refusal(rows, width, args.residual.dtype, args.backend, mailboxes=room):
         raise NotImplementedError(reason)
+    if args.mailboxes is not None and args.count is None:
+        args = dataclasses.replace(args, count=rows)  # so that a row belongs to the same program as in other sums
     shape = _shape(args)
     lines = (shape.warpgroups, WARPS, width // (shape.warpgroups * WARPS))
     out = jax.ShapeDtypeStruct((rows, *lines), args.residual.dtype)
@@ -77,18 +82,19 @@ def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array
     return hidden.reshape(rows, width), normed.reshape(rows, width)
 
 
-def refusal(rows: int, width: int, dtype: Any, backend: Backend, *, adds_devices: bool) -> str:
+def refusal(rows: int, width: int, dtype: Any, backend: Backend, *, mailboxes: int | None = None) -> str:
     """Why the kernel cannot take these rows; empty if it can.
 
     Args:
-      adds_devices: whether there are mailboxes.
+      mailboxes: the rows that they have room for, if there are any.
     """
-    if rows > MOST_ROWS or width % (WARPS * LINE):
-        return f"{rows} rows of {width}; the kernel takes up to {MOST_ROWS}, of a multiple of {WARPS * LINE}"
+    most = MOST_ROWS if mailboxes is None else mailboxes
+    if rows > most or width % (WARPS * LINE):
+        return f"{rows} rows of {width}; the kernel takes up to {most}, of a multiple of {WARPS * LINE}"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"rows of {dtype}; the kernel takes bfloat16 or float16"
-    if adds_devices and (rows > FEW_ROWS or backend.interpreted):
-        return f"{rows} rows to sum over devices on {backend}; the kernel takes up to {FEW_ROWS}, on GPUs"
+    if mailboxes is not None and backend.interpreted:
+        return f"mailboxes on {backend}; the kernel has them on GPUs"
     return ""
 
 
@@ -97,7 +103,8 @@ def _shape(args: AddNormArgs) -> Shape:
     warpgroups = next(n for n in WARPGROUPS if width % (n * WARPS * LINE) == 0)
     counts = args.product.used is not None, rows > FEW_ROWS and args.count is not None
     programs = min(rows, AT_ONCE) if counts[1] else rows
-    return Shape(programs, warpgroups, width, args.residual.dtype, args.eps, *counts, args.mailboxes is not None)
+    mailboxes = None if args.mailboxes is None else mosaic_mailboxes.Rows(args.mailboxes.rows, width, LINES)
+    return Shape(programs, warpgroups, width, args.residual.dtype, args.eps, *counts, mailboxes)
 
 
 class Operands(NamedTuple):
@@ -108,33 +115,40 @@ class Operands(NamedTuple):
     scales: Ref
     layer: Ref
     num_parts: Ref | None
-    num_rows: Ref | None
-    table: Ref | None
 
 
 def _kernel(shape: Shape, *refs: Ref, squares: Ref, summed: Ref) -> None:
     parts, residual, scales, layer, *others, hidden_ref, normed_ref = refs
-    table = others.pop() if shape.sums_devices else None
+    table = others.pop() if shape.mailboxes else None
     num_rows = others.pop() if shape.counts_rows else None
     num_parts = others.pop() if shape.counts_parts else None
-    operands = Operands(parts, residual, scales, layer, num_parts, num_rows, table)
+    operands = Operands(parts, residual, scales, layer, num_parts)
     first, wg = lax.axis_index("row"), lax.axis_index("wg")
+    over_devices = shape.mailboxes and mosaic_mailboxes.begin_sum(table, first, shape.mailboxes)
 
     def run(turn: Array | int, _: None = None) -> None:
         row = first + turn * shape.programs if shape.counts_rows else first
         # While a warpgroup reads the squares of this row, another may write those of the next, but of none behind it.
         own = squares.at[lax.rem(turn, 2)] if shape.counts_rows else squares
-        _add_norm(shape, operands, row, wg, hidden_ref.at[row, wg], normed_ref.at[row, wg], own, summed)
+        _add_norm(shape, operands, over_devices, row, wg, hidden_ref.at[row, wg], normed_ref.at[row, wg], own, summed)
+
+    def end() -> None:
+        if over_devices is not None:
+            mosaic_mailboxes.end_sum(over_devices)
 
     if num_rows is None:
         run(0)
+        end()
     else:
-        lax.fori_loop(0, lax.div(num_rows[0] - first + shape.programs - 1, shape.programs), run, None)
+        turns = lax.div(num_rows[0] - first + shape.programs - 1, shape.programs)
+        lax.fori_loop(0, turns, run, None)
+        pl.when(turns > 0)(end)
 
 
 def _add_norm(
     shape: Shape,
     operands: Operands,
+    over_devices: mosaic_mailboxes.Sum | None,
     row: Array,
     wg: Array,
     hidden_ref: Ref,
@@ -142,16 +156,14 @@ def _add_norm(
     squares: Ref,
     summed: Ref,
 ) -> None:
-    number, table = operands.layer[0], operands.table
-    flag = None if table is None else mosaic_mailboxes.next_flag(table, row)
+    number = operands.layer[0]
     loaded = _load_parts(operands, row, wg)
     before = _load(operands.residual.at[row, wg])
     scale = plgpu.load(operands.scales.at[number, wg], layout=LINES, optimized=False)
     product = functools.reduce(operator.add, loaded).astype(shape.dtype)
-    if flag is not None:
-        product = mosaic_mailboxes.sum_over_devices(table, row, flag, product, shape.width, LINES).astype(shape.dtype)
-    product = product.astype(jnp.float32)
-    hidden = (before + product).astype(shape.dtype)
+    if over_devices is not None:
+        product = mosaic_mailboxes.sum_over_devices(over_devices, row, product).astype(shape.dtype)
+    hidden = (before + product.astype(jnp.float32)).astype(shape.dtype)
     wide = hidden.astype(jnp.float32)
     squares[wg] = (wide * wide).sum(axis=1)
     plgpu.barrier_arrive(summed)

@@ -7,6 +7,7 @@ Sanitizers are slow, so they have shapes of their own:
 
 import dataclasses
 import importlib.util
+import itertools
 from functools import partial
 
 import jax
@@ -373,8 +374,8 @@ def test_add_norm_sums_over_gpus(rows, width, parts, counts):
     memory, sums, rng = MailboxMemory(mesh, max(rows, 8), width), 5, np.random.default_rng(rows)
     run = sums_over_gpus(mesh, {"eps": 1e-5, "implementation": "hopper"})
     dtype = jnp.bfloat16 if parts == 1 else jnp.float32
-    repeated = counts * (3 if len(counts) == 1 else 1)
-    for size, count in [each for count in repeated for each in ((rows, count), (5, None))]:
+    repeated = [(rows, each) for each in counts * (3 if len(counts) == 1 else 1)]
+    for size, count in itertools.chain.from_iterable((each, (5, None)) for each in repeated):
         products = jnp.asarray(rng.normal(size=(sums, mesh.size * parts, size, width)), dtype)
         _, residual, scales = residuals(size, width, 1)
         used = jnp.int32(max(parts - 1, 1)) if count is not None and parts > 1 else None

@@ -1,6 +1,8 @@
 """Result files: what was measured stays, whatever ends a bench; and how scripts end."""
 
 import json
+import subprocess
+import sys
 from argparse import ArgumentTypeError
 
 import pytest
@@ -67,3 +69,23 @@ def test_scripts_end_with_one_line(error, code, said, capsys):
     with pytest.raises(SystemExit) as ended:
         run_script(main)
     assert (ended.value.code, capsys.readouterr().err.strip()) == (code, said)
+
+
+def test_a_script_that_is_terminated_ends_what_it_started():
+    script = """
+import contextlib, sys
+from sparsex_jax.cli.terminal import run_script
+def main():
+    with contextlib.closing(sys.stdout):
+        try:
+            print("ready", flush=True)
+            sys.stdin.read()
+        finally:
+            print("cleared", flush=True)
+run_script(main)
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.stdout.read() == b"cleared\n"
+        assert process.wait(30) == 143

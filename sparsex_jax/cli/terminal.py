@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from sparsex_jax.errors import SparsexError
 
-_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+_INTERRUPTED, _TERMINATED = 130, 143  # 128 and the number of the signal, as shells have it
 
 
 def output() -> Console:
@@ -43,13 +44,21 @@ def clear_errors() -> Iterator[None]:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script as commands run: an error that the package raises on purpose is one line, and so is Ctrl-C."""
+    """Run a script as commands run: an error that the package raises on purpose is one line, and so is Ctrl-C.
+
+    SIGTERM ends it as an exception does, so that the processes which it started end with it.
+    """
+    signal.signal(signal.SIGTERM, _end)
     try:
         with clear_errors():
             main()
     except KeyboardInterrupt:
         messages().print("Interrupted.")
         raise SystemExit(_INTERRUPTED) from None
+
+
+def _end(*_: Any) -> None:
+    raise SystemExit(_TERMINATED)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from conftest import TINY
 
 from sparsex_jax import Engine, NonFiniteLogitsError, ReuseConfig, SamplingParams
 from sparsex_jax.device.compilation import keep_on_disk, num_compilations
+from sparsex_jax.device.state import batch_slots
 from sparsex_jax.scheduler import warmup
 
 TEXT = np.random.default_rng(5).integers(1, 90, 4000).astype(np.int32)
@@ -92,6 +93,13 @@ def test_every_size_of_a_batch_is_decoded_once(most, numbers, steers, monkeypatc
         step()
     # Plain, ranked where the host decides that, and with every wish but a structure, which its tokens cannot have.
     assert decoded == (3 if steers else 2) * numbers
+
+
+@pytest.mark.parametrize(("multiple", "numbers"), [(1, [1, 2, 4, 8, 12]), (8, [1, 8, 12]), (32, [1, 12])])
+def test_few_sizes_of_batches_where_rows_are_padded_anyway(multiple, numbers):
+    assert warmup._batches(12, multiple) == numbers
+    sizes = {batch_slots(number, multiple) for number in range(1, 13)}
+    assert sizes == {batch_slots(number, multiple) for number in numbers}
 
 
 @pytest.mark.slow

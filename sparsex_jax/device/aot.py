@@ -130,7 +130,8 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
     shapes, decoder = _shapes(model, engine, mesh), _decoder(model, mesh)
     host_steers = decoder.ops.host_steers
     slot = BatchSlot(prompt=[0], answer=[0], sampling=SamplingParams(), pages=[0])
-    state = decode_state([slot] * num_requests, shapes.max_pages, model.vocab_size, adapters=shapes.adapters)
+    about: Any = {"adapters": shapes.adapters, "multiple": shapes.row_multiple}
+    state = decode_state([slot] * num_requests, shapes.max_pages, model.vocab_size, **about)
     if host_steers:
         state = dataclasses.replace(state, sampling=state.sampling.decided())
     steps = steps_together(engine.decode_steps, host_steers=host_steers)

@@ -113,20 +113,24 @@ def _bias(sampling: SamplingParams, vocab_size: int) -> np.ndarray:
     return bias
 
 
-def batch_slots(sequences: int) -> int:
-    """How many slots the batch of this many sequences has: a power of two."""
-    return 1 << (sequences - 1).bit_length()
+def batch_slots(sequences: int, multiple: int = 1) -> int:
+    """How many slots the batch of this many sequences has: a power of two. Of several sequences, at least `multiple`,
+    to which the device pads rows anyway: so there are fewer programs. One is not padded, for its sampling's sake."""
+    return 1 if sequences == 1 else max(1 << (sequences - 1).bit_length(), multiple)
 
 
-def decode_state(slots: Sequence[BatchSlot], max_pages: int, vocab_size: int, *, adapters: bool = False) -> DecodeState:
+def decode_state(
+    slots: Sequence[BatchSlot], max_pages: int, vocab_size: int, *, adapters: bool = False, multiple: int = 1
+) -> DecodeState:
     """The state in which each sequence continues behind its last token, padded to a power of two of slots.
 
     Args:
       slots: every sequence has one new token at least; its KV is not in the store yet.
       max_pages: width of the page tables.
       adapters: whether the engine has slots for adapters.
+      multiple: as in `batch_slots`.
     """
-    size = batch_slots(len(slots))
+    size = batch_slots(len(slots), multiple)
     width = max(1, *(len(slot.end_tokens) for slot in slots))
     stops: Any = np.full((size, width), -1, np.int32)
     for number, slot in enumerate(slots):

@@ -19,7 +19,7 @@ from sparsex_jax.model.sharding import SPARED, TENSOR_AXIS
 from sparsex_jax.model.sharding import spec as spec_of
 from sparsex_jax.model.store import STORE_AXES, AnyStore, SharedStore, kv_of
 from sparsex_jax.reuse.adapters import NO_SLOT
-from sparsex_jax.reuse.plan import Copies, PackedRows, Rows
+from sparsex_jax.reuse.plan import ROW_MULTIPLES, Copies, PackedRows, Rows
 from sparsex_kernels import api as kernels
 from sparsex_kernels.add_norm import adds_devices
 from sparsex_kernels.arguments import Heads, Matrices
@@ -133,8 +133,8 @@ class Ops:
 
     @property
     def row_multiple(self) -> int:
-        """Rows should be padded to a multiple of it once a step: kernels for GPUs pad to 8, each of them otherwise."""
-        return 8 if self.backend.platform == "gpu" else 1
+        """Rows should be padded to a multiple of it once a step: kernels for GPUs pad, each of them otherwise."""
+        return ROW_MULTIPLES.get(self.backend.platform, 1)
 
     @property
     def pays_for_launches(self) -> bool:

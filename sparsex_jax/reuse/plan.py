@@ -22,6 +22,7 @@ from sparsex_jax.reuse.adapters import NO_SLOT
 from sparsex_kernels.arguments import Patch
 
 PADDING_REQUEST = np.iinfo(np.int32).max
+ROW_MULTIPLES = {"gpu": 8}  # that rows of a decode step are padded to, by platform; on others, they are not
 
 # The host makes plans of NumPy arrays. On their way to the devices (`device.packed`) they become arrays there, which is
 # what all code that computes with them sees.

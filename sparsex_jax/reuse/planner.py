@@ -16,7 +16,16 @@ from sparsex_jax.config import EngineConfig, ModelConfig
 from sparsex_jax.errors import InvalidRequestError
 from sparsex_jax.reuse.adapters import NO_SLOT, Acting
 from sparsex_jax.reuse.excerpt import Probe
-from sparsex_jax.reuse.plan import PADDING_REQUEST, Boundaries, Budget, Copies, PackedRows, PrefillPlan, Rows
+from sparsex_jax.reuse.plan import (
+    PADDING_REQUEST,
+    ROW_MULTIPLES,
+    Boundaries,
+    Budget,
+    Copies,
+    PackedRows,
+    PrefillPlan,
+    Rows,
+)
 from sparsex_jax.reuse.prompt import PromptMap
 from sparsex_jax.reuse.schedule import MAX_BOUNDARIES, Phase
 from sparsex_kernels.arguments import Patch
@@ -101,13 +110,14 @@ class RequestPlan:
 @dataclasses.dataclass(frozen=True)
 class Shapes:
     """The few static shapes that plans are padded to: (rows, chunk) buckets, requests and pages a request; and whether
-    their rows say which adapter acts on them, and which are unseen."""
+    their rows say which adapter acts on them, and which are unseen. Rows of a decode step are a `row_multiple`."""
 
     buckets: tuple[tuple[int, int], ...]
     max_requests: int
     max_pages: int
     adapters: bool = False
     unseen: bool = False
+    row_multiple: int = 1
 
     @classmethod
     def of(cls, max_context: int, max_requests: int, page_size: int, chunk: int) -> Shapes:
@@ -129,7 +139,8 @@ class Shapes:
         max_context = min(model.max_position, engine.num_pages * engine.page_size)
         chunk = engine.chunk_rows or CHUNKS.get(platform, CHUNKS["tpu"])
         shapes = cls.of(max_context, engine.max_prefill_seqs, engine.page_size, chunk)
-        return dataclasses.replace(shapes, adapters=engine.max_adapters > 0, unseen=engine.share_adapters)
+        about: Any = {"adapters": engine.max_adapters > 0, "unseen": engine.share_adapters}
+        return dataclasses.replace(shapes, row_multiple=ROW_MULTIPLES.get(platform, 1), **about)
 
     @property
     def max_rows(self) -> int:

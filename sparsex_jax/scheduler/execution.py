@@ -162,7 +162,8 @@ class Execution:
         if self._kept is None or not isinstance(dispatch.sampled, Sampled):
             return False
         batch, number = dispatch.batch, len(dispatch.batch.live)
-        as_many = number > 0 and batch_slots(number) == batch_slots(len(batch.sequences))
+        slots = functools.partial(batch_slots, multiple=self._runner.shapes.row_multiple)
+        as_many = number > 0 and slots(number) == slots(len(batch.sequences))
         return as_many and all(map(_ended_on_the_device, batch.ended))
 
     def start_ahead(self, dispatch: Dispatch, steps: int) -> None:
@@ -193,7 +194,8 @@ class Execution:
         if kept is not None and kept.is_of(batch):
             return self._grown(kept, batch)
         shapes, vocab_size = self._runner.shapes, self._runner.model.vocab_size
-        return decode_state(_slots(batch.sequences), shapes.max_pages, vocab_size, adapters=shapes.adapters)
+        about: Any = {"adapters": shapes.adapters, "multiple": shapes.row_multiple}
+        return decode_state(_slots(batch.sequences), shapes.max_pages, vocab_size, **about)
 
     def _grown(self, kept: _Kept, batch: Batch) -> DecodeState:
         pages = batch.pages

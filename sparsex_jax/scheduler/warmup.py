@@ -6,8 +6,8 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
                           one or with many most probable tokens; the default method's probe, if it has one: of all
                           layers together where they fit a turn, one by one where they do not
     for 1, 2, 4 ...       the decode of that many sequences together: without and with penalties, biases or
-                          log-probabilities, and each of both also where some have a structure; on GPUs also where
-                          some draw from the best tokens only
+                          log-probabilities, and each of both also where some have a structure. On GPUs for 1, 8, 16
+                          ..., and also where some draw from the best tokens only
     with mirrors          for each row bucket the alignment with a patch, and the packing of patch rows
     with tiers            the gathers and scatters of blocks; and host memory is pinned
 
@@ -33,7 +33,7 @@ from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.sampling import NON_FINITE
-from sparsex_jax.device.state import BatchSlot, decode_state
+from sparsex_jax.device.state import BatchSlot, batch_slots, decode_state
 from sparsex_jax.errors import NonFiniteLogitsError, StructureError
 from sparsex_jax.reuse.methods import Phase, method_of
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
@@ -78,7 +78,7 @@ def _prefills(loop: Loop) -> list[Callable[[], None]]:
 
 
 def _decodes(loop: Loop, wishes: list[SamplingParams]) -> list[Callable[[], None]]:
-    batches = _batches(loop.policy.max_num_seqs)
+    batches = _batches(loop.policy.max_num_seqs, loop.runner.shapes.row_multiple)
     return [functools.partial(_decode, loop, number, wish) for wish in wishes for number in batches]
 
 
@@ -99,9 +99,10 @@ def _structured(loop: Loop, sampling: SamplingParams) -> list[SamplingParams]:
     return [dataclasses.replace(sampling, structure=structure)]
 
 
-def _batches(most: int) -> list[int]:
-    """A number of sequences for each power of two that a batch is padded to: 1, 2, 4, 6 for a most of 6."""
-    return [min(1 << power, most) for power in range((most - 1).bit_length() + 1)]
+def _batches(most: int, multiple: int) -> list[int]:
+    """A number of sequences for each size that a batch is padded to: 1, 2, 4, 6 for a most of 6."""
+    by_size = {batch_slots(number, multiple): number for number in range(1, most + 1)}
+    return list(by_size.values())
 
 
 def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
@@ -162,8 +163,9 @@ def _decode(loop: Loop, number: int, wish: SamplingParams) -> None:
     matcher = loop.requests.matcher(wish.structure) if wish.structure else None
     with loop.admission.lend(2) as pages:
         slot = BatchSlot([0], [0], dataclasses.replace(wish, max_new_tokens=2), ends, pages, matcher)
-        about = runner.shapes.max_pages, runner.model.vocab_size
-        state = decode_state([slot] * number, *about, adapters=runner.shapes.adapters)
+        shapes = runner.shapes
+        about: Any = {"adapters": shapes.adapters, "multiple": shapes.row_multiple}
+        state = decode_state([slot] * number, shapes.max_pages, runner.model.vocab_size, **about)
         if matcher is None:
             sampled = jax.device_get(runner.start_decode(state, runner.engine.decode_steps)[1])
         else:

@@ -42,7 +42,8 @@ from kernel_cases import (
 )
 
 import sparsex_kernels.api as kernels
-from sparsex_jax import Engine, ModelConfig, ReuseConfig
+from sparsex_jax import Engine, ModelConfig, ReuseConfig, SamplingParams
+from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
 from sparsex_kernels.layout import as_stored
@@ -52,6 +53,16 @@ from sparsex_kernels.quantised import dequantise, quantise, turned
 
 pytestmark = pytest.mark.gpu
 
+SMALL = ModelConfig(
+    vocab_size=512,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_layers=4,
+    max_position=4096,
+    num_q_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+)
 FLOAT8 = {"stored": "float8_e4m3fn"}
 REAL = [
     pytest.param({"lengths": (5000, 37, 2500), "rows": 1500}, id="dim 64"),
@@ -632,11 +643,33 @@ def test_two_gpus_give_the_logits_of_one():
     """Kernels under `shard_map`: every phase of a sparse prefill, with key mass summed over the mesh."""
     if len(jax.devices()) < 2:
         pytest.skip("needs two GPUs")
-    sizes = {"vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_layers": 4, "max_position": 4096}
-    model = ModelConfig(**sizes, num_q_heads=8, num_kv_heads=4, head_dim=64)
-    single, double = (_answers(model, devices) for devices in (1, 2))
+    single, double = (_answers(SMALL, devices) for devices in (1, 2))
     for name, logits in single.items():
         assert relative_error(double[name], logits) < 2e-2, name
+
+
+def test_decode_on_two_gpus_gives_the_logits_of_one():
+    """Token after token, each with the keys of those before it; parts are exchanged by mailboxes."""
+    if len(jax.devices()) < 2:
+        pytest.skip("needs two GPUs")
+    tokens = np.random.default_rng(0).integers(1, SMALL.vocab_size, 40)
+    single, double = (_decoded(SMALL, devices, tokens) for devices in (1, 2))
+    assert relative_error(double, single) < 2e-2
+
+
+def _decoded(model, devices, tokens):
+    """The logits behind each token of two requests, of which one is three tokens ahead."""
+    runner = Engine.from_config(model, dtype="bfloat16", mesh=make_mesh(devices), store_tokens=8192).runner
+    assert devices == 1 or runner.params.mailboxes is not None or not reach_one_another(jax.devices()[:devices])
+
+    def slot(at, page):
+        return BatchSlot(tokens[:at], [int(tokens[at])], SamplingParams(), pages=[page])
+
+    logits = []
+    for at in range(3, len(tokens)):
+        state = decode_state([slot(at, 1), slot(at - 3, 2)], runner.shapes.max_pages, model.vocab_size)
+        logits.append(np.asarray(runner.start_forward(state)))
+    return np.concatenate(logits)
 
 
 def _answers(model, devices):

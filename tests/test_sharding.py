@@ -119,6 +119,38 @@ def turns(monkeypatch):
     monkeypatch.setattr(Ops, "hides_sums", property(lambda ops: ops.mesh.size > 1))
 
 
+@pytest.mark.parametrize(
+    ("make", "tensor_parallel"),
+    [
+        (sharded_tiny, 4),
+        *(pytest.param(make, 4, marks=pytest.mark.slow) for make in (few_heads, many_norms, experts)),
+    ],
+)
+def test_parts_that_are_exchanged_give_what_all_reduces_do(make, tensor_parallel, monkeypatch):
+    """As on GPUs that reach one another, but for the kernel: what stands in for it sums over the mesh too."""
+    prompt, sampling = list(range(2, 40)), SamplingParams(max_new_tokens=5, temperature=0.0)
+
+    def answer():
+        one = make(tensor_parallel)
+        return one, one.prefill(prompt, keep=False).logits, one.generate(prompt, sampling).token_ids
+
+    taken, exchange = [], Ops._parts_to_exchange
+    monkeypatch.setattr(Ops, "_parts_to_exchange", lambda *about: taken.append(about) or exchange(*about))
+    plain, logits, tokens = answer()
+    assert plain.runner.params.mailboxes is None
+    assert not taken
+    monkeypatch.setattr(Ops, "exchanges", lambda *_: True)
+    other, found, others = answer()
+    assert taken or make is many_norms  # which are taken of whole sums
+    assert other.runner.params.mailboxes.table.shape == (tensor_parallel, 2 * tensor_parallel + 2)
+    np.testing.assert_allclose(found, logits, atol=2e-5)
+    assert others == tokens
+    mailboxes = other.runner.params.mailboxes
+    other.runner.store.delete()
+    assert other.runner.recover()
+    assert other.runner.params.mailboxes is not mailboxes  # devices may have counted differently
+
+
 def layers_of(runner, rows: Rows, tables: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The store and the rows' hidden states behind layers 1 and 2, compiled now."""
 

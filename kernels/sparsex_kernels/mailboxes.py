@@ -36,10 +36,12 @@ class Mailboxes:
       table: a line for each device: its number, zero, and the addresses of all mailboxes, of eight bytes each, the
         lower half first. Divided over the mesh by lines.
       rows: that there is room for in each sum, at most 2048.
+      axis: the mesh's.
     """
 
     table: Int[Array, "lines words"]
     rows: int = dataclasses.field(metadata={"static": True})
+    axis: str = dataclasses.field(metadata={"static": True})
 
 
 def mailbox_bytes(devices: int, rows: int, width: int) -> int:
@@ -51,7 +53,7 @@ def abstract_mailboxes(mesh: Mesh, rows: int) -> Mailboxes:
     """Those of a mesh of one axis as shapes, for devices that are not there."""
     shape = mesh.size, 2 * (mesh.size + 1)
     table: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=_by_device(mesh))
-    return Mailboxes(table, rows)
+    return Mailboxes(table, rows, *mesh.axis_names)
 
 
 def _by_device(mesh: Mesh) -> NamedSharding:
@@ -92,4 +94,4 @@ class MailboxMemory:
         own = {shard.device: shard.data.unsafe_buffer_pointer() for shard in self._memory.addressable_shards}
         addresses = np.array([own[device] for device in mesh.devices.flat], np.uint64).view(np.int32)
         lines = [np.concatenate([np.array([rank, 0], np.int32), addresses]) for rank in range(mesh.size)]
-        self.mailboxes = Mailboxes(jax.device_put(np.stack(lines), by_device), rows)
+        self.mailboxes = Mailboxes(jax.device_put(np.stack(lines), by_device), rows, *mesh.axis_names)

@@ -10,8 +10,9 @@ from sparsex_kernels.product_parts import sum_parts
 
 def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array, "rows width"]]:
     """See `sparsex_kernels.add_norm`."""
-    if args.mailboxes is not None:
-        raise NotImplementedError("sums over devices' mailboxes; XLA has its own all-reduce")
-    hidden = args.residual + sum_parts(args.product, args.residual.dtype)
+    product = sum_parts(args.product, args.residual.dtype)
+    if args.mailboxes is not None:  # XLA has a collective for it
+        product = jax.lax.psum(product, args.mailboxes.axis)
+    hidden = args.residual + product
     scale = jax.lax.dynamic_index_in_dim(args.scales, args.layer, keepdims=False)
     return hidden, rms_norm(hidden, scale, args.eps)

@@ -54,18 +54,19 @@ def inv_freq(config: ModelConfig) -> Frequencies:
     have the frequency 0."""
     whole = _frequencies(config, config.rope_theta)
     if config.rope_factors is not None:
-        whole = whole / jnp.asarray(config.rope_factors)
+        whole = whole / np.asarray(config.rope_factors, np.float32)
     unrotated = (0, config.head_dim // 2 - config.num_rotated_pairs)
     if config.rope_local_theta is None:
-        return jnp.pad(whole, unrotated)
+        return jnp.asarray(np.pad(whole, unrotated))
     is_local = np.array([window is not None for window in config.windows])
-    by_layer = jnp.where(is_local[:, None], _frequencies(config, config.rope_local_theta), whole)
-    return jnp.pad(by_layer, ((0, 0), unrotated))
+    by_layer = np.where(is_local[:, None], _frequencies(config, config.rope_local_theta), whole)
+    return jnp.asarray(np.pad(by_layer, ((0, 0), unrotated)))
 
 
-def _frequencies(config: ModelConfig, theta: float) -> Float[Array, "pairs"]:
+def _frequencies(config: ModelConfig, theta: float) -> Float[np.ndarray, "pairs"]:
+    """By NumPy, so that programs have them as constants and compute them in no layer. Rounded once."""
     dim = 2 * config.num_rotated_pairs
-    return 1.0 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    return (1.0 / theta ** (np.arange(0, dim, 2) / dim)).astype(np.float32)
 
 
 def query_scale(config: ModelConfig) -> Float[np.ndarray, "head_dim"] | None:

@@ -33,7 +33,7 @@ def run_layers(
     """The layers from `first` up to `end` for these rows: a loop whose bounds are data."""
     ops, chunks = forward.decoder.ops, len(rows.token) // forward.chunk
     if ops.host_steers and chunks > 1:
-        about = forward, rows, first, end
+        about = forward, rows, first, end, -(-rows.count // forward.chunk)
         whole, hidden_sums = WholeLayers(*about), HiddenSums(*about)
         if not ops.hides_sums or chunks < STAGES:
             return whole.run(store, hidden)

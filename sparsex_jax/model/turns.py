@@ -69,6 +69,7 @@ class Turns(abc.ABC):
     """Layers from `first` up to `end` for these rows.
 
     Attributes:
+      chunks: how many a layer has. Known before the first turn, they are not counted in each.
       together: turns between two questions to the host.
       unrolled: whether these are so many operations, which saves a few launches in each, rather than a loop.
     """
@@ -80,6 +81,7 @@ class Turns(abc.ABC):
     rows: Rows
     first: Int[Array, ""]
     end: Int[Array, ""]
+    chunks: Int[Array, ""]
 
     def run(self, store: AnyStore, hidden: AllHidden) -> tuple[AnyStore, AllHidden]:
         """The store, and the rows' hidden states behind the layers."""
@@ -106,11 +108,6 @@ class Turns(abc.ABC):
     @abc.abstractmethod
     def number(self) -> Int[Array, ""]:
         """How many turns there are. More do no harm."""
-
-    @property
-    def chunks(self) -> Int[Array, ""]:
-        """How many chunks a layer has."""
-        return -(-self.rows.count // self.size)
 
     @abc.abstractmethod
     def nothing_in_flight(self, chunk: Hidden) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import gc
 import importlib.util
 import os
 import sys
@@ -19,15 +20,18 @@ if sys.dont_write_bytecode:
 import jax
 import numpy as np
 import pytest
+from emitters import choose_emitters
 from hypothesis import settings
 
 # The suite compiles far more than it computes, so LLVM does not optimise: programs of kernels compile in two thirds of
-# the time that the next level takes, and SmolLM2 runs as fast. XLA reads this at its first use. Not where JAX has CUDA:
-# it would reach the kernels for GPUs.
+# the time that the next level takes, and SmolLM2 runs as fast. Nor are programs divided, since a worker has one core.
+# XLA reads this at its first use. Not where JAX has CUDA: it would reach the kernels for GPUs.
 if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 jax.config.update("jax_num_cpu_devices", 8)
+choose_emitters()
 
 # How long an example takes says nothing on a machine that does other things meanwhile.
 settings.register_profile("any machine", deadline=None)
@@ -50,6 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_compilation_cache_max_size", 1 << 28)  # bytes; with a limit, files are locked
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so the collector of cycles passes over it, and looks at the rest less often: tracing
+    makes so many objects that it took a tenth of the time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)

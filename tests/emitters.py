@@ -1,0 +1,65 @@
+"""XLA's older emitters of fusions for CPUs, by which most programs of the tests compile in less than half the time.
+
+The newer ones go through MLIR, whose contexts and passes take 40 ms for the smallest program. The older ones copy a
+whole array to write one slice of it, so programs that do that to a large array keep the newer ones. A flag of XLA would
+hold for all programs of a process, hence an option of single programs.
+"""
+
+import math
+
+from jax._src import compiler
+from jax._src.lib import xla_client
+from jax._src.lib.mlir import ir
+
+LARGE = 1 << 17  # elements, which take some tenths of a millisecond to copy
+
+
+def _varint(value: int) -> bytes:
+    return bytes([value]) if value < 128 else bytes([value % 128 + 128]) + _varint(value // 128)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A field of a protocol buffer: text, or a message."""
+    return _varint(number * 8 + 2) + _varint(len(content)) + content
+
+
+# What is written behind a message is merged into it. This is executable_build_options.debug_options, and in its map
+# xla_backend_extra_options a key and its value.
+_OLDER = _field(3, _field(3, _field(500, _field(1, b"xla_cpu_disable_new_fusion_emitters") + _field(2, b"true"))))
+
+
+def with_older_emitters(options: xla_client.CompileOptions) -> xla_client.CompileOptions:
+    return xla_client.CompileOptions.ParseFromString(options.SerializeAsString() + _OLDER)
+
+
+def writes_one_slice(op: ir.Operation) -> bool:
+    """Whether an operation writes a single slice of a large array."""
+    if op.name == "stablehlo.scatter":
+        single = math.prod(op.operands[1].type.shape[:-1]) == 1  # rows of indices
+    else:
+        single = op.name == "stablehlo.dynamic_update_slice"
+    return single and math.prod(op.operands[0].type.shape) >= LARGE
+
+
+def copies_large_arrays(module: ir.Module) -> bool:
+    """Whether a program would copy large arrays with the older emitters."""
+    found = []
+
+    def visit(op: ir.Operation) -> ir.WalkResult:
+        found.extend([op.name] * writes_one_slice(op))
+        return ir.WalkResult.INTERRUPT if found else ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
+    return bool(found)
+
+
+def choose_emitters() -> None:
+    """From now on, JAX compiles each program for CPUs with the emitters that suit it."""
+    compile_and_load = compiler.backend_compile_and_load
+
+    def choosing(backend, module, devices, options, *more):
+        if backend.platform == "cpu" and not copies_large_arrays(module):
+            options = with_older_emitters(options)
+        return compile_and_load(backend, module, devices, options, *more)
+
+    compiler.backend_compile_and_load = choosing

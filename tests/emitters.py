@@ -59,7 +59,10 @@ def needs_newer_emitters(module: ir.Module) -> bool:
 
 
 def choose_emitters() -> None:
-    """From now on, JAX compiles each program for CPUs with the emitters that suit it."""
+    """From now on, JAX compiles each program for CPUs with the emitters that suit it.
+
+    Programs that were kept are found whatever is chosen here, so `.pytest_cache` goes where the choice changes.
+    """
     compile_and_load = compiler.backend_compile_and_load
 
     def choosing(backend, module, devices, options, *more):

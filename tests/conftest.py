@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import gc
+import importlib
 import importlib.util
 import os
 import sys
@@ -19,15 +21,18 @@ if sys.dont_write_bytecode:
 import jax
 import numpy as np
 import pytest
+from emitters import choose_emitters
 from hypothesis import settings
 
 # The suite compiles far more than it computes, so LLVM does not optimise: programs of kernels compile in two thirds of
-# the time that the next level takes, and SmolLM2 runs as fast. XLA reads this at its first use. Not where JAX has CUDA:
-# it would reach the kernels for GPUs.
+# the time that the next level takes, and SmolLM2 runs as fast. Nor are programs divided, since a worker has one core.
+# XLA reads this at its first use. Not where JAX has CUDA: it would reach the kernels for GPUs.
 if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 jax.config.update("jax_num_cpu_devices", 8)
+choose_emitters()
 
 # How long an example takes says nothing on a machine that does other things meanwhile.
 settings.register_profile("any machine", deadline=None)
@@ -50,6 +55,24 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_compilation_cache_max_size", 1 << 28)  # bytes; with a limit, files are locked
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Every second worker imports the tests from the last to the first, so that the bytecode of what they import, which
+    takes longer than all else before the first test, is made by two workers together and not by each of them."""
+    is_second = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579"
+    if is_second and session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        for path in sorted(Path(__file__).parent.glob("test_*.py"), reverse=True):
+            with contextlib.suppress(Exception, pytest.skip.Exception):  # collection will tell
+                importlib.import_module(path.stem)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, so the collector of cycles passes over it, and looks at the rest less often: tracing
+    makes so many objects that it took 8 % of a process that compiles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)

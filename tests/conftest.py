@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import importlib
 import importlib.util
 import os
 import sys
@@ -55,16 +54,6 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_compilation_cache_max_size", 1 << 28)  # bytes; with a limit, files are locked
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Every second worker imports the tests from the last to the first, so that the bytecode of what they import, which
-    takes longer than all else before the first test, is made by two workers together and not by each of them."""
-    is_second = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[-1] in "13579"
-    if is_second and session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
-        for path in sorted(Path(__file__).parent.glob("test_*.py"), reverse=True):
-            with contextlib.suppress(Exception, pytest.skip.Exception):  # collection will tell
-                importlib.import_module(path.stem)
 
 
 def pytest_collection_finish() -> None:

@@ -199,7 +199,9 @@ def idle_seconds(options: argparse.Namespace, steps: int, tokenizer: Any | None)
             runner = engine.runner
             assert isinstance(runner, Paced)
             runner.step_seconds = options.step_ms / 1e3
-            with mock.patch("sparsex_jax.scheduler.execution.time", runner.clock):
+            # Sent at once: the clock stands still while the loop would wait for the right moment.
+            at_once = mock.patch("sparsex_jax.scheduler.loop.LEAD_SECONDS", math.inf)
+            with mock.patch("sparsex_jax.scheduler.execution.time", runner.clock), at_once:
                 gc.collect()  # before any device is at work
                 gc.freeze()
                 list(rounds(engine, SETTLING))

@@ -13,7 +13,7 @@ from test_engine_properties import EngineMachine
 
 from sparsex_jax import ReuseConfig, SamplingParams
 from sparsex_jax.device.sampling import Sampled
-from sparsex_jax.scheduler import policy
+from sparsex_jax.scheduler import loop, policy
 from sparsex_jax.scheduler.sequence import Event, State
 
 RNG = np.random.default_rng(7)
@@ -106,6 +106,42 @@ def test_who_comes_meanwhile_waits_for_what_is_on_its_way_and_no_more(ahead, mon
     run(engine.loop)
     assert len(answer(late)[0]) == 2
     assert idle(engine)
+
+
+def test_who_comes_before_the_next_dispatch_is_sent_waits_for_this_one_alone(ahead, monkeypatch):
+    """The next one is sent late, for the sake of those who come until then."""
+    engine = tiny_engine()
+    decoding(engine)
+    order, late = watch(engine, monkeypatch), []
+
+    def comes(dispatch):
+        if not late:
+            late.append(hear(engine.loop, TEXT[100:120], 2)[0])
+        return 10.0
+
+    monkeypatch.setattr(engine.loop._execution, "seconds_left", comes)
+    engine.loop.step()
+    assert order == ["fetch", "prefill", "fetch"], "the last is its first token"
+    monkeypatch.setattr(engine.loop._execution, "seconds_left", lambda dispatch: 0.0)
+    run(engine.loop)
+    assert len(answer(late[0])[0]) == 2
+    assert idle(engine)
+
+
+def test_a_dispatch_is_sent_when_the_tokens_before_it_are_due(ahead, monkeypatch):
+    engine = tiny_engine()
+    decoding(engine)
+    order, execution = watch(engine, monkeypatch), engine.loop._execution
+    seconds, waited = iter([1.0, 0.1, loop.LEAD_SECONDS, -1.0]), []
+    monkeypatch.setattr(execution, "seconds_left", lambda dispatch: next(seconds))
+    monkeypatch.setattr(engine.loop._news, "wait", waited.append)
+    engine.loop.step()
+    assert order == ["send", "fetch"]
+    assert len(waited) == 2
+    dispatch = execution.ahead
+    jax.block_until_ready(dispatch.sampled.token)
+    monkeypatch.undo()
+    assert execution.seconds_left(dispatch) == 0.0
 
 
 def test_nothing_is_sent_ahead_for_sequences_that_all_end(ahead, monkeypatch):

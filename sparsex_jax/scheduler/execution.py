@@ -166,6 +166,14 @@ class Execution:
         as_many = number > 0 and slots(number) == slots(len(batch.sequences))
         return as_many and all(map(_ended_on_the_device, batch.ended))
 
+    def seconds_left(self, dispatch: Dispatch) -> float:
+        """Until the tokens of a dispatch are there, if they take as long as those of the last one; 0 if they are."""
+        token = getattr(dispatch.sampled, "token", None)
+        if isinstance(token, jax.Array) and token.is_ready():  # type: ignore[attr-defined]
+            return 0.0
+        began = max(dispatch.started, self._fetched)
+        return began + dispatch.steps * self.step_seconds - time.perf_counter()
+
     def start_ahead(self, dispatch: Dispatch, steps: int) -> None:
         """Dispatch `steps` more tokens behind a dispatch that can be followed. Its sequences have pages for them."""
         kept = self._kept

@@ -58,7 +58,7 @@ from sparsex_jax.scheduler.interrupts import interrupts_at_the_end
 from sparsex_jax.scheduler.isolation import Isolation
 from sparsex_jax.scheduler.lending import Lent
 from sparsex_jax.scheduler.pinning import Pinning
-from sparsex_jax.scheduler.policy import DecodeBatch, Policy, PrefillBatch
+from sparsex_jax.scheduler.policy import LEAD_SECONDS, DecodeBatch, Policy, PrefillBatch
 from sparsex_jax.scheduler.requests import Requests
 from sparsex_jax.scheduler.rounds import Member, Rounds
 from sparsex_jax.scheduler.sequence import DEFAULT_NAMESPACE, Event, Listener, Sequence, State, Ticket, ignore
@@ -68,7 +68,7 @@ from sparsex_jax.text.encoding import Prompt
 __all__ = ["Event", "Listener", "Loop", "LoopStats", "Ticket"]
 
 _DONE = (State.HELD, State.FINISHED)
-MOMENT = 0.002  # seconds between two looks at what moves between tiers
+MOMENT = 0.002  # seconds between two looks at what moves between tiers, or whether tokens are there
 HELD_MOMENT = 0.01  # seconds between two looks at what a worker was called for, while all that is in line is held
 
 log = logging.getLogger(__name__)
@@ -275,6 +275,9 @@ class Loop:
         prefill = self.policy.prefill_batch()  # while the device decodes
         self._send_ahead(decode, prefill)
         self._finish_decode(decode)
+        if self._inbox and not prefill.sequences and self._execution.ahead is None:
+            self._take_in()  # who came while the device decoded need not wait for another dispatch
+            prefill = self.policy.prefill_batch()
         self._prefill(prefill)
         idle = decode is None and not prefill.sequences
         self._move_blocks(idle=idle)
@@ -458,11 +461,20 @@ class Loop:
     def _send_ahead(self, decode: Dispatch | None, prefill: PrefillBatch) -> None:
         """Send the next dispatch before the host has seen the tokens of this one, so that the device never waits for
         what the host does with them. Not if something comes in between, or may."""
-        if decode is None or prefill.sequences or self._inbox or not self._execution.can_follow(decode):
+        if decode is None or prefill.sequences or not self._execution.can_follow(decode):
+            return
+        if self._comes_before(lambda: self._execution.seconds_left(decode) - LEAD_SECONDS):
             return
         steps = self.policy.steps_ahead(decode.sequences, decode.steps, self._execution.step_seconds)
         if steps:
             self._execution.start_ahead(decode, steps)
+
+    def _comes_before(self, seconds_left: Callable[[], float]) -> bool:
+        """Wait while seconds are left, and say whether a request has come."""
+        with self._news:
+            while not self._inbox and (left := seconds_left()) > 0:
+                self._news.wait(min(left, MOMENT))
+            return bool(self._inbox)
 
     def _start_decode(self, batch: DecodeBatch) -> Dispatch | None:
         """Decode suspects one by one, and send the others' dispatch on its way."""

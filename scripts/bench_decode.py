@@ -86,8 +86,9 @@ def state_of(engine: Engine, case: Case, adapters: int) -> DecodeState:
         )
         for number in range(case.requests)
     ]
-    sizes = engine.runner.shapes.max_pages, engine.model.vocab_size
-    return decode_state(slots, *sizes, adapters=engine.config.max_adapters > 0)
+    shapes = engine.runner.shapes
+    about = {"adapters": shapes.adapters, "multiple": shapes.row_multiple}
+    return decode_state(slots, shapes.max_pages, engine.model.vocab_size, **about)
 
 
 def dispatch(engine: Engine, state: DecodeState) -> DecodeState:

@@ -47,7 +47,7 @@ from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_kernels.grouped_linear import make_tiles, rows_a_tile
 from sparsex_kernels.layout import as_stored
-from sparsex_kernels.mailboxes import MailboxMemory, reach_one_another
+from sparsex_kernels.mailboxes import make_mailboxes, reach_one_another
 from sparsex_kernels.product_parts import ProductParts, sum_parts
 from sparsex_kernels.quantised import dequantise, quantise, turned
 
@@ -382,7 +382,7 @@ def test_add_norm_sums_over_gpus(rows, width, parts, counts):
     mesh = make_mesh(len(jax.devices()))
     if mesh.size < 2 or not reach_one_another(jax.devices()):
         pytest.skip("needs GPUs that reach one another")
-    memory, sums, rng = MailboxMemory(mesh, max(rows, 8), width), 5, np.random.default_rng(rows)
+    mailboxes, sums, rng = make_mailboxes(mesh, max(rows, 8), width), 5, np.random.default_rng(rows)
     run = sums_over_gpus(mesh, {"eps": 1e-5, "implementation": "hopper"})
     dtype = jnp.bfloat16 if parts == 1 else jnp.float32
     repeated = [(rows, each) for each in counts * (3 if len(counts) == 1 else 1)]
@@ -390,7 +390,7 @@ def test_add_norm_sums_over_gpus(rows, width, parts, counts):
         products = jnp.asarray(rng.normal(size=(sums, mesh.size * parts, size, width)), dtype)
         _, residual, scales = residuals(size, width, 1)
         used = jnp.int32(max(parts - 1, 1)) if count is not None and parts > 1 else None
-        hidden, normed = run(products, used, residual, scales, count, memory.mailboxes)
+        hidden, normed = run(products, used, residual, scales, count, mailboxes)
         own = np.asarray(products, np.float64).reshape(sums, mesh.size, parts, size, width)
         rounded = jnp.asarray(own[:, :, : used if used is None else int(used)].sum(2), residual.dtype).swapaxes(0, 1)
         for n in range(sums):

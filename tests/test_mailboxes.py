@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsex_jax.model.sharding import make_mesh
-from sparsex_kernels.mailboxes import HEADER, MailboxMemory, abstract_mailboxes, mailbox_bytes, reach_one_another
+from sparsex_kernels.mailboxes import HEADER, abstract_mailboxes, mailbox_bytes, make_mailboxes, reach_one_another
 
 PROGRAMS = 3  # of a sum of many rows; a sum of fewer rows has one for each
 
@@ -89,16 +89,16 @@ def test_programs_without_rows_must_not_count():
 @pytest.mark.parametrize("devices", [2, 4])
 def test_a_table_has_the_address_of_every_mailbox(devices):
     mesh = make_mesh(devices)
-    memory = MailboxMemory(mesh, rows=8, width=64)
-    table = np.asarray(memory.mailboxes.table)
+    mailboxes = make_mailboxes(mesh, rows=8, width=64)
+    table = np.asarray(mailboxes.table)
     assert table[:, 0].tolist() == list(range(devices))
     addresses = table[0, 2:].view(np.uint64)
     assert len(set(addresses.tolist())) == devices
     assert all(np.array_equal(line[1:], table[0, 1:]) for line in table)
-    assert {shard.data.shape for shard in memory.mailboxes.table.addressable_shards} == {(1, 2 * devices + 2)}
-    described = abstract_mailboxes(mesh, 8)
-    assert jax.tree.structure(described) == jax.tree.structure(memory.mailboxes)
-    assert described.table.shape == table.shape
+    assert {shard.data.shape for shard in mailboxes.table.addressable_shards} == {(1, 2 * devices + 2)}
+    described = abstract_mailboxes(mesh, rows=8, width=64)
+    assert jax.tree.structure(described) == jax.tree.structure(mailboxes)
+    assert [x.shape for x in jax.tree.leaves(described)] == [x.shape for x in jax.tree.leaves(mailboxes)]
 
 
 def test_a_mailbox_holds_two_sums_of_every_device():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, no_type_check
 
@@ -35,11 +36,14 @@ class Mailboxes:
     Attributes:
       table: a line for each device: its number, zero, and the addresses of all mailboxes, of eight bytes each, the
         lower half first. Divided over the mesh by lines.
+      memory: the mailboxes, a line for each device. Kernels find them by their addresses; as an operand they are not
+        freed while one runs.
       rows: that there is room for in each sum, at most 2048.
       axis: the mesh's.
     """
 
     table: Int[Array, "lines words"]
+    memory: Int[Array, "lines mailbox"]
     rows: int = dataclasses.field(metadata={"static": True})
     axis: str = dataclasses.field(metadata={"static": True})
 
@@ -49,15 +53,39 @@ def mailbox_bytes(devices: int, rows: int, width: int) -> int:
     return HEADER + 2 * devices * rows * (width // NUMBERS) * PACKET
 
 
-def abstract_mailboxes(mesh: Mesh, rows: int) -> Mailboxes:
+def abstract_mailboxes(mesh: Mesh, rows: int, width: int) -> Mailboxes:
     """Those of a mesh of one axis as shapes, for devices that are not there."""
-    shape = mesh.size, 2 * (mesh.size + 1)
-    table: Any = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=_by_device(mesh))
-    return Mailboxes(table, rows, *mesh.axis_names)
+    table, memory = _shapes(mesh, rows, width)
+    shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32, sharding=_by_device(mesh))
+    return Mailboxes(shape(table), shape(memory), rows, _axis(mesh))
+
+
+def make_mailboxes(mesh: Mesh, rows: int, width: int) -> Mailboxes:
+    """Mailboxes for sums of up to `rows` rows of `width` numbers, of the GPUs of a mesh of one axis.
+
+    What kernels write into them is not seen by JAX. They are zero at first, and all GPUs have to run the same sums in
+    the same order: where one has failed, make new ones.
+    """
+    (_, size), by_device = _shapes(mesh, rows, width), _by_device(mesh)
+    memory = jax.block_until_ready(jnp.zeros(size, jnp.int32, device=by_device))
+    own = {shard.device: shard.data.unsafe_buffer_pointer() for shard in memory.addressable_shards}
+    addresses = np.array([own[device] for device in mesh.devices.flat], np.uint64).view(np.int32)
+    lines = [np.concatenate([np.array([rank, 0], np.int32), addresses]) for rank in range(mesh.size)]
+    return Mailboxes(jax.device_put(np.stack(lines), by_device), memory, rows, _axis(mesh))
+
+
+def _shapes(mesh: Mesh, rows: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of table and memory."""
+    return (mesh.size, 2 * (mesh.size + 1)), (mesh.size, mailbox_bytes(mesh.size, rows, width) // 4)
 
 
 def _by_device(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+    return NamedSharding(mesh, PartitionSpec(_axis(mesh)))
+
+
+def _axis(mesh: Mesh) -> str:
+    (axis,) = mesh.axis_names
+    return axis
 
 
 def reach_one_another(devices: Sequence[jax.Device]) -> bool:
@@ -78,20 +106,3 @@ def reach_one_another(devices: Sequence[jax.Device]) -> bool:
 def _reaches(driver: ctypes.CDLL, a: int, b: int) -> bool:
     answer = ctypes.c_int(0)
     return driver.cuDeviceCanAccessPeer(ctypes.byref(answer), a, b) == 0 and answer.value == 1
-
-
-class MailboxMemory:
-    """The mailboxes of the GPUs of a mesh of one axis. They are there as long as this object is.
-
-    What kernels write into them is not seen by JAX. They are zero at first, and all GPUs have to run the same sums in
-    the same order: where one has failed, make new ones.
-    """
-
-    def __init__(self, mesh: Mesh, rows: int, width: int) -> None:
-        by_device = _by_device(mesh)
-        size = mesh.size, mailbox_bytes(mesh.size, rows, width) // 4
-        self._memory = jax.block_until_ready(jnp.zeros(size, jnp.int32, device=by_device))
-        own = {shard.device: shard.data.unsafe_buffer_pointer() for shard in self._memory.addressable_shards}
-        addresses = np.array([own[device] for device in mesh.devices.flat], np.uint64).view(np.int32)
-        lines = [np.concatenate([np.array([rank, 0], np.int32), addresses]) for rank in range(mesh.size)]
-        self.mailboxes = Mailboxes(jax.device_put(np.stack(lines), by_device), rows, *mesh.axis_names)

@@ -192,7 +192,7 @@ def _mailboxes(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Mailboxe
     backend = backend_of(mesh)
     rows = ops.EXCHANGED_ROWS
     takes = adds_devices(rows, model.hidden_size, dtype=jnp.dtype(engine.dtype), backend=backend)
-    return abstract_mailboxes(mesh, rows) if takes and mesh.size > 1 else None
+    return abstract_mailboxes(mesh, rows, model.hidden_size) if takes and mesh.size > 1 else None
 
 
 def _lower(step: Callable[..., Any], mesh: Mesh, store: Any, *args: Any) -> Lowered:

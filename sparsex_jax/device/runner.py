@@ -63,7 +63,7 @@ from sparsex_jax.reuse.planner import (
     plan_packing,
     plan_prefill,
 )
-from sparsex_kernels.mailboxes import MailboxMemory
+from sparsex_kernels.mailboxes import make_mailboxes
 
 _PAGES_LOOKED_AT = 16  # together, so that one program does for any number
 # Which layers a probe watches is a request's choice: for the first few choices there are programs of all their layers.
@@ -615,8 +615,8 @@ class Runner:
     def _place_mailboxes(self) -> None:
         """Give programs mailboxes for sums over the mesh, new ones, where its devices and the model can use them."""
         if self.decoder.ops.exchanges(self.model.hidden_size, self.engine.dtype):
-            self._mailboxes = MailboxMemory(self.mesh, EXCHANGED_ROWS, self.model.hidden_size)
-            self.params = self.params.replace(mailboxes=self._mailboxes.mailboxes)  # type: ignore[attr-defined]
+            mailboxes = make_mailboxes(self.mesh, EXCHANGED_ROWS, self.model.hidden_size)
+            self.params = self.params.replace(mailboxes=mailboxes)  # type: ignore[attr-defined]
 
     def _precision(self) -> AbstractContextManager[None]:
         """Float32 means float32: accelerators would otherwise round the operands of a product."""

@@ -77,8 +77,8 @@ def add_norm(args: AddNormArgs) -> tuple[Float[Array, "rows width"], Float[Array
     operands = (x.reshape(*x.shape[:-1], *lines) for x in (parts, args.residual, args.scales))
     limits = (used, args.count if rows > FEW_ROWS else None)
     scalars = (mosaic.as_scalar(x) for x in (args.layer, *limits) if x is not None)
-    tables = [] if args.mailboxes is None else [args.mailboxes.table]
-    hidden, normed = run(*operands, *scalars, *tables)
+    mailboxes = [] if args.mailboxes is None else [args.mailboxes.memory, args.mailboxes.table]
+    hidden, normed = run(*operands, *scalars, *mailboxes)
     return hidden.reshape(rows, width), normed.reshape(rows, width)
 
 
@@ -119,7 +119,7 @@ class Operands(NamedTuple):
 
 def _kernel(shape: Shape, *refs: Ref, squares: Ref, summed: Ref) -> None:
     parts, residual, scales, layer, *others, hidden_ref, normed_ref = refs
-    table = others.pop() if shape.mailboxes else None
+    table, _ = (others.pop(), others.pop()) if shape.mailboxes else (None, None)
     num_rows = others.pop() if shape.counts_rows else None
     num_parts = others.pop() if shape.counts_parts else None
     operands = Operands(parts, residual, scales, layer, num_parts)

@@ -32,7 +32,6 @@ import functools
 import importlib.util
 import json
 import math
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -435,7 +434,6 @@ def main(arguments: Sequence[str] | None = None, folder: Path = RESULTS) -> None
     if options.child:
         run_child(options.child)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process that measures ends too
     options.origin = origin()
     for model in options.models:
         results = Results(model, options, folder)

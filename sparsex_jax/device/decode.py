@@ -30,8 +30,8 @@ from sparsex_jax.reuse.plan import PADDING_REQUEST, Anywhere, Rows
 # Tokens that a dispatch has at least, where it cannot stop early and where somebody waits for its end.
 FEW_STEPS = 4
 # Sums of more requests over several GPUs are quicker by XLA's own kernel, which cannot be in CUDA graphs. Of two H200s
-# with an 8B model, a step of one request takes 4.18 ms in graphs and 4.28 by that kernel; of 32, 8.60 and 8.46. That was
-# without mailboxes. With them few sums are left, and the choice was kept.
+# with an 8B model, a step of one request takes 4.18 ms in graphs and 4.28 by that kernel; of 32, 8.60 and 8.46. With
+# mailboxes few sums are left, and nothing was measured anew.
 _FEW_REQUESTS = 8
 
 

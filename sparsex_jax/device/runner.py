@@ -473,7 +473,7 @@ class Runner:
         return jax.device_get(_sample_step(logits, self._sent((sampling, position))))
 
     @relayed
-    def score(self, run: PrefillRun, following: Sequence[Int[np.ndarray, "rows"]], number: int) -> list[Scores]:
+    def score(self, run: PrefillRun, following: Sequence[Int[np.ndarray, "_"]], number: int) -> list[Scores]:
         """Log-probabilities of tokens of the prompts, once all layers have run, on the host.
 
         Args:

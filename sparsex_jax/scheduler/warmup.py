@@ -2,9 +2,10 @@
 
 Programs depend on shapes and never on lengths or methods, so a token or two compile each:
 
-    for each row bucket   the alignment and the prefill, which serves every method; log-probabilities of prompts, with
-                          one or with many most probable tokens; the default method's probe, if it has one: of all
-                          layers together where they fit a turn, one by one where they do not
+    for each row bucket   the alignment; the prefill, which serves every method whose signals are built in, and one with
+                          the default method's if they are not; log-probabilities of prompts, with one or with many
+                          most probable tokens; the default method's probe, if it has one: of all layers together
+                          where they fit a turn, one by one where they do not
     for 1, 2, 4 ...       the decode of that many sequences together: without and with penalties, biases or
                           log-probabilities, and each of both also where some have a structure. On GPUs for 1, 8, 16
                           ..., and also where some draw from the best tokens only
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +35,7 @@ from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.sampling import NON_FINITE
+from sparsex_jax.device.signals import signals_for
 from sparsex_jax.device.state import BatchSlot, batch_slots, decode_state
 from sparsex_jax.errors import NonFiniteLogitsError, StructureError
 from sparsex_jax.reuse.methods import Phase, method_of
@@ -111,13 +114,25 @@ def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
     with loop.admission.lend(len(prompt)) as pages, loop.runner.padding_to(bucket):
         copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
         by_layers = (1,) if loop.runner.host_steers else ()  # there, all at once may be another program
-        for first in (*by_layers, loop.runner.model.num_layers):
-            run = loop.runner.begin([RequestPlan(prompt, (Phase(0, prompt.fresh),), pages, (copied,))])
+        layers = (*by_layers, loop.runner.model.num_layers)
+        for phases, first in itertools.product(_phases(loop, prompt), layers):
+            run = loop.runner.begin([RequestPlan(prompt, phases, pages, (copied,))])
             loop.runner.advance(run, first)
         for number in (1, MAX_LOGPROBS):
             loop.runner.score(run, [np.zeros(1, np.int32)], number)
     assert run.logits is not None
     loop.runner.are_finite(run.logits)  # which is asked where no token is wanted, as of texts to remember
+
+
+def _phases(loop: Loop, prompt: PromptMap) -> list[tuple[Phase, ...]]:
+    """A schedule for each set of signals that a prefill is compiled with: without signals of methods, and with the
+    default method's, if it has some that are not in all programs."""
+    method = method_of(loop.requests.reuse).fitted(loop.runner.model.windows)
+    signals = [phase.signal for phase in method.phases(prompt, loop.runner.model.num_layers)]
+    plain = (Phase(0, prompt.fresh),)
+    if signals_for(signals).keys() == signals_for([]).keys():
+        return [plain]
+    return [plain, (*plain, *(Phase(1, prompt.fresh, signal) for signal in signals if signal))]
 
 
 def _probe(loop: Loop, bucket: tuple[int, int]) -> None:

@@ -30,7 +30,7 @@ from bench_e2e import copy_rate, decode_bytes
 from sparsex_jax import Engine, SamplingParams
 from sparsex_jax.cli.terminal import run_script
 from sparsex_jax.device.decode import DecodeState
-from sparsex_jax.device.state import BatchSlot, decode_state
+from sparsex_jax.device.state import BatchSlot, state_in
 from sparsex_jax.eval.arguments import count
 from sparsex_jax.eval.engines import add_tensor_parallel, make_engine
 from sparsex_jax.eval.results import provenance, write_rows
@@ -86,9 +86,7 @@ def state_of(engine: Engine, case: Case, adapters: int) -> DecodeState:
         )
         for number in range(case.requests)
     ]
-    shapes = engine.runner.shapes
-    about = {"adapters": shapes.adapters, "multiple": shapes.row_multiple}
-    return decode_state(slots, shapes.max_pages, engine.model.vocab_size, **about)
+    return state_in(slots, engine.runner.shapes, engine.model.vocab_size)
 
 
 def dispatch(engine: Engine, state: DecodeState) -> DecodeState:

@@ -20,7 +20,6 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-MOST_ROWS = 2048  # of a sum
 MOST_PROGRAMS, MOST_WARPS = 512, 16  # that make a sum; each warp counts those it took part in
 HEADER = 4 * MOST_PROGRAMS * MOST_WARPS  # bytes: these counters
 PACKET = 16  # bytes: two words of numbers, each with a flag behind it
@@ -38,7 +37,7 @@ class Mailboxes:
         lower half first. Divided over the mesh by lines.
       memory: the mailboxes, a line for each device. Kernels find them by their addresses; as an operand they are not
         freed while one runs.
-      rows: that there is room for in each sum, at most 2048.
+      rows: that there is room for in each sum.
       axis: the mesh's.
     """
 

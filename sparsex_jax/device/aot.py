@@ -25,7 +25,7 @@ from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scat
 from sparsex_jax.device.prefill import align, prefill, prefill_at_once
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN, Signal
-from sparsex_jax.device.state import BatchSlot, decode_state
+from sparsex_jax.device.state import BatchSlot, state_in
 from sparsex_jax.model import ops
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.ops import Ops
@@ -36,7 +36,6 @@ from sparsex_jax.reuse.methods import Method, SparseX
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
-from sparsex_kernels.add_norm import adds_devices
 from sparsex_kernels.mailboxes import Mailboxes, abstract_mailboxes
 
 
@@ -130,8 +129,7 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
     shapes, decoder = _shapes(model, engine, mesh), _decoder(model, mesh)
     host_steers = decoder.ops.host_steers
     slot = BatchSlot(prompt=[0], answer=[0], sampling=SamplingParams(), pages=[0])
-    about: Any = {"adapters": shapes.adapters, "multiple": shapes.row_multiple}
-    state = decode_state([slot] * num_requests, shapes.max_pages, model.vocab_size, **about)
+    state = state_in([slot] * num_requests, shapes, model.vocab_size)
     if host_steers:
         state = dataclasses.replace(state, sampling=state.sampling.decided())
     steps = steps_together(engine.decode_steps, host_steers=host_steers)
@@ -189,10 +187,8 @@ def _params(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Params:
 
 def _mailboxes(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Mailboxes | None:
     """As if the devices could write into the memory of one another."""
-    backend = backend_of(mesh)
-    rows = ops.EXCHANGED_ROWS
-    takes = adds_devices(rows, model.hidden_size, dtype=jnp.dtype(engine.dtype), backend=backend)
-    return abstract_mailboxes(mesh, rows, model.hidden_size) if takes and mesh.size > 1 else None
+    takes = Ops(mesh, backend_of(mesh)).takes_mailboxes(model.hidden_size, engine.dtype)
+    return abstract_mailboxes(mesh, ops.EXCHANGED_ROWS, model.hidden_size) if takes else None
 
 
 def _lower(step: Callable[..., Any], mesh: Mesh, store: Any, *args: Any) -> Lowered:

@@ -14,7 +14,7 @@ from sparsex_jax.config import SamplingParams
 from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.sampling import Adjustment, Sampling
 from sparsex_jax.reuse.adapters import NO_SLOT
-from sparsex_jax.reuse.planner import page_tables
+from sparsex_jax.reuse.planner import Shapes, page_tables
 from sparsex_jax.text.matcher import Matcher
 
 # Fields of `SamplingParams` that every step takes.
@@ -148,6 +148,12 @@ def decode_state(
         page_tables=page_tables([slot.pages for slot in slots], size, max_pages),
         sampling=sampling_arrays(slots, size, vocab_size),
     )
+
+
+def state_in(slots: Sequence[BatchSlot], shapes: Shapes, vocab_size: int) -> DecodeState:
+    """`decode_state` in the shapes of an engine."""
+    about: Any = {"adapters": shapes.adapters, "multiple": shapes.row_multiple}
+    return decode_state(slots, shapes.max_pages, vocab_size, **about)
 
 
 def _padded(values: Sequence[int], size: int, fill: int) -> Any:

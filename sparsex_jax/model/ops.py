@@ -42,7 +42,7 @@ _BY_OUTPUTS, _BY_INPUTS = Adapting(_ALL, _OUTPUTS, _ALL, _ALL), Adapting(_INPUTS
 _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
 
 
-# Rows of a sum by mailboxes. The kernel takes 2048, but sums of so many have not been validated on GPUs.
+# Up to how many rows are summed by mailboxes. The kernel takes more, but larger sums have not been validated on a GPU.
 EXCHANGED_ROWS = FEW_ROWS
 
 DeviceParts = Float[Array, "devices rows width"]  # of sums over a mesh, each device's own
@@ -157,10 +157,13 @@ class Ops:
         return dataclasses.replace(self, sums_later=True, backend=dataclasses.replace(self.backend, spared=SPARED))
 
     def exchanges(self, width: int, dtype: Any) -> bool:
-        """Whether the devices can sum rows of this width and dtype by mailboxes."""
-        devices = list(self.mesh.devices.flat)
+        """Whether the devices sum rows of this width and dtype by mailboxes."""
+        return self.takes_mailboxes(width, dtype) and reach_one_another(list(self.mesh.devices.flat))
+
+    def takes_mailboxes(self, width: int, dtype: Any) -> bool:
+        """Whether they would, if they reach one another."""
         takes = adds_devices(EXCHANGED_ROWS, width, dtype=jnp.dtype(dtype), backend=self.backend)
-        return len(devices) > 1 and takes and reach_one_another(devices)
+        return self.mesh.size > 1 and takes
 
     def linear(
         self,

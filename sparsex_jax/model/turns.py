@@ -71,7 +71,7 @@ class Turns(abc.ABC):
     Attributes:
       chunks: how many a layer has. Known before the first turn, they are not counted in each.
       together: turns between two questions to the host.
-      unrolled: whether these are so many operations, which saves a few launches in each, rather than a loop.
+      unrolled: whether they are written out and not a loop, which saves a few launches in each.
     """
 
     together: ClassVar[int]

@@ -19,7 +19,7 @@ from sparsex_jax.device.decode import DecodeState
 from sparsex_jax.device.runner import Computed, PrefillRun, ProbeRun, Runner
 from sparsex_jax.device.sampling import NON_FINITE, Sampled
 from sparsex_jax.device.scoring import Scores
-from sparsex_jax.device.state import BatchSlot, allowed_tokens, batch_slots, decode_state, sampling_arrays
+from sparsex_jax.device.state import BatchSlot, allowed_tokens, batch_slots, sampling_arrays, state_in
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.scheduler.constrained import ConstrainedDecode
 from sparsex_jax.scheduler.sequence import Sequence, State
@@ -171,8 +171,11 @@ class Execution:
         token = getattr(dispatch.sampled, "token", None)
         if isinstance(token, jax.Array) and token.is_ready():  # type: ignore[attr-defined]
             return 0.0
-        began = max(dispatch.started, self._fetched)
-        return began + dispatch.steps * self.step_seconds - time.perf_counter()
+        return self._began(dispatch) + dispatch.steps * self.step_seconds - time.perf_counter()
+
+    def _began(self, dispatch: Dispatch) -> float:
+        """When the device began with a dispatch whose tokens have not come: not before those in front of it did."""
+        return max(dispatch.started, self._fetched)
 
     def start_ahead(self, dispatch: Dispatch, steps: int) -> None:
         """Dispatch `steps` more tokens behind a dispatch that can be followed. Its sequences have pages for them."""
@@ -201,9 +204,7 @@ class Execution:
         tables alone are made anew; where one came or went, all of it is, of what the host knows."""
         if kept is not None and kept.is_of(batch):
             return self._grown(kept, batch)
-        shapes, vocab_size = self._runner.shapes, self._runner.model.vocab_size
-        about: Any = {"adapters": shapes.adapters, "multiple": shapes.row_multiple}
-        return decode_state(_slots(batch.sequences), shapes.max_pages, vocab_size, **about)
+        return state_in(_slots(batch.sequences), self._runner.shapes, self._runner.model.vocab_size)
 
     def _grown(self, kept: _Kept, batch: Batch) -> DecodeState:
         pages = batch.pages
@@ -218,7 +219,7 @@ class Execution:
         except Exception:
             self._kept = self.ahead = None  # they came out of the same dispatch
             raise
-        began, self._fetched = max(dispatch.started, self._fetched), time.perf_counter()
+        began, self._fetched = self._began(dispatch), time.perf_counter()
         self.step_seconds = (self._fetched - began) / dispatch.steps
         live = dispatch.batch.live
         if len(live) == len(dispatch.batch.sequences):

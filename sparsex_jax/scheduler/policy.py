@@ -42,8 +42,8 @@ MOST_SECONDS = 0.2
 # tokens take a device longer, they are sent for before the host has seen those before them. Where they do not, it is
 # better to send for many at once.
 ROUND_SECONDS = 0.002
-# So long before the tokens are there, the next dispatch is sent. Who comes from then on waits for both: so it is late,
-# but for what the host may take to send it.
+# How long before the tokens of a dispatch are due the next one is sent: what the host may take to send it. A request
+# that comes after that waits for both.
 LEAD_SECONDS = 0.006
 # What the host looks at in a round does not grow with the line: so many that find no pages, and so many comparisons of
 # one that waits with one that is being prefilled. Who is not looked at has its turn in one of the next rounds.

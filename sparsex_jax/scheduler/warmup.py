@@ -36,9 +36,9 @@ from sparsex_jax.config import MAX_LOGPROBS, ReuseConfig, SamplingParams, Struct
 from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.sampling import NON_FINITE
 from sparsex_jax.device.signals import signals_for
-from sparsex_jax.device.state import BatchSlot, batch_slots, decode_state
+from sparsex_jax.device.state import BatchSlot, batch_slots, state_in
 from sparsex_jax.errors import NonFiniteLogitsError, StructureError
-from sparsex_jax.reuse.methods import Phase, method_of
+from sparsex_jax.reuse.methods import Method, Phase, method_of
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.scheduler.constrained import ConstrainedDecode
@@ -127,7 +127,7 @@ def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
 def _phases(loop: Loop, prompt: PromptMap) -> list[tuple[Phase, ...]]:
     """A schedule for each set of signals that a prefill is compiled with: without signals of methods, and with the
     default method's, if it has some that are not in all programs."""
-    method = method_of(loop.requests.reuse).fitted(loop.runner.model.windows)
+    method = _default_method(loop)
     signals = [phase.signal for phase in method.phases(prompt, loop.runner.model.num_layers)]
     plain = (Phase(0, prompt.fresh),)
     if signals_for(signals).keys() == signals_for([]).keys():
@@ -135,12 +135,15 @@ def _phases(loop: Loop, prompt: PromptMap) -> list[tuple[Phase, ...]]:
     return [plain, (*plain, *(Phase(1, prompt.fresh, signal) for signal in signals if signal))]
 
 
+def _default_method(loop: Loop) -> Method:
+    return method_of(loop.requests.reuse).fitted(loop.runner.model.windows)
+
+
 def _probe(loop: Loop, bucket: tuple[int, int]) -> None:
     """What the default method looks at before it answers: two segments of a token, by a third one."""
     segments = tuple(Segment(at, 1, 0, np.zeros(1, np.int64), exact=True) for at in range(2))
     prompt = PromptMap(np.zeros(3, np.int32), np.array([*[TokenKind.REUSED] * 2, TokenKind.FRESH], np.uint8), segments)
-    method = method_of(loop.requests.reuse).fitted(loop.runner.model.windows)
-    probe = method.probe(prompt, lambda: np.arange(3), loop.runner.model.num_layers)
+    probe = _default_method(loop).probe(prompt, lambda: np.arange(3), loop.runner.model.num_layers)
     if probe is None:
         return
     with loop.admission.lend(len(prompt)) as pages, loop.runner.padding_to(bucket):
@@ -178,9 +181,7 @@ def _decode(loop: Loop, number: int, wish: SamplingParams) -> None:
     matcher = loop.requests.matcher(wish.structure) if wish.structure else None
     with loop.admission.lend(2) as pages:
         slot = BatchSlot([0], [0], dataclasses.replace(wish, max_new_tokens=2), ends, pages, matcher)
-        shapes = runner.shapes
-        about: Any = {"adapters": shapes.adapters, "multiple": shapes.row_multiple}
-        state = decode_state([slot] * number, shapes.max_pages, runner.model.vocab_size, **about)
+        state = state_in([slot] * number, runner.shapes, runner.model.vocab_size)
         if matcher is None:
             sampled = jax.device_get(runner.start_decode(state, runner.engine.decode_steps)[1])
         else:

@@ -33,12 +33,15 @@ from sparsex_jax.model.turns import TOGETHER
 MODEL = named_config("llama-3.1-8b")
 ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
 ONE_SIGNAL = {"key_mass": BUILT_IN["key_mass"]}  # those with passes of their own have layers of their own too
-CHUNK, AT_ONCE = "chunk of a layer, prefill of 32768", "prefill of one chunk at once, all layers"
+CHUNK = "chunk of a layer, prefill of 32768 by layers"
+AT_ONCE = {rows: f"all layers at once, a chunk of {rows}" for rows in (1024, 2048, 4096)}
 STEPS: dict[str, Callable[[Mesh], Lowered]] = {
     "decode step of 1": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 1),
     "decode step of 32": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 32),
     "layer of a prefill of 512": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 512, ONE_SIGNAL),
-    AT_ONCE: lambda mesh: aot.lower_prefill_at_once(MODEL, ENGINE, mesh),
+    AT_ONCE[1024]: lambda mesh: aot.lower_prefill_at_once(MODEL, ENGINE, mesh, 1024),
+    AT_ONCE[2048]: lambda mesh: aot.lower_prefill_at_once(MODEL, ENGINE, mesh, 2048),
+    AT_ONCE[4096]: lambda mesh: aot.lower_prefill_at_once(MODEL, ENGINE, mesh, 4096),
     CHUNK: lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 32768, ONE_SIGNAL),
 }
 
@@ -46,7 +49,7 @@ STEPS: dict[str, Callable[[Mesh], Lowered]] = {
 def launches(step: str, gpu: str, devices: int) -> Launches:
     mesh = check_mesh(described_mesh(gpu, devices), MODEL)
     found = Program(STEPS[step](mesh).compile(compile_options(mesh)).as_text())
-    if step == AT_ONCE:
+    if step in AT_ONCE.values():
         return found.whole()
     return found.turn() / TOGETHER if step == CHUNK else found.turn()
 

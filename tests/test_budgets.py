@@ -21,6 +21,7 @@ from sparsex_jax.eval.flops import flops_fraction
 from sparsex_jax.reuse.cost import prefill_seconds
 from sparsex_jax.reuse.methods import METHODS
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Budget
+from sparsex_jax.reuse.schedule import Phase
 
 pytestmark = pytest.mark.usefixtures("every_signal")
 
@@ -79,8 +80,17 @@ def test_rows_are_chosen_as_a_plain_loop_chooses_them(drawn):
     expected = np.zeros(ROWS, bool)
     for number in range(REQUESTS):
         own = candidates & (request == number)
-        expected |= expected_rows(scores, own, block, least[number], coverage[number], most[number])
+        choice = expected_rows(scores, own, block, least[number], coverage[number], most[number])
+        assert choice.sum() <= most_of(own, block, least[number], coverage[number], most[number])
+        expected |= choice
     np.testing.assert_array_equal(chosen, expected)
+
+
+def most_of(candidates, block, least, coverage, most):
+    """How many rows the host makes room for: those of a phase that forces none."""
+    longest = max(np.bincount(block[candidates]), default=0)
+    pooled = {"max_budget": int(most), "pool_tokens": max(1, int(longest))}
+    return Phase(1, np.zeros(ROWS, bool), "key_mass", int(least), coverage=float(coverage), **pooled).most
 
 
 covered = jax.jit(functools.partial(covered_share, num_requests=REQUESTS))

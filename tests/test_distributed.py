@@ -392,7 +392,7 @@ def test_calls_that_dispatch_are_relayed():
     assert relayed_methods() == {
         "begin", "advance", "begin_probe", "advance_probe", "prefill", "copy", "pack", "first_tokens", "score",
         "logits_of", "are_finite", "finite_slots", "start_decode", "start_forward", "choose", "place_adapter",
-        "recover", "set_buckets", "with_pages",
+        "recover", "set_shapes", "with_pages",
     }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from sparsex_jax.config import EngineConfig, named_config
 from sparsex_jax.device import aot
 from sparsex_jax.device.described import backend_of, compile_options, described_mesh
 from sparsex_jax.device.signals import BUILT_IN
-from sparsex_jax.model import ops
 from sparsex_jax.model.sharding import check_mesh
 from sparsex_jax.model.turns import TOGETHER
 
@@ -67,40 +66,53 @@ def test_a_decode_step_is_a_few_kernels_a_layer_and_asks_nothing(num_devices, re
 def test_a_prefill_runs_by_the_kernels_made_for_the_gpu(num_devices):
     mesh = mesh_of(num_devices)
     assert backend_of(mesh).kernels == ("hopper", "triton")
-    # One chunk, whose keys may be cut, with kernels between the products as in a decode step; and several, in turns
-    # without questions to the host between them.
-    for num_tokens, turns, kernels, others in ((512, 1, 9, 6), (8192, TOGETHER, 6, 19)):
+    # One chunk, whose keys may be cut, with kernels between the products as in a decode step, and which sum over a mesh;
+    # and several, in turns without questions to the host between them.
+    for num_tokens, turns, kernels, others in ((512, 1, 9, 6), (8192, TOGETHER, 8, 15)):
         chunks = program(aot.lower_prefill(LLAMA, ENGINE, mesh, num_tokens, ONE_SIGNAL), mesh).turn()
         assert chunks.kernels == turns * kernels
         assert chunks.others <= turns * others
         assert chunks.questions == 0
-        assert chunks.collectives == (0 if num_devices == 1 else 2 * turns)
+        assert chunks.collectives == (0 if num_devices == 1 or turns == 1 else 2 * turns)
 
 
 @needs_compiler
 @pytest.mark.gpu_aot
 def test_sums_over_a_mesh_run_beside_kernels():
-    """Of a prefill of several chunks: one beside the four kernels of attention, and one beside the two of the MLP."""
+    """Of a prefill of several chunks: one beside the four kernels of attention, and one beside the three of the MLP."""
     mesh = mesh_of(2)
     lowered = aot.lower_prefill(LLAMA, ENGINE, mesh, 8192, ONE_SIGNAL)
     text = lowered.compile(compile_options(mesh)).as_text()
     events = re.findall(r" all-reduce-(start|done)\(|custom_call_target=\"(mosaic_gpu)", text)
     order = " ".join(event or "kernel" for event, _ in events)
-    assert "start kernel kernel kernel kernel done start kernel kernel done" in order
+    assert "start kernel kernel kernel kernel done start kernel kernel kernel done" in order
 
 
 @needs_compiler
 @pytest.mark.gpu_aot
-@pytest.mark.parametrize(("num_devices", "exchanged"), [(1, 64), (2, 64), (2, 2048)])
-def test_a_prefill_at_once_asks_nothing(num_devices, exchanged, monkeypatch):
-    monkeypatch.setattr(ops, "EXCHANGED_ROWS", exchanged)
+@pytest.mark.parametrize(("num_devices", "rows"), [(1, 1024), (1, 2048), (2, 1024)])
+def test_a_prefill_at_once_asks_nothing(num_devices, rows):
+    """On a mesh kernels sum over few rows."""
     mesh = mesh_of(num_devices)
-    found = program(aot.lower_prefill_at_once(LLAMA, ENGINE, mesh), mesh).whole()
+    found = program(aot.lower_prefill_at_once(LLAMA, ENGINE, mesh, rows), mesh).whole()
     assert found.questions == 0
-    assert found.kernels == 9 * LAYERS
-    sums = num_devices > 1 and exchanged == 64
-    assert found.others <= (5 if sums else 3) * LAYERS + 60
-    assert found.collectives <= (2 * LAYERS + 4 if sums else 4)
+    assert found.kernels == (9 if rows == 1024 else 8) * LAYERS
+    assert found.others <= 2 * LAYERS + 60
+    assert found.collectives == 0
+
+
+@needs_compiler
+@pytest.mark.gpu_aot
+def test_the_sums_of_a_half_run_beside_the_kernels_of_the_other():
+    """Of a prefill on a mesh: beside attention, or beside the MLP. The last one is waited for."""
+    mesh = mesh_of(2)
+    text = aot.lower_prefill_at_once(LLAMA, ENGINE, mesh, 4096).compile(compile_options(mesh)).as_text()
+    events = re.findall(r" all-reduce-(start|done)\(|custom_call_target=\"(mosaic_gpu)", text)
+    order = " ".join(event or "kernel" for event, _ in events)
+    beside = [between.split() for between in re.findall("start (.*?) ?done", order)]
+    assert len(beside) == 4 * LAYERS
+    assert all(between.count("kernel") >= 2 for between in beside[:-1])
+    assert Program(text).whole().others <= 2 * LAYERS + 60
 
 
 @needs_compiler

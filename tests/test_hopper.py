@@ -571,8 +571,8 @@ def test_add_norm_of_few_of_many_rows(monkeypatch):
 
 
 def test_add_norm_refuses_without_a_warning_or_falls_back(recwarn):
-    case = *residuals(1025, 512, 1), 0
-    with pytest.raises(NotImplementedError, match="1025 rows of 512; the kernel takes up to 1024"):
+    case = *residuals(2049, 512, 1), 0
+    with pytest.raises(NotImplementedError, match="2049 rows of 512; the kernel takes up to 2048"):
         kernels.add_norm(*case, eps=1e-5, implementation="hopper")
     with pytest.raises(NotImplementedError, match="rows of 576"):
         kernels.add_norm(*residuals(1, 576, 1), 0, eps=1e-5, implementation="hopper")
@@ -632,7 +632,7 @@ def test_rotate_and_write_refuses():
     run = functools.partial(kernels.rotate_and_write, dtype=jnp.bfloat16, implementation="hopper")
     case = scattered((70,), 6, kv_heads=3, group=4)
     product, inv_freq = products_to_write(1, case)
-    with pytest.raises(NotImplementedError, match="6 rows of 12 and 3 heads of 64; the kernel takes up to 1024"):
+    with pytest.raises(NotImplementedError, match="6 rows of 12 and 3 heads of 64; the kernel takes up to 2048"):
         run(product, *case[1:], inv_freq)
     with pytest.raises(NotImplementedError, match="on a store of float8_e4m3fn"):
         run(product, case[1].astype("float8_e4m3fn"), *case[2:], inv_freq)
@@ -642,8 +642,8 @@ def test_where_rotation_and_write_are_one_kernel():
     """XLA would add parts that nobody wrote, so a caller asks before it leaves some."""
     gpu, llama = Backend("gpu", "9.0"), Heads(32, 8, 128)
     is_one = functools.partial(is_one_kernel, dtype=jnp.bfloat16, stored=jnp.bfloat16, backend=gpu)
-    assert is_one(1024, llama)
-    assert not is_one(1025, llama)
+    assert is_one(2048, llama)
+    assert not is_one(2049, llama)
     assert not is_one(8, Heads(14, 2, 64))
     assert not is_one(8, llama, stored=jnp.float8_e4m3fn)
     assert not is_one(8, llama, backend=Backend("gpu", "8.0"))

@@ -10,12 +10,8 @@ from conftest import TINY, tiny_engine
 
 from sparsex_jax import ReuseConfig, SamplingParams
 from sparsex_jax.device.decode import FEW_STEPS, decode
-from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.ops import Ops
-from sparsex_jax.reuse.planner import RequestPlan
-from sparsex_jax.reuse.prompt import PromptMap, TokenKind
-from sparsex_jax.reuse.schedule import Phase
 from sparsex_kernels.backend import prefer
 
 KINDS = {
@@ -113,30 +109,29 @@ def test_where_launches_cost_time_the_answers_are_the_same(monkeypatch):
     np.testing.assert_allclose(found, logits, atol=1e-5)
 
 
-def test_a_prefill_at_once_gives_what_one_by_layers_does(monkeypatch):
-    """In full, and behind a stored prefix. One of several chunks goes by layers."""
-    taken, at_once = [], Runner._runs_at_once
-    monkeypatch.setattr(Runner, "_runs_at_once", lambda *about: taken.append(at_once(*about)) or taken[-1])
-    stored = np.arange(2, 34)
-    prompts = {"full": [1, *stored[:9]], "prefix": [*stored, 5, 6], "naive": [7, *stored, *range(40, 60)]}
-
-    def logits(engine):
-        engine.remember(stored, frozen=True)
-        pairs = prompts.items()
-        return np.stack([engine.prefill(prompt, reuse=ReuseConfig(name), keep=False).logits for name, prompt in pairs])
-
-    expected = logits(tiny_engine())
-    assert not any(taken)
-    np.testing.assert_allclose(logits(steered_engine()), expected, atol=1e-5)
-    assert taken[-3:] == [True, True, False]
+METHODS = {
+    "full": ReuseConfig("full"),
+    "prefix": ReuseConfig("prefix"),
+    "naive": ReuseConfig("naive", min_segment_tokens=16),
+    "from layer 0": ReuseConfig("sparsex", boundary_layer=0, recompute_ratio=0.1, min_segment_tokens=16),
+    "from layer 2": ReuseConfig("sparsex", boundary_layer=2, recompute_ratio=0.5, min_segment_tokens=16),
+    "pooled": ReuseConfig("sparsex", boundary_layer=1, recompute_ratio=0.2, pool_tokens=8, min_segment_tokens=16),
+    "covering": ReuseConfig("sparsex", boundary_layer=1, coverage=0.9, min_segment_tokens=16),
+}
 
 
-def test_a_prefill_that_drops_rows_goes_by_layers():
-    runner = steered_engine().runner
-    kinds = np.array([TokenKind.REUSED, TokenKind.FRESH], np.uint8)
-    prompt = PromptMap(np.zeros(2, np.int32), kinds)
-    phases = Phase(0, prompt.computed | prompt.reused), Phase(1, prompt.fresh, "key_mass")
-    whole, narrowing = (runner.begin([RequestPlan(prompt, phases[:n], range(1, 2))]) for n in (1, 2))
-    assert runner._runs_at_once(whole, TINY.num_layers)
-    assert not runner._runs_at_once(whole, 1)
-    assert not runner._runs_at_once(narrowing, TINY.num_layers)
+def test_a_prefill_at_once_gives_what_one_by_layers_does():
+    """In full, behind a prefix and with chosen rows, of one chunk and of several, the last of them a short one."""
+    stored = [np.arange(2, 34), np.arange(34, 90)]
+    prompts = [1, *stored[0][:9]], [*stored[0], 5, 6], [7, *stored[1], *range(30, 60), *stored[0], 3]
+
+    def outcomes(engine):
+        for text in stored:
+            engine.remember(text, frozen=True)
+        found = [engine.prefill(one, reuse=how, keep=False) for how in METHODS.values() for one in prompts]
+        return [each.logits for each in found], [each.report.active.tolist() for each in found]
+
+    expected, active = outcomes(tiny_engine())
+    found, others = outcomes(steered_engine())
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert others == active

@@ -27,6 +27,7 @@ from sparsex_jax.device.prefill import prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
+from sparsex_jax.model import layers
 from sparsex_jax.model.forward_pass import ForwardPass
 from sparsex_jax.model.layers import run_layer, run_layers
 from sparsex_jax.model.ops import Ops
@@ -113,8 +114,9 @@ def test_a_mesh_gives_the_logits_and_tokens_of_one_device(tensor_parallel):
 
 @pytest.fixture
 def turns(monkeypatch):
-    """A mesh takes chunks through layers as one of GPUs does: in turns, and sums run beside other work. Programs do not
-    tell such meshes apart, so tests that use it have chunks of sizes of their own."""
+    """A mesh takes chunks through layers as one of GPUs does: in turns or in halves, and sums run beside other work.
+    Programs do not tell such meshes apart, so tests that use it have chunks of sizes of their own."""
+    monkeypatch.setattr(layers, "WHOLE_ROWS", 16)
     monkeypatch.setattr(Ops, "host_steers", property(lambda ops: ops.mesh.size > 1))
     monkeypatch.setattr(Ops, "hides_sums", property(lambda ops: ops.mesh.size > 1))
 
@@ -151,6 +153,17 @@ def test_parts_that_are_exchanged_give_what_all_reduces_do(make, tensor_parallel
     assert other.runner.params.mailboxes is not mailboxes  # devices may have counted differently
 
 
+def some_rows(model: ModelConfig, number: int, valid: int) -> tuple[Rows, np.ndarray, np.ndarray]:
+    """Rows of two requests and padding, their page tables, and hidden states."""
+    rng, index = np.random.default_rng(0), np.arange(number)
+    line = (index >= valid // 2).astype(np.int32)
+    position = np.where(index < valid, index - line * (valid // 2), -1).astype(np.int32)
+    request = np.where(index < valid, line, PADDING_REQUEST).astype(np.int32)
+    rows = Rows(np.zeros(number, np.int32), position, request, index.astype(np.int32))
+    tables = np.arange(2, 10, dtype=np.int32).reshape(2, 4)
+    return rows, tables, rng.normal(size=(number, model.hidden_size)).astype("f")
+
+
 def layers_of(runner, rows: Rows, tables: np.ndarray, hidden: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The store and the rows' hidden states behind layers 1 and 2, compiled now."""
 
@@ -172,12 +185,7 @@ def layers_of(runner, rows: Rows, tables: np.ndarray, hidden: np.ndarray) -> tup
 def test_turns_of_chunks_give_what_layers_one_by_one_do(valid, turns, monkeypatch):
     """Of four chunks, some of which are padding: three stages with hidden sums, or whole layers of fewer than three."""
     runner = sharded_tiny(4).runner
-    rng, number = np.random.default_rng(0), np.arange(128)
-    line = (number >= valid // 2).astype(np.int32)
-    position = np.where(number < valid, number - line * (valid // 2), -1).astype(np.int32)
-    request = np.where(number < valid, line, PADDING_REQUEST).astype(np.int32)
-    rows = Rows(np.zeros(128, np.int32), position, request, number.astype(np.int32))
-    about = rows, np.arange(2, 10, dtype=np.int32).reshape(2, 4), rng.normal(size=(128, TINY.hidden_size)).astype("f")
+    about = some_rows(TINY, 128, valid)
     found = layers_of(runner, *about)
     monkeypatch.setattr(Ops, "hides_sums", False)
     whole = layers_of(runner, *about)
@@ -186,6 +194,29 @@ def test_turns_of_chunks_give_what_layers_one_by_one_do(valid, turns, monkeypatc
     for store, hidden in (found, whole):
         np.testing.assert_allclose(store, expected[0], atol=1e-5)
         np.testing.assert_allclose(hidden[:valid], expected[1][:valid], atol=1e-5)
+
+
+@pytest.mark.parametrize("valid", [60, 24])
+@pytest.mark.parametrize(
+    ("make", "tensor_parallel"),
+    [(sharded_tiny, 4), *(pytest.param(make, 4, marks=pytest.mark.slow) for make in (few_heads, many_norms, experts))],
+)
+def test_halves_of_a_chunk_give_what_the_whole_does(valid, make, tensor_parallel, turns, monkeypatch):
+    """Of two requests, or with a later half that is padding."""
+    runner = make(tensor_parallel).runner
+    rows, tables, hidden = some_rows(runner.model, 64, valid)
+
+    def through_layers():
+        forward = ForwardPass(runner.params, jnp.asarray(tables), runner.decoder, 64)
+        store, out = jax.jit(lambda *about: layers.all_layers(forward, *about))(runner.store, rows, hidden)
+        return np.asarray(store), np.asarray(out)[:valid]
+
+    found, taken = through_layers(), []
+    monkeypatch.setattr(layers, "layer_of_halves", lambda *about: taken.append(about))
+    monkeypatch.setattr(Ops, "hides_sums", False)
+    for one, other in zip(found, through_layers(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert not taken
 
 
 @pytest.mark.slow
@@ -214,8 +245,8 @@ def test_each_device_holds_its_share_of_the_store_only(make, tensor_parallel):
     shards = one.runner.store.addressable_shards
     assert {shard.device for shard in shards} == set(jax.devices()[:tensor_parallel])
     assert all(shard.data.nbytes * tensor_parallel == one.runner.store.nbytes for shard in shards)
-    layers = one.runner.params.layers
-    for weight in (layers.w_gate, layers.w_down, layers.wq, layers.wk, layers.wv, layers.wo):
+    weights = one.runner.params.layers
+    for weight in (weights.w_gate, weights.w_down, weights.wq, weights.wk, weights.wv, weights.wo):
         assert all(shard.data.nbytes * tensor_parallel == weight.nbytes for shard in weight.addressable_shards)
 
 
@@ -268,7 +299,7 @@ def test_nothing_gathers_the_store(make, tensor_parallel):
     prefilled = functools.partial(prefill, decoder=decoder, signals=tuple(BUILT_IN.values()), chunk=32)
     looked = functools.partial(probe, decoder=decoder, layers=3, watched=2, chunk=32)
     steps = {
-        "prefill": collectives(prefilled, *about, plan, state, np.int32(model.num_layers)),
+        "prefill": collectives(prefilled, *about, plan, state, np.int32(model.num_layers), np.bool(False)),
         "probe": collectives(looked, *about, plan.page_tables, state.rows, np.zeros(128, bool), probed),
         "decode": collectives(functools.partial(decode, decoder=decoder, steps=16), *about, decoding(one)),
     }

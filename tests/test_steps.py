@@ -59,8 +59,8 @@ def test_prefill_does_not_copy_the_store(big_store):
     plan, rows = hybrid_plan(big_store)
     state = embed_rows(runner.params, rows, decoder=runner.decoder, requests=len(plan.page_tables))
     static = {"decoder": runner.decoder, "signals": tuple(SIGNALS.values()), "chunk": 128}
-    until = jnp.int32(TINY.num_layers)
-    assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, state, until, **static))
+    about = plan, state, jnp.int32(TINY.num_layers), jnp.bool(False)
+    assert_no_copy(*memory_of(prefill, runner.store, runner.params, *about, **static))
 
 
 @pytest.mark.parametrize("devices", [1, 2])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 FEW_ROWS = 64  # a decode step's: kernels that add parts have programs for each
-MOST_ROWS = 1024  # that such kernels take, and products whose number of parts is data
+MOST_ROWS = 2048  # that such kernels take
 
 
 class ProductParts(NamedTuple):

@@ -22,12 +22,11 @@ from sparsex_jax.device.decode import DecodeState, decode, steps_together
 from sparsex_jax.device.described import backend_of, lowering_for
 from sparsex_jax.device.packed import packed
 from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
-from sparsex_jax.device.prefill import align, prefill, prefill_at_once
+from sparsex_jax.device.prefill import align, last_layers, prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN, Signal
 from sparsex_jax.device.state import BatchSlot, state_in
-from sparsex_jax.model import ops
-from sparsex_jax.model.decoder import Decoder
+from sparsex_jax.model.decoder import Decoder, Hidden
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import on_mesh
 from sparsex_jax.model.store import AnyStore, abstract_any_store, abstract_store
@@ -36,6 +35,7 @@ from sparsex_jax.reuse.methods import Method, SparseX
 from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import RequestPlan, Shapes, plan_prefill
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
+from sparsex_kernels.layout import PageTables
 from sparsex_kernels.mailboxes import Mailboxes, abstract_mailboxes
 
 
@@ -76,21 +76,22 @@ def lower_prefill(
     params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
 
     def step(store: AnyStore, params: Params, plan: PrefillPlan, state: PrefillState, until: jax.Array) -> Any:
-        return prefill(params, store, plan, state, until, **static)
+        return prefill(params, store, plan, state, until, jnp.bool(False), **static)
 
     return _lower(step, mesh, store, params, plan, state, jnp.int32(model.num_layers))
 
 
-def lower_prefill_at_once(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Lowered:
-    """The prefill of one chunk that goes through all layers."""
-    plan, state = _begun(1, model, engine, _shapes(model, engine, mesh), ())
+def lower_prefill_at_once(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_rows: int) -> Lowered:
+    """All layers of a chunk of this number of rows."""
+    plan, state = _begun(num_rows, model, engine, _shapes(model, engine, mesh), tuple(BUILT_IN))
     decoder, params = _decoder(model, mesh), _params(model, engine, mesh)
     store = abstract_any_store(model, engine, mesh)
+    rows, hidden = state.rows.chunk(0, num_rows), state.hidden[:num_rows]
 
-    def step(store: AnyStore, params: Params, plan: PrefillPlan, state: PrefillState) -> Any:
-        return prefill_at_once(params, store, plan, state, decoder=decoder)
+    def step(store: AnyStore, params: Params, tables: PageTables, rows: Rows, hidden: Hidden) -> Any:
+        return last_layers(params, store, tables, rows, hidden, None, decoder=decoder)
 
-    return _lower(step, mesh, store, params, plan, state)
+    return _lower(step, mesh, store, params, plan.page_tables, rows, hidden)
 
 
 def _begun(
@@ -187,8 +188,9 @@ def _params(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Params:
 
 def _mailboxes(model: ModelConfig, engine: EngineConfig, mesh: Mesh) -> Mailboxes | None:
     """As if the devices could write into the memory of one another."""
-    takes = Ops(mesh, backend_of(mesh)).takes_mailboxes(model.hidden_size, engine.dtype)
-    return abstract_mailboxes(mesh, ops.EXCHANGED_ROWS, model.hidden_size) if takes else None
+    ops = Ops(mesh, backend_of(mesh))
+    takes = ops.takes_mailboxes(model.hidden_size, engine.dtype)
+    return abstract_mailboxes(mesh, ops.exchanged_rows, model.hidden_size) if takes else None
 
 
 def _lower(step: Callable[..., Any], mesh: Mesh, store: Any, *args: Any) -> Lowered:

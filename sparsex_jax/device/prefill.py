@@ -35,7 +35,7 @@ from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Budget, Copies, PackedRows, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.schedule import MAX_BOUNDARIES
-from sparsex_kernels.layout import Store
+from sparsex_kernels.layout import PageTables, Store
 
 _WHOLE = 2**30  # units that the scores of a request are divided into, to be added
 
@@ -81,6 +81,7 @@ def prefill(
     plan: PrefillPlan,
     state: PrefillState,
     until: Int[Array, ""],
+    crossing: Bool[Array, ""],
     *,
     decoder: Decoder,
     signals: tuple[Signal, ...],
@@ -92,6 +93,7 @@ def prefill(
       store: donated and updated in place; the plan's copies must have been made (`align`).
       state: donated.
       until: at most the number of layers.
+      crossing: whether to cross the boundary that stands before layer `until`, too. It may not be crossed again.
       signals: what `plan.boundaries.signal` counts.
       chunk: rows that go through a layer at a time; divides the number of rows.
 
@@ -101,30 +103,71 @@ def prefill(
     """
     forward = ForwardPass(params, plan.page_tables, decoder, chunk)
 
-    def run_phase(carry: tuple[AnyStore, PrefillState]) -> tuple[AnyStore, PrefillState]:
-        at_boundary = jnp.any(plan.boundaries.layer == carry[1].layer)
+    def run_phase(carry: tuple[AnyStore, PrefillState, Array]) -> tuple[AnyStore, PrefillState, Array]:
+        store, state, crosses = carry
+        at_boundary = jnp.any(plan.boundaries.layer == state.layer)
+        crosses &= state.layer < until  # else it is now
         enter = functools.partial(_enter, forward, plan, signals)
-        store, state = lax.cond(at_boundary, enter, lambda store, state: (store, state), *carry)
+        store, state = lax.cond(at_boundary, enter, lambda store, state: (store, state), store, state)
         end = jnp.minimum(until, _next_boundary(plan, state.layer, decoder.config.num_layers))
         store, hidden = run_layers(forward, state.layer, end, store, state.rows, state.hidden)
-        return store, dataclasses.replace(state, layer=end, hidden=hidden)
+        return store, dataclasses.replace(state, layer=end, hidden=hidden), crosses
 
-    store, state = lax.while_loop(lambda carry: carry[1].layer < until, run_phase, (store, state))
+    def goes_on(carry: tuple[AnyStore, PrefillState, Array]) -> Array:
+        _, state, crosses = carry
+        return (state.layer < until) | crosses
+
+    store, state, _ = lax.while_loop(goes_on, run_phase, (store, state, crossing))
     return store, decoder.ops.replicated(state), _last_logits(forward, state)
 
 
-@functools.partial(jax.jit, static_argnames="decoder", donate_argnames=("store", "state"))
-def prefill_at_once(
-    params: Params, store: AnyStore, plan: PrefillPlan, state: PrefillState, *, decoder: Decoder
-) -> tuple[AnyStore, PrefillState, Float[Array, "requests vocab"]]:
-    """All layers, of rows that are one chunk and go through all of them: on a GPU, without a question to the host.
+@functools.partial(jax.jit, static_argnames=("decoder", "unit", "size"))
+def chunk_of(
+    state: PrefillState, number: Int[Array, ""], *, decoder: Decoder, unit: int, size: int
+) -> tuple[Rows, Hidden]:
+    """`size` rows of a prefill and their hidden states, from row `number * unit` on."""
+    chunk = state.rows.chunk(number * unit, size), lax.dynamic_slice_in_dim(state.hidden, number * unit, size)
+    return decoder.ops.replicated(chunk)
 
-    Takes and returns what `prefill` does, behind the last layer.
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames=("store", "hidden"))
+def last_layers(
+    params: Params,
+    store: AnyStore,
+    tables: PageTables,
+    rows: Rows,
+    hidden: Hidden,
+    first: Int[Array, ""] | None,
+    *,
+    decoder: Decoder,
+) -> tuple[AnyStore, Hidden]:
+    """A chunk of rows through the layers from `first` on, where none of them is dropped any more.
+
+    A prefill may then run chunk by chunk: a row reads what those before it wrote, and nothing of those behind it. What
+    layers make of a chunk's rows alone is made once, not in every layer.
+
+    Args:
+      first: None: all layers, which ask a GPU's host nothing on the way.
     """
-    forward = ForwardPass(params, plan.page_tables, decoder, chunk=len(state.rows.token))
-    store, hidden = all_layers(forward, store, state.rows, state.hidden)
-    state = dataclasses.replace(state, layer=jnp.int32(decoder.config.num_layers), hidden=hidden)
-    return store, decoder.ops.replicated(state), _logits_of_last(forward, state)
+    store, hidden = all_layers(ForwardPass(params, tables, decoder, len(rows.token)), store, rows, hidden, first)
+    return store, decoder.ops.replicated(hidden)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "unit"), donate_argnames="state")
+def with_chunk(
+    state: PrefillState, number: Int[Array, ""], hidden: Hidden, *, decoder: Decoder, unit: int
+) -> PrefillState:
+    """The state with the hidden states of a chunk, from row `number * unit` on, behind the last layer."""
+    hidden = lax.dynamic_update_slice_in_dim(state.hidden, hidden, number * unit, 0)
+    return decoder.ops.replicated(dataclasses.replace(state, hidden=hidden, layer=jnp.int32(decoder.config.num_layers)))
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def last_logits(
+    params: Params, plan: PrefillPlan, state: PrefillState, *, decoder: Decoder
+) -> Float[Array, "requests vocab"]:
+    """The logits that `prefill` returns, of a state behind the last layer."""
+    return _logits_of_last(ForwardPass(params, plan.page_tables, decoder, chunk=len(state.rows.token)), state)
 
 
 def _next_boundary(plan: PrefillPlan, layer: Int[Array, ""], num_layers: int) -> Int[Array, ""]:

@@ -40,7 +40,16 @@ from sparsex_jax.device.decode import (
     steps_together,
 )
 from sparsex_jax.device.packed import Packed, packed
-from sparsex_jax.device.prefill import align, begin, pack, prefill, prefill_at_once
+from sparsex_jax.device.prefill import (
+    align,
+    begin,
+    chunk_of,
+    last_layers,
+    last_logits,
+    pack,
+    prefill,
+    with_chunk,
+)
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.scoring import Scores, score
@@ -49,7 +58,7 @@ from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.forward_pass import ForwardPass
 from sparsex_jax.model.kv_copies import with_kv_copies
-from sparsex_jax.model.ops import EXCHANGED_ROWS, Ops
+from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import to_devices
 from sparsex_jax.model.store import AnyStore, SharedStore, kv_of, make_store
 from sparsex_jax.model.weights import Params
@@ -57,6 +66,7 @@ from sparsex_jax.reuse.plan import Copies, PrefillPlan, PrefillState, Rows
 from sparsex_jax.reuse.planner import (
     RequestPlan,
     Shapes,
+    last_choice,
     needed_phases,
     page_tables,
     plan_copies,
@@ -259,15 +269,17 @@ class Runner:
             self.params = self.params.replace(adapters=stacks, values_apart=apart)  # type: ignore[attr-defined]
         self.decoder = Decoder(model, Ops.on(mesh))
         self.host_steers = self.decoder.ops.host_steers
-        self.shapes = Shapes.of_engine(model, engine, platform=mesh.devices.flat[0].platform)
+        platform, pairs = mesh.devices.flat[0].platform, self.decoder.ops.hides_sums
+        self.shapes = Shapes.of_engine(model, engine, platform=platform, pairs=pairs)
         self.store: Any = make_store(model, engine, mesh)  # AnyStore; where there are lower tiers, KV alone
         self.losses = 0
         self.relay: Relay | None = None
         self.arrivals: Arrivals | None = None
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         # On the devices, so that no step waits for one of them behind what comes from host memory.
-        most = max(model.num_layers, engine.decode_steps)
+        most = max(model.num_layers, engine.decode_steps, self.shapes.max_rows // self.shapes.unit)
         self._numbers = self._placed([np.int32(number) for number in range(most + 1)])
+        self._flags = self._placed([np.bool_(False), np.bool_(True)])
         self._probed_together: set[tuple[int, int]] = set()
         self._ahead: Ahead | None = None
         self._place_mailboxes()
@@ -309,19 +321,21 @@ class Runner:
             self._ahead = None
 
     @contextlib.contextmanager
-    def padding_to(self, bucket: tuple[int, int]) -> Iterator[None]:
-        """Within, all plans and copies have the shape of this bucket of `shapes`, however few rows they have."""
-        buckets = self.shapes.buckets
-        self.set_buckets((bucket,))
+    def padding_to(self, bucket: tuple[int, int], at_once: int | None = None) -> Iterator[None]:
+        """Within, all plans and copies have the shape of this bucket of `shapes`, however few rows they have, and so
+        many rows go through all layers at once; None: the bucket's chunks."""
+        before = self.shapes.buckets, self.shapes.at_once
+        self.set_shapes((bucket,), (bucket[1] if at_once is None else at_once,))
         try:
             yield
         finally:
-            self.set_buckets(buckets)
+            self.set_shapes(*before)
 
     @relayed
-    def set_buckets(self, buckets: tuple[tuple[int, int], ...]) -> None:
-        """The buckets that plans are padded to from now on, some of the engine's."""
-        self.shapes = dataclasses.replace(self.shapes, buckets=buckets)
+    def set_shapes(self, buckets: tuple[tuple[int, int], ...], at_once: tuple[int, ...]) -> None:
+        """The buckets that plans are padded to from now on, and how many rows go through all layers at once: some of
+        the engine's."""
+        self.shapes = dataclasses.replace(self.shapes, buckets=buckets, at_once=at_once)
 
     @relayed
     def advance(self, run: PrefillRun, layers: int | None = None) -> Float[Array, "requests vocab"] | None:
@@ -341,22 +355,35 @@ class Runner:
 
     def _advance(self, run: PrefillRun, until: int) -> None:
         """Dispatch the layers from the next one up to `until`."""
-        about = self.params, self.store, run.plan, run.state
         with self._precision():
-            if self._runs_at_once(run, until):
-                self.store, run.state, logits = self._run(prefill_at_once, *about, decoder=self.decoder)
+            if self.host_steers and (run.next_layer, until) == (0, self.model.num_layers):
+                self._run_at_once(run)
             else:
-                static = {"decoder": self.decoder, "signals": run.signals, "chunk": self._chunk(run.plan)}
-                self.store, run.state, logits = self._run(prefill, *about, self._numbers[until], **static)
+                logits = self._run_layers(run, until)
+                run.logits = logits if until == self.model.num_layers else None
         run.next_layer = until
-        if until == self.model.num_layers:
-            run.logits = logits
 
-    def _runs_at_once(self, run: PrefillRun, until: int) -> bool:
-        """Whether a prefill is one chunk that goes through all layers now, where the host would be asked on the way."""
-        num_layers = self.model.num_layers
-        whole = (run.next_layer, until) == (0, num_layers) and run.plan.fresh.size == self._chunk(run.plan)
-        return self.host_steers and whole and len(needed_phases(run.requests, num_layers)) == 1
+    def _run_layers(self, run: PrefillRun, until: int, *, crossing: bool = False) -> Float[Array, "requests vocab"]:
+        """Dispatch layers of all rows, up to `until`, and if `crossing` the choice of rows for that one."""
+        about = self.params, self.store, run.plan, run.state, self._numbers[until], self._flags[crossing]
+        static = {"decoder": self.decoder, "signals": run.signals, "chunk": self._chunk(run.plan)}
+        self.store, run.state, logits = self._run(prefill, *about, **static)
+        return logits
+
+    def _run_at_once(self, run: PrefillRun) -> None:
+        """Dispatch all layers: of all rows up to where some are left out for the last time, and then chunk by chunk."""
+        first, rows = last_choice(run.requests, self.model.num_layers)
+        if first is not None:
+            self._run_layers(run, first, crossing=True)
+        static: dict[str, Any] = {"decoder": self.decoder, "unit": self.shapes.unit}
+        start = None if not first else self._numbers[first]
+        for number, size in self.shapes.chunks_at_once(rows):
+            at = self._numbers[number]
+            chunk, hidden = self._run(chunk_of, run.state, at, size=size, **static)
+            about = self.params, self.store, run.plan.page_tables, chunk, hidden, start
+            self.store, hidden = self._run(last_layers, *about, decoder=self.decoder)
+            run.state = self._run(with_chunk, run.state, at, hidden, **static)
+        run.logits = self._run(last_logits, self.params, run.plan, run.state, decoder=self.decoder)
 
     def _paste_late(self, run: PrefillRun, until: int) -> int:
         """Paste what the next layer reads, and take what has come. Returns up to where layers can run now.
@@ -614,8 +641,9 @@ class Runner:
 
     def _place_mailboxes(self) -> None:
         """Give programs mailboxes for sums over the mesh, new ones, where its devices and the model can use them."""
-        if self.decoder.ops.exchanges(self.model.hidden_size, self.engine.dtype):
-            mailboxes = make_mailboxes(self.mesh, EXCHANGED_ROWS, self.model.hidden_size)
+        ops = self.decoder.ops
+        if ops.exchanges(self.model.hidden_size, self.engine.dtype):
+            mailboxes = make_mailboxes(self.mesh, ops.exchanged_rows, self.model.hidden_size)
             self.params = self.params.replace(mailboxes=mailboxes)  # type: ignore[attr-defined]
 
     def _precision(self) -> AbstractContextManager[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from jaxtyping import Int
 
 from sparsex_jax.model.decoder import Hidden, OneLayer, Stream, chained_layer, decoder_layer, queries, stream_of
 from sparsex_jax.model.forward_pass import ForwardPass, Mass
+from sparsex_jax.model.halves import Halves, layer_of_halves
 from sparsex_jax.model.hoisting import hoisted
+from sparsex_jax.model.ops import WHOLE_ROWS
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.turns import STAGES, HiddenSums, WholeLayers
 from sparsex_jax.model.weights import Params
@@ -42,29 +45,69 @@ def run_layers(
     return lax.fori_loop(first, end, lambda layer, carry: run(forward.params, layer, *carry), (store, hidden))
 
 
-def all_layers(forward: ForwardPass, store: AnyStore, rows: Rows, hidden: Hidden) -> tuple[AnyStore, Hidden]:
-    """All layers for rows of one chunk: a decode step's, or a short prefill's. They ask a GPU's host nothing.
+def all_layers(
+    forward: ForwardPass, store: AnyStore, rows: Rows, hidden: Hidden, first: Int[Array, ""] | None = None
+) -> tuple[AnyStore, Hidden]:
+    """All layers for rows of one chunk: a decode step's, or a prefill's. They ask a GPU's host nothing.
 
     Between two turns of a loop a GPU pauses for 5 us, where a layer of an 8B model takes 100 in decode. Without a loop,
     the layers' numbers are known as the program is compiled, and no launch computes them.
+
+    Args:
+      first: the layers from this one on, in a loop. None: all.
     """
+    if forward.decoder.ops.hides_sums and len(rows.token) > WHOLE_ROWS:
+        return _all_layers_of_halves(forward, store, rows, hidden, first)
 
     def any_layer(
         of_rows: tuple[Rows, PageTables], params: Params, layer: Array, store: AnyStore, stream: Stream
     ) -> tuple[AnyStore, Stream]:
         return chained_layer(OneLayer.of(forward.decoder, params, layer), store, stream, *of_rows)
 
-    carry = store, stream_of(forward.layer(jnp.int32(0)), hidden)
-    of_rows = rows, forward.page_tables
+    carry = store, stream_of(forward.layer(_number(first)), hidden)
+    store, stream = _fold_layers(forward, any_layer, (rows, forward.page_tables), carry, first)
+    return store, stream.hidden
+
+
+def _all_layers_of_halves(
+    forward: ForwardPass, store: AnyStore, rows: Rows, hidden: Hidden, first: Int[Array, ""] | None
+) -> tuple[AnyStore, Hidden]:
+    """The same on a mesh, where the sums of one half of the rows run beside the products of the other."""
+    half = len(rows.token) // 2
+    halves = rows.chunk(0, half), rows.chunk(half, half)
+
+    def any_layer(
+        of_rows: tuple[tuple[Rows, Rows], PageTables], params: Params, layer: Array, store: AnyStore, streams: Halves
+    ) -> tuple[AnyStore, Halves]:
+        return layer_of_halves(OneLayer.of(forward.decoder, params, layer), store, streams, *of_rows)
+
+    carry = store, Halves.of(forward.layer(_number(first)), hidden[:half], hidden[half:])
+    store, streams = _fold_layers(forward, any_layer, (halves, forward.page_tables), carry, first)
+    return store, streams.hidden(forward.layer(jnp.int32(forward.decoder.config.num_layers - 1)))
+
+
+def _number(first: Int[Array, ""] | None) -> Int[Array, ""]:
+    return jnp.int32(0) if first is None else first
+
+
+def _fold_layers(
+    forward: ForwardPass,
+    any_layer: Callable[..., tuple[AnyStore, Any]],
+    of_rows: Any,
+    carry: tuple[AnyStore, Any],
+    first: Int[Array, ""] | None,
+) -> tuple[AnyStore, Any]:
+    """Fold `any_layer(of_rows, params, layer, *carry)` over layers. What it makes of the rows alone is made once."""
     layer_of_rows = hoisted(any_layer, of_rows, forward.params, jnp.int32(0), *carry)
 
-    def run_layer(layer: Array, carry: tuple[AnyStore, Stream]) -> tuple[AnyStore, Stream]:
+    def run_layer(layer: Array, carry: tuple[AnyStore, Any]) -> tuple[AnyStore, Any]:
         return layer_of_rows(forward.params, layer, *carry)
 
     layers = forward.decoder.config.num_layers
+    if first is not None:
+        return lax.fori_loop(first, layers, run_layer, carry)
     unroll = layers if forward.decoder.ops.pays_for_launches else 1
-    store, stream = lax.fori_loop(0, layers, run_layer, carry, unroll=unroll)
-    return store, stream.hidden
+    return lax.fori_loop(0, layers, run_layer, carry, unroll=unroll)
 
 
 def _layer_of(

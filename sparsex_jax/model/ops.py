@@ -42,8 +42,10 @@ _BY_OUTPUTS, _BY_INPUTS = Adapting(_ALL, _OUTPUTS, _ALL, _ALL), Adapting(_INPUTS
 _LOW_RANK: Any = _ALL, PartitionSpec(None, None, TENSOR_AXIS, None, None), _ALL, _ALL
 
 
-# Up to how many rows are summed by mailboxes. The kernel takes more, but larger sums have not been validated on a GPU.
-EXCHANGED_ROWS = FEW_ROWS
+# Of up to how many rows a mesh's sums are waited for. More rows go through layers in halves.
+WHOLE_ROWS = 1024
+# Up to how many rows a device sends for a sum by mailboxes, to all others together. Collectives send fewer.
+SENT_ROWS = 3 * WHOLE_ROWS
 
 DeviceParts = Float[Array, "devices rows width"]  # of sums over a mesh, each device's own
 
@@ -162,8 +164,13 @@ class Ops:
 
     def takes_mailboxes(self, width: int, dtype: Any) -> bool:
         """Whether they would, if they reach one another."""
-        takes = adds_devices(EXCHANGED_ROWS, width, dtype=jnp.dtype(dtype), backend=self.backend)
+        takes = adds_devices(self.exchanged_rows, width, dtype=jnp.dtype(dtype), backend=self.backend)
         return self.mesh.size > 1 and takes
+
+    @property
+    def exchanged_rows(self) -> int:
+        """Of up to how many rows the devices make sums by mailboxes, where they can."""
+        return min(WHOLE_ROWS, SENT_ROWS // max(self.mesh.size - 1, 1))
 
     def linear(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -73,6 +74,11 @@ class RequestPlan:
         """Tokens of the first phase."""
         return self.phases[0].size
 
+    def most_rows(self, needed: Sequence[int]) -> int:
+        """Tokens of the last of these phases at most, each of which chooses from those of the one before it."""
+        first, *later = (self.phases[number] for number in needed)
+        return functools.reduce(lambda rows, phase: min(rows, phase.most), later, first.size)
+
     @property
     def kind(self) -> tuple[tuple[int, int] | None, tuple[tuple[int, str | None, int], ...]]:
         """The layers that a probe looks at, if it is one; where each phase starts, by what signal, how deep that
@@ -110,11 +116,18 @@ class RequestPlan:
 @dataclasses.dataclass(frozen=True)
 class Shapes:
     """The few static shapes that plans are padded to: (rows, chunk) buckets, requests and pages a request; and whether
-    their rows say which adapter acts on them, and which are unseen. Rows of a decode step are a `row_multiple`."""
+    their rows say which adapter acts on them, and which are unseen. Rows of a decode step are a `row_multiple`.
+
+    Attributes:
+      at_once: how many rows may go through all layers in one program, rising.
+      unit: where one of several such programs begins is a multiple of it.
+    """
 
     buckets: tuple[tuple[int, int], ...]
     max_requests: int
     max_pages: int
+    at_once: tuple[int, ...]
+    unit: int
     adapters: bool = False
     unseen: bool = False
     row_multiple: int = 1
@@ -131,16 +144,21 @@ class Shapes:
             sizes.append(4 * sizes[-1])
         few = chunk // 2
         buckets = ((few, few), *((size, chunk) for size in sizes))
-        return cls(buckets, max_requests, -(-max_context // page_size))
+        return cls(buckets, max_requests, -(-max_context // page_size), at_once=(few, chunk), unit=chunk)
 
     @classmethod
-    def of_engine(cls, model: ModelConfig, engine: EngineConfig, *, platform: str) -> Shapes:
-        """The shapes of an engine's plans on a platform: cpu, gpu or tpu."""
+    def of_engine(cls, model: ModelConfig, engine: EngineConfig, *, platform: str, pairs: bool = False) -> Shapes:
+        """The shapes of an engine's plans on a platform: cpu, gpu or tpu.
+
+        Args:
+          pairs: whether two chunks may go through all layers side by side (`all_layers`).
+        """
         max_context = min(model.max_position, engine.num_pages * engine.page_size)
         chunk = engine.chunk_rows or CHUNKS.get(platform, CHUNKS["tpu"])
         shapes = cls.of(max_context, engine.max_prefill_seqs, engine.page_size, chunk)
         about: Any = {"adapters": engine.max_adapters > 0, "unseen": engine.share_adapters}
-        return dataclasses.replace(shapes, row_multiple=ROW_MULTIPLES.get(platform, 1), **about)
+        at_once = (*shapes.at_once, 2 * chunk) if pairs else shapes.at_once
+        return dataclasses.replace(shapes, at_once=at_once, row_multiple=ROW_MULTIPLES.get(platform, 1), **about)
 
     @property
     def max_rows(self) -> int:
@@ -149,6 +167,16 @@ class Shapes:
     def bucket(self, rows: int) -> tuple[int, int]:
         """The smallest (rows, chunk) that holds this number of rows."""
         return next(bucket for bucket in self.buckets if bucket[0] >= rows)
+
+    def at_once_in(self, bucket: tuple[int, int]) -> tuple[int, ...]:
+        """How many rows of a plan of this bucket may go through all layers in one program."""
+        return tuple(size for size in self.at_once if size <= bucket[0])
+
+    def chunks_at_once(self, rows: int) -> Iterator[tuple[int, int]]:
+        """Where the programs begin that take this number of rows through all layers, in units, and their sizes."""
+        sizes = self.at_once_in(self.bucket(rows))
+        for first in range(0, rows, sizes[-1]):
+            yield first // self.unit, next((size for size in sizes if size >= rows - first), sizes[-1])
 
 
 def needed_phases(requests: Sequence[RequestPlan], num_layers: int) -> list[int]:
@@ -159,6 +187,16 @@ def needed_phases(requests: Sequence[RequestPlan], num_layers: int) -> list[int]
         if phase.start < num_layers and narrows:
             needed.append(i)
     return needed
+
+
+def last_choice(requests: Sequence[RequestPlan], num_layers: int) -> tuple[int | None, int]:
+    """The layer at which rows are left out for the last time, and how many there are from then on at most.
+
+    The layer is None where all that are computed go through all layers.
+    """
+    needed = needed_phases(requests, num_layers)
+    rows = sum(request.most_rows(needed) for request in requests)
+    return (requests[0].phases[needed[-1]].start if len(needed) > 1 else None), rows
 
 
 def plan_prefill(

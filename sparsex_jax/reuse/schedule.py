@@ -68,6 +68,11 @@ class Phase:
         """How many tokens the phase computes at most, apart from those that finish a block."""
         return int(self.forced.sum()) + self.most_chosen
 
+    @property
+    def most(self) -> int:
+        """How many tokens the phase computes at most."""
+        return self.size + (self.pool_tokens - 1 if self.signal is not None and self.most_chosen else 0)
+
     def can_leave_out(self, size: int) -> bool:
         """Whether it may compute fewer than `size` tokens."""
         return self.least < size

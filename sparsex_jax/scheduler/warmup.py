@@ -111,13 +111,18 @@ def _batches(most: int, multiple: int) -> list[int]:
 def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
     """The copy of a token, a plan of one token behind it, and log-probabilities of what would follow."""
     prompt = PromptMap(np.zeros(2, np.int32), np.array([TokenKind.REUSED, TokenKind.FRESH], np.uint8))
+    steers = loop.runner.host_steers
+    at_once = loop.runner.shapes.at_once_in(bucket) if steers else ()
     with loop.admission.lend(len(prompt)) as pages, loop.runner.padding_to(bucket):
         copied = Segment(0, 1, 0, slots_of(pages, np.arange(1), loop.runner.engine.page_size), exact=True)
-        by_layers = (1,) if loop.runner.host_steers else ()  # there, all at once may be another program
-        layers = (*by_layers, loop.runner.model.num_layers)
-        for phases, first in itertools.product(_phases(loop, prompt), layers):
+        for phases in _phases(loop, prompt):
             run = loop.runner.begin([RequestPlan(prompt, phases, pages, (copied,))])
-            loop.runner.advance(run, first)
+            loop.runner.advance(run, 1 if steers else None)  # there, all layers are other programs
+        everything, choice = Phase(0, prompt.computed | prompt.reused), Phase(1, prompt.fresh)
+        for size, phases in itertools.product(at_once, ((everything, choice), (everything,))):
+            with loop.runner.padding_to(bucket, size):
+                run = loop.runner.begin([RequestPlan(prompt, phases, pages)])
+                loop.runner.advance(run)
         for number in (1, MAX_LOGPROBS):
             loop.runner.score(run, [np.zeros(1, np.int32)], number)
     assert run.logits is not None

@@ -16,13 +16,14 @@ from sparsex_kernels.linear.apart import plus
 from sparsex_kernels.linear.hopper_codes import products_of_codes
 from sparsex_kernels.linear.xla import ACTIVATIONS
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
-from sparsex_kernels.product_parts import MOST_ROWS, ProductParts, one_part, sum_parts
+from sparsex_kernels.product_parts import ProductParts, one_part, sum_parts
 from sparsex_kernels.quantised import SQUARE, Quantised, floats
 
 NARROW = 512  # up to this many columns, few rows take tiles of 64: of 128 there are too few for all multiprocessors
 # Parts whose number is data have room for all rows: 134 MB for 8 of 1024 rows of 4096 columns, of which one round of
 # programs writes 17.
 MOST_PARTS = 8
+SPLIT_ROWS = 1024  # up to this many, the number of parts is data where it may be
 
 
 def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
@@ -140,7 +141,7 @@ def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int
     columns = next((n for n in (256, 128, 64) if n <= most and not any(w % n for w in widths)), 0)
     if not columns:
         raise NotImplementedError(f"weights of {widths} columns; the kernel takes multiples of 64")
-    fits = fits and not few and rows <= MOST_ROWS
+    fits = fits and not few and rows <= SPLIT_ROWS
     row_tiles = 1 if fits else -(-rows // (WGMMA_ROWS if few else 2 * WGMMA_ROWS))
     tiles = sum(widths) // columns * row_tiles
     wanted = 2 * MULTIPROCESSORS // tiles if few else MULTIPROCESSORS // tiles

@@ -66,7 +66,7 @@ def test_a_decode_step_is_a_few_kernels_a_layer_and_asks_nothing(num_devices, re
 def test_a_prefill_runs_by_the_kernels_made_for_the_gpu(num_devices):
     mesh = mesh_of(num_devices)
     assert backend_of(mesh).kernels == ("hopper", "triton")
-    # One chunk, whose keys may be cut, with kernels between the products as in a decode step, and which sum over a mesh;
+    # One chunk, whose keys may be cut, with kernels between the products as in a decode step, which sum over a mesh;
     # and several, in turns without questions to the host between them.
     for num_tokens, turns, kernels, others in ((512, 1, 9, 6), (8192, TOGETHER, 8, 15)):
         chunks = program(aot.lower_prefill(LLAMA, ENGINE, mesh, num_tokens, ONE_SIGNAL), mesh).turn()

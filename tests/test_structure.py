@@ -15,7 +15,8 @@ from live import MODEL, live_server, make_engine
 from pydantic import BaseModel, Field
 
 from sparsex_jax import InvalidRequestError, SamplingParams, Structure, StructureError
-from sparsex_jax.device.sampling import Sampling, sample
+from sparsex_jax.device.sampling import Sampled, Sampling, sample
+from sparsex_jax.scheduler import warmup
 from sparsex_jax.scheduler.sequence import State
 from sparsex_jax.text.grammars import Grammars
 
@@ -249,6 +250,14 @@ TOOL_SCHEMA = {
     "additionalProperties": False,
 }
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": TOOL_SCHEMA}} for name in ("tide", "wind")]
+
+
+def test_the_warm_up_takes_any_token(engine, monkeypatch):
+    """What stands in for tokens while programs are compiled ahead is in no grammar."""
+    wish, runner = sampling("regex"), engine.loop.runner
+    zero = Sampled(np.zeros((2, 1), np.int32), None)
+    monkeypatch.setattr(runner, "choose", lambda scores, state, allowed: (state, zero))
+    warmup._decode(engine.loop, 2, wish)
 
 
 class Note(BaseModel):

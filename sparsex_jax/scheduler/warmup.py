@@ -190,7 +190,7 @@ def _decode(loop: Loop, number: int, wish: SamplingParams) -> None:
         if matcher is None:
             sampled = jax.device_get(runner.start_decode(state, runner.engine.decode_steps)[1])
         else:
-            sampled = ConstrainedDecode(runner, state, [matcher] * number, 2).finish()[1]
+            sampled = ConstrainedDecode(runner, state, [None] * number, 2).finish()[1]  # stand-ins are in no grammar
     if (sampled.token == NON_FINITE).any():
         raise NonFiniteLogitsError("the logits behind a prompt of one token are not all finite")
 

@@ -6,10 +6,11 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import TINY, tiny_engine
+from conftest import CONFIG, TINY, tiny_engine
 
 from sparsex_jax import ReuseConfig, SamplingParams
 from sparsex_jax.device.decode import FEW_STEPS, decode
+from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.ops import Ops
 from sparsex_kernels.backend import prefer
@@ -112,18 +113,23 @@ def test_where_launches_cost_time_the_answers_are_the_same(monkeypatch):
 METHODS = {
     "full": ReuseConfig("full"),
     "prefix": ReuseConfig("prefix"),
-    "naive": ReuseConfig("naive", min_segment_tokens=16),
-    "from layer 0": ReuseConfig("sparsex", boundary_layer=0, recompute_ratio=0.1, min_segment_tokens=16),
-    "from layer 2": ReuseConfig("sparsex", boundary_layer=2, recompute_ratio=0.5, min_segment_tokens=16),
-    "pooled": ReuseConfig("sparsex", boundary_layer=1, recompute_ratio=0.2, pool_tokens=8, min_segment_tokens=16),
-    "covering": ReuseConfig("sparsex", boundary_layer=1, coverage=0.9, min_segment_tokens=16),
+    "naive": ReuseConfig("naive"),
+    "from layer 0": ReuseConfig("sparsex", boundary_layer=0, recompute_ratio=0.1),
+    "from layer 2": ReuseConfig("sparsex", boundary_layer=2, recompute_ratio=0.3, tail_tokens=0, overflow_tokens=0),
+    "pooled": ReuseConfig("sparsex", boundary_layer=1, recompute_ratio=0.2, pool_tokens=8),
+    "covering": ReuseConfig("sparsex", boundary_layer=1, coverage=0.9),
 }
 
 
-def test_a_prefill_at_once_gives_what_one_by_layers_does():
+def test_a_prefill_at_once_gives_what_one_by_layers_does(monkeypatch):
     """In full, behind a prefix and with chosen rows, of one chunk and of several, the last of them a short one."""
     stored = [np.arange(2, 34), np.arange(34, 90)]
-    prompts = [1, *stored[0][:9]], [*stored[0], 5, 6], [7, *stored[1], *range(30, 60), *stored[0], 3]
+    long, short = [7, *stored[1], *range(30, 60), *stored[0], 3], [3, *stored[1], 9]
+    prompts = [1, *stored[0][:9]], [*stored[0], 5, 6], short, long
+    taken, goes = [], Runner._goes_at_once
+    monkeypatch.setattr(
+        Runner, "_goes_at_once", lambda *about: taken.append((*about[1:], goes(*about))) or taken[-1][2]
+    )
 
     def outcomes(engine):
         for text in stored:
@@ -132,6 +138,17 @@ def test_a_prefill_at_once_gives_what_one_by_layers_does():
         return [each.logits for each in found], [each.report.active.tolist() for each in found]
 
     expected, active = outcomes(tiny_engine())
+    assert not any(at_once for _, _, at_once in taken)
     found, others = outcomes(steered_engine())
+    chunk = CONFIG.chunk_rows
+    kinds = {(first is not None, bool(first), rows > chunk) for first, rows, at_once in taken if at_once}
+    assert kinds == {
+        (False, False, False),
+        (False, False, True),
+        (True, False, False),
+        (True, False, True),
+        (True, True, False),
+    }
+    assert any(not at_once and first and rows > chunk for first, rows, at_once in taken[len(taken) // 2 :])
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert others == active

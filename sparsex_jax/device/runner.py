@@ -356,8 +356,9 @@ class Runner:
     def _advance(self, run: PrefillRun, until: int) -> None:
         """Dispatch the layers from the next one up to `until`."""
         with self._precision():
-            if self.host_steers and (run.next_layer, until) == (0, self.model.num_layers):
-                self._run_at_once(run)
+            whole, choice = (0, self.model.num_layers), last_choice(run.requests, self.model.num_layers)
+            if (run.next_layer, until) == whole and self._goes_at_once(*choice):
+                self._run_at_once(run, *choice)
             else:
                 logits = self._run_layers(run, until)
                 run.logits = logits if until == self.model.num_layers else None
@@ -370,9 +371,15 @@ class Runner:
         self.store, run.state, logits = self._run(prefill, *about, **static)
         return logits
 
-    def _run_at_once(self, run: PrefillRun) -> None:
-        """Dispatch all layers: of all rows up to where some are left out for the last time, and then chunk by chunk."""
-        first, rows = last_choice(run.requests, self.model.num_layers)
+    def _goes_at_once(self, first: int | None, rows: int) -> bool:
+        """Whether rows that are left out no more, from a layer on, should go through the layers chunk by chunk.
+
+        From layer 0 on the host is not asked. Behind that it is, in each layer of each chunk, so there is one at most.
+        """
+        return self.host_steers and (not first or rows <= self.shapes.at_once[-1])
+
+    def _run_at_once(self, run: PrefillRun, first: int | None, rows: int) -> None:
+        """Dispatch all layers: of all rows up to the choice before layer `first`, and of the others chunk by chunk."""
         if first is not None:
             self._run_layers(run, first, crossing=True)
         static: dict[str, Any] = {"decoder": self.decoder, "unit": self.shapes.unit}

@@ -366,7 +366,7 @@ def decoder_layer(
 def chained_layer(
     layer: OneLayer, store: AnyStore, stream: Stream, rows: Rows, tables: PageTables
 ) -> tuple[AnyStore, Stream]:
-    """`decoder_layer`, and the norm of the layer after it: a kernel that adds the residual of up to 1024 rows does it,
+    """`decoder_layer`, and the norm of the layer after it: a kernel that adds the residual of up to 2048 rows does it,
     too. What is normalised behind the last layer has no use."""
     store, hidden, out = _run_layer(layer, store, stream, rows, tables)
     return store, Stream(*layer.add_norm(out, hidden, layer.layers.attn_norm, rows, ahead=1))

@@ -3,9 +3,10 @@
 Programs depend on shapes and never on lengths or methods, so a token or two compile each:
 
     for each row bucket   the alignment; the prefill, which serves every method whose signals are built in, and one with
-                          the default method's if they are not; log-probabilities of prompts, with one or with many
-                          most probable tokens; the default method's probe, if it has one: of all layers together
-                          where they fit a turn, one by one where they do not
+                          the default method's if they are not; on GPUs all layers of a chunk, or those behind the
+                          last choice of rows; log-probabilities of prompts, with one or with many most probable
+                          tokens; the default method's probe, if it has one: of all layers together where they fit a
+                          turn, one by one where they do not
     for 1, 2, 4 ...       the decode of that many sequences together: without and with penalties, biases or
                           log-probabilities, and each of both also where some have a structure. On GPUs for 1, 8, 16
                           ..., and also where some draw from the best tokens only

@@ -292,8 +292,8 @@ A_COMMAND = "from sparsex_jax.cli import app; app()"
 
 @pytest.mark.slow  # 16 s where nothing was compiled before, 11 s otherwise
 def test_a_server_with_the_default_warm_up_starts_answers_and_ends(tmp_path):
-    """Apart from here, where types are checked that JAX's own records of arguments have not. The model has the tokenizer
-    of the one that comes with the package, so that structures are compiled too; each size has programs of its own."""
+    """Apart from here, where types are checked that JAX's own records of arguments have not. With the tokenizer of the
+    embedded model structures are compiled too; there is one sequence, as each size has programs of its own."""
     model, tokenizer = dataclasses.replace(TALKING, num_layers=2, max_position=256), open_checkpoint(EMBEDDED).tokenizer
     save_checkpoint(tmp_path / "tiny", model, random_params(model, "float32", make_mesh(), seed=0), tokenizer)
     address = tmp_path / "socket"

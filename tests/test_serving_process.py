@@ -1,6 +1,7 @@
 """The server's process: the sockets that it listens at, and the signals that end it."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -10,12 +11,17 @@ import threading
 import types
 
 import httpx
+import jax
 import pytest
+from conftest import TALKING
 from live import ScriptedLoop, live_server, make_engine, wait_for
 from typer.testing import CliRunner
 
+from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
 from sparsex_jax.cli import app
 from sparsex_jax.errors import AddressError
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import random_params
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.app import create_app
@@ -24,6 +30,7 @@ from sparsex_jax.serving.sockets import bound, url_of
 from sparsex_jax.serving.supervisor import Supervisor
 from sparsex_jax.serving.worker import Worker
 
+EMBEDDED = "smollm2-135m-instruct"
 DONE = [Event("x", (1,), finish_reason="stop")]
 
 
@@ -154,6 +161,8 @@ sys.path.insert(0, {tests!r})
 from live import ScriptedLoop, make_engine
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.app import create_app
+from sparsex_jax.model.sharding import make_mesh
+from sparsex_jax.model.weights import random_params
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
@@ -274,3 +283,51 @@ def test_an_abstract_notify_socket_and_one_where_nobody_listens():
         assert systemd.recv(100) == b"READY=1"
     for nobody in (f"@{name}", "/no/such/socket", ""):
         Supervisor(nobody).tell("READY=1")
+
+
+# Its start --------------------------------------------------------------------------------------------------
+
+A_COMMAND = "from sparsex_jax.cli import app; app()"
+
+
+@pytest.mark.slow  # 16 s where nothing was compiled before, 11 s otherwise
+def test_a_server_with_the_default_warm_up_starts_answers_and_ends(tmp_path):
+    """Apart from here, where types are checked that JAX's own records of arguments have not. With the tokenizer of the
+    embedded model structures are compiled too; there is one sequence, as each size has programs of its own."""
+    model, tokenizer = dataclasses.replace(TALKING, num_layers=2, max_position=256), open_checkpoint(EMBEDDED).tokenizer
+    save_checkpoint(tmp_path / "tiny", model, random_params(model, "float32", make_mesh(), seed=0), tokenizer)
+    address = tmp_path / "socket"
+    options = ["--uds", address, "--max-num-seqs", "1", "--store-tokens", "512", "--healing", "0"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    command = [sys.executable, "-c", A_COMMAND, "serve", tmp_path / "tiny", *options]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            said = "".join(iter_until(process.stderr, "Serving tiny"))
+            assert "Compiled or loaded" in said, said
+            assert "Serving tiny" in said, said
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(address)), timeout=30) as http:
+                wait_for(lambda: is_ready(http))
+                body = {"prompt": "A colour", "max_tokens": 4, "structured_outputs": {"choice": ["red", "blue"]}}
+                answer = http.post("http://x/v1/completions", json=body).json()
+                metrics = http.get("http://x/metrics").text
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert answer["choices"][0]["text"] in ("red", "blue")
+    assert 'sparsex_compilations_total{when="listening"} 0.0' in metrics
+
+
+def is_ready(http):
+    """The last line comes a moment before the server listens."""
+    with contextlib.suppress(httpx.ConnectError):
+        return http.get("http://x/health/ready").status_code == 200
+    return False
+
+
+def iter_until(lines, mark):
+    """The lines up to the one that begins so, or to the end."""
+    for line in lines:
+        yield line
+        if line.startswith(mark):
+            return

@@ -148,5 +148,6 @@ def compile_all(engine: Engine) -> None:
             step()
     number, seconds = num_compilations() - before, time.perf_counter() - started
     messages().print(
-        f"Compiled or loaded {number} programs in {seconds:.0f} s; --no-warm-up compiles them at the first requests"
+        f"Compiled or loaded {number} programs in {seconds:.0f} s; --no-warm-up compiles them at the first requests",
+        soft_wrap=True,
     )

@@ -161,8 +161,6 @@ sys.path.insert(0, {tests!r})
 from live import ScriptedLoop, make_engine
 from sparsex_jax.serving.access import Limits
 from sparsex_jax.serving.app import create_app
-from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.model.weights import random_params
 from sparsex_jax.scheduler.loop import Event
 from sparsex_jax.serving.server import Server
 from sparsex_jax.serving.worker import Worker
@@ -290,7 +288,6 @@ def test_an_abstract_notify_socket_and_one_where_nobody_listens():
 A_COMMAND = "from sparsex_jax.cli import app; app()"
 
 
-@pytest.mark.slow  # 16 s where nothing was compiled before, 11 s otherwise
 def test_a_server_with_the_default_warm_up_starts_answers_and_ends(tmp_path):
     """Apart from here, where types are checked that JAX's own records of arguments have not. With the tokenizer of the
     embedded model structures are compiled too; there is one sequence, as each size has programs of its own."""

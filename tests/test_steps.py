@@ -121,8 +121,8 @@ def test_no_step_copies_a_store_that_adapters_share(devices):
     plan, rows = hybrid_plan(engine)
     state = embed_rows(runner.params, rows, decoder=runner.decoder, requests=len(plan.page_tables))
     static = {"decoder": runner.decoder, "signals": tuple(SIGNALS.values()), "chunk": 128}
-    until = jnp.int32(TINY.num_layers)
-    assert_no_copy(*memory_of(prefill, runner.store, runner.params, plan, state, until, **static))
+    about = plan, state, jnp.int32(TINY.num_layers), jnp.bool(False)
+    assert_no_copy(*memory_of(prefill, runner.store, runner.params, *about, **static))
     slot = BatchSlot(range(300), [1], SamplingParams(), pages=range(5))
     state = decode_state([slot], runner.shapes.max_pages, TINY.vocab_size, adapters=True)
     assert_no_copy(*memory_of(decode, runner.store, runner.params, state, decoder=runner.decoder, steps=16))

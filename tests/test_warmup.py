@@ -5,18 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import TALKING, TINY
+from conftest import TINY
 
-from sparsex_jax import Engine, EngineConfig, NonFiniteLogitsError, ReuseConfig, SamplingParams, Structure
-from sparsex_jax.checkpoints import open_checkpoint
-from sparsex_jax.cli import serve
+from sparsex_jax import Engine, NonFiniteLogitsError, ReuseConfig, SamplingParams
 from sparsex_jax.device.compilation import keep_on_disk, num_compilations
 from sparsex_jax.device.state import batch_slots
-from sparsex_jax.model.sharding import make_mesh
-from sparsex_jax.model.weights import random_params
 from sparsex_jax.scheduler import warmup
 
-EMBEDDED = "smollm2-135m-instruct"
 TEXT = np.random.default_rng(5).integers(1, 90, 4000).astype(np.int32)
 MODEL = dataclasses.replace(TINY, eos_token_ids=(94, 95, 96))
 # Other shapes than those of all other tests and of each other, so that nothing is compiled for them yet.
@@ -82,21 +77,6 @@ def test_a_crowd_compiles_nothing_after_the_warm_up(reuse):
     reports = crowd(engine, 32, np.random.default_rng(0))
     assert num_compilations() == warm
     assert any(0 < report.computed_fraction < 1 for report in reports)
-
-
-def test_the_default_warm_up_where_answers_can_have_structures(monkeypatch):
-    """What the command runs before it listens, but for what compiles ahead, where types cannot be checked. Each size
-    has programs of its own, so there is one sequence and one row bucket."""
-    monkeypatch.setattr(warmup, "steps_ahead", lambda *_: [])
-    model, tokenizer = dataclasses.replace(TALKING, num_layers=2, max_position=256), open_checkpoint(EMBEDDED).tokenizer
-    config = EngineConfig(store_tokens=512, page_size=16, max_num_seqs=1)
-    engine = Engine(model, random_params(model, "float32", make_mesh()), tokenizer, config=config)
-    serve.compile_all(engine)
-    warm = num_compilations()
-    out = engine.generate("A colour", SamplingParams(4, structure=Structure("choice", ["red", "blue"])))
-    assert out.text in ("red", "blue")
-    assert num_compilations() == warm
-    assert engine.stats()["active"] == 0
 
 
 @pytest.mark.parametrize("steers", [False, True])

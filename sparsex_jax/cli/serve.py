@@ -143,6 +143,7 @@ def compile_all(engine: Engine) -> None:
     """Compile the programs that requests need, so that the first requests do not wait for the compiler."""
     before, started = num_compilations(), time.perf_counter()
     asked = engine.loop, engine.default_sampling()
+    messages().print("Compiling, or loading what was compiled before, which takes seconds to minutes", soft_wrap=True)
     with progress() as bar:
         for step in bar.track([*warmup.steps_ahead(*asked), *warmup.steps(*asked)], description="Compiling"):
             step()

@@ -54,7 +54,7 @@ def all_layers(
     the layers' numbers are known as the program is compiled, and no launch computes them.
 
     Args:
-      first: the layers from this one on, in a loop. None: all.
+      first: only the layers from this one on, in a loop, which asks before each. None: all.
     """
     if forward.decoder.ops.hides_sums and len(rows.token) > WHOLE_ROWS:
         return _all_layers_of_halves(forward, store, rows, hidden, first)

@@ -36,13 +36,17 @@ ONE_SIGNAL = {"key_mass": BUILT_IN["key_mass"]}  # those with passes of their ow
 CHUNK = "chunk of a layer, prefill of 32768 by layers"
 HALVES = 4096  # rows that a mesh takes through all layers at once
 AT_ONCE = {rows: f"all layers at once, a chunk of {rows}" for rows in (1024, 2048, HALVES)}
+
+
+def _at_once(rows: int) -> Callable[[Mesh], Lowered]:
+    return lambda mesh: aot.lower_prefill_at_once(MODEL, ENGINE, mesh, rows)
+
+
 STEPS: dict[str, Callable[[Mesh], Lowered]] = {
     "decode step of 1": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 1),
     "decode step of 32": lambda mesh: aot.lower_decode(MODEL, ENGINE, mesh, 32),
     "layer of a prefill of 512": lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 512, ONE_SIGNAL),
-    AT_ONCE[1024]: lambda mesh: aot.lower_prefill_at_once(MODEL, ENGINE, mesh, 1024),
-    AT_ONCE[2048]: lambda mesh: aot.lower_prefill_at_once(MODEL, ENGINE, mesh, 2048),
-    AT_ONCE[HALVES]: lambda mesh: aot.lower_prefill_at_once(MODEL, ENGINE, mesh, HALVES),
+    **{name: _at_once(rows) for rows, name in AT_ONCE.items()},
     CHUNK: lambda mesh: aot.lower_prefill(MODEL, ENGINE, mesh, 32768, ONE_SIGNAL),
 }
 
@@ -70,8 +74,9 @@ def main() -> None:
 
     def rows() -> Iterator[dict[str, Any]]:
         for devices in options.devices:
-            for step in STEPS if devices > 1 else [step for step in STEPS if step != AT_ONCE[HALVES]]:
-                yield from rows_of(step, devices, launches(step, options.gpu, devices))
+            for step in STEPS:
+                if devices > 1 or step != AT_ONCE[HALVES]:
+                    yield from rows_of(step, devices, launches(step, options.gpu, devices))
 
     print(write_rows(about, rows(), Path(__file__).parent / "results"))
 

@@ -47,7 +47,7 @@ def gets_on(device, waits_for):
 
 
 def play(number, counts, choose, *, counts_always=False):
-    """Sums of these numbers of rows, on so many GPUs. `choose` says which of the steps that can be made comes next.
+    """Play sums of these numbers of rows on `number` GPUs. `choose` picks the next one of the steps that can be made.
 
     Raises:
       AssertionError: a step read another part than its own, or all wait for one another.

@@ -356,8 +356,9 @@ class Runner:
     def _advance(self, run: PrefillRun, until: int) -> None:
         """Dispatch the layers from the next one up to `until`."""
         with self._precision():
-            whole, choice = (0, self.model.num_layers), last_choice(run.requests, self.model.num_layers)
-            if (run.next_layer, until) == whole and self._goes_at_once(*choice):
+            whole = self.host_steers and (run.next_layer, until) == (0, self.model.num_layers)
+            choice = last_choice(run.requests, self.model.num_layers) if whole else None
+            if choice is not None and self._goes_at_once(*choice):
                 self._run_at_once(run, *choice)
             else:
                 logits = self._run_layers(run, until)
@@ -376,7 +377,7 @@ class Runner:
 
         From layer 0 on the host is not asked. Behind that it is, in each layer of each chunk, so there is one at most.
         """
-        return self.host_steers and (not first or rows <= self.shapes.at_once[-1])
+        return not first or rows <= self.shapes.at_once[-1]
 
     def _run_at_once(self, run: PrefillRun, first: int | None, rows: int) -> None:
         """Dispatch all layers: of all rows up to the choice before layer `first`, and of the others chunk by chunk."""

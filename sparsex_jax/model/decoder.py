@@ -117,6 +117,11 @@ class OneLayer(NamedTuple):
     def of(cls, decoder: Decoder, params: Params, number: Int[Array, ""]) -> OneLayer:
         return cls(decoder, params.layers, number, params.adapters, params.values_apart, params.mailboxes)
 
+    @property
+    def leaving_parts(self) -> OneLayer:
+        """The same, whose products over inputs stay in the parts of the devices."""
+        return self._replace(decoder=dataclasses.replace(self.decoder, ops=self.decoder.ops.later))
+
     def own(self, stacked: Float[Array, "layers *rest"]) -> Float[Array, "*rest"]:
         """This layer's part of a small stacked weight: a copy."""
         return jax.lax.dynamic_index_in_dim(stacked, self.number, keepdims=False)
@@ -282,7 +287,7 @@ def _finish(layer: OneLayer, projection: Projection, product: Float[Array, "rows
 def mlp(layer: OneLayer, hidden: Hidden, rows: Rows) -> Hidden:
     """The gated MLP or the experts of each row, without the residual."""
     parts = mlp_product(layer, layer.norm(layer.layers.mlp_norm, hidden), rows)
-    return sum_parts(mlp_addend(layer, parts, hidden.dtype), hidden.dtype)
+    return mlp_sum(layer, parts, hidden.dtype)
 
 
 def mlp_product(layer: OneLayer, normed: Hidden, rows: Rows) -> AnyParts:
@@ -298,6 +303,11 @@ def mlp_product(layer: OneLayer, normed: Hidden, rows: Rows) -> AnyParts:
 def mlp_addend(layer: OneLayer, parts: AnyParts, dtype: Any) -> AnyParts:
     """What the MLP adds to the residual."""
     return _normed_parts(layer, layer.layers.post_mlp_norm, parts, dtype)
+
+
+def mlp_sum(layer: OneLayer, parts: AnyParts, dtype: Any) -> Hidden:
+    """The same in one part."""
+    return sum_parts(mlp_addend(layer, parts, dtype), dtype)
 
 
 def attention_addend(layer: OneLayer, parts: AnyParts, dtype: Any) -> AnyParts:

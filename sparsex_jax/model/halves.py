@@ -11,7 +11,6 @@ The last sum of the later half runs beside the attention of the earlier one in t
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -25,13 +24,14 @@ from sparsex_jax.model.decoder import (
     attention_product,
     mlp_addend,
     mlp_product,
+    mlp_sum,
     stream_of,
 )
 from sparsex_jax.model.ops import DeviceParts
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.layout import PageTables
-from sparsex_kernels.product_parts import one_part, sum_parts
+from sparsex_kernels.product_parts import one_part
 
 
 class Halves(NamedTuple):
@@ -56,8 +56,8 @@ class Halves(NamedTuple):
     def hidden(self, last_layer: OneLayer) -> Hidden:
         """The rows behind the last layer."""
         summed = last_layer.decoder.ops.summed(self.added)
-        addend = sum_parts(mlp_addend(last_layer, one_part(summed), self.later.dtype), self.later.dtype)
-        return jnp.concatenate([self.earlier.hidden, self.later + addend])
+        added = mlp_sum(last_layer, one_part(summed), self.later.dtype)
+        return jnp.concatenate([self.earlier.hidden, self.later + added])
 
 
 def layer_of_halves(
@@ -65,7 +65,7 @@ def layer_of_halves(
 ) -> tuple[AnyStore, Halves]:
     """Run one layer for both halves of some rows."""
     (earlier, later), sum_of, dtype = rows, layer.decoder.ops.summed, halves.later.dtype
-    attn_norm, mlp_norm, leaving_parts = layer.layers.attn_norm, layer.layers.mlp_norm, _leaving_parts(layer)
+    attn_norm, mlp_norm, leaving_parts = layer.layers.attn_norm, layer.layers.mlp_norm, layer.leaving_parts
     before = layer._replace(number=jnp.maximum(layer.number - 1, 0))
     # Left to itself, XLA would begin with what needs a sum, beside nothing.
     added = sum_of(halves.added)
@@ -92,9 +92,3 @@ def layer_of_halves(
     addend = mlp_addend(layer, one_part(added), dtype)
     stream = Stream(*layer.add_norm(addend, hidden, attn_norm, earlier, ahead=1))
     return store, Halves(stream, later_hidden, parts)
-
-
-def _leaving_parts(layer: OneLayer) -> OneLayer:
-    """The layer, whose products over inputs stay in the parts of the devices."""
-    decoder = layer.decoder
-    return layer._replace(decoder=dataclasses.replace(decoder, ops=decoder.ops.later))

@@ -34,15 +34,15 @@ from sparsex_jax.model.decoder import (
     attention_addend,
     attention_product,
     decoder_layer,
-    mlp_addend,
     mlp_product,
+    mlp_sum,
     stream_of,
 )
 from sparsex_jax.model.forward_pass import ForwardPass
 from sparsex_jax.model.ops import DeviceParts
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.reuse.plan import PADDING_REQUEST, Rows
-from sparsex_kernels.product_parts import one_part, sum_parts
+from sparsex_kernels.product_parts import one_part
 
 TOGETHER = 4  # turns of whole layers between two questions to the host
 STAGES = 3  # of a chunk on a mesh
@@ -199,9 +199,7 @@ class HiddenSums(Turns):
 
     def _layer(self, turn: Turn) -> OneLayer:
         """The turn's layer, whose products stay in parts."""
-        decoder = self.forward.decoder
-        decoder = dataclasses.replace(decoder, ops=decoder.ops.later)
-        return dataclasses.replace(self.forward, decoder=decoder).layer(turn.layer)
+        return self.forward.layer(turn.layer).leaving_parts
 
     def _attention(self, turn: Turn, store: AnyStore, hidden: AllHidden) -> tuple[AnyStore, DeviceParts]:
         layer = self._layer(turn)
@@ -218,5 +216,5 @@ class HiddenSums(Turns):
 
     def _finish(self, turn: Turn, added: Hidden, hidden: AllHidden) -> AllHidden:
         """The rows with what the MLP adds."""
-        addend = sum_parts(mlp_addend(self._layer(turn), one_part(added), hidden.dtype), hidden.dtype)
+        addend = mlp_sum(self._layer(turn), one_part(added), hidden.dtype)
         return self.with_chunk(hidden, turn, self.chunk_of(hidden, turn) + addend)

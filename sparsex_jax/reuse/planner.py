@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -76,8 +75,7 @@ class RequestPlan:
 
     def most_rows(self, needed: Sequence[int]) -> int:
         """Tokens of the last of these phases at most, each of which chooses from those of the one before it."""
-        first, *later = (self.phases[number] for number in needed)
-        return functools.reduce(lambda rows, phase: min(rows, phase.most), later, first.size)
+        return min(self.phases[number].most for number in needed)
 
     @property
     def kind(self) -> tuple[tuple[int, int] | None, tuple[tuple[int, str | None, int], ...]]:

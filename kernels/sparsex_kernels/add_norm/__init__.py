@@ -35,7 +35,7 @@ def add_norm(
     Args:
       product, residual, scales, layer, count, mailboxes, eps: as in `AddNormArgs`.
       backend, implementation: as in `paged_attention`. `xla` is also what others are compared with. `hopper` does
-        all in one launch, for up to 1024 rows, or for as many as mailboxes have room for.
+        all in one launch, for up to 2048 rows, or for as many as mailboxes have room for.
 
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.

@@ -37,7 +37,7 @@ def rotate_and_write(
     Args:
       product, store, layer, positions, requests, page_tables, inv_freq, count, dtype: as in `RotateArgs`.
       backend, implementation: as in `paged_attention`. `xla` is also what others are compared with; it writes by what
-        `write_kv` chooses. `hopper` does all in one launch, for up to 1024 rows.
+        `write_kv` chooses. `hopper` does all in one launch, for up to 2048 rows.
 
     Raises:
       NotImplementedError: the implementation cannot do this shape or dtype.

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
+from sparsex_jax.device.compilation import WITHOUT_GRAPHS
 from sparsex_jax.device.packed import Packed
 from sparsex_jax.device.signals import Boundary, Scores, Signal
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
@@ -133,7 +134,9 @@ def chunk_of(
     return decoder.ops.replicated(chunk)
 
 
-@functools.partial(jax.jit, static_argnames="decoder", donate_argnames=("store", "hidden"))
+@functools.partial(
+    jax.jit, static_argnames="decoder", donate_argnames=("store", "hidden"), compiler_options=WITHOUT_GRAPHS
+)
 def last_layers(
     params: Params,
     store: AnyStore,

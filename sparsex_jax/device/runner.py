@@ -28,7 +28,7 @@ from sparsex_jax.device.adapters import (
     put,
     put_apart,
 )
-from sparsex_jax.device.ahead import Ahead
+from sparsex_jax.device.ahead import Ahead, Key, key_of
 from sparsex_jax.device.arrivals import Arrivals, Late
 from sparsex_jax.device.decode import (
     DecodeState,
@@ -278,10 +278,11 @@ class Runner:
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         # On the devices, so that no step waits for one of them behind what comes from host memory.
         most = max(model.num_layers, engine.decode_steps, self.shapes.max_rows // self.shapes.unit)
-        self._numbers = self._placed([np.int32(number) for number in range(most + 1)])
+        self._numbers: list[Any] = self._placed([np.int32(number) for number in range(most + 1)])
         self._flags = self._placed([np.bool_(False), np.bool_(True)])
         self._probed_together: set[tuple[int, int]] = set()
         self._ahead: Ahead | None = None
+        self._found: dict[Key, jax.stages.Compiled] = {}
         self._place_mailboxes()
 
     @relayed
@@ -294,7 +295,7 @@ class Runner:
         self.copy([(segment, request.pages) for request in requests for segment in request.copies])
         signals = signals_for((phase.signal for phase in requests[0].phases), self.engine.mirrors)
         laid_out = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
-        plan, state = begin(self.params, self._sent(laid_out), decoder=self.decoder)
+        plan, state = self._call(begin, self.params, self._sent(laid_out), decoder=self.decoder)
         first = min(request.first_reading_layer(self.model.num_layers) for request in requests)
         run = PrefillRun(requests, plan, state, tuple(signals.values()), late, self._late_copies(late), first)
         if self.arrivals is not None and late:
@@ -308,12 +309,23 @@ class Runner:
     def _run(self, program: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a jitted program, or begin to compile it where that is all that is asked for."""
         if self._ahead is None:
-            return program(*args, **options)
+            return self._call(program, *args, **options)
         return self._ahead.run(program, self.store, self._everywhere, *args, **options)
+
+    def _call(self, program: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Call a jitted program in any case. Its options are static."""
+        if self._ahead is not None:
+            return self._ahead.call(program, *args, **options)
+        found = self._found.get(key_of(program, args, options)) if self._found else None
+        return program(*args, **options) if found is None else found(*args)
+
+    def use(self, found: Mapping[Key, jax.stages.Compiled]) -> None:
+        """Call these programs, which were found on disk, in place of what JAX would trace and compile."""
+        self._found = dict(found)
 
     @contextlib.contextmanager
     def compiling(self, ahead: Ahead) -> Iterator[None]:
-        """Within, programs are compiled and not run, and give zeros. Copies alone do run: they compile soon."""
+        """Within, programs are compiled and not run, and give zeros. Plans begin and copies are made all the same."""
         self._ahead = ahead
         try:
             yield
@@ -383,15 +395,24 @@ class Runner:
         """Dispatch all layers: of all rows up to the choice before layer `first`, and of the others chunk by chunk."""
         if first is not None:
             self._run_layers(run, first, crossing=True)
-        static: dict[str, Any] = {"decoder": self.decoder, "unit": self.shapes.unit}
         start = None if not first else self._numbers[first]
         for number, size in self.shapes.chunks_at_once(rows):
-            at = self._numbers[number]
-            chunk, hidden = self._run(chunk_of, run.state, at, size=size, **static)
-            about = self.params, self.store, run.plan.page_tables, chunk, hidden, start
-            self.store, hidden = self._run(last_layers, *about, decoder=self.decoder)
-            run.state = self._run(with_chunk, run.state, at, hidden, **static)
+            self._run_chunk(run, number, size, start)
         run.logits = self._run(last_logits, self.params, run.plan, run.state, decoder=self.decoder)
+
+    def _run_chunk(self, run: PrefillRun, number: int, size: int, start: Array | None) -> None:
+        """Dispatch the layers from `start` on of one chunk, which may be all rows that the plan has room for."""
+        is_all = size == run.plan.fresh.size
+        at, static = self._numbers[number], {"decoder": self.decoder, "unit": self.shapes.unit}
+        chunk = run.state.rows, run.state.hidden
+        if not is_all:
+            chunk = self._run(chunk_of, run.state, at, size=size, **static)
+        about = self.params, self.store, run.plan.page_tables, *chunk, start
+        self.store, hidden = self._run(last_layers, *about, decoder=self.decoder)
+        if is_all:
+            run.state = dataclasses.replace(run.state, hidden=hidden, layer=self._numbers[self.model.num_layers])
+        else:
+            run.state = self._run(with_chunk, run.state, at, hidden, **static)
 
     def _paste_late(self, run: PrefillRun, until: int) -> int:
         """Paste what the next layer reads, and take what has come. Returns up to where layers can run now.
@@ -498,7 +519,7 @@ class Runner:
     def _align(self, copies: Packed[Copies], first_layer: int, end_layer: int) -> None:
         layers = self._numbers[first_layer], self._numbers[end_layer]
         with self._precision():
-            self.store = align(self.store, copies, layers, decoder=self.decoder)
+            self.store = self._call(align, self.store, copies, layers, decoder=self.decoder)
 
     @relayed
     def first_tokens(

@@ -35,6 +35,7 @@ from sparsex_jax.cache.derived import Derived
 from sparsex_jax.cache.mirrors import Packing
 from sparsex_jax.config import MAX_LOGPROBS, ReuseConfig, SamplingParams, Structure
 from sparsex_jax.device.ahead import Ahead
+from sparsex_jax.device.kept_programs import KeptPrograms
 from sparsex_jax.device.sampling import NON_FINITE
 from sparsex_jax.device.signals import signals_for
 from sparsex_jax.device.state import BatchSlot, batch_slots, state_in
@@ -65,14 +66,14 @@ def steps_ahead(loop: Loop, usual: SamplingParams | None = None) -> list[Callabl
     processes have the devices: each would have to compile ahead."""
     if loop.runner.relay is not None:
         return []
-    ahead = Ahead()
+    ahead = Ahead(KeptPrograms.of(loop.runner.mesh))
 
     def compiling(step: Callable[[], None]) -> None:
         with loop.runner.compiling(ahead):
             step()
 
     programs = [*_prefills(loop), *_decodes(loop, _wishes(loop, usual))]
-    return [*(functools.partial(compiling, step) for step in programs), ahead.wait]
+    return [*(functools.partial(compiling, step) for step in programs), lambda: loop.runner.use(ahead.wait())]
 
 
 def _prefills(loop: Loop) -> list[Callable[[], None]]:

@@ -89,7 +89,7 @@ def lower_prefill_at_once(model: ModelConfig, engine: EngineConfig, mesh: Mesh, 
     rows, hidden = state.rows.chunk(0, num_rows), state.hidden[:num_rows]
 
     def step(store: AnyStore, params: Params, tables: PageTables, rows: Rows, hidden: Hidden) -> Any:
-        return last_layers(params, store, tables, rows, hidden, None, decoder=decoder)
+        return last_layers.__wrapped__(params, store, tables, rows, hidden, None, decoder=decoder)
 
     return _lower(step, mesh, store, params, plan.page_tables, rows, hidden)
 

@@ -181,6 +181,41 @@ def test_what_a_mask_did_not_allow_is_a_fault_and_not_an_endless_try(engine):
         matcher.accept([wrong])
 
 
+# Regular expressions ----------------------------------------------------------------------------------------
+
+CLASSES = [r"\d", r"\D", r"\w", r"\W", r"[\d]", r"[^\d]", r"[\W.]", r"[^\w ]", r"[\d_-]", r"[\D]", r"[\W\d]", r"a?\\d?"]
+CHARACTERS = ["7", "٣", "५", "Ⅷ", "x", "é", "日", "_", "-", " ", ".", "\\d", "a\\"]
+
+
+def takes(engine, structure, text):
+    """Whether the text is a whole answer."""
+    grammars = engine.loop.requests._grammars
+    place = grammars.compiled(structure).deep_copy()
+    tokens = grammars._vocabulary().encode(text.encode())
+    return place.try_consume_tokens(tokens) == len(tokens) and place.is_accepting()
+
+
+def in_lark(regex):
+    return Structure("grammar", f'# the keeper\'s "day\nstart: rest | day // \\d/\nrest: "/" "\\\\d"\nday: /{regex}/')
+
+
+@pytest.mark.parametrize("regex", CLASSES)
+def test_classes_of_characters_are_of_ascii(engine, regex):
+    whole = re.compile(regex, re.ASCII).fullmatch
+    schema = Structure("json_schema", {"type": "string", "pattern": f"^({regex})$"})
+    for text in CHARACTERS:
+        expected = whole(text) is not None
+        assert takes(engine, Structure("regex", regex), text) == expected, text
+        assert takes(engine, schema, json.dumps(text, ensure_ascii=False)) == expected, text
+        assert takes(engine, in_lark(regex), text) == expected, text
+    assert takes(engine, in_lark(regex), "/\\d"), "a text is no expression"
+
+
+def test_digits_of_any_script_and_white_space_can_be_asked_for(engine):
+    for regex, text in ((r"\p{Nd}", "٣"), (r"\s", "\u3000"), (r"[\s\S]", "\n"), (r"[^\S]", " ")):
+        assert takes(engine, Structure("regex", regex), text), regex
+
+
 # What is refused --------------------------------------------------------------------------------------------
 
 REFUSED = {

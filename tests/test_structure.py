@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import time
 from typing import Literal
 
 import jax
@@ -15,10 +16,12 @@ from live import MODEL, live_server, make_engine
 from pydantic import BaseModel, Field
 
 from sparsex_jax import InvalidRequestError, SamplingParams, Structure, StructureError
+from sparsex_jax.config.structure import MAX_STRUCTURE_LENGTH
 from sparsex_jax.device.sampling import Sampled, Sampling, sample
 from sparsex_jax.scheduler import warmup
 from sparsex_jax.scheduler.sequence import State
 from sparsex_jax.text.grammars import Grammars
+from sparsex_jax.text.patterns import lark_with_ascii_classes
 
 NOTE = {
     "type": "object",
@@ -209,6 +212,15 @@ def test_classes_of_characters_are_of_ascii(engine, regex):
         assert takes(engine, schema, json.dumps(text, ensure_ascii=False)) == expected, text
         assert takes(engine, in_lark(regex), text) == expected, text
     assert takes(engine, in_lark(regex), "/\\d"), "a text is no expression"
+
+
+@pytest.mark.parametrize("unit", ["\\/", '\\"', "<a", "/", '"', "/\\"])
+def test_a_long_grammar_is_gone_through_once(unit):
+    began = time.perf_counter()
+    for start in ("/", '"', "<"):
+        grammar = start + unit * (MAX_STRUCTURE_LENGTH // len(unit))
+        assert lark_with_ascii_classes(grammar) == grammar
+    assert time.perf_counter() - began < 2, "0.1 s, where twice as long is twice as slow"
 
 
 def test_digits_of_any_script_and_white_space_can_be_asked_for(engine):

@@ -11,13 +11,14 @@ import re
 # A class may stand in a class there: `[\d_]` becomes `[[0-9]_]`.
 _CLASSES = {r"\d": "[0-9]", r"\D": "[^0-9]", r"\w": "[0-9A-Za-z_]", r"\W": "[^0-9A-Za-z_]"}
 _ESCAPE = re.compile(r"\\.", re.DOTALL)
-# What llguidance's lexer takes for one token, as far as an expression, or what looks like one, may be in it.
+# What llguidance's lexer takes for one token, as far as an expression, or what looks like one, may be in it. What is
+# not closed reaches to the end of the text or line, so that nothing is gone through twice.
 _LARK = re.compile(
     r"""
-      (?:\#|//) [^\n]*            # a comment
-    | " (?:\\.|[^"\\\n])* "       # a text, also one within JSON
-    | < [^<>\s]+ >                # a special token
-    | (?P<regex> / (?:\\.|[^/\\])+ / [imslux]* )
+      (?:\#|//) [^\n]*                 # a comment
+    | " (?:\\.|[^"\\\n])*+ "?          # a text, also one within JSON
+    | < [^<>\s]+ >                     # a special token
+    | (?P<regex> / (?:\\.|[^/\\])++ /? )
     """,
     re.VERBOSE | re.DOTALL,
 )

@@ -239,6 +239,7 @@ REFUSED = {
     "many choices": (lambda: Structure("choice", ["a"] * 5000), "limit is 4096"),
     "long": (lambda: Structure("regex", "a" * 200_000), "limit is 131072"),
     "empty": (lambda: Structure("grammar", ""), "must be a text"),
+    "backslash": (lambda: Structure("regex", "a\\\\\\"), "ends with a backslash"),
     "no structure": (lambda: SamplingParams(structure="regex"), "must be a Structure"),
     "tokens": (lambda: SamplingParams(structure=STRUCTURES["choice"], allowed_token_ids=(5,)), "exclude each other"),
 }

@@ -133,7 +133,10 @@ def _nothing(value: Any) -> str:
 
 
 def _regex(value: Any) -> str:
-    return _text("regex", value)
+    text = _text("regex", value)
+    alone = (len(text) - len(text.rstrip("\\"))) % 2 == 1  # llguidance would leave it out
+    require(not alone, "structure of kind regex ends with a backslash, which must stand before what it escapes")
+    return text
 
 
 def _grammar(value: Any) -> str:

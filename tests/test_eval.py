@@ -400,6 +400,15 @@ def test_a_run_that_was_stopped_goes_on(engine, rows, tmp_path, monkeypatch):
         RowLog(path, made_with | {"model": "other"})
 
 
+def test_a_run_that_failed_before_its_first_row_leaves_the_place_to_others(rows, tmp_path):
+    path, [row, *_] = tmp_path / "rows.jsonl", rows
+    RowLog(path, {"length": 100000})
+    RowLog(path, {"length": 1000}).add([row])
+    assert len(path.read_text().splitlines()) == 2
+    with pytest.raises(InvalidRequestError, match="length=1000, not 100000"):
+        RowLog(path, {"length": 100000})
+
+
 def test_what_is_no_file_of_rows_is_left_alone(tmp_path):
     for text in ("notes\n", '{"a": 1}\n', "[]\n"):
         path = tmp_path / "rows.jsonl"

@@ -483,6 +483,14 @@ def test_options_of_a_method():
     assert parse_method("sparsex:boundary_layer=0:recompute_ratio=0.3:second_boundary=null") == expected
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "note").touch()
+    options = ["--model", "no such model", "--out", str(tmp_path / "note" / "x")]
+    result = CliRunner().invoke(app, ["bench", "quality", *options])
+    assert result.exit_code == 2
+    assert "cannot be made: Not a directory" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

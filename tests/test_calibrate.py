@@ -553,7 +553,7 @@ def test_the_command_prints_tables_and_a_verdict(monkeypatch, engine, model_is, 
     [
         (["--max-loss", "0.1", "--min-agreement", "0.9"], "max_loss and min_agreement are both given"),
         (["--min-agreement", "1.5"], "min_agreement=1.5"),
-        (["--max-loss", "-1"], "loss=-1.0"),
+        (["--max-loss", "-1"], "max_loss=-1.0"),
         (["--confident"], "at least 189 prompts"),
         (["--out", "no/such/folder/file.json"], "no directory 'no/such/folder'"),
         (["--samples", "0"], "samples=0"),
@@ -574,3 +574,9 @@ def test_the_command_refuses_before_it_measures(monkeypatch, engine, tmp_path, o
 def test_target_of_the_options():
     assert target_of(None, None, False) == Target("loss", 0.02)
     assert target_of(None, 0.9, True) == Target("disagreement", 0.1, True)
+    for wrong, limit in (
+        ((1.5, None, False), "max_loss=1.5 must be"),
+        ((None, 0.0, False), "min_agreement=0.0 must be"),
+    ):
+        with pytest.raises(InvalidRequestError, match=limit):
+            target_of(*wrong)

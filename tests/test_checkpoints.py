@@ -681,6 +681,19 @@ def test_nothing_is_overwritten(tmp_path, mesh):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "float31", "auto", ""])
+def test_a_conversion_is_to_floating_point(tmp_path, mesh, dtype):
+    with pytest.raises(InvalidRequestError, match=f"dtype='{dtype}' must be one of float32, bfloat16, float16"):
+        convert(GOLDEN / "llama", tmp_path / "out", dtype, mesh)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_conversion_to_below_a_file_is_refused_before_weights_are_read(tmp_path, mesh):
+    (tmp_path / "note").touch()
+    with pytest.raises(InvalidRequestError, match=r"cannot be made: '.*note' is no directory"):
+        convert("no such model", tmp_path / "note" / "a" / "b", "float32", mesh)
+
+
 def test_failed_conversion_leaves_nothing(tmp_path, mesh):
     class Broken:
         def save_pretrained(self, path):

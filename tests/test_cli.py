@@ -425,6 +425,14 @@ def test_pieces_of_tokens_make_up_the_text(tokenizer, text):
     assert "".join(pieces) == text
 
 
+def test_a_report_is_printed_on_one_line_without_what_is_known_of_each_token():
+    said = repr(report_of([TokenKind.FRESH] * 700, [True] * 700))
+    assert "fresh_tokens=700" in said
+    assert "layers=(ComputedLayers(start=0, end=1),)" in said
+    assert "array" not in said
+    assert len(said) < 600
+
+
 def test_colours_follow_kind_and_active(tokenizer):
     kind = [getattr(TokenKind, name) for name in ("PREFIX", "APPROXIMATE", "REUSED", "REUSED", "FRESH", "OMITTED")]
     report = report_of(kind, [False, False, False, True, True, False])

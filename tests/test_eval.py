@@ -400,6 +400,15 @@ def test_a_run_that_was_stopped_goes_on(engine, rows, tmp_path, monkeypatch):
         RowLog(path, made_with | {"model": "other"})
 
 
+def test_a_run_that_failed_before_its_first_row_leaves_the_place_to_others(rows, tmp_path):
+    path, [row, *_] = tmp_path / "rows.jsonl", rows
+    RowLog(path, {"length": 100000})
+    RowLog(path, {"length": 1000}).add([row])
+    assert len(path.read_text().splitlines()) == 2
+    with pytest.raises(InvalidRequestError, match="length=1000, not 100000"):
+        RowLog(path, {"length": 100000})
+
+
 def test_what_is_no_file_of_rows_is_left_alone(tmp_path):
     for text in ("notes\n", '{"a": 1}\n', "[]\n"):
         path = tmp_path / "rows.jsonl"
@@ -472,6 +481,14 @@ def test_bad_options_of_a_method_are_refused(text, message):
 def test_options_of_a_method():
     expected = ReuseConfig("sparsex", boundary_layer=0, recompute_ratio=0.3, second_boundary=None)
     assert parse_method("sparsex:boundary_layer=0:recompute_ratio=0.3:second_boundary=null") == expected
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "note").touch()
+    options = ["--model", "no such model", "--out", str(tmp_path / "note" / "x")]
+    result = CliRunner().invoke(app, ["bench", "quality", *options])
+    assert result.exit_code == 2
+    assert "cannot be made: Not a directory" in result.stderr
 
 
 @pytest.mark.parametrize(

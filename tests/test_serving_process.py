@@ -111,6 +111,21 @@ def run_at(engine, sockets):
     return server, thread
 
 
+def test_who_waits_for_the_word_that_it_listens_can_connect(engine):
+    answers = []
+    app = create_app(Worker(engine, ScriptedLoop(lambda _: DONE)), model="tiny")
+    with bound("127.0.0.1", 0) as [listener]:
+
+        def connect():
+            with socket.create_connection(listener.getsockname(), timeout=5):
+                answers.append("connected")
+            server.should_exit = True
+
+        server = Server(app, sockets=[listener], on_listening=connect)
+        server.run()
+    assert answers == ["connected"]
+
+
 def test_a_unix_socket(engine, tmp_path):
     path = tmp_path / "socket"
     with bound("", 0, path) as sockets:
@@ -303,7 +318,7 @@ def test_a_server_with_the_default_warm_up_starts_answers_and_ends(tmp_path):
             assert "Compiled or loaded" in said, said
             assert "Serving tiny" in said, said
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(address)), timeout=30) as http:
-                wait_for(lambda: is_ready(http))
+                assert http.get("http://x/health/ready").status_code == 200, "it listens before it says so"
                 body = {"prompt": "A colour", "max_tokens": 4, "structured_outputs": {"choice": ["red", "blue"]}}
                 answer = http.post("http://x/v1/completions", json=body).json()
                 metrics = http.get("http://x/metrics").text
@@ -313,13 +328,6 @@ def test_a_server_with_the_default_warm_up_starts_answers_and_ends(tmp_path):
             process.kill()
     assert answer["choices"][0]["text"] in ("red", "blue")
     assert 'sparsex_compilations_total{when="listening"} 0.0' in metrics
-
-
-def is_ready(http):
-    """The last line comes a moment before the server listens."""
-    with contextlib.suppress(httpx.ConnectError):
-        return http.get("http://x/health/ready").status_code == 200
-    return False
 
 
 def iter_until(lines, mark):

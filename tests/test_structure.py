@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import time
 from typing import Literal
 
 import jax
@@ -15,10 +16,12 @@ from live import MODEL, live_server, make_engine
 from pydantic import BaseModel, Field
 
 from sparsex_jax import InvalidRequestError, SamplingParams, Structure, StructureError
+from sparsex_jax.config.structure import MAX_STRUCTURE_LENGTH
 from sparsex_jax.device.sampling import Sampled, Sampling, sample
 from sparsex_jax.scheduler import warmup
 from sparsex_jax.scheduler.sequence import State
 from sparsex_jax.text.grammars import Grammars
+from sparsex_jax.text.patterns import lark_with_ascii_classes
 
 NOTE = {
     "type": "object",
@@ -181,6 +184,50 @@ def test_what_a_mask_did_not_allow_is_a_fault_and_not_an_endless_try(engine):
         matcher.accept([wrong])
 
 
+# Regular expressions ----------------------------------------------------------------------------------------
+
+CLASSES = [r"\d", r"\D", r"\w", r"\W", r"[\d]", r"[^\d]", r"[\W.]", r"[^\w ]", r"[\d_-]", r"[\D]", r"[\W\d]", r"a?\\d?"]
+CHARACTERS = ["7", "٣", "५", "Ⅷ", "x", "é", "日", "_", "-", " ", ".", "\\d", "a\\"]
+
+
+def takes(engine, structure, text):
+    """Whether the text is a whole answer."""
+    grammars = engine.loop.requests._grammars
+    place = grammars.compiled(structure).deep_copy()
+    tokens = grammars._vocabulary().encode(text.encode())
+    return place.try_consume_tokens(tokens) == len(tokens) and place.is_accepting()
+
+
+def in_lark(regex):
+    return Structure("grammar", f'# the keeper\'s "day\nstart: rest | day // \\d/\nrest: "/" "\\\\d"\nday: /{regex}/')
+
+
+@pytest.mark.parametrize("regex", CLASSES)
+def test_classes_of_characters_are_of_ascii(engine, regex):
+    whole = re.compile(regex, re.ASCII).fullmatch
+    schema = Structure("json_schema", {"type": "string", "pattern": f"^({regex})$"})
+    for text in CHARACTERS:
+        expected = whole(text) is not None
+        assert takes(engine, Structure("regex", regex), text) == expected, text
+        assert takes(engine, schema, json.dumps(text, ensure_ascii=False)) == expected, text
+        assert takes(engine, in_lark(regex), text) == expected, text
+    assert takes(engine, in_lark(regex), "/\\d"), "a text is no expression"
+
+
+@pytest.mark.parametrize("unit", ["\\/", '\\"', "<a", "/", '"', "/\\"])
+def test_a_long_grammar_is_gone_through_once(unit):
+    began = time.perf_counter()
+    for start in ("/", '"', "<"):
+        grammar = start + unit * (MAX_STRUCTURE_LENGTH // len(unit))
+        assert lark_with_ascii_classes(grammar) == grammar
+    assert time.perf_counter() - began < 2, "0.1 s, where twice as long is twice as slow"
+
+
+def test_digits_of_any_script_and_white_space_can_be_asked_for(engine):
+    for regex, text in ((r"\p{Nd}", "٣"), (r"\s", "\u3000"), (r"[\s\S]", "\n"), (r"[^\S]", " ")):
+        assert takes(engine, Structure("regex", regex), text), regex
+
+
 # What is refused --------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -192,6 +239,7 @@ REFUSED = {
     "many choices": (lambda: Structure("choice", ["a"] * 5000), "limit is 4096"),
     "long": (lambda: Structure("regex", "a" * 200_000), "limit is 131072"),
     "empty": (lambda: Structure("grammar", ""), "must be a text"),
+    "backslash": (lambda: Structure("regex", "a\\\\\\"), "ends with a backslash"),
     "no structure": (lambda: SamplingParams(structure="regex"), "must be a Structure"),
     "tokens": (lambda: SamplingParams(structure=STRUCTURES["choice"], allowed_token_ids=(5,)), "exclude each other"),
 }

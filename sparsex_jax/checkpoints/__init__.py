@@ -21,6 +21,7 @@ from sparsex_jax.checkpoints.huggingface import HuggingFaceCheckpoint
 from sparsex_jax.checkpoints.names import require_name
 from sparsex_jax.checkpoints.orbax import OrbaxCheckpoint, check_target, is_converted, save_checkpoint
 from sparsex_jax.config import config_dir
+from sparsex_jax.config.checks import FLOATS, require
 from sparsex_jax.config.files import read_json
 from sparsex_jax.errors import UnknownModelError
 
@@ -67,10 +68,14 @@ def find_model(source: str | Path) -> Path:
 def convert(source: str | Path, target: str | Path, dtype: str, mesh: Mesh) -> None:
     """Write a checkpoint in this package's own format, in `dtype`: each device then reads only its own shards.
 
+    Args:
+      dtype: one of `FLOATS`.
+
     Raises:
-      InvalidRequestError: the target exists and is not an empty directory.
+      InvalidRequestError: the dtype is none of these, or the target is not an empty directory and cannot become one.
       UnknownModelError, UnsupportedModelError: `open_checkpoint` raises them for the source.
     """
+    require(dtype in FLOATS, f"dtype={dtype!r:.60} must be one of {', '.join(FLOATS)}")
     check_target(Path(target))
     checkpoint = open_checkpoint(source)
     tokenizer = checkpoint.tokenizer  # before the weights, because this takes a second and they take minutes

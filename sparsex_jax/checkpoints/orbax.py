@@ -123,13 +123,17 @@ def is_converted(raw: Mapping[str, Any]) -> bool:
 
 
 def check_target(path: Path) -> None:
-    """Refuse a target that would be overwritten.
+    """Refuse a target that would be overwritten, or cannot be made.
 
     Raises:
-      InvalidRequestError: the path is a file or a directory that is not empty.
+      InvalidRequestError: the path is a file or a directory that is not empty, or what is above it ends at a file or
+        at a directory that may not be written to.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InvalidRequestError(f"target={str(path)!r} exists and is not an empty directory; nothing is overwritten")
+    above = next(each for each in path.absolute().parents if each.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise InvalidRequestError(f"target={str(path)!r} cannot be made: '{above}' is no directory, or is read-only")
 
 
 def save_checkpoint(

@@ -96,6 +96,8 @@ def run(
       with_maps: draw key mass and deviation of a prompt of each task and regime too.
     """
     methods = {name: parse_method(name) for name in settings.methods}
+    if out:
+        make_folder(out)
     engine = EngineChoice(model, settings.config(dtype, kv_dtype), tensor_parallel).load()
     log = open_log(engine, model, settings, out) if out else None
     with progress() as bar:
@@ -122,6 +124,14 @@ def run(
         print_json(content)
     else:
         output().print(results.markdown(content, found), soft_wrap=True)
+
+
+def make_folder(out: Path) -> None:
+    """Make it before minutes of measuring. Raises InvalidRequestError if it cannot be made."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequestError(f"out={str(out)!r} cannot be made: {error.strerror}") from error
 
 
 def open_log(engine: Engine, model: str, settings: BenchSettings, folder: Path) -> RowLog:

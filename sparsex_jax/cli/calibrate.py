@@ -42,6 +42,8 @@ def target_of(max_loss: float | None, min_agreement: float | None, confident: bo
         if not 0 < min_agreement <= 1:
             raise InvalidRequestError(f"min_agreement={min_agreement} must be in (0, 1]")
         return Target(DISAGREEMENT, round(1 - min_agreement, 9), confident)
+    if max_loss is not None and not 0 <= max_loss < 1:
+        raise InvalidRequestError(f"max_loss={max_loss} must be at least 0 and less than 1")
     return Target(LOSS, MAX_LOSS if max_loss is None else max_loss, confident)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import signal
 import socket
@@ -74,10 +75,10 @@ def run(
             adapters=choice.adapters,
             allow_adapter_updates=callers.allow_adapter_updates,
         )
-        server = Server(app, sockets=sockets)
+        tell = functools.partial(_tell, engine, choice, name, sockets, everybody=callers.api_keys is None)
+        server = Server(app, sockets=sockets, on_listening=tell)
         if leader is not None:
             _end_together(leader, server, worker)
-        _tell(engine, choice, name, sockets, everybody=callers.api_keys is None)
         _answer_soon()
         server.run()
         engine.close()

@@ -12,6 +12,8 @@ import numpy as np
 
 from sparsex_jax.errors import InvalidRequestError
 
+FLOATS = ("float32", "bfloat16", "float16")  # of weights that are not quantised, and of activations
+
 
 def require(ok: bool, message: str) -> None:
     """Raise InvalidRequestError with this message unless it is ok."""

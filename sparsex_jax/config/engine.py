@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated
 
 from sparsex_jax.config.checks import (
+    FLOATS,
     Count,
     Flag,
     Limit,
@@ -19,7 +20,7 @@ from sparsex_jax.config.checks import (
     require,
 )
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DTYPES = ("auto", *FLOATS)
 _QUANTIZED = ("fp8", "int8")
 _STORE_TOKENS = 16384
 MAX_ADAPTER_RANK = 128

@@ -69,7 +69,7 @@ def _check_mark(name: str, mark: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What an answer must be. Tokens that lead to nothing of the kind cannot be drawn, and the answer ends where
+    r"""What an answer must be. Tokens that lead to nothing of the kind cannot be drawn, and the answer ends where
     nothing can follow.
 
     Attributes:
@@ -77,7 +77,7 @@ class Structure:
       value: of a json_schema the schema, as an object, true, or JSON; of a regex, the expression that the whole answer
         matches, in the syntax of Rust's crate `regex`; of a choice a list of texts; of a grammar one in llguidance's
         Lark, or in llama.cpp's GBNF, which has `::=`. A json_object has none. It is kept as text: schemas and choices
-        as JSON, at most 131,072 characters.
+        as JSON, at most 131,072 characters. In all expressions `\d` and `\w` are ASCII, as JSON Schema has them.
       behind: what may stand before the structure, such as a thought; None: nothing.
       lazy: the answer need not have the structure, which begins where a mark does; None: the whole answer is it.
 
@@ -133,7 +133,10 @@ def _nothing(value: Any) -> str:
 
 
 def _regex(value: Any) -> str:
-    return _text("regex", value)
+    text = _text("regex", value)
+    alone = (len(text) - len(text.rstrip("\\"))) % 2 == 1  # llguidance would leave it out
+    require(not alone, "structure of kind regex ends with a backslash, which must stand before what it escapes")
+    return text
 
 
 def _grammar(value: Any) -> str:

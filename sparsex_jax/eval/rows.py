@@ -38,12 +38,12 @@ class RowLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         whole = text[: text.rfind("\n") + 1]  # without a line that a kill cut off
-        head, *rows = _parsed(path, whole) or [{"made_with": made_with}]
-        _check_same(path, head, made_with)
-        for row in rows:
-            self._rows[_key(row)] = row
-        if not whole:
-            whole = json.dumps(head, ensure_ascii=False) + "\n"
+        head, *rows = _parsed(path, whole) or [{}]
+        if rows:
+            _check_same(path, head, made_with)
+            self._rows |= {_key(row): row for row in rows}
+        else:  # begun anew: a run that failed before its first row has made nothing
+            whole = json.dumps({"made_with": made_with}, ensure_ascii=False) + "\n"
         if whole != text:
             path.write_text(whole, encoding="utf-8")
 

@@ -100,12 +100,12 @@ class ComputedLayers:
 
     start: int
     end: int
-    computed: np.ndarray
+    computed: np.ndarray = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
-    """How a prompt was prefilled.
+    """How a prompt was prefilled. Printed, it leaves out the arrays.
 
     Attributes:
       prompt_tokens: the tokens of all `KINDS` together.
@@ -152,8 +152,8 @@ class Report:
     confidence: float | None
     probe_layers: int
     ttft_s: float
-    kind: np.ndarray
-    active: np.ndarray
+    kind: np.ndarray = dataclasses.field(repr=False)
+    active: np.ndarray = dataclasses.field(repr=False)
     phase_tokens: tuple[int, ...]
     restored_tokens: int = 0
     prefix_tier: str | None = None

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import uvicorn
@@ -36,14 +36,21 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, app: FastAPI, host: str = "127.0.0.1", port: int = 8000, *, sockets: Sequence[socket.socket] = ()
+        self,
+        app: FastAPI,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        *,
+        sockets: Sequence[socket.socket] = (),
+        on_listening: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
           sockets: bound ones to listen at. None given: those of host and port, bound when it runs.
+          on_listening: called once, when clients can connect.
         """
         self._service: Service = app.state.service
-        self._address, self._sockets = (host, port), list(sockets)
+        self._address, self._sockets, self._on_listening = (host, port), list(sockets), on_listening
         # uvicorn closes idle keep-alive connections together with the socket, so it does not wait for them.
         config = uvicorn.Config(
             app,
@@ -83,6 +90,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            self._on_listening()
             self._supervisor.tell(READY)
 
     async def on_tick(self, counter: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from sparsex_jax.config.structure import Structure
 from sparsex_jax.errors import StructureError
 from sparsex_jax.text.matcher import Matcher
+from sparsex_jax.text.patterns import lark_with_ascii_classes, with_ascii_classes
 from sparsex_jax.text.place import Place, Tokens, error_of
 
 _KEPT = 256  # compiled grammars
@@ -102,12 +103,17 @@ def _grammar(structure: Structure) -> str:
     """In llguidance's own form. Raises StructureError if it is none."""
     from llguidance import LLMatcher, grammar_from
 
+    kind, text = structure.kind, structure.value
     try:
         if structure.is_json:
-            schema = {"type": "object"} if structure.kind == "json_object" else json.loads(structure.value)
+            schema = {"type": "object"} if kind == "json_object" else json.loads(text)
             return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_STYLE)  # type: ignore[arg-type]
-        if structure.kind == "grammar":
-            return grammar_from("gbnf" if "::=" in structure.value else "lark", structure.value)
-        return grammar_from(structure.kind, structure.value)  # type: ignore[arg-type]
+        if kind == "choice":
+            return grammar_from("choice", text)
+        if kind == "regex":
+            return grammar_from("regex", with_ascii_classes(text))
+        if "::=" in text:  # GBNF has no such classes
+            return grammar_from("gbnf", text)
+        return grammar_from("lark", lark_with_ascii_classes(text))
     except (ValueError, RecursionError) as error:
-        raise StructureError(f"structure of kind {structure.kind}: {error}") from error
+        raise StructureError(f"structure of kind {kind}: {error}") from error

@@ -97,10 +97,9 @@ def key_mass_of_copies(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, S
 
 def _mass_of_fresh(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     rows, hidden = boundary.fresh_rows()
-    mass = boundary.forward.no_mass(store)
-    return store, boundary.at_rows(
-        add_key_mass(boundary.forward, boundary.layer, store, rows, hidden, mass, jnp.int32(1))
-    )
+    about = boundary.forward, boundary.layer, store, rows, hidden, boundary.forward.no_mass(store)
+    power = jnp.int32(1)  # as data, so that this is the same function of a program as in a probe
+    return store, boundary.at_rows(add_key_mass(*about, power))
 
 
 Watched = tuple[Int[Array, ""], Int[Array, ""]]  # the first of the layers, and the first behind them
@@ -130,12 +129,19 @@ class Probe:
     Those that go on are written again before anything else reads them.
 
     Attributes:
-      power: of the attention; 1, 2 or 4.
+      power: of the attention; a power of two, which multiplies queries exactly.
       watched: of a pass of so many layers, those that are watched.
+
+    Raises:
+      InvalidRequestError: `power` is no power of two.
     """
 
     power: int = 1
     watched: Callable[[Int[Array, ""]], Watched] = _every_layer
+
+    def __post_init__(self) -> None:
+        if self.power < 1 or self.power & (self.power - 1):
+            raise InvalidRequestError(f"power={self.power} must be a power of two, such as 1, 2 or 4")
 
     def __call__(self, boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
         return _run_probe(boundary, store, jnp.int32(self.power), self.watched(boundary.probe_layers))

@@ -343,9 +343,11 @@ def test_key_mass_within_windows(windows):
 @pytest.mark.slow
 def test_key_mass_of_powers():
     case = scattered((150, 70), 60, kv_heads=1)
-    mass = jax.jit(lambda *args: kernels.key_mass(*args, power=4, implementation="hopper"))(*case)
+    key_mass = jax.jit(lambda power, *args: kernels.key_mass(*args, power=power, implementation="hopper"))
+    mass = key_mass(jnp.int32(4), *case)
     expected = jitted(kernels.key_mass)(*in_float32(case), power=4, implementation="reference")
     np.testing.assert_allclose(mass, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(mass, hopper(functools.partial(kernels.key_mass, power=4))(*case))
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,15 @@ def test_key_mass_of_powers_matches_the_reference(power, implementation):
     assert 0 < mass.sum() < case.used * Q_HEADS
 
 
+@fast(KEY_MASS)
+def test_one_program_serves_key_mass_of_all_powers(implementation):
+    rows = Case(0).rows()
+    of_power = jax.jit(lambda power, *rows: kernels.key_mass(*rows, power=power, implementation=implementation))
+    for power in (1, 2, 4):
+        expected = jitted(kernels.key_mass)(*rows, power=power, implementation="reference")
+        np.testing.assert_allclose(of_power(jnp.int32(power), *rows), expected, rtol=1e-4, atol=1e-7)
+
+
 def clean(store):
     """NaN compares unequal to itself; the slots that hold it must still be the same ones."""
     return np.nan_to_num(np.asarray(store, np.float32), nan=1e9)

@@ -166,6 +166,16 @@ def test_focus_recomputes_the_pieces_that_some_head_looks_at(tiny, dense, case):
     assert out.report.computed_fraction == pytest.approx((len(case.fresh) + len(active)) / len(case.tokens))
 
 
+def test_squares_are_of_the_middle_third_of_the_layers(tiny, dense, case):
+    def best(layer, hidden, rows, kv):
+        mass = dense.masses(hidden[case.fresh], case.fresh, kv, case.fresh, range(2), power=2)[1]
+        return case.with_blocks(mass, 16, round(0.2 * len(case.reused)), np.union1d(case.fresh, case.sinks(4)))
+
+    logits, _, [active] = dense.narrowed(case.pieces, [(0, best)])
+    out = run(tiny, case, dataclasses.replace(CONFIGS["focus"], power=2))
+    assert_is(out, logits, np.setdiff1d(active, case.settled))
+
+
 def _stored(engine, case, reuse):
     with engine.prefilled(case.tokens, reuse=reuse, namespace="n") as sequence:
         page, offset = np.divmod(np.arange(len(case.tokens)), engine.config.page_size)

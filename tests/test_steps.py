@@ -11,7 +11,7 @@ from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import decode
 from sparsex_jax.device.packed import packed
 from sparsex_jax.device.prefill import align, embed_rows, prefill, top_rows
-from sparsex_jax.device.signals import BUILT_IN, SIGNALS, signal, signals_for
+from sparsex_jax.device.signals import BUILT_IN, SIGNALS, Probe, signal, signals_for
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model.sharding import make_mesh
 from sparsex_jax.reuse.methods import METHODS
@@ -102,6 +102,12 @@ def test_a_signal_of_ones_own_is_in_the_prefills_that_ask_for_it_only():
         assert signals_for([None]) == BUILT_IN
     finally:
         del SIGNALS["own"]
+
+
+@pytest.mark.parametrize("power", [0, -2, 3])
+def test_a_probe_sums_powers_of_two_only(power):
+    with pytest.raises(InvalidRequestError, match=f"power={power} must be a power of two"):
+        Probe(power)
 
 
 def test_decode_does_not_copy_the_store(big_store):

@@ -60,7 +60,10 @@ def kernel_calls(dtype, q_heads, kv_heads, head_dim, rows, page_size, stored=Non
             lambda store, q, low_rank, *rest, **on: kernels.paged_attention(q, store, *rest, low_rank=low_rank, **on),
             (q, low_rank, layer, *of_rows),
         ),
-        "key_mass": (lambda store, q, *rest, **on: kernels.key_mass(q, store, *rest, **on), (q, layer, *of_rows)),
+        "key_mass": (
+            lambda store, q, power, *rest, **on: kernels.key_mass(q, store, *rest, power=power, **on),
+            (q, layer, layer, *of_rows),
+        ),
         "write_kv": (kernels.write_kv, (layer, kv, kv, *of_rows)),
         "align_and_copy": (kernels.align_and_copy, (ints, ints, ints, inv_freq, jax.ShapeDtypeStruct((2,), jnp.int32))),
         "patched align_and_copy": (

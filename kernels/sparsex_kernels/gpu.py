@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.layout import FLOAT8, PageTables, Store
+from sparsex_kernels.layout import FLOAT8, PageTables, Power, Store
 
 LOG2_E = 1.4426950408889634  # scores are kept in base 2, so that exponentials are one instruction
 
@@ -44,6 +44,16 @@ def in_float16(args: AttentionArgs) -> AttentionArgs:
     if args.store.dtype != FLOAT8 or args.query.dtype != jnp.bfloat16:
         return args
     return dataclasses.replace(args, query=args.query.astype(jnp.float16))
+
+
+def raised(args: AttentionArgs, power: Power) -> AttentionArgs:
+    """With scores that are this many times as large, those of the weights to the power.
+
+    A number is part of the scale. As data, it multiplies the queries in their dtype, which is exact for powers of two.
+    """
+    if isinstance(power, int):
+        return dataclasses.replace(args, scale=power * args.scale)
+    return dataclasses.replace(args, query=args.query * power.astype(args.query.dtype))
 
 
 def check_low_rank(args: AttentionArgs, ranks: tuple[int, ...]) -> None:

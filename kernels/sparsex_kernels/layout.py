@@ -14,6 +14,7 @@ KVRows = Float[Array, "rows kv_heads head_dim"]  # K or V of new rows
 RowInts = Int[Array, "rows"]  # positions or request indices
 Slots = Int[Array, "tokens"]  # page * page_size + offset, or a shift of positions for each
 Window = Int[Array, ""]  # keys that a row sees at most, its own among them
+Power = int | Int[Array, ""]  # of attention weights; at least 1. A Python number is static, an array is data
 Frequencies = Float[Array, "half"] | Float[Array, "layers half"]  # radians a position, of rotary pairs
 
 FLOAT8 = jnp.dtype(jnp.float8_e4m3fn)  # 3 bits of mantissa, from 2^-9 to 448 (Micikevicius et al., FP8 formats)

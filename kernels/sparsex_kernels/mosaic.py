@@ -4,10 +4,12 @@ On a CPU they run in Mosaic GPU's interpret mode, which knows TMA copies, barrie
 operands in shared memory, but not `wgmma` on registers: there `add_weighted` uses a plain product.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -27,11 +29,43 @@ MULTIPROCESSORS = 132  # of an H100 or H200, for which work is cut; devices with
 Ref = Any  # a reference to global or shared memory inside a kernel
 
 
-def kernel(body: Callable[..., None], backend: Backend, **options: Any) -> Callable[..., Any]:
-    """`plgpu.kernel`, interpreted on a CPU. One warpgroup is one thread named `wg`."""
-    interpret = plgpu.InterpretGPUParams() if backend.interpreted else None
-    params = plgpu.CompilerParams(approx_math=True)
-    return plgpu.kernel(body, compiler_params=params, thread_name="wg", interpret=interpret, **options)
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What is static in a launch. Equal launches on operands of the same types are one function of a program, so they
+    are lowered and compiled once, wherever they stand."""
+
+    function: Callable[..., None]
+    static: tuple[Any, ...]  # the function's first arguments
+    backend: Backend
+    scratch: tuple[tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def kernel(self) -> Callable[..., Any]:
+        """`plgpu.kernel`, interpreted on a CPU."""
+        body = functools.partial(self.function, *self.static)
+        interpret = plgpu.InterpretGPUParams() if self.backend.interpreted else None
+        options = dict(self.options) | {"scratch_types": dict(self.scratch), "interpret": interpret}
+        params = plgpu.CompilerParams(approx_math=True)
+        return plgpu.kernel(body, compiler_params=params, thread_name="wg", **options)
+
+
+def kernel(
+    body: Callable[..., None], backend: Backend, *, scratch_types: Mapping[str, Any] | None = None, **options: Any
+) -> Callable[..., Any]:
+    """`plgpu.kernel`, interpreted on a CPU. One warpgroup is one thread named `wg`.
+
+    Args:
+      body: a function, or a partial one, whose arguments are hashable and have no names.
+    """
+    part = functools.partial(body)  # of a partial one, this is that one
+    assert not part.keywords
+    scratch = tuple((scratch_types or {}).items())
+    return functools.partial(_launch, Launch(part.func, part.args, backend, scratch, tuple(options.items())))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _launch(launch: Launch, *operands: Any) -> Any:
+    return launch.kernel()(*operands)
 
 
 def tiled_smem(shape: tuple[int, ...], dtype: Any, line: int = SWIZZLE) -> Any:

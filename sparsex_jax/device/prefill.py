@@ -31,7 +31,7 @@ from jaxtyping import Bool, Float, Int
 
 from sparsex_jax.device.compilation import WITHOUT_GRAPHS
 from sparsex_jax.device.packed import Packed
-from sparsex_jax.device.signals import Boundary, Scores, Signal
+from sparsex_jax.device.signals import Boundary, Scores, Signal, with_one_pass
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
 from sparsex_jax.model.forward_pass import ForwardPass
 from sparsex_jax.model.layers import all_layers, run_layers
@@ -206,7 +206,7 @@ def _enter(
 def _score(
     boundary: Boundary, store: AnyStore, signals: tuple[Signal, ...], number: Int[Array, ""]
 ) -> tuple[AnyStore, Scores]:
-    """What the signal of this number says of the rows; zeros for -1."""
+    """What the signal of this number says of the rows; zeros for -1. Probes share a branch."""
 
     def no_signal(store: AnyStore) -> tuple[AnyStore, Array]:
         return store, jnp.zeros(len(boundary.hidden))
@@ -214,7 +214,10 @@ def _score(
     def by(signal: Signal) -> Callable[[AnyStore], tuple[AnyStore, Array]]:
         return lambda store: _checked(signal, *signal(boundary, store), len(boundary.hidden))
 
-    return lax.switch(number + 1, [no_signal, *map(by, signals)], store)
+    signals = with_one_pass(signals, number)
+    branches = list(dict.fromkeys(signals))
+    branch = jnp.array([0, *(1 + branches.index(signal) for signal in signals)])[number + 1]
+    return lax.switch(branch, [no_signal, *map(by, branches)], store)
 
 
 def _checked(signal: Signal, store: AnyStore, scores: Scores, num_rows: int) -> tuple[AnyStore, Scores]:

@@ -12,7 +12,8 @@ Mirrors keep what is written for reused rows, and take it that a new signal writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -96,71 +97,105 @@ def key_mass_of_copies(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, S
 
 def _mass_of_fresh(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
     rows, hidden = boundary.fresh_rows()
-    mass = boundary.forward.no_mass(store)
-    return store, boundary.at_rows(add_key_mass(boundary.forward, boundary.layer, store, rows, hidden, mass))
+    about = boundary.forward, boundary.layer, store, rows, hidden, boundary.forward.no_mass(store)
+    power = jnp.int32(1)  # as data, so that this is the same function of a program as in a probe
+    return store, boundary.at_rows(add_key_mass(*about, power))
 
 
-def probe_mass(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
-    """Key mass summed over the layers of a first pass of the fresh rows alone, which begins at the boundary. Layers
-    with windows count where no other layer does (`add_vote`).
+Watched = tuple[Int[Array, ""], Int[Array, ""]]  # the first of the layers, and the first behind them
+
+
+def _every_layer(layers: Int[Array, ""]) -> Watched:
+    return jnp.zeros_like(layers), layers
+
+
+def _middle_third(layers: Int[Array, ""]) -> Watched:
+    """Of fewer than three layers, the first."""
+    first = layers // 3
+    return first, jnp.maximum(2 * layers // 3, first + 1)
+
+
+def _last_layer(layers: Int[Array, ""]) -> Watched:
+    return layers - 1, layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A signal with a pass of its own: the fresh rows alone run through layers from the boundary on, and the attention
+    that each row gets is summed over those of the layers that are watched. Layers with windows count where no other
+    layer does (`add_vote`).
 
     ProphetKV's first stage (arXiv 2602.02579). The pass attends over the pasted KV and writes the fresh rows' K and V.
     Those that go on are written again before anything else reads them.
+
+    Attributes:
+      power: of the attention; a power of two, which multiplies queries exactly.
+      watched: of a pass of so many layers, those that are watched.
+
+    Raises:
+      InvalidRequestError: `power` is no power of two.
     """
-    return _probe(boundary, store, power=1)
+
+    power: int = 1
+    watched: Callable[[Int[Array, ""]], Watched] = _every_layer
+
+    def __post_init__(self) -> None:
+        if self.power < 1 or self.power & (self.power - 1):
+            raise InvalidRequestError(f"power={self.power} must be a power of two, such as 1, 2 or 4")
+
+    def __call__(self, boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
+        return _run_probe(boundary, store, jnp.int32(self.power), self.watched(boundary.probe_layers))
 
 
-def probe_focus(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
-    """The same pass; the fourth powers of the attention are summed.
+def with_one_pass(signals: Sequence[Signal], number: Int[Array, ""]) -> tuple[Signal, ...]:
+    """These signals, with one and the same in place of every probe: it runs the probe of this number.
 
-    Key mass adds up many heads' glances, of which what stands near and what opens a segment get most. A head that
-    looks something up has nearly all of its attention on it.
+    The pass holds all kernels of a layer. With what probes differ in looked up, a program has them once.
     """
-    return _probe(boundary, store, power=4)
+    table = [each if isinstance(each, Probe) else Probe() for each in signals]
+
+    def run_one(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
+        power = jnp.array([probe.power for probe in table])[number]
+        firsts, ends = zip(*(probe.watched(boundary.probe_layers) for probe in table), strict=True)
+        return _run_probe(boundary, store, power, (jnp.stack(firsts)[number], jnp.stack(ends)[number]))
+
+    return tuple(run_one if isinstance(each, Probe) else each for each in signals)
 
 
-def probe_square(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
-    """The same pass; the squares of the attention in the middle third of its layers are summed.
-
-    Between the two: where something is looked up, its row has most of the sum, and where nothing is, the sum spreads
-    over all that is glanced at. So the share that some rows hold says what is left beside them. Few rows hold most of
-    the fourth powers whatever is asked, and no few hold most of the plain sum. In the first and last layers heads look
-    at what is near, or at the same rows for any prompt.
-    """
-    return _probe(boundary, store, power=2, middle=True)
-
-
-def probe_last(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
-    """The same pass; the key mass of its last layer alone: QCFuse's critical layer (arXiv 2606.05875)."""
-    return _probe(boundary, store, only_last=True)
-
-
-def _probe(
-    boundary: Boundary, store: AnyStore, power: int = 1, *, only_last: bool = False, middle: bool = False
-) -> tuple[AnyStore, Scores]:
+def _run_probe(boundary: Boundary, store: AnyStore, power: Int[Array, ""], watched: Watched) -> tuple[AnyStore, Scores]:
     forward, (rows, hidden) = boundary.forward, boundary.fresh_rows()
-    end = boundary.layer + boundary.probe_layers
+    first, until = among = boundary.layer + watched[0], boundary.layer + watched[1]
 
-    def layer_step(layer: Array, carry: tuple[AnyStore, Array, Array]) -> tuple[AnyStore, Array, Array]:
+    def run(layer: Array, carry: tuple[AnyStore, Array, Array]) -> tuple[AnyStore, Array, Array]:
         store, before, mass = carry
         store, hidden = run_layer(forward, layer, store, rows, before)
-        return store, hidden, add_vote(forward, layer, (watched, until), store, rows, before, mass, power)
 
-    def skip_mass(layer: Array, carry: tuple[AnyStore, Array]) -> tuple[AnyStore, Array]:
-        return run_layer(forward, layer, carry[0], rows, carry[1])
+        def vote(mass: Array) -> Array:
+            return add_vote(forward, layer, among, store, rows, before, mass, power)
 
-    watched, until = boundary.layer, end
-    if only_last:
-        watched = end - 1
-    if middle:
-        watched, until = (boundary.layer + part * boundary.probe_layers // 3 for part in (1, 2))
-        until = jnp.maximum(until, watched + 1)  # of fewer than three layers, the first
-    if only_last or middle:
-        store, hidden = lax.fori_loop(boundary.layer, watched, skip_mass, (store, hidden))
-    store, hidden, mass = lax.fori_loop(watched, until, layer_step, (store, hidden, forward.no_mass(store)))
-    if middle:
-        store, _ = lax.fori_loop(until, end, skip_mass, (store, hidden))
+        # Loops of their own for layers that are not watched would be two more copies of a layer to compile.
+        return store, hidden, lax.cond((first <= layer) & (layer < until), vote, lambda mass: mass, mass)
+
+    end = boundary.layer + boundary.probe_layers
+    store, _, mass = lax.fori_loop(boundary.layer, end, run, (store, hidden, forward.no_mass(store)))
     return store, boundary.at_rows(mass)
+
+
+# The attention itself.
+probe_mass = Probe()
+
+# Key mass adds up many heads' glances, of which what stands near and what opens a segment get most. A head that looks
+# something up has nearly all of its attention on it.
+probe_focus = Probe(power=4)
+
+# Between the two: where something is looked up, its row has most of the sum, and where nothing is, the sum spreads over
+# all that is glanced at. So the share that some rows hold says what is left beside them. Few rows hold most of the
+# fourth powers whatever is asked, and no few hold most of the plain sum. In the first and last layers heads look at
+# what is near, or at the same rows for any prompt.
+probe_square = Probe(power=2, watched=_middle_third)
+
+# QCFuse's critical layer (arXiv 2606.05875).
+probe_last = Probe(watched=_last_layer)
 
 
 def kv_deviation(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:

@@ -22,7 +22,7 @@ from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.turns import STAGES, HiddenSums, WholeLayers
 from sparsex_jax.model.weights import Params
 from sparsex_jax.reuse.plan import Rows, fold_chunks
-from sparsex_kernels.layout import PageTables
+from sparsex_kernels.layout import PageTables, Power
 
 
 def run_layers(
@@ -148,7 +148,6 @@ def run_layer(
     return fold_chunks(rows, forward.chunk, run_chunk, (store, hidden))
 
 
-@functools.partial(jax.jit, static_argnames="power")
 def add_key_mass(
     forward: ForwardPass,
     number: Int[Array, ""],
@@ -156,7 +155,7 @@ def add_key_mass(
     rows: Rows,
     hidden: Hidden,
     mass: Mass,
-    power: int = 1,
+    power: Power = 1,
 ) -> Mass:
     """Add the attention that each key of a layer receives from these rows, summed over heads and rows.
 
@@ -165,8 +164,21 @@ def add_key_mass(
 
     Args:
       hidden: of the rows, at the layer's input.
+      power: a number is static. As data, a power of two.
     """
+    add = _add_of_fixed_power if isinstance(power, int) else _add_of_any_power
+    return add(forward, number, store, rows, hidden, mass, power)
 
+
+def _add_key_mass(
+    forward: ForwardPass,
+    number: Int[Array, ""],
+    store: AnyStore,
+    rows: Rows,
+    hidden: Hidden,
+    mass: Mass,
+    power: Power,
+) -> Mass:
     def add(start: Array, part: Rows, mass: Array) -> Array:
         x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
         layer = forward.layer(number)
@@ -174,6 +186,11 @@ def add_key_mass(
         return mass + forward.decoder.ops.key_mass(queries(layer, x, part), store, *about)
 
     return fold_chunks(rows, forward.chunk, add, mass)
+
+
+# Compiled as functions of their own, so that a program has each once.
+_add_of_fixed_power = jax.jit(_add_key_mass, static_argnums=6)
+_add_of_any_power = jax.jit(_add_key_mass)
 
 
 def add_vote(
@@ -184,7 +201,7 @@ def add_vote(
     rows: Rows,
     hidden: Hidden,
     mass: Mass,
-    power: int = 1,
+    power: Power = 1,
 ) -> Mass:
     """`add_key_mass` of one of several layers, from the first of `among` up to the second, whose masses are summed.
 

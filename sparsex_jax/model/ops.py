@@ -24,7 +24,7 @@ from sparsex_kernels import api as kernels
 from sparsex_kernels.add_norm import adds_devices
 from sparsex_kernels.arguments import Heads, Matrices
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Queries, Store, Window, read_kv
+from sparsex_kernels.layout import Frequencies, LowRankStore, PageTables, Power, Queries, Store, Window, read_kv
 from sparsex_kernels.mailboxes import Mailboxes, reach_one_another
 from sparsex_kernels.product_parts import FEW_ROWS, ProductParts, one_part
 from sparsex_kernels.rotate_and_write import is_one_kernel
@@ -347,15 +347,23 @@ class Ops:
         layer: Int[Array, ""],
         rows: Rows,
         tables: PageTables,
-        power: int = 1,
+        power: Power = 1,
         window: Window | None = None,
     ) -> Float[Array, "requests context"]:
+        """The key mass of the rows, whole on each device.
+
+        Args:
+          power: of the attention. A number is static.
+        """
+        fixed, given = (power, None) if isinstance(power, int) else (None, power)
+
         def summed(*args: Any, **on: Any) -> Array:
-            mass = kernels.key_mass(*args[:-1], window=args[-1], power=power, **on)
+            *rows, window, given = args
+            mass = kernels.key_mass(*rows, window=window, power=given if fixed is None else fixed, **on)
             return jax.lax.psum(mass, TENSOR_AXIS) if self.mesh.size > 1 else mass
 
-        run = self._over_heads(summed, (_HEADS, _STORE, *[_ALL] * 5), _ALL)
-        return run(q, kv_of(store), layer, rows.position, rows.request, tables, window)
+        run = self._over_heads(summed, (_HEADS, _STORE, *[_ALL] * 6), _ALL)
+        return run(q, kv_of(store), layer, rows.position, rows.request, tables, window, given)
 
     def write_kv(
         self,

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend, default_backend, late, run
 from sparsex_kernels.key_mass import reference, triton, xla
-from sparsex_kernels.layout import PageTables, Queries, RowInts, Store, Window
+from sparsex_kernels.layout import PageTables, Power, Queries, RowInts, Store, Window
 
 IMPLEMENTATIONS = {
     "reference": reference.key_mass,
@@ -25,7 +25,7 @@ def key_mass(
     requests: RowInts,
     page_tables: PageTables,
     *,
-    power: int = 1,
+    power: Power = 1,
     window: Window | None = None,
     scale: float | None = None,
     backend: Backend | None = None,
@@ -43,7 +43,8 @@ def key_mass(
       query, store, layer, positions, requests, page_tables, window: as in `AttentionArgs`. Only keys are read. A key
         that a window hides from a row gets nothing from it.
       power: above 1, a key to which some head gives much of its attention counts more than one to which all heads
-        give a little.
+        give a little. As data, one program serves several powers; it must then be a power of two, since GPUs multiply
+        the queries by it, and these times the power must be finite in their dtype, in float16 over a store of float8.
       scale, backend, implementation: as in `paged_attention`.
 
     Returns:

@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from sparsex_kernels import mosaic
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.attention_shape import AttentionShape, shared_sizes
-from sparsex_kernels.gpu import LOG2_E, in_float16, padded_pages, power_of_two
-from sparsex_kernels.layout import RowInts, Window, first_seen, pad_positions, pad_rows
+from sparsex_kernels.gpu import LOG2_E, in_float16, padded_pages, power_of_two, raised
+from sparsex_kernels.layout import Power, RowInts, Window, first_seen, pad_positions, pad_rows
 from sparsex_kernels.mosaic import WGMMA_ROWS, Ref
 from sparsex_kernels.paged_attention.hopper import attend
 from sparsex_kernels.paged_attention.tiles import tile_spans
@@ -41,16 +41,16 @@ class Shape(AttentionShape):
     rows: int  # of a tile
 
 
-def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests context"]:
+def key_mass(args: AttentionArgs, power: Power = 1) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
     args = in_float16(args)
     (lse,) = attend(args, values=False, lse=True)
-    return column_sums(args, lse, power)
+    return column_sums(raised(args, power), power * LOG2_E * lse)
 
 
-def column_sums(args: AttentionArgs, lse: Float[Array, "rows q_heads"], power: int) -> Float[Array, "requests context"]:
-    """The key mass, given the log-sum-exp of each row and head."""
-    shape, num_requests = _shape(args, power), len(args.page_tables)
+def column_sums(args: AttentionArgs, lse: Float[Array, "rows q_heads"]) -> Float[Array, "requests context"]:
+    """The sum of `exp2(score * LOG2_E - lse)` over rows and heads, for each key."""
+    shape, num_requests = _shape(args), len(args.page_tables)
     query, lse = pad_rows(args.query, shape.rows), pad_rows(lse, shape.rows)
     positions, requests = pad_positions(args.positions, args.requests, shape.rows)
     blocks = -(-args.context // BLOCK)
@@ -68,7 +68,7 @@ def column_sums(args: AttentionArgs, lse: Float[Array, "rows q_heads"], power: i
     windows = [] if args.window is None else [first_seen(positions, args.window)]
     columns = _pack(jnp.stack([positions, requests, *windows])[:, :, None], shape)[0]
     columns = jnp.where(jnp.arange(COLUMNS) < shape.share * shape.rows, columns, -1).astype(jnp.int32)
-    by_head = _pack((power * LOG2_E * lse)[None], shape)[:, :, 0]
+    by_head = _pack(lse[None], shape)[:, :, 0]
     mass = run(query, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables, ranges, columns, by_head)
     return mass.sum(axis=0)[:, : args.context]
 
@@ -101,10 +101,10 @@ def seen_by(
     return jnp.stack([first, clear, clear_end, jnp.broadcast_to(end, first.shape)], axis=-1).astype(jnp.int32)
 
 
-def _shape(args: AttentionArgs, power: int) -> Shape:
+def _shape(args: AttentionArgs) -> Shape:
     sizes = shared_sizes(args)
     rows = COLUMNS // power_of_two(sizes["share"])
-    return Shape(**sizes | {"scale": float(power * args.scale)}, rows=rows)
+    return Shape(**sizes, rows=rows)
 
 
 def _pack(x: Array, shape: Shape) -> Array:

@@ -6,10 +6,11 @@ from jax import Array
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.layout import Power
 from sparsex_kernels.paged_attention.reference import dense_scores
 
 
-def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests context"]:
+def key_mass(args: AttentionArgs, power: Power = 1) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
     scores, _, visible = dense_scores(args)
     weights = jax.nn.softmax(scores, axis=-1, where=visible[:, None]) ** power

@@ -10,11 +10,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import AttentionArgs
+from sparsex_kernels.layout import Power
 from sparsex_kernels.paged_attention.tpu import LANES, first_keys, head_scores, pack_rows, row_tile, spans
 from sparsex_kernels.tpu import HBM, TILE, Copy, Index, Ref, check_page_size, compiler_params, each_page, pages_a_block
 
 
-def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests context"]:
+def key_mass(args: AttentionArgs, power: Power = 1) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`. Sums in a fixed order, so the result is deterministic.
 
     The grid goes over requests and tiles of rows: one request's sums stay in VMEM while its tiles add to them. Tiles
@@ -27,6 +28,7 @@ def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests cont
     packed, own, owner = pack_rows(args, tile)
     last, _ = spans(args, tile)
     windows = () if args.window is None else (first_keys(args, tile, args.window), args.window.reshape(1))
+    fixed, powers = (power, ()) if isinstance(power, int) else (None, (power.reshape(1),))
     kv_heads, all_rows, head_dim = packed.shape
     tile_rows = tile * (args.query.shape[1] // kv_heads)
     num_tiles = all_rows // tile_rows
@@ -42,9 +44,9 @@ def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests cont
 
     column = pl.BlockSpec((tile_rows, 1), lambda *at: (tile_of(*at), 0))
     out = pl.pallas_call(
-        functools.partial(_key_mass_kernel, scale=args.scale, power=power, windowed=bool(windows)),
+        functools.partial(_key_mass_kernel, scale=args.scale, power=fixed, windowed=bool(windows)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5 + len(windows),
+            num_scalar_prefetch=5 + len(windows) + len(powers),
             grid=(num_requests, num_tiles),
             in_specs=[
                 pl.BlockSpec((kv_heads, tile_rows, head_dim), lambda *at: (0, tile_of(*at), 0)),
@@ -64,7 +66,7 @@ def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests cont
         compiler_params=compiler_params("parallel", "arbitrary"),
         name="key_mass",
     )(
-        *(args.layer.reshape(1), args.page_tables.reshape(-1), last, first_tile, last_tile, *windows),
+        *(args.layer.reshape(1), args.page_tables.reshape(-1), last, first_tile, last_tile, *windows, *powers),
         *(packed, own, owner, store),
     )
     return out.reshape(num_requests, -1)[:, : args.context]
@@ -78,12 +80,13 @@ def _key_mass_kernel(
     last_tile_ref: Ref,  # [requests]
     *refs: Ref,
     scale: float,
-    power: int,
+    power: int | None,
     windowed: bool,
 ) -> None:
     """The other `refs`, in this order:
 
     first_ref: [tiles * requests], and `window_ref`, [1], if there are windows.
+    power_ref: [1], if `power` is None.
     q_ref: [kv_heads, tile_rows, head_dim].
     own_ref: [tile_rows, 1].
     owner_ref: [tile_rows, 1].
@@ -93,8 +96,9 @@ def _key_mass_kernel(
     top_ref: [kv_heads, tile_rows, LANES] float32, running maximum, then the log-sum-exp.
     total_ref: the same of the running sum.
     """
-    first_ref, window_ref = refs[:2] if windowed else (None, None)
-    q_ref, own_ref, owner_ref, store_ref, out_ref, keys_ref, sems, top_ref, total_ref = refs[2 if windowed else 0 :]
+    scalars, (q_ref, own_ref, owner_ref, store_ref, out_ref, keys_ref, sems, top_ref, total_ref) = refs[:-9], refs[-9:]
+    first_ref, window_ref = scalars[:2] if windowed else (None, None)
+    power = scalars[-1][0] if power is None else power
     request, tile = pl.program_id(0), pl.program_id(1)
     num_requests = pl.num_programs(0)
     kv_heads, tile_rows, _ = q_ref.shape

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 
 from sparsex_kernels.arguments import AttentionArgs
 from sparsex_kernels.backend import Backend
-from sparsex_kernels.gpu import in_float16, power_of_two
-from sparsex_kernels.layout import RowInts, Window
+from sparsex_kernels.gpu import in_float16, power_of_two, raised
+from sparsex_kernels.layout import Power, RowInts, Window
 from sparsex_kernels.paged_attention.triton import attend
 from sparsex_kernels.triton import (
     Config,
@@ -29,13 +29,14 @@ def config_for(backend: Backend) -> Config:
     return Config(packed=64, block=128, warps=4, stages=2 if little_shared_memory(backend) else 3)
 
 
-def key_mass(args: AttentionArgs, power: int = 1, config: Config | None = None) -> Float[Array, "requests context"]:
+def key_mass(args: AttentionArgs, power: Power = 1, config: Config | None = None) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`."""
     args, config = in_float16(args), config or config_for(args.backend)
     check_attention(args, config.block)
     from sparsex_kernels.key_mass.triton_kernels import column_sums
 
     _, lse = attend(args, values=False)
+    args = raised(args, power)
     num_requests, constants = len(args.page_tables), attention_constants(args, config.block)
     heads, padded_share = constants["HEADS"], power_of_two(constants["SHARE"])
     ranges = seen_by(
@@ -52,7 +53,7 @@ def key_mass(args: AttentionArgs, power: int = 1, config: Config | None = None) 
         WINDOWED=args.window is not None,
         ROWS=config.packed // padded_share,
         PADDED_SHARE=padded_share,
-        **constants | {"SCALE": power * constants["SCALE"]},
+        **constants,
     )
     return mass.sum(axis=0).reshape(num_requests, -1)[:, : args.context]
 

@@ -6,12 +6,12 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Float
 
 from sparsex_kernels.arguments import AttentionArgs
-from sparsex_kernels.layout import context, group_heads, num_tiles, pad_positions, pad_rows, take_tile, widen
+from sparsex_kernels.layout import Power, context, group_heads, num_tiles, pad_positions, pad_rows, take_tile, widen
 from sparsex_kernels.paged_attention import xla as blocked
 from sparsex_kernels.paged_attention.xla import KeyBlock, RowTile
 
 
-def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests context"]:
+def key_mass(args: AttentionArgs, power: Power = 1) -> Float[Array, "requests context"]:
     """See `sparsex_kernels.key_mass`. Sums in a fixed order, so the result is deterministic."""
     rows = blocked.row_tile(args)
     grouped = pad_rows(group_heads(args.query, args.store), rows)
@@ -28,7 +28,7 @@ def key_mass(args: AttentionArgs, power: int = 1) -> Float[Array, "requests cont
 
 
 def _add_tile(
-    args: AttentionArgs, mass: Float[Array, "requests padded_context"], tile: RowTile, power: int
+    args: AttentionArgs, mass: Float[Array, "requests padded_context"], tile: RowTile, power: Power
 ) -> Float[Array, "requests padded_context"]:
     def scores(block: KeyBlock) -> Array:
         keys, _ = context(args.store, args.layer, block.pages)

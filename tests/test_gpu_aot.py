@@ -17,6 +17,7 @@ from sparsex_jax.model.turns import TOGETHER
 
 LLAMA = named_config("llama-3.1-8b")
 ENGINE = EngineConfig(store_tokens=1 << 15, dtype="bfloat16")
+FULL = dataclasses.replace(ENGINE, store_tokens=800_000)  # of the memory that weights leave of two, most
 LAYERS = LLAMA.num_layers
 ONE_SIGNAL = {"key_mass": BUILT_IN["key_mass"]}
 
@@ -103,16 +104,27 @@ def test_a_prefill_at_once_asks_nothing(num_devices, rows):
 
 @needs_compiler
 @pytest.mark.gpu_aot
-def test_the_sums_of_a_half_run_beside_the_kernels_of_the_other():
+@pytest.mark.parametrize("engine", [ENGINE, FULL])
+def test_the_sums_of_a_half_run_beside_the_kernels_of_the_other(engine):
     """Of a prefill on a mesh: beside attention, or beside the MLP. The last one is waited for."""
     mesh = mesh_of(2)
-    text = aot.lower_prefill_at_once(LLAMA, ENGINE, mesh, 4096).compile(compile_options(mesh)).as_text()
+    text = aot.lower_prefill_at_once(LLAMA, engine, mesh, 4096).compile(compile_options(mesh)).as_text()
     events = re.findall(r" all-reduce-(start|done)\(|custom_call_target=\"(mosaic_gpu)", text)
     order = " ".join(event or "kernel" for event, _ in events)
     beside = [between.split() for between in re.findall("start (.*?) ?done", order)]
     assert len(beside) == 4 * LAYERS
     assert all(between.count("kernel") >= 2 for between in beside[:-1])
+    assert "remat" not in text
     assert Program(text).whole().others <= 2 * LAYERS + 60
+
+
+@needs_compiler
+@pytest.mark.gpu_aot
+def test_a_store_that_fills_the_memory_makes_no_step_save_memory():
+    """XLA would make small arrays anew in each layer: it counts a store that kernels write into twice."""
+    mesh = mesh_of(2)
+    for lowered in (aot.lower_decode(LLAMA, FULL, mesh, 32), aot.lower_prefill(LLAMA, FULL, mesh, 8192, ONE_SIGNAL)):
+        assert "remat" not in lowered.compile(compile_options(mesh)).as_text()
 
 
 @needs_compiler

@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from inspect import unwrap
 
 import httpx
 import jax
@@ -276,7 +277,7 @@ def test_a_layer_has_two_all_reduces_of_its_rows_and_no_other_collective(tensor_
     """In decode and in prefill, whose loops over the layers have one body. Each device has all of this vocabulary."""
     one = sharded_tiny(tensor_parallel)
     runner, state = one.runner, decoding(one)
-    step = functools.partial(forward, decoder=runner.decoder)
+    step = functools.partial(unwrap(forward), decoder=runner.decoder)
     assert collectives(step, runner.params, runner.store, state) == [("all-reduce", TINY.hidden_size)] * 2
 
     def layer(params, tables, *rest):
@@ -299,12 +300,12 @@ def test_nothing_gathers_the_store(make, tensor_parallel):
     about, keys = (runner.params, runner.store), config.max_prefill_seqs * runner.shapes.max_pages * config.page_size
     focus = np.zeros((config.max_prefill_seqs, keys // config.max_prefill_seqs), np.float32)
     probed = ProbeState(state.layer, state.hidden, jnp.asarray(focus))
-    prefilled = functools.partial(prefill, decoder=decoder, signals=tuple(BUILT_IN.values()), chunk=32)
-    looked = functools.partial(probe, decoder=decoder, layers=3, watched=2, chunk=32)
+    prefilled = functools.partial(unwrap(prefill), decoder=decoder, signals=tuple(BUILT_IN.values()), chunk=32)
+    looked = functools.partial(unwrap(probe), decoder=decoder, layers=3, watched=2, chunk=32)
     steps = {
         "prefill": collectives(prefilled, *about, plan, state, np.int32(model.num_layers), np.bool(False)),
         "probe": collectives(looked, *about, plan.page_tables, state.rows, np.zeros(128, bool), probed),
-        "decode": collectives(functools.partial(decode, decoder=decoder, steps=16), *about, decoding(one)),
+        "decode": collectives(functools.partial(unwrap(decode), decoder=decoder, steps=16), *about, decoding(one)),
     }
     most = max(128 * model.hidden_size, keys, config.max_prefill_seqs * model.vocab_size)
     assert most < runner.store.size / model.num_layers / 2

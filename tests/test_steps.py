@@ -1,5 +1,7 @@
 """The compiled steps never copy the store, and few programs serve any mix of lengths."""
 
+from inspect import unwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,7 @@ def memory_of(step, store, *args, **static):
 
     def flat(store, *leaves):
         params, *rest = jax.tree.unflatten(tree, leaves)
-        return step(*([] if params is None else [params]), store, *rest, **static)
+        return unwrap(step)(*([] if params is None else [params]), store, *rest, **static)
 
     compiled = jax.jit(flat, donate_argnums=0).lower(store, *leaves).compile()
     return compiled.memory_analysis(), sum(each.addressable_shards[0].data.nbytes for each in jax.tree.leaves(store))

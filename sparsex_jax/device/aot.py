@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from inspect import unwrap
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def lower_prefill(
     params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
 
     def step(store: AnyStore, params: Params, plan: PrefillPlan, state: PrefillState, until: jax.Array) -> Any:
-        return prefill(params, store, plan, state, until, jnp.bool(False), **static)
+        return unwrap(prefill)(params, store, plan, state, until, jnp.bool(False), **static)
 
     return _lower(step, mesh, store, params, plan, state, jnp.int32(model.num_layers))
 
@@ -89,7 +90,7 @@ def lower_prefill_at_once(model: ModelConfig, engine: EngineConfig, mesh: Mesh, 
     rows, hidden = state.rows.chunk(0, num_rows), state.hidden[:num_rows]
 
     def step(store: AnyStore, params: Params, tables: PageTables, rows: Rows, hidden: Hidden) -> Any:
-        return last_layers.__wrapped__(params, store, tables, rows, hidden, None, decoder=decoder)
+        return unwrap(last_layers)(params, store, tables, rows, hidden, None, decoder=decoder)
 
     return _lower(step, mesh, store, params, plan.page_tables, rows, hidden)
 
@@ -119,7 +120,7 @@ def lower_probe(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
     def step(
         store: AnyStore, params: Params, tables: jax.Array, rows: Rows, looking: jax.Array, state: ProbeState
     ) -> Any:
-        return probe(params, store, tables, rows, looking, state, **static)
+        return unwrap(probe)(params, store, tables, rows, looking, state, **static)
 
     state = ProbeState(jnp.int32(0), hidden, focus)
     return _lower(step, mesh, store, params, plan.page_tables, rows, plan.fresh, state)
@@ -138,7 +139,7 @@ def lower_decode(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_reque
     params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
 
     def step(store: AnyStore, params: Params, state: DecodeState, limit: jax.Array) -> Any:
-        return decode(params, store, state, limit, **static)
+        return unwrap(decode)(params, store, state, limit, **static)
 
     return _lower(step, mesh, store, params, state, jnp.int32(steps))
 
@@ -151,7 +152,7 @@ def lower_align(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens
     decoder = _decoder(model, mesh)
     store = abstract_any_store(model, engine, mesh)
     return _lower(
-        lambda store, copies, layers: align(store, copies, layers, decoder=decoder), mesh, store, copies, layers
+        lambda store, copies, layers: unwrap(align)(store, copies, layers, decoder=decoder), mesh, store, copies, layers
     )
 
 

@@ -14,6 +14,11 @@ from jax import monitoring
 _MAX_BYTES = 4 << 30  # JAX evicts the programs used longest ago; it locks the files only if there is such a limit
 _MIN_SECONDS = 0.3  # programs that compile faster are not worth a file
 
+# Compiler options of every program that the store is donated to. XLA counts a store that kernels write into twice, once
+# as their operand and once as their result. Where the store fills most of a GPU, it would save memory that is not
+# missing: make small arrays anew in each layer, and run sums over a mesh alone.
+WITH_STORE = {"xla_gpu_memory_limit_slop_factor": 10_000}  # percent of what is free
+
 # Compiler options of a program for several GPUs without loops whose ends the host has to tell: sums over the GPUs are
 # in its CUDA graphs too. Else the GPUs wait for their hosts twice a layer.
 SUMS_IN_GRAPHS = {

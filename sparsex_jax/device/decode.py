@@ -7,7 +7,6 @@ next, `forward` and `choose` are dispatched by turns, so that it can say so whil
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from flax import struct
 from jax import Array, lax
 from jaxtyping import Float, Int, UInt32
 
-from sparsex_jax.device.compilation import SUMS_IN_GRAPHS
+from sparsex_jax.device.compilation import SUMS_IN_GRAPHS, WITH_STORE
 from sparsex_jax.device.sampling import Sampled, Sampling, nothing_sampled, sample_step
 from sparsex_jax.model import decoder as model
 from sparsex_jax.model.decoder import Decoder
@@ -91,7 +90,7 @@ def _decode(
 
     def body(carry: tuple[Array, AnyStore, DecodeState, Sampled]) -> tuple[Array, AnyStore, DecodeState, Sampled]:
         step, store, state, out = carry
-        store, scores = forward(params, store, state, decoder=decoder)
+        store, scores = _forward(params, store, state, decoder=decoder)
         state, new = choose(scores, state)
         out = jax.tree.map(lambda all_steps, one: lax.dynamic_update_slice_in_dim(all_steps, one, step, 1), out, new)
         return step + 1, store, state, out
@@ -114,8 +113,8 @@ def _decode(
 
 
 _static: Any = {"static_argnames": ("decoder", "steps", "stops_early"), "donate_argnames": "store"}
-decode = jax.jit(_decode, **_static)
-decode_in_graphs = jax.jit(_decode, **_static, compiler_options=SUMS_IN_GRAPHS)
+decode = jax.jit(_decode, **_static, compiler_options=WITH_STORE)
+decode_in_graphs = jax.jit(_decode, **_static, compiler_options=WITH_STORE | SUMS_IN_GRAPHS)
 
 
 def is_for_graphs(decoder: Decoder, requests: int) -> bool:
@@ -167,8 +166,7 @@ def advance(state: DecodeState, token: Int[Array, "requests"]) -> DecodeState:
     )
 
 
-@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
-def forward(
+def _forward(
     params: Params, store: AnyStore, state: DecodeState, *, decoder: Decoder
 ) -> tuple[AnyStore, Float[Array, "requests vocab"]]:
     """The last token of each request through all layers: what follows it, as logits in float32."""
@@ -185,3 +183,6 @@ def forward(
     about = ForwardPass(params, tables, decoder, chunk=len(token))
     store, hidden = all_layers(about, store, rows, model.embed(params, decoder.config, rows.token))
     return store, model.logits(params, decoder.config, hidden[:lines])
+
+
+forward = jax.jit(_forward, static_argnames="decoder", donate_argnames="store", compiler_options=WITH_STORE)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, use_abstract_mesh
 
+from sparsex_jax.device.compilation import WITH_STORE
 from sparsex_jax.model.sharding import TENSOR_AXIS
 from sparsex_kernels.backend import Backend
 
@@ -81,9 +82,9 @@ def backend_of(mesh: Mesh) -> Backend:
 
 
 def compile_options(mesh: Mesh) -> dict[str, Any] | None:
-    """What `Lowered.compile` has to be told: XLA finds out on a GPU which of its own products is the quickest, and here
-    is none."""
-    return {"xla_gpu_autotune_level": 0} if backend_of(mesh).platform == "gpu" else None
+    """What `Lowered.compile` has to be told: what the steps themselves tell it on devices, and on GPUs not to find out
+    which of XLA's products is the quickest, for which one has to be there."""
+    return WITH_STORE | {"xla_gpu_autotune_level": 0} if backend_of(mesh).platform == "gpu" else None
 
 
 @contextmanager

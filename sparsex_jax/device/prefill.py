@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from sparsex_jax.device.compilation import WITHOUT_GRAPHS
+from sparsex_jax.device.compilation import WITH_STORE, WITHOUT_GRAPHS
 from sparsex_jax.device.packed import Packed
 from sparsex_jax.device.signals import Boundary, Scores, Signal, with_one_pass
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
@@ -44,7 +44,7 @@ from sparsex_kernels.layout import PageTables, Store
 _WHOLE = 2**30  # units that the scores of a request are divided into, to be added
 
 
-@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store", compiler_options=WITH_STORE)
 def align(
     store: AnyStore, copies: Packed[Copies], layers: tuple[Int[Array, ""], Int[Array, ""]], *, decoder: Decoder
 ) -> AnyStore:
@@ -53,7 +53,7 @@ def align(
     return decoder.ops.align_and_copy(store, copies.tree(), layers, inv_freq(decoder.config))
 
 
-@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store")
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="store", compiler_options=WITH_STORE)
 def pack(store: Store, rows: Packed[PackedRows], *, decoder: Decoder) -> Store:
     """Move rows to where they are kept once the pages that they are in are gone."""
     return decoder.ops.pack_rows(store, rows.tree())
@@ -78,7 +78,12 @@ def embed_rows(params: Params, rows: Rows, *, decoder: Decoder, requests: int) -
     return decoder.ops.replicated(state)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "signals", "chunk"), donate_argnames=("store", "state"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("decoder", "signals", "chunk"),
+    donate_argnames=("store", "state"),
+    compiler_options=WITH_STORE,
+)
 def prefill(
     params: Params,
     store: AnyStore,
@@ -135,7 +140,10 @@ def chunk_of(
 
 
 @functools.partial(
-    jax.jit, static_argnames="decoder", donate_argnames=("store", "hidden"), compiler_options=WITHOUT_GRAPHS
+    jax.jit,
+    static_argnames="decoder",
+    donate_argnames=("store", "hidden"),
+    compiler_options=WITH_STORE | WITHOUT_GRAPHS,
 )
 def last_layers(
     params: Params,

@@ -14,6 +14,7 @@ from flax import struct
 from jax import Array, lax
 from jaxtyping import Bool, Int
 
+from sparsex_jax.device.compilation import WITH_STORE
 from sparsex_jax.model.decoder import Decoder, Hidden
 from sparsex_jax.model.forward_pass import ForwardPass, Mass
 from sparsex_jax.model.layers import add_vote, run_layer
@@ -46,7 +47,7 @@ class ProbeState:
 _STATIC = ("decoder", "layers", "watched", "chunk")
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("store", "state"))
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("store", "state"), compiler_options=WITH_STORE)
 def probe(
     params: Params,
     store: AnyStore,

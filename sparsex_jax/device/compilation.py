@@ -26,10 +26,6 @@ SUMS_IN_GRAPHS = {
     "xla_gpu_experimental_use_collective_kernels": "",  # those cannot be in graphs
 }
 
-# Compiler options of a program whose kernels take longer than their launches. A CUDA graph is updated before its first
-# kernel starts, for 1 to 2 ms where it has hundreds: who waits for a short prompt waits for that.
-WITHOUT_GRAPHS = {"xla_gpu_enable_command_buffer": ""}
-
 
 class _Counter:
     """A listener that JAX calls for every program it compiles in this process, or loads from its cache on disk."""

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
-from sparsex_jax.device.compilation import WITH_STORE, WITHOUT_GRAPHS
+from sparsex_jax.device.compilation import WITH_STORE
 from sparsex_jax.device.packed import Packed
 from sparsex_jax.device.signals import Boundary, Scores, Signal, with_one_pass
 from sparsex_jax.model.decoder import Decoder, Hidden, embed, inv_freq, logits
@@ -139,12 +139,7 @@ def chunk_of(
     return decoder.ops.replicated(chunk)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames="decoder",
-    donate_argnames=("store", "hidden"),
-    compiler_options=WITH_STORE | WITHOUT_GRAPHS,
-)
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames=("store", "hidden"), compiler_options=WITH_STORE)
 def last_layers(
     params: Params,
     store: AnyStore,

@@ -250,7 +250,8 @@ def test_rows_of_another_model_are_refused(engine, tmp_path, monkeypatch):
     from sparsex_jax.cli.bench import BenchSettings
 
     settings = BenchSettings(["naive"], ["qa"], ["company"], 200, 2, 2, 1, 0)
-    open_log(engine, "dir/tiny", settings, tmp_path / "out.json")
+    log = open_log(engine, "dir/tiny", settings, tmp_path / "out.json")
+    log.add([{"task": "qa", "regime": "company", "sample": 0, "method": "naive"}])
     open_log(engine, "tiny", dataclasses.replace(settings, samples=9), tmp_path / "out.json")
     assert (tmp_path / "out.rows.jsonl").is_file()
     with pytest.raises(InvalidRequestError, match="made with model='tiny', not 'other'"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from inspect import unwrap
 
 import jax
 import numpy as np
@@ -39,7 +40,7 @@ def test_no_step_of_a_compiled_decode_asks_the_host(kind, sorts):
 
     @jax.jit
     def step(store, leaves, limit):  # checked records cannot hold what `lower` says of arguments
-        return decode(runner.params, store, jax.tree.unflatten(structure, leaves), limit, **about)
+        return unwrap(decode)(runner.params, store, jax.tree.unflatten(structure, leaves), limit, **about)
 
     compiled = step.lower(runner.store, leaves, 1).compile().as_text()
     lines = [line for line in compiled.splitlines() if "/attention/" not in line]

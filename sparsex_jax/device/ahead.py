@@ -139,7 +139,7 @@ def key_of(program: Callable[..., Any], args: tuple[Any, ...], options: dict[str
 def _described(leaf: Any) -> Any:
     if not hasattr(leaf, "shape"):
         return leaf
-    return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False), _place(getattr(leaf, "sharding", None))
+    return ArrayType.of(leaf), _place(getattr(leaf, "sharding", None))
 
 
 def _place(sharding: Any) -> Any:

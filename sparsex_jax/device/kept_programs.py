@@ -6,7 +6,7 @@ Here one is found by all that its text follows from: this package's source, the 
 devices, and what the program is called with. A program of which something has no name that another process knows, such
 as a signal that a user wrote, is not kept.
 
-As with JAX's own files, who can write to the directory can have this process run what he likes.
+As with JAX's own files, whoever can write to the directory can have this process run what they like.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import serialize_executable
@@ -43,8 +43,7 @@ _PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "MOSAIC_", "SPARSEX_")  # of environment
 type Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # a program, and what it is called with
 
 
-@dataclasses.dataclass(frozen=True)
-class ArrayType:
+class ArrayType(NamedTuple):
     """What programs tell arrays apart by, but for where they are."""
 
     shape: tuple[int, ...]

@@ -99,7 +99,7 @@ def _mass_of_fresh(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Score
     rows, hidden = boundary.fresh_rows()
     about = boundary.forward, boundary.layer, store, rows, hidden, boundary.forward.no_mass(store)
     power = jnp.int32(1)  # as data, so that this is the same function of a program as in a probe
-    return store, boundary.at_rows(add_key_mass(*about, power))
+    return store, boundary.at_rows(add_key_mass(*about, power=power))
 
 
 Watched = tuple[Int[Array, ""], Int[Array, ""]]  # the first of the layers, and the first behind them
@@ -130,7 +130,7 @@ class Probe:
 
     Attributes:
       power: of the attention; a power of two, which multiplies queries exactly.
-      watched: of a pass of so many layers, those that are watched.
+      watched: says which layers are watched, given how many the pass has.
 
     Raises:
       InvalidRequestError: `power` is no power of two.

@@ -148,6 +148,19 @@ def run_layer(
     return fold_chunks(rows, forward.chunk, run_chunk, (store, hidden))
 
 
+def _once_a_program[**Arguments, Result](function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """A function of its own in each program, of which the argument named `power` is static if it is a number."""
+    of_fixed_power, of_any_power = jax.jit(function, static_argnames="power"), jax.jit(function)
+
+    @functools.wraps(function)
+    def call(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        is_fixed = isinstance(options.get("power", 1), int)
+        return (of_fixed_power if is_fixed else of_any_power)(*args, **options)
+
+    return call
+
+
+@_once_a_program
 def add_key_mass(
     forward: ForwardPass,
     number: Int[Array, ""],
@@ -155,6 +168,7 @@ def add_key_mass(
     rows: Rows,
     hidden: Hidden,
     mass: Mass,
+    *,
     power: Power = 1,
 ) -> Mass:
     """Add the attention that each key of a layer receives from these rows, summed over heads and rows.
@@ -166,19 +180,7 @@ def add_key_mass(
       hidden: of the rows, at the layer's input.
       power: a number is static. As data, a power of two.
     """
-    add = _add_of_fixed_power if isinstance(power, int) else _add_of_any_power
-    return add(forward, number, store, rows, hidden, mass, power)
 
-
-def _add_key_mass(
-    forward: ForwardPass,
-    number: Int[Array, ""],
-    store: AnyStore,
-    rows: Rows,
-    hidden: Hidden,
-    mass: Mass,
-    power: Power,
-) -> Mass:
     def add(start: Array, part: Rows, mass: Array) -> Array:
         x = lax.dynamic_slice_in_dim(hidden, start, len(part.token))
         layer = forward.layer(number)
@@ -186,11 +188,6 @@ def _add_key_mass(
         return mass + forward.decoder.ops.key_mass(queries(layer, x, part), store, *about)
 
     return fold_chunks(rows, forward.chunk, add, mass)
-
-
-# Compiled as functions of their own, so that a program has each once.
-_add_of_fixed_power = jax.jit(_add_key_mass, static_argnums=6)
-_add_of_any_power = jax.jit(_add_key_mass)
 
 
 def add_vote(
@@ -210,12 +207,12 @@ def add_vote(
     windows = forward.decoder.config.windows
     sees_all = np.array([window is None for window in windows])
     if sees_all.all() or not sees_all.any():
-        return add_key_mass(forward, number, store, rows, hidden, mass, power)
+        return add_key_mass(forward, number, store, rows, hidden, mass, power=power)
     first, end = among
     numbers = np.arange(len(windows))
     some = jnp.any(sees_all & (numbers >= first) & (numbers < end))
 
     def add(mass: Array) -> Array:
-        return add_key_mass(forward, number, store, rows, hidden, mass, power)
+        return add_key_mass(forward, number, store, rows, hidden, mass, power=power)
 
     return lax.cond(jnp.asarray(sees_all)[number] | ~some, add, lambda mass: mass, mass)

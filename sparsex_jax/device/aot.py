@@ -23,7 +23,7 @@ from sparsex_jax.device.decode import DecodeState, decode, steps_together
 from sparsex_jax.device.described import backend_of, lowering_for
 from sparsex_jax.device.packed import packed
 from sparsex_jax.device.pieces import gather, layer_groups, piece_sharding, scatter
-from sparsex_jax.device.prefill import align, last_layers, prefill
+from sparsex_jax.device.prefill import align, cross, last_layers, prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN, Signal
 from sparsex_jax.device.state import BatchSlot, state_in
@@ -80,6 +80,20 @@ def lower_prefill(
         return unwrap(prefill)(params, store, plan, state, until, jnp.bool(False), **static)
 
     return _lower(step, mesh, store, params, plan, state, jnp.int32(model.num_layers))
+
+
+def lower_choice(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_tokens: int) -> Lowered:
+    """The choice of rows by key mass, of the bucket that holds this number of tokens."""
+    shapes = _shapes(model, engine, mesh)
+    plan, state = _begun(num_tokens, model, engine, shapes, tuple(BUILT_IN))
+    _, chunk = shapes.bucket(plan.fresh.size)
+    static = {"decoder": _decoder(model, mesh), "signal": BUILT_IN["key_mass"], "chunk": chunk}
+    params, store = _params(model, engine, mesh), abstract_any_store(model, engine, mesh)
+
+    def step(store: AnyStore, params: Params, plan: PrefillPlan, state: PrefillState) -> Any:
+        return unwrap(cross)(params, store, plan, state, **static)
+
+    return _lower(step, mesh, store, params, plan, state)
 
 
 def lower_prefill_at_once(model: ModelConfig, engine: EngineConfig, mesh: Mesh, num_rows: int) -> Lowered:

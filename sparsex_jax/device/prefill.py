@@ -116,7 +116,7 @@ def prefill(
         store, state, crosses = carry
         at_boundary = jnp.any(plan.boundaries.layer == state.layer)
         crosses &= state.layer < until  # else it is now
-        enter = functools.partial(_enter, forward, plan, signals)
+        enter = functools.partial(_enter, forward, plan, functools.partial(_score, signals))
         store, state = lax.cond(at_boundary, enter, lambda store, state: (store, state), store, state)
         end = jnp.minimum(until, _next_boundary(plan, state.layer, decoder.config.num_layers))
         store, hidden = run_layers(forward, state.layer, end, store, state.rows, state.hidden)
@@ -128,6 +128,32 @@ def prefill(
 
     store, state, _ = lax.while_loop(goes_on, run_phase, (store, state, crossing))
     return store, decoder.ops.replicated(state), _last_logits(forward, state)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("decoder", "signal", "chunk"),
+    donate_argnames=("store", "state"),
+    compiler_options=WITH_STORE,
+)
+def cross(
+    params: Params,
+    store: AnyStore,
+    plan: PrefillPlan,
+    state: PrefillState,
+    *,
+    decoder: Decoder,
+    signal: Signal,
+    chunk: int,
+) -> tuple[AnyStore, PrefillState]:
+    """Cross the boundary before layer `state.layer`, which has this signal. It asks a GPU's host nothing.
+
+    `prefill` asks which signal it is, how many chunks have rows, and whether layers follow; and what is dispatched
+    behind it waits for the answers. Arguments as there.
+    """
+    forward = ForwardPass(params, plan.page_tables, decoder, chunk, asks_nothing=True)
+    store, state = _enter(forward, plan, lambda boundary, store, _: _by(signal, boundary, store), store, state)
+    return store, decoder.ops.replicated(state)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "unit", "size"))
@@ -188,15 +214,19 @@ def _next_boundary(plan: PrefillPlan, layer: Int[Array, ""], num_layers: int) ->
 def _enter(
     forward: ForwardPass,
     plan: PrefillPlan,
-    signals: tuple[Signal, ...],
+    score: Callable[[Boundary, AnyStore, Int[Array, ""]], tuple[AnyStore, Scores]],
     store: AnyStore,
     state: PrefillState,
 ) -> tuple[AnyStore, PrefillState]:
-    """Cross the boundary that stands here: score the rows, choose those that go on, and drop the others."""
+    """Cross the boundary that stands here: score the rows, choose those that go on, and drop the others.
+
+    Args:
+      score: takes the boundary, the store, and the number of the boundary's signal.
+    """
     at = jnp.argmax(plan.boundaries.layer == state.layer)
     probe_layers = plan.boundaries.probe_layers[at]
     boundary = Boundary(forward, state.layer, state.rows, state.hidden, plan.fresh, plan.scores, probe_layers)
-    store, scores = _score(boundary, store, signals, plan.boundaries.signal[at])
+    store, scores = score(boundary, store, plan.boundaries.signal[at])
     budget = jax.tree.map(lambda lines: lines[at], plan.boundaries.budget)
     keep = _choose(boundary, plan, plan.boundaries.forced[at], budget, scores)
     rows, hidden = _narrow(state.rows, state.hidden, keep)
@@ -207,24 +237,23 @@ def _enter(
 
 
 def _score(
-    boundary: Boundary, store: AnyStore, signals: tuple[Signal, ...], number: Int[Array, ""]
+    signals: tuple[Signal, ...], boundary: Boundary, store: AnyStore, number: Int[Array, ""]
 ) -> tuple[AnyStore, Scores]:
     """What the signal of this number says of the rows; zeros for -1. Probes share a branch."""
 
     def no_signal(store: AnyStore) -> tuple[AnyStore, Array]:
         return store, jnp.zeros(len(boundary.hidden))
 
-    def by(signal: Signal) -> Callable[[AnyStore], tuple[AnyStore, Array]]:
-        return lambda store: _checked(signal, *signal(boundary, store), len(boundary.hidden))
-
     signals = with_one_pass(signals, number)
     branches = list(dict.fromkeys(signals))
     branch = jnp.array([0, *(1 + branches.index(signal) for signal in signals)])[number + 1]
-    return lax.switch(branch, [no_signal, *map(by, branches)], store)
+    return lax.switch(branch, [no_signal, *(functools.partial(_by, each, boundary) for each in branches)], store)
 
 
-def _checked(signal: Signal, store: AnyStore, scores: Scores, num_rows: int) -> tuple[AnyStore, Scores]:
-    """What a signal returned; a score that is NaN is the lowest."""
+def _by(signal: Signal, boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
+    """What a signal says of the rows; a score that is NaN is the lowest."""
+    store, scores = signal(boundary, store)
+    num_rows = len(boundary.hidden)
     if jnp.shape(scores) != (num_rows,):
         name = getattr(signal, "__name__", repr(signal))
         raise TypeError(
@@ -311,7 +340,7 @@ def top_rows(
     place = jnp.arange(len(order))
     begins = jnp.diff(request, prepend=-1).astype(bool) | jnp.diff(block[order], prepend=-1).astype(bool)
     begin = lax.cummax(jnp.where(begins, place, 0))
-    first = jnp.searchsorted(request, request, side="left")
+    first = lax.cummax(jnp.where(jnp.diff(request, prepend=-1).astype(bool), place, 0))
     held = _held_before(jnp.where(candidates, scores, 0)[order], request, begin, first)
     least, coverage, most = (each.at[request].get(mode="fill", fill_value=0) for each in _parts(budget))
     allowed = (begin - first < least) | ((begin - first < most) & (held < coverage))
@@ -369,5 +398,6 @@ def _last_logits(forward: ForwardPass, state: PrefillState) -> Float[Array, "req
 
 
 def _logits_of_last(forward: ForwardPass, state: PrefillState) -> Float[Array, "requests vocab"]:
-    last = jnp.searchsorted(state.rows.request, jnp.arange(len(forward.page_tables)), side="right") - 1
+    requests = jnp.arange(len(forward.page_tables))
+    last = jnp.searchsorted(state.rows.request, requests, side="right", method="compare_all") - 1
     return logits(forward.params, forward.decoder.config, state.hidden[last])

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int, UInt32
 
@@ -44,6 +44,7 @@ from sparsex_jax.device.prefill import (
     align,
     begin,
     chunk_of,
+    cross,
     last_layers,
     last_logits,
     pack,
@@ -53,7 +54,7 @@ from sparsex_jax.device.prefill import (
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.sampling import Sampled, Sampling, sample_step
 from sparsex_jax.device.scoring import Scores, score
-from sparsex_jax.device.signals import Signal, signals_for
+from sparsex_jax.device.signals import CROSSED_ALONE, Signal, signals_for
 from sparsex_jax.model.adapters import AdapterWeights
 from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.forward_pass import ForwardPass
@@ -100,6 +101,11 @@ def _are_finite(logits: Float[Array, "requests vocab"]) -> Bool[Array, "requests
     return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames="ops")
+def _line(logits: Float[Array, "requests vocab"], number: Int[Array, ""], *, ops: Ops) -> Float[Array, "vocab"]:
+    return ops.replicated(lax.dynamic_index_in_dim(logits, number, keepdims=False))
+
+
 @jax.jit
 def _finite_slots(store: AnyStore, pages: Int[Array, "asked"]) -> Bool[Array, "asked page_size"]:
     finite = jnp.isfinite(kv_of(store)[:, pages]).all(axis=(0, 2, 3, 5))
@@ -126,6 +132,7 @@ class PrefillRun:
 
     Attributes:
       requests: what it prefills: requests of one schedule.
+      signals: those that its program has, by name.
       next_layer: layers before it have run, or are on their way.
       logits: float32 `[requests, vocab]` of each line's last token, on the device, once all layers have run.
       late, late_copies: what is still to be pasted, from layer `num_pasted` on.
@@ -136,7 +143,7 @@ class PrefillRun:
         requests: Sequence[RequestPlan],
         plan: PrefillPlan,
         state: PrefillState,
-        signals: tuple[Signal, ...],
+        signals: Mapping[str, Signal],
         late: Sequence[Late] = (),
         late_copies: Sequence[Packed[Copies]] = (),
         first_reading_layer: int = 0,
@@ -158,6 +165,16 @@ class PrefillRun:
             return 0
         return max(request.layers_read_at(self.next_layer) for request in self.requests)
 
+    def start_fetching(self) -> None:
+        """Begin to bring to the host what `computed` reads, once all layers are on their way."""
+        if len(self._needed) > 1:
+            self.state.active.copy_to_host_async()
+            self.state.covered.copy_to_host_async()
+
+    @property
+    def _needed(self) -> list[int]:
+        return needed_phases(self.requests, self.next_layer)
+
     def computed(self) -> list[Computed]:
         """What was computed of each request, once all layers have run.
 
@@ -165,7 +182,7 @@ class PrefillRun:
         because it narrows nothing, computes what the one before it does.
         """
         requests, sizes = self.requests, [request.num_rows for request in self.requests]
-        needed = needed_phases(requests, self.next_layer)
+        needed = self._needed
         ran = np.searchsorted(needed, np.arange(len(requests[0].phases)), side="right") - 1
         rows, covered = np.ones((len(needed), sum(sizes)), bool), np.zeros((0, len(requests)), np.float32)
         if len(needed) > 1:
@@ -277,7 +294,8 @@ class Runner:
         self.arrivals: Arrivals | None = None
         self._everywhere = NamedSharding(mesh, PartitionSpec())
         # On the devices, so that no step waits for one of them behind what comes from host memory.
-        most = max(model.num_layers, engine.decode_steps, self.shapes.max_rows // self.shapes.unit)
+        rows = self.shapes.max_rows // self.shapes.unit
+        most = max(model.num_layers, engine.decode_steps, rows, self.shapes.max_requests)
         self._numbers: list[Any] = self._placed([np.int32(number) for number in range(most + 1)])
         self._flags = self._placed([np.bool_(False), np.bool_(True)])
         self._probed_together: set[tuple[int, int]] = set()
@@ -297,7 +315,7 @@ class Runner:
         laid_out = plan_prefill(requests, self.shapes, self.model.num_layers, tuple(signals))
         plan, state = self._call(begin, self.params, self._sent(laid_out), decoder=self.decoder)
         first = min(request.first_reading_layer(self.model.num_layers) for request in requests)
-        run = PrefillRun(requests, plan, state, tuple(signals.values()), late, self._late_copies(late), first)
+        run = PrefillRun(requests, plan, state, signals, late, self._late_copies(late), first)
         if self.arrivals is not None and late:
             self.arrivals.send()  # behind the plan, which would have to wait for it
         return run
@@ -363,6 +381,8 @@ class Runner:
         until = num_layers if layers is None else min(run.next_layer + layers, num_layers)
         while run.next_layer < until:
             self._advance(run, self._paste_late(run, until))
+        if run.done:
+            run.start_fetching()
         return run.logits
 
     def _advance(self, run: PrefillRun, until: int) -> None:
@@ -380,7 +400,7 @@ class Runner:
     def _run_layers(self, run: PrefillRun, until: int, *, crossing: bool = False) -> Float[Array, "requests vocab"]:
         """Dispatch layers of all rows, up to `until`, and if `crossing` the choice of rows for that one."""
         about = self.params, self.store, run.plan, run.state, self._numbers[until], self._flags[crossing]
-        static = {"decoder": self.decoder, "signals": run.signals, "chunk": self._chunk(run.plan)}
+        static = {"decoder": self.decoder, "signals": tuple(run.signals.values()), "chunk": self._chunk(run.plan)}
         self.store, run.state, logits = self._run(prefill, *about, **static)
         return logits
 
@@ -394,11 +414,23 @@ class Runner:
     def _run_at_once(self, run: PrefillRun, first: int | None, rows: int) -> None:
         """Dispatch all layers: of all rows up to the choice before layer `first`, and of the others chunk by chunk."""
         if first is not None:
-            self._run_layers(run, first, crossing=True)
+            self._run_to_choice(run, first)
         start = None if not first else self._numbers[first]
         for number, size in self.shapes.chunks_at_once(rows):
             self._run_chunk(run, number, size, start)
         run.logits = self._run(last_logits, self.params, run.plan, run.state, decoder=self.decoder)
+
+    def _run_to_choice(self, run: PrefillRun, first: int) -> None:
+        """Dispatch the layers before `first`, and the choice of rows for that one, which is the last."""
+        signal = next(phase.signal for phase in run.requests[0].phases if phase.start == first)
+        if signal not in CROSSED_ALONE:
+            self._run_layers(run, first, crossing=True)
+            return
+        if first:
+            self._run_layers(run, first)
+        about = self.params, self.store, run.plan, run.state
+        static = {"decoder": self.decoder, "signal": run.signals[signal], "chunk": self._chunk(run.plan)}
+        self.store, run.state = self._run(cross, *about, **static)
 
     def _run_chunk(self, run: PrefillRun, number: int, size: int, start: Array | None) -> None:
         """Dispatch the layers from `start` on of one chunk, which may be all rows that the plan has room for."""
@@ -552,9 +584,11 @@ class Runner:
         return [scores.of_rows(rows) for rows in own]
 
     @relayed
-    def logits_of(self, logits: Float[Array, "requests vocab"], line: int) -> Float[np.ndarray, "vocab"]:
-        """One line of logits, on the host. Waits for the device."""
-        return np.asarray(logits[line])
+    def logits_of(self, logits: Float[Array, "requests vocab"], line: int) -> Float[Array, "vocab"]:
+        """One line of logits, on its way to the host. Does not wait for the device."""
+        found: Float[Array, "vocab"] = self._run(_line, logits, self._numbers[line], ops=self.decoder.ops)
+        found.copy_to_host_async()
+        return found
 
     @relayed
     def are_finite(self, logits: Float[Array, "requests vocab"]) -> Bool[np.ndarray, "requests"]:

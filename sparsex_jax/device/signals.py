@@ -26,7 +26,7 @@ from sparsex_jax.model.forward_pass import ForwardPass, Mass
 from sparsex_jax.model.layers import add_key_mass, add_vote, run_layer
 from sparsex_jax.model.ops import NewKV
 from sparsex_jax.model.store import AnyStore
-from sparsex_jax.reuse.plan import Rows, fold_chunks
+from sparsex_jax.reuse.plan import Rows
 
 Scores = Float[Array, "rows"]
 
@@ -215,7 +215,7 @@ def kv_deviation(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]
         return store, lax.dynamic_update_slice_in_dim(deviation, moved, start, 0)
 
     nothing = jnp.zeros(len(boundary.hidden))
-    return fold_chunks(boundary.rows, boundary.forward.chunk, measure, (store, nothing))
+    return boundary.forward.fold_chunks(boundary.rows, measure, (store, nothing))
 
 
 def given(boundary: Boundary, store: AnyStore) -> tuple[AnyStore, Scores]:
@@ -235,6 +235,8 @@ BUILT_IN: dict[str, Signal] = {
 }
 # What stands for some of them where the store has mirrors.
 WITH_MIRRORS: dict[str, Signal] = {"key_mass": key_mass_of_copies}
+# For which there is a program that crosses a last boundary and nothing else: the one that most prefills ask for.
+CROSSED_ALONE = ("key_mass",)
 SIGNALS = dict(BUILT_IN)  # and those that `signal` registers
 
 
@@ -270,7 +272,7 @@ def _refresh_kv(boundary: Boundary, store: AnyStore) -> AnyStore:
     def write(start: Array, part: Rows, store: AnyStore) -> AnyStore:
         return _write(boundary, store, boundary.chunk_of(start, part), part)
 
-    return fold_chunks(boundary.rows, boundary.forward.chunk, write, store)
+    return boundary.forward.fold_chunks(boundary.rows, write, store)
 
 
 def _write(boundary: Boundary, store: AnyStore, new: NewKV, part: Rows) -> AnyStore:

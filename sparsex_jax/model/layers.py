@@ -21,7 +21,7 @@ from sparsex_jax.model.ops import WHOLE_ROWS
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.turns import STAGES, HiddenSums, WholeLayers
 from sparsex_jax.model.weights import Params
-from sparsex_jax.reuse.plan import Rows, fold_chunks
+from sparsex_jax.reuse.plan import Rows
 from sparsex_kernels.layout import PageTables, Power
 
 
@@ -145,7 +145,7 @@ def run_layer(
         store, x = decoder_layer(layer, store, x, part, forward.page_tables)
         return store, lax.dynamic_update_slice_in_dim(hidden, x, start, 0)
 
-    return fold_chunks(rows, forward.chunk, run_chunk, (store, hidden))
+    return forward.fold_chunks(rows, run_chunk, (store, hidden))
 
 
 def _once_a_program[**Arguments, Result](function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -187,7 +187,7 @@ def add_key_mass(
         about = number, part, forward.page_tables, power, layer.window
         return mass + forward.decoder.ops.key_mass(queries(layer, x, part), store, *about)
 
-    return fold_chunks(rows, forward.chunk, add, mass)
+    return forward.fold_chunks(rows, add, mass)
 
 
 def add_vote(

@@ -89,11 +89,14 @@ class Rows:
         return rows, origin
 
 
-def fold_chunks[Carry](rows: Rows, size: int, body: Callable[[Array, Rows, Carry], Carry], carry: Carry) -> Carry:
+def fold_chunks[Carry](
+    rows: Rows, size: int, body: Callable[[Array, Rows, Carry], Carry], carry: Carry, *, every: bool = False
+) -> Carry:
     """Fold `body(start, chunk, carry)` over the rows, `size` at a time, up to the last chunk that has a valid row.
 
     Args:
       size: divides the number of rows.
+      every: chunks of padding, too.
     """
     if len(rows.token) == size:
         return body(jnp.int32(0), rows, carry)
@@ -101,7 +104,7 @@ def fold_chunks[Carry](rows: Rows, size: int, body: Callable[[Array, Rows, Carry
     def step(i: Array, carry: Carry) -> Carry:
         return body(i * size, rows.chunk(i * size, size), carry)
 
-    return jax.lax.fori_loop(0, -(-rows.count // size), step, carry)
+    return jax.lax.fori_loop(0, len(rows.token) // size if every else -(-rows.count // size), step, carry)
 
 
 @struct.dataclass

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from sparsex_jax.cache import Segment
 from sparsex_jax.device.decode import DecodeState
@@ -116,13 +116,13 @@ class Prefilled(NamedTuple):
     Attributes:
       sampled: the token behind each sequence's stage, as NumPy arrays; no tokens if no sequence of the plan wants one.
       computed: of each sequence.
-      logits: float32 `[sequences, vocab]`, on the device.
+      logits: float32 `[vocab]` of each sequence that wants those behind its prompt, on their way from the device.
       scores: what the rows of each sequence say of the prompt's tokens. None: no sequence asks for that.
     """
 
     sampled: Sampled
     computed: list[Computed]
-    logits: Array
+    logits: dict[int, Float[Array, "vocab"]]
     scores: list[Scores] | None
 
 
@@ -257,9 +257,13 @@ class Execution:
             return None
         assert run.logits is not None
         self._copy_texts(sequences)
+        # All that is fetched is on its way before anything waits for the device.
+        logits = {
+            slot: self._runner.logits_of(run.logits, slot) for slot, one in enumerate(sequences) if one.wants_logits_next
+        }
         wanted = any(len(one.stages) == 1 and one.output.max_new_tokens for one in sequences)
         sampled = self._first_tokens(run.logits, sequences) if wanted else self._no_tokens(run.logits)
-        return Prefilled(sampled, run.computed(), run.logits, self._scores(run, sequences))
+        return Prefilled(sampled, run.computed(), logits, self._scores(run, sequences))
 
     def _scores(self, run: PrefillRun, sequences: list[Sequence]) -> list[Scores] | None:
         numbers = [sequence.scores.number for sequence in sequences if sequence.scores is not None]

@@ -547,8 +547,8 @@ class Loop:
             return
         sequence.finish_stage(prefilled.computed[slot])
         if not sequence.stages:
-            if sequence.wants_logits and not sequence.output.token_ids:  # else it was preempted behind its first token
-                sequence.logits = self.runner.logits_of(prefilled.logits, slot)
+            if slot in prefilled.logits:
+                sequence.logits = np.asarray(prefilled.logits[slot])
             sequence.finish_prefill(self.runner.model.num_layers)
             self._take(sequence, prefilled.sampled, slot, first=True)
 

@@ -436,6 +436,12 @@ class Sequence:
         """Which tokens of the whole prompt `prompt` has, if it is an excerpt."""
         return None if self.excerpt is None else self.excerpt[1].keep
 
+    @property
+    def wants_logits_next(self) -> bool:
+        """Whether the next stage gives logits that are wanted. Behind its first token it does not, if it was preempted
+        there."""
+        return self.wants_logits and len(self.stages) == 1 and not self.output.token_ids
+
     def finish_stage(self, computed: Computed) -> None:
         """Its first stage has run.
 

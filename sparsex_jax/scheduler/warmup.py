@@ -37,7 +37,7 @@ from sparsex_jax.config import MAX_LOGPROBS, ReuseConfig, SamplingParams, Struct
 from sparsex_jax.device.ahead import Ahead
 from sparsex_jax.device.kept_programs import KeptPrograms
 from sparsex_jax.device.sampling import NON_FINITE
-from sparsex_jax.device.signals import signals_for
+from sparsex_jax.device.signals import CROSSED_ALONE, signals_for
 from sparsex_jax.device.state import BatchSlot, batch_slots, state_in
 from sparsex_jax.errors import NonFiniteLogitsError, StructureError
 from sparsex_jax.reuse.methods import Method, Phase, method_of
@@ -120,8 +120,9 @@ def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
         for phases in _phases(loop, prompt):
             run = loop.runner.begin([RequestPlan(prompt, phases, pages, (copied,))])
             loop.runner.advance(run, 1 if steers else None)  # there, all layers are other programs
-        everything, choice = Phase(0, prompt.computed | prompt.reused), Phase(1, prompt.fresh)
-        for size, phases in itertools.product(at_once, ((everything, choice), (everything,))):
+        everything, choices = Phase(0, prompt.computed | prompt.reused), (None, *CROSSED_ALONE)
+        schedules = [(everything, Phase(1, prompt.fresh, signal)) for signal in choices]
+        for size, phases in itertools.product(at_once, (*schedules, (everything,))):
             with loop.runner.padding_to(bucket, size):
                 run = loop.runner.begin([RequestPlan(prompt, phases, pages)])
                 loop.runner.advance(run)
@@ -129,6 +130,7 @@ def _prefill(loop: Loop, bucket: tuple[int, int]) -> None:
             loop.runner.score(run, [np.zeros(1, np.int32)], number)
     assert run.logits is not None
     loop.runner.are_finite(run.logits)  # which is asked where no token is wanted, as of texts to remember
+    loop.runner.logits_of(run.logits, 0)
 
 
 def _phases(loop: Loop, prompt: PromptMap) -> list[tuple[Phase, ...]]:

@@ -372,6 +372,7 @@ def sums_over_gpus(mesh, about):
         (32, 8192, 2, (None,)),
         (5, 512, 2, (None,)),
         (300, 4096, 8, (300, 205, 1, 0, 270)),
+        (1536, 4096, 2, (1536, 1319, 1)),
         (2048, 4096, 1, (2048, 0, 1, 1300, 264, 265)),
     ],
 )
@@ -400,10 +401,14 @@ def test_add_norm_sums_over_gpus(rows, width, parts, counts):
         assert all(same(hidden[0, :, :count], other[:, :count]) for other in hidden[1:])  # all GPUs have the same
 
 
-@pytest.mark.parametrize(("rows", "count"), [(1, 1), (8, 5), (64, 64)])
-def test_linear_parts(rows, count):
+@pytest.mark.parametrize(
+    ("rows", "count", "inputs", "widths"),
+    [(1, 1, 4096, (4096, 1024, 1024)), (8, 5, 4096, (4096, 1024, 1024)), (64, 64, 4096, (4096, 1024, 1024))]
+    + [(1536, count, 14336, (4096,)) for count in (1536, 1319, 1025)],
+)
+def test_linear_parts(rows, count, inputs, widths):
     skip_unless_hopper()
-    x, weights = stacks(rows, 4096, (4096, 1024, 1024))
+    x, weights = stacks(rows, inputs, widths)
     run = jax.jit(lambda *args: kernels.linear_parts(*args, implementation="hopper").parts.sum(0))
     expected = np.concatenate(exact(x, weights, 2), axis=1)
     assert relative_error(run(x, weights, jnp.int32(2), jnp.int32(count))[:count], expected[:count]) < 4e-3

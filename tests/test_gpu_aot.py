@@ -91,7 +91,7 @@ def test_sums_over_a_mesh_run_beside_kernels():
 
 @needs_compiler
 @pytest.mark.gpu_aot
-@pytest.mark.parametrize(("num_devices", "rows"), [(1, 1024), (1, 2048), (2, 1024)])
+@pytest.mark.parametrize(("num_devices", "rows"), [(1, 1024), (1, 1536), (1, 2048), (2, 1024), (2, 1536)])
 def test_a_prefill_at_once_asks_nothing(num_devices, rows):
     """On a mesh kernels sum over few rows."""
     mesh = mesh_of(num_devices)
@@ -100,6 +100,18 @@ def test_a_prefill_at_once_asks_nothing(num_devices, rows):
     assert found.kernels == (9 if rows == 1024 else 8) * LAYERS
     assert found.others <= 2 * LAYERS + 60
     assert found.collectives == 0
+
+
+@needs_compiler
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_the_last_choice_of_rows_asks_nothing(num_devices):
+    """So that what goes on with them is dispatched meanwhile."""
+    mesh = mesh_of(num_devices)
+    found = program(aot.lower_choice(LLAMA, ENGINE, mesh, 8192), mesh).whole()
+    assert found.questions == 0
+    assert found.kernels + found.others <= 200
+    assert found.collectives <= num_devices - 1
 
 
 @needs_compiler

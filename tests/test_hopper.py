@@ -497,6 +497,16 @@ def test_parts_of_a_product_add_up_to_it():
     assert relative_error(parts.sum(0), whole[0]) < 4e-3
 
 
+@pytest.mark.parametrize(
+    ("rows", "inputs", "splits"),
+    [(1536, 14336, 2), (1536, 7168, 2), (1536, 4096, 1), (2048, 14336, 1), (4096, 14336, 1), (1024, 14336, 8)],
+)
+def test_long_sums_of_many_rows_have_two_parts_where_a_round_of_programs_would_be_half_empty(rows, inputs, splits):
+    config = linear_hopper.choose_config(rows, inputs, (4096,), fits=True)
+    assert (config.splits, config.fits) == (splits, rows == 1024)
+    assert linear_hopper.choose_config(rows, inputs, (4096,)).splits == 1  # for who adds no parts
+
+
 def test_parts_of_few_of_many_rows_are_as_many_as_fit():
     """One program. Rows that are not wanted hold NaN."""
     x, weights = stacks(300, 512, (64,))

@@ -28,7 +28,7 @@ from sparsex_jax.device.prefill import prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
-from sparsex_jax.model import layers
+from sparsex_jax.model import layers, ops
 from sparsex_jax.model.forward_pass import ForwardPass
 from sparsex_jax.model.layers import run_layer, run_layers
 from sparsex_jax.model.ops import Ops
@@ -117,7 +117,7 @@ def test_a_mesh_gives_the_logits_and_tokens_of_one_device(tensor_parallel):
 def turns(monkeypatch):
     """A mesh takes chunks through layers as one of GPUs does: in turns or in halves, and sums run beside other work.
     Programs do not tell such meshes apart, so tests that use it have chunks of sizes of their own."""
-    monkeypatch.setattr(layers, "WHOLE_ROWS", 16)
+    monkeypatch.setattr(ops, "WHOLE_ROWS", 16)
     monkeypatch.setattr(Ops, "host_steers", property(lambda ops: ops.mesh.size > 1))
     monkeypatch.setattr(Ops, "hides_sums", property(lambda ops: ops.mesh.size > 1))
 

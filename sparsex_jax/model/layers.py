@@ -17,7 +17,6 @@ from sparsex_jax.model.decoder import Hidden, OneLayer, Stream, chained_layer, d
 from sparsex_jax.model.forward_pass import ForwardPass, Mass
 from sparsex_jax.model.halves import Halves, layer_of_halves
 from sparsex_jax.model.hoisting import hoisted
-from sparsex_jax.model.ops import WHOLE_ROWS
 from sparsex_jax.model.store import AnyStore
 from sparsex_jax.model.turns import STAGES, HiddenSums, WholeLayers
 from sparsex_jax.model.weights import Params
@@ -56,7 +55,7 @@ def all_layers(
     Args:
       first: only the layers from this one on, in a loop, which asks before each. None: all.
     """
-    if forward.decoder.ops.hides_sums and len(rows.token) > WHOLE_ROWS:
+    if forward.decoder.ops.hides_sums and len(rows.token) > forward.decoder.ops.exchanged_rows:
         return _all_layers_of_halves(forward, store, rows, hidden, first)
 
     def any_layer(

@@ -142,7 +142,8 @@ class Shapes:
             sizes.append(4 * sizes[-1])
         few = chunk // 2
         buckets = ((few, few), *((size, chunk) for size in sizes))
-        return cls(buckets, max_requests, -(-max_context // page_size), at_once=(few, chunk), unit=chunk)
+        at_once = few, 3 * chunk // 4, chunk
+        return cls(buckets, max_requests, -(-max_context // page_size), at_once=at_once, unit=chunk)
 
     @classmethod
     def of_engine(cls, model: ModelConfig, engine: EngineConfig, *, platform: str, pairs: bool = False) -> Shapes:

@@ -16,7 +16,7 @@ from sparsex_kernels.linear.apart import plus
 from sparsex_kernels.linear.hopper_codes import products_of_codes
 from sparsex_kernels.linear.xla import ACTIVATIONS
 from sparsex_kernels.mosaic import MULTIPROCESSORS, WGMMA_ROWS
-from sparsex_kernels.product_parts import ProductParts, one_part, sum_parts
+from sparsex_kernels.product_parts import MOST_ROWS, ProductParts, one_part, sum_parts
 from sparsex_kernels.quantised import SQUARE, Quantised, floats
 
 NARROW = 512  # up to this many columns, few rows take tiles of 64: of 128 there are too few for all multiprocessors
@@ -24,6 +24,8 @@ NARROW = 512  # up to this many columns, few rows take tiles of 64: of 128 there
 # programs writes 17.
 MOST_PARTS = 8
 SPLIT_ROWS = 1024  # up to this many, the number of parts is data where it may be
+# Steps of a program that two parts have to save to be worth it: to write and read them takes 15 us of 1319 rows of 4096.
+WORTH_PARTS = 48
 
 
 def linear(args: LinearArgs, config: Config | None = None) -> tuple[Float[Array, "rows _"], ...]:
@@ -132,15 +134,19 @@ def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int
     1024 rows wanted, 4096 outputs of 14336 inputs should take 56 steps of 0.7 us in 4 parts, not 224 in one; to write
     17 MB of parts and read them again takes some 9 us of the 118 that this saves.
 
+    Of 1025 to 2048 rows, tiles that need two rounds of programs and leave half of the second one idle have two parts. With
+    1536 rows, 4096 outputs of 14336 inputs take 3 rounds of 112 steps, not 2 of 224.
+
     Args:
       matrices: 2 for a gated product, whose tile has half of its columns of each.
-      fits: whether the number of parts that are used may be data, for who reads no others.
+      fits: whether parts are added by who reads them, and of no more than are used.
     """
     few = rows <= WGMMA_ROWS
     most = (64 * matrices if sum(widths) <= NARROW else 128) if few else 256
     columns = next((n for n in (256, 128, 64) if n <= most and not any(w % n for w in widths)), 0)
     if not columns:
         raise NotImplementedError(f"weights of {widths} columns; the kernel takes multiples of 64")
+    many = fits and SPLIT_ROWS < rows <= MOST_ROWS
     fits = fits and not few and rows <= SPLIT_ROWS
     row_tiles = 1 if fits else -(-rows // (WGMMA_ROWS if few else 2 * WGMMA_ROWS))
     tiles = sum(widths) // columns * row_tiles
@@ -148,4 +154,10 @@ def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int
     splits = max(min(wanted, inputs // (4 * DEPTH), MOST_PARTS if fits else wanted), 1)
     if few:
         return Config(1, columns, splits, 3, tiles * splits)
+    splits = _parts_of_many(tiles, inputs // DEPTH) if many else splits
     return Config(2, columns, splits, 4, MULTIPROCESSORS, fits and splits > 1)
+
+
+def _parts_of_many(tiles: int, steps: int) -> int:
+    rounds, of_halves = -(-tiles // MULTIPROCESSORS), -(-2 * tiles // MULTIPROCESSORS) / 2
+    return 2 if (rounds - of_halves) * steps >= WORTH_PARTS else 1

@@ -10,6 +10,7 @@ import pytest
 from conftest import CONFIG, TINY, tiny_engine
 
 from sparsex_jax import ReuseConfig, SamplingParams
+from sparsex_jax.device import runner
 from sparsex_jax.device.decode import FEW_STEPS, decode
 from sparsex_jax.device.runner import Runner
 from sparsex_jax.device.state import BatchSlot, decode_state
@@ -123,7 +124,9 @@ METHODS = {
 
 
 def test_a_prefill_at_once_gives_what_one_by_layers_does(monkeypatch):
-    """In full, behind a prefix and with chosen rows, of one chunk and of several, the last of them a short one."""
+    """In full, behind a prefix and with chosen rows, of one chunk and of several, the last of them a short one.
+
+    A program that does nothing else chooses the rows."""
     stored = [np.arange(2, 34), np.arange(34, 90)]
     long, short = [7, *stored[1], *range(30, 60), *stored[0], 3], [3, *stored[1], 9]
     prompts = [1, *stored[0][:9]], [*stored[0], 5, 6], short, long
@@ -138,9 +141,16 @@ def test_a_prefill_at_once_gives_what_one_by_layers_does(monkeypatch):
         found = [engine.prefill(one, reuse=how, keep=False) for how in METHODS.values() for one in prompts]
         return [each.logits for each in found], [each.report.active.tolist() for each in found]
 
+    crossed, cross = [], runner.cross
+    monkeypatch.setattr(
+        runner, "cross", lambda *args, **static: crossed.append(int(args[3].layer)) or cross(*args, **static)
+    )
+
     expected, active = outcomes(tiny_engine())
     assert not any(at_once for _, _, at_once in taken)
+    assert not crossed
     found, others = outcomes(steered_engine())
+    assert crossed == [first for first, _, at_once in taken if at_once and first is not None]
     chunk = CONFIG.chunk_rows
     kinds = {(first is not None, bool(first), rows > chunk) for first, rows, at_once in taken if at_once}
     assert kinds == {

@@ -422,7 +422,7 @@ class Runner:
 
     def _run_to_choice(self, run: PrefillRun, first: int) -> None:
         """Dispatch the layers before `first`, and the choice of rows for that one, which is the last."""
-        signal = next(phase.signal for phase in run.requests[0].phases if phase.start == first)
+        signal = next(phase.signal for phase in run.requests[0].phases[1:] if phase.start == first)
         if signal not in CROSSED_ALONE:
             self._run_layers(run, first, crossing=True)
             return

@@ -25,8 +25,8 @@ class ForwardPass:
     Attributes:
       page_tables: `[requests, max_pages]`, the pages of each request in order.
       chunk: rows that go through a layer at a time; divides the number of rows.
-      asks_nothing: chunks of padding go through a layer, too. A GPU's host then need not tell how many chunks there are,
-        for which the GPU waits, and kernels take little time where no row is wanted.
+      asks_nothing: chunks of padding go through a layer, too. Then a GPU does not wait for its host to say how many
+        chunks there are, and where no row is wanted, kernels take little time.
     """
 
     params: Params

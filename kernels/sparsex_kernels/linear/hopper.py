@@ -24,7 +24,7 @@ NARROW = 512  # up to this many columns, few rows take tiles of 64: of 128 there
 # programs writes 17.
 MOST_PARTS = 8
 SPLIT_ROWS = 1024  # up to this many, the number of parts is data where it may be
-# Steps of a program that two parts have to save to be worth it: to write and read them takes 15 us of 1319 rows of 4096.
+# Steps that two parts have to save a program to be worth it: of 1319 rows of 4096, to write and read them takes 15 us.
 WORTH_PARTS = 48
 
 
@@ -134,7 +134,7 @@ def choose_config(rows: int, inputs: int, widths: tuple[int, ...], matrices: int
     1024 rows wanted, 4096 outputs of 14336 inputs should take 56 steps of 0.7 us in 4 parts, not 224 in one; to write
     17 MB of parts and read them again takes some 9 us of the 118 that this saves.
 
-    Of 1025 to 2048 rows, tiles that need two rounds of programs and leave half of the second one idle have two parts. With
+    Of 1025 to 2048 rows, a sum has two parts where the tiles would leave half of a last round of programs idle. With
     1536 rows, 4096 outputs of 14336 inputs take 3 rounds of 112 steps, not 2 of 224.
 
     Args:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ from sparsex_kernels.linear import hopper as linear_hopper
 from sparsex_kernels.paged_attention import hopper as hopper_attention
 from sparsex_kernels.paged_attention import hopper_decode, hopper_merge
 from sparsex_kernels.paged_attention.hopper_shape import DEFAULT, Config, Shape
-from sparsex_kernels.paged_attention.parts import key_parts
+from sparsex_kernels.paged_attention.shares import key_shares
 from sparsex_kernels.paged_attention.tiles import Splits, tile_parts
 from sparsex_kernels.product_parts import sum_parts
 from sparsex_kernels.quantised import Quantised, dequantise, quantise, turned
@@ -92,6 +93,7 @@ def test_attention(shape):
 def few_programs(monkeypatch):
     """Decode in few and large programs, as each is slow to interpret."""
     monkeypatch.setattr(hopper_decode, "PROGRAMS", 4)
+    monkeypatch.setattr(hopper_decode, "AT_ONCE", {64: 2, 128: 2})
     monkeypatch.setattr(hopper_merge, "MULTIPROCESSORS", 1)
 
 
@@ -127,17 +129,32 @@ def test_no_program_of_many_rows_or_few_keys_cuts_tiles(rows, length, cut):
     assert Shape.of(arguments(scattered((length,), rows, layers=1)), True, False, DEFAULT).cut is cut
 
 
-@pytest.mark.parametrize(("length", "rows"), [(8193, 8), (32768, 8), (8200, 32), (100, 8)])
-def test_parts_of_keys_fill_whole_rounds_of_programs(length, rows):
-    """Of 8 heads, a GPU runs 132 programs at a time: 16 parts. Each row's blocks are in its parts, in order."""
-    positions = np.full(rows, length - 1) if rows == 32 else np.array([length - 1, *[-1] * (rows - 1)])
-    on = jnp.asarray(positions), jnp.arange(rows), 8
-    parts, spans = map(np.asarray, key_parts(*on, programs=264, block=64, at_once=132))
-    live = parts[parts[:, 4] > parts[:, 3]]
-    assert len(live) * 8 <= 132 * (2 if rows == 32 else 1)
-    for row, (begin, end) in enumerate(spans):
-        own = np.concatenate([np.arange(first, last) for *_, first, last in parts[begin:end]] or [[]])
-        np.testing.assert_array_equal(own, np.arange(-(-(positions[row] + 1) // 64)))
+@pytest.mark.parametrize("lengths", [(8193,), (32768,), (8200,) * 32, (100,), (9000, 0, 64, 65, 0, 4096), (0, 0)])
+@pytest.mark.parametrize("heads", [8, 4])
+@pytest.mark.parametrize("window", [None, 1000])
+def test_shares_of_keys_are_equal_and_have_each_block_once(lengths, heads, window):
+    """A GPU runs 132 programs at a time."""
+    positions = np.array([*lengths, 0, 0, 0]) - 1  # the last ones are padding
+    on = jnp.asarray(positions), jnp.arange(len(positions)), heads
+    cut = {"programs": 264, "block": 64, "at_once": 132, "window": window and jnp.int32(window)}
+    pieces, spans, ranges, number = map(np.asarray, key_shares(*on, **cut))
+
+    def blocks(begin, end):
+        """Rows and their blocks, of pieces."""
+        return [(row, at) for row, _, _, first, last, *_ in pieces[begin:end] for at in range(first, last)]
+
+    ends = positions + 1
+    firsts = np.maximum(ends - (window or max(ends)), 0) // 64
+    expected = [[(row, at) for at in range(firsts[row], -(-end // 64))] for row, end in enumerate(ends)]
+    assert [blocks(*each) for each in spans] == expected
+    assert all(first < last for begin, end in spans for _, _, _, first, last, *_ in pieces[begin:end])
+    assert (pieces[:, 2] == positions[pieces[:, 0]]).all()
+    shares = [blocks(*each) for each in ranges]
+    assert list(itertools.chain(*shares)) == list(itertools.chain(*expected))
+    sizes = [len(share) for share in shares[:number]]
+    assert max(sizes) - min(sizes) <= 1
+    rounds = -(-int(number) * heads // 132)
+    assert rounds * (max(sizes) + 1) <= 1.02 * sum(sizes) * heads / 132 + 3
 
 
 def check_windows(case, windows, attend):

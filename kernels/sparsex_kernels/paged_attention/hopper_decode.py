@@ -1,13 +1,16 @@
 """Paged attention of few rows over many keys for Hopper GPUs, by Pallas' Mosaic GPU: a decode step's.
 
-Reading the keys is all the work, so each row's keys are split into parts (FlashDecoding) of about equal size over all
-rows, and a program attends to one part with the query heads of one KV head. A second kernel (`hopper_merge.py`) merges
-each row's parts by their log-sum-exps; how many parts a row has is data. Only the row's own parts are read, so what is
-not finite in one request's keys or values reaches no other row, and parts that were never written reach none.
+Reading the keys is all the work, so the keys of all rows are cut into equal shares (`shares.py`), and a program attends
+to one share after the other, each with the query heads of one KV head. Its memory warpgroup goes from row to row and on
+to the next share without a pause. Each piece that a share has of a row gives a result of its own (FlashDecoding), and a
+second kernel (`hopper_merge.py`) merges each row's results by their log-sum-exps; how many a row has is data. Only the
+row's own pieces are read, so what is not finite in one request's keys or values reaches no other row, and results that
+were never written reach none.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,13 +36,14 @@ from sparsex_kernels.paged_attention.hopper_low_rank import (
     matrix_scratch,
 )
 from sparsex_kernels.paged_attention.hopper_merge import SHARE, merge
-from sparsex_kernels.paged_attention.parts import Part, key_parts
+from sparsex_kernels.paged_attention.parts import Part
+from sparsex_kernels.paged_attention.shares import key_shares
 
 BLOCK = 64  # keys a step
 STAGES = 5  # blocks in flight
 LOW_RANK_STAGES = 4  # with Y beside V: with heads of 64, two programs still share a multiprocessor
 NARROW_STAGES, STAGED = 2, 12  # of a narrow store: blocks that were widened, and blocks of K or V in flight
-PROGRAMS = 2 * MULTIPROCESSORS  # the most to aim at; more have more to merge
+PROGRAMS = 2 * MULTIPROCESSORS  # the most shares of all heads to aim at; more have more to merge
 AT_ONCE = {64: 2 * MULTIPROCESSORS, 128: MULTIPROCESSORS}  # programs that run at a time, by the size of heads
 
 
@@ -47,7 +51,7 @@ AT_ONCE = {64: 2 * MULTIPROCESSORS, 128: MULTIPROCESSORS}  # programs that run a
 class Shape(AttentionShape):
     """Static sizes of one call."""
 
-    parts: int
+    programs: int
 
 
 def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
@@ -58,8 +62,8 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
     sizes = shared_sizes(args)
     share, heads = sizes["share"], sizes["heads"]
     cut: dict[str, Any] = {"programs": PROGRAMS, "block": BLOCK, "window": args.window, "at_once": AT_ONCE[head_dim]}
-    parts, spans = key_parts(args.positions, args.requests, heads, **cut)
-    shape = Shape(**sizes, parts=len(parts))
+    pieces, spans, ranges, number = key_shares(args.positions, args.requests, heads, **cut)
+    shape = Shape(**sizes, programs=min(AT_ONCE[head_dim], heads * len(ranges)))
     merged = -(-heads * SHARE // WGMMA_ROWS) * WGMMA_ROWS
     query = args.query.reshape(rows, heads, share, head_dim)
     packed = jnp.pad(query, ((0, 0), (0, 0), (0, SHARE - share), (0, 0)))
@@ -67,17 +71,17 @@ def decode(args: AttentionArgs) -> tuple[Queries, Float[Array, "rows q_heads"]]:
         functools.partial(_kernel, shape),
         args.backend,
         out_type=(
-            jax.ShapeDtypeStruct((len(parts), merged, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((len(parts), merged), jnp.float32),
+            jax.ShapeDtypeStruct((len(pieces), merged, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((len(pieces), merged), jnp.float32),
         ),
-        grid=(heads, len(parts)),
-        grid_names=("heads", "part"),
+        grid=(shape.programs,),
+        grid_names=("program",),
         num_threads=3 if shape.narrow else 2,
         scratch_types=_scratch(shape),
     )
     tables = padded_pages(args.store, args.page_tables, 1)
-    operands = packed, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables, parts
-    partial, lse = run(*operands, *low_rank_operands(args))
+    operands = packed, mosaic.flat_store(args.store), mosaic.as_scalar(args.layer), tables
+    partial, lse = run(*operands, pieces, ranges, mosaic.as_scalar(number), *low_rank_operands(args))
     out, lse = merge(partial, lse, spans, q_heads, share, query.dtype, args.backend)
     return out, lse.reshape(rows, -1, SHARE)[:, :heads, :share].reshape(rows, q_heads)
 
@@ -106,41 +110,70 @@ class Operands(NamedTuple):
     store: Ref  # [layers * pages, 2 * kv_heads, page_size, head_dim]
     layer: Ref  # [1]
     tables: Ref  # [requests, max_pages]
-    parts: Ref  # [parts, 5], or 6 where there is a window
-    out: Ref  # [parts, merged, head_dim] float32
-    lse: Ref  # [parts, merged] float32, in base 2
+    pieces: Ref  # [pieces, 5], or 6 where there is a window
+    ranges: Ref  # [shares, 2]
+    number: Ref  # [1]
+    out: Ref  # [pieces, merged, head_dim] float32
+    lse: Ref  # [pieces, merged] float32, in base 2
     low_rank: LowRankRefs | None = None  # if there are adapters
 
     @classmethod
     def of(cls, refs: tuple[Ref, ...]) -> "Operands":
         """These of the kernel's references: what it reads, adapters too, and then its results."""
-        adapters = refs[5:-2]
-        return cls(*refs[:5], *refs[-2:])._replace(low_rank=LowRankRefs(*adapters) if adapters else None)
+        adapters = refs[7:-2]
+        return cls(*refs[:7], *refs[-2:])._replace(low_rank=LowRankRefs(*adapters) if adapters else None)
+
+
+class Piece(NamedTuple):
+    """What a program does at a time: a share's piece of a row, for one group of query heads."""
+
+    number: Array
+    head: Array
+    part: Part
+    done: Array  # blocks that the program was given before it
+
+
+def _over_pieces(shape: Shape, operands: Operands, body: Callable[[Piece], None]) -> Array:
+    """Call `body` for each of the program's pieces that has blocks. Returns the number of their blocks."""
+    program, items = lax.axis_index("program"), operands.number[0] * shape.heads
+
+    def item(i: Array, done: Array) -> Array:
+        at = program + i * shape.programs
+        share, head = lax.div(at, shape.heads), lax.rem(at, shape.heads)
+
+        def step(number: Array, done: Array) -> Array:
+            part = Part(*(operands.pieces[number, n] for n in range(operands.pieces.shape[1])))
+            pl.when(part.begin < part.end)(lambda: body(Piece(number, head, part, done)))
+            return done + part.end - part.begin
+
+        return lax.fori_loop(operands.ranges[share, 0], operands.ranges[share, 1], step, done)
+
+    rounds = lax.div(items - program + shape.programs - 1, shape.programs)
+    return lax.fori_loop(0, rounds, item, jnp.int32(0))
 
 
 def _kernel(shape: Shape, *refs: Ref, **scratch: Ref) -> None:
-    operands = Operands.of(refs)
-    number, head, wg = lax.axis_index("part"), lax.axis_index("heads"), lax.axis_index("wg")
-    part = Part(*(operands.parts[number, n] for n in range(operands.parts.shape[1])))
-    live = part.begin < part.end
+    operands, wg = Operands.of(refs), lax.axis_index("wg")
 
-    @pl.when((wg == 0) & live)
+    @pl.when(wg == 0)
     def compute() -> None:
-        _compute(shape, (number, head), part, operands, scratch)
+        _over_pieces(shape, operands, lambda piece: _compute(shape, piece, operands, scratch))
+        plgpu.wait_smem_to_gmem(0)
 
     # Widening blocks takes longer than reading them: a narrow store has a warpgroup for K and another for V.
     sides = ((0,), (1,)) if shape.narrow else ((0, 1),)
     for side, kinds in enumerate(sides):
 
-        @pl.when((wg == 1 + side) & live)
+        @pl.when(wg == 1 + side)
         def fetch(side: int = side, kinds: tuple[int, ...] = kinds) -> None:
-            _fetch(shape, head, part, operands, BlockRing.of(scratch, side, len(sides)), kinds)
+            ring = BlockRing.of(scratch, side, len(sides))
+            blocks = _over_pieces(shape, operands, lambda piece: _fetch(shape, piece, operands, ring, kinds))
+            mosaic.drain([(ring.k_used, ring.v_used)[kind] for kind in kinds], 0, blocks, ring.stages)
 
 
-def _compute(
-    shape: Shape, program: tuple[Array, Array], part: Part, operands: Operands, scratch: dict[str, Ref]
-) -> None:
-    (number, head), ring, stored = program, BlockRing.of(scratch), pl.ds(0, SHARE)
+def _compute(shape: Shape, piece: Piece, operands: Operands, scratch: dict[str, Ref]) -> None:
+    number, head, part, done = piece
+    ring, stored = BlockRing.of(scratch), pl.ds(0, SHARE)
     q_smem, square = scratch["q_smem"], (WGMMA_ROWS, BLOCK)
     # Only the first rows are filled. The others keep what they held; nothing of them is stored.
     plgpu.copy_gmem_to_smem(operands.query.at[part.row, head], q_smem.at[stored], scratch["q_ready"])
@@ -151,7 +184,7 @@ def _compute(
 
     def step(masked: bool, i: Array, state: Softmax) -> Softmax:
         acc, top, total, low = state
-        slot = lax.rem(i - part.begin, ring.stages)
+        slot = lax.rem(done + i - part.begin, ring.stages)
         plgpu.barrier_wait(ring.k_ready.at[slot])
         s = mosaic.products(q_smem, ring.k_smem.at[slot])
         plgpu.barrier_arrive(ring.k_used.at[slot])
@@ -183,16 +216,17 @@ def _compute(
     if low is not None and low_rank is not None and expansion is not None:
         sums = low / lax.broadcast_in_dim(total, low.shape, [0])
         out = expansion.add(out, sums, low_rank.columns[part.request] >= 0, shape)
+    plgpu.wait_smem_to_gmem(0)  # the results of the piece before
     scratch["out_smem"][...] = out
     scratch["lse_smem"][...] = top + jnp.log2(total)
     plgpu.commit_smem()
     rows = pl.ds(head * SHARE, SHARE)
     plgpu.copy_smem_to_gmem(scratch["out_smem"].at[stored], operands.out.at[number, rows])
     plgpu.copy_smem_to_gmem(scratch["lse_smem"].at[stored], operands.lse.at[number, rows])
-    plgpu.wait_smem_to_gmem(0)
 
 
-def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: BlockRing, kinds: tuple[int, ...]) -> None:
+def _fetch(shape: Shape, piece: Piece, operands: Operands, ring: BlockRing, kinds: tuple[int, ...]) -> None:
+    _, head, part, done = piece
     kv_head, first_page = lax.div(head, shape.repeat), operands.layer[0] * shape.pages
     last, low_rank = lax.div(part.position, BLOCK), operands.low_rank
     column = None if low_rank is None else first_column(low_rank, part.request, shape.rank)
@@ -208,7 +242,7 @@ def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: Bloc
             plgpu.copy_gmem_to_smem(refs.store.at[page, keys, pl.ds(column, shape.rank)], smem, barrier)
 
         return Block(
-            step=i - part.begin,
+            step=done + i - part.begin,
             copy_keys=functools.partial(copy, kv_head),
             copy_values=functools.partial(copy, shape.kv_heads + kv_head),
             is_trimmed=(i == last) | (i * BLOCK < part.first) if shape.windowed else i == last,
@@ -218,4 +252,3 @@ def _fetch(shape: Shape, head: Array, part: Part, operands: Operands, ring: Bloc
         )
 
     fetch_blocks(ring, part.begin, part.end, block_at, pieces=1, kinds=kinds)
-    mosaic.drain([(ring.k_used, ring.v_used)[kind] for kind in kinds], part.begin, part.end, ring.stages)

@@ -8,8 +8,6 @@ from jaxtyping import Int
 
 from sparsex_kernels.layout import RowInts, Window, first_seen
 
-STARTUP = 3  # blocks in whose time a program begins and stores its results
-
 
 class Part(NamedTuple):
     """One row's keys in blocks `begin .. end`, as a line of the table that `key_parts` makes."""
@@ -30,7 +28,6 @@ def key_parts(
     programs: int,
     block: int,
     window: Window | None = None,
-    at_once: int | None = None,
 ) -> tuple[Int[Array, "parts fields"], Int[Array, "rows 2"]]:
     """Cut each row's keys into parts of about one size over all rows.
 
@@ -42,8 +39,6 @@ def key_parts(
       programs: how many programs to aim at.
       block: keys of a block.
       window: blocks before it are in no part.
-      at_once: how many programs the device runs at a time. Parts are then larger than `programs` asks for where fewer
-        rounds of programs take less time. None: all of them.
 
     Returns:
       A line for each part, its `Part` without what is None; and for each row its first part and the one behind its
@@ -56,10 +51,7 @@ def key_parts(
     blocks = (positions + block) // block  # 0 for padding
     skipped = None if window is None else first_seen(positions, window) // block
     blocks = blocks if skipped is None else blocks - skipped
-    if at_once is None:
-        largest = jnp.maximum(-(-blocks.sum() * heads // programs), 1)
-    else:
-        largest = _quickest(blocks, heads, programs, at_once)
+    largest = jnp.maximum(-(-blocks.sum() * heads // programs), 1)
     count = -(-blocks // largest)
     size = -(-blocks // jnp.maximum(count, 1))  # of each row's parts
     ends = jnp.cumsum(count)
@@ -74,16 +66,3 @@ def key_parts(
     filled = -(-blocks // jnp.maximum(size, 1))  # rounding up the size may leave a row's last parts without blocks
     spans = jnp.stack([ends - count, ends - count + filled], axis=-1)
     return parts.astype(jnp.int32), spans.astype(jnp.int32)
-
-
-def _quickest(blocks: Int[Array, "rows"], heads: int, programs: int, at_once: int) -> Int[Array, ""]:
-    """The largest size of a part with which the programs end soonest, each taking as long as `STARTUP` blocks and its
-    own."""
-    # 129 blocks, 8 heads, 264 programs of which 132 run at a time:
-    #   parts of 4 blocks   33 of 8 heads, 264 programs in 2 rounds of 4 + 3
-    #   parts of 9 blocks   15 of 8 heads, 120 programs in 1 round of 9 + 3: sooner
-    aims = jnp.arange(1, max(programs // heads, 1) + 1)
-    sizes = jnp.maximum(-(-blocks.sum() // aims), 1)
-    parts = (-(-blocks // sizes[:, None])).sum(1)
-    rounds = -(-parts * heads // at_once)
-    return sizes[jnp.argmin(rounds * (sizes + STARTUP))]

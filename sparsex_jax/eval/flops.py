@@ -104,7 +104,7 @@ def predicted_fraction(model: ModelConfig, reuse: ReuseConfig, prompt: PromptMap
     rows = [phases[0].forced]
     for phase in phases[1:]:
         candidates = np.flatnonzero(rows[-1] & ~phase.forced)
-        rows.append(_with_some(phase.forced, candidates, min(phase.least - int(phase.forced.sum()), len(candidates))))
+        rows.append(_with_some(phase.forced, candidates, min(phase.budget, len(candidates))))
     return flops_fraction(model, reuse, make_report(prompt, phases, num_layers, 0.0, np.stack(rows)))
 
 
@@ -132,7 +132,7 @@ def _rows(phases: Sequence[Phase], report: Report) -> list[Bool[np.ndarray, "tok
     for phase, computed in zip(later, report.phase_tokens[1:], strict=True):
         before = report.active if len(rows) == 1 else rows[-1]
         candidates = np.flatnonzero(before & ~phase.forced)
-        rows.append(_with_some(phase.forced, candidates, max(computed - int(phase.forced.sum()), 0)))
+        rows.append(_with_some(phase.forced, candidates, max(computed - phase.num_forced, 0)))
     return rows
 
 

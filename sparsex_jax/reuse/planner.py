@@ -327,8 +327,10 @@ def _copies(runs: Sequence[tuple[Segment, Sequence[int]]], shapes: Shapes, page_
     rows = Derived.joined([segment.rows or Derived.stored(segment.slots) for segment, _ in runs])
     moved = np.concatenate([np.full(segment.length, segment.shift) for segment, _ in runs])
     source, shift = _padded([rows.source], size, 0), _padded([moved + rows.shift], size, 0)
-    patched = tuple(_padded([each], size, 0) for each in (rows.patch, rows.layer, rows.depth, moved))
-    return Copies(source, _padded(targets, size, -1), shift, Patch(*patched) if rows.depth.any() else None)
+    patch = None
+    if rows.depth.any():
+        patch = Patch(*(_padded([each], size, 0) for each in (rows.patch, rows.layer, rows.depth, moved)))
+    return Copies(source, _padded(targets, size, -1), shift, patch)
 
 
 def plan_packing(packing: Packing, shapes: Shapes) -> Iterator[PackedRows]:
@@ -344,7 +346,8 @@ def plan_packing(packing: Packing, shapes: Shapes) -> Iterator[PackedRows]:
 
 def slots_of(pages: Sequence[int], places: Int[np.ndarray, "n"], page_size: int) -> Int[np.ndarray, "n"]:
     """Where the tokens at these places of a sequence are, whose pages follow each other."""
-    return np.asarray(pages)[places // page_size] * page_size + places % page_size
+    page, offset = np.divmod(places, page_size)
+    return np.asarray(pages)[page] * page_size + offset
 
 
 def page_tables(pages: Sequence[Sequence[int]], max_requests: int, max_pages: int) -> Any:

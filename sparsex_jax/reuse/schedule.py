@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -51,22 +52,27 @@ class Phase:
     scores: Float32[np.ndarray, "tokens"] | None = None
     probe_layers: int = 0
 
+    @functools.cached_property
+    def num_forced(self) -> int:
+        """How many tokens it computes whatever the signal says."""
+        return int(self.forced.sum())
+
     @property
     def least(self) -> int:
         """How many tokens the phase computes at least, where there are as many to choose from."""
-        return int(self.forced.sum()) + self.budget
+        return self.num_forced + self.budget
 
     @property
     def most_chosen(self) -> int:
         """How many tokens the signal chooses at most, apart from those that finish a block."""
         if not self.coverage:
             return self.budget
-        return len(self.forced) - int(self.forced.sum()) if self.max_budget is None else self.max_budget
+        return len(self.forced) - self.num_forced if self.max_budget is None else self.max_budget
 
     @property
     def size(self) -> int:
         """How many tokens the phase computes at most, apart from those that finish a block."""
-        return int(self.forced.sum()) + self.most_chosen
+        return self.num_forced + self.most_chosen
 
     @property
     def most(self) -> int:

@@ -88,8 +88,9 @@ def layers_within(phases: Sequence[Phase], first: int, num_layers: int, token_la
 
 def _rows_by_layer(phases: Sequence[Phase], first: int, num_layers: int) -> list[int]:
     """How many rows each layer from `first` on computes at most."""
-    starts = [phase.start for phase in phases]
-    return [phases[int(np.searchsorted(starts, layer, side="right")) - 1].size for layer in range(first, num_layers)]
+    ends = [*(phase.start for phase in phases[1:]), num_layers]
+    spans = (range(max(phase.start, first), min(end, num_layers)) for phase, end in zip(phases, ends, strict=True))
+    return [phase.size for phase, span in zip(phases, spans, strict=True) for _ in span]
 
 
 def _part(whole: RequestPlan, part: RequestPlan, copies: tuple[Segment, ...]) -> RequestPlan:

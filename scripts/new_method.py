@@ -24,7 +24,7 @@ from sparsex_kernels.layout import Store
 @signal("turned")  # runs on the device, inside the jitted prefill: jax.numpy only, and shapes that do not change
 def turned(boundary: Boundary, store: Store) -> tuple[Store, Scores]:
     """1 - cosine between each row's hidden state at the boundary and its embedding."""
-    start = decoder.embed(boundary.forward.params, boundary.rows.token)
+    start = decoder.embed(boundary.forward.params, boundary.forward.decoder.config, boundary.rows.token)
     size = jnp.linalg.norm(start, axis=-1) * jnp.linalg.norm(boundary.hidden, axis=-1)
     return store, 1 - (start * boundary.hidden).sum(-1) / size  # one score for each row; the store is unchanged
 

@@ -24,11 +24,12 @@ from sparsex_jax.checkpoints import open_checkpoint, save_checkpoint
 from sparsex_jax.config import METHODS as REGISTERED
 from sparsex_jax.config import find_method
 from sparsex_jax.device.decode import DecodeState, decode, forward
-from sparsex_jax.device.prefill import prefill
+from sparsex_jax.device.prefill import embed_rows, prefill
 from sparsex_jax.device.probe import ProbeState, probe
 from sparsex_jax.device.signals import BUILT_IN
 from sparsex_jax.device.state import BatchSlot, decode_state
 from sparsex_jax.model import layers, ops
+from sparsex_jax.model.decoder import Decoder
 from sparsex_jax.model.forward_pass import ForwardPass
 from sparsex_jax.model.layers import run_layer, run_layers
 from sparsex_jax.model.ops import Ops
@@ -274,11 +275,13 @@ def decoding(one: Engine) -> DecodeState:
 
 @pytest.mark.parametrize("tensor_parallel", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_a_layer_has_two_all_reduces_of_its_rows_and_no_other_collective(tensor_parallel):
-    """In decode and in prefill, whose loops over the layers have one body. Each device has all of this vocabulary."""
+    """In decode and in prefill, whose loops over the layers have one body. Each device has all of the vocabulary that
+    makes logits."""
     one = sharded_tiny(tensor_parallel)
     runner, state = one.runner, decoding(one)
     step = functools.partial(unwrap(forward), decoder=runner.decoder)
-    assert collectives(step, runner.params, runner.store, state) == [("all-reduce", TINY.hidden_size)] * 2
+    found = sorted(collectives(step, runner.params, runner.store, state))
+    assert found == [("all-gather", TINY.hidden_size), *[("all-reduce", TINY.hidden_size)] * 2]  # gathered: embeddings
 
     def layer(params, tables, *rest):
         return run_layer(ForwardPass(params, tables, runner.decoder, 32), *rest)
@@ -314,11 +317,21 @@ def test_nothing_gathers_the_store(make, tensor_parallel):
         assert max(size for _, size in found) <= most, name
 
 
+@pytest.mark.parametrize(("tied", "kind"), [(False, "all-gather"), (True, "all-reduce")])
+def test_embeddings_that_are_only_looked_up_are_gathered_and_not_summed(tied, kind):
+    model, mesh = dataclasses.replace(MODEL, tied_embeddings=tied), make_mesh(2)
+    params, decoder = random_params(model, "float32", mesh), Decoder(model, Ops.on(mesh))
+    rows = Rows(*np.zeros((4, 32), np.int32))
+    step = functools.partial(unwrap(embed_rows), decoder=decoder, requests=1)
+    assert collectives(step, params, rows) == [(kind, 32 * model.hidden_size)]
+    assert {shard.data.nbytes * 2 for shard in params.embed.addressable_shards} == {params.embed.nbytes}
+
+
 @pytest.mark.slow
 def test_a_vocabulary_that_does_not_divide_is_replicated():
     model = ModelConfig(**{**MODEL.__dict__, "vocab_size": 121})
     one = engine(2, model)
-    assert one.runner.params.embed.sharding.is_fully_replicated
+    assert one.runner.params.lm_head.sharding.is_fully_replicated
     logits = one.prefill(list(range(100))).logits
     np.testing.assert_allclose(logits, engine(1, model).prefill(list(range(100))).logits, atol=2e-5)
 

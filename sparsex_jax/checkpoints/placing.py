@@ -90,7 +90,7 @@ class _Placing:
         self._stored_shape = tuple(sizes[axis] for axis in stored)
         self._sent = sharding(mesh, stored, self._stored_shape)
         self.order = tuple(stored.index(axis) for axis in weight.axes if axis != "layers")
-        self.placed = sharding(mesh, weight.axes, weight.shape)
+        self.placed = weight.sharding(mesh)
 
     def single(self, dtype: str) -> Array:
         sent = self._send(self._read(self._name, None))

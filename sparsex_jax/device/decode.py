@@ -181,7 +181,8 @@ def _forward(
     rows = Rows(token=token, position=position, request=request, index=index, adapter=adapter)
 
     about = ForwardPass(params, tables, decoder, chunk=len(token))
-    store, hidden = all_layers(about, store, rows, model.embed(params, decoder.config, rows.token))
+    hidden = decoder.ops.replicated(model.embed(params, decoder.config, rows.token))
+    store, hidden = all_layers(about, store, rows, hidden)
     return store, model.logits(params, decoder.config, hidden[:lines])
 
 

@@ -81,7 +81,8 @@ def query_scale(config: ModelConfig) -> Float[np.ndarray, "head_dim"] | None:
 
 
 def embed(params: Params, config: ModelConfig, tokens: Int[Array, "rows"]) -> Hidden:
-    """The embeddings of token ids: the input of layer 0."""
+    """The embeddings of token ids: the input of layer 0. Each device of a mesh may have a part of each, until they are
+    replicated."""
     table = params.embed
     hidden = lookup(table, tokens) if isinstance(table, Quantised) else table[tokens]
     return hidden if config.embedding_scale is None else hidden * jnp.asarray(config.embedding_scale, hidden.dtype)

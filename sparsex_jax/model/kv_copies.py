@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from sparsex_jax.config import ModelConfig
 from sparsex_jax.model.matrices import Place
-from sparsex_jax.model.sharding import kv_copies, on_mesh, sharding
+from sparsex_jax.model.sharding import kv_copies, on_mesh
 from sparsex_jax.model.weights import Params, Weight, describe
 from sparsex_kernels.quantised import SQUARE, Mixed, Quantised, blocks_within, finer, turned
 
@@ -61,7 +61,7 @@ def _with_heads(make: Callable[[str, Weight, Any], Any], params: Params, config:
 def _placement(name: str, weight: Weight, stack: Any, mesh: Mesh) -> NamedSharding:
     if isinstance(stack, Quantised | Mixed):
         return Place.of(name, weight, mesh).sharding(stacked=True)
-    return sharding(mesh, weight.axes, weight.shape)
+    return weight.sharding(mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsex_jax.config import ModelConfig
-from sparsex_jax.model.sharding import TENSOR_AXIS, Axes, sharding
+from sparsex_jax.model.sharding import TENSOR_AXIS, Axes
 from sparsex_jax.model.weights import Params, Weight, describe, leaf_name, random_params
 from sparsex_kernels.quantised import KINDS, SQUARE, Kind, Quantised, blocks_within, finer, quantise, turned
 
@@ -52,7 +52,7 @@ class Place:
     def of(cls, name: str, weight: Weight, mesh: Mesh) -> Place:
         sizes = dict(zip(weight.axes, weight.shape, strict=True))
         stack, inputs, outputs = sides(name, weight)
-        per_axis = dict(zip(weight.axes, sharding(mesh, weight.axes, weight.shape).spec, strict=True))
+        per_axis = dict(zip(weight.axes, weight.sharding(mesh).spec, strict=True))
 
         def over(axes: Axes) -> str | None:
             return TENSOR_AXIS if any(per_axis[axis] for axis in axes) else None

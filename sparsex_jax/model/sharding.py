@@ -28,6 +28,8 @@ TENSOR_AXIS = "tensor"
 RULES: tuple[tuple[str, str | None], ...] = (
     ("layers", None),
     ("embed", None),
+    ("embed_columns", TENSOR_AXIS),
+    ("looked_up", None),
     ("q_heads", TENSOR_AXIS),
     ("kv_heads", TENSOR_AXIS),
     ("head_dim", None),
@@ -149,8 +151,8 @@ def spec(axes: Axes) -> PartitionSpec:
 def sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...]) -> NamedSharding:
     """Where an array with these logical axes lives. A dimension that does not divide is replicated.
 
-    Only the vocabulary can fail to divide here, and KV heads of which no copies were made yet: `check_mesh` refuses the
-    rest.
+    Only the vocabulary can fail to divide here, columns of embeddings, and KV heads of which no copies were made yet:
+    `check_mesh` refuses the rest.
     """
     parts = [
         mesh_axis if mesh_axis is not None and size % mesh.shape[mesh_axis] == 0 else None

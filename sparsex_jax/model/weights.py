@@ -36,15 +36,27 @@ def _has_mlp(config: ModelConfig) -> bool:
     return config.num_experts is None
 
 
-def weight(*axes: str, fan_in: Axes = (), only_if: Callable[[ModelConfig], bool] = _in_every_model) -> Any:
+def _where_looked_up(config: ModelConfig) -> Axes:
+    """An embedding that is only looked up lives by columns: a device then has its part of each row, and the parts are
+    gathered. Of rows that each one device has, a mesh would have to sum all, which sends twice as much."""
+    return ("vocab", "embed") if config.tied_embeddings else ("looked_up", "embed_columns")
+
+
+def weight(
+    *axes: str,
+    fan_in: Axes = (),
+    only_if: Callable[[ModelConfig], bool] = _in_every_model,
+    lives: Callable[[ModelConfig], Axes] | None = None,
+) -> Any:
     """A field that holds a weight with these logical axes.
 
     Args:
       fan_in: the axes whose sizes multiply to the number of inputs of each output. Empty for the scale of a norm, whose
         dtype `ModelConfig.norm_dtype` may say.
       only_if: tells whether a model has the weight; the field is None where it does not.
+      lives: the logical axes by which it is divided over a mesh, if not by its own.
     """
-    return struct.field(metadata={"axes": axes, "fan_in": fan_in, "only_if": only_if})
+    return struct.field(metadata={"axes": axes, "fan_in": fan_in, "only_if": only_if, "lives": lives})
 
 
 _EXPERTS = ("layers", "experts")
@@ -94,7 +106,7 @@ class Params:
       mailboxes: by which the GPUs of a mesh sum few rows. None: there are none, and collectives sum.
     """
 
-    embed: Array = weight("vocab", "embed", fan_in=("embed",))
+    embed: Array = weight("vocab", "embed", fan_in=("embed",), lives=_where_looked_up)
     layers: Layers
     final_norm: Array = weight("embed")
     lm_head: Array | None = weight("embed", "vocab", fan_in=("embed",), only_if=lambda c: not c.tied_embeddings)
@@ -112,6 +124,7 @@ class Weight:
       axes: its logical axes.
       fan_in: the number of inputs of each output, which sets the scale of random weights; 0 for the scale of a norm.
       input_axes: which of its axes count the inputs; none for biases and the scales of norms.
+      lives: the logical axes by which it is divided over a mesh.
       dtype: if it is not that of the other weights.
     """
 
@@ -119,12 +132,17 @@ class Weight:
     axes: Axes
     fan_in: int
     input_axes: Axes
+    lives: Axes
     dtype: str | None = None
 
     @property
     def stacked(self) -> bool:
         """Whether it is one array of all layers."""
         return self.axes[0] == "layers"
+
+    def sharding(self, mesh: Mesh) -> NamedSharding:
+        """Where it is on a mesh."""
+        return sharding(mesh, self.lives, self.shape)
 
     @property
     def of_experts(self) -> bool:
@@ -150,8 +168,9 @@ def _weight(metadata: Mapping[str, Any], config: ModelConfig) -> Weight | None:
     sizes, axes, inputs = axis_sizes(config), metadata["axes"], metadata["fan_in"]
     fan_in = math.prod(sizes[axis] for axis in inputs) if inputs else 0
     shape = tuple(sizes[axis] for axis in axes)
-    dtype = None if inputs else config.norm_dtype
-    return Weight(shape, axes, fan_in, input_axes=tuple(axis for axis in inputs if axis in axes), dtype=dtype)
+    dtype, lives = None if inputs else config.norm_dtype, metadata["lives"]
+    input_axes = tuple(axis for axis in inputs if axis in axes)
+    return Weight(shape, axes, fan_in, input_axes, lives(config) if lives else axes, dtype)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -183,7 +202,7 @@ def abstract_params(config: ModelConfig, dtype: str, mesh: Mesh) -> Params:
     """The parameters with a `jax.ShapeDtypeStruct` for each array, which says where on the mesh it lives."""
 
     def abstract(weight: Weight) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(weight.dtype or dtype), sharding=_placement(mesh, weight))
+        return jax.ShapeDtypeStruct(weight.shape, jnp.dtype(weight.dtype or dtype), sharding=weight.sharding(mesh))
 
     return jax.tree.map(abstract, describe(config))
 
@@ -202,7 +221,7 @@ def random_params(
     keys = dict(zip(names, jax.random.split(jax.random.key(seed), len(names)), strict=True))
 
     def make(path: tuple[Any, ...], weight: Weight) -> Any:
-        array = _random(keys[leaf_name(path)], weight, weight.dtype or dtype, _placement(mesh, weight))
+        array = _random(keys[leaf_name(path)], weight, weight.dtype or dtype, weight.sharding(mesh))
         return array if finish is None else finish(path, weight, array)
 
     return jax.tree.map_with_path(make, described)
@@ -219,7 +238,3 @@ def _random(key: Array, weight: Weight, dtype: str, placed: NamedSharding) -> Ar
 def _noise(key: Array, shape: tuple[int, ...], dtype: str, scale: float, placed: NamedSharding) -> Array:
     noise = scale * jax.random.normal(key, shape, jnp.dtype(dtype))
     return jax.lax.with_sharding_constraint(noise, placed)
-
-
-def _placement(mesh: Mesh, weight: Weight) -> NamedSharding:
-    return sharding(mesh, weight.axes, weight.shape)

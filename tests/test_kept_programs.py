@@ -97,8 +97,8 @@ def test_a_found_program_runs_where_it_is_called_now(tmp_path, program):
     two_processes(tmp_path, program)
     ahead = Ahead(KeptPrograms(tmp_path, MESH))
     with traces() as traced:
-        doubled, _ = ahead.call(program, placed(1, 5), ops=Ops.on(MESH))
-        again, _ = ahead.call(program, placed(1, 2, 5), ops=Ops.on(MESH))
+        doubled, _ = ahead.call(program, (), WHOLE, placed(1, 5), ops=Ops.on(MESH))
+        again, _ = ahead.call(program, (), WHOLE, placed(1, 2, 5), ops=Ops.on(MESH))
     assert (doubled.tolist(), again.tolist()) == ([2, 10], [2, 4, 10])
     assert len(traced) == 1, "the one of two numbers, which is new"
 

@@ -259,7 +259,9 @@ class Execution:
         self._copy_texts(sequences)
         # All that is fetched is on its way before anything waits for the device.
         logits = {
-            slot: self._runner.logits_of(run.logits, slot) for slot, one in enumerate(sequences) if one.wants_logits_next
+            slot: self._runner.logits_of(run.logits, slot)
+            for slot, one in enumerate(sequences)
+            if one.wants_logits_next
         }
         wanted = any(len(one.stages) == 1 and one.output.max_new_tokens for one in sequences)
         sampled = self._first_tokens(run.logits, sequences) if wanted else self._no_tokens(run.logits)

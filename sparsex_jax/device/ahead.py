@@ -10,6 +10,7 @@ that another process is compiling now: that one tells what comes out of it, and 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -22,6 +23,8 @@ from jax.sharding import NamedSharding, Sharding
 from sparsex_jax.device.compilation import num_processors
 from sparsex_jax.device.kept_programs import ArrayType, Call, KeptPrograms
 from sparsex_jax.model.weights import Params
+
+log = logging.getLogger(__name__)
 
 _MOST_THREADS = 8  # XLA has threads of its own beside these
 
@@ -163,7 +166,8 @@ class Ahead:
         self._claims.wait(path)
         found = self._kept.find(path, args)
         if found is None:
-            raise LookupError(f"{path} was not left by the process that began with it")
+            log.warning("%s was not left by the process that began with it; the program is compiled at its first call", path)
+            raise LookupError(path)
         return found.load()
 
     def _compile(self, call: Call, path: Path | None = None) -> _Started:
@@ -206,8 +210,11 @@ class Share(Ahead):
     def _loading(self, load: Callable[[], jax.stages.Compiled]) -> Future[Any]:
         return self._loads.submit(lambda: None)
 
-    def _finish(self, *about: Any) -> Any:
-        super()._finish(*about)  # and let go of it: it has memory of the devices
+    def _finish(self, *about: Any) -> None:
+        try:
+            super()._finish(*about)  # and let go of it: it has memory of the devices
+        except Exception as error:
+            log.warning("a program does not compile in this process: %s", error)
 
 
 def _zeros(like: ArrayType, placed: Sharding) -> jax.Array:

@@ -161,8 +161,6 @@ class Helpers(Claims):
                 self._board.traced(name, results)
             case "ended", name:
                 self._board.ended(name)
-            case "failed", error:
-                log.warning("A process could not compile its share, which this one does: %s", error)
 
 
 class Desk(Claims):
@@ -174,9 +172,6 @@ class Desk(Claims):
     def step(self) -> int | None:
         """The number of a step that nobody has taken. None: all are taken."""
         return self._ask("step")
-
-    def failed(self, error: Exception) -> None:
-        self._tell("failed", f"{type(error).__name__}: {error}")
 
     def claim(self, path: Path) -> Results | None:
         return claimed(lambda: self._ask("claim", path.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -21,6 +22,8 @@ from sparsex_jax.scheduler.helpers import Desk, Share, settings
 from sparsex_jax.scheduler.loop import Loop
 from sparsex_jax.scheduler.mirroring import Mirroring
 
+log = logging.getLogger(__name__)
+
 
 def help_with(connection: Connection) -> None:
     """Compile what nobody else compiles yet, until all is taken."""
@@ -35,8 +38,8 @@ def help_with(connection: Connection) -> None:
         try:
             with loop.runner.compiling(ahead):
                 programs[number]()
-        except Exception as error:
-            desk.failed(error)
+        except Exception:
+            log.exception("a share of the programs is left to the other process")
     ahead.wait()
 
 

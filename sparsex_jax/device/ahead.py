@@ -79,13 +79,13 @@ class Ahead:
     Args:
       kept: where they are looked for first, and left for other processes.
       claims: which of those other processes compile meanwhile.
-      threads: that compile. None: as the processors have it.
+      threads: that compile at most. None: as many as there are processors.
     """
 
     def __init__(
         self, kept: KeptPrograms | None = None, claims: Claims | None = None, threads: int | None = None
     ) -> None:
-        self._pool = ThreadPoolExecutor(threads or min(num_processors(), _MOST_THREADS), thread_name_prefix="compile")
+        self._pool = ThreadPoolExecutor(min(threads or num_processors(), _MOST_THREADS), thread_name_prefix="compile")
         self._loads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="load")  # which may wait for other processes
         self._started: dict[Key, _Started] = {}
         self._kept = kept
@@ -166,7 +166,9 @@ class Ahead:
         self._claims.wait(path)
         found = self._kept.find(path, args)
         if found is None:
-            log.warning("%s was not left by the process that began with it; the program is compiled at its first call", path)
+            log.warning(
+                "%s was not left by the process that began with it; the program is compiled at its first call", path
+            )
             raise LookupError(path)
         return found.load()
 

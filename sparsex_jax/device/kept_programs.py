@@ -32,6 +32,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 import sparsex_kernels
+from sparsex_jax.device.compilation import count_loaded
 
 log = logging.getLogger(__name__)
 
@@ -129,10 +130,12 @@ class KeptPrograms:
     def _load(self, path: Path, executable: bytes, in_tree: Any, out_tree: Any) -> jax.stages.Compiled:
         try:
             trees, devices = (in_tree, out_tree), (self._devices[0].client, self._devices)
-            return serialize_executable.deserialize_and_load(zlib.decompress(executable), *trees, *devices)
+            loaded = serialize_executable.deserialize_and_load(zlib.decompress(executable), *trees, *devices)
         except Exception as error:
             self._drop(path, error)
             raise
+        count_loaded()
+        return loaded
 
     def _drop(self, path: Path, error: Exception) -> None:
         log.warning("%s is of no use (%s); the program is compiled anew", path, error)

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -45,7 +46,7 @@ NUMBER = "SPARSEX_COMPILE_PROCESSES"  # an environment variable: how many helper
 _MOST, _PROCESSORS_EACH = 6, 4
 _FEW_PROCESSORS = 8  # with fewer there are no helpers
 _MOMENT = 0.02  # seconds between two questions for a program that another process traces
-_TO_END = 5.0  # seconds in which helpers that have nothing left to do end
+_TO_END = 2.0  # seconds in which helpers that have nothing left to do may end by themselves
 _MODULE = "sparsex_jax.scheduler.helping"
 
 YOURS, BUSY = "yours", "busy"  # answers to a claim: nobody has claimed it, or who has still traces it
@@ -71,12 +72,14 @@ class Share(NamedTuple):
     threads: int
 
 
-def num_helpers() -> int:
-    """How many there are on this host: as the environment says, or as its processors suggest.
+def num_helpers(platform: str) -> int:
+    """How many there are on this host: as the environment says, or as its processors suggest. A TPU is one process's.
 
     Raises InvalidRequestError if the environment has no number >= 0.
     """
     asked, processors = os.environ.get(NUMBER), num_processors()
+    if platform == "tpu":
+        return 0
     if asked is not None:
         require(asked.isdecimal(), f"{NUMBER}={asked!r:.60} must be an integer >= 0")
         return int(asked)
@@ -86,7 +89,9 @@ def num_helpers() -> int:
 class Helpers(Claims):
     """Helpers of this process, and what it and they claim: its `Claims`. They start when a program is first missed."""
 
-    def __init__(self, number: int, loop: Loop, usual: SamplingParams | None, kept: KeptPrograms, num_steps: int):
+    def __init__(
+        self, number: int, loop: Loop, usual: SamplingParams | None, kept: KeptPrograms, num_steps: int
+    ) -> None:
         """
         Args:
           usual: what requests ask for that say nothing of sampling.
@@ -96,7 +101,7 @@ class Helpers(Claims):
         self._number, self._board = number, Board(num_steps)
         about = loop.runner.outlined(), loop.requests.tokenizer, loop.requests.reuse, usual
         self._share = Share(kept.root, kept.directory, *about, num_steps, max(num_processors() // number, 1))
-        self._started = False
+        self._started = self._over = False
         self._processes: list[subprocess.Popen[bytes]] = []
         self._threads: list[threading.Thread] = []
 
@@ -115,40 +120,45 @@ class Helpers(Claims):
         self._board.wait(path.name)
 
     def end(self, *, at_once: bool = False) -> None:
-        """End the processes: once they have come to their ends, or at once."""
+        """End the processes, at once or when nothing is left for them to do, and wait until they have ended."""
+        self._over = True
+        self._board.close()
+        deadline = time.monotonic() + (0.0 if at_once else _TO_END)
         for process in self._processes:
-            _end(process, 0.0 if at_once else _TO_END)
+            _end(process, deadline)
         for thread in self._threads:
             thread.join()
 
     def _start(self) -> None:
         self._started = True
         try:
-            share = outline(self._share)
+            about = outline(settings()), outline(self._share)
+            for _ in range(self._number):
+                self._start_one(*about)
         except Exception as error:
-            log.warning("This process compiles all programs, since others cannot know of them: %s", error)
-            return
-        log.info("%d processes compile beside this one", self._number)
-        for _ in range(self._number):
-            process, connection = _started()
-            thread = threading.Thread(target=self._attend, args=(process, connection, share), daemon=True)
-            self._processes.append(process)
-            self._threads.append(thread)
-            thread.start()
+            log.warning("Only %d processes compile beside this one: %s", len(self._processes), error)
+        log.info("%d processes compile beside this one", len(self._processes))
 
-    def _attend(self, process: subprocess.Popen[bytes], connection: Connection, share: bytes) -> None:
-        """Answer a helper until it ends."""
+    def _start_one(self, *about: bytes) -> None:
+        process, connection = _started()
+        thread = threading.Thread(target=self._attend, args=(process, connection, about), daemon=True)
+        self._processes.append(process)
+        self._threads.append(thread)
+        thread.start()
+
+    def _attend(self, process: subprocess.Popen[bytes], connection: Connection, about: tuple[bytes, ...]) -> None:
+        """Tell a helper what it is about, and answer it until it ends."""
         try:
             with connection:
-                connection.send(settings())
-                connection.send_bytes(share)
+                for each in about:
+                    connection.send_bytes(each)
                 while True:
                     self._answer(process, connection, connection.recv())
         except (EOFError, OSError):
             pass
         finally:
             self._board.lost(process)
-        if code := process.wait():
+        if (code := process.wait()) and not self._over:
             log.warning("A process that compiled beside this one ended with %d. This one does its share", code)
 
     def _answer(self, process: subprocess.Popen[bytes], connection: Connection, said: tuple[Any, ...]) -> None:
@@ -204,12 +214,17 @@ class Board:
     """Who does what: steps that are taken, and programs that are claimed. From any thread; nothing but `wait` waits."""
 
     def __init__(self, num_steps: int) -> None:
-        self._steps, self._lock = iter(range(num_steps)), threading.Lock()
+        self._steps, self._lock = deque(range(num_steps)), threading.Lock()
         self._claimed: dict[str, _Claimed] = {}
 
     def step(self) -> int | None:
         with self._lock:
-            return next(self._steps, None)
+            return self._steps.popleft() if self._steps else None
+
+    def close(self) -> None:
+        """No step is to be taken any more."""
+        with self._lock:
+            self._steps.clear()
 
     def claim(self, name: str, owner: object) -> Answer:
         with self._lock:
@@ -270,8 +285,9 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
-def _end(process: subprocess.Popen[bytes], seconds: float) -> None:
+def _end(process: subprocess.Popen[bytes], deadline: float) -> None:
+    """Kill a process that runs on after this time of `time.monotonic()`."""
     try:
-        process.wait(seconds)
+        process.wait(max(deadline - time.monotonic(), 0.0))
     except subprocess.TimeoutExpired:
         process.kill()

@@ -69,7 +69,8 @@ def steps_ahead(loop: Loop, usual: SamplingParams | None = None) -> list[Callabl
     processes have the devices: each would have to compile ahead."""
     if loop.runner.relay is not None:
         return []
-    steps, kept, number = programs(loop, usual), KeptPrograms.of(loop.runner.mesh), num_helpers()
+    steps, kept = programs(loop, usual), KeptPrograms.of(loop.runner.mesh)
+    number = num_helpers(loop.runner.decoder.ops.backend.platform)
     helpers = Helpers(number, loop, usual, kept, len(steps)) if kept is not None and number else None
     ahead = Ahead(kept, helpers)
 

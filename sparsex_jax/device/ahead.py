@@ -187,9 +187,7 @@ class Ahead:
             raise
         return _Started(results, self._pool.submit(self._finish, lowered, path, results.types), False)
 
-    def _finish(
-        self, lowered: jax.stages.Lowered, path: Path | None, types: Sequence[ArrayType]
-    ) -> jax.stages.Compiled:
+    def _finish(self, lowered: jax.stages.Lowered, path: Path | None, types: Sequence[ArrayType]) -> Any:
         try:
             compiled: jax.stages.Compiled = lowered.compile()
             if self._kept is not None and path is not None:

@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsex_jax.device import runner
-from sparsex_jax.device.ahead import Ahead
-from sparsex_jax.device.kept_programs import KeptPrograms
+from sparsex_jax.device.ahead import Ahead, Claims, Results
+from sparsex_jax.device.kept_programs import ArrayType, KeptPrograms
 from sparsex_jax.device.signals import key_mass, probe_mass
 from sparsex_jax.model.ops import Ops
 from sparsex_jax.model.sharding import make_mesh
@@ -97,8 +98,8 @@ def test_a_found_program_runs_where_it_is_called_now(tmp_path, program):
     two_processes(tmp_path, program)
     ahead = Ahead(KeptPrograms(tmp_path, MESH))
     with traces() as traced:
-        doubled, _ = ahead.call(program, placed(1, 5), ops=Ops.on(MESH))
-        again, _ = ahead.call(program, placed(1, 2, 5), ops=Ops.on(MESH))
+        doubled, _ = ahead.call(program, (), WHOLE, placed(1, 5), ops=Ops.on(MESH))
+        again, _ = ahead.call(program, (), WHOLE, placed(1, 2, 5), ops=Ops.on(MESH))
     assert (doubled.tolist(), again.tolist()) == ([2, 10], [2, 4, 10])
     assert len(traced) == 1, "the one of two numbers, which is new"
 
@@ -115,6 +116,58 @@ def test_a_damaged_file_is_removed_and_its_program_compiled(tmp_path, program, c
     ahead, x = Ahead(KeptPrograms(tmp_path, MESH)), placed(1, 2, 3)
     ahead.run(program, x, WHOLE, x, ops=Ops.on(MESH))
     assert len(ahead.wait()) == 1, "it was kept again"
+
+
+class Elsewhere(Claims):
+    """Another process has traced a program, and does this until it has ended."""
+
+    def __init__(self, leave):
+        self.leave = leave
+
+    def claim(self, path):
+        types = [ArrayType((3,), np.dtype("float32"), False), ArrayType((), np.dtype("int32"), True)]
+        return Results(jax.tree.structure((0, 0)), types)
+
+    def wait(self, path):
+        self.leave()
+
+
+def test_what_another_process_compiles_is_not_traced_and_found_once_it_is_there(tmp_path, program):
+    kept, x, ops = KeptPrograms(tmp_path, MESH), placed(1, 2, 3), Ops.on(MESH)
+    may_end = threading.Event()
+
+    def leave():
+        may_end.wait()
+        other = Ahead(kept)
+        other.run(program, x, WHOLE, x, ops=ops)
+        other.wait()
+
+    ahead = Ahead(kept, Elsewhere(leave))
+    try:
+        with traces() as traced:
+            zeros, number = ahead.run(program, x, WHOLE, x, ops=ops)
+    finally:
+        may_end.set()
+    assert (zeros is x, number.item(), number.weak_type, traced) == (True, 0, True, [])
+    (compiled,) = ahead.wait().values()
+    assert compiled(x)[0].tolist() == [2, 4, 6]
+
+
+def test_what_another_process_did_not_leave_is_compiled_when_it_is_called(tmp_path, program, caplog):
+    ahead = Ahead(KeptPrograms(tmp_path, MESH), Elsewhere(lambda: None))
+    assert ahead.call(program, (), WHOLE, placed(1, 2, 3), ops=Ops.on(MESH))[0].tolist() == [2, 4, 6]
+    assert ahead.wait() == {}
+    assert "was not left" in caplog.text
+
+
+def test_with_a_program_that_was_found_all_others_are_given(tmp_path, program):
+    """JAX would not know them by the results of that one."""
+    two_processes(tmp_path, program)
+    ahead, arrays = Ahead(KeptPrograms(tmp_path, MESH)), (placed(1, 2, 3), placed(1, 2))
+    for x in arrays:
+        ahead.run(program, x, WHOLE, x, ops=Ops.on(MESH))
+    doubled = [compiled(x)[0].tolist() for x, compiled in zip(arrays, ahead.wait().values(), strict=True)]
+    assert doubled == [[2, 4, 6], [2, 4]]
 
 
 def test_programs_that_differ_lie_apart(tmp_path):

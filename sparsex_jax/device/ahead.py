@@ -3,11 +3,14 @@
 A program is traced and lowered in Python, one after the other, and compiled by XLA, which needs no Python and takes
 longer. So what would run a program traces it here, leaves it to a thread, and goes on with zeros in place of
 what the program computes. JAX keeps what was compiled: when the program is called in earnest, it is there. One that an
-earlier process has left on disk is not traced either. JAX does not know it then, and who calls it has to.
+earlier process has left on disk is not traced either. JAX does not know it then, and who calls it has to. Nor is one
+that another process is compiling now: that one tells what comes out of it, and leaves it on disk.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -21,22 +24,52 @@ from sparsex_jax.device.compilation import num_processors
 from sparsex_jax.device.kept_programs import ArrayType, Call, KeptPrograms
 from sparsex_jax.model.weights import Params
 
+log = logging.getLogger(__name__)
+
 _MOST_THREADS = 8  # XLA has threads of its own beside these
 
 Key = tuple[Any, ...]
+
+
+class Results(NamedTuple):
+    """What is known of a program once it is traced.
+
+    Attributes:
+      tree, types: of its results.
+    """
+
+    tree: Any
+    types: Sequence[ArrayType]
+
+
+class Claims:
+    """Which of several processes compiles a program, by the path where it is left on disk. By these claims, this
+    process compiles all of them."""
+
+    def claim(self, path: Path) -> Results | None:
+        """What another process says of a program. None: it is the caller's to trace. Waits while another one traces."""
+        return None
+
+    def traced(self, path: Path, results: Results) -> None:
+        """The caller has traced what it claimed, and compiles it now."""
+
+    def ended(self, path: Path) -> None:
+        """What the caller claimed is on disk, or will not be. From any thread."""
+
+    def wait(self, path: Path) -> None:
+        """Wait until it has ended, if another process claimed it. From any thread."""
 
 
 class _Started(NamedTuple):
     """A program that is being compiled, or loaded.
 
     Attributes:
-      tree, types: of its results.
-      found: whether it was on disk.
+      compiled: gives it as `jax.stages.Compiled`.
+      found: whether it was on disk, or will be, by another process.
     """
 
-    tree: Any
-    types: Sequence[ArrayType]
-    compiled: Future[jax.stages.Compiled]
+    results: Results
+    compiled: Future[Any]
     found: bool
 
 
@@ -45,12 +78,18 @@ class Ahead:
 
     Args:
       kept: where they are looked for first, and left for other processes.
+      claims: which of those other processes compile meanwhile.
+      threads: that compile at most. None: as many as there are processors.
     """
 
-    def __init__(self, kept: KeptPrograms | None = None) -> None:
-        self._pool = ThreadPoolExecutor(min(num_processors(), _MOST_THREADS), thread_name_prefix="compile")
+    def __init__(
+        self, kept: KeptPrograms | None = None, claims: Claims | None = None, threads: int | None = None
+    ) -> None:
+        self._pool = ThreadPoolExecutor(min(threads or num_processors(), _MOST_THREADS), thread_name_prefix="compile")
+        self._loads = ThreadPoolExecutor(_MOST_THREADS, thread_name_prefix="load")  # which may wait for other processes
         self._started: dict[Key, _Started] = {}
         self._kept = kept
+        self._claims = claims or Claims()
 
     def run(self, program: Callable[..., Any], store: Any, placed: Sharding, /, *args: Any, **options: Any) -> Any:
         """Begin to compile a jitted program for these arguments, unless it has begun.
@@ -63,17 +102,17 @@ class Ahead:
         Returns:
           As the program: zeros. The store is as it was.
         """
-        started = self._start((program, args, options))
+        results = self._start((program, args, options)).results
         donated = {(array.shape, array.dtype): array for array in jax.tree.leaves(store)}
 
         def stand_in(like: ArrayType) -> jax.Array:
             found = donated.get((like.shape, like.dtype))
             return _zeros(like, placed) if found is None else found
 
-        return jax.tree.unflatten(started.tree, [stand_in(like) for like in started.types])
+        return jax.tree.unflatten(results.tree, [stand_in(like) for like in results.types])
 
-    def call(self, program: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
-        """Run a jitted program now, once it is compiled, or found."""
+    def call(self, program: Callable[..., Any], store: Any, placed: Sharding, /, *args: Any, **options: Any) -> Any:
+        """Run a jitted program now, once it is compiled, or found. Arguments as `run`."""
         started = self._start((program, args, options))
         if started.found and started.compiled.exception() is None:
             return started.compiled.result()(*args)
@@ -84,40 +123,98 @@ class Ahead:
         """Wait for all of them. One that fails fails again where it is called, and says so there.
 
         Returns:
-          Those that were found, by `key_of` their calls. JAX does not know them.
+          By `key_of` their calls, what JAX does not know: those that were found. If there are any, all others too: JAX
+          would not know these by what found ones give, whose places it writes in another way.
         """
         wait([each.compiled for each in self._started.values()])
         self._pool.shutdown()
-        found = {key: each.compiled for key, each in self._started.items() if each.found}
-        return {key: compiled.result() for key, compiled in found.items() if compiled.exception() is None}
+        self._loads.shutdown()
+        compiled = {key: each for key, each in self._started.items() if each.compiled.exception() is None}
+        if not any(each.found for each in compiled.values()):
+            return {}
+        return {key: each.compiled.result() for key, each in compiled.items()}
 
     def _start(self, call: Call) -> _Started:
         key = key_of(*call)
         if key not in self._started:
             path = self._kept.path(call) if self._kept is not None else None
-            self._started[key] = self._find(path, call) or self._compile(path, call)
+            self._started[key] = self._compile(call) if path is None else self._share(path, call)
         return self._started[key]
 
-    def _find(self, path: Path | None, call: Call) -> _Started | None:
-        found = self._kept.find(path, call[1]) if self._kept is not None and path is not None else None
-        if found is None:
+    def _share(self, path: Path, call: Call) -> _Started:
+        """Begin with a program that other processes may know."""
+        return self._find(path, call) or self._leave(path, call) or self._compile(call, path)
+
+    def _find(self, path: Path, call: Call) -> _Started | None:
+        """Load what is on disk already."""
+        assert self._kept is not None
+        if (found := self._kept.find(path, call[1])) is None:
             return None
-        return _Started(found.out_tree, found.out_types, self._pool.submit(found.load), True)
+        return _Started(Results(found.out_tree, found.out_types), self._loading(found.load), True)
 
-    def _compile(self, path: Path | None, call: Call) -> _Started:
+    def _leave(self, path: Path, call: Call) -> _Started | None:
+        """Leave a program to another process that claimed it first, and load what that one leaves."""
+        if (results := self._claims.claim(path)) is None:
+            return None
+        return _Started(results, self._loading(functools.partial(self._load_later, path, call[1])), True)
+
+    def _loading(self, load: Callable[[], jax.stages.Compiled]) -> Future[Any]:
+        return self._loads.submit(load)
+
+    def _load_later(self, path: Path, args: tuple[Any, ...]) -> jax.stages.Compiled:
+        assert self._kept is not None
+        self._claims.wait(path)
+        found = self._kept.find(path, args)
+        if found is None:
+            log.warning(
+                "%s was not left by the process that began with it; the program is compiled at its first call", path
+            )
+            raise LookupError(path)
+        return found.load()
+
+    def _compile(self, call: Call, path: Path | None = None) -> _Started:
+        """Trace a program, which this process has claimed if it has a path, and leave the rest to a thread."""
         program, args, options = call
-        traced = program.trace(*args, **options)  # type: ignore[attr-defined]
-        lowered = traced.lower()
-        # Types and tree apart, since checked dataclasses hold arrays only. `out_info` would not say what is weak.
-        types = [ArrayType.of(each) for each in traced.jaxpr.out_avals]
+        try:
+            traced = program.trace(*args, **options)  # type: ignore[attr-defined]
+            # Types and tree apart, since checked dataclasses hold arrays only. `out_info` would not say what is weak.
+            results = Results(traced.out_tree, [ArrayType.of(each) for each in traced.jaxpr.out_avals])
+            if path is not None:
+                self._claims.traced(path, results)
+            lowered = traced.lower()
+        except BaseException:
+            self._end(path)
+            raise
+        return _Started(results, self._pool.submit(self._finish, lowered, path, results.types), False)
 
-        def compile_and_keep() -> jax.stages.Compiled:
+    def _finish(self, lowered: jax.stages.Lowered, path: Path | None, types: Sequence[ArrayType]) -> Any:
+        try:
             compiled: jax.stages.Compiled = lowered.compile()
             if self._kept is not None and path is not None:
                 self._kept.keep(path, compiled, types)
             return compiled
+        finally:
+            self._end(path)
 
-        return _Started(lowered.out_tree, types, self._pool.submit(compile_and_keep), False)
+    def _end(self, path: Path | None) -> None:
+        if path is not None:
+            self._claims.ended(path)
+
+
+class Share(Ahead):
+    """What a process compiles for another one: programs are left on disk, and neither loaded nor run here."""
+
+    def call(self, program: Callable[..., Any], store: Any, placed: Sharding, /, *args: Any, **options: Any) -> Any:
+        return self.run(program, store, placed, *args, **options)
+
+    def _loading(self, load: Callable[[], jax.stages.Compiled]) -> Future[Any]:
+        return self._loads.submit(lambda: None)
+
+    def _finish(self, *about: Any) -> None:
+        try:
+            super()._finish(*about)  # and let go of it: it has memory of the devices
+        except Exception as error:
+            log.warning("a program does not compile in this process: %s", error)
 
 
 def _zeros(like: ArrayType, placed: Sharding) -> jax.Array:

@@ -28,7 +28,8 @@ SUMS_IN_GRAPHS = {
 
 
 class _Counter:
-    """A listener that JAX calls for every program it compiles in this process, or loads from its cache on disk."""
+    """A listener that JAX calls for every program it compiles in this process, or loads from its cache on disk. Who
+    loads others counts these."""
 
     number = 0
 
@@ -41,8 +42,13 @@ monitoring.register_event_duration_secs_listener(_counter)
 
 
 def num_compilations() -> int:
-    """The programs that this process compiled, or loaded from JAX's cache on disk, since it imported this module."""
+    """The programs that this process compiled, or loaded from disk, since it imported this module."""
     return _counter.number
+
+
+def count_loaded() -> None:
+    """Count a program that was loaded without JAX's cache."""
+    _counter.number += 1
 
 
 def num_processors() -> int:

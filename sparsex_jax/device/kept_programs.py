@@ -32,6 +32,7 @@ from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
 import sparsex_kernels
+from sparsex_jax.device.compilation import count_loaded
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _MOST_KINDS = 4  # directories of other sources, versions, settings and devices that are left when a new one is made
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-pjrt", "jax-cuda12-pjrt", "libtpu")
 _PREFIXES = ("JAX_", "XLA_", "LIBTPU_", "MOSAIC_", "SPARSEX_")  # of environment variables that change programs
+# Of those that do not, though they begin so: they divide memory, or say who compiles.
+_WITHOUT_EFFECT = ("XLA_PYTHON_CLIENT_", "SPARSEX_COMPILE_PROCESSES")
 
 type Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]  # a program, and what it is called with
 
@@ -70,11 +73,16 @@ class KeptProgram:
 
 
 class KeptPrograms:
-    """The programs of one kind of process: of its source, versions, settings and devices."""
+    """The programs of one kind of process: of its source, versions, settings and devices.
+
+    Attributes:
+      root: has a directory for each kind.
+      directory: where those of this kind are; it may not exist yet.
+    """
 
     def __init__(self, directory: Path, mesh: Mesh) -> None:
-        self._devices = list(mesh.devices.flat)
-        self._directory = directory / _digest(_kind_of_process(mesh))
+        self.root, self._devices = directory, list(mesh.devices.flat)
+        self.directory = directory / _digest(_kind_of_process(mesh))
 
     @classmethod
     def of(cls, mesh: Mesh) -> KeptPrograms | None:
@@ -96,7 +104,7 @@ class KeptPrograms:
         about = [name, static, str(tree), *map(_described, leaves), str(jax.config.jax_default_matmul_precision)]
         if any(each is None or " at 0x" in each for each in about):
             return None
-        return self._directory / _digest(about)
+        return self.directory / _digest(about)
 
     def find(self, path: Path, args: tuple[Any, ...]) -> KeptProgram | None:
         """The program that is kept there, if there is one; with the arguments that it is called with."""
@@ -122,26 +130,28 @@ class KeptPrograms:
     def _load(self, path: Path, executable: bytes, in_tree: Any, out_tree: Any) -> jax.stages.Compiled:
         try:
             trees, devices = (in_tree, out_tree), (self._devices[0].client, self._devices)
-            return serialize_executable.deserialize_and_load(zlib.decompress(executable), *trees, *devices)
+            loaded = serialize_executable.deserialize_and_load(zlib.decompress(executable), *trees, *devices)
         except Exception as error:
             self._drop(path, error)
             raise
+        count_loaded()
+        return loaded
 
     def _drop(self, path: Path, error: Exception) -> None:
         log.warning("%s is of no use (%s); the program is compiled anew", path, error)
         path.unlink(missing_ok=True)
 
     def _write(self, path: Path, content: bytes) -> None:
-        if not self._directory.is_dir():
+        if not self.directory.is_dir():
             self._make_room()
-            self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as file:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile(dir=self.directory, delete=False) as file:
             file.write(content)
         os.replace(file.name, path)
 
     def _make_room(self) -> None:
         """Remove the kinds that were used longest ago."""
-        kinds = sorted(self._directory.parent.glob("*"), key=lambda kind: kind.stat().st_mtime, reverse=True)
+        kinds = sorted(self.directory.parent.glob("*"), key=lambda kind: kind.stat().st_mtime, reverse=True)
         for kind in kinds[_MOST_KINDS - 1 :]:
             shutil.rmtree(kind, ignore_errors=True)
 
@@ -175,8 +185,8 @@ def _kind_of_process(mesh: Mesh) -> list[str]:
     devices = [f"{device.id} {device.device_kind} {device.client.platform_version}" for device in mesh.devices.flat]
     settings = {name: value for name, value in jax.config.values.items() if "cache" not in name}
     versions = [f"{dist.name}-{dist.version}" for dist in metadata.distributions() if dist.name in _PACKAGES]
-    environment = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(_PREFIXES)]
-    environment = [each for each in environment if "CACHE" not in each.partition("=")[0]]
+    telling = [each for each in os.environ if each.startswith(_PREFIXES) and not each.startswith(_WITHOUT_EFFECT)]
+    environment = [f"{name}={os.environ[name]}" for name in telling if "CACHE" not in name]
     about = *sorted(versions), *sorted(environment), *devices, str(mesh.axis_names), str(jax.device_count())
     return [_source(), sys.version, repr(sorted(settings.items(), key=str)), *about]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -333,13 +334,19 @@ class Runner:
     def _call(self, program: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Call a jitted program in any case. Its options are static."""
         if self._ahead is not None:
-            return self._ahead.call(program, *args, **options)
+            return self._ahead.call(program, self.store, self._everywhere, *args, **options)
         found = self._found.get(key_of(program, args, options)) if self._found else None
         return program(*args, **options) if found is None else found(*args)
 
     def use(self, found: Mapping[Key, jax.stages.Compiled]) -> None:
         """Call these programs, which were found on disk, in place of what JAX would trace and compile."""
         self._found = dict(found)
+
+    def outlined(self) -> Runner:
+        """The same runner for the `outline` from which another process makes one, to compile programs for this one."""
+        runner = copy.copy(self)
+        runner.relay = runner.arrivals = runner._ahead = None
+        return runner
 
     @contextlib.contextmanager
     def compiling(self, ahead: Ahead) -> Iterator[None]:
@@ -546,7 +553,7 @@ class Runner:
     def pack(self, packing: Packing) -> None:
         """Move patch rows, bit for bit, to the pages that keep them."""
         for rows in plan_packing(packing, self.shapes):
-            self.store = pack(self.store, self._sent(rows), decoder=self.decoder)
+            self.store = self._call(pack, self.store, self._sent(rows), decoder=self.decoder)
 
     def _align(self, copies: Packed[Copies], first_layer: int, end_layer: int) -> None:
         layers = self._numbers[first_layer], self._numbers[end_layer]

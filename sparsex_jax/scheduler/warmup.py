@@ -16,15 +16,17 @@ Programs depend on shapes and never on lengths or methods, so a token or two com
 Requests that name a method of other probes compile what they need when they come.
 
 Calls that compile run one after the other, since they share the store. `steps_ahead` goes through the same calls first,
-without running anything, so that several programs are compiled at a time.
+without running anything, so that several programs are compiled at a time; where there are processors for it, by several
+processes (`scheduler.helpers`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -44,6 +46,7 @@ from sparsex_jax.reuse.methods import Method, Phase, method_of
 from sparsex_jax.reuse.planner import RequestPlan, slots_of
 from sparsex_jax.reuse.prompt import PromptMap, TokenKind
 from sparsex_jax.scheduler.constrained import ConstrainedDecode
+from sparsex_jax.scheduler.helpers import Helpers, num_helpers
 from sparsex_jax.scheduler.loop import Loop
 
 
@@ -66,14 +69,39 @@ def steps_ahead(loop: Loop, usual: SamplingParams | None = None) -> list[Callabl
     processes have the devices: each would have to compile ahead."""
     if loop.runner.relay is not None:
         return []
-    ahead = Ahead(KeptPrograms.of(loop.runner.mesh))
+    steps, kept = programs(loop, usual), KeptPrograms.of(loop.runner.mesh)
+    number = num_helpers(loop.runner.decoder.ops.backend.platform)
+    helpers = Helpers(number, loop, usual, kept, len(steps)) if kept is not None and number else None
+    ahead = Ahead(kept, helpers)
 
     def compiling(step: Callable[[], None]) -> None:
-        with loop.runner.compiling(ahead):
+        with _ending(helpers), loop.runner.compiling(ahead):
             step()
 
-    programs = [*_prefills(loop), *_decodes(loop, _wishes(loop, usual))]
-    return [*(functools.partial(compiling, step) for step in programs), lambda: loop.runner.use(ahead.wait())]
+    def wait() -> None:
+        with _ending(helpers):
+            loop.runner.use(ahead.wait())
+        if helpers is not None:
+            helpers.end()
+
+    return [*(functools.partial(compiling, step) for step in steps), wait]
+
+
+@contextlib.contextmanager
+def _ending(helpers: Helpers | None) -> Iterator[None]:
+    """End the helpers where something fails within, or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        if helpers is not None:
+            helpers.end(at_once=True)
+        raise
+
+
+def programs(loop: Loop, usual: SamplingParams | None = None) -> list[Callable[[], None]]:
+    """Those of the steps that call programs which take long to compile; those that take longest come first. Arguments
+    as `steps`."""
+    return [*_prefills(loop), *_decodes(loop, _wishes(loop, usual))]
 
 
 def _prefills(loop: Loop) -> list[Callable[[], None]]:

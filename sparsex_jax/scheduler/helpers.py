@@ -1,0 +1,293 @@
+"""Processes that compile a share of a server's programs.
+
+Tracing and lowering is Python, of which a process does one thing at a time, and for the kernels of dozens of programs
+that takes minutes. So a server whose programs are not on disk starts a few processes (`scheduler.helping`) that do the
+same for their share, and leave what they compiled where the server looks for it (`device.kept_programs`):
+
+    this process      misses a program, starts helpers     goes through all steps of the warm-up, one by one
+    each helper       imports, starts its devices          goes through the step that nobody has taken, and again
+
+Several steps need the same program. Whoever comes first claims it, and says what comes out of it once it is traced.
+Others go on with that, and this process loads it from disk as soon as it is there.
+
+Helpers have neither weights nor a store, but shapes: nothing runs there. They end with this process, whatever ends it.
+What one of them fails to do is done here: that takes time, and is said in the log.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from sparsex_jax.config import ReuseConfig, SamplingParams
+from sparsex_jax.config.checks import require
+from sparsex_jax.device.ahead import Claims, Results
+from sparsex_jax.device.compilation import num_processors
+from sparsex_jax.device.kept_programs import KeptPrograms
+from sparsex_jax.device.outlines import outline
+from sparsex_jax.device.runner import Runner
+from sparsex_jax.scheduler.loop import Loop
+
+log = logging.getLogger(__name__)
+
+NUMBER = "SPARSEX_COMPILE_PROCESSES"  # an environment variable: how many helpers there are. 0: none
+_MOST, _PROCESSORS_EACH = 6, 4
+_FEW_PROCESSORS = 8  # with fewer there are no helpers
+_MOMENT = 0.02  # seconds between two questions for a program that another process traces
+_TO_END = 2.0  # seconds in which helpers that have nothing left to do may end by themselves
+_MODULE = "sparsex_jax.scheduler.helping"
+
+YOURS, BUSY = "yours", "busy"  # answers to a claim: nobody has claimed it, or who has still traces it
+Answer = Results | str
+
+
+class Share(NamedTuple):
+    """What a helper works on. It travels as its outline.
+
+    Attributes:
+      root, directory: of `KeptPrograms`.
+      num_steps: of the warm-up.
+      threads: in which a helper has XLA compile.
+    """
+
+    root: Path
+    directory: Path
+    runner: Runner
+    tokenizer: Any | None
+    reuse: ReuseConfig
+    usual: SamplingParams | None
+    num_steps: int
+    threads: int
+
+
+def num_helpers(platform: str) -> int:
+    """How many there are on this host: as the environment says, or as its processors suggest. A TPU is one process's.
+
+    Raises InvalidRequestError if the environment has no number >= 0.
+    """
+    asked, processors = os.environ.get(NUMBER), num_processors()
+    if platform == "tpu":
+        return 0
+    if asked is not None:
+        require(asked.isdecimal(), f"{NUMBER}={asked!r:.60} must be an integer >= 0")
+        return int(asked)
+    return min(processors // _PROCESSORS_EACH, _MOST) if processors >= _FEW_PROCESSORS else 0
+
+
+class Helpers(Claims):
+    """Helpers of this process, and what it and they claim: its `Claims`. They start when a program is first missed."""
+
+    def __init__(
+        self, number: int, loop: Loop, usual: SamplingParams | None, kept: KeptPrograms, num_steps: int
+    ) -> None:
+        """
+        Args:
+          usual: what requests ask for that say nothing of sampling.
+          kept: where this process looks for programs.
+          num_steps: how many steps of the warm-up there are to share.
+        """
+        self._number, self._board = number, Board(num_steps)
+        about = loop.runner.outlined(), loop.requests.tokenizer, loop.requests.reuse, usual
+        self._share = Share(kept.root, kept.directory, *about, num_steps, max(num_processors() // number, 1))
+        self._started = self._over = False
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._threads: list[threading.Thread] = []
+
+    def claim(self, path: Path) -> Results | None:
+        if not self._started:
+            self._start()
+        return claimed(lambda: self._board.claim(path.name, self))
+
+    def traced(self, path: Path, results: Results) -> None:
+        self._board.traced(path.name, results)
+
+    def ended(self, path: Path) -> None:
+        self._board.ended(path.name)
+
+    def wait(self, path: Path) -> None:
+        self._board.wait(path.name)
+
+    def end(self, *, at_once: bool = False) -> None:
+        """End the processes, at once or when nothing is left for them to do, and wait until they have ended."""
+        self._over = True
+        self._board.close()
+        deadline = time.monotonic() + (0.0 if at_once else _TO_END)
+        for process in self._processes:
+            _end(process, deadline)
+        for thread in self._threads:
+            thread.join()
+
+    def _start(self) -> None:
+        self._started = True
+        try:
+            about = outline(settings()), outline(self._share)
+            for _ in range(self._number):
+                self._start_one(*about)
+        except Exception as error:
+            log.warning("Only %d processes compile beside this one: %s", len(self._processes), error)
+        log.info("%d processes compile beside this one", len(self._processes))
+
+    def _start_one(self, *about: bytes) -> None:
+        process, connection = _started()
+        thread = threading.Thread(target=self._attend, args=(process, connection, about), daemon=True)
+        self._processes.append(process)
+        self._threads.append(thread)
+        thread.start()
+
+    def _attend(self, process: subprocess.Popen[bytes], connection: Connection, about: tuple[bytes, ...]) -> None:
+        """Tell a helper what it is about, and answer it until it ends."""
+        try:
+            with connection:
+                for each in about:
+                    connection.send_bytes(each)
+                while True:
+                    self._answer(process, connection, connection.recv())
+        except (EOFError, OSError):
+            pass
+        finally:
+            self._board.lost(process)
+        if (code := process.wait()) and not self._over:
+            log.warning("A process that compiled beside this one ended with %d. This one does its share", code)
+
+    def _answer(self, process: subprocess.Popen[bytes], connection: Connection, said: tuple[Any, ...]) -> None:
+        match said:
+            case "step", *_:
+                connection.send(self._board.step())
+            case "claim", name:
+                connection.send(self._board.claim(name, process))
+            case "traced", name, results:
+                self._board.traced(name, results)
+            case "ended", name:
+                self._board.ended(name)
+
+
+class Desk(Claims):
+    """A helper's end of the connection: its `Claims`. All but `ended` belongs to one thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._sending = connection, threading.Lock()
+
+    def step(self) -> int | None:
+        """The number of a step that nobody has taken. None: all are taken."""
+        return self._ask("step")
+
+    def claim(self, path: Path) -> Results | None:
+        return claimed(lambda: self._ask("claim", path.name))
+
+    def traced(self, path: Path, results: Results) -> None:
+        self._tell("traced", path.name, results)
+
+    def ended(self, path: Path) -> None:
+        self._tell("ended", path.name)
+
+    def _ask(self, *question: Any) -> Any:
+        self._tell(*question)
+        return self._connection.recv()
+
+    def _tell(self, *news: Any) -> None:
+        with self._sending:
+            self._connection.send(news)
+
+
+@dataclasses.dataclass
+class _Claimed:
+    """A program that some process traces or compiles, or has compiled."""
+
+    owner: object
+    results: Results | None = None
+    over: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+
+class Board:
+    """Who does what: steps that are taken, and programs that are claimed. From any thread; nothing but `wait` waits."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._steps, self._lock = deque(range(num_steps)), threading.Lock()
+        self._claimed: dict[str, _Claimed] = {}
+
+    def step(self) -> int | None:
+        with self._lock:
+            return self._steps.popleft() if self._steps else None
+
+    def close(self) -> None:
+        """No step is to be taken any more."""
+        with self._lock:
+            self._steps.clear()
+
+    def claim(self, name: str, owner: object) -> Answer:
+        with self._lock:
+            found = self._claimed.setdefault(name, _Claimed(owner))
+            return found.results or (YOURS if found.owner is owner else BUSY)
+
+    def traced(self, name: str, results: Results) -> None:
+        with self._lock:
+            self._claimed[name].results = results
+
+    def ended(self, name: str) -> None:
+        """Its owner is done with it. What was not traced, another may claim."""
+        with self._lock:
+            self._end(name)
+
+    def lost(self, owner: object) -> None:
+        """Nothing more comes from an owner."""
+        with self._lock:
+            for name in [name for name, each in self._claimed.items() if each.owner is owner]:
+                self._end(name)
+
+    def wait(self, name: str) -> None:
+        """Until its owner is done with a program that it has traced."""
+        self._claimed[name].over.wait()
+
+    def _end(self, name: str) -> None:
+        if self._claimed[name].results is None:
+            del self._claimed[name]
+        else:
+            self._claimed[name].over.set()
+
+
+def claimed(ask: Callable[[], Answer]) -> Results | None:
+    """Ask until the answer is not that another process is at it. None: it is the caller's."""
+    while (answer := ask()) == BUSY:
+        time.sleep(_MOMENT)
+    return answer if isinstance(answer, Results) else None
+
+
+def settings() -> dict[str, Any]:
+    """Of JAX, as this process has them. Processes with others have other programs."""
+    return dict(jax.config.values)
+
+
+def _started() -> tuple[subprocess.Popen[bytes], Connection]:
+    """A helper, and how to talk to it. It ends when its standard input does."""
+    ours, theirs = Pipe()
+    about: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "pass_fds": [theirs.fileno()]}
+    # Ctrl-C is for this process, which ends the others.
+    command = [sys.executable, "-m", _MODULE, str(theirs.fileno())]
+    with theirs:
+        return subprocess.Popen(command, env=_environment(), start_new_session=True, **about), ours
+
+
+def _environment() -> dict[str, str]:
+    """That of this process, whose modules a helper finds. It takes memory of devices when it needs some, and little."""
+    paths = os.pathsep.join(filter(None, map(os.path.abspath, sys.path)))
+    return {**os.environ, "PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def _end(process: subprocess.Popen[bytes], deadline: float) -> None:
+    """Kill a process that runs on after this time of `time.monotonic()`."""
+    try:
+        process.wait(max(deadline - time.monotonic(), 0.0))
+    except subprocess.TimeoutExpired:
+        process.kill()

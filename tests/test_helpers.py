@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import jax
@@ -141,6 +142,21 @@ def test_what_cannot_be_told_is_compiled_here(tmp_path, caplog):
     assert asked.claim(tmp_path / "x") is None
     assert "Only 0 processes" in caplog.text
     asked.end()
+
+
+def test_helpers_have_the_settings_of_the_process_not_of_the_thread_that_missed_a_program(tmp_path, monkeypatch):
+    """There, a precision of products may hold for some calls, by which no other process would find the programs."""
+    ours, theirs = Pipe()
+    idle = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    monkeypatch.setattr(helpers, "_started", lambda: (idle, ours))
+    engine = Engine(TINY, tiny_params(), config=CONFIG)
+    asked = helpers.Helpers(1, engine.loop, None, KeptPrograms(tmp_path, engine.mesh), 3)
+    with jax.default_matmul_precision("float32"):
+        asked.claim(tmp_path / "x")
+    told = theirs.recv()
+    theirs.close()
+    asked.end(at_once=True)
+    assert told == helpers.settings()
 
 
 IN_A_PROCESS = """

@@ -99,6 +99,7 @@ class Helpers(Claims):
           num_steps: how many steps of the warm-up there are to share.
         """
         self._number, self._board = number, Board(num_steps)
+        self._settings = settings()  # now: where a program is missed, that thread may have a precision of its own
         about = loop.runner.outlined(), loop.requests.tokenizer, loop.requests.reuse, usual
         self._share = Share(kept.root, kept.directory, *about, num_steps, max(num_processors() // number, 1))
         self._started = self._over = False
@@ -132,7 +133,7 @@ class Helpers(Claims):
     def _start(self) -> None:
         self._started = True
         try:
-            about = outline(settings()), outline(self._share)
+            about = outline(self._settings), outline(self._share)
             for _ in range(self._number):
                 self._start_one(*about)
         except Exception as error:

@@ -106,7 +106,7 @@ class RequestPlan:
         KV behind a reused token that some layer leaves out is approximate, and so is KV behind an approximate prefix.
         Neither passes for an exact prefix.
         """
-        everyone = int(self.prompt.computed.sum())
+        everyone = int(np.count_nonzero(self.prompt.computed))
         sparse = any(phase.can_leave_out(everyone) for phase in self.phases if phase.start < num_layers)
         return self.prompt.exact_frontier if sparse or self.prompt.approximate.any() else len(self.prompt)
 

@@ -78,7 +78,7 @@ class PromptMap:
     @property
     def num_prefix(self) -> int:
         """How many tokens the prefix has, exact or approximate."""
-        return len(self) - int(self.computed.sum())
+        return len(self) - int(np.count_nonzero(self.computed))
 
     @property
     def first_reused(self) -> int:

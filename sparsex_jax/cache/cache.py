@@ -237,9 +237,10 @@ class PageCache:
 
     def count_use(self, match: Match) -> None:
         """Count that a held match is of use to a prompt: what is used least is evicted first, and healed last."""
-        for page in match.pages:
-            self.tree[page].uses += 1
-        self._entries.count_use(twin for page in match.pages for twin in self.tree[page].pages)
+        nodes = [self.tree[page] for page in match.pages]
+        for node in nodes:
+            node.uses += 1
+        self._entries.count_use(twin for node in nodes for twin in node.pages)
 
     def let_go(self, match: Match) -> None:
         """Release the pages that a lookup holds. Raises ValueError if they were released before."""

@@ -157,7 +157,9 @@ class PagePool:
 
     def take(self, count: int) -> list[int]:
         """Hand out free pages with one reference each."""
-        pages = [self.free.pop() for _ in range(count)]
+        left = len(self.free) - count
+        pages = self.free[left:][::-1]
+        del self.free[left:]
         self.births[pages] += 1
         self._step(self.refs, pages, 1)
         return pages
